@@ -1,0 +1,67 @@
+"""flaskd serves a Flask app and owns its life: it starts it, drains it, cleans up after it and stops it.
+
+::
+
+    flaskd.serve(app)                               # what ``flaskd serve`` does, for an app in hand; an exit code
+    with flaskd.ServerThread(app) as server: ...    # the same server in a thread, for tests and scripts
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from flaskd.client import ControlClient
+    from flaskd.errors import FlaskdError
+    from flaskd.ledger import DrainReport
+    from flaskd.server import ServerThread
+
+__version__ = "0.1.0"
+__all__ = ["ControlClient", "DrainReport", "FlaskdError", "ServerThread", "__version__", "serve"]
+
+_HOME = {
+    "ControlClient": "flaskd.client",
+    "DrainReport": "flaskd.ledger",
+    "FlaskdError": "flaskd.errors",
+    "ServerThread": "flaskd.server",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for: a client verb needs none of the server."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'flaskd' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def serve(
+    app: Callable[..., Any],
+    config: Mapping[str, object] | str | os.PathLike[str] | None = None,
+    *,
+    name: str = "flaskd",
+) -> int:
+    """Serve a WSGI app until it is asked to stop, and return the exit code.
+
+    `config` is a mapping in the shape of the YAML file, or a path to one. Main thread only; elsewhere FlaskdError is
+    raised and `ServerThread` is the way. Signal handlers are put back before it returns.
+    """
+    from pathlib import Path  # noqa: PLC0415 - see __getattr__
+
+    from flaskd.cleanup import action_specs  # noqa: PLC0415
+    from flaskd.config import Configuration, load, load_mapping  # noqa: PLC0415
+    from flaskd.control import ControlPlane  # noqa: PLC0415
+    from flaskd.daemon import Daemon  # noqa: PLC0415
+
+    def read() -> Configuration:
+        if isinstance(config, str | os.PathLike):
+            return load(Path(config), actions=action_specs())
+        return load_mapping(config or {}, actions=action_specs())
+
+    daemon = Daemon(
+        read, plane=lambda daemon: ControlPlane(daemon, name, os.environ), name=name, environ=os.environ, app=app
+    )
+    return daemon.run()

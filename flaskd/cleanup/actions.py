@@ -1,0 +1,129 @@
+"""The actions that a policy can `use`: what each is called, takes and does.
+
+The registry is a plain mapping, so that actions of other packages can be merged into it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import operator
+import re
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, Field
+
+from flaskd.cleanup.command import CommandFields, run_command
+from flaskd.cleanup.context import StepContext, StepFailedError
+from flaskd.config import ActionSpec, Phase, Section
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+_TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+
+
+@dataclass(frozen=True)
+class Action:
+    """One thing a policy can do.
+
+    `run` is called in a thread of its own with the context and the validated fields; it returns a short
+    detail for the log, or None, and raises to fail. `prepare` imports what `run` will need, when the daemon
+    starts or reloads; it raises to refuse the configuration. `grace` is for an action that watches its own
+    time: the seconds it may need after its timeout to end what it started (without it, the runner abandons an
+    action at its timeout).
+    """
+
+    name: str
+    fields: type[BaseModel]
+    default_phase: Phase
+    run: Callable[[StepContext, Any], str | None]
+    prepare: Callable[[Any], None] | None = None
+    grace: Callable[[Any], float] | None = None
+
+
+def _target(text: str) -> str:
+    if not _TARGET.fullmatch(text):
+        raise ValueError("expected MODULE:FUNCTION, such as shop.jobs:stop")
+    return text
+
+
+class CallFields(Section):
+    """Fields of ``call``."""
+
+    target: Annotated[str, AfterValidator(_target)] = Field(
+        description="The function to call, as MODULE:FUNCTION; it is given the step's context."
+    )
+
+
+class DisposeFields(Section):
+    """Fields of ``sqlalchemy.dispose``: none."""
+
+
+def _resolve(target: str) -> Callable[[StepContext], object]:
+    """Import ``pkg.mod:function``; raises StepFailedError naming the target and what is wrong with it."""
+    module, _, attribute = target.partition(":")
+    try:
+        found = operator.attrgetter(attribute)(importlib.import_module(module))
+    except (Exception, SystemExit) as error:
+        raise StepFailedError(f'cannot import target "{target}": {type(error).__name__}: {error}') from error
+    if not callable(found) or inspect.iscoroutinefunction(found):
+        kind = "coroutine function" if callable(found) else type(found).__name__
+        raise StepFailedError(f'target "{target}": expected a plain function of one argument, got {kind}')
+    return found  # type: ignore[no-any-return]  # any callable will do
+
+
+def _prepare_call(fields: CallFields) -> None:
+    _resolve(fields.target)
+
+
+def _call(context: StepContext, fields: CallFields) -> str | None:
+    said = _resolve(fields.target)(context)
+    return said if isinstance(said, str) else None
+
+
+def _dispose(context: StepContext, _fields: DisposeFields) -> str:
+    """Close the checked-in connections of every engine of Flask-SQLAlchemy (3.x: `SQLAlchemy.engines`)."""
+    app = context.app
+    if app is None:
+        raise StepFailedError("there is no Flask app to take the engines from")
+    extension = getattr(app, "extensions", {}).get("sqlalchemy")
+    if extension is None:
+        raise StepFailedError('the app has no extension "sqlalchemy" (Flask-SQLAlchemy)')
+    if not hasattr(type(extension), "engines"):
+        raise StepFailedError('the app\'s extension "sqlalchemy" has no engines; Flask-SQLAlchemy 3 or newer is needed')
+    with app.app_context():
+        engines = extension.engines
+        faults = [fault for key, engine in engines.items() if (fault := _fault_of_dispose(key, engine))]
+    if faults:
+        raise StepFailedError("; ".join(faults))
+    return f"{len(engines)} engine{'' if len(engines) == 1 else 's'}"
+
+
+def _fault_of_dispose(key: str | None, engine: Any) -> str:
+    """Dispose one engine; one that cannot must not keep the others open, so its error is returned as text."""
+    try:
+        engine.dispose()
+    except Exception as error:  # noqa: BLE001 - a driver may raise anything
+        return f"engine {key or 'default'}: {type(error).__name__}: {error}"
+    return ""
+
+
+ACTIONS: Mapping[str, Action] = MappingProxyType(
+    {
+        each.name: each
+        for each in (
+            Action("command", CommandFields, Phase.FINAL, run_command, grace=operator.attrgetter("kill_grace")),
+            Action("call", CallFields, Phase.QUIESCE, _call, prepare=_prepare_call),
+            Action("sqlalchemy.dispose", DisposeFields, Phase.CLOSE, _dispose),
+        )
+    }
+)
+"""Name → action, for everything that a policy can `use`."""
+
+
+def action_specs(actions: Mapping[str, Action] = ACTIONS) -> dict[str, ActionSpec]:
+    """What `flaskd.config` needs to know of each action: the model of its fields and its default phase."""
+    return {name: ActionSpec(each.fields, each.default_phase) for name, each in actions.items()}

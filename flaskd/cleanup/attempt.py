@@ -1,0 +1,136 @@
+"""One attempt at one step: its thread, what came of it, and its stack while it hangs."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import traceback
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from flaskd.cleanup.plan import Step
+
+_MOST_FRAMES = 60
+_LONGEST_TEXT = 4000
+_LONGEST_TRACE = 32_000
+
+
+class Fate(StrEnum):
+    """What became of a step."""
+
+    OK = "ok"
+    FAILED = "failed"
+    TIMED_OUT = "timed_out"
+    SKIPPED = "skipped"
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A step's fate.
+
+    `why` is empty when it is ok; `started` is seconds after the runner was made, `took` seconds over all
+    `attempts`; `detail` is what the action said of itself; `trace` the traceback of what it raised, or the
+    stack of its thread when it was abandoned.
+    """
+
+    name: str
+    phase: str
+    use: str
+    fate: Fate
+    why: str = ""
+    started: float = 0.0
+    took: float = 0.0
+    attempts: int = 0
+    detail: str = ""
+    trace: str = ""
+
+    @property
+    def broken(self) -> bool:
+        """Whether it was tried and did not succeed."""
+        return self.fate in (Fate.FAILED, Fate.TIMED_OUT)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of one attempt; the fields mean what they mean in `StepResult`."""
+
+    fate: Fate
+    why: str = ""
+    detail: str = ""
+    trace: str = ""
+
+
+class Attempt:
+    """A step running in a daemon thread of its own; `over` is called there once `verdict` is known."""
+
+    def __init__(self, step: Step, context: StepContext, over: Callable[[], None]) -> None:
+        self.step = step
+        self.context = context
+        self.verdict: Verdict | None = None
+        self.thread = threading.Thread(target=self._work, name=f"flaskd-cleanup-{step.name}", daemon=True)
+        self._over = over
+        self._grace = step.action.grace(step.fields) if step.action.grace else None
+
+    def start(self) -> None:
+        """Start the thread; where none can be had, the attempt has failed."""
+        try:
+            self.thread.start()
+        except RuntimeError as error:
+            self.verdict = Verdict(Fate.FAILED, f"cannot start a thread: {error}")
+            self._over()
+
+    def given_up_at(self) -> float:
+        """The moment to abandon it."""
+        return self.context.given_up_at(self._grace)
+
+    def abandoned(self) -> Verdict:
+        """Give the verdict on an attempt whose thread is left to run on alone."""
+        return Verdict(Fate.TIMED_OUT, f"{self.context.overrun()}; abandoned", trace=self.stack())
+
+    def join(self, timeout: float) -> None:
+        """Wait up to `timeout` seconds for the thread of an attempt that is over; none for one that hangs."""
+        if self.verdict is not None and self.thread.ident is not None:
+            self.thread.join(max(0.0, timeout))
+
+    def stack(self) -> str:
+        """Where its thread is now, from the action's first frame on; empty when the thread is over."""
+        frame = sys._current_frames().get(self.thread.ident or 0)  # noqa: SLF001 - public in all but its name
+        frames = traceback.extract_stack(frame, limit=_MOST_FRAMES) if frame else []
+        ours = max((place for place, each in enumerate(frames) if each.filename == __file__), default=-1)
+        return "".join(traceback.format_list(frames[ours + 1 :]))
+
+    def _work(self) -> None:
+        try:
+            self.verdict = self._judged()
+        except BaseException as error:  # noqa: BLE001 - an exception whose own text raises, say
+            self.verdict = Verdict(Fate.FAILED, type(error).__name__)
+        finally:
+            self._over()
+
+    def _judged(self) -> Verdict:
+        """Run the action. SystemExit and the like are faults of the step, and end nothing but it."""
+        step = self.step
+        try:
+            detail = step.action.run(self.context, step.fields)
+        except StepTimedOutError as error:
+            return Verdict(Fate.TIMED_OUT, _line(str(error)))
+        except StepFailedError as error:
+            return Verdict(Fate.FAILED, _line(str(error)))
+        except BaseException as error:  # noqa: BLE001 - see above
+            # Made into text here, in the step's own time: an exception's text is code of the user as well.
+            said = "".join(traceback.format_exception_only(error))
+            inner = error.__traceback__.tb_next if error.__traceback__ else None
+            trace = "".join(traceback.format_exception(type(error), error, inner, limit=-_MOST_FRAMES))
+            return Verdict(Fate.FAILED, _line(said), trace=trace[-_LONGEST_TRACE:])
+        return Verdict(Fate.OK, detail=_line(str(detail)) if detail else "")
+
+
+def _line(text: str) -> str:
+    """One line of bounded length."""
+    return " | ".join(filter(None, map(str.strip, text.splitlines())))[:_LONGEST_TEXT]

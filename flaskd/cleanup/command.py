@@ -1,0 +1,273 @@
+"""The ``command`` action: a program in a process group of its own, which is ended as a whole.
+
+POSIX only. Nothing here waits without a limit: neither for the program, nor for a pipe that a grandchild
+keeps open, nor for a group that ignores SIGTERM.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import AfterValidator, Field
+
+from flaskd.cleanup.context import ENDING_PATIENCE, ENDING_SLACK, StepContext, StepFailedError, StepTimedOutError
+from flaskd.config import Duration, Section
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+KEPT_OUTPUT = 8 * 1024
+"""Bytes of output that are kept, the last ones."""
+_SHOWN_OUTPUT = 2000
+_CHUNK = 64 * 1024
+_LAST_CHUNKS = 4
+_GROUP_POLL = 0.05
+_PROC = Path("/proc")
+_NOT_INHERITED = frozenset({
+    "NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDNAMES",
+    "WATCHDOG_USEC", "WATCHDOG_PID",
+})  # fmt: skip
+
+
+def _variable(text: str) -> str:
+    if not text or "=" in text:
+        raise ValueError("expected the name of an environment variable")
+    return text
+
+
+Variable = Annotated[str, AfterValidator(_variable)]
+
+
+class CommandFields(Section):
+    """Fields of ``command``."""
+
+    argv: list[str] = Field(
+        min_length=1, description="The program and its arguments, one list item each; no shell is involved."
+    )
+    env: dict[Variable, str] = Field(default={}, description="Environment variables to add to flaskd's own.")
+    cwd: Path | None = Field(default=None, description="Its working directory; flaskd's own when not given.")
+    kill_grace: Duration = Field(
+        default=2.0, description="How long after SIGTERM its process group gets SIGKILL.", ge=0
+    )
+
+
+def environment(context: StepContext, extra: dict[str, str]) -> dict[str, str]:
+    """The environment of a command: flaskd's own, without what systemd meant for flaskd alone.
+
+    Which that is: sd_notify(3), sd_listen_fds(3), sd_watchdog_enabled(3).
+    """
+    inherited = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+    about = {"FLASKD_REASON": context.reason, "FLASKD_PHASE": str(context.phase), "FLASKD_POLICY": context.policy}
+    return {**inherited, **about, **extra}
+
+
+def run_command(context: StepContext, fields: CommandFields) -> str | None:
+    """Run the command; returns the last line it wrote.
+
+    Raises StepFailedError when it cannot be started or exits with anything but 0, and StepTimedOutError when
+    it had to be ended; both messages end with the tail of its output.
+    """
+    if sys.platform == "win32":
+        raise StepFailedError("cannot run a command: this platform has no process groups")
+    wake, alarm = socket.socketpair()
+    with wake, alarm, selectors.DefaultSelector() as selector:
+        wake.setblocking(False)
+        alarm.setblocking(False)
+        child = _Child(context, fields, selector, alarm)
+        context.last_resort = child.kill
+        context.on_hurry = child.ring
+        selector.register(wake, selectors.EVENT_READ)
+        try:
+            on_time = child.watch(lambda: context.ends_with(fields.kill_grace), child.exited.is_set)
+            how = child.end_group(fields.kill_grace)
+        finally:
+            child.close()
+    if not on_time:
+        raise StepTimedOutError(_join(": ", f"{context.overrun()}; {how or 'it ended by itself'}", child.tail()))
+    if fault := child.fault():
+        raise StepFailedError(_join(": ", fault, child.tail()))
+    return _join("; ", how, child.tail(lines=1)) or None
+
+
+def _join(between: str, *parts: str) -> str:
+    return between.join(part for part in parts if part)
+
+
+def _anyone_in(group: int) -> bool:
+    """Whether a process group has a member that runs, and does not only wait for PID 1 to reap it.
+
+    What stands after the name in brackets: state, parent, group (proc_pid_stat(5)). Where there are no such
+    files, a group is taken to be at work.
+    """
+    found = False
+    for entry in _PROC.glob("[0-9]*/stat"):
+        found = True
+        with suppress(OSError, ValueError):  # gone in the meantime
+            state, _, its_group = entry.read_bytes().rpartition(b")")[2].split()[:3]
+            if int(its_group) == group and state not in {b"Z", b"X"}:
+                return True
+    return not found
+
+
+class _Child:
+    """The running program, its process group and its output."""
+
+    def __init__(
+        self, context: StepContext, fields: CommandFields, selector: selectors.BaseSelector, alarm: socket.socket
+    ) -> None:
+        self._context = context
+        self._selector = selector
+        self._alarm = alarm
+        self._output = bytearray()
+        self._stolen = False
+        self._group_gone = False
+        self.exited = threading.Event()
+        try:
+            self._process = subprocess.Popen(
+                fields.argv,
+                bufsize=0,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                cwd=fields.cwd,
+                env=environment(context, fields.env),
+                start_new_session=True,
+            )
+        except OSError as error:
+            named = f": {error.filename}" if error.filename else ""
+            raise StepFailedError(f'cannot run "{fields.argv[0]}": {error.strerror}{named}') from error
+        assert self._process.stdout is not None
+        self._pipe = self._process.stdout
+        os.set_blocking(self._pipe.fileno(), False)
+        selector.register(self._pipe, selectors.EVENT_READ)
+        self._reaper = threading.Thread(target=self._reap, name=f"flaskd-cleanup-{context.policy}-wait", daemon=True)
+        try:
+            self._reaper.start()
+        except RuntimeError as error:  # no more threads: nothing would ever reap it
+            self._pipe.close()
+            self.kill()
+            self._process.wait()
+            raise StepFailedError(f"cannot watch the command: {error}") from error
+
+    def _reap(self) -> None:
+        # os.waitpid and not Popen.wait, which reports exit code 0 when somebody else has reaped the child.
+        try:
+            _, status = os.waitpid(self._process.pid, 0)
+            self._process.returncode = os.waitstatus_to_exitcode(status)
+        except ChildProcessError:
+            self._stolen = True
+            self._process.returncode = 0
+        self.exited.set()
+        self.ring()
+
+    def ring(self) -> None:
+        """Wake `watch`, from any thread."""
+        with suppress(OSError):  # already full of wake-ups, or over
+            self._alarm.send(b"!")
+
+    def watch(self, until: Callable[[], float], done: Callable[[], bool], poll: float = 3600.0) -> bool:
+        """Take in output until `done()`, which gives True, or the moment `until()`, which gives False.
+
+        Both are asked again at each wake-up and at least every `poll` seconds.
+        """
+        while not done():
+            left = until() - self._context.budget.now()
+            if left <= 0:
+                return False
+            for key, _ in self._selector.select(min(left, poll)):
+                if key.fileobj is self._pipe:
+                    self._read()
+                else:
+                    with suppress(BlockingIOError):
+                        key.fileobj.recv(_CHUNK)  # type: ignore[union-attr]  # the socket that `ring` writes to
+        return True
+
+    def _read(self) -> bool:
+        """Take in one piece of output; False when there is none now, or none to come."""
+        try:
+            piece = self._pipe.read(_CHUNK)
+        except OSError:
+            piece = b""
+        if piece:
+            self._output += piece
+            del self._output[:-KEPT_OUTPUT]
+        elif piece == b"":
+            self._selector.unregister(self._pipe)
+            self._pipe.close()
+        return bool(piece)
+
+    def end_group(self, grace: float) -> str:
+        """End what is left of the process group: SIGTERM, and SIGKILL `grace` seconds later or at the limit.
+
+        Returns what was done, empty when nothing was left.
+        """
+        if self._over():
+            return ""
+        left_behind = "processes it left behind were " if self.exited.is_set() else ""
+        now = self._context.budget.now
+        self._signal(signal.SIGTERM)
+        self._signal(signal.SIGCONT)  # a stopped process acts on SIGTERM only once it goes on
+        kill_at = now() + grace
+        if self.watch(lambda: min(kill_at, self._context.limit), self._over, _GROUP_POLL):
+            return f"{left_behind}ended by SIGTERM"
+        self.kill()
+        given_up_at = min(now() + ENDING_PATIENCE / 2, self._context.limit + ENDING_SLACK / 2)
+        if self.watch(lambda: given_up_at, self._over, _GROUP_POLL):
+            return f"{left_behind}ended by SIGKILL"
+        return f"{left_behind}sent SIGKILL and not seen to end"
+
+    def kill(self) -> None:
+        """SIGKILL for the whole group."""
+        if not self._group_gone:
+            self._signal(signal.SIGKILL)
+
+    def _over(self) -> bool:
+        """Whether the program has exited and its group is empty."""
+        if self.exited.is_set() and not self._group_gone:
+            self._group_gone = not self._signal(0) or not _anyone_in(self._process.pid)
+        return self._group_gone
+
+    def _signal(self, number: int) -> bool:
+        """Signal the group; False when there is none any more."""
+        try:
+            os.killpg(self._process.pid, number)
+        except ProcessLookupError:
+            return False
+        except PermissionError:  # they run as somebody else now
+            return True
+        return True
+
+    def close(self) -> None:
+        """Take in what is still in the pipe, without waiting for whoever keeps it open, and let go of it."""
+        for _ in range(_LAST_CHUNKS):
+            if self._pipe.closed or not self._read():
+                break
+        self._pipe.close()
+        if self.exited.is_set():
+            self._reaper.join(ENDING_SLACK)
+
+    def fault(self) -> str:
+        """Why the exit of the program is a failure; empty when it is none."""
+        code = self._process.returncode
+        if self._stolen:
+            return "its exit code is not known: something else in this process has reaped it"
+        if code < 0:
+            with suppress(ValueError):
+                return f"killed by {signal.Signals(-code).name}"
+            return f"killed by signal {-code}"
+        return f"exit code {code}" if code else ""
+
+    def tail(self, lines: int = 20) -> str:
+        """The last lines of its output as one, without what a terminal would take for more than text."""
+        text = self._output.decode(errors="replace")
+        printable = ("".join(c if c.isprintable() else " " for c in line).strip() for line in text.splitlines())
+        return " | ".join([line for line in printable if line][-lines:])[-_SHOWN_OUTPUT:]

@@ -1,0 +1,61 @@
+"""A way out for words: calls that might block are made in a thread of their own.
+
+A cleanup step may hang while it holds the lock of a log stream; whoever logs directly then hangs with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_log = logging.getLogger("flaskd.cleanup")
+
+
+class Outlet:
+    """Calls in the order they were given, in one daemon thread from construction to `close`."""
+
+    def __init__(self, name: str) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = threading.Thread(target=self._work, name=name, daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError:  # no more threads; better said in place than not at all
+            self._thread = None
+
+    def say(self, call: Callable[[], None]) -> None:
+        """Have `call` made soon; returns at once."""
+        if self._thread is None:
+            _make(call)
+        else:
+            self._calls.put(call)
+
+    def close(self, timeout: float) -> bool:
+        """Wait up to `timeout` seconds until all calls are made; False when they are stuck."""
+        if self._thread is None:
+            return True
+        self._calls.put(None)
+        self._thread.join(max(0.0, timeout))
+        return not self._thread.is_alive()
+
+    def _work(self) -> None:
+        while (call := self._calls.get()) is not None:
+            _make(call)
+
+
+def aside(call: Callable[[], None]) -> Outlet:
+    """Have one call made in a thread of its own; the outlet is there to be closed."""
+    outlet = Outlet("flaskd-cleanup-aside")
+    outlet.say(call)
+    return outlet
+
+
+def _make(call: Callable[[], None]) -> None:
+    try:
+        call()
+    except Exception:  # noqa: BLE001 - it is logged, which is all that can be done
+        _log.exception("a call out of the cleanup failed")

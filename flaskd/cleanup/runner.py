@@ -1,0 +1,269 @@
+"""The runner: takes the steps of a plan, phase by phase, within one absolute budget of time.
+
+`Runner.run` belongs to one thread; `Runner.hurry` and the properties may be used from any. The runner's own
+thread calls nothing that belongs to somebody else (actions, the log, `on_progress`), so that nothing can keep
+it past the deadline.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from flaskd.cleanup.attempt import Attempt, Fate, StepResult, Verdict
+from flaskd.cleanup.context import ENDING_SLACK, Budget, StepContext
+from flaskd.cleanup.outlet import Outlet, aside
+from flaskd.config import Phase
+from flaskd.units import format_duration
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from flaskd.cleanup.plan import Outcome, Plan, Reason, Step
+
+_log = logging.getLogger("flaskd.cleanup")
+_LEVELS = {
+    Fate.OK: logging.INFO,
+    Fate.SKIPPED: logging.INFO,
+    Fate.FAILED: logging.ERROR,
+    Fate.TIMED_OUT: logging.WARNING,
+}
+_LONGEST_WAIT = 3600.0
+_LONGEST_FAREWELL = 1.0
+
+
+class Runner:
+    """Runs the steps of `plan` for one stop.
+
+    `app` is the Flask app or None; `deadline` a moment on `clock`; `reserve` the seconds before it that are
+    kept for flush, final and `always`; `max_parallel` how many steps of a phase run at a time. `on_progress`
+    is given each result as it is known, in a thread of its own.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        app: Any,
+        reason: Reason,
+        deadline: float,
+        reserve: float,
+        max_parallel: int,
+        clock: Callable[[], float] = time.monotonic,
+        on_progress: Callable[[StepResult], None] | None = None,
+    ) -> None:
+        self._plan = plan
+        self._app = app
+        self._reason = reason
+        self._budget = Budget(deadline, reserve, clock)
+        self._max_parallel = max(1, max_parallel)
+        self._on_progress = on_progress
+        self._made_at = clock()
+        self._lock = threading.Lock()
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._running: dict[str, Attempt] = {}
+        self._begun: dict[str, float] = {}
+        self._results: dict[str, StepResult] = {}
+        self._attempts: list[Attempt] = []
+        self._abandoned: tuple[str, ...] = ()
+        self._skip_why: dict[str, str] = {}
+
+    @property
+    def results(self) -> tuple[StepResult, ...]:
+        """What is known so far, in the order it became known."""
+        with self._lock:
+            return tuple(self._results.values())
+
+    @property
+    def running(self) -> tuple[str, ...]:
+        """The names of the steps that run now."""
+        with self._lock:
+            return tuple(self._running)
+
+    @property
+    def abandoned(self) -> tuple[str, ...]:
+        """The names of the steps that were left to themselves when their time was up."""
+        return self._abandoned
+
+    def finished(self) -> bool:
+        """Whether no thread of a step is alive."""
+        with self._lock:
+            return not any(attempt.thread.is_alive() for attempt in self._attempts)
+
+    def hurry(self, seconds: float) -> None:
+        """Leave `seconds` from now for all that is still to do, running steps included, and no reserve."""
+        self._budget.hurry(seconds)
+        self._wake.put(None)
+        with self._lock:
+            running = tuple(self._running.values())
+        for attempt in running:
+            if call := attempt.context.on_hurry:
+                aside(call).close(0)
+
+    def run(self, phases: Iterable[Phase], outcome: Outcome = "clean") -> list[StepResult]:
+        """Run the steps of `phases`, in the order of the phases.
+
+        Returns their results in the order they became known. Steps that have run before are not run again.
+        Returns at the deadline at the latest, whatever the steps do.
+        """
+        wanted = set(phases)
+        known = len(self._results)
+        with self._reporting():
+            for phase in Phase:
+                if phase in wanted:
+                    self._run_phase([step for step in self._plan.of(phase) if step.name not in self._results], outcome)
+        return list(self._results.values())[known:]
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        self._log = Outlet("flaskd-cleanup-log")
+        self._progress = Outlet("flaskd-cleanup-progress") if self._on_progress else None
+        self._outlets = [outlet for outlet in (self._progress, self._log) if outlet]
+        try:
+            yield
+        finally:
+            now = self._budget.now()
+            until = max(now + ENDING_SLACK, min(now + _LONGEST_FAREWELL, self._budget.deadline))
+            for outlet in self._outlets:
+                outlet.close(until - self._budget.now())
+            for attempt in self._attempts:
+                attempt.join(until - self._budget.now())
+
+    def _run_phase(self, pending: list[Step], outcome: Outcome) -> None:
+        while pending or self._running:
+            self._start_free(pending, outcome)
+            if self._running:
+                self._wait()
+                self._settle()
+
+    def _start_free(self, pending: list[Step], outcome: Outcome) -> None:
+        """Start or skip every step that need not wait; the plan is sorted, so one pass is enough."""
+        waiting = {step.name for step in pending} | self._running.keys()
+        for step in tuple(pending):
+            if not waiting.isdisjoint(step.after):
+                continue
+            if why := self._why_not(step, outcome):
+                waiting.discard(step.name)
+                self._conclude(step, Verdict(Fate.SKIPPED, why), attempts=0)
+            elif len(self._running) < self._max_parallel:
+                self._begun[step.name] = self._budget.now()
+                self._start(step, attempt=1)
+            else:
+                continue
+            pending.remove(step)
+
+    def _why_not(self, step: Step, outcome: Outcome) -> str:
+        """Why the step is skipped; empty when it is to run."""
+        if not step.wanted(self._reason.kind, outcome):
+            return "when"
+        if not step.always and (why := self._skip_why.get(step.name)):
+            return why
+        if self._budget.limit(reserved=step.reserved) <= self._budget.now():
+            return "no time left"
+        return ""
+
+    def _start(self, step: Step, attempt: int) -> None:
+        context = StepContext(
+            policy=step.name,
+            phase=step.phase,
+            reason=self._reason.kind,
+            reason_text=str(self._reason),
+            app=self._app,
+            attempt=attempt,
+            started=self._budget.now(),
+            timeout=step.timeout,
+            reserved=step.reserved,
+            budget=self._budget,
+        )
+        started = Attempt(step, context, over=partial(self._wake.put, None))
+        with self._lock:
+            self._running[step.name] = started
+            self._attempts = [each for each in self._attempts if each.thread.is_alive()] + [started]
+        started.start()
+
+    def _wait(self) -> None:
+        """Wait until a step is over, the time of one is up, or the stop is hurried."""
+        moment = min(attempt.given_up_at() for attempt in self._running.values())
+        left = moment - self._budget.now()
+        with suppress(queue.Empty):
+            if left > 0:
+                self._wake.get(timeout=min(left, _LONGEST_WAIT))
+            while True:  # one look at all steps answers every wake-up so far
+                self._wake.get_nowait()
+
+    def _settle(self) -> None:
+        """Deal with each running step that is over or has no time left."""
+        for attempt in tuple(self._running.values()):
+            if attempt.verdict is not None:
+                self._judge(attempt, attempt.verdict)
+            elif attempt.given_up_at() <= self._budget.now():
+                # Never retried: it still runs, and two of it at a time are nobody's wish.
+                self._abandoned += (attempt.step.name,)
+                if call := attempt.context.last_resort:
+                    self._outlets.append(aside(call))
+                self._conclude(attempt.step, attempt.abandoned(), attempt.context.attempt)
+
+    def _judge(self, attempt: Attempt, verdict: Verdict) -> None:
+        """Take the verdict, or try again while retries and time are left."""
+        step, count = attempt.step, attempt.context.attempt
+        time_left = self._budget.limit(reserved=step.reserved) > self._budget.now()
+        if verdict.fate is Fate.OK or count > step.retries or not time_left:
+            self._conclude(step, verdict, count)
+            return
+        again = f"cleanup {step.phase}/{step.name}: {verdict.fate}, {verdict.why}; attempt {count + 1} follows"
+        self._log.say(partial(_log.warning, "%s", again))
+        self._start(step, count + 1)
+
+    def _conclude(self, step: Step, verdict: Verdict, attempts: int) -> None:
+        now = self._budget.now()
+        begun = self._begun.get(step.name, now)
+        result = StepResult(
+            name=step.name,
+            phase=str(step.phase),
+            use=step.action.name,
+            fate=verdict.fate,
+            why=verdict.why,
+            started=begun - self._made_at,
+            took=now - begun,
+            attempts=attempts,
+            detail=verdict.detail,
+            trace=verdict.trace,
+        )
+        with self._lock:
+            self._running.pop(step.name, None)
+            self._results[step.name] = result
+        if result.broken:
+            self._mark_skipped(step, result)
+        if self._progress and self._on_progress:
+            self._progress.say(partial(self._on_progress, result))
+        self._log.say(partial(_write_line, result))
+
+    def _mark_skipped(self, step: Step, result: StepResult) -> None:
+        """Note which steps will not run because this one did not succeed."""
+        if step.on_failure == "skip_dependents":
+            how = "failed" if result.fate is Fate.FAILED else "timed out"
+            names, why = self._plan.dependents(step.name), f"after {step.name}, which {how}"
+        elif step.on_failure == "abort":
+            names, why = tuple(each.name for each in self._plan.steps), f"aborted by {step.name}"
+        else:
+            return
+        for name in names:
+            self._skip_why.setdefault(name, why)
+
+
+def _write_line(result: StepResult) -> None:
+    line = f"cleanup {result.phase}/{result.name}: {result.fate}"
+    if result.fate is not Fate.SKIPPED:
+        line += f" in {format_duration(result.took)}"
+    if result.why or result.detail:
+        line += f", {result.why or result.detail}"
+    if result.attempts > 1:
+        line += f" (attempt {result.attempts})"
+    if result.trace:
+        line += f"\n{result.trace.rstrip()}"
+    _log.log(_LEVELS[result.fate], "%s", line)

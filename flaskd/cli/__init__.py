@@ -1,0 +1,204 @@
+"""The ``flaskd`` command: its verbs, each as arguments and one call.
+
+What a client verb does not need (Flask, waitress, pydantic, PyYAML) is imported by the verbs that need it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from flaskd import __version__
+from flaskd.client import ControlClient, find_socket
+from flaskd.errors import EX_LOST, EX_USAGE, ConfigError, FlaskdError
+from flaskd.protocol import as_text
+
+_EXIT_GRACE = 0.5
+"""Seconds that the interpreter's own exit gets: stray threads to join, atexit callbacks."""
+
+
+def main() -> int:
+    """Run a verb and return the exit code; every fault is one clear line on standard error."""
+    try:
+        result = cli.main(prog_name="flaskd", standalone_mode=False)
+    except click.UsageError as error:
+        error.show()
+        return EX_USAGE
+    except click.exceptions.Exit as leaving:
+        return leaving.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has had enough; nothing more can be said there, at the exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EX_LOST
+    except FlaskdError as error:
+        for line in str(error).splitlines():
+            click.echo(line if isinstance(error, ConfigError) else f"flaskd: {line}", err=True)
+        return error.exit_code
+    return result if isinstance(result, int) else 0
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog='Try it: "flaskd serve flaskd.demo:app", then "flaskd status" and "flaskd stop" in another terminal.',
+)
+@click.version_option(__version__, prog_name="flaskd", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Serve a Flask app, and stop it without losing a request."""
+
+
+@cli.command()
+@click.argument("app", required=False)
+@click.option("-c", "--config", metavar="FILE", help="Configuration file; else $FLASKD_CONFIG, else ./flaskd.yaml.")
+@click.option(
+    "-l", "--listen", metavar="LISTEN", multiple=True, help="HOST:PORT, [IPv6]:PORT or unix:/path; repeatable."
+)
+@click.option("-t", "--threads", metavar="N", help="Worker threads.")
+@click.option(
+    "--name", metavar="NAME", default="flaskd", show_default=True, help="Name of the runtime and state directory."
+)
+def serve(app: str | None, config: str | None, listen: tuple[str, ...], threads: str | None, name: str) -> int:
+    """Serve APP (MODULE, MODULE:NAME, MODULE:FACTORY() or a file) until asked to stop."""
+    from flaskd.cleanup import action_specs  # noqa: PLC0415
+    from flaskd.config import Configuration, load  # noqa: PLC0415
+    from flaskd.control import ControlPlane  # noqa: PLC0415
+    from flaskd.daemon import Daemon  # noqa: PLC0415
+
+    if not name or "/" in name or name.startswith("."):
+        raise click.BadParameter(f'expected a plain name, got "{name}"', param_hint="--name")
+    path = _config_path(config)
+    path = path.absolute() if path else None  # app.chdir may change the working directory before a reload
+    overrides = {"app.target": app, "server.listen": list(listen) or None, "server.threads": threads}
+
+    def read() -> Configuration:
+        return load(path, actions=action_specs(), overrides=overrides)
+
+    environ = dict(os.environ)
+    daemon = Daemon(read, plane=lambda daemon: ControlPlane(daemon, name, environ), name=name, environ=environ)
+    _leave(daemon.run())
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process with `code`, within a moment whatever is left running.
+
+    The interpreter's own exit joins non-daemon threads and executors (threading._shutdown), and may wait for ever.
+    """
+
+    def give_up() -> None:
+        time.sleep(_EXIT_GRACE)
+        stray = [each.name for each in threading.enumerate() if not each.daemon and each.name != "MainThread"]
+        click.echo(f"flaskd: leaving without waiting for {', '.join(stray) or 'exit callbacks'}", err=True)
+        logging.shutdown()
+        os._exit(code)
+
+    threading.Thread(target=give_up, name="flaskd-exit", daemon=True).start()
+    sys.exit(code)
+
+
+def _config_path(option: str | None) -> Path | None:
+    if chosen := option or os.environ.get("FLASKD_CONFIG"):
+        return Path(chosen)
+    here = Path("flaskd.yaml")
+    return here if here.exists() else None
+
+
+@cli.command()
+@click.option("-c", "--config", metavar="FILE", help="Configuration file; else $FLASKD_CONFIG, else ./flaskd.yaml.")
+@click.argument("file", required=False)
+def check(config: str | None, file: str | None) -> None:
+    """Check a configuration file, importing nothing of the app."""
+    from flaskd.cleanup import action_specs  # noqa: PLC0415
+    from flaskd.config import load  # noqa: PLC0415
+
+    path = _config_path(config or file)
+    load(path, actions=action_specs())
+    click.echo(f"{path}: OK" if path else "no configuration file: the defaults are in force")
+
+
+@cli.command()
+def schema() -> None:
+    """Print the JSON Schema of the configuration file."""
+    from flaskd.cleanup import action_specs  # noqa: PLC0415
+    from flaskd.config import schema as json_schema  # noqa: PLC0415
+
+    click.echo(json.dumps(json_schema(action_specs()), indent=2))
+
+
+def _talk(verb: str, *, summary: str, flags: tuple[str, ...] = ()) -> None:
+    """Make the client verb for a control command."""
+
+    def run(socket: str | None, name: str, as_json: bool, **chosen: bool) -> int:
+        path = find_socket(socket, name, os.environ)
+        wait = chosen.get("wait", False)
+        # A drain tells how it goes every second; one that says nothing for this long has died.
+        with ControlClient(path, timeout=60.0 if wait or verb == "reload" else 10.0) as client:
+            answer = client.request(verb, progress=_show_progress(as_json), **{k: v for k, v in chosen.items() if v})
+            if verb == "stop" and wait:
+                client.wait_closed()
+        click.echo(json.dumps(answer, ensure_ascii=False) if as_json else _for_people(verb, answer))
+        return EX_LOST if answer.get("cut") else 0
+
+    params: list[click.Parameter] = [
+        click.Option(["--socket"], metavar="PATH", help="Control socket; else $FLASKD_CONTROL, else the usual places."),
+        click.Option(["--name"], metavar="NAME", default="flaskd", show_default=True, help="Name of the daemon."),
+        click.Option(["--json", "as_json"], is_flag=True, help="Answer for programs."),
+    ]
+    helps = {"wait": "Wait until it is over, and exit with 1 if work was lost.", "now": "Cut drain and cleanup short."}
+    params += [click.Option([f"--{flag}"], is_flag=True, help=helps[flag]) for flag in flags]
+    cli.add_command(click.Command(verb, callback=run, params=params, help=summary))
+
+
+def _show_progress(as_json: bool) -> Any:
+    def show(fields: dict[str, Any]) -> None:
+        if as_json:
+            click.echo(json.dumps(fields, ensure_ascii=False))
+        else:
+            click.echo(f".. {as_text({key: value for key, value in fields.items() if key != 'event'})}", err=True)
+
+    return show
+
+
+def _for_people(verb: str, answer: dict[str, Any]) -> str:
+    result, hint = answer.pop("result"), answer.pop("hint", "")
+    if verb == "config":
+        return str(answer["yaml"]).rstrip()
+    if verb == "plan":
+        return str(answer["text"])
+    if verb == "status":
+        shown = {key: as_text(value) if isinstance(value, dict) else value for key, value in answer.items()}
+        return "\n".join(
+            f"{key + ':':<14}{', '.join(map(str, value)) if isinstance(value, list) else value}"
+            for key, value in shown.items()
+            if value not in (None, "", [])
+        )
+    cut = [
+        f"cut {each['method']} {each['path']} ({each['phase']}, {each['age']}s): {each['reason']}"
+        for each in answer.get("cut", [])
+    ]
+    fates = (
+        [f"{name}: {entry['fate']}" for name, entry in answer.get("policies", {}).items()]
+        if isinstance(answer.get("policies"), dict)
+        else []
+    )
+    return "\n".join([*cut, *fates, " ".join(filter(None, [result, as_text(answer), f"({hint})" if hint else ""]))])
+
+
+_talk("status", summary="State, requests in flight, listeners.")
+_talk("health", summary="Exit 0 while the serving thread turns.")
+_talk("ready", summary="Exit 0 while new requests are welcome.")
+_talk("drain", summary="Take no new work, finish what is in hand, stay alive.", flags=("wait",))
+_talk("resume", summary="Undo a drain.", flags=("wait",))
+_talk("stop", summary="Drain, run the cleanup policies, exit.", flags=("wait", "now"))
+_talk("reload", summary="Read the configuration anew; exit 78 if it is at fault.", flags=("wait",))
+_talk("plan", summary="The cleanup policies in their order.")
+_talk("config", summary="The configuration in force, secrets hidden.")
+_talk("version", summary="The daemon's version.")

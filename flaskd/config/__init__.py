@@ -1,0 +1,39 @@
+"""The configuration: YAML with places, interpolation, a typed model, and all faults at once in plain words.
+
+What the others need::
+
+    configuration = load(path, actions=actions, overrides={"server.threads": 8})
+    configuration.values.shutdown.deadline      # seconds
+    configuration.restart_keys(newer)           # what a reload cannot change
+"""
+
+from flaskd.config.configuration import Configuration
+from flaskd.config.faults import Fault, InvalidConfigError
+from flaskd.config.fields import Duration, OneOrMany, Size, write_duration, write_size
+from flaskd.config.loading import load, load_mapping
+from flaskd.config.model import (
+    ActionSpec,
+    AppConfig,
+    CleanupConfig,
+    Config,
+    ControlConfig,
+    DrainConfig,
+    ExitCodes,
+    HealthConfig,
+    LogConfig,
+    Phase,
+    Policy,
+    PolicyDefaults,
+    Section,
+    ServerConfig,
+    ShutdownConfig,
+    When,
+)
+from flaskd.config.schema import schema
+
+__all__ = [
+    "ActionSpec", "AppConfig", "CleanupConfig", "Config", "Configuration", "ControlConfig", "DrainConfig",
+    "Duration", "ExitCodes", "Fault", "HealthConfig", "InvalidConfigError", "LogConfig", "OneOrMany", "Phase",
+    "Policy", "PolicyDefaults", "Section", "ServerConfig", "ShutdownConfig", "Size", "When", "load",
+    "load_mapping", "schema", "write_duration", "write_size",
+]  # fmt: skip

@@ -1,0 +1,79 @@
+"""A configuration that is in force: its values, how it is shown, and how it differs from another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import BaseModel
+
+from flaskd.config.faults import MASK
+from flaskd.config.nodes import core
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from flaskd.config.model import Config
+    from flaskd.config.nodes import Path as NodePath
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """The validated values, and the file they came from (None: no file)."""
+
+    # Neither is in the repr, which ends up in logs and tracebacks: values may be secret.
+    values: Config = field(repr=False)
+    path: Path | None
+    _secrets: frozenset[NodePath] = field(default=frozenset(), repr=False)
+
+    def describe(self) -> str:
+        """Write the effective configuration as YAML: every key, units for people, secrets masked."""
+        tree = self.values.model_dump(mode="json", by_alias=True)
+        for path in self._secrets:
+            _mask(tree, path)
+        return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**31)
+
+    def restart_keys(self, new: Configuration) -> list[str]:
+        """Name the dotted keys in which ``new`` differs and that only a restart can change."""
+        return list(_restart_keys(self.values, new.values))
+
+
+def _restart_keys(old: BaseModel, new: BaseModel, prefix: str = "") -> Iterator[str]:
+    for name, info in type(old).model_fields.items():
+        was, becomes = getattr(old, name), getattr(new, name)
+        marks = info.json_schema_extra
+        if isinstance(was, BaseModel) and isinstance(becomes, BaseModel):
+            yield from _restart_keys(was, becomes, f"{prefix}{name}.")
+        elif isinstance(marks, dict) and marks.get("restart") and was != becomes:
+            yield prefix + name
+
+
+def _mask(tree: dict[str, Any], path: NodePath) -> None:
+    """Put the mask where a secret stands; where validation changed the shape, over all that may hold it."""
+    parent: Any = None
+    at: str | int = ""
+    here: Any = tree
+    for part in path:
+        known = part in here if isinstance(here, dict) else isinstance(here, list) and part in range(len(here))
+        if not known:
+            break
+        parent, at, here = here, part, here[part]
+    if parent is not None:
+        parent[at] = MASK
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what YAML 1.2 would not read as text, and what would be an interpolation."""
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002 - PyYAML's signature
+        return True
+
+
+def _text(dumper: _Dumper, text: str) -> yaml.Node:
+    style = None if isinstance(core(text), str) else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text.replace("${", "$${"), style=style)
+
+
+_Dumper.add_representer(str, _text)

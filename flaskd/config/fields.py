@@ -1,0 +1,207 @@
+"""The kinds of values that fields have: durations, sizes, addresses, modes; each says what it expects.
+
+A message here ends before ", got ...": what stands at the place is added by whoever knows the place.
+"""
+
+import ipaddress
+import re
+from decimal import Decimal
+from typing import Annotated, Any, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    PlainSerializer,
+    ValidationInfo,
+    WithJsonSchema,
+)
+from pydantic_core import CoreSchema, core_schema
+
+from flaskd.units import format_duration, parse_duration, parse_size
+
+Item = TypeVar("Item")
+
+INTERPOLATION = r"\$\{"
+"""Pattern by which the schema lets an interpolation stand in place of any single value."""
+
+_LONGEST = 366 * 86400.0
+"""Seconds; the operating system's timers overflow far above this, and nobody means it."""
+_MAX_UNIX_PATH = 107
+"""Bytes: ``sun_path`` less its terminating NUL (unix(7))."""
+_MAX_PORT = 65535
+
+
+def _parse_duration(value: Any, info: ValidationInfo) -> Any:
+    if info.mode == "python" and not isinstance(value, str):
+        return value  # code that builds a model itself has seconds in hand
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError("expected a duration such as 5s")  # noqa: TRY004 - pydantic's protocol
+    text = str(value)
+    try:
+        seconds = parse_duration(text)
+    except ValueError:
+        hint = " (a unit is missing)" if text.strip()[-1:].isdigit() else ""
+        raise ValueError(f"expected a duration such as 5s{hint}") from None
+    if seconds > _LONGEST:
+        raise ValueError("expected a duration of at most 366d")
+    return seconds
+
+
+def _parse_size(value: Any, info: ValidationInfo) -> Any:
+    if info.mode == "python" and not isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise ValueError("expected a size such as 64MiB")  # noqa: TRY004 - pydantic's protocol
+    try:
+        return parse_size(str(value))
+    except OverflowError:
+        raise ValueError("expected a size such as 64MiB") from None
+
+
+def write_duration(seconds: float) -> str:
+    """Write seconds so that reading them again gives the same number: ``1.5s``, ``2m``, ``61.25s``."""
+    text = format_duration(seconds)
+    return text if parse_duration(text) == seconds else f"{Decimal(repr(float(seconds))):f}s"
+
+
+def write_size(size: int) -> str:
+    """Write bytes in the largest binary unit that fits exactly: ``64MiB``, ``1000B``."""
+    for unit, length in (("GiB", 1024**3), ("MiB", 1024**2), ("KiB", 1024)):
+        if size and size % length == 0:
+            return f"{size // length}{unit}"
+    return f"{size}B"
+
+
+Duration = Annotated[
+    float,
+    BeforeValidator(_parse_duration),
+    PlainSerializer(write_duration, return_type=str, when_used="json"),
+    WithJsonSchema({"type": "string", "pattern": rf"^(0|([0-9]+(\.[0-9]+)?(ms|s|m|h|d)\s*)+)$|{INTERPOLATION}"}),
+]
+"""Seconds, written ``250ms``, ``1.5s``, ``2m`` (flaskd.units)."""
+
+Size = Annotated[
+    int,
+    BeforeValidator(_parse_size),
+    PlainSerializer(write_size, return_type=str, when_used="json"),
+    WithJsonSchema(
+        {"type": ["string", "integer"], "pattern": rf"^[0-9]+(\.[0-9]+)?\s*(B|kB|MB|GB|KiB|MiB|GiB)?$|{INTERPOLATION}"}
+    ),
+]
+"""Bytes, written ``64MiB``, ``10kB`` or as a bare number (flaskd.units)."""
+
+
+class _OneOrMany:
+    """Makes a list of a single value before validation, and says in the schema that it may stand alone."""
+
+    def __get_pydantic_core_schema__(self, source: Any, inner: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self._as_list, inner(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, inner: GetJsonSchemaHandler) -> dict[str, Any]:
+        several = inner(schema)
+        return {"anyOf": [several["items"], several]}
+
+    @staticmethod
+    def _as_list(value: Any) -> Any:
+        return value if value is None or isinstance(value, (list, dict)) else [value]
+
+
+OneOrMany = Annotated[list[Item], _OneOrMany()]
+"""A list; a single entry may be written without the brackets."""
+
+
+def _listen(text: str) -> str:
+    if text.startswith("unix:"):
+        path = text.removeprefix("unix:")
+        if not path.startswith("/"):
+            raise ValueError("expected unix: with an absolute path, such as unix:/run/shop/http.sock")
+        if len(path.encode()) > _MAX_UNIX_PATH:
+            raise ValueError(f"expected unix: with a path of at most {_MAX_UNIX_PATH} bytes")
+        return text
+    host, colon, port = text.rpartition(":")
+    if not colon or not re.fullmatch(r"[0-9]{1,5}", port):
+        raise ValueError("expected HOST:PORT, [IPv6]:PORT, :PORT or unix:/path")
+    if int(port) > _MAX_PORT:
+        raise ValueError(f"expected a port of at most {_MAX_PORT}")
+    if host.startswith("[") and host.endswith("]"):
+        _address(host[1:-1], 6)
+    elif re.fullmatch(r"[0-9.]+", host):
+        _address(host, 4)
+    elif host and not re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?", host):
+        raise ValueError("expected HOST:PORT, [IPv6]:PORT, :PORT or unix:/path")
+    return text
+
+
+def _address(text: str, version: int) -> None:
+    try:
+        right = ipaddress.ip_address(text).version == version
+    except ValueError:
+        right = False
+    if not right:
+        raise ValueError(f"expected an IPv{version} address and a port")
+
+
+Listen = Annotated[str, AfterValidator(_listen)]
+"""An address to listen on: ``HOST:PORT``, ``[IPv6]:PORT``, ``:PORT`` (every IPv4 address) or ``unix:/path``."""
+
+
+def _mode(text: str) -> str:
+    if not re.fullmatch(r"(0o?)?[0-7]{3}", text):
+        raise ValueError('expected a file mode from 0000 to 0777, such as "0660"')
+    return f"{int(text.removeprefix('0o'), 8):04o}"
+
+
+Mode = Annotated[str, AfterValidator(_mode), WithJsonSchema({"type": "string", "pattern": "^(0o?)?[0-7]{3}$"})]
+"""A file mode as octal text, brought to four digits."""
+
+
+def _url_path(text: str) -> str:
+    # It goes into a request line as it is (RFC 9112, section 3).
+    if not re.fullmatch(r"/[!-~]*", text):
+        raise ValueError("expected a path that starts with / and holds no blanks")
+    return text
+
+
+def _url_prefix(text: str) -> str:
+    return _url_path(text).rstrip("/") if text else text
+
+
+def _header_text(text: str) -> str:
+    if not re.fullmatch(r"[ -~]*", text):
+        raise ValueError("expected printable ASCII text")
+    return text
+
+
+def _some_text(text: str) -> str:
+    if not text.strip():
+        raise ValueError("expected text that is not empty")
+    return text
+
+
+UrlPath = Annotated[str, AfterValidator(_url_path)]
+UrlPrefix = Annotated[str, AfterValidator(_url_prefix)]
+HeaderText = Annotated[str, AfterValidator(_header_text)]
+SomeText = Annotated[str, AfterValidator(_some_text)]
+
+_POLICY_NAME = r"[a-z0-9][a-z0-9._-]*"
+
+
+def _policy_name(text: str) -> str:
+    if not re.fullmatch(_POLICY_NAME, text):
+        raise ValueError("expected a name of a-z, 0-9, dots, hyphens and underscores, a letter or digit first")
+    return text
+
+
+PolicyName = Annotated[
+    str, AfterValidator(_policy_name), WithJsonSchema({"type": "string", "pattern": f"^{_POLICY_NAME}$"})
+]
+
+
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+LowerCase = BeforeValidator(_lower)
+"""For names that HTTP does not distinguish by case (RFC 9110, section 5.1)."""

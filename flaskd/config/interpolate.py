@@ -1,0 +1,113 @@
+"""Fills in ``${env:NAME}``, ``${env:NAME:-default}``, ``${file:path}`` and ``${cred:name}``.
+
+``$${`` is a plain ``${``. This works on the parsed tree, so what is filled in can never change the file's
+structure. A scalar that was filled in, even in part, is secret from then on.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING
+
+from flaskd.config.faults import Faults, dotted, quoted
+from flaskd.config.nodes import Items, Node, Path, Scalar, Table, core_not_null, unfit
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MAX_SECRET_BYTES = 64 * 1024
+_MAX_PATH = 4096
+"""Characters of a path that a fault shows: all of it (PATH_MAX)."""
+
+_TOKEN = re.compile(r"\$\$\{|\$\{([^}]*)(\}?)")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_FORMS = "${env:NAME}, ${env:NAME:-default}, ${file:PATH} or ${cred:NAME} (a plain ${ is written $${)"
+
+
+class _Missing(Exception):  # noqa: N818 - carries the fault's message out of a replacement function
+    """What an interpolation names is not there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Where interpolations are looked up: the environment, and the directory of relative files."""
+
+    environ: Mapping[str, str]
+    base: FilePath
+
+    def look_up(self, token: str) -> str:
+        """Return the text for what stands between the braces; raise _Missing with the fault's words."""
+        kind, _, rest = token.partition(":")
+        if kind == "env":
+            name, has_default, default = rest.partition(":-")
+            if _NAME.fullmatch(name):
+                found = self.environ.get(name)
+                # As in the shell, ":-" also stands in for a variable that is set but empty.
+                if has_default and not found:
+                    return default
+                if found is None:
+                    raise _Missing(f"expected the environment variable {name}, which is not set")
+                return found
+        elif kind == "file" and rest:
+            return _read(self.base / rest)
+        elif kind == "cred" and rest and "/" not in rest and rest not in {".", ".."}:
+            directory = self.environ.get("CREDENTIALS_DIRECTORY")
+            if not directory:
+                raise _Missing(f"expected the credential {quoted(rest)}, but $CREDENTIALS_DIRECTORY is not set")
+            return _read(FilePath(directory) / rest)
+        raise _Missing(f"expected {_FORMS}, got {quoted('${' + token + '}')}")
+
+
+def _read(path: FilePath) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_SECRET_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or "not a usable path"
+        raise _Missing(f"expected a readable file, got {quoted(str(path), _MAX_PATH)}: {reason}") from None
+    if len(data) > MAX_SECRET_BYTES:
+        raise _Missing(f"expected at most {MAX_SECRET_BYTES // 1024} KiB in {quoted(str(path), _MAX_PATH)}, got more")
+    try:
+        return data.decode().rstrip("\r\n")
+    except UnicodeDecodeError:
+        pass
+    raise _Missing(f"expected UTF-8 in {quoted(str(path), _MAX_PATH)}, got other bytes")
+
+
+def interpolated(node: Node, sources: Sources, faults: Faults, path: Path = ()) -> Node:
+    """Return the tree with every interpolation filled in; one that cannot be is a fault at its scalar."""
+    if isinstance(node, Table):
+        entries = {k: interpolated(v, sources, faults, (*path, k)) for k, v in node.entries.items()}
+        return replace(node, entries=entries)
+    if isinstance(node, Items):
+        items = tuple(interpolated(v, sources, faults, (*path, i)) for i, v in enumerate(node.items))
+        return replace(node, items=items)
+    return _filled(node, sources, faults, path) if "${" in node.text else node
+
+
+def _filled(node: Scalar, sources: Sources, faults: Faults, path: Path) -> Scalar:
+    broken = secret = False
+
+    def fill(match: re.Match[str]) -> str:
+        nonlocal broken, secret
+        if match[0] == "$${":
+            return "${"
+        secret = True
+        try:
+            if not match[2]:
+                raise _Missing(f"expected a closing }}, got {quoted(match[0])}; a plain ${{ is written $${{")
+            text = sources.look_up(match[1])
+            if wrong := unfit(text):
+                raise _Missing(f"expected text from {quoted(match[0])}, got {wrong}")
+        except _Missing as missing:
+            if not broken:  # one fault for one scalar
+                faults.add(node.place, dotted(path), str(missing))
+            broken = True
+            return ""
+        return text
+
+    text = _TOKEN.sub(fill, node.text)
+    value = core_not_null(text) if secret else text
+    return replace(node, text=text, value=value, secret=secret, broken=broken)

@@ -1,0 +1,154 @@
+"""The one way in: source, command line, interpolation, model, policies; then all faults, or a result."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flaskd.config.configuration import Configuration
+from flaskd.config.faults import COMMAND_LINE, Faults, Place
+from flaskd.config.interpolate import Sources, interpolated
+from flaskd.config.model import Config
+from flaskd.config.nodes import Node, Scalar, Table, child, scalars
+from flaskd.config.nodes import Path as NodePath
+from flaskd.config.policies import action_of, check_policies, policy_tables
+from flaskd.config.python_source import from_python
+from flaskd.config.wording import validated
+from flaskd.config.yaml_loader import MAX_BYTES, parse
+from flaskd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pydantic import BaseModel
+
+    from flaskd.config.model import Actions
+
+_POLICIES = ("cleanup", "policies")
+_INHERITED = ("timeout", "on_failure", "retries")
+
+
+def load(
+    path: Path | None,
+    *,
+    actions: Actions,
+    overrides: Mapping[str, object] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Configuration:
+    """Read a configuration file; without one, all defaults.
+
+    ``overrides`` are dotted keys from the command line; they win over the file, and one whose value is None
+    was not given. ``environ`` is what interpolations see, by default the process' own. Raises ConfigError:
+    one line when the file cannot be read, else InvalidConfigError with every fault.
+    """
+    faults = Faults()
+    if path is None:
+        top = Place("<defaults>")
+        tree, base = Table(top, top, {}), Path.cwd()
+    else:
+        # Not resolved: in a Kubernetes ConfigMap the file is a link, and its neighbours are links beside it.
+        tree, base = parse(_read(path), str(path), faults), path.absolute().parent
+    tree = _filled(tree, base, faults, overrides, environ)
+    values, secrets = _validated(tree, base, actions, faults)
+    return Configuration(values, path, secrets)
+
+
+def load_mapping(
+    data: Mapping[str, object],
+    *,
+    actions: Actions,
+    overrides: Mapping[str, object] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Configuration:
+    """Read a configuration from a Python mapping, just as from a file; relative to the working directory.
+
+    Raises InvalidConfigError with every fault; their source is ``<mapping>`` and they have no lines.
+    """
+    faults = Faults()
+    tree = from_python(data, Place("<mapping>"), faults)
+    if not isinstance(tree, Table):
+        raise ConfigError(f"expected the configuration as a mapping, got {type(data).__name__}")
+    base = Path.cwd()
+    tree = _filled(tree, base, faults, overrides, environ)
+    values, secrets = _validated(tree, base, actions, faults)
+    return Configuration(values, None, secrets)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    raise ConfigError(f"cannot read {path}: {reason}; check the path given with -c or in $FLASKD_CONFIG")
+
+
+def _filled(
+    tree: Table, base: Path, faults: Faults, overrides: Mapping[str, object] | None, environ: Mapping[str, str] | None
+) -> Table:
+    for key, value in (overrides or {}).items():
+        if value is not None:
+            parts = tuple(key.split("."))
+            tree = _put(tree, parts, from_python(value, Place(COMMAND_LINE), faults, parts))
+    filled = interpolated(tree, Sources(os.environ if environ is None else environ, base), faults)
+    assert isinstance(filled, Table)
+    return filled
+
+
+def _validated(tree: Table, base: Path, actions: Actions, faults: Faults) -> tuple[Config, frozenset[NodePath]]:
+    config = validated(Config, tree, (), faults)
+    check_policies(tree, actions, faults)
+    fields = _action_fields(tree, actions, faults)
+    faults.check()
+    assert config is not None
+    return _complete(config, fields, actions, base), _secrets(tree)
+
+
+def _put(table: Table, parts: tuple[str, ...], node: Node) -> Table:
+    first, *rest = parts
+    if rest:
+        inner = table.entries.get(first) or Table(node.key, node.place, {})
+        if isinstance(inner, Scalar) and inner.value is None:
+            inner = Table(inner.key, inner.place, {})
+        if not isinstance(inner, Table):
+            return table  # the file has its own fault here
+        node = _put(inner, tuple(rest), node)
+    return dataclasses.replace(table, entries={**table.entries, first: node})
+
+
+def _action_fields(tree: Table, actions: Actions, faults: Faults) -> dict[str, BaseModel | None]:
+    fields = {}
+    for name, policy in policy_tables(tree).items():
+        if spec := action_of(policy, actions):
+            written = policy.entries.get("with") or Table(policy.key, policy.place, {})
+            fields[name] = validated(spec.strict_fields, written, (*_POLICIES, name, "with"), faults)
+    return fields
+
+
+def _complete(config: Config, fields: Mapping[str, BaseModel | None], actions: Actions, base: Path) -> Config:
+    """Fill in what depends on the rest: each policy's defaults, phase and fields, the absolute chdir."""
+    policies = {}
+    for name, policy in config.cleanup.policies.items():
+        update = {key: getattr(config.cleanup.defaults, key) for key in _INHERITED}
+        update["phase"] = actions[policy.use].default_phase
+        update = {key: value for key, value in update.items() if key not in policy.model_fields_set}
+        policies[name] = policy.model_copy(update={**update, "with_": fields[name]})
+    cleanup = config.cleanup.model_copy(update={"policies": policies})
+    chdir = config.app.chdir and base / config.app.chdir
+    app = config.app.model_copy(update={"chdir": chdir})
+    return config.model_copy(update={"app": app, "cleanup": cleanup})
+
+
+def _secrets(tree: Table) -> frozenset[NodePath]:
+    """Collect the paths of all secrets, and of what was filled in from one."""
+    secrets: set[NodePath] = {path for path, scalar in scalars(tree) if scalar.secret}
+    for key in _INHERITED:
+        if ("cleanup", "defaults", key) in secrets:
+            policies = policy_tables(tree).items()
+            secrets |= {(*_POLICIES, name, key) for name, policy in policies if child(policy, key) is None}
+    shutdown = child(tree, "shutdown")
+    if ("shutdown", "deadline") in secrets and shutdown and child(shutdown, "reserve") is None:
+        secrets.add(("shutdown", "reserve"))
+    return frozenset(secrets)

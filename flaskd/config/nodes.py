@@ -1,0 +1,137 @@
+"""The tree between a source (file, mapping, command line) and the model: values that know their places."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from flaskd.config.faults import MASK, Place, quoted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+MAX_DEPTH = 32
+
+Path = tuple[str | int, ...]
+"""Keys and list positions from the top down to a node."""
+
+Plain = str | int | float | bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Scalar:
+    """A single value: ``text`` as it was written, ``value`` as YAML 1.2 reads it.
+
+    Both are kept because only the field knows which it wants: an integer field takes the value of ``0660``, a
+    text field the text. ``secret`` marks what came from an interpolation, ``broken`` what has its fault.
+    """
+
+    key: Place
+    place: Place
+    text: str
+    value: Plain
+    secret: bool = False
+    broken: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """A list."""
+
+    key: Place
+    place: Place
+    items: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A mapping; ``key`` of each node in it is the place of its own key."""
+
+    key: Place
+    place: Place
+    entries: dict[str, Node]
+
+
+Node = Scalar | Items | Table
+
+
+def broken(key: Place, place: Place) -> Scalar:
+    """Stand in for a value that already has its fault, so that it gets no second one."""
+    return Scalar(key, place, "", "", broken=True)
+
+
+_MAX_DIGITS = 400
+"""Python refuses integers of more than 4300 digits with a bare ValueError; nobody means one of 400."""
+
+# YAML 1.2.2, section 10.3.2 (core schema).
+_CORE: tuple[tuple[re.Pattern[str], Callable[[str], Plain]], ...] = (
+    (re.compile(r"null|Null|NULL|~|"), lambda _: None),
+    (re.compile(r"true|True|TRUE|false|False|FALSE"), lambda text: text[0] in "tT"),
+    (re.compile(r"[-+]?[0-9]+"), int),
+    (re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+"), lambda text: int(text, 0)),
+    (re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"), float),
+    (re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"), lambda text: float(text.replace(".", ""))),
+)
+
+
+def core(text: str) -> Plain:
+    """Read an unquoted scalar as the YAML 1.2 core schema does: ``no``, ``22:22`` and dates are text."""
+    if len(text) <= _MAX_DIGITS:
+        for pattern, read in _CORE:
+            if pattern.fullmatch(text):
+                return read(text)
+    return text
+
+
+def core_not_null(text: str) -> Plain:
+    """Read text from outside the file: numbers and booleans count, but empty text does not mean "not set"."""
+    value = core(text)
+    return text if value is None else value
+
+
+def unfit(text: str) -> str | None:
+    """Name what no scalar may contain: NUL ends a C string, a lone surrogate can be written nowhere."""
+    if "\0" in text:
+        return "a NUL character"
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        return "text that is not Unicode (a lone surrogate)"
+    return None
+
+
+def child(node: Node, part: str | int) -> Node | None:
+    """Return what stands in a node at one key or position, None if nothing does."""
+    if isinstance(node, Table) and isinstance(part, str):
+        return node.entries.get(part)
+    if isinstance(node, Items) and isinstance(part, int) and part < len(node.items):
+        return node.items[part]
+    return None
+
+
+def scalars(node: Node, path: Path = ()) -> Iterator[tuple[Path, Scalar]]:
+    """Every scalar under a node, with its path."""
+    if isinstance(node, Scalar):
+        yield path, node
+    elif isinstance(node, Table):
+        for key, inner in node.entries.items():
+            yield from scalars(inner, (*path, key))
+    else:
+        for i, inner in enumerate(node.items):
+            yield from scalars(inner, (*path, i))
+
+
+def shown(node: Node) -> str:
+    """Say what stands at a node, for a fault: text in quotes, secrets masked, mappings by kind only."""
+    if isinstance(node, Table):
+        return "a mapping"
+    if isinstance(node, Items):
+        text = ", ".join(shown(item) for item in node.items[:10])
+        short = len(node.items) <= 5 and all(isinstance(item, Scalar) for item in node.items)  # noqa: PLR2004
+        return f"[{text}]" if node.items and short else "a list" if node.items else "an empty list"
+    if node.secret:
+        return MASK
+    if node.value is None:
+        return "null" if node.text else "nothing"
+    if not isinstance(node.value, str):
+        return node.text if len(node.text) <= 40 else node.text[:40] + "..."  # noqa: PLR2004 - one line's worth
+    return quoted(node.text)

@@ -1,0 +1,159 @@
+"""Reads YAML into nodes with their places, and refuses whatever a configuration has no use for.
+
+Of PyYAML only the events of the pure Python parser are used. Its constructors read ``no`` as false and
+``22:22`` as 1342, let the last of two equal keys win and expand aliases without a bound; its C parser crashes
+on deep nesting.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from flaskd.config.faults import Faults, Place, dotted, quoted
+from flaskd.config.nodes import MAX_DEPTH, Items, Node, Path, Scalar, Table, broken, core, unfit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MAX_BYTES = 256 * 1024
+
+_UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+
+
+class _Refused(Exception):  # noqa: N818 - leads out of the recursion; never leaves this file
+    """The fault that ends the reading is noted."""
+
+
+def parse(data: bytes, source: str, faults: Faults) -> Table:
+    """Turn the bytes of a file into a tree, those of an empty file into an empty one; ``source`` is its name.
+
+    Duplicate keys are noted in ``faults`` and reading goes on; all else raises InvalidConfigError.
+    """
+    text = _decode(data, source, faults)
+    top = Place(source, 1, 1)
+    reader = _Reader(source, faults)
+    try:
+        return reader.document(text)
+    except _Refused:
+        pass
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        words = " ".join(part for part in (error.context, error.problem) if part)
+        place = reader.place(mark) if mark else top
+        faults.add(place, "", f"expected YAML, got something else: {' '.join(words.split())}")
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position]
+        place = Place(source, before.count("\n") + 1, error.position - before.rfind("\n"))
+        faults.add(place, "", f"expected text, got the control character U+{ord(text[error.position]):04X}")
+    except yaml.YAMLError as error:
+        faults.add(top, "", f"expected YAML, got something else: {' '.join(str(error).split())}")
+    faults.check()
+    raise AssertionError  # pragma: no cover - every way here noted a fault
+
+
+def _decode(data: bytes, source: str, faults: Faults) -> str:
+    top = Place(source, 1, 1)
+    if len(data) > MAX_BYTES:
+        faults.add(top, "", f"expected a file of at most {MAX_BYTES // 1024} KiB, got a larger one")
+    elif data.startswith(_UTF16_BOMS):
+        faults.add(top, "", "expected UTF-8, got UTF-16")
+    faults.check()
+    try:
+        # A UTF-8 byte order mark is harmless and some editors always write it.
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line_start = data.rfind(b"\n", 0, error.start) + 1
+        column = len(data[line_start : error.start].decode("utf-8-sig", "replace")) + 1
+        place = Place(source, data.count(b"\n", 0, error.start) + 1, column)
+        faults.add(place, "", f"expected UTF-8, got the byte 0x{data[error.start]:02x}")
+        text = ""
+    for number, line in enumerate(text.split("\n"), 1):
+        if "\0" in line:
+            faults.add(Place(source, number, line.index("\0") + 1), "", "expected text, got a NUL character")
+        if "\t" in line:
+            faults.add(Place(source, number, line.index("\t") + 1), "", 'expected spaces, got a tab (in quotes: "\\t")')
+    faults.check()
+    return text
+
+
+class _Reader:
+    """Builds the tree from the parser's events, one look at each."""
+
+    def __init__(self, source: str, faults: Faults) -> None:
+        self._source = source
+        self._faults = faults
+        self._events: Iterator[yaml.Event] = iter(())
+
+    def place(self, mark: Any) -> Place:
+        return Place(self._source, mark.line + 1, mark.column + 1)
+
+    def document(self, text: str) -> Table:
+        self._events = iter(yaml.parse(text, Loader=yaml.SafeLoader))
+        top = Place(self._source, 1, 1)
+        tree: Node = Table(top, top, {})
+        next(self._events)  # the stream's start
+        event = next(self._events)
+        if isinstance(event, yaml.DocumentStartEvent):
+            first = next(self._events)
+            nothing = isinstance(first, yaml.ScalarEvent) and first.implicit[0] and not first.value
+            node = self._node(first, top, ())
+            if isinstance(node, Table):
+                tree = node
+            elif not nothing:
+                what = "a list" if isinstance(node, Items) else "a single value"
+                self._refuse(top, (), f"expected a mapping at the top, got {what}")
+            next(self._events)  # the document's end
+            event = next(self._events)
+        if isinstance(event, yaml.DocumentStartEvent):
+            self._refuse(self.place(event.start_mark), (), "expected one document, got a second")
+        assert isinstance(tree, Table)
+        return tree
+
+    def _refuse(self, place: Place, path: Path, message: str) -> None:
+        self._faults.add(place, dotted(path), message)
+        raise _Refused
+
+    def _node(self, event: yaml.Event, key: Place | None, path: Path) -> Node:
+        place = self.place(event.start_mark)
+        key = key or place
+        if isinstance(event, yaml.AliasEvent):
+            self._refuse(place, path, f"expected a value, got the alias *{quoted(str(event.anchor))[1:-1]}")
+        assert isinstance(event, yaml.NodeEvent)
+        if event.anchor is not None:
+            self._refuse(place, path, f"expected a value, got the anchor &{quoted(str(event.anchor))[1:-1]}")
+        assert isinstance(event, (yaml.ScalarEvent, yaml.CollectionStartEvent))
+        if event.tag is not None:
+            self._refuse(place, path, f"expected a value, got the tag {quoted(event.tag)}")
+        if isinstance(event, yaml.ScalarEvent):
+            if wrong := unfit(event.value):
+                self._faults.add(place, dotted(path), f"expected text, got {wrong}")
+                return broken(key, place)
+            return Scalar(key, place, event.value, event.value if event.style else core(event.value))
+        if len(path) >= MAX_DEPTH:
+            self._refuse(place, path[:3], f"expected at most {MAX_DEPTH} levels, got more")
+        if isinstance(event, yaml.SequenceStartEvent):
+            items: list[Node] = []
+            while not isinstance(inner := next(self._events), yaml.SequenceEndEvent):
+                items.append(self._node(inner, None, (*path, len(items))))
+            return Items(key, place, tuple(items))
+        return Table(key, place, self._entries(path))
+
+    def _entries(self, path: Path) -> dict[str, Node]:
+        entries: dict[str, Node] = {}
+        while not isinstance(event := next(self._events), yaml.MappingEndEvent):
+            if isinstance(event, yaml.CollectionStartEvent):
+                self._refuse(self.place(event.start_mark), path, "expected a key of text, got a list or mapping")
+            name = self._node(event, None, path)
+            assert isinstance(name, Scalar)
+            value = self._node(next(self._events), name.place, (*path, name.text))
+            if name.broken:
+                continue
+            if name.text in entries:
+                first = entries[name.text].key.line
+                message = f"expected each key once, got {quoted(name.text)} again (first in line {first})"
+                self._faults.add(name.place, dotted((*path, name.text)), message)
+            else:
+                entries[name.text] = value
+        return entries

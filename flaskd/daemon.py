@@ -1,0 +1,613 @@
+"""The daemon: puts the parts together, and turns its main loop.
+
+The main thread makes every transition. Other threads (signals, control, serving, cleanup) only post to its inbox.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import faulthandler
+import itertools
+import logging
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+from flaskd import loading, logs
+from flaskd.cleanup import Plan, StepResult, build_plan
+from flaskd.config import Config, Configuration
+from flaskd.errors import EX_OK, AppError, ConfigError, FlaskdError, NotNowError
+from flaskd.ledger import DrainReport
+from flaskd.lifecycle import Event, Lifecycle, State, StopReason
+from flaskd.loading import LoadedApp
+from flaskd.notify import Notifier
+from flaskd.protocol import Discard, Reply
+from flaskd.server import ServerThread, adjustments
+from flaskd.signals import Escalation, SignalWatch, Terminal
+from flaskd.sockets import Address, Listener, raise_open_files_limit
+from flaskd.state import StateDirectory
+from flaskd.stop import Stop
+
+log = logging.getLogger("flaskd.daemon")
+
+DEFAULT_LISTEN = "127.0.0.1:8000"
+_TICK = 1.0
+"""Seconds between two progress reports of a drain or stop."""
+_GUARD = 0.5
+"""Seconds after which the main thread stops waiting for a serving thread that should have ended a drain."""
+
+
+class Plane(Protocol):
+    """What the daemon needs of a control plane."""
+
+    @property
+    def nodes(self) -> list[str]:
+        """The paths of its nodes."""
+
+    def open(self, config: Config) -> None:
+        """Make the nodes and start answering."""
+
+    def close(self) -> None:
+        """Flush the answers and remove the nodes."""
+
+    def remove_nodes(self) -> None:
+        """Remove the nodes, and nothing else."""
+
+
+class Daemon:
+    """One serving daemon, from its start to its exit code; see `run`.
+
+    `load` reads the configuration, at the start and at each reload. `app` is served as it is; without it the app named
+    by the configuration is imported.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Configuration],
+        *,
+        plane: Callable[[Daemon], Plane],
+        name: str,
+        environ: Mapping[str, str],
+        app: Callable[..., Any] | None = None,
+    ) -> None:
+        self._load = load
+        self._environ = environ
+        self._given_app = app
+        self._plane = plane(self)
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._lifecycle = Lifecycle()
+        self._notifier = Notifier(environ)
+        self._logs = logs.Logs()
+        self._signals = SignalWatch(self._on_signal)
+        self._terminal: Terminal
+        self._state_directory = StateDirectory(name, environ)
+        self._interruptible = False
+        self._escalation = Escalation()
+        self._listeners: list[Listener] = []
+        self._server: ServerThread | None = None
+        self._drain_ids = itertools.count(1)
+        self._drain_id = 0
+        self._drain_until = 0.0
+        self._report: DrainReport | None = None
+        self._drain_waiters: list[Reply] = []
+        self._stop_waiters: list[Reply] = []
+        self._stop: Stop | None = None
+        self._last_tick = 0.0
+        self._failure: FlaskdError | None = None
+        self._last_reload: dict[str, Any] | None = None
+        self.name = name
+        self.configuration: Configuration
+        self.app: LoadedApp
+        self._plan = Plan()
+
+    # --- any thread: what can be asked ------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        """The present state."""
+        return self._lifecycle.state
+
+    def drain(self, reply: Reply, *, wait: bool = False) -> None:
+        """Ask for a drain; with `wait` the reply comes when it is over."""
+        if not self._refuse_early(Event.DRAIN, reply):
+            self._inbox.put(lambda: self._on_drain(reply, wait))
+
+    def resume(self, reply: Reply) -> None:
+        """Ask to serve again."""
+        if not self._refuse_early(Event.RESUME, reply):
+            self._inbox.put(lambda: self._on_resume(reply))
+
+    def reload(self, reply: Reply) -> None:
+        """Ask for a reload; the reply comes after it."""
+        since = time.monotonic()
+        if not self._refuse_early(Event.RELOAD, reply):
+            self._inbox.put(lambda: self._on_reload(reply, since))
+
+    def _refuse_early(self, event: Event, reply: Reply) -> bool:
+        """Refuse what a start refuses: while the app is imported the main thread cannot."""
+        if self._interruptible:
+            try:
+                self._lifecycle.check(event)
+            except NotNowError as error:
+                reply.error(error.code, str(error))
+                return True
+        return False
+
+    def stop(self, reason: StopReason, reply: Reply, *, wait: bool = False, now: bool = False) -> None:
+        """Ask to stop; `now` cuts drain and cleanup short, `wait` delays the reply to the very end."""
+        self._inbox.put(lambda: self._on_stop(reason, reply, wait=wait, now=now))
+        if self._interruptible:
+            self._signals.poke()
+
+    def turning(self, timeout: float) -> bool:
+        """Whether the serving thread turns within `timeout` seconds."""
+        return self._server is not None and self._server.turns(timeout)
+
+    def status(self) -> dict[str, Any]:
+        """What there is to know; keys are stable."""
+        server, life = self._server, self._lifecycle
+        in_flight = server.requests() if server else []
+        oldest = max(in_flight, key=lambda each: each.age, default=None)
+        return {
+            "state": str(life.state),
+            "since": logs.timestamp(life.since),
+            "pid": os.getpid(),
+            "name": self.name,
+            "app": self.app.target if hasattr(self, "app") else None,
+            "listen": [str(listener.address) for listener in self._listeners],
+            "url": self._listeners[0].address.url if self._listeners else None,
+            "in_flight": len(in_flight),
+            "oldest": str(oldest) if oldest else None,
+            "queued": server.queued if server else 0,
+            "connections": server.connections if server else 0,
+            "threads": self.configuration.values.server.threads,
+            "completed": server.completed if server else 0,
+            "reason": str(self._stop.reason) if self._stop else None,
+            "cleanup": list(self._stop.running) if self._stop else [],
+            "last_reload": self._last_reload,
+            "config": str(self.configuration.path) if self.configuration.path else None,
+        }
+
+    def plan(self) -> tuple[list[dict[str, Any]], str]:
+        """The cleanup plan, for programs and for people."""
+        shutdown = self.configuration.values.shutdown
+        return self._plan.describe(), self._plan.text(shutdown.deadline, shutdown.reserve)
+
+    # --- start ------------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Serve until stopped, and return the exit code; faults of the start are logged, and told by the code."""
+        if threading.current_thread() is not threading.main_thread():
+            raise FlaskdError("cannot serve: flaskd needs the main thread for its signals; elsewhere use ServerThread")
+        with ExitStack() as stack:
+            stack.enter_context(self._logs)
+            self._logs.apply(level="info", log_format="auto", access="off")
+            stack.callback(self._notifier.close)
+            stack.callback(faulthandler.cancel_dump_traceback_later)
+            try:
+                self._start(stack)
+            except FlaskdError as error:
+                self._interruptible = False
+                self._lifecycle.handle(Event.START_FAILED)
+                return self._failed(error)
+            self._turn()
+            return self._finish()
+        raise AssertionError  # the stack suppresses nothing
+
+    def _start(self, stack: ExitStack) -> None:
+        self.configuration = self._load()
+        config = self.configuration.values
+        self._apply_log(config)
+        self._terminal = Terminal()
+        self._interruptible = True
+        stack.enter_context(self._signals)
+        self._notifier.status("starting")
+        self._plane.open(config)
+        stack.callback(self._plane.close)
+        stack.callback(self._close_listeners)
+        self._work_in(config)
+        for each in config.server.listen or [DEFAULT_LISTEN]:
+            self._listeners.append(Listener.bind(Address.parse(each)))
+        limit = raise_open_files_limit()
+        self._state_directory.open(record=config.shutdown.record)
+        stack.callback(self._state_directory.close)
+        where = ", ".join(listener.address.url for listener in self._listeners)
+        nodes = ", ".join(self._plane.nodes) or "none"
+        log.info(f"flaskd (pid {os.getpid()}) will serve on {where}; control: {nodes}")
+        self._load_app(config)
+        self._signals.reclaim()
+        self._plan = build_plan(config.cleanup)
+        self._plan.prepare()
+        self._server = ServerThread(
+            self.app.wsgi,
+            threads=config.server.threads,
+            listeners=self._listeners,
+            backlog=config.server.backlog,
+            adjustments=adjustments(config.server, limit),
+            on_answer=self._on_answer,
+            on_death=lambda error: self._inbox.put(lambda: self._on_death(error)),
+        )
+        self._interruptible = False  # from here on a stop finds a server to drain
+        stack.callback(self._server.abandon)
+        self._server.start()
+        threading.Thread(target=self._probe, args=(config,), name="flaskd-probe", daemon=True).start()
+
+    def _work_in(self, config: Config) -> None:
+        if config.app.chdir is not None:
+            try:
+                os.chdir(config.app.chdir)
+            except OSError as error:
+                raise ConfigError(f"cannot change into app.chdir {config.app.chdir}: {error.strerror}") from error
+
+    def _load_app(self, config: Config) -> None:
+        if self._given_app is not None:
+            name = getattr(self._given_app, "__name__", "") or getattr(self._given_app, "import_name", "app")
+            self.app = LoadedApp(self._given_app, loading.find_flask(self._given_app), str(name))
+        else:
+            self.app = loading.load_app(loading.choose_target(config.app.target, self._environ, Path.cwd()))
+
+    def _probe(self, config: Config) -> None:
+        """Make sure that the app answers, then post that the start is over; in a thread of its own."""
+        path, server = config.health.probe, self._server
+        assert server is not None
+        error: FlaskdError | None = None
+        if path is not None:
+            try:
+                status = server.probe(path, config.health.probe_timeout)
+                if status >= 500:  # noqa: PLR2004 - RFC 9110 §15.6: server errors
+                    error = AppError(f"cannot get ready: the probe of {path} was answered with {status}")
+            except FlaskdError as failure:
+                error = failure
+        self._inbox.put(lambda: self._on_started(error))
+
+    def _on_started(self, error: FlaskdError | None) -> None:
+        if self.state is not State.STARTING:
+            return  # a stop came first
+        if error is not None:
+            self._failure = error
+            self._on_stop(StopReason("failure", str(error)), Discard(), wait=False, now=False)
+            return
+        self._lifecycle.handle(Event.STARTED)
+        log.info(f"ready: {self.app.target} on {', '.join(each.address.url for each in self._listeners)}")
+        self._notifier.ready(self._ready_status())
+
+    def _ready_status(self) -> str:
+        return f"ready: {self.app.target} on {', '.join(str(each.address) for each in self._listeners)}"
+
+    def _failed(self, error: FlaskdError) -> int:
+        for line in str(error).splitlines():
+            log.error(line)
+        if isinstance(error, AppError) and error.traceback_text:
+            log.error(error.traceback_text)
+        cause = error.__cause__
+        number = cause.errno if isinstance(cause, OSError) and cause.errno else errno.EINVAL
+        self._notifier.failed(str(error).partition("\n")[0], number)
+        return error.exit_code
+
+    # --- signals, in their own thread -------------------------------------------------------------------------------
+
+    def _on_signal(self, number: int) -> None:
+        if number == 0:
+            if self._interruptible:
+                self._break_off_start("asked to stop")
+            return
+        name = signal.Signals(number).name
+        if number == getattr(signal, "SIGHUP", None) and not self._terminal.hung_up():
+            since = time.monotonic()
+            self._inbox.put(lambda: self._on_reload(Discard(), since))
+            return
+        if not self._escalation.another(time.monotonic()):
+            return
+        if self._interruptible:
+            self._break_off_start(name)
+        elif self._escalation.count <= 2:  # noqa: PLR2004 - the first asks, the second presses
+            self.stop(StopReason("signal", name), Discard(), now=self._escalation.count > 1)
+        else:
+            self._remove_nodes()
+            os.write(2, f"flaskd: {name} once more: gone at once\n".encode())
+            os._exit(128 + number)
+
+    def _break_off_start(self, why: str) -> None:
+        """End a start at once: the main thread may be anywhere in the app's import, and cannot be waited for."""
+        try:
+            log.info(f"stopped while starting: {why}")
+            self._notifier.stopping("stopped while starting")
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    self._inbox.get_nowait()()
+            for reply in self._stop_waiters:
+                reply.ok("stopped")
+            self._remove_nodes()
+            self._state_directory.close()
+            self._plane.close()
+            logging.shutdown()
+        finally:
+            os._exit(EX_OK)
+
+    def _remove_nodes(self) -> None:
+        self._plane.remove_nodes()
+        self._close_listeners()
+
+    def _close_listeners(self) -> None:
+        for listener in self._listeners:
+            listener.close()
+
+    # --- the main loop ----------------------------------------------------------------------------------------------
+
+    def _turn(self) -> None:
+        while self.state is not State.STOPPED:
+            busy = self.state in {State.DRAINING, State.STOPPING}
+            with contextlib.suppress(queue.Empty):
+                self._carry_out(self._inbox.get(timeout=self._until_tick() if busy else None))
+            if busy and not self._until_tick():
+                self._carry_out(self._tick)
+
+    @staticmethod
+    def _carry_out(post: Callable[[], None]) -> None:
+        try:
+            post()
+        except Exception:  # a fault in one event is no reason to lose the requests in hand
+            log.exception("cannot handle an event")
+
+    def _until_tick(self) -> float:
+        following = self._last_tick + _TICK
+        if self._drain_id:
+            following = min(following, self._drain_until + _GUARD)
+        return max(0.0, following - time.monotonic())
+
+    def _tick(self) -> None:
+        self._last_tick = time.monotonic()
+        server = self._server
+        assert server is not None
+        if self._drain_id and self._last_tick >= self._drain_until + _GUARD:
+            stuck = "the serving thread does not turn"
+            cut = server.cut(stuck)
+            log.error(f"the drain is over, but {stuck}; {len(cut)} requests are given up")
+            self._on_drain_over(self._drain_id, DrainReport(cut=cut, took=0.0))
+            return
+        in_flight = server.requests()
+        oldest = max(in_flight, key=lambda each: each.age, default=None)
+        text = f"{self.state}: {len(in_flight)} in flight" + (f", oldest {oldest}" if oldest else "")
+        progress: dict[str, Any] = {"in_flight": len(in_flight)}
+        if self._stop is not None and (running := self._stop.running):
+            text += f"; cleanup: {', '.join(running)}"
+            progress["cleanup"] = list(running)
+        self._notifier.status(text)
+        for reply in [*self._drain_waiters, *self._stop_waiters]:
+            reply.progress(progress)
+
+    # --- drain and resume -------------------------------------------------------------------------------------------
+
+    def _on_drain(self, reply: Reply, wait: bool) -> None:
+        before = self.state
+        try:
+            state = self._lifecycle.handle(Event.DRAIN)
+        except NotNowError as error:
+            reply.error(error.code, str(error))
+            return
+        timeout = self.configuration.values.shutdown.drain.timeout
+        if before is State.READY:
+            log.info(f"draining: {self._in_flight} in flight, for at most {timeout:g}s")
+            self._notifier.status(f"draining: {self._in_flight} in flight")
+            self._begin_drain(timeout)
+        if not wait:
+            left = self._drain_until - time.monotonic() if state is State.DRAINING else 0.0
+            fields = {"in_flight": self._in_flight, "deadline": round(max(0.0, left), 1)}
+            reply.ok(str(state), fields if state is State.DRAINING else self._account(), hint="undo: resume")
+        elif state is State.DRAINED:
+            reply.ok("drained", self._account())
+        else:
+            self._drain_waiters.append(reply)
+            reply.progress({"in_flight": self._in_flight})
+
+    def _begin_drain(self, timeout: float, completed_before: int | None = None) -> None:
+        assert self._server is not None
+        drain_id = self._drain_id = next(self._drain_ids)
+        self._report = None
+        self._drain_until = time.monotonic() + timeout
+        self._server.begin_drain(
+            timeout,
+            lambda report: self._inbox.put(lambda: self._on_drain_over(drain_id, report)),
+            completed_before=completed_before,
+        )
+
+    def _shorten_drain(self, timeout: float) -> None:
+        if self._drain_id and self._server is not None:
+            self._drain_until = min(self._drain_until, time.monotonic() + timeout)
+            self._server.hasten_drain(timeout)
+
+    def _on_drain_over(self, drain_id: int, report: DrainReport) -> None:
+        if drain_id != self._drain_id:
+            return  # resume, or the guard, was faster
+        self._drain_id = 0
+        self._report = report
+        state = self._lifecycle.handle(Event.DRAIN_OVER)
+        log.info(f"drained: {report}", extra={"fields": report.as_json()})
+        for reply in self._take(self._drain_waiters):
+            reply.ok("drained", self._account())
+        if state is State.DRAINED:
+            self._notifier.status(f"drained: {report}")
+        else:
+            assert self._stop is not None
+            self._stop.drained(report)
+
+    def _on_resume(self, reply: Reply) -> None:
+        try:
+            self._lifecycle.check(Event.RESUME)
+            if self.state is not State.READY:
+                assert self._server is not None
+                self._server.resume()
+                self._listeners[:] = self._server.listeners
+                self._drain_id = 0
+                self._report = None
+        except FlaskdError as error:
+            log.warning(str(error))
+            reply.error(error.code, str(error))
+            return
+        if self._lifecycle.state is not State.READY:
+            log.info("resumed")
+        self._lifecycle.handle(Event.RESUME)
+        for waiter in self._take(self._drain_waiters):
+            waiter.error("not-now", "the drain was undone by resume")
+        self._notifier.status(self._ready_status())
+        reply.ok("ready")
+
+    @property
+    def _in_flight(self) -> int:
+        return self._server.in_flight if self._server else 0
+
+    def _account(self) -> dict[str, Any]:
+        return (self._report or DrainReport()).as_json()
+
+    @staticmethod
+    def _take(waiters: list[Reply]) -> list[Reply]:
+        taken, waiters[:] = list(waiters), []
+        return taken
+
+    # --- reload -----------------------------------------------------------------------------------------------------
+
+    def _on_reload(self, reply: Reply, since: float) -> None:
+        try:
+            self._lifecycle.handle(Event.RELOAD)
+        except NotNowError as error:
+            log.warning(str(error))
+            reply.error(error.code, str(error))
+            return
+        self._notifier.reloading(since)
+        fault, code = "", ""
+        try:
+            self._swap(self._load())
+        except FlaskdError as error:
+            fault, code = f"{error}; keeping the old configuration", error.code
+        except Exception as error:  # whatever it is, the daemon goes on with what it has
+            log.exception("the reload broke off")
+            fault, code = f"{error!r}; keeping the old configuration", FlaskdError.code
+        self._lifecycle.handle(Event.RELOADED)
+        self._last_reload = {"time": logs.timestamp(time.time()), "ok": not fault}
+        if fault:
+            log.error(f"reload failed: {fault}")
+            self._last_reload["fault"] = fault
+            self._notifier.ready(f"ready, but the reload failed: {fault}")
+            reply.error(code, fault)
+        else:
+            log.info(f"reloaded {self.configuration.path or 'the defaults'}")
+            self._notifier.ready(self._ready_status())
+            reply.ok("reloaded", {"config": str(self.configuration.path)} if self.configuration.path else {})
+
+    def _swap(self, new: Configuration) -> None:
+        if keys := self.configuration.restart_keys(new):
+            raise RestartNeededError(f"{', '.join(keys)}: cannot change without a restart")
+        plan = build_plan(new.values.cleanup)
+        plan.prepare()
+        assert self._server is not None
+        self.configuration, self._plan = new, plan
+        self._apply_log(new.values)
+        self._server.set_threads(new.values.server.threads)
+
+    def _apply_log(self, config: Config) -> None:
+        self._logs.apply(level=config.log.level, log_format=config.log.format, access=config.log.access)
+
+    def _on_answer(self, fields: dict[str, Any]) -> None:
+        if self._logs.access != "off":
+            logs.log_access(self._logs.access, fields)
+
+    # --- stop -------------------------------------------------------------------------------------------------------
+
+    def _on_stop(self, reason: StopReason, reply: Reply, *, wait: bool, now: bool) -> None:
+        self._lifecycle.handle(Event.STOP)
+        if self._interruptible:
+            if wait:  # the signal thread ends the process in a moment, and answers
+                self._stop_waiters.append(reply)
+            else:
+                reply.ok("stopping")
+            return
+        if self._stop is None:
+            self._begin_stop(reason)
+        assert self._stop is not None
+        if now:
+            self._stop.hurry()
+            self._shorten_drain(0.0)
+        if wait:
+            self._stop_waiters.append(reply)
+        else:
+            reply.ok("stopping", {"in_flight": self._in_flight, "deadline": round(self._stop.left, 1)})
+
+    def _begin_stop(self, reason: StopReason) -> None:
+        config = self.configuration.values
+        what = f"stopping ({reason}): {self._in_flight} in flight"
+        log.info(f"{what}, at most {config.shutdown.deadline:g}s for everything")
+        self._notifier.stopping(what)
+        completed = self._server.completed if self._server else 0
+        self._stop = Stop(
+            reason,
+            plan=self._plan,
+            app=self.app,
+            config=config,
+            drain=lambda: self._inbox.put(lambda: self._drain_to_stop(completed)),
+            over=lambda error: self._inbox.put(lambda: self._on_stop_over(error)),
+            on_step=lambda result: self._inbox.put(lambda: self._on_step(result)),
+        )
+        self._stop.start()
+
+    def _drain_to_stop(self, completed_before: int) -> None:
+        assert self._stop is not None
+        if self._report is not None:  # drained before, or the serving thread is dead
+            self._stop.drained(self._report)
+        elif self._drain_id:
+            self._shorten_drain(self._stop.drain_time)
+        else:
+            self._begin_drain(self._stop.drain_time, completed_before)
+
+    def _on_step(self, result: StepResult) -> None:
+        fields = {"policy": result.name, "fate": str(result.fate), "took": round(result.took, 3)}
+        for reply in self._stop_waiters:
+            reply.progress(fields)
+
+    def _on_stop_over(self, error: Exception | None) -> None:
+        if error is not None:
+            log.error(f"cleanup broke off: {error}", exc_info=error)
+        self._lifecycle.handle(Event.STOP_OVER)
+
+    def _on_death(self, error: BaseException | None) -> None:
+        """Stop, for the serving thread died: what was in hand is lost, and told."""
+        assert self._server is not None
+        why = f"the serving thread died: {error!r}"
+        self._failure = self._failure or AppError(why)
+        report = self._report = DrainReport(cut=self._server.cut(why))
+        if self._drain_id:
+            self._on_drain_over(self._drain_id, report)
+        self._on_stop(StopReason("failure", why), Discard(), wait=False, now=False)
+
+    def _finish(self) -> int:
+        """Join the server, write the record, answer who waits, and choose the exit code."""
+        stop, server, report = self._stop, self._server, self._report or DrainReport()
+        assert stop is not None
+        assert server is not None
+        server.end(timeout=min(0.2, stop.left))
+        self._state_directory.record(stop.record(report))
+        code = EX_OK if report.clean else self.configuration.values.shutdown.exit_codes.degraded
+        if self._failure is not None:
+            code = self._failed(self._failure)
+        policies = stop.policies
+        fates = [entry["fate"] for entry in policies.values()]
+        cleanup = ", ".join(f"{fates.count(fate)} {fate}" for fate in dict.fromkeys(fates)) or "none"
+        log.info(f"stopped: {report}; cleanup: {cleanup}; in {stop.took:.1f}s")
+        self._notifier.status(f"stopped: {report}")
+        lines = [f"cut {each}" for each in report.cut]
+        lines += [f"{name}: {entry['fate']}" for name, entry in policies.items() if entry["fate"] != "ok"]
+        for reply in self._take(self._stop_waiters):
+            reply.ok("stopped", {**report.as_json(), "took": round(stop.took, 3), "policies": policies}, lines=lines)
+        return code
+
+
+class RestartNeededError(ConfigError):
+    """A reload that only a restart could carry out."""
+
+    code = "restart-needed"

@@ -1,0 +1,86 @@
+"""One tree of errors; each knows the exit code a process ends with and the code a control reply carries.
+
+Exit codes follow ``sysexits.h`` (FreeBSD ``sysexits(3)``) where it has a word for the case.
+"""
+
+from __future__ import annotations
+
+EX_OK = 0
+EX_LOST = 1
+"""A drain or stop that lost work, or an unexpected failure."""
+EX_USAGE = 64
+EX_UNAVAILABLE = 69
+EX_SOFTWARE = 70
+EX_CANTCREAT = 73
+EX_TEMPFAIL = 75
+EX_NOPERM = 77
+EX_CONFIG = 78
+
+
+class FlaskdError(Exception):
+    """Base of everything flaskd raises on purpose; its text is one clear line, or several of equal rank."""
+
+    exit_code = EX_LOST
+    code = "failed"
+
+
+class UsageError(FlaskdError):
+    """A command line or control command that cannot be understood (exit 64)."""
+
+    exit_code = EX_USAGE
+    code = "usage"
+
+
+class UnknownCommandError(UsageError):
+    """A control verb that does not exist (exit 64)."""
+
+    code = "unknown-command"
+
+
+class NoDaemonError(FlaskdError):
+    """No daemon answers at the places that were tried (exit 69)."""
+
+    exit_code = EX_UNAVAILABLE
+    code = "no-daemon"
+
+
+class AppError(FlaskdError):
+    """The app's own code raised while it was loaded, or its probe failed (exit 70).
+
+    ``traceback_text`` is the app's own traceback, from the app's first frame on; empty when there is none.
+    """
+
+    exit_code = EX_SOFTWARE
+    code = "app-failed"
+
+    def __init__(self, message: str, traceback_text: str = "") -> None:
+        super().__init__(message)
+        self.traceback_text = traceback_text
+
+
+class CannotCreateError(FlaskdError):
+    """A listener cannot be bound, or a node cannot be made (exit 73)."""
+
+    exit_code = EX_CANTCREAT
+    code = "cannot-bind"
+
+
+class NotNowError(FlaskdError):
+    """Right command, wrong moment: the state refuses it, or another flaskd is alive there (exit 75)."""
+
+    exit_code = EX_TEMPFAIL
+    code = "not-now"
+
+
+class ForbiddenError(FlaskdError):
+    """The peer may not do that (exit 77)."""
+
+    exit_code = EX_NOPERM
+    code = "forbidden"
+
+
+class ConfigError(FlaskdError):
+    """The configuration is at fault; one line per fault, all faults at once (exit 78)."""
+
+    exit_code = EX_CONFIG
+    code = "config-invalid"

@@ -1,0 +1,98 @@
+"""The life cycle: its states, its events and the one table that says which event leads where.
+
+Only the daemon's main thread calls `Lifecycle.handle`; everything else posts events to it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+from flaskd.errors import NotNowError
+
+
+class State(StrEnum):
+    """Where the daemon is in its life."""
+
+    STARTING = "starting"
+    READY = "ready"
+    RELOADING = "reloading"
+    DRAINING = "draining"
+    DRAINED = "drained"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+class Event(StrEnum):
+    """What can happen to the daemon; the first four are asked for, the others are found out."""
+
+    DRAIN = "drain"
+    RESUME = "resume"
+    RELOAD = "reload"
+    STOP = "stop"
+    STARTED = "started"
+    START_FAILED = "start failed"
+    RELOADED = "reloaded"
+    DRAIN_OVER = "drain over"
+    STOP_OVER = "stop over"
+
+
+_S, _E = State, Event
+
+TABLE: dict[tuple[State, Event], State] = {
+    (_S.STARTING, _E.STARTED): _S.READY,
+    (_S.STARTING, _E.START_FAILED): _S.FAILED,
+    (_S.STARTING, _E.STOP): _S.STOPPING,
+    (_S.READY, _E.RELOAD): _S.RELOADING,
+    (_S.READY, _E.DRAIN): _S.DRAINING,
+    (_S.READY, _E.RESUME): _S.READY,
+    (_S.READY, _E.STOP): _S.STOPPING,
+    (_S.RELOADING, _E.RELOADED): _S.READY,
+    (_S.DRAINING, _E.DRAIN): _S.DRAINING,
+    (_S.DRAINING, _E.DRAIN_OVER): _S.DRAINED,
+    (_S.DRAINING, _E.RESUME): _S.READY,
+    (_S.DRAINING, _E.STOP): _S.STOPPING,
+    (_S.DRAINED, _E.DRAIN): _S.DRAINED,
+    (_S.DRAINED, _E.RESUME): _S.READY,
+    (_S.DRAINED, _E.STOP): _S.STOPPING,
+    (_S.STOPPING, _E.STOP): _S.STOPPING,
+    (_S.STOPPING, _E.DRAIN_OVER): _S.STOPPING,
+    (_S.STOPPING, _E.STOP_OVER): _S.STOPPED,
+}
+"""(state, event) → next state. What is not in it is refused by name."""
+
+
+class Lifecycle:
+    """The current state, since when, and the only way to change it."""
+
+    def __init__(self) -> None:
+        self.state = State.STARTING
+        self.since = time.time()
+
+    def check(self, event: Event) -> State:
+        """Return the state an event would lead to; raises NotNowError "cannot X: flaskd is Y" for a refused one."""
+        following = TABLE.get((self.state, event))
+        if following is None:
+            raise NotNowError(f"cannot {event}: flaskd is {self.state}")
+        return following
+
+    def handle(self, event: Event) -> State:
+        """Take an event and return the state after it; refuses like `check`."""
+        following = self.check(event)
+        if following is not self.state:
+            self.state, self.since = following, time.time()
+        return following
+
+
+@dataclass(frozen=True)
+class StopReason:
+    """Why flaskd stops; the first reason wins and is kept."""
+
+    kind: Literal["signal", "control", "endpoint", "idle", "failure"]
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.detail}"

@@ -1,0 +1,178 @@
+"""What flaskd writes to standard error: its own log and the access log, in text, JSON or with journal prefixes.
+
+Only the ``flaskd`` and ``waitress`` loggers are set up; the root logger and the app's own logging are left alone.
+Log records may carry ``extra={"fields": {...}}``: named values for the JSON format.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, Literal, Self
+
+Format = Literal["auto", "text", "json", "journal"]
+Access = Literal["off", "common", "combined", "json"]
+
+access_log = logging.getLogger("flaskd.access")
+
+_PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
+"""syslog(3) priorities, as sd-daemon(3) prefixes."""
+_COLOURS = {
+    logging.DEBUG: "\x1b[2m",
+    logging.WARNING: "\x1b[33m",
+    logging.ERROR: "\x1b[31m",
+    logging.CRITICAL: "\x1b[31m",
+}
+
+
+def timestamp(moment: float) -> str:
+    """A wall-clock moment (seconds since the epoch) as RFC 3339 in UTC, with milliseconds."""
+    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class _Text(logging.Formatter):
+    def __init__(self, *, colour: bool) -> None:
+        super().__init__()
+        self._colour = colour
+
+    def format(self, record: logging.LogRecord) -> str:
+        level, message = record.levelname.lower(), _whole_message(self, record)
+        line = f"{timestamp(record.created)} {level:<7} {message}"
+        colour = _COLOURS.get(record.levelno) if self._colour else None
+        return f"{colour}{line}\x1b[0m" if colour else line
+
+
+class _Journal(logging.Formatter):
+    """``<N>`` prefixes, one a line, because the journal splits at newlines (sd-daemon(3))."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        prefix = f"<{_PRIORITIES.get(record.levelno, 6)}>"
+        return "\n".join(prefix + line for line in _whole_message(self, record).splitlines())
+
+
+class _Json(logging.Formatter):
+    """One JSON object a line, in ASCII whatever the encoding of standard error; keys are stable."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry: dict[str, Any] = {
+            "time": timestamp(record.created),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        entry.update(getattr(record, "fields", {}))
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry, default=str)
+
+
+class _Bare(logging.Formatter):
+    """Just the message: access lines are in formats of their own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return record.getMessage()
+
+
+def _whole_message(formatter: logging.Formatter, record: logging.LogRecord) -> str:
+    message = record.getMessage()
+    if record.exc_info:
+        message = f"{message}\n{formatter.formatException(record.exc_info)}"
+    return message
+
+
+class _StderrHandler(logging.StreamHandler[Any]):
+    """Writes to whatever sys.stderr is now; a terminal or pipe that went away costs the line, not the daemon."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's own name
+        if not (isinstance(sys.exception(), OSError) or _stderr_is_gone()):
+            super().handleError(record)
+
+
+def _stderr_is_gone() -> bool:
+    return bool(getattr(sys.stderr, "closed", sys.stderr is None))
+
+
+def in_journal(environ: Mapping[str, str]) -> bool:
+    """Whether standard error is the journal: $JOURNAL_STREAM names its device and inode (systemd.exec(5))."""
+    try:
+        found = os.fstat(sys.stderr.fileno())
+    except (OSError, ValueError, AttributeError):
+        return False
+    return environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+
+
+class Logs:
+    """The set-up of flaskd's loggers, as a context manager that puts everything back."""
+
+    def __init__(self) -> None:
+        self._daemon, self._access = _StderrHandler(), _StderrHandler()
+        self._loggers = [logging.getLogger("flaskd"), logging.getLogger("waitress"), access_log]
+        self._before: list[tuple[int, bool]] = []
+        self.access: Access = "off"
+
+    def __enter__(self) -> Self:
+        self._before = [(logger.level, logger.propagate) for logger in self._loggers]
+        for logger in self._loggers:
+            logger.addHandler(self._access if logger is access_log else self._daemon)
+            logger.propagate = False
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for logger, (level, propagate) in zip(self._loggers, self._before, strict=True):
+            logger.removeHandler(self._access if logger is access_log else self._daemon)
+            logger.setLevel(level)
+            logger.propagate = propagate
+
+    def apply(self, *, level: str, log_format: Format, access: Access) -> None:
+        """Choose level and formats; at the start, and again at each reload."""
+        number = logging.getLevelNamesMapping()[level.upper()]
+        for logger in self._loggers:
+            logger.setLevel(number)
+        access_log.setLevel(logging.CRITICAL + 1 if access == "off" else logging.INFO)
+        self.access = access
+        self._daemon.setFormatter(_formatter(log_format))
+        chosen = _formatter(log_format)
+        # A JSON access line is already whole; a text one has its own date. Only containers around it differ.
+        self._access.setFormatter(_Bare() if isinstance(chosen, _Text) or access == "json" else chosen)
+
+
+def _formatter(log_format: Format) -> logging.Formatter:
+    if log_format == "auto":
+        log_format = "journal" if in_journal(os.environ) else "text"
+    if log_format == "json":
+        return _Json()
+    if log_format == "journal":
+        return _Journal()
+    on_terminal = not _stderr_is_gone() and sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    return _Text(colour=on_terminal)
+
+
+def log_access(access: Access, fields: Mapping[str, Any]) -> None:
+    """Write one access line; for `fields` see `Request.access_fields`."""
+    if access == "json":
+        entry = {"time": timestamp(fields["time"]), **{key: fields[key] for key in fields if key != "time"}}
+        message = json.dumps(entry)
+    else:
+        date = time.strftime("%d/%b/%Y:%H:%M:%S +0000", time.gmtime(fields["time"]))
+        request = f"{fields['method']} {fields['target']} {fields['protocol']}"
+        message = f'{fields["client"]} - - [{date}] "{_safe(request)}" {fields["status"]} {fields["bytes"]}'
+        if access == "combined":
+            message += f' "{_safe(fields["referer"] or "-")}" "{_safe(fields["agent"] or "-")}"'
+    access_log.info("%s", message, extra={"fields": dict(fields)})
+
+
+def _safe(text: str) -> str:
+    """Escape what could forge a line or a field, as nginx does: quotes, backslashes and control characters."""
+    return "".join(char if char.isprintable() and char not in '"\\' else f"\\x{ord(char):02X}" for char in text)

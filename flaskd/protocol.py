@@ -1,0 +1,106 @@
+"""What goes over the control socket: places, replies and error codes. Shared by the daemon and its clients."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from flaskd import errors
+from flaskd.units import format_duration
+
+SOCKET = "control.sock"
+FIFO = "control"
+MAX_LINE = 4096
+"""Bytes of one command; what a FIFO takes whole (PIPE_BUF, pipe(7))."""
+
+Fields = Mapping[str, Any]
+"""Named values of an answer."""
+
+_ERRORS: list[type[errors.FlaskdError]] = [
+    errors.FlaskdError,
+    errors.UnknownCommandError,
+    *errors.FlaskdError.__subclasses__(),
+]
+EXIT_CODES: dict[str, int] = {
+    **{kind.code: kind.exit_code for kind in _ERRORS},
+    "not-ready": errors.EX_TEMPFAIL,
+    "restart-needed": errors.EX_CONFIG,
+}
+"""Error code of a reply → exit code of the client that got it."""
+
+
+def runtime_directories(name: str, environ: Mapping[str, str]) -> Iterator[Path]:
+    """Where a daemon of this name may have its runtime directory, most likely first.
+
+    A daemon takes the first that applies to it; a client tries them all.
+    """
+    if first := environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]:
+        yield Path(first)
+    if os.geteuid() == 0:
+        yield Path("/run") / name
+    if user := environ.get("XDG_RUNTIME_DIR"):
+        yield Path(user) / name
+    if os.geteuid() != 0:
+        yield Path("/run") / name
+    yield Path(tempfile.gettempdir()) / f"{name}-{os.geteuid()}"
+
+
+class Reply(Protocol):
+    """Where the outcome of a command goes; every method may be called from any thread."""
+
+    def progress(self, fields: Fields) -> None:
+        """Tell how far it is."""
+
+    def ok(
+        self,
+        word: str,
+        fields: Fields | None = None,
+        *,
+        detail: Fields | None = None,
+        lines: Sequence[str] = (),
+        hint: str = "",
+    ) -> None:
+        """It was done: a word for the outcome, values; `detail` is for programs, `lines` and `hint` for people."""
+
+    def error(self, code: str, message: str) -> None:
+        """It was not done."""
+
+
+class Discard:
+    """A reply that nobody waits for."""
+
+    def progress(self, fields: Fields) -> None:
+        """Tell nobody."""
+
+    def ok(
+        self,
+        word: str,
+        fields: Fields | None = None,
+        *,
+        detail: Fields | None = None,
+        lines: Sequence[str] = (),
+        hint: str = "",
+    ) -> None:
+        """Tell nobody."""
+
+    def error(self, code: str, message: str) -> None:
+        """Tell nobody."""
+
+
+def as_text(fields: Fields) -> str:
+    """``key=value`` pairs for a text reply: lists as their length, seconds as durations, nested values left to JSON."""
+    pairs = []
+    for key, value in fields.items():
+        if isinstance(value, list | tuple):
+            shown = str(len(value))
+        elif isinstance(value, float):
+            shown = format_duration(value)
+        elif isinstance(value, dict):
+            continue
+        else:
+            shown = str(value)
+        pairs.append(f"{key}={shown}")
+    return " ".join(pairs)

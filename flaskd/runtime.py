@@ -1,0 +1,85 @@
+"""The runtime directory: found, made if needed, locked, and left as it was found."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from flaskd.errors import CannotCreateError, NotNowError
+from flaskd.protocol import runtime_directories
+
+
+class RuntimeDirectory:
+    """The locked directory that holds the control nodes; removed at the end if it was made here."""
+
+    def __init__(self, name: str, environ: Mapping[str, str]) -> None:
+        self.path = next(runtime_directories(name, environ))
+        self._fd = -1
+        self._made = False
+
+    def acquire(self) -> None:
+        """Make it if needed and lock it with flock(2).
+
+        Raises NotNowError when another flaskd holds it, CannotCreateError when it cannot be had.
+        """
+        try:
+            while True:
+                with contextlib.suppress(FileExistsError):
+                    self.path.mkdir(mode=0o750)
+                    self._made = True
+                self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                try:
+                    fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    holder = _lock_holder(self._fd)
+                    self.release()
+                    raise NotNowError(
+                        f"cannot start: flaskd is already running in {self.path}, pid {holder or 'unknown'}; "
+                        "stop it first, or choose another --name"
+                    ) from None
+                if _same_file(self._fd, self.path):
+                    break
+                os.close(self._fd)  # it was removed and perhaps made anew while we waited for nobody
+            found = os.fstat(self._fd)
+            if found.st_uid != os.geteuid() or found.st_mode & 0o002:
+                self.release()
+                raise CannotCreateError(
+                    f"cannot use {self.path}: it belongs to somebody else or anybody may write there"
+                )
+            if not os.access(self.path, os.W_OK | os.X_OK):
+                self.release()
+                raise CannotCreateError(f"cannot use {self.path}: it is not writable")
+        except OSError as error:
+            self.release()
+            raise CannotCreateError(f"cannot use {self.path}: {error.strerror}") from error
+
+    def release(self) -> None:
+        """Remove the directory if it was made here and is empty, and unlock it."""
+        if self._fd >= 0:
+            if self._made:
+                with contextlib.suppress(OSError):
+                    self.path.rmdir()
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _same_file(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _lock_holder(fd: int) -> int | None:
+    """The pid that holds the flock on an open file, from /proc/locks (proc(5)); None where that is not told."""
+    found = os.fstat(fd)
+    wanted = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
+            words = line.split()
+            if words[1:2] == ["FLOCK"] and words[5] == wanted:
+                return int(words[4])
+    return None

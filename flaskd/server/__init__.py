@@ -1,0 +1,6 @@
+"""Waitress made drainable. Every internal of waitress that flaskd relies on is touched in this package alone."""
+
+from flaskd.server.settings import adjustments
+from flaskd.server.thread import ServerThread
+
+__all__ = ["ServerThread", "adjustments"]

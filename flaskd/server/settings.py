@@ -1,0 +1,33 @@
+"""From the configuration's ``server`` section to waitress' own settings (waitress.adjustments.Adjustments)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flaskd.config import ServerConfig
+
+_RESERVED_FILES = 128
+"""Open files kept from connections: the app's own, listeners, control clients."""
+_USUAL_PROXY_HEADERS = {"x-forwarded-for", "x-forwarded-proto"}
+"""Believed when a trusted proxy is named without headers: what every proxy sets, and none passes on from a client."""
+
+
+def adjustments(server: ServerConfig, open_files: int) -> dict[str, Any]:
+    """Waitress' settings; `open_files` is what RLIMIT_NOFILE allows, which bounds the connections."""
+    most = max(16, open_files - _RESERVED_FILES)
+    settings: dict[str, Any] = {
+        "connection_limit": min(most, server.connection_limit or most),
+        "url_scheme": server.url_scheme,
+        "url_prefix": server.url_prefix,
+        "max_request_body_size": server.max_request_body_size,
+        "max_request_header_size": server.max_request_header_size,
+        "channel_timeout": max(1, round(server.channel_timeout)),
+        "backlog": server.backlog,
+        "ident": server.ident,
+    }
+    if server.trusted_proxy is not None:
+        settings["trusted_proxy"] = server.trusted_proxy
+        settings["trusted_proxy_count"] = server.trusted_proxy_count or 1
+        settings["trusted_proxy_headers"] = set(server.trusted_proxy_headers) or _USUAL_PROXY_HEADERS
+    return settings

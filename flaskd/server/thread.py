@@ -1,0 +1,282 @@
+"""`ServerThread`: an app served by waitress in a thread that can be started, drained, resumed and stopped."""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+from flaskd.errors import AppError, FlaskdError
+from flaskd.ledger import Cut, DrainReport, InFlight
+from flaskd.server.channel import stack_of
+from flaskd.server.loop import EventLoop
+from flaskd.sockets import Address, Listener
+
+log = logging.getLogger("flaskd.server")
+
+_DEFAULT_TIMEOUT = 30.0
+_START_TIMEOUT = 10.0
+_JOIN_TIMEOUT = 1.0
+
+
+class ServerThread:
+    """Serves a WSGI app on its own thread and worker threads.
+
+    ``start()`` returns when requests are served or raises what went wrong; ``stop()`` answers what is in flight and
+    joins every thread. As a context manager it does both. Port 0 takes a free port, shown by ``url``.
+    """
+
+    def __init__(
+        self,
+        app: Callable[..., Any],
+        host: str = "127.0.0.1",
+        port: int = 0,
+        threads: int = 4,
+        *,
+        listeners: Sequence[Listener] | None = None,
+        adjustments: Mapping[str, Any] | None = None,
+        backlog: int = 1024,
+        on_answer: Callable[[dict[str, Any]], None] | None = None,
+        on_death: Callable[[BaseException | None], None] | None = None,
+    ) -> None:
+        self._app = app
+        self._addresses = [Address(host, port)]
+        self._listeners = list(listeners) if listeners is not None else None
+        self._threads = threads
+        self._adjustments = dict(adjustments or {})
+        self._backlog = backlog
+        self._on_answer = on_answer
+        self._on_death = on_death
+        self._loop: EventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._report: DrainReport | None = None
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> Self:
+        """Bind if needed, listen and serve; returns once the loop turned and a worker ran.
+
+        Raises CannotCreateError when the address cannot be had, and whatever kept the thread from serving.
+        """
+        if self._thread is not None:
+            raise FlaskdError("cannot start: this server has been started already")
+        if self._listeners is None:
+            self._listeners = [Listener.bind(address) for address in self._addresses]
+        try:
+            for listener in self._listeners:
+                listener.listen(self._backlog)
+        except BaseException:
+            self._close_listeners()
+            raise
+        self._addresses = [listener.address for listener in self._listeners]
+        loop = self._loop = EventLoop(
+            self._app,
+            self._listeners,
+            threads=self._threads,
+            adjustments={"asyncore_use_poll": True, **self._adjustments},
+            on_answer=self._on_answer,
+        )
+        loop.open()
+        self._thread = threading.Thread(target=self._run, name="flaskd-server", daemon=True)
+        self._thread.start()
+        worked = threading.Event()
+        loop.run_in_worker(worked.set)
+        loop.wake()
+        if not (loop.turned.wait(_START_TIMEOUT) and worked.wait(_START_TIMEOUT)):
+            error = loop.error
+            self.stop(timeout=0)
+            raise FlaskdError(f"cannot serve: {error or 'the serving thread does not turn'}") from error
+        return self
+
+    def _run(self) -> None:
+        loop = self._serving
+        loop.run()
+        if loop.error is not None:
+            loop.turned.set()
+            if self._on_death is not None:
+                self._on_death(loop.error)
+
+    @property
+    def _serving(self) -> EventLoop:
+        if self._loop is None:
+            raise FlaskdError("cannot do that: this server has not been started")
+        return self._loop
+
+    @property
+    def addresses(self) -> list[Address]:
+        """Where it listens; ports are real ones after the start."""
+        return list(self._addresses)
+
+    @property
+    def listeners(self) -> list[Listener]:
+        """The listeners themselves; new ones after a resume."""
+        return list(self._listeners or ())
+
+    @property
+    def url(self) -> str:
+        """The URL of the first listener, ending in a slash."""
+        return self._addresses[0].url
+
+    @property
+    def in_flight(self) -> int:
+        """Requests accepted and not yet completely answered."""
+        return self._loop.in_flight if self._loop else 0
+
+    @property
+    def connections(self) -> int:
+        """Open connections."""
+        return self._loop.connections if self._loop else 0
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait for a worker thread."""
+        return self._loop.queued if self._loop else 0
+
+    @property
+    def completed(self) -> int:
+        """Requests answered in full since the start."""
+        return self._loop.completed if self._loop else 0
+
+    def requests(self) -> list[InFlight]:
+        """What is in flight, oldest first."""
+        return self._loop.requests() if self._loop else []
+
+    def cut(self, reason: str) -> tuple[Cut, ...]:
+        """What is in flight, as cut: for when the serving thread cannot do it any more."""
+        return self._loop.cut(reason) if self._loop else ()
+
+    def set_threads(self, threads: int) -> None:
+        """Change the number of worker threads while serving."""
+        self._threads = threads
+        self._serving.set_threads(threads)
+
+    def turns(self, timeout: float) -> bool:
+        """Whether the serving thread turns within `timeout` seconds."""
+        if self._thread is None or not self._thread.is_alive():
+            return False
+        turned = threading.Event()
+        self._serving.call(turned.set)
+        return turned.wait(timeout)
+
+    def probe(self, path: str, timeout: float) -> int:
+        """Ask the app for `path` over a connection of one's own, needing no listener; returns the status code.
+
+        Raises AppError when no answer came within `timeout` seconds.
+        """
+        ours, theirs = socket.socketpair()
+        ours.settimeout(timeout)
+        connection = http.client.HTTPConnection("localhost")
+        connection.sock = ours
+        self._serving.call(lambda: self._serving.attach(theirs))
+        try:
+            connection.request("GET", path, headers={"User-Agent": "flaskd-probe", "Connection": "close"})
+            response = connection.getresponse()
+            response.read()
+        except TimeoutError as error:
+            raise AppError(f"cannot get ready: {path} did not answer the probe within {timeout:g}s") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise AppError(f"cannot get ready: the probe of {path} was broken off: {error}") from error
+        finally:
+            connection.close()
+            ours.close()
+        return response.status
+
+    def begin_drain(
+        self, timeout: float, over: Callable[[DrainReport], None], *, completed_before: int | None = None
+    ) -> None:
+        """Start a drain and return at once; `over` is called from the serving thread with the report.
+
+        The report counts what was completed from now on, or since `completed` was `completed_before`.
+        """
+        deadline = time.monotonic() + timeout
+        before = self.completed if completed_before is None else completed_before
+        self._serving.call(lambda: self._serving.begin_drain(deadline, over, before))
+
+    def hasten_drain(self, timeout: float) -> None:
+        """Leave the drain under way at most `timeout` seconds more."""
+        deadline = time.monotonic() + timeout
+        self._serving.call(lambda: self._serving.hasten_drain(deadline))
+
+    def drain(self, timeout: float = _DEFAULT_TIMEOUT) -> DrainReport:
+        """Take no new work, finish what is in hand within `timeout` seconds, and tell what became of it."""
+        if self._report is None:
+            reports: list[DrainReport] = []
+            over = threading.Event()
+
+            def take(report: DrainReport) -> None:
+                reports.append(report)
+                over.set()
+
+            self.begin_drain(timeout, take)
+            while not over.wait(0.5):
+                if self._thread is None or not self._thread.is_alive():
+                    raise FlaskdError(f"cannot drain: the serving thread died: {self._serving.error}")
+            self._report = reports[0]
+        return self._report
+
+    def resume(self) -> None:
+        """Serve again after a drain, on the same addresses and port numbers.
+
+        Raises CannotCreateError when one of them cannot be had any more; the server then stays drained.
+        """
+        loop, reopened, errors = self._serving, threading.Event(), list[Exception]()
+
+        def reopen() -> None:  # in the loop's thread, so that it follows the closing of the old listeners
+            listeners: list[Listener] = []
+            try:
+                for address in self._addresses:
+                    listeners.append(Listener.bind(address))
+                    listeners[-1].listen(self._backlog)
+                loop.resume(listeners)
+                self._listeners, self._report = listeners, None
+            except Exception as error:  # noqa: BLE001 - handed to the caller
+                errors.append(error)
+                for listener in listeners:
+                    listener.close()
+            reopened.set()
+
+        loop.call(reopen)
+        if not reopened.wait(_START_TIMEOUT):
+            raise FlaskdError("cannot resume: the serving thread does not turn")
+        if errors:
+            raise errors[0]
+
+    def stop(self, timeout: float = _DEFAULT_TIMEOUT) -> DrainReport:
+        """Drain within `timeout` seconds, then end and join every thread; a second call returns the same report."""
+        if self._thread is None or self._loop is None:
+            self._close_listeners()
+            return self._report or DrainReport()
+        report = self._report
+        if report is None and self._thread.is_alive():
+            report = self.drain(timeout)
+        self.end()
+        return report or DrainReport()
+
+    def end(self, timeout: float = _JOIN_TIMEOUT) -> None:
+        """End and join the threads of a server that is drained, waiting at most `timeout` seconds for its workers."""
+        loop, thread = self._serving, self._thread
+        if thread is None:
+            return
+        loop.end()
+        thread.join(timeout + _JOIN_TIMEOUT)
+        for worker in loop.close(timeout):
+            log.warning(f"{worker.name} does not end, and is abandoned:\n{stack_of(worker)}")
+        self._thread = None
+
+    def abandon(self) -> None:
+        """End without a drain, if it has not ended yet: for a start that failed half-way."""
+        if self._thread is not None:
+            self.end(0)
+        self._close_listeners()
+
+    def _close_listeners(self) -> None:
+        for listener in self._listeners or ():
+            listener.close()

@@ -1,0 +1,210 @@
+"""Listeners: where to listen, binding without stealing anybody's place, and giving the place back."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import socket
+import stat
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+from urllib.parse import quote
+
+from flaskd.errors import CannotCreateError
+
+_TCP = re.compile(r"(?:\[(?P<v6>[^\[\]/\s\0]*:[^\[\]/\s\0]*)\]|(?P<host>[^:\[\]/\s\0]*)):(?P<port>[0-9]{1,5})")
+_MAX_PORT = 65535
+_MAX_UNIX_PATH = 107
+"""``sun_path`` is 108 bytes with its terminating NUL: unix(7)."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a listener stands: ``HOST:PORT``, ``[IPv6]:PORT``, ``:PORT`` (every IPv4 address) or ``unix:/path``."""
+
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read an address; raises ValueError with a message that starts "expected an address"."""
+        if text.startswith("unix:"):
+            path = text.removeprefix("unix:")
+            if not path or "\0" in path:
+                raise ValueError(f'expected an address such as unix:/run/app.sock, got "{text}"')
+            if len(os.fsencode(path)) > _MAX_UNIX_PATH:
+                raise ValueError(f'expected an address of at most {_MAX_UNIX_PATH} bytes, got "{text}"')
+            return cls(path=path)
+        found = _TCP.fullmatch(text)
+        if not found or int(found["port"]) > _MAX_PORT:
+            raise ValueError(f'expected an address such as 127.0.0.1:8000, [::1]:8000 or unix:/path, got "{text}"')
+        host = found["v6"] if found["v6"] is not None else found["host"] or "0.0.0.0"  # noqa: S104 - asked for
+        return cls(host=host, port=int(found["port"]))
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"unix:{self.path}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """The URL a client can use; a wildcard address is shown as the loopback address it includes."""
+        if self.path:
+            return f"http+unix://{quote(self.path, safe='')}/"
+        shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104 - compared
+        return f"http://{replace(self, host=shown)}/"
+
+
+class Listener:
+    """A bound socket that this process owns; `listen()` opens it, `close()` gives the place back."""
+
+    def __init__(self, address: Address, sock: socket.socket, node: Node | None = None) -> None:
+        self.address = address
+        self.socket = sock
+        self._node = node
+
+    @classmethod
+    def bind(cls, address: Address) -> Self:
+        """Bind without listening yet; raises CannotCreateError when the place cannot be had.
+
+        Port 0 becomes the port the kernel chose. IPv6 listeners take IPv6 only (RFC 3493 §5.3).
+        """
+        if address.path:
+            sock, node = bind_unix(Path(address.path), mode=0o660)
+            return cls(address, sock, node)
+        try:
+            infos = socket.getaddrinfo(
+                address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | socket.AI_NUMERICSERV
+            )
+        except (OSError, UnicodeError) as error:  # the latter from names that no DNS could have
+            raise CannotCreateError(f"cannot listen on {address}: {getattr(error, 'strerror', error)}") from error
+        # A name may stand for several addresses; IPv4 first, because that is what clients of "localhost" try.
+        family, kind, proto, _, where = min(infos, key=lambda info: info[0] != socket.AF_INET)
+        sock = socket.socket(family, kind, proto)
+        try:
+            if sys.platform != "win32":
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind(where)
+        except OSError as error:
+            sock.close()
+            raise CannotCreateError(_why_not(address, error)) from error
+        return cls(replace(address, port=sock.getsockname()[1]), sock)
+
+    def listen(self, backlog: int) -> None:
+        """Start listening; `backlog` is a number of connections. Raises CannotCreateError."""
+        try:
+            self.socket.listen(backlog)
+        except OSError as error:
+            raise CannotCreateError(_why_not(self.address, error)) from error
+
+    def close(self) -> None:
+        """Close the socket and remove its node if it is still ours."""
+        if self._node is not None:
+            self._node.remove()
+            self._node = None  # once: a successor's node may get the same inode
+        self.socket.close()
+
+
+def _why_not(address: Address, error: OSError) -> str:
+    hints = {
+        errno.EADDRINUSE: "; another process listens there: choose another address with --listen, or stop that process",
+        errno.EACCES: "; ports below 1024 need CAP_NET_BIND_SERVICE",
+        errno.EADDRNOTAVAIL: "; this machine has no such address",
+    }
+    return f"cannot listen on {address}: {error.strerror}{hints.get(error.errno or 0, '')}"
+
+
+@dataclass(frozen=True)
+class Node:
+    """A file system node that this process made, known again by device and inode."""
+
+    path: Path
+    device: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """Remember the node that stands at `path` now."""
+        found = path.lstat()
+        return cls(path, found.st_dev, found.st_ino)
+
+    def is_ours(self) -> bool:
+        """Whether the node at the path is still the one that was made."""
+        try:
+            found = self.path.lstat()
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == (self.device, self.inode)
+
+    def remove(self) -> None:
+        """Unlink the node, if it is still ours."""
+        if self.is_ours():
+            with contextlib.suppress(FileNotFoundError):
+                self.path.unlink()
+
+
+def bind_unix(path: Path, *, mode: int, gid: int = -1) -> tuple[socket.socket, Node]:
+    """Bind a listening Unix stream socket at `path` with its final mode and group, and only then show it there.
+
+    A stale socket is replaced; a live one, or anything that is not a socket, is refused with CannotCreateError.
+    The socket is bound under a temporary name and renamed, so nobody ever sees it with the wrong mode or not listening.
+    """
+    try:
+        if stat.S_ISSOCK(path.lstat().st_mode):
+            if _answers(path):
+                raise CannotCreateError(f"cannot listen on unix:{path}: another process listens there")
+        else:
+            raise CannotCreateError(f"cannot listen on unix:{path}: a file that is not a socket stands there")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise CannotCreateError(f"cannot listen on unix:{path}: {error.strerror}") from error
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    hidden = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            hidden.unlink()
+        sock.bind(str(hidden))
+        hidden.chmod(mode)
+        if gid != -1:
+            os.chown(hidden, -1, gid)
+        sock.listen(128)
+        hidden.rename(path)
+        return sock, Node.of(path)
+    except OSError as error:
+        sock.close()
+        with contextlib.suppress(OSError):
+            hidden.unlink()
+        raise CannotCreateError(f"cannot listen on unix:{path}: {error.strerror or error}") from error
+
+
+def _answers(path: Path) -> bool:
+    """Whether somebody listens at a Unix socket path."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return False
+        except OSError:
+            return True  # a full backlog or a denied connect: somebody is there
+        return True
+
+
+def raise_open_files_limit() -> int:
+    """Raise the soft RLIMIT_NOFILE to the hard one (setrlimit(2)) and return what is allowed now."""
+    import resource  # noqa: PLC0415 - not on Windows
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+    return soft

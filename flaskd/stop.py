@@ -1,0 +1,138 @@
+"""One stop: its reason, its deadline, and the phases of its cleanup around the drain."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from flaskd.cleanup import Plan, Runner, StepResult, results_as_json
+from flaskd.config import Config, Phase
+from flaskd.ledger import DrainReport
+from flaskd.lifecycle import StopReason
+from flaskd.loading import LoadedApp
+from flaskd.logs import timestamp
+
+log = logging.getLogger("flaskd.stop")
+
+_HURRIED = 1.0
+"""Seconds that all remaining cleanup gets when somebody asks a second time."""
+_LAST_RESORT = 0.5
+"""Seconds past the deadline at which faulthandler ends the process, even one whose app holds the GIL."""
+
+_BEFORE = [Phase.ANNOUNCE]
+_BESIDE = [Phase.DRAIN]
+_AFTER = [phase for phase in Phase if phase not in {*_BEFORE, *_BESIDE}]
+
+
+class Stop:
+    """Runs the plan as it stands now; the daemon tells it when the drain is over, and it tells when all is done.
+
+    `drain` and `over` are called from the cleanup thread: when it is time to drain, and at the end, with what broke the
+    cleanup off if anything did. `on_step` gets each step's result.
+    """
+
+    def __init__(
+        self,
+        reason: StopReason,
+        *,
+        plan: Plan,
+        app: LoadedApp,
+        config: Config,
+        drain: Callable[[], None],
+        over: Callable[[Exception | None], None],
+        on_step: Callable[[StepResult], None],
+    ) -> None:
+        self.reason = reason
+        self.hurried = False
+        self._shutdown = config.shutdown
+        self._began = time.monotonic()
+        self._deadline = self._began + self._shutdown.deadline
+        self._drain, self._over = drain, over
+        self._report: DrainReport | None = None
+        self._drained = threading.Event()
+        self._runner = Runner(
+            plan,
+            app=app.flask,
+            reason=reason,
+            deadline=self._deadline,
+            reserve=self._shutdown.reserve,
+            max_parallel=config.cleanup.max_parallel,
+            on_progress=on_step,
+        )
+
+    def start(self) -> None:
+        """Begin; from here on the process ends by the deadline, whatever happens."""
+        self._arm()
+        threading.Thread(target=self._run, name="flaskd-cleanup", daemon=True).start()
+
+    def _arm(self) -> None:
+        faulthandler.dump_traceback_later(self.left + _LAST_RESORT, exit=True, file=2)
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline, never below 0."""
+        return max(0.0, self._deadline - time.monotonic())
+
+    @property
+    def took(self) -> float:
+        """Seconds since it began."""
+        return time.monotonic() - self._began
+
+    @property
+    def drain_time(self) -> float:
+        """Seconds a drain beginning now may take: its own timeout, what the deadline allows, nothing in a hurry."""
+        return 0.0 if self.hurried else max(0.0, min(self._shutdown.drain.timeout, self.left - self._shutdown.reserve))
+
+    @property
+    def running(self) -> tuple[str, ...]:
+        """The cleanup steps that run now."""
+        return self._runner.running
+
+    @property
+    def policies(self) -> dict[str, dict[str, Any]]:
+        """Each policy's fate so far."""
+        return results_as_json(self._runner.results)
+
+    def hurry(self) -> None:
+        """End the drain now and give all remaining cleanup a second in total."""
+        log.warning(f"asked again: the drain ends now, and all remaining cleanup has {_HURRIED:g}s")
+        self.hurried = True
+        self._deadline = min(self._deadline, time.monotonic() + _HURRIED)
+        self._arm()
+        self._runner.hurry(_HURRIED)
+
+    def drained(self, report: DrainReport) -> None:
+        """Let the cleanup go on: the drain is over."""
+        self._report = report
+        self._drained.set()
+
+    def record(self, report: DrainReport) -> dict[str, Any]:
+        """The record of it; keys are stable."""
+        return {
+            "reason": str(self.reason),
+            "completed": report.completed,
+            "rejected": report.rejected,
+            "cut": [each.as_json() for each in report.cut],
+            "started": timestamp(time.time() - self.took),
+            "took": round(self.took, 3),
+            "policies": self.policies,
+            "pid": os.getpid(),
+        }
+
+    def _run(self) -> None:
+        error: Exception | None = None
+        try:
+            self._runner.run(_BEFORE)
+            self._drain()
+            self._runner.run(_BESIDE)
+            self._drained.wait()
+            assert self._report is not None
+            self._runner.run(_AFTER, "clean" if self._report.clean else "degraded")
+        except Exception as failure:  # noqa: BLE001 - the daemon must go on and exit, and tells what it was
+            error = failure
+        self._over(error)

@@ -1,0 +1,233 @@
+"""For test_config.py: stand-in actions, and tables of what is written and the lines that answer it."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, Field, field_validator
+
+from flaskd.config import ActionSpec, Duration, Phase, Section
+
+
+class CommandFields(Section):
+    argv: list[str] = Field(min_length=1)
+    env: dict[str, str] = Field({})
+    cwd: Path | None = None
+    kill_grace: Duration = 2.0
+
+
+class CallFields(BaseModel):
+    target: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")]
+
+
+class LoginFields(Section):
+    user: str | int = "root"
+    password: str = "none yet"
+    port: int = 5432
+    tls: bool = True
+
+    @field_validator("password")
+    @classmethod
+    def _long(cls, password):
+        if len(password) < 4:
+            raise ValueError(f"{password!r} is too short")
+        return password
+
+
+ACTIONS = {
+    "command": ActionSpec(CommandFields, Phase.FINAL),
+    "call": ActionSpec(CallFields, Phase.QUIESCE),
+    "login": ActionSpec(LoginFields, Phase.CLOSE),
+    "sqlalchemy.dispose": ActionSpec(Section, Phase.CLOSE),
+}
+
+
+def policies(*lines: str) -> str:
+    """Write a file with cleanup policies; the first of the lines given is the third of the file."""
+    return "\n".join(["cleanup:", "  policies:", *(f"    {line}" for line in lines)])
+
+
+REFUSED = [
+    ("- 1", "1:1: expected a mapping at the top, got a list"),
+    ("hello", "1:1: expected a mapping at the top, got a single value"),
+    ("app: {}\n---\nlog: {}", "2:1: expected one document, got a second"),
+    ("app:\n\ttarget: x", '2:1: expected spaces, got a tab (in quotes: "\\t")'),
+    ("app: {target: x\0}", "1:16: expected text, got a NUL character"),
+    ('app: {target: "\\0"}', "1:15 app.target: expected text, got a NUL character"),
+    ('app: {target: "\\udc80"}', "1:15 app.target: expected text, got text that is not Unicode (a lone surrogate)"),
+    (b"app: {}\nlog: {level: \xff}", "2:14: expected UTF-8, got the byte 0xff"),
+    ("app: {}".encode("utf-16"), "1:1: expected UTF-8, got UTF-16"),
+    ("log: {level: \x07}", "1:14: expected text, got the control character U+0007"),
+    ("log: &a {}", "1:6 log: expected a value, got the anchor &a"),
+    ("log: *a", "1:6 log: expected a value, got the alias *a"),
+    ("log: !x {}", '1:6 log: expected a value, got the tag "!x"'),
+    ("server: {threads: !!int 8}", '1:19 server.threads: expected a value, got the tag "tag:yaml.org,2002:int"'),
+    ("? [a]\n: 1", "1:3: expected a key of text, got a list or mapping"),
+    ("? " * 50_000, "1:3: expected a key of text, got a list or mapping"),
+    (
+        "log: {level: info",
+        (
+            "1:18: expected YAML, got something else: while parsing a flow mapping "
+            "expected ',' or '}', but got '<stream end>'"
+        ),
+    ),
+    ("log: level: info", "1:11: expected YAML, got something else: mapping values are not allowed here"),
+    ("#" * 300 * 1024, "1:1: expected a file of at most 256 KiB, got a larger one"),
+    ("log: " + "[" * 50_000, "1:37 log[0][0]: expected at most 32 levels, got more"),
+    (
+        "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdef", "bcdefg", strict=True)),
+        "1:4 a: expected a value, got the anchor &a",
+    ),
+]
+
+SECTIONS = "server, version, health, profile, control, cleanup, shutdown, app, log"
+PROXY = "expected server.trusted_proxy to be set along with this"
+LISTEN = "expected HOST:PORT, [IPv6]:PORT, :PORT or unix:/path"
+
+
+WRONG = [
+    ("version: 2", ["1:10 version: expected 1, got 2"]),
+    ("sever: {}", [f'1:1 sever: expected a known key, got "sever"; did you mean "server"?; known keys: {SECTIONS}']),
+    (
+        "log:\n  level: info\n  format: text\n  level: error",
+        ['4:3 log.level: expected each key once, got "level" again (first in line 2)'],
+    ),
+    ("server: 5", ["1:9 server: expected a mapping, got 5"]),
+    ("server: {threads: 0}", ["1:19 server.threads: expected at least 1, got 0"]),
+    ("server: {threads: 1025}", ["1:19 server.threads: expected at most 1024, got 1025"]),
+    ("server: {threads: 4.0}", ["1:19 server.threads: expected an integer, got 4.0"]),
+    ("server: {threads: ~}", ["1:19 server.threads: expected an integer, got null"]),
+    ("server: {threads: }", ["1:18 server.threads: expected an integer, got nothing"]),
+    ('server: {threads: "8"}', ['1:19 server.threads: expected an integer, got "8" as text; write it without quotes']),
+    (f"server: {{threads: {'9' * 5000}}}", [f'1:19 server.threads: expected an integer, got "{"9" * 60}..."']),
+    ("server: {workers: 2}", ["1:19 server.workers: expected 0 (worker processes are not in this version), got 2"]),
+    ("server: {listen: 8000}", [f"1:18 server.listen: {LISTEN}, got 8000"]),
+    (
+        'server: {listen: [":80", "[::1", "[1.2.3.4]:80", "1.2.3:80", "a b:1"]}',
+        [
+            f'1:26 server.listen[1]: {LISTEN}, got "[::1"',
+            '1:34 server.listen[2]: expected an IPv6 address and a port, got "[1.2.3.4]:80"',
+            '1:50 server.listen[3]: expected an IPv4 address and a port, got "1.2.3:80"',
+            f'1:62 server.listen[4]: {LISTEN}, got "a b:1"',
+        ],
+    ),
+    ("server: {listen: ':99999'}", ['1:18 server.listen: expected a port of at most 65535, got ":99999"']),
+    (
+        "server: {trusted_proxy_count: 2, trusted_proxy_headers: [forwarded]}",
+        [
+            f"1:31 server.trusted_proxy_count: {PROXY}, got 2",
+            f'1:57 server.trusted_proxy_headers: {PROXY}, got ["forwarded"]',
+        ],
+    ),
+    (
+        "server: {trusted_proxy: '*', trusted_proxy_headers: [forwarded, x-forwarded-for]}",
+        [
+            (
+                "1:53 server.trusted_proxy_headers: expected either forwarded or x-forwarded-* headers, not both, "
+                'got ["forwarded", "x-forwarded-for"]'
+            )
+        ],
+    ),
+    (
+        "server: {max_request_body_size: 64M}",
+        ['1:33 server.max_request_body_size: expected a size such as 64MiB, got "64M"'],
+    ),
+    (
+        f"server: {{max_request_body_size: {'9' * 500}GiB}}",
+        [f'1:33 server.max_request_body_size: expected a size such as 64MiB, got "{"9" * 60}..."'],
+    ),
+    (
+        "log: {level: warn}",
+        ['1:14 log.level: expected one of debug, info, warning, error, got "warn"; did you mean "warning"?'],
+    ),
+    (
+        "health: {probe: ping}",
+        ['1:17 health.probe: expected a path that starts with / and holds no blanks, got "ping"'],
+    ),
+    (
+        "health: {probe_timeout: 5}",
+        ["1:25 health.probe_timeout: expected a duration such as 5s (a unit is missing), got 5"],
+    ),
+    ("health: {probe_timeout: 0}", ["1:25 health.probe_timeout: expected more than 0, got 0"]),
+    ("health: {probe_timeout: 367d}", ['1:25 health.probe_timeout: expected a duration of at most 366d, got "367d"']),
+    (
+        "control: {mode: 0999, required: yes}",
+        [
+            '1:17 control.mode: expected a file mode from 0000 to 0777, such as "0660", got 0999',
+            '1:33 control.required: expected true or false, got "yes"',
+        ],
+    ),
+    (
+        "shutdown: {deadline: 10s, reserve: 10s}",
+        ['1:36 shutdown.reserve: expected less than shutdown.deadline, got "10s"'],
+    ),
+    ("shutdown: {exit_codes: {degraded: -1}}", ["1:35 shutdown.exit_codes.degraded: expected at least 0, got -1"]),
+    (
+        policies("close-db:", "  use: sqlalchemy.dispos", "  timeout: soon"),
+        [
+            (
+                '4:12 cleanup.policies.close-db.use: expected an action, got "sqlalchemy.dispos"; '
+                'did you mean "sqlalchemy.dispose"?; known: sqlalchemy.dispose, call, login, command'
+            ),
+            '5:16 cleanup.policies.close-db.timeout: expected a duration such as 5s, got "soon"',
+        ],
+    ),
+    (
+        policies("a: {phase: close}", "b:", "c: [1]"),
+        [
+            "3:5 cleanup.policies.a.use: expected a value (it has no default), got nothing",
+            "4:5 cleanup.policies.b.use: expected a value (it has no default), got nothing",
+            "5:8 cleanup.policies.c: expected a mapping, got [1]",
+        ],
+    ),
+    (
+        policies("a: {use: command, with: {argv: [], arg: 1}}", "b: {use: call}"),
+        [
+            "3:36 cleanup.policies.a.with.argv: expected a list of at least 1, got an empty list",
+            (
+                '3:40 cleanup.policies.a.with.arg: expected a known key, got "arg"; did you mean "argv"?; '
+                "known keys: argv, kill_grace, env, cwd"
+            ),
+            "4:5 cleanup.policies.b.with.target: expected a value (it has no default), got nothing",
+        ],
+    ),
+    (
+        policies("a: {use: call, with: {target: 3.10, x: 1}}", "b: {use: login, with: {user: [1]}}"),
+        [
+            r"3:35 cleanup.policies.a.with.target: expected text that matches ^[\w.]+:[\w.]+$, got 3.10",
+            '3:41 cleanup.policies.a.with.x: expected a known key, got "x"; known keys: target',
+            "4:34 cleanup.policies.b.with.user: expected text or an integer, got [1]",
+        ],
+    ),
+    (
+        policies("A: {use: login}", '"x\\ny": {use: login}'),
+        [
+            f'{at}: expected a name of a-z, 0-9, dots, hyphens and underscores, a letter or digit first, got "{name}"'
+            for at, name in (("3:5 cleanup.policies.A", "A"), ('4:5 cleanup.policies."x\\ny"', "x\\ny"))
+        ],
+    ),
+    (
+        policies("a: {use: login, after: clos, when: {reason: [signl], outcome: bad}}", "close: {use: login}"),
+        [
+            (
+                '3:28 cleanup.policies.a.after: expected the name of a policy, got "clos"; did you mean "close"?; '
+                "known: close"
+            ),
+            (
+                "3:50 cleanup.policies.a.when.reason[0]: expected one of signal, control, endpoint, idle, failure, "
+                'got "signl"; did you mean "signal"?'
+            ),
+            '3:67 cleanup.policies.a.when.outcome: expected one of clean, degraded, got "bad"',
+        ],
+    ),
+    (
+        policies("a: {use: login, after: [a, b]}", "b: {use: login, phase: flush}"),
+        [
+            "3:29 cleanup.policies.a.after[0]: expected another policy, got the policy itself",
+            '3:32 cleanup.policies.a.after[1]: expected a policy of phase close or before, got "b" of phase flush',
+        ],
+    ),
+    (
+        policies("c: {use: login, after: a}", "a: {use: login, after: b}", "b: {use: login, after: [c]}"),
+        ["3:28 cleanup.policies.c.after: expected an order, got a circle: c after a after b after c"],
+    ),
+]

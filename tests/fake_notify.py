@@ -1,0 +1,47 @@
+"""A service manager's end of sd_notify(3), for tests: a datagram socket at NOTIFY_SOCKET."""
+
+import socket
+from contextlib import contextmanager
+
+PATIENCE = 10.0
+"""Seconds until a test gives up on a message that should long have come."""
+
+
+class Receiver:
+    """Receives whole messages, as bytes; `address` is what goes into NOTIFY_SOCKET."""
+
+    def __init__(self, address):
+        self.address = str(address)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind("\0" + self.address[1:] if self.address.startswith("@") else self.address)
+        self._socket.settimeout(PATIENCE)
+
+    def message(self):
+        """Give the next message, waiting for it."""
+        return self._socket.recv(65536)
+
+    def messages(self):
+        """Give every message that is there now."""
+        self._socket.setblocking(False)
+        found = []
+        try:
+            while True:
+                found.append(self._socket.recv(65536))
+        except BlockingIOError:
+            return found
+        finally:
+            self._socket.settimeout(PATIENCE)
+
+    def close(self):
+        """Close the socket; its node stays, as that of a manager that died."""
+        self._socket.close()
+
+
+@contextmanager
+def receiving(address):
+    """Give a `Receiver` at a path, or at an abstract address that starts with "@"."""
+    receiver = Receiver(address)
+    try:
+        yield receiver
+    finally:
+        receiver.close()

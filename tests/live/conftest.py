@@ -1,0 +1,337 @@
+"""Real flaskd processes: started, waited for by their own readiness, and looked after when they have ended."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PATIENCE = 20.0
+"""Seconds after which a test gives up waiting; no test waits that long when all is well."""
+
+GATE_APP = """
+import os, socket, time
+from flask import Flask, Response, request
+
+app = Flask(__name__)
+
+@app.get("/")
+def index():
+    return "hello"
+
+@app.get("/hold")
+def hold():
+    # Tells the test that it is running, and runs until the test says a word.
+    with socket.socket(socket.AF_UNIX) as gate:
+        gate.connect(os.environ["GATE"])
+        gate.sendall(b"entered")
+        gate.recv(1)
+    return "held"
+
+@app.get("/environ")
+def environ():
+    return {key: str(request.environ[key]) for key in sorted(request.environ)}
+
+@app.get("/boom")
+def boom():
+    raise RuntimeError("boom")
+"""
+
+
+class Gate:
+    """Where requests to ``/hold`` announce themselves and wait to be let go."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen(64)
+        self._listener.settimeout(PATIENCE)
+        self._held: list[socket.socket] = []
+
+    def entered(self) -> None:
+        """Wait until one more request is running."""
+        held, _ = self._listener.accept()
+        held.settimeout(PATIENCE)
+        assert held.recv(7) == b"entered"
+        self._held.append(held)
+
+    def open(self) -> None:
+        """Let all of them go on."""
+        for held in self._held:
+            with contextlib.suppress(OSError):
+                held.sendall(b"x")
+            held.close()
+        self._held.clear()
+
+    def close(self) -> None:
+        self.open()
+        self._listener.close()
+
+
+class Answer(threading.Thread):
+    """A request made in a thread; its outcome is (status, body) or the exception."""
+
+    def __init__(self, url: str, path: str) -> None:
+        super().__init__(daemon=True)
+        self._url, self._path = url, path
+        self.outcome: Any = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.outcome = get(self._url, self._path)
+        except (OSError, http.client.HTTPException) as error:
+            self.outcome = error
+
+    def result(self) -> Any:
+        self.join(PATIENCE)
+        assert not self.is_alive(), f"no answer to {self._path}"
+        return self.outcome
+
+
+def get(url: str, path: str = "/", **headers: str) -> tuple[int, bytes]:
+    """GET a path; `url` is http://host:port/ or unix:/path."""
+    host = url.removeprefix("http://").rstrip("/")
+    connection = http.client.HTTPConnection("localhost" if url.startswith("unix:") else host, timeout=PATIENCE)
+    if url.startswith("unix:"):
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.connect(url.removeprefix("unix:"))
+    with contextlib.closing(connection):
+        connection.request("GET", path, headers=headers)
+        response = connection.getresponse()
+        return response.status, response.read()
+
+
+def refused(url: str) -> bool:
+    """Whether nobody listens at the URL."""
+    host, _, port = url.removeprefix("http://").rstrip("/").rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+class Flaskd:
+    """One flaskd process with a runtime and state directory of its own, and a fake service manager."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.runtime = directory / "run"
+        self.state = directory / "state"
+        self.gate = Gate(directory / "gate")
+        self.messages: list[str] = []
+        self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._notify.bind(str(directory / "notify"))
+        self._notify.settimeout(PATIENCE)
+        self.process: subprocess.Popen[bytes] | None = None
+        self.log_file = directory / "log"
+        self.env = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("FLASK", "XDG_"))},
+            "RUNTIME_DIRECTORY": str(self.runtime),
+            "STATE_DIRECTORY": str(self.state),
+            "NOTIFY_SOCKET": str(directory / "notify"),
+            "GATE": str(self.gate.path),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONWARNINGS": "default",
+        }
+        self.write("gateapp.py", GATE_APP)
+
+    # --- starting ---
+
+    def write(self, name: str, text: str) -> Path:
+        """Write a file into the directory that flaskd works in."""
+        path = self.directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    def launch(self, *args: str, app: str | None = "gateapp", listen: str | None = "127.0.0.1:0") -> None:
+        """Start it, and wait for nothing."""
+        argv = [sys.executable, "-m", "flaskd", "serve", *([app] if app else []), *args]
+        argv += ["-l", listen] if listen else []
+        self.log_file.touch()
+        with self.log_file.open("ab") as log:
+            self.process = subprocess.Popen(
+                argv, cwd=self.directory, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+
+    def start(self, *args: str, app: str | None = "gateapp", listen: str | None = "127.0.0.1:0") -> Flaskd:
+        """Start it and wait until it says READY."""
+        self.launch(*args, app=app, listen=listen)
+        self.wait_message("READY=1")
+        return self
+
+    def fails(self, *args: str, app: str | None = "gateapp", listen: str | None = "127.0.0.1:0") -> tuple[int, str]:
+        """Start what cannot start; returns the exit code and all that was said."""
+        self.launch(*args, app=app, listen=listen)
+        return self.wait(), self.log
+
+    def wait_message(self, wanted: str) -> str:
+        """Wait for a notification with that text in it, keeping those before it."""
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            readable, _, _ = select.select([self._notify], [], [], 0.2)
+            if readable:
+                self.messages.append(self._notify.recv(8192).decode())
+                if wanted in self.messages[-1]:
+                    return self.messages[-1]
+            elif self.process is not None and self.process.poll() is not None:
+                raise AssertionError(f"flaskd exited with {self.process.returncode} before {wanted}:\n{self.log}")
+        raise AssertionError(f"no {wanted} within {PATIENCE}s:\n{self.log}")
+
+    def drain_messages(self) -> list[str]:
+        """All notifications so far."""
+        while select.select([self._notify], [], [], 0)[0]:
+            self.messages.append(self._notify.recv(8192).decode())
+        return self.messages
+
+    # --- talking ---
+
+    @property
+    def log(self) -> str:
+        """All that it wrote to standard output and error."""
+        return self.log_file.read_text(errors="replace")
+
+    @property
+    def socket_path(self) -> Path:
+        return self.runtime / "control.sock"
+
+    @property
+    def fifo_path(self) -> Path:
+        return self.runtime / "control"
+
+    def command(self, line: str) -> str:
+        """Send a text command and return the whole answer."""
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(PATIENCE)
+            client.connect(str(self.socket_path))
+            client.sendall(line.encode() + b"\n")
+            return b"".join(iter(lambda: client.recv(65536), b"")).decode()
+
+    def status(self) -> dict[str, Any]:
+        """The status, as programs see it."""
+        code, out, err = self.client("status", "--json")
+        assert code == 0, err
+        return dict(json.loads(out))
+
+    def client(self, *args: str) -> tuple[int, str, str]:
+        """Run a client verb."""
+        done = subprocess.run(
+            [sys.executable, "-m", "flaskd", *args],
+            cwd=self.directory, env=self.env, capture_output=True, text=True, timeout=PATIENCE, check=False,
+        )  # fmt: skip
+        return done.returncode, done.stdout, done.stderr
+
+    @property
+    def url(self) -> str:
+        return str(self.status()["url"])
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def hold(self, url: str | None = None) -> Answer:
+        """Make a request that runs until the gate opens; it is running when this returns."""
+        answer = Answer(url or self.url, "/hold")
+        self.gate.entered()
+        return answer
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for something that only shows by looking; bounded."""
+        end = time.monotonic() + PATIENCE
+        while not condition():
+            assert time.monotonic() < end, f"it never became so:\n{self.log}"
+            time.sleep(0.01)
+
+    # --- ending ---
+
+    def kill(self, number: int) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def wait(self, timeout: float = PATIENCE) -> int:
+        """Wait for its end, and return the exit code."""
+        assert self.process is not None
+        return self.process.wait(timeout)
+
+    def stop(self) -> int:
+        """SIGTERM, and the exit code."""
+        self.kill(signal.SIGTERM)
+        return self.wait()
+
+    def leftovers(self) -> list[str]:
+        """What it left in its directories that should not be there."""
+        found = [str(path) for path in self.runtime.glob("*")] + [str(path) for path in self.runtime.glob(".*")]
+        return found + [str(path) for path in self.state.glob("*") if path.name != "last-stop.json"]
+
+    def record(self) -> dict[str, Any]:
+        """The record of the last stop."""
+        return dict(json.loads((self.state / "last-stop.json").read_text()))
+
+    def close(self) -> None:
+        self.gate.close()
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        self._notify.close()
+
+
+def children(pid: int) -> list[int]:
+    """The pids of a process' children."""
+    with contextlib.suppress(FileNotFoundError):
+        return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+@pytest.fixture
+def make_flaskd() -> Iterator[Callable[[], Flaskd]]:
+    """Makes flaskd processes, each with a short-pathed directory of its own (a Unix socket's path has 107 bytes)."""
+    made: list[Flaskd] = []
+
+    def make() -> Flaskd:
+        made.append(Flaskd(Path(tempfile.mkdtemp(prefix="flaskd-test-"))))
+        return made[-1]
+
+    yield make
+    for each in made:
+        with contextlib.suppress(OSError):
+            print(f"--- log of {each.directory}:\n{each.log}")
+        each.close()
+        shutil.rmtree(each.directory)
+
+
+@pytest.fixture
+def flaskd(make_flaskd: Callable[[], Flaskd]) -> Iterator[Flaskd]:
+    """One flaskd; a test that ended it in good order must find nothing left of it."""
+    each = make_flaskd()
+    yield each
+    ended = each.process is not None and each.process.poll() is not None
+    if ended and each.process is not None and each.process.returncode >= 0:
+        assert each.leftovers() == []
+
+
+def requires(name: str, missing: Sequence[str]) -> None:
+    """Skip with the reason when something is missing, unless $FLASKD_REQUIRE says that it must be there."""
+    if missing:
+        reason = f"{name} is not available: {', '.join(missing)}"
+        if name in os.environ.get("FLASKD_REQUIRE", "").split(","):
+            pytest.fail(reason)
+        pytest.skip(reason)

@@ -1,0 +1,222 @@
+"""Signals at every moment: during the import, while serving, again and again, and from a real terminal."""
+
+import contextlib
+import os
+import pty
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import PATIENCE, Flaskd, children
+
+ENTER = "import os, socket\ngate = socket.socket(socket.AF_UNIX)\ngate.connect(os.environ['GATE'])\ngate.sendall(b'entered')\n"
+
+SLEEPERS = {
+    "python": ENTER + "import time\ntime.sleep(5)\n",
+    "python that swallows everything": ENTER + (
+        "import time\nend = time.monotonic() + 5\nwhile time.monotonic() < end:\n"
+        "    try:\n        time.sleep(1)\n    except BaseException:\n        pass\n"
+    ),
+    "c that starts again": ENTER + (
+        "import ctypes, time\nlibc = ctypes.CDLL(None)\nend = time.monotonic() + 5\n"
+        "left = 5\nwhile left:\n    left = libc.sleep(left)\n"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sleeper", SLEEPERS)
+def test_a_signal_ends_an_import_at_once(flaskd: Flaskd, sleeper: str, number: int) -> None:
+    """An app that sleeps 5 s while it is imported is left within a second, cleanly, with no node."""
+    flaskd.write("sleeper.py", SLEEPERS[sleeper])
+    flaskd.launch(app="sleeper", listen=f"unix:{flaskd.directory}/app.sock")
+    flaskd.gate.entered()
+    before = time.monotonic()
+    flaskd.kill(number)
+    assert flaskd.wait() == 0
+    assert time.monotonic() - before < 1.0
+    assert "stopped while starting" in flaskd.log
+    assert "Traceback" not in flaskd.log
+    assert not (flaskd.directory / "app.sock").exists()
+
+
+def test_stop_ends_an_import_and_answers(flaskd: Flaskd) -> None:
+    """The control plane is there before the app is; a stop asked there ends the start and is answered."""
+    flaskd.write("sleeper.py", SLEEPERS["python"])
+    flaskd.launch(app="sleeper")
+    flaskd.gate.entered()
+    assert flaskd.status()["state"] == "starting"
+    assert flaskd.command("resume") == "ERR not-now cannot resume: flaskd is starting\n"
+    assert flaskd.command("stop wait").splitlines()[-1] == "OK stopped"
+    assert flaskd.wait() == 0
+
+
+def test_the_second_signal_cuts_the_drain_short(flaskd: Flaskd) -> None:
+    """After the second SIGTERM the request is cut and cleanup has one second in total."""
+    flaskd.write("slow_cleanup.py", "import time\ndef step(context):\n    time.sleep(30)\n")
+    flaskd.write("flaskd.yaml", "shutdown: {deadline: 60s, drain: {timeout: 50s}}\n"
+                 "cleanup: {policies: {slow: {use: call, with: {target: 'slow_cleanup:step'}, timeout: 20s}}}\n")  # fmt: skip
+    flaskd.start()
+    flaskd.hold()
+    flaskd.kill(signal.SIGTERM)
+    flaskd.wait_message("STOPPING=1")
+    before = time.monotonic()
+    time.sleep(0.06)  # not a wait for anything: signals closer together than 50 ms are one signal
+    flaskd.kill(signal.SIGTERM)
+    assert flaskd.wait() == 0
+    assert time.monotonic() - before < 2.0
+    record = flaskd.record()
+    assert [each["path"] for each in record["cut"]] == ["/hold"]
+    assert record["policies"]["slow"]["fate"] == "timed_out"
+
+
+def test_the_third_signal_ends_it_at_once(flaskd: Flaskd) -> None:
+    """The third SIGINT leaves at once with 128 + its number, and no node stays behind."""
+    flaskd.write("stubborn.py", "import time\ndef step(context):\n    time.sleep(30)\n")
+    flaskd.write("flaskd.yaml", "cleanup: {policies: {slow: {use: call, phase: announce, with: {target: 'stubborn:step'},"
+                 " timeout: 20s}}}\n")  # fmt: skip
+    flaskd.start()
+    flaskd.hold()
+    flaskd.kill(signal.SIGINT)
+    flaskd.wait_message("STOPPING=1")
+    for _ in range(2):
+        time.sleep(0.06)  # not a wait for anything: signals closer together than 50 ms are one signal
+        flaskd.kill(signal.SIGINT)
+    assert flaskd.wait() == 128 + signal.SIGINT
+    assert list(flaskd.runtime.glob("*")) == []
+    (flaskd.state / "running.json").unlink()
+
+
+def test_signals_close_together_are_one(flaskd: Flaskd) -> None:
+    """A Ctrl-C that a wrapper forwards a second time does not cut anything short."""
+    flaskd.start()
+    held = flaskd.hold()
+    flaskd.kill(signal.SIGINT)
+    flaskd.kill(signal.SIGTERM)
+    flaskd.kill(signal.SIGINT)
+    flaskd.wait_message("STOPPING=1")
+    flaskd.gate.open()
+    assert held.result() == (200, b"held")
+    assert flaskd.wait() == 0
+    assert flaskd.record()["cut"] == []
+
+
+def test_handlers_of_the_app_are_taken_back(flaskd: Flaskd) -> None:
+    """An app that installs its own SIGTERM handler while it is imported is told so, and SIGTERM still stops flaskd."""
+    flaskd.write("greedy.py", "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nfrom gateapp import app\n")
+    flaskd.start(app="greedy")
+    assert "the app installed its own handler for SIGTERM; flaskd takes it back" in flaskd.log
+    assert flaskd.stop() == 0
+
+
+class Terminal:
+    """flaskd on a pseudo-terminal of its own, as a shell would start it."""
+
+    def __init__(self, flaskd: Flaskd, *args: str) -> None:
+        self.flaskd = flaskd
+        self.master, slave = pty.openpty()
+        self.process = flaskd.process = subprocess.Popen(
+            [sys.executable, "-m", "flaskd", "serve", "gateapp", "-l", "127.0.0.1:0", *args],
+            cwd=flaskd.directory, env=flaskd.env, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(slave)
+
+    def type(self, keys: bytes) -> None:
+        os.write(self.master, keys)
+
+    def read_until(self, text: bytes) -> bytes:
+        seen = b""
+        end = time.monotonic() + PATIENCE
+        while text not in seen:
+            assert time.monotonic() < end, seen
+            if select.select([self.master], [], [], 0.2)[0]:
+                with contextlib.suppress(OSError):
+                    seen += os.read(self.master, 65536)
+        return seen
+
+
+@pytest.fixture
+def terminal(flaskd: Flaskd) -> Iterator[Terminal]:
+    """A running flaskd on a terminal."""
+    each = Terminal(flaskd)
+    flaskd.wait_message("READY=1")
+    yield each
+    with contextlib.suppress(OSError):
+        os.close(each.master)
+
+
+def test_ctrl_c_in_a_terminal(terminal: Terminal) -> None:
+    """One Ctrl-C answers what is in hand, and exits with 0."""
+    held = terminal.flaskd.hold()
+    terminal.type(b"\x03")
+    terminal.read_until(b"stopping (signal: SIGINT): 1 in flight")
+    terminal.flaskd.gate.open()
+    assert held.result() == (200, b"held")
+    assert terminal.flaskd.wait() == 0
+
+
+def test_three_ctrl_c_in_a_terminal(terminal: Terminal) -> None:
+    """Three Ctrl-C end it, whatever hangs."""
+    terminal.flaskd.hold()
+    terminal.type(b"\x03")
+    terminal.read_until(b"stopping")
+    time.sleep(0.06)  # not a wait for anything: signals closer together than 50 ms are one signal
+    terminal.type(b"\x03")
+    terminal.read_until(b"asked again")
+    time.sleep(0.06)
+    terminal.type(b"\x03")
+    assert terminal.flaskd.wait() in {0, 130}  # the second may have been enough
+    (terminal.flaskd.state / "running.json").unlink(missing_ok=True)
+
+
+def test_a_terminal_that_hangs_up_is_a_stop(terminal: Terminal) -> None:
+    """SIGHUP means stop when the terminal is gone."""
+    held = terminal.flaskd.hold()
+    os.close(terminal.master)
+    terminal.flaskd.wait_message("STOPPING=1")
+    terminal.flaskd.gate.open()
+    assert held.result() == (200, b"held")
+    assert terminal.flaskd.wait() == 0
+
+
+def test_sighup_without_a_terminal_is_a_reload(flaskd: Flaskd) -> None:
+    """SIGHUP reloads: RELOADING with its moment, then READY."""
+    flaskd.start()
+    flaskd.kill(signal.SIGHUP)
+    reloading = flaskd.wait_message("RELOADING=1")
+    assert "MONOTONIC_USEC=" in reloading
+    flaskd.wait_message("READY=1")
+    assert flaskd.status()["last_reload"]["ok"] is True
+
+
+def test_nothing_keeps_the_exit(flaskd: Flaskd) -> None:
+    """A stray non-daemon thread, a busy executor and an idle browser's connection do not delay the exit."""
+    flaskd.write("stray.py", "import threading, time, concurrent.futures\nfrom gateapp import app\n"
+                 "threading.Thread(target=time.sleep, args=(60,), name='stray').start()\n"
+                 "pool = concurrent.futures.ThreadPoolExecutor(1)\npool.submit(time.sleep, 60)\n")  # fmt: skip
+    flaskd.start(app="stray")
+    host, _, port = flaskd.url.removeprefix("http://").rstrip("/").partition(":")
+    with socket.create_connection((host, int(port))):
+        before = time.monotonic()
+        assert flaskd.stop() == 0
+        assert time.monotonic() - before < 2.0
+    assert "leaving without waiting for" in flaskd.log
+
+
+def test_twenty_lives_leave_nothing(flaskd: Flaskd) -> None:
+    """Twenty starts and stops leave no node, child or temporary file."""
+    temporary = set(Path("/tmp").glob("flaskd*"))
+    for _ in range(20):
+        flaskd.start(listen=f"unix:{flaskd.directory}/app.sock")
+        assert children(flaskd.pid) == []
+        assert flaskd.stop() == 0
+        assert flaskd.leftovers() == []
+        assert not (flaskd.directory / "app.sock").exists()
+    assert set(Path("/tmp").glob("flaskd*")) <= temporary

@@ -1,0 +1,148 @@
+"""What cannot start says why in one clear line, with the right exit code and no traceback of flaskd's own."""
+
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+from conftest import Flaskd, get
+
+FAULTS = {
+    "missing module": ({}, ["nosuch:app"], 78, 'cannot load nosuch:app: there is no module "nosuch"'),
+    "missing attribute": ({"empty.py": ""}, ["empty:app"], 78, "cannot load empty:app: failed to find attribute 'app'"),
+    "module without app": ({"empty.py": ""}, ["empty"], 78, "cannot load empty: failed to find Flask application"),
+    "no app named": ({}, [], 78, "cannot find an app: none was named"),
+    "app that raises": ({"bad.py": "def f():\n    raise OSError('disk on fire')\nf()\n"}, ["bad"], 70,
+                        "cannot load bad: the app raised OSError: disk on fire"),
+    "app that exits": ({"bad.py": "import sys\nsys.exit('not today')\n"}, ["bad"], 70,
+                       "cannot load bad: the app raised SystemExit: not today"),
+    "missing configuration file": ({}, ["gateapp", "-c", "no.yaml"], 78, "no.yaml"),
+    "unknown key": ({"flaskd.yaml": "servr: {}\n"}, ["gateapp"], 78, "flaskd.yaml:1:1 servr: "),
+    "bad YAML": ({"flaskd.yaml": "a: [\n"}, ["gateapp"], 78, "flaskd.yaml:2:1"),
+    "bad threads": ({}, ["gateapp", "-t", "many"], 78, "command line server.threads: expected an integer"),
+    "bad address": ({}, ["gateapp", "-l", "nowhere"], 78, "command line server.listen"),
+    "unknown option": ({}, ["gateapp", "--frobnicate"], 64, "No such option"),
+    "probe fails": ({"flaskd.yaml": "health: {probe: /boom}\n"}, ["gateapp"], 70,
+                    "cannot get ready: the probe of /boom was answered with 500"),
+    "chdir missing": ({"flaskd.yaml": "app: {chdir: nowhere}\n"}, ["gateapp"], 78, "cannot change into app.chdir"),
+    "cleanup target missing": (
+        {"flaskd.yaml": "cleanup: {policies: {p: {use: call, with: {target: 'nosuch:f'}}}}\n"}, ["gateapp"], 78,
+        "cleanup.policies.p: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_of_the_start(flaskd: Flaskd, name: str) -> None:
+    """Each fault has its one line and its exit code; nothing is left behind, and the manager is told."""
+    files, args, code, line = FAULTS[name]
+    for path, text in files.items():
+        flaskd.write(path, text)
+    found, log = flaskd.fails(*args, app=None, listen=None if "-l" in args else "127.0.0.1:0")
+    assert (found, line in log) == (code, True), log
+    if name == "app that raises":
+        assert log.count("Traceback") == 1
+        assert 'bad.py", line 3, in <module>' in log
+        assert "flaskd/" not in log.partition("Traceback")[2]
+        assert "importlib" not in log
+    elif name == "probe fails":
+        assert "RuntimeError: boom" in log
+    elif name != "app that exits":
+        assert "Traceback" not in log
+    if code != 64:
+        assert any("ERRNO=" in message for message in flaskd.drain_messages())
+    assert flaskd.leftovers() == []
+
+
+def test_a_busy_port(flaskd: Flaskd) -> None:
+    """A port that another process has is named, with a next step; exit code 73."""
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        code, log = flaskd.fails(listen=f"127.0.0.1:{port}")
+    assert code == 73
+    assert f"cannot listen on 127.0.0.1:{port}: Address already in use; another process listens there" in log
+    assert "Traceback" not in log
+
+
+def test_running_twice(flaskd: Flaskd) -> None:
+    """A second flaskd in the same runtime directory is refused, naming the first one's pid, and harms nothing."""
+    flaskd.start()
+    url = flaskd.url
+    code, out, err = flaskd.client("serve", "gateapp", "-l", "127.0.0.1:0")
+    assert code == 75
+    assert f"flaskd is already running in {flaskd.runtime}, pid {flaskd.pid}" in out + err
+    assert get(url) == (200, b"hello")
+    assert flaskd.command("version").startswith("OK ")
+    assert flaskd.stop() == 0
+
+
+def test_two_names_live_side_by_side(make_flaskd) -> None:
+    """Two daemons with runtime directories of their own do not touch each other's nodes."""
+    one, two = make_flaskd().start(), make_flaskd().start()
+    assert one.stop() == 0
+    assert two.command("health") == "OK healthy\n"
+    assert two.stop() == 0
+
+
+def test_an_unusable_runtime_directory_costs_the_nodes_only(flaskd: Flaskd) -> None:
+    """Without a runtime directory flaskd says so loudly and serves all the same."""
+    flaskd.runtime.write_text("a file stands here")
+    flaskd.start(listen=f"unix:{flaskd.directory}/app.sock")
+    assert f"control is not complete: cannot use {flaskd.runtime}: Not a directory; serving all the same" in flaskd.log
+    assert get(f"unix:{flaskd.directory}/app.sock") == (200, b"hello")
+    assert flaskd.stop() == 0
+    assert flaskd.runtime.read_text() == "a file stands here"
+    flaskd.runtime.unlink()
+
+
+def test_an_unusable_runtime_directory_is_fatal_when_control_is_required(flaskd: Flaskd) -> None:
+    """With `control.required` the same is exit code 73."""
+    flaskd.runtime.write_text("a file stands here")
+    flaskd.write("flaskd.yaml", "control: {required: true}\n")
+    code, log = flaskd.fails()
+    assert (code, "(control.required is true)" in log) == (73, True)
+    flaskd.runtime.unlink()
+
+
+def test_a_file_at_the_fifo_is_not_touched(flaskd: Flaskd) -> None:
+    """`echo drain > control` without a daemon makes a file there; it is left alone, and the socket serves."""
+    flaskd.runtime.mkdir()
+    flaskd.fifo_path.write_text("drain\n")
+    flaskd.start()
+    assert "a file that is not a FIFO stands there" in flaskd.log
+    assert flaskd.command("ready") == "OK ready\n"
+    assert flaskd.stop() == 0
+    assert flaskd.fifo_path.read_text() == "drain\n"
+    flaskd.fifo_path.unlink()
+
+
+def test_stale_nodes_are_taken_over(flaskd: Flaskd) -> None:
+    """What a killed flaskd left behind does not hinder the next one, which tells of it."""
+    flaskd.start(listen=f"unix:{flaskd.directory}/app.sock")
+    flaskd.kill(signal.SIGKILL)
+    flaskd.wait()
+    assert flaskd.socket_path.exists()
+    flaskd.start(listen=f"unix:{flaskd.directory}/app.sock")
+    assert "died without a complete stop" in flaskd.log
+    assert flaskd.command("ready") == "OK ready\n"
+    assert flaskd.stop() == 0
+
+
+def test_an_unwritable_state_directory_costs_the_record_only(flaskd: Flaskd) -> None:
+    """Without a state directory flaskd serves and stops all the same, and says what is missing."""
+    flaskd.state.write_text("a file stands here")
+    flaskd.start()
+    assert "the last stop will not be recorded" in flaskd.log
+    assert flaskd.stop() == 0
+    flaskd.state.unlink()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a directory that somebody else owns")
+def test_a_runtime_directory_of_somebody_else_is_not_used(flaskd: Flaskd) -> None:
+    """A directory that anybody may write to is refused: nodes in it could be anybody's."""
+    flaskd.runtime.mkdir()
+    flaskd.runtime.chmod(0o777)
+    flaskd.start()
+    assert "anybody may write there" in flaskd.log
+    assert flaskd.stop() == 0
+    assert list(Path(flaskd.runtime).iterdir()) == []

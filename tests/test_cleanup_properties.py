@@ -1,0 +1,129 @@
+import threading
+import time
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_cleanup_kit import hanging, runner, step
+
+from flaskd.cleanup import Fate, Plan
+from flaskd.config import Phase
+
+MARGIN = 0.5
+PLENTY = 10.0
+
+
+@st.composite
+def plans(draw):
+    """Give up to seven steps in any file order, with edges that lead to the same or an earlier phase."""
+    phases = sorted(draw(st.lists(st.sampled_from(Phase), min_size=1, max_size=7)), key=list(Phase).index)
+    drawn = [
+        {
+            "name": f"s{place}",
+            "phase": phase,
+            "after": tuple(f"s{before}" for before in draw(st.sets(st.integers(0, place - 1), max_size=2)))
+            if place
+            else (),
+            "always": draw(st.booleans()),
+            "on_failure": draw(st.sampled_from(["continue", "skip_dependents", "abort"])),
+            "retries": draw(st.integers(0, 2)),
+            "does": draw(st.sampled_from(["pass", "pass", "fail", "hang"])),
+        }
+        for place, phase in enumerate(phases)
+    ]
+    return draw(st.permutations(drawn))
+
+
+class Log:
+    """Runs the steps of a drawn plan and notes, in one order, when each begins and ends."""
+
+    def __init__(self, hang):
+        self.hang = hang
+        self.lock = threading.Lock()
+        self.inside = 0
+        self.most = 0
+        self.ran = set()
+
+    def steps(self, drawn, timeout):
+        return [
+            step(
+                each["name"],
+                self.action(each["does"]),
+                timeout=timeout,
+                **{k: each[k] for k in each if k not in {"name", "does"}},
+            )
+            for each in drawn
+        ]
+
+    def action(self, does):
+        def act(context):
+            with self.lock:
+                self.ran.add(context.policy)
+                self.inside += does != "hang"  # who hangs gives its place away without leaving
+                self.most = max(self.most, self.inside)
+            try:
+                if does == "hang":
+                    self.hang(context)
+                if does == "fail":
+                    raise ValueError
+            finally:
+                with self.lock:
+                    self.inside -= does != "hang"
+
+        return act
+
+
+@settings(max_examples=60, deadline=None)
+@given(drawn=plans(), max_parallel=st.integers(1, 3))
+def test_order_and_account(drawn, max_parallel):
+    """With time enough: each step has one result, phases and edges hold, always runs, and the bound is kept."""
+    with hanging() as hang:
+        log = Log(hang)
+        stop = runner(*log.steps(drawn, timeout=0.02), deadline=PLENTY, max_parallel=max_parallel)
+        results = stop.run(Phase)
+    assert sorted(result.name for result in results) == sorted(each["name"] for each in drawn)
+    assert log.most <= max_parallel
+    by_name = {result.name: result for result in results}
+    place = {result.name: place for place, result in enumerate(results)}
+    assert [Phase(result.phase).position for result in results] == sorted(Phase(r.phase).position for r in results)
+    for each in drawn:
+        result = by_name[each["name"]]
+        for before in each["after"]:
+            assert place[before] < place[each["name"]]
+            assert by_name[before].started + by_name[before].took <= result.started + 1e-9
+        assert (each["name"] in log.ran) == (result.fate is not Fate.SKIPPED)
+        if each["always"]:
+            assert result.fate is not Fate.SKIPPED
+        if result.fate is not Fate.SKIPPED:
+            expected = {"pass": Fate.OK, "fail": Fate.FAILED, "hang": Fate.TIMED_OUT}[each["does"]]
+            assert result.fate is expected
+    for result in results:
+        later = [r for r in results if Phase(r.phase).position > Phase(result.phase).position]
+        assert all(result.started + result.took <= other.started + 1e-9 for other in later)
+
+
+@settings(max_examples=25, deadline=None)
+@given(drawn=plans(), hurried=st.booleans())
+def test_never_past_the_deadline(drawn, hurried):
+    """With time for next to nothing, the run still ends with an account of every step."""
+    with hanging() as hang:
+        stop = runner(*Log(hang).steps(drawn, timeout=0.1), deadline=0.15, reserve=0.05, max_parallel=1)
+        begun = time.monotonic()
+        if hurried:
+            stop.hurry(0.01)
+        results = stop.run(Phase)
+        assert time.monotonic() - begun < 0.15 + MARGIN
+    assert len(results) == len(drawn)
+
+
+@given(drawn=plans())
+def test_a_plan_is_ordered(drawn):
+    """A plan lists its steps by phase, each after all that it comes after, and keeps every edge."""
+    with hanging() as hang:
+        plan = Plan(tuple(Log(hang).steps(drawn, timeout=1.0)))
+    names = [each.name for each in plan.steps]
+    phases = [each.phase.position for each in plan.steps]
+    assert phases == sorted(phases)
+    edges = {each["name"]: set(each["after"]) for each in drawn}
+    for each in plan.steps:
+        assert set(each.after) == edges[each.name]
+        assert all(names.index(before) < names.index(each.name) for before in each.after)

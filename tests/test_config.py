@@ -1,0 +1,395 @@
+"""The configuration: reading, refusing, filling in, showing."""
+
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from config_cases import ACTIONS, REFUSED, WRONG, policies
+
+from flaskd.config import Config, Configuration, Phase, Section, load, load_mapping, schema
+from flaskd.errors import ConfigError
+
+REFERENCE = Path(__file__).parent.parent / "config" / "flaskd.yaml"
+
+
+@pytest.fixture
+def read(tmp_path, monkeypatch):
+    """Write a file named flaskd.yaml into the working directory and load it."""
+    monkeypatch.chdir(tmp_path)
+
+    def read(text: str | bytes, **more) -> Configuration:
+        path = Path("flaskd.yaml")
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return load(path, actions=ACTIONS, **{"environ": {}, **more})
+
+    return read
+
+
+@pytest.fixture
+def faults(read):
+    """Load a file that must be refused, and return the lines without the file's name."""
+
+    def faults(text: str | bytes, **more) -> list[str]:
+        with pytest.raises(ConfigError) as caught:
+            read(text, **more)
+        assert len(caught.value.faults) == len(str(caught.value).splitlines())
+        return [line.removeprefix("flaskd.yaml:") for line in str(caught.value).splitlines()]
+
+    return faults
+
+
+# --- what the file may not be ---
+
+
+@pytest.mark.parametrize(("text", "line"), REFUSED)
+def test_refused_files(faults, text, line):
+    """What a configuration has no use for is refused at its place, and quickly."""
+    start = time.monotonic()
+    assert faults(text) == [line]
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "---\n", "---\n...\n", "\ufeff", "server:\ncleanup: ~\n"])
+def test_empty_files_are_all_defaults(read, text):
+    """A file without a key, or with an empty section, means the defaults."""
+    assert read(text).values == Config()
+
+
+def test_a_byte_order_mark_moves_nothing(faults):
+    """A UTF-8 byte order mark is skipped, and places stay what an editor shows."""
+    assert faults("\ufefflog: {level: x}")[0].startswith("1:14 log.level: ")
+
+
+def test_a_missing_file_is_one_clear_line(tmp_path):
+    """A file that cannot be read is named, with the reason and the next step."""
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path / "no.yaml", actions=ACTIONS)
+    reason = "No such file or directory; check the path given with -c or in $FLASKD_CONFIG"
+    assert str(caught.value) == f"cannot read {tmp_path / 'no.yaml'}: {reason}"
+
+
+# --- what the values may not be ---
+
+
+@pytest.mark.parametrize(("text", "lines"), WRONG)
+def test_faults_name_place_expectation_and_value(faults, text, lines):
+    """Each fault is one line: the place, the key, what was expected, what stands there."""
+    assert faults(text) == lines
+
+
+def test_all_faults_come_at_once_and_sorted(faults):
+    """Faults of every kind are reported together, from the top of the file to its end."""
+    text = "sever: {}\nserver: {threads: x}\nserver: {}\napp: {target: '${env:NO}', chdir: 1}\nlog: {level: x}\n"
+    places = [line.split(" ")[0] for line in faults(text + policies("a: {use: x, after: b}"))]
+    assert places == ["1:1", "2:19", "3:1", "4:15", "5:14", "8:14", "8:24"]
+
+
+def test_a_flood_of_faults_is_cut(read):
+    """A file with thousands of faults is answered quickly, with the first ones and a count."""
+    start = time.monotonic()
+    with pytest.raises(ConfigError) as caught:
+        read(policies(*(f"p{i}: {{use: command, after: q{i}, z: 1}}" for i in range(5000))))
+    assert len(caught.value.faults) == 50
+    assert str(caught.value).splitlines()[-1] == "... and 14950 more"
+    assert time.monotonic() - start < 20
+
+
+def test_garbage_is_never_anything_but_a_fault(read):
+    """Whatever the bytes, the outcome is a configuration or a ConfigError."""
+    chance = random.Random(7)
+    good = REFERENCE.read_bytes()
+    for _ in range(300):
+        data = bytearray(good[:3000] if chance.random() < 0.5 else good[-1500:])
+        for _ in range(chance.randint(1, 6)):
+            at = chance.randrange(len(data))
+            data[at : at + chance.randint(0, 3)] = chance.choice(
+                [
+                    b"[",
+                    b"{",
+                    b'"',
+                    b"&a ",
+                    b"*a",
+                    b"!!x ",
+                    b"\n",
+                    b"\x00",
+                    b"\xff",
+                    b": ",
+                    b"- ",
+                    b"${",
+                    b"~",
+                    b"|",
+                    b"1e9",
+                ]
+            )
+        try:
+            read(bytes(data))
+        except ConfigError:
+            continue
+
+
+# --- what the values become ---
+
+
+def test_text_fields_take_what_was_written(read):
+    """A field that is text sees 3.10 and 0660, not numbers; one that is not sees YAML 1.2's values."""
+    values = read(
+        "app: {target: 1e3, chdir: 2024}\nserver: {ident: no, threads: 0x10, url_prefix: /}\n"
+        "control: {mode: 0o640, group: 010}\nlog: {access: off}\n"
+        + policies("a: {use: command, with: {argv: [22:22, 3.10, true, ~, 2001-01-01], env: {X: on, Y: 0x1F}}}")
+    ).values
+    assert (values.app.target, values.app.chdir.name, values.server.ident) == ("1e3", "2024", "no")
+    assert (values.server.threads, values.server.url_prefix, values.log.access) == (16, "", "off")
+    assert (values.control.mode, values.control.mode_bits, values.control.group) == ("0640", 0o640, "010")
+    fields = values.cleanup.policies["a"].with_
+    assert fields.argv == ["22:22", "3.10", "true", "~", "2001-01-01"]
+    assert fields.env == {"X": "on", "Y": "0x1F"}
+
+
+def test_units_become_seconds_and_bytes(read):
+    """Durations are seconds, sizes are bytes, and a single entry may stand for a list."""
+    values = read(
+        "server: {listen: unix:/run/x, channel_timeout: 1m, max_request_body_size: 10kB, backlog: 7,\n"
+        "  max_request_header_size: 4096, trusted_proxy: '*', trusted_proxy_headers: X-Forwarded-For}"
+    ).values.server
+    assert (values.listen, values.channel_timeout, values.backlog) == (["unix:/run/x"], 60.0, 7)
+    assert (values.max_request_body_size, values.max_request_header_size) == (10_000, 4096)
+    assert values.trusted_proxy_headers == ["x-forwarded-for"]
+
+
+@pytest.mark.parametrize(
+    ("text", "deadline", "reserve"),
+    [("{}", 25, 3), ("{deadline: 2s}", 2, 0.4), ("{deadline: 3s}", 3, 0.6), ("{deadline: 4s}", 4, 3)],
+)
+def test_the_default_reserve_fits_the_deadline(read, text, deadline, reserve):
+    """Who writes a short deadline alone gets a reserve that fits in."""
+    shutdown = read(f"shutdown: {text}").values.shutdown
+    assert (shutdown.deadline, shutdown.reserve) == pytest.approx((deadline, reserve))
+
+
+def test_policies_are_complete_and_in_order(read):
+    """Each policy has its phase, its fields and what the defaults give it; the file's order is kept."""
+    text = "  defaults: {timeout: 9s, retries: 2}\n  policies:"
+    found = read(
+        policies("z: {use: sqlalchemy.dispose, timeout: 1s}", "a: {use: command, phase: flush, with: {argv: [x]}}",
+                 "m: {use: call, with: {target: a:b}, after: z, phase: final, on_failure: abort}")
+        .replace("  policies:", text)
+    ).values.cleanup.policies  # fmt: skip
+    assert list(found) == ["z", "a", "m"]
+    assert [policy.phase for policy in found.values()] == [Phase.CLOSE, Phase.FLUSH, Phase.FINAL]
+    assert [(p.timeout, p.retries, p.on_failure) for p in found.values()] == [
+        (1.0, 2, "continue"), (9.0, 2, "continue"), (9.0, 2, "abort"),
+    ]  # fmt: skip
+    assert isinstance(found["z"].with_, Section)
+    assert found["a"].with_.kill_grace == 2.0
+    assert (found["m"].with_.target, found["m"].after) == ("a:b", ["z"])
+    assert [phase.position for phase in Phase] == list(range(7))
+
+
+def test_chdir_is_relative_to_the_file(tmp_path):
+    """A relative directory starts at the configuration file, wherever flaskd is started."""
+    (tmp_path / "flaskd.yaml").write_text("app: {chdir: shop}")
+    assert load(tmp_path / "flaskd.yaml", actions=ACTIONS).values.app.chdir == tmp_path / "shop"
+
+
+# --- interpolation and secrets ---
+
+
+def test_interpolation_fills_in_text_numbers_and_units(read, tmp_path):
+    """Environment, files and credentials can stand in any value, whole or in part; $${ is a plain ${."""
+    (tmp_path / "token").write_text("s3cret\n")
+    (tmp_path / "cred").mkdir()
+    (tmp_path / "cred" / "pw").write_bytes(b"hunter2\r\n")
+    environ = {"N": "8", "T": "9s", "B": "false", "E": "", "CREDENTIALS_DIRECTORY": str(tmp_path / "cred")}
+    values = read(
+        'server: {threads: "${env:N}", ident: "a-${env:N}-$${env:N}", connection_limit: "1${env:N}0"}\n'
+        'health: {probe_timeout: "${env:T}"}\ncontrol: {required: "${env:B}", group: "${env:E:-web}"}\n'
+        + policies('a: {use: login, with: {password: "${cred:pw}", user: "${file:token}", tls: "${env:X:-false}"}}'),
+        environ=environ,
+    ).values
+    assert (values.server.threads, values.server.ident, values.server.connection_limit) == (8, "a-8-${env:N}", 180)
+    assert (values.health.probe_timeout, values.control.required, values.control.group) == (9.0, False, "web")
+    fields = values.cleanup.policies["a"].with_
+    assert (fields.password, fields.user, fields.tls) == ("hunter2", "s3cret", False)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("${env:NO}", "expected the environment variable NO, which is not set"),
+        ("${cred:x}", 'expected the credential "x", but $CREDENTIALS_DIRECTORY is not set'),
+        ("${env:BAD}", 'expected text from "${env:BAD}", got text that is not Unicode (a lone surrogate)'),
+        ("${env:X", 'expected a closing }, got "${env:X"; a plain ${ is written $${'),
+        ("${HOME}", ("expected ${env:NAME}, ${env:NAME:-default}, ${file:PATH} or ${cred:NAME} "
+                    '(a plain ${ is written $${), got "${HOME}"')),
+    ],
+)  # fmt: skip
+def test_an_interpolation_that_fails_is_a_fault(faults, value, message):
+    """What cannot be filled in is one fault at its place."""
+    lines = faults(f"app: {{target: x}}\nserver: {{threads: '{value}'}}", environ={"BAD": "\udc80"})
+    assert lines == [f"2:19 server.threads: {message}"]
+
+
+def test_a_missing_secret_file_is_named(faults, tmp_path):
+    """The file that cannot be read is named, and credentials cannot lead out of their directory."""
+    lines = faults("app: {target: '${file:no}', chdir: '${cred:../x}'}", environ={"CREDENTIALS_DIRECTORY": "/"})
+    assert lines[0] == f'1:15 app.target: expected a readable file, got "{tmp_path}/no": No such file or directory'
+    assert '"${cred:../x}"' in lines[1]
+
+
+SECRET = "tr0ub4dor"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "server: {threads: '${env:S}', listen: ['x${env:S}'], url_scheme: '${env:S}'}",
+        "health: {probe_timeout: '${env:S}', probe: 'a${env:S}'}\ncontrol: {mode: '${env:S}'}",
+        "server: {max_request_body_size: '${env:S}', trusted_proxy_headers: ['${env:S}']}\nlog: '${env:S}'",
+        policies("a: {use: '${env:S}', after: '${env:S}', phase: '${env:S}'}", "tr0ub4do: {use: login}"),
+        policies("a: {use: login, with: {password: '${env:P}', port: '${env:S}', tls: '${env:S}'}}"),
+        policies("a: {use: call, with: {target: '${env:S}'}}"),
+    ],
+)
+def test_faults_never_show_secrets(faults, text):
+    """No fault quotes what an interpolation gave, not even in words that others chose."""
+    lines = faults(text, environ={"S": SECRET, "P": "tr0"})
+    assert lines
+    assert not any("tr0" in line.replace("tr0ub4do,", "").replace("known: tr0ub4do", "") for line in lines)
+    assert all("********" in line or "another value" in line or "policies.tr0ub4do" in line for line in lines)
+
+
+def test_describe_never_shows_secrets(read):
+    """Whatever came from an interpolation is masked, and so is what was derived from it."""
+    configuration = read(
+        "server: {ident: 'x-${env:S}', listen: '${env:L}'}\nshutdown: {deadline: '${env:D}'}\n"
+        "cleanup:\n  defaults: {timeout: '${env:D}'}\n  policies:\n"
+        "    a: {use: command, with: {argv: [curl, '${env:S}'], env: {K: '${env:S}'}}}\n"
+        "    b: {use: login, timeout: 1s, with: {password: '${env:S}'}}\n",
+        environ={"S": SECRET, "L": "127.0.0.1:4711", "D": "2718ms"},
+    )
+    for text in (configuration.describe(), repr(configuration)):
+        assert SECRET not in text
+        assert "4711" not in text
+        assert "2.718" not in text
+    shown = yaml.safe_load(configuration.describe())
+    assert shown["server"]["ident"] == shown["shutdown"]["reserve"] == "********"
+    assert shown["cleanup"]["policies"]["a"]["timeout"] == "********"
+    assert shown["cleanup"]["policies"]["a"]["with"]["argv"] == ["curl", "********"]
+    assert shown["cleanup"]["policies"]["b"]["timeout"] == "1s"
+
+
+# --- the command line, mappings, reload ---
+
+
+def test_the_command_line_wins(read):
+    """Overrides beat the file, also where it has no such section; None means not given."""
+    overrides = {"server.listen": ["0.0.0.0:80"], "server.threads": "8", "app.target": "${x}:y", "log.level": None}
+    values = read("server: {threads: x}\napp:\nlog: {level: error}", overrides=overrides).values
+    assert (values.server.listen, values.server.threads) == (["0.0.0.0:80"], 8)
+    assert (values.app.target, values.log.level) == ("${x}:y", "error")
+    assert load(None, actions={}, overrides={"server.threads": 3}).values.server.threads == 3
+
+
+def test_faults_of_the_command_line_say_so(faults):
+    """A fault in an override names the command line, after those of the file."""
+    lines = faults("log: {level: x}\nserver: 5", overrides={"app.target": "", "server.threads": 0, "log.x": 1})
+    assert lines[1] == "2:9 server: expected a mapping, got 5"
+    assert lines[2] == 'command line app.target: expected text that is not empty, got ""'
+    assert lines[3].startswith('command line log.x: expected a known key, got "x"; known keys: ')
+    assert faults("", overrides={"server.threads": 0}) == ["command line server.threads: expected at least 1, got 0"]
+
+
+def test_a_mapping_is_read_like_a_file(tmp_path, monkeypatch):
+    """Code may give a mapping, with paths and tuples; its text is text."""
+    monkeypatch.chdir(tmp_path)
+    data = {"app": {"chdir": Path("x")}, "server": {"listen": (":80",), "threads": 2}, "control": {"required": True}}
+    configuration = load_mapping(data, actions={}, overrides={"server.threads": 3})
+    assert (configuration.values.app.chdir, configuration.path) == (tmp_path / "x", None)
+    assert (configuration.values.server.threads, configuration.values.control.required) == (3, True)
+
+
+def test_faults_of_a_mapping_have_no_lines():
+    """A mapping's faults name the key; what YAML cannot hold, or what contains itself, is one of them."""
+    data = {"server": {"threads": "8", 1: 2, "ident": {3}}, "health": {"probe_timeout": 5}, "log": {}}
+    data["log"]["level"] = data
+    with pytest.raises(ConfigError) as caught:
+        load_mapping(data, actions={})
+    assert "<mapping> server: expected keys of text, got a key of type int" in str(caught.value)
+    assert 'server.threads: expected an integer, got "8" as text; write it without quotes' in str(caught.value)
+    assert "server.ident: expected what YAML can hold, got a value of type set" in str(caught.value)
+    assert "expected at most 32 levels, got more" in str(caught.value)
+
+
+def test_restart_keys_are_those_a_reload_cannot_change(read):
+    """Only differing keys that need a restart are named; the rest is live."""
+    old = read("")
+    live = "server: {threads: 9}\nlog: {level: error}\nhealth: {probe: /}\nshutdown: {deadline: 9s}\n"
+    assert old.restart_keys(read(live + policies("a: {use: login}"))) == []
+    new = read(
+        "app: {target: x, chdir: y}\nprofile: production\nserver: {listen: ':1', ident: x}\ncontrol: {mode: 600}"
+    )
+    names = ["app.target", "app.chdir", "profile", "server.listen", "server.ident", "control.mode"]
+    assert old.restart_keys(new) == names
+    assert new.restart_keys(new) == []
+
+
+# --- describe, schema, reference ---
+
+
+def leaves(tree, prefix=()):
+    """Walk to the path of every value."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, (*prefix, key))
+        else:
+            yield (*prefix, key)
+
+
+def test_describe_reads_back_the_same(read):
+    """What `flaskd config` prints is a valid file with the same meaning, odd texts included."""
+    odd = ["no", "1e3", "0o17", "$${env:X}", "a: b", "x\ty", "é\u2028", "", "~", "********", "- x", "#", "'\""]
+    first = read(
+        "app: {chdir: .}\nshutdown: {deadline: 61.25s, reserve: 1ms}\nserver: {max_request_body_size: 1000}\n"
+        + policies(f"a: {{use: command, with: {{argv: {json.dumps(odd)}}}}}", "b: {use: login, with: {user: '8'}}")
+    )
+    second = read(first.describe())
+    assert second.values == first.values
+    assert second.describe() == first.describe()
+
+
+def test_the_schema_knows_every_key_and_describes_it():
+    """The JSON Schema is plain JSON, has each key with a description, and writes defaults as people do."""
+    found = schema(ACTIONS)
+    assert json.loads(json.dumps(found)) == found
+    definitions = found["$defs"]
+    keys = {key for part in (found, *definitions.values()) for key in part.get("properties", {})}
+    for path in leaves(yaml.safe_load(REFERENCE.read_text())):
+        assert keys.issuperset(set(path) - {"close-db", "save-carts", "tell-ops", "LANG"})
+    own = [found, *(part for name, part in definitions.items() if name.endswith("Config") or name == "Policy")]
+    assert all("description" in field or "$ref" in field for part in own for field in part["properties"].values())
+    assert definitions["ShutdownConfig"]["properties"]["deadline"]["default"] == "25s"
+    assert definitions["ServerConfig"]["properties"]["max_request_body_size"]["default"] == "64MiB"
+    policy = definitions["Policy"]
+    assert policy["properties"]["use"]["anyOf"][0]["enum"] == sorted(ACTIONS)
+    assert {"if", "then"} == set(policy["allOf"][0])
+    assert definitions["CallFields"]["additionalProperties"] is False
+
+
+def test_the_reference_shows_every_key_with_its_default():
+    """config/flaskd.yaml is valid, misses no key and invents none, and shows the defaults."""
+    configuration = load(REFERENCE, actions=ACTIONS, environ={})
+    shown, defaults = (set(leaves(yaml.safe_load(text))) for text in (
+        REFERENCE.read_text(), load(None, actions=ACTIONS).describe()))  # fmt: skip
+    policy = {path[3:] for path in shown if path[:3] == ("cleanup", "policies", "close-db")}
+    assert {path for path in shown if path[1:2] != ("policies",)} == defaults - {("cleanup", "policies")}
+    assert configuration.values.model_copy(
+        update={"cleanup": configuration.values.cleanup.model_copy(update={"policies": {}})}
+    ) == Config()  # fmt: skip
+    described = yaml.safe_load(configuration.describe())["cleanup"]["policies"]
+    assert policy == set(leaves(described["close-db"]))
+    plain = load_mapping({"cleanup": {"policies": {"a": {"use": "sqlalchemy.dispose"}}}}, actions=ACTIONS).describe()
+    assert described["close-db"] == {**yaml.safe_load(plain)["cleanup"]["policies"]["a"], "enabled": False}
+    assert not any(policy.enabled for policy in configuration.values.cleanup.policies.values())

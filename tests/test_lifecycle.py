@@ -1,0 +1,98 @@
+import itertools
+
+import pytest
+
+from flaskd import lifecycle
+from flaskd.errors import NotNowError
+from flaskd.lifecycle import TABLE, Event, Lifecycle, State, StopReason
+
+STARTING, READY, RELOADING, DRAINING, DRAINED, STOPPING, STOPPED, FAILED = State
+
+
+def in_state(state):
+    life = Lifecycle()
+    life.state = state
+    return life
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A wall clock that moves on by a second each time it is read."""
+    seconds = itertools.count(1_000_000)
+    monkeypatch.setattr(lifecycle.time, "time", lambda: float(next(seconds)))
+
+
+@pytest.mark.parametrize("event", Event)
+@pytest.mark.parametrize("state", State)
+def test_every_event_in_every_state(state, event, clock):
+    """An event leads where the table says, or is refused by name and changes nothing; `since` follows the state."""
+    life = in_state(state)
+    since = life.since
+    if (state, event) in TABLE:
+        following = TABLE[state, event]
+        assert life.check(event) is following
+        assert (life.state, life.since) == (state, since)
+        assert life.handle(event) is following
+        assert life.state is following
+        assert (life.since != since) is (following is not state)
+    else:
+        for refuse in (life.check, life.handle):
+            with pytest.raises(NotNowError) as refused:
+                refuse(event)
+            assert str(refused.value) == f"cannot {event}: flaskd is {state}"
+        assert (life.state, life.since) == (state, since)
+
+
+def test_every_state_is_reached():
+    """Nothing in the list of states is there in vain."""
+    reached = {Lifecycle().state}
+    while more := {after for (before, _), after in TABLE.items() if before in reached} - reached:
+        reached |= more
+    assert reached == set(State)
+
+
+def test_every_event_leads_somewhere():
+    """Each event is taken by at least one state."""
+    assert {event for _, event in TABLE} == set(Event)
+
+
+@pytest.mark.parametrize("state", [STOPPED, FAILED])
+def test_the_end_is_the_end(state):
+    """Nothing leads out of stopped and failed."""
+    assert not [event for before, event in TABLE if before is state]
+
+
+@pytest.mark.parametrize("state", [STARTING, READY, DRAINING, DRAINED, STOPPING])
+def test_a_stop_is_taken_wherever_events_are_handled(state):
+    """A stop is never refused before the end; reloading is over before the next event is looked at."""
+    assert in_state(state).handle(Event.STOP) is STOPPING
+
+
+def test_resume_while_stopping_is_refused_by_its_words():
+    """A stop cannot be undone, and says so."""
+    with pytest.raises(NotNowError, match=r"^cannot resume: flaskd is stopping$"):
+        in_state(STOPPING).handle(Event.RESUME)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        [(Event.STARTED, READY), (Event.DRAIN, DRAINING), (Event.DRAIN_OVER, DRAINED), (Event.RESUME, READY)],
+        [(Event.STARTED, READY), (Event.DRAIN, DRAINING), (Event.DRAIN, DRAINING), (Event.RESUME, READY)],
+        [(Event.STARTED, READY), (Event.RELOAD, RELOADING), (Event.RELOADED, READY)],
+        [(Event.STARTED, READY), (Event.STOP, STOPPING), (Event.STOP, STOPPING), (Event.STOP_OVER, STOPPED)],
+        [(Event.STOP, STOPPING), (Event.DRAIN_OVER, STOPPING), (Event.STOP_OVER, STOPPED)],
+        [(Event.START_FAILED, FAILED)],
+    ],
+    ids=lambda way: ", ".join(event for event, _ in way),
+)
+def test_a_life(way):
+    """The ways through a life that the design names."""
+    life = Lifecycle()
+    assert life.state is STARTING
+    assert [(event, life.handle(event)) for event, _ in way] == way
+
+
+def test_a_stop_reason_reads_as_kind_and_detail():
+    """The reason of a stop is one line."""
+    assert str(StopReason("signal", "SIGTERM")) == "signal: SIGTERM"

@@ -1,0 +1,349 @@
+import io
+import json
+import logging
+import os
+import sys
+from contextlib import contextmanager
+
+import pytest
+
+from flaskd.logs import Logs, in_journal, log_access, timestamp
+
+MOMENT = 1_700_000_000.25
+"""2023-11-14T22:13:20.250Z"""
+
+log = logging.getLogger("flaskd.test")
+
+
+class Stream(io.StringIO):
+    def lines(self):
+        return self.getvalue().splitlines()
+
+
+class Terminal(Stream):
+    def isatty(self):
+        return True
+
+
+@contextmanager
+def logging_to(stream, log_format="text", *, level="info", access="off"):
+    """Set the logs up on a standard error of one's own; gives what configures them anew.
+
+    Not a fixture: before each test pytest puts its own standard error in place, and its handlers on quiet loggers.
+    """
+    with pytest.MonkeyPatch.context() as patch, Logs() as logs:
+        patch.setattr(sys, "stderr", stream)
+        logs.apply(log_format=log_format, level=level, access=access)
+        yield logs.apply
+
+
+@pytest.fixture(autouse=True)
+def _no_surroundings(monkeypatch):
+    for name in ("JOURNAL_STREAM", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def without_times(lines):
+    for line in lines:
+        assert (line[4], line[7], line[10], line[23]) == ("-", "-", "T", "Z")
+    return [line[25:] for line in lines]
+
+
+def fields(**more):
+    return {
+        "client": "192.0.2.7", "time": MOMENT, "method": "GET", "target": "/shop?q=1", "protocol": "HTTP/1.1",
+        "status": 200, "bytes": 12, "referer": "", "agent": "curl/8", "took": 0.25,
+    } | more  # fmt: skip
+
+
+def fail():
+    try:
+        raise LookupError("gone")
+    except LookupError:
+        log.exception("failed")
+
+
+def test_times_are_rfc_3339_in_utc():
+    """A moment has its date, its milliseconds and a Z."""
+    assert timestamp(MOMENT) == "2023-11-14T22:13:20.250Z"
+    assert timestamp(1_700_000_000) == "2023-11-14T22:13:20.000Z"
+
+
+def test_text_is_time_level_and_message():
+    """Text is for people: one line a record, from flaskd and from waitress alike."""
+    with logging_to(stderr := Stream()):
+        log.info("ready: %s", "shop")
+        log.warning("late")
+        logging.getLogger("waitress.queue").warning("Task queue depth is 1")
+        log.debug("not shown")
+    assert without_times(stderr.lines()) == ["info    ready: shop", "warning late", "warning Task queue depth is 1"]
+
+
+def test_text_shows_exceptions():
+    """A traceback follows its message."""
+    with logging_to(stderr := Stream()):
+        fail()
+    first, *more = stderr.lines()
+    assert without_times([first]) == ["error   failed"]
+    assert more[0] == "Traceback (most recent call last):"
+    assert more[-1] == "LookupError: gone"
+
+
+def test_json_is_one_object_a_line():
+    """JSON has stable keys, the record's fields and its exception, on one line whatever is in them."""
+    with logging_to(stderr := Stream(), "json"):
+        log.warning("cut\nthis", extra={"fields": {"path": "/é\n\u2028", "id": 7, "odd": {1}}})
+        fail()
+    first, second = (json.loads(line) for line in stderr.lines())
+    assert first.pop("time")[10] == "T"
+    assert first == {
+        "level": "warning", "logger": "flaskd.test", "message": "cut\nthis",
+        "path": "/é\n\u2028", "id": 7, "odd": "{1}",
+    }  # fmt: skip
+    assert second["message"] == "failed"
+    assert second["exception"].endswith("LookupError: gone")
+
+
+def test_the_journal_gets_a_priority_on_each_line():
+    """Each line carries its record's priority, because the journal makes an entry of each: sd-daemon(3)."""
+    with logging_to(stderr := Stream(), "journal", level="debug"):
+        for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL, 25):
+            log.log(level, "one\ntwo")
+    assert stderr.lines() == [line for number in (7, 6, 4, 3, 2, 6) for line in (f"<{number}>one", f"<{number}>two")]
+
+
+def test_the_journal_gets_tracebacks_line_by_line():
+    """No line of a traceback loses its priority."""
+    with logging_to(stderr := Stream(), "journal"):
+        fail()
+    assert len(stderr.lines()) > 3
+    assert all(line.startswith("<3>") for line in stderr.lines())
+
+
+def test_auto_is_the_journal_when_stderr_is_the_journal(monkeypatch, tmp_path):
+    """JOURNAL_STREAM is believed only when it names what standard error is: systemd.exec(5)."""
+    with (tmp_path / "journal").open("w+") as stream:
+        found = os.fstat(stream.fileno())
+        monkeypatch.setenv("JOURNAL_STREAM", f"{found.st_dev}:{found.st_ino}")
+        with logging_to(stream, "auto"):
+            log.info("hello")
+            assert in_journal(os.environ)
+            assert not in_journal({"JOURNAL_STREAM": f"{found.st_dev}:{found.st_ino + 1}"})
+            assert not in_journal({})
+        stream.seek(0)
+        assert stream.read() == "<6>hello\n"
+
+
+@pytest.mark.parametrize("stream", [None, io.StringIO(), object()], ids=["none", "memory", "no file"])
+def test_a_stderr_without_a_descriptor_is_not_the_journal(stream, monkeypatch):
+    """Where standard error is no file, the journal is not looked for."""
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert not in_journal({"JOURNAL_STREAM": "1:2"})
+
+
+def test_auto_is_text_elsewhere():
+    """Neither journal nor terminal: plain text."""
+    with logging_to(stderr := Stream(), "auto"):
+        log.error("failed")
+    assert without_times(stderr.lines()) == ["error   failed"]
+
+
+@pytest.mark.parametrize("log_format", ["text", "auto"])
+def test_colours_are_for_terminals(log_format):
+    """On a terminal what matters is coloured, and each line ends its own colour."""
+    with logging_to(terminal := Terminal(), log_format, level="debug"):
+        for level in ("debug", "info", "warning", "error", "critical"):
+            getattr(log, level)("x")
+    colours = [line[: line.index("m") + 1] if "\x1b" in line else "" for line in terminal.lines()]
+    assert colours == ["\x1b[2m", "", "\x1b[33m", "\x1b[31m", "\x1b[31m"]
+    assert [line.endswith("\x1b[0m") for line in terminal.lines()] == [True, False, True, True, True]
+
+
+def test_no_colour_where_none_is_wanted(monkeypatch):
+    """NO_COLOR means no colour: no-color.org."""
+    monkeypatch.setenv("NO_COLOR", "1")
+    with logging_to(terminal := Terminal()):
+        log.error("failed")
+    assert without_times(terminal.lines()) == ["error   failed"]
+
+
+def test_a_reload_changes_level_and_format():
+    """Applying another configuration is enough."""
+    with logging_to(stderr := Stream(), level="error") as apply:
+        log.info("not shown")
+        apply(log_format="journal", level="debug", access="off")
+        log.debug("shown")
+    assert stderr.lines() == ["<7>shown"]
+
+
+def test_a_level_that_is_none_is_an_error():
+    """The configuration has checked the level; anything else is a mistake in the code."""
+    with pytest.raises(KeyError), logging_to(Stream(), level="loud"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("access", "more", "line"),
+    [
+        ("common", {}, '192.0.2.7 - - [14/Nov/2023:22:13:20 +0000] "GET /shop?q=1 HTTP/1.1" 200 12'),
+        ("combined", {}, '192.0.2.7 - - [14/Nov/2023:22:13:20 +0000] "GET /shop?q=1 HTTP/1.1" 200 12 "-" "curl/8"'),
+        (
+            "combined",
+            {"referer": "http://a/", "agent": "", "client": "unix", "status": 404},
+            'unix - - [14/Nov/2023:22:13:20 +0000] "GET /shop?q=1 HTTP/1.1" 404 12 "http://a/" "-"',
+        ),
+    ],
+)
+def test_access_lines(access, more, line):
+    """Common and combined are what every log reader knows."""
+    with logging_to(stderr := Stream(), access=access):
+        log_access(access, fields(**more))
+    assert stderr.lines() == [line]
+
+
+def test_access_lines_in_json():
+    """In JSON the values are named, and the time is RFC 3339."""
+    with logging_to(stderr := Stream(), access="json"):
+        log_access("json", fields(agent='"\n\x85\u2028é'))
+    (line,) = stderr.lines()
+    assert json.loads(line) == fields(agent='"\n\x85\u2028é', time="2023-11-14T22:13:20.250Z")
+
+
+@pytest.mark.parametrize(
+    ("sent", "shown"),
+    [
+        ('x" 200 0 "forged', r"x\x22 200 0 \x22forged"),
+        ("x\n127.0.0.1 - - [now]", r"x\x0A127.0.0.1 - - [now]"),
+        ("x\r\x1b[31m\0\x7f", r"x\x0D\x1B[31m\x00\x7F"),
+        ("x\\x22", r"x\x5Cx22"),
+        ("x\x85y\u2028z", r"x\x85y\x2028z"),
+        ("caf\xe9", "caf\xe9"),
+    ],
+)
+def test_no_client_can_forge_an_access_line(sent, shown):
+    """Quotes, backslashes and whatever could end a line or paint a terminal are escaped as nginx does it."""
+    with logging_to(stderr := Stream(), access="combined"):
+        log_access("combined", fields(target=f"/{sent}", referer=sent, agent=sent))
+    (line,) = stderr.lines()
+    assert line.endswith(f'"GET /{shown} HTTP/1.1" 200 12 "{shown}" "{shown}"')
+
+
+@pytest.mark.parametrize(("log_format", "start"), [("text", ""), ("journal", "<6>")])
+@pytest.mark.parametrize("access", ["common", "combined"])
+def test_access_lines_in_a_log_for_people(log_format, start, access):
+    """An access line has its own date; the journal gets its priority as for every line."""
+    with logging_to(stderr := Stream(), log_format, access=access):
+        log_access(access, fields())
+    (line,) = stderr.lines()
+    assert line.startswith(f"{start}192.0.2.7 - - [")
+
+
+@pytest.mark.parametrize("access", ["common", "combined"])
+def test_access_lines_in_a_json_log(access):
+    """A JSON log holds nothing but JSON: the line as its message, the values by name."""
+    with logging_to(stderr := Stream(), "json", access=access):
+        log_access(access, fields())
+    (line,) = stderr.lines()
+    entry = json.loads(line)
+    assert (entry["logger"], entry["status"], entry["took"]) == ("flaskd.access", 200, 0.25)
+    assert entry["message"].startswith("192.0.2.7 - - [")
+
+
+@pytest.mark.parametrize("log_format", ["text", "json", "journal"])
+def test_json_access_lines_are_never_wrapped(log_format):
+    """A JSON access line is whole as it is, in every log."""
+    with logging_to(stderr := Stream(), log_format, access="json"):
+        log_access("json", fields())
+    (line,) = stderr.lines()
+    assert json.loads(line) == fields(time="2023-11-14T22:13:20.250Z")
+
+
+def test_access_off_writes_nothing():
+    """Off is off, at every level."""
+    with logging_to(stderr := Stream(), level="debug"):
+        log_access("common", fields())
+    assert stderr.lines() == []
+
+
+def test_access_lines_do_not_depend_on_the_level():
+    """Who asks for errors only still gets the access log that was asked for, and each line once."""
+    with logging_to(stderr := Stream(), level="error", access="common"):
+        log_access("common", fields())
+    assert len(stderr.lines()) == 1
+
+
+def test_everything_is_put_back():
+    """Afterwards levels, propagation and handlers are what they were; the root logger never changed."""
+    loggers = [logging.getLogger(name) for name in ("flaskd", "waitress", "flaskd.access", None)]
+
+    def seen():
+        return [(each.level, each.propagate, list(each.handlers)) for each in loggers]
+
+    before = seen()
+    with logging_to(Stream(), "json", level="debug", access="json"):
+        *ours, root = seen()
+        assert all(now != then for now, then in zip(ours, before[:3], strict=True))
+        assert root == before[3]
+    assert seen() == before
+
+
+def test_the_apps_own_log_is_left_alone(caplog):
+    """What the app logs goes where the app wants it, and what flaskd logs does not go there."""
+    with logging_to(stderr := Stream()):
+        logging.getLogger("shop").warning("from the app")
+        log.warning("from flaskd")
+    assert [each.getMessage() for each in caplog.records] == ["from the app"]
+    assert without_times(stderr.lines()) == ["warning from flaskd"]
+
+
+class Broken(io.StringIO):
+    def write(self, _text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def closed():
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize("log_format", ["auto", "json", "journal"])
+@pytest.mark.parametrize("stream", [None, closed(), Broken()], ids=["none", "closed", "broken"])
+def test_a_stderr_that_went_away_costs_the_line(stream, log_format):
+    """Where nobody reads any more, nothing is raised: neither by a line, nor by a choice of format."""
+    with logging_to(stream, log_format, access="common"):
+        log.error("anybody?")
+        log_access("common", fields())
+        logging.getLogger("waitress").error("anybody?")
+
+
+def test_a_pipe_that_nobody_reads_costs_the_line():
+    """A log reader that died takes the lines with it, and not the daemon."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=1) as stream:
+        with logging_to(stream):
+            log.error("anybody?")
+            log.error("anybody?")
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, writer)  # what is still in the stream's buffer goes there
+        os.close(null)
+
+
+def test_a_mistake_in_a_log_call_is_shown():
+    """Only what the stream does wrong is passed over: a wrong log call is told as logging tells it."""
+    with logging_to(stderr := Stream()):
+        log.error("%d", "no number")
+    assert stderr.lines()[0] == "--- Logging error ---"
+
+
+def test_json_is_json_whatever_the_encoding():
+    """A standard error that knows no accents is no reason for a line that no program can read."""
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii", errors="backslashreplace", write_through=True)
+    with logging_to(stream, "json", access="json"):
+        log.error("café ✓ \ud800")
+        log_access("json", fields(agent="é"))
+    first, second = (json.loads(line) for line in raw.getvalue().splitlines())
+    assert first["message"] == "café ✓ \ud800"
+    assert second["agent"] == "é"

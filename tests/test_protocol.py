@@ -1,0 +1,85 @@
+import inspect
+import os
+from pathlib import Path
+
+import pytest
+
+from flaskd import errors
+from flaskd.protocol import EXIT_CODES, Discard, as_text, runtime_directories
+
+ERRORS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.FlaskdError)]
+
+
+@pytest.fixture
+def _temporary(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("uid", "environ", "expected"),
+    [
+        (0, {}, ["/run/shop", "TMP/shop-0"]),
+        (0, {"XDG_RUNTIME_DIR": "/xdg"}, ["/run/shop", "/xdg/shop", "TMP/shop-0"]),
+        (0, {"RUNTIME_DIRECTORY": "/rt"}, ["/rt", "/run/shop", "TMP/shop-0"]),
+        (0, {"RUNTIME_DIRECTORY": "/rt:/rt/two"}, ["/rt", "/run/shop", "TMP/shop-0"]),
+        (7, {}, ["/run/shop", "TMP/shop-7"]),
+        (7, {"XDG_RUNTIME_DIR": "/xdg"}, ["/xdg/shop", "/run/shop", "TMP/shop-7"]),
+        (7, {"RUNTIME_DIRECTORY": "/rt", "XDG_RUNTIME_DIR": "/xdg"}, ["/rt", "/xdg/shop", "/run/shop", "TMP/shop-7"]),
+        (7, {"RUNTIME_DIRECTORY": "", "XDG_RUNTIME_DIR": ""}, ["/run/shop", "TMP/shop-7"]),
+    ],
+)
+@pytest.mark.usefixtures("_temporary")
+def test_the_order_of_runtime_directories(uid, environ, expected, monkeypatch, tmp_path):
+    """The service manager's directory comes first, then root's or the user's own, the temporary one last."""
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    places = list(runtime_directories("shop", environ))
+    assert places == [Path(place.replace("TMP", str(tmp_path))) for place in expected]
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({}, ""),
+        ({"in_flight": 3}, "in_flight=3"),
+        ({"completed": 12, "cut": [], "took": 4.1}, "completed=12 cut=0 took=4.1s"),
+        ({"cut": [{"path": "/a"}, {"path": "/b"}]}, "cut=2"),
+        ({"deadline": 30.0, "soon": 0.25, "later": 5400.0, "now": 0.0}, "deadline=30s soon=250ms later=1h30m now=0s"),
+        ({"state": "ready", "policies": {"a": {}}}, "state=ready"),
+        ({"listen": ("127.0.0.1:80",), "ready": True, "reason": None}, "listen=1 ready=True reason=None"),
+    ],
+)
+def test_fields_as_text(fields, text):
+    """Lists are shown as their length, seconds as durations, and nested values not at all."""
+    assert as_text(fields) == text
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
+def test_every_error_has_its_exit_code(error):
+    """A client that got an error's code ends with the code that the error itself would end with."""
+    assert EXIT_CODES[error.code] == error.exit_code
+
+
+def test_every_error_has_a_code_of_its_own():
+    """No two kinds of error look the same to a client."""
+    assert len({error.code for error in ERRORS}) == len(ERRORS)
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code"),
+    [
+        ("usage", 64), ("unknown-command", 64), ("no-daemon", 69), ("app-failed", 70), ("cannot-bind", 73),
+        ("not-now", 75), ("not-ready", 75), ("forbidden", 77), ("config-invalid", 78), ("restart-needed", 78),
+        ("failed", 1),
+    ],
+)  # fmt: skip
+def test_exit_codes_as_they_are_documented(code, exit_code):
+    """Scripts rely on these numbers."""
+    assert EXIT_CODES[code] == exit_code
+
+
+def test_nobody_hears_a_discarded_reply():
+    """A reply that nobody waits for takes all that a reply takes."""
+    reply = Discard()
+    reply.progress({"in_flight": 1})
+    reply.ok("drained", {"cut": []}, lines=["cut GET /"], hint="undo: resume")
+    reply.error("not-now", "flaskd is stopping")

@@ -1,0 +1,1126 @@
+import gc
+import http.client
+import logging
+import os
+import queue
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+
+from flaskd.errors import AppError, CannotCreateError, FlaskdError
+from flaskd.ledger import DrainReport
+from flaskd.server import ServerThread
+from flaskd.sockets import Address, Listener
+
+PATIENCE = 10.0
+"""Seconds until a test gives up on something that should long have happened."""
+BIG = 8 * 1024 * 1024
+"""Bytes; more than the kernel takes for a client that does not read, less than what would hold up a worker."""
+
+
+class App:
+    """A WSGI app whose requests say that they are entered; those for /gate stay until the test releases them."""
+
+    def __init__(self):
+        self._entered = queue.SimpleQueue()
+        self.released = threading.Event()
+        self.draining = None
+
+    def __call__(self, environ, start_response):
+        self.draining = environ["flaskd.draining"]
+        self._entered.put(environ["PATH_INFO"])
+        name = environ["PATH_INFO"].split("/")[1]
+        return getattr(self, name or "hello")(environ, start_response)
+
+    def entered(self, count):
+        """Wait until so many requests are inside, and give their paths."""
+        return {self._entered.get(timeout=PATIENCE) for _ in range(count)}
+
+    def hello(self, environ, start_response, body=b"hello"):
+        start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(len(body)))])
+        return [body]
+
+    def gate(self, environ, start_response):
+        self.released.wait()
+        return self.hello(environ, start_response, environ["PATH_INFO"].encode())
+
+    def echo(self, environ, start_response):
+        return self.hello(environ, start_response, environ["wsgi.input"].read())
+
+    def big(self, environ, start_response):
+        return self.hello(environ, start_response, b"x" * BIG)
+
+    def stream(self, environ, start_response):
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        yield b"first"
+        self.released.wait()
+        yield b"last"
+
+    def boom(self, environ, start_response):
+        raise LookupError("on purpose")
+
+    def exit(self, environ, start_response):
+        raise SystemExit(environ["QUERY_STRING"] or None)
+
+    def interrupt(self, environ, start_response):
+        raise KeyboardInterrupt
+
+    def half(self, environ, start_response):
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        yield b"first"
+        raise LookupError("on purpose")
+
+    def half_exit(self, environ, start_response):
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        yield b"first"
+        raise SystemExit(1)
+
+    def short(self, environ, start_response):
+        start_response("200 OK", [("Content-Length", "10")])
+        return [b"short"]
+
+
+@dataclass
+class Response:
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+    @property
+    def last(self):
+        """Whether the server said that it will close the connection."""
+        return self.headers["Connection"] == "close"
+
+
+class Client:
+    """A connection, byte for byte."""
+
+    def __init__(self, address, receive_buffer=None):
+        family = socket.AF_UNIX if address.path else socket.AF_INET6 if ":" in address.host else socket.AF_INET
+        self.socket = socket.socket(family, socket.SOCK_STREAM)
+        self.socket.settimeout(PATIENCE)
+        if receive_buffer is not None:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        try:
+            self.socket.connect(address.path or (address.host, address.port))
+        except OSError:
+            self.socket.close()
+            raise
+        self._file = self.socket.makefile("rb")
+
+    def send(self, *requests):
+        """Send requests, given as paths or as bytes, in one piece."""
+        self.socket.sendall(b"".join(each if isinstance(each, bytes) else get(each) for each in requests))
+        return self
+
+    def response(self):
+        """Read one response; raises what http.client raises when it is broken off."""
+        line = self._file.readline()
+        if not line:
+            raise http.client.RemoteDisconnected
+        status, headers = int(line.split()[1]), http.client.parse_headers(self._file)
+        if status == 100:
+            return Response(status, headers, b"")
+        if headers["Transfer-Encoding"] == "chunked":
+            body = b""
+            while size := int(self._exactly(self._file.readline(), 1).strip(), 16):
+                body += self._exactly(self._file.read(size + 2), size + 2)[:-2]
+            return Response(status, headers, body)
+        length = int(headers["Content-Length"])
+        return Response(status, headers, self._exactly(self._file.read(length), length))
+
+    @staticmethod
+    def _exactly(data, length):
+        if len(data) < length:
+            raise http.client.IncompleteRead(data)
+        return data
+
+    def ask(self, request):
+        """Send one request and read its response."""
+        return self.send(request).response()
+
+    def ended(self):
+        """Whether the server closed the connection, in order or not."""
+        try:
+            return self._file.read(1) == b""
+        except ConnectionResetError:
+            return True
+
+    def reset(self):
+        """Go away without a word."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close()
+
+    def close(self):
+        self._file.close()
+        self.socket.close()
+
+
+def get(path, *headers, version="1.1", method="GET"):
+    lines = [f"{method} {path} HTTP/{version}", *(["Host: test"] if version == "1.1" else []), *headers]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def post(path, body, *headers):
+    return get(path, f"Content-Length: {len(body)}", *headers, method="POST") + body
+
+
+def workers():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("flaskd-worker-")]
+
+
+def descriptors():
+    gc.collect()
+    return sorted(os.listdir("/proc/self/fd"))
+
+
+def until(server, condition):
+    """Let the server turn until something is so."""
+    patience = time.monotonic() + PATIENCE
+    while not condition():
+        assert server.turns(PATIENCE)
+        assert time.monotonic() < patience
+
+
+@contextmanager
+def draining(server, app, timeout=PATIENCE):
+    """Drain in the background; the block begins when the drain has begun, and gets the future report.
+
+    The app must have been asked for something before.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        report = pool.submit(server.drain, timeout)
+        try:
+            assert app.draining.wait(PATIENCE)
+            assert server.turns(PATIENCE)  # it has closed its listeners by then
+            yield report
+        finally:
+            app.released.set()
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_left():
+    before = set(threading.enumerate())
+    yield
+    gc.collect()
+    assert set(threading.enumerate()) <= before
+
+
+@pytest.fixture
+def app():
+    return App()
+
+
+@pytest.fixture
+def answers():
+    """What the access log would be told, in order."""
+    return queue.SimpleQueue()
+
+
+@pytest.fixture
+def serve(app, answers):
+    """Starts servers, and stops them at the end."""
+    started = []
+
+    def start(app=app, **options):
+        server = ServerThread(app, on_answer=answers.put, **options)
+        started.append(server)
+        return server.start()
+
+    yield start
+    app.released.set()
+    for server in started:
+        server.stop(PATIENCE)
+
+
+@pytest.fixture
+def connect():
+    """Opens connections to a server, and closes them at the end."""
+    clients = []
+
+    def open_one(server, index=0, **options):
+        clients.append(Client(server.addresses[index], **options))
+        return clients[-1]
+
+    yield open_one
+    for client in clients:
+        client.close()
+
+
+# --- start -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_started_server_serves(serve, connect):
+    """Start returns when requests are answered; port 0 became a real one, which the URL shows."""
+    server = serve()
+    assert server.url == f"http://127.0.0.1:{server.addresses[0].port}/"
+    assert server.addresses[0].port
+    assert server.turns(PATIENCE)
+    response = connect(server).ask("/")
+    assert (response.status, response.body, response.last) == (200, b"hello", False)
+
+
+def test_as_a_context_manager(app):
+    """Entering starts, leaving stops; any client that knows the URL can use it."""
+    with ServerThread(app) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.addresses[0].port, timeout=PATIENCE)
+        connection.request("GET", server.url)
+        assert connection.getresponse().read() == b"hello"
+        connection.close()
+    assert not server.turns(0)
+    with pytest.raises(ConnectionRefusedError):
+        Client(server.addresses[0])
+
+
+def test_a_busy_port_raises_at_once(serve, app):
+    """The error of a place that is taken comes out of start, and leaves nothing behind."""
+    taken = serve().addresses[0].port
+    before = descriptors()
+    server = ServerThread(app, port=taken)
+    with pytest.raises(CannotCreateError, match="Address already in use; another process listens there"):
+        server.start()
+    assert server.stop() == DrainReport()
+    assert descriptors() == before
+
+
+def test_a_second_start_is_refused(serve):
+    """A server is started once."""
+    with pytest.raises(FlaskdError, match="^cannot start: this server has been started already$"):
+        serve().start()
+
+
+def test_before_the_start_there_is_nothing(app):
+    """A server that was not started counts nothing, can be stopped, and refuses the rest by name."""
+    server = ServerThread(app)
+    assert (server.in_flight, server.connections, server.queued, server.completed) == (0, 0, 0, 0)
+    assert (server.requests(), server.listeners, server.cut("no reason"), server.turns(0)) == ([], [], (), False)
+    for refused in (server.drain, server.resume, lambda: server.set_threads(2), lambda: server.probe("/", 1)):
+        with pytest.raises(FlaskdError, match="^cannot do that: this server has not been started$"):
+            refused()
+    assert server.stop() == DrainReport()
+    server.abandon()
+
+
+def test_stopping_before_the_start_closes_the_listeners(app):
+    """Listeners that were handed over are the server's to close, even if it never served."""
+    listener = Listener.bind(Address("127.0.0.1"))
+    ServerThread(app, listeners=[listener]).stop()
+    assert listener.socket.fileno() == -1
+
+
+def test_the_serving_threads_own_error_comes_out_of_start(app, monkeypatch):
+    """A serving thread that dies at its first step is an error of the start, and leaves nothing behind."""
+
+    def fail(*_):
+        raise RuntimeError("on purpose")
+
+    before = descriptors()
+    monkeypatch.setattr("flaskd.server.loop.wasyncore.poll2", fail)
+    with pytest.raises(FlaskdError, match="^cannot serve: on purpose$") as raised:
+        ServerThread(app).start()
+    assert isinstance(raised.value.__cause__, RuntimeError)
+    assert descriptors() == before
+
+
+def test_a_setting_that_waitress_refuses_leaves_nothing_behind(app):
+    """A start that fails before its thread runs closes what it had bound."""
+    before = descriptors()
+    with pytest.raises(ValueError, match="Unknown adjustment"):
+        ServerThread(app, adjustments={"no_such_setting": 1}).start()
+    assert descriptors() == before
+
+
+def test_settings_reach_waitress(serve, connect):
+    """What is set for waitress holds: here its name, and the largest body."""
+    server = serve(adjustments={"ident": "shop", "max_request_body_size": 4})
+    response = connect(server).ask(post("/echo", b"12345"))
+    assert (response.status, response.headers["Server"]) == (413, "shop")
+
+
+# --- what a drain finishes ---------------------------------------------------------------------------------------------
+
+
+def test_a_drain_with_nothing_in_hand_is_over_at_once(serve, connect):
+    """Idle connections hold up nothing: they are closed."""
+    server = serve()
+    client = connect(server)
+    client.ask("/")
+    report = server.drain()
+    assert (report.rejected, report.cut, report.clean) == (0, (), True)
+    assert report.took < PATIENCE
+    assert client.ended()
+    assert server.connections == 0
+
+
+def test_a_drain_waits_for_a_running_request(serve, app, connect):
+    """A request that runs is answered in full, with word that the connection ends; then the server is quiet."""
+    server = serve()
+    client = connect(server).send("/gate")
+    app.entered(1)
+    with draining(server, app) as report:
+        assert not report.done()
+        app.released.set()
+        response = client.response()
+        assert (response.status, response.body, response.last) == (200, b"/gate", True)
+        assert client.ended()
+    assert (report.result().completed, report.result().cut) == (1, ())
+    assert server.in_flight == 0
+
+
+def test_a_drain_waits_for_queued_requests(serve, app, connect):
+    """Requests that wait for a thread when the drain begins are all answered."""
+    server = serve(threads=2)
+    clients = [connect(server).send(f"/gate/{number}") for number in range(7)]
+    app.entered(2)
+    until(server, lambda: server.queued == 5)
+    assert sorted(each.phase for each in server.requests()) == ["queued"] * 5 + ["running"] * 2
+    with draining(server, app) as report:
+        app.released.set()
+        for number, client in enumerate(clients):
+            response = client.response()
+            assert (response.status, response.body, response.last) == (200, f"/gate/{number}".encode(), True)
+    assert (report.result().completed, report.result().cut) == (7, ())
+
+
+def test_a_drain_waits_for_unsent_output(serve, app, connect):
+    """A slow reader gets its response to the last byte, though the app was done with it before the drain."""
+    server = serve()
+    client = connect(server, receive_buffer=16384).send("/big")
+    app.entered(1)
+    until(server, lambda: [each.phase for each in server.requests()] == ["sending"])
+    with draining(server, app) as report:
+        assert server.in_flight == 1
+        assert not report.done()
+        response = client.response()
+    assert len(response.body) == BIG
+    assert (report.result().completed, report.result().cut) == (1, ())
+
+
+def test_a_drain_waits_for_a_stream(serve, app, connect):
+    """A response that is being streamed ends with its last chunk."""
+    server = serve()
+    client = connect(server).send("/stream")
+    app.entered(1)
+    with draining(server, app) as report:
+        app.released.set()
+        assert client.response().body == b"firstlast"
+        assert client.ended()
+    assert report.result().completed == 1
+
+
+def test_a_drain_waits_for_a_partial_upload(serve, app, connect):
+    """A request whose body is on its way is read on, and answered."""
+    server = serve()
+    client = connect(server).send("/", post("/echo", b"0123456789")[:-6])
+    assert client.response().status == 200  # and so the part behind it is read, too
+    with draining(server, app) as report:
+        assert not report.done()
+        client.send(b"456789")
+        response = client.response()
+        assert (response.status, response.body, response.last) == (200, b"0123456789", True)
+    assert (report.result().completed, report.result().cut) == (1, ())
+
+
+def test_a_drain_waits_for_partial_headers(serve, app, connect):
+    """A request of which only some bytes have come is a request."""
+    server = serve()
+    client = connect(server).send("/", get("/echo")[:-9])
+    client.response()
+    with draining(server, app) as report:
+        client.send(get("/echo")[-9:])
+        assert client.response().last
+    assert report.result().completed == 1
+
+
+def test_a_drain_answers_all_pipelined_requests(serve, app, connect):
+    """All requests that were sent ahead are answered in order; only the last response ends the connection."""
+    server = serve()
+    client = connect(server).send("/gate/1", "/gate/2", "/gate/3")
+    app.entered(1)
+    with draining(server, app) as report:
+        app.released.set()
+        responses = [client.response() for _ in range(3)]
+        assert client.ended()
+    assert [each.body for each in responses] == [b"/gate/1", b"/gate/2", b"/gate/3"]
+    assert [each.last for each in responses] == [False, False, True]
+    assert (report.result().completed, report.result().cut) == (3, ())
+
+
+def test_a_drain_serves_what_had_connected(serve, app, connect):
+    """Clients that stand in the backlog when the drain begins have been let in, and are answered."""
+    server = serve()
+    client = connect(server)
+    client.ask("/")
+    asked = threading.Event()
+    late = []
+
+    def block():  # the serving thread does not accept while this runs
+        late.extend(connect(server).send("/") for _ in range(5))
+        asked.set()
+
+    server._loop.call(block)
+    with draining(server, app) as report:
+        assert asked.is_set()
+        assert [each.response().last for each in late] == [True] * 5
+    assert report.result().completed == 5
+
+
+def test_connections_are_refused_while_drained(serve, app, connect):
+    """A drained server is not there for new clients."""
+    server = serve()
+    client = connect(server).send("/gate")
+    app.entered(1)
+    with draining(server, app):
+        with pytest.raises(ConnectionRefusedError):
+            connect(server)
+        app.released.set()
+        client.response()
+    with pytest.raises(ConnectionRefusedError):
+        connect(server)
+
+
+def test_an_app_can_see_the_drain(serve, app, connect):
+    """Streams learn of the drain by an event in their environ, which a resume takes back."""
+    server = serve()
+    connect(server).ask("/")
+    event = app.draining
+    assert not event.is_set()
+    server.drain()
+    assert event.is_set()
+    server.resume()
+    assert not event.is_set()
+
+
+@pytest.mark.parametrize("keep", ["Connection: keep-alive", "Connection: close", "X-Nothing: x"])
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_the_last_response_says_so_once(version, keep, serve, app, connect):
+    """A drain's last response says that the connection ends, whatever was asked for, and nothing that contradicts it."""
+    server = serve()
+    client = connect(server).send(get("/gate", keep, version=version))
+    app.entered(1)
+    with draining(server, app):
+        app.released.set()
+        assert client.response().headers.get_all("Connection") == ["close"]
+        assert client.ended()
+
+
+def test_a_second_drain_gives_the_same_report(serve, connect):
+    """Draining what is drained is no work, and tells the same."""
+    server = serve()
+    connect(server).ask("/")
+    assert server.drain() is server.drain()
+
+
+def test_two_who_drain_at_once(serve, app, connect):
+    """Two threads may ask for the same drain, and both are told its end."""
+    server = serve()
+    client = connect(server).send("/gate")
+    app.entered(1)
+    with draining(server, app) as one, draining(server, app) as two:
+        app.released.set()
+        client.response()
+    assert one.result(PATIENCE).completed == two.result(PATIENCE).completed == 1
+
+
+def test_a_hastened_drain_is_over_sooner(serve, app, connect):
+    """A deadline can be brought forward, not put off."""
+    server = serve()
+    connect(server).send("/gate")
+    app.entered(1)
+    reports = queue.SimpleQueue()
+    server.begin_drain(3600, reports.put)
+    server.hasten_drain(7200)
+    assert server.turns(PATIENCE)
+    assert reports.empty()
+    server.hasten_drain(0)
+    assert len(reports.get(timeout=PATIENCE).cut) == 1
+
+
+# --- resume ------------------------------------------------------------------------------------------------------------
+
+
+def test_resume_serves_on_the_same_port(serve, connect):
+    """After a resume everything is as before: port, answers, and connections that are kept."""
+    server = serve()
+    url = server.url
+    for _ in range(3):
+        server.drain()
+        server.resume()
+        client = connect(server)
+        assert [client.ask("/").last for _ in range(2)] == [False, False]
+        assert server.url == url
+        assert [each.address for each in server.listeners] == server.addresses
+
+
+def test_resume_of_a_taken_port_stays_drained(serve, connect, app):
+    """Where the port is somebody else's by now, resume says so, and can be tried again."""
+    server = serve()
+    server.drain()
+    with ServerThread(app, port=server.addresses[0].port), pytest.raises(CannotCreateError):
+        server.resume()
+    server.resume()
+    assert connect(server).ask("/").status == 200
+
+
+def test_resume_while_draining(serve, app, connect):
+    """A drain under way can be undone: its requests go on, and who waits for its end is told that there is none."""
+    server = serve()
+    running = connect(server).send("/gate")
+    app.entered(1)
+    with draining(server, app) as report:
+        server.resume()
+        assert connect(server).ask("/").last is False
+        app.released.set()
+        assert running.response().status == 200
+        with pytest.raises(FlaskdError, match="^cannot drain: the drain was undone by resume$"):
+            report.result(PATIENCE)
+
+
+def test_resume_of_a_server_that_serves_changes_nothing(serve, connect):
+    """There is nothing to undo where nothing was drained."""
+    server = serve()
+    client = connect(server)
+    client.ask("/")
+    server.resume()
+    assert client.ask("/").status == connect(server).ask("/").status == 200
+
+
+# --- the deadline ------------------------------------------------------------------------------------------------------
+
+
+def test_the_deadline_cuts_and_tells_what(serve, app, connect, caplog):
+    """What is cut is told by method, path, age and stack, in the report and in the log; its client sees a broken end."""
+    server = serve()
+    client = connect(server).send(get("/gate/export?secret=1", method="PUT"))
+    app.entered(1)
+    report = server.drain(timeout=0)
+    (cut,) = report.cut
+    assert not report.clean
+    assert (cut.method, cut.path, cut.phase, cut.client) == ("PUT", "/gate/export", "running", "127.0.0.1")
+    assert (cut.reason, cut.thread[:14]) == ("the deadline came", "flaskd-worker-")
+    assert 0 < cut.age < PATIENCE
+    assert "in gate\n    self.released.wait()" in cut.stack
+    assert str(cut).startswith("PUT /gate/export (running for ")
+    (record,) = (each for each in caplog.records if each.getMessage().startswith("cut "))
+    assert record.getMessage() == f"cut {cut}\n{cut.stack}"
+    assert record.fields["path"] == "/gate/export"
+    assert (report.completed, server.in_flight) == (0, 0)
+    assert client.ended()
+
+
+def test_the_deadline_cuts_every_phase(serve, app, connect):
+    """Whatever stage a request is at, a drain that may not wait accounts for it."""
+    server = serve(threads=1)
+    sending = connect(server, receive_buffer=16384).send("/big")
+    until(server, lambda: [each.phase for each in server.requests()] == ["sending"])
+    receiving = connect(server).send("/", post("/echo", b"0123456789")[:-6])
+    receiving.response()
+    app.entered(2)
+    running = connect(server).send("/gate/running")
+    app.entered(1)
+    queued = connect(server).send("/gate/queued")
+    until(server, lambda: server.queued == 1)
+    report = server.drain(timeout=0)
+    assert {(each.phase, each.method, each.path) for each in report.cut} == {
+        ("sending", "GET", "/big"),
+        ("running", "GET", "/gate/running"),
+        ("queued", "GET", "/gate/queued"),
+        ("receiving", "POST", "/echo"),
+    }
+    assert all(client.ended() for client in (receiving, running, queued))
+    with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
+        sending.response()
+    app.released.set()
+    assert app._entered.empty()
+
+
+def test_after_a_cut_all_threads_are_there_again(serve, app, connect):
+    """Workers that hang in requests that were cut are replaced at a resume, and not missed when they come back."""
+    server = serve(threads=2)
+    for _ in range(2):
+        connect(server).send("/gate/stuck")
+    app.entered(2)
+    stuck, app.released = app.released, threading.Event()
+    assert len(server.drain(timeout=0).cut) == 2
+    server.resume()
+    clients = [connect(server).send(f"/gate/{number}") for number in range(2)]
+    assert app.entered(2) == {"/gate/0", "/gate/1"}
+    assert len(workers()) == 4
+    stuck.set()
+    until(server, lambda: len(workers()) == 2)
+    app.released.set()
+    assert [client.response().status for client in clients] == [200, 200]
+    until(server, lambda: server.in_flight == 0)
+    assert server.drain().clean
+
+
+def test_a_worker_that_never_ends_is_abandoned(serve, app, connect, caplog):
+    """A stop does not wait for ever for a request that was cut; the log shows where it hangs."""
+    server = serve()
+    connect(server).send("/gate")
+    app.entered(1)
+    server.drain(timeout=0)
+    (stuck,) = (each for each in workers() if each.is_alive() and "gate" in _stack(each))
+    server.end(timeout=0)
+    (message,) = (each.getMessage() for each in caplog.records if "abandoned" in each.getMessage())
+    assert message.startswith(f"{stuck.name} does not end, and is abandoned:\n")
+    assert "in gate\n" in message
+    assert stuck.is_alive()
+    app.released.set()
+    stuck.join(PATIENCE)
+    assert not stuck.is_alive()
+
+
+def _stack(thread):
+    from flaskd.server.channel import stack_of
+
+    return stack_of(thread)
+
+
+# --- counting ----------------------------------------------------------------------------------------------------------
+
+
+def test_in_flight_counts_from_the_last_byte_to_the_last_byte(serve, app, connect, answers):
+    """A request is in flight from its complete arrival until its answer is out, and then it is completed."""
+    server = serve()
+    assert (server.in_flight, server.completed) == (0, 0)
+    client = connect(server).send("/gate/a")
+    app.entered(1)
+    assert (server.in_flight, server.completed, server.connections) == (1, 0, 1)
+    (request,) = server.requests()
+    assert (request.method, request.path, request.phase) == ("GET", "/gate/a", "running")
+    assert request.stack == ""
+    (cut,) = server.cut("a reason")
+    assert (cut.path, cut.reason) == ("/gate/a", "a reason")
+    assert "in gate" in cut.stack
+    app.released.set()
+    client.response()
+    answers.get(timeout=PATIENCE)
+    assert (server.in_flight, server.completed, server.requests()) == (0, 1, [])
+
+
+def test_what_the_access_log_is_told(serve, app, connect, answers):
+    """One answer is one record: client, request, status, the body's size, and how long it took."""
+    server = serve()
+    began = time.time()
+    connect(server).ask(get("/echo?q=%22", "Referer: http://a/", 'User-Agent: me "it"', method="POST"))
+    fields = answers.get(timeout=PATIENCE)
+    assert began <= fields.pop("time") <= time.time()
+    assert 0 < fields.pop("took") < PATIENCE
+    assert fields == {
+        "client": "127.0.0.1", "method": "POST", "target": "/echo?q=%22", "protocol": "HTTP/1.1",
+        "status": 200, "bytes": 0, "referer": "http://a/", "agent": 'me "it"',
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status", "size"),
+    [
+        (get("/"), 200, 5),
+        (get("/", method="HEAD"), 200, 0),
+        (get("/", version="1.0"), 200, 5),
+        (post("/echo", b"x" * 70000), 200, 70000),
+        (get("/nowhere"), 500, None),
+        (get("/boom"), 500, None),
+        (b"GARBAGE\r\n\r\n", 400, None),
+        (get("/", "Transfer-Encoding: odd"), 501, None),
+    ],
+)
+def test_every_answer_is_told_with_its_status_and_size(request_bytes, status, size, serve, connect, answers):
+    """Whoever made the answer, its status and its body's size are known."""
+    connect(serve()).send(request_bytes)
+    fields = answers.get(timeout=PATIENCE)
+    assert fields["status"] == status
+    assert fields["bytes"] == size if size is not None else fields["bytes"] > 0
+
+
+def test_answers_are_told_once_and_in_order(serve, connect, answers):
+    """Pipelined requests are told as often as they were answered."""
+    client = connect(serve()).send("/a", "/b", "/c", "/d")
+    for _ in range(4):
+        client.response()
+    assert [answers.get(timeout=PATIENCE)["target"] for _ in range(4)] == ["/a", "/b", "/c", "/d"]
+    assert answers.empty()
+
+
+def test_a_probe_is_in_no_count_and_no_record(serve, app, connect, answers):
+    """A probe asks the app through a worker, and nobody else ever hears of it."""
+    server = serve()
+    assert server.probe("/", PATIENCE) == 200
+    assert server.probe("/boom", PATIENCE) == 500
+    with ThreadPoolExecutor(1) as pool:
+        status = pool.submit(server.probe, "/gate", PATIENCE)
+        app.entered(3)
+        assert (server.in_flight, server.requests()) == (0, [])
+        app.released.set()
+        assert status.result(PATIENCE) == 200
+    connect(server).ask("/")
+    assert answers.get(timeout=PATIENCE)["target"] == "/"
+    assert answers.empty()
+    assert server.completed == 1
+    assert server.drain().completed == 0
+
+
+def test_a_probe_that_is_not_answered_in_time(serve, app):
+    """A probe waits no longer than it may."""
+    server = serve()
+    with pytest.raises(AppError, match=r"^cannot get ready: /gate did not answer the probe within 0\.05s$"):
+        server.probe("/gate", 0.05)
+
+
+def test_a_probe_that_is_broken_off(serve, app):
+    """A probe whose answer breaks off is an error by name."""
+    with pytest.raises(AppError, match="^cannot get ready: the probe of /half was broken off: "):
+        serve().probe("/half", PATIENCE)
+
+
+def test_the_number_of_threads_can_change(serve, app, connect):
+    """More threads take what is queued at once; fewer let the rest go."""
+    server = serve(threads=1)
+    clients = [connect(server).send(f"/gate/{number}") for number in range(3)]
+    app.entered(1)
+    until(server, lambda: server.queued == 2)
+    server.set_threads(3)
+    app.entered(2)
+    assert len(workers()) == 3
+    server.set_threads(1)
+    app.released.set()
+    assert [client.response().status for client in clients] == [200, 200, 200]
+    until(server, lambda: len(workers()) == 1)
+    assert connect(server).ask("/").status == 200
+
+
+# --- apps and clients that misbehave -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/boom", "/exit", "/exit?3", "/interrupt"])
+def test_whatever_an_app_raises_is_a_500(path, serve, connect, answers, caplog):
+    """Also what is no Exception is answered, logged with its traceback, and keeps no thread and no connection."""
+    server = serve(threads=1)
+    for _ in range(3):
+        client = connect(server)
+        assert client.ask(path).status == 500
+        assert client.ended()
+        assert answers.get(timeout=PATIENCE)["status"] == 500
+    assert connect(server).ask("/").status == 200
+    report = server.drain()
+    assert (server.in_flight, report.cut) == (0, ())
+    assert any(each.exc_info for each in caplog.records)
+
+
+@pytest.mark.parametrize("path", ["/half", "/half_exit", "/short"])
+def test_a_response_that_breaks_off_is_seen_to_break_off(path, serve, connect):
+    """What an app could not finish does not look finished to the client, and leaves nothing in flight."""
+    server = serve(threads=1)
+    for _ in range(3):
+        client = connect(server).send(path)
+        with pytest.raises(http.client.IncompleteRead):
+            client.response()
+        assert client.ended()
+    assert connect(server).ask("/").status == 200
+    assert server.drain().cut == ()
+
+
+@pytest.mark.parametrize("path", ["/gate", "/stream", "/big"])
+def test_a_client_that_went_away_is_not_in_flight(path, serve, app, connect, answers):
+    """Who did not wait for the answer holds up no drain, and is not counted as answered."""
+    server = serve(threads=1)
+    client = connect(server, receive_buffer=16384).send(path)
+    app.entered(1)
+    client.reset()
+    app.released.set()
+    until(server, lambda: server.in_flight == 0)
+    assert server.completed == 0
+    assert connect(server).ask("/").status == 200
+    report = server.drain()
+    assert (report.cut, server.completed) == ((), 1)
+
+
+def test_a_client_that_went_away_while_queued_is_not_in_flight(serve, app, connect):
+    """A request that nobody waits for any more passes through its worker, pipelined ones behind it too."""
+    server = serve(threads=1)
+    running = connect(server).send("/gate")
+    app.entered(1)
+    gone = connect(server).send("/", "/", "/")
+    until(server, lambda: server.in_flight == 4)
+    gone.reset()
+    app.released.set()
+    running.response()
+    assert server.drain().cut == ()
+
+
+@pytest.mark.parametrize(
+    "requests",
+    [
+        [get("/", "Connection: close"), get("/"), get("/")],
+        [get("/", version="1.0"), get("/"), get("/")],
+        [get("/boom"), get("/"), get("/")],
+        [get("/half"), get("/"), get("/")],
+        [get("/exit"), get("/"), get("/")],
+        [b"GARBAGE\r\n\r\n", get("/"), get("/")],
+    ],
+    ids=["close", "1.0", "error", "broken", "exit", "garbage"],
+)
+def test_what_was_pipelined_behind_the_end_is_not_in_flight(requests, serve, connect):
+    """Requests behind a response that ends the connection will never be answered, and hold up nothing."""
+    server = serve()
+    client = connect(server).send(*requests)
+    client._file.read()
+    until(server, lambda: server.in_flight == 0)
+    report = server.drain()
+    assert (report.completed, report.cut) == (0, ())
+
+
+@pytest.mark.parametrize("more", [b"\r\n", b"\r\n\r\n", b" \r\n"])
+def test_blank_lines_are_no_request(more, serve, connect):
+    """Blank lines after a request, as RFC 9112 §2.2 foresees them, hold up no drain."""
+    server = serve()
+    client = connect(server).send(get("/") + more)
+    client.response()
+    report = server.drain()
+    assert (report.completed, report.cut) == (0, ())
+
+
+def test_a_client_that_expects_to_continue(serve, connect):
+    """A body is asked for before it is sent, and the answer follows it."""
+    client = connect(serve()).send(get("/echo", "Expect: 100-continue", "Content-Length: 5", method="POST"))
+    assert client.response().status == 100
+    assert client.ask(b"12345").body == b"12345"
+    assert client.ask("/").status == 200
+
+
+@pytest.mark.parametrize("headers", [[], ["Content-Length: 0"]], ids=["no length", "no body"])
+def test_an_expectation_without_a_body_is_answered_at_once(headers, serve, connect):
+    """There is nothing to wait for, so there is no 100, and no connection that waits for ever."""
+    server = serve()
+    client = connect(server)
+    assert client.ask(get("/echo", "Expect: 100-continue", *headers, method="POST")).status == 200
+    assert client.ask("/").status == 200
+    assert server.drain().cut == ()
+
+
+def test_an_expectation_that_is_refused_is_refused_at_once(serve, connect):
+    """A body that is too large is refused before it is sent."""
+    server = serve(adjustments={"max_request_body_size": 4})
+    request = get("/echo", "Expect: 100-continue", "Content-Length: 5", method="POST")
+    client = connect(server)
+    assert client.ask(request).status == 413
+    assert client.ended()
+    assert server.drain().cut == ()
+
+
+def test_an_expectation_is_met_during_a_drain(serve, app, connect):
+    """A client that asked before the drain may send its body in it."""
+    server = serve()
+    client = connect(server)
+    client.ask("/")
+    client.send(get("/echo", "Expect: 100-continue", "Content-Length: 5", method="POST"))
+    assert client.response().status == 100
+    with draining(server, app) as report:
+        response = client.ask(b"12345")
+        assert (response.body, response.last) == (b"12345", True)
+    assert report.result().completed == 1
+
+
+@pytest.mark.parametrize("body", [b"", b"12345"])
+def test_http_1_1_without_a_host_is_refused(body, serve, app, connect, answers):
+    """RFC 9112 §3.2 demands a 400, and the app hears nothing of it."""
+    client = connect(serve())
+    assert client.ask(b"POST /echo HTTP/1.1\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)).status == 400
+    assert client.ended()
+    assert app._entered.empty()
+    assert answers.get(timeout=PATIENCE)["status"] == 400
+
+
+def test_http_1_0_needs_no_host(serve, connect):
+    """An older client never heard of it."""
+    assert connect(serve()).ask(get("/", version="1.0")).status == 200
+
+
+def test_a_forged_path_forges_no_log_line(serve, connect, caplog):
+    """A path is told as the client wrote it: what it decodes to may hold line feeds."""
+    connect(serve()).ask("/boom/%0AERROR%20forged")
+    assert caplog.records
+    assert not [each for each in caplog.records if "\n" in each.getMessage()]
+
+
+# --- listeners ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_unix_listener(serve, connect, answers, tmp_path):
+    """A Unix socket is served, drained, resumed and removed like any other."""
+    path = tmp_path / "s"
+    server = serve(listeners=[Listener.bind(Address(path=str(path)))])
+    assert server.url == Address(path=str(path)).url
+    assert connect(server).ask("/").body == b"hello"
+    assert answers.get(timeout=PATIENCE)["client"] == "unix"
+    server.drain()
+    assert not path.exists()
+    server.resume()
+    assert connect(server).ask("/").body == b"hello"
+    server.stop()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_ipv6_listener(serve, connect, answers):
+    """IPv6 is served like any other."""
+    try:
+        server = serve(host="::1")
+    except CannotCreateError as error:
+        pytest.skip(f"this machine has no IPv6 loopback address: {error}")
+    assert server.url.startswith("http://[::1]:")
+    assert connect(server).ask("/").body == b"hello"
+    assert answers.get(timeout=PATIENCE)["client"] == "::1"
+    server.drain()
+    server.resume()
+    assert connect(server).ask("/").body == b"hello"
+
+
+def test_several_listeners_at_once(serve, app, connect, tmp_path):
+    """All listeners lead to the same app and the same threads, and are drained and resumed together."""
+    addresses = [Address("127.0.0.1"), Address("127.0.0.1"), Address(path=str(tmp_path / "s"))]
+    server = serve(listeners=[Listener.bind(address) for address in addresses])
+    for _ in range(2):
+        clients = [connect(server, index) for index in range(3)]
+        assert [client.ask("/").body for client in clients] == [b"hello"] * 3
+        for client in clients:
+            client.send("/gate")
+        app.entered(6)
+        assert (server.in_flight, server.connections) == (3, 3)
+        with draining(server, app) as report:
+            app.released.set()
+            assert [client.response().last for client in clients] == [True] * 3
+        assert report.result().completed == 3
+        for index in range(3):
+            with pytest.raises((ConnectionRefusedError, FileNotFoundError)):
+                connect(server, index)
+        app.released.clear()
+        server.resume()
+
+
+# --- stop --------------------------------------------------------------------------------------------------------------
+
+
+def test_stop_answers_what_is_in_flight(app, connect):
+    """A stop is a drain first."""
+    server = ServerThread(app).start()
+    client = connect(server).send("/gate")
+    app.entered(1)
+    with ThreadPoolExecutor(1) as pool:
+        report = pool.submit(server.stop)
+        assert app.draining.wait(PATIENCE)
+        app.released.set()
+        assert client.response().last
+    assert report.result().completed == 1
+    assert not workers()
+
+
+def test_a_second_stop_gives_the_same_report(app, connect):
+    """Stopping twice does no harm and tells the same; after a drain it tells what the drain told."""
+    server = ServerThread(app).start()
+    connect(server).ask("/")
+    drained = server.drain()
+    assert server.stop() is drained
+    assert server.stop() is drained
+    assert not server.turns(0)
+
+
+def test_a_stop_cuts_at_its_timeout(app, connect):
+    """A stop waits no longer than it may, and says what it broke off."""
+    server = ServerThread(app, threads=1).start()
+    connect(server).send("/gate")
+    app.entered(1)
+    (worker,) = workers()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flaskd.server.thread._JOIN_TIMEOUT", 0.01)
+        patch.setattr(ServerThread.end, "__defaults__", (0.01,))
+        report = server.stop(timeout=0)
+    assert [each.path for each in report.cut] == ["/gate"]
+    app.released.set()
+    worker.join(PATIENCE)
+
+
+def test_stop_leaves_no_thread(app):
+    """When stop returns every thread has ended, so that a test's tear-down is over when it is over."""
+    before = threading.enumerate()
+    server = ServerThread(app).start()
+    assert len(threading.enumerate()) == len(before) + 5
+    server.stop()
+    assert threading.enumerate() == before
+
+
+def test_cycles_leave_nothing_behind(app, connect):
+    """Twenty starts and stops, each with a connection left open, leave no thread and no descriptor."""
+    threads, before = threading.enumerate(), descriptors()
+    for _ in range(20):
+        with ServerThread(app, threads=2) as server:
+            client = Client(server.addresses[0])
+            assert client.ask("/").status == 200
+        assert client.ended()
+        client.close()
+    assert threading.enumerate() == threads
+    assert descriptors() == before
+
+
+def test_an_abandoned_start_leaves_nothing_behind(app, connect):
+    """Abandoning ends without a drain, open connections and all."""
+    before = descriptors()
+    server = ServerThread(app).start()
+    client = Client(server.addresses[0])
+    client.ask("/")
+    server.abandon()
+    assert client.ended()
+    client.close()
+    server.abandon()
+    assert descriptors() == before
+
+
+def test_an_unstopped_server_keeps_no_interpreter_alive(tmp_path):
+    """A script that forgets to stop its server ends all the same, even with a request that hangs."""
+    script = """
+import socket, threading
+from flaskd import ServerThread
+entered = threading.Event()
+
+def app(environ, start_response):
+    entered.set()
+    threading.Event().wait()
+
+server = ServerThread(app).start()
+client = socket.create_connection(("127.0.0.1", server.addresses[0].port))
+client.sendall(b"GET / HTTP/1.0\\r\\n\\r\\n")
+assert entered.wait(10)
+print("over", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stdout) == (0, "over\n")
+
+
+# --- the death of the serving thread -----------------------------------------------------------------------------------
+
+
+def test_a_dead_serving_thread_is_told(app, connect, caplog):
+    """What kills the serving thread is logged and handed to who asked; a drain says so, and a stop still stops."""
+    died = queue.SimpleQueue()
+    server = ServerThread(app, on_death=died.put).start()
+    error = LookupError("on purpose")
+
+    def die():
+        raise error
+
+    server._loop.call(die)
+    assert died.get(timeout=PATIENCE) is error
+    server._thread.join(PATIENCE)
+    assert not server.turns(0)
+    with pytest.raises(FlaskdError, match="^cannot drain: the serving thread died: on purpose$"):
+        server.drain()
+    assert server.stop() == DrainReport()
+    assert [each.levelno for each in caplog.records] == [logging.CRITICAL]

@@ -1,0 +1,362 @@
+import os
+import resource
+import socket
+import stat
+
+import pytest
+
+from flaskd.errors import CannotCreateError
+from flaskd.sockets import Address, Listener, Node, bind_unix, raise_open_files_limit
+
+
+def has_ipv6():
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback address")
+
+
+@pytest.fixture
+def bound():
+    """Binds listeners, and closes them at the end."""
+    made = []
+
+    def bind(text, backlog=None):
+        made.append(Listener.bind(Address.parse(text)))
+        if backlog is not None:
+            made[-1].listen(backlog)
+        return made[-1]
+
+    yield bind
+    for listener in made:
+        listener.close()
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "app.sock"
+
+
+def connects(path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        try:
+            client.connect(str(path))
+        except OSError:
+            return False
+        return True
+
+
+@pytest.mark.parametrize(
+    ("text", "address", "shown", "url"),
+    [
+        ("127.0.0.1:8000", Address("127.0.0.1", 8000), "127.0.0.1:8000", "http://127.0.0.1:8000/"),
+        ("localhost:0", Address("localhost", 0), "localhost:0", "http://localhost:0/"),
+        ("shop.example:65535", Address("shop.example", 65535), "shop.example:65535", "http://shop.example:65535/"),
+        (":80", Address("0.0.0.0", 80), "0.0.0.0:80", "http://127.0.0.1:80/"),
+        ("0.0.0.0:80", Address("0.0.0.0", 80), "0.0.0.0:80", "http://127.0.0.1:80/"),
+        ("[::1]:8000", Address("::1", 8000), "[::1]:8000", "http://[::1]:8000/"),
+        ("[::]:8000", Address("::", 8000), "[::]:8000", "http://[::1]:8000/"),
+        ("[fe80::1%eth0]:80", Address("fe80::1%eth0", 80), "[fe80::1%eth0]:80", "http://[fe80::1%eth0]:80/"),
+        ("unix:/run/app.sock", Address(path="/run/app.sock"), "unix:/run/app.sock", "http+unix://%2Frun%2Fapp.sock/"),
+        ("unix:a b:c", Address(path="a b:c"), "unix:a b:c", "http+unix://a%20b%3Ac/"),
+    ],
+)
+def test_an_address_as_it_is_written_shown_and_called(text, address, shown, url):
+    """Each form is understood, shown in the form that can be read back, and has a URL that a client can use."""
+    assert Address.parse(text) == address
+    assert str(address) == shown
+    assert Address.parse(shown) == address
+    assert address.url == url
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "8000", "localhost", "localhost:", "localhost:http", "127.0.0.1:65536", "127.0.0.1:123456", "::1:8000",
+        "[::1]", "[]:80", "[localhost]:80", "[127.0.0.1]:80", "http://127.0.0.1:80", "127.0.0.1:-1", " 127.0.0.1:80",
+        "127.0.0.1:80\n", "a b:80", "/run/app.sock:80", "127.0.0.1:\u0668\u0660", "unix:", "unix:/a\0b",
+        "unix:/" + "x" * 107, "unix:/" + "é" * 54,
+    ],
+)  # fmt: skip
+def test_what_is_no_address_is_told_so(text):
+    """A fault says what was expected and quotes what was found."""
+    with pytest.raises(ValueError, match="^expected an address") as fault:
+        Address.parse(text)
+    assert f'got "{text}"' in str(fault.value)
+
+
+def test_port_zero_becomes_the_port_that_was_found(bound):
+    """Who asks for any port is told which one it is."""
+    listener = bound("127.0.0.1:0")
+    assert listener.address.port == listener.socket.getsockname()[1] != 0
+    assert str(listener.address) == f"127.0.0.1:{listener.address.port}"
+
+
+def test_binding_is_not_listening(bound):
+    """A bound address refuses clients until it listens."""
+    listener = bound("127.0.0.1:0")
+    where = listener.socket.getsockname()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(where)
+    listener.listen(8)
+    socket.create_connection(where).close()
+
+
+def test_a_busy_port_is_refused_with_a_hint(bound):
+    """Two listeners on a port are refused at once, with the next step."""
+    busy = bound("127.0.0.1:0", backlog=8).address
+    with pytest.raises(CannotCreateError) as refused:
+        bound(str(busy))
+    assert str(refused.value) == (
+        f"cannot listen on {busy}: Address already in use; "
+        "another process listens there: choose another address with --listen, or stop that process"
+    )
+    assert isinstance(refused.value.__cause__, OSError)
+
+
+def test_two_that_bound_before_either_listened_cannot_both_listen(bound):
+    """SO_REUSEADDR lets two bind; the second to listen is refused by name all the same."""
+    first = bound("127.0.0.1:0")
+    try:
+        second = bound(str(first.address))
+    except CannotCreateError:
+        return  # not on this kernel
+    first.listen(8)
+    with pytest.raises(CannotCreateError, match=rf"^cannot listen on {first.address}: Address already in use"):
+        second.listen(8)
+
+
+def test_a_port_can_be_bound_again_at_once(bound):
+    """Connections that linger after a close do not keep the next listener out."""
+    listener = bound("127.0.0.1:0", backlog=8)
+    with socket.create_connection(listener.socket.getsockname()):
+        accepted, _ = listener.socket.accept()
+        accepted.close()  # closed from this side first: it lingers
+        listener.close()
+        assert bound(str(listener.address), backlog=8).address == listener.address
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("192.0.2.1:0", "cannot listen on 192.0.2.1:0: .*; this machine has no such address"),
+        ("a..b:80", r"cannot listen on a\.\.b:80: "),
+        ("x" * 64 + ":80", "cannot listen on x+:80: "),
+    ],
+)
+def test_a_place_that_cannot_be_had(text, why, bound):
+    """Addresses that are not here, and names that are none, are refused by name."""
+    with pytest.raises(CannotCreateError, match=f"^{why}"):
+        bound(text)
+
+
+def test_a_name_that_is_not_known_is_refused(monkeypatch, bound):
+    """What the resolver says reaches the operator."""
+
+    def unknown(*_, **__):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr("flaskd.sockets.socket.getaddrinfo", unknown)
+    with pytest.raises(CannotCreateError, match=r"^cannot listen on shop\.example:80: Name or service not known$"):
+        bound("shop.example:80")
+
+
+def test_a_port_that_needs_a_privilege_says_which(monkeypatch, bound):
+    """EACCES names the capability."""
+
+    class Guarded(socket.socket):
+        def bind(self, _where):
+            raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("flaskd.sockets.socket.socket", Guarded)
+    with pytest.raises(CannotCreateError, match="ports below 1024 need CAP_NET_BIND_SERVICE$"):
+        bound("127.0.0.1:80")
+
+
+def test_a_name_of_both_families_is_taken_as_ipv4(monkeypatch, bound):
+    """Clients of "localhost" try IPv4 first."""
+    four = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))
+    six = (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", 0, 0, 0))
+    monkeypatch.setattr("flaskd.sockets.socket.getaddrinfo", lambda *_, **__: [six, four])
+    assert bound("localhost:0").socket.family == socket.AF_INET
+
+
+@needs_ipv6
+def test_ipv6_is_ipv6_only(bound):
+    """An IPv6 wildcard leaves the IPv4 port to others."""
+    six = bound("[::]:0", backlog=8)
+    assert six.socket.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == 1
+    four = bound(f"127.0.0.1:{six.address.port}", backlog=8)
+    assert four.address.port == six.address.port
+    socket.create_connection(("::1", six.address.port)).close()
+
+
+def test_a_unix_listener_stands_with_its_mode_and_goes(path, bound):
+    """The node is there with its final mode, no hidden one beside it, and goes with the listener."""
+    listener = bound(f"unix:{path}", backlog=8)
+    assert [each.name for each in path.parent.iterdir()] == ["app.sock"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o660
+    assert connects(path)
+    listener.close()
+    assert list(path.parent.iterdir()) == []
+    listener.close()
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o660, 0o666])
+def test_the_mode_is_the_one_asked_for(mode, path):
+    """The umask has no say in the mode."""
+    before = os.umask(0o077)
+    try:
+        sock, node = bind_unix(path, mode=mode)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+    assert node.is_ours()
+    sock.close()
+
+
+def test_the_group_is_the_one_asked_for(path):
+    """A group that this process may give is given; one that it may not is a clear refusal."""
+    sock, _ = bind_unix(path, mode=0o660, gid=os.getegid())
+    assert path.stat().st_gid == os.getegid()
+    sock.close()
+
+
+def test_a_group_that_cannot_be_given_leaves_nothing(path, monkeypatch):
+    """Where the group cannot be set, nothing is left behind, visible or hidden."""
+
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chown", refuse)
+    with pytest.raises(CannotCreateError, match=f"^cannot listen on unix:{path}: Operation not permitted$"):
+        bind_unix(path, mode=0o660, gid=12345)
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_stale_socket_is_taken_over(path, bound):
+    """What a crash left behind is in nobody's way."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead:
+        dead.bind(str(path))
+    assert path.exists()
+    bound(f"unix:{path}", backlog=8)
+    assert connects(path)
+    assert [each.name for each in path.parent.iterdir()] == ["app.sock"]
+
+
+def test_a_hidden_node_left_by_a_crash_is_replaced(path, bound):
+    """A process of the same number that died between two steps is in nobody's way either."""
+    path.with_name(f".app.sock.{os.getpid()}").touch()
+    bound(f"unix:{path}")
+    assert [each.name for each in path.parent.iterdir()] == ["app.sock"]
+
+
+def test_a_live_socket_is_refused(path, bound):
+    """A socket that somebody listens at is left alone, and still answers."""
+    bound(f"unix:{path}", backlog=8)
+    before = path.stat().st_ino
+    with pytest.raises(CannotCreateError, match=f"^cannot listen on unix:{path}: another process listens there$"):
+        bound(f"unix:{path}")
+    assert path.stat().st_ino == before
+    assert connects(path)
+    assert [each.name for each in path.parent.iterdir()] == ["app.sock"]
+
+
+def test_a_live_socket_with_a_full_backlog_is_refused(path):
+    """A listener too busy to accept is alive."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as busy:
+        busy.bind(str(path))
+        busy.listen(0)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as first:
+            first.connect(str(path))
+            with pytest.raises(CannotCreateError, match="another process listens there$"):
+                bind_unix(path, mode=0o660)
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "link"])
+def test_what_is_no_socket_is_refused(kind, path, bound):
+    """Somebody's file, directory or link is never replaced."""
+    match kind:
+        case "file":
+            path.write_text("precious")
+        case "directory":
+            path.mkdir()
+        case "link":
+            path.symlink_to("/nowhere")
+    before = path.lstat()
+    with pytest.raises(CannotCreateError, match=f"^cannot listen on unix:{path}: a file that is not a socket stands"):
+        bound(f"unix:{path}")
+    assert path.lstat() == before
+
+
+@pytest.mark.parametrize(
+    ("where", "why"),
+    [
+        ("missing/app.sock", "No such file or directory"),
+        ("file/app.sock", "Not a directory"),
+        ("x" * 90, "AF_UNIX path too long"),
+    ],
+)
+def test_a_path_that_cannot_be_had(where, why, tmp_path):
+    """Directories that are not there and names that are too long are refused by name, and leave nothing."""
+    (tmp_path / "file").touch()
+    with pytest.raises(CannotCreateError, match=f"^cannot listen on unix:{tmp_path / where}: {why}$"):
+        bind_unix(tmp_path / where, mode=0o660)
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_only_our_own_node_is_removed(path, bound):
+    """A node that took our place belongs to its maker."""
+    listener = bound(f"unix:{path}")
+    path.rename(path.with_name("moved.sock"))  # keeps the inode from being used again
+    path.write_text("a successor's")
+    listener.close()
+    assert path.read_text() == "a successor's"
+
+
+def test_a_second_close_leaves_a_successor_alone(path, bound):
+    """A successor's node may get the very inode that ours had; a listener that gave up its place is done with it."""
+    listener = bound(f"unix:{path}", backlog=8)
+    path.with_name("kept").hardlink_to(path)
+    listener.close()
+    path.with_name("kept").rename(path)
+    listener.close()
+    assert path.exists()
+
+
+def test_a_node_that_is_gone_is_nobodys(path):
+    """Removing what is not there any more does nothing."""
+    path.touch()
+    node = Node.of(path)
+    assert node.is_ours()
+    path.unlink()
+    assert not node.is_ours()
+    node.remove()
+
+
+def test_the_limit_of_open_files_is_raised():
+    """The soft limit becomes the hard one."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, before[0]), before[1]))
+        assert raise_open_files_limit() == before[1]
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
+        assert raise_open_files_limit() == before[1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_limit_that_cannot_be_raised_is_told_as_it_is(monkeypatch):
+    """Where the limit cannot be changed the present one is given."""
+
+    def refuse(*_):
+        raise ValueError("not allowed to raise maximum limit")
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 200))
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    assert raise_open_files_limit() == 100
