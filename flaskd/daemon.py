@@ -411,7 +411,8 @@ class Daemon:
         assert self._server is not None
         drain_id = self._drain_id = next(self._drain_ids)
         self._report = None
-        self._drain_until = time.monotonic() + timeout
+        self._last_tick = time.monotonic()
+        self._drain_until = self._last_tick + timeout
         self._server.begin_drain(
             timeout,
             lambda report: self._inbox.put(lambda: self._on_drain_over(drain_id, report)),
@@ -542,8 +543,6 @@ class Daemon:
     def _begin_stop(self, reason: StopReason) -> None:
         config = self.configuration.values
         what = f"stopping ({reason}): {self._in_flight} in flight"
-        log.info(f"{what}, at most {config.shutdown.deadline:g}s for everything")
-        self._notifier.stopping(what)
         completed = self._server.completed if self._server else 0
         self._stop = Stop(
             reason,
@@ -554,7 +553,11 @@ class Daemon:
             over=lambda error: self._inbox.put(lambda: self._on_stop_over(error)),
             on_step=lambda result: self._inbox.put(lambda: self._on_step(result)),
         )
+        self._stop.arm()  # before another line of Python: the app may take the GIL and never give it back
+        log.info(f"{what}, at most {config.shutdown.deadline:g}s for everything")
+        self._notifier.stopping(what)
         self._stop.start()
+        self._last_tick = time.monotonic()
 
     def _drain_to_stop(self, completed_before: int) -> None:
         assert self._stop is not None

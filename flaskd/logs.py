@@ -80,6 +80,8 @@ class _Bare(logging.Formatter):
 
 def _whole_message(formatter: logging.Formatter, record: logging.LogRecord) -> str:
     message = record.getMessage()
+    if record.name.startswith("waitress"):  # it names paths as they decode, and %0A decodes to a line feed
+        message = _safe(message, quotes="")
     if record.exc_info:
         message = f"{message}\n{formatter.formatException(record.exc_info)}"
     return message
@@ -173,6 +175,6 @@ def log_access(access: Access, fields: Mapping[str, Any]) -> None:
     access_log.info("%s", message, extra={"fields": dict(fields)})
 
 
-def _safe(text: str) -> str:
+def _safe(text: str, quotes: str = '"\\') -> str:
     """Escape what could forge a line or a field, as nginx does: quotes, backslashes and control characters."""
-    return "".join(char if char.isprintable() and char not in '"\\' else f"\\x{ord(char):02X}" for char in text)
+    return "".join(char if char.isprintable() and char not in quotes else f"\\x{ord(char):02X}" for char in text)

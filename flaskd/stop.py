@@ -66,11 +66,11 @@ class Stop:
         )
 
     def start(self) -> None:
-        """Begin; from here on the process ends by the deadline, whatever happens."""
-        self._arm()
+        """Begin with the cleanup of the first phase."""
         threading.Thread(target=self._run, name="flaskd-cleanup", daemon=True).start()
 
-    def _arm(self) -> None:
+    def arm(self) -> None:
+        """Make sure that the process ends by the deadline, whatever happens from here on."""
         faulthandler.dump_traceback_later(self.left + _LAST_RESORT, exit=True, file=2)
 
     @property
@@ -103,7 +103,7 @@ class Stop:
         log.warning(f"asked again: the drain ends now, and all remaining cleanup has {_HURRIED:g}s")
         self.hurried = True
         self._deadline = min(self._deadline, time.monotonic() + _HURRIED)
-        self._arm()
+        self.arm()
         self._runner.hurry(_HURRIED)
 
     def drained(self, report: DrainReport) -> None:

@@ -228,6 +228,15 @@ def test_no_client_can_forge_an_access_line(sent, shown):
     assert line.endswith(f'"GET /{shown} HTTP/1.1" 200 12 "{shown}" "{shown}"')
 
 
+@pytest.mark.parametrize("log_format", ["text", "journal"])
+def test_no_client_can_forge_a_line_through_waitress(log_format):
+    """Waitress names decoded paths in its messages, and %0A decodes to a line feed."""
+    with logging_to(stderr := Stream(), log_format):
+        logging.getLogger("waitress").error("Exception while serving %s", '/\nERROR "forged"\x1b[0m')
+    (line,) = stderr.lines()
+    assert line.endswith(r'Exception while serving /\x0AERROR "forged"\x1B[0m')
+
+
 @pytest.mark.parametrize(("log_format", "start"), [("text", ""), ("journal", "<6>")])
 @pytest.mark.parametrize("access", ["common", "combined"])
 def test_access_lines_in_a_log_for_people(log_format, start, access):

@@ -211,12 +211,17 @@ class ControlPlane:
     def _read_commands(self, client: _Client) -> None:
         if client.ended and client.inbox:  # ``printf drain | nc -U``: a last line needs no newline
             client.inbox += b"\n"
-        while not client.closing and b"\n" in client.inbox:
-            line, _, rest = bytes(client.inbox).partition(b"\n")
-            client.inbox[:] = rest
-            self._command(client, line.strip())
-        if len(client.inbox) > MAX_LINE:
-            TextReply(self._sender(client)).error("usage", f"a command has at most {MAX_LINE} bytes")
+        while not client.closing:
+            line, newline, rest = bytes(client.inbox).partition(b"\n")
+            if len(line) > MAX_LINE:
+                client.pending += 1
+                TextReply(self._sender(client)).error("usage", f"a command has at most {MAX_LINE} bytes")
+                client.closing = True
+            elif not newline:
+                break
+            else:
+                client.inbox[:] = rest
+                self._command(client, line.strip())
 
     def _command(self, client: _Client, line: bytes) -> None:
         client.json = client.json or line.startswith(b"{")

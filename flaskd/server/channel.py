@@ -46,6 +46,7 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
         self.thread: threading.Thread | None = None
         self.answered = False
         self.status = ""
+        self.whole = False
         self.header_length = 0
         self.starts_at = 0
         self.ends_at = 0
@@ -64,6 +65,17 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
             if not self.id and not self.empty and not self.channel.internal:
                 self.channel.loop.accepted(self)
         return consumed
+
+    def close(self) -> None:
+        """Free the body. A request that never ran waited behind one that ended the connection: it is over, too."""
+        super().close()
+        if self.thread is None:
+            self.channel.loop.retire(self, "gone")
+
+    @property
+    def begun(self) -> bool:
+        """Whether more of it has come than the blank lines that may stand before a request (RFC 9112 §2.2)."""
+        return self.headers_finished or bool(self.header_plus.strip())
 
     @property
     def age(self) -> float:
@@ -110,7 +122,7 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
             "method": str(getattr(self, "command", "") or "-"),
             "target": self.target or "-",
             "protocol": f"HTTP/{self.version}",
-            "status": int(self.status[:3] or 0),
+            "status": int(self.status[:3]) if self.status[:3].isdecimal() else 0,
             "bytes": max(0, self.ends_at - self.starts_at - self.header_length),
             "referer": self.headers.get("REFERER", ""),
             "agent": self.headers.get("USER_AGENT", ""),
@@ -122,22 +134,27 @@ class _Recorded:
     """What both kinds of task have in common: they close the connection while draining, and record the answer."""
 
     channel: Channel
+    request: Request
     status: str
 
     def build_response_header(self) -> bytes:
         channel = self.channel
-        if channel.loop.draining.is_set() and len(channel.requests) <= 1 and channel.request is None:
-            self.set_close_on_finish()  # type: ignore[attr-defined]
+        if channel.loop.draining.is_set() and len(channel.requests) <= 1 and channel.arriving is None:
+            # As if the client had asked for it: set_close_on_finish() would not keep an HTTP/1.0 client's keep-alive
+            # from being confirmed in the same breath.
+            self.request.headers["CONNECTION"] = "close"
         header: bytes = super().build_response_header()  # type: ignore[misc]
         channel.serving.status = self.status
         channel.serving.header_length = len(header)
         return header
 
     def service(self) -> None:
+        serving = self.channel.serving
         try:
             super().service()  # type: ignore[misc]
         finally:
-            self.channel.serving.ends_at = self.channel.output_length()
+            serving.ends_at = self.channel.output_length()
+        serving.whole = self.channel.connected  # asked last: a close empties the buffers that were just measured
 
 
 class Task(_Recorded, WSGITask):  # type: ignore[misc]
@@ -188,7 +205,13 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     @property
     def idle(self) -> bool:
         """Whether nothing is in hand: no request, no part of one, no output."""
-        return not (self.requests or self.request or self.total_outbufs_len or self.unsettled)
+        return not (self.requests or self.arriving or self.total_outbufs_len or self.unsettled)
+
+    @property
+    def arriving(self) -> Request | None:
+        """The request that has come in part."""
+        request: Request | None = self.request
+        return request if request is not None and request.begun else None
 
     def send(self, data: bytes, do_close: bool = True) -> int:
         """Send, and count what the kernel took."""
@@ -212,6 +235,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         except BaseException:  # never lets a worker or a connection go missing, whatever kills the task
             log.exception(f"cannot finish {request.snapshot()}: the connection is closed")
             with self.requests_lock:
+                for each in self.requests:
+                    each.close()
                 self.requests = []
                 self.close_when_flushed = True
         request.answered = True
@@ -221,10 +246,14 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         self.loop.answered(request)
 
     def _settle(self) -> None:
-        """Retire the requests whose answers the kernel has taken; `outbuf_lock` is held."""
+        """Retire the requests whose answers the kernel has taken, or nobody waits for; `outbuf_lock` is held."""
         while self.unsettled and (not self.connected or self.flushed >= self.unsettled[0].ends_at):
             request = self.unsettled.popleft()
-            self.loop.retire(request, "completed" if self.flushed >= request.ends_at and request.status else "gone")
+            self.loop.retire(request, "completed" if request.whole and self.flushed >= request.ends_at else "gone")
+        if not self.connected:  # waitress may leave what is queued lying there
+            for request in list(self.requests):
+                if request.thread is None:
+                    self.loop.retire(request, "gone")
 
     def handle_write(self) -> None:
         """Flush, in the loop's thread, and retire what is done."""

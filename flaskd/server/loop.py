@@ -32,6 +32,8 @@ log = logging.getLogger("flaskd.server")
 
 _TURN = 1.0
 """Seconds; the longest the loop waits when nothing happens, for waitress' idle reaping and the drain's clock."""
+_LEAST_WAIT = 0.1
+"""Seconds that even an end in a hurry leaves to idle workers, so that they are not taken for stuck ones."""
 _BACKLOG_BATCH = 4096
 """Connections; what is taken from a backlog before its listener is closed. Bounded, because clients come back."""
 
@@ -55,7 +57,7 @@ class Workers(ThreadedTaskDispatcher):  # type: ignore[misc]
     def join(self, timeout: float) -> list[threading.Thread]:
         """Let all workers end, wait at most `timeout` seconds, and return those that did not (any thread)."""
         self.set_thread_count(0)
-        until = time.monotonic() + timeout
+        until = time.monotonic() + max(timeout, _LEAST_WAIT)
         for thread in self.started:
             thread.join(max(0.0, until - time.monotonic()))
         return [thread for thread in self.started if thread.is_alive()]
@@ -169,11 +171,12 @@ class EventLoop:
 
     def retire(self, request: Request, outcome: Outcome) -> None:
         """Take a request out of flight; only the first outcome counts (any thread)."""
-        if self._in_hand.pop(request.id, None) is None:
-            return
-        if outcome == "completed":
-            with self._lock:
+        with self._lock:
+            if request.id not in self._in_hand:
+                return
+            if outcome == "completed":  # first: a drain reads the count as soon as nothing is in hand
                 self.completed += 1
+            del self._in_hand[request.id]
         if self._on_answer is not None and request.status:
             self._on_answer(request.access_fields())
 
@@ -268,7 +271,7 @@ class EventLoop:
         """
         self.draining.set()
         for acceptor in self._acceptors:
-            if acceptor.socket is not None:
+            if acceptor.accepting:
                 acceptor.close_listener()
         for listener in self._listeners:
             listener.close()
@@ -297,7 +300,7 @@ class EventLoop:
             for channel in channels:
                 if channel.idle:
                     channel.will_close = True
-            if not self._in_hand and not any(channel.request or not channel.idle for channel in channels):
+            if not self._in_hand and all(channel.idle for channel in channels):
                 self._finish(drain, ())
                 return
         if time.monotonic() >= drain.deadline:
@@ -305,14 +308,17 @@ class EventLoop:
 
     def _cut_everything(self, channels: Sequence[Channel], reason: str) -> tuple[Cut, ...]:
         doomed = list(self._in_hand.values())
-        doomed += [channel.request for channel in channels if channel.request is not None]
+        doomed += [channel.arriving for channel in channels if channel.arriving is not None]
         cuts = []
         for request in doomed:
             cut = request.cut(reason)
             cuts.append(cut)
             log.warning("\n".join(filter(None, [f"cut {cut}", cut.stack])), extra={"fields": cut.as_json()})
             if cut.phase == "running":
-                self._lost.add(request)
+                with self._lock:
+                    self._lost.add(request)
+                    if request.answered:  # in this moment, and so `answered` did not see it among the lost
+                        self._lost.discard(request)
             self.retire(request, "cut")
         for channel in channels:
             if not channel.internal:

@@ -8,9 +8,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, Self
 
-from flaskd.errors import AppError, FlaskdError
+from flaskd.errors import AppError, FlaskdError, NotNowError
 from flaskd.ledger import Cut, DrainReport, InFlight
 from flaskd.server.channel import stack_of
 from flaskd.server.loop import EventLoop
@@ -53,7 +54,8 @@ class ServerThread:
         self._on_death = on_death
         self._loop: EventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._report: DrainReport | None = None
+        self._drained: Future[DrainReport] | None = None
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         return self.start()
@@ -73,26 +75,27 @@ class ServerThread:
         try:
             for listener in self._listeners:
                 listener.listen(self._backlog)
+            self._addresses = [listener.address for listener in self._listeners]
+            loop = self._loop = EventLoop(
+                self._app,
+                self._listeners,
+                threads=self._threads,
+                adjustments={"asyncore_use_poll": True, **self._adjustments},
+                on_answer=self._on_answer,
+            )
+            loop.open()
         except BaseException:
             self._close_listeners()
             raise
-        self._addresses = [listener.address for listener in self._listeners]
-        loop = self._loop = EventLoop(
-            self._app,
-            self._listeners,
-            threads=self._threads,
-            adjustments={"asyncore_use_poll": True, **self._adjustments},
-            on_answer=self._on_answer,
-        )
-        loop.open()
         self._thread = threading.Thread(target=self._run, name="flaskd-server", daemon=True)
         self._thread.start()
         worked = threading.Event()
         loop.run_in_worker(worked.set)
         loop.wake()
-        if not (loop.turned.wait(_START_TIMEOUT) and worked.wait(_START_TIMEOUT)):
+        started = loop.turned.wait(_START_TIMEOUT) and worked.wait(_START_TIMEOUT)
+        if not started or loop.error is not None:
             error = loop.error
-            self.stop(timeout=0)
+            self.end()
             raise FlaskdError(f"cannot serve: {error or 'the serving thread does not turn'}") from error
         return self
 
@@ -171,11 +174,12 @@ class ServerThread:
 
         Raises AppError when no answer came within `timeout` seconds.
         """
+        loop = self._serving
         ours, theirs = socket.socketpair()
         ours.settimeout(timeout)
         connection = http.client.HTTPConnection("localhost")
         connection.sock = ours
-        self._serving.call(lambda: self._serving.attach(theirs))
+        loop.call(lambda: loop.attach(theirs))
         try:
             connection.request("GET", path, headers={"User-Agent": "flaskd-probe", "Connection": "close"})
             response = connection.getresponse()
@@ -207,41 +211,48 @@ class ServerThread:
 
     def drain(self, timeout: float = _DEFAULT_TIMEOUT) -> DrainReport:
         """Take no new work, finish what is in hand within `timeout` seconds, and tell what became of it."""
-        if self._report is None:
-            reports: list[DrainReport] = []
-            over = threading.Event()
-
-            def take(report: DrainReport) -> None:
-                reports.append(report)
-                over.set()
-
-            self.begin_drain(timeout, take)
-            while not over.wait(0.5):
+        loop = self._serving
+        with self._lock:
+            drained = self._drained
+            if drained is None:
+                drained = self._drained = Future()
+                self.begin_drain(timeout, drained.set_result)
+            else:  # somebody else's, under way or over: this one joins it
+                self.hasten_drain(timeout)
+        while True:
+            try:
+                return drained.result(0.5)
+            except TimeoutError:
                 if self._thread is None or not self._thread.is_alive():
-                    raise FlaskdError(f"cannot drain: the serving thread died: {self._serving.error}")
-            self._report = reports[0]
-        return self._report
+                    raise FlaskdError(f"cannot drain: the serving thread died: {loop.error}") from None
 
     def resume(self) -> None:
         """Serve again after a drain, on the same addresses and port numbers.
 
-        Raises CannotCreateError when one of them cannot be had any more; the server then stays drained.
+        Raises CannotCreateError when one of them cannot be had any more; the server then stays drained. Undoes a drain
+        that is under way; a server that serves goes on serving.
         """
         loop, reopened, errors = self._serving, threading.Event(), list[Exception]()
 
         def reopen() -> None:  # in the loop's thread, so that it follows the closing of the old listeners
             listeners: list[Listener] = []
             try:
+                if not loop.draining.is_set():
+                    return
                 for address in self._addresses:
                     listeners.append(Listener.bind(address))
                     listeners[-1].listen(self._backlog)
                 loop.resume(listeners)
-                self._listeners, self._report = listeners, None
+                self._listeners = listeners
+                drained, self._drained = self._drained, None
+                if drained is not None and not drained.done():
+                    drained.set_exception(NotNowError("cannot drain: resume undid it"))
             except Exception as error:  # noqa: BLE001 - handed to the caller
                 errors.append(error)
                 for listener in listeners:
                     listener.close()
-            reopened.set()
+            finally:
+                reopened.set()
 
         loop.call(reopen)
         if not reopened.wait(_START_TIMEOUT):
@@ -253,12 +264,12 @@ class ServerThread:
         """Drain within `timeout` seconds, then end and join every thread; a second call returns the same report."""
         if self._thread is None or self._loop is None:
             self._close_listeners()
-            return self._report or DrainReport()
-        report = self._report
-        if report is None and self._thread.is_alive():
-            report = self.drain(timeout)
-        self.end()
-        return report or DrainReport()
+        else:
+            if self._thread.is_alive():
+                self.drain(timeout)
+            self.end()
+        drained = self._drained
+        return drained.result() if drained is not None and drained.done() else DrainReport()
 
     def end(self, timeout: float = _JOIN_TIMEOUT) -> None:
         """End and join the threads of a server that is drained, waiting at most `timeout` seconds for its workers."""

@@ -1,0 +1,235 @@
+"""The control plane of a real daemon: FIFO, socket, both dialects, and the client verbs."""
+
+import json
+import socket
+import stat
+import subprocess
+
+import pytest
+from conftest import PATIENCE, Flaskd, get
+
+
+def test_echo_in_a_shell(flaskd: Flaskd) -> None:
+    """`echo drain > control`, typed in a shell, drains; `echo resume` undoes it; `echo stop` ends it."""
+    flaskd.start()
+    subprocess.run(["sh", "-c", f"echo drain > {flaskd.fifo_path}"], check=True, timeout=PATIENCE)
+    flaskd.wait_message("drained")
+    subprocess.run(["sh", "-c", f"echo resume > {flaskd.fifo_path}"], check=True, timeout=PATIENCE)
+    flaskd.wait_message("ready: ")
+    subprocess.run(["sh", "-c", f"printf 'status\\nstop\\n' > {flaskd.fifo_path}"], check=True, timeout=PATIENCE)
+    assert flaskd.wait() == 0
+    assert "control: drain from the FIFO" in flaskd.log
+    assert "control: state: ready" in flaskd.log
+
+
+def test_junk_in_the_fifo_is_told_in_the_log(flaskd: Flaskd) -> None:
+    """A FIFO gives no answer, so a typing mistake stands in the log; empty lines are nothing."""
+    flaskd.start()
+    with flaskd.fifo_path.open("wb") as fifo:
+        fifo.write(b"\n\ndrian\n\xff\xfe\n")
+    flaskd.until(lambda: 'unknown-command "drian"; did you mean "drain"?' in flaskd.log)
+    assert flaskd.status()["state"] == "ready"
+    assert flaskd.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("drian", 'ERR unknown-command "drian"; did you mean "drain"? try "help"\n'),
+        ("xyzzy", 'ERR unknown-command "xyzzy"; try "help"\n'),
+        ("", 'ERR usage expected a command; try "help"\n'),
+        ("drain fast", 'ERR usage drain does not know "fast"; it knows wait\n'),
+        ("status wait", 'ERR usage status does not know "wait"; it takes none\n'),
+        ("health", "OK healthy\n"),
+        ("ready", "OK ready\n"),
+        ("resume", "OK ready\n"),
+        ("x" * 5000, "ERR usage a command has at most 4096 bytes\n"),
+    ],
+)
+def test_text_answers(flaskd: Flaskd, line: str, answer: str) -> None:
+    """Each line gets its answer, and the connection is closed after it; nothing changes."""
+    flaskd.start()
+    assert flaskd.command(line) == answer
+    assert flaskd.status()["state"] == "ready"
+    assert flaskd.stop() == 0
+
+
+def test_answers_of_many_lines(flaskd: Flaskd) -> None:
+    """help, status, plan, config and version show what they have and end with OK."""
+    flaskd.write("flaskd.yaml", "cleanup: {policies: {bye: {use: command, with: {argv: ['true']}}}}\n")
+    flaskd.start()
+    helped = flaskd.command("help")
+    for verb in ["help", "status", "health", "ready", "drain", "resume", "stop", "reload", "plan", "config", "version"]:
+        assert any(line.split()[0] == verb for line in helped.splitlines()), verb
+    assert helped.endswith("\nOK help\n")
+    status = flaskd.command("status").splitlines()
+    assert "state: ready" in status
+    assert f"pid: {flaskd.pid}" in status
+    assert status[-1] == "OK ready"
+    assert any("bye" in line and "command" in line for line in flaskd.command("plan").splitlines())
+    assert "deadline: 25s" in flaskd.command("config")
+    assert flaskd.command("version").startswith("OK 0.")
+    assert flaskd.stop() == 0
+
+
+def test_json_lines(flaskd: Flaskd) -> None:
+    """Several JSON requests on one connection get JSON answers with their ids; faults are told, and change nothing."""
+    flaskd.start()
+    held = flaskd.hold()
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(PATIENCE)
+        client.connect(str(flaskd.socket_path))
+        with client.makefile("rwb") as stream:
+
+            def ask(line: str) -> dict[str, object]:
+                stream.write(line.encode() + b"\n")
+                stream.flush()
+                return dict(json.loads(stream.readline()))
+
+            assert ask('{"id":1,"cmd":"health"}') == {"id": 1, "ok": True, "result": "healthy"}
+            status = ask('{"id":"two","cmd":"status"}')
+            assert (status["id"], status["state"], status["in_flight"]) == ("two", "ready", 1)
+            for wrong in [
+                "{",
+                '{"id":3}',
+                '{"id":3,"cmd":7}',
+                '{"id":3,"cmd":"drain","wait":1}',
+                "[1]" * 9,
+                "{}" + "x",
+            ]:
+                answer = ask(wrong)
+                assert answer["ok"] is False
+                assert answer["error"]["code"] == "usage"  # type: ignore[index]
+            assert ask('{"id":4,"cmd":"drain","fast":true}')["error"]["code"] == "usage"  # type: ignore[index]
+            assert ask('{"cmd":"ready"}')["result"] == "ready"
+            first = ask('{"id":7,"cmd":"drain","wait":true}')
+            assert first == {"id": 7, "event": "progress", "in_flight": 1}
+            flaskd.gate.open()
+            while True:
+                answer = dict(json.loads(stream.readline()))
+                if "ok" in answer:
+                    break
+            assert answer.pop("took") >= 0
+            assert answer == {"id": 7, "ok": True, "result": "drained", "completed": 1, "rejected": 0, "cut": []}
+            assert ask('{"id":8,"cmd":"ready"}')["error"] == {"code": "not-ready", "message": "flaskd is drained"}
+    assert held.result() == (200, b"held")
+    assert flaskd.stop() == 0
+
+
+def test_a_waiting_client_that_leaves_changes_nothing(flaskd: Flaskd) -> None:
+    """The drain goes on when the one who asked for it has gone."""
+    flaskd.start()
+    held = flaskd.hold()
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(flaskd.socket_path))
+        client.sendall(b"drain wait\n")
+        assert client.recv(100) == b".. in_flight=1\n"
+    assert flaskd.status()["state"] == "draining"
+    flaskd.gate.open()
+    assert held.result() == (200, b"held")
+    flaskd.wait_message("drained")
+    assert flaskd.stop() == 0
+
+
+def test_half_open_clients_do_not_hinder_others(flaskd: Flaskd) -> None:
+    """Clients that say nothing, or never read, leave control and serving alone."""
+    flaskd.start()
+    silent = [socket.socket(socket.AF_UNIX) for _ in range(20)]
+    for each in silent:
+        each.connect(str(flaskd.socket_path))
+        each.sendall(b"stat")
+    assert flaskd.command("health") == "OK healthy\n"
+    assert get(flaskd.url) == (200, b"hello")
+    for each in silent:
+        each.close()
+    assert flaskd.stop() == 0
+
+
+def test_modes_and_group_of_the_nodes(flaskd: Flaskd) -> None:
+    """Both nodes have `control.mode`; the directory was made for this run and is gone after it."""
+    flaskd.write("flaskd.yaml", "control: {mode: 0600}\n")
+    flaskd.start()
+    assert stat.S_IMODE(flaskd.socket_path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(flaskd.fifo_path.stat().st_mode) == 0o600
+    assert stat.S_ISFIFO(flaskd.fifo_path.stat().st_mode)
+    assert flaskd.stop() == 0
+    assert not flaskd.runtime.exists()
+
+
+def test_nodes_that_are_not_ours_any_more_stay(flaskd: Flaskd) -> None:
+    """What somebody put in the place of a node is not removed at the exit."""
+    flaskd.start()
+    flaskd.fifo_path.unlink()
+    flaskd.fifo_path.write_text("mine")
+    assert flaskd.stop() == 0
+    assert flaskd.fifo_path.read_text() == "mine"
+    flaskd.fifo_path.unlink()
+
+
+# --- client verbs -------------------------------------------------------------------------------------------------
+
+
+def test_client_verbs(flaskd: Flaskd) -> None:
+    """Every verb exits with what its answer means; --json is one object; the socket is found in three ways."""
+    flaskd.start()
+    code, out, _ = flaskd.client("status")
+    assert (code, out.splitlines()[0].split()) == (0, ["state:", "ready"])
+    for how in (
+        ["--socket", str(flaskd.socket_path)],
+        ["--socket", str(flaskd.runtime)],
+        ["--socket", str(flaskd.fifo_path)],
+    ):
+        assert flaskd.client("ready", *how)[0] == 0
+    del flaskd.env["RUNTIME_DIRECTORY"]
+    flaskd.env["FLASKD_CONTROL"] = str(flaskd.socket_path)
+    assert flaskd.client("health")[:2] == (0, "healthy\n")
+    code, out, _ = flaskd.client("drain", "--wait", "--json")
+    assert (code, json.loads(out.splitlines()[-1])["result"]) == (0, "drained")
+    code, _, err = flaskd.client("ready")
+    assert (code, err) == (75, "flaskd: flaskd is drained\n")
+    code, _, err = flaskd.client("reload")
+    assert (code, err) == (75, "flaskd: cannot reload: flaskd is drained\n")
+    assert flaskd.client("resume")[0] == 0
+    assert flaskd.client("plan")[0] == 0
+    assert "server:" in flaskd.client("config")[1]
+    code, out, _ = flaskd.client("stop", "--wait")
+    assert (code, out.startswith("stopped completed=0 rejected=0 cut=0 took=")) == (0, True)
+    assert flaskd.process is not None
+    assert flaskd.process.wait(1) == 0
+
+
+def test_no_daemon_there(flaskd: Flaskd) -> None:
+    """69, one line, and where it was looked for; the same for a node that nobody answers at."""
+    code, _, err = flaskd.client("status")
+    assert code == 69
+    assert err.startswith(f"flaskd: cannot find a daemon: there is no {flaskd.runtime}/control.sock, no ")
+    stale = flaskd.directory / "stale.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(stale))
+    code, _, err = flaskd.client("status", "--socket", str(stale))
+    assert (code, err) == (
+        69,
+        f"flaskd: cannot reach a daemon at {stale}: Connection refused; is flaskd running there?\n",
+    )
+
+
+def test_usage_faults(flaskd: Flaskd) -> None:
+    """What cannot be understood is exit code 64."""
+    assert flaskd.client("drian")[0] == 64
+    assert flaskd.client("drain", "--now")[0] == 64
+    assert flaskd.client("serve", "gateapp", "--name", "a/b")[0] == 64
+    assert flaskd.client("--help")[0] == 0
+    assert flaskd.client("--version")[:2] == (0, "flaskd 0.1.0\n")
+
+
+def test_offline_verbs(flaskd: Flaskd) -> None:
+    """Check and schema work without a daemon, and import nothing of the app."""
+    good = flaskd.write("good.yaml", "app: {target: 'nosuch:app'}\n")
+    bad = flaskd.write("bad.yaml", "server:\n  threads: many\n  thraeds: 3\n")
+    assert flaskd.client("check", "-c", str(good)) == (0, f"{good}: OK\n", "")
+    code, out, err = flaskd.client("check", "-c", str(bad))
+    assert (code, out) == (78, "")
+    assert err.splitlines()[0].startswith(f'{bad}:2:12 server.threads: expected an integer, got "many"')
+    assert "did you mean" in err.splitlines()[1]
+    code, out, _ = flaskd.client("schema")
+    assert json.loads(out)["properties"]["cleanup"]
