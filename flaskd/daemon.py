@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import faulthandler
-import itertools
 import logging
 import os
 import queue
@@ -23,6 +22,7 @@ from typing import Any, Protocol
 from flaskd import loading, logs
 from flaskd.cleanup import Plan, StepResult, build_plan
 from flaskd.config import Config, Configuration
+from flaskd.drain import Drain
 from flaskd.errors import EX_OK, AppError, ConfigError, FlaskdError, NotNowError
 from flaskd.ledger import DrainReport
 from flaskd.lifecycle import Event, Lifecycle, State, StopReason
@@ -40,8 +40,6 @@ log = logging.getLogger("flaskd.daemon")
 DEFAULT_LISTEN = "127.0.0.1:8000"
 _TICK = 1.0
 """Seconds between two progress reports of a drain or stop."""
-_GUARD = 0.5
-"""Seconds after which the main thread stops waiting for a serving thread that should have ended a drain."""
 
 
 class Plane(Protocol):
@@ -92,13 +90,9 @@ class Daemon:
         self._escalation = Escalation()
         self._listeners: list[Listener] = []
         self._server: ServerThread | None = None
-        self._drain_ids = itertools.count(1)
-        self._drain_id = 0
-        self._drain_until = 0.0
-        self._report: DrainReport | None = None
-        self._drain_waiters: list[Reply] = []
-        self._stop_waiters: list[Reply] = []
+        self._drain: Drain | None = None
         self._stop: Stop | None = None
+        self._stop_waiters: list[Reply] = []
         self._last_tick = 0.0
         self._failure: FlaskdError | None = None
         self._last_reload: dict[str, Any] | None = None
@@ -358,19 +352,20 @@ class Daemon:
 
     def _until_tick(self) -> float:
         following = self._last_tick + _TICK
-        if self._drain_id:
-            following = min(following, self._drain_until + _GUARD)
+        if self._drain is not None and self._drain.report is None:
+            following = min(following, self._drain.overdue_at)
         return max(0.0, following - time.monotonic())
 
     def _tick(self) -> None:
         self._last_tick = time.monotonic()
         server = self._server
         assert server is not None
-        if self._drain_id and self._last_tick >= self._drain_until + _GUARD:
+        drain = self._drain
+        if drain is not None and drain.report is None and self._last_tick >= drain.overdue_at:
             stuck = "the serving thread does not turn"
             cut = server.cut(stuck)
             log.error(f"the drain is over, but {stuck}; {len(cut)} requests are given up")
-            self._on_drain_over(self._drain_id, DrainReport(cut=cut, took=0.0))
+            self._on_drain_over(drain, DrainReport(cut=cut))
             return
         in_flight = server.requests()
         oldest = max(in_flight, key=lambda each: each.age, default=None)
@@ -380,7 +375,7 @@ class Daemon:
             text += f"; cleanup: {', '.join(running)}"
             progress["cleanup"] = list(running)
         self._notifier.status(text)
-        for reply in [*self._drain_waiters, *self._stop_waiters]:
+        for reply in [*(drain.waiters if drain else ()), *self._stop_waiters]:
             reply.progress(progress)
 
     # --- drain and resume -------------------------------------------------------------------------------------------
@@ -392,47 +387,40 @@ class Daemon:
         except NotNowError as error:
             reply.error(error.code, str(error))
             return
-        timeout = self.configuration.values.shutdown.drain.timeout
         if before is State.READY:
+            timeout = self.configuration.values.shutdown.drain.timeout
             log.info(f"draining: {self._in_flight} in flight, for at most {timeout:g}s")
             self._notifier.status(f"draining: {self._in_flight} in flight")
             self._begin_drain(timeout)
-        if not wait:
-            left = self._drain_until - time.monotonic() if state is State.DRAINING else 0.0
-            fields = {"in_flight": self._in_flight, "deadline": round(max(0.0, left), 1)}
-            reply.ok(str(state), fields if state is State.DRAINING else self._account(), hint="undo: resume")
-        elif state is State.DRAINED:
-            reply.ok("drained", self._account())
-        else:
-            self._drain_waiters.append(reply)
+        drain = self._drain
+        assert drain is not None
+        if wait and state is State.DRAINING:
+            drain.waiters.append(reply)
             reply.progress({"in_flight": self._in_flight})
+        elif state is State.DRAINING:
+            reply.ok("draining", {"in_flight": self._in_flight, "deadline": round(drain.left, 1)}, hint="undo: resume")
+        else:
+            reply.ok("drained", drain.account(), hint="undo: resume")
 
     def _begin_drain(self, timeout: float, completed_before: int | None = None) -> None:
         assert self._server is not None
-        drain_id = self._drain_id = next(self._drain_ids)
-        self._report = None
-        self._last_tick = time.monotonic()
-        self._drain_until = self._last_tick + timeout
-        self._server.begin_drain(
+        self._drain = Drain(
+            self._server,
             timeout,
-            lambda report: self._inbox.put(lambda: self._on_drain_over(drain_id, report)),
-            completed_before=completed_before,
+            lambda drain, report: self._inbox.put(lambda: self._on_drain_over(drain, report)),
+            completed_before,
         )
+        self._drain.begin()
+        self._last_tick = time.monotonic()
 
-    def _shorten_drain(self, timeout: float) -> None:
-        if self._drain_id and self._server is not None:
-            self._drain_until = min(self._drain_until, time.monotonic() + timeout)
-            self._server.hasten_drain(timeout)
-
-    def _on_drain_over(self, drain_id: int, report: DrainReport) -> None:
-        if drain_id != self._drain_id:
+    def _on_drain_over(self, drain: Drain, report: DrainReport) -> None:
+        if drain is not self._drain or drain.report is not None:
             return  # resume, or the guard, was faster
-        self._drain_id = 0
-        self._report = report
+        drain.report = report
         state = self._lifecycle.handle(Event.DRAIN_OVER)
         log.info(f"drained: {report}", extra={"fields": report.as_json()})
-        for reply in self._take(self._drain_waiters):
-            reply.ok("drained", self._account())
+        for reply in drain.release():
+            reply.ok("drained", drain.account())
         if state is State.DRAINED:
             self._notifier.status(f"drained: {report}")
         else:
@@ -446,8 +434,6 @@ class Daemon:
                 assert self._server is not None
                 self._server.resume()
                 self._listeners[:] = self._server.listeners
-                self._drain_id = 0
-                self._report = None
         except FlaskdError as error:
             log.warning(str(error))
             reply.error(error.code, str(error))
@@ -455,22 +441,15 @@ class Daemon:
         if self._lifecycle.state is not State.READY:
             log.info("resumed")
         self._lifecycle.handle(Event.RESUME)
-        for waiter in self._take(self._drain_waiters):
+        for waiter in self._drain.release() if self._drain else ():
             waiter.error("not-now", "the drain was undone by resume")
+        self._drain = None
         self._notifier.status(self._ready_status())
         reply.ok("ready")
 
     @property
     def _in_flight(self) -> int:
         return self._server.in_flight if self._server else 0
-
-    def _account(self) -> dict[str, Any]:
-        return (self._report or DrainReport()).as_json()
-
-    @staticmethod
-    def _take(waiters: list[Reply]) -> list[Reply]:
-        taken, waiters[:] = list(waiters), []
-        return taken
 
     # --- reload -----------------------------------------------------------------------------------------------------
 
@@ -534,7 +513,8 @@ class Daemon:
         assert self._stop is not None
         if now:
             self._stop.hurry()
-            self._shorten_drain(0.0)
+            if self._drain is not None:
+                self._drain.shorten(0)
         if wait:
             self._stop_waiters.append(reply)
         else:
@@ -561,12 +541,12 @@ class Daemon:
 
     def _drain_to_stop(self, completed_before: int) -> None:
         assert self._stop is not None
-        if self._report is not None:  # drained before, or the serving thread is dead
-            self._stop.drained(self._report)
-        elif self._drain_id:
-            self._shorten_drain(self._stop.drain_time)
-        else:
+        if self._drain is None:
             self._begin_drain(self._stop.drain_time, completed_before)
+        elif self._drain.report is None:
+            self._drain.shorten(self._stop.drain_time)
+        else:  # drained before, or the serving thread is dead
+            self._stop.drained(self._drain.report)
 
     def _on_step(self, result: StepResult) -> None:
         fields = {"policy": result.name, "fate": str(result.fate), "took": round(result.took, 3)}
@@ -583,16 +563,20 @@ class Daemon:
         assert self._server is not None
         why = f"the serving thread died: {error!r}"
         self._failure = self._failure or AppError(why)
-        report = self._report = DrainReport(cut=self._server.cut(why))
-        if self._drain_id:
-            self._on_drain_over(self._drain_id, report)
+        report = DrainReport(cut=self._server.cut(why))
+        if self._drain is None:
+            self._drain = Drain(self._server, 0, lambda *_: None)
+            self._drain.report = report
+        else:
+            self._on_drain_over(self._drain, report)
         self._on_stop(StopReason("failure", why), Discard(), wait=False, now=False)
 
     def _finish(self) -> int:
         """Join the server, write the record, answer who waits, and choose the exit code."""
-        stop, server, report = self._stop, self._server, self._report or DrainReport()
+        stop, server, report = self._stop, self._server, self._drain.report if self._drain else None
         assert stop is not None
         assert server is not None
+        assert report is not None
         server.end(timeout=min(0.2, stop.left))
         self._state_directory.record(stop.record(report))
         code = EX_OK if report.clean else self.configuration.values.shutdown.exit_codes.degraded
@@ -605,7 +589,7 @@ class Daemon:
         self._notifier.status(f"stopped: {report}")
         lines = [f"cut {each}" for each in report.cut]
         lines += [f"{name}: {entry['fate']}" for name, entry in policies.items() if entry["fate"] != "ok"]
-        for reply in self._take(self._stop_waiters):
+        for reply in self._stop_waiters:
             reply.ok("stopped", {**report.as_json(), "took": round(stop.took, 3), "policies": policies}, lines=lines)
         return code
 

@@ -18,6 +18,8 @@ from typing import Any, Literal, Self
 Format = Literal["auto", "text", "json", "journal"]
 Access = Literal["off", "common", "combined", "json"]
 
+_queue_log = logging.getLogger("waitress.queue")
+"""Warns at every request that waits for a thread; that is no news to a daemon, and `status` shows how many wait."""
 access_log = logging.getLogger("flaskd.access")
 
 _PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
@@ -126,12 +128,15 @@ class Logs:
 
     def __enter__(self) -> Self:
         self._before = [(logger.level, logger.propagate) for logger in self._loggers]
+        self._queue_level = _queue_log.level
+        _queue_log.setLevel(logging.ERROR)
         for logger in self._loggers:
             logger.addHandler(self._access if logger is access_log else self._daemon)
             logger.propagate = False
         return self
 
     def __exit__(self, *_: object) -> None:
+        _queue_log.setLevel(self._queue_level)
         for logger, (level, propagate) in zip(self._loggers, self._before, strict=True):
             logger.removeHandler(self._access if logger is access_log else self._daemon)
             logger.setLevel(level)

@@ -1,6 +1,6 @@
 import gc
 import http.client
-import logging
+import io
 import os
 import queue
 import socket
@@ -62,11 +62,20 @@ class App:
     def big(self, environ, start_response):
         return self.hello(environ, start_response, b"x" * BIG)
 
+    def file(self, environ, start_response):
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return environ["wsgi.file_wrapper"](io.BytesIO(b"x" * BIG))
+
     def stream(self, environ, start_response):
         start_response("200 OK", [("Content-Type", "text/plain")])
         yield b"first"
         self.released.wait()
         yield b"last"
+
+    def flood(self, environ, start_response):
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        while True:
+            yield b"x" * 65536
 
     def boom(self, environ, start_response):
         raise LookupError("on purpose")
@@ -395,10 +404,11 @@ def test_a_drain_waits_for_queued_requests(serve, app, connect):
     assert (report.result().completed, report.result().cut) == (7, ())
 
 
-def test_a_drain_waits_for_unsent_output(serve, app, connect):
+@pytest.mark.parametrize("path", ["/big", "/file"])
+def test_a_drain_waits_for_unsent_output(path, serve, app, connect):
     """A slow reader gets its response to the last byte, though the app was done with it before the drain."""
     server = serve()
-    client = connect(server, receive_buffer=16384).send("/big")
+    client = connect(server, receive_buffer=16384).send(path)
     app.entered(1)
     until(server, lambda: [each.phase for each in server.requests()] == ["sending"])
     with draining(server, app) as report:
@@ -643,6 +653,19 @@ def test_the_deadline_cuts_every_phase(serve, app, connect):
     assert app._entered.empty()
 
 
+def test_a_cut_lets_go_of_a_worker_that_waits_for_a_reader(serve, app, connect):
+    """A response too large to be kept holds its worker up until it is read; the cut frees that worker at once."""
+    server = serve(threads=1, adjustments={"outbuf_high_watermark": 65536})
+    client = connect(server, receive_buffer=16384).send("/flood")
+    app.entered(1)
+    (cut,) = server.drain(timeout=0).cut
+    assert (cut.path, cut.phase) == ("/flood", "running")
+    with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
+        client.response()
+    server.stop()
+    assert not workers()
+
+
 def test_after_a_cut_all_threads_are_there_again(serve, app, connect):
     """Workers that hang in requests that were cut are replaced at a resume, and not missed when they come back."""
     server = serve(threads=2)
@@ -773,6 +796,13 @@ def test_a_probe_is_in_no_count_and_no_record(serve, app, connect, answers):
     assert server.drain().completed == 0
 
 
+def test_a_probe_needs_no_listener(serve):
+    """A drained server still answers for its app."""
+    server = serve()
+    server.drain()
+    assert server.probe("/", PATIENCE) == 200
+
+
 def test_a_probe_that_is_not_answered_in_time(serve, app):
     """A probe waits no longer than it may."""
     server = serve()
@@ -784,6 +814,28 @@ def test_a_probe_that_is_broken_off(serve, app):
     """A probe whose answer breaks off is an error by name."""
     with pytest.raises(AppError, match="^cannot get ready: the probe of /half was broken off: "):
         serve().probe("/half", PATIENCE)
+
+
+def test_a_path_is_shown_without_what_could_paint_a_terminal(serve, app, connect):
+    """A client may send any byte in its path; those that cannot be seen are shown as RFC 3986 would write them."""
+    server = serve()
+    connect(server).send(get("/gate/").replace(b"/gate/", b"/gate/\x1b[2J\x07%0A"))
+    app.entered(1)
+    (request,) = server.requests()
+    assert request.path == "/gate/%1B[2J%07%0A"
+
+
+def test_connections_are_limited_as_asked(serve, connect):
+    """The limit counts connections, and who waits outside is served when somebody leaves."""
+    server = serve(adjustments={"connection_limit": 2})
+    clients = [connect(server).send("/") for _ in range(3)]
+    clients[1].response()
+    assert clients[0].response().status == 200
+    for _ in range(10):
+        assert server.turns(PATIENCE)
+    assert server.connections == 2
+    clients[0].close()
+    assert clients[2].response().status == 200
 
 
 def test_the_number_of_threads_can_change(serve, app, connect):

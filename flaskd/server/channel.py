@@ -14,6 +14,7 @@ import time
 import traceback
 from collections import deque
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from flaskd.server.loop import EventLoop
 
 log = logging.getLogger("flaskd.server")
+
+_VISIBLE = bytes(range(0x21, 0x7F))
+"""ASCII that is shown as it is; a client may put anything else into its request's path, escape sequences included."""
 
 
 class AppExitedError(RuntimeError):
@@ -103,7 +107,7 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
             id=self.id,
             client=self.channel.client,
             method=str(getattr(self, "command", "") or "?"),
-            path=self.target.partition("?")[0] or "?",
+            path=quote(self.target.partition("?")[0].encode("latin-1"), safe=_VISIBLE) or "?",
             age=self.age,
             phase=self.phase,
             thread=thread.name if thread else "",

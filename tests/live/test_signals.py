@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from conftest import PATIENCE, Flaskd, children
@@ -212,11 +211,13 @@ def test_nothing_keeps_the_exit(flaskd: Flaskd) -> None:
 
 def test_twenty_lives_leave_nothing(flaskd: Flaskd) -> None:
     """Twenty starts and stops leave no node, child or temporary file."""
-    temporary = set(Path("/tmp").glob("flaskd*"))
+    temporary = flaskd.directory / "tmp"
+    temporary.mkdir()
+    flaskd.env["TMPDIR"] = str(temporary)
     for _ in range(20):
         flaskd.start(listen=f"unix:{flaskd.directory}/app.sock")
         assert children(flaskd.pid) == []
         assert flaskd.stop() == 0
         assert flaskd.leftovers() == []
         assert not (flaskd.directory / "app.sock").exists()
-    assert set(Path("/tmp").glob("flaskd*")) <= temporary
+    assert list(temporary.iterdir()) == []
