@@ -74,6 +74,7 @@ def test_text_is_time_level_and_message():
     with logging_to(stderr := Stream()):
         log.info("ready: %s", "shop")
         log.warning("late")
+        logging.getLogger("waitress").warning("odd")
         logging.getLogger("waitress.queue").warning("Task queue depth is 1")
         log.debug("not shown")
     assert without_times(stderr.lines()) == ["info    ready: shop", "warning late", "warning odd"]
