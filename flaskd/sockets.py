@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import os
 import re
 import socket
@@ -16,7 +17,7 @@ from urllib.parse import quote
 
 from flaskd.errors import CannotCreateError
 
-_TCP = re.compile(r"(?:\[(?P<v6>[^\[\]/\s\0]*:[^\[\]/\s\0]*)\]|(?P<host>[^:\[\]/\s\0]*)):(?P<port>[0-9]{1,5})")
+_EXPECTED = "expected HOST:PORT, [IPv6]:PORT, :PORT or unix:/path"
 _MAX_PORT = 65535
 _MAX_UNIX_PATH = 107
 """``sun_path`` is 108 bytes with its terminating NUL: unix(7)."""
@@ -32,19 +33,26 @@ class Address:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read an address; raises ValueError with a message that starts "expected an address"."""
+        """Read an address; raises ValueError with a message that says what was expected."""
         if text.startswith("unix:"):
             path = text.removeprefix("unix:")
-            if not path or "\0" in path:
-                raise ValueError(f'expected an address such as unix:/run/app.sock, got "{text}"')
+            if not path.startswith("/") or "\0" in path:
+                raise ValueError("expected unix: with an absolute path, such as unix:/run/shop/http.sock")
             if len(os.fsencode(path)) > _MAX_UNIX_PATH:
-                raise ValueError(f'expected an address of at most {_MAX_UNIX_PATH} bytes, got "{text}"')
+                raise ValueError(f"expected unix: with a path of at most {_MAX_UNIX_PATH} bytes")
             return cls(path=path)
-        found = _TCP.fullmatch(text)
-        if not found or int(found["port"]) > _MAX_PORT:
-            raise ValueError(f'expected an address such as 127.0.0.1:8000, [::1]:8000 or unix:/path, got "{text}"')
-        host = found["v6"] if found["v6"] is not None else found["host"] or "0.0.0.0"  # noqa: S104 - asked for
-        return cls(host=host, port=int(found["port"]))
+        host, colon, port = text.rpartition(":")
+        if not colon or not re.fullmatch(r"[0-9]{1,5}", port):
+            raise ValueError(_EXPECTED)
+        if int(port) > _MAX_PORT:
+            raise ValueError(f"expected a port of at most {_MAX_PORT}")
+        if host.startswith("[") and host.endswith("]"):
+            return cls(_ip(host[1:-1], 6), int(port))
+        if re.fullmatch(r"[0-9.]+", host):
+            return cls(_ip(host, 4), int(port))
+        if host and not re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?", host):
+            raise ValueError(_EXPECTED)
+        return cls(host or "0.0.0.0", int(port))  # noqa: S104 - asked for
 
     def __str__(self) -> str:
         if self.path:
@@ -58,6 +66,16 @@ class Address:
             return f"http+unix://{quote(self.path, safe='')}/"
         shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104 - compared
         return f"http://{replace(self, host=shown)}/"
+
+
+def _ip(text: str, version: int) -> str:
+    try:
+        right = ipaddress.ip_address(text).version == version
+    except ValueError:
+        right = False
+    if not right:
+        raise ValueError(f"expected an IPv{version} address and a port")
+    return text
 
 
 class Listener:

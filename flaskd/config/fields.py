@@ -3,7 +3,6 @@
 A message here ends before ", got ...": what stands at the place is added by whoever knows the place.
 """
 
-import ipaddress
 import re
 from decimal import Decimal
 from typing import Annotated, Any, TypeVar
@@ -19,6 +18,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
+from flaskd.sockets import Address
 from flaskd.units import format_duration, parse_duration, parse_size
 
 Item = TypeVar("Item")
@@ -28,9 +28,6 @@ INTERPOLATION = r"\$\{"
 
 _LONGEST = 366 * 86400.0
 """Seconds; the operating system's timers overflow far above this, and nobody means it."""
-_MAX_UNIX_PATH = 107
-"""Bytes: ``sun_path`` less its terminating NUL (unix(7))."""
-_MAX_PORT = 65535
 
 
 def _parse_duration(value: Any, info: ValidationInfo) -> Any:
@@ -113,38 +110,12 @@ OneOrMany = Annotated[list[Item], _OneOrMany()]
 
 
 def _listen(text: str) -> str:
-    if text.startswith("unix:"):
-        path = text.removeprefix("unix:")
-        if not path.startswith("/"):
-            raise ValueError("expected unix: with an absolute path, such as unix:/run/shop/http.sock")
-        if len(path.encode()) > _MAX_UNIX_PATH:
-            raise ValueError(f"expected unix: with a path of at most {_MAX_UNIX_PATH} bytes")
-        return text
-    host, colon, port = text.rpartition(":")
-    if not colon or not re.fullmatch(r"[0-9]{1,5}", port):
-        raise ValueError("expected HOST:PORT, [IPv6]:PORT, :PORT or unix:/path")
-    if int(port) > _MAX_PORT:
-        raise ValueError(f"expected a port of at most {_MAX_PORT}")
-    if host.startswith("[") and host.endswith("]"):
-        _address(host[1:-1], 6)
-    elif re.fullmatch(r"[0-9.]+", host):
-        _address(host, 4)
-    elif host and not re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?", host):
-        raise ValueError("expected HOST:PORT, [IPv6]:PORT, :PORT or unix:/path")
+    Address.parse(text)
     return text
 
 
-def _address(text: str, version: int) -> None:
-    try:
-        right = ipaddress.ip_address(text).version == version
-    except ValueError:
-        right = False
-    if not right:
-        raise ValueError(f"expected an IPv{version} address and a port")
-
-
 Listen = Annotated[str, AfterValidator(_listen)]
-"""An address to listen on: ``HOST:PORT``, ``[IPv6]:PORT``, ``:PORT`` (every IPv4 address) or ``unix:/path``."""
+"""An address to listen on, as flaskd.sockets.Address has it."""
 
 
 def _mode(text: str) -> str:

@@ -118,7 +118,7 @@ ProxyHeader = Literal[
 class ServerConfig(Section):
     """How requests are accepted and served; names and meanings are waitress' own (waitress.adjustments)."""
 
-    listen: OneOrMany[Listen] = _restart([], "Addresses to listen on; none: sockets passed in, else 127.0.0.1:8000.")
+    listen: OneOrMany[Listen] = _restart([], "Addresses to listen on; none: 127.0.0.1:8000.")
     threads: int = Field(4, ge=1, le=1024, description="Worker threads; each runs one request at a time.")
     workers: int = _restart(0, "Worker processes; only 0 (none) in this version.")
     connection_limit: int | None = _restart(None, "Connections at once; none: as many as open files allow.", ge=1)

@@ -81,7 +81,7 @@ class ControlPlane:
         Raises NotNowError when another flaskd lives there, and CannotCreateError if `control.required`; otherwise what
         cannot be made is told in the log.
         """
-        mode, faults = int(config.control.mode, 8), []
+        mode, faults = config.control.mode_bits, []
         try:
             self._directory.acquire()
         except CannotCreateError as error:
