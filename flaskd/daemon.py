@@ -16,12 +16,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, Protocol
 
-from flaskd import loading, logs
+from flaskd import launch, logs
 from flaskd.cleanup import Plan, StepResult, build_plan
-from flaskd.config import Config, Configuration
+from flaskd.config import Config, Configuration, HealthConfig
 from flaskd.drain import Drain
 from flaskd.errors import EX_OK, AppError, ConfigError, FlaskdError, NotNowError
 from flaskd.ledger import DrainReport
@@ -29,15 +28,14 @@ from flaskd.lifecycle import Event, Lifecycle, State, StopReason
 from flaskd.loading import LoadedApp
 from flaskd.notify import Notifier
 from flaskd.protocol import Discard, Reply
-from flaskd.server import ServerThread, adjustments
+from flaskd.server import ServerThread
 from flaskd.signals import Escalation, SignalWatch, Terminal
-from flaskd.sockets import Address, Listener, raise_open_files_limit
+from flaskd.sockets import Listener
 from flaskd.state import StateDirectory
 from flaskd.stop import Stop
 
 log = logging.getLogger("flaskd.daemon")
 
-DEFAULT_LISTEN = "127.0.0.1:8000"
 _TICK = 1.0
 """Seconds between two progress reports of a drain or stop."""
 
@@ -206,59 +204,35 @@ class Daemon:
         self._plane.open(config)
         stack.callback(self._plane.close)
         stack.callback(self._close_listeners)
-        self._work_in(config)
-        for each in config.server.listen or [DEFAULT_LISTEN]:
-            self._listeners.append(Listener.bind(Address.parse(each)))
-        limit = raise_open_files_limit()
+        launch.change_directory(config.app)
+        launch.bind(config.server, self._listeners)
         self._state_directory.open(record=config.shutdown.record)
         stack.callback(self._state_directory.close)
         where = ", ".join(listener.address.url for listener in self._listeners)
         nodes = ", ".join(self._plane.nodes) or "none"
         log.info(f"flaskd (pid {os.getpid()}) will serve on {where}; control: {nodes}")
-        self._load_app(config)
+        self.app = launch.find_app(config.app, self._given_app, self._environ)
         self._signals.reclaim()
         self._plan = build_plan(config.cleanup)
         self._plan.prepare()
-        self._server = ServerThread(
-            self.app.wsgi,
-            threads=config.server.threads,
-            listeners=self._listeners,
-            backlog=config.server.backlog,
-            adjustments=adjustments(config.server, limit),
+        self._server = launch.make_server(
+            config.server,
+            self.app,
+            self._listeners,
             on_answer=self._on_answer,
             on_death=lambda error: self._inbox.put(lambda: self._on_death(error)),
         )
         self._interruptible = False  # from here on a stop finds a server to drain
         stack.callback(self._server.abandon)
         self._server.start()
-        threading.Thread(target=self._probe, args=(config,), name="flaskd-probe", daemon=True).start()
+        probe = threading.Thread(
+            target=self._probe, args=(self._server, config.health), name="flaskd-probe", daemon=True
+        )
+        probe.start()
 
-    def _work_in(self, config: Config) -> None:
-        if config.app.chdir is not None:
-            try:
-                os.chdir(config.app.chdir)
-            except OSError as error:
-                raise ConfigError(f"cannot change into app.chdir {config.app.chdir}: {error.strerror}") from error
-
-    def _load_app(self, config: Config) -> None:
-        if self._given_app is not None:
-            name = getattr(self._given_app, "__name__", "") or getattr(self._given_app, "import_name", "app")
-            self.app = LoadedApp(self._given_app, loading.find_flask(self._given_app), str(name))
-        else:
-            self.app = loading.load_app(loading.choose_target(config.app.target, self._environ, Path.cwd()))
-
-    def _probe(self, config: Config) -> None:
-        """Make sure that the app answers, then post that the start is over; in a thread of its own."""
-        path, server = config.health.probe, self._server
-        assert server is not None
-        error: FlaskdError | None = None
-        if path is not None:
-            try:
-                status = server.probe(path, config.health.probe_timeout)
-                if status >= 500:  # noqa: PLR2004 - RFC 9110 §15.6: server errors
-                    error = AppError(f"cannot get ready: the probe of {path} was answered with {status}")
-            except FlaskdError as failure:
-                error = failure
+    def _probe(self, server: ServerThread, health: HealthConfig) -> None:
+        """Probe in a thread of its own, so that a signal need not wait for the app; then the start is over."""
+        error = launch.probe(server, health)
         self._inbox.put(lambda: self._on_started(error))
 
     def _on_started(self, error: FlaskdError | None) -> None:

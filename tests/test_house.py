@@ -16,7 +16,7 @@ LAYERS = [
     {"errors", "units", "logs", "notify", "sockets"},
     {"config", "lifecycle", "ledger", "loading", "protocol", "runtime", "signals"},
     {"server", "cleanup", "client"},
-    {"drain", "state", "stop"},
+    {"drain", "launch", "state", "stop"},
     {"daemon"},
     {"control"},
     {"cli", "__init__", "__main__"},

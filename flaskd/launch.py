@@ -1,0 +1,72 @@
+"""The steps of a start: the working directory, the listeners, the app, the server, the probe."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from flaskd import loading
+from flaskd.config import AppConfig, HealthConfig, ServerConfig
+from flaskd.errors import AppError, ConfigError, FlaskdError
+from flaskd.loading import LoadedApp
+from flaskd.server import ServerThread, adjustments
+from flaskd.sockets import Address, Listener, raise_open_files_limit
+
+DEFAULT_LISTEN = "127.0.0.1:8000"
+
+
+def change_directory(app: AppConfig) -> None:
+    """Work in `app.chdir`; raises ConfigError when that cannot be."""
+    if app.chdir is not None:
+        try:
+            os.chdir(app.chdir)
+        except OSError as error:
+            raise ConfigError(f"cannot change into app.chdir {app.chdir}: {error.strerror}") from error
+
+
+def bind(server: ServerConfig, listeners: list[Listener]) -> None:
+    """Bind what `server.listen` names, adding each to `listeners` at once; raises CannotCreateError."""
+    listeners.extend(Listener.bind(Address.parse(each)) for each in server.listen or [DEFAULT_LISTEN])
+
+
+def find_app(app: AppConfig, given: Callable[..., Any] | None, environ: Mapping[str, str]) -> LoadedApp:
+    """The app in hand, or the one that is named; raises as `flaskd.loading.load_app` does."""
+    if given is None:
+        return loading.load_app(loading.choose_target(app.target, environ, Path.cwd()))
+    name = getattr(given, "__name__", "") or getattr(given, "import_name", "") or type(given).__name__
+    return LoadedApp(given, loading.find_flask(given), str(name))
+
+
+def make_server(
+    server: ServerConfig,
+    app: LoadedApp,
+    listeners: list[Listener],
+    *,
+    on_answer: Callable[[dict[str, Any]], None],
+    on_death: Callable[[BaseException | None], None],
+) -> ServerThread:
+    """A server for the app on bound listeners, not started yet; RLIMIT_NOFILE is raised for its connections."""
+    return ServerThread(
+        app.wsgi,
+        threads=server.threads,
+        listeners=listeners,
+        backlog=server.backlog,
+        adjustments=adjustments(server, raise_open_files_limit()),
+        on_answer=on_answer,
+        on_death=on_death,
+    )
+
+
+def probe(server: ServerThread, health: HealthConfig) -> FlaskdError | None:
+    """Ask the app for `health.probe`, if there is one; returns what is wrong with the answer, None when it is good."""
+    if health.probe is None:
+        return None
+    try:
+        status = server.probe(health.probe, health.probe_timeout)
+    except FlaskdError as error:
+        return error
+    if status >= 500:  # noqa: PLR2004 - RFC 9110 §15.6: server errors
+        return AppError(f"cannot get ready: the probe of {health.probe} was answered with {status}")
+    return None
