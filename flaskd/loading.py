@@ -64,7 +64,7 @@ def load_app(target: str) -> LoadedApp:
     module = _import(prepare_import(path), target)
     recording = _Recording(module)
     try:
-        found = recording.find(name) if name else find_best_app(module)
+        found = recording.find(name) if name else _wrapped_app(module) or find_best_app(module)
     except NoAppException as error:
         found = recording.returned if name else _wsgi_by_name(module)
         if found is None:
@@ -158,6 +158,12 @@ def _takes(function: Callable[..., Any], count: int) -> bool:
     except TypeError:
         return False
     return True
+
+
+def _wrapped_app(module: ModuleType) -> Any:
+    """A Flask app in middleware, under a usual name: Flask's own search would find the app and lose the middleware."""
+    found = _wsgi_by_name(module)
+    return found if find_flask(found) is not None else None
 
 
 def _wsgi_by_name(module: ModuleType) -> Any:

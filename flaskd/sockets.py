@@ -122,11 +122,15 @@ class Listener:
         except OSError as error:
             raise CannotCreateError(_why_not(self.address, error)) from error
 
-    def close(self) -> None:
-        """Close the socket and remove its node if it is still ours."""
+    def withdraw(self) -> None:
+        """Remove a Unix listener's node if it is still ours, so that nobody new comes; connections made stay."""
         if self._node is not None:
             self._node.remove()
             self._node = None  # once: a successor's node may get the same inode
+
+    def close(self) -> None:
+        """Withdraw, and close the socket."""
+        self.withdraw()
         self.socket.close()
 
 
@@ -174,6 +178,8 @@ def bind_unix(path: Path, *, mode: int, gid: int = -1) -> tuple[socket.socket, N
     A stale socket is replaced; a live one, or anything that is not a socket, is refused with CannotCreateError.
     The socket is bound under a temporary name and renamed, so nobody ever sees it with the wrong mode or not listening.
     """
+    if len(os.fsencode(path)) > _MAX_UNIX_PATH:  # the hidden name might do, but nobody could connect to the final one
+        raise CannotCreateError(f"cannot listen on unix:{path}: AF_UNIX path too long")
     try:
         if stat.S_ISSOCK(path.lstat().st_mode):
             if _answers(path):
@@ -185,7 +191,7 @@ def bind_unix(path: Path, *, mode: int, gid: int = -1) -> tuple[socket.socket, N
     except OSError as error:
         raise CannotCreateError(f"cannot listen on unix:{path}: {error.strerror}") from error
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    hidden = path.with_name(f".{path.name}.{os.getpid()}")
+    hidden = path.with_name(f".{os.getpid()}")  # short, for a path that is nearly as long as one can be
     try:
         with contextlib.suppress(FileNotFoundError):
             hidden.unlink()

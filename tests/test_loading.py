@@ -174,6 +174,21 @@ def test_a_wrapped_app_is_served_wrapped(name, project):
     assert loaded.flask.import_name == "inside"
 
 
+def test_a_wrapped_app_under_a_usual_name_keeps_its_middleware(project):
+    """Without a name, `app = ProxyFix(shop)` is what is served, not the shop inside it."""
+    project(
+        ldshop="""
+            from flask import Flask
+            from werkzeug.middleware.proxy_fix import ProxyFix
+            shop = Flask("inside")
+            app = ProxyFix(shop)
+        """
+    )
+    loaded = load_app("ldshop")
+    assert type(loaded.wsgi) is ProxyFix
+    assert loaded.flask.import_name == "inside"
+
+
 @pytest.mark.parametrize("target", ["ldshop:wrapped", "ldshop:wrapped()", 'ldshop:wrapped("wrapped")'])
 def test_a_factory_of_a_wrapped_app_is_called_once(target, project):
     """What a factory makes is served, and the factory does not run again for it."""

@@ -307,7 +307,7 @@ def test_a_busy_port_raises_at_once(serve, app):
 
 def test_a_second_start_is_refused(serve):
     """A server is started once."""
-    with pytest.raises(FlaskdError, match="^cannot start: this server has been started already$"):
+    with pytest.raises(FlaskdError, match="^cannot start: this server has been started before; make a new one$"):
         serve().start()
 
 

@@ -250,7 +250,7 @@ def test_a_stale_socket_is_taken_over(path, bound):
 
 def test_a_hidden_node_left_by_a_crash_is_replaced(path, bound):
     """A process of the same number that died between two steps is in nobody's way either."""
-    path.with_name(f".app.sock.{os.getpid()}").touch()
+    path.with_name(f".{os.getpid()}").touch()
     bound(f"unix:{path}")
     assert [each.name for each in path.parent.iterdir()] == ["app.sock"]
 

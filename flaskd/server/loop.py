@@ -270,6 +270,8 @@ class EventLoop:
         What was completed since `completed_before` requests had been is in the drain's account.
         """
         self.draining.set()
+        for listener in self._listeners:
+            listener.withdraw()
         for acceptor in self._acceptors:
             if acceptor.accepting:
                 acceptor.close_listener()

@@ -22,6 +22,8 @@ log = logging.getLogger("flaskd.server")
 _DEFAULT_TIMEOUT = 30.0
 _START_TIMEOUT = 10.0
 _JOIN_TIMEOUT = 1.0
+_GUARD = 1.0
+"""Seconds past its timeout that a drain waits for the serving thread's word."""
 
 
 class ServerThread:
@@ -68,8 +70,8 @@ class ServerThread:
 
         Raises CannotCreateError when the address cannot be had, and whatever kept the thread from serving.
         """
-        if self._thread is not None:
-            raise FlaskdError("cannot start: this server has been started already")
+        if self._loop is not None:
+            raise FlaskdError("cannot start: this server has been started before; make a new one")
         if self._listeners is None:
             self._listeners = [Listener.bind(address) for address in self._addresses]
         try:
@@ -219,12 +221,15 @@ class ServerThread:
                 self.begin_drain(timeout, drained.set_result)
             else:  # somebody else's, under way or over: this one joins it
                 self.hasten_drain(timeout)
+        until = time.monotonic() + timeout + _GUARD
         while True:
             try:
                 return drained.result(0.5)
             except TimeoutError:
                 if self._thread is None or not self._thread.is_alive():
                     raise FlaskdError(f"cannot drain: the serving thread died: {loop.error}") from None
+                if time.monotonic() > until:
+                    return DrainReport(cut=loop.cut("the serving thread does not turn"), took=timeout + _GUARD)
 
     def resume(self) -> None:
         """Serve again after a drain, on the same addresses and port numbers.
@@ -277,10 +282,14 @@ class ServerThread:
         if thread is None:
             return
         loop.end()
+        self._thread = None
         thread.join(timeout + _JOIN_TIMEOUT)
+        if thread.is_alive():  # what it uses cannot be closed under it
+            log.error(f"the serving thread does not end, and is abandoned:\n{stack_of(thread)}")
+            self._close_listeners()
+            return
         for worker in loop.close(timeout):
             log.warning(f"{worker.name} does not end, and is abandoned:\n{stack_of(worker)}")
-        self._thread = None
 
     def abandon(self) -> None:
         """End without a drain, if it has not ended yet: for a start that failed half-way."""

@@ -1,0 +1,633 @@
+"""What flaskd.server takes for granted in waitress; each test says what of flaskd breaks with it."""
+
+import inspect
+import logging
+import socket
+import threading
+from collections import deque
+from types import SimpleNamespace
+
+import pytest
+from waitress import trigger, wasyncore
+from waitress.adjustments import Adjustments
+from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser
+from waitress.server import TcpWSGIServer, UnixWSGIServer
+from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
+from waitress.utilities import BadRequest
+
+from flaskd.config import ServerConfig
+from flaskd.server import adjustments
+
+PATIENCE = 10.0
+"""Seconds until a test gives up on something that should long have happened."""
+GET = b"GET /path?q=1 HTTP/1.1\r\nHost: test\r\n\r\n"
+
+
+def hello(environ, start_response):
+    start_response("200 OK", [("Content-Length", "5")])
+    return [b"hello"]
+
+
+class Server:
+    """As much of a waitress server as a channel needs; tasks run when the test says so."""
+
+    def __init__(self, application=hello):
+        self.adj = Adjustments()
+        self.application = application
+        self.effective_port = 80
+        self.server_name = "test"
+        self.active_channels = {}
+        self.tasks = []
+        self.pulls = 0
+
+    def add_task(self, task):
+        self.tasks.append(task)
+
+    def pull_trigger(self):
+        self.pulls += 1
+
+
+class Task:
+    """A dispatcher's task that says where it ran."""
+
+    def __init__(self, error=None):
+        self.ran = threading.Event()
+        self.error = error
+
+    def service(self):
+        self.thread = threading.current_thread()
+        self.ran.set()
+        if self.error:
+            raise self.error
+
+    def cancel(self):
+        pass
+
+
+@pytest.fixture
+def pair():
+    ours, theirs = socket.socketpair()
+    ours.settimeout(PATIENCE)
+    yield ours, theirs
+    ours.close()
+    theirs.close()
+
+
+@pytest.fixture
+def channel(pair):
+    """A channel on one end of a socket pair; the client's end is `channel.client`."""
+    client, theirs = pair
+    made = HTTPChannel(Server(), theirs, ("192.0.2.7", 1), Adjustments(), map={})
+    made.client = client
+    yield made
+    made.handle_close()
+
+
+@pytest.fixture
+def listener():
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        yield sock
+
+
+@pytest.fixture
+def server(listener):
+    """A server built as flaskd builds its acceptors, on a listener of ours."""
+    made = acceptor(TcpWSGIServer, listener)
+    yield made
+    made.close()
+
+
+def acceptor(kind, sock):
+    adj, sockinfo = Adjustments(), (sock.family, sock.type, sock.proto, sock.getsockname())
+    return kind(
+        hello, {}, False, sock, dispatcher=ThreadedTaskDispatcher(), adj=adj, sockinfo=sockinfo, bind_socket=False
+    )
+
+
+@pytest.fixture
+def dispatcher():
+    made = ThreadedTaskDispatcher()
+    yield made
+    made.shutdown(timeout=PATIENCE)
+
+
+def parsed(data):
+    parser = HTTPRequestParser(Adjustments())
+    assert parser.received(data) == len(data)
+    return parser
+
+
+# --- the dispatcher ----------------------------------------------------------------------------------------------------
+
+
+def test_the_dispatchers_queue(dispatcher):
+    """`queued` counts what waits for a thread: `queue` must be what `add_task` fills."""
+    assert isinstance(dispatcher.queue, deque)
+    assert inspect.signature(dispatcher.add_task).bind("a task")
+    dispatcher.set_thread_count(0)
+    dispatcher.add_task(Task())
+    assert len(dispatcher.queue) == 1
+
+
+def test_threads_come_from_start_new_thread(monkeypatch):
+    """Workers are joined at a stop: every thread must come from `start_new_thread(target, thread_no)`, target(thread_no)."""
+    started = []
+
+    class Workers(ThreadedTaskDispatcher):
+        def start_new_thread(self, target, thread_no):
+            started.append(threading.Thread(target=target, args=(thread_no,), daemon=True))
+            started[-1].start()
+
+    workers = Workers()
+    workers.set_thread_count(2)
+    task = Task()
+    workers.add_task(task)
+    assert task.ran.wait(PATIENCE)
+    assert task.thread in started
+    workers.set_thread_count(3)
+    assert len(started) == 3
+    workers.set_thread_count(0)
+    for thread in started:
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
+def test_set_thread_count_counts_threads_that_are_to_end(dispatcher):
+    """`set_threads` and `resume` rely on `set_thread_count` to mean the number that stays, called as often as need be."""
+    gate = threading.Event()
+    busy = [SimpleNamespace(service=gate.wait, cancel=lambda: None) for _ in range(2)]
+    dispatcher.set_thread_count(2)
+    for task in busy:
+        dispatcher.add_task(task)
+    dispatcher.set_thread_count(0)
+    dispatcher.set_thread_count(1)
+    task = Task()
+    dispatcher.add_task(task)
+    gate.set()
+    assert task.ran.wait(PATIENCE)
+
+
+def test_a_task_that_raises_kills_no_worker(dispatcher):
+    """A fault in a channel must cost the connection at most: else the pool would shrink unnoticed."""
+    dispatcher.set_thread_count(1)
+    dispatcher.logger = logging.getLogger("quiet")
+    first, second = Task(SystemExit(1)), Task()
+    dispatcher.add_task(first)
+    dispatcher.add_task(second)
+    assert second.ran.wait(PATIENCE)
+    assert first.thread is second.thread
+
+
+# --- servers and the loop ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [TcpWSGIServer, UnixWSGIServer])
+def test_the_servers_constructors(kind):
+    """Acceptors are built on listeners of our own: these parameters make waitress neither bind nor start anything."""
+    parameters = inspect.signature(kind).bind(
+        hello, {}, False, None, dispatcher=None, adj=None, sockinfo=None, bind_socket=False
+    )
+    names = ["application", "map", "_start", "_sock", "dispatcher", "adj", "sockinfo"]
+    assert [name for name in parameters.arguments if name not in {"kw", "bind_socket"}] == names
+
+
+def test_a_server_takes_the_listener_as_it_is(listener, server):
+    """An acceptor serves the very socket it was given, and does nothing with it until it is told to accept."""
+    assert server.socket is listener
+    assert server.accepting is False
+    assert not server.readable()
+    server.accepting = True
+    assert server.readable()
+    assert (listener.getblocking(), server.active_channels) == (False, {})
+    assert server._map == {listener.fileno(): server, server.trigger._fileno: server.trigger}
+
+
+def test_handle_accept_accepts_one_and_never_raises(listener, server):
+    """A backlog is emptied by calling `handle_accept` until nothing comes: it takes one, with `channel_class`, or none."""
+    made = []
+    server.channel_class = lambda *args, **more: made.append((args, more))
+    server.handle_accept()
+    assert made == []
+    clients = [socket.create_connection(listener.getsockname()) for _ in range(2)]
+    server.handle_accept()
+    ((given, sock, address, adj), more) = made.pop()
+    assert (given, adj, more) == (server, server.adj, {"map": server._map})
+    assert address == clients[0].getsockname()
+    sock.close()
+    server.handle_accept()
+    made.pop()[0][1].close()
+    for client in clients:
+        client.close()
+
+
+def test_a_unix_client_has_no_port(tmp_path):
+    """Clients of a Unix socket are shown as "unix": their address must come without a port."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.bind(str(tmp_path / "s"))
+        made = acceptor(UnixWSGIServer, sock)
+        assert made.fix_addr("")[1] is None
+        made.close()
+
+
+def test_closing_the_dispatcher_closes_the_listener_only(listener, server):
+    """A drain closes listeners with `dispatcher.close`: the trigger and the channels must stay, `accepting` must end."""
+    server.accepting = True
+    wasyncore.dispatcher.close(server)
+    assert listener.fileno() == -1
+    assert server.accepting is False
+    assert server._map == {server.trigger._fileno: server.trigger}
+    server.pull_trigger()
+
+
+def test_set_socket_gives_a_closed_server_a_new_listener(listener, server):
+    """A resume puts a new listener into the old acceptor: `set_socket` must register it in the map."""
+    wasyncore.dispatcher.close(server)
+    with socket.create_server(("127.0.0.1", 0)) as another:
+        another.setblocking(False)
+        server.set_socket(another, server._map)
+        server.accepting = True
+        assert server._map[another.fileno()] is server
+        assert server.readable()
+
+
+def test_poll2_waits_in_seconds_and_is_woken_by_the_trigger(listener, server):
+    """The loop sleeps in `poll2(seconds, map)` and every other thread wakes it with `pull_trigger`."""
+    wasyncore.poll2(0.0, server._map)
+    wasyncore.poll2(0.001, server._map)
+    waker = threading.Thread(target=server.pull_trigger)
+    waker.start()
+    wasyncore.poll2(PATIENCE, server._map)  # returns at once, and not only after its patience
+    waker.join(PATIENCE)
+    assert inspect.signature(wasyncore.poll2).parameters.keys() == {"timeout", "map"}
+
+
+def test_poll2_takes_handles_above_1023():
+    """Connections are limited by RLIMIT_NOFILE alone: `poll2` must be the one that polls, not the one that selects."""
+    assert "select.poll()" in inspect.getsource(wasyncore.poll2)
+
+
+def test_close_all_closes_everything_in_the_map(listener, server):
+    """A stop ends with `close_all`, which must reach listeners, triggers and channels."""
+    wasyncore.close_all(server._map)
+    assert server._map == {}
+    assert listener.fileno() == -1
+    assert server.trigger._closed
+    server.trigger.close()  # a second close does no harm
+
+
+def test_the_trigger_may_be_pulled_without_a_thunk():
+    """Waking is all that is asked of a trigger: with a thunk it takes a lock that deadlocks in the loop's thread."""
+    map_ = {}
+    pulled = trigger.trigger(map_)
+    pulled.pull_trigger()
+    wasyncore.poll2(0, map_)
+    pulled.close()
+    assert map_ == {}
+
+
+def test_the_connection_limit_counts_the_whole_map(server):
+    """The limit is raised by the triggers and listeners: it must be compared with the size of the map."""
+    server.accepting = True
+    server.adj.connection_limit = len(server._map) + 1
+    assert server.readable()
+    server.adj.connection_limit = len(server._map)
+    assert not server.readable()
+
+
+def test_idle_connections_are_reaped_by_the_acceptor(server):
+    """`channel_timeout` is kept by `maintenance`, which marks channels with `will_close` unless they have requests."""
+    idle, busy = (SimpleNamespace(requests=requests, last_activity=0, will_close=False) for requests in ([], [1]))
+    server.active_channels = {1: idle, 2: busy}
+    server.maintenance(server.adj.channel_timeout + 1)
+    assert (idle.will_close, busy.will_close) == (True, False)
+
+
+def test_waitress_takes_every_setting():
+    """Each setting that flaskd passes on must have a name that waitress knows, and arrive."""
+    config = ServerConfig(
+        trusted_proxy="127.0.0.1", trusted_proxy_count=2, url_prefix="/shop", url_scheme="https", ident="shop"
+    )
+    settings = adjustments(config, 1000)
+    made = Adjustments(threads=3, asyncore_use_poll=True, **settings)
+    assert made.threads == 3
+    assert {name: getattr(made, name) for name in settings} == settings
+
+
+@pytest.mark.parametrize(
+    ("limit", "open_files", "expected"), [(None, 1000, 872), (100, 1000, 100), (5000, 1000, 872), (None, 64, 16)]
+)
+def test_connections_are_limited_by_open_files(limit, open_files, expected):
+    """Whatever is asked for, some open files are kept for the rest of the daemon."""
+    config = ServerConfig(connection_limit=limit)
+    assert adjustments(config, open_files)["connection_limit"] == expected
+
+
+# --- the parser --------------------------------------------------------------------------------------------------------
+
+
+def test_a_parsed_request():
+    """The ledger, the access log and the check for Host read these attributes of a request."""
+    request = parsed(b"POST /path?q=1 HTTP/1.1\r\nHost: test\r\nUser-Agent: me\r\nReferer: there\r\n\r\n")
+    assert (request.completed, request.headers_finished, request.empty, request.error) == (True, True, False, None)
+    assert (request.command, request.request_uri, request.path) == ("POST", "/path?q=1", "/path")
+    assert request.version == "1.1"
+    assert {name: request.headers[name] for name in ("HOST", "USER_AGENT", "REFERER")} == {
+        "HOST": "test", "USER_AGENT": "me", "REFERER": "there",
+    }  # fmt: skip
+    request.close()
+
+
+@pytest.mark.parametrize(
+    ("data", "header_plus", "finished"),
+    [(b"", b"", False), (b"\r\n", b"\r\n", False), (b"GET /", b"GET /", False), (GET[:-2], GET[:-2], False)],
+)
+def test_a_request_that_has_come_in_part(data, header_plus, finished):
+    """A drain waits for a request that has begun, and not for blank lines: `header_plus` holds what has come so far."""
+    request = parsed(data)
+    assert (request.header_plus, request.headers_finished, request.completed) == (header_plus, finished, False)
+
+
+def test_a_body_that_has_come_in_part():
+    """A drain waits for an upload: its headers are finished, and it is not completed."""
+    request = parsed(b"POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 5\r\n\r\n")
+    assert (request.headers_finished, request.completed, request.expect_continue) == (True, False, False)
+    assert request.received(b"12345GET") == 5
+    assert request.completed
+    request.close()
+
+
+def test_blank_lines_are_an_empty_request():
+    """Blank lines are no request: they must be told by `empty`, and are not in flight."""
+    request = parsed(b"\r\n\r\n")
+    assert (request.completed, request.empty) == (True, True)
+
+
+@pytest.mark.parametrize("length", ["", "Content-Length: 0\r\n"])
+def test_an_expectation_without_a_body(length):
+    """Waitress waits for a body that never comes: flaskd clears `expect_continue` on a request that is completed."""
+    request = parsed(b"GET / HTTP/1.1\r\nHost: test\r\nExpect: 100-continue\r\n%s\r\n" % length.encode())
+    assert (request.completed, request.expect_continue) == (True, True)
+
+
+def test_a_refused_request_is_completed_with_an_error():
+    """What cannot be parsed is answered all the same: it must be completed, with its `error`."""
+    request = parsed(b"GARBAGE\r\n\r\n")
+    assert (request.completed, request.error.code) == (True, 400)
+    assert BadRequest("why").code == 400
+    assert "why" in BadRequest("why").to_response("ident")[2].decode()
+
+
+# --- tasks -------------------------------------------------------------------------------------------------------------
+
+
+class Recording(SimpleNamespace):
+    """As much of a channel as a task needs."""
+
+    def __init__(self, application=hello):
+        super().__init__(server=Server(application), adj=Adjustments(), addr=("192.0.2.7", 1), written=b"")
+
+    def write_soon(self, data):
+        self.written += data
+
+    def check_client_disconnected(self):
+        return False
+
+
+@pytest.mark.parametrize("kind", [WSGITask, ErrorTask])
+def test_every_answer_builds_its_header_once_and_first(kind, monkeypatch):
+    """Status and size of each answer are taken in `build_response_header`, which must run once, before any output."""
+    channel, built = Recording(), []
+
+    class Watched(kind):
+        def build_response_header(self):
+            header = super().build_response_header()
+            built.append((self.status, header, self.channel.written))
+            return header
+
+    request = parsed(GET)
+    request.error = BadRequest("why")
+    Watched(channel, request).service()
+    ((status, header, written),) = built
+    assert status in {"200 OK", "400 Bad Request"}
+    assert written == b""
+    assert channel.written.startswith(header)
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("kept", ["keep-alive", "close", None])
+def test_the_connection_header_is_read_when_the_header_is_built(version, kept):
+    """A drain ends connections by setting the request's CONNECTION to "close" just before the header is built."""
+
+    class Closing(WSGITask):
+        def build_response_header(self):
+            self.request.headers["CONNECTION"] = "close"
+            return super().build_response_header()
+
+    request = parsed(GET.replace(b"1.1", version.encode()))
+    if kept:
+        request.headers["CONNECTION"] = kept
+    channel = Recording()
+    task = Closing(channel, request)
+    task.service()
+    assert channel.written.lower().count(b"connection:") == channel.written.count(b"Connection: close\r\n") == 1
+    assert task.close_on_finish
+
+
+def test_an_error_of_the_app_comes_out_of_service():
+    """A response that broke off is not "completed": the task's `service` must let the error through."""
+
+    def fail(environ, start_response):
+        raise LookupError("on purpose")
+
+    task = WSGITask(Recording(fail), parsed(GET))
+    with pytest.raises(LookupError):
+        task.service()
+    assert not task.wrote_header
+
+
+def test_the_environ_is_made_by_get_environment():
+    """Apps see the drain in their environ: `get_environment` must make the dict that the app is called with."""
+    seen = []
+
+    class Marked(WSGITask):
+        def get_environment(self):
+            return super().get_environment() | {"flaskd.test": 1}
+
+    Marked(Recording(lambda environ, start: seen.append(environ) or hello(environ, start)), parsed(GET)).service()
+    assert seen[0]["flaskd.test"] == 1
+    assert (seen[0]["REMOTE_ADDR"], seen[0]["PATH_INFO"]) == ("192.0.2.7", "/path")
+
+
+# --- the channel -------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_channel(channel):
+    """Whether a connection is idle is read from these attributes; the server knows it by its descriptor."""
+    assert (channel.requests, channel.request, channel.total_outbufs_len) == ([], None, 0)
+    assert (channel.connected, channel.will_close, channel.close_when_flushed) == (True, False, False)
+    assert channel.addr == ("192.0.2.7", 1)
+    assert channel.server.active_channels == {channel.socket.fileno(): channel}
+
+
+def test_the_channels_classes(pair):
+    """Requests and tasks are flaskd's own: `parser_class` is looked up on the instance and called with `adj` alone."""
+    made = []
+
+    class Watched(HTTPChannel):
+        def __init__(self, *args, **more):
+            self.parser_class = lambda adj: made.append(HTTPRequestParser(adj)) or made[-1]
+            super().__init__(*args, **more)
+
+        task_class = staticmethod(lambda *args: made.append(WSGITask(*args)) or made[-1])
+        error_task_class = staticmethod(lambda *args: made.append(ErrorTask(*args)) or made[-1])
+
+    channel = Watched(Server(), pair[1], ("192.0.2.7", 1), Adjustments(), map={})
+    channel.received(GET)
+    channel.service()
+    assert [type(each) for each in made] == [HTTPRequestParser, WSGITask]
+    channel.received(b"GARBAGE\r\n\r\n")
+    channel.service()
+    assert [type(each) for each in made[2:]] == [HTTPRequestParser, ErrorTask]
+    channel.handle_close()
+
+
+def test_received_requests_stand_in_line(channel):
+    """Complete requests are in `requests`, the partial one in `request`, and one task at a time serves a channel."""
+    channel.received(GET + GET + GET[:-9])
+    assert [each.completed for each in channel.requests] == [True, True]
+    assert channel.request.header_plus == GET[:-9]
+    assert channel.server.tasks == [channel]
+    channel.service()
+    assert len(channel.requests) == 1
+    assert channel.server.tasks == [channel, channel]
+
+
+def test_the_locks_can_be_taken_again(channel):
+    """Output is measured and settled under `outbuf_lock`, which its owner must be able to take again."""
+    with channel.outbuf_lock, channel.outbuf_lock, channel.requests_lock:
+        pass
+
+
+def test_all_output_passes_through_send(channel):
+    """What the kernel took is counted in `send`: every byte must go that way, and `total_outbufs_len` tell the rest."""
+    sent = []
+    original = channel.send
+    channel.send = lambda data, do_close=True: sent.append(original(data, do_close=do_close)) or sent[-1]
+    channel.received(GET)
+    channel.service()
+    header = len(channel.client.recv(65536))
+    assert (channel.total_outbufs_len, sum(sent)) == (0, header)
+    channel.write_soon(b"x" * 8_000_000)
+    assert channel.total_outbufs_len > 0
+    assert sum(sent) + channel.total_outbufs_len == header + 8_000_000
+    before = sum(sent)
+    channel.client.recv(1_000_000)
+    channel.handle_write()
+    assert sum(sent) > before
+    assert sum(sent) + channel.total_outbufs_len == header + 8_000_000
+
+
+def test_sending_to_nobody_takes_nothing(channel):
+    """A send that fails counts for nothing: it must give 0, and leave the close to the loop when asked."""
+    channel.client.close()
+    assert channel.send(b"x", do_close=False) == 0
+    assert channel.connected
+    assert not channel.send(b"x")
+    assert not channel.connected
+
+
+def test_a_served_request_is_closed_and_gone(channel):
+    """A request that was answered leaves the line, after its `close`; the loop is woken for its output."""
+    channel.received(GET)
+    closed = []
+    channel.requests[0].close = lambda: closed.append(1)
+    channel.service()
+    assert (closed, channel.requests) == ([1], [])
+    assert channel.server.pulls
+
+
+def test_requests_behind_the_end_are_closed(channel):
+    """What will never be answered is taken out of flight in its `close`: it must be called for all that are dropped."""
+    channel.received(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n") + GET + GET)
+    closed = []
+    for number, request in enumerate(channel.requests):
+        request.close = lambda number=number: closed.append(number)
+    channel.service()
+    assert sorted(closed) == [0, 1, 2]
+    assert (channel.requests, channel.close_when_flushed) == ([], True)
+
+
+def test_a_closed_channel_serves_nothing(channel):
+    """A request that was cut while it was queued never reaches the app: `service` must look at `connected`."""
+    channel.server.application = pytest.fail
+    channel.received(GET)
+    channel.handle_close()
+    channel.service()
+    assert channel.requests == []
+
+
+def test_a_task_that_raises_is_answered_by_an_error_task(channel, caplog):
+    """An app's error is a 500 from `error_task_class`, whose request comes from `parser_class`."""
+
+    def fail(environ, start_response):
+        raise LookupError("on purpose")
+
+    channel.server.application = fail
+    channel.received(GET)
+    channel.service()
+    assert channel.client.recv(65536).startswith(b"HTTP/1.1 500 ")
+    assert (channel.requests, channel.close_when_flushed) == ([], True)
+    assert [each.getMessage() for each in caplog.records] == ["Exception while serving /path"]
+
+
+def test_system_exit_would_lose_the_channel(channel):
+    """Why `Task.execute` turns everything into an Exception: waitress lets the rest out, with the request still in line."""
+
+    def leave(environ, start_response):
+        raise SystemExit
+
+    channel.server.application = leave
+    channel.received(GET)
+    with pytest.raises(SystemExit):
+        channel.service()
+    assert len(channel.requests) == 1
+
+
+def test_will_close_and_close_when_flushed(channel):
+    """A drain ends idle connections with `will_close`; a failed one is flushed first with `close_when_flushed`."""
+    channel.write_soon(b"x" * 8_000_000)
+    channel.close_when_flushed = True
+    channel.handle_write()
+    assert channel.connected
+    while channel.total_outbufs_len:
+        channel.client.recv(1_000_000)
+        channel.handle_write()
+    assert not channel.connected
+
+
+def test_handle_close_empties_the_output(channel):
+    """A close is final: nothing is connected, pending or registered, and a blocked worker is let go."""
+    descriptor = channel.socket.fileno()
+    channel.write_soon(b"x" * 8_000_000)
+    channel.handle_close()
+    assert (channel.connected, channel.total_outbufs_len, channel.server.active_channels) == (False, 0, {})
+    assert descriptor not in channel._map
+    channel.handle_close()
+
+
+def test_nothing_is_read_while_a_request_is_in_line(channel):
+    """Requests do not come while others are served: without lookahead `readable` must say no, so that none is lost."""
+    assert channel.readable()
+    channel.received(GET)
+    assert not channel.readable()
+    assert channel.adj.channel_request_lookahead == 0
+
+
+def test_a_hundred_continue_is_asked_for_once_the_headers_are_there(channel):
+    """An expectation is met by waitress itself, and flaskd only keeps it from being met without a body."""
+    channel.received(b"POST / HTTP/1.1\r\nHost: test\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n")
+    assert channel.client.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+    assert channel.request.headers_finished
+    channel.received(b"12345")
+    assert len(channel.requests) == 1
