@@ -211,6 +211,8 @@ class Daemon:
         where = ", ".join(listener.address.url for listener in self._listeners)
         nodes = ", ".join(self._plane.nodes) or "none"
         log.info(f"flaskd (pid {os.getpid()}) will serve on {where}; control: {nodes}")
+        if self._plane.nodes:
+            os.environ["FLASKD_CONTROL"] = self._plane.nodes[0]  # what the app starts can talk to this daemon
         self.app = launch.find_app(config.app, self._given_app, self._environ)
         self._signals.reclaim()
         self._plan = build_plan(config.cleanup)

@@ -87,7 +87,7 @@ def test_policies_run_in_their_order_and_are_recorded(flaskd: Flaskd) -> None:
         """
 cleanup:
   policies:
-    last: {use: command, phase: final, with: {argv: [sh, -c, 'echo last >> order; echo $FLASKD_REASON']}}
+    last: {use: command, phase: final, with: {argv: [sh, -c, 'echo last >> order; echo $FLASKD_CONTROL > where']}}
     second: {use: call, phase: quiesce, with: {target: "steps:note"}, after: first}
     first: {use: call, phase: quiesce, with: {target: "steps:fail"}}
     early: {use: call, phase: announce, with: {target: "steps:note"}}
@@ -101,6 +101,7 @@ cleanup:
     assert flaskd.wait() == 0
     assert (flaskd.directory / "order").read_text().split() == ["early", "first", "second", "last"]
     fates = {name: entry["fate"] for name, entry in flaskd.record()["policies"].items()}
+    assert (flaskd.directory / "where").read_text() == f"{flaskd.socket_path}\n"
     assert fates == {"early": "ok", "first": "failed", "second": "ok", "never": "skipped", "last": "ok"}
 
 
