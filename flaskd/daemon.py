@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import faulthandler
+import http.client
 import logging
 import os
 import queue
@@ -205,7 +206,7 @@ class Daemon:
         stack.callback(self._plane.close)
         stack.callback(self._close_listeners)
         launch.change_directory(config.app)
-        launch.bind(config.server, self._listeners)
+        launch.bind(config.server, self._listeners, self._environ)
         self._state_directory.open(record=config.shutdown.record)
         stack.callback(self._state_directory.close)
         where = ", ".join(listener.address.url for listener in self._listeners)
@@ -227,6 +228,7 @@ class Daemon:
         self._interruptible = False  # from here on a stop finds a server to drain
         stack.callback(self._server.abandon)
         self._server.start()
+        self._apply_server(config)
         probe = threading.Thread(
             target=self._probe, args=(self._server, config.health), name="flaskd-probe", daemon=True
         )
@@ -329,7 +331,7 @@ class Daemon:
     def _until_tick(self) -> float:
         following = self._last_tick + _TICK
         if self._drain is not None and self._drain.report is None:
-            following = min(following, self._drain.overdue_at)
+            following = min(following, self._drain.next_moment)
         return max(0.0, following - time.monotonic())
 
     def _tick(self) -> None:
@@ -337,7 +339,9 @@ class Daemon:
         server = self._server
         assert server is not None
         drain = self._drain
-        if drain is not None and drain.report is None and self._last_tick >= drain.overdue_at:
+        if drain is not None:
+            drain.advance()
+        if drain is not None and drain.overdue:
             stuck = "the serving thread does not turn"
             cut = server.cut(stuck)
             log.error(f"the drain is over, but {stuck}; {len(cut)} requests are given up")
@@ -367,7 +371,7 @@ class Daemon:
             timeout = self.configuration.values.shutdown.drain.timeout
             log.info(f"draining: {self._in_flight} in flight, for at most {timeout:g}s")
             self._notifier.status(f"draining: {self._in_flight} in flight")
-            self._begin_drain(timeout)
+            self._begin_drain(timeout, announce=self.configuration.values.shutdown.announce)
         drain = self._drain
         assert drain is not None
         if wait and state is State.DRAINING:
@@ -378,15 +382,16 @@ class Daemon:
         else:
             reply.ok("drained", drain.account(), hint="undo: resume")
 
-    def _begin_drain(self, timeout: float, completed_before: int | None = None) -> None:
+    def _begin_drain(self, timeout: float, *, announce: float, counted_from: tuple[int, int] | None = None) -> None:
         assert self._server is not None
         self._drain = Drain(
             self._server,
             timeout,
             lambda drain, report: self._inbox.put(lambda: self._on_drain_over(drain, report)),
-            completed_before,
+            announce=announce,
+            counted_from=counted_from,
         )
-        self._drain.begin()
+        self._drain.announce()
         self._last_tick = time.monotonic()
 
     def _on_drain_over(self, drain: Drain, report: DrainReport) -> None:
@@ -399,6 +404,8 @@ class Daemon:
             reply.ok("drained", drain.account())
         if state is State.DRAINED:
             self._notifier.status(f"drained: {report}")
+            if self.configuration.values.shutdown.drain.while_drained == "auto" and self._server is not None:
+                self._server.refuse(on=True)
         else:
             assert self._stop is not None
             self._stop.drained(report)
@@ -466,9 +473,22 @@ class Daemon:
         self.configuration, self._plan = new, plan
         self._apply_log(new.values)
         self._server.set_threads(new.values.server.threads)
+        self._apply_server(new.values)
 
     def _apply_log(self, config: Config) -> None:
         self._logs.apply(level=config.log.level, log_format=config.log.format, access=config.log.access)
+
+    def _apply_server(self, config: Config) -> None:
+        assert self._server is not None
+        self._server.set_graces(config.shutdown.drain.keepalive_grace, config.shutdown.drain.stream_grace)
+        self._server.answer_health(config.health.path or "", self._health)
+
+    def _health(self) -> tuple[str, str]:
+        """What `health.path` answers; called from the serving thread."""
+        if self.state in {State.READY, State.RELOADING}:
+            return "200 OK", "ready"
+        status = self.configuration.values.health.unready_status
+        return f"{status} {http.client.responses.get(status, 'Not Ready')}", str(self.state)
 
     def _on_answer(self, fields: dict[str, Any]) -> None:
         if self._logs.access != "off":
@@ -499,26 +519,31 @@ class Daemon:
     def _begin_stop(self, reason: StopReason) -> None:
         config = self.configuration.values
         what = f"stopping ({reason}): {self._in_flight} in flight"
-        completed = self._server.completed if self._server else 0
+        counted = self._server.counted if self._server else (0, 0)
         self._stop = Stop(
             reason,
             plan=self._plan,
             app=self.app,
             config=config,
-            drain=lambda: self._inbox.put(lambda: self._drain_to_stop(completed)),
+            drain=lambda: self._inbox.put(lambda: self._drain_to_stop(counted)),
             over=lambda error: self._inbox.put(lambda: self._on_stop_over(error)),
             on_step=lambda result: self._inbox.put(lambda: self._on_step(result)),
         )
         self._stop.arm()  # before another line of Python: the app may take the GIL and never give it back
         log.info(f"{what}, at most {config.shutdown.deadline:g}s for everything")
         self._notifier.stopping(what)
+        if self._server is not None:
+            # A successor may share the listeners: from now on their backlog is left to it.
+            self._server.refuse(on=False)
+            self._server.announce()
         self._stop.start()
         self._last_tick = time.monotonic()
 
-    def _drain_to_stop(self, completed_before: int) -> None:
+    def _drain_to_stop(self, counted_from: tuple[int, int]) -> None:
         assert self._stop is not None
         if self._drain is None:
-            self._begin_drain(self._stop.drain_time, completed_before)
+            announce = 0.0 if self._stop.hurried else self.configuration.values.shutdown.announce - self._stop.took
+            self._begin_drain(self._stop.drain_time, announce=max(0.0, announce), counted_from=counted_from)
         elif self._drain.report is None:
             self._drain.shorten(self._stop.drain_time)
         else:  # drained before, or the serving thread is dead

@@ -15,9 +15,10 @@ _GUARD = 0.5
 
 
 class Drain:
-    """A drain of `server` within `timeout` seconds; `over` is called from the serving thread with it and its report.
+    """A drain of `server` within `timeout` seconds, announced for `announce` seconds before.
 
-    All else belongs to the main thread. Its account has what was completed since `completed_before`, default: now.
+    `over` is called from the serving thread with it and its report; all else belongs to the main thread. Its account
+    has what was answered since `counted_from`, default: now.
     """
 
     def __init__(
@@ -25,25 +26,39 @@ class Drain:
         server: ServerThread,
         timeout: float,
         over: Callable[[Drain, DrainReport], None],
-        completed_before: int | None = None,
+        *,
+        announce: float = 0.0,
+        counted_from: tuple[int, int] | None = None,
     ) -> None:
         self.report: DrainReport | None = None
         self.waiters: list[Reply] = []
         self._server = server
-        self._until = time.monotonic() + timeout
+        self._announced = False
+        self._begins = time.monotonic() + announce
+        self._until = self._begins + timeout
         self._over = over
-        self._completed_before = completed_before
+        self._counted_from = server.counted if counted_from is None else counted_from
 
-    def begin(self) -> None:
-        """Let the serving thread begin."""
-        self._server.begin_drain(
-            self.left, lambda report: self._over(self, report), completed_before=self._completed_before
-        )
+    def announce(self) -> None:
+        """Say no to new clients while still accepting them; it begins by itself at `next_moment`, or at once."""
+        self._announced = True
+        self._server.announce()
+        self.advance()
+
+    def advance(self) -> None:
+        """Begin, if it has been announced for long enough."""
+        if self._announced and time.monotonic() >= self._begins:
+            self._announced = False
+            left = max(0.0, self._until - time.monotonic())
+            self._server.begin_drain(left, lambda report: self._over(self, report), counted_from=self._counted_from)
 
     def shorten(self, timeout: float) -> None:
-        """Leave it at most `timeout` seconds more."""
+        """Leave it at most `timeout` seconds more, whether it has begun or not."""
         if self.report is None:
-            self._until = min(self._until, time.monotonic() + timeout)
+            now = time.monotonic()
+            self._begins = min(self._begins, now)
+            self._until = min(self._until, now + timeout)
+            self.advance()
             self._server.hasten_drain(timeout)
 
     @property
@@ -52,9 +67,14 @@ class Drain:
         return max(0.0, self._until - time.monotonic()) if self.report is None else 0.0
 
     @property
-    def overdue_at(self) -> float:
-        """The time.monotonic() moment from which the serving thread is not waited for any more."""
-        return self._until + _GUARD
+    def next_moment(self) -> float:
+        """The time.monotonic() moment at which it wants to be looked at."""
+        return self._begins if self._announced else self._until + _GUARD
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the serving thread should have reported and has not: it is not waited for any more."""
+        return self.report is None and time.monotonic() >= self._until + _GUARD
 
     def account(self) -> dict[str, Any]:
         """What came of it, for an answer."""

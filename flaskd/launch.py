@@ -12,9 +12,11 @@ from flaskd.config import AppConfig, HealthConfig, ServerConfig
 from flaskd.errors import AppError, ConfigError, FlaskdError
 from flaskd.loading import LoadedApp
 from flaskd.server import ServerThread, adjustments
-from flaskd.sockets import Address, Listener, raise_open_files_limit
+from flaskd.sockets import Address, Listener, inherited, raise_open_files_limit
 
 DEFAULT_LISTEN = "127.0.0.1:8000"
+_APP_NAMES = ("http", "unknown")
+"""FileDescriptorName= of sockets that are the app's: the one that says so, and none (sd_listen_fds_with_names(3))."""
 
 
 def change_directory(app: AppConfig) -> None:
@@ -26,9 +28,25 @@ def change_directory(app: AppConfig) -> None:
             raise ConfigError(f"cannot change into app.chdir {app.chdir}: {error.strerror}") from error
 
 
-def bind(server: ServerConfig, listeners: list[Listener]) -> None:
-    """Bind what `server.listen` names, adding each to `listeners` at once; raises CannotCreateError."""
-    listeners.extend(Listener.bind(Address.parse(each)) for each in server.listen or [DEFAULT_LISTEN])
+def bind(server: ServerConfig, listeners: list[Listener], environ: Mapping[str, str]) -> None:
+    """Bind or take over what `server.listen` names, adding each to `listeners` at once.
+
+    Without `server.listen`, the sockets that the service manager passed for the app are taken, else the default
+    address is bound. Raises CannotCreateError, and ConfigError for an `fd:NAME` that was not passed.
+    """
+    passed = inherited(environ)
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        os.environ.pop(name, None)  # they are for this process alone
+    if not server.listen:
+        listeners += [each for name in _APP_NAMES for each in passed.get(name, [])]
+    for each in server.listen or ([] if listeners else [DEFAULT_LISTEN]):
+        if not each.startswith("fd:"):
+            listeners.append(Listener.bind(Address.parse(each)))
+        elif each.removeprefix("fd:") in passed:
+            listeners += passed[each.removeprefix("fd:")]
+        else:
+            there = ", ".join(f"fd:{name}" for name in passed) or "none was passed"
+            raise ConfigError(f"cannot listen on {each}: no socket of that name was passed; {there}")
 
 
 def find_app(app: AppConfig, given: Callable[..., Any] | None, environ: Mapping[str, str]) -> LoadedApp:

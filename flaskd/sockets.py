@@ -10,6 +10,7 @@ import re
 import socket
 import stat
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -19,6 +20,8 @@ from flaskd.errors import CannotCreateError
 
 _EXPECTED = "expected HOST:PORT, [IPv6]:PORT, :PORT or unix:/path"
 _MAX_PORT = 65535
+_SO_BINDTOIFINDEX = 62
+_NO_SUCH_INTERFACE = 0x7FFFFFF0
 _MAX_UNIX_PATH = 107
 """``sun_path`` is 108 bytes with its terminating NUL: unix(7)."""
 
@@ -81,9 +84,13 @@ def _ip(text: str, version: int) -> str:
 class Listener:
     """A bound socket that this process owns; `listen()` opens it, `close()` gives the place back."""
 
-    def __init__(self, address: Address, sock: socket.socket, node: Node | None = None) -> None:
+    def __init__(
+        self, address: Address, sock: socket.socket, node: Node | None = None, *, shared: bool = False
+    ) -> None:
         self.address = address
         self.socket = sock
+        self.shared = shared
+        """Whether somebody else holds it, too: its backlog belongs to the next owner, and closing it refuses nobody."""
         self._node = node
 
     @classmethod
@@ -121,6 +128,20 @@ class Listener:
             self.socket.listen(backlog)
         except OSError as error:
             raise CannotCreateError(_why_not(self.address, error)) from error
+
+    def gate(self) -> bool:
+        """Refuse new connections from now on, while handshakes under way complete; False where that cannot be had.
+
+        Bound to a network interface that does not exist (SO_BINDTOIFINDEX, socket(7); Linux 5.7, no privilege needed),
+        the listener matches no new SYN. The way back is to close it and bind anew.
+        """
+        if self.shared or self.address.path or sys.platform != "linux":
+            return False
+        try:
+            self.socket.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, _NO_SUCH_INTERFACE)
+        except OSError:
+            return False
+        return True
 
     def withdraw(self) -> None:
         """Remove a Unix listener's node if it is still ours, so that nobody new comes; connections made stay."""
@@ -232,3 +253,61 @@ def raise_open_files_limit() -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             soft = hard
     return soft
+
+
+def unread(sock: socket.socket) -> int:
+    """Bytes received and not read yet (FIONREAD, ioctl_tty(2))."""
+    return _ask(sock, "FIONREAD")
+
+
+def unacknowledged(sock: socket.socket) -> int:
+    """Bytes sent that the peer has not acknowledged; on a Unix socket, not read (SIOCOUTQ, tcp(7), unix(7))."""
+    return _ask(sock, "TIOCOUTQ")
+
+
+def _ask(sock: socket.socket, what: str) -> int:
+    try:
+        import fcntl  # noqa: PLC0415 - neither is on Windows
+        import termios  # noqa: PLC0415
+    except ImportError:
+        return 0
+    try:
+        answer = fcntl.ioctl(sock.fileno(), getattr(termios, what), b"\0\0\0\0")
+    except OSError:
+        return 0
+    return int.from_bytes(answer, sys.byteorder)
+
+
+def inherited(environ: Mapping[str, str]) -> dict[str, list[Listener]]:
+    """The listeners that the service manager passed, by name (sd_listen_fds(3)); none when they are not for us.
+
+    They are marked close-on-exec, and shared: whoever passed them holds them, too. A name that was not given is
+    ``unknown``. Raises CannotCreateError for what is not a listening stream socket.
+    """
+    if environ.get("LISTEN_PID") != str(os.getpid()):
+        return {}
+    try:
+        count = int(environ.get("LISTEN_FDS", "0"))
+    except ValueError:
+        return {}
+    names = environ.get("LISTEN_FDNAMES", "").split(":")
+    found: dict[str, list[Listener]] = {}
+    for index in range(count):
+        name = names[index] if index < len(names) and names[index] else "unknown"
+        fd = 3 + index
+        try:
+            os.set_inheritable(fd, False)
+            sock = socket.socket(fileno=fd)
+            listening = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        except OSError as error:
+            raise CannotCreateError(f"cannot use the inherited descriptor {fd} ({name}): {error.strerror}") from error
+        if not listening or sock.type != socket.SOCK_STREAM:
+            sock.detach()
+            raise CannotCreateError(
+                f"cannot use the inherited descriptor {fd} ({name}): it does not listen for streams"
+            )
+        where = sock.getsockname()
+        unix = sock.family == socket.AF_UNIX
+        address = Address(path=os.fsdecode(where)) if unix else Address(host=where[0], port=where[1])
+        found.setdefault(name, []).append(Listener(address, sock, shared=True))
+    return found

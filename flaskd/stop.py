@@ -86,7 +86,9 @@ class Stop:
     @property
     def drain_time(self) -> float:
         """Seconds a drain beginning now may take: its own timeout, what the deadline allows, nothing in a hurry."""
-        return 0.0 if self.hurried else max(0.0, min(self._shutdown.drain.timeout, self.left - self._shutdown.reserve))
+        if self.hurried:
+            return 0.0
+        return max(0.0, min(self._shutdown.drain.timeout, self.left - self._shutdown.reserve))
 
     @property
     def running(self) -> tuple[str, ...]:

@@ -337,7 +337,7 @@ def test_the_serving_threads_own_error_comes_out_of_start(app, monkeypatch):
         raise RuntimeError("on purpose")
 
     before = descriptors()
-    monkeypatch.setattr("flaskd.server.loop.wasyncore.poll2", fail)
+    monkeypatch.setattr("flaskd.server.poller.EpollMap.turn", fail)
     with pytest.raises(FlaskdError, match="^cannot serve: on purpose$") as raised:
         ServerThread(app).start()
     assert isinstance(raised.value.__cause__, RuntimeError)
@@ -627,8 +627,8 @@ def test_the_deadline_cuts_and_tells_what(serve, app, connect, caplog):
     assert client.ended()
 
 
-def test_the_deadline_cuts_every_phase(serve, app, connect):
-    """Whatever stage a request is at, a drain that may not wait accounts for it."""
+def test_the_deadline_deals_with_every_phase(serve, app, connect):
+    """Whatever stage a request is at, a drain that may not wait accounts for it; what never began is refused in words."""
     server = serve(threads=1)
     sending = connect(server, receive_buffer=16384).send("/big")
     until(server, lambda: [each.phase for each in server.requests()] == ["sending"])
@@ -643,9 +643,11 @@ def test_the_deadline_cuts_every_phase(serve, app, connect):
     assert {(each.phase, each.method, each.path) for each in report.cut} == {
         ("sending", "GET", "/big"),
         ("running", "GET", "/gate/running"),
-        ("queued", "GET", "/gate/queued"),
         ("receiving", "POST", "/echo"),
     }
+    assert report.rejected == 1
+    status, headers, _ = queued.response()
+    assert (status, headers["Connection"], int(headers["Retry-After"]) > 0) == (503, "close", True)
     assert all(client.ended() for client in (receiving, running, queued))
     with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
         sending.response()

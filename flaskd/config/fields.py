@@ -110,7 +110,8 @@ OneOrMany = Annotated[list[Item], _OneOrMany()]
 
 
 def _listen(text: str) -> str:
-    Address.parse(text)
+    if not re.fullmatch(r"fd:[!-9;-~]+", text):  # a name has no colon: systemd.socket(5), FileDescriptorName=
+        Address.parse(text)
     return text
 
 

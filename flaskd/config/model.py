@@ -118,7 +118,7 @@ ProxyHeader = Literal[
 class ServerConfig(Section):
     """How requests are accepted and served; names and meanings are waitress' own (waitress.adjustments)."""
 
-    listen: OneOrMany[Listen] = _restart([], "Addresses to listen on; none: 127.0.0.1:8000.")
+    listen: OneOrMany[Listen] = _restart([], "Addresses to listen on; none: sockets passed in, else 127.0.0.1:8000.")
     threads: int = Field(4, ge=1, le=1024, description="Worker threads; each runs one request at a time.")
     workers: int = _restart(0, "Worker processes; only 0 (none) in this version.")
     connection_limit: int | None = _restart(None, "Connections at once; none: as many as open files allow.", ge=1)
@@ -172,6 +172,10 @@ class HealthConfig(Section):
 
     probe: UrlPath | None = Field(None, description="Path of the app asked for before READY; below 500 passes.")
     probe_timeout: Duration = Field(5.0, gt=0, description="How long the probe may take.")
+    path: UrlPath | None = Field(
+        None, description="Path answered by flaskd itself: 200 while new requests are welcome."
+    )
+    unready_status: int = Field(503, ge=400, le=599, description="Status of that answer while they are not.")
 
 
 class ControlConfig(Section):
@@ -191,6 +195,15 @@ class DrainConfig(Section):
     """How work in hand is finished."""
 
     timeout: Duration = Field(15.0, description="How long requests in flight may take to finish.")
+    keepalive_grace: Duration = Field(
+        1.0, description="How long after its last answer a connection may send one more request."
+    )
+    stream_grace: Duration = Field(
+        5.0, description="How long an event stream may go on; then it ends between two events."
+    )
+    while_drained: Literal["auto", "wait"] = Field(
+        "auto", description="auto: inherited listeners answer 503 while drained; wait: their clients wait."
+    )
 
 
 class ExitCodes(Section):
@@ -205,6 +218,9 @@ class ShutdownConfig(Section):
     deadline: Duration = Field(25.0, gt=0, description="The whole stop takes no longer than this.")
     reserve: Duration = Field(
         3.0, description="Part of the deadline kept for flush, final and `always`; shorter if the deadline is."
+    )
+    announce: Duration = Field(
+        0.0, description="How long readiness says no while requests are still accepted, before a drain."
     )
     drain: DrainConfig = _section(DrainConfig)
     record: SomeText | None = Field(

@@ -1,4 +1,4 @@
-"""A connection and its requests, on waitress' own channel, parser and tasks.
+"""A connection and its requests, on waitress' own channel and parser.
 
 Everything here overrides a method of waitress 3; each of those internals has a contract test in
 ``tests/test_server_contract.py``, so that a new waitress fails a test and not a user.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import socket
 import sys
 import threading
 import time
@@ -18,10 +19,11 @@ from urllib.parse import quote
 
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser
-from waitress.task import ErrorTask, WSGITask
 from waitress.utilities import BadRequest
 
 from flaskd.ledger import Cut, InFlight
+from flaskd.server.tasks import AppTask, ClientDisconnected, HealthTask, RefusalTask, RejectTask
+from flaskd.sockets import unacknowledged, unread
 
 if TYPE_CHECKING:
     from flaskd.server.loop import EventLoop
@@ -30,16 +32,19 @@ log = logging.getLogger("flaskd.server")
 
 _VISIBLE = bytes(range(0x21, 0x7F))
 """ASCII that is shown as it is; a client may put anything else into its request's path, escape sequences included."""
-
-
-class AppExitedError(RuntimeError):
-    """The app raised SystemExit, KeyboardInterrupt or the like; waitress would lose the connection for ever."""
+_DISCARD = 1 << 16
+"""Bytes thrown away at once."""
+_LINGER = 0.2
+"""Seconds in which a half-closed client may close its side, before the connection is closed under it."""
+_LINGER_MOST = 2.0
+"""Seconds that output which the client has not acknowledged is waited for."""
 
 
 class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
     """One request, from its first byte until its answer has been handed to the kernel."""
 
     error: Any
+    expect_continue: bool
 
     def __init__(self, channel: Channel, adj: Any) -> None:
         super().__init__(adj)
@@ -49,6 +54,8 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
         self.wall_clock = time.time()
         self.thread: threading.Thread | None = None
         self.answered = False
+        self.over = False
+        self.rejected = False
         self.status = ""
         self.whole = False
         self.header_length = 0
@@ -62,6 +69,9 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
         if understood and self.version == "1.1" and "HOST" not in self.headers:  # RFC 9112 §3.2
             self.error = BadRequest("HTTP/1.1 requests need a Host header")
             self.completed = True
+        elif understood and self.expect_continue and not self.completed and self.channel.too_late:
+            # Refused before the client sends the body for nothing (RFC 9110 §10.1.1).
+            self.rejected = self.completed = True
         if self.completed:
             # Nothing more is expected, so the client must not be told to continue: waitress would wait for ever for
             # the body of a request that has none, or ask for one that it already refused.
@@ -134,72 +144,55 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
         }
 
 
-class _Recorded:
-    """What both kinds of task have in common: they close the connection while draining, and record the answer."""
+class _Front:
+    """What a channel knows as its server: the acceptor, but it wakes the loop for this one channel."""
 
-    channel: Channel
-    request: Request
-    status: str
+    def __init__(self, channel: Channel, acceptor: Any) -> None:
+        self._channel = channel
+        self._acceptor = acceptor
+        self.adj = acceptor.adj
+        self.active_channels = acceptor.active_channels
+        self.effective_port = acceptor.effective_port
+        self.server_name = acceptor.server_name
 
-    def build_response_header(self) -> bytes:
-        channel = self.channel
-        if channel.loop.draining.is_set() and len(channel.requests) <= 1 and channel.arriving is None:
-            # As if the client had asked for it: set_close_on_finish() would not keep an HTTP/1.0 client's keep-alive
-            # from being confirmed in the same breath.
-            self.request.headers["CONNECTION"] = "close"
-        header: bytes = super().build_response_header()  # type: ignore[misc]
-        channel.serving.status = self.status
-        channel.serving.header_length = len(header)
-        return header
+    @property
+    def application(self) -> Any:
+        return self._acceptor.application
 
-    def service(self) -> None:
-        serving = self.channel.serving
-        try:
-            super().service()  # type: ignore[misc]
-        finally:
-            serving.ends_at = self.channel.output_length()
-        serving.whole = self.channel.connected  # asked last: a close empties the buffers that were just measured
+    def pull_trigger(self) -> None:
+        self._channel.loop.poller.touch(self._channel)
 
-
-class Task(_Recorded, WSGITask):  # type: ignore[misc]
-    """Runs the app for one request."""
-
-    def execute(self) -> None:
-        """Run the app; whatever it raises becomes an Exception, because waitress loses the channel on anything else."""
-        try:
-            super().execute()
-        except Exception:
-            raise
-        except BaseException as error:
-            raise AppExitedError(f"the app raised {type(error).__name__} while answering") from error
-
-    def get_environment(self) -> dict[str, Any]:
-        """Waitress' environ, and the event by which a stream learns that a drain began."""
-        environ: dict[str, Any] = super().get_environment()
-        environ["flaskd.draining"] = self.channel.loop.draining
-        return environ
-
-
-class RefusalTask(_Recorded, ErrorTask):  # type: ignore[misc]
-    """Answers a request that could not be parsed, or whose app failed."""
+    def add_task(self, channel: Channel) -> None:
+        if channel.answered_here:
+            channel.service()
+        else:
+            self._acceptor.task_dispatcher.add_task(channel)
 
 
 class Channel(HTTPChannel):  # type: ignore[misc]
     """A connection. `internal` ones (probes) appear in no count and no log."""
 
-    task_class = Task
+    one_shot = True
     error_task_class = RefusalTask
     internal = False
+    half_closed = False
+    stream_over = False
     requests: list[Request]
 
-    def __init__(self, server: Any, sock: Any, addr: Any, adj: Any, map: Any = None) -> None:  # noqa: A002 - waitress' name
-        self.loop: EventLoop = server.loop
+    def __init__(self, acceptor: Any, sock: Any, addr: Any, adj: Any, map: Any = None) -> None:  # noqa: A002 - waitress' name
+        self.loop: EventLoop = acceptor.loop
         self.parser_class = functools.partial(Request, self)
+        self.task_class = self._task_for
         self.flushed = 0
         self.unsettled: deque[Request] = deque()
         self.serving: Request
-        super().__init__(server, sock, addr, adj, map=map)
+        self.grace_from = time.monotonic()
+        self.linger_until = 0.0
+        self._flushing = False
+        super().__init__(_Front(self, acceptor), sock, addr, adj, map=map)
         self.loop.connections_accepted += 1
+        if self.loop.drains:
+            self.loop.at(self.grace_from + self.loop.keepalive_grace, self)
 
     @property
     def client(self) -> str:
@@ -217,19 +210,36 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         request: Request | None = self.request
         return request if request is not None and request.begun else None
 
-    def send(self, data: bytes, do_close: bool = True) -> int:
-        """Send, and count what the kernel took."""
-        sent: int = super().send(data, do_close=do_close)
-        self.flushed += sent or 0
-        return sent
+    @property
+    def grace_left(self) -> float:
+        """Seconds in which the client of a drained connection may still send a request, since its last answer."""
+        return self.grace_from + self.loop.keepalive_grace - time.monotonic()
 
-    def output_length(self) -> int:
-        """All bytes ever put out on this connection, sent or not."""
-        with self.outbuf_lock:
-            return int(self.flushed + self.total_outbufs_len)
+    @property
+    def too_late(self) -> bool:
+        """Whether a request that wants to be told to continue comes after the connection's grace."""
+        return self.loop.draining.is_set() and self.grace_left <= 0
+
+    # --- one request ---------------------------------------------------------------------------------------------
+
+    @property
+    def answered_here(self) -> bool:
+        """Whether the next request is answered by the loop itself, without a worker."""
+        request = self.requests[0]
+        return request.rejected or self.loop.refusing or self._asks_for_health(request)
+
+    def _asks_for_health(self, request: Request) -> bool:
+        path = self.loop.health_path
+        return bool(path) and not request.error and request.path == path and request.command in {"GET", "HEAD"}
+
+    def _task_for(self, channel: Channel, request: Request) -> Any:
+        if request.rejected or self.loop.refusing:
+            request.rejected = True
+            return RejectTask(channel, request)
+        return HealthTask(channel, request) if self._asks_for_health(request) else AppTask(channel, request)
 
     def service(self) -> None:
-        """Answer the first request in line, in a worker thread."""
+        """Answer the first request in line: in a worker thread, or in the loop's when the app is not asked."""
         request: Request = self.requests[0]
         request.thread = threading.current_thread()
         request.starts_at = request.ends_at = self.output_length()
@@ -243,34 +253,138 @@ class Channel(HTTPChannel):  # type: ignore[misc]
                     each.close()
                 self.requests = []
                 self.close_when_flushed = True
-        request.answered = True
+        request.answered = request.over = True
         with self.outbuf_lock:
-            self.unsettled.append(request)
+            if not self.stream_over:
+                self.unsettled.append(request)
             self._settle()
         self.loop.answered(request)
+
+    def write_soon(self, data: Any) -> int:
+        """Put out a part of a response; a stream that was ended takes no more."""
+        if self.stream_over:
+            raise ClientDisconnected
+        return int(super().write_soon(data))
+
+    def end_stream(self) -> None:
+        """End the stream being sent, between two chunks (loop's thread); its worker learns at its next write."""
+        request = self.serving
+        with self.outbuf_lock:
+            if self.stream_over or not self.connected or request.answered:
+                return
+            last = b"0\r\n\r\n"
+            self.outbufs[-1].append(last)
+            self.current_outbuf_count += len(last)
+            self.total_outbufs_len += len(last)
+            self.stream_over = True
+            request.whole = request.answered = True
+            request.ends_at = self.flushed + self.total_outbufs_len
+            self.unsettled.append(request)
+            self.close_when_flushed = True
+            self._flush_exception(self._flush_some, do_close=False)
+            self._settle()
+        self.loop.lost_thread(request)
 
     def _settle(self) -> None:
         """Retire the requests whose answers the kernel has taken, or nobody waits for; `outbuf_lock` is held."""
         while self.unsettled and (not self.connected or self.flushed >= self.unsettled[0].ends_at):
             request = self.unsettled.popleft()
-            self.loop.retire(request, "completed" if request.whole and self.flushed >= request.ends_at else "gone")
-        if not self.connected:  # waitress may leave what is queued lying there
+            if request.whole and self.flushed >= request.ends_at:
+                self.loop.retire(request, "rejected" if request.rejected else "completed")
+            else:
+                self.loop.retire(request, "gone")
+        if not self.connected:  # waitress may leave what is queued lying there, and who is gone is not waited for
             for request in list(self.requests):
-                if request.thread is None:
-                    self.loop.retire(request, "gone")
+                self.loop.retire(request, "gone")
+
+    # --- input and output, in the loop's thread --------------------------------------------------------------------
+
+    def readable(self) -> bool:
+        """Waitress' rule; a half-closed connection is read to its end."""
+        return self.half_closed or bool(super().readable())
+
+    def writable(self) -> bool:
+        """Waitress' rule; nothing is sent after the half-close."""
+        return not self.half_closed and bool(super().writable())
+
+    def send(self, data: bytes, do_close: bool = True) -> int:
+        """Send, and count what the kernel took."""
+        sent: int = super().send(data, do_close=do_close)
+        self.flushed += sent or 0
+        return sent
+
+    def output_length(self) -> int:
+        """All bytes ever put out on this connection, sent or not."""
+        with self.outbuf_lock:
+            return int(self.flushed + self.total_outbufs_len)
+
+    def handle_read(self) -> None:
+        """Read; what comes after the half-close is thrown away, because its answer could not be sent."""
+        try:
+            data = self.socket.recv(_DISCARD if self.half_closed else self.adj.recv_bytes)
+        except BlockingIOError:
+            return  # the event was for the socket that had this number before
+        except OSError:
+            data = b""
+        if not data:
+            self.handle_close()
+        elif not self.half_closed:
+            self.last_activity = time.time()
+            self.received(data)
 
     def handle_write(self) -> None:
-        """Flush, in the loop's thread, and retire what is done."""
-        super().handle_write()
+        """Flush and retire what is done."""
+        self._flushing = True
+        try:
+            super().handle_write()
+        finally:
+            self._flushing = False
         if self.unsettled:
             with self.outbuf_lock:
                 self._settle()
 
     def handle_close(self) -> None:
-        """Close; what was in hand and does not run any more is over."""
+        """Close; what was in hand is over. After an answer the close is lingering, so that nothing of it is reset."""
+        if self._flushing and self.connected and not self.total_outbufs_len and self._client_may_be_sending():
+            self.half_close()
+            return
         super().handle_close()
         with self.outbuf_lock:
             self._settle()
+
+    def _client_may_be_sending(self) -> bool:
+        """Whether closing now could reset the connection, and destroy an answer that is under way (RFC 9112 §9.6)."""
+        return self.loop.closing or self.serving_was_refused or unread(self.socket) > 0
+
+    @property
+    def serving_was_refused(self) -> bool:
+        """Whether the last request was answered without being read to its end, or the app."""
+        serving: Request | None = getattr(self, "serving", None)
+        return serving is not None and (bool(serving.error) or serving.rejected)
+
+    def half_close(self) -> None:
+        """Send the end of our side, and read on until the client sends its own; bounded by the loop's clock."""
+        if self.half_closed:
+            return
+        self.half_closed = True
+        self.will_close = self.close_when_flushed = False
+        try:
+            self.socket.shutdown(socket.SHUT_WR)
+        except OSError:  # it is gone already
+            self.handle_close()
+            return
+        with self.outbuf_lock:
+            self._settle()
+        now = time.monotonic()
+        self.linger_until = now + _LINGER_MOST
+        self.loop.at(now + _LINGER, self)
+
+    def linger(self, now: float) -> None:
+        """Close a half-closed connection whose client had its time, unless it still has to acknowledge our output."""
+        if now < self.linger_until and unacknowledged(self.socket) > 0:
+            self.loop.at(now + 0.05, self)
+        else:
+            self.handle_close()
 
 
 def stack_of(thread: threading.Thread) -> str:

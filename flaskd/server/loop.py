@@ -5,105 +5,34 @@ All methods run in the loop's thread, except those that say "any thread".
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from waitress import wasyncore
 from waitress.adjustments import Adjustments
-from waitress.server import TcpWSGIServer
-from waitress.task import ThreadedTaskDispatcher
 
 from flaskd.ledger import Cut, DrainReport, InFlight
+from flaskd.server.acceptor import Acceptor, make_acceptor
 from flaskd.server.channel import Channel, Request
+from flaskd.server.draining import Draining
+from flaskd.server.poller import make_poller
+from flaskd.server.workers import Errand, Workers
 from flaskd.sockets import Listener
-
-try:
-    from waitress.server import UnixWSGIServer
-except ImportError:  # Windows
-    UnixWSGIServer = None
 
 log = logging.getLogger("flaskd.server")
 
 _TURN = 1.0
-"""Seconds; the longest the loop waits when nothing happens, for waitress' idle reaping and the drain's clock."""
-_LEAST_WAIT = 0.1
-"""Seconds that even an end in a hurry leaves to idle workers, so that they are not taken for stuck ones."""
-_BACKLOG_BATCH = 4096
-"""Connections; what is taken from a backlog before its listener is closed. Bounded, because clients come back."""
+"""Seconds; the longest the loop waits when nothing happens."""
+_FILES_PAUSE = 0.5
+"""Seconds without accepting after the process ran out of files."""
 
-Outcome = Literal["completed", "cut", "gone"]
-
-
-class Workers(ThreadedTaskDispatcher):  # type: ignore[misc]
-    """Waitress' dispatcher, with threads that can be joined."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.started: list[threading.Thread] = []
-
-    def start_new_thread(self, target: Callable[[int], object], thread_no: int) -> None:
-        """Start a worker thread and remember it."""
-        thread = threading.Thread(target=target, name=f"flaskd-worker-{thread_no}", args=(thread_no,), daemon=True)
-        self.started = [each for each in self.started if each.is_alive()]
-        self.started.append(thread)
-        thread.start()
-
-    def join(self, timeout: float) -> list[threading.Thread]:
-        """Let all workers end, wait at most `timeout` seconds, and return those that did not (any thread)."""
-        self.set_thread_count(0)
-        until = time.monotonic() + max(timeout, _LEAST_WAIT)
-        for thread in self.started:
-            thread.join(max(0.0, until - time.monotonic()))
-        return [thread for thread in self.started if thread.is_alive()]
-
-
-class _Acceptor:
-    """What TCP and Unix acceptors share; one outlives its listener, because channels wake the loop through it."""
-
-    channel_class = Channel
-    loop: EventLoop
-
-    def reopen(self, listener: Listener) -> None:
-        """Accept from a new listener."""
-        listener.socket.setblocking(False)
-        self.set_socket(listener.socket, self._map)  # type: ignore[attr-defined]
-        self.accepting = True
-
-    def close_listener(self) -> None:
-        """Take what is in the backlog, then close the listener, and only that: workers still pull the trigger."""
-        for _ in range(_BACKLOG_BATCH):
-            before = self.loop.connections_accepted
-            self.handle_accept()  # type: ignore[attr-defined]
-            if self.loop.connections_accepted == before:
-                break
-        wasyncore.dispatcher.close(self)
-
-
-class _TcpAcceptor(_Acceptor, TcpWSGIServer):  # type: ignore[misc]
-    pass
-
-
-if UnixWSGIServer is not None:
-
-    class _UnixAcceptor(_Acceptor, UnixWSGIServer):  # type: ignore[misc]
-        pass
-
-
-@dataclass
-class _Drain:
-    """A drain under way; `deadline` is a time.monotonic() moment."""
-
-    began: float
-    deadline: float
-    completed_before: int
-    over: Callable[[DrainReport], None]
-    turns: int = 0
+Outcome = Literal["completed", "rejected", "cut", "gone"]
 
 
 class EventLoop:
@@ -119,24 +48,42 @@ class EventLoop:
         on_answer: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self.draining = threading.Event()
+        self.drains = False
+        """The same as a plain attribute, for where it is asked at every event."""
+        self.closing = False
+        """Whether responses close their connections: while draining, and while a drain is announced."""
+        self.refusing = False
+        """Whether requests are answered with 503 (drained, on listeners that others share)."""
+        self.keepalive_grace = 0.0
+        self.stream_grace = 0.0
+        self.health_path = ""
+        self.health: Callable[[], tuple[str, str]] = lambda: ("200 OK", "ready")
         self.connections_accepted = 0
         self.completed = 0
+        self.rejected = 0
         self.turned = threading.Event()
         self.error: BaseException | None = None
-        self._map: dict[int, Any] = {}
+        self.poller = make_poller()
+        self.acceptors: list[Any] = []
+        self.workers = Workers()
         self._threads = threads
         self._adjustments = adjustments
         self._app = app
         self._listeners = list(listeners)
         self._on_answer = on_answer
-        self._workers = Workers()
-        self._acceptors: list[Any] = []
+        self._limit = 0
+        self._full = False
+        self._pause_until = 0.0
         self._in_hand: dict[int, Request] = {}
         self._lost: set[Request] = set()
+        self._streams: set[Channel] = set()
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
         self._calls: deque[Callable[[], None]] = deque()
-        self._drain: _Drain | None = None
+        self._timers: list[tuple[float, int, Channel]] = []
+        self._timer_ids = itertools.count()
+        self._next_reaping = 0.0
+        self._drain: Draining | None = None
         self._ending = False
         self._closed = False
 
@@ -150,8 +97,8 @@ class EventLoop:
     def wake(self) -> None:
         """Make the loop turn now (any thread)."""
         with self._lock:
-            if not self._closed and self._acceptors:
-                self._acceptors[0].pull_trigger()
+            if not self._closed and self.acceptors:
+                self.acceptors[0].trigger.pull_trigger()
 
     def accepted(self, request: Request) -> None:
         """Count a request as in flight."""
@@ -160,14 +107,22 @@ class EventLoop:
 
     def answered(self, request: Request) -> None:
         """Note that the app is done with a request (worker thread)."""
+        self._streams.discard(request.channel)
         if self._lost:
             with self._lock:
                 if request in self._lost:
                     self._lost.discard(request)
                     if not self._ending:
-                        self._workers.set_thread_count(self._threads + len(self._lost))
-        if self.draining.is_set():
-            self.wake()
+                        self.workers.set_thread_count(self._threads + len(self._lost))
+        if self.drains:
+            self.poller.touch(request.channel)
+
+    def lost_thread(self, request: Request) -> None:
+        """Note that a thread goes on with a request that is over; it is missing from the pool until it comes back."""
+        with self._lock:
+            self._lost.add(request)
+            if request.over:  # in this moment, and so `answered` did not see it among the lost
+                self._lost.discard(request)
 
     def retire(self, request: Request, outcome: Outcome) -> None:
         """Take a request out of flight; only the first outcome counts (any thread)."""
@@ -176,9 +131,17 @@ class EventLoop:
                 return
             if outcome == "completed":  # first: a drain reads the count as soon as nothing is in hand
                 self.completed += 1
+            elif outcome == "rejected":
+                self.rejected += 1
             del self._in_hand[request.id]
         if self._on_answer is not None and request.status:
             self._on_answer(request.access_fields())
+
+    def stream_began(self, channel: Channel) -> None:
+        """Note a response that has no end of its own (worker thread)."""
+        self._streams.add(channel)
+        if self.drains:
+            self.call(lambda: self.end_streams_in_time([channel]))
 
     @property
     def in_flight(self) -> int:
@@ -188,12 +151,12 @@ class EventLoop:
     @property
     def connections(self) -> int:
         """Open connections (any thread)."""
-        return sum(len(acceptor.active_channels) for acceptor in self._acceptors)
+        return sum(len(acceptor.active_channels) for acceptor in self.acceptors)
 
     @property
     def queued(self) -> int:
         """Requests that wait for a worker thread (any thread)."""
-        return len(self._workers.queue)
+        return len(self.workers.queue)
 
     def requests(self) -> list[InFlight]:
         """What is in flight, oldest first (any thread)."""
@@ -206,132 +169,199 @@ class EventLoop:
     def set_threads(self, threads: int) -> None:
         """Change the number of worker threads (any thread)."""
         self._threads = threads
-        self._workers.set_thread_count(threads + len(self._lost))
+        self.workers.set_thread_count(threads + len(self._lost))
 
     def run_in_worker(self, function: Callable[[], None]) -> None:
         """Run a function in a worker thread (any thread)."""
-        self._workers.add_task(_Errand(function))
+        self.workers.add_task(Errand(function))
 
     # --- the loop's thread --------------------------------------------------------------------------------------
 
     def open(self) -> None:
         """Build waitress' servers on the listeners and start the workers; called before the thread starts."""
         adjustments = Adjustments(threads=self._threads, **self._adjustments)
-        adjustments.connection_limit += 2 * len(self._listeners)  # waitress counts its triggers and listeners too
+        self._limit = adjustments.connection_limit
         for listener in self._listeners:
-            sock = listener.socket
-            kind = _UnixAcceptor if listener.address.path else _TcpAcceptor
-            acceptor = kind(
-                self._app,
-                self._map,
-                False,
-                sock,
-                dispatcher=self._workers,
-                adj=adjustments,
-                sockinfo=(sock.family, sock.type, sock.proto, sock.getsockname()),
-                bind_socket=False,
-            )
-            acceptor.loop = self
-            acceptor.accepting = True
-            self._acceptors.append(acceptor)
-        self._workers.set_thread_count(self._threads)
+            self.acceptors.append(make_acceptor(self, listener, self._app, self.workers, adjustments))
+        self.poller.wake = self.wake
+        self.accept(on=True)
+        self.workers.set_thread_count(self._threads)
+
+    def accept(self, *, on: bool) -> None:
+        """Wait for new connections on all open listeners, or leave them to wait."""
+        for acceptor in self.acceptors:
+            if acceptor.accepting:
+                self.poller.listen(acceptor, on=on)
 
     def run(self) -> None:
         """Turn until told to end; an error that leaves here is kept in `error`."""
         try:
             while not self._ending:
-                wasyncore.poll2(self._patience(), self._map)
+                self.poller.turn(self._patience())
                 self.turned.set()
                 while self._calls:
                     self._calls.popleft()()
-                if self._drain is not None:
-                    self._advance(self._drain)
+                self._keep_house(time.monotonic())
         except BaseException as error:
             self.error = error
             log.critical("the serving thread died", exc_info=True)
 
     def _patience(self) -> float:
-        if self._drain is None:
-            return _TURN
-        # The second turn of a drain comes at once: see _advance.
-        left = self._drain.deadline - time.monotonic()
-        return 0.0 if self._drain.turns <= 1 else min(_TURN, max(0.0, left) + 0.001)
+        moments = [time.monotonic() + _TURN]
+        if self._timers:
+            moments.append(self._timers[0][0])
+        if self._drain is not None:
+            moments.append(self._drain.next_moment)
+        return max(0.0, min(moments) - time.monotonic())
+
+    def _keep_house(self, now: float) -> None:
+        while self._timers and self._timers[0][0] <= now:
+            _, _, channel = heapq.heappop(self._timers)
+            if channel._fileno is None:  # noqa: SLF001 - waitress' own name; closed meanwhile
+                continue
+            if channel.half_closed:
+                channel.linger(now)
+            else:
+                self.consider(channel)
+        if self._full and now >= self._pause_until and self.connections < self._limit:
+            self._full = False
+            log.info("accepting connections again")
+            self.accept(on=True)
+        if now >= self._next_reaping:
+            self._reap(now)
+        if self._drain is not None:
+            self._drain.advance(now)
+
+    def _reap(self, now: float) -> None:
+        """Close connections that were idle for too long, as waitress' maintenance does, accepting or not."""
+        for acceptor in self.acceptors:
+            self._next_reaping = now + acceptor.adj.cleanup_interval
+            cutoff = time.time() - acceptor.adj.channel_timeout
+            for channel in list(acceptor.active_channels.values()):
+                if not channel.requests and channel.last_activity < cutoff:
+                    channel.handle_close()
+
+    @property
+    def full(self) -> bool:
+        """Whether there are as many connections as there may be; then accepting pauses until there are fewer."""
+        if not self._full and self.connections >= self._limit:
+            self._full = True
+            log.warning(f"{self._limit} connections are open, the most there may be; new ones wait")
+            self.accept(on=False)
+        return self._full
+
+    def out_of_files(self, error: OSError) -> None:
+        """Stop accepting for a moment: the process or the machine has no more files to give."""
+        if not self._full:
+            log.error(f"cannot accept connections: {error.strerror}; new ones wait")
+        self._full, self._pause_until = True, time.monotonic() + _FILES_PAUSE
+        self.accept(on=False)
+
+    def channels(self) -> Iterator[Channel]:
+        """All open connections."""
+        for acceptor in self.acceptors:
+            yield from list(acceptor.active_channels.values())
+
+    def at(self, moment: float, channel: Channel) -> None:
+        """Look at a connection again at a time.monotonic() moment."""
+        heapq.heappush(self._timers, (moment, next(self._timer_ids), channel))
 
     def attach(self, sock: Any) -> None:
         """Serve a connection that came through no listener, such as a probe's; it is in no count and no log."""
-        acceptor = self._acceptors[0]
-        channel = Channel(acceptor, sock, ("probe", None), acceptor.adj, map=self._map)
+        acceptor = self.acceptors[0]
+        sock.setblocking(False)
+        channel = Channel(acceptor, sock, ("probe", None), acceptor.adj, map=self.poller)
         channel.internal = True
         self.connections_accepted -= 1
 
-    def begin_drain(self, deadline: float, over: Callable[[DrainReport], None], completed_before: int) -> None:
+    # --- drain ----------------------------------------------------------------------------------------------------
+
+    def announce(self) -> None:
+        """Go on accepting, but let each response close its connection."""
+        self.closing = True
+
+    def begin_drain(self, deadline: float, over: Callable[[DrainReport], None], counted_from: tuple[int, int]) -> None:
         """Stop accepting and finish what is in hand; `over` is called once, when that is done or the deadline came.
 
-        What was completed since `completed_before` requests had been is in the drain's account.
+        `counted_from` is how many requests had been completed and rejected when the account began.
         """
+        self.closing = self.drains = True
         self.draining.set()
-        for listener in self._listeners:
-            listener.withdraw()
-        for acceptor in self._acceptors:
-            if acceptor.accepting:
-                acceptor.close_listener()
-        for listener in self._listeners:
-            listener.close()
-        self._drain = _Drain(time.monotonic(), deadline, completed_before, over)
+        self._drain = Draining(self, deadline, over, counted_from)
+        self._drain.begin()
+        self.end_streams_in_time(list(self._streams))
 
     def hasten_drain(self, deadline: float) -> None:
         """Bring the deadline of the drain under way forward."""
         if self._drain is not None:
             self._drain.deadline = min(self._drain.deadline, deadline)
 
-    def resume(self, listeners: Sequence[Listener]) -> None:
-        """Accept again, from listeners that stand where the closed ones stood."""
+    def drain_over(self) -> None:
+        """Forget the drain: it has reported."""
         self._drain = None
+
+    def refuse(self, *, on: bool) -> None:
+        """Answer 503 on the listeners that others share, or leave them alone again."""
+        self.refusing = on
+        for acceptor in self.acceptors:
+            if acceptor.accepting and acceptor.listener.shared:
+                self.poller.listen(acceptor, on=on)
+
+    def close_listeners(self) -> None:
+        """Close the listeners that are ours alone."""
+        for acceptor in self.acceptors:
+            if not acceptor.listener.shared:
+                acceptor.close_listener()
+
+    def resume(self, listeners: Sequence[Listener]) -> None:
+        """Accept again, from listeners that stand where the closed ones stood; shared ones were never closed."""
+        self._drain = None
+        self.closing = self.drains = self.refusing = False
         self.draining.clear()
         self._listeners = list(listeners)
-        for acceptor, listener in zip(self._acceptors, listeners, strict=True):
-            acceptor.reopen(listener)
+        for acceptor, listener in zip(self.acceptors, listeners, strict=True):
+            if not acceptor.listener.shared:
+                acceptor.reopen(listener)
+        self.accept(on=True)
         with self._lock:
             # A worker that still runs a request that was cut is missing from the pool.
-            self._workers.set_thread_count(self._threads + len(self._lost))
+            self.workers.set_thread_count(self._threads + len(self._lost))
 
-    def _advance(self, drain: _Drain) -> None:
-        channels = [channel for acceptor in self._acceptors for channel in list(acceptor.active_channels.values())]
-        drain.turns += 1
-        if drain.turns > 1:  # the first turn reads what had arrived before the listeners closed
-            for channel in channels:
-                if channel.idle:
-                    channel.will_close = True
-            if not self._in_hand and all(channel.idle for channel in channels):
-                self._finish(drain, ())
-                return
-        if time.monotonic() >= drain.deadline:
-            self._finish(drain, self._cut_everything(channels, "the deadline came"))
+    def consider(self, channel: Channel) -> None:
+        """While draining: half-close a connection with nothing in hand, once its grace is over."""
+        if not self.drains or channel.internal or channel.half_closed or not channel.idle:
+            return
+        if channel in self._streams:
+            return
+        left = channel.grace_left
+        if left <= 0:
+            channel.half_close()
+        else:
+            self.at(time.monotonic() + left, channel)
 
-    def _cut_everything(self, channels: Sequence[Channel], reason: str) -> tuple[Cut, ...]:
-        doomed = list(self._in_hand.values())
+    def end_streams_in_time(self, channels: Sequence[Channel]) -> None:
+        """End these streams when their grace, counted from the begin of the drain, is over."""
+        if self._drain is not None:
+            self._drain.end_streams(channels)
+
+    def cut_all(self, reason: str, *, but: Callable[[Channel], bool] = lambda _: False) -> tuple[Cut, ...]:
+        """Break off whatever is in hand on all connections `but` some, and close them."""
+        channels = [channel for channel in self.channels() if not channel.internal and not but(channel)]
+        doomed = [request for request in list(self._in_hand.values()) if not but(request.channel)]
         doomed += [channel.arriving for channel in channels if channel.arriving is not None]
-        cuts = []
-        for request in doomed:
-            cut = request.cut(reason)
-            cuts.append(cut)
-            log.warning("\n".join(filter(None, [f"cut {cut}", cut.stack])), extra={"fields": cut.as_json()})
-            if cut.phase == "running":
-                with self._lock:
-                    self._lost.add(request)
-                    if request.answered:  # in this moment, and so `answered` did not see it among the lost
-                        self._lost.discard(request)
-            self.retire(request, "cut")
+        cuts = tuple(self.cut_one(request, reason) for request in doomed)
         for channel in channels:
-            if not channel.internal:
-                channel.handle_close()
-        return tuple(cuts)
+            channel.handle_close()
+        return cuts
 
-    def _finish(self, drain: _Drain, cut: tuple[Cut, ...]) -> None:
-        self._drain = None
-        drain.over(
-            DrainReport(completed=self.completed - drain.completed_before, cut=cut, took=time.monotonic() - drain.began)
-        )
+    def cut_one(self, request: Request, reason: str) -> Cut:
+        """Break off a request, and name it in the log."""
+        cut = request.cut(reason)
+        log.warning("\n".join(filter(None, [f"cut {cut}", cut.stack])), extra={"fields": cut.as_json()})
+        if cut.phase == "running":
+            self.lost_thread(request)
+        self.retire(request, "cut")
+        return cut
 
     # --- the end, in the thread that ends it --------------------------------------------------------------------
 
@@ -345,26 +375,17 @@ class EventLoop:
 
         While a worker lives, the trigger stays open: it would write to a closed and perhaps reused descriptor.
         """
-        stuck = self._workers.join(timeout)
+        stuck = self.workers.join(timeout)
         if not stuck:
             with self._lock:
                 self._closed = True
-            wasyncore.close_all(self._map)
-            for acceptor in self._acceptors:
+            wasyncore.close_all(self.poller)
+            for acceptor in self.acceptors:
                 acceptor.trigger.close()
-        for listener in self._listeners:
-            listener.close()
+            self.poller.close()
+        for acceptor in self.acceptors:
+            acceptor.listener.close()
         return stuck
 
 
-class _Errand:
-    """A function in the shape of waitress' tasks."""
-
-    def __init__(self, function: Callable[[], None]) -> None:
-        self._function = function
-
-    def service(self) -> None:
-        self._function()
-
-    def cancel(self) -> None:
-        """Nothing is owed to anybody."""
+__all__ = ["Acceptor", "EventLoop"]

@@ -43,6 +43,8 @@ class ServerThread:
         listeners: Sequence[Listener] | None = None,
         adjustments: Mapping[str, Any] | None = None,
         backlog: int = 1024,
+        keepalive_grace: float = 0.2,
+        stream_grace: float = 1.0,
         on_answer: Callable[[dict[str, Any]], None] | None = None,
         on_death: Callable[[BaseException | None], None] | None = None,
     ) -> None:
@@ -52,6 +54,8 @@ class ServerThread:
         self._threads = threads
         self._adjustments = dict(adjustments or {})
         self._backlog = backlog
+        self._keepalive_grace = keepalive_grace
+        self._stream_grace = stream_grace
         self._on_answer = on_answer
         self._on_death = on_death
         self._loop: EventLoop | None = None
@@ -85,6 +89,7 @@ class ServerThread:
                 adjustments={"asyncore_use_poll": True, **self._adjustments},
                 on_answer=self._on_answer,
             )
+            self.set_graces(self._keepalive_grace, self._stream_grace)
             loop.open()
         except BaseException:
             self._close_listeners()
@@ -163,6 +168,24 @@ class ServerThread:
         self._threads = threads
         self._serving.set_threads(threads)
 
+    def set_graces(self, keepalive_grace: float, stream_grace: float) -> None:
+        """How long, in seconds, a drained connection may send one more request, and a stream may go on."""
+        self._serving.keepalive_grace = keepalive_grace
+        self._serving.stream_grace = stream_grace
+
+    def answer_health(self, path: str, health: Callable[[], tuple[str, str]]) -> None:
+        """Let the loop answer GET and HEAD of `path` with the status line and text that `health` returns."""
+        self._serving.health = health
+        self._serving.health_path = path
+
+    def announce(self) -> None:
+        """Go on accepting, but let each response close its connection."""
+        self._serving.call(self._serving.announce)
+
+    def refuse(self, *, on: bool) -> None:
+        """While drained: answer 503 on listeners that others share; off again before a stop."""
+        self._serving.call(lambda: self._serving.refuse(on=on))
+
     def turns(self, timeout: float) -> bool:
         """Whether the serving thread turns within `timeout` seconds."""
         if self._thread is None or not self._thread.is_alive():
@@ -195,15 +218,20 @@ class ServerThread:
             ours.close()
         return response.status
 
+    @property
+    def counted(self) -> tuple[int, int]:
+        """How many requests have been completed and rejected since the start."""
+        return (self._loop.completed, self._loop.rejected) if self._loop else (0, 0)
+
     def begin_drain(
-        self, timeout: float, over: Callable[[DrainReport], None], *, completed_before: int | None = None
+        self, timeout: float, over: Callable[[DrainReport], None], *, counted_from: tuple[int, int] | None = None
     ) -> None:
         """Start a drain and return at once; `over` is called from the serving thread with the report.
 
-        The report counts what was completed from now on, or since `completed` was `completed_before`.
+        The report counts from now on, or since `counted` was `counted_from`.
         """
         deadline = time.monotonic() + timeout
-        before = self.completed if completed_before is None else completed_before
+        before = self.counted if counted_from is None else counted_from
         self._serving.call(lambda: self._serving.begin_drain(deadline, over, before))
 
     def hasten_drain(self, timeout: float) -> None:
@@ -242,11 +270,10 @@ class ServerThread:
         def reopen() -> None:  # in the loop's thread, so that it follows the closing of the old listeners
             listeners: list[Listener] = []
             try:
-                if not loop.draining.is_set():
+                if not loop.drains:
                     return
-                for address in self._addresses:
-                    listeners.append(Listener.bind(address))
-                    listeners[-1].listen(self._backlog)
+                loop.close_listeners()
+                listeners.extend(each if each.shared else self._bound_anew(each) for each in self._listeners or ())
                 loop.resume(listeners)
                 self._listeners = listeners
                 drained, self._drained = self._drained, None
@@ -255,7 +282,8 @@ class ServerThread:
             except Exception as error:  # noqa: BLE001 - handed to the caller
                 errors.append(error)
                 for listener in listeners:
-                    listener.close()
+                    if not listener.shared:
+                        listener.close()
             finally:
                 reopened.set()
 
@@ -264,6 +292,11 @@ class ServerThread:
             raise FlaskdError("cannot resume: the serving thread does not turn")
         if errors:
             raise errors[0]
+
+    def _bound_anew(self, listener: Listener) -> Listener:
+        again = Listener.bind(listener.address)
+        again.listen(self._backlog)
+        return again
 
     def stop(self, timeout: float = _DEFAULT_TIMEOUT) -> DrainReport:
         """Drain within `timeout` seconds, then end and join every thread; a second call returns the same report."""

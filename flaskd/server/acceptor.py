@@ -1,0 +1,113 @@
+"""Acceptors: waitress' servers on flaskd's listeners, which can be paused, gated, closed and opened again."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from typing import TYPE_CHECKING, Any
+
+from waitress import wasyncore
+from waitress.server import TcpWSGIServer
+
+from flaskd.server.channel import Channel
+from flaskd.sockets import Listener
+
+try:
+    from waitress.server import UnixWSGIServer
+except ImportError:  # Windows
+    UnixWSGIServer = None
+
+if TYPE_CHECKING:
+    from waitress.adjustments import Adjustments
+
+    from flaskd.server.loop import EventLoop
+
+log = logging.getLogger("flaskd.server")
+
+_BATCH = 64
+"""Connections accepted in one turn; accepting until there are no more never ends under load."""
+_NO_MORE = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+"""accept(2): not the connection's fault but ours."""
+
+
+class Acceptor:
+    """What TCP and Unix acceptors share; one outlives its listener, because channels wake the loop through it."""
+
+    channel_class = Channel
+    loop: EventLoop
+    listener: Listener
+    paused = False
+
+    def readable(self) -> bool:
+        """Whether it accepts; waitress' own method reaps idle connections by the way, which the loop does itself."""
+        return bool(self.accepting) and not self.paused
+
+    def handle_accept(self) -> None:
+        """Accept a bounded batch."""
+        self.accept_some(_BATCH)
+
+    def accept_some(self, most: int) -> int:
+        """Accept up to `most` connections, and return how many there were."""
+        for count in range(most):
+            if self.loop.full:
+                return count
+            try:
+                conn, addr = self.socket.accept()  # type: ignore[attr-defined]
+            except OSError as error:
+                if error.errno in _NO_MORE:
+                    self.loop.out_of_files(error)
+                elif not isinstance(error, BlockingIOError | ConnectionAbortedError):
+                    log.warning(f"cannot accept a connection on {self.listener.address}: {error}")
+                return count
+            try:
+                conn.setblocking(False)
+                self.set_socket_options(conn)  # type: ignore[attr-defined]
+            except OSError:  # it is gone already
+                conn.close()
+                continue
+            Channel(self, conn, self.fix_addr(addr), self.adj, map=self._map)  # type: ignore[attr-defined]
+        return most
+
+    def reopen(self, listener: Listener) -> None:
+        """Accept from a new listener."""
+        listener.socket.setblocking(False)
+        self.listener = listener
+        self.set_socket(listener.socket, self._map)  # type: ignore[attr-defined]
+        self.accepting = True
+
+    def close_listener(self) -> None:
+        """Close the listener, and only that: workers still pull the trigger."""
+        if self.accepting:
+            self.accepting = False
+            wasyncore.dispatcher.close(self)
+        self.listener.close()
+
+
+class _TcpAcceptor(Acceptor, TcpWSGIServer):  # type: ignore[misc]
+    pass
+
+
+if UnixWSGIServer is not None:
+
+    class _UnixAcceptor(Acceptor, UnixWSGIServer):  # type: ignore[misc]
+        pass
+
+
+def make_acceptor(loop: EventLoop, listener: Listener, app: Any, workers: Any, adjustments: Adjustments) -> Any:
+    """Waitress' server for a listener: its fields, its trigger, its address for the environ."""
+    sock = listener.socket
+    kind = _UnixAcceptor if listener.address.path else _TcpAcceptor
+    acceptor = kind(
+        app,
+        loop.poller,
+        False,
+        sock,
+        dispatcher=workers,
+        adj=adjustments,
+        sockinfo=(sock.family, sock.type, sock.proto, sock.getsockname()),
+        bind_socket=False,
+    )
+    acceptor.loop = loop
+    acceptor.listener = listener
+    acceptor.accepting = True
+    return acceptor

@@ -1,0 +1,122 @@
+"""A drain in the loop: the gate, the backlog, what is in hand, the deadline, the report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from flaskd.ledger import Cut, DrainReport
+
+if TYPE_CHECKING:
+    from flaskd.server.channel import Channel
+    from flaskd.server.loop import EventLoop
+
+log = logging.getLogger("flaskd.server")
+
+_GATE = 0.03
+"""Seconds in which handshakes under way complete behind a closed gate."""
+_BACKLOG = 4096
+"""Connections taken from the backlog of a listener that could not be gated. Bounded, because clients come back."""
+_TOO_LATE = "the deadline came"
+_LAST_FLUSH = 0.25
+"""Seconds past the deadline in which the refusals of what never started get out."""
+
+
+class Draining:
+    """One drain, in the loop's thread; `deadline` is a time.monotonic() moment."""
+
+    def __init__(
+        self, loop: EventLoop, deadline: float, over: Callable[[DrainReport], None], counted_from: tuple[int, int]
+    ) -> None:
+        self.deadline = deadline
+        self._loop = loop
+        self._over = over
+        self._counted_from = counted_from
+        self._began = time.monotonic()
+        self._gated: list[Any] = []
+        self._streams: list[tuple[float, Channel]] = []
+        self._cut: tuple[Cut, ...] = ()
+        self._last_moment = 0.0
+
+    @property
+    def next_moment(self) -> float:
+        """The time.monotonic() moment at which `advance` has something to do whatever happens."""
+        moments = [self._last_moment or self.deadline]
+        if self._gated:
+            moments.append(self._began + _GATE)
+        if self._streams:
+            moments.append(self._streams[0][0])
+        return min(moments)
+
+    def begin(self) -> None:
+        """Close the gates, and look at every connection."""
+        for acceptor in self._loop.acceptors:
+            listener = acceptor.listener
+            if not acceptor.accepting:
+                continue
+            if listener.shared:
+                self._loop.poller.listen(acceptor, on=False)  # its backlog belongs to the next owner
+            elif listener.gate():
+                self._gated.append(acceptor)
+            else:
+                listener.withdraw()
+                if acceptor.accept_some(_BACKLOG) == _BACKLOG:
+                    log.warning(f"the backlog of {listener.address} never ended; some of it may be reset")
+                acceptor.close_listener()
+        for channel in self._loop.channels():
+            self._loop.poller.touch(channel)
+
+    def end_streams(self, channels: Sequence[Channel]) -> None:
+        """End streams at a chunk boundary once their grace, counted from the begin of the drain, is over."""
+        moment = self._began + self._loop.stream_grace
+        self._streams += [(moment, channel) for channel in channels]
+
+    def advance(self, now: float) -> None:
+        """Do what is due; report when nothing is open any more, or the deadline came."""
+        if self._gated and now >= self._began + _GATE:
+            for acceptor in self._gated:
+                acceptor.accept_some(_BACKLOG)
+                acceptor.close_listener()
+            self._gated = []
+        while self._streams and self._streams[0][0] <= now:
+            self._streams.pop(0)[1].end_stream()
+        if not self._gated and not self._open():
+            self._report()
+        elif self._last_moment:
+            if now >= self._last_moment:
+                self._cut += self._loop.cut_all(_TOO_LATE)
+                self._report()
+        elif now >= self.deadline:
+            self._refuse_what_never_started()
+            self._cut += self._loop.cut_all(_TOO_LATE, but=lambda channel: channel.serving_was_refused)
+            self._last_moment = now + _LAST_FLUSH
+
+    def _open(self) -> bool:
+        return self._loop.in_flight > 0 or any(not channel.internal for channel in self._loop.channels())
+
+    def _refuse_what_never_started(self) -> None:
+        """Answer 503 to what waits in the queue: nobody has begun it, and another server may."""
+        for acceptor in self._gated:
+            acceptor.close_listener()
+        self._gated = []
+        for channel in self._loop.workers.take_back():
+            if channel.requests and channel.connected:
+                first, *behind = channel.requests
+                # The connection closes after the refusal, so these get no answer of their own.
+                self._cut += tuple(self._loop.cut_one(request, _TOO_LATE) for request in behind)
+                first.rejected = True
+                channel.service()
+
+    def _report(self) -> None:
+        completed, rejected = self._counted_from
+        self._loop.drain_over()
+        self._over(
+            DrainReport(
+                completed=self._loop.completed - completed,
+                rejected=self._loop.rejected - rejected,
+                cut=self._cut,
+                took=time.monotonic() - self._began,
+            )
+        )

@@ -1,0 +1,143 @@
+"""Waitress' socket map, and what waits on it: epoll where there is one, waitress' own poll elsewhere.
+
+A turn of waitress' own loop asks every connection what it waits for and rebuilds the poll set. Here the map owns an
+epoll; a connection is armed for one event (EPOLLONESHOT, epoll_ctl(2)), and asked again only after something happened
+to it: an event, or a worker's output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from waitress import wasyncore
+
+_BATCH = 512
+"""Events taken from the kernel at once."""
+
+
+class Poller(Protocol):
+    """A socket map that can be turned; `wake` makes a sleeping turn return."""
+
+    wake: Callable[[], None]
+
+    def turn(self, timeout: float) -> None:
+        """Wait at most `timeout` seconds for events, and handle them."""
+
+    def touch(self, channel: Any) -> None:
+        """Ask a connection anew what it waits for (any thread)."""
+
+    def listen(self, acceptor: Any, *, on: bool) -> None:
+        """Wait for new connections, or do not."""
+
+    def close(self) -> None:
+        """Give back what is not in the map."""
+
+
+# What the methods mean is said once, in Poller.
+# ruff: noqa: D102
+
+
+class EpollMap(dict[int, Any]):
+    """The map on epoll(7). Connections have `one_shot`; triggers and listeners are level-triggered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wake: Callable[[], None] = lambda: None
+        self._epoll = select.epoll()
+        self._touched: deque[int] = deque()
+        self._closed: set[int] = set()
+        self._asleep = False
+
+    def __setitem__(self, fd: int, obj: Any) -> None:
+        super().__setitem__(fd, obj)
+        one_shot = getattr(obj, "one_shot", False)
+        listens = hasattr(obj, "accept_connections")
+        flags = select.EPOLLIN | select.EPOLLONESHOT if one_shot else 0 if listens else select.EPOLLIN
+        self._epoll.register(fd, flags)
+
+    def __delitem__(self, fd: int) -> None:
+        super().__delitem__(fd)
+        self._closed.add(fd)  # events of this turn that were meant for it are not for who gets its number next
+        with contextlib.suppress(OSError):
+            self._epoll.unregister(fd)
+
+    def listen(self, acceptor: Any, *, on: bool) -> None:
+        self._epoll.modify(acceptor._fileno, select.EPOLLIN if on else 0)  # noqa: SLF001 - waitress' own name
+
+    def touch(self, channel: Any) -> None:
+        fd = channel._fileno  # noqa: SLF001 - waitress' own name
+        if fd is None:
+            return
+        if channel.writable() or channel.loop.draining.is_set():
+            self._touched.append(fd)
+            if self._asleep:
+                self._asleep = False
+                self.wake()
+        elif channel.readable():
+            # Answered whole: straight back to waiting for the next request, without a word to the loop.
+            with contextlib.suppress(OSError, ValueError):  # the loop closed it in this moment
+                self._epoll.modify(fd, select.EPOLLIN | select.EPOLLONESHOT)
+
+    def turn(self, timeout: float) -> None:
+        while self._touched:
+            fd = self._touched.popleft()
+            channel = self.get(fd)
+            if channel is not None and getattr(channel, "one_shot", False):
+                self._arm(fd, channel)
+        self._closed.clear()
+        self._asleep = True
+        # Who touched before seeing us asleep has left word; who comes later wakes.
+        events = self._epoll.poll(0 if self._touched else timeout, _BATCH)
+        self._asleep = False
+        for fd, flags in events:
+            obj = self.get(fd)
+            if obj is None or fd in self._closed:
+                continue
+            wasyncore.readwrite(obj, flags)
+            if getattr(obj, "one_shot", False) and self.get(fd) is obj:
+                self._arm(fd, obj)
+
+    def _arm(self, fd: int, channel: Any) -> None:
+        channel.loop.consider(channel)
+        if fd not in self:
+            return  # that closed it
+        flags = (select.EPOLLIN if channel.readable() else 0) | (select.EPOLLOUT if channel.writable() else 0)
+        if flags or channel.loop.draining.is_set():
+            # With no flags it still tells of a reset (EPOLLERR, EPOLLHUP): a drain does not wait for who is gone.
+            self._epoll.modify(fd, flags | select.EPOLLONESHOT)
+
+    def close(self) -> None:
+        self._epoll.close()
+
+
+class PollMap(dict[int, Any]):
+    """The map on waitress' own loop, for systems without epoll; slower with many connections, otherwise the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wake: Callable[[], None] = lambda: None
+
+    def listen(self, acceptor: Any, *, on: bool) -> None:
+        acceptor.paused = not on
+
+    def touch(self, channel: Any) -> None:  # noqa: ARG002 - all are asked at every turn
+        self.wake()
+
+    def turn(self, timeout: float) -> None:
+        wait = wasyncore.poll2 if hasattr(select, "poll") else wasyncore.poll
+        wait(timeout, self)
+        for channel in list(self.values()):
+            if getattr(channel, "one_shot", False):
+                channel.loop.consider(channel)
+
+    def close(self) -> None:
+        """Nothing is held beside the map."""
+
+
+def make_poller() -> EpollMap | PollMap:
+    """The best that this system has."""
+    return EpollMap() if hasattr(select, "epoll") else PollMap()

@@ -1,0 +1,132 @@
+"""The kinds of answers: the app's own, and those that flaskd gives without it."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from waitress.channel import ClientDisconnected
+from waitress.task import ErrorTask, Task, WSGITask
+
+if TYPE_CHECKING:
+    from flaskd.server.channel import Channel, Request
+
+_STREAM_TYPES = ("text/event-stream", "multipart/x-mixed-replace")
+"""Responses without an end of their own, which may be ended between two parts. Any other chunked response is somebody's
+data, and ending it early with a proper last chunk would make half of it look whole."""
+
+RETRY_AFTER = 5
+"""Seconds that a refused client is asked to wait."""
+
+
+class AppExitedError(RuntimeError):
+    """The app raised SystemExit, KeyboardInterrupt or the like; waitress would lose the connection for ever."""
+
+
+class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
+    """What all tasks have in common: they close the connection while draining, and record the answer."""
+
+    channel: Channel
+    request: Request
+    status: str
+
+    def build_response_header(self) -> bytes:
+        channel = self.channel
+        if channel.loop.closing and len(channel.requests) <= 1 and channel.arriving is None:
+            # As if the client had asked for it: set_close_on_finish() would not keep an HTTP/1.0 client's keep-alive
+            # from being confirmed in the same breath.
+            self.request.headers["CONNECTION"] = "close"
+        header: bytes = super().build_response_header()
+        channel.serving.status = self.status
+        channel.serving.header_length = len(header)
+        return header
+
+    def service(self) -> None:
+        serving = self.channel.serving
+        try:
+            super().service()
+        finally:
+            serving.ends_at = self.channel.output_length()
+            self.channel.grace_from = time.monotonic()
+        serving.whole = self.channel.connected  # asked last: a close empties the buffers that were just measured
+
+
+class AppTask(Recorded, WSGITask):  # type: ignore[misc]
+    """Runs the app for one request."""
+
+    def execute(self) -> None:
+        """Run the app; whatever it raises becomes an Exception, because waitress loses the channel on anything else."""
+        try:
+            super().execute()
+        except Exception:
+            raise
+        except BaseException as error:
+            raise AppExitedError(f"the app raised {type(error).__name__} while answering") from error
+
+    def get_environment(self) -> dict[str, Any]:
+        """Waitress' environ, and the event by which a stream learns that a drain began."""
+        environ: dict[str, Any] = super().get_environment()
+        environ["flaskd.draining"] = self.channel.loop.draining
+        return environ
+
+    def write(self, data: bytes) -> None:
+        """Write a part of the response; a stream is known from here on."""
+        first = not self.wrote_header
+        super().write(data)
+        if first and self.chunked_response and self._is_stream():
+            self.channel.loop.stream_began(self.channel)
+
+    def _is_stream(self) -> bool:
+        return any(
+            name.lower() == "content-type" and value.startswith(_STREAM_TYPES) for name, value in self.response_headers
+        )
+
+
+class RefusalTask(Recorded, ErrorTask):  # type: ignore[misc]
+    """Answers a request that could not be parsed, or whose app failed."""
+
+
+class PlainTask(Recorded):
+    """A short answer in text, without the app."""
+
+    complete = True
+
+    def answer(self) -> tuple[str, list[tuple[str, str]], str]:
+        """Status, headers, body."""
+        raise NotImplementedError
+
+    def execute(self) -> None:
+        """Give it."""
+        self.status, headers, text = self.answer()
+        body = text.encode()
+        self.response_headers += [("Content-Type", "text/plain; charset=utf-8"), *headers]
+        self.content_length = len(body)
+        if self.request.command == "HEAD":
+            self.write(b"")
+        else:
+            self.write(body)
+
+
+class RejectTask(PlainTask):
+    """503: flaskd cannot take the request any more, or not now; another instance, or a later try, may."""
+
+    def answer(self) -> tuple[str, list[tuple[str, str]], str]:
+        """Say when to try again."""
+        self.request.headers["CONNECTION"] = "close"
+        return (
+            "503 Service Unavailable",
+            [("Retry-After", str(RETRY_AFTER))],
+            "not now: this server is stopping or drained\n",
+        )
+
+
+class HealthTask(PlainTask):
+    """Whether new requests are welcome, answered by the loop itself, however busy the workers are."""
+
+    def answer(self) -> tuple[str, list[tuple[str, str]], str]:
+        """Say what the owner of the loop says."""
+        status, text = self.channel.loop.health()
+        return status, [("Cache-Control", "no-store")], text + "\n"
+
+
+__all__ = ["AppTask", "ClientDisconnected", "HealthTask", "RefusalTask", "RejectTask"]
