@@ -168,6 +168,10 @@ class Daemon:
             "config": str(self.configuration.path) if self.configuration.path else None,
         }
 
+    def last_stop(self) -> dict[str, Any] | None:
+        """The record of the stop before this run."""
+        return self._state_directory.last_stop()
+
     def plan(self) -> tuple[list[dict[str, Any]], str]:
         """The cleanup plan, for programs and for people."""
         shutdown = self.configuration.values.shutdown

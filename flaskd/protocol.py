@@ -13,6 +13,8 @@ from flaskd.units import format_duration
 
 SOCKET = "control.sock"
 FIFO = "control"
+RECORD = "last-stop.json"
+"""Default name of the record of the last stop, in the state directory."""
 MAX_LINE = 4096
 """Bytes of one command; what a FIFO takes whole (PIPE_BUF, pipe(7))."""
 
@@ -46,6 +48,15 @@ def runtime_directories(name: str, environ: Mapping[str, str]) -> Iterator[Path]
     if os.geteuid() != 0:
         yield Path("/run") / name
     yield Path(tempfile.gettempdir()) / f"{name}-{os.geteuid()}"
+
+
+def state_directory(name: str, environ: Mapping[str, str]) -> Path:
+    """``$STATE_DIRECTORY`` (its first entry), else ``/var/lib/NAME`` for root, else ``$XDG_STATE_HOME/NAME``."""
+    if first := environ.get("STATE_DIRECTORY", "").partition(":")[0]:
+        return Path(first)
+    if os.geteuid() == 0:
+        return Path("/var/lib") / name
+    return Path(environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / name
 
 
 class Reply(Protocol):
@@ -88,6 +99,24 @@ class Discard:
 
     def error(self, code: str, message: str) -> None:
         """Tell nobody."""
+
+
+def record_lines(record: Fields) -> list[str]:
+    """The record of a stop, for people."""
+    lines = [
+        f"reason: {record.get('reason', 'unknown')}",
+        f"started: {record.get('started', 'unknown')}, took {format_duration(float(record.get('took', 0)))}",
+        (f"requests: completed={record.get('completed', 0)} rejected={record.get('rejected', 0)} "
+        f"cut={len(record.get('cut', ()))}"),
+    ]
+    lines += [
+        f"cut: {each['method']} {each['path']} ({each['phase']} for {each['age']:.1f}s): {each['reason']}"
+        for each in record.get("cut", ())
+    ]
+    for name, entry in record.get("policies", {}).items():
+        why = f", {entry['why']}" if entry.get("why") else ""
+        lines.append(f"policy {name}: {entry['fate']} in {format_duration(float(entry.get('took', 0)))}{why}")
+    return lines
 
 
 def as_text(fields: Fields) -> str:

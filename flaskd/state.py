@@ -12,17 +12,9 @@ from typing import Any
 
 from flaskd.cleanup import read_record, write_record
 from flaskd.logs import timestamp
+from flaskd.protocol import state_directory
 
 log = logging.getLogger("flaskd.state")
-
-
-def state_directory(name: str, environ: Mapping[str, str]) -> Path:
-    """``$STATE_DIRECTORY`` (its first entry), else ``/var/lib/NAME`` for root, else ``$XDG_STATE_HOME/NAME``."""
-    if first := environ.get("STATE_DIRECTORY", "").partition(":")[0]:
-        return Path(first)
-    if os.geteuid() == 0:
-        return Path("/var/lib") / name
-    return Path(environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / name
 
 
 class StateDirectory:
@@ -59,6 +51,10 @@ class StateDirectory:
             write_record(self._record, entry)
         except OSError as error:
             log.warning(f"cannot record this stop in {self._record}: {error.strerror}")
+
+    def last_stop(self) -> dict[str, Any] | None:
+        """The record of the last stop; None when there is none."""
+        return read_record(self._record) if self._record is not None else None
 
     def close(self) -> None:
         """Take the mark away: this run came to its end."""

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "flaskd"
 
 LAYERS = [
-    {"errors", "units", "logs", "notify", "sockets"},
+    {"errors", "units", "logs", "notify", "sockets", "init"},
     {"config", "lifecycle", "ledger", "loading", "protocol", "runtime", "signals"},
     {"server", "cleanup", "client"},
     {"drain", "launch", "state", "stop"},

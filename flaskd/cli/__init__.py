@@ -18,8 +18,8 @@ import click
 
 from flaskd import __version__
 from flaskd.client import ControlClient, find_socket
-from flaskd.errors import EX_LOST, EX_USAGE, ConfigError, FlaskdError
-from flaskd.protocol import as_text
+from flaskd.errors import EX_LOST, EX_USAGE, ConfigError, FlaskdError, NoDaemonError
+from flaskd.protocol import RECORD, as_text, record_lines, state_directory
 
 _EXIT_GRACE = 0.5
 """Seconds that the interpreter's own exit gets: stray threads to join, atexit callbacks."""
@@ -68,6 +68,9 @@ def cli() -> None:
 )
 def serve(app: str | None, config: str | None, listen: tuple[str, ...], threads: str | None, name: str) -> int:
     """Serve APP (MODULE, MODULE:NAME, MODULE:FACTORY() or a file) until asked to stop."""
+    from flaskd.init import stand_in_front  # noqa: PLC0415
+
+    stand_in_front()
     from flaskd.cleanup import action_specs  # noqa: PLC0415
     from flaskd.config import Configuration, load  # noqa: PLC0415
     from flaskd.control import ControlPlane  # noqa: PLC0415
@@ -137,7 +140,14 @@ def _talk(verb: str, *, summary: str, flags: tuple[str, ...] = ()) -> None:
     """Make the client verb for a control command."""
 
     def run(socket: str | None, name: str, as_json: bool, **chosen: bool) -> int:
-        path = find_socket(socket, name, os.environ)
+        try:
+            path = find_socket(socket, name, os.environ)
+        except NoDaemonError as error:
+            if verb != "last-stop" or socket:
+                raise
+            answer = _read_record(name, error)
+            click.echo(json.dumps(answer, ensure_ascii=False) if as_json else _for_people(verb, answer))
+            return 0
         wait = chosen.get("wait", False)
         # A drain tells how it goes every second; one that says nothing for this long has died.
         with ControlClient(path, timeout=60.0 if wait or verb == "reload" else 10.0) as client:
@@ -145,7 +155,7 @@ def _talk(verb: str, *, summary: str, flags: tuple[str, ...] = ()) -> None:
             if verb == "stop" and wait:
                 client.wait_closed()
         click.echo(json.dumps(answer, ensure_ascii=False) if as_json else _for_people(verb, answer))
-        return EX_LOST if answer.get("cut") else 0
+        return EX_LOST if answer.get("cut") and verb != "last-stop" else 0
 
     params: list[click.Parameter] = [
         click.Option(["--socket"], metavar="PATH", help="Control socket; else $FLASKD_CONTROL, else the usual places."),
@@ -155,6 +165,14 @@ def _talk(verb: str, *, summary: str, flags: tuple[str, ...] = ()) -> None:
     helps = {"wait": "Wait until it is over, and exit with 1 if work was lost.", "now": "Cut drain and cleanup short."}
     params += [click.Option([f"--{flag}"], is_flag=True, help=helps[flag]) for flag in flags]
     cli.add_command(click.Command(verb, callback=run, params=params, help=summary))
+
+
+def _read_record(name: str, no_daemon: NoDaemonError) -> dict[str, Any]:
+    path = state_directory(name, os.environ) / RECORD
+    try:
+        return {"result": "last-stop", **json.loads(path.read_text(encoding="utf-8"))}
+    except (OSError, ValueError) as error:
+        raise NoDaemonError(f"{no_daemon}; and there is no record in {path}: {error}") from error
 
 
 def _show_progress(as_json: bool) -> Any:
@@ -173,6 +191,8 @@ def _for_people(verb: str, answer: dict[str, Any]) -> str:
         return str(answer["yaml"]).rstrip()
     if verb == "plan":
         return str(answer["text"])
+    if verb == "last-stop":
+        return "\n".join(record_lines(answer))
     if verb == "status":
         shown = {key: as_text(value) if isinstance(value, dict) else value for key, value in answer.items()}
         return "\n".join(
@@ -199,6 +219,7 @@ _talk("drain", summary="Take no new work, finish what is in hand, stay alive.", 
 _talk("resume", summary="Undo a drain.", flags=("wait",))
 _talk("stop", summary="Drain, run the cleanup policies, exit.", flags=("wait", "now"))
 _talk("reload", summary="Read the configuration anew; exit 78 if it is at fault.", flags=("wait",))
+_talk("last-stop", summary="How the last stop went; from its record when no daemon runs.")
 _talk("plan", summary="The cleanup policies in their order.")
 _talk("config", summary="The configuration in force, secrets hidden.")
 _talk("version", summary="The daemon's version.")

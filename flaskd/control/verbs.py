@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from flaskd.errors import UnknownCommandError
 from flaskd.lifecycle import StopReason
-from flaskd.protocol import Reply, as_text
+from flaskd.protocol import Reply, as_text, record_lines
 
 if TYPE_CHECKING:
     from flaskd.daemon import Daemon
@@ -86,6 +86,14 @@ def _help(_daemon: Daemon, _flags: Flags, _peer: str, reply: Reply) -> None:
     reply.ok("help", detail={"verbs": verbs}, lines=lines)
 
 
+def _last_stop(daemon: Daemon, _flags: Flags, _peer: str, reply: Reply) -> None:
+    record = daemon.last_stop()
+    if record is None:
+        reply.error("no-record", "no stop has been recorded yet")
+    else:
+        reply.ok("last-stop", detail=record, lines=record_lines(record))
+
+
 _WAIT = frozenset({"wait"})
 
 VERBS: dict[str, Verb] = {
@@ -101,6 +109,7 @@ VERBS: dict[str, Verb] = {
     ),
     "plan": Verb(_plan, "the cleanup policies in their order"),
     "config": Verb(_config, "the configuration in force, secrets hidden"),
+    "last-stop": Verb(_last_stop, "how the stop before this run went"),
     "version": Verb(_version, "flaskd's version"),
 }
 
