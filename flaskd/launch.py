@@ -12,7 +12,7 @@ from flaskd.config import AppConfig, HealthConfig, ServerConfig
 from flaskd.errors import AppError, ConfigError, FlaskdError
 from flaskd.loading import LoadedApp
 from flaskd.server import ServerThread, adjustments
-from flaskd.sockets import Address, Listener, inherited, raise_open_files_limit
+from flaskd.sockets import Address, Listener, inherited, open_files_limit
 
 DEFAULT_LISTEN = "127.0.0.1:8000"
 _APP_NAMES = ("http", "unknown")
@@ -71,7 +71,7 @@ def make_server(
         threads=server.threads,
         listeners=listeners,
         backlog=server.backlog,
-        adjustments=adjustments(server, raise_open_files_limit()),
+        adjustments=adjustments(server, open_files_limit(raised=True)),
         on_answer=on_answer,
         on_death=on_death,
     )

@@ -106,8 +106,10 @@ def record_lines(record: Fields) -> list[str]:
     lines = [
         f"reason: {record.get('reason', 'unknown')}",
         f"started: {record.get('started', 'unknown')}, took {format_duration(float(record.get('took', 0)))}",
-        (f"requests: completed={record.get('completed', 0)} rejected={record.get('rejected', 0)} "
-        f"cut={len(record.get('cut', ()))}"),
+        (
+            f"requests: completed={record.get('completed', 0)} rejected={record.get('rejected', 0)} "
+            f"cut={len(record.get('cut', ()))}"
+        ),
     ]
     lines += [
         f"cut: {each['method']} {each['path']} ({each['phase']} for {each['age']:.1f}s): {each['reason']}"

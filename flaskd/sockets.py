@@ -243,12 +243,14 @@ def _answers(path: Path) -> bool:
         return True
 
 
-def raise_open_files_limit() -> int:
-    """Raise the soft RLIMIT_NOFILE to the hard one (setrlimit(2)) and return what is allowed now."""
-    import resource  # noqa: PLC0415 - not on Windows
-
+def open_files_limit(*, raised: bool = False) -> int:
+    """The soft RLIMIT_NOFILE, on request `raised` to the hard one before (setrlimit(2)); 512 where there is none."""
+    try:
+        import resource  # noqa: PLC0415 - not on Windows
+    except ImportError:
+        return 512
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
+    if raised and soft != hard:
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             soft = hard

@@ -1,272 +1,35 @@
-import gc
 import http.client
-import io
-import os
 import queue
-import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
 
 import pytest
+from server_kit import (
+    BIG,
+    PATIENCE,
+    Client,
+    answers,
+    app,
+    connect,
+    descriptors,
+    draining,
+    get,
+    no_thread_left,
+    post,
+    serve,
+    until,
+    workers,
+)
 
 from flaskd.errors import AppError, CannotCreateError, FlaskdError
 from flaskd.ledger import DrainReport
 from flaskd.server import ServerThread
 from flaskd.sockets import Address, Listener
 
-PATIENCE = 10.0
-"""Seconds until a test gives up on something that should long have happened."""
-BIG = 8 * 1024 * 1024
-"""Bytes; more than the kernel takes for a client that does not read, less than what would hold up a worker."""
-
-
-class App:
-    """A WSGI app whose requests say that they are entered; those for /gate stay until the test releases them."""
-
-    def __init__(self):
-        self._entered = queue.SimpleQueue()
-        self.released = threading.Event()
-        self.draining = None
-
-    def __call__(self, environ, start_response):
-        self.draining = environ["flaskd.draining"]
-        self._entered.put(environ["PATH_INFO"])
-        name = environ["PATH_INFO"].split("/")[1]
-        return getattr(self, name or "hello")(environ, start_response)
-
-    def entered(self, count):
-        """Wait until so many requests are inside, and give their paths."""
-        return {self._entered.get(timeout=PATIENCE) for _ in range(count)}
-
-    def hello(self, environ, start_response, body=b"hello"):
-        start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(len(body)))])
-        return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
-
-    def odd(self, environ, start_response):
-        start_response("odd", [("Content-Length", "0")])
-        return []
-
-    def gate(self, environ, start_response):
-        self.released.wait()
-        return self.hello(environ, start_response, environ["PATH_INFO"].encode())
-
-    def echo(self, environ, start_response):
-        return self.hello(environ, start_response, environ["wsgi.input"].read())
-
-    def big(self, environ, start_response):
-        return self.hello(environ, start_response, b"x" * BIG)
-
-    def file(self, environ, start_response):
-        start_response("200 OK", [("Content-Type", "text/plain")])
-        return environ["wsgi.file_wrapper"](io.BytesIO(b"x" * BIG))
-
-    def stream(self, environ, start_response):
-        start_response("200 OK", [("Content-Type", "text/plain")])
-        yield b"first"
-        self.released.wait()
-        yield b"last"
-
-    def flood(self, environ, start_response):
-        start_response("200 OK", [("Content-Type", "text/plain")])
-        while True:
-            yield b"x" * 65536
-
-    def boom(self, environ, start_response):
-        raise LookupError("on purpose")
-
-    def exit(self, environ, start_response):
-        raise SystemExit(environ["QUERY_STRING"] or None)
-
-    def interrupt(self, environ, start_response):
-        raise KeyboardInterrupt
-
-    def half(self, environ, start_response):
-        start_response("200 OK", [("Content-Type", "text/plain")])
-        yield b"first"
-        raise LookupError("on purpose")
-
-    def half_exit(self, environ, start_response):
-        start_response("200 OK", [("Content-Type", "text/plain")])
-        yield b"first"
-        raise SystemExit(1)
-
-    def short(self, environ, start_response):
-        start_response("200 OK", [("Content-Length", "10")])
-        return [b"short"]
-
-
-@dataclass
-class Response:
-    status: int
-    headers: http.client.HTTPMessage
-    body: bytes
-
-    @property
-    def last(self):
-        """Whether the server said that it will close the connection."""
-        return self.headers["Connection"] == "close"
-
-
-class Client:
-    """A connection, byte for byte."""
-
-    def __init__(self, address, receive_buffer=None):
-        family = socket.AF_UNIX if address.path else socket.AF_INET6 if ":" in address.host else socket.AF_INET
-        self.socket = socket.socket(family, socket.SOCK_STREAM)
-        self.socket.settimeout(PATIENCE)
-        if receive_buffer is not None:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        try:
-            self.socket.connect(address.path or (address.host, address.port))
-        except OSError:
-            self.socket.close()
-            raise
-        self._file = self.socket.makefile("rb")
-
-    def send(self, *requests):
-        """Send requests, given as paths or as bytes, in one piece."""
-        self.socket.sendall(b"".join(each if isinstance(each, bytes) else get(each) for each in requests))
-        return self
-
-    def response(self):
-        """Read one response; raises what http.client raises when it is broken off."""
-        line = self._file.readline()
-        if not line:
-            raise http.client.RemoteDisconnected
-        status, headers = int(line.split()[1]), http.client.parse_headers(self._file)
-        if status == 100:
-            return Response(status, headers, b"")
-        if headers["Transfer-Encoding"] == "chunked":
-            body = b""
-            while size := int(self._exactly(self._file.readline(), 3), 16):
-                body += self._exactly(self._file.read(size + 2), size + 2)[:-2]
-            self._exactly(self._file.readline(), 2)
-            return Response(status, headers, body)
-        length = int(headers["Content-Length"])
-        return Response(status, headers, self._exactly(self._file.read(length), length))
-
-    @staticmethod
-    def _exactly(data, length):
-        if len(data) < length:
-            raise http.client.IncompleteRead(data)
-        return data
-
-    def ask(self, request):
-        """Send one request and read its response."""
-        return self.send(request).response()
-
-    def ended(self):
-        """Whether the server closed the connection, in order or not."""
-        try:
-            return self._file.read(1) == b""
-        except ConnectionResetError:
-            return True
-
-    def reset(self):
-        """Go away without a word."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.close()
-
-    def close(self):
-        self._file.close()
-        self.socket.close()
-
-
-def get(path, *headers, version="1.1", method="GET"):
-    lines = [f"{method} {path} HTTP/{version}", *(["Host: test"] if version == "1.1" else []), *headers]
-    return "\r\n".join([*lines, "", ""]).encode()
-
-
-def post(path, body, *headers):
-    return get(path, f"Content-Length: {len(body)}", *headers, method="POST") + body
-
-
-def workers():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("flaskd-worker-")]
-
-
-def descriptors():
-    gc.collect()
-    return sorted(os.listdir("/proc/self/fd"))
-
-
-def until(server, condition):
-    """Let the server turn until something is so."""
-    patience = time.monotonic() + PATIENCE
-    while not condition():
-        assert server.turns(PATIENCE)
-        assert time.monotonic() < patience
-
-
-@contextmanager
-def draining(server, app, timeout=PATIENCE):
-    """Drain in the background; the block begins when the drain has begun, and gets the future report.
-
-    The app must have been asked for something before.
-    """
-    with ThreadPoolExecutor(1) as pool:
-        report = pool.submit(server.drain, timeout)
-        try:
-            assert app.draining.wait(PATIENCE)
-            assert server.turns(PATIENCE)  # it has closed its listeners by then
-            yield report
-        finally:
-            app.released.set()
-
-
-@pytest.fixture(autouse=True)
-def _no_thread_left():
-    before = set(threading.enumerate())
-    yield
-    gc.collect()
-    assert set(threading.enumerate()) <= before
-
-
-@pytest.fixture
-def app():
-    return App()
-
-
-@pytest.fixture
-def answers():
-    """What the access log would be told, in order."""
-    return queue.SimpleQueue()
-
-
-@pytest.fixture
-def serve(app, answers):
-    """Starts servers, and stops them at the end."""
-    started = []
-
-    def start(app=app, **options):
-        server = ServerThread(app, on_answer=answers.put, **options)
-        started.append(server)
-        return server.start()
-
-    yield start
-    app.released.set()
-    for server in started:
-        server.stop(PATIENCE)
-
-
-@pytest.fixture
-def connect():
-    """Opens connections to a server, and closes them at the end."""
-    clients = []
-
-    def open_one(server, index=0, **options):
-        clients.append(Client(server.addresses[index], **options))
-        return clients[-1]
-
-    yield open_one
-    for client in clients:
-        client.close()
+pytestmark = pytest.mark.usefixtures("no_thread_left")
 
 
 # --- start -------------------------------------------------------------------------------------------------------------
@@ -646,8 +409,8 @@ def test_the_deadline_deals_with_every_phase(serve, app, connect):
         ("receiving", "POST", "/echo"),
     }
     assert report.rejected == 1
-    status, headers, _ = queued.response()
-    assert (status, headers["Connection"], int(headers["Retry-After"]) > 0) == (503, "close", True)
+    refusal = queued.response()
+    assert (refusal.status, refusal.last, int(refusal.headers["Retry-After"]) > 0) == (503, True, True)
     assert all(client.ended() for client in (receiving, running, queued))
     with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
         sending.response()

@@ -6,7 +6,7 @@ import stat
 import pytest
 
 from flaskd.errors import CannotCreateError
-from flaskd.sockets import Address, Listener, Node, bind_unix, raise_open_files_limit
+from flaskd.sockets import Address, Listener, Node, bind_unix, open_files_limit
 
 
 def has_ipv6():
@@ -343,9 +343,9 @@ def test_the_limit_of_open_files_is_raised():
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, before[0]), before[1]))
-        assert raise_open_files_limit() == before[1]
+        assert open_files_limit(raised=True) == before[1]
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
-        assert raise_open_files_limit() == before[1]
+        assert open_files_limit(raised=True) == before[1]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
@@ -358,4 +358,4 @@ def test_a_limit_that_cannot_be_raised_is_told_as_it_is(monkeypatch):
 
     monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 200))
     monkeypatch.setattr(resource, "setrlimit", refuse)
-    assert raise_open_files_limit() == 100
+    assert open_files_limit(raised=True) == 100

@@ -164,7 +164,7 @@ class _Front:
 
     def add_task(self, channel: Channel) -> None:
         if channel.answered_here:
-            channel.service()
+            channel.loop.call(channel.serve_here)  # soon: a lock of the channel is held in this moment
         else:
             self._acceptor.task_dispatcher.add_task(channel)
 
@@ -259,6 +259,11 @@ class Channel(HTTPChannel):  # type: ignore[misc]
                 self.unsettled.append(request)
             self._settle()
         self.loop.answered(request)
+
+    def serve_here(self) -> None:
+        """Answer the first request in line without a worker (loop's thread)."""
+        if self.requests and self.connected:
+            self.service()
 
     def write_soon(self, data: Any) -> int:
         """Put out a part of a response; a stream that was ended takes no more."""

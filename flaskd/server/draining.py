@@ -107,7 +107,7 @@ class Draining:
                 # The connection closes after the refusal, so these get no answer of their own.
                 self._cut += tuple(self._loop.cut_one(request, _TOO_LATE) for request in behind)
                 first.rejected = True
-                channel.service()
+                channel.serve_here()
 
     def _report(self) -> None:
         completed, rejected = self._counted_from

@@ -13,9 +13,14 @@ _USUAL_PROXY_HEADERS = {"x-forwarded-for", "x-forwarded-proto"}
 """Believed when a trusted proxy is named without headers: what every proxy sets, and none passes on from a client."""
 
 
+def most_connections(open_files: int) -> int:
+    """How many connections so many open files allow, less a reserve."""
+    return max(16, open_files - _RESERVED_FILES)
+
+
 def adjustments(server: ServerConfig, open_files: int) -> dict[str, Any]:
     """Waitress' settings; `open_files` is what RLIMIT_NOFILE allows, which bounds the connections."""
-    most = max(16, open_files - _RESERVED_FILES)
+    most = most_connections(open_files)
     settings: dict[str, Any] = {
         "connection_limit": min(most, server.connection_limit or most),
         "url_scheme": server.url_scheme,

@@ -15,7 +15,8 @@ from flaskd.errors import AppError, FlaskdError, NotNowError
 from flaskd.ledger import Cut, DrainReport, InFlight
 from flaskd.server.channel import stack_of
 from flaskd.server.loop import EventLoop
-from flaskd.sockets import Address, Listener
+from flaskd.server.settings import most_connections
+from flaskd.sockets import Address, Listener, open_files_limit
 
 log = logging.getLogger("flaskd.server")
 
@@ -86,7 +87,7 @@ class ServerThread:
                 self._app,
                 self._listeners,
                 threads=self._threads,
-                adjustments={"asyncore_use_poll": True, **self._adjustments},
+                adjustments={"connection_limit": most_connections(open_files_limit()), **self._adjustments},
                 on_answer=self._on_answer,
             )
             self.set_graces(self._keepalive_grace, self._stream_grace)

@@ -1,0 +1,287 @@
+"""What a drain owes to each connection: graces, half-closes, refusals in words, ended streams, shared listeners."""
+
+import socket
+import threading
+import time
+
+import pytest
+from server_kit import (
+    BIG,
+    PATIENCE,
+    Client,
+    answers,
+    app,
+    connect,
+    descriptors,
+    draining,
+    get,
+    no_thread_left,
+    post,
+    serve,
+    until,
+    workers,
+)
+
+from flaskd.server import ServerThread
+from flaskd.server.channel import Channel
+from flaskd.sockets import Address, Listener
+
+pytestmark = pytest.mark.usefixtures("no_thread_left")
+
+
+def test_a_busy_keepalive_client_gets_its_next_request_answered(serve, app, connect):
+    """Within its grace a connection may send one more request, and learns from the answer that it is the last."""
+    server = serve(keepalive_grace=PATIENCE)
+    client = connect(server)
+    client.ask("/")
+    with draining(server, app) as report:
+        response = client.ask("/")
+        assert (response.status, response.last) == (200, True)
+        assert client.ended()
+        assert report.result(PATIENCE).completed == 1
+
+
+def test_a_connection_that_is_idle_longer_than_its_grace_is_closed_at_once(serve, app, connect):
+    """Clients with nothing to say do not hold a drain up."""
+    server = serve(keepalive_grace=0)
+    clients = [connect(server) for _ in range(20)]
+    for client in clients:
+        client.ask("/")
+    until(server, lambda: server.in_flight == 0)
+    began = time.monotonic()
+    report = server.drain(timeout=PATIENCE)
+    assert time.monotonic() - began < 1
+    assert (report.completed, report.cut) == (0, ())
+    assert all(client.ended() for client in clients)
+
+
+def test_the_half_close_waits_for_the_client_and_never_resets(serve, app, connect):
+    """A client that is still sending when the answer is out reads all of it; nothing is reset under it."""
+    server = serve()
+    client = connect(server)
+    client.send(post("/echo", b"x" * 100, "Connection: close"))
+    client.socket.sendall(b"y" * 50_000)  # more than was announced: unread input would make a plain close a reset
+    response = client.response()
+    assert response.body == b"x" * 100
+    assert client.ended()
+
+
+def test_a_refused_upload_reads_its_refusal(serve, connect):
+    """A body that is too large is refused before it is read; the client that goes on sending gets the 413."""
+    server = serve(adjustments={"max_request_body_size": 1000})
+    client = connect(server)
+    client.send(get("/echo", "Content-Length: 1000000", method="POST"))
+    for _ in range(20):
+        client.socket.sendall(b"x" * 10_000)
+    assert client.response().status == 413
+    assert client.ended()
+
+
+def test_what_waits_in_the_queue_at_the_deadline_is_refused_in_words(serve, app, connect):
+    """503 and Retry-After for each request that no thread had begun; they are counted as rejected."""
+    server = serve(threads=1)
+    running = connect(server).send("/gate")
+    app.entered(1)
+    waiting = [connect(server).send("/") for _ in range(5)]
+    until(server, lambda: server.queued == 5)
+    report = server.drain(timeout=0)
+    for client in waiting:
+        response = client.response()
+        assert (response.status, response.last) == (503, True)
+        assert int(response.headers["Retry-After"]) > 0
+    assert (report.completed, report.rejected, [each.path for each in report.cut]) == (0, 5, ["/gate"])
+    assert running.ended()
+
+
+def test_expect_within_the_grace_is_served_and_after_it_refused(serve, app, connect):
+    """100-continue is said to who is in time; who is late gets a 503 before sending the body."""
+    server = serve(keepalive_grace=PATIENCE)
+    client, late = connect(server), connect(server)
+    client.ask("/")
+    late.ask("/")
+    with draining(server, app) as report:
+        client.send(get("/echo", "Content-Length: 4", "Expect: 100-continue", method="POST"))
+        assert client.response().status == 100
+        assert client.send(b"body").response().body == b"body"
+        server.set_graces(0, 0)
+        late.send(get("/echo", "Content-Length: 4", "Expect: 100-continue", method="POST"))
+        response = late.response()
+        assert (response.status, response.last) == (503, True)
+        account = report.result(PATIENCE)
+        assert (account.completed, account.rejected) == (1, 1)
+
+
+def events(environ, start_response, entered=threading.Event(), release=threading.Event()):  # noqa: B008 - shared
+    start_response("200 OK", [("Content-Type", "text/event-stream")])
+    yield b"data: 1\n\n"
+    entered.set()
+    release.wait(PATIENCE)
+    yield b"data: 2\n\n"
+
+
+def test_an_event_stream_ends_between_two_events_after_its_grace(serve, connect):
+    """A stream whose generator sleeps on is ended with a proper last chunk; it counts as completed."""
+    entered, release = threading.Event(), threading.Event()
+    server = serve(lambda environ, start: events(environ, start, entered, release), stream_grace=0)
+    client = connect(server).send("/")
+    assert entered.wait(PATIENCE)
+    report = server.drain(timeout=PATIENCE)
+    assert client.response().body == b"data: 1\n\n"
+    assert client.ended()
+    assert (report.completed, report.cut) == (1, ())
+    release.set()
+
+
+def test_a_chunked_download_is_not_ended_early(serve, app, connect):
+    """Half of somebody's data never looks whole: a chunked response that is no event stream runs on, or is cut."""
+    server = serve(stream_grace=0)
+    client = connect(server).send("/stream")
+    app.entered(1)
+    with draining(server, app) as report:
+        assert not report.done()
+        app.released.set()
+        assert client.response().body == b"firstlast"
+        assert report.result(PATIENCE).completed == 1
+
+
+def test_a_reset_client_is_not_waited_for(serve, app, connect):
+    """Whose connection was reset gets no answer any more, so the drain does not wait for it."""
+    server = serve()
+    client = connect(server).send("/gate")
+    app.entered(1)
+    with draining(server, app) as report:
+        client.reset()
+        account = report.result(PATIENCE)
+        assert (account.completed, account.cut) == (0, ())
+
+
+def test_a_half_closing_client_gets_its_answer(serve, app, connect):
+    """A client that has said all it has to say still reads its response, in a drain too."""
+    server = serve()
+    client = connect(server).send("/gate")
+    app.entered(1)
+    client.socket.shutdown(socket.SHUT_WR)
+    with draining(server, app):
+        app.released.set()
+        assert client.response().status == 200
+
+
+def test_new_clients_are_refused_while_handshakes_complete(serve, app, connect):
+    """The gate: connections already made are served, new ones are refused while the listener still drains."""
+    server = serve(threads=1)
+    early = connect(server).send("/gate")
+    app.entered(1)
+    waiting = [connect(server).send("/") for _ in range(10)]
+    with draining(server, app) as report:
+        with pytest.raises(ConnectionRefusedError):
+            connect(server)
+        app.released.set()
+        assert {client.response().status for client in [early, *waiting]} == {200}
+        assert report.result(PATIENCE).completed == 11
+
+
+def shared_listener():
+    sock = socket.create_server(("127.0.0.1", 0))
+    host, port = sock.getsockname()
+    return Listener(Address(host, port), sock.dup(), shared=True), sock
+
+
+def test_a_shared_listener_is_left_to_its_next_owner(serve, app, connect):
+    """A drain does not accept from what somebody else holds, too; the next owner answers who waits in the backlog."""
+    listener, kept = shared_listener()
+    with kept:
+        first = serve(listeners=[listener])
+        assert connect(first).ask("/").status == 200
+        first.drain(timeout=PATIENCE)
+        waiting = connect(first).send("/")
+        first.stop(PATIENCE)
+        second = serve(listeners=[Listener(listener.address, kept.dup(), shared=True)])
+        assert waiting.response().status == 200
+        assert connect(second).ask("/").status == 200
+
+
+def test_while_drained_a_shared_listener_answers_503(serve, app, connect):
+    """Who comes to a drained server is told plainly, until it resumes."""
+    listener, kept = shared_listener()
+    with kept:
+        server = serve(listeners=[listener])
+        server.drain(timeout=PATIENCE)
+        server.refuse(on=True)
+        response = connect(server).ask("/")
+        assert (response.status, response.last) == (503, True)
+        server.resume()
+        assert connect(server).ask("/").status == 200
+
+
+def test_announcing_closes_each_connection_after_its_answer(serve, app, connect):
+    """While a drain is announced, requests are served as before, and each response is the connection's last."""
+    server = serve()
+    client = connect(server)
+    assert not client.ask("/").last
+    server.announce()
+    assert server.turns(PATIENCE)
+    assert client.ask("/").last
+    assert connect(server).ask("/").last
+
+
+def test_health_is_answered_by_the_loop(serve, app, answers, connect):
+    """With every worker stuck, the health path answers, and the app never sees it."""
+    server = serve(threads=1)
+    server.answer_health("/healthz", lambda: ("503 Service Unavailable", "draining"))
+    stuck = connect(server).send("/gate")
+    app.entered(1)
+    response = connect(server).ask("/healthz")
+    assert (response.status, response.body) == (503, b"draining\n")
+    head = connect(server).send(get("/healthz", "Connection: close", method="HEAD"))
+    assert head.socket.recv(100).startswith(b"HTTP/1.1 503 ")
+    app.released.set()
+    assert stuck.response().status == 200
+
+
+def test_the_limit_counts_connections_and_accepting_goes_on_below_it(serve, app, connect):
+    """At the limit new connections wait in the backlog; one that ends lets the next one in."""
+    server = serve(adjustments={"connection_limit": 2})
+    first, second = connect(server), connect(server)
+    assert first.ask("/").status == second.ask("/").status == 200
+    third = connect(server).send("/")
+    until(server, lambda: server.connections == 2)
+    first.close()
+    assert third.response().status == 200
+
+
+def test_the_same_on_waitress_own_loop(serve, app, connect, monkeypatch):
+    """Without epoll and without the gate, serving, draining, cutting and resuming work alike."""
+    monkeypatch.delattr("select.epoll")
+    monkeypatch.setattr(Listener, "gate", lambda _: False)
+    server = serve(threads=1)
+    running = connect(server).send("/gate")
+    app.entered(1)
+    waiting = connect(server).send("/", "/")
+    idle = connect(server)
+    with draining(server, app) as report:
+        app.released.set()
+        assert running.response().status == 200
+        assert waiting.response().status == 200
+        assert waiting.response().last
+        assert idle.ended()
+        assert (report.result(PATIENCE).completed, report.result().cut) == (3, ())
+    server.resume()
+    assert connect(server).ask("/big").body == b"x" * BIG
+
+
+def test_thousands_of_idle_connections_cost_nothing(serve, app, connect):
+    """Interest is computed only for connections that something happened to: idle ones are never asked."""
+    server = serve()
+    for _ in range(200):
+        connect(server)
+    until(server, lambda: server.connections == 200)
+    asked = []
+    busy = connect(server)
+    before = Channel.readable
+    try:
+        Channel.readable = lambda self: asked.append(self) or before(self)
+        for _ in range(10):
+            assert busy.ask("/").status == 200
+    finally:
+        Channel.readable = before
+    assert len(set(asked)) == 1
