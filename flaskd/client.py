@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -36,8 +37,9 @@ def find_socket(explicit: str | None, name: str, environ: Mapping[str, str]) -> 
     tried = []
     for directory in runtime_directories(name, environ):
         path = directory / SOCKET
-        if path.exists():
-            return path
+        with contextlib.suppress(OSError):  # a name too long, a directory that may not be searched
+            if path.exists():
+                return path
         tried.append(str(path))
     raise NoDaemonError(f"cannot find a daemon: there is no {', no '.join(tried)}; start one, or name its --socket")
 

@@ -24,6 +24,7 @@ from flaskd.cleanup import Plan, StepResult, build_plan
 from flaskd.config import Config, Configuration, HealthConfig
 from flaskd.drain import Drain
 from flaskd.errors import EX_OK, AppError, ConfigError, FlaskdError, NotNowError
+from flaskd.forks import forgotten_by_children
 from flaskd.ledger import DrainReport
 from flaskd.lifecycle import Event, Lifecycle, State, StopReason
 from flaskd.loading import LoadedApp
@@ -33,10 +34,14 @@ from flaskd.server import ServerThread
 from flaskd.signals import Escalation, SignalWatch, Terminal
 from flaskd.sockets import Listener
 from flaskd.state import StateDirectory
-from flaskd.stop import Stop
+from flaskd.stop import CleanupThread, Stop
 
 log = logging.getLogger("flaskd.daemon")
 
+_BREAK_OFF = 0.8
+"""Seconds in which a start that is broken off ends, whatever the app's import holds."""
+_LAST_WORDS = 0.2
+"""Seconds for the log of a process that leaves in a hurry."""
 _TICK = 1.0
 """Seconds between two progress reports of a drain or stop."""
 
@@ -56,6 +61,9 @@ class Plane(Protocol):
 
     def remove_nodes(self) -> None:
         """Remove the nodes, and nothing else."""
+
+    def forget(self) -> None:
+        """Close all descriptors, and nothing else."""
 
 
 class Daemon:
@@ -86,12 +94,16 @@ class Daemon:
         self._terminal: Terminal
         self._state_directory = StateDirectory(name, environ)
         self._interruptible = False
+        self._starting = threading.Lock()
+        self._cleanup_thread = CleanupThread()
         self._escalation = Escalation()
         self._listeners: list[Listener] = []
         self._server: ServerThread | None = None
         self._drain: Drain | None = None
         self._stop: Stop | None = None
         self._stop_waiters: list[Reply] = []
+        self._reload_waiters: list[Reply] = []
+        self._reload_again = False
         self._last_tick = 0.0
         self._failure: FlaskdError | None = None
         self._last_reload: dict[str, Any] | None = None
@@ -187,11 +199,13 @@ class Daemon:
             stack.enter_context(self._logs)
             self._logs.apply(level="info", log_format="auto", access="off")
             stack.callback(self._notifier.close)
+            stack.enter_context(forgotten_by_children(self._forget))
             stack.callback(faulthandler.cancel_dump_traceback_later)
             try:
                 self._start(stack)
             except FlaskdError as error:
-                self._interruptible = False
+                with self._starting:
+                    self._interruptible = False
                 self._lifecycle.handle(Event.START_FAILED)
                 return self._failed(error)
             self._turn()
@@ -206,22 +220,26 @@ class Daemon:
         self._interruptible = True
         stack.enter_context(self._signals)
         self._notifier.status("starting")
-        self._plane.open(config)
-        stack.callback(self._plane.close)
-        stack.callback(self._close_listeners)
-        launch.change_directory(config.app)
-        launch.bind(config.server, self._listeners, self._environ)
-        self._state_directory.open(record=config.shutdown.record)
-        stack.callback(self._state_directory.close)
+        with self._starting:  # a start that is broken off waits for this, and then nothing more is made
+            self._plane.open(config)
+            stack.callback(self._plane.close)
+            stack.callback(self._close_listeners)
+            launch.change_directory(config.app)
+            launch.bind(config.server, self._listeners, self._environ)
+            self._state_directory.open(record=config.shutdown.record)
+            stack.callback(self._state_directory.close)
+            stack.callback(self._cleanup_thread.dismiss)
+            self._cleanup_thread.start()
         where = ", ".join(listener.address.url for listener in self._listeners)
         nodes = ", ".join(self._plane.nodes) or "none"
         log.info(f"flaskd (pid {os.getpid()}) will serve on {where}; control: {nodes}")
         if self._plane.nodes:
             os.environ["FLASKD_CONTROL"] = self._plane.nodes[0]  # what the app starts can talk to this daemon
         self.app = launch.find_app(config.app, self._given_app, self._environ)
-        self._signals.reclaim()
         self._plan = build_plan(config.cleanup)
         self._plan.prepare()
+        self._signals.reclaim()
+        self._logs.reclaim()
         self._server = launch.make_server(
             config.server,
             self.app,
@@ -229,7 +247,8 @@ class Daemon:
             on_answer=self._on_answer,
             on_death=lambda error: self._inbox.put(lambda: self._on_death(error)),
         )
-        self._interruptible = False  # from here on a stop finds a server to drain
+        with self._starting:
+            self._interruptible = False  # from here on a stop finds a server to drain
         stack.callback(self._server.abandon)
         self._server.start()
         self._apply_server(config)
@@ -286,13 +305,25 @@ class Daemon:
         elif self._escalation.count <= 2:  # noqa: PLR2004 - the first asks, the second presses
             self.stop(StopReason("signal", name), Discard(), now=self._escalation.count > 1)
         else:
-            self._remove_nodes()
-            os.write(2, f"flaskd: {name} once more: gone at once\n".encode())
-            os._exit(128 + number)
+            try:
+                self._remove_nodes()
+                log.warning(f"{name} once more: gone at once")
+                self._logs.flush(_LAST_WORDS)
+            finally:
+                os._exit(128 + number)
 
     def _break_off_start(self, why: str) -> None:
         """End a start at once: the main thread may be anywhere in the app's import, and cannot be waited for."""
+        timer = threading.Timer(_BREAK_OFF, os._exit, [EX_OK])  # should anything here be held up by the import
+        timer.daemon = True
         try:
+            timer.start()
+            self._starting.acquire(timeout=_BREAK_OFF)  # kept: the main thread makes nothing more
+            if not self._interruptible:  # it was faster: there is a server now, and this is a stop like any other
+                timer.cancel()
+                self._starting.release()
+                self.stop(StopReason("signal", why), Discard())
+                return
             log.info(f"stopped while starting: {why}")
             self._notifier.stopping("stopped while starting")
             with contextlib.suppress(queue.Empty):
@@ -303,9 +334,19 @@ class Daemon:
             self._remove_nodes()
             self._state_directory.close()
             self._plane.close()
-            logging.shutdown()
-        finally:
+            self._logs.flush(_LAST_WORDS)
             os._exit(EX_OK)
+        except Exception:  # whatever it was, the start is over
+            log.exception("cannot break off the start in good order")
+            os._exit(EX_OK)
+
+    def _forget(self) -> None:
+        """In a child that the app forked: let go of all that is the daemon's."""
+        self._plane.forget()
+        for listener in self._listeners:
+            listener.socket.close()
+        if self._server is not None:
+            self._server.forget()
 
     def _remove_nodes(self) -> None:
         self._plane.remove_nodes()
@@ -403,6 +444,8 @@ class Daemon:
             return  # resume, or the guard, was faster
         drain.report = report
         state = self._lifecycle.handle(Event.DRAIN_OVER)
+        if self._stop is not None:
+            self._stop.drained(report)
         log.info(f"drained: {report}", extra={"fields": report.as_json()})
         for reply in drain.release():
             reply.ok("drained", drain.account())
@@ -410,9 +453,6 @@ class Daemon:
             self._notifier.status(f"drained: {report}")
             if self.configuration.values.shutdown.drain.while_drained == "auto" and self._server is not None:
                 self._server.refuse(on=True)
-        else:
-            assert self._stop is not None
-            self._stop.drained(report)
 
     def _on_resume(self, reply: Reply) -> None:
         try:
@@ -441,49 +481,74 @@ class Daemon:
     # --- reload -----------------------------------------------------------------------------------------------------
 
     def _on_reload(self, reply: Reply, since: float) -> None:
+        before = self.state
         try:
             self._lifecycle.handle(Event.RELOAD)
         except NotNowError as error:
             log.warning(str(error))
             reply.error(error.code, str(error))
             return
+        self._reload_waiters.append(reply)
+        if before is State.RELOADING:
+            self._reload_again = True  # what is being read now may be older than this wish
+            return
         self._notifier.reloading(since)
-        fault, code = "", ""
-        try:
-            self._swap(self._load())
-        except FlaskdError as error:
-            fault, code = f"{error}; keeping the old configuration", error.code
-        except Exception as error:  # whatever it is, the daemon goes on with what it has
-            log.exception("the reload broke off")
-            fault, code = f"{error!r}; keeping the old configuration", FlaskdError.code
+        self._reload()
+
+    def _reload(self) -> None:
+        """Read and prepare in a thread of its own: a file or an import that hangs must not keep a stop waiting."""
+
+        def read() -> None:
+            fault: Exception | None = None
+            new, plan = self.configuration, self._plan
+            try:
+                new = self._load()
+                if keys := self.configuration.restart_keys(new):
+                    raise RestartNeededError(f"{', '.join(keys)}: cannot change without a restart")
+                plan = build_plan(new.values.cleanup)
+                plan.prepare()
+            except Exception as error:  # noqa: BLE001 - told below; the daemon goes on with what it has
+                fault = error
+            self._inbox.put(lambda: self._on_reloaded(new, plan, fault))
+
+        self._reload_again = False
+        threading.Thread(target=read, name="flaskd-reload", daemon=True).start()
+
+    def _on_reloaded(self, new: Configuration, plan: Plan, error: Exception | None) -> None:
+        if self.state is not State.RELOADING:
+            return  # a stop came first; it has its plan, and its waiters were told
+        self._signals.reclaim()
+        self._logs.reclaim()
+        if error is None:
+            self.configuration, self._plan = new, plan
+            self._apply_log(new.values)
+            self._apply_server(new.values)
+        if self._reload_again:
+            self._reload()
+            return
         self._lifecycle.handle(Event.RELOADED)
-        self._last_reload = {"time": logs.timestamp(time.time()), "ok": not fault}
-        if fault:
-            log.error(f"reload failed: {fault}")
-            self._last_reload["fault"] = fault
-            self._notifier.ready(f"ready, but the reload failed: {fault}")
-            reply.error(code, fault)
-        else:
+        self._last_reload = {"time": logs.timestamp(time.time()), "ok": error is None}
+        waiters, self._reload_waiters = self._reload_waiters, []
+        if error is None:
             log.info(f"reloaded {self.configuration.path or 'the defaults'}")
             self._notifier.ready(self._ready_status())
-            reply.ok("reloaded", {"config": str(self.configuration.path)} if self.configuration.path else {})
-
-    def _swap(self, new: Configuration) -> None:
-        if keys := self.configuration.restart_keys(new):
-            raise RestartNeededError(f"{', '.join(keys)}: cannot change without a restart")
-        plan = build_plan(new.values.cleanup)
-        plan.prepare()
-        assert self._server is not None
-        self.configuration, self._plan = new, plan
-        self._apply_log(new.values)
-        self._server.set_threads(new.values.server.threads)
-        self._apply_server(new.values)
+            for reply in waiters:
+                reply.ok("reloaded", {"config": str(self.configuration.path)} if self.configuration.path else {})
+            return
+        known = isinstance(error, FlaskdError)
+        fault = f"{error if known else repr(error)}; keeping the old configuration"
+        log.error(f"reload failed: {fault}", exc_info=None if known else error)
+        self._last_reload["fault"] = fault
+        self._notifier.ready(f"ready, but the reload failed: {fault}")
+        for reply in waiters:
+            reply.error(error.code if isinstance(error, FlaskdError) else FlaskdError.code, fault)
 
     def _apply_log(self, config: Config) -> None:
         self._logs.apply(level=config.log.level, log_format=config.log.format, access=config.log.access)
 
     def _apply_server(self, config: Config) -> None:
         assert self._server is not None
+        self._server.set_threads(config.server.threads)
         self._server.set_graces(config.shutdown.drain.keepalive_grace, config.shutdown.drain.stream_grace)
         self._server.answer_health(config.health.path or "", self._health)
 
@@ -533,6 +598,9 @@ class Daemon:
             over=lambda error: self._inbox.put(lambda: self._on_stop_over(error)),
             on_step=lambda result: self._inbox.put(lambda: self._on_step(result)),
         )
+        for reply in self._reload_waiters:
+            reply.error("not-now", "the reload was overtaken by a stop")
+        self._reload_waiters = []
         self._stop.arm()  # before another line of Python: the app may take the GIL and never give it back
         log.info(f"{what}, at most {config.shutdown.deadline:g}s for everything")
         self._notifier.stopping(what)
@@ -540,7 +608,7 @@ class Daemon:
             # A successor may share the listeners: from now on their backlog is left to it.
             self._server.refuse(on=False)
             self._server.announce()
-        self._stop.start()
+        self._stop.start(self._cleanup_thread)
         self._last_tick = time.monotonic()
 
     def _drain_to_stop(self, counted_from: tuple[int, int]) -> None:

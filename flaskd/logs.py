@@ -6,14 +6,22 @@ Log records may carry ``extra={"fields": {...}}``: named values for the JSON for
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import queue
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal, Self
+
+from flaskd.forks import forgotten_by_children
+
+_LAST_FLUSH = 1.0
+"""Seconds that the last lines may take to be written."""
 
 Format = Literal["auto", "text", "json", "journal"]
 Access = Literal["off", "common", "combined", "json"]
@@ -89,19 +97,78 @@ def _whole_message(formatter: logging.Formatter, record: logging.LogRecord) -> s
     return message
 
 
-class _StderrHandler(logging.StreamHandler[Any]):
-    """Writes to whatever sys.stderr is now; a terminal or pipe that went away costs the line, not the daemon."""
+class _Writer:
+    """Writes lines to standard error in a thread of its own, so that a reader who stalls costs only lines."""
+
+    _MOST = 10_000
+    """Lines that may wait."""
 
     def __init__(self) -> None:
-        logging.Handler.__init__(self)
+        self._lines: queue.Queue[str | threading.Event] = queue.Queue(self._MOST)
+        self._thread: threading.Thread | None = None
+        self._dropped = 0
 
-    @property
-    def stream(self) -> Any:
-        return sys.stderr
+    def start(self) -> None:
+        """Start the thread; where none can be had, lines are written in place."""
+        self._thread = threading.Thread(target=self._run, name="flaskd-log", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._thread = None
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's own name
-        if not (isinstance(sys.exception(), OSError) or _stderr_is_gone()):
-            super().handleError(record)
+    def put(self, text: str) -> None:
+        """Have a line written soon; when too many wait, it is dropped and counted."""
+        if self._thread is None:
+            _write(text)
+            return
+        try:
+            self._lines.put_nowait(text)
+        except queue.Full:
+            self._dropped += 1
+
+    def flush(self, timeout: float) -> None:
+        """Wait at most `timeout` seconds until all lines so far are written."""
+        if self._thread is None:
+            return
+        written = threading.Event()
+        with contextlib.suppress(queue.Full):
+            self._lines.put(written, timeout=timeout)
+            written.wait(timeout)
+
+    def forget(self) -> None:
+        """In a forked child there is no thread: write in place."""
+        self._thread = None
+
+    def _run(self) -> None:
+        while True:
+            line = self._lines.get()
+            if isinstance(line, threading.Event):
+                line.set()
+                continue
+            _write(line)
+            if self._dropped:
+                dropped, self._dropped = self._dropped, 0
+                _write(f"flaskd: {dropped} log lines were dropped, because standard error was not read\n")
+
+
+def _write(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # a terminal or pipe that went away costs the line
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+class _StderrHandler(logging.Handler):
+    """Formats, and leaves the writing to the writer."""
+
+    def __init__(self, writer: _Writer) -> None:
+        super().__init__()
+        self._writer = writer
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._writer.put(self.format(record) + "\n")
+        except Exception:  # noqa: BLE001 - logging's own way to tell of a bad log call
+            self.handleError(record)
 
 
 def _stderr_is_gone() -> bool:
@@ -121,7 +188,8 @@ class Logs:
     """The set-up of flaskd's loggers, as a context manager that puts everything back."""
 
     def __init__(self) -> None:
-        self._daemon, self._access = _StderrHandler(), _StderrHandler()
+        self._writer = _Writer()
+        self._daemon, self._access = _StderrHandler(self._writer), _StderrHandler(self._writer)
         self._loggers = [logging.getLogger("flaskd"), logging.getLogger("waitress"), access_log]
         self._before: list[tuple[int, bool]] = []
         self.access: Access = "off"
@@ -133,6 +201,9 @@ class Logs:
         for logger in self._loggers:
             logger.addHandler(self._access if logger is access_log else self._daemon)
             logger.propagate = False
+        self._writer.start()
+        self._forgotten = forgotten_by_children(self._writer.forget)
+        self._forgotten.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -141,6 +212,19 @@ class Logs:
             logger.removeHandler(self._access if logger is access_log else self._daemon)
             logger.setLevel(level)
             logger.propagate = propagate
+        self.flush(_LAST_FLUSH)
+        self._forgotten.__exit__(None, None, None)
+
+    def flush(self, timeout: float) -> None:
+        """Wait at most `timeout` seconds until all is written."""
+        self._writer.flush(timeout)
+
+    @staticmethod
+    def reclaim() -> None:
+        """Switch our loggers on again after the app's own set-up: logging.config disables all that it does not name."""
+        for name, logger in logging.root.manager.loggerDict.items():
+            if name.partition(".")[0] in {"flaskd", "waitress"} and isinstance(logger, logging.Logger):
+                logger.disabled = False
 
     def apply(self, *, level: str, log_format: Format, access: Access) -> None:
         """Choose level and formats; at the start, and again at each reload."""

@@ -34,10 +34,10 @@ EXIT_CODES: dict[str, int] = {
 """Error code of a reply → exit code of the client that got it."""
 
 
-def runtime_directories(name: str, environ: Mapping[str, str]) -> Iterator[Path]:
+def runtime_directories(name: str, environ: Mapping[str, str], *, client: bool = True) -> Iterator[Path]:
     """Where a daemon of this name may have its runtime directory, most likely first.
 
-    A daemon takes the first that applies to it; a client tries them all.
+    A daemon takes the first; a client tries them all, and root's as well.
     """
     if first := environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]:
         yield Path(first)
@@ -45,7 +45,7 @@ def runtime_directories(name: str, environ: Mapping[str, str]) -> Iterator[Path]
         yield Path("/run") / name
     if user := environ.get("XDG_RUNTIME_DIR"):
         yield Path(user) / name
-    if os.geteuid() != 0:
+    if client and os.geteuid() != 0:
         yield Path("/run") / name
     yield Path(tempfile.gettempdir()) / f"{name}-{os.geteuid()}"
 
@@ -56,7 +56,16 @@ def state_directory(name: str, environ: Mapping[str, str]) -> Path:
         return Path(first)
     if os.geteuid() == 0:
         return Path("/var/lib") / name
-    return Path(environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / name
+    home = Path("~").expanduser() if environ.get("HOME") or _has_home() else Path("/")
+    return Path(environ.get("XDG_STATE_HOME") or home / ".local" / "state") / name
+
+
+def _has_home() -> bool:
+    try:
+        Path.home()
+    except RuntimeError:  # a user that the system does not know, as in containers
+        return False
+    return True
 
 
 class Reply(Protocol):

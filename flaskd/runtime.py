@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +17,7 @@ class RuntimeDirectory:
     """The locked directory that holds the control nodes; removed at the end if it was made here."""
 
     def __init__(self, name: str, environ: Mapping[str, str]) -> None:
-        self.path = next(runtime_directories(name, environ))
+        self.path = next(runtime_directories(name, environ, client=False))
         self._fd = -1
         self._made = False
 
@@ -28,7 +29,8 @@ class RuntimeDirectory:
         try:
             while True:
                 with contextlib.suppress(FileExistsError):
-                    self.path.mkdir(mode=0o750)
+                    shared = self.path.parent == Path(tempfile.gettempdir())
+                    self.path.mkdir(mode=0o700 if shared else 0o750)
                     self._made = True
                 self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
                 try:
@@ -62,6 +64,13 @@ class RuntimeDirectory:
             if self._made:
                 with contextlib.suppress(OSError):
                     self.path.rmdir()
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._fd, fcntl.LOCK_UN)  # also for a forked child that may hold a copy
+            self.forget()
+
+    def forget(self) -> None:
+        """Close the lock, and nothing else: in a forked child it is not ours."""
+        if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 

@@ -15,6 +15,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, Self
 
+from flaskd.forks import forgotten_by_children
+
 log = logging.getLogger("flaskd.signals")
 
 WATCHED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
@@ -41,23 +43,34 @@ class SignalWatch:
         self._writer.setblocking(False)
         self._wakeup_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in WATCHED:
-            self._before[number] = signal.signal(number, _recorded)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup(1), and what a shell starts in the background
+                self._before[number] = signal.signal(number, _recorded)
+        self._forgotten = forgotten_by_children(self._forget)
+        self._forgotten.__enter__()
         self._thread.start()
         return self
+
+    def _forget(self) -> None:
+        """In a forked child: signals sent to it are its own, and have their own effect."""
+        signal.set_wakeup_fd(-1)
+        for number in self._before:
+            signal.signal(number, signal.SIG_DFL)
 
     def __exit__(self, *_: object) -> None:
         for number, before in self._before.items():
             # None: installed by C code, and Python cannot put that back; the default is the honest choice.
             signal.signal(number, signal.SIG_DFL if before is None else before)
         signal.set_wakeup_fd(self._wakeup_before)
-        self._writer.close()  # the thread reads the end
+        self._forgotten.__exit__(None, None, None)
+        self._writer.shutdown(socket.SHUT_RDWR)  # the thread reads the end, whoever else may hold a copy
+        self._writer.close()
         if self._thread is not threading.current_thread():
             self._thread.join()
         self._reader.close()
 
     def reclaim(self) -> None:
         """Take back what the app's code took over while it was imported, and say so."""
-        for number in WATCHED:
+        for number in self._before:
             taken = signal.getsignal(number)
             if taken is not _recorded:
                 log.warning(
@@ -75,7 +88,10 @@ class SignalWatch:
     def _listen(self) -> None:
         while numbers := self._reader.recv(64):
             for number in numbers:
-                self._receive(number)
+                try:
+                    self._receive(number)
+                except Exception:  # the next signal must be heard all the same
+                    log.exception(f"cannot deal with signal {number}")
 
 
 class Escalation:

@@ -257,17 +257,19 @@ def open_files_limit(*, raised: bool = False) -> int:
     return soft
 
 
-def unread(sock: socket.socket) -> int:
+def unread(sock: socket.socket | None) -> int:
     """Bytes received and not read yet (FIONREAD, ioctl_tty(2))."""
     return _ask(sock, "FIONREAD")
 
 
-def unacknowledged(sock: socket.socket) -> int:
+def unacknowledged(sock: socket.socket | None) -> int:
     """Bytes sent that the peer has not acknowledged; on a Unix socket, not read (SIOCOUTQ, tcp(7), unix(7))."""
     return _ask(sock, "TIOCOUTQ")
 
 
-def _ask(sock: socket.socket, what: str) -> int:
+def _ask(sock: socket.socket | None, what: str) -> int:
+    if sock is None:
+        return 0
     try:
         import fcntl  # noqa: PLC0415 - neither is on Windows
         import termios  # noqa: PLC0415
@@ -275,7 +277,7 @@ def _ask(sock: socket.socket, what: str) -> int:
         return 0
     try:
         answer = fcntl.ioctl(sock.fileno(), getattr(termios, what), b"\0\0\0\0")
-    except OSError:
+    except (OSError, ValueError):  # it was closed meanwhile
         return 0
     return int.from_bytes(answer, sys.byteorder)
 

@@ -32,7 +32,7 @@ class StateDirectory:
         self._record = self.path / record
         mark = self.path / "running.json"
         try:
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             if (before := read_record(mark)) is not None:
                 log.warning(
                     f"the flaskd before this one (pid {before.get('pid', 'unknown')}) died without a complete stop"

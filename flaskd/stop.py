@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
+import functools
 import logging
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +30,39 @@ _LAST_RESORT = 0.5
 _BEFORE = [Phase.ANNOUNCE]
 _BESIDE = [Phase.DRAIN]
 _AFTER = [phase for phase in Phase if phase not in {*_BEFORE, *_BESIDE}]
+
+
+class CleanupThread:
+    """Waits for the one stop; made before READY, because at the stop there may be no more threads to be had."""
+
+    def __init__(self) -> None:
+        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._wait, name="flaskd-cleanup", daemon=True)
+
+    def _wait(self) -> None:
+        self._work.get()()
+
+    def start(self) -> None:
+        """Start it."""
+        self._thread.start()
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Give it what to do; once."""
+        self._work.put(work)
+
+    def dismiss(self) -> None:
+        """Let it end without a stop."""
+        self._work.put(lambda: None)
+        if self._thread.ident is not None:
+            self._thread.join(1)
+
+
+@functools.cache
+def _stacks_go_to() -> int:
+    """A descriptor for the last stacks that cannot block: standard error opened anew, where that can be done."""
+    with contextlib.suppress(OSError):  # a socket, as in the journal, or no /proc
+        return os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_APPEND | os.O_CLOEXEC)
+    return 2
 
 
 class Stop:
@@ -65,13 +101,16 @@ class Stop:
             on_progress=on_step,
         )
 
-    def start(self) -> None:
+    def start(self, thread: CleanupThread) -> None:
         """Begin with the cleanup of the first phase."""
-        threading.Thread(target=self._run, name="flaskd-cleanup", daemon=True).start()
+        thread.run(self._run)
 
     def arm(self) -> None:
         """Make sure that the process ends by the deadline, whatever happens from here on."""
-        faulthandler.dump_traceback_later(self.left + _LAST_RESORT, exit=True, file=2)
+        try:
+            faulthandler.dump_traceback_later(self.left + _LAST_RESORT, exit=True, file=_stacks_go_to())
+        except (RuntimeError, OSError) as error:  # no thread can be had: the deadline hangs on Python alone
+            log.warning(f"cannot arm the last resort: {error}")
 
     @property
     def left(self) -> float:

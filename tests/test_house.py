@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "flaskd"
 
 LAYERS = [
-    {"errors", "units", "logs", "notify", "sockets", "init"},
+    {"errors", "units", "forks", "logs", "notify", "sockets", "init"},
     {"config", "lifecycle", "ledger", "loading", "protocol", "runtime", "signals"},
     {"server", "cleanup", "client"},
     {"drain", "launch", "state", "stop"},
@@ -26,6 +26,7 @@ WITHIN = {
     # Rooms of one layer that lean on each other, each for a reason.
     ("runtime", "protocol"),  # where the runtime directory is, is part of the protocol
     ("sockets", "errors"),
+    ("logs", "forks"),
     ("__main__", "cli"),
     ("cli", "__init__"),  # the version
 }

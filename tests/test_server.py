@@ -575,10 +575,39 @@ def test_a_probe_that_is_not_answered_in_time(serve, app):
         server.probe("/gate", 0.05)
 
 
-def test_a_probe_that_is_broken_off(serve, app):
-    """A probe whose answer breaks off is an error by name."""
-    with pytest.raises(AppError, match="^cannot get ready: the probe of /half was broken off: "):
-        serve().probe("/half", PATIENCE)
+def test_a_probe_that_is_broken_off(serve, monkeypatch):
+    """A probe that gets no answer at all is an error by name."""
+    server = serve()
+    monkeypatch.setattr("flaskd.server.loop.EventLoop.attach", lambda _, sock: sock.close())
+    with pytest.raises(AppError, match="^cannot get ready: the probe of / was broken off"):
+        server.probe("/", PATIENCE)
+
+
+def test_a_probe_whose_answer_trickles_has_one_deadline(serve, monkeypatch):
+    """The timeout is for the whole answer, not for each byte of it."""
+    held = []
+
+    def trickle(_, sock):
+        sock.setblocking(True)
+        held.append(sock)
+        threading.Thread(target=drip, args=(sock,), daemon=True).start()
+
+    def drip(sock):
+        pause = threading.Event()
+        try:
+            for byte in b"HTTP/1.1 200 OK and a reason that never ends" * 100:
+                sock.sendall(bytes([byte]))
+                pause.wait(0.05)
+        except OSError:
+            sock.close()
+
+    server = serve()
+    monkeypatch.setattr("flaskd.server.loop.EventLoop.attach", trickle)
+    began = time.monotonic()
+    with pytest.raises(AppError, match="did not answer the probe within 0.3s"):
+        server.probe("/", 0.3)
+    assert time.monotonic() - began < 2
+    until(server, lambda: held[0].fileno() == -1)
 
 
 def test_a_path_is_shown_without_what_could_paint_a_terminal(serve, app, connect):

@@ -34,6 +34,7 @@ def test_a_busy_keepalive_client_gets_its_next_request_answered(serve, app, conn
     server = serve(keepalive_grace=PATIENCE)
     client = connect(server)
     client.ask("/")
+    until(server, lambda: server.in_flight == 0)
     with draining(server, app) as report:
         response = client.ask("/")
         assert (response.status, response.last) == (200, True)
@@ -99,6 +100,7 @@ def test_expect_within_the_grace_is_served_and_after_it_refused(serve, app, conn
     client, late = connect(server), connect(server)
     client.ask("/")
     late.ask("/")
+    until(server, lambda: server.in_flight == 0)
     with draining(server, app) as report:
         client.send(get("/echo", "Content-Length: 4", "Expect: 100-continue", method="POST"))
         assert client.response().status == 100

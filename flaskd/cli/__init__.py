@@ -6,8 +6,8 @@ What a client verb does not need (Flask, waitress, pydantic, PyYAML) is imported
 from __future__ import annotations
 
 import json
-import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -95,15 +95,23 @@ def _leave(code: int) -> NoReturn:
 
     The interpreter's own exit joins non-daemon threads and executors (threading._shutdown), and may wait for ever.
     """
+    for number in ("SIGTERM", "SIGINT", "SIGHUP"):
+        if hasattr(signal, number):
+            # The stop is over; a second Ctrl-C that a wrapper forwarded must not turn its exit code into a signal's.
+            signal.signal(getattr(signal, number), signal.SIG_IGN)
 
     def give_up() -> None:
-        time.sleep(_EXIT_GRACE)
-        stray = [each.name for each in threading.enumerate() if not each.daemon and each.name != "MainThread"]
-        click.echo(f"flaskd: leaving without waiting for {', '.join(stray) or 'exit callbacks'}", err=True)
-        logging.shutdown()
-        os._exit(code)
+        try:
+            time.sleep(_EXIT_GRACE)
+            stray = [each.name for each in threading.enumerate() if not each.daemon and each.name != "MainThread"]
+            click.echo(f"flaskd: leaving without waiting for {', '.join(stray) or 'exit callbacks'}", err=True)
+        finally:
+            os._exit(code)
 
-    threading.Thread(target=give_up, name="flaskd-exit", daemon=True).start()
+    try:
+        threading.Thread(target=give_up, name="flaskd-exit", daemon=True).start()
+    except RuntimeError:  # no more threads: no more patience either
+        os._exit(code)
     sys.exit(code)
 
 

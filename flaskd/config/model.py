@@ -223,8 +223,8 @@ class ShutdownConfig(Section):
         0.0, description="How long readiness says no while requests are still accepted, before a drain."
     )
     drain: DrainConfig = _section(DrainConfig)
-    record: SomeText | None = Field(
-        "last-stop.json", description="Where the last stop is recorded, under the state directory; none: nowhere."
+    record: SomeText | None = _restart(
+        "last-stop.json", "Where the last stop is recorded, under the state directory; none: nowhere."
     )
     exit_codes: ExitCodes = _section(ExitCodes)
 

@@ -35,6 +35,8 @@ _MAX_CLIENTS = 64
 _IDLE_TIMEOUT = 60.0
 """Seconds a client may leave a command unfinished."""
 _FLUSH_TIMEOUT = 1.0
+_ACCEPT_PAUSE = 1.0
+"""Seconds without new clients after the process ran out of files; also the longest sleep."""
 _MAX_OUTPUT = 1 << 20
 """Bytes of unread answers after which a client is given up."""
 
@@ -69,6 +71,7 @@ class ControlPlane:
         self._socket: socket.socket | None = None
         self._thread = threading.Thread(target=self._run, name="flaskd-control", daemon=True)
         self._ending = False
+        self._accepting_again = 0.0
 
     @property
     def nodes(self) -> list[str]:
@@ -147,6 +150,16 @@ class ControlPlane:
             self._fifo = -1
         self._directory.release()
 
+    def forget(self) -> None:
+        """Close all descriptors, and nothing else: in a forked child they are not ours."""
+        self._selector.close()
+        for sock in (self._socket, *(client.sock for client in self._clients)):
+            if sock is not None:
+                sock.close()
+        if self._fifo >= 0:
+            os.close(self._fifo)
+        self._directory.forget()
+
     def remove_nodes(self) -> None:
         """Remove our own nodes now (any thread; the last thing before an exit in a hurry)."""
         for node in self._nodes:
@@ -162,7 +175,10 @@ class ControlPlane:
                 until = until or time.monotonic() + _FLUSH_TIMEOUT
                 if time.monotonic() >= until or not any(client.out for client in self._clients):
                     return
-            for key, _ in self._selector.select(0.1 if self._ending else 5.0):
+            if self._accepting_again and self._socket and time.monotonic() >= self._accepting_again:
+                self._accepting_again = 0.0
+                self._selector.register(self._socket, selectors.EVENT_READ, self._accept)
+            for key, _ in self._selector.select(0.1 if self._ending else _ACCEPT_PAUSE):
                 try:
                     key.data()
                 except Exception:  # one client's trouble is not the next one's
@@ -183,7 +199,13 @@ class ControlPlane:
             sock, _ = self._socket.accept()
         except OSError as error:
             log.warning(f"cannot accept a control client: {error.strerror}")
+            self._selector.unregister(self._socket)
+            self._accepting_again = time.monotonic() + _ACCEPT_PAUSE
             return
+        if len(self._clients) >= _MAX_CLIENTS:
+            waiting = [each for each in self._clients if not each.pending]
+            if waiting:  # who says nothing makes room for who may
+                self._drop(min(waiting, key=lambda each: each.last_heard))
         if self._ending or len(self._clients) >= _MAX_CLIENTS:
             sock.close()
             return

@@ -24,7 +24,7 @@ class TextReply:
         self._send = send
 
     def _line(self, text: str, *, last: bool = False) -> None:
-        self._send((text + "\n").encode(), last=last)
+        self._send((text + "\n").encode("utf-8", "backslashreplace"), last=last)
 
     def progress(self, fields: Fields) -> None:
         self._line(f".. {as_text(fields)}")
@@ -54,7 +54,7 @@ class JsonReply:
         self._send, self.id = send, request_id
 
     def _tell(self, entry: Fields, *, last: bool) -> None:
-        data = json.dumps({"id": self.id, **entry}, ensure_ascii=False, default=str) + "\n"
+        data = json.dumps({"id": self.id, **entry}, default=str) + "\n"
         self._send(data.encode(), last=last)
 
     def progress(self, fields: Fields) -> None:

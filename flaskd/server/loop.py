@@ -23,7 +23,7 @@ from flaskd.server.channel import Channel, Request
 from flaskd.server.draining import Draining
 from flaskd.server.poller import make_poller
 from flaskd.server.workers import Errand, Workers
-from flaskd.sockets import Listener
+from flaskd.sockets import Listener, unread
 
 log = logging.getLogger("flaskd.server")
 
@@ -331,7 +331,7 @@ class EventLoop:
         """While draining: half-close a connection with nothing in hand, once its grace is over."""
         if not self.drains or channel.internal or channel.half_closed or not channel.idle:
             return
-        if channel in self._streams:
+        if channel in self._streams or unread(channel.socket):
             return
         left = channel.grace_left
         if left <= 0:
@@ -362,6 +362,14 @@ class EventLoop:
             self.lost_thread(request)
         self.retire(request, "cut")
         return cut
+
+    def forget(self) -> None:
+        """Close all sockets, and nothing else: in a forked child they are not ours."""
+        for channel in self.channels():
+            channel.socket.close()
+        for acceptor in self.acceptors:
+            acceptor.listener.socket.close()
+        self.poller.close()
 
     # --- the end, in the thread that ends it --------------------------------------------------------------------
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import http.client
 import logging
+import re
 import socket
 import threading
 import time
@@ -201,23 +201,30 @@ class ServerThread:
         Raises AppError when no answer came within `timeout` seconds.
         """
         loop = self._serving
+        until = time.monotonic() + timeout
         ours, theirs = socket.socketpair()
-        ours.settimeout(timeout)
-        connection = http.client.HTTPConnection("localhost")
-        connection.sock = ours
-        loop.call(lambda: loop.attach(theirs))
-        try:
-            connection.request("GET", path, headers={"User-Agent": "flaskd-probe", "Connection": "close"})
-            response = connection.getresponse()
-            response.read()
-        except TimeoutError as error:
-            raise AppError(f"cannot get ready: {path} did not answer the probe within {timeout:g}s") from error
-        except (OSError, http.client.HTTPException) as error:
-            raise AppError(f"cannot get ready: the probe of {path} was broken off: {error}") from error
-        finally:
-            connection.close()
-            ours.close()
-        return response.status
+        with ours:
+            loop.call(lambda: loop.attach(theirs))
+            head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nUser-Agent: flaskd-probe\r\nConnection: close\r\n\r\n"
+            answer = b""
+            try:
+                ours.sendall(head.encode("latin-1"))
+                while b"\r\n" not in answer:
+                    ours.settimeout(max(0.001, until - time.monotonic()))
+                    received = ours.recv(4096)
+                    if not received or time.monotonic() > until:
+                        break
+                    answer += received
+            except TimeoutError:
+                received = b"late"
+            except OSError as error:
+                raise AppError(f"cannot get ready: the probe of {path} was broken off: {error}") from error
+        status = re.match(rb"HTTP/1\.[01] (\d{3}) ", answer)
+        if status and b"\r\n" in answer:
+            return int(status[1])
+        if received:
+            raise AppError(f"cannot get ready: {path} did not answer the probe within {timeout:g}s")
+        raise AppError(f"cannot get ready: the probe of {path} was broken off without an answer")
 
     @property
     def counted(self) -> tuple[int, int]:
@@ -324,6 +331,11 @@ class ServerThread:
             return
         for worker in loop.close(timeout):
             log.warning(f"{worker.name} does not end, and is abandoned:\n{stack_of(worker)}")
+
+    def forget(self) -> None:
+        """In a forked child: close the copies of all sockets, which would keep clients waiting."""
+        if self._loop is not None:
+            self._loop.forget()
 
     def abandon(self) -> None:
         """End without a drain, if it has not ended yet: for a start that failed half-way."""

@@ -162,19 +162,27 @@ class Flaskd:
         path.write_text(text)
         return path
 
-    def launch(self, *args: str, app: str | None = "gateapp", listen: str | None = "127.0.0.1:0") -> None:
-        """Start it, and wait for nothing."""
-        argv = [sys.executable, "-m", "flaskd", "serve", *([app] if app else []), *args]
+    def launch(
+        self,
+        *args: str,
+        app: str | None = "gateapp",
+        listen: str | None = "127.0.0.1:0",
+        prefix: Sequence[str] = (),
+        **popen: Any,
+    ) -> None:
+        """Start it, and wait for nothing; `prefix` is a command that runs it."""
+        argv = [*prefix, sys.executable, "-m", "flaskd", "serve", *([app] if app else []), *args]
         argv += ["-l", listen] if listen else []
         self.log_file.touch()
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                argv, cwd=self.directory, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+                argv, cwd=self.directory, env=self.env, stdin=subprocess.DEVNULL,
+                **{"stdout": log, "stderr": log, **popen},
+            )  # fmt: skip
 
-    def start(self, *args: str, app: str | None = "gateapp", listen: str | None = "127.0.0.1:0") -> Flaskd:
+    def start(self, *args: str, app: str | None = "gateapp", listen: str | None = "127.0.0.1:0", **how: Any) -> Flaskd:
         """Start it and wait until it says READY."""
-        self.launch(*args, app=app, listen=listen)
+        self.launch(*args, app=app, listen=listen, **how)
         self.wait_message("READY=1")
         return self
 

@@ -1,0 +1,133 @@
+"""Listeners that are inherited, readiness that is announced, the record that is shown."""
+
+import os
+import signal
+import socket
+import sys
+import threading
+
+from conftest import PATIENCE, Answer, Flaskd, get
+
+SHIM = "import os, sys; os.environ['LISTEN_PID'] = str(os.getpid()); os.execv(sys.argv[1], sys.argv[1:])"
+
+
+def inherit(flaskd: Flaskd, sock: socket.socket, *args: str, name: str = "") -> Flaskd:
+    """Start flaskd with a listening socket passed as systemd does (sd_listen_fds(3))."""
+    flaskd.env.update(LISTEN_FDS="1", LISTEN_FDNAMES=name)
+
+    def pass_on() -> None:
+        os.dup2(sock.fileno(), 3)
+
+    flaskd.launch(*args, listen=None, prefix=[sys.executable, "-c", SHIM], preexec_fn=pass_on, close_fds=False)
+    flaskd.wait_message("READY=1")
+    return flaskd
+
+
+def test_a_restart_with_an_inherited_listener_loses_and_refuses_nothing(make_flaskd) -> None:
+    """Clients that connect all the time notice nothing of ten restarts."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}/"
+        ended = threading.Event()
+        outcomes: list[object] = []
+
+        def ask() -> None:
+            while not ended.is_set():
+                try:
+                    outcomes.append(get(url))
+                except OSError as error:
+                    outcomes.append(error)
+
+        askers = [threading.Thread(target=ask) for _ in range(4)]
+        flaskd = inherit(make_flaskd(), sock)
+        for each in askers:
+            each.start()
+        for _ in range(10):
+            assert flaskd.stop() == 0
+            inherit(flaskd, sock)
+        ended.set()
+        for each in askers:
+            each.join(PATIENCE)
+        assert flaskd.stop() == 0
+        assert set(map(str, outcomes)) == {"(200, b'hello')"}, set(map(str, outcomes))
+
+
+def test_an_inherited_listener_by_name(flaskd: Flaskd) -> None:
+    """`fd:NAME` takes the socket of that name; the variables are not passed on to what the app starts."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}/"
+        flaskd.write("flaskd.yaml", "server: {listen: 'fd:web'}\n")
+        inherit(flaskd, sock, name="web")
+        assert get(url) == (200, b"hello")
+        assert flaskd.status()["url"] == url
+        assert flaskd.stop() == 0
+
+
+def test_a_drained_daemon_with_an_inherited_listener_says_503(flaskd: Flaskd) -> None:
+    """Who comes while drained is told to come back; resume serves again."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}/"
+        inherit(flaskd, sock)
+        assert flaskd.command("drain wait").splitlines()[-1].startswith("OK drained")
+        assert get(url)[0] == 503
+        assert flaskd.command("resume") == "OK ready\n"
+        assert get(url) == (200, b"hello")
+        assert flaskd.stop() == 0
+
+
+def test_a_socket_that_was_not_passed_is_named(flaskd: Flaskd) -> None:
+    """`fd:NAME` without such a socket is a fault of the configuration."""
+    code, log = flaskd.fails("-l", "fd:web", listen=None)
+    assert (code, "cannot listen on fd:web: no socket of that name was passed; none was passed" in log) == (78, True)
+
+
+def test_an_announced_drain(flaskd: Flaskd) -> None:
+    """While it is announced, readiness says no, to the verb and at health.path, and requests are served as before."""
+    flaskd.write("flaskd.yaml", "health: {path: /healthz, unready_status: 404}\nshutdown: {announce: 60s}\n")
+    flaskd.start()
+    url = flaskd.url
+    assert get(url, "/healthz") == (200, b"ready\n")
+    assert flaskd.command("drain").startswith("OK draining in_flight=0 deadline=1m")
+    assert get(url, "/healthz") == (404, b"draining\n")
+    assert flaskd.command("ready") == "ERR not-ready flaskd is draining\n"
+    assert get(url) == (200, b"hello")
+    assert flaskd.command("resume") == "OK ready\n"
+    assert get(url, "/healthz") == (200, b"ready\n")
+    flaskd.kill(signal.SIGTERM)
+    flaskd.wait_message("STOPPING=1")
+    assert get(url) == (200, b"hello")
+    assert flaskd.command("stop now").startswith("OK stopping")
+    assert flaskd.wait() == 0
+
+
+def test_the_last_stop_is_shown(flaskd: Flaskd) -> None:
+    """`flaskd last-stop` shows the record: from the file when nothing runs, from the daemon when one does."""
+    code, _, err = flaskd.client("last-stop")
+    assert (code, "there is no record in" in err) == (69, True)
+    flaskd.write("flaskd.yaml", "shutdown: {drain: {timeout: 100ms}}\n")
+    flaskd.start()
+    assert flaskd.command("last-stop") == "ERR no-record no stop has been recorded yet\n"
+    flaskd.hold()
+    assert flaskd.stop() == 0
+    code, out, _ = flaskd.client("last-stop")
+    assert code == 0
+    assert out.startswith("reason: signal: SIGTERM\n")
+    assert "requests: completed=0 rejected=0 cut=1\n" in out
+    assert "cut: GET /hold (running for " in out
+    flaskd.start()
+    assert flaskd.command("last-stop").startswith("reason: signal: SIGTERM\n")
+    assert flaskd.stop() == 0
+
+
+def test_queued_requests_are_refused_in_words_at_the_deadline(flaskd: Flaskd) -> None:
+    """With one thread that hangs, those who waited behind it get a 503, and the account says so."""
+    flaskd.write("flaskd.yaml", "shutdown: {drain: {timeout: 200ms}}\n")
+    flaskd.start("-t", "1")
+    url = flaskd.url
+    flaskd.hold(url)
+    queued = [Answer(url, "/") for _ in range(3)]
+    flaskd.until(lambda: flaskd.status()["in_flight"] == 4)
+    code, out, _ = flaskd.client("stop", "--wait")
+    assert code == 1
+    assert "rejected=3 cut=1" in out
+    assert {each.result()[0] for each in queued} == {503}
+    assert flaskd.wait() == 0

@@ -1,0 +1,319 @@
+"""What apps, wrappers, operators and pipes do to a daemon; it stops in good order all the same."""
+
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import PATIENCE, Answer, Flaskd, children, get
+
+FORKING = """
+import multiprocessing, os, time
+from gateapp import app
+fork = multiprocessing.get_context("fork")
+
+@app.get("/terminated")
+def terminated():
+    child = fork.Process(target=time.sleep, args=(30,))
+    child.start(); child.terminate(); child.join(5)
+    return str(child.exitcode)
+
+@app.get("/forked")
+def forked():
+    child = os.fork()
+    if child == 0:
+        time.sleep(5)
+        os._exit(0)
+    return str(child)
+"""
+
+
+def test_a_terminated_child_ends_and_the_daemon_does_not(flaskd: Flaskd) -> None:
+    """SIGTERM sent to a forked child is the child's: it dies of it, and flaskd hears nothing."""
+    flaskd.write("forking.py", FORKING)
+    flaskd.start(app="forking")
+    assert get(flaskd.url, "/terminated") == (200, b"-15")
+    assert flaskd.status()["state"] == "ready"
+    assert flaskd.stop() == 0
+
+
+def test_a_forked_child_keeps_nothing(flaskd: Flaskd) -> None:
+    """While a forked child lives on: drain refuses, resume binds again, the stop is quick, the next start is let in."""
+    flaskd.write("forking.py", FORKING)
+    flaskd.start(app="forking")
+    url = flaskd.url
+    child = int(get(url, "/forked")[1])
+    try:
+        assert flaskd.command("drain wait").splitlines()[-1].startswith("OK drained")
+        with pytest.raises(ConnectionRefusedError):
+            get(url)
+        assert flaskd.command("resume") == "OK ready\n"
+        assert get(url) == (200, b"hello")
+        before = time.monotonic()
+        assert flaskd.stop() == 0
+        assert time.monotonic() - before < 2.5
+        flaskd.start(app="forking")
+        assert flaskd.stop() == 0
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_echoes_of_a_signal_do_not_change_the_exit_code(flaskd: Flaskd) -> None:
+    """Two SIGINTs some milliseconds apart, as wrappers send them, end an idle flaskd with 0, whenever the second comes."""
+    for pause in (0.001, 0.01, 0.02, 0.03, 0.045):
+        flaskd.start()
+        flaskd.kill(signal.SIGINT)
+        time.sleep(pause)  # not a wait for anything: the moment of the echo is what is tried
+        if flaskd.process is not None and flaskd.process.poll() is None:
+            flaskd.kill(signal.SIGINT)
+        assert flaskd.wait() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_at_any_moment_of_the_start(flaskd: Flaskd, number: int) -> None:
+    """From the first line of the command on, SIGTERM and Ctrl-C end it with 0, no traceback and no node."""
+    for step in range(10):
+        flaskd.drain_messages()
+        flaskd.launch()
+        time.sleep(0.1 + step * 0.04)  # not a wait for anything: the moment of the signal is what is tried
+        flaskd.kill(number)
+        assert flaskd.wait() == 0, step
+        assert flaskd.leftovers() == [], step
+    assert "Traceback" not in flaskd.log
+
+
+def test_standard_error_that_nobody_reads(flaskd: Flaskd) -> None:
+    """A full pipe costs log lines; requests are answered, and SIGTERM ends it in good order."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    try:
+        while True:
+            os.write(writing, b"x" * 65536)
+    except BlockingIOError:
+        os.set_blocking(writing, True)
+    flaskd.start(stderr=writing, stdout=writing)
+    os.close(writing)
+    url = flaskd.url
+    for _ in range(50):
+        assert get(url) == (200, b"hello")
+    before = time.monotonic()
+    assert flaskd.stop() == 0
+    assert time.monotonic() - before < 4
+    os.close(reading)
+
+
+def test_standard_error_that_is_closed(flaskd: Flaskd) -> None:
+    """Without a reader flaskd serves and stops, with three signals too, and with a stray thread."""
+    flaskd.write("stray.py", "import threading, time\nfrom gateapp import app\n"
+                 "threading.Thread(target=time.sleep, args=(60,)).start()\n")  # fmt: skip
+    reading, writing = os.pipe()
+    flaskd.start(app="stray", stderr=writing, stdout=writing)
+    os.close(writing)
+    os.close(reading)
+    assert get(flaskd.url) == (200, b"hello")
+    before = time.monotonic()
+    assert flaskd.stop() == 0
+    assert time.monotonic() - before < 3
+
+
+def test_a_reload_that_hangs_does_not_keep_a_stop_waiting(flaskd: Flaskd) -> None:
+    """A module that sleeps while it is imported for a reload is left alone; the one who waits for the reload is told."""
+    flaskd.write("flaskd.yaml", "server: {threads: 2}\n")
+    flaskd.start()
+    flaskd.write("sleeper.py", "import os, socket, time\ngate = socket.socket(socket.AF_UNIX)\n"
+                 "gate.connect(os.environ['GATE'])\ngate.sendall(b'entered')\ntime.sleep(30)\ndef step(context): pass\n")  # fmt: skip
+    flaskd.write("flaskd.yaml", "cleanup: {policies: {p: {use: call, with: {target: 'sleeper:step'}}}}\n")
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(PATIENCE)
+        client.connect(str(flaskd.socket_path))
+        client.sendall(b"reload\n")
+        flaskd.gate.entered()
+        assert flaskd.status()["state"] == "reloading"
+        assert flaskd.command("ready") == "OK ready\n"
+        before = time.monotonic()
+        assert flaskd.stop() == 0
+        assert time.monotonic() - before < 2
+        assert client.recv(1000) == b"ERR not-now the reload was overtaken by a stop\n"
+
+
+def test_reloads_in_a_storm_are_merged(flaskd: Flaskd) -> None:
+    """Hundreds of SIGHUPs cost a few reloads, the last of which read the newest file, and a stop comes through at once."""
+    flaskd.write("flaskd.yaml", "server: {threads: 2}\n")
+    flaskd.start()
+    for _ in range(300):
+        flaskd.kill(signal.SIGHUP)
+    flaskd.write("flaskd.yaml", "server: {threads: 3}\n")
+    assert flaskd.command("reload").startswith("OK reloaded")
+    assert flaskd.status()["threads"] == 3
+    before = time.monotonic()
+    assert flaskd.stop() == 0
+    assert time.monotonic() - before < 2
+
+
+def test_ids_that_are_no_text_lose_nothing(flaskd: Flaskd) -> None:
+    """A JSON client with a lone surrogate for an id gets its answers, and a stop that it waits for is whole."""
+    flaskd.start()
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(PATIENCE)
+        client.connect(str(flaskd.socket_path))
+        client.sendall(rb'{"id":"\ud800","cmd":"stop","wait":true}' + b"\n")
+        answers = [json.loads(line) for line in client.makefile("rb")]
+    assert (answers[-1]["id"], answers[-1]["result"]) == ("\ud800", "stopped")
+    assert flaskd.wait() == 0
+    assert flaskd.record()["reason"].startswith("control:")
+
+
+def test_logging_set_up_by_the_app_does_not_silence_flaskd(flaskd: Flaskd) -> None:
+    """logging.config disables all loggers that it does not name; flaskd's are switched on again."""
+    flaskd.write(
+        "logged.py", "import logging.config\nlogging.config.dictConfig({'version': 1})\nfrom gateapp import app\n"
+    )
+    flaskd.start(app="logged")
+    assert get(flaskd.url) == (200, b"hello")
+    assert flaskd.stop() == 0
+    assert "ready: logged" in flaskd.log
+    assert '"GET / HTTP/1.1" 200' in flaskd.log
+
+
+def test_a_policy_module_does_not_take_the_signals(flaskd: Flaskd) -> None:
+    """Handlers that a `call` target installs while it is imported are taken back, at the start and at a reload."""
+    flaskd.write("greedy.py", "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ndef step(context): pass\n")
+    flaskd.write("flaskd.yaml", "cleanup: {policies: {p: {use: call, with: {target: 'greedy:step'}}}}\n")
+    flaskd.start()
+    assert "flaskd takes it back" in flaskd.log
+    assert flaskd.stop() == 0
+
+
+def test_nohup_is_respected(flaskd: Flaskd) -> None:
+    """A flaskd started with SIGHUP ignored goes on ignoring it."""
+    flaskd.start(prefix=["nohup"])
+    flaskd.kill(signal.SIGHUP)
+    assert flaskd.command("health") == "OK healthy\n"
+    assert flaskd.status()["last_reload"] is None
+    assert flaskd.stop() == 0
+
+
+def test_a_pipelined_request_in_the_kernel_is_answered(flaskd: Flaskd) -> None:
+    """A request that arrived behind a running one, unread, before the stop, is answered like those that were read."""
+    flaskd.start()
+    host, _, port = flaskd.url.removeprefix("http://").rstrip("/").partition(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE) as client:
+        client.sendall(b"GET /hold HTTP/1.1\r\nHost: x\r\n\r\n")
+        flaskd.gate.entered()
+        client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        flaskd.kill(signal.SIGTERM)
+        flaskd.wait_message("STOPPING=1")
+        flaskd.gate.open()
+        received = b"".join(iter(lambda: client.recv(65536), b""))
+    assert received.count(b"HTTP/1.1 200 OK") == 2
+    assert received.endswith(b"hello")
+    assert flaskd.wait() == 0
+    assert flaskd.record()["completed"] == 2
+
+
+def answer_of(client: socket.socket) -> bytes:
+    """Read one response with a Content-Length."""
+    with client.makefile("rb") as stream:
+        head = b"".join(iter(stream.readline, b"\r\n"))
+        return head + stream.read(int(head.partition(b"Content-Length: ")[2].split()[0]))
+
+
+def test_running_out_of_files_costs_no_core(flaskd: Flaskd) -> None:
+    """With no descriptor left, accepting pauses: a line in the log, not a million; it goes on when there are some."""
+    flaskd.write("eater.py", "import os\nfrom gateapp import app\nheld = []\n@app.get('/eat')\ndef eat():\n"
+                 "    try:\n        while True: held.append(os.open('/dev/null', os.O_RDONLY))\n"
+                 "    except OSError: return 'full'\n@app.get('/spit')\ndef spit():\n"
+                 "    while held: os.close(held.pop())\n    return 'empty'\n")  # fmt: skip
+    flaskd.start(app="eater", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200)))
+    url = flaskd.url
+    host, _, port = url.removeprefix("http://").rstrip("/").partition(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE) as kept:
+        kept.sendall(b"GET /eat HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b"full" in answer_of(kept)
+        waiting = Answer(url, "/")
+        flaskd.until(lambda: "cannot accept connections" in flaskd.log)
+        kept.sendall(b"GET /spit HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b"empty" in answer_of(kept)
+        assert waiting.result() == (200, b"hello")
+    assert len(flaskd.log.splitlines()) < 40
+    assert flaskd.stop() == 0
+
+
+def test_silent_clients_make_room_for_the_operator(flaskd: Flaskd) -> None:
+    """With more idle control clients than there is room for, a command still comes through."""
+    flaskd.start()
+    silent = [socket.socket(socket.AF_UNIX) for _ in range(100)]
+    for each in silent:
+        each.connect(str(flaskd.socket_path))
+    assert flaskd.command("health") == "OK healthy\n"
+    for each in silent:
+        each.close()
+    assert flaskd.stop() == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_somebody_without_a_home(flaskd: Flaskd) -> None:
+    """A user that the system does not know, without runtime and state directories: it serves, with nodes in /tmp."""
+    for name in ("HOME", "RUNTIME_DIRECTORY", "STATE_DIRECTORY"):
+        flaskd.env.pop(name, None)
+    temporary = flaskd.directory / "tmp"
+    temporary.mkdir(mode=0o777)
+    temporary.chmod(0o777)
+    flaskd.env["TMPDIR"] = str(temporary)
+    flaskd.directory.chmod(0o755)
+    flaskd.gate.path.chmod(0o777)
+    (flaskd.directory / "notify").chmod(0o777)
+    readable = Path(sys.executable).resolve()
+    if not os.access("/usr/bin/setpriv", os.X_OK) or any(not each.stat().st_mode & 0o005 for each in readable.parents):
+        pytest.skip(f"{readable} is in a directory that others may not read, or there is no setpriv")
+    flaskd.start(prefix=["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"])
+    assert (temporary / "flaskd-54321").stat().st_mode & 0o777 == 0o700
+    assert flaskd.stop() == 0
+    assert list(temporary.iterdir()) == []
+
+
+def _no_pid_namespace() -> list[str]:
+    done = subprocess.run(
+        ["unshare", "--pid", "--fork", "--mount-proc", "true"], capture_output=True, text=True, check=False
+    )
+    return [done.stderr.strip() or "unshare failed"] if done.returncode else []
+
+
+@pytest.mark.skipif(bool(_no_pid_namespace()), reason=f"no PID namespace: {_no_pid_namespace()}")
+def test_as_pid_1(flaskd: Flaskd) -> None:
+    """As in a container: SIGTERM to PID 1 answers what is in hand and exits with 0; orphans are reaped."""
+    flaskd.write("orphans.py", "import subprocess\nfrom gateapp import app\n@app.get('/orphan')\ndef orphan():\n"
+                 "    subprocess.run(['sh', '-c', 'sleep 0.01 &'])\n    return subprocess.run(['sh', '-c', 'exit 7']).returncode.__str__()\n")  # fmt: skip
+    flaskd.start(app="orphans", prefix=["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"])
+    [first] = children(flaskd.pid)
+    [daemon] = children(first)
+    url = flaskd.url
+    for _ in range(5):
+        assert get(url, "/orphan") == (200, b"7")
+    flaskd.until(lambda: children(first) == [daemon])
+    held = flaskd.hold(url)
+    os.kill(first, signal.SIGTERM)
+    flaskd.wait_message("STOPPING=1")
+    flaskd.gate.open()
+    assert held.result() == (200, b"held")
+    assert flaskd.wait() == 0
+
+
+@pytest.mark.skipif(bool(_no_pid_namespace()), reason=f"no PID namespace: {_no_pid_namespace()}")
+def test_as_pid_1_while_starting(flaskd: Flaskd) -> None:
+    """SIGTERM in the middle of an import ends a container's only process within a second."""
+    flaskd.write("sleeper.py", "import os, socket, time\ngate = socket.socket(socket.AF_UNIX)\n"
+                 "gate.connect(os.environ['GATE'])\ngate.sendall(b'entered')\ntime.sleep(30)\n")  # fmt: skip
+    flaskd.launch(app="sleeper", prefix=["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"])
+    flaskd.gate.entered()
+    [first] = children(flaskd.pid)
+    before = time.monotonic()
+    os.kill(first, signal.SIGTERM)
+    assert flaskd.wait() == 0
+    assert time.monotonic() - before < 1.5
