@@ -1,0 +1,291 @@
+"""The servers that are measured, each started as its users start it, and the tables that are printed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from app import THREADS
+
+HERE = Path(__file__).resolve().parent
+HOST = "127.0.0.1"
+PATIENCE = 20.0
+"""Seconds that a server gets to become ready."""
+EXIT_PATIENCE = 60.0
+"""Seconds that a server gets to exit before it is killed, and the figure is wrong."""
+NOBODY = 65534
+
+_INHERIT = (
+    "import os, sys; fd = int(sys.argv[1]); os.dup2(fd, 3); fd == 3 or os.close(fd);"
+    "os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid())); os.execv(sys.argv[2], sys.argv[2:])"
+)
+"""Becomes the server with the listener as descriptor 3: sd_listen_fds(3)."""
+_WAITRESS_ON_3 = (
+    "import socket, waitress; from app import app;"
+    f"waitress.serve(app, sockets=[socket.socket(fileno=3)], threads={THREADS}, connection_limit=20000, "
+    "asyncore_use_poll=True)"
+)
+
+
+class NotReadyError(Exception):
+    """The server did not answer; the message has the end of its log."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server; `bound` gives its arguments for a port of its own, `inherited` those for an inherited listener."""
+
+    name: str
+    modules: tuple[str, ...]
+    bound: Callable[[int], list[str]]
+    inherited: Callable[[], list[str]]
+
+    @property
+    def missing(self) -> list[str]:
+        """What is not installed of it."""
+        return [each for each in self.modules if importlib.util.find_spec(each) is None]
+
+
+def _flaskd(*more: str) -> list[str]:
+    return ["-m", "flaskd", "serve", "app:app", "-c", "flaskd.yaml", "-t", str(THREADS), *more]
+
+
+def _waitress(port: int) -> list[str]:
+    # Without the latter two it takes 100 connections and fails on descriptors above 1023.
+    limits = ["--connection-limit=20000", "--asyncore-use-poll"]
+    return ["-m", "waitress", f"--listen={HOST}:{port}", f"--threads={THREADS}", *limits, "app:app"]
+
+
+def _gunicorn(*more: str) -> list[str]:
+    options = ["-k", "gthread", "-w", "1", "--threads", str(THREADS), "--graceful-timeout", "30", "--no-control-socket"]
+    return ["-m", "gunicorn", *options, "--worker-connections", "20000", *more, "app:app"]
+
+
+def _uvicorn(*more: str) -> list[str]:
+    return ["-m", "uvicorn", "--factory", "app:asgi", "--no-access-log", "--timeout-graceful-shutdown", "30", *more]
+
+
+SERVERS = {
+    each.name: each
+    for each in (
+        Server("flaskd", ("flaskd",), lambda port: _flaskd("-l", f"{HOST}:{port}"), _flaskd),
+        Server("waitress-serve", ("waitress",), _waitress, lambda: ["-c", _WAITRESS_ON_3]),
+        Server("gunicorn", ("gunicorn",), lambda port: _gunicorn("-b", f"{HOST}:{port}"), _gunicorn),
+        Server(
+            "uvicorn",
+            ("uvicorn", "a2wsgi"),
+            lambda port: _uvicorn("--host", HOST, "--port", str(port)),
+            lambda: _uvicorn("--fd", "3"),
+        ),
+    )
+}
+
+
+def chosen(names: str) -> list[Server]:
+    """Find the servers named, separated by commas, and say which are left out because they are not installed."""
+    wanted = []
+    for name in names.split(","):
+        if name not in SERVERS:
+            raise SystemExit(f"no server {name!r}: choose from {', '.join(SERVERS)}")
+        if SERVERS[name].missing:
+            print(f"{name} is left out: {', '.join(SERVERS[name].missing)} is not installed")
+        else:
+            wanted.append(SERVERS[name])
+    return wanted
+
+
+def free_port() -> int:
+    """Find a port that no client is given as its own: one of those could connect to itself while nobody listens."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
+    while True:
+        port = random.randrange(10_000, max(10_001, lowest))
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((HOST, port))
+            return port
+
+
+class Running:
+    """A server process in a directory of its own; `listener` is inherited, else it binds `port`."""
+
+    def __init__(
+        self, server: Server, port: int, listener: socket.socket | None = None, *, unprivileged: bool = False
+    ) -> None:
+        self.port = port
+        self.name = server.name
+        self.directory = Path(tempfile.mkdtemp(prefix="bench-"))
+        (self.directory / "flaskd.yaml").write_text('log: {access: "off"}\n', encoding="ascii")
+        (self.directory / "run").mkdir()
+        env = {key: value for key, value in os.environ.items() if not key.startswith(("LISTEN_", "FLASK"))}
+        env |= {
+            "PYTHONPATH": str(HERE),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "RUNTIME_DIRECTORY": str(self.directory / "run"),
+            "STATE_DIRECTORY": str(self.directory),
+            "HOME": str(self.directory),
+        }
+        argv = [sys.executable, *(server.bound(port) if listener is None else server.inherited())]
+        options: dict[str, Any] = {}
+        if listener is not None:
+            argv = [sys.executable, "-c", _INHERIT, str(listener.fileno()), *argv]
+            options["pass_fds"] = [listener.fileno()]
+        if unprivileged and os.geteuid() == 0:
+            for each in (self.directory, *self.directory.iterdir()):
+                os.chown(each, NOBODY, NOBODY)
+            options |= {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                argv, cwd=self.directory, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **options
+            )
+
+    @property
+    def _log(self) -> Path:
+        return self.directory / "log"
+
+    @property
+    def control(self) -> Path:
+        """Where flaskd's control socket is."""
+        return self.directory / "run" / "control.sock"
+
+    def wait_ready(self) -> None:
+        """Wait until it answers 200; raises NotReadyError with what it logged."""
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until and self.process.poll() is None:
+            with (
+                contextlib.suppress(OSError, ValueError, IndexError),
+                socket.create_connection((HOST, self.port), timeout=until - time.monotonic()) as sock,
+            ):
+                sock.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                if sock.recv(64).split()[1] == b"200":
+                    return
+            time.sleep(0.01)
+        log = self._log.read_text(errors="replace").strip().splitlines()[-3:]
+        self.close()
+        raise NotReadyError(f"{self.name} did not become ready: {' | '.join(log) or 'it logged nothing'}")
+
+    def terminate(self) -> float:
+        """Send SIGTERM and return the moment."""
+        moment = time.monotonic()
+        self.process.send_signal(signal.SIGTERM)
+        return moment
+
+    def wait_exit(self, since: float, patience: float = EXIT_PATIENCE) -> float:
+        """Wait until it has exited and return the seconds since a moment; infinite when it had to be killed."""
+        try:
+            self.process.wait(patience)
+        except subprocess.TimeoutExpired:
+            self.close()
+            return float("inf")
+        return time.monotonic() - since
+
+    def cpu(self) -> float:
+        """CPU seconds that it has used: proc(5)."""
+        words = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+    def descriptors(self) -> int:
+        """How many files it has open."""
+        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+
+    def close(self) -> None:
+        """Kill it if it still lives, and remove its directory."""
+        if self.process.poll() is None:
+            for child in _children(self.process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+            self.process.kill()
+        self.process.wait()
+        if os.environ.get("BENCHMARKS_KEEP_LOGS"):
+            print(f"{self.name} log: {self._log}")
+        else:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _children(pid: int) -> list[int]:
+    with contextlib.suppress(OSError):
+        return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
+    return []
+
+
+@contextlib.contextmanager
+def running(
+    server: Server, port: int, listener: socket.socket | None = None, *, unprivileged: bool = False
+) -> Iterator[Running]:
+    """Start a server, wait until it is ready, and see to it that nothing is left of it."""
+    each = Running(server, port, listener, unprivileged=unprivileged)
+    try:
+        each.wait_ready()
+        yield each
+    finally:
+        each.close()
+
+
+class Load:
+    """The clients of `_load.py`, in a process of their own."""
+
+    def __init__(self, port: int, kind: str, clients: int) -> None:
+        orders = json.dumps({"host": HOST, "port": port, "load": kind, "clients": clients})
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "_load.py"), orders], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+
+    def finish(self) -> dict[str, Any]:
+        """Let each client finish what it has begun, and return their account."""
+        out, _ = self._process.communicate(timeout=120)
+        account: dict[str, Any] = json.loads(out)
+        return account
+
+    def close(self) -> None:
+        """End it if it still lives."""
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.communicate()
+
+
+def median(values: Sequence[float]) -> float:
+    """Compute the median; not a number when there is nothing."""
+    return statistics.median(values) if values else float("nan")
+
+
+def environment() -> str:
+    """Say on what the figures were taken, in one line."""
+    versions = []
+    for module in ("flaskd", "waitress", "gunicorn", "uvicorn", "flask"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{module} {importlib.metadata.version(module)}")
+    system = os.uname()
+    cores = len(os.sched_getaffinity(0))
+    return f"{', '.join(versions)}; Python {sys.version.split()[0]}, {system.sysname} {system.release}, {cores} cores"
+
+
+def table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out a table: the first column to the left, numbers to the right."""
+    lines = [list(headers), *[list(row) for row in rows]]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(headers))]
+
+    def lay(line: Sequence[str]) -> str:
+        first, *others = [
+            each.ljust(width) if column == 0 else each.rjust(width)
+            for column, (each, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        return "| " + " | ".join([first, *others]) + " |"
+
+    rule = (
+        "|" + "|".join("-" * (width + 1) + ("-" if column == 0 else ":") for column, width in enumerate(widths)) + "|"
+    )
+    return "\n".join([title, "", lay(lines[0]), rule, *[lay(line) for line in lines[1:]], ""])

@@ -1,0 +1,68 @@
+"""The app that the benchmarks serve: plain Flask, the same under every server."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from flask import Flask, Response, request
+
+PATTERN = bytes(range(256)) * 4096
+"""1 MiB of known content; what /big sends is made of it."""
+THREADS = 4
+"""Worker threads, under every server."""
+
+app = Flask(__name__)
+
+
+@app.get("/")
+def index() -> str:
+    """Answer with the token that the client sent, so that it knows the answer for its own."""
+    return f"hello {request.args.get('token', '')}\n"
+
+
+@app.get("/slow")
+def slow() -> str:
+    """Take some seconds."""
+    time.sleep(min(60.0, float(request.args.get("seconds", "1"))))
+    return f"slow {request.args.get('token', '')}\n"
+
+
+@app.get("/big")
+def big() -> bytes:
+    """Send some MiB, 3 if not told otherwise."""
+    return PATTERN * min(64, int(request.args.get("mib", "3")))
+
+
+@app.get("/stream")
+def stream() -> Response:
+    """Send some chunks, with pauses."""
+    chunks, token = min(1000, int(request.args.get("chunks", "10"))), request.args.get("token", "")
+
+    def produce() -> Iterator[str]:
+        for number in range(chunks):
+            time.sleep(0.002)
+            yield f"chunk {number} {token}\n"
+
+    return Response(produce(), mimetype="text/plain")
+
+
+@app.post("/upload")
+def upload() -> str:
+    """Answer with the SHA-256 of the body."""
+    return hashlib.sha256(request.get_data()).hexdigest() + "\n"
+
+
+@app.post("/echo")
+def echo() -> bytes:
+    """Answer with the body."""
+    return request.get_data()
+
+
+def asgi() -> Callable[..., Any]:
+    """Give the app as uvicorn takes it."""
+    from a2wsgi import WSGIMiddleware  # noqa: PLC0415 - only where uvicorn is measured
+
+    return WSGIMiddleware(app, workers=THREADS)
