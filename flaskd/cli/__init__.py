@@ -116,6 +116,12 @@ def _leave(code: int) -> NoReturn:
 
 
 def _config_path(option: str | None) -> Path | None:
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot work here: the working directory is gone ({error.strerror}); cd elsewhere"
+        ) from error
     if chosen := option or os.environ.get("FLASKD_CONFIG"):
         return Path(chosen)
     here = Path("flaskd.yaml")

@@ -64,6 +64,15 @@ def test_a_busy_port(flaskd: Flaskd) -> None:
     assert "Traceback" not in log
 
 
+def test_a_working_directory_that_is_gone(flaskd: Flaskd) -> None:
+    """Started in a directory that was removed, flaskd says so: 78, one line."""
+    gone = flaskd.directory / "gone"
+    gone.mkdir()
+    flaskd.launch(preexec_fn=lambda: (os.chdir(gone), gone.rmdir()))
+    assert flaskd.wait() == 78
+    assert flaskd.log == "cannot work here: the working directory is gone (No such file or directory); cd elsewhere\n"
+
+
 def test_running_twice(flaskd: Flaskd) -> None:
     """A second flaskd in the same runtime directory is refused, naming the first one's pid, and harms nothing."""
     flaskd.start()
