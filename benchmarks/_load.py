@@ -189,12 +189,10 @@ class Account:
     details: Counter[str] = field(default_factory=Counter)
     losses: list[dict[str, Any]] = field(default_factory=list)
     left_out: int = 0
-    reset_on_reused: int = 0
 
     def enter(self, fate: str, kind: str, how: str, began: float) -> None:
         """Enter one request's fate; losses are kept with their moment (time.time()) and the request's age."""
         self.fates[fate] += 1
-        self.reset_on_reused += fate == "reset" and "reused" in how
         if fate in (*LOST, "raced", "rejected"):
             self.details[f"{fate}: {kind}, {how}"] += 1
             if len(self.losses) < 1000:
@@ -209,7 +207,6 @@ class Account:
             "details": dict(self.details.most_common()),
             "losses": self.losses,
             "left_out": self.left_out,
-            "reset_on_reused": self.reset_on_reused,
         }
 
 

@@ -5,8 +5,7 @@
 Scenarios: ``stop`` starts and stops the server on a port of its own under mixed clients; ``connect`` does the same
 under clients that make a connection for each request; ``restart`` stops and starts it on a listener that this process
 holds and the server inherits (LISTEN_FDS), so that nothing need be refused; ``drain`` drains and resumes flaskd.
-``_load.py`` says what each column means; lost is reset, cut and wrong. The number in brackets tells how many of the
-resets met a connection that had carried a response before: some clients send an idempotent request again then. The exit status is 1 when flaskd lost a request.
+``_load.py`` says what each column means. The exit status is 1 when flaskd lost a request.
 """
 
 from __future__ import annotations
@@ -18,11 +17,12 @@ import random
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from _load import FATES, LOST
-from _servers import HOST, SERVERS, Load, NotReadyError, Running, Server, chosen, environment, free_port, median, running, table
+from _servers import HOST, SERVERS, Load, NotReadyError, Running, Server, chosen, environment, free_port, median, table
 
 SCENARIOS = {
     "stop": "Stop under load: SIGTERM, exit, start again on the same port",
@@ -42,7 +42,7 @@ def _stops(server: Server, port: int, options: argparse.Namespace, load: str) ->
     took: list[float] = []
     with contextlib.closing(Load(port, load, options.clients)) as clients:
         for _ in range(options.cycles):
-            with running(server, port, unprivileged=options.unprivileged) as each:
+            with _running(server, port, options) as each:
                 _busy()
                 took.append(each.wait_exit(each.terminate()))
         return clients.finish(), took
@@ -54,7 +54,7 @@ def _restarts(server: Server, port: int, options: argparse.Namespace) -> tuple[d
         listener = stack.enter_context(socket.create_server((HOST, port), backlog=1024))
         clients: Load | None = None
         for cycle in range(options.cycles + 1):
-            with running(server, port, listener, unprivileged=options.unprivileged) as each:
+            with _running(server, port, options, listener) as each:
                 clients = clients or stack.enter_context(contextlib.closing(Load(port, "mixed", options.clients)))
                 _busy()
                 if cycle < options.cycles:
@@ -66,7 +66,7 @@ def _restarts(server: Server, port: int, options: argparse.Namespace) -> tuple[d
 
 def _drains(server: Server, port: int, options: argparse.Namespace) -> tuple[dict[str, Any], list[float]]:
     took: list[float] = []
-    with running(server, port, unprivileged=options.unprivileged) as each, contextlib.closing(Load(port, "mixed", options.clients)) as clients:
+    with _running(server, port, options) as each, contextlib.closing(Load(port, "mixed", options.clients)) as clients:
         for _ in range(options.cycles):
             _busy()
             began = time.monotonic()
@@ -85,6 +85,18 @@ def _command(server: Running, line: str) -> None:
         answer = b"".join(iter(lambda: control.recv(4096), b"")).decode()
     if not answer.splitlines()[-1:] or not answer.splitlines()[-1].startswith("OK"):
         raise NotReadyError(f"flaskd answered {answer!r} to {line!r}")
+
+
+@contextlib.contextmanager
+def _running(
+    server: Server, port: int, options: argparse.Namespace, listener: socket.socket | None = None
+) -> Iterator[Running]:
+    each = Running(server, port, listener, unprivileged=options.unprivileged)
+    try:
+        each.wait_ready()
+        yield each
+    finally:
+        each.close()
 
 
 def measure(server: Server, scenario: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -107,7 +119,6 @@ def _row(account: dict[str, Any]) -> list[str]:
     if "error" in account:
         return [account["server"], *["-"] * (len(FATES) + 4)]
     fates = [str(account["fates"][fate]) for fate in FATES]
-    fates[FATES.index("reset")] += f" ({account['reset_on_reused']})"
     per_cycle = f"{account['lost'] / account['cycles']:.1f}"
     cycles, requests = str(account["cycles"]), str(account["requests"])
     return [account["server"], cycles, requests, *fates, per_cycle, f"{median(account['took']):.2f} s"]
