@@ -262,6 +262,10 @@ class Flaskd:
         assert self.process is not None
         return self.process.pid
 
+    def settle(self) -> None:
+        """Wait until all is counted: a client may have its answer a moment before the daemon has it in its account."""
+        self.until(lambda: "in_flight: 0" in self.command("status").splitlines())
+
     def hold(self, url: str | None = None) -> Answer:
         """Make a request that runs until the gate opens; it is running when this returns."""
         answer = Answer(url or self.url, "/hold")

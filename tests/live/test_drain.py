@@ -26,6 +26,7 @@ def test_the_whole_path(flaskd: Flaskd) -> None:
     assert refused(url)
     assert flaskd.command("resume") == "OK ready\n"
     assert get(url) == (200, b"hello")
+    flaskd.settle()
     assert flaskd.command("stop").startswith("OK stopping in_flight=0 deadline=")
     assert flaskd.wait() == 0
 

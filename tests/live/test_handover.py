@@ -86,6 +86,7 @@ def test_an_announced_drain(flaskd: Flaskd) -> None:
     flaskd.start()
     url = flaskd.url
     assert get(url, "/healthz") == (200, b"ready\n")
+    flaskd.settle()
     assert flaskd.command("drain").startswith("OK draining in_flight=0 deadline=1m")
     assert get(url, "/healthz") == (404, b"draining\n")
     assert flaskd.command("ready") == "ERR not-ready flaskd is draining\n"

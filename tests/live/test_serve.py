@@ -15,6 +15,7 @@ def test_the_log_of_a_life(flaskd: Flaskd) -> None:
     flaskd.start()
     get(flaskd.url, "/?a=b", Referer="http://x/", **{"User-Agent": 'say "hi"'})
     url = flaskd.url
+    flaskd.settle()
     assert flaskd.stop() == 0
     lines = flaskd.log.splitlines()
     date = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z info   "
