@@ -15,19 +15,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from flaskd.cleanup import on_stop
     from flaskd.client import ControlClient
     from flaskd.errors import FlaskdError
     from flaskd.ledger import DrainReport
-    from flaskd.server import ServerThread
+    from flaskd.thread import ServerThread
 
 __version__ = "0.1.0"
-__all__ = ["ControlClient", "DrainReport", "FlaskdError", "ServerThread", "__version__", "serve"]
+__all__ = ["ControlClient", "DrainReport", "FlaskdError", "ServerThread", "__version__", "on_stop", "serve"]
 
 _HOME = {
     "ControlClient": "flaskd.client",
     "DrainReport": "flaskd.ledger",
     "FlaskdError": "flaskd.errors",
-    "ServerThread": "flaskd.server",
+    "ServerThread": "flaskd.thread",
+    "on_stop": "flaskd.cleanup",
 }
 
 

@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from typing import Any, Protocol
 
 from flaskd import launch, logs
-from flaskd.cleanup import Plan, StepResult, build_plan
+from flaskd.cleanup import Plan, StepResult, build_plan, with_callbacks
 from flaskd.config import Config, Configuration, HealthConfig
 from flaskd.drain import Drain
 from flaskd.errors import EX_OK, AppError, ConfigError, FlaskdError, NotNowError
@@ -30,7 +30,7 @@ from flaskd.lifecycle import Event, Lifecycle, State, StopReason
 from flaskd.loading import LoadedApp
 from flaskd.notify import Notifier
 from flaskd.protocol import Discard, Reply
-from flaskd.server import ServerThread
+from flaskd.server import WaitressThread
 from flaskd.signals import Escalation, SignalWatch, Terminal
 from flaskd.sockets import Listener
 from flaskd.state import StateDirectory
@@ -98,7 +98,7 @@ class Daemon:
         self._cleanup_thread = CleanupThread()
         self._escalation = Escalation()
         self._listeners: list[Listener] = []
-        self._server: ServerThread | None = None
+        self._server: WaitressThread | None = None
         self._drain: Drain | None = None
         self._stop: Stop | None = None
         self._stop_waiters: list[Reply] = []
@@ -186,8 +186,13 @@ class Daemon:
 
     def plan(self) -> tuple[list[dict[str, Any]], str]:
         """The cleanup plan, for programs and for people."""
-        shutdown = self.configuration.values.shutdown
-        return self._plan.describe(), self._plan.text(shutdown.deadline, shutdown.reserve)
+        shutdown, plan = self.configuration.values.shutdown, self._whole_plan()
+        return plan.describe(), plan.text(shutdown.deadline, shutdown.reserve)
+
+    def _whole_plan(self) -> Plan:
+        """The policies, and what the app registered in code until now."""
+        app = self.app.flask if hasattr(self, "app") else None
+        return with_callbacks(self._plan, app, timeout=self.configuration.values.cleanup.defaults.timeout)
 
     # --- start ------------------------------------------------------------------------------------------------------
 
@@ -257,7 +262,7 @@ class Daemon:
         )
         probe.start()
 
-    def _probe(self, server: ServerThread, health: HealthConfig) -> None:
+    def _probe(self, server: WaitressThread, health: HealthConfig) -> None:
         """Probe in a thread of its own, so that a signal need not wait for the app; then the start is over."""
         error = launch.probe(server, health)
         self._inbox.put(lambda: self._on_started(error))
@@ -591,9 +596,10 @@ class Daemon:
         counted = self._server.counted if self._server else (0, 0)
         self._stop = Stop(
             reason,
-            plan=self._plan,
-            app=self.app,
-            config=config,
+            plan=self._whole_plan(),
+            app=self.app.flask,
+            shutdown=config.shutdown,
+            max_parallel=config.cleanup.max_parallel,
             drain=lambda: self._inbox.put(lambda: self._drain_to_stop(counted)),
             over=lambda error: self._inbox.put(lambda: self._on_stop_over(error)),
             on_step=lambda result: self._inbox.put(lambda: self._on_step(result)),
@@ -608,7 +614,7 @@ class Daemon:
             # A successor may share the listeners: from now on their backlog is left to it.
             self._server.refuse(on=False)
             self._server.announce()
-        self._stop.start(self._cleanup_thread)
+        self._cleanup_thread.run(self._stop.run)
         self._last_tick = time.monotonic()
 
     def _drain_to_stop(self, counted_from: tuple[int, int]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from flaskd.ledger import DrainReport
 from flaskd.protocol import Reply
-from flaskd.server import ServerThread
+from flaskd.server import WaitressThread
 
 _GUARD = 0.5
 """Seconds past its deadline after which a drain is over without the serving thread's word."""
@@ -23,7 +23,7 @@ class Drain:
 
     def __init__(
         self,
-        server: ServerThread,
+        server: WaitressThread,
         timeout: float,
         over: Callable[[Drain, DrainReport], None],
         *,

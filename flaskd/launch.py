@@ -11,7 +11,7 @@ from flaskd import loading
 from flaskd.config import AppConfig, HealthConfig, ServerConfig
 from flaskd.errors import AppError, ConfigError, FlaskdError
 from flaskd.loading import LoadedApp
-from flaskd.server import ServerThread, adjustments
+from flaskd.server import WaitressThread, adjustments
 from flaskd.sockets import Address, Listener, inherited, open_files_limit
 
 DEFAULT_LISTEN = "127.0.0.1:8000"
@@ -64,9 +64,9 @@ def make_server(
     *,
     on_answer: Callable[[dict[str, Any]], None],
     on_death: Callable[[BaseException | None], None],
-) -> ServerThread:
+) -> WaitressThread:
     """A server for the app on bound listeners, not started yet; RLIMIT_NOFILE is raised for its connections."""
-    return ServerThread(
+    return WaitressThread(
         app.wsgi,
         threads=server.threads,
         listeners=listeners,
@@ -77,7 +77,7 @@ def make_server(
     )
 
 
-def probe(server: ServerThread, health: HealthConfig) -> FlaskdError | None:
+def probe(server: WaitressThread, health: HealthConfig) -> FlaskdError | None:
     """Ask the app for `health.probe`, if there is one; returns what is wrong with the answer, None when it is good."""
     if health.probe is None:
         return None

@@ -11,14 +11,16 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flaskd.cleanup import Plan, Runner, StepResult, results_as_json
-from flaskd.config import Config, Phase
+from flaskd.config import Phase, ShutdownConfig
 from flaskd.ledger import DrainReport
 from flaskd.lifecycle import StopReason
-from flaskd.loading import LoadedApp
 from flaskd.logs import timestamp
+
+if TYPE_CHECKING:
+    from flask import Flask
 
 log = logging.getLogger("flaskd.stop")
 
@@ -66,10 +68,10 @@ def _stacks_go_to() -> int:
 
 
 class Stop:
-    """Runs the plan as it stands now; the daemon tells it when the drain is over, and it tells when all is done.
+    """Runs the plan as it stands now; its owner tells it when the drain is over, and it tells when all is done.
 
-    `drain` and `over` are called from the cleanup thread: when it is time to drain, and at the end, with what broke the
-    cleanup off if anything did. `on_step` gets each step's result.
+    `drain` and `over` are called from the thread that calls `run`: when it is time to drain, and at the end, with what
+    broke the cleanup off if anything did. `on_step` gets each step's result.
     """
 
     def __init__(
@@ -77,15 +79,16 @@ class Stop:
         reason: StopReason,
         *,
         plan: Plan,
-        app: LoadedApp,
-        config: Config,
+        app: Flask | None,
+        shutdown: ShutdownConfig,
+        max_parallel: int,
         drain: Callable[[], None],
         over: Callable[[Exception | None], None],
-        on_step: Callable[[StepResult], None],
+        on_step: Callable[[StepResult], None] | None = None,
     ) -> None:
         self.reason = reason
         self.hurried = False
-        self._shutdown = config.shutdown
+        self._shutdown = shutdown
         self._began = time.monotonic()
         self._deadline = self._began + self._shutdown.deadline
         self._drain, self._over = drain, over
@@ -93,17 +96,13 @@ class Stop:
         self._drained = threading.Event()
         self._runner = Runner(
             plan,
-            app=app.flask,
+            app=app,
             reason=reason,
             deadline=self._deadline,
             reserve=self._shutdown.reserve,
-            max_parallel=config.cleanup.max_parallel,
+            max_parallel=max_parallel,
             on_progress=on_step,
         )
-
-    def start(self, thread: CleanupThread) -> None:
-        """Begin with the cleanup of the first phase."""
-        thread.run(self._run)
 
     def arm(self) -> None:
         """Make sure that the process ends by the deadline, whatever happens from here on."""
@@ -165,7 +164,8 @@ class Stop:
             "pid": os.getpid(),
         }
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Go through the phases; returns when the last is over, by the deadline at the latest."""
         error: Exception | None = None
         try:
             self._runner.run(_BEFORE)

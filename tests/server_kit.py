@@ -1,4 +1,4 @@
-"""A gate app, a client of raw bytes, and the fixtures that bring both together with a ServerThread."""
+"""A gate app, a client of raw bytes, and the fixtures that bring both together with a WaitressThread."""
 
 import gc
 import http.client
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from flaskd.server import ServerThread
+from flaskd.server import WaitressThread
 
 PATIENCE = 10.0
 """Seconds until a test gives up on something that should long have happened."""
@@ -248,7 +248,7 @@ def serve(app, answers):
     started = []
 
     def start(app=app, **options):
-        server = ServerThread(app, on_answer=answers.put, **options)
+        server = WaitressThread(app, on_answer=answers.put, **options)
         started.append(server)
         return server.start()
 

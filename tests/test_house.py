@@ -17,7 +17,7 @@ LAYERS = [
     {"config", "lifecycle", "ledger", "loading", "protocol", "runtime", "signals"},
     {"server", "cleanup", "client"},
     {"drain", "launch", "state", "stop"},
-    {"daemon"},
+    {"daemon", "thread"},
     {"control"},
     {"cli", "__init__", "__main__"},
 ]

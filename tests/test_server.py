@@ -26,7 +26,7 @@ from server_kit import (
 
 from flaskd.errors import AppError, CannotCreateError, FlaskdError
 from flaskd.ledger import DrainReport
-from flaskd.server import ServerThread
+from flaskd.server import WaitressThread
 from flaskd.sockets import Address, Listener
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
@@ -47,7 +47,7 @@ def test_a_started_server_serves(serve, connect):
 
 def test_as_a_context_manager(app):
     """Entering starts, leaving stops; any client that knows the URL can use it."""
-    with ServerThread(app) as server:
+    with WaitressThread(app) as server:
         connection = http.client.HTTPConnection("127.0.0.1", server.addresses[0].port, timeout=PATIENCE)
         connection.request("GET", server.url)
         assert connection.getresponse().read() == b"hello"
@@ -61,7 +61,7 @@ def test_a_busy_port_raises_at_once(serve, app):
     """The error of a place that is taken comes out of start, and leaves nothing behind."""
     taken = serve().addresses[0].port
     before = descriptors()
-    server = ServerThread(app, port=taken)
+    server = WaitressThread(app, port=taken)
     with pytest.raises(CannotCreateError, match="Address already in use; another process listens there"):
         server.start()
     assert server.stop() == DrainReport()
@@ -76,7 +76,7 @@ def test_a_second_start_is_refused(serve):
 
 def test_before_the_start_there_is_nothing(app):
     """A server that was not started counts nothing, can be stopped, and refuses the rest by name."""
-    server = ServerThread(app)
+    server = WaitressThread(app)
     assert (server.in_flight, server.connections, server.queued, server.completed) == (0, 0, 0, 0)
     assert (server.requests(), server.listeners, server.cut("no reason"), server.turns(0)) == ([], [], (), False)
     for refused in (server.drain, server.resume, lambda: server.set_threads(2), lambda: server.probe("/", 1)):
@@ -89,7 +89,7 @@ def test_before_the_start_there_is_nothing(app):
 def test_stopping_before_the_start_closes_the_listeners(app):
     """Listeners that were handed over are the server's to close, even if it never served."""
     listener = Listener.bind(Address("127.0.0.1"))
-    ServerThread(app, listeners=[listener]).stop()
+    WaitressThread(app, listeners=[listener]).stop()
     assert listener.socket.fileno() == -1
 
 
@@ -102,7 +102,7 @@ def test_the_serving_threads_own_error_comes_out_of_start(app, monkeypatch):
     before = descriptors()
     monkeypatch.setattr("flaskd.server.poller.EpollMap.turn", fail)
     with pytest.raises(FlaskdError, match="^cannot serve: on purpose$") as raised:
-        ServerThread(app).start()
+        WaitressThread(app).start()
     assert isinstance(raised.value.__cause__, RuntimeError)
     assert descriptors() == before
 
@@ -111,7 +111,7 @@ def test_a_setting_that_waitress_refuses_leaves_nothing_behind(app):
     """A start that fails before its thread runs closes what it had bound."""
     before = descriptors()
     with pytest.raises(ValueError, match="Unknown adjustment"):
-        ServerThread(app, adjustments={"no_such_setting": 1}).start()
+        WaitressThread(app, adjustments={"no_such_setting": 1}).start()
     assert descriptors() == before
 
 
@@ -338,7 +338,7 @@ def test_resume_of_a_taken_port_stays_drained(serve, connect, app):
     """Where the port is somebody else's by now, resume says so, and can be tried again."""
     server = serve()
     server.drain()
-    with ServerThread(app, port=server.addresses[0].port), pytest.raises(CannotCreateError):
+    with WaitressThread(app, port=server.addresses[0].port), pytest.raises(CannotCreateError):
         server.resume()
     server.resume()
     assert connect(server).ask("/").status == 200
@@ -858,7 +858,7 @@ def test_several_listeners_at_once(serve, app, connect, answers, tmp_path):
 
 def test_stop_answers_what_is_in_flight(app, connect):
     """A stop is a drain first."""
-    server = ServerThread(app).start()
+    server = WaitressThread(app).start()
     client = connect(server).send("/gate")
     app.entered(1)
     with ThreadPoolExecutor(1) as pool:
@@ -872,7 +872,7 @@ def test_stop_answers_what_is_in_flight(app, connect):
 
 def test_a_second_stop_gives_the_same_report(app, connect):
     """Stopping twice does no harm and tells the same; after a drain it tells what the drain told."""
-    server = ServerThread(app).start()
+    server = WaitressThread(app).start()
     connect(server).ask("/")
     drained = server.drain()
     assert server.stop() is drained
@@ -882,13 +882,13 @@ def test_a_second_stop_gives_the_same_report(app, connect):
 
 def test_a_stop_cuts_at_its_timeout(app, connect):
     """A stop waits no longer than it may, and says what it broke off."""
-    server = ServerThread(app, threads=1).start()
+    server = WaitressThread(app, threads=1).start()
     connect(server).send("/gate")
     app.entered(1)
     (worker,) = workers()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flaskd.server.thread._JOIN_TIMEOUT", 0.01)
-        patch.setattr(ServerThread.end, "__defaults__", (0.01,))
+        patch.setattr(WaitressThread.end, "__defaults__", (0.01,))
         report = server.stop(timeout=0)
     assert [each.path for each in report.cut] == ["/gate"]
     app.released.set()
@@ -899,7 +899,7 @@ def test_a_stop_cuts_at_its_timeout(app, connect):
 def test_stop_leaves_no_thread(app):
     """When stop returns every thread has ended, so that a test's tear-down is over when it is over."""
     before = threading.enumerate()
-    server = ServerThread(app).start()
+    server = WaitressThread(app).start()
     assert len(threading.enumerate()) == len(before) + 5
     server.stop()
     assert threading.enumerate() == before
@@ -909,7 +909,7 @@ def test_cycles_leave_nothing_behind(app, connect):
     """Twenty starts and stops, each with a connection left open, leave no thread and no descriptor."""
     threads, before = threading.enumerate(), descriptors()
     for _ in range(20):
-        with ServerThread(app, threads=2) as server:
+        with WaitressThread(app, threads=2) as server:
             client = Client(server.addresses[0])
             assert client.ask("/").status == 200
         assert client.ended()
@@ -921,7 +921,7 @@ def test_cycles_leave_nothing_behind(app, connect):
 def test_an_abandoned_start_leaves_nothing_behind(app, connect):
     """Abandoning ends without a drain, open connections and all."""
     before = descriptors()
-    server = ServerThread(app).start()
+    server = WaitressThread(app).start()
     client = Client(server.addresses[0])
     client.ask("/")
     server.abandon()
@@ -958,7 +958,7 @@ print("over", flush=True)
 def test_a_dead_serving_thread_is_told(app, connect, caplog):
     """What kills the serving thread is logged and handed to who asked; a drain says so, and a stop still stops."""
     died = queue.SimpleQueue()
-    server = ServerThread(app, on_death=died.put).start()
+    server = WaitressThread(app, on_death=died.put).start()
     error = LookupError("on purpose")
 
     def die():

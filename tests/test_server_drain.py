@@ -22,7 +22,7 @@ from server_kit import (
     workers,
 )
 
-from flaskd.server import ServerThread
+from flaskd.server import WaitressThread
 from flaskd.server.channel import Channel
 from flaskd.sockets import Address, Listener
 

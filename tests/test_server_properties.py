@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from server_kit import PATIENCE, App, Client, get, no_thread_left, post
 
-from flaskd.server import ServerThread
+from flaskd.server import WaitressThread
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
@@ -36,7 +36,7 @@ def conversations(draw):
 def test_the_clients_account_is_the_ledgers(conversation):
     """Whatever had begun to arrive when the drain began is answered, and each answer is counted once, on both sides."""
     requests, pieces, drain_at = conversation
-    with ServerThread(App(), threads=2, keepalive_grace=0.05) as server:
+    with WaitressThread(App(), threads=2, keepalive_grace=0.05) as server:
         client = Client(server.addresses[0])
         reports = []
         drainer = threading.Thread(target=lambda: reports.append(server.drain(PATIENCE)))

@@ -2,6 +2,7 @@
 
 from flaskd.cleanup.actions import ACTIONS, Action, action_specs
 from flaskd.cleanup.attempt import Fate, StepResult
+from flaskd.cleanup.callbacks import on_stop, with_callbacks
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
 from flaskd.cleanup.plan import Plan, Reason, Step, build_plan
 from flaskd.cleanup.record import read_record, results_as_json, write_record
@@ -21,7 +22,9 @@ __all__ = [
     "StepTimedOutError",
     "action_specs",
     "build_plan",
+    "on_stop",
     "read_record",
     "results_as_json",
+    "with_callbacks",
     "write_record",
 ]

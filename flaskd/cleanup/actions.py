@@ -9,6 +9,7 @@ import importlib
 import inspect
 import operator
 import re
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -79,8 +80,15 @@ def _prepare_call(fields: CallFields) -> None:
     _resolve(fields.target)
 
 
+def in_app_context(app: Any) -> AbstractContextManager[Any]:
+    """The app's own context, in which `current_app` and the extensions work; nothing where there is no Flask app."""
+    return nullcontext() if app is None else app.app_context()
+
+
 def _call(context: StepContext, fields: CallFields) -> str | None:
-    said = _resolve(fields.target)(context)
+    function = _resolve(fields.target)
+    with in_app_context(context.app):
+        said = function(context)
     return said if isinstance(said, str) else None
 
 

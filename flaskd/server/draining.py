@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("flaskd.server")
 
-_GATE = 0.03
+GATE = 0.03
 """Seconds in which handshakes under way complete behind a closed gate."""
-_BACKLOG = 4096
+BACKLOG = 4096
 """Connections taken from the backlog of a listener that could not be gated. Bounded, because clients come back."""
-_TOO_LATE = "the deadline came"
+TOO_LATE = "the deadline came"
 _LAST_FLUSH = 0.25
 """Seconds past the deadline in which the refusals of what never started get out."""
 
@@ -45,7 +45,7 @@ class Draining:
         """The time.monotonic() moment at which `advance` has something to do whatever happens."""
         moments = [self._last_moment or self.deadline]
         if self._gated:
-            moments.append(self._began + _GATE)
+            moments.append(self._began + GATE)
         if self._streams:
             moments.append(self._streams[0][0])
         return min(moments)
@@ -62,7 +62,7 @@ class Draining:
                 self._gated.append(acceptor)
             else:
                 listener.withdraw()
-                if acceptor.accept_some(_BACKLOG) == _BACKLOG:
+                if acceptor.accept_some(BACKLOG) == BACKLOG:
                     log.warning(f"the backlog of {listener.address} never ended; some of it may be reset")
                 acceptor.close_listener()
         for channel in self._loop.channels():
@@ -75,9 +75,9 @@ class Draining:
 
     def advance(self, now: float) -> None:
         """Do what is due; report when nothing is open any more, or the deadline came."""
-        if self._gated and now >= self._began + _GATE:
+        if self._gated and now >= self._began + GATE:
             for acceptor in self._gated:
-                acceptor.accept_some(_BACKLOG)
+                acceptor.accept_some(BACKLOG)
                 acceptor.close_listener()
             self._gated = []
         while self._streams and self._streams[0][0] <= now:
@@ -86,11 +86,11 @@ class Draining:
             self._report()
         elif self._last_moment:
             if now >= self._last_moment:
-                self._cut += self._loop.cut_all(_TOO_LATE)
+                self._cut += self._loop.cut_all(TOO_LATE)
                 self._report()
         elif now >= self.deadline:
             self._refuse_what_never_started()
-            self._cut += self._loop.cut_all(_TOO_LATE, but=lambda channel: channel.serving_was_refused)
+            self._cut += self._loop.cut_all(TOO_LATE, but=lambda channel: channel.serving_was_refused)
             self._last_moment = now + _LAST_FLUSH
 
     def _open(self) -> bool:
@@ -105,7 +105,7 @@ class Draining:
             if channel.requests and channel.connected:
                 first, *behind = channel.requests
                 # The connection closes after the refusal, so these get no answer of their own.
-                self._cut += tuple(self._loop.cut_one(request, _TOO_LATE) for request in behind)
+                self._cut += tuple(self._loop.cut_one(request, TOO_LATE) for request in behind)
                 first.rejected = True
                 channel.serve_here()
 

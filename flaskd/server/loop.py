@@ -384,16 +384,22 @@ class EventLoop:
         While a worker lives, the trigger stays open: it would write to a closed and perhaps reused descriptor.
         """
         stuck = self.workers.join(timeout)
-        if not stuck:
-            with self._lock:
-                self._closed = True
-            wasyncore.close_all(self.poller)
-            for acceptor in self.acceptors:
-                acceptor.trigger.close()
-            self.poller.close()
+        if stuck:
+            self.workers.when_the_last_ends(self._release)
+        else:
+            self._release()
         for acceptor in self.acceptors:
             acceptor.listener.close()
         return stuck
+
+    def _release(self) -> None:
+        """Give all descriptors back, once nobody writes to them any more."""
+        with self._lock:
+            self._closed = True
+        wasyncore.close_all(self.poller)
+        for acceptor in self.acceptors:
+            acceptor.trigger.close()
+        self.poller.close()
 
 
 __all__ = ["Acceptor", "EventLoop"]

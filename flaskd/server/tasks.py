@@ -13,7 +13,7 @@ from flaskd.sockets import unread
 if TYPE_CHECKING:
     from flaskd.server.channel import Channel, Request
 
-_STREAM_TYPES = ("text/event-stream", "multipart/x-mixed-replace")
+STREAM_TYPES = ("text/event-stream", "multipart/x-mixed-replace")
 """Responses without an end of their own, which may be ended between two parts. Any other chunked response is somebody's
 data, and ending it early with a proper last chunk would make half of it look whole."""
 
@@ -82,7 +82,7 @@ class AppTask(Recorded, WSGITask):  # type: ignore[misc]
 
     def _is_stream(self) -> bool:
         return any(
-            name.lower() == "content-type" and value.startswith(_STREAM_TYPES) for name, value in self.response_headers
+            name.lower() == "content-type" and value.startswith(STREAM_TYPES) for name, value in self.response_headers
         )
 
 

@@ -1,4 +1,4 @@
-"""`ServerThread`: an app served by waitress in a thread that can be started, drained, resumed and stopped."""
+"""`WaitressThread`: waitress in a thread that can be started, drained, resumed and stopped; nothing of cleanup."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _GUARD = 1.0
 """Seconds past its timeout that a drain waits for the serving thread's word."""
 
 
-class ServerThread:
+class WaitressThread:
     """Serves a WSGI app on its own thread and worker threads.
 
     ``start()`` returns when requests are served or raises what went wrong; ``stop()`` answers what is in flight and

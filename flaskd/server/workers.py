@@ -19,13 +19,23 @@ class Workers(ThreadedTaskDispatcher):  # type: ignore[misc]  # waitress is unty
     def __init__(self) -> None:
         super().__init__()
         self.started: list[threading.Thread] = []
+        self._working: set[threading.Thread] = set()
+        self._last_ended: Callable[[], None] | None = None
 
     def start_new_thread(self, target: Callable[[int], object], thread_no: int) -> None:
         """Start a worker thread and remember it."""
-        thread = threading.Thread(target=target, name=f"flaskd-worker-{thread_no}", args=(thread_no,), daemon=True)
+
+        def work() -> None:
+            try:
+                target(thread_no)
+            finally:
+                self._ended(thread)
+
+        thread = threading.Thread(target=work, name=f"flaskd-worker-{thread_no}", daemon=True)
+        thread.start()
         self.started = [each for each in self.started if each.is_alive()]
         self.started.append(thread)
-        thread.start()
+        self._working.add(thread)  # in time: it cannot end before the lock, which is held here, is released
 
     def take_back(self) -> list[Any]:
         """Take every task that no thread has begun out of the queue."""
@@ -42,6 +52,21 @@ class Workers(ThreadedTaskDispatcher):  # type: ignore[misc]  # waitress is unty
         for thread in self.started:
             thread.join(max(0.0, until - time.monotonic()))
         return [thread for thread in self.started if thread.is_alive()]
+
+    def when_the_last_ends(self, function: Callable[[], None]) -> None:
+        """Call `function` once, in the last of the workers that `join` left behind; at once if that is over by now."""
+        with self.lock:
+            if self._working:
+                self._last_ended = function
+                return
+        function()
+
+    def _ended(self, thread: threading.Thread) -> None:
+        with self.lock:
+            self._working.discard(thread)
+            function = None if self._working else self._last_ended
+        if function is not None:
+            function()
 
 
 class Errand:

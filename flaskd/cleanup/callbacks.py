@@ -1,0 +1,156 @@
+"""Cleanup in code: functions registered with `on_stop` become steps of the plan, beside the YAML file's policies."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar, overload
+
+from flaskd.cleanup.actions import Action, in_app_context
+from flaskd.cleanup.context import StepContext, StepFailedError
+from flaskd.cleanup.plan import Plan, Step
+from flaskd.config import Phase, Section
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+log = logging.getLogger("flaskd.cleanup")
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+_EXTENSION = "flaskd.on_stop"
+"""Where an app keeps the functions that are registered for it alone (flask.Flask.extensions)."""
+
+
+class _NoFields(Section):
+    """A function in hand needs no fields."""
+
+
+@dataclass(frozen=True)
+class _Callback:
+    function: Callable[..., object]
+    phase: Phase
+    timeout: float | None
+    after: tuple[str, ...]
+    always: bool
+
+
+_registered: list[_Callback] = []
+
+
+@overload
+def on_stop(function: Function) -> Function: ...
+@overload
+def on_stop(
+    *,
+    phase: str = ...,
+    timeout: float | None = ...,
+    after: str | Sequence[str] = ...,
+    always: bool = ...,
+    app: Flask | None = ...,
+) -> Callable[[Function], Function]: ...
+def on_stop(
+    function: Function | None = None,
+    *,
+    phase: str = Phase.QUIESCE,
+    timeout: float | None = None,
+    after: str | Sequence[str] = (),
+    always: bool = False,
+    app: Flask | None = None,
+) -> Any:
+    """Let a function run at the stop: as a decorator, with or without arguments.
+
+    It is called without arguments, or with the step's context if it takes one, in the app's context, in a thread of its
+    own. Within a `phase` the last registered runs first, as `contextlib.ExitStack` does it; `after` names policies or
+    functions of the same or an earlier phase that must have ended before. `timeout` is in seconds, default:
+    ``cleanup.defaults.timeout``. With `app`, only a stop of that app runs it: for what is registered in a factory.
+    Raises ValueError for a phase that does not exist, TypeError for what cannot be called like that.
+    """
+    if function is None:
+        return partial(on_stop, phase=phase, timeout=timeout, after=after, always=always, app=app)
+    if not callable(function) or inspect.iscoroutinefunction(function) or _takes(function) is None:  # type: ignore[redundant-expr]
+        raise TypeError(f"cannot call {function!r} at the stop: expected a plain function of no argument, or of one")
+    if timeout is not None and not timeout > 0:
+        raise ValueError(
+            f"cannot call {_name(function)} at the stop: expected a timeout above 0 seconds, got {timeout!r}"
+        )
+    names = (after,) if isinstance(after, str) else tuple(after)
+    callback = _Callback(function, Phase(phase), timeout, names, always)
+    registered = _registered if app is None else app.extensions.setdefault(_EXTENSION, [])
+    registered.append(callback)
+    return function
+
+
+def with_callbacks(plan: Plan, app: Flask | None, *, timeout: float) -> Plan:
+    """Add the functions registered so far to a plan; `timeout` is for those that say nothing themselves."""
+    callbacks = [*_registered, *(app.extensions.get(_EXTENSION, ()) if app is not None else ())]
+    taken = {step.name for step in plan.steps}
+    before: dict[Phase, str] = {}
+    steps = []
+    for callback in reversed(callbacks):
+        name = _free(_name(callback.function), taken)
+        taken.add(name)
+        # Last in, first out: each waits for the one that was registered after it.
+        earlier = (before[callback.phase],) if callback.phase in before else ()
+        before[callback.phase] = name
+        steps.append(
+            Step(
+                name=name,
+                action=Action("on_stop", _NoFields, callback.phase, partial(_run, callback.function)),
+                fields=_NoFields(),
+                phase=callback.phase,
+                timeout=timeout if callback.timeout is None else callback.timeout,
+                after=(*callback.after, *earlier),
+                always=callback.always,
+            )
+        )
+    whole = Plan((*plan.steps, *steps))
+    for step in steps:
+        if lost := set(step.after) - {
+            before for each in whole.steps if each.name == step.name for before in each.after
+        }:
+            log.warning(
+                f'{step.name} cannot wait for "{min(lost)}": no policy or function of its phase or before has that name'
+            )
+    return whole
+
+
+def _run(function: Callable[..., object], context: StepContext, _fields: _NoFields) -> str | None:
+    with in_app_context(context.app):
+        said = function(context) if _takes(function) else function()
+    if inspect.iscoroutine(said):
+        said.close()
+        raise StepFailedError(f"{_name(function)} returned a coroutine; expected a plain function")
+    return said if isinstance(said, str) else None
+
+
+def _takes(function: Callable[..., object]) -> int | None:
+    """How many arguments it can be called with: 0 if it can do without, else 1; None for neither."""
+    try:
+        signature = inspect.signature(function)
+    except (ValueError, TypeError):  # written in C, and does not tell
+        return 0
+    for count in (0, 1):
+        try:
+            signature.bind(*range(count))
+        except TypeError:
+            continue
+        return count
+    return None
+
+
+def _name(function: Callable[..., object]) -> str:
+    name = getattr(function, "__name__", type(function).__name__)
+    return "function" if name == "<lambda>" else str(name)
+
+
+def _free(name: str, taken: set[str]) -> str:
+    number = 1
+    free = name
+    while free in taken:
+        number += 1
+        free = f"{name}-{number}"
+    return free

@@ -1,0 +1,215 @@
+"""`ServerThread`: an app in a managed thread, with the daemon's own pipeline behind its stop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from flaskd.cleanup import StepResult, action_specs, build_plan, with_callbacks
+from flaskd.config import Config, ShutdownConfig, load, load_mapping
+from flaskd.errors import FlaskdError
+from flaskd.ledger import DrainReport, InFlight
+from flaskd.lifecycle import StopReason
+from flaskd.loading import find_flask
+from flaskd.server import WaitressThread, WerkzeugThread, adjustments
+from flaskd.sockets import Address, open_files_limit
+from flaskd.stop import Stop
+
+log = logging.getLogger("flaskd.thread")
+
+_ASKED = StopReason("control", "ServerThread.stop()")
+
+
+class ServerThread:
+    """Serves a WSGI app on its own threads, for tests, scripts and embedding.
+
+    ``start()`` returns when requests are served, or raises what went wrong. ``stop()`` answers what is in flight, runs
+    the cleanup policies and the functions of `flaskd.on_stop`, and joins every thread. As a context manager it does
+    both; it can be started again afterwards. Port 0 takes a free port, shown by ``url``.
+
+    `server` is ``waitress``, or ``werkzeug`` for Werkzeug's development server, which makes a thread for each
+    connection whatever `threads` says. `config` is a mapping in the shape of the YAML file, or a path to one; its
+    sections ``server``, ``shutdown`` and ``cleanup`` count here. `on_step` is given each cleanup step's result. Raises
+    ConfigError when the configuration is at fault, ValueError for another `server`.
+    """
+
+    def __init__(
+        self,
+        app: Callable[..., Any],
+        host: str = "127.0.0.1",
+        port: int = 0,
+        threads: int = 4,
+        server: Literal["waitress", "werkzeug"] = "waitress",
+        *,
+        config: Mapping[str, object] | str | os.PathLike[str] | None = None,
+        on_step: Callable[[StepResult], None] | None = None,
+    ) -> None:
+        if server not in {"waitress", "werkzeug"}:
+            raise ValueError(f'cannot serve with {server!r}: expected "waitress" or "werkzeug"')
+        self._app = app
+        self._address = Address(host, port)
+        self._threads = threads
+        self._kind = server
+        self._config = _configured(config)
+        self._on_step = on_step
+        self._lock = threading.Lock()
+        self._server: WaitressThread | WerkzeugThread | None = None
+        self._stop: Stop | None = None
+        self._stopped: DrainReport | None = None
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> Self:
+        """Bind, listen and serve; returns once requests are accepted and a worker ran.
+
+        Raises CannotCreateError when the address cannot be had, ConfigError when a policy cannot be prepared, and
+        whatever else kept it from serving.
+        """
+        with self._lock:
+            if self._server is not None and self._stopped is None:
+                raise FlaskdError("cannot start: this server is running; stop it first, or make another one")
+            self._plan = build_plan(self._config.cleanup)
+            self._plan.prepare()
+            self._server = self._new_server().start()
+            self._stop = self._stopped = None
+        return self
+
+    def _new_server(self) -> WaitressThread | WerkzeugThread:
+        if self._kind == "werkzeug":
+            return WerkzeugThread(self._app, self._address)
+        drain, server = self._config.shutdown.drain, self._config.server
+        # In a test nobody waits as long as in production for clients that could still say something.
+        graces = {name: getattr(drain, name) for name in drain.model_fields_set & {"keepalive_grace", "stream_grace"}}
+        return WaitressThread(
+            self._app,
+            self._address.host,
+            self._address.port,
+            self._threads,
+            backlog=server.backlog,
+            adjustments=adjustments(server, open_files_limit()),
+            **graces,
+        )
+
+    @property
+    def _serving(self) -> WaitressThread | WerkzeugThread:
+        if self._server is None:
+            raise FlaskdError("cannot do that: this server has not been started")
+        return self._server
+
+    @property
+    def addresses(self) -> list[Address]:
+        """Where it listens; the port is the real one after the start."""
+        return self._server.addresses if self._server is not None else [self._address]
+
+    @property
+    def url(self) -> str:
+        """The URL it answers at, ending in a slash."""
+        return self.addresses[0].url
+
+    @property
+    def port(self) -> int:
+        """The port it listens on; 0 for one that is still to be chosen."""
+        return self.addresses[0].port
+
+    @property
+    def in_flight(self) -> int:
+        """Requests accepted and not yet completely answered."""
+        return self._server.in_flight if self._server is not None else 0
+
+    def requests(self) -> list[InFlight]:
+        """What is in flight, oldest first."""
+        return self._server.requests() if self._server is not None else []
+
+    @property
+    def policies(self) -> dict[str, dict[str, Any]]:
+        """What became of each cleanup step at the last stop, by name."""
+        return self._stop.policies if self._stop is not None else {}
+
+    def drain(self, timeout: float | None = None) -> DrainReport:
+        """Take no new work, finish what is in hand within `timeout` seconds, and tell what became of it.
+
+        The default is ``shutdown.drain.timeout`` (15 s unless configured). The threads stay; `resume` undoes it.
+        """
+        return self._serving.drain(self._config.shutdown.drain.timeout if timeout is None else timeout)
+
+    def resume(self) -> None:
+        """Serve again after a drain, at the same address; raises CannotCreateError when that cannot be had any more."""
+        self._serving.resume()
+
+    def stop(self, timeout: float | None = None, *, reason: StopReason = _ASKED) -> DrainReport:
+        """Drain, run the cleanup steps, join every thread; a second call returns the same report.
+
+        All of it takes no longer than `timeout` seconds, by default ``shutdown.deadline`` (25 s unless configured).
+        """
+        with self._lock:
+            if self._server is None:
+                return DrainReport()
+            if self._stopped is None:
+                self._stopped = self._run_stop(self._server, timeout, reason)
+            return self._stopped
+
+    def hurry(self) -> None:
+        """Cut a stop under way short: its drain ends now, all remaining cleanup has a second (any thread)."""
+        if self._stop is not None and self._server is not None:
+            self._stop.hurry()
+            self._server.hasten_drain(0)
+
+    def _run_stop(
+        self, server: WaitressThread | WerkzeugThread, timeout: float | None, reason: StopReason
+    ) -> DrainReport:
+        cleanup, app = self._config.cleanup, find_flask(self._app)
+        plan = with_callbacks(self._plan, app, timeout=cleanup.defaults.timeout)
+        reports: list[DrainReport] = []
+
+        def drain() -> None:
+            try:
+                report = server.drain(stop.drain_time)
+            except FlaskdError as error:  # the serving thread is dead: what it had in hand is lost
+                log.error(str(error))  # noqa: TRY400 - the death itself has been logged with its traceback
+                report = DrainReport(cut=server.cut(str(error)))
+            reports.append(report)
+            stop.drained(report)
+
+        def over(error: Exception | None) -> None:
+            if error is not None:
+                log.error(f"cleanup broke off: {error}", exc_info=error)
+
+        stop = self._stop = Stop(
+            reason,
+            plan=plan,
+            app=app,
+            shutdown=_shutdown(self._config.shutdown, timeout, reserve=bool(plan.steps)),
+            max_parallel=cleanup.max_parallel,
+            # In a thread of its own, because the cleanup steps of the drain's phase run beside it.
+            drain=lambda: threading.Thread(target=drain, name="flaskd-drain", daemon=True).start(),
+            over=over,
+            on_step=self._on_step,
+        )
+        server.announce()
+        try:
+            stop.run()
+        finally:
+            server.end()
+        return reports[0]
+
+
+def _configured(config: Mapping[str, object] | str | os.PathLike[str] | None) -> Config:
+    if isinstance(config, str | os.PathLike):
+        return load(Path(config), actions=action_specs()).values
+    return load_mapping(config or {}, actions=action_specs()).values
+
+
+def _shutdown(shutdown: ShutdownConfig, timeout: float | None, *, reserve: bool) -> ShutdownConfig:
+    """The stop's budget: what is configured, or `timeout` for all of it; with nothing to clean up, nothing is kept."""
+    deadline = shutdown.deadline if timeout is None else timeout
+    kept = min(shutdown.reserve, deadline / 5) if reserve else 0.0
+    drain = shutdown.drain if timeout is None else shutdown.drain.model_copy(update={"timeout": timeout})
+    return shutdown.model_copy(update={"deadline": deadline, "reserve": kept, "drain": drain})

@@ -1,0 +1,372 @@
+"""`ServerThread`, on both servers: what it owes to who starts it, to its clients, and to who comes after it."""
+
+import gc
+import http.client
+import logging
+import socket
+import threading
+import time
+
+import flask
+import pytest
+
+import flaskd
+from flaskd.cleanup import callbacks
+from flaskd.errors import CannotCreateError, ConfigError, FlaskdError
+
+PATIENCE = 20.0
+KINDS = ["waitress", "werkzeug"]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """A registry of this test's own."""
+    monkeypatch.setattr(callbacks, "_registered", [])
+
+
+class Shop:
+    """An app with a page that waits until the test lets it go."""
+
+    def __init__(self):
+        self.entered = threading.Semaphore(0)
+        self.released = threading.Event()
+        self.flask = app = flask.Flask("shop")
+        app.add_url_rule("/", "hello", lambda: "hello\n")
+        app.add_url_rule("/wait", view_func=self.wait)
+        app.add_url_rule("/fail", view_func=self.fail)
+        app.add_url_rule("/leave", view_func=self.leave)
+        app.add_url_rule("/stream", view_func=self.stream)
+        app.add_url_rule("/upload", "upload", lambda: str(len(flask.request.get_data())), methods=["POST"])
+
+    def wait(self):
+        self.entered.release()
+        assert self.released.wait(PATIENCE)
+        return "waited\n"
+
+    def fail(self):
+        raise LookupError("on purpose")
+
+    def leave(self):
+        raise SystemExit(3)
+
+    def stream(self):
+        def produce():
+            yield "data: first\n\n"
+            self.entered.release()
+            assert flask.request.environ["flaskd.draining"].wait(PATIENCE)
+            while True:
+                yield "data: more\n\n"
+                time.sleep(0.01)  # a pace, not a wait for anything
+
+        return flask.Response(flask.stream_with_context(produce()), mimetype="text/event-stream")
+
+
+@pytest.fixture
+def shop():
+    shop = Shop()
+    yield shop
+    shop.released.set()
+
+
+class Asking(threading.Thread):
+    """A client in a thread; `answer` is (status, body) or the error."""
+
+    def __init__(self, server, path):
+        super().__init__()
+        self.server, self.path = server, path
+        self.start()
+
+    def run(self):
+        self.answer = ask(self.server, self.path)
+
+    def result(self):
+        self.join(PATIENCE)
+        return self.answer
+
+
+def ask(server, path, method="GET", body=None):
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
+    try:
+        connection.request(method, path, body)
+        response = connection.getresponse()
+        return response.status, response.read()
+    except (OSError, http.client.HTTPException) as error:
+        return error
+    finally:
+        connection.close()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    """After each test there is no thread and no open socket that was not there before."""
+    before = set(threading.enumerate())
+    yield
+    left = {each for each in threading.enumerate() if each not in before}
+    for each in left:
+        each.join(PATIENCE)
+    assert not [each.name for each in left if each.is_alive()]
+    gc.collect()  # an unclosed socket is a ResourceWarning, and that is an error
+
+
+def test_it_serves_and_stops_twice_in_a_row(shop, kind):
+    """The same app, two servers one after the other, and the first one started again."""
+    for _ in range(2):
+        with flaskd.ServerThread(shop.flask, server=kind) as server:
+            assert server.url == f"http://127.0.0.1:{server.port}/"
+            assert ask(server, "/") == (200, b"hello\n")
+        assert isinstance(ask(server, "/"), ConnectionRefusedError)
+    server.start()
+    assert ask(server, "/") == (200, b"hello\n")
+    assert server.stop().clean
+
+
+def test_what_is_in_flight_at_the_stop_is_answered(shop, kind):
+    """A stop waits for requests in hand, refuses new ones at once, and counts what it answered."""
+    server = flaskd.ServerThread(shop.flask, server=kind).start()
+    clients = [Asking(server, "/wait") for _ in range(3)]
+    for _ in clients:
+        assert shop.entered.acquire(timeout=PATIENCE)
+    assert server.in_flight == 3
+    assert {each.path for each in server.requests()} == {"/wait"}
+    stopping = threading.Thread(target=lambda: reports.append(server.stop()))
+    reports = []
+    stopping.start()
+    while not isinstance(ask(server, "/"), ConnectionRefusedError):
+        pass
+    shop.released.set()
+    assert [each.result() for each in clients] == [(200, b"waited\n")] * 3
+    stopping.join(PATIENCE)
+    [report] = reports
+    assert report.completed >= 3
+    assert report.clean
+    assert server.in_flight == 0
+    assert server.stop() is report
+
+
+def test_what_is_not_done_in_time_is_cut_and_named(shop, kind, caplog):
+    """The report names the request that was broken off; the stop takes no longer than it may."""
+    server = flaskd.ServerThread(shop.flask, server=kind).start()
+    client = Asking(server, "/wait")
+    assert shop.entered.acquire(timeout=PATIENCE)
+    began = time.monotonic()
+    report = server.stop(timeout=0.3)
+    assert time.monotonic() - began < 5
+    [cut] = report.cut
+    assert (cut.method, cut.path) == ("GET", "/wait")
+    assert "in wait" in cut.stack
+    assert isinstance(client.result(), Exception)
+    assert any("cut GET /wait" in each.getMessage() for each in caplog.records)
+
+
+def test_a_drain_reports_and_leaves_the_stop_to_do(shop, kind):
+    """`drain` needs no argument, refuses new clients, and a stop afterwards has the same report."""
+    server = flaskd.ServerThread(shop.flask, server=kind).start()
+    report = server.drain()
+    assert report.clean
+    assert isinstance(report.took, float)
+    assert isinstance(ask(server, "/"), ConnectionRefusedError)
+    assert server.stop() == report
+
+
+def test_resume(shop):
+    """Waitress opens again at the same address; Werkzeug's server says that it cannot."""
+    with flaskd.ServerThread(shop.flask) as server:
+        url = server.url
+        server.drain()
+        server.resume()
+        assert server.url == url
+        assert ask(server, "/") == (200, b"hello\n")
+    with flaskd.ServerThread(shop.flask, server="werkzeug") as server:
+        server.drain()
+        with pytest.raises(FlaskdError, match="^cannot resume: "):
+            server.resume()
+
+
+def test_a_busy_port_is_an_error_at_once(shop, kind):
+    """`start` raises what the thread could not do, and leaves nothing behind."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(CannotCreateError, match=f"^cannot listen on 127.0.0.1:{port}: Address already in use"):
+            flaskd.ServerThread(shop.flask, port=port, server=kind).start()
+
+
+def test_wrong_arguments_are_refused(shop):
+    """An unknown server, a configuration at fault, a second start."""
+    with pytest.raises(ValueError, match='^cannot serve with \'gevent\': expected "waitress" or "werkzeug"$'):
+        flaskd.ServerThread(shop.flask, server="gevent")
+    with pytest.raises(ConfigError, match="cleanup.policies.x.use"):
+        flaskd.ServerThread(shop.flask, config={"cleanup": {"policies": {"x": {"use": "no.such"}}}})
+    with flaskd.ServerThread(shop.flask) as server, pytest.raises(FlaskdError, match="^cannot start: this server is"):
+        server.start()
+    with pytest.raises(FlaskdError, match="has not been started"):
+        flaskd.ServerThread(shop.flask).drain()
+    assert flaskd.ServerThread(shop.flask).stop().clean
+
+
+def test_an_app_that_fails_or_exits_stops_nothing(shop, kind, caplog):
+    """Its clients get a 500 or the end of their connection, the next one is served, and the stop is clean."""
+    with flaskd.ServerThread(shop.flask, server=kind) as server:
+        assert ask(server, "/fail")[0] == 500
+        ask(server, "/leave")
+        assert ask(server, "/") == (200, b"hello\n")
+    assert server.stop().clean
+
+
+def test_an_event_stream_ends_in_good_order(shop, kind):
+    """It learns that a drain began, and ends between two events with a proper last chunk."""
+    server = flaskd.ServerThread(shop.flask, server=kind, config={"shutdown": {"drain": {"stream_grace": "100ms"}}})
+    server.start()
+    client = Asking(server, "/stream")
+    assert shop.entered.acquire(timeout=PATIENCE)
+    assert server.stop().clean
+    status, body = client.result()
+    assert status == 200
+    assert body.startswith(b"data: first\n\ndata: more\n\n")
+    assert body.endswith(b"\n\n")
+
+
+def test_a_client_that_connected_and_says_nothing_keeps_no_stop_waiting(shop, kind):
+    """It is told that there is nothing more to come, and the stop goes on."""
+    server = flaskd.ServerThread(shop.flask, server=kind).start()
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        assert ask(server, "/") == (200, b"hello\n")  # behind it, so it has been accepted
+        assert server.stop(timeout=PATIENCE).took < PATIENCE / 2
+        client.settimeout(PATIENCE)
+        assert client.recv(1) == b""
+
+
+def test_a_request_that_is_still_coming_is_read_on(shop, kind):
+    """An upload whose second half comes during the stop is answered."""
+    server = flaskd.ServerThread(shop.flask, server=kind).start()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as client:
+        client.sendall(b"POST /upload HTTP/1.1\r\nHost: shop\r\nContent-Length: 10\r\n")
+        assert ask(server, "/") == (200, b"hello\n")
+        stopping = threading.Thread(target=server.stop)
+        stopping.start()
+        while not isinstance(ask(server, "/"), ConnectionRefusedError):
+            pass
+        client.sendall(b"\r\n0123456789")
+        answer = b"".join(iter(lambda: client.recv(4096), b""))
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert answer.endswith(b"\r\n\r\n10")
+        stopping.join(PATIENCE)
+
+
+def test_cleanup_runs_after_the_drain(shop, kind, registered, tmp_path):
+    """Policies and functions run once the last request is answered, in their order, in the app's context."""
+    said = []
+
+    @flaskd.on_stop
+    def first_registered():
+        said.append(("first", flask.current_app.name, server.in_flight))
+
+    @flaskd.on_stop(phase="quiesce", timeout=5)
+    def last_registered(context):
+        said.append(("last", context.reason, shop.released.is_set()))
+
+    @flaskd.on_stop(phase="announce")
+    def early():
+        said.append(("early", shop.released.is_set()))
+        shop.released.set()
+
+    mark = tmp_path / "mark"
+    policy = {"use": "command", "phase": "close", "with": {"argv": ["touch", str(mark)]}}
+    server = flaskd.ServerThread(shop.flask, server=kind, config={"cleanup": {"policies": {"mark": policy}}})
+    with server:
+        client = Asking(server, "/wait")
+        assert shop.entered.acquire(timeout=PATIENCE)
+    assert client.result() == (200, b"waited\n")
+    assert said == [("early", False), ("last", "control", True), ("first", "shop", 0)]
+    assert mark.exists()
+    assert {name: entry["fate"] for name, entry in server.policies.items()} == dict.fromkeys(
+        ["early", "last_registered", "first_registered", "mark"], "ok"
+    )
+
+
+def test_functions_for_one_app_run_at_its_stop_alone(shop, registered):
+    """What a factory registers for its app is not run for another one."""
+    other, said = flask.Flask("other"), []
+    for app in (shop.flask, other):
+        flaskd.on_stop(app=app)(lambda name=app.name: said.append(name))
+    with flaskd.ServerThread(other):
+        pass
+    assert said == ["other"]
+
+
+def test_functions_that_cannot_be_called_are_refused(registered):
+    """A coroutine function, too many arguments, an unknown phase, a timeout of nothing."""
+
+    async def later():
+        pass
+
+    with pytest.raises(TypeError, match="^cannot call .* at the stop: expected a plain function"):
+        flaskd.on_stop(later)
+    with pytest.raises(TypeError, match="of no argument, or of one$"):
+        flaskd.on_stop(lambda one, two: None)
+    with pytest.raises(ValueError, match="'never' is not a valid Phase"):
+        flaskd.on_stop(phase="never")(print)
+    with pytest.raises(ValueError, match="expected a timeout above 0 seconds, got 0$"):
+        flaskd.on_stop(timeout=0)(print)
+
+
+def test_an_edge_to_nothing_is_told(shop, registered, caplog):
+    """A function that is to come after something unknown runs, and the log says that it waited for nothing."""
+    said = []
+    flaskd.on_stop(after="close-db")(lambda: said.append("ran"))
+    with flaskd.ServerThread(shop.flask):
+        pass
+    assert said == ["ran"]
+    assert 'function cannot wait for "close-db"' in caplog.text
+
+
+def test_a_cleanup_that_hangs_costs_its_time_and_no_more(shop, registered, caplog):
+    """The stop returns at its deadline, the step's stack is in the log, and the drain's report stands."""
+    hang = threading.Event()
+    flaskd.on_stop(timeout=0.2)(hang.wait)
+    server = flaskd.ServerThread(shop.flask).start()
+    began = time.monotonic()
+    assert server.stop().clean
+    assert time.monotonic() - began < 5
+    assert server.policies["wait"]["fate"] == "timed_out"
+    hang.set()
+
+
+def test_a_stop_can_be_hurried(shop, kind):
+    """Asked a second time, it cuts what is in hand at once."""
+    server = flaskd.ServerThread(shop.flask, server=kind).start()
+    client = Asking(server, "/wait")
+    assert shop.entered.acquire(timeout=PATIENCE)
+    reports = []
+    stopping = threading.Thread(target=lambda: reports.append(server.stop(timeout=PATIENCE * 2)))
+    stopping.start()
+    while not isinstance(ask(server, "/"), ConnectionRefusedError):
+        pass
+    server.hurry()
+    stopping.join(PATIENCE)
+    assert [each.path for each in reports[0].cut] == ["/wait"]
+    assert isinstance(client.result(), Exception)
+
+
+def test_a_backlog_is_answered(shop, kind):
+    """Clients whose handshake was done when the stop came are answered, not reset."""
+    server = flaskd.ServerThread(shop.flask, threads=2, server=kind).start()
+    clients = [socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) for _ in range(30)]
+    for client in clients:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: shop\r\nConnection: close\r\n\r\n")
+    report = server.stop()
+    for client in clients:
+        assert b"".join(iter(lambda: client.recv(4096), b"")).endswith(b"hello\n")  # noqa: B023 - read at once
+        client.close()
+    assert report.clean
+
+
+def test_it_works_without_logging(shop, kind, caplog):
+    """A run in good order writes nothing above INFO."""
+    with flaskd.ServerThread(shop.flask, server=kind) as server:
+        ask(server, "/")
+    assert [each for each in caplog.records if each.levelno > logging.INFO] == []
