@@ -4,6 +4,7 @@
 
     flaskd.serve(app)                               # what ``flaskd serve`` does, for an app in hand; an exit code
     with flaskd.ServerThread(app) as server: ...    # the same server in a thread, for tests and scripts
+    with flaskd.ServerProcess("shop:app") as it: ...    # in a process of its own
 """
 
 from __future__ import annotations
@@ -20,14 +21,25 @@ if TYPE_CHECKING:
     from flaskd.errors import FlaskdError
     from flaskd.ledger import DrainReport
     from flaskd.thread import ServerThread
+    from flaskd.workers import ServerProcess
 
 __version__ = "0.1.0"
-__all__ = ["ControlClient", "DrainReport", "FlaskdError", "ServerThread", "__version__", "on_stop", "serve"]
+__all__ = [
+    "ControlClient",
+    "DrainReport",
+    "FlaskdError",
+    "ServerProcess",
+    "ServerThread",
+    "__version__",
+    "on_stop",
+    "serve",
+]
 
 _HOME = {
     "ControlClient": "flaskd.client",
     "DrainReport": "flaskd.ledger",
     "FlaskdError": "flaskd.errors",
+    "ServerProcess": "flaskd.workers",
     "ServerThread": "flaskd.thread",
     "on_stop": "flaskd.cleanup",
 }

@@ -21,6 +21,8 @@ from flaskd.stop import Stop
 
 log = logging.getLogger("flaskd.thread")
 
+_WORKERS_END, _STUCK_END = 1.0, 0.2
+"""Seconds in which the worker threads end, all idle, or one of them stuck in a request that was cut."""
 _ASKED = StopReason("control", "ServerThread.stop()")
 
 
@@ -54,7 +56,7 @@ class ServerThread:
         self._address = Address(host, port)
         self._threads = threads
         self._kind = server
-        self._config = _configured(config)
+        self._config = configured(config)
         self._on_step = on_step
         self._lock = threading.Lock()
         self._server: WaitressThread | WerkzeugThread | None = None
@@ -144,16 +146,19 @@ class ServerThread:
         """Serve again after a drain, at the same address; raises CannotCreateError when that cannot be had any more."""
         self._serving.resume()
 
-    def stop(self, timeout: float | None = None, *, reason: StopReason = _ASKED) -> DrainReport:
+    def stop(
+        self, timeout: float | None = None, *, reason: StopReason = _ASKED, last_resort: bool = False
+    ) -> DrainReport:
         """Drain, run the cleanup steps, join every thread; a second call returns the same report.
 
         All of it takes no longer than `timeout` seconds, by default ``shutdown.deadline`` (25 s unless configured).
+        With `last_resort` the whole process ends half a second later, should it hang beyond the reach of Python.
         """
         with self._lock:
             if self._server is None:
                 return DrainReport()
             if self._stopped is None:
-                self._stopped = self._run_stop(self._server, timeout, reason)
+                self._stopped = self._run_stop(self._server, timeout, reason, last_resort=last_resort)
             return self._stopped
 
     def hurry(self) -> None:
@@ -163,7 +168,7 @@ class ServerThread:
             self._server.hasten_drain(0)
 
     def _run_stop(
-        self, server: WaitressThread | WerkzeugThread, timeout: float | None, reason: StopReason
+        self, server: WaitressThread | WerkzeugThread, timeout: float | None, reason: StopReason, *, last_resort: bool
     ) -> DrainReport:
         cleanup, app = self._config.cleanup, find_flask(self._app)
         plan = with_callbacks(self._plan, app, timeout=cleanup.defaults.timeout)
@@ -186,30 +191,44 @@ class ServerThread:
             reason,
             plan=plan,
             app=app,
-            shutdown=_shutdown(self._config.shutdown, timeout, reserve=bool(plan.steps)),
+            shutdown=_shutdown(self._config.shutdown, timeout, cleanup=bool(plan.steps)),
             max_parallel=cleanup.max_parallel,
             # In a thread of its own, because the cleanup steps of the drain's phase run beside it.
             drain=lambda: threading.Thread(target=drain, name="flaskd-drain", daemon=True).start(),
             over=over,
             on_step=self._on_step,
         )
+        if last_resort:
+            stop.arm()
         server.announce()
         try:
             stop.run()
         finally:
-            server.end()
+            # What was cut may never end, and is not waited for; the others are done in a moment.
+            server.end(_WORKERS_END if reports and reports[0].clean else _STUCK_END)
         return reports[0]
 
 
-def _configured(config: Mapping[str, object] | str | os.PathLike[str] | None) -> Config:
+def configured(config: Mapping[str, object] | str | os.PathLike[str] | None) -> Config:
+    """The configuration that was given as a mapping or a path; raises ConfigError."""
     if isinstance(config, str | os.PathLike):
         return load(Path(config), actions=action_specs()).values
     return load_mapping(config or {}, actions=action_specs()).values
 
 
-def _shutdown(shutdown: ShutdownConfig, timeout: float | None, *, reserve: bool) -> ShutdownConfig:
-    """The stop's budget: what is configured, or `timeout` for all of it; with nothing to clean up, nothing is kept."""
-    deadline = shutdown.deadline if timeout is None else timeout
-    kept = min(shutdown.reserve, deadline / 5) if reserve else 0.0
-    drain = shutdown.drain if timeout is None else shutdown.drain.model_copy(update={"timeout": timeout})
-    return shutdown.model_copy(update={"deadline": deadline, "reserve": kept, "drain": drain})
+def _shutdown(shutdown: ShutdownConfig, timeout: float | None, *, cleanup: bool) -> ShutdownConfig:
+    """The stop's budget: what is configured, or `timeout` for all of it.
+
+    Of a `timeout` the drain has all but what the configuration leaves to the cleanup; in a short one the cleanup has
+    two fifths, as by default, and with nothing to clean up, nothing.
+    """
+    if timeout is None:
+        return shutdown if cleanup else shutdown.model_copy(update={"reserve": 0.0})
+    share = min(max(shutdown.reserve, shutdown.deadline - shutdown.drain.timeout), timeout * 2 / 5) if cleanup else 0.0
+    return shutdown.model_copy(
+        update={
+            "deadline": timeout,
+            "reserve": min(shutdown.reserve, share / 2),
+            "drain": shutdown.drain.model_copy(update={"timeout": timeout - share}),
+        }
+    )

@@ -13,12 +13,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "flaskd"
 
 LAYERS = [
-    {"errors", "units", "forks", "logs", "notify", "sockets", "init"},
+    {"errors", "units", "forks", "logs", "notify", "sockets", "init", "leave"},
     {"config", "lifecycle", "ledger", "loading", "protocol", "runtime", "signals"},
     {"server", "cleanup", "client"},
     {"drain", "launch", "state", "stop"},
     {"daemon", "thread"},
-    {"control"},
+    {"control", "workers"},
     {"cli", "__init__", "__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

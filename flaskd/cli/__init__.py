@@ -7,22 +7,17 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
-import threading
-import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
 from flaskd import __version__
 from flaskd.client import ControlClient, find_socket
 from flaskd.errors import EX_LOST, EX_USAGE, ConfigError, FlaskdError, NoDaemonError
+from flaskd.leave import leave
 from flaskd.protocol import RECORD, as_text, record_lines, state_directory
-
-_EXIT_GRACE = 0.5
-"""Seconds that the interpreter's own exit gets: stray threads to join, atexit callbacks."""
 
 
 def main() -> int:
@@ -87,32 +82,7 @@ def serve(app: str | None, config: str | None, listen: tuple[str, ...], threads:
 
     environ = dict(os.environ)
     daemon = Daemon(read, plane=lambda daemon: ControlPlane(daemon, name, environ), name=name, environ=environ)
-    _leave(daemon.run())
-
-
-def _leave(code: int) -> NoReturn:
-    """End the process with `code`, within a moment whatever is left running.
-
-    The interpreter's own exit joins non-daemon threads and executors (threading._shutdown), and may wait for ever.
-    """
-    for number in ("SIGTERM", "SIGINT", "SIGHUP"):
-        if hasattr(signal, number):
-            # The stop is over; a second Ctrl-C that a wrapper forwarded must not turn its exit code into a signal's.
-            signal.signal(getattr(signal, number), signal.SIG_IGN)
-
-    def give_up() -> None:
-        try:
-            time.sleep(_EXIT_GRACE)
-            stray = [each.name for each in threading.enumerate() if not each.daemon and each.name != "MainThread"]
-            click.echo(f"flaskd: leaving without waiting for {', '.join(stray) or 'exit callbacks'}", err=True)
-        finally:
-            os._exit(code)
-
-    try:
-        threading.Thread(target=give_up, name="flaskd-exit", daemon=True).start()
-    except RuntimeError:  # no more threads: no more patience either
-        os._exit(code)
-    sys.exit(code)
+    leave(daemon.run())
 
 
 def _config_path(option: str | None) -> Path | None:

@@ -33,8 +33,6 @@ _LISTEN = 128
 _GRACE = 0.2
 """Seconds in which a client that has connected before a drain may begin its request."""
 _STREAM_GRACE = 1.0
-_CLOSING = 1.0
-"""Seconds that the threads of cut requests get to notice that their client is gone."""
 
 
 class _Request(WSGIRequestHandler):
@@ -200,15 +198,15 @@ class WerkzeugThread:
         """Refuse: Werkzeug's server cannot be opened again."""
         raise FlaskdError('cannot resume: Werkzeug\'s server serves once; start a new one, or use server="waitress"')
 
-    def end(self) -> None:
-        """Join what has come to its end, and close everything."""
+    def end(self, timeout: float) -> None:
+        """Join all threads, waiting at most `timeout` seconds for those of the connections, and close everything."""
         thread, self._thread = self._thread, None
         if thread is None:
             return
         self._waker.close()
         thread.join()
         self._woken.close()
-        until = time.monotonic() + _CLOSING
+        until = time.monotonic() + timeout
         for worker in list(self._server.connections):
             worker.join(max(0.0, until - time.monotonic()))
 

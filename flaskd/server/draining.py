@@ -92,6 +92,8 @@ class Draining:
             self._refuse_what_never_started()
             self._cut += self._loop.cut_all(TOO_LATE, but=lambda channel: channel.serving_was_refused)
             self._last_moment = now + _LAST_FLUSH
+            if not self._open():  # nothing was refused, so there is no refusal to flush
+                self._report()
 
     def _open(self) -> bool:
         return self._loop.in_flight > 0 or any(not channel.internal for channel in self._loop.channels())

@@ -1,0 +1,122 @@
+"""What runs inside a `ServerProcess`: an app on a `ServerThread`, and the pipes to its owner."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from flaskd.errors import EX_OK, AppError, FlaskdError
+from flaskd.leave import leave
+from flaskd.lifecycle import StopReason
+from flaskd.signals import Escalation, SignalWatch
+
+if TYPE_CHECKING:
+    from flaskd.config import Config
+    from flaskd.thread import ServerThread
+
+_ASKED = StopReason("control", "ServerProcess.stop()")
+_ALONE = StopReason("control", "the process that owns it is gone")
+
+
+class Child:
+    """The process as a whole: it serves until it is asked to stop by a signal, by its owner, or by its owner's end."""
+
+    def __init__(self, orders: BinaryIO, words: BinaryIO) -> None:
+        self._orders, self._words = orders, words
+        self._asked: queue.SimpleQueue[tuple[StopReason, float | None]] = queue.SimpleQueue()
+        self._escalation = Escalation()
+        self._server: ServerThread | None = None
+        self._lock = threading.Lock()
+
+    def run(self) -> int:
+        """Serve, stop, and return the exit code."""
+        orders = json.loads(self._orders.readline())
+        with SignalWatch(self._on_signal) as signals, contextlib.ExitStack() as stack:
+            threading.Thread(target=self._listen, name="flaskd-owner", daemon=True).start()
+            try:
+                server, config = self._start(orders, stack)
+            except FlaskdError as error:
+                self._say({"failed": _whole(error), "exit_code": error.exit_code})
+                return error.exit_code
+            signals.reclaim()
+            self._say({"url": server.url, "deadline": config.shutdown.deadline})
+            reason, timeout = self._asked.get()
+            report = server.stop(timeout, reason=reason, last_resort=True)
+            self._say({"report": report.as_json(), "policies": server.policies})
+            return EX_OK if report.clean else config.shutdown.exit_codes.degraded
+
+    def _start(self, orders: dict[str, Any], stack: contextlib.ExitStack) -> tuple[ServerThread, Config]:
+        # Imported here, so that a signal and the owner's end are heeded meanwhile.
+        from flaskd import launch  # noqa: PLC0415
+        from flaskd.logs import Logs  # noqa: PLC0415
+        from flaskd.thread import ServerThread, configured  # noqa: PLC0415
+
+        target = orders.pop("target")
+        config = configured(orders["config"])
+        logs = stack.enter_context(Logs())
+        level = config.log.level if "log" in config.model_fields_set else "warning"
+        logs.apply(level=level, log_format=config.log.format, access="off")
+        launch.change_directory(config.app)
+        app = launch.find_app(config.app.model_copy(update={"target": target}), None, os.environ)
+        logs.reclaim()
+        server = ServerThread(app.wsgi, **orders).start()
+        with self._lock:
+            self._server = server
+        return server, config
+
+    def _listen(self) -> None:
+        """Hear what the owner says, in a thread; the end of its pipe is the owner's own end."""
+        for line in self._orders:
+            self._ask(_ASKED, json.loads(line)["stop"])
+        self._ask(_ALONE)
+
+    def _on_signal(self, number: int) -> None:
+        """Heed a signal, in the signals' own thread: the first asks, the second presses, the third ends it."""
+        if not self._escalation.another(time.monotonic()):
+            return
+        if self._escalation.count > 2:  # noqa: PLR2004 - as said above
+            os._exit(128 + number)
+        self._ask(StopReason("signal", signal.Signals(number).name), press=self._escalation.count > 1)
+
+    def _ask(self, reason: StopReason, timeout: float | None = None, *, press: bool = False) -> None:
+        with self._lock:
+            if self._server is None:
+                os._exit(EX_OK)  # nothing is served yet, and the main thread may be anywhere in the app's import
+            server = self._server
+        if press:
+            server.hurry()
+        else:
+            self._asked.put((reason, timeout))
+
+    def _say(self, words: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # nobody is there to hear it
+            self._words.write(json.dumps(words, default=str).encode() + b"\n")
+            self._words.flush()
+
+
+def _whole(error: FlaskdError) -> str:
+    trace = error.traceback_text if isinstance(error, AppError) else ""
+    return "\n".join(filter(None, [str(error), trace]))
+
+
+def main() -> None:
+    """Run as a process of its own; the pipes are the last two words of the command line."""
+    orders, words = (_opened(name) for name in sys.argv[2:4])
+    child = Child(os.fdopen(orders, "rb"), os.fdopen(words, "wb"))
+    leave(child.run())
+
+
+def _opened(name: str) -> int:
+    if sys.platform == "win32":
+        import msvcrt  # noqa: PLC0415 - Windows only
+
+        return msvcrt.open_osfhandle(int(name), os.O_BINARY)
+    os.set_inheritable(int(name), False)
+    return int(name)

@@ -1,0 +1,345 @@
+"""`ServerProcess`: an app in a process of its own, started, asked, stopped, left alone and killed."""
+
+import contextlib
+import gc
+import http.client
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+import flaskd
+from flaskd.errors import AppError, CannotCreateError, ConfigError, FlaskdError
+
+PATIENCE = 20.0
+
+SHOP = """
+import os, pathlib, time
+from flask import Flask
+import flaskd
+
+here = pathlib.Path(__file__).parent
+app = Flask(__name__)
+
+def create_app():
+    return app
+
+@app.get("/")
+def index():
+    return f"{os.getpid()}"
+
+@app.get("/slow")
+def slow():
+    (here / "entered").touch()
+    time.sleep(1)
+    return "slow"
+
+@app.get("/stuck")
+def stuck():
+    os.write(os.open(here / "entered.fifo", os.O_WRONLY), b"x")
+    time.sleep(60)
+
+@flaskd.on_stop(timeout=5)
+def mark(context):
+    with (here / "mark").open("a") as file:
+        file.write(f"{context.reason_text}\\n")
+"""
+
+
+@pytest.fixture
+def shop(tmp_path):
+    (tmp_path / "shop.py").write_text(SHOP)
+    os.mkfifo(tmp_path / "entered.fifo")
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    """After each test there is no thread, no child and no open file that was not there before."""
+    threads, files = set(threading.enumerate()), files_open()
+    yield
+    assert not [each.name for each in threading.enumerate() if each not in threads]
+    gc.collect()
+    assert files_open() <= files
+
+
+def files_open():
+    """What the descriptors of this process are, less the one that looks, which is gone by then."""
+    found = set()
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add(str(Path(f"/proc/self/fd/{number}").readlink()))
+    return found
+
+
+def get(process, path):
+    with urllib.request.urlopen(process.url.rstrip("/") + path, timeout=PATIENCE) as answer:
+        return answer.read().decode()
+
+
+def marks(shop):
+    return (shop / "mark").read_text().splitlines()
+
+
+def entered(shop):
+    """Wait until the request to /stuck runs."""
+    with (shop / "entered.fifo").open("rb") as fifo:
+        assert fifo.read(1) == b"x"
+
+
+class Asking(threading.Thread):
+    def __init__(self, process, path):
+        super().__init__()
+        self.process, self.path, self.answer = process, path, None
+        self.start()
+
+    def run(self):
+        try:
+            self.answer = get(self.process, self.path)
+        except (OSError, http.client.HTTPException) as error:
+            self.answer = error
+
+    def result(self):
+        self.join(PATIENCE)
+        return self.answer
+
+
+@pytest.mark.parametrize("target", ["shop:app", "shop:create_app()", "shop"])
+@pytest.mark.parametrize("server", ["waitress", "werkzeug"])
+def test_it_serves_in_a_process_of_its_own(shop, target, server):
+    """It is ready when it says so, its pid is not ours, and it ends with 0 and its cleanup done."""
+    with flaskd.ServerProcess(target, server=server, chdir=shop) as process:
+        assert process.url.startswith("http://127.0.0.1:")
+        assert get(process, "/") == str(process.pid) != str(os.getpid())
+        assert process.exitcode is None
+    assert process.exitcode == 0
+    assert marks(shop) == ["control: ServerProcess.stop()"]
+    assert process.policies["mark"]["fate"] == "ok"
+
+
+def test_it_can_be_started_again(shop):
+    """After its end, the same object serves in another process."""
+    process = flaskd.ServerProcess("shop:app", chdir=shop)
+    assert process.pid is None
+    with process:
+        first = process.pid
+        with pytest.raises(FlaskdError, match=f"^cannot start: this process runs already, pid {first};"):
+            process.start()
+    with process:
+        assert get(process, "/") == str(process.pid) != str(first)
+
+
+@pytest.mark.parametrize("how", ["stop", "SIGTERM", "SIGINT", "SIGHUP"])
+def test_what_is_in_flight_is_answered_however_it_is_stopped(shop, how):
+    """A request of one second is answered, the cleanup runs, and the exit code is 0: terminate() loses nothing here."""
+    with flaskd.ServerProcess("shop:app", chdir=shop) as process:
+        client = Asking(process, "/slow")
+        while not (shop / "entered").exists():
+            pass
+        if how == "stop":
+            report = process.stop()
+            assert (report.completed, report.cut) == (1, ())
+        elif how == "SIGTERM":
+            process.terminate()
+        else:
+            os.kill(process.pid, signal.Signals[how])
+        process.join()
+        assert client.result() == "slow"
+        assert process.exitcode == 0
+        assert marks(shop) == [f"signal: {how}" if how != "stop" else "control: ServerProcess.stop()"]
+
+
+def test_what_is_not_done_in_time_is_cut_and_named(shop):
+    """`stop` returns within its timeout, with an account of what was lost, and the cleanup still ran."""
+    process = flaskd.ServerProcess("shop:app", chdir=shop, config={"shutdown": {"exit_codes": {"degraded": 9}}})
+    process.start().wait_ready()
+    client = Asking(process, "/stuck")
+    entered(shop)
+    began = time.monotonic()
+    report = process.stop(timeout=1)
+    assert time.monotonic() - began < 5
+    assert [(each.method, each.path) for each in report.cut] == [("GET", "/stuck")]
+    assert "in stuck" in report.cut[0].stack
+    assert process.exitcode == 9
+    assert marks(shop)
+    assert isinstance(client.result(), Exception)
+
+
+def test_a_second_sigterm_cuts_it_short(shop):
+    """The first waits for the request that is stuck, the second does not."""
+    process = flaskd.ServerProcess("shop:app", chdir=shop).start().wait_ready()
+    client = Asking(process, "/stuck")
+    entered(shop)
+    process.terminate()
+    while True:  # until it has heard the first: then it takes no new work
+        try:
+            get(process, "/")
+        except OSError:
+            break
+    time.sleep(0.1)  # signals less than 50 ms apart count as one: that is how long it takes, not a wait for anything
+    process.terminate()
+    process.join(PATIENCE)
+    assert process.exitcode == 0
+    assert isinstance(client.result(), Exception)
+    process.stop()
+
+
+def test_kill_cleans_nothing_up(shop):
+    """The exit code is the signal's, and the account is not there."""
+    process = flaskd.ServerProcess("shop:app", chdir=shop).start().wait_ready()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert process.stop() is None
+    assert not (shop / "mark").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        ("", ConfigError, "^cannot load shop:app: "),
+        ("raise LookupError('on purpose')", AppError, "^cannot load shop:app: the app raised LookupError: on purpose"),
+        ("import no_such_module", AppError, "No module named 'no_such_module'"),
+        ("import sys; sys.exit(3)", AppError, "the app raised SystemExit: 3"),
+        ("import os; os._exit(7)", FlaskdError, "^cannot get ready: the process ended with exit code 7 before it"),
+    ],
+)
+def test_what_keeps_it_from_serving_is_raised(tmp_path, source, error, message):
+    """`wait_ready` raises the child's own message, in the class that it has there."""
+    (tmp_path / "shop.py").write_text(source)
+    process = flaskd.ServerProcess("shop:app", chdir=tmp_path).start()
+    with pytest.raises(error, match=message):
+        process.wait_ready()
+    process.stop()
+    assert process.exitcode in {error.exit_code, 7}
+
+
+def test_a_busy_port_and_a_wrong_configuration_are_raised(shop):
+    """So are faults of the address and of the configuration; as a context manager, too."""
+    with flaskd.ServerThread(lambda _environ, _start: []) as taken:
+        process = flaskd.ServerProcess("shop:app", port=taken.port, chdir=shop)
+        with pytest.raises(CannotCreateError, match=f"^cannot listen on 127.0.0.1:{taken.port}"), process:
+            pass
+    with (
+        pytest.raises(ConfigError, match="shutdown.deadlin: "),
+        flaskd.ServerProcess("shop:app", chdir=shop, config={"shutdown": {"deadlin": "1s"}}),
+    ):
+        pass
+    with pytest.raises(ConfigError, match="^cannot pass the configuration to the process: "):
+        flaskd.ServerProcess("shop:app", config={"app": object()}).start()
+    with pytest.raises(TypeError, match="expected its name"):
+        flaskd.ServerProcess(print)
+    with pytest.raises(FlaskdError, match="has not been started"):
+        flaskd.ServerProcess("shop:app").wait_ready()
+    with pytest.raises(FlaskdError, match="not ready"):
+        _ = flaskd.ServerProcess("shop:app").url
+
+
+def test_an_import_that_takes_long_is_waited_for_and_no_longer(tmp_path):
+    """`wait_ready` gives up in time and says so; `stop` ends the process in the midst of its import."""
+    (tmp_path / "shop.py").write_text("import time; time.sleep(60)")
+    process = flaskd.ServerProcess("shop:app", chdir=tmp_path).start()
+    with pytest.raises(FlaskdError, match=r"^cannot get ready: pid \d+ does not serve within 0.2s"):
+        process.wait_ready(0.2)
+    began = time.monotonic()
+    process.stop()
+    assert time.monotonic() - began < 10
+    assert process.exitcode == 0
+
+
+def test_it_finds_what_its_owner_finds(tmp_path, monkeypatch):
+    """A module on the owner's sys.path is found, without the working directory."""
+    (tmp_path / "only_here.py").write_text(SHOP)
+    monkeypatch.syspath_prepend(tmp_path)
+    with flaskd.ServerProcess("only_here:app") as process:
+        assert get(process, "/") == str(process.pid)
+
+
+OWNER = """
+import os, signal, sys
+import flaskd
+
+process = flaskd.ServerProcess("shop:app", chdir=sys.argv[1]).start().wait_ready()
+if sys.argv[2] == "fork" and os.fork() == 0:
+    # A child of the owner must not keep the process alive.
+    signal.pause()
+print(process.pid, process.url, os.getpid(), flush=True)
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize("more", ["alone", "fork"])
+def test_it_dies_with_its_owner(shop, more):
+    """Its owner is killed: what is in flight is answered, the cleanup runs, and it is gone."""
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(shop), more], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        pid, url, _ = owner.stdout.readline().split()
+        ended = os.pidfd_open(int(pid))
+
+        class Process:
+            pass
+
+        Process.url = url
+        client = Asking(Process, "/slow")
+        while not (shop / "entered").exists():
+            pass
+        owner.kill()
+        import select
+
+        assert select.select([ended], [], [], PATIENCE)[0], "it still lives"
+        os.close(ended)
+        assert client.result() == "slow"
+        assert marks(shop) == ["control: the process that owns it is gone"]
+    finally:
+        os.killpg(owner.pid, signal.SIGKILL)  # its own session: the forked child is in it
+        owner.wait()
+        owner.stdout.close()
+
+
+def test_ctrl_c_reaches_both_and_loses_nothing(shop):
+    """SIGINT to the whole group, as a terminal sends it: the owner leaves its block, the process finishes its request."""
+    script = """
+import sys, threading, urllib.request
+import flaskd
+try:
+    with flaskd.ServerProcess("shop:app", chdir=sys.argv[1]) as process:
+        answers = []
+        client = threading.Thread(target=lambda: answers.append(urllib.request.urlopen(process.url + "slow").read()))
+        client.start()
+        print("asked", flush=True)
+        client.join()
+        threading.Event().wait()
+except KeyboardInterrupt:
+    client.join()
+    print(process.exitcode, answers, flush=True)
+"""
+    owner = subprocess.Popen(
+        [sys.executable, "-c", script, str(shop)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert owner.stdout.readline() == "asked\n"
+    while not (shop / "entered").exists():
+        pass
+    os.killpg(owner.pid, signal.SIGINT)
+    assert owner.communicate(timeout=PATIENCE)[0] == "0 [b'slow']\n"
+
+
+def test_what_the_app_writes_goes_where_the_owner_writes(shop, capfd):
+    """Standard output and error are the owner's; flaskd itself says nothing unless a log is configured."""
+    (shop / "loud.py").write_text("print('from the app', flush=True)\n" + SHOP)
+    with flaskd.ServerProcess("loud:app", chdir=shop):
+        pass
+    out, err = capfd.readouterr()
+    assert out == "from the app\n"
+    assert err == ""
+    with flaskd.ServerProcess("shop:app", chdir=shop, config={"log": {"level": "info"}}):
+        pass
+    assert "cleanup quiesce/mark: ok" in capfd.readouterr().err
+    assert Path(shop / "mark").exists()
