@@ -32,7 +32,7 @@ class App:
         self.draining = None
 
     def __call__(self, environ, start_response):
-        self.draining = environ["flaskd.draining"]
+        self.draining = environ.get("flaskd.draining")
         self._entered.put(environ["PATH_INFO"])
         name = environ["PATH_INFO"].split("/")[1]
         return getattr(self, name or "hello")(environ, start_response)

@@ -537,6 +537,17 @@ def test_sending_to_nobody_takes_nothing(channel):
     assert not channel.connected
 
 
+def test_what_is_sent_is_activity(channel):
+    """Connections whose client stalls are told by `last_activity`, which must be set whenever something could be sent."""
+    channel.last_activity = 0
+    channel.write_soon(b"x")
+    assert channel.last_activity > 0
+    channel.write_soon(b"x" * 8_000_000)
+    channel.last_activity = 0
+    channel.handle_write()
+    assert channel.last_activity == 0  # the kernel took nothing
+
+
 def test_a_served_request_is_closed_and_gone(channel):
     """A request that was answered leaves the line, after its `close`; the loop is woken for its output."""
     channel.received(GET)

@@ -21,6 +21,7 @@ from server_kit import (
     until,
     workers,
 )
+from stock_waitress import later, turn
 
 from flaskd.server import WaitressThread
 from flaskd.server.channel import Channel
@@ -238,6 +239,17 @@ def test_health_is_answered_by_the_loop(serve, app, answers, connect):
     assert head.socket.recv(100).startswith(b"HTTP/1.1 503 ")
     app.released.set()
     assert stuck.response().status == 200
+
+
+def test_a_request_that_takes_long_is_not_idle(serve, app, connect):
+    """Who waits for an answer is not reaped, however long that takes: it is the app's turn, not the client's."""
+    server = serve(adjustments={"cleanup_interval": 0})
+    client = connect(server).send("/gate")
+    app.entered(1)
+    with later(1800, "time", "monotonic"):
+        turn(server)
+    app.released.set()
+    assert client.response().status == 200
 
 
 def test_the_limit_counts_connections_and_accepting_goes_on_below_it(serve, app, connect):

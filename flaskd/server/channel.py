@@ -189,6 +189,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         self.grace_from = time.monotonic()
         self.linger_until = 0.0
         self._flushing = False
+        self._last_activity = self.grace_from
         super().__init__(_Front(self, acceptor), sock, addr, adj, map=map)
         self.loop.connections_accepted += 1
         if self.loop.drains:
@@ -198,6 +199,25 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     def client(self) -> str:
         """The peer's address; ``unix`` for a Unix socket."""
         return "unix" if self.addr[1] is None else str(self.addr[0])
+
+    @property
+    def last_activity(self) -> float:
+        """The time.monotonic() moment at which it last received or sent something."""
+        return self._last_activity
+
+    @last_activity.setter
+    def last_activity(self, _wall_clock: float) -> None:
+        # Waitress sets it to time.time(), by which a clock that is set forward would make every connection look idle.
+        self._last_activity = time.monotonic()
+
+    def stalled(self, since: float) -> bool:
+        """Whether nothing has come or gone since that time.monotonic() moment, though it was the client's turn."""
+        if self.last_activity >= since or not self.outbuf_lock.acquire(blocking=False):
+            return False  # a worker that holds the lock is about to send
+        try:
+            return not self.requests or self.total_outbufs_len > 0
+        finally:
+            self.outbuf_lock.release()
 
     @property
     def idle(self) -> bool:
@@ -334,7 +354,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         if not data:
             self.handle_close()
         elif not self.half_closed:
-            self.last_activity = time.time()
+            self.last_activity = time.monotonic()
             self.received(data)
 
     def handle_write(self) -> None:

@@ -233,12 +233,18 @@ class EventLoop:
             self._drain.advance(now)
 
     def _reap(self, now: float) -> None:
-        """Close connections that were idle for too long, as waitress' maintenance does, accepting or not."""
+        """Close connections that were idle for too long, as waitress' maintenance does, accepting or not.
+
+        Clients that stopped reading, too: waitress would let them keep the worker that waits for them for ever.
+        """
         for acceptor in self.acceptors:
             self._next_reaping = now + acceptor.adj.cleanup_interval
-            cutoff = time.time() - acceptor.adj.channel_timeout
+            cutoff = now - acceptor.adj.channel_timeout
             for channel in list(acceptor.active_channels.values()):
-                if not channel.requests and channel.last_activity < cutoff:
+                if channel.stalled(cutoff):
+                    if channel.requests:
+                        seconds = acceptor.adj.channel_timeout
+                        log.warning(f"{channel.requests[0].snapshot()}: its client read nothing for {seconds}s: closed")
                     channel.handle_close()
 
     @property

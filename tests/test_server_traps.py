@@ -1,0 +1,522 @@
+"""The traps of waitress, one scenario each, run twice: stock waitress falls into it, flaskd does not.
+
+A scenario returns what became of its clients; the line above it says what that is with either server. So each
+``trap(...)`` is a claim about waitress that fails here when a new version mends it, and a promise of flaskd's that
+would be broken without the code that keeps it. ``tests/live/test_stock.py`` has those that need a process.
+"""
+
+import contextlib
+import fcntl
+import functools
+import os
+import resource
+import select
+import tempfile
+import threading
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from server_kit import PATIENCE, get, no_thread_left, post, until
+from stock_waitress import Ours, Rig, Stock, busy, fate, later, results, turn
+from waitress import wasyncore
+from waitress.channel import HTTPChannel
+from waitress.server import create_server
+
+from flaskd.errors import CannotCreateError
+from flaskd.sockets import Address, Listener
+
+pytestmark = pytest.mark.usefixtures("no_thread_left")
+
+TRAPS = []
+WATERMARK = 1 << 20
+"""Bytes of output at which waitress lets a worker wait for its client; the default of 16 MiB takes longer to fill."""
+
+
+def trap(*, stock, flaskd):
+    def keep(scenario):
+        TRAPS.append(pytest.param(scenario, stock, flaskd, id=scenario.__name__))
+        return scenario
+
+    return keep
+
+
+# --- what a stop loses -------------------------------------------------------------------------------------------------
+
+
+@trap(stock=["nothing"] * 3, flaskd=[200] * 3)
+def queued_requests(rig):
+    """Workers look at `stop_count` before the queue, so what waits there is dropped without a byte."""
+    server = rig.serve(threads=1)
+    rig.connect(server).send("/gate")
+    rig.app.entered(1)
+    clients = [rig.connect(server).send("/") for _ in range(3)]
+    until(server, lambda: server.queued == 3)
+    with server.stopping():
+        rig.app.released.set()
+        fates = rig.fates(*clients)
+    return results(fates)
+
+
+@trap(stock=["nothing"], flaskd=[200])
+def a_request_longer_than_five_seconds(rig):
+    """The dispatcher waits 5 s for its threads (here: less), and no longer: atexit takes them in the middle."""
+    server = rig.serve()
+    client = rig.connect(server).send("/gate")
+    rig.app.entered(1)
+    with server.stopping():
+        if rig.kind is Ours:  # it waits for it; waitress is gone at the end of this block
+            rig.app.released.set()
+        fates = rig.fates(client)
+    return results(fates)
+
+
+@trap(stock=["broken off"], flaskd=[200])
+def unsent_output(rig):
+    """A response that does not fit into the socket's buffer is cut where the buffer ends."""
+    server = rig.serve()
+    client = rig.connect(server, receive_buffer=65536).send("/big")
+    until(server, lambda: any(not each.requests and each.total_outbufs_len for each in server.channels()))
+    with server.stopping():
+        fates = rig.fates(client)
+    return results(fates)
+
+
+@trap(stock=["reset"], flaskd=[200])
+def a_partial_upload(rig):
+    """A request whose body is on its way is reset."""
+    server = rig.serve()
+    client = rig.connect(server).send(get("/echo", "Content-Length: 10", method="POST"), b"01234")
+    turn(server)
+    with server.stopping():
+        client.send(b"56789")
+        fates = rig.fates(client)
+    return results(fates)
+
+
+@trap(stock={"reset"}, flaskd={200})
+def the_backlog(rig):
+    """Clients that the kernel has let in already are reset when the listener is closed."""
+    server = rig.serve()
+    with busy(server) as release:
+        clients = [rig.connect(server).send("/") for _ in range(10)]
+        with server.stopping(begun=release):
+            fates = rig.fates(*clients)
+        return set(results(fates))
+
+
+@trap(stock=["reset"], flaskd=[200])
+def the_next_request_of_a_busy_client(rig):
+    """A kept-alive connection is closed whatever its client is about to send."""
+    server = rig.serve(grace=PATIENCE)
+    client = rig.connect(server)
+    assert fate(client.send("/")) == 200
+    with server.stopping():
+        client.send("/")
+        fates = rig.fates(client)
+    return results(fates)
+
+
+@trap(stock="parked for ever", flaskd="ended")
+def a_worker_that_waits_for_its_reader(rig):
+    """A thread in `outbuf_lock.wait()` is told nothing by a stop, and stays."""
+    server = rig.serve(threads=1, outbuf_high_watermark=WATERMARK)
+    worker = stuck_on_its_reader(rig, server)
+    with server.stopping(0):
+        pass
+    return "parked for ever" if worker.is_alive() else "ended"
+
+
+def stuck_on_its_reader(rig, server):
+    """Let a client ask for more than it reads, until the only worker waits for it; gives that worker."""
+    rig.connect(server).send("/flood")
+    until(server, lambda: any(each.outbuf_lock._waiters for each in server.channels()))
+    return only_worker()
+
+
+def only_worker():
+    [worker] = [each for each in threading.enumerate() if each.name in {"waitress-0", "flaskd-worker-0"}]
+    return worker
+
+
+# --- what a drain of stock waitress would stumble over ------------------------------------------------------------------
+
+
+@trap(stock="its channel is never free again", flaskd=500)
+def an_app_that_raises_system_exit(rig):
+    """`service()` catches Exception only: the request is never popped, so the client waits, and so does a drain."""
+    server = rig.serve()
+    client = rig.connect(server).send("/exit")
+    rig.app.entered(1)
+    until(server, lambda: not server.queued and not server.dispatcher.active_count)
+    if any(each.requests for each in server.channels()):
+        return "its channel is never free again"
+    return fate(client)
+
+
+@trap(stock=[200, 200, "nothing"], flaskd=[200, 200, 200])
+def pipelined_requests_behind_a_last_response(rig):
+    """`Connection: close` on the next response drops what was sent ahead behind it."""
+    server = rig.serve()
+    client = rig.connect(server).send("/gate", "/", "/")
+    rig.app.entered(1)
+    server.announce()
+    rig.app.released.set()
+    return [fate(client) for _ in range(3)]
+
+
+@trap(stock="nothing", flaskd=200)
+def a_half_closing_client(rig):
+    """With a `channel_request_lookahead`, which it takes to notice who is gone, the end of a client's input is its end."""
+    server = rig.serve(**({"channel_request_lookahead": 1} if rig.kind is Stock else {}))
+    client = rig.connect(server).send("/gate")
+    rig.app.entered(1)
+    client.socket.shutdown(1)
+    turn(server)
+    rig.app.released.set()
+    return fate(client)
+
+
+@trap(stock="waited for", flaskd="let go")
+def a_client_that_is_gone(rig):
+    """Without a lookahead a connection with a request is not polled at all, not even for its end."""
+    server = rig.serve()
+    client = rig.connect(server).send("/gate")
+    rig.app.entered(1)
+    server.take_no_more()
+    client.reset()
+    turn(server)
+    return "waited for" if server.channels() else "let go"
+
+
+@trap(stock=100, flaskd=503)
+def an_expectation_in_a_drain(rig):
+    """A client is told to send its body, though nobody will take its request."""
+    server = rig.serve()
+    client, _ = rig.connect(server), rig.connect(server).send("/gate")
+    assert fate(client.send("/")) == 200
+    rig.app.entered(2)
+    server.take_no_more()
+    with later(60, "monotonic"):  # long after the last answer on this connection
+        return fate(client.send(get("/echo", "Content-Length: 4", "Expect: 100-continue", method="POST")))
+
+
+@trap(stock="open", flaskd="closed")
+def an_idle_connection_while_not_accepting(rig):
+    """`maintenance()` runs when the listener is asked whether it is readable, and so not without listeners."""
+    server = rig.serve(cleanup_interval=0, grace=3600)
+    rig.connect(server)
+    rig.connect(server).send("/gate")
+    rig.app.entered(1)
+    until(server, lambda: len(server.channels()) == 2)
+    server.take_no_more()
+    with later(1800, "time", "monotonic"):
+        turn(server)
+    return "open" if len(server.channels()) == 2 else "closed"
+
+
+@trap(stock="reset", flaskd=200)
+def a_clock_that_is_set_forward(rig):
+    """Idle time is reckoned by the wall clock: who has just sent half a request was silent for an hour."""
+    server = rig.serve(cleanup_interval=0)
+    client = rig.connect(server).send(get("/echo", "Content-Length: 10", method="POST"), b"01234")
+    turn(server)
+    with later(3600, "time"):
+        turn(server)
+    with contextlib.suppress(OSError):
+        client.send(b"56789")
+    turn(server)
+    return "reset" if not server.channels() else fate(client)
+
+
+@trap(stock="pinned", flaskd="free")
+def a_reader_that_stalls(rig):
+    """There is no send timeout: whoever stops reading a large response keeps a worker thread as long as it likes."""
+    server = rig.serve(threads=1, outbuf_high_watermark=WATERMARK, cleanup_interval=0)
+    stuck_on_its_reader(rig, server)
+    with later(1800, "time", "monotonic"):
+        turn(server)
+    return "pinned" if server.channels() else "free"
+
+
+@trap(stock="destroyed", flaskd="whole")
+def the_tail_of_a_response(rig):
+    """A close with unread input makes the kernel send RST, and throw away what it had not sent yet."""
+    server = rig.serve()
+    body = b"x" * 1_000_000
+    client = rig.connect(server, receive_buffer=65536).send(post("/echo", body, "Connection: close"), b"y" * 20_000)
+    rig.app.entered(1)
+    until(server, lambda: all(getattr(each, "half_closed", False) for each in server.channels()))
+    with contextlib.suppress(ConnectionResetError):
+        return "whole" if fate(client) == 200 else "destroyed"
+
+
+# --- the loop ----------------------------------------------------------------------------------------------------------
+
+
+@trap(stock="deadlock", flaskd="runs")
+def a_call_from_within_a_call(rig):
+    """`pull_trigger(thunk)` takes the lock under which thunks are run."""
+    server = rig.serve()
+    ran = threading.Event()
+    if rig.kind is Stock:
+        server.acceptor.trigger.lock = lock = TellingLock()
+    server.call(lambda: server.call(ran.set))
+    if rig.kind is Stock:
+        return "deadlock" if lock.would_block.wait(PATIENCE) else "runs"
+    return "runs" if ran.wait(PATIENCE) else "deadlock"
+
+
+class TellingLock:
+    """A lock that says so instead of waiting for its own thread."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._owner = None
+        self.would_block = threading.Event()
+
+    def __enter__(self):
+        if self._owner == threading.get_ident():
+            self.would_block.set()
+            raise RuntimeError("deadlock")
+        self._lock.acquire()
+        self._owner = threading.get_ident()
+
+    def __exit__(self, *_):
+        self._owner = None
+        self._lock.release()
+
+
+@trap(stock="spins", flaskd="waits")
+def a_loop_timeout_of_half_a_second(rig):
+    """`asyncore_loop_timeout` becomes an int, and 0.5 a busy loop."""
+    server = rig.serve(asyncore_loop_timeout=0.5)
+    waits = []
+    waited = threading.Event()
+
+    def told(wait, *arguments):
+        waits.append(arguments[-1] if rig.kind is Stock else arguments[0])
+        waited.set()
+        return wait(*arguments)
+
+    place = (select, "select") if rig.kind is Stock else (server.map, "turn")
+    with mock.patch.object(*place, functools.partial(told, getattr(*place))):
+        turn(server, 1)
+        assert waited.wait(PATIENCE)
+    return "waits" if any(waits) else "spins"
+
+
+@trap(stock="the loop is dead", flaskd=200)
+def a_descriptor_above_1023(rig):
+    """The default loop calls `select()`, which raises out of it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 1100:
+        pytest.skip(f"only {hard} open files are allowed")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1100), hard))
+    low = Listener.bind(Address("127.0.0.1", 0))
+    high = type(low.socket)(fileno=fcntl.fcntl(low.socket, fcntl.F_DUPFD_CLOEXEC, 1024))
+    low.close()
+    if rig.kind is Ours:
+        return fate(rig.connect(rig.serve(listeners=[Listener(low.address, high)])).send("/"))
+    server = rig.serve(sockets=[high])
+    server.thread.join(PATIENCE)
+    assert "out of range in select()" in str(server.error)
+    return "the loop is dead"
+
+
+@trap(stock=1, flaskd=10)
+def connections_accepted_in_a_turn(rig):
+    """Each turn of the loop accepts one, and every turn asks all the others what they wait for."""
+    server = rig.serve()
+    with busy(server) as release:
+        for _ in range(10):
+            rig.connect(server)
+        once, accepted = threading.Event(), []
+        before = server.acceptor.handle_accept
+
+        def handle_accept():
+            before()
+            accepted.append(len(server.channels()))
+            once.set()
+
+        server.acceptor.handle_accept = handle_accept
+        release()
+        assert once.wait(PATIENCE)
+    return accepted[0]
+
+
+@trap(stock=20, flaskd=0)
+def idle_connections_asked_for_each_request(rig):
+    """The poll set is built anew in each turn; with thousands of connections the loop does nothing else."""
+    server = rig.serve()
+    for _ in range(20):
+        rig.connect(server)
+    client = rig.connect(server)
+    assert fate(client.send("/")) == 200
+    until(server, lambda: len(server.channels()) == 21)
+    turn(server)
+    asked, before = [], HTTPChannel.readable
+    with mock.patch.object(HTTPChannel, "readable", lambda self: asked.append(self) or before(self)):
+        assert fate(client.send("/")) == 200
+    return len({each for each in asked if each.addr[1] != client.socket.getsockname()[1]})
+
+
+@trap(stock="too few", flaskd="all")
+def the_connection_limit(rig):
+    """The limit counts whatever is in the map: listeners and triggers, too."""
+    server = rig.serve(connection_limit=5)
+    for _ in range(5):
+        rig.connect(server)
+    turn(server, 10)
+    return "all" if len(server.channels()) == 5 else "too few"
+
+
+@trap(stock="changed size during iteration", flaskd="all")
+def connections_looked_at_from_outside(rig):
+    """`active_channels` is changed by the loop's thread while another goes through it."""
+    server = rig.serve()
+    rig.connect(server)
+    until(server, lambda: len(server.channels()) == 1)
+    looking = server.acceptor.active_channels.values().__iter__() if rig.kind is Stock else server._loop.channels()
+    next(looking)
+    rig.connect(server)
+    until(server, lambda: len(server.channels()) == 2)
+    try:
+        list(looking)
+    except RuntimeError as error:
+        return str(error).removeprefix("dictionary ")
+    return "all"
+
+
+@trap(stock=b"x", flaskd=b"")
+def a_close_while_a_worker_lives(rig):
+    """The worker pulls the trigger, whose descriptor may be another file by then: a byte too much in it."""
+    server = rig.serve(threads=1)
+    trigger = server.acceptor.trigger.trigger
+    rig.connect(server).send("/gate")
+    rig.app.entered(1)
+    worker = only_worker()
+    if rig.kind is Stock:
+        with server.stopping(closing=server.acceptor.close):
+            pass
+    else:
+        server.stop(0)
+    reader, writer = os.pipe()
+    try:
+        os.set_blocking(reader, False)
+        os.set_blocking(writer, False)
+        try:
+            os.fstat(trigger)
+        except OSError:  # it is free, and the next file that is opened may get it
+            os.dup2(writer, trigger)
+            os.close(writer)
+            writer = trigger
+        rig.app.released.set()
+        worker.join(PATIENCE)
+        os.write(writer, b"end")
+        return os.read(reader, 10).removesuffix(b"end")
+    finally:
+        os.close(reader)
+        os.close(writer)
+        if rig.kind is Ours:
+            server._loop.close(PATIENCE)
+
+
+# --- listeners ---------------------------------------------------------------------------------------------------------
+
+
+@trap(stock="taken from a live server", flaskd="refused")
+def a_unix_socket_in_use(rig):
+    """`cleanup_unix_socket` unlinks whatever socket stands there."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "http.sock")
+        options = (
+            {"unix_socket": str(path)} if rig.kind is Stock else {"listeners": [Listener.bind(Address(path=str(path)))]}
+        )
+        first = rig.serve(**options)
+        node = path.stat().st_ino
+        try:
+            if rig.kind is Stock:
+                rig.serve(**options)
+            else:
+                Listener.bind(Address(path=str(path)))
+        except CannotCreateError:
+            assert fate(rig.connect(first).send("/")) == 200
+            return "refused"
+        return "taken from a live server" if path.stat().st_ino != node else "shared"
+
+
+@trap(stock=True, flaskd=False)
+def a_unix_socket_seen_with_the_wrong_mode(rig):
+    """The node is bound first and given its mode after that; in between, the umask decides who may connect."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "http.sock")
+        seen, chmod = [], os.chmod
+
+        def told(*arguments, **options):
+            seen.append(path.exists())
+            return chmod(*arguments, **options)
+
+        with mock.patch("os.chmod", told):
+            if rig.kind is Stock:
+                rig.serve(unix_socket=str(path))
+            else:
+                rig.serve(listeners=[Listener.bind(Address(path=str(path)))])
+        return any(seen)
+
+
+@trap(stock=2, flaskd=1)
+def ports_of_one_address(rig):
+    """`*:0` is one address with two ports, and nobody is told the second."""
+    if rig.kind is Ours:
+        return len({each.port for each in rig.serve(listeners=[Listener.bind(Address.parse(":0"))]).addresses})
+    server = create_server(rig.app, listen="*:0", map={}, _start=False)
+    try:
+        return len({port for _, port in getattr(server, "effective_listen", [])})
+    finally:
+        server.task_dispatcher.set_thread_count(0)
+        wasyncore.close_all(server.map)
+
+
+# --- requests ----------------------------------------------------------------------------------------------------------
+
+
+@trap(stock="waits for ever", flaskd=200)
+def an_expectation_without_a_body(rig):
+    """The client is told to continue, and then its body of no bytes is waited for."""
+    server = rig.serve()
+    client = rig.connect(server).send(get("/", "Content-Length: 0", "Expect: 100-continue", method="POST"))
+    answer = fate(client)
+    turn(server)
+    [channel] = server.channels()
+    waits = channel.request is not None and channel.request.headers_finished and not channel.requests
+    return "waits for ever" if answer == 100 and waits else answer
+
+
+@trap(stock=200, flaskd=400)
+def http_1_1_without_a_host(rig):
+    """RFC 9112 §3.2 demands a refusal."""
+    server = rig.serve()
+    return fate(rig.connect(server).send(b"GET / HTTP/1.1\r\n\r\n"))
+
+
+# --- the table, twice --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("scenario", "stock", "flaskd"), TRAPS)
+def test_stock_waitress_falls_into_it(scenario, stock, flaskd):
+    """The trap is real: waitress as it comes does what is said of it."""
+    with contextlib.closing(Rig(Stock)) as rig:
+        assert scenario(rig) == stock
+
+
+@pytest.mark.parametrize(("scenario", "stock", "flaskd"), TRAPS)
+def test_flaskd_does_not(scenario, stock, flaskd):
+    """The same scenario, the better end."""
+    with contextlib.closing(Rig(Ours)) as rig:
+        assert scenario(rig) == flaskd
+
+
+def test_no_end_is_claimed_for_both():
+    """A trap that does the same to both would be none."""
+    assert [each.id for each in TRAPS if each.values[1] == each.values[2]] == []
