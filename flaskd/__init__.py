@@ -60,11 +60,14 @@ def serve(
 ) -> int:
     """Serve a WSGI app until it is asked to stop, and return the exit code.
 
-    `config` is a mapping in the shape of the YAML file, or a path to one. Main thread only; elsewhere FlaskdError is
-    raised and `ServerThread` is the way. Signal handlers are put back before it returns.
+    `config` is a mapping in the shape of the YAML file, or a path to one. Main thread only, Linux only; elsewhere
+    FlaskdError is raised and `ServerThread` is the way. Signal handlers are put back before it returns.
     """
     from pathlib import Path  # noqa: PLC0415 - see __getattr__
 
+    from flaskd.launch import check_system  # noqa: PLC0415
+
+    check_system()
     from flaskd.cleanup import action_specs  # noqa: PLC0415
     from flaskd.config import Configuration, load, load_mapping  # noqa: PLC0415
     from flaskd.control import ControlPlane  # noqa: PLC0415

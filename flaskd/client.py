@@ -52,6 +52,8 @@ class ControlClient:
         self._timeout = timeout
 
     def __enter__(self) -> Self:
+        if not hasattr(socket, "AF_UNIX"):
+            raise NoDaemonError(f"cannot reach a daemon at {self._path}: Python has no Unix sockets on this system")
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(self._timeout)
         try:

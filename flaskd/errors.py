@@ -44,6 +44,13 @@ class NoDaemonError(FlaskdError):
     code = "no-daemon"
 
 
+class UnsupportedError(FlaskdError):
+    """This system has not got what the daemon needs (exit 69)."""
+
+    exit_code = EX_UNAVAILABLE
+    code = "unsupported"
+
+
 class AppError(FlaskdError):
     """The app's own code raised while it was loaded, or its probe failed (exit 70).
 

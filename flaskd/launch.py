@@ -1,15 +1,18 @@
-"""The steps of a start: the working directory, the listeners, the app, the server, the probe."""
+"""The steps of a start: the system, the working directory, the listeners, the app, the server, the probe."""
 
 from __future__ import annotations
 
 import os
+import select
+import socket
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from flaskd import loading
 from flaskd.config import AppConfig, HealthConfig, ServerConfig
-from flaskd.errors import AppError, ConfigError, FlaskdError
+from flaskd.errors import AppError, ConfigError, FlaskdError, UnsupportedError
 from flaskd.loading import LoadedApp
 from flaskd.server import WaitressThread, adjustments
 from flaskd.sockets import Address, Listener, inherited, open_files_limit
@@ -17,6 +20,19 @@ from flaskd.sockets import Address, Listener, inherited, open_files_limit
 DEFAULT_LISTEN = "127.0.0.1:8000"
 _APP_NAMES = ("http", "unknown")
 """FileDescriptorName= of sockets that are the app's: the one that says so, and none (sd_listen_fds_with_names(3))."""
+
+
+def check_system() -> None:
+    """Raise UnsupportedError where no daemon can be had.
+
+    Its loop, its gate, and the lock and the peers of its control plane are Linux's (epoll(7), socket(7), unix(7)).
+    To be called before the control plane is imported, which is made of modules that Windows has not got.
+    """
+    if not (hasattr(select, "epoll") and hasattr(socket, "SO_PEERCRED")):
+        raise UnsupportedError(
+            f"cannot serve: the daemon needs Linux, and this is {sys.platform}; "
+            "for development and tests, flaskd.ServerThread and flaskd.ServerProcess serve here, too"
+        )
 
 
 def change_directory(app: AppConfig) -> None:

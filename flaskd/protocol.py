@@ -41,23 +41,28 @@ def runtime_directories(name: str, environ: Mapping[str, str], *, client: bool =
     """
     if first := environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]:
         yield Path(first)
-    if os.geteuid() == 0:
+    user_id = _user_id()
+    if user_id == 0:
         yield Path("/run") / name
     if user := environ.get("XDG_RUNTIME_DIR"):
         yield Path(user) / name
-    if client and os.geteuid() != 0:
+    if client and user_id != 0:
         yield Path("/run") / name
-    yield Path(tempfile.gettempdir()) / f"{name}-{os.geteuid()}"
+    yield Path(tempfile.gettempdir()) / f"{name}-{user_id}"
 
 
 def state_directory(name: str, environ: Mapping[str, str]) -> Path:
     """``$STATE_DIRECTORY`` (its first entry), else ``/var/lib/NAME`` for root, else ``$XDG_STATE_HOME/NAME``."""
     if first := environ.get("STATE_DIRECTORY", "").partition(":")[0]:
         return Path(first)
-    if os.geteuid() == 0:
+    if _user_id() == 0:
         return Path("/var/lib") / name
     home = Path("~").expanduser() if environ.get("HOME") or _has_home() else Path("/")
     return Path(environ.get("XDG_STATE_HOME") or home / ".local" / "state") / name
+
+
+def _user_id() -> int:
+    return os.geteuid() if hasattr(os, "geteuid") else -1  # Windows has no numbers for users, and no daemon to find
 
 
 def _has_home() -> bool:

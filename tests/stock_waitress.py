@@ -20,7 +20,7 @@ from waitress.channel import HTTPChannel
 from waitress.server import create_server
 from waitress.task import WSGITask
 
-from flaskd.server import ServerThread
+from flaskd.server import WaitressThread
 from flaskd.sockets import Address
 
 _STOCK_PATIENCE = 0.2
@@ -135,7 +135,7 @@ class Stock:
         self._pulled.close()
 
 
-class Ours(ServerThread):
+class Ours(WaitressThread):
     """flaskd's server with the same face; `settings` are waitress' own, as far as flaskd lets them be set."""
 
     def __init__(self, app, *, threads=4, grace=0.2, listeners=None, **settings):

@@ -418,8 +418,6 @@ def a_close_while_a_worker_lives(rig):
     finally:
         os.close(reader)
         os.close(writer)
-        if rig.kind is Ours:
-            server._loop.close(PATIENCE)
 
 
 # --- listeners ---------------------------------------------------------------------------------------------------------

@@ -66,6 +66,9 @@ def serve(app: str | None, config: str | None, listen: tuple[str, ...], threads:
     from flaskd.init import stand_in_front  # noqa: PLC0415
 
     stand_in_front()
+    from flaskd.launch import check_system  # noqa: PLC0415
+
+    check_system()
     from flaskd.cleanup import action_specs  # noqa: PLC0415
     from flaskd.config import Configuration, load  # noqa: PLC0415
     from flaskd.control import ControlPlane  # noqa: PLC0415
