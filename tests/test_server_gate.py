@@ -1,0 +1,94 @@
+"""The gate (SO_BINDTOIFINDEX): nobody whose handshake was done is reset, as root and without privileges, IPv4 and IPv6.
+
+Each case runs in a process of its own, because privileges that were given up do not come back.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+NOBODY = 65534
+
+PROGRAM = """
+import encodings.idna, json, logging, os, socket, sys, threading, traceback
+from collections import Counter
+from flaskd.server import WaitressThread
+from flaskd.sockets import Listener, Address
+
+host, user, cycles = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+if user:
+    os.setgroups([])
+    os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
+
+with socket.socket() as one:
+    assert one.connect_ex(("127.0.0.1", 1)) != 0  # what connecting imports late is there before anything is measured
+
+logging.getLogger("waitress.queue").setLevel("ERROR")  # two workers for twelve clients: requests wait in line
+
+def app(environ, start_response):
+    start_response("200 OK", [("Content-Length", "5")])
+    return [b"hello"]
+
+fates, ended, gates = Counter(), threading.Event(), []
+before = Listener.gate
+Listener.gate = lambda self: gates.append(before(self)) or gates[-1]
+
+def ask():
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    while not ended.is_set():
+        with socket.socket(family) as client:
+            client.settimeout(20)
+            try:
+                client.connect((host, port))
+            except OSError as error:
+                fates[type(error).__name__ + " while connecting"] += 1
+                continue
+            try:
+                client.sendall(b"GET / HTTP/1.1\\r\\nHost: test\\r\\nConnection: close\\r\\n\\r\\n")
+                answer = b"".join(iter(lambda: client.recv(4096), b""))
+                fates["answered" if answer.endswith(b"hello") else f"broken off after {len(answer)} bytes"] += 1
+            except OSError as error:
+                fates[type(error).__name__] += 1
+
+server = WaitressThread(app, host, 0, 2).start()
+port = server.addresses[0].port
+askers = [threading.Thread(target=ask) for _ in range(12)]
+for each in askers:
+    each.start()
+accounts = []
+for _ in range(cycles):
+    before_drain = server.completed
+    while server.completed < before_drain + 50:
+        assert server.turns(20)
+    report = server.drain(20)
+    accounts.append([len(report.cut), report.rejected])
+    server.resume()
+ended.set()
+for each in askers:
+    each.join(20)
+server.stop()
+print(json.dumps({"fates": fates, "gates": gates, "accounts": accounts, "completed": server.completed}))
+"""
+
+
+@pytest.mark.parametrize("user", [0, NOBODY], ids=["root", "nobody"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_clients_that_connect_in_a_drain_are_answered_or_refused(host, user):
+    """Twelve clients that connect anew all the time, ten drains: each is answered whole or refused, none is reset."""
+    if user != os.geteuid() and os.geteuid() != 0:
+        pytest.skip("only root can become somebody else")
+    cycles = 10
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", PROGRAM, host, str(0 if os.geteuid() else user), str(cycles)],
+        capture_output=True, text=True, timeout=80, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    seen = json.loads(done.stdout)
+    assert set(seen["fates"]) <= {"answered", "ConnectionRefusedError while connecting"}, seen
+    assert seen["fates"]["answered"] == seen["completed"]
+    assert seen["gates"] == [True] * (cycles + 1)  # the stop's too
+    assert seen["accounts"] == [[0, 0]] * cycles
