@@ -165,6 +165,14 @@ def pipelined_requests_behind_a_last_response(rig):
     return [fate(client) for _ in range(3)]
 
 
+@trap(stock=[200, "nothing"], flaskd=[200, 200])
+def a_pipelined_request_behind_a_chunked_answer(rig):
+    """Waitress ends the connection after each answer without a Content-Length, as if nothing else could tell its end."""
+    client = rig.connect(rig.serve()).send("/stream", "/")
+    rig.app.released.set()
+    return [fate(client) for _ in range(2)]
+
+
 @trap(stock="nothing", flaskd=200)
 def a_half_closing_client(rig):
     """With a `channel_request_lookahead`, which it takes to notice who is gone, the end of a client's input is its end."""
@@ -324,12 +332,12 @@ def a_descriptor_above_1023(rig):
     return "the loop is dead"
 
 
-@trap(stock=1, flaskd=10)
+@trap(stock=1, flaskd=64)
 def connections_accepted_in_a_turn(rig):
-    """Each turn of the loop accepts one, and every turn asks all the others what they wait for."""
+    """Each turn of the loop accepts one, and asks all the others what they wait for; a batch has to be bounded, too."""
     server = rig.serve()
     with busy(server) as release:
-        for _ in range(10):
+        for _ in range(100):
             rig.connect(server)
         once, accepted = threading.Event(), []
         before = server.acceptor.handle_accept

@@ -36,8 +36,10 @@ _DISCARD = 1 << 16
 """Bytes thrown away at once."""
 _LINGER = 0.2
 """Seconds in which a half-closed client may close its side, before the connection is closed under it."""
+_LINGER_LOOK = 0.05
+"""Seconds between two looks at what the client has not acknowledged yet."""
 _LINGER_MOST = 2.0
-"""Seconds that output which the client has not acknowledged is waited for."""
+"""Seconds without a sign of life from a client that has not acknowledged all output, until it is not waited for."""
 
 
 class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
@@ -187,7 +189,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         self.unsettled: deque[Request] = deque()
         self.serving: Request
         self.grace_from = time.monotonic()
-        self.linger_until = 0.0
+        self._linger_until, self._unacknowledged = 0.0, 0
         self._flushing = False
         self._last_activity = self.grace_from
         super().__init__(_Front(self, acceptor), sock, addr, adj, map=map)
@@ -401,13 +403,20 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         with self.outbuf_lock:
             self._settle()
         now = time.monotonic()
-        self.linger_until = now + _LINGER_MOST
+        self._linger_until, self._unacknowledged = now + _LINGER_MOST, unacknowledged(self.socket)
         self.loop.at(now + _LINGER, self)
 
     def linger(self, now: float) -> None:
-        """Close a half-closed connection whose client had its time, unless it still has to acknowledge our output."""
-        if now < self.linger_until and unacknowledged(self.socket) > 0:
-            self.loop.at(now + 0.05, self)
+        """Close a half-closed connection whose client had its time, unless it still acknowledges our output.
+
+        The kernel would go on sending, but not where the network goes away with the process, as in a container.
+        """
+        left = unacknowledged(self.socket)
+        if left < self._unacknowledged:
+            self._linger_until = now + _LINGER_MOST
+        self._unacknowledged = left
+        if left and now < self._linger_until:
+            self.loop.at(now + _LINGER_LOOK, self)
         else:
             self.handle_close()
 

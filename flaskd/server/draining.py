@@ -68,6 +68,15 @@ class Draining:
         for channel in self._loop.channels():
             self._loop.poller.touch(channel)
 
+    def pass_the_gate(self) -> None:
+        """Wait until handshakes under way have had their time behind the gate, and let all of them in."""
+        while self._gated and (left := self._began + GATE - time.monotonic()) > 0:
+            self._loop.poller.turn(left)
+        for acceptor in self._gated:
+            acceptor.accept_some(BACKLOG)
+            acceptor.close_listener()
+        self._gated = []
+
     def end_streams(self, channels: Sequence[Channel]) -> None:
         """End streams at a chunk boundary once their grace, counted from the begin of the drain, is over."""
         moment = self._began + self._loop.stream_grace
@@ -76,10 +85,7 @@ class Draining:
     def advance(self, now: float) -> None:
         """Do what is due; report when nothing is open any more, or the deadline came."""
         if self._gated and now >= self._began + GATE:
-            for acceptor in self._gated:
-                acceptor.accept_some(BACKLOG)
-                acceptor.close_listener()
-            self._gated = []
+            self.pass_the_gate()
         while self._streams and self._streams[0][0] <= now:
             self._streams.pop(0)[1].end_stream()
         if not self._gated and not self._open():

@@ -313,6 +313,11 @@ class EventLoop:
             if acceptor.accepting and acceptor.listener.shared:
                 self.poller.listen(acceptor, on=on)
 
+    def pass_the_gate(self) -> None:
+        """Let in whose handshake was under way when a drain began, if that is not over yet."""
+        if self._drain is not None:
+            self._drain.pass_the_gate()
+
     def close_listeners(self) -> None:
         """Close the listeners that are ours alone."""
         for acceptor in self.acceptors:

@@ -73,6 +73,18 @@ class AppTask(Recorded, WSGITask):  # type: ignore[misc]
         environ["flaskd.draining"] = self.channel.loop.draining
         return environ
 
+    def set_close_on_finish(self) -> None:
+        """Keep the connection after an answer that ends by itself: with its last chunk, or with its header.
+
+        Waitress closes after every answer without a Content-Length, 204 and 304 included, and drops what was pipelined
+        behind it. A stream's connection is closed: it has been made for the stream alone, and ends with it in a drain.
+        """
+        asked_to_close = self.request.headers.get("CONNECTION", "").lower() == "close"
+        ends_by_itself = not self.has_body or (self.chunked_response and not self._is_stream())
+        # Waitress sends the last chunk to HEAD as well, where there is no body, and no chunk to be expected.
+        if self.version != "1.1" or self.request.command == "HEAD" or asked_to_close or not ends_by_itself:
+            super().set_close_on_finish()
+
     def write(self, data: bytes) -> None:
         """Write a part of the response; a stream is known from here on."""
         first = not self.wrote_header

@@ -279,7 +279,9 @@ class WaitressThread:
             listeners: list[Listener] = []
             try:
                 if not loop.drains:
+                    loop.closing = False  # it may have been announced
                     return
+                loop.pass_the_gate()
                 loop.close_listeners()
                 listeners.extend(each if each.shared else self._bound_anew(each) for each in self._listeners or ())
                 loop.resume(listeners)

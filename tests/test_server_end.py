@@ -1,0 +1,230 @@
+"""The end of connections and of drains: what is waited for, how it ends on the wire, and what a resume takes back."""
+
+import socket
+import threading
+
+import pytest
+from server_kit import PATIENCE, Client, answers, app, connect, draining, get, no_thread_left, post, serve, until
+from stock_waitress import busy, fate, turn
+
+from flaskd.server import channel as channel_module
+from flaskd.sockets import Address, Listener
+
+pytestmark = pytest.mark.usefixtures("no_thread_left")
+
+
+# --- resume ------------------------------------------------------------------------------------------------------------
+
+
+def test_resume_takes_an_announcement_back(serve, connect):
+    """After a resume connections are kept again, whether the drain that was announced had begun or not."""
+    server = serve()
+    server.announce()
+    assert turn(server) or connect(server).ask("/").last
+    server.resume()
+    client = connect(server)
+    assert [client.ask("/").last for _ in range(3)] == [False] * 3
+
+
+def test_resume_right_after_a_drain_resets_nobody(serve, connect):
+    """Who stood in the backlog when a drain began is answered, even if it is undone in the same moment."""
+    server = serve()
+    resumed = threading.Thread(target=server.resume)
+    with busy(server._loop) as release:
+        clients = [connect(server).send("/") for _ in range(10)]
+        server.begin_drain(PATIENCE, lambda _: None)
+        posted, call = threading.Event(), server._loop.call
+        server._loop.call = lambda function: (call(function), posted.set())
+        resumed.start()
+        assert posted.wait(PATIENCE)
+        release()
+        resumed.join(PATIENCE)
+    assert [fate(client) for client in clients] == [200] * 10
+    assert connect(server).ask("/").status == 200
+
+
+# --- listeners ---------------------------------------------------------------------------------------------------------
+
+
+def test_listeners_of_all_kinds_at_once(serve, app, connect, tmp_path):
+    """TCP, IPv6, Unix and inherited ones drain together: ours are closed, the shared one is left, a resume opens all."""
+    kept = socket.create_server(("127.0.0.1", 0))
+    shared = Listener(Address(*kept.getsockname()), kept.dup(), shared=True)
+    path = Address(path=str(tmp_path / "s"))
+    ours = [Listener.bind(each) for each in (Address("127.0.0.1"), Address("::1"), path)]
+    with kept:
+        server = serve(listeners=[*ours, shared])
+        for _ in range(2):
+            clients = [connect(server, index).send("/gate") for index in range(4)]
+            assert app.entered(4) == {"/gate"}
+            with draining(server, app) as report:
+                late = connect(server, 3).send("/")  # waits for whoever accepts next
+                until(server, lambda: all(not each.accepting for each in server._loop.acceptors[:3]))
+                for index in range(3):
+                    with pytest.raises((ConnectionRefusedError, FileNotFoundError)):
+                        connect(server, index)
+                app.released.set()
+                assert [each.response().last for each in clients] == [True] * 4
+            assert (report.result(PATIENCE).completed, report.result().cut) == (4, ())
+            app.released.clear()
+            server.resume()
+            assert late.response().status == 200
+            assert app.entered(1) == {"/"}
+
+
+def test_the_backlog_of_a_unix_listener_is_served(serve, connect, tmp_path):
+    """Its node goes first, so that nobody new comes; then whoever had connected is let in."""
+    server = serve(listeners=[Listener.bind(Address(path=str(tmp_path / "s")))])
+    with busy(server._loop) as release:
+        clients = [connect(server).send("/") for _ in range(10)]
+        server.begin_drain(PATIENCE, lambda _: None)
+        release()
+        turn(server)
+    assert [fate(client) for client in clients] == [200] * 10
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- graces ------------------------------------------------------------------------------------------------------------
+
+
+def test_who_has_just_connected_may_still_ask(serve, app, connect):
+    """The grace of a connection without a request counts from its beginning."""
+    server = serve(keepalive_grace=PATIENCE)
+    fresh, gate = connect(server), connect(server).send("/gate")
+    app.entered(1)
+    until(server, lambda: server.connections == 2)
+    with draining(server, app):
+        response = fresh.ask("/")
+        assert (response.status, response.last) == (200, True)
+        app.released.set()
+        assert gate.response().status == 200
+
+
+def test_the_grace_of_a_chunked_answer_counts_from_its_end(serve, app, connect):
+    """It promised to keep the connection before the drain began, and the client may have believed it."""
+    server = serve(keepalive_grace=PATIENCE)
+    client = connect(server).send("/stream")
+    app.entered(1)
+    client._file.peek(1)
+    with draining(server, app) as report:
+        app.released.set()
+        assert not client.response().last
+        assert client.ask("/").last
+        assert report.result(PATIENCE).completed == 2
+
+
+# --- the wire ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", [[], ["/"]], ids=["fresh", "kept"])
+def test_an_idle_connection_ends_in_order(before, serve, connect):
+    """Its client reads the end, not a reset; what it sends in that moment is thrown away, and resets nothing either."""
+    server = serve(keepalive_grace=0)
+    client = connect(server)
+    for path in before:
+        client.ask(path)
+    until(server, lambda: server.connections == 1)
+    server.begin_drain(PATIENCE, lambda _: None)
+    assert client.socket.recv(1) == b""
+    client.send("/")
+    turn(server)
+    assert client.socket.recv(1) == b""
+
+
+def test_a_keepalive_client_of_http_1_0_is_told(serve, app, connect):
+    """A drain ends its connection without having confirmed in the same breath that it is kept."""
+    server = serve(keepalive_grace=PATIENCE)
+    client = connect(server)
+    request = get("/", "Connection: keep-alive", version="1.0")
+    assert client.ask(request).headers["Connection"].lower() == "keep-alive"
+    gate = connect(server).send("/gate")
+    app.entered(2)
+    with draining(server, app):
+        assert client.ask(request).headers.get_all("Connection") == ["close"]
+        app.released.set()
+        assert gate.response().status == 200
+
+
+def linger(server, monkeypatch, unacknowledged, **clock):
+    """Let a connection end whose client acknowledges as told; gives how often that was looked at."""
+    looks = []
+
+    def look(sock):
+        looks.append(sock)
+        return unacknowledged(len(looks))
+
+    monkeypatch.setattr(channel_module, "unacknowledged", look)
+    for name, value in clock.items():
+        monkeypatch.setattr(channel_module, name, value)
+    assert server.drain(timeout=PATIENCE).cut == ()
+    return len(looks)
+
+
+def test_output_that_is_still_being_acknowledged_is_waited_for(serve, connect, monkeypatch):
+    """As long as the client acknowledges more, however slowly, the drain is not over."""
+    server = serve(keepalive_grace=0)
+    connect(server).ask("/")
+    clock = {"_LINGER": 0, "_LINGER_LOOK": 0.001, "_LINGER_MOST": 0.0001}
+    assert linger(server, monkeypatch, lambda looks: max(0, 20 - looks), **clock) == 20
+
+
+def test_a_client_that_acknowledges_nothing_more_is_not_waited_for(serve, connect, monkeypatch):
+    """One that has vanished costs a drain no more than its bound."""
+    server = serve(keepalive_grace=0)
+    connect(server).ask("/")
+    assert linger(server, monkeypatch, lambda _: 1000, _LINGER=0, _LINGER_LOOK=0.001, _LINGER_MOST=0.1) > 2
+
+
+# --- answers that end by themselves -------------------------------------------------------------------------------------
+
+
+def brief(environ, start_response):
+    status = environ["PATH_INFO"].strip("/") or "200 OK"
+    kind = "text/event-stream" if "stream" in environ["QUERY_STRING"] else "text/plain"
+    start_response(status, [("Content-Type", kind)])
+    return iter([b"a", b"b"] if status.startswith("200") else [])
+
+
+def test_requests_behind_a_chunked_answer_are_answered(serve, connect):
+    """Its end is known without the end of the connection, which is kept, and what was sent ahead is served."""
+    client = connect(serve(brief)).send("/", "/", "/")
+    assert [(each.body, each.last) for each in (client.response() for _ in range(3))] == [(b"ab", False)] * 3
+
+
+@pytest.mark.parametrize("status", ["204 No Content", "304 Not Modified"])
+def test_requests_behind_an_answer_without_a_body_are_answered(status, serve, connect):
+    """It ends with its header, and says nothing of the end of the connection."""
+    client = connect(serve(brief)).send(f"/{status.replace(' ', '%20')}", "/")
+    lines = list(iter(client._file.readline, b"\r\n"))
+    assert lines[0] == f"HTTP/1.1 {status}\r\n".encode()
+    assert not any(line.lower().startswith((b"connection:", b"transfer-encoding:")) for line in lines)
+    assert client.response().body == b"ab"
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [get("/", method="HEAD"), get("/", "Connection: close"), get("/", version="1.0"), get("/?stream")],
+    ids=["HEAD", "asked for", "1.0", "stream"],
+)
+def test_what_ends_with_its_connection(request_bytes, serve, connect):
+    """An answer that nothing else delimits, that was the last one asked for, or that is a stream, is the last."""
+    client = connect(serve(brief)).send(request_bytes)
+    assert b"Connection: close\r\n" in client._file.read()
+
+
+# --- odd clients in a drain --------------------------------------------------------------------------------------------
+
+
+def test_a_slow_upload_is_read_on_byte_by_byte(serve, app, connect):
+    """However small the pieces, a request that has begun is served, and one that waits behind it, too."""
+    server = serve(keepalive_grace=0)
+    client = connect(server).send(b"P")
+    connect(server).ask("/")
+    turn(server)
+    with draining(server, app) as report:
+        for byte in post("/echo", b"slowly")[1:]:
+            client.socket.sendall(bytes([byte]))
+            assert server.turns(PATIENCE)
+        response = client.response()
+        assert (response.body, response.last) == (b"slowly", True)
+        assert report.result(PATIENCE).cut == ()
