@@ -13,7 +13,7 @@ def main() -> int:
         except OSError:  # closed by who started us; what is opened next must not get its number
             os.open(os.devnull, os.O_RDWR)
     if sys.argv[1:2] == ["serve"]:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, _leave_at_once)
     from flaskd.cli import main as run  # noqa: PLC0415 - after the handlers

@@ -1,0 +1,102 @@
+"""The account of a stop is one: what clients saw, the log, the reply, the record, and last-stop agree."""
+
+import json
+import os
+import re
+import signal
+import socket
+import threading
+
+from conftest import PATIENCE, Answer, Flaskd, get
+from test_handover import inherit
+
+
+def connect(flaskd: Flaskd) -> socket.socket:
+    host, _, port = flaskd.url.removeprefix("http://").rstrip("/").partition(":")
+    return socket.create_connection((host, int(port)), timeout=PATIENCE)
+
+
+def test_the_account_is_everywhere_the_same(flaskd: Flaskd) -> None:
+    """One answered, one running that is cut, three queued that are refused, one uploading that is cut: all places agree."""
+    flaskd.write("flaskd.yaml", "shutdown: {drain: {timeout: 1s}}\n")
+    flaskd.start("-t", "2")
+    url = flaskd.url
+    let_go = flaskd.hold(url)
+    [first] = flaskd.gate._held
+    cut = flaskd.hold(url)
+    with connect(flaskd) as uploading:
+        uploading.sendall(b"POST /upload HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n12345")
+        queued = [Answer(url, "/hold") for _ in range(4)]
+        flaskd.until(lambda: flaskd.status()["in_flight"] == 6)
+        client: dict[str, object] = {}
+        flaskd.kill(signal.SIGTERM)
+        flaskd.wait_message("STOPPING=1")
+        with socket.socket(socket.AF_UNIX) as control:
+            control.settimeout(PATIENCE)
+            control.connect(str(flaskd.socket_path))
+            control.sendall(b'{"id": 1, "cmd": "stop", "wait": true}\n')
+            first.sendall(b"x")  # the first one ends; a queued one takes its thread, and is cut there
+            flaskd.gate.entered()
+            with control.makefile("rb") as lines:
+                client = [answer for line in lines if "ok" in (answer := json.loads(line))][0]  # noqa: RUF015
+        assert flaskd.wait() == 0
+        assert uploading.recv(100) == b""
+    statuses = [each.result()[0] if isinstance(each.result(), tuple) else "cut" for each in [let_go, cut, *queued]]
+    assert (statuses.count(200), statuses.count(503), statuses.count("cut")) == (1, 3, 2)
+    record = flaskd.record()
+    paths = sorted((each["method"], each["path"], each["phase"]) for each in record["cut"])
+    assert paths == [("GET", "/hold", "running")] * 2 + [("POST", "/upload", "receiving")]
+    assert all(each["reason"] == "the deadline came" for each in record["cut"])
+    for account in (client, record):
+        assert (account["completed"], account["rejected"], len(account["cut"])) == (1, 3, 3)
+    assert client["cut"] == record["cut"]
+    assert re.search(r"stopped: completed=1 rejected=3 cut=3 took=", flaskd.log)
+    assert len(re.findall(r"cut (GET /hold|POST /upload) \(", flaskd.log)) == 3
+    code, out, _ = flaskd.client("last-stop", "--json")
+    assert code == 0
+    assert {**json.loads(out), "result": None} == {**record, "result": None}
+    assert "completed=1 rejected=3 cut=3" in flaskd.client("last-stop")[1]
+
+
+def test_a_stop_leaves_the_shared_backlog_to_its_next_owner(flaskd: Flaskd) -> None:
+    """A drained daemon answers 503 on an inherited listener; a stopping one leaves who comes to its successor."""
+    flaskd.write(
+        "flaskd.yaml",
+        "cleanup: {policies: {slow: {use: command, with: {argv: [sh, -c, 'read x < go']}, timeout: 20s}}}\n",
+    )
+    go = flaskd.directory / "go"
+    os.mkfifo(go)
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}/"
+        inherit(flaskd, sock)
+        assert flaskd.command("drain wait").splitlines()[-1].startswith("OK drained")
+        assert get(url)[0] == 503
+        flaskd.kill(signal.SIGTERM)
+        flaskd.wait_message("STOPPING=1")
+        with go.open("w") as word, socket.create_connection(sock.getsockname(), timeout=PATIENCE) as late:
+            late.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            assert flaskd.command("health") == "OK healthy\n"  # its loop has turned, and left that alone
+            word.write("x\n")  # the command ran until now: the drain is over, the stop was not
+            word.flush()
+            assert flaskd.wait() == 0
+            flaskd.write("flaskd.yaml", "")
+            inherit(flaskd, sock)
+            assert b"".join(iter(lambda: late.recv(4096), b"")).endswith(b"hello")
+        assert flaskd.stop() == 0
+
+
+def test_a_waiting_stop_that_lost_nothing_exits_with_0(flaskd: Flaskd) -> None:
+    """What was refused in words is not lost; only what was cut makes a waiting client exit with 1."""
+    flaskd.start()
+    held = flaskd.hold()
+    outcome: list[tuple[int, str, str]] = []
+    stopper = threading.Thread(target=lambda: outcome.append(flaskd.client("stop", "--wait", "--json")))
+    stopper.start()
+    flaskd.wait_message("STOPPING=1")
+    flaskd.gate.open()
+    assert held.result() == (200, b"held")
+    stopper.join(PATIENCE)
+    code, out, _ = outcome[0]
+    answer = json.loads(out.splitlines()[-1])
+    assert (code, answer["completed"], answer["cut"]) == (0, 1, [])
+    assert flaskd.wait() == 0
