@@ -1,5 +1,6 @@
 """The end of connections and of drains: what is waited for, how it ends on the wire, and what a resume takes back."""
 
+import queue
 import socket
 import threading
 
@@ -41,6 +42,55 @@ def test_resume_right_after_a_drain_resets_nobody(serve, connect):
         resumed.join(PATIENCE)
     assert [fate(client) for client in clients] == [200] * 10
     assert connect(server).ask("/").status == 200
+
+
+# --- the backlog -------------------------------------------------------------------------------------------------------
+
+
+def test_a_deadline_that_has_come_refuses_the_backlog_in_words(serve, connect):
+    """A drain without time resets nobody who stood in the backlog: each gets a 503, and is counted."""
+    server, reports = serve(), queue.SimpleQueue()
+    with busy(server._loop) as release:
+        clients = [connect(server).send("/") for _ in range(10)]
+        server.begin_drain(0, reports.put)
+        release()
+        report = reports.get(timeout=PATIENCE)
+    assert [fate(client) for client in clients] == [503] * 10
+    assert (report.completed, report.rejected, report.cut) == (0, 10, ())
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+def test_a_backlog_beyond_the_limit_of_connections_is_served(kind, serve, app, connect, tmp_path):
+    """When a drain begins at the limit, those who wait outside are let in as the others leave."""
+    address = Address("127.0.0.1") if kind == "tcp" else Address(path=str(tmp_path / "s"))
+    server = serve(listeners=[Listener.bind(address)], adjustments={"connection_limit": 2})
+    running = [connect(server).send("/gate") for _ in range(2)]
+    app.entered(2)
+    waiting = [connect(server).send("/") for _ in range(5)]
+    turn(server)
+    with draining(server, app) as report:
+        app.released.set()
+        assert [each.response().status for each in [*running, *waiting]] == [200] * 7
+        assert (report.result(PATIENCE).completed, report.result().cut) == (7, ())
+
+
+def test_room_for_connections_does_not_open_a_shared_listener_in_a_drain(serve, app, connect):
+    """When the limit is not reached any more, a draining server still leaves the next owner's clients alone."""
+    with socket.create_server(("127.0.0.1", 0)) as kept:
+        shared = Listener(Address(*kept.getsockname()), kept.dup(), shared=True)
+        server = serve(listeners=[shared], adjustments={"connection_limit": 1})
+        running = connect(server).send("/gate")
+        app.entered(1)
+        late = connect(server).send("/")
+        turn(server)
+        with draining(server, app) as report:
+            app.released.set()
+            assert running.response().status == 200
+            assert report.result(PATIENCE).completed == 1
+        turn(server)
+        assert server.connections == 0
+        server.resume()
+        assert late.response().status == 200
 
 
 # --- listeners ---------------------------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ class _Front:
 
     def add_task(self, channel: Channel) -> None:
         if channel.answered_here:
-            channel.loop.call(channel.serve_here)  # soon: a lock of the channel is held in this moment
+            channel.loop.answer_soon(channel)  # a lock of the channel is held in this moment
         else:
             self._acceptor.task_dispatcher.add_task(channel)
 

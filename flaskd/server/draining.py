@@ -20,6 +20,8 @@ GATE = 0.03
 BACKLOG = 4096
 """Connections taken from the backlog of a listener that could not be gated. Bounded, because clients come back."""
 TOO_LATE = "the deadline came"
+_ROOM_AGAIN = 0.05
+"""Seconds until a backlog is tried again for which there was no room."""
 _LAST_FLUSH = 0.25
 """Seconds past the deadline in which the refusals of what never started get out."""
 
@@ -36,6 +38,8 @@ class Draining:
         self._counted_from = counted_from
         self._began = time.monotonic()
         self._gated: list[Any] = []
+        """Acceptors whose backlog is still to be taken."""
+        self._gate_until = self._began + GATE
         self._streams: list[tuple[float, Channel]] = []
         self._cut: tuple[Cut, ...] = ()
         self._last_moment = 0.0
@@ -45,7 +49,7 @@ class Draining:
         """The time.monotonic() moment at which `advance` has something to do whatever happens."""
         moments = [self._last_moment or self.deadline]
         if self._gated:
-            moments.append(self._began + GATE)
+            moments.append(self._gate_until)
         if self._streams:
             moments.append(self._streams[0][0])
         return min(moments)
@@ -62,20 +66,27 @@ class Draining:
                 self._gated.append(acceptor)
             else:
                 listener.withdraw()
-                if acceptor.accept_some(BACKLOG) == BACKLOG:
-                    log.warning(f"the backlog of {listener.address} never ended; some of it may be reset")
-                acceptor.close_listener()
+                self._let_in(acceptor)
         for channel in self._loop.channels():
             self._loop.poller.touch(channel)
 
     def pass_the_gate(self) -> None:
         """Wait until handshakes under way have had their time behind the gate, and let all of them in."""
-        while self._gated and (left := self._began + GATE - time.monotonic()) > 0:
+        while self._gated and (left := self._gate_until - time.monotonic()) > 0:
             self._loop.poller.turn(left)
-        for acceptor in self._gated:
-            acceptor.accept_some(BACKLOG)
+        self._gate_until = time.monotonic() + _ROOM_AGAIN
+        gated, self._gated = self._gated, []
+        for acceptor in gated:
+            self._let_in(acceptor)
+
+    def _let_in(self, acceptor: Any) -> None:
+        """Take the backlog and close the listener; where the connections are at their limit, as soon as some end."""
+        if acceptor.accept_some(BACKLOG) == BACKLOG:
+            log.warning(f"the backlog of {acceptor.listener.address} never ended; some of it may be reset")
+        if self._loop.full:
+            self._gated.append(acceptor)
+        else:
             acceptor.close_listener()
-        self._gated = []
 
     def end_streams(self, channels: Sequence[Channel]) -> None:
         """End streams at a chunk boundary once their grace, counted from the begin of the drain, is over."""
@@ -84,7 +95,7 @@ class Draining:
 
     def advance(self, now: float) -> None:
         """Do what is due; report when nothing is open any more, or the deadline came."""
-        if self._gated and now >= self._began + GATE:
+        if self._gated and now >= self._gate_until:
             self.pass_the_gate()
         while self._streams and self._streams[0][0] <= now:
             self._streams.pop(0)[1].end_stream()
@@ -105,7 +116,12 @@ class Draining:
         return self._loop.in_flight > 0 or any(not channel.internal for channel in self._loop.channels())
 
     def _refuse_what_never_started(self) -> None:
-        """Answer 503 to what waits in the queue: nobody has begun it, and another server may."""
+        """Answer 503 to what waits in the queue, or before the gate: nobody has begun it, and another server may."""
+        self._loop.refusing = True
+        if self._gated:
+            self.pass_the_gate()
+            self._loop.poller.turn(0)  # read what those have sent
+        self._loop.answer()
         for acceptor in self._gated:
             acceptor.close_listener()
         self._gated = []

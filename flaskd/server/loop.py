@@ -80,6 +80,7 @@ class EventLoop:
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
         self._calls: deque[Callable[[], None]] = deque()
+        self._to_answer: deque[Channel] = deque()
         self._timers: list[tuple[float, int, Channel]] = []
         self._timer_ids = itertools.count()
         self._next_reaping = 0.0
@@ -99,6 +100,11 @@ class EventLoop:
         with self._lock:
             if not self._closed and self.acceptors:
                 self.acceptors[0].trigger.pull_trigger()
+
+    def answer_soon(self, channel: Channel) -> None:
+        """Answer a connection's next request in the loop's thread, without a worker (any thread)."""
+        self._to_answer.append(channel)
+        self.wake()
 
     def accepted(self, request: Request) -> None:
         """Count a request as in flight."""
@@ -188,9 +194,12 @@ class EventLoop:
         self.workers.set_thread_count(self._threads)
 
     def accept(self, *, on: bool) -> None:
-        """Wait for new connections on all open listeners, or leave them to wait."""
+        """Wait for new connections on all open listeners, or leave them to wait.
+
+        In a drain those that others share stay closed, except while it is over and they answer with 503.
+        """
         for acceptor in self.acceptors:
-            if acceptor.accepting:
+            if acceptor.accepting and not (on and self.drains and acceptor.listener.shared and not self.refusing):
                 self.poller.listen(acceptor, on=on)
 
     def run(self) -> None:
@@ -201,10 +210,16 @@ class EventLoop:
                 self.turned.set()
                 while self._calls:
                     self._calls.popleft()()
+                self.answer()
                 self._keep_house(time.monotonic())
         except BaseException as error:
             self.error = error
             log.critical("the serving thread died", exc_info=True)
+
+    def answer(self) -> None:
+        """Give the answers that need no worker."""
+        while self._to_answer:
+            self._to_answer.popleft().serve_here()
 
     def _patience(self) -> float:
         moments = [time.monotonic() + _TURN]
@@ -305,6 +320,7 @@ class EventLoop:
     def drain_over(self) -> None:
         """Forget the drain: it has reported."""
         self._drain = None
+        self.refusing = False
 
     def refuse(self, *, on: bool) -> None:
         """Answer 503 on the listeners that others share, or leave them alone again."""
