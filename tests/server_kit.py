@@ -23,6 +23,18 @@ BIG = 8 * 1024 * 1024
 """Bytes; more than the kernel takes for a client that does not read, less than what would hold up a worker."""
 
 
+def _has_ipv6():
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+HAS_IPV6 = _has_ipv6()
+"""Whether this machine has the loopback address ::1; many containers have not."""
+
+
 class App:
     """A WSGI app whose requests say that they are entered; those for /gate stay until the test releases them."""
 

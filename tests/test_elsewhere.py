@@ -87,12 +87,10 @@ with flaskd.ServerThread(app, threads=2) as server:
         answers.append(type(error.reason).__name__)
     server.resume()
     answers.append(ask())
-    with flaskd.ServerThread(app, host="::1") as other:
-        answers.append(urllib.request.urlopen(other.url, timeout=10).read())
     with flaskd.ServerThread(app, server="werkzeug") as other:
         answers.append(urllib.request.urlopen(other.url, timeout=10).read())
 hello = b"hello"
-assert answers == [hello, hello, "ConnectionRefusedError", hello, hello, hello], answers
+assert answers == [hello, hello, "ConnectionRefusedError", hello, hello], answers
 assert (reports[0].completed, reports[0].cut) == (1, ()), reports
 assert threading.enumerate() == [threading.main_thread()], threading.enumerate()
 print("well")

@@ -5,7 +5,7 @@ import socket
 import threading
 
 import pytest
-from server_kit import PATIENCE, Client, answers, app, connect, draining, get, no_thread_left, post, serve, until
+from server_kit import HAS_IPV6, PATIENCE, answers, app, connect, draining, get, no_thread_left, post, serve, until
 from stock_waitress import busy, fate, turn
 
 from flaskd.server import channel as channel_module
@@ -101,7 +101,7 @@ def test_listeners_of_all_kinds_at_once(serve, app, connect, tmp_path):
     kept = socket.create_server(("127.0.0.1", 0))
     shared = Listener(Address(*kept.getsockname()), kept.dup(), shared=True)
     path = Address(path=str(tmp_path / "s"))
-    ours = [Listener.bind(each) for each in (Address("127.0.0.1"), Address("::1"), path)]
+    ours = [Listener.bind(each) for each in (Address("127.0.0.1"), Address("::1" if HAS_IPV6 else "127.0.0.1"), path)]
     with kept:
         server = serve(listeners=[*ours, shared])
         for _ in range(2):

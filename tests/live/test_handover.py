@@ -6,7 +6,7 @@ import socket
 import sys
 import threading
 
-from conftest import PATIENCE, Answer, Flaskd, get
+from conftest import PATIENCE, Answer, Flaskd, get, refused
 
 SHIM = "import os, sys; os.environ['LISTEN_PID'] = str(os.getpid()); os.execv(sys.argv[1], sys.argv[1:])"
 
@@ -60,6 +60,30 @@ def test_an_inherited_listener_by_name(flaskd: Flaskd) -> None:
         assert get(url) == (200, b"hello")
         assert flaskd.status()["url"] == url
         assert flaskd.stop() == 0
+
+
+def test_listeners_of_all_kinds_at_once(flaskd: Flaskd) -> None:
+    """An inherited, a TCP and a Unix listener serve together; a drain closes ours and answers 503 on the other's."""
+    path = flaskd.directory / "http.sock"
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        inherit(flaskd, sock, "-l", "fd:web", "-l", "127.0.0.1:0", "-l", f"unix:{path}", name="web")
+        web, ours, unix = (f"http://{each}/" if ":/" not in each else each for each in flaskd.status()["listen"])
+        assert unix == f"unix:{path}"
+        for _ in range(2):
+            held = [Answer(url, "/hold") for url in (web, ours, unix)]
+            for _ in held:
+                flaskd.gate.entered()
+            assert flaskd.command("drain").startswith("OK draining in_flight=3")
+            flaskd.gate.open()
+            assert [each.result() for each in held] == [(200, b"held")] * 3
+            assert "OK drained completed=3 rejected=0 cut=0" in flaskd.command("drain wait")
+            assert get(web)[0] == 503
+            assert refused(ours)
+            assert not path.exists()
+            assert flaskd.command("resume") == "OK ready\n"
+            assert [get(url) for url in (web, ours, unix)] == [(200, b"hello")] * 3
+        assert flaskd.stop() == 0
+    assert not path.exists()
 
 
 def test_a_drained_daemon_with_an_inherited_listener_says_503(flaskd: Flaskd) -> None:
