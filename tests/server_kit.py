@@ -65,6 +65,10 @@ class App:
         self.released.wait()
         return self.hello(environ, start_response, environ["PATH_INFO"].encode())
 
+    def late(self, environ, start_response):
+        self.released.wait()
+        return self.hello(environ, start_response, b"x" * 1_000_000)
+
     def echo(self, environ, start_response):
         return self.hello(environ, start_response, environ["wsgi.input"].read())
 

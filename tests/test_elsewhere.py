@@ -13,7 +13,7 @@ import pytest
 # What Python has not got there: docs.python.org/3/library/intro.html#availability, and each module's own notes.
 # What is imported first is not on trial, and finds its compiled parts by the system's true name.
 SITECUSTOMIZE = """
-import os, select, selectors, signal, socket, subprocess, sys, tempfile, threading, urllib.request, zoneinfo
+import os, select, selectors, signal, socket, subprocess, sys, tempfile, threading, zoneinfo
 import click, flask, pydantic.main, sdnotify, werkzeug.serving, yaml
 
 def socketpair():
@@ -52,8 +52,20 @@ if os.environ["ELSEWHERE"] == "win32":
 sys.platform = os.environ["ELSEWHERE"]
 """
 
-THREAD = """
-import threading, urllib.request
+GET = """
+import contextlib, http.client, urllib.parse
+
+def get(url, path="/"):
+    place = urllib.parse.urlsplit(url)
+    with contextlib.closing(http.client.HTTPConnection(place.hostname, place.port, timeout=10)) as connection:
+        connection.request("GET", path)
+        return connection.getresponse().read()
+"""
+
+THREAD = (
+    GET
+    + """
+import threading
 import flaskd
 
 inside, go_on, draining = threading.Event(), threading.Event(), []
@@ -66,13 +78,13 @@ def app(environ, start_response):
     start_response("200 OK", [("Content-Length", "5")])
     return [b"hello"]
 
-def ask(path=""):
-    return urllib.request.urlopen(server.url + path, timeout=10).read()
+def ask(path="/"):
+    return get(server.url, path)
 
 answers, reports = [], []
 with flaskd.ServerThread(app, threads=2) as server:
     answers.append(ask())
-    asker = threading.Thread(target=lambda: answers.append(ask("wait")))
+    asker = threading.Thread(target=lambda: answers.append(ask("/wait")))
     drainer = threading.Thread(target=lambda: reports.append(server.drain(10)))
     asker.start()
     assert inside.wait(10)
@@ -84,25 +96,28 @@ with flaskd.ServerThread(app, threads=2) as server:
     try:
         ask()
     except OSError as error:
-        answers.append(type(error.reason).__name__)
+        answers.append(type(error).__name__)
     server.resume()
     answers.append(ask())
     with flaskd.ServerThread(app, server="werkzeug") as other:
-        answers.append(urllib.request.urlopen(other.url, timeout=10).read())
+        answers.append(get(other.url))
 hello = b"hello"
 assert answers == [hello, hello, "ConnectionRefusedError", hello, hello], answers
 assert (reports[0].completed, reports[0].cut) == (1, ()), reports
 assert threading.enumerate() == [threading.main_thread()], threading.enumerate()
 print("well")
 """
+)
 
-PROCESS = """
-import urllib.request
+PROCESS = (
+    GET
+    + """
 import flaskd
 
 with flaskd.ServerProcess("shop:app") as server:
-    print(urllib.request.urlopen(server.url, timeout=10).read().decode())
+    print(get(server.url).decode())
 """
+)
 
 DAEMON = """
 import flaskd

@@ -17,14 +17,15 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from server_kit import PATIENCE, get, no_thread_left, post, until
+from server_kit import PATIENCE, get, no_thread_left, until
 from stock_waitress import Ours, Rig, Stock, busy, fate, later, results, turn
 from waitress import wasyncore
 from waitress.channel import HTTPChannel
 from waitress.server import create_server
+from waitress.task import ThreadedTaskDispatcher
 
 from flaskd.errors import CannotCreateError
-from flaskd.sockets import Address, Listener
+from flaskd.sockets import Address, Listener, unread
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
@@ -251,12 +252,12 @@ def a_reader_that_stalls(rig):
 def the_tail_of_a_response(rig):
     """A close with unread input makes the kernel send RST, and throw away what it had not sent yet."""
     server = rig.serve()
-    body = b"x" * 1_000_000
-    client = rig.connect(server, receive_buffer=65536).send(post("/echo", body, "Connection: close"), b"y" * 20_000)
+    client = rig.connect(server, receive_buffer=65536).send(get("/late", "Connection: close"), b"y" * 20_000)
     rig.app.entered(1)
+    until(server, lambda: unread(server.channels()[0].socket) > 0)
+    rig.app.released.set()
     until(server, lambda: all(getattr(each, "half_closed", False) for each in server.channels()))
-    with contextlib.suppress(ConnectionResetError):
-        return "whole" if fate(client) == 200 else "destroyed"
+    return "whole" if fate(client) == 200 else "destroyed"
 
 
 # --- the loop ----------------------------------------------------------------------------------------------------------
@@ -476,12 +477,14 @@ def ports_of_one_address(rig):
     """`*:0` is one address with two ports, and nobody is told the second."""
     if rig.kind is Ours:
         return len({each.port for each in rig.serve(listeners=[Listener.bind(Address.parse(":0"))]).addresses})
-    server = create_server(rig.app, listen="*:0", map={}, _start=False)
+    sockets = {}
+    server = create_server(rig.app, map=sockets, _start=False, _dispatcher=ThreadedTaskDispatcher(), listen="*:0")
+    if not hasattr(server, "effective_listen"):
+        pytest.skip("this machine has one family of addresses only")
     try:
-        return len({port for _, port in getattr(server, "effective_listen", [])})
+        return len({port for _, port in server.effective_listen})
     finally:
-        server.task_dispatcher.set_thread_count(0)
-        wasyncore.close_all(server.map)
+        wasyncore.close_all(sockets)
 
 
 # --- requests ----------------------------------------------------------------------------------------------------------
