@@ -35,6 +35,7 @@ from flaskd.signals import Escalation, SignalWatch, Terminal
 from flaskd.sockets import Listener
 from flaskd.state import StateDirectory
 from flaskd.stop import CleanupThread, Stop
+from flaskd.work import background_work, in_background
 
 log = logging.getLogger("flaskd.daemon")
 
@@ -170,6 +171,7 @@ class Daemon:
             "url": self._listeners[0].address.url if self._listeners else None,
             "in_flight": len(in_flight),
             "oldest": str(oldest) if oldest else None,
+            "background": [each.as_json() for each in background_work()],
             "queued": server.queued if server else 0,
             "connections": server.connections if server else 0,
             "threads": self.configuration.values.server.threads,
@@ -395,12 +397,15 @@ class Daemon:
             stuck = "the serving thread does not turn"
             cut = server.cut(stuck)
             log.error(f"the drain is over, but {stuck}; {len(cut)} requests are given up")
-            self._on_drain_over(drain, DrainReport(cut=cut))
+            self._on_drain_over(drain, DrainReport(cut=cut, background=background_work()))
             return
         in_flight = server.requests()
         oldest = max(in_flight, key=lambda each: each.age, default=None)
         text = f"{self.state}: {len(in_flight)} in flight" + (f", oldest {oldest}" if oldest else "")
         progress: dict[str, Any] = {"in_flight": len(in_flight)}
+        if background := background_work():
+            text += f"; background: {', '.join(each.name for each in background)}"
+            progress["background"] = len(background)
         if self._stop is not None and (running := self._stop.running):
             text += f"; cleanup: {', '.join(running)}"
             progress["cleanup"] = list(running)
@@ -432,7 +437,14 @@ class Daemon:
         else:
             reply.ok("drained", drain.account(), hint="undo: resume")
 
-    def _begin_drain(self, timeout: float, *, announce: float, counted_from: tuple[int, int] | None = None) -> None:
+    def _begin_drain(
+        self,
+        timeout: float,
+        *,
+        announce: float,
+        counted_from: tuple[int, int] | None = None,
+        earlier: Drain | None = None,
+    ) -> None:
         assert self._server is not None
         self._drain = Drain(
             self._server,
@@ -440,6 +452,7 @@ class Daemon:
             lambda drain, report: self._inbox.put(lambda: self._on_drain_over(drain, report)),
             announce=announce,
             counted_from=counted_from,
+            earlier=earlier,
         )
         self._drain.announce()
         self._last_tick = time.monotonic()
@@ -447,7 +460,7 @@ class Daemon:
     def _on_drain_over(self, drain: Drain, report: DrainReport) -> None:
         if drain is not self._drain or drain.report is not None:
             return  # resume, or the guard, was faster
-        drain.report = report
+        report = drain.conclude(report)
         state = self._lifecycle.handle(Event.DRAIN_OVER)
         if self._stop is not None:
             self._stop.drained(report)
@@ -624,6 +637,8 @@ class Daemon:
             self._begin_drain(self._stop.drain_time, announce=max(0.0, announce), counted_from=counted_from)
         elif self._drain.report is None:
             self._drain.shorten(self._stop.drain_time)
+        elif in_background() and self._failure is None:  # begun, or not over, since it was drained
+            self._begin_drain(self._stop.drain_time, announce=0.0, earlier=self._drain)
         else:  # drained before, or the serving thread is dead
             self._stop.drained(self._drain.report)
 
@@ -642,7 +657,7 @@ class Daemon:
         assert self._server is not None
         why = f"the serving thread died: {error!r}"
         self._failure = self._failure or AppError(why)
-        report = DrainReport(cut=self._server.cut(why))
+        report = DrainReport(cut=self._server.cut(why), background=background_work())
         if self._drain is None:
             self._drain = Drain(self._server, 0, lambda *_: None)
             self._drain.report = report

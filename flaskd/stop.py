@@ -158,6 +158,7 @@ class Stop:
             "completed": report.completed,
             "rejected": report.rejected,
             "cut": [each.as_json() for each in report.cut],
+            "background": [each.as_json() for each in report.background],
             "started": timestamp(time.time() - self.took),
             "took": round(self.took, 3),
             "policies": self.policies,

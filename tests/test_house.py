@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "flaskd"
 
 LAYERS = [
-    {"errors", "units", "forks", "logs", "notify", "sockets", "init", "leave"},
-    {"config", "lifecycle", "ledger", "loading", "protocol", "runtime", "signals"},
+    {"errors", "units", "forks", "logs", "notify", "sockets", "init", "leave", "files", "work"},
+    {"config", "lifecycle", "ledger", "loading", "protocol", "runtime", "signals", "watch"},
     {"server", "cleanup", "client"},
     {"drain", "launch", "state", "stop"},
     {"daemon", "thread"},

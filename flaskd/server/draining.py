@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flaskd.ledger import Cut, DrainReport
+from flaskd.work import background_work, in_background
 
 if TYPE_CHECKING:
     from flaskd.server.channel import Channel
@@ -74,7 +75,7 @@ class Draining:
         self._streams += [(moment, channel) for channel in channels]
 
     def advance(self, now: float) -> None:
-        """Do what is due; report when nothing is open any more, or the deadline came."""
+        """Do what is due; report when nothing is open or in the background any more, or the deadline came."""
         if self._gated and now >= self._began + GATE:
             for acceptor in self._gated:
                 acceptor.accept_some(BACKLOG)
@@ -96,6 +97,8 @@ class Draining:
                 self._report()
 
     def _open(self) -> bool:
+        if in_background() and not self._last_moment:
+            return True
         return self._loop.in_flight > 0 or any(not channel.internal for channel in self._loop.channels())
 
     def _refuse_what_never_started(self) -> None:
@@ -113,6 +116,10 @@ class Draining:
 
     def _report(self) -> None:
         completed, rejected = self._counted_from
+        background = background_work(stacks=True)
+        for each in background:
+            text = f"the drain is over, and in the background there is still: {each}"
+            log.warning(f"{text}\n{each.stack}".rstrip(), extra={"fields": each.as_json()})
         self._loop.drain_over()
         self._over(
             DrainReport(
@@ -120,5 +127,6 @@ class Draining:
                 rejected=self._loop.rejected - rejected,
                 cut=self._cut,
                 took=time.monotonic() - self._began,
+                background=background,
             )
         )
