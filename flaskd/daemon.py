@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from typing import Any, Protocol
 
 from flaskd import launch, logs
-from flaskd.cleanup import Plan, StepResult, build_plan, with_callbacks
+from flaskd.cleanup import Plan, StepResult, aside, build_plan, with_callbacks
 from flaskd.config import Config, Configuration, HealthConfig
 from flaskd.drain import Drain
 from flaskd.errors import EX_OK, AppError, ConfigError, FlaskdError, NotNowError
@@ -178,6 +178,7 @@ class Daemon:
             "completed": server.completed if server else 0,
             "reason": str(self._stop.reason) if self._stop else None,
             "cleanup": list(self._stop.running) if self._stop else [],
+            "previous": self._state_directory.previous,
             "last_reload": self._last_reload,
             "config": str(self.configuration.path) if self.configuration.path else None,
         }
@@ -350,6 +351,7 @@ class Daemon:
     def _forget(self) -> None:
         """In a child that the app forked: let go of all that is the daemon's."""
         self._plane.forget()
+        self._state_directory.forget()
         for listener in self._listeners:
             listener.socket.close()
         if self._server is not None:
@@ -613,6 +615,7 @@ class Daemon:
             app=self.app.flask,
             shutdown=config.shutdown,
             max_parallel=config.cleanup.max_parallel,
+            state=self._state_directory.writable,
             drain=lambda: self._inbox.put(lambda: self._drain_to_stop(counted)),
             over=lambda error: self._inbox.put(lambda: self._on_stop_over(error)),
             on_step=lambda result: self._inbox.put(lambda: self._on_step(result)),
@@ -627,6 +630,7 @@ class Daemon:
             # A successor may share the listeners: from now on their backlog is left to it.
             self._server.refuse(on=False)
             self._server.announce()
+        aside(lambda: self._state_directory.stopping(str(reason)))  # a disk that hangs must not keep the stop
         self._cleanup_thread.run(self._stop.run)
         self._last_tick = time.monotonic()
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 _NOT_FOLLOWED = getattr(os, "O_NOFOLLOW", 0)
@@ -67,8 +68,14 @@ def remove_leftovers(directory: Path) -> list[str]:
     return remove_matching(directory, _MADE_BY_US)
 
 
-def remove_matching(directory: Path, pattern: re.Pattern[str], *, kind: int = stat.S_IFREG) -> list[str]:
-    """Remove the files of one `kind` (stat.S_IFREG, S_IFSOCK, …) whose whole name fits; returns the names.
+def remove_matching(
+    directory: Path,
+    pattern: re.Pattern[str],
+    *,
+    kinds: tuple[int, ...] = (stat.S_IFREG,),
+    which: Callable[[str], bool] = lambda _: True,
+) -> list[str]:
+    """Remove the files of some kinds (stat.S_IFREG, S_IFSOCK, …) whose whole name fits; returns the names.
 
     A symbolic link is no such file, and a file that goes away meanwhile is none either. Raises OSError.
     """
@@ -76,10 +83,10 @@ def remove_matching(directory: Path, pattern: re.Pattern[str], *, kind: int = st
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | _NOT_FOLLOWED)
     try:
         for name in sorted(os.listdir(descriptor)):  # noqa: PTH208 - by descriptor, so that nobody can exchange the directory
-            if not pattern.fullmatch(name):
+            if not pattern.fullmatch(name) or not which(name):
                 continue
             with contextlib.suppress(FileNotFoundError):
-                if stat.S_IFMT(os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode) == kind:
+                if stat.S_IFMT(os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode) in kinds:
                     os.unlink(name, dir_fd=descriptor)
                     removed.append(name)
     finally:
