@@ -246,6 +246,7 @@ class Daemon:
         self.app = launch.find_app(config.app, self._given_app, self._environ)
         self._plan = build_plan(config.cleanup)
         self._plan.prepare()
+        launch.restore(self._plan, self.app, self._state_directory.writable)
         self._signals.reclaim()
         self._logs.reclaim()
         self._server = launch.make_server(

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, Field
 
+from flaskd.cleanup.cache import PersistFields, persist_cache, restore_cache
 from flaskd.cleanup.command import CommandFields, run_command
 from flaskd.cleanup.context import StepContext, StepFailedError
 from flaskd.config import ActionSpec, Phase, Section
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
 _TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
@@ -34,7 +36,9 @@ class Action:
     detail for the log, or None, and raises to fail. `prepare` imports what `run` will need, when the daemon
     starts or reloads; it raises to refuse the configuration. `grace` is for an action that watches its own
     time: the seconds it may need after its timeout to end what it started (without it, the runner abandons an
-    action at its timeout).
+    action at its timeout). `restore` is called at the start, before READY, with the Flask app, the state directory
+    (None: there is none to use) and the fields; it returns what it did, for the log, and raises to tell that it did
+    not.
     """
 
     name: str
@@ -43,6 +47,7 @@ class Action:
     run: Callable[[StepContext, Any], str | None]
     prepare: Callable[[Any], None] | None = None
     grace: Callable[[Any], float] | None = None
+    restore: Callable[[Any, Path | None, Any], str] | None = None
 
 
 def _target(text: str) -> str:
@@ -125,6 +130,7 @@ ACTIONS: Mapping[str, Action] = MappingProxyType(
         for each in (
             Action("command", CommandFields, Phase.FINAL, run_command, grace=operator.attrgetter("kill_grace")),
             Action("call", CallFields, Phase.QUIESCE, _call, prepare=_prepare_call),
+            Action("cache.persist", PersistFields, Phase.PERSIST, persist_cache, restore=restore_cache),
             Action("sqlalchemy.dispose", DisposeFields, Phase.CLOSE, _dispose),
         )
     }
