@@ -19,6 +19,9 @@ from pydantic import AfterValidator, BaseModel, Field
 from flaskd.cleanup.cache import PersistFields, persist_cache, restore_cache
 from flaskd.cleanup.command import CommandFields, run_command
 from flaskd.cleanup.context import StepContext, StepFailedError
+from flaskd.cleanup.logflush import FlushFields, flush_logs
+from flaskd.cleanup.removal import RemoveFields, remove_files
+from flaskd.cleanup.web import ConsulFields, WebhookFields, call_webhook, deregister, prepare_web
 from flaskd.config import ActionSpec, Phase, Section
 
 if TYPE_CHECKING:
@@ -131,6 +134,10 @@ ACTIONS: Mapping[str, Action] = MappingProxyType(
             Action("command", CommandFields, Phase.FINAL, run_command, grace=operator.attrgetter("kill_grace")),
             Action("call", CallFields, Phase.QUIESCE, _call, prepare=_prepare_call),
             Action("cache.persist", PersistFields, Phase.PERSIST, persist_cache, restore=restore_cache),
+            Action("consul.deregister", ConsulFields, Phase.ANNOUNCE, deregister, prepare=prepare_web),
+            Action("files.remove", RemoveFields, Phase.FINAL, remove_files),
+            Action("logging.flush", FlushFields, Phase.FLUSH, flush_logs),
+            Action("webhook", WebhookFields, Phase.FINAL, call_webhook, prepare=prepare_web),
             Action("sqlalchemy.dispose", DisposeFields, Phase.CLOSE, _dispose),
         )
     }
