@@ -117,7 +117,11 @@ def schema() -> None:
     from flaskd.cleanup import action_specs  # noqa: PLC0415
     from flaskd.config import schema as json_schema  # noqa: PLC0415
 
-    click.echo(json.dumps(json_schema(action_specs()), indent=2))
+    actions = action_specs()
+    for name, spec in actions.items():
+        if spec.fault:
+            click.echo(f'flaskd: the action "{name}" is not in the schema: {spec.fault}', err=True)
+    click.echo(json.dumps(json_schema(actions), indent=2))
 
 
 def _talk(verb: str, *, summary: str, flags: tuple[str, ...] = ()) -> None:

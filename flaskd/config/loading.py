@@ -121,7 +121,7 @@ def _put(table: Table, parts: tuple[str, ...], node: Node) -> Table:
 def _action_fields(tree: Table, actions: Actions, faults: Faults) -> dict[str, BaseModel | None]:
     fields = {}
     for name, policy in policy_tables(tree).items():
-        if spec := action_of(policy, actions):
+        if (spec := action_of(policy, actions)) and not spec.fault:
             written = policy.entries.get("with") or Table(policy.key, policy.place, {})
             fields[name] = validated(spec.strict_fields, written, (*_POLICIES, name, "with"), faults)
     return fields

@@ -63,10 +63,14 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True)
 class ActionSpec:
-    """What the configuration needs to know of a cleanup action: its fields, and the phase it belongs in."""
+    """What the configuration needs to know of a cleanup action: its fields, and the phase it belongs in.
+
+    `fault` is why it cannot be used, empty when it can.
+    """
 
     fields: type[BaseModel]
     default_phase: Phase
+    fault: str = ""
 
     @property
     def strict_fields(self) -> type[BaseModel]:
