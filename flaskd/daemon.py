@@ -35,7 +35,7 @@ from flaskd.signals import Escalation, SignalWatch, Terminal
 from flaskd.sockets import Listener
 from flaskd.state import StateDirectory
 from flaskd.stop import CleanupThread, Stop
-from flaskd.work import background_work, in_background
+from flaskd.work import background_work, in_background, left_behind
 
 log = logging.getLogger("flaskd.daemon")
 
@@ -400,7 +400,7 @@ class Daemon:
             stuck = "the serving thread does not turn"
             cut = server.cut(stuck)
             log.error(f"the drain is over, but {stuck}; {len(cut)} requests are given up")
-            self._on_drain_over(drain, DrainReport(cut=cut, background=background_work()))
+            self._on_drain_over(drain, DrainReport(cut=cut, background=left_behind()))
             return
         in_flight = server.requests()
         oldest = max(in_flight, key=lambda each: each.age, default=None)
@@ -662,7 +662,7 @@ class Daemon:
         assert self._server is not None
         why = f"the serving thread died: {error!r}"
         self._failure = self._failure or AppError(why)
-        report = DrainReport(cut=self._server.cut(why), background=background_work())
+        report = DrainReport(cut=self._server.cut(why), background=left_behind())
         if self._drain is None:
             self._drain = Drain(self._server, 0, lambda *_: None)
             self._drain.report = report

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import logging
 import os
 import sys
 import threading
@@ -16,6 +17,8 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
+
+log = logging.getLogger("flaskd.work")
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _numbers = itertools.count()
@@ -105,6 +108,15 @@ def background_work(*, stacks: bool = False) -> tuple[Background, ...]:
         stack = "".join(traceback.format_stack(frame)) if frame else ""
         found.append(Background(each.name, now - each.began, each.thread.name, stack))
     return tuple(found)
+
+
+def left_behind() -> tuple[Background, ...]:
+    """What is under way when a drain is over, with its stacks; each is named in the log."""
+    found = background_work(stacks=True)
+    for each in found:
+        text = f"the drain is over, and in the background there is still: {each}"
+        log.warning(f"{text}\n{each.stack}".rstrip(), extra={"fields": each.as_json()})
+    return found
 
 
 def tell_of_ends(tell: Callable[[], None]) -> None:

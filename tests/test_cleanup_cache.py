@@ -275,12 +275,14 @@ def test_the_private_shape_is_tested_first(kept):
     assert kept.read_bytes() == content
 
 
-def test_without_a_state_directory_of_our_own(kept):
-    """While another flaskd works with it, nothing is written there or read from there."""
+def test_without_a_state_directory_of_our_own(kept, tmp_path):
+    """While another flaskd works with it, nothing is written there or read from there; an absolute path needs none."""
     app, _ = app_of()
-    assert "another flaskd works with the state directory" in persist(app, None).why
-    with pytest.raises(StepFailedError, match="another flaskd works with the state directory"):
+    assert persist(app, None).why == "cannot use cache.bin: no state directory is ours; give an absolute path"
+    with pytest.raises(StepFailedError, match="no state directory is ours"):
         restore(app, None)
+    assert persist(app, None, path=str(tmp_path / "mine")).fate is Fate.OK
+    assert "no state directory is ours to keep a key in" in persist(app_of(secret=None)[0], None, path="/x").why
 
 
 def test_a_directory_that_cannot_be_written_to(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 
 import flaskd
 from flaskd.ledger import DrainReport
+from flaskd.server import WaitressThread
 from flaskd.work import background_work, in_background
 
 PATIENCE = 20.0
@@ -97,30 +98,27 @@ def test_what_is_not_done_when_it_returns_is_refused():
             flaskd.background("job")(each)
 
 
-def test_a_drain_waits_for_it(export):
+@pytest.mark.parametrize("server", ["waitress", "werkzeug"])
+def test_a_drain_waits_for_it(export, server):
     """With nothing else in hand, the drain is over the moment the work ends, and clean."""
-    with flaskd.ServerThread(app) as server:
-        done = threading.Event()
+    with flaskd.ServerThread(app, server=server) as serving:
         reports = []
-
-        def over(report):
-            reports.append(report)
-            done.set()
-
-        server.begin_drain(PATIENCE, over)
-        assert server.turns(PATIENCE)
-        assert not done.is_set()
+        draining = threading.Thread(target=lambda: reports.append(serving.drain(PATIENCE)))
+        draining.start()
+        draining.join(0.2)  # nothing in hand would be drained by now
+        assert draining.is_alive()
         before = time.monotonic()
         export.set()
-        assert done.wait(PATIENCE)
+        draining.join(PATIENCE)
         assert time.monotonic() - before < 0.5
     assert (reports[0].background, reports[0].clean) == ((), True)
 
 
-def test_the_deadline_leaves_it_behind(export, caplog):
+@pytest.mark.parametrize("server", ["waitress", "werkzeug"])
+def test_the_deadline_leaves_it_behind(export, caplog, server):
     """What still runs at the deadline is in the report and, with its stack, in the log; the drain is not clean."""
-    with flaskd.ServerThread(app) as server:
-        report = server.drain(0.1)
+    with flaskd.ServerThread(app, server=server) as serving:
+        report = serving.drain(0.1)
         (left,) = report.background
         assert (left.name, report.clean) == ("export", False)
         assert "background=1" in str(report)
@@ -133,8 +131,9 @@ def test_the_deadline_leaves_it_behind(export, caplog):
 
 def test_resume_forgets_the_wait(export):
     """A drain that is undone waits no more, and the next one waits anew."""
-    with flaskd.ServerThread(app) as server:
+    with WaitressThread(app) as server:
         server.begin_drain(PATIENCE, lambda _report: None)
+        assert server.turns(PATIENCE)
         server.resume()
         export.set()
         assert server.drain(PATIENCE).clean

@@ -113,7 +113,7 @@ def restore_cache(app: Any, state: Path | None, fields: PersistFields) -> str:
 def _path(state: Path | None, fields: PersistFields) -> Path:
     path = Path(fields.path)
     if not path.is_absolute() and state is None:
-        raise StepFailedError(f"cannot use {path}: another flaskd works with the state directory")
+        raise StepFailedError(f"cannot use {path}: no state directory is ours; give an absolute path")
     return path if state is None else state / path
 
 
@@ -260,7 +260,7 @@ def _key(app: Any, state: Path | None, fields: PersistFields, *, make: bool) -> 
 def _key_of_our_own(state: Path | None, *, make: bool) -> bytes:
     """A random key in the state directory, which nobody else may read; made if there is none and `make` is set."""
     if state is None:
-        raise StepFailedError("cannot sign the cache: another flaskd works with the state directory")
+        raise StepFailedError("cannot sign the cache: no state directory is ours to keep a key in; give with.key")
     path = state / _KEY_FILE
     try:
         if make and not path.exists():

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flaskd.ledger import Cut, DrainReport
-from flaskd.work import background_work, in_background
+from flaskd.work import in_background, left_behind
 
 if TYPE_CHECKING:
     from flaskd.server.channel import Channel
@@ -116,10 +116,6 @@ class Draining:
 
     def _report(self) -> None:
         completed, rejected = self._counted_from
-        background = background_work(stacks=True)
-        for each in background:
-            text = f"the drain is over, and in the background there is still: {each}"
-            log.warning(f"{text}\n{each.stack}".rstrip(), extra={"fields": each.as_json()})
         self._loop.drain_over()
         self._over(
             DrainReport(
@@ -127,6 +123,6 @@ class Draining:
                 rejected=self._loop.rejected - rejected,
                 cut=self._cut,
                 took=time.monotonic() - self._began,
-                background=background,
+                background=left_behind(),
             )
         )
