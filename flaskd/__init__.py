@@ -74,10 +74,13 @@ def serve(
     from flaskd.control import ControlPlane  # noqa: PLC0415
     from flaskd.daemon import Daemon  # noqa: PLC0415
 
+    # Absolute: app.chdir may change the working directory before a reload.
+    source = Path(config).absolute() if isinstance(config, str | os.PathLike) else config or {}
+
     def read() -> Configuration:
-        if isinstance(config, str | os.PathLike):
-            return load(Path(config), actions=action_specs())
-        return load_mapping(config or {}, actions=action_specs())
+        if isinstance(source, Path):
+            return load(source, actions=action_specs())
+        return load_mapping(source, actions=action_specs())
 
     daemon = Daemon(
         read, plane=lambda daemon: ControlPlane(daemon, name, os.environ), name=name, environ=os.environ, app=app

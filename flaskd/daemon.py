@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from flaskd import launch, logs
 from flaskd.cleanup import Plan, StepResult, aside, build_plan, with_callbacks
-from flaskd.config import Config, Configuration, HealthConfig
+from flaskd.config import Config, Configuration, FileWatch, HealthConfig
 from flaskd.drain import Drain
 from flaskd.errors import EX_OK, AppError, ConfigError, FlaskdError, NotNowError
 from flaskd.forks import forgotten_by_children
@@ -108,6 +108,7 @@ class Daemon:
         self._last_tick = 0.0
         self._failure: FlaskdError | None = None
         self._last_reload: dict[str, Any] | None = None
+        self._watch: FileWatch | None = None
         self.name = name
         self.configuration: Configuration
         self.app: LoadedApp
@@ -209,6 +210,7 @@ class Daemon:
             stack.callback(self._notifier.close)
             stack.enter_context(forgotten_by_children(self._forget))
             stack.callback(faulthandler.cancel_dump_traceback_later)
+            stack.callback(self._end_watch)
             try:
                 self._start(stack)
             except FlaskdError as error:
@@ -279,6 +281,7 @@ class Daemon:
             self._on_stop(StopReason("failure", str(error)), Discard(), wait=False, now=False)
             return
         self._lifecycle.handle(Event.STARTED)
+        self._apply_watch()
         log.info(f"ready: {self.app.target} on {', '.join(each.address.url for each in self._listeners)}")
         self._notifier.ready(self._ready_status())
 
@@ -544,6 +547,7 @@ class Daemon:
             self.configuration, self._plan = new, plan
             self._apply_log(new.values)
             self._apply_server(new.values)
+            self._apply_watch()
         if self._reload_again:
             self._reload()
             return
@@ -566,6 +570,29 @@ class Daemon:
 
     def _apply_log(self, config: Config) -> None:
         self._logs.apply(level=config.log.level, log_format=config.log.format, access=config.log.access)
+
+    def _apply_watch(self) -> None:
+        path = self.configuration.path
+        if self._watch is None and path is not None:
+            self._watch = FileWatch(
+                path,
+                changed=lambda digest: self._inbox.put(lambda: self._on_edit(digest)),
+                wanted=lambda: self.state is State.READY,
+            )
+        if self._watch is not None:
+            self._watch.known = self.configuration.digest
+            (self._watch.start if self.configuration.values.watch else self._watch.stop)()
+
+    def _end_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.stop()
+
+    def _on_edit(self, digest: str) -> None:
+        """Reload once for an edit that was seen, whatever comes of it."""
+        if self.state is State.READY and self._watch is not None and self._watch.known != digest:
+            self._watch.known = digest
+            log.info(f"{self.configuration.path} has changed")
+            self._on_reload(Discard(), time.monotonic())
 
     def _apply_server(self, config: Config) -> None:
         assert self._server is not None

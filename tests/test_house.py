@@ -14,7 +14,7 @@ PACKAGE = ROOT / "flaskd"
 
 LAYERS = [
     {"errors", "units", "forks", "logs", "notify", "sockets", "init", "leave", "files", "work"},
-    {"config", "lifecycle", "ledger", "loading", "protocol", "runtime", "signals", "watch"},
+    {"config", "lifecycle", "ledger", "loading", "protocol", "runtime", "signals"},
     {"server", "cleanup", "client"},
     {"drain", "launch", "state", "stop"},
     {"daemon", "thread"},

@@ -297,6 +297,7 @@ class Config(Section):
     """The whole configuration. Durations are seconds, sizes are bytes."""
 
     version: Literal[1] = Field(1, description="Version of this file's format.")
+    watch: bool = Field(False, description="Whether an edit of this file is picked up by itself, as by a reload.")
     app: AppConfig = _section(AppConfig)
     profile: Literal["development", "production"] = _restart("development", "How strict flaskd is.")
     server: ServerConfig = _section(ServerConfig)
