@@ -46,7 +46,7 @@ def flush_logs(context: StepContext, _fields: FlushFields) -> str:
             faults.append(f"{_named(handler)}: {error!r}")
     if faults:
         raise StepFailedError(f"cannot flush {'; '.join(faults)}")
-    return f"{len(handlers)} handlers, {listeners} listeners"
+    return f"{len(handlers)} flushed, {listeners} emptied"
 
 
 def _named(handler: logging.Handler) -> str:
