@@ -658,7 +658,7 @@ class Daemon:
             # A successor may share the listeners: from now on their backlog is left to it.
             self._server.refuse(on=False)
             self._server.announce()
-        aside(lambda: self._state_directory.stopping(str(reason)))  # a disk that hangs must not keep the stop
+        aside(lambda: self._state_directory.stopping(str(reason))).close(0)  # a disk that hangs must not keep the stop
         self._cleanup_thread.run(self._stop.run)
         self._last_tick = time.monotonic()
 

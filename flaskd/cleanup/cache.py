@@ -138,10 +138,11 @@ def _caches(app: Any) -> dict[str, Any]:
         else:
             found[f"extension {name}"] = extension
     interface = getattr(app, "session_interface", None)
-    found["session"] = getattr(interface, "client", None) or getattr(interface, "cache", None)
+    found |= {f"session {name}": getattr(interface, name, None) for name in ("client", "cache")}
     # Who uses it has imported it: flaskd itself never does.
     module = sys.modules.get("cachelib.simple")
-    return {name: cache for name, cache in found.items() if module and isinstance(cache, module.SimpleCache)}
+    names = {id(cache): name for name, cache in found.items() if module and isinstance(cache, module.SimpleCache)}
+    return {name: found[name] for name in names.values()}  # each once, whatever holds it
 
 
 def _entries(name: str, cache: Any) -> list[_Entry]:

@@ -163,7 +163,7 @@ def _ask(
             if context.remaining() <= 0:
                 raise StepTimedOutError(f"no answer; {context.overrun()}") from error
             raise StepFailedError(f"cannot reach it: {error.strerror or type(error).__name__}") from error
-        except http.client.HTTPException as error:
+        except (http.client.HTTPException, ValueError) as error:  # a host name that cannot be one is a ValueError
             raise StepFailedError(f"got no HTTP answer: {type(error).__name__}") from error
         return answer.status, _safe(answer.reason), beginning
 

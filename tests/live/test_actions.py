@@ -91,6 +91,8 @@ def test_consul_is_told_before_the_drain_and_the_team_after_it(flaskd: Flaskd) -
     credentials.mkdir()
     (credentials / "hook").write_text(secret)
     flaskd.env["CREDENTIALS_DIRECTORY"] = str(credentials)
+    with endpoint() as gone:
+        closed = gone.url
     with endpoint() as consul, endpoint() as hook:
         flaskd.env["CONSUL_HTTP_ADDR"] = consul.url
         flaskd.write(
@@ -101,7 +103,7 @@ cleanup:
     leave: {{use: consul.deregister, with: {{service_id: shop-1}}}}
     tell: {{use: webhook, with: {{url: "{hook.url}/${{cred:hook}}", json: {{text: "${{cred:hook}}"}},
             headers: {{Authorization: "Bearer ${{cred:hook}}"}}}}}}
-    refused: {{use: webhook, after: tell, with: {{url: "http://127.0.0.1:1/${{cred:hook}}"}}}}
+    refused: {{use: webhook, after: tell, with: {{url: "{closed}/${{cred:hook}}"}}}}
 """,
         )
         flaskd.start()

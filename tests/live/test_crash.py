@@ -49,7 +49,8 @@ def test_killed_while_serving(flaskd: Flaskd) -> None:
     metrics = flaskd.directory / "metrics"
     metrics.mkdir()
     flaskd.env["PROMETHEUS_MULTIPROC_DIR"] = str(metrics)
-    flaskd.start()
+    node = flaskd.directory / "http.sock"
+    flaskd.start(listen=f"unix:{node}")
     assert flaskd.status()["previous"] is None
     pid = killed(flaskd)
     (metrics / f"counter_{pid}.db").touch()
@@ -58,7 +59,7 @@ def test_killed_while_serving(flaskd: Flaskd) -> None:
     half_made.bind(str(flaskd.runtime / f".{pid}"))
     half_made.close()
     os.mkfifo(flaskd.runtime / f".control.{pid}")
-    flaskd.start()
+    flaskd.start(listen=f"unix:{node}")
     words = f"died without a complete stop (pid {pid}, started "
     assert flaskd.status()["previous"].startswith(words)
     assert f"previous: {words}" in flaskd.command("status")
@@ -67,8 +68,9 @@ def test_killed_while_serving(flaskd: Flaskd) -> None:
     assert f"had left in {flaskd.runtime}: .{pid}, .control.{pid}" in flaskd.log
     assert sorted(os.listdir(flaskd.runtime)) == ["control", "control.sock"]
     assert os.listdir(metrics) == []
-    assert get(flaskd.url) == (200, b"hello")
+    assert get(f"unix:{node}") == (200, b"hello")
     assert flaskd.stop() == 0
+    assert not node.exists()
     flaskd.start()
     assert flaskd.status()["previous"] is None
     assert flaskd.stop() == 0
