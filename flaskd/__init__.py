@@ -5,6 +5,7 @@
     flaskd.serve(app)                               # what ``flaskd serve`` does, for an app in hand; an exit code
     with flaskd.ServerThread(app) as server: ...    # the same server in a thread, for tests and scripts
     with flaskd.ServerProcess("shop:app") as it: ...    # in a process of its own
+    with flaskd.background("export"): ...           # work outside a request, which a drain waits for
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from flaskd.errors import FlaskdError
     from flaskd.ledger import DrainReport
     from flaskd.thread import ServerThread
+    from flaskd.work import background
     from flaskd.workers import ServerProcess
 
 __version__ = "0.1.0"
@@ -31,6 +33,7 @@ __all__ = [
     "ServerProcess",
     "ServerThread",
     "__version__",
+    "background",
     "on_stop",
     "serve",
 ]
@@ -41,6 +44,7 @@ _HOME = {
     "FlaskdError": "flaskd.errors",
     "ServerProcess": "flaskd.workers",
     "ServerThread": "flaskd.thread",
+    "background": "flaskd.work",
     "on_stop": "flaskd.cleanup",
 }
 
@@ -73,10 +77,13 @@ def serve(
     from flaskd.control import ControlPlane  # noqa: PLC0415
     from flaskd.daemon import Daemon  # noqa: PLC0415
 
+    # Absolute: app.chdir may change the working directory before a reload.
+    source = Path(config).absolute() if isinstance(config, str | os.PathLike) else config or {}
+
     def read() -> Configuration:
-        if isinstance(config, str | os.PathLike):
-            return load(Path(config), actions=action_specs())
-        return load_mapping(config or {}, actions=action_specs())
+        if isinstance(source, Path):
+            return load(source, actions=action_specs())
+        return load_mapping(source, actions=action_specs())
 
     daemon = Daemon(
         read, plane=lambda daemon: ControlPlane(daemon, name, os.environ), name=name, environ=os.environ, app=app

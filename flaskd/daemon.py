@@ -20,8 +20,8 @@ from contextlib import ExitStack
 from typing import Any, Protocol
 
 from flaskd import launch, logs
-from flaskd.cleanup import Plan, StepResult, build_plan, with_callbacks
-from flaskd.config import Config, Configuration, HealthConfig
+from flaskd.cleanup import Plan, StepResult, aside, build_plan, with_callbacks
+from flaskd.config import Config, Configuration, FileWatch, HealthConfig
 from flaskd.drain import Drain
 from flaskd.errors import EX_OK, AppError, ConfigError, FlaskdError, NotNowError
 from flaskd.forks import forgotten_by_children
@@ -35,6 +35,7 @@ from flaskd.signals import Escalation, SignalWatch, Terminal
 from flaskd.sockets import Listener
 from flaskd.state import StateDirectory
 from flaskd.stop import CleanupThread, Stop
+from flaskd.work import background_work, in_background, left_behind
 
 log = logging.getLogger("flaskd.daemon")
 
@@ -107,6 +108,7 @@ class Daemon:
         self._last_tick = 0.0
         self._failure: FlaskdError | None = None
         self._last_reload: dict[str, Any] | None = None
+        self._watch: FileWatch | None = None
         self.name = name
         self.configuration: Configuration
         self.app: LoadedApp
@@ -170,12 +172,14 @@ class Daemon:
             "url": self._listeners[0].address.url if self._listeners else None,
             "in_flight": len(in_flight),
             "oldest": str(oldest) if oldest else None,
+            "background": [each.as_json() for each in background_work()],
             "queued": server.queued if server else 0,
             "connections": server.connections if server else 0,
             "threads": self.configuration.values.server.threads,
             "completed": server.completed if server else 0,
             "reason": str(self._stop.reason) if self._stop else None,
             "cleanup": list(self._stop.running) if self._stop else [],
+            "previous": self._state_directory.previous,
             "last_reload": self._last_reload,
             "config": str(self.configuration.path) if self.configuration.path else None,
         }
@@ -206,6 +210,7 @@ class Daemon:
             stack.callback(self._notifier.close)
             stack.enter_context(forgotten_by_children(self._forget))
             stack.callback(faulthandler.cancel_dump_traceback_later)
+            stack.callback(self._end_watch)
             try:
                 self._start(stack)
             except FlaskdError as error:
@@ -243,6 +248,7 @@ class Daemon:
         self.app = launch.find_app(config.app, self._given_app, self._environ)
         self._plan = build_plan(config.cleanup)
         self._plan.prepare()
+        launch.restore(self._plan, self.app, self._state_directory.writable)
         self._signals.reclaim()
         self._logs.reclaim()
         self._server = launch.make_server(
@@ -275,6 +281,7 @@ class Daemon:
             self._on_stop(StopReason("failure", str(error)), Discard(), wait=False, now=False)
             return
         self._lifecycle.handle(Event.STARTED)
+        self._apply_watch()
         log.info(f"ready: {self.app.target} on {', '.join(each.address.url for each in self._listeners)}")
         self._notifier.ready(self._ready_status())
 
@@ -348,6 +355,7 @@ class Daemon:
     def _forget(self) -> None:
         """In a child that the app forked: let go of all that is the daemon's."""
         self._plane.forget()
+        self._state_directory.forget()
         for listener in self._listeners:
             listener.socket.close()
         if self._server is not None:
@@ -395,12 +403,15 @@ class Daemon:
             stuck = "the serving thread does not turn"
             cut = server.cut(stuck)
             log.error(f"the drain is over, but {stuck}; {len(cut)} requests are given up")
-            self._on_drain_over(drain, DrainReport(cut=cut))
+            self._on_drain_over(drain, DrainReport(cut=cut, background=left_behind()))
             return
         in_flight = server.requests()
         oldest = max(in_flight, key=lambda each: each.age, default=None)
         text = f"{self.state}: {len(in_flight)} in flight" + (f", oldest {oldest}" if oldest else "")
         progress: dict[str, Any] = {"in_flight": len(in_flight)}
+        if background := background_work():
+            text += f"; background: {', '.join(each.name for each in background)}"
+            progress["background"] = len(background)
         if self._stop is not None and (running := self._stop.running):
             text += f"; cleanup: {', '.join(running)}"
             progress["cleanup"] = list(running)
@@ -432,7 +443,14 @@ class Daemon:
         else:
             reply.ok("drained", drain.account(), hint="undo: resume")
 
-    def _begin_drain(self, timeout: float, *, announce: float, counted_from: tuple[int, int] | None = None) -> None:
+    def _begin_drain(
+        self,
+        timeout: float,
+        *,
+        announce: float,
+        counted_from: tuple[int, int] | None = None,
+        earlier: Drain | None = None,
+    ) -> None:
         assert self._server is not None
         self._drain = Drain(
             self._server,
@@ -440,6 +458,7 @@ class Daemon:
             lambda drain, report: self._inbox.put(lambda: self._on_drain_over(drain, report)),
             announce=announce,
             counted_from=counted_from,
+            earlier=earlier,
         )
         self._drain.announce()
         self._last_tick = time.monotonic()
@@ -447,7 +466,7 @@ class Daemon:
     def _on_drain_over(self, drain: Drain, report: DrainReport) -> None:
         if drain is not self._drain or drain.report is not None:
             return  # resume, or the guard, was faster
-        drain.report = report
+        report = drain.conclude(report)
         state = self._lifecycle.handle(Event.DRAIN_OVER)
         if self._stop is not None:
             self._stop.drained(report)
@@ -528,6 +547,7 @@ class Daemon:
             self.configuration, self._plan = new, plan
             self._apply_log(new.values)
             self._apply_server(new.values)
+            self._apply_watch()
         if self._reload_again:
             self._reload()
             return
@@ -550,6 +570,29 @@ class Daemon:
 
     def _apply_log(self, config: Config) -> None:
         self._logs.apply(level=config.log.level, log_format=config.log.format, access=config.log.access)
+
+    def _apply_watch(self) -> None:
+        path = self.configuration.path
+        if self._watch is None and path is not None:
+            self._watch = FileWatch(
+                path,
+                changed=lambda digest: self._inbox.put(lambda: self._on_edit(digest)),
+                wanted=lambda: self.state is State.READY,
+            )
+        if self._watch is not None:
+            self._watch.known = self.configuration.digest
+            (self._watch.start if self.configuration.values.watch else self._watch.stop)()
+
+    def _end_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.stop()
+
+    def _on_edit(self, digest: str) -> None:
+        """Reload once for an edit that was seen, whatever comes of it."""
+        if self.state is State.READY and self._watch is not None and self._watch.known != digest:
+            self._watch.known = digest
+            log.info(f"{self.configuration.path} has changed")
+            self._on_reload(Discard(), time.monotonic())
 
     def _apply_server(self, config: Config) -> None:
         assert self._server is not None
@@ -600,6 +643,7 @@ class Daemon:
             app=self.app.flask,
             shutdown=config.shutdown,
             max_parallel=config.cleanup.max_parallel,
+            state=self._state_directory.writable,
             drain=lambda: self._inbox.put(lambda: self._drain_to_stop(counted)),
             over=lambda error: self._inbox.put(lambda: self._on_stop_over(error)),
             on_step=lambda result: self._inbox.put(lambda: self._on_step(result)),
@@ -614,6 +658,7 @@ class Daemon:
             # A successor may share the listeners: from now on their backlog is left to it.
             self._server.refuse(on=False)
             self._server.announce()
+        aside(lambda: self._state_directory.stopping(str(reason))).close(0)  # a disk that hangs must not keep the stop
         self._cleanup_thread.run(self._stop.run)
         self._last_tick = time.monotonic()
 
@@ -624,6 +669,8 @@ class Daemon:
             self._begin_drain(self._stop.drain_time, announce=max(0.0, announce), counted_from=counted_from)
         elif self._drain.report is None:
             self._drain.shorten(self._stop.drain_time)
+        elif in_background() and self._failure is None:  # begun, or not over, since it was drained
+            self._begin_drain(self._stop.drain_time, announce=0.0, earlier=self._drain)
         else:  # drained before, or the serving thread is dead
             self._stop.drained(self._drain.report)
 
@@ -642,7 +689,7 @@ class Daemon:
         assert self._server is not None
         why = f"the serving thread died: {error!r}"
         self._failure = self._failure or AppError(why)
-        report = DrainReport(cut=self._server.cut(why))
+        report = DrainReport(cut=self._server.cut(why), background=left_behind())
         if self._drain is None:
             self._drain = Drain(self._server, 0, lambda *_: None)
             self._drain.report = report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,8 @@ class Drain:
     """A drain of `server` within `timeout` seconds, announced for `announce` seconds before.
 
     `over` is called from the serving thread with it and its report; all else belongs to the main thread. Its account
-    has what was answered since `counted_from`, default: now.
+    has what was answered since `counted_from`, default: now. One that follows an `earlier` drain goes on with
+    its account.
     """
 
     def __init__(
@@ -29,6 +31,7 @@ class Drain:
         *,
         announce: float = 0.0,
         counted_from: tuple[int, int] | None = None,
+        earlier: Drain | None = None,
     ) -> None:
         self.report: DrainReport | None = None
         self.waiters: list[Reply] = []
@@ -38,6 +41,9 @@ class Drain:
         self._until = self._begins + timeout
         self._over = over
         self._counted_from = server.counted if counted_from is None else counted_from
+        self._earlier = DrainReport()
+        if earlier is not None and earlier.report is not None:
+            self._counted_from, self._earlier = earlier._counted_from, earlier.report  # noqa: SLF001 - of this class
 
     def announce(self) -> None:
         """Say no to new clients while still accepting them; it begins by itself at `next_moment`, or at once."""
@@ -75,6 +81,12 @@ class Drain:
     def overdue(self) -> bool:
         """Whether the serving thread should have reported and has not: it is not waited for any more."""
         return self.report is None and time.monotonic() >= self._until + _GUARD
+
+    def conclude(self, report: DrainReport) -> DrainReport:
+        """It is over: keep and return the report, with what the earlier drain had cut."""
+        before = self._earlier
+        self.report = dataclasses.replace(report, cut=before.cut + report.cut, took=before.took + report.took)
+        return self.report
 
     def account(self) -> dict[str, Any]:
         """What came of it, for an answer."""

@@ -1,7 +1,8 @@
-"""The steps of a start: the system, the working directory, the listeners, the app, the server, the probe."""
+"""The steps of a start: the system, the directory, the listeners, the app and its caches, the server, the probe."""
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import socket
@@ -11,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from flaskd import loading
+from flaskd.cleanup import Plan
 from flaskd.config import AppConfig, HealthConfig, ServerConfig
 from flaskd.errors import AppError, ConfigError, FlaskdError, UnsupportedError
 from flaskd.loading import LoadedApp
 from flaskd.server import WaitressThread, adjustments
 from flaskd.sockets import Address, Listener, inherited, open_files_limit
+
+log = logging.getLogger("flaskd.launch")
 
 DEFAULT_LISTEN = "127.0.0.1:8000"
 _APP_NAMES = ("http", "unknown")
@@ -71,6 +75,12 @@ def find_app(app: AppConfig, given: Callable[..., Any] | None, environ: Mapping[
         return loading.load_app(loading.choose_target(app.target, environ, Path.cwd()))
     name = getattr(given, "__name__", "") or getattr(given, "import_name", "") or type(given).__name__
     return LoadedApp(given, loading.find_flask(given), str(name))
+
+
+def restore(plan: Plan, app: LoadedApp, state: Path | None) -> None:
+    """Bring back what the last stop kept, and say so; what cannot be is a warning."""
+    for words, done in plan.restore(app.flask, state):
+        log.log(logging.INFO if done else logging.WARNING, "%s", words)
 
 
 def make_server(

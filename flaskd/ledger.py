@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from flaskd.work import Background
+
 
 @dataclass(frozen=True)
 class InFlight:
@@ -48,26 +50,33 @@ class Cut(InFlight):
 
 @dataclass(frozen=True)
 class DrainReport:
-    """What a drain did: how many were completed and rejected, which were cut, and how long it took in seconds."""
+    """What a drain did: how many were completed and rejected, which were cut, and how long it took in seconds.
+
+    `background` is the work outside any request that still ran when its deadline came.
+    """
 
     completed: int = 0
     rejected: int = 0
     cut: tuple[Cut, ...] = ()
     took: float = 0.0
+    background: tuple[Background, ...] = ()
 
     @property
     def clean(self) -> bool:
-        """Whether nothing was cut."""
-        return not self.cut
+        """Whether nothing was cut, and nothing left running in the background."""
+        return not self.cut and not self.background
 
     def __str__(self) -> str:
-        return f"completed={self.completed} rejected={self.rejected} cut={len(self.cut)} took={self.took:.1f}s"
+        left = f" background={len(self.background)}" if self.background else ""
+        return f"completed={self.completed} rejected={self.rejected} cut={len(self.cut)}{left} took={self.took:.1f}s"
 
     def as_json(self) -> dict[str, Any]:
-        """Stable keys for programs."""
+        """Stable keys for programs; `background` is there when there is any."""
+        left = {"background": [each.as_json() for each in self.background]} if self.background else {}
         return {
             "completed": self.completed,
             "rejected": self.rejected,
             "cut": [each.as_json() for each in self.cut],
+            **left,
             "took": round(self.took, 3),
         }

@@ -164,6 +164,13 @@ class _StderrHandler(logging.Handler):
         super().__init__()
         self._writer = writer
 
+    def handle(self, record: logging.LogRecord) -> Any:
+        """Without the handler's lock, which is not needed here: who hangs with it must not keep us."""
+        passed: Any = self.filter(record)  # a bool, or from 3.12 on a record that comes instead
+        if passed:
+            self.emit(passed if isinstance(passed, logging.LogRecord) else record)
+        return passed
+
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self._writer.put(self.format(record) + "\n")

@@ -129,10 +129,16 @@ def record_lines(record: Fields) -> list[str]:
         f"cut: {each['method']} {each['path']} ({each['phase']} for {each['age']:.1f}s): {each['reason']}"
         for each in record.get("cut", ())
     ]
+    lines += [background_line(each) for each in record.get("background", ())]
     for name, entry in record.get("policies", {}).items():
         why = f", {entry['why']}" if entry.get("why") else ""
         lines.append(f"policy {name}: {entry['fate']} in {format_duration(float(entry.get('took', 0)))}{why}")
     return lines
+
+
+def background_line(entry: Fields) -> str:
+    """What was left running in the background, for people."""
+    return f"background: {entry['name']} (for {entry['age']:.1f}s in {entry['thread']})"
 
 
 def as_text(fields: Fields) -> str:

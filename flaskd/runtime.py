@@ -5,12 +5,18 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
+import stat
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from flaskd.errors import CannotCreateError, NotNowError
+from flaskd.files import remove_matching
 from flaskd.protocol import runtime_directories
+
+_HIDDEN = re.compile(r"\.(control\.)?[0-9]+")
+"""Names under which nodes are made before they are shown: `flaskd.sockets.bind_unix`, and the FIFO likewise."""
 
 
 class RuntimeDirectory:
@@ -57,6 +63,12 @@ class RuntimeDirectory:
         except OSError as error:
             self.release()
             raise CannotCreateError(f"cannot use {self.path}: {error.strerror}") from error
+
+    def tidy(self) -> list[str]:
+        """Remove nodes that a flaskd which was killed had made and not yet shown; returns their names. Locked only."""
+        with contextlib.suppress(OSError):
+            return remove_matching(self.path, _HIDDEN, kinds=(stat.S_IFSOCK, stat.S_IFIFO))
+        return []
 
     def release(self) -> None:
         """Remove the directory if it was made here and is empty, and unlock it."""

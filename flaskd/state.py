@@ -1,47 +1,111 @@
-"""The state directory: the record of the last stop, and the mark of a run that has not ended yet."""
+"""The state directory: its lock, the record of the last stop, the mark of a run that has not ended yet, and repairs."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import json
 import logging
 import os
+import re
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from flaskd.cleanup import read_record, write_record
+from flaskd.files import remove_leftovers, remove_matching
 from flaskd.logs import timestamp
 from flaskd.protocol import state_directory
 
 log = logging.getLogger("flaskd.state")
 
+_PATIENCE = 0.5
+"""Seconds that the end waits for a disk that does not answer."""
+
 
 class StateDirectory:
-    """Where the record goes; one that cannot be written costs the record, never the service."""
+    """Where the record goes; one that cannot be written costs the record, never the service.
+
+    `previous` is how the run before this one died, None when it came to its end or nothing is known of it.
+    """
 
     def __init__(self, name: str, environ: Mapping[str, str]) -> None:
         self.path = state_directory(name, environ)
+        self.previous: str | None = None
+        self._in_use = False
+        self._environ = environ
         self._mark: Path | None = None
         self._record: Path | None = None
+        self._lock = -1
+        self._mark_file = -1
+        self._writing = threading.Lock()
+
+    @property
+    def writable(self) -> Path | None:
+        """The directory; None while another flaskd, alive, works with it."""
+        return None if self._in_use else self.path
 
     def open(self, *, record: str | None) -> None:
-        """Mark this run as begun; tell if the one before never came to its end. `record` None: nothing is kept."""
+        """Lock the directory and mark this run as begun; if the one before never came to its end, say so and tidy up.
+
+        `record` None: nothing is kept, and the directory left alone.
+        """
         if record is None:
             return
         self._record = self.path / record
         mark = self.path / "running.json"
         try:
             self._record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if (before := read_record(mark)) is not None:
-                log.warning(
-                    f"the flaskd before this one (pid {before.get('pid', 'unknown')}) died without a complete stop"
-                )
+                self._tell_of(before)
             write_record(mark, {"pid": os.getpid(), "started": timestamp(time.time())})
             self._mark = mark
+            self._mark_file = os.open(mark, os.O_RDWR)
+        except BlockingIOError:
+            self._in_use = True
+            log.warning(f"another flaskd works with {self.path}; the last stop will not be recorded")
+            self._record = None
         except OSError as error:
             log.warning(f"cannot write to {self.path}: {error.strerror}; the last stop will not be recorded")
             self._record = None
+
+    def _tell_of(self, before: Mapping[str, Any]) -> None:
+        stopping = f", in the middle of its stop ({before['stopping']})" if "stopping" in before else ""
+        removed = self._repair()
+        tidied = f"; removed what it left: {', '.join(removed)}" if removed else ""
+        pid = before.get("pid", "unknown")
+        log.warning(f"the flaskd before this one (pid {pid}) died without a complete stop{stopping}{tidied}")
+        started = before.get("started", "unknown")
+        self.previous = f"died without a complete stop{stopping} (pid {pid}, started {started}){tidied}"
+
+    def _repair(self) -> list[str]:
+        """Remove half-written files of ours, and metric files of processes that are gone; returns their names."""
+        removed = []
+        assert self._record is not None
+        for directory in {self.path: None, self._record.parent: None}:
+            try:
+                removed += remove_leftovers(directory)
+            except OSError as error:
+                log.warning(f"cannot tidy up {directory}: {error.strerror}")
+        if metrics := self._environ.get("PROMETHEUS_MULTIPROC_DIR"):
+            try:
+                removed += remove_matching(Path(metrics), _METRICS, which=_of_the_dead)
+            except OSError as error:
+                log.warning(f"cannot tidy up PROMETHEUS_MULTIPROC_DIR {metrics}: {error.strerror}")
+        return removed
+
+    def stopping(self, reason: str) -> None:
+        """Note in the mark that the stop has begun, for who finds it; not flushed to the disk, which may be slow."""
+        with self._writing:
+            if self._mark_file >= 0:
+                entry = {"pid": os.getpid(), "started": timestamp(time.time()), "stopping": reason}
+                with contextlib.suppress(OSError, ValueError):  # then the next start knows less
+                    entry["started"] = json.loads(os.pread(self._mark_file, 4096, 0))["started"]
+                    os.pwrite(self._mark_file, json.dumps(entry).encode() + b"\n", 0)
 
     def record(self, entry: Mapping[str, Any]) -> None:
         """Write the record of this stop."""
@@ -57,8 +121,34 @@ class StateDirectory:
         return read_record(self._record) if self._record is not None else None
 
     def close(self) -> None:
-        """Take the mark away: this run came to its end."""
+        """Take the mark away, and unlock the directory: this run came to its end."""
         if self._mark is not None:
             with contextlib.suppress(OSError):
                 self._mark.unlink()
             self._mark = None
+        if self._writing.acquire(timeout=_PATIENCE):  # else the descriptor is in use, and left to the process' end
+            if self._mark_file >= 0:
+                os.close(self._mark_file)
+                self._mark_file = -1
+            self._writing.release()
+        if self._lock >= 0:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._lock, fcntl.LOCK_UN)  # also for a forked child that may hold a copy
+        self.forget()
+
+    def forget(self) -> None:
+        """Close the lock, and nothing else: in a forked child it is not ours."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+_METRICS = re.compile(r"[a-z_]+_([0-9]+)\.db")
+"""How prometheus_client names the files of a process (prometheus_client.values.MultiProcessValue)."""
+
+
+def _of_the_dead(name: str) -> bool:
+    """Whether a metric file's process is gone; our own pid was somebody else's when the file was made."""
+    found = _METRICS.fullmatch(name)
+    pid = int(found[1]) if found else 0
+    return pid == os.getpid() or (pid > 0 and not Path(f"/proc/{pid}").exists())

@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flaskd.cleanup import Plan, Runner, StepResult, results_as_json
@@ -82,6 +83,7 @@ class Stop:
         app: Flask | None,
         shutdown: ShutdownConfig,
         max_parallel: int,
+        state: Path | None = None,
         drain: Callable[[], None],
         over: Callable[[Exception | None], None],
         on_step: Callable[[StepResult], None] | None = None,
@@ -101,6 +103,7 @@ class Stop:
             deadline=self._deadline,
             reserve=self._shutdown.reserve,
             max_parallel=max_parallel,
+            state=state,
             on_progress=on_step,
         )
 
@@ -158,6 +161,7 @@ class Stop:
             "completed": report.completed,
             "rejected": report.rejected,
             "cut": [each.as_json() for each in report.cut],
+            "background": [each.as_json() for each in report.background],
             "started": timestamp(time.time() - self.took),
             "took": round(self.took, 3),
             "policies": self.policies,

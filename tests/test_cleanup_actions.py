@@ -1,13 +1,16 @@
 import sys
 import types
+from pathlib import Path
 
 import pytest
+import yaml
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy import event, text
 from test_cleanup_kit import run
 
-from flaskd.cleanup import ACTIONS, Fate, Step
+from flaskd.cleanup import ACTIONS, Fate, Step, action_specs
+from flaskd.config import load
 
 
 def perform(use, app=None, **fields):
@@ -115,3 +118,15 @@ def test_dispose_without_engines_says_what_is_missing(app, words):
     assert result.fate is Fate.FAILED
     assert words in result.why
     assert not result.trace
+
+
+def test_the_reference_shows_the_fields_with_their_defaults():
+    """For each action that the annotated reference has, it shows every field, and its default if it has one."""
+    path = Path(__file__).parent.parent / "config" / "flaskd.yaml"
+    written = yaml.safe_load(path.read_text())["cleanup"]["policies"]
+    policies = load(path, actions=action_specs(), environ={"CREDENTIALS_DIRECTORY": ""}).values.cleanup.policies
+    for name in ("warm-cache", "leave-consul", "tell-the-team", "tidy-up", "flush-logs"):
+        fields = ACTIONS[policies[name].use].fields.model_fields
+        assert set(written[name]["with"]) == {field.alias or key for key, field in fields.items()}
+        for key, field in fields.items():
+            assert field.is_required() or getattr(policies[name].with_, key) == field.default, (name, key)

@@ -1,8 +1,8 @@
 import pytest
 from test_cleanup_kit import step
 
-from flaskd.cleanup import ACTIONS, Plan, action_specs, build_plan
-from flaskd.config import Phase, load_mapping
+from flaskd.cleanup import ACTIONS, Action, Plan, Step, StepFailedError, action_specs, build_plan
+from flaskd.config import Phase, Section, load_mapping
 from flaskd.errors import ConfigError
 
 DISPOSE = {"use": "sqlalchemy.dispose"}
@@ -17,12 +17,11 @@ def plan_of(policies, **defaults):
 def test_the_specs_cover_the_registry():
     """The configuration is told each action's fields and default phase."""
     specs = action_specs()
-    assert specs.keys() == ACTIONS.keys() == {"command", "call", "sqlalchemy.dispose"}
-    assert {name: str(spec.default_phase) for name, spec in specs.items()} == {
-        "command": "final",
-        "call": "quiesce",
-        "sqlalchemy.dispose": "close",
-    }
+    assert specs.keys() == ACTIONS.keys() >= {"command", "call", "cache.persist", "sqlalchemy.dispose"}
+    assert {name: str(spec.default_phase) for name, spec in specs.items()}.items() >= {
+        ("command", "final"), ("call", "quiesce"), ("sqlalchemy.dispose", "close"), ("cache.persist", "persist"),
+        ("consul.deregister", "announce"), ("logging.flush", "flush"), ("webhook", "final"), ("files.remove", "final"),
+    }  # fmt: skip
 
 
 def test_every_field_is_described():
@@ -175,3 +174,31 @@ def test_fields_refuse_what_makes_no_sense(policy, words):
     with pytest.raises(ConfigError) as caught:
         plan_of({"x": policy})
     assert words in str(caught.value)
+
+
+def test_what_was_kept_is_restored_step_by_step(tmp_path):
+    """Each action that can is asked with the app and the state directory; one that cannot keeps nobody."""
+    asked = []
+
+    def restores(app, state, fields):
+        asked.append((app, state, type(fields)))
+        return "restored"
+
+    def refuses(_app, _state, _fields):
+        raise StepFailedError("refused x")
+
+    def breaks(_app, _state, _fields):
+        raise KeyError("x")
+
+    plan = Plan(
+        tuple(
+            Step(each.__name__, Action("a", Section, Phase.PERSIST, print, restore=each), Section(), Phase.PERSIST, 1.0)
+            for each in (breaks, refuses, restores)
+        )
+    )
+    assert plan.restore("app", tmp_path) == [
+        ("cleanup persist/breaks: cannot restore: KeyError('x')", False),
+        ("cleanup persist/refuses: refused x", False),
+        ("cleanup persist/restores: restored", True),
+    ]
+    assert asked == [("app", tmp_path, Section)]

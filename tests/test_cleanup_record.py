@@ -81,7 +81,7 @@ def test_a_full_disk_costs_the_new_record_only(tmp_path, monkeypatch, call):
 def test_a_really_full_device_is_an_error(tmp_path):
     """A write that the kernel refuses with ENOSPC leaves nothing behind."""
     path = tmp_path / "record"
-    temporary = tmp_path / ".record.tmp"
+    temporary = tmp_path / ".record.flaskd-tmp"
     real = os.open
 
     def into_full(target, flags, mode=0o777):
@@ -98,7 +98,7 @@ def test_a_leftover_of_a_crash_is_replaced(tmp_path):
     """A temporary file of an earlier crash, even a link, is neither followed nor in the way."""
     target = tmp_path / "precious"
     target.write_text("keep")
-    (tmp_path / ".record.tmp").symlink_to(target)
+    (tmp_path / ".record.flaskd-tmp").symlink_to(target)
     write_record(tmp_path / "record", {"number": 1})
     assert target.read_text() == "keep"
     assert names(tmp_path) == ["precious", "record"]

@@ -1,5 +1,6 @@
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -73,11 +74,45 @@ def test_a_complete_stop_is_followed_by_a_quiet_start(directory, caplog):
     assert messages(caplog) == []
 
 
+def killed(state):
+    """Leave the directory as a process does that is killed: the kernel takes its lock, and nothing else."""
+    state.forget()
+
+
 def test_a_crash_is_told_by_the_next_start(directory, caplog):
-    """A mark that was left behind names the process that died."""
-    opened(directory)
-    opened(directory).close()
+    """A mark that was left behind names the process that died, in the log and for who asks."""
+    killed(opened(directory))
+    state = opened(directory)
     assert messages(caplog) == [f"the flaskd before this one (pid {os.getpid()}) died without a complete stop"]
+    assert state.previous.startswith(f"died without a complete stop (pid {os.getpid()}, started 20")
+    state.close()
+    after = opened(directory)
+    assert after.previous is None
+    after.close()
+
+
+def test_a_crash_in_the_middle_of_a_stop(directory, caplog):
+    """The mark knows that the stop had begun, and why."""
+    state = opened(directory)
+    began = read_record(directory / "running.json")["started"]
+    state.stopping("signal: SIGTERM")
+    killed(state)
+    assert read_record(directory / "running.json") == {
+        "pid": os.getpid(), "started": began, "stopping": "signal: SIGTERM",
+    }  # fmt: skip
+    state = opened(directory)
+    words = "without a complete stop, in the middle of its stop (signal: SIGTERM)"
+    assert messages(caplog) == [f"the flaskd before this one (pid {os.getpid()}) died {words}"]
+    assert words in state.previous
+    state.close()
+
+
+def test_a_stop_that_is_noted_too_late_harms_nothing(directory):
+    """Noting the stop after the end makes no mark anew."""
+    state = opened(directory)
+    state.close()
+    state.stopping("signal: SIGTERM")
+    assert list(directory.iterdir()) == []
 
 
 def test_a_damaged_mark_is_a_crash_too(directory, caplog):
@@ -88,6 +123,82 @@ def test_a_damaged_mark_is_a_crash_too(directory, caplog):
     assert messages(caplog) == ["the flaskd before this one (pid unknown) died without a complete stop"]
     assert read_record(directory / "running.json")["pid"] == os.getpid()
     state.close()
+
+
+@pytest.fixture
+def gone():
+    """The pid of a process that is no more."""
+    child = subprocess.Popen(["true"])
+    child.wait()
+    return child.pid
+
+
+def test_after_a_crash_what_was_left_is_tidied_up(directory, tmp_path, caplog, monkeypatch, gone):
+    """Half-written files of ours and metric files of the dead are removed; what is another's, or a link, stays."""
+    metrics = tmp_path / "metrics"
+    metrics.mkdir()
+    ours = [f"counter_{gone}.db", f"gauge_livesum_{os.getpid()}.db"]
+    others = [f"counter_{os.getppid()}.db", "app.db", "counter_x.db"]
+    for name in ours + others:
+        (metrics / name).touch()
+    state = StateDirectory("shop", {"STATE_DIRECTORY": str(directory), "PROMETHEUS_MULTIPROC_DIR": str(metrics)})
+    state.open(record="sub/last-stop.json")
+    killed(state)
+    (directory / ".running.json.flaskd-tmp").touch()
+    (directory / "sub" / ".last-stop.json.flaskd-tmp").touch()
+    (directory / ".demo.tmp").touch()
+    (directory / ".link.flaskd-tmp").symlink_to(directory / ".demo.tmp")
+    state.open(record="sub/last-stop.json")
+    (said,) = messages(caplog)
+    removed = [".running.json.flaskd-tmp", ".last-stop.json.flaskd-tmp", *sorted(ours)]
+    assert said.endswith(f"died without a complete stop; removed what it left: {', '.join(removed)}")
+    assert sorted(each.name for each in metrics.iterdir()) == sorted(others)
+    assert {each.name for each in directory.iterdir()} == {".demo.tmp", ".link.flaskd-tmp", "running.json", "sub"}
+    assert list((directory / "sub").iterdir()) == []
+    state.close()
+
+
+def test_without_a_crash_nothing_is_tidied_up(directory):
+    """A run that came to its end left nothing that would be ours to remove."""
+    opened(directory).close()
+    (directory / ".x.flaskd-tmp").touch()
+    opened(directory).close()
+    assert (directory / ".x.flaskd-tmp").exists()
+
+
+def test_metrics_that_cannot_be_tidied_up_are_a_warning(directory, tmp_path, caplog):
+    """A directory of metrics that is not there costs a line."""
+    state = StateDirectory("shop", {"STATE_DIRECTORY": str(directory), "PROMETHEUS_MULTIPROC_DIR": "/nowhere"})
+    state.open(record="last-stop.json")
+    killed(state)
+    state.open(record="last-stop.json")
+    assert messages(caplog)[0] == "cannot tidy up PROMETHEUS_MULTIPROC_DIR /nowhere: No such file or directory"
+    state.close()
+
+
+def test_a_directory_that_another_works_with_is_left_alone(directory, caplog):
+    """The mark of a flaskd that is alive is no crash: nothing is touched, and the record is not ours to write."""
+    first = opened(directory)
+    (directory / ".x.flaskd-tmp").touch()
+    second = opened(directory)
+    second.record({"reason": "signal: SIGTERM"})
+    second.close()
+    assert (second.previous, second.writable) == (None, None)
+    assert messages(caplog) == [f"another flaskd works with {directory}; the last stop will not be recorded"]
+    assert {each.name for each in directory.iterdir()} == {".x.flaskd-tmp", "running.json"}
+    (directory / ".x.flaskd-tmp").unlink()
+    first.close()
+
+
+def test_the_lock_ends_with_the_run(directory):
+    """A child that still holds a copy of the lock does not keep the next start out."""
+    state = opened(directory)
+    kept = os.dup(state._lock)
+    state.close()
+    after = opened(directory)
+    os.close(kept)
+    assert after.writable == directory
+    after.close()
 
 
 def test_without_a_record_nothing_is_kept(directory):

@@ -1,6 +1,6 @@
 """The actions that a policy can `use`: what each is called, takes and does.
 
-The registry is a plain mapping, so that actions of other packages can be merged into it.
+Those of other packages join them as entry points.
 """
 
 from __future__ import annotations
@@ -10,18 +10,24 @@ import inspect
 import operator
 import re
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from pydantic import AfterValidator, BaseModel, Field
 
+from flaskd.cleanup.cache import PersistFields, persist_cache, restore_cache
+from flaskd.cleanup.catalogue import Catalogue, View, origin
 from flaskd.cleanup.command import CommandFields, run_command
 from flaskd.cleanup.context import StepContext, StepFailedError
+from flaskd.cleanup.logflush import FlushFields, flush_logs
+from flaskd.cleanup.removal import RemoveFields, remove_files
+from flaskd.cleanup.web import ConsulFields, WebhookFields, call_webhook, deregister, prepare_web
 from flaskd.config import ActionSpec, Phase, Section
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from importlib.metadata import EntryPoint
+    from pathlib import Path
 
 _TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
@@ -34,7 +40,9 @@ class Action:
     detail for the log, or None, and raises to fail. `prepare` imports what `run` will need, when the daemon
     starts or reloads; it raises to refuse the configuration. `grace` is for an action that watches its own
     time: the seconds it may need after its timeout to end what it started (without it, the runner abandons an
-    action at its timeout).
+    action at its timeout). `restore` is called at the start, before READY, with the Flask app, the state directory
+    (None: there is none to use) and the fields; it returns what it did, for the log, and raises to tell that it did
+    not. `fault` is why it cannot be used at all, empty when it can; a policy that uses it is refused with these words.
     """
 
     name: str
@@ -43,6 +51,8 @@ class Action:
     run: Callable[[StepContext, Any], str | None]
     prepare: Callable[[Any], None] | None = None
     grace: Callable[[Any], float] | None = None
+    restore: Callable[[Any, Path | None, Any], str] | None = None
+    fault: str = ""
 
 
 def _target(text: str) -> str:
@@ -119,19 +129,44 @@ def _fault_of_dispose(key: str | None, engine: Any) -> str:
     return ""
 
 
-ACTIONS: Mapping[str, Action] = MappingProxyType(
+def _brought(entry_point: EntryPoint) -> Action:
+    """The action that another package brings; one that cannot be loaded becomes one with a fault."""
+    try:
+        action = entry_point.load()
+        if not isinstance(action, Action):
+            raise TypeError(f"expected a flaskd.cleanup.Action, got {type(action).__name__}")
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - code of others runs here
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        return _unusable(entry_point.name, f"cannot load it from {origin(entry_point)}: {why}")
+    return replace(action, name=entry_point.name)
+
+
+def _unusable(name: str, fault: str) -> Action:
+    def run(_context: StepContext, _fields: Any) -> NoReturn:
+        raise StepFailedError(fault)
+
+    return Action(name, Section, Phase.FINAL, run, fault=fault)
+
+
+ACTIONS: Mapping[str, Action] = Catalogue(
     {
         each.name: each
         for each in (
             Action("command", CommandFields, Phase.FINAL, run_command, grace=operator.attrgetter("kill_grace")),
             Action("call", CallFields, Phase.QUIESCE, _call, prepare=_prepare_call),
+            Action("cache.persist", PersistFields, Phase.PERSIST, persist_cache, restore=restore_cache),
+            Action("consul.deregister", ConsulFields, Phase.ANNOUNCE, deregister, prepare=prepare_web),
+            Action("files.remove", RemoveFields, Phase.FINAL, remove_files),
+            Action("logging.flush", FlushFields, Phase.FLUSH, flush_logs),
+            Action("webhook", WebhookFields, Phase.FINAL, call_webhook, prepare=prepare_web),
             Action("sqlalchemy.dispose", DisposeFields, Phase.CLOSE, _dispose),
         )
-    }
+    },
+    _brought,
 )
 """Name → action, for everything that a policy can `use`."""
 
 
-def action_specs(actions: Mapping[str, Action] = ACTIONS) -> dict[str, ActionSpec]:
-    """What `flaskd.config` needs to know of each action: the model of its fields and its default phase."""
-    return {name: ActionSpec(each.fields, each.default_phase) for name, each in actions.items()}
+def action_specs(actions: Mapping[str, Action] = ACTIONS) -> Mapping[str, ActionSpec]:
+    """What `flaskd.config` needs to know of each action: the model of its fields, its phase, and its fault if any."""
+    return View(actions, lambda each: ActionSpec(each.fields, each.default_phase, each.fault))

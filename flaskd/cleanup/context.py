@@ -14,6 +14,7 @@ from flaskd.units import format_duration
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from flaskd.config import Phase
 
@@ -74,7 +75,7 @@ class StepContext:
 
     `app` is the Flask app, or None; `reason` the kind of the stop ("signal", "control", …), `reason_text` the
     whole of it; `attempt` counts from 1; `started` is the moment this attempt began and `timeout` its
-    seconds.
+    seconds; `state` is the state directory, None where there is none to write to.
 
     An action that waits outside Python sets `on_hurry`, called when less time is left than before, and
     `last_resort`, called when the runner abandons the step; each in a thread of its own.
@@ -90,6 +91,7 @@ class StepContext:
     timeout: float
     reserved: bool
     budget: Budget
+    state: Path | None = None
     on_hurry: Callable[[], None] | None = field(default=None, repr=False)
     last_resort: Callable[[], None] | None = field(default=None, repr=False)
 

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from flaskd.cleanup.actions import ACTIONS, Action
 from flaskd.config import CleanupConfig, Phase
-from flaskd.errors import ConfigError
+from flaskd.errors import ConfigError, FlaskdError
 from flaskd.units import format_duration
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from pathlib import Path
 
     from pydantic import BaseModel
 
@@ -116,6 +117,22 @@ class Plan:
                 faults.append(f"cleanup.policies.{step.name}: {fault}")
         if faults:
             raise ConfigError("\n".join(faults))
+
+    def restore(self, app: Any, state: Path | None) -> list[tuple[str, bool]]:
+        """Let the steps bring back what they kept at the last stop; each one's words, and whether it did."""
+        said = []
+        for step in self.steps:
+            if step.action.restore is None:
+                continue
+            try:
+                words, done = step.action.restore(app, state, step.fields), True
+            except FlaskdError as error:
+                words, done = str(error), False
+            except Exception as error:  # noqa: BLE001 - an action of another package: the app starts without it
+                words, done = f"cannot restore: {error!r}", False
+            if words:
+                said.append((f"cleanup {step.phase}/{step.name}: {words}", done))
+        return said
 
     def describe(self) -> list[dict[str, Any]]:
         """One mapping with stable keys for each step, in order."""

@@ -23,6 +23,7 @@ from flaskd.units import format_duration
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
 
     from flaskd.cleanup.plan import Outcome, Plan, Reason, Step
 
@@ -41,8 +42,8 @@ class Runner:
     """Runs the steps of `plan` for one stop.
 
     `app` is the Flask app or None; `deadline` a moment on `clock`; `reserve` the seconds before it that are
-    kept for flush, final and `always`; `max_parallel` how many steps of a phase run at a time. `on_progress`
-    is given each result as it is known, in a thread of its own.
+    kept for flush, final and `always`; `max_parallel` how many steps of a phase run at a time; `state` the
+    state directory. `on_progress` is given each result as it is known, in a thread of its own.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Runner:
         deadline: float,
         reserve: float,
         max_parallel: int,
+        state: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
         on_progress: Callable[[StepResult], None] | None = None,
     ) -> None:
@@ -62,6 +64,7 @@ class Runner:
         self._reason = reason
         self._budget = Budget(deadline, reserve, clock)
         self._max_parallel = max(1, max_parallel)
+        self._state = state
         self._on_progress = on_progress
         self._made_at = clock()
         self._lock = threading.Lock()
@@ -179,6 +182,7 @@ class Runner:
             timeout=step.timeout,
             reserved=step.reserved,
             budget=self._budget,
+            state=self._state,
         )
         started = Attempt(step, context, over=partial(self._wake.put, None))
         with self._lock:

@@ -17,7 +17,7 @@ from flaskd import __version__
 from flaskd.client import ControlClient, find_socket
 from flaskd.errors import EX_LOST, EX_USAGE, ConfigError, FlaskdError, NoDaemonError
 from flaskd.leave import leave
-from flaskd.protocol import RECORD, as_text, record_lines, state_directory
+from flaskd.protocol import RECORD, as_text, background_line, record_lines, state_directory
 
 
 def main() -> int:
@@ -120,7 +120,11 @@ def schema() -> None:
     from flaskd.cleanup import action_specs  # noqa: PLC0415
     from flaskd.config import schema as json_schema  # noqa: PLC0415
 
-    click.echo(json.dumps(json_schema(action_specs()), indent=2))
+    actions = action_specs()
+    for name, spec in actions.items():
+        if spec.fault:
+            click.echo(f'flaskd: the action "{name}" is not in the schema: {spec.fault}', err=True)
+    click.echo(json.dumps(json_schema(actions), indent=2))
 
 
 def _talk(verb: str, *, summary: str, flags: tuple[str, ...] = ()) -> None:
@@ -142,7 +146,8 @@ def _talk(verb: str, *, summary: str, flags: tuple[str, ...] = ()) -> None:
             if verb == "stop" and wait:
                 client.wait_closed()
         click.echo(json.dumps(answer, ensure_ascii=False) if as_json else _for_people(verb, answer))
-        return EX_LOST if answer.get("cut") and verb != "last-stop" else 0
+        lost = answer.get("cut") or answer.get("background")
+        return EX_LOST if lost and verb in {"drain", "stop"} else 0
 
     params: list[click.Parameter] = [
         click.Option(["--socket"], metavar="PATH", help="Control socket; else $FLASKD_CONTROL, else the usual places."),
@@ -181,22 +186,27 @@ def _for_people(verb: str, answer: dict[str, Any]) -> str:
     if verb == "last-stop":
         return "\n".join(record_lines(answer))
     if verb == "status":
-        shown = {key: as_text(value) if isinstance(value, dict) else value for key, value in answer.items()}
         return "\n".join(
-            f"{key + ':':<14}{', '.join(map(str, value)) if isinstance(value, list) else value}"
-            for key, value in shown.items()
-            if value not in (None, "", [])
+            f"{key + ':':<14}{_shown(value)}" for key, value in answer.items() if value not in (None, "", [])
         )
     cut = [
         f"cut {each['method']} {each['path']} ({each['phase']}, {each['age']}s): {each['reason']}"
         for each in answer.get("cut", [])
     ]
+    if isinstance(answer.get("background"), list):
+        cut += map(background_line, answer["background"])
     fates = (
         [f"{name}: {entry['fate']}" for name, entry in answer.get("policies", {}).items()]
         if isinstance(answer.get("policies"), dict)
         else []
     )
     return "\n".join([*cut, *fates, " ".join(filter(None, [result, as_text(answer), f"({hint})" if hint else ""]))])
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value))
+    return as_text(value) if isinstance(value, dict) else str(value)
 
 
 _talk("status", summary="State, requests in flight, listeners.")

@@ -30,10 +30,11 @@ from flaskd.config.model import (
     When,
 )
 from flaskd.config.schema import schema
+from flaskd.config.watch import FileWatch
 
 __all__ = [
     "ActionSpec", "AppConfig", "CleanupConfig", "Config", "Configuration", "ControlConfig", "DrainConfig",
-    "Duration", "ExitCodes", "Fault", "HealthConfig", "InvalidConfigError", "LogConfig", "OneOrMany", "Phase",
-    "Policy", "PolicyDefaults", "Section", "ServerConfig", "ShutdownConfig", "Size", "When", "load",
+    "Duration", "ExitCodes", "Fault", "FileWatch", "HealthConfig", "InvalidConfigError", "LogConfig", "OneOrMany",
+    "Phase", "Policy", "PolicyDefaults", "Section", "ServerConfig", "ShutdownConfig", "Size", "When", "load",
     "load_mapping", "schema", "write_duration", "write_size",
 ]  # fmt: skip

@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Configuration:
-    """The validated values, and the file they came from (None: no file)."""
+    """The validated values, the file they came from (None: no file), and the digest of what stood there."""
 
     # Neither is in the repr, which ends up in logs and tracebacks: values may be secret.
     values: Config = field(repr=False)
     path: Path | None
     _secrets: frozenset[NodePath] = field(default=frozenset(), repr=False)
+    digest: str = field(default="", repr=False)
 
     def describe(self) -> str:
         """Write the effective configuration as YAML: every key, units for people, secrets masked."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,13 +47,14 @@ def load(
     faults = Faults()
     if path is None:
         top = Place("<defaults>")
-        tree, base = Table(top, top, {}), Path.cwd()
+        tree, base, source = Table(top, top, {}), Path.cwd(), b""
     else:
         # Not resolved: in a Kubernetes ConfigMap the file is a link, and its neighbours are links beside it.
-        tree, base = parse(_read(path), str(path), faults), path.absolute().parent
+        source = read_source(path)
+        tree, base = parse(source, str(path), faults), path.absolute().parent
     tree = _filled(tree, base, faults, overrides, environ)
     values, secrets = _validated(tree, base, actions, faults)
-    return Configuration(values, path, secrets)
+    return Configuration(values, path, secrets, digest(source))
 
 
 def load_mapping(
@@ -76,7 +78,13 @@ def load_mapping(
     return Configuration(values, None, secrets)
 
 
-def _read(path: Path) -> bytes:
+def digest(source: bytes) -> str:
+    """Give what tells one content of a file from another."""
+    return hashlib.sha256(source).hexdigest()
+
+
+def read_source(path: Path) -> bytes:
+    """Read a configuration file as far as one may be long, and a byte more; raises ConfigError."""
     try:
         with path.open("rb") as file:
             return file.read(MAX_BYTES + 1)
@@ -121,7 +129,7 @@ def _put(table: Table, parts: tuple[str, ...], node: Node) -> Table:
 def _action_fields(tree: Table, actions: Actions, faults: Faults) -> dict[str, BaseModel | None]:
     fields = {}
     for name, policy in policy_tables(tree).items():
-        if spec := action_of(policy, actions):
+        if (spec := action_of(policy, actions)) and not spec.fault:
             written = policy.entries.get("with") or Table(policy.key, policy.place, {})
             fields[name] = validated(spec.strict_fields, written, (*_POLICIES, name, "with"), faults)
     return fields

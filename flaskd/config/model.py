@@ -63,10 +63,14 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True)
 class ActionSpec:
-    """What the configuration needs to know of a cleanup action: its fields, and the phase it belongs in."""
+    """What the configuration needs to know of a cleanup action: its fields, and the phase it belongs in.
+
+    `fault` is why it cannot be used, empty when it can.
+    """
 
     fields: type[BaseModel]
     default_phase: Phase
+    fault: str = ""
 
     @property
     def strict_fields(self) -> type[BaseModel]:
@@ -293,6 +297,7 @@ class Config(Section):
     """The whole configuration. Durations are seconds, sizes are bytes."""
 
     version: Literal[1] = Field(1, description="Version of this file's format.")
+    watch: bool = Field(False, description="Whether an edit of this file is picked up by itself, as by a reload.")
     app: AppConfig = _section(AppConfig)
     profile: Literal["development", "production"] = _restart("development", "How strict flaskd is.")
     server: ServerConfig = _section(ServerConfig)

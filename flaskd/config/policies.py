@@ -38,13 +38,16 @@ def action_of(policy: Table, actions: Actions) -> ActionSpec | None:
 
 
 def check_policies(tree: Table, actions: Actions, faults: Faults) -> None:
-    """Note unknown actions, and ``after`` edges to unknown or later policies, or in a circle."""
+    """Note unknown and unusable actions, and ``after`` edges to unknown or later policies, or in a circle."""
     policies = policy_tables(tree)
     for name, policy in policies.items():
         use = policy.entries.get("use")
-        if isinstance(use, Scalar) and not use.broken and use.text not in actions:
-            word = functools.partial(_unknown, "expected an action", use, list(actions))
-            faults.add(use.place, dotted((*_WHERE, name, "use")), word)
+        if isinstance(use, Scalar) and not use.broken:
+            path = dotted((*_WHERE, name, "use"))
+            if use.text not in actions:
+                faults.add(use.place, path, functools.partial(_unknown, "expected an action", use, list(actions)))
+            elif fault := actions[use.text].fault:
+                faults.add(use.place, path, f"expected an action that can be used, got {shown(use)}: {fault}")
     phases = {name: _phase(policy, actions) for name, policy in policies.items()}
     edges: dict[tuple[str, str], tuple[Node, str]] = {}
     for name, policy in policies.items():

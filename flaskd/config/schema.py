@@ -35,8 +35,10 @@ class _Generator(GenerateJsonSchema):
 def schema(actions: Actions) -> dict[str, Any]:
     """Return the JSON Schema (2020-12) of a configuration file, with descriptions, for these actions.
 
-    A policy's ``with`` follows its ``use``. An interpolation is allowed wherever a single value is.
+    A policy's ``with`` follows its ``use``; actions that cannot be used are left out. An interpolation is allowed
+    wherever a single value is.
     """
+    actions = {name: spec for name, spec in actions.items() if not spec.fault}
     models: dict[type[BaseModel], None] = dict.fromkeys([Config, Policy])
     models |= dict.fromkeys(spec.strict_fields for spec in actions.values())
     inputs: list[tuple[type[BaseModel], Literal["validation"]]] = [(model, "validation") for model in models]

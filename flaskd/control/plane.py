@@ -90,6 +90,8 @@ class ControlPlane:
         except CannotCreateError as error:
             faults.append(str(error))
         else:
+            if left := self._directory.tidy():
+                log.info(f"removed what a flaskd that was killed had left in {self._directory.path}: {', '.join(left)}")
             gid = _gid(config.control.group)
             for make in (self._make_socket, self._make_fifo):
                 try:

@@ -58,7 +58,7 @@ def _status(daemon: Daemon, _flags: Flags, _peer: str, reply: Reply) -> None:
 
 def _shown(value: object) -> str:
     if isinstance(value, list):
-        return ", ".join(map(str, value))
+        return ", ".join(map(_shown, value))
     return as_text(value) if isinstance(value, Mapping) else str(value)
 
 

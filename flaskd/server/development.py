@@ -25,6 +25,7 @@ from flaskd.server.channel import stack_of
 from flaskd.server.draining import BACKLOG, GATE, TOO_LATE
 from flaskd.server.tasks import STREAM_TYPES
 from flaskd.sockets import Address, Listener
+from flaskd.work import in_background, left_behind, tell_no_more, tell_of_ends
 
 log = logging.getLogger("flaskd.server")
 
@@ -279,6 +280,7 @@ class WerkzeugThread:
         self._streams_until = began + _STREAM_GRACE
         self.draining.set()
         self._waker.close()
+        tell_of_ends(self._look_again)
         if self._thread is not None:
             self._thread.join()
         with self._changed:
@@ -286,17 +288,25 @@ class WerkzeugThread:
             for worker, sock in list(self._server.connections.items()):
                 if worker not in self.begun:  # what lies in the kernel is still read after this, and then comes the end
                     _shut(sock, socket.SHUT_RD)
-            self._wait_until(None)
+            self._wait_until(None, background=True)
             cut = self.cut(TOO_LATE)
             for sock in list(self._server.connections.values()):
                 _shut(sock, socket.SHUT_RDWR)
         for each in cut:
             log.warning("\n".join(filter(None, [f"cut {each}", each.stack])), extra={"fields": each.as_json()})
-        return DrainReport(self.completed - completed, 0, cut, time.monotonic() - began)
+        tell_no_more(self._look_again)
+        return DrainReport(self.completed - completed, 0, cut, time.monotonic() - began, left_behind())
 
-    def _wait_until(self, moment: float | None) -> None:
-        """Wait until all connections are closed, or a moment came, or the deadline, which may come nearer meanwhile."""
-        while self._server.connections:
+    def _look_again(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _wait_until(self, moment: float | None, *, background: bool = False) -> None:
+        """Wait until all connections are closed, or a moment came, or the deadline, which may come nearer meanwhile.
+
+        With `background` what is under way there is waited for, too.
+        """
+        while self._server.connections or (background and in_background()):
             left = min(self._deadline, moment or self._deadline) - time.monotonic()
             if left <= 0:
                 return

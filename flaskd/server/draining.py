@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flaskd.ledger import Cut, DrainReport
+from flaskd.work import in_background, left_behind
 
 if TYPE_CHECKING:
     from flaskd.server.channel import Channel
@@ -94,7 +95,7 @@ class Draining:
         self._streams += [(moment, channel) for channel in channels]
 
     def advance(self, now: float) -> None:
-        """Do what is due; report when nothing is open any more, or the deadline came."""
+        """Do what is due; report when nothing is open or in the background any more, or the deadline came."""
         if self._gated and now >= self._gate_until:
             self.pass_the_gate()
         while self._streams and self._streams[0][0] <= now:
@@ -113,6 +114,8 @@ class Draining:
                 self._report()
 
     def _open(self) -> bool:
+        if in_background() and not self._last_moment:
+            return True
         return self._loop.in_flight > 0 or any(not channel.internal for channel in self._loop.channels())
 
     def _refuse_what_never_started(self) -> None:
@@ -142,5 +145,6 @@ class Draining:
                 rejected=self._loop.rejected - rejected,
                 cut=self._cut,
                 took=time.monotonic() - self._began,
+                background=left_behind(),
             )
         )

@@ -24,6 +24,7 @@ from flaskd.server.draining import Draining
 from flaskd.server.poller import make_poller
 from flaskd.server.workers import Errand, Workers
 from flaskd.sockets import Listener, unread
+from flaskd.work import tell_no_more, tell_of_ends
 
 log = logging.getLogger("flaskd.server")
 
@@ -309,6 +310,7 @@ class EventLoop:
         self.closing = self.drains = True
         self.draining.set()
         self._drain = Draining(self, deadline, over, counted_from)
+        tell_of_ends(self.wake)
         self._drain.begin()
         self.end_streams_in_time(list(self._streams))
 
@@ -318,9 +320,10 @@ class EventLoop:
             self._drain.deadline = min(self._drain.deadline, deadline)
 
     def drain_over(self) -> None:
-        """Forget the drain: it has reported."""
+        """Forget the drain: it has reported, or was undone."""
         self._drain = None
         self.refusing = False
+        tell_no_more(self.wake)
 
     def refuse(self, *, on: bool) -> None:
         """Answer 503 on the listeners that others share, or leave them alone again."""
@@ -342,7 +345,7 @@ class EventLoop:
 
     def resume(self, listeners: Sequence[Listener]) -> None:
         """Accept again, from listeners that stand where the closed ones stood; shared ones were never closed."""
-        self._drain = None
+        self.drain_over()
         self.closing = self.drains = self.refusing = False
         self.draining.clear()
         self._listeners = list(listeners)

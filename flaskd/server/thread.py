@@ -17,6 +17,7 @@ from flaskd.server.channel import stack_of
 from flaskd.server.loop import EventLoop
 from flaskd.server.settings import most_connections
 from flaskd.sockets import Address, Listener, open_files_limit
+from flaskd.work import left_behind
 
 log = logging.getLogger("flaskd.server")
 
@@ -265,7 +266,8 @@ class WaitressThread:
                 if self._thread is None or not self._thread.is_alive():
                     raise FlaskdError(f"cannot drain: the serving thread died: {loop.error}") from None
                 if time.monotonic() > until:
-                    return DrainReport(cut=loop.cut("the serving thread does not turn"), took=timeout + _GUARD)
+                    cut = loop.cut("the serving thread does not turn")
+                    return DrainReport(cut=cut, took=timeout + _GUARD, background=left_behind())
 
     def resume(self) -> None:
         """Serve again after a drain, on the same addresses and port numbers.

@@ -22,6 +22,7 @@ from flaskd import errors
 from flaskd.errors import FlaskdError
 from flaskd.forks import forgotten_by_children
 from flaskd.ledger import Cut, DrainReport
+from flaskd.work import Background
 
 _START_TIMEOUT = 30.0
 _PATIENCE = 1.0
@@ -294,4 +295,5 @@ def _kind_of(exit_code: int) -> type[FlaskdError]:
 
 def _report(told: Mapping[str, Any]) -> DrainReport:
     cut = tuple(Cut(**each) for each in told["cut"])
-    return DrainReport(told["completed"], told["rejected"], cut, told["took"])
+    background = tuple(Background(**each) for each in told.get("background", ()))
+    return DrainReport(told["completed"], told["rejected"], cut, told["took"], background)

@@ -1,0 +1,88 @@
+"""A catalogue: what flaskd has itself, and what other packages bring as entry points, loaded when it is looked up.
+
+A package brings an action with::
+
+    [project.entry-points."flaskd.cleanup"]
+    "shop.receipts" = "shop.cleanup:receipts"       # a flaskd.cleanup.Action
+
+Looking up one of flaskd's own looks at no other package.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+_Item = TypeVar("_Item")
+_Other = TypeVar("_Other")
+_log = logging.getLogger("flaskd.cleanup")
+
+GROUP = "flaskd.cleanup"
+"""The group of entry points (packaging.python.org, "Entry points specification")."""
+
+
+class Catalogue(Mapping[str, _Item]):
+    """Name → item; `load` makes one of an entry point, when it is first looked up, and never raises."""
+
+    def __init__(self, own: Mapping[str, _Item], load: Callable[[EntryPoint], _Item]) -> None:
+        self._items = dict(own)
+        self._load = load
+
+    def __getitem__(self, name: str) -> _Item:
+        if name not in self._items:
+            self._items[name] = self._load(self._found[name])
+        return self._items[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._items or name in self._found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._items, **self._found})
+
+    def __len__(self) -> int:
+        return len({**self._items, **self._found})
+
+    @functools.cached_property
+    def _found(self) -> dict[str, EntryPoint]:
+        from importlib.metadata import entry_points  # noqa: PLC0415 - 20 ms, for those who use such an action
+
+        found: dict[str, EntryPoint] = {}
+        for each in entry_points(group=GROUP):
+            if each.name in self._items:
+                _log.warning(f'the action "{each.name}" of {origin(each)} is left out: flaskd has its own')
+            elif each.name in found and found[each.name].value != each.value:
+                other = origin(found[each.name])
+                _log.warning(f'the action "{each.name}" of {origin(each)} is left out: {other} has it too')
+            else:
+                found[each.name] = each
+        return found
+
+
+class View(Mapping[str, _Other]):
+    """A mapping as seen through a function; what is not looked up is not touched."""
+
+    def __init__(self, mapping: Mapping[str, _Item], seen: Callable[[_Item], _Other]) -> None:
+        self._mapping: Mapping[str, Any] = mapping
+        self._seen: Callable[[Any], _Other] = seen
+
+    def __getitem__(self, name: str) -> _Other:
+        return self._seen(self._mapping[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._mapping
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._mapping)
+
+    def __len__(self) -> int:
+        return len(self._mapping)
+
+
+def origin(entry_point: EntryPoint) -> str:
+    """Say where an entry point comes from."""
+    return f"{entry_point.dist.name if entry_point.dist else 'a package'} ({entry_point.value})"

@@ -1,0 +1,113 @@
+"""``logging.flush``: what the app has logged reaches where it goes.
+
+A QueueHandler hands records to a QueueListener, whose thread is a daemon thread: what is still in the queue when the
+process ends is lost. The listener is found as the handler's ``listener``, where logging.config puts it from Python 3.12
+on, and where apps put it before. ``logging.shutdown`` is not called: it closes handlers, flaskd's own too.
+"""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import queue
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from flaskd.cleanup.context import StepContext, StepFailedError
+from flaskd.config import Section
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_PAUSE = 0.01
+"""Seconds between two looks at a queue that is full."""
+
+
+class FlushFields(Section):
+    """Fields of ``logging.flush``: none."""
+
+
+def flush_logs(context: StepContext, _fields: FlushFields) -> str:
+    """Empty the queues of queue handlers, and flush every handler of every logger.
+
+    Records that come later are dealt with at once, in the thread that logs them, so none is lost after this either.
+    """
+    listeners, handlers, faults = 0, list(_handlers()), []
+    for handler in handlers:
+        try:
+            listeners += _end_listener(handler, context)
+        except Exception as error:  # noqa: BLE001 - the app's own class; the others are flushed all the same
+            faults.append(f"{_named(handler)}: {error!r}")
+    for handler in handlers:
+        try:
+            handler.flush()
+        except Exception as error:  # noqa: BLE001 - likewise
+            faults.append(f"{_named(handler)}: {error!r}")
+    if faults:
+        raise StepFailedError(f"cannot flush {'; '.join(faults)}")
+    return f"{len(handlers)} flushed, {listeners} emptied"
+
+
+def _named(handler: logging.Handler) -> str:
+    return handler.name or type(handler).__name__
+
+
+def _handlers() -> Iterator[logging.Handler]:
+    """Every handler that a logger has or that another handler passes records on to, those at the front first."""
+    loggers = [logging.getLogger(), *logging.root.manager.loggerDict.values()]
+    waiting = [handler for logger in loggers if isinstance(logger, logging.Logger) for handler in logger.handlers]
+    seen: set[int] = set()
+    while waiting:
+        handler = waiting.pop(0)
+        if id(handler) not in seen and isinstance(handler, logging.Handler):
+            seen.add(id(handler))
+            yield handler
+            waiting += getattr(getattr(handler, "listener", None), "handlers", ())
+            waiting.append(getattr(handler, "target", None))  # type: ignore[arg-type]  # logging.handlers.MemoryHandler
+
+
+def _end_listener(handler: Any, context: StepContext) -> bool:
+    """End the listener of a queue handler once its queue is empty; False when the handler has none that runs."""
+    listener = getattr(handler, "listener", None)
+    if not isinstance(listener, logging.handlers.QueueListener):
+        stop = getattr(listener, "stop", None)
+        if stop is not None:  # somebody's own
+            stop()
+        return stop is not None
+    if isinstance(handler, logging.handlers.QueueHandler):
+        handler.enqueue = listener.handle  # type: ignore[method-assign]  # from now on there is nobody behind the queue
+    thread = getattr(listener, "_thread", None)
+    running = thread is not None and thread.is_alive()
+    if running:
+        _retry_while_full(listener.stop, context)
+        if sys.version_info < (3, 12):
+            # There a second stop() raises when it finds no thread; the app's own, in atexit, finds the ended one.
+            listener._thread = thread  # noqa: SLF001
+    _take_the_rest(listener)
+    return running
+
+
+def _retry_while_full(stop: Callable[[], None], context: StepContext) -> None:
+    """Stop a listener; its sentinel has to wait for room in a queue of limited length (put_nowait)."""
+    while True:
+        try:
+            stop()
+        except queue.Full:
+            if context.remaining() <= 0:
+                raise
+            time.sleep(_PAUSE)
+        else:
+            return
+
+
+def _take_the_rest(listener: logging.handlers.QueueListener) -> None:
+    """Deal with what came into the queue behind the sentinel, in the moment of the change."""
+    sentinel = getattr(listener, "_sentinel", None)
+    while True:
+        try:
+            record = listener.dequeue(block=False)
+        except queue.Empty:
+            return
+        if record is not sentinel:
+            listener.handle(record)

@@ -1,0 +1,127 @@
+"""``files.remove``: files that match patterns, and nothing else.
+
+Each directory on the way is opened relative to the one before and without following symbolic links (openat(2),
+O_NOFOLLOW), so that nobody who may write in one of them can lead the removal elsewhere.
+"""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import os
+import re
+import stat
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import AfterValidator, Field
+
+from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
+from flaskd.config import OneOrMany, Section
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_SHOWN = 5
+_GLOB = re.compile(r"[*?\[]")
+
+
+def _pattern(text: str) -> str:
+    parts = text.split("/")
+    if not parts[-1] or any(part in {".", ".."} for part in parts):
+        raise ValueError("expected a path of files without . and .., such as /run/shop/*.pid")
+    if "**" in text:
+        raise ValueError("expected one directory a star, not **")
+    return text
+
+
+class RemoveFields(Section):
+    """Fields of ``files.remove``."""
+
+    paths: OneOrMany[Annotated[str, AfterValidator(_pattern)]] = Field(
+        min_length=1,
+        description="Files to remove, with * ? [a-z] if need be; relative to the working directory. Never directories.",
+    )
+
+
+def remove_files(context: StepContext, fields: RemoveFields) -> str:
+    """Remove the files that match; none is fine. Raises StepFailedError naming what could not be removed, and why."""
+    removal = _Removal(context)
+    for path in fields.paths:
+        removal.take(path)
+    if removal.faults:
+        shown, more = removal.faults[:_SHOWN], len(removal.faults) - _SHOWN
+        raise StepFailedError("; ".join([*shown, *([f"and {more} more"] if more > 0 else [])]))
+    return f"{removal.count} file{'' if removal.count == 1 else 's'} removed"
+
+
+class _Removal:
+    """One run of the action: how many files are gone, and what went wrong."""
+
+    def __init__(self, context: StepContext) -> None:
+        self.count = 0
+        self.faults: list[str] = []
+        self._context = context
+
+    def take(self, path: str) -> None:
+        """Remove what matches one pattern."""
+        parts = [part for part in path.split("/") if part]
+        top = "/" if path.startswith("/") else "."
+        try:
+            with _opened(top, None) as directory:
+                self._descend(directory, "/" if top == "/" else "", parts, certain=True)
+        except OSError as error:
+            self._fault(top, error)
+
+    def _descend(self, directory: int, shown: str, parts: list[str], *, certain: bool) -> None:
+        """Go on in an open directory; `certain` while no pattern has been met: what is named must be there."""
+        first, *rest = parts
+        pattern = bool(_GLOB.search(first))
+        for name in _matching(directory, first) if pattern else [first]:
+            if self._context.remaining() <= 0:
+                raise StepTimedOutError(f"{self._context.overrun()}; {self.count} files removed")
+            if not rest:
+                self._remove(directory, name, shown + name, named=not pattern)
+                continue
+            try:
+                with _opened(name, directory) as deeper:
+                    self._descend(deeper, f"{shown}{name}/", rest, certain=certain and not pattern)
+            except OSError as error:
+                # Among what a pattern finds, files and links are not meant, and what goes away meanwhile is gone.
+                if (certain and not pattern) or error.errno not in {errno.ENOTDIR, errno.ELOOP, errno.ENOENT}:
+                    self._fault(shown + name, error)
+
+    def _remove(self, directory: int, name: str, shown: str, *, named: bool) -> None:
+        try:
+            if stat.S_ISDIR(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
+                if named:
+                    self.faults.append(f'cannot remove "{shown}": it is a directory')
+                return
+            os.unlink(name, dir_fd=directory)
+            self.count += 1
+        except FileNotFoundError:
+            return  # removed before, or by somebody else
+        except OSError as error:
+            self._fault(shown, error)
+
+    def _fault(self, shown: str, error: OSError) -> None:
+        # O_DIRECTORY | O_NOFOLLOW on a link: ELOOP or ENOTDIR, as the kernel pleases (open(2)).
+        linked = error.errno in {errno.ELOOP, errno.ENOTDIR} and os.path.islink(shown)  # noqa: PTH114 - only for words
+        why = "a symbolic link, and those are not followed" if linked else error.strerror
+        self.faults.append(f'cannot remove "{shown}": {why}')
+
+
+@contextmanager
+def _opened(name: str, directory: int | None) -> Iterator[int]:
+    descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=directory)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _matching(directory: int, pattern: str) -> list[str]:
+    """The names that match; as in a shell, those that begin with a dot only where the pattern does."""
+    hidden = pattern.startswith(".")
+    names = os.listdir(directory)
+    return sorted(each for each in names if fnmatch.fnmatchcase(each, pattern) and (hidden or not each.startswith(".")))

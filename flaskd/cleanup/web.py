@@ -1,0 +1,178 @@
+"""``webhook`` and ``consul.deregister``: one HTTP request each, within the step's time.
+
+Proxies of the environment are not used, and redirections not followed. What was sent is never logged, the URL neither:
+for many services it is the secret.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import socket
+import ssl
+from contextlib import closing, suppress
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+from urllib.parse import quote, urlsplit
+
+from pydantic import AfterValidator, Field, SecretStr
+
+from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
+from flaskd.config import Section
+from flaskd.config.fields import HeaderText, SomeText
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from urllib.parse import SplitResult
+
+_LARGEST_ANSWER = 4096
+"""Bytes of an answer that are looked at."""
+_CONSUL = "http://127.0.0.1:8500"
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+"""RFC 9110 §5.6.2: what the name of a header is made of."""
+
+
+def _url(text: str) -> str:
+    try:
+        _parts(text)
+    except ValueError:
+        raise ValueError("expected a URL such as https://hooks.example.com/stopped") from None
+    return text
+
+
+def _parts(url: str) -> SplitResult:
+    parts = urlsplit(url)
+    if not re.fullmatch(r"[!-~]+", url) or parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ValueError("not an HTTP URL")
+    if parts.username is not None or parts.port == 0:  # `port` raises for what is no port
+        raise ValueError("neither userinfo nor port 0 can be used")
+    return parts
+
+
+def _header_name(text: str) -> str:
+    if not _TOKEN.fullmatch(text):
+        raise ValueError("expected the name of an HTTP header")
+    return text
+
+
+def _address(text: str) -> str:
+    try:
+        _consul_url(text)
+    except ValueError:
+        raise ValueError(f"expected an address such as {_CONSUL}") from None
+    return text
+
+
+Url = Annotated[str, AfterValidator(_url)]
+HeaderName = Annotated[str, AfterValidator(_header_name)]
+
+
+class WebhookFields(Section):
+    """Fields of ``webhook``."""
+
+    url: Url = Field(description="Where to, http or https.")
+    method: Literal["POST", "PUT", "PATCH", "GET", "DELETE"] = Field(default="POST", description="The HTTP method.")
+    json_: Any = Field(default=None, alias="json", description="What to send, as JSON; default: no body.")
+    headers: dict[HeaderName, HeaderText] = Field(default={}, description="Headers to add, such as Authorization.")
+
+
+class ConsulFields(Section):
+    """Fields of ``consul.deregister``."""
+
+    service_id: SomeText = Field(description="The ID under which the service was registered at this agent.")
+    address: Annotated[str, AfterValidator(_address)] | None = Field(
+        default=None, description=f"The agent; default: $CONSUL_HTTP_ADDR, else {_CONSUL}."
+    )
+    token: SecretStr | None = Field(default=None, description="The ACL token; default: $CONSUL_HTTP_TOKEN, else none.")
+
+
+def prepare_web(_fields: object) -> None:
+    """Load what a request needs, while it is still there: a deploy may replace it under a running daemon."""
+    "localhost".encode("idna")  # its codec is imported at the first use, by http.client
+
+
+def call_webhook(context: StepContext, fields: WebhookFields) -> str:
+    """Make the request; returns the status. Raises StepFailedError for a status of 400 and above, and for none."""
+    body = b"" if fields.json_ is None else json.dumps(fields.json_).encode()
+    headers = {"Content-Type": "application/json"} if body else {}
+    # Names of headers are the same in any case (RFC 9110 §5.1); what is configured comes instead of what is usual.
+    given = {name.title(): value for name, value in fields.headers.items()}
+    status, reason, _ = _ask(context, fields.method, _parts(fields.url), body, {**headers, **given})
+    if status >= 400:  # noqa: PLR2004 - RFC 9110 §15.5: client errors, and server errors above
+        raise StepFailedError(f"answered with {status} {reason}".rstrip())
+    followed = "; redirections are not followed" if 300 <= status < 400 else ""  # noqa: PLR2004 - RFC 9110 §15.4
+    return f"{status} {reason}".rstrip() + followed
+
+
+def deregister(context: StepContext, fields: ConsulFields) -> str:
+    """Take the service out of the catalogue: ``PUT /v1/agent/service/deregister/<id>`` (Consul's HTTP API).
+
+    A service that the agent does not know, as at the second time, is as good as deregistered.
+    """
+    given = fields.address or os.environ.get("CONSUL_HTTP_ADDR") or _CONSUL
+    try:
+        agent = _consul_url(given)
+    except ValueError:
+        raise StepFailedError(
+            f'cannot use $CONSUL_HTTP_ADDR "{given}": expected an address such as {_CONSUL}'
+        ) from None
+    token = fields.token.get_secret_value() if fields.token else os.environ.get("CONSUL_HTTP_TOKEN", "")
+    path = f"/v1/agent/service/deregister/{quote(fields.service_id, safe='')}"
+    url = agent._replace(path=agent.path.rstrip("/") + path)
+    status, reason, answer = _ask(context, "PUT", url, b"", {"X-Consul-Token": token} if token else {})
+    if status == http.client.NOT_FOUND and b"Unknown service" in answer:
+        return "was not registered"
+    if status != http.client.OK:
+        raise StepFailedError(f"Consul answered with {status} {reason}".rstrip())
+    return f"deregistered {fields.service_id}"
+
+
+def _consul_url(address: str) -> SplitResult:
+    """An agent's address as the consul command takes it: without a scheme, $CONSUL_HTTP_SSL decides."""
+    if "://" not in address:
+        secure = os.environ.get("CONSUL_HTTP_SSL", "").lower() in {"1", "true"}
+        address = f"{'https' if secure else 'http'}://{address}"
+    return _parts(address)
+
+
+def _ask(
+    context: StepContext, method: str, url: SplitResult, body: bytes, headers: Mapping[str, str]
+) -> tuple[int, str, bytes]:
+    """Make a request and return status, reason and the beginning of the answer.
+
+    Raises StepFailedError without a word of what was asked. The socket's own timeout ends it when nothing moves; one
+    that trickles is abandoned by the runner, which closes it.
+    """
+    assert url.hostname is not None
+    secure = url.scheme == "https"
+    kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+    connection = kind(url.hostname, url.port, timeout=max(0.01, context.remaining()))
+    context.last_resort = lambda: _break_off(connection)
+    target = (url.path or "/") + (f"?{url.query}" if url.query else "")
+    with closing(connection):
+        try:
+            connection.request(method, target, body=body or None, headers={"User-Agent": "flaskd", **headers})
+            answer = connection.getresponse()
+            beginning = answer.read(_LARGEST_ANSWER)
+        except TimeoutError as error:
+            raise StepTimedOutError(f"no answer; {context.overrun()}") from error
+        except ssl.SSLCertVerificationError as error:
+            raise StepFailedError(f"cannot trust the server: {error.verify_message}") from error
+        except OSError as error:
+            if context.remaining() <= 0:
+                raise StepTimedOutError(f"no answer; {context.overrun()}") from error
+            raise StepFailedError(f"cannot reach it: {error.strerror or type(error).__name__}") from error
+        except (http.client.HTTPException, ValueError) as error:  # a host name that cannot be one is a ValueError
+            raise StepFailedError(f"got no HTTP answer: {type(error).__name__}") from error
+        return answer.status, _safe(answer.reason), beginning
+
+
+def _break_off(connection: http.client.HTTPConnection) -> None:
+    with suppress(OSError, AttributeError):  # it is over, or has not begun
+        connection.sock.shutdown(socket.SHUT_RDWR)
+
+
+def _safe(reason: str) -> str:
+    """The reason phrase as far as it can be shown; a server may put anything there."""
+    return "".join(each if each.isprintable() else " " for each in reason)[:100]

@@ -1,0 +1,94 @@
+"""Files that are written whole or not at all, read within bounds, and tidied up after a crash."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+_NOT_FOLLOWED = getattr(os, "O_NOFOLLOW", 0)
+_NOT_WAITED_FOR = getattr(os, "O_NONBLOCK", 0)
+_MADE_BY_US = re.compile(r"\..+\.flaskd-tmp")
+
+
+def temporary_name(path: Path) -> Path:
+    """Where `write_whole` writes before it renames; a fixed name, so that a crash leaves one file at most."""
+    return path.with_name(f".{path.name}.flaskd-tmp")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write `content` to `path`, mode 0600; a reader sees the old file or the new one, a power cut too.
+
+    Raises OSError; the old file and nothing else is there then. The writer must be the only one: flaskd holds the lock
+    of the directory it writes to.
+    """
+    temporary = temporary_name(path)
+    temporary.unlink(missing_ok=True)
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NOT_FOLLOWED, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    """Make the new name last (fsync(2)). Some file systems cannot; the file is there all the same."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def read_whole(path: Path, largest: int) -> bytes:
+    """Read a regular file of at most `largest` bytes; raises OSError, and ValueError for what is no such file."""
+    # Without waiting: a FIFO in its place would hold up the reader for ever.
+    with os.fdopen(os.open(path, os.O_RDONLY | _NOT_WAITED_FOR), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is not a regular file")
+        content = file.read(largest + 1)
+    if len(content) > largest:
+        raise ValueError(f"it is larger than {largest} bytes")
+    return content
+
+
+def remove_leftovers(directory: Path) -> list[str]:
+    """Remove what a `write_whole` that was killed left in `directory`; returns the names. Raises OSError."""
+    return remove_matching(directory, _MADE_BY_US)
+
+
+def remove_matching(
+    directory: Path,
+    pattern: re.Pattern[str],
+    *,
+    kinds: tuple[int, ...] = (stat.S_IFREG,),
+    which: Callable[[str], bool] = lambda _: True,
+) -> list[str]:
+    """Remove the files of some kinds (stat.S_IFREG, S_IFSOCK, …) whose whole name fits; returns the names.
+
+    A symbolic link is no such file, and a file that goes away meanwhile is none either. Raises OSError.
+    """
+    removed = []
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | _NOT_FOLLOWED)
+    try:
+        for name in sorted(os.listdir(descriptor)):  # noqa: PTH208 - by descriptor, so that nobody can exchange the directory
+            if not pattern.fullmatch(name) or not which(name):
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                if stat.S_IFMT(os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode) in kinds:
+                    os.unlink(name, dir_fd=descriptor)
+                    removed.append(name)
+    finally:
+        os.close(descriptor)
+    return removed

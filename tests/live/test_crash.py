@@ -1,0 +1,223 @@
+"""What kill -9 leaves behind, disks that are full or read-only: the next start tells, repairs, and serves."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+
+import pytest
+from conftest import Flaskd, get, requires
+
+KEEPING = "cleanup: {policies: {keep: {use: cache.persist}}}\n"
+CACHED = """
+import os
+from flask import request
+from flask_caching import Cache
+from gateapp import app
+app.secret_key = "not a secret in a test"
+cache = Cache(app, config={"CACHE_TYPE": "SimpleCache"})
+
+@app.get("/set")
+def put():
+    cache.set("value", request.args["value"], timeout=0)
+    return "set"
+
+@app.get("/get")
+def look():
+    return str(cache.get("value"))
+
+def hold(context):
+    import socket
+    with socket.socket(socket.AF_UNIX) as gate:
+        gate.connect(os.environ["GATE"])
+        gate.sendall(b"entered")
+        gate.recv(1)
+"""
+
+
+def killed(flaskd: Flaskd) -> int:
+    """Kill -9; gives the pid that it had."""
+    pid = flaskd.pid
+    flaskd.kill(signal.SIGKILL)
+    assert flaskd.wait() == -signal.SIGKILL
+    return pid
+
+
+def test_killed_while_serving(flaskd: Flaskd) -> None:
+    """The next start says who died, replaces the nodes, removes what was half made, and `status` shows it."""
+    metrics = flaskd.directory / "metrics"
+    metrics.mkdir()
+    flaskd.env["PROMETHEUS_MULTIPROC_DIR"] = str(metrics)
+    node = flaskd.directory / "http.sock"
+    flaskd.start(listen=f"unix:{node}")
+    assert flaskd.status()["previous"] is None
+    pid = killed(flaskd)
+    (metrics / f"counter_{pid}.db").touch()
+    (flaskd.state / ".last-stop.json.flaskd-tmp").write_text("{")
+    half_made = socket.socket(socket.AF_UNIX)
+    half_made.bind(str(flaskd.runtime / f".{pid}"))
+    half_made.close()
+    os.mkfifo(flaskd.runtime / f".control.{pid}")
+    flaskd.start(listen=f"unix:{node}")
+    words = f"died without a complete stop (pid {pid}, started "
+    assert flaskd.status()["previous"].startswith(words)
+    assert f"previous: {words}" in flaskd.command("status")
+    tidied = f"removed what it left: .last-stop.json.flaskd-tmp, counter_{pid}.db"
+    assert f"the flaskd before this one (pid {pid}) died without a complete stop; {tidied}" in flaskd.log
+    assert f"had left in {flaskd.runtime}: .{pid}, .control.{pid}" in flaskd.log
+    assert sorted(os.listdir(flaskd.runtime)) == ["control", "control.sock"]
+    assert os.listdir(metrics) == []
+    assert get(f"unix:{node}") == (200, b"hello")
+    assert flaskd.stop() == 0
+    assert not node.exists()
+    flaskd.start()
+    assert flaskd.status()["previous"] is None
+    assert flaskd.stop() == 0
+
+
+def test_killed_in_the_middle_of_the_cleanup(flaskd: Flaskd) -> None:
+    """The next start knows that a stop was under way and why; the record of the stop before stays as it was."""
+    flaskd.write("cached.py", CACHED)
+    flaskd.write("flaskd.yaml", "cleanup: {policies: {hold: {use: call, with: {target: 'cached:hold'}}}}\n")
+    flaskd.start(app="cached")
+    flaskd.kill(signal.SIGTERM)
+    flaskd.gate.entered()
+    flaskd.gate.open()
+    assert flaskd.wait() == 0
+    record = flaskd.record()
+    flaskd.start(app="cached")
+    flaskd.kill(signal.SIGTERM)
+    flaskd.gate.entered()
+    pid = killed(flaskd)
+    assert flaskd.record() == record
+    flaskd.write("flaskd.yaml", "")
+    flaskd.start(app="cached")
+    words = f"died without a complete stop, in the middle of its stop (signal: SIGTERM) (pid {pid}, started "
+    assert flaskd.status()["previous"].startswith(words)
+    assert flaskd.stop() == 0
+
+
+def test_what_a_crash_lies_behind_does_not_come_back(flaskd: Flaskd) -> None:
+    """A kept cache is restored once: after a crash the app starts with an empty one, and not with that of long ago."""
+    flaskd.write("cached.py", CACHED)
+    flaskd.write("flaskd.yaml", KEEPING)
+    flaskd.start(app="cached")
+    get(flaskd.url, "/set?value=one")
+    assert flaskd.stop() == 0
+    flaskd.start(app="cached")
+    assert get(flaskd.url, "/get") == (200, b"one")
+    get(flaskd.url, "/set?value=two")
+    killed(flaskd)
+    flaskd.start(app="cached")
+    assert get(flaskd.url, "/get") == (200, b"None")
+    assert "it was restored before" in flaskd.log
+    killed(flaskd)  # the cache file stays, which is no good order
+
+
+def mount_namespace() -> None:
+    """Skip where no file system can be mounted that only the test sees."""
+    done = subprocess.run(
+        ["unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, text=True, check=False
+    )
+    requires("a private mount", [done.stderr.strip() or "unshare failed"] if done.returncode else [])
+
+
+FULL = """
+set -e
+mount -t tmpfs -o size=64k none "$STATE_DIRECTORY"
+cp -p "$KEPT"/* "$STATE_DIRECTORY"
+"$@" &
+pid=$!
+trap 'kill -TERM $pid' TERM
+while kill -0 $pid 2>/dev/null; do code=0; wait $pid || code=$?; done
+rm -f "$STATE_DIRECTORY/filler"
+cp -a "$STATE_DIRECTORY" "$RESULT"
+exit $code
+"""
+FILLED = """
+import os
+from cached import app
+
+@app.get("/fill")
+def fill():
+    with open(os.environ["STATE_DIRECTORY"] + "/filler", "wb", buffering=0) as file:
+        try:
+            while True: file.write(bytes(4096))
+        except OSError as error:
+            return error.strerror
+"""
+
+
+@pytest.fixture
+def kept(flaskd: Flaskd) -> Flaskd:
+    """One that has stopped before, with a record and a cache; its state is what the next start finds."""
+    mount_namespace()
+    flaskd.write("cached.py", CACHED)
+    flaskd.write("filled.py", FILLED)
+    flaskd.write("flaskd.yaml", KEEPING)
+    flaskd.start(app="cached")
+    get(flaskd.url, "/set?value=one")
+    assert flaskd.stop() == 0
+    (flaskd.directory / "kept").mkdir()
+    for path in flaskd.state.iterdir():
+        path.rename(flaskd.directory / "kept" / path.name)
+    flaskd.env.update(KEPT=str(flaskd.directory / "kept"), RESULT=str(flaskd.directory / "result"))
+    return flaskd
+
+
+def files(flaskd: Flaskd, name: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (flaskd.directory / name).iterdir()}
+
+
+def test_a_full_disk_costs_the_record_and_the_cache(kept: Flaskd) -> None:
+    """Nothing can be written any more: the stop is clean and in time, says what is lost, and the old files are whole."""
+    flaskd = kept
+    flaskd.write("full.sh", FULL)
+    flaskd.start(app="filled", prefix=["unshare", "-m", "sh", "full.sh"])
+    url = flaskd.url
+    assert get(url, "/get") == (200, b"one")
+    assert get(url, "/fill") == (200, b"No space left on device")
+    get(url, "/set?value=two")
+    assert flaskd.stop() == 0
+    assert "cleanup persist/keep: failed" in flaskd.log
+    assert f"cannot write {flaskd.state}/cache.bin: No space left on device" in flaskd.log
+    assert f"cannot record this stop in {flaskd.state}/last-stop.json: No space left on device" in flaskd.log
+    assert files(flaskd, "result") == files(flaskd, "kept")
+
+
+READ_ONLY = """
+set -e
+mount --bind "$KEPT" "$STATE_DIRECTORY"
+mount -o remount,bind,ro "$STATE_DIRECTORY"
+exec "$@"
+"""
+
+
+def test_a_read_only_disk_costs_the_record_and_the_cache(kept: Flaskd) -> None:
+    """It starts, with a warning and an empty cache, serves, and stops in good order; the old files stay."""
+    flaskd = kept
+    before = files(flaskd, "kept")
+    flaskd.write("read_only.sh", READ_ONLY)
+    flaskd.start(app="cached", prefix=["unshare", "-m", "sh", "read_only.sh"])
+    assert f"cannot write to {flaskd.state}: Read-only file system; the last stop will not be recorded" in flaskd.log
+    assert f"cannot use {flaskd.state}/cache.bin: Read-only file system; starting empty" in flaskd.log
+    assert get(flaskd.url, "/get") == (200, b"None")
+    assert flaskd.client("last-stop")[0] != 69
+    assert flaskd.stop() == 0
+    assert f"cannot write {flaskd.state}/cache.bin: Read-only file system" in flaskd.log
+    assert files(flaskd, "kept") == before
+    assert json.loads(before["last-stop.json"])["reason"] == "signal: SIGTERM"
+
+
+def test_a_state_directory_in_use(flaskd: Flaskd, make_flaskd) -> None:
+    """A second flaskd with the same state directory serves without touching it."""
+    flaskd.start()
+    other = make_flaskd()
+    other.env["STATE_DIRECTORY"] = str(flaskd.state)
+    other.start()
+    assert f"another flaskd works with {flaskd.state}; the last stop will not be recorded" in other.log
+    assert other.stop() == 0
+    assert not (flaskd.state / "last-stop.json").exists()
+    assert flaskd.stop() == 0
+    assert flaskd.record()["reason"] == "signal: SIGTERM"

@@ -1,0 +1,106 @@
+"""watch: true. Edits of the configuration file are picked up by themselves, however they are made."""
+
+import signal
+
+import pytest
+from conftest import Flaskd, get
+
+ONE = "watch: true\nserver: {threads: 2}\n"
+TWO = "watch: true\nserver: {threads: 3}\ncleanup: {policies: {bye: {use: command, with: {argv: [touch, two]}}}}\n"
+
+
+def reloads(flaskd: Flaskd) -> int:
+    """How many reloads are over, good or bad."""
+    return flaskd.log.count(" reloaded ") + flaskd.log.count("reload failed: ")
+
+
+def in_place(flaskd: Flaskd, text: str) -> None:
+    flaskd.write("flaskd.yaml", text)
+
+
+def renamed(flaskd: Flaskd, text: str) -> None:
+    flaskd.write("flaskd.yaml.swp", text).replace(flaskd.directory / "flaskd.yaml")
+
+
+def swapped(flaskd: Flaskd, text: str) -> None:
+    """As the kubelet updates a mounted ConfigMap: a new directory, and the ..data link exchanged."""
+    number = str(len(list(flaskd.directory.glob("..20*"))))
+    flaskd.write(f"..20{number}/flaskd.yaml", text)
+    (flaskd.directory / "..data_tmp").symlink_to(f"..20{number}")
+    (flaskd.directory / "..data_tmp").rename(flaskd.directory / "..data")
+    if not (flaskd.directory / "flaskd.yaml").exists():
+        (flaskd.directory / "flaskd.yaml").symlink_to("..data/flaskd.yaml")
+
+
+@pytest.mark.parametrize("edit", [in_place, renamed, swapped])
+def test_an_edit_is_picked_up(flaskd: Flaskd, edit) -> None:
+    """Once for each edit, the good ones in force and the bad one told with its place and not repeated."""
+    edit(flaskd, ONE)
+    flaskd.start()
+    edit(flaskd, TWO)
+    flaskd.until(lambda: reloads(flaskd) == 1)
+    assert flaskd.status()["threads"] == 3
+    assert "bye" in flaskd.command("plan")
+    edit(flaskd, "watch: true\nserver: {threads: many}\n")
+    flaskd.until(lambda: reloads(flaskd) == 2)
+    assert "flaskd.yaml:2:19 server.threads: expected an integer" in flaskd.log
+    assert flaskd.status()["last_reload"]["ok"] is False
+    edit(flaskd, ONE)
+    flaskd.until(lambda: reloads(flaskd) == 3)
+    assert flaskd.status()["last_reload"]["ok"] is True
+    assert flaskd.status()["threads"] == 2
+    assert get(flaskd.url) == (200, b"hello")
+    assert flaskd.stop() == 0
+    assert flaskd.log.count("reload failed: ") == 1
+    assert reloads(flaskd) == 3
+
+
+def test_during_a_stop_nothing_changes(flaskd: Flaskd) -> None:
+    """An edit while flaskd stops is not even read; what was planned runs."""
+    in_place(flaskd, TWO)
+    flaskd.start()
+    held = flaskd.hold()
+    flaskd.kill(signal.SIGTERM)
+    flaskd.wait_message("STOPPING=1")
+    in_place(flaskd, "[")
+    # Longer than the watch needs for an edit: it reports progress every second.
+    for _ in range(3):
+        flaskd.wait_message("stopping: 1 in flight")
+    assert reloads(flaskd) == 0
+    flaskd.gate.open()
+    assert held.result() == (200, b"held")
+    assert flaskd.wait() == 0
+    assert (flaskd.directory / "two").exists()
+    assert "has changed" not in flaskd.log
+
+
+def test_an_edit_while_drained_waits_for_resume(flaskd: Flaskd) -> None:
+    """A drained flaskd does not reload; once it serves again, the edit is picked up."""
+    in_place(flaskd, ONE)
+    flaskd.start()
+    flaskd.command("drain wait")
+    in_place(flaskd, TWO)
+    assert flaskd.command("reload") == "ERR not-now cannot reload: flaskd is drained\n"
+    assert flaskd.command("resume").startswith("OK ready")
+    flaskd.until(lambda: reloads(flaskd) == 1)
+    assert flaskd.status()["threads"] == 3
+    assert flaskd.stop() == 0
+
+
+def test_a_watch_begins_and_ends_with_a_reload(flaskd: Flaskd) -> None:
+    """Without watch: true nothing is watched, and `reload` takes an edit once, whether it is watched or not."""
+    path = flaskd.write("flaskd.yaml", "server: {threads: 2}\n")
+    flaskd.start()
+    in_place(flaskd, TWO)
+    assert flaskd.client("reload")[:2] == (0, f"reloaded config={path}\n")
+    assert flaskd.status()["threads"] == 3
+    in_place(flaskd, ONE)
+    flaskd.until(lambda: reloads(flaskd) == 2)
+    in_place(flaskd, "server: {threads: 5}\n")
+    flaskd.until(lambda: reloads(flaskd) == 3)
+    in_place(flaskd, TWO)
+    assert flaskd.command("reload").startswith("OK reloaded")
+    in_place(flaskd, ONE)
+    flaskd.until(lambda: flaskd.status()["threads"] == 2)
+    assert flaskd.stop() == 0
+    assert reloads(flaskd) == 5  # the fourth was asked for, and not repeated by the watch

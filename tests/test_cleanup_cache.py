@@ -1,0 +1,295 @@
+import os
+import stat
+import time
+from types import SimpleNamespace
+
+import pytest
+from cachelib import FileSystemCache
+from cachelib import SimpleCache as CachelibCache
+from flask import Flask
+from flask_caching import Cache
+from test_cleanup_kit import PATIENCE, run
+
+from flaskd.cleanup import ACTIONS, Fate, Step, StepFailedError, action_specs, build_plan
+from flaskd.cleanup.cache import PersistFields, restore_cache
+from flaskd.config import load_mapping
+from flaskd.errors import ConfigError
+
+SECRET = "a secret of the app"
+
+
+def app_of(secret=SECRET, name="shop", kind="SimpleCache"):
+    """Give an app and its cache."""
+    app = Flask(name)
+    app.secret_key = secret
+    cache = Cache(app, config={"CACHE_TYPE": kind, "CACHE_NO_NULL_WARNING": True})
+    return app, app.extensions["cache"][cache]
+
+
+def persist(app, state, **fields):
+    """Run the action and give its result."""
+    action = ACTIONS["cache.persist"]
+    step = Step("keep", action, action.fields(**fields), action.default_phase, timeout=PATIENCE)
+    return run(step, app=app, state=state)["keep"]
+
+
+def restore(app, state, **fields):
+    return restore_cache(app, state, PersistFields(**fields))
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """Give the file of a cache with three entries."""
+    app, cache = app_of()
+    cache.set("short", [1, 2], timeout=100)
+    cache.set("long", {"a": "b"}, timeout=1000)
+    cache.set("ever", "x", timeout=0)
+    assert (persist(app, tmp_path).fate, persist(app, tmp_path).detail) == (Fate.OK, "3 entries")
+    return tmp_path / "cache.bin"
+
+
+def test_entries_come_back_with_their_own_expiry(kept):
+    """Keys, values and the moment of expiry are what they were; nobody else may read the file."""
+    app, cache = app_of()
+    assert restore(app, kept.parent) == f"restored 3 entries from {kept}"
+    assert (cache.get("short"), cache.get("long"), cache.get("ever")) == ([1, 2], {"a": "b"}, "x")
+    now = time.time()
+    left = {key: expires - now for key, (expires, _) in cache._cache.items()}
+    assert 90 < left["short"] <= 100
+    assert 990 < left["long"] <= 1000
+    assert cache._cache["ever"][0] == 0
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+    assert {each.name for each in kept.parent.iterdir()} == {"cache.bin"}
+
+
+def test_nothing_is_unpickled(kept, monkeypatch):
+    """Neither keeping nor restoring runs the code that a pickle is."""
+
+    def never(*_args):
+        raise AssertionError("unpickled")
+
+    monkeypatch.setattr(CachelibCache.serializer, "loads", never)
+    app, cache = app_of()
+    restore(app, kept.parent)
+    persist(app, kept.parent)
+    assert len(cache._cache) == 3
+
+
+def test_what_has_expired_stays_away(tmp_path, monkeypatch):
+    """An entry whose time is up is neither kept nor restored."""
+    app, cache = app_of()
+    cache.set("gone", 1, timeout=10)
+    cache.set("soon", 1, timeout=100)
+    cache.set("here", 1, timeout=1000)
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 50)
+    assert persist(app, tmp_path).detail == "2 entries"
+    monkeypatch.setattr(time, "time", lambda: real() + 500)
+    app, cache = app_of()
+    assert restore(app, tmp_path).startswith("restored 1 entry ")
+    assert list(cache._cache) == ["here"]
+
+
+def test_what_the_app_has_put_there_is_newer(kept):
+    """An entry that the app made while it was loaded is not overwritten, and the threshold is kept."""
+    app, cache = app_of()
+    cache.set("ever", "new")
+    cache._threshold = 2
+    assert restore(app, kept.parent).startswith("restored 1 entry ")
+    assert cache.get("ever") == "new"
+
+
+def test_a_file_is_restored_once(kept):
+    """What a life without a new file had changed must not come back; the file itself stays as it is."""
+    content = kept.read_bytes()
+    restore(app_of()[0], kept.parent)
+    app, cache = app_of()
+    with pytest.raises(StepFailedError, match="it was restored before"):
+        restore(app, kept.parent)
+    assert cache._cache == {}
+    assert kept.read_bytes() == content
+    persist(app, kept.parent)
+    assert restore(app_of()[0], kept.parent).startswith("restored 0 entries")
+
+
+def damaged(content):
+    """Give each way in which a file can be wrong."""
+    yield "nothing", b""
+    yield "half", content[: len(content) // 2]
+    yield "one byte less", content[:-1]
+    yield "one byte more", content + b"x"
+    for place in (0, 20, 60, len(content) - 1):
+        yield f"byte {place}", content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+    yield "foreign", b"\x80\x04]\x94."
+    yield "large", content + b"x" * 70_000
+
+
+def test_a_file_that_is_not_ours_is_refused(kept):
+    """Tampered with, truncated or of another kind: refused by name, and the cache stays empty."""
+    app, cache = app_of()
+    for what, content in damaged(kept.read_bytes()):
+        kept.write_bytes(content)
+        with pytest.raises(StepFailedError, match=f"^refused {kept}: it .*; starting empty$"):
+            restore(app, kept.parent, max_size=64_000)
+        assert cache._cache == {}, what
+
+
+@pytest.mark.parametrize(
+    ("change", "fields", "words"),
+    [
+        ({"secret": "another secret"}, {}, "signed with another key"),
+        ({}, {"key": "sixteen letters!"}, "signed with another key"),
+        ({"name": "store"}, {}, 'it is of the app "shop", and this is "store"'),
+    ],
+)
+def test_a_foreign_file_is_refused(kept, change, fields, words):
+    """Another key, or another app with the same key."""
+    with pytest.raises(StepFailedError, match=words):
+        restore(app_of(**change)[0], kept.parent, **fields)
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(3601, "old, and max_age is 3600s"), (-3600, "from the future")])
+def test_an_old_file_is_refused(kept, monkeypatch, seconds, words):
+    """A file beyond max_age, or from a clock that ran ahead."""
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + seconds)
+    with pytest.raises(StepFailedError, match=words):
+        restore(app_of()[0], kept.parent, max_age=3600.0)
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    """A FIFO or a directory in its place holds up nothing; no file at all is no news."""
+    app, _ = app_of()
+    assert restore(app, tmp_path) == ""
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(StepFailedError, match="not a regular file"):
+        restore(app, tmp_path, path="fifo")
+    with pytest.raises(StepFailedError, match="Is a directory"):
+        restore(app, tmp_path, path=str(tmp_path))
+
+
+def test_restore_can_be_declined(kept):
+    """With restore: false the file is left for others."""
+    app, cache = app_of()
+    assert restore(app, kept.parent, restore=False) == ""
+    assert cache._cache == {}
+
+
+def test_the_size_is_bounded(tmp_path):
+    """The file never grows beyond max_size; those that expire last are kept, and the others counted."""
+    app, cache = app_of()
+    for number in range(200):
+        cache.set(f"key {number}", "x" * 100, timeout=1000 + number)
+    result = persist(app, tmp_path, max_size=16 * 1024)
+    assert (tmp_path / "cache.bin").stat().st_size <= 16 * 1024
+    app, cache = app_of()
+    restore(app, tmp_path, max_size=16 * 1024)
+    count = len(cache._cache)
+    assert 50 < count < 200
+    assert result.detail == f"{count} entries; {200 - count} left out by max_size"
+    assert set(cache._cache) == {f"key {number}" for number in range(200 - count, 200)}
+
+
+def test_without_a_secret_a_key_is_made(tmp_path):
+    """Without secret_key and `key` there is a random key in the state directory that nobody else may read."""
+    app, cache = app_of(secret=None)
+    cache.set("a", 1)
+    assert persist(app, tmp_path).fate is Fate.OK
+    key = tmp_path / "cache.key"
+    assert (stat.S_IMODE(key.stat().st_mode), key.stat().st_size) == (0o600, 32)
+    app, cache = app_of(secret=None)
+    assert restore(app, tmp_path).startswith("restored 1 ")
+    before = key.read_bytes()
+    persist(app, tmp_path)
+    assert key.read_bytes() == before
+
+
+@pytest.mark.parametrize("how", ["open to all", "short", "a link", "gone"])
+def test_a_key_that_others_may_know_is_refused(tmp_path, how):
+    """A key file that others can read, of another length, a link, or none at all: nothing is restored."""
+    app, cache = app_of(secret=None)
+    cache.set("a", 1)
+    persist(app, tmp_path)
+    key = tmp_path / "cache.key"
+    if how == "open to all":
+        key.chmod(0o644)
+    elif how == "short":
+        key.write_bytes(b"x")
+    else:
+        key.rename(tmp_path / "other")
+        if how == "a link":
+            key.symlink_to("other")
+    with pytest.raises(StepFailedError, match=f"{key}"):
+        restore(app_of(secret=None)[0], tmp_path)
+    assert (persist(app, tmp_path).fate is Fate.OK) == (how == "gone")
+
+
+def test_a_configured_key_is_never_shown():
+    """Whatever `key` is, `flaskd config` does not show it; a short one is a fault."""
+    specs = action_specs()
+    policy = {"use": "cache.persist", "with": {"key": "sixteen letters!"}}
+    shown = load_mapping({"cleanup": {"policies": {"a": policy}}}, actions=specs)
+    assert "sixteen" not in shown.describe()
+    assert build_plan(shown.values.cleanup).steps[0].fields.key.get_secret_value() == "sixteen letters!"
+    with pytest.raises(ConfigError, match=r"cleanup.policies.a.with.key: expected at least 16 characters"):
+        load_mapping({"cleanup": {"policies": {"a": {**policy, "with": {"key": 123}}}}}, actions=specs)
+
+
+def test_other_caches_keep_themselves(tmp_path):
+    """For backends that are not in memory, and apps without a cache, there is nothing to do."""
+    for app in (None, Flask("bare"), app_of(kind="NullCache")[0]):
+        result = persist(app, tmp_path)
+        assert (result.fate, result.detail) == (Fate.OK, "nothing to keep: no cache is in memory")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_caches_without_flask_caching_are_found(tmp_path):
+    """A cachelib cache as an extension, and the one of a session interface; files keep themselves."""
+    app = SimpleNamespace(import_name="x", secret_key="s" * 16, extensions={"mine": CachelibCache()})
+    app.session_interface = SimpleNamespace(client=CachelibCache())
+    app.extensions["files"] = FileSystemCache(str(tmp_path / "files"))
+    app.extensions["mine"].set("a", 1)
+    app.session_interface.client.set("a", 2)
+    assert persist(app, tmp_path).detail == "2 entries"
+    app.extensions["mine"], app.session_interface.client = CachelibCache(), CachelibCache()
+    restore(app, tmp_path)
+    assert (app.extensions["mine"].get("a"), app.session_interface.client.get("a")) == (1, 2)
+
+
+def test_the_private_shape_is_tested_first(kept):
+    """Where cachelib has changed inside, the step fails by name and the previous file stays."""
+    content = kept.read_bytes()
+    app, cache = app_of()
+    cache._cache["odd"] = "neither"
+    result = persist(app, kept.parent)
+    assert (result.fate, result.why) == (
+        Fate.FAILED, "cannot keep cache 0: an entry is not what cachelib's entries were",
+    )  # fmt: skip
+    del cache._cache
+    for use in (lambda: persist(app, kept.parent).why, lambda: restore(app, kept.parent)):
+        try:
+            why = use()
+        except StepFailedError as error:
+            why = str(error)
+        assert "this version of cachelib keeps its entries in another way" in why
+    assert kept.read_bytes() == content
+
+
+def test_without_a_state_directory_of_our_own(kept, tmp_path):
+    """While another flaskd works with it, nothing is written there or read from there; an absolute path needs none."""
+    app, _ = app_of()
+    assert persist(app, None).why == "cannot use cache.bin: no state directory is ours; give an absolute path"
+    with pytest.raises(StepFailedError, match="no state directory is ours"):
+        restore(app, None)
+    assert persist(app, None, path=str(tmp_path / "mine")).fate is Fate.OK
+    assert "no state directory is ours to keep a key in" in persist(app_of(secret=None)[0], None, path="/x").why
+
+
+def test_a_directory_that_cannot_be_written_to(tmp_path):
+    """The failure says what and why."""
+    app, _ = app_of()
+    (tmp_path / "file").touch()
+    result = persist(app, tmp_path / "file")
+    assert result.why == f"cannot write {tmp_path / 'file' / 'cache.bin'}: File exists"
+    result = persist(app, tmp_path, path="none/cache.bin")
+    assert result.why == f"cannot write {tmp_path / 'none' / 'cache.bin'}: No such file or directory"
