@@ -148,10 +148,16 @@ class Running:
             for each in (self.directory, *self.directory.iterdir()):
                 os.chown(each, NOBODY, NOBODY)
             options |= {"user": NOBODY, "group": NOBODY, "extra_groups": []}
-        with self._log.open("wb") as log:
-            self.process = subprocess.Popen(
-                argv, cwd=self.directory, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **options
-            )
+        try:
+            with self._log.open("wb") as log:
+                self.process = subprocess.Popen(
+                    argv, cwd=self.directory, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **options
+                )
+        except PermissionError as error:
+            shutil.rmtree(self.directory)
+            raise NotReadyError(
+                f"cannot run {sys.executable} as nobody: {error.strerror}; use a Python that everybody may run"
+            ) from error
 
     @property
     def _log(self) -> Path:

@@ -65,6 +65,14 @@ class App:
         self.released.wait()
         return self.hello(environ, start_response, environ["PATH_INFO"].encode())
 
+    def chunks(self, environ, start_response):
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        yield from (b"one", b"two")
+
+    def empty(self, environ, start_response):
+        start_response("204 No Content", [])
+        return []
+
     def late(self, environ, start_response):
         self.released.wait()
         return self.hello(environ, start_response, b"x" * 1_000_000)
@@ -155,7 +163,7 @@ class Client:
         if not line:
             raise http.client.RemoteDisconnected
         status, headers = int(line.split()[1]), http.client.parse_headers(self._file)
-        if status == 100:
+        if status in {100, 204, 304}:
             return Response(status, headers, b"")
         if headers["Transfer-Encoding"] == "chunked":
             body = b""

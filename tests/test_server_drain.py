@@ -212,6 +212,7 @@ def test_while_drained_a_shared_listener_answers_503(serve, app, connect):
         server.refuse(on=True)
         response = connect(server).ask("/")
         assert (response.status, response.last) == (503, True)
+        assert int(response.headers["Retry-After"]) > 0
         server.resume()
         assert connect(server).ask("/").status == 200
 

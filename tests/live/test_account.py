@@ -86,7 +86,7 @@ def test_a_stop_leaves_the_shared_backlog_to_its_next_owner(flaskd: Flaskd) -> N
 
 
 def test_a_waiting_stop_that_lost_nothing_exits_with_0(flaskd: Flaskd) -> None:
-    """What was refused in words is not lost; only what was cut makes a waiting client exit with 1."""
+    """When everything in hand was answered, the client that waits exits with 0, and shows the account."""
     flaskd.start()
     held = flaskd.hold()
     outcome: list[tuple[int, str, str]] = []
