@@ -116,12 +116,11 @@ def test_an_answer_that_trickles(service):
                     except OSError:
                         broken_off.set()
 
-        thread = threading.Thread(target=trickle)
+        thread = threading.Thread(target=trickle, daemon=True)  # should it not be broken off, it ends with the tests
         thread.start()
         result = perform("webhook", url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=0.3)
         assert result.fate is Fate.TIMED_OUT
         assert broken_off.wait(PATIENCE)
-        thread.join()
 
 
 def test_what_is_no_http_is_named():

@@ -73,6 +73,17 @@ def test_each_kind_of_edit_is_told_once(path, how):
         assert owner.looks() == []
 
 
+def test_a_file_with_the_old_date_is_an_edit(path):
+    """A rename that keeps size and modification time, as rsync and cp -p make them, is seen."""
+    owner = Owner(path)
+    owner.looks()
+    (path.parent / "new").write_text("two")
+    found = path.stat()
+    os.utime(path.parent / "new", ns=(found.st_atime_ns, found.st_mtime_ns))
+    (path.parent / "new").replace(path.resolve())
+    assert owner.looks() == [digest(b"two")]
+
+
 def test_an_edit_before_the_first_look_is_seen(path):
     """What was edited after it had been read and before the watch began is no secret."""
     owner = Owner(path)

@@ -76,6 +76,22 @@ def test_killed_while_serving(flaskd: Flaskd) -> None:
     assert flaskd.stop() == 0
 
 
+def test_killed_while_its_child_lives(flaskd: Flaskd) -> None:
+    """What the app forked keeps neither directory locked: the next start is let in, and knows what it takes over."""
+    flaskd.write("forking.py", "import os, time\nfrom gateapp import app\n@app.get('/fork')\ndef fork():\n"
+                 "    child = os.fork()\n    if child == 0:\n        time.sleep(60)\n        os._exit(0)\n    return str(child)\n")  # fmt: skip
+    flaskd.start(app="forking")
+    child = int(get(flaskd.url, "/fork")[1])
+    try:
+        killed(flaskd)
+        flaskd.start(app="forking")
+        assert flaskd.status()["previous"].startswith("died")
+        assert "another flaskd" not in flaskd.log
+        assert flaskd.stop() == 0
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
 def test_killed_in_the_middle_of_the_cleanup(flaskd: Flaskd) -> None:
     """The next start knows that a stop was under way and why; the record of the stop before stays as it was."""
     flaskd.write("cached.py", CACHED)
