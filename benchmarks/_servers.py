@@ -154,7 +154,7 @@ class Running:
         config: str = "",
     ) -> None:
         if listener is not None and server.inherited is None:
-            raise NotReadyError(f"{server.name} does not take an inherited listener")
+            raise NotReadyError(f"{server.name} is not measured on an inherited listener")
         self.port = port
         self.name = server.name
         self.directory = Path(tempfile.mkdtemp(prefix="bench-"))

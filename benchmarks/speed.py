@@ -25,7 +25,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -185,7 +185,7 @@ def _run(servers: list[Any], options: argparse.Namespace, results: Results) -> N
 
 
 @contextlib.contextmanager
-def _noting(results: Results, server: Running, what: str) -> Any:
+def _noting(results: Results, server: Running, what: str) -> Iterator[None]:
     try:
         yield
     except (NotReadyError, OSError) as error:
