@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import random
+import select
 import shutil
 import signal
 import socket
@@ -54,7 +55,7 @@ class Server:
     name: str
     modules: tuple[str, ...]
     bound: Callable[[int], list[str]]
-    inherited: Callable[[], list[str]]
+    inherited: Callable[[], list[str]] | None = None
 
     @property
     def missing(self) -> list[str]:
@@ -81,6 +82,21 @@ def _uvicorn(*more: str) -> list[str]:
     return ["-m", "uvicorn", "--factory", "app:asgi", "--no-access-log", "--timeout-graceful-shutdown", "30", *more]
 
 
+def _granian(port: int) -> list[str]:
+    options = ["--interface", "wsgi", "--workers", "1", "--blocking-threads", str(THREADS), "--no-ws"]
+    return ["-m", "granian", *options, "--host", HOST, "--port", str(port), "app:app"]
+
+
+def _uwsgi(port: int) -> list[str]:
+    # Its router is what speaks HTTP to clients; the hook is its recipe for a SIGTERM that lets requests finish.
+    options = ["--master", "--enable-threads", "--threads", str(THREADS), "--need-app", "--disable-logging"]
+    options += ["--http-keepalive", "--http-auto-chunked", "--listen", "1024", "--virtualenv", sys.prefix]
+    options += ["--hook-master-start", "unix_signal:15 gracefully_kill_them_all"]
+    program = str(Path(sys.executable).with_name("uwsgi"))
+    become = "import os, sys; os.execv(sys.argv[1], sys.argv[1:])"
+    return ["-c", become, program, "--http", f"{HOST}:{port}", *options, "--module", "app:app"]
+
+
 SERVERS = {
     each.name: each
     for each in (
@@ -93,6 +109,8 @@ SERVERS = {
             lambda port: _uvicorn("--host", HOST, "--port", str(port)),
             lambda: _uvicorn("--fd", "3"),
         ),
+        Server("granian", ("granian",), _granian),
+        Server("uwsgi", ("uwsgidecorators",), _uwsgi),
     )
 }
 
@@ -121,15 +139,26 @@ def free_port() -> int:
 
 
 class Running:
-    """A server process in a directory of its own; `listener` is inherited, else it binds `port`."""
+    """A server process in a directory of its own; `listener` is inherited, else it binds `port`.
+
+    `config` is flaskd's configuration beyond the access log, which is off as it is under the others.
+    """
 
     def __init__(
-        self, server: Server, port: int, listener: socket.socket | None = None, *, unprivileged: bool = False
+        self,
+        server: Server,
+        port: int,
+        listener: socket.socket | None = None,
+        *,
+        unprivileged: bool = False,
+        config: str = "",
     ) -> None:
+        if listener is not None and server.inherited is None:
+            raise NotReadyError(f"{server.name} is not measured on an inherited listener")
         self.port = port
         self.name = server.name
         self.directory = Path(tempfile.mkdtemp(prefix="bench-"))
-        (self.directory / "flaskd.yaml").write_text('log: {access: "off"}\n', encoding="ascii")
+        (self.directory / "flaskd.yaml").write_text('log: {access: "off"}\n' + config, encoding="ascii")
         (self.directory / "run").mkdir()
         env = {key: value for key, value in os.environ.items() if not key.startswith(("LISTEN_", "FLASK"))}
         env |= {
@@ -139,10 +168,10 @@ class Running:
             "STATE_DIRECTORY": str(self.directory),
             "HOME": str(self.directory),
         }
-        argv = [sys.executable, *(server.bound(port) if listener is None else server.inherited())]
+        argv = [sys.executable, *server.bound(port)]
         options: dict[str, Any] = {}
-        if listener is not None:
-            argv = [sys.executable, "-c", _INHERIT, str(listener.fileno()), *argv]
+        if listener is not None and server.inherited is not None:
+            argv = [sys.executable, "-c", _INHERIT, str(listener.fileno()), sys.executable, *server.inherited()]
             options["pass_fds"] = [listener.fileno()]
         if unprivileged and os.geteuid() == 0:
             for each in (self.directory, *self.directory.iterdir()):
@@ -185,33 +214,62 @@ class Running:
         raise NotReadyError(f"{self.name} did not become ready: {' | '.join(log) or 'it logged nothing'}")
 
     def terminate(self) -> float:
-        """Send SIGTERM and return the moment."""
+        """Send SIGTERM and return the moment; raises NotReadyError when it has exited already."""
+        if self.process.poll() is not None:
+            raise NotReadyError(f"{self.name} has exited before")
         moment = time.monotonic()
         self.process.send_signal(signal.SIGTERM)
         return moment
 
     def wait_exit(self, since: float, patience: float = EXIT_PATIENCE) -> float:
         """Wait until it has exited and return the seconds since a moment; infinite when it had to be killed."""
+        exited = os.pidfd_open(self.process.pid)  # Popen.wait() with a timeout is up to 50 ms late
         try:
-            self.process.wait(patience)
-        except subprocess.TimeoutExpired:
+            watch = select.poll()
+            watch.register(exited, select.POLLIN)
+            moment = time.monotonic() if watch.poll(patience * 1000) else float("inf")
+        finally:
+            os.close(exited)
+        if moment == float("inf"):
             self.close()
-            return float("inf")
-        return time.monotonic() - since
+        self.process.wait()
+        return moment - since
+
+    @property
+    def pids(self) -> list[int]:
+        """Its process and all that descend from it."""
+        found = [self.process.pid]
+        for pid in found:
+            found += _children(pid)
+        return found
 
     def cpu(self) -> float:
-        """CPU seconds that it has used: proc(5)."""
-        words = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
-        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+        """CPU seconds that it and its children have used: proc(5)."""
+        used = 0
+        for pid in self.pids:
+            words = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+            used += int(words[11]) + int(words[12])
+        return used / os.sysconf("SC_CLK_TCK")
 
-    def descriptors(self) -> int:
-        """How many files it has open."""
-        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+    def connections(self) -> int:
+        """How many connections it has accepted and not closed: in proc_net(5), those in a backlog have inode 0."""
+        where = f"{self.port:04X} "
+        lines = Path("/proc/self/net/tcp").read_text(encoding="ascii").splitlines()[1:]
+        # The fields: number, local address, remote address, state (01 is ESTABLISHED), five more, inode.
+        return sum(line.partition(":")[2].partition(":")[2].startswith(where) and _accepted(line) for line in lines)
+
+    def wait_connections(self, count: int, patience: float) -> None:
+        """Wait until it has accepted so many connections that are still open; raises NotReadyError."""
+        until = time.monotonic() + patience
+        while (now := self.connections()) < count:
+            if time.monotonic() > until:
+                raise NotReadyError(f"{self.name} has {now} of {count} connections after {patience:.0f} s")
+            time.sleep(0.02)
 
     def close(self) -> None:
         """Kill it if it still lives, and remove its directory."""
         if self.process.poll() is None:
-            for child in _children(self.process.pid):
+            for child in self.pids[1:]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(child, signal.SIGKILL)
             self.process.kill()
@@ -222,18 +280,24 @@ class Running:
             shutil.rmtree(self.directory, ignore_errors=True)
 
 
+def _accepted(line: str) -> bool:
+    words = line.split()
+    return words[3] == "01" and words[9] != "0"
+
+
 def _children(pid: int) -> list[int]:
     with contextlib.suppress(OSError):
-        return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
+        tasks = list(Path(f"/proc/{pid}/task").iterdir())
+        return [int(each) for task in tasks for each in (task / "children").read_text(encoding="ascii").split()]
     return []
 
 
 @contextlib.contextmanager
 def running(
-    server: Server, port: int, listener: socket.socket | None = None, *, unprivileged: bool = False
+    server: Server, port: int, listener: socket.socket | None = None, *, unprivileged: bool = False, config: str = ""
 ) -> Iterator[Running]:
     """Start a server, wait until it is ready, and see to it that nothing is left of it."""
-    each = Running(server, port, listener, unprivileged=unprivileged)
+    each = Running(server, port, listener, unprivileged=unprivileged, config=config)
     try:
         each.wait_ready()
         yield each
@@ -271,7 +335,7 @@ def median(values: Sequence[float]) -> float:
 def environment() -> str:
     """Say on what the figures were taken, in one line."""
     versions = []
-    for module in ("flaskd", "waitress", "gunicorn", "uvicorn", "flask"):
+    for module in ("flaskd", "waitress", "gunicorn", "uvicorn", "granian", "uwsgi", "flask"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{module} {importlib.metadata.version(module)}")
     system = os.uname()

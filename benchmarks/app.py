@@ -32,7 +32,9 @@ def slow() -> str:
 
 @app.get("/big")
 def big() -> bytes:
-    """Send some MiB, 3 if not told otherwise."""
+    """Send some KiB, or else some MiB, 3 if not told otherwise."""
+    if kib := int(request.args.get("kib", "0")):
+        return PATTERN[: kib * 1024]
     return PATTERN * min(64, int(request.args.get("mib", "3")))
 
 
@@ -59,6 +61,11 @@ def upload() -> str:
 def echo() -> bytes:
     """Answer with the body."""
     return request.get_data()
+
+
+def hang(_: object) -> None:
+    """Take a minute, which is for ever as far as a stop is concerned; a cleanup policy of flaskd's."""
+    time.sleep(60)
 
 
 def asgi() -> Callable[..., Any]:

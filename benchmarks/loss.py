@@ -17,12 +17,24 @@ import random
 import socket
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from _load import FATES, LOST
-from _servers import HOST, SERVERS, Load, NotReadyError, Running, Server, chosen, environment, free_port, median, table
+from _servers import (
+    HOST,
+    SERVERS,
+    Load,
+    NotReadyError,
+    Running,
+    Server,
+    chosen,
+    environment,
+    free_port,
+    median,
+    running,
+    table,
+)
 
 SCENARIOS = {
     "stop": "Stop under load: SIGTERM, exit, start again on the same port",
@@ -42,7 +54,7 @@ def _stops(server: Server, port: int, options: argparse.Namespace, load: str) ->
     took: list[float] = []
     with contextlib.closing(Load(port, load, options.clients)) as clients:
         for _ in range(options.cycles):
-            with _running(server, port, options) as each:
+            with running(server, port, unprivileged=options.unprivileged) as each:
                 _busy()
                 took.append(each.wait_exit(each.terminate()))
         return clients.finish(), took
@@ -54,7 +66,7 @@ def _restarts(server: Server, port: int, options: argparse.Namespace) -> tuple[d
         listener = stack.enter_context(socket.create_server((HOST, port), backlog=1024))
         clients: Load | None = None
         for cycle in range(options.cycles + 1):
-            with _running(server, port, options, listener) as each:
+            with running(server, port, listener, unprivileged=options.unprivileged) as each:
                 clients = clients or stack.enter_context(contextlib.closing(Load(port, "mixed", options.clients)))
                 _busy()
                 if cycle < options.cycles:
@@ -66,7 +78,10 @@ def _restarts(server: Server, port: int, options: argparse.Namespace) -> tuple[d
 
 def _drains(server: Server, port: int, options: argparse.Namespace) -> tuple[dict[str, Any], list[float]]:
     took: list[float] = []
-    with _running(server, port, options) as each, contextlib.closing(Load(port, "mixed", options.clients)) as clients:
+    with (
+        running(server, port, unprivileged=options.unprivileged) as each,
+        contextlib.closing(Load(port, "mixed", options.clients)) as clients,
+    ):
         for _ in range(options.cycles):
             _busy()
             began = time.monotonic()
@@ -85,18 +100,6 @@ def _command(server: Running, line: str) -> None:
         answer = b"".join(iter(lambda: control.recv(4096), b"")).decode()
     if not answer.splitlines()[-1:] or not answer.splitlines()[-1].startswith("OK"):
         raise NotReadyError(f"flaskd answered {answer!r} to {line!r}")
-
-
-@contextlib.contextmanager
-def _running(
-    server: Server, port: int, options: argparse.Namespace, listener: socket.socket | None = None
-) -> Iterator[Running]:
-    each = Running(server, port, listener, unprivileged=options.unprivileged)
-    try:
-        each.wait_ready()
-        yield each
-    finally:
-        each.close()
 
 
 def measure(server: Server, scenario: str, options: argparse.Namespace) -> dict[str, Any]:

@@ -1,13 +1,18 @@
-"""The instrument: every request has a fate, and what is lost is seen."""
+"""The instruments: every request has a fate, what is lost is seen, and figures are what was measured.
+
+Nothing here says how long anything may take.
+"""
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-LOSS = Path(__file__).parent.parent / "benchmarks" / "loss.py"
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+LOSS = BENCHMARKS / "loss.py"
 
 
 @pytest.mark.parametrize("scenario", ["stop", "connect", "restart", "drain"])
@@ -37,3 +42,67 @@ def find(value):
     elif isinstance(value, list):
         for each in value:
             yield from find(each)
+
+
+def run(name, tmp_path, *arguments):
+    """Run a benchmark in its smallest form; returns what it printed, and what it wrote."""
+    file = tmp_path / "figures.json"
+    argv = [sys.executable, str(BENCHMARKS / name), "--quick", "--json", str(file), *arguments]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=80, check=False)
+    assert not done.stderr, done.stdout + done.stderr
+    written = json.loads(file.read_text())
+    missed = written["missed"] if name == "stop.py" else [each for each in written["goals"] if not each["met"]]
+    assert done.returncode == bool(missed)
+    assert ("flaskd misses" in done.stdout) == bool(missed)
+    return done.stdout, written
+
+
+def test_each_kind_of_stop_has_its_figure(tmp_path):
+    """One small stop of each kind: a row each, medians of what was measured, and every request answered."""
+    printed, written = run("stop.py", tmp_path, "--servers", "flaskd")
+    kinds = ["idle", "in_flight", "kept_alive", "just_answered", "refusal", "backlog", "queued", "slow_readers"]
+    kinds += ["second_signal", "third_signal", "crowd"]
+    assert [each["kind"] for each in written["stops"]] == kinds
+    assert sum("| " in line for line in printed.splitlines()) == len(kinds) + 1
+    for stop in written["stops"]:
+        assert not stop["error"]
+        assert stop["median"] == statistics.median(each["seconds"] for each in stop["figures"])
+        assert [each["answered"] for each in stop["figures"]] == [each["of"] for each in stop["figures"]]
+    asked = {each["kind"]: each["figures"][0]["of"] for each in written["stops"]}
+    assert asked["queued"] == 8
+    assert asked["slow_readers"] == 3
+    assert asked["backlog"] > 0
+
+
+def test_speed_is_relative_to_waitress(tmp_path):
+    """One short run: requests, seconds and ratios agree, nothing failed, and each goal has its figure."""
+    printed, written = run("speed.py", tmp_path, "--servers", "flaskd,waitress-serve", "--client", "own")
+    assert "| 256 connections" in printed
+    rates = {}
+    for load in written["loads"]:
+        (sample,) = load["samples"]
+        assert sample["requests"] > 0 == sample["failed"]
+        assert load["rate"] == pytest.approx(sample["requests"] / sample["seconds"])
+        rates[load["load"], load["server"]] = load["rate"]
+    for load in written["loads"]:
+        assert load["ratio"] == pytest.approx(load["rate"] / rates[load["load"], "waitress-serve"], abs=0.01)
+    assert {each["server"] for each in written["idle"]} == {"flaskd", "waitress-serve"}
+    assert len(written["goals"]) == 6 + 4 + 2
+    assert not written["errors"]
+
+
+def test_stopping_without_an_answer_is_seen(tmp_path):
+    """Under stock waitress, which answers nothing that is queued at the signal, the account says so."""
+    _, written = run("stop.py", tmp_path, "--servers", "waitress-serve", "--only", "queued")
+    (stop,) = written["stops"]
+    assert stop["figures"][0]["answered"] < stop["figures"][0]["of"]
+
+
+@pytest.mark.parametrize(("name", "what"), [("stop.py", "no row 'nap'"), ("speed.py", "no load 'nap'")])
+def test_an_unknown_row_is_refused(name, what):
+    """A misspelt row is named, with the ones there are."""
+    argv = [sys.executable, str(BENCHMARKS / name), "--only", "nap"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=80, check=False)
+    assert done.returncode == 2
+    assert what in done.stderr
+    assert "idle" in done.stderr

@@ -459,6 +459,22 @@ def test_the_environ_is_made_by_get_environment():
     assert (seen[0]["REMOTE_ADDR"], seen[0]["PATH_INFO"]) == ("192.0.2.7", "/path")
 
 
+@pytest.mark.parametrize("body", [b"hello", b""])
+def test_the_header_is_put_out_first_and_alone(body, monkeypatch):
+    """What is held to go out with the body is the first thing that a task's first `write` puts out: the header, whole."""
+    put_out = []
+    monkeypatch.setattr(Recording, "write_soon", lambda _, data: put_out.append(data))
+
+    def app(environ, start_response):
+        start_response("200 OK", [("Content-Length", str(len(body)))])
+        return [body]
+
+    WSGITask(Recording(app), parsed(GET)).service()
+    assert put_out[0].startswith(b"HTTP/1.1 200 OK\r\n")
+    assert put_out[0].endswith(b"\r\n\r\n")
+    assert put_out[1:] == ([body] if body else [])
+
+
 # --- the channel -------------------------------------------------------------------------------------------------------
 
 
@@ -556,6 +572,27 @@ def test_a_served_request_is_closed_and_gone(channel):
     channel.service()
     assert (closed, channel.requests) == ([1], [])
     assert channel.server.pulls
+
+
+def test_the_loop_is_woken_for_the_last_time_when_the_request_is_gone(channel):
+    """A worker that is not done with a request leaves it first in line: only the last word to the loop comes after."""
+    first_in_line = []
+    channel.server.pull_trigger = lambda: first_in_line.append(channel.requests[:1])
+    channel.server.application = lambda environ, start: start("200 OK", []) and [b"x" * 8_000_000]
+    channel.received(GET)
+    request = channel.requests[0]
+    channel.service()
+    assert first_in_line == [[request], []]
+
+
+def test_a_body_arrives_where_its_head_is_finished(channel):
+    """Bodies are read in larger bites than heads: a request in part must say which of both it is in."""
+    channel.received(b"POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 9\r\n")
+    assert not channel.request.headers_finished
+    channel.received(b"\r\n1234")
+    assert channel.request.headers_finished
+    channel.received(b"56789")
+    assert channel.request is None
 
 
 def test_requests_behind_the_end_are_closed(channel):

@@ -34,6 +34,9 @@ _VISIBLE = bytes(range(0x21, 0x7F))
 """ASCII that is shown as it is; a client may put anything else into its request's path, escape sequences included."""
 _DISCARD = 1 << 16
 """Bytes thrown away at once."""
+_BODY = 1 << 16
+"""Bytes of a body read at once; waitress' 8 KiB are a turn of the loop for each. A head is read in its small bites,
+because what lies behind it may be hundreds of requests more."""
 _LINGER = 0.2
 """Seconds in which a half-closed client may close its side, before the connection is closed under it."""
 _LINGER_LOOK = 0.05
@@ -162,7 +165,11 @@ class _Front:
         return self._acceptor.application
 
     def pull_trigger(self) -> None:
-        self._channel.loop.poller.touch(self._channel)
+        channel = self._channel
+        if channel.requests and channel.requests[0] is channel.serving:
+            channel.loop.poller.touch(channel)
+        # Else waitress is done with the request, and the channel's own service() touches when it is done, too: the loop
+        # may take up the next request at once, and the two threads would only fight for the GIL.
 
     def add_task(self, channel: Channel) -> None:
         if channel.answered_here:
@@ -192,6 +199,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         self._linger_until, self._unacknowledged = 0.0, 0
         self._flushing = False
         self._last_activity = self.grace_from
+        self._holds = False
+        self._held = b""
         super().__init__(_Front(self, acceptor), sock, addr, adj, map=map)
         self.loop.connections_accepted += 1
         if self.loop.drains:
@@ -281,6 +290,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
                 self.unsettled.append(request)
             self._settle()
         self.loop.answered(request)
+        if self.connected:
+            self.loop.poller.touch(self)
 
     def serve_here(self) -> None:
         """Answer the first request in line without a worker (loop's thread)."""
@@ -291,7 +302,22 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         """Put out a part of a response; a stream that was ended takes no more."""
         if self.stream_over:
             raise ClientDisconnected
+        if self._holds:
+            self._holds, self._held = False, data
+            return len(data)
+        if self._held:
+            data, self._held = self._held + data, b""
         return int(super().write_soon(data))
+
+    def hold_next(self) -> None:
+        """Keep what is put out next, a header, until more follows or `release` (worker thread)."""
+        self._holds = True
+
+    def release(self) -> None:
+        """Put out what is still held (worker thread)."""
+        held, self._holds, self._held = self._held, False, b""
+        if held:
+            super().write_soon(held)
 
     def end_stream(self) -> None:
         """End the stream being sent, between two chunks (loop's thread); its worker learns at its next write."""
@@ -348,7 +374,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     def handle_read(self) -> None:
         """Read; what comes after the half-close is thrown away, because its answer could not be sent."""
         try:
-            data = self.socket.recv(_DISCARD if self.half_closed else self.adj.recv_bytes)
+            data = self.socket.recv(self._bite)
         except BlockingIOError:
             return  # the event was for the socket that had this number before
         except OSError:
@@ -358,6 +384,12 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         elif not self.half_closed:
             self.last_activity = time.monotonic()
             self.received(data)
+
+    @property
+    def _bite(self) -> int:
+        if self.half_closed:
+            return _DISCARD
+        return _BODY if self.request is not None and self.request.headers_finished else int(self.adj.recv_bytes)
 
     def handle_write(self) -> None:
         """Flush and retire what is done."""

@@ -208,7 +208,8 @@ class EventLoop:
         try:
             while not self._ending:
                 self.poller.turn(self._patience())
-                self.turned.set()
+                if not self.turned.is_set():
+                    self.turned.set()
                 while self._calls:
                     self._calls.popleft()()
                 self.answer()

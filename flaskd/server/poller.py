@@ -72,7 +72,7 @@ class EpollMap(dict[int, Any]):
         fd = channel._fileno  # noqa: SLF001 - waitress' own name
         if fd is None:
             return
-        if channel.writable() or channel.loop.draining.is_set():
+        if channel.writable() or channel.loop.drains:
             self._touched.append(fd)
             if self._asleep:
                 self._asleep = False
@@ -102,11 +102,12 @@ class EpollMap(dict[int, Any]):
                 self._arm(fd, obj)
 
     def _arm(self, fd: int, channel: Any) -> None:
-        channel.loop.consider(channel)
-        if fd not in self:
-            return  # that closed it
+        if channel.loop.drains:
+            channel.loop.consider(channel)
+            if fd not in self:
+                return  # that closed it
         flags = (select.EPOLLIN if channel.readable() else 0) | (select.EPOLLOUT if channel.writable() else 0)
-        if flags or channel.loop.draining.is_set():
+        if flags or channel.loop.drains:
             # With no flags it still tells of a reset (EPOLLERR, EPOLLHUP): a drain does not wait for who is gone.
             self._epoll.modify(fd, flags | select.EPOLLONESHOT)
 

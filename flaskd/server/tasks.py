@@ -17,6 +17,8 @@ STREAM_TYPES = ("text/event-stream", "multipart/x-mixed-replace")
 """Responses without an end of their own, which may be ended between two parts. Any other chunked response is somebody's
 data, and ending it early with a proper last chunk would make half of it look whole."""
 
+_SENT_TOGETHER = 1 << 16
+"""Bytes of body that are worth copying, so that they go out with the header in one piece."""
 RETRY_AFTER = 5
 """Seconds that a refused client is asked to wait."""
 
@@ -44,6 +46,21 @@ class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
         channel.serving.status = self.status
         channel.serving.header_length = len(header)
         return header
+
+    def write(self, data: bytes) -> None:
+        """Write a part of the response, the first one in one piece with the header.
+
+        Waitress sends each for itself, which costs a system call more, in which the GIL changes hands, and wakes the
+        client for a header alone.
+        """
+        if self.wrote_header or not 0 < len(data) <= _SENT_TOGETHER:
+            super().write(data)
+            return
+        self.channel.hold_next()
+        try:
+            super().write(data)
+        finally:
+            self.channel.release()  # nothing followed: the response has no body, or a shorter one
 
     def service(self) -> None:
         serving = self.channel.serving

@@ -1,0 +1,212 @@
+"""Plain connections for the benchmarks, and a generator of load; run as a process of its own it is the latter.
+
+``python _wire.py ORDERS`` takes its orders as JSON, drives the server for some seconds, each connection sending its
+next request when the former is answered, and writes what it counted as JSON to standard output. It spends some 15 µs
+on a request, which is little beside the servers, and less than nothing beside ``wrk``, which `speed.py` prefers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import select
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, Self
+
+PATIENCE = 60.0
+"""Seconds of silence after which a connection counts as lost."""
+_RECEIVE = 1 << 18
+
+
+def request(target: str, body: bytes = b"", *, host: str = "localhost") -> bytes:
+    """Lay out one request; with a body it is a POST."""
+    if body:
+        return f"POST {target} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+    return f"GET {target} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
+
+
+class Connection:
+    """One connection, and the answer to the request it sent last; `receive_buffer` is SO_RCVBUF, in bytes."""
+
+    def __init__(self, address: tuple[str, int], *, receive_buffer: int = 0) -> None:
+        self.socket = socket.socket()
+        self.socket.settimeout(PATIENCE)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if receive_buffer:  # before the handshake, which announces the window
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        try:
+            self.socket.connect(address)
+        except BaseException:
+            self.socket.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    def ask(self, target: str) -> Self:
+        """Send a request for `target`; whether that went well shows when the answer is read."""
+        with contextlib.suppress(OSError):
+            self.socket.sendall(request(target))
+        return self
+
+    def answered(self, *, pace: float = 0.0) -> bool:
+        """Whether a 200 comes whole, read at `pace` seconds between two parts."""
+        head, wanted, status, got = b"", 0, b"", 0
+        try:
+            while not wanted or got < wanted:
+                if not (data := self.socket.recv(65536)):
+                    return False
+                got += len(data)
+                if not wanted:
+                    head += data
+                    status, wanted = _measured(head)
+                if pace:
+                    time.sleep(pace)
+        except OSError:
+            return False
+        return status == b"200"
+
+
+def _measured(head: bytes) -> tuple[bytes, int]:
+    """Tell the status of a response and how long all of it is; 0 while its head has not come whole."""
+    end = head.find(b"\r\n\r\n")
+    if end < 0:
+        return b"", 0
+    for line in head[:end].split(b"\r\n")[1:]:
+        name, _, value = line.partition(b":")
+        if name.lower() == b"content-length":
+            return head.split(None, 2)[1], end + 4 + int(value)
+    raise ValueError("cannot measure a response without Content-Length")
+
+
+class Crowd:
+    """Many connections that say nothing; with `follow`, each is closed when the server ends it, as a client would."""
+
+    def __init__(self, address: tuple[str, int], count: int) -> None:
+        self._sockets: dict[int, socket.socket] = {}
+        self._epoll = select.epoll()
+        self._leaving = threading.Event()
+        self._began = time.monotonic()
+        self._thread: threading.Thread | None = None
+        try:
+            for _ in range(count):
+                each = socket.create_connection(address, timeout=PATIENCE)
+                self._sockets[each.fileno()] = each
+                self._epoll.register(each, select.EPOLLIN)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def age(self) -> float:
+        """Seconds since the first of them began to connect."""
+        return time.monotonic() - self._began
+
+    def follow(self) -> None:
+        """Close, from now on, what the server closes."""
+        self._thread = threading.Thread(target=self._follow)
+        self._thread.start()
+
+    def _follow(self) -> None:
+        while self._sockets and not self._leaving.is_set():
+            for fd, _ in self._epoll.poll(0.1):
+                self._sockets.pop(fd).close()  # nothing else can have come: nothing was asked
+
+    def close(self) -> None:
+        """Close what is left."""
+        self._leaving.set()
+        if self._thread is not None:
+            self._thread.join()
+        for each in self._sockets.values():
+            each.close()
+        self._epoll.close()
+
+
+class _Driven:
+    """A connection of the generator: what is still to be sent, and how much of the answer is still to come."""
+
+    def __init__(self, address: tuple[str, int], what: bytes) -> None:
+        self.socket = socket.create_connection(address, timeout=PATIENCE)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket.setblocking(False)
+        self._what = memoryview(what)
+        self._unsent, self._head, self._status, self._wanted, self._got = self._what[:0], b"", b"", 0, 0
+
+    def send(self) -> bool:
+        """Send a new request, or go on with the last; returns whether all of it is sent."""
+        if not self._unsent:
+            self._unsent, self._head, self._status, self._wanted, self._got = self._what, b"", b"", 0, 0
+        with contextlib.suppress(BlockingIOError):
+            while self._unsent:
+                self._unsent = self._unsent[self.socket.send(self._unsent) :]
+        return not self._unsent
+
+    def receive(self) -> bool | None:
+        """Read on; whether the answer was a 200, or None when it has not come whole. Raises OSError at the end."""
+        try:
+            data = self.socket.recv(_RECEIVE)
+        except BlockingIOError:
+            return None
+        if not data:
+            raise ConnectionResetError("the server closed")
+        self._got += len(data)
+        if not self._wanted:
+            self._head += data
+            self._status, self._wanted = _measured(self._head)
+        return self._status == b"200" if 0 < self._wanted <= self._got else None
+
+
+def drive(address: tuple[str, int], what: bytes, connections: int, seconds: float) -> dict[str, Any]:
+    """Send a request over and over on so many connections, and count the answers; a lost connection is made anew."""
+    epoll, driven, answered, failed = select.epoll(), dict[int, _Driven](), 0, 0
+
+    def begin() -> None:
+        each = _Driven(address, what)
+        driven[each.socket.fileno()] = each
+        epoll.register(each.socket, select.EPOLLIN if each.send() else select.EPOLLIN | select.EPOLLOUT)
+
+    for _ in range(connections):
+        begin()
+    began = time.monotonic()
+    while (now := time.monotonic()) < began + seconds:
+        for fd, event in epoll.poll(0.1):
+            each = driven[fd]
+            try:
+                if event & select.EPOLLOUT and each.send():
+                    epoll.modify(fd, select.EPOLLIN)
+                if event & ~select.EPOLLOUT and (fine := each.receive()) is not None:
+                    answered, failed = answered + fine, failed + (not fine)
+                    if not each.send():
+                        epoll.modify(fd, select.EPOLLIN | select.EPOLLOUT)
+            except OSError:
+                failed += 1
+                driven.pop(fd).socket.close()
+                begin()
+    for each in driven.values():
+        each.socket.close()
+    epoll.close()
+    return {"requests": answered, "failed": failed, "seconds": now - began}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Do as ordered."""
+    orders = json.loads(arguments[0])
+    what = request(orders["target"], b"x" * orders["body"])
+    print(json.dumps(drive((orders["host"], orders["port"]), what, orders["connections"], orders["seconds"])))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
