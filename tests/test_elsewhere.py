@@ -65,9 +65,10 @@ def get(url, path="/"):
 THREAD = (
     GET
     + """
-import threading
+import logging, threading
 import flaskd
 
+logging.getLogger("waitress.queue").setLevel("ERROR")  # on a busy machine a request may wait a moment for its thread
 inside, go_on, draining = threading.Event(), threading.Event(), []
 
 def app(environ, start_response):
