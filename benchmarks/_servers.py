@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import random
+import resource
 import select
 import shutil
 import signal
@@ -126,6 +127,12 @@ def chosen(names: str) -> list[Server]:
         else:
             wanted.append(SERVERS[name])
     return wanted
+
+
+def open_many_files() -> None:
+    """Raise the limit of open files as far as it goes, for thousands of connections here and in the servers."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def free_port() -> int:

@@ -30,7 +30,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from _servers import HERE, HOST, SERVERS, NotReadyError, Running, chosen, environment, free_port, median, running, table
+from _servers import (
+    HERE,
+    HOST,
+    SERVERS,
+    NotReadyError,
+    Running,
+    chosen,
+    environment,
+    free_port,
+    median,
+    open_many_files,
+    running,
+    table,
+)
 from _wire import Crowd
 
 _BODY = 256 * 1024
@@ -279,6 +292,7 @@ def main() -> int:
         parser.error(f"no load {min(unknown)!r}: choose from {', '.join(NAMES)}")
     if options.quick:
         options.runs, options.seconds, options.crowd = 1, 0.3, 300
+    open_many_files()
     servers = chosen(options.servers)
     names = [server.name for server in servers]
     print(f"{environment()}; client: {options.client}\n", flush=True)

@@ -37,6 +37,7 @@ from _servers import (
     environment,
     free_port,
     median,
+    open_many_files,
     running,
     table,
 )
@@ -273,6 +274,7 @@ def main() -> int:
         parser.error(f"no row {min(unknown)!r}: choose from {', '.join(names)}")
     kinds = [kind for kind in KINDS if kind.name in options.only.split(",")]
     sizes, runs = (QUICK, 1) if options.quick else (Sizes(), options.runs)
+    open_many_files()
     servers = chosen(options.servers)
     print(f"{environment()}\n", flush=True)
 

@@ -205,6 +205,7 @@ def an_expectation_in_a_drain(rig):
     client, _ = rig.connect(server), rig.connect(server).send("/gate")
     assert fate(client.send("/")) == 200
     rig.app.entered(2)
+    until(server, lambda: sum(len(each.requests) for each in server.channels()) == 1)  # the answer's end is noted
     server.take_no_more()
     with later(60, "monotonic"):  # long after the last answer on this connection
         return fate(client.send(get("/echo", "Content-Length: 4", "Expect: 100-continue", method="POST")))
