@@ -20,7 +20,19 @@ from contextlib import ExitStack
 from typing import Any, Protocol
 
 from flaskd import launch, logs
-from flaskd.cleanup import Plan, StepResult, aside, build_plan, with_callbacks
+from flaskd.cleanup import (
+    Found,
+    Frame,
+    Plan,
+    StepResult,
+    Sweep,
+    aside,
+    build_plan,
+    names,
+    overview,
+    with_callbacks,
+    with_found,
+)
 from flaskd.config import Config, Configuration, FileWatch, HealthConfig
 from flaskd.drain import Drain
 from flaskd.errors import EX_OK, AppError, ConfigError, FlaskdError, NotNowError
@@ -43,6 +55,8 @@ _BREAK_OFF = 0.8
 """Seconds in which a start that is broken off ends, whatever the app's import holds."""
 _LAST_WORDS = 0.2
 """Seconds for the log of a process that leaves in a hurry."""
+_LOOK_AROUND = 1.0
+"""Seconds that a question for the plan waits to hear what the app holds."""
 _TICK = 1.0
 """Seconds between two progress reports of a drain or stop."""
 
@@ -113,6 +127,7 @@ class Daemon:
         self.configuration: Configuration
         self.app: LoadedApp
         self._plan = Plan()
+        self._sweep: Sweep | None = None
 
     # --- any thread: what can be asked ------------------------------------------------------------------------------
 
@@ -188,10 +203,19 @@ class Daemon:
         """The record of the stop before this run."""
         return self._state_directory.last_stop()
 
-    def plan(self) -> tuple[list[dict[str, Any]], str]:
-        """The cleanup plan, for programs and for people."""
-        shutdown, plan = self.configuration.values.shutdown, self._whole_plan()
-        return plan.describe(), plan.text(shutdown.deadline, shutdown.reserve)
+    def plan(self) -> dict[str, Any]:
+        """The cleanup plan as it stands now, with what the app holds; see `flaskd.cleanup.overview`."""
+        config, sweep = self.configuration.values, self._sweep
+        found = () if sweep is None else sweep.found(_LOOK_AROUND)
+        if sweep is not None and sweep.stale and self._stop is None:
+            self._sweep = Sweep(self.app.flask)
+            fresh = self._sweep.found(_LOOK_AROUND)
+            found = found if fresh is None else fresh
+        plan = with_found(self._whole_plan(), found or (), config.cleanup)
+        answer = {"discovery": config.cleanup.discovery.mode, **overview(plan, Frame.of(config))}
+        if found is None:
+            answer["text"] += "\nwhat the app holds is not known yet"
+        return answer
 
     def _whole_plan(self) -> Plan:
         """The policies, and what the app registered in code until now."""
@@ -283,7 +307,24 @@ class Daemon:
         self._lifecycle.handle(Event.STARTED)
         self._apply_watch()
         log.info(f"ready: {self.app.target} on {', '.join(each.address.url for each in self._listeners)}")
+        self._look_around()
         self._notifier.ready(self._ready_status())
+
+    def _discovers(self, *modes: str) -> bool:
+        """Whether anybody wants to know what the app holds: discovery in one of these modes, or a policy."""
+        return self.configuration.values.cleanup.discovery.mode in modes or any(each.takes for each in self._plan.steps)
+
+    def _look_around(self) -> None:
+        """Find out what the app holds, beside the requests, and say so."""
+        self._sweep = Sweep(self.app.flask, self._tell_found) if self._discovers("auto", "report") else None
+
+    @staticmethod
+    def _tell_found(found: tuple[Found, ...]) -> None:
+        if found:
+            kinds: dict[str, list[Found]] = {}
+            for each in found:
+                kinds.setdefault(each.use or each.kind, []).append(each)
+            log.info(f"the app holds {'; '.join(f'{names(each)} ({kind})' for kind, each in kinds.items())}")
 
     def _ready_status(self) -> str:
         return f"ready: {self.app.target} on {', '.join(str(each.address) for each in self._listeners)}"
@@ -548,6 +589,7 @@ class Daemon:
             self._apply_log(new.values)
             self._apply_server(new.values)
             self._apply_watch()
+            self._look_around()
         if self._reload_again:
             self._reload()
             return
@@ -640,9 +682,10 @@ class Daemon:
         self._stop = Stop(
             reason,
             plan=self._whole_plan(),
+            sweep=(self._sweep or Sweep(self.app.flask)) if self._discovers("auto") else None,
             app=self.app.flask,
             shutdown=config.shutdown,
-            max_parallel=config.cleanup.max_parallel,
+            cleanup=config.cleanup,
             state=self._state_directory.writable,
             drain=lambda: self._inbox.put(lambda: self._drain_to_stop(counted)),
             over=lambda error: self._inbox.put(lambda: self._on_stop_over(error)),

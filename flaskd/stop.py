@@ -14,8 +14,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flaskd.cleanup import Plan, Runner, StepResult, results_as_json
-from flaskd.config import Phase, ShutdownConfig
+from flaskd.cleanup import (
+    AFTER_THE_DRAIN,
+    BEFORE_THE_DRAIN,
+    BESIDE_THE_DRAIN,
+    Plan,
+    Runner,
+    StepResult,
+    Sweep,
+    results_as_json,
+    with_found,
+)
+from flaskd.config import CleanupConfig, ShutdownConfig
 from flaskd.ledger import DrainReport
 from flaskd.lifecycle import StopReason
 from flaskd.logs import timestamp
@@ -29,10 +39,12 @@ _HURRIED = 1.0
 """Seconds that all remaining cleanup gets when somebody asks a second time."""
 _LAST_RESORT = 0.5
 """Seconds past the deadline at which faulthandler ends the process, even one whose app holds the GIL."""
-
-_BEFORE = [Phase.ANNOUNCE]
-_BESIDE = [Phase.DRAIN]
-_AFTER = [phase for phase in Phase if phase not in {*_BEFORE, *_BESIDE}]
+_HEAD_START = 0.02
+"""Seconds in which the gate is closed, before the search for what the app holds may slow that down."""
+_FIRST_LOOK = 0.1
+_SECOND_LOOK = 1.0
+"""Seconds that a search for what the app holds may keep the stop waiting at its beginning, where one is still going on
+just after the start, and once the drain is over."""
 
 
 class CleanupThread:
@@ -73,6 +85,8 @@ class Stop:
 
     `drain` and `over` are called from the thread that calls `run`: when it is time to drain, and at the end, with what
     broke the cleanup off if anything did. `on_step` gets each step's result.
+    `sweep` has what the app was last known to hold; what it holds now is looked for beside the drain, and taken into
+    the plan after it. None: nobody wants to know.
     """
 
     def __init__(
@@ -82,15 +96,17 @@ class Stop:
         plan: Plan,
         app: Flask | None,
         shutdown: ShutdownConfig,
-        max_parallel: int,
+        cleanup: CleanupConfig,
         state: Path | None = None,
         drain: Callable[[], None],
         over: Callable[[Exception | None], None],
         on_step: Callable[[StepResult], None] | None = None,
+        sweep: Sweep | None = None,
     ) -> None:
         self.reason = reason
         self.hurried = False
         self._shutdown = shutdown
+        self._policies, self._sweep, self._app, self._cleanup = plan, sweep, app, cleanup
         self._began = time.monotonic()
         self._deadline = self._began + self._shutdown.deadline
         self._drain, self._over = drain, over
@@ -102,7 +118,7 @@ class Stop:
             reason=reason,
             deadline=self._deadline,
             reserve=self._shutdown.reserve,
-            max_parallel=max_parallel,
+            max_parallel=cleanup.max_parallel,
             state=state,
             on_progress=on_step,
         )
@@ -172,12 +188,30 @@ class Stop:
         """Go through the phases; returns when the last is over, by the deadline at the latest."""
         error: Exception | None = None
         try:
-            self._runner.run(_BEFORE)
+            self._take(self._sweep, _FIRST_LOOK)
+            self._runner.run(BEFORE_THE_DRAIN)
             self._drain()
-            self._runner.run(_BESIDE)
+            sweep = self._sweep and self._look_around()
+            self._runner.run(BESIDE_THE_DRAIN)
             self._drained.wait()
             assert self._report is not None
-            self._runner.run(_AFTER, "clean" if self._report.clean else "degraded")
+            self._take(sweep, _SECOND_LOOK)
+            self._runner.run(AFTER_THE_DRAIN, "clean" if self._report.clean else "degraded")
         except Exception as failure:  # noqa: BLE001 - the daemon must go on and exit, and tells what it was
             error = failure
         self._over(error)
+
+    def _look_around(self) -> Sweep:
+        """Look for what the app holds, a moment after the drain has begun, for it takes the interpreter's lock."""
+        self._drained.wait(_HEAD_START)
+        return Sweep(self._app)
+
+    def _take(self, sweep: Sweep | None, patience: float) -> None:
+        """Take what it found into the plan for the phases to come; without its word, what was known before stays."""
+        if sweep is None:
+            return
+        found = sweep.found(min(patience, self.left / 4))
+        if found is None:
+            log.warning("what the app holds is not known yet: the stop goes on with what was found before")
+        else:
+            self._runner.replan(with_found(self._policies, found, self._cleanup))

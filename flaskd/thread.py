@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from flaskd.cleanup import StepResult, action_specs, build_plan, with_callbacks
+from flaskd.cleanup import StepResult, Sweep, action_specs, build_plan, with_callbacks
 from flaskd.config import Config, ShutdownConfig, load, load_mapping
 from flaskd.errors import FlaskdError
 from flaskd.ledger import DrainReport, InFlight
@@ -30,8 +30,9 @@ class ServerThread:
     """Serves a WSGI app on its own threads, for tests, scripts and embedding.
 
     ``start()`` returns when requests are served, or raises what went wrong. ``stop()`` answers what is in flight, runs
-    the cleanup policies and the functions of `flaskd.on_stop`, and joins every thread. As a context manager it does
-    both; it can be started again afterwards. Port 0 takes a free port, shown by ``url``.
+    the cleanup policies and the functions of `flaskd.on_stop`, and joins every thread. What else the app holds is left
+    alone, unless ``cleanup.discovery`` is set. As a context manager it does both; it can be started again afterwards.
+    Port 0 takes a free port, shown by ``url``.
 
     `server` is ``waitress``, or ``werkzeug`` for Werkzeug's development server, which makes a thread for each
     connection whatever `threads` says. `config` is a mapping in the shape of the YAML file, or a path to one; its
@@ -172,6 +173,12 @@ class ServerThread:
     ) -> DrainReport:
         cleanup, app = self._config.cleanup, find_flask(self._app)
         plan = with_callbacks(self._plan, app, timeout=cleanup.defaults.timeout)
+        # The app outlives a server in a thread: what it holds is left alone unless somebody says otherwise.
+        asked = "discovery" in cleanup.model_fields_set and cleanup.discovery.mode == "auto"
+        sweep = Sweep(app) if asked or any(each.takes for each in plan.steps) else None
+        if not asked:
+            off = cleanup.discovery.model_copy(update={"mode": "off"})
+            cleanup = cleanup.model_copy(update={"discovery": off})
         reports: list[DrainReport] = []
 
         def drain() -> None:
@@ -191,8 +198,9 @@ class ServerThread:
             reason,
             plan=plan,
             app=app,
-            shutdown=_shutdown(self._config.shutdown, timeout, cleanup=bool(plan.steps)),
-            max_parallel=cleanup.max_parallel,
+            shutdown=_shutdown(self._config.shutdown, timeout, cleanup=asked or bool(plan.steps)),
+            cleanup=cleanup,
+            sweep=sweep,
             # In a thread of its own, because the cleanup steps of the drain's phase run beside it.
             drain=lambda: threading.Thread(target=drain, name="flaskd-drain", daemon=True).start(),
             over=over,

@@ -4,20 +4,16 @@ from pathlib import Path
 
 import pytest
 import yaml
-from flask import Flask
-from flask_sqlalchemy import SQLAlchemy
-from sqlalchemy import event, text
 from test_cleanup_kit import run
 
 from flaskd.cleanup import ACTIONS, Fate, Step, action_specs
 from flaskd.config import load
 
 
-def perform(use, app=None, **fields):
+def perform(use, **fields):
     """Run one action on its own and give its result."""
     action = ACTIONS[use]
-    step = Step("it", action, action.fields(**fields), action.default_phase, timeout=10.0)
-    return run(step, app=app)["it"]
+    return run(Step("it", action, action.fields(**fields), action.default_phase, timeout=10.0))["it"]
 
 
 @pytest.fixture
@@ -59,65 +55,6 @@ def test_call_without_its_target():
     result = perform("call", target="cleanup_nowhere:stop")
     assert result.fate is Fate.FAILED
     assert result.why.startswith('cannot import target "cleanup_nowhere:stop": ModuleNotFoundError')
-
-
-@pytest.fixture
-def database(tmp_path):
-    """Give an app with two SQLite databases, and the list of connections that were closed."""
-    app = Flask("shop")
-    app.config["SQLALCHEMY_DATABASE_URI"] = f"sqlite:///{tmp_path}/main.db"
-    app.config["SQLALCHEMY_BINDS"] = {"other": f"sqlite:///{tmp_path}/other.db"}
-    database = SQLAlchemy(app)
-    closed = []
-    with app.app_context():
-        engines = dict(database.engines)
-        for key, engine in engines.items():
-            event.listen(engine.pool, "close", lambda *_args, key=key: closed.append(key))
-            with engine.connect() as connection:
-                connection.execute(text("select 1"))
-    yield app, engines, closed
-    for engine in engines.values():
-        engine.dispose()
-
-
-def test_dispose_closes_every_engine(database):
-    """The pooled connections of all engines are closed."""
-    app, engines, closed = database
-    assert closed == []
-    result = perform("sqlalchemy.dispose", app)
-    assert (result.fate, result.detail) == (Fate.OK, "2 engines")
-    assert sorted(closed, key=str) == [None, "other"]
-    assert all(engine.pool.checkedin() == 0 for engine in engines.values())
-
-
-def test_dispose_goes_on_past_an_engine_that_cannot(database, monkeypatch):
-    """One engine that raises is named, and the others are closed all the same."""
-    app, engines, closed = database
-
-    def refuse():
-        raise RuntimeError("in use")
-
-    monkeypatch.setattr(engines[None], "dispose", refuse)
-    result = perform("sqlalchemy.dispose", app)
-    assert (result.fate, result.why) == (Fate.FAILED, "engine default: RuntimeError: in use")
-    assert closed == ["other"]
-
-
-@pytest.mark.parametrize(
-    ("app", "words"),
-    [
-        (None, "there is no Flask app"),
-        (lambda _environ, _start_response: [], 'no extension "sqlalchemy"'),
-        (Flask("bare"), 'no extension "sqlalchemy"'),
-        (types.SimpleNamespace(extensions={"sqlalchemy": object()}), "Flask-SQLAlchemy 3 or newer"),
-    ],
-)
-def test_dispose_without_engines_says_what_is_missing(app, words):
-    """Without an app, the extension or its engines, the failure names what is missing."""
-    result = perform("sqlalchemy.dispose", app)
-    assert result.fate is Fate.FAILED
-    assert words in result.why
-    assert not result.trace
 
 
 def test_the_reference_shows_the_fields_with_their_defaults():

@@ -5,6 +5,14 @@ from flaskd.cleanup import ACTIONS, Action, Plan, Step, StepFailedError, action_
 from flaskd.config import Phase, Section, load_mapping
 from flaskd.errors import ConfigError
 
+PHASES = {
+    "command": "final", "call": "quiesce",
+    "apscheduler.stop": "quiesce", "executor.stop": "quiesce", "threads.stop": "quiesce", "processes.stop": "quiesce",
+    "sqlalchemy.dispose": "close", "psycopg_pool.close": "close", "redis.close": "close",
+    "sentry.flush": "flush", "otel.shutdown": "flush",
+    "http_client.close": "final", "cache.persist": "persist", "consul.deregister": "announce", "logging.flush": "flush",
+    "webhook": "final", "files.remove": "final",
+}  # fmt: skip
 DISPOSE = {"use": "sqlalchemy.dispose"}
 
 
@@ -17,11 +25,9 @@ def plan_of(policies, **defaults):
 def test_the_specs_cover_the_registry():
     """The configuration is told each action's fields and default phase."""
     specs = action_specs()
-    assert specs.keys() == ACTIONS.keys() >= {"command", "call", "cache.persist", "sqlalchemy.dispose"}
-    assert {name: str(spec.default_phase) for name, spec in specs.items()}.items() >= {
-        ("command", "final"), ("call", "quiesce"), ("sqlalchemy.dispose", "close"), ("cache.persist", "persist"),
-        ("consul.deregister", "announce"), ("logging.flush", "flush"), ("webhook", "final"), ("files.remove", "final"),
-    }  # fmt: skip
+    phases = {name: str(spec.default_phase) for name, spec in specs.items()}
+    assert specs.keys() == ACTIONS.keys() >= PHASES.keys()
+    assert phases | PHASES == phases
 
 
 def test_every_field_is_described():
@@ -60,6 +66,7 @@ def test_a_policy_becomes_a_step():
         "after": ["close-db"],
         "when": {"reason": ["signal"], "outcome": "clean"},
         "always": True,
+        "found": [],
     }
     assert plan.steps[1].fields.kill_grace == 1.0
 
@@ -87,31 +94,6 @@ def test_dependents_are_all_that_come_after():
     plan = Plan((step("a"), step("b", after=("a",)), step("c", after=("b",), phase=Phase.FINAL), step("d")))
     assert plan.dependents("a") == ("b", "c")
     assert plan.dependents("d") == ()
-
-
-def test_the_table_says_what_matters():
-    """The text lists each step in order, with what is unusual about it, under the budget."""
-    text = Plan(
-        (
-            step("a", timeout=1.5),
-            step(
-                "bee", timeout=60.0, phase=Phase.FINAL, after=("a",), always=True, retries=1, reasons=("idle", "signal")
-            ),
-            step("c", phase=Phase.FINAL, on_failure="skip_dependents", retries=2, outcome="degraded"),
-        )
-    ).text(25.0, 3.0)
-    assert text.splitlines() == [
-        "deadline 25s, of which 3s are kept for flush, final and what is marked always",
-        "PHASE    POLICY  ACTION  TIMEOUT  NOTES",
-        "quiesce  a       test    1.5s",
-        "final    bee     test    1m       after a; always; 1 retry; when reason is idle or signal",
-        "final    c       test    20s      on failure skip dependents; 2 retries; when outcome is degraded",
-    ]
-
-
-def test_an_empty_plan_says_so():
-    """Without policies the table is one sentence."""
-    assert Plan().text(25.0, 0.0) == "deadline 25s\nno cleanup policies"
 
 
 def test_an_action_that_is_not_there_is_a_configuration_error():

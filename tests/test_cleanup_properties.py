@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cleanup_kit import hanging, runner, step
 
-from flaskd.cleanup import Fate, Plan
+from flaskd.cleanup import Fate, Frame, Plan
+from flaskd.cleanup.preview import latest, rehearse
 from flaskd.config import Phase
 
 MARGIN = 0.5
@@ -128,3 +129,44 @@ def test_a_plan_is_ordered(drawn):
     for each in plan.steps:
         assert set(each.after) == edges[each.name]
         assert all(names.index(before) < names.index(each.name) for before in each.after)
+
+
+@settings(max_examples=30, deadline=None)
+@given(drawn=plans(), max_parallel=st.integers(1, 3))
+def test_a_rehearsal_tells_what_would_happen(drawn, max_parallel):
+    """What is said of a plan in which steps hang is what becomes of them when it runs."""
+    drawn = [{**each, "does": "pass" if each["does"] == "fail" else each["does"]} for each in drawn]
+    with hanging() as hang:
+        steps = Log(hang).steps(drawn, timeout=0.02)
+        real = runner(*steps, deadline=PLENTY, max_parallel=max_parallel).run(Phase)
+    frame = Frame(deadline=PLENTY, reserve=0.0, announce=0.0, drain=0.0, max_parallel=max_parallel)
+    told = rehearse(Plan(tuple(steps)), frame, {each["name"] for each in drawn if each["does"] == "hang"})
+    assert {each.name: (each.fate, each.why) for each in told} == {each.name: (each.fate, each.why) for each in real}
+
+
+@given(
+    drawn=plans(),
+    hangs=st.sets(st.integers(0, 6)),
+    timeout=st.floats(0.1, 30.0),
+    deadline=st.floats(1.0, 30.0),
+    reserve=st.floats(0.0, 0.9),
+    drain=st.floats(0.0, 30.0),
+    max_parallel=st.integers(1, 3),
+)
+def test_budgets_never_exceed_the_deadline(drawn, hangs, timeout, deadline, reserve, drain, max_parallel):
+    """Whatever hangs, no step goes past its limit, none goes past its latest moments, and `always` yields to the clock alone."""
+    with hanging() as hang:
+        plan = Plan(tuple(Log(hang).steps([{**each, "does": "hang"} for each in drawn], timeout)))
+    frame = Frame(deadline, reserve, announce=0.0, drain=drain, max_parallel=max_parallel)
+    moments = latest(plan, frame)
+    steps = {each.name: each for each in plan.steps}
+    assert moments.keys() == steps.keys()
+    for result in rehearse(plan, frame, {f"s{place}" for place in hangs}):
+        step = steps[result.name]
+        limit = deadline if step.reserved else deadline - reserve
+        assert result.started + result.took <= limit + 1e-9 or result.fate is Fate.SKIPPED
+        if moment := moments[result.name]:
+            assert result.started <= moment[0] + 1e-9
+            assert moment[1] <= limit + 1e-9
+        if step.always:
+            assert result.fate is not Fate.SKIPPED or result.why == "no time left"

@@ -1,5 +1,6 @@
 """`ServerThread`, on both servers: what it owes to who starts it, to its clients, and to who comes after it."""
 
+import concurrent.futures
 import gc
 import http.client
 import logging
@@ -370,3 +371,25 @@ def test_it_works_without_logging(shop, kind, caplog):
     with flaskd.ServerThread(shop.flask, server=kind) as server:
         ask(server, "/")
     assert [each for each in caplog.records if each.levelno > logging.INFO] == []
+
+
+@pytest.mark.parametrize(
+    ("cleanup", "steps"),
+    [
+        ({}, []),
+        ({"discovery": "report"}, []),
+        ({"discovery": "auto"}, ["found:executor.stop"]),
+        ({"policies": {"jobs": {"use": "executor.stop"}}}, ["jobs"]),
+    ],
+)
+def test_discovery_is_off_unless_it_is_asked_for(registered, monkeypatch, cleanup, steps):
+    """The app outlives the server, so what it holds is left alone; a policy or the configuration may say otherwise."""
+    from flaskd.cleanup import discovery
+
+    real = discovery.discover
+    with concurrent.futures.ThreadPoolExecutor() as executor:
+        monkeypatch.setattr(discovery, "discover", lambda app: real(app, [executor]))
+        with flaskd.ServerThread(flask.Flask("shop"), config={"cleanup": cleanup}) as server:
+            pass
+        assert list(server.policies) == steps
+        assert executor._shutdown == bool(steps)

@@ -4,15 +4,32 @@ from flaskd.cleanup.actions import ACTIONS, Action, action_specs
 from flaskd.cleanup.attempt import Fate, StepResult
 from flaskd.cleanup.callbacks import on_stop, with_callbacks
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
+from flaskd.cleanup.discovery import Found, Sweep, discover
 from flaskd.cleanup.outlet import aside
-from flaskd.cleanup.plan import Plan, Reason, Step, build_plan
+from flaskd.cleanup.plan import (
+    AFTER_THE_DRAIN,
+    BEFORE_THE_DRAIN,
+    BESIDE_THE_DRAIN,
+    Plan,
+    Reason,
+    Step,
+    build_plan,
+    names,
+    with_found,
+)
+from flaskd.cleanup.preview import Frame, overview
 from flaskd.cleanup.record import read_record, results_as_json, write_record
 from flaskd.cleanup.runner import Runner
 
 __all__ = [
     "ACTIONS",
+    "AFTER_THE_DRAIN",
+    "BEFORE_THE_DRAIN",
+    "BESIDE_THE_DRAIN",
     "Action",
     "Fate",
+    "Found",
+    "Frame",
     "Plan",
     "Reason",
     "Runner",
@@ -21,12 +38,17 @@ __all__ = [
     "StepFailedError",
     "StepResult",
     "StepTimedOutError",
+    "Sweep",
     "action_specs",
     "aside",
     "build_plan",
+    "discover",
+    "names",
     "on_stop",
+    "overview",
     "read_record",
     "results_as_json",
     "with_callbacks",
+    "with_found",
     "write_record",
 ]

@@ -5,16 +5,17 @@ Those of other packages join them as entry points.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import operator
-import re
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from pydantic import AfterValidator, BaseModel, Field
 
+from flaskd.cleanup import live
 from flaskd.cleanup.cache import PersistFields, persist_cache, restore_cache
 from flaskd.cleanup.catalogue import Catalogue, View, origin
 from flaskd.cleanup.command import CommandFields, run_command
@@ -25,11 +26,9 @@ from flaskd.cleanup.web import ConsulFields, WebhookFields, call_webhook, deregi
 from flaskd.config import ActionSpec, Phase, Section
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from importlib.metadata import EntryPoint
     from pathlib import Path
-
-_TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,11 @@ class Action:
     action at its timeout). `restore` is called at the start, before READY, with the Flask app, the state directory
     (None: there is none to use) and the fields; it returns what it did, for the log, and raises to tell that it did
     not. `fault` is why it cannot be used at all, empty when it can; a policy that uses it is refused with these words.
+
+
+    `needs` are the modules of which one must be installed, with what they are called at the package index.
+    `takes` is set for an action on live objects: the action by which discovery finds what a policy without a
+    target takes. `first` is what it does in an earlier phase already.
     """
 
     name: str
@@ -53,10 +57,13 @@ class Action:
     grace: Callable[[Any], float] | None = None
     restore: Callable[[Any, Path | None, Any], str] | None = None
     fault: str = ""
+    needs: Mapping[str, str] = field(default_factory=dict)
+    takes: str = ""
+    first: Action | None = None
 
 
 def _target(text: str) -> str:
-    if not _TARGET.fullmatch(text):
+    if not live.TARGET.fullmatch(text):
         raise ValueError("expected MODULE:FUNCTION, such as shop.jobs:stop")
     return text
 
@@ -69,17 +76,9 @@ class CallFields(Section):
     )
 
 
-class DisposeFields(Section):
-    """Fields of ``sqlalchemy.dispose``: none."""
-
-
 def _resolve(target: str) -> Callable[[StepContext], object]:
     """Import ``pkg.mod:function``; raises StepFailedError naming the target and what is wrong with it."""
-    module, _, attribute = target.partition(":")
-    try:
-        found = operator.attrgetter(attribute)(importlib.import_module(module))
-    except (Exception, SystemExit) as error:
-        raise StepFailedError(f'cannot import target "{target}": {type(error).__name__}: {error}') from error
+    found = live.look_up(target)
     if not callable(found) or inspect.iscoroutinefunction(found):
         kind = "coroutine function" if callable(found) else type(found).__name__
         raise StepFailedError(f'target "{target}": expected a plain function of one argument, got {kind}')
@@ -102,31 +101,24 @@ def _call(context: StepContext, fields: CallFields) -> str | None:
     return said if isinstance(said, str) else None
 
 
-def _dispose(context: StepContext, _fields: DisposeFields) -> str:
-    """Close the checked-in connections of every engine of Flask-SQLAlchemy (3.x: `SQLAlchemy.engines`)."""
-    app = context.app
-    if app is None:
-        raise StepFailedError("there is no Flask app to take the engines from")
-    extension = getattr(app, "extensions", {}).get("sqlalchemy")
-    if extension is None:
-        raise StepFailedError('the app has no extension "sqlalchemy" (Flask-SQLAlchemy)')
-    if not hasattr(type(extension), "engines"):
-        raise StepFailedError('the app\'s extension "sqlalchemy" has no engines; Flask-SQLAlchemy 3 or newer is needed')
-    with app.app_context():
-        engines = extension.engines
-        faults = [fault for key, engine in engines.items() if (fault := _fault_of_dispose(key, engine))]
-    if faults:
-        raise StepFailedError("; ".join(faults))
-    return f"{len(engines)} engine{'' if len(engines) == 1 else 's'}"
+def _no_grace(_fields: object) -> float:
+    """Ask for no time beyond the timeout but the moment that it takes to say what hangs."""
+    return 0.0
 
 
-def _fault_of_dispose(key: str | None, engine: Any) -> str:
-    """Dispose one engine; one that cannot must not keep the others open, so its error is returned as text."""
-    try:
-        engine.dispose()
-    except Exception as error:  # noqa: BLE001 - a driver may raise anything
-        return f"engine {key or 'default'}: {type(error).__name__}: {error}"
-    return ""
+def _live(
+    name: str,
+    phase: Phase,
+    end: live.End,
+    fields: type[live.LiveFields] = live.LiveFields,
+    *,
+    takes: str = "",
+    needs: Mapping[str, str] = MappingProxyType({}),
+    first: Action | None = None,
+) -> Action:
+    """An action on live objects, given what ends one of them."""
+    run, takes = live.ending(takes or name, end), takes or name
+    return Action(name, fields, phase, run, live.look_up_targets, _no_grace, needs=needs, takes=takes, first=first)
 
 
 def _brought(entry_point: EntryPoint) -> Action:
@@ -159,7 +151,40 @@ ACTIONS: Mapping[str, Action] = Catalogue(
             Action("files.remove", RemoveFields, Phase.FINAL, remove_files),
             Action("logging.flush", FlushFields, Phase.FLUSH, flush_logs),
             Action("webhook", WebhookFields, Phase.FINAL, call_webhook, prepare=prepare_web),
-            Action("sqlalchemy.dispose", DisposeFields, Phase.CLOSE, _dispose),
+            _live("sqlalchemy.dispose", Phase.CLOSE, live.dispose, needs={"sqlalchemy": "sqlalchemy"}),
+            _live("psycopg_pool.close", Phase.CLOSE, live.close_pool, needs={"psycopg_pool": "psycopg-pool"}),
+            _live("redis.close", Phase.CLOSE, live.close_redis, needs={"redis": "redis"}),
+            # Last: telemetry and policies may go over such a client, and a closed one is of no use to them.
+            _live("http_client.close", Phase.FINAL, live.close_http, needs={"httpx": "httpx", "requests": "requests"}),
+            _live(
+                "apscheduler.stop",
+                Phase.QUIESCE,
+                live.stop_scheduler,
+                live.SchedulerFields,
+                needs={"apscheduler": "apscheduler"},
+                first=_live(
+                    "apscheduler.pause",
+                    Phase.ANNOUNCE,
+                    live.pause_scheduler,
+                    live.SchedulerFields,
+                    takes="apscheduler.stop",
+                ),
+            ),
+            _live("executor.stop", Phase.QUIESCE, live.stop_executor),
+            Action(
+                "threads.stop",
+                live.ThreadsFields,
+                Phase.QUIESCE,
+                live.stop_threads,
+                prepare=live.look_up_targets,
+                grace=_no_grace,
+                takes="threads.stop",
+            ),
+            _live("processes.stop", Phase.QUIESCE, live.stop_process, live.ProcessesFields),
+            _live("sentry.flush", Phase.FLUSH, live.flush_sentry, needs={"sentry_sdk": "sentry-sdk"}),
+            _live(
+                "otel.shutdown", Phase.FLUSH, live.shut_down_telemetry, needs={"opentelemetry.sdk": "opentelemetry-sdk"}
+            ),
         )
     },
     _brought,
@@ -168,5 +193,5 @@ ACTIONS: Mapping[str, Action] = Catalogue(
 
 
 def action_specs(actions: Mapping[str, Action] = ACTIONS) -> Mapping[str, ActionSpec]:
-    """What `flaskd.config` needs to know of each action: the model of its fields, its phase, and its fault if any."""
-    return View(actions, lambda each: ActionSpec(each.fields, each.default_phase, each.fault))
+    """What `flaskd.config` needs to know of each action: the model of its fields, its phase, its fault, its needs."""
+    return View(actions, lambda each: ActionSpec(each.fields, each.default_phase, each.fault, each.needs))

@@ -66,6 +66,14 @@ class Verdict:
     trace: str = ""
 
 
+def stack_of(thread: threading.Thread, below: str = "") -> str:
+    """Where a thread is now, from its first frame below the file named; empty when the thread is over."""
+    frame = sys._current_frames().get(thread.ident or 0)  # noqa: SLF001 - public in all but its name
+    frames = traceback.extract_stack(frame, limit=_MOST_FRAMES) if frame else []
+    ours = max((place for place, each in enumerate(frames) if each.filename == below), default=-1)
+    return "".join(traceback.format_list(frames[ours + 1 :]))
+
+
 class Attempt:
     """A step running in a daemon thread of its own; `over` is called there once `verdict` is known."""
 
@@ -100,10 +108,7 @@ class Attempt:
 
     def stack(self) -> str:
         """Where its thread is now, from the action's first frame on; empty when the thread is over."""
-        frame = sys._current_frames().get(self.thread.ident or 0)  # noqa: SLF001 - public in all but its name
-        frames = traceback.extract_stack(frame, limit=_MOST_FRAMES) if frame else []
-        ours = max((place for place, each in enumerate(frames) if each.filename == __file__), default=-1)
-        return "".join(traceback.format_list(frames[ours + 1 :]))
+        return stack_of(self.thread, below=__file__)
 
     def _work(self) -> None:
         try:
@@ -119,7 +124,7 @@ class Attempt:
         try:
             detail = step.action.run(self.context, step.fields)
         except StepTimedOutError as error:
-            return Verdict(Fate.TIMED_OUT, _line(str(error)))
+            return Verdict(Fate.TIMED_OUT, _line(str(error)), trace=error.trace[-_LONGEST_TRACE:])
         except StepFailedError as error:
             return Verdict(Fate.FAILED, _line(str(error)))
         except BaseException as error:  # noqa: BLE001 - see above

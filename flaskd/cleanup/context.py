@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from flaskd.cleanup.discovery import Found
     from flaskd.config import Phase
 
 ENDING_SLACK = 0.1
@@ -31,7 +32,11 @@ class StepFailedError(FlaskdError):
 
 
 class StepTimedOutError(StepFailedError):
-    """Raised by an action that watches its own time (see `Action.grace`) and has ended what it started."""
+    """Raised by an action that watches its own time (see `Action.grace`); `trace` is a stack of what hangs."""
+
+    def __init__(self, message: str, trace: str = "") -> None:
+        super().__init__(message)
+        self.trace = trace
 
 
 class Budget:
@@ -75,7 +80,8 @@ class StepContext:
 
     `app` is the Flask app, or None; `reason` the kind of the stop ("signal", "control", …), `reason_text` the
     whole of it; `attempt` counts from 1; `started` is the moment this attempt began and `timeout` its
-    seconds; `state` is the state directory, None where there is none to write to.
+    seconds; `state` is the state directory, None where there is none to write to; `found` what discovery found for it,
+    None where nobody has looked.
 
     An action that waits outside Python sets `on_hurry`, called when less time is left than before, and
     `last_resort`, called when the runner abandons the step; each in a thread of its own.
@@ -92,6 +98,7 @@ class StepContext:
     reserved: bool
     budget: Budget
     state: Path | None = None
+    found: tuple[Found, ...] | None = field(default=None, repr=False)
     on_hurry: Callable[[], None] | None = field(default=None, repr=False)
     last_resort: Callable[[], None] | None = field(default=None, repr=False)
 

@@ -6,20 +6,32 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from flaskd.cleanup.actions import ACTIONS, Action
+from flaskd.cleanup.live import loaded
 from flaskd.config import CleanupConfig, Phase
 from flaskd.errors import ConfigError, FlaskdError
-from flaskd.units import format_duration
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from pydantic import BaseModel
+
+    from flaskd.cleanup.discovery import Found
+
+BEFORE_THE_DRAIN = (Phase.ANNOUNCE,)
+BESIDE_THE_DRAIN = (Phase.DRAIN,)
+AFTER_THE_DRAIN = tuple(phase for phase in Phase if phase not in {*BEFORE_THE_DRAIN, *BESIDE_THE_DRAIN})
+
+DISCOVERED = "found:"
+"""What the name of a step begins with that no policy asked for; a policy's name has no colon."""
 
 Outcome = Literal["clean", "degraded"]
 """Whether the drain before the cleanup lost nothing."""
 
 _ORDER = {phase: place for place, phase in enumerate(Phase)}
+_MOST_NAMED = 4
+_IN_ORDER = ("apscheduler.stop", "executor.stop")
+"""Of what is found, what is ended one after the other: a job may still use an executor."""
 _RESERVED = frozenset({Phase.FLUSH, Phase.FINAL})
 
 
@@ -33,7 +45,11 @@ class Reason(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """One policy as it will run; `timeout` is in seconds, `reasons` empty for any reason."""
+    """One policy as it will run; `timeout` is in seconds, `reasons` empty for any reason.
+
+    `found` is what discovery found for an action on live objects whose policy names no target; None where it names one,
+    or where nobody has looked.
+    """
 
     name: str
     action: Action
@@ -46,6 +62,17 @@ class Step:
     reasons: tuple[str, ...] = ()
     outcome: Outcome | None = None
     always: bool = False
+    found: tuple[Found, ...] | None = None
+
+    @property
+    def discovered(self) -> bool:
+        """Whether nobody asked for it."""
+        return self.name.startswith(DISCOVERED)
+
+    @property
+    def takes(self) -> str:
+        """The action by which discovery finds what it ends; empty when it takes nothing that is found."""
+        return "" if getattr(self.fields, "target", None) else self.action.takes
 
     @property
     def reserved(self) -> bool:
@@ -68,6 +95,7 @@ class Step:
             "after": list(self.after),
             "when": {"reason": list(self.reasons), "outcome": self.outcome},
             "always": self.always,
+            "found": [each.name for each in self.found or ()],
         }
 
     def notes(self) -> str:
@@ -75,22 +103,33 @@ class Step:
         return "; ".join(
             note
             for said, note in (
-                (self.after, f"after {', '.join(self.after)}"),
+                (self.after and not self.discovered, f"after {', '.join(self.after)}"),
                 (self.always, "always"),
                 (self.on_failure != "continue", f"on failure {self.on_failure.replace('_', ' ')}"),
                 (self.retries, f"{self.retries} {'retry' if self.retries == 1 else 'retries'}"),
                 (self.reasons, f"when reason is {' or '.join(self.reasons)}"),
                 (self.outcome, f"when outcome is {self.outcome}"),
+                (self.found, names(self.found or ())),
             )
             if said
         )
 
 
+def names(found: Sequence[Found]) -> str:
+    """The first few names, and how many more."""
+    more = len(found) - _MOST_NAMED
+    return ", ".join(each.name for each in found[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a stop: ordered by phase, then by their `after` edges, then as they were given."""
+    """The steps of a stop: ordered by phase, then by their `after` edges, then as they were given.
+
+    `left` is what was found and no step ends, each with the reason.
+    """
 
     steps: tuple[Step, ...] = ()
+    left: tuple[Found, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", _ordered(self.steps))
@@ -100,9 +139,11 @@ class Plan:
         return tuple(step for step in self.steps if step.phase is phase)
 
     def dependents(self, name: str) -> tuple[str, ...]:
-        """The names of all steps that come after `name`, directly or through others."""
+        """The names of all steps that come after `name`, directly or through others, as somebody wrote it."""
         found = [name]
-        found += (step.name for step in self.steps if any(before in found for before in step.after))
+        found += (
+            step.name for step in self.steps if not step.discovered and any(before in found for before in step.after)
+        )
         return tuple(found[1:])
 
     def prepare(self) -> None:
@@ -138,22 +179,6 @@ class Plan:
         """One mapping with stable keys for each step, in order."""
         return [step.describe() for step in self.steps]
 
-    def text(self, deadline: float, reserve: float) -> str:
-        """A table for people; `deadline` and `reserve` are lengths in seconds."""
-        head = f"deadline {format_duration(deadline)}"
-        if reserve:
-            head += f", of which {format_duration(reserve)} are kept for flush, final and what is marked always"
-        if not self.steps:
-            return f"{head}\nno cleanup policies"
-        rows = [("PHASE", "POLICY", "ACTION", "TIMEOUT", "NOTES")]
-        rows += [
-            (str(each.phase), each.name, each.action.name, format_duration(each.timeout), each.notes())
-            for each in self.steps
-        ]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-        return "\n".join([head, *(line.rstrip() for line in lines)])
-
 
 def build_plan(cleanup: CleanupConfig, actions: Mapping[str, Action] = ACTIONS) -> Plan:
     """Take the enabled policies of a validated configuration.
@@ -168,7 +193,7 @@ def build_plan(cleanup: CleanupConfig, actions: Mapping[str, Action] = ACTIONS) 
             continue
         if policy.use not in actions:
             raise ConfigError(f'cleanup.policies.{name}.use: there is no action "{policy.use}"')
-        steps.append(
+        steps += _with_first(
             Step(
                 name=name,
                 action=actions[policy.use],
@@ -184,6 +209,76 @@ def build_plan(cleanup: CleanupConfig, actions: Mapping[str, Action] = ACTIONS) 
             )
         )
     return Plan(tuple(steps))
+
+
+def _with_first(step: Step) -> list[Step]:
+    """The step, after one for what its action does in an earlier phase already: NAME:pause for apscheduler.pause.
+
+    None when the drain's outcome decides, which is not known by then.
+    """
+    first = step.action.first
+    if first is None or _ORDER[first.default_phase] >= _ORDER[step.phase] or step.outcome is not None:
+        return [step]
+    name = f"{step.name}:{first.name.rpartition('.')[2]}"
+    return [replace(step, name=name, action=first, phase=first.default_phase, after=()), step]
+
+
+def with_found(
+    plan: Plan, found: Iterable[Found], cleanup: CleanupConfig, actions: Mapping[str, Action] = ACTIONS
+) -> Plan:
+    """Give a plan in which policies without a target have what was found, and with `auto` a step for each other kind.
+
+    A policy beats discovery: what it names, or all of its action when it names nothing, is left to it. What is excluded
+    is left alone. Steps for what was found take the defaults for time and retries, and go on when one fails.
+    """
+    mode, excluded = cleanup.discovery.mode, set(cleanup.discovery.exclude)
+    # By identity as well: what two modules hold has two names, and goes by one of them.
+    excluded_ids = {id(thing) for name in excluded for thing in loaded(name)}
+    named = {
+        id(thing): step.name
+        for step in plan.steps
+        if step.action.takes
+        for name in getattr(step.fields, "target", [])
+        for thing in loaded(name)
+    }
+    taken = {step.takes for step in plan.steps if step.takes}
+    free: dict[str, list[Found]] = {}
+    left = []
+    for each in found:
+        if id(each.object) in excluded_ids or not excluded.isdisjoint({each.name, each.use}):
+            left.append(replace(each, left="excluded"))
+        elif each.use in taken:
+            free.setdefault(each.use, []).append(each)
+        elif policy := named.get(id(each.object)):
+            left.append(replace(each, left=f"left to {policy}"))
+        elif each.left or mode != "auto":
+            left.append(replace(each, left=each.left or f"discovery: {mode}"))
+        else:
+            free.setdefault(each.use, []).append(each)
+    steps = [replace(step, found=tuple(free.get(step.takes, ()))) if step.takes else step for step in plan.steps]
+    for use in [*_IN_ORDER, *(use for use in free if use not in _IN_ORDER)]:
+        if use in free and use not in taken:
+            steps += _discovered(actions[use], tuple(free[use]), cleanup, steps)
+    return Plan(tuple(steps), tuple(left))
+
+
+def _discovered(action: Action, found: tuple[Found, ...], cleanup: CleanupConfig, before: list[Step]) -> list[Step]:
+    """The step for what nobody asked to end: after those of its phase that somebody did, for they may still use it."""
+    phase = action.default_phase
+    ordered = {DISCOVERED + use for use in _IN_ORDER}
+    after = [step.name for step in before if step.phase is phase and (not step.discovered or step.name in ordered)]
+    return _with_first(
+        Step(
+            DISCOVERED + action.name,
+            action,
+            action.fields(),
+            phase,
+            cleanup.defaults.timeout,
+            cleanup.defaults.retries,
+            after=tuple(after),
+            found=found,
+        )
+    )
 
 
 def _enabled_before(name: str, cleanup: CleanupConfig) -> tuple[str, ...]:

@@ -75,6 +75,7 @@ class Runner:
         self._attempts: list[Attempt] = []
         self._abandoned: tuple[str, ...] = ()
         self._skip_why: dict[str, str] = {}
+        self._aborted = ""
 
     @property
     def results(self) -> tuple[StepResult, ...]:
@@ -107,6 +108,10 @@ class Runner:
         for attempt in running:
             if call := attempt.context.on_hurry:
                 aside(call).close(0)
+
+    def replan(self, plan: Plan) -> None:
+        """Take the steps of the phases to come from another plan; between two runs."""
+        self._plan = plan
 
     def run(self, phases: Iterable[Phase], outcome: Outcome = "clean") -> list[StepResult]:
         """Run the steps of `phases`, in the order of the phases.
@@ -164,7 +169,7 @@ class Runner:
         """Why the step is skipped; empty when it is to run."""
         if not step.wanted(self._reason.kind, outcome):
             return "when"
-        if not step.always and (why := self._skip_why.get(step.name)):
+        if not step.always and (why := self._skip_why.get(step.name) or self._aborted):
             return why
         if self._budget.limit(reserved=step.reserved) <= self._budget.now():
             return "no time left"
@@ -183,12 +188,16 @@ class Runner:
             reserved=step.reserved,
             budget=self._budget,
             state=self._state,
+            found=step.found,
         )
         started = Attempt(step, context, over=partial(self._wake.put, None))
         with self._lock:
             self._running[step.name] = started
             self._attempts = [each for each in self._attempts if each.thread.is_alive()] + [started]
-        started.start()
+        self._begin(started)
+
+    def _begin(self, attempt: Attempt) -> None:
+        attempt.start()
 
     def _wait(self) -> None:
         """Wait until a step is over, the time of one is up, or the stop is hurried."""
@@ -251,13 +260,10 @@ class Runner:
         """Note which steps will not run because this one did not succeed."""
         if step.on_failure == "skip_dependents":
             how = "failed" if result.fate is Fate.FAILED else "timed out"
-            names, why = self._plan.dependents(step.name), f"after {step.name}, which {how}"
+            for name in self._plan.dependents(step.name):
+                self._skip_why.setdefault(name, f"after {step.name}, which {how}")
         elif step.on_failure == "abort":
-            names, why = tuple(each.name for each in self._plan.steps), f"aborted by {step.name}"
-        else:
-            return
-        for name in names:
-            self._skip_why.setdefault(name, why)
+            self._aborted = self._aborted or f"aborted by {step.name}"
 
 
 def _write_line(result: StepResult) -> None:

@@ -127,6 +127,49 @@ def schema() -> None:
     click.echo(json.dumps(json_schema(actions), indent=2))
 
 
+@cli.command()
+@click.option("--socket", metavar="PATH", help="Control socket; else $FLASKD_CONTROL, else the usual places.")
+@click.option("--name", metavar="NAME", default="flaskd", show_default=True, help="Name of the daemon.")
+@click.option("-c", "--config", metavar="FILE", help="Ask no daemon: show what this configuration file comes to.")
+@click.option(
+    "--simulate-hang", "hang", metavar="POLICY", multiple=True, help="Show what else suffers if it hangs; repeatable."
+)
+@click.option("--json", "as_json", is_flag=True, help="Answer for programs.")
+def plan(socket: str | None, name: str, config: str | None, hang: tuple[str, ...], as_json: bool) -> None:
+    """The cleanup policies in their order, when each begins and ends at the latest, and what was found.
+
+    With --simulate-hang and no daemon there, of the configuration file.
+    """
+    answer = None
+    if config is None:
+        try:
+            with ControlClient(find_socket(socket, name, os.environ)) as client:
+                answer = client.request("plan")
+        except NoDaemonError:
+            if socket or not hang:
+                raise
+    if answer is None:
+        answer = _offline_plan(config)
+    if hang:
+        from flaskd.cleanup import preview, results_as_json  # noqa: PLC0415
+
+        frame = preview.Frame(**answer["budget"])
+        results, text = preview.simulated(preview.plan_from(answer["policies"]), frame, hang)
+        answer = {"result": "plan", "hang": list(hang), "policies": results_as_json(results), "text": text}
+    click.echo(json.dumps(answer, ensure_ascii=False) if as_json else str(answer["text"]))
+
+
+def _offline_plan(config: str | None) -> dict[str, Any]:
+    from flaskd.cleanup import Frame, action_specs, build_plan, overview  # noqa: PLC0415
+    from flaskd.config import load  # noqa: PLC0415
+
+    values = load(_config_path(config), actions=action_specs()).values
+    mode = values.cleanup.discovery.mode
+    answer = {"result": "plan", "discovery": mode, **overview(build_plan(values.cleanup), Frame.of(values))}
+    answer["text"] += "\nfrom the file alone: what the app holds, and registers in code, only its daemon can say"
+    return answer
+
+
 def _talk(verb: str, *, summary: str, flags: tuple[str, ...] = ()) -> None:
     """Make the client verb for a control command."""
 
@@ -181,8 +224,6 @@ def _for_people(verb: str, answer: dict[str, Any]) -> str:
     result, hint = answer.pop("result"), answer.pop("hint", "")
     if verb == "config":
         return str(answer["yaml"]).rstrip()
-    if verb == "plan":
-        return str(answer["text"])
     if verb == "last-stop":
         return "\n".join(record_lines(answer))
     if verb == "status":
@@ -217,6 +258,5 @@ _talk("resume", summary="Undo a drain.", flags=("wait",))
 _talk("stop", summary="Drain, run the cleanup policies, exit.", flags=("wait", "now"))
 _talk("reload", summary="Read the configuration anew; exit 78 if it is at fault.", flags=("wait",))
 _talk("last-stop", summary="How the last stop went; from its record when no daemon runs.")
-_talk("plan", summary="The cleanup policies in their order.")
 _talk("config", summary="The configuration in force, secrets hidden.")
 _talk("version", summary="The daemon's version.")

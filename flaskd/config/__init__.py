@@ -17,6 +17,7 @@ from flaskd.config.model import (
     CleanupConfig,
     Config,
     ControlConfig,
+    DiscoveryConfig,
     DrainConfig,
     ExitCodes,
     HealthConfig,
@@ -33,8 +34,9 @@ from flaskd.config.schema import schema
 from flaskd.config.watch import FileWatch
 
 __all__ = [
-    "ActionSpec", "AppConfig", "CleanupConfig", "Config", "Configuration", "ControlConfig", "DrainConfig",
-    "Duration", "ExitCodes", "Fault", "FileWatch", "HealthConfig", "InvalidConfigError", "LogConfig", "OneOrMany",
+    "ActionSpec", "AppConfig", "CleanupConfig", "Config", "Configuration", "ControlConfig", "DiscoveryConfig",
+    "DrainConfig", "Duration", "ExitCodes", "Fault", "FileWatch", "HealthConfig", "InvalidConfigError", "LogConfig",
+    "OneOrMany",
     "Phase", "Policy", "PolicyDefaults", "Section", "ServerConfig", "ShutdownConfig", "Size", "When", "load",
     "load_mapping", "schema", "write_duration", "write_size",
 ]  # fmt: skip

@@ -1,6 +1,9 @@
 """The configuration's keys, their kinds and defaults. A key is spelled here and nowhere else."""
 
+import dataclasses
 import functools
+import importlib.util
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -65,17 +68,30 @@ class Phase(StrEnum):
 class ActionSpec:
     """What the configuration needs to know of a cleanup action: its fields, and the phase it belongs in.
 
-    `fault` is why it cannot be used, empty when it can.
+    `fault` is why it cannot be used, empty when it can. `needs` are the modules of which one must be installed, each
+    with its name at the package index.
     """
 
     fields: type[BaseModel]
     default_phase: Phase
     fault: str = ""
+    needs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def missing(self) -> str:
+        """What would have to be installed; empty when the action can do its work. Imports none of it."""
+        return "" if not self.needs or any(map(_installed, self.needs)) else " or ".join(self.needs.values())
 
     @property
     def strict_fields(self) -> type[BaseModel]:
         """The fields, refusing unknown keys also where their author did not say whether to."""
         return _closed(self.fields)
+
+
+def _installed(module: str) -> bool:
+    try:
+        return module in sys.modules or importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # its parent is not there, or is no package
+        return False
 
 
 @functools.lru_cache(maxsize=256)
@@ -285,9 +301,26 @@ class Policy(Section):
     enabled: bool = Field(True, description="false: as if it were not written.")
 
 
+class DiscoveryConfig(Section):
+    """What is done with what the app holds open, where no policy says it; the mode may stand alone, as one word."""
+
+    mode: Literal["auto", "report", "off"] = Field(
+        "auto", description="auto: find it and close it; report: find it and say so; off: do not look."
+    )
+    exclude: OneOrMany[SomeText] = Field(
+        [], description="Names of what is left alone, as `flaskd plan` shows them; or actions, for all of their kind."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_word(cls, value: Any) -> Any:
+        return {"mode": value} if isinstance(value, str) else value
+
+
 class CleanupConfig(Section):
     """What is done after the drain."""
 
+    discovery: DiscoveryConfig = _section(DiscoveryConfig)
     max_parallel: int = Field(8, ge=1, le=64, description="Policies of one phase that run at the same time.")
     defaults: PolicyDefaults = _section(PolicyDefaults)
     policies: dict[PolicyName, Policy] = Field({}, description="Cleanup policies by name, kept in this order.")

@@ -43,11 +43,7 @@ def check_policies(tree: Table, actions: Actions, faults: Faults) -> None:
     for name, policy in policies.items():
         use = policy.entries.get("use")
         if isinstance(use, Scalar) and not use.broken:
-            path = dotted((*_WHERE, name, "use"))
-            if use.text not in actions:
-                faults.add(use.place, path, functools.partial(_unknown, "expected an action", use, list(actions)))
-            elif fault := actions[use.text].fault:
-                faults.add(use.place, path, f"expected an action that can be used, got {shown(use)}: {fault}")
+            _check_use(use, name, actions, faults, enabled=not _disabled(policy))
     phases = {name: _phase(policy, actions) for name, policy in policies.items()}
     edges: dict[tuple[str, str], tuple[Node, str]] = {}
     for name, policy in policies.items():
@@ -66,6 +62,22 @@ def check_policies(tree: Table, actions: Actions, faults: Faults) -> None:
             else:
                 edges.setdefault((name, other), (item, path))
     _check_circles(edges, faults)
+
+
+def _check_use(use: Scalar, name: str, actions: Actions, faults: Faults, *, enabled: bool) -> None:
+    path = dotted((*_WHERE, name, "use"))
+    if use.text not in actions:
+        faults.add(use.place, path, functools.partial(_unknown, "expected an action", use, list(actions)))
+    elif fault := actions[use.text].fault:
+        faults.add(use.place, path, f"expected an action that can be used, got {shown(use)}: {fault}")
+    elif enabled and (missing := actions[use.text].missing()):
+        expected = f"expected {missing} to be installed where flaskd is, for this action needs it"
+        faults.add(use.place, path, f"{expected}, got {shown(use)}")
+
+
+def _disabled(policy: Table) -> bool:
+    enabled = policy.entries.get("enabled")
+    return isinstance(enabled, Scalar) and enabled.value is False
 
 
 def _after(policy: Table) -> list[tuple[Path, Scalar]]:

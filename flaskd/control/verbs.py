@@ -63,8 +63,8 @@ def _shown(value: object) -> str:
 
 
 def _plan(daemon: Daemon, _flags: Flags, _peer: str, reply: Reply) -> None:
-    policies, text = daemon.plan()
-    reply.ok("plan", detail={"policies": policies, "text": text}, lines=text.splitlines())
+    plan = daemon.plan()
+    reply.ok("plan", detail=plan, lines=str(plan["text"]).splitlines())
 
 
 def _config(daemon: Daemon, _flags: Flags, _peer: str, reply: Reply) -> None:
@@ -107,7 +107,7 @@ VERBS: dict[str, Verb] = {
     "reload": Verb(
         lambda daemon, _f, _p, reply: daemon.reload(reply), "read the configuration anew", _WAIT, changes=True
     ),
-    "plan": Verb(_plan, "the cleanup policies in their order"),
+    "plan": Verb(_plan, "the cleanup policies in their order, and what was found"),
     "config": Verb(_config, "the configuration in force, secrets hidden"),
     "last-stop": Verb(_last_stop, "how the stop before this run went"),
     "version": Verb(_version, "flaskd's version"),

@@ -200,6 +200,7 @@ def test_nothing_keeps_the_exit(flaskd: Flaskd) -> None:
     flaskd.write("stray.py", "import threading, time, concurrent.futures\nfrom gateapp import app\n"
                  "threading.Thread(target=time.sleep, args=(60,), name='stray').start()\n"
                  "pool = concurrent.futures.ThreadPoolExecutor(1)\npool.submit(time.sleep, 60)\n")  # fmt: skip
+    flaskd.write("flaskd.yaml", "cleanup: {defaults: {timeout: 200ms}}\n")  # what the executor has for its job
     flaskd.start(app="stray")
     host, _, port = flaskd.url.removeprefix("http://").rstrip("/").partition(":")
     with socket.create_connection((host, int(port))):

@@ -1,0 +1,333 @@
+"""Discovery: what the app holds that a stop should close, found without a line of configuration.
+
+`discover` takes one look at all objects that the garbage collector tracks (gc.get_objects; some 20 ms for 100,000) and
+picks those of known types. The types are taken from sys.modules alone: a library that the app has not imported costs
+nothing and is not imported here. Nothing is called on what is found but attributes that tell whether it is open.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import sys
+import threading
+import time
+import weakref
+from collections import Counter
+from dataclasses import dataclass, field
+from types import FunctionType, MethodType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+log = logging.getLogger("flaskd.cleanup")
+
+_ASYNCHRONOUS = "asynchronous: only its own event loop can close it"
+_NO_ACTION = "no action closes it; a function of your own can (use: call)"
+_COST = 20.0
+"""How many times its own length a sweep is away from the one before, where somebody asks again and again."""
+_AT_A_TIME = 1000
+"""Objects that are looked at before other threads are given a turn."""
+_DEEPEST = 6
+_MOST_FOLLOWED = 20_000
+"""How far below an extension of the app its objects are looked for, and among how many."""
+_NOT_FOLLOWED = (type, ModuleType, FunctionType, MethodType, logging.Logger, str, bytes, int, float, type(None))
+
+
+@dataclass(frozen=True)
+class Found:
+    """A live object that the app holds.
+
+    `name` is MODULE:ATTRIBUTE where a module holds it, the extension's key where an extension of the app does, else its
+    type and a number; `kind` its type; `use` the action that closes it, empty when there is none; `left` why it is
+    closed by nothing but a policy that asks for it, empty for what a stop closes by itself.
+    """
+
+    name: str
+    kind: str
+    use: str
+    left: str = ""
+    _refer: Callable[[], Any] = field(default=lambda: None, repr=False, compare=False)
+
+    @property
+    def object(self) -> Any:
+        """The object itself; None once nobody else holds it, for finding it keeps nothing alive."""
+        return self._refer()
+
+    def describe(self) -> dict[str, str]:
+        """Stable keys for programs."""
+        return {"name": self.name, "kind": self.kind, "use": self.use, "left": self.left}
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Types by ``module:name``, the action for them, and what is known of their objects.
+
+    `but` are subtypes that are something else, `ended` tells an object that needs nothing any more, `left` why one is
+    not closed by itself, `owns` gives the objects that are ended along with it, and with `named` only those count that
+    a module or an extension holds.
+    """
+
+    use: str
+    types: tuple[str, ...]
+    but: tuple[str, ...] = ()
+    ended: Callable[[Any], bool] = lambda _: False
+    left: Callable[[Any], str] = lambda _: ""
+    owns: Callable[[Any], Iterable[Any]] = lambda _: ()
+    named: bool = False
+
+
+_KINDS = (
+    _Kind(
+        "sqlalchemy.dispose",
+        ("sqlalchemy.engine:Engine",),
+        but=("sqlalchemy.engine.base:OptionEngine",),  # another face of an engine, on the same pool
+        left=lambda engine: _ASYNCHRONOUS if engine.dialect.is_async else "",
+    ),
+    _Kind("psycopg_pool.close", ("psycopg_pool:ConnectionPool",), ended=lambda pool: pool.closed),
+    _Kind(
+        "redis.close", ("redis:Redis",), but=("redis.client:Pipeline",), owns=lambda client: [client.connection_pool]
+    ),
+    _Kind("redis.close", ("redis:ConnectionPool",)),
+    _Kind(
+        "http_client.close",
+        ("httpx:Client", "requests:Session"),
+        ended=lambda client: bool(getattr(client, "is_closed", False)),
+    ),
+    _Kind(
+        "apscheduler.stop",
+        ("apscheduler.schedulers.base:BaseScheduler",),
+        ended=lambda scheduler: not scheduler.running,
+        # Private, and all there is (APScheduler 3): a pool that belongs to the scheduler is shut down with it.
+        owns=lambda scheduler: [
+            getattr(each, "_pool", None) for each in vars(scheduler).get("_executors", {}).values()
+        ],
+    ),
+    _Kind(
+        "executor.stop",
+        ("concurrent.futures.thread:ThreadPoolExecutor", "concurrent.futures.process:ProcessPoolExecutor"),
+        # Private (Python 3.11 to 3.14): there is no public way to ask.
+        ended=lambda executor: bool(
+            vars(executor).get("_shutdown", False) or vars(executor).get("_shutdown_thread", False)
+        ),
+    ),
+    _Kind(
+        "otel.shutdown",
+        (
+            "opentelemetry.sdk.trace:TracerProvider",
+            "opentelemetry.sdk.metrics:MeterProvider",
+            "opentelemetry.sdk._logs:LoggerProvider",
+        ),
+    ),
+    _Kind("", ("asyncio.base_events:BaseEventLoop",), ended=lambda _: True, owns=lambda loop: [loop._default_executor]),  # noqa: SLF001 - as above
+    _Kind(
+        "",
+        ("psycopg_pool:AsyncConnectionPool", "redis.asyncio:Redis", "httpx:AsyncClient"),
+        left=lambda _: _ASYNCHRONOUS,
+    ),
+    _Kind("", ("pymongo:MongoClient",), left=lambda _: _NO_ACTION),
+    _Kind(
+        "",
+        (
+            "psycopg:Connection",
+            "psycopg2.extensions:connection",
+            "pymysql.connections:Connection",
+            "sqlite3:Connection",
+        ),
+        ended=lambda connection: bool(getattr(connection, "closed", False)),
+        left=lambda _: _NO_ACTION,
+        named=True,  # those of a pool have no name, and are its business
+    ),
+)
+
+
+def discover(app: Any, objects: Iterable[object] | None = None) -> tuple[Found, ...]:
+    """Find what the app holds, among `objects`; default: all objects that the garbage collector tracks.
+
+    `app` is the Flask app, or None: its extensions give names to what is found. What belongs to something else that was
+    found is left to that. It takes some time and the interpreter's lock with it, so it has no place on a request's way.
+    """
+    picked = list(_picked(gc.get_objects() if objects is None else objects))
+    owned = {id(inner) for kind, each in picked for inner in _asked(kind.owns, each, ())}
+    wanted = [(kind, each) for kind, each in picked if id(each) not in owned and not _asked(kind.ended, each, True)]
+    names = _Names({id(each) for _, each in wanted}, app)
+    found = [
+        _found(names.of(each), each, kind.use, _asked(kind.left, each, "it cannot be looked at"))
+        for kind, each in wanted
+        if names.knows(each) or not kind.named
+    ]
+    found += _sentry()
+    found += _threads()
+    found += _children([each for kind, each in picked if kind.use == "executor.stop"])
+    return tuple(found)
+
+
+def _asked(question: Callable[[Any], Any], thing: Any, otherwise: Any) -> Any:
+    """The answer of somebody else's object; one that raises is half built, or broken, and not ours to mend."""
+    try:
+        return question(thing)
+    except Exception:  # noqa: BLE001 - see above
+        return otherwise
+
+
+def _picked(objects: Iterable[object]) -> Iterator[tuple[_Kind, Any]]:
+    """The objects of known types, each once. Only their types are looked at: a proxy may answer to isinstance()."""
+    kinds: dict[type, _Kind | None] = {}
+    for one in _KINDS:
+        kinds |= {known: one for known in map(_loaded, one.types) if known is not None}
+        kinds |= {known: None for known in map(_loaded, one.but) if known is not None}
+    if not kinds:
+        return
+    by_type: dict[type, _Kind | None] = {}
+    seen = set()
+    for place, each in enumerate(objects):
+        if place % _AT_A_TIME == 0:
+            time.sleep(0)  # lets the interpreter's lock go: requests need not wait for a switch interval
+        its_type = type(each)
+        if its_type not in by_type:
+            by_type[its_type] = next((kinds[base] for base in its_type.__mro__ if base in kinds), None)
+        if (kind := by_type[its_type]) is not None and id(each) not in seen:
+            seen.add(id(each))
+            yield kind, each
+
+
+def _loaded(path: str) -> type | None:
+    """The type, if its module has been imported; without asking the module, which may import more when asked."""
+    module, _, name = path.partition(":")
+    loaded: ModuleType | None = sys.modules.get(module)  # None stands there for a module that may not be imported
+    known = getattr(loaded, "__dict__", {}).get(name)
+    return known if isinstance(known, type) else None
+
+
+def _found(name: str, thing: Any, use: str, left: str = "") -> Found:
+    its_type = type(thing)
+    try:
+        refer: Callable[[], Any] = weakref.ref(thing)
+    except TypeError:  # it has no place for one
+        refer = lambda: thing  # noqa: E731 - two words for one thing
+    return Found(name, f"{its_type.__module__}.{its_type.__qualname__}", use, left, refer)
+
+
+def _sentry() -> list[Found]:
+    """The client of the global scope, if there is an active one (sentry_sdk.get_client)."""
+    client = _asked(lambda sdk: sdk.get_client(), sys.modules.get("sentry_sdk"), None)
+    active = _asked(lambda client: client.is_active(), client, False)
+    return [_found("sentry", client, "sentry.flush")] if active else []
+
+
+def _threads() -> list[Found]:
+    """Threads that would hold up the interpreter's exit: neither daemons, nor an executor's, nor flaskd's own."""
+    executors = vars(sys.modules.get("concurrent.futures.thread", object)).get("_threads_queues", {})
+    left = "a thread cannot be ended from outside; threads.stop asks one to end"
+    return [
+        _found(f"thread/{thread.name}", thread, "threads.stop", left)
+        for thread in threading.enumerate()
+        if not thread.daemon
+        and thread is not threading.main_thread()
+        and thread is not threading.current_thread()
+        and not thread.name.startswith("flaskd-")
+        and thread not in executors
+        and type(thread).__module__ != "concurrent.futures.process"
+    ]
+
+
+def _children(executors: list[Any]) -> list[Found]:
+    """Processes of multiprocessing that are alive, without those of an executor."""
+    theirs = {pid for each in executors for pid in vars(each).get("_processes", None) or ()}
+    left = "a process is ended only by a policy that says so; processes.stop"
+    return [
+        _found(f"process/{child.name}", child, "processes.stop", left)
+        for child in _asked(lambda module: module.active_children(), sys.modules.get("multiprocessing"), [])
+        if child.pid not in theirs
+    ]
+
+
+class _Names:
+    """Names for the objects with these ids."""
+
+    def __init__(self, ids: set[int], app: Any) -> None:
+        self._names: dict[int, str] = {}
+        self._counted: Counter[str] = Counter()
+        if ids:
+            for name, value in _attributes():
+                if id(value) in ids and ":_" in self._names.get(id(value), ":_"):  # a public name, if there is one
+                    self._names[id(value)] = name
+            for name, value in _held(app):
+                if id(value) in ids and id(value) not in self._names:
+                    self._names[id(value)] = self._numbered(name, first="")
+
+    def knows(self, thing: Any) -> bool:
+        """Whether a module or an extension holds it."""
+        return id(thing) in self._names
+
+    def of(self, thing: Any) -> str:
+        """Its name; nothing but a module or an extension that holds it makes a lasting one."""
+        return self._names.get(id(thing)) or self._numbered(type(thing).__name__, first="-1")
+
+    def _numbered(self, name: str, *, first: str) -> str:
+        self._counted[name] += 1
+        count = self._counted[name]
+        return name + (first if count == 1 else f"-{count}")
+
+
+def _attributes() -> Iterator[tuple[str, object]]:
+    for module_name, module in list(sys.modules.items()):
+        if isinstance(module, ModuleType):  # there may be anything in sys.modules
+            for name, value in list(vars(module).items()):
+                yield f"{module_name}:{name}", value
+
+
+def _held(app: Any) -> Iterator[tuple[str, object]]:
+    """What the extensions of the app hold, each by its key; the nearest first.
+
+    Followed by gc.get_referents, which asks nothing of the objects: a proxy stays a proxy.
+    """
+    level = [(str(key), extension) for key, extension in list(getattr(app, "extensions", {}).items())]
+    level.append(("apscheduler", getattr(app, "apscheduler", None)))  # Flask-APScheduler
+    level.append(("session", getattr(app, "session_interface", None)))  # Flask-Session
+    seen = {id(app)}
+    for _ in range(_DEEPEST):
+        following = []
+        for name, value in level:
+            if id(value) in seen or isinstance(value, _NOT_FOLLOWED) or len(seen) > _MOST_FOLLOWED:
+                continue
+            seen.add(id(value))
+            yield name, value
+            following += [(name, inner) for inner in gc.get_referents(value)]
+        level = following
+
+
+class Sweep:
+    """One look around, in a thread of its own; it takes `took` seconds, and gives what it found to `then`."""
+
+    def __init__(self, app: Any, then: Callable[[tuple[Found, ...]], None] = lambda _: None) -> None:
+        self._app, self._then = app, then
+        self._over = threading.Event()
+        self._found: tuple[Found, ...] | None = None
+        self._began = time.monotonic()
+        self.took = 0.0
+        try:
+            threading.Thread(target=self._work, name="flaskd-discovery", daemon=True).start()
+        except RuntimeError as error:  # no more threads; the stop can do without
+            log.warning(f"cannot look for what the app holds: {error}")
+            self._over.set()
+
+    def _work(self) -> None:
+        try:
+            self._found = discover(self._app)
+            self._then(self._found)
+        except Exception:  # whatever the app has done to its objects, the stop can do without
+            log.exception("cannot look for what the app holds")
+        self.took = time.monotonic() - self._began
+        self._over.set()
+
+    @property
+    def stale(self) -> bool:
+        """Whether another may be made: however often somebody asks, looking around costs a small part of the time."""
+        return self._over.is_set() and time.monotonic() - self._began > _COST * self.took
+
+    def found(self, timeout: float = 0.0) -> tuple[Found, ...] | None:
+        """What it found; waits up to `timeout` seconds, and None when it has not found anything out by then."""
+        self._over.wait(timeout)
+        return self._found

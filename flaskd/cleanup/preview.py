@@ -1,0 +1,237 @@
+"""What a plan comes to, before it runs: the latest moments of each step, and what one that hangs does to the others.
+
+Both come from the runner itself, on a clock that is moved on by hand, with steps that do nothing or never end.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from flaskd.cleanup.actions import Action
+from flaskd.cleanup.attempt import Attempt, Fate, StepResult, Verdict
+from flaskd.cleanup.plan import AFTER_THE_DRAIN, BEFORE_THE_DRAIN, BESIDE_THE_DRAIN, Plan, Step
+from flaskd.cleanup.runner import Runner
+from flaskd.config import Config, Phase, Section
+from flaskd.config.faults import did_you_mean, nearest_first, quoted
+from flaskd.errors import UsageError
+from flaskd.units import format_duration
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+
+    from flaskd.cleanup.discovery import Found
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The time around a plan, in seconds: what `shutdown` and `cleanup` say of it."""
+
+    deadline: float
+    reserve: float
+    announce: float
+    drain: float
+    max_parallel: int
+
+    @classmethod
+    def of(cls, config: Config) -> Frame:
+        """The frame of a configuration."""
+        shutdown = config.shutdown
+        return cls(
+            shutdown.deadline, shutdown.reserve, shutdown.announce, shutdown.drain.timeout, config.cleanup.max_parallel
+        )
+
+    def text(self) -> str:
+        """One line for people."""
+        said = f"deadline {format_duration(self.deadline)}"
+        if self.reserve:
+            said += f", of which {format_duration(self.reserve)} are kept for flush, final and what is marked always"
+        return f"{said}; the drain may take {format_duration(self.drain)}"
+
+
+@dataclass(frozen=True)
+class _Reason:
+    kind: str = "signal"
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class _Silent:
+    """Where the words of a rehearsal go: nowhere."""
+
+    def say(self, call: Callable[[], None]) -> None:
+        """Do not."""
+
+
+class _Rehearsal(Runner):
+    """A runner whose steps end at once, except those that hang; its clock moves on only while it waits for these."""
+
+    def __init__(self, plan: Plan, frame: Frame, hang: Collection[str]) -> None:
+        self._by_hand = _Clock()
+        self._hang = hang
+        super().__init__(
+            plan,
+            app=None,
+            reason=_Reason(),
+            deadline=frame.deadline,
+            reserve=frame.reserve,
+            max_parallel=frame.max_parallel,
+            clock=self._by_hand,
+        )
+
+    def until(self, moment: float) -> None:
+        """Move the clock on to a moment, never back."""
+        self._by_hand.now = max(self._by_hand.now, moment)
+
+    @property
+    def now(self) -> float:
+        """Seconds since the stop began."""
+        return self._by_hand.now
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        self._log = self._progress = _Silent()  # type: ignore[assignment]  # all that is asked of either
+        self._outlets = []
+        yield
+
+    def _begin(self, attempt: Attempt) -> None:
+        if attempt.step.name not in self._hang:
+            attempt.verdict = Verdict(Fate.OK)
+
+    def _wait(self) -> None:
+        if all(attempt.verdict is None for attempt in self._running.values()):
+            self.until(min(attempt.given_up_at() for attempt in self._running.values()))
+
+
+def rehearse(plan: Plan, frame: Frame, hang: Collection[str]) -> list[StepResult]:
+    """What would become of each step if those named in `hang` never ended, after a drain that takes all of its time."""
+    still = Action("rehearsed", Section, Phase.FINAL, lambda _context, _fields: None)
+    steps = [replace(step, action=replace(still, name=step.action.name)) for step in plan.steps]
+    runner = _Rehearsal(Plan(tuple(steps)), frame, hang)
+    runner.run(BEFORE_THE_DRAIN)
+    drain = max(0.0, min(frame.drain, frame.deadline - frame.reserve - runner.now))
+    drained = max(runner.now, frame.announce) + drain
+    runner.run(BESIDE_THE_DRAIN)
+    runner.until(min(drained, frame.deadline))
+    runner.run(AFTER_THE_DRAIN)
+    return list(runner.results)
+
+
+def latest(plan: Plan, frame: Frame) -> dict[str, tuple[float, float] | None]:
+    """The latest moments at which each step begins and is given up, in seconds after the stop began.
+
+    That is when all before it take all of their time and retries. None: there may be no time left for it.
+    """
+    slowest = [
+        replace(
+            step,
+            timeout=step.timeout * (1 + step.retries) + (step.action.grace(step.fields) if step.action.grace else 0.0),
+            on_failure="continue",
+            reasons=(),
+            outcome=None,
+        )
+        for step in plan.steps
+    ]
+    results = rehearse(Plan(tuple(slowest)), frame, {step.name for step in slowest})
+    return {
+        each.name: None if each.fate is Fate.SKIPPED else (each.started, each.started + each.took) for each in results
+    }
+
+
+def overview(plan: Plan, frame: Frame) -> dict[str, Any]:
+    """What there is to know of a plan, with stable keys; `text` is a table for people.
+
+    Of each step `begins_by` and `ends_by` are seconds after the stop began, or None where there may be no time for it.
+    """
+    moments = latest(plan, frame)
+    policies = []
+    for step in plan.steps:
+        begins, ends = moments[step.name] or (None, None)
+        policies.append({**step.describe(), "begins_by": begins, "ends_by": ends})
+    found = {each.name: each for step in plan.steps for each in step.found or ()}
+    return {
+        "policies": policies,
+        "found": [each.describe() for each in (*found.values(), *plan.left)],
+        "budget": asdict(frame),
+        "text": "\n".join([*_timetable(plan, frame, moments), *_left(plan.left)]),
+    }
+
+
+def _timetable(plan: Plan, frame: Frame, moments: Mapping[str, tuple[float, float] | None]) -> list[str]:
+    if not plan.steps:
+        return [frame.text(), "no cleanup policies"]
+    rows: list[tuple[str, ...]] = [("PHASE", "POLICY", "ACTION", "TIMEOUT", "BEGINS BY", "ENDS BY", "NOTES")]
+    for each in plan.steps:
+        moment = moments[each.name]
+        begins, ends = map(format_duration, moment) if moment else ("no time", "-")
+        rows.append(
+            (str(each.phase), each.name, each.action.name, format_duration(each.timeout), begins, ends, each.notes())
+        )
+    return [frame.text(), *_table(rows)]
+
+
+def _left(found: Sequence[Found]) -> list[str]:
+    rows = [(f"  {each.name}", each.kind, each.left) for each in found]
+    return ["found, and left alone:", *_table(rows)] if rows else []
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def simulated(plan: Plan, frame: Frame, hang: Iterable[str]) -> tuple[list[StepResult], str]:
+    """What would become of each step if those named hung, for programs and for people.
+
+    Raises UsageError for a name that no step has.
+    """
+    hang, names = tuple(hang), [step.name for step in plan.steps]
+    for name in hang:
+        if name not in names:
+            known = f"; the plan has {nearest_first(name, names)}" if names else "; the plan has no steps"
+            raise UsageError(f"cannot simulate: there is no step {quoted(name)}{did_you_mean(name, names)}{known}")
+    results = rehearse(plan, frame, hang)
+    rows: list[tuple[str, ...]] = [("PHASE", "POLICY", "FATE", "BEGINS", "ENDS", "WHY")]
+    for each in results:
+        skipped = each.fate is Fate.SKIPPED
+        moments = (each.started, each.started + each.took)
+        rows.append(
+            (
+                each.phase,
+                each.name,
+                str(each.fate),
+                *("-" if skipped else format_duration(m) for m in moments),
+                each.why,
+            )
+        )
+    head = f"{frame.text()}, and takes it here; hanging: {', '.join(hang)}"
+    return results, "\n".join([head, *_table(rows)])
+
+
+def plan_from(steps: Iterable[Mapping[str, Any]]) -> Plan:
+    """The plan that `overview` described, good for rehearsals alone: what its steps do is not in there."""
+    return Plan(
+        tuple(
+            Step(
+                name=each["name"],
+                action=Action(each["use"], Section, Phase(each["phase"]), lambda _context, _fields: None),
+                fields=Section(),
+                phase=Phase(each["phase"]),
+                timeout=each["timeout"],
+                retries=each["retries"],
+                on_failure=each["on_failure"],
+                after=tuple(each["after"]),
+                reasons=tuple(each["when"]["reason"]),
+                outcome=each["when"]["outcome"],
+                always=each["always"],
+            )
+            for each in steps
+        )
+    )
