@@ -12,11 +12,12 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from flaskd.cleanup import Plan, Runner, StepResult, results_as_json
 from flaskd.config import Phase, ShutdownConfig
-from flaskd.ledger import DrainReport
+from flaskd.errors import FlaskdError
+from flaskd.ledger import Cut, DrainReport
 from flaskd.lifecycle import StopReason
 from flaskd.logs import timestamp
 
@@ -68,6 +69,16 @@ def _stacks_go_to() -> int:
     return 2
 
 
+class Drainable(Protocol):
+    """What can be drained by the thread that waits for it."""
+
+    def drain(self, timeout: float) -> DrainReport:
+        """Finish what is in hand within `timeout` seconds; raises FlaskdError when nobody is left to do it."""
+
+    def cut(self, reason: str) -> tuple[Cut, ...]:
+        """What is in hand, as cut."""
+
+
 class Stop:
     """Runs the plan as it stands now; its owner tells it when the drain is over, and it tells when all is done.
 
@@ -89,6 +100,7 @@ class Stop:
         on_step: Callable[[StepResult], None] | None = None,
     ) -> None:
         self.reason = reason
+        self.plan = plan
         self.hurried = False
         self._shutdown = shutdown
         self._began = time.monotonic()
@@ -106,6 +118,45 @@ class Stop:
             state=state,
             on_progress=on_step,
         )
+
+    @classmethod
+    def of(
+        cls,
+        server: Drainable,
+        reason: StopReason,
+        *,
+        plan: Plan,
+        app: Flask | None,
+        shutdown: ShutdownConfig,
+        max_parallel: int,
+        on_step: Callable[[StepResult], None] | None = None,
+    ) -> Self:
+        """A stop that drains `server` itself; what breaks it off is logged."""
+
+        def drain() -> None:
+            try:
+                report = server.drain(stop.drain_time)
+            except FlaskdError as error:  # the serving thread is dead: what it had in hand is lost
+                log.error(str(error))  # noqa: TRY400 - the death itself has been logged with its traceback
+                report = DrainReport(cut=server.cut(str(error)))
+            stop.drained(report)
+
+        def over(error: Exception | None) -> None:
+            if error is not None:
+                log.error(f"cleanup broke off: {error}", exc_info=error)
+
+        stop = cls(
+            reason,
+            plan=plan,
+            app=app,
+            shutdown=shutdown,
+            max_parallel=max_parallel,
+            # In a thread of its own, because the cleanup steps of the drain's phase run beside it.
+            drain=lambda: threading.Thread(target=drain, name="flaskd-drain", daemon=True).start(),
+            over=over,
+            on_step=on_step,
+        )
+        return stop
 
     def arm(self) -> None:
         """Make sure that the process ends by the deadline, whatever happens from here on."""
@@ -130,6 +181,11 @@ class Stop:
         if self.hurried:
             return 0.0
         return max(0.0, min(self._shutdown.drain.timeout, self.left - self._shutdown.reserve))
+
+    @property
+    def report(self) -> DrainReport:
+        """What became of the requests; nothing before the drain is over."""
+        return self._report or DrainReport()
 
     @property
     def running(self) -> tuple[str, ...]:
@@ -158,6 +214,7 @@ class Stop:
         """The record of it; keys are stable."""
         return {
             "reason": str(self.reason),
+            "plan": self.plan.id,
             "completed": report.completed,
             "rejected": report.rejected,
             "cut": [each.as_json() for each in report.cut],

@@ -172,30 +172,13 @@ class ServerThread:
     ) -> DrainReport:
         cleanup, app = self._config.cleanup, find_flask(self._app)
         plan = with_callbacks(self._plan, app, timeout=cleanup.defaults.timeout)
-        reports: list[DrainReport] = []
-
-        def drain() -> None:
-            try:
-                report = server.drain(stop.drain_time)
-            except FlaskdError as error:  # the serving thread is dead: what it had in hand is lost
-                log.error(str(error))  # noqa: TRY400 - the death itself has been logged with its traceback
-                report = DrainReport(cut=server.cut(str(error)))
-            reports.append(report)
-            stop.drained(report)
-
-        def over(error: Exception | None) -> None:
-            if error is not None:
-                log.error(f"cleanup broke off: {error}", exc_info=error)
-
-        stop = self._stop = Stop(
+        stop = self._stop = Stop.of(
+            server,
             reason,
             plan=plan,
             app=app,
             shutdown=_shutdown(self._config.shutdown, timeout, cleanup=bool(plan.steps)),
             max_parallel=cleanup.max_parallel,
-            # In a thread of its own, because the cleanup steps of the drain's phase run beside it.
-            drain=lambda: threading.Thread(target=drain, name="flaskd-drain", daemon=True).start(),
-            over=over,
             on_step=self._on_step,
         )
         if last_resort:
@@ -205,8 +188,8 @@ class ServerThread:
             stop.run()
         finally:
             # What was cut may never end, and is not waited for; the others are done in a moment.
-            server.end(_WORKERS_END if reports and reports[0].clean else _STUCK_END)
-        return reports[0]
+            server.end(_WORKERS_END if stop.report.clean else _STUCK_END)
+        return stop.report
 
 
 def configured(config: Mapping[str, object] | str | os.PathLike[str] | None) -> Config:

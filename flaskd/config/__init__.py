@@ -18,8 +18,10 @@ from flaskd.config.model import (
     Config,
     ControlConfig,
     DrainConfig,
+    EndpointConfig,
     ExitCodes,
     HealthConfig,
+    IdleConfig,
     LogConfig,
     Phase,
     Policy,
@@ -34,7 +36,7 @@ from flaskd.config.watch import FileWatch
 
 __all__ = [
     "ActionSpec", "AppConfig", "CleanupConfig", "Config", "Configuration", "ControlConfig", "DrainConfig",
-    "Duration", "ExitCodes", "Fault", "FileWatch", "HealthConfig", "InvalidConfigError", "LogConfig", "OneOrMany",
-    "Phase", "Policy", "PolicyDefaults", "Section", "ServerConfig", "ShutdownConfig", "Size", "When", "load",
-    "load_mapping", "schema", "write_duration", "write_size",
+    "Duration", "EndpointConfig", "ExitCodes", "Fault", "FileWatch", "HealthConfig", "IdleConfig",
+    "InvalidConfigError", "LogConfig", "OneOrMany", "Phase", "Policy", "PolicyDefaults", "Section", "ServerConfig",
+    "ShutdownConfig", "Size", "When", "load", "load_mapping", "schema", "write_duration", "write_size",
 ]  # fmt: skip
