@@ -117,8 +117,8 @@ WRONG = [
         [
             '1:26 shutdown.idle.after: expected more than 0, got "0s"',
             f'1:44 shutdown.idle.ignore[1]: {PATTERN}, got "/*/x"',
-            f'1:51 shutdown.idle.ignore[2]: {PATTERN}, got "/x?*"',
-            '1:58 shutdown.idle.ignore[3]: expected a path that starts with / and holds no blanks, got "x"',
+            f'1:52 shutdown.idle.ignore[2]: {PATTERN}, got "/x?*"',
+            '1:60 shutdown.idle.ignore[3]: expected a path that starts with / and holds no blanks, got "x"',
         ],
     ),
     (
