@@ -1,6 +1,7 @@
 """Idleness: what counts, what does not, and when time is up."""
 
 import queue
+import socket
 import threading
 import time
 
@@ -150,6 +151,18 @@ def test_a_head_that_never_ends_keeps_nothing(server, connect):
     idle = Idle(server)
     connect(server).send(b"GET /hello HTTP/1.1\r\n")
     idle.came()
+
+
+def test_a_probe_under_way_keeps_nothing(server):
+    """One that never ends, either."""
+    idle = Idle(server)
+    ours, theirs = socket.socketpair()
+    with ours:
+        ours.sendall(post("/echo", b"12345")[:-2])
+        server._loop.call(lambda: server._loop.attach(theirs))
+        until(server, lambda: any(channel.internal and channel.arriving for channel in server._loop.channels()))
+        assert server.idle[0] > 0.0
+        idle.came()
 
 
 def test_a_client_that_goes_away_has_asked(server, connect, app):

@@ -46,11 +46,7 @@ class IdleWatch:
     def _counts(self, request: Request) -> bool:
         path: str = getattr(request, "path", "")  # waitress knows it once it has understood the first line
         return bool(path) and not (
-            request.error
-            or request.channel.internal
-            or path in self._exact
-            or path == self._loop.health_path
-            or path.startswith(self._beginnings)
+            request.error or path in self._exact or path == self._loop.health_path or path.startswith(self._beginnings)
         )
 
     @property

@@ -173,8 +173,9 @@ class EventLoop:
 
     def in_hand(self) -> list[Request]:
         """The requests in flight, and those still coming whose head is complete (any thread)."""
-        arriving = (channel.arriving for channel in self.channels())
-        return [*self._in_hand.values(), *(each for each in arriving if each is not None and each.headers_finished)]
+        # First those still coming: one that has come meanwhile is then among the others.
+        arriving = [channel.arriving for channel in self.channels() if not channel.internal]
+        return [each for each in arriving if each is not None and each.headers_finished] + list(self._in_hand.values())
 
     def requests(self) -> list[InFlight]:
         """What is in flight, oldest first (any thread)."""

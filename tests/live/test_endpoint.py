@@ -20,6 +20,7 @@ from conftest import PATIENCE, Flaskd, children, get, refused, requires
 
 import flaskd as package
 
+REFERENCE = Path(__file__).parents[2] / "config" / "flaskd.yaml"
 CHROMIUM = Path("/usr/bin/chromium")
 SWITCHES = [
     "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -85,6 +86,36 @@ def test_a_post_stops_the_daemon(flaskd: Flaskd, token: str) -> None:
     assert flaskd.record()["policies"]["bye"]["fate"] == "ok"
     assert refused(url.removesuffix("shutdown"))
     assert token not in flaskd.log
+
+
+def test_a_credential_is_a_token(flaskd: Flaskd, token: str) -> None:
+    """What LoadCredential= of a unit puts into a directory of its own is taken."""
+    flaskd.env["CREDENTIALS_DIRECTORY"] = str(flaskd.directory)
+    flaskd.write("flaskd.yaml", CONFIG.replace("token_file", "credential"))
+    flaskd.start()
+    [url] = flaskd.status()["shutdown_endpoint"]
+    assert post(url, token)[0] == 202
+    assert flaskd.wait() == 0
+
+
+def test_the_shell_can_do_it(flaskd: Flaskd) -> None:
+    """What the reference configuration says makes a token, and what it says posts it; neither shows it to ps(1)."""
+    requires("curl", [] if shutil.which("curl") else ["curl"])
+    said = " ".join(line.strip().lstrip("# ") for line in REFERENCE.read_text().splitlines())
+    make, ask = (
+        re.search(pattern, said) for pattern in (r"(\(umask 077; .*? > shutdown.token\))", r"(printf .*?/shutdown)")
+    )
+    assert make
+    assert ask
+    subprocess.run(["sh", "-c", make[1]], cwd=flaskd.directory, check=True)
+    flaskd.write("flaskd.yaml", CONFIG.replace("token_file: token", "token_file: shutdown.token"))
+    flaskd.start()
+    [url] = flaskd.status()["shutdown_endpoint"]
+    command = ask[1].replace("http://127.0.0.1:9090/shutdown", url)
+    assert url in command
+    done = subprocess.run(["sh", "-c", command], cwd=flaskd.directory, capture_output=True, text=True, check=True)
+    assert '"plan": ' in done.stdout
+    assert flaskd.wait() == 0
 
 
 def test_a_refused_post_stops_nothing(flaskd: Flaskd, token: str) -> None:
