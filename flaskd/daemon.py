@@ -653,9 +653,9 @@ class Daemon:
         self._server.watch_idle(idle.after, idle.ignore, lambda: self._inbox.put(self._on_idle))
 
     def _on_idle(self) -> None:
-        """Stop, unless something else came first: who drains wants to go on with it."""
-        after = self.configuration.values.shutdown.idle.after
-        if self.state is State.READY and after is not None:
+        """Stop, unless something came first: a request, or somebody who drains and wants to go on with it."""
+        after, idle = self.configuration.values.shutdown.idle.after, self._server.idle if self._server else None
+        if self.state is State.READY and after is not None and idle is not None and not idle[1]:
             why = f"nothing was asked for {write_duration(after)}"
             self._on_stop(StopReason("idle", why), Discard(), wait=False, now=False)
 
