@@ -597,7 +597,8 @@ def test_the_process_is_ended_whatever_it_ignores(monkeypatch, handler, number):
 def test_it_opens_where_there_is_something_to_stop(monkeypatch, argv, environ, serves):
     """In `flask run` and in the reloader's child; not in the reloader's parent, nor in Flask's other commands."""
     for name in ("FLASK_DEBUG", "WERKZEUG_RUN_MAIN", "FLASK_RUN_FROM_CLI"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what the command line sets is taken back
+        monkeypatch.delenv(name)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("flask.cli.run_simple", lambda *args, **more: None, raising=False)
