@@ -637,3 +637,28 @@ def test_a_request_is_over_when_its_answer_is_closed():
     with pytest.raises(ZeroDivisionError):
         failing(environ, None)
     assert failing.in_flight == 0
+
+
+def test_work_in_the_background_is_waited_for():
+    """The drain of an app is over when that is; what is left when time is up makes it unclean."""
+    requests = Requests(lambda environ, start_response: [])
+    with flaskd.background("export"):
+        [left] = requests.drain(0).background
+    assert left.name == "export"
+    reports = []
+    with flaskd.background("export"):
+        draining = threading.Thread(target=lambda: reports.append(requests.drain(PATIENCE)))
+        draining.start()
+        draining.join(0.2)
+        assert draining.is_alive()
+    draining.join()
+    assert reports[0].clean
+
+
+def test_closing_waits_for_no_work_in_the_background(door, caplog):
+    """That is the affair of the app's drain, which was before, and has named it."""
+    with flaskd.background("export"):
+        door.server.close(PATIENCE)
+    assert "export" not in caplog.text
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((door.address.host, door.address.port))

@@ -8,6 +8,8 @@ import time
 import pytest
 from server_kit import PATIENCE, answers, app, connect, get, no_thread_left, post, serve, until
 
+import flaskd
+
 AFTER = 0.15
 """Seconds; each test but one waits that long."""
 NEVER = 3600.0
@@ -100,6 +102,15 @@ def test_an_upload_that_is_still_coming_keeps_it(server, connect):
     idle.passes()
     assert not idle.was
     assert client.send(b"45").response().body == b"12345"
+    idle.came()
+
+
+def test_work_in_the_background_keeps_it(server):
+    """As long as it lasts."""
+    with flaskd.background("export"):
+        idle = Idle(server)
+        idle.passes()
+        assert (idle.was, server.idle[0]) == (False, 0.0)
     idle.came()
 
 

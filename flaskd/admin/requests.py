@@ -15,6 +15,7 @@ from werkzeug.wsgi import ClosingIterator
 
 from flaskd.ledger import Cut, DrainReport, InFlight
 from flaskd.server.channel import stack_of
+from flaskd.work import in_background, left_behind, tell_no_more, tell_of_ends
 
 log = logging.getLogger("flaskd.endpoint")
 
@@ -76,22 +77,33 @@ class Requests:
                 self._completed += 1
             self._changed.notify_all()
 
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
     @property
     def in_flight(self) -> int:
         """Requests that the app has in hand."""
         return len(self._in_hand)
 
     def drain(self, timeout: float) -> DrainReport:
-        """Refuse what is new, wait for what is in hand at most `timeout` seconds, and tell what became of it."""
+        """Refuse what is new, wait for what is in hand at most `timeout` seconds, and tell what became of it.
+
+        Work in the background is waited for, too (`flaskd.background`).
+        """
         began = time.monotonic()
-        with self._changed:
-            self._draining.set()
-            self._changed.wait_for(lambda: not self._in_hand, timeout)
-            report = DrainReport(
-                self._completed, self._rejected, self.cut("the drain's time was over"), time.monotonic() - began
-            )
-        for cut in report.cut:
-            log.warning("\n".join(filter(None, [f"cut {cut}", cut.stack])), extra={"fields": cut.as_json()})
+        tell_of_ends(self._notify)
+        try:
+            with self._changed:
+                self._draining.set()
+                self._changed.wait_for(lambda: not self._in_hand and not in_background(), timeout)
+                cut = self.cut("the drain's time was over")
+                completed, rejected = self._completed, self._rejected
+        finally:
+            tell_no_more(self._notify)
+        report = DrainReport(completed, rejected, cut, time.monotonic() - began, left_behind())
+        for each in report.cut:
+            log.warning("\n".join(filter(None, [f"cut {each}", each.stack])), extra={"fields": each.as_json()})
         return report
 
     def cut(self, reason: str) -> tuple[Cut, ...]:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 from flaskd.admin.door import PATH, Door
-from flaskd.ledger import DrainReport
 from flaskd.server import WaitressThread
 from flaskd.sockets import Address, Listener
+from flaskd.work import in_background
 
 log = logging.getLogger("flaskd.endpoint")
 
@@ -76,10 +76,15 @@ class EndpointServer:
         if fields["status"] == _ACCEPTED:
             self._stop(fields["client"])
 
-    def close(self, timeout: float) -> DrainReport:
+    def close(self, timeout: float) -> None:
         """Answer what is in hand within `timeout` seconds, and give the address back; a second call does nothing."""
         server, self._server = self._server, None
-        return server.stop(timeout) if server is not None else DrainReport()
+        if server is None:
+            return
+        if in_background():  # a drain would wait for it, and name it; that is the app's drain's affair, and over
+            server.abandon()
+        else:
+            server.stop(timeout)
 
     def withdraw(self) -> None:
         """Remove the node of a Unix socket: the last thing before an exit in a hurry."""

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import unquote_to_bytes
 
+from flaskd.work import in_background
+
 if TYPE_CHECKING:
     from flaskd.server.channel import Request
     from flaskd.server.loop import EventLoop
@@ -20,8 +22,8 @@ class IdleWatch:
 
     What is in `ignore` does not count: paths, as a client writes them, or with ``*`` at the end all that begin so;
     nor do `health_path`, probes, and what is no request at all. One in flight that counts, or whose body is still
-    coming, is no idleness, however long it takes. The loop looks when time may be up, and not before: all that it costs
-    a request is to be told from those that do not count.
+    coming, is no idleness, however long it takes; nor is work in the background (`flaskd.background`). The loop looks
+    when time may be up, and not before: all that it costs a request is to be told from those that do not count.
     """
 
     def __init__(self, loop: EventLoop, after: float, ignore: Sequence[str], on_idle: Callable[[], None]) -> None:
@@ -51,9 +53,9 @@ class IdleWatch:
 
     @property
     def idle_for(self) -> float:
-        """Seconds since the last answer that counts; 0 while something that counts is in hand (any thread)."""
+        """Seconds since the last answer that counts; 0 while something is in hand that counts (any thread)."""
         # First what is in hand, then since when nothing is: the other way round, an answer in between would be missed.
-        if any(self._counts(request) for request in self._loop.in_hand()):
+        if in_background() or any(self._counts(request) for request in self._loop.in_hand()):
             return 0.0
         return time.monotonic() - self.used
 
