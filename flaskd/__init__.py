@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from flaskd.admin import ShutdownEndpoint
     from flaskd.cleanup import on_stop
     from flaskd.client import ControlClient
     from flaskd.errors import FlaskdError
@@ -32,6 +33,7 @@ __all__ = [
     "FlaskdError",
     "ServerProcess",
     "ServerThread",
+    "ShutdownEndpoint",
     "__version__",
     "background",
     "on_stop",
@@ -44,6 +46,7 @@ _HOME = {
     "FlaskdError": "flaskd.errors",
     "ServerProcess": "flaskd.workers",
     "ServerThread": "flaskd.thread",
+    "ShutdownEndpoint": "flaskd.admin",
     "background": "flaskd.work",
     "on_stop": "flaskd.cleanup",
 }

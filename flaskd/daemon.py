@@ -15,11 +15,12 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Protocol
 
 from flaskd import launch, logs
+from flaskd.admin import EndpointServer, configured_token, opened_by
 from flaskd.cleanup import (
     Found,
     Frame,
@@ -33,7 +34,7 @@ from flaskd.cleanup import (
     with_callbacks,
     with_found,
 )
-from flaskd.config import Config, Configuration, FileWatch, HealthConfig
+from flaskd.config import Config, Configuration, FileWatch, HealthConfig, write_duration
 from flaskd.drain import Drain
 from flaskd.errors import EX_OK, AppError, ConfigError, FlaskdError, NotNowError
 from flaskd.forks import forgotten_by_children
@@ -44,7 +45,7 @@ from flaskd.notify import Notifier
 from flaskd.protocol import Discard, Reply
 from flaskd.server import WaitressThread
 from flaskd.signals import Escalation, SignalWatch, Terminal
-from flaskd.sockets import Listener
+from flaskd.sockets import Address, Listener
 from flaskd.state import StateDirectory
 from flaskd.stop import CleanupThread, Stop
 from flaskd.work import background_work, in_background, left_behind
@@ -57,6 +58,8 @@ _LAST_WORDS = 0.2
 """Seconds for the log of a process that leaves in a hurry."""
 _LOOK_AROUND = 1.0
 """Seconds that a question for the plan waits to hear what the app holds."""
+_ENDPOINT_CLOSING = 0.3
+"""Seconds that a client of the shutdown endpoint gets to read its answer, at the very end."""
 _TICK = 1.0
 """Seconds between two progress reports of a drain or stop."""
 
@@ -113,6 +116,7 @@ class Daemon:
         self._cleanup_thread = CleanupThread()
         self._escalation = Escalation()
         self._listeners: list[Listener] = []
+        self._endpoints: list[EndpointServer] = []
         self._server: WaitressThread | None = None
         self._drain: Drain | None = None
         self._stop: Stop | None = None
@@ -177,6 +181,7 @@ class Daemon:
         server, life = self._server, self._lifecycle
         in_flight = server.requests() if server else []
         oldest = max(in_flight, key=lambda each: each.age, default=None)
+        idle = server.idle if server else None
         return {
             "state": str(life.state),
             "since": logs.timestamp(life.since),
@@ -192,6 +197,9 @@ class Daemon:
             "connections": server.connections if server else 0,
             "threads": self.configuration.values.server.threads,
             "completed": server.completed if server else 0,
+            "shutdown_endpoint": [endpoint.url for endpoint in self._endpoints],
+            "idle_for": round(idle[0], 3) if idle else None,
+            "idle_stop_at": logs.timestamp(time.time() + idle[1]) if idle and life.state is State.READY else None,
             "reason": str(self._stop.reason) if self._stop else None,
             "cleanup": list(self._stop.running) if self._stop else [],
             "previous": self._state_directory.previous,
@@ -221,6 +229,34 @@ class Daemon:
         """The policies, and what the app registered in code until now."""
         app = self.app.flask if hasattr(self, "app") else None
         return with_callbacks(self._plan, app, timeout=self.configuration.values.cleanup.defaults.timeout)
+
+    # --- the shutdown endpoint --------------------------------------------------------------------------------------
+
+    def open_endpoint(self, address: Address, token: bytes, allowed_hosts: Sequence[str]) -> EndpointServer:
+        """Open a shutdown endpoint of this daemon: the one of the configuration, or one that the app's code asks for.
+
+        Raises ConfigError under ``profile: production``, CannotCreateError when the address cannot be had.
+        """
+        if self.configuration.values.profile == "production":
+            raise ConfigError("cannot open a shutdown endpoint: flaskd runs with profile: production")
+        endpoint = EndpointServer(
+            address,
+            token,
+            allowed_hosts=allowed_hosts,
+            plan=self._describe_stop,
+            stop=lambda peer: self.stop(StopReason("endpoint", peer), Discard()),
+        ).open()
+        self._endpoints.append(endpoint)
+        return endpoint
+
+    def _describe_stop(self) -> dict[str, Any]:
+        """What the endpoint's answer tells, before the stop and while it lasts."""
+        plan = self._stop.plan if self._stop is not None else self._whole_plan()
+        return {"plan": plan.id, "steps": plan.describe(), "in_flight": self._in_flight}
+
+    def _close_endpoints(self, timeout: float) -> None:
+        for endpoint in self._endpoints:
+            endpoint.close(timeout)
 
     # --- start ------------------------------------------------------------------------------------------------------
 
@@ -264,6 +300,11 @@ class Daemon:
             stack.callback(self._state_directory.close)
             stack.callback(self._cleanup_thread.dismiss)
             self._cleanup_thread.start()
+            stack.callback(self._close_endpoints, _ENDPOINT_CLOSING)
+            if (endpoint := config.shutdown.endpoint).listen is not None:
+                token = configured_token(endpoint.token_file, endpoint.credential, self._environ)
+                self.open_endpoint(Address.parse(endpoint.listen), token, endpoint.allowed_hosts)
+        stack.enter_context(opened_by(self.open_endpoint))
         where = ", ".join(listener.address.url for listener in self._listeners)
         nodes = ", ".join(self._plane.nodes) or "none"
         log.info(f"flaskd (pid {os.getpid()}) will serve on {where}; control: {nodes}")
@@ -306,6 +347,7 @@ class Daemon:
             return
         self._lifecycle.handle(Event.STARTED)
         self._apply_watch()
+        self._apply_idle(self.configuration.values)
         log.info(f"ready: {self.app.target} on {', '.join(each.address.url for each in self._listeners)}")
         self._look_around()
         self._notifier.ready(self._ready_status())
@@ -399,11 +441,15 @@ class Daemon:
         self._state_directory.forget()
         for listener in self._listeners:
             listener.socket.close()
+        for endpoint in self._endpoints:
+            endpoint.forget()
         if self._server is not None:
             self._server.forget()
 
     def _remove_nodes(self) -> None:
         self._plane.remove_nodes()
+        for endpoint in self._endpoints:
+            endpoint.withdraw()
         self._close_listeners()
 
     def _close_listeners(self) -> None:
@@ -590,6 +636,7 @@ class Daemon:
             self._apply_server(new.values)
             self._apply_watch()
             self._look_around()
+            self._apply_idle(new.values)
         if self._reload_again:
             self._reload()
             return
@@ -641,6 +688,18 @@ class Daemon:
         self._server.set_threads(config.server.threads)
         self._server.set_graces(config.shutdown.drain.keepalive_grace, config.shutdown.drain.stream_grace)
         self._server.answer_health(config.health.path or "", self._health)
+
+    def _apply_idle(self, config: Config) -> None:
+        assert self._server is not None
+        idle = config.shutdown.idle
+        self._server.watch_idle(idle.after, idle.ignore, lambda: self._inbox.put(self._on_idle))
+
+    def _on_idle(self) -> None:
+        """Stop, unless something came first: a request, or somebody who drains and wants to go on with it."""
+        after, idle = self.configuration.values.shutdown.idle.after, self._server.idle if self._server else None
+        if self.state is State.READY and after is not None and idle is not None and not idle[1]:
+            why = f"nothing was asked for {write_duration(after)}"
+            self._on_stop(StopReason("idle", why), Discard(), wait=False, now=False)
 
     def _health(self) -> tuple[str, str]:
         """What `health.path` answers; called from the serving thread."""
@@ -695,7 +754,7 @@ class Daemon:
             reply.error("not-now", "the reload was overtaken by a stop")
         self._reload_waiters = []
         self._stop.arm()  # before another line of Python: the app may take the GIL and never give it back
-        log.info(f"{what}, at most {config.shutdown.deadline:g}s for everything")
+        log.info(f"{what}, at most {config.shutdown.deadline:g}s for everything; plan {self._stop.plan.id}")
         self._notifier.stopping(what)
         if self._server is not None:
             # A successor may share the listeners: from now on their backlog is left to it.
@@ -746,6 +805,7 @@ class Daemon:
         assert stop is not None
         assert server is not None
         assert report is not None
+        self._close_endpoints(min(_ENDPOINT_CLOSING, stop.left))
         server.end(timeout=min(0.2, stop.left))
         self._state_directory.record(stop.record(report))
         code = EX_OK if report.clean else self.configuration.values.shutdown.exit_codes.degraded

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from flaskd.cleanup import (
     AFTER_THE_DRAIN,
@@ -26,7 +26,8 @@ from flaskd.cleanup import (
     with_found,
 )
 from flaskd.config import CleanupConfig, ShutdownConfig
-from flaskd.ledger import DrainReport
+from flaskd.errors import FlaskdError
+from flaskd.ledger import Cut, DrainReport
 from flaskd.lifecycle import StopReason
 from flaskd.logs import timestamp
 
@@ -80,6 +81,16 @@ def _stacks_go_to() -> int:
     return 2
 
 
+class Drainable(Protocol):
+    """What can be drained by the thread that waits for it."""
+
+    def drain(self, timeout: float) -> DrainReport:
+        """Finish what is in hand within `timeout` seconds; raises FlaskdError when nobody is left to do it."""
+
+    def cut(self, reason: str) -> tuple[Cut, ...]:
+        """What is in hand, as cut."""
+
+
 class Stop:
     """Runs the plan as it stands now; its owner tells it when the drain is over, and it tells when all is done.
 
@@ -104,9 +115,10 @@ class Stop:
         sweep: Sweep | None = None,
     ) -> None:
         self.reason = reason
+        self.plan = plan
         self.hurried = False
         self._shutdown = shutdown
-        self._policies, self._sweep, self._app, self._cleanup = plan, sweep, app, cleanup
+        self._sweep, self._app, self._cleanup = sweep, app, cleanup
         self._began = time.monotonic()
         self._deadline = self._began + self._shutdown.deadline
         self._drain, self._over = drain, over
@@ -122,6 +134,47 @@ class Stop:
             state=state,
             on_progress=on_step,
         )
+
+    @classmethod
+    def of(
+        cls,
+        server: Drainable,
+        reason: StopReason,
+        *,
+        plan: Plan,
+        app: Flask | None,
+        shutdown: ShutdownConfig,
+        cleanup: CleanupConfig,
+        on_step: Callable[[StepResult], None] | None = None,
+        sweep: Sweep | None = None,
+    ) -> Self:
+        """A stop that drains `server` itself; what breaks it off is logged."""
+
+        def drain() -> None:
+            try:
+                report = server.drain(stop.drain_time)
+            except FlaskdError as error:  # the serving thread is dead: what it had in hand is lost
+                log.error(str(error))  # noqa: TRY400 - the death itself has been logged with its traceback
+                report = DrainReport(cut=server.cut(str(error)))
+            stop.drained(report)
+
+        def over(error: Exception | None) -> None:
+            if error is not None:
+                log.error(f"cleanup broke off: {error}", exc_info=error)
+
+        stop = cls(
+            reason,
+            plan=plan,
+            app=app,
+            shutdown=shutdown,
+            cleanup=cleanup,
+            # In a thread of its own, because the cleanup steps of the drain's phase run beside it.
+            drain=lambda: threading.Thread(target=drain, name="flaskd-drain", daemon=True).start(),
+            over=over,
+            on_step=on_step,
+            sweep=sweep,
+        )
+        return stop
 
     def arm(self) -> None:
         """Make sure that the process ends by the deadline, whatever happens from here on."""
@@ -146,6 +199,11 @@ class Stop:
         if self.hurried:
             return 0.0
         return max(0.0, min(self._shutdown.drain.timeout, self.left - self._shutdown.reserve))
+
+    @property
+    def report(self) -> DrainReport:
+        """What became of the requests; nothing before the drain is over."""
+        return self._report or DrainReport()
 
     @property
     def running(self) -> tuple[str, ...]:
@@ -174,6 +232,7 @@ class Stop:
         """The record of it; keys are stable."""
         return {
             "reason": str(self.reason),
+            "plan": self.plan.id,
             "completed": report.completed,
             "rejected": report.rejected,
             "cut": [each.as_json() for each in report.cut],
@@ -214,4 +273,4 @@ class Stop:
         if found is None:
             log.warning("what the app holds is not known yet: the stop goes on with what was found before")
         else:
-            self._runner.replan(with_found(self._policies, found, self._cleanup))
+            self._runner.replan(with_found(self.plan, found, self._cleanup))

@@ -148,18 +148,19 @@ class ServerThread:
         self._serving.resume()
 
     def stop(
-        self, timeout: float | None = None, *, reason: StopReason = _ASKED, last_resort: bool = False
+        self, timeout: float | None = None, *, reason: StopReason = _ASKED, own_process: bool = False
     ) -> DrainReport:
         """Drain, run the cleanup steps, join every thread; a second call returns the same report.
 
         All of it takes no longer than `timeout` seconds, by default ``shutdown.deadline`` (25 s unless configured).
-        With `last_resort` the whole process ends half a second later, should it hang beyond the reach of Python.
+        With `own_process` the process is this server's own: what the app holds is looked for and closed (as in the
+        daemon), and the process ends half a second after the deadline, should it hang beyond the reach of Python.
         """
         with self._lock:
             if self._server is None:
                 return DrainReport()
             if self._stopped is None:
-                self._stopped = self._run_stop(self._server, timeout, reason, last_resort=last_resort)
+                self._stopped = self._run_stop(self._server, timeout, reason, own_process=own_process)
             return self._stopped
 
     def hurry(self) -> None:
@@ -169,52 +170,35 @@ class ServerThread:
             self._server.hasten_drain(0)
 
     def _run_stop(
-        self, server: WaitressThread | WerkzeugThread, timeout: float | None, reason: StopReason, *, last_resort: bool
+        self, server: WaitressThread | WerkzeugThread, timeout: float | None, reason: StopReason, *, own_process: bool
     ) -> DrainReport:
         cleanup, app = self._config.cleanup, find_flask(self._app)
         plan = with_callbacks(self._plan, app, timeout=cleanup.defaults.timeout)
         # The app outlives a server in a thread: what it holds is left alone unless somebody says otherwise.
-        asked = "discovery" in cleanup.model_fields_set and cleanup.discovery.mode == "auto"
+        asked = (own_process or "discovery" in cleanup.model_fields_set) and cleanup.discovery.mode == "auto"
         sweep = Sweep(app) if asked or any(each.takes for each in plan.steps) else None
         if not asked:
             off = cleanup.discovery.model_copy(update={"mode": "off"})
             cleanup = cleanup.model_copy(update={"discovery": off})
-        reports: list[DrainReport] = []
-
-        def drain() -> None:
-            try:
-                report = server.drain(stop.drain_time)
-            except FlaskdError as error:  # the serving thread is dead: what it had in hand is lost
-                log.error(str(error))  # noqa: TRY400 - the death itself has been logged with its traceback
-                report = DrainReport(cut=server.cut(str(error)))
-            reports.append(report)
-            stop.drained(report)
-
-        def over(error: Exception | None) -> None:
-            if error is not None:
-                log.error(f"cleanup broke off: {error}", exc_info=error)
-
-        stop = self._stop = Stop(
+        stop = self._stop = Stop.of(
+            server,
             reason,
             plan=plan,
             app=app,
             shutdown=_shutdown(self._config.shutdown, timeout, cleanup=asked or bool(plan.steps)),
             cleanup=cleanup,
             sweep=sweep,
-            # In a thread of its own, because the cleanup steps of the drain's phase run beside it.
-            drain=lambda: threading.Thread(target=drain, name="flaskd-drain", daemon=True).start(),
-            over=over,
             on_step=self._on_step,
         )
-        if last_resort:
+        if own_process:
             stop.arm()
         server.announce()
         try:
             stop.run()
         finally:
             # What was cut may never end, and is not waited for; the others are done in a moment.
-            server.end(_WORKERS_END if reports and reports[0].clean else _STUCK_END)
-        return reports[0]
+            server.end(_WORKERS_END if stop.report.clean else _STUCK_END)
+        return stop.report
 
 
 def configured(config: Mapping[str, object] | str | os.PathLike[str] | None) -> Config:

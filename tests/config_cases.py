@@ -84,6 +84,8 @@ PROXY = "expected server.trusted_proxy to be set along with this"
 LISTEN = "expected HOST:PORT, [IPv6]:PORT, :PORT or unix:/path"
 
 
+PATTERN = "expected a path without a query, with * at its end at most"
+
 WRONG = [
     ("version: 2", ["1:10 version: expected 1, got 2"]),
     ("sever: {}", [f'1:1 sever: expected a known key, got "sever"; did you mean "server"?; known keys: {SECTIONS}']),
@@ -109,6 +111,44 @@ WRONG = [
             '1:50 server.listen[3]: expected an IPv4 address and a port, got "1.2.3:80"',
             f'1:62 server.listen[4]: {LISTEN}, got "a b:1"',
         ],
+    ),
+    (
+        "shutdown: {idle: {after: 0s, ignore: [/x*, '/*/x', '/x?*', x]}}",
+        [
+            '1:26 shutdown.idle.after: expected more than 0, got "0s"',
+            f'1:44 shutdown.idle.ignore[1]: {PATTERN}, got "/*/x"',
+            f'1:52 shutdown.idle.ignore[2]: {PATTERN}, got "/x?*"',
+            '1:60 shutdown.idle.ignore[3]: expected a path that starts with / and holds no blanks, got "x"',
+        ],
+    ),
+    (
+        "shutdown: {endpoint: {listen: 'fd:x', credential: a/b, token_file: t, allowed_hosts: http://x}}",
+        [
+            f'1:31 shutdown.endpoint.listen: {LISTEN}, got "fd:x"',
+            '1:51 shutdown.endpoint.credential: expected the name of a systemd credential, without /, got "a/b"',
+            "1:86 shutdown.endpoint.allowed_hosts: expected a Host header, such as 127.0.0.1:9090 or localhost:9090, "
+            'got "http://x"',
+        ],
+    ),
+    *(
+        (f"shutdown: {{endpoint: {text}}}", [f"1:22 shutdown.endpoint: expected {fault}"])
+        for text, fault in (
+            ("{listen: ':1'}", "either token_file or credential along with listen"),
+            ("{listen: ':1', token_file: t, credential: c}", "either token_file or credential along with listen"),
+            ("{token_file: t}", "listen along with the other keys"),
+            ("{allowed_hosts: a}", "listen along with the other keys"),
+        )
+    ),
+    (
+        "profile: production\nshutdown:\n  endpoint: {listen: ':1', token_file: t}",
+        [
+            "3:3 shutdown.endpoint: expected none under profile: production, got one; "
+            "there, use signals or the control socket"
+        ],
+    ),
+    (
+        "server: {listen: [':1', ':2']}\nshutdown: {endpoint: {listen: ':2', token_file: t}}",
+        ['2:31 shutdown.endpoint.listen: expected an address of its own, got ":2", the app\'s'],
     ),
     ("server: {listen: ':99999'}", ['1:18 server.listen: expected a port of at most 65535, got ":99999"']),
     (

@@ -337,6 +337,22 @@ def test_restart_keys_are_those_a_reload_cannot_change(read):
     assert new.restart_keys(new) == []
 
 
+def test_the_endpoint_can_change_with_a_restart_only(read):
+    """Its keys are named one by one; the idle stop is live."""
+    old = read("")
+    new = read("shutdown: {idle: {after: 1s, ignore: /x}, endpoint: {listen: ':1', token_file: t, allowed_hosts: x}}")
+    keys = [f"shutdown.endpoint.{name}" for name in ("listen", "token_file", "allowed_hosts")]
+    assert old.restart_keys(new) == keys
+
+
+def test_the_token_file_is_relative_to_the_configuration(read, tmp_path):
+    """As key files are; an endpoint on port 0, or a profile without an endpoint, is no fault."""
+    endpoint = "{listen: '127.0.0.1:0', token_file: t, allowed_hosts: LocalHost:1}"
+    values = read(f"server: {{listen: '127.0.0.1:0'}}\nshutdown: {{endpoint: {endpoint}}}").values.shutdown.endpoint
+    assert (values.token_file, values.allowed_hosts) == (tmp_path / "t", ["localhost:1"])
+    assert read("profile: production\nshutdown: {endpoint: {listen: ~}}").values.shutdown.endpoint.listen is None
+
+
 # --- describe, schema, reference ---
 
 

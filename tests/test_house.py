@@ -16,7 +16,7 @@ LAYERS = [
     {"errors", "units", "forks", "logs", "notify", "sockets", "init", "leave", "files", "work"},
     {"config", "lifecycle", "ledger", "loading", "protocol", "runtime", "signals"},
     {"server", "cleanup", "client"},
-    {"drain", "launch", "state", "stop"},
+    {"drain", "launch", "state", "stop", "admin"},
     {"daemon", "thread"},
     {"control", "workers"},
     {"cli", "__init__", "__main__"},
@@ -27,6 +27,7 @@ WITHIN = {
     ("runtime", "protocol"),  # where the runtime directory is, is part of the protocol
     ("sockets", "errors"),
     ("logs", "forks"),
+    ("admin", "stop"),  # a process that is not the daemon's is stopped like it
     ("__main__", "cli"),
     ("cli", "__init__"),  # the version
 }

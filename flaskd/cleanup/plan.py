@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -137,6 +139,11 @@ class Plan:
     def of(self, phase: Phase) -> tuple[Step, ...]:
         """The steps of one phase, in order."""
         return tuple(step for step in self.steps if step.phase is phase)
+
+    @property
+    def id(self) -> str:
+        """The same for plans of the same steps, another for others: 12 hexadecimal digits."""
+        return hashlib.sha256(json.dumps(self.describe()).encode()).hexdigest()[:12]
 
     def dependents(self, name: str) -> tuple[str, ...]:
         """The names of all steps that come after `name`, directly or through others, as somebody wrote it."""

@@ -19,8 +19,10 @@ from flaskd.config.model import (
     ControlConfig,
     DiscoveryConfig,
     DrainConfig,
+    EndpointConfig,
     ExitCodes,
     HealthConfig,
+    IdleConfig,
     LogConfig,
     Phase,
     Policy,
@@ -35,8 +37,7 @@ from flaskd.config.watch import FileWatch
 
 __all__ = [
     "ActionSpec", "AppConfig", "CleanupConfig", "Config", "Configuration", "ControlConfig", "DiscoveryConfig",
-    "DrainConfig", "Duration", "ExitCodes", "Fault", "FileWatch", "HealthConfig", "InvalidConfigError", "LogConfig",
-    "OneOrMany",
-    "Phase", "Policy", "PolicyDefaults", "Section", "ServerConfig", "ShutdownConfig", "Size", "When", "load",
-    "load_mapping", "schema", "write_duration", "write_size",
+    "DrainConfig", "Duration", "EndpointConfig", "ExitCodes", "Fault", "FileWatch", "HealthConfig", "IdleConfig",
+    "InvalidConfigError", "LogConfig", "OneOrMany", "Phase", "Policy", "PolicyDefaults", "Section", "ServerConfig",
+    "ShutdownConfig", "Size", "When", "load", "load_mapping", "schema", "write_duration", "write_size",
 ]  # fmt: skip

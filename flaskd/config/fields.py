@@ -119,6 +119,36 @@ Listen = Annotated[str, AfterValidator(_listen)]
 """An address to listen on, as flaskd.sockets.Address has it."""
 
 
+def _own_address(text: str) -> str:
+    Address.parse(text)
+    return text
+
+
+OwnAddress = Annotated[str, AfterValidator(_own_address)]
+"""An address that flaskd binds itself: a socket that was passed in is nobody's own."""
+
+
+def _host_name(text: str) -> str:
+    # What a client puts into its Host header: RFC 9110, section 7.2.
+    if not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?", text):
+        raise ValueError("expected a Host header, such as 127.0.0.1:9090 or localhost:9090")
+    return text.lower()
+
+
+HostName = Annotated[str, AfterValidator(_host_name)]
+"""A Host header, which is compared without regard to case."""
+
+
+def _credential_name(text: str) -> str:
+    if not text or "/" in text or text in {".", ".."}:
+        raise ValueError("expected the name of a systemd credential, without /")
+    return text
+
+
+CredentialName = Annotated[str, AfterValidator(_credential_name)]
+"""A file's name in $CREDENTIALS_DIRECTORY (systemd.exec(5), LoadCredential=)."""
+
+
 def _mode(text: str) -> str:
     if not re.fullmatch(r"(0o?)?[0-7]{3}", text):
         raise ValueError('expected a file mode from 0000 to 0777, such as "0660"')
@@ -133,6 +163,12 @@ def _url_path(text: str) -> str:
     # It goes into a request line as it is (RFC 9112, section 3).
     if not re.fullmatch(r"/[!-~]*", text):
         raise ValueError("expected a path that starts with / and holds no blanks")
+    return text
+
+
+def _path_pattern(text: str) -> str:
+    if "*" in _url_path(text)[:-1] or "?" in text:
+        raise ValueError("expected a path without a query, with * at its end at most")
     return text
 
 
@@ -153,6 +189,8 @@ def _some_text(text: str) -> str:
 
 
 UrlPath = Annotated[str, AfterValidator(_url_path)]
+PathPattern = Annotated[str, AfterValidator(_path_pattern)]
+"""A path, or with ``*`` at its end all that begin so."""
 UrlPrefix = Annotated[str, AfterValidator(_url_prefix)]
 HeaderText = Annotated[str, AfterValidator(_header_text)]
 SomeText = Annotated[str, AfterValidator(_some_text)]

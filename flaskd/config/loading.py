@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flaskd.config.configuration import Configuration
+from flaskd.config.endpoint import check_endpoint
 from flaskd.config.faults import COMMAND_LINE, Faults, Place
 from flaskd.config.interpolate import Sources, interpolated
 from flaskd.config.model import Config
@@ -108,6 +109,7 @@ def _filled(
 def _validated(tree: Table, base: Path, actions: Actions, faults: Faults) -> tuple[Config, frozenset[NodePath]]:
     config = validated(Config, tree, (), faults)
     check_policies(tree, actions, faults)
+    check_endpoint(tree, faults)
     fields = _action_fields(tree, actions, faults)
     faults.check()
     assert config is not None
@@ -136,7 +138,7 @@ def _action_fields(tree: Table, actions: Actions, faults: Faults) -> dict[str, B
 
 
 def _complete(config: Config, fields: Mapping[str, BaseModel | None], actions: Actions, base: Path) -> Config:
-    """Fill in what depends on the rest: each policy's defaults, phase and fields, the absolute chdir."""
+    """Fill in what depends on the rest: each policy's defaults, phase and fields, absolute paths."""
     policies = {}
     for name, policy in config.cleanup.policies.items():
         update = {key: getattr(config.cleanup.defaults, key) for key in _INHERITED}
@@ -146,7 +148,10 @@ def _complete(config: Config, fields: Mapping[str, BaseModel | None], actions: A
     cleanup = config.cleanup.model_copy(update={"policies": policies})
     chdir = config.app.chdir and base / config.app.chdir
     app = config.app.model_copy(update={"chdir": chdir})
-    return config.model_copy(update={"app": app, "cleanup": cleanup})
+    token_file = config.shutdown.endpoint.token_file and base / config.shutdown.endpoint.token_file
+    endpoint = config.shutdown.endpoint.model_copy(update={"token_file": token_file})
+    shutdown = config.shutdown.model_copy(update={"endpoint": endpoint})
+    return config.model_copy(update={"app": app, "shutdown": shutdown, "cleanup": cleanup})
 
 
 def _secrets(tree: Table) -> frozenset[NodePath]:

@@ -24,12 +24,16 @@ from pydantic import (
 )
 
 from flaskd.config.fields import (
+    CredentialName,
     Duration,
     HeaderText,
+    HostName,
     Listen,
     LowerCase,
     Mode,
     OneOrMany,
+    OwnAddress,
+    PathPattern,
     PolicyName,
     Size,
     SomeText,
@@ -226,6 +230,38 @@ class DrainConfig(Section):
     )
 
 
+class IdleConfig(Section):
+    """Stopping by itself when nobody asks for anything."""
+
+    after: Duration | None = Field(
+        None, gt=0, description="Stop when nothing that counts was asked for so long; none: never."
+    )
+    ignore: OneOrMany[PathPattern] = Field(
+        [], description="Paths that do not count, exact or with * at the end; health.path never does."
+    )
+
+
+class EndpointConfig(Section):
+    """The shutdown endpoint, for development and scripts: `POST /shutdown` on an address of its own."""
+
+    listen: OwnAddress | None = _restart(None, "Address of its own to listen on; none: there is no endpoint.")
+    token_file: Path | None = _restart(
+        None, "File with the bearer token, mode 0600 or narrower; relative to this file."
+    )
+    credential: CredentialName | None = _restart(None, "Name of the systemd credential with the token instead.")
+    allowed_hosts: OneOrMany[HostName] = _restart(
+        [], "Host headers that are accepted, exactly; none: the address itself, and localhost where it is one."
+    )
+
+    @model_validator(mode="after")
+    def _no_token_no_route(self) -> Self:
+        if self.listen is not None and (self.token_file is None) == (self.credential is None):
+            raise ValueError("expected either token_file or credential along with listen")
+        if self.listen is None and (self.token_file or self.credential or self.allowed_hosts):
+            raise ValueError("expected listen along with the other keys")
+        return self
+
+
 class ExitCodes(Section):
     """Exit codes that can be chosen."""
 
@@ -243,6 +279,8 @@ class ShutdownConfig(Section):
         0.0, description="How long readiness says no while requests are still accepted, before a drain."
     )
     drain: DrainConfig = _section(DrainConfig)
+    idle: IdleConfig = _section(IdleConfig)
+    endpoint: EndpointConfig = _section(EndpointConfig)
     record: SomeText | None = _restart(
         "last-stop.json", "Where the last stop is recorded, under the state directory; none: nowhere."
     )

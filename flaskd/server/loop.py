@@ -21,6 +21,7 @@ from flaskd.ledger import Cut, DrainReport, InFlight
 from flaskd.server.acceptor import Acceptor, make_acceptor
 from flaskd.server.channel import Channel, Request
 from flaskd.server.draining import Draining
+from flaskd.server.idle import IdleWatch
 from flaskd.server.poller import make_poller
 from flaskd.server.workers import Errand, Workers
 from flaskd.sockets import Listener, unread
@@ -57,6 +58,9 @@ class EventLoop:
         """Whether requests are answered with 503 (drained, on listeners that others share)."""
         self.keepalive_grace = 0.0
         self.stream_grace = 0.0
+        self.patience = float("inf")
+        """Seconds that a client has for a request, since it connected or had its last answer."""
+        self.idle: IdleWatch | None = None
         self.health_path = ""
         self.health: Callable[[], tuple[str, str]] = lambda: ("200 OK", "ready")
         self.connections_accepted = 0
@@ -136,6 +140,8 @@ class EventLoop:
         with self._lock:
             if request.id not in self._in_hand:
                 return
+            if (idle := self.idle) is not None:
+                idle.answered(request)
             if outcome == "completed":  # first: a drain reads the count as soon as nothing is in hand
                 self.completed += 1
             elif outcome == "rejected":
@@ -164,6 +170,12 @@ class EventLoop:
     def queued(self) -> int:
         """Requests that wait for a worker thread (any thread)."""
         return len(self.workers.queue)
+
+    def in_hand(self) -> list[Request]:
+        """The requests in flight, and those still coming whose head is complete (any thread)."""
+        # First those still coming: one that has come meanwhile is then among the others.
+        arriving = [channel.arriving for channel in self.channels() if not channel.internal]
+        return [each for each in arriving if each is not None and each.headers_finished] + list(self._in_hand.values())
 
     def requests(self) -> list[InFlight]:
         """What is in flight, oldest first (any thread)."""
@@ -229,6 +241,8 @@ class EventLoop:
             moments.append(self._timers[0][0])
         if self._drain is not None:
             moments.append(self._drain.next_moment)
+        if self.idle is not None:
+            moments.append(self.idle.next_look)
         return max(0.0, min(moments) - time.monotonic())
 
     def _keep_house(self, now: float) -> None:
@@ -248,17 +262,21 @@ class EventLoop:
             self._reap(now)
         if self._drain is not None:
             self._drain.advance(now)
+        if self.idle is not None and now >= self.idle.next_look:
+            self.idle.look(now)
 
     def _reap(self, now: float) -> None:
         """Close connections that were idle for too long, as waitress' maintenance does, accepting or not.
 
         Clients that stopped reading, too: waitress would let them keep the worker that waits for them for ever.
+        And those that take longer than `patience` over a request.
         """
         for acceptor in self.acceptors:
             self._next_reaping = now + acceptor.adj.cleanup_interval
             cutoff = now - acceptor.adj.channel_timeout
             for channel in list(acceptor.active_channels.values()):
-                if channel.stalled(cutoff):
+                slow = not channel.requests and now - channel.grace_from > self.patience
+                if slow or channel.stalled(cutoff):
                     if channel.requests:
                         seconds = acceptor.adj.channel_timeout
                         log.warning(f"{channel.requests[0].snapshot()}: its client read nothing for {seconds}s: closed")
@@ -296,6 +314,16 @@ class EventLoop:
         channel = Channel(acceptor, sock, ("probe", None), acceptor.adj, map=self.poller)
         channel.internal = True
         self.connections_accepted -= 1
+
+    def watch_idle(self, after: float | None, ignore: Sequence[str], on_idle: Callable[[], None]) -> None:
+        """Watch for idleness, see `IdleWatch`; None for never. A new watch goes on where the one before was."""
+        before = self.idle
+        if after is None:
+            self.idle = None
+        else:
+            self.idle = IdleWatch(self, after, ignore, on_idle)
+            if before is not None:
+                self.idle.used = before.used
 
     # --- drain ----------------------------------------------------------------------------------------------------
 
@@ -348,6 +376,8 @@ class EventLoop:
         """Accept again, from listeners that stand where the closed ones stood; shared ones were never closed."""
         self.drain_over()
         self.closing = self.drains = self.refusing = False
+        if self.idle is not None:
+            self.idle.restart()
         self.draining.clear()
         self._listeners = list(listeners)
         for acceptor, listener in zip(self.acceptors, listeners, strict=True):

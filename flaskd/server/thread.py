@@ -47,6 +47,7 @@ class WaitressThread:
         backlog: int = 1024,
         keepalive_grace: float = 0.2,
         stream_grace: float = 1.0,
+        patience: float = float("inf"),
         on_answer: Callable[[dict[str, Any]], None] | None = None,
         on_death: Callable[[BaseException | None], None] | None = None,
     ) -> None:
@@ -58,6 +59,7 @@ class WaitressThread:
         self._backlog = backlog
         self._keepalive_grace = keepalive_grace
         self._stream_grace = stream_grace
+        self._patience = patience
         self._on_answer = on_answer
         self._on_death = on_death
         self._loop: EventLoop | None = None
@@ -91,6 +93,7 @@ class WaitressThread:
                 adjustments={"connection_limit": most_connections(open_files_limit()), **self._adjustments},
                 on_answer=self._on_answer,
             )
+            loop.patience = self._patience
             self.set_graces(self._keepalive_grace, self._stream_grace)
             loop.open()
         except BaseException:
@@ -179,6 +182,20 @@ class WaitressThread:
         """Let the loop answer GET and HEAD of `path` with the status line and text that `health` returns."""
         self._serving.health = health
         self._serving.health_path = path
+
+    def watch_idle(self, after: float | None, ignore: Sequence[str], on_idle: Callable[[], None]) -> None:
+        """Call `on_idle`, from the serving thread, once nothing that counts was asked for `after` seconds; None: never.
+
+        `flaskd.server.idle.IdleWatch` says what counts. Time begins now, or where a watch before this one had it.
+        """
+        loop = self._serving
+        loop.call(lambda: loop.watch_idle(after, ignore, on_idle))
+
+    @property
+    def idle(self) -> tuple[float, float] | None:
+        """Seconds without anything that counts, and until `on_idle`; None while nobody watches."""
+        watch = self._loop.idle if self._loop else None
+        return (watch.idle_for, watch.left()) if watch else None
 
     def announce(self) -> None:
         """Go on accepting, but let each response close its connection."""

@@ -48,7 +48,7 @@ class Child:
             signals.reclaim()
             self._say({"url": server.url, "deadline": config.shutdown.deadline})
             reason, timeout = self._asked.get()
-            report = server.stop(timeout, reason=reason, last_resort=True)
+            report = server.stop(timeout, reason=reason, own_process=True)
             self._say({"report": report.as_json(), "policies": server.policies})
             return EX_OK if report.clean else config.shutdown.exit_codes.degraded
 

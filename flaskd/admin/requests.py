@@ -1,0 +1,122 @@
+"""The requests an app has in hand, counted around the app itself: for a server that does not tell."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+from werkzeug.wsgi import ClosingIterator
+
+from flaskd.ledger import Cut, DrainReport, InFlight
+from flaskd.server.channel import stack_of
+from flaskd.work import in_background, left_behind, tell_no_more, tell_of_ends
+
+log = logging.getLogger("flaskd.endpoint")
+
+RETRY_AFTER = "5"
+"""Seconds that a refused client is asked to wait."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Request:
+    id: int
+    client: str
+    method: str
+    path: str
+    began: float
+    thread: threading.Thread
+
+    def snapshot(self) -> InFlight:
+        age = time.monotonic() - self.began
+        return InFlight(self.id, self.client, self.method, self.path, age, "running", self.thread.name)
+
+
+class Requests:
+    """A WSGI app around another, which can be drained: new requests get a 503, and those in hand are waited for."""
+
+    def __init__(self, app: Callable[..., Iterable[bytes]]) -> None:
+        self._app = app
+        self._draining = threading.Event()
+        self._changed = threading.Condition()
+        self._in_hand: dict[int, _Request] = {}
+        self._ids = itertools.count(1)
+        self._completed = self._rejected = 0
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        """Run the app; the request is over when the server closes what the app returned (PEP 3333)."""
+        with self._changed:
+            if self._draining.is_set():
+                self._rejected += 1
+                return _refusal(start_response)
+            request = _Request(
+                next(self._ids),
+                str(environ.get("REMOTE_ADDR", "")),
+                environ["REQUEST_METHOD"],
+                quote((environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")).encode("latin-1", "replace")),
+                time.monotonic(),
+                threading.current_thread(),
+            )
+            self._in_hand[request.id] = request
+        environ["flaskd.draining"] = self._draining
+        try:
+            answer = self._app(environ, start_response)
+        except BaseException:
+            self._over(request)
+            raise
+        return ClosingIterator(answer, lambda: self._over(request))
+
+    def _over(self, request: _Request) -> None:
+        with self._changed:
+            if self._in_hand.pop(request.id, None) is not None and self._draining.is_set():
+                self._completed += 1
+            self._changed.notify_all()
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that the app has in hand."""
+        return len(self._in_hand)
+
+    def drain(self, timeout: float) -> DrainReport:
+        """Refuse what is new, wait for what is in hand at most `timeout` seconds, and tell what became of it.
+
+        Work in the background is waited for, too (`flaskd.background`).
+        """
+        began = time.monotonic()
+        tell_of_ends(self._notify)
+        try:
+            with self._changed:
+                self._draining.set()
+                self._changed.wait_for(lambda: not self._in_hand and not in_background(), timeout)
+                cut = self.cut("the drain's time was over")
+                completed, rejected = self._completed, self._rejected
+        finally:
+            tell_no_more(self._notify)
+        report = DrainReport(completed, rejected, cut, time.monotonic() - began, left_behind())
+        for each in report.cut:
+            log.warning("\n".join(filter(None, [f"cut {each}", each.stack])), extra={"fields": each.as_json()})
+        return report
+
+    def cut(self, reason: str) -> tuple[Cut, ...]:
+        """What is in hand, as cut."""
+        with self._changed:
+            return tuple(
+                Cut(**{**vars(each.snapshot()), "stack": stack_of(each.thread)}, reason=reason)
+                for each in self._in_hand.values()
+            )
+
+
+def _refusal(start_response: Callable[..., Any]) -> list[bytes]:
+    body = b"not now: this server is stopping\n"
+    headers = [("Content-Type", "text/plain"), ("Content-Length", str(len(body))), ("Retry-After", RETRY_AFTER)]
+    start_response("503 Service Unavailable", headers)
+    return [body]

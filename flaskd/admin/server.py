@@ -1,0 +1,111 @@
+"""The endpoint's own listener: the rules behind a bare server of one thread."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Self
+
+from flaskd.admin.door import PATH, Door
+from flaskd.server import WaitressThread
+from flaskd.sockets import Address, Listener
+from flaskd.work import in_background
+
+log = logging.getLogger("flaskd.endpoint")
+
+_ACCEPTED = 202
+_LIMITS = {
+    "ident": "",
+    "connection_limit": 32,
+    "max_request_body_size": 1024,
+    "max_request_header_size": 8192,
+    "channel_timeout": 10,
+    "cleanup_interval": 2,
+}
+"""Bounds for clients that mean no good (waitress.adjustments); times in seconds."""
+_PATIENCE = 10.0
+"""Seconds for a whole request, however slowly it comes."""
+
+
+class EndpointServer:
+    """Serves the rules on `address`; `stop` is called with the peer once an accepted request has been answered.
+
+    `plan` gives what the answer tells of the stop to come. Both are called in the server's threads.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        token: bytes,
+        *,
+        allowed_hosts: Iterable[str] = (),
+        plan: Callable[[], Mapping[str, Any]],
+        stop: Callable[[str], None],
+    ) -> None:
+        self.address = address
+        self._token, self._allowed_hosts = token, list(allowed_hosts)
+        self._plan, self._stop = plan, stop
+        self._server: WaitressThread | None = None
+        self._listener: Listener | None = None
+
+    def open(self) -> Self:
+        """Bind, listen and answer; raises CannotCreateError when the address cannot be had."""
+        listener = Listener.bind(self.address)
+        self.address = listener.address
+        server = WaitressThread(
+            Door(self._token, self._allowed_hosts or usual_hosts(self.address), self._plan),
+            threads=1,
+            listeners=[listener],
+            adjustments=_LIMITS,
+            keepalive_grace=0.0,
+            patience=_PATIENCE,
+            on_answer=self._answered,
+        ).start()
+        server.announce()  # each connection ends with its answer
+        self._listener, self._server = listener, server
+        log.info(f"shutdown endpoint: POST {self.url}")
+        return self
+
+    @property
+    def url(self) -> str:
+        """Where to POST to."""
+        return self.address.url.removesuffix("/") + PATH
+
+    def _answered(self, fields: Mapping[str, Any]) -> None:
+        """Begin the stop: the kernel has the answer by now, or the client went away without waiting for it."""
+        if fields["status"] == _ACCEPTED:
+            self._stop(fields["client"])
+
+    def close(self, timeout: float) -> None:
+        """Answer what is in hand within `timeout` seconds, and give the address back; a second call does nothing."""
+        server, self._server = self._server, None
+        if server is None:
+            return
+        if in_background():  # a drain would wait for it, and name it; that is the app's drain's affair, and over
+            server.abandon()
+        else:
+            server.stop(timeout)
+
+    def withdraw(self) -> None:
+        """Remove the node of a Unix socket: the last thing before an exit in a hurry."""
+        if self._listener is not None:
+            self._listener.withdraw()
+
+    def forget(self) -> None:
+        """In a forked child: close the copies of all sockets."""
+        if self._server is not None:
+            self._server.forget()
+
+
+def usual_hosts(address: Address) -> list[str]:
+    """The Host headers that mean an address: itself, and the names of this machine where it listens for itself."""
+    if address.path:
+        return ["localhost"]
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    names = {host}
+    if host in {"localhost", "[::1]", "[::]", "0.0.0.0"} or host.startswith("127."):  # noqa: S104 - compared
+        names |= {"localhost", "[::1]" if host.startswith("[") else "127.0.0.1"}
+    names -= {"0.0.0.0", "[::]"}  # noqa: S104 - names for "every address", which is nobody's own
+    hosts = [f"{name}:{address.port}" for name in sorted(names)]
+    # A client leaves the port out where it is the scheme's own: RFC 9110 §7.2.
+    return hosts + (sorted(names) if address.port == 80 else [])  # noqa: PLR2004

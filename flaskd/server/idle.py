@@ -1,0 +1,72 @@
+"""How long nobody has asked for anything that counts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+from urllib.parse import unquote_to_bytes
+
+from flaskd.work import in_background
+
+if TYPE_CHECKING:
+    from flaskd.server.channel import Request
+    from flaskd.server.loop import EventLoop
+
+_AGAIN = 1.0
+"""Seconds until somebody who did not act upon being told is told again."""
+
+
+class IdleWatch:
+    """Calls `on_idle`, in the loop's thread, once nothing that counts was asked for `after` seconds.
+
+    What is in `ignore` does not count: paths, as a client writes them, or with ``*`` at the end all that begin so;
+    nor do `health_path`, probes, and what is no request at all. One in flight that counts, or whose body is still
+    coming, is no idleness, however long it takes; nor is work in the background (`flaskd.background`). The loop looks
+    when time may be up, and not before: all that it costs a request is to be told from those that do not count.
+    """
+
+    def __init__(self, loop: EventLoop, after: float, ignore: Sequence[str], on_idle: Callable[[], None]) -> None:
+        self._loop = loop
+        self._after = after
+        self._on_idle = on_idle
+        paths = [(each.endswith("*"), unquote_to_bytes(each.removesuffix("*")).decode("latin-1")) for each in ignore]
+        self._exact = {path for begins, path in paths if not begins}
+        self._beginnings = tuple(path for begins, path in paths if begins)
+        self.used = self.next_look = time.monotonic()
+        """When the last answer that counts was given, or the watch began; and when to look again."""
+
+    def restart(self) -> None:
+        """Count from now."""
+        self.used = time.monotonic()
+
+    def answered(self, request: Request) -> None:
+        """Note an answer (any thread); called before the request is out of flight, lest it be missed in between."""
+        if self._counts(request):
+            self.used = time.monotonic()
+
+    def _counts(self, request: Request) -> bool:
+        path: str = getattr(request, "path", "")  # waitress knows it once it has understood the first line
+        return bool(path) and not (
+            request.error or path in self._exact or path == self._loop.health_path or path.startswith(self._beginnings)
+        )
+
+    @property
+    def idle_for(self) -> float:
+        """Seconds since the last answer that counts; 0 while something is in hand that counts (any thread)."""
+        # First what is in hand, then since when nothing is: the other way round, an answer in between would be missed.
+        if in_background() or any(self._counts(request) for request in self._loop.in_hand()):
+            return 0.0
+        return time.monotonic() - self.used
+
+    def left(self) -> float:
+        """Seconds until time is up, if nothing comes (any thread)."""
+        return max(0.0, self._after - self.idle_for)
+
+    def look(self, now: float) -> None:
+        """See whether time is up; not while draining or drained, for somebody wants to go on with it."""
+        left = self._after if self._loop.drains else self.left()
+        if left <= 0:
+            self._on_idle()
+            left = _AGAIN
+        self.next_look = now + left

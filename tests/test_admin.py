@@ -1,0 +1,664 @@
+"""The shutdown endpoint's rules over real connections, its token, and the requests it waits for."""
+
+import base64
+import http.client
+import io
+import json
+import logging
+import os
+import queue
+import signal
+import socket
+import stat
+import threading
+
+import flask
+import flask.cli
+import pytest
+from server_kit import PATIENCE, Client, get, no_thread_left
+
+import flaskd
+from flaskd.admin import EndpointServer, configured_token, endpoint, opened_by
+from flaskd.admin.door import Door
+from flaskd.admin.requests import Requests
+from flaskd.admin.server import usual_hosts
+from flaskd.errors import CannotCreateError, ConfigError
+from flaskd.sockets import Address
+
+TOKEN = b"G3bV6a0mKQ2yq4lN0b1rXw9sT8uJ5cHd7eFiZkPoLMU"
+PLAN = {"plan": "0123456789ab", "steps": [{"name": "close-db"}], "in_flight": 3}
+
+
+class Endpoint:
+    """An endpoint with a plan, and who asked it for a stop."""
+
+    def __init__(self, address="127.0.0.1:0", **more):
+        self.asked = queue.SimpleQueue()
+        plan = more.pop("plan", lambda: PLAN)
+        self.server = EndpointServer(Address.parse(address), TOKEN, plan=plan, stop=self.asked.put, **more).open()
+        self.address = self.server.address
+
+    def ask(self, method="POST", path="/shutdown", body=b"{}", **headers):
+        """One request, right in everything that is not said otherwise; None leaves a header out."""
+        usual = {
+            "Host": str(self.address),
+            "Authorization": f"Bearer {TOKEN.decode()}",
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+        }
+        named = {**usual, **{name.replace("_", "-"): value for name, value in headers.items()}}
+        lines = [
+            f"{method} {path} HTTP/1.1",
+            *(f"{name}: {value}" for name, value in named.items() if value is not None),
+        ]
+        client = Client(self.address)
+        try:
+            client.socket.sendall("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
+            response = client.response()
+            assert client.ended()
+            return response
+        finally:
+            client.close()
+
+    @property
+    def stops(self):
+        """Whether somebody was allowed to ask for a stop."""
+        return not self.asked.empty()
+
+
+@pytest.fixture
+def make(no_thread_left):
+    made = []
+
+    def open_one(*args, **more):
+        made.append(Endpoint(*args, **more))
+        return made[-1]
+
+    yield open_one
+    for each in made:
+        each.server.close(1)
+
+
+@pytest.fixture
+def door(make):
+    return make()
+
+
+@pytest.fixture
+def token_file(tmp_path):
+    return flaskd.ShutdownEndpoint.make_token(tmp_path / "token")
+
+
+# --- who may ask ---
+
+
+def test_the_answer_comes_first_then_the_stop(make):
+    """202 tells the id and the steps of the plan; who asked is told only after the answer is on its way."""
+    seen = []
+    door = make(plan=lambda: seen.append(door.stops) or PLAN)
+    response = door.ask()
+    assert (response.status, json.loads(response.body)) == (202, PLAN)
+    assert door.asked.get(timeout=PATIENCE) == "127.0.0.1"
+    assert seen == [False]
+
+
+def test_a_client_that_does_not_wait_is_obeyed_all_the_same(door):
+    """A script may send its request and go."""
+    client = Client(door.address)
+    client.send(
+        get("/shutdown", f"Authorization: Bearer {TOKEN.decode()}", "Content-Type: application/json",
+            "Content-Length: 0", method="POST").replace(b"Host: test", f"Host: {door.address}".encode())
+    )  # fmt: skip
+    client.close()
+    assert door.asked.get(timeout=PATIENCE) == "127.0.0.1"
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH"])
+def test_only_post_is_taken(door, method):
+    """Any other method is 405, whatever token it shows, and says nothing of CORS."""
+    client = Client(door.address)
+    client.send(get("/shutdown", f"Authorization: Bearer {TOKEN.decode()}", "Origin: http://x", method=method))
+    status = int(client._file.readline().split()[1])
+    headers = http.client.parse_headers(client._file)
+    client.close()
+    assert (status, headers["Allow"]) == (405, "POST")
+    assert not any(name.lower().startswith("access-control") for name in headers)
+    assert not door.stops
+
+
+WRONG_TOKENS = [
+    None,
+    "",
+    "Bearer",
+    "Bearer ",
+    f"Bearer {TOKEN.decode()[:-1]}",
+    f"Bearer {TOKEN.decode()}x",
+    f"Bearer {TOKEN.decode().lower()}",
+    f"Basic {TOKEN.decode()}",
+    TOKEN.decode(),
+    "Bearer \xe9\xe9",
+]
+
+
+@pytest.mark.parametrize("given", WRONG_TOKENS)
+def test_every_wrong_token_gets_the_same_answer(door, given):
+    """No token, half a token, another scheme, no ASCII: the same 404 to the byte, which is that of any other path."""
+    there, elsewhere = door.ask(Authorization=given), door.ask(path="/nothing")
+    for response in (there, elsewhere):
+        del response.headers["Date"]
+    assert there.status == 404
+    assert (there.status, there.headers.items(), there.body) == (
+        elsewhere.status,
+        elsewhere.headers.items(),
+        elsewhere.body,
+    )
+    assert not door.stops
+
+
+@pytest.mark.parametrize("path", ["/", "/shutdown/", "/shutdown/x", "/Shutdown", f"/{TOKEN.decode()}"])
+def test_other_paths_are_not_found(door, path):
+    """With the right token, too."""
+    assert door.ask(path=path).status == 404
+    assert not door.stops
+
+
+@pytest.mark.parametrize("query", [f"token={TOKEN.decode()}", f"access_token={TOKEN.decode()}", "x"])
+def test_nothing_is_taken_from_a_query_string(door, query):
+    """A token there ends up in logs and histories; even beside the right header the request is refused."""
+    assert door.ask(path=f"/shutdown?{query}", Authorization=None).status == 404
+    assert door.ask(path=f"/shutdown?{query}").status == 404
+    assert not door.stops
+
+
+def test_two_tokens_are_none(door):
+    """A second Authorization header is no second try."""
+    assert door.ask(Authorization="Bearer x", authorization=f"Bearer {TOKEN.decode()}").status == 404
+
+
+@pytest.mark.parametrize("scheme", ["bearer", "BEARER", "Bearer "])
+def test_the_scheme_has_no_case(door, scheme):
+    """RFC 9110 §11.1."""
+    assert door.ask(Authorization=f"{scheme} {TOKEN.decode()}").status == 202
+
+
+@pytest.mark.parametrize("header", [{"Origin": "http://127.0.0.1"}, {"Origin": "null"}, {"Origin": ""},
+                                    {"Sec_Fetch_Site": "same-origin"}, {"Sec_Fetch_Site": "none"}])  # fmt: skip
+def test_what_a_browser_sends_is_refused(door, header):
+    """Any Origin, any Sec-Fetch-Site; who has no token is not even told that."""
+    response = door.ask(**header)
+    assert (response.status, door.stops) == (403, False)
+    assert json.loads(response.body)["error"].startswith("cannot stop: the request has a header ")
+    assert door.ask(**header, Authorization="Bearer no").status == 404
+
+
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1", "localhost", "127.0.0.1:1", "localhost:{port}.evil.example",
+                                  "evil.example:{port}", "localhost:{port}, x", "127.1:{port}"])  # fmt: skip
+def test_only_names_on_the_list_are_its_own(door, host):
+    """A name that somebody made to lead here is refused, near as it may be."""
+    response = door.ask(Host=host.format(port=door.address.port))
+    assert (response.status, door.stops) == (403, False)
+    assert f"expected a Host header of 127.0.0.1:{door.address.port}, localhost:" in json.loads(response.body)["error"]
+
+
+def test_names_can_be_allowed(make):
+    """The list replaces the usual names, and knows no case."""
+    door = make(allowed_hosts=["shop.internal:9090"])
+    assert door.ask(Host="Shop.Internal:9090").status == 202
+    assert door.ask().status == 403
+
+
+@pytest.mark.parametrize(
+    ("address", "hosts"),
+    [
+        (Address("127.0.0.1", 9), ["127.0.0.1:9", "localhost:9"]),
+        (Address("127.0.0.2", 9), ["127.0.0.1:9", "127.0.0.2:9", "localhost:9"]),
+        (Address("localhost", 80), ["127.0.0.1:80", "localhost:80", "127.0.0.1", "localhost"]),
+        (Address("::1", 9), ["[::1]:9", "localhost:9"]),
+        (Address("0.0.0.0", 9), ["127.0.0.1:9", "localhost:9"]),
+        (Address("::", 9), ["[::1]:9", "localhost:9"]),
+        (Address("10.1.2.3", 9), ["10.1.2.3:9"]),
+        (Address(path="/run/x.sock"), ["localhost"]),
+    ],
+)
+def test_the_usual_names(address, hosts):
+    """An address is called by itself; by this machine's names for itself only where it listens for itself."""
+    assert usual_hosts(address) == hosts
+
+
+@pytest.mark.parametrize("kind", [None, "", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data",
+                                  "text/plain; application/json", "application/jsonx"])  # fmt: skip
+def test_only_json_is_taken(door, kind):
+    """What a form can send, or a page without asking first, is refused."""
+    response = door.ask(Content_Type=kind)
+    assert (response.status, door.stops) == (415, False)
+
+
+@pytest.mark.parametrize(("body", "status"), [(b"", 202), (b"{}", 202), (b"{}\n", 202), (b'{"now": true}', 400),
+                                              (b"[]", 400), (b"{", 400), (b"x" * 1023, 400), (b"x" * 1024, 413)])  # fmt: skip
+def test_the_body_asks_for_nothing(door, body, status):
+    """What is not known is refused, nothing is done by halves, and a large body is not even read."""
+    assert door.ask(body=body, Content_Type="application/json; charset=utf-8").status == status
+    if status == 202:
+        assert door.asked.get(timeout=PATIENCE)
+    assert not door.stops
+
+
+# --- limits ---
+
+
+def ask_plainly(door, token, **more):
+    """Call the rules as a WSGI server would; returns the status."""
+    said = []
+    body = door(
+        {"REQUEST_METHOD": "POST", "PATH_INFO": "/shutdown", "HTTP_AUTHORIZATION": f"Bearer {token}", "HTTP_HOST": "here",
+         "CONTENT_TYPE": "application/json", "wsgi.input": io.BytesIO(b"{}"), "REMOTE_ADDR": "10.0.0.7", **more},
+        lambda status, headers: said.append(status),
+    )  # fmt: skip
+    assert b"".join(body)
+    return said[0][:3]
+
+
+def test_wrong_tokens_are_limited(caplog):
+    """After ten, none is compared, the right one neither, until time has passed; the answer stays the same."""
+    now = [0.0]
+    door = Door(TOKEN, ["here"], lambda: PLAN, clock=lambda: now[0])
+    assert {ask_plainly(door, f"guess {i}") for i in range(10)} == {"404"}
+    assert ask_plainly(door, TOKEN.decode()) == "404"
+    now[0] += 1.0
+    assert ask_plainly(door, TOKEN.decode()) == "202"
+    assert ask_plainly(door, "guess") == "404"
+    assert ask_plainly(door, TOKEN.decode()) == "404"
+    now[0] += 3600
+    assert [ask_plainly(door, TOKEN.decode()) for _ in range(20)] == ["202"] * 20
+    assert "too many wrong tokens" in caplog.text
+
+
+def test_other_refusals_do_not_lock_the_door():
+    """Who asks for other paths, or with GET, uses up nothing of what wrong tokens are allowed."""
+    door = Door(TOKEN, ["here"], lambda: PLAN, clock=lambda: 0.0)
+    for _ in range(50):
+        assert ask_plainly(door, TOKEN.decode(), PATH_INFO="/x") == "404"
+        assert ask_plainly(door, TOKEN.decode(), REQUEST_METHOD="GET") == "405"
+    assert ask_plainly(door, TOKEN.decode()) == "202"
+
+
+def test_refusals_are_logged_with_the_peer_and_never_the_token(caplog):
+    """The peer and the reason, in a bounded number of lines; nothing that the client sent."""
+    now = [0.0]
+    door = Door(TOKEN, ["here"], lambda: PLAN, clock=lambda: now[0])
+    secret = "S3cretS3cret"
+    for _ in range(5):
+        ask_plainly(door, secret)
+        ask_plainly(door, TOKEN.decode(), PATH_INFO=f"/{secret}")
+        ask_plainly(door, TOKEN.decode(), QUERY_STRING=secret)
+        ask_plainly(door, TOKEN.decode(), HTTP_ORIGIN=secret)
+        ask_plainly(door, TOKEN.decode(), HTTP_HOST=secret)
+    assert len(caplog.records) == 20
+    now[0] += 1.0
+    ask_plainly(door, secret)
+    assert caplog.messages[0] == "shutdown endpoint: refused 10.0.0.7: a wrong token"
+    assert caplog.messages[-1] == "shutdown endpoint: refused 10.0.0.7: a wrong token (5 more were not logged)"
+    assert secret not in caplog.text
+    assert TOKEN.decode() not in caplog.text
+
+
+def test_tokens_are_compared_in_constant_time(monkeypatch):
+    """As bytes, by hmac.compare_digest."""
+    compared = []
+    monkeypatch.setattr("hmac.compare_digest", lambda a, b: compared.append((a, b)) or a == b)
+    door = Door(TOKEN, ["here"], lambda: PLAN)
+    ask_plainly(door, "guess")
+    ask_plainly(door, TOKEN.decode())
+    assert compared == [(b"guess", TOKEN), (TOKEN, TOKEN)]
+
+
+def test_a_slow_client_is_sent_away(make, monkeypatch):
+    """However slowly a request drips in, its connection ends in bounded time."""
+    monkeypatch.setattr("flaskd.admin.server._PATIENCE", 0.3)
+    monkeypatch.setitem(endpoint.EndpointServer.open.__globals__["_LIMITS"], "cleanup_interval", 0.1)
+    door = make()
+    client = Client(door.address)
+    client.socket.settimeout(0.02)
+    drip = iter(b"\r\n" + b"POST /shutdown HTTP/1.1\r\n" * 10_000)
+    ended = False
+    while not ended:  # bounded by the drip
+        try:
+            client.socket.sendall(bytes([next(drip)]))
+            ended = client.socket.recv(1) == b""
+        except TimeoutError:
+            continue
+        except OSError:
+            ended = True
+    client.close()
+    assert door.ask().status == 202
+
+
+def test_it_says_nothing_of_itself(door):
+    """No Server header, no word about the app."""
+    assert door.ask(Authorization=None).headers["Server"] is None
+
+
+def test_it_closes_with_the_last_answer_given(door):
+    """Closing answers what is in hand; afterwards nobody listens there, and a second close does nothing."""
+    door.server.close(PATIENCE)
+    door.server.close(PATIENCE)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((door.address.host, door.address.port))
+
+
+def test_a_unix_socket_will_do(make, tmp_path):
+    """Its Host is localhost, its mode keeps others out, and its node goes with it."""
+    door = make(f"unix:{tmp_path}/s")
+    assert stat.S_IMODE((tmp_path / "s").stat().st_mode) == 0o660
+    assert door.ask(Host="localhost").status == 202
+    assert door.ask(Host="127.0.0.1").status == 403
+    assert door.asked.get(timeout=PATIENCE) == "unix"
+    door.server.close(1)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- the token ---
+
+
+def test_a_made_token_is_good(token_file):
+    """It is new each time, its owner's alone, and read back."""
+    assert stat.S_IMODE(token_file.stat().st_mode) == 0o600
+    token = configured_token(token_file, None, {})
+    assert len(base64.urlsafe_b64decode(token + b"=")) == 32
+    assert token + b"\n" == token_file.read_bytes()
+    other = flaskd.ShutdownEndpoint.make_token(token_file.with_name("other"))
+    assert other.read_bytes() != token_file.read_bytes()
+
+
+def test_a_made_token_replaces_nothing(token_file, tmp_path):
+    """A file or link that is there is left alone; a directory that is not there is named."""
+    before = token_file.read_bytes()
+    (tmp_path / "link").symlink_to(tmp_path / "victim")
+    for path in (token_file, tmp_path / "link"):
+        with pytest.raises(CannotCreateError, match=f'cannot make a token file: "{path}" exists; remove it'):
+            flaskd.ShutdownEndpoint.make_token(path)
+    with pytest.raises(CannotCreateError, match=r"cannot make a token file .*No such file"):
+        flaskd.ShutdownEndpoint.make_token(tmp_path / "no" / "token")
+    assert token_file.read_bytes() == before
+    assert not (tmp_path / "victim").exists()
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o644, 0o610, 0o601, 0o777])
+def test_a_token_that_others_may_reach_is_refused(token_file, mode):
+    """Nothing wider than 0600; not through a link either."""
+    token_file.chmod(mode)
+    link = token_file.with_name("link")
+    link.symlink_to(token_file)
+    for path in (token_file, link):
+        with pytest.raises(ConfigError, match=f"its mode is {mode:04o}, which lets others at it; expected 0600"):
+            configured_token(path, None, {})
+
+
+def test_a_link_to_a_good_token_is_followed(token_file):
+    """What is looked at is the file that was opened; narrower than 0600 is good."""
+    token_file.chmod(0o400)
+    link = token_file.with_name("link")
+    link.symlink_to(token_file)
+    assert configured_token(link, None, {}) == configured_token(token_file, None, {})
+
+
+def test_a_token_of_somebody_else_is_refused(token_file, monkeypatch):
+    """Who owns the file can change it, and its mode."""
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(ConfigError, match=f"it belongs to uid {os.getuid()}, and flaskd runs as uid {os.getuid() + 1}"):
+        configured_token(token_file, None, {})
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path):
+    """A FIFO is not waited for, a directory not read, and a device not believed."""
+    os.mkfifo(tmp_path / "fifo", 0o600)
+    (tmp_path / "directory").mkdir(0o700)
+    for path in (tmp_path / "fifo", tmp_path / "directory", "/dev/null"):
+        with pytest.raises(ConfigError, match="it is not a regular file"):
+            configured_token(path, None, {})
+
+
+def test_a_missing_token_is_named_with_the_next_step(tmp_path):
+    """The message has the command that makes one."""
+    with pytest.raises(ConfigError, match=r"No such file or directory; make one with: \(umask 077; head -c 32"):
+        configured_token(tmp_path / "no", None, {})
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"changeme\n", b"a" * 64, b"ab" * 32, TOKEN[:42], TOKEN[:31].hex().encode(),
+                                     TOKEN + b"\n" + TOKEN, TOKEN + b" x", b"\0" * 64, b"\xff" * 64, TOKEN * 200])  # fmt: skip
+def test_what_is_no_secret_is_refused(tmp_path, content):
+    """Less than 32 bytes, a placeholder, two lines, what no header can say: refused, and not shown."""
+    path = tmp_path / "token"
+    path.write_bytes(content)
+    path.chmod(0o600)
+    with pytest.raises(ConfigError, match=r"expected (at least 32 random bytes|one line of base64 or hex)") as caught:
+        configured_token(path, None, {})
+    assert "changeme" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [os.urandom(32).hex().encode(), base64.b64encode(os.urandom(32)),
+                                     base64.urlsafe_b64encode(os.urandom(48)), TOKEN + b"\r\n"])  # fmt: skip
+def test_hex_and_base64_are_good(tmp_path, content):
+    """With padding or without, with an end of the line or without."""
+    path = tmp_path / "token"
+    path.write_bytes(content)
+    path.chmod(0o600)
+    assert configured_token(path, None, {}) == content.strip()
+
+
+def test_a_credential_is_good(tmp_path):
+    """What systemd gave is taken as it is: an access control list makes its mode look wider."""
+    (tmp_path / "shutdown-token").write_bytes(TOKEN)
+    (tmp_path / "shutdown-token").chmod(0o440)
+    assert configured_token(None, "shutdown-token", {"CREDENTIALS_DIRECTORY": str(tmp_path)}) == TOKEN
+    with pytest.raises(ConfigError, match=r'"shutdown-token": \$CREDENTIALS_DIRECTORY is not set; the unit needs'):
+        configured_token(None, "shutdown-token", {})
+
+
+@pytest.mark.parametrize("given", [{}, {"token_file": "x", "credential": "y"}])
+def test_no_token_no_endpoint(given):
+    """Without a token, or with two, nothing is opened."""
+    stopper = flaskd.ShutdownEndpoint(flask_app(), listen="127.0.0.1:0", **given)
+    with pytest.raises(ConfigError, match="it needs either a token file or a credential"):
+        stopper.start()
+    assert stopper.url is None
+
+
+# --- in an app's own code ---
+
+
+def flask_app():
+    return flask.Flask("shop")
+
+
+@pytest.mark.parametrize("wrong", [{"listen": "nonsense"}, {"listen": "127.0.0.1:0", "timeout": -1}])
+def test_a_wrong_argument_is_told_at_once(wrong):
+    """Not when it is started."""
+    with pytest.raises((ValueError, ConfigError), match="expected"):
+        flaskd.ShutdownEndpoint(flask_app(), **wrong)
+
+
+def test_under_a_daemon_it_is_the_daemons(token_file):
+    """What opens it is the daemon's; the app is not touched, for the daemon knows what is in flight."""
+    app, opened = flask_app(), []
+    before = app.wsgi_app
+    with opened_by(lambda *args: opened.append(args)):
+        flaskd.ShutdownEndpoint(app, listen="127.0.0.1:0", token_file=token_file, allowed_hosts=["x"]).start()
+    assert opened == [(Address("127.0.0.1", 0), configured_token(token_file, None, {}), ["x"])]
+    assert app.wsgi_app == before
+
+
+def test_elsewhere_it_stops_the_process(token_file, monkeypatch, no_thread_left):
+    """What is in flight is answered, new requests get a 503, registered functions run, and then comes SIGINT."""
+    app, entered, released, ended, ran = flask_app(), queue.SimpleQueue(), threading.Event(), threading.Event(), []
+
+    @app.get("/held")
+    def held():
+        entered.put(flask.request.environ["flaskd.draining"])
+        released.wait()
+        return "answered"
+
+    flaskd.on_stop(lambda: ran.append("closed"), app=app)
+    monkeypatch.setattr(endpoint, "_interrupt", ended.set)
+    stopper = flaskd.ShutdownEndpoint(app, listen="127.0.0.1:0", token_file=token_file).start()
+    assert stopper.url.endswith("/shutdown")
+    with pytest.raises(flaskd.FlaskdError, match="is open"):
+        stopper.start()
+    answers = []
+    request = threading.Thread(target=lambda: answers.append(app.test_client().get("/held", buffered=True).data))
+    request.start()
+    draining = entered.get(timeout=PATIENCE)
+    first, second = (json.loads(post(stopper)) for _ in range(2))
+    assert first == second
+    assert (first["in_flight"], [step["name"] for step in first["steps"]]) == (1, ["function"])
+    assert draining.wait(PATIENCE)
+    refused = app.test_client().get("/held")
+    assert (refused.status_code, refused.headers["Retry-After"]) == (503, "5")
+    assert (ran, ended.is_set()) == ([], False)
+    released.set()
+    assert ended.wait(PATIENCE)
+    request.join()
+    assert (answers, ran, stopper.url) == ([b"answered"], ["closed"], None)
+
+
+def post(stopper):
+    """Ask a ShutdownEndpoint for the stop; returns the body of its 202."""
+    host = stopper.url.removeprefix("http://").removesuffix("/shutdown")
+    connection = http.client.HTTPConnection(host, timeout=PATIENCE)
+    token = stopper._token_file.read_text().strip()
+    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+    connection.request("POST", "/shutdown", b"{}", headers)
+    response = connection.getresponse()
+    assert response.status == 202
+    body = response.read()
+    connection.close()
+    return body
+
+
+def test_a_stuck_request_does_not_keep_it(token_file, monkeypatch, caplog, no_thread_left):
+    """After `timeout` seconds the process ends whatever runs, and the log names it."""
+    caplog.set_level(logging.INFO)
+    app, entered, released, ended = flask_app(), threading.Event(), threading.Event(), threading.Event()
+
+    @app.get("/stuck")
+    def stuck():
+        entered.set()
+        released.wait()
+        return ""
+
+    monkeypatch.setattr(endpoint, "_interrupt", ended.set)
+    stopper = flaskd.ShutdownEndpoint(app, listen="127.0.0.1:0", token_file=token_file, timeout=0.5).start()
+    request = threading.Thread(target=app.test_client().get, args=("/stuck",), kwargs={"buffered": True})
+    request.start()
+    assert entered.wait(PATIENCE)
+    post(stopper)
+    assert ended.wait(PATIENCE)
+    assert "cut=1" in caplog.text
+    assert "cut GET /stuck (running for" in caplog.text
+    released.set()
+    request.join()
+
+
+def test_it_can_be_closed_without_a_stop(token_file, no_thread_left):
+    """Nothing listens afterwards, and it can be opened again."""
+    stopper = flaskd.ShutdownEndpoint(flask_app(), listen="127.0.0.1:0", token_file=token_file)
+    stopper.close()
+    for _ in range(2):
+        stopper.start()
+        assert stopper.url is not None
+        stopper.close()
+        assert stopper.url is None
+
+
+@pytest.mark.parametrize(
+    ("handler", "number"), [(signal.default_int_handler, signal.SIGINT), (signal.SIG_IGN, signal.SIGTERM)]
+)
+def test_the_process_is_ended_whatever_it_ignores(monkeypatch, handler, number):
+    """SIGINT, or SIGTERM where a shell lets processes in its background ignore that."""
+    sent = []
+    monkeypatch.setattr(signal, "getsignal", lambda _: handler)
+    monkeypatch.setattr(signal, "pthread_kill", lambda thread, number: sent.append((thread, number)))
+    endpoint._interrupt()
+    assert sent == [(threading.main_thread().ident, number)]
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "serves"),
+    [
+        (["run"], {}, True),
+        (["run", "--reload"], {}, False),
+        (["run", "--reload"], {"WERKZEUG_RUN_MAIN": "true"}, True),
+        (["--debug", "run"], {}, False),
+        (["--debug", "run", "--no-reload"], {}, True),
+        (["run", "--debug"], {"WERKZEUG_RUN_MAIN": "true"}, True),
+        (["routes"], {}, False),
+    ],
+)
+def test_it_opens_where_there_is_something_to_stop(monkeypatch, argv, environ, serves):
+    """In `flask run` and in the reloader's child; not in the reloader's parent, nor in Flask's other commands."""
+    for name in ("FLASK_DEBUG", "WERKZEUG_RUN_MAIN", "FLASK_RUN_FROM_CLI"):
+        monkeypatch.setenv(name, "")  # so that what the command line sets is taken back
+        monkeypatch.delenv(name)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("flask.cli.run_simple", lambda *args, **more: None, raising=False)
+    monkeypatch.setattr("werkzeug.serving.run_simple", lambda *args, **more: None)
+    found = []
+
+    def create_app():
+        found.append(endpoint._serves_here())
+        return flask_app()
+
+    group = flask.cli.FlaskGroup(create_app=create_app, set_debug_flag=True)
+    group.main(argv, standalone_mode=False)
+    assert found[:1] == [serves]
+
+
+def test_outside_of_flasks_commands_it_opens():
+    """A program of one's own knows what it does."""
+    assert endpoint._serves_here()
+
+
+def test_a_request_is_over_when_its_answer_is_closed():
+    """A stream is in flight to its end, and is told of the drain; an app that raises is in flight no more."""
+    environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/a\x1b", "SCRIPT_NAME": "", "REMOTE_ADDR": "10.0.0.7"}
+    requests = Requests(lambda environ, start_response: iter([b"a", b"b"]))
+    answer = requests(environ, None)
+    assert requests.in_flight == 1
+    report = requests.drain(0)
+    assert environ["flaskd.draining"].is_set()
+    [cut] = report.cut
+    assert (cut.client, cut.method, cut.path, cut.reason) == ("10.0.0.7", "GET", "/a%1B", "the drain's time was over")
+    answer.close()
+    answer.close()
+    assert (requests.in_flight, requests.drain(0).completed) == (0, 1)
+
+    failing = Requests(lambda environ, start_response: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        failing(environ, None)
+    assert failing.in_flight == 0
+
+
+def test_work_in_the_background_is_waited_for():
+    """The drain of an app is over when that is; what is left when time is up makes it unclean."""
+    requests = Requests(lambda environ, start_response: [])
+    with flaskd.background("export"):
+        [left] = requests.drain(0).background
+    assert left.name == "export"
+    reports = []
+    with flaskd.background("export"):
+        draining = threading.Thread(target=lambda: reports.append(requests.drain(PATIENCE)))
+        draining.start()
+        draining.join(0.2)
+        assert draining.is_alive()
+    draining.join()
+    assert reports[0].clean
+
+
+def test_closing_waits_for_no_work_in_the_background(door, caplog):
+    """That is the affair of the app's drain, which was before, and has named it."""
+    with flaskd.background("export"):
+        door.server.close(PATIENCE)
+    assert "export" not in caplog.text
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((door.address.host, door.address.port))

@@ -1,0 +1,252 @@
+"""Idleness: what counts, what does not, and when time is up."""
+
+import queue
+import socket
+import threading
+import time
+
+import pytest
+from server_kit import PATIENCE, answers, app, connect, get, no_thread_left, post, serve, until
+
+import flaskd
+
+AFTER = 0.15
+"""Seconds; each test but one waits that long."""
+NEVER = 3600.0
+
+
+class Idle:
+    """A server that is watched, and the moments at which it was idle."""
+
+    def __init__(self, server, after=AFTER, ignore=()):
+        self.server = server
+        self.moments = queue.SimpleQueue()
+        self.watch(after, ignore)
+
+    def watch(self, after, ignore=()):
+        self.began = time.monotonic()
+        self.server.watch_idle(after, ignore, lambda: self.moments.put(time.monotonic()))
+        assert self.server.turns(PATIENCE)
+
+    def came(self):
+        """Wait until it is idle; returns when it was."""
+        return self.moments.get(timeout=PATIENCE)
+
+    @property
+    def was(self):
+        return not self.moments.empty()
+
+    def passes(self):
+        """Let more than the time pass that it takes to be idle, in turns of the loop."""
+        over = time.monotonic() + 2 * AFTER
+        until(self.server, lambda: time.monotonic() > over)
+
+
+@pytest.fixture
+def server(no_thread_left, serve):
+    return serve()
+
+
+def test_nobody_asks(server):
+    """Time is up that long after the watch began, not before."""
+    idle = Idle(server)
+    assert idle.came() - idle.began >= AFTER
+
+
+def test_who_is_not_heard_is_told_again(server):
+    """An owner that was busy with something else hears of it a second later."""
+    idle = Idle(server)
+    first = idle.came()
+    assert 0.9 <= idle.came() - first < PATIENCE
+
+
+def test_time_counts_from_the_last_answer(server, connect):
+    """Each answer moves it."""
+    idle = Idle(server)
+    client = connect(server)
+    for _ in range(3):
+        last = time.monotonic()
+        assert client.ask("/hello").status == 200
+    assert idle.came() - last >= AFTER
+
+
+def test_a_request_in_flight_keeps_it(server, connect, app):
+    """However long it runs; then time begins anew, from its answer."""
+    idle = Idle(server)
+    client = connect(server).send("/gate")
+    app.entered(1)
+    idle.passes()
+    assert (idle.was, server.idle[0]) == (False, 0.0)
+    released = time.monotonic()
+    app.released.set()
+    client.response()
+    assert idle.came() - released >= AFTER
+
+
+def test_a_stream_keeps_it(server, connect, app):
+    """As long as it is being sent."""
+    idle = Idle(server)
+    connect(server).send("/stream")
+    app.entered(1)
+    idle.passes()
+    assert not idle.was
+    app.released.set()
+    idle.came()
+
+
+def test_an_upload_that_is_still_coming_keeps_it(server, connect):
+    """Its head tells its path; its body may take as long as it likes."""
+    idle = Idle(server)
+    client = connect(server).send(post("/echo", b"12345")[:-2])
+    until(server, lambda: server.idle[0] == 0.0)
+    idle.passes()
+    assert not idle.was
+    assert client.send(b"45").response().body == b"12345"
+    idle.came()
+
+
+def test_work_in_the_background_keeps_it(server):
+    """As long as it lasts."""
+    with flaskd.background("export"):
+        idle = Idle(server)
+        idle.passes()
+        assert (idle.was, server.idle[0]) == (False, 0.0)
+    idle.came()
+
+
+@pytest.mark.parametrize(
+    "path", ["/gate", "/gate/x", "/gate?x=/y", "/hello/deep/down", "/hello/", "/st%72eam", "/gate/caf%C3%A9"]
+)
+def test_what_is_ignored_keeps_nothing(server, connect, app, path):
+    """In flight, streamed or polled: an ignored path does not count, exact or by its beginning, query or not."""
+    idle = Idle(server, ignore=["/gate", "/gate/x", "/gate/caf%c3%a9", "/hello/*", "/stream"])
+    connect(server).send(path)
+    app.entered(1)
+    assert idle.came() - idle.began < PATIENCE / 2
+
+
+@pytest.mark.parametrize(("path", "counts"), [("/gate", False), ("/gate/x", True), ("/gate/", True)])
+def test_only_a_star_stands_for_more(server, connect, app, path, counts):
+    """A path without one is itself alone."""
+    Idle(server, after=NEVER, ignore=["/gate", "/gat", "/hello*"])
+    connect(server).send(path)
+    app.entered(1)
+    assert (server.idle[0] == 0.0) is counts
+
+
+def test_polling_an_ignored_path_does_not_keep_it(server, connect):
+    """An open tab asks again and again, and time is up all the same."""
+    idle = Idle(server, ignore=["/hello"])
+    client = connect(server)
+    while not idle.was:
+        assert client.ask("/hello").status == 200
+        assert time.monotonic() - idle.began < PATIENCE
+
+
+def test_health_and_probes_do_not_count(server, connect):
+    """`health.path`, the probe over a connection of one's own, and what is no request."""
+    server.answer_health("/healthz", lambda: ("200 OK", "ready"))
+    idle = Idle(server)
+    assert server.turns(PATIENCE)
+    client = connect(server)
+    while not idle.was:
+        assert client.ask("/healthz").status == 200
+        assert server.probe("/hello", PATIENCE) == 200
+        assert connect(server).ask(b"nonsense\r\n\r\n").status == 400
+        assert connect(server).ask(b"GET /hello HTTP/1.1\r\n\r\n").status == 400
+        assert time.monotonic() - idle.began < PATIENCE
+
+
+def test_a_head_that_never_ends_keeps_nothing(server, connect):
+    """Who has not even named a path has asked for nothing."""
+    idle = Idle(server)
+    connect(server).send(b"GET /hello HTTP/1.1\r\n")
+    idle.came()
+
+
+def test_a_probe_under_way_keeps_nothing(server):
+    """One that never ends, either."""
+    idle = Idle(server)
+    ours, theirs = socket.socketpair()
+    with ours:
+        ours.sendall(post("/echo", b"12345")[:-2])
+        server._loop.call(lambda: server._loop.attach(theirs))
+        until(server, lambda: any(channel.internal and channel.arriving for channel in server._loop.channels()))
+        assert server.idle[0] > 0.0
+        idle.came()
+
+
+def test_a_client_that_goes_away_has_asked(server, connect, app):
+    """Its request counts to the moment it is over, answered or not."""
+    Idle(server, after=NEVER)
+    client = connect(server).send("/gate")
+    app.entered(1)
+    assert server.idle[0] == 0.0
+    client.reset()
+    app.released.set()
+    until(server, lambda: server.in_flight == 0)
+    assert 0.0 < server.idle[0] < PATIENCE
+
+
+def test_a_drain_stops_the_clock(server, connect):
+    """Drained is not idle, for somebody wants it so; after resume time counts from there."""
+    idle = Idle(server)
+    server.drain(PATIENCE)
+    idle.passes()
+    assert not idle.was
+    resumed = time.monotonic()
+    server.resume()
+    assert idle.came() - resumed >= AFTER
+
+
+def test_a_new_watch_goes_on_where_the_last_was(server):
+    """A reload that changes the time takes what has passed into account, at once; None ends it."""
+    idle = Idle(server, after=NEVER)
+    idle.passes()
+    assert server.idle[0] >= 2 * AFTER
+    idle.watch(AFTER)
+    assert server.idle[0] >= 2 * AFTER
+    idle.came()
+    idle.watch(None)
+    assert server.idle is None
+    while idle.was:
+        idle.moments.get()
+    idle.passes()
+    assert not idle.was
+
+
+def test_it_is_shown(server, connect, app):
+    """How long nobody asked, and how long is left."""
+    assert server.idle is None
+    Idle(server, after=NEVER)
+    for_seconds, left = server.idle
+    assert 0 <= for_seconds < PATIENCE
+    assert NEVER - PATIENCE < left <= NEVER
+    connect(server).send("/gate")
+    app.entered(1)
+    assert server.idle == (0.0, NEVER)
+
+
+def test_an_answer_is_never_missed(server, connect):
+    """The moment of an answer is noted before its request is out of flight: in between, it would look idle."""
+    Idle(server, after=NEVER)
+    watch = server._loop.idle
+    watch.used = 0.0
+    seen = []
+
+    class Watched(dict):
+        def __delitem__(self, key):
+            seen.append(watch.used)
+            super().__delitem__(key)
+
+    server._loop._in_hand = Watched()
+    assert connect(server).ask("/hello").status == 200
+    assert len(seen) == 1
+    assert seen[0] > 0.0
+
+
+def test_threads_are_as_before(server):
+    """The watch has no thread of its own."""
+    before = threading.active_count()
+    Idle(server, after=NEVER)
+    assert threading.active_count() == before
