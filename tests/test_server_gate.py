@@ -14,7 +14,7 @@ from server_kit import HAS_IPV6
 NOBODY = 65534
 
 PROGRAM = """
-import encodings.idna, json, logging, os, socket, sys, threading, traceback
+import encodings.idna, errno, json, logging, os, socket, sys, threading, traceback
 from collections import Counter
 from flaskd.server import WaitressThread
 from flaskd.sockets import Listener, Address
@@ -36,10 +36,17 @@ def app(environ, start_response):
 
 fates, ended, gates = Counter(), threading.Event(), []
 before = Listener.gate
-Listener.gate = lambda self: gates.append(before(self)) or gates[-1]
+family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+def gate(self):
+    closed = before(self)
+    with socket.socket(family) as late:  # the listener is there, and nobody accepts in this moment
+        gates.append(closed and late.connect_ex((host, port)) == errno.ECONNREFUSED)
+    return closed
+
+Listener.gate = gate
 
 def ask():
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     while not ended.is_set():
         with socket.socket(family) as client:
             client.settimeout(20)
@@ -47,7 +54,6 @@ def ask():
                 client.connect((host, port))
             except OSError as error:
                 fates[type(error).__name__ + " while connecting"] += 1
-                ended.wait(0.002)  # the others want to get on, too
                 continue
             try:
                 client.sendall(b"GET / HTTP/1.1\\r\\nHost: test\\r\\nConnection: close\\r\\n\\r\\n")

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, Answer, Flaskd, children, get
+from conftest import PATIENCE, Answer, Flaskd, children, get, handles_sigterm
 
 FORKING = """
 import multiprocessing, os, time
@@ -81,7 +81,8 @@ def test_a_signal_at_any_moment_of_the_start(flaskd: Flaskd, number: int) -> Non
     for step in range(10):
         flaskd.drain_messages()
         flaskd.launch()
-        time.sleep(0.1 + step * 0.04)  # not a wait for anything: the moment of the signal is what is tried
+        flaskd.until(lambda: handles_sigterm(flaskd.pid))  # before that it is Python that starts
+        time.sleep(step * 0.04)  # not a wait for anything: the moment of the signal is what is tried
         flaskd.kill(number)
         assert flaskd.wait() == 0, step
         assert flaskd.leftovers() == [], step

@@ -1,13 +1,11 @@
 """As a container's only process: SIGTERM at every moment, a second and a third one, and nobody's child left over."""
 
 import os
-import re
 import signal
 import time
-from pathlib import Path
 
 import pytest
-from conftest import Flaskd, children, get
+from conftest import Flaskd, children, get, handles_sigterm
 from test_hostile import _no_pid_namespace
 
 pytestmark = pytest.mark.skipif(bool(_no_pid_namespace()), reason=f"no PID namespace: {_no_pid_namespace()}")
@@ -34,12 +32,6 @@ def test_a_signal_at_any_moment_of_the_start(flaskd: Flaskd, number: int) -> Non
         assert flaskd.wait() == 0, step
         assert flaskd.leftovers() == [], step
     assert "Traceback" not in flaskd.log
-
-
-def handles_sigterm(pid: int) -> bool:
-    """Whether a process has a handler for SIGTERM (SigCgt, proc_pid_status(5)), which Python has none for."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return bool(int(re.findall(r"SigCgt:\s*(\w+)", status)[0], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def test_a_signal_while_draining(flaskd: Flaskd) -> None:
