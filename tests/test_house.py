@@ -19,7 +19,7 @@ LAYERS = [
     {"drain", "launch", "state", "stop"},
     {"daemon", "thread"},
     {"control", "workers"},
-    {"cli", "__init__", "__main__"},
+    {"cli", "__init__", "__main__", "testing"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 WITHIN = {
