@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "flaskd"
 
 LAYERS = [
-    {"errors", "units", "forks", "logs", "notify", "sockets", "init", "leave"},
+    {"errors", "units", "forks", "logs", "notify", "sockets", "init", "prelude", "leave"},
     {"config", "lifecycle", "ledger", "loading", "protocol", "runtime", "signals"},
     {"server", "cleanup", "client"},
     {"drain", "launch", "state", "stop"},
