@@ -91,8 +91,8 @@ def flaskd_server(request: pytest.FixtureRequest, app: Any) -> Iterator[ServerTh
         timeout = _STOP
     watch = _Watch(request.config.getini("flaskd_server_ignore"), fails=fails)
     try:
-        watch.server = server = ServerThread(app, **options)
-        server.start()
+        server = ServerThread(app, **options)
+        watch.start(server)
     except (FlaskdError, TypeError, ValueError) as error:
         raise pytest.fail.Exception(f"flaskd_server cannot serve the app: {error}", pytrace=False) from None
     request.config.stash.setdefault(_WATCHES, []).append(watch)
@@ -169,12 +169,20 @@ class _Watch:
         self.account: list[str] = []
         self.problems: list[str] = []
         self._left: list[InFlight] = []
+        self._told: set[int] = set()
         self._cut_in: set[str] = set()
+        self._own: set[threading.Thread] = set()
         self.look()
+
+    def start(self, server: ServerThread) -> None:
+        """Start the server; its threads are its own until it has stopped."""
+        self.server = server
+        server.start()
+        self._own = set(threading.enumerate()) - self._threads
 
     def look(self) -> None:
         """What is there now is not this test's."""
-        self._threads = set(threading.enumerate())
+        self._threads = set(threading.enumerate()) - self._own
         self._sockets = set(_open_sockets())
 
     def stop(self, timeout: float | None) -> None:
@@ -194,7 +202,9 @@ class _Watch:
         for name, entry in server.policies.items():
             if entry["fate"] in {"failed", "timed_out"}:
                 what = f'the cleanup step "{name}" {entry["fate"].replace("_", " ")}'
-                self.problems.append(": ".join(filter(None, [what, entry["detail"]])))
+                self.problems.append(
+                    ": ".join(filter(None, [what, entry["why"] or entry["detail"]])) + f"\n{entry['trace']}".rstrip()
+                )
 
     def leaks(self) -> list[str]:
         """What is there now and was not before, each as a sentence; told once."""
@@ -202,6 +212,7 @@ class _Watch:
         found = [f"the test left a request in flight: {each}; wait for its answer, or close it" for each in left]
         found += [*self._new_threads(), *self._new_sockets()]
         self._left = []
+        self._told |= {each.id for each in left}
         self.look()
         return found
 
@@ -215,7 +226,7 @@ class _Watch:
             left = [
                 each
                 for each in self.server.requests()
-                if not each.gone and not self._ignored(f"{each.method} {each.path}")
+                if not (each.gone or each.id in self._told or self._ignored(f"{each.method} {each.path}"))
             ]
             if not left or time.monotonic() >= until:
                 return left
@@ -226,7 +237,10 @@ class _Watch:
 
         until = time.monotonic() + _SETTLE
         for thread in threading.enumerate():
-            ours = thread.name.startswith("flaskd-") and (not self.stopped or thread.name in self._cut_in)
+            if self.stopped:
+                ours = thread.name in self._cut_in  # it was told with the request that it runs
+            else:
+                ours = thread in self._own or thread.name.startswith("flaskd-werkzeug-")
             if thread in self._threads or ours or self._ignored(thread.name):
                 continue
             thread.join(max(0.0, until - time.monotonic()))
