@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Protocol
 
-from flaskd import launch, logs
+from flaskd import launch, loading, logs
 from flaskd.admin import EndpointServer, configured_token, opened_by
 from flaskd.cleanup import (
     Found,
@@ -87,8 +87,8 @@ class Plane(Protocol):
 class Daemon:
     """One serving daemon, from its start to its exit code; see `run`.
 
-    `load` reads the configuration, at the start and at each reload. `app` is served as it is; without it the app named
-    by the configuration is imported.
+    `load` reads the configuration, at the start and at each reload. `app` is served as it is, or what `make_app` makes
+    when the time for it has come; without them the app named by the configuration is imported.
     """
 
     def __init__(
@@ -99,10 +99,12 @@ class Daemon:
         name: str,
         environ: Mapping[str, str],
         app: Callable[..., Any] | None = None,
+        make_app: Callable[[], Callable[..., Any]] | None = None,
     ) -> None:
         self._load = load
         self._environ = environ
         self._given_app = app
+        self._make_app = make_app
         self._plane = plane(self)
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lifecycle = Lifecycle()
@@ -310,7 +312,8 @@ class Daemon:
         log.info(f"flaskd (pid {os.getpid()}) will serve on {where}; control: {nodes}")
         if self._plane.nodes:
             os.environ["FLASKD_CONTROL"] = self._plane.nodes[0]  # what the app starts can talk to this daemon
-        self.app = launch.find_app(config.app, self._given_app, self._environ)
+        given = loading.make_app(self._make_app) if self._make_app is not None else self._given_app
+        self.app = launch.find_app(config.app, given, self._environ)
         self._plan = build_plan(config.cleanup)
         self._plan.prepare()
         launch.restore(self._plan, self.app, self._state_directory.writable)

@@ -21,6 +21,8 @@ class InFlight:
     """``queued``, ``running`` or ``sending`` (the app is done, output is not)."""
     thread: str = ""
     stack: str = ""
+    gone: bool = False
+    """Whether its client has closed its side: nobody seems to wait for the answer any more."""
 
     def __str__(self) -> str:
         where = f" in {self.thread}" if self.thread else ""

@@ -76,6 +76,21 @@ def load_app(target: str) -> LoadedApp:
     return LoadedApp(found, find_flask(found), target)
 
 
+def make_app(make: Callable[[], WSGIApp]) -> WSGIApp:
+    """The app that Flask's own command line makes (``FlaskGroup(create_app=…)``); raises as `load_app` does."""
+    from flask.cli import NoAppException  # noqa: PLC0415 - see load_app
+
+    target = getattr(make, "__qualname__", "the app")
+    try:
+        return make()
+    except NoAppException as error:
+        raise ConfigError(f"cannot load {target}: {_sentence(error)}") from None
+    except Exception as error:
+        raise _app_error(target, error) from error
+    except SystemExit as error:
+        raise _app_error(target, error) from error
+
+
 def find_flask(wsgi: Any) -> Flask | None:
     """The Flask app in a WSGI callable: itself, or what its middleware holds as ``.app`` or ``.wsgi_app``."""
     from flask import Flask  # noqa: PLC0415 - see load_app

@@ -257,6 +257,18 @@ def open_files_limit(*, raised: bool = False) -> int:
     return soft
 
 
+def closed_by_peer(sock: socket.socket | None) -> bool:
+    """Whether the peer has closed its side and all that it sent was read; False where that cannot be looked at."""
+    if sock is None or not hasattr(socket, "MSG_DONTWAIT"):
+        return False
+    try:
+        return not sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:  # reset, or closed here meanwhile
+        return True
+
+
 def unread(sock: socket.socket | None) -> int:
     """Bytes received and not read yet (FIONREAD, ioctl_tty(2))."""
     return _ask(sock, "FIONREAD")

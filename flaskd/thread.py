@@ -63,6 +63,7 @@ class ServerThread:
         self._server: WaitressThread | WerkzeugThread | None = None
         self._stop: Stop | None = None
         self._stopped: DrainReport | None = None
+        self._report: DrainReport | None = None
 
     def __enter__(self) -> Self:
         return self.start()
@@ -82,7 +83,7 @@ class ServerThread:
             self._plan = build_plan(self._config.cleanup)
             self._plan.prepare()
             self._server = self._new_server().start()
-            self._stop = self._stopped = None
+            self._stop = self._stopped = self._report = None
         return self
 
     def _new_server(self) -> WaitressThread | WerkzeugThread:
@@ -132,6 +133,11 @@ class ServerThread:
         return self._server.requests() if self._server is not None else []
 
     @property
+    def report(self) -> DrainReport | None:
+        """The account of the last drain or stop since the start; None when there was none."""
+        return self._report
+
+    @property
     def policies(self) -> dict[str, dict[str, Any]]:
         """What became of each cleanup step at the last stop, by name."""
         return self._stop.policies if self._stop is not None else {}
@@ -141,7 +147,9 @@ class ServerThread:
 
         The default is ``shutdown.drain.timeout`` (15 s unless configured). The threads stay; `resume` undoes it.
         """
-        return self._serving.drain(self._config.shutdown.drain.timeout if timeout is None else timeout)
+        report = self._serving.drain(self._config.shutdown.drain.timeout if timeout is None else timeout)
+        self._report = report
+        return report
 
     def resume(self) -> None:
         """Serve again after a drain, at the same address; raises CannotCreateError when that cannot be had any more."""
@@ -160,7 +168,7 @@ class ServerThread:
             if self._server is None:
                 return DrainReport()
             if self._stopped is None:
-                self._stopped = self._run_stop(self._server, timeout, reason, own_process=own_process)
+                self._stopped = self._report = self._run_stop(self._server, timeout, reason, own_process=own_process)
             return self._stopped
 
     def hurry(self) -> None:

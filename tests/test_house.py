@@ -13,13 +13,13 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "flaskd"
 
 LAYERS = [
-    {"errors", "units", "forks", "logs", "notify", "sockets", "init", "leave", "files", "work"},
+    {"errors", "units", "forks", "logs", "notify", "sockets", "init", "prelude", "leave", "files", "work"},
     {"config", "lifecycle", "ledger", "loading", "protocol", "runtime", "signals"},
     {"server", "cleanup", "client"},
     {"drain", "launch", "state", "stop", "admin"},
     {"daemon", "thread"},
     {"control", "workers"},
-    {"cli", "__init__", "__main__"},
+    {"cli", "__init__", "__main__", "testing"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 WITHIN = {

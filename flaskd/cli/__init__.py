@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -21,9 +22,14 @@ from flaskd.protocol import RECORD, as_text, background_line, record_lines, stat
 
 
 def main() -> int:
+    """Run the command, and return the exit code."""
+    return reported(lambda: cli.main(prog_name="flaskd", standalone_mode=False))
+
+
+def reported(run: Callable[[], object]) -> int:
     """Run a verb and return the exit code; every fault is one clear line on standard error."""
     try:
-        result = cli.main(prog_name="flaskd", standalone_mode=False)
+        result = run()
     except click.UsageError as error:
         error.show()
         return EX_USAGE
@@ -61,8 +67,21 @@ def cli() -> None:
 @click.option(
     "--name", metavar="NAME", default="flaskd", show_default=True, help="Name of the runtime and state directory."
 )
-def serve(app: str | None, config: str | None, listen: tuple[str, ...], threads: str | None, name: str) -> int:
+def serve(app: str | None, config: str | None, listen: tuple[str, ...], threads: str | None, name: str) -> None:
     """Serve APP (MODULE, MODULE:NAME, MODULE:FACTORY() or a file) until asked to stop."""
+    serve_app(app, config, listen, threads, name)
+
+
+def serve_app(
+    app: str | None,
+    config: str | None,
+    listen: tuple[str, ...],
+    threads: str | None,
+    name: str,
+    *,
+    make_app: Callable[[], Any] | None = None,
+) -> NoReturn:
+    """Serve what the options of ``flaskd serve`` ask for, or what `make_app` makes, and leave with the exit code."""
     from flaskd.init import stand_in_front  # noqa: PLC0415
 
     stand_in_front()
@@ -84,7 +103,9 @@ def serve(app: str | None, config: str | None, listen: tuple[str, ...], threads:
         return load(path, actions=action_specs(), overrides=overrides)
 
     environ = dict(os.environ)
-    daemon = Daemon(read, plane=lambda daemon: ControlPlane(daemon, name, environ), name=name, environ=environ)
+    daemon = Daemon(
+        read, plane=lambda daemon: ControlPlane(daemon, name, environ), name=name, environ=environ, make_app=make_app
+    )
     leave(daemon.run())
 
 

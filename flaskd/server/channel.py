@@ -23,7 +23,7 @@ from waitress.utilities import BadRequest
 
 from flaskd.ledger import Cut, InFlight
 from flaskd.server.tasks import AppTask, ClientDisconnected, HealthTask, RefusalTask, RejectTask
-from flaskd.sockets import unacknowledged, unread
+from flaskd.sockets import closed_by_peer, unacknowledged, unread
 
 if TYPE_CHECKING:
     from flaskd.server.loop import EventLoop
@@ -127,6 +127,7 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
             phase=self.phase,
             thread=thread.name if thread else "",
             stack=stack_of(thread) if stack and thread else "",
+            gone=closed_by_peer(self.channel.socket),
         )
 
     def cut(self, reason: str) -> Cut:

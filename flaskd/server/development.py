@@ -24,7 +24,7 @@ from flaskd.ledger import Cut, DrainReport, InFlight
 from flaskd.server.channel import stack_of
 from flaskd.server.draining import BACKLOG, GATE, TOO_LATE
 from flaskd.server.tasks import STREAM_TYPES
-from flaskd.sockets import Address, Listener
+from flaskd.sockets import Address, Listener, closed_by_peer
 from flaskd.work import in_background, left_behind, tell_no_more, tell_of_ends
 
 log = logging.getLogger("flaskd.server")
@@ -78,7 +78,8 @@ class _Request(WSGIRequestHandler):
     def snapshot(self) -> InFlight:
         """What can be shown of it."""
         path, age = self.path.partition("?")[0], time.monotonic() - self.began
-        return InFlight(self.id, str(self.client_address[0]), self.command, path, age, "running", self.thread.name)
+        client, gone = str(self.client_address[0]), closed_by_peer(self.connection)
+        return InFlight(self.id, client, self.command, path, age, "running", self.thread.name, gone=gone)
 
 
 class _Server(ThreadedWSGIServer):

@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import os
+import pty
 import re
 import select
 import shutil
@@ -311,6 +312,37 @@ class Flaskd:
             self.process.kill()
             self.process.wait()
         self._notify.close()
+
+
+class Terminal:
+    """flaskd on a pseudo-terminal of its own, as a shell would start it."""
+
+    def __init__(self, flaskd: Flaskd, *args: str, app: str = "gateapp") -> None:
+        self.flaskd = flaskd
+        self.master, slave = pty.openpty()
+        self.process = flaskd.process = subprocess.Popen(
+            [sys.executable, "-m", "flaskd", "serve", app, "-l", "127.0.0.1:0", *args],
+            cwd=flaskd.directory, env=flaskd.env, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(slave)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # a test may have hung it up
+            os.close(self.master)
+
+    def type(self, keys: bytes) -> None:
+        os.write(self.master, keys)
+
+    def read_until(self, text: bytes) -> bytes:
+        seen = b""
+        end = time.monotonic() + PATIENCE
+        while text not in seen:
+            assert time.monotonic() < end, seen
+            if select.select([self.master], [], [], 0.2)[0]:
+                with contextlib.suppress(OSError):
+                    seen += os.read(self.master, 65536)
+        return seen
 
 
 def children(pid: int) -> list[int]:

@@ -1,18 +1,13 @@
 """Signals at every moment: during the import, while serving, again and again, and from a real terminal."""
 
-import contextlib
 import os
-import pty
-import select
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 
 import pytest
-from conftest import PATIENCE, Flaskd, children
+from conftest import Flaskd, Terminal, children
 
 ENTER = "import os, socket\ngate = socket.socket(socket.AF_UNIX)\ngate.connect(os.environ['GATE'])\ngate.sendall(b'entered')\n"
 
@@ -114,41 +109,13 @@ def test_handlers_of_the_app_are_taken_back(flaskd: Flaskd) -> None:
     assert flaskd.stop() == 0
 
 
-class Terminal:
-    """flaskd on a pseudo-terminal of its own, as a shell would start it."""
-
-    def __init__(self, flaskd: Flaskd, *args: str) -> None:
-        self.flaskd = flaskd
-        self.master, slave = pty.openpty()
-        self.process = flaskd.process = subprocess.Popen(
-            [sys.executable, "-m", "flaskd", "serve", "gateapp", "-l", "127.0.0.1:0", *args],
-            cwd=flaskd.directory, env=flaskd.env, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
-        )  # fmt: skip
-        os.close(slave)
-
-    def type(self, keys: bytes) -> None:
-        os.write(self.master, keys)
-
-    def read_until(self, text: bytes) -> bytes:
-        seen = b""
-        end = time.monotonic() + PATIENCE
-        while text not in seen:
-            assert time.monotonic() < end, seen
-            if select.select([self.master], [], [], 0.2)[0]:
-                with contextlib.suppress(OSError):
-                    seen += os.read(self.master, 65536)
-        return seen
-
-
 @pytest.fixture
 def terminal(flaskd: Flaskd) -> Iterator[Terminal]:
     """A running flaskd on a terminal."""
     each = Terminal(flaskd)
     flaskd.wait_message("READY=1")
     yield each
-    with contextlib.suppress(OSError):
-        os.close(each.master)
+    each.close()
 
 
 def test_ctrl_c_in_a_terminal(terminal: Terminal) -> None:

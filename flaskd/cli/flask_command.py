@@ -1,0 +1,59 @@
+"""``flask daemon``: what ``flaskd serve`` does, for the app that Flask's own command line names."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import click
+
+from flaskd import cli
+from flaskd.errors import EX_USAGE
+from flaskd.prelude import heed_signals, open_standard_streams
+
+
+class _Daemon(click.Command):
+    """The command; faults of its command line have flaskd's exit code, as after ``flaskd serve``."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except click.UsageError as error:
+            error.show()
+            raise click.exceptions.Exit(EX_USAGE) from None
+
+
+@click.pass_context
+def _daemon(context: click.Context, /, **options: Any) -> None:
+    open_standard_streams()
+    heed_signals()
+    # Whoever runs this command has imported flask.cli: nothing is loaded here, and no app either.
+    from flask.cli import ScriptInfo  # noqa: PLC0415 - `flask` reads this file for each of its commands
+    from flask.helpers import get_debug_flag  # noqa: PLC0415
+
+    info = context.ensure_object(ScriptInfo)
+    if get_debug_flag():
+        click.echo('flaskd: debug mode has no debugger and no reloader here; "flask run --debug" has', err=True)
+    make_app = None
+    if info.create_app is not None:  # a command line of the app's own: FlaskGroup(create_app=…)
+
+        @functools.wraps(info.create_app)
+        def make_app() -> Any:
+            return info.load_app()
+
+    context.exit(cli.reported(lambda: cli.serve_app(info.app_import_path, make_app=make_app, **options)))
+
+
+daemon = _Daemon(
+    "daemon",
+    callback=_daemon,
+    params=[each for each in cli.serve.params if each.name != "app"],
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Serve the app in production, and stop it without losing a request.
+
+    The same as "flaskd serve", for the app that --app or FLASK_APP names; else the one in the configuration file, else
+    wsgi.py or app.py. Debug mode brings no debugger and no reloader.""",
+)
+"""The entry point in the group ``flask.commands``."""

@@ -1,0 +1,330 @@
+"""The pytest plugin: the fixture ``flaskd_server`` serves the project's ``app``, and shows what a test leaves.
+
+pytest imports this file at every start, so nothing is imported here but pytest and the standard library; the server
+comes with the first test that asks for the fixture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import socket
+import stat
+import threading
+import time
+from collections.abc import Generator, Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from flaskd.ledger import DrainReport, InFlight
+    from flaskd.thread import ServerThread
+
+_OPTIONS = {"threads": int, "server": str, "config": str, "host": str, "port": int, "timeout": float, "leaks": str}
+"""What the marker and the ini option take, and how its text is read."""
+_SCOPES: dict[str, Any] = {
+    "class": pytest.Class,
+    "module": pytest.Module,
+    "package": pytest.Package,
+    "session": pytest.Session,
+}
+_STOP = 5.0
+"""Seconds that a stop may take where no configuration says so: a test waits less patiently than production."""
+_SETTLE = 0.5
+"""Seconds for what is nearly over: a client has its answer a moment before the server has it in its account."""
+_LOOK = 0.01
+
+_FAILED = pytest.StashKey[bool]()
+_WATCHES = pytest.StashKey["list[_Watch]"]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declare the ini options."""
+    parser.addini("flaskd_server_scope", f"Scope of flaskd_server: function, {', '.join(_SCOPES)}.", default="function")
+    parser.addini(
+        "flaskd_server_options", f"Options of flaskd_server, each NAME=VALUE: {', '.join(_OPTIONS)}.", type="linelist"
+    )
+    parser.addini(
+        "flaskd_server_ignore",
+        'What a test may leave, as patterns: names of threads, "GET /path", "listener ADDRESS", "connection A -> B".',
+        type="linelist",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the marker; a scope that does not exist is refused here, in one line."""
+    scope = config.getini("flaskd_server_scope")
+    if scope != "function" and scope not in _SCOPES:
+        raise pytest.UsageError(
+            f'cannot take flaskd_server_scope "{scope}": expected function, {", ".join(_SCOPES)}; correct the ini file'
+        )
+    config.addinivalue_line(
+        "markers",
+        "flaskd_server(threads=4, server='waitress', config=None, host='127.0.0.1', port=0, timeout=5, leaks='fail'): "
+        "options of the flaskd_server fixture; they go before those of the ini file.",
+    )
+
+
+def _scope(fixture_name: str, config: pytest.Config) -> Any:  # noqa: ARG001 - pytest gives it by name
+    return config.getini("flaskd_server_scope")
+
+
+@pytest.fixture(scope=_scope)
+def flaskd_server(request: pytest.FixtureRequest, app: Any) -> Iterator[ServerThread]:
+    """The project's ``app``, served by a running `flaskd.ServerThread`; ``flaskd_server.url`` is where.
+
+    At the end what is in flight is answered, the cleanup steps run, and ``flaskd_server.report`` is the account, also
+    shown in the section "flaskd" of a test that failed. A request that was cut, a cleanup step that failed, and what
+    the test left behind (a request, a thread, a listener, a connection to the server) are failures of the test. For
+    the options see the marker ``flaskd_server``, and ``pytest --help``.
+    """
+    from flaskd.errors import FlaskdError  # noqa: PLC0415 - see the module's docstring
+    from flaskd.thread import ServerThread  # noqa: PLC0415
+
+    options = _options(request)
+    fails, timeout = options.pop("leaks", "fail") == "fail", options.pop("timeout", None)
+    if timeout is None and "config" not in options:
+        timeout = _STOP
+    watch = _Watch(request.config.getini("flaskd_server_ignore"), fails=fails)
+    try:
+        server = ServerThread(app, **options)
+        watch.start(server)
+    except (FlaskdError, TypeError, ValueError) as error:
+        raise pytest.fail.Exception(f"flaskd_server cannot serve the app: {error}", pytrace=False) from None
+    request.config.stash.setdefault(_WATCHES, []).append(watch)
+    yield server
+    watch.stop(timeout)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Refuse a marker that comes too late: the server of a wider scope serves with the options it started with."""
+    scope = item.config.getini("flaskd_server_scope")
+    if scope == "function" or "flaskd_server" not in getattr(item, "fixturenames", ()):
+        return
+    wider: pytest.Collector | None = item.getparent(_SCOPES[scope])
+    for node, _ in item.iter_markers_with_node("flaskd_server"):
+        if wider is not None and node not in wider.listchain():
+            pytest.fail(
+                f'flaskd_server cannot take the options of the marker on "{node.name}": one server serves the whole '
+                f"{scope}; mark that, or use the ini option flaskd_server_options",
+                pytrace=False,
+            )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    """Remember that a test failed: its traceback holds what the test held, and that is then no leak."""
+    if call.excinfo is not None:
+        item.stash[_FAILED] = True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
+    """After all fixtures are torn down, see what each server leaves, and the test at each that goes on."""
+    try:
+        result = yield
+    except BaseException:
+        _settle(item)
+        raise
+    if problems := _settle(item):
+        pytest.fail("\n".join(problems), pytrace=False)
+    return result
+
+
+def _settle(item: pytest.Item) -> list[str]:
+    """Write the accounts into the test's report; returns what it has to answer for, nothing where it failed anyway."""
+    watches = item.config.stash.get(_WATCHES, [])
+    asked = "flaskd_server" in getattr(item, "fixturenames", ())
+    problems: list[str] = []
+    for watch in list(watches):
+        if watch.stopped:
+            watches.remove(watch)
+        elif not asked:  # what a test without the server leaves is its own affair
+            watch.look()
+            continue
+        found = watch.leaks()
+        raised, told = watch.problems + found * watch.fails, watch.account + found * (not watch.fails)
+        if item.stash.get(_FAILED, False):
+            raised, told = [], told + raised
+        if told:
+            item.add_report_section("teardown", "flaskd", "\n".join(told))
+        problems += raised
+    return problems
+
+
+class _Watch:
+    """What was there before a server, and what is there after it."""
+
+    server: ServerThread
+
+    def __init__(self, ignore: list[str], *, fails: bool) -> None:
+        self._ignore = ignore
+        self.fails = fails
+        self.stopped = False
+        self.account: list[str] = []
+        self.problems: list[str] = []
+        self._left: list[InFlight] = []
+        self._told: set[int] = set()
+        self._cut_in: set[str] = set()
+        self._own: set[threading.Thread] = set()
+        self.look()
+
+    def start(self, server: ServerThread) -> None:
+        """Start the server; its threads are its own until it has stopped."""
+        self.server = server
+        server.start()
+        self._own = set(threading.enumerate()) - self._threads
+
+    def look(self) -> None:
+        """What is there now is not this test's."""
+        self._threads = set(threading.enumerate()) - self._own
+        self._sockets = set(_open_sockets())
+
+    def stop(self, timeout: float | None) -> None:
+        """Stop the server, and keep the account."""
+        server = self.server
+        known = server.report  # a test that drained or stopped it has seen what was cut
+        self._left = self._in_flight()
+        report: DrainReport = server.stop(timeout)
+        self.stopped = True
+        self.account = [f"{server.url} drained: {report}"]
+        self.account += [f"cleanup: {name}: {entry['fate']}" for name, entry in server.policies.items()]
+        self._cut_in = {each.thread for each in report.cut}
+        for cut in report.cut:
+            if known is None or cut not in known.cut:
+                self.problems.append("\n".join(filter(None, [f"flaskd_server had to cut {cut}", cut.stack])))
+                self._left = [each for each in self._left if each.id != cut.id]
+        for name, entry in server.policies.items():
+            if entry["fate"] in {"failed", "timed_out"}:
+                what = f'the cleanup step "{name}" {entry["fate"].replace("_", " ")}'
+                self.problems.append(
+                    ": ".join(filter(None, [what, entry["why"] or entry["detail"]])) + f"\n{entry['trace']}".rstrip()
+                )
+
+    def leaks(self) -> list[str]:
+        """What is there now and was not before, each as a sentence; told once."""
+        left = self._left if self.stopped else self._in_flight()
+        found = [f"the test left a request in flight: {each}; wait for its answer, or close it" for each in left]
+        found += [*self._new_threads(), *self._new_sockets()]
+        self._left = []
+        self._told |= {each.id for each in left}
+        self.look()
+        return found
+
+    def _ignored(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self._ignore)
+
+    def _in_flight(self) -> list[InFlight]:
+        """Requests that are not over in a moment, and whose client still waits."""
+        until = time.monotonic() + _SETTLE
+        while True:
+            left = [
+                each
+                for each in self.server.requests()
+                if not (each.gone or each.id in self._told or self._ignored(f"{each.method} {each.path}"))
+            ]
+            if not left or time.monotonic() >= until:
+                return left
+            time.sleep(_LOOK)
+
+    def _new_threads(self) -> Iterator[str]:
+        from flaskd.server.channel import stack_of  # noqa: PLC0415 - see the module's docstring
+
+        until = time.monotonic() + _SETTLE
+        for thread in threading.enumerate():
+            if self.stopped:
+                ours = thread.name in self._cut_in  # it was told with the request that it runs
+            else:
+                ours = thread in self._own or thread.name.startswith("flaskd-werkzeug-")
+            if thread in self._threads or ours or self._ignored(thread.name):
+                continue
+            thread.join(max(0.0, until - time.monotonic()))
+            if thread.is_alive():
+                yield f'the test left a thread running: "{thread.name}"\n{stack_of(thread)}'.rstrip()
+
+    def _new_sockets(self) -> Iterator[str]:
+        if not set(_open_sockets()) - self._sockets:
+            return
+        gc.collect()  # what nothing refers to any more is closed, with a ResourceWarning of its own
+        server = {(address.host, address.port) for address in self.server.addresses}
+        for key, descriptor in _open_sockets().items():
+            name = _name_of(descriptor, server, listeners=self.stopped)
+            if key not in self._sockets and name and not self._ignored(name):
+                yield f"the test left a socket open: {name}"
+
+
+def _open_sockets() -> dict[tuple[int, int], int]:
+    """The open sockets of this process; none where the system does not show them (fd(4), proc_pid_fd(5))."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for name in os.listdir("/dev/fd"):  # noqa: PTH208 - names are all that is wanted
+            with contextlib.suppress(OSError):  # closed meanwhile, like the listing's own
+                status = os.fstat(int(name))
+                if stat.S_ISSOCK(status.st_mode):
+                    found[int(name), status.st_ino] = int(name)
+    return found
+
+
+def _name_of(descriptor: int, server: set[tuple[str, int]], *, listeners: bool) -> str:
+    """What a socket is: a listener, or a connection to or from the server; empty for all others.
+
+    What the app itself is connected to (its database, say) may live as long as the app does. While the server serves
+    (`listeners` is False), its own listeners and its side of the connections are in order.
+    """
+    try:
+        with socket.socket(fileno=os.dup(descriptor)) as sock:
+            here = sock.getsockname()
+            if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                return "" if _pair(here) in server and not listeners else f"listener {_shown(here)}"
+            there = sock.getpeername()
+    except OSError:  # closed meanwhile, or not connected
+        return ""
+    if _pair(there) in server or (listeners and _pair(here) in server):
+        return f"connection {_shown(here)} -> {_shown(there)}"
+    return ""
+
+
+def _pair(address: Any) -> Any:
+    return tuple(address[:2]) if isinstance(address, tuple) else address
+
+
+def _shown(address: Any) -> str:
+    if isinstance(address, tuple):
+        return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"
+    return f"unix:{os.fsdecode(address)}"
+
+
+def _options(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The options in force: those of the ini file, then those of the markers, nearest last."""
+    options: dict[str, Any] = {}
+    for line in request.config.getini("flaskd_server_options"):
+        name, equals, text = line.partition("=")
+        name, text = name.strip(), text.strip()
+        _check({name: text}, whole=bool(equals))
+        try:
+            options[name] = _OPTIONS[name](text)
+        except ValueError:
+            message = f'flaskd_server cannot take "{line}": expected a number'
+            raise pytest.fail.Exception(message, pytrace=False) from None
+        if name == "config":
+            base = request.config.inipath.parent if request.config.inipath else request.config.rootpath
+            options[name] = base / Path(text)
+    for mark in reversed(list(request.node.iter_markers("flaskd_server"))):
+        _check(mark.kwargs, whole=not mark.args)
+        options.update(mark.kwargs)
+    return options
+
+
+def _check(options: Mapping[str, Any], *, whole: bool) -> None:
+    for name in options:
+        if name not in _OPTIONS:
+            pytest.fail(f'flaskd_server has no option "{name}"; there are {", ".join(_OPTIONS)}', pytrace=False)
+    if not whole:
+        pytest.fail(f"flaskd_server takes its options by name: {', '.join(_OPTIONS)}", pytrace=False)
+    if (leaks := options.get("leaks", "fail")) not in {"fail", "report"}:
+        pytest.fail(f'flaskd_server cannot take leaks="{leaks}": expected "fail" or "report"', pytrace=False)

@@ -1,0 +1,156 @@
+"""A project of somebody else: flaskd installed from its wheel, and used in its own tests, in two processes at once."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import textwrap
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+PROJECT = {
+    "shop.py": """
+        import threading
+        from flask import Flask
+
+        entered, released = threading.Event(), threading.Event()
+
+        def create_app():
+            app = Flask("shop")
+            app.add_url_rule("/", "hello", lambda: "hello")
+
+            @app.get("/slow")
+            def slow():
+                entered.set()
+                released.wait(30)
+                return "slow"
+
+            return app
+        """,
+    "conftest.py": """
+        import pytest, shop
+
+        @pytest.fixture(scope="session")
+        def app():
+            return shop.create_app()
+        """,
+    "test_fixture.py": """
+        from urllib.request import urlopen
+
+        import flaskd, pytest
+
+        @pytest.mark.parametrize("number", range(4))
+        def test_the_fixture(flaskd_server, number):
+            assert isinstance(flaskd_server, flaskd.ServerThread)
+            with urlopen(flaskd_server.url, timeout=20) as answer:
+                assert answer.read() == b"hello"
+        """,
+    "test_thread.py": """
+        import threading
+        from urllib.request import urlopen
+
+        import flaskd, pytest, shop
+
+        @pytest.mark.parametrize("kind", ["waitress", "werkzeug"])
+        def test_what_is_in_flight_at_the_stop_is_answered(app, kind):
+            shop.entered.clear(), shop.released.clear()
+            said = []
+            def ask():
+                with urlopen(server.url + "slow", timeout=20) as answer:
+                    said.append(answer.read())
+            with flaskd.ServerThread(app, server=kind) as server:
+                client = threading.Thread(target=ask)
+                client.start()
+                assert shop.entered.wait(20)
+                threading.Timer(0.2, shop.released.set).start()
+            client.join()
+            assert said == [b"slow"]
+            assert server.report.clean
+        """,
+    "test_process.py": """
+        from urllib.request import urlopen
+
+        import flaskd
+
+        def test_a_process():
+            with flaskd.ServerProcess("shop:create_app()") as server:
+                with urlopen(server.url, timeout=20) as answer:
+                    assert answer.read() == b"hello"
+            assert server.exitcode == 0
+        """,
+    "test_installed.py": """
+        import sys
+        from importlib.metadata import distribution
+        from pathlib import Path
+
+        import flaskd
+
+        def test_it_is_the_installed_one():
+            assert Path(flaskd.__file__).is_relative_to(sys.prefix)
+            assert {each.group for each in distribution("flaskd").entry_points} >= {"pytest11", "flask.commands"}
+        """,
+    "pytest.ini": """
+        [pytest]
+        addopts = -p no:cacheprovider
+        filterwarnings = error
+        """,
+}
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    """A virtual environment into which flaskd was installed, from a wheel and without any network."""
+    pytest.importorskip("hatchling")
+    place = tmp_path_factory.mktemp("scratch") / "venv"
+    venv.create(place)
+    python = place / "bin" / "python"
+    # What flaskd and the tests need is taken from where these tests run; a plain path, so that an editable flaskd
+    # there is not seen here.
+    site = sysconfig.get_path("purelib", vars={"base": str(place)})
+    (Path(site) / "from-the-tests.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    subprocess.run(
+        [
+            sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-index", "--no-deps",
+            "--no-build-isolation", "--force-reinstall", "--disable-pip-version-check", str(ROOT),
+        ],
+        check=True,
+    )  # fmt: skip
+    return python
+
+
+@pytest.fixture
+def project(tmp_path):
+    for name, text in PROJECT.items():
+        (tmp_path / name).write_text(textwrap.dedent(text))
+    return tmp_path
+
+
+def run(python, project, *words):
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "FLASK", "PYTHON"))}
+    done = subprocess.run(
+        [python, *words], cwd=project, env=environ, capture_output=True, text=True, timeout=60, check=False
+    )
+    print(done.stdout, done.stderr)
+    return done
+
+
+@pytest.mark.parametrize("how", [(), ("-n", "2")], ids=["alone", "xdist"])
+def test_its_tests_pass(python, project, how):
+    """The fixture, ServerThread and ServerProcess, with warnings as errors."""
+    if how:
+        pytest.importorskip("xdist")
+    done = run(python, project, "-m", "pytest", "-q", *how)
+    assert done.returncode == 0
+    assert "8 passed" in done.stdout
+
+
+def test_its_flask_has_the_command(python, project):
+    """``flask --help`` lists it, and its own help has the options of ``flaskd serve``."""
+    assert (
+        "  daemon  Serve the app in production" in run(python, project, "-m", "flask", "--app", "shop", "--help").stdout
+    )
+    assert "--listen" in run(python, project, "-m", "flask", "--app", "shop", "daemon", "--help").stdout
