@@ -194,7 +194,7 @@ def test_survivors_are_listed_and_not_touched():
             thread.join(PATIENCE)
 
 
-def test_nothing_is_asked_of_a_stranger():
+def test_nothing_is_asked_of_a_stranger(monkeypatch, engine):
     """Objects that lie about their class, or raise at every question, do no harm and are not taken for anything."""
 
     class Liar:
@@ -205,9 +205,21 @@ def test_nothing_is_asked_of_a_stranger():
         def __getattr__(self, name):
             raise RuntimeError("asked")
 
+    class Meta(type):
+        __hash__ = None
+
+        def __eq__(cls, other):
+            raise RuntimeError("asked")
+
+    class Odd(metaclass=Meta):
+        pass
+
     proxied = redis.Redis()
     app = types.SimpleNamespace(extensions={"liar": Liar(), "proxy": LocalProxy(lambda: proxied)})
-    assert discover(app, [Liar(), LocalProxy(lambda: proxied)]) == ()
+    monkeypatch.setitem(sys.modules, "liar", Liar())
+    assert names(discover(app, [Liar(), LocalProxy(lambda: proxied), Odd(), engine])) == {
+        "Engine-1": "sqlalchemy.dispose"
+    }
 
 
 def test_an_object_that_is_half_built_does_no_harm():

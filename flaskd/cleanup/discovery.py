@@ -172,21 +172,24 @@ def _asked(question: Callable[[Any], Any], thing: Any, otherwise: Any) -> Any:
 
 
 def _picked(objects: Iterable[object]) -> Iterator[tuple[_Kind, Any]]:
-    """The objects of known types, each once. Only their types are looked at: a proxy may answer to isinstance()."""
-    kinds: dict[type, _Kind | None] = {}
+    """The objects of known types, each once. Only their types are looked at: a proxy may answer to isinstance().
+
+    Types by their id(): one whose metaclass has its own idea of equality may not be hashable.
+    """
+    kinds: dict[int, _Kind | None] = {}
     for one in _KINDS:
-        kinds |= {known: one for known in map(_loaded, one.types) if known is not None}
-        kinds |= {known: None for known in map(_loaded, one.but) if known is not None}
+        kinds |= {id(known): one for known in map(_loaded, one.types) if known is not None}
+        kinds |= {id(known): None for known in map(_loaded, one.but) if known is not None}
     if not kinds:
         return
-    by_type: dict[type, _Kind | None] = {}
+    by_type: dict[int, _Kind | None] = {}
     seen = set()
     for place, each in enumerate(objects):
         if place % _AT_A_TIME == 0:
             time.sleep(0)  # lets the interpreter's lock go: requests need not wait for a switch interval
-        its_type = type(each)
+        its_type = id(type(each))
         if its_type not in by_type:
-            by_type[its_type] = next((kinds[base] for base in its_type.__mro__ if base in kinds), None)
+            by_type[its_type] = next((kinds[id(base)] for base in type(each).__mro__ if id(base) in kinds), None)
         if (kind := by_type[its_type]) is not None and id(each) not in seen:
             seen.add(id(each))
             yield kind, each
@@ -273,7 +276,7 @@ class _Names:
 
 def _attributes() -> Iterator[tuple[str, object]]:
     for module_name, module in list(sys.modules.items()):
-        if isinstance(module, ModuleType):  # there may be anything in sys.modules
+        if issubclass(type(module), ModuleType):  # there may be anything in sys.modules
             for name, value in list(vars(module).items()):
                 yield f"{module_name}:{name}", value
 
@@ -290,7 +293,7 @@ def _held(app: Any) -> Iterator[tuple[str, object]]:
     for _ in range(_DEEPEST):
         following = []
         for name, value in level:
-            if id(value) in seen or isinstance(value, _NOT_FOLLOWED) or len(seen) > _MOST_FOLLOWED:
+            if id(value) in seen or issubclass(type(value), _NOT_FOLLOWED) or len(seen) > _MOST_FOLLOWED:
                 continue
             seen.add(id(value))
             yield name, value
