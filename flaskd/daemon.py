@@ -253,8 +253,10 @@ class Daemon:
 
     def _describe_stop(self) -> dict[str, Any]:
         """What the endpoint's answer tells, before the stop and while it lasts."""
-        plan = self._stop.plan if self._stop is not None else self._whole_plan()
-        return {"plan": plan.id, "steps": plan.describe(), "in_flight": self._in_flight}
+        plan, cleanup = self._stop.plan if self._stop else self._whole_plan(), self.configuration.values.cleanup
+        found = self._sweep.found() if self._sweep else None
+        steps = with_found(plan, found or (), cleanup).describe()
+        return {"plan": plan.id, "steps": steps, "in_flight": self._in_flight}
 
     def _close_endpoints(self, timeout: float) -> None:
         for endpoint in self._endpoints:

@@ -116,6 +116,7 @@ class Stop:
     ) -> None:
         self.reason = reason
         self.plan = plan
+        """Of the policies and registered functions; what the app is found to hold is taken into it on the way."""
         self.hurried = False
         self._shutdown = shutdown
         self._sweep, self._app, self._cleanup = sweep, app, cleanup

@@ -88,6 +88,22 @@ def test_a_post_stops_the_daemon(flaskd: Flaskd, token: str) -> None:
     assert token not in flaskd.log
 
 
+def test_the_answer_has_what_the_app_holds(flaskd: Flaskd, token: str) -> None:
+    """What was found is among the steps; the id is that of the policies, which the record has, too."""
+    flaskd.write("flaskd.yaml", CONFIG)
+    flaskd.write("holding.py", (
+        "from concurrent.futures import ThreadPoolExecutor\nfrom gateapp import app\n"
+        "app.extensions['pool'] = ThreadPoolExecutor(1)\n"
+    ))  # fmt: skip
+    flaskd.start(app="holding")
+    flaskd.until(lambda: "the app holds" in flaskd.log)
+    [url] = flaskd.status()["shutdown_endpoint"]
+    told = json.loads(post(url, token)[1])
+    assert [step["use"] for step in told["steps"]] == ["executor.stop"]
+    assert flaskd.wait() == 0
+    assert flaskd.record()["plan"] == told["plan"]
+
+
 def test_a_credential_is_a_token(flaskd: Flaskd, token: str) -> None:
     """What LoadCredential= of a unit puts into a directory of its own is taken."""
     flaskd.env["CREDENTIALS_DIRECTORY"] = str(flaskd.directory)
