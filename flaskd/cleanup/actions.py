@@ -43,7 +43,6 @@ class Action:
     (None: there is none to use) and the fields; it returns what it did, for the log, and raises to tell that it did
     not. `fault` is why it cannot be used at all, empty when it can; a policy that uses it is refused with these words.
 
-
     `needs` are the modules of which one must be installed, with what they are called at the package index.
     `takes` is set for an action on live objects: the action by which discovery finds what a policy without a
     target takes. `first` is what it does in an earlier phase already.
