@@ -106,3 +106,15 @@ def test_an_unknown_row_is_refused(name, what):
     assert done.returncode == 2
     assert what in done.stderr
     assert "idle" in done.stderr
+
+
+def test_each_approach_keeps_what_its_textbook_version_loses(tmp_path):
+    """One run of each way to stop an app: flaskd's answer the request in hand and clean up, the others drop it."""
+    file = tmp_path / "figures.json"
+    argv = [sys.executable, str(BENCHMARKS / "approaches.py"), "--runs", "1", "--json", str(file)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=80, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(file.read_text())["figures"]
+    assert sum(line.startswith(f"| {name} ") for name in figures for line in done.stdout.splitlines()) == 7
+    for name, [one] in figures.items():
+        assert one["answered"] == (not name.startswith("textbook"))

@@ -1,0 +1,72 @@
+"""What docs/approaches.md shows works as it stands there."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).parent.parent.parent / "docs" / "approaches.md"
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+FILES = {block.splitlines()[0].removeprefix("# "): block for kind, block in BLOCKS if kind in {"python", "yaml"}}
+[SHELL] = [block for kind, block in BLOCKS if kind == "sh"]
+
+
+@pytest.fixture
+def scratch(tmp_path):
+    """A directory with all the files that the page shows, on free ports; runs commands there."""
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        ports = {"8000": str(one.getsockname()[1]), "8001": str(other.getsockname()[1])}
+
+    def with_free_ports(text):
+        return re.sub(r"\b800[01]\b", lambda found: ports[found[0]], text)
+
+    for name, block in FILES.items():
+        (tmp_path / name).write_text(with_free_ports(block))
+    env = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "RUNTIME_DIRECTORY": str(tmp_path), "STATE_DIRECTORY": str(tmp_path), "PYTHONWARNINGS": "error",
+    }  # fmt: skip
+
+    def run(*command):
+        done = subprocess.run(
+            [with_free_ports(word) for word in command],
+            cwd=tmp_path, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["in_a_thread.py", "in_a_process.py"])
+def test_the_scripts_run(scratch, name):
+    """Each script ends well: the order is answered, and the books are closed after it, once."""
+    assert scratch(sys.executable, name) == "the books are closed\n"
+
+
+def test_the_pytest_example_passes(scratch):
+    """The fixture serves the app of the page, and nothing leaks."""
+    assert " passed" in scratch(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_shop.py")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+def test_the_shell_example_stops_the_daemon(scratch):
+    """The token is made, the daemon is asked, answers with its plan, closes the books and exits with 0."""
+    out = scratch("bash", "-e", "-c", SHELL)
+    assert out.startswith("hello\n")
+    assert "close_the_books" in out
+    assert out.endswith("the books are closed\n")
+
+
+def test_the_page_measures_every_way():
+    """The table of costs has a row for each way that benchmarks/approaches.py measures."""
+    source = (PAGE.parent.parent / "benchmarks" / "approaches.py").read_text()
+    ways = re.findall(r"^    [\"'](.*)[\"']: (?:lambda|\w+)", source.partition("WAYS")[2], re.MULTILINE)
+    assert len(ways) == 7
+    rows = {line.split("|")[1].strip().strip("`") for line in PAGE.read_text().splitlines() if line.startswith("|")}
+    assert set(ways) <= rows
