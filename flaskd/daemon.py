@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import faulthandler
+import functools
 import http.client
 import logging
 import os
@@ -20,7 +21,7 @@ from contextlib import ExitStack
 from typing import Any, Protocol
 
 from flaskd import launch, loading, logs
-from flaskd.admin import EndpointServer, configured_token, opened_by
+from flaskd.admin import AdminServer, EndpointServer, Measures, configured_token, opened_by
 from flaskd.cleanup import (
     Found,
     Frame,
@@ -43,7 +44,7 @@ from flaskd.lifecycle import Event, Lifecycle, State, StopReason
 from flaskd.loading import LoadedApp
 from flaskd.notify import Notifier
 from flaskd.protocol import Discard, Reply
-from flaskd.server import WaitressThread
+from flaskd.server import Tally, WaitressThread
 from flaskd.signals import Escalation, SignalWatch, Terminal
 from flaskd.sockets import Address, Listener
 from flaskd.state import StateDirectory
@@ -106,6 +107,10 @@ class Daemon:
         self._given_app = app
         self._make_app = make_app
         self._plane = plane(self)
+        self._admin = AdminServer(self)
+        self._admin_listeners: list[Listener] = []
+        self._counts = {"drains": 0, "ok": 0, "failed": 0}  # the latter two are reloads
+        self._began = time.time()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lifecycle = Lifecycle()
         self._notifier = Notifier(environ)
@@ -209,6 +214,35 @@ class Daemon:
             "config": str(self.configuration.path) if self.configuration.path else None,
         }
 
+    @property
+    def silent_for(self) -> float:
+        """Seconds since the serving thread last turned; 0 while there is none yet."""
+        return self._server.silent_for if self._server is not None else 0.0
+
+    def measures(self) -> Measures:
+        """What is counted."""
+        server, stop = self._server, self._stop
+        in_flight = server.requests() if server else []
+        return Measures(
+            state=str(self.state),
+            since=self._lifecycle.since,
+            started=self._began,
+            tally=server.tally() if server else Tally(),
+            in_flight=len(in_flight),
+            oldest=max((each.age for each in in_flight), default=0.0),
+            queued=server.queued if server else 0,
+            connections=server.connections if server else 0,
+            threads=self.configuration.values.server.threads,
+            drains=self._counts["drains"],
+            reloads=self._counts,
+            steps=stop.policies if stop else {},
+            last_stop=self._previous_stop,
+        )
+
+    @functools.cached_property
+    def _previous_stop(self) -> dict[str, Any] | None:
+        return self.last_stop()  # read once: it does not change, and a disk may hang
+
     def last_stop(self) -> dict[str, Any] | None:
         """The record of the stop before this run."""
         return self._state_directory.last_stop()
@@ -299,7 +333,10 @@ class Daemon:
             stack.callback(self._plane.close)
             stack.callback(self._close_listeners)
             launch.change_directory(config.app)
-            launch.bind(config.server, self._listeners, self._environ)
+            passed = launch.bind(config.server, self._listeners, self._environ)
+            launch.bind_admin(config.admin, self._admin_listeners, passed)
+            stack.callback(self._admin.close)
+            self._admin.open(self._admin_listeners, config.admin.allowed_hosts)
             self._state_directory.open(record=config.shutdown.record)
             stack.callback(self._state_directory.close)
             stack.callback(self._cleanup_thread.dismiss)
@@ -311,7 +348,8 @@ class Daemon:
         stack.enter_context(opened_by(self.open_endpoint))
         where = ", ".join(listener.address.url for listener in self._listeners)
         nodes = ", ".join(self._plane.nodes) or "none"
-        log.info(f"flaskd (pid {os.getpid()}) will serve on {where}; control: {nodes}")
+        admin = f"; admin: {', '.join(self._admin.urls)}" if self._admin.urls else ""
+        log.info(f"flaskd (pid {os.getpid()}) will serve on {where}; control: {nodes}{admin}")
         if self._plane.nodes:
             os.environ["FLASKD_CONTROL"] = self._plane.nodes[0]  # what the app starts can talk to this daemon
         given = loading.make_app(self._make_app) if self._make_app is not None else self._given_app
@@ -443,8 +481,9 @@ class Daemon:
     def _forget(self) -> None:
         """In a child that the app forked: let go of all that is the daemon's."""
         self._plane.forget()
+        self._admin.forget()
         self._state_directory.forget()
-        for listener in self._listeners:
+        for listener in (*self._listeners, *self._admin_listeners):
             listener.socket.close()
         for endpoint in self._endpoints:
             endpoint.forget()
@@ -458,7 +497,7 @@ class Daemon:
         self._close_listeners()
 
     def _close_listeners(self) -> None:
-        for listener in self._listeners:
+        for listener in (*self._listeners, *self._admin_listeners):
             listener.close()
 
     # --- the main loop ----------------------------------------------------------------------------------------------
@@ -552,6 +591,7 @@ class Daemon:
             counted_from=counted_from,
             earlier=earlier,
         )
+        self._counts["drains"] += 1
         self._drain.announce()
         self._last_tick = time.monotonic()
 
@@ -646,6 +686,7 @@ class Daemon:
             self._reload()
             return
         self._lifecycle.handle(Event.RELOADED)
+        self._counts["ok" if error is None else "failed"] += 1
         self._last_reload = {"time": logs.timestamp(time.time()), "ok": error is None}
         waiters, self._reload_waiters = self._reload_waiters, []
         if error is None:
@@ -692,7 +733,7 @@ class Daemon:
         assert self._server is not None
         self._server.set_threads(config.server.threads)
         self._server.set_graces(config.shutdown.drain.keepalive_grace, config.shutdown.drain.stream_grace)
-        self._server.answer_health(config.health.path or "", self._health)
+        self._server.answer_health(config.health.path or "", self.readiness)
 
     def _apply_idle(self, config: Config) -> None:
         assert self._server is not None
@@ -706,8 +747,8 @@ class Daemon:
             why = f"nothing was asked for {write_duration(after)}"
             self._on_stop(StopReason("idle", why), Discard(), wait=False, now=False)
 
-    def _health(self) -> tuple[str, str]:
-        """What `health.path` answers; called from the serving thread."""
+    def readiness(self) -> tuple[str, str]:
+        """What `health.path` and the admin listener answer: a status line and a word (any thread)."""
         if self.state in {State.READY, State.RELOADING}:
             return "200 OK", "ready"
         status = self.configuration.values.health.unready_status

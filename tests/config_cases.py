@@ -79,7 +79,7 @@ REFUSED = [
     ),
 ]
 
-SECTIONS = "server, version, health, profile, control, cleanup, shutdown, watch, app, log"
+SECTIONS = "server, version, health, profile, control, cleanup, shutdown, watch, app, log, admin"
 PROXY = "expected server.trusted_proxy to be set along with this"
 LISTEN = "expected HOST:PORT, [IPv6]:PORT, :PORT or unix:/path"
 

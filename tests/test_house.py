@@ -31,7 +31,7 @@ WITHIN = {
     ("__main__", "cli"),
     ("cli", "__init__"),  # the version
 }
-UPWARD = {("control", "__init__")}  # the version
+UPWARD = {("control", "__init__"), ("admin", "__init__")}  # the version
 
 
 def room_of(path: Path) -> str:

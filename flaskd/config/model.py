@@ -215,6 +215,15 @@ class ControlConfig(Section):
         return int(self.mode, 8)
 
 
+class AdminConfig(Section):
+    """Health, metrics and status over HTTP, on addresses of their own: /livez /readyz /metrics /status.json."""
+
+    listen: OneOrMany[Listen] = _restart([], "Addresses; none: a socket passed in as admin, else there is no listener.")
+    allowed_hosts: OneOrMany[SomeText] = _restart(
+        [], "Host names, beside addresses and localhost, by which metrics and status may be asked for; *: any."
+    )
+
+
 class DrainConfig(Section):
     """How work in hand is finished."""
 
@@ -375,5 +384,6 @@ class Config(Section):
     log: LogConfig = _section(LogConfig)
     health: HealthConfig = _section(HealthConfig)
     control: ControlConfig = _section(ControlConfig)
+    admin: AdminConfig = _section(AdminConfig)
     shutdown: ShutdownConfig = _section(ShutdownConfig)
     cleanup: CleanupConfig = _section(CleanupConfig)

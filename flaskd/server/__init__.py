@@ -2,6 +2,7 @@
 
 from flaskd.server.development import WerkzeugThread
 from flaskd.server.settings import adjustments
+from flaskd.server.tally import BOUNDS, Histogram, Tally
 from flaskd.server.thread import WaitressThread
 
-__all__ = ["WaitressThread", "WerkzeugThread", "adjustments"]
+__all__ = ["BOUNDS", "Histogram", "Tally", "WaitressThread", "WerkzeugThread", "adjustments"]
