@@ -81,7 +81,7 @@ def test_it_tells_of_the_stop_until_the_end(flaskd: Flaskd) -> None:
     configure(
         flaskd,
         "cleanup: {policies: {first: {use: command, phase: quiesce, with: {argv: ['true']}},"
-        " second: {use: command, phase: close, with: {argv: [sh, -c, 'read x < hold']}}}}\n",
+        " second: {use: command, phase: close, with: {argv: [cat, hold]}}}}\n",
     )
     os.mkfifo(flaskd.directory / "hold")
     flaskd.start()
