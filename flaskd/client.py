@@ -71,10 +71,13 @@ class ControlClient:
         self._socket.close()
 
     def request(
-        self, verb: str, *, progress: Callable[[dict[str, Any]], None] | None = None, **flags: bool
+        self, verb: str, *, progress: Callable[[dict[str, Any]], None] | None = None, **words: bool | str
     ) -> dict[str, Any]:
-        """Send a command and return the fields of its answer; raises CommandError for ERR, NoDaemonError if it dies."""
-        command = json.dumps({"id": 1, "cmd": verb, **flags}) + "\n"
+        """Send a command with its flags and argument, and return the fields of its answer.
+
+        Raises CommandError for ERR, NoDaemonError if it dies.
+        """
+        command = json.dumps({"id": 1, "cmd": verb, **words}) + "\n"
         try:
             self._socket.sendall(command.encode())
             while line := self._lines.readline():

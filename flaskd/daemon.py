@@ -43,7 +43,7 @@ from flaskd.ledger import DrainReport
 from flaskd.lifecycle import Event, Lifecycle, State, StopReason
 from flaskd.loading import LoadedApp
 from flaskd.notify import Notifier
-from flaskd.protocol import Discard, Reply
+from flaskd.protocol import Discard, Reply, summary
 from flaskd.server import Tally, WaitressThread
 from flaskd.signals import Escalation, SignalWatch, Terminal
 from flaskd.sockets import Address, Listener
@@ -111,6 +111,7 @@ class Daemon:
         self._admin_listeners: list[Listener] = []
         self._counts = {"drains": 0, "ok": 0, "failed": 0}  # the latter two are reloads
         self._began = time.time()
+        self._checking = threading.Lock()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lifecycle = Lifecycle()
         self._notifier = Notifier(environ)
@@ -179,10 +180,6 @@ class Daemon:
         if self._interruptible:
             self._signals.poke()
 
-    def turning(self, timeout: float) -> bool:
-        """Whether the serving thread turns within `timeout` seconds."""
-        return self._server is not None and self._server.turns(timeout)
-
     def status(self) -> dict[str, Any]:
         """What there is to know; keys are stable."""
         server, life = self._server, self._lifecycle
@@ -192,25 +189,33 @@ class Daemon:
         return {
             "state": str(life.state),
             "since": logs.timestamp(life.since),
+            "for": round(time.time() - life.since, 3),
+            "uptime": round(time.time() - self._began, 3),
+            "reason": str(self._stop.reason) if self._stop else None,
             "pid": os.getpid(),
             "name": self.name,
             "app": self.app.target if hasattr(self, "app") else None,
             "listen": [str(listener.address) for listener in self._listeners],
             "url": self._listeners[0].address.url if self._listeners else None,
+            "admin": self._admin.urls,
             "in_flight": len(in_flight),
             "oldest": str(oldest) if oldest else None,
             "background": [each.as_json() for each in background_work()],
             "queued": server.queued if server else 0,
             "connections": server.connections if server else 0,
             "threads": self.configuration.values.server.threads,
+            "busy": len({each.thread for each in in_flight if each.thread}),
             "completed": server.completed if server else 0,
+            "rejected": server.counted[1] if server else 0,
+            "tally": (server.tally() if server else Tally()).as_json(),
             "shutdown_endpoint": [endpoint.url for endpoint in self._endpoints],
             "idle_for": round(idle[0], 3) if idle else None,
             "idle_stop_at": logs.timestamp(time.time() + idle[1]) if idle and life.state is State.READY else None,
-            "reason": str(self._stop.reason) if self._stop else None,
             "cleanup": list(self._stop.running) if self._stop else [],
             "previous": self._state_directory.previous,
             "last_reload": self._last_reload,
+            "last_stop": summary(self._previous_stop),
+            "log_level": self._logs.level,
             "config": str(self.configuration.path) if self.configuration.path else None,
         }
 
@@ -238,6 +243,38 @@ class Daemon:
             steps=stop.policies if stop else {},
             last_stop=self._previous_stop,
         )
+
+    @property
+    def server(self) -> WaitressThread | None:
+        """The app's server; None while starting."""
+        return self._server
+
+    @property
+    def log_level(self) -> str:
+        """The least severity that is logged, until the next reload; can be set."""
+        return self._logs.level
+
+    @log_level.setter
+    def log_level(self, level: str) -> None:
+        self._logs.set_level(level)
+
+    def check(self, reply: Reply) -> None:
+        """Say what a reload would say, without doing it; in a thread of its own, for a file may hang."""
+        if not self._checking.acquire(blocking=False):
+            raise NotNowError("cannot check: another check is under way")
+
+        def check() -> None:
+            try:
+                new, _ = self._read()
+                reply.ok("valid", {"config": str(new.path)} if new.path else {})
+            except FlaskdError as error:
+                reply.error(error.code, str(error))
+            except Exception as error:  # noqa: BLE001 - told to who asked
+                reply.error(FlaskdError.code, f"cannot check: {error!r}")
+            finally:
+                self._checking.release()
+
+        threading.Thread(target=check, name="flaskd-check", daemon=True).start()
 
     @functools.cached_property
     def _previous_stop(self) -> dict[str, Any] | None:
@@ -540,6 +577,8 @@ class Daemon:
         oldest = max(in_flight, key=lambda each: each.age, default=None)
         text = f"{self.state}: {len(in_flight)} in flight" + (f", oldest {oldest}" if oldest else "")
         progress: dict[str, Any] = {"in_flight": len(in_flight)}
+        if oldest:
+            progress["oldest"] = oldest.as_json()
         if background := background_work():
             text += f"; background: {', '.join(each.name for each in background)}"
             progress["background"] = len(background)
@@ -658,10 +697,7 @@ class Daemon:
             fault: Exception | None = None
             new, plan = self.configuration, self._plan
             try:
-                new = self._load()
-                if keys := self.configuration.restart_keys(new):
-                    raise RestartNeededError(f"{', '.join(keys)}: cannot change without a restart")
-                plan = build_plan(new.values.cleanup)
+                new, plan = self._read()
                 plan.prepare()
             except Exception as error:  # noqa: BLE001 - told below; the daemon goes on with what it has
                 fault = error
@@ -669,6 +705,13 @@ class Daemon:
 
         self._reload_again = False
         threading.Thread(target=read, name="flaskd-reload", daemon=True).start()
+
+    def _read(self) -> tuple[Configuration, Plan]:
+        """The configuration as it would be now, and its plan. Raises ConfigError."""
+        new = self._load()
+        if keys := self.configuration.restart_keys(new):
+            raise RestartNeededError(f"{', '.join(keys)}: cannot change without a restart")
+        return new, build_plan(new.values.cleanup)
 
     def _on_reloaded(self, new: Configuration, plan: Plan, error: Exception | None) -> None:
         if self.state is not State.RELOADING:

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "flaskd"
 
 LAYERS = [
     {"errors", "units", "forks", "logs", "notify", "sockets", "init", "prelude", "leave", "files", "work"},
-    {"config", "lifecycle", "ledger", "loading", "protocol", "runtime", "signals"},
+    {"config", "lifecycle", "ledger", "loading", "protocol", "runtime", "signals", "verbs"},
     {"server", "cleanup", "client"},
     {"drain", "launch", "state", "stop", "admin"},
     {"daemon", "thread"},
@@ -28,6 +28,7 @@ WITHIN = {
     ("sockets", "errors"),
     ("logs", "forks"),
     ("admin", "stop"),  # a process that is not the daemon's is stopped like it
+    ("config", "verbs"),  # it names them
     ("__main__", "cli"),
     ("cli", "__init__"),  # the version
 }

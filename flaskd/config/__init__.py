@@ -28,6 +28,7 @@ from flaskd.config.model import (
     Phase,
     Policy,
     PolicyDefaults,
+    RolesConfig,
     Section,
     ServerConfig,
     ShutdownConfig,
@@ -39,7 +40,7 @@ from flaskd.config.watch import FileWatch
 __all__ = [
     "ActionSpec", "AdminConfig", "AppConfig", "CleanupConfig", "Config", "Configuration", "ControlConfig",
     "DiscoveryConfig", "DrainConfig", "Duration", "EndpointConfig", "ExitCodes", "Fault", "FileWatch", "HealthConfig",
-    "IdleConfig", "InvalidConfigError", "LogConfig", "OneOrMany", "Phase", "Policy", "PolicyDefaults", "Section",
-    "ServerConfig", "ShutdownConfig", "Size", "When", "load", "load_mapping", "schema", "write_duration",
+    "IdleConfig", "InvalidConfigError", "LogConfig", "OneOrMany", "Phase", "Policy", "PolicyDefaults", "RolesConfig",
+    "Section", "ServerConfig", "ShutdownConfig", "Size", "When", "load", "load_mapping", "schema", "write_duration",
     "write_size",
 ]  # fmt: skip

@@ -130,6 +130,7 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
             thread=thread.name if thread else "",
             stack=stack_of(thread) if stack and thread else "",
             gone=closed_by_peer(self.channel.socket),
+            sent=max(0, self.channel.flushed - self.starts_at) if self.began else 0,
         )
 
     def cut(self, reason: str) -> Cut:

@@ -186,9 +186,9 @@ class EventLoop:
         arriving = [channel.arriving for channel in self.channels() if not channel.internal]
         return [each for each in arriving if each is not None and each.headers_finished] + list(self._in_hand.values())
 
-    def requests(self) -> list[InFlight]:
-        """What is in flight, oldest first (any thread)."""
-        return [request.snapshot() for request in list(self._in_hand.values())]
+    def requests(self, *, stacks: bool = False) -> list[InFlight]:
+        """What is in flight, oldest first, with the stacks of the threads on request (any thread)."""
+        return [request.snapshot(stack=stacks) for request in list(self._in_hand.values())]
 
     def cut(self, reason: str) -> tuple[Cut, ...]:
         """What is in flight, as cut (any thread)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flaskd.server.channel import Request
@@ -57,3 +57,13 @@ class Tally:
     def copy(self) -> Tally:
         """A copy that does not change."""
         return Tally(self.outcomes.copy(), self.statuses.copy(), self.took.copy(), self.waited.copy())
+
+    def as_json(self) -> dict[str, Any]:
+        """Stable keys for programs; `took` and `waited` have the count of each bucket, and the sum in seconds."""
+        return {
+            "outcomes": dict(self.outcomes),
+            "statuses": {f"{digit}xx": self.statuses[digit] for digit in range(1, 6)},
+            "bounds": list(BOUNDS),
+            "took": {"counts": list(self.took.counts), "sum": round(self.took.total, 6)},
+            "waited": {"counts": list(self.waited.counts), "sum": round(self.waited.total, 6)},
+        }

@@ -173,9 +173,9 @@ class WaitressThread:
         """Seconds since the serving thread last turned, which it does every second when all is well."""
         return time.monotonic() - self._loop.last_turn if self._loop else 0.0
 
-    def requests(self) -> list[InFlight]:
-        """What is in flight, oldest first."""
-        return self._loop.requests() if self._loop else []
+    def requests(self, *, stacks: bool = False) -> list[InFlight]:
+        """What is in flight, oldest first; with the stacks of the threads on request."""
+        return self._loop.requests(stacks=stacks) if self._loop else []
 
     def cut(self, reason: str) -> tuple[Cut, ...]:
         """What is in flight, as cut: for when the serving thread cannot do it any more."""
