@@ -6,12 +6,17 @@ import contextlib
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from flaskd.errors import FlaskdError, NoDaemonError
 from flaskd.protocol import EXIT_CODES, SOCKET, runtime_directories
+
+_ROOM = 60.0
+_AGAIN = 0.01
+"""Seconds in which a client that has no timeout waits for room in the backlog, and between two tries."""
 
 
 class CommandError(FlaskdError):
@@ -57,7 +62,7 @@ class ControlClient:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(self._timeout)
         try:
-            self._socket.connect(str(self._path))
+            self._connect()
         except OSError as error:
             self._socket.close()
             raise NoDaemonError(
@@ -65,6 +70,19 @@ class ControlClient:
             ) from error
         self._lines = self._socket.makefile("rb")
         return self
+
+    def _connect(self) -> None:
+        # With a timeout, connect(2) does not wait for room in a Unix socket's backlog: it fails with EAGAIN at once.
+        until = time.monotonic() + (self._timeout or _ROOM)
+        while True:
+            try:
+                self._socket.connect(str(self._path))
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(_AGAIN)
+            else:
+                return
 
     def __exit__(self, *_: object) -> None:
         self._lines.close()

@@ -145,6 +145,9 @@ _PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "requests": requests,
     "threads": threads,
     "config": lambda fields: str(fields["yaml"]).rstrip(),
+    "log-level": lambda fields: " ".join(
+        filter(None, [fields["level"], f"({fields['hint']})" if "hint" in fields else ""])
+    ),
     "last-stop": lambda fields: "\n".join(record_lines(fields)),
 }
 

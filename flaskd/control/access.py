@@ -26,8 +26,8 @@ log = logging.getLogger("flaskd.control")
 
 _SO_PEERGROUPS = 59
 """unix(7) does not name it yet: include/uapi/asm-generic/socket.h, Linux 4.13."""
-_MOST_GROUPS = 65536
-"""NGROUPS_MAX."""
+_MOST_GROUPS = 256
+"""What fits into the 1024 bytes that Python's getsockopt takes; of who is in more, the first group alone counts."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Peer:
         size = struct.calcsize("3i")
         pid, uid, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
         groups = {gid}
-        with contextlib.suppress(OSError):  # an older kernel
+        with contextlib.suppress(OSError):  # an older kernel, or too many
             more = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * _MOST_GROUPS)
             groups |= {number for (number,) in struct.iter_unpack("I", more)}
         return cls(uid, pid, _command_of(pid), frozenset(groups))

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
 from flaskd.control.access import Peer
 from flaskd.errors import UsageError
@@ -84,10 +84,10 @@ def from_http(method: str, target: str, body: bytes, peer: Peer) -> Command:
 
     Flags are ``?wait``, ``?wait=true`` or ``?wait=1``; GET is for what changes nothing.
     """
-    parts = urlsplit(target)
-    name = parts.path.strip("/") or "help"
+    path, _, query = target.partition("?")
+    name = path.strip("/") or "help"
     fields: dict[str, Any] = {}
-    for key, text in parse_qsl(parts.query, keep_blank_values=True):
+    for key, text in parse_qsl(query, keep_blank_values=True):
         fields[key] = text if key == find_verb(name).argument else _BOOLEANS.get(text, text)
     if body.strip():
         try:

@@ -198,15 +198,18 @@ class ControlPlane:
                 self._selector.register(place.fd, selectors.EVENT_READ, read)
 
     def _accept(self) -> None:
-        try:
-            sock = accept(self._socket.fd)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            log.warning(f"cannot accept a control client: {error.strerror}")
-            self._selector.unregister(self._socket.fd)
-            self._accepting_again = time.monotonic() + _PAUSE
-            return
+        for _ in range(_MAX_CLIENTS):  # at once, and then it is the others' turn
+            try:
+                self._admit(accept(self._socket.fd))
+            except BlockingIOError:
+                return
+            except OSError as error:
+                log.warning(f"cannot accept a control client: {error.strerror}")
+                self._selector.unregister(self._socket.fd)
+                self._accepting_again = time.monotonic() + _PAUSE
+                return
+
+    def _admit(self, sock: socket.socket) -> None:
         if len(self._clients) >= _MAX_CLIENTS:
             waiting = [each for each in self._clients if not each.pending]
             if waiting:  # who says nothing makes room for who may

@@ -74,7 +74,7 @@ def _stop(daemon: Daemon, command: Command, reply: Reply) -> None:
 
 def _requests(daemon: Daemon, command: Command, reply: Reply) -> None:
     found = daemon.server.requests(stacks="stacks" in command.flags) if daemon.server is not None else []
-    entries = [each.as_json() for each in sorted(found, key=lambda each: -each.age)]
+    entries = [each.as_json() for each in found]
     lines = []
     for entry in entries:
         lines += [request_line(entry), *_indented(entry["stack"])]
