@@ -14,6 +14,7 @@ import logging
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -61,6 +62,12 @@ _LOOK_AROUND = 1.0
 """Seconds that a question for the plan waits to hear what the app holds."""
 _ENDPOINT_CLOSING = 0.3
 """Seconds that a client of the shutdown endpoint gets to read its answer, at the very end."""
+_SWITCH = 0.001
+"""Seconds after which a thread that computes lets another one run (sys.setswitchinterval; Python's own is 5 ms).
+
+The serving, control and admin threads need the interpreter several times for one answer, and wait each time for every
+worker that computes: with four of them a probe took up to 190 ms, and takes up to 40.
+"""
 _TICK = 1.0
 """Seconds between two progress reports of a drain or stop."""
 
@@ -197,7 +204,7 @@ class Daemon:
             "app": self.app.target if hasattr(self, "app") else None,
             "listen": [str(listener.address) for listener in self._listeners],
             "url": self._listeners[0].address.url if self._listeners else None,
-            "admin": self._admin.urls,
+            "admin": [str(address) for address in self._admin.addresses],
             "in_flight": len(in_flight),
             "oldest": str(oldest) if oldest else None,
             "background": [each.as_json() for each in background_work()],
@@ -346,6 +353,8 @@ class Daemon:
             stack.enter_context(forgotten_by_children(self._forget))
             stack.callback(faulthandler.cancel_dump_traceback_later)
             stack.callback(self._end_watch)
+            stack.callback(sys.setswitchinterval, sys.getswitchinterval())
+            sys.setswitchinterval(_SWITCH)
             try:
                 self._start(stack)
             except FlaskdError as error:
@@ -385,7 +394,7 @@ class Daemon:
         stack.enter_context(opened_by(self.open_endpoint))
         where = ", ".join(listener.address.url for listener in self._listeners)
         nodes = ", ".join(self._plane.nodes) or "none"
-        admin = f"; admin: {', '.join(self._admin.urls)}" if self._admin.urls else ""
+        admin = f"; admin: {', '.join(each.url for each in self._admin.addresses)}" if self._admin_listeners else ""
         log.info(f"flaskd (pid {os.getpid()}) will serve on {where}; control: {nodes}{admin}")
         if self._plane.nodes:
             os.environ["FLASKD_CONTROL"] = self._plane.nodes[0]  # what the app starts can talk to this daemon

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,6 +47,8 @@ def runtime_directories(name: str, environ: Mapping[str, str], *, client: bool =
         yield Path(user) / name
     if client and user_id != 0:
         yield Path("/run") / name
+    import tempfile  # noqa: PLC0415 - the last place to look, and slow to import
+
     yield Path(tempfile.gettempdir()) / f"{name}-{user_id}"
 
 

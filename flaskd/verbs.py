@@ -5,10 +5,8 @@ The control plane, the command line, the configuration and the documentation all
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from flaskd.errors import UnknownCommandError
 
@@ -29,8 +27,7 @@ class Role(IntEnum):
         return self.name.lower()
 
 
-@dataclass(frozen=True)
-class Verb:
+class Verb(NamedTuple):  # a dataclass would cost every client verb the import of inspect
     """A control command: what it is for, the flags and the one argument it knows, who may use it."""
 
     summary: str
@@ -95,6 +92,8 @@ def find_verb(name: str) -> Verb:
     """The verb of that name; raises UnknownCommandError with the nearest one."""
     if verb := VERBS.get(name):
         return verb
+    import difflib  # noqa: PLC0415 - for this mistake alone
+
     near = difflib.get_close_matches(name.lower()[:80], VERBS, n=1)
     meant = f'; did you mean "{near[0]}"?' if near else ";"
     raise UnknownCommandError(f'"{name}"{meant} try "help"')

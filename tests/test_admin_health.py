@@ -56,14 +56,14 @@ def ask(source):
     server.open([Listener.bind(Address("127.0.0.1", 0))], ["shop.internal"])
 
     def ask(path, method="GET", body=None, **headers):
-        host = server.urls[0].removeprefix("http://").rstrip("/")
+        host = server.addresses[0].url.removeprefix("http://").rstrip("/")
         connection = http.client.HTTPConnection(host, timeout=10)
         with contextlib.closing(connection):
             connection.request(method, path, body=body, headers=headers)
             answer = connection.getresponse()
             return answer.status, dict(answer.getheaders()), answer.read().decode()
 
-    ask.url = server.urls[0]
+    ask.url = server.addresses[0].url
     yield ask
     server.close()
     server.close()
@@ -195,7 +195,7 @@ def test_without_prometheus_client_the_next_step_is_said(source, monkeypatch):
     monkeypatch.setattr(health_module, "exporter", missing)
     server = AdminServer(source)
     server.open([Listener.bind(Address("127.0.0.1", 0))], [])
-    host = server.urls[0].removeprefix("http://").rstrip("/")
+    host = server.addresses[0].url.removeprefix("http://").rstrip("/")
     for path, status in (("/metrics", 501), ("/readyz", 200)):
         connection = http.client.HTTPConnection(host, timeout=10)
         with contextlib.closing(connection):
@@ -222,7 +222,7 @@ def test_without_listeners_there_is_nothing(source):
     before = threading.active_count()
     server = AdminServer(source)
     server.open([], [])
-    assert (server.urls, threading.active_count()) == ([], before)
+    assert (server.addresses, threading.active_count()) == ([], before)
     server.close()
 
 

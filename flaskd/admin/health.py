@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from flaskd.admin.metrics import Exporter, Measures, exporter
 from flaskd.server import WaitressThread
-from flaskd.sockets import Listener
+from flaskd.sockets import Address, Listener
 
 log = logging.getLogger("flaskd.admin")
 
@@ -83,9 +83,9 @@ class AdminServer:
         ).start()
 
     @property
-    def urls(self) -> list[str]:
+    def addresses(self) -> list[Address]:
         """Where it answers."""
-        return [listener.address.url for listener in self._server.listeners] if self._server else []
+        return [listener.address for listener in self._server.listeners] if self._server else []
 
     def close(self) -> None:
         """Give the addresses back; a second call does nothing."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import sys
 import threading
 import time
@@ -182,8 +181,8 @@ def _line(fields: dict[str, Any]) -> None:
 _DOING = {"drain": "draining", "stop": "stopping", "resume": "resuming", "reload": "reloading"}
 _REDRAW = 0.2
 """Seconds."""
-_BAR = 20
-"""Characters."""
+_BAR, _SHORT_BAR, _NARROW = 20, 6, 70
+"""Characters of the bar, and of the terminal below which it is short."""
 
 
 class Bar:
@@ -224,12 +223,13 @@ class Bar:
             with self._lock:
                 self._draw()
 
-    def text(self) -> str:
-        """The line, without colour."""
+    def text(self, width: int = 80) -> str:
+        """The line, without colour, for a terminal of so many characters."""
+        size = _BAR if width >= _NARROW else _SHORT_BAR
         now = time.monotonic()
         left = self._fields.get("in_flight", 0)
-        done = round(_BAR * (self._most - left) / self._most) if self._most else _BAR
-        bar = self._full * done + self._empty * (_BAR - done)
+        done = round(size * (self._most - left) / self._most) if self._most else size
+        bar = self._full * done + self._empty * (size - done)
         text = f"{self._doing} {bar} {short(now - self._began)}"
         if not self._fields:
             return f"{self._doing} ..."
@@ -244,8 +244,10 @@ class Bar:
         return text
 
     def _draw(self) -> None:
-        width = shutil.get_terminal_size().columns - 1
-        text = self.text()
+        from shutil import get_terminal_size  # noqa: PLC0415 - for the bar alone
+
+        width = get_terminal_size().columns - 1
+        text = self.text(width)
         self._write("\r\x1b[K" + (text if len(text) <= width else text[: max(0, width - 3)] + "..."))
 
     def _write(self, text: str) -> None:

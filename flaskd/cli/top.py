@@ -21,6 +21,9 @@ from flaskd.client import ControlClient
 from flaskd.errors import FlaskdError, NoDaemonError
 from flaskd.units import format_duration
 
+_NARROW = 66
+"""Characters below which the page has one column, and says less of each request."""
+
 
 @dataclass(frozen=True)
 class Look:
@@ -94,18 +97,22 @@ def page(look: Look, measured: Rates, width: int, height: int) -> list[str]:
         ("95 %", _most(measured.most), "errors", f"{measured.errors:.1f}/s", "queue wait", _most(measured.waited)),
     ]
     lines = [", ".join(filter(None, head)), ""]
-    lines += [f"  {a:<6}{b:>10}    {c:<10}{d:>8}    {e:<13}{f!s:>8}" for a, b, c, d, e, f in table]
+    if narrow := width < _NARROW:
+        lines += [f"  {row[i]:<13}{row[i + 1]!s:>10}" for i in (0, 2, 4) for row in table]
+    else:
+        lines += [f"  {a:<6}{b:>10}    {c:<10}{d:>8}    {e:<13}{f!s:>8}" for a, b, c, d, e, f in table]
     extra = [f"{key}: {', '.join(map(str, status[key]))}" for key in ("cleanup",) if status.get(key)]
     if status.get("reason"):
         extra.insert(0, f"reason: {status['reason']}")
     lines += [f"  {each}" for each in extra]
-    lines += ["", f"  {'AGE':>8}  {'PHASE':<8} {'SENT':>9}  {'CLIENT':<15} REQUEST"]
+    lines += ["", f"  {'AGE':>8}  {'PHASE':<8} " + ("REQUEST" if narrow else f"{'SENT':>9}  {'CLIENT':<15} REQUEST")]
     room = max(1, height - len(lines) - 1)
     shown = look.requests if len(look.requests) <= room else look.requests[: room - 1]
     for entry in shown:
         lines.append(
-            f"  {show.short(entry['age']):>8}  {entry['phase']:<8} {entry['sent']:>9}  {entry['client']:<15} "
-            f"{entry['method']} {entry['path']}"
+            f"  {show.short(entry['age']):>8}  {entry['phase']:<8} "
+            + ("" if narrow else f"{entry['sent']:>9}  {entry['client']:<15} ")
+            + f"{entry['method']} {entry['path']}"
         )
     if len(shown) < len(look.requests):
         lines.append(f"  ... and {len(look.requests) - len(shown)} more")
