@@ -30,6 +30,8 @@ _LIMITS = {
     "ident": "flaskd",
 }
 _BACKLOG = 128
+_PATIENCE = 10.0
+"""Seconds that a client has for a request, however slowly it goes on with it."""
 _WEDGED = 5.0
 """Seconds without a turn after which the serving thread does not live any more; it turns once a second at least."""
 _CLOSING = 0.2
@@ -79,6 +81,7 @@ class AdminServer:
             adjustments=_LIMITS,
             backlog=_BACKLOG,
             keepalive_grace=0.0,
+            patience=_PATIENCE,
             name="flaskd-admin",
         ).start()
 
