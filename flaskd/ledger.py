@@ -35,7 +35,7 @@ class InFlight:
         return {
             "id": self.id, "client": self.client, "method": self.method, "path": self.path,
             "age": round(self.age, 3), "phase": self.phase, "thread": self.thread, "stack": self.stack,
-            "sent": self.sent,
+            "sent": self.sent, "gone": self.gone,
         }  # fmt: skip
 
 

@@ -160,6 +160,7 @@ def request_line(entry: Fields) -> str:
     return (
         f"{entry['id']}: {entry['method']} {entry['path']} from {entry['client']}, {entry['phase']} for "
         f"{format_duration(entry['age'])}{where}, {entry['sent']} bytes sent"
+        + (", its client has gone" if entry.get("gone") else "")
     )
 
 
