@@ -292,6 +292,44 @@ def test_how_lines_are_cut_into_pieces_does_not_matter(lines, size):
     assert meant[0] == meant[1]
 
 
+@pytest.mark.parametrize(
+    ("request_bytes", "answer"),
+    [
+        (b"GET /status HTTP/1.1\r\n\r\n", b"HTTP/1.1 400"),
+        (b"GET /status HTTP/1.0\r\n\r\n", b"HTTP/1.1 200"),
+        (b"GET /status HTTP/1.1\nHost: x\n\n", b"HTTP/1.1 200"),
+        (b"PUT /status HTTP/1.1\r\nHost: x\r\n\r\n", b"HTTP/1.1 400"),
+        (b'POST /drain HTTP/1.1\r\nHost: x\r\nContent-Length: 14\r\n\r\n{"wait": true}', b"HTTP/1.1 200"),
+        (b'POST /drain HTTP/1.1\r\nHost: x\r\nContent-Length: 15\r\n\r\n{"wait": true}', b"HTTP/1.1 400"),
+        (b"POST /drain HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\n", b"HTTP/1.1 400"),
+        (b"POST /drain HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", b"HTTP/1.1 400"),
+        (b"POST /drain HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n", b"HTTP/1.1 400"),
+        (b"POST /drain HTTP/1.1\r\nHost: x\r\n", b"HTTP/1.1 400"),
+        (b"GET /status HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 200 + b"\r\n", b"HTTP/1.1 400"),
+        (b"GET /status HTTP/1.1\r\nHost: x\r\nA: " + b"b" * 20000, b"HTTP/1.1 400"),
+        (b"GET /drian HTTP/1.1\r\nHost: x\r\n\r\n", b"HTTP/1.1 404"),
+        (b"STATUS\n", b"ERR unknown-command"),
+        (b"DRAIN", b"ERR unknown-command"),
+    ],
+)
+def test_http_requests_whole_and_broken(request_bytes, answer):
+    """What is whole is carried out, once; what is broken, cut short or too long is refused and does nothing."""
+    done = []
+
+    def execute(command, reply):
+        done.append(command)
+        reply.ok("done")
+
+    ours, client = connect(execute)
+    with ours, client.sock:
+        ours.sendall(request_bytes)
+        ours.shutdown(socket.SHUT_WR)
+        turn(client)
+        assert ours.recv(65536).startswith(answer)
+        assert len(done) == (answer == b"HTTP/1.1 200")
+        assert client.done
+
+
 def test_who_does_not_read_is_given_up():
     """Output that nobody takes is bounded, and the client then hopeless."""
     replies = []

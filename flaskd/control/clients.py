@@ -84,7 +84,7 @@ class Client:
             self._inbox += b"\n"
         newline = self._inbox.find(b"\n")
         if (len(self._inbox) if newline < 0 else newline) > MAX_LINE:
-            self.pending += 1
+            self._begin()
             reply = JsonReply(self._send, None) if self._json else TextReply(self._send)
             reply.error("usage", f"a command has at most {MAX_LINE} bytes")
             self.closing = True
@@ -103,13 +103,17 @@ class Client:
         self._json = self._json or line.startswith(b"{")
         if self._json and not line:
             return
-        self.pending += 1
+        self._begin()
         if self._json:
             reply = JsonReply(self._send, None)
             self._run(reply, lambda: self._from_json(line, reply))
         else:
             self._say_no_more()
             self._run(TextReply(self._send), lambda: from_words(line.decode("utf-8", "replace").split(), self.peer))
+
+    def _begin(self) -> None:
+        with self._lock:  # outcomes come from other threads
+            self.pending += 1
 
     def _say_no_more(self) -> None:
         """Listen no more: these dialects have one command in a connection. It is open until that has its outcome."""
@@ -128,25 +132,34 @@ class Client:
 
     def _take_http(self) -> bool:
         """Answer one HTTP request, once its head and body are here; then the connection closes."""
+        reply = HttpReply(self._send, head=self._inbox.startswith(b"HEAD "))
+        try:
+            command = self._http_command()
+        except UsageError as error:
+            self._begin()
+            self._say_no_more()
+            reply.error(error.code, str(error))
+        else:
+            if command is not None:
+                self._begin()
+                self._say_no_more()
+                self._run(reply, lambda: command)
+        return False
+
+    def _http_command(self) -> Command | None:
+        """The command of the HTTP request that has come; None while there is more to come. Raises UsageError."""
         end = re.search(rb"\r?\n\r?\n", self._inbox)
         if end is None and not self.ended and len(self._inbox) <= _MAX_HEAD:
-            return False
-        self.pending += 1
-        try:
-            if end is None or end.end() > _MAX_HEAD:
-                raise UsageError(f"expected a whole request head of at most {_MAX_HEAD} bytes")
-            method, target, length = self._read_head(bytes(self._inbox[: end.end()]))
-            reply = HttpReply(self._send, head=method == "HEAD")
-            body = bytes(self._inbox[end.end() :][:length])
-            if len(body) < length and not self.ended:
-                self.pending -= 1
-                return False
-            self._say_no_more()
-            self._run(reply, lambda: from_http(method, target, body, self.peer))
-        except UsageError as error:
-            self._say_no_more()
-            HttpReply(self._send).error(error.code, str(error))
-        return False
+            return None
+        if end is None or end.end() > _MAX_HEAD:
+            raise UsageError(f"expected a whole request head of at most {_MAX_HEAD} bytes")
+        method, target, length = self._read_head(bytes(self._inbox[: end.end()]))
+        body = bytes(self._inbox[end.end() :][:length])
+        if len(body) == length:
+            return from_http(method, target, body, self.peer)
+        if not self.ended:
+            return None
+        raise UsageError(f"expected a body of {length} bytes, got {len(body)}")
 
     @staticmethod
     def _read_head(head: bytes) -> tuple[str, str, int]:
