@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("flaskd.control")
 
 _MAX_CLIENTS = 64
+_AT_ONCE = 16
+"""Clients accepted before it is the others' turn: few, so that each is heard before it may have to make room."""
 _IDLE_TIMEOUT = 60.0
 """Seconds a client may leave a command unfinished, or an answer unread."""
 _FLUSH_TIMEOUT = 1.0
@@ -52,6 +54,7 @@ class ControlPlane:
         self._ending = False
         self._accepting_again = 0.0
         self._next_look = 0.0
+        self._told = ""
         self._mode, self._gid = 0o600, -1
         self._access: Access
         self._access_of: ControlConfig
@@ -165,8 +168,12 @@ class ControlPlane:
                 except Exception:  # one client's trouble is not the next one's
                     log.exception("cannot answer a control client")
             self._settle()
-            if time.monotonic() >= self._next_look and not self._ending:
-                self._look_after_nodes()
+            if (now := time.monotonic()) >= self._next_look and not self._ending:
+                self._next_look = now + _PAUSE
+                try:
+                    self._look_after_nodes(now)
+                except Exception:  # the clients that there are can do without
+                    log.exception("cannot look after the control nodes")
 
     def _wake(self) -> None:
         with contextlib.suppress(OSError):  # full: it is awake anyway; closed: nobody is there to wake
@@ -176,10 +183,9 @@ class ControlPlane:
         with contextlib.suppress(BlockingIOError):
             self._reader.recv(4096)
 
-    def _look_after_nodes(self) -> None:
+    def _look_after_nodes(self, now: float) -> None:
         """Put back what was taken away; begin to accept again after a pause."""
-        self._next_look = time.monotonic() + _PAUSE
-        if self._accepting_again and self._next_look - _PAUSE >= self._accepting_again:
+        if self._accepting_again and now >= self._accepting_again:
             self._accepting_again = 0.0
             self._selector.register(self._socket.fd, selectors.EVENT_READ, self._accept)
         if self._places and not self._directory.stands:
@@ -187,18 +193,23 @@ class ControlPlane:
             try:
                 self._directory.acquire()
             except FlaskdError as error:
-                log.warning(f"the runtime directory was taken away: {error}; it is tried again")
+                if str(error) != self._told:
+                    self._told = str(error)
+                    log.warning(f"the runtime directory was taken away: {error}; it is tried again")
                 return
+            self._told = ""
         for place, read in self._places.items():
             before = place.keep(self._mode, self._gid)
             if before is not None:
-                with contextlib.suppress(KeyError):  # a pause
+                with contextlib.suppress(KeyError):  # nobody was accepted for a moment
                     self._selector.unregister(before)
                 os.close(before)
+                if place is self._socket:
+                    self._accepting_again = 0.0
                 self._selector.register(place.fd, selectors.EVENT_READ, read)
 
     def _accept(self) -> None:
-        for _ in range(_MAX_CLIENTS):  # at once, and then it is the others' turn
+        for _ in range(_AT_ONCE):
             try:
                 self._admit(accept(self._socket.fd))
             except BlockingIOError:

@@ -241,3 +241,19 @@ def test_a_link_in_the_place_of_the_socket(flaskd: Flaskd) -> None:
     assert flaskd.socket_path.is_symlink()
     flaskd.socket_path.unlink()
     flaskd.runtime.rmdir()
+
+
+def test_a_crowd_that_comes_at_once(flaskd: Flaskd) -> None:
+    """Of a hundred clients that connect and ask in the same moment, every one is answered."""
+    flaskd.start()
+    flaskd.kill(signal.SIGSTOP)  # nobody is accepted until all are there
+    with contextlib.ExitStack() as stack:
+        crowd = []
+        for _ in range(120):  # the backlog has room for so many
+            client = stack.enter_context(connect(flaskd))
+            client.sendall(b"ready\n")
+            crowd.append(client)
+        flaskd.kill(signal.SIGCONT)
+        answers = [b"".join(iter(lambda each=each: each.recv(100), b"")) for each in crowd]
+    assert answers == [b"OK ready\n"] * 120
+    assert flaskd.stop() == 0
