@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import select
@@ -133,6 +134,7 @@ def _most(seconds: float | None) -> str:
 
 def watch(find: Callable[[], Path], *, interval: float, count: int | None, as_json: bool) -> int:
     """Look again and again; one page where there is no terminal, unless a count was given. Returns the exit code."""
+    gc.enable()  # this one stays
     on_terminal = sys.stdout.isatty() and not as_json and os.environ.get("TERM") != "dumb"
     if not on_terminal and not as_json and count is None:
         count = 1
