@@ -19,7 +19,7 @@ import click
 
 from flaskd.cli import show
 from flaskd.client import ControlClient
-from flaskd.errors import FlaskdError, NoDaemonError
+from flaskd.errors import NoDaemonError
 from flaskd.units import format_duration
 
 _NARROW = 66
@@ -49,10 +49,10 @@ class Rates:
 
 def rates(before: Look | None, now: Look) -> Rates:
     """Compare two looks; with one alone, since the start."""
+    if before and before.status["uptime"] > now.status["uptime"]:  # another daemon
+        before = None
     tally = now.status["tally"]
     older = before.status["tally"] if before else None
-    if older and sum(older["took"]["counts"]) > sum(tally["took"]["counts"]):  # another daemon
-        before, older = None, None
     seconds = max(0.001, now.when - before.when if before else now.status["uptime"])
     took = _between(tally, older, "took")
     wrong = tally["statuses"]["5xx"] - (older["statuses"]["5xx"] if older else 0)
@@ -164,12 +164,9 @@ def watch(find: Callable[[], Path], *, interval: float, count: int | None, as_js
 
 
 def _look(path: Path) -> Look:
-    try:
-        with ControlClient(path) as client:
-            status = client.request("status")
-            return Look(time.monotonic(), status, client.request("requests")["requests"])
-    except FlaskdError as error:
-        raise NoDaemonError(str(error)) if isinstance(error, NoDaemonError) else error from error
+    with ControlClient(path) as client:
+        status = client.request("status")
+        return Look(time.monotonic(), status, client.request("requests")["requests"])
 
 
 def _as_json(look: Look, measured: Rates) -> dict[str, Any]:
