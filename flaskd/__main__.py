@@ -1,5 +1,6 @@
 """``python -m flaskd``, and the ``flaskd`` command."""
 
+import gc
 import sys
 
 from flaskd.prelude import heed_signals, open_standard_streams
@@ -10,6 +11,8 @@ def main() -> int:
     open_standard_streams()
     if sys.argv[1:2] == ["serve"]:
         heed_signals()
+    else:
+        gc.disable()  # a client is gone before there is garbage; looking for it would cost a twentieth of its time
     from flaskd.cli import main as run  # noqa: PLC0415 - after the handlers
 
     return run()

@@ -6,12 +6,17 @@ import contextlib
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from flaskd.errors import FlaskdError, NoDaemonError
 from flaskd.protocol import EXIT_CODES, SOCKET, runtime_directories
+
+_ROOM = 60.0
+_AGAIN = 0.01
+"""Seconds in which a client that has no timeout waits for room in the backlog, and between two tries."""
 
 
 class CommandError(FlaskdError):
@@ -57,7 +62,7 @@ class ControlClient:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(self._timeout)
         try:
-            self._socket.connect(str(self._path))
+            self._connect()
         except OSError as error:
             self._socket.close()
             raise NoDaemonError(
@@ -66,15 +71,31 @@ class ControlClient:
         self._lines = self._socket.makefile("rb")
         return self
 
+    def _connect(self) -> None:
+        # With a timeout, connect(2) does not wait for room in a Unix socket's backlog: it fails with EAGAIN at once.
+        until = time.monotonic() + (self._timeout or _ROOM)
+        while True:
+            try:
+                self._socket.connect(str(self._path))
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(_AGAIN)
+            else:
+                return
+
     def __exit__(self, *_: object) -> None:
         self._lines.close()
         self._socket.close()
 
     def request(
-        self, verb: str, *, progress: Callable[[dict[str, Any]], None] | None = None, **flags: bool
+        self, verb: str, *, progress: Callable[[dict[str, Any]], None] | None = None, **words: bool | str
     ) -> dict[str, Any]:
-        """Send a command and return the fields of its answer; raises CommandError for ERR, NoDaemonError if it dies."""
-        command = json.dumps({"id": 1, "cmd": verb, **flags}) + "\n"
+        """Send a command with its flags and argument, and return the fields of its answer.
+
+        Raises CommandError for ERR, NoDaemonError if it dies.
+        """
+        command = json.dumps({"id": 1, "cmd": verb, **words}) + "\n"
         try:
             self._socket.sendall(command.encode())
             while line := self._lines.readline():

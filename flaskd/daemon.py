@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import faulthandler
+import functools
 import http.client
 import logging
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +22,7 @@ from contextlib import ExitStack
 from typing import Any, Protocol
 
 from flaskd import launch, loading, logs
-from flaskd.admin import EndpointServer, configured_token, opened_by
+from flaskd.admin import AdminServer, EndpointServer, Measures, configured_token, opened_by
 from flaskd.cleanup import (
     Found,
     Frame,
@@ -42,8 +44,8 @@ from flaskd.ledger import DrainReport
 from flaskd.lifecycle import Event, Lifecycle, State, StopReason
 from flaskd.loading import LoadedApp
 from flaskd.notify import Notifier
-from flaskd.protocol import Discard, Reply
-from flaskd.server import WaitressThread
+from flaskd.protocol import Discard, Reply, summary
+from flaskd.server import Tally, WaitressThread
 from flaskd.signals import Escalation, SignalWatch, Terminal
 from flaskd.sockets import Address, Listener
 from flaskd.state import StateDirectory
@@ -60,6 +62,12 @@ _LOOK_AROUND = 1.0
 """Seconds that a question for the plan waits to hear what the app holds."""
 _ENDPOINT_CLOSING = 0.3
 """Seconds that a client of the shutdown endpoint gets to read its answer, at the very end."""
+_SWITCH = 0.001
+"""Seconds after which a thread that computes lets another one run (sys.setswitchinterval; Python's own is 5 ms).
+
+The serving, control and admin threads need the interpreter several times for one answer, and wait each time for every
+worker that computes: with four of them a probe took up to 190 ms, and takes up to 40.
+"""
 _TICK = 1.0
 """Seconds between two progress reports of a drain or stop."""
 
@@ -106,6 +114,11 @@ class Daemon:
         self._given_app = app
         self._make_app = make_app
         self._plane = plane(self)
+        self._admin = AdminServer(self)
+        self._admin_listeners: list[Listener] = []
+        self._counts = {"drains": 0, "ok": 0, "failed": 0}  # the latter two are reloads
+        self._began = time.time()
+        self._checking = threading.Lock()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lifecycle = Lifecycle()
         self._notifier = Notifier(environ)
@@ -174,10 +187,6 @@ class Daemon:
         if self._interruptible:
             self._signals.poke()
 
-    def turning(self, timeout: float) -> bool:
-        """Whether the serving thread turns within `timeout` seconds."""
-        return self._server is not None and self._server.turns(timeout)
-
     def status(self) -> dict[str, Any]:
         """What there is to know; keys are stable."""
         server, life = self._server, self._lifecycle
@@ -187,27 +196,96 @@ class Daemon:
         return {
             "state": str(life.state),
             "since": logs.timestamp(life.since),
+            "for": round(time.time() - life.since, 3),
+            "uptime": round(time.time() - self._began, 3),
+            "reason": str(self._stop.reason) if self._stop else None,
             "pid": os.getpid(),
             "name": self.name,
             "app": self.app.target if hasattr(self, "app") else None,
             "listen": [str(listener.address) for listener in self._listeners],
             "url": self._listeners[0].address.url if self._listeners else None,
+            "admin": [str(address) for address in self._admin.addresses],
             "in_flight": len(in_flight),
             "oldest": str(oldest) if oldest else None,
             "background": [each.as_json() for each in background_work()],
             "queued": server.queued if server else 0,
             "connections": server.connections if server else 0,
             "threads": self.configuration.values.server.threads,
+            "busy": len({each.thread for each in in_flight if each.thread}),
             "completed": server.completed if server else 0,
+            "rejected": server.counted[1] if server else 0,
+            "tally": (server.tally() if server else Tally()).as_json(),
             "shutdown_endpoint": [endpoint.url for endpoint in self._endpoints],
             "idle_for": round(idle[0], 3) if idle else None,
             "idle_stop_at": logs.timestamp(time.time() + idle[1]) if idle and life.state is State.READY else None,
-            "reason": str(self._stop.reason) if self._stop else None,
             "cleanup": list(self._stop.running) if self._stop else [],
             "previous": self._state_directory.previous,
             "last_reload": self._last_reload,
+            "last_stop": summary(self._previous_stop),
+            "log_level": self._logs.level,
             "config": str(self.configuration.path) if self.configuration.path else None,
         }
+
+    @property
+    def silent_for(self) -> float:
+        """Seconds since the serving thread last turned; 0 while there is none yet."""
+        return self._server.silent_for if self._server is not None else 0.0
+
+    def measures(self) -> Measures:
+        """What is counted."""
+        server, stop = self._server, self._stop
+        in_flight = server.requests() if server else []
+        return Measures(
+            state=str(self.state),
+            since=self._lifecycle.since,
+            started=self._began,
+            tally=server.tally() if server else Tally(),
+            in_flight=len(in_flight),
+            oldest=max((each.age for each in in_flight), default=0.0),
+            queued=server.queued if server else 0,
+            connections=server.connections if server else 0,
+            threads=self.configuration.values.server.threads,
+            drains=self._counts["drains"],
+            reloads=self._counts,
+            steps=stop.policies if stop else {},
+            last_stop=self._previous_stop,
+        )
+
+    @property
+    def server(self) -> WaitressThread | None:
+        """The app's server; None while starting."""
+        return self._server
+
+    @property
+    def log_level(self) -> str:
+        """The least severity that is logged, until the next reload; can be set."""
+        return self._logs.level
+
+    @log_level.setter
+    def log_level(self, level: str) -> None:
+        self._logs.set_level(level)
+
+    def check(self, reply: Reply) -> None:
+        """Say what a reload would say, without doing it; in a thread of its own, for a file may hang."""
+        if not self._checking.acquire(blocking=False):
+            raise NotNowError("cannot check: another check is under way")
+
+        def check() -> None:
+            try:
+                new, _ = self._read()
+                reply.ok("valid", {"config": str(new.path)} if new.path else {})
+            except FlaskdError as error:
+                reply.error(error.code, str(error))
+            except Exception as error:  # noqa: BLE001 - told to who asked
+                reply.error(FlaskdError.code, f"cannot check: {error!r}")
+            finally:
+                self._checking.release()
+
+        threading.Thread(target=check, name="flaskd-check", daemon=True).start()
+
+    @functools.cached_property
+    def _previous_stop(self) -> dict[str, Any] | None:
+        return self.last_stop()  # read once: it does not change, and a disk may hang
 
     def last_stop(self) -> dict[str, Any] | None:
         """The record of the stop before this run."""
@@ -275,6 +353,8 @@ class Daemon:
             stack.enter_context(forgotten_by_children(self._forget))
             stack.callback(faulthandler.cancel_dump_traceback_later)
             stack.callback(self._end_watch)
+            stack.callback(sys.setswitchinterval, sys.getswitchinterval())
+            sys.setswitchinterval(_SWITCH)
             try:
                 self._start(stack)
             except FlaskdError as error:
@@ -299,7 +379,10 @@ class Daemon:
             stack.callback(self._plane.close)
             stack.callback(self._close_listeners)
             launch.change_directory(config.app)
-            launch.bind(config.server, self._listeners, self._environ)
+            passed = launch.bind(config.server, self._listeners, self._environ)
+            launch.bind_admin(config.admin, self._admin_listeners, passed)
+            stack.callback(self._admin.close)
+            self._admin.open(self._admin_listeners, config.admin.allowed_hosts)
             self._state_directory.open(record=config.shutdown.record)
             stack.callback(self._state_directory.close)
             stack.callback(self._cleanup_thread.dismiss)
@@ -311,7 +394,8 @@ class Daemon:
         stack.enter_context(opened_by(self.open_endpoint))
         where = ", ".join(listener.address.url for listener in self._listeners)
         nodes = ", ".join(self._plane.nodes) or "none"
-        log.info(f"flaskd (pid {os.getpid()}) will serve on {where}; control: {nodes}")
+        admin = f"; admin: {', '.join(each.url for each in self._admin.addresses)}" if self._admin_listeners else ""
+        log.info(f"flaskd (pid {os.getpid()}) will serve on {where}; control: {nodes}{admin}")
         if self._plane.nodes:
             os.environ["FLASKD_CONTROL"] = self._plane.nodes[0]  # what the app starts can talk to this daemon
         given = loading.make_app(self._make_app) if self._make_app is not None else self._given_app
@@ -443,8 +527,9 @@ class Daemon:
     def _forget(self) -> None:
         """In a child that the app forked: let go of all that is the daemon's."""
         self._plane.forget()
+        self._admin.forget()
         self._state_directory.forget()
-        for listener in self._listeners:
+        for listener in (*self._listeners, *self._admin_listeners):
             listener.socket.close()
         for endpoint in self._endpoints:
             endpoint.forget()
@@ -458,7 +543,7 @@ class Daemon:
         self._close_listeners()
 
     def _close_listeners(self) -> None:
-        for listener in self._listeners:
+        for listener in (*self._listeners, *self._admin_listeners):
             listener.close()
 
     # --- the main loop ----------------------------------------------------------------------------------------------
@@ -501,6 +586,8 @@ class Daemon:
         oldest = max(in_flight, key=lambda each: each.age, default=None)
         text = f"{self.state}: {len(in_flight)} in flight" + (f", oldest {oldest}" if oldest else "")
         progress: dict[str, Any] = {"in_flight": len(in_flight)}
+        if oldest:
+            progress["oldest"] = oldest.as_json()
         if background := background_work():
             text += f"; background: {', '.join(each.name for each in background)}"
             progress["background"] = len(background)
@@ -552,6 +639,7 @@ class Daemon:
             counted_from=counted_from,
             earlier=earlier,
         )
+        self._counts["drains"] += 1
         self._drain.announce()
         self._last_tick = time.monotonic()
 
@@ -618,10 +706,7 @@ class Daemon:
             fault: Exception | None = None
             new, plan = self.configuration, self._plan
             try:
-                new = self._load()
-                if keys := self.configuration.restart_keys(new):
-                    raise RestartNeededError(f"{', '.join(keys)}: cannot change without a restart")
-                plan = build_plan(new.values.cleanup)
+                new, plan = self._read()
                 plan.prepare()
             except Exception as error:  # noqa: BLE001 - told below; the daemon goes on with what it has
                 fault = error
@@ -629,6 +714,13 @@ class Daemon:
 
         self._reload_again = False
         threading.Thread(target=read, name="flaskd-reload", daemon=True).start()
+
+    def _read(self) -> tuple[Configuration, Plan]:
+        """The configuration as it would be now, and its plan. Raises ConfigError."""
+        new = self._load()
+        if keys := self.configuration.restart_keys(new):
+            raise RestartNeededError(f"{', '.join(keys)}: cannot change without a restart")
+        return new, build_plan(new.values.cleanup)
 
     def _on_reloaded(self, new: Configuration, plan: Plan, error: Exception | None) -> None:
         if self.state is not State.RELOADING:
@@ -646,6 +738,7 @@ class Daemon:
             self._reload()
             return
         self._lifecycle.handle(Event.RELOADED)
+        self._counts["ok" if error is None else "failed"] += 1
         self._last_reload = {"time": logs.timestamp(time.time()), "ok": error is None}
         waiters, self._reload_waiters = self._reload_waiters, []
         if error is None:
@@ -692,7 +785,7 @@ class Daemon:
         assert self._server is not None
         self._server.set_threads(config.server.threads)
         self._server.set_graces(config.shutdown.drain.keepalive_grace, config.shutdown.drain.stream_grace)
-        self._server.answer_health(config.health.path or "", self._health)
+        self._server.answer_health(config.health.path or "", self.readiness)
 
     def _apply_idle(self, config: Config) -> None:
         assert self._server is not None
@@ -706,8 +799,8 @@ class Daemon:
             why = f"nothing was asked for {write_duration(after)}"
             self._on_stop(StopReason("idle", why), Discard(), wait=False, now=False)
 
-    def _health(self) -> tuple[str, str]:
-        """What `health.path` answers; called from the serving thread."""
+    def readiness(self) -> tuple[str, str]:
+        """What `health.path` and the admin listener answer: a status line and a word (any thread)."""
         if self.state in {State.READY, State.RELOADING}:
             return "200 OK", "ready"
         status = self.configuration.values.health.unready_status

@@ -7,13 +7,13 @@ import os
 import select
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flaskd import loading
 from flaskd.cleanup import Plan
-from flaskd.config import AppConfig, HealthConfig, ServerConfig
+from flaskd.config import AdminConfig, AppConfig, HealthConfig, ServerConfig
 from flaskd.errors import AppError, ConfigError, FlaskdError, UnsupportedError
 from flaskd.loading import LoadedApp
 from flaskd.server import WaitressThread, adjustments
@@ -48,8 +48,10 @@ def change_directory(app: AppConfig) -> None:
             raise ConfigError(f"cannot change into app.chdir {app.chdir}: {error.strerror}") from error
 
 
-def bind(server: ServerConfig, listeners: list[Listener], environ: Mapping[str, str]) -> None:
-    """Bind or take over what `server.listen` names, adding each to `listeners` at once.
+def bind(
+    server: ServerConfig, listeners: list[Listener], environ: Mapping[str, str]
+) -> Mapping[str, Sequence[Listener]]:
+    """Bind or take over what `server.listen` names, adding each to `listeners` at once; returns all that were passed.
 
     Without `server.listen`, the sockets that the service manager passed for the app are taken, else the default
     address is bound. Raises CannotCreateError, and ConfigError for an `fd:NAME` that was not passed.
@@ -60,13 +62,27 @@ def bind(server: ServerConfig, listeners: list[Listener], environ: Mapping[str, 
     if not server.listen:
         listeners += [each for name in _APP_NAMES for each in passed.get(name, [])]
     for each in server.listen or ([] if listeners else [DEFAULT_LISTEN]):
-        if not each.startswith("fd:"):
-            listeners.append(Listener.bind(Address.parse(each)))
-        elif each.removeprefix("fd:") in passed:
-            listeners += passed[each.removeprefix("fd:")]
-        else:
-            there = ", ".join(f"fd:{name}" for name in passed) or "none was passed"
-            raise ConfigError(f"cannot listen on {each}: no socket of that name was passed; {there}")
+        listeners += _listeners(each, passed)
+    return passed
+
+
+def bind_admin(admin: AdminConfig, listeners: list[Listener], passed: Mapping[str, Sequence[Listener]]) -> None:
+    """Bind or take over what `admin.listen` names, else what was passed as ``admin``; adds each to `listeners` at once.
+
+    Raises as `bind` does.
+    """
+    for each in admin.listen or (["fd:admin"] if "admin" in passed else []):
+        listeners += _listeners(each, passed)
+
+
+def _listeners(where: str, passed: Mapping[str, Sequence[Listener]]) -> Sequence[Listener]:
+    name = where.removeprefix("fd:")
+    if name == where:
+        return [Listener.bind(Address.parse(where))]
+    if name in passed:
+        return passed[name]
+    there = ", ".join(f"fd:{name}" for name in passed) or "none was passed"
+    raise ConfigError(f"cannot listen on {where}: no socket of that name was passed; {there}")
 
 
 def find_app(app: AppConfig, given: Callable[..., Any] | None, environ: Mapping[str, str]) -> LoadedApp:

@@ -23,6 +23,8 @@ class InFlight:
     stack: str = ""
     gone: bool = False
     """Whether its client has closed its side: nobody seems to wait for the answer any more."""
+    sent: int = 0
+    """Bytes of its answer that the kernel has taken."""
 
     def __str__(self) -> str:
         where = f" in {self.thread}" if self.thread else ""
@@ -33,6 +35,7 @@ class InFlight:
         return {
             "id": self.id, "client": self.client, "method": self.method, "path": self.path,
             "age": round(self.age, 3), "phase": self.phase, "thread": self.thread, "stack": self.stack,
+            "sent": self.sent, "gone": self.gone,
         }  # fmt: skip
 
 

@@ -233,6 +233,18 @@ class Logs:
             if name.partition(".")[0] in {"flaskd", "waitress"} and isinstance(logger, logging.Logger):
                 logger.disabled = False
 
+    def set_level(self, level: str) -> None:
+        """Choose the least severity that is logged, until the next `apply`."""
+        number = logging.getLevelNamesMapping()[level.upper()]
+        for logger in self._loggers:
+            if logger is not access_log:
+                logger.setLevel(number)
+
+    @property
+    def level(self) -> str:
+        """The least severity that is logged."""
+        return logging.getLevelName(self._loggers[0].level).lower()
+
     def apply(self, *, level: str, log_format: Format, access: Access) -> None:
         """Choose level and formats; at the start, and again at each reload."""
         number = logging.getLevelNamesMapping()[level.upper()]

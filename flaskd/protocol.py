@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,6 +47,8 @@ def runtime_directories(name: str, environ: Mapping[str, str], *, client: bool =
         yield Path(user) / name
     if client and user_id != 0:
         yield Path("/run") / name
+    import tempfile  # noqa: PLC0415 - the last place to look, and slow to import
+
     yield Path(tempfile.gettempdir()) / f"{name}-{user_id}"
 
 
@@ -115,6 +116,18 @@ class Discard:
         """Tell nobody."""
 
 
+def summary(record: Fields | None) -> Fields | None:
+    """The record of a stop in a few words: nothing of its single requests and steps, only how many."""
+    if record is None:
+        return None
+    fates = [entry.get("fate") for entry in record.get("policies", {}).values()]
+    return {
+        **{key: record.get(key) for key in ("reason", "started", "took", "completed", "rejected")},
+        "cut": len(record.get("cut", ())),
+        "failed": sum(fate in {"failed", "timed_out"} for fate in fates),
+    }
+
+
 def record_lines(record: Fields) -> list[str]:
     """The record of a stop, for people."""
     lines = [
@@ -139,6 +152,31 @@ def record_lines(record: Fields) -> list[str]:
 def background_line(entry: Fields) -> str:
     """What was left running in the background, for people."""
     return f"background: {entry['name']} (for {entry['age']:.1f}s in {entry['thread']})"
+
+
+def request_line(entry: Fields) -> str:
+    """A request in flight, for people."""
+    where = f" in {entry['thread']}" if entry.get("thread") else ""
+    return (
+        f"{entry['id']}: {entry['method']} {entry['path']} from {entry['client']}, {entry['phase']} for "
+        f"{format_duration(entry['age'])}{where}, {entry['sent']} bytes sent"
+        + (", its client has gone" if entry.get("gone") else "")
+    )
+
+
+def status_lines(fields: Fields) -> list[str]:
+    """The status as ``key: value`` lines; what only programs want is left to JSON."""
+    return [
+        f"{key}: {_shown(value)}" for key, value in fields.items() if key != "tally" and value not in (None, "", [])
+    ]
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, float):
+        return format_duration(value)
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value))
+    return as_text(value) if isinstance(value, Mapping) else str(value)
 
 
 def as_text(fields: Fields) -> str:

@@ -70,6 +70,11 @@ class RuntimeDirectory:
             return remove_matching(self.path, _HIDDEN, kinds=(stat.S_IFSOCK, stat.S_IFIFO))
         return []
 
+    @property
+    def stands(self) -> bool:
+        """Whether the directory that is locked still stands at its path."""
+        return self._fd >= 0 and _same_file(self._fd, self.path)
+
     def release(self) -> None:
         """Remove the directory if it was made here and is empty, and unlock it."""
         if self._fd >= 0:

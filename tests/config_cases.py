@@ -79,7 +79,11 @@ REFUSED = [
     ),
 ]
 
-SECTIONS = "server, version, health, profile, control, cleanup, shutdown, watch, app, log"
+VERBS = (
+    "help, status, health, ready, drain, resume, stop, reload, check, requests, threads, plan, config, last-stop, "
+    "log-level, version"
+)
+SECTIONS = "server, version, health, profile, control, cleanup, shutdown, watch, app, log, admin"
 PROXY = "expected server.trusted_proxy to be set along with this"
 LISTEN = "expected HOST:PORT, [IPv6]:PORT, :PORT or unix:/path"
 
@@ -189,6 +193,18 @@ WRONG = [
     ),
     ("health: {probe_timeout: 0}", ["1:25 health.probe_timeout: expected more than 0, got 0"]),
     ("health: {probe_timeout: 367d}", ['1:25 health.probe_timeout: expected a duration of at most 366d, got "367d"']),
+    (
+        'control: {roles: {viewer: ["@"], adm: [x]}}',
+        [
+            """1:28 control.roles.viewer[0]: expected a user's name or number, or a group's after an @, got "@\"""",
+            '1:34 control.roles.adm: expected a known key, got "adm"; did you mean "admin"?; '
+            "known keys: admin, operator, viewer",
+        ],
+    ),
+    ("control: {roles: [x]}", ['1:18 control.roles: expected a mapping, got ["x"]']),
+    ("control: {fifo: {a: b}}", ["1:17 control.fifo: expected a list, got a mapping"]),
+    ("control: {fifo: drian}", [f'1:17 control.fifo: expected one of {VERBS}, got "drian"']),
+    ("admin: {listen: nowhere}", [f'1:17 admin.listen: {LISTEN}, got "nowhere"']),
     (
         "control: {mode: 0999, required: yes}",
         [

@@ -413,3 +413,23 @@ def test_the_reference_shows_every_key_with_its_default():
     plain = load_mapping(alone, actions=action_specs()).describe()
     assert described["close-db"] == {**yaml.safe_load(plain)["cleanup"]["policies"]["a"], "enabled": False}
     assert not any(policy.enabled for policy in configuration.values.cleanup.policies.values())
+
+
+def test_where_each_value_came_from(tmp_path):
+    """What is written is shown with its place, what the command line gave with that; secrets stay hidden."""
+    path = tmp_path / "f.yaml"
+    path.write_text("server:\n  listen: ':1'\n  threads: ${env:N}\nlog: {level: debug}\n")
+    found = load(path, actions={}, overrides={"app.target": "shop:app"}, environ={"N": "7"})
+    assert found.origins == {
+        "server.listen": f"{path}:2:11",
+        "server.threads": f"{path}:3:12, ${{env:N}}",
+        "log.level": f"{path}:4:14",
+        "app.target": "command line",
+    }
+    lines = [line.strip() for line in found.annotated().splitlines()]
+    assert lines[0] == "# what has no remark is a default"
+    assert "target: shop:app  # command line" in lines
+    assert f'- ":1"  # {path}:2:11' in lines or f"- :1  # {path}:2:11" in lines
+    assert f"threads: '********'  # {path}:3:12, ${{env:N}}" in lines
+    assert "workers: 0" in lines
+    assert yaml.safe_load(found.annotated()) == yaml.safe_load(found.describe())

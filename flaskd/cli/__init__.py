@@ -15,10 +15,10 @@ from typing import Any, NoReturn
 import click
 
 from flaskd import __version__
+from flaskd.cli import talk
 from flaskd.client import ControlClient, find_socket
 from flaskd.errors import EX_LOST, EX_USAGE, ConfigError, FlaskdError, NoDaemonError
 from flaskd.leave import leave
-from flaskd.protocol import RECORD, as_text, background_line, record_lines, state_directory
 
 
 def main() -> int:
@@ -49,12 +49,16 @@ def reported(run: Callable[[], object]) -> int:
 
 
 @click.group(
+    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog='Try it: "flaskd serve flaskd.demo:app", then "flaskd status" and "flaskd stop" in another terminal.',
 )
 @click.version_option(__version__, prog_name="flaskd", message="%(prog)s %(version)s")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Serve a Flask app, and stop it without losing a request."""
+    if context.invoked_subcommand is None:
+        click.echo(talk.what_next())
 
 
 @cli.command()
@@ -191,93 +195,4 @@ def _offline_plan(config: str | None) -> dict[str, Any]:
     return answer
 
 
-def _talk(verb: str, *, summary: str, flags: tuple[str, ...] = ()) -> None:
-    """Make the client verb for a control command."""
-
-    def run(socket: str | None, name: str, as_json: bool, **chosen: bool) -> int:
-        try:
-            path = find_socket(socket, name, os.environ)
-        except NoDaemonError as error:
-            if verb != "last-stop" or socket:
-                raise
-            answer = _read_record(name, error)
-            click.echo(json.dumps(answer, ensure_ascii=False) if as_json else _for_people(verb, answer))
-            return 0
-        wait = chosen.get("wait", False)
-        # A drain tells how it goes every second; one that says nothing for this long has died.
-        with ControlClient(path, timeout=60.0 if wait or verb == "reload" else 10.0) as client:
-            answer = client.request(verb, progress=_show_progress(as_json), **{k: v for k, v in chosen.items() if v})
-            if verb == "stop" and wait:
-                client.wait_closed()
-        click.echo(json.dumps(answer, ensure_ascii=False) if as_json else _for_people(verb, answer))
-        lost = answer.get("cut") or answer.get("background")
-        return EX_LOST if lost and verb in {"drain", "stop"} else 0
-
-    params: list[click.Parameter] = [
-        click.Option(["--socket"], metavar="PATH", help="Control socket; else $FLASKD_CONTROL, else the usual places."),
-        click.Option(["--name"], metavar="NAME", default="flaskd", show_default=True, help="Name of the daemon."),
-        click.Option(["--json", "as_json"], is_flag=True, help="Answer for programs."),
-    ]
-    helps = {"wait": "Wait until it is over, and exit with 1 if work was lost.", "now": "Cut drain and cleanup short."}
-    params += [click.Option([f"--{flag}"], is_flag=True, help=helps[flag]) for flag in flags]
-    cli.add_command(click.Command(verb, callback=run, params=params, help=summary))
-
-
-def _read_record(name: str, no_daemon: NoDaemonError) -> dict[str, Any]:
-    path = state_directory(name, os.environ) / RECORD
-    try:
-        return {"result": "last-stop", **json.loads(path.read_text(encoding="utf-8"))}
-    except (OSError, ValueError) as error:
-        raise NoDaemonError(f"{no_daemon}; and there is no record in {path}: {error}") from error
-
-
-def _show_progress(as_json: bool) -> Any:
-    def show(fields: dict[str, Any]) -> None:
-        if as_json:
-            click.echo(json.dumps(fields, ensure_ascii=False))
-        else:
-            click.echo(f".. {as_text({key: value for key, value in fields.items() if key != 'event'})}", err=True)
-
-    return show
-
-
-def _for_people(verb: str, answer: dict[str, Any]) -> str:
-    result, hint = answer.pop("result"), answer.pop("hint", "")
-    if verb == "config":
-        return str(answer["yaml"]).rstrip()
-    if verb == "last-stop":
-        return "\n".join(record_lines(answer))
-    if verb == "status":
-        return "\n".join(
-            f"{key + ':':<14}{_shown(value)}" for key, value in answer.items() if value not in (None, "", [])
-        )
-    cut = [
-        f"cut {each['method']} {each['path']} ({each['phase']}, {each['age']}s): {each['reason']}"
-        for each in answer.get("cut", [])
-    ]
-    if isinstance(answer.get("background"), list):
-        cut += map(background_line, answer["background"])
-    fates = (
-        [f"{name}: {entry['fate']}" for name, entry in answer.get("policies", {}).items()]
-        if isinstance(answer.get("policies"), dict)
-        else []
-    )
-    return "\n".join([*cut, *fates, " ".join(filter(None, [result, as_text(answer), f"({hint})" if hint else ""]))])
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(_shown, value))
-    return as_text(value) if isinstance(value, dict) else str(value)
-
-
-_talk("status", summary="State, requests in flight, listeners.")
-_talk("health", summary="Exit 0 while the serving thread turns.")
-_talk("ready", summary="Exit 0 while new requests are welcome.")
-_talk("drain", summary="Take no new work, finish what is in hand, stay alive.", flags=("wait",))
-_talk("resume", summary="Undo a drain.", flags=("wait",))
-_talk("stop", summary="Drain, run the cleanup policies, exit.", flags=("wait", "now"))
-_talk("reload", summary="Read the configuration anew; exit 78 if it is at fault.", flags=("wait",))
-_talk("last-stop", summary="How the last stop went; from its record when no daemon runs.")
-_talk("config", summary="The configuration in force, secrets hidden.")
-_talk("version", summary="The daemon's version.")
+talk.add_client_verbs(cli)

@@ -13,6 +13,7 @@ from flaskd.config.fields import Duration, OneOrMany, Size, write_duration, writ
 from flaskd.config.loading import load, load_mapping
 from flaskd.config.model import (
     ActionSpec,
+    AdminConfig,
     AppConfig,
     CleanupConfig,
     Config,
@@ -27,6 +28,7 @@ from flaskd.config.model import (
     Phase,
     Policy,
     PolicyDefaults,
+    RolesConfig,
     Section,
     ServerConfig,
     ShutdownConfig,
@@ -36,8 +38,9 @@ from flaskd.config.schema import schema
 from flaskd.config.watch import FileWatch
 
 __all__ = [
-    "ActionSpec", "AppConfig", "CleanupConfig", "Config", "Configuration", "ControlConfig", "DiscoveryConfig",
-    "DrainConfig", "Duration", "EndpointConfig", "ExitCodes", "Fault", "FileWatch", "HealthConfig", "IdleConfig",
-    "InvalidConfigError", "LogConfig", "OneOrMany", "Phase", "Policy", "PolicyDefaults", "Section", "ServerConfig",
-    "ShutdownConfig", "Size", "When", "load", "load_mapping", "schema", "write_duration", "write_size",
+    "ActionSpec", "AdminConfig", "AppConfig", "CleanupConfig", "Config", "Configuration", "ControlConfig",
+    "DiscoveryConfig", "DrainConfig", "Duration", "EndpointConfig", "ExitCodes", "Fault", "FileWatch", "HealthConfig",
+    "IdleConfig", "InvalidConfigError", "LogConfig", "OneOrMany", "Phase", "Policy", "PolicyDefaults", "RolesConfig",
+    "Section", "ServerConfig", "ShutdownConfig", "Size", "When", "load", "load_mapping", "schema", "write_duration",
+    "write_size",
 ]  # fmt: skip

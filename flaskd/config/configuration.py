@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import BaseModel
 
-from flaskd.config.faults import MASK
+from flaskd.config.faults import MASK, dotted
 from flaskd.config.nodes import core
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from flaskd.config.model import Config
@@ -28,6 +28,7 @@ class Configuration:
     path: Path | None
     _secrets: frozenset[NodePath] = field(default=frozenset(), repr=False)
     digest: str = field(default="", repr=False)
+    _origins: Mapping[NodePath, str] = field(default_factory=dict, repr=False)
 
     def describe(self) -> str:
         """Write the effective configuration as YAML: every key, units for people, secrets masked."""
@@ -36,9 +37,46 @@ class Configuration:
             _mask(tree, path)
         return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**31)
 
+    def annotated(self) -> str:
+        """Write it like `describe`, with where each value came from that is not a default."""
+        text = self.describe()
+        lines, marks = text.splitlines(), dict[int, str]()
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        assert root is not None
+        for path, line in _last_lines(root):
+            if origin := self._origin_of(path):
+                marks[line] = origin
+        return "\n".join(
+            [_DEFAULTS, *(f"{line}  # {marks[i]}" if i in marks else line for i, line in enumerate(lines))]
+        )
+
+    def _origin_of(self, path: NodePath) -> str:
+        # A single value may stand where a list is meant: then its entry is written at the list's own place.
+        return self._origins.get(path) or (self._origins.get(path[:-1], "") if path[-1:] == (0,) else "")
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """Where each value came from that is not a default, by dotted key."""
+        return {dotted(path): origin for path, origin in self._origins.items()}
+
     def restart_keys(self, new: Configuration) -> list[str]:
         """Name the dotted keys in which ``new`` differs and that only a restart can change."""
         return list(_restart_keys(self.values, new.values))
+
+
+_DEFAULTS = "# what has no remark is a default"
+
+
+def _last_lines(node: yaml.Node, path: NodePath = ()) -> Iterator[tuple[NodePath, int]]:
+    """Each value's path, and the line it ends on."""
+    if isinstance(node, yaml.MappingNode) and node.value:
+        for key, value in node.value:
+            yield from _last_lines(value, (*path, key.value))
+    elif isinstance(node, yaml.SequenceNode) and node.value:
+        for index, value in enumerate(node.value):
+            yield from _last_lines(value, (*path, index))
+    else:
+        yield path, node.end_mark.line
 
 
 def _restart_keys(old: BaseModel, new: BaseModel, prefix: str = "") -> Iterator[str]:

@@ -20,6 +20,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from flaskd.sockets import Address
 from flaskd.units import format_duration, parse_duration, parse_size
+from flaskd.verbs import VERBS
 
 Item = TypeVar("Item")
 
@@ -215,3 +216,24 @@ def _lower(value: Any) -> Any:
 
 LowerCase = BeforeValidator(_lower)
 """For names that HTTP does not distinguish by case (RFC 9110, section 5.1)."""
+
+_MEMBER = r"@?[^\s@:,]+"  # what neither passwd(5) nor group(5) can have in a name
+
+
+def _member(text: str) -> str:
+    if not re.fullmatch(_MEMBER, text):
+        raise ValueError("expected a user's name or number, or a group's after an @")
+    return text
+
+
+Member = Annotated[str, AfterValidator(_member), WithJsonSchema({"type": ["string", "integer"]})]
+
+
+def _verb_name(text: str) -> str:
+    if text not in VERBS:
+        raise ValueError(f"expected one of {', '.join(VERBS)}")
+    return text
+
+
+VerbName = Annotated[str, AfterValidator(_verb_name), WithJsonSchema({"enum": list(VERBS)})]
+"""A command of the control plane."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,9 +54,9 @@ def load(
         # Not resolved: in a Kubernetes ConfigMap the file is a link, and its neighbours are links beside it.
         source = read_source(path)
         tree, base = parse(source, str(path), faults), path.absolute().parent
-    tree = _filled(tree, base, faults, overrides, environ)
+    tree, origins = _filled(tree, base, faults, overrides, environ)
     values, secrets = _validated(tree, base, actions, faults)
-    return Configuration(values, path, secrets, digest(source))
+    return Configuration(values, path, secrets, digest(source), origins)
 
 
 def load_mapping(
@@ -74,9 +75,9 @@ def load_mapping(
     if not isinstance(tree, Table):
         raise ConfigError(f"expected the configuration as a mapping, got {type(data).__name__}")
     base = Path.cwd()
-    tree = _filled(tree, base, faults, overrides, environ)
+    tree, origins = _filled(tree, base, faults, overrides, environ)
     values, secrets = _validated(tree, base, actions, faults)
-    return Configuration(values, None, secrets)
+    return Configuration(values, None, secrets, "", origins)
 
 
 def digest(source: bytes) -> str:
@@ -96,14 +97,26 @@ def read_source(path: Path) -> bytes:
 
 def _filled(
     tree: Table, base: Path, faults: Faults, overrides: Mapping[str, object] | None, environ: Mapping[str, str] | None
-) -> Table:
+) -> tuple[Table, dict[NodePath, str]]:
+    """Put in what the command line says and interpolations give; also, where each value came from."""
     for key, value in (overrides or {}).items():
         if value is not None:
             parts = tuple(key.split("."))
             tree = _put(tree, parts, from_python(value, Place(COMMAND_LINE), faults, parts))
+    origins = {path: _origin(scalar) for path, scalar in scalars(tree)}
     filled = interpolated(tree, Sources(os.environ if environ is None else environ, base), faults)
     assert isinstance(filled, Table)
-    return filled
+    return filled, origins
+
+
+_SOURCE = re.compile(r"(?<!\$)\$\{[a-z]+:[^}:]*")
+
+
+def _origin(scalar: Scalar) -> str:
+    """Where a value was written, and what was interpolated there; never what that gave."""
+    place = scalar.place
+    at = f"{place.source}:{place.line}:{place.column}" if place.line else place.source
+    return ", ".join([at, *(f"{found}}}" for found in _SOURCE.findall(scalar.text))])
 
 
 def _validated(tree: Table, base: Path, actions: Actions, faults: Faults) -> tuple[Config, frozenset[NodePath]]:

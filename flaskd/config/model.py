@@ -30,6 +30,7 @@ from flaskd.config.fields import (
     HostName,
     Listen,
     LowerCase,
+    Member,
     Mode,
     OneOrMany,
     OwnAddress,
@@ -39,6 +40,7 @@ from flaskd.config.fields import (
     SomeText,
     UrlPath,
     UrlPrefix,
+    VerbName,
 )
 
 
@@ -202,17 +204,42 @@ class HealthConfig(Section):
     unready_status: int = Field(503, ge=400, le=599, description="Status of that answer while they are not.")
 
 
+class RolesConfig(Section):
+    """Who may do what over the control socket: users by name or number, groups with an @ before; each in quotes."""
+
+    viewer: OneOrMany[Member] = Field([], description="May look.")
+    operator: OneOrMany[Member] = Field([], description="May drain, resume, reload and change the log level, too.")
+    admin: OneOrMany[Member] = Field([], description="May stop, too. Root and the daemon's own user always may.")
+
+    def members(self) -> dict[str, list[str]]:
+        """Who has which role; empty when nobody is named: then whoever may open the socket is admin."""
+        return {role: members for role in type(self).model_fields if (members := getattr(self, role))}
+
+
 class ControlConfig(Section):
     """The control socket and FIFO in the runtime directory."""
 
     mode: Mode = _restart("0660", "File mode of both nodes, octal.")
     group: SomeText | None = _restart(None, "Group of both nodes; none: that of the process.")
     required: bool = _restart(False, "Refuse to start when neither node can be made.")
+    roles: RolesConfig = _section(RolesConfig)
+    fifo: OneOrMany[VerbName] | None = Field(
+        None, description="Verbs that the FIFO takes, for it tells nothing of who writes; none: all without roles."
+    )
 
     @property
     def mode_bits(self) -> int:
         """The mode as a number, for chmod(2)."""
         return int(self.mode, 8)
+
+
+class AdminConfig(Section):
+    """Health, metrics and status over HTTP, on addresses of their own: /livez /readyz /metrics /status.json."""
+
+    listen: OneOrMany[Listen] = _restart([], "Addresses; none: a socket passed in as admin, else there is no listener.")
+    allowed_hosts: OneOrMany[SomeText] = _restart(
+        [], "Host names, beside addresses and localhost, by which metrics and status may be asked for; *: any."
+    )
 
 
 class DrainConfig(Section):
@@ -375,5 +402,6 @@ class Config(Section):
     log: LogConfig = _section(LogConfig)
     health: HealthConfig = _section(HealthConfig)
     control: ControlConfig = _section(ControlConfig)
+    admin: AdminConfig = _section(AdminConfig)
     shutdown: ShutdownConfig = _section(ShutdownConfig)
     cleanup: CleanupConfig = _section(CleanupConfig)

@@ -1,9 +1,8 @@
-"""The control plane: a Unix socket and a FIFO in the runtime directory, and the table of verbs behind them.
+"""The control plane: a Unix socket and a FIFO in the runtime directory, and what stands behind the table of verbs.
 
 A thread of its own reads, parses and answers; what changes the daemon is posted to its main thread.
 """
 
 from flaskd.control.plane import ControlPlane
-from flaskd.control.verbs import VERBS, Verb
 
-__all__ = ["VERBS", "ControlPlane", "Verb"]
+__all__ = ["ControlPlane"]

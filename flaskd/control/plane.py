@@ -1,59 +1,41 @@
-"""The socket and the FIFO, and the thread that reads commands from them."""
+"""The thread that reads commands from the socket and the FIFO, and what bounds their writers."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import grp
-import json
 import logging
 import os
 import selectors
 import socket
-import stat
-import struct
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from flaskd.control.replies import JsonReply, LogReply, TextReply
-from flaskd.control.verbs import find_verb
-from flaskd.errors import CannotCreateError, FlaskdError, UsageError
-from flaskd.protocol import FIFO, MAX_LINE, SOCKET, Reply
+from flaskd.control.access import FIFO_PEER, Access
+from flaskd.control.clients import Client
+from flaskd.control.commands import Command, from_words
+from flaskd.control.nodes import Place, accept, fifo_place, group_number, socket_place
+from flaskd.control.replies import LogReply
+from flaskd.control.verbs import RUN
+from flaskd.errors import CannotCreateError, FlaskdError
+from flaskd.protocol import MAX_LINE, Reply
 from flaskd.runtime import RuntimeDirectory
-from flaskd.sockets import Node, bind_unix
 
 if TYPE_CHECKING:
-    from flaskd.config import Config
+    from flaskd.config import Config, ControlConfig
     from flaskd.daemon import Daemon
 
 log = logging.getLogger("flaskd.control")
 
 _MAX_CLIENTS = 64
+_AT_ONCE = 16
+"""Clients accepted before it is the others' turn: few, so that each is heard before it may have to make room."""
 _IDLE_TIMEOUT = 60.0
-"""Seconds a client may leave a command unfinished."""
+"""Seconds a client may leave a command unfinished, or an answer unread."""
 _FLUSH_TIMEOUT = 1.0
-_ACCEPT_PAUSE = 1.0
-"""Seconds without new clients after the process ran out of files; also the longest sleep."""
-_MAX_OUTPUT = 1 << 20
-"""Bytes of unread answers after which a client is given up."""
-
-
-@dataclass(eq=False)
-class _Client:
-    """A connection to the control socket; `out` is guarded by the plane's lock."""
-
-    sock: socket.socket
-    peer: str
-    inbox: bytearray = field(default_factory=bytearray)
-    out: bytearray = field(default_factory=bytearray)
-    last_heard: float = field(default_factory=time.monotonic)
-    json: bool = False
-    pending: int = 0
-    closing: bool = False
-    ended: bool = False
+_PAUSE = 1.0
+"""Seconds without new clients after the process ran out of files, between two looks at the nodes; the longest sleep."""
 
 
 class ControlPlane:
@@ -62,21 +44,25 @@ class ControlPlane:
     def __init__(self, daemon: Daemon, name: str, environ: Mapping[str, str]) -> None:
         self._daemon = daemon
         self._directory = RuntimeDirectory(name, environ)
+        self._socket, self._fifo = socket_place(self._directory), fifo_place(self._directory)
+        self._places: dict[Place, Callable[[], None]] = {}
+        """Those that were made, each with what reads from it."""
         self._selector = selectors.DefaultSelector()
-        self._clients: set[_Client] = set()
-        self._lock = threading.Lock()
-        self._nodes: list[Node] = []
-        self._fifo = -1
+        self._clients: set[Client] = set()
         self._fifo_inbox = bytearray()
-        self._socket: socket.socket | None = None
         self._thread = threading.Thread(target=self._run, name="flaskd-control", daemon=True)
         self._ending = False
         self._accepting_again = 0.0
+        self._next_look = 0.0
+        self._told = ""
+        self._mode, self._gid = 0o600, -1
+        self._access: Access
+        self._access_of: ControlConfig
 
     @property
     def nodes(self) -> list[str]:
         """The paths of what was made."""
-        return [str(node.path) for node in self._nodes]
+        return [str(place.node.path) for place in self._places if place.node is not None]
 
     def open(self, config: Config) -> None:
         """Lock the runtime directory, make both nodes, start answering.
@@ -84,7 +70,8 @@ class ControlPlane:
         Raises NotNowError when another flaskd lives there, and CannotCreateError if `control.required`; otherwise what
         cannot be made is told in the log.
         """
-        mode, faults = config.control.mode_bits, []
+        self._mode, faults = config.control.mode_bits, []
+        self._access, self._access_of = Access(config.control), config.control
         try:
             self._directory.acquire()
         except CannotCreateError as error:
@@ -92,12 +79,18 @@ class ControlPlane:
         else:
             if left := self._directory.tidy():
                 log.info(f"removed what a flaskd that was killed had left in {self._directory.path}: {', '.join(left)}")
-            gid = _gid(config.control.group)
-            for make in (self._make_socket, self._make_fifo):
+            self._gid = group_number(config.control.group)
+            wanted = {self._socket: self._accept}
+            if self._access.fifo:
+                wanted[self._fifo] = self._read_fifo
+            for place, read in wanted.items():
                 try:
-                    make(mode, gid)
+                    place.open(self._mode, self._gid)
                 except (CannotCreateError, OSError) as error:
                     faults.append(str(error))
+                else:
+                    self._places[place] = read
+                    self._selector.register(place.fd, selectors.EVENT_READ, read)
         if faults and config.control.required:
             self.close()
             raise CannotCreateError("; ".join(faults) + " (control.required is true)")
@@ -109,31 +102,6 @@ class ControlPlane:
         self._selector.register(self._reader, selectors.EVENT_READ, self._woken)
         self._thread.start()
 
-    def _make_socket(self, mode: int, gid: int) -> None:
-        sock, node = bind_unix(self._directory.path / SOCKET, mode=mode, gid=gid)
-        self._nodes.append(node)
-        sock.setblocking(False)
-        self._socket = sock
-        self._selector.register(sock, selectors.EVENT_READ, self._accept)
-
-    def _make_fifo(self, mode: int, gid: int) -> None:
-        path = self._directory.path / FIFO
-        with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISFIFO(path.lstat().st_mode):
-                raise CannotCreateError(f"cannot make the FIFO {path}: a file that is not a FIFO stands there")
-        hidden = path.with_name(f".{FIFO}.{os.getpid()}")
-        with contextlib.suppress(FileNotFoundError):
-            hidden.unlink()
-        os.mkfifo(hidden)
-        hidden.chmod(mode)
-        if gid != -1:
-            os.chown(hidden, -1, gid)
-        hidden.rename(path)
-        self._nodes.append(Node.of(path))
-        # O_RDWR: an O_RDONLY reader spins on POLLHUP once the first writer is gone (poll(2)).
-        self._fifo = os.open(path, os.O_RDWR | os.O_NONBLOCK)
-        self._selector.register(self._fifo, selectors.EVENT_READ, self._read_fifo)
-
     def close(self) -> None:
         """Take no more commands, flush the answers (bounded), remove our own nodes; a second call does nothing."""
         self.remove_nodes()
@@ -141,32 +109,49 @@ class ControlPlane:
             self._ending = True
             self._wake()
             self._thread.join(_FLUSH_TIMEOUT + 1)
+        self.remove_nodes()  # once more: it may have put one back in this moment
         for client in list(self._clients):
             self._drop(client)
         self._selector.close()
-        for sock in (self._socket, *((self._reader, self._writer) if hasattr(self, "_reader") else ())):
-            if sock is not None:
-                sock.close()
-        if self._fifo >= 0:
-            os.close(self._fifo)
-            self._fifo = -1
+        for place in self._places:
+            place.close()
+        if hasattr(self, "_reader"):
+            self._reader.close()
+            self._writer.close()
         self._directory.release()
 
     def forget(self) -> None:
         """Close all descriptors, and nothing else: in a forked child they are not ours."""
         self._selector.close()
-        for sock in (self._socket, *(client.sock for client in self._clients)):
-            if sock is not None:
-                sock.close()
-        if self._fifo >= 0:
-            os.close(self._fifo)
+        for client in self._clients:
+            client.sock.close()
+        for place in self._places:
+            place.close()
         self._directory.forget()
 
     def remove_nodes(self) -> None:
         """Remove our own nodes now (any thread; the last thing before an exit in a hurry)."""
-        for node in self._nodes:
-            with contextlib.suppress(OSError):
-                node.remove()
+        self._ending = True
+        for place in self._places:
+            place.remove()
+
+    def execute(self, command: Command, reply: Reply) -> None:
+        """Carry out a command; its outcome goes to `reply`."""
+        try:
+            self._access_now().check(command)
+            if command.changes:
+                log.info(f"control: {command} from {command.peer}")
+            RUN[command.name](self._daemon, command, reply)
+        except FlaskdError as error:
+            if command.changes:
+                log.warning(f"control: refused {command} from {command.peer}: {error}")
+            reply.error(error.code, str(error))
+
+    def _access_now(self) -> Access:
+        control = self._daemon.configuration.values.control
+        if control is not self._access_of:  # reloaded
+            self._access, self._access_of = Access(control), control
+        return self._access
 
     # --- the control thread -------------------------------------------------------------------------------------
 
@@ -175,17 +160,20 @@ class ControlPlane:
         while True:
             if self._ending:
                 until = until or time.monotonic() + _FLUSH_TIMEOUT
-                if time.monotonic() >= until or not any(client.out for client in self._clients):
+                if time.monotonic() >= until or not any(client.has_output for client in self._clients):
                     return
-            if self._accepting_again and self._socket and time.monotonic() >= self._accepting_again:
-                self._accepting_again = 0.0
-                self._selector.register(self._socket, selectors.EVENT_READ, self._accept)
-            for key, _ in self._selector.select(0.1 if self._ending else _ACCEPT_PAUSE):
+            for key, _ in self._selector.select(0.1 if self._ending else _PAUSE):
                 try:
                     key.data()
                 except Exception:  # one client's trouble is not the next one's
                     log.exception("cannot answer a control client")
             self._settle()
+            if (now := time.monotonic()) >= self._next_look and not self._ending:
+                self._next_look = now + _PAUSE
+                try:
+                    self._look_after_nodes(now)
+                except Exception:  # the clients that there are can do without
+                    log.exception("cannot look after the control nodes")
 
     def _wake(self) -> None:
         with contextlib.suppress(OSError):  # full: it is awake anyway; closed: nobody is there to wake
@@ -195,15 +183,44 @@ class ControlPlane:
         with contextlib.suppress(BlockingIOError):
             self._reader.recv(4096)
 
+    def _look_after_nodes(self, now: float) -> None:
+        """Put back what was taken away; begin to accept again after a pause."""
+        if self._accepting_again and now >= self._accepting_again:
+            self._accepting_again = 0.0
+            self._selector.register(self._socket.fd, selectors.EVENT_READ, self._accept)
+        if self._places and not self._directory.stands:
+            self._directory.forget()
+            try:
+                self._directory.acquire()
+            except FlaskdError as error:
+                if str(error) != self._told:
+                    self._told = str(error)
+                    log.warning(f"the runtime directory was taken away: {error}; it is tried again")
+                return
+            self._told = ""
+        for place, read in self._places.items():
+            before = place.keep(self._mode, self._gid)
+            if before is not None:
+                with contextlib.suppress(KeyError):  # nobody was accepted for a moment
+                    self._selector.unregister(before)
+                os.close(before)
+                if place is self._socket:
+                    self._accepting_again = 0.0
+                self._selector.register(place.fd, selectors.EVENT_READ, read)
+
     def _accept(self) -> None:
-        assert self._socket is not None
-        try:
-            sock, _ = self._socket.accept()
-        except OSError as error:
-            log.warning(f"cannot accept a control client: {error.strerror}")
-            self._selector.unregister(self._socket)
-            self._accepting_again = time.monotonic() + _ACCEPT_PAUSE
-            return
+        for _ in range(_AT_ONCE):
+            try:
+                self._admit(accept(self._socket.fd))
+            except BlockingIOError:
+                return
+            except OSError as error:
+                log.warning(f"cannot accept a control client: {error.strerror}")
+                self._selector.unregister(self._socket.fd)
+                self._accepting_again = time.monotonic() + _PAUSE
+                return
+
+    def _admit(self, sock: socket.socket) -> None:
         if len(self._clients) >= _MAX_CLIENTS:
             waiting = [each for each in self._clients if not each.pending]
             if waiting:  # who says nothing makes room for who may
@@ -211,141 +228,41 @@ class ControlPlane:
         if self._ending or len(self._clients) >= _MAX_CLIENTS:
             sock.close()
             return
-        sock.setblocking(False)
-        client = _Client(sock, _peer(sock))
+        client = Client(sock, self.execute, self._wake)
         self._clients.add(client)
         self._selector.register(sock, selectors.EVENT_READ, lambda: self._serve(client))
 
-    def _serve(self, client: _Client) -> None:
-        self._flush(client)
-        if client.closing or client.ended:
-            return
-        try:
-            data = client.sock.recv(65536)
-        except BlockingIOError:
-            return
-        except OSError:
-            client.ended = client.closing = True
-            return
-        client.last_heard = time.monotonic()
-        client.inbox += data
-        client.ended = not data
-        self._read_commands(client)
-
-    def _read_commands(self, client: _Client) -> None:
-        if client.ended and client.inbox:  # ``printf drain | nc -U``: a last line needs no newline
-            client.inbox += b"\n"
-        while not client.closing:
-            line, newline, rest = bytes(client.inbox).partition(b"\n")
-            if len(line) > MAX_LINE:
-                client.pending += 1
-                TextReply(self._sender(client)).error("usage", f"a command has at most {MAX_LINE} bytes")
-                client.closing = True
-            elif not newline:
-                break
-            else:
-                client.inbox[:] = rest
-                self._command(client, line.strip())
-
-    def _command(self, client: _Client, line: bytes) -> None:
-        client.json = client.json or line.startswith(b"{")
-        if client.json and not line:
-            return
-        client.pending += 1
-        if client.json:
-            self._json_command(client, line)
-        else:
-            reply = TextReply(self._sender(client))
-            self.execute(line.decode("utf-8", "replace").split(), client.peer, reply)
-
-    def _json_command(self, client: _Client, line: bytes) -> None:
-        reply = JsonReply(self._sender(client), None)
-        try:
-            request = json.loads(line)
-            if not isinstance(request, dict):
-                raise UsageError("expected a JSON object")
-            reply.id = request.pop("id", None)
-            verb = request.pop("cmd", None)
-            if not isinstance(verb, str):
-                raise UsageError('expected "cmd" with a verb; try {"cmd":"help"}')
-            for flag, value in request.items():
-                if not isinstance(value, bool):
-                    raise UsageError(f'{verb}: "{flag}" must be true or false')
-            self.execute([verb, *(flag for flag, value in request.items() if value)], client.peer, reply)
-        except (ValueError, RecursionError) as error:
-            reply.error("usage", f"expected a JSON object on one line: {error}")
-        except FlaskdError as error:
-            reply.error(error.code, str(error))
-
-    def execute(self, words: Sequence[str], peer: str, reply: Reply) -> None:
-        """Carry out a command given as words; its outcome goes to `reply`."""
-        try:
-            if not words:
-                raise UsageError('expected a command; try "help"')
-            name, flags = words[0], frozenset(words[1:])
-            verb = find_verb(name)
-            if unknown := flags - verb.flags:
-                known = f"it knows {', '.join(sorted(verb.flags))}" if verb.flags else "it takes none"
-                raise UsageError(f'{name} does not know "{min(unknown)}"; {known}')
-            if verb.changes:
-                log.info(f"control: {' '.join(words)} from {peer}")
-            verb.run(self._daemon, flags, peer, reply)
-        except FlaskdError as error:
-            reply.error(error.code, str(error))
-
-    def _read_fifo(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            self._fifo_inbox += os.read(self._fifo, 65536)
-        while b"\n" in self._fifo_inbox:
-            line, _, rest = bytes(self._fifo_inbox).partition(b"\n")
-            self._fifo_inbox[:] = rest
-            if line.strip():
-                self.execute(
-                    line.decode("utf-8", "replace").split(), "the FIFO", LogReply(line[:80].decode("utf-8", "replace"))
-                )
-        if len(self._fifo_inbox) > MAX_LINE:
-            log.warning(f"the FIFO got {len(self._fifo_inbox)} bytes without a newline; they are dropped")
-            self._fifo_inbox.clear()
-
-    def _sender(self, client: _Client) -> Callable[..., None]:
-        return functools.partial(self._send, client)
-
-    def _send(self, client: _Client, data: bytes, *, last: bool) -> None:
-        """Queue output for a client (any thread)."""
-        with self._lock:
-            client.out += data
-            if last:
-                client.pending -= 1
-                client.closing = client.closing or not client.json
-        self._wake()
-
-    def _flush(self, client: _Client) -> None:
-        with self._lock:
-            if client.out:
-                try:
-                    sent = client.sock.send(client.out)
-                    del client.out[:sent]
-                except BlockingIOError:
-                    pass
-                except OSError:
-                    client.out.clear()
-                    client.ended = client.closing = True
+    @staticmethod
+    def _serve(client: Client) -> None:
+        client.flush()
+        if client.wants_to_read:
+            client.read()
 
     def _settle(self) -> None:
-        """Flush what was queued, watch what is not flushed, and let go of who is done, idle or too slow."""
+        """Carry out and flush what there is, watch for more, and let go of who is done, idle or too slow."""
         now = time.monotonic()
         for client in list(self._clients):
-            self._flush(client)
-            done = client.closing or (client.ended and not client.pending)
+            try:
+                more = client.work()
+            except Exception:  # a command with a fault in it is no reason to leave the others alone
+                log.exception("cannot carry out a control command")
+                more = False
+                client.closing = True
+            if more:
+                self._wake()
+            client.flush()
             idle = not client.pending and now - client.last_heard > _IDLE_TIMEOUT
-            if (done and not client.out) or idle or len(client.out) > _MAX_OUTPUT:
+            if client.done or client.hopeless or idle:
                 self._drop(client)
                 continue
             # A client that shut its side down would be readable for ever.
-            events = (0 if client.ended else selectors.EVENT_READ) | (selectors.EVENT_WRITE if client.out else 0)
-            self._watch(client, events)
+            self._watch(
+                client,
+                (selectors.EVENT_READ if client.wants_to_read else 0)
+                | (selectors.EVENT_WRITE if client.has_output else 0),
+            )
 
-    def _watch(self, client: _Client, events: int) -> None:
+    def _watch(self, client: Client, events: int) -> None:
         known = self._selector.get_map().get(client.sock)
         if known is None and events:
             self._selector.register(client.sock, events, lambda: self._serve(client))
@@ -354,26 +271,31 @@ class ControlPlane:
         elif known is not None and known.events != events:
             self._selector.modify(client.sock, events, known.data)
 
-    def _drop(self, client: _Client) -> None:
+    def _drop(self, client: Client) -> None:
         self._clients.discard(client)
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(client.sock)
         client.sock.close()
 
+    def _read_fifo(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._fifo_inbox += os.read(self._fifo.fd, 65536)
+        *lines, rest = bytes(self._fifo_inbox).split(b"\n")
+        self._fifo_inbox[:] = rest
+        for line in lines:
+            if len(line) > MAX_LINE:
+                log.warning(f"the FIFO got a line of {len(line)} bytes; a command has at most {MAX_LINE}")
+            elif line.strip():
+                self._fifo_line(line.decode("utf-8", "replace"))
+        if len(self._fifo_inbox) > MAX_LINE:
+            log.warning(f"the FIFO got {len(self._fifo_inbox)} bytes without a newline; they are dropped")
+            self._fifo_inbox.clear()
 
-def _peer(sock: socket.socket) -> str:
-    """Who is at the other end: SO_PEERCRED, unix(7)."""
-    if not hasattr(socket, "SO_PEERCRED"):
-        return "somebody"
-    pid, uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
-    return f"uid={uid} pid={pid}"
-
-
-def _gid(group: str | None) -> int:
-    if group is None:
-        return -1
-    try:
-        return int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
-    except KeyError:
-        log.warning(f'control.group: there is no group "{group}"; the nodes keep the process\'s own')
-        return -1
+    def _fifo_line(self, line: str) -> None:
+        reply = LogReply(line[:80])
+        try:
+            command = from_words(line.split(), FIFO_PEER)
+        except FlaskdError as error:
+            reply.error(error.code, str(error))
+        else:
+            self.execute(command, reply)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -76,6 +77,56 @@ class JsonReply:
 
     def error(self, code: str, message: str) -> None:
         self._tell({"ok": False, "error": {"code": code, "message": message}}, last=True)
+
+
+STATUSES = {
+    "usage": 400, "forbidden": 403, "unknown-command": 404, "no-record": 404, "method": 405, "not-now": 409,
+    "config-invalid": 422, "restart-needed": 422, "not-ready": 503, "unhealthy": 503,
+}  # fmt: skip
+"""Error code of a reply → status of an HTTP answer (RFC 9110 §15); 500 for all others."""
+
+
+class HttpReply:
+    """One HTTP answer with the JSON object that JSON clients get, then the connection closes.
+
+    Its status tells the outcome, so it comes when the outcome is known; there is no progress.
+    """
+
+    def __init__(self, send: Send, *, head: bool = False) -> None:
+        self._send, self._head = send, head
+
+    def _answer(self, status: int, entry: Fields, *more: str) -> None:
+        body = json.dumps(entry, default=str).encode() + b"\n"
+        lines = [
+            f"HTTP/1.1 {status} {http.client.responses.get(status, 'Error')}",
+            "Content-Type: application/json",
+            f"Content-Length: {len(body)}",
+            "Cache-Control: no-store",
+            "Connection: close",
+            *more,
+        ]
+        head = "".join(f"{line}\r\n" for line in lines) + "\r\n"
+        self._send(head.encode("latin-1") + (b"" if self._head else body), last=True)
+
+    def progress(self, fields: Fields) -> None:
+        pass
+
+    def ok(
+        self,
+        word: str,
+        fields: Fields | None = None,
+        *,
+        detail: Fields | None = None,
+        lines: Sequence[str] = (),
+        hint: str = "",
+    ) -> None:
+        more = {"hint": hint} if hint else {}
+        self._answer(200, {"ok": True, "result": word, **(fields or {}), **(detail or {}), **more})
+
+    def error(self, code: str, message: str) -> None:
+        status = STATUSES.get(code, 500)
+        more = ("Allow: POST",) if code == "method" else ()
+        self._answer(status, {"ok": False, "error": {"code": code, "message": message}}, *more)
 
 
 class LogReply:

@@ -1,48 +1,61 @@
-"""The control commands: one table, and what stands behind each entry."""
+"""What stands behind each verb of the table in `flaskd.verbs`. They run in the control thread, and never wait."""
 
 from __future__ import annotations
 
-import difflib
+import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from flaskd.errors import UnknownCommandError
+from flaskd.errors import UsageError
 from flaskd.lifecycle import StopReason
-from flaskd.protocol import Reply, as_text, record_lines
+from flaskd.protocol import Reply, record_lines, request_line, status_lines
+from flaskd.server import stack_of
+from flaskd.verbs import FLAGS, VERBS, find_verb
 
 if TYPE_CHECKING:
+    from flaskd.control.commands import Command
     from flaskd.daemon import Daemon
 
-Flags = frozenset[str]
+_HEALTHY = 3.0
+"""Seconds without a turn of the serving thread that are still no wedge; it turns once a second at least."""
+_LEVELS = ("debug", "info", "warning", "error")
 
 
-@dataclass(frozen=True)
-class Verb:
-    """A control command: what it does, what it is for, and the flags it knows."""
+def _help(_daemon: Daemon, command: Command, reply: Reply) -> None:
+    if name := command.argument:
+        verb = find_verb(name)
+        lines = [f"{verb.usage(name)}: {verb.summary}", *(f"  {flag}: {FLAGS[flag]}" for flag in sorted(verb.flags))]
+        lines.append(f"  needs the role {verb.role}" + (", when something changes" if verb.changes else ""))
+        reply.ok(
+            "help",
+            detail={"verb": verb.as_json(name), "flags": {flag: FLAGS[flag] for flag in verb.flags}},
+            lines=lines,
+        )
+        return
+    usages = {name: verb.usage(name) for name, verb in VERBS.items()}
+    width = max(map(len, usages.values()))
+    reply.ok(
+        "help",
+        detail={"verbs": [verb.as_json(name) for name, verb in VERBS.items()], "flags": FLAGS},
+        lines=[f"{usages[name]:<{width}}  {verb.summary}" for name, verb in VERBS.items()],
+    )
 
-    run: Callable[[Daemon, Flags, str, Reply], None]
-    summary: str
-    flags: Flags = frozenset()
-    changes: bool = False
+
+def _status(daemon: Daemon, _command: Command, reply: Reply) -> None:
+    fields = daemon.status()
+    reply.ok(str(fields["state"]), detail=fields, lines=status_lines(fields))
 
 
-def _drain(daemon: Daemon, flags: Flags, _peer: str, reply: Reply) -> None:
-    daemon.drain(reply, wait="wait" in flags)
-
-
-def _stop(daemon: Daemon, flags: Flags, peer: str, reply: Reply) -> None:
-    daemon.stop(StopReason("control", peer), reply, wait="wait" in flags, now="now" in flags)
-
-
-def _health(daemon: Daemon, _flags: Flags, _peer: str, reply: Reply) -> None:
-    if daemon.turning(timeout=1.0):
-        reply.ok("healthy")
+def _health(daemon: Daemon, _command: Command, reply: Reply) -> None:
+    if daemon.server is None:
+        reply.error("unhealthy", "nothing is served yet: flaskd is starting")
+    elif (silent := daemon.silent_for) > _HEALTHY:
+        reply.error("unhealthy", f"the serving thread has not turned for {silent:.1f}s")
     else:
-        reply.error("unhealthy", "the serving thread does not turn")
+        reply.ok("healthy")
 
 
-def _ready(daemon: Daemon, _flags: Flags, _peer: str, reply: Reply) -> None:
+def _ready(daemon: Daemon, _command: Command, reply: Reply) -> None:
     state = daemon.state
     if state in {"ready", "reloading"}:
         reply.ok("ready")
@@ -50,43 +63,60 @@ def _ready(daemon: Daemon, _flags: Flags, _peer: str, reply: Reply) -> None:
         reply.error("not-ready", f"flaskd is {state}")
 
 
-def _status(daemon: Daemon, _flags: Flags, _peer: str, reply: Reply) -> None:
-    fields = daemon.status()
-    lines = [f"{key}: {_shown(value)}" for key, value in fields.items() if value not in (None, "", [])]
-    reply.ok(str(fields["state"]), detail=fields, lines=lines)
+def _drain(daemon: Daemon, command: Command, reply: Reply) -> None:
+    daemon.drain(reply, wait="wait" in command.flags)
 
 
-def _shown(value: object) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(_shown, value))
-    return as_text(value) if isinstance(value, Mapping) else str(value)
+def _stop(daemon: Daemon, command: Command, reply: Reply) -> None:
+    reason = StopReason("control", str(command.peer))
+    daemon.stop(reason, reply, wait="wait" in command.flags, now="now" in command.flags)
 
 
-def _plan(daemon: Daemon, _flags: Flags, _peer: str, reply: Reply) -> None:
+def _requests(daemon: Daemon, command: Command, reply: Reply) -> None:
+    found = daemon.server.requests(stacks="stacks" in command.flags) if daemon.server is not None else []
+    entries = [each.as_json() for each in found]
+    lines = []
+    for entry in entries:
+        lines += [request_line(entry), *_indented(entry["stack"])]
+    reply.ok("requests", {"in_flight": len(entries)}, detail={"requests": entries}, lines=lines)
+
+
+def _threads(daemon: Daemon, command: Command, reply: Reply) -> None:
+    doing = {each.thread: str(each) for each in (daemon.server.requests() if daemon.server is not None else [])}
+    entries: list[dict[str, Any]] = []
+    lines = []
+    for thread in threading.enumerate():
+        idle = "idle" if thread.name.startswith("flaskd-worker") else ""
+        entry = {
+            "name": thread.name,
+            "id": thread.native_id,
+            "daemon": thread.daemon,
+            "request": doing.get(thread.name),
+        }
+        lines.append(f"{thread.name} ({thread.native_id}) {entry['request'] or idle}".rstrip())
+        if "stacks" in command.flags:
+            stack = stack_of(thread)
+            entry["stack"] = stack
+            lines += _indented(stack)
+        entries.append(entry)
+    reply.ok("threads", {"threads": len(entries)}, detail={"list": entries}, lines=lines)
+
+
+def _indented(stack: str) -> list[str]:
+    return [f"    {line}" for line in stack.splitlines()]
+
+
+def _plan(daemon: Daemon, _command: Command, reply: Reply) -> None:
     plan = daemon.plan()
     reply.ok("plan", detail=plan, lines=str(plan["text"]).splitlines())
 
 
-def _config(daemon: Daemon, _flags: Flags, _peer: str, reply: Reply) -> None:
-    text = daemon.configuration.describe()
-    reply.ok("config", detail={"yaml": text}, lines=text.splitlines())
+def _config(daemon: Daemon, _command: Command, reply: Reply) -> None:
+    text = daemon.configuration.annotated()
+    reply.ok("config", detail={"yaml": text, "origins": daemon.configuration.origins}, lines=text.splitlines())
 
 
-def _version(_daemon: Daemon, _flags: Flags, _peer: str, reply: Reply) -> None:
-    from flaskd import __version__  # noqa: PLC0415 - the package's top is above this layer, but its version is a fact
-
-    reply.ok(__version__, detail={"version": __version__})
-
-
-def _help(_daemon: Daemon, _flags: Flags, _peer: str, reply: Reply) -> None:
-    usages = {name: " ".join([name, *(f"[{flag}]" for flag in sorted(verb.flags))]) for name, verb in VERBS.items()}
-    width = max(map(len, usages.values()))
-    lines = [f"{usages[name]:<{width}}  {verb.summary}" for name, verb in VERBS.items()]
-    verbs = [{"name": name, "flags": sorted(verb.flags), "summary": verb.summary} for name, verb in VERBS.items()]
-    reply.ok("help", detail={"verbs": verbs}, lines=lines)
-
-
-def _last_stop(daemon: Daemon, _flags: Flags, _peer: str, reply: Reply) -> None:
+def _last_stop(daemon: Daemon, _command: Command, reply: Reply) -> None:
     record = daemon.last_stop()
     if record is None:
         reply.error("no-record", "no stop has been recorded yet")
@@ -94,30 +124,38 @@ def _last_stop(daemon: Daemon, _flags: Flags, _peer: str, reply: Reply) -> None:
         reply.ok("last-stop", detail=record, lines=record_lines(record))
 
 
-_WAIT = frozenset({"wait"})
+def _log_level(daemon: Daemon, command: Command, reply: Reply) -> None:
+    before, level = daemon.log_level, command.argument
+    if not level:
+        reply.ok(before, detail={"level": before})
+        return
+    if level not in _LEVELS:
+        raise UsageError(f'log-level: expected one of {", ".join(_LEVELS)}, got "{level}"')
+    daemon.log_level = level
+    reply.ok(level, {"before": before}, detail={"level": level}, hint="until the next reload")
 
-VERBS: dict[str, Verb] = {
-    "help": Verb(_help, "this list"),
-    "status": Verb(_status, "state, requests in flight, listeners"),
-    "health": Verb(_health, "OK while the serving thread turns"),
-    "ready": Verb(_ready, "OK while new requests are welcome"),
-    "drain": Verb(_drain, "take no new work, finish what is in hand, stay alive", _WAIT, changes=True),
-    "resume": Verb(lambda daemon, _f, _p, reply: daemon.resume(reply), "undo a drain", _WAIT, changes=True),
-    "stop": Verb(_stop, "drain, run the cleanup policies, exit", _WAIT | {"now"}, changes=True),
-    "reload": Verb(
-        lambda daemon, _f, _p, reply: daemon.reload(reply), "read the configuration anew", _WAIT, changes=True
-    ),
-    "plan": Verb(_plan, "the cleanup policies in their order, and what was found"),
-    "config": Verb(_config, "the configuration in force, secrets hidden"),
-    "last-stop": Verb(_last_stop, "how the stop before this run went"),
-    "version": Verb(_version, "flaskd's version"),
+
+def _version(_daemon: Daemon, _command: Command, reply: Reply) -> None:
+    from flaskd import __version__  # noqa: PLC0415 - the package's top is above this layer, but its version is a fact
+
+    reply.ok(__version__, detail={"version": __version__})
+
+
+RUN: Mapping[str, Callable[[Daemon, Command, Reply], None]] = {
+    "help": _help,
+    "status": _status,
+    "health": _health,
+    "ready": _ready,
+    "drain": _drain,
+    "resume": lambda daemon, _, reply: daemon.resume(reply),
+    "stop": _stop,
+    "reload": lambda daemon, _, reply: daemon.reload(reply),
+    "check": lambda daemon, _, reply: daemon.check(reply),
+    "requests": _requests,
+    "threads": _threads,
+    "plan": _plan,
+    "config": _config,
+    "last-stop": _last_stop,
+    "log-level": _log_level,
+    "version": _version,
 }
-
-
-def find_verb(name: str) -> Verb:
-    """The verb of that name; raises UnknownCommandError with the nearest one."""
-    if verb := VERBS.get(name):
-        return verb
-    near = difflib.get_close_matches(name, VERBS, n=1)
-    meant = f'; did you mean "{near[0]}"?' if near else ";"
-    raise UnknownCommandError(f'"{name}"{meant} try "help"')

@@ -1,7 +1,9 @@
 """Waitress made drainable. Every internal of waitress that flaskd relies on is touched in this package alone."""
 
+from flaskd.server.channel import stack_of
 from flaskd.server.development import WerkzeugThread
 from flaskd.server.settings import adjustments
+from flaskd.server.tally import BOUNDS, Histogram, Tally
 from flaskd.server.thread import WaitressThread
 
-__all__ = ["WaitressThread", "WerkzeugThread", "adjustments"]
+__all__ = ["BOUNDS", "Histogram", "Tally", "WaitressThread", "WerkzeugThread", "adjustments", "stack_of"]

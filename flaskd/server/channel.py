@@ -57,6 +57,8 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
         self.id = 0
         self.first_byte = time.monotonic()
         self.wall_clock = time.time()
+        self.complete = self.began = 0.0
+        """When its last byte came, and when its answer was begun; 0 before."""
         self.thread: threading.Thread | None = None
         self.answered = False
         self.over = False
@@ -128,6 +130,7 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
             thread=thread.name if thread else "",
             stack=stack_of(thread) if stack and thread else "",
             gone=closed_by_peer(self.channel.socket),
+            sent=max(0, self.channel.flushed - self.starts_at) if self.began else 0,
         )
 
     def cut(self, reason: str) -> Cut:
@@ -258,7 +261,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     def answered_here(self) -> bool:
         """Whether the next request is answered by the loop itself, without a worker."""
         request = self.requests[0]
-        return request.rejected or self.loop.refusing or self._asks_for_health(request)
+        return request.rejected or self.loop.refusing or self.loop.alone or self._asks_for_health(request)
 
     def _asks_for_health(self, request: Request) -> bool:
         path = self.loop.health_path
@@ -274,6 +277,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         """Answer the first request in line: in a worker thread, or in the loop's when the app is not asked."""
         request: Request = self.requests[0]
         request.thread = threading.current_thread()
+        request.began = time.monotonic()
         request.starts_at = request.ends_at = self.output_length()
         self.serving = request
         try:

@@ -23,6 +23,7 @@ from flaskd.server.channel import Channel, Request
 from flaskd.server.draining import Draining
 from flaskd.server.idle import IdleWatch
 from flaskd.server.poller import make_poller
+from flaskd.server.tally import Tally
 from flaskd.server.workers import Errand, Workers
 from flaskd.sockets import Listener, unread
 from flaskd.work import tell_no_more, tell_of_ends
@@ -66,11 +67,17 @@ class EventLoop:
         self.connections_accepted = 0
         self.completed = 0
         self.rejected = 0
+        self.tally = Tally()
+        """Guarded by the loop's lock; `tally_now` gives a copy."""
         self.turned = threading.Event()
+        self.last_turn = time.monotonic()
+        """When the loop last turned, which it does every second when all is well."""
         self.error: BaseException | None = None
         self.poller = make_poller()
         self.acceptors: list[Any] = []
         self.workers = Workers()
+        self.alone = threads == 0
+        """Whether the loop runs the app itself; for apps that never wait."""
         self._threads = threads
         self._adjustments = adjustments
         self._app = app
@@ -114,6 +121,7 @@ class EventLoop:
     def accepted(self, request: Request) -> None:
         """Count a request as in flight."""
         request.id = next(self._ids)
+        request.complete = time.monotonic()
         self._in_hand[request.id] = request
 
     def answered(self, request: Request) -> None:
@@ -146,6 +154,7 @@ class EventLoop:
                 self.completed += 1
             elif outcome == "rejected":
                 self.rejected += 1
+            self.tally.add(request, outcome, time.monotonic())
             del self._in_hand[request.id]
         if self._on_answer is not None and request.status:
             self._on_answer(request.access_fields())
@@ -177,13 +186,18 @@ class EventLoop:
         arriving = [channel.arriving for channel in self.channels() if not channel.internal]
         return [each for each in arriving if each is not None and each.headers_finished] + list(self._in_hand.values())
 
-    def requests(self) -> list[InFlight]:
-        """What is in flight, oldest first (any thread)."""
-        return [request.snapshot() for request in list(self._in_hand.values())]
+    def requests(self, *, stacks: bool = False) -> list[InFlight]:
+        """What is in flight, oldest first, with the stacks of the threads on request (any thread)."""
+        return [request.snapshot(stack=stacks) for request in list(self._in_hand.values())]
 
     def cut(self, reason: str) -> tuple[Cut, ...]:
         """What is in flight, as cut (any thread)."""
         return tuple(request.cut(reason) for request in list(self._in_hand.values()))
+
+    def tally_now(self) -> Tally:
+        """The account of all requests so far (any thread)."""
+        with self._lock:
+            return self.tally.copy()
 
     def set_threads(self, threads: int) -> None:
         """Change the number of worker threads (any thread)."""
@@ -220,6 +234,7 @@ class EventLoop:
         try:
             while not self._ending:
                 self.poller.turn(self._patience())
+                self.last_turn = time.monotonic()
                 if not self.turned.is_set():
                     self.turned.set()
                 while self._calls:

@@ -16,6 +16,7 @@ from flaskd.ledger import Cut, DrainReport, InFlight
 from flaskd.server.channel import stack_of
 from flaskd.server.loop import EventLoop
 from flaskd.server.settings import most_connections
+from flaskd.server.tally import Tally
 from flaskd.sockets import Address, Listener, open_files_limit
 from flaskd.work import left_behind
 
@@ -32,7 +33,8 @@ class WaitressThread:
     """Serves a WSGI app on its own thread and worker threads.
 
     ``start()`` returns when requests are served or raises what went wrong; ``stop()`` answers what is in flight and
-    joins every thread. As a context manager it does both. Port 0 takes a free port, shown by ``url``.
+    joins every thread. As a context manager it does both. Port 0 takes a free port, shown by ``url``. With 0 threads
+    the serving thread runs the app itself, which must never wait.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class WaitressThread:
         keepalive_grace: float = 0.2,
         stream_grace: float = 1.0,
         patience: float = float("inf"),
+        name: str = "flaskd-server",
         on_answer: Callable[[dict[str, Any]], None] | None = None,
         on_death: Callable[[BaseException | None], None] | None = None,
     ) -> None:
@@ -60,6 +63,7 @@ class WaitressThread:
         self._keepalive_grace = keepalive_grace
         self._stream_grace = stream_grace
         self._patience = patience
+        self._name = name
         self._on_answer = on_answer
         self._on_death = on_death
         self._loop: EventLoop | None = None
@@ -99,10 +103,10 @@ class WaitressThread:
         except BaseException:
             self._close_listeners()
             raise
-        self._thread = threading.Thread(target=self._run, name="flaskd-server", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
         self._thread.start()
         worked = threading.Event()
-        loop.run_in_worker(worked.set)
+        loop.run_in_worker(worked.set) if self._threads else worked.set()
         loop.wake()
         started = loop.turned.wait(_START_TIMEOUT) and worked.wait(_START_TIMEOUT)
         if not started or loop.error is not None:
@@ -160,9 +164,18 @@ class WaitressThread:
         """Requests answered in full since the start."""
         return self._loop.completed if self._loop else 0
 
-    def requests(self) -> list[InFlight]:
-        """What is in flight, oldest first."""
-        return self._loop.requests() if self._loop else []
+    def tally(self) -> Tally:
+        """The account of all requests since the start."""
+        return self._loop.tally_now() if self._loop else Tally()
+
+    @property
+    def silent_for(self) -> float:
+        """Seconds since the serving thread last turned, which it does every second when all is well."""
+        return time.monotonic() - self._loop.last_turn if self._loop else 0.0
+
+    def requests(self, *, stacks: bool = False) -> list[InFlight]:
+        """What is in flight, oldest first; with the stacks of the threads on request."""
+        return self._loop.requests(stacks=stacks) if self._loop else []
 
     def cut(self, reason: str) -> tuple[Cut, ...]:
         """What is in flight, as cut: for when the serving thread cannot do it any more."""

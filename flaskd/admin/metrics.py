@@ -1,0 +1,143 @@
+"""What Prometheus is told: the daemon's own counts, written down when somebody asks and not before.
+
+`prometheus_client` is imported late, by `exporter`; nothing here is in the path of a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+from flaskd.lifecycle import State
+from flaskd.server import BOUNDS, Histogram, Tally
+
+Exporter = Callable[[str], tuple[bytes, str]]
+"""Takes the Accept header, gives the text and its content type."""
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What the daemon counts and sees at one moment; times are seconds."""
+
+    state: str
+    since: float
+    started: float
+    tally: Tally
+    in_flight: int = 0
+    queued: int = 0
+    connections: int = 0
+    threads: int = 0
+    oldest: float = 0.0
+    drains: int = 0
+    reloads: Mapping[str, int] = field(default_factory=dict)
+    """By result, ``ok`` and ``failed``."""
+    steps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """The cleanup steps of the stop under way, as in the record."""
+    last_stop: Mapping[str, Any] | None = None
+
+
+def exporter(measures: Callable[[], Measures]) -> Exporter:
+    """Make what writes the metrics; raises ImportError when prometheus_client is not installed."""
+    from prometheus_client import CollectorRegistry  # noqa: PLC0415 - optional, and 20 to 90 ms
+    from prometheus_client.exposition import choose_encoder  # noqa: PLC0415
+    from prometheus_client.registry import Collector  # noqa: PLC0415
+
+    class Reader(Collector):
+        def collect(self) -> Iterator[Any]:
+            return families(measures())
+
+        def describe(self) -> list[Any]:  # or the registry would collect once now, to learn the names
+            return []
+
+    # A registry of flaskd's own: what the app counts in the global one is the app's to show.
+    registry = CollectorRegistry()
+    registry.register(Reader())
+
+    def write(accept: str) -> tuple[bytes, str]:
+        encode, content_type = choose_encoder(accept)
+        return encode(registry), content_type
+
+    return write
+
+
+def families(now: Measures) -> Iterator[Any]:
+    """All metrics at one moment."""
+    yield from _life(now)
+    yield from _requests(now)
+    yield from _stops(now)
+
+
+def _life(now: Measures) -> Iterator[Any]:
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily  # noqa: PLC0415
+
+    from flaskd import __version__  # noqa: PLC0415 - a fact of the package's top, which is above this layer
+
+    yield InfoMetricFamily("flaskd", "The running flaskd.", {"version": __version__})
+    states = GaugeMetricFamily("flaskd_state", "1 for the state the daemon is in.", labels=["state"])
+    for state in State:
+        states.add_metric([state], state == now.state)
+    yield states
+    for name, text, value in (
+        ("flaskd_state_since_seconds", "When it came into this state (Unix time).", now.since),
+        ("flaskd_start_time_seconds", "When flaskd was started (Unix time).", now.started),
+    ):
+        yield GaugeMetricFamily(name, text, value)
+    yield CounterMetricFamily("flaskd_drains", "Drains begun.", now.drains)
+    reloads = CounterMetricFamily("flaskd_reloads", "Reloads by result.", labels=["result"])
+    for result in ("ok", "failed"):
+        reloads.add_metric([result], now.reloads.get(result, 0))
+    yield reloads
+
+
+def _requests(now: Measures) -> Iterator[Any]:
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily  # noqa: PLC0415
+
+    for name, text, value in (
+        ("flaskd_requests_in_flight", "Requests accepted and not yet completely answered.", now.in_flight),
+        ("flaskd_requests_queued", "Requests that wait for a worker thread.", now.queued),
+        ("flaskd_oldest_request_seconds", "Age of the oldest request in flight.", now.oldest),
+        ("flaskd_connections", "Open connections.", now.connections),
+        ("flaskd_threads", "Worker threads.", now.threads),
+    ):
+        yield GaugeMetricFamily(name, text, value)
+
+    outcomes = CounterMetricFamily("flaskd_requests", "Requests by what became of them.", labels=["outcome"])
+    for outcome, count in now.tally.outcomes.items():
+        outcomes.add_metric([outcome], count)
+    yield outcomes
+    answers = CounterMetricFamily("flaskd_responses", "Answers by class of their status.", labels=["status"])
+    for digit in range(1, 6):
+        answers.add_metric([f"{digit}xx"], now.tally.statuses[digit])
+    yield answers
+    for name, text, histogram in (
+        ("flaskd_request_seconds", "From a request's first byte to its answer's last.", now.tally.took),
+        ("flaskd_queue_wait_seconds", "How long complete requests waited for a worker thread.", now.tally.waited),
+    ):
+        yield HistogramMetricFamily(name, text, buckets=_cumulative(histogram), sum_value=histogram.total)
+
+
+def _stops(now: Measures) -> Iterator[Any]:
+    from prometheus_client.core import GaugeMetricFamily  # noqa: PLC0415
+
+    steps = GaugeMetricFamily(
+        "flaskd_cleanup_seconds", "How long each cleanup step took.", labels=["stop", "policy", "fate"]
+    )
+    ledger = GaugeMetricFamily("flaskd_last_stop_requests", "The ledger of the last stop.", labels=["outcome"])
+    last = now.last_stop
+    for stop, policies in (("current", now.steps), ("last", last.get("policies", {}) if last else {})):
+        for policy, entry in policies.items():
+            steps.add_metric([stop, policy, str(entry.get("fate"))], float(entry.get("took") or 0))
+    yield steps
+    if last:
+        for outcome in ("completed", "rejected"):
+            ledger.add_metric([outcome], int(last.get(outcome, 0)))
+        ledger.add_metric(["cut"], len(last.get("cut", ())))
+        yield ledger
+        yield GaugeMetricFamily("flaskd_last_stop_seconds", "How long the last stop took.", float(last.get("took", 0)))
+
+
+def _cumulative(histogram: Histogram) -> list[tuple[str, float]]:
+    counts = accumulate(histogram.counts)
+    return [(str(bound), float(count)) for bound, count in zip((*BOUNDS, "+Inf"), counts, strict=True)]

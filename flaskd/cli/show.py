@@ -1,0 +1,262 @@
+"""How answers look to people: plain text, with colour and a bar where there is a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+import click
+
+from flaskd.protocol import as_text, record_lines, request_line
+from flaskd.units import format_duration
+
+_GREEN, _YELLOW, _RED, _DIM = "32", "33", "31", "2"
+_COLOURS = {
+    "ready": _GREEN, "reloading": _GREEN, "starting": _YELLOW, "draining": _YELLOW, "drained": _YELLOW,
+    "stopping": _YELLOW, "ok": _GREEN, "failed": _RED, "timed_out": _RED,
+}  # fmt: skip
+_TENTHS = 10.0
+"""Seconds below which tenths of them matter to people."""
+
+
+def coloured(text: str, colour: str, stream: TextIO | None = None) -> str:
+    """Put text in a colour (SGR, ECMA-48), where the stream is a terminal and $NO_COLOR is not set."""
+    stream = sys.stdout if stream is None else stream
+    if not colour or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb" or not stream.isatty():
+        return text
+    return f"\x1b[{colour}m{text}\x1b[0m"
+
+
+def state(word: str) -> str:
+    """A state in its colour."""
+    return coloured(word, _COLOURS.get(word, ""))
+
+
+def answer(verb: str, fields: dict[str, Any]) -> str:
+    """An answer for people."""
+    page = _PAGES.get(verb)
+    return page(fields) if page else _outcome(fields)
+
+
+def _outcome(fields: dict[str, Any]) -> str:
+    result, hint = fields.pop("result"), fields.pop("hint", "")
+    cut = [
+        f"cut {each['method']} {each['path']} ({each['phase']}, {each['age']}s): {each['reason']}"
+        for each in fields.get("cut") or []
+    ]
+    if isinstance(fields.get("background"), list):
+        cut += [f"background: {_background(each)}" for each in fields["background"]]
+    policies = fields.get("policies")
+    fates = [f"{name}: {entry['fate']}" for name, entry in policies.items()] if isinstance(policies, dict) else []
+    last = " ".join(filter(None, [result, as_text(fields), f"({hint})" if hint else ""]))
+    return "\n".join([*cut, *fates, last])
+
+
+def status(fields: dict[str, Any]) -> str:
+    """The status as a page that one reads in five seconds; what is nothing is left out."""
+    heads = [f"{state(fields['state'])} for {short(fields['for'])}", fields.get("app"), f"pid {fields['pid']}"]
+    rows = {
+        "reason": fields.get("reason"),
+        "cleanup": ", ".join(fields.get("cleanup") or []),
+        "listen": ", ".join(fields["listen"]),
+        "admin": ", ".join(fields.get("admin") or []),
+        "requests": _requests_now(fields),
+        "answered": _answered(fields),
+        "threads": f"{fields['busy']} of {fields['threads']} busy",
+        "connections": str(fields["connections"]),
+        "background": ", ".join(map(_background, fields.get("background") or [])),
+        "last reload": _last_reload(fields.get("last_reload")),
+        "last stop": _last_stop(fields.get("last_stop")),
+        "previous run": fields.get("previous"),
+        "idle stop at": fields.get("idle_stop_at"),
+        "config": fields.get("config"),
+    }  # fmt: skip
+    return "\n".join([", ".join(filter(None, heads)), *(f"  {key:<13}{value}" for key, value in rows.items() if value)])
+
+
+def short(seconds: float) -> str:
+    """Seconds as they are said: 4.1s, 12s, 3h2m5s."""
+    return format_duration(float(round(seconds)) if seconds >= _TENTHS else round(seconds, 1))
+
+
+def _background(entry: dict[str, Any]) -> str:
+    return f"{entry['name']} (for {short(entry['age'])} in {entry['thread']})"
+
+
+def _requests_now(fields: dict[str, Any]) -> str:
+    text = f"{fields['in_flight']} in flight"
+    if fields.get("queued"):
+        text += f", {fields['queued']} of them queued"
+    return text + (f"; oldest {fields['oldest']}" if fields.get("oldest") else "")
+
+
+def _answered(fields: dict[str, Any]) -> str:
+    tally = fields["tally"]
+    text = f"{fields['completed']:,}"
+    notable = {
+        "4xx": tally["statuses"]["4xx"], "5xx": tally["statuses"]["5xx"],
+        **{key: tally["outcomes"][key] for key in ("rejected", "cut", "gone")},
+    }  # fmt: skip
+    return ", ".join([text, *(f"{count:,} {key}" for key, count in notable.items() if count)])
+
+
+def _last_reload(entry: dict[str, Any] | None) -> str:
+    if not entry:
+        return ""
+    return (
+        f"ok, {entry['time']}" if entry["ok"] else f"{coloured('failed', _RED)}, {entry['time']}: {entry.get('fault')}"
+    )
+
+
+def _last_stop(entry: dict[str, Any] | None) -> str:
+    if not entry:
+        return ""
+    lost = f"{entry['cut']} cut" if entry["cut"] else "nothing lost"
+    failed = f", {entry['failed']} cleanup steps failed" if entry["failed"] else ""
+    return f"{entry['started']}, {entry['reason']}, took {format_duration(float(entry['took'] or 0))}, {lost}{failed}"
+
+
+def requests(fields: dict[str, Any]) -> str:
+    """Requests in flight, a line each, with the stacks that were asked for."""
+    lines = []
+    for entry in fields["requests"]:
+        lines += [request_line(entry), *(f"    {line}" for line in entry["stack"].splitlines())]
+    return "\n".join(lines) or "nothing is in flight"
+
+
+def threads(fields: dict[str, Any]) -> str:
+    """Threads, a line each, with the stacks that were asked for."""
+    lines = []
+    for entry in fields["list"]:
+        lines.append(f"{entry['name']} ({entry['id']}) {entry['request'] or ''}".rstrip())
+        lines += [f"    {line}" for line in entry.get("stack", "").splitlines()]
+    return "\n".join(lines)
+
+
+_PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "status": status,
+    "requests": requests,
+    "threads": threads,
+    "config": lambda fields: str(fields["yaml"]).rstrip(),
+    "log-level": lambda fields: " ".join(
+        filter(None, [fields["level"], f"({fields['hint']})" if "hint" in fields else ""])
+    ),
+    "last-stop": lambda fields: "\n".join(record_lines(fields)),
+}
+
+
+# --- progress -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def progress(verb: str, *, as_json: bool = False) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Show how it goes: a bar on a terminal, lines elsewhere, JSON for programs. `verb` empty: there is no waiting."""
+    if as_json:
+        yield lambda fields: click.echo(json.dumps(fields, ensure_ascii=False))
+    elif not verb or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+        yield _line
+    else:
+        bar = Bar(verb, sys.stderr)
+        try:
+            yield bar.update
+        finally:
+            bar.close()
+
+
+def _line(fields: dict[str, Any]) -> None:
+    oldest = fields.get("oldest")
+    more = f" oldest={format_duration(oldest['age'])} {oldest['method']} {oldest['path']}" if oldest else ""
+    cleanup = fields.pop("cleanup", None)
+    if cleanup:
+        more += f" cleanup={','.join(cleanup)}"
+    click.echo(f".. {as_text({key: value for key, value in fields.items() if key != 'event'})}{more}", err=True)
+
+
+_DOING = {"drain": "draining", "stop": "stopping", "resume": "resuming", "reload": "reloading"}
+_REDRAW = 0.2
+"""Seconds."""
+_BAR, _SHORT_BAR, _NARROW = 20, 6, 70
+"""Characters of the bar, and of the terminal below which it is short."""
+
+
+class Bar:
+    """One line that tells how a drain or stop goes; each cleanup step that is over stands above it, for good."""
+
+    def __init__(self, verb: str, stream: TextIO) -> None:
+        self._stream = stream
+        self._doing = _DOING.get(verb, verb)
+        self._began = time.monotonic()
+        self._fields: dict[str, Any] = {}
+        self._heard = self._began
+        self._most = 0
+        self._over = threading.Event()
+        self._lock = threading.Lock()
+        try:
+            "█░✓✗".encode(stream.encoding or "ascii")
+            self._full, self._empty, self._good, self._bad = "█░✓✗"
+        except UnicodeEncodeError:
+            self._full, self._empty, self._good, self._bad = "#-+!"
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def update(self, fields: dict[str, Any]) -> None:
+        """Take in a progress event."""
+        with self._lock:
+            if "policy" in fields:
+                good = fields["fate"] == "ok"
+                mark = coloured(self._good if good else self._bad, _COLOURS.get(fields["fate"], _DIM), self._stream)
+                took = format_duration(float(fields["took"]))
+                self._write(f"\r\x1b[K  {mark} {fields['policy']}: {fields['fate']} in {took}\n")
+            else:
+                self._fields, self._heard = fields, time.monotonic()
+                self._most = max(self._most, fields.get("in_flight", 0))
+            self._draw()
+
+    def _run(self) -> None:
+        while not self._over.wait(_REDRAW):
+            with self._lock:
+                self._draw()
+
+    def text(self, width: int = 80) -> str:
+        """The line, without colour, for a terminal of so many characters."""
+        size = _BAR if width >= _NARROW else _SHORT_BAR
+        now = time.monotonic()
+        left = self._fields.get("in_flight", 0)
+        done = round(size * (self._most - left) / self._most) if self._most else size
+        bar = self._full * done + self._empty * (size - done)
+        text = f"{self._doing} {bar} {short(now - self._began)}"
+        if not self._fields:
+            return f"{self._doing} ..."
+        text += f", {left} in flight"
+        if oldest := self._fields.get("oldest"):
+            age = short(oldest["age"] + now - self._heard)
+            text += f", oldest {oldest['method']} {oldest['path']} for {age}"
+        if background := self._fields.get("background"):
+            text += f", {background} in the background"
+        if cleanup := self._fields.get("cleanup"):
+            text += f"; cleanup: {', '.join(cleanup)}"
+        return text
+
+    def _draw(self) -> None:
+        from shutil import get_terminal_size  # noqa: PLC0415 - for the bar alone
+
+        width = get_terminal_size().columns - 1
+        text = self.text(width)
+        self._write("\r\x1b[K" + (text if len(text) <= width else text[: max(0, width - 3)] + "..."))
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # a terminal that went away costs the picture
+            self._stream.write(text)
+            self._stream.flush()
+
+    def close(self) -> None:
+        """Take the line away."""
+        self._over.set()
+        self._thread.join()
+        self._write("\r\x1b[K")

@@ -1,0 +1,146 @@
+"""The client verbs: what the control plane knows, as commands; made from the one table of verbs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from flaskd.cli import show
+from flaskd.client import ControlClient, find_socket
+from flaskd.errors import EX_LOST, FlaskdError, NoDaemonError
+from flaskd.protocol import RECORD, state_directory
+from flaskd.verbs import FLAGS, VERBS, find_verb
+
+_ELSEWHERE = {"help", "check"}
+"""Verbs whose commands need no daemon, and are made by hand."""
+_LONG = 60.0
+"""Seconds of silence after which one that tells every second how it goes has died."""
+
+_PLACE: list[click.Parameter] = [
+    click.Option(["--socket"], metavar="PATH", help="Control socket; else $FLASKD_CONTROL, else the usual places."),
+    click.Option(["--name"], metavar="NAME", default="flaskd", show_default=True, help="Name of the daemon."),
+]
+_JSON = click.Option(["--json", "as_json"], is_flag=True, help="Answer for programs.")
+
+
+def add_client_verbs(group: click.Group) -> None:
+    """Give the command its client verbs."""
+    for name, verb in VERBS.items():
+        if name not in _ELSEWHERE and name not in group.commands:
+            params = [*_PLACE, _JSON]
+            params += [
+                click.Option([f"--{flag}"], is_flag=True, help=_sentence(FLAGS[flag])) for flag in sorted(verb.flags)
+            ]
+            params += [click.Argument([verb.argument], required=False)] * bool(verb.argument)
+            group.add_command(click.Command(name, callback=_client(name), params=params, help=_sentence(verb.summary)))
+    interval = click.Option(
+        ["--interval"], default=1.0, type=click.FloatRange(0.1, 3600), help="Seconds between looks."
+    )
+    count = click.Option(["-n", "--count"], type=click.IntRange(1), help="How many looks; default: until interrupted.")
+    group.add_command(click.Command("top", callback=_top, params=[*_PLACE, _JSON, interval, count], help=_TOP))
+    argument = click.Argument(["verb"], required=False)
+    group.add_command(click.Command("help", callback=_help, params=[_JSON, argument], help=_HELP))
+
+
+_TOP = "Watch a daemon: rate, latency, in flight, queue, requests by age. One page where there is no terminal."
+_HELP = "The commands of the control plane, or one of them; needs no daemon."
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
+
+
+def _client(verb: str) -> Any:
+    def run(socket: str | None, name: str, as_json: bool, **words: Any) -> int:
+        try:
+            path = find_socket(socket, name, os.environ)
+        except NoDaemonError as error:
+            if verb != "last-stop" or socket:
+                raise
+            _say(verb, _read_record(name, error), as_json)
+            return 0
+        return ask(path, verb, {key: value for key, value in words.items() if value}, as_json=as_json)
+
+    return run
+
+
+def ask(path: Path, verb: str, words: dict[str, Any], *, as_json: bool = False) -> int:
+    """Send a command, show how it goes and what came of it; returns the exit code."""
+    wait = "wait" in words
+    with (
+        show.progress(verb if wait else "", as_json=as_json) as progress,
+        ControlClient(path, timeout=_LONG if wait or verb in {"reload", "check"} else 10.0) as client,
+    ):
+        answer = client.request(verb, progress=progress, **words)
+        if verb == "stop" and wait:
+            client.wait_closed()
+    _say(verb, answer, as_json)
+    lost = answer.get("cut") or answer.get("background")
+    return EX_LOST if lost and verb in {"drain", "stop"} else 0
+
+
+def _say(verb: str, answer: dict[str, Any], as_json: bool) -> None:
+    click.echo(json.dumps(answer, ensure_ascii=False) if as_json else show.answer(verb, answer))
+
+
+def _read_record(name: str, no_daemon: NoDaemonError) -> dict[str, Any]:
+    path = state_directory(name, os.environ) / RECORD
+    try:
+        return {"result": "last-stop", **json.loads(path.read_text(encoding="utf-8"))}
+    except (OSError, ValueError) as error:
+        raise NoDaemonError(f"{no_daemon}; and there is no record in {path}: {error}") from error
+
+
+def _help(verb: str | None, as_json: bool) -> None:
+    found = {verb: find_verb(verb)} if verb else VERBS
+    if as_json:
+        click.echo(json.dumps({"verbs": [each.as_json(name) for name, each in found.items()], "flags": FLAGS}))
+        return
+    width = max(len(each.usage(name)) for name, each in found.items())
+    for name, each in found.items():
+        click.echo(f"{each.usage(name):<{width}}  {each.summary} ({each.role})")
+    for flag in sorted({flag for each in found.values() for flag in each.flags}):
+        click.echo(f"{'  ' + flag:<{width}}  {FLAGS[flag]}")
+
+
+def _top(socket: str | None, name: str, as_json: bool, interval: float, count: int | None) -> int:
+    from flaskd.cli.top import watch  # noqa: PLC0415 - the other verbs can do without
+
+    return watch(lambda: find_socket(socket, name, os.environ), interval=interval, count=count, as_json=as_json)
+
+
+def what_next() -> str:
+    """What to do now, said to who types the command alone."""
+    lines = ["flaskd serves a Flask app, and stops it without losing a request.", ""]
+    try:
+        with ControlClient(find_socket(None, "flaskd", os.environ), timeout=2.0) as client:
+            status = client.request("status")
+        lines += [
+            f"A daemon is {status['state']} here, pid {status['pid']}, on {', '.join(status['listen'])}. Next:",
+            "",
+        ]
+        lines += _table({"flaskd status": "how it is", "flaskd top": "watch it", "flaskd stop --wait": "stop it"})
+    except FlaskdError:
+        lines += ["No daemon is running here. Next:", ""]
+        lines += _table(_first_steps())
+    return "\n".join([*lines, "", 'All commands: "flaskd --help".'])
+
+
+def _first_steps() -> dict[str, str]:
+    with contextlib.suppress(OSError):
+        if Path("flaskd.yaml").exists():
+            return {"flaskd check": "check flaskd.yaml", "flaskd serve": "serve what it says"}
+        for name in ("wsgi.py", "app.py"):
+            if Path(name).exists():
+                return {"flaskd serve": f"serve the app in {name}"}
+    return {"flaskd serve MODULE:APP": "serve your app", "flaskd serve flaskd.demo:app": "or a small demo"}
+
+
+def _table(rows: dict[str, str]) -> list[str]:
+    width = max(map(len, rows))
+    return [f"  {left:<{width}}   {right}" for left, right in rows.items()]

@@ -1,0 +1,224 @@
+"""``flaskd top``: a daemon watched in the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import select
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from flaskd.cli import show
+from flaskd.client import ControlClient
+from flaskd.errors import NoDaemonError
+from flaskd.units import format_duration
+
+_NARROW = 66
+"""Characters below which the page has one column, and says less of each request."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one look saw; `when` is a time.monotonic() moment."""
+
+    when: float
+    status: dict[str, Any]
+    requests: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What happened between two looks: answers a second, and half and 95 % of them took at most so many seconds."""
+
+    rate: float
+    errors: float
+    half: float | None
+    most: float | None
+    waited: float | None
+    """The same 95 %, of the wait for a thread."""
+
+
+def rates(before: Look | None, now: Look) -> Rates:
+    """Compare two looks; with one alone, since the start."""
+    if before and before.status["uptime"] > now.status["uptime"]:  # another daemon
+        before = None
+    tally = now.status["tally"]
+    older = before.status["tally"] if before else None
+    seconds = max(0.001, now.when - before.when if before else now.status["uptime"])
+    took = _between(tally, older, "took")
+    wrong = tally["statuses"]["5xx"] - (older["statuses"]["5xx"] if older else 0)
+    bounds = tally["bounds"]
+    return Rates(
+        sum(took) / seconds,
+        wrong / seconds,
+        quantile(took, bounds, 0.5),
+        quantile(took, bounds, 0.95),
+        quantile(_between(tally, older, "waited"), bounds, 0.95),
+    )
+
+
+def _between(tally: dict[str, Any], older: dict[str, Any] | None, key: str) -> list[int]:
+    counts: list[int] = tally[key]["counts"]
+    return [a - b for a, b in zip(counts, older[key]["counts"], strict=True)] if older else counts
+
+
+def quantile(counts: Sequence[int], bounds: Sequence[float], part: float) -> float | None:
+    """The upper bound of the bucket in which that part of all ends; None for nothing, infinity above the last bound."""
+    wanted, seen = part * sum(counts), 0
+    if not wanted:
+        return None
+    for count, bound in zip(counts, [*bounds, float("inf")], strict=True):
+        seen += count
+        if seen >= wanted:
+            return bound
+    return float("inf")
+
+
+def page(look: Look, measured: Rates, width: int, height: int) -> list[str]:
+    """The page, in lines that fit."""
+    status = look.status
+    head = [
+        f"flaskd {status['state']} for {show.short(status['for'])}",
+        status.get("app"),
+        f"pid {status['pid']}",
+        *status["listen"],
+    ]
+    table = [
+        ("rate", f"{measured.rate:.1f}/s", "in flight", status["in_flight"], "threads busy", _of(status)),
+        ("50 %", _most(measured.half), "queued", status["queued"], "connections", status["connections"]),
+        ("95 %", _most(measured.most), "errors", f"{measured.errors:.1f}/s", "queue wait", _most(measured.waited)),
+    ]
+    lines = [", ".join(filter(None, head)), ""]
+    if narrow := width < _NARROW:
+        lines += [f"  {row[i]:<13}{row[i + 1]!s:>10}" for i in (0, 2, 4) for row in table]
+    else:
+        lines += [f"  {a:<6}{b:>10}    {c:<10}{d:>8}    {e:<13}{f!s:>8}" for a, b, c, d, e, f in table]
+    extra = [f"{key}: {', '.join(map(str, status[key]))}" for key in ("cleanup",) if status.get(key)]
+    if status.get("reason"):
+        extra.insert(0, f"reason: {status['reason']}")
+    lines += [f"  {each}" for each in extra]
+    lines += ["", f"  {'AGE':>8}  {'PHASE':<8} " + ("REQUEST" if narrow else f"{'SENT':>9}  {'CLIENT':<15} REQUEST")]
+    room = max(1, height - len(lines) - 1)
+    shown = look.requests if len(look.requests) <= room else look.requests[: room - 1]
+    for entry in shown:
+        lines.append(
+            f"  {show.short(entry['age']):>8}  {entry['phase']:<8} "
+            + ("" if narrow else f"{entry['sent']:>9}  {entry['client']:<15} ")
+            + f"{entry['method']} {entry['path']}"
+        )
+    if len(shown) < len(look.requests):
+        lines.append(f"  ... and {len(look.requests) - len(shown)} more")
+    if not look.requests:
+        lines.append("  nothing is in flight")
+    return [line if len(line) <= width else line[: max(0, width - 1)] + "…" for line in lines]
+
+
+def _of(status: dict[str, Any]) -> str:
+    return f"{status['busy']} of {status['threads']}"
+
+
+def _most(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"> {format_duration(60.0)}" if seconds == float("inf") else f"<= {format_duration(seconds)}"
+
+
+def watch(find: Callable[[], Path], *, interval: float, count: int | None, as_json: bool) -> int:
+    """Look again and again; one page where there is no terminal, unless a count was given. Returns the exit code."""
+    gc.enable()  # this one stays
+    on_terminal = sys.stdout.isatty() and not as_json and os.environ.get("TERM") != "dumb"
+    if not on_terminal and not as_json and count is None:
+        count = 1
+    before: Look | None = None
+    looks = 0
+    with _screen() if on_terminal else contextlib.nullcontext():
+        while True:
+            try:
+                now = _look(find())
+            except NoDaemonError as error:
+                if not on_terminal or before is None:
+                    raise
+                _draw([f"flaskd top: {error}", "", "  waiting for it to come back; q quits"])
+            else:
+                measured = rates(before, now)
+                if as_json:
+                    click.echo(json.dumps(_as_json(now, measured), ensure_ascii=False))
+                elif on_terminal:
+                    size = shutil.get_terminal_size()
+                    _draw(page(now, measured, size.columns, size.lines))
+                else:
+                    click.echo("\n".join(page(now, measured, 10_000, 10_000)))
+                before = now
+            looks += 1
+            if looks == count or _asked_to_quit(interval, listening=on_terminal):
+                return 0
+
+
+def _look(path: Path) -> Look:
+    with ControlClient(path) as client:
+        status = client.request("status")
+        return Look(time.monotonic(), status, client.request("requests")["requests"])
+
+
+def _as_json(look: Look, measured: Rates) -> dict[str, Any]:
+    finite = {key: None if value == float("inf") else value for key, value in vars(measured).items()}
+    return {**finite, "status": look.status, "requests": look.requests}
+
+
+# --- the terminal ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _screen() -> Iterator[None]:
+    """The alternate screen without a cursor (xterm control sequences), with keys heard one by one (termios(3))."""
+    import termios  # noqa: PLC0415 - not on Windows
+    import tty  # noqa: PLC0415
+
+    keys = sys.stdin.fileno() if sys.stdin.isatty() else -1
+    before = termios.tcgetattr(keys) if keys >= 0 else None
+    sys.stdout.write("\x1b[?1049h\x1b[?25l")
+    try:
+        if before is not None:
+            tty.setcbreak(keys)
+        yield
+    except KeyboardInterrupt:
+        pass  # how one leaves it
+    finally:
+        sys.stdout.write("\x1b[?25h\x1b[?1049l")
+        sys.stdout.flush()
+        if before is not None:
+            termios.tcsetattr(keys, termios.TCSADRAIN, before)
+
+
+def _draw(lines: Sequence[str]) -> None:
+    head, *rest = lines
+    word = head.split(" ")[1] if " " in head else ""
+    head = head.replace(word, show.state(word), 1)
+    sys.stdout.write("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in [head, *rest]) + "\x1b[J")
+    sys.stdout.flush()
+
+
+def _asked_to_quit(seconds: float, *, listening: bool) -> bool:
+    """Wait for the next look; True when somebody pressed q."""
+    if not listening or not sys.stdin.isatty():
+        time.sleep(seconds)
+        return False
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        if select.select([sys.stdin], [], [], left)[0] and os.read(sys.stdin.fileno(), 64)[:1] in {
+            b"q",
+            b"Q",
+            b"\x03",
+            b"",
+        }:
+            return True
+    return False

@@ -1,0 +1,109 @@
+"""A command, however it was written: as words, as JSON, as a request line of HTTP."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qsl
+
+from flaskd.control.access import Peer
+from flaskd.errors import UsageError
+from flaskd.verbs import Flags, Role, Verb, find_verb
+
+_BOOLEANS = {"": True, "1": True, "true": True, "0": False, "false": False}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A verb with its words, and who says it."""
+
+    name: str
+    verb: Verb
+    peer: Peer
+    flags: Flags = frozenset()
+    argument: str = ""
+
+    @property
+    def changes(self) -> bool:
+        """Whether it changes something; a verb whose argument is left out only looks."""
+        return self.verb.changes and (not self.verb.argument or bool(self.argument))
+
+    @property
+    def role(self) -> Role:
+        """The role that it needs."""
+        return self.verb.role if self.changes or not self.verb.changes else Role.VIEWER
+
+    def __str__(self) -> str:
+        return " ".join([self.name, *sorted(self.flags), *([self.argument] * bool(self.argument))])
+
+
+def from_words(words: Sequence[str], peer: Peer) -> Command:
+    """``log-level debug``; raises UsageError and UnknownCommandError."""
+    if not words:
+        raise UsageError('expected a command; try "help"')
+    name, *rest = words
+    verb = find_verb(name)
+    flags = frozenset(rest) & verb.flags
+    others = [word for word in rest if word not in verb.flags]
+    if verb.argument and len(others) == 1:
+        return Command(name, verb, peer, flags, others[0])
+    if others:
+        raise UsageError(_unknown(name, verb, min(others)))
+    return Command(name, verb, peer, flags)
+
+
+def _unknown(name: str, verb: Verb, word: str) -> str:
+    known = sorted(verb.flags) + ([f"one {verb.argument}"] if verb.argument else [])
+    return f'{name} does not know "{word}"; it ' + (f"knows {', '.join(known)}" if known else "takes none")
+
+
+def from_fields(name: Any, fields: Mapping[str, Any], peer: Peer) -> Command:
+    """``{"wait": true}`` of a verb, as JSON and HTTP have it; raises UsageError and UnknownCommandError."""
+    if not isinstance(name, str):
+        raise UsageError('expected "cmd" with a verb; try {"cmd":"help"}')
+    verb = find_verb(name)
+    flags, argument = set(), ""
+    for key, value in fields.items():
+        if key in verb.flags:
+            if not isinstance(value, bool):
+                raise UsageError(f'{name}: "{key}" must be true or false')
+            flags |= {key} if value else set()
+        elif key == verb.argument and key:
+            if not isinstance(value, str) or not value:
+                raise UsageError(f'{name}: "{key}" must be text')
+            argument = value
+        else:
+            raise UsageError(_unknown(name, verb, key))
+    return Command(name, verb, peer, frozenset(flags), argument)
+
+
+def from_http(method: str, target: str, body: bytes, peer: Peer) -> Command:
+    """``POST /drain?wait`` or a JSON object as the body; raises UsageError and UnknownCommandError.
+
+    Flags are ``?wait``, ``?wait=true`` or ``?wait=1``; GET is for what changes nothing.
+    """
+    path, _, query = target.partition("?")
+    name = path.strip("/") or "help"
+    fields: dict[str, Any] = {}
+    for key, text in parse_qsl(query, keep_blank_values=True):
+        fields[key] = text if key == find_verb(name).argument else _BOOLEANS.get(text, text)
+    if body.strip():
+        try:
+            more = json.loads(body)
+        except (ValueError, RecursionError):
+            more = None
+        if not isinstance(more, dict):
+            raise UsageError("expected a JSON object as the body, or none")
+        fields |= more
+    command = from_fields(name, fields, peer)
+    if command.changes and method != "POST":
+        raise MethodError(f"{name} changes something: expected POST, got {method}")
+    return command
+
+
+class MethodError(UsageError):
+    """A command that changes something, in a request that must not."""
+
+    code = "method"

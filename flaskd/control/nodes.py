@@ -1,0 +1,123 @@
+"""The two nodes in the runtime directory: made, watched, put back when somebody took them away, and removed."""
+
+from __future__ import annotations
+
+import contextlib
+import grp
+import logging
+import os
+import socket
+import stat
+from collections.abc import Callable
+
+from flaskd.errors import CannotCreateError
+from flaskd.protocol import FIFO, SOCKET
+from flaskd.runtime import RuntimeDirectory
+from flaskd.sockets import Node, bind_unix
+
+log = logging.getLogger("flaskd.control")
+
+
+class Place:
+    """One node, and the descriptor behind it; `make` gives both, or raises CannotCreateError or OSError."""
+
+    def __init__(self, what: str, make: Callable[[int, int], tuple[int, Node]]) -> None:
+        self.what = what
+        self.fd = -1
+        self.node: Node | None = None
+        self._make = make
+        self._told = ""
+
+    def open(self, mode: int, gid: int) -> None:
+        """Make it."""
+        self.fd, self.node = self._make(mode, gid)
+
+    def keep(self, mode: int, gid: int) -> int | None:
+        """Put it back if it is not ours any more; returns the descriptor that is no longer the right one, if so.
+
+        What stands in its place and is nobody's stale node stays, with one warning, until it is gone.
+        """
+        if self.node is not None and self.node.is_ours():
+            return None
+        before = self.fd
+        try:
+            self.open(mode, gid)
+        except (CannotCreateError, OSError) as error:
+            if str(error) != self._told:
+                self._told = str(error)
+                log.warning(f"the {self.what} was taken away, and cannot be put back: {error}; it is tried again")
+            return None
+        self._told = ""
+        log.warning(f"the {self.what} had been taken away: it is back")
+        return before
+
+    def remove(self) -> None:
+        """Remove the node if it is still ours; the descriptor stays open."""
+        if self.node is not None:
+            with contextlib.suppress(OSError):
+                self.node.remove()
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def socket_place(directory: RuntimeDirectory) -> Place:
+    """The control socket, listening."""
+
+    def make(mode: int, gid: int) -> tuple[int, Node]:
+        sock, node = bind_unix(directory.path / SOCKET, mode=mode, gid=gid)
+        sock.setblocking(False)
+        return sock.detach(), node
+
+    return Place("control socket", make)
+
+
+def fifo_place(directory: RuntimeDirectory) -> Place:
+    """The FIFO, open for reading."""
+
+    def make(mode: int, gid: int) -> tuple[int, Node]:
+        path = directory.path / FIFO
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISFIFO(path.lstat().st_mode):
+                raise CannotCreateError(f"cannot make the FIFO {path}: a file that is not a FIFO stands there")
+        hidden = path.with_name(f".{FIFO}.{os.getpid()}")
+        with contextlib.suppress(FileNotFoundError):
+            hidden.unlink()
+        os.mkfifo(hidden)
+        hidden.chmod(mode)
+        if gid != -1:
+            os.chown(hidden, -1, gid)
+        # O_RDWR: an O_RDONLY reader spins on POLLHUP once the first writer is gone (poll(2)).
+        fd = os.open(hidden, os.O_RDWR | os.O_NONBLOCK)
+        try:
+            hidden.rename(path)
+            return fd, Node.of(path)
+        except OSError:
+            os.close(fd)
+            raise
+
+    return Place("FIFO", make)
+
+
+def group_number(group: str | None) -> int:
+    """The number of `control.group`; -1, which chown(2) takes as "leave it", when there is none, or none such here."""
+    if group is None:
+        return -1
+    try:
+        return int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
+    except KeyError:
+        log.warning(f'control.group: there is no group "{group}"; the nodes keep the process\'s own')
+        return -1
+
+
+def accept(fd: int) -> socket.socket:
+    """Accept a client from a listening descriptor. Raises OSError."""
+    listening = socket.socket(fileno=fd)
+    try:
+        sock, _ = listening.accept()
+        return sock
+    finally:
+        listening.detach()

@@ -1,0 +1,99 @@
+"""The verbs of the control plane: one table of names, words they take, who may use them, and what they are for.
+
+The control plane, the command line, the configuration and the documentation all read it. It imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+from flaskd.errors import UnknownCommandError
+
+Flags = frozenset[str]
+
+
+class Role(IntEnum):
+    """What a client of the control plane may do; each may do what those before it may."""
+
+    VIEWER = 1
+    """Look."""
+    OPERATOR = 2
+    """Drain, resume, reload, change the log level."""
+    ADMIN = 3
+    """Stop."""
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+
+class Verb(NamedTuple):  # a dataclass would cost every client verb the import of inspect
+    """A control command: what it is for, the flags and the one argument it knows, who may use it."""
+
+    summary: str
+    role: Role = Role.VIEWER
+    flags: Flags = frozenset()
+    argument: str = ""
+    """Name of the argument, which may be left out; empty when it takes none."""
+    changes: bool = False
+    """Whether it changes something: logged with who asked, and over HTTP only for POST."""
+
+    def usage(self, name: str) -> str:
+        """How it is written: ``stop [now] [wait]``, ``log-level [LEVEL]``."""
+        return " ".join(
+            [name, *(f"[{flag}]" for flag in sorted(self.flags)), *([self._placeholder] * bool(self.argument))]
+        )
+
+    @property
+    def _placeholder(self) -> str:
+        return f"[{self.argument.upper()}]"
+
+    def as_json(self, name: str) -> dict[str, Any]:
+        """Stable keys for programs."""
+        return {
+            "name": name, "usage": self.usage(name), "summary": self.summary, "role": str(self.role),
+            "flags": sorted(self.flags), "argument": self.argument or None, "changes": self.changes,
+        }  # fmt: skip
+
+
+_WAIT = frozenset({"wait"})
+_STACKS = frozenset({"stacks"})
+
+FLAGS = {
+    "wait": "wait until it is over; progress until then",
+    "now": "cut drain and cleanup short",
+    "stacks": "with the stack of each thread",
+}
+"""What each flag means."""
+
+VERBS: dict[str, Verb] = {
+    "help": Verb("this list, or one verb", argument="verb"),
+    "status": Verb("state, requests in flight, listeners"),
+    "health": Verb("OK while the serving thread turns"),
+    "ready": Verb("OK while new requests are welcome"),
+    "drain": Verb("take no new work, finish what is in hand, stay alive", Role.OPERATOR, _WAIT, changes=True),
+    "resume": Verb("undo a drain", Role.OPERATOR, _WAIT, changes=True),
+    "stop": Verb("drain, run the cleanup policies, exit", Role.ADMIN, _WAIT | {"now"}, changes=True),
+    "reload": Verb("read the configuration anew", Role.OPERATOR, _WAIT, changes=True),
+    "check": Verb("what a reload would say, without doing it"),
+    "requests": Verb("each request in flight, oldest first", flags=_STACKS),
+    "threads": Verb("each thread and what it does", flags=_STACKS),
+    "plan": Verb("the cleanup policies in their order, and what was found"),
+    "config": Verb("the configuration in force, and where each value came from; secrets hidden"),
+    "last-stop": Verb("how the stop before this run went"),
+    "log-level": Verb(
+        "the log level, or a new one until the next reload", Role.OPERATOR, argument="level", changes=True
+    ),
+    "version": Verb("flaskd's version"),
+}
+
+
+def find_verb(name: str) -> Verb:
+    """The verb of that name; raises UnknownCommandError with the nearest one."""
+    if verb := VERBS.get(name):
+        return verb
+    import difflib  # noqa: PLC0415 - for this mistake alone
+
+    near = difflib.get_close_matches(name.lower()[:80], VERBS, n=1)
+    meant = f'; did you mean "{near[0]}"?' if near else ";"
+    raise UnknownCommandError(f'"{name}"{meant} try "help"')

@@ -1,0 +1,117 @@
+"""docs/control.md is true: its transcripts are replayed on a live daemon, its table is the table."""
+
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import PATIENCE, Flaskd, requires
+
+from flaskd.verbs import VERBS
+
+PAGE = (Path(__file__).parents[2] / "docs" / "control.md").read_text()
+BLOCKS = re.findall(r"^```(console[^\n]*)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+
+
+def transcripts(block: str) -> list[tuple[str, str]]:
+    """The commands of a block, each with what it answers."""
+    return [(command, output) for command, output in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE)]
+
+
+def pattern(expected: str) -> str:
+    return ".*".join(re.escape(part) for part in expected.split("..."))
+
+
+def test_each_transcript(flaskd: Flaskd) -> None:
+    """Typed into a shell in their order, the commands of the page answer what the page says."""
+    requires("curl", [] if shutil.which("curl") else ["curl"])
+    netcat = "nc -U" if shutil.which("nc") else "socat -t 30 - UNIX-CONNECT:"
+    requires("socat", [] if netcat.startswith("nc") or shutil.which("socat") else ["nc, socat"])
+    with socket.create_server(("127.0.0.1", 0)) as passed:
+        port = passed.getsockname()[1]
+    flaskd.write("flaskd.yaml", f"admin: {{listen: '127.0.0.1:{port}'}}\n")
+    flaskd.start()
+
+    def typed(command: str) -> str:
+        command = command.replace("nc -U /", netcat + (" /" if netcat.startswith("nc") else "/"))
+        command = command.replace("/run/flaskd", str(flaskd.runtime)).replace("127.0.0.1:9090", f"127.0.0.1:{port}")
+        command = re.sub(r"^flaskd ", f"{sys.executable} -m flaskd ", command)
+        done = subprocess.run(
+            ["sh", "-c", command], cwd=flaskd.directory, env=flaskd.env, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, timeout=PATIENCE, check=False,
+        )  # fmt: skip
+        return done.stdout
+
+    assert len(BLOCKS) >= 8
+    for kind, block in BLOCKS:
+        held = flaskd.hold() if kind == "console in flight" else None
+        for command, expected in transcripts(block):
+            if held is not None and "drain wait" in command:
+                with socket.socket(socket.AF_UNIX) as client:  # it is over only after somebody was told that it is not
+                    client.settimeout(PATIENCE)
+                    client.connect(str(flaskd.socket_path))
+                    client.sendall(b"drain wait\n")
+                    answer = client.recv(1000).decode()
+                    flaskd.gate.open()
+                    answer += b"".join(iter(lambda: client.recv(1000), b"")).decode()
+                assert held.result() == (200, b"held")
+            else:
+                answer = typed(command)
+            assert re.fullmatch(pattern(expected), answer), f"$ {command}\n{answer}\ninstead of\n{expected}"
+    assert flaskd.wait() == 0
+
+
+def test_the_transcripts_of_the_design(flaskd: Flaskd) -> None:
+    """A dozen requests in flight: a drain that answers at once, one that waits, and a reload that is refused."""
+    flaskd.write("flaskd.yaml", "server: {threads: 12}\n")
+    flaskd.start()
+    url = flaskd.url
+    held = [flaskd.hold(url) for _ in range(12)]
+    flaskd.write("flaskd.yaml", "cleanup:\n  policies:\n    close-db:\n      use: command\n      timeout: soon\n")
+    answer = flaskd.command("reload").splitlines()[-1]
+    assert re.fullmatch(
+        r"ERR config-invalid \S*flaskd\.yaml:\d+:\d+ cleanup\.policies\.close-db\S*: expected .*", answer
+    ), answer
+    assert flaskd.command("drain") == "OK draining in_flight=12 deadline=15s (undo: resume)\n"
+    with socket.socket(socket.AF_UNIX) as client, client.makefile("r") as lines:
+        client.settimeout(PATIENCE)
+        client.connect(str(flaskd.socket_path))
+        client.sendall(b"drain wait\n")
+        assert lines.readline() == ".. in_flight=12\n"
+        flaskd.gate.open()
+        last = [line for line in lines if not line.startswith("..")]
+    assert re.fullmatch(r"OK drained completed=12 rejected=0 cut=0 took=[\d.]+m?s\n", "".join(last))
+    assert [each.result()[0] for each in held] == [200] * 12
+    assert flaskd.stop() == 0
+
+
+def test_the_table_of_verbs_is_the_table() -> None:
+    """The page lists every verb with its usage, role and summary, in the same order."""
+    rows = re.findall(r"^\| `([^`]+)` \| (viewer|operator|admin) \| (.*) \|$", PAGE, re.MULTILINE)
+    assert rows == [(verb.usage(name), str(verb.role), verb.summary) for name, verb in VERBS.items()]
+
+
+@pytest.mark.parametrize("block", re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
+def test_the_yaml_is_valid(tmp_path: Path, block: str) -> None:
+    """The configuration that the page shows has no fault."""
+    from flaskd.cleanup import action_specs
+    from flaskd.config import load
+
+    path = tmp_path / "flaskd.yaml"
+    path.write_text(block)
+    load(path, actions=action_specs())
+
+
+def test_the_metrics_that_are_named_exist() -> None:
+    """Each metric of the page is one that is written, and none is left out."""
+    from flaskd.admin.metrics import Measures, families
+    from flaskd.server import Tally
+
+    last = {"completed": 0, "rejected": 0, "cut": [], "took": 1.0, "policies": {}}
+    written = {family.name for family in families(Measures("ready", 0, 0, Tally(), last_stop=last))}
+    [table] = re.findall(r"^\| metric \|.*?\n\n", PAGE, re.MULTILINE | re.DOTALL)
+    named = {name.removesuffix("_total") for name in re.findall(r"\bflaskd_\w+", table)} | {"flaskd_requests_queued"}
+    assert named == written - {"flaskd", "flaskd_state_since_seconds", "flaskd_start_time_seconds"}

@@ -1,0 +1,259 @@
+"""Clients that mean ill, or know no better: HTTP serving and the other control clients go on as if they were not there."""
+
+import contextlib
+import json
+import os
+import random
+import select
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import PATIENCE, Flaskd, get
+
+
+def connect(flaskd: Flaskd) -> socket.socket:
+    client = socket.socket(socket.AF_UNIX)
+    client.connect(str(flaskd.socket_path))  # waits for room in the backlog, which it would not with a timeout
+    client.settimeout(PATIENCE)
+    return client
+
+
+def memory(flaskd: Flaskd) -> int:
+    """Resident kilobytes."""
+    status = Path(f"/proc/{flaskd.pid}/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
+
+
+def descriptors(flaskd: Flaskd) -> int:
+    return len(os.listdir(f"/proc/{flaskd.pid}/fd"))
+
+
+def test_300_half_open_clients(flaskd: Flaskd) -> None:
+    """More silent clients than there may be: who has something to say comes through, and is waited for while it runs."""
+    flaskd.start()
+    with contextlib.ExitStack() as stack:
+        held = flaskd.hold()
+        waiting = stack.enter_context(connect(flaskd))
+        waiting.sendall(b"drain wait\n")
+        assert waiting.recv(100) == b".. in_flight=1\n"
+        for begin in (b"", b"stat", b'{"cmd":', b"POST /stop HTTP/1.1\r\n") * 75:
+            each = stack.enter_context(connect(flaskd))
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                each.sendall(begin)
+        assert flaskd.command("health") == "OK healthy\n"
+        assert descriptors(flaskd) < 150
+        flaskd.gate.open()
+        assert held.result() == (200, b"held")
+        answer = b"".join(iter(lambda: waiting.recv(1000), b""))
+        assert answer.splitlines()[-1].startswith(b"OK drained completed=1")
+    assert flaskd.stop() == 0
+
+
+@pytest.mark.parametrize(
+    "unit", [b"x", b"X", b"{", b"\x00\xff\xfe", b"\n", b'{"cmd":"status"}\n', b"GET / HTTP/1.1\r\n"]
+)
+def test_megabytes_of_junk(flaskd: Flaskd, unit: bytes) -> None:
+    """Five megabytes of whatever, in one breath, cost no memory and change nothing."""
+    flaskd.start()
+    flaskd.command("status")
+    before = memory(flaskd)
+    data = unit * (5_000_000 // len(unit))
+    with connect(flaskd) as client:
+        client.settimeout(0.5)
+        with contextlib.suppress(OSError):
+            while data:
+                data = data[client.send(data) :]
+        assert flaskd.command("ready") == "OK ready\n"
+    assert get(flaskd.url) == (200, b"hello")
+    assert memory(flaskd) - before < 6_000
+    assert flaskd.stop() == 0
+
+
+def test_junk_in_the_fifo(flaskd: Flaskd) -> None:
+    """Megabytes without a newline, and of nothing but newlines, are dropped; the next command is heard."""
+    flaskd.start()
+    before = memory(flaskd)
+    for unit in (b"x", b"\n", b"\xff\n"):
+        with flaskd.fifo_path.open("wb", buffering=0) as fifo:
+            for _ in range(20):
+                fifo.write(unit * (50_000 // len(unit)))
+            fifo.write(b"\n")
+    with flaskd.fifo_path.open("wb") as fifo:
+        fifo.write(b"\ndrain\n")
+    flaskd.wait_message("drained")
+    assert memory(flaskd) - before < 20_000  # the log of it
+    assert flaskd.stop() == 0
+
+
+def test_who_asks_without_end_and_never_reads(flaskd: Flaskd) -> None:
+    """A client that only asks is heard no more once its answers lie there unread; others are."""
+    flaskd.start()
+    flaskd.command("status")
+    before = memory(flaskd)
+    with contextlib.ExitStack() as stack:
+        for _ in range(8):
+            client = stack.enter_context(connect(flaskd))
+            client.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    client.send(b'{"cmd":"config"}\n' * 100)
+        began = time.monotonic()
+        assert flaskd.command("ready") == "OK ready\n"
+        assert time.monotonic() - began < 2
+        assert get(flaskd.url) == (200, b"hello")
+        assert memory(flaskd) - before < 16_000
+    assert flaskd.stop() == 0
+
+
+def test_waiting_clients_that_never_read_their_progress(flaskd: Flaskd) -> None:
+    """They are told how it goes, whether they read it or not; the drain is over when it is over."""
+    flaskd.start()
+    held = flaskd.hold()
+    with contextlib.ExitStack() as stack:
+        for _ in range(10):
+            client = stack.enter_context(connect(flaskd))
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+            client.sendall(b'{"cmd":"drain","wait":true}\n' * 30)
+        flaskd.until(lambda: flaskd.status()["state"] == "draining")
+        flaskd.gate.open()
+        assert held.result() == (200, b"held")
+        flaskd.until(lambda: flaskd.command("status").endswith("OK drained\n"))
+    assert flaskd.stop() == 0
+
+
+def test_random_bytes_on_a_live_socket(flaskd: Flaskd) -> None:
+    """A thousand small pieces of commands, JSON and HTTP gone wrong: it is ready afterwards, and answers."""
+    flaskd.start()
+    generator = random.Random(7)  # the same ones every time
+    words = [b"status", b"help", b"{", b"}", b'{"id":', b'"cmd":"ready"}', b"\n", b"\r\n\r\n", b"GET /", b" HTTP/1.1\r\n",
+             b"Content-Length: 99\r\n", b"\x00", b"\xff", b"POST /check", b"Host: x\r\n", b"log-level"]  # fmt: skip
+    for _ in range(1000):
+        with connect(flaskd) as client, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            client.sendall(b"".join(generator.choices(words, k=generator.randrange(8))))
+            if generator.random() < 0.5:
+                client.shutdown(socket.SHUT_WR)
+                select.select([client], [], [], 1)
+    assert flaskd.command("ready") == "OK ready\n"
+    assert flaskd.status()["state"] == "ready"
+    assert "Traceback" not in flaskd.log
+    assert flaskd.stop() == 0
+
+
+def test_ten_thousand_questions_leave_nothing_behind(flaskd: Flaskd) -> None:
+    """10,000 calls of status, each on its own connection or all on one, cost no memory, descriptor or thread."""
+    flaskd.start()
+    threads = Path(f"/proc/{flaskd.pid}/task")
+
+    def ask(count: int) -> None:
+        with connect(flaskd) as client, client.makefile("rwb") as stream:
+            for _ in range(count):
+                stream.write(b'{"cmd":"status"}\n')
+                stream.flush()
+                assert json.loads(stream.readline())["ok"]
+        for _ in range(count // 10):
+            assert flaskd.command("status").endswith("OK ready\n")
+
+    ask(1000)
+    before = (memory(flaskd), descriptors(flaskd), len(list(threads.iterdir())))
+    ask(9100)
+    flaskd.until(lambda: descriptors(flaskd) <= before[1])
+    assert memory(flaskd) - before[0] < 2_000
+    assert len(list(threads.iterdir())) == before[2]
+    assert flaskd.stop() == 0
+
+
+# --- nodes that somebody took away ------------------------------------------------------------------------------------
+
+
+def test_a_socket_that_was_deleted_is_put_back(flaskd: Flaskd) -> None:
+    """It answers again at the same path, with the same mode; who was connected stays so."""
+    flaskd.start()
+    with connect(flaskd) as client, client.makefile("rwb") as stream:
+        flaskd.socket_path.unlink()
+        flaskd.until(flaskd.socket_path.exists)
+        assert flaskd.command("ready") == "OK ready\n"
+        stream.write(b'{"cmd":"ready"}\n')
+        stream.flush()
+        assert json.loads(stream.readline())["ok"]
+    assert flaskd.socket_path.stat().st_mode & 0o777 == 0o660
+    assert "the control socket had been taken away: it is back" in flaskd.log
+    assert flaskd.stop() == 0
+
+
+def test_a_fifo_that_was_replaced_is_put_back(flaskd: Flaskd) -> None:
+    """Another FIFO in its place is replaced, and commands written into the new one are heard."""
+    flaskd.start()
+    ours = flaskd.fifo_path.stat().st_ino
+    other = flaskd.directory / "other"
+    os.mkfifo(other)
+    other.rename(flaskd.fifo_path)
+    theirs = flaskd.fifo_path.stat().st_ino
+    flaskd.until(lambda: flaskd.fifo_path.exists() and flaskd.fifo_path.stat().st_ino not in {ours, theirs})
+    subprocess.run(["sh", "-c", f"echo drain > {flaskd.fifo_path}"], check=True, timeout=PATIENCE)
+    flaskd.wait_message("drained")
+    assert flaskd.stop() == 0
+
+
+def test_a_file_in_the_place_of_a_node_stays_until_it_is_gone(flaskd: Flaskd) -> None:
+    """What a shell made by mistake is not touched, and is told once; when it is gone, the FIFO comes back."""
+    flaskd.start()
+    mistake = flaskd.directory / "mistake"
+    mistake.write_text("drain\n")
+    mistake.rename(flaskd.fifo_path)
+    flaskd.until(lambda: "a file that is not a FIFO stands there" in flaskd.log)
+    assert flaskd.fifo_path.read_text() == "drain\n"
+    flaskd.fifo_path.unlink()
+    flaskd.until(flaskd.fifo_path.is_fifo)
+    assert flaskd.log.count("a file that is not a FIFO stands there") == 1
+    assert flaskd.stop() == 0
+
+
+def test_a_directory_that_was_deleted_is_made_again(flaskd: Flaskd) -> None:
+    """The runtime directory and both nodes come back, and no second flaskd can start there."""
+    flaskd.start()
+    flaskd.fifo_path.unlink()
+    flaskd.socket_path.unlink()
+    flaskd.runtime.rmdir()
+    flaskd.until(lambda: flaskd.socket_path.exists() and flaskd.fifo_path.exists())
+    assert flaskd.command("ready") == "OK ready\n"
+    first, flaskd.process = flaskd.process, None
+    try:
+        code, log = flaskd.fails()
+        assert (code, f"pid {first.pid if first else 0}" in log) == (75, True)
+    finally:
+        flaskd.process = first
+    assert flaskd.stop() == 0
+
+
+def test_a_link_in_the_place_of_the_socket(flaskd: Flaskd) -> None:
+    """A symbolic link is not followed, not replaced, and not removed at the end."""
+    flaskd.start()
+    link = flaskd.directory / "link"
+    link.symlink_to(flaskd.directory / "gate")
+    link.rename(flaskd.socket_path)
+    flaskd.until(lambda: "the control socket was taken away, and cannot be put back" in flaskd.log)
+    flaskd.kill(signal.SIGTERM)
+    assert flaskd.wait() == 0
+    assert flaskd.socket_path.is_symlink()
+    flaskd.socket_path.unlink()
+    flaskd.runtime.rmdir()
+
+
+def test_a_crowd_that_comes_at_once(flaskd: Flaskd) -> None:
+    """Of a hundred clients that connect and ask in the same moment, every one is answered."""
+    flaskd.start()
+    flaskd.kill(signal.SIGSTOP)  # nobody is accepted until all are there
+    with contextlib.ExitStack() as stack:
+        crowd = []
+        for _ in range(120):  # the backlog has room for so many
+            client = stack.enter_context(connect(flaskd))
+            client.sendall(b"ready\n")
+            crowd.append(client)
+        flaskd.kill(signal.SIGCONT)
+        answers = [b"".join(iter(lambda each=each: each.recv(100), b"")) for each in crowd]
+    assert answers == [b"OK ready\n"] * 120
+    assert flaskd.stop() == 0

@@ -1,0 +1,91 @@
+"""Roles, tried by other users: real processes of theirs at the other end of the socket."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+from conftest import PATIENCE, Flaskd
+
+NOBODY, DAEMON = 65534, 1
+
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("curl"), reason="needs root, to become other users, and curl"
+)
+
+
+def serve(flaskd: Flaskd, control: str, mode: str = "0666") -> None:
+    """A daemon in a directory that anybody may search, whose socket anybody may open unless its mode says otherwise."""
+    flaskd.directory.chmod(0o755)
+    flaskd.runtime.mkdir()
+    flaskd.runtime.chmod(0o755)
+    flaskd.write("flaskd.yaml", f"control: {{mode: {mode}, {control}}}\n")
+    flaskd.start()
+
+
+def post(flaskd: Flaskd, verb: str, user: int, group: int = NOBODY, groups: tuple[int, ...] = ()) -> tuple[int, str]:
+    """What a user gets for a verb: the status, and the result or what was refused."""
+    done = subprocess.run(
+        ["curl", "-s", "-X", "POST", "-w", "\n%{http_code}", "--unix-socket", str(flaskd.socket_path), f"http://x/{verb}"],
+        user=user, group=group, extra_groups=groups, cwd="/", capture_output=True, text=True, timeout=PATIENCE, check=True,
+    )  # fmt: skip
+    body, _, status = done.stdout.rpartition("\n")
+    answer = json.loads(body)
+    return int(status), answer["result"] if answer["ok"] else answer["error"]["message"]
+
+
+def test_users_have_the_roles_of_the_configuration(flaskd: Flaskd) -> None:
+    """A viewer looks, an operator drains, an admin stops; each refusal names the role it takes and is logged."""
+    serve(flaskd, "roles: {viewer: [nobody], operator: ['@daemon'], admin: [daemon]}")
+    assert post(flaskd, "status", NOBODY) == (200, "ready")
+    assert post(flaskd, "drain", NOBODY) == (
+        403, f"drain needs the role operator; uid {NOBODY} has the role viewer (control.roles)",
+    )  # fmt: skip
+    assert post(flaskd, "drain?wait", NOBODY, groups=(DAEMON,)) == (200, "drained")
+    assert post(flaskd, "resume", NOBODY, group=DAEMON) == (200, "ready")
+    assert post(flaskd, "stop", NOBODY, group=DAEMON)[0] == 403
+    assert post(flaskd, "status", 4242) == (403, "status needs the role viewer; uid 4242 has no role (control.roles)")
+    assert post(flaskd, "help", 4242) == (200, "help")
+    assert flaskd.status()["state"] == "ready"
+    assert post(flaskd, "stop", DAEMON) == (200, "stopping")
+    assert flaskd.wait() == 0
+    assert f"control: refused drain from uid={NOBODY}" in flaskd.log
+    assert f"control: drain wait from uid={NOBODY}" in flaskd.log
+    assert "command=curl" in flaskd.log
+    assert flaskd.record()["reason"].startswith("control: uid=1 pid=")
+
+
+def test_roles_change_with_a_reload(flaskd: Flaskd) -> None:
+    """Who was nobody may stop after a reload."""
+    serve(flaskd, "roles: {admin: [root]}")
+    assert post(flaskd, "stop", NOBODY)[0] == 403
+    flaskd.write("flaskd.yaml", "control: {mode: 0666, roles: {admin: [nobody]}}\n")
+    assert flaskd.client("reload")[0] == 0
+    assert post(flaskd, "stop", NOBODY) == (200, "stopping")
+    assert flaskd.wait() == 0
+
+
+def test_who_may_not_open_the_socket_has_no_role_to_ask_for(flaskd: Flaskd) -> None:
+    """The mode of the socket comes first."""
+    serve(flaskd, "roles: {admin: [nobody]}", mode="0600")
+    with pytest.raises(subprocess.CalledProcessError):
+        post(flaskd, "status", NOBODY)
+    assert flaskd.stop() == 0
+
+
+def test_the_fifo_takes_what_it_was_told_to_take(flaskd: Flaskd) -> None:
+    """With roles it is made for the verbs of `control.fifo` alone, and the log says who was refused what."""
+    serve(flaskd, "roles: {admin: [root]}, fifo: [drain, resume]")
+    subprocess.run(["sh", "-c", f"echo stop > {flaskd.fifo_path}"], check=True, timeout=PATIENCE)
+    flaskd.until(lambda: "stop is not for the FIFO, which takes drain, resume" in flaskd.log)
+    subprocess.run(["sh", "-c", f"echo drain > {flaskd.fifo_path}"], check=True, timeout=PATIENCE)
+    flaskd.wait_message("drained")
+    assert flaskd.stop() == 0
+
+
+def test_with_roles_alone_there_is_no_fifo(flaskd: Flaskd) -> None:
+    """It tells nothing of who writes, so it is not made."""
+    serve(flaskd, "roles: {admin: [root]}")
+    assert not flaskd.fifo_path.exists()
+    assert flaskd.stop() == 0

@@ -1,0 +1,192 @@
+"""The client in a real terminal, which is a pseudo-terminal here, and where there is none."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+
+from conftest import PATIENCE, Flaskd
+
+
+class Terminal:
+    """A client verb in a terminal of its own."""
+
+    def __init__(self, flaskd: Flaskd, *args: str, columns: int = 80) -> None:
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+        self.before = termios.tcgetattr(slave)
+        self.slave = slave
+        env = {key: value for key, value in flaskd.env.items() if key not in {"NO_COLOR", "COLUMNS", "LINES"}}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "flaskd", *args],
+            cwd=flaskd.directory, env={**env, "TERM": "xterm"}, stdin=slave, stdout=slave, stderr=slave,
+            start_new_session=True,
+        )  # fmt: skip
+        self.shown = ""
+
+    def until(self, pattern: str) -> str:
+        """Wait until the terminal was sent something that matches."""
+        end = time.monotonic() + PATIENCE
+        while not re.search(pattern, self.shown):
+            assert time.monotonic() < end, f"no {pattern} in:\n{self.shown}"
+            self._read(0.2)
+        return self.shown
+
+    def _read(self, seconds: float) -> None:
+        if select.select([self.master], [], [], seconds)[0]:
+            self.shown += os.read(self.master, 65536).decode()
+
+    def press(self, key: str) -> None:
+        os.write(self.master, key.encode())
+
+    def wait(self) -> int:
+        """The exit code; all that was shown is then read."""
+        end = time.monotonic() + PATIENCE
+        while self.process.poll() is None:
+            assert time.monotonic() < end, self.shown
+            self._read(0.05)
+        while select.select([self.master], [], [], 0)[0]:
+            self._read(0)
+        return self.process.returncode
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        os.close(self.master)
+        os.close(self.slave)
+
+
+@contextlib.contextmanager
+def terminal(flaskd: Flaskd, *args: str, columns: int = 80) -> Iterator[Terminal]:
+    opened = Terminal(flaskd, *args, columns=columns)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def test_top_in_a_terminal(flaskd: Flaskd) -> None:
+    """It shows what is in flight as it comes and goes, leaves with q, and the terminal is as it was before."""
+    flaskd.start()
+    with terminal(flaskd, "top", "--interval", "0.1") as top:
+        top.until(r"nothing is in flight")
+        held = flaskd.hold()
+        shown = top.until(r"running .*GET /hold")
+        assert "\x1b[32mready\x1b[0m" in shown
+        flaskd.gate.open()
+        assert held.result() == (200, b"held")
+        top.press("q")
+        assert top.wait() == 0
+        assert top.shown.startswith("\x1b[?1049h\x1b[?25l")
+        assert top.shown.endswith("\x1b[?25h\x1b[?1049l")
+        assert termios.tcgetattr(top.slave) == top.before
+    assert flaskd.stop() == 0
+
+
+def test_top_outlives_the_daemon(flaskd: Flaskd) -> None:
+    """It waits for one that went away, and goes on with the next; Ctrl-C leaves it in good order."""
+    flaskd.start()
+    with terminal(flaskd, "top", "--interval", "0.1") as top:
+        top.until(f"pid {flaskd.pid}")
+        assert flaskd.stop() == 0
+        top.until("waiting for it to come back")
+        flaskd.start()
+        top.until(f"pid {flaskd.pid}")
+        top.process.send_signal(signal.SIGINT)
+        assert top.wait() == 0
+        assert top.shown.endswith("\x1b[?25h\x1b[?1049l")
+    assert flaskd.stop() == 0
+
+
+def test_top_where_there_is_no_terminal(flaskd: Flaskd) -> None:
+    """One plain page; or as many looks as asked for, as JSON."""
+    flaskd.start()
+    code, out, err = flaskd.client("top")
+    assert (code, err) == (0, "")
+    assert out.startswith("flaskd ready for ")
+    assert "\x1b" not in out
+    code, out, _ = flaskd.client("top", "--json", "-n", "2", "--interval", "0.1")
+    looks = [json.loads(line) for line in out.splitlines()]
+    assert [look["status"]["state"] for look in looks] == ["ready", "ready"]
+    assert code == 0
+    assert flaskd.stop() == 0
+    assert flaskd.client("top")[0] == 69
+
+
+def test_a_stop_with_a_bar(flaskd: Flaskd) -> None:
+    """The bar shows what is in flight, then each cleanup step as it happens; what is left at the end is the outcome."""
+    flaskd.write(
+        "flaskd.yaml",
+        "cleanup: {policies: {first: {use: command, phase: quiesce, with: {argv: ['true']}},"
+        " second: {use: command, phase: close, with: {argv: [cat, hold]}}}}\n",
+    )
+    os.mkfifo(flaskd.directory / "hold")
+    flaskd.start()
+    held = flaskd.hold()
+    with terminal(flaskd, "stop", "--wait", columns=100) as stop:
+        stop.until(r"stopping ░+ [\d.]+m?s, 1 in flight, oldest GET /hold for ")
+        flaskd.gate.open()
+        stop.until(r"✓\x1b\[0m first: ok in ")
+        stop.until(r"; cleanup: second")
+        (flaskd.directory / "hold").write_text("")
+        assert stop.wait() == 0
+        assert "second: ok in" in stop.shown
+        last = stop.shown.replace("\r\n", "\n").rpartition("\x1b[K")[2]
+        assert last.startswith("first: ok\nsecond: ok\nstopped completed=1 rejected=0 cut=0 took=")
+    assert held.result() == (200, b"held")
+    assert flaskd.wait() == 0
+
+
+def test_a_drain_where_there_is_no_terminal(flaskd: Flaskd) -> None:
+    """Progress is lines on standard error, the outcome alone on standard output."""
+    flaskd.start()
+    held = flaskd.hold()
+    flaskd.env["NO_COLOR"] = "1"
+    drain = subprocess.Popen(
+        [sys.executable, "-m", "flaskd", "drain", "--wait"],
+        cwd=flaskd.directory, env=flaskd.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert drain.stderr is not None
+    assert drain.stderr.readline() == ".. in_flight=1\n"
+    assert re.fullmatch(r"\.\. in_flight=1 oldest=[\d.]+m?s GET /hold\n", drain.stderr.readline())
+    flaskd.gate.open()
+    out, _ = drain.communicate(timeout=PATIENCE)
+    assert out.startswith("drained completed=1 rejected=0 cut=0 took=")
+    assert drain.returncode == 0
+    assert held.result() == (200, b"held")
+    assert flaskd.stop() == 0
+
+
+def test_the_command_alone_says_what_to_do_next(flaskd: Flaskd) -> None:
+    """Without a daemon: how to serve what is here; with one: what can be done with it."""
+    code, out, err = flaskd.client()
+    assert (code, err) == (0, "")
+    assert "No daemon is running here. Next:" in out
+    assert "flaskd serve MODULE:APP" in out
+    (flaskd.directory / "wsgi.py").write_text("")
+    assert "serve the app in wsgi.py" in flaskd.client()[1]
+    flaskd.start()
+    out = flaskd.client()[1]
+    assert f"A daemon is ready here, pid {flaskd.pid}, on 127.0.0.1:" in out
+    assert "flaskd stop --wait" in out
+    assert flaskd.stop() == 0
+
+
+def test_help_needs_no_daemon(flaskd: Flaskd) -> None:
+    """The table of verbs is in the client, too; a wrong verb is told as by the daemon."""
+    code, out, _ = flaskd.client("help", "stop")
+    assert (code, out.splitlines()[0]) == (0, "stop [now] [wait]  drain, run the cleanup policies, exit (admin)")
+    code, out, _ = flaskd.client("help", "--json")
+    assert {verb["name"]: verb["role"] for verb in json.loads(out)["verbs"]}["drain"] == "operator"
+    assert flaskd.client("help", "drian")[::2] == (64, 'flaskd: "drian"; did you mean "drain"? try "help"\n')

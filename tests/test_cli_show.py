@@ -1,0 +1,147 @@
+"""What people see, without a daemon: the status page, the bar, the page of top."""
+
+import io
+
+import pytest
+
+from flaskd.cli import show
+from flaskd.cli.top import Look, page, quantile, rates
+from flaskd.server import Tally
+
+BOUNDS = Tally().as_json()["bounds"]
+
+
+def status(**more):
+    return {
+        "result": "ready", "state": "ready", "for": 11522.4, "uptime": 11530.0, "pid": 123, "app": "shop.wsgi:app",
+        "listen": ["127.0.0.1:8000"], "in_flight": 0, "queued": 0, "threads": 8, "busy": 0, "connections": 0,
+        "completed": 0, "tally": Tally().as_json(), **more,
+    }  # fmt: skip
+
+
+def test_the_status_page():
+    """What there is stands in a page of a few lines; what is nothing is not there."""
+    tally = Tally(outcomes={"completed": 120333, "rejected": 4, "cut": 0, "gone": 0}, statuses=[0, 0, 120330, 0, 2, 1])
+    fields = status(
+        in_flight=12, queued=4, busy=8, connections=43, completed=120333, tally=tally.as_json(),
+        oldest="GET /export (running for 4.2s in flaskd-worker-3)",
+        last_reload={"ok": False, "time": "T", "fault": "f.yaml:1:1 a: expected b"},
+        last_stop={"reason": "signal: SIGTERM", "started": "T", "took": 4.1, "cut": 1, "failed": 2},
+        background=[{"name": "export", "age": 3.04, "thread": "pool-1"}], config="/etc/flaskd/flaskd.yaml",
+    )  # fmt: skip
+    assert show.answer("status", fields) == (
+        "ready for 3h12m2s, shop.wsgi:app, pid 123\n"
+        "  listen       127.0.0.1:8000\n"
+        "  requests     12 in flight, 4 of them queued; oldest GET /export (running for 4.2s in flaskd-worker-3)\n"
+        "  answered     120,333, 2 4xx, 1 5xx, 4 rejected\n"
+        "  threads      8 of 8 busy\n"
+        "  connections  43\n"
+        "  background   export (for 3s in pool-1)\n"
+        "  last reload  failed, T: f.yaml:1:1 a: expected b\n"
+        "  last stop    T, signal: SIGTERM, took 4.1s, 1 cut, 2 cleanup steps failed\n"
+        "  config       /etc/flaskd/flaskd.yaml"
+    )
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("environ", "terminal", "coloured"),
+    [({}, True, True), ({"NO_COLOR": ""}, True, False), ({"TERM": "dumb"}, True, False), ({}, False, False)],
+)
+def test_colour_is_for_terminals_that_want_it(monkeypatch, environ, terminal, coloured):
+    """None elsewhere, none on a dumb one, none with NO_COLOR, whatever its value."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    stream = Terminal() if terminal else io.StringIO()
+    assert show.coloured("ready", "32", stream) == ("\x1b[32mready\x1b[0m" if coloured else "ready")
+
+
+def test_the_bar_tells_how_a_stop_goes(monkeypatch):
+    """It fills as requests are answered, ages the oldest by itself, and leaves each step that is over above it."""
+    monkeypatch.setenv("NO_COLOR", "1")
+    stream = Terminal()
+    bar = show.Bar("stop", stream)
+    assert bar.text() == "stopping ..."
+    oldest = {"method": "GET", "path": "/export", "age": 30.2}
+    bar.update({"in_flight": 4, "oldest": oldest})
+    assert bar.text().startswith("stopping ░░░░░░░░░░░░░░░░░░░░ ")
+    bar.update({"in_flight": 1, "oldest": oldest, "background": 2, "cleanup": ["close-db", "warm"]})
+    assert bar.text().startswith("stopping ███████████████░░░░░ ")
+    assert bar.text().endswith(
+        ", 1 in flight, oldest GET /export for 30s, 2 in the background; cleanup: close-db, warm"
+    )
+    assert bar.text(40).startswith("stopping ████░░ ")
+    bar.update({"policy": "close-db", "fate": "ok", "took": 0.25})
+    bar.update({"policy": "warm", "fate": "timed_out", "took": 5.0})
+    bar.close()
+    shown = stream.getvalue()
+    assert "\r\x1b[K  ✓ close-db: ok in 250ms\n" in shown
+    assert "\r\x1b[K  ✗ warm: timed_out in 5s\n" in shown
+    assert shown.endswith("\r\x1b[K")
+
+
+def test_a_bar_for_terminals_without_unicode():
+    """It is drawn with what the terminal's encoding has."""
+    stream = Terminal()
+    stream.encoding = "ascii"
+    bar = show.Bar("drain", stream)
+    bar.update({"in_flight": 2})
+    bar.update({"in_flight": 1})
+    bar.close()
+    assert bar.text().startswith("draining ##########---------- ")
+    assert stream.getvalue().isascii()
+
+
+@pytest.mark.parametrize(
+    ("counts", "part", "seconds"),
+    [
+        ({}, 0.5, None),
+        ({0: 1}, 0.5, BOUNDS[0]),
+        ({0: 1}, 0.95, BOUNDS[0]),
+        ({0: 50, 3: 50}, 0.5, BOUNDS[0]),
+        ({0: 50, 3: 50}, 0.51, BOUNDS[3]),
+        ({0: 94, 13: 6}, 0.95, float("inf")),
+    ],
+)
+def test_quantiles_are_upper_bounds(counts, part, seconds):
+    """The bucket in which that part of all ends, and nothing is invented inside it."""
+    assert quantile([counts.get(i, 0) for i in range(14)], BOUNDS, part) == seconds
+
+
+def look(when, answered, errors=0, **more):
+    tally = Tally(statuses=[0, 0, answered - errors, 0, 0, errors])
+    for _ in range(answered):
+        tally.took.add(0.02)
+    return Look(when, status(tally=tally.as_json(), **more), [])
+
+
+def test_rates_are_between_two_looks():
+    """With one look, since the start; after a restart of the daemon, since that."""
+    assert rates(None, look(5.0, 1153, uptime=11.53)).rate == pytest.approx(100)
+    measured = rates(look(5.0, 100), look(7.0, 160, errors=10))
+    assert (measured.rate, measured.errors, measured.half, measured.most) == (30, 5, 0.025, 0.025)
+    assert rates(look(5.0, 3), look(7.0, 7, uptime=0.7)).rate == pytest.approx(10)
+
+
+@pytest.mark.parametrize(("width", "height"), [(200, 50), (80, 24), (66, 12), (50, 30), (20, 15), (5, 3)])
+def test_the_page_of_top_fits(width, height):
+    """No line is wider than the terminal; what does not fit below is counted."""
+    requests = [
+        {"id": i, "client": "192.168.100.100", "method": "GET", "path": "/" + "x" * i, "age": i / 3, "phase": "running",
+         "thread": "w", "sent": 10**i, "stack": ""}
+        for i in range(30)
+    ]  # fmt: skip
+    seen = Look(0.0, status(in_flight=30, reason="signal: SIGTERM", cleanup=["close-db"]), requests)
+    lines = page(seen, rates(None, seen), width, height)
+    assert max(map(len, lines)) <= width
+    assert len(lines) < max(height, 16 if width >= 66 else 22)
+    if height < 40 and width > 20:
+        assert lines[-1].endswith("more")

@@ -1,0 +1,359 @@
+"""What a line, a JSON object or a request line means, and who may say it."""
+
+import os
+import socket
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flaskd.config import load_mapping
+from flaskd.control.access import FIFO_PEER, Access, Peer
+from flaskd.control.clients import MAX_OUTPUT, Client
+from flaskd.control.commands import from_fields, from_http, from_words
+from flaskd.control.verbs import RUN
+from flaskd.errors import ForbiddenError, UnknownCommandError, UsageError
+from flaskd.verbs import FLAGS, VERBS, Role
+
+PEER = Peer(uid=4242, pid=1, command="nc", groups=frozenset({77}))
+
+
+def test_every_verb_of_the_table_does_something():
+    """The table and what stands behind it have the same verbs, and each flag is explained."""
+    assert list(RUN) == list(VERBS)
+    assert {flag for verb in VERBS.values() for flag in verb.flags} == set(FLAGS)
+
+
+@pytest.mark.parametrize(
+    ("line", "text", "changes", "role"),
+    [
+        ("status", "status", False, Role.VIEWER),
+        ("stop now wait", "stop now wait", True, Role.ADMIN),
+        ("stop wait now wait", "stop now wait", True, Role.ADMIN),
+        ("drain", "drain", True, Role.OPERATOR),
+        ("log-level", "log-level", False, Role.VIEWER),
+        ("log-level debug", "log-level debug", True, Role.OPERATOR),
+        ("help stop", "help stop", False, Role.VIEWER),
+        ("requests stacks", "requests stacks", False, Role.VIEWER),
+    ],
+)
+def test_words(line, text, changes, role):
+    """A verb, its flags in any order, its argument; who only asks for the log level changes nothing."""
+    command = from_words(line.split(), PEER)
+    assert (str(command), command.changes, command.role) == (text, changes, role)
+
+
+@pytest.mark.parametrize(
+    ("line", "error", "message"),
+    [
+        ("", UsageError, 'expected a command; try "help"'),
+        ("drian", UnknownCommandError, '"drian"; did you mean "drain"? try "help"'),
+        ("DRAIN", UnknownCommandError, '"DRAIN"; did you mean "drain"? try "help"'),
+        ("drain fast", UsageError, 'drain does not know "fast"; it knows wait'),
+        ("log-level a b", UsageError, 'log-level does not know "a"; it knows one level'),
+        ("status wait", UsageError, 'status does not know "wait"; it takes none'),
+    ],
+)
+def test_words_that_mean_nothing(line, error, message):
+    """The answer says what is wrong and what there is; nothing is carried out."""
+    with pytest.raises(error) as caught:
+        from_words(line.split(), PEER)
+    assert str(caught.value) == message
+
+
+def test_fields():
+    """JSON has flags as booleans and the argument as text; false is as if it were not there."""
+    assert str(from_fields("stop", {"wait": True, "now": False}, PEER)) == "stop wait"
+    assert str(from_fields("log-level", {"level": "debug"}, PEER)) == "log-level debug"
+    for verb, fields in [
+        ("drain", {"wait": 1}), ("drain", {"wait": "yes"}), ("drain", {"": True}), ("log-level", {"level": 7}),
+        ("log-level", {"level": ""}), (7, {}), (None, {}), ("status", {"level": "x"}),
+    ]:  # fmt: skip
+        with pytest.raises(UsageError):
+            from_fields(verb, fields, PEER)
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "body", "text"),
+    [
+        ("GET", "/status", b"", "status"),
+        ("GET", "/status/", b"", "status"),
+        ("GET", "/", b"", "help"),
+        ("HEAD", "/health", b"", "health"),
+        ("POST", "/drain?wait", b"", "drain wait"),
+        ("POST", "/drain?wait=true", b"", "drain wait"),
+        ("POST", "/drain?wait=0", b"", "drain"),
+        ("POST", "/drain", b'{"wait": true}', "drain wait"),
+        ("POST", "/log-level?level=debug", b"", "log-level debug"),
+        ("GET", "/log-level", b"", "log-level"),
+        ("GET", "/help?verb=stop", b"", "help stop"),
+    ],
+)
+def test_http(method, target, body, text):
+    """The path is the verb; flags and the argument are in the query or in a JSON body."""
+    assert str(from_http(method, target, body, PEER)) == text
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "body", "code"),
+    [
+        ("GET", "/drain", b"", "method"),
+        ("GET", "/stop?now", b"", "method"),
+        ("GET", "/log-level?level=debug", b"", "method"),
+        ("POST", "/drain?wait=perhaps", b"", "usage"),
+        ("POST", "/drain", b"[1]", "usage"),
+        ("POST", "/drain", b"{", "usage"),
+        ("POST", "/drain", b"[" * 3000, "usage"),
+        ("GET", "/drian", b"", "unknown-command"),
+        ("GET", "//[", b"", "unknown-command"),
+    ],
+)
+def test_http_that_is_refused(method, target, body, code):
+    """What changes something needs POST; the rest is as in the other dialects."""
+    with pytest.raises(UsageError) as caught:
+        from_http(method, target, body, PEER)
+    assert caught.value.code == code
+
+
+# --- access -----------------------------------------------------------------------------------------------------------
+
+
+def access(**control):
+    return Access(load_mapping({"control": control}, actions={}).values.control)
+
+
+@pytest.mark.parametrize(
+    ("roles", "role"),
+    [
+        ({}, Role.ADMIN),
+        ({"viewer": ["4242"]}, Role.VIEWER),
+        ({"viewer": [4242]}, Role.VIEWER),
+        ({"viewer": [1], "operator": ["@77"]}, Role.OPERATOR),
+        ({"viewer": ["@77"], "admin": [4242]}, Role.ADMIN),
+        ({"admin": ["@77"], "viewer": [4242]}, Role.ADMIN),
+        ({"admin": [1]}, None),
+        ({"admin": ["77", "@4242"]}, None),
+        ({"viewer": ["root"]}, None),
+        ({"admin": ["no-such-user", "@no-such-group"]}, None),
+    ],
+)
+def test_the_highest_role_counts(roles, role, caplog):
+    """A user has the highest of their own and their groups' roles; without any roles everybody is admin."""
+    assert access(roles=roles).role_of(PEER) == role
+
+
+def test_names_that_this_machine_does_not_know_are_a_warning(caplog):
+    """They give nobody a role, and are told once by name; the configuration itself is valid."""
+    access(roles={"operator": ["no-such-user", "@no-such-group"]})
+    assert [record.getMessage() for record in caplog.records] == [
+        'control.roles.operator: this machine has no user "no-such-user"; it gives nobody a role',
+        'control.roles.operator: this machine has no group "no-such-group"; it gives nobody a role',
+    ]
+
+
+def test_root_and_the_daemons_own_user_may_do_all():
+    """They could send it signals anyway, and so nobody is locked out."""
+    granted = access(roles={"viewer": [4242]})
+    assert granted.role_of(Peer(uid=0)) == granted.role_of(Peer(uid=os.geteuid())) == Role.ADMIN
+
+
+@pytest.mark.parametrize(
+    ("role", "line", "message"),
+    [
+        ("viewer", "status", None),
+        ("viewer", "log-level", None),
+        (
+            "viewer",
+            "log-level debug",
+            "log-level needs the role operator; uid 4242 has the role viewer (control.roles)",
+        ),
+        ("viewer", "drain", "drain needs the role operator; uid 4242 has the role viewer (control.roles)"),
+        ("operator", "drain", None),
+        ("operator", "stop", "stop needs the role admin; uid 4242 has the role operator (control.roles)"),
+        ("admin", "stop", None),
+    ],
+)
+def test_a_refusal_names_the_role_that_is_needed(role, line, message):
+    """Who has a role may do what it says, and who has not is told which one it takes."""
+    command = from_words(line.split(), PEER)
+    granted = access(roles={role: [4242]})
+    if message is None:
+        granted.check(command)
+    else:
+        with pytest.raises(ForbiddenError) as caught:
+            granted.check(command)
+        assert str(caught.value) == message
+
+
+def test_nobody_gets_help_only():
+    """Who has no role learns what there is, and nothing else."""
+    granted = access(roles={"admin": [1]})
+    granted.check(from_words(["help"], PEER))
+    with pytest.raises(ForbiddenError, match="status needs the role viewer; uid 4242 has no role"):
+        granted.check(from_words(["status"], PEER))
+
+
+@pytest.mark.parametrize(
+    ("control", "takes"),
+    [
+        ({}, set(VERBS)),
+        ({"fifo": ["drain", "resume"]}, {"drain", "resume"}),
+        ({"fifo": []}, set()),
+        ({"roles": {"admin": [1]}}, set()),
+        ({"roles": {"admin": [1]}, "fifo": "drain"}, {"drain"}),
+    ],
+)
+def test_what_the_fifo_takes(control, takes):
+    """All without roles, nothing with them, and what `control.fifo` lists in either case."""
+    granted = access(**control)
+    assert granted.fifo == takes
+    for name in VERBS:
+        command = from_words([name], FIFO_PEER)
+        if name in takes:
+            granted.check(command)
+        else:
+            with pytest.raises(ForbiddenError, match=f"{name} is not for the FIFO"):
+                granted.check(command)
+
+
+# --- a connection -----------------------------------------------------------------------------------------------------
+
+
+def connect(execute):
+    ours, theirs = socket.socketpair()
+    ours.settimeout(5)
+    return ours, Client(theirs, execute, lambda: None)
+
+
+def turn(client):
+    """What the control thread does with a client until nothing happens any more."""
+    while True:
+        before = (client.last_heard, len(client._inbox))
+        if client.wants_to_read:
+            client.read()
+        client.work()
+        client.flush()
+        if before == (client.last_heard, len(client._inbox)):
+            return
+
+
+@given(st.lists(st.binary(max_size=300), max_size=8))
+@settings(max_examples=150, deadline=None)
+def test_no_bytes_hurt_a_connection(pieces):
+    """Whatever comes, in whatever pieces, there is no exception, and nothing but commands is carried out."""
+    done = []
+
+    def execute(command, reply):
+        done.append(command)
+        reply.ok("done")
+
+    ours, client = connect(execute)
+    with ours, client.sock:
+        for piece in [*pieces, b"\n"]:
+            if not client.wants_to_read:
+                break
+            ours.sendall(piece)
+            turn(client)
+        ours.shutdown(socket.SHUT_WR)
+        turn(client)
+        assert all(command.name in VERBS for command in done)
+        assert client.pending == 0
+
+
+LINES = st.one_of(
+    st.sampled_from([b"status", b"drain wait", b'{"cmd":"drain","wait":true}', b"GET /status HTTP/1.1", b"{", b"\xff"]),
+    st.binary(max_size=40).map(lambda text: text.replace(b"\n", b"")),
+)
+
+
+@given(st.lists(LINES, max_size=12), st.integers(1, 50))
+@settings(max_examples=100, deadline=None)
+def test_how_lines_are_cut_into_pieces_does_not_matter(lines, size):
+    """The same bytes mean the same commands, however they arrive."""
+    data = b"".join(line + b"\r\n" for line in lines)
+    meant = []
+    for step in (size, len(data) or 1):
+        done = []
+
+        def execute(command, reply, done=done):
+            done.append(str(command))
+            reply.ok("done")
+
+        ours, client = connect(execute)
+        with ours, client.sock:
+            for start in range(0, len(data), step):
+                if client.wants_to_read:
+                    ours.sendall(data[start : start + step])
+                    turn(client)
+            if client.wants_to_read:
+                ours.shutdown(socket.SHUT_WR)
+                turn(client)
+        meant.append(done)
+    assert meant[0] == meant[1]
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "answer"),
+    [
+        (b"GET /status HTTP/1.1\r\n\r\n", b"HTTP/1.1 400"),
+        (b"GET /status HTTP/1.0\r\n\r\n", b"HTTP/1.1 200"),
+        (b"GET /status HTTP/1.1\nHost: x\n\n", b"HTTP/1.1 200"),
+        (b"PUT /status HTTP/1.1\r\nHost: x\r\n\r\n", b"HTTP/1.1 400"),
+        (b'POST /drain HTTP/1.1\r\nHost: x\r\nContent-Length: 14\r\n\r\n{"wait": true}', b"HTTP/1.1 200"),
+        (b'POST /drain HTTP/1.1\r\nHost: x\r\nContent-Length: 15\r\n\r\n{"wait": true}', b"HTTP/1.1 400"),
+        (b"POST /drain HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\n", b"HTTP/1.1 400"),
+        (b"POST /drain HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", b"HTTP/1.1 400"),
+        (b"POST /drain HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n", b"HTTP/1.1 400"),
+        (b"POST /drain HTTP/1.1\r\nHost: x\r\n", b"HTTP/1.1 400"),
+        (b"GET /status HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 200 + b"\r\n", b"HTTP/1.1 400"),
+        (b"GET /status HTTP/1.1\r\nHost: x\r\nA: " + b"b" * 20000, b"HTTP/1.1 400"),
+        (b"GET /drian HTTP/1.1\r\nHost: x\r\n\r\n", b"HTTP/1.1 404"),
+        (b"STATUS\n", b"ERR unknown-command"),
+        (b"DRAIN", b"ERR unknown-command"),
+    ],
+)
+def test_http_requests_whole_and_broken(request_bytes, answer):
+    """What is whole is carried out, once; what is broken, cut short or too long is refused and does nothing."""
+    done = []
+
+    def execute(command, reply):
+        done.append(command)
+        reply.ok("done")
+
+    ours, client = connect(execute)
+    with ours, client.sock:
+        ours.sendall(request_bytes)
+        ours.shutdown(socket.SHUT_WR)
+        turn(client)
+        assert ours.recv(65536).startswith(answer)
+        assert len(done) == (answer == b"HTTP/1.1 200")
+        assert client.done
+
+
+def test_who_does_not_read_is_given_up():
+    """Output that nobody takes is bounded, and the client then hopeless."""
+    replies = []
+    ours, client = connect(lambda _, reply: replies.append(reply))
+    with ours, client.sock:
+        ours.sendall(b"drain wait\n")
+        turn(client)
+        for _ in range(3 * MAX_OUTPUT // 1000):
+            replies[0].progress({"note": "x" * 1000})
+            client.flush()
+        assert client.hopeless
+        assert len(client._out) < MAX_OUTPUT + 2000
+
+
+def test_a_client_with_many_commands_waits_for_its_turn():
+    """More commands than may wait at once are not read before there are outcomes."""
+    replies = []
+    ours, client = connect(lambda _, reply: replies.append(reply))
+    with ours, client.sock:
+        ours.sendall(b'{"cmd":"drain","wait":true}\n' * 100)
+        turn(client)
+        assert (len(replies), client.wants_to_read) == (32, False)
+        for reply in replies[:10]:
+            reply.ok("drained")
+        client.flush()
+        client.work()
+        assert len(replies) == 42
