@@ -409,7 +409,6 @@ class Daemon:
             config.server,
             self.app,
             self._listeners,
-            on_answer=self._on_answer,
             on_death=lambda error: self._inbox.put(lambda: self._on_death(error)),
         )
         with self._starting:
@@ -786,6 +785,7 @@ class Daemon:
         self._server.set_threads(config.server.threads)
         self._server.set_graces(config.shutdown.drain.keepalive_grace, config.shutdown.drain.stream_grace)
         self._server.answer_health(config.health.path or "", self.readiness)
+        self._server.tell_answers(self._on_answer if config.log.access != "off" else None)
 
     def _apply_idle(self, config: Config) -> None:
         assert self._server is not None
@@ -807,8 +807,7 @@ class Daemon:
         return f"{status} {http.client.responses.get(status, 'Not Ready')}", str(self.state)
 
     def _on_answer(self, fields: dict[str, Any]) -> None:
-        if self._logs.access != "off":
-            logs.log_access(self._logs.access, fields)
+        logs.log_access(self._logs.access, fields)
 
     # --- stop -------------------------------------------------------------------------------------------------------
 

@@ -100,12 +100,7 @@ def restore(plan: Plan, app: LoadedApp, state: Path | None) -> None:
 
 
 def make_server(
-    server: ServerConfig,
-    app: LoadedApp,
-    listeners: list[Listener],
-    *,
-    on_answer: Callable[[dict[str, Any]], None],
-    on_death: Callable[[BaseException | None], None],
+    server: ServerConfig, app: LoadedApp, listeners: list[Listener], *, on_death: Callable[[BaseException | None], None]
 ) -> WaitressThread:
     """A server for the app on bound listeners, not started yet; RLIMIT_NOFILE is raised for its connections."""
     return WaitressThread(
@@ -114,7 +109,6 @@ def make_server(
         listeners=listeners,
         backlog=server.backlog,
         adjustments=adjustments(server, open_files_limit(raised=True)),
-        on_answer=on_answer,
         on_death=on_death,
     )
 

@@ -50,24 +50,20 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
 
     error: Any
     expect_continue: bool
+    # Where all requests begin; on the class, because a request is made for every answer.
+    id = 0
+    complete = began = 0.0
+    """When its last byte came, and when its answer was begun; 0 before."""
+    thread: threading.Thread | None = None
+    answered = over = rejected = whole = False
+    status = ""
+    header_length = starts_at = ends_at = 0
 
     def __init__(self, channel: Channel, adj: Any) -> None:
         super().__init__(adj)
         self.channel = channel
-        self.id = 0
         self.first_byte = time.monotonic()
         self.wall_clock = time.time()
-        self.complete = self.began = 0.0
-        """When its last byte came, and when its answer was begun; 0 before."""
-        self.thread: threading.Thread | None = None
-        self.answered = False
-        self.over = False
-        self.rejected = False
-        self.status = ""
-        self.whole = False
-        self.header_length = 0
-        self.starts_at = 0
-        self.ends_at = 0
 
     def received(self, data: bytes) -> int:
         """Parse on; a request that is complete is from then on in flight."""
@@ -373,6 +369,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def output_length(self) -> int:
         """All bytes ever put out on this connection, sent or not."""
+        if not self.total_outbufs_len:  # nothing is being sent, so nobody else counts at this moment
+            return self.flushed
         with self.outbuf_lock:
             return int(self.flushed + self.total_outbufs_len)
 

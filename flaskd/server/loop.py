@@ -82,7 +82,8 @@ class EventLoop:
         self._adjustments = adjustments
         self._app = app
         self._listeners = list(listeners)
-        self._on_answer = on_answer
+        self.on_answer = on_answer
+        """Is given what the access log tells of each request that was answered; None where nobody wants to know."""
         self._limit = 0
         self._full = False
         self._pause_until = 0.0
@@ -156,8 +157,8 @@ class EventLoop:
                 self.rejected += 1
             self.tally.add(request, outcome, time.monotonic())
             del self._in_hand[request.id]
-        if self._on_answer is not None and request.status:
-            self._on_answer(request.access_fields())
+        if (on_answer := self.on_answer) is not None and request.status:
+            on_answer(request.access_fields())
 
     def stream_began(self, channel: Channel) -> None:
         """Note a response that has no end of its own (worker thread)."""
@@ -251,14 +252,14 @@ class EventLoop:
             self._to_answer.popleft().serve_here()
 
     def _patience(self) -> float:
-        moments = [time.monotonic() + _TURN]
+        moments = [self.last_turn + _TURN]
         if self._timers:
             moments.append(self._timers[0][0])
         if self._drain is not None:
             moments.append(self._drain.next_moment)
         if self.idle is not None:
             moments.append(self.idle.next_look)
-        return max(0.0, min(moments) - time.monotonic())
+        return max(0.0, min(moments) - time.monotonic()) if len(moments) > 1 else _TURN
 
     def _keep_house(self, now: float) -> None:
         while self._timers and self._timers[0][0] <= now:

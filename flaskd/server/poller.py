@@ -17,6 +17,7 @@ from waitress import wasyncore
 
 _BATCH = 512
 """Events taken from the kernel at once."""
+_NEXT_REQUEST = getattr(select, "EPOLLIN", 0) | getattr(select, "EPOLLONESHOT", 0)
 
 
 class Poller(Protocol):
@@ -79,8 +80,10 @@ class EpollMap(dict[int, Any]):
                 self.wake()
         elif channel.readable():
             # Answered whole: straight back to waiting for the next request, without a word to the loop.
-            with contextlib.suppress(OSError, ValueError):  # the loop closed it in this moment
-                self._epoll.modify(fd, select.EPOLLIN | select.EPOLLONESHOT)
+            try:  # noqa: SIM105 - contextlib.suppress costs what is saved here, at every request
+                self._epoll.modify(fd, _NEXT_REQUEST)
+            except (OSError, ValueError):  # the loop closed it in this moment
+                pass
 
     def turn(self, timeout: float) -> None:
         while self._touched:

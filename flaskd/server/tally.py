@@ -13,7 +13,10 @@ BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 6
 """Upper bounds of the buckets of a histogram, in seconds; one more bucket holds what is above."""
 
 
-@dataclass
+_CLASSES = {str(digit): digit for digit in range(1, 6)}
+
+
+@dataclass(slots=True)
 class Histogram:
     """How many lengths of time fell into which bucket, and their sum in seconds."""
 
@@ -30,7 +33,7 @@ class Histogram:
         return Histogram(self.counts.copy(), self.total)
 
 
-@dataclass
+@dataclass(slots=True)
 class Tally:
     """Requests by outcome and by class of their status; how long they took, and how long they waited for a thread.
 
@@ -48,11 +51,11 @@ class Tally:
         """Count a request that is over at `now`, a time.monotonic() moment; some microseconds (callers hold a lock)."""
         self.outcomes[outcome] += 1
         first = request.status[:1]
-        self.statuses[int(first) if first in {"1", "2", "3", "4", "5"} else 0] += 1
+        self.statuses[_CLASSES.get(first, 0)] += 1
         if first:
             self.took.add(now - request.first_byte)
         if request.began:
-            self.waited.add(max(0.0, request.began - request.complete))
+            self.waited.add(request.began - request.complete)
 
     def copy(self) -> Tally:
         """A copy that does not change."""

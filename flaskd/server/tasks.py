@@ -36,9 +36,9 @@ class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
 
     def build_response_header(self) -> bytes:
         channel = self.channel
-        last = len(channel.requests) <= 1 and channel.arriving is None
+        closes = channel.loop.closing and len(channel.requests) <= 1 and channel.arriving is None
         # Waitress does not read while a request runs: the next one may lie in the kernel already.
-        if channel.loop.closing and last and not (channel.connected and unread(channel.socket)):
+        if closes and not (channel.connected and unread(channel.socket)):
             # As if the client had asked for it: set_close_on_finish() would not keep an HTTP/1.0 client's keep-alive
             # from being confirmed in the same breath.
             self.request.headers["CONNECTION"] = "close"

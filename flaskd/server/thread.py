@@ -191,6 +191,10 @@ class WaitressThread:
         self._serving.keepalive_grace = keepalive_grace
         self._serving.stream_grace = stream_grace
 
+    def tell_answers(self, on_answer: Callable[[dict[str, Any]], None] | None) -> None:
+        """Give what the access log tells of each answered request to `on_answer` from now on; None: to nobody."""
+        self._serving.on_answer = on_answer
+
     def answer_health(self, path: str, health: Callable[[], tuple[str, str]]) -> None:
         """Let the loop answer GET and HEAD of `path` with the status line and text that `health` returns."""
         self._serving.health = health
