@@ -161,7 +161,9 @@ def debian_13() -> Path:
 def installed(root: Path | None, into: Path) -> None:
     """Make a virtual environment with this very flaskd, for the Python of a root file system; to be seen at `VENV`."""
     (python,) = {
-        path.name for path in (root or Path("/")).glob("usr/lib/python3.*") if path.name.removeprefix("python3.").isdigit()
+        path.name
+        for path in (root or Path("/")).glob("usr/lib/python3.*")
+        if path.name.removeprefix("python3.").isdigit()
     }
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "-q"]
     _run(*pip, "wheel", "--no-deps", "-w", into / "wheel", PROJECT)
@@ -308,7 +310,9 @@ class Systemd:
         """The command line that runs a command where the services run."""
         return ["nsenter", "-t", str(self.pid), "-m", "-p", "-u", "-i", "-C", "--", *command]
 
-    def run(self, *command: str, check: bool = True, timeout: float = 60, **more: Any) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *command: str, check: bool = True, timeout: float = 60, **more: Any
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command where the services run."""
         done = subprocess.run(
             self.command(*command), stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
