@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import systemd_kit
 
 PATIENCE = 20.0
 """Seconds after which a test gives up waiting; no test waits that long when all is well."""
@@ -392,3 +393,37 @@ def requires(name: str, missing: Sequence[str]) -> None:
         if name in os.environ.get("FLASKD_REQUIRE", "").split(","):
             pytest.fail(reason)
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def service_managers() -> Iterator[Callable[[str], systemd_kit.Systemd]]:
+    """Real service managers with flaskd's units installed, by the root file system they come from."""
+    booted: dict[str, systemd_kit.Systemd] = {}
+    with contextlib.ExitStack() as stack:
+
+        def boot(kind: str) -> systemd_kit.Systemd:
+            requires("systemd", systemd_kit.why_not())
+            if kind not in booted:
+                root = None
+                if kind != "machine":
+                    try:
+                        root = systemd_kit.debian_13()
+                    except systemd_kit.UnavailableError as error:
+                        requires("systemd-257", [str(error)])
+                booted[kind] = stack.enter_context(systemd_kit.Systemd(root))
+                booted[kind].prepare()
+            return booted[kind]
+
+        yield boot
+
+
+@pytest.fixture(params=["machine", "debian-13"])
+def each_systemd(service_managers: Callable[[str], Any], request: pytest.FixtureRequest) -> systemd_kit.Systemd:
+    """This machine's service manager, and that of Debian 13."""
+    return service_managers(request.param)
+
+
+@pytest.fixture(params=["machine", "debian-13"] if systemd_kit.LONG else ["machine"])
+def systemd(service_managers: Callable[[str], Any], request: pytest.FixtureRequest) -> systemd_kit.Systemd:
+    """This machine's service manager; with $FLASKD_LONG that of Debian 13, too."""
+    return service_managers(request.param)

@@ -8,6 +8,7 @@ starts one unless it is PID 1 of a new PID namespace, alone in a leaf cgroup tha
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -26,6 +27,8 @@ PROJECT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flaskd-tests"
 VENV = "/opt/flaskd"
 """Where the service managers see flaskd's virtual environment."""
+LONG = bool(os.environ.get("FLASKD_LONG"))
+"""Whether to take the time for as many cycles as are promised, on every version."""
 _BOOTED_IN = 30.0
 _TOOLS = ("setpriv", "unshare", "nsenter", "systemctl", "journalctl")
 _QUIET = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8", "SYSTEMD_PAGER": "", "SYSTEMD_COLORS": "0"}
@@ -350,6 +353,122 @@ class Systemd:
         while not condition():
             assert time.monotonic() < end, f"it never became so: {what}"
             time.sleep(0.02)
+
+    # --- flaskd as a service ---
+
+    def prepare(self) -> None:
+        """Install the units as they are shipped, make the user, and an app for the services to serve."""
+        self.run(f"{VENV}/bin/flaskd", "units", "--install", "/")
+        for name in ("flaskd@.service", "flaskd@.socket"):
+            self.write(f"/etc/systemd/system/{name}", (PROJECT / "systemd" / name).read_text())
+        self.run("systemd-sysusers", "/etc/sysusers.d/flaskd.conf")
+        self.run("systemd-tmpfiles", "--create", "/etc/tmpfiles.d/flaskd.conf")
+        self.write("/srv/app/shop.py", APP)
+
+    def flaskd(self, name: str, config: str = "", *, service: str = "", socket_unit: str = "") -> Instance:
+        """The instance flaskd@NAME, on a port of its own, with drop-ins for its service and socket; not started."""
+        return Instance(self, name, config, service, socket_unit)
+
+
+class Instance:
+    """One flaskd@NAME of a service manager."""
+
+    def __init__(self, systemd: Systemd, name: str, config: str, service: str, socket_unit: str) -> None:
+        self.systemd, self.name, self.port = systemd, name, free_port()
+        self.unit, self.socket = f"flaskd@{name}.service", f"flaskd@{name}.socket"
+        self.configure(config)
+        for unit, text in ((self.unit, service), (self.socket, socket_unit)):
+            if text:
+                systemd.write(f"/etc/systemd/system/{unit}.d/test.conf", text.replace("PORT", str(self.port)))
+        systemd.ctl("daemon-reload")
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/"
+
+    def configure(self, text: str) -> None:
+        """Write its configuration; the app is there already, PORT stands for the port."""
+        whole = "app: {target: shop, chdir: /srv/app}\n" + textwrap.dedent(text).replace("PORT", str(self.port))
+        self.systemd.write(f"/etc/flaskd/{self.name}.yaml", whole)
+
+    def start(self) -> Self:
+        self.systemd.ctl("start", self.unit)
+        return self
+
+    def show(self, name: str) -> str:
+        return self.systemd.show(self.unit, name)
+
+    @property
+    def pid(self) -> int:
+        """Its main process, by its number where the services run."""
+        return int(self.show("MainPID"))
+
+    def signal(self, number: str) -> None:
+        """Send a signal to its main process."""
+        self.systemd.run("bash", "-c", f"kill -{number} {self.pid}")
+
+    def client(self, *args: str, check: bool = True) -> str:
+        """Run a client verb."""
+        return self.systemd.run(f"{VENV}/bin/flaskd", *args, "--name", f"flaskd-{self.name}", check=check).stdout
+
+    def journal(self, *args: str) -> str:
+        return self.systemd.journal(self.unit, *args)
+
+    def entries(self, *args: str) -> list[dict[str, Any]]:
+        """The journal's entries with all their fields."""
+        return [json.loads(line) for line in self.journal("-o", "json", "--all", *args).splitlines()]
+
+    def until_state(self, state: str, patience: float = 20.0) -> None:
+        """Wait for an ActiveState."""
+        self.systemd.until(lambda: self.show("ActiveState") == state, f"{state}:\n{self.journal()}", patience)
+
+
+APP = """
+import gc, os, pathlib, threading, time
+from flask import Flask, Response, request
+
+app = Flask(__name__)
+
+@app.get("/")
+def index():
+    return "hello"
+
+@app.get("/pid")
+def pid():
+    return str(os.getpid())
+
+@app.get("/sleep/<seconds>")
+def sleep(seconds):
+    time.sleep(float(seconds))
+    return "slept"
+
+@app.post("/upload")
+def upload():
+    return str(len(request.get_data()))
+
+@app.get("/stream")
+def stream():
+    def parts():
+        while True:
+            yield "data: x\\n\\n"
+            time.sleep(0.1)
+    return Response(parts(), mimetype="text/event-stream")
+
+@app.get("/hang")
+def hang():
+    threading.Event().wait()
+
+@app.get("/wedge")
+def wedge():
+    from flaskd.server.loop import EventLoop
+    loop, = (each for each in gc.get_objects() if isinstance(each, EventLoop))
+    loop.call(threading.Event().wait)
+    return "never sent"
+
+@app.get("/environ")
+def environ():
+    return dict(os.environ)
+"""
 
 
 def free_port() -> int:
