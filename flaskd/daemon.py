@@ -919,7 +919,7 @@ class Daemon:
         policies = stop.policies
         fates = [entry["fate"] for entry in policies.values()]
         cleanup = ", ".join(f"{fates.count(fate)} {fate}" for fate in dict.fromkeys(fates)) or "none"
-        log.info(f"stopped: {report}; cleanup: {cleanup}; in {stop.took:.1f}s")
+        log.info(f"stopped: {report}; cleanup: {cleanup}; in {stop.took:.1f}s", extra={"fields": report.as_json()})
         if self._failure is None:  # else its STATUS is what people need to see
             self._notifier.status(f"stopped: {report}")
         lines = [f"cut {each}" for each in report.cut]

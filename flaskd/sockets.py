@@ -156,9 +156,9 @@ class Listener:
             self._node.remove()
             self._node = None  # once: a successor's node may get the same inode
 
-    def take_out_of_store(self, name: str) -> None:
-        """Own what came from the store under `name`, as its maker did."""
-        self.stored = name
+    def come_back(self, address: Address, name: str) -> None:
+        """Be the listener on `address` again, which came from the store under `name`."""
+        self.address, self.stored = address, name
         if self.address.path:
             with contextlib.suppress(OSError):  # somebody removed it: then there is nothing to own
                 self._node = Node.of(Path(self.address.path))

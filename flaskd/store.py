@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from urllib.parse import quote
 
 from flaskd.notify import Notifier
-from flaskd.sockets import Listener
+from flaskd.sockets import Address, Listener
 
 log = logging.getLogger("flaskd.store")
 
@@ -56,7 +57,8 @@ class Store:
         """The listener that was kept for `address`; None when there is none."""
         listener = self._found.pop(name_of(address), None)
         if listener is not None:
-            listener.take_out_of_store(name_of(address))
+            # What getsockname(2) says of a Unix socket is the hidden name under which it was bound.
+            listener.come_back(replace(Address.parse(address), port=listener.address.port), name_of(address))
         return listener
 
     def keep(self, listeners: Iterable[tuple[str, Listener]]) -> None:

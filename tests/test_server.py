@@ -506,7 +506,7 @@ def test_what_the_access_log_is_told(serve, app, connect, answers):
     assert began <= fields.pop("time") <= time.time()
     assert 0 < fields.pop("took") < PATIENCE
     assert fields == {
-        "client": "127.0.0.1", "method": "POST", "target": "/echo?q=%22", "protocol": "HTTP/1.1",
+        "id": 1, "client": "127.0.0.1", "method": "POST", "target": "/echo?q=%22", "protocol": "HTTP/1.1",
         "status": 200, "bytes": 0, "referer": "http://a/", "agent": 'me "it"',
     }  # fmt: skip
 

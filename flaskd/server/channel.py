@@ -140,6 +140,7 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
     def access_fields(self) -> dict[str, Any]:
         """What the access log tells about it."""
         return {
+            "id": self.id,
             "client": self.channel.client,
             "time": self.wall_clock,
             "method": str(getattr(self, "command", "") or "-"),

@@ -151,7 +151,7 @@ def debian_13() -> Path:
         with tempfile.TemporaryDirectory(dir=CACHE) as unfinished:
             into = Path(unfinished) / "root"
             made = subprocess.run(
-                ["mmdebstrap", "--variant=minbase", "--include=systemd,python3,python3-venv", "trixie", str(into)],
+                ["mmdebstrap", "--variant=minbase", "--include=systemd,python3,python3-venv,curl", "trixie", str(into)],
                 capture_output=True, text=True, check=False, timeout=600,
             )  # fmt: skip
             if made.returncode:
@@ -468,6 +468,9 @@ def wedge():
 @app.get("/environ")
 def environ():
     return dict(os.environ)
+
+def tidy(_app):
+    print("tidied up", flush=True)
 """
 
 
