@@ -837,7 +837,13 @@ class Daemon:
         if wait:
             self._stop_waiters.append(reply)
         else:
-            reply.ok("stopping", {"in_flight": self._in_flight, "deadline": round(self._stop.left, 1)})
+            fields = {"in_flight": self._in_flight, "deadline": round(self._stop.left, 1)}
+            reply.ok("stopping", fields, hint=self._undone_by())
+
+    def _undone_by(self) -> str:
+        """What would undo a stop, for who asked for it."""
+        passed = any(listener.shared and not listener.stored for listener in self._listeners)
+        return "the next connection starts it again, unless the .socket unit is stopped too" if passed else ""
 
     def _begin_stop(self, reason: StopReason) -> None:
         config = self.configuration.values
@@ -925,7 +931,8 @@ class Daemon:
         lines = [f"cut {each}" for each in report.cut]
         lines += [f"{name}: {entry['fate']}" for name, entry in policies.items() if entry["fate"] != "ok"]
         for reply in self._stop_waiters:
-            reply.ok("stopped", {**report.as_json(), "took": round(stop.took, 3), "policies": policies}, lines=lines)
+            fields = {**report.as_json(), "took": round(stop.took, 3), "policies": policies}
+            reply.ok("stopped", fields, lines=lines, hint=self._undone_by())
         return code
 
 

@@ -417,6 +417,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             self.half_close()
             return
         super().handle_close()
+        self.loop.probes.discard(self)
         with self.outbuf_lock:
             self._settle()
 

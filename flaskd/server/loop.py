@@ -65,6 +65,8 @@ class EventLoop:
         self.health_path = ""
         self.health: Callable[[], tuple[str, str]] = lambda: ("200 OK", "ready")
         self.connections_accepted = 0
+        self.probes: set[Channel] = set()
+        """Open connections that came through no listener."""
         self.completed = 0
         self.rejected = 0
         self.tally = Tally()
@@ -172,8 +174,8 @@ class EventLoop:
 
     @property
     def connections(self) -> int:
-        """Open connections (any thread)."""
-        return sum(len(acceptor.active_channels) for acceptor in self.acceptors)
+        """Open connections, without those of probes (any thread)."""
+        return sum(len(acceptor.active_channels) for acceptor in self.acceptors) - len(self.probes)
 
     @property
     def queued(self) -> int:
@@ -342,6 +344,7 @@ class EventLoop:
         channel = Channel(acceptor, sock, ("probe", None), acceptor.adj, map=self.poller)
         channel.internal = True
         channel.here = here
+        self.probes.add(channel)
         self.connections_accepted -= 1
 
     def watch_idle(self, after: float | None, ignore: Sequence[str], on_idle: Callable[[], None]) -> None:

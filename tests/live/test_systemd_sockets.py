@@ -266,3 +266,16 @@ def test_a_credential_is_read(systemd: Systemd) -> None:
     assert connection.getresponse().headers["Server"] == "from-a-credential"
     connection.close()
     end(instance)
+
+
+def test_a_stop_of_an_activated_service_says_that_it_is_undone(systemd: Systemd) -> None:
+    """`flaskd stop` tells that the socket unit starts it again, and so it is; stopping both is for good."""
+    instance = activated(systemd, "again")
+    get(instance.url)
+    assert "the next connection starts it again, unless the .socket unit is stopped too" in instance.client(
+        "stop", "--wait"
+    )
+    instance.until_state("inactive")
+    assert get(instance.url) == (200, b"hello")
+    end(instance)
+    assert refused(instance.url)
