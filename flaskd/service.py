@@ -31,7 +31,7 @@ _LONGEST_START = 900.0
 """Seconds after which a start is not helped any more, however busy it looks."""
 _EXIT = 1.0
 """Seconds past its deadline in which a stop is over, whatever happens: the last resort of `Stop`, and `leave`."""
-_PATIENCE = 10.0
+_PATIENCE = 5.0
 """Seconds of more time that a stop asks for at once, as long as its deadline is not nearer."""
 _OURS = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 """Variables meant for this process alone (sd_notify(3), sd_watchdog_enabled(3))."""

@@ -164,10 +164,10 @@ def test_a_listener_that_nobody_wants_any_more_leaves_the_store(each_systemd: Sy
 
 def test_a_stop_asked_of_flaskd_refuses_and_empties_the_store(systemd: Systemd) -> None:
     """After `flaskd stop` nobody is to come: who connects during it is refused at once, and the store is empty."""
-    config = STORED + "cleanup: {policies: {w: {use: command, with: {argv: [sleep, '2']}}}}\n"
+    config = STORED + "cleanup: {policies: {w: {use: command, with: {argv: [sleep, '4']}}}}\n"
     instance = systemd.flaskd("asked-stored", config).start()
     instance.client("stop")
-    systemd.until(lambda: refused(instance.url))
+    systemd.until(lambda: refused(instance.url), "refused long before the end", patience=2)
     assert instance.show("SubState") == "stop-sigterm"
     assert instance.show("NFileDescriptorStore") == "0"
     instance.until_state("inactive")
@@ -175,7 +175,7 @@ def test_a_stop_asked_of_flaskd_refuses_and_empties_the_store(systemd: Systemd) 
 
 def test_a_drained_listener_of_the_store_is_refused_once_a_stop_is_asked_for(systemd: Systemd) -> None:
     """Drained, it answers 503; `flaskd stop` then ends it for good."""
-    config = STORED + "cleanup: {policies: {w: {use: command, with: {argv: [sleep, '1']}}}}\n"
+    config = STORED + "cleanup: {policies: {w: {use: command, with: {argv: [sleep, '4']}}}}\n"
     instance = systemd.flaskd("drained-stored", config).start()
     instance.client("drain", "--wait")
     assert get(instance.url)[0] == 503
@@ -183,7 +183,8 @@ def test_a_drained_listener_of_the_store_is_refused_once_a_stop_is_asked_for(sys
     assert get(instance.url) == (200, b"hello")
     instance.client("drain", "--wait")
     instance.client("stop")
-    systemd.until(lambda: refused(instance.url))
+    systemd.until(lambda: refused(instance.url), "refused long before the end", patience=2)
+    assert instance.show("SubState") == "stop-sigterm"
     instance.until_state("inactive")
 
 
