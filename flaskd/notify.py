@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import socket
 import threading
 from collections.abc import Mapping
@@ -19,8 +18,6 @@ log = logging.getLogger("flaskd.notify")
 
 _SEND_TIMEOUT = 1.0
 """Seconds; the manager's socket holds about 11 unread datagrams, then a send would block."""
-_BARRIER = 2.0
-"""Seconds that the manager may take to catch up with what it was told."""
 _MAX_STATUS = 1024
 """Bytes; a datagram over 4096 bytes is ignored whole (systemd, manager_dispatch_notify_fd)."""
 
@@ -72,23 +69,6 @@ class Notifier:
     def remove(self, name: str) -> None:
         """Take all descriptors of that name out of the store."""
         self._send("FDSTOREREMOVE=1", f"FDNAME={name}")
-
-    def barrier(self) -> None:
-        """Wait, for a bounded time, until the manager has dealt with all that it was told (BARRIER, systemd 246)."""
-        if not self.address:
-            return
-        ours, theirs = os.pipe()
-        try:
-            self._send("BARRIER=1", fd=theirs)
-            os.close(theirs)
-            theirs = -1
-            poll = select.poll()
-            poll.register(ours, 0)  # POLLHUP comes when the last copy of the other end is closed
-            poll.poll(_BARRIER * 1000)
-        finally:
-            os.close(ours)
-            if theirs != -1:
-                os.close(theirs)
 
     def close(self) -> None:
         """Close the connection."""

@@ -128,8 +128,8 @@ class Service:
 
     def _well(self, server: Server, state: State) -> bool:
         if state not in {State.READY, State.RELOADING}:
-            return server.turns(self._period)  # drained or stopping: it need not answer, only turn
-        if not server.answers(self._period):
+            return server.turns(self._period / 2)  # drained or stopping: it need not answer, only turn
+        if not server.answers(self._period / 2):  # half of it, so that what is wrong is told before the end
             self._complain("the serving thread does not answer")
             return False
         at, now = server.all_are_at(), time.monotonic()

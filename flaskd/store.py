@@ -6,8 +6,10 @@ crash, it comes back like a socket of a socket unit, with the clients that wait 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
+import socket
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 from urllib.parse import quote
@@ -38,20 +40,19 @@ class Store:
     def open(self, passed: dict[str, list[Listener]], wanted: Collection[str]) -> None:
         """Move what came from the store out of `passed`, and drop what is not among the `wanted` addresses any more."""
         names = {name_of(address) for address in wanted}
-        dropped = []
         for name in [name for name in passed if name.startswith(_PREFIX)]:
             first, *others = passed.pop(name)
             if name in names:
                 self._found[name] = first
             else:
                 others.append(first)
-                dropped.append(name)
                 log.info(f"{first.address} is not listened on any more: taken out of the store")
                 self._notifier.remove(name)
             for each in others:
+                # For whoever holds it: the manager may take its time to close its copy, and the place be needed now.
+                with contextlib.suppress(OSError):
+                    each.socket.shutdown(socket.SHUT_RDWR)
                 each.close()
-        if dropped:
-            self._notifier.barrier()  # their places are free only when the manager has closed its copies, too
 
     def take(self, address: str) -> Listener | None:
         """The listener that was kept for `address`; None when there is none."""

@@ -1,7 +1,6 @@
 """The service manager's store of listeners, with a manager that only listens."""
 
 import socket
-import threading
 from contextlib import closing
 
 import pytest
@@ -92,21 +91,18 @@ def test_what_comes_back_is_the_same_listener(manager, notifier, make):
     assert manager.messages() == []
 
 
-def test_what_nobody_wants_leaves_the_store(manager, notifier, make):
-    """It is closed, removed from the store, and the manager's word is waited for: its place may be needed at once."""
-    store, back = Store(notifier), as_passed(make())
-    opened = threading.Thread(target=store.open, args=[{name_of("127.0.0.1:0"): [back]}, []])
-    opened.start()
-    assert manager.message() == b"FDSTOREREMOVE=1\nFDNAME=listen-127.0.0.1%3A0"
-    message, fds, _, _ = socket.recv_fds(manager._socket, 4096, 4)
-    assert message == b"BARRIER=1"
-    opened.join(0.05)
-    assert opened.is_alive()
-    socket.close(fds[0])
-    opened.join(10)
-    assert not opened.is_alive()
+@pytest.mark.parametrize("text", ["127.0.0.1:0", "unix:"])
+def test_what_nobody_wants_leaves_the_store(manager, notifier, make, tmp_path, text):
+    """It is closed and removed, and its place is free at once, although the manager still has its copy."""
+    text = f"unix:{tmp_path}/http" if text == "unix:" else text
+    store, copy_of_the_manager = Store(notifier), make(text)
+    copy_of_the_manager.stored = "so"
+    back = as_passed(copy_of_the_manager)
+    store.open({name_of(text): [back]}, [])
+    assert manager.messages() == [f"FDSTOREREMOVE=1\nFDNAME={name_of(text)}".encode()]
     assert back.socket.fileno() == -1
-    assert store.take("127.0.0.1:0") is None
+    assert store.take(text) is None
+    make(str(back.address))
 
 
 def test_what_is_let_go_is_ours_alone(manager, notifier, make):
