@@ -63,7 +63,12 @@ class Store:
         return listener
 
     def keep(self, listeners: Iterable[tuple[str, Listener]]) -> None:
-        """Store listeners, each with the address that `server.listen` has for it; they must be listening by now."""
+        """Store listeners, each with the address that `server.listen` has for it; they must be listening by now.
+
+        Without a manager to keep them they stay ours alone.
+        """
+        if not self._notifier.address:
+            return
         for address, listener in listeners:
             if not listener.stored:
                 listener.stored, listener.shared = name_of(address), True

@@ -77,6 +77,13 @@ def test_what_is_kept_is_stored_with_its_descriptor(manager, notifier, make):
     assert manager.messages() == []
 
 
+def test_without_a_manager_nothing_is_stored(make):
+    """Started by hand, a listener is one's own: nobody else would hold it for the next owner."""
+    listener = make()
+    Store(Notifier({})).keep([("127.0.0.1:0", listener)])
+    assert (listener.shared, listener.stored) == (False, "")
+
+
 def test_what_comes_back_is_the_same_listener(manager, notifier, make):
     """By the address of the configuration, whatever port that gave; what is not asked for by then stays a listener."""
     store, listener = Store(notifier), make()

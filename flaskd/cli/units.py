@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import sysconfig
 from pathlib import Path
 
 import click
@@ -23,7 +23,7 @@ from flaskd.unitfiles import hidden_by, install, unit_files
 )
 def units(instance: str | None, venv: str | None, socket_activated: bool, root: str | None) -> None:
     """Print the systemd units, filled in for this installation, or install them."""
-    place = Path(venv or sys.prefix).absolute()
+    place = Path(venv).absolute() if venv else Path(sysconfig.get_path("scripts")).parent
     files = unit_files(venv=place, instance=instance, socket_activated=socket_activated)
     if hidden := hidden_by(place):
         click.echo(f"flaskd: the units cannot run {place}: ProtectHome= hides {hidden}; install in /opt, say", err=True)

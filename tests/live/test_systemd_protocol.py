@@ -33,7 +33,9 @@ def until_restarted(instance: Instance, before: int, within: float) -> float:
         f"a restart:\n{instance.journal()}",
         within,
     )
-    return time.monotonic() - began
+    took = time.monotonic() - began
+    print(f"restarted after {took:.2f}s")
+    return took
 
 
 def test_a_life_as_it_is_shipped(each_systemd: Systemd) -> None:
