@@ -421,7 +421,7 @@ class Daemon:
         self._server.start()
         launch.keep(config, self._listeners, self._service.store)
         self._apply_server(config)
-        self._service.probing(config.health.probe_timeout)
+        self._service.probing(config.health.probe_timeout if config.health.probe else 0.0)
         probe = threading.Thread(
             target=self._probe, args=(self._server, config.health), name="flaskd-probe", daemon=True
         )

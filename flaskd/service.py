@@ -23,7 +23,7 @@ from flaskd.store import Store
 
 log = logging.getLogger("flaskd.service")
 
-_LOOK = 0.5
+_LOOK = 1.0
 """Seconds between two looks at a start that takes long."""
 _MORE = 5.0
 """Seconds that a start at work gets; it asks again long before they are over."""
@@ -105,9 +105,10 @@ class Service:
                 self._notifier.extend(_MORE)
 
     def probing(self, timeout: float) -> None:
-        """The app is loaded, and has `timeout` seconds to answer a probe."""
+        """The app is loaded, and has `timeout` seconds to answer a probe; 0 when there is none."""
         self._started.set()
-        self._notifier.extend(timeout + 1)
+        if timeout:
+            self._notifier.extend(timeout + 1)
 
     def ready(self, status: str, server: Server, state: Callable[[], State]) -> None:
         """The start is over; from now on the pulse is given."""
