@@ -57,6 +57,13 @@ def test_what_all_workers_are_at(serve, app, connect):
         assert client.response().status == 200
 
 
+def test_a_loop_without_workers_is_never_taken_for_stuck(serve):
+    """With no threads the loop runs the app itself: whether it hangs shows in whether it answers."""
+    server = serve(threads=0)
+    assert server.all_are_at() is None
+    assert server.answers(PATIENCE)
+
+
 def test_the_names_that_the_pulse_leans_on():
     """The loop keeps the streams that are under way; a worker that serves one is never taken for stuck."""
     assert isinstance(EventLoop(lambda *_: [], [], threads=1, adjustments={})._streams, set)

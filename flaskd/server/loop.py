@@ -57,8 +57,7 @@ class EventLoop:
         """Whether responses close their connections: while draining, and while a drain is announced."""
         self.refusing = False
         """Whether requests are answered with 503 (drained, on listeners that others share)."""
-        self.keepalive_grace = 0.0
-        self.stream_grace = 0.0
+        self.keepalive_grace = self.stream_grace = 0.0
         self.patience = float("inf")
         """Seconds that a client has for a request, since it connected or had its last answer."""
         self.idle: IdleWatch | None = None
@@ -207,7 +206,7 @@ class EventLoop:
         Two answers differ when a request ended or began between them, or a byte of a response moved (any thread).
         """
         requests = [each for each in list(self._in_hand.values()) if each.phase == "running"]
-        if len(requests) < self._threads or any(each.channel in self._streams for each in requests):
+        if len(requests) < max(1, self._threads) or any(each.channel in self._streams for each in requests):
             return None
         return tuple((each.id, each.channel.flushed, each.channel.total_outbufs_len) for each in requests)
 
