@@ -46,6 +46,7 @@ from flaskd.loading import LoadedApp
 from flaskd.notify import Notifier
 from flaskd.protocol import Discard, Reply, summary
 from flaskd.server import Tally, WaitressThread
+from flaskd.service import Service
 from flaskd.signals import Escalation, SignalWatch, Terminal
 from flaskd.sockets import Address, Listener
 from flaskd.state import StateDirectory
@@ -122,6 +123,7 @@ class Daemon:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lifecycle = Lifecycle()
         self._notifier = Notifier(environ)
+        self._service = Service(self._notifier, environ, self._inbox.put)
         self._logs = logs.Logs()
         self._signals = SignalWatch(self._on_signal)
         self._terminal: Terminal
@@ -350,6 +352,7 @@ class Daemon:
             stack.enter_context(self._logs)
             self._logs.apply(level="info", log_format="auto", access="off")
             stack.callback(self._notifier.close)
+            stack.enter_context(self._service.attended())
             stack.enter_context(forgotten_by_children(self._forget))
             stack.callback(faulthandler.cancel_dump_traceback_later)
             stack.callback(self._end_watch)
@@ -373,13 +376,13 @@ class Daemon:
         self._terminal = Terminal()
         self._interruptible = True
         stack.enter_context(self._signals)
-        self._notifier.status("starting")
+        self._service.starting()
         with self._starting:  # a start that is broken off waits for this, and then nothing more is made
             self._plane.open(config)
             stack.callback(self._plane.close)
             stack.callback(self._close_listeners)
             launch.change_directory(config.app)
-            passed = launch.bind(config.server, self._listeners, self._environ)
+            passed = launch.bind(config, self._listeners, self._environ, self._service.store)
             launch.bind_admin(config.admin, self._admin_listeners, passed)
             stack.callback(self._admin.close)
             self._admin.open(self._admin_listeners, config.admin.allowed_hosts)
@@ -415,7 +418,9 @@ class Daemon:
             self._interruptible = False  # from here on a stop finds a server to drain
         stack.callback(self._server.abandon)
         self._server.start()
+        launch.keep(config, self._listeners, self._service.store)
         self._apply_server(config)
+        self._service.probing(config.health.probe_timeout if config.health.probe else 0.0)
         probe = threading.Thread(
             target=self._probe, args=(self._server, config.health), name="flaskd-probe", daemon=True
         )
@@ -433,12 +438,13 @@ class Daemon:
             self._failure = error
             self._on_stop(StopReason("failure", str(error)), Discard(), wait=False, now=False)
             return
+        assert self._server is not None
         self._lifecycle.handle(Event.STARTED)
         self._apply_watch()
         self._apply_idle(self.configuration.values)
         log.info(f"ready: {self.app.target} on {', '.join(each.address.url for each in self._listeners)}")
         self._look_around()
-        self._notifier.ready(self._ready_status())
+        self._service.ready(self._ready_status(), self._server, lambda: self.state)
 
     def _discovers(self, *modes: str) -> bool:
         """Whether anybody wants to know what the app holds: discovery in one of these modes, or a policy."""
@@ -593,7 +599,7 @@ class Daemon:
         if self._stop is not None and (running := self._stop.running):
             text += f"; cleanup: {', '.join(running)}"
             progress["cleanup"] = list(running)
-        self._notifier.status(text)
+        self._service.progress(text, self._stop.left if self._stop else None)
         for reply in [*(drain.waiters if drain else ()), *self._stop_waiters]:
             reply.progress(progress)
 
@@ -786,6 +792,7 @@ class Daemon:
         self._server.set_graces(config.shutdown.drain.keepalive_grace, config.shutdown.drain.stream_grace)
         self._server.answer_health(config.health.path or "", self.readiness)
         self._server.tell_answers(self._on_answer if config.log.access != "off" else None)
+        self._service.stuck_after = config.systemd.stuck_after
 
     def _apply_idle(self, config: Config) -> None:
         assert self._server is not None
@@ -829,7 +836,13 @@ class Daemon:
         if wait:
             self._stop_waiters.append(reply)
         else:
-            reply.ok("stopping", {"in_flight": self._in_flight, "deadline": round(self._stop.left, 1)})
+            fields = {"in_flight": self._in_flight, "deadline": round(self._stop.left, 1)}
+            reply.ok("stopping", fields, hint=self._undone_by())
+
+    def _undone_by(self) -> str:
+        """What would undo a stop, for who asked for it."""
+        passed = any(listener.shared and not listener.stored for listener in self._listeners)
+        return "the next connection starts it again, unless the .socket unit is stopped too" if passed else ""
 
     def _begin_stop(self, reason: StopReason) -> None:
         config = self.configuration.values
@@ -852,7 +865,7 @@ class Daemon:
         self._reload_waiters = []
         self._stop.arm()  # before another line of Python: the app may take the GIL and never give it back
         log.info(f"{what}, at most {config.shutdown.deadline:g}s for everything; plan {self._stop.plan.id}")
-        self._notifier.stopping(what)
+        self._service.stopping(what, self._stop.left, reason, self._listeners, self._server)
         if self._server is not None:
             # A successor may share the listeners: from now on their backlog is left to it.
             self._server.refuse(on=False)
@@ -911,12 +924,14 @@ class Daemon:
         policies = stop.policies
         fates = [entry["fate"] for entry in policies.values()]
         cleanup = ", ".join(f"{fates.count(fate)} {fate}" for fate in dict.fromkeys(fates)) or "none"
-        log.info(f"stopped: {report}; cleanup: {cleanup}; in {stop.took:.1f}s")
-        self._notifier.status(f"stopped: {report}")
+        log.info(f"stopped: {report}; cleanup: {cleanup}; in {stop.took:.1f}s", extra={"fields": report.as_json()})
+        if self._failure is None:  # else its STATUS is what people need to see
+            self._notifier.status(f"stopped: {report}")
         lines = [f"cut {each}" for each in report.cut]
         lines += [f"{name}: {entry['fate']}" for name, entry in policies.items() if entry["fate"] != "ok"]
         for reply in self._stop_waiters:
-            reply.ok("stopped", {**report.as_json(), "took": round(stop.took, 3), "policies": policies}, lines=lines)
+            fields = {**report.as_json(), "took": round(stop.took, 3), "policies": policies}
+            reply.ok("stopped", fields, lines=lines, hint=self._undone_by())
         return code
 
 

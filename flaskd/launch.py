@@ -13,11 +13,12 @@ from typing import Any
 
 from flaskd import loading
 from flaskd.cleanup import Plan
-from flaskd.config import AdminConfig, AppConfig, HealthConfig, ServerConfig
+from flaskd.config import AdminConfig, AppConfig, Config, HealthConfig, ServerConfig
 from flaskd.errors import AppError, ConfigError, FlaskdError, UnsupportedError
 from flaskd.loading import LoadedApp
 from flaskd.server import WaitressThread, adjustments
 from flaskd.sockets import Address, Listener, inherited, open_files_limit
+from flaskd.store import Store
 
 log = logging.getLogger("flaskd.launch")
 
@@ -49,7 +50,7 @@ def change_directory(app: AppConfig) -> None:
 
 
 def bind(
-    server: ServerConfig, listeners: list[Listener], environ: Mapping[str, str]
+    config: Config, listeners: list[Listener], environ: Mapping[str, str], store: Store
 ) -> Mapping[str, Sequence[Listener]]:
     """Bind or take over what `server.listen` names, adding each to `listeners` at once; returns all that were passed.
 
@@ -57,12 +58,16 @@ def bind(
     address is bound. Raises CannotCreateError, and ConfigError for an `fd:NAME` that was not passed.
     """
     passed = inherited(environ)
-    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+    for name in ("LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES"):
         os.environ.pop(name, None)  # they are for this process alone
-    if not server.listen:
+    listen = config.server.listen
+    if not listen:
         listeners += [each for name in _APP_NAMES for each in passed.get(name, [])]
-    for each in server.listen or ([] if listeners else [DEFAULT_LISTEN]):
-        listeners += _listeners(each, passed)
+        listen = [] if listeners else [DEFAULT_LISTEN]
+    store.open(passed, listen if config.systemd.fdstore else [])
+    for each in listen:
+        kept = store.take(each)
+        listeners += [kept] if kept else _listeners(each, passed)
     return passed
 
 
@@ -83,6 +88,14 @@ def _listeners(where: str, passed: Mapping[str, Sequence[Listener]]) -> Sequence
         return passed[name]
     there = ", ".join(f"fd:{name}" for name in passed) or "none was passed"
     raise ConfigError(f"cannot listen on {where}: no socket of that name was passed; {there}")
+
+
+def keep(config: Config, listeners: Sequence[Listener], store: Store) -> None:
+    """Store the listeners that `bind` bound, if that is wanted; they are in the order of `server.listen`."""
+    if config.systemd.fdstore:
+        own = [each for each in listeners if each.stored or not each.shared]
+        listen = [each for each in config.server.listen or [DEFAULT_LISTEN] if not each.startswith("fd:")]
+        store.keep(zip(listen, own, strict=False))  # none is own when sockets were passed and none is named
 
 
 def find_app(app: AppConfig, given: Callable[..., Any] | None, environ: Mapping[str, str]) -> LoadedApp:

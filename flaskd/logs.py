@@ -1,7 +1,7 @@
-"""What flaskd writes to standard error: its own log and the access log, in text, JSON or with journal prefixes.
+"""What flaskd writes to standard error: its own log and the access log, in text, JSON or for the journal.
 
 Only the ``flaskd`` and ``waitress`` loggers are set up; the root logger and the app's own logging are left alone.
-Log records may carry ``extra={"fields": {...}}``: named values for the JSON format.
+Log records may carry ``extra={"fields": {...}}``: named values for JSON and the journal.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import threading
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from flaskd.forks import forgotten_by_children
+from flaskd.journal import Journal, encode, field_name
 
 _LAST_FLUSH = 1.0
 """Seconds that the last lines may take to be written."""
@@ -57,12 +58,23 @@ class _Text(logging.Formatter):
         return f"{colour}{line}\x1b[0m" if colour else line
 
 
-class _Journal(logging.Formatter):
-    """``<N>`` prefixes, one a line, because the journal splits at newlines (sd-daemon(3))."""
+class _Entry(NamedTuple):
+    """An entry for the journal, and what becomes a line on standard error where the journal does not take it."""
+
+    data: bytes
+    priority: int
+    message: str
+
+    def prefixed(self) -> str:
+        """Lines with ``<N>`` prefixes, because what reads them splits at newlines (sd-daemon(3))."""
+        return "\n".join(f"<{self.priority}>{line}" for line in self.message.splitlines())
+
+
+class _Prefixed(logging.Formatter):
+    """For what reads standard error and knows the journal's prefixes."""
 
     def format(self, record: logging.LogRecord) -> str:
-        prefix = f"<{_PRIORITIES.get(record.levelno, 6)}>"
-        return "\n".join(prefix + line for line in _whole_message(self, record).splitlines())
+        return _Entry(b"", _PRIORITIES.get(record.levelno, 6), _whole_message(self, record)).prefixed()
 
 
 class _Json(logging.Formatter):
@@ -79,6 +91,25 @@ class _Json(logging.Formatter):
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return json.dumps(entry, default=str)
+
+
+class _Native(logging.Formatter):
+    """Entries of the journal with fields (systemd.journal-fields(7)); the message stays whole, newlines and all."""
+
+    def entry(self, record: logging.LogRecord) -> _Entry:
+        """The entry for a record."""
+        message, priority = _whole_message(self, record), _PRIORITIES.get(record.levelno, 6)
+        fields = {
+            "MESSAGE": message,
+            "PRIORITY": str(priority),
+            "SYSLOG_IDENTIFIER": "flaskd",
+            "FLASKD_LOGGER": record.name,
+        }
+        for key, value in getattr(record, "fields", {}).items():
+            if value is not None:
+                text = json.dumps(value) if isinstance(value, list | dict) else str(value)
+                fields[field_name("request_id" if key == "id" else key)] = text
+        return _Entry(encode(fields), priority, message)
 
 
 class _Bare(logging.Formatter):
@@ -104,7 +135,8 @@ class _Writer:
     """Lines that may wait."""
 
     def __init__(self) -> None:
-        self._lines: queue.Queue[str | threading.Event] = queue.Queue(self._MOST)
+        self._lines: queue.Queue[str | _Entry | threading.Event] = queue.Queue(self._MOST)
+        self._journal: Journal | None = None
         self._thread: threading.Thread | None = None
         self._dropped = 0
 
@@ -116,13 +148,13 @@ class _Writer:
         except RuntimeError:
             self._thread = None
 
-    def put(self, text: str) -> None:
-        """Have a line written soon; when too many wait, it is dropped and counted."""
+    def put(self, line: str | _Entry) -> None:
+        """Have a line, or an entry for the journal, written soon; when too many wait, it is dropped and counted."""
         if self._thread is None:
-            _write(text)
+            self._write(line)
             return
         try:
-            self._lines.put_nowait(text)
+            self._lines.put_nowait(line)
         except queue.Full:
             self._dropped += 1
 
@@ -145,10 +177,27 @@ class _Writer:
             if isinstance(line, threading.Event):
                 line.set()
                 continue
-            _write(line)
+            self._write(line)
             if self._dropped:
                 dropped, self._dropped = self._dropped, 0
                 _write(f"flaskd: {dropped} log lines were dropped, because standard error was not read\n")
+
+    def _write(self, line: str | _Entry) -> None:
+        if isinstance(line, str):
+            _write(line)
+            return
+        if self._journal is None:
+            self._journal = Journal()
+        try:
+            self._journal.send(line.data)
+        except OSError:  # standard error leads there, too, by a way that the service manager keeps open
+            _write(line.prefixed() + "\n")
+
+    def close(self) -> None:
+        """Close the way to the journal."""
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
 
 
 def _write(text: str) -> None:
@@ -173,7 +222,8 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self._writer.put(self.format(record) + "\n")
+            form = self.formatter
+            self._writer.put(form.entry(record) if isinstance(form, _Native) else self.format(record) + "\n")
         except Exception:  # noqa: BLE001 - logging's own way to tell of a bad log call
             self.handleError(record)
 
@@ -220,6 +270,7 @@ class Logs:
             logger.setLevel(level)
             logger.propagate = propagate
         self.flush(_LAST_FLUSH)
+        self._writer.close()
         self._forgotten.__exit__(None, None, None)
 
     def flush(self, timeout: float) -> None:
@@ -255,16 +306,17 @@ class Logs:
         self._daemon.setFormatter(_formatter(log_format))
         chosen = _formatter(log_format)
         # A JSON access line is already whole; a text one has its own date. Only containers around it differ.
-        self._access.setFormatter(_Bare() if isinstance(chosen, _Text) or access == "json" else chosen)
+        bare = isinstance(chosen, _Text) or (access == "json" and not isinstance(chosen, _Native))
+        self._access.setFormatter(_Bare() if bare else chosen)
 
 
 def _formatter(log_format: Format) -> logging.Formatter:
-    if log_format == "auto":
-        log_format = "journal" if in_journal(os.environ) else "text"
+    if log_format in {"auto", "journal"} and in_journal(os.environ):
+        return _Native()
     if log_format == "json":
         return _Json()
     if log_format == "journal":
-        return _Journal()
+        return _Prefixed()
     on_terminal = not _stderr_is_gone() and sys.stderr.isatty() and "NO_COLOR" not in os.environ
     return _Text(colour=on_terminal)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
 from collections.abc import Mapping
 
 import sdnotify
@@ -28,26 +29,46 @@ class Notifier:
         self.address = (os.environ if environ is None else environ).get("NOTIFY_SOCKET", "")
         self._connection: _Connection | None = None
         self._complained = False
+        self._lock = threading.Lock()
 
     def ready(self, status: str) -> None:
         """Service start-up, or a reload, is over."""
         self._send("READY=1", _status(status))
 
-    def status(self, status: str) -> None:
-        """A line worth reading in ``systemctl status``; dropped when the manager is behind: a newer one follows."""
-        self._send(_status(status), wait=False)
+    def status(self, status: str, *, extend: float = 0.0) -> None:
+        """A line worth reading in ``systemctl status``; dropped when the manager is behind: a newer one follows.
+
+        With `extend` the present step gets at least so many seconds from now.
+        """
+        self._send(_status(status), *_extension(extend), wait=False)
+
+    def extend(self, seconds: float) -> None:
+        """Ask that the start or stop under way gets at least `seconds` from now (EXTEND_TIMEOUT_USEC)."""
+        self._send(*_extension(seconds), wait=False)
+
+    def alive(self) -> None:
+        """All is well (WATCHDOG=1)."""
+        self._send("WATCHDOG=1", wait=False)
 
     def reloading(self, since: float) -> None:
         """Tell that a reload began; `since` is a time.monotonic() moment taken after the request arrived."""
         self._send("RELOADING=1", f"MONOTONIC_USEC={int(since * 1_000_000)}", _status("reloading"))
 
-    def stopping(self, status: str) -> None:
-        """Tell that the stop began; it cannot be taken back."""
-        self._send("STOPPING=1", _status(status))
+    def stopping(self, status: str, *, extend: float = 0.0) -> None:
+        """Tell that the stop began, and that it takes at least `extend` seconds; it cannot be taken back."""
+        self._send("STOPPING=1", _status(status), *_extension(extend))
 
     def failed(self, status: str, error_number: int) -> None:
         """Say why the start failed; `error_number` is an errno."""
         self._send(_status(status), f"ERRNO={error_number}")
+
+    def store(self, name: str, fd: int) -> None:
+        """Give a descriptor into the manager's store (FDSTORE); it comes back as an inherited one at the next start."""
+        self._send("FDSTORE=1", f"FDNAME={name}", fd=fd)
+
+    def remove(self, name: str) -> None:
+        """Take all descriptors of that name out of the store."""
+        self._send("FDSTOREREMOVE=1", f"FDNAME={name}")
 
     def close(self) -> None:
         """Close the connection."""
@@ -55,16 +76,18 @@ class Notifier:
             self._connection.socket.close()
         self._connection = None
 
-    def _send(self, *lines: str, wait: bool = True) -> None:
-        if not self.address:
-            return
-        message = "\n".join(lines)
+    def _send(self, *lines: str, wait: bool = True, fd: int | None = None) -> None:
+        if self.address and lines:
+            with self._lock:
+                self._send_one("\n".join(lines), wait, fd)
+
+    def _send_one(self, message: str, wait: bool, fd: int | None) -> None:
         try:
             try:
-                self._connected(wait).notify(message)
+                self._connected(wait).give(message, fd)
             except ConnectionError:  # the receiver was made anew: connect again, once
                 self.close()
-                self._connected(wait).notify(message)
+                self._connected(wait).give(message, fd)
         except BlockingIOError:
             pass  # there is no room, and no wish to wait for it
         except OSError as error:
@@ -93,6 +116,17 @@ class _Connection(sdnotify.SystemdNotifier):  # type: ignore[misc]  # sdnotify i
         except OSError:
             self.socket.close()
             raise
+
+    def give(self, message: str, fd: int | None) -> None:
+        """Send a message, with a descriptor if there is one (SCM_RIGHTS, unix(7); sdnotify has no word for that)."""
+        if fd is None:
+            self.notify(message)
+        else:
+            socket.send_fds(self.socket, [message.encode("latin-1")], [fd])
+
+
+def _extension(seconds: float) -> list[str]:
+    return [f"EXTEND_TIMEOUT_USEC={int(seconds * 1_000_000)}"] if seconds > 0 else []
 
 
 def _status(text: str) -> str:

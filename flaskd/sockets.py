@@ -91,6 +91,10 @@ class Listener:
         self.socket = sock
         self.shared = shared
         """Whether somebody else holds it, too: its backlog belongs to the next owner, and closing it refuses nobody."""
+        self.stored = ""
+        """Its name in the service manager's store, which alone shares it; empty when it is not there."""
+        self.last_batch = False
+        """Whether its backlog is served at the end of a drain, because nobody knows whether there is a next owner."""
         self._node = node
 
     @classmethod
@@ -144,10 +148,20 @@ class Listener:
         return True
 
     def withdraw(self) -> None:
-        """Remove a Unix listener's node if it is still ours, so that nobody new comes; connections made stay."""
-        if self._node is not None:
+        """Remove a Unix listener's node if it is still ours, so that nobody new comes; connections made stay.
+
+        The node of a stored listener stays for the next owner; where none comes, it is stale, and replaced some day.
+        """
+        if self._node is not None and not self.stored:
             self._node.remove()
             self._node = None  # once: a successor's node may get the same inode
+
+    def come_back(self, address: Address, name: str) -> None:
+        """Be the listener on `address` again, which came from the store under `name`."""
+        self.address, self.stored = address, name
+        if self.address.path:
+            with contextlib.suppress(OSError):  # somebody removed it: then there is nothing to own
+                self._node = Node.of(Path(self.address.path))
 
     def close(self) -> None:
         """Withdraw, and close the socket."""

@@ -83,7 +83,7 @@ VERBS = (
     "help, status, health, ready, drain, resume, stop, reload, check, requests, threads, plan, config, last-stop, "
     "log-level, version"
 )
-SECTIONS = "server, version, health, profile, control, cleanup, shutdown, watch, app, log, admin"
+SECTIONS = "server, version, systemd, health, profile, control, cleanup, shutdown, watch, app, log, admin"
 PROXY = "expected server.trusted_proxy to be set along with this"
 LISTEN = "expected HOST:PORT, [IPv6]:PORT, :PORT or unix:/path"
 

@@ -13,10 +13,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "flaskd"
 
 LAYERS = [
-    {"errors", "units", "forks", "logs", "notify", "sockets", "init", "prelude", "leave", "files", "work"},
-    {"config", "lifecycle", "ledger", "loading", "protocol", "runtime", "signals", "verbs"},
+    {"errors", "units", "forks", "logs", "notify", "sockets", "init", "prelude", "leave", "files", "work", "journal"},
+    {"config", "lifecycle", "ledger", "loading", "protocol", "runtime", "signals", "verbs", "store", "unitfiles"},
     {"server", "cleanup", "client"},
-    {"drain", "launch", "state", "stop", "admin"},
+    {"drain", "launch", "state", "stop", "admin", "service"},
     {"daemon", "thread"},
     {"control", "workers"},
     {"cli", "__init__", "__main__", "testing"},
@@ -27,6 +27,7 @@ WITHIN = {
     ("runtime", "protocol"),  # where the runtime directory is, is part of the protocol
     ("sockets", "errors"),
     ("logs", "forks"),
+    ("logs", "journal"),
     ("admin", "stop"),  # a process that is not the daemon's is stopped like it
     ("config", "verbs"),  # it names them
     ("__main__", "cli"),

@@ -506,7 +506,7 @@ def test_what_the_access_log_is_told(serve, app, connect, answers):
     assert began <= fields.pop("time") <= time.time()
     assert 0 < fields.pop("took") < PATIENCE
     assert fields == {
-        "client": "127.0.0.1", "method": "POST", "target": "/echo?q=%22", "protocol": "HTTP/1.1",
+        "id": 1, "client": "127.0.0.1", "method": "POST", "target": "/echo?q=%22", "protocol": "HTTP/1.1",
         "status": 200, "bytes": 0, "referer": "http://a/", "agent": 'me "it"',
     }  # fmt: skip
 
@@ -578,7 +578,7 @@ def test_a_probe_that_is_not_answered_in_time(serve, app):
 def test_a_probe_that_is_broken_off(serve, monkeypatch):
     """A probe that gets no answer at all is an error by name."""
     server = serve()
-    monkeypatch.setattr("flaskd.server.loop.EventLoop.attach", lambda _, sock: sock.close())
+    monkeypatch.setattr("flaskd.server.loop.EventLoop.attach", lambda _, sock, **__: sock.close())
     with pytest.raises(AppError, match="^cannot get ready: the probe of / was broken off"):
         server.probe("/", PATIENCE)
 
@@ -587,7 +587,7 @@ def test_a_probe_whose_answer_trickles_has_one_deadline(serve, monkeypatch):
     """The timeout is for the whole answer, not for each byte of it."""
     held = []
 
-    def trickle(_, sock):
+    def trickle(_, sock, **__):
         sock.setblocking(True)
         held.append(sock)
         threading.Thread(target=drip, args=(sock,), daemon=True).start()

@@ -203,6 +203,45 @@ def test_a_shared_listener_is_left_to_its_next_owner(serve, app, connect):
         assert connect(second).ask("/").status == 200
 
 
+def test_a_listener_that_nobody_shares_any_more_is_gated_in_the_drain(serve, app, connect):
+    """Whoever connected before is served, nobody comes after."""
+    listener, kept = shared_listener()
+    with kept:
+        server = serve(listeners=[listener])
+        held = connect(server)
+        held.send(get("/gate"))
+        app.entered(1)
+        with draining(server, app) as report:
+            waiting = connect(server)
+            waiting.send(get("/"))
+            listener.shared = False
+            server.close_gates()
+            assert server.turns(PATIENCE)
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(kept.getsockname())
+            assert waiting.response().status == 200
+            assert not report.done()
+        assert held.response().status == 200
+
+
+def test_the_last_batch_is_served_at_the_end_of_a_drain(serve, app, connect):
+    """Where nobody knows whether a successor comes, who waits in the backlog is served once the rest is done."""
+    listener, kept = shared_listener()
+    with kept:
+        server = serve(listeners=[listener])
+        listener.last_batch = True
+        connect(server).send(get("/gate"))
+        app.entered(1)
+        with draining(server, app) as report:
+            waiting = [connect(server) for _ in range(3)]
+            for client in waiting:
+                client.send(get("/"))
+            assert server.turns(PATIENCE)
+            assert server.connections == 1
+        assert [client.response().status for client in waiting] == [200, 200, 200]
+        assert report.result(PATIENCE).completed == 4
+
+
 def test_while_drained_a_shared_listener_answers_503(serve, app, connect):
     """Who comes to a drained server is told plainly, until it resumes."""
     listener, kept = shared_listener()

@@ -276,4 +276,5 @@ def _write_line(result: StepResult) -> None:
         line += f" (attempt {result.attempts})"
     if result.trace:
         line += f"\n{result.trace.rstrip()}"
-    _log.log(_LEVELS[result.fate], "%s", line)
+    fields = {"policy": result.name, "phase": result.phase, "fate": str(result.fate), "took": round(result.took, 3)}
+    _log.log(_LEVELS[result.fate], "%s", line, extra={"fields": fields})

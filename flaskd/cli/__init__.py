@@ -16,6 +16,7 @@ import click
 
 from flaskd import __version__
 from flaskd.cli import talk
+from flaskd.cli.units import units
 from flaskd.client import ControlClient, find_socket
 from flaskd.errors import EX_LOST, EX_USAGE, ConfigError, FlaskdError, NoDaemonError
 from flaskd.leave import leave
@@ -128,14 +129,20 @@ def _config_path(option: str | None) -> Path | None:
 
 @cli.command()
 @click.option("-c", "--config", metavar="FILE", help="Configuration file; else $FLASKD_CONFIG, else ./flaskd.yaml.")
+@click.option("--unit", metavar="UNIT", help="A systemd unit file to compare with.")
 @click.argument("file", required=False)
-def check(config: str | None, file: str | None) -> None:
+def check(config: str | None, unit: str | None, file: str | None) -> None:
     """Check a configuration file, importing nothing of the app."""
     from flaskd.cleanup import action_specs  # noqa: PLC0415
     from flaskd.config import load  # noqa: PLC0415
 
     path = _config_path(config or file)
-    load(path, actions=action_specs())
+    values = load(path, actions=action_specs()).values
+    if unit is not None:
+        from flaskd.unitfiles import compare  # noqa: PLC0415
+
+        if faults := compare(Path(unit), deadline=values.shutdown.deadline, fdstore=values.systemd.fdstore):
+            raise ConfigError("\n".join(faults))
     click.echo(f"{path}: OK" if path else "no configuration file: the defaults are in force")
 
 
@@ -196,3 +203,4 @@ def _offline_plan(config: str | None) -> dict[str, Any]:
 
 
 talk.add_client_verbs(cli)
+cli.add_command(units)

@@ -328,6 +328,15 @@ class ShutdownConfig(Section):
         return self
 
 
+class SystemdConfig(Section):
+    """What flaskd does for systemd beyond telling it how things are."""
+
+    fdstore: bool = _restart(False, "Keep the listeners in systemd's store, so that they survive a restart or crash.")
+    stuck_after: Duration | None = Field(
+        None, gt=0, description="With WatchdogSec=: be restarted when all threads hang for so long; none: never."
+    )
+
+
 OnFailure = Literal["continue", "skip_dependents", "abort"]
 
 
@@ -404,4 +413,5 @@ class Config(Section):
     control: ControlConfig = _section(ControlConfig)
     admin: AdminConfig = _section(AdminConfig)
     shutdown: ShutdownConfig = _section(ShutdownConfig)
+    systemd: SystemdConfig = _section(SystemdConfig)
     cleanup: CleanupConfig = _section(CleanupConfig)

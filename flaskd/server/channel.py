@@ -136,6 +136,7 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
     def access_fields(self) -> dict[str, Any]:
         """What the access log tells about it."""
         return {
+            "id": self.id,
             "client": self.channel.client,
             "time": self.wall_clock,
             "method": str(getattr(self, "command", "") or "-"),
@@ -179,11 +180,12 @@ class _Front:
 
 
 class Channel(HTTPChannel):  # type: ignore[misc]
-    """A connection. `internal` ones (probes) appear in no count and no log."""
+    """A connection. `internal` ones (probes) appear in no count and no log; `here`: all is answered by the loop."""
 
     one_shot = True
     error_task_class = RefusalTask
     internal = False
+    here = False
     half_closed = False
     stream_over = False
     requests: list[Request]
@@ -260,6 +262,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         return request.rejected or self.loop.refusing or self.loop.alone or self._asks_for_health(request)
 
     def _asks_for_health(self, request: Request) -> bool:
+        if self.here:
+            return True
         path = self.loop.health_path
         return bool(path) and not request.error and request.path == path and request.command in {"GET", "HEAD"}
 
@@ -411,6 +415,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             self.half_close()
             return
         super().handle_close()
+        self.loop.probes.discard(self)
         with self.outbuf_lock:
             self._settle()
 

@@ -41,6 +41,7 @@ class Draining:
         self._gated: list[Any] = []
         """Acceptors whose backlog is still to be taken."""
         self._gate_until = self._began + GATE
+        self._last_batch_taken = False
         self._streams: list[tuple[float, Channel]] = []
         self._cut: tuple[Cut, ...] = ()
         self._last_moment = 0.0
@@ -57,9 +58,16 @@ class Draining:
 
     def begin(self) -> None:
         """Close the gates, and look at every connection."""
+        self.close_gates()
+        for channel in self._loop.channels():
+            self._loop.poller.touch(channel)
+
+    def close_gates(self) -> None:
+        """Take no new connections; again when a listener that somebody shared is ours alone by now."""
+        self._gate_until = time.monotonic() + GATE
         for acceptor in self._loop.acceptors:
             listener = acceptor.listener
-            if not acceptor.accepting:
+            if not acceptor.accepting or acceptor in self._gated:
                 continue
             if listener.shared:
                 self._loop.poller.listen(acceptor, on=False)  # its backlog belongs to the next owner
@@ -68,8 +76,6 @@ class Draining:
             else:
                 listener.withdraw()
                 self._let_in(acceptor)
-        for channel in self._loop.channels():
-            self._loop.poller.touch(channel)
 
     def pass_the_gate(self) -> None:
         """Wait until handshakes under way have had their time behind the gate, and let all of them in."""
@@ -100,7 +106,7 @@ class Draining:
             self.pass_the_gate()
         while self._streams and self._streams[0][0] <= now:
             self._streams.pop(0)[1].end_stream()
-        if not self._gated and not self._open():
+        if not self._gated and not self._open() and not self._last_batch():
             self._report()
         elif self._last_moment:
             if now >= self._last_moment:
@@ -112,6 +118,15 @@ class Draining:
             self._last_moment = now + _LAST_FLUSH
             if not self._open():  # nothing was refused, so there is no refusal to flush
                 self._report()
+
+    def _last_batch(self) -> bool:
+        """Take once what waits where nobody knows whether a successor comes; whether there was something."""
+        if self._last_batch_taken:
+            return False
+        self._last_batch_taken = True
+        waiting = [each for each in self._loop.acceptors if each.accepting and each.listener.last_batch]
+        taken = [acceptor.accept_some(BACKLOG) for acceptor in waiting]
+        return any(taken)
 
     def _open(self) -> bool:
         if in_background() and not self._last_moment:

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from waitress import wasyncore
@@ -57,14 +57,15 @@ class EventLoop:
         """Whether responses close their connections: while draining, and while a drain is announced."""
         self.refusing = False
         """Whether requests are answered with 503 (drained, on listeners that others share)."""
-        self.keepalive_grace = 0.0
-        self.stream_grace = 0.0
+        self.keepalive_grace = self.stream_grace = 0.0
         self.patience = float("inf")
         """Seconds that a client has for a request, since it connected or had its last answer."""
         self.idle: IdleWatch | None = None
         self.health_path = ""
         self.health: Callable[[], tuple[str, str]] = lambda: ("200 OK", "ready")
         self.connections_accepted = 0
+        self.probes: set[Channel] = set()
+        """Open connections that came through no listener."""
         self.completed = 0
         self.rejected = 0
         self.tally = Tally()
@@ -98,8 +99,7 @@ class EventLoop:
         self._timer_ids = itertools.count()
         self._next_reaping = 0.0
         self._drain: Draining | None = None
-        self._ending = False
-        self._closed = False
+        self._ending = self._closed = False
 
     # --- any thread ---------------------------------------------------------------------------------------------
 
@@ -173,8 +173,8 @@ class EventLoop:
 
     @property
     def connections(self) -> int:
-        """Open connections (any thread)."""
-        return sum(len(acceptor.active_channels) for acceptor in self.acceptors)
+        """Open connections, without those of probes (any thread)."""
+        return sum(len(acceptor.active_channels) for acceptor in self.acceptors) - len(self.probes)
 
     @property
     def queued(self) -> int:
@@ -199,6 +199,16 @@ class EventLoop:
         """The account of all requests so far (any thread)."""
         with self._lock:
             return self.tally.copy()
+
+    def all_are_at(self) -> Hashable | None:
+        """What all worker threads are at; None while one is free, or serves a stream, which is meant to last.
+
+        Two answers differ when a request ended or began between them, or a byte of a response moved (any thread).
+        """
+        requests = [each for each in list(self._in_hand.values()) if each.phase == "running"]
+        if len(requests) < max(1, self._threads) or any(each.channel in self._streams for each in requests):
+            return None
+        return tuple((each.id, each.channel.flushed, each.channel.total_outbufs_len) for each in requests)
 
     def set_threads(self, threads: int) -> None:
         """Change the number of worker threads (any thread)."""
@@ -323,12 +333,17 @@ class EventLoop:
         """Look at a connection again at a time.monotonic() moment."""
         heapq.heappush(self._timers, (moment, next(self._timer_ids), channel))
 
-    def attach(self, sock: Any) -> None:
-        """Serve a connection that came through no listener, such as a probe's; it is in no count and no log."""
+    def attach(self, sock: Any, *, here: bool = False) -> None:
+        """Serve a connection that came through no listener, such as a probe's; it is in no count and no log.
+
+        With `here` the loop itself answers it, and no worker.
+        """
         acceptor = self.acceptors[0]
         sock.setblocking(False)
         channel = Channel(acceptor, sock, ("probe", None), acceptor.adj, map=self.poller)
         channel.internal = True
+        channel.here = here
+        self.probes.add(channel)
         self.connections_accepted -= 1
 
     def watch_idle(self, after: float | None, ignore: Sequence[str], on_idle: Callable[[], None]) -> None:
@@ -381,6 +396,15 @@ class EventLoop:
         """Let in whose handshake was under way when a drain began, if that is not over yet."""
         if self._drain is not None:
             self._drain.pass_the_gate()
+
+    def close_gates(self) -> None:
+        """Deal with listeners that became ours alone after a drain began."""
+        if self._drain is not None:
+            self._drain.close_gates()
+        elif self.drains:  # it is over, and what waited was answered: only nobody new may come
+            for acceptor in self.acceptors:
+                if acceptor.accepting and not acceptor.listener.shared and not acceptor.listener.gate():
+                    acceptor.close_listener()
 
     def close_listeners(self) -> None:
         """Close the listeners that are ours alone."""

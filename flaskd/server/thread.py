@@ -7,7 +7,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Self
 
@@ -235,11 +235,32 @@ class WaitressThread:
 
         Raises AppError when no answer came within `timeout` seconds.
         """
+        status = self._ask(path, timeout, here=False)
+        if isinstance(status, str):
+            raise AppError(f"cannot get ready: {status}")
+        return status
+
+    def answers(self, timeout: float) -> bool:
+        """Whether the loop accepts a connection of one's own and answers a request on it within `timeout` seconds."""
+        return (
+            self._thread is not None and self._thread.is_alive() and isinstance(self._ask("/", timeout, here=True), int)
+        )
+
+    def all_are_at(self) -> Hashable | None:
+        """What all worker threads are at; see `EventLoop.all_are_at`."""
+        return self._loop.all_are_at() if self._loop else None
+
+    def close_gates(self) -> None:
+        """Deal with listeners that are not shared any more while a drain is under way, or over."""
+        self._serving.call(self._serving.close_gates)
+
+    def _ask(self, path: str, timeout: float, *, here: bool) -> int | str:
+        """Send a request on a connection of one's own; gives the status code, or what was wrong."""
         loop = self._serving
         until = time.monotonic() + timeout
         ours, theirs = socket.socketpair()
         with ours:
-            loop.call(lambda: loop.attach(theirs))
+            loop.call(lambda: loop.attach(theirs, here=here))
             head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nUser-Agent: flaskd-probe\r\nConnection: close\r\n\r\n"
             answer = b""
             try:
@@ -253,13 +274,13 @@ class WaitressThread:
             except TimeoutError:
                 received = b"late"
             except OSError as error:
-                raise AppError(f"cannot get ready: the probe of {path} was broken off: {error}") from error
+                return f"the probe of {path} was broken off: {error}"
         status = re.match(rb"HTTP/1\.[01] (\d{3}) ", answer)
         if status and b"\r\n" in answer:
             return int(status[1])
         if received:
-            raise AppError(f"cannot get ready: {path} did not answer the probe within {timeout:g}s")
-        raise AppError(f"cannot get ready: the probe of {path} was broken off without an answer")
+            return f"{path} did not answer the probe within {timeout:g}s"
+        return f"the probe of {path} was broken off without an answer"
 
     @property
     def counted(self) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import systemd_kit
 
 PATIENCE = 20.0
 """Seconds after which a test gives up waiting; no test waits that long when all is well."""
@@ -392,3 +393,42 @@ def requires(name: str, missing: Sequence[str]) -> None:
         if name in os.environ.get("FLASKD_REQUIRE", "").split(","):
             pytest.fail(reason)
         pytest.skip(reason)
+
+
+_managers: dict[str, systemd_kit.Systemd] = {}
+"""Service managers that are booted, by the root file system they come from."""
+_managers_end = contextlib.ExitStack()
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """End the service managers when the next test needs none: others look for children that were left behind."""
+    if nextitem is None or "systemd" not in nextitem.path.name:
+        _managers.clear()
+        _managers_end.close()
+
+
+def booted(kind: str) -> systemd_kit.Systemd:
+    """A real service manager with flaskd's units installed; the same one for all tests that follow each other."""
+    requires("systemd", systemd_kit.why_not())
+    if kind not in _managers:
+        root = None
+        if kind != "machine":
+            try:
+                root = systemd_kit.debian_13()
+            except systemd_kit.UnavailableError as error:
+                requires("systemd-257", [str(error)])
+        _managers[kind] = _managers_end.enter_context(systemd_kit.Systemd(root))
+        _managers[kind].prepare()
+    return _managers[kind]
+
+
+@pytest.fixture(params=["machine", "debian-13"])
+def each_systemd(request: pytest.FixtureRequest) -> systemd_kit.Systemd:
+    """This machine's service manager, and that of Debian 13."""
+    return booted(request.param)
+
+
+@pytest.fixture(params=["machine", "debian-13"] if systemd_kit.LONG else ["machine"])
+def systemd(request: pytest.FixtureRequest) -> systemd_kit.Systemd:
+    """This machine's service manager; with $FLASKD_LONG that of Debian 13, too."""
+    return booted(request.param)

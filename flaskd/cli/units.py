@@ -1,0 +1,34 @@
+"""``flaskd units``: the unit files, filled in for this installation."""
+
+from __future__ import annotations
+
+import sysconfig
+from pathlib import Path
+
+import click
+
+from flaskd.unitfiles import hidden_by, install, unit_files
+
+
+@click.command()
+@click.option("--instance", metavar="NAME", help="For flaskd@NAME, one of several on this machine.")
+@click.option(
+    "--venv", metavar="PATH", help="The virtual environment that the units use; default: the one that runs this."
+)
+@click.option(
+    "--socket-activated", is_flag=True, help="With a .socket unit, and hardened: no network but the listener."
+)
+@click.option(
+    "--install", "root", metavar="ROOT", help="Write them below ROOT (/ for this system); default: print them."
+)
+def units(instance: str | None, venv: str | None, socket_activated: bool, root: str | None) -> None:
+    """Print the systemd units, filled in for this installation, or install them."""
+    place = Path(venv).absolute() if venv else Path(sysconfig.get_path("scripts")).parent
+    files = unit_files(venv=place, instance=instance, socket_activated=socket_activated)
+    if hidden := hidden_by(place):
+        click.echo(f"flaskd: the units cannot run {place}: ProtectHome= hides {hidden}; install in /opt, say", err=True)
+    if root is not None:
+        for path in install(files, Path(root)):
+            click.echo(path)
+        return
+    click.echo("\n".join(f"# {path}\n{text}" for path, text in files.items()), nl=False)

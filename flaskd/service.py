@@ -1,0 +1,177 @@
+"""What this daemon owes to its service manager, beside plain words: a pulse, and requests for more time.
+
+The pulse (watchdog) is tied to the serving thread and to the main one: a thread of its own asks the loop, over a
+connection of its own, and has the main thread send the word. Nothing here runs without a manager.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+from flaskd.lifecycle import State, StopReason
+from flaskd.notify import Notifier
+from flaskd.sockets import Listener
+from flaskd.store import Store
+
+log = logging.getLogger("flaskd.service")
+
+_LOOK = 1.0
+"""Seconds between two looks at a start that takes long."""
+_MORE = 5.0
+"""Seconds that a start at work gets; it asks again long before they are over."""
+_LONGEST_START = 900.0
+"""Seconds after which a start is not helped any more, however busy it looks."""
+_EXIT = 1.0
+"""Seconds past its deadline in which a stop is over, whatever happens: the last resort of `Stop`, and `leave`."""
+_PATIENCE = 5.0
+"""Seconds of more time that a stop asks for at once, as long as its deadline is not nearer."""
+_OURS = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+"""Variables meant for this process alone (sd_notify(3), sd_watchdog_enabled(3))."""
+
+
+class Server(Protocol):
+    """What is asked of the server."""
+
+    def turns(self, timeout: float) -> bool:
+        """Whether its thread turns."""
+
+    def answers(self, timeout: float) -> bool:
+        """Whether its thread answers a request."""
+
+    def all_are_at(self) -> Hashable | None:
+        """What all of its workers are at; None while one is free."""
+
+    def close_gates(self) -> None:
+        """Deal with listeners that are not shared any more."""
+
+
+class Service:
+    """One daemon as its service manager has it; `post` runs a function in the main thread, soon."""
+
+    def __init__(
+        self, notifier: Notifier, environ: Mapping[str, str], post: Callable[[Callable[[], None]], None]
+    ) -> None:
+        self.store = Store(notifier)
+        self.stuck_after: float | None = None
+        """Seconds without any progress in any thread, after which the pulse stops; None: never."""
+        self._notifier = notifier
+        self._post = post
+        self._period = _watchdog(environ) / 2
+        self._started = threading.Event()
+        self._ended = threading.Event()
+        self._last_seen: tuple[Hashable, float] = (None, 0.0)
+        self._complained = False
+
+    @contextlib.contextmanager
+    def attended(self) -> Iterator[None]:
+        """Look after a run: dump all stacks on SIGABRT, which a late pulse brings; leave no thread behind."""
+        for name in _OURS:
+            os.environ.pop(name, None)
+        ours = not faulthandler.is_enabled()
+        if ours:
+            with contextlib.suppress(OSError, ValueError, AttributeError, RuntimeError):  # there is no standard error
+                faulthandler.enable(sys.stderr)
+        try:
+            yield
+        finally:
+            self._started.set()
+            self._ended.set()
+            if ours:
+                faulthandler.disable()
+
+    # --- start ---
+
+    def starting(self) -> None:
+        """Say so, and ask for more time while the start is at work (main thread)."""
+        self._notifier.status("starting")
+        if self._notifier.address and hasattr(time, "pthread_getcpuclockid"):
+            clock = time.pthread_getcpuclockid(threading.get_ident())
+            threading.Thread(target=self._help_start, args=[clock], name="flaskd-starting", daemon=True).start()
+
+    def _help_start(self, clock: int) -> None:
+        """A start that hangs does not use its thread's clock, and is left to TimeoutStartSec."""
+        until, used = time.monotonic() + _LONGEST_START, time.clock_gettime_ns(clock)
+        while not self._started.wait(_LOOK) and time.monotonic() < until:
+            before, used = used, time.clock_gettime_ns(clock)
+            if used != before:
+                self._notifier.extend(_MORE)
+
+    def probing(self, timeout: float) -> None:
+        """The app is loaded, and has `timeout` seconds to answer a probe; 0 when there is none."""
+        self._started.set()
+        if timeout:
+            self._notifier.extend(timeout + 1)
+
+    def ready(self, status: str, server: Server, state: Callable[[], State]) -> None:
+        """The start is over; from now on the pulse is given."""
+        self._started.set()
+        self._notifier.ready(status)
+        if self._period:
+            self._notifier.alive()
+            watch = threading.Thread(target=self._watch, args=[server, state], name="flaskd-watchdog", daemon=True)
+            watch.start()
+
+    # --- pulse ---
+
+    def _watch(self, server: Server, state: Callable[[], State]) -> None:
+        while not self._ended.wait(self._period):
+            if self._well(server, state()):
+                self._complained = False
+                self._post(self._notifier.alive)
+
+    def _well(self, server: Server, state: State) -> bool:
+        if state not in {State.READY, State.RELOADING}:
+            return server.turns(self._period / 2)  # drained or stopping: it need not answer, only turn
+        if not server.answers(self._period / 2):  # half of it, so that what is wrong is told before the end
+            self._complain("the serving thread does not answer")
+            return False
+        at, now = server.all_are_at(), time.monotonic()
+        if at is None or at != self._last_seen[0]:
+            self._last_seen = (at, now)
+        stuck = now - self._last_seen[1]
+        if self.stuck_after is not None and at is not None and stuck >= self.stuck_after:
+            self._complain(f"all threads have hung for {stuck:.1f}s (systemd.stuck_after is {self.stuck_after:g}s)")
+            return False
+        return True
+
+    def _complain(self, what: str) -> None:
+        if not self._complained:
+            log.error(f"{what}: the service manager is not told any more that all is well, and will restart flaskd")
+        self._complained = True
+
+    # --- stop ---
+
+    def stopping(
+        self, status: str, left: float, reason: StopReason, listeners: Sequence[Listener], server: Server | None
+    ) -> None:
+        """The stop began, and has `left` seconds; its `reason` says what becomes of stored listeners."""
+        self._started.set()
+        self._notifier.stopping(status, extend=min(_PATIENCE, left + _EXIT))
+        stored = [each for each in listeners if each.stored]
+        if reason.kind == "failure" or (reason.kind == "signal" and reason.detail == "SIGTERM"):
+            for each in stored:  # a stop or a restart of the manager's, or a crash: nobody knows who comes
+                each.last_batch = True
+        elif stored:
+            self.store.let_go(stored)
+            if server is not None:
+                server.close_gates()
+
+    def progress(self, status: str, left: float | None) -> None:
+        """Work goes on: a line for people, and with `left` seconds until the deadline of a stop more time for it."""
+        self._notifier.status(status, extend=0.0 if left is None else min(_PATIENCE, left + _EXIT))
+
+
+def _watchdog(environ: Mapping[str, str]) -> float:
+    """How often, in seconds, the manager wants a pulse; 0 when it wants none of this process."""
+    usec, pid = environ.get("WATCHDOG_USEC", ""), environ.get("WATCHDOG_PID", "")
+    if not usec.isdecimal() or (pid and pid != str(os.getpid())):
+        return 0.0
+    return int(usec) / 1_000_000

@@ -1,0 +1,82 @@
+"""The listeners that the service manager keeps for the next flaskd (FDSTORE in sd_notify(3), systemd 236).
+
+With ``systemd.fdstore`` each listener of one's own is stored under a name made of its address. After a restart, or a
+crash, it comes back like a socket of a socket unit, with the clients that wait in its backlog.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import socket
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+from urllib.parse import quote
+
+from flaskd.notify import Notifier
+from flaskd.sockets import Address, Listener
+
+log = logging.getLogger("flaskd.store")
+
+_PREFIX = "listen-"
+_LONGEST = 255
+"""Bytes of a name (FDNAME in sd_notify(3))."""
+
+
+def name_of(address: str) -> str:
+    """The name in the store of what `server.listen` calls `address`; no colon in it, which separates names."""
+    name = _PREFIX + quote(address, safe="/[]")
+    return name if len(name) <= _LONGEST else _PREFIX + hashlib.sha256(address.encode()).hexdigest()
+
+
+class Store:
+    """Our listeners in the service manager's store."""
+
+    def __init__(self, notifier: Notifier) -> None:
+        self._notifier = notifier
+        self._found: dict[str, Listener] = {}
+
+    def open(self, passed: dict[str, list[Listener]], wanted: Collection[str]) -> None:
+        """Move what came from the store out of `passed`, and drop what is not among the `wanted` addresses any more."""
+        names = {name_of(address) for address in wanted}
+        for name in [name for name in passed if name.startswith(_PREFIX)]:
+            first, *others = passed.pop(name)
+            if name in names:
+                self._found[name] = first
+            else:
+                others.append(first)
+                log.info(f"{first.address} is not listened on any more: taken out of the store")
+                self._notifier.remove(name)
+            for each in others:
+                # For whoever holds it: the manager may take its time to close its copy, and the place be needed now.
+                with contextlib.suppress(OSError):
+                    each.socket.shutdown(socket.SHUT_RDWR)
+                each.close()
+
+    def take(self, address: str) -> Listener | None:
+        """The listener that was kept for `address`; None when there is none."""
+        listener = self._found.pop(name_of(address), None)
+        if listener is not None:
+            # What getsockname(2) says of a Unix socket is the hidden name under which it was bound.
+            listener.come_back(replace(Address.parse(address), port=listener.address.port), name_of(address))
+        return listener
+
+    def keep(self, listeners: Iterable[tuple[str, Listener]]) -> None:
+        """Store listeners, each with the address that `server.listen` has for it; they must be listening by now.
+
+        Without a manager to keep them they stay ours alone.
+        """
+        if not self._notifier.address:
+            return
+        for address, listener in listeners:
+            if not listener.stored:
+                listener.stored, listener.shared = name_of(address), True
+                self._notifier.store(listener.stored, listener.socket.fileno())
+
+    def let_go(self, listeners: Iterable[Listener]) -> None:
+        """Take listeners out of the store: nobody is to come after us, so they are ours alone."""
+        for listener in listeners:
+            if listener.stored:
+                self._notifier.remove(listener.stored)
+                listener.stored, listener.shared = "", False

@@ -1,0 +1,148 @@
+"""The unit files that come with flaskd: filled in for an installation, and compared with a configuration.
+
+Their one source is the directory ``systemd/`` of the repository, which a wheel carries as ``flaskd/systemd/``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from flaskd.errors import CannotCreateError, ConfigError, UsageError
+from flaskd.units import format_duration
+
+_INSTANCE = re.compile(r"[A-Za-z0-9:_.][A-Za-z0-9:_.-]*")
+"""What an instance may be called; systemd would escape the rest (systemd.unit(5))."""
+_EXIT = 1.0
+"""Seconds past the deadline in which a stop is over, whatever happens."""
+_HIDDEN = ("/home", "/root", "/run/user")
+"""What ProtectHome= hides (systemd.exec(5))."""
+_DEFAULT_TIMEOUT = 90.0
+"""DefaultTimeoutStopSec= of systemd-system.conf(5)."""
+_UNITS = {
+    "us": 1e-6, "usec": 1e-6, "µs": 1e-6, "ms": 1e-3, "msec": 1e-3,
+    "": 1, "s": 1, "sec": 1, "second": 1, "seconds": 1, "m": 60, "min": 60, "minute": 60, "minutes": 60,
+    "h": 3600, "hr": 3600, "hour": 3600, "hours": 3600, "d": 86400, "day": 86400, "days": 86400,
+    "w": 604800, "week": 604800, "weeks": 604800,
+}  # fmt: skip
+
+
+def _source() -> Path:
+    here = Path(__file__).parent
+    return next(each for each in (here / "systemd", here.parent / "systemd") if each.is_dir())
+
+
+def unit_files(*, venv: Path, instance: str | None = None, socket_activated: bool = False) -> dict[Path, str]:
+    """The files to install, by their place, for flaskd in `venv`; hardened and with its socket if that is wanted.
+
+    `instance` fills in the template for one name. Raises UsageError for a name that no unit could have.
+    """
+    if re.search(r"[\s%$;\"'\\]", str(venv)):
+        raise UsageError(f'cannot write units for "{venv}": expected a path without spaces, quotes, ";", "%" and "$"')
+    unit = "flaskd"
+    if instance is not None:
+        if not _INSTANCE.fullmatch(instance):
+            raise UsageError(f'cannot name a unit "flaskd@{instance}": expected letters, digits, ":", "_", "." and "-"')
+        unit = f"flaskd@{instance}"
+    template = "flaskd" if instance is None else "flaskd@"
+    units = Path("/etc/systemd/system")
+    places = {units / f"{unit}.service": f"{template}.service"}
+    if socket_activated:
+        places[units / f"{unit}.socket"] = f"{template}.socket"
+        places[units / f"{unit}.service.d/hardened.conf"] = "drop-ins/hardened.conf"
+    places[Path("/etc/sysusers.d/flaskd.conf")] = "flaskd.sysusers.conf"
+    places[Path("/etc/tmpfiles.d/flaskd.conf")] = "flaskd.tmpfiles.conf"
+    source = _source()
+    return {
+        place: (source / name)
+        .read_text(encoding="utf-8")
+        .replace("/opt/flaskd/bin/", f"{venv}/bin/")
+        .replace("%i", instance or "%i")
+        for place, name in places.items()
+    }
+
+
+def hidden_by(venv: Path) -> str | None:
+    """The directory that hides a virtual environment from the services; None when they can read it."""
+    return next((each for each in _HIDDEN if venv.is_relative_to(each)), None)
+
+
+def install(files: dict[Path, str], root: Path) -> list[Path]:
+    """Write the files below `root`, and return their paths; raises CannotCreateError."""
+    written = []
+    for place, text in files.items():
+        path = root / place.relative_to("/")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            path.chmod(0o644)
+        except OSError as error:
+            raise CannotCreateError(f"cannot write {path}: {error.strerror}") from error
+        written.append(path)
+    return written
+
+
+@dataclass(frozen=True)
+class _Setting:
+    value: str
+    place: str
+
+
+def _settings(path: Path) -> dict[str, _Setting]:
+    """The last value of each key of [Service] in a unit and the drop-ins beside it (systemd.unit(5))."""
+    found: dict[str, _Setting] = {}
+    try:
+        for file in [path, *sorted(path.with_name(f"{path.name}.d").glob("*.conf"))]:
+            section, before = "", ""
+            for number, raw in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+                line = before + raw.strip()
+                before = ""
+                if line.startswith(("#", ";")):
+                    continue
+                if line.endswith("\\"):
+                    before = line[:-1] + " "
+                elif line.startswith("["):
+                    section = line
+                elif section == "[Service]" and "=" in line:
+                    key, _, value = line.partition("=")
+                    found[key.strip()] = _Setting(value.strip(), f"{file}:{number}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the unit {path}: {getattr(error, 'strerror', None) or error}") from error
+    return found
+
+
+def _seconds(setting: _Setting, key: str) -> float:
+    """A time span of systemd.time(7)."""
+    text = setting.value
+    if text in {"infinity", "0"}:  # for timeouts of a service, 0 is infinity, too: systemd.service(5)
+        return float("inf")
+    parts = re.findall(r"(\d+(?:\.\d+)?)\s*([a-zµ]*)\s*", text)
+    known = re.fullmatch(r"(\d+(\.\d+)?\s*[a-zµ]*\s*)+", text) and all(unit in _UNITS for _, unit in parts)
+    if not known:
+        raise ConfigError(f'{setting.place}: {key}: expected a time span such as 35 or 1min 30s, got "{text}"')
+    return sum(float(number) * _UNITS[unit] for number, unit in parts)
+
+
+def compare(path: Path, *, deadline: float, fdstore: bool) -> list[str]:
+    """What a unit and a configuration (`deadline` in seconds) have that do not go together, and what to change."""
+    settings = _settings(path)
+    faults = []
+    timeout, place = _DEFAULT_TIMEOUT, str(path)
+    for key in ("TimeoutSec", "TimeoutStopSec"):
+        if key in settings and settings[key].value:
+            timeout, place = _seconds(settings[key], key), settings[key].place
+    needed = deadline + _EXIT
+    if timeout < needed:
+        faults.append(
+            f"{place}: TimeoutStopSec={format_duration(timeout)} ends a stop before shutdown.deadline "
+            f"({format_duration(deadline)}) does: set TimeoutStopSec={int(needed + 9.999)}, or a shutdown.deadline "
+            f"of at most {format_duration(max(0.0, timeout - _EXIT))}"
+        )
+    store = settings.get("FileDescriptorStoreMax", _Setting("0", str(path)))
+    if fdstore and store.value in {"", "0"}:
+        faults.append(
+            f"{store.place}: FileDescriptorStoreMax={store.value or 0} keeps nothing for systemd.fdstore: set "
+            f"FileDescriptorStoreMax=16"
+        )
+    return faults

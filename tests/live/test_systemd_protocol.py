@@ -1,0 +1,216 @@
+"""What flaskd and a real service manager say to each other: readiness, reloads, more time, the pulse."""
+
+import http.client
+import socket
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+
+import pytest
+from conftest import PATIENCE, Answer, get
+from systemd_kit import PROJECT, Instance, Systemd
+
+LISTEN = "server: {listen: '127.0.0.1:PORT', threads: 2}\n"
+
+
+@contextmanager
+def streams(instance: Instance, count: int):
+    """So many event streams under way."""
+    with ExitStack() as stack:
+        for _ in range(count):
+            connection = http.client.HTTPConnection("127.0.0.1", instance.port, timeout=PATIENCE)
+            stack.callback(connection.close)
+            connection.request("GET", "/stream")
+            assert connection.getresponse().read(5) == b"data:"
+        yield
+
+
+def until_restarted(instance: Instance, before: int, within: float) -> float:
+    """Wait until another process is ready in its place; gives the seconds that took."""
+    began = time.monotonic()
+    instance.systemd.until(
+        lambda: instance.show("MainPID") not in {str(before), "0"} and instance.show("ActiveState") == "active",
+        f"a restart:\n{instance.journal()}",
+        within,
+    )
+    took = time.monotonic() - began
+    print(f"restarted after {took:.2f}s")
+    return took
+
+
+def test_a_life_as_it_is_shipped(each_systemd: Systemd) -> None:
+    """The service is active when it is ready, tells what it does, reloads with a true exit code, and stops cleanly."""
+    systemd = each_systemd
+    life = systemd.flaskd("life", LISTEN).start()
+    assert get(life.url) == (200, b"hello")
+    assert life.show("StatusText") == f"ready: shop on 127.0.0.1:{life.port}"
+    life.configure(LISTEN + "log: {access: json}\n")
+    systemd.ctl("reload", life.unit)
+    assert life.show("ActiveState") == "active"
+    life.configure(LISTEN + "log: {access: loud}\n")
+    failed = systemd.run("systemctl", "reload", life.unit, check=False)
+    assert failed.returncode != 0
+    assert (life.show("ActiveState"), life.show("SubState")) == ("active", "running")
+    assert "ready, but the reload failed: " in life.show("StatusText")
+    assert "log.access: expected" in life.show("StatusText")
+    assert get(life.url) == (200, b"hello")
+    answer = Answer(life.url, "/sleep/2")
+    systemd.until(lambda: "in_flight: 1" in " ".join(life.client("status").split()), "a request in flight")
+    life.client("drain")
+    systemd.until(lambda: life.show("StatusText").startswith("draining: 1 in flight, oldest GET /sleep/2 (running for"))
+    assert answer.result() == (200, b"slept")
+    systemd.until(lambda: life.show("StatusText").startswith("drained: completed=1 rejected=0 cut=0"))
+    systemd.ctl("stop", life.unit)
+    assert life.show("Result") == "success"
+    assert systemd.run("ls", "/run", check=False).stdout.count("flaskd-life") == 0
+
+
+def test_children_do_not_inherit_what_is_meant_for_flaskd(systemd: Systemd) -> None:
+    """What the app starts cannot speak to the service manager in flaskd's name."""
+    child = systemd.flaskd("child", LISTEN).start()
+    environ = get(child.url, "/environ")[1].decode()
+    assert "RUNTIME_DIRECTORY" in environ
+    assert not any(name in environ for name in ("NOTIFY_SOCKET", "LISTEN_", "WATCHDOG_"))
+    systemd.ctl("stop", child.unit)
+
+
+def test_a_reload_by_signal_is_waited_for(each_systemd: Systemd) -> None:
+    """With Type=notify-reload, `systemctl reload` returns after the reload, also after one that failed."""
+    systemd = each_systemd
+    if int(systemd.run("systemctl", "--version").stdout.split()[1]) < 253:
+        pytest.skip("Type=notify-reload is of systemd 253")
+    drop_in = (PROJECT / "systemd/drop-ins/notify-reload.conf").read_text()
+    hup = systemd.flaskd("hup", LISTEN, service=drop_in).start()
+    hup.configure(LISTEN + "log: {access: off}\n")
+    systemd.ctl("reload", hup.unit)
+    assert "reloaded /etc/flaskd/hup.yaml" in hup.journal()
+    hup.configure("nonsense: 1\n")
+    systemd.ctl("reload", hup.unit)
+    assert "ready, but the reload failed: " in hup.show("StatusText")
+    assert hup.show("ActiveState") == "active"
+    systemd.ctl("stop", hup.unit)
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "restarts"),
+    [("nonsense: 1\n", "78", False), (LISTEN + "health: {probe: /boom}\n", "70", True)],
+    ids=["configuration", "app"],
+)
+def test_a_failed_start_tells_why(systemd: Systemd, fault: str, code: str, restarts: bool) -> None:
+    """STATUS, ERRNO and the exit code tell the fault; a configuration at fault is not tried again."""
+    name = f"fault{code}"
+    service = "[Unit]\nStartLimitIntervalSec=60\nStartLimitBurst=2\n"
+    broken = systemd.flaskd(name, fault, service=service)
+    systemd.write("/srv/app/boom.py", "from shop import app\n@app.get('/boom')\ndef boom(): 1/0\n")
+    if restarts:
+        config = "app: {target: 'boom:app', chdir: /srv/app}\n" + fault.replace("PORT", str(broken.port))
+        systemd.write(f"/etc/flaskd/{name}.yaml", config)
+    systemd.run("systemctl", "start", broken.unit, check=False)
+    broken.until_state("failed")
+    assert broken.show("ExecMainStatus") == code
+    assert (int(broken.show("NRestarts")) > 0) == restarts
+    assert broken.show("StatusErrno") == "22"
+    why = "expected a known key" if code == "78" else "the probe of /boom was answered with 500"
+    assert why in broken.show("StatusText")
+
+
+def test_a_slow_start_gets_time_while_it_is_at_work(systemd: Systemd) -> None:
+    """An import longer than TimeoutStartSec succeeds while it does something, and is ended when it hangs."""
+    text = (
+        "import time\nfrom shop import app\nend = time.monotonic() + {}\nwhile time.monotonic() < end: time.sleep({})\n"
+    )
+    service = "[Service]\nTimeoutStartSec=2\nRestart=no\n"
+    slow = systemd.flaskd("slow", service=service)
+    listen = "server: {listen: '127.0.0.1:0'}\n"
+    systemd.write("/srv/app/slow.py", text.format(4, 0.1))
+    systemd.write("/srv/app/hung.py", text.format(600, 600))
+    systemd.write("/etc/flaskd/slow.yaml", "app: {target: 'slow:app', chdir: /srv/app}\n" + listen)
+    hung = systemd.flaskd("hung", service=service)
+    systemd.write("/etc/flaskd/hung.yaml", "app: {target: 'hung:app', chdir: /srv/app}\n" + listen)
+    systemd.ctl("start", "--no-block", hung.unit)
+    slow.start()
+    assert slow.show("StatusText").startswith("ready: slow:app")
+    systemd.ctl("stop", slow.unit)
+    hung.until_state("failed")
+    assert hung.show("Result") == "timeout"
+
+
+def test_a_stop_gets_time_up_to_its_deadline(systemd: Systemd) -> None:
+    """With TimeoutStopSec=2, a cleanup of six seconds that the deadline allows ends well, asked by whomever."""
+    config = LISTEN + "cleanup: {policies: {long: {use: command, with: {argv: [sleep, '6']}, timeout: 8s}}}\n"
+    longer = systemd.flaskd("longer", config, service="[Service]\nTimeoutStopSec=2\n")
+    asked = systemd.flaskd("asked", config.replace("'6'", "'4'"), service="[Service]\nTimeoutStopSec=2\n").start()
+    longer.start()
+    began = time.monotonic()
+    asked.client("stop")
+    systemd.ctl("stop", longer.unit)
+    assert 6 <= time.monotonic() - began < 9
+    for each in (longer, asked):
+        each.until_state("inactive")
+        assert each.show("Result") == "success"
+        assert "cleanup: 1 ok" in each.journal()
+
+
+def test_a_stopped_process_is_restarted(systemd: Systemd) -> None:
+    """A daemon that got SIGSTOP gives no pulse; within two watchdog periods another one is ready."""
+    frozen = systemd.flaskd("frozen", LISTEN, service="[Service]\nWatchdogSec=2\n").start()
+    pid = frozen.pid
+    frozen.signal("STOP")
+    until_restarted(frozen, pid, within=4)
+    assert get(frozen.url) == (200, b"hello")
+    systemd.ctl("stop", frozen.unit)
+
+
+def test_a_wedged_loop_is_restarted_with_its_stacks_in_the_journal(systemd: Systemd) -> None:
+    """A serving thread that does not turn gives no pulse; what each thread was at is in the journal."""
+    wedged = systemd.flaskd("wedged", LISTEN, service="[Service]\nWatchdogSec=2\n").start()
+    pid = wedged.pid
+    get(wedged.url)
+    Answer(wedged.url, "/wedge")
+    until_restarted(wedged, pid, within=4)
+    journal = wedged.journal()
+    assert "the serving thread does not answer" in journal
+    assert "Fatal Python error: Aborted" in journal
+    assert "in run" in journal
+    assert get(wedged.url) == (200, b"hello")
+    systemd.ctl("stop", wedged.unit)
+
+
+def test_hanging_threads_are_a_wedge_only_when_asked_for(systemd: Systemd) -> None:
+    """All threads stuck: nothing happens by default; with `stuck_after`, a restart soon after it."""
+    config, service = LISTEN + "shutdown: {deadline: 3s}\n", "[Service]\nWatchdogSec=2\n"
+    stuck = systemd.flaskd("stuck", config, service=service).start()
+    pid = stuck.pid
+    hanging = [Answer(stuck.url, "/hang") for _ in range(2)]
+    systemd.until(lambda: "in_flight: 2" in " ".join(stuck.client("status").split()))
+    stays = time.monotonic() + 5
+    systemd.until(lambda: time.monotonic() > stays)  # that nothing happens shows only with time
+    assert stuck.pid == pid
+    stuck.configure(config + "systemd: {stuck_after: 1s}\n")
+    systemd.ctl("reload", stuck.unit)
+    until_restarted(stuck, pid, within=5)  # noticed after one second, and two watchdog periods
+    assert "all threads have hung for" in stuck.journal()
+    del hanging
+    systemd.ctl("stop", stuck.unit)
+
+
+def test_busy_or_drained_is_not_wedged(systemd: Systemd) -> None:
+    """Threads that all serve streams, or clients that upload for long, bring no restart; a drain brings none either."""
+    config = LISTEN + "systemd: {stuck_after: 500ms}\nshutdown: {drain: {stream_grace: 100ms}}\n"
+    busy = systemd.flaskd("busy", config, service="[Service]\nWatchdogSec=1\n").start()
+    pid = busy.pid
+    with streams(busy, 2), ExitStack() as stack:
+        uploads = [stack.enter_context(socket.create_connection(("127.0.0.1", busy.port))) for _ in range(4)]
+        for each in uploads:
+            each.sendall(b"POST /upload HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n")
+        ended = time.monotonic() + 4
+        while time.monotonic() < ended:
+            for each in uploads:
+                each.sendall(b"x" * 10)
+            threading.Event().wait(0.2)
+        assert busy.pid == pid
+    busy.client("drain", "--wait")
+    ended = time.monotonic() + 3
+    systemd.until(lambda: time.monotonic() > ended)
+    assert (busy.pid, busy.show("NRestarts")) == (pid, "0")
+    systemd.ctl("stop", busy.unit)

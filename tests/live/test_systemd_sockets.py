@@ -1,0 +1,282 @@
+"""Listeners under a real service manager: passed by socket units, kept in the store, through restarts and crashes."""
+
+from __future__ import annotations
+
+import collections
+import http.client
+import socket
+import threading
+import time
+from typing import Self
+
+import pytest
+from conftest import PATIENCE, get, refused
+from systemd_kit import LONG, PROJECT, Instance, Systemd, free_port
+
+RESTARTS = 50 if LONG else 4
+KILLS = 10 if LONG else 2
+LISTEN = "server: {listen: '127.0.0.1:PORT'}\n"
+STORED = LISTEN + "systemd: {fdstore: true}\n"
+PORT_UNIT = "[Socket]\nListenStream=\nListenStream=127.0.0.1:PORT\n"
+HARDENED = (PROJECT / "systemd/drop-ins/hardened.conf").read_text()
+
+
+class Load:
+    """Clients that ask all the time: two with a new connection each time, two that keep theirs."""
+
+    def __init__(self, instance: Instance, path: str = "/") -> None:
+        self._address = ("127.0.0.1", instance.port)
+        self._path = path
+        self._ended = threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=[kept]) for kept in (False, False, True, True)]
+        self.outcomes: collections.Counter[str] = collections.Counter()
+        self.longest = 0.0
+        """The longest time in which no client got an answer."""
+        self._lock = threading.Lock()
+        self._last = time.monotonic()
+
+    def __enter__(self) -> Self:
+        for each in self._threads:
+            each.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        for each in self._threads:
+            each.join(PATIENCE)
+
+    def _ask(self, kept: bool) -> None:
+        connection = http.client.HTTPConnection(*self._address, timeout=PATIENCE)
+        while not self._ended.is_set():
+            try:
+                if connection.sock is None:
+                    try:
+                        connection.connect()
+                    except OSError as error:
+                        raise ConnectionError(f"connecting: {error!r}") from error
+                connection.request("GET", self._path)
+                response = connection.getresponse()
+                outcome = f"{response.status} {response.read().decode()[:20]}"
+                if not kept:
+                    connection.close()
+            except (OSError, http.client.HTTPException) as error:
+                outcome = repr(error)
+                connection.close()
+            with self._lock:
+                now = time.monotonic()
+                self.outcomes[outcome] += 1
+                self.longest, self._last = max(self.longest, now - self._last), now
+        connection.close()
+
+    def until_more(self, count: int = 8) -> None:
+        """Wait until so many more requests are over."""
+        goal, end = self.outcomes.total() + count, time.monotonic() + PATIENCE
+        while self.outcomes.total() < goal:
+            assert time.monotonic() < end, self.outcomes
+            time.sleep(0.01)
+
+
+def activated(systemd: Systemd, name: str) -> Instance:
+    """An instance in the hardened, socket-activated form, its socket listening."""
+    instance = systemd.flaskd(name, service=HARDENED, socket_unit=PORT_UNIT)
+    systemd.ctl("start", instance.socket)
+    return instance
+
+
+def end(instance: Instance) -> None:
+    """Stop what the test started."""
+    instance.systemd.ctl("stop", instance.socket, instance.unit, check=False)
+
+
+def restart_under_load(instance: Instance) -> str:
+    """Restart many times under load, of which nobody may notice anything but a pause; gives the figures."""
+    get(instance.url)
+    with Load(instance) as load:
+        for _ in range(RESTARTS):
+            instance.systemd.ctl("reset-failed", instance.unit)  # or it starts too often
+            instance.systemd.ctl("restart", instance.unit)
+            load.until_more()
+    print(f"{RESTARTS} restarts: {dict(load.outcomes)}, longest pause {load.longest:.2f}s")
+    assert set(load.outcomes) == {"200 hello"}, f"{load.outcomes}\n{instance.journal()}"
+    return f"{load.longest:.2f}s"
+
+
+def test_activated_restarts_lose_nothing(each_systemd: Systemd) -> None:
+    """The first connection starts the hardened service; restarts under load fail no request of any kind."""
+    instance = activated(each_systemd, "restarts")
+    assert instance.show("ActiveState") == "inactive"
+    restart_under_load(instance)
+    end(instance)
+
+
+def test_restarts_with_the_store_lose_nothing(each_systemd: Systemd) -> None:
+    """Without a socket unit, a listener in the store makes restarts under load as harmless."""
+    instance = each_systemd.flaskd("stored", STORED).start()
+    assert instance.show("NFileDescriptorStore") == "1"
+    restart_under_load(instance)
+    assert instance.show("NFileDescriptorStore") == "1"
+    end(instance)
+    assert refused(instance.url)
+
+
+@pytest.mark.parametrize("form", ["activated", "stored"])
+def test_a_killed_process_loses_only_what_it_had(each_systemd: Systemd, form: str) -> None:
+    """After `kill -9` only requests in flight fail; connecting never does."""
+    systemd = each_systemd
+    instance = activated(systemd, "killed") if form == "activated" else systemd.flaskd("killed-s", STORED).start()
+    get(instance.url)
+    with Load(instance, "/sleep/0.01") as load:
+        for _ in range(KILLS):
+            before = instance.show("MainPID")
+            systemd.ctl("reset-failed", instance.unit)
+            instance.signal("KILL")
+            systemd.until(lambda before=before: instance.show("MainPID") not in {before, "0"}, instance.journal())
+            instance.until_state("active")
+            load.until_more()
+    failed = {outcome: count for outcome, count in load.outcomes.items() if outcome != "200 slept"}
+    print(f"{KILLS} kills: {dict(load.outcomes)}, longest pause {load.longest:.2f}s")
+    assert not any("connecting" in outcome for outcome in failed), load.outcomes
+    assert sum(failed.values()) <= 4 * KILLS, load.outcomes  # at most the one of each client, each time
+    assert instance.show("NRestarts") != "0"
+    end(instance)
+
+
+def test_a_listener_that_nobody_wants_any_more_leaves_the_store(each_systemd: Systemd) -> None:
+    """A new address is bound, also a wildcard over the old one; the old one is refused, and the store keeps one."""
+    systemd = each_systemd
+    instance = systemd.flaskd("moves", STORED).start()
+    old = instance.url
+    instance.configure(STORED.replace("127.0.0.1:PORT", ":PORT"))
+    systemd.ctl("restart", instance.unit)
+    assert instance.client("status").count(f"0.0.0.0:{instance.port}") == 1
+    instance.port = free_port()
+    instance.configure(STORED)
+    systemd.ctl("restart", instance.unit)
+    assert get(instance.url) == (200, b"hello")
+    assert refused(old)
+    assert instance.show("NFileDescriptorStore") == "1"
+    instance.configure(LISTEN)
+    systemd.ctl("restart", instance.unit)
+    assert get(instance.url) == (200, b"hello")
+    assert instance.show("NFileDescriptorStore") == "0"
+    end(instance)
+
+
+def test_a_stop_asked_of_flaskd_refuses_and_empties_the_store(systemd: Systemd) -> None:
+    """After `flaskd stop` nobody is to come: who connects during it is refused at once, and the store is empty."""
+    config = STORED + "cleanup: {policies: {w: {use: command, with: {argv: [sleep, '4']}}}}\n"
+    instance = systemd.flaskd("asked-stored", config).start()
+    instance.client("stop")
+    systemd.until(lambda: refused(instance.url), "refused long before the end", patience=2)
+    assert instance.show("SubState") == "stop-sigterm"
+    assert instance.show("NFileDescriptorStore") == "0"
+    instance.until_state("inactive")
+
+
+def test_a_drained_listener_of_the_store_is_refused_once_a_stop_is_asked_for(systemd: Systemd) -> None:
+    """Drained, it answers 503; `flaskd stop` then ends it for good."""
+    config = STORED + "cleanup: {policies: {w: {use: command, with: {argv: [sleep, '4']}}}}\n"
+    instance = systemd.flaskd("drained-stored", config).start()
+    instance.client("drain", "--wait")
+    assert get(instance.url)[0] == 503
+    instance.client("resume")
+    assert get(instance.url) == (200, b"hello")
+    instance.client("drain", "--wait")
+    instance.client("stop")
+    systemd.until(lambda: refused(instance.url), "refused long before the end", patience=2)
+    assert instance.show("SubState") == "stop-sigterm"
+    instance.until_state("inactive")
+
+
+def test_who_came_during_a_stop_of_the_manager_is_answered(systemd: Systemd) -> None:
+    """`systemctl stop` does not say whether a restart follows: who waits at the end of the drain is served."""
+    instance = systemd.flaskd("late", STORED).start()
+    first = socket.create_connection(("127.0.0.1", instance.port), timeout=PATIENCE)
+    first.sendall(b"GET /sleep/1 HTTP/1.1\r\nHost: x\r\n\r\n")
+    systemd.until(lambda: "in_flight: 1" in " ".join(instance.client("status").split()))
+    systemd.ctl("stop", "--no-block", instance.unit)
+    systemd.until(lambda: instance.show("StatusText").startswith("stopping"))
+    late = [socket.create_connection(("127.0.0.1", instance.port), timeout=PATIENCE) for _ in range(20)]
+    for each in late:
+        each.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    for each in [first, *late]:
+        with each, each.makefile("rb") as answer:
+            assert answer.read().startswith(b"HTTP/1.1 200 OK")
+    instance.until_state("inactive")
+
+
+def test_a_unix_listener_in_the_store_keeps_its_node(systemd: Systemd) -> None:
+    """Its node stays over a restart and serves again; `flaskd stop` removes it."""
+    config = "server: {listen: 'unix:/run/unix-stored/http'}\nsystemd: {fdstore: true}\n"
+    service = "[Service]\nRuntimeDirectory=unix-stored\nRuntimeDirectoryPreserve=yes\n"
+    instance = systemd.flaskd("unix", config, service=service).start()
+
+    def ask() -> str:
+        return systemd.run("/usr/bin/python3", "-c", ASK_UNIX, "/run/unix-stored/http").stdout
+
+    assert ask() == "200"
+    systemd.ctl("restart", instance.unit)
+    assert ask() == "200"
+    assert instance.show("NFileDescriptorStore") == "1"
+    instance.client("stop", "--wait")
+    instance.until_state("inactive")
+    assert systemd.run("ls", "/run/unix-stored").stdout == ""
+
+
+ASK_UNIX = """
+import http.client, socket, sys
+connection = http.client.HTTPConnection("x")
+connection.sock = socket.socket(socket.AF_UNIX)
+connection.sock.settimeout(10)
+connection.sock.connect(sys.argv[1])
+connection.request("GET", "/")
+print(connection.getresponse().status, end="")
+"""
+
+
+def test_sockets_by_name_and_kind_beside_listeners_of_ones_own(each_systemd: Systemd) -> None:
+    """TCP, IPv6 and Unix sockets of units, by their names, and a port that flaskd binds itself, all at once."""
+    systemd = each_systemd
+    own, six = free_port(), free_port()
+    config = f"server: {{listen: ['fd:http', 'fd:inner', '127.0.0.1:{own}']}}\nsystemd: {{fdstore: true}}\n"
+    sockets = f"[Socket]\nListenStream=\nListenStream=127.0.0.1:PORT\nListenStream=[::1]:{six}\n"
+    inner = "[Socket]\nListenStream=/run/mixed-inner\nFileDescriptorName=inner\nService=flaskd@mixed.service\n"
+    systemd.write("/etc/systemd/system/mixed-inner.socket", inner)
+    instance = systemd.flaskd("mixed", config, service="[Service]\nSockets=mixed-inner.socket\n", socket_unit=sockets)
+    systemd.ctl("start", instance.socket, "mixed-inner.socket")
+    for _ in range(2):
+        urls = [instance.url, f"http://[::1]:{six}/", f"http://127.0.0.1:{own}/"]
+        systemd.ctl("start", instance.unit)
+        assert [get(url) for url in urls] == [(200, b"hello")] * 3
+        assert systemd.run("/usr/bin/python3", "-c", ASK_UNIX, "/run/mixed-inner").stdout == "200"
+        assert instance.show("NFileDescriptorStore") == "1"
+        systemd.ctl("restart", instance.unit)
+    systemd.ctl("stop", "mixed-inner.socket")
+    end(instance)
+
+
+def test_a_credential_is_read(systemd: Systemd) -> None:
+    """`${cred:name}` is what LoadCredential= or SetCredential= gave, in the hardened form, too."""
+    instance = systemd.flaskd(
+        "cred", service=HARDENED + "SetCredential=ident:from-a-credential\n", socket_unit=PORT_UNIT
+    )
+    instance.configure("server: {ident: '${cred:ident}'}\n")
+    systemd.ctl("start", instance.socket)
+    connection = http.client.HTTPConnection("127.0.0.1", instance.port, timeout=PATIENCE)
+    connection.request("GET", "/")
+    assert connection.getresponse().headers["Server"] == "from-a-credential"
+    connection.close()
+    end(instance)
+
+
+def test_a_stop_of_an_activated_service_says_that_it_is_undone(systemd: Systemd) -> None:
+    """`flaskd stop` tells that the socket unit starts it again, and so it is; stopping both is for good."""
+    instance = activated(systemd, "again")
+    get(instance.url)
+    assert "the next connection starts it again, unless the .socket unit is stopped too" in instance.client(
+        "stop", "--wait"
+    )
+    instance.until_state("inactive")
+    assert get(instance.url) == (200, b"hello")
+    end(instance)
+    assert refused(instance.url)

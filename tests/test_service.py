@@ -1,0 +1,216 @@
+"""The pulse, and requests for more time, with a manager that only listens."""
+
+import os
+import threading
+import time
+
+import pytest
+from fake_notify import receiving
+
+from flaskd.lifecycle import State, StopReason
+from flaskd.notify import Notifier
+from flaskd.service import Service
+from flaskd.sockets import Address, Listener
+
+PERIOD = 0.02
+
+
+class Server:
+    """A server that does as it is told."""
+
+    def __init__(self):
+        self.well = True
+        self.at = None
+        self.asked = threading.Semaphore(0)
+        self.gates_closed = False
+
+    def turns(self, timeout):
+        self.asked.release()
+        return self.well
+
+    def answers(self, timeout):
+        self.asked.release()
+        return self.well
+
+    def all_are_at(self):
+        return self.at
+
+    def close_gates(self):
+        self.gates_closed = True
+
+    def wait_until_asked(self, times=3):
+        for _ in range(times):
+            assert self.asked.acquire(timeout=10)
+
+
+@pytest.fixture
+def manager(tmp_path):
+    with receiving(tmp_path / "notify") as receiver:
+        yield receiver
+
+
+@pytest.fixture
+def make(manager):
+    """Makes services whose main thread is this test; no thread of theirs is left in the end."""
+    threads = set(threading.enumerate())
+    notifier = Notifier({"NOTIFY_SOCKET": manager.address})
+
+    def make(post=lambda call: call(), **environ):
+        environ.setdefault("WATCHDOG_USEC", str(int(PERIOD * 2_000_000)))
+        service = Service(notifier, environ, post)
+        attended = service.attended()
+        attended.__enter__()
+        made.append(attended)
+        return service
+
+    made = []
+    yield make
+    for each in made:
+        each.__exit__(None, None, None)
+    notifier.close()
+    for each in set(threading.enumerate()) - threads:
+        each.join(10)
+        assert not each.is_alive()
+
+
+def pulses(manager):
+    return [each for each in manager.messages() if each == b"WATCHDOG=1"]
+
+
+def test_the_pulse_is_given_while_the_server_answers(make, manager):
+    """WATCHDOG=1 comes again and again while the loop answers, and not any more when it does not."""
+    service, server = make(), Server()
+    service.ready("ready", server, lambda: State.READY)
+    assert manager.message() == b"READY=1\nSTATUS=ready"
+    for _ in range(3):
+        assert manager.message() == b"WATCHDOG=1"
+    server.well = False
+    server.wait_until_asked(6)
+    manager.messages()
+    server.wait_until_asked()
+    assert pulses(manager) == []
+    server.well = True
+    assert manager.message() == b"WATCHDOG=1"
+
+
+def test_the_main_thread_gives_it(make, manager):
+    """A main thread that does not turn cannot say that all is well."""
+    posts, server = [], Server()
+    service = make(posts.append)
+    service.ready("ready", server, lambda: State.READY)
+    manager.messages()
+    server.wait_until_asked()
+    assert pulses(manager) == []
+    assert posts
+    posts[0]()
+    assert pulses(manager) == [b"WATCHDOG=1"]
+
+
+@pytest.mark.parametrize("environ", [{"WATCHDOG_USEC": ""}, {"WATCHDOG_USEC": "x"}, {"WATCHDOG_PID": "1"}])
+def test_no_pulse_unless_it_is_wanted_of_us(make, manager, environ):
+    """Without a valid WATCHDOG_USEC, or with somebody else's WATCHDOG_PID, there is none (sd_watchdog_enabled(3))."""
+    service = make(**environ)
+    service.ready("ready", Server(), lambda: State.READY)
+    assert manager.messages() == [b"READY=1\nSTATUS=ready"]
+    assert not any(each.name == "flaskd-watchdog" for each in threading.enumerate())
+
+
+def test_our_own_pid_is_ours(make, manager):
+    """WATCHDOG_PID may name this process."""
+    make(WATCHDOG_PID=str(os.getpid())).ready("ready", Server(), lambda: State.READY)
+    assert manager.message() == b"READY=1\nSTATUS=ready"
+    assert manager.message() == b"WATCHDOG=1"
+
+
+def test_hanging_threads_stop_the_pulse_only_when_that_is_wanted(make, manager, caplog):
+    """The same work in all threads for `stuck_after` stops it; progress, a free thread or a drain brings it back."""
+    service, server, state = make(), Server(), [State.READY]
+    server.at = "the same"
+    service.ready("ready", server, lambda: state[0])
+    for _ in range(3):
+        manager.message()
+    service.stuck_after = 2 * PERIOD
+    assert any("all threads have hung" in each.getMessage() for each in until(lambda: caplog.records))
+    server.wait_until_asked(2)
+    manager.messages()
+    server.wait_until_asked()
+    assert pulses(manager) == []
+    state[0] = State.DRAINED
+    assert manager.message() == b"WATCHDOG=1"
+    state[0] = State.READY
+    server.at = None
+    server.wait_until_asked()
+    manager.messages()
+    assert manager.message() == b"WATCHDOG=1"
+
+
+def until(found):
+    end = time.monotonic() + 10
+    while not found():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    return found()
+
+
+def test_a_start_at_work_gets_more_time(make, manager, monkeypatch):
+    """EXTEND_TIMEOUT_USEC comes while the main thread uses the processor, not while it sleeps, nor once it is over."""
+    monkeypatch.setattr("flaskd.service._LOOK", 0.05)
+    service = make()
+    service.starting()
+    assert manager.message() == b"STATUS=starting"
+    while not (messages := manager.messages()):
+        pass
+    assert messages[0] == b"EXTEND_TIMEOUT_USEC=5000000"
+    asleep = threading.Event()
+    asleep.wait(0.2)
+    manager.messages()
+    asleep.wait(0.2)  # that nothing comes shows only with time
+    assert len(manager.messages()) <= 1
+    service.probing(2.0)
+    assert manager.messages() == [b"EXTEND_TIMEOUT_USEC=3000000"]
+    until(lambda: not any(each.name == "flaskd-starting" for each in threading.enumerate()))
+    assert manager.messages() == []
+
+
+@pytest.mark.parametrize(("left", "usec"), [(25.0, 5_000_000), (3.0, 4_000_000), (0.0, 1_000_000)])
+def test_a_stop_gets_time_up_to_its_deadline(make, manager, left, usec):
+    """Never more than is left, and the second in which the process ends after it."""
+    service = make()
+    service.stopping("stopping", left, StopReason("signal", "SIGTERM"), [], None)
+    service.progress("going on", left)
+    service.progress("only draining", None)
+    assert manager.messages() == [
+        f"STOPPING=1\nSTATUS=stopping\nEXTEND_TIMEOUT_USEC={usec}".encode(),
+        f"STATUS=going on\nEXTEND_TIMEOUT_USEC={usec}".encode(),
+        b"STATUS=only draining",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("reason", "kept"),
+    [
+        (StopReason("signal", "SIGTERM"), True),
+        (StopReason("failure", "the serving thread died"), True),
+        (StopReason("signal", "SIGINT"), False),
+        (StopReason("control", "uid=0"), False),
+        (StopReason("endpoint", "/shutdown"), False),
+        (StopReason("idle", "30m"), False),
+    ],
+)
+def test_the_reason_of_a_stop_says_what_becomes_of_stored_listeners(make, manager, reason, kept):
+    """SIGTERM may be half a restart, and a failure has a successor; whoever asks flaskd itself wants nobody to come."""
+    service, server, listener = make(), Server(), Listener.bind(Address.parse("127.0.0.1:0"))
+    service.store.keep([("127.0.0.1:0", listener)])
+    service.stopping("stopping", 1.0, reason, [listener], server)
+    removed = b"FDSTOREREMOVE=1\nFDNAME=listen-127.0.0.1%3A0" in manager.messages()
+    assert (removed, server.gates_closed) == (not kept, not kept)
+    assert (bool(listener.stored), listener.shared, listener.last_batch) == (kept, kept, kept)
+    listener.close()
+
+
+def test_children_do_not_inherit_what_is_ours(make, monkeypatch):
+    """The variables are read, and taken out of the environment."""
+    for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):
+        monkeypatch.setenv(name, "1")
+    make()
+    assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"} & os.environ.keys()

@@ -1,0 +1,142 @@
+"""The service manager's store of listeners, with a manager that only listens."""
+
+import socket
+from contextlib import closing
+
+import pytest
+from fake_notify import receiving
+
+from flaskd.notify import Notifier
+from flaskd.sockets import Address, Listener
+from flaskd.store import Store, name_of
+
+
+@pytest.fixture
+def manager(tmp_path):
+    with receiving(tmp_path / "notify") as receiver:
+        yield receiver
+
+
+@pytest.fixture
+def notifier(manager):
+    notifier = Notifier({"NOTIFY_SOCKET": manager.address})
+    yield notifier
+    notifier.close()
+
+
+@pytest.fixture
+def make():
+    """Makes listeners on loopback; all are closed in the end."""
+    made = []
+
+    def make(text="127.0.0.1:0"):
+        made.append(Listener.bind(Address.parse(text)))
+        made[-1].listen(8)
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def as_passed(listener):
+    """The same listener, as it would be passed to the next process."""
+    return Listener(listener.address, listener.socket.dup(), shared=True)
+
+
+@pytest.mark.parametrize(
+    ("address", "name"),
+    [
+        ("127.0.0.1:8000", "listen-127.0.0.1%3A8000"),
+        ("[::1]:80", "listen-[%3A%3A1]%3A80"),
+        ("unix:/run/shop/http", "listen-unix%3A/run/shop/http"),
+    ],
+)
+def test_names_have_no_colon(address, name):
+    """A colon separates names (LISTEN_FDNAMES in sd_listen_fds(3))."""
+    assert name_of(address) == name
+
+
+def test_a_long_name_is_short_enough():
+    """A name has at most 255 bytes, and still one address only."""
+    first, second = (name_of("unix:/" + "ü" * 50 + last) for last in "ab")
+    assert len(first) <= 255
+    assert first != second
+
+
+def test_what_is_kept_is_stored_with_its_descriptor(manager, notifier, make):
+    """One message each, the descriptor with it; a listener that is in the store is not stored again."""
+    store, listener = Store(notifier), make()
+    store.keep([("127.0.0.1:0", listener)])
+    message, fds, _, _ = socket.recv_fds(manager._socket, 4096, 4)
+    assert message == b"FDSTORE=1\nFDNAME=listen-127.0.0.1%3A0"
+    with closing(socket.socket(fileno=fds[0])) as stored:
+        assert stored.getsockname() == listener.socket.getsockname()
+    assert (listener.shared, listener.stored) == (True, "listen-127.0.0.1%3A0")
+    store.keep([("127.0.0.1:0", listener)])
+    assert manager.messages() == []
+
+
+def test_without_a_manager_nothing_is_stored(make):
+    """Started by hand, a listener is one's own: nobody else would hold it for the next owner."""
+    listener = make()
+    Store(Notifier({})).keep([("127.0.0.1:0", listener)])
+    assert (listener.shared, listener.stored) == (False, "")
+
+
+def test_what_comes_back_is_the_same_listener(manager, notifier, make):
+    """By the address of the configuration, whatever port that gave; what is not asked for by then stays a listener."""
+    store, listener = Store(notifier), make()
+    with closing(as_passed(listener)) as back:
+        passed = {name_of("127.0.0.1:0"): [back], "http": []}
+        store.open(passed, ["127.0.0.1:0"])
+        assert list(passed) == ["http"]
+        assert store.take("127.0.0.1:1") is None
+        assert store.take("127.0.0.1:0") is back
+        assert (back.address, back.stored, back.shared) == (listener.address, name_of("127.0.0.1:0"), True)
+        assert store.take("127.0.0.1:0") is None
+    assert manager.messages() == []
+
+
+@pytest.mark.parametrize("text", ["127.0.0.1:0", "unix:"])
+def test_what_nobody_wants_leaves_the_store(manager, notifier, make, tmp_path, text):
+    """It is closed and removed, and its place is free at once, although the manager still has its copy."""
+    text = f"unix:{tmp_path}/http" if text == "unix:" else text
+    store, copy_of_the_manager = Store(notifier), make(text)
+    copy_of_the_manager.stored = "so"
+    back = as_passed(copy_of_the_manager)
+    store.open({name_of(text): [back]}, [])
+    assert manager.messages() == [f"FDSTOREREMOVE=1\nFDNAME={name_of(text)}".encode()]
+    assert back.socket.fileno() == -1
+    assert store.take(text) is None
+    make(str(back.address))
+
+
+def test_what_is_let_go_is_ours_alone(manager, notifier, make):
+    """It can be gated and withdrawn again like any other."""
+    store, listener, other = Store(notifier), make(), make()
+    store.keep([("a:1", listener)])
+    manager.messages()
+    store.let_go([listener, other])
+    assert manager.messages() == [b"FDSTOREREMOVE=1\nFDNAME=listen-a%3A1"]
+    assert (listener.shared, listener.stored) == (False, "")
+
+
+def test_a_unix_node_stays_while_it_is_stored(notifier, make, tmp_path):
+    """The next owner needs it; once it is let go, it is removed with the listener, also by who got it back."""
+    path, store = tmp_path / "http", Store(notifier)
+    text = f"unix:{path}"
+    listener = make(text)
+    store.keep([(text, listener)])
+    passed = as_passed(listener)
+    passed.address = Address(path=f"{tmp_path}/.123")  # what getsockname(2) says: it was bound under a hidden name
+    listener.close()
+    assert path.exists()
+    store.open({name_of(text): [passed]}, [text])
+    back = store.take(text)
+    assert back.address == Address(path=str(path))
+    back.withdraw()
+    assert path.exists()
+    store.let_go([back])
+    back.close()
+    assert not path.exists()

@@ -1,0 +1,180 @@
+"""The unit files: what systemd's own tools say of them, and how they are filled in and compared."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flaskd.errors import ConfigError, UsageError
+from flaskd.unitfiles import compare, hidden_by, install, unit_files
+
+SHIPPED = Path(__file__).parent.parent / "systemd"
+VENV = Path(sys.prefix)
+
+analyze = pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
+FORMS = [(instance, activated) for instance in (None, "shop") for activated in (False, True)]
+
+
+def put(tmp_path, instance, activated):
+    """Install the units of one form below a directory; gives the paths of the service and socket units."""
+    files = unit_files(venv=VENV, instance=instance, socket_activated=activated)
+    return [path for path in install(files, tmp_path) if path.suffix in {".service", ".socket"}]
+
+
+@analyze
+@pytest.mark.parametrize(("instance", "activated"), FORMS)
+def test_systemd_verifies_the_units_in_silence(tmp_path, instance, activated):
+    """`systemd-analyze verify` has nothing to say, on standard error either."""
+    units = put(tmp_path, instance, activated)
+    done = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@analyze
+@pytest.mark.parametrize(("instance", "activated"), FORMS)
+def test_exposure_stays_low(tmp_path, instance, activated):
+    """`systemd-analyze security` finds at most 1.4 as shipped, and at most 0.4 in the hardened form."""
+    service = put(tmp_path, instance, activated)[0]
+    most = "4" if activated else "14"
+    command = ["systemd-analyze", "security", "--no-pager", "--offline=true", f"--threshold={most}", service]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@analyze
+def test_the_exposure_test_can_fail(tmp_path):
+    """A unit without its sandbox does not pass."""
+    bare = tmp_path / "bare.service"
+    bare.write_text("[Service]\nExecStart=/bin/true\n")
+    command = ["systemd-analyze", "security", "--no-pager", "--offline=true", "--threshold=14", bare]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 1
+
+
+def test_units_are_filled_in():
+    """The path of the virtual environment and the name of the instance stand where they belong, and only there."""
+    files = unit_files(venv=Path("/srv/venv"), instance="shop", socket_activated=True)
+    assert {str(place) for place in files} == {
+        "/etc/systemd/system/flaskd@shop.service",
+        "/etc/systemd/system/flaskd@shop.socket",
+        "/etc/systemd/system/flaskd@shop.service.d/hardened.conf",
+        "/etc/sysusers.d/flaskd.conf",
+        "/etc/tmpfiles.d/flaskd.conf",
+    }
+    service = files[Path("/etc/systemd/system/flaskd@shop.service")]
+    assert "ExecStart=/srv/venv/bin/flaskd serve --name flaskd-shop -c /etc/flaskd/shop.yaml\n" in service
+    assert "RuntimeDirectory=flaskd-shop\n" in service
+    assert "StateDirectory=flaskd-shop\n" in service
+    assert "%i" not in "".join(files.values())
+    assert "/opt/flaskd" not in "".join(files.values())
+
+
+def test_both_services_differ_only_in_their_names():
+    """The template is the plain unit with `%i`; what is changed in one must be changed in the other."""
+    plain = (SHIPPED / "flaskd.service").read_text().partition("[Unit]")[2]
+    template = (SHIPPED / "flaskd@.service").read_text().partition("[Unit]")[2]
+    for named, name in [
+        ("flaskd %i:", "flaskd:"),
+        (" --name flaskd-%i", ""),
+        ("/etc/flaskd/%i.yaml", "/etc/flaskd/flaskd.yaml"),
+        ("flaskd-%i", "flaskd"),
+    ]:
+        assert named in template
+        template = template.replace(named, name)
+    assert template == plain
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "-x", "a b", "ü"])
+def test_a_name_that_no_unit_could_have_is_refused(name):
+    """Systemd would escape it, and what it names would not be found."""
+    with pytest.raises(UsageError, match="cannot name a unit"):
+        unit_files(venv=VENV, instance=name)
+
+
+def test_a_path_that_a_unit_would_misread_is_refused():
+    """Spaces and specifiers mean something in a command line of systemd."""
+    with pytest.raises(UsageError, match="expected a path without spaces"):
+        unit_files(venv=Path("/srv/my venv"))
+
+
+@pytest.mark.parametrize(("venv", "hidden"), [("/opt/flaskd", None), ("/home/me/venv", "/home"), ("/root/v", "/root")])
+def test_a_hidden_environment_is_noticed(venv, hidden):
+    """ProtectHome= hides it from the service."""
+    assert hidden_by(Path(venv)) == hidden
+
+
+@pytest.mark.parametrize(
+    ("text", "deadline", "says"),
+    [
+        ("TimeoutStopSec=35", 25.0, None),
+        ("TimeoutStopSec=1min 30s", 60.0, None),
+        ("TimeoutStopSec=infinity", 9999.0, None),
+        ("TimeoutStopSec=0", 9999.0, None),
+        ("", 25.0, None),
+        ("TimeoutStopSec=35\nTimeoutStopSec=2min", 60.0, None),
+        ("TimeoutStopSec=\\\n  2min", 60.0, None),
+        ("TimeoutStopSec=25", 25.0, "unit.service:2: TimeoutStopSec=25s ends a stop before shutdown.deadline (25s)"),
+        ("TimeoutSec=20", 25.0, "set TimeoutStopSec=35, or a shutdown.deadline of at most 19s"),
+        ("", 100.0, "TimeoutStopSec=1m30s ends a stop before"),
+    ],
+)
+def test_the_deadline_is_compared_with_the_unit(tmp_path, text, deadline, says):
+    """TimeoutStopSec must be above the deadline; what is said names the place and what to change."""
+    unit = tmp_path / "unit.service"
+    unit.write_text(f"[Service]\n{text}\n[Install]\nTimeoutStopSec=1\n")
+    faults = compare(unit, deadline=deadline, fdstore=False)
+    assert [says in fault for fault in faults] == ([True] if says else []), faults
+
+
+def test_drop_ins_beside_the_unit_count(tmp_path):
+    """A drop-in beside the unit overrides it."""
+    unit = tmp_path / "unit.service"
+    unit.write_text("[Service]\nTimeoutStopSec=90\n")
+    (tmp_path / "unit.service.d").mkdir()
+    (tmp_path / "unit.service.d/short.conf").write_text("[Service]\nTimeoutStopSec=3\n")
+    (fault,) = compare(unit, deadline=25.0, fdstore=False)
+    assert "short.conf:2: TimeoutStopSec=3s" in fault
+
+
+def test_a_store_that_keeps_nothing_is_named(tmp_path):
+    """`systemd.fdstore` needs FileDescriptorStoreMax=."""
+    unit = tmp_path / "unit.service"
+    unit.write_text("[Service]\n")
+    (fault,) = compare(unit, deadline=25.0, fdstore=True)
+    assert "set FileDescriptorStoreMax=16" in fault
+    assert compare(SHIPPED / "flaskd.service", deadline=25.0, fdstore=True) == []
+
+
+@pytest.mark.parametrize("text", ["soon", "35 parsecs", "1..2", "5s soon"])
+def test_a_time_span_that_is_none_is_named(tmp_path, text):
+    """What systemd would not read is a fault with its place."""
+    unit = tmp_path / "unit.service"
+    unit.write_text(f"[Service]\nTimeoutStopSec={text}\n")
+    with pytest.raises(ConfigError, match=f'unit.service:2: TimeoutStopSec: expected a time span .* got "{text}"'):
+        compare(unit, deadline=1.0, fdstore=False)
+
+
+def flaskd(*args):
+    """Run the command; gives its exit code and both outputs."""
+    done = subprocess.run([sys.executable, "-m", "flaskd", *args], capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_command_prints_what_is_installed(tmp_path):
+    """`flaskd units` prints the files under their paths; `--install` writes the same."""
+    code, out, _ = flaskd("units", "--venv", "/opt/flaskd", "--socket-activated")
+    assert code == 0
+    assert f"# /etc/systemd/system/flaskd.service\n{(SHIPPED / 'flaskd.service').read_text()}" in out
+    code, written, _ = flaskd("units", "--venv", "/opt/flaskd", "--socket-activated", "--install", str(tmp_path))
+    assert code == 0
+    assert [path for path in written.splitlines() if not out.count(Path(path).read_text())] == []
+
+
+def test_check_compares_with_a_unit(tmp_path):
+    """`flaskd check --unit` exits 78 when the unit would cut a stop short."""
+    config = tmp_path / "flaskd.yaml"
+    config.write_text("shutdown: {deadline: 1m}\n")
+    code, _, err = flaskd("check", "--unit", str(SHIPPED / "flaskd.service"), str(config))
+    assert (code, "set TimeoutStopSec=70, or a shutdown.deadline of at most 34s" in err) == (78, True)
+    assert flaskd("check", "--unit", str(SHIPPED / "nothing.service"), str(config))[0] == 78
