@@ -23,19 +23,7 @@ from typing import Any, Protocol
 
 from flaskd import launch, loading, logs
 from flaskd.admin import AdminServer, EndpointServer, Measures, configured_token, opened_by
-from flaskd.cleanup import (
-    Found,
-    Frame,
-    Plan,
-    StepResult,
-    Sweep,
-    aside,
-    build_plan,
-    names,
-    overview,
-    with_callbacks,
-    with_found,
-)
+from flaskd.cleanup import Plan, StepResult, aside, build_plan
 from flaskd.config import Config, Configuration, FileWatch, HealthConfig, write_duration
 from flaskd.drain import Drain
 from flaskd.errors import EX_OK, AppError, ConfigError, FlaskdError, NotNowError
@@ -44,6 +32,7 @@ from flaskd.ledger import DrainReport
 from flaskd.lifecycle import Event, Lifecycle, State, StopReason
 from flaskd.loading import LoadedApp
 from flaskd.notify import Notifier
+from flaskd.outlook import Outlook
 from flaskd.protocol import Discard, Reply, summary
 from flaskd.server import Tally, WaitressThread
 from flaskd.service import Service
@@ -59,8 +48,6 @@ _BREAK_OFF = 0.8
 """Seconds in which a start that is broken off ends, whatever the app's import holds."""
 _LAST_WORDS = 0.2
 """Seconds for the log of a process that leaves in a hurry."""
-_LOOK_AROUND = 1.0
-"""Seconds that a question for the plan waits to hear what the app holds."""
 _ENDPOINT_CLOSING = 0.3
 """Seconds that a client of the shutdown endpoint gets to read its answer, at the very end."""
 _SWITCH = 0.001
@@ -147,8 +134,7 @@ class Daemon:
         self.name = name
         self.configuration: Configuration
         self.app: LoadedApp
-        self._plan = Plan()
-        self._sweep: Sweep | None = None
+        self._outlook = Outlook()
 
     # --- any thread: what can be asked ------------------------------------------------------------------------------
 
@@ -295,22 +281,7 @@ class Daemon:
 
     def plan(self) -> dict[str, Any]:
         """The cleanup plan as it stands now, with what the app holds; see `flaskd.cleanup.overview`."""
-        config, sweep = self.configuration.values, self._sweep
-        found = () if sweep is None else sweep.found(_LOOK_AROUND)
-        if sweep is not None and sweep.stale and self._stop is None:
-            self._sweep = Sweep(self.app.flask)
-            fresh = self._sweep.found(_LOOK_AROUND)
-            found = found if fresh is None else fresh
-        plan = with_found(self._whole_plan(), found or (), config.cleanup)
-        answer = {"discovery": config.cleanup.discovery.mode, **overview(plan, Frame.of(config))}
-        if found is None:
-            answer["text"] += "\nwhat the app holds is not known yet"
-        return answer
-
-    def _whole_plan(self) -> Plan:
-        """The policies, and what the app registered in code until now."""
-        app = self.app.flask if hasattr(self, "app") else None
-        return with_callbacks(self._plan, app, timeout=self.configuration.values.cleanup.defaults.timeout)
+        return self._outlook.overview(self.configuration.values, fresh=self._stop is None)
 
     # --- the shutdown endpoint --------------------------------------------------------------------------------------
 
@@ -333,10 +304,8 @@ class Daemon:
 
     def _describe_stop(self) -> dict[str, Any]:
         """What the endpoint's answer tells, before the stop and while it lasts."""
-        plan, cleanup = self._stop.plan if self._stop else self._whole_plan(), self.configuration.values.cleanup
-        found = self._sweep.found() if self._sweep else None
-        steps = with_found(plan, found or (), cleanup).describe()
-        return {"plan": plan.id, "steps": steps, "in_flight": self._in_flight}
+        plan = self._stop.plan if self._stop else self._outlook.plan
+        return {"plan": plan.id, "steps": self._outlook.steps(plan), "in_flight": self._in_flight}
 
     def _close_endpoints(self, timeout: float) -> None:
         for endpoint in self._endpoints:
@@ -403,9 +372,10 @@ class Daemon:
             os.environ["FLASKD_CONTROL"] = self._plane.nodes[0]  # what the app starts can talk to this daemon
         given = loading.make_app(self._make_app) if self._make_app is not None else self._given_app
         self.app = launch.find_app(config.app, given, self._environ)
-        self._plan = build_plan(config.cleanup)
-        self._plan.prepare()
-        launch.restore(self._plan, self.app, self._state_directory.writable)
+        plan = build_plan(config.cleanup)
+        plan.prepare()
+        self._outlook.set(plan, config.cleanup, self.app.flask)
+        launch.restore(plan, self.app, self._state_directory.writable)
         self._signals.reclaim()
         self._logs.reclaim()
         self._server = launch.make_server(
@@ -443,24 +413,8 @@ class Daemon:
         self._apply_watch()
         self._apply_idle(self.configuration.values)
         log.info(f"ready: {self.app.target} on {', '.join(each.address.url for each in self._listeners)}")
-        self._look_around()
+        self._outlook.look_around()
         self._service.ready(self._ready_status(), self._server, lambda: self.state)
-
-    def _discovers(self, *modes: str) -> bool:
-        """Whether anybody wants to know what the app holds: discovery in one of these modes, or a policy."""
-        return self.configuration.values.cleanup.discovery.mode in modes or any(each.takes for each in self._plan.steps)
-
-    def _look_around(self) -> None:
-        """Find out what the app holds, beside the requests, and say so."""
-        self._sweep = Sweep(self.app.flask, self._tell_found) if self._discovers("auto", "report") else None
-
-    @staticmethod
-    def _tell_found(found: tuple[Found, ...]) -> None:
-        if found:
-            kinds: dict[str, list[Found]] = {}
-            for each in found:
-                kinds.setdefault(each.use or each.kind, []).append(each)
-            log.info(f"the app holds {'; '.join(f'{names(each)} ({kind})' for kind, each in kinds.items())}")
 
     def _ready_status(self) -> str:
         return f"ready: {self.app.target} on {', '.join(str(each.address) for each in self._listeners)}"
@@ -708,14 +662,13 @@ class Daemon:
         """Read and prepare in a thread of its own: a file or an import that hangs must not keep a stop waiting."""
 
         def read() -> None:
-            fault: Exception | None = None
-            new, plan = self.configuration, self._plan
+            found: tuple[Configuration, Plan] | Exception
             try:
-                new, plan = self._read()
-                plan.prepare()
+                found = self._read()
+                found[1].prepare()
             except Exception as error:  # noqa: BLE001 - told below; the daemon goes on with what it has
-                fault = error
-            self._inbox.put(lambda: self._on_reloaded(new, plan, fault))
+                found = error
+            self._inbox.put(lambda: self._on_reloaded(found))
 
         self._reload_again = False
         threading.Thread(target=read, name="flaskd-reload", daemon=True).start()
@@ -727,18 +680,21 @@ class Daemon:
             raise RestartNeededError(f"{', '.join(keys)}: cannot change without a restart")
         return new, build_plan(new.values.cleanup)
 
-    def _on_reloaded(self, new: Configuration, plan: Plan, error: Exception | None) -> None:
+    def _on_reloaded(self, found: tuple[Configuration, Plan] | Exception) -> None:
         if self.state is not State.RELOADING:
             return  # a stop came first; it has its plan, and its waiters were told
         self._signals.reclaim()
         self._logs.reclaim()
-        if error is None:
-            self.configuration, self._plan = new, plan
-            self._apply_log(new.values)
-            self._apply_server(new.values)
+        error = found if isinstance(found, Exception) else None
+        if not isinstance(found, Exception):
+            self.configuration, plan = found
+            config = self.configuration.values
+            self._outlook.set(plan, config.cleanup, self.app.flask)
+            self._apply_log(config)
+            self._apply_server(config)
             self._apply_watch()
-            self._look_around()
-            self._apply_idle(new.values)
+            self._outlook.look_around()
+            self._apply_idle(config)
         if self._reload_again:
             self._reload()
             return
@@ -850,8 +806,8 @@ class Daemon:
         counted = self._server.counted if self._server else (0, 0)
         self._stop = Stop(
             reason,
-            plan=self._whole_plan(),
-            sweep=(self._sweep or Sweep(self.app.flask)) if self._discovers("auto") else None,
+            plan=self._outlook.plan,
+            sweep=self._outlook.sweep,
             app=self.app.flask,
             shutdown=config.shutdown,
             cleanup=config.cleanup,

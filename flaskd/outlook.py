@@ -1,0 +1,79 @@
+"""What a stop would do now: the policies, what the app registered in code, and what it was last found to hold."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from flaskd.cleanup import Found, Frame, Plan, Sweep, names, overview, with_callbacks, with_found
+from flaskd.config import CleanupConfig, Config
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+log = logging.getLogger("flaskd.outlook")
+
+_LOOK_AROUND = 1.0
+"""Seconds that a question for the plan waits to hear what the app holds."""
+
+
+class Outlook:
+    """Kept while the daemon serves; a stop takes its `plan` and its `sweep`, and goes on by itself."""
+
+    def __init__(self) -> None:
+        self._policies = Plan()
+        self._cleanup = Config.model_validate({}).cleanup
+        self._app: Flask | None = None
+        self._sweep: Sweep | None = None
+
+    def set(self, policies: Plan, cleanup: CleanupConfig, app: Flask | None) -> None:
+        """Take over what a start or a reload has prepared."""
+        self._policies, self._cleanup, self._app = policies, cleanup, app
+
+    @property
+    def plan(self) -> Plan:
+        """The policies, and what the app registered in code until now."""
+        return with_callbacks(self._policies, self._app, timeout=self._cleanup.defaults.timeout)
+
+    def look_around(self) -> None:
+        """Find out what the app holds, beside the requests, and say so in the log."""
+        self._sweep = Sweep(self._app, _tell) if self._wanted("auto", "report") else None
+
+    @property
+    def sweep(self) -> Sweep | None:
+        """What a stop takes into its plan; None where nothing that is found is to be closed."""
+        return (self._sweep or Sweep(self._app)) if self._wanted("auto") else None
+
+    def _wanted(self, *modes: str) -> bool:
+        """Whether anybody wants to know what the app holds: discovery in one of these modes, or a policy."""
+        return self._cleanup.discovery.mode in modes or any(each.takes for each in self._policies.steps)
+
+    def steps(self, plan: Plan) -> list[dict[str, Any]]:
+        """The steps of a plan, with those for what is known to be held; asks nobody."""
+        found = self._sweep.found() if self._sweep is not None else None
+        return with_found(plan, found or (), self._cleanup).describe()
+
+    def overview(self, config: Config, *, fresh: bool) -> dict[str, Any]:
+        """The plan as it stands now, for programs and for people; with `fresh` what the app holds is looked for anew.
+
+        See `flaskd.cleanup.overview`.
+        """
+        sweep = self._sweep
+        found = () if sweep is None else sweep.found(_LOOK_AROUND)
+        if sweep is not None and sweep.stale and fresh:
+            self._sweep = Sweep(self._app)
+            anew = self._sweep.found(_LOOK_AROUND)
+            found = found if anew is None else anew
+        plan = with_found(self.plan, found or (), config.cleanup)
+        answer = {"discovery": config.cleanup.discovery.mode, **overview(plan, Frame.of(config))}
+        if found is None:
+            answer["text"] += "\nwhat the app holds is not known yet"
+        return answer
+
+
+def _tell(found: tuple[Found, ...]) -> None:
+    if found:
+        kinds: dict[str, list[Found]] = {}
+        for each in found:
+            kinds.setdefault(each.use or each.kind, []).append(each)
+        log.info(f"the app holds {'; '.join(f'{names(each)} ({kind})' for kind, each in kinds.items())}")
