@@ -411,6 +411,10 @@ class Instance:
         """Run a client verb."""
         return self.systemd.run(f"{VENV}/bin/flaskd", *args, "--name", f"flaskd-{self.name}", check=check).stdout
 
+    def status(self) -> dict[str, Any]:
+        """The status, as programs see it."""
+        return dict(json.loads(self.client("status", "--json")))
+
     def journal(self, *args: str) -> str:
         return self.systemd.journal(self.unit, *args)
 

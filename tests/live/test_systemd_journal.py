@@ -16,7 +16,7 @@ def test_entries_have_fields(each_systemd: Systemd) -> None:
     noted = systemd.flaskd("noted", LISTEN + drain + f"cleanup: {{policies: {policies}}}\n").start()
     get(noted.url, "/?q=1", **{"User-Agent": "a test"})
     Answer(noted.url, "/hang")
-    systemd.until(lambda: "in_flight: 1" in " ".join(noted.client("status").split()))
+    systemd.until(lambda: noted.status()["in_flight"] == 1)
     systemd.ctl("stop", noted.unit)
     entries = noted.entries()
 

@@ -55,7 +55,7 @@ def test_a_life_as_it_is_shipped(each_systemd: Systemd) -> None:
     assert "log.access: expected" in life.show("StatusText")
     assert get(life.url) == (200, b"hello")
     answer = Answer(life.url, "/sleep/2")
-    systemd.until(lambda: "in_flight: 1" in " ".join(life.client("status").split()), "a request in flight")
+    systemd.until(lambda: life.status()["in_flight"] == 1, "a request in flight")
     life.client("drain")
     systemd.until(lambda: life.show("StatusText").startswith("draining: 1 in flight, oldest GET /sleep/2 (running for"))
     assert answer.result() == (200, b"slept")
@@ -182,7 +182,7 @@ def test_hanging_threads_are_a_wedge_only_when_asked_for(systemd: Systemd) -> No
     stuck = systemd.flaskd("stuck", config, service=service).start()
     pid = stuck.pid
     hanging = [Answer(stuck.url, "/hang") for _ in range(2)]
-    systemd.until(lambda: "in_flight: 2" in " ".join(stuck.client("status").split()))
+    systemd.until(lambda: stuck.status()["in_flight"] == 2)
     stays = time.monotonic() + 5
     systemd.until(lambda: time.monotonic() > stays)  # that nothing happens shows only with time
     assert stuck.pid == pid

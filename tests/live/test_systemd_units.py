@@ -41,7 +41,7 @@ def test_instances_side_by_side(each_systemd: Systemd) -> None:
     assert systemd.run("ls", "/run/flaskd-first", check=False).returncode == 2
     assert "last-stop.json" in systemd.run("ls", "/var/lib/flaskd-first").stdout
     assert "running.json" in systemd.run("ls", "/var/lib/flaskd-second").stdout
-    assert second.client("status").startswith("state:        ready")
+    assert second.status()["state"] == "ready"
     systemd.ctl("stop", second.unit)
 
 
@@ -60,7 +60,7 @@ def test_a_virtual_environment_may_go_away_under_the_daemon(each_systemd: System
     get(doomed.url)
     systemd.run("rm", "-rf", "/opt/doomed")
     sleeping = Answer(doomed.url, "/sleep/5")
-    systemd.until(lambda: "in_flight: 1" in " ".join(doomed.client("status").split()))
+    systemd.until(lambda: doomed.status()["in_flight"] == 1)
     systemd.ctl("stop", doomed.unit)
     journal = doomed.journal()
     assert doomed.show("Result") == "success", journal
