@@ -109,6 +109,8 @@ class EpollMap(dict[int, Any]):
             channel.loop.consider(channel)
             if fd not in self:
                 return  # that closed it
+        elif channel.requests and not channel.total_outbufs_len:
+            return  # a worker has it, and arms it when it is done
         flags = (select.EPOLLIN if channel.readable() else 0) | (select.EPOLLOUT if channel.writable() else 0)
         if flags or channel.loop.drains:
             # With no flags it still tells of a reset (EPOLLERR, EPOLLHUP): a drain does not wait for who is gone.
