@@ -26,8 +26,8 @@ log = logging.getLogger("flaskd.server")
 
 _BATCH = 64
 """Connections accepted in one turn; accepting until there are no more never ends under load."""
-_NO_MORE = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
-"""accept(2): not the connection's fault but ours."""
+_NO_MORE = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC}
+"""accept(2), epoll_ctl(2): not the connection's fault but ours."""
 
 
 class Acceptor:
@@ -62,10 +62,13 @@ class Acceptor:
             try:
                 conn.setblocking(False)
                 self.set_socket_options(conn)  # type: ignore[attr-defined]
-            except OSError:  # it is gone already
+                Channel(self, conn, self.fix_addr(addr), self.adj, map=self._map)  # type: ignore[attr-defined]
+            except OSError as error:
                 conn.close()
-                continue
-            Channel(self, conn, self.fix_addr(addr), self.adj, map=self._map)  # type: ignore[attr-defined]
+                if error.errno in _NO_MORE:
+                    self.loop.out_of_files(error)
+                    return count
+                # else it is gone already
         return most
 
     def reopen(self, listener: Listener) -> None:

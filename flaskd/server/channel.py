@@ -188,6 +188,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     here = False
     half_closed = False
     stream_over = False
+    last_chunk = b""
+    """What ends the stream that is being sent."""
     requests: list[Request]
 
     def __init__(self, acceptor: Any, sock: Any, addr: Any, adj: Any, map: Any = None) -> None:  # noqa: A002 - waitress' name
@@ -325,12 +327,12 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             super().write_soon(held)
 
     def end_stream(self) -> None:
-        """End the stream being sent, between two chunks (loop's thread); its worker learns at its next write."""
+        """End the stream being sent, between two parts (loop's thread); its worker learns at its next write."""
         request = self.serving
         with self.outbuf_lock:
             if self.stream_over or not self.connected or request.answered:
                 return
-            last = b"0\r\n\r\n"
+            last = self.last_chunk
             self.outbufs[-1].append(last)
             self.current_outbuf_count += len(last)
             self.total_outbufs_len += len(last)

@@ -54,11 +54,11 @@ class EpollMap(dict[int, Any]):
         self._asleep = False
 
     def __setitem__(self, fd: int, obj: Any) -> None:
-        super().__setitem__(fd, obj)
         one_shot = getattr(obj, "one_shot", False)
         listens = hasattr(obj, "accept_connections")
         flags = select.EPOLLIN | select.EPOLLONESHOT if one_shot else 0 if listens else select.EPOLLIN
-        self._epoll.register(fd, flags)
+        self._epoll.register(fd, flags)  # first: what the kernel has no room for is not in the map either
+        super().__setitem__(fd, obj)
 
     def __delitem__(self, fd: int) -> None:
         super().__delitem__(fd)

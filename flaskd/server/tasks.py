@@ -106,8 +106,9 @@ class AppTask(Recorded, WSGITask):  # type: ignore[misc]
         """Write a part of the response; a stream is known from here on."""
         first = not self.wrote_header
         super().write(data)
-        if first and self.chunked_response and self._is_stream():
-            self.channel.loop.stream_began(self.channel)
+        # Chunked, or ended by the end of its connection, as an HTTP/1.0 proxy asks for it.
+        if first and self.content_length is None and self._is_stream():
+            self.channel.loop.stream_began(self.channel, chunked=self.chunked_response)
 
     def _is_stream(self) -> bool:
         return any(
