@@ -31,6 +31,11 @@ class Outlook:
         self._policies, self._cleanup, self._app = policies, cleanup, app
 
     @property
+    def policies(self) -> Plan:
+        """The policies alone."""
+        return self._policies
+
+    @property
     def plan(self) -> Plan:
         """The policies, and what the app registered in code until now."""
         return with_callbacks(self._policies, self._app, timeout=self._cleanup.defaults.timeout)

@@ -273,5 +273,8 @@ class Stop:
         found = sweep.found(min(patience, self.left / 4))
         if found is None:
             log.warning("what the app holds is not known yet: the stop goes on with what was found before")
-        else:
+            return
+        try:
             self._runner.replan(with_found(self.plan, found, self._cleanup))
+        except Exception:  # the app's own objects were asked; whatever they did, the drain and the cleanup go on
+            log.exception("cannot take what the app holds into the plan: the stop goes on with what was planned before")

@@ -274,11 +274,12 @@ def test_wrong_tokens_are_limited(caplog):
 
 
 def test_other_refusals_do_not_lock_the_door():
-    """Who asks for other paths, or with GET, uses up nothing of what wrong tokens are allowed."""
+    """Who asks for other paths, with GET or without a token uses up nothing of what wrong tokens are allowed."""
     door = Door(TOKEN, ["here"], lambda: PLAN, clock=lambda: 0.0)
     for _ in range(50):
         assert ask_plainly(door, TOKEN.decode(), PATH_INFO="/x") == "404"
         assert ask_plainly(door, TOKEN.decode(), REQUEST_METHOD="GET") == "405"
+        assert ask_plainly(door, "", HTTP_AUTHORIZATION="", HTTP_ORIGIN="http://evil.example") == "404"
     assert ask_plainly(door, TOKEN.decode()) == "202"
 
 

@@ -43,6 +43,19 @@ def test_words(line, text, changes, role):
     assert (str(command), command.changes, command.role) == (text, changes, role)
 
 
+def test_nothing_that_could_forge_a_line_of_the_log():
+    """Control characters are refused, in whichever dialect they come."""
+    for speak in (
+        lambda: from_words(["log-level", "x\x1b[2J"], PEER),
+        lambda: from_fields("log-level", {"level": "x\ncontrol: stop from uid=0"}, PEER),
+        lambda: from_fields("sta\x1btus", {}, PEER),
+        lambda: from_fields("status", {"a\nb": True}, PEER),
+        lambda: from_http("POST", "/log-level?level=%0aFAKE", b"", PEER),
+    ):
+        with pytest.raises(UsageError, match="^expected a command of printable characters$"):
+            speak()
+
+
 @pytest.mark.parametrize(
     ("line", "error", "message"),
     [

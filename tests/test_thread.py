@@ -5,8 +5,11 @@ import gc
 import http.client
 import logging
 import socket
+import sys
 import threading
 import time
+import types
+from collections.abc import Mapping
 
 import flask
 import pytest
@@ -311,8 +314,70 @@ def test_functions_that_cannot_be_called_are_refused(registered):
         flaskd.on_stop(lambda one, two: None)
     with pytest.raises(ValueError, match="'never' is not a valid Phase"):
         flaskd.on_stop(phase="never")(print)
-    with pytest.raises(ValueError, match="expected a timeout above 0 seconds, got 0$"):
-        flaskd.on_stop(timeout=0)(print)
+    for timeout in (0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="expected a timeout above 0 seconds, got "):
+            flaskd.on_stop(timeout=timeout)(print)
+    with pytest.raises(TypeError, match="^cannot call print after <built-in function abs>: expected the name of a"):
+        flaskd.on_stop(after=[abs])(print)
+
+
+def test_a_later_function_can_wait_for_an_earlier_one(shop, registered, caplog):
+    """What is said with `after` goes before the usual order, last in, first out, and nothing is lost of it."""
+    said = []
+
+    @flaskd.on_stop
+    def first():
+        said.append("first")
+
+    @flaskd.on_stop(after="first")
+    def second():
+        said.append("second")
+
+    @flaskd.on_stop
+    def third():
+        said.append("third")
+
+    with flaskd.ServerThread(shop.flask):
+        pass
+    assert sorted(said) == ["first", "second", "third"]
+    assert said.index("first") < said.index("second")
+    assert said.index("third") < said.index("second")
+    assert "cannot wait" not in caplog.text
+
+
+class Broken(Mapping):
+    """What a policy may name, and nobody can look at."""
+
+    def __getitem__(self, key):
+        raise LookupError("on purpose")
+
+    def __iter__(self):
+        raise LookupError("on purpose")
+
+    def __len__(self):
+        return 1
+
+
+def test_objects_that_cannot_be_looked_at_keep_no_stop_from_draining(shop, registered, monkeypatch):
+    """The request in hand is answered, and the policy that names them has failed."""
+    module = types.ModuleType("broken_pools")
+    module.pools = Broken()
+    monkeypatch.setitem(sys.modules, "broken_pools", module)
+    policy = {"use": "executor.stop", "with": {"target": "broken_pools:pools"}}
+    config = {"cleanup": {"discovery": "auto", "policies": {"pools": policy}}}
+    server = flaskd.ServerThread(shop.flask, config=config).start()
+    client = Asking(server, "/wait")
+    assert shop.entered.acquire(timeout=PATIENCE)
+    reports = []
+    stopping = threading.Thread(target=lambda: reports.append(server.stop()))
+    stopping.start()
+    while not isinstance(ask(server, "/"), ConnectionRefusedError):
+        pass
+    shop.released.set()
+    assert client.result() == (200, b"waited\n")
+    stopping.join(PATIENCE)
+    assert reports[0].clean
+    assert server.policies["pools"]["fate"] == "failed"
 
 
 def test_an_edge_to_nothing_is_told(shop, registered, caplog):

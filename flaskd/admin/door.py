@@ -124,8 +124,10 @@ class Door:
         right = hmac.compare_digest(given.strip(" ").encode("latin-1", "replace"), self._token)
         if right and scheme.lower() == "bearer":  # RFC 9110 §11.1: without regard to case
             return None
+        if not given:
+            return "no token"  # and so no guess: a web page can send this, and must not use up what guesses are allowed
         self._guesses.take()
-        return "a wrong token" if given else "no token"
+        return "a wrong token"
 
     def _wrong_request(self, environ: dict[str, Any]) -> tuple[str, str]:
         """The status, and what is wrong; nothing is for 202."""

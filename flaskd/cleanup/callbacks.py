@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -73,11 +74,13 @@ def on_stop(
         return partial(on_stop, phase=phase, timeout=timeout, after=after, always=always, app=app)
     if not callable(function) or inspect.iscoroutinefunction(function) or _takes(function) is None:  # type: ignore[redundant-expr]
         raise TypeError(f"cannot call {function!r} at the stop: expected a plain function of no argument, or of one")
-    if timeout is not None and not timeout > 0:
+    if timeout is not None and not 0 < timeout < math.inf:
         raise ValueError(
             f"cannot call {_name(function)} at the stop: expected a timeout above 0 seconds, got {timeout!r}"
         )
-    names = (after,) if isinstance(after, str) else tuple(after)
+    names: tuple[Any, ...] = (after,) if isinstance(after, str) else tuple(after)
+    if wrong := [each for each in names if not isinstance(each, str)]:
+        raise TypeError(f"cannot call {_name(function)} after {wrong[0]!r}: expected the name of a policy or function")
     callback = _Callback(function, Phase(phase), timeout, names, always)
     registered = _registered if app is None else app.extensions.setdefault(_EXTENSION, [])
     registered.append(callback)
@@ -89,13 +92,15 @@ def with_callbacks(plan: Plan, app: Flask | None, *, timeout: float) -> Plan:
     callbacks = [*_registered, *(app.extensions.get(_EXTENSION, ()) if app is not None else ())]
     taken = {step.name for step in plan.steps}
     before: dict[Phase, str] = {}
+    awaited: set[str] = set()
     steps = []
     for callback in reversed(callbacks):
         name = _free(_name(callback.function), taken)
         taken.add(name)
-        # Last in, first out: each waits for the one that was registered after it.
-        earlier = (before[callback.phase],) if callback.phase in before else ()
+        # Last in, first out: each waits for the one that was registered after it, unless one of those waits for it.
+        earlier = (before[callback.phase],) if callback.phase in before and name not in awaited else ()
         before[callback.phase] = name
+        awaited |= set(callback.after)
         steps.append(
             Step(
                 name=name,

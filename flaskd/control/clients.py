@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import io
 import json
+import logging
 import re
 import socket
 import threading
@@ -17,6 +18,8 @@ from flaskd.control.commands import Command, from_fields, from_http, from_words
 from flaskd.control.replies import HttpReply, JsonReply, TextReply
 from flaskd.errors import FlaskdError, UsageError
 from flaskd.protocol import MAX_LINE, Reply
+
+log = logging.getLogger("flaskd.control")
 
 MAX_OUTPUT = 1 << 20
 """Bytes of unread answers after which a client is given up."""
@@ -74,7 +77,8 @@ class Client:
     @property
     def wants_to_read(self) -> bool:
         """Whether more commands are welcome."""
-        return not (self.ended or self.closing or self.pending >= MAX_PENDING or self.has_output)
+        full = len(self._inbox) > _MAX_HEAD + MAX_LINE  # what has come is carried out first
+        return not (full or self.ended or self.closing or self.pending >= MAX_PENDING or self.has_output)
 
     def _take(self) -> bool:
         """Carry out the next command, if it has come whole; False when there is none."""
@@ -188,6 +192,9 @@ class Client:
             self._execute(read(), reply)
         except FlaskdError as error:
             reply.error(error.code, str(error))
+        except Exception as error:  # a fault of ours, or of the app's objects that were asked; an answer is owed
+            log.exception("cannot carry out a control command")
+            reply.error(FlaskdError.code, f"cannot carry out the command: {type(error).__name__}; the log says more")
 
     # --- out ---
 

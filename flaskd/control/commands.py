@@ -43,6 +43,7 @@ def from_words(words: Sequence[str], peer: Peer) -> Command:
     """``log-level debug``; raises UsageError and UnknownCommandError."""
     if not words:
         raise UsageError('expected a command; try "help"')
+    _check_printable(*words)
     name, *rest = words
     verb = find_verb(name)
     flags = frozenset(rest) & verb.flags
@@ -54,6 +55,12 @@ def from_words(words: Sequence[str], peer: Peer) -> Command:
     return Command(name, verb, peer, flags)
 
 
+def _check_printable(*words: str) -> None:
+    """Refuse what could forge a line of the log, or paint a terminal."""
+    if not all(word.isprintable() for word in words):
+        raise UsageError("expected a command of printable characters")
+
+
 def _unknown(name: str, verb: Verb, word: str) -> str:
     known = sorted(verb.flags) + ([f"one {verb.argument}"] if verb.argument else [])
     return f'{name} does not know "{word}"; it ' + (f"knows {', '.join(known)}" if known else "takes none")
@@ -63,6 +70,7 @@ def from_fields(name: Any, fields: Mapping[str, Any], peer: Peer) -> Command:
     """``{"wait": true}`` of a verb, as JSON and HTTP have it; raises UsageError and UnknownCommandError."""
     if not isinstance(name, str):
         raise UsageError('expected "cmd" with a verb; try {"cmd":"help"}')
+    _check_printable(name, *fields, *(value for value in fields.values() if isinstance(value, str)))
     verb = find_verb(name)
     flags, argument = set(), ""
     for key, value in fields.items():
