@@ -439,7 +439,7 @@ class Daemon:
         name = signal.Signals(number).name
         if number == getattr(signal, "SIGHUP", None) and not self._terminal.hung_up():
             since = time.monotonic()
-            self._inbox.put(lambda: self._on_reload(Discard(), since))
+            self._inbox.put(lambda: self._on_reload(Discard(), since, signalled=True))
             return
         if not self._escalation.another(time.monotonic()):
             return
@@ -643,19 +643,23 @@ class Daemon:
 
     # --- reload -----------------------------------------------------------------------------------------------------
 
-    def _on_reload(self, reply: Reply, since: float) -> None:
+    def _on_reload(self, reply: Reply, since: float, *, signalled: bool = False) -> None:
+        """Begin a reload; under Type=notify-reload the manager waits for an answer to each SIGHUP."""
         before = self.state
         try:
             self._lifecycle.handle(Event.RELOAD)
         except NotNowError as error:
             log.warning(str(error))
             reply.error(error.code, str(error))
+            if signalled and before in {State.DRAINING, State.DRAINED}:
+                self._notifier.reloading(since)
+                self._notifier.ready(f"{before}: {error}")
             return
         self._reload_waiters.append(reply)
+        self._notifier.reloading(since)
         if before is State.RELOADING:
             self._reload_again = True  # what is being read now may be older than this wish
             return
-        self._notifier.reloading(since)
         self._reload()
 
     def _reload(self) -> None:
