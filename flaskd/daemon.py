@@ -127,6 +127,7 @@ class Daemon:
         self._stop_waiters: list[Reply] = []
         self._reload_waiters: list[Reply] = []
         self._reload_again = False
+        self._reload_since = 0.0
         self._last_tick = 0.0
         self._failure: FlaskdError | None = None
         self._last_reload: dict[str, Any] | None = None
@@ -656,10 +657,10 @@ class Daemon:
                 self._notifier.ready(f"{before}: {error}")
             return
         self._reload_waiters.append(reply)
-        self._notifier.reloading(since)
         if before is State.RELOADING:
-            self._reload_again = True  # what is being read now may be older than this wish
+            self._reload_again, self._reload_since = True, since  # what is being read may be older than this wish
             return
+        self._notifier.reloading(since)
         self._reload()
 
     def _reload(self) -> None:
@@ -700,6 +701,7 @@ class Daemon:
             self._outlook.look_around()
             self._apply_idle(config)
         if self._reload_again:
+            self._notifier.reloading(self._reload_since)  # once for all that came meanwhile: a storm is not echoed
             self._reload()
             return
         self._lifecycle.handle(Event.RELOADED)
