@@ -127,6 +127,7 @@ class Daemon:
         self._stop_waiters: list[Reply] = []
         self._reload_waiters: list[Reply] = []
         self._reload_again = False
+        self._reload_since = 0.0
         self._last_tick = 0.0
         self._failure: FlaskdError | None = None
         self._last_reload: dict[str, Any] | None = None
@@ -439,7 +440,7 @@ class Daemon:
         name = signal.Signals(number).name
         if number == getattr(signal, "SIGHUP", None) and not self._terminal.hung_up():
             since = time.monotonic()
-            self._inbox.put(lambda: self._on_reload(Discard(), since))
+            self._inbox.put(lambda: self._on_reload(Discard(), since, signalled=True))
             return
         if not self._escalation.another(time.monotonic()):
             return
@@ -643,17 +644,21 @@ class Daemon:
 
     # --- reload -----------------------------------------------------------------------------------------------------
 
-    def _on_reload(self, reply: Reply, since: float) -> None:
+    def _on_reload(self, reply: Reply, since: float, *, signalled: bool = False) -> None:
+        """Begin a reload; under Type=notify-reload the manager waits for an answer to each SIGHUP."""
         before = self.state
         try:
             self._lifecycle.handle(Event.RELOAD)
         except NotNowError as error:
             log.warning(str(error))
             reply.error(error.code, str(error))
+            if signalled and before in {State.DRAINING, State.DRAINED}:
+                self._notifier.reloading(since)
+                self._notifier.ready(f"{before}: {error}")
             return
         self._reload_waiters.append(reply)
         if before is State.RELOADING:
-            self._reload_again = True  # what is being read now may be older than this wish
+            self._reload_again, self._reload_since = True, since  # what is being read may be older than this wish
             return
         self._notifier.reloading(since)
         self._reload()
@@ -696,6 +701,7 @@ class Daemon:
             self._outlook.look_around()
             self._apply_idle(config)
         if self._reload_again:
+            self._notifier.reloading(self._reload_since)  # once for all that came meanwhile: a storm is not echoed
             self._reload()
             return
         self._lifecycle.handle(Event.RELOADED)

@@ -156,8 +156,10 @@ class Service:
         self._started.set()
         self._notifier.stopping(status, extend=min(_PATIENCE, left + _EXIT))
         stored = [each for each in listeners if each.stored]
-        if reason.kind == "failure" or (reason.kind == "signal" and reason.detail == "SIGTERM"):
-            for each in stored:  # a stop or a restart of the manager's, or a crash: nobody knows who comes
+        if reason.kind == "failure":
+            pass  # a successor comes, and serves who waits in the backlog better than a broken app can
+        elif reason.kind == "signal" and reason.detail == "SIGTERM":
+            for each in stored:  # a stop or a restart of the manager's: nobody knows who comes
                 each.last_batch = True
         elif stored:
             self.store.let_go(stored)

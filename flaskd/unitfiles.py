@@ -12,8 +12,9 @@ from pathlib import Path
 from flaskd.errors import CannotCreateError, ConfigError, UsageError
 from flaskd.units import format_duration
 
-_INSTANCE = re.compile(r"[A-Za-z0-9:_.][A-Za-z0-9:_.-]*")
-"""What an instance may be called; systemd would escape the rest (systemd.unit(5))."""
+_INSTANCE = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*")
+"""What an instance may be called; systemd would escape the rest (systemd.unit(5)), and ":" asks for a symlink in
+RuntimeDirectory= (systemd.exec(5))."""
 _EXIT = 1.0
 """Seconds past the deadline in which a stop is over, whatever happens."""
 _HIDDEN = ("/home", "/root", "/run/user")
@@ -25,6 +26,7 @@ _UNITS = {
     "": 1, "s": 1, "sec": 1, "second": 1, "seconds": 1, "m": 60, "min": 60, "minute": 60, "minutes": 60,
     "h": 3600, "hr": 3600, "hour": 3600, "hours": 3600, "d": 86400, "day": 86400, "days": 86400,
     "w": 604800, "week": 604800, "weeks": 604800,
+    "M": 2629800, "month": 2629800, "months": 2629800, "y": 31557600, "year": 31557600, "years": 31557600,
 }  # fmt: skip
 
 
@@ -43,7 +45,7 @@ def unit_files(*, venv: Path, instance: str | None = None, socket_activated: boo
     unit = "flaskd"
     if instance is not None:
         if not _INSTANCE.fullmatch(instance):
-            raise UsageError(f'cannot name a unit "flaskd@{instance}": expected letters, digits, ":", "_", "." and "-"')
+            raise UsageError(f'cannot name a unit "flaskd@{instance}": expected letters, digits, "_", "." and "-"')
         unit = f"flaskd@{instance}"
     template = "flaskd" if instance is None else "flaskd@"
     units = Path("/etc/systemd/system")
@@ -106,6 +108,7 @@ def _settings(path: Path) -> dict[str, _Setting]:
                     section = line
                 elif section == "[Service]" and "=" in line:
                     key, _, value = line.partition("=")
+                    found.pop(key.strip(), None)  # the order is that of the last assignments
                     found[key.strip()] = _Setting(value.strip(), f"{file}:{number}")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the unit {path}: {getattr(error, 'strerror', None) or error}") from error
@@ -117,8 +120,8 @@ def _seconds(setting: _Setting, key: str) -> float:
     text = setting.value
     if text in {"infinity", "0"}:  # for timeouts of a service, 0 is infinity, too: systemd.service(5)
         return float("inf")
-    parts = re.findall(r"(\d+(?:\.\d+)?)\s*([a-zµ]*)\s*", text)
-    known = re.fullmatch(r"(\d+(\.\d+)?\s*[a-zµ]*\s*)+", text) and all(unit in _UNITS for _, unit in parts)
+    parts = re.findall(r"(\d+(?:\.\d+)?)\s*([A-Za-zµ]*)\s*", text)
+    known = re.fullmatch(r"(\d+(\.\d+)?\s*[A-Za-zµ]*\s*)+", text) and all(unit in _UNITS for _, unit in parts)
     if not known:
         raise ConfigError(f'{setting.place}: {key}: expected a time span such as 35 or 1min 30s, got "{text}"')
     return sum(float(number) * _UNITS[unit] for number, unit in parts)
@@ -129,9 +132,9 @@ def compare(path: Path, *, deadline: float, fdstore: bool) -> list[str]:
     settings = _settings(path)
     faults = []
     timeout, place = _DEFAULT_TIMEOUT, str(path)
-    for key in ("TimeoutSec", "TimeoutStopSec"):
-        if key in settings and settings[key].value:
-            timeout, place = _seconds(settings[key], key), settings[key].place
+    for key, setting in settings.items():  # TimeoutSec= sets TimeoutStopSec=, too: the later one wins
+        if key in {"TimeoutSec", "TimeoutStopSec"} and setting.value:
+            timeout, place = _seconds(setting, key), setting.place
     needed = deadline + _EXIT
     if timeout < needed:
         faults.append(

@@ -85,7 +85,7 @@ def test_both_services_differ_only_in_their_names():
     assert template == plain
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "-x", "a b", "ü"])
+@pytest.mark.parametrize("name", ["", "a/b", "-x", "a b", "ü", "a:b"])
 def test_a_name_that_no_unit_could_have_is_refused(name):
     """Systemd would escape it, and what it names would not be found."""
     with pytest.raises(UsageError, match="cannot name a unit"):
@@ -114,6 +114,13 @@ def test_a_hidden_environment_is_noticed(venv, hidden):
         ("", 25.0, None),
         ("TimeoutStopSec=35\nTimeoutStopSec=2min", 60.0, None),
         ("TimeoutStopSec=\\\n  2min", 60.0, None),
+        ("TimeoutStopSec=1month", 2_000_000.0, None),
+        ("TimeoutStopSec=1M", 2_000_000.0, None),
+        ("TimeoutStopSec=1y", 31_000_000.0, None),
+        ("TimeoutStopSec=1year", 31_000_000.0, None),
+        ("TimeoutSec=20\nTimeoutStopSec=90", 25.0, None),
+        ("TimeoutStopSec=90\nTimeoutSec=20", 25.0, "unit.service:3: TimeoutStopSec=20s ends a stop"),
+        ("TimeoutSec=20\nTimeoutStopSec=90\nTimeoutSec=20", 25.0, "unit.service:4: TimeoutStopSec=20s ends a stop"),
         ("TimeoutStopSec=25", 25.0, "unit.service:2: TimeoutStopSec=25s ends a stop before shutdown.deadline (25s)"),
         ("TimeoutSec=20", 25.0, "set TimeoutStopSec=35, or a shutdown.deadline of at most 19s"),
         ("", 100.0, "TimeoutStopSec=1m30s ends a stop before"),
@@ -169,6 +176,16 @@ def test_the_command_prints_what_is_installed(tmp_path):
     code, written, _ = flaskd("units", "--venv", "/opt/flaskd", "--socket-activated", "--install", str(tmp_path))
     assert code == 0
     assert [path for path in written.splitlines() if not out.count(Path(path).read_text())] == []
+
+
+def test_an_environment_without_flaskd_is_noticed(tmp_path):
+    """`flaskd units` says on standard error that the units would find nothing to run; the files come all the same."""
+    code, out, err = flaskd("units", "--venv", str(tmp_path))
+    assert (code, f"{tmp_path}/bin/flaskd serve" in out) == (0, True)
+    assert f"there is no {tmp_path}/bin/flaskd" in err
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/flaskd").touch()
+    assert "there is no" not in flaskd("units", "--venv", str(tmp_path))[2]
 
 
 def test_check_compares_with_a_unit(tmp_path):

@@ -27,6 +27,8 @@ def units(instance: str | None, venv: str | None, socket_activated: bool, root: 
     files = unit_files(venv=place, instance=instance, socket_activated=socket_activated)
     if hidden := hidden_by(place):
         click.echo(f"flaskd: the units cannot run {place}: ProtectHome= hides {hidden}; install in /opt, say", err=True)
+    if not (place / "bin/flaskd").exists():
+        click.echo(f"flaskd: there is no {place}/bin/flaskd, which the units run; install flaskd there", err=True)
     if root is not None:
         for path in install(files, Path(root)):
             click.echo(path)

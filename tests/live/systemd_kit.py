@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -216,6 +217,8 @@ class Systemd:
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = root
+        self.pid = 0
+        """PID 1 of the namespaces, by its number outside; 0 until it is a systemd that sees a /run of its own."""
         self._ends = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -268,9 +271,8 @@ class Systemd:
         )  # fmt: skip
         ends.callback(self._end)
         until = time.monotonic() + _BOOTED_IN
-        self.pid = 0
         while True:
-            state = self._first_child() and self.ctl("is-system-running", check=False)
+            state = self._find() and self.ctl("is-system-running", check=False)
             if state in {"running", "degraded"}:
                 return
             if self._outer.poll() is not None or time.monotonic() > until:
@@ -278,11 +280,22 @@ class Systemd:
             time.sleep(0.02)
 
     def _first_child(self) -> int:
-        """PID 1 of the namespaces, by its number outside; 0 while there is none."""
-        if not self.pid:
+        """What is to be PID 1 of the namespaces, by its number outside; 0 while there is none."""
+        with contextlib.suppress(OSError):
+            children = Path(f"/proc/{self._outer.pid}/task/{self._outer.pid}/children").read_text().split()
+            return int(children[0]) if children else 0
+        return 0
+
+    def _find(self) -> int:
+        """Set `pid` once it is a systemd, and return it.
+
+        Before `_BOOT` executes that, the child sees the machine's /run, where systemctl would reach the machine's own
+        service manager.
+        """
+        if not self.pid and (child := self._first_child()):
             with contextlib.suppress(OSError):
-                children = Path(f"/proc/{self._outer.pid}/task/{self._outer.pid}/children").read_text().split()
-                self.pid = int(children[0]) if children else 0
+                if Path(f"/proc/{child}/comm").read_text() == "systemd\n":
+                    self.pid = child
         return self.pid
 
     def _end(self) -> None:
@@ -290,6 +303,11 @@ class Systemd:
             if self.pid:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.ctl("exit", "--force", check=False, timeout=10)
+            elif child := self._first_child():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+            else:
+                self._outer.kill()
             try:
                 self._outer.wait(5)
             except subprocess.TimeoutExpired:
@@ -311,6 +329,7 @@ class Systemd:
 
     def command(self, *command: str) -> list[str]:
         """The command line that runs a command where the services run."""
+        assert self.pid, "nothing is sent before there is a systemd of its own"
         return ["nsenter", "-t", str(self.pid), "-m", "-p", "-u", "-i", "-C", "--", *command]
 
     def run(

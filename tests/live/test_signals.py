@@ -162,6 +162,36 @@ def test_sighup_without_a_terminal_is_a_reload(flaskd: Flaskd) -> None:
     assert flaskd.status()["last_reload"]["ok"] is True
 
 
+def test_sighup_while_drained_is_answered(flaskd: Flaskd) -> None:
+    """A reload that is refused is told to the manager as one that began and ended, with the reason."""
+    flaskd.start()
+    assert "OK drained" in flaskd.command("drain wait")
+    flaskd.kill(signal.SIGHUP)
+    assert "MONOTONIC_USEC=" in flaskd.wait_message("RELOADING=1")
+    assert "STATUS=drained: cannot reload: flaskd is drained" in flaskd.wait_message("READY=1")
+    assert flaskd.status()["state"] == "drained"
+    assert flaskd.stop() == 0
+
+
+def test_sighup_during_a_reload_is_answered(flaskd: Flaskd) -> None:
+    """A second SIGHUP while the first is being read has a RELOADING with a moment of its own."""
+    fifo = flaskd.directory / "flaskd.yaml"
+    flaskd.write("flaskd.yaml", "")
+    flaskd.start()
+    fifo.unlink()
+    os.mkfifo(fifo)
+    flaskd.kill(signal.SIGHUP)
+    first = flaskd.wait_message("RELOADING=1")
+    flaskd.kill(signal.SIGHUP)
+    assert "RELOADING=1" in first
+    flaskd.until(lambda: "state: reloading" in flaskd.command("status"))
+    fifo.write_text("")
+    second = flaskd.wait_message("=")
+    assert "RELOADING=1" in second, second
+    assert first != second
+    assert flaskd.stop() == 0
+
+
 def test_nothing_keeps_the_exit(flaskd: Flaskd) -> None:
     """A stray non-daemon thread, a busy executor and an idle browser's connection do not delay the exit."""
     flaskd.write("stray.py", "import threading, time, concurrent.futures\nfrom gateapp import app\n"
