@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from flaskd.work import Background
+
+_VISIBLE = bytes(range(0x21, 0x7F))
+"""ASCII that is shown as it is; a client may put anything else into its request, escape sequences included."""
+
+
+def visible(text: str) -> str:
+    """Write what a client sent (as WSGI and http.server give it: bytes as Latin-1) so that it can reach a terminal.
+
+    What cannot be seen is percent-encoded (RFC 3986 §2.1); ``?`` stands where there is nothing.
+    """
+    return quote(text.encode("latin-1", "replace"), safe=_VISIBLE) or "?"
 
 
 @dataclass(frozen=True)

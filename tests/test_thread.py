@@ -431,6 +431,21 @@ def test_a_backlog_is_answered(shop, kind):
     assert report.clean
 
 
+def test_what_a_client_sends_paints_no_terminal(shop, kind, caplog):
+    """Control characters of a path or method are percent-encoded in what is shown and in the log."""
+    method, shown = ("GET", "GET") if kind == "waitress" else ("G\x1b[2J", "G%1B[2J")  # waitress refuses such a method
+    shop.flask.add_url_rule("/<path:_>", "any", lambda _: shop.wait(), methods=[method])
+    server = flaskd.ServerThread(shop.flask, server=kind).start()
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.sendall(method.encode() + b" /x\x1b]0;\x07%41?secret HTTP/1.1\r\nHost: shop\r\n\r\n")
+        assert shop.entered.acquire(timeout=PATIENCE)
+        [request] = server.requests()
+        [cut] = server.stop(timeout=0.1).cut
+    assert (request.method, request.path) == (cut.method, cut.path) == (shown, "/x%1B]0;%07%41")
+    assert "\x1b" not in caplog.text
+    shop.released.set()
+
+
 def test_it_works_without_logging(shop, kind, caplog):
     """A run in good order writes nothing above INFO."""
     with flaskd.ServerThread(shop.flask, server=kind) as server:

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from werkzeug.wsgi import ClosingIterator
 
-from flaskd.ledger import Cut, DrainReport, InFlight
+from flaskd.ledger import Cut, DrainReport, InFlight, visible
 from flaskd.server.channel import stack_of
 from flaskd.work import in_background, left_behind, tell_no_more, tell_of_ends
 
@@ -57,7 +57,7 @@ class Requests:
             request = _Request(
                 next(self._ids),
                 str(environ.get("REMOTE_ADDR", "")),
-                environ["REQUEST_METHOD"],
+                visible(environ["REQUEST_METHOD"]),
                 quote((environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")).encode("latin-1", "replace")),
                 time.monotonic(),
                 threading.current_thread(),

@@ -15,13 +15,12 @@ import time
 import traceback
 from collections import deque
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser
 from waitress.utilities import BadRequest
 
-from flaskd.ledger import Cut, InFlight
+from flaskd.ledger import Cut, InFlight, visible
 from flaskd.server.tasks import AppTask, ClientDisconnected, HealthTask, RefusalTask, RejectTask
 from flaskd.sockets import closed_by_peer, unacknowledged, unread
 
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("flaskd.server")
 
-_VISIBLE = bytes(range(0x21, 0x7F))
-"""ASCII that is shown as it is; a client may put anything else into its request's path, escape sequences included."""
 _DISCARD = 1 << 16
 """Bytes thrown away at once."""
 _BODY = 1 << 16
@@ -119,8 +116,8 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
         return InFlight(
             id=self.id,
             client=self.channel.client,
-            method=str(getattr(self, "command", "") or "?"),
-            path=quote(self.target.partition("?")[0].encode("latin-1"), safe=_VISIBLE) or "?",
+            method=str(getattr(self, "command", "") or "?"),  # letters: waitress refuses all else
+            path=visible(self.target.partition("?")[0]),
             age=self.age,
             phase=self.phase,
             thread=thread.name if thread else "",

@@ -20,7 +20,7 @@ from typing import Any, Self
 from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
 
 from flaskd.errors import FlaskdError
-from flaskd.ledger import Cut, DrainReport, InFlight
+from flaskd.ledger import Cut, DrainReport, InFlight, visible
 from flaskd.server.channel import stack_of
 from flaskd.server.draining import BACKLOG, GATE, TOO_LATE
 from flaskd.server.tasks import STREAM_TYPES
@@ -77,9 +77,9 @@ class _Request(WSGIRequestHandler):
 
     def snapshot(self) -> InFlight:
         """What can be shown of it."""
-        path, age = self.path.partition("?")[0], time.monotonic() - self.began
+        method, path, age = visible(self.command), visible(self.path.partition("?")[0]), time.monotonic() - self.began
         client, gone = str(self.client_address[0]), closed_by_peer(self.connection)
-        return InFlight(self.id, client, self.command, path, age, "running", self.thread.name, gone=gone)
+        return InFlight(self.id, client, method, path, age, "running", self.thread.name, gone=gone)
 
 
 class _Server(ThreadedWSGIServer):
