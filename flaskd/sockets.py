@@ -71,6 +71,18 @@ class Address:
         return f"http://{replace(self, host=shown)}/"
 
 
+def check_serving(host: object, port: object, threads: object) -> None:
+    """Check what code asks a server for; raises TypeError for a wrong type, ValueError for a number out of range."""
+    if not isinstance(host, str):
+        raise TypeError(f"cannot serve on host {host!r}: expected a string, got {type(host).__name__}")
+    for name, number, least, most in (("port", port, 0, _MAX_PORT), ("threads", threads, 1, None)):
+        wanted = f"expected a whole number from {least} to {most}" if most else f"expected a whole number from {least}"
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise TypeError(f"cannot serve with {name}={number!r}: {wanted}, got {type(number).__name__}")
+        if number < least or (most and number > most):
+            raise ValueError(f"cannot serve with {name}={number!r}: {wanted}, got {number}")
+
+
 def _ip(text: str, version: int) -> str:
     try:
         right = ipaddress.ip_address(text).version == version

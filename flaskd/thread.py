@@ -16,7 +16,7 @@ from flaskd.ledger import DrainReport, InFlight
 from flaskd.lifecycle import StopReason
 from flaskd.loading import find_flask
 from flaskd.server import WaitressThread, WerkzeugThread, adjustments
-from flaskd.sockets import Address, open_files_limit
+from flaskd.sockets import Address, check_serving, open_files_limit
 from flaskd.stop import Stop
 
 log = logging.getLogger("flaskd.thread")
@@ -37,7 +37,7 @@ class ServerThread:
     `server` is ``waitress``, or ``werkzeug`` for Werkzeug's development server, which makes a thread for each
     connection whatever `threads` says. `config` is a mapping in the shape of the YAML file, or a path to one; its
     sections ``server``, ``shutdown`` and ``cleanup`` count here. `on_step` is given each cleanup step's result. Raises
-    ConfigError when the configuration is at fault, ValueError for another `server`.
+    ConfigError when the configuration is at fault, ValueError or TypeError for another argument that cannot be.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class ServerThread:
     ) -> None:
         if server not in {"waitress", "werkzeug"}:
             raise ValueError(f'cannot serve with {server!r}: expected "waitress" or "werkzeug"')
+        check_serving(host, port, threads)
         self._app = app
         self._address = Address(host, port)
         self._threads = threads

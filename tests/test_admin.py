@@ -472,7 +472,15 @@ def flask_app():
     return flask.Flask("shop")
 
 
-@pytest.mark.parametrize("wrong", [{"listen": "nonsense"}, {"listen": "127.0.0.1:0", "timeout": -1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"listen": "nonsense"},
+        {"listen": "127.0.0.1:0", "timeout": -1},
+        {"listen": "127.0.0.1:0", "timeout": float("nan")},
+        {"listen": "127.0.0.1:0", "timeout": float("inf")},
+    ],
+)
 def test_a_wrong_argument_is_told_at_once(wrong):
     """Not when it is started."""
     with pytest.raises((ValueError, ConfigError), match="expected"):

@@ -212,6 +212,26 @@ def test_wrong_arguments_are_refused(shop):
     assert flaskd.ServerThread(shop.flask).stop().clean
 
 
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"port": -1}, ValueError),
+        ({"port": 65536}, ValueError),
+        ({"port": "80"}, TypeError),
+        ({"threads": 0}, ValueError),
+        ({"threads": 1.5}, TypeError),
+        ({"threads": True}, TypeError),
+        ({"host": None}, TypeError),
+    ],
+    ids=str,
+)
+def test_arguments_that_cannot_be_are_told_at_once(shop, wrong, error):
+    """Neither in a thread nor in a process is anything started for them."""
+    for make in (lambda: flaskd.ServerThread(shop.flask, **wrong), lambda: flaskd.ServerProcess("shop:app", **wrong)):
+        with pytest.raises(error, match=r"^cannot serve .*: expected a .*, got "):
+            make()
+
+
 def test_an_app_that_fails_or_exits_stops_nothing(shop, kind, caplog):
     """Its clients get a 500 or the end of their connection, the next one is served, and the stop is clean."""
     with flaskd.ServerThread(shop.flask, server=kind) as server:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ from flaskd.admin.server import EndpointServer
 from flaskd.admin.token import configured_token, make_token
 from flaskd.cleanup import Plan, with_callbacks
 from flaskd.config import load_mapping, write_duration
-from flaskd.errors import FlaskdError
+from flaskd.errors import ConfigError, FlaskdError
 from flaskd.lifecycle import StopReason
 from flaskd.sockets import Address
 from flaskd.stop import Stop
@@ -81,6 +82,8 @@ class ShutdownEndpoint:
         self._token_file = Path(token_file) if token_file is not None else None
         self._credential = credential
         self._allowed_hosts = list(allowed_hosts)
+        if not math.isfinite(timeout):
+            raise ConfigError(f"cannot stop within timeout={timeout}: expected a finite number of seconds")
         most = write_duration(timeout)
         shutdown = {"deadline": most, "drain": {"timeout": most}}
         self._config = load_mapping({"shutdown": shutdown}, actions={}, environ={}).values

@@ -22,6 +22,7 @@ from flaskd import errors
 from flaskd.errors import FlaskdError
 from flaskd.forks import forgotten_by_children
 from flaskd.ledger import Cut, DrainReport
+from flaskd.sockets import check_serving
 from flaskd.work import Background
 
 _START_TIMEOUT = 30.0
@@ -58,6 +59,7 @@ class ServerProcess:
                 f'cannot serve {target!r} in another process: expected its name, such as "shop.wsgi:app"; '
                 "an app in hand can be served by ServerThread"
             )
+        check_serving(host, port, threads)
         self._orders = {
             "target": target, "host": host, "port": port, "threads": threads, "server": server,
             "config": str(Path(config).absolute()) if isinstance(config, str | os.PathLike) else config,
