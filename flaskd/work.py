@@ -85,7 +85,12 @@ class background(contextlib.ContextDecorator):  # noqa: N801 - used like context
         return self
 
     def __exit__(self, *_: object) -> None:
-        _entries.pop(self._open.pop(), None)  # none of it in a forked child
+        here = threading.current_thread()
+        mine = [number for number in self._open.copy() if (entry := _entries.get(number)) and entry.thread is here]
+        if mine:
+            self._open.remove(mine[-1])
+        # Else it is left by another thread than it was entered by, or a forked child: none of it is there.
+        _entries.pop(mine[-1] if mine else self._open.pop(), None)
         for tell in _told.copy():
             tell()
 

@@ -84,6 +84,26 @@ def test_one_mark_can_be_used_again_and_within_itself():
         assert not in_background()
 
 
+def test_threads_share_a_mark(worker):
+    """Each thread that uses one mark takes away its own entry, whichever ends first."""
+    mark, begun, may_end = flaskd.background("shared"), threading.Event(), threading.Event()
+
+    def work():
+        with mark:
+            begun.set()
+            may_end.wait(PATIENCE)
+
+    with mark:
+        thread = worker(work)
+        assert begun.wait(PATIENCE)
+        here = threading.current_thread().name
+        assert [each.thread for each in background_work()] == [here, "exporter"]
+    assert [each.thread for each in background_work()] == ["exporter"]
+    may_end.set()
+    thread.join(PATIENCE)
+    assert not in_background()
+
+
 def test_what_is_not_done_when_it_returns_is_refused():
     """A coroutine or generator function would lose its mark before its work begins."""
 
