@@ -124,6 +124,7 @@ class Daemon:
         self._server: WaitressThread | None = None
         self._drain: Drain | None = None
         self._stop: Stop | None = None
+        self._counted = (0, 0)  # completed and rejected, when the stop began
         self._stop_waiters: list[Reply] = []
         self._reload_waiters: list[Reply] = []
         self._reload_again = False
@@ -809,13 +810,13 @@ class Daemon:
     def _begin_stop(self, reason: StopReason) -> None:
         config = self.configuration.values
         what = f"stopping ({reason}): {self._in_flight} in flight"
-        counted = self._server.counted if self._server else (0, 0)
+        self._counted = counted = self._server.counted if self._server else (0, 0)
         try:
             plan, sweep = self._outlook.plan, self._outlook.sweep
         except Exception:  # whatever the app has registered, the stop goes on
             log.exception("cannot plan all of the cleanup: the policies alone are run")
             plan, sweep = self._outlook.policies, None
-        self._stop = Stop(
+        self._stop = stop = Stop(
             reason,
             plan=plan,
             sweep=sweep,
@@ -827,19 +828,32 @@ class Daemon:
             over=lambda error: self._inbox.put(lambda: self._on_stop_over(error)),
             on_step=lambda result: self._inbox.put(lambda: self._on_step(result)),
         )
-        for reply in self._reload_waiters:
-            reply.error("not-now", "the reload was overtaken by a stop")
-        self._reload_waiters = []
         self._stop.arm()  # before another line of Python: the app may take the GIL and never give it back
         log.info(f"{what}, at most {config.shutdown.deadline:g}s for everything; plan {self._stop.plan.id}")
-        self._service.stopping(what, self._stop.left, reason, self._listeners, self._server)
+        for tell in (
+            self._end_reloads,
+            lambda: self._service.stopping(what, stop.left, reason, self._listeners, self._server),
+            self._announce_stop,
+            # A disk that hangs must not keep the stop.
+            lambda: aside(lambda: self._state_directory.stopping(str(reason))).close(0),
+        ):
+            try:
+                tell()
+            except Exception:  # whoever was not told, the stop goes on
+                log.exception("cannot tell everybody of the stop")
+        self._cleanup_thread.run(stop.run)
+        self._last_tick = time.monotonic()
+
+    def _end_reloads(self) -> None:
+        waiters, self._reload_waiters = self._reload_waiters, []
+        for reply in waiters:
+            reply.error("not-now", "the reload was overtaken by a stop")
+
+    def _announce_stop(self) -> None:
         if self._server is not None:
             # A successor may share the listeners: from now on their backlog is left to it.
             self._server.refuse(on=False)
             self._server.announce()
-        aside(lambda: self._state_directory.stopping(str(reason))).close(0)  # a disk that hangs must not keep the stop
-        self._cleanup_thread.run(self._stop.run)
-        self._last_tick = time.monotonic()
 
     def _drain_to_stop(self, counted_from: tuple[int, int]) -> None:
         assert self._stop is not None
@@ -881,7 +895,9 @@ class Daemon:
         stop, server, report = self._stop, self._server, self._drain.report if self._drain else None
         assert stop is not None
         assert server is not None
-        assert report is not None
+        if report is None:  # the cleanup broke off before the drain was over, which has been logged
+            completed, rejected = (now - then for now, then in zip(server.counted, self._counted, strict=True))
+            report = DrainReport(completed, rejected, server.cut("the cleanup broke off"), background=left_behind())
         self._close_endpoints(min(_ENDPOINT_CLOSING, stop.left))
         server.end(timeout=min(0.2, stop.left))
         self._state_directory.record(stop.record(report))

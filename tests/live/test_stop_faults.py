@@ -1,0 +1,89 @@
+"""Faults while a stop is planned and under way: it ends all the same, in time and with its record."""
+
+from __future__ import annotations
+
+from conftest import GATE_APP, Flaskd
+
+ODD_NAME = """
+import flaskd
+
+class Odd:
+    @property
+    def __name__(self):
+        if registered:
+            raise RuntimeError("no name")
+        return "odd"
+    def __call__(self):
+        pass
+
+registered = False
+flaskd.on_stop(Odd())
+registered = True
+"""
+UNTOLD = """
+import flaskd.service
+
+def stopping(*_):
+    raise RuntimeError("no manager")
+
+flaskd.service.Service.stopping = stopping
+"""
+POOLS = """
+import collections
+
+class Pools(collections.UserDict):
+    def values(self):
+        raise RuntimeError("not now")
+
+pools = Pools()
+"""
+BROKEN = """
+import flaskd.cleanup.runner
+
+def run(*_):
+    raise RuntimeError("broken")
+
+flaskd.cleanup.runner.Runner.run = run
+"""
+MARK = "cleanup: {policies: {mark: {use: command, with: {argv: [touch, mark]}}}}\n"
+
+
+def test_what_cannot_be_planned_or_told_does_not_keep_the_stop(flaskd: Flaskd) -> None:
+    """A registration at which planning raises, and a manager that cannot be told: the stop drains and runs policies."""
+    flaskd.write("badapp.py", GATE_APP + ODD_NAME + UNTOLD)
+    flaskd.start("-c", str(flaskd.write("flaskd.yaml", MARK)), app="badapp")
+    answer = flaskd.hold()
+    flaskd.command("stop")
+    flaskd.gate.open()
+    assert answer.result()[0] == 200
+    assert flaskd.wait() == 0
+    assert (flaskd.directory / "mark").exists()
+    assert flaskd.record()["policies"]["mark"]["fate"] == "ok"
+    assert "cannot plan all of the cleanup" in flaskd.log
+    assert "cannot tell everybody of the stop" in flaskd.log
+
+
+def test_the_app_s_objects_do_not_keep_the_drain(flaskd: Flaskd) -> None:
+    """A target that raises when it is looked at fails its step alone: what is in flight is answered."""
+    flaskd.write("badapp.py", GATE_APP + POOLS)
+    policy = "cleanup: {policies: {pools: {use: redis.close, with: {target: 'badapp:pools'}}}}\n"
+    flaskd.start("-c", str(flaskd.write("flaskd.yaml", policy)), app="badapp")
+    answer = flaskd.hold()
+    flaskd.command("stop")
+    flaskd.gate.open()
+    assert answer.result()[0] == 200
+    assert flaskd.wait() == 0
+    record = flaskd.record()
+    assert (record["cut"], record["policies"]["pools"]["fate"]) == ([], "failed")
+
+
+def test_a_cleanup_that_breaks_off_leaves_a_record(flaskd: Flaskd) -> None:
+    """A fault of flaskd's own before the drain: what was in flight is cut, told and recorded, without a hang."""
+    flaskd.write("badapp.py", GATE_APP + BROKEN)
+    flaskd.start(app="badapp")
+    flaskd.hold()
+    flaskd.command("stop")
+    assert flaskd.wait() == 0  # exit_codes.degraded
+    assert "cleanup broke off: broken" in flaskd.log
+    assert "AssertionError" not in flaskd.log
+    assert len(flaskd.record()["cut"]) == 1
