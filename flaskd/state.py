@@ -38,6 +38,7 @@ class StateDirectory:
         self._environ = environ
         self._mark: Path | None = None
         self._record: Path | None = None
+        self._kept: Path | None = None  # where the last record is read, also where none can be written
         self._lock = -1
         self._mark_file = -1
         self._writing = threading.Lock()
@@ -54,7 +55,7 @@ class StateDirectory:
         """
         if record is None:
             return
-        self._record = self.path / record
+        self._record = self._kept = self.path / record
         mark = self.path / "running.json"
         try:
             self._record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -68,7 +69,7 @@ class StateDirectory:
         except BlockingIOError:
             self._in_use = True
             log.warning(f"another flaskd works with {self.path}; the last stop will not be recorded")
-            self._record = None
+            self._record = self._kept = None
         except OSError as error:
             log.warning(f"cannot write to {self.path}: {error.strerror}; the last stop will not be recorded")
             self._record = None
@@ -118,7 +119,7 @@ class StateDirectory:
 
     def last_stop(self) -> dict[str, Any] | None:
         """The record of the last stop; None when there is none."""
-        return read_record(self._record) if self._record is not None else None
+        return read_record(self._kept) if self._kept is not None else None
 
     def close(self) -> None:
         """Take the mark away, and unlock the directory: this run came to its end."""

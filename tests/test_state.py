@@ -220,6 +220,19 @@ def test_an_unwritable_directory_costs_only_the_record(tmp_path, caplog):
     assert warning.endswith("; the last stop will not be recorded")
 
 
+def test_an_unwritable_directory_does_not_hide_the_last_stop(directory, caplog):
+    """What was recorded before can be read where nothing can be written any more."""
+    before = opened(directory)
+    before.record({"reason": "signal: SIGTERM"})
+    before.close()
+    (directory / "running.json").mkdir()  # in the way of the mark, also for root
+    state = opened(directory)
+    state.record({"reason": "control: stop"})
+    assert state.last_stop() == {"reason": "signal: SIGTERM"}
+    assert "the last stop will not be recorded" in caplog.text
+    state.close()
+
+
 def test_a_directory_that_goes_away_costs_only_the_record(directory, caplog):
     """What cannot be recorded at the end is one warning."""
     state = opened(directory)
