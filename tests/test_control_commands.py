@@ -343,6 +343,24 @@ def test_http_requests_whole_and_broken(request_bytes, answer):
         assert client.done
 
 
+@pytest.mark.parametrize("line", [b"plan\n", b'{"cmd": "plan"}\n', b"GET /plan HTTP/1.0\r\n\r\n"])
+def test_a_fault_in_a_verb_is_an_answer(line, caplog):
+    """Who asked is told what was wrong, in the dialect of the question."""
+
+    def execute(_command, _reply):
+        raise RuntimeError("no name")
+
+    ours, client = connect(execute)
+    with ours, client.sock:
+        ours.sendall(line)
+        turn(client)
+        answer = ours.recv(65536).decode()
+        assert "failed" in answer
+        assert "cannot carry out the command: RuntimeError; the log says more" in answer
+        assert client.pending == 0
+    assert "cannot carry out a control command" in caplog.text
+
+
 def test_who_does_not_read_is_given_up():
     """Output that nobody takes is bounded, and the client then hopeless."""
     replies = []
