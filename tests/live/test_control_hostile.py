@@ -73,6 +73,30 @@ def test_megabytes_of_junk(flaskd: Flaskd, unit: bytes) -> None:
     assert flaskd.stop() == 0
 
 
+@pytest.mark.parametrize("unit", [b"\n", b'{"cmd":"version"}\n'])
+def test_a_flood_after_a_command_waits_outside(flaskd: Flaskd, unit: bytes) -> None:
+    """Who sends faster than commands are carried out is made to wait, and what waits is not kept here."""
+    flaskd.start()
+    flaskd.command("status")
+    before = memory(flaskd)
+    most = before
+    flood = unit * (1_000_000 // len(unit))
+    with connect(flaskd) as client:
+        client.sendall(b'{"cmd":"version"}\n')
+        client.setblocking(False)
+        end = time.monotonic() + 3  # some 300 MB where nothing bounds them
+        while time.monotonic() < end:
+            with contextlib.suppress(BlockingIOError):  # all answers are read, so that nothing but the inbox bounds it
+                while client.recv(1 << 20):
+                    pass
+            if select.select([], [client], [], 0.02)[1]:
+                client.send(flood)
+            most = max(most, memory(flaskd))
+            assert most - before < 6_000
+        assert flaskd.command("ready") == "OK ready\n"
+    assert flaskd.stop() == 0
+
+
 def test_junk_in_the_fifo(flaskd: Flaskd) -> None:
     """Megabytes without a newline, and of nothing but newlines, are dropped; the next command is heard."""
     flaskd.start()
