@@ -811,15 +811,10 @@ class Daemon:
         config = self.configuration.values
         what = f"stopping ({reason}): {self._in_flight} in flight"
         self._counted = counted = self._server.counted if self._server else (0, 0)
-        try:
-            plan, sweep = self._outlook.plan, self._outlook.sweep
-        except Exception:  # whatever the app has registered, the stop goes on
-            log.exception("cannot plan all of the cleanup: the policies alone are run")
-            plan, sweep = self._outlook.policies, None
         self._stop = stop = Stop(
             reason,
-            plan=plan,
-            sweep=sweep,
+            plan=self._outlook.plan,
+            sweep=self._outlook.sweep,
             app=self.app.flask,
             shutdown=config.shutdown,
             cleanup=config.cleanup,

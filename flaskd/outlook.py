@@ -31,14 +31,13 @@ class Outlook:
         self._policies, self._cleanup, self._app = policies, cleanup, app
 
     @property
-    def policies(self) -> Plan:
-        """The policies alone."""
-        return self._policies
-
-    @property
     def plan(self) -> Plan:
-        """The policies, and what the app registered in code until now."""
-        return with_callbacks(self._policies, self._app, timeout=self._cleanup.defaults.timeout)
+        """The policies, and what the app registered in code until now; without that where it cannot be planned."""
+        try:
+            return with_callbacks(self._policies, self._app, timeout=self._cleanup.defaults.timeout)
+        except Exception:  # whatever the app has registered, a stop goes on
+            log.exception("cannot plan all of the cleanup: the policies alone are run")
+            return self._policies
 
     def look_around(self) -> None:
         """Find out what the app holds, beside the requests, and say so in the log."""

@@ -11,6 +11,7 @@ from flaskd.config import load_mapping
 from flaskd.control.access import FIFO_PEER, Access, Peer
 from flaskd.control.clients import MAX_OUTPUT, Client
 from flaskd.control.commands import from_fields, from_http, from_words
+from flaskd.control.replies import LogReply
 from flaskd.control.verbs import RUN
 from flaskd.errors import ForbiddenError, UnknownCommandError, UsageError
 from flaskd.verbs import FLAGS, VERBS, Role
@@ -388,3 +389,10 @@ def test_a_client_with_many_commands_waits_for_its_turn():
         client.flush()
         client.work()
         assert len(replies) == 42
+
+
+def test_blanks_of_all_kinds_stay_out_of_the_log(caplog):
+    """What separates the words of a line in the FIFO is a blank in the log, whatever it was."""
+    caplog.set_level("INFO", "flaskd.control")
+    LogReply("log-level\x1cinfo\r\x85").ok("info")
+    assert caplog.messages == ["control: log-level info: OK info"]

@@ -133,7 +133,7 @@ class LogReply:
     """A FIFO gives no reply, so the outcome goes to the log."""
 
     def __init__(self, command: str) -> None:
-        self._command = command.strip()
+        self._command = " ".join(command.split())  # the words that are carried out; other blanks could forge a line
 
     def progress(self, fields: Fields) -> None:
         log.debug(f"control: {self._command}: {as_text(fields)}")
