@@ -154,7 +154,7 @@ class _Front:
         self._channel = channel
         self._acceptor = acceptor
         self.adj = acceptor.adj
-        self.active_channels = acceptor.active_channels
+        self.active_channels = channel.loop.probes if channel.internal else acceptor.active_channels
         self.effective_port = acceptor.effective_port
         self.server_name = acceptor.server_name
 
@@ -177,11 +177,12 @@ class _Front:
 
 
 class Channel(HTTPChannel):  # type: ignore[misc]
-    """A connection. `internal` ones (probes) appear in no count and no log; `here`: all is answered by the loop."""
+    """A connection; `here`: all is answered by the loop."""
 
     one_shot = True
     error_task_class = RefusalTask
     internal = False
+    """Whether it is a probe's, which appears in no count and no log."""
     here = False
     half_closed = False
     stream_over = False
@@ -203,7 +204,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         self._holds = False
         self._held = b""
         super().__init__(_Front(self, acceptor), sock, addr, adj, map=map)
-        self.loop.connections_accepted += 1
+        if not self.internal:
+            self.loop.connections_accepted += 1
         if self.loop.drains:
             self.loop.at(self.grace_from + self.loop.keepalive_grace, self)
 
@@ -414,7 +416,6 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             self.half_close()
             return
         super().handle_close()
-        self.loop.probes.discard(self)
         with self.outbuf_lock:
             self._settle()
 
@@ -464,3 +465,9 @@ def stack_of(thread: threading.Thread) -> str:
     """The stack of a running thread, innermost call last; empty when it has ended."""
     frame = sys._current_frames().get(thread.ident or 0)  # noqa: SLF001 - the documented way to see another thread
     return "".join(traceback.format_stack(frame)).rstrip() if frame else ""
+
+
+class Probe(Channel):
+    """A connection of one's own, which came through no listener."""
+
+    internal = True

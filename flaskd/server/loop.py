@@ -19,7 +19,7 @@ from waitress.adjustments import Adjustments
 
 from flaskd.ledger import Cut, DrainReport, InFlight
 from flaskd.server.acceptor import Acceptor, make_acceptor
-from flaskd.server.channel import Channel, Request
+from flaskd.server.channel import Channel, Probe, Request
 from flaskd.server.draining import Draining
 from flaskd.server.idle import IdleWatch
 from flaskd.server.poller import make_poller
@@ -64,7 +64,7 @@ class EventLoop:
         self.health_path = ""
         self.health: Callable[[], tuple[str, str]] = lambda: ("200 OK", "ready")
         self.connections_accepted = 0
-        self.probes: set[Channel] = set()
+        self.probes: dict[int, Channel] = {}
         """Open connections that came through no listener."""
         self.completed = 0
         self.rejected = 0
@@ -175,7 +175,7 @@ class EventLoop:
     @property
     def connections(self) -> int:
         """Open connections, without those of probes (any thread)."""
-        return sum(len(acceptor.active_channels) for acceptor in self.acceptors) - len(self.probes)
+        return sum(len(acceptor.active_channels) for acceptor in self.acceptors)
 
     @property
     def queued(self) -> int:
@@ -326,9 +326,10 @@ class EventLoop:
         self.accept(on=False)
 
     def channels(self) -> Iterator[Channel]:
-        """All open connections."""
+        """All open connections, those of probes too."""
         for acceptor in self.acceptors:
             yield from list(acceptor.active_channels.values())
+        yield from list(self.probes.values())
 
     def at(self, moment: float, channel: Channel) -> None:
         """Look at a connection again at a time.monotonic() moment."""
@@ -341,11 +342,7 @@ class EventLoop:
         """
         acceptor = self.acceptors[0]
         sock.setblocking(False)
-        channel = Channel(acceptor, sock, ("probe", None), acceptor.adj, map=self.poller)
-        channel.internal = True
-        channel.here = here
-        self.probes.add(channel)
-        self.connections_accepted -= 1
+        Probe(acceptor, sock, ("probe", None), acceptor.adj, map=self.poller).here = here
 
     def watch_idle(self, after: float | None, ignore: Sequence[str], on_idle: Callable[[], None]) -> None:
         """Watch for idleness, see `IdleWatch`; None for never. A new watch goes on where the one before was."""
