@@ -122,17 +122,79 @@ def events(environ, start_response, entered=threading.Event(), release=threading
     yield b"data: 2\n\n"
 
 
-def test_an_event_stream_ends_between_two_events_after_its_grace(serve, connect):
-    """A stream whose generator sleeps on is ended with a proper last chunk; it counts as completed."""
+@pytest.mark.parametrize("grace", [0, 0.1])
+def test_an_event_stream_ends_between_two_events_after_its_grace(grace, serve, connect):
+    """A stream whose generator sleeps on is ended with a proper last chunk; it counts as completed, and holds nobody."""
     entered, release = threading.Event(), threading.Event()
-    server = serve(lambda environ, start: events(environ, start, entered, release), stream_grace=0)
+    server = serve(lambda environ, start: events(environ, start, entered, release), stream_grace=grace)
     client = connect(server).send("/")
     assert entered.wait(PATIENCE)
     report = server.drain(timeout=PATIENCE)
     assert client.response().body == b"data: 1\n\n"
     assert client.ended()
     assert (report.completed, report.cut) == (1, ())
+    assert report.took < PATIENCE / 2
     release.set()
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_a_stream_that_has_sent_nothing_yet_is_ended_too(version, serve, connect):
+    """Its client reads the app's header and an empty stream, not a reset; the drain does not wait for the first event."""
+    entered, release = threading.Event(), threading.Event()
+
+    def silent(environ, start_response):
+        def nothing():
+            entered.set()
+            release.wait(PATIENCE)
+            yield b"data: too late"
+
+        start_response("200 OK", [("Content-Type", "text/event-stream"), ("X-Own", "header")])
+        return nothing()
+
+    server = serve(silent, stream_grace=0.1)
+    client = connect(server).send(get("/", version=version))
+    assert entered.wait(PATIENCE)
+    report = server.drain(timeout=PATIENCE)
+    release.set()
+    head, _, body = client._file.read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/%s 200 OK\r\n" % version.encode())
+    assert b"\r\nX-Own: header" in head
+    assert b"\r\nConnection: close" in head
+    assert body == b""
+    assert (report.completed, report.cut) == (1, ())
+    assert report.took < PATIENCE / 2
+
+
+def test_what_waits_in_a_pipeline_at_the_deadline_is_refused_whole(serve, app, connect):
+    """Each request behind one another gets its own 503; only the last of them closes the connection."""
+    server = serve(threads=1)
+    running = connect(server).send("/gate")
+    app.entered(1)
+    client = connect(server).send("/1", "/2", "/3")
+    until(server, lambda: server.queued == 1)
+    report = server.drain(timeout=0)
+    assert [(answer.status, answer.last) for answer in (client.response() for _ in range(3))] == [
+        (503, False),
+        (503, False),
+        (503, True),
+    ]
+    assert client.ended()
+    assert (report.completed, report.rejected, [each.path for each in report.cut]) == (0, 3, ["/gate"])
+    assert running.ended()
+
+
+def test_while_drained_a_pipeline_is_refused_whole(serve, connect):
+    """Nothing that was accepted goes without an answer."""
+    listener, kept = shared_listener()
+    with kept:
+        server = serve(listeners=[listener])
+        server.drain(timeout=PATIENCE)
+        server.refuse(on=True)
+        client = connect(server).send("/1", "/2")
+        assert [client.response().status for _ in range(2)] == [503, 503]
+        assert client.ended()
+        until(server, lambda: server.in_flight == 0)
+        assert server.counted[1] == 2
 
 
 def test_a_chunked_download_is_not_ended_early(serve, app, connect):

@@ -72,6 +72,7 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
         elif understood and self.expect_continue and not self.completed and self.channel.too_late:
             # Refused before the client sends the body for nothing (RFC 9110 §10.1.1).
             self.rejected = self.completed = True
+            self.headers["CONNECTION"] = "close"  # the body may follow all the same
         if self.completed:
             # Nothing more is expected, so the client must not be told to continue: waitress would wait for ever for
             # the body of a request that has none, or ask for one that it already refused.
@@ -160,6 +161,10 @@ class _Front:
 
     @property
     def application(self) -> Any:
+        return self._channel.task.run
+
+    @property
+    def app(self) -> Any:
         return self._acceptor.application
 
     def pull_trigger(self) -> None:
@@ -186,8 +191,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     here = False
     half_closed = False
     stream_over = False
-    last_chunk = b""
-    """What ends the stream that is being sent."""
+    task: AppTask
+    """What the app answers with, or last answered with."""
     requests: list[Request]
 
     def __init__(self, acceptor: Any, sock: Any, addr: Any, adj: Any, map: Any = None) -> None:  # noqa: A002 - waitress' name
@@ -272,7 +277,10 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         if request.rejected or self.loop.refusing:
             request.rejected = True
             return RejectTask(channel, request)
-        return HealthTask(channel, request) if self._asks_for_health(request) else AppTask(channel, request)
+        if self._asks_for_health(request):
+            return HealthTask(channel, request)
+        self.task = AppTask(channel, request)
+        return self.task
 
     def service(self) -> None:
         """Answer the first request in line: in a worker thread, or in the loop's when the app is not asked."""
@@ -306,14 +314,15 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def write_soon(self, data: Any) -> int:
         """Put out a part of a response; a stream that was ended takes no more."""
-        if self.stream_over:
-            raise ClientDisconnected
         if self._holds:
             self._holds, self._held = False, data
             return len(data)
         if self._held:
             data, self._held = self._held + data, b""
-        return int(super().write_soon(data))
+        with self.outbuf_lock:  # so that it comes before the end of a stream, or not at all
+            if self.stream_over:
+                raise ClientDisconnected
+            return int(super().write_soon(data))
 
     def hold_next(self) -> None:
         """Keep what is put out next, a header, until more follows or `release` (worker thread)."""
@@ -323,7 +332,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         """Put out what is still held (worker thread)."""
         held, self._holds, self._held = self._held, False, b""
         if held:
-            super().write_soon(held)
+            self.write_soon(held)
 
     def end_stream(self) -> None:
         """End the stream being sent, between two parts (loop's thread); its worker learns at its next write."""
@@ -331,7 +340,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         with self.outbuf_lock:
             if self.stream_over or not self.connected or request.answered:
                 return
-            last = self.last_chunk
+            last = self.task.last_piece(begun=self.flushed + self.total_outbufs_len > request.starts_at)
             self.outbufs[-1].append(last)
             self.current_outbuf_count += len(last)
             self.total_outbufs_len += len(last)
@@ -343,6 +352,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             self._flush_exception(self._flush_some, do_close=False)
             self._settle()
         self.loop.lost_thread(request)
+        self.loop.poller.touch(self)  # its worker, who would do that, may sleep on
 
     def _settle(self) -> None:
         """Retire the requests whose answers the kernel has taken, or nobody waits for; `outbuf_lock` is held."""

@@ -145,11 +145,10 @@ class Draining:
         self._gated = []
         for channel in self._loop.workers.take_back():
             if channel.requests and channel.connected:
-                first, *behind = channel.requests
-                # The connection closes after the refusal, so these get no answer of their own.
-                self._cut += tuple(self._loop.cut_one(request, TOO_LATE) for request in behind)
-                first.rejected = True
+                for request in channel.requests:
+                    request.rejected = True
                 channel.serve_here()
+        self._loop.answer()  # to what was pipelined behind
 
     def _report(self) -> None:
         completed, rejected = self._counted_from

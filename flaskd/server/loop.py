@@ -160,9 +160,8 @@ class EventLoop:
         if (on_answer := self.on_answer) is not None and request.status:
             on_answer(request.access_fields())
 
-    def stream_began(self, channel: Channel, *, chunked: bool) -> None:
+    def stream_began(self, channel: Channel) -> None:
         """Note a response that has no end of its own (worker thread)."""
-        channel.last_chunk = b"0\r\n\r\n" if chunked else b""
         self._streams.add(channel)
         if self.drains:
             self.call(lambda: self.end_streams_in_time([channel]))

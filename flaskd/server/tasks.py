@@ -75,6 +75,8 @@ class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
 class AppTask(Recorded, WSGITask):  # type: ignore[misc]
     """Runs the app for one request."""
 
+    _is_noted = False
+
     def execute(self) -> None:
         """Run the app; whatever it raises becomes an Exception, because waitress loses the channel on anything else."""
         try:
@@ -102,16 +104,35 @@ class AppTask(Recorded, WSGITask):  # type: ignore[misc]
         if self.version != "1.1" or self.request.command == "HEAD" or asked_to_close or not ends_by_itself:
             super().set_close_on_finish()
 
+    def run(self, environ: dict[str, Any], start_response: Any) -> Any:
+        """Call the app. A stream that it began is known from here on, though its first event may be long in coming."""
+        parts = self.channel.server.app(environ, start_response)
+        if self._is_stream():
+            self._note_stream()
+        return parts
+
     def write(self, data: bytes) -> None:
-        """Write a part of the response; a stream is known from here on."""
+        """Write a part of the response; here even an app that is itself a generator has said what it sends."""
         first = not self.wrote_header
         super().write(data)
-        # Chunked, or ended by the end of its connection, as an HTTP/1.0 proxy asks for it.
-        if first and self.content_length is None and self._is_stream():
-            self.channel.loop.stream_began(self.channel, chunked=self.chunked_response)
+        if first and not self._is_noted and self._is_stream():
+            self._note_stream()
+
+    def _note_stream(self) -> None:
+        self._is_noted = True
+        self.channel.loop.stream_began(self.channel)
+
+    def last_piece(self, *, begun: bool) -> bytes:
+        """What ends the stream: its last chunk, or, where nothing of it is out yet, a header with nothing behind it."""
+        if begun:  # an HTTP/1.0 client sees its end by that of the connection
+            return b"0\r\n\r\n" if self.chunked_response else b""
+        headers = [each for each in self.response_headers if each[0].lower() not in {"connection", "transfer-encoding"}]
+        head = [f"HTTP/{self.version} {self.status}", *map(": ".join, headers), "Connection: close"]
+        return "\r\n".join([*head, "", ""]).encode("latin-1")
 
     def _is_stream(self) -> bool:
-        return any(
+        """Whether it is to end by a chunk, or by the end of its connection, as an HTTP/1.0 proxy asks for it."""
+        return self.content_length is None and any(
             name.lower() == "content-type" and value.startswith(STREAM_TYPES) for name, value in self.response_headers
         )
 
@@ -146,7 +167,6 @@ class RejectTask(PlainTask):
 
     def answer(self) -> tuple[str, list[tuple[str, str]], str]:
         """Say when to try again."""
-        self.request.headers["CONNECTION"] = "close"
         return (
             "503 Service Unavailable",
             [("Retry-After", str(RETRY_AFTER))],
