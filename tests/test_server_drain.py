@@ -400,4 +400,4 @@ def test_thousands_of_idle_connections_cost_nothing(serve, app, connect):
             assert busy.ask("/").status == 200
     finally:
         Channel.readable = before
-    assert len(set(asked)) == 1
+    assert len(set(asked)) <= 1

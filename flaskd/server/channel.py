@@ -34,6 +34,8 @@ _DISCARD = 1 << 16
 _BODY = 1 << 16
 """Bytes of a body read at once; waitress' 8 KiB are a turn of the loop for each. A head is read in its small bites,
 because what lies behind it may be hundreds of requests more."""
+_QUICK = 0.001
+"""Seconds between an answer and the next request, by which a worker knows a client that asks again at once."""
 _LINGER = 0.2
 """Seconds in which a half-closed client may close its side, before the connection is closed under it."""
 _LINGER_LOOK = 0.05
@@ -175,9 +177,13 @@ class _Front:
         # may take up the next request at once, and the two threads would only fight for the GIL.
 
     def add_task(self, channel: Channel) -> None:
+        # The channel's requests_lock is held in this moment.
         if channel.answered_here:
-            channel.loop.answer_soon(channel)  # a lock of the channel is held in this moment
-        else:
+            channel.keeper = None
+            channel.loop.answer_soon(channel)
+            return
+        channel.keeper = channel.requests[0]
+        if not channel.reads_on:  # else the worker that has it goes on with it
             self._acceptor.task_dispatcher.add_task(channel)
 
 
@@ -191,6 +197,12 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     here = False
     half_closed = False
     stream_over = False
+    keeper: Request | None = None
+    """The request for which a worker has the connection, or will have it; meanwhile the loop does not read from it.
+
+    Changed under `requests_lock`, and so is what the poller waits for: the connection is the loop's or a worker's."""
+    reads_on = False
+    """Whether the worker that has the connection is reading from it."""
     task: AppTask
     """What the app answers with, or last answered with."""
     requests: list[Request]
@@ -208,6 +220,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         self._last_activity = self.grace_from
         self._holds = False
         self._held = b""
+        self._watch: Any = None
         super().__init__(_Front(self, acceptor), sock, addr, adj, map=map)
         if not self.internal:
             self.loop.connections_accepted += 1
@@ -241,7 +254,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     @property
     def idle(self) -> bool:
         """Whether nothing is in hand: no request, no part of one, no output."""
-        return not (self.requests or self.arriving or self.total_outbufs_len or self.unsettled)
+        return not (self.keeper or self.requests or self.arriving or self.total_outbufs_len or self.unsettled)
 
     @property
     def arriving(self) -> Request | None:
@@ -283,8 +296,61 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         return self.task
 
     def service(self) -> None:
-        """Answer the first request in line: in a worker thread, or in the loop's when the app is not asked."""
-        request: Request = self.requests[0]
+        """Answer the first request in line, and go on with a client that asks again at once (worker thread).
+
+        Its next request needs no way through the loop, which costs two switches between threads.
+        """
+        quick = self.requests[0].first_byte - self.grace_from < _QUICK
+        while True:
+            request = self.requests[0]
+            self._answer(request)
+            if self.keeper is not request:  # the next one was in line, and somebody else has the connection
+                self.loop.poller.touch(self)
+                return
+            if not (quick and self._read_on()):
+                break
+        if self.keeper is request:
+            self._give_back()
+
+    def _read_on(self) -> bool:
+        """Read what a quick client sends next; whether it is a whole request, and this worker's to answer."""
+        if self.loop.drains or self.loop.workers.wanted or not (self.connected and super().readable()):
+            return False
+        if self._watch is None:
+            self._watch = self.loop.poller.watch(self.socket)
+        if not self._watch(_QUICK):
+            return False
+        self.reads_on = True
+        try:
+            if data := self._receive():  # else it is at its end, which the loop will see
+                self.received(data)
+        except Exception:  # noqa: BLE001 - as wasyncore.read() does in the loop
+            self.handle_error()
+        finally:
+            self.reads_on = False
+        return bool(self.requests) and self.keeper is self.requests[0]
+
+    def _give_back(self) -> None:
+        """Leave the connection to the loop (who has it)."""
+        with self.requests_lock:
+            self.keeper = None
+            if not (self.writable() or self.loop.drains):
+                if self.connected and self.readable():
+                    self.loop.poller.expect(self)  # without a word to the loop
+                return
+        self.loop.poller.touch(self)
+
+    def serve_here(self) -> None:
+        """Answer the first request in line without a worker (loop's thread)."""
+        if self.requests and self.connected:
+            request = self.keeper = self.requests[0]
+            self._answer(request)
+            if self.keeper is request:
+                self._give_back()
+            else:
+                self.loop.poller.touch(self)
+
+    def _answer(self, request: Request) -> None:
         request.thread = threading.current_thread()
         request.began = time.monotonic()
         request.starts_at = request.ends_at = self.output_length()
@@ -304,13 +370,6 @@ class Channel(HTTPChannel):  # type: ignore[misc]
                 self.unsettled.append(request)
             self._settle()
         self.loop.answered(request)
-        if self.connected:
-            self.loop.poller.touch(self)
-
-    def serve_here(self) -> None:
-        """Answer the first request in line without a worker (loop's thread)."""
-        if self.requests and self.connected:
-            self.service()
 
     def write_soon(self, data: Any) -> int:
         """Put out a part of a response; a stream that was ended takes no more."""
@@ -369,8 +428,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     # --- input and output, in the loop's thread --------------------------------------------------------------------
 
     def readable(self) -> bool:
-        """Waitress' rule; a half-closed connection is read to its end."""
-        return self.half_closed or bool(super().readable())
+        """Waitress' rule, unless a worker has the connection; a half-closed one is read to its end."""
+        return self.half_closed or (self.keeper is None and bool(super().readable()))
 
     def writable(self) -> bool:
         """Waitress' rule; nothing is sent after the half-close."""
@@ -391,17 +450,25 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def handle_read(self) -> None:
         """Read; what comes after the half-close is thrown away, because its answer could not be sent."""
-        try:
-            data = self.socket.recv(self._bite)
-        except BlockingIOError:
+        data = self._receive()
+        if data is None:
             return  # the event was for the socket that had this number before
-        except OSError:
-            data = b""
         if not data:
             self.handle_close()
         elif not self.half_closed:
-            self.last_activity = time.monotonic()
             self.received(data)
+
+    def _receive(self) -> bytes | None:
+        """What has come; empty at the end of the connection, None when there is nothing."""
+        try:
+            data: bytes = self.socket.recv(self._bite)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
+        if data and not self.half_closed:
+            self.last_activity = time.monotonic()
+        return data
 
     @property
     def _bite(self) -> int:

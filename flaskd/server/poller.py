@@ -29,7 +29,13 @@ class Poller(Protocol):
         """Wait at most `timeout` seconds for events, and handle them."""
 
     def touch(self, channel: Any) -> None:
-        """Ask a connection anew what it waits for (any thread)."""
+        """Ask a connection anew what it waits for, if it has something to send, or a drain is on (any thread)."""
+
+    def expect(self, channel: Any) -> None:
+        """Wait for a connection's next request (any thread; its `requests_lock` is held)."""
+
+    def watch(self, sock: Any) -> Callable[[float], Any]:
+        """A function that waits at most so many seconds for something to read, and tells whether there is."""
 
     def listen(self, acceptor: Any, *, on: bool) -> None:
         """Wait for new connections, or do not."""
@@ -71,19 +77,22 @@ class EpollMap(dict[int, Any]):
 
     def touch(self, channel: Any) -> None:
         fd = channel._fileno  # noqa: SLF001 - waitress' own name
-        if fd is None:
-            return
-        if channel.writable() or channel.loop.drains:
+        if fd is not None and (channel.writable() or channel.loop.drains):
             self._touched.append(fd)
             if self._asleep:
                 self._asleep = False
                 self.wake()
-        elif channel.readable():
-            # Answered whole: straight back to waiting for the next request, without a word to the loop.
-            try:  # noqa: SIM105 - contextlib.suppress costs what is saved here, at every request
-                self._epoll.modify(fd, _NEXT_REQUEST)
-            except (OSError, ValueError):  # the loop closed it in this moment
-                pass
+
+    def expect(self, channel: Any) -> None:
+        try:  # noqa: SIM105 - contextlib.suppress costs what is saved here, at every request
+            self._epoll.modify(channel.socket, _NEXT_REQUEST)
+        except (OSError, ValueError):  # the loop closed it in this moment
+            pass
+
+    def watch(self, sock: Any) -> Callable[[float], Any]:
+        poll = select.poll()
+        poll.register(sock, select.POLLIN)
+        return lambda seconds: poll.poll(seconds * 1000)
 
     def turn(self, timeout: float) -> None:
         while self._touched:
@@ -111,10 +120,11 @@ class EpollMap(dict[int, Any]):
                 return  # that closed it
         elif channel.requests and not channel.total_outbufs_len:
             return  # a worker has it, and arms it when it is done
-        flags = (select.EPOLLIN if channel.readable() else 0) | (select.EPOLLOUT if channel.writable() else 0)
-        if flags or channel.loop.drains:
-            # With no flags it still tells of a reset (EPOLLERR, EPOLLHUP): a drain does not wait for who is gone.
-            self._epoll.modify(fd, flags | select.EPOLLONESHOT)
+        with channel.requests_lock:
+            flags = (select.EPOLLIN if channel.readable() else 0) | (select.EPOLLOUT if channel.writable() else 0)
+            if flags or channel.loop.drains:
+                # With no flags it still tells of a reset (EPOLLERR, EPOLLHUP): a drain does not wait for who is gone.
+                self._epoll.modify(fd, flags | select.EPOLLONESHOT)
 
     def close(self) -> None:
         self._epoll.close()
@@ -132,6 +142,12 @@ class PollMap(dict[int, Any]):
 
     def touch(self, channel: Any) -> None:  # noqa: ARG002 - all are asked at every turn
         self.wake()
+
+    def expect(self, channel: Any) -> None:  # noqa: ARG002
+        self.wake()
+
+    def watch(self, sock: Any) -> Callable[[float], Any]:  # noqa: ARG002
+        return lambda _seconds: False  # to stay with a connection is a gain on epoll alone
 
     def turn(self, timeout: float) -> None:
         wait = wasyncore.poll2 if hasattr(select, "poll") else wasyncore.poll

@@ -37,6 +37,11 @@ class Workers(ThreadedTaskDispatcher):  # type: ignore[misc]  # waitress is unty
         self.started.append(thread)
         self._working.add(thread)  # in time: it cannot end before the lock, which is held here, is released
 
+    @property
+    def wanted(self) -> bool:
+        """Whether a worker that is done with a request has better to do than to wait for its client's next one."""
+        return bool(self.queue) or self.stop_count > 0 or self.active_count >= len(self.threads)
+
     def take_back(self) -> list[Any]:
         """Take every task that no thread has begun out of the queue."""
         with self.lock:
