@@ -69,7 +69,9 @@ class Cut(InFlight):
 class DrainReport:
     """What a drain did: how many were completed and rejected, which were cut, and how long it took in seconds.
 
-    `background` is the work outside any request that still ran when its deadline came.
+    `background` is the work outside any request that still ran when its deadline came; `unaccepted` how many
+    connections were left in the backlog of a listener that could not be gated: they are reset, and nobody knows what
+    they asked for.
     """
 
     completed: int = 0
@@ -77,19 +79,23 @@ class DrainReport:
     cut: tuple[Cut, ...] = ()
     took: float = 0.0
     background: tuple[Background, ...] = ()
+    unaccepted: int = 0
 
     @property
     def clean(self) -> bool:
-        """Whether nothing was cut, and nothing left running in the background."""
-        return not self.cut and not self.background
+        """Whether nothing was cut or left in a backlog, and nothing left running in the background."""
+        return not (self.cut or self.background or self.unaccepted)
 
     def __str__(self) -> str:
         left = f" background={len(self.background)}" if self.background else ""
+        left += f" unaccepted={self.unaccepted}" if self.unaccepted else ""
         return f"completed={self.completed} rejected={self.rejected} cut={len(self.cut)}{left} took={self.took:.1f}s"
 
     def as_json(self) -> dict[str, Any]:
-        """Stable keys for programs; `background` is there when there is any."""
-        left = {"background": [each.as_json() for each in self.background]} if self.background else {}
+        """Stable keys for programs; `background` and `unaccepted` are there when there is any."""
+        left: dict[str, Any] = {"background": [each.as_json() for each in self.background]} if self.background else {}
+        if self.unaccepted:
+            left["unaccepted"] = self.unaccepted
         return {
             "completed": self.completed,
             "rejected": self.rejected,

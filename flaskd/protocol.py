@@ -143,6 +143,8 @@ def record_lines(record: Fields) -> list[str]:
         for each in record.get("cut", ())
     ]
     lines += [background_line(each) for each in record.get("background", ())]
+    if record.get("unaccepted"):
+        lines.append(f"reset in the backlog: {record['unaccepted']} connections")
     for name, entry in record.get("policies", {}).items():
         why = f", {entry['why']}" if entry.get("why") else ""
         lines.append(f"policy {name}: {entry['fate']} in {format_duration(float(entry.get('took', 0)))}{why}")

@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import stat
+import struct
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -158,6 +159,17 @@ class Listener:
         except OSError:
             return False
         return True
+
+    def waiting(self) -> int:
+        """How many connections wait to be accepted, where the system tells: for TCP on Linux; else 0."""
+        if self.address.path or sys.platform != "linux":
+            return 0
+        try:
+            info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)
+        except OSError:  # not TCP (an inherited listener may be anything), or closed
+            return 0
+        # tcpi_unacked of a listener is the length of its backlog (tcp_get_info() in Linux' net/ipv4/tcp.c).
+        return int(struct.unpack_from("=I", info, 24)[0])
 
     def withdraw(self) -> None:
         """Remove a Unix listener's node if it is still ours, so that nobody new comes; connections made stay.

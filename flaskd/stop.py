@@ -238,6 +238,7 @@ class Stop:
             "rejected": report.rejected,
             "cut": [each.as_json() for each in report.cut],
             "background": [each.as_json() for each in report.background],
+            **({"unaccepted": report.unaccepted} if report.unaccepted else {}),
             "started": timestamp(time.time() - self.took),
             "took": round(self.took, 3),
             "policies": self.policies,

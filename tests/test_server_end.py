@@ -2,6 +2,7 @@
 
 import queue
 import socket
+import sys
 import threading
 
 import pytest
@@ -9,6 +10,7 @@ from server_kit import HAS_IPV6, PATIENCE, answers, app, connect, draining, get,
 from stock_waitress import busy, fate, turn
 
 from flaskd.server import channel as channel_module
+from flaskd.server import draining as draining_module
 from flaskd.sockets import Address, Listener
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
@@ -57,6 +59,22 @@ def test_a_deadline_that_has_come_refuses_the_backlog_in_words(serve, connect):
         report = reports.get(timeout=PATIENCE)
     assert [fate(client) for client in clients] == [503] * 10
     assert (report.completed, report.rejected, report.cut) == (0, 10, ())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how long a backlog is")
+def test_who_is_left_in_a_backlog_without_a_gate_is_counted(serve, connect, monkeypatch):
+    """Where no gate can be had, a bounded number is let in; the others are reset, and the report says how many."""
+    monkeypatch.setattr(Listener, "gate", lambda _: False)
+    monkeypatch.setattr(draining_module, "BACKLOG", 3)
+    server, reports = serve(), queue.SimpleQueue()
+    with busy(server._loop) as release:
+        clients = [connect(server).send("/") for _ in range(5)]
+        server.begin_drain(PATIENCE, reports.put)
+        release()
+        report = reports.get(timeout=PATIENCE)
+    assert sorted(map(str, map(fate, clients))) == ["200", "200", "200", "reset", "reset"]
+    assert (report.completed, report.unaccepted, report.clean) == (3, 2, False)
+    assert report.as_json()["unaccepted"] == 2
 
 
 @pytest.mark.parametrize("kind", ["tcp", "unix"])

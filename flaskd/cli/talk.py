@@ -80,7 +80,7 @@ def ask(path: Path, verb: str, words: dict[str, Any], *, as_json: bool = False) 
         if verb == "stop" and wait:
             client.wait_closed()
     _say(verb, answer, as_json)
-    lost = answer.get("cut") or answer.get("background")
+    lost = answer.get("cut") or answer.get("background") or answer.get("unaccepted")
     return EX_LOST if lost and verb in {"drain", "stop"} else 0
 
 

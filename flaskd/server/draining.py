@@ -45,6 +45,7 @@ class Draining:
         self._streams: list[tuple[float, Channel]] = []
         self._cut: tuple[Cut, ...] = ()
         self._last_moment = 0.0
+        self._unaccepted = 0
 
     @property
     def next_moment(self) -> float:
@@ -88,12 +89,18 @@ class Draining:
 
     def _let_in(self, acceptor: Any) -> None:
         """Take the backlog and close the listener; where the connections are at their limit, as soon as some end."""
-        if acceptor.accept_some(BACKLOG) == BACKLOG:
-            log.warning(f"the backlog of {acceptor.listener.address} never ended; some of it may be reset")
+        acceptor.accept_some(BACKLOG)
         if self._loop.full:
             self._gated.append(acceptor)
         else:
-            acceptor.close_listener()
+            self._close(acceptor)
+
+    def _close(self, acceptor: Any) -> None:
+        """Close the listener, and count whom that resets."""
+        if left := acceptor.listener.waiting():
+            log.warning(f"{left} connections in the backlog of {acceptor.listener.address} are reset")
+            self._unaccepted += left
+        acceptor.close_listener()
 
     def end_streams(self, channels: Sequence[Channel]) -> None:
         """End streams at a chunk boundary once their grace, counted from the begin of the drain, is over."""
@@ -141,7 +148,7 @@ class Draining:
             self._loop.poller.turn(0)  # read what those have sent
         self._loop.answer()
         for acceptor in self._gated:
-            acceptor.close_listener()
+            self._close(acceptor)
         self._gated = []
         for channel in self._loop.workers.take_back():
             if channel.requests and channel.connected:
@@ -160,5 +167,6 @@ class Draining:
                 cut=self._cut,
                 took=time.monotonic() - self._began,
                 background=left_behind(),
+                unaccepted=self._unaccepted,
             )
         )

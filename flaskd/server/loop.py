@@ -144,11 +144,11 @@ class EventLoop:
             if request.over:  # in this moment, and so `answered` did not see it among the lost
                 self._lost.discard(request)
 
-    def retire(self, request: Request, outcome: Outcome) -> None:
-        """Take a request out of flight; only the first outcome counts (any thread)."""
+    def retire(self, request: Request, outcome: Outcome) -> bool:
+        """Take a request out of flight; whether it still was, because only the first outcome counts (any thread)."""
         with self._lock:
             if request.id not in self._in_hand:
-                return
+                return False
             if (idle := self.idle) is not None:
                 idle.answered(request)
             if outcome == "completed":  # first: a drain reads the count as soon as nothing is in hand
@@ -159,6 +159,7 @@ class EventLoop:
             del self._in_hand[request.id]
         if (on_answer := self.on_answer) is not None and request.status:
             on_answer(request.access_fields())
+        return True
 
     def stream_began(self, channel: Channel) -> None:
         """Note a response that has no end of its own (worker thread)."""
@@ -445,20 +446,23 @@ class EventLoop:
     def cut_all(self, reason: str, *, but: Callable[[Channel], bool] = lambda _: False) -> tuple[Cut, ...]:
         """Break off whatever is in hand on all connections `but` some, and close them."""
         channels = [channel for channel in self.channels() if not channel.internal and not but(channel)]
-        doomed = [request for request in list(self._in_hand.values()) if not but(request.channel)]
-        doomed += [channel.arriving for channel in channels if channel.arriving is not None]
-        cuts = tuple(self.cut_one(request, reason) for request in doomed)
+        arriving = [channel.arriving for channel in channels]
+        in_hand = [request for request in list(self._in_hand.values()) if not but(request.channel)]
+        # A worker may be reading: what still arrived a moment ago may be in hand by now, or over.
+        doomed = dict.fromkeys([*in_hand, *filter(None, arriving)])
+        cuts = tuple(filter(None, [self._cut_one(request, reason) for request in doomed]))
         for channel in channels:
             channel.handle_close()
         return cuts
 
-    def cut_one(self, request: Request, reason: str) -> Cut:
-        """Break off a request, and name it in the log."""
+    def _cut_one(self, request: Request, reason: str) -> Cut | None:
+        """Break off a request, and name it in the log; None if it is over."""
         cut = request.cut(reason)
+        if request.id and not self.retire(request, "cut"):
+            return None
         log.warning("\n".join(filter(None, [f"cut {cut}", cut.stack])), extra={"fields": cut.as_json()})
         if cut.phase == "running":
             self.lost_thread(request)
-        self.retire(request, "cut")
         return cut
 
     def forget(self) -> None:

@@ -298,4 +298,4 @@ def _kind_of(exit_code: int) -> type[FlaskdError]:
 def _report(told: Mapping[str, Any]) -> DrainReport:
     cut = tuple(Cut(**each) for each in told["cut"])
     background = tuple(Background(**each) for each in told.get("background", ()))
-    return DrainReport(told["completed"], told["rejected"], cut, told["took"], background)
+    return DrainReport(told["completed"], told["rejected"], cut, told["took"], background, told.get("unaccepted", 0))
