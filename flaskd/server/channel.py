@@ -54,6 +54,8 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
     complete = began = 0.0
     """When its last byte came, and when its answer was begun; 0 before."""
     thread: threading.Thread | None = None
+    following: Request | None = None
+    """What the worker that answered it has read next, and is to answer."""
     answered = over = rejected = whole = False
     status = ""
     header_length = starts_at = ends_at = 0
@@ -178,12 +180,15 @@ class _Front:
 
     def add_task(self, channel: Channel) -> None:
         # The channel's requests_lock is held in this moment.
+        read_after, channel.reads_after = channel.reads_after, None
         if channel.answered_here:
             channel.keeper = None
             channel.loop.answer_soon(channel)
             return
         channel.keeper = channel.requests[0]
-        if not channel.reads_on:  # else the worker that has it goes on with it
+        if read_after is not None:
+            read_after.following = channel.requests[0]
+        else:
             self._acceptor.task_dispatcher.add_task(channel)
 
 
@@ -201,8 +206,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     """The request for which a worker has the connection, or will have it; meanwhile the loop does not read from it.
 
     Changed under `requests_lock`, and so is what the poller waits for: the connection is the loop's or a worker's."""
-    reads_on = False
-    """Whether the worker that has the connection is reading from it."""
+    reads_after: Request | None = None
+    """The request that a worker has answered, while it reads the next one from the connection."""
     task: AppTask
     """What the app answers with, or last answered with."""
     requests: list[Request]
@@ -300,35 +305,37 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
         Its next request needs no way through the loop, which costs two switches between threads.
         """
-        quick = self.requests[0].first_byte - self.grace_from < _QUICK
+        request = self.requests[0]
+        quick = request.first_byte - self.grace_from < _QUICK
         while True:
-            request = self.requests[0]
             self._answer(request)
             if self.keeper is not request:  # the next one was in line, and somebody else has the connection
                 self.loop.poller.touch(self)
                 return
-            if not (quick and self._read_on()):
+            if quick:
+                self._read_on(request)
+            if request.following is None:
                 break
+            request = request.following
         if self.keeper is request:
             self._give_back()
 
-    def _read_on(self) -> bool:
-        """Read what a quick client sends next; whether it is a whole request, and this worker's to answer."""
+    def _read_on(self, answered: Request) -> None:
+        """Read what a quick client sends next; `answered.following` is set if that is for this worker to answer."""
         if self.loop.drains or self.loop.workers.wanted or not (self.connected and super().readable()):
-            return False
+            return
         if self._watch is None:
             self._watch = self.loop.poller.watch(self.socket)
         if not self._watch(_QUICK):
-            return False
-        self.reads_on = True
+            return
+        self.reads_after = answered
         try:
             if data := self._receive():  # else it is at its end, which the loop will see
                 self.received(data)
         except Exception:  # noqa: BLE001 - as wasyncore.read() does in the loop
             self.handle_error()
-        finally:
-            self.reads_on = False
-        return bool(self.requests) and self.keeper is self.requests[0]
+        if self.reads_after is answered:  # else somebody else may have the connection by now
+            self.reads_after = None
 
     def _give_back(self) -> None:
         """Leave the connection to the loop (who has it)."""
