@@ -1,5 +1,6 @@
 """A client that asks again at once: its worker goes on with it, and the loop takes it back whenever that would matter."""
 
+import contextlib
 import select
 import threading
 
@@ -76,6 +77,20 @@ def test_a_client_that_leaves_is_closed(serve, connect):
         client.ask("/")
         leave(client)
         until(server, lambda: server.connections == 0)
+
+
+def test_a_connection_that_is_closed_under_its_worker(serve, connect, caplog):
+    """Whatever closes it, such as a deadline, the worker that waits for its next request is not surprised."""
+    server = serve()
+    client = connect(server)
+    client.ask("/")
+    server._serving.call(lambda: [each.handle_close() for each in server._serving.channels()])
+    until(server, lambda: server.connections == 0)
+    with contextlib.suppress(OSError):
+        client.send("/")
+    assert client.ended()
+    server.stop(PATIENCE)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_a_drain_answers_what_a_worker_reads(serve, app, connect):

@@ -322,10 +322,11 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def _read_on(self, answered: Request) -> None:
         """Read what a quick client sends next; `answered.following` is set if that is for this worker to answer."""
-        if self.loop.drains or self.loop.workers.wanted or not (self.connected and super().readable()):
+        sock = self.socket  # None once the loop has closed it
+        if self.loop.drains or self.loop.workers.wanted or sock is None or not super().readable():
             return
         if self._watch is None:
-            self._watch = self.loop.poller.watch(self.socket)
+            self._watch = self.loop.poller.watch(sock)
         if not self._watch(_QUICK):
             return
         self.reads_after = answered
@@ -342,8 +343,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         with self.requests_lock:
             self.keeper = None
             if not (self.writable() or self.loop.drains):
-                if self.connected and self.readable():
-                    self.loop.poller.expect(self)  # without a word to the loop
+                if (sock := self.socket) is not None and self.readable():
+                    self.loop.poller.expect(sock)  # without a word to the loop
                 return
         self.loop.poller.touch(self)
 
@@ -467,8 +468,10 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def _receive(self) -> bytes | None:
         """What has come; empty at the end of the connection, None when there is nothing."""
+        if (sock := self.socket) is None:  # closed by the loop, while a worker was about to read
+            return b""
         try:
-            data: bytes = self.socket.recv(self._bite)
+            data: bytes = sock.recv(self._bite)
         except BlockingIOError:
             return None
         except OSError:

@@ -31,7 +31,7 @@ class Poller(Protocol):
     def touch(self, channel: Any) -> None:
         """Ask a connection anew what it waits for, if it has something to send, or a drain is on (any thread)."""
 
-    def expect(self, channel: Any) -> None:
+    def expect(self, sock: Any) -> None:
         """Wait for a connection's next request (any thread; its `requests_lock` is held)."""
 
     def watch(self, sock: Any) -> Callable[[float], Any]:
@@ -83,9 +83,9 @@ class EpollMap(dict[int, Any]):
                 self._asleep = False
                 self.wake()
 
-    def expect(self, channel: Any) -> None:
+    def expect(self, sock: Any) -> None:
         try:  # noqa: SIM105 - contextlib.suppress costs what is saved here, at every request
-            self._epoll.modify(channel.socket, _NEXT_REQUEST)
+            self._epoll.modify(sock, _NEXT_REQUEST)
         except (OSError, ValueError):  # the loop closed it in this moment
             pass
 
@@ -143,7 +143,7 @@ class PollMap(dict[int, Any]):
     def touch(self, channel: Any) -> None:  # noqa: ARG002 - all are asked at every turn
         self.wake()
 
-    def expect(self, channel: Any) -> None:  # noqa: ARG002
+    def expect(self, sock: Any) -> None:  # noqa: ARG002
         self.wake()
 
     def watch(self, sock: Any) -> Callable[[float], Any]:  # noqa: ARG002
