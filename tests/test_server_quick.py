@@ -17,6 +17,18 @@ pytestmark = [
 
 
 @pytest.fixture
+def start(serve):
+    """Starts servers whose workers have nothing to do any more, not even to start."""
+
+    def start(**options):
+        server = serve(**options)
+        until(server, lambda: server._serving.workers.active_count == 0)
+        return server
+
+    return start
+
+
+@pytest.fixture
 def patient(monkeypatch):
     """A worker stays with a client as long as it takes."""
     monkeypatch.setattr(channel, "_QUICK", PATIENCE)
@@ -41,25 +53,25 @@ def by_worker(names):
     return [name.startswith("flaskd-worker-") for name in names]
 
 
-def test_a_worker_reads_what_its_client_sends_next(serve, connect, readers):
+def test_a_worker_reads_what_its_client_sends_next(start, connect, readers):
     """The loop hears of the first request alone."""
-    client = connect(serve())
+    client = connect(start())
     for _ in range(5):
         assert client.send(post("/echo", b"again")).response().body == b"again"
     assert by_worker(readers) == [False, True, True, True, True]
 
 
-def test_it_answers_what_is_pipelined(serve, connect):
+def test_it_answers_what_is_pipelined(start, connect):
     """One after the other, whoever reads them."""
-    client = connect(serve())
+    client = connect(start())
     for _ in range(3):
         client.send(*[post("/echo", b"%d" % number) for number in range(4)])
         assert [client.response().body for _ in range(4)] == [b"0", b"1", b"2", b"3"]
 
 
-def test_half_a_request_is_the_loops(serve, connect, readers):
+def test_half_a_request_is_the_loops(start, connect, readers):
     """A worker does not wait for the rest of what has come in part."""
-    server = serve()
+    server = start()
     client = connect(server)
     client.ask("/")
     client.send(post("/echo", b"whole")[:-3])
@@ -69,9 +81,9 @@ def test_half_a_request_is_the_loops(serve, connect, readers):
     assert by_worker(readers) == [False, True, False]
 
 
-def test_a_client_that_leaves_is_closed(serve, connect):
+def test_a_client_that_leaves_is_closed(start, connect):
     """Its end is seen by whoever has the connection, in order or not."""
-    server = serve()
+    server = start()
     for leave in (lambda client: client.close(), lambda client: client.reset()):
         client = connect(server)
         client.ask("/")
@@ -79,9 +91,9 @@ def test_a_client_that_leaves_is_closed(serve, connect):
         until(server, lambda: server.connections == 0)
 
 
-def test_a_connection_that_is_closed_under_its_worker(serve, connect, caplog):
+def test_a_connection_that_is_closed_under_its_worker(start, connect, caplog):
     """Whatever closes it, such as a deadline, the worker that waits for its next request is not surprised."""
-    server = serve()
+    server = start()
     client = connect(server)
     client.ask("/")
     server._serving.call(lambda: [each.handle_close() for each in server._serving.channels()])
@@ -93,9 +105,9 @@ def test_a_connection_that_is_closed_under_its_worker(serve, connect, caplog):
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-def test_a_drain_answers_what_a_worker_reads(serve, app, connect):
+def test_a_drain_answers_what_a_worker_reads(start, app, connect):
     """A worker that waits for the next request of its client reads and answers it in the drain; it is the last."""
-    server = serve(keepalive_grace=PATIENCE)
+    server = start(keepalive_grace=PATIENCE)
     client = connect(server)
     client.ask("/")
     with draining(server, app) as report:
@@ -104,9 +116,9 @@ def test_a_drain_answers_what_a_worker_reads(serve, app, connect):
         assert (report.result(PATIENCE).completed, report.result().cut) == (1, ())
 
 
-def test_health_is_the_loops_to_answer(serve, app, connect, readers):
+def test_health_is_the_loops_to_answer(start, app, connect, readers):
     """A worker that has read a request which it is not to answer leaves it, and the connection, to the loop."""
-    server = serve()
+    server = start()
     server.answer_health("/healthz", lambda: ("200 OK", "ready"))
     client = connect(server)
     client.ask("/")
@@ -116,9 +128,9 @@ def test_health_is_the_loops_to_answer(serve, app, connect, readers):
     assert by_worker(readers)[:2] == [False, True]
 
 
-def test_the_last_free_worker_does_not_wait(serve, connect, readers):
+def test_the_last_free_worker_does_not_wait(start, connect, readers):
     """Somebody must be there for whoever comes next."""
-    server = serve(threads=1)
+    server = start(threads=1)
     first, second = connect(server), connect(server)
     for _ in range(3):
         assert first.ask("/").status == 200
@@ -126,9 +138,9 @@ def test_the_last_free_worker_does_not_wait(serve, connect, readers):
     assert not any(by_worker(readers))
 
 
-def test_fewer_workers_are_fewer_at_once(serve, connect, readers):
+def test_fewer_workers_are_fewer_at_once(start, connect, readers):
     """A worker that is to end goes after the request in hand, however quick its client is."""
-    server = serve(threads=3)
+    server = start(threads=3)
     client = connect(server)
     client.ask("/")
     server.set_threads(1)
@@ -137,9 +149,9 @@ def test_fewer_workers_are_fewer_at_once(serve, connect, readers):
     assert by_worker(readers)[-1] is False
 
 
-def test_a_fault_while_a_worker_reads_costs_the_connection_alone(serve, connect, monkeypatch):
+def test_a_fault_while_a_worker_reads_costs_the_connection_alone(start, connect, monkeypatch):
     """As in the loop: it is logged, and the connection closed."""
-    server = serve()
+    server = start()
     client = connect(server)
     client.ask("/")
     received = Channel.received
