@@ -153,6 +153,26 @@ def test_threads_come_from_start_new_thread(monkeypatch):
         assert not thread.is_alive()
 
 
+def test_the_dispatcher_knows_its_busy_threads(dispatcher):
+    """By their number, which is that of all threads when nobody waits for a task."""
+    started, finish = threading.Barrier(3), threading.Event()
+
+    class Held(Task):
+        def service(self):
+            started.wait(PATIENCE)
+            finish.wait(PATIENCE)
+            super().service()
+
+    dispatcher.set_thread_count(2)
+    tasks = [Held(), Held()]
+    for task in tasks:
+        dispatcher.add_task(task)
+    started.wait(PATIENCE)
+    assert (dispatcher.active_count, len(dispatcher.threads), dispatcher.stop_count) == (2, 2, 0)
+    finish.set()
+    assert all(task.ran.wait(PATIENCE) for task in tasks)
+
+
 def test_set_thread_count_counts_threads_that_are_to_end(dispatcher):
     """`set_threads` and `resume` rely on `set_thread_count` to mean the number that stays, called as often as need be."""
     gate = threading.Event()
@@ -583,6 +603,31 @@ def test_the_loop_is_woken_for_the_last_time_when_the_request_is_gone(channel):
     request = channel.requests[0]
     channel.service()
     assert first_in_line == [[request], []]
+
+
+def test_tasks_are_added_under_the_requests_lock(channel):
+    """Who has the connection is decided there, in one step with what stands in line."""
+    held = []
+
+    def add_task(_):
+        thread = threading.Thread(target=lambda: held.append(not channel.requests_lock.acquire(blocking=False)))
+        thread.start()
+        thread.join()
+
+    channel.server.add_task = add_task
+    channel.received(GET + GET)
+    assert held == [True]
+    channel.service()
+    assert held == [True, True]
+
+
+def test_the_app_is_asked_for_at_each_request(channel):
+    """It is called by way of the server that the channel knows, so that a task can see what comes of it at once."""
+    for answer in (b"one", b"two"):
+        channel.server.application = lambda environ, start, answer=answer: start("200 OK", []) and [answer]
+        channel.received(GET)
+        channel.service()
+        assert channel.client.recv(65536).endswith(answer)
 
 
 def test_a_body_arrives_where_its_head_is_finished(channel):
