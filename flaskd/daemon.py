@@ -488,14 +488,9 @@ class Daemon:
     def _forget(self) -> None:
         """In a child that the app forked: let go of all that is the daemon's."""
         self._plane.forget()
-        self._admin.forget()
         self._state_directory.forget()
         for listener in (*self._listeners, *self._admin_listeners):
-            listener.socket.close()
-        for endpoint in self._endpoints:
-            endpoint.forget()
-        if self._server is not None:
-            self._server.forget()
+            listener.socket.close()  # the servers forget their own; these may not have one yet
 
     def _remove_nodes(self) -> None:
         self._plane.remove_nodes()

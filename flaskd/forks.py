@@ -1,4 +1,4 @@
-"""What a child that the app forks must not keep: the daemon's sockets, its lock, its ears for signals.
+"""What a child that the app forks must not keep: flaskd's sockets and pipes, its lock, its ears for signals.
 
 ``subprocess`` closes all that by itself; ``os.fork`` and multiprocessing's fork method do not. A child that kept a
 listener would keep clients waiting on it, and one that kept the signals would stop the daemon when it is terminated.

@@ -1,15 +1,18 @@
 """`ServerThread`, on both servers: what it owes to who starts it, to its clients, and to who comes after it."""
 
 import concurrent.futures
+import contextlib
 import gc
 import http.client
 import logging
+import os
 import socket
 import sys
 import threading
 import time
 import types
 from collections.abc import Mapping
+from pathlib import Path
 
 import flask
 import pytest
@@ -197,6 +200,45 @@ def test_a_busy_port_is_an_error_at_once(shop, kind):
         port = taken.getsockname()[1]
         with pytest.raises(CannotCreateError, match=f"^cannot listen on 127.0.0.1:{port}: Address already in use"):
             flaskd.ServerThread(shop.flask, port=port, server=kind).start()
+
+
+def open_files():
+    """What the descriptors of this process are, less the one that looks, which is gone by then."""
+    found = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found.append((number, str(Path(f"/proc/self/fd/{number}").readlink())))
+    return sorted(found)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="descriptors are counted in /proc")
+def test_a_start_without_enough_threads_leaves_nothing(shop, kind, monkeypatch):
+    """Whichever of its threads cannot be had, `start` raises it, closes all files, and can be tried again."""
+    server, real, left = flaskd.ServerThread(shop.flask, threads=2, server=kind), threading.Thread.start, []
+
+    def start(thread):
+        if thread.name.startswith("flaskd-"):
+            if not left:
+                raise RuntimeError("can't start new thread")
+            left.pop()
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    before = open_files()
+    for count in range(10):
+        left = [None] * count
+        try:
+            server.start()
+        except RuntimeError as error:
+            assert str(error) == "can't start new thread"  # noqa: PT017 - at some count there is no error
+        else:
+            break
+        gc.collect()
+        assert open_files() == before
+    monkeypatch.undo()
+    assert 0 < count < 10
+    assert ask(server, "/") == (200, b"hello\n")
+    assert server.stop().clean
 
 
 def test_wrong_arguments_are_refused(shop):

@@ -96,11 +96,6 @@ class AdminServer:
         if server is not None:
             server.stop(_CLOSING)
 
-    def forget(self) -> None:
-        """In a forked child: close the copies of all sockets."""
-        if self._server is not None:
-            self._server.forget()
-
 
 _NO_METRICS = "prometheus_client is not installed; pip install 'flaskd[metrics]'"
 

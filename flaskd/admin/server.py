@@ -91,11 +91,6 @@ class EndpointServer:
         if self._listener is not None:
             self._listener.withdraw()
 
-    def forget(self) -> None:
-        """In a forked child: close the copies of all sockets."""
-        if self._server is not None:
-            self._server.forget()
-
 
 def usual_hosts(address: Address) -> list[str]:
     """The Host headers that mean an address: itself, and the names of this machine where it listens for itself."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import os
 import selectors
 import socket
 import threading
@@ -20,6 +21,7 @@ from typing import Any, Self
 from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
 
 from flaskd.errors import FlaskdError
+from flaskd.forks import forgotten_by_children
 from flaskd.ledger import Cut, DrainReport, InFlight, visible
 from flaskd.server.channel import stack_of
 from flaskd.server.draining import BACKLOG, GATE, TOO_LATE
@@ -135,6 +137,7 @@ class WerkzeugThread:
         """The connections whose request has begun to come."""
         self._listener: Listener
         self._server: _Server
+        self._opened: contextlib.ExitStack
         self._thread: threading.Thread | None = None
         self._in_hand: dict[int, _Request] = {}
         self._changed = threading.Condition()
@@ -146,18 +149,27 @@ class WerkzeugThread:
         """Bind, listen and serve; raises CannotCreateError when the address cannot be had."""
         if self._thread is not None:
             raise FlaskdError("cannot start: this server has been started before; make a new one")
-        self._listener = Listener.bind(self._address)
-        try:
+        with contextlib.ExitStack() as opened:  # closed again if anything fails; no more threads to be had, say
+            self._listener = Listener.bind(self._address)
+            opened.callback(self._listener.close)
             self._listener.listen(_LISTEN)
             self._server = _Server(self._listener, self._wsgi, self)
-        except BaseException:
-            self._listener.close()
-            raise
+            opened.callback(self._server.socket.close)
+            self._waker, self._woken = (opened.enter_context(each) for each in socket.socketpair())
+            opened.enter_context(forgotten_by_children(self._forget))
+            thread = threading.Thread(target=self._run, name="flaskd-server", daemon=True)
+            thread.start()
+            self._opened = opened.pop_all()
         self._address = self._listener.address
-        self._waker, self._woken = socket.socketpair()
-        self._thread = threading.Thread(target=self._run, name="flaskd-server", daemon=True)
-        self._thread.start()
+        self._thread = thread
         return self
+
+    def _forget(self) -> None:
+        """In a forked child: close the copies of all sockets, whatever else refers to them there."""
+        ours = (self._listener.socket, self._server.socket, self._waker, self._woken)
+        for sock in (*ours, *self._server.connections.values()):
+            with contextlib.suppress(OSError):  # it is closed already
+                os.close(sock.detach())
 
     @property
     def addresses(self) -> list[Address]:
@@ -205,12 +217,16 @@ class WerkzeugThread:
         thread, self._thread = self._thread, None
         if thread is None:
             return
-        self._waker.close()
+        self._wake()
         thread.join()
-        self._woken.close()
         until = time.monotonic() + timeout
         for worker in list(self._server.connections):
             worker.join(max(0.0, until - time.monotonic()))
+        self._opened.close()
+
+    def _wake(self) -> None:
+        """Let the serving thread end; said like this it arrives though a forked child have a copy of the socket."""
+        _shut(self._waker, socket.SHUT_RDWR)
 
     # --- the serving thread and the connections' threads ------------------------------------------------------------
 
@@ -280,7 +296,7 @@ class WerkzeugThread:
         self._deadline = began + timeout
         self._streams_until = began + _STREAM_GRACE
         self.draining.set()
-        self._waker.close()
+        self._wake()
         tell_of_ends(self._look_again)
         if self._thread is not None:
             self._thread.join()

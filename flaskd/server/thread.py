@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import socket
@@ -12,6 +13,7 @@ from concurrent.futures import Future
 from typing import Any, Self
 
 from flaskd.errors import AppError, FlaskdError, NotNowError
+from flaskd.forks import forgotten_by_children
 from flaskd.ledger import Cut, DrainReport, InFlight
 from flaskd.server.channel import stack_of
 from flaskd.server.loop import EventLoop
@@ -70,6 +72,7 @@ class WaitressThread:
         self._thread: threading.Thread | None = None
         self._drained: Future[DrainReport] | None = None
         self._lock = threading.Lock()
+        self._known_to_forks = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         return self.start()
@@ -84,9 +87,11 @@ class WaitressThread:
         """
         if self._loop is not None:
             raise FlaskdError("cannot start: this server has been started before; make a new one")
-        if self._listeners is None:
-            self._listeners = [Listener.bind(address) for address in self._addresses]
         try:
+            self._known_to_forks.enter_context(forgotten_by_children(self._forget))
+            if self._listeners is None:
+                self._listeners = []
+                self._listeners += (Listener.bind(address) for address in self._addresses)
             for listener in self._listeners:
                 listener.listen(self._backlog)
             self._addresses = [listener.address for listener in self._listeners]
@@ -100,11 +105,15 @@ class WaitressThread:
             loop.patience = self._patience
             self.set_graces(self._keepalive_grace, self._stream_grace)
             loop.open()
-        except BaseException:
+            thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            thread.start()
+        except BaseException:  # no more threads to be had, say
+            if self._loop is not None:
+                self._loop.close(_JOIN_TIMEOUT)
             self._close_listeners()
+            self._known_to_forks.close()
             raise
-        self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-        self._thread.start()
+        self._thread = thread
         worked = threading.Event()
         loop.run_in_worker(worked.set) if self._threads else worked.set()
         loop.wake()
@@ -390,9 +399,12 @@ class WaitressThread:
             return
         for worker in loop.close(timeout):
             log.warning(f"{worker.name} does not end, and is abandoned:\n{stack_of(worker)}")
+        self._known_to_forks.close()
 
-    def forget(self) -> None:
+    def _forget(self) -> None:
         """In a forked child: close the copies of all sockets, which would keep clients waiting."""
+        for listener in self._listeners or ():
+            listener.socket.close()
         if self._loop is not None:
             self._loop.forget()
 

@@ -13,6 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from flaskd.errors import EX_OK, AppError, FlaskdError
+from flaskd.forks import forgotten_by_children
 from flaskd.leave import leave
 from flaskd.lifecycle import StopReason
 from flaskd.signals import Escalation, SignalWatch
@@ -38,7 +39,9 @@ class Child:
     def run(self) -> int:
         """Serve, stop, and return the exit code."""
         orders = json.loads(self._orders.readline())
-        with SignalWatch(self._on_signal) as signals, contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(forgotten_by_children(self._forget))
+            signals = stack.enter_context(SignalWatch(self._on_signal))
             threading.Thread(target=self._listen, name="flaskd-owner", daemon=True).start()
             try:
                 server, config = self._start(orders, stack)
@@ -70,6 +73,16 @@ class Child:
         with self._lock:
             self._server = server
         return server, config
+
+    def _forget(self) -> None:
+        """In a forked child: have nothing of the pipes, whose ends are this process's beginning and end.
+
+        They are not closed: that takes the lock of a reader that a thread held which is not there in the child.
+        """
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for pipe in (self._orders, self._words):
+            os.dup2(nothing, pipe.fileno(), inheritable=False)
+        os.close(nothing)
 
     def _listen(self) -> None:
         """Hear what the owner says, in a thread; the end of its pipe is the owner's own end."""

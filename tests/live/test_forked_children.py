@@ -1,0 +1,164 @@
+"""What a child that the app forks keeps of a server in a thread or in a process: nothing, so that nobody waits for it."""
+
+import contextlib
+import gc
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+import flaskd
+from flaskd.errors import FlaskdError
+
+PATIENCE = 20.0
+
+SHOP = """
+import multiprocessing, os, pathlib, signal
+from flask import Flask
+
+here = pathlib.Path(__file__).parent
+app = Flask(__name__)
+
+def live_on():
+    try:
+        signal.pause()
+    finally:
+        os._exit(0)
+
+def with_os():
+    child = os.fork()
+    if child == 0:
+        live_on()
+    return child
+
+def with_multiprocessing():
+    child = multiprocessing.get_context("fork").Process(target=live_on)
+    child.start()
+    return child.pid
+
+@app.get("/")
+def index():
+    return "hello"
+
+@app.get("/os")
+def fork():
+    return str(with_os())
+
+@app.get("/multiprocessing")
+def process():
+    return str(with_multiprocessing())
+"""
+
+IN_A_THREAD = """
+import os, signal, socket, sys, urllib.request
+import flaskd, shop
+
+kind, where, how = sys.argv[1:]
+server = flaskd.ServerThread(shop.app, server=kind).start()
+port = server.port
+idle = socket.create_connection(("127.0.0.1", port), timeout=20)
+with urllib.request.urlopen(server.url, timeout=20) as answer:  # behind it, so it has been accepted
+    assert answer.read() == b"hello"
+if where == "request":
+    with urllib.request.urlopen(server.url + how, timeout=20) as answer:
+        child = int(answer.read())
+else:
+    child = getattr(shop, f"with_{how}")()
+try:
+    assert server.stop().clean
+    assert idle.recv(1) == b"", "its client still waits"
+    socket.create_server(("127.0.0.1", port)).close()
+    os.kill(child, 0)
+finally:
+    os.kill(child, signal.SIGKILL)
+print("nothing is kept", flush=True)
+"""
+
+
+@pytest.fixture
+def shop(tmp_path):
+    (tmp_path / "shop.py").write_text(SHOP)
+    return tmp_path
+
+
+@pytest.fixture
+def forked():
+    """The pids of the forked children, which end with the test."""
+    pids = []
+    yield pids
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    """After each test there is no thread that was not there before: one that waits for a pipe's end, say."""
+    before = set(threading.enumerate())
+    yield
+    gc.collect()
+    assert not [each.name for each in threading.enumerate() if each not in before]
+
+
+def script(place, source, *words):
+    """Run it in a session of its own, with all that it forks; returns what it wrote."""
+    with subprocess.Popen(
+        [sys.executable, "-c", source, *words],
+        cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            return process.communicate(timeout=2 * PATIENCE)[0]
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def get(url):
+    with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
+        return answer.read().decode()
+
+
+@pytest.mark.parametrize("how", ["os", "multiprocessing"])
+@pytest.mark.parametrize("where", ["request", "owner"])
+@pytest.mark.parametrize("kind", ["waitress", "werkzeug"])
+def test_a_server_in_a_thread_is_forgotten(shop, kind, where, how):
+    """While the child lives, the stop is clean, a client sees its connection end, and the port can be had again."""
+    assert script(shop, IN_A_THREAD, kind, where, how).endswith("nothing is kept\n")
+
+
+@pytest.mark.parametrize("server", ["waitress", "werkzeug"])
+@pytest.mark.parametrize("how", ["os", "multiprocessing"])
+def test_the_end_of_a_process_is_seen(shop, forked, server, how):
+    """While a child of it lives, a killed process is known to be gone, and its port can be had again."""
+    with flaskd.ServerProcess("shop:app", chdir=shop, server=server) as process:
+        port = int(process.url.rstrip("/").rpartition(":")[2])
+        forked.append(int(get(process.url + how)))
+        process.kill()
+        process.join(PATIENCE)
+        assert process.stop() is None
+    os.kill(forked[0], 0)
+    socket.create_server(("127.0.0.1", port)).close()
+
+
+def test_an_end_before_it_serves_is_seen(tmp_path, forked):
+    """The app forks while it is imported, and exits: `wait_ready` says so, though the child lives."""
+    (tmp_path / "shop.py").write_text("""
+import os, pathlib, signal
+child = os.fork()
+if child == 0:
+    signal.pause()
+pathlib.Path(__file__).with_name("pid").write_text(str(child))
+os._exit(7)
+""")
+    process = flaskd.ServerProcess("shop:app", chdir=tmp_path).start()
+    with pytest.raises(FlaskdError, match="^cannot get ready: the process ended with exit code 7 before it served"):
+        process.wait_ready(PATIENCE)
+    forked.append(int(Path(tmp_path, "pid").read_text()))
+    process.stop()
+    os.kill(forked[0], 0)
