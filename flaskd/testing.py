@@ -236,16 +236,20 @@ class _Watch:
         from flaskd.server.channel import stack_of  # noqa: PLC0415 - see the module's docstring
 
         until = time.monotonic() + _SETTLE
+        workers, behind = self.server.worker_threads(), self.server.left_behind()
         for thread in threading.enumerate():
-            if self.stopped:
-                ours = thread.name in self._cut_in  # it was told with the request that it runs
-            else:
-                ours = thread in self._own or thread.name.startswith("flaskd-werkzeug-")
-            if thread in self._threads or ours or self._ignored(thread.name):
+            ours = thread in workers or (thread in self._own and not self.stopped)
+            if thread in self._threads or self._ignored(thread.name) or (ours and not self.stopped):
                 continue
             thread.join(max(0.0, until - time.monotonic()))
-            if thread.is_alive():
-                yield f'the test left a thread running: "{thread.name}"\n{stack_of(thread)}'.rstrip()
+            if not thread.is_alive():
+                continue
+            where = f'"{thread.name}"\n{stack_of(thread)}'.rstrip()
+            if not ours:
+                yield f"the test left a thread running: {where}"
+            elif thread.name not in self._cut_in:  # else it was told with the request that it runs
+                at = f" in {behind[thread].method} {behind[thread].path}, which is over" if thread in behind else ""
+                self.account.append(f"flaskd_server left a thread of its own behind{at}: {where}")
 
     def _new_sockets(self) -> Iterator[str]:
         if not set(_open_sockets()) - self._sockets:

@@ -133,6 +133,14 @@ class ServerThread:
         """What is in flight, oldest first."""
         return self._server.requests() if self._server is not None else []
 
+    def worker_threads(self) -> list[threading.Thread]:
+        """The threads that run the app and have not ended; after a stop, those that it could not wait for."""
+        return self._server.worker_threads() if self._server is not None else []
+
+    def left_behind(self) -> dict[threading.Thread, InFlight]:
+        """The worker threads that go on with a request that is over: a drain cut it, or ended its stream."""
+        return self._server.left_behind() if self._server is not None else {}
+
     @property
     def report(self) -> DrainReport | None:
         """The account of the last drain or stop since the start; None when there was none."""

@@ -64,6 +64,14 @@ def app():
             flask.request.environ["flaskd.draining"].wait(30)
         return flask.Response(flask.stream_with_context(events()), mimetype="text/event-stream")
 
+    @app.get("/deaf")
+    def deaf():
+        def events():
+            yield "data: first\\n\\n"
+            app.entered.release()
+            app.release.wait(30)
+        return flask.Response(events(), mimetype="text/event-stream")
+
     yield app
     app.release.set()
 """
@@ -76,7 +84,9 @@ def project(pytester, monkeypatch):
     for name in [name for name in os.environ if name.startswith(("PYTEST_", "FLASK"))]:
         monkeypatch.delenv(name)
 
-    def run(tests, *args, ini="", plugins=()):
+    def run(tests, *args, ini="", plugins=(), files=()):
+        for name, text in dict(files).items():
+            Path(name).write_text(text)
         pytester.makepyfile(
             test_shop="import threading, socket, time, flask, pytest\nfrom conftest import Asking, get\n" + tests
         )
@@ -338,6 +348,52 @@ def test_goes_on(flaskd_server, app):
     run.stdout.fnmatch_lines(["*flaskd_server had to cut GET /hold (running for *): *", "*in hold*"])
     run.stdout.fnmatch_lines(["*drained: completed=0 rejected=0 cut=1 took=*"])
     run.stdout.no_fnmatch_line("*the test left*")
+
+
+def test_a_stream_that_hears_of_no_drain(project):
+    """Its client has it in good order; the thread that the app keeps is named, and is no leak of the test's."""
+    run = project(
+        """
+@pytest.mark.flaskd_server(config={"shutdown": {"drain": {"stream_grace": "0s"}}})
+def test_listens(flaskd_server, app):
+    app.asking = Asking(flaskd_server.url, "deaf")
+    assert app.entered.acquire(timeout=20)
+    assert flaskd_server.drain().clean
+    app.asking.join()
+    assert app.asking.outcome == b"data: first\\n\\n"
+
+def test_goes_on(flaskd_server):
+    assert get(flaskd_server.url) == b"hello"
+""",
+        "-rP",
+    )
+    run.assert_outcomes(passed=2)
+    run.stdout.fnmatch_lines(
+        ['flaskd_server left a thread of its own behind in GET /deaf, which is over: "flaskd-worker-*"', "*in events*"]
+    )
+    run.stdout.no_fnmatch_line("*the test left*")
+
+
+def test_a_thread_more_after_a_resume(project):
+    """Where a stream keeps a thread, resume makes another, and that is the server's own."""
+    run = project(
+        """
+def test_resumes(flaskd_server, app):
+    asking = Asking(flaskd_server.url, "deaf")
+    assert app.entered.acquire(timeout=20)
+    before = set(flaskd_server.worker_threads())
+    assert flaskd_server.drain().clean
+    asking.join()
+    flaskd_server.resume()
+    assert set(flaskd_server.worker_threads()) - before
+
+def test_goes_on(flaskd_server):
+    assert get(flaskd_server.url) == b"hello"
+""",
+        ini="flaskd_server_scope = module\nflaskd_server_options = config=shop.yaml\n",
+        files={"shop.yaml": "shutdown: {drain: {stream_grace: 0s}}\n"},
+    )
+    run.assert_outcomes(passed=2)
 
 
 def test_a_test_that_cuts_on_purpose(project):

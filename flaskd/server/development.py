@@ -185,6 +185,14 @@ class WerkzeugThread:
         """What is in flight, oldest first."""
         return [each.snapshot() for each in list(self._in_hand.values())]
 
+    def worker_threads(self) -> list[threading.Thread]:
+        """The threads of the connections that are not closed."""
+        return list(self._server.connections)
+
+    def left_behind(self) -> dict[threading.Thread, InFlight]:
+        """The threads that go on with a request that was cut."""
+        return {each.thread: each.snapshot() for each in list(self._in_hand.values())} if self._report else {}
+
     def announce(self) -> None:
         """Do nothing: each response closes its connection as it is."""
 

@@ -192,6 +192,11 @@ class EventLoop:
         """What is in flight, oldest first, with the stacks of the threads on request (any thread)."""
         return [request.snapshot(stack=stacks) for request in list(self._in_hand.values())]
 
+    def left_behind(self) -> dict[threading.Thread, InFlight]:
+        """The threads that go on with a request that is over, see `lost_thread` (any thread)."""
+        with self._lock:
+            return {each.thread: each.snapshot() for each in self._lost if each.thread is not None}
+
     def cut(self, reason: str) -> tuple[Cut, ...]:
         """What is in flight, as cut (any thread)."""
         return tuple(request.cut(reason) for request in list(self._in_hand.values()))

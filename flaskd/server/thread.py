@@ -186,6 +186,14 @@ class WaitressThread:
         """What is in flight, oldest first; with the stacks of the threads on request."""
         return self._loop.requests(stacks=stacks) if self._loop else []
 
+    def worker_threads(self) -> list[threading.Thread]:
+        """The threads that run the app and have not ended."""
+        return [each for each in self._loop.workers.started if each.is_alive()] if self._loop else []
+
+    def left_behind(self) -> dict[threading.Thread, InFlight]:
+        """The worker threads that go on with a request that is over: it was cut, or its stream was ended."""
+        return self._loop.left_behind() if self._loop else {}
+
     def cut(self, reason: str) -> tuple[Cut, ...]:
         """What is in flight, as cut: for when the serving thread cannot do it any more."""
         return self._loop.cut(reason) if self._loop else ()
