@@ -63,14 +63,18 @@ class CleanupThread:
         self._thread.start()
 
     def run(self, work: Callable[[], None]) -> None:
-        """Give it what to do; once."""
+        """Give it what to do, from any thread and any signal handler; only what is given first is done."""
         self._work.put(work)
 
     def dismiss(self) -> None:
         """Let it end without a stop."""
         self._work.put(lambda: None)
         if self._thread.ident is not None:
-            self._thread.join(1)
+            self.join()
+
+    def join(self) -> None:
+        """Wait a moment for its end, after its work."""
+        self._thread.join(1)
 
 
 @functools.cache
@@ -117,7 +121,7 @@ class Stop:
         self.reason = reason
         self.plan = plan
         """Of the policies and registered functions; what the app is found to hold is taken into it on the way."""
-        self.hurried = False
+        self.hurried = self._armed = False
         self._shutdown = shutdown
         self._sweep, self._app, self._cleanup = sweep, app, cleanup
         self._began = time.monotonic()
@@ -179,6 +183,7 @@ class Stop:
 
     def arm(self) -> None:
         """Make sure that the process ends by the deadline, whatever happens from here on."""
+        self._armed = True
         try:
             faulthandler.dump_traceback_later(self.left + _LAST_RESORT, exit=True, file=_stacks_go_to())
         except (RuntimeError, OSError) as error:  # no thread can be had: the deadline hangs on Python alone
@@ -211,6 +216,10 @@ class Stop:
         """The cleanup steps that run now."""
         return self._runner.running
 
+    def runs_in(self, thread: threading.Thread) -> bool:
+        """Whether that is the thread of one of its cleanup steps."""
+        return self._runner.runs_in(thread)
+
     @property
     def policies(self) -> dict[str, dict[str, Any]]:
         """Each policy's fate so far."""
@@ -221,7 +230,8 @@ class Stop:
         log.warning(f"asked again: the drain ends now, and all remaining cleanup has {_HURRIED:g}s")
         self.hurried = True
         self._deadline = min(self._deadline, time.monotonic() + _HURRIED)
-        self.arm()
+        if self._armed:  # else the process is not the stop's to end
+            self.arm()
         self._runner.hurry(_HURRIED)
 
     def drained(self, report: DrainReport) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -17,7 +19,7 @@ from flaskd.lifecycle import StopReason
 from flaskd.loading import find_flask
 from flaskd.server import WaitressThread, WerkzeugThread, adjustments
 from flaskd.sockets import Address, check_serving, open_files_limit
-from flaskd.stop import Stop
+from flaskd.stop import CleanupThread, Stop
 
 log = logging.getLogger("flaskd.thread")
 
@@ -32,11 +34,13 @@ class ServerThread:
     ``start()`` returns when requests are served, or raises what went wrong. ``stop()`` answers what is in flight, runs
     the cleanup policies and the functions of `flaskd.on_stop`, and joins every thread. What else the app holds is left
     alone, unless ``cleanup.discovery`` is set. As a context manager it does both; it can be started again afterwards.
-    Port 0 takes a free port, shown by ``url``.
+    ``join()`` waits until somebody else has stopped it. Port 0 takes a free port, shown by ``url``.
 
     `server` is ``waitress``, or ``werkzeug`` for Werkzeug's development server, which makes a thread for each
     connection whatever `threads` says. `config` is a mapping in the shape of the YAML file, or a path to one; its
-    sections ``server``, ``shutdown`` and ``cleanup`` count here. `on_step` is given each cleanup step's result. Raises
+    sections ``server``, ``shutdown`` and ``cleanup`` count here. `on_step` is given each cleanup step's result. With
+    `own_process` the process is this server's own: at the stop, what the app holds is looked for and closed (as in the
+    daemon), and the process ends half a second after the deadline, should it hang beyond the reach of Python. Raises
     ConfigError when the configuration is at fault, ValueError or TypeError for another argument that cannot be.
     """
 
@@ -50,6 +54,7 @@ class ServerThread:
         *,
         config: Mapping[str, object] | str | os.PathLike[str] | None = None,
         on_step: Callable[[StepResult], None] | None = None,
+        own_process: bool = False,
     ) -> None:
         if server not in {"waitress", "werkzeug"}:
             raise ValueError(f'cannot serve with {server!r}: expected "waitress" or "werkzeug"')
@@ -60,10 +65,14 @@ class ServerThread:
         self._kind = server
         self._config = configured(config)
         self._on_step = on_step
+        self._own_process = own_process
         self._lock = threading.Lock()
+        self._pid = 0
         self._server: WaitressThread | WerkzeugThread | None = None
         self._stop: Stop | None = None
-        self._stopped: DrainReport | None = None
+        self._cleanup_thread: CleanupThread
+        self._stopped: Future[DrainReport]
+        self._pressed = False
         self._report: DrainReport | None = None
 
     def __enter__(self) -> Self:
@@ -79,13 +88,27 @@ class ServerThread:
         whatever else kept it from serving.
         """
         with self._lock:
-            if self._server is not None and self._stopped is None:
+            if self._is_ours and not self._stopped.done():
                 raise FlaskdError("cannot start: this server is running; stop it first, or make another one")
             self._plan = build_plan(self._config.cleanup)
             self._plan.prepare()
-            self._server = self._new_server().start()
-            self._stop = self._stopped = self._report = None
+            self._pid, self._stop, self._report, self._pressed = os.getpid(), None, None, False
+            self._stopped = Future()
+            self._cleanup_thread = CleanupThread()
+            self._cleanup_thread.start()
+            self._server = self._new_server()  # from now on a request may stop it
+            try:
+                self._server.start()
+            except BaseException:
+                self._server = None
+                self._cleanup_thread.dismiss()
+                raise
         return self
+
+    @property
+    def _is_ours(self) -> bool:
+        """Whether it was started, and not by the process that forked this one."""
+        return self._server is not None and self._pid == os.getpid()
 
     def _new_server(self) -> WaitressThread | WerkzeugThread:
         if self._kind == "werkzeug":
@@ -154,8 +177,14 @@ class ServerThread:
     def drain(self, timeout: float | None = None) -> DrainReport:
         """Take no new work, finish what is in hand within `timeout` seconds, and tell what became of it.
 
-        The default is ``shutdown.drain.timeout`` (15 s unless configured). The threads stay; `resume` undoes it.
+        The default is ``shutdown.drain.timeout`` (15 s unless configured). The threads stay; `resume` undoes it. Raises
+        FlaskdError inside a request, which the drain would wait for.
         """
+        if threading.current_thread() in self._serving.worker_threads():
+            raise FlaskdError(
+                "cannot drain: this is a request that the drain would wait for; call it in another thread, or call "
+                "stop(), which does not wait here"
+            )
         report = self._serving.drain(self._config.shutdown.drain.timeout if timeout is None else timeout)
         self._report = report
         return report
@@ -164,35 +193,60 @@ class ServerThread:
         """Serve again after a drain, at the same address; raises CannotCreateError when that cannot be had any more."""
         self._serving.resume()
 
-    def stop(
-        self, timeout: float | None = None, *, reason: StopReason = _ASKED, own_process: bool = False
-    ) -> DrainReport:
-        """Drain, run the cleanup steps, join every thread; a second call returns the same report.
+    def stop(self, timeout: float | None = None, *, reason: StopReason = _ASKED) -> DrainReport:
+        """Drain, run the cleanup steps, join every thread; a second call joins the first, and returns the same report.
 
         All of it takes no longer than `timeout` seconds, by default ``shutdown.deadline`` (25 s unless configured).
-        With `own_process` the process is this server's own: what the app holds is looked for and closed (as in the
-        daemon), and the process ends half a second after the deadline, should it hang beyond the reach of Python.
+        Inside a request of this server, and inside a cleanup step of its stop, it begins the stop and returns at once,
+        with what is known by then: what the stop waits for cannot wait for the stop. An interrupted wait, by Ctrl-C for
+        one, cuts the stop short as `hurry` does. In a forked child it does nothing, for the server is not there.
         """
-        with self._lock:
-            if self._server is None:
-                return DrainReport()
-            if self._stopped is None:
-                self._stopped = self._report = self._run_stop(self._server, timeout, reason, own_process=own_process)
-            return self._stopped
+        server = self._server
+        if server is None or not self._is_ours:
+            return DrainReport()
+        self._cleanup_thread.run(lambda: self._end(server, timeout, reason))
+        here = threading.current_thread()
+        if here in server.worker_threads() or (self._stop is not None and self._stop.runs_in(here)):
+            return self._stop.report if self._stop is not None else DrainReport()
+        try:
+            self._stopped.exception()
+        except BaseException:
+            self.hurry()
+            self._stopped.exception()
+            raise
+        self._cleanup_thread.join()
+        return self._stopped.result()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait at most `timeout` seconds, or as long as it takes, until somebody has stopped it."""
+        if self._is_ours:
+            with contextlib.suppress(TimeoutError):
+                self._stopped.exception(timeout)
+                self._cleanup_thread.join()
 
     def hurry(self) -> None:
         """Cut a stop under way short: its drain ends now, all remaining cleanup has a second (any thread)."""
+        self._pressed = True
         if self._stop is not None and self._server is not None:
             self._stop.hurry()
             self._server.hasten_drain(0)
 
+    def _end(self, server: WaitressThread | WerkzeugThread, timeout: float | None, reason: StopReason) -> None:
+        """Stop in a thread of its own: whoever asks for it, and gives up waiting, leaves it running."""
+        try:
+            report = self._report = self._run_stop(server, timeout, reason)
+        except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+            self._stopped.set_exception(error)
+        else:
+            self._stopped.set_result(report)
+
     def _run_stop(
-        self, server: WaitressThread | WerkzeugThread, timeout: float | None, reason: StopReason, *, own_process: bool
+        self, server: WaitressThread | WerkzeugThread, timeout: float | None, reason: StopReason
     ) -> DrainReport:
         cleanup, app = self._config.cleanup, find_flask(self._app)
         plan = with_callbacks(self._plan, app, timeout=cleanup.defaults.timeout)
         # The app outlives a server in a thread: what it holds is left alone unless somebody says otherwise.
-        asked = (own_process or "discovery" in cleanup.model_fields_set) and cleanup.discovery.mode == "auto"
+        asked = (self._own_process or "discovery" in cleanup.model_fields_set) and cleanup.discovery.mode == "auto"
         sweep = Sweep(app) if asked or any(each.takes for each in plan.steps) else None
         if not asked:
             off = cleanup.discovery.model_copy(update={"mode": "off"})
@@ -207,8 +261,10 @@ class ServerThread:
             sweep=sweep,
             on_step=self._on_step,
         )
-        if own_process:
+        if self._own_process:
             stop.arm()
+        if self._pressed:
+            self.hurry()
         server.announce()
         try:
             stop.run()

@@ -6,6 +6,7 @@ import gc
 import http.client
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -480,6 +481,116 @@ def test_a_stop_can_be_hurried(shop, kind):
     assert isinstance(client.result(), Exception)
 
 
+def test_a_hurried_stop_is_not_the_end_of_the_process(shop, registered, monkeypatch):
+    """The last resort, which ends the process, is for a process of the server's own."""
+    armed = []
+    monkeypatch.setattr("faulthandler.dump_traceback_later", lambda *args, **options: armed.append(args))
+    server = flaskd.ServerThread(shop.flask).start()
+    flaskd.on_stop(server.hurry)
+    server.stop()
+    assert server.policies["hurry"]["fate"] == "ok"
+    assert armed == []
+
+
+def test_a_request_can_stop_the_server_that_it_is_in(shop, kind, registered):
+    """It is answered like any other that is in flight, and who waits in `join` goes on after the cleanup."""
+    said = []
+    flaskd.on_stop(lambda: said.append("cleaned up"))
+    server = flaskd.ServerThread(shop.flask, server=kind)
+
+    @shop.flask.post("/shutdown")
+    def shutdown():
+        server.stop()
+        server.stop()
+        assert flask.request.environ["flaskd.draining"].wait(PATIENCE)
+        return f"{server.in_flight}"
+
+    for times in (1, 2):
+        server.start()
+        server.join(0)
+        assert ask(server, "/shutdown", "POST") == (200, b"1")
+        server.join()
+        assert said == ["cleaned up"] * times
+        assert (server.report.completed, server.report.cut) == (1, ())
+        assert server.stop() is server.report
+        assert isinstance(ask(server, "/"), ConnectionRefusedError)
+
+
+def test_a_request_cannot_wait_for_its_own_drain(shop, kind):
+    """It is told so at once, and the server serves on."""
+
+    @shop.flask.post("/drain")
+    def drain():
+        with pytest.raises(FlaskdError, match="^cannot drain: this is a request that the drain would wait for; call"):
+            server.drain()
+        return "served"
+
+    with flaskd.ServerThread(shop.flask, server=kind) as server:
+        assert ask(server, "/drain", "POST") == (200, b"served")
+        assert ask(server, "/") == (200, b"hello\n")
+
+
+def test_a_cleanup_step_can_call_stop(shop, kind, registered):
+    """It returns at once with the account so far, each step runs once, and other threads still wait for the end."""
+    said = []
+
+    @flaskd.on_stop(phase="close")
+    def last():
+        said.append(("last", server.stop().completed))
+
+    @flaskd.on_stop(phase="announce")
+    def first():
+        said.append(("first", server.stop().completed))
+        shop.released.set()
+
+    with flaskd.ServerThread(shop.flask, server=kind) as server:
+        client = Asking(server, "/wait")
+        assert shop.entered.acquire(timeout=PATIENCE)
+    assert said == [("first", 0), ("last", 1)]
+    assert {entry["fate"] for entry in server.policies.values()} == {"ok"}
+    assert client.result() == (200, b"waited\n")
+
+
+def test_ctrl_c_in_a_stop_cuts_it_short_and_repeats_nothing(shop, kind, registered):
+    """What is in flight is cut, each cleanup step has run once, and a second stop has the same account."""
+    said = []
+
+    @flaskd.on_stop(phase="announce")
+    def press():
+        said.append("announce")
+        if said == ["announce"]:  # once: a second one would end the tests
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    flaskd.on_stop(phase="close")(lambda: said.append("close"))
+    server = flaskd.ServerThread(shop.flask, server=kind).start()
+    client = Asking(server, "/wait")
+    assert shop.entered.acquire(timeout=PATIENCE)
+    with pytest.raises(KeyboardInterrupt):
+        server.stop(timeout=PATIENCE * 2)
+    assert [each.path for each in server.stop().cut] == ["/wait"]
+    assert said == ["announce", "close"]
+    assert isinstance(client.result(), Exception)
+
+
+def test_a_signal_can_stop_what_is_stopping(shop, kind, registered):
+    """A handler in the main thread that calls `stop` waits with it for the one stop, and not for itself."""
+    reports, ran = [], []
+
+    @flaskd.on_stop
+    def terminate():
+        ran.append(True)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+
+    server = flaskd.ServerThread(shop.flask, server=kind).start()
+    before = signal.signal(signal.SIGTERM, lambda *_: reports.append(server.stop()))
+    try:
+        report = server.stop()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ran == [True]
+    assert reports == [report]
+
+
 def test_a_backlog_is_answered(shop, kind):
     """Clients whose handshake was done when the stop came are answered, not reset."""
     server = flaskd.ServerThread(shop.flask, threads=2, server=kind).start()
@@ -535,3 +646,14 @@ def test_discovery_is_off_unless_it_is_asked_for(registered, monkeypatch, cleanu
             pass
         assert list(server.policies) == steps
         assert executor._shutdown == bool(steps)
+
+
+def test_a_hurry_between_a_drain_asked_for_and_begun_counts(shop, kind):
+    """The press comes just before the serving thread hears of the drain: it ends at once all the same."""
+    server = flaskd.ServerThread(shop.flask, server=kind).start()
+    client = Asking(server, "/wait")
+    assert shop.entered.acquire(timeout=PATIENCE)
+    server._server.hasten_drain(0)
+    assert [each.path for each in server.drain(timeout=PATIENCE * 2).cut] == ["/wait"]
+    assert isinstance(client.result(), Exception)
+    server.stop()

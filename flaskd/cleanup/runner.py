@@ -94,6 +94,11 @@ class Runner:
         """The names of the steps that were left to themselves when their time was up."""
         return self._abandoned
 
+    def runs_in(self, thread: threading.Thread) -> bool:
+        """Whether a step runs in that thread."""
+        with self._lock:
+            return any(attempt.thread is thread for attempt in self._attempts)
+
     def finished(self) -> bool:
         """Whether no thread of a step is alive."""
         with self._lock:

@@ -301,7 +301,7 @@ class WerkzeugThread:
 
     def _drain(self, began: float, timeout: float) -> DrainReport:
         completed = self.completed
-        self._deadline = began + timeout
+        self._deadline = min(self._deadline, began + timeout)  # it may have been hastened in this moment
         self._streams_until = began + _STREAM_GRACE
         self.draining.set()
         self._wake()

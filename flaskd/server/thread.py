@@ -71,7 +71,8 @@ class WaitressThread:
         self._loop: EventLoop | None = None
         self._thread: threading.Thread | None = None
         self._drained: Future[DrainReport] | None = None
-        self._lock = threading.Lock()
+        self._drain_by = float("inf")
+        self._lock = threading.RLock()
         self._known_to_forks = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -316,9 +317,11 @@ class WaitressThread:
         self._serving.call(lambda: self._serving.begin_drain(deadline, over, before))
 
     def hasten_drain(self, timeout: float) -> None:
-        """Leave the drain under way at most `timeout` seconds more."""
+        """Leave the drain under way at most `timeout` seconds more; one that `drain` is about to begin, too."""
         deadline = time.monotonic() + timeout
-        self._serving.call(lambda: self._serving.hasten_drain(deadline))
+        with self._lock:
+            self._drain_by = min(self._drain_by, deadline)
+            self._serving.call(lambda: self._serving.hasten_drain(deadline))
 
     def drain(self, timeout: float = _DEFAULT_TIMEOUT) -> DrainReport:
         """Take no new work, finish what is in hand within `timeout` seconds, and tell what became of it."""
@@ -327,7 +330,7 @@ class WaitressThread:
             drained = self._drained
             if drained is None:
                 drained = self._drained = Future()
-                self.begin_drain(timeout, drained.set_result)
+                self.begin_drain(min(timeout, self._drain_by - time.monotonic()), drained.set_result)
             else:  # somebody else's, under way or over: this one joins it
                 self.hasten_drain(timeout)
         until = time.monotonic() + timeout + _GUARD
@@ -360,7 +363,7 @@ class WaitressThread:
                 listeners.extend(each if each.shared else self._bound_anew(each) for each in self._listeners or ())
                 loop.resume(listeners)
                 self._listeners = listeners
-                drained, self._drained = self._drained, None
+                drained, self._drained, self._drain_by = self._drained, None, float("inf")
                 if drained is not None and not drained.done():
                     drained.set_exception(NotNowError("cannot drain: resume undid it"))
             except Exception as error:  # noqa: BLE001 - handed to the caller

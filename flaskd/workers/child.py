@@ -51,7 +51,7 @@ class Child:
             signals.reclaim()
             self._say({"url": server.url, "deadline": config.shutdown.deadline})
             reason, timeout = self._asked.get()
-            report = server.stop(timeout, reason=reason, own_process=True)
+            report = server.stop(timeout, reason=reason)
             self._say({"report": report.as_json(), "policies": server.policies})
             return EX_OK if report.clean else config.shutdown.exit_codes.degraded
 
@@ -69,7 +69,7 @@ class Child:
         launch.change_directory(config.app)
         app = launch.find_app(config.app.model_copy(update={"target": target}), None, os.environ)
         logs.reclaim()
-        server = ServerThread(app.wsgi, **orders).start()
+        server = ServerThread(app.wsgi, own_process=True, **orders).start()
         with self._lock:
             self._server = server
         return server, config

@@ -81,6 +81,22 @@ print("nothing is kept", flush=True)
 """
 
 
+IN_A_CHILD = """
+import os, sys
+import flaskd, shop
+
+@flaskd.on_stop
+def clean_up():
+    print("cleaned up", flush=True)
+
+with flaskd.ServerThread(shop.app, server=sys.argv[1]) as server:
+    child = os.fork()
+if child == 0:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
 @pytest.fixture
 def shop(tmp_path):
     (tmp_path / "shop.py").write_text(SHOP)
@@ -130,6 +146,12 @@ def get(url):
 def test_a_server_in_a_thread_is_forgotten(shop, kind, where, how):
     """While the child lives, the stop is clean, a client sees its connection end, and the port can be had again."""
     assert script(shop, IN_A_THREAD, kind, where, how).endswith("nothing is kept\n")
+
+
+@pytest.mark.parametrize("kind", ["waitress", "werkzeug"])
+def test_a_child_cleans_nothing_up(shop, kind):
+    """A child that leaves the block, too, stops nothing and runs no cleanup step: that is for who started the server."""
+    assert script(shop, IN_A_CHILD, kind) == "cleaned up\n"
 
 
 @pytest.mark.parametrize("server", ["waitress", "werkzeug"])
