@@ -3,6 +3,7 @@
 import base64
 import http.client
 import io
+import itertools
 import json
 import logging
 import os
@@ -646,6 +647,39 @@ def test_a_request_is_over_when_its_answer_is_closed():
     with pytest.raises(ZeroDivisionError):
         failing(environ, None)
     assert failing.in_flight == 0
+
+
+def test_a_stream_ends_in_the_drain():
+    """It ends between two parts, and is closed; a response with an end of its own goes on to that."""
+    closed = []
+
+    class Parts:
+        def __iter__(self):
+            return itertools.count()
+
+        def close(self):
+            closed.append(True)
+
+    def app(environ, start_response):
+        start_response("200 OK", [("Content-Type", environ["kind"])])
+        return Parts() if environ["kind"] == "text/event-stream" else [b"1", b"2", b"3"]
+
+    requests = Requests(app)
+    environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/"}
+    stream = requests(environ | {"kind": "text/event-stream"}, lambda *_: None)
+    page = requests(environ | {"kind": "text/plain"}, lambda *_: None)
+    parts = [iter(stream), iter(page)]
+    assert [next(each) for each in parts] == [0, b"1"]
+    assert len(requests.drain(0).cut) == 2
+    assert list(parts[1]) == [b"2", b"3"]
+    requests._streams_until = float("inf")
+    assert next(parts[0]) == 1
+    requests._streams_until = 0.0  # its grace is over
+    assert list(parts[0]) == []
+    stream.close()
+    page.close()
+    assert closed == [True]
+    assert requests.in_flight == 0
 
 
 def test_work_in_the_background_is_waited_for():

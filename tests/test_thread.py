@@ -541,14 +541,19 @@ def test_a_cleanup_step_can_call_stop(shop, kind, registered):
     @flaskd.on_stop(phase="announce")
     def first():
         said.append(("first", server.stop().completed))
-        shop.released.set()
+
+    @shop.flask.get("/drained")
+    def drained():
+        shop.entered.release()
+        assert flask.request.environ["flaskd.draining"].wait(PATIENCE)
+        return "drained"
 
     with flaskd.ServerThread(shop.flask, server=kind) as server:
-        client = Asking(server, "/wait")
+        client = Asking(server, "/drained")
         assert shop.entered.acquire(timeout=PATIENCE)
     assert said == [("first", 0), ("last", 1)]
     assert {entry["fate"] for entry in server.policies.values()} == {"ok"}
-    assert client.result() == (200, b"waited\n")
+    assert client.result() == (200, b"drained")
 
 
 def test_ctrl_c_in_a_stop_cuts_it_short_and_repeats_nothing(shop, kind, registered):

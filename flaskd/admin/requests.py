@@ -14,7 +14,7 @@ from urllib.parse import quote
 from werkzeug.wsgi import ClosingIterator
 
 from flaskd.ledger import Cut, DrainReport, InFlight, visible
-from flaskd.server.channel import stack_of
+from flaskd.server import STREAM_GRACE, EndingStreams, stack_of
 from flaskd.work import in_background, left_behind, tell_no_more, tell_of_ends
 
 log = logging.getLogger("flaskd.endpoint")
@@ -38,10 +38,14 @@ class _Request:
 
 
 class Requests:
-    """A WSGI app around another, which can be drained: new requests get a 503, and those in hand are waited for."""
+    """A WSGI app around another, which can be drained: new requests get a 503, and those in hand are waited for.
+
+    Streams end at their first part past their grace.
+    """
 
     def __init__(self, app: Callable[..., Iterable[bytes]]) -> None:
-        self._app = app
+        self._app = EndingStreams(app, lambda: time.monotonic() >= self._streams_until)
+        self._streams_until = float("inf")
         self._draining = threading.Event()
         self._changed = threading.Condition()
         self._in_hand: dict[int, _Request] = {}
@@ -63,7 +67,7 @@ class Requests:
                 threading.current_thread(),
             )
             self._in_hand[request.id] = request
-        environ["flaskd.draining"] = self._draining
+        environ.setdefault("flaskd.draining", self._draining)  # a server of flaskd's own knows better
         try:
             answer = self._app(environ, start_response)
         except BaseException:
@@ -96,6 +100,7 @@ class Requests:
         try:
             with self._changed:
                 self._draining.set()
+                self._streams_until = min(self._streams_until, began + STREAM_GRACE)
                 self._changed.wait_for(lambda: not self._in_hand and not in_background(), timeout)
                 cut = self.cut("the drain's time was over")
                 completed, rejected = self._completed, self._rejected

@@ -3,7 +3,18 @@
 from flaskd.server.channel import stack_of
 from flaskd.server.development import WerkzeugThread
 from flaskd.server.settings import adjustments
+from flaskd.server.streams import STREAM_GRACE, EndingStreams
 from flaskd.server.tally import BOUNDS, Histogram, Tally
 from flaskd.server.thread import WaitressThread
 
-__all__ = ["BOUNDS", "Histogram", "Tally", "WaitressThread", "WerkzeugThread", "adjustments", "stack_of"]
+__all__ = [
+    "BOUNDS",
+    "STREAM_GRACE",
+    "EndingStreams",
+    "Histogram",
+    "Tally",
+    "WaitressThread",
+    "WerkzeugThread",
+    "adjustments",
+    "stack_of",
+]

@@ -15,7 +15,7 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any, Self
 
 from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
@@ -25,7 +25,7 @@ from flaskd.forks import forgotten_by_children
 from flaskd.ledger import Cut, DrainReport, InFlight, visible
 from flaskd.server.channel import stack_of
 from flaskd.server.draining import BACKLOG, GATE, TOO_LATE
-from flaskd.server.tasks import STREAM_TYPES
+from flaskd.server.streams import STREAM_GRACE, EndingStreams
 from flaskd.sockets import Address, Listener, closed_by_peer
 from flaskd.work import in_background, left_behind, tell_no_more, tell_of_ends
 
@@ -35,7 +35,6 @@ _LISTEN = 128
 """Connections that the kernel holds; Werkzeug's own number (werkzeug.serving.LISTEN_QUEUE)."""
 _GRACE = 0.2
 """Seconds in which a client that has connected before a drain may begin its request."""
-_STREAM_GRACE = 1.0
 
 
 class _Request(WSGIRequestHandler):
@@ -153,7 +152,7 @@ class WerkzeugThread:
             self._listener = Listener.bind(self._address)
             opened.callback(self._listener.close)
             self._listener.listen(_LISTEN)
-            self._server = _Server(self._listener, self._wsgi, self)
+            self._server = _Server(self._listener, EndingStreams(self._app, self._streams_are_over), self)
             opened.callback(self._server.socket.close)
             self._waker, self._woken = (opened.enter_context(each) for each in socket.socketpair())
             opened.enter_context(forgotten_by_children(self._forget))
@@ -277,32 +276,15 @@ class WerkzeugThread:
             self._server.connections.pop(worker, None)
             self._changed.notify_all()
 
-    def _wsgi(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        """Run the app; a response without an end of its own ends between two parts once its grace is over."""
-        endless = False
-
-        def started(status: str, headers: list[tuple[str, str]], *more: Any) -> Any:
-            nonlocal endless
-            endless = any(name.lower() == "content-type" and value.startswith(STREAM_TYPES) for name, value in headers)
-            return start_response(status, headers, *more)
-
-        parts = self._app(environ, started)
-
-        def until_the_grace_is_over() -> Iterator[bytes]:
-            with contextlib.closing(parts) if hasattr(parts, "close") else contextlib.nullcontext():
-                for part in parts:
-                    yield part
-                    if endless and self.draining.is_set() and time.monotonic() >= self._streams_until:
-                        return
-
-        return until_the_grace_is_over()
+    def _streams_are_over(self) -> bool:
+        return self.draining.is_set() and time.monotonic() >= self._streams_until
 
     # --- drain, in the thread that asked for it ---------------------------------------------------------------------
 
     def _drain(self, began: float, timeout: float) -> DrainReport:
         completed = self.completed
         self._deadline = min(self._deadline, began + timeout)  # it may have been hastened in this moment
-        self._streams_until = began + _STREAM_GRACE
+        self._streams_until = began + STREAM_GRACE
         self.draining.set()
         self._wake()
         tell_of_ends(self._look_again)

@@ -304,6 +304,26 @@ def test_a_post_stops_flask_run(flaskd: Flaskd, token: str, option: str) -> None
     assert "Traceback" not in flaskd.log
 
 
+def test_an_open_stream_does_not_keep_flask_run(flaskd: Flaskd, token: str) -> None:
+    """It ends between two events once its grace is over, and is not cut."""
+    flaskd.log_file.touch()
+    with (flaskd.directory / "gateapp.py").open("a") as file:
+        file.write(
+            "import time\n@app.get('/events')\ndef events():\n    def produce():\n        while True:\n"
+            "            yield 'data: more\\n\\n'\n            time.sleep(0.02)\n"
+            "    return app.response_class(produce(), mimetype='text/event-stream')\n"
+        )
+    with running(flaskd, "--no-reload") as server:
+        with contextlib.closing(http.client.HTTPConnection(server.url.split("/")[2], timeout=PATIENCE)) as connection:
+            connection.request("GET", "/events")
+            events = connection.getresponse()
+            assert events.readline() == b"data: more\n"
+            assert post(server.endpoint, token)[0] == 202
+            assert events.read().endswith(b"data: more\n\n")
+        assert server.process.wait(PATIENCE) == 0
+    assert "cut" not in flaskd.log
+
+
 def test_the_reloader_takes_the_endpoint_along(flaskd: Flaskd, token: str) -> None:
     """After an edit the new child has an endpoint, and it stops parent and child."""
     flaskd.log_file.touch()
