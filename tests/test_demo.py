@@ -12,9 +12,6 @@ from contextlib import contextmanager
 
 import pytest
 
-pytest.importorskip("flask_sqlalchemy")
-pytest.importorskip("flask_caching")
-
 from flaskd import demo
 
 

@@ -104,7 +104,6 @@ PROJECT = {
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
     """A virtual environment into which flaskd was installed, from a wheel and without any network."""
-    pytest.importorskip("hatchling")
     place = tmp_path_factory.mktemp("scratch") / "venv"
     venv.create(place)
     python = place / "bin" / "python"
@@ -141,8 +140,6 @@ def run(python, project, *words):
 @pytest.mark.parametrize("how", [(), ("-n", "2")], ids=["alone", "xdist"])
 def test_its_tests_pass(python, project, how):
     """The fixture, ServerThread and ServerProcess, with warnings as errors."""
-    if how:
-        pytest.importorskip("xdist")
     done = run(python, project, "-m", "pytest", "-q", *how)
     assert done.returncode == 0
     assert "8 passed" in done.stdout

@@ -458,7 +458,6 @@ def test_three(flaskd_server):
 
 def test_the_app_is_not_closed(project):
     """Discovery is off: what the app holds outlives each server, because the app does."""
-    pytest.importorskip("flask_sqlalchemy")
     run = project("""
 from flask_sqlalchemy import SQLAlchemy
 import sqlalchemy as sa
@@ -484,7 +483,6 @@ def test_it(db, flaskd_server, time):
 
 def test_next_to_pytest_flask(project):
     """pytest-flask's client, context and live_server, and flaskd_server, in one test and one after another."""
-    pytest.importorskip("pytest_flask")
     run = project(
         """
 def test_context(flaskd_server, client):
@@ -504,7 +502,6 @@ def test_options(app, flaskd_server):
 
 def test_next_to_a_live_server_of_pytest_flask(project):
     """Its server is a forked process: it neither inherits flaskd's listener's place nor keeps its clients waiting."""
-    pytest.importorskip("pytest_flask")
     run = project(
         """
 def test_both(live_server, flaskd_server):
@@ -525,7 +522,6 @@ def test_flaskd_alone(flaskd_server):
 @pytest.mark.parametrize("scope", ["function", "session"])
 def test_under_xdist(project, scope):
     """In two processes at once; a failure's account comes to the terminal from there."""
-    pytest.importorskip("xdist")
     run = project(
         """
 @pytest.mark.parametrize("number", range(10))

@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import requires
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "approaches.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 FILES = {block.splitlines()[0].removeprefix("# "): block for kind, block in BLOCKS if kind in {"python", "yaml"}}
-[SHELL] = [block for kind, block in BLOCKS if kind == "sh"]
+DAEMON, FLASK_RUN = (block for kind, block in BLOCKS if kind == "sh")
+TOKEN = DAEMON.splitlines()[0]
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def scratch(tmp_path):
     return run
 
 
-@pytest.mark.parametrize("name", ["in_a_thread.py", "in_a_process.py"])
+@pytest.mark.parametrize("name", ["in_a_thread.py", "in_a_process.py", "stops_itself.py"])
 def test_the_scripts_run(scratch, name):
     """Each script ends well: the order is answered, and the books are closed after it, once."""
     assert scratch(sys.executable, name) == "the books are closed\n"
@@ -54,11 +56,12 @@ def test_the_pytest_example_passes(scratch):
     assert " passed" in scratch(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_shop.py")
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
-def test_the_shell_example_stops_the_daemon(scratch):
-    """The token is made, the daemon is asked, answers with its plan, closes the books and exits with 0."""
-    out = scratch("bash", "-e", "-c", SHELL)
-    assert out.startswith("hello\n")
+@pytest.mark.parametrize("commands", [DAEMON, f"{TOKEN}\n{FLASK_RUN}"], ids=["daemon", "flask-run"])
+def test_the_shell_examples_stop_what_serves(scratch, commands):
+    """The token is made, the server is asked, answers with its plan, closes the books, and ends as the page says."""
+    requires("curl", [] if shutil.which("curl") else ["curl"])
+    out = scratch("bash", "-e", "-c", commands)
+    assert "hello\n" in out
     assert "close_the_books" in out
     assert out.endswith("the books are closed\n")
 
