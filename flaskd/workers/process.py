@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self
@@ -26,6 +27,8 @@ from flaskd.sockets import check_serving
 from flaskd.work import Background
 
 _START_TIMEOUT = 30.0
+_LOOK = 0.1
+"""Seconds between two looks whether a process that does not say that it is ready is still there."""
 _PATIENCE = 1.0
 """Seconds past its own deadline after which a process that does not end is terminated, and then killed."""
 _BOOT = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from flaskd.workers.child import main; main()"
@@ -120,9 +123,16 @@ class ServerProcess:
         Raises what kept it from serving, with its own words (ConfigError, AppError, CannotCreateError …), and
         FlaskdError when it ended without a word or is not ready in time.
         """
-        words = self._heard
-        if not words.first.wait(timeout):
-            raise FlaskdError(f"cannot get ready: pid {self.pid} does not serve within {timeout:g}s; it goes on trying")
+        words, until = self._heard, time.monotonic() + timeout
+        # The end of its pipe comes a moment after its own end; or never, where a child of it has a copy.
+        while not words.first.wait(max(0.0, min(_LOOK, until - time.monotonic()))):
+            if not self.is_alive():
+                words.first.wait(_PATIENCE)
+                break
+            if time.monotonic() >= until:
+                raise FlaskdError(
+                    f"cannot get ready: pid {self.pid} does not serve within {timeout:g}s; it goes on trying"
+                )
         if "failed" in words.said:
             self.join(_PATIENCE)
             raise _kind_of(words.said["exit_code"])(words.said["failed"])

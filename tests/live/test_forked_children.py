@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from pathlib import Path
 
@@ -166,6 +167,27 @@ def test_the_end_of_a_process_is_seen(shop, forked, server, how):
         assert process.stop() is None
     os.kill(forked[0], 0)
     socket.create_server(("127.0.0.1", port)).close()
+
+
+def test_an_end_before_it_serves_is_seen_though_its_pipe_is_held(tmp_path, forked):
+    """The app starts a program with all its files, the pipe's end among them: the process is looked at, too."""
+    (tmp_path / "shop.py").write_text("""
+import contextlib, os, pathlib, subprocess
+for number in os.listdir("/proc/self/fd"):
+    with contextlib.suppress(OSError):
+        os.set_inheritable(int(number), True)
+child = subprocess.Popen(["sleep", "1000"], close_fds=False)
+pathlib.Path(__file__).with_name("pid").write_text(str(child.pid))
+os._exit(7)
+""")
+    process = flaskd.ServerProcess("shop:app", chdir=tmp_path).start()
+    before = time.monotonic()
+    with pytest.raises(FlaskdError, match="^cannot get ready: the process ended with exit code 7 before it served"):
+        process.wait_ready(3 * PATIENCE)
+    assert time.monotonic() - before < 2 * PATIENCE
+    forked.append(int(Path(tmp_path, "pid").read_text()))
+    os.kill(forked.pop(), signal.SIGKILL)  # and now the pipe ends, and the thread that reads it
+    process.stop()
 
 
 def test_an_end_before_it_serves_is_seen(tmp_path, forked):
