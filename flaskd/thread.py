@@ -11,7 +11,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from flaskd.cleanup import StepResult, Sweep, action_specs, build_plan, with_callbacks
+from flaskd.admin import serving
+from flaskd.cleanup import Plan, StepResult, Sweep, action_specs, build_plan, with_callbacks
 from flaskd.config import Config, ShutdownConfig, load, load_mapping
 from flaskd.errors import FlaskdError
 from flaskd.ledger import DrainReport, InFlight
@@ -72,6 +73,9 @@ class ServerThread:
         self._stop: Stop | None = None
         self._cleanup_thread: CleanupThread
         self._stopped: Future[DrainReport]
+        self._when_over: list[Callable[[], None]] | None = None
+        self._over_lock = threading.Lock()
+        self._endpoints = contextlib.ExitStack()
         self._pressed = False
         self._report: DrainReport | None = None
 
@@ -93,14 +97,17 @@ class ServerThread:
             self._plan = build_plan(self._config.cleanup)
             self._plan.prepare()
             self._pid, self._stop, self._report, self._pressed = os.getpid(), None, None, False
-            self._stopped = Future()
+            self._stopped, self._when_over = Future(), []
             self._cleanup_thread = CleanupThread()
             self._cleanup_thread.start()
             self._server = self._new_server()  # from now on a request may stop it
+            if (app := find_flask(self._app)) is not None:
+                self._endpoints.enter_context(serving(app, self))
             try:
                 self._server.start()
             except BaseException:
                 self._server = None
+                self._endpoints.close()
                 self._cleanup_thread.dismiss()
                 raise
         return self
@@ -224,8 +231,25 @@ class ServerThread:
                 self._stopped.exception(timeout)
                 self._cleanup_thread.join()
 
+    def stop_for(self, reason: StopReason, over: Callable[[], None]) -> bool:
+        """Begin the stop for a shutdown endpoint of the app; see `flaskd.admin.endpoint.Serves`."""
+        server = self._server
+        with self._over_lock:
+            if server is None or self._when_over is None:
+                return False
+            self._when_over.append(over)
+        self._cleanup_thread.run(lambda: self._end(server, None, reason))
+        return True
+
+    def describe_stop(self) -> dict[str, Any]:
+        """What a shutdown endpoint of the app tells of the stop to come."""
+        plan = self._stop.plan if self._stop is not None else self._whole_plan()
+        return {"plan": plan.id, "steps": plan.describe(), "in_flight": self.in_flight}
+
     def hurry(self) -> None:
         """Cut a stop under way short: its drain ends now, all remaining cleanup has a second (any thread)."""
+        if self._when_over is None:
+            return
         self._pressed = True
         if self._stop is not None and self._server is not None:
             self._stop.hurry()
@@ -233,18 +257,26 @@ class ServerThread:
 
     def _end(self, server: WaitressThread | WerkzeugThread, timeout: float | None, reason: StopReason) -> None:
         """Stop in a thread of its own: whoever asks for it, and gives up waiting, leaves it running."""
-        try:
-            report = self._report = self._run_stop(server, timeout, reason)
-        except BaseException as error:  # noqa: BLE001 - raised where it is waited for
-            self._stopped.set_exception(error)
-        else:
-            self._stopped.set_result(report)
+        with contextlib.ExitStack() as after:
+            try:
+                self._report = self._run_stop(server, timeout, reason)
+                after.callback(self._stopped.set_result, self._report)
+            except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+                after.callback(self._stopped.set_exception, error)
+            with self._over_lock:
+                when_over, self._when_over = self._when_over or [], None
+            self._endpoints.close()
+            for over in when_over:
+                after.callback(over)
+
+    def _whole_plan(self) -> Plan:
+        return with_callbacks(self._plan, find_flask(self._app), timeout=self._config.cleanup.defaults.timeout)
 
     def _run_stop(
         self, server: WaitressThread | WerkzeugThread, timeout: float | None, reason: StopReason
     ) -> DrainReport:
         cleanup, app = self._config.cleanup, find_flask(self._app)
-        plan = with_callbacks(self._plan, app, timeout=cleanup.defaults.timeout)
+        plan = self._whole_plan()
         # The app outlives a server in a thread: what it holds is left alone unless somebody says otherwise.
         asked = (self._own_process or "discovery" in cleanup.model_fields_set) and cleanup.discovery.mode == "auto"
         sweep = Sweep(app) if asked or any(each.takes for each in plan.steps) else None

@@ -12,6 +12,7 @@ import signal
 import socket
 import stat
 import threading
+from urllib.request import urlopen
 
 import flask
 import flask.cli
@@ -496,6 +497,82 @@ def test_under_a_daemon_it_is_the_daemons(token_file):
         flaskd.ShutdownEndpoint(app, listen="127.0.0.1:0", token_file=token_file, allowed_hosts=["x"]).start()
     assert opened == [(Address("127.0.0.1", 0), configured_token(token_file, None, {}), ["x"])]
     assert app.wsgi_app == before
+
+
+def test_a_daemon_that_starts_later_takes_it_over(token_file, no_thread_left):
+    """It has the same address from then on, the app is as it was, and the daemon may refuse."""
+    app, opened = flask_app(), []
+    before = app.wsgi_app
+    stopper = flaskd.ShutdownEndpoint(app, listen="127.0.0.1:0", token_file=token_file).start()
+    address = stopper._server.address
+    with opened_by(lambda *args: opened.append(args)), pytest.raises(ConnectionRefusedError):
+        socket.create_connection((address.host, address.port))
+    assert opened == [(address, configured_token(token_file, None, {}), [])]
+    assert app.wsgi_app == before
+
+    def refuse(*_):
+        raise ConfigError("in production")
+
+    stopper.start()
+    with pytest.raises(ConfigError, match="^in production$"), opened_by(refuse):
+        pass
+    assert stopper.url is None
+
+
+@pytest.mark.parametrize("kind", ["waitress", "werkzeug"])
+@pytest.mark.parametrize("first", ["endpoint", "server"])
+def test_with_a_server_in_a_thread_it_is_the_servers(token_file, monkeypatch, no_thread_left, kind, first):
+    """The server's own stop answers what is in flight and runs each function once; then the process is ended."""
+    app, entered, ran, ended = flask_app(), threading.Event(), [], threading.Event()
+
+    @app.get("/held")
+    def held():
+        entered.set()
+        assert flask.request.environ["flaskd.draining"].wait(PATIENCE)
+        return "answered"
+
+    flaskd.on_stop(lambda context: ran.append(context.reason_text), app=app)
+    monkeypatch.setattr(endpoint, "_interrupt", ended.set)
+    stopper = flaskd.ShutdownEndpoint(app, listen="127.0.0.1:0", token_file=token_file)
+    server = flaskd.ServerThread(app, server=kind)
+    for each in (stopper, server) if first == "endpoint" else (server, stopper):
+        each.start()
+    answers = []
+    request = threading.Thread(target=lambda: answers.append(urlopen(f"{server.url}held", timeout=PATIENCE).read()))
+    request.start()
+    assert entered.wait(PATIENCE)
+    told = json.loads(post(stopper))
+    assert (told["in_flight"], [step["name"] for step in told["steps"]]) == (1, ["function"])
+    server.join()
+    assert ended.is_set()
+    request.join()
+    assert (answers, ran, stopper.url) == ([b"answered"], ["endpoint: 127.0.0.1"], None)
+    assert (server.stop().completed, ran) == (1, ["endpoint: 127.0.0.1"])
+
+
+def test_a_stop_under_way_is_joined(token_file, monkeypatch, no_thread_left):
+    """Asked while its server stops, the endpoint ends the process after that; nothing runs twice."""
+    app, entered, released, ran, ended = flask_app(), threading.Event(), threading.Event(), [], threading.Event()
+
+    @flaskd.on_stop(app=app)
+    def close():
+        ran.append("closed")
+        entered.set()
+        assert released.wait(PATIENCE)
+
+    monkeypatch.setattr(endpoint, "_interrupt", ended.set)
+    stopper = flaskd.ShutdownEndpoint(app, listen="127.0.0.1:0", token_file=token_file).start()
+    server = flaskd.ServerThread(app).start()
+    stopping = threading.Thread(target=server.stop)
+    stopping.start()
+    assert entered.wait(PATIENCE)
+    post(stopper)
+    while not server._when_over:
+        pass
+    released.set()
+    stopping.join()
+    assert ended.wait(PATIENCE)
+    assert ran == ["closed"]
 
 
 def test_elsewhere_it_stops_the_process(token_file, monkeypatch, no_thread_left):

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from flaskd.admin.requests import Requests
 from flaskd.admin.server import EndpointServer
@@ -34,17 +34,49 @@ _CLOSING = 0.5
 Opener = Callable[[Address, bytes, Sequence[str]], EndpointServer]
 """Opens an endpoint that stops the daemon of this process."""
 
+
+class Serves(Protocol):
+    """What serves an app in this process, beside the daemon."""
+
+    def describe_stop(self) -> dict[str, Any]:
+        """What the endpoint's answer tells of the stop to come."""
+
+    def stop_for(self, reason: StopReason, over: Callable[[], None]) -> bool:
+        """Begin the stop, or join the one under way, and return at once; `over` is called at its end.
+
+        False when it is over already, and `over` is not called.
+        """
+
+
 _openers: list[Opener] = []
+_open: list[ShutdownEndpoint] = []
+"""Those that have opened themselves."""
+_serving: list[tuple[Flask, Serves]] = []
 
 
 @contextlib.contextmanager
 def opened_by(opener: Opener) -> Iterator[None]:
-    """While open, endpoints of this process stop the daemon that `opener` belongs to."""
+    """While open, endpoints of this process stop the daemon that `opener` belongs to; those that are open already, too.
+
+    Raises what `opener` raises for those.
+    """
+    for endpoint in _open.copy():
+        endpoint.hand_over(opener)
     _openers.append(opener)
     try:
         yield
     finally:
         _openers.remove(opener)
+
+
+@contextlib.contextmanager
+def serving(app: Flask, server: Serves) -> Iterator[None]:
+    """While open, endpoints of that app stop this server, and then the process."""
+    _serving.append((app, server))
+    try:
+        yield
+    finally:
+        _serving.remove((app, server))
 
 
 class ShutdownEndpoint:
@@ -55,9 +87,10 @@ class ShutdownEndpoint:
         flaskd.ShutdownEndpoint(app, listen="127.0.0.1:9090", token_file="shutdown.token").start()
 
     The 202 tells the id and the steps of the plan; then the stop begins. Under flaskd it is the daemon's, as if
-    ``shutdown.endpoint`` had been configured, and refused under ``profile: production`` likewise. Under ``flask run``
-    new requests get a 503, those in flight are answered, the functions of `flaskd.on_stop` run, and the process gets
-    SIGINT; `timeout` is how many seconds all of that may take.
+    ``shutdown.endpoint`` had been configured, and refused under ``profile: production`` likewise. Where the app is
+    served by a `ServerThread` or `ServerProcess` it is that server's, and then the process gets SIGINT. Under ``flask
+    run`` new requests get a 503, those in flight are answered, streams end at their next part, the functions of
+    `flaskd.on_stop` run, and the process gets SIGINT; `timeout` is how many seconds all of that may take.
 
     `listen` is an address of its own, as ``HOST:PORT`` or ``unix:/path``. The token is in a `token_file` of mode 0600
     (see `make_token`), or in the systemd `credential` of that name. `allowed_hosts` are the exact Host headers that are
@@ -89,6 +122,7 @@ class ShutdownEndpoint:
         self._config = load_mapping({"shutdown": shutdown}, actions={}, environ={}).values
         self._server: EndpointServer | None = None
         self._requests: Requests
+        self._begun = False
         self._stop: Stop | None = None
         self._lock = threading.Lock()
 
@@ -109,6 +143,7 @@ class ShutdownEndpoint:
             raise FlaskdError("cannot start: this shutdown endpoint is open")
         if not _openers and not _serves_here():
             return self
+        self._begun, self._stop = False, None
         token = configured_token(self._token_file, self._credential, os.environ)
         if _openers:
             self._server = _openers[-1](self._address, token, self._allowed_hosts)
@@ -116,15 +151,29 @@ class ShutdownEndpoint:
         self._server = EndpointServer(
             self._address, token, allowed_hosts=self._allowed_hosts, plan=self._describe, stop=self._asked
         ).open()
-        self._requests = Requests(self._app.wsgi_app)
+        self._token = token
+        self._around = self._app.wsgi_app
+        self._requests = Requests(self._around)
         self._app.wsgi_app = self._requests  # type: ignore[method-assign]  # Flask's own way to put something around an app
+        _open.append(self)
         return self
 
     def close(self) -> None:
         """Close the endpoint without a stop."""
+        if self in _open:
+            _open.remove(self)
         if self._server is not None:
             self._server.close(_CLOSING)
             self._server = None
+
+    def hand_over(self, opener: Opener) -> None:
+        """Be the daemon's that is about to serve this process, on the same address."""
+        assert self._server is not None
+        address = self._server.address
+        self.close()
+        if self._app.wsgi_app is self._requests:
+            self._app.wsgi_app = self._around  # type: ignore[method-assign]
+        self._server = opener(address, self._token, self._allowed_hosts)
 
     # --- the stop of a process that is not flaskd's -------------------------------------------------------------
 
@@ -133,19 +182,30 @@ class ShutdownEndpoint:
             return self._stop.plan
         return with_callbacks(Plan(), self._app, timeout=self._config.cleanup.defaults.timeout)
 
+    def _served_by(self) -> Serves | None:
+        return next((server for app, server in reversed(_serving) if app is self._app), None)
+
     def _describe(self) -> dict[str, Any]:
+        if (server := self._served_by()) is not None:
+            return server.describe_stop()
         plan = self._plan()
         return {"plan": plan.id, "steps": plan.describe(), "in_flight": self._requests.in_flight}
 
     def _asked(self, peer: str) -> None:
         """Begin the stop, once, in a thread that it may take its time in."""
+        reason = StopReason("endpoint", peer)
         with self._lock:
-            if self._stop is not None:
+            if self._begun:
+                return
+            self._begun = True
+            if (server := self._served_by()) is not None:
+                if not server.stop_for(reason, self._end):
+                    threading.Thread(target=self._end, name="flaskd-endpoint-stop", daemon=True).start()
                 return
             plan = self._plan()
             self._stop = Stop.of(
                 self._requests,
-                StopReason("endpoint", peer),
+                reason,
                 plan=plan,
                 app=self._app,
                 shutdown=self._config.shutdown,
@@ -158,6 +218,11 @@ class ShutdownEndpoint:
             log.info(f"stopping ({stop.reason}), plan {stop.plan.id}: {self._requests.in_flight} in flight")
             stop.run()
             log.info(f"stopped: {stop.report}")
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        try:
             self.close()
         finally:
             _interrupt()

@@ -283,7 +283,7 @@ class WerkzeugThread:
 
     def _drain(self, began: float, timeout: float) -> DrainReport:
         completed = self.completed
-        self._deadline = min(self._deadline, began + timeout)  # it may have been hastened in this moment
+        self.hasten_drain(timeout)  # what somebody else has said in this moment counts, too
         self._streams_until = began + STREAM_GRACE
         self.draining.set()
         self._wake()

@@ -234,6 +234,87 @@ def test_a_forked_child_does_not_keep_it(flaskd: Flaskd, token: str) -> None:
         subprocess.run(["kill", "-KILL", str(pid)], check=True)
 
 
+# --- in programs, with an app that opens one when it is imported ---
+
+
+def program(flaskd: Flaskd, source: str) -> subprocess.Popen[bytes]:
+    """A program that serves such an app; SIGINT has its usual effect on it."""
+    flaskd.write("shop.py", SHOP)
+    flaskd.write("program.py", source)
+    with flaskd.log_file.open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "program.py"], cwd=flaskd.directory, env=flaskd.env, stdin=subprocess.DEVNULL,
+            stdout=log, stderr=log, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )  # fmt: skip
+
+
+def endpoint_of(flaskd: Flaskd) -> str:
+    """Where the app has opened it."""
+    flaskd.until((flaskd.directory / "url").exists)
+    return (flaskd.directory / "url").read_text()
+
+
+def test_serve_takes_it_over(flaskd: Flaskd, token: str) -> None:
+    """flaskd.serve() of an app that is there before it: the endpoint is the daemon's, and the functions run once."""
+    flaskd.process = program(
+        flaskd, "import sys, flaskd, shop\nsys.exit(flaskd.serve(shop.app, {'server': {'listen': '127.0.0.1:0'}}))\n"
+    )
+    flaskd.wait_message("READY=1")
+    assert flaskd.status()["shutdown_endpoint"] == [endpoint_of(flaskd)]
+    assert post(endpoint_of(flaskd), token)[0] == 202
+    assert flaskd.wait() == 0
+    assert flaskd.record()["reason"] == "endpoint: 127.0.0.1"
+    assert (flaskd.directory / "closed").read_text() == "closed"
+
+
+def test_serve_in_production_refuses_it(flaskd: Flaskd, token: str) -> None:
+    """The profile counts for one that was open before, too."""
+    flaskd.process = program(
+        flaskd, "import sys, flaskd, shop\nsys.exit(flaskd.serve(shop.app, {'profile': 'production'}))\n"
+    )
+    assert flaskd.process.wait(PATIENCE) == 78
+    assert "cannot open a shutdown endpoint: flaskd runs with profile: production" in flaskd.log
+
+
+@pytest.mark.parametrize("how", ["threading.Event().wait()", "server.join()"])
+def test_a_server_in_a_thread_stops_once(flaskd: Flaskd, token: str, how: str) -> None:
+    """The main thread is interrupted, wherever it waits, once all is done: what is in hand answered, the functions run."""
+    process = program(flaskd, (
+        "import threading, flaskd, shop\nfrom pathlib import Path\ntry:\n"
+        f"    with flaskd.ServerThread(shop.app) as server:\n        Path('at').write_text(server.url)\n        {how}\n"
+        "except KeyboardInterrupt:\n    print(server.stop().clean, Path('closed').read_text(), flush=True)\n"
+    ))  # fmt: skip
+    try:
+        flaskd.until(lambda: (flaskd.directory / "at").exists() and (flaskd.directory / "at").read_text() != "")
+        held = flaskd.hold((flaskd.directory / "at").read_text())
+        assert post(endpoint_of(flaskd), token)[0] == 202
+        flaskd.until(lambda: refused((flaskd.directory / "at").read_text()))
+        flaskd.gate.open()
+        assert held.result() == (200, b"held")
+        assert process.wait(PATIENCE) == 0
+        assert flaskd.log == "True closed\n"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_server_process_stops_once(flaskd: Flaskd, token: str) -> None:
+    """Its owner sees an end in good order, with the steps of one stop."""
+    flaskd.write("shop.py", SHOP)
+    with package.ServerProcess("shop:app", chdir=flaskd.directory, env=flaskd.env) as process:
+        held = flaskd.hold(process.url)
+        assert post(endpoint_of(flaskd), token)[0] == 202
+        flaskd.until(lambda: refused(process.url))
+        flaskd.gate.open()
+        assert held.result() == (200, b"held")
+        process.join(PATIENCE)
+        assert process.exitcode == 0
+        report = process.stop()
+    assert report is not None
+    assert report.clean
+    assert (flaskd.directory / "closed").read_text() == "closed"
+
+
 # --- under flask run ---
 
 
