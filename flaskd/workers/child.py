@@ -87,7 +87,8 @@ class Child:
     def _listen(self) -> None:
         """Hear what the owner says, in a thread; the end of its pipe is the owner's own end."""
         for line in self._orders:
-            self._ask(_ASKED, json.loads(line)["stop"])
+            order = json.loads(line)
+            self._ask(_ASKED, order.get("stop"), press="hurry" in order)
         self._ask(_ALONE)
 
     def _on_signal(self, number: int) -> None:

@@ -31,6 +31,8 @@ _LOOK = 0.1
 """Seconds between two looks whether a process that does not say that it is ready is still there."""
 _PATIENCE = 1.0
 """Seconds past its own deadline after which a process that does not end is terminated, and then killed."""
+_HURRIED = 3.0
+"""Seconds for a stop that is cut short: its cleanup has one, and threads that do not end another."""
 _BOOT = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from flaskd.workers.child import main; main()"
 
 
@@ -172,14 +174,20 @@ class ServerProcess:
         """Let it drain, clean up and exit within `timeout` seconds, default ``shutdown.deadline`` of its configuration.
 
         One that does not is terminated, and then killed. Returns its account; None when it left without giving one. A
-        second call changes nothing.
+        second call changes nothing. An interrupted wait, by Ctrl-C for one, cuts the stop short: what is in flight is
+        cut, and all remaining cleanup has a second.
         """
         if self._process is None:
             return None
         if self.is_alive():
-            # EOF says the same, and comes by itself when there is nobody left to say it.
-            self._send(json.dumps({"stop": timeout}).encode() + b"\n")
-            self._end_within(None if timeout is None else timeout + _PATIENCE)
+            try:
+                # EOF says the same, and comes by itself when there is nobody left to say it.
+                self._send(json.dumps({"stop": timeout}).encode() + b"\n")
+                self._end_within(None if timeout is None else timeout + _PATIENCE)
+            except BaseException:
+                self._send(json.dumps({"hurry": True}).encode() + b"\n")
+                self._end_within(_HURRIED)
+                raise
         self.join()
         words = self._heard
         words.last.wait(_PATIENCE)

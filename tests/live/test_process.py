@@ -190,6 +190,29 @@ def test_a_second_sigterm_cuts_it_short(shop):
     process.stop()
 
 
+def test_an_interrupted_stop_is_cut_short(shop):
+    """Ctrl-C while `stop` waits: what is stuck is cut, the cleanup runs, and the process is gone when it is raised."""
+    process = flaskd.ServerProcess("shop:app", chdir=shop).start().wait_ready()
+    client = Asking(process, "/stuck")
+    entered(shop)
+
+    def interrupt():
+        with contextlib.suppress(OSError):
+            while True:  # until it has heard of the stop: then it takes no new work
+                get(process, "/")
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    pressing = threading.Thread(target=interrupt)
+    pressing.start()
+    with pytest.raises(KeyboardInterrupt):
+        process.stop()
+    pressing.join()
+    assert process.exitcode == 0
+    assert [each.path for each in process.stop().cut] == ["/stuck"]
+    assert marks(shop) == ["control: ServerProcess.stop()"]
+    assert isinstance(client.result(), Exception)
+
+
 def test_kill_cleans_nothing_up(shop):
     """The exit code is the signal's, and the account is not there."""
     process = flaskd.ServerProcess("shop:app", chdir=shop).start().wait_ready()
