@@ -10,7 +10,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -93,6 +93,37 @@ class Drainable(Protocol):
 
     def cut(self, reason: str) -> tuple[Cut, ...]:
         """What is in hand, as cut."""
+
+
+class Serves(Protocol):
+    """What serves an app in this process, beside the daemon, and can be asked to stop."""
+
+    def describe_stop(self) -> dict[str, Any]:
+        """What a shutdown endpoint's answer tells of the stop to come."""
+
+    def stop_for(self, reason: StopReason, over: Callable[[], None]) -> bool:
+        """Begin the stop, or join the one under way, and return at once; `over` is called at its end.
+
+        False when it is over already, and `over` is not called.
+        """
+
+
+_serving: list[tuple[Flask, Serves]] = []
+
+
+@contextlib.contextmanager
+def serving(app: Flask, server: Serves) -> Iterator[None]:
+    """While open, that server serves the app, and a shutdown endpoint of the app stops it."""
+    _serving.append((app, server))
+    try:
+        yield
+    finally:
+        _serving.remove((app, server))
+
+
+def who_serves(app: Flask) -> Serves | None:
+    """The server that serves an app, the last one if there are several; None where nobody has said so."""
+    return next((server for each, server in reversed(_serving) if each is app), None)
 
 
 class Stop:

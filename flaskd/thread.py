@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from flaskd.admin import serving
 from flaskd.cleanup import Plan, StepResult, Sweep, action_specs, build_plan, with_callbacks
 from flaskd.config import Config, ShutdownConfig, load, load_mapping
 from flaskd.errors import FlaskdError
@@ -20,12 +22,14 @@ from flaskd.lifecycle import StopReason
 from flaskd.loading import find_flask
 from flaskd.server import WaitressThread, WerkzeugThread, adjustments
 from flaskd.sockets import Address, check_serving, open_files_limit
-from flaskd.stop import CleanupThread, Stop
+from flaskd.stop import CleanupThread, Stop, serving
 
 log = logging.getLogger("flaskd.thread")
 
 _WORKERS_END, _STUCK_END = 1.0, 0.2
 """Seconds in which the worker threads end, all idle, or one of them stuck in a request that was cut."""
+_TURN = 0.2
+"""Seconds of one turn of a wait that signals are to be heard in."""
 _ASKED = StopReason("control", "ServerThread.stop()")
 
 
@@ -211,34 +215,44 @@ class ServerThread:
         server = self._server
         if server is None or not self._is_ours:
             return DrainReport()
-        self._cleanup_thread.run(lambda: self._end(server, timeout, reason))
-        here = threading.current_thread()
-        if here in server.worker_threads() or (self._stop is not None and self._stop.runs_in(here)):
-            return self._stop.report if self._stop is not None else DrainReport()
+        end, here = partial(self._end, server, timeout, reason), threading.current_thread()
         try:
-            self._stopped.exception()
+            self._cleanup_thread.run(end)
+            if here in server.worker_threads() or (self._stop is not None and self._stop.runs_in(here)):
+                return self._stop.report if self._stop is not None else DrainReport()
+            self._wait()
         except BaseException:
+            self._cleanup_thread.run(end)  # it may not have come to that
             self.hurry()
-            self._stopped.exception()
+            self._wait()
             raise
         self._cleanup_thread.join()
         return self._stopped.result()
 
     def join(self, timeout: float | None = None) -> None:
         """Wait at most `timeout` seconds, or as long as it takes, until somebody has stopped it."""
-        if self._is_ours:
-            with contextlib.suppress(TimeoutError):
-                self._stopped.exception(timeout)
-                self._cleanup_thread.join()
+        if self._is_ours and self._wait(timeout):
+            self._cleanup_thread.join()
+
+    def _wait(self, timeout: float | None = None) -> bool:
+        """Whether the stop is over within `timeout` seconds.
+
+        In turns, because a signal that comes just before the main thread waits for a lock is heard only after that
+        wait; on Windows, every signal.
+        """
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        while not self._stopped.done() and (left := until - time.monotonic()) > 0:
+            wait([self._stopped], min(left, _TURN))
+        return self._stopped.done()
 
     def stop_for(self, reason: StopReason, over: Callable[[], None]) -> bool:
-        """Begin the stop for a shutdown endpoint of the app; see `flaskd.admin.endpoint.Serves`."""
+        """Begin the stop for a shutdown endpoint of the app; see `flaskd.stop.Serves`."""
         server = self._server
         with self._over_lock:
             if server is None or self._when_over is None:
                 return False
             self._when_over.append(over)
-        self._cleanup_thread.run(lambda: self._end(server, None, reason))
+        self._cleanup_thread.run(partial(self._end, server, None, reason))
         return True
 
     def describe_stop(self) -> dict[str, Any]:
@@ -251,7 +265,7 @@ class ServerThread:
         if self._when_over is None:
             return
         self._pressed = True
-        if self._stop is not None and self._server is not None:
+        if self._stop is not None and self._server is not None and not self._stop.hurried:
             self._stop.hurry()
             self._server.hasten_drain(0)
 

@@ -477,7 +477,7 @@ def test_a_stop_can_be_hurried(shop, kind):
         pass
     server.hurry()
     stopping.join(PATIENCE)
-    assert [each.path for each in reports[0].cut] == ["/wait"]
+    assert "/wait" in [each.path for each in reports[0].cut]  # and perhaps an answer that its client has already
     assert isinstance(client.result(), Exception)
 
 

