@@ -235,7 +235,7 @@ class Stop:
         """Seconds a drain beginning now may take: its own timeout, what the deadline allows, nothing in a hurry."""
         if self.hurried:
             return 0.0
-        return max(0.0, min(self._shutdown.drain.timeout, self.left - self._shutdown.reserve))
+        return max(0.0, min(self._shutdown.drain.timeout, self.left - self._runner.kept))
 
     @property
     def report(self) -> DrainReport:
@@ -312,7 +312,7 @@ class Stop:
         """Take what it found into the plan for the phases to come; without its word, what was known before stays."""
         if sweep is None:
             return
-        found = sweep.found(min(patience, self.left / 4))
+        found = sweep.found(min(patience, max(0.0, self.left - self._runner.kept) / 2))
         if found is None:
             log.warning("what the app holds is not known yet: the stop goes on with what was found before")
             return

@@ -85,6 +85,24 @@ def test_the_reserve_is_kept_for_those_it_is_for():
     assert {result.why for result in results.values() if result.name not in ran} == {"no time left"}
 
 
+def test_a_hanging_flush_leaves_always_its_share():
+    """A step of flush that hangs may use the reserve, but for the shares of the steps marked always; so may one of these."""
+    limits = {}
+
+    def look(context):
+        limits[context.policy] = context.limit
+
+    run(
+        step("telemetry", look, phase=Phase.FLUSH),
+        step("lease", look, phase=Phase.FINAL, always=True),
+        step("bye", look, phase=Phase.FINAL, always=True, after=("lease",)),
+        deadline=10.0,
+        reserve=3.0,
+        clock=at(100.0),
+    )
+    assert limits == {"telemetry": 108.0, "lease": 109.0, "bye": 110.0}
+
+
 def test_past_the_deadline_nothing_begins():
     """With the deadline gone, not even a step marked always begins."""
     results = run(step("a", always=True), step("b", phase=Phase.FINAL), deadline=0.0, clock=at(100.0))
@@ -232,11 +250,11 @@ def test_what_a_step_leaves_to_be_called_holds_nobody_up():
         assert results[0][0].fate is Fate.TIMED_OUT
 
 
-def context_of(clock, *, started=100.0, timeout=5.0, reserved=False, deadline=110.0, reserve=2.0):
+def context_of(clock, *, started=100.0, timeout=5.0, reserved=False, deadline=110.0, reserve=2.0, waiting=0):
     """Give the context of a step that began at `started`, its budget made then."""
     clock[0] = started
-    budget = Budget(deadline, reserve, lambda: clock[0])
-    return StepContext("a", Phase.FINAL, "idle", "idle: 30m", None, 1, started, timeout, reserved, budget)
+    budget = Budget(deadline, reserve, lambda: clock[0], always=waiting)
+    return StepContext("a", Phase.FINAL, "idle", "idle: 30m", None, 1, started, timeout, reserved, budget, waiting)
 
 
 @pytest.mark.parametrize(
@@ -248,6 +266,9 @@ def context_of(clock, *, started=100.0, timeout=5.0, reserved=False, deadline=11
         ({"timeout": 20.0}, 60.0, 108.0, 104.0, 108.1),  # a long grace leaves half of the time for the work
         ({"timeout": 7.5}, 2.0, 107.5, 106.0, 108.1),
         ({}, 0.0, 105.0, 105.0, 106.0),
+        # Where others wait for their shares of 1 s, and of 0.02 s: a late ending leaves them half of it at least.
+        ({"timeout": 20.0, "reserved": True, "waiting": 1}, 1.0, 109.0, 108.0, 109.1),
+        ({"timeout": 20.0, "reserved": True, "waiting": 99}, 0.0, 108.02, 108.02, 108.03),
     ],
 )
 def test_the_moments_of_a_step(more, grace, ends, ending_begins, given_up):

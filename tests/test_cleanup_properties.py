@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from test_cleanup_kit import hanging, runner, step
 
 from flaskd.cleanup import Fate, Frame, Plan
-from flaskd.cleanup.preview import latest, rehearse
+from flaskd.cleanup.preview import _Rehearsal, latest, rehearse
 from flaskd.config import Phase
 
 MARGIN = 0.5
@@ -149,12 +149,12 @@ def test_a_rehearsal_tells_what_would_happen(drawn, max_parallel):
     hangs=st.sets(st.integers(0, 6)),
     timeout=st.floats(0.1, 30.0),
     deadline=st.floats(1.0, 30.0),
-    reserve=st.floats(0.0, 0.9),
+    reserve=st.just(0.0) | st.floats(0.01, 0.9),
     drain=st.floats(0.0, 30.0),
     max_parallel=st.integers(1, 3),
 )
 def test_budgets_never_exceed_the_deadline(drawn, hangs, timeout, deadline, reserve, drain, max_parallel):
-    """Whatever hangs, no step goes past its limit, none goes past its latest moments, and `always` yields to the clock alone."""
+    """Whatever hangs, no step goes past its limit, none goes past its latest moments, and `always` always runs."""
     with hanging() as hang:
         plan = Plan(tuple(Log(hang).steps([{**each, "does": "hang"} for each in drawn], timeout)))
     frame = Frame(deadline, reserve, announce=0.0, drain=drain, max_parallel=max_parallel)
@@ -169,4 +169,47 @@ def test_budgets_never_exceed_the_deadline(drawn, hangs, timeout, deadline, rese
             assert result.started <= moment[0] + 1e-9
             assert moment[1] <= limit + 1e-9
         if step.always:
-            assert result.fate is not Fate.SKIPPED or result.why == "no time left"
+            assert result.fate is not Fate.SKIPPED
+    assert_always_ran(rehearse(plan, frame, steps), plan, frame.reserve or deadline / 5)
+
+
+def assert_always_ran(results, plan, pot):
+    """Whatever hangs, each `always` step had its timeout, or at least its share of what is kept for all of them."""
+    always = {each.name: each for each in plan.steps if each.always}
+    for result in results:
+        if step := always.get(result.name):
+            assert result.fate is not Fate.SKIPPED, result
+            assert result.took >= min(step.timeout, pot / (len(always) + 1)) - 1e-9
+
+
+class Hurried(_Rehearsal):
+    """A rehearsal that is hurried when it waits for the n-th time."""
+
+    def __init__(self, *args, at, seconds):
+        super().__init__(*args)
+        self.at, self.seconds = at, seconds
+
+    def _wait(self):
+        if self.at == 0:
+            self.hurry(self.seconds)
+        self.at -= 1
+        super()._wait()
+
+
+@given(
+    drawn=plans(),
+    timeout=st.floats(0.1, 30.0),
+    reserve=st.just(0.0) | st.floats(0.01, 0.9),
+    max_parallel=st.integers(1, 3),
+    at=st.integers(-1, 3),
+)
+def test_always_has_time_in_a_hurry(drawn, timeout, reserve, max_parallel, at):
+    """Each `always` step that a hurry finds still to do begins, and has a share of the little that is left."""
+    with hanging() as hang:
+        plan = Plan(tuple(Log(hang).steps([{**each, "does": "hang"} for each in drawn], timeout)))
+    names = {each.name for each in plan.steps}
+    runner = Hurried(plan, Frame(20.0, reserve, 0.0, 0.0, max_parallel), names, at=at, seconds=1.0)
+    results = runner.run(Phase)
+    always = {each.name for each in plan.steps if each.always}
+    assert all(each.fate is not Fate.SKIPPED for each in results if each.name in always)
+    assert runner.now <= 20.0 + 1e-9

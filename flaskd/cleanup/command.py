@@ -220,7 +220,7 @@ class _Child:
         if self.watch(lambda: min(kill_at, self._context.limit), self._over, _GROUP_POLL):
             return f"{left_behind}ended by SIGTERM"
         self.kill()
-        given_up_at = min(now() + ENDING_PATIENCE / 2, self._context.limit + ENDING_SLACK / 2)
+        given_up_at = min(now() + ENDING_PATIENCE / 2, self._context.limit + self._context.slack / 2)
         if self.watch(lambda: given_up_at, self._over, _GROUP_POLL):
             return f"{left_behind}ended by SIGKILL"
         return f"{left_behind}sent SIGKILL and not seen to end"

@@ -39,14 +39,26 @@ class StepTimedOutError(StepFailedError):
         self.trace = trace
 
 
-class Budget:
-    """The time all of cleanup has: an absolute `deadline`, and the `reserve` kept from ordinary steps."""
+_SHARE_OF_THE_DEADLINE, _SHARE_OF_A_HURRY = 1 / 5, 1 / 2
+"""What steps marked `always` have of all the time, where there is no reserve."""
 
-    def __init__(self, deadline: float, reserve: float, clock: Callable[[], float]) -> None:
+
+class Budget:
+    """The time all of cleanup has: an absolute `deadline`, and the `reserve` kept from ordinary steps.
+
+    `always` is the number of steps that are marked so. Whatever hangs, each has a share of the reserve for itself: all
+    that runs before it ends early enough for that, flush, final and others marked `always` too.
+    """
+
+    def __init__(self, deadline: float, reserve: float, clock: Callable[[], float], *, always: int = 0) -> None:
         self._clock = clock
         self._lock = threading.Lock()
+        self._always = always
+        left = max(0.0, deadline - clock())
+        # One share more than there are steps, for flush and final.
+        share = min(reserve or left * _SHARE_OF_THE_DEADLINE, left) / (always + 1)
         # One tuple, replaced as a whole: whoever reads it without the lock never sees half a change.
-        self._now_in_force = (deadline, reserve, clock())
+        self._now_in_force = (deadline, reserve, clock(), share)
 
     def now(self) -> float:
         """The present moment."""
@@ -62,16 +74,29 @@ class Budget:
         """The moment from which the present deadline is in force."""
         return self._now_in_force[2]
 
-    def limit(self, *, reserved: bool) -> float:
-        """The last moment of a step; one that is `reserved` may use the reserve too."""
-        deadline, reserve, _ = self._now_in_force
-        return deadline if reserved else deadline - reserve
+    def kept(self, *, reserved: bool, waiting: int) -> float:
+        """Seconds before the deadline that a step may not use; one that is `reserved` may use the reserve.
+
+        `waiting` is how many steps marked `always` have not begun yet.
+        """
+        _, reserve, _, share = self._now_in_force
+        return max(0.0 if reserved else reserve, waiting * share)
+
+    def limit(self, *, reserved: bool, waiting: int = 0) -> float:
+        """The last moment of a step; see `kept`."""
+        return self.deadline - self.kept(reserved=reserved, waiting=waiting)
+
+    def slack(self, waiting: int) -> float:
+        """Seconds past its limit that a step may use to end itself, when `waiting` steps still have their shares."""
+        return min(ENDING_SLACK, self._now_in_force[3] / 2) if waiting else ENDING_SLACK
 
     def hurry(self, seconds: float) -> None:
         """Leave `seconds` from now for everything, without a reserve; a deadline that is nearer stays."""
         with self._lock:
             now = self._clock()
-            self._now_in_force = (min(self.deadline, now + max(0.0, seconds)), 0.0, now)
+            deadline = min(self.deadline, now + max(0.0, seconds))
+            share = max(0.0, deadline - now) * _SHARE_OF_A_HURRY / (self._always + 1)
+            self._now_in_force = (deadline, 0.0, now, share)
 
 
 @dataclass(eq=False)
@@ -80,8 +105,8 @@ class StepContext:
 
     `app` is the Flask app, or None; `reason` the kind of the stop ("signal", "control", …), `reason_text` the
     whole of it; `attempt` counts from 1; `started` is the moment this attempt began and `timeout` its
-    seconds; `state` is the state directory, None where there is none to write to; `found` what discovery found for it,
-    None where nobody has looked.
+    seconds; `waiting` is how many steps marked `always` had not begun by then; `state` is the state directory,
+    None where there is none to write to; `found` what discovery found for it, None where nobody has looked.
 
     An action that waits outside Python sets `on_hurry`, called when less time is left than before, and
     `last_resort`, called when the runner abandons the step; each in a thread of its own.
@@ -97,6 +122,7 @@ class StepContext:
     timeout: float
     reserved: bool
     budget: Budget
+    waiting: int = 0
     state: Path | None = None
     found: tuple[Found, ...] | None = field(default=None, repr=False)
     on_hurry: Callable[[], None] | None = field(default=None, repr=False)
@@ -105,12 +131,17 @@ class StepContext:
     @property
     def limit(self) -> float:
         """The moment past which this step may do nothing, however long its own timeout."""
-        return self.budget.limit(reserved=self.reserved)
+        return self.budget.limit(reserved=self.reserved, waiting=self.waiting)
 
     @property
     def ends(self) -> float:
         """The moment at which this attempt has timed out."""
         return min(self.started + self.timeout, self.limit)
+
+    @property
+    def slack(self) -> float:
+        """Seconds past the limit in which a step that ends itself may say so; see `ENDING_SLACK`."""
+        return self.budget.slack(self.waiting)
 
     def remaining(self) -> float:
         """Seconds until this attempt times out, never below 0; a hurried stop shrinks it at once."""
@@ -129,7 +160,7 @@ class StepContext:
         """The moment at which the runner abandons this attempt, `grace` being that of its action."""
         if grace is None:
             return self.ends
-        return min(self.started + self.timeout + grace + ENDING_PATIENCE, self.limit + ENDING_SLACK)
+        return min(self.started + self.timeout + grace + ENDING_PATIENCE, self.limit + self.slack)
 
     def overrun(self) -> str:
         """Say which of its limits the attempt met."""

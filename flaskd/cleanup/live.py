@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, Field
 
 from flaskd.cleanup.attempt import stack_of
-from flaskd.cleanup.context import ENDING_SLACK, StepContext, StepFailedError, StepTimedOutError
+from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
 from flaskd.cleanup.discovery import discover
 from flaskd.config import Duration, OneOrMany, Section
 
@@ -161,7 +161,7 @@ class _Ending:
         ended: dict[int, str | BaseException | None] = {}
         while len(ended) < len(self._names):
             try:  # who watches the time itself is given a moment to say so
-                word = self._over.get(timeout=self._context.remaining() + ENDING_SLACK / 2)
+                word = self._over.get(timeout=self._context.remaining() + self._context.slack / 2)
             except queue.Empty:
                 break
             if word is not None:

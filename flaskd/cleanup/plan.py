@@ -81,9 +81,13 @@ class Step:
         """Whether it may use the time that is kept in reserve."""
         return self.always or self.phase in _RESERVED
 
+    def may_be_wanted(self, reason: str) -> bool:
+        """Whether its `when` fits a stop for this reason, whatever comes of the drain."""
+        return not self.reasons or reason in self.reasons
+
     def wanted(self, reason: str, outcome: Outcome) -> bool:
         """Whether its `when` fits this stop."""
-        return (not self.reasons or reason in self.reasons) and self.outcome in (None, outcome)
+        return self.may_be_wanted(reason) and self.outcome in (None, outcome)
 
     def describe(self) -> dict[str, Any]:
         """Stable keys for programs; the action's own fields stay out of it, for they may hold secrets."""

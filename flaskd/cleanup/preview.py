@@ -116,7 +116,7 @@ def rehearse(plan: Plan, frame: Frame, hang: Collection[str]) -> list[StepResult
     steps = [replace(step, action=replace(still, name=step.action.name)) for step in plan.steps]
     runner = _Rehearsal(Plan(tuple(steps)), frame, hang)
     runner.run(BEFORE_THE_DRAIN)
-    drain = max(0.0, min(frame.drain, frame.deadline - frame.reserve - runner.now))
+    drain = max(0.0, min(frame.drain, frame.deadline - runner.kept - runner.now))
     drained = max(runner.now, frame.announce) + drain
     runner.run(BESIDE_THE_DRAIN)
     runner.until(min(drained, frame.deadline))

@@ -42,8 +42,9 @@ class Runner:
     """Runs the steps of `plan` for one stop.
 
     `app` is the Flask app or None; `deadline` a moment on `clock`; `reserve` the seconds before it that are
-    kept for flush, final and `always`; `max_parallel` how many steps of a phase run at a time; `state` the
-    state directory. `on_progress` is given each result as it is known, in a thread of its own.
+    kept for flush, final and `always`, of which each has a share for itself; `max_parallel` how many steps of a
+    phase run at a time; `state` the state directory. `on_progress` is given each result as it is known, in a
+    thread of its own.
     """
 
     def __init__(
@@ -62,7 +63,8 @@ class Runner:
         self._plan = plan
         self._app = app
         self._reason = reason
-        self._budget = Budget(deadline, reserve, clock)
+        always = sum(step.always for step in plan.steps if step.may_be_wanted(reason.kind))
+        self._budget = Budget(deadline, reserve, clock, always=always)
         self._max_parallel = max(1, max_parallel)
         self._state = state
         self._on_progress = on_progress
@@ -88,6 +90,11 @@ class Runner:
         """The names of the steps that run now."""
         with self._lock:
             return tuple(self._running)
+
+    @property
+    def kept(self) -> float:
+        """Seconds before the deadline that are not for the drain, nor for ordinary steps."""
+        return self._budget.kept(reserved=False, waiting=self._waiting())
 
     @property
     def abandoned(self) -> tuple[str, ...]:
@@ -176,9 +183,23 @@ class Runner:
             return "when"
         if not step.always and (why := self._skip_why.get(step.name) or self._aborted):
             return why
-        if self._budget.limit(reserved=step.reserved) <= self._budget.now():
+        if self._limit(step) <= self._budget.now():
             return "no time left"
         return ""
+
+    def _limit(self, step: Step) -> float:
+        """The last moment of a step that would begin now."""
+        return self._budget.limit(reserved=step.reserved, waiting=self._waiting(step))
+
+    def _waiting(self, but: Step | None = None) -> int:
+        """How many steps marked `always` have not begun yet."""
+        return sum(
+            step.always
+            for step in self._plan.steps
+            if step is not but
+            and step.name not in {*self._begun, *self._results}
+            and step.may_be_wanted(self._reason.kind)
+        )
 
     def _start(self, step: Step, attempt: int) -> None:
         context = StepContext(
@@ -192,6 +213,7 @@ class Runner:
             timeout=step.timeout,
             reserved=step.reserved,
             budget=self._budget,
+            waiting=self._waiting(step),
             state=self._state,
             found=step.found,
         )
@@ -229,7 +251,7 @@ class Runner:
     def _judge(self, attempt: Attempt, verdict: Verdict) -> None:
         """Take the verdict, or try again while retries and time are left."""
         step, count = attempt.step, attempt.context.attempt
-        time_left = self._budget.limit(reserved=step.reserved) > self._budget.now()
+        time_left = self._limit(step) > self._budget.now()
         if verdict.fate is Fate.OK or count > step.retries or not time_left:
             self._conclude(step, verdict, count)
             return

@@ -371,7 +371,7 @@ class Policy(Section):
     on_failure: OnFailure = _filled_in("What its failure means for others; default: as in cleanup.defaults.")
     after: OneOrMany[str] = Field([], description="Policies that must have ended before; same phase or earlier.")
     when: When = _section(When)
-    always: bool = Field(False, description="May use the reserve, and runs even after an abort.")
+    always: bool = Field(False, description="Runs even after an abort, in a share of the reserve that is its own.")
     enabled: bool = Field(True, description="false: as if it were not written.")
 
 
