@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flaskd.cleanup import read_record, write_record
+from flaskd.config import MARK_FILE
 from flaskd.files import remove_leftovers, remove_matching
 from flaskd.logs import timestamp
 from flaskd.protocol import state_directory
@@ -56,7 +57,7 @@ class StateDirectory:
         if record is None:
             return
         self._record = self._kept = self.path / record
-        mark = self.path / "running.json"
+        mark = self.path / MARK_FILE
         try:
             self._record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)

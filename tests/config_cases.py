@@ -33,11 +33,16 @@ class LoginFields(Section):
         return password
 
 
+class KeepFields(Section):
+    path: str = "cache.bin"
+
+
 ACTIONS = {
     "command": ActionSpec(CommandFields, Phase.FINAL),
     "call": ActionSpec(CallFields, Phase.QUIESCE),
     "login": ActionSpec(LoginFields, Phase.CLOSE),
     "sqlalchemy.dispose": ActionSpec(Section, Phase.CLOSE),
+    "cache.persist": ActionSpec(KeepFields, Phase.PERSIST, keeps="path"),
 }
 
 
@@ -222,7 +227,7 @@ WRONG = [
         [
             (
                 '4:12 cleanup.policies.close-db.use: expected an action, got "sqlalchemy.dispos"; '
-                'did you mean "sqlalchemy.dispose"?; known: sqlalchemy.dispose, call, login, command'
+                'did you mean "sqlalchemy.dispose"?; known: sqlalchemy.dispose, cache.persist, call, login, command'
             ),
             '5:16 cleanup.policies.close-db.timeout: expected a duration such as 5s, got "soon"',
         ],
@@ -285,5 +290,40 @@ WRONG = [
     (
         policies("c: {use: login, after: a}", "a: {use: login, after: b}", "b: {use: login, after: [c]}"),
         ["3:28 cleanup.policies.c.after: expected an order, got a circle: c after a after b after c"],
+    ),
+    (
+        "shutdown: {record: ./running.json}\n"
+        + policies(
+            "a: {use: cache.persist}",
+            "b: {use: cache.persist, with: {path: sub/../cache.bin}}",
+            "c: {use: cache.persist, with: {path: /else/cache.key}}",
+            "d: {use: cache.persist, with: {path: cache.key}}",
+            "e: {use: cache.persist, enabled: false}",
+            "f: {use: cache.persist}",
+        ),
+        [
+            (
+                '1:20 shutdown.record: expected a file of its own, got "./running.json", which is the mark of a '
+                "running flaskd"
+            ),
+            (
+                '5:42 cleanup.policies.b.with.path: expected a file of its own, got "sub/../cache.bin", which is that '
+                "of cleanup.policies.a.with.path"
+            ),
+            '7:42 cleanup.policies.d.with.path: expected a file of its own, got "cache.key", which is a cache\'s key',
+            (
+                '9:14 cleanup.policies.f.with.path: expected a file of its own, got "cache.bin" by default, which is '
+                "that of cleanup.policies.a.with.path"
+            ),
+        ],
+    ),
+    (
+        policies("a: {use: cache.persist, with: {path: last-stop.json}}"),
+        [
+            (
+                '3:42 cleanup.policies.a.with.path: expected a file of its own, got "last-stop.json", which is that '
+                "of shutdown.record"
+            )
+        ],
     ),
 ]

@@ -433,3 +433,14 @@ def test_where_each_value_came_from(tmp_path):
     assert f"threads: '********'  # {path}:3:12, ${{env:N}}" in lines
     assert "workers: 0" in lines
     assert yaml.safe_load(found.annotated()) == yaml.safe_load(found.describe())
+
+
+def test_a_state_path_may_be_written_in_full():
+    """Where the service manager says where state is kept, a path under it is the same in full; no record, no file of it."""
+    kept = {"a": {"use": "cache.persist", "with": {"path": "/state/cache.bin"}}, "b": {"use": "cache.persist"}}
+    data = {"cleanup": {"policies": kept}}
+    load_mapping(data, actions=ACTIONS, environ={})
+    with pytest.raises(ConfigError, match=r'b\.with\.path: expected a file of its own, got "cache.bin" by default'):
+        load_mapping(data, actions=ACTIONS, environ={"STATE_DIRECTORY": "/state:/more"})
+    named = {"use": "cache.persist", "with": {"path": "last-stop.json"}}
+    load_mapping({"shutdown": {"record": None}, "cleanup": {"policies": {"a": named}}}, actions=ACTIONS, environ={})

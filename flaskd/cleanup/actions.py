@@ -45,7 +45,8 @@ class Action:
 
     `needs` are the modules of which one must be installed, with what they are called at the package index.
     `takes` is set for an action on live objects: the action by which discovery finds what a policy without a
-    target takes. `first` is what it does in an earlier phase already.
+    target takes. `first` is what it does in an earlier phase already. `keeps` is the field that names its file under
+    the state directory, which must be no other's.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Action:
     needs: Mapping[str, str] = field(default_factory=dict)
     takes: str = ""
     first: Action | None = None
+    keeps: str = ""
 
 
 def _target(text: str) -> str:
@@ -145,7 +147,7 @@ ACTIONS: Mapping[str, Action] = Catalogue(
         for each in (
             Action("command", CommandFields, Phase.FINAL, run_command, grace=operator.attrgetter("kill_grace")),
             Action("call", CallFields, Phase.QUIESCE, _call, prepare=_prepare_call),
-            Action("cache.persist", PersistFields, Phase.PERSIST, persist_cache, restore=restore_cache),
+            Action("cache.persist", PersistFields, Phase.PERSIST, persist_cache, restore=restore_cache, keeps="path"),
             Action("consul.deregister", ConsulFields, Phase.ANNOUNCE, deregister, prepare=prepare_web),
             Action("files.remove", RemoveFields, Phase.FINAL, remove_files),
             Action("logging.flush", FlushFields, Phase.FLUSH, flush_logs),
@@ -193,4 +195,4 @@ ACTIONS: Mapping[str, Action] = Catalogue(
 
 def action_specs(actions: Mapping[str, Action] = ACTIONS) -> Mapping[str, ActionSpec]:
     """What `flaskd.config` needs to know of each action: the model of its fields, its phase, its fault, its needs."""
-    return View(actions, lambda each: ActionSpec(each.fields, each.default_phase, each.fault, each.needs))
+    return View(actions, lambda each: ActionSpec(each.fields, each.default_phase, each.fault, each.needs, each.keeps))

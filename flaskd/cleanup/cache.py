@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, Field, SecretStr
 
 from flaskd.cleanup.context import StepContext, StepFailedError
-from flaskd.config import Duration, Section, Size
+from flaskd.config import KEY_FILE, Duration, Section, Size
 from flaskd.config.fields import SomeText
 from flaskd.files import read_whole, write_whole
 
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 _FORMAT = b"flaskd cache 1\n"
 _PURPOSE = b"flaskd cache.persist 1"
 _MAC = hashlib.sha256().digest_size
-_KEY_FILE = "cache.key"
 _KEY_BYTES = 32
 _SHORTEST_KEY = 16
 _CLOCKS_DIFFER = 60.0
@@ -262,7 +261,7 @@ def _key_of_our_own(state: Path | None, *, make: bool) -> bytes:
     """A random key in the state directory, which nobody else may read; made if there is none and `make` is set."""
     if state is None:
         raise StepFailedError("cannot sign the cache: no state directory is ours to keep a key in; give with.key")
-    path = state / _KEY_FILE
+    path = state / KEY_FILE
     try:
         if make and not path.exists():
             state.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -35,9 +35,11 @@ from flaskd.config.model import (
     When,
 )
 from flaskd.config.schema import schema
+from flaskd.config.state_paths import KEY_FILE, MARK_FILE
 from flaskd.config.watch import FileWatch
 
 __all__ = [
+    "KEY_FILE", "MARK_FILE",
     "ActionSpec", "AdminConfig", "AppConfig", "CleanupConfig", "Config", "Configuration", "ControlConfig",
     "DiscoveryConfig", "DrainConfig", "Duration", "EndpointConfig", "ExitCodes", "Fault", "FileWatch", "HealthConfig",
     "IdleConfig", "InvalidConfigError", "LogConfig", "OneOrMany", "Phase", "Policy", "PolicyDefaults", "RolesConfig",

@@ -18,6 +18,7 @@ from flaskd.config.nodes import Node, Scalar, Table, child, scalars
 from flaskd.config.nodes import Path as NodePath
 from flaskd.config.policies import action_of, check_policies, policy_tables
 from flaskd.config.python_source import from_python
+from flaskd.config.state_paths import check_state_paths
 from flaskd.config.wording import validated
 from flaskd.config.yaml_loader import MAX_BYTES, parse
 from flaskd.errors import ConfigError
@@ -55,7 +56,7 @@ def load(
         source = read_source(path)
         tree, base = parse(source, str(path), faults), path.absolute().parent
     tree, origins = _filled(tree, base, faults, overrides, environ)
-    values, secrets = _validated(tree, base, actions, faults)
+    values, secrets = _validated(tree, base, actions, environ, faults)
     return Configuration(values, path, secrets, digest(source), origins)
 
 
@@ -76,7 +77,7 @@ def load_mapping(
         raise ConfigError(f"expected the configuration as a mapping, got {type(data).__name__}")
     base = Path.cwd()
     tree, origins = _filled(tree, base, faults, overrides, environ)
-    values, secrets = _validated(tree, base, actions, faults)
+    values, secrets = _validated(tree, base, actions, environ, faults)
     return Configuration(values, None, secrets, "", origins)
 
 
@@ -119,11 +120,14 @@ def _origin(scalar: Scalar) -> str:
     return ", ".join([at, *(f"{found}}}" for found in _SOURCE.findall(scalar.text))])
 
 
-def _validated(tree: Table, base: Path, actions: Actions, faults: Faults) -> tuple[Config, frozenset[NodePath]]:
+def _validated(
+    tree: Table, base: Path, actions: Actions, environ: Mapping[str, str] | None, faults: Faults
+) -> tuple[Config, frozenset[NodePath]]:
     config = validated(Config, tree, (), faults)
     check_policies(tree, actions, faults)
     check_endpoint(tree, faults)
     fields = _action_fields(tree, actions, faults)
+    check_state_paths(tree, fields, actions, os.environ if environ is None else environ, faults)
     faults.check()
     assert config is not None
     return _complete(config, fields, actions, base), _secrets(tree)

@@ -75,13 +75,15 @@ class ActionSpec:
     """What the configuration needs to know of a cleanup action: its fields, and the phase it belongs in.
 
     `fault` is why it cannot be used, empty when it can. `needs` are the modules of which one must be installed, each
-    with its name at the package index.
+    with its name at the package index. `keeps` is the field that names its file under the state directory,
+    empty when it has none.
     """
 
     fields: type[BaseModel]
     default_phase: Phase
     fault: str = ""
     needs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    keeps: str = ""
 
     def missing(self) -> str:
         """What would have to be installed; empty when the action can do its work. Imports none of it."""

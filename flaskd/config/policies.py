@@ -37,13 +37,19 @@ def action_of(policy: Table, actions: Actions) -> ActionSpec | None:
     return actions.get(use.text) if isinstance(use, Scalar) else None
 
 
+def enabled(policy: Table) -> bool:
+    """Whether a policy counts."""
+    written = policy.entries.get("enabled")
+    return not (isinstance(written, Scalar) and written.value is False)
+
+
 def check_policies(tree: Table, actions: Actions, faults: Faults) -> None:
     """Note unknown and unusable actions, and ``after`` edges to unknown or later policies, or in a circle."""
     policies = policy_tables(tree)
     for name, policy in policies.items():
         use = policy.entries.get("use")
         if isinstance(use, Scalar) and not use.broken:
-            _check_use(use, name, actions, faults, enabled=not _disabled(policy))
+            _check_use(use, name, actions, faults, enabled=enabled(policy))
     phases = {name: _phase(policy, actions) for name, policy in policies.items()}
     edges: dict[tuple[str, str], tuple[Node, str]] = {}
     for name, policy in policies.items():
@@ -73,11 +79,6 @@ def _check_use(use: Scalar, name: str, actions: Actions, faults: Faults, *, enab
     elif enabled and (missing := actions[use.text].missing()):
         expected = f"expected {missing} to be installed where flaskd is, for this action needs it"
         faults.add(use.place, path, f"{expected}, got {shown(use)}")
-
-
-def _disabled(policy: Table) -> bool:
-    enabled = policy.entries.get("enabled")
-    return isinstance(enabled, Scalar) and enabled.value is False
 
 
 def _after(policy: Table) -> list[tuple[Path, Scalar]]:

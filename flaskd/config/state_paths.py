@@ -1,0 +1,70 @@
+"""Files under the state directory: each has a writer of its own, or one would overwrite what another has kept.
+
+Works on the tree, not on the model, so that these faults come together with all others.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from flaskd.config.faults import Faults, dotted, quoted
+from flaskd.config.model import ShutdownConfig
+from flaskd.config.nodes import Node, Scalar, Table, child, shown
+from flaskd.config.policies import action_of, enabled, policy_tables
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from pydantic import BaseModel
+
+    from flaskd.config.model import Actions
+
+MARK_FILE, KEY_FILE = "running.json", "cache.key"
+"""What flaskd itself keeps there, beside what the configuration names."""
+
+
+def check_state_paths(
+    tree: Table, fields: Mapping[str, BaseModel | None], actions: Actions, environ: Mapping[str, str], faults: Faults
+) -> None:
+    """Note each path that is another's already, in whatever spelling.
+
+    `fields` are the validated fields of each policy. A relative path is under the state directory; where that is, the
+    service manager says (``$STATE_DIRECTORY``), or nobody knows yet: then it is none of the absolute ones.
+    """
+    state = environ.get("STATE_DIRECTORY", "").partition(":")[0] or "state"
+    taken = {_place(MARK_FILE, state): "is the mark of a running flaskd", _place(KEY_FILE, state): "is a cache's key"}
+    for key, node, path, said in [*_record(tree), *_kept(tree, fields, actions)]:
+        place = _place(path, state)
+        if place in taken:
+            faults.add(node.place, key, f"expected a file of its own, got {said}, which {taken[place]}")
+        else:
+            taken[place] = f"is that of {key}"
+
+
+def _place(path: str, state: str) -> str:
+    return os.path.normpath(os.path.join(state, path))  # noqa: PTH118 - pathlib does not take out ".."
+
+
+def _record(tree: Table) -> Iterator[tuple[str, Node, str, str]]:
+    shutdown = child(tree, "shutdown")
+    node = child(shutdown, "record") if shutdown else None
+    if node is None:
+        path = str(ShutdownConfig.model_fields["record"].default)
+        yield "shutdown.record", shutdown or tree, path, f"{quoted(path)} by default"
+    elif isinstance(node, Scalar) and node.value is not None and not node.broken:
+        yield "shutdown.record", node, node.text, shown(node)
+
+
+def _kept(
+    tree: Table, fields: Mapping[str, BaseModel | None], actions: Actions
+) -> Iterator[tuple[str, Node, str, str]]:
+    for name, policy in policy_tables(tree).items():
+        spec = action_of(policy, actions)
+        if spec is None or not spec.keeps or not enabled(policy) or (known := fields.get(name)) is None:
+            continue
+        written = child(policy, "with")
+        node = child(written, spec.keeps) if written else None
+        path = str(getattr(known, spec.keeps))
+        key = dotted(("cleanup", "policies", name, "with", spec.keeps))
+        yield key, node or policy.entries["use"], path, shown(node) if node else f"{quoted(path)} by default"
