@@ -52,14 +52,14 @@ class StateDirectory:
     def open(self, *, record: str | None) -> None:
         """Lock the directory and mark this run as begun; if the one before never came to its end, say so and tidy up.
 
-        `record` None: nothing is kept, and the directory left alone.
+        `record` None: the stop is not recorded; the mark is made all the same.
         """
-        if record is None:
-            return
-        self._record = self._kept = self.path / record
+        self._record = self._kept = self.path / record if record is not None else None
         mark = self.path / MARK_FILE
+        cost = "the last stop will not be recorded" if self._record else "a crash will not be noticed"
         try:
-            self._record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for directory in self._directories:
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if (before := read_record(mark)) is not None:
@@ -69,11 +69,16 @@ class StateDirectory:
             self._mark_file = os.open(mark, os.O_RDWR)
         except BlockingIOError:
             self._in_use = True
-            log.warning(f"another flaskd works with {self.path}; the last stop will not be recorded")
+            log.warning(f"another flaskd works with {self.path}; {cost}")
             self._record = self._kept = None
         except OSError as error:
-            log.warning(f"cannot write to {self.path}: {error.strerror}; the last stop will not be recorded")
+            log.warning(f"cannot write to {self.path}: {error.strerror}; {cost}")
             self._record = None
+
+    @property
+    def _directories(self) -> list[Path]:
+        """The directory, and that of the record, which may be one below."""
+        return list(dict.fromkeys([self.path, *([self._record.parent] if self._record else [])]))
 
     def _tell_of(self, before: Mapping[str, Any]) -> None:
         stopping = f", in the middle of its stop ({before['stopping']})" if "stopping" in before else ""
@@ -87,8 +92,7 @@ class StateDirectory:
     def _repair(self) -> list[str]:
         """Remove half-written files of ours, and metric files of processes that are gone; returns their names."""
         removed = []
-        assert self._record is not None
-        for directory in {self.path: None, self._record.parent: None}:
+        for directory in self._directories:
             try:
                 removed += remove_leftovers(directory)
             except OSError as error:

@@ -201,12 +201,19 @@ def test_the_lock_ends_with_the_run(directory):
     after.close()
 
 
-def test_without_a_record_nothing_is_kept(directory):
-    """No record asked for: no directory, no mark, no file."""
+def test_without_a_record_a_crash_is_told_all_the_same(directory, caplog):
+    """No record asked for: none is written, while the mark, the lock and the repair are as ever."""
+    killed(opened(directory, record=None))
+    (directory / ".cache.bin.flaskd-tmp").touch()
     state = opened(directory, record=None)
+    assert state.previous.startswith(f"died without a complete stop (pid {os.getpid()}, ")
+    assert messages(caplog)[0].endswith("died without a complete stop; removed what it left: .cache.bin.flaskd-tmp")
+    assert opened(directory, record=None).writable is None
+    assert messages(caplog)[1:] == [f"another flaskd works with {directory}; a crash will not be noticed"]
     state.record({"reason": "signal: SIGTERM"})
+    assert state.last_stop() is None
     state.close()
-    assert not directory.exists()
+    assert list(directory.iterdir()) == []
 
 
 def test_an_unwritable_directory_costs_only_the_record(tmp_path, caplog):

@@ -311,7 +311,8 @@ class ShutdownConfig(Section):
     idle: IdleConfig = _section(IdleConfig)
     endpoint: EndpointConfig = _section(EndpointConfig)
     record: SomeText | None = _restart(
-        "last-stop.json", "Where the last stop is recorded, under the state directory; none: nowhere."
+        "last-stop.json",
+        "Where the last stop is recorded, under the state directory; none: nowhere; a crash is still noticed.",
     )
     exit_codes: ExitCodes = _section(ExitCodes)
 
