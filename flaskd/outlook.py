@@ -25,6 +25,7 @@ class Outlook:
         self._cleanup = Config.model_validate({}).cleanup
         self._app: Flask | None = None
         self._sweep: Sweep | None = None
+        self._told: set[str] = set()  # the plan is asked for again and again
 
     def set(self, policies: Plan, cleanup: CleanupConfig, app: Flask | None) -> None:
         """Take over what a start or a reload has prepared."""
@@ -34,7 +35,8 @@ class Outlook:
     def plan(self) -> Plan:
         """The policies, and what the app registered in code until now; without that where it cannot be planned."""
         try:
-            return with_callbacks(self._policies, self._app, timeout=self._cleanup.defaults.timeout)
+            timeout = self._cleanup.defaults.timeout
+            return with_callbacks(self._policies, self._app, timeout=timeout, told=self._told)
         except Exception:  # whatever the app has registered, a stop goes on
             log.exception("cannot plan all of the cleanup: the policies alone are run")
             return self._policies

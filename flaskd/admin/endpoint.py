@@ -100,6 +100,7 @@ class ShutdownEndpoint:
         self._requests: Requests
         self._begun = False
         self._stop: Stop | None = None
+        self._told: set[str] = set()
         self._lock = threading.Lock()
 
     @property
@@ -156,7 +157,8 @@ class ShutdownEndpoint:
     def _plan(self) -> Plan:
         if self._stop is not None:
             return self._stop.plan
-        return with_callbacks(Plan(), self._app, timeout=self._config.cleanup.defaults.timeout)
+        timeout = self._config.cleanup.defaults.timeout
+        return with_callbacks(Plan(), self._app, timeout=timeout, told=self._told)
 
     def _describe(self) -> dict[str, Any]:
         if (server := who_serves(self._app)) is not None:

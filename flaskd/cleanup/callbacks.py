@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, overload
@@ -87,40 +87,79 @@ def on_stop(
     return function
 
 
-def with_callbacks(plan: Plan, app: Flask | None, *, timeout: float) -> Plan:
-    """Add the functions registered so far to a plan; `timeout` is for those that say nothing themselves."""
+def with_callbacks(plan: Plan, app: Flask | None, *, timeout: float, told: set[str] | None = None) -> Plan:
+    """Add the functions registered so far to a plan; `timeout` is for those that say nothing themselves.
+
+    What they wish to come after and cannot is a warning; it is added to `told`, and what is in there is not told again.
+    """
     callbacks = [*_registered, *(app.extensions.get(_EXTENSION, ()) if app is not None else ())]
     taken = {step.name for step in plan.steps}
-    before: dict[Phase, str] = {}
-    awaited: set[str] = set()
-    steps = []
+    wished: dict[str, _Callback] = {}
     for callback in reversed(callbacks):
         name = _free(_name(callback.function), taken)
         taken.add(name)
-        # Last in, first out: each waits for the one that was registered after it, unless one of those waits for it.
-        earlier = (before[callback.phase],) if callback.phase in before and name not in awaited else ()
-        before[callback.phase] = name
-        awaited |= set(callback.after)
-        steps.append(
-            Step(
-                name=name,
-                action=Action("on_stop", _NoFields, callback.phase, partial(_run, callback.function)),
-                fields=_NoFields(),
-                phase=callback.phase,
-                timeout=timeout if callback.timeout is None else callback.timeout,
-                after=(*callback.after, *earlier),
-                always=callback.always,
+        wished[name] = callback
+    phases = {step.name: step.phase for step in plan.steps} | {name: each.phase for name, each in wished.items()}
+    steps, lost = [], []
+    for phase in Phase:
+        done: list[str] = []
+        for name, circle in _in_turn({name: each for name, each in wished.items() if each.phase is phase}):
+            callback = wished[name]
+            kept = done[-1:]
+            for other in callback.after:
+                if other not in phases or phases[other].position > phase.position:
+                    no = "no policy or function of its phase or before has that name"
+                    lost.append(f'{name} cannot wait for "{other}": {no}')
+                elif circle and other in wished and phases[other] is phase and other not in done:
+                    lost.append(f"{name} does not wait for {other}: {' after '.join(circle)} is a circle")
+                else:
+                    kept.append(other)
+            done.append(name)
+            steps.append(
+                Step(
+                    name=name,
+                    action=Action("on_stop", _NoFields, phase, partial(_run, callback.function)),
+                    fields=_NoFields(),
+                    phase=phase,
+                    timeout=timeout if callback.timeout is None else callback.timeout,
+                    after=tuple(dict.fromkeys(kept)),
+                    always=callback.always,
+                )
             )
-        )
-    whole = Plan((*plan.steps, *steps))
-    for step in steps:
-        if lost := set(step.after) - {
-            before for each in whole.steps if each.name == step.name for before in each.after
-        }:
-            log.warning(
-                f'{step.name} cannot wait for "{min(lost)}": no policy or function of its phase or before has that name'
-            )
-    return whole
+    for words in lost:
+        if told is None or words not in told:
+            log.warning(words)
+    if told is not None:
+        told.update(lost)
+    return Plan((*plan.steps, *steps))
+
+
+def _in_turn(wished: Mapping[str, _Callback]) -> Iterator[tuple[str, list[str]]]:
+    """Put the functions of one phase, the last registered first, into the order in which they run.
+
+    Last in, first out, but for those that come after one which was registered before them. Where they wait for each
+    other in a circle, its last registered goes first; it comes with the circle, which begins and ends with it.
+    """
+    left = dict(wished)
+    while left:
+        name = next((name for name, each in left.items() if left.keys().isdisjoint(each.after)), None)
+        circle = []
+        if name is None:
+            circle = _circle(left)
+            name = circle[0]
+        del left[name]
+        yield name, circle
+
+
+def _circle(left: Mapping[str, _Callback]) -> list[str]:
+    """A circle among functions each of which waits for another of them; its last registered at both ends."""
+    walked = [next(iter(left))]
+    while walked.count(walked[-1]) == 1:
+        walked.append(next(other for other in left[walked[-1]].after if other in left))
+    circle = walked[walked.index(walked[-1]) : -1]
+    names = list(left)
+    start = circle.index(min(circle, key=names.index))
+    return [*circle[start:], *circle[: start + 1]]
 
 
 def _run(function: Callable[..., object], context: StepContext, _fields: _NoFields) -> str | None:
