@@ -184,7 +184,8 @@ class Stop:
         on_step: Callable[[StepResult], None] | None = None,
         sweep: Sweep | None = None,
     ) -> Self:
-        """A stop that drains `server` itself; what breaks it off is logged."""
+        """A stop that drains `server` itself; what breaks the cleanup off is logged, and the drain goes on."""
+        began = threading.Event()
 
         def drain() -> None:
             try:
@@ -192,11 +193,24 @@ class Stop:
             except FlaskdError as error:  # the serving thread is dead: what it had in hand is lost
                 log.error(str(error))  # noqa: TRY400 - the death itself has been logged with its traceback
                 report = DrainReport(cut=server.cut(str(error)))
+            except Exception as error:  # whatever it was, the stop waits for this word
+                log.exception("the drain broke off")
+                report = DrainReport(cut=server.cut(f"the drain broke off: {error}"))
             stop.drained(report)
 
+        def drain_aside() -> None:  # because the cleanup steps of the drain's phase run beside it
+            thread = threading.Thread(target=drain, name="flaskd-drain", daemon=True)
+            thread.start()
+            began.set()
+
         def over(error: Exception | None) -> None:
-            if error is not None:
-                log.error(f"cleanup broke off: {error}", exc_info=error)
+            if error is None:
+                return
+            log.error(f"cleanup broke off: {error}", exc_info=error)
+            if not began.is_set():
+                drain()
+            elif not stop._drained.wait(stop.left):
+                stop.drained(DrainReport(cut=server.cut("the cleanup broke off")))
 
         stop = cls(
             reason,
@@ -204,8 +218,7 @@ class Stop:
             app=app,
             shutdown=shutdown,
             cleanup=cleanup,
-            # In a thread of its own, because the cleanup steps of the drain's phase run beside it.
-            drain=lambda: threading.Thread(target=drain, name="flaskd-drain", daemon=True).start(),
+            drain=drain_aside,
             over=over,
             on_step=on_step,
             sweep=sweep,

@@ -19,7 +19,7 @@ import flask
 import pytest
 
 import flaskd
-from flaskd.cleanup import callbacks
+from flaskd.cleanup import BEFORE_THE_DRAIN, BESIDE_THE_DRAIN, Runner, callbacks
 from flaskd.errors import CannotCreateError, ConfigError, FlaskdError
 
 PATIENCE = 20.0
@@ -463,6 +463,52 @@ def test_a_cleanup_that_hangs_costs_its_time_and_no_more(shop, registered, caplo
     assert time.monotonic() - began < 5
     assert server.policies["wait"]["fate"] == "timed_out"
     hang.set()
+
+
+@pytest.mark.parametrize("phases", [BEFORE_THE_DRAIN, BESIDE_THE_DRAIN])
+def test_a_cleanup_that_breaks_off_cuts_no_request(shop, kind, caplog, monkeypatch, phases):
+    """Broken off before the drain or beside it, the request in hand is answered, and the report is that of the drain."""
+    run, broken_off, reports = Runner.run, threading.Event(), []
+
+    def broken(self, wanted, outcome="clean"):
+        if wanted == phases:
+            broken_off.set()
+            raise RuntimeError("on purpose")
+        return run(self, wanted, outcome)
+
+    def drain(timeout):
+        assert broken_off.wait(PATIENCE)
+        shop.released.set()
+        reports.append(real(timeout))
+        return reports[0]
+
+    monkeypatch.setattr(Runner, "run", broken)
+    server = flaskd.ServerThread(shop.flask, server=kind).start()
+    client = Asking(server, "/wait")
+    assert shop.entered.acquire(timeout=PATIENCE)
+    real = server._server.drain
+    monkeypatch.setattr(server._server, "drain", drain)
+    assert server.stop() is reports[0]
+    assert reports[0].clean
+    assert client.result() == (200, b"waited\n")
+    assert "cleanup broke off: on purpose" in caplog.text
+
+
+def test_a_drain_that_breaks_off_is_not_clean(shop, caplog, monkeypatch):
+    """What was in hand is told as cut, and the stop does not wait for ever."""
+    server = flaskd.ServerThread(shop.flask).start()
+    client = Asking(server, "/wait")
+    assert shop.entered.acquire(timeout=PATIENCE)
+
+    def broken(_timeout):
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(server._server, "drain", broken)
+    report = server.stop()
+    shop.released.set()
+    client.result()
+    assert [(each.path, each.reason) for each in report.cut] == [("/wait", "the drain broke off: on purpose")]
+    assert "the drain broke off" in caplog.text
 
 
 def test_a_stop_can_be_hurried(shop, kind):
