@@ -158,9 +158,14 @@ def test_what_belongs_to_something_found_is_left_to_it(engine):
 
 def test_what_no_step_can_end_is_listed_with_the_reason():
     """Asynchronous clients and pools are known, listed and never ended."""
-    things = [httpx.AsyncClient(), redis.asyncio.Redis(), sqlalchemy.create_engine("postgresql+psycopg_async://")]
+    things = [
+        httpx.AsyncClient(),
+        redis.asyncio.Redis(),
+        redis.asyncio.RedisCluster(host="nowhere"),
+        sqlalchemy.create_engine("postgresql+psycopg_async://"),
+    ]
     found = discover(None, things)
-    assert [each.left for each in found] == ["asynchronous: only its own event loop can close it"] * 3
+    assert [each.left for each in found] == ["asynchronous: only its own event loop can close it"] * len(things)
     assert planned(found) == {}
 
 

@@ -91,6 +91,12 @@ _KINDS = (
     ),
     _Kind("redis.close", ("redis:ConnectionPool",)),
     _Kind(
+        "redis.close",
+        ("redis.cluster:RedisCluster",),
+        but=("redis.cluster:ClusterPipeline",),
+        owns=lambda cluster: [node.redis_connection for node in cluster.get_nodes()],
+    ),
+    _Kind(
         "http_client.close",
         ("httpx:Client", "requests:Session"),
         ended=lambda client: bool(getattr(client, "is_closed", False)),
@@ -123,7 +129,12 @@ _KINDS = (
     _Kind("", ("asyncio.base_events:BaseEventLoop",), ended=lambda _: True, owns=lambda loop: [loop._default_executor]),  # noqa: SLF001 - as above
     _Kind(
         "",
-        ("psycopg_pool:AsyncConnectionPool", "redis.asyncio:Redis", "httpx:AsyncClient"),
+        (
+            "psycopg_pool:AsyncConnectionPool",
+            "redis.asyncio:Redis",
+            "redis.asyncio.cluster:RedisCluster",
+            "httpx:AsyncClient",
+        ),
         left=lambda _: _ASYNCHRONOUS,
     ),
     _Kind("", ("pymongo:MongoClient",), left=lambda _: _NO_ACTION),

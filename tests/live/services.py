@@ -1,14 +1,15 @@
-"""Real servers for the tests, started and stopped by their fixtures: PostgreSQL and Redis, on Unix sockets alone."""
+"""Real servers for the tests, started and stopped by their fixtures: PostgreSQL and Redis, on Unix sockets; a cluster on loopback."""
 
 from __future__ import annotations
 
 import os
 import pwd
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -118,15 +119,60 @@ def redis_server() -> Iterator[Redis]:
             process.wait(PATIENCE)
 
 
-def _answers(server: Redis, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait until it does: it has no other way to say that it is ready."""
-    end = time.monotonic() + PATIENCE
-    while True:
+class RedisCluster:
+    """A Redis cluster of one node that has all the slots; cluster mode knows no Unix socket, so it listens on loopback."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.client = redis.Redis(port=port, decode_responses=True)
+
+    def connections(self, name: str) -> int:
+        """How many connections of that name there are (CLIENT LIST)."""
+        return sum(each["name"] == name for each in self.client.client_list())
+
+
+@contextmanager
+def redis_cluster() -> Iterator[RedisCluster]:
+    """Start a node in cluster mode on free ports, give it all slots, and end it."""
+    requires("redis", [] if shutil.which("redis-server") else ["redis-server"])
+    with _directory() as directory, socket.socket() as one, socket.socket() as other:
+        for each in (one, other):  # they stay bound, so that nobody else gets the ports; the server may listen there
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            each.bind(("127.0.0.1", 0))
+        port, bus = (each.getsockname()[1] for each in (one, other))
+        argv = ["redis-server", "--bind", "127.0.0.1", "--port", str(port), "--cluster-enabled", "yes",
+                "--cluster-port", str(bus), "--save", "", "--appendonly", "no"]  # fmt: skip
+        with (directory / "log").open("wb") as log:
+            process = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=directory, **_unprivileged()
+            )
+        server = RedisCluster(port)
         try:
-            server.client.ping()
+            _answers(server, process, directory / "log")
+            server.client.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
+            _until(lambda: server.client.execute_command("CLUSTER INFO")["cluster_state"] == "ok")  # some 2 s
+            yield server
+        finally:
+            server.client.close()
+            process.terminate()
+            process.wait(PATIENCE)
+
+
+def _answers(server: Redis | RedisCluster, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until it does: it has no other way to say that it is ready."""
+
+    def answers() -> bool:
+        assert process.poll() is None, log.read_text()
+        try:
+            return bool(server.client.ping())
         except redis.ConnectionError:
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < end, log.read_text()
-            time.sleep(0.01)
-        else:
-            return
+            return False
+
+    _until(answers)
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from conftest import Flaskd, get
-from services import Postgres, Redis, postgres_server, redis_server
+from services import Postgres, Redis, postgres_server, redis_cluster, redis_server
 
 AT_FLUSH = """
 # A provider of telemetry whose shutdown waits at the gate: while it does, all earlier phases are over.
@@ -126,6 +126,93 @@ def index():
     flaskd.gate.open()
     assert flaskd.wait() == 0
     assert fates(flaskd) == {"found:redis.close": "ok", "found:otel.shutdown": "ok"}
+
+
+def test_no_connection_to_a_cluster_is_left(flaskd: Flaskd) -> None:
+    """A client of a Redis cluster is one thing that is found; its connections to all nodes are closed."""
+    with redis_cluster() as cluster:
+        flaskd.write(
+            "shop.py",
+            f"""
+import os, socket
+from flask import Flask
+from redis.cluster import RedisCluster
+
+app = Flask(__name__)
+client = RedisCluster(host="127.0.0.1", port={cluster.port}, client_name="shop")
+
+@app.get("/")
+def index():
+    client.set("answer", 42)
+    return client.get("answer")
+{AT_FLUSH}""",
+        )
+        flaskd.start(app="shop")
+        assert get(flaskd.url) == (200, b"42")
+        assert cluster.connections("shop") >= 1
+        flaskd.command("stop")
+        flaskd.gate.entered()
+        flaskd.until(lambda: cluster.connections("shop") == 0)  # while the process still lives
+        flaskd.gate.open()
+        assert flaskd.wait() == 0
+    assert fates(flaskd) == {"found:redis.close": "ok", "found:otel.shutdown": "ok"}
+    assert "shop:client" in flaskd.record()["policies"]["found:redis.close"]["detail"].split(", ")
+
+
+def test_no_connection_of_sessions_or_stored_jobs_is_left(flaskd: Flaskd, postgres: Postgres, redis: Redis) -> None:
+    """Flask-Session on Redis and on a database, Flask-APScheduler with its jobs in one: all is closed, the jobs first."""
+    flaskd.write(
+        "shop.py",
+        f"""
+import os, socket
+import redis
+from apscheduler.jobstores.sqlalchemy import SQLAlchemyJobStore
+from flask import Flask, session
+from flask_apscheduler import APScheduler
+from flask_session import Session
+from flask_sqlalchemy import SQLAlchemy
+
+URL = {postgres.url("shop")!r}
+
+def hold():
+    with socket.socket(socket.AF_UNIX) as gate:
+        gate.connect(os.environ["GATE"])
+        gate.sendall(b"entered")
+        gate.recv(1)
+
+def carts(name, **config):
+    app = Flask(name)
+    app.config |= config
+    app.add_url_rule("/", "index", lambda: str(session.setdefault("answer", 42)))
+    Session(app)
+    return app
+
+app = carts(__name__, SESSION_TYPE="redis", SESSION_REDIS=redis.Redis.from_url("unix://{redis.path}?client_name=shop"))
+other = carts("other", SQLALCHEMY_DATABASE_URI=URL, SESSION_TYPE="sqlalchemy")
+app.config |= {{"SCHEDULER_JOBSTORES": {{"default": SQLAlchemyJobStore(url=URL)}}, "SCHEDULER_TIMEZONE": "UTC"}}
+scheduler = APScheduler()
+scheduler.init_app(app)
+scheduler.start()
+scheduler.add_job("hold", hold)
+app.add_url_rule("/other", "other", lambda: other.test_client().get("/").data)
+{AT_FLUSH}""",
+    )
+    flaskd.start(app="shop")
+    flaskd.gate.entered()
+    assert get(flaskd.url) == get(flaskd.url, "/other") == (200, b"42")
+    assert redis.connections("shop") == 1
+    assert postgres.connections("shop") == 2
+    flaskd.command("stop")
+    flaskd.until(lambda: "found:apscheduler.stop" in flaskd.status()["cleanup"])
+    flaskd.gate.open()
+    flaskd.gate.entered()
+    flaskd.until(
+        lambda: postgres.connections("shop") == redis.connections("shop") == 0
+    )  # while the process still lives
+    flaskd.gate.open()
+    assert flaskd.wait() == 0
+    assert set(fates(flaskd).values()) == {"ok"}
+    assert {"found:apscheduler.stop", "found:redis.close", "found:sqlalchemy.dispose"} < set(fates(flaskd))
 
 
 SCHEDULED = """
