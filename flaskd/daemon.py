@@ -137,6 +137,7 @@ class Daemon:
         self.configuration: Configuration
         self.app: LoadedApp
         self._outlook = Outlook()
+        self._use_up: Callable[[], None]
 
     # --- any thread: what can be asked ------------------------------------------------------------------------------
 
@@ -377,7 +378,7 @@ class Daemon:
         plan = build_plan(config.cleanup)
         plan.prepare()
         self._outlook.set(plan, config.cleanup, self.app.flask)
-        launch.restore(plan, self.app, self._state_directory.writable)
+        self._use_up = launch.restore(plan, self.app, self._state_directory.writable)
         self._signals.reclaim()
         self._logs.reclaim()
         self._server = launch.make_server(
@@ -411,6 +412,7 @@ class Daemon:
             self._on_stop(StopReason("failure", str(error)), Discard(), wait=False, now=False)
             return
         assert self._server is not None
+        self._use_up()
         self._lifecycle.handle(Event.STARTED)
         self._apply_watch()
         self._apply_idle(self.configuration.values)

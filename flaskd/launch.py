@@ -7,12 +7,12 @@ import os
 import select
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flaskd import loading
-from flaskd.cleanup import Plan
+from flaskd.cleanup import Plan, Step
 from flaskd.config import AdminConfig, AppConfig, Config, HealthConfig, ServerConfig
 from flaskd.errors import AppError, ConfigError, FlaskdError, UnsupportedError
 from flaskd.loading import LoadedApp
@@ -106,10 +106,24 @@ def find_app(app: AppConfig, given: Callable[..., Any] | None, environ: Mapping[
     return LoadedApp(given, loading.find_flask(given), str(name))
 
 
-def restore(plan: Plan, app: LoadedApp, state: Path | None) -> None:
-    """Bring back what the last stop kept, and say so; what cannot be is a warning."""
-    for words, done in plan.restore(app.flask, state):
+def restore(plan: Plan, app: LoadedApp, state: Path | None) -> Callable[[], None]:
+    """Bring back what the last stop kept, and say so; what cannot be is a warning.
+
+    Returns what notes, once the start has succeeded, that it is used.
+    """
+    said = plan.restore(app.flask, state)
+    for _, words, done in said:
         log.log(logging.INFO if done else logging.WARNING, "%s", words)
+    return lambda: _use_up([step for step, _, done in said if done], state)
+
+
+def _use_up(steps: Iterable[Step], state: Path | None) -> None:
+    for step in steps:
+        if step.action.use_up is not None:
+            try:
+                step.action.use_up(state, step.fields)
+            except Exception as error:  # noqa: BLE001 - an action of another package: the app serves all the same
+                log.warning(f"cleanup {step.phase}/{step.name}: {error}")
 
 
 def make_server(

@@ -11,7 +11,7 @@ from flask_caching import Cache
 from test_cleanup_kit import PATIENCE, run
 
 from flaskd.cleanup import ACTIONS, Fate, Step, StepFailedError, action_specs, build_plan
-from flaskd.cleanup.cache import PersistFields, restore_cache
+from flaskd.cleanup.cache import PersistFields, restore_cache, use_up_cache
 from flaskd.config import load_mapping
 from flaskd.errors import ConfigError
 
@@ -103,6 +103,8 @@ def test_a_file_is_restored_once(kept):
     """What a life without a new file had changed must not come back; the file itself stays as it is."""
     content = kept.read_bytes()
     restore(app_of()[0], kept.parent)
+    assert restore(app_of()[0], kept.parent).startswith("restored 3 entries")  # that start did not succeed
+    use_up_cache(kept.parent, PersistFields())
     app, cache = app_of()
     with pytest.raises(StepFailedError, match="it was restored before"):
         restore(app, kept.parent)
@@ -110,6 +112,14 @@ def test_a_file_is_restored_once(kept):
     assert kept.read_bytes() == content
     persist(app, kept.parent)
     assert restore(app_of()[0], kept.parent).startswith("restored 0 entries")
+
+
+def test_a_file_that_goes_away_is_told(kept):
+    """What cannot be noted is told, with the next step."""
+    restore(app_of()[0], kept.parent)
+    kept.unlink()
+    with pytest.raises(StepFailedError, match=f"^cannot note that {kept} is restored: No such file .*; remove it$"):
+        use_up_cache(kept.parent, PersistFields())
 
 
 def damaged(content):

@@ -178,7 +178,7 @@ def test_what_was_kept_is_restored_step_by_step(tmp_path):
             for each in (breaks, refuses, restores)
         )
     )
-    assert plan.restore("app", tmp_path) == [
+    assert [(words, done) for _, words, done in plan.restore("app", tmp_path)] == [
         ("cleanup persist/breaks: cannot restore: KeyError('x')", False),
         ("cleanup persist/refuses: refused x", False),
         ("cleanup persist/restores: restored", True),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 from pydantic import AfterValidator, BaseModel, Field
 
 from flaskd.cleanup import live
-from flaskd.cleanup.cache import PersistFields, persist_cache, restore_cache
+from flaskd.cleanup.cache import PersistFields, persist_cache, restore_cache, use_up_cache
 from flaskd.cleanup.catalogue import Catalogue, View, origin
 from flaskd.cleanup.command import CommandFields, run_command
 from flaskd.cleanup.context import StepContext, StepFailedError
@@ -41,7 +41,9 @@ class Action:
     time: the seconds it may need after its timeout to end what it started (without it, the runner abandons an
     action at its timeout). `restore` is called at the start, before READY, with the Flask app, the state directory
     (None: there is none to use) and the fields; it returns what it did, for the log, and raises to tell that it did
-    not. `fault` is why it cannot be used at all, empty when it can; a policy that uses it is refused with these words.
+    not. `use_up` is called with the latter two, if it did, once the start has succeeded: what was kept can then be
+    marked as used. `fault` is why it cannot be used at all, empty when it can; a policy that uses it is refused with
+    these words.
 
     `needs` are the modules of which one must be installed, with what they are called at the package index.
     `takes` is set for an action on live objects: the action by which discovery finds what a policy without a
@@ -56,6 +58,7 @@ class Action:
     prepare: Callable[[Any], None] | None = None
     grace: Callable[[Any], float] | None = None
     restore: Callable[[Any, Path | None, Any], str] | None = None
+    use_up: Callable[[Path | None, Any], None] | None = None
     fault: str = ""
     needs: Mapping[str, str] = field(default_factory=dict)
     takes: str = ""
@@ -147,7 +150,15 @@ ACTIONS: Mapping[str, Action] = Catalogue(
         for each in (
             Action("command", CommandFields, Phase.FINAL, run_command, grace=operator.attrgetter("kill_grace")),
             Action("call", CallFields, Phase.QUIESCE, _call, prepare=_prepare_call),
-            Action("cache.persist", PersistFields, Phase.PERSIST, persist_cache, restore=restore_cache, keeps="path"),
+            Action(
+                "cache.persist",
+                PersistFields,
+                Phase.PERSIST,
+                persist_cache,
+                restore=restore_cache,
+                use_up=use_up_cache,
+                keeps="path",
+            ),
             Action("consul.deregister", ConsulFields, Phase.ANNOUNCE, deregister, prepare=prepare_web),
             Action("files.remove", RemoveFields, Phase.FINAL, remove_files),
             Action("logging.flush", FlushFields, Phase.FLUSH, flush_logs),

@@ -4,9 +4,9 @@ Kept are the caches of cachelib's ``SimpleCache`` (Flask-Caching's is one): thei
 so; restoring needs no unpickling and keeps each entry's own expiry. The app unpickles an entry when it reads it, so a
 file that somebody else could have written would be code of somebody else: nothing is restored whose HMAC is not right.
 
-A file is restored once. What the app deleted or changed since would come back otherwise, when the next life ended in a
-crash or its file could not be written. That a file is used shows in its modification time, the epoch: its content stays
-whole, and a full disk can note that too.
+A file is restored by one start that succeeds. What the app deleted or changed since would come back otherwise, when the
+next life ended in a crash or its file could not be written. That a file is used shows in its modification time, the
+epoch: its content stays whole, and a full disk can note that too.
 
 The file: a line that names the format, the HMAC-SHA256 of all the rest, the length of the index (8 bytes, big-endian),
 the index as JSON, and the values one after the other.
@@ -97,7 +97,7 @@ def restore_cache(app: Any, state: Path | None, fields: PersistFields) -> str:
     try:
         content = read_whole(path, fields.max_size)
         kept = _read(content, _name(app), fields.max_age, _key(app, state, fields, make=False))
-        _use_up(path)
+        _check_unused(path)
     except FileNotFoundError:
         return ""
     except OSError as error:
@@ -107,6 +107,18 @@ def restore_cache(app: Any, state: Path | None, fields: PersistFields) -> str:
     caches = _caches(app)
     count = sum(_fill(name, caches[name], entries) for name, entries in kept.items() if name in caches)
     return f"restored {count} {'entry' if count == 1 else 'entries'} from {path}"
+
+
+def use_up_cache(state: Path | None, fields: PersistFields) -> None:
+    """Note that the file is restored, now that the start has succeeded: one that fails leaves it to the next.
+
+    Raises StepFailedError when that cannot be noted.
+    """
+    path = _path(state, fields)
+    try:
+        os.utime(path, ns=(0, 0))
+    except OSError as error:
+        raise StepFailedError(f"cannot note that {path} is restored: {error.strerror}; remove it") from error
 
 
 def _path(state: Path | None, fields: PersistFields) -> Path:
@@ -200,11 +212,12 @@ def _fitting(caches: dict[str, list[_Entry]], size: int) -> tuple[dict[str, list
     return kept, left_out
 
 
-def _use_up(path: Path) -> None:
-    """Note that a file is restored; raises ValueError if it was before, OSError if that cannot be noted."""
-    if path.stat().st_mtime_ns == 0:
+def _check_unused(path: Path) -> None:
+    """Raise ValueError if the file was restored before, OSError if it could not be noted that it is now."""
+    found = path.stat()
+    if found.st_mtime_ns == 0:
         raise ValueError("it was restored before, and what has changed since is not in it")
-    os.utime(path, ns=(0, 0))
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
 
 
 def _written(caches: dict[str, list[_Entry]], app: str, signature: bytes) -> bytes:

@@ -170,8 +170,8 @@ class Plan:
         if faults:
             raise ConfigError("\n".join(faults))
 
-    def restore(self, app: Any, state: Path | None) -> list[tuple[str, bool]]:
-        """Let the steps bring back what they kept at the last stop; each one's words, and whether it did."""
+    def restore(self, app: Any, state: Path | None) -> list[tuple[Step, str, bool]]:
+        """Let the steps bring back what they kept at the last stop; each one with its words, and whether it did."""
         said = []
         for step in self.steps:
             if step.action.restore is None:
@@ -183,7 +183,7 @@ class Plan:
             except Exception as error:  # noqa: BLE001 - an action of another package: the app starts without it
                 words, done = f"cannot restore: {error!r}", False
             if words:
-                said.append((f"cleanup {step.phase}/{step.name}: {words}", done))
+                said.append((step, f"cleanup {step.phase}/{step.name}: {words}", done))
         return said
 
     def describe(self) -> list[dict[str, Any]]:

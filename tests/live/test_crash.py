@@ -131,6 +131,25 @@ def test_what_a_crash_lies_behind_does_not_come_back(flaskd: Flaskd) -> None:
     killed(flaskd)  # the cache file stays, which is no good order
 
 
+def test_a_start_that_fails_uses_nothing_up(flaskd: Flaskd) -> None:
+    """A kept cache that was restored by a start that came to nothing is there for the next one."""
+    flaskd.write("cached.py", CACHED)
+    flaskd.write("flaskd.yaml", KEEPING)
+    flaskd.start(app="cached")
+    get(flaskd.url, "/set?value=one")
+    assert flaskd.stop() == 0
+    flaskd.write("flaskd.yaml", KEEPING + "health: {probe: /hold}\n")
+    flaskd.launch(app="cached")
+    flaskd.gate.entered()  # the probe: the caches are filled, and the start is not over
+    assert "restored 1 entry" in flaskd.log
+    killed(flaskd)
+    flaskd.write("flaskd.yaml", KEEPING)
+    flaskd.start(app="cached")
+    assert get(flaskd.url, "/get") == (200, b"one")
+    assert flaskd.stop() == 0
+    (flaskd.state / "cache.bin").unlink()
+
+
 def mount_namespace() -> None:
     """Skip where no file system can be mounted that only the test sees."""
     done = subprocess.run(
