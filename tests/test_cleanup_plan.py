@@ -1,3 +1,5 @@
+import math
+
 import pytest
 from test_cleanup_kit import step
 
@@ -145,6 +147,11 @@ def test_building_a_plan_imports_nothing():
         ({"use": "call"}, "with"),
         ({"use": "command", "with": {"argv": []}}, "argv: expected"),
         ({"use": "command", "with": {"argv": ["a\0b"]}}, "argv[0]: expected text"),
+        ({"use": "command", "with": {"argv": [""]}}, 'argv: expected the program as the first item, got [""]'),
+        ({"use": "command", "with": {"argv": [" ", "a"]}}, "argv: expected the program as the first item"),
+        ({"use": "webhook", "timeout": math.nan, "with": {"url": "http://x"}}, "timeout: expected a duration"),
+        ({"use": "webhook", "with": {"url": "http://x", "json": math.nan}}, "json: expected what JSON can say"),
+        ({"use": "webhook", "with": {"url": "http://x", "json": {"a": [math.inf]}}}, "json: expected what JSON can"),
         ({"use": "command", "with": {"argv": ["a"], "env": {"A=B": "c"}}}, "name of an environment variable"),
         ({"use": "command", "with": {"argv": ["a"], "kill_grace": "soon"}}, "kill_grace: expected a duration"),
         ({"use": "command", "with": {"argv": ["a"], "shell": True}}, 'got "shell"'),

@@ -44,14 +44,20 @@ def _variable(text: str) -> str:
     return text
 
 
+def _with_a_program(argv: list[str]) -> list[str]:
+    if not argv[0].strip():
+        raise ValueError("expected the program as the first item")
+    return argv
+
+
 Variable = Annotated[str, AfterValidator(_variable)]
 
 
 class CommandFields(Section):
     """Fields of ``command``."""
 
-    argv: list[str] = Field(
-        min_length=1, description="The program and its arguments, one list item each; no shell is involved."
+    argv: Annotated[list[str], Field(min_length=1), AfterValidator(_with_a_program)] = Field(
+        description="The program and its arguments, one list item each; no shell is involved."
     )
     env: dict[Variable, str] = Field(default={}, description="Environment variables to add to flaskd's own.")
     cwd: Path | None = Field(default=None, description="Its working directory; flaskd's own when not given.")

@@ -56,6 +56,14 @@ def _header_name(text: str) -> str:
     return text
 
 
+def _sayable(value: Any) -> Any:
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        raise ValueError("expected what JSON can say, so neither .nan nor .inf") from None  # RFC 8259 §6
+    return value
+
+
 def _address(text: str) -> str:
     try:
         _consul_url(text)
@@ -73,7 +81,9 @@ class WebhookFields(Section):
 
     url: Url = Field(description="Where to, http or https.")
     method: Literal["POST", "PUT", "PATCH", "GET", "DELETE"] = Field(default="POST", description="The HTTP method.")
-    json_: Any = Field(default=None, alias="json", description="What to send, as JSON; default: no body.")
+    json_: Annotated[Any, AfterValidator(_sayable)] = Field(
+        default=None, alias="json", description="What to send, as JSON; default: no body."
+    )
     headers: dict[HeaderName, HeaderText] = Field(default={}, description="Headers to add, such as Authorization.")
 
 

@@ -375,7 +375,9 @@ class Policy(Section):
     after: OneOrMany[str] = Field([], description="Policies that must have ended before; same phase or earlier.")
     when: When = _section(When)
     always: bool = Field(False, description="Runs even after an abort, in a share of the reserve that is its own.")
-    enabled: bool = Field(True, description="false: as if it were not written.")
+    enabled: bool = Field(
+        True, description="false: as if it were not written; what it would end is still found, and closed by discovery."
+    )
 
 
 class DiscoveryConfig(Section):
