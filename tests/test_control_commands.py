@@ -2,12 +2,15 @@
 
 import os
 import socket
+import threading
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flaskd.config import load_mapping
+from flaskd.config import Config, load_mapping
+from flaskd.control import plane
 from flaskd.control.access import FIFO_PEER, Access, Peer
 from flaskd.control.clients import MAX_OUTPUT, Client
 from flaskd.control.commands import from_fields, from_http, from_words
@@ -360,6 +363,29 @@ def test_a_fault_in_a_verb_is_an_answer(line, caplog):
         assert "cannot carry out the command: RuntimeError; the log says more" in answer
         assert client.pending == 0
     assert "cannot carry out a control command" in caplog.text
+
+
+def test_a_fault_in_a_verb_costs_the_fifo_that_line_alone(tmp_path, caplog, monkeypatch):
+    """It is told in the log, and what stands behind it is carried out."""
+    reached = threading.Event()
+
+    def broken(_daemon, _command, _reply):
+        raise RuntimeError("no name")
+
+    verbs = {"plan": broken, "health": lambda _daemon, _command, _reply: reached.set()}
+    monkeypatch.setattr(plane, "RUN", verbs)
+    config = Config.model_validate({})
+    daemon = SimpleNamespace(configuration=SimpleNamespace(values=config))
+    control = plane.ControlPlane(daemon, "shop", {"RUNTIME_DIRECTORY": str(tmp_path)})
+    control.open(config)
+    try:
+        with (tmp_path / "control").open("w") as fifo:
+            fifo.write("plan\nhealth\n")
+        assert reached.wait(20.0)
+    finally:
+        control.close()
+    assert "cannot carry out a control command" in caplog.messages
+    assert "control: 'plan' from the FIFO: ERR failed cannot carry out the command: RuntimeError" in caplog.messages
 
 
 def test_who_does_not_read_is_given_up():

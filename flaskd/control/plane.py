@@ -294,8 +294,9 @@ class ControlPlane:
     def _fifo_line(self, line: str) -> None:
         reply = LogReply(line[:80])
         try:
-            command = from_words(line.split(), FIFO_PEER)
+            self.execute(from_words(line.split(), FIFO_PEER), reply)
         except FlaskdError as error:
             reply.error(error.code, str(error))
-        else:
-            self.execute(command, reply)
+        except Exception as error:  # as for a socket's client (Client._run); the lines behind it are carried out
+            log.exception("cannot carry out a control command")
+            reply.error(FlaskdError.code, f"cannot carry out the command: {type(error).__name__}")
