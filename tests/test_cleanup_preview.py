@@ -57,6 +57,11 @@ def test_the_drain_is_cut_by_what_is_kept_in_reserve():
     assert fates(PLAN, set(), short)["jobs"][1] == 3.0
 
 
+def test_what_is_said_of_the_drain_is_what_it_may_take():
+    """A deadline that leaves less than the drain's own timeout is what counts."""
+    assert Frame(6.0, 2.0, 0.0, 15.0, 8).text().endswith("; the drain may take 4s")
+
+
 def test_the_latest_moments():
     """A step's latest moments are those when all before it take all of their time, retries and graces included."""
     assert latest(PLAN, FRAME) == {"jobs": (15.0, 19.0), "db": (19.0, 21.0), "files": (21.0, 22.0), "bye": (22.0, 25.0)}

@@ -47,7 +47,7 @@ class Frame:
         said = f"deadline {format_duration(self.deadline)}"
         if self.reserve:
             said += f", of which {format_duration(self.reserve)} are kept for flush, final and what is marked always"
-        return f"{said}; the drain may take {format_duration(self.drain)}"
+        return f"{said}; the drain may take {format_duration(min(self.drain, self.deadline - self.reserve))}"
 
 
 @dataclass(frozen=True)
