@@ -227,6 +227,33 @@ def test_nothing_is_asked_of_a_stranger(monkeypatch, engine):
     }
 
 
+def test_what_other_threads_are_building_is_left_alone():
+    """A tuple under construction that somebody else holds cannot be finished: the thread gets a SystemError for it."""
+    over, faults, interval = threading.Event(), [], sys.getswitchinterval()
+
+    def build():
+        while not over.is_set():
+            try:
+                for _ in range(100):
+                    tuple(number for number in range(50))
+            except SystemError as error:
+                faults.append(error)
+
+    threads = [threading.Thread(target=build) for _ in range(3)]
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in range(8):
+            discover(None)
+    finally:
+        over.set()
+        sys.setswitchinterval(interval)
+        for thread in threads:
+            thread.join(PATIENCE)
+    assert faults == []
+
+
 def test_an_object_that_is_half_built_does_no_harm():
     """An object of a known type whose attributes are not there yet is passed over."""
     half = [
