@@ -449,6 +449,11 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         self.flushed += sent or 0
         return sent
 
+    def _flush_some(self, do_close: bool = True) -> bool:
+        """Waitress locks only while a worker runs; here one may begin, having read the next request, in any moment."""
+        with self.outbuf_lock:
+            return bool(super()._flush_some(do_close=do_close))
+
     def output_length(self) -> int:
         """All bytes ever put out on this connection, sent or not."""
         if not self.total_outbufs_len:  # nothing is being sent, so nobody else counts at this moment
