@@ -34,7 +34,6 @@ _CLOSING = 0.5
 Opener = Callable[[Address, bytes, Sequence[str]], EndpointServer]
 """Opens an endpoint that stops the daemon of this process."""
 
-
 _openers: list[Opener] = []
 _open: list[ShutdownEndpoint] = []
 """Those that have opened themselves."""

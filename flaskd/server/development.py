@@ -148,7 +148,7 @@ class WerkzeugThread:
         """Bind, listen and serve; raises CannotCreateError when the address cannot be had."""
         if self._thread is not None:
             raise FlaskdError("cannot start: this server has been started before; make a new one")
-        with contextlib.ExitStack() as opened:  # closed again if anything fails; no more threads to be had, say
+        with contextlib.ExitStack() as opened:  # closed again if anything fails
             self._listener = Listener.bind(self._address)
             opened.callback(self._listener.close)
             self._listener.listen(_LISTEN)
@@ -156,11 +156,15 @@ class WerkzeugThread:
             opened.callback(self._server.socket.close)
             self._waker, self._woken = (opened.enter_context(each) for each in socket.socketpair())
             opened.enter_context(forgotten_by_children(self._forget))
-            thread = threading.Thread(target=self._run, name="flaskd-server", daemon=True)
-            thread.start()
             self._opened = opened.pop_all()
         self._address = self._listener.address
-        self._thread = thread
+        self._thread = threading.Thread(target=self._run, name="flaskd-server", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError:  # no more threads to be had
+            self._thread = None
+            self._opened.close()
+            raise
         return self
 
     def _forget(self) -> None:
@@ -232,7 +236,7 @@ class WerkzeugThread:
         self._opened.close()
 
     def _wake(self) -> None:
-        """Let the serving thread end; said like this it arrives though a forked child have a copy of the socket."""
+        """Let the serving thread end; said like this it arrives even when a forked child has a copy of the socket."""
         _shut(self._waker, socket.SHUT_RDWR)
 
     # --- the serving thread and the connections' threads ------------------------------------------------------------

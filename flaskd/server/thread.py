@@ -106,15 +106,15 @@ class WaitressThread:
             loop.patience = self._patience
             self.set_graces(self._keepalive_grace, self._stream_grace)
             loop.open()
-            thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-            thread.start()
+            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            self._thread.start()
         except BaseException:  # no more threads to be had, say
+            self._thread = None
             if self._loop is not None:
                 self._loop.close(_JOIN_TIMEOUT)
             self._close_listeners()
             self._known_to_forks.close()
             raise
-        self._thread = thread
         worked = threading.Event()
         loop.run_in_worker(worked.set) if self._threads else worked.set()
         loop.wake()
