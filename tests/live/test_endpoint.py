@@ -292,7 +292,7 @@ def test_a_server_in_a_thread_stops_once(flaskd: Flaskd, token: str, how: str) -
         flaskd.gate.open()
         assert held.result() == (200, b"held")
         assert process.wait(PATIENCE) == 0
-        assert flaskd.log == "True closed\n"
+        assert flaskd.log.endswith("True closed\n")  # waitress may say that somebody waited
     finally:
         process.kill()
         process.wait()
