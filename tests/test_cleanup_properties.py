@@ -9,8 +9,9 @@ from flaskd.cleanup import Fate, Frame, Plan
 from flaskd.cleanup.preview import _Rehearsal, latest, rehearse
 from flaskd.config import Phase
 
-MARGIN = 0.5
 PLENTY = 10.0
+FOREVER = 100.0
+"""Seconds that a hanging step would take if nothing but its own timeout ended it; a busy machine is not that late."""
 
 
 @st.composite
@@ -92,7 +93,10 @@ def test_order_and_account(drawn, max_parallel):
         for before in each["after"]:
             assert place[before] < place[each["name"]]
             assert by_name[before].started + by_name[before].took <= result.started + 1e-9
-        assert (each["name"] in log.ran) == (result.fate is not Fate.SKIPPED)
+        if (
+            each["does"] != "hang" or result.fate is Fate.SKIPPED
+        ):  # one that hangs may be given up before its first line
+            assert (each["name"] in log.ran) == (result.fate is not Fate.SKIPPED)
         if each["always"]:
             assert result.fate is not Fate.SKIPPED
         if result.fate is not Fate.SKIPPED:
@@ -108,12 +112,12 @@ def test_order_and_account(drawn, max_parallel):
 def test_never_past_the_deadline(drawn, hurried):
     """With time for next to nothing, the run still ends with an account of every step."""
     with hanging() as hang:
-        stop = runner(*Log(hang).steps(drawn, timeout=0.1), deadline=0.15, reserve=0.05, max_parallel=1)
+        stop = runner(*Log(hang).steps(drawn, timeout=FOREVER), deadline=0.15, reserve=0.05, max_parallel=1)
         begun = time.monotonic()
         if hurried:
             stop.hurry(0.01)
         results = stop.run(Phase)
-        assert time.monotonic() - begun < 0.15 + MARGIN
+        assert time.monotonic() - begun < FOREVER / 2
     assert len(results) == len(drawn)
 
 
