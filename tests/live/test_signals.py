@@ -203,7 +203,7 @@ def test_nothing_keeps_the_exit(flaskd: Flaskd) -> None:
     with socket.create_connection((host, int(port))):
         before = time.monotonic()
         assert flaskd.stop() == 0
-        assert time.monotonic() - before < 2.0
+        assert time.monotonic() - before < 10.0  # the connection alone would hold a drain for 15 s, the others for 60
     assert "leaving without waiting for" in flaskd.log
 
 
