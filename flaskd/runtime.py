@@ -14,6 +14,7 @@ from pathlib import Path
 from flaskd.errors import CannotCreateError, NotNowError
 from flaskd.files import remove_matching
 from flaskd.protocol import runtime_directories
+from flaskd.sockets import let_in
 
 _HIDDEN = re.compile(r"\.(control\.)?[0-9]+")
 """Names under which nodes are made before they are shown: `flaskd.sockets.bind_unix`, and the FIFO likewise."""
@@ -27,8 +28,8 @@ class RuntimeDirectory:
         self._fd = -1
         self._made = False
 
-    def acquire(self) -> None:
-        """Make it if needed and lock it with flock(2).
+    def acquire(self, gid: int = -1) -> None:
+        """Make it if needed and lock it with flock(2); made here, it lets the group `gid` in, -1 for the process' own.
 
         Raises NotNowError when another flaskd holds it, CannotCreateError when it cannot be had.
         """
@@ -38,6 +39,8 @@ class RuntimeDirectory:
                     shared = self.path.parent == Path(tempfile.gettempdir())
                     self.path.mkdir(mode=0o700 if shared else 0o750)
                     self._made = True
+                    if gid != -1:
+                        let_in(self.path, mode=0o750, gid=gid)
                 self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
                 try:
                     fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import ipaddress
+import logging
 import os
 import re
 import socket
@@ -18,6 +19,8 @@ from typing import Self
 from urllib.parse import quote
 
 from flaskd.errors import CannotCreateError
+
+log = logging.getLogger("flaskd.sockets")
 
 _EXPECTED = "expected HOST:PORT, [IPv6]:PORT, :PORT or unix:/path"
 _MAX_PORT = 65535
@@ -231,10 +234,31 @@ class Node:
                 self.path.unlink()
 
 
+def let_in(path: Path, *, mode: int, gid: int = -1) -> None:
+    """Give a node that nobody sees yet its group and its mode; `gid` -1 leaves it the process' own. Raises OSError.
+
+    A group that this process may not give (chown(2)) costs a warning, and then the mode is `without_group`.
+    """
+    if gid != -1:
+        try:
+            os.chown(path, -1, gid)
+        except (OSError, OverflowError) as error:  # the latter from a number that is none of a group's
+            mode = without_group(mode)
+            why = error.strerror if isinstance(error, OSError) else error
+            log.warning(f"cannot give a node in {path.parent} to group {gid}: {why}; it keeps its own, mode {mode:04o}")
+    path.chmod(mode)
+
+
+def without_group(mode: int) -> int:
+    """A mode in which the group may do no more than everybody: what was meant for one group is not another's."""
+    return mode & ~0o070 | mode & (mode & 0o007) << 3
+
+
 def bind_unix(path: Path, *, mode: int, gid: int = -1) -> tuple[socket.socket, Node]:
     """Bind a listening Unix stream socket at `path` with its final mode and group, and only then show it there.
 
     A stale socket is replaced; a live one, or anything that is not a socket, is refused with CannotCreateError.
+    A group that cannot be given costs a warning; see `let_in`.
     The socket is bound under a temporary name and renamed, so nobody ever sees it with the wrong mode or not listening.
     """
     if len(os.fsencode(path)) > _MAX_UNIX_PATH:  # the hidden name might do, but nobody could connect to the final one
@@ -255,9 +279,7 @@ def bind_unix(path: Path, *, mode: int, gid: int = -1) -> tuple[socket.socket, N
         with contextlib.suppress(FileNotFoundError):
             hidden.unlink()
         sock.bind(str(hidden))
-        hidden.chmod(mode)
-        if gid != -1:
-            os.chown(hidden, -1, gid)
+        let_in(hidden, mode=mode, gid=gid)
         sock.listen(128)
         hidden.rename(path)
         return sock, Node.of(path)

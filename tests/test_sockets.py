@@ -220,22 +220,39 @@ def test_the_mode_is_the_one_asked_for(mode, path):
 
 
 def test_the_group_is_the_one_asked_for(path):
-    """A group that this process may give is given; one that it may not is a clear refusal."""
+    """A group that this process may give is given."""
     sock, _ = bind_unix(path, mode=0o660, gid=os.getegid())
     assert path.stat().st_gid == os.getegid()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o660
     sock.close()
 
 
-def test_a_group_that_cannot_be_given_leaves_nothing(path, monkeypatch):
-    """Where the group cannot be set, nothing is left behind, visible or hidden."""
+@pytest.mark.parametrize(
+    ("mode", "narrower"), [(0o660, 0o600), (0o600, 0o600), (0o666, 0o666), (0o664, 0o644), (0o750, 0o700)]
+)
+def test_a_group_that_cannot_be_given_costs_a_warning(mode, narrower, path, monkeypatch, caplog):
+    """The node is made all the same, and the process' own group gets no more than everybody."""
 
     def refuse(*_):
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "chown", refuse)
-    with pytest.raises(CannotCreateError, match=f"^cannot listen on unix:{path}: Operation not permitted$"):
-        bind_unix(path, mode=0o660, gid=12345)
-    assert list(path.parent.iterdir()) == []
+    sock, _ = bind_unix(path, mode=mode, gid=12345)
+    assert stat.S_IMODE(path.stat().st_mode) == narrower
+    assert connects(path)
+    assert [each.name for each in path.parent.iterdir()] == ["app.sock"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"cannot give a node in {path.parent} to group 12345: Operation not permitted; "
+        f"it keeps its own, mode {narrower:04o}"
+    ]
+    sock.close()
+
+
+def test_a_number_that_is_no_groups_costs_a_warning(path, caplog):
+    """What chown(2) could not even take is told like what it refuses."""
+    bind_unix(path, mode=0o660, gid=1 << 40)[0].close()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert f"to group {1 << 40}: " in caplog.text
 
 
 def test_a_stale_socket_is_taken_over(path, bound):

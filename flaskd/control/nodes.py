@@ -9,11 +9,15 @@ import os
 import socket
 import stat
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from flaskd.errors import CannotCreateError
 from flaskd.protocol import FIFO, SOCKET
 from flaskd.runtime import RuntimeDirectory
-from flaskd.sockets import Node, bind_unix
+from flaskd.sockets import Node, bind_unix, let_in, without_group
+
+if TYPE_CHECKING:
+    from flaskd.config import ControlConfig
 
 log = logging.getLogger("flaskd.control")
 
@@ -84,33 +88,40 @@ def fifo_place(directory: RuntimeDirectory) -> Place:
             if not stat.S_ISFIFO(path.lstat().st_mode):
                 raise CannotCreateError(f"cannot make the FIFO {path}: a file that is not a FIFO stands there")
         hidden = path.with_name(f".{FIFO}.{os.getpid()}")
-        with contextlib.suppress(FileNotFoundError):
-            hidden.unlink()
-        os.mkfifo(hidden)
-        hidden.chmod(mode)
-        if gid != -1:
-            os.chown(hidden, -1, gid)
-        # O_RDWR: an O_RDONLY reader spins on POLLHUP once the first writer is gone (poll(2)).
-        fd = os.open(hidden, os.O_RDWR | os.O_NONBLOCK)
+        fd = -1
         try:
+            with contextlib.suppress(FileNotFoundError):
+                hidden.unlink()
+            os.mkfifo(hidden, 0o600)
+            let_in(hidden, mode=mode, gid=gid)
+            # O_RDWR: an O_RDONLY reader spins on POLLHUP once the first writer is gone (poll(2)).
+            fd = os.open(hidden, os.O_RDWR | os.O_NONBLOCK)
             hidden.rename(path)
             return fd, Node.of(path)
-        except OSError:
-            os.close(fd)
-            raise
+        except OSError as error:
+            if fd >= 0:
+                os.close(fd)
+            with contextlib.suppress(OSError):
+                hidden.unlink()
+            raise CannotCreateError(f"cannot make the FIFO {path}: {error.strerror}") from error
 
     return Place("FIFO", make)
 
 
-def group_number(group: str | None) -> int:
-    """The number of `control.group`; -1, which chown(2) takes as "leave it", when there is none, or none such here."""
+def mode_and_group(control: ControlConfig) -> tuple[int, int]:
+    """What the nodes get: `control.mode`, and the number of `control.group`, -1 for the process' own.
+
+    A group that this machine does not know costs a warning, and what the mode gives a group.
+    """
+    mode, group = control.mode_bits, control.group
     if group is None:
-        return -1
+        return mode, -1
     try:
-        return int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
+        return mode, int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
     except KeyError:
-        log.warning(f'control.group: there is no group "{group}"; the nodes keep the process\'s own')
-        return -1
+        mode = without_group(mode)
+        log.warning(f'control.group: there is no group "{group}"; the nodes keep the process\'s own, mode {mode:04o}')
+        return mode, -1
 
 
 def accept(fd: int) -> socket.socket:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from flaskd.control.access import FIFO_PEER, Access
 from flaskd.control.clients import Client
 from flaskd.control.commands import Command, from_words
-from flaskd.control.nodes import Place, accept, fifo_place, group_number, socket_place
+from flaskd.control.nodes import Place, accept, fifo_place, mode_and_group, socket_place
 from flaskd.control.replies import LogReply
 from flaskd.control.verbs import RUN
 from flaskd.errors import CannotCreateError, FlaskdError
@@ -70,16 +70,16 @@ class ControlPlane:
         Raises NotNowError when another flaskd lives there, and CannotCreateError if `control.required`; otherwise what
         cannot be made is told in the log.
         """
-        self._mode, faults = config.control.mode_bits, []
+        faults = []
         self._access, self._access_of = Access(config.control), config.control
+        self._mode, self._gid = mode_and_group(config.control)
         try:
-            self._directory.acquire()
+            self._directory.acquire(self._gid)
         except CannotCreateError as error:
             faults.append(str(error))
         else:
             if left := self._directory.tidy():
                 log.info(f"removed what a flaskd that was killed had left in {self._directory.path}: {', '.join(left)}")
-            self._gid = group_number(config.control.group)
             wanted = {self._socket: self._accept}
             if self._access.fifo:
                 wanted[self._fifo] = self._read_fifo
@@ -191,7 +191,7 @@ class ControlPlane:
         if self._places and not self._directory.stands:
             self._directory.forget()
             try:
-                self._directory.acquire()
+                self._directory.acquire(self._gid)
             except FlaskdError as error:
                 if str(error) != self._told:
                     self._told = str(error)

@@ -89,3 +89,17 @@ def test_with_roles_alone_there_is_no_fifo(flaskd: Flaskd) -> None:
     serve(flaskd, "roles: {admin: [root]}")
     assert not flaskd.fifo_path.exists()
     assert flaskd.stop() == 0
+
+
+def test_a_directory_made_for_this_run_lets_the_group_in(flaskd: Flaskd) -> None:
+    """Who is in `control.group` reaches the socket, also in a directory that had to be made again."""
+    flaskd.directory.chmod(0o755)
+    flaskd.write("flaskd.yaml", "control: {group: daemon}\n")
+    flaskd.start()
+    assert post(flaskd, "drain?wait", NOBODY, group=DAEMON) == (200, "drained")
+    for path in (flaskd.socket_path, flaskd.fifo_path):
+        path.unlink()
+    flaskd.runtime.rmdir()
+    flaskd.until(flaskd.socket_path.exists)
+    assert post(flaskd, "resume", NOBODY, groups=(DAEMON,)) == (200, "ready")
+    assert flaskd.stop() == 0

@@ -1,0 +1,82 @@
+"""The two nodes and their directory: made with their group where it can be given, and nothing left where they cannot."""
+
+import os
+import stat
+
+import pytest
+
+from flaskd.config import load_mapping
+from flaskd.control.nodes import fifo_place, mode_and_group, socket_place
+from flaskd.errors import CannotCreateError
+from flaskd.runtime import RuntimeDirectory
+
+
+@pytest.fixture
+def directory(tmp_path):
+    directory = RuntimeDirectory("flaskd", {"RUNTIME_DIRECTORY": str(tmp_path / "run")})
+    yield directory
+    directory.release()
+
+
+def refuse(*_, **__):
+    raise PermissionError(1, "Operation not permitted")
+
+
+def control(**fields):
+    return load_mapping({"control": fields}, actions={}).values.control
+
+
+@pytest.mark.parametrize("place", [socket_place, fifo_place])
+def test_a_group_that_cannot_be_given_costs_a_warning_and_no_node(place, directory, monkeypatch, caplog):
+    """Directory and node are there, for this process' user alone; each says in the log what it did not get."""
+    monkeypatch.setattr(os, "chown", refuse)
+    directory.acquire(12345)
+    node = place(directory)
+    node.open(0o660, 12345)
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (directory.path, node.node.path)] == [0o700, 0o600]
+    assert [path.name for path in directory.path.iterdir()] == [node.node.path.name]
+    assert caplog.text.count("to group 12345: Operation not permitted") == 2
+    node.remove()
+    node.close()
+
+
+def test_a_directory_made_here_lets_the_group_in(directory, monkeypatch):
+    """It gets the group of the nodes, and the group may search it whatever the umask says."""
+    given = []
+    monkeypatch.setattr(os, "chown", lambda path, uid, gid: given.append((path, uid, gid)))
+    before = os.umask(0o077)
+    try:
+        directory.acquire(12345)
+    finally:
+        os.umask(before)
+    assert given == [(directory.path, -1, 12345)]
+    assert stat.S_IMODE(directory.path.stat().st_mode) == 0o750
+
+
+def test_a_directory_that_was_there_keeps_its_group(directory, monkeypatch):
+    """What the service manager or an administrator made is theirs to give."""
+    monkeypatch.setattr(os, "chown", refuse)
+    directory.path.mkdir(mode=0o755)
+    directory.acquire(12345)
+    assert stat.S_IMODE(directory.path.stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize("step", ["chmod", "open", "rename"])
+def test_a_fifo_that_cannot_be_made_leaves_nothing(step, directory, monkeypatch):
+    """Whichever step fails, no hidden node stays, and the fault names the FIFO."""
+    directory.acquire()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, step, refuse)  # what pathlib calls
+        with pytest.raises(CannotCreateError) as caught:
+            fifo_place(directory).open(0o660, -1)
+    assert str(caught.value) == f"cannot make the FIFO {directory.path / 'control'}: Operation not permitted"
+    assert list(directory.path.iterdir()) == []
+
+
+def test_a_group_that_is_not_known_narrows_the_mode(caplog):
+    """Nobody else gets what was meant for it; a known one, by name or number, leaves the mode alone."""
+    assert mode_and_group(control(mode="0660", group="no-such-group")) == (0o600, -1)
+    assert 'there is no group "no-such-group"' in caplog.text
+    assert mode_and_group(control(mode="0660", group="77")) == (0o660, 77)
+    assert mode_and_group(control(mode="0660", group="root")) == (0o660, 0)
+    assert mode_and_group(control(mode="0660")) == (0o660, -1)
