@@ -33,26 +33,30 @@ class Place:
         self._told = ""
 
     def open(self, mode: int, gid: int) -> None:
-        """Make it."""
-        self.fd, self.node = self._make(mode, gid)
+        """Make it; where that fails, `keep` goes on trying."""
+        try:
+            self.fd, self.node = self._make(mode, gid)
+        except (CannotCreateError, OSError) as error:
+            self._told = str(error)
+            raise
 
     def keep(self, mode: int, gid: int) -> int | None:
-        """Put it back if it is not ours any more; returns the descriptor that is no longer the right one, if so.
+        """Make it if it is not there, or not ours any more; then returns the descriptor before, -1 for none.
 
         What stands in its place and is nobody's stale node stays, with one warning, until it is gone.
         """
         if self.node is not None and self.node.is_ours():
             return None
-        before = self.fd
+        before, told, missed = self.fd, self._told, self.node is not None
         try:
             self.open(mode, gid)
         except (CannotCreateError, OSError) as error:
-            if str(error) != self._told:
-                self._told = str(error)
-                log.warning(f"the {self.what} was taken away, and cannot be put back: {error}; it is tried again")
+            if str(error) != told:
+                lost = "was taken away, and cannot be put back" if missed else "still cannot be made"
+                log.warning(f"the {self.what} {lost}: {error}; it is tried again")
             return None
         self._told = ""
-        log.warning(f"the {self.what} had been taken away: it is back")
+        log.warning(f"the {self.what} {'had been taken away: it is back' if missed else 'could be made now'}")
         return before
 
     def remove(self) -> None:

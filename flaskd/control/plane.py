@@ -46,7 +46,7 @@ class ControlPlane:
         self._directory = RuntimeDirectory(name, environ)
         self._socket, self._fifo = socket_place(self._directory), fifo_place(self._directory)
         self._places: dict[Place, Callable[[], None]] = {}
-        """Those that were made, each with what reads from it."""
+        """Those that are wanted, each with what reads from it."""
         self._selector = selectors.DefaultSelector()
         self._clients: set[Client] = set()
         self._fifo_inbox = bytearray()
@@ -84,12 +84,12 @@ class ControlPlane:
             if self._access.fifo:
                 wanted[self._fifo] = self._read_fifo
             for place, read in wanted.items():
+                self._places[place] = read
                 try:
                     place.open(self._mode, self._gid)
                 except (CannotCreateError, OSError) as error:
                     faults.append(str(error))
                 else:
-                    self._places[place] = read
                     self._selector.register(place.fd, selectors.EVENT_READ, read)
         if faults and config.control.required:
             self.close()
@@ -201,9 +201,10 @@ class ControlPlane:
         for place, read in self._places.items():
             before = place.keep(self._mode, self._gid)
             if before is not None:
-                with contextlib.suppress(KeyError):  # nobody was accepted for a moment
-                    self._selector.unregister(before)
-                os.close(before)
+                if before >= 0:
+                    with contextlib.suppress(KeyError):  # nobody was accepted for a moment
+                        self._selector.unregister(before)
+                    os.close(before)
                 if place is self._socket:
                     self._accepting_again = 0.0
                 self._selector.register(place.fd, selectors.EVENT_READ, read)

@@ -236,6 +236,36 @@ def test_a_file_in_the_place_of_a_node_stays_until_it_is_gone(flaskd: Flaskd) ->
     assert flaskd.stop() == 0
 
 
+def test_a_file_that_lies_there_at_the_start_stays_until_it_is_gone(flaskd: Flaskd) -> None:
+    """A node whose place is taken is made when the place is free; until then the other one answers."""
+    flaskd.runtime.mkdir()
+    flaskd.fifo_path.write_text("precious")
+    flaskd.start()
+    assert flaskd.command("ready") == "OK ready\n"
+    assert flaskd.fifo_path.read_text() == "precious"
+    flaskd.fifo_path.unlink()
+    flaskd.until(flaskd.fifo_path.is_fifo)
+    with flaskd.fifo_path.open("wb") as fifo:
+        fifo.write(b"drain\n")
+    flaskd.wait_message("drained")
+    assert flaskd.log.count("a file that is not a FIFO stands there") == 1
+    assert "the FIFO could be made now" in flaskd.log
+    assert flaskd.stop() == 0
+
+
+def test_a_socket_whose_place_was_taken_at_the_start_answers_later(flaskd: Flaskd) -> None:
+    """The FIFO alone is enough to serve and to stop; the socket comes when its place is free."""
+    flaskd.runtime.mkdir()
+    flaskd.socket_path.mkdir()
+    flaskd.start()
+    assert "a file that is not a socket stands there; serving all the same" in flaskd.log
+    flaskd.socket_path.rmdir()
+    flaskd.until(flaskd.socket_path.is_socket)
+    assert flaskd.command("ready") == "OK ready\n"
+    assert flaskd.socket_path.stat().st_mode & 0o777 == 0o660
+    assert flaskd.stop() == 0
+
+
 def test_a_directory_that_was_deleted_is_made_again(flaskd: Flaskd) -> None:
     """The runtime directory and both nodes come back, and no second flaskd can start there."""
     flaskd.start()
