@@ -59,6 +59,21 @@ class Place:
         log.warning(f"the {self.what} {'had been taken away: it is back' if missed else 'could be made now'}")
         return before
 
+    def anew(self) -> int | None:
+        """Open the node once more; returns the descriptor before, None where that fails: `keep` makes another.
+
+        A FIFO whose writers have all gone says POLLHUP for ever (poll(2)), but not to a descriptor opened since then
+        (Linux, fs/pipe.c). The one before is still open, so that nobody who writes meanwhile finds no reader.
+        """
+        before = self.fd
+        try:
+            self.fd = os.open(f"/proc/self/fd/{before}", os.O_RDONLY | os.O_NONBLOCK)
+        except OSError as error:
+            log.warning(f"cannot open the {self.what} once more: {error.strerror}; it is made anew")
+            self.node = None
+            return None
+        return before
+
     def remove(self) -> None:
         """Remove the node if it is still ours; the descriptor stays open."""
         if self.node is not None:
@@ -98,8 +113,7 @@ def fifo_place(directory: RuntimeDirectory) -> Place:
                 hidden.unlink()
             os.mkfifo(hidden, 0o600)
             let_in(hidden, mode=mode, gid=gid)
-            # O_RDWR: an O_RDONLY reader spins on POLLHUP once the first writer is gone (poll(2)).
-            fd = os.open(hidden, os.O_RDWR | os.O_NONBLOCK)
+            fd = os.open(hidden, os.O_RDONLY | os.O_NONBLOCK)
             hidden.rename(path)
             return fd, Node.of(path)
         except OSError as error:

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 from flaskd.control.access import FIFO_PEER, Access
 from flaskd.control.clients import Client
 from flaskd.control.commands import Command, from_words
+from flaskd.control.fifo import Lines
 from flaskd.control.nodes import Place, accept, fifo_place, mode_and_group, socket_place
 from flaskd.control.replies import LogReply
 from flaskd.control.verbs import RUN
 from flaskd.errors import CannotCreateError, FlaskdError
-from flaskd.protocol import MAX_LINE, Reply
+from flaskd.protocol import Reply
 from flaskd.runtime import RuntimeDirectory
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class ControlPlane:
         """Those that are wanted, each with what reads from it."""
         self._selector = selectors.DefaultSelector()
         self._clients: set[Client] = set()
-        self._fifo_inbox = bytearray()
+        self._fifo_lines = Lines(self._fifo_line)
         self._thread = threading.Thread(target=self._run, name="flaskd-control", daemon=True)
         self._ending = False
         self._accepting_again = 0.0
@@ -201,13 +202,17 @@ class ControlPlane:
         for place, read in self._places.items():
             before = place.keep(self._mode, self._gid)
             if before is not None:
-                if before >= 0:
-                    with contextlib.suppress(KeyError):  # nobody was accepted for a moment
-                        self._selector.unregister(before)
-                    os.close(before)
+                self._replace(before, place, read)
                 if place is self._socket:
                     self._accepting_again = 0.0
-                self._selector.register(place.fd, selectors.EVENT_READ, read)
+
+    def _replace(self, before: int, place: Place, read: Callable[[], None]) -> None:
+        """Listen to the new descriptor of a place, and close the one before; -1 for none."""
+        if before >= 0:
+            with contextlib.suppress(KeyError):  # nobody was accepted for a moment
+                self._selector.unregister(before)
+            os.close(before)
+        self._selector.register(place.fd, selectors.EVENT_READ, read)
 
     def _accept(self) -> None:
         for _ in range(_AT_ONCE):
@@ -279,18 +284,12 @@ class ControlPlane:
         client.sock.close()
 
     def _read_fifo(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            self._fifo_inbox += os.read(self._fifo.fd, 65536)
-        *lines, rest = bytes(self._fifo_inbox).split(b"\n")
-        self._fifo_inbox[:] = rest
-        for line in lines:
-            if len(line) > MAX_LINE:
-                log.warning(f"the FIFO got a line of {len(line)} bytes; a command has at most {MAX_LINE}")
-            elif line.strip():
-                self._fifo_line(line.decode("utf-8", "replace"))
-        if len(self._fifo_inbox) > MAX_LINE:
-            log.warning(f"the FIFO got {len(self._fifo_inbox)} bytes without a newline; they are dropped")
-            self._fifo_inbox.clear()
+        if self._fifo_lines.read(self._fifo.fd):
+            return
+        if (before := self._fifo.anew()) is not None:
+            self._replace(before, self._fifo, self._read_fifo)
+        else:  # it is made anew at the next look; until then it would be readable for ever
+            self._selector.unregister(self._fifo.fd)
 
     def _fifo_line(self, line: str) -> None:
         reply = LogReply(line[:80])

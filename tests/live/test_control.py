@@ -22,6 +22,16 @@ def test_echo_in_a_shell(flaskd: Flaskd) -> None:
     assert "control: state: ready" in flaskd.log
 
 
+def test_an_unfinished_line_is_not_the_next_writers(flaskd: Flaskd) -> None:
+    """`printf drai > control`, and nothing more, is dropped with a warning; the next `echo` is heard as it was typed."""
+    flaskd.start()
+    subprocess.run(["sh", "-c", f"printf drai > {flaskd.fifo_path}"], check=True, timeout=PATIENCE)
+    flaskd.until(lambda: "4 bytes without a newline, and their writer left" in flaskd.log)
+    subprocess.run(["sh", "-c", f"echo drain > {flaskd.fifo_path}"], check=True, timeout=PATIENCE)
+    flaskd.wait_message("drained")
+    assert flaskd.stop() == 0
+
+
 def test_junk_in_the_fifo_is_told_in_the_log(flaskd: Flaskd) -> None:
     """A FIFO gives no answer, so a typing mistake stands in the log; empty lines are nothing."""
     flaskd.start()

@@ -1,0 +1,65 @@
+"""What comes out of the FIFO, cut into lines; a line that its writer left unfinished is not the next writer's."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+
+from flaskd.protocol import MAX_LINE
+
+log = logging.getLogger("flaskd.control")
+
+_AT_ONCE = 65536
+"""Bytes of one read: all that a FIFO holds (F_SETPIPE_SZ, fcntl(2)), unless somebody enlarged it."""
+_TURNS = 4
+"""Reads before the others have their turn."""
+
+
+class Lines:
+    """Reads lines from a descriptor and gives each to `take`; one that is too long is dropped up to its newline."""
+
+    def __init__(self, take: Callable[[str], None]) -> None:
+        self._take = take
+        self._rest = bytearray()
+        self._dropping = False
+
+    def read(self, fd: int) -> bool:
+        """Take what has come; False when no writer is left (read(2) gives nothing, once all that they wrote is read).
+
+        Those who write at the same time, or in the same moment, are told apart by their newlines alone.
+        """
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(_TURNS):
+                data = os.read(fd, _AT_ONCE)
+                if not data:
+                    self._end()
+                    return False
+                self._feed(data)
+        return True
+
+    def _feed(self, data: bytes) -> None:
+        *lines, rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            if self._dropping:
+                self._dropping = False
+            elif len(line) > MAX_LINE:
+                log.warning(f"the FIFO got a line of {len(line)} bytes; a command has at most {MAX_LINE}")
+            elif line.strip():
+                self._take(line.decode("utf-8", "replace"))
+        self._rest = rest
+        if self._dropping:
+            self._rest.clear()
+        elif len(rest) > MAX_LINE:
+            log.warning(f"the FIFO got {len(rest)} bytes without a newline; they are dropped")
+            self._rest.clear()
+            self._dropping = True
+
+    def _end(self) -> None:
+        if self._rest:
+            log.warning(
+                f"the FIFO got {len(self._rest)} bytes without a newline, and their writer left; they are dropped"
+            )
+        self._rest.clear()
+        self._dropping = False
