@@ -18,7 +18,7 @@ from flaskd import __version__
 from flaskd.cli import talk
 from flaskd.cli.units import units
 from flaskd.client import ControlClient, find_socket
-from flaskd.errors import EX_LOST, EX_USAGE, ConfigError, FlaskdError, NoDaemonError
+from flaskd.errors import EX_CONFIG, EX_LOST, EX_OK, EX_USAGE, ConfigError, FlaskdError, NoDaemonError
 from flaskd.leave import leave
 
 
@@ -130,20 +130,44 @@ def _config_path(option: str | None) -> Path | None:
 @cli.command()
 @click.option("-c", "--config", metavar="FILE", help="Configuration file; else $FLASKD_CONFIG, else ./flaskd.yaml.")
 @click.option("--unit", metavar="UNIT", help="A systemd unit file to compare with.")
+@click.option("--json", "as_json", is_flag=True, help="Answer for programs: each fault with its place.")
 @click.argument("file", required=False)
-def check(config: str | None, unit: str | None, file: str | None) -> None:
+def check(config: str | None, unit: str | None, as_json: bool, file: str | None) -> int:
     """Check a configuration file, importing nothing of the app."""
+    from flaskd.config import Fault, InvalidConfigError  # noqa: PLC0415
+
+    path = _config_path(config or file)
+    answer: dict[str, Any] = {"ok": True, "config": str(path) if path else None, "faults": [], "omitted": 0}
+    try:
+        _check(path, unit)
+    except ConfigError as error:
+        if not as_json:
+            raise
+        answer["ok"] = False
+        if isinstance(error, InvalidConfigError):
+            answer["faults"] = [fault.as_json() for fault in error.faults]
+            answer["omitted"] = error.omitted
+        else:  # of the whole file, or of a unit that does not go with it
+            faults = [Fault(unit or str(path or ""), 0, 0, "", line) for line in str(error).splitlines()]
+            answer["faults"] = [fault.as_json() for fault in faults]
+    if as_json:
+        click.echo(json.dumps(answer, ensure_ascii=False))
+    else:
+        click.echo(f"{path}: OK" if path else "no configuration file: the defaults are in force")
+    return EX_OK if answer["ok"] else EX_CONFIG
+
+
+def _check(path: Path | None, unit: str | None) -> None:
+    """Raises ConfigError."""
     from flaskd.cleanup import action_specs  # noqa: PLC0415
     from flaskd.config import load  # noqa: PLC0415
 
-    path = _config_path(config or file)
     values = load(path, actions=action_specs()).values
     if unit is not None:
         from flaskd.unitfiles import compare  # noqa: PLC0415
 
         if faults := compare(Path(unit), deadline=values.shutdown.deadline, fdstore=values.systemd.fdstore):
             raise ConfigError("\n".join(faults))
-    click.echo(f"{path}: OK" if path else "no configuration file: the defaults are in force")
 
 
 @cli.command()

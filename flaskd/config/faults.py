@@ -51,6 +51,12 @@ class Fault:
     key: str
     message: str
 
+    def as_json(self) -> dict[str, str | int]:
+        """Stable keys for programs."""
+        return {
+            "path": self.path, "line": self.line, "column": self.column, "key": self.key, "message": self.message,
+        }  # fmt: skip
+
     def __str__(self) -> str:
         at = f"{self.path}:{self.line}:{self.column}" if self.line else self.path
         return f"{at} {self.key}: {self.message}" if self.key else f"{at}: {self.message}"

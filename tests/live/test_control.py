@@ -4,6 +4,7 @@ import json
 import socket
 import stat
 import subprocess
+from typing import Any
 
 import pytest
 from conftest import PATIENCE, Flaskd, get
@@ -230,6 +231,33 @@ def test_usage_faults(flaskd: Flaskd) -> None:
     assert flaskd.client("serve", "gateapp", "--name", "a/b")[0] == 64
     assert flaskd.client("--help")[0] == 0
     assert flaskd.client("--version")[:2] == (0, "flaskd 0.1.0\n")
+
+
+def test_a_check_for_programs(flaskd: Flaskd) -> None:
+    """`check --json` has each fault with its place, on standard output; the exit code is the same as for people."""
+    good = flaskd.write("good.yaml", "version: 1\n")
+    bad = flaskd.write("bad.yaml", "server:\n  threads: many\n  thraeds: 3\n")
+    unit = flaskd.write("short.service", "[Service]\nTimeoutStopSec=3\n")
+
+    def check(*args: object) -> tuple[int, dict[str, Any]]:
+        code, out, err = flaskd.client("check", "--json", *map(str, args))
+        assert err == ""
+        return code, json.loads(out)
+
+    assert check(good) == (0, {"ok": True, "config": str(good), "faults": [], "omitted": 0})
+    assert check() == (0, {"ok": True, "config": None, "faults": [], "omitted": 0})
+    code, answer = check(bad)
+    first, second = answer.pop("faults")
+    assert (code, answer) == (78, {"ok": False, "config": str(bad), "omitted": 0})
+    assert first == {
+        "path": str(bad), "line": 2, "column": 12, "key": "server.threads", "message": 'expected an integer, got "many"',
+    }  # fmt: skip
+    assert (second["line"], second["column"], second["key"]) == (3, 3, "server.thraeds")
+    code, answer = check(flaskd.directory / "none.yaml")
+    assert (code, answer["faults"][0]["message"].startswith("cannot read ")) == (78, True)
+    code, answer = check("--unit", unit, good)
+    assert (code, answer["faults"][0]["path"]) == (78, str(unit))
+    assert "TimeoutStopSec=3s" in answer["faults"][0]["message"]
 
 
 def test_offline_verbs(flaskd: Flaskd) -> None:
