@@ -56,6 +56,8 @@ _SWITCH = 0.001
 The serving, control and admin threads need the interpreter several times for one answer, and wait each time for every
 worker that computes: with four of them a probe took up to 190 ms, and takes up to 40.
 """
+_WEDGED = 5.0
+"""Seconds without a turn after which the serving thread does not live any more; it turns once a second at least."""
 _TICK = 1.0
 """Seconds between two progress reports of a drain or stop."""
 
@@ -218,9 +220,10 @@ class Daemon:
         }
 
     @property
-    def silent_for(self) -> float:
-        """Seconds since the serving thread last turned; 0 while there is none yet."""
-        return self._server.silent_for if self._server is not None else 0.0
+    def wedged(self) -> str:
+        """Why flaskd does not live any more, as ``health`` and ``/livez`` say it; empty while it does, or starts."""
+        silent = self._server.silent_for if self._server is not None else 0.0
+        return f"the serving thread has not turned for {silent:.1f}s" if silent > _WEDGED else ""
 
     def measures(self) -> Measures:
         """What is counted."""

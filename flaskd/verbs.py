@@ -69,7 +69,7 @@ FLAGS = {
 VERBS: dict[str, Verb] = {
     "help": Verb("this list, or one verb", argument="verb"),
     "status": Verb("state, requests in flight, listeners"),
-    "health": Verb("OK while the serving thread turns"),
+    "health": Verb("OK while flaskd starts, and the serving thread turns"),
     "ready": Verb("OK while new requests are welcome"),
     "drain": Verb("take no new work, finish what is in hand, stay alive", Role.OPERATOR, _WAIT, changes=True),
     "resume": Verb("undo a drain", Role.OPERATOR, _WAIT, changes=True),

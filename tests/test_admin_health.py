@@ -23,7 +23,7 @@ RECORD = {
 
 class Source:
     def __init__(self):
-        self.silent_for = 0.0
+        self.wedged = ""
         self.state = "ready"
 
     def readiness(self):
@@ -71,10 +71,10 @@ def ask(source):
 
 
 def test_alive_while_the_serving_thread_turns(ask, source):
-    """/livez is 200 until the serving thread has not turned for seconds, whatever the state."""
+    """/livez is 200 until the daemon says why it does not live any more, whatever the state."""
     source.state = "draining"
     assert ask("/livez")[::2] == (200, "alive\n")
-    source.silent_for = 6.25
+    source.wedged = "the serving thread has not turned for 6.2s"
     assert ask("/livez")[::2] == (503, "the serving thread has not turned for 6.2s\n")
 
 

@@ -1,5 +1,6 @@
 """What a line, a JSON object or a request line means, and who may say it."""
 
+import json
 import os
 import socket
 import threading
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flaskd.admin.health import AdminApp
 from flaskd.config import Config, load_mapping
 from flaskd.control import plane
 from flaskd.control.access import FIFO_PEER, Access, Peer
@@ -16,6 +18,7 @@ from flaskd.control.clients import MAX_OUTPUT, Client
 from flaskd.control.commands import from_fields, from_http, from_words
 from flaskd.control.replies import LogReply
 from flaskd.control.verbs import RUN
+from flaskd.daemon import Daemon
 from flaskd.errors import ForbiddenError, UnknownCommandError, UsageError
 from flaskd.verbs import FLAGS, VERBS, Role
 
@@ -26,6 +29,25 @@ def test_every_verb_of_the_table_does_something():
     """The table and what stands behind it have the same verbs, and each flag is explained."""
     assert list(RUN) == list(VERBS)
     assert {flag for verb in VERBS.values() for flag in verb.flags} == set(FLAGS)
+
+
+@pytest.mark.parametrize(("silent", "why"), [(4.9, ""), (6.25, "the serving thread has not turned for 6.2s")])
+def test_one_word_on_whether_it_lives(silent, why):
+    """`health` and `/livez` ask the daemon, which is wedged when its serving thread has not turned for five seconds."""
+    daemon = Daemon(lambda: None, plane=lambda _: None, name="flaskd", environ={})
+    assert daemon.wedged == ""  # starting
+    daemon._server = SimpleNamespace(silent_for=silent)
+    assert daemon.wedged == why
+    answers = []
+    reply = SimpleNamespace(ok=answers.append, error=lambda code, message: answers.append(f"{code} {message}"))
+    RUN["health"](daemon, from_words(["health"], PEER), reply)
+    app = AdminApp(daemon, None, ())
+    body = app({"PATH_INFO": "/livez", "REQUEST_METHOD": "GET"}, lambda status, _: answers.append(status))
+    assert [*answers, *body] == (
+        [f"unhealthy {why}", "503 Service Unavailable", f"{why}\n".encode()]
+        if why
+        else ["healthy", "200 OK", b"alive\n"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -386,6 +408,32 @@ def test_a_fault_in_a_verb_costs_the_fifo_that_line_alone(tmp_path, caplog, monk
         control.close()
     assert "cannot carry out a control command" in caplog.messages
     assert "control: 'plan' from the FIFO: ERR failed cannot carry out the command: RuntimeError" in caplog.messages
+
+
+@pytest.mark.parametrize("given", ["7", "-1", '"seven"', '""', "null"])
+def test_an_id_comes_back(given):
+    """Text, a whole number and null are given back as they came; no id is null."""
+    ours, client = connect(lambda _, reply: reply.ok("done"))
+    with ours, client.sock:
+        ours.sendall(f'{{"id": {given}, "cmd": "status"}}\n{{"cmd": "status"}}\n'.encode())
+        turn(client)
+        answers = ours.recv(65536).splitlines()
+    assert [json.loads(each)["id"] for each in answers] == [json.loads(given), None]
+
+
+@pytest.mark.parametrize("given", ["NaN", "Infinity", "1.5", "true", "{}", "[7]", "[" * 900 + "]" * 900])
+def test_an_id_that_could_not_come_back_is_refused(given):
+    """What is no JSON to others, or deep enough to break what reads or writes it, is an error; nothing is carried out."""
+    done = []
+    ours, client = connect(lambda command, _: done.append(command))
+    with ours, client.sock:
+        ours.sendall(f'{{"id": {given}, "cmd": "status"}}\n'.encode())
+        turn(client)
+        answer = json.loads(ours.recv(65536))
+    assert (answer["id"], answer["ok"], answer["error"]["code"]) == (None, False, "usage")
+    assert 'expected "id" to be text, a whole number or null' in answer["error"]["message"]
+    assert done == []
+    assert client.pending == 0
 
 
 def test_who_does_not_read_is_given_up():

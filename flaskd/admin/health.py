@@ -32,8 +32,6 @@ _LIMITS = {
 _BACKLOG = 128
 _PATIENCE = 10.0
 """Seconds that a client has for a request, however slowly it goes on with it."""
-_WEDGED = 5.0
-"""Seconds without a turn after which the serving thread does not live any more; it turns once a second at least."""
 _CLOSING = 0.2
 """Seconds that answers under way get at the end."""
 
@@ -48,8 +46,8 @@ class Source(Protocol):
         """A status line, and a word: whether new requests are welcome."""
 
     @property
-    def silent_for(self) -> float:
-        """Seconds since the serving thread last turned; 0 while there is none yet."""
+    def wedged(self) -> str:
+        """Why it does not live any more; empty while it does."""
 
     def status(self) -> dict[str, Any]:
         """What the verb ``status`` tells."""
@@ -156,10 +154,8 @@ class AdminApp:
         return True
 
     def _livez(self, _environ: dict[str, Any]) -> Answer:
-        silent = self._source.silent_for
-        if silent > _WEDGED:
-            return _text("503 Service Unavailable", f"the serving thread has not turned for {silent:.1f}s")
-        return _text("200 OK", "alive")
+        why = self._source.wedged
+        return _text("503 Service Unavailable", why) if why else _text("200 OK", "alive")
 
     def _readyz(self, _environ: dict[str, Any]) -> Answer:
         return _text(*self._source.readiness())

@@ -131,7 +131,10 @@ class Client:
             raise UsageError(f"expected a JSON object on one line: {error}") from error
         if not isinstance(request, dict):
             raise UsageError("expected a JSON object on one line")
-        reply.id = request.pop("id", None)
+        request_id = request.pop("id", None)
+        if isinstance(request_id, bool) or not isinstance(request_id, int | str | None):  # NaN is no JSON to others
+            raise UsageError('expected "id" to be text, a whole number or null')
+        reply.id = request_id
         return from_fields(request.pop("cmd", None), request, self.peer)
 
     def _take_http(self) -> bool:

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from flaskd.control.commands import Command
     from flaskd.daemon import Daemon
 
-_HEALTHY = 3.0
-"""Seconds without a turn of the serving thread that are still no wedge; it turns once a second at least."""
 _LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -47,10 +45,8 @@ def _status(daemon: Daemon, _command: Command, reply: Reply) -> None:
 
 
 def _health(daemon: Daemon, _command: Command, reply: Reply) -> None:
-    if daemon.server is None:
-        reply.error("unhealthy", "nothing is served yet: flaskd is starting")
-    elif (silent := daemon.silent_for) > _HEALTHY:
-        reply.error("unhealthy", f"the serving thread has not turned for {silent:.1f}s")
+    if why := daemon.wedged:
+        reply.error("unhealthy", why)
     else:
         reply.ok("healthy")
 

@@ -47,6 +47,7 @@ def test_it_answers_while_the_app_is_imported(flaskd: Flaskd) -> None:
     flaskd.launch(app="slowapp")
     flaskd.gate.entered()
     assert admin(flaskd, "/livez") == (200, b"alive\n")
+    assert flaskd.command("health") == "OK healthy\n"
     assert admin(flaskd, "/readyz") == (503, b"starting\n")
     assert admin(flaskd, "/metrics")[0] == 200
     assert flaskd.stop() == 0
