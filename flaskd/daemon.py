@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import faulthandler
-import functools
 import http.client
 import logging
 import os
@@ -28,6 +27,7 @@ from flaskd.config import Config, Configuration, FileWatch, HealthConfig, write_
 from flaskd.drain import Drain
 from flaskd.errors import EX_OK, AppError, ConfigError, FlaskdError, NotNowError
 from flaskd.forks import forgotten_by_children
+from flaskd.inquiry import Inquiry
 from flaskd.ledger import DrainReport
 from flaskd.lifecycle import Event, Lifecycle, State, StopReason
 from flaskd.loading import LoadedApp
@@ -108,7 +108,6 @@ class Daemon:
         self._admin_listeners: list[Listener] = []
         self._counts = {"drains": 0, "ok": 0, "failed": 0}  # the latter two are reloads
         self._began = time.time()
-        self._checking = threading.Lock()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lifecycle = Lifecycle()
         self._notifier = Notifier(environ)
@@ -140,6 +139,10 @@ class Daemon:
         self.app: LoadedApp
         self._outlook = Outlook()
         self._use_up: Callable[[], None]
+        self.last_stop: dict[str, Any] | None = None
+        """The record of the stop before this run."""
+        self.checking: Inquiry[Configuration] = Inquiry("check", self.check)
+        self.planning: Inquiry[dict[str, Any]] = Inquiry("plan", self.plan)
 
     # --- any thread: what can be asked ------------------------------------------------------------------------------
 
@@ -214,7 +217,7 @@ class Daemon:
             "cleanup": list(self._stop.running) if self._stop else [],
             "previous": self._state_directory.previous,
             "last_reload": self._last_reload,
-            "last_stop": summary(self._previous_stop),
+            "last_stop": summary(self.last_stop),
             "log_level": self._logs.level,
             "config": str(self.configuration.path) if self.configuration.path else None,
         }
@@ -242,7 +245,7 @@ class Daemon:
             drains=self._counts["drains"],
             reloads=self._counts,
             steps=stop.policies if stop else {},
-            last_stop=self._previous_stop,
+            last_stop=self.last_stop,
         )
 
     @property
@@ -259,34 +262,16 @@ class Daemon:
     def log_level(self, level: str) -> None:
         self._logs.set_level(level)
 
-    def check(self, reply: Reply) -> None:
-        """Say what a reload would say, without doing it; in a thread of its own, for a file may hang."""
-        if not self._checking.acquire(blocking=False):
-            raise NotNowError("cannot check: another check is under way")
-
-        def check() -> None:
-            try:
-                new, _ = self._read()
-                reply.ok("valid", {"config": str(new.path)} if new.path else {})
-            except FlaskdError as error:
-                reply.error(error.code, str(error))
-            except Exception as error:  # noqa: BLE001 - told to who asked
-                reply.error(FlaskdError.code, f"cannot check: {error!r}")
-            finally:
-                self._checking.release()
-
-        threading.Thread(target=check, name="flaskd-check", daemon=True).start()
-
-    @functools.cached_property
-    def _previous_stop(self) -> dict[str, Any] | None:
-        return self.last_stop()  # read once: it does not change, and a disk may hang
-
-    def last_stop(self) -> dict[str, Any] | None:
-        """The record of the stop before this run."""
-        return self._state_directory.last_stop()
+    def check(self) -> Configuration:
+        """What a reload would read, without doing it; raises ConfigError. A file may hang: ask through `checking`."""
+        new, _ = self._read()
+        return new
 
     def plan(self) -> dict[str, Any]:
-        """The cleanup plan as it stands now, with what the app holds; see `flaskd.cleanup.overview`."""
+        """The cleanup plan as it stands now, with what the app holds; see `flaskd.cleanup.overview`.
+
+        The app's objects may be slow to say what they are: ask through `planning`.
+        """
         return self._outlook.overview(self.configuration.values, fresh=self._stop is None)
 
     # --- the shutdown endpoint --------------------------------------------------------------------------------------
@@ -362,6 +347,7 @@ class Daemon:
             stack.callback(self._admin.close)
             self._admin.open(self._admin_listeners, config.admin.allowed_hosts)
             self._state_directory.open(record=config.shutdown.record)
+            self.last_stop = self._state_directory.last_stop()  # once: it does not change, and a disk may hang
             stack.callback(self._state_directory.close)
             stack.callback(self._cleanup_thread.dismiss)
             self._cleanup_thread.start()

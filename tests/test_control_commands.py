@@ -2,6 +2,7 @@
 
 import json
 import os
+import queue
 import socket
 import threading
 from types import SimpleNamespace
@@ -48,6 +49,19 @@ def test_one_word_on_whether_it_lives(silent, why):
         if why
         else ["healthy", "200 OK", b"alive\n"]
     )
+
+
+@pytest.mark.parametrize(("verb", "what"), [("plan", {"text": "one\ntwo"}), ("check", SimpleNamespace(path=None))])
+def test_a_slow_answer_keeps_nobody_waiting(verb, what, monkeypatch):
+    """What the app holds, or a file says, may be long in coming: the verb returns at once, and the answer follows."""
+    gate, answers = threading.Event(), queue.SimpleQueue()
+    monkeypatch.setattr(Daemon, verb, lambda _: what if gate.wait(20) else None)
+    daemon = Daemon(lambda: None, plane=lambda _: None, name="flaskd", environ={})
+    reply = SimpleNamespace(ok=lambda word, *_, **__: answers.put(word), error=lambda *error: answers.put(error))
+    RUN[verb](daemon, from_words([verb], PEER), reply)
+    assert answers.empty()
+    gate.set()
+    assert answers.get(timeout=20) == {"plan": "plan", "check": "valid"}[verb]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ LAYERS = [
     {"errors", "units", "forks", "logs", "notify", "sockets", "init", "prelude", "leave", "files", "work", "journal"},
     {"config", "lifecycle", "ledger", "loading", "protocol", "runtime", "signals", "verbs", "store", "unitfiles"},
     {"server", "cleanup", "client"},
-    {"drain", "launch", "state", "stop", "outlook", "admin", "service"},
+    {"drain", "launch", "state", "stop", "outlook", "inquiry", "admin", "service"},
     {"daemon", "thread"},
     {"control", "workers"},
     {"cli", "__init__", "__main__", "testing"},

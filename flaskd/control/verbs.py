@@ -1,4 +1,7 @@
-"""What stands behind each verb of the table in `flaskd.verbs`. They run in the control thread, and never wait."""
+"""What stands behind each verb of the table in `flaskd.verbs`.
+
+They run in the control thread, and never wait: what may take a while is asked elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from flaskd.server import stack_of
 from flaskd.verbs import FLAGS, VERBS, find_verb
 
 if TYPE_CHECKING:
+    from flaskd.config import Configuration
     from flaskd.control.commands import Command
     from flaskd.daemon import Daemon
 
@@ -102,9 +106,12 @@ def _indented(stack: str) -> list[str]:
     return [f"    {line}" for line in stack.splitlines()]
 
 
-def _plan(daemon: Daemon, _command: Command, reply: Reply) -> None:
-    plan = daemon.plan()
+def _tell_plan(reply: Reply, plan: dict[str, Any]) -> None:
     reply.ok("plan", detail=plan, lines=str(plan["text"]).splitlines())
+
+
+def _tell_valid(reply: Reply, new: Configuration) -> None:
+    reply.ok("valid", {"config": str(new.path)} if new.path else {})
 
 
 def _config(daemon: Daemon, _command: Command, reply: Reply) -> None:
@@ -113,7 +120,7 @@ def _config(daemon: Daemon, _command: Command, reply: Reply) -> None:
 
 
 def _last_stop(daemon: Daemon, _command: Command, reply: Reply) -> None:
-    record = daemon.last_stop()
+    record = daemon.last_stop
     if record is None:
         reply.error("no-record", "no stop has been recorded yet")
     else:
@@ -146,10 +153,10 @@ RUN: Mapping[str, Callable[[Daemon, Command, Reply], None]] = {
     "resume": lambda daemon, _, reply: daemon.resume(reply),
     "stop": _stop,
     "reload": lambda daemon, _, reply: daemon.reload(reply),
-    "check": lambda daemon, _, reply: daemon.check(reply),
+    "check": lambda daemon, _, reply: daemon.checking.ask(reply, _tell_valid),
     "requests": _requests,
     "threads": _threads,
-    "plan": _plan,
+    "plan": lambda daemon, _, reply: daemon.planning.ask(reply, _tell_plan),
     "config": _config,
     "last-stop": _last_stop,
     "log-level": _log_level,

@@ -1,0 +1,101 @@
+"""Questions that take a while, each kind in a thread of its own."""
+
+import queue
+import threading
+
+import pytest
+
+from flaskd.errors import ConfigError
+from flaskd.inquiry import Inquiry
+
+PATIENCE = 20
+
+
+class Reply:
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self._told = queue.SimpleQueue()
+
+    def ok(self, word):
+        self._told.put(word)
+
+    def error(self, code, message):
+        self._told.put(f"{code}: {message}")
+
+    @property
+    def told(self):
+        return self._told.get(timeout=PATIENCE)
+
+    @property
+    def quiet(self):
+        return self._told.empty()
+
+
+class Slow:
+    """Finds a number each time it is let."""
+
+    def __init__(self):
+        self.count = 0
+        self.entered, self.gate = threading.Semaphore(0), threading.Semaphore(0)
+
+    def __call__(self):
+        self.count += 1
+        count = self.count
+        self.entered.release()
+        assert self.gate.acquire(timeout=PATIENCE)
+        return count
+
+
+def tell(reply, found):
+    reply.ok(found)
+
+
+def test_an_answer_is_never_older_than_its_question():
+    """Who asks while an answer is being found gets the next one, all of them the same; asking itself never waits."""
+    slow = Slow()
+    inquiry = Inquiry("look", slow)
+    first, *others = [Reply() for _ in range(4)]
+    inquiry.ask(first, tell)
+    assert slow.entered.acquire(timeout=PATIENCE)
+    for reply in others:
+        inquiry.ask(reply, tell)
+    slow.gate.release()
+    assert first.told == 1
+    assert slow.entered.acquire(timeout=PATIENCE)
+    assert all(reply.quiet for reply in others)
+    slow.gate.release()
+    assert [reply.told for reply in others] == [2] * 3
+
+
+def test_its_thread_ends_when_nobody_asks():
+    """Each kind of question has one thread at most, and it is asked again when it has ended."""
+    found = []
+    inquiry = Inquiry("look", lambda: found.append(threading.current_thread()))
+    for _ in range(3):
+        reply = Reply()
+        inquiry.ask(reply, tell)
+        assert reply.told is None
+        found[-1].join(PATIENCE)
+        assert not found[-1].is_alive()
+    assert {thread.name for thread in found} == {"flaskd-look"}
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ConfigError("expected a number"), "config-invalid: expected a number"),
+        (RuntimeError("odd"), "failed: cannot look: RuntimeError('odd'); the log says more"),
+    ],
+)
+def test_a_fault_is_told_to_all_who_ask(error, told):
+    """An error is an answer, too, and the next question is asked all the same."""
+
+    def find():
+        raise error
+
+    inquiry = Inquiry("look", find)
+    for _ in range(2):
+        reply = Reply()
+        inquiry.ask(reply, tell)
+        assert reply.told == told
