@@ -37,6 +37,8 @@ class Verb(NamedTuple):  # a dataclass would cost every client verb the import o
     """Name of the argument, which may be left out; empty when it takes none."""
     changes: bool = False
     """Whether it changes something: logged with who asked, and over HTTP only for POST."""
+    lengthy: bool = False
+    """Whether its answer may take a while, also without the flag ``wait``: it hangs on a file, or on the app."""
 
     def usage(self, name: str) -> str:
         """How it is written: ``stop [now] [wait]``, ``log-level [LEVEL]``."""
@@ -74,11 +76,11 @@ VERBS: dict[str, Verb] = {
     "drain": Verb("take no new work, finish what is in hand, stay alive", Role.OPERATOR, _WAIT, changes=True),
     "resume": Verb("undo a drain", Role.OPERATOR, _WAIT, changes=True),
     "stop": Verb("drain, run the cleanup policies, exit", Role.ADMIN, _WAIT | {"now"}, changes=True),
-    "reload": Verb("read the configuration anew", Role.OPERATOR, _WAIT, changes=True),
-    "check": Verb("what a reload would say, without doing it"),
+    "reload": Verb("read the configuration anew", Role.OPERATOR, _WAIT, changes=True, lengthy=True),
+    "check": Verb("what a reload would say, without doing it", lengthy=True),
     "requests": Verb("each request in flight, oldest first", flags=_STACKS),
     "threads": Verb("each thread and what it does", flags=_STACKS),
-    "plan": Verb("the cleanup policies in their order, and what was found"),
+    "plan": Verb("the cleanup policies in their order, and what was found", lengthy=True),
     "config": Verb("the configuration in force, and where each value came from; secrets hidden"),
     "last-stop": Verb("how the stop before this run went"),
     "log-level": Verb(

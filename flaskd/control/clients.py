@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import re
+import select
 import socket
 import threading
 import time
@@ -235,6 +236,13 @@ class Client:
                 except OSError:
                     self._out.clear()
                     self.ended = self.closing = True
+
+    @property
+    def gone(self) -> bool:
+        """Whether it has hung up altogether (POLLHUP, poll(2)), and not only said all that it will."""
+        poll = select.poll()
+        poll.register(self.sock, 0)
+        return bool(poll.poll(0))
 
     @property
     def done(self) -> bool:

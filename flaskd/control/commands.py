@@ -35,6 +35,11 @@ class Command:
         """The role that it needs."""
         return self.verb.role if self.changes or not self.verb.changes else Role.VIEWER
 
+    @property
+    def waits(self) -> bool:
+        """Whether its outcome may be long in coming."""
+        return self.verb.lengthy or "wait" in self.flags
+
     def __str__(self) -> str:
         return " ".join([self.name, *sorted(self.flags), *([self.argument] * bool(self.argument))])
 

@@ -19,7 +19,7 @@ from flaskd.control.fifo import Lines
 from flaskd.control.nodes import Place, accept, fifo_place, mode_and_group, socket_place
 from flaskd.control.replies import LogReply
 from flaskd.control.verbs import RUN
-from flaskd.errors import CannotCreateError, FlaskdError
+from flaskd.errors import CannotCreateError, FlaskdError, NotNowError
 from flaskd.protocol import Reply
 from flaskd.runtime import RuntimeDirectory
 
@@ -30,8 +30,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("flaskd.control")
 
 _MAX_CLIENTS = 64
-_AT_ONCE = 16
-"""Clients accepted before it is the others' turn: few, so that each is heard before it may have to make room."""
+_RESERVE = 16
+"""Of these, those in which nobody waits for an outcome, so that who asks something short always gets in."""
+_STOP_RESERVE = 8
+"""How far into the reserve a stop that waits may go."""
+_AT_ONCE = 1 / 4
+"""How many of those who do not wait are accepted before it is the others' turn: few, so that each is heard before it
+may have to make room."""
 _IDLE_TIMEOUT = 60.0
 """Seconds a client may leave a command unfinished, or an answer unread."""
 _FLUSH_TIMEOUT = 1.0
@@ -140,6 +145,7 @@ class ControlPlane:
         """Carry out a command; its outcome goes to `reply`."""
         try:
             self._access_now().check(command)
+            self._check_room(command)
             if command.changes:
                 log.info(f"control: {command} from {command.peer}")
             RUN[command.name](self._daemon, command, reply)
@@ -147,6 +153,28 @@ class ControlPlane:
             if command.changes:
                 log.warning(f"control: refused {command} from {command.peer}: {error}")
             reply.error(error.code, str(error))
+
+    def _check_room(self, command: Command) -> None:
+        """Refuse to wait with too many others, who would then leave no room for who asks something short."""
+        if not command.waits or command.peer is FIFO_PEER:
+            return
+        most = _MAX_CLIENTS - _RESERVE + (_STOP_RESERVE if command.name == "stop" else 0)
+        if self._waiting > most:  # who asks is one of them
+            self._let_go_of_the_gone()
+        if (waiting := self._waiting) > most:
+            instead = ", or leave out wait" if not command.verb.lengthy else ""
+            raise NotNowError(
+                f"cannot {command.name}: {waiting - 1} clients wait for an outcome already; come back later{instead}"
+            )
+
+    @property
+    def _waiting(self) -> int:
+        return sum(bool(client.pending) for client in self._clients)
+
+    def _let_go_of_the_gone(self) -> None:
+        """Drop who waits for an outcome and has hung up; they are not read from, so it does not show by itself."""
+        for client in [each for each in self._clients if each.pending and each.gone]:
+            self._drop(client)
 
     def _access_now(self) -> Access:
         control = self._daemon.configuration.values.control
@@ -171,6 +199,7 @@ class ControlPlane:
             self._settle()
             if (now := time.monotonic()) >= self._next_look and not self._ending:
                 self._next_look = now + _PAUSE
+                self._let_go_of_the_gone()
                 try:
                     self._look_after_nodes(now)
                 except Exception:  # the clients that there are can do without
@@ -215,7 +244,7 @@ class ControlPlane:
         self._selector.register(place.fd, selectors.EVENT_READ, read)
 
     def _accept(self) -> None:
-        for _ in range(_AT_ONCE):
+        for _ in range(int((_MAX_CLIENTS - self._waiting) * _AT_ONCE) or 1):
             try:
                 self._admit(accept(self._socket.fd))
             except BlockingIOError:
@@ -227,6 +256,8 @@ class ControlPlane:
                 return
 
     def _admit(self, sock: socket.socket) -> None:
+        if len(self._clients) >= _MAX_CLIENTS:
+            self._let_go_of_the_gone()
         if len(self._clients) >= _MAX_CLIENTS:
             waiting = [each for each in self._clients if not each.pending]
             if waiting:  # who says nothing makes room for who may
@@ -248,12 +279,16 @@ class ControlPlane:
         """Carry out and flush what there is, watch for more, and let go of who is done, idle or too slow."""
         now = time.monotonic()
         for client in list(self._clients):
+            if client not in self._clients:  # it made room for another one
+                continue
             try:
                 more = client.work()
             except Exception:  # a command with a fault in it is no reason to leave the others alone
                 log.exception("cannot carry out a control command")
                 more = False
                 client.closing = True
+            if client not in self._clients:
+                continue
             if more:
                 self._wake()
             client.flush()

@@ -237,8 +237,8 @@ class Flaskd:
     def command(self, line: str) -> str:
         """Send a text command and return the whole answer."""
         with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(self.socket_path))  # waits for room in the backlog, which it would not with a timeout
             client.settimeout(PATIENCE)
-            client.connect(str(self.socket_path))
             client.sendall(line.encode() + b"\n")
             return b"".join(iter(lambda: client.recv(65536), b"")).decode()
 

@@ -311,3 +311,60 @@ def test_a_crowd_that_comes_at_once(flaskd: Flaskd) -> None:
         answers = [b"".join(iter(lambda each=each: each.recv(100), b"")) for each in crowd]
     assert answers == [b"OK ready\n"] * 120
     assert flaskd.stop() == 0
+
+
+def test_those_who_wait_leave_room_for_those_who_ask(flaskd: Flaskd) -> None:
+    """With as many waiting as may, another one is refused by name; short questions, and a stop, always get in."""
+    flaskd.start()
+    held = flaskd.hold()
+
+    def wait(stack: contextlib.ExitStack, line: bytes, first: bytes) -> socket.socket:
+        client = stack.enter_context(connect(flaskd))
+        client.sendall(line)
+        assert client.recv(1000).startswith(first)
+        return client
+
+    with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as leaving:
+            for _ in range(10):
+                wait(leaving, b"drain wait\n", b".. in_flight=1\n")
+            waiting = [wait(stack, b"drain wait\n", b".. in_flight=1\n") for _ in range(38)]
+            refused = "clients wait for an outcome already; come back later"
+            assert flaskd.command("drain wait") == f"ERR not-now cannot drain: 48 {refused}, or leave out wait\n"
+            assert flaskd.command("check") == f"ERR not-now cannot check: 48 {refused}\n"
+            for _ in range(40):  # and a crowd that says nothing
+                stack.enter_context(connect(flaskd))
+            assert flaskd.command("status").endswith("OK draining\n")
+            assert flaskd.command("drain").startswith("OK draining in_flight=1 ")
+        # Ten have hung up, which makes room for ten.
+        waiting += [wait(stack, b"drain wait\n", b".. in_flight=1\n") for _ in range(10)]
+        assert flaskd.command("drain wait").startswith("ERR not-now ")
+        stopping = wait(stack, b"stop wait\n", b".. in_flight=1")
+        assert flaskd.command("ready") == "ERR not-ready flaskd is stopping\n"
+        flaskd.gate.open()
+        assert held.result() == (200, b"held")
+        for client in [*waiting, stopping]:
+            answer = b"".join(iter(lambda client=client: client.recv(1000), b"")).splitlines()[-1]
+            assert answer.startswith(b"OK stopped " if client is stopping else b"OK drained ")
+    assert flaskd.wait() == 0
+
+
+def test_who_waits_and_hangs_up_is_let_go(flaskd: Flaskd) -> None:
+    """Its descriptor is not kept until the outcome comes; who only said all that it will is waited for."""
+    flaskd.start()
+    held = flaskd.hold()
+    flaskd.command("status")
+    before = descriptors(flaskd)
+    with connect(flaskd) as patient:
+        patient.sendall(b"drain wait\n")
+        patient.shutdown(socket.SHUT_WR)
+        assert patient.recv(1000) == b".. in_flight=1\n"
+        for _ in range(20):
+            with connect(flaskd) as client:
+                client.sendall(b"drain wait\n")
+                assert client.recv(1000) == b".. in_flight=1\n"
+        flaskd.until(lambda: descriptors(flaskd) <= before + 1)
+        flaskd.gate.open()
+        assert held.result() == (200, b"held")
+        assert b"".join(iter(lambda: patient.recv(1000), b"")).splitlines()[-1].startswith(b"OK drained completed=1")
+    assert flaskd.stop() == 0
