@@ -98,14 +98,36 @@ def test_stopping_without_an_answer_is_seen(tmp_path):
     assert stop["figures"][0]["answered"] < stop["figures"][0]["of"]
 
 
-@pytest.mark.parametrize(("name", "what"), [("stop.py", "no row 'nap'"), ("speed.py", "no load 'nap'")])
-def test_an_unknown_row_is_refused(name, what):
+def test_whoever_asks_about_flaskd_has_a_figure(tmp_path):
+    """One short run of each part: a row for each figure, its median the one of what was measured, each goal judged."""
+    printed, written = run("control.py", tmp_path)
+    figures = written["figures"]
+    assert sum("| " in line for line in printed.splitlines()) == len(figures) + 1
+    for figure in figures.values():
+        assert len(figure["values"]) == 1
+    assert figures["verb"]["values"][0] > 0 < figures["click"]["values"][0]
+    assert figures["busy_median"]["values"][0] <= figures["busy_p99"]["values"][0]
+    assert [each["goal"] for each in written["goals"]] == [
+        each["text"] for each in figures.values() if each["most"] is not None
+    ]
+    assert len(written["goals"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "known"),
+    [
+        ("stop.py", "no row 'nap'", "idle"),
+        ("speed.py", "no load 'nap'", "idle"),
+        ("control.py", "no part 'nap'", "stuck"),
+    ],
+)
+def test_an_unknown_row_is_refused(name, what, known):
     """A misspelt row is named, with the ones there are."""
     argv = [sys.executable, str(BENCHMARKS / name), "--only", "nap"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=80, check=False)
     assert done.returncode == 2
     assert what in done.stderr
-    assert "idle" in done.stderr
+    assert known in done.stderr
 
 
 def test_each_approach_keeps_what_its_textbook_version_loses(tmp_path):
