@@ -450,6 +450,29 @@ def test_an_id_that_could_not_come_back_is_refused(given):
     assert client.pending == 0
 
 
+@pytest.mark.parametrize("end", [b"", b"\n", b"\n\n"])
+def test_who_has_said_all_is_let_go(end):
+    """Commands that lie there when a client ends are all carried out, once, and then there is nothing more to do."""
+    done = []
+
+    def execute(command, reply):
+        done.append(command.name)
+        reply.ok("done")
+
+    ours, client = connect(execute)
+    with ours, client.sock:
+        ours.sendall(b'{"cmd": "status"}\n{"cmd": "health"}\n{"cmd": "ready"}' + end)
+        ours.shutdown(socket.SHUT_WR)
+        client.read()
+        client.read()  # it has ended before the first is carried out
+        assert client.ended
+        for _ in range(4):
+            assert not client.work()
+            client.flush()
+        assert done == ["status", "health", "ready"]
+        assert client.done
+
+
 def test_who_does_not_read_is_given_up():
     """Output that nobody takes is bounded, and the client then hopeless."""
     replies = []

@@ -85,7 +85,7 @@ class Client:
         """Carry out the next command, if it has come whole; False when there is none."""
         if not self._json and self._inbox[:1].isupper() and not self._is_a_line():
             return self._take_http()
-        if self.ended and self._inbox:  # ``printf drain | socat``: a last line needs no newline
+        if self.ended and self._inbox and not self._inbox.endswith(b"\n"):  # a last line needs no newline
             self._inbox += b"\n"
         newline = self._inbox.find(b"\n")
         if (len(self._inbox) if newline < 0 else newline) > MAX_LINE:
