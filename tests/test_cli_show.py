@@ -1,6 +1,8 @@
 """What people see, without a daemon: the status page, the bar, the page of top."""
 
 import io
+import subprocess
+import sys
 
 import pytest
 
@@ -145,3 +147,11 @@ def test_the_page_of_top_fits(width, height):
     assert len(lines) < max(height, 16 if width >= 66 else 22)
     if height < 40 and width > 20:
         assert lines[-1].endswith("more")
+
+
+def test_a_client_verb_starts_with_little():
+    """What reads configurations and units, and what is slow to import, is left to the verbs that need it."""
+    heavy = {"dataclasses", "difflib", "sysconfig", "tempfile", "flask", "pydantic", "yaml", "flaskd.unitfiles"}
+    code = f"import sys, click; its = set(sys.modules); import flaskd.cli; print(*({heavy} & sys.modules.keys() - its))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sysconfig
 from pathlib import Path
 
 import click
-
-from flaskd.unitfiles import hidden_by, install, unit_files
 
 
 @click.command()
@@ -23,6 +20,10 @@ from flaskd.unitfiles import hidden_by, install, unit_files
 )
 def units(instance: str | None, venv: str | None, socket_activated: bool, root: str | None) -> None:
     """Print the systemd units, filled in for this installation, or install them."""
+    import sysconfig  # noqa: PLC0415 - neither is for the verbs that talk to a daemon
+
+    from flaskd.unitfiles import hidden_by, install, unit_files  # noqa: PLC0415
+
     place = Path(venv).absolute() if venv else Path(sysconfig.get_path("scripts")).parent
     files = unit_files(venv=place, instance=instance, socket_activated=socket_activated)
     if hidden := hidden_by(place):
