@@ -46,14 +46,14 @@ class Inquiry(Generic[T]):
                     return
             try:
                 found = self._find()
+                while waiting:
+                    reply, tell = waiting[0]
+                    tell(reply, found)
+                    del waiting[0]  # nobody is told twice
             except FlaskdError as error:
-                code, why = error.code, str(error)
+                for reply, _ in waiting:
+                    reply.error(error.code, str(error))
             except Exception as error:  # of ours, or of the app's objects that were asked: whoever asked is told
                 log.exception(f"cannot {self._name}")
-                code, why = FlaskdError.code, f"cannot {self._name}: {error!r}; the log says more"
-            else:
-                for reply, tell in waiting:
-                    tell(reply, found)
-                continue
-            for reply, _ in waiting:
-                reply.error(code, why)
+                for reply, _ in waiting:
+                    reply.error(FlaskdError.code, f"cannot {self._name}: {error!r}; the log says more")

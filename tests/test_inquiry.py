@@ -81,6 +81,29 @@ def test_its_thread_ends_when_nobody_asks():
     assert {thread.name for thread in found} == {"flaskd-look"}
 
 
+def test_an_answer_that_cannot_be_told_is_a_fault():
+    """Who was told already is not told twice, the others are told of the fault, and the next question is answered."""
+
+    def refuse(_reply, _found):
+        raise ValueError("circular")
+
+    slow = Slow()
+    inquiry = Inquiry("look", slow)
+    busy, first, second = Reply(), Reply(), Reply()
+    inquiry.ask(busy, tell)
+    assert slow.entered.acquire(timeout=PATIENCE)
+    inquiry.ask(first, tell)
+    inquiry.ask(second, refuse)
+    slow.gate.release()
+    slow.gate.release()
+    assert (busy.told, first.told) == (1, 2)
+    assert second.told == "failed: cannot look: ValueError('circular'); the log says more"
+    inquiry.ask(busy, tell)
+    slow.gate.release()
+    assert busy.told == 3
+    assert first.quiet
+
+
 @pytest.mark.parametrize(
     ("error", "told"),
     [

@@ -40,7 +40,7 @@ class Lines:
         return True
 
     def _feed(self, data: bytes) -> None:
-        *lines, rest = (self._rest + data).split(b"\n")
+        *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
             if self._dropping:
                 self._dropping = False
@@ -48,11 +48,10 @@ class Lines:
                 log.warning(f"the FIFO got a line of {len(line)} bytes; a command has at most {MAX_LINE}")
             elif line.strip():
                 self._take(line.decode("utf-8", "replace"))
-        self._rest = rest
         if self._dropping:
             self._rest.clear()
-        elif len(rest) > MAX_LINE:
-            log.warning(f"the FIFO got {len(rest)} bytes without a newline; they are dropped")
+        elif len(self._rest) > MAX_LINE:
+            log.warning(f"the FIFO got {len(self._rest)} bytes without a newline; they are dropped")
             self._rest.clear()
             self._dropping = True
 

@@ -199,8 +199,8 @@ class ControlPlane:
             self._settle()
             if (now := time.monotonic()) >= self._next_look and not self._ending:
                 self._next_look = now + _PAUSE
-                self._let_go_of_the_gone()
                 try:
+                    self._let_go_of_the_gone()
                     self._look_after_nodes(now)
                 except Exception:  # the clients that there are can do without
                     log.exception("cannot look after the control nodes")
