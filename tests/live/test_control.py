@@ -205,8 +205,7 @@ def test_client_verbs(flaskd: Flaskd) -> None:
     assert "server:" in flaskd.client("config")[1]
     code, out, _ = flaskd.client("stop", "--wait")
     assert (code, out.startswith("stopped completed=0 rejected=0 cut=0 took=")) == (0, True)
-    assert flaskd.process is not None
-    assert flaskd.process.wait(1) == 0
+    assert flaskd.wait() == 0
 
 
 def test_no_daemon_there(flaskd: Flaskd) -> None:
