@@ -344,6 +344,7 @@ class Daemon:
             launch.change_directory(config.app)
             passed = launch.bind(config, self._listeners, self._environ, self._service.store)
             launch.bind_admin(config.admin, self._admin_listeners, passed)
+            launch.let_go(passed, [*self._listeners, *self._admin_listeners])
             stack.callback(self._admin.close)
             self._admin.open(self._admin_listeners, config.admin.allowed_hosts)
             self._state_directory.open(record=config.shutdown.record)

@@ -18,13 +18,13 @@ from flaskd.errors import AppError, ConfigError, FlaskdError, UnsupportedError
 from flaskd.loading import LoadedApp
 from flaskd.server import WaitressThread, adjustments
 from flaskd.sockets import Address, Listener, inherited, open_files_limit
-from flaskd.store import Store
+from flaskd.store import Store, stored
 
 log = logging.getLogger("flaskd.launch")
 
 DEFAULT_LISTEN = "127.0.0.1:8000"
-_APP_NAMES = ("http", "unknown")
-"""FileDescriptorName= of sockets that are the app's: the one that says so, and none (sd_listen_fds_with_names(3))."""
+_OTHERS = {"admin", "control"}
+"""FileDescriptorName= of sockets that are not the app's (systemd.socket(5)); any other name, given or not, may be."""
 
 
 def check_system() -> None:
@@ -54,15 +54,18 @@ def bind(
 ) -> Mapping[str, Sequence[Listener]]:
     """Bind or take over what `server.listen` names, adding each to `listeners` at once; returns all that were passed.
 
-    Without `server.listen`, the sockets that the service manager passed for the app are taken, else the default
-    address is bound. Raises CannotCreateError, and ConfigError for an `fd:NAME` that was not passed.
+    Without `server.listen`, all sockets that the service manager passed are taken, except those of the admin listener
+    and of the control plane, else the default address is bound. A socket unit without FileDescriptorName= gives its
+    own name (sd_listen_fds_with_names(3)), so no name says that a socket is the app's. Raises CannotCreateError, and
+    ConfigError for an `fd:NAME` that was not passed.
     """
     passed = inherited(environ)
     for name in ("LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES"):
         os.environ.pop(name, None)  # they are for this process alone
     listen = config.server.listen
     if not listen:
-        listeners += [each for name in _APP_NAMES for each in passed.get(name, [])]
+        others = _OTHERS | {each.removeprefix("fd:") for each in config.admin.listen}
+        listeners += [each for name in passed if name not in others and not stored(name) for each in passed[name]]
         listen = [] if listeners else [DEFAULT_LISTEN]
     store.open(passed, listen if config.systemd.fdstore else [])
     for each in listen:
@@ -78,6 +81,18 @@ def bind_admin(admin: AdminConfig, listeners: list[Listener], passed: Mapping[st
     """
     for each in admin.listen or (["fd:admin"] if "admin" in passed else []):
         listeners += _listeners(each, passed)
+
+
+def let_go(passed: Mapping[str, Sequence[Listener]], taken: Sequence[Listener]) -> None:
+    """Close the sockets that were passed and that nobody has taken, with a warning: whoever connects there waits."""
+    for name, listeners in passed.items():
+        for each in listeners:
+            if each not in taken:
+                log.warning(
+                    f"nobody listens on {each.address}, which was passed as fd:{name}: clients wait there in vain; "
+                    f"name it in server.listen or admin.listen, or stop its socket unit"
+                )
+                each.close()
 
 
 def _listeners(where: str, passed: Mapping[str, Sequence[Listener]]) -> Sequence[Listener]:

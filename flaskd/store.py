@@ -30,6 +30,11 @@ def name_of(address: str) -> str:
     return name if len(name) <= _LONGEST else _PREFIX + hashlib.sha256(address.encode()).hexdigest()
 
 
+def stored(name: str) -> bool:
+    """Whether a passed socket of that name comes from the store, and from no socket unit."""
+    return name.startswith(_PREFIX)
+
+
 class Store:
     """Our listeners in the service manager's store."""
 
@@ -40,7 +45,7 @@ class Store:
     def open(self, passed: dict[str, list[Listener]], wanted: Collection[str]) -> None:
         """Move what came from the store out of `passed`, and drop what is not among the `wanted` addresses any more."""
         names = {name_of(address) for address in wanted}
-        for name in [name for name in passed if name.startswith(_PREFIX)]:
+        for name in list(filter(stored, passed)):
             first, *others = passed.pop(name)
             if name in names:
                 self._found[name] = first

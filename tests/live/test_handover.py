@@ -1,22 +1,30 @@
 """Listeners that are inherited, readiness that is announced, the record that is shown."""
 
+import fcntl
 import os
 import signal
 import socket
 import sys
 import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
 
 from conftest import PATIENCE, Answer, Flaskd, get, refused
 
 SHIM = "import os, sys; os.environ['LISTEN_PID'] = str(os.getpid()); os.execv(sys.argv[1], sys.argv[1:])"
 
 
-def inherit(flaskd: Flaskd, sock: socket.socket, *args: str, name: str = "") -> Flaskd:
-    """Start flaskd with a listening socket passed as systemd does (sd_listen_fds(3))."""
-    flaskd.env.update(LISTEN_FDS="1", LISTEN_FDNAMES=name)
+def inherit(
+    flaskd: Flaskd, sock: socket.socket, *args: str, name: str = "", others: Sequence[socket.socket] = ()
+) -> Flaskd:
+    """Start flaskd with listening sockets passed as systemd does (sd_listen_fds(3)); `name` has their names, with colons."""
+    flaskd.env.update(LISTEN_FDS=str(1 + len(others)), LISTEN_FDNAMES=name)
 
     def pass_on() -> None:
-        os.dup2(sock.fileno(), 3)
+        above = [fcntl.fcntl(each.fileno(), fcntl.F_DUPFD, 100) for each in (sock, *others)]
+        for target, each in enumerate(above, 3):
+            os.dup2(each, target)
+            os.close(each)
 
     flaskd.launch(*args, listen=None, prefix=[sys.executable, "-c", SHIM], preexec_fn=pass_on, close_fds=False)
     flaskd.wait_message("READY=1")
@@ -59,6 +67,42 @@ def test_an_inherited_listener_by_name(flaskd: Flaskd) -> None:
         inherit(flaskd, sock, name="web")
         assert get(url) == (200, b"hello")
         assert flaskd.status()["url"] == url
+        assert flaskd.stop() == 0
+
+
+def listening(stack: ExitStack, count: int) -> tuple[list[socket.socket], list[str]]:
+    """So many listening sockets, and their URLs."""
+    socks = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+    return socks, [f"http://127.0.0.1:{each.getsockname()[1]}/" for each in socks]
+
+
+def test_without_server_listen_all_passed_sockets_are_the_apps(flaskd: Flaskd) -> None:
+    """Whatever their names, such as a socket unit's own; those of the admin listener and of the store are not."""
+    flaskd.write("flaskd.yaml", "admin: {listen: 'fd:probes'}\n")
+    with ExitStack() as stack:
+        (first, *others), urls = listening(stack, 5)
+        names = "flaskd.socket:http:probes:unknown:listen-127.0.0.1%3A9"
+        inherit(flaskd, first, name=names, others=others)
+        app, admin = [urls[0], urls[1], urls[3]], urls[2]
+        assert [get(url) for url in app] == [(200, b"hello")] * 3
+        assert get(admin, "/readyz") == (200, b"ready\n")
+        assert flaskd.status()["listen"] == [url.removeprefix("http://").rstrip("/") for url in app]
+        assert "nobody listens on" not in flaskd.log
+        assert flaskd.stop() == 0
+
+
+def test_a_passed_socket_that_nobody_takes_is_told(flaskd: Flaskd) -> None:
+    """One that `server.listen` does not name, and the admin listener's where that listens elsewhere."""
+    flaskd.write("flaskd.yaml", f"admin: {{listen: 'unix:{flaskd.directory}/admin.sock'}}\n")
+    with ExitStack() as stack:
+        (first, *others), urls = listening(stack, 3)
+        inherit(flaskd, first, "-l", "fd:web", name="web:flaskd.socket:admin", others=others)
+        assert get(urls[0]) == (200, b"hello")
+        places = [url.removeprefix("http://").rstrip("/") for url in urls]
+        told = [line for line in flaskd.log.splitlines() if "nobody listens on" in line]
+        assert ["fd:web" in line for line in told] == [False, False]
+        assert f"nobody listens on {places[1]}, which was passed as fd:flaskd.socket" in told[0]
+        assert f"nobody listens on {places[2]}, which was passed as fd:admin" in told[1]
         assert flaskd.stop() == 0
 
 
