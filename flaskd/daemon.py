@@ -542,7 +542,7 @@ class Daemon:
         if self._stop is not None and (running := self._stop.running):
             text += f"; cleanup: {', '.join(running)}"
             progress["cleanup"] = list(running)
-        self._service.progress(text, self._stop.left if self._stop else None)
+        self._service.progress(text, server, self._stop.left if self._stop else None)
         for reply in [*(drain.waiters if drain else ()), *self._stop_waiters]:
             reply.progress(progress)
 
@@ -598,6 +598,7 @@ class Daemon:
         state = self._lifecycle.handle(Event.DRAIN_OVER)
         if self._stop is not None:
             self._stop.drained(report)
+            self._claim()
         log.info(f"drained: {report}", extra={"fields": report.as_json()})
         for reply in drain.release():
             reply.ok("drained", drain.account())
@@ -809,6 +810,7 @@ class Daemon:
             drain=lambda: self._inbox.put(lambda: self._drain_to_stop(counted)),
             over=lambda error: self._inbox.put(lambda: self._on_stop_over(error)),
             on_step=lambda result: self._inbox.put(lambda: self._on_step(result)),
+            on_begin=lambda: self._inbox.put(self._claim),
         )
         self._stop.arm()  # before another line of Python: the app may take the GIL and never give it back
         log.info(f"{what}, at most {config.shutdown.deadline:g}s for everything; plan {self._stop.plan.id}")
@@ -848,8 +850,16 @@ class Daemon:
             self._begin_drain(self._stop.drain_time, announce=0.0, earlier=self._drain)
         else:  # drained before, or the serving thread is dead
             self._stop.drained(self._drain.report)
+        self._claim()
+
+    def _claim(self) -> None:
+        """Tell the service manager what the drain and the steps under way may take: one of them began, or ended."""
+        assert self._stop is not None
+        drain = self._drain.left if self._drain else 0.0
+        self._service.step(max(drain, self._stop.step_left), self._stop.left)
 
     def _on_step(self, result: StepResult) -> None:
+        self._claim()
         fields = {"policy": result.name, "fate": str(result.fate), "took": round(result.took, 3)}
         for reply in self._stop_waiters:
             reply.progress(fields)

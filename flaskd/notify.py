@@ -35,16 +35,16 @@ class Notifier:
         """Service start-up, or a reload, is over."""
         self._send("READY=1", _status(status))
 
-    def status(self, status: str, *, extend: float = 0.0) -> None:
-        """A line worth reading in ``systemctl status``; dropped when the manager is behind: a newer one follows.
+    def status(self, status: str) -> None:
+        """A line worth reading in ``systemctl status``; dropped when the manager is behind: a newer one follows."""
+        self._send(_status(status), wait=False)
 
-        With `extend` the present step gets at least so many seconds from now.
+    def extend(self, seconds: float) -> bool:
+        """Ask that the start or stop under way gets at least `seconds` from now (EXTEND_TIMEOUT_USEC).
+
+        False when the manager is behind, and was not told.
         """
-        self._send(_status(status), *_extension(extend), wait=False)
-
-    def extend(self, seconds: float) -> None:
-        """Ask that the start or stop under way gets at least `seconds` from now (EXTEND_TIMEOUT_USEC)."""
-        self._send(*_extension(seconds), wait=False)
+        return self._send(*_extension(seconds), wait=False)
 
     def alive(self) -> None:
         """All is well (WATCHDOG=1)."""
@@ -76,12 +76,14 @@ class Notifier:
             self._connection.socket.close()
         self._connection = None
 
-    def _send(self, *lines: str, wait: bool = True, fd: int | None = None) -> None:
+    def _send(self, *lines: str, wait: bool = True, fd: int | None = None) -> bool:
         if self.address and lines:
             with self._lock:
-                self._send_one("\n".join(lines), wait, fd)
+                return self._send_one("\n".join(lines), wait, fd)
+        return True
 
-    def _send_one(self, message: str, wait: bool, fd: int | None) -> None:
+    def _send_one(self, message: str, wait: bool, fd: int | None) -> bool:
+        """False when there was no room for it."""
         try:
             try:
                 self._connected(wait).give(message, fd)
@@ -89,7 +91,7 @@ class Notifier:
                 self.close()
                 self._connected(wait).give(message, fd)
         except BlockingIOError:
-            pass  # there is no room, and no wish to wait for it
+            return False  # there is no room, and no wish to wait for it
         except OSError as error:
             self.close()
             if not self._complained:
@@ -97,6 +99,7 @@ class Notifier:
             self._complained = True
         else:
             self._complained = False
+        return True
 
     def _connected(self, wait: bool) -> _Connection:
         if self._connection is None:

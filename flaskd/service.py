@@ -29,10 +29,10 @@ _MORE = 5.0
 """Seconds that a start at work gets; it asks again long before they are over."""
 _LONGEST_START = 900.0
 """Seconds after which a start is not helped any more, however busy it looks."""
-_EXIT = 1.0
-"""Seconds past its deadline in which a stop is over, whatever happens: the last resort of `Stop`, and `leave`."""
+_MARGIN = 1.0
+"""Seconds of more time that is asked for than a step may take, so that flaskd gives it up before the manager does."""
 _PATIENCE = 5.0
-"""Seconds of more time that a stop asks for at once, as long as its deadline is not nearer."""
+"""Seconds of more time that a stop asks for when something has moved, as long as its deadline is not nearer."""
 _OURS = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 """Variables meant for this process alone (sd_notify(3), sd_watchdog_enabled(3))."""
 
@@ -48,6 +48,9 @@ class Server(Protocol):
 
     def all_are_at(self) -> Hashable | None:
         """What all of its workers are at; None while one is free."""
+
+    def moved(self) -> Hashable:
+        """Something that is not the same when a request has begun, ended or moved a byte."""
 
     def close_gates(self) -> None:
         """Deal with listeners that are not shared any more."""
@@ -69,6 +72,8 @@ class Service:
         self._ended = threading.Event()
         self._last_seen: tuple[Hashable, float] = (None, 0.0)
         self._complained = False
+        self._moved: Hashable = None
+        self._owed = 0.0
 
     @contextlib.contextmanager
     def attended(self) -> Iterator[None]:
@@ -154,7 +159,8 @@ class Service:
     ) -> None:
         """The stop began, and has `left` seconds; its `reason` says what becomes of stored listeners."""
         self._started.set()
-        self._notifier.stopping(status, extend=min(_PATIENCE, left + _EXIT))
+        self._moved = server.moved() if server is not None else None
+        self._notifier.stopping(status, extend=min(_PATIENCE, left))
         stored = [each for each in listeners if each.stored]
         if reason.kind == "failure":
             pass  # a successor comes, and serves who waits in the backlog better than a broken app can
@@ -166,9 +172,28 @@ class Service:
             if server is not None:
                 server.close_gates()
 
-    def progress(self, status: str, left: float | None) -> None:
-        """Work goes on: a line for people, and with `left` seconds until the deadline of a stop more time for it."""
-        self._notifier.status(status, extend=0.0 if left is None else min(_PATIENCE, left + _EXIT))
+    def step(self, takes: float, left: float) -> None:
+        """A step of the stop began, which `takes` so many seconds at most, or one ended; `left` to the deadline.
+
+        A step that hangs is given up by flaskd before the time is over that it is given here, and nothing is asked for
+        past the deadline, which is flaskd's own: it leaves some of it for its end (`flaskd.cleanup.for_steps`).
+        """
+        self._ask(min(max(_PATIENCE, takes + _MARGIN), left))
+
+    def progress(self, status: str, server: Server, left: float | None) -> None:
+        """A line for people; and in a stop, `left` seconds before its deadline, time where a request has moved."""
+        self._notifier.status(status)
+        moved = server.moved()
+        if left is not None and moved != self._moved:
+            self._ask(min(_PATIENCE, left))
+        elif (owed := self._owed - time.monotonic()) > 0:
+            self._ask(owed)
+        self._moved = moved
+
+    def _ask(self, seconds: float) -> None:
+        """Ask for more time; where the manager is behind, again at the next moment."""
+        until = time.monotonic() + seconds
+        self._owed = 0.0 if self._notifier.extend(seconds) else max(until, self._owed)
 
 
 def _watchdog(environ: Mapping[str, str]) -> float:

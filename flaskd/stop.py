@@ -22,6 +22,7 @@ from flaskd.cleanup import (
     Runner,
     StepResult,
     Sweep,
+    for_steps,
     results_as_json,
     with_found,
 )
@@ -130,7 +131,7 @@ class Stop:
     """Runs the plan as it stands now; its owner tells it when the drain is over, and it tells when all is done.
 
     `drain` and `over` are called from the thread that calls `run`: when it is time to drain, and at the end, with what
-    broke the cleanup off if anything did. `on_step` gets each step's result.
+    broke the cleanup off if anything did. `on_step` gets each step's result, `on_begin` is called when one has begun.
     `sweep` has what the app was last known to hold; what it holds now is looked for beside the drain, and taken into
     the plan after it. None: nobody wants to know.
     """
@@ -147,6 +148,7 @@ class Stop:
         drain: Callable[[], None],
         over: Callable[[Exception | None], None],
         on_step: Callable[[StepResult], None] | None = None,
+        on_begin: Callable[[], None] | None = None,
         sweep: Sweep | None = None,
     ) -> None:
         self.reason = reason
@@ -160,15 +162,18 @@ class Stop:
         self._drain, self._over = drain, over
         self._report: DrainReport | None = None
         self._drained = threading.Event()
+        deadline, reserve = for_steps(shutdown.deadline, shutdown.reserve)
+        self._ending = shutdown.deadline - deadline
         self._runner = Runner(
             plan,
             app=app,
             reason=reason,
-            deadline=self._deadline,
-            reserve=self._shutdown.reserve,
+            deadline=self._began + deadline,
+            reserve=reserve,
             max_parallel=cleanup.max_parallel,
             state=state,
             on_progress=on_step,
+            on_begin=on_begin,
         )
 
     @classmethod
@@ -248,12 +253,17 @@ class Stop:
         """Seconds a drain beginning now may take: its own timeout, what the deadline allows, nothing in a hurry."""
         if self.hurried:
             return 0.0
-        return max(0.0, min(self._shutdown.drain.timeout, self.left - self._runner.kept))
+        return max(0.0, min(self._shutdown.drain.timeout, self.left - self._ending - self._runner.kept))
 
     @property
     def report(self) -> DrainReport:
         """What became of the requests; nothing before the drain is over."""
         return self._report or DrainReport()
+
+    @property
+    def step_left(self) -> float:
+        """Seconds that the cleanup steps which run now may still take; 0 when none runs."""
+        return self._runner.left
 
     @property
     def running(self) -> tuple[str, ...]:

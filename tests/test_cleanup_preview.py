@@ -46,7 +46,7 @@ def test_what_the_deadline_leaves():
     result = fates(PLAN, {"jobs", "bye"}, tight)
     assert result["jobs"] == ("timed_out", 15.0, 16.0, "not done after 1s, when the stop's time was used up; abandoned")
     assert result["db"][0] == "skipped"
-    assert result["bye"][:3] == ("timed_out", 16.0, 18.0)
+    assert result["bye"][:3] == ("timed_out", 16.0, 17.5)
 
 
 def test_the_drain_is_cut_by_what_is_kept_in_reserve():
@@ -64,7 +64,7 @@ def test_what_is_said_of_the_drain_is_what_it_may_take():
 
 def test_the_latest_moments():
     """A step's latest moments are those when all before it take all of their time, retries and graces included."""
-    assert latest(PLAN, FRAME) == {"jobs": (15.0, 19.0), "db": (19.0, 21.0), "files": (21.0, 22.0), "bye": (22.0, 25.0)}
+    assert latest(PLAN, FRAME) == {"jobs": (15.0, 19.0), "db": (19.0, 21.0), "files": (21.0, 22.0), "bye": (22.0, 24.5)}
     retried = Plan((step("jobs", timeout=2.0, retries=1), step("db", phase=Phase.CLOSE, timeout=1.0)))
     assert latest(retried, FRAME) == {"jobs": (15.0, 19.0), "db": (19.0, 20.0)}
     one_by_one = Plan((step("a", timeout=4.0), step("b", timeout=4.0), step("c", timeout=4.0)))
@@ -99,13 +99,13 @@ def test_the_table_says_what_matters():
         "deadline 25s, of which 3s are kept for flush, final and what is marked always; the drain may take 15s",
         "PHASE    POLICY  ACTION  TIMEOUT  BEGINS BY  ENDS BY  NOTES",
         "quiesce  a       test    1.5s     15s        16.5s",
-        "final    bee     test    1m       16.5s      25s      after a; always; 1 retry; when reason is idle or signal",
-        "final    c       test    20s      16.5s      25s      on failure skip dependents; 2 retries; when outcome is degraded",
+        "final    bee     test    1m       16.5s      24.5s    after a; always; 1 retry; when reason is idle or signal",
+        "final    c       test    20s      16.5s      24.5s    on failure skip dependents; 2 retries; when outcome is degraded",
     ]
     assert [(each["begins_by"], each["ends_by"]) for each in answer["policies"]] == [
         (15.0, 16.5),
-        (16.5, 25.0),
-        (16.5, 25.0),
+        (16.5, 24.5),
+        (16.5, 24.5),
     ]
 
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cleanup_kit import hanging, runner, step
 
-from flaskd.cleanup import Fate, Frame, Plan
+from flaskd.cleanup import Fate, Frame, Plan, for_steps
 from flaskd.cleanup.preview import _Rehearsal, latest, rehearse
 from flaskd.config import Phase
 
@@ -174,7 +174,8 @@ def test_budgets_never_exceed_the_deadline(drawn, hangs, timeout, deadline, rese
             assert moment[1] <= limit + 1e-9
         if step.always:
             assert result.fate is not Fate.SKIPPED
-    assert_always_ran(rehearse(plan, frame, steps), plan, frame.reserve or deadline / 5)
+    ends, kept = for_steps(deadline, reserve)
+    assert_always_ran(rehearse(plan, frame, steps), plan, kept or ends / 5)
 
 
 def assert_always_ran(results, plan, pot):

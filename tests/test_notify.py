@@ -37,7 +37,6 @@ def warnings(caplog):
         (lambda notifier: notifier.stopping("signal: SIGTERM"), b"STOPPING=1\nSTATUS=signal: SIGTERM"),
         (lambda notifier: notifier.failed("cannot bind", 98), b"STATUS=cannot bind\nERRNO=98"),
         (lambda notifier: notifier.status(""), b"STATUS="),
-        (lambda notifier: notifier.status("a", extend=1.5), b"STATUS=a\nEXTEND_TIMEOUT_USEC=1500000"),
         (lambda notifier: notifier.stopping("a", extend=2), b"STOPPING=1\nSTATUS=a\nEXTEND_TIMEOUT_USEC=2000000"),
         (lambda notifier: notifier.extend(0.25), b"EXTEND_TIMEOUT_USEC=250000"),
         (lambda notifier: notifier.alive(), b"WATCHDOG=1"),

@@ -35,6 +35,9 @@ class Server:
     def all_are_at(self):
         return self.at
 
+    def moved(self):
+        return self.at
+
     def close_gates(self):
         self.gates_closed = True
 
@@ -172,18 +175,54 @@ def test_a_start_at_work_gets_more_time(make, manager, monkeypatch):
     assert manager.messages() == []
 
 
-@pytest.mark.parametrize(("left", "usec"), [(25.0, 5_000_000), (3.0, 4_000_000), (0.0, 1_000_000)])
-def test_a_stop_gets_time_up_to_its_deadline(make, manager, left, usec):
-    """Never more than is left, and the second in which the process ends after it."""
+@pytest.mark.parametrize(
+    ("takes", "left", "usec"), [(0, 25, 5_000_000), (8, 25, 9_000_000), (8, 3, 3_000_000), (8, 0, 0)]
+)
+def test_a_step_gets_what_it_may_take(make, manager, takes, left, usec):
+    """A bit more than flaskd itself gives it, never more than is left to the deadline."""
     service = make()
-    service.stopping("stopping", left, StopReason("signal", "SIGTERM"), [], None)
-    service.progress("going on", left)
-    service.progress("only draining", None)
+    service.step(takes, left)
+    assert manager.messages() == ([f"EXTEND_TIMEOUT_USEC={usec}".encode()] if usec else [])
+
+
+@pytest.mark.parametrize(("left", "usec"), [(25.0, 5_000_000), (3.0, 3_000_000)])
+def test_a_stop_gets_time_for_what_moves(make, manager, left, usec):
+    """When a request has moved, up to the deadline; nothing when none has, or when no stop is under way."""
+    service, server = make(), Server()
+    service.stopping("stopping", left, StopReason("signal", "SIGTERM"), [], server)
+    service.progress("the same", server, left)
+    server.at = "a byte more"
+    service.progress("going on", server, left)
+    service.progress("the same", server, left)
+    server.at = "two bytes more"
+    service.progress("only draining", server, None)
+    service.progress("the same", server, left)
     assert manager.messages() == [
         f"STOPPING=1\nSTATUS=stopping\nEXTEND_TIMEOUT_USEC={usec}".encode(),
-        f"STATUS=going on\nEXTEND_TIMEOUT_USEC={usec}".encode(),
+        b"STATUS=the same",
+        b"STATUS=going on",
+        f"EXTEND_TIMEOUT_USEC={usec}".encode(),
+        b"STATUS=the same",
         b"STATUS=only draining",
+        b"STATUS=the same",
     ]
+
+
+def test_what_a_manager_that_was_behind_has_missed_is_asked_again(make, manager):
+    """A step begins while the manager's socket is full: the time for it is asked for as soon as there is room."""
+    service, server = make(), Server()
+    flood = Notifier({"NOTIFY_SOCKET": manager.address})
+    while flood.extend(1):
+        pass
+    flood.close()
+    service.step(60, 90)
+    assert b"EXTEND_TIMEOUT_USEC=1000000" in set(manager.messages())
+    service.progress("the same", server, 90)
+    status, asked = manager.messages()
+    assert status == b"STATUS=the same"
+    assert 50_000_000 < int(asked.removeprefix(b"EXTEND_TIMEOUT_USEC=")) <= 61_000_000
+    service.progress("the same", server, 90)
+    assert manager.messages() == [b"STATUS=the same"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from flaskd.cleanup.actions import ACTIONS, Action, action_specs
 from flaskd.cleanup.attempt import Fate, StepResult
 from flaskd.cleanup.callbacks import on_stop, with_callbacks
-from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
+from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError, for_steps
 from flaskd.cleanup.discovery import Found, Sweep, discover
 from flaskd.cleanup.outlet import aside
 from flaskd.cleanup.plan import (
@@ -43,6 +43,7 @@ __all__ = [
     "aside",
     "build_plan",
     "discover",
+    "for_steps",
     "names",
     "on_stop",
     "overview",

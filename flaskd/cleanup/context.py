@@ -27,6 +27,17 @@ ENDING_PATIENCE = 1.0
 """Seconds that a step which ends itself has to say so, where the limit is further away than that."""
 
 
+_ENDING = 0.5
+"""Seconds before the deadline of a stop at which its steps are over, for the record and the exit; never more than a
+tenth of the whole."""
+
+
+def for_steps(deadline: float, reserve: float) -> tuple[float, float]:
+    """The `deadline` and `reserve` of a stop, less what its end takes: that is out of the reserve, if there is any."""
+    ending = min(_ENDING, deadline / 10)
+    return deadline - ending, max(0.0, reserve - ending)
+
+
 class StepFailedError(FlaskdError):
     """Raised by an action whose message tells all there is to tell; no traceback is logged for it."""
 

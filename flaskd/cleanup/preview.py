@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flaskd.cleanup.actions import Action
 from flaskd.cleanup.attempt import Attempt, Fate, StepResult, Verdict
+from flaskd.cleanup.context import for_steps
 from flaskd.cleanup.plan import AFTER_THE_DRAIN, BEFORE_THE_DRAIN, BESIDE_THE_DRAIN, Plan, Step
 from flaskd.cleanup.runner import Runner
 from flaskd.config import Config, Phase, Section
@@ -76,12 +77,13 @@ class _Rehearsal(Runner):
     def __init__(self, plan: Plan, frame: Frame, hang: Collection[str]) -> None:
         self._by_hand = _Clock()
         self._hang = hang
+        deadline, reserve = for_steps(frame.deadline, frame.reserve)
         super().__init__(
             plan,
             app=None,
             reason=_Reason(),
-            deadline=frame.deadline,
-            reserve=frame.reserve,
+            deadline=deadline,
+            reserve=reserve,
             max_parallel=frame.max_parallel,
             clock=self._by_hand,
         )
@@ -116,7 +118,8 @@ def rehearse(plan: Plan, frame: Frame, hang: Collection[str]) -> list[StepResult
     steps = [replace(step, action=replace(still, name=step.action.name)) for step in plan.steps]
     runner = _Rehearsal(Plan(tuple(steps)), frame, hang)
     runner.run(BEFORE_THE_DRAIN)
-    drain = max(0.0, min(frame.drain, frame.deadline - runner.kept - runner.now))
+    steps_end, _ = for_steps(frame.deadline, frame.reserve)
+    drain = max(0.0, min(frame.drain, steps_end - runner.kept - runner.now))
     drained = max(runner.now, frame.announce) + drain
     runner.run(BESIDE_THE_DRAIN)
     runner.until(min(drained, frame.deadline))

@@ -43,8 +43,8 @@ class Runner:
 
     `app` is the Flask app or None; `deadline` a moment on `clock`; `reserve` the seconds before it that are
     kept for flush, final and `always`, of which each has a share for itself; `max_parallel` how many steps of a
-    phase run at a time; `state` the state directory. `on_progress` is given each result as it is known, in a
-    thread of its own.
+    phase run at a time; `state` the state directory. `on_progress` is given each result as it is known,
+    `on_begin` is called when a step has begun, both in a thread of their own.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class Runner:
         state: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
         on_progress: Callable[[StepResult], None] | None = None,
+        on_begin: Callable[[], None] | None = None,
     ) -> None:
         self._plan = plan
         self._app = app
@@ -68,6 +69,7 @@ class Runner:
         self._max_parallel = max(1, max_parallel)
         self._state = state
         self._on_progress = on_progress
+        self._on_begin = on_begin
         self._made_at = clock()
         self._lock = threading.Lock()
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -95,6 +97,13 @@ class Runner:
     def kept(self) -> float:
         """Seconds before the deadline that are not for the drain, nor for ordinary steps."""
         return self._budget.kept(reserved=False, waiting=self._waiting())
+
+    @property
+    def left(self) -> float:
+        """Seconds until the last of the steps that run now is given up; 0 when none runs."""
+        with self._lock:
+            running = tuple(self._running.values())
+        return max((attempt.given_up_at() - self._budget.now() for attempt in running), default=0.0)
 
     @property
     def abandoned(self) -> tuple[str, ...]:
@@ -142,7 +151,7 @@ class Runner:
     @contextmanager
     def _reporting(self) -> Iterator[None]:
         self._log = Outlet("flaskd-cleanup-log")
-        self._progress = Outlet("flaskd-cleanup-progress") if self._on_progress else None
+        self._progress = Outlet("flaskd-cleanup-progress") if self._on_progress or self._on_begin else None
         self._outlets = [outlet for outlet in (self._progress, self._log) if outlet]
         try:
             yield
@@ -222,6 +231,8 @@ class Runner:
             self._running[step.name] = started
             self._attempts = [each for each in self._attempts if each.thread.is_alive()] + [started]
         self._begin(started)
+        if self._progress and self._on_begin:
+            self._progress.say(self._on_begin)
 
     def _begin(self, attempt: Attempt) -> None:
         attempt.start()

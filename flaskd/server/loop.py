@@ -216,6 +216,11 @@ class EventLoop:
             return None
         return tuple((each.id, each.channel.flushed, each.channel.total_outbufs_len) for each in requests)
 
+    def moved(self) -> Hashable:
+        """How far the requests are: two answers differ when one began or ended, or a byte moved (any thread)."""
+        at = tuple((each.id, each.channel.flushed, each.channel.last_activity) for each in self.in_hand())
+        return self.completed, self.rejected, at
+
     def set_threads(self, threads: int) -> None:
         """Change the number of worker threads (any thread)."""
         self._threads = threads

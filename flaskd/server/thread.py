@@ -268,6 +268,10 @@ class WaitressThread:
         """What all worker threads are at; see `EventLoop.all_are_at`."""
         return self._loop.all_are_at() if self._loop else None
 
+    def moved(self) -> Hashable:
+        """How far the requests are; see `EventLoop.moved`."""
+        return self._loop.moved() if self._loop else None
+
     def close_gates(self) -> None:
         """Deal with listeners that are not shared any more while a drain is under way, or over."""
         self._serving.call(self._serving.close_gates)

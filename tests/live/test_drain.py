@@ -1,9 +1,11 @@
 """Drain, resume and stop of a real daemon: what is in hand is answered."""
 
 import http.client
+import re
 import signal
 import socket
 import time
+from collections.abc import Sequence
 
 from conftest import PATIENCE, Answer, Flaskd, get, refused
 
@@ -182,3 +184,35 @@ def test_a_stop_after_a_drain_keeps_the_account(flaskd: Flaskd) -> None:
     assert flaskd.wait() == 0
     assert flaskd.record()["completed"] == 1
     assert flaskd.record()["reason"].startswith("control: uid=")
+
+
+def extensions(messages: Sequence[str]) -> list[int]:
+    """The seconds of more time that were asked for."""
+    return [
+        int(each) // 1_000_000 for message in messages for each in re.findall(r"EXTEND_TIMEOUT_USEC=(\d+)", message)
+    ]
+
+
+def test_more_time_is_asked_for_where_something_moves(flaskd: Flaskd) -> None:
+    """A drain gets its whole time when it begins, and nothing more while it hangs; then a step gets its own."""
+    policies = "{last: {use: command, phase: final, with: {argv: [sleep, '600']}, timeout: 10s}}"
+    flaskd.write(
+        "flaskd.yaml",
+        f"shutdown: {{deadline: 60s, reserve: 0s, drain: {{timeout: 30s}}}}\ncleanup: {{policies: {policies}}}\n",
+    )
+    flaskd.start()
+    answer = flaskd.hold()
+    flaskd.kill(signal.SIGTERM)
+    assert "\nEXTEND_TIMEOUT_USEC=5000000" in flaskd.wait_message("STOPPING=1")
+    (drain,) = extensions([flaskd.wait_message("EXTEND_TIMEOUT_USEC=")])
+    assert 20 < drain <= 31  # as long as it may take, and a second
+    before = len(flaskd.messages)
+    for _ in range(3):
+        flaskd.wait_message("STATUS=stopping: 1 in flight")
+    assert extensions(flaskd.messages[before:]) == []
+    flaskd.gate.open()
+    assert answer.result() == (200, b"held")
+    while extensions([flaskd.wait_message("EXTEND_TIMEOUT_USEC=")]) < [10]:  # the step begins, after the drain ended
+        pass
+    flaskd.kill(signal.SIGTERM)
+    assert flaskd.wait() == 0

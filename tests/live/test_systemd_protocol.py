@@ -151,6 +151,17 @@ def test_a_stop_gets_time_up_to_its_deadline(systemd: Systemd) -> None:
         assert "cleanup: 1 ok" in each.journal()
 
 
+def test_a_last_step_that_hangs_is_given_up_before_the_manager_ends_it(systemd: Systemd) -> None:
+    """With TimeoutStopSec=1, a step that would use up the deadline is over by then, and the end is clean."""
+    systemd.write("/srv/app/endless.py", "import threading\ndef wait(_): threading.Event().wait()\n")
+    policy = "{use: call, phase: final, with: {target: 'endless:wait'}, timeout: 60s}"
+    config = LISTEN + f"shutdown: {{deadline: 5s, reserve: 1s}}\ncleanup: {{policies: {{hangs: {policy}}}}}\n"
+    hangs = systemd.flaskd("hangs", config, service="[Service]\nTimeoutStopSec=1\n").start()
+    systemd.ctl("stop", hangs.unit)
+    assert hangs.show("Result") == "success", hangs.journal()
+    assert "cleanup: 1 timed_out" in hangs.journal()
+
+
 def test_a_stopped_process_is_restarted(systemd: Systemd) -> None:
     """A daemon that got SIGSTOP gives no pulse; within two watchdog periods another one is ready."""
     frozen = systemd.flaskd("frozen", LISTEN, service="[Service]\nWatchdogSec=2\n").start()
