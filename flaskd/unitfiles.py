@@ -85,6 +85,48 @@ def install(files: dict[Path, str], root: Path) -> list[Path]:
     return written
 
 
+_PLACES = ("etc/systemd/system", "run/systemd/system", "usr/local/lib/systemd/system", "usr/lib/systemd/system")
+"""Where systemd looks for units and their drop-ins, the strongest first (systemd.unit(5))."""
+
+
+def _directories(path: Path) -> list[Path]:
+    """Where a unit and its drop-ins may lie: beside the file, and if that is a place of systemd's in its others."""
+    here = path.absolute().parent
+    for place in _PLACES:
+        if here.as_posix().endswith(f"/{place}"):
+            root = here.as_posix().removesuffix(place)
+            return [Path(root, each) for each in _PLACES]
+    return [here]
+
+
+def _drop_ins(path: Path) -> list[Path]:
+    """The drop-ins of a unit, in the order in which they apply: that of their names, wherever they lie.
+
+    Of two with one name that of the instance hides that of the template, which hides that of all services; then that in
+    /etc the others (systemd.unit(5)).
+    """
+    stem, at, _ = path.stem.partition("@")
+    names = dict.fromkeys([path.name, f"{stem}@{path.suffix}" if at else path.name])
+    if not at:  # of a name with dashes those of its beginnings, too
+        parts = stem.split("-")
+        names |= dict.fromkeys(f"{'-'.join(parts[:count])}-{path.suffix}" for count in range(len(parts) - 1, 0, -1))
+    found: dict[str, Path] = {}
+    for name in (*names, path.suffix.removeprefix(".")):
+        for directory in _directories(path):
+            for each in (directory / f"{name}.d").glob("*.conf"):
+                found.setdefault(each.name, each)
+    return [found[name] for name in sorted(found)]
+
+
+def _fragment(path: Path) -> Path:
+    """The file of a unit: that of an instance may be its template's."""
+    stem, at, _ = path.stem.partition("@")
+    if at and not path.exists():
+        template = f"{stem}@{path.suffix}"
+        return next((each / template for each in _directories(path) if (each / template).exists()), path)
+    return path
+
+
 @dataclass(frozen=True)
 class _Setting:
     value: str
@@ -92,10 +134,10 @@ class _Setting:
 
 
 def _settings(path: Path) -> dict[str, _Setting]:
-    """The last value of each key of [Service] in a unit and the drop-ins beside it (systemd.unit(5))."""
+    """The last value of each key of [Service] in a unit and its drop-ins."""
     found: dict[str, _Setting] = {}
     try:
-        for file in [path, *sorted(path.with_name(f"{path.name}.d").glob("*.conf"))]:
+        for file in [_fragment(path), *_drop_ins(path)]:
             section, before = "", ""
             for number, raw in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
                 line = before + raw.strip()

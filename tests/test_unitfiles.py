@@ -144,6 +144,45 @@ def test_drop_ins_beside_the_unit_count(tmp_path):
     assert "short.conf:2: TimeoutStopSec=3s" in fault
 
 
+TIMEOUTS = {
+    "etc/systemd/system/flaskd@.service": 90,
+    "etc/systemd/system/service.d/a.conf": 1,
+    "usr/lib/systemd/system/flaskd@.service.d/a.conf": 2,
+    "usr/lib/systemd/system/flaskd@shop.service.d/a.conf": 3,
+    "run/systemd/system/flaskd@shop.service.d/a.conf": 4,
+    "etc/systemd/system/flaskd@shop.service.d/a.conf": 5,
+    "usr/lib/systemd/system/service.d/b.conf": 6,
+    "etc/systemd/system/flaskd@other.service.d/z.conf": 90,
+    "etc/systemd/system/flaskd.service.d/z.conf": 90,
+}
+
+
+def test_drop_ins_count_wherever_systemd_looks_for_them(tmp_path):
+    """Each file stands for all before it: of one name the instance's, then /etc's; then the last by name (systemd.unit(5))."""
+    unit = tmp_path / "etc/systemd/system/flaskd@shop.service"
+    for place, seconds in TIMEOUTS.items():
+        file = tmp_path / place
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"[Service]\nTimeoutStopSec={seconds}\n")
+        faults = compare(unit, deadline=25.0, fdstore=False)
+        wins = seconds if seconds < 90 else 6
+        if place.endswith("@.service"):
+            assert faults == []
+        else:
+            assert f"TimeoutStopSec={wins}s ends a stop" in faults[0]
+
+
+def test_drop_ins_of_the_beginnings_of_a_name_count(tmp_path):
+    """`shop-web.service` has those of `shop-.service.d/`, too, as long as its own have no such name."""
+    unit = tmp_path / "shop-web.service"
+    for place, seconds in (("shop-web.service", 90), ("shop-.service.d/a.conf", 1), ("shop-web.service.d/a.conf", 2)):
+        file = tmp_path / place
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"[Service]\nTimeoutStopSec={seconds}\n")
+        says = [fault.partition(" ends")[0] for fault in compare(unit, deadline=25.0, fdstore=False)]
+        assert says == ([f"{file}:2: TimeoutStopSec={seconds}s"] if seconds < 90 else [])
+
+
 def test_a_store_that_keeps_nothing_is_named(tmp_path):
     """`systemd.fdstore` needs FileDescriptorStoreMax=."""
     unit = tmp_path / "unit.service"
