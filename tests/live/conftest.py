@@ -411,14 +411,16 @@ def booted(kind: str) -> systemd_kit.Systemd:
     """A real service manager with flaskd's units installed; the same one for all tests that follow each other."""
     requires("systemd", systemd_kit.why_not())
     if kind not in _managers:
-        root = None
-        if kind != "machine":
-            try:
-                root = systemd_kit.debian_13()
-            except systemd_kit.UnavailableError as error:
-                requires("systemd-257", [str(error)])
-        _managers[kind] = _managers_end.enter_context(systemd_kit.Systemd(root))
-        _managers[kind].prepare()
+        try:
+            with contextlib.ExitStack() as ends:
+                root = None if kind == "machine" else systemd_kit.debian_13()
+                manager = ends.enter_context(systemd_kit.Systemd(root))
+                manager.prepare()
+                _managers_end.enter_context(ends.pop_all())
+        except systemd_kit.UnavailableError as error:
+            requires("systemd" if kind == "machine" else "systemd-257", [str(error)])
+            raise
+        _managers[kind] = manager  # one that could not be prepared is of no use to the next test
     return _managers[kind]
 
 

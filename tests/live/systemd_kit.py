@@ -158,7 +158,11 @@ def debian_13() -> Path:
             if made.returncode:
                 raise UnavailableError(f"a Debian 13 root: {made.stderr.strip().splitlines()[-1:]}")
             into.chmod(0o755)
-            into.rename(root)
+            try:
+                into.rename(root)
+            except OSError:  # another run was faster
+                if not root.exists():
+                    raise
     return root
 
 

@@ -1,13 +1,18 @@
 """The kit that boots service managers must never speak to the machine's own."""
 
+import contextlib
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, ClassVar, Self
 
+import conftest
 import pytest
+import systemd_kit
 from conftest import PATIENCE
-from systemd_kit import Systemd
+from systemd_kit import PROJECT, Systemd, UnavailableError
 
 # What unshare is at a boot: a process whose child becomes a systemd when it is told to.
 STUB = """
@@ -95,3 +100,78 @@ def test_a_child_that_is_systemd_is_asked_to_exit(stub: Stub) -> None:
     stub.end()
     assert stub.sent == [("exit", "--force")]
     assert stub.outer.poll() is not None
+
+
+class Unprepared:
+    """A service manager that boots, and cannot be prepared."""
+
+    there: ClassVar[list["Unprepared"]] = []
+    error: Exception
+
+    def __init__(self, root: Path | None) -> None:
+        self.root = root
+
+    def __enter__(self) -> Self:
+        self.there.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.there.remove(self)
+
+    def prepare(self) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "require", "outcome"),
+    [
+        (UnavailableError("a wheel"), "", pytest.skip.Exception),
+        (UnavailableError("a wheel"), "postgres,systemd", pytest.fail.Exception),
+        (AssertionError("the units are wrong"), "", AssertionError),
+    ],
+    ids=["unavailable", "required", "at fault"],
+)
+def test_a_manager_that_cannot_be_prepared_is_not_kept(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, require: str, outcome: type[BaseException]
+) -> None:
+    """What is missing for it is a reason to skip, or to fail where it is required; a fault is one; it ends at once."""
+    monkeypatch.setattr(systemd_kit, "why_not", list)
+    monkeypatch.setattr(systemd_kit, "Systemd", Unprepared)
+    monkeypatch.setattr(Unprepared, "error", error, raising=False)
+    monkeypatch.setattr(conftest, "_managers", {})
+    monkeypatch.setattr(conftest, "_managers_end", contextlib.ExitStack())
+    monkeypatch.setenv("FLASKD_REQUIRE", require)
+    with pytest.raises(outcome, match=str(error)):
+        conftest.booted("machine")
+    assert (conftest._managers, Unprepared.there) == ({}, [])
+
+
+def test_two_runs_may_make_the_root_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is second takes what the first has made, and leaves nothing behind."""
+    made = tmp_path / "debian-13"
+
+    def make(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        Path(command[-1]).mkdir()
+        (made / "etc").mkdir(parents=True)  # the other run is done in this moment
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(systemd_kit, "CACHE", tmp_path)
+    monkeypatch.setattr(systemd_kit.shutil, "which", lambda tool: tool)
+    monkeypatch.setattr(systemd_kit.subprocess, "run", make)
+    assert systemd_kit.debian_13() == made
+    assert [each.name for each in tmp_path.iterdir()] == ["debian-13"]
+    assert (made / "etc").exists()
+
+
+@pytest.mark.parametrize(
+    ("uid", "mounts", "required"), [("0", "true", True), ("0", "false", False), ("1000", "true", False)]
+)
+def test_the_gate_says_what_it_cannot_test(uid: str, mounts: str, required: bool) -> None:
+    """Where no service manager can be had, it says on standard error what stays untested, and does not require it."""
+    (block,) = re.findall(r"^if \[ \"\$\(id -u\).*?^fi$", (PROJECT / ".ci/run").read_text(), re.DOTALL | re.MULTILINE)
+    script = (
+        f"id() {{ echo {uid}; }}; findmnt() {{ {mounts}; }}; FLASKD_REQUIRE=postgres\n{block}\necho $FLASKD_REQUIRE"
+    )
+    done = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True)
+    assert ("systemd,systemd-257" in done.stdout) == required
+    assert ("NOT TESTED" in done.stderr and "tests/live/test_systemd_" in done.stderr) != required
