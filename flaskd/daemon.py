@@ -69,8 +69,8 @@ class Plane(Protocol):
     def nodes(self) -> list[str]:
         """The paths of its nodes."""
 
-    def open(self, config: Config) -> None:
-        """Make the nodes and start answering."""
+    def open(self, config: Config, passed: Sequence[Listener]) -> None:
+        """Make the nodes and start answering, also on what was `passed`."""
 
     def close(self) -> None:
         """Flush the answers and remove the nodes."""
@@ -338,13 +338,12 @@ class Daemon:
         stack.enter_context(self._signals)
         self._service.starting()
         with self._starting:  # a start that is broken off waits for this, and then nothing more is made
-            self._plane.open(config)
+            passed = launch.take_passed(self._environ)
+            self._plane.open(config, launch.for_control(config, passed))
             stack.callback(self._plane.close)
             stack.callback(self._close_listeners)
             launch.change_directory(config.app)
-            passed = launch.bind(config, self._listeners, self._environ, self._service.store)
-            launch.bind_admin(config.admin, self._admin_listeners, passed)
-            launch.let_go(passed, [*self._listeners, *self._admin_listeners])
+            launch.bind_all(config, self._listeners, self._admin_listeners, passed, self._service.store)
             stack.callback(self._admin.close)
             self._admin.open(self._admin_listeners, config.admin.allowed_hosts)
             self._state_directory.open(record=config.shutdown.record)

@@ -13,7 +13,7 @@ from typing import Any
 
 from flaskd import loading
 from flaskd.cleanup import Plan, Step
-from flaskd.config import AdminConfig, AppConfig, Config, HealthConfig, ServerConfig
+from flaskd.config import AppConfig, Config, HealthConfig, ServerConfig
 from flaskd.errors import AppError, ConfigError, FlaskdError, UnsupportedError
 from flaskd.loading import LoadedApp
 from flaskd.server import WaitressThread, adjustments
@@ -49,19 +49,40 @@ def change_directory(app: AppConfig) -> None:
             raise ConfigError(f"cannot change into app.chdir {app.chdir}: {error.strerror}") from error
 
 
-def bind(
-    config: Config, listeners: list[Listener], environ: Mapping[str, str], store: Store
-) -> Mapping[str, Sequence[Listener]]:
-    """Bind or take over what `server.listen` names, adding each to `listeners` at once; returns all that were passed.
+def take_passed(environ: Mapping[str, str]) -> dict[str, list[Listener]]:
+    """The sockets that the service manager passed, by name; what tells of them in the environment is for us alone."""
+    passed = inherited(environ)
+    for name in ("LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        os.environ.pop(name, None)
+    return passed
+
+
+def for_control(config: Config, passed: Mapping[str, Sequence[Listener]]) -> Sequence[Listener]:
+    """Those of the passed sockets that are the control plane's, unless another listener is told to take them."""
+    return [] if "fd:control" in (*config.server.listen, *config.admin.listen) else passed.get("control", [])
+
+
+def bind_all(
+    config: Config, app: list[Listener], admin: list[Listener], passed: dict[str, list[Listener]], store: Store
+) -> None:
+    """Bind or take over the listeners of the app and of the admin listener, adding each to its list at once.
+
+    A passed socket that is then nobody's is closed, with a warning. Raises CannotCreateError, and ConfigError for an
+    `fd:NAME` that was not passed.
+    """
+    _bind(config, app, passed, store)
+    for each in config.admin.listen or (["fd:admin"] if "admin" in passed else []):
+        admin += _listeners(each, passed)
+    _let_go(passed, [*app, *admin, *for_control(config, passed)])
+
+
+def _bind(config: Config, listeners: list[Listener], passed: dict[str, list[Listener]], store: Store) -> None:
+    """Bind or take over what `server.listen` names.
 
     Without `server.listen`, all sockets that the service manager passed are taken, except those of the admin listener
     and of the control plane, else the default address is bound. A socket unit without FileDescriptorName= gives its
-    own name (sd_listen_fds_with_names(3)), so no name says that a socket is the app's. Raises CannotCreateError, and
-    ConfigError for an `fd:NAME` that was not passed.
+    own name (sd_listen_fds_with_names(3)), so no name says that a socket is the app's.
     """
-    passed = inherited(environ)
-    for name in ("LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES"):
-        os.environ.pop(name, None)  # they are for this process alone
     listen = config.server.listen
     if not listen:
         others = _OTHERS | {each.removeprefix("fd:") for each in config.admin.listen}
@@ -71,20 +92,10 @@ def bind(
     for each in listen:
         kept = store.take(each)
         listeners += [kept] if kept else _listeners(each, passed)
-    return passed
 
 
-def bind_admin(admin: AdminConfig, listeners: list[Listener], passed: Mapping[str, Sequence[Listener]]) -> None:
-    """Bind or take over what `admin.listen` names, else what was passed as ``admin``; adds each to `listeners` at once.
-
-    Raises as `bind` does.
-    """
-    for each in admin.listen or (["fd:admin"] if "admin" in passed else []):
-        listeners += _listeners(each, passed)
-
-
-def let_go(passed: Mapping[str, Sequence[Listener]], taken: Sequence[Listener]) -> None:
-    """Close the sockets that were passed and that nobody has taken, with a warning: whoever connects there waits."""
+def _let_go(passed: Mapping[str, Sequence[Listener]], taken: Sequence[Listener]) -> None:
+    """Close the passed sockets that nobody has taken, and say so: whoever connects there waits."""
     for name, listeners in passed.items():
         for each in listeners:
             if each not in taken:

@@ -9,7 +9,7 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from flaskd.control.access import FIFO_PEER, Access
@@ -20,12 +20,13 @@ from flaskd.control.nodes import Place, accept, fifo_place, mode_and_group, sock
 from flaskd.control.replies import LogReply
 from flaskd.control.verbs import RUN
 from flaskd.errors import CannotCreateError, FlaskdError, NotNowError
-from flaskd.protocol import Reply
+from flaskd.protocol import SOCKET, Reply
 from flaskd.runtime import RuntimeDirectory
 
 if TYPE_CHECKING:
     from flaskd.config import Config, ControlConfig
     from flaskd.daemon import Daemon
+    from flaskd.sockets import Listener
 
 log = logging.getLogger("flaskd.control")
 
@@ -54,6 +55,7 @@ class ControlPlane:
         self._places: dict[Place, Callable[[], None]] = {}
         """Those that are wanted, each with what reads from it."""
         self._selector = selectors.DefaultSelector()
+        self._passed: list[Listener] = []
         self._clients: set[Client] = set()
         self._fifo_lines = Lines(self._fifo_line)
         self._thread = threading.Thread(target=self._run, name="flaskd-control", daemon=True)
@@ -67,11 +69,12 @@ class ControlPlane:
 
     @property
     def nodes(self) -> list[str]:
-        """The paths of what was made."""
-        return [str(place.node.path) for place in self._places if place.node is not None]
+        """The paths of what was made, and of what was passed."""
+        made = [str(place.node.path) for place in self._places if place.node is not None]
+        return made + [each.address.path for each in self._passed]
 
-    def open(self, config: Config) -> None:
-        """Lock the runtime directory, make both nodes, start answering.
+    def open(self, config: Config, passed: Sequence[Listener] = ()) -> None:
+        """Lock the runtime directory, make both nodes, start answering, also on sockets that the manager has passed.
 
         Raises NotNowError when another flaskd lives there, and CannotCreateError if `control.required`; otherwise what
         cannot be made is told in the log.
@@ -86,7 +89,8 @@ class ControlPlane:
         else:
             if left := self._directory.tidy():
                 log.info(f"removed what a flaskd that was killed had left in {self._directory.path}: {', '.join(left)}")
-            wanted = {self._socket: self._accept}
+            own = str(self._directory.path / SOCKET)
+            wanted = {} if own in {each.address.path for each in passed} else {self._socket: self._accept}
             if self._access.fifo:
                 wanted[self._fifo] = self._read_fifo
             for place, read in wanted.items():
@@ -97,6 +101,7 @@ class ControlPlane:
                     faults.append(str(error))
                 else:
                     self._selector.register(place.fd, selectors.EVENT_READ, read)
+        faults += self._take(passed)
         if faults and config.control.required:
             self.close()
             raise CannotCreateError("; ".join(faults) + " (control.required is true)")
@@ -107,6 +112,21 @@ class ControlPlane:
         self._writer.setblocking(False)
         self._selector.register(self._reader, selectors.EVENT_READ, self._woken)
         self._thread.start()
+
+    def _take(self, passed: Sequence[Listener]) -> list[str]:
+        """Answer on passed sockets, too; returns what is wrong with them."""
+        faults = []
+        for listener in passed:
+            if listener.address.path:
+                listener.socket.setblocking(False)
+                self._passed.append(listener)
+                self._selector.register(listener.socket, selectors.EVENT_READ, self._accept)
+            else:
+                listener.close()
+                faults.append(
+                    f"cannot take commands on {listener.address}: expected a Unix socket, which tells who speaks"
+                )
+        return faults
 
     def close(self) -> None:
         """Take no more commands, flush the answers (bounded), remove our own nodes; a second call does nothing."""
@@ -121,6 +141,8 @@ class ControlPlane:
         self._selector.close()
         for place in self._places:
             place.close()
+        for listener in self._passed:
+            listener.close()
         if hasattr(self, "_reader"):
             self._reader.close()
             self._writer.close()
@@ -133,6 +155,8 @@ class ControlPlane:
             client.sock.close()
         for place in self._places:
             place.close()
+        for listener in self._passed:
+            listener.socket.close()
         self._directory.forget()
 
     def remove_nodes(self) -> None:
@@ -217,7 +241,8 @@ class ControlPlane:
         """Put back what was taken away; begin to accept again after a pause."""
         if self._accepting_again and now >= self._accepting_again:
             self._accepting_again = 0.0
-            self._selector.register(self._socket.fd, selectors.EVENT_READ, self._accept)
+            for fd in self._listening():
+                self._selector.register(fd, selectors.EVENT_READ, self._accept)
         if self._places and not self._directory.stands:
             self._directory.forget()
             try:
@@ -232,8 +257,6 @@ class ControlPlane:
             before = place.keep(self._mode, self._gid)
             if before is not None:
                 self._replace(before, place, read)
-                if place is self._socket:
-                    self._accepting_again = 0.0
 
     def _replace(self, before: int, place: Place, read: Callable[[], None]) -> None:
         """Listen to the new descriptor of a place, and close the one before; -1 for none."""
@@ -241,19 +264,28 @@ class ControlPlane:
             with contextlib.suppress(KeyError):  # nobody was accepted for a moment
                 self._selector.unregister(before)
             os.close(before)
-        self._selector.register(place.fd, selectors.EVENT_READ, read)
+        if place is not self._socket or not self._accepting_again:  # else with the others, after the pause
+            self._selector.register(place.fd, selectors.EVENT_READ, read)
+
+    def _listening(self) -> list[int]:
+        own = [self._socket.fd] if self._socket in self._places and self._socket.fd >= 0 else []
+        return own + [each.socket.fileno() for each in self._passed]
 
     def _accept(self) -> None:
-        for _ in range(int((_MAX_CLIENTS - self._waiting) * _AT_ONCE) or 1):
-            try:
-                self._admit(accept(self._socket.fd))
-            except BlockingIOError:
-                return
-            except OSError as error:
-                log.warning(f"cannot accept a control client: {error.strerror}")
-                self._selector.unregister(self._socket.fd)
-                self._accepting_again = time.monotonic() + _PAUSE
-                return
+        """Accept from all sockets: none blocks, so it does not matter which of them has somebody waiting."""
+        try:
+            for fd in self._listening():
+                self._accept_from(fd)
+        except OSError as error:
+            log.warning(f"cannot accept a control client: {error.strerror}")
+            for fd in self._listening():
+                self._selector.unregister(fd)
+            self._accepting_again = time.monotonic() + _PAUSE
+
+    def _accept_from(self, fd: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(int((_MAX_CLIENTS - self._waiting) * _AT_ONCE) or 1):
+                self._admit(accept(fd))
 
     def _admit(self, sock: socket.socket) -> None:
         if len(self._clients) >= _MAX_CLIENTS:

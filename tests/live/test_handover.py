@@ -1,6 +1,7 @@
 """Listeners that are inherited, readiness that is announced, the record that is shown."""
 
 import fcntl
+import json
 import os
 import signal
 import socket
@@ -15,7 +16,12 @@ SHIM = "import os, sys; os.environ['LISTEN_PID'] = str(os.getpid()); os.execv(sy
 
 
 def inherit(
-    flaskd: Flaskd, sock: socket.socket, *args: str, name: str = "", others: Sequence[socket.socket] = ()
+    flaskd: Flaskd,
+    sock: socket.socket,
+    *args: str,
+    name: str = "",
+    others: Sequence[socket.socket] = (),
+    wait: str = "READY=1",
 ) -> Flaskd:
     """Start flaskd with listening sockets passed as systemd does (sd_listen_fds(3)); `name` has their names, with colons."""
     flaskd.env.update(LISTEN_FDS=str(1 + len(others)), LISTEN_FDNAMES=name)
@@ -27,7 +33,8 @@ def inherit(
             os.close(each)
 
     flaskd.launch(*args, listen=None, prefix=[sys.executable, "-c", SHIM], preexec_fn=pass_on, close_fds=False)
-    flaskd.wait_message("READY=1")
+    if wait:
+        flaskd.wait_message(wait)
     return flaskd
 
 
@@ -104,6 +111,44 @@ def test_a_passed_socket_that_nobody_takes_is_told(flaskd: Flaskd) -> None:
         assert f"nobody listens on {places[1]}, which was passed as fd:flaskd.socket" in told[0]
         assert f"nobody listens on {places[2]}, which was passed as fd:admin" in told[1]
         assert flaskd.stop() == 0
+
+
+def test_a_control_socket_that_was_passed(flaskd: Flaskd) -> None:
+    """It takes commands beside the nodes of flaskd's own, is not the app's, and stays when flaskd goes."""
+    path = flaskd.directory / "passed.sock"
+    with socket.create_server(("127.0.0.1", 0)) as sock, socket.socket(socket.AF_UNIX) as control:
+        control.bind(str(path))
+        control.listen()
+        inherit(flaskd, sock, name="http:control", others=[control])
+        for own in (str(flaskd.socket_path), str(path)):
+            code, out, _ = flaskd.client("status", "--json", "--socket", own)
+            assert (code, len(json.loads(out)["listen"])) == (0, 1)
+        assert "nobody listens on" not in flaskd.log
+        assert flaskd.client("stop", "--wait", "--socket", str(path))[0] == 0
+        assert flaskd.wait() == 0
+        assert path.exists()
+
+
+def test_a_passed_control_socket_may_stand_where_flaskds_own_would(flaskd: Flaskd) -> None:
+    """Then it is the one."""
+    flaskd.runtime.mkdir(exist_ok=True)
+    flaskd.write("flaskd.yaml", "control: {required: true}\nserver: {listen: '127.0.0.1:0'}\n")
+    with socket.socket(socket.AF_UNIX) as control:
+        control.bind(str(flaskd.socket_path))
+        control.listen()
+        inherit(flaskd, control, name="control")
+        assert flaskd.command("ready") == "OK ready\n"
+        assert flaskd.stop() == 0
+        flaskd.socket_path.unlink()
+
+
+def test_commands_are_taken_from_unix_sockets_alone(flaskd: Flaskd) -> None:
+    """Elsewhere nobody could tell who speaks: with `control.required` the start fails, naming what was expected."""
+    flaskd.write("flaskd.yaml", "control: {required: true}\n")
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        inherit(flaskd, sock, name="control", wait="")
+        assert flaskd.wait() == 73
+    assert "expected a Unix socket, which tells who speaks" in flaskd.log
 
 
 def test_listeners_of_all_kinds_at_once(flaskd: Flaskd) -> None:
