@@ -13,8 +13,8 @@ import pytest
 from conftest import PATIENCE, get, refused
 from systemd_kit import LONG, PROJECT, Instance, Systemd, free_port
 
-RESTARTS = 50 if LONG else 4
-KILLS = 10 if LONG else 2
+RESTARTS = 50 if LONG else 20
+KILLS = 10 if LONG else 3
 LISTEN = "server: {listen: '127.0.0.1:PORT'}\n"
 STORED = LISTEN + "systemd: {fdstore: true}\n"
 PORT_UNIT = "[Socket]\nListenStream=\nListenStream=127.0.0.1:PORT\n"
@@ -162,8 +162,9 @@ def test_a_listener_that_nobody_wants_any_more_leaves_the_store(each_systemd: Sy
     end(instance)
 
 
-def test_a_stop_asked_of_flaskd_refuses_and_empties_the_store(systemd: Systemd) -> None:
+def test_a_stop_asked_of_flaskd_refuses_and_empties_the_store(each_systemd: Systemd) -> None:
     """After `flaskd stop` nobody is to come: who connects during it is refused at once, and the store is empty."""
+    systemd = each_systemd
     config = STORED + "cleanup: {policies: {w: {use: command, with: {argv: [sleep, '4']}}}}\n"
     instance = systemd.flaskd("asked-stored", config).start()
     instance.client("stop")
@@ -173,8 +174,9 @@ def test_a_stop_asked_of_flaskd_refuses_and_empties_the_store(systemd: Systemd) 
     instance.until_state("inactive")
 
 
-def test_a_drained_listener_of_the_store_is_refused_once_a_stop_is_asked_for(systemd: Systemd) -> None:
+def test_a_drained_listener_of_the_store_is_refused_once_a_stop_is_asked_for(each_systemd: Systemd) -> None:
     """Drained, it answers 503; `flaskd stop` then ends it for good."""
+    systemd = each_systemd
     config = STORED + "cleanup: {policies: {w: {use: command, with: {argv: [sleep, '4']}}}}\n"
     instance = systemd.flaskd("drained-stored", config).start()
     instance.client("drain", "--wait")
@@ -188,8 +190,9 @@ def test_a_drained_listener_of_the_store_is_refused_once_a_stop_is_asked_for(sys
     instance.until_state("inactive")
 
 
-def test_who_came_during_a_stop_of_the_manager_is_answered(systemd: Systemd) -> None:
+def test_who_came_during_a_stop_of_the_manager_is_answered(each_systemd: Systemd) -> None:
     """`systemctl stop` does not say whether a restart follows: who waits at the end of the drain is served."""
+    systemd = each_systemd
     instance = systemd.flaskd("late", STORED).start()
     first = socket.create_connection(("127.0.0.1", instance.port), timeout=PATIENCE)
     first.sendall(b"GET /sleep/1 HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -205,8 +208,9 @@ def test_who_came_during_a_stop_of_the_manager_is_answered(systemd: Systemd) -> 
     instance.until_state("inactive")
 
 
-def test_a_unix_listener_in_the_store_keeps_its_node(systemd: Systemd) -> None:
+def test_a_unix_listener_in_the_store_keeps_its_node(each_systemd: Systemd) -> None:
     """Its node stays over a restart and serves again; `flaskd stop` removes it."""
+    systemd = each_systemd
     config = "server: {listen: 'unix:/run/unix-stored/http'}\nsystemd: {fdstore: true}\n"
     service = "[Service]\nRuntimeDirectory=unix-stored\nRuntimeDirectoryPreserve=yes\n"
     instance = systemd.flaskd("unix", config, service=service).start()
@@ -255,8 +259,9 @@ def test_sockets_by_name_and_kind_beside_listeners_of_ones_own(each_systemd: Sys
     end(instance)
 
 
-def test_a_credential_is_read(systemd: Systemd) -> None:
+def test_a_credential_is_read(each_systemd: Systemd) -> None:
     """`${cred:name}` is what LoadCredential= or SetCredential= gave, in the hardened form, too."""
+    systemd = each_systemd
     instance = systemd.flaskd(
         "cred", service=HARDENED + "SetCredential=ident:from-a-credential\n", socket_unit=PORT_UNIT
     )
@@ -269,8 +274,9 @@ def test_a_credential_is_read(systemd: Systemd) -> None:
     end(instance)
 
 
-def test_a_stop_of_an_activated_service_says_that_it_is_undone(systemd: Systemd) -> None:
+def test_a_stop_of_an_activated_service_says_that_it_is_undone(each_systemd: Systemd) -> None:
     """`flaskd stop` tells that the socket unit starts it again, and so it is; stopping both is for good."""
+    systemd = each_systemd
     instance = activated(systemd, "again")
     get(instance.url)
     assert "the next connection starts it again, unless the .socket unit is stopped too" in instance.client(
