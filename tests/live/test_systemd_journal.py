@@ -42,8 +42,9 @@ def test_entries_have_fields(each_systemd: Systemd) -> None:
     assert {each["_SYSTEMD_UNIT"] for each in (access, cut, bad)} == {noted.unit}
 
 
-def test_logs_survive_a_restart_of_the_journal(systemd: Systemd) -> None:
+def test_logs_survive_a_restart_of_the_journal(each_systemd: Systemd) -> None:
     """Entries go to whoever listens at the journal's socket at the time."""
+    systemd = each_systemd
     noted = systemd.flaskd("journal-restarts", LISTEN).start()
     systemd.ctl("restart", "systemd-journald.service")
     get(noted.url, "/?after=1")

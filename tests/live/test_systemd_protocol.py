@@ -1,6 +1,7 @@
 """What flaskd and a real service manager say to each other: readiness, reloads, more time, the pulse."""
 
 import http.client
+import re
 import socket
 import threading
 import time
@@ -65,8 +66,9 @@ def test_a_life_as_it_is_shipped(each_systemd: Systemd) -> None:
     assert systemd.run("ls", "/run", check=False).stdout.count("flaskd-life") == 0
 
 
-def test_children_do_not_inherit_what_is_meant_for_flaskd(systemd: Systemd) -> None:
+def test_children_do_not_inherit_what_is_meant_for_flaskd(each_systemd: Systemd) -> None:
     """What the app starts cannot speak to the service manager in flaskd's name."""
+    systemd = each_systemd
     child = systemd.flaskd("child", LISTEN).start()
     environ = get(child.url, "/environ")[1].decode()
     assert "RUNTIME_DIRECTORY" in environ
@@ -96,8 +98,9 @@ def test_a_reload_by_signal_is_waited_for(each_systemd: Systemd) -> None:
     [("nonsense: 1\n", "78", False), (LISTEN + "health: {probe: /boom}\n", "70", True)],
     ids=["configuration", "app"],
 )
-def test_a_failed_start_tells_why(systemd: Systemd, fault: str, code: str, restarts: bool) -> None:
+def test_a_failed_start_tells_why(each_systemd: Systemd, fault: str, code: str, restarts: bool) -> None:
     """STATUS, ERRNO and the exit code tell the fault; a configuration at fault is not tried again."""
+    systemd = each_systemd
     name = f"fault{code}"
     service = "[Unit]\nStartLimitIntervalSec=60\nStartLimitBurst=2\n"
     broken = systemd.flaskd(name, fault, service=service)
@@ -114,8 +117,9 @@ def test_a_failed_start_tells_why(systemd: Systemd, fault: str, code: str, resta
     assert why in broken.show("StatusText")
 
 
-def test_a_slow_start_gets_time_while_it_is_at_work(systemd: Systemd) -> None:
+def test_a_slow_start_gets_time_while_it_is_at_work(each_systemd: Systemd) -> None:
     """An import longer than TimeoutStartSec succeeds while it does something, and is ended when it hangs."""
+    systemd = each_systemd
     text = (
         "import time\nfrom shop import app\nend = time.monotonic() + {}\nwhile time.monotonic() < end: time.sleep({})\n"
     )
@@ -135,8 +139,9 @@ def test_a_slow_start_gets_time_while_it_is_at_work(systemd: Systemd) -> None:
     assert hung.show("Result") == "timeout"
 
 
-def test_a_stop_gets_time_up_to_its_deadline(systemd: Systemd) -> None:
+def test_a_stop_gets_time_up_to_its_deadline(each_systemd: Systemd) -> None:
     """With TimeoutStopSec=2, a cleanup of six seconds that the deadline allows ends well, asked by whomever."""
+    systemd = each_systemd
     config = LISTEN + "cleanup: {policies: {long: {use: command, with: {argv: [sleep, '6']}, timeout: 8s}}}\n"
     longer = systemd.flaskd("longer", config, service="[Service]\nTimeoutStopSec=2\n")
     asked = systemd.flaskd("asked", config.replace("'6'", "'4'"), service="[Service]\nTimeoutStopSec=2\n").start()
@@ -151,8 +156,9 @@ def test_a_stop_gets_time_up_to_its_deadline(systemd: Systemd) -> None:
         assert "cleanup: 1 ok" in each.journal()
 
 
-def test_a_last_step_that_hangs_is_given_up_before_the_manager_ends_it(systemd: Systemd) -> None:
+def test_a_last_step_that_hangs_is_given_up_before_the_manager_ends_it(each_systemd: Systemd) -> None:
     """With TimeoutStopSec=1, a step that would use up the deadline is over by then, and the end is clean."""
+    systemd = each_systemd
     systemd.write("/srv/app/endless.py", "import threading\ndef wait(_): threading.Event().wait()\n")
     policy = "{use: call, phase: final, with: {target: 'endless:wait'}, timeout: 60s}"
     config = LISTEN + f"shutdown: {{deadline: 5s, reserve: 1s}}\ncleanup: {{policies: {{hangs: {policy}}}}}\n"
@@ -162,8 +168,9 @@ def test_a_last_step_that_hangs_is_given_up_before_the_manager_ends_it(systemd: 
     assert "cleanup: 1 timed_out" in hangs.journal()
 
 
-def test_a_stopped_process_is_restarted(systemd: Systemd) -> None:
+def test_a_stopped_process_is_restarted(each_systemd: Systemd) -> None:
     """A daemon that got SIGSTOP gives no pulse; within two watchdog periods another one is ready."""
+    systemd = each_systemd
     frozen = systemd.flaskd("frozen", LISTEN, service="[Service]\nWatchdogSec=2\n").start()
     pid = frozen.pid
     frozen.signal("STOP")
@@ -172,8 +179,9 @@ def test_a_stopped_process_is_restarted(systemd: Systemd) -> None:
     systemd.ctl("stop", frozen.unit)
 
 
-def test_a_wedged_loop_is_restarted_with_its_stacks_in_the_journal(systemd: Systemd) -> None:
+def test_a_wedged_loop_is_restarted_with_its_stacks_in_the_journal(each_systemd: Systemd) -> None:
     """A serving thread that does not turn gives no pulse; what each thread was at is in the journal."""
+    systemd = each_systemd
     wedged = systemd.flaskd("wedged", LISTEN, service="[Service]\nWatchdogSec=2\n").start()
     pid = wedged.pid
     get(wedged.url)
@@ -182,7 +190,10 @@ def test_a_wedged_loop_is_restarted_with_its_stacks_in_the_journal(systemd: Syst
     journal = wedged.journal()
     assert "the serving thread does not answer" in journal
     assert "Fatal Python error: Aborted" in journal
-    assert "in run" in journal
+    # Of the thread that is stuck: what it waits in, and that it is the loop's.
+    assert re.search(r'threading\.py", line \d+ in wait\n(  File .*\n)*?  File ".*/server/loop\.py", line', journal), (
+        journal
+    )
     assert get(wedged.url) == (200, b"hello")
     systemd.ctl("stop", wedged.unit)
 
@@ -200,7 +211,10 @@ def test_hanging_threads_are_a_wedge_only_when_asked_for(systemd: Systemd) -> No
     stuck.configure(config + "systemd: {stuck_after: 1s}\n")
     systemd.ctl("reload", stuck.unit)
     until_restarted(stuck, pid, within=5)  # noticed after one second, and two watchdog periods
-    assert "all threads have hung for" in stuck.journal()
+    journal = stuck.journal()
+    assert "all threads have hung for" in journal
+    stacks = journal.partition("Fatal Python error: Aborted")[2]
+    assert len(re.findall(r'File ".*/shop\.py", line \d+ in hang\n', stacks)) == 2, journal  # both that are stuck
     del hanging
     systemd.ctl("stop", stuck.unit)
 
