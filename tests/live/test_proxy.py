@@ -1,0 +1,157 @@
+"""docs/proxy.md as it stands: its configurations before two real flaskds, which are restarted one after the other."""
+
+from __future__ import annotations
+
+import collections
+import http.client
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+from conftest import PATIENCE, Flaskd, get, requires
+from systemd_kit import PROJECT, free_port
+
+APP = """
+import os
+from flask import Flask, request
+
+app = Flask(__name__)
+
+@app.get("/")
+def who():
+    return str(os.getpid())
+
+@app.get("/client")
+def client():
+    return f"{request.remote_addr} {request.scheme}"
+"""
+FRAMES = {
+    "haproxy": "{0}",
+    "nginx": "user root;\npid {1}/pid;\nerror_log stderr;\nevents {{}}\nhttp {{\naccess_log off;\n"
+    "client_body_temp_path {1}/a; proxy_temp_path {1}/b; fastcgi_temp_path {1}/c; uwsgi_temp_path {1}/d; "
+    "scgi_temp_path {1}/e;\n{0}}}\n",
+}
+COMMANDS = {"haproxy": ["-db", "-f"], "nginx": ["-g", "daemon off;", "-c"]}
+
+
+def block(kind: str, ports: dict[str, int]) -> str:
+    """A block of the documentation, on free ports."""
+    (text,) = re.findall(rf"```{kind}\n(.*?)```", (PROJECT / "docs/proxy.md").read_text(), re.DOTALL)
+    for port, free in ports.items():
+        text = re.sub(rf"127\.0\.0\.1:{port}\b", f"127.0.0.1:{free}", text)
+    return text
+
+
+def ask(port: int, path: str = "/") -> str:
+    """GET a path as a client at 127.0.0.2; the status and the body."""
+    with closing(
+        http.client.HTTPConnection("127.0.0.1", port, PATIENCE, source_address=("127.0.0.2", 0))
+    ) as connection:
+        connection.request("GET", path, headers={"X-Forwarded-For": "192.0.2.1"})
+        response = connection.getresponse()
+        return f"{response.status} {response.read().decode()}"
+
+
+@contextmanager
+def running(kind: str, text: str, directory: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The proxy, with that configuration."""
+    path = directory / "proxy.conf"
+    path.write_text(FRAMES[kind].format(text, directory))
+    with (directory / "proxy.log").open("wb") as log:
+        proxy = subprocess.Popen([kind, *COMMANDS[kind], str(path)], stdout=log, stderr=log)
+    try:
+        yield proxy
+    finally:
+        proxy.terminate()
+        proxy.wait(PATIENCE)
+
+
+class Clients:
+    """Three who ask all the time."""
+
+    def __init__(self, port: int) -> None:
+        self.outcomes: collections.Counter[str] = collections.Counter()
+        self._port, self._ended, self._changed = port, threading.Event(), threading.Condition()
+        self._threads = [threading.Thread(target=self._ask) for _ in range(3)]
+        for each in self._threads:
+            each.start()
+
+    def _ask(self) -> None:
+        while not self._ended.is_set():
+            try:
+                outcome = ask(self._port)
+            except (OSError, http.client.HTTPException) as error:
+                outcome = repr(error)
+            with self._changed:
+                self.outcomes[outcome] += 1
+                self._changed.notify_all()
+
+    def until_answered_by(self, flaskd: Flaskd) -> None:
+        """Wait until the proxy has it among those it asks."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.outcomes[f"200 {flaskd.pid}"], PATIENCE), self.outcomes
+
+    def end(self) -> None:
+        """Let them end."""
+        self._ended.set()
+        for each in self._threads:
+            each.join(PATIENCE)
+
+
+@pytest.mark.parametrize("kind", ["haproxy", "nginx"])
+def test_a_rolling_restart_behind_a_proxy_loses_nothing(
+    kind: str, make_flaskd: Callable[[], Flaskd], tmp_path: Path
+) -> None:
+    """Each of two is restarted under load, and every request is answered; the app sees the client, not the proxy."""
+    requires(kind, [] if shutil.which(kind) else [kind])
+    ports = {port: free_port() for port in ("80", "8001", "8002")}
+    both = [make_flaskd(), make_flaskd()]
+    for each, port in zip(both, ("8001", "8002"), strict=True):
+        each.write("whoapp.py", APP)
+        each.write("flaskd.yaml", block("yaml", {"8001": ports[port]}))
+        each.start(app="whoapp", listen=None)
+    with running(kind, block(kind, ports), tmp_path) as proxy:
+        both[0].until(lambda: proxy.poll() is not None or answers(ports["80"]))
+        assert proxy.poll() is None, (tmp_path / "proxy.log").read_text()
+        assert ask(ports["80"], "/client") == "200 127.0.0.2 http"
+        clients = Clients(ports["80"])
+        try:
+            pids = {each.pid for each in both}
+            for each in both:
+                clients.until_answered_by(each)
+            for each in both:
+                assert each.stop() == 0
+                each.messages.clear()
+                each.start(app="whoapp", listen=None)
+                clients.until_answered_by(each)
+                pids.add(each.pid)
+        finally:
+            clients.end()
+    assert set(clients.outcomes) == {f"200 {pid}" for pid in pids}, clients.outcomes
+    for each in both:
+        assert each.stop() == 0
+
+
+def answers(port: int) -> bool:
+    """Whether the proxy is there, and has somebody to ask."""
+    try:
+        return ask(port).startswith("200 ")
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def test_a_proxy_on_a_unix_socket_is_localhost(flaskd: Flaskd) -> None:
+    """`trusted_proxy: localhost` believes whoever may connect to the socket; another address believes nobody there."""
+    for trusted, seen in (("localhost", b"192.0.2.1 http"), ("127.0.0.1", b"localhost http")):
+        flaskd.write("whoapp.py", APP)
+        path = flaskd.directory / "http.sock"
+        headers = "trusted_proxy_headers: [x-forwarded-for]"
+        flaskd.write("flaskd.yaml", f"server: {{listen: 'unix:{path}', trusted_proxy: {trusted}, {headers}}}\n")
+        flaskd.start(app="whoapp", listen=None)
+        assert get(f"unix:{path}", "/client", **{"X-Forwarded-For": "192.0.2.1"}) == (200, seen)
+        assert flaskd.stop() == 0
