@@ -7,10 +7,13 @@ import time
 import pytest
 from fake_notify import receiving
 
+from flaskd.cleanup import Plan
+from flaskd.config import CleanupConfig, ShutdownConfig
 from flaskd.lifecycle import State, StopReason
 from flaskd.notify import Notifier
 from flaskd.service import Service
 from flaskd.sockets import Address, Listener
+from flaskd.stop import Stop
 
 PERIOD = 0.02
 
@@ -183,6 +186,28 @@ def test_a_step_gets_what_it_may_take(make, manager, takes, left, usec):
     service = make()
     service.step(takes, left)
     assert manager.messages() == ([f"EXTEND_TIMEOUT_USEC={usec}".encode()] if usec else [])
+
+
+@pytest.mark.parametrize(
+    ("deadline", "reserve", "ends"), [(25, 3, (24.5, 2.5)), (25, 0, (24.5, 0)), (1, 0.5, (0.9, 0.4))]
+)
+def test_the_steps_of_a_stop_end_before_what_the_manager_was_told(monkeypatch, deadline, reserve, ends):
+    """The last of them that hangs leaves time for the record and the exit, out of the reserve where there is one."""
+    given = {}
+    monkeypatch.setattr("flaskd.stop.Runner", lambda _plan, **those: given.update(those))
+    shutdown = ShutdownConfig(deadline=deadline, reserve=reserve, drain={"timeout": deadline})
+    monkeypatch.setattr("flaskd.stop.time.monotonic", lambda: 0.0)
+    stop = Stop(
+        StopReason("signal", "SIGTERM"),
+        plan=Plan(),
+        app=None,
+        shutdown=shutdown,
+        cleanup=CleanupConfig(),
+        drain=lambda: None,
+        over=lambda _: None,
+    )
+    assert (given["deadline"], given["reserve"]) == pytest.approx((ends[0], ends[1]))
+    assert stop.drain_time <= ends[0] - ends[1]
 
 
 @pytest.mark.parametrize(("left", "usec"), [(25.0, 5_000_000), (3.0, 3_000_000)])

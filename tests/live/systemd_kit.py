@@ -438,6 +438,14 @@ class Instance:
         """The status, as programs see it."""
         return dict(json.loads(self.client("status", "--json")))
 
+    def fates(self) -> dict[str, str]:
+        """What became of each policy at the last stop.
+
+        From the record: the journal may have the last lines of a process that is gone without its unit's name.
+        """
+        record = json.loads(self.systemd.run("cat", f"/var/lib/flaskd-{self.name}/last-stop.json").stdout)
+        return {name: policy["fate"] for name, policy in record["policies"].items()}
+
     def journal(self, *args: str) -> str:
         return self.systemd.journal(self.unit, *args)
 

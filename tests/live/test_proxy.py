@@ -47,11 +47,12 @@ def block(kind: str, ports: dict[str, int]) -> str:
     return text
 
 
-def ask(port: int, path: str = "/") -> str:
-    """GET a path as a client at 127.0.0.2; the status and the body."""
-    with closing(
-        http.client.HTTPConnection("127.0.0.1", port, PATIENCE, source_address=("127.0.0.2", 0))
-    ) as connection:
+def ask(port: int, path: str = "/", source: str = "127.0.0.1") -> str:
+    """GET a path as a client at that address; the status and the body.
+
+    Many from another one than 127.0.0.1 would leave ports behind that nobody could bind on all addresses for a minute.
+    """
+    with closing(http.client.HTTPConnection("127.0.0.1", port, PATIENCE, source_address=(source, 0))) as connection:
         connection.request("GET", path, headers={"X-Forwarded-For": "192.0.2.1"})
         response = connection.getresponse()
         return f"{response.status} {response.read().decode()}"
@@ -118,7 +119,7 @@ def test_a_rolling_restart_behind_a_proxy_loses_nothing(
     with running(kind, block(kind, ports), tmp_path) as proxy:
         both[0].until(lambda: proxy.poll() is not None or answers(ports["80"]))
         assert proxy.poll() is None, (tmp_path / "proxy.log").read_text()
-        assert ask(ports["80"], "/client") == "200 127.0.0.2 http"
+        assert ask(ports["80"], "/client", "127.0.0.2") == "200 127.0.0.2 http"
         clients = Clients(ports["80"])
         try:
             pids = {each.pid for each in both}

@@ -153,28 +153,16 @@ def test_a_stop_gets_time_up_to_its_deadline(each_systemd: Systemd) -> None:
     for each in (longer, asked):
         each.until_state("inactive")
         assert each.show("Result") == "success"
-        assert "cleanup: 1 ok" in each.journal()
-
-
-def test_a_last_step_that_hangs_is_given_up_before_the_manager_ends_it(each_systemd: Systemd) -> None:
-    """With TimeoutStopSec=1, a step that would use up the deadline is over by then, and the end is clean."""
-    systemd = each_systemd
-    systemd.write("/srv/app/endless.py", "import threading\ndef wait(_): threading.Event().wait()\n")
-    policy = "{use: call, phase: final, with: {target: 'endless:wait'}, timeout: 60s}"
-    config = LISTEN + f"shutdown: {{deadline: 5s, reserve: 1s}}\ncleanup: {{policies: {{hangs: {policy}}}}}\n"
-    hangs = systemd.flaskd("hangs", config, service="[Service]\nTimeoutStopSec=1\n").start()
-    systemd.ctl("stop", hangs.unit)
-    assert hangs.show("Result") == "success", hangs.journal()
-    assert "cleanup: 1 timed_out" in hangs.journal()
+        assert each.fates() == {"long": "ok"}
 
 
 def test_a_stopped_process_is_restarted(each_systemd: Systemd) -> None:
     """A daemon that got SIGSTOP gives no pulse; within two watchdog periods another one is ready."""
     systemd = each_systemd
-    frozen = systemd.flaskd("frozen", LISTEN, service="[Service]\nWatchdogSec=2\n").start()
+    frozen = systemd.flaskd("frozen", LISTEN, service="[Service]\nWatchdogSec=4\n").start()
     pid = frozen.pid
     frozen.signal("STOP")
-    until_restarted(frozen, pid, within=4)
+    until_restarted(frozen, pid, within=8)
     assert get(frozen.url) == (200, b"hello")
     systemd.ctl("stop", frozen.unit)
 
@@ -182,11 +170,11 @@ def test_a_stopped_process_is_restarted(each_systemd: Systemd) -> None:
 def test_a_wedged_loop_is_restarted_with_its_stacks_in_the_journal(each_systemd: Systemd) -> None:
     """A serving thread that does not turn gives no pulse; what each thread was at is in the journal."""
     systemd = each_systemd
-    wedged = systemd.flaskd("wedged", LISTEN, service="[Service]\nWatchdogSec=2\n").start()
+    wedged = systemd.flaskd("wedged", LISTEN, service="[Service]\nWatchdogSec=4\n").start()
     pid = wedged.pid
     get(wedged.url)
     Answer(wedged.url, "/wedge")
-    until_restarted(wedged, pid, within=4)
+    until_restarted(wedged, pid, within=8)
     journal = wedged.journal()
     assert "the serving thread does not answer" in journal
     assert "Fatal Python error: Aborted" in journal
