@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from fake_notify import receiving
@@ -194,7 +195,12 @@ def test_a_step_gets_what_it_may_take(make, manager, takes, left, usec):
 def test_the_steps_of_a_stop_end_before_what_the_manager_was_told(monkeypatch, deadline, reserve, ends):
     """The last of them that hangs leaves time for the record and the exit, out of the reserve where there is one."""
     given = {}
-    monkeypatch.setattr("flaskd.stop.Runner", lambda _plan, **those: given.update(those))
+
+    def runner(_plan, **those):
+        given.update(those)
+        return SimpleNamespace(kept=those["reserve"])
+
+    monkeypatch.setattr("flaskd.stop.Runner", runner)
     shutdown = ShutdownConfig(deadline=deadline, reserve=reserve, drain={"timeout": deadline})
     monkeypatch.setattr("flaskd.stop.time.monotonic", lambda: 0.0)
     stop = Stop(
