@@ -30,14 +30,13 @@ def test_each_transcript(flaskd: Flaskd) -> None:
     requires("curl", [] if shutil.which("curl") else ["curl"])
     netcat = "nc -U" if shutil.which("nc") else "socat -t 30 - UNIX-CONNECT:"
     requires("socat", [] if netcat.startswith("nc") or shutil.which("socat") else ["nc, socat"])
-    with socket.create_server(("127.0.0.1", 0)) as passed:
-        port = passed.getsockname()[1]
-    flaskd.write("flaskd.yaml", f"admin: {{listen: '127.0.0.1:{port}'}}\n")
+    flaskd.write("flaskd.yaml", "admin: {listen: '127.0.0.1:0'}\n")
     flaskd.start()
+    [admin] = flaskd.status()["admin"]
 
     def typed(command: str) -> str:
         command = command.replace("nc -U /", netcat + (" /" if netcat.startswith("nc") else "/"))
-        command = command.replace("/run/flaskd", str(flaskd.runtime)).replace("127.0.0.1:9090", f"127.0.0.1:{port}")
+        command = command.replace("/run/flaskd", str(flaskd.runtime)).replace("127.0.0.1:9090", admin)
         command = re.sub(r"^flaskd ", f"{sys.executable} -m flaskd ", command)
         done = subprocess.run(
             ["sh", "-c", command], cwd=flaskd.directory, env=flaskd.env, stdout=subprocess.PIPE,
