@@ -14,7 +14,7 @@ from flaskd.config import Phase
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="process groups are POSIX")
 
-MARGIN = 3.0
+MARGIN = 1.0
 
 
 def command(*argv, timeout=PATIENCE, phase=Phase.FINAL, retries=0, **fields):

@@ -9,9 +9,10 @@ from flaskd.cleanup import Fate, Frame, Plan, for_steps
 from flaskd.cleanup.preview import _Rehearsal, latest, rehearse
 from flaskd.config import Phase
 
+MARGIN = 0.5
 PLENTY = 10.0
 FOREVER = 100.0
-"""Seconds that a hanging step would take if nothing but its own timeout ended it; a busy machine is not that late."""
+"""Seconds that a hanging step would take if nothing but its own timeout ended it."""
 
 
 @st.composite
@@ -117,7 +118,7 @@ def test_never_past_the_deadline(drawn, hurried):
         if hurried:
             stop.hurry(0.01)
         results = stop.run(Phase)
-        assert time.monotonic() - begun < FOREVER / 2
+        assert time.monotonic() - begun < 0.15 + MARGIN
     assert len(results) == len(drawn)
 
 

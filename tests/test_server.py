@@ -606,7 +606,7 @@ def test_a_probe_whose_answer_trickles_has_one_deadline(serve, monkeypatch):
     began = time.monotonic()
     with pytest.raises(AppError, match="did not answer the probe within 0.3s"):
         server.probe("/", 0.3)
-    assert time.monotonic() - began < PATIENCE / 2
+    assert time.monotonic() - began < 2
     until(server, lambda: held[0].fileno() == -1)
 
 

@@ -24,6 +24,7 @@ from server_kit import (
 from stock_waitress import later, turn
 
 from flaskd.server import WaitressThread
+from flaskd.server import channel as channel_module
 from flaskd.server.channel import Channel
 from flaskd.sockets import Address, Listener
 
@@ -52,7 +53,7 @@ def test_a_connection_that_is_idle_longer_than_its_grace_is_closed_at_once(serve
     until(server, lambda: server.in_flight == 0)
     began = time.monotonic()
     report = server.drain(timeout=PATIENCE)
-    assert time.monotonic() - began < PATIENCE / 2
+    assert time.monotonic() - began < 1
     assert (report.completed, report.cut) == (0, ())
     assert all(client.ended() for client in clients)
 
@@ -385,8 +386,9 @@ def test_the_same_on_waitress_own_loop(serve, app, connect, monkeypatch):
     assert connect(server).ask("/big").body == b"x" * BIG
 
 
-def test_thousands_of_idle_connections_cost_nothing(serve, app, connect):
+def test_thousands_of_idle_connections_cost_nothing(serve, app, connect, monkeypatch):
     """Interest is computed only for connections that something happened to: idle ones are never asked."""
+    monkeypatch.setattr(channel_module, "_QUICK", -PATIENCE)  # so that the loop has the busy one each time
     server = serve()
     for _ in range(200):
         connect(server)
@@ -400,4 +402,4 @@ def test_thousands_of_idle_connections_cost_nothing(serve, app, connect):
             assert busy.ask("/").status == 200
     finally:
         Channel.readable = before
-    assert len(set(asked)) <= 1
+    assert len(set(asked)) == 1

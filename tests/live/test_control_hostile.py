@@ -127,7 +127,7 @@ def test_who_asks_without_end_and_never_reads(flaskd: Flaskd) -> None:
                     client.send(b'{"cmd":"config"}\n' * 100)
         began = time.monotonic()
         assert flaskd.command("ready") == "OK ready\n"
-        assert time.monotonic() - began < PATIENCE / 2
+        assert time.monotonic() - began < 2
         assert get(flaskd.url) == (200, b"hello")
         assert memory(flaskd) - before < 16_000
     assert flaskd.stop() == 0

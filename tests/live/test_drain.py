@@ -79,7 +79,7 @@ def test_the_deadline_is_kept_and_what_is_cut_is_named(flaskd: Flaskd) -> None:
     before = time.monotonic()
     flaskd.kill(signal.SIGTERM)
     assert flaskd.wait() == 9
-    assert time.monotonic() - before < 5
+    assert time.monotonic() - before < 3.0
     assert isinstance(held.result(), (http.client.HTTPException, OSError))
     [cut] = flaskd.record()["cut"]
     assert (cut["method"], cut["path"], cut["phase"]) == ("GET", "/hold", "running")
@@ -88,7 +88,7 @@ def test_the_deadline_is_kept_and_what_is_cut_is_named(flaskd: Flaskd) -> None:
 
 
 def test_an_app_that_holds_the_interpreter_is_ended_at_the_deadline(flaskd: Flaskd) -> None:
-    """Even code that never lets go of the GIL cannot keep the process past its deadline."""
+    """Even code that never lets go of the GIL cannot keep the process past its deadline by more than a second."""
     flaskd.write("hog.py", "import ctypes, os, socket\n"
                  "def app(environ, start_response):\n"
                  "    with socket.socket(socket.AF_UNIX) as gate:\n"
@@ -102,7 +102,7 @@ def test_an_app_that_holds_the_interpreter_is_ended_at_the_deadline(flaskd: Flas
     before = time.monotonic()
     flaskd.gate.open()
     assert flaskd.wait() == 1
-    assert time.monotonic() - before < 5
+    assert time.monotonic() - before < 2.0
     assert "Timeout" in flaskd.log
     for path in flaskd.runtime.glob("*"):
         path.unlink()  # nothing could run any more that would have removed them

@@ -80,14 +80,14 @@ def test_a_command_line_of_the_apps_own(flaskd: Flaskd) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_an_import_at_once(flaskd: Flaskd, number: int) -> None:
-    """An app that sleeps while it is imported is left at once, cleanly."""
+    """An app that sleeps while it is imported is left within a second, cleanly."""
     flaskd.write("sleeper.py", ENTER + "import time\ntime.sleep(5)\n")
     launch(flaskd, "--app", "sleeper", "daemon", "-l", "127.0.0.1:0")
     flaskd.gate.entered()
     before = time.monotonic()
     flaskd.kill(number)
     assert flaskd.wait() == 0
-    assert time.monotonic() - before < 4
+    assert time.monotonic() - before < 1.0
     assert "stopped while starting" in flaskd.log
 
 

@@ -57,7 +57,7 @@ def test_a_forked_child_keeps_nothing(flaskd: Flaskd) -> None:
         assert get(url) == (200, b"hello")
         before = time.monotonic()
         assert flaskd.stop() == 0
-        assert time.monotonic() - before < 8
+        assert time.monotonic() - before < 2.5
         flaskd.start(app="forking")
         assert flaskd.stop() == 0
     finally:
@@ -105,7 +105,7 @@ def test_standard_error_that_nobody_reads(flaskd: Flaskd) -> None:
         assert get(url) == (200, b"hello")
     before = time.monotonic()
     assert flaskd.stop() == 0
-    assert time.monotonic() - before < 10
+    assert time.monotonic() - before < 4
     os.close(reading)
 
 
@@ -120,7 +120,7 @@ def test_standard_error_that_is_closed(flaskd: Flaskd) -> None:
     assert get(flaskd.url) == (200, b"hello")
     before = time.monotonic()
     assert flaskd.stop() == 0
-    assert time.monotonic() - before < 10
+    assert time.monotonic() - before < 3
 
 
 def test_a_reload_that_hangs_does_not_keep_a_stop_waiting(flaskd: Flaskd) -> None:
@@ -139,7 +139,7 @@ def test_a_reload_that_hangs_does_not_keep_a_stop_waiting(flaskd: Flaskd) -> Non
         assert flaskd.command("ready") == "OK ready\n"
         before = time.monotonic()
         assert flaskd.stop() == 0
-        assert time.monotonic() - before < 10
+        assert time.monotonic() - before < 2
         assert client.recv(1000) == b"ERR not-now the reload was overtaken by a stop\n"
 
 
@@ -154,7 +154,7 @@ def test_reloads_in_a_storm_are_merged(flaskd: Flaskd) -> None:
     assert flaskd.status()["threads"] == 3
     before = time.monotonic()
     assert flaskd.stop() == 0
-    assert time.monotonic() - before < 10
+    assert time.monotonic() - before < 2
 
 
 def test_ids_that_are_no_text_lose_nothing(flaskd: Flaskd) -> None:
@@ -308,7 +308,7 @@ def test_as_pid_1(flaskd: Flaskd) -> None:
 
 @pytest.mark.skipif(bool(_no_pid_namespace()), reason=f"no PID namespace: {_no_pid_namespace()}")
 def test_as_pid_1_while_starting(flaskd: Flaskd) -> None:
-    """SIGTERM in the middle of an import ends a container's only process at once."""
+    """SIGTERM in the middle of an import ends a container's only process within a second."""
     flaskd.write("sleeper.py", "import os, socket, time\ngate = socket.socket(socket.AF_UNIX)\n"
                  "gate.connect(os.environ['GATE'])\ngate.sendall(b'entered')\ntime.sleep(30)\n")  # fmt: skip
     flaskd.launch(app="sleeper", prefix=["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"])
@@ -317,4 +317,4 @@ def test_as_pid_1_while_starting(flaskd: Flaskd) -> None:
     before = time.monotonic()
     os.kill(first, signal.SIGTERM)
     assert flaskd.wait() == 0
-    assert time.monotonic() - before < 10
+    assert time.monotonic() - before < 1.5

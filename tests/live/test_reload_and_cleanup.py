@@ -137,7 +137,7 @@ cleanup:
     flaskd.start()
     before = time.monotonic()
     assert flaskd.stop() == 0
-    assert time.monotonic() - before < 8
+    assert time.monotonic() - before < 3.0
     record = flaskd.record()["policies"]
     assert (record["hang"]["fate"], record["final"]["fate"]) == ("timed_out", "ok")
     assert "time.sleep(60)" in flaskd.log

@@ -27,14 +27,14 @@ SLEEPERS = {
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("sleeper", SLEEPERS)
 def test_a_signal_ends_an_import_at_once(flaskd: Flaskd, sleeper: str, number: int) -> None:
-    """An app that sleeps 5 s while it is imported is left at once, cleanly, with no node."""
+    """An app that sleeps 5 s while it is imported is left within a second, cleanly, with no node."""
     flaskd.write("sleeper.py", SLEEPERS[sleeper])
     flaskd.launch(app="sleeper", listen=f"unix:{flaskd.directory}/app.sock")
     flaskd.gate.entered()
     before = time.monotonic()
     flaskd.kill(number)
     assert flaskd.wait() == 0
-    assert time.monotonic() - before < 4
+    assert time.monotonic() - before < 1.0
     assert "stopped while starting" in flaskd.log
     assert "Traceback" not in flaskd.log
     assert not (flaskd.directory / "app.sock").exists()
@@ -64,7 +64,7 @@ def test_the_second_signal_cuts_the_drain_short(flaskd: Flaskd) -> None:
     time.sleep(0.06)  # not a wait for anything: signals closer together than 50 ms are one signal
     flaskd.kill(signal.SIGTERM)
     assert flaskd.wait() == 0
-    assert time.monotonic() - before < 8
+    assert time.monotonic() - before < 2.0
     record = flaskd.record()
     assert [each["path"] for each in record["cut"]] == ["/hold"]
     assert record["policies"]["slow"]["fate"] == "timed_out"
@@ -203,7 +203,7 @@ def test_nothing_keeps_the_exit(flaskd: Flaskd) -> None:
     with socket.create_connection((host, int(port))):
         before = time.monotonic()
         assert flaskd.stop() == 0
-        assert time.monotonic() - before < 10.0  # the connection alone would hold a drain for 15 s, the others for 60
+        assert time.monotonic() - before < 2.0
     assert "leaving without waiting for" in flaskd.log
 
 

@@ -159,10 +159,10 @@ def test_a_stop_gets_time_up_to_its_deadline(each_systemd: Systemd) -> None:
 def test_a_stopped_process_is_restarted(each_systemd: Systemd) -> None:
     """A daemon that got SIGSTOP gives no pulse; within two watchdog periods another one is ready."""
     systemd = each_systemd
-    frozen = systemd.flaskd("frozen", LISTEN, service="[Service]\nWatchdogSec=4\n").start()
+    frozen = systemd.flaskd("frozen", LISTEN, service="[Service]\nWatchdogSec=2\n").start()
     pid = frozen.pid
     frozen.signal("STOP")
-    until_restarted(frozen, pid, within=8)
+    until_restarted(frozen, pid, within=4)
     assert get(frozen.url) == (200, b"hello")
     systemd.ctl("stop", frozen.unit)
 
@@ -170,11 +170,11 @@ def test_a_stopped_process_is_restarted(each_systemd: Systemd) -> None:
 def test_a_wedged_loop_is_restarted_with_its_stacks_in_the_journal(each_systemd: Systemd) -> None:
     """A serving thread that does not turn gives no pulse; what each thread was at is in the journal."""
     systemd = each_systemd
-    wedged = systemd.flaskd("wedged", LISTEN, service="[Service]\nWatchdogSec=4\n").start()
+    wedged = systemd.flaskd("wedged", LISTEN, service="[Service]\nWatchdogSec=2\n").start()
     pid = wedged.pid
     get(wedged.url)
     Answer(wedged.url, "/wedge")
-    until_restarted(wedged, pid, within=8)
+    until_restarted(wedged, pid, within=4)
     journal = wedged.journal()
     assert "the serving thread does not answer" in journal
     assert "Fatal Python error: Aborted" in journal
