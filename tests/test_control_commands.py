@@ -1,10 +1,12 @@
 """What a line, a JSON object or a request line means, and who may say it."""
 
+import contextlib
 import json
 import os
 import queue
 import socket
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +25,7 @@ from flaskd.daemon import Daemon
 from flaskd.errors import ForbiddenError, UnknownCommandError, UsageError
 from flaskd.verbs import FLAGS, VERBS, Role
 
-PEER = Peer(uid=4242, pid=1, command="nc", groups=frozenset({77}))
+PEER = Peer(uid=4242, pid=1, groups=frozenset({77}))
 
 
 def test_every_verb_of_the_table_does_something():
@@ -507,3 +509,34 @@ def test_blanks_of_all_kinds_stay_out_of_the_log(caplog):
     caplog.set_level("INFO", "flaskd.control")
     LogReply("log-level\x1cinfo\r\x85").ok("info")
     assert caplog.messages == ["control: log-level info: OK info"]
+
+
+def test_a_client_has_the_name_of_its_program_while_that_runs():
+    """It is told with what it changed; of one that is gone there is none, and of whoever wrote into the FIFO."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX)
+    with ours, theirs:
+        peer = Peer.of(theirs)
+    name = Path("/proc/self/comm").read_text().strip()
+    assert str(peer) == f"uid={os.geteuid()} pid={os.getpid()} command={name}"
+    assert str(Peer(uid=7, pid=2**22 + 1)) == "uid=7 pid=4194305"
+    assert str(FIFO_PEER) == "the FIFO"
+
+
+def test_many_who_come_at_once_are_all_answered(tmp_path, monkeypatch):
+    """One is accepted in each turn; the others are not forgotten."""
+    monkeypatch.setattr(plane, "RUN", {"health": lambda _daemon, _command, reply: reply.ok("healthy")})
+    config = Config.model_validate({})
+    daemon = SimpleNamespace(configuration=SimpleNamespace(values=config))
+    control = plane.ControlPlane(daemon, "shop", {"RUNTIME_DIRECTORY": str(tmp_path)})
+    control.open(config)
+    try:
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(30)]
+            for client in clients:
+                client.settimeout(20.0)
+                client.connect(str(tmp_path / "control.sock"))
+            for client in clients:
+                client.sendall(b"health\n")
+            assert [client.recv(100) for client in clients] == [b"OK healthy\n"] * 30
+    finally:
+        control.close()

@@ -12,6 +12,7 @@ import socket
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,6 @@ class Peer:
 
     uid: int = -1
     pid: int = 0
-    command: str = ""
     groups: frozenset[int] = frozenset()
 
     @classmethod
@@ -48,7 +48,18 @@ class Peer:
         with contextlib.suppress(OSError):  # an older kernel, or too many
             more = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * _MOST_GROUPS)
             groups |= {number for (number,) in struct.iter_unpack("I", more)}
-        return cls(uid, pid, _command_of(pid), frozenset(groups))
+        return cls(uid, pid, frozenset(groups))
+
+    @cached_property
+    def command(self) -> str:
+        """The name of its program (proc_pid_comm(5)), which it may choose, in plain characters; "" when it is gone.
+
+        Looked for when it is first asked for: few commands are logged, and the look takes ten system calls.
+        """
+        with contextlib.suppress(OSError):
+            name = Path(f"/proc/{self.pid}/comm").read_text(errors="replace").rstrip("\n")
+            return re.sub(r"[^\w.+-]", "?", name, flags=re.ASCII)
+        return ""
 
     def __str__(self) -> str:
         if self.uid < 0:
@@ -58,15 +69,6 @@ class Peer:
 
 FIFO_PEER = Peer()
 """Whoever writes into the FIFO, which tells nothing of them."""
-
-
-def _command_of(pid: int) -> str:
-    """The name of a process' program (proc_pid_comm(5)), which the process may choose: only plain characters of it."""
-    with contextlib.suppress(OSError):
-        return re.sub(
-            r"[^\w.+-]", "?", Path(f"/proc/{pid}/comm").read_text(errors="replace").rstrip("\n"), flags=re.ASCII
-        )
-    return ""
 
 
 class Access:

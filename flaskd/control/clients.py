@@ -36,8 +36,8 @@ class Client:
     """A client; `execute` gets its commands. Output may be queued from any thread, all else is the control thread's."""
 
     def __init__(self, sock: socket.socket, execute: Execute, wake: Callable[[], None]) -> None:
-        sock.setblocking(False)
         self.sock = sock
+        """Never waited for (MSG_DONTWAIT); set to non-blocking it would cost a system call."""
         self.peer = Peer.of(sock)
         self.pending = 0
         """Commands without an outcome yet."""
@@ -58,7 +58,7 @@ class Client:
     def read(self) -> None:
         """Take what has come."""
         try:
-            data = self.sock.recv(65536)
+            data = self.sock.recv(65536, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
         except OSError:
@@ -229,7 +229,7 @@ class Client:
         with self._lock:
             if self._out:
                 try:
-                    sent = self.sock.send(self._out)
+                    sent = self.sock.send(self._out, socket.MSG_DONTWAIT)
                     del self._out[:sent]
                 except BlockingIOError:
                     pass

@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("flaskd.control")
 
+_Read = Callable[[int], None]
+"""What is done when a descriptor, the argument, has something to read."""
+
 _MAX_CLIENTS = 64
 _RESERVE = 16
 """Of these, those in which nobody waits for an outcome, so that who asks something short always gets in."""
 _STOP_RESERVE = 8
 """How far into the reserve a stop that waits may go."""
-_AT_ONCE = 1 / 4
-"""How many of those who do not wait are accepted before it is the others' turn: few, so that each is heard before it
-may have to make room."""
 _IDLE_TIMEOUT = 60.0
 """Seconds a client may leave a command unfinished, or an answer unread."""
 _FLUSH_TIMEOUT = 1.0
@@ -52,7 +52,7 @@ class ControlPlane:
         self._daemon = daemon
         self._directory = RuntimeDirectory(name, environ)
         self._socket, self._fifo = socket_place(self._directory), fifo_place(self._directory)
-        self._places: dict[Place, Callable[[], None]] = {}
+        self._places: dict[Place, _Read] = {}
         """Those that are wanted, each with what reads from it."""
         self._selector = selectors.DefaultSelector()
         self._passed: list[Listener] = []
@@ -60,6 +60,8 @@ class ControlPlane:
         self._fifo_lines = Lines(self._fifo_line)
         self._thread = threading.Thread(target=self._run, name="flaskd-control", daemon=True)
         self._ending = False
+        self._again = False
+        """Whether another turn is wanted at once; the control thread's."""
         self._accepting_again = 0.0
         self._next_look = 0.0
         self._told = ""
@@ -215,9 +217,11 @@ class ControlPlane:
                 until = until or time.monotonic() + _FLUSH_TIMEOUT
                 if time.monotonic() >= until or not any(client.has_output for client in self._clients):
                     return
-            for key, _ in self._selector.select(0.1 if self._ending else _PAUSE):
+            pause = 0.0 if self._again else 0.1 if self._ending else _PAUSE
+            self._again = False
+            for key, _ in self._selector.select(pause):
                 try:
-                    key.data()
+                    key.data(key.fd)
                 except Exception:  # one client's trouble is not the next one's
                     log.exception("cannot answer a control client")
             self._settle()
@@ -230,10 +234,14 @@ class ControlPlane:
                     log.exception("cannot look after the control nodes")
 
     def _wake(self) -> None:
+        """Let the control thread have another turn (any thread)."""
+        if threading.current_thread() is self._thread:
+            self._again = True
+            return
         with contextlib.suppress(OSError):  # full: it is awake anyway; closed: nobody is there to wake
             self._writer.send(b"x")
 
-    def _woken(self) -> None:
+    def _woken(self, _fd: int) -> None:
         with contextlib.suppress(BlockingIOError):
             self._reader.recv(4096)
 
@@ -258,7 +266,7 @@ class ControlPlane:
             if before is not None:
                 self._replace(before, place, read)
 
-    def _replace(self, before: int, place: Place, read: Callable[[], None]) -> None:
+    def _replace(self, before: int, place: Place, read: _Read) -> None:
         """Listen to the new descriptor of a place, and close the one before; -1 for none."""
         if before >= 0:
             with contextlib.suppress(KeyError):  # nobody was accepted for a moment
@@ -271,21 +279,20 @@ class ControlPlane:
         own = [self._socket.fd] if self._socket in self._places and self._socket.fd >= 0 else []
         return own + [each.socket.fileno() for each in self._passed]
 
-    def _accept(self) -> None:
-        """Accept from all sockets: none blocks, so it does not matter which of them has somebody waiting."""
+    def _accept(self, fd: int) -> None:
+        """Accept one client, and hear what it has said already; where more wait, the selector says so again.
+
+        So few system calls because each lets go of the interpreter, and waits for it again where the app is busy.
+        """
         try:
-            for fd in self._listening():
-                self._accept_from(fd)
+            self._admit(accept(fd))
+        except BlockingIOError:  # a process that shares the listener was faster
+            pass
         except OSError as error:
             log.warning(f"cannot accept a control client: {error.strerror}")
-            for fd in self._listening():
-                self._selector.unregister(fd)
+            for each in self._listening():
+                self._selector.unregister(each)
             self._accepting_again = time.monotonic() + _PAUSE
-
-    def _accept_from(self, fd: int) -> None:
-        with contextlib.suppress(BlockingIOError):
-            for _ in range(int((_MAX_CLIENTS - self._waiting) * _AT_ONCE) or 1):
-                self._admit(accept(fd))
 
     def _admit(self, sock: socket.socket) -> None:
         if len(self._clients) >= _MAX_CLIENTS:
@@ -299,7 +306,7 @@ class ControlPlane:
             return
         client = Client(sock, self.execute, self._wake)
         self._clients.add(client)
-        self._selector.register(sock, selectors.EVENT_READ, lambda: self._serve(client))
+        client.read()
 
     @staticmethod
     def _serve(client: Client) -> None:
@@ -338,7 +345,7 @@ class ControlPlane:
     def _watch(self, client: Client, events: int) -> None:
         known = self._selector.get_map().get(client.sock)
         if known is None and events:
-            self._selector.register(client.sock, events, lambda: self._serve(client))
+            self._selector.register(client.sock, events, lambda _fd: self._serve(client))
         elif known is not None and not events:
             self._selector.unregister(client.sock)
         elif known is not None and known.events != events:
@@ -350,13 +357,13 @@ class ControlPlane:
             self._selector.unregister(client.sock)
         client.sock.close()
 
-    def _read_fifo(self) -> None:
-        if self._fifo_lines.read(self._fifo.fd):
+    def _read_fifo(self, fd: int) -> None:
+        if self._fifo_lines.read(fd):
             return
         if (before := self._fifo.anew()) is not None:
             self._replace(before, self._fifo, self._read_fifo)
         else:  # it is made anew at the next look; until then it would be readable for ever
-            self._selector.unregister(self._fifo.fd)
+            self._selector.unregister(fd)
 
     def _fifo_line(self, line: str) -> None:
         reply = LogReply(line[:80])
