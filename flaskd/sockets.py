@@ -8,11 +8,12 @@ import ipaddress
 import logging
 import os
 import re
+import select
 import socket
 import stat
 import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -327,6 +328,22 @@ def closed_by_peer(sock: socket.socket | None) -> bool:
         return False
     except OSError:  # reset, or closed here meanwhile
         return True
+
+
+def each_closed_by_peer(socks: Sequence[socket.socket | None]) -> list[bool]:
+    """`closed_by_peer` of each, for one system call where no peer has closed anything (POLLRDHUP: poll(2)).
+
+    Each one lets go of the interpreter, and waits for it again where the app is busy.
+    """
+    if not hasattr(select, "POLLRDHUP"):
+        return [closed_by_peer(sock) for sock in socks]
+    numbers = [-1 if sock is None else sock.fileno() for sock in socks]
+    poll = select.poll()
+    for number in numbers:
+        if number >= 0:
+            poll.register(number, select.POLLRDHUP)
+    closed = {-1, *(number for number, _ in poll.poll(0))}
+    return [number in closed and closed_by_peer(sock) for sock, number in zip(socks, numbers, strict=True)]
 
 
 def unread(sock: socket.socket | None) -> int:

@@ -1,12 +1,14 @@
+import contextlib
 import os
 import resource
+import select
 import socket
 import stat
 
 import pytest
 
 from flaskd.errors import CannotCreateError
-from flaskd.sockets import Address, Listener, Node, bind_unix, open_files_limit
+from flaskd.sockets import Address, Listener, Node, bind_unix, closed_by_peer, each_closed_by_peer, open_files_limit
 
 
 def has_ipv6():
@@ -376,3 +378,22 @@ def test_a_limit_that_cannot_be_raised_is_told_as_it_is(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 200))
     monkeypatch.setattr(resource, "setrlimit", refuse)
     assert open_files_limit(raised=True) == 100
+
+
+@pytest.mark.parametrize("poll", [True, False], ids=["poll", "no-poll"])
+def test_who_has_closed_is_seen_of_all_at_once(monkeypatch, poll):
+    """As of each alone: closed or reset by the peer or here; not who has said something that is not read yet."""
+    if not poll:
+        monkeypatch.delattr(select, "POLLRDHUP", raising=False)
+    with contextlib.ExitStack() as stack:
+        pairs = [[stack.enter_context(each) for each in socket.socketpair()] for _ in range(5)]
+        (open_, _), (closed, peer), (here, _), (asked, asking), (spoke, speaking) = pairs
+        peer.close()
+        here.close()
+        asking.sendall(b"GET / HTTP/1.1\r\n")
+        asking.shutdown(socket.SHUT_WR)
+        speaking.sendall(b"GET / HTTP/1.1\r\n")
+        socks = [open_, closed, here, None, asked, spoke]
+        assert each_closed_by_peer(socks) == [closed_by_peer(each) for each in socks]
+        assert each_closed_by_peer(socks) == [False, True, True, False, False, False]
+    assert each_closed_by_peer([]) == []

@@ -115,8 +115,11 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
         """The request target as the client wrote it; empty while it is not known."""
         return str(getattr(self, "request_uri", "") or getattr(self, "path", ""))
 
-    def snapshot(self, *, stack: bool = False) -> InFlight:
-        """What can be shown of it, from any thread; with the stack of the thread that runs it when asked for."""
+    def snapshot(self, *, stack: bool = False, gone: bool | None = None) -> InFlight:
+        """What can be shown of it, from any thread; with the stack of the thread that runs it when asked for.
+
+        `gone` is for who has looked already whether its client has.
+        """
         thread = None if self.answered else self.thread
         return InFlight(
             id=self.id,
@@ -127,7 +130,7 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
             phase=self.phase,
             thread=thread.name if thread else "",
             stack=stack_of(thread) if stack and thread else "",
-            gone=closed_by_peer(self.channel.socket),
+            gone=closed_by_peer(self.channel.socket) if gone is None else gone,
             sent=max(0, self.channel.flushed - self.starts_at) if self.began else 0,
         )
 

@@ -25,7 +25,7 @@ from flaskd.server.idle import IdleWatch
 from flaskd.server.poller import make_poller
 from flaskd.server.tally import Tally
 from flaskd.server.workers import Errand, Workers
-from flaskd.sockets import Listener, unread
+from flaskd.sockets import Listener, each_closed_by_peer, unread
 from flaskd.work import tell_no_more, tell_of_ends
 
 log = logging.getLogger("flaskd.server")
@@ -190,7 +190,9 @@ class EventLoop:
 
     def requests(self, *, stacks: bool = False) -> list[InFlight]:
         """What is in flight, oldest first, with the stacks of the threads on request (any thread)."""
-        return [request.snapshot(stack=stacks) for request in list(self._in_hand.values())]
+        requests = list(self._in_hand.values())
+        gone = each_closed_by_peer([each.channel.socket for each in requests])
+        return [each.snapshot(stack=stacks, gone=left) for each, left in zip(requests, gone, strict=True)]
 
     def left_behind(self) -> dict[threading.Thread, InFlight]:
         """The threads that go on with a request that is over, see `lost_thread` (any thread)."""
