@@ -5,7 +5,8 @@
 Each run has a daemon of its own. A row is one figure, with the goal it is held to where there is one, the median over
 the runs, and the worst run:
 
-- ``busy``: `status` over the control socket, each on a connection of its own, while 64 connections keep the app busy;
+- ``busy``: `status` over the control socket now and then, on a connection of its own each time, while 64 connections
+  keep the app busy;
 - ``verb``: how long `flaskd ready` takes from its start to its exit, beside ``python -c "import click"``, in turns;
 - ``leak``: what 10,000 times `status` leave behind in the daemon: memory, descriptors, threads;
 - ``stuck``: `/readyz`, `/livez` and `status` while every thread of the app is stuck, and more requests wait.
@@ -20,6 +21,7 @@ import contextlib
 import http.client
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -35,6 +37,8 @@ _PATIENCE = 30.0
 """Seconds that one answer may take before the measurement is broken off."""
 _LOAD_BEGUN = 0.5
 """Seconds after which the load is at its height."""
+_APART = 0.04
+"""Seconds between two questions at full load, at most: who asks again at once finds the daemon still at it."""
 
 
 @dataclass(frozen=True)
@@ -157,9 +161,12 @@ def in_flight(server: Running) -> int:
 
 
 def measure_busy(server: Running, _admin: int, sizes: Sizes) -> dict[str, float]:
-    """`status` at full load."""
+    """`status` at full load, asked at moments that have nothing to do with each other."""
+    taken = []
     with busy(server):
-        taken = timed(lambda: status(server), sizes.asked)
+        for _ in range(sizes.asked):
+            time.sleep(random.uniform(0, _APART))
+            taken += timed(lambda: status(server), 1)
     return {"busy_median": median(taken), "busy_p99": percentile(taken, 99)}
 
 
