@@ -886,7 +886,7 @@ class Daemon:
         stop, server, report = self._stop, self._server, self._drain.report if self._drain else None
         assert stop is not None
         assert server is not None
-        if report is None:  # the cleanup broke off before the drain was over, which has been logged
+        if report is None:  # the cleanup broke off, which has been logged, and the drain had no time left
             completed, rejected = (now - then for now, then in zip(server.counted, self._counted, strict=True))
             report = DrainReport(completed, rejected, server.cut("the cleanup broke off"), background=left_behind())
         self._close_endpoints(min(_ENDPOINT_CLOSING, stop.left))

@@ -131,9 +131,9 @@ class Stop:
     """Runs the plan as it stands now; its owner tells it when the drain is over, and it tells when all is done.
 
     `drain` and `over` are called from the thread that calls `run`: when it is time to drain, and at the end, with what
-    broke the cleanup off if anything did. `on_step` gets each step's result, `on_begin` is called when one has begun.
-    `sweep` has what the app was last known to hold; what it holds now is looked for beside the drain, and taken into
-    the plan after it. None: nobody wants to know.
+    broke the cleanup off if anything did; the drain goes on to its end all the same. `on_step` gets each step's result,
+    `on_begin` is called when one has begun. `sweep` has what the app was last known to hold; what it holds now is
+    looked for beside the drain, and taken into the plan after it. None: nobody wants to know.
     """
 
     def __init__(
@@ -190,7 +190,6 @@ class Stop:
         sweep: Sweep | None = None,
     ) -> Self:
         """A stop that drains `server` itself; what breaks the cleanup off is logged, and the drain goes on."""
-        began = threading.Event()
 
         def drain() -> None:
             try:
@@ -205,16 +204,15 @@ class Stop:
 
         def drain_aside() -> None:  # because the cleanup steps of the drain's phase run beside it
             thread = threading.Thread(target=drain, name="flaskd-drain", daemon=True)
-            thread.start()
-            began.set()
+            try:
+                thread.start()
+            except RuntimeError:  # no thread can be had: they wait for it
+                drain()
 
         def over(error: Exception | None) -> None:
-            if error is None:
-                return
-            log.error(f"cleanup broke off: {error}", exc_info=error)
-            if not began.is_set():
-                drain()
-            elif not stop._drained.wait(stop.left):
+            if error is not None:
+                log.error(f"cleanup broke off: {error}", exc_info=error)
+            if not stop._drained.is_set():
                 stop.drained(DrainReport(cut=server.cut("the cleanup broke off")))
 
         stop = cls(
@@ -312,9 +310,11 @@ class Stop:
     def run(self) -> None:
         """Go through the phases; returns when the last is over, by the deadline at the latest."""
         error: Exception | None = None
+        draining = False
         try:
             self._take(self._sweep, _FIRST_LOOK)
             self._runner.run(BEFORE_THE_DRAIN)
+            draining = True
             self._drain()
             sweep = self._sweep and self._look_around()
             self._runner.run(BESIDE_THE_DRAIN)
@@ -324,6 +324,9 @@ class Stop:
             self._runner.run(AFTER_THE_DRAIN, "clean" if self._report.clean else "degraded")
         except Exception as failure:  # noqa: BLE001 - the daemon must go on and exit, and tells what it was
             error = failure
+            if not draining:  # what is in hand is finished all the same
+                self._drain()
+            self._drained.wait(self.left)
         self._over(error)
 
     def _look_around(self) -> Sweep:

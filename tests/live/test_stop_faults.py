@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from conftest import GATE_APP, Flaskd
+import socket
+
+from conftest import GATE_APP, PATIENCE, Flaskd
 
 ODD_NAME = """
 import flaskd
@@ -77,13 +79,20 @@ def test_the_app_s_objects_do_not_keep_the_drain(flaskd: Flaskd) -> None:
     assert (record["cut"], record["policies"]["pools"]["fate"]) == ([], "failed")
 
 
-def test_a_cleanup_that_breaks_off_leaves_a_record(flaskd: Flaskd) -> None:
-    """A fault of flaskd's own before the drain: what was in flight is cut, told and recorded, without a hang."""
+def test_a_cleanup_that_breaks_off_leaves_the_drain(flaskd: Flaskd) -> None:
+    """A fault of flaskd's own before the drain: what is in flight is answered, and all of it recorded."""
     flaskd.write("badapp.py", GATE_APP + BROKEN)
     flaskd.start(app="badapp")
-    flaskd.hold()
-    flaskd.command("stop")
-    assert flaskd.wait() == 0  # exit_codes.degraded
+    answer = flaskd.hold()
+    with socket.socket(socket.AF_UNIX) as stopping, stopping.makefile("r") as told:
+        stopping.settimeout(PATIENCE)
+        stopping.connect(str(flaskd.socket_path))
+        stopping.sendall(b"stop wait\n")
+        assert told.readline().startswith(".. in_flight=1")  # a second after it broke off
+        flaskd.gate.open()
+        assert told.read().splitlines()[-1].startswith("OK stopped completed=1 rejected=0 cut=0")
+    assert answer.result()[0] == 200
+    assert flaskd.wait() == 0
     assert "cleanup broke off: broken" in flaskd.log
     assert "AssertionError" not in flaskd.log
-    assert len(flaskd.record()["cut"]) == 1
+    assert (flaskd.record()["completed"], flaskd.record()["cut"]) == (1, [])
