@@ -504,6 +504,9 @@ def test_next_to_a_live_server_of_pytest_flask(project):
     """Its server is a forked process: it neither inherits flaskd's listener's place nor keeps its clients waiting."""
     run = project(
         """
+import multiprocessing
+multiprocessing.set_start_method("fork", force=True)  # since Python 3.14 it has to be asked for, and pytest-flask does not
+
 def test_both(live_server, flaskd_server):
     assert get(live_server._server.url if hasattr(live_server, "_server") else f"http://localhost:{live_server.port}/") == b"hello"
     assert get(flaskd_server.url) == b"hello"
