@@ -411,23 +411,44 @@ def booted(kind: str) -> systemd_kit.Systemd:
     """A real service manager with flaskd's units installed; the same one for all tests that follow each other."""
     requires("systemd", systemd_kit.why_not())
     if kind not in _managers:
-        try:
-            with contextlib.ExitStack() as ends:
-                root = None if kind == "machine" else systemd_kit.debian_13()
-                manager = ends.enter_context(systemd_kit.Systemd(root))
-                manager.prepare()
-                _managers_end.enter_context(ends.pop_all())
-        except systemd_kit.UnavailableError as error:
-            requires("systemd" if kind == "machine" else "systemd-257", [str(error)])
-            raise
+        with _or_skipped(kind), contextlib.ExitStack() as ends:
+            manager = ends.enter_context(systemd_kit.Systemd(_root(kind)))
+            manager.prepare()
+            _managers_end.enter_context(ends.pop_all())
         _managers[kind] = manager  # one that could not be prepared is of no use to the next test
     return _managers[kind]
+
+
+def _root(kind: str) -> Path | None:
+    return None if kind == "machine" else systemd_kit.debian_13()
+
+
+@contextlib.contextmanager
+def _or_skipped(kind: str) -> Iterator[None]:
+    """What is missing for a service manager is a reason to skip the test, unless it has to be there."""
+    try:
+        yield
+    except systemd_kit.UnavailableError as error:
+        requires("systemd" if kind == "machine" else "systemd-257", [str(error)])
+        raise
 
 
 @pytest.fixture(params=["machine", "debian-13"])
 def each_systemd(request: pytest.FixtureRequest) -> systemd_kit.Systemd:
     """This machine's service manager, and that of Debian 13."""
     return booted(request.param)
+
+
+@pytest.fixture(params=["machine", "debian-13"])
+def bare_systemd(request: pytest.FixtureRequest) -> Iterator[systemd_kit.Systemd]:
+    """Like each_systemd, but with nothing of flaskd, with a network of its own, and for one test alone."""
+    requires("systemd", systemd_kit.why_not())
+    with contextlib.ExitStack() as ends:
+        with _or_skipped(request.param):
+            manager = ends.enter_context(systemd_kit.Systemd(_root(request.param), bare=True))
+        tried = manager.run("/usr/bin/python3", "-c", "import ensurepip", check=False)
+        requires("systemd", ["/usr/bin/python3 with ensurepip (Debian: python3-venv)"] if tried.returncode else [])
+        yield manager
 
 
 @pytest.fixture(params=["machine", "debian-13"] if systemd_kit.LONG else ["machine"])

@@ -22,6 +22,7 @@ import time
 import tomllib
 import uuid
 import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,8 +33,9 @@ VENV = "/opt/flaskd"
 LONG = bool(os.environ.get("FLASKD_LONG"))
 """Whether to take the time for as many cycles as are promised, on every version."""
 _BOOTED_IN = 30.0
+_PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "-q")
 _TOOLS = ("setpriv", "unshare", "nsenter", "systemctl", "journalctl")
-_QUIET = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8", "SYSTEMD_PAGER": "", "SYSTEMD_COLORS": "0"}
+QUIET = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C.UTF-8", "SYSTEMD_PAGER": "", "SYSTEMD_COLORS": "0"}
 
 _ENTER_LEAF = """
 set -eu
@@ -77,7 +79,8 @@ mount --bind /proc/sys /proc/sys; mount -o remount,bind,ro /proc/sys     # the k
 mount -o remount,bind,ro /sys
 mount --bind "$KIT_DIR/run" /run
 mkdir -p /opt /srv /run/lock /run/log/journal
-mount -t tmpfs -o mode=755 tmpfs /opt; mkdir /opt/flaskd; mount --bind "$KIT_VENV_DIR" /opt/flaskd
+mount -t tmpfs -o mode=755 tmpfs /opt
+[ -n "$KIT_BARE" ] || { mkdir /opt/flaskd; mount --bind "$KIT_VENV_DIR" /opt/flaskd; }
 mount --bind "$KIT_DIR/srv" /srv
 rm -rf /var/log/journal
 echo "$KIT_MACHINE_ID" > /etc/machine-id
@@ -169,15 +172,10 @@ def debian_13() -> Path:
 
 def installed(root: Path | None, into: Path) -> None:
     """Make a virtual environment with this very flaskd, for the Python of a root file system; to be seen at `VENV`."""
-    (python,) = {
-        path.name
-        for path in (root or Path("/")).glob("usr/lib/python3.*")
-        if path.name.removeprefix("python3.").isdigit()
-    }
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "-q"]
-    _run(*pip, "wheel", "--no-deps", "-w", into / "wheel", PROJECT)
-    site = into / "lib" / python / "site-packages"
-    shutil.copytree(_dependencies(python.removeprefix("python"), pip), site)
+    version = _python(root)
+    _run(*_PIP, "wheel", "--no-deps", "-w", into / "wheel", PROJECT)
+    site = into / "lib" / f"python{version}" / "site-packages"
+    shutil.copytree(_dependencies(version), site)
     (wheel,) = (into / "wheel").iterdir()
     with zipfile.ZipFile(wheel) as file:
         file.extractall(site)
@@ -190,21 +188,56 @@ def installed(root: Path | None, into: Path) -> None:
     script.chmod(0o755)
 
 
-def _dependencies(version: str, pip: list[str]) -> Path:
+def _python(root: Path | None) -> str:
+    """The version of a root file system's own Python, such as 3.11."""
+    names = {path.name.removeprefix("python") for path in (root or Path("/")).glob("usr/lib/python3.*")}
+    (version,) = (name for name in names if name.removeprefix("3.").isdigit())
+    return version
+
+
+def _dependencies(version: str) -> Path:
     """What flaskd needs, for one version of Python; kept in the cache."""
-    wanted = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["dependencies"]
-    kept = CACHE / f"packages-{version}-{uuid.uuid5(uuid.NAMESPACE_OID, ' '.join(wanted)).hex[:8]}"
+    wanted = _wanted()[:-1]
+
+    def make(place: Path) -> None:
+        only = ("--no-index", "--find-links", wheels(version))
+        _run(*_PIP, "install", "--target", place, "--python-version", version, "--only-binary=:all:", *only, *wanted)
+
+    return _kept(f"packages-{version}-{_digest(wanted)}", make)
+
+
+def wheels(version: str) -> Path:
+    """A directory of wheels, all that flaskd needs to be built and to run, for one version of Python; kept."""
+    wanted = _wanted()
+
+    def make(place: Path) -> None:
+        _run(*_PIP, "wheel", "--no-deps", "-w", place, "sdnotify")  # it comes as source only
+        only = ("--python-version", version, "--only-binary=:all:", "--find-links", place)
+        _run(*_PIP, "download", "-d", place, *only, *wanted)
+
+    return _kept(f"wheels-{version}-{_digest(wanted)}", make)
+
+
+def _wanted() -> list[str]:
+    """What pyproject.toml asks for: to run, and last what it is built with."""
+    text = tomllib.loads((PROJECT / "pyproject.toml").read_text())
+    (build,) = text["build-system"]["requires"]
+    return [*text["project"]["dependencies"], build]
+
+
+def _digest(wanted: list[str]) -> str:
+    return uuid.uuid5(uuid.NAMESPACE_OID, " ".join(wanted)).hex[:8]
+
+
+def _kept(name: str, make: Callable[[Path], None]) -> Path:
+    """A directory of the cache, made now if it is not there yet."""
+    kept = CACHE / name
     if not kept.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as unfinished:
-            place = Path(unfinished)
-            _run(*pip, "wheel", "--no-deps", "-w", place / "wheels", "sdnotify")  # it comes as source only
-            _run(
-                *pip, "install", "--target", place / "packages", "--python-version", version,
-                "--only-binary=:all:", "--find-links", place / "wheels", *wanted,
-            )  # fmt: skip
+            make(Path(unfinished) / "it")
             with contextlib.suppress(OSError):  # another run was faster
-                (place / "packages").rename(kept)
+                (Path(unfinished) / "it").rename(kept)
     return kept
 
 
@@ -217,11 +250,13 @@ def _run(*command: str | Path) -> None:
 class Systemd:
     """One service manager, booted when the context is entered and gone with all of its processes when it is left.
 
-    `root` is another root file system whose systemd is used. `/etc`, `/var`, `/run`, `/opt` and `/srv` are private.
+    `root` is another root file system whose systemd is used. `/etc`, `/var`, `/run`, `/opt` and `/srv` are private. A
+    `bare` one has nothing of flaskd, and a network of its own, where every port is free.
     """
 
-    def __init__(self, root: Path | None = None) -> None:
+    def __init__(self, root: Path | None = None, *, bare: bool = False) -> None:
         self.root = root
+        self.bare = bare
         self.pid = 0
         """PID 1 of the namespaces, by its number outside; 0 until it is a systemd that sees a /run of its own."""
         self._ends = contextlib.ExitStack()
@@ -234,7 +269,8 @@ class Systemd:
             self.srv = self.directory / "srv"
             self.venv = self.directory / "venv"
             self._lay_out()
-            installed(self.root, self.venv)
+            if not self.bare:
+                installed(self.root, self.venv)
             mount = cgroup2()
             assert mount is not None
             self._cgroup = mount / self.directory.name
@@ -242,7 +278,8 @@ class Systemd:
             ends.callback(self._remove_cgroup)
             self._boot(ends)
             self._ends = ends.pop_all()
-        self.run("/opt/flaskd/bin/python3", "-m", "compileall", "-q", "/opt/flaskd/lib", check=False)
+        if not self.bare:
+            self.run("/opt/flaskd/bin/python3", "-m", "compileall", "-q", "/opt/flaskd/lib", check=False)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -267,11 +304,12 @@ class Systemd:
         environ = {
             "PATH": os.environ["PATH"], "KIT_DIR": str(self.directory), "KIT_CGROUP": str(self._cgroup),
             "KIT_BOOT": _BOOT, "KIT_ROOT": str(self.root or ""), "KIT_VENV_DIR": str(self.venv),
-            "KIT_MACHINE_ID": uuid.uuid4().hex,
+            "KIT_MACHINE_ID": uuid.uuid4().hex, "KIT_BARE": "1" if self.bare else "",
         }  # fmt: skip
         self._outer = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child=KILL", "--mount",
-             "--propagation", "private", "--uts", "--ipc", "--mount-proc", "bash", "-c", _ENTER_LEAF],
+             "--propagation", "private", "--uts", "--ipc", *(["--net"] if self.bare else []), "--mount-proc",
+             "bash", "-c", _ENTER_LEAF],
             env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
         ends.callback(self._end)
@@ -332,18 +370,27 @@ class Systemd:
 
     # --- what is done inside ---
 
+    @property
+    def python(self) -> str:
+        """The version of its own Python."""
+        return _python(self.root)
+
+    def seen(self, path: str) -> Path:
+        """Where a path below /srv, as the services see it, is outside."""
+        return self.srv / Path(path).relative_to("/srv")
+
     def command(self, *command: str) -> list[str]:
         """The command line that runs a command where the services run."""
         assert self.pid, "nothing is sent before there is a systemd of its own"
-        return ["nsenter", "-t", str(self.pid), "-m", "-p", "-u", "-i", "-C", "--", *command]
+        return ["nsenter", "-t", str(self.pid), "-m", "-p", "-u", "-i", "-n", "-C", "--", *command]
 
     def run(
-        self, *command: str, check: bool = True, timeout: float = 60, **more: Any
+        self, *command: str, check: bool = True, timeout: float = 60, environ: Mapping[str, str] = QUIET, text: str = ""
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command where the services run."""
+        """Run a command where the services run; `text` is its input."""
         done = subprocess.run(
-            self.command(*command), stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-            timeout=timeout, env=_QUIET, check=False, **more,
+            self.command(*command), input=text, capture_output=True, text=True, errors="replace",
+            timeout=timeout, env=environ, check=False,
         )  # fmt: skip
         assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
         return done

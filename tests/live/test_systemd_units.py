@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
-import subprocess
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 
+import pytest
 from conftest import Answer, get, refused
-from systemd_kit import PROJECT, VENV, Systemd, free_port
+from systemd_kit import PROJECT, QUIET, VENV, Systemd, free_port, wheels
 
+CLONE = "/srv/clone"
 LISTEN = "server: {listen: '127.0.0.1:PORT'}\n"
 
 
@@ -70,33 +74,74 @@ def test_a_virtual_environment_may_go_away_under_the_daemon(each_systemd: System
     sleeping.result()
 
 
-def test_the_documentation_is_true(each_systemd: Systemd) -> None:
-    """The first block of docs/systemd.md, line by line, gives a hardened, socket-activated service that answers."""
-    systemd = each_systemd
+@dataclass
+class Shell:
+    """A shell of somebody who follows the documentation, in a copy of the project."""
+
+    systemd: Systemd
+    environ: Mapping[str, str]
+
+    def run(self, script: str) -> str:
+        """Run it as it stands, up to what fails first; gives what it wrote to standard output."""
+        done = self.systemd.run(
+            "bash", "-euxo", "pipefail", "-c", f"cd {CLONE}\n{script}", environ=self.environ, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr + self.systemd.journal("flaskd.service")
+        return done.stdout
+
+
+@pytest.fixture
+def shell(bare_systemd: Systemd) -> Shell:
+    """On a machine with nothing of flaskd: what pip would load stands in a directory, because no index can be asked."""
+    systemd = bare_systemd
+    shutil.copytree(
+        PROJECT, systemd.seen(CLONE), ignore=shutil.ignore_patterns(".git", ".venv", "dist", "__pycache__", ".*_cache")
+    )
+    shutil.copytree(wheels(systemd.python), systemd.seen("/srv/wheels"))
+    pip = {"NO_INDEX": "1", "FIND_LINKS": "/srv/wheels", "CONFIG_FILE": "/dev/null", "NO_CACHE_DIR": "1"}
+    environ = {**QUIET, **{f"PIP_{name}": value for name, value in pip.items()}, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    environ["PATH"] += f":{VENV}/bin"  # for what the documentation says of `flaskd` in a sentence
+    return Shell(systemd, environ)
+
+
+def test_the_documentation_is_true(shell: Shell) -> None:
+    """The blocks of docs/systemd.md and its other commands, as they stand, give what it says, and take it away again."""
+    systemd = shell.systemd
     text = (PROJECT / "docs/systemd.md").read_text()
-    (block, *_) = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
-    assert len(block.strip().splitlines()) <= 10
-    # What is different here: the package comes from this working copy, and is there already; the port is a free one.
-    port = free_port()
-    script = block.replace("python3 -m venv /opt/flaskd", "test -x /opt/flaskd/bin/python3")
-    script = re.sub(r"/opt/flaskd/bin/pip install .*", "test -x /opt/flaskd/bin/flaskd", script)
-    assert script.count("test -x") == 2
-    script = script.replace(":8000", f":{port}")
-    systemd.write(
-        "/etc/systemd/system/flaskd.socket.d/port.conf", f"[Socket]\nListenStream=\nListenStream=127.0.0.1:{port}\n"
-    )
-    done = subprocess.run(
-        systemd.command("bash", "-euxo", "pipefail"),
-        input=script,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr + systemd.journal("flaskd.service")
-    assert done.stdout.endswith("Hello from flaskd\n"), done.stdout
+    install, journal, upgrade, uninstall = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+
+    def said(command: str) -> str:
+        assert f"`{command}`" in text
+        return shell.run(command)
+
+    assert len(install.strip().splitlines()) <= 10
+    assert shell.run(install).endswith("Hello from flaskd\n")
     assert systemd.show("flaskd.service", "PrivateNetwork") == "yes"
-    assert systemd.show("flaskd.service", "ActiveState") == "active"
-    security = systemd.run("systemd-analyze", "security", "--no-pager", "--threshold=4", "flaskd.service", check=False)
-    assert security.returncode == 0, security.stdout
-    systemd.ctl("disable", "--now", "flaskd.socket", "flaskd.service")
+    assert "ready: hello:app" in said("systemctl status flaskd")
+    assert "FLASKD_REQUEST_ID=1\n" in said("journalctl -u flaskd -o verbose")
+    shell.run(journal)
+    said("flaskd check --unit /etc/systemd/system/flaskd.service /etc/flaskd/flaskd.yaml")
+    (exposure,) = re.findall(
+        r"Overall exposure level for flaskd\.service: ([0-9.]+)", said("systemd-analyze security flaskd")
+    )
+    assert float(exposure) <= 0.4
+    said("systemctl reload flaskd")
+    hello = 'app: {target: "hello:app", chdir: /srv/hello}\nserver: {listen: "127.0.0.1:8001"}\n'
+    systemd.write("/etc/flaskd/shop.yaml", hello)
+    said("flaskd units --instance shop")
+    shell.run("flaskd units --instance shop --install / && systemctl daemon-reload && systemctl start flaskd@shop")
+    assert "127.0.0.1:8001" in said("flaskd status --name flaskd-shop")
+    shell.run("systemctl stop flaskd@shop && rm /etc/systemd/system/flaskd@shop.service")
+
+    before = systemd.show("flaskd.service", "MainPID")
+    shell.run(upgrade)
+    assert systemd.show("flaskd.service", "MainPID") not in {before, "0"}
+    assert shell.run("curl -sS http://127.0.0.1:8000/") == "Hello from flaskd\n"
+    said("systemctl stop flaskd.socket flaskd.service")
+    shell.run(
+        uninstall + "systemctl daemon-reload; ! curl -sS http://127.0.0.1:8000/; ! id flaskd; ! test -e /opt/flaskd"
+    )
+    assert systemd.show("flaskd.service", "LoadState") == systemd.show("flaskd.socket", "LoadState") == "not-found"
+    assert shell.run("ls /etc/flaskd /var/lib/flaskd").split() == [
+        "/etc/flaskd:", "flaskd.yaml", "shop.yaml", "/var/lib/flaskd:", "last-stop.json",
+    ]  # fmt: skip
