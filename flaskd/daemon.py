@@ -379,9 +379,8 @@ class Daemon:
         with self._starting:
             self._interruptible = False  # from here on a stop finds a server to drain
         stack.callback(self._server.abandon)
-        self._server.start()
+        self._server.start(first=lambda: self._apply_server(config))
         launch.keep(config, self._listeners, self._service.store)
-        self._apply_server(config)
         self._service.probing(config.health.probe_timeout if config.health.probe else 0.0)
         probe = threading.Thread(
             target=self._probe, args=(self._server, config.health), name="flaskd-probe", daemon=True

@@ -81,10 +81,12 @@ class WaitressThread:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def start(self) -> Self:
+    def start(self, first: Callable[[], None] = lambda: None) -> Self:
         """Bind if needed, listen and serve; returns once the loop turned and a worker ran.
 
-        Raises CannotCreateError when the address cannot be had, and whatever kept the thread from serving.
+        `first` is called before anything is served, when the server can be told how to: clients may wait in the
+        backlog of a listener that was handed over. Raises CannotCreateError when the address cannot be had, and
+        whatever kept the thread from serving.
         """
         if self._loop is not None:
             raise FlaskdError("cannot start: this server has been started before; make a new one")
@@ -106,6 +108,7 @@ class WaitressThread:
             loop.patience = self._patience
             self.set_graces(self._keepalive_grace, self._stream_grace)
             loop.open()
+            first()
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()
         except BaseException:  # no more threads to be had, say

@@ -22,6 +22,7 @@ def inherit(
     name: str = "",
     others: Sequence[socket.socket] = (),
     wait: str = "READY=1",
+    app: str = "gateapp",
 ) -> Flaskd:
     """Start flaskd with listening sockets passed as systemd does (sd_listen_fds(3)); `name` has their names, with colons."""
     flaskd.env.update(LISTEN_FDS=str(1 + len(others)), LISTEN_FDNAMES=name)
@@ -32,7 +33,7 @@ def inherit(
             os.dup2(each, target)
             os.close(each)
 
-    flaskd.launch(*args, listen=None, prefix=[sys.executable, "-c", SHIM], preexec_fn=pass_on, close_fds=False)
+    flaskd.launch(*args, app=app, listen=None, prefix=[sys.executable, "-c", SHIM], preexec_fn=pass_on, close_fds=False)
     if wait:
         flaskd.wait_message(wait)
     return flaskd
@@ -64,6 +65,36 @@ def test_a_restart_with_an_inherited_listener_loses_and_refuses_nothing(make_fla
             each.join(PATIENCE)
         assert flaskd.stop() == 0
         assert set(map(str, outcomes)) == {"(200, b'hello')"}, set(map(str, outcomes))
+
+
+EARLY = """
+import pathlib, time
+from flaskd.server import WaitressThread
+from gateapp import app
+start = WaitressThread.start
+def late(self, *args, **more):
+    started = start(self, *args, **more)
+    while not pathlib.Path("answered").exists():
+        time.sleep(0.01)
+    return started
+WaitressThread.start = late
+"""
+
+
+def test_who_waits_for_the_start_is_served_as_configured(flaskd: Flaskd) -> None:
+    """The first of an inherited backlog, answered before the start is over, have health path and access log already."""
+    flaskd.write("early.py", EARLY)
+    flaskd.write("flaskd.yaml", "health: {path: /healthz}\nlog: {access: common}\n")
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}/"
+        inherit(flaskd, sock, app="early", wait="")
+        assert get(url) == (200, b"hello")
+        assert get(url, "/healthz") == (503, b"starting\n")
+        flaskd.write("answered", "")
+        flaskd.wait_message("READY=1")
+        flaskd.until(lambda: '"GET / HTTP/1.1" 200' in flaskd.log)
+        assert get(url, "/healthz") == (200, b"ready\n")
+        assert flaskd.stop() == 0
 
 
 def test_an_inherited_listener_by_name(flaskd: Flaskd) -> None:
