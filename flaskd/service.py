@@ -127,10 +127,15 @@ class Service:
     # --- pulse ---
 
     def _watch(self, server: Server, state: Callable[[], State]) -> None:
-        while not self._ended.wait(self._period):
-            if self._well(server, state()):
+        """Give the pulse; one that fails is tried again before the manager's time, two of our periods, is over."""
+        pause = self._period
+        while not self._ended.wait(pause):
+            if well := self._well(server, state()):
+                if self._complained:
+                    log.warning("all is well again, and the service manager is told so")
                 self._complained = False
                 self._post(self._notifier.alive)
+            pause = self._period if well else self._period / 10
 
     def _well(self, server: Server, state: State) -> bool:
         if state not in {State.READY, State.RELOADING}:
@@ -149,7 +154,7 @@ class Service:
 
     def _complain(self, what: str) -> None:
         if not self._complained:
-            log.error(f"{what}: the service manager is not told any more that all is well, and will restart flaskd")
+            log.error(f"{what}: the service manager is not told that all is well, and restarts flaskd if it stays so")
         self._complained = True
 
     # --- stop ---

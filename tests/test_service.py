@@ -100,6 +100,30 @@ def test_the_pulse_is_given_while_the_server_answers(make, manager):
     assert manager.message() == b"WATCHDOG=1"
 
 
+def test_a_pulse_that_failed_is_tried_again_in_time(make, manager, caplog):
+    """A loop that was busy for a moment is no reason for a restart: a second try ends before WATCHDOG_USEC does."""
+    service, now, tries = make(WATCHDOG_USEC="2000000"), 0.0, []
+
+    class Busy(Server):
+        def answers(self, timeout):
+            nonlocal now
+            now += 0 if tries else timeout
+            tries.append(now)
+            return len(tries) == 2
+
+    def wait(seconds):
+        nonlocal now
+        now += seconds
+        return len(tries) == 2
+
+    service._ended = SimpleNamespace(wait=wait, set=lambda: None)
+    service._watch(Busy(), lambda: State.READY)
+    assert len(tries) == 2
+    assert tries[-1] < 2.0  # since the last pulse
+    assert pulses(manager) == [b"WATCHDOG=1"]
+    assert [each.levelname for each in caplog.records] == ["ERROR", "WARNING"]
+
+
 def test_the_main_thread_gives_it(make, manager):
     """A main thread that does not turn cannot say that all is well."""
     posts, server = [], Server()
