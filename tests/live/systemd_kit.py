@@ -545,7 +545,10 @@ def hang():
 def wedge():
     from flaskd.server.loop import EventLoop
     loop, = (each for each in gc.get_objects() if isinstance(each, EventLoop))
-    loop.call(threading.Event().wait)
+    def stick():
+        print("wedged at", time.monotonic(), flush=True)
+        threading.Event().wait()
+    loop.call(stick)
     return "never sent"
 
 @app.get("/environ")
