@@ -72,6 +72,7 @@ class Service:
         self._ended = threading.Event()
         self._last_seen: tuple[Hashable, float] = (None, 0.0)
         self._complained = False
+        self._pulse_waits = False
         self._moved: Hashable = None
         self._owed = 0.0
 
@@ -134,10 +135,18 @@ class Service:
                 if self._complained:
                     log.warning("all is well again, and the service manager is told so")
                 self._complained = False
-                self._post(self._notifier.alive)
+                self._pulse_waits = True
+                self._post(self._pulse)
             pause = self._period if well else self._period / 10
 
+    def _pulse(self) -> None:
+        self._pulse_waits = False
+        self._notifier.alive()
+
     def _well(self, server: Server, state: State) -> bool:
+        if self._pulse_waits and state is not State.STOPPED:  # then it has left its loop
+            self._complain("the main thread does not turn")
+            return False
         if state not in {State.READY, State.RELOADING}:
             return server.turns(self._period / 2)  # drained or stopping: it need not answer, only turn
         if not server.answers(self._period / 2):  # half of it, so that what is wrong is told before the end
