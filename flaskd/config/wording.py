@@ -184,6 +184,8 @@ def _schema(model: type[BaseModel]) -> dict[str, Any]:
         return model.model_json_schema()
     except PydanticInvalidForJsonSchema:  # a field of somebody else's that JSON Schema cannot express
         return {}
+    except ImportError:  # pydantic imports late, and the packages of a running daemon may have been replaced
+        return {}
 
 
 def _alternatives(option: dict[str, Any], schema: dict[str, Any]) -> list[dict[str, Any]]:

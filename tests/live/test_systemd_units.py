@@ -51,7 +51,7 @@ def test_instances_side_by_side(each_systemd: Systemd) -> None:
 
 
 def test_a_virtual_environment_may_go_away_under_the_daemon(each_systemd: Systemd) -> None:
-    """All that a stop needs is in memory by READY: with its packages deleted it drains, cleans up and exits with 0."""
+    """All that it needs is in memory by READY: with its packages deleted it reloads, drains, cleans up and exits with 0."""
     systemd = each_systemd
     systemd.run("cp", "-a", "/opt/flaskd", "/opt/doomed")
     systemd.run("sed", "-i", "s,/opt/flaskd,/opt/doomed,", "/opt/doomed/bin/flaskd")
@@ -64,6 +64,11 @@ def test_a_virtual_environment_may_go_away_under_the_daemon(each_systemd: System
     doomed = systemd.flaskd("doomed", config, service=service).start()
     get(doomed.url)
     systemd.run("rm", "-rf", "/opt/doomed")
+    doomed.configure(config + "nonsense: 1\n")
+    assert systemd.run("systemctl", "reload", doomed.unit, check=False).returncode
+    assert "nonsense: expected a known key" in doomed.show("StatusText")
+    doomed.configure(config)
+    systemd.ctl("reload", doomed.unit)
     sleeping = Answer(doomed.url, "/sleep/5")
     systemd.until(lambda: doomed.status()["in_flight"] == 1)
     systemd.ctl("stop", doomed.unit)
