@@ -72,7 +72,8 @@ class Service:
         self._ended = threading.Event()
         self._last_seen: tuple[Hashable, float] = (None, 0.0)
         self._complained = False
-        self._pulse_waits = False
+        self._given = threading.Event()  # what was posted last
+        self._given.set()
         self._moved: Hashable = None
         self._owed = 0.0
 
@@ -90,6 +91,7 @@ class Service:
         finally:
             self._started.set()
             self._ended.set()
+            self._given.set()
             if ours:
                 faulthandler.disable()
 
@@ -135,18 +137,18 @@ class Service:
                 if self._complained:
                     log.warning("all is well again, and the service manager is told so")
                 self._complained = False
-                self._pulse_waits = True
+                self._given.clear()
                 self._post(self._pulse)
+                if not self._given.wait(self._period / 2) and state() is not State.STOPPED:  # then it has left its loop
+                    self._complain("the main thread does not turn")
+                    self._given.wait()
             pause = self._period if well else self._period / 10
 
     def _pulse(self) -> None:
-        self._pulse_waits = False
+        self._given.set()
         self._notifier.alive()
 
     def _well(self, server: Server, state: State) -> bool:
-        if self._pulse_waits and state is not State.STOPPED:  # then it has left its loop
-            self._complain("the main thread does not turn")
-            return False
         if state not in {State.READY, State.RELOADING}:
             return server.turns(self._period / 2)  # drained or stopping: it need not answer, only turn
         if not server.answers(self._period / 2):  # half of it, so that what is wrong is told before the end
