@@ -385,11 +385,11 @@ class Systemd:
         return ["nsenter", "-t", str(self.pid), "-m", "-p", "-u", "-i", "-n", "-C", "--", *command]
 
     def run(
-        self, *command: str, check: bool = True, timeout: float = 60, environ: Mapping[str, str] = QUIET, text: str = ""
+        self, *command: str, check: bool = True, timeout: float = 60, environ: Mapping[str, str] = QUIET
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command where the services run; `text` is its input."""
+        """Run a command where the services run."""
         done = subprocess.run(
-            self.command(*command), input=text, capture_output=True, text=True, errors="replace",
+            self.command(*command), stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
             timeout=timeout, env=environ, check=False,
         )  # fmt: skip
         assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"

@@ -90,7 +90,7 @@ class Shell:
     def run(self, script: str) -> str:
         """Run it as it stands, up to what fails first; gives what it wrote to standard output."""
         done = self.systemd.run(
-            "bash", "-euxo", "pipefail", "-c", f"cd {CLONE}\n{script}", environ=self.environ, check=False
+            "bash", "-euxo", "pipefail", "-c", f"cd {CLONE}\n{script}", environ=self.environ, check=False, timeout=80
         )
         assert done.returncode == 0, done.stdout + done.stderr + self.systemd.journal("flaskd.service")
         return done.stdout
