@@ -6,12 +6,13 @@ import contextlib
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from flaskd.errors import FlaskdError, NoDaemonError
+from flaskd.errors import FlaskdError, ForbiddenError, NoDaemonError
 from flaskd.protocol import EXIT_CODES, SOCKET, runtime_directories
 
 _ROOM = 60.0
@@ -31,22 +32,54 @@ class CommandError(FlaskdError):
 def find_socket(explicit: str | None, name: str, environ: Mapping[str, str]) -> Path:
     """The control socket to talk to: the one named, else ``$FLASKD_CONTROL``, else the first that exists.
 
-    Raises NoDaemonError listing what was tried.
+    Raises NoDaemonError listing what was tried; ForbiddenError when there may be one where this user must not look.
     """
     if chosen := explicit or environ.get("FLASKD_CONTROL"):
         path = Path(chosen)
         # The FIFO and the directory are what people have at hand; the socket is beside, or in it.
-        if path.is_dir():
+        mode = 0
+        with contextlib.suppress(OSError):  # connecting to it will tell what is wrong
+            mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
             return path / SOCKET
-        return path.with_name(SOCKET) if path.is_fifo() else path
-    tried = []
+        return path.with_name(SOCKET) if stat.S_ISFIFO(mode) else path
+    tried: list[str] = []
+    closed: list[Path] = []
     for directory in runtime_directories(name, environ):
         path = directory / SOCKET
-        with contextlib.suppress(OSError):  # a name too long, a directory that may not be searched
-            if path.exists():
-                return path
+        if str(path) in tried:
+            continue
         tried.append(str(path))
+        try:
+            path.stat()
+        except PermissionError:
+            closed.append(directory)
+        except OSError:  # nothing there, a name too long
+            continue
+        else:
+            return path
+    if closed:
+        tried.remove(str(closed[0] / SOCKET))
+        none = f"; there is no {', no '.join(tried)}" if tried else ""
+        raise ForbiddenError(f"cannot look for a daemon in {closed[0]}: Permission denied; {_whose(closed[0])}{none}")
     raise NoDaemonError(f"cannot find a daemon: there is no {', no '.join(tried)}; start one, or name its --socket")
+
+
+def _whose(path: Path) -> str:
+    """Whom a node or directory is for, said to somebody else."""
+    import grp  # noqa: PLC0415 - for this refusal alone
+    import pwd  # noqa: PLC0415
+
+    try:
+        found = path.stat()
+    except OSError:  # the directory above is closed, too
+        return "ask as a user who may look there"
+    user, group = str(found.st_uid), str(found.st_gid)
+    with contextlib.suppress(KeyError):
+        user = pwd.getpwuid(found.st_uid).pw_name
+    with contextlib.suppress(KeyError):
+        group = grp.getgrgid(found.st_gid).gr_name
+    return f"it is for the user {user}" + (f" and the group {group}" if found.st_mode & stat.S_IRWXG else "")
 
 
 class ControlClient:
@@ -63,6 +96,11 @@ class ControlClient:
         self._socket.settimeout(self._timeout)
         try:
             self._connect()
+        except PermissionError as error:
+            self._socket.close()
+            raise ForbiddenError(
+                f"cannot talk to the daemon at {self._path}: Permission denied; {_whose(self._path)}"
+            ) from error
         except OSError as error:
             self._socket.close()
             raise NoDaemonError(

@@ -12,7 +12,7 @@ import click
 
 from flaskd.cli import show
 from flaskd.client import ControlClient, find_socket
-from flaskd.errors import EX_LOST, FlaskdError, NoDaemonError
+from flaskd.errors import EX_LOST, FlaskdError, ForbiddenError, NoDaemonError
 from flaskd.protocol import RECORD, state_directory
 from flaskd.verbs import FLAGS, VERBS, find_verb
 
@@ -125,6 +125,8 @@ def what_next() -> str:
             "",
         ]
         lines += _table({"flaskd status": "how it is", "flaskd top": "watch it", "flaskd stop --wait": "stop it"})
+    except ForbiddenError as error:
+        lines += [f"A daemon may be running here, but this user {error}."]
     except FlaskdError:
         lines += ["No daemon is running here. Next:", ""]
         lines += _table(_first_steps())

@@ -4,11 +4,19 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 from conftest import PATIENCE, Flaskd
 
 NOBODY, DAEMON = 65534, 1
+
+AS_NOBODY = f"""
+import grp, os, pwd, sys, tempfile
+import flaskd.cli, flaskd.cli.top  # the place where Python is may be closed to others
+os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})
+sys.exit(flaskd.cli.main())
+"""
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or not shutil.which("curl"), reason="needs root, to become other users, and curl"
@@ -71,6 +79,33 @@ def test_who_may_not_open_the_socket_has_no_role_to_ask_for(flaskd: Flaskd) -> N
     serve(flaskd, "roles: {admin: [nobody]}", mode="0600")
     with pytest.raises(subprocess.CalledProcessError):
         post(flaskd, "status", NOBODY)
+    assert flaskd.stop() == 0
+
+
+def test_the_command_says_who_may_and_exits_with_77(flaskd: Flaskd) -> None:
+    """Where the socket is not to be opened, and where its directory is not even to be searched: never a traceback."""
+
+    def run(*args: str) -> subprocess.CompletedProcess[str]:
+        argv = [sys.executable, "-c", AS_NOBODY, *args]
+        return subprocess.run(
+            argv, cwd="/", env=flaskd.env, capture_output=True, text=True, timeout=PATIENCE, check=False
+        )
+
+    serve(flaskd, "roles: {}", mode="0660")
+    place = flaskd.socket_path
+    for mode, fault in (
+        (0o755, f"cannot talk to the daemon at {place}"),
+        (0o750, f"cannot look for a daemon in {flaskd.runtime}"),
+    ):
+        flaskd.runtime.chmod(mode)
+        for verb in ("status", "drain", "top", "last-stop"):
+            done = run(verb)
+            assert done.returncode == 77, done.stderr
+            assert done.stderr.startswith(f"flaskd: {fault}: Permission denied; it is for the user root and the group ")
+        named = run("status", "--socket", str(place))
+        assert named.returncode == 77, named.stderr
+        assert "Traceback" not in named.stderr
+        assert f"A daemon may be running here, but this user {fault}: " in run().stdout
     assert flaskd.stop() == 0
 
 
