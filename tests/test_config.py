@@ -282,6 +282,40 @@ def test_describe_never_shows_secrets(read):
     assert shown["cleanup"]["policies"]["b"]["timeout"] == "1s"
 
 
+def test_describe_hides_what_is_often_a_secret_in_plain_text():
+    """Headers, a webhook's path and query, a command's environment, passwords in URLs; where they stand is still told."""
+    configuration = load_mapping(
+        {"cleanup": {"policies": {
+            "hook": {"use": "webhook", "with": {"url": "https://hooks.example:8443/s3cret?t=s3cret", "headers": {"Authorization": "s3cret"}}},
+            "bare": {"use": "webhook", "with": {"url": "http://hooks.example/"}},
+            "run": {"use": "command", "with": {"argv": ["x", "--to=https://me:s3cret@s3cret@host/a", "a:b@c"], "env": {"K": "s3cret"}}},
+        }}},
+        actions=action_specs(),
+    )  # fmt: skip
+    for text in (configuration.describe(), configuration.annotated()):
+        assert "s3cret" not in text
+    hook, bare, run = (
+        each["with"] for each in yaml.safe_load(configuration.describe())["cleanup"]["policies"].values()
+    )
+    assert (hook["url"], hook["headers"]) == ("https://hooks.example:8443/********", {"Authorization": "********"})
+    assert bare["url"] == "http://hooks.example/"
+    assert run["argv"] == ["x", "--to=https://me:********@host/a", "a:b@c"]
+    assert run["env"] == {"K": "********"}
+    used = configuration.values.cleanup.policies
+    assert used["hook"].with_.headers["Authorization"] == used["run"].with_.env["K"] == "s3cret"
+
+
+def test_faults_never_show_the_password_of_a_url():
+    """A webhook takes none, and says what to do instead without repeating it."""
+    hook = {"use": "webhook", "with": {"url": "https://bob:s3cret@hooks.example/x"}}
+    with pytest.raises(ConfigError) as caught:
+        load_mapping({"cleanup": {"policies": {"hook": hook}}}, actions=action_specs())
+    assert str(caught.value).endswith(
+        "expected a URL such as https://hooks.example.com/stopped, without user and password (headers can have "
+        'Authorization), got "https://bob:********@hooks.example/x"'
+    )
+
+
 # --- the command line, mappings, reload ---
 
 

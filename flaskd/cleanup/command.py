@@ -21,6 +21,7 @@ from pydantic import AfterValidator, Field
 
 from flaskd.cleanup.context import ENDING_PATIENCE, ENDING_SLACK, StepContext, StepFailedError, StepTimedOutError
 from flaskd.config import Duration, Section
+from flaskd.config.fields import Hidden
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,7 +60,9 @@ class CommandFields(Section):
     argv: Annotated[list[str], Field(min_length=1), AfterValidator(_with_a_program)] = Field(
         description="The program and its arguments, one list item each; no shell is involved."
     )
-    env: dict[Variable, str] = Field(default={}, description="Environment variables to add to flaskd's own.")
+    env: dict[Variable, Annotated[str, Hidden]] = Field(
+        default={}, description="Environment variables to add to flaskd's own."
+    )
     cwd: Path | None = Field(default=None, description="Its working directory; flaskd's own when not given.")
     kill_grace: Duration = Field(
         default=2.0, description="How long after SIGTERM its process group gets SIGKILL.", ge=0

@@ -16,11 +16,12 @@ from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import quote, urlsplit
 
-from pydantic import AfterValidator, Field, SecretStr
+from pydantic import AfterValidator, Field, PlainSerializer, SecretStr
 
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
 from flaskd.config import Section
-from flaskd.config.fields import HeaderText, SomeText
+from flaskd.config.faults import MASK
+from flaskd.config.fields import HeaderText, Hidden, SomeText
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,8 +38,16 @@ def _url(text: str) -> str:
     try:
         _parts(text)
     except ValueError:
-        raise ValueError("expected a URL such as https://hooks.example.com/stopped") from None
+        userinfo = "@" in text.partition("://")[2].partition("/")[0]
+        without = ", without user and password (headers can have Authorization)" if userinfo else ""
+        raise ValueError(f"expected a URL such as https://hooks.example.com/stopped{without}") from None
     return text
+
+
+def _host_alone(url: str) -> str:
+    """A URL as it is shown."""
+    parts = _parts(url)
+    return f"{parts.scheme}://{parts.netloc}/{MASK if parts.path.strip('/') or parts.query else ''}"
 
 
 def _parts(url: str) -> SplitResult:
@@ -72,7 +81,7 @@ def _address(text: str) -> str:
     return text
 
 
-Url = Annotated[str, AfterValidator(_url)]
+Url = Annotated[str, AfterValidator(_url), PlainSerializer(_host_alone, return_type=str, when_used="json")]
 HeaderName = Annotated[str, AfterValidator(_header_name)]
 
 
@@ -84,7 +93,9 @@ class WebhookFields(Section):
     json_: Annotated[Any, AfterValidator(_sayable)] = Field(
         default=None, alias="json", description="What to send, as JSON; default: no body."
     )
-    headers: dict[HeaderName, HeaderText] = Field(default={}, description="Headers to add, such as Authorization.")
+    headers: dict[HeaderName, Annotated[HeaderText, Hidden]] = Field(
+        default={}, description="Headers to add, such as Authorization."
+    )
 
 
 class ConsulFields(Section):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import BaseModel
 
-from flaskd.config.faults import MASK, dotted
+from flaskd.config.faults import MASK, dotted, without_password
 from flaskd.config.nodes import core
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _text(dumper: _Dumper, text: str) -> yaml.Node:
+    text = without_password(text)
     style = None if isinstance(core(text), str) else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text.replace("${", "$${"), style=style)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 COMMAND_LINE = "command line"
 MASK = "********"
+_USERINFO = re.compile(r"(?<=://)([^/?#@\s:]*):[^/?#\s]*@")
 MAX_FAULTS = 50
 """More than this nobody reads, and wording each one costs time."""
 
@@ -108,8 +110,14 @@ def dotted(path: Iterable[str | int]) -> str:
     return text
 
 
+def without_password(text: str) -> str:
+    """Text without the passwords of the URLs in it (RFC 3986 §3.2.1)."""
+    return _USERINFO.sub(rf"\1:{MASK}@", text)
+
+
 def quoted(text: str, limit: int = _SHOWN) -> str:
-    """Quote a value on one line: shortened, and with nothing in it that a terminal would act upon."""
+    """Quote a value on one line: shortened, and with nothing in it that a terminal would act upon, and no password."""
+    text = without_password(text)
     short = text if len(text) <= limit else text[:limit] + "..."
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short.replace("\\", "\\\\"))
     return f'"{shown}"'

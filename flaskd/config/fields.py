@@ -18,6 +18,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
+from flaskd.config.faults import MASK
 from flaskd.sockets import Address
 from flaskd.units import format_duration, parse_duration, parse_size
 from flaskd.verbs import VERBS
@@ -195,6 +196,8 @@ PathPattern = Annotated[str, AfterValidator(_path_pattern)]
 UrlPrefix = Annotated[str, AfterValidator(_url_prefix)]
 HeaderText = Annotated[str, AfterValidator(_header_text)]
 SomeText = Annotated[str, AfterValidator(_some_text)]
+Hidden = PlainSerializer(lambda _: MASK, return_type=str, when_used="json")
+"""For what is often a secret, though written in plain text: it is used, and never shown."""
 
 _POLICY_NAME = r"[a-z0-9][a-z0-9._-]*"
 
