@@ -254,6 +254,11 @@ class Daemon:
         return self._server
 
     @property
+    def previous(self) -> str | None:
+        """How the run before this one died; None when it came to its end."""
+        return self._state_directory.previous
+
+    @property
     def log_level(self) -> str:
         """The least severity that is logged, until the next reload; can be set."""
         return self._logs.level

@@ -14,6 +14,8 @@ SOCKET = "control.sock"
 FIFO = "control"
 RECORD = "last-stop.json"
 """Default name of the record of the last stop, in the state directory."""
+MARK = "running.json"
+"""Name of the mark of a run, in the state directory: there from its start to its complete end."""
 MAX_LINE = 4096
 """Bytes of one command; what a FIFO takes whole (PIPE_BUF, pipe(7))."""
 
@@ -128,9 +130,22 @@ def summary(record: Fields | None) -> Fields | None:
     }
 
 
+def died(mark: Fields) -> str:
+    """How a run ended that left its mark behind, for people."""
+    stopping = f", in the middle of its stop ({mark['stopping']})" if "stopping" in mark else ""
+    pid, started = mark.get("pid", "unknown"), mark.get("started", "unknown")
+    return f"died without a complete stop{stopping} (pid {pid}, started {started})"
+
+
 def record_lines(record: Fields) -> list[str]:
-    """The record of a stop, for people."""
-    lines = [
+    """The record of a stop, for people; before it `previous`, the run that died since without one."""
+    lines = []
+    if previous := record.get("previous"):
+        lines.append(f"previous run: {previous}")
+        if "reason" not in record:
+            return [*lines, "no stop has been recorded"]
+        lines.append("the last stop that was recorded:")
+    lines += [
         f"reason: {record.get('reason', 'unknown')}",
         f"started: {record.get('started', 'unknown')}, took {format_duration(float(record.get('took', 0)))}",
         (

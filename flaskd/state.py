@@ -18,7 +18,7 @@ from flaskd.cleanup import read_record, write_record
 from flaskd.config import MARK_FILE
 from flaskd.files import remove_leftovers, remove_matching
 from flaskd.logs import timestamp
-from flaskd.protocol import state_directory
+from flaskd.protocol import died, state_directory
 
 log = logging.getLogger("flaskd.state")
 
@@ -86,8 +86,7 @@ class StateDirectory:
         tidied = f"; removed what it left: {', '.join(removed)}" if removed else ""
         pid = before.get("pid", "unknown")
         log.warning(f"the flaskd before this one (pid {pid}) died without a complete stop{stopping}{tidied}")
-        started = before.get("started", "unknown")
-        self.previous = f"died without a complete stop{stopping} (pid {pid}, started {started}){tidied}"
+        self.previous = died(before) + tidied
 
     def _repair(self) -> list[str]:
         """Remove half-written files of ours, and metric files of processes that are gone; returns their names."""

@@ -13,7 +13,7 @@ import click
 from flaskd.cli import show
 from flaskd.client import ControlClient, find_socket
 from flaskd.errors import EX_LOST, FlaskdError, ForbiddenError, NoDaemonError
-from flaskd.protocol import RECORD, state_directory
+from flaskd.protocol import MARK, RECORD, died, state_directory
 from flaskd.verbs import FLAGS, VERBS, find_verb
 
 _ELSEWHERE = {"help", "check"}
@@ -59,12 +59,12 @@ def _client(verb: str) -> Any:
     def run(socket: str | None, name: str, as_json: bool, **words: Any) -> int:
         try:
             path = find_socket(socket, name, os.environ)
+            return ask(path, verb, {key: value for key, value in words.items() if value}, as_json=as_json)
         except NoDaemonError as error:
-            if verb != "last-stop" or socket:
-                raise
+            if verb != "last-stop" or socket or os.environ.get("FLASKD_CONTROL"):
+                raise  # what is recorded may be another daemon's
             _say(verb, _read_record(name, error), as_json)
             return 0
-        return ask(path, verb, {key: value for key, value in words.items() if value}, as_json=as_json)
 
     return run
 
@@ -89,11 +89,23 @@ def _say(verb: str, answer: dict[str, Any], as_json: bool) -> None:
 
 
 def _read_record(name: str, no_daemon: NoDaemonError) -> dict[str, Any]:
-    path = state_directory(name, os.environ) / RECORD
+    """What the state directory tells of the last stop, and of a run that died since; raises NoDaemonError."""
+    directory = state_directory(name, os.environ)
+    found: dict[str, Any] = {"result": "last-stop"}
+    fault = ""
     try:
-        return {"result": "last-stop", **json.loads(path.read_text(encoding="utf-8"))}
-    except (OSError, ValueError) as error:
-        raise NoDaemonError(f"{no_daemon}; and there is no record in {path}: {error}") from error
+        found |= json.loads((directory / RECORD).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, TypeError) as error:
+        fault = f" that can be read ({getattr(error, 'strerror', None) or error})"
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # none, or half of one
+        mark = json.loads((directory / MARK).read_text(encoding="utf-8"))
+        if not Path(f"/proc/{mark['pid']}").exists():  # else it lives, though it does not answer
+            found["previous"] = died(mark)
+    if len(found) == 1:
+        raise NoDaemonError(f"{no_daemon}; and there is no record in {directory / RECORD}{fault}")
+    return found
 
 
 def _help(verb: str | None, as_json: bool) -> None:

@@ -121,6 +121,8 @@ def _config(daemon: Daemon, _command: Command, reply: Reply) -> None:
 
 def _last_stop(daemon: Daemon, _command: Command, reply: Reply) -> None:
     record = daemon.last_stop
+    if daemon.previous is not None:  # else the stop before it would look like the last thing that happened
+        record = {**(record or {}), "previous": daemon.previous}
     if record is None:
         reply.error("no-record", "no stop has been recorded yet")
     else:

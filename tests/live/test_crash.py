@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from conftest import Flaskd, get, requires
 KEEPING = "cleanup: {policies: {keep: {use: cache.persist}}}\n"
 CACHED = """
 import os
+import re
 from flask import request
 from flask_caching import Cache
 from gateapp import app
@@ -42,6 +44,33 @@ def killed(flaskd: Flaskd) -> int:
     flaskd.kill(signal.SIGKILL)
     assert flaskd.wait() == -signal.SIGKILL
     return pid
+
+
+def test_the_last_stop_is_not_shown_as_if_nothing_had_come_after_it(flaskd: Flaskd) -> None:
+    """After a kill, `last-stop` says first who died, with a daemon and without, and then what was recorded before."""
+    flaskd.start()
+    pid = killed(flaskd)
+    assert flaskd.socket_path.exists()  # nobody answers there
+    died = f"previous run: died without a complete stop (pid {pid}, started "
+    code, out, err = flaskd.client("last-stop")
+    assert (code, err) == (0, "")
+    assert re.fullmatch(re.escape(died) + r"\S+\)\nno stop has been recorded\n", out)
+    flaskd.start()
+    assert flaskd.command("last-stop").startswith(died)
+    assert flaskd.stop() == 0
+    assert flaskd.client("last-stop")[1].startswith("reason: signal: SIGTERM\n")
+    flaskd.start()
+    died = died.replace(str(pid), str(killed(flaskd)))
+    for start in (False, True):
+        if start:
+            flaskd.start()
+        code, out, _ = flaskd.client("last-stop")
+        assert code == 0
+        assert out.startswith(died)
+        assert out.splitlines()[1:3] == ["the last stop that was recorded:", "reason: signal: SIGTERM"]
+    assert json.loads(flaskd.client("last-stop", "--json")[1])["previous"].startswith("died without a complete stop")
+    assert flaskd.stop() == 0
+    assert "previous" not in flaskd.client("last-stop")[1]
 
 
 def test_killed_while_serving(flaskd: Flaskd) -> None:
@@ -172,6 +201,7 @@ exit $code
 """
 FILLED = """
 import os
+import re
 from cached import app
 
 @app.get("/fill")
