@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 
 def open_standard_streams() -> None:
@@ -13,6 +14,9 @@ def open_standard_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # as Python leaves it then
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
 
 
 def heed_signals() -> None:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from flaskd import __version__
-from flaskd.cli import talk
+from flaskd.cli import show, talk
 from flaskd.cli.units import units
 from flaskd.client import ControlClient, find_socket
 from flaskd.errors import EX_CONFIG, EX_LOST, EX_OK, EX_USAGE, ConfigError, FlaskdError, NoDaemonError
@@ -59,7 +59,7 @@ def reported(run: Callable[[], object]) -> int:
 def cli(context: click.Context) -> None:
     """Serve a Flask app, and stop it without losing a request."""
     if context.invoked_subcommand is None:
-        click.echo(talk.what_next())
+        show.say(talk.what_next())
 
 
 @cli.command()
@@ -151,9 +151,9 @@ def check(config: str | None, unit: str | None, as_json: bool, file: str | None)
             faults = [Fault(unit or str(path or ""), 0, 0, "", line) for line in str(error).splitlines()]
             answer["faults"] = [fault.as_json() for fault in faults]
     if as_json:
-        click.echo(json.dumps(answer, ensure_ascii=False))
+        show.say(json.dumps(answer, ensure_ascii=False))
     else:
-        click.echo(f"{path}: OK" if path else "no configuration file: the defaults are in force")
+        show.say(f"{path}: OK" if path else "no configuration file: the defaults are in force")
     return EX_OK if answer["ok"] else EX_CONFIG
 
 
@@ -180,7 +180,7 @@ def schema() -> None:
     for name, spec in actions.items():
         if spec.fault:
             click.echo(f'flaskd: the action "{name}" is not in the schema: {spec.fault}', err=True)
-    click.echo(json.dumps(json_schema(actions), indent=2))
+    show.say(json.dumps(json_schema(actions), indent=2))
 
 
 @cli.command()
@@ -212,7 +212,7 @@ def plan(socket: str | None, name: str, config: str | None, hang: tuple[str, ...
         frame = preview.Frame(**answer["budget"])
         results, text = preview.simulated(preview.plan_from(answer["policies"]), frame, hang)
         answer = {"result": "plan", "hang": list(hang), "policies": results_as_json(results), "text": text}
-    click.echo(json.dumps(answer, ensure_ascii=False) if as_json else str(answer["text"]))
+    show.say(json.dumps(answer, ensure_ascii=False) if as_json else str(answer["text"]))
 
 
 def _offline_plan(config: str | None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 import click
 
+from flaskd.errors import CannotCreateError
 from flaskd.protocol import as_text, record_lines, request_line
 from flaskd.units import format_duration
 
@@ -23,6 +24,18 @@ _COLOURS = {
 }  # fmt: skip
 _TENTHS = 10.0
 """Seconds below which tenths of them matter to people."""
+
+
+def say(text: str) -> None:
+    """Write an answer to standard output; raises CannotCreateError where it cannot go, and BrokenPipeError."""
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What is left in the buffer must not fail once more at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise CannotCreateError(f"cannot write the answer: {error.strerror}") from error
 
 
 def coloured(text: str, colour: str, stream: TextIO | None = None) -> str:
@@ -158,7 +171,7 @@ _PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
 def progress(verb: str, *, as_json: bool = False) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Show how it goes: a bar on a terminal, lines elsewhere, JSON for programs. `verb` empty: there is no waiting."""
     if as_json:
-        yield lambda fields: click.echo(json.dumps(fields, ensure_ascii=False))
+        yield lambda fields: say(json.dumps(fields, ensure_ascii=False))
     elif not verb or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         yield _line
     else:

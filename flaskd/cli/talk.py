@@ -85,7 +85,7 @@ def ask(path: Path, verb: str, words: dict[str, Any], *, as_json: bool = False) 
 
 
 def _say(verb: str, answer: dict[str, Any], as_json: bool) -> None:
-    click.echo(json.dumps(answer, ensure_ascii=False) if as_json else show.answer(verb, answer))
+    show.say(json.dumps(answer, ensure_ascii=False) if as_json else show.answer(verb, answer))
 
 
 def _read_record(name: str, no_daemon: NoDaemonError) -> dict[str, Any]:
@@ -111,13 +111,13 @@ def _read_record(name: str, no_daemon: NoDaemonError) -> dict[str, Any]:
 def _help(verb: str | None, as_json: bool) -> None:
     found = {verb: find_verb(verb)} if verb else VERBS
     if as_json:
-        click.echo(json.dumps({"verbs": [each.as_json(name) for name, each in found.items()], "flags": FLAGS}))
+        show.say(json.dumps({"verbs": [each.as_json(name) for name, each in found.items()], "flags": FLAGS}))
         return
     width = max(len(each.usage(name)) for name, each in found.items())
     for name, each in found.items():
-        click.echo(f"{each.usage(name):<{width}}  {each.summary} ({each.role})")
+        show.say(f"{each.usage(name):<{width}}  {each.summary} ({each.role})")
     for flag in sorted({flag for each in found.values() for flag in each.flags}):
-        click.echo(f"{'  ' + flag:<{width}}  {FLAGS[flag]}")
+        show.say(f"{'  ' + flag:<{width}}  {FLAGS[flag]}")
 
 
 def _top(socket: str | None, name: str, as_json: bool, interval: float, count: int | None) -> int:

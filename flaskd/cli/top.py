@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
-
 from flaskd.cli import show
 from flaskd.client import ControlClient
 from flaskd.errors import NoDaemonError
@@ -151,12 +149,12 @@ def watch(find: Callable[[], Path], *, interval: float, count: int | None, as_js
             else:
                 measured = rates(before, now)
                 if as_json:
-                    click.echo(json.dumps(_as_json(now, measured), ensure_ascii=False))
+                    show.say(json.dumps(_as_json(now, measured), ensure_ascii=False))
                 elif on_terminal:
                     size = shutil.get_terminal_size()
                     _draw(page(now, measured, size.columns, size.lines))
                 else:
-                    click.echo("\n".join(page(now, measured, 10_000, 10_000)))
+                    show.say("\n".join(page(now, measured, 10_000, 10_000)))
                 before = now
             looks += 1
             if looks == count or _asked_to_quit(interval, listening=on_terminal):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from flaskd.cli import show
+
 
 @click.command()
 @click.option("--instance", metavar="NAME", help="For flaskd@NAME, one of several on this machine.")
@@ -32,6 +34,6 @@ def units(instance: str | None, venv: str | None, socket_activated: bool, root: 
         click.echo(f"flaskd: there is no {place}/bin/flaskd, which the units run; install flaskd there", err=True)
     if root is not None:
         for path in install(files, Path(root)):
-            click.echo(path)
+            show.say(str(path))
         return
-    click.echo("\n".join(f"# {path}\n{text}" for path, text in files.items()), nl=False)
+    show.say("\n".join(f"# {path}\n{text}" for path, text in files.items()).removesuffix("\n"))

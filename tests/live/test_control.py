@@ -4,6 +4,7 @@ import json
 import socket
 import stat
 import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -221,6 +222,26 @@ def test_no_daemon_there(flaskd: Flaskd) -> None:
         69,
         f"flaskd: cannot reach a daemon at {stale}: Connection refused; is flaskd running there?\n",
     )
+
+
+def test_an_answer_that_cannot_be_written(flaskd: Flaskd) -> None:
+    """Where the disk is full, that is said in one line, and it is no success; closed streams are no fault at all."""
+    flaskd.start()
+
+    def run(line: str) -> tuple[int, str]:
+        done = subprocess.run(
+            ["sh", "-c", line, sys.executable],
+            cwd=flaskd.directory, env=flaskd.env, capture_output=True, text=True, timeout=PATIENCE, check=False,
+        )  # fmt: skip
+        return done.returncode, done.stderr
+
+    for verb in ("status", "config", "requests --json", "drain --wait", "resume", "top", "help", "check", "schema", ""):
+        said = run(f"exec $0 -m flaskd {verb} >/dev/full")
+        assert said[0] == 73, verb
+        assert said[1].endswith("flaskd: cannot write the answer: No space left on device\n"), verb
+        assert "Traceback" not in said[1]
+        assert run(f"exec $0 -m flaskd {verb} <&- >&- 2>&-") == (0, ""), verb
+    assert flaskd.stop() == 0
 
 
 def test_usage_faults(flaskd: Flaskd) -> None:
