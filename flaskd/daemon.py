@@ -33,7 +33,7 @@ from flaskd.lifecycle import Event, Lifecycle, State, StopReason
 from flaskd.loading import LoadedApp
 from flaskd.notify import Notifier
 from flaskd.outlook import Outlook
-from flaskd.protocol import Discard, Reply, summary
+from flaskd.protocol import Discard, Reply, account_lines, summary
 from flaskd.server import Tally, WaitressThread
 from flaskd.service import Service
 from flaskd.signals import Escalation, SignalWatch, Terminal
@@ -571,7 +571,8 @@ class Daemon:
         elif state is State.DRAINING:
             reply.ok("draining", {"in_flight": self._in_flight, "deadline": round(drain.left, 1)}, hint="undo: resume")
         else:
-            reply.ok("drained", drain.account(), hint="undo: resume")
+            account = drain.account()
+            reply.ok("drained", account, lines=account_lines(account), hint="undo: resume")
 
     def _begin_drain(
         self,
@@ -604,7 +605,7 @@ class Daemon:
             self._claim()
         log.info(f"drained: {report}", extra={"fields": report.as_json()})
         for reply in drain.release():
-            reply.ok("drained", drain.account())
+            reply.ok("drained", account := drain.account(), lines=account_lines(account))
         if state is State.DRAINED:
             self._notifier.status(f"drained: {report}")
             if self.configuration.values.shutdown.drain.while_drained == "auto" and self._server is not None:
@@ -789,6 +790,7 @@ class Daemon:
                 self._drain.shorten(0)
         if wait:
             self._stop_waiters.append(reply)
+            reply.progress({"in_flight": self._in_flight})
         else:
             fields = {"in_flight": self._in_flight, "deadline": round(self._stop.left, 1)}
             reply.ok("stopping", fields, hint=self._undone_by())
@@ -864,6 +866,8 @@ class Daemon:
     def _on_step(self, result: StepResult) -> None:
         self._claim()
         fields = {"policy": result.name, "fate": str(result.fate), "took": round(result.took, 3)}
+        if result.why:
+            fields["why"] = result.why
         for reply in self._stop_waiters:
             reply.progress(fields)
 
@@ -905,11 +909,9 @@ class Daemon:
         log.info(f"stopped: {report}; cleanup: {cleanup}; in {stop.took:.1f}s", extra={"fields": report.as_json()})
         if self._failure is None:  # else its STATUS is what people need to see
             self._notifier.status(f"stopped: {report}")
-        lines = [f"cut {each}" for each in report.cut]
-        lines += [f"{name}: {entry['fate']}" for name, entry in policies.items() if entry["fate"] != "ok"]
         for reply in self._stop_waiters:
             fields = {**report.as_json(), "took": round(stop.took, 3), "policies": policies}
-            reply.ok("stopped", fields, lines=lines, hint=self._undone_by())
+            reply.ok("stopped", fields, lines=account_lines(fields), hint=self._undone_by())
         return code
 
 

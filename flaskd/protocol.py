@@ -160,10 +160,27 @@ def record_lines(record: Fields) -> list[str]:
     lines += [background_line(each) for each in record.get("background", ())]
     if record.get("unaccepted"):
         lines.append(f"reset in the backlog: {record['unaccepted']} connections")
-    for name, entry in record.get("policies", {}).items():
-        why = f", {entry['why']}" if entry.get("why") else ""
-        lines.append(f"policy {name}: {entry['fate']} in {format_duration(float(entry.get('took', 0)))}{why}")
+    lines += [f"policy {step_line(name, entry)}" for name, entry in record.get("policies", {}).items()]
     return lines
+
+
+def account_lines(fields: Fields) -> list[str]:
+    """What a drain or stop lost, and each cleanup step that is not ok, for people: a line each."""
+    background, policies = fields.get("background"), fields.get("policies")
+    lines = [
+        f"cut {each['method']} {each['path']} ({each['phase']} for {each['age']:.1f}s): {each['reason']}"
+        for each in fields.get("cut") or ()
+    ]
+    lines += map(background_line, background) if isinstance(background, list) else ()
+    if isinstance(policies, dict):
+        lines += [step_line(name, entry) for name, entry in policies.items() if entry["fate"] != "ok"]
+    return lines
+
+
+def step_line(name: str, entry: Fields) -> str:
+    """What became of a cleanup step, for people."""
+    why = f", {entry['why']}" if entry.get("why") else ""
+    return f"{name}: {entry['fate']} in {format_duration(float(entry.get('took') or 0))}{why}"
 
 
 def background_line(entry: Fields) -> str:
@@ -197,11 +214,14 @@ def _shown(value: object) -> str:
 
 
 def as_text(fields: Fields) -> str:
-    """``key=value`` pairs for a text reply: lists as their length, seconds as durations, nested values left to JSON."""
+    """``key=value`` pairs for a text reply: seconds as durations, lists of what is no text as their length.
+
+    Nested values are left to JSON.
+    """
     pairs = []
     for key, value in fields.items():
         if isinstance(value, list | tuple):
-            shown = str(len(value))
+            shown = ",".join(value) if value and all(isinstance(each, str) for each in value) else str(len(value))
         elif isinstance(value, float):
             shown = format_duration(value)
         elif isinstance(value, dict):

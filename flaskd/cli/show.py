@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import click
 
 from flaskd.errors import CannotCreateError
-from flaskd.protocol import as_text, record_lines, request_line
+from flaskd.protocol import account_lines, as_text, record_lines, request_line, step_line
 from flaskd.units import format_duration
 
 _GREEN, _YELLOW, _RED, _DIM = "32", "33", "31", "2"
@@ -59,16 +59,8 @@ def answer(verb: str, fields: dict[str, Any]) -> str:
 
 def _outcome(fields: dict[str, Any]) -> str:
     result, hint = fields.pop("result"), fields.pop("hint", "")
-    cut = [
-        f"cut {each['method']} {each['path']} ({each['phase']}, {each['age']}s): {each['reason']}"
-        for each in fields.get("cut") or []
-    ]
-    if isinstance(fields.get("background"), list):
-        cut += [f"background: {_background(each)}" for each in fields["background"]]
-    policies = fields.get("policies")
-    fates = [f"{name}: {entry['fate']}" for name, entry in policies.items()] if isinstance(policies, dict) else []
     last = " ".join(filter(None, [result, as_text(fields), f"({hint})" if hint else ""]))
-    return "\n".join([*cut, *fates, last])
+    return "\n".join([*account_lines(fields), last])
 
 
 def status(fields: dict[str, Any]) -> str:
@@ -185,9 +177,6 @@ def progress(verb: str, *, as_json: bool = False) -> Iterator[Callable[[dict[str
 def _line(fields: dict[str, Any]) -> None:
     oldest = fields.get("oldest")
     more = f" oldest={format_duration(oldest['age'])} {oldest['method']} {oldest['path']}" if oldest else ""
-    cleanup = fields.pop("cleanup", None)
-    if cleanup:
-        more += f" cleanup={','.join(cleanup)}"
     click.echo(f".. {as_text({key: value for key, value in fields.items() if key != 'event'})}{more}", err=True)
 
 
@@ -224,8 +213,7 @@ class Bar:
             if "policy" in fields:
                 good = fields["fate"] == "ok"
                 mark = coloured(self._good if good else self._bad, _COLOURS.get(fields["fate"], _DIM), self._stream)
-                took = format_duration(float(fields["took"]))
-                self._write(f"\r\x1b[K  {mark} {fields['policy']}: {fields['fate']} in {took}\n")
+                self._write(f"\r\x1b[K  {mark} {step_line(fields['policy'], fields)}\n")
             else:
                 self._fields, self._heard = fields, time.monotonic()
                 self._most = max(self._most, fields.get("in_flight", 0))

@@ -1,6 +1,7 @@
 """The control plane of a real daemon: FIFO, socket, both dialects, and the client verbs."""
 
 import json
+import re
 import socket
 import stat
 import subprocess
@@ -291,3 +292,28 @@ def test_offline_verbs(flaskd: Flaskd) -> None:
     assert "did you mean" in err.splitlines()[1]
     code, out, _ = flaskd.client("schema")
     assert json.loads(out)["properties"]["cleanup"]
+
+
+def test_what_was_lost_is_named_in_the_answer(flaskd: Flaskd) -> None:
+    """A drain names each request that it cut, a stop each step that failed and why, to people and in the progress, too."""
+    flaskd.write(
+        "flaskd.yaml",
+        "shutdown: {drain: {timeout: 100ms}}\n"
+        "cleanup: {policies: {bad: {use: command, with: {argv: ['false']}}, good: {use: command, with: {argv: ['true']}}}}\n",
+    )
+    flaskd.start()
+    flaskd.hold()
+    *lost, last = flaskd.command("drain wait").splitlines()
+    assert last.startswith("OK drained completed=0 rejected=0 cut=1 took=")
+    assert lost[-1].startswith("cut GET /hold (running for ")
+    assert flaskd.command("drain").startswith("cut GET /hold (running for ")
+    code, out, err = flaskd.client("drain", "--wait")
+    assert code == 1
+    assert out.startswith("cut GET /hold (running for ")
+    code, out, err = flaskd.client("stop", "--wait")
+    failed = r"bad: failed in [\d.]+m?s, exit code 1"
+    assert re.search(rf"^{failed}\n", out, re.MULTILINE)
+    assert "good" not in out
+    assert re.search(r"^\.\. policy=bad fate=failed took=[\d.]+m?s why=exit code 1", err, re.MULTILINE)
+    assert err.startswith(".. in_flight=")
+    assert flaskd.wait() == 0
