@@ -191,11 +191,15 @@ def schema() -> None:
     "--simulate-hang", "hang", metavar="POLICY", multiple=True, help="Show what else suffers if it hangs; repeatable."
 )
 @click.option("--json", "as_json", is_flag=True, help="Answer for programs.")
-def plan(socket: str | None, name: str, config: str | None, hang: tuple[str, ...], as_json: bool) -> None:
+def plan(socket: str | None, name: str, config: str | None, hang: tuple[str, ...], as_json: bool) -> int:
     """The cleanup policies in their order, when each begins and ends at the latest, and what was found.
 
     With --simulate-hang and no daemon there, of the configuration file.
     """
+    return talk.told(lambda: _plan(socket, name, config, hang, as_json=as_json), as_json=as_json)
+
+
+def _plan(socket: str | None, name: str, config: str | None, hang: tuple[str, ...], *, as_json: bool) -> int:
     answer = None
     if config is None:
         try:
@@ -212,7 +216,8 @@ def plan(socket: str | None, name: str, config: str | None, hang: tuple[str, ...
         frame = preview.Frame(**answer["budget"])
         results, text = preview.simulated(preview.plan_from(answer["policies"]), frame, hang)
         answer = {"result": "plan", "hang": list(hang), "policies": results_as_json(results), "text": text}
-    show.say(json.dumps(answer, ensure_ascii=False) if as_json else str(answer["text"]))
+    show.say(json.dumps({"ok": True, **answer}, ensure_ascii=False) if as_json else str(answer["text"]))
+    return EX_OK
 
 
 def _offline_plan(config: str | None) -> dict[str, Any]:

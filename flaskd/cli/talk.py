@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import click
 
 from flaskd.cli import show
 from flaskd.client import ControlClient, find_socket
-from flaskd.errors import EX_LOST, FlaskdError, ForbiddenError, NoDaemonError
+from flaskd.errors import EX_LOST, CannotCreateError, FlaskdError, ForbiddenError, NoDaemonError
 from flaskd.protocol import MARK, RECORD, died, state_directory
 from flaskd.verbs import FLAGS, VERBS, find_verb
 
@@ -57,6 +58,9 @@ def _sentence(text: str) -> str:
 
 def _client(verb: str) -> Any:
     def run(socket: str | None, name: str, as_json: bool, **words: Any) -> int:
+        return told(lambda: _run(socket, name, words, as_json=as_json), as_json=as_json)
+
+    def _run(socket: str | None, name: str, words: dict[str, Any], *, as_json: bool) -> int:
         try:
             path = find_socket(socket, name, os.environ)
             return ask(path, verb, {key: value for key, value in words.items() if value}, as_json=as_json)
@@ -67,6 +71,17 @@ def _client(verb: str) -> Any:
             return 0
 
     return run
+
+
+def told(run: Callable[[], int], *, as_json: bool) -> int:
+    """Run a verb and return its exit code; programs are told a fault as they are told an answer."""
+    try:
+        return run()
+    except FlaskdError as error:
+        if not as_json or isinstance(error, CannotCreateError):  # the latter is of standard output itself
+            raise
+        show.say(json.dumps({"ok": False, "error": {"code": error.code, "message": str(error)}}, ensure_ascii=False))
+        return error.exit_code
 
 
 def ask(path: Path, verb: str, words: dict[str, Any], *, as_json: bool = False) -> int:
@@ -85,7 +100,7 @@ def ask(path: Path, verb: str, words: dict[str, Any], *, as_json: bool = False) 
 
 
 def _say(verb: str, answer: dict[str, Any], as_json: bool) -> None:
-    show.say(json.dumps(answer, ensure_ascii=False) if as_json else show.answer(verb, answer))
+    show.say(json.dumps({"ok": True, **answer}, ensure_ascii=False) if as_json else show.answer(verb, answer))
 
 
 def _read_record(name: str, no_daemon: NoDaemonError) -> dict[str, Any]:
@@ -123,7 +138,10 @@ def _help(verb: str | None, as_json: bool) -> None:
 def _top(socket: str | None, name: str, as_json: bool, interval: float, count: int | None) -> int:
     from flaskd.cli.top import watch  # noqa: PLC0415 - the other verbs can do without
 
-    return watch(lambda: find_socket(socket, name, os.environ), interval=interval, count=count, as_json=as_json)
+    def look() -> int:
+        return watch(lambda: find_socket(socket, name, os.environ), interval=interval, count=count, as_json=as_json)
+
+    return told(look, as_json=as_json)
 
 
 def what_next() -> str:

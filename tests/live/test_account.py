@@ -54,7 +54,7 @@ def test_the_account_is_everywhere_the_same(flaskd: Flaskd) -> None:
     assert len(re.findall(r"cut (GET /hold|POST /upload) \(", flaskd.log)) == 3
     code, out, _ = flaskd.client("last-stop", "--json")
     assert code == 0
-    assert {**json.loads(out), "result": None} == {**record, "result": None}
+    assert {**json.loads(out), "result": None} == {**record, "result": None, "ok": True}
     assert "completed=1 rejected=3 cut=3" in flaskd.client("last-stop")[1]
 
 

@@ -317,3 +317,24 @@ def test_what_was_lost_is_named_in_the_answer(flaskd: Flaskd) -> None:
     assert re.search(r"^\.\. policy=bad fate=failed took=[\d.]+m?s why=exit code 1", err, re.MULTILINE)
     assert err.startswith(".. in_flight=")
     assert flaskd.wait() == 0
+
+
+def test_programs_are_told_faults_as_they_are_told_answers(flaskd: Flaskd) -> None:
+    """With --json, what there is to know is one object on standard output, and nothing stands beside it."""
+
+    def told(*args: str) -> tuple[int, dict[str, Any]]:
+        code, out, err = flaskd.client(*args, "--json")
+        assert err == ""
+        return code, json.loads(out)
+
+    for verb in ("status", "plan", "top", "last-stop"):
+        code, answer = told(verb)
+        assert (code, answer["ok"], answer["error"]["code"]) == (69, False, "no-daemon"), verb
+    flaskd.start()
+    assert told("ready") == (0, {"ok": True, "result": "ready"})
+    assert told("drain")[1]["ok"]
+    flaskd.until(lambda: flaskd.status()["state"] == "drained")
+    fault = {"code": "not-ready", "message": "flaskd is drained"}
+    assert told("ready") == (75, {"ok": False, "error": fault})
+    assert told("log-level", "loud")[1]["error"]["code"] == "usage"
+    assert flaskd.stop() == 0
