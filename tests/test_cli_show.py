@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from flaskd.cli import show
-from flaskd.cli.top import Look, page, quantile, rates
+from flaskd.cli.top import Look, _draw, page, quantile, rates
 from flaskd.server import Tally
 
 BOUNDS = Tally().as_json()["bounds"]
@@ -77,9 +77,7 @@ def test_the_bar_tells_how_a_stop_goes(monkeypatch):
     assert bar.text().startswith("stopping ░░░░░░░░░░░░░░░░░░░░ ")
     bar.update({"in_flight": 1, "oldest": oldest, "background": 2, "cleanup": ["close-db", "warm"]})
     assert bar.text().startswith("stopping ███████████████░░░░░ ")
-    assert bar.text().endswith(
-        ", 1 in flight, oldest GET /export for 30s, 2 in the background; cleanup: close-db, warm"
-    )
+    assert bar.text().endswith(", 1 in flight, oldest 30s GET /export, 2 in the background; cleanup: close-db, warm")
     assert bar.text(40).startswith("stopping ████░░ ")
     bar.update({"policy": "close-db", "fate": "ok", "took": 0.25})
     bar.update({"policy": "warm", "fate": "timed_out", "took": 5.0})
@@ -133,9 +131,11 @@ def test_rates_are_between_two_looks():
     assert rates(look(5.0, 3), look(7.0, 7, uptime=0.7)).rate == pytest.approx(10)
 
 
-@pytest.mark.parametrize(("width", "height"), [(200, 50), (80, 24), (66, 12), (50, 30), (20, 15), (5, 3)])
+@pytest.mark.parametrize(
+    ("width", "height"), [(200, 50), (80, 24), (66, 12), (50, 30), (20, 15), (5, 3), (80, 6), (60, 1)]
+)
 def test_the_page_of_top_fits(width, height):
-    """No line is wider than the terminal; what does not fit below is counted."""
+    """No line is wider than the terminal, and the first, with the state, stays; what does not fit below is counted."""
     requests = [
         {"id": i, "client": "192.168.100.100", "method": "GET", "path": "/" + "x" * i, "age": i / 3, "phase": "running",
          "thread": "w", "sent": 10**i, "stack": ""}
@@ -144,9 +144,16 @@ def test_the_page_of_top_fits(width, height):
     seen = Look(0.0, status(in_flight=30, reason="signal: SIGTERM", cleanup=["close-db"]), requests)
     lines = page(seen, rates(None, seen), width, height)
     assert max(map(len, lines)) <= width
-    assert len(lines) < max(height, 16 if width >= 66 else 22)
-    if height < 40 and width > 20:
+    assert len(lines) <= height
+    assert lines[0].startswith("flaskd ready for"[: width - 1])
+    if 10 < height < 40 and width > 20:
         assert lines[-1].endswith("more")
+
+
+def test_a_full_terminal_is_not_pushed_up(capsys):
+    """Each line is cleared before it is written, none has a newline behind it but those that another follows."""
+    _draw(["flaskd ready for 1s", "x" * 20], 3)
+    assert capsys.readouterr().out == "\x1b[H\x1b[Kflaskd ready for 1s\n\x1b[K" + "x" * 20 + "\n\x1b[K"
 
 
 def test_a_client_verb_starts_with_little():

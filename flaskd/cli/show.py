@@ -237,7 +237,7 @@ class Bar:
         text += f", {left} in flight"
         if oldest := self._fields.get("oldest"):
             age = short(oldest["age"] + now - self._heard)
-            text += f", oldest {oldest['method']} {oldest['path']} for {age}"
+            text += f", oldest {age} {oldest['method']} {oldest['path']}"
         if background := self._fields.get("background"):
             text += f", {background} in the background"
         if cleanup := self._fields.get("cleanup"):

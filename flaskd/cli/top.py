@@ -8,12 +8,13 @@ import json
 import os
 import select
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from flaskd.cli import show
 from flaskd.client import ControlClient
@@ -117,7 +118,12 @@ def page(look: Look, measured: Rates, width: int, height: int) -> list[str]:
         lines.append(f"  ... and {len(look.requests) - len(shown)} more")
     if not look.requests:
         lines.append("  nothing is in flight")
-    return [line if len(line) <= width else line[: max(0, width - 1)] + "…" for line in lines]
+    return fitting(lines, width, height)
+
+
+def fitting(lines: Sequence[str], width: int, height: int) -> list[str]:
+    """Lines as far as they fit, from the top."""
+    return [line if len(line) <= width else line[: max(0, width - 1)] + "…" for line in lines[: max(1, height)]]
 
 
 def _of(status: dict[str, Any]) -> str:
@@ -145,14 +151,15 @@ def watch(find: Callable[[], Path], *, interval: float, count: int | None, as_js
             except NoDaemonError as error:
                 if not on_terminal or before is None:
                     raise
-                _draw([f"flaskd top: {error}", "", "  waiting for it to come back; q quits"])
+                size = shutil.get_terminal_size()
+                _draw(_waiting(error, size.columns, size.lines), size.lines)
             else:
                 measured = rates(before, now)
                 if as_json:
                     show.say(json.dumps(_as_json(now, measured), ensure_ascii=False))
                 elif on_terminal:
                     size = shutil.get_terminal_size()
-                    _draw(page(now, measured, size.columns, size.lines))
+                    _draw(page(now, measured, size.columns, size.lines), size.lines)
                 else:
                     show.say("\n".join(page(now, measured, 10_000, 10_000)))
                 before = now
@@ -181,6 +188,7 @@ def _screen() -> Iterator[None]:
     import termios  # noqa: PLC0415 - not on Windows
     import tty  # noqa: PLC0415
 
+    signal.signal(signal.SIGTERM, _leave)  # by the same way as all others: the terminal is put back
     keys = sys.stdin.fileno() if sys.stdin.isatty() else -1
     before = termios.tcgetattr(keys) if keys >= 0 else None
     sys.stdout.write("\x1b[?1049h\x1b[?25l")
@@ -197,11 +205,26 @@ def _screen() -> Iterator[None]:
             termios.tcsetattr(keys, termios.TCSADRAIN, before)
 
 
-def _draw(lines: Sequence[str]) -> None:
+def _leave(number: int, _frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def _waiting(error: NoDaemonError, width: int, height: int) -> list[str]:
+    from textwrap import wrap  # noqa: PLC0415 - most daemons are there
+
+    return fitting(
+        ["flaskd top: waiting for it to come back; q quits", "", *wrap(str(error), max(1, width))], width, height
+    )
+
+
+def _draw(lines: Sequence[str], height: int) -> None:
     head, *rest = lines
     word = head.split(" ")[1] if " " in head else ""
     head = head.replace(word, show.state(word), 1)
-    sys.stdout.write("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in [head, *rest]) + "\x1b[J")
+    # Each line is cleared before it is written: after one as wide as the terminal, that would take its last character.
+    # After the last one there is no newline, which would push the first one out of a terminal that is full.
+    blank = [""] * (height - len(lines))
+    sys.stdout.write("\x1b[H" + "\n".join(f"\x1b[K{line}" for line in [head, *rest, *blank]))
     sys.stdout.flush()
 
 

@@ -109,6 +109,18 @@ def test_top_outlives_the_daemon(flaskd: Flaskd) -> None:
     assert flaskd.stop() == 0
 
 
+def test_top_puts_the_terminal_back_when_it_is_terminated(flaskd: Flaskd) -> None:
+    """SIGTERM ends it like q does, but for the exit code."""
+    flaskd.start()
+    with terminal(flaskd, "top", "--interval", "60") as top:
+        top.until(r"nothing is in flight")
+        top.process.send_signal(signal.SIGTERM)
+        assert top.wait() == 128 + signal.SIGTERM
+        assert top.shown.endswith("\x1b[?25h\x1b[?1049l")
+        assert termios.tcgetattr(top.slave) == top.before
+    assert flaskd.stop() == 0
+
+
 def test_top_where_there_is_no_terminal(flaskd: Flaskd) -> None:
     """One plain page; or as many looks as asked for, as JSON."""
     flaskd.start()
@@ -135,7 +147,7 @@ def test_a_stop_with_a_bar(flaskd: Flaskd) -> None:
     flaskd.start()
     held = flaskd.hold()
     with terminal(flaskd, "stop", "--wait", columns=100) as stop:
-        stop.until(r"stopping ░+ [\d.]+m?s, 1 in flight, oldest GET /hold for ")
+        stop.until(r"stopping ░+ [\d.]+m?s, 1 in flight, oldest [\d.]+m?s GET /hold")
         flaskd.gate.open()
         stop.until(r"✓\x1b\[0m first: ok in ")
         stop.until(r"; cleanup: second")
