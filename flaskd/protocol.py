@@ -30,6 +30,8 @@ _ERRORS: list[type[errors.FlaskdError]] = [
 EXIT_CODES: dict[str, int] = {
     **{kind.code: kind.exit_code for kind in _ERRORS},
     "not-ready": errors.EX_TEMPFAIL,
+    "unhealthy": errors.EX_TEMPFAIL,
+    "no-record": errors.EX_TEMPFAIL,
     "restart-needed": errors.EX_CONFIG,
 }
 """Error code of a reply → exit code of the client that got it."""
@@ -186,6 +188,12 @@ def step_line(name: str, entry: Fields) -> str:
 def background_line(entry: Fields) -> str:
     """What was left running in the background, for people."""
     return f"background: {entry['name']} (for {entry['age']:.1f}s in {entry['thread']})"
+
+
+def thread_line(entry: Fields) -> str:
+    """A thread, for people: what it serves, or that it could."""
+    idle = "idle" if entry["name"].startswith("flaskd-worker") else ""
+    return f"{entry['name']} ({entry['id']}) {entry['request'] or idle}".rstrip()
 
 
 def request_line(entry: Fields) -> str:

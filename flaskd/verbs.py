@@ -86,7 +86,7 @@ VERBS: dict[str, Verb] = {
     "log-level": Verb(
         "the log level, or a new one until the next reload", Role.OPERATOR, argument="level", changes=True
     ),
-    "version": Verb("flaskd's version"),
+    "version": Verb("the version of flaskd that runs"),
 }
 
 

@@ -181,7 +181,7 @@ def test_metrics_are_read_by_prometheus_own_parser(ask, accept, parser):
         ("flaskd_cleanup_seconds", {"stop": "last", "policy": "close-db", "fate": "ok"}, 0.25),
         ("flaskd_cleanup_seconds", {"stop": "last", "policy": 'odd"\\\n'}, 5.0),
         ("flaskd_last_stop_requests", {"outcome": "cut"}, 1),
-        ("flaskd_last_stop_seconds", {}, 2.5),
+        ("flaskd_last_stop_duration_seconds", {}, 2.5),
     ]:
         assert value_of(families, name, **labels) == pytest.approx(value), (name, labels)
 

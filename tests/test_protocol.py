@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from flaskd import errors
+from flaskd.control.replies import STATUSES
 from flaskd.protocol import EXIT_CODES, Discard, as_text, runtime_directories
 
 ERRORS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.FlaskdError)]
@@ -58,6 +59,11 @@ def test_fields_as_text(fields, text):
 def test_every_error_has_its_exit_code(error):
     """A client that got an error's code ends with the code that the error itself would end with."""
     assert EXIT_CODES[error.code] == error.exit_code
+
+
+def test_lost_work_alone_is_exit_code_1():
+    """What is not ready, not alive or not there yet is told as such, and so is all else that a client may be refused."""
+    assert [code for code in STATUSES.keys() - {"method"} if EXIT_CODES.get(code, 1) == 1] == []
 
 
 def test_every_error_has_a_code_of_its_own():

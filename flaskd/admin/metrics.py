@@ -80,7 +80,7 @@ def _life(now: Measures) -> Iterator[Any]:
         states.add_metric([state], state == now.state)
     yield states
     for name, text, value in (
-        ("flaskd_state_since_seconds", "When it came into this state (Unix time).", now.since),
+        ("flaskd_state_since_timestamp_seconds", "When it came into this state (Unix time).", now.since),
         ("flaskd_start_time_seconds", "When flaskd was started (Unix time).", now.started),
     ):
         yield GaugeMetricFamily(name, text, value)
@@ -135,7 +135,9 @@ def _stops(now: Measures) -> Iterator[Any]:
             ledger.add_metric([outcome], int(last.get(outcome, 0)))
         ledger.add_metric(["cut"], len(last.get("cut", ())))
         yield ledger
-        yield GaugeMetricFamily("flaskd_last_stop_seconds", "How long the last stop took.", float(last.get("took", 0)))
+        yield GaugeMetricFamily(
+            "flaskd_last_stop_duration_seconds", "How long the last stop took.", float(last.get("took", 0))
+        )
 
 
 def _cumulative(histogram: Histogram) -> list[tuple[str, float]]:

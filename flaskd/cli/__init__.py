@@ -62,7 +62,7 @@ def cli(context: click.Context) -> None:
         show.say(talk.what_next())
 
 
-@cli.command()
+@cli.command(short_help="Serve an app until asked to stop.")
 @click.argument("app", required=False)
 @click.option("-c", "--config", metavar="FILE", help="Configuration file; else $FLASKD_CONFIG, else ./flaskd.yaml.")
 @click.option(
@@ -183,7 +183,7 @@ def schema() -> None:
     show.say(json.dumps(json_schema(actions), indent=2))
 
 
-@cli.command()
+@cli.command(short_help="The cleanup policies in their order, and what was found.")
 @click.option("--socket", metavar="PATH", help="Control socket; else $FLASKD_CONTROL, else the usual places.")
 @click.option("--name", metavar="NAME", default="flaskd", show_default=True, help="Name of the daemon.")
 @click.option("-c", "--config", metavar="FILE", help="Ask no daemon: show what this configuration file comes to.")

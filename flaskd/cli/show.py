@@ -14,7 +14,7 @@ from typing import Any, TextIO
 import click
 
 from flaskd.errors import CannotCreateError
-from flaskd.protocol import account_lines, as_text, record_lines, request_line, step_line
+from flaskd.protocol import account_lines, as_text, record_lines, request_line, step_line, thread_line
 from flaskd.units import format_duration
 
 _GREEN, _YELLOW, _RED, _DIM = "32", "33", "31", "2"
@@ -139,7 +139,7 @@ def threads(fields: dict[str, Any]) -> str:
     """Threads, a line each, with the stacks that were asked for."""
     lines = []
     for entry in fields["list"]:
-        lines.append(f"{entry['name']} ({entry['id']}) {entry['request'] or ''}".rstrip())
+        lines.append(thread_line(entry))
         lines += [f"    {line}" for line in entry.get("stack", "").splitlines()]
     return "\n".join(lines)
 
@@ -152,6 +152,7 @@ _PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "log-level": lambda fields: " ".join(
         filter(None, [fields["level"], f"({fields['hint']})" if "hint" in fields else ""])
     ),
+    "version": lambda fields: str(fields["version"]),
     "last-stop": lambda fields: "\n".join(record_lines(fields)),
 }
 

@@ -13,7 +13,15 @@ import click
 
 from flaskd.cli import show
 from flaskd.client import ControlClient, find_socket
-from flaskd.errors import EX_LOST, CannotCreateError, FlaskdError, ForbiddenError, NoDaemonError
+from flaskd.errors import (
+    EX_LOST,
+    CannotCreateError,
+    FlaskdError,
+    ForbiddenError,
+    NoDaemonError,
+    UnknownCommandError,
+    UsageError,
+)
 from flaskd.protocol import MARK, RECORD, died, state_directory
 from flaskd.verbs import FLAGS, VERBS, find_verb
 
@@ -38,14 +46,38 @@ def add_client_verbs(group: click.Group) -> None:
                 click.Option([f"--{flag}"], is_flag=True, help=_sentence(FLAGS[flag])) for flag in sorted(verb.flags)
             ]
             params += [click.Argument([verb.argument], required=False)] * bool(verb.argument)
-            group.add_command(click.Command(name, callback=_client(name), params=params, help=_sentence(verb.summary)))
+            group.add_command(
+                click.Command(
+                    name,
+                    callback=_client(name),
+                    params=params,
+                    help=_sentence(verb.summary),
+                    short_help=_sentence(verb.summary),
+                )
+            )
     interval = click.Option(
         ["--interval"], default=1.0, type=click.FloatRange(0.1, 3600), help="Seconds between looks."
     )
     count = click.Option(["-n", "--count"], type=click.IntRange(1), help="How many looks; default: until interrupted.")
-    group.add_command(click.Command("top", callback=_top, params=[*_PLACE, _JSON, interval, count], help=_TOP))
+    group.add_command(
+        click.Command(
+            "top",
+            callback=_top,
+            params=[*_PLACE, _JSON, interval, count],
+            help=_TOP,
+            short_help="Watch a daemon in the terminal.",
+        )
+    )
     argument = click.Argument(["verb"], required=False)
-    group.add_command(click.Command("help", callback=_help, params=[_JSON, argument], help=_HELP))
+    group.add_command(
+        click.Command(
+            "help",
+            callback=_help,
+            params=[_JSON, argument],
+            help=_HELP,
+            short_help="The verbs of a running daemon, or one of them.",
+        )
+    )
 
 
 _TOP = "Watch a daemon: rate, latency, in flight, queue, requests by age. One page where there is no terminal."
@@ -124,7 +156,10 @@ def _read_record(name: str, no_daemon: NoDaemonError) -> dict[str, Any]:
 
 
 def _help(verb: str | None, as_json: bool) -> None:
-    found = {verb: find_verb(verb)} if verb else VERBS
+    try:
+        found = {verb: find_verb(verb)} if verb else VERBS
+    except UnknownCommandError as error:
+        raise UsageError(f"there is no command {error}") from error
     if as_json:
         show.say(json.dumps({"verbs": [each.as_json(name) for name, each in found.items()], "flags": FLAGS}))
         return

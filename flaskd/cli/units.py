@@ -9,7 +9,7 @@ import click
 from flaskd.cli import show
 
 
-@click.command()
+@click.command(short_help="Print or install the systemd units.")
 @click.option("--instance", metavar="NAME", help="For flaskd@NAME, one of several on this machine.")
 @click.option(
     "--venv", metavar="PATH", help="The virtual environment that the units use; default: the one that runs this."

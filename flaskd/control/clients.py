@@ -182,8 +182,6 @@ class Client:
             raise UsageError(f"expected fewer and shorter header lines: {error}") from error
         if first[3] != b"0" and "host" not in fields:
             raise UsageError("HTTP/1.1 requests need a Host header")  # RFC 9112 §3.2
-        if method not in {"GET", "HEAD", "POST"}:
-            raise UsageError(f"expected GET, HEAD or POST, got {method[:16]}")
         if "transfer-encoding" in fields:
             raise UsageError("expected a body with a Content-Length, or none")
         length = fields.get("content-length", "0")

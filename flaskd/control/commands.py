@@ -55,6 +55,8 @@ def from_words(words: Sequence[str], peer: Peer) -> Command:
     others = [word for word in rest if word not in verb.flags]
     if verb.argument and len(others) == 1:
         return Command(name, verb, peer, flags, others[0])
+    if verb.argument and len(others) > 1:
+        raise UsageError(f"{name} takes one {verb.argument}, got {len(others)}")
     if others:
         raise UsageError(_unknown(name, verb, min(others)))
     return Command(name, verb, peer, flags)
@@ -111,12 +113,14 @@ def from_http(method: str, target: str, body: bytes, peer: Peer) -> Command:
             raise UsageError("expected a JSON object as the body, or none")
         fields |= more
     command = from_fields(name, fields, peer)
+    if method not in {"GET", "HEAD", "POST"}:
+        raise MethodError(f"expected GET, HEAD or POST, got {method[:16]}")
     if command.changes and method != "POST":
         raise MethodError(f"{name} changes something: expected POST, got {method}")
     return command
 
 
 class MethodError(UsageError):
-    """A command that changes something, in a request that must not."""
+    """A command that changes something in a request that must not, or a method that means nothing here."""
 
     code = "method"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flaskd.errors import UsageError
 from flaskd.lifecycle import StopReason
-from flaskd.protocol import Reply, record_lines, request_line, status_lines
+from flaskd.protocol import Reply, record_lines, request_line, status_lines, thread_line
 from flaskd.server import stack_of
 from flaskd.verbs import FLAGS, VERBS, find_verb
 
@@ -86,14 +86,13 @@ def _threads(daemon: Daemon, command: Command, reply: Reply) -> None:
     entries: list[dict[str, Any]] = []
     lines = []
     for thread in threading.enumerate():
-        idle = "idle" if thread.name.startswith("flaskd-worker") else ""
         entry = {
             "name": thread.name,
             "id": thread.native_id,
             "daemon": thread.daemon,
             "request": doing.get(thread.name),
         }
-        lines.append(f"{thread.name} ({thread.native_id}) {entry['request'] or idle}".rstrip())
+        lines.append(thread_line(entry))
         if "stacks" in command.flags:
             stack = stack_of(thread)
             entry["stack"] = stack

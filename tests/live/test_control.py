@@ -338,3 +338,16 @@ def test_programs_are_told_faults_as_they_are_told_answers(flaskd: Flaskd) -> No
     assert told("ready") == (75, {"ok": False, "error": fault})
     assert told("log-level", "loud")[1]["error"]["code"] == "usage"
     assert flaskd.stop() == 0
+
+
+def test_words_that_are_read_once(flaskd: Flaskd) -> None:
+    """Nothing is cut off, said twice or left without its verb, and 1 is kept for lost work."""
+    code, out, _ = flaskd.client("--help")
+    assert code == 0
+    assert "..." not in out.replace("[ARGS]...", "")
+    flaskd.start()
+    assert flaskd.client("version") == (0, "0.1.0\n", "")
+    assert "flaskd-worker-0 (" in flaskd.client("threads")[1]
+    assert flaskd.client("threads")[1] == flaskd.command("threads").rpartition("OK")[0]
+    assert flaskd.client("last-stop") == (75, "", "flaskd: no stop has been recorded yet\n")
+    assert flaskd.stop() == 0

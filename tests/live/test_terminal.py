@@ -196,9 +196,12 @@ def test_the_command_alone_says_what_to_do_next(flaskd: Flaskd) -> None:
 
 
 def test_help_needs_no_daemon(flaskd: Flaskd) -> None:
-    """The table of verbs is in the client, too; a wrong verb is told as by the daemon."""
+    """The table of verbs is in the client, too, and the error for a wrong one."""
     code, out, _ = flaskd.client("help", "stop")
     assert (code, out.splitlines()[0]) == (0, "stop [now] [wait]  drain, run the cleanup policies, exit (admin)")
     code, out, _ = flaskd.client("help", "--json")
     assert {verb["name"]: verb["role"] for verb in json.loads(out)["verbs"]}["drain"] == "operator"
-    assert flaskd.client("help", "drian")[::2] == (64, 'flaskd: "drian"; did you mean "drain"? try "help"\n')
+    assert flaskd.client("help", "drian")[::2] == (
+        64,
+        'flaskd: there is no command "drian"; did you mean "drain"? try "help"\n',
+    )
