@@ -199,7 +199,7 @@ class Listener:
 
 def _why_not(address: Address, error: OSError) -> str:
     hints = {
-        errno.EADDRINUSE: "; another process listens there: choose another address with --listen, or stop that process",
+        errno.EADDRINUSE: "; another process listens there: choose another address, or stop that process",
         errno.EACCES: "; ports below 1024 need CAP_NET_BIND_SERVICE",
         errno.EADDRNOTAVAIL: "; this machine has no such address",
     }

@@ -115,7 +115,7 @@ def test_a_busy_port_is_refused_with_a_hint(bound):
         bound(str(busy))
     assert str(refused.value) == (
         f"cannot listen on {busy}: Address already in use; "
-        "another process listens there: choose another address with --listen, or stop that process"
+        "another process listens there: choose another address, or stop that process"
     )
     assert isinstance(refused.value.__cause__, OSError)
 

@@ -118,14 +118,20 @@ def told(run: Callable[[], int], *, as_json: bool) -> int:
 
 def ask(path: Path, verb: str, words: dict[str, Any], *, as_json: bool = False) -> int:
     """Send a command, show how it goes and what came of it; returns the exit code."""
-    wait = "wait" in words
-    with (
-        show.progress(verb if wait else "", as_json=as_json) as progress,
-        ControlClient(path, timeout=_LONG if wait or verb in {"reload", "check"} else 10.0) as client,
-    ):
-        answer = client.request(verb, progress=progress, **words)
-        if verb == "stop" and wait:
-            client.wait_closed()
+    wait, asked = "wait" in words, False
+    try:
+        with (
+            show.progress(verb if wait else "", as_json=as_json) as progress,
+            ControlClient(path, timeout=_LONG if wait or verb in {"reload", "check"} else 10.0) as client,
+        ):
+            asked = True
+            answer = client.request(verb, progress=progress, **words)
+            if verb == "stop" and wait:
+                client.wait_closed()
+    except KeyboardInterrupt:
+        if asked and VERBS[verb].changes:  # who interrupts may believe that it is undone
+            click.echo(f"flaskd: not waiting any more; the {verb} goes on", err=True)
+        raise
     _say(verb, answer, as_json)
     lost = answer.get("cut") or answer.get("background") or answer.get("unaccepted")
     return EX_LOST if lost and verb in {"drain", "stop"} else 0

@@ -160,6 +160,22 @@ def test_a_stop_with_a_bar(flaskd: Flaskd) -> None:
     assert flaskd.wait() == 0
 
 
+def test_who_interrupts_the_waiting_is_told_that_it_goes_on(flaskd: Flaskd) -> None:
+    """Ctrl-C ends the client alone; the bar makes room for that word."""
+    flaskd.start()
+    held = flaskd.hold()
+    with terminal(flaskd, "drain", "--wait") as drain:
+        drain.until(r"draining ░+ ")
+        drain.process.send_signal(signal.SIGINT)
+        assert drain.wait() == 130
+        last = drain.shown.replace("\r\n", "\n").rpartition("\x1b[K")[2]
+        assert last.startswith("flaskd: not waiting any more; the drain goes on\n")
+    assert flaskd.status()["state"] == "draining"
+    flaskd.gate.open()
+    assert held.result() == (200, b"held")
+    assert flaskd.stop() == 0
+
+
 def test_a_drain_where_there_is_no_terminal(flaskd: Flaskd) -> None:
     """Progress is lines on standard error, the outcome alone on standard output."""
     flaskd.start()
