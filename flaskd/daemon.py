@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from flaskd import launch, loading, logs
 from flaskd.admin import AdminServer, EndpointServer, Measures, configured_token, opened_by
-from flaskd.cleanup import Plan, StepResult, aside, build_plan
+from flaskd.cleanup import Frame, Plan, StepResult, aside, build_plan, overview
 from flaskd.config import Config, Configuration, FileWatch, HealthConfig, write_duration
 from flaskd.drain import Drain
 from flaskd.errors import EX_OK, AppError, ConfigError, FlaskdError, NotNowError
@@ -277,7 +277,12 @@ class Daemon:
 
         The app's objects may be slow to say what they are: ask through `planning`.
         """
-        return self._outlook.overview(self.configuration.values, fresh=self._stop is None)
+        config = self.configuration.values
+        if not self._interruptible:
+            return self._outlook.overview(config, fresh=self._stop is None)
+        answer = {"discovery": config.cleanup.discovery.mode, **overview(build_plan(config.cleanup), Frame.of(config))}
+        answer["text"] += "\nflaskd is starting: a stop would end it at once now, and run none of these"
+        return answer
 
     # --- the shutdown endpoint --------------------------------------------------------------------------------------
 

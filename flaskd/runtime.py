@@ -57,9 +57,9 @@ class RuntimeDirectory:
             found = os.fstat(self._fd)
             if found.st_uid != os.geteuid() or found.st_mode & 0o002:
                 self.release()
-                raise CannotCreateError(
-                    f"cannot use {self.path}: it belongs to somebody else or anybody may write there"
-                )
+                mine = found.st_uid == os.geteuid()
+                why = "anybody may write there" if mine else f"it belongs to uid {found.st_uid}, not {os.geteuid()}"
+                raise CannotCreateError(f"cannot use {self.path}: {why}")
             if not os.access(self.path, os.W_OK | os.X_OK):
                 self.release()
                 raise CannotCreateError(f"cannot use {self.path}: it is not writable")

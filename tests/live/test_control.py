@@ -1,6 +1,7 @@
 """The control plane of a real daemon: FIFO, socket, both dialects, and the client verbs."""
 
 import json
+import os
 import re
 import socket
 import stat
@@ -350,4 +351,20 @@ def test_words_that_are_read_once(flaskd: Flaskd) -> None:
     assert "flaskd-worker-0 (" in flaskd.client("threads")[1]
     assert flaskd.client("threads")[1] == flaskd.command("threads").rpartition("OK")[0]
     assert flaskd.client("last-stop") == (75, "", "flaskd: no stop has been recorded yet\n")
+    assert flaskd.stop() == 0
+
+
+def test_the_plan_while_flaskd_starts(flaskd: Flaskd) -> None:
+    """It has the policies of the configuration, and says that a stop would run none of them yet."""
+    flaskd.write("flaskd.yaml", "cleanup: {policies: {bye: {use: command, with: {argv: ['true']}}}}\n")
+    flaskd.write("slow.py", "open('go').read()\nfrom gateapp import app\n")
+    os.mkfifo(flaskd.directory / "go")
+    flaskd.launch(app="slow")
+    flaskd.until(lambda: "will serve on" in flaskd.log)
+    plan = flaskd.command("plan")
+    assert re.search(r"^\S+ +bye +command ", plan, re.MULTILINE), plan
+    assert plan.endswith("\nflaskd is starting: a stop would end it at once now, and run none of these\nOK plan\n")
+    (flaskd.directory / "go").write_text("")
+    flaskd.wait_message("READY=1")
+    assert "is starting" not in flaskd.command("plan")
     assert flaskd.stop() == 0
