@@ -224,7 +224,7 @@ def _shown(value: object) -> str:
 def as_text(fields: Fields) -> str:
     """``key=value`` pairs for a text reply: seconds as durations, lists of what is no text as their length.
 
-    Nested values are left to JSON.
+    What is nothing is left out, and nested values are left to JSON.
     """
     pairs = []
     for key, value in fields.items():
@@ -232,8 +232,10 @@ def as_text(fields: Fields) -> str:
             shown = ",".join(value) if value and all(isinstance(each, str) for each in value) else str(len(value))
         elif isinstance(value, float):
             shown = format_duration(value)
-        elif isinstance(value, dict):
+        elif value is None or isinstance(value, dict):
             continue
+        elif isinstance(value, bool):
+            shown = "true" if value else "false"
         else:
             shown = str(value)
         pairs.append(f"{key}={shown}")

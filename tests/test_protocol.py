@@ -47,7 +47,7 @@ def test_the_order_of_runtime_directories(uid, environ, expected, monkeypatch, t
         ({"deadline": 30.0, "soon": 0.25, "later": 5400.0, "now": 0.0}, "deadline=30s soon=250ms later=1h30m now=0s"),
         ({"state": "ready", "policies": {"a": {}}}, "state=ready"),
         ({"in_flight": 0, "cleanup": ["close-db", "warm"]}, "in_flight=0 cleanup=close-db,warm"),
-        ({"listen": ("127.0.0.1:80",), "ready": True, "reason": None}, "listen=127.0.0.1:80 ready=True reason=None"),
+        ({"listen": ("127.0.0.1:80",), "ready": True, "reason": None}, "listen=127.0.0.1:80 ready=true"),
     ],
 )
 def test_fields_as_text(fields, text):
