@@ -609,8 +609,9 @@ class Daemon:
             self._stop.drained(report)
             self._claim()
         log.info(f"drained: {report}", extra={"fields": report.as_json()})
+        account = drain.account()
         for reply in drain.release():
-            reply.ok("drained", account := drain.account(), lines=account_lines(account))
+            reply.ok("drained", account, lines=account_lines(account))
         if state is State.DRAINED:
             self._notifier.status(f"drained: {report}")
             if self.configuration.values.shutdown.drain.while_drained == "auto" and self._server is not None:
