@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import http.server
 import json
+import os
 import re
 import shutil
 import signal
@@ -231,7 +232,7 @@ def test_a_forked_child_does_not_keep_it(flaskd: Flaskd, token: str) -> None:
         assert Path(f"/proc/{pid}").exists()
         assert refused(url.removesuffix("shutdown"))
     finally:
-        subprocess.run(["kill", "-KILL", str(pid)], check=True)
+        os.kill(pid, signal.SIGKILL)
 
 
 # --- in programs, with an app that opens one when it is imported ---
@@ -345,7 +346,8 @@ class FlaskRun:
     def close(self) -> None:
         if self.process.poll() is None:
             for pid in children(self.process.pid):
-                subprocess.run(["kill", "-KILL", str(pid)], check=False)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             self.process.kill()
         self.process.wait()
 

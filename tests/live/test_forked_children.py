@@ -126,7 +126,8 @@ def nothing_left():
 def script(place, source, *words):
     """Run it in a session of its own, with all that it forks; returns what it wrote."""
     with subprocess.Popen(
-        [sys.executable, "-c", source, *words],
+        # Since Python 3.12 a fork in a process with threads is warned of.
+        [sys.executable, "-Wignore::DeprecationWarning", "-c", source, *words],
         cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     ) as process:  # fmt: skip
         try:
