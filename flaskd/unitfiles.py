@@ -85,6 +85,15 @@ def install(files: dict[Path, str], root: Path) -> list[Path]:
     return written
 
 
+def left_over(files: dict[Path, str], root: Path) -> list[Path]:
+    """What stands below `root` of the other form, of which these files have nothing: they would be served by both."""
+    service = next(place for place in files if place.suffix == ".service")
+    others = (service.with_suffix(".socket"), service.with_name(f"{service.name}.d") / "hardened.conf")
+    return [
+        root / each.relative_to("/") for each in others if each not in files and (root / each.relative_to("/")).exists()
+    ]
+
+
 _PLACES = ("etc/systemd/system", "run/systemd/system", "usr/local/lib/systemd/system", "usr/lib/systemd/system")
 """Where systemd looks for units and their drop-ins, the strongest first (systemd.unit(5))."""
 

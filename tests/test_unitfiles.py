@@ -217,6 +217,18 @@ def test_the_command_prints_what_is_installed(tmp_path):
     assert [path for path in written.splitlines() if not out.count(Path(path).read_text())] == []
 
 
+def test_what_is_left_of_the_other_form_is_named(tmp_path):
+    """Installed in plain over the hardened form, the app would have no network: the drop-in and the socket are named."""
+    assert "left from" not in flaskd("units", "--install", str(tmp_path))[2]
+    assert "left from" not in flaskd("units", "--socket-activated", "--install", str(tmp_path))[2]
+    for options, unit in ([], "flaskd"), (["--instance", "shop"], "flaskd@shop"):
+        flaskd("units", *options, "--socket-activated", "--install", str(tmp_path))
+        code, _, err = flaskd("units", *options, "--install", str(tmp_path))
+        place = tmp_path / "etc/systemd/system"
+        assert code == 0
+        assert f"still in force: {place}/{unit}.socket, {place}/{unit}.service.d/hardened.conf; stop the socket" in err
+
+
 def test_an_environment_without_flaskd_is_noticed(tmp_path):
     """`flaskd units` says on standard error that the units would find nothing to run; the files come all the same."""
     code, out, err = flaskd("units", "--venv", str(tmp_path))

@@ -188,21 +188,33 @@ def _screen() -> Iterator[None]:
     import termios  # noqa: PLC0415 - not on Windows
     import tty  # noqa: PLC0415
 
-    signal.signal(signal.SIGTERM, _leave)  # by the same way as all others: the terminal is put back
     keys = sys.stdin.fileno() if sys.stdin.isatty() else -1
     before = termios.tcgetattr(keys) if keys >= 0 else None
-    sys.stdout.write("\x1b[?1049h\x1b[?25l")
-    try:
+
+    def enter() -> None:
+        os.write(sys.stdout.fileno(), b"\x1b[?1049h\x1b[?25l")  # a signal may come in the middle of a buffered write
         if before is not None:
             tty.setcbreak(keys)
+
+    def leave() -> None:
+        os.write(sys.stdout.fileno(), b"\x1b[?25h\x1b[?1049l")
+        if before is not None:
+            termios.tcsetattr(keys, termios.TCSADRAIN, before)
+
+    def pause(_number: int, _frame: object) -> None:
+        leave()
+        os.kill(os.getpid(), signal.SIGSTOP)  # here it stands until SIGCONT
+        enter()
+
+    signal.signal(signal.SIGTERM, _leave)  # by the same way as all others: the terminal is put back
+    signal.signal(signal.SIGTSTP, pause)
+    enter()
+    try:
         yield
     except KeyboardInterrupt:
         pass  # how one leaves it
     finally:
-        sys.stdout.write("\x1b[?25h\x1b[?1049l")
-        sys.stdout.flush()
-        if before is not None:
-            termios.tcsetattr(keys, termios.TCSADRAIN, before)
+        leave()
 
 
 def _leave(number: int, _frame: object) -> NoReturn:

@@ -24,7 +24,7 @@ def units(instance: str | None, venv: str | None, socket_activated: bool, root: 
     """Print the systemd units, filled in for this installation, or install them."""
     import sysconfig  # noqa: PLC0415 - neither is for the verbs that talk to a daemon
 
-    from flaskd.unitfiles import hidden_by, install, unit_files  # noqa: PLC0415
+    from flaskd.unitfiles import hidden_by, install, left_over, unit_files  # noqa: PLC0415
 
     place = Path(venv).absolute() if venv else Path(sysconfig.get_path("scripts")).parent
     files = unit_files(venv=place, instance=instance, socket_activated=socket_activated)
@@ -35,5 +35,11 @@ def units(instance: str | None, venv: str | None, socket_activated: bool, root: 
     if root is not None:
         for path in install(files, Path(root)):
             show.say(str(path))
+        if left := left_over(files, Path(root)):
+            click.echo(
+                f"flaskd: left from --socket-activated, and still in force: {', '.join(map(str, left))}; "
+                "stop the socket and remove them, or install with --socket-activated",
+                err=True,
+            )
         return
     show.say("\n".join(f"# {path}\n{text}" for path, text in files.items()).removesuffix("\n"))

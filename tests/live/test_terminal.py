@@ -121,6 +121,24 @@ def test_top_puts_the_terminal_back_when_it_is_terminated(flaskd: Flaskd) -> Non
     assert flaskd.stop() == 0
 
 
+def test_top_gives_the_terminal_back_while_it_is_suspended(flaskd: Flaskd) -> None:
+    """At Ctrl-Z the shell has its own screen again; then top goes on where it was."""
+    flaskd.start()
+    with terminal(flaskd, "top", "--interval", "0.1") as top:
+        top.until(r"nothing is in flight")
+        top.process.send_signal(signal.SIGTSTP)
+        os.waitid(os.P_PID, top.process.pid, os.WSTOPPED)
+        assert termios.tcgetattr(top.slave) == top.before
+        top.until(r"\x1b\[\?25h\x1b\[\?1049l$")
+        top.shown = ""
+        top.process.send_signal(signal.SIGCONT)
+        top.until(r"\x1b\[\?1049h\x1b\[\?25l[^$]*nothing is in flight")
+        top.press("q")
+        assert top.wait() == 0
+        assert termios.tcgetattr(top.slave) == top.before
+    assert flaskd.stop() == 0
+
+
 def test_top_where_there_is_no_terminal(flaskd: Flaskd) -> None:
     """One plain page; or as many looks as asked for, as JSON."""
     flaskd.start()
