@@ -126,6 +126,17 @@ class ControlClient:
         self._lines.close()
         self._socket.close()
 
+    def _understood(self, line: bytes) -> dict[str, Any]:
+        """One line of an answer; raises NoDaemonError."""
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict) or not {"ok", "event"} & set(answer):
+            raise NoDaemonError(f"cannot talk to {self._path}: who answers there is not flaskd")
+        answer.pop("id", None)
+        return answer
+
     def request(
         self, verb: str, *, progress: Callable[[dict[str, Any]], None] | None = None, **words: bool | str
     ) -> dict[str, Any]:
@@ -137,8 +148,7 @@ class ControlClient:
         try:
             self._socket.sendall(command.encode())
             while line := self._lines.readline():
-                answer: dict[str, Any] = json.loads(line)
-                answer.pop("id", None)
+                answer = self._understood(line)
                 if answer.get("event") == "progress":
                     if progress is not None:
                         progress(answer)

@@ -144,12 +144,14 @@ def record_lines(record: Fields) -> list[str]:
     lines = []
     if previous := record.get("previous"):
         lines.append(f"previous run: {previous}")
+        if "damaged" in record:
+            return [*lines, f"the record of the last stop cannot be read: {record['damaged']}"]
         if "reason" not in record:
             return [*lines, "no stop has been recorded"]
         lines.append("the last stop that was recorded:")
     lines += [
         f"reason: {record.get('reason', 'unknown')}",
-        f"started: {record.get('started', 'unknown')}, took {format_duration(float(record.get('took', 0)))}",
+        f"started: {record.get('started', 'unknown')}, took {format_duration(float(record.get('took') or 0))}",
         (
             f"requests: completed={record.get('completed', 0)} rejected={record.get('rejected', 0)} "
             f"cut={len(record.get('cut', ()))}"
@@ -181,7 +183,8 @@ def account_lines(fields: Fields) -> list[str]:
 
 def step_line(name: str, entry: Fields) -> str:
     """What became of a cleanup step, for people."""
-    why = f", {entry['why']}" if entry.get("why") else ""
+    why = "".join(each if each.isprintable() else "?" for each in entry.get("why") or "")
+    why = f", {why}" if why else ""
     return f"{name}: {entry['fate']} in {format_duration(float(entry.get('took') or 0))}{why}"
 
 

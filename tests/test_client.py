@@ -1,11 +1,16 @@
 """Where a client looks for a daemon, and what it says when it may not."""
 
+import json
 import os
+import socket
 import stat
+import threading
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from flaskd.cli import cli
 from flaskd.client import ControlClient, find_socket
 from flaskd.errors import ForbiddenError, NoDaemonError
 
@@ -70,3 +75,37 @@ def test_a_socket_that_one_may_not_open(monkeypatch, tmp_path):
     ):
         raise AssertionError
     assert str(caught.value).startswith(f"cannot talk to the daemon at {path}: ")
+
+
+@pytest.mark.usefixtures("closed")
+def test_what_needs_no_daemon_is_told_though_a_place_is_closed(monkeypatch, tmp_path):
+    """One's own record, and a plan of the file."""
+    for name, value in {**ENVIRON, "STATE_DIRECTORY": str(tmp_path), "FLASKD_CONFIG": str(tmp_path / "c.yaml")}.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "last-stop.json").write_text(json.dumps({"reason": "signal: SIGTERM"}))
+    (tmp_path / "c.yaml").write_text("cleanup: {policies: {one: {use: command, with: {argv: ['true']}}}}")
+    told = CliRunner().invoke(cli, ["last-stop", "--name", NAME])
+    assert "reason: signal: SIGTERM" in told.output
+    planned = CliRunner().invoke(cli, ["plan", "--name", NAME, "--simulate-hang", "one"])
+    assert "one" in planned.output, planned.exception
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n", b"[1]\n", b"{}\n", b"\xff\n"])
+def test_who_is_not_flaskd_is_named(tmp_path, answer):
+    """An answer in other words is a fault in one line."""
+    path = tmp_path / "other.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def serve():
+            sock, _ = listener.accept()
+            with sock:
+                sock.recv(100)
+                sock.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with ControlClient(path) as client, pytest.raises(NoDaemonError, match=f"^cannot talk to {path}: who answers"):
+            client.request("status")
+        thread.join()

@@ -1,6 +1,7 @@
 """What a line, a JSON object or a request line means, and who may say it."""
 
 import contextlib
+import errno
 import json
 import os
 import queue
@@ -541,3 +542,55 @@ def test_many_who_come_at_once_are_all_answered(tmp_path, monkeypatch):
             assert [client.recv(100) for client in clients] == [b"OK healthy\n"] * 30
     finally:
         control.close()
+
+
+def test_an_app_s_timeout_for_sockets_is_none_of_the_control_plane_s(tmp_path, monkeypatch):
+    """After socket.setdefaulttimeout() in the app, a client that says nothing keeps nobody waiting."""
+    monkeypatch.setattr(plane, "RUN", {"health": lambda _daemon, _command, reply: reply.ok("healthy")})
+    config = Config.model_validate({})
+    daemon = SimpleNamespace(configuration=SimpleNamespace(values=config))
+    control = plane.ControlPlane(daemon, "shop", {"RUNTIME_DIRECTORY": str(tmp_path)})
+    before = socket.getdefaulttimeout()
+    control.open(config)
+    try:
+        socket.setdefaulttimeout(60.0)
+        with socket.socket(socket.AF_UNIX) as silent, socket.socket(socket.AF_UNIX) as client:
+            for each in (silent, client):
+                each.settimeout(20.0)
+                each.connect(str(tmp_path / "control.sock"))
+            client.sendall(b"health\n")
+            assert client.recv(100) == b"OK healthy\n"
+    finally:
+        socket.setdefaulttimeout(before)
+        control.close()
+
+
+def test_a_client_that_cannot_be_listened_to_is_dropped(tmp_path, monkeypatch, caplog):
+    """Where the system has no room to watch it, the others are served all the same."""
+    monkeypatch.setattr(plane, "RUN", {"health": lambda _daemon, _command, reply: reply.ok("healthy")})
+    config = Config.model_validate({})
+    daemon = SimpleNamespace(configuration=SimpleNamespace(values=config))
+    control = plane.ControlPlane(daemon, "shop", {"RUNTIME_DIRECTORY": str(tmp_path)})
+    control.open(config)
+
+    watch, full = control._watch, [True]
+
+    def watch_if_there_is_room(client, events):
+        if full:
+            full.clear()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        watch(client, events)
+
+    monkeypatch.setattr(control, "_watch", watch_if_there_is_room)
+    try:
+        with socket.socket(socket.AF_UNIX) as unlucky, socket.socket(socket.AF_UNIX) as client:
+            for each in (unlucky, client):
+                each.settimeout(20.0)
+                each.connect(str(tmp_path / "control.sock"))
+                if each is unlucky:
+                    assert unlucky.recv(100) == b""
+            client.sendall(b"health\n")
+            assert client.recv(100) == b"OK healthy\n"
+    finally:
+        control.close()
+    assert "cannot listen to a control client: No space left on device" in caplog.text

@@ -6,7 +6,7 @@ import pytest
 
 from flaskd import errors
 from flaskd.control.replies import STATUSES
-from flaskd.protocol import EXIT_CODES, Discard, as_text, runtime_directories
+from flaskd.protocol import EXIT_CODES, Discard, as_text, record_lines, runtime_directories, step_line
 
 ERRORS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.FlaskdError)]
 
@@ -90,3 +90,13 @@ def test_nobody_hears_a_discarded_reply():
     reply.progress({"in_flight": 1})
     reply.ok("drained", {"cut": []}, lines=["cut GET /"], hint="undo: resume")
     reply.error("not-now", "flaskd is stopping")
+
+
+def test_a_record_that_is_not_whole_is_told_as_it_is():
+    """Damaged, with nothing in it, or with the escape sequences of an error's text."""
+    assert record_lines({"previous": "died", "damaged": "no JSON"}) == [
+        "previous run: died",
+        "the record of the last stop cannot be read: no JSON",
+    ]
+    assert record_lines({"reason": "x", "took": None})[1] == "started: unknown, took 0s"
+    assert step_line("one", {"fate": "failed", "took": 0.5, "why": "\x1b[31mred"}) == "one: failed in 500ms, ?[31mred"

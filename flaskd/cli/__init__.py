@@ -18,7 +18,7 @@ from flaskd import __version__
 from flaskd.cli import show, talk
 from flaskd.cli.units import units
 from flaskd.client import ControlClient, find_socket
-from flaskd.errors import EX_CONFIG, EX_LOST, EX_OK, EX_USAGE, ConfigError, FlaskdError, NoDaemonError
+from flaskd.errors import EX_CONFIG, EX_LOST, EX_OK, EX_USAGE, ConfigError, FlaskdError, ForbiddenError, NoDaemonError
 from flaskd.leave import leave
 
 
@@ -205,7 +205,7 @@ def _plan(socket: str | None, name: str, config: str | None, hang: tuple[str, ..
         try:
             with ControlClient(find_socket(socket, name, os.environ)) as client:
                 answer = client.request("plan")
-        except NoDaemonError:
+        except (NoDaemonError, ForbiddenError):
             if socket or not hang:
                 raise
     if answer is None:

@@ -96,7 +96,7 @@ def _client(verb: str) -> Any:
         try:
             path = find_socket(socket, name, os.environ)
             return ask(path, verb, {key: value for key, value in words.items() if value}, as_json=as_json)
-        except NoDaemonError as error:
+        except (NoDaemonError, ForbiddenError) as error:
             if verb != "last-stop" or socket or os.environ.get("FLASKD_CONTROL"):
                 raise  # what is recorded may be another daemon's
             _say(verb, _read_record(name, error), as_json)
@@ -141,8 +141,8 @@ def _say(verb: str, answer: dict[str, Any], as_json: bool) -> None:
     show.say(json.dumps({"ok": True, **answer}, ensure_ascii=False) if as_json else show.answer(verb, answer))
 
 
-def _read_record(name: str, no_daemon: NoDaemonError) -> dict[str, Any]:
-    """What the state directory tells of the last stop, and of a run that died since; raises NoDaemonError."""
+def _read_record(name: str, no_daemon: FlaskdError) -> dict[str, Any]:
+    """What the state directory tells of the last stop, and of a run that died since; raises `no_daemon`'s kind."""
     directory = state_directory(name, os.environ)
     found: dict[str, Any] = {"result": "last-stop"}
     fault = ""
@@ -157,7 +157,7 @@ def _read_record(name: str, no_daemon: NoDaemonError) -> dict[str, Any]:
         if not Path(f"/proc/{mark['pid']}").exists():  # else it lives, though it does not answer
             found["previous"] = died(mark)
     if len(found) == 1:
-        raise NoDaemonError(f"{no_daemon}; and there is no record in {directory / RECORD}{fault}")
+        raise type(no_daemon)(f"{no_daemon}; and there is no record in {directory / RECORD}{fault}")
     return found
 
 

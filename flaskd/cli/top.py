@@ -192,9 +192,9 @@ def _screen() -> Iterator[None]:
     before = termios.tcgetattr(keys) if keys >= 0 else None
 
     def enter() -> None:
-        os.write(sys.stdout.fileno(), b"\x1b[?1049h\x1b[?25l")  # a signal may come in the middle of a buffered write
         if before is not None:
             tty.setcbreak(keys)
+        os.write(sys.stdout.fileno(), b"\x1b[?1049h\x1b[?25l")  # a signal may come in the middle of a buffered write
 
     def leave() -> None:
         os.write(sys.stdout.fileno(), b"\x1b[?25h\x1b[?1049l")
@@ -203,7 +203,9 @@ def _screen() -> Iterator[None]:
 
     def pause(_number: int, _frame: object) -> None:
         leave()
-        os.kill(os.getpid(), signal.SIGSTOP)  # here it stands until SIGCONT
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)  # it stands here until SIGCONT; where no shell waits, it is not stopped
+        signal.signal(signal.SIGTSTP, pause)
         enter()
 
     signal.signal(signal.SIGTERM, _leave)  # by the same way as all others: the terminal is put back

@@ -113,10 +113,10 @@ def from_http(method: str, target: str, body: bytes, peer: Peer) -> Command:
             raise UsageError("expected a JSON object as the body, or none")
         fields |= more
     command = from_fields(name, fields, peer)
+    if command.changes and method != "POST":
+        raise MethodError(f"{name} changes something: expected POST, got {method[:16]}")
     if method not in {"GET", "HEAD", "POST"}:
         raise MethodError(f"expected GET, HEAD or POST, got {method[:16]}")
-    if command.changes and method != "POST":
-        raise MethodError(f"{name} changes something: expected POST, got {method}")
     return command
 
 

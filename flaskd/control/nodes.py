@@ -143,10 +143,17 @@ def mode_and_group(control: ControlConfig) -> tuple[int, int]:
 
 
 def accept(fd: int) -> socket.socket:
-    """Accept a client from a listening descriptor. Raises OSError."""
+    """Accept a client from a listening descriptor that does not block. Raises OSError.
+
+    An app may have called socket.setdefaulttimeout(), and Python would wait so long, for a client and for its words.
+    """
     listening = socket.socket(fileno=fd)
     try:
+        if listening.gettimeout():
+            listening.settimeout(0)
         sock, _ = listening.accept()
+        if sock.gettimeout():
+            sock.settimeout(None)
         return sock
     finally:
         listening.detach()

@@ -291,7 +291,8 @@ class ControlPlane:
         except OSError as error:
             log.warning(f"cannot accept a control client: {error.strerror}")
             for each in self._listening():
-                self._selector.unregister(each)
+                with contextlib.suppress(KeyError):  # in this very turn another one could not be accepted, either
+                    self._selector.unregister(each)
             self._accepting_again = time.monotonic() + _PAUSE
 
     def _admit(self, sock: socket.socket) -> None:
@@ -336,11 +337,12 @@ class ControlPlane:
                 self._drop(client)
                 continue
             # A client that shut its side down would be readable for ever.
-            self._watch(
-                client,
-                (selectors.EVENT_READ if client.wants_to_read else 0)
-                | (selectors.EVENT_WRITE if client.has_output else 0),
-            )
+            events = selectors.EVENT_READ if client.wants_to_read else 0
+            try:
+                self._watch(client, events | (selectors.EVENT_WRITE if client.has_output else 0))
+            except OSError as error:  # no memory, no more watches: epoll_ctl(2)
+                log.warning(f"cannot listen to a control client: {error.strerror}")
+                self._drop(client)
 
     def _watch(self, client: Client, events: int) -> None:
         known = self._selector.get_map().get(client.sock)

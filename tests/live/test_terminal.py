@@ -21,7 +21,7 @@ from conftest import PATIENCE, Flaskd
 class Terminal:
     """A client verb in a terminal of its own."""
 
-    def __init__(self, flaskd: Flaskd, *args: str, columns: int = 80) -> None:
+    def __init__(self, flaskd: Flaskd, *args: str, columns: int = 80, job: bool = False) -> None:
         self.master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
         self.before = termios.tcgetattr(slave)
@@ -30,7 +30,7 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "flaskd", *args],
             cwd=flaskd.directory, env={**env, "TERM": "xterm"}, stdin=slave, stdout=slave, stderr=slave,
-            start_new_session=True,
+            start_new_session=not job, process_group=0 if job else None,
         )  # fmt: skip
         self.shown = ""
 
@@ -68,8 +68,9 @@ class Terminal:
 
 
 @contextlib.contextmanager
-def terminal(flaskd: Flaskd, *args: str, columns: int = 80) -> Iterator[Terminal]:
-    opened = Terminal(flaskd, *args, columns=columns)
+def terminal(flaskd: Flaskd, *args: str, columns: int = 80, job: bool = False) -> Iterator[Terminal]:
+    """With `job` it is one of ours, as a shell has them; without, it has nobody who could continue it."""
+    opened = Terminal(flaskd, *args, columns=columns, job=job)
     try:
         yield opened
     finally:
@@ -124,7 +125,7 @@ def test_top_puts_the_terminal_back_when_it_is_terminated(flaskd: Flaskd) -> Non
 def test_top_gives_the_terminal_back_while_it_is_suspended(flaskd: Flaskd) -> None:
     """At Ctrl-Z the shell has its own screen again; then top goes on where it was."""
     flaskd.start()
-    with terminal(flaskd, "top", "--interval", "0.1") as top:
+    with terminal(flaskd, "top", "--interval", "0.1", job=True) as top:
         top.until(r"nothing is in flight")
         top.process.send_signal(signal.SIGTSTP)
         os.waitid(os.P_PID, top.process.pid, os.WSTOPPED)
@@ -136,6 +137,18 @@ def test_top_gives_the_terminal_back_while_it_is_suspended(flaskd: Flaskd) -> No
         top.press("q")
         assert top.wait() == 0
         assert termios.tcgetattr(top.slave) == top.before
+    assert flaskd.stop() == 0
+
+
+def test_top_goes_on_at_ctrl_z_where_nobody_could_continue_it(flaskd: Flaskd) -> None:
+    """As the kernel has it for an orphaned process group (setpgid(2)): ssh -t, docker exec -it."""
+    flaskd.start()
+    with terminal(flaskd, "top", "--interval", "0.1") as top:
+        top.until(r"nothing is in flight")
+        top.process.send_signal(signal.SIGTSTP)
+        top.until(r"\x1b\[\?1049l\x1b\[\?1049h\x1b\[\?25l[^$]*nothing is in flight")
+        top.press("q")
+        assert top.wait() == 0
     assert flaskd.stop() == 0
 
 
