@@ -86,7 +86,7 @@ def install(files: dict[Path, str], root: Path) -> list[Path]:
 
 
 def left_over(files: dict[Path, str], root: Path) -> list[Path]:
-    """What stands below `root` of the other form, of which these files have nothing: they would be served by both."""
+    """What stands below `root` of the socket-activated form, and in force though these files are of the plain one."""
     service = next(place for place in files if place.suffix == ".service")
     others = (service.with_suffix(".socket"), service.with_name(f"{service.name}.d") / "hardened.conf")
     return [
