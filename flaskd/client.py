@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -30,21 +31,16 @@ class CommandError(FlaskdError):
 
 
 def find_socket(explicit: str | None, name: str, environ: Mapping[str, str]) -> Path:
-    """The control socket to talk to: the one named, else ``$FLASKD_CONTROL``, else the first that exists.
+    """The control socket to talk to: the one named, else ``$FLASKD_CONTROL``, else the first that is there.
 
+    One that a killed daemon left behind is passed over, unless there is no other: connecting to it tells what is wrong.
     Raises NoDaemonError listing what was tried; ForbiddenError when there may be one where this user must not look.
     """
     if chosen := explicit or environ.get("FLASKD_CONTROL"):
-        path = Path(chosen)
-        # The FIFO and the directory are what people have at hand; the socket is beside, or in it.
-        mode = 0
-        with contextlib.suppress(OSError):  # connecting to it will tell what is wrong
-            mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
-            return path / SOCKET
-        return path.with_name(SOCKET) if stat.S_ISFIFO(mode) else path
+        return _meant_by(Path(chosen))
     tried: list[str] = []
     closed: list[Path] = []
+    stale: list[Path] = []
     for directory in runtime_directories(name, environ):
         path = directory / SOCKET
         if str(path) in tried:
@@ -57,12 +53,36 @@ def find_socket(explicit: str | None, name: str, environ: Mapping[str, str]) -> 
         except OSError:  # nothing there, a name too long
             continue
         else:
-            return path
+            if not _is_stale(path):
+                return path
+            stale.append(path)
+    if stale:
+        return stale[0]
     if closed:
         tried.remove(str(closed[0] / SOCKET))
         none = f"; there is no {', no '.join(tried)}" if tried else ""
         raise ForbiddenError(f"cannot look for a daemon in {closed[0]}: Permission denied; {_whose(closed[0])}{none}")
     raise NoDaemonError(f"cannot find a daemon: there is no {', no '.join(tried)}; start one, or name its --socket")
+
+
+def _meant_by(path: Path) -> Path:
+    """The socket; the FIFO and the directory are what people have at hand, and it is beside the one, in the other."""
+    mode = 0
+    with contextlib.suppress(OSError):  # connecting to it will tell what is wrong
+        mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        return path / SOCKET
+    return path.with_name(SOCKET) if stat.S_ISFIFO(mode) else path
+
+
+def _is_stale(path: Path) -> bool:
+    """Whether it is a socket that its daemon, killed, left behind: nobody listens there (ECONNREFUSED, connect(2))."""
+    try:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.setblocking(False)
+            return probe.connect_ex(str(path)) == errno.ECONNREFUSED
+    except (AttributeError, OSError):  # no Unix sockets on this system; a path too long for one
+        return False
 
 
 def _whose(path: Path) -> str:

@@ -60,6 +60,25 @@ def test_a_place_is_named_once():
     assert str(caught.value).count("/nowhere/nobody-runs-this/control.sock") == 1
 
 
+def test_a_stale_socket_hides_no_daemon_in_a_later_place(tmp_path):
+    """It is passed over for one that answers; where there is no other, connecting to it tells what is wrong."""
+    environ = {"RUNTIME_DIRECTORY": str(tmp_path / "one"), "XDG_RUNTIME_DIR": str(tmp_path)}
+    places = [tmp_path / "one" / "control.sock", tmp_path / NAME / "control.sock"]
+    listeners = []
+    for place in places:
+        place.parent.mkdir()
+        listeners.append(socket.socket(socket.AF_UNIX))
+        listeners[-1].bind(str(place))
+        listeners[-1].listen()
+    with listeners[0], listeners[1]:
+        assert find_socket(None, NAME, environ) == places[0]
+        listeners[0].close()
+        assert find_socket(None, NAME, environ) == places[1]
+    assert find_socket(None, NAME, environ) == places[0]
+    with pytest.raises(NoDaemonError, match=f"{places[0]}: Connection refused"), ControlClient(places[0]):
+        raise AssertionError
+
+
 def test_a_socket_that_one_may_not_open(monkeypatch, tmp_path):
     """The refusal says for whom it is, with exit code 77, and nothing of a daemon that is not there."""
     path = tmp_path / "control.sock"
