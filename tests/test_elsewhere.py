@@ -177,7 +177,7 @@ def test_serve_says_that_it_cannot(system, python):
 
 
 @SYSTEMS
-@pytest.mark.parametrize("arguments", [["status"], ["status", "--socket", "site"]])
+@pytest.mark.parametrize("arguments", [["status", "--name", "nobody-runs-this"], ["status", "--socket", "site"]])
 def test_a_client_says_that_nobody_is_there(system, arguments, python):
     """Where no daemon can run, client verbs find none, and say so as they do everywhere."""
     done = python(system, "-m", "flaskd", *arguments)

@@ -127,6 +127,10 @@ def get(url: str, path: str = "/", **headers: str) -> tuple[int, bytes]:
         return response.status, response.read()
 
 
+NOBODY = ("--name", "nobody-runs-this")
+"""For a client that is to find no daemon, where one of the usual name may run on this machine."""
+
+
 def refused(url: str) -> bool:
     """Whether nobody listens at the URL."""
     host, _, port = url.removeprefix("http://").rstrip("/").rpartition(":")

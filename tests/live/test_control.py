@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, Flaskd, get
+from conftest import NOBODY, PATIENCE, Flaskd, get
 
 
 def test_echo_in_a_shell(flaskd: Flaskd) -> None:
@@ -213,7 +213,7 @@ def test_client_verbs(flaskd: Flaskd) -> None:
 
 def test_no_daemon_there(flaskd: Flaskd) -> None:
     """69, one line, and where it was looked for; the same for a node that nobody answers at."""
-    code, _, err = flaskd.client("status")
+    code, _, err = flaskd.client("status", *NOBODY)
     assert code == 69
     assert err.startswith(f"flaskd: cannot find a daemon: there is no {flaskd.runtime}/control.sock, no ")
     stale = flaskd.directory / "stale.sock"
@@ -329,7 +329,7 @@ def test_programs_are_told_faults_as_they_are_told_answers(flaskd: Flaskd) -> No
         return code, json.loads(out)
 
     for verb in ("status", "plan", "top", "last-stop"):
-        code, answer = told(verb)
+        code, answer = told(verb, *NOBODY)
         assert (code, answer["ok"], answer["error"]["code"]) == (69, False, "no-daemon"), verb
     flaskd.start()
     assert told("ready") == (0, {"ok": True, "result": "ready"})

@@ -8,7 +8,7 @@ import socket
 import subprocess
 
 import pytest
-from conftest import Flaskd, get, requires
+from conftest import NOBODY, Flaskd, get, requires
 
 KEEPING = "cleanup: {policies: {keep: {use: cache.persist}}}\n"
 CACHED = """
@@ -52,25 +52,27 @@ def test_the_last_stop_is_not_shown_as_if_nothing_had_come_after_it(flaskd: Flas
     pid = killed(flaskd)
     assert flaskd.socket_path.exists()  # nobody answers there
     died = f"previous run: died without a complete stop (pid {pid}, started "
-    code, out, err = flaskd.client("last-stop")
+    code, out, err = flaskd.client("last-stop", *NOBODY)
     assert (code, err) == (0, "")
     assert re.fullmatch(re.escape(died) + r"\S+\)\nno stop has been recorded\n", out)
     flaskd.start()
     assert flaskd.command("last-stop").startswith(died)
     assert flaskd.stop() == 0
-    assert flaskd.client("last-stop")[1].startswith("reason: signal: SIGTERM\n")
+    assert flaskd.client("last-stop", *NOBODY)[1].startswith("reason: signal: SIGTERM\n")
     flaskd.start()
     died = died.replace(str(pid), str(killed(flaskd)))
     for start in (False, True):
         if start:
             flaskd.start()
-        code, out, _ = flaskd.client("last-stop")
+        code, out, _ = flaskd.client("last-stop", *NOBODY)
         assert code == 0
         assert out.startswith(died)
         assert out.splitlines()[1:3] == ["the last stop that was recorded:", "reason: signal: SIGTERM"]
-    assert json.loads(flaskd.client("last-stop", "--json")[1])["previous"].startswith("died without a complete stop")
+    assert json.loads(flaskd.client("last-stop", *NOBODY, "--json")[1])["previous"].startswith(
+        "died without a complete stop"
+    )
     assert flaskd.stop() == 0
-    assert "previous" not in flaskd.client("last-stop")[1]
+    assert "previous" not in flaskd.client("last-stop", *NOBODY)[1]
 
 
 def test_killed_while_serving(flaskd: Flaskd) -> None:

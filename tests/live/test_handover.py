@@ -10,7 +10,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from conftest import PATIENCE, Answer, Flaskd, get, refused
+from conftest import NOBODY, PATIENCE, Answer, Flaskd, get, refused
 
 SHIM = "import os, sys; os.environ['LISTEN_PID'] = str(os.getpid()); os.execv(sys.argv[1], sys.argv[1:])"
 
@@ -246,14 +246,14 @@ def test_an_announced_drain(flaskd: Flaskd) -> None:
 
 def test_the_last_stop_is_shown(flaskd: Flaskd) -> None:
     """`flaskd last-stop` shows the record: from the file when nothing runs, from the daemon when one does."""
-    code, _, err = flaskd.client("last-stop")
+    code, _, err = flaskd.client("last-stop", *NOBODY)
     assert (code, "there is no record in" in err) == (69, True)
     flaskd.write("flaskd.yaml", "shutdown: {drain: {timeout: 100ms}}\n")
     flaskd.start()
     assert flaskd.command("last-stop") == "ERR no-record no stop has been recorded yet\n"
     flaskd.hold()
     assert flaskd.stop() == 0
-    code, out, _ = flaskd.client("last-stop")
+    code, out, _ = flaskd.client("last-stop", *NOBODY)
     assert code == 0
     assert out.startswith("reason: signal: SIGTERM\n")
     assert "requests: completed=0 rejected=0 cut=1\n" in out

@@ -15,7 +15,7 @@ import termios
 import time
 from collections.abc import Iterator
 
-from conftest import PATIENCE, Flaskd
+from conftest import NOBODY, PATIENCE, Flaskd
 
 
 class Terminal:
@@ -98,7 +98,7 @@ def test_top_in_a_terminal(flaskd: Flaskd) -> None:
 def test_top_outlives_the_daemon(flaskd: Flaskd) -> None:
     """It waits for one that went away, and goes on with the next; Ctrl-C leaves it in good order."""
     flaskd.start()
-    with terminal(flaskd, "top", "--interval", "0.1") as top:
+    with terminal(flaskd, "top", *NOBODY, "--interval", "0.1") as top:
         top.until(f"pid {flaskd.pid}")
         assert flaskd.stop() == 0
         top.until("waiting for it to come back")
@@ -164,7 +164,7 @@ def test_top_where_there_is_no_terminal(flaskd: Flaskd) -> None:
     assert [look["status"]["state"] for look in looks] == ["ready", "ready"]
     assert code == 0
     assert flaskd.stop() == 0
-    assert flaskd.client("top")[0] == 69
+    assert flaskd.client("top", *NOBODY)[0] == 69
 
 
 def test_a_stop_with_a_bar(flaskd: Flaskd) -> None:
@@ -229,6 +229,7 @@ def test_a_drain_where_there_is_no_terminal(flaskd: Flaskd) -> None:
 
 def test_the_command_alone_says_what_to_do_next(flaskd: Flaskd) -> None:
     """Without a daemon: how to serve what is here; with one: what can be done with it."""
+    flaskd.env["FLASKD_CONTROL"] = str(flaskd.socket_path)
     code, out, err = flaskd.client()
     assert (code, err) == (0, "")
     assert "No daemon is running here. Next:" in out
