@@ -202,10 +202,12 @@ class Stop:
                 report = DrainReport(cut=server.cut(f"the drain broke off: {error}"))
             stop.drained(report)
 
-        def drain_aside() -> None:  # because the cleanup steps of the drain's phase run beside it
-            thread = threading.Thread(target=drain, name="flaskd-drain", daemon=True)
+        # Aside, because the cleanup steps of the drain's phase run meanwhile.
+        aside = threading.Thread(target=drain, name="flaskd-drain", daemon=True)
+
+        def drain_aside() -> None:
             try:
-                thread.start()
+                aside.start()
             except RuntimeError:  # no thread can be had: they wait for it
                 drain()
 
@@ -214,6 +216,8 @@ class Stop:
                 log.error(f"cleanup broke off: {error}", exc_info=error)
             if not stop._drained.is_set():
                 stop.drained(DrainReport(cut=server.cut("the cleanup broke off")))
+            elif aside.ident is not None:  # it has said its word, and ends
+                aside.join(1)
 
         stop = cls(
             reason,

@@ -65,7 +65,7 @@ def get(url, path="/"):
 THREAD = (
     GET
     + """
-import logging, threading
+import logging, threading, time
 import flaskd
 
 logging.getLogger("waitress.queue").setLevel("ERROR")  # on a busy machine a request may wait a moment for its thread
@@ -85,6 +85,8 @@ def ask(path="/"):
 answers, reports = [], []
 with flaskd.ServerThread(app, threads=2) as server:
     answers.append(ask())
+    while server.in_flight:  # an answer may be here a moment before it is in the account
+        time.sleep(0.001)
     asker = threading.Thread(target=lambda: answers.append(ask("/wait")))
     drainer = threading.Thread(target=lambda: reports.append(server.drain(10)))
     asker.start()

@@ -25,7 +25,8 @@ from stock_waitress import later, turn
 
 from flaskd.server import WaitressThread
 from flaskd.server import channel as channel_module
-from flaskd.server.channel import Channel
+from flaskd.server.channel import Channel, Request
+from flaskd.server.poller import PollMap
 from flaskd.sockets import Address, Listener
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
@@ -116,6 +117,32 @@ def test_expect_within_the_grace_is_served_and_after_it_refused(serve, app, conn
         assert (response.status, response.last) == (503, True)
         account = report.result(PATIENCE)
         assert (account.completed, account.rejected) == (1, 1)
+
+
+def test_whoever_closes_an_answered_connection_first_the_answer_was_whole(serve, app, connect, monkeypatch):
+    """The client read it all and went, the loop saw that, and only then does the worker come to say that it is done.
+
+    On epoll the loop asks for a lock that the worker has in this moment.
+    """
+    monkeypatch.setattr("flaskd.server.loop.make_poller", PollMap)
+    server = serve()
+    real = Request.close
+
+    def close(request):
+        channel = request.channel
+        if threading.current_thread() is request.thread:  # waitress forgets the request after this
+            until(server, lambda: not channel.connected)
+        real(request)
+
+    client = connect(server).send("/gate")
+    app.entered(1)
+    monkeypatch.setattr(Request, "close", close)
+    with draining(server, app) as report:
+        app.released.set()
+        assert client.response().body == b"/gate"
+        client.close()
+        account = report.result(PATIENCE)
+    assert (account.completed, account.rejected, account.cut) == (1, 0, ())
 
 
 def events(environ, start_response, entered=threading.Event(), release=threading.Event()):  # noqa: B008 - shared

@@ -699,6 +699,33 @@ def test_discovery_is_off_unless_it_is_asked_for(registered, monkeypatch, cleanu
         assert executor._shutdown == bool(steps)
 
 
+@pytest.mark.parametrize(
+    "late",
+    [
+        *("flaskd-worker-0", "flaskd-werkzeug-1", "flaskd-server", "flaskd-drain", "flaskd-discovery"),
+        *("flaskd-cleanup-pool", "flaskd-cleanup-pool-0", "flaskd-cleanup"),
+    ],
+)
+def test_when_the_stop_returns_its_threads_have_ended(late, shop, kind, registered, monkeypatch):
+    """Also one that had only to end, and came late to it: whoever looks for threads after a stop finds none."""
+    real = threading.Thread.run
+
+    def run(thread):
+        real(thread)
+        if thread.name == late:
+            time.sleep(0.2)
+
+    monkeypatch.setattr(threading.Thread, "run", run)
+    before = threading.enumerate()
+    flaskd.on_stop(app=shop.flask)(lambda: None)
+    shop.flask.extensions["pool"] = concurrent.futures.ThreadPoolExecutor(1)
+    config = {"cleanup": {"discovery": "auto", "policies": {"pool": {"use": "executor.stop"}}}}
+    with flaskd.ServerThread(shop.flask, config=config, server=kind) as server:
+        assert ask(server, "/") == (200, b"hello\n")
+    assert {each["fate"] for each in server.policies.values()} == {"ok"}
+    assert threading.enumerate() == before
+
+
 def test_a_hurry_between_a_drain_asked_for_and_begun_counts(shop, kind):
     """The press comes just before the serving thread hears of the drain: it ends at once all the same."""
     server = flaskd.ServerThread(shop.flask, server=kind).start()

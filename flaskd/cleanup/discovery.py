@@ -334,15 +334,14 @@ class Sweep:
 
     def __init__(self, app: Any, then: Callable[[tuple[Found, ...]], None] = lambda _: None) -> None:
         self._app, self._then = app, then
-        self._over = threading.Event()
         self._found: tuple[Found, ...] | None = None
         self._began = time.monotonic()
         self.took = 0.0
+        self._thread = threading.Thread(target=self._work, name="flaskd-discovery", daemon=True)
         try:
-            threading.Thread(target=self._work, name="flaskd-discovery", daemon=True).start()
+            self._thread.start()
         except RuntimeError as error:  # no more threads; the stop can do without
             log.warning(f"cannot look for what the app holds: {error}")
-            self._over.set()
 
     def _work(self) -> None:
         try:
@@ -351,14 +350,14 @@ class Sweep:
         except Exception:  # whatever the app has done to its objects, the stop can do without
             log.exception("cannot look for what the app holds")
         self.took = time.monotonic() - self._began
-        self._over.set()
 
     @property
     def stale(self) -> bool:
         """Whether another may be made: however often somebody asks, looking around costs a small part of the time."""
-        return self._over.is_set() and time.monotonic() - self._began > _COST * self.took
+        return not self._thread.is_alive() and time.monotonic() - self._began > _COST * self.took
 
     def found(self, timeout: float = 0.0) -> tuple[Found, ...] | None:
         """What it found; waits up to `timeout` seconds, and None when it has not found anything out by then."""
-        self._over.wait(timeout)
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
         return self._found

@@ -152,10 +152,13 @@ class _Ending:
     def run(self) -> dict[int, str | BaseException | None]:
         """Give what became of each that was over in time, by its place."""
         self._context.on_hurry = lambda: self._over.put(None)
+        threads: list[threading.Thread] = []
         for number in range(min(len(self._names), _AT_A_TIME)):
             name = f"flaskd-cleanup-{self._context.policy}-{number}"
+            thread = threading.Thread(target=self._work, name=name, daemon=True)
             try:
-                threading.Thread(target=self._work, name=name, daemon=True).start()
+                thread.start()
+                threads.append(thread)
             except RuntimeError:  # no more threads: here, then
                 self._work()
         ended: dict[int, str | BaseException | None] = {}
@@ -166,6 +169,9 @@ class _Ending:
                 break
             if word is not None:
                 ended[word[0]] = word[1]
+        if len(ended) == len(self._names):
+            for each in threads:  # their work is done, and they end
+                each.join(1)
         return ended
 
     def stacks(self, silent: list[int], late: list[StepTimedOutError]) -> str:

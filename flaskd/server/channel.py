@@ -427,14 +427,16 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     def _settle(self) -> None:
         """Retire the requests whose answers the kernel has taken, or nobody waits for; `outbuf_lock` is held."""
         while self.unsettled and (not self.connected or self.flushed >= self.unsettled[0].ends_at):
-            request = self.unsettled.popleft()
-            if request.whole and self.flushed >= request.ends_at:
-                self.loop.retire(request, "rejected" if request.rejected else "completed")
-            else:
-                self.loop.retire(request, "gone")
+            self._retire(self.unsettled.popleft())
         if not self.connected:  # waitress may leave what is queued lying there, and who is gone is not waited for
             for request in list(self.requests):
-                self.loop.retire(request, "gone")
+                self._retire(request)  # its worker may be about to say that the answer is whole
+
+    def _retire(self, request: Request) -> None:
+        if request.whole and self.flushed >= request.ends_at:
+            self.loop.retire(request, "rejected" if request.rejected else "completed")
+        else:
+            self.loop.retire(request, "gone")
 
     # --- input and output, in the loop's thread --------------------------------------------------------------------
 

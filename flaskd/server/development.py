@@ -139,6 +139,8 @@ class WerkzeugThread:
         self._opened: contextlib.ExitStack
         self._thread: threading.Thread | None = None
         self._in_hand: dict[int, _Request] = {}
+        self._leaving: list[threading.Thread] = []
+        """The threads of connections that are closed, which have only to end."""
         self._changed = threading.Condition()
         self._report: DrainReport | None = None
         self._drain_lock = threading.Lock()
@@ -231,7 +233,7 @@ class WerkzeugThread:
         self._wake()
         thread.join()
         until = time.monotonic() + timeout
-        for worker in list(self._server.connections):
+        for worker in [*self._server.connections, *self._leaving]:
             worker.join(max(0.0, until - time.monotonic()))
         self._opened.close()
 
@@ -277,6 +279,7 @@ class WerkzeugThread:
         """Note that a connection is closed."""
         with self._changed:
             self.begun.discard(worker)
+            self._leaving = [each for each in self._leaving if each.is_alive()] + [worker]
             self._server.connections.pop(worker, None)
             self._changed.notify_all()
 
