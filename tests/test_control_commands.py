@@ -387,6 +387,20 @@ def test_http_requests_whole_and_broken(request_bytes, answer):
         assert client.done
 
 
+@pytest.mark.parametrize(
+    ("asked", "allowed"), [("GET /drain", b"POST"), ("PUT /status", b"GET, HEAD, POST"), ("GET /drian", None)]
+)
+def test_the_methods_that_are_allowed_are_named(asked, allowed):
+    """RFC 9110 §15.5.6: with a 405, and with no other answer."""
+    ours, client = connect(lambda *_: None)
+    with ours, client.sock:
+        ours.sendall(f"{asked} HTTP/1.0\r\n\r\n".encode())
+        turn(client)
+        head = ours.recv(65536).partition(b"\r\n\r\n")[0].split(b"\r\n")
+    assert head[0].startswith(b"HTTP/1.1 405" if allowed else b"HTTP/1.1 404")
+    assert [line for line in head if line.startswith(b"Allow:")] == ([b"Allow: " + allowed] if allowed else [])
+
+
 @pytest.mark.parametrize("line", [b"plan\n", b'{"cmd": "plan"}\n', b"GET /plan HTTP/1.0\r\n\r\n"])
 def test_a_fault_in_a_verb_is_an_answer(line, caplog):
     """Who asked is told what was wrong, in the dialect of the question."""

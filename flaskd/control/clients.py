@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flaskd.control.access import Peer
-from flaskd.control.commands import Command, from_fields, from_http, from_words
+from flaskd.control.commands import Command, MethodError, from_fields, from_http, from_words
 from flaskd.control.replies import HttpReply, JsonReply, TextReply
 from flaskd.errors import FlaskdError, UsageError
 from flaskd.protocol import MAX_LINE, Reply
@@ -146,6 +146,8 @@ class Client:
         except UsageError as error:
             self._begin()
             self._say_no_more()
+            if isinstance(error, MethodError):
+                reply.allow = error.allowed
             reply.error(error.code, str(error))
         else:
             if command is not None:

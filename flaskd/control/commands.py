@@ -13,6 +13,8 @@ from flaskd.errors import UsageError
 from flaskd.verbs import Flags, Role, Verb, find_verb
 
 _BOOLEANS = {"": True, "1": True, "true": True, "0": False, "false": False}
+_LOOKING = ("GET", "HEAD", "POST")
+"""Methods by which one may ask for what changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +116,9 @@ def from_http(method: str, target: str, body: bytes, peer: Peer) -> Command:
         fields |= more
     command = from_fields(name, fields, peer)
     if command.changes and method != "POST":
-        raise MethodError(f"{name} changes something: expected POST, got {method[:16]}")
-    if method not in {"GET", "HEAD", "POST"}:
-        raise MethodError(f"expected GET, HEAD or POST, got {method[:16]}")
+        raise MethodError(f"{name} changes something: expected POST, got {method[:16]}", ("POST",))
+    if method not in _LOOKING:
+        raise MethodError(f"expected GET, HEAD or POST, got {method[:16]}", _LOOKING)
     return command
 
 
@@ -124,3 +126,7 @@ class MethodError(UsageError):
     """A command that changes something in a request that must not, or a method that means nothing here."""
 
     code = "method"
+
+    def __init__(self, message: str, allowed: Sequence[str]) -> None:
+        super().__init__(message)
+        self.allowed = allowed

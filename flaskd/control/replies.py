@@ -93,6 +93,8 @@ class HttpReply:
     """
 
     def __init__(self, send: Send, *, head: bool = False) -> None:
+        self.allow: Sequence[str] = ()
+        """The methods that what was asked for knows, where it was asked with another."""
         self._send, self._head = send, head
 
     def _answer(self, status: int, entry: Fields, *more: str) -> None:
@@ -125,7 +127,7 @@ class HttpReply:
 
     def error(self, code: str, message: str) -> None:
         status = STATUSES.get(code, 500)
-        more = ("Allow: POST",) if code == "method" else ()
+        more = (f"Allow: {', '.join(self.allow)}",) if self.allow else ()  # RFC 9110 §15.5.6
         self._answer(status, {"ok": False, "error": {"code": code, "message": message}}, *more)
 
 
