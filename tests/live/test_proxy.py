@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import collections
 import http.client
+import http.server
 import re
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, Flaskd, get, requires
+from conftest import PATIENCE, Flaskd, get, refused, requires
 from systemd_kit import PROJECT, free_port
 
 APP = """
@@ -59,14 +61,18 @@ def ask(port: int, path: str = "/", source: str = "127.0.0.1") -> str:
 
 
 @contextmanager
-def running(kind: str, text: str, directory: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The proxy, with that configuration."""
+def running(kind: str, ports: dict[str, int], directory: Path) -> Iterator[None]:
+    """The proxy, with the documentation's configuration; it listens."""
+    requires(kind, [] if shutil.which(kind) else [kind])
     path = directory / "proxy.conf"
-    path.write_text(FRAMES[kind].format(text, directory))
+    path.write_text(FRAMES[kind].format(block(kind, ports), directory))
     with (directory / "proxy.log").open("wb") as log:
         proxy = subprocess.Popen([kind, *COMMANDS[kind], str(path)], stdout=log, stderr=log)
     try:
-        yield proxy
+        while refused(f"http://127.0.0.1:{ports['80']}"):
+            assert proxy.poll() is None, (directory / "proxy.log").read_text()
+            time.sleep(0.01)
+        yield
     finally:
         proxy.terminate()
         proxy.wait(PATIENCE)
@@ -109,16 +115,13 @@ def test_a_rolling_restart_behind_a_proxy_loses_nothing(
     kind: str, make_flaskd: Callable[[], Flaskd], tmp_path: Path
 ) -> None:
     """Each of two is restarted under load, and every request is answered; the app sees the client, not the proxy."""
-    requires(kind, [] if shutil.which(kind) else [kind])
     ports = {port: free_port() for port in ("80", "8001", "8002")}
     both = [make_flaskd(), make_flaskd()]
     for each, port in zip(both, ("8001", "8002"), strict=True):
         each.write("whoapp.py", APP)
         each.write("flaskd.yaml", block("yaml", {"8001": ports[port]}))
         each.start(app="whoapp", listen=None)
-    with running(kind, block(kind, ports), tmp_path) as proxy:
-        both[0].until(lambda: proxy.poll() is not None or answers(ports["80"]))
-        assert proxy.poll() is None, (tmp_path / "proxy.log").read_text()
+    with running(kind, ports, tmp_path):
         assert ask(ports["80"], "/client", "127.0.0.2") == "200 127.0.0.2 http"
         clients = Clients(ports["80"])
         try:
@@ -138,12 +141,69 @@ def test_a_rolling_restart_behind_a_proxy_loses_nothing(
         assert each.stop() == 0
 
 
-def answers(port: int) -> bool:
-    """Whether the proxy is there, and has somebody to ask."""
-    try:
-        return ask(port).startswith("200 ")
-    except (OSError, http.client.HTTPException):
-        return False
+class Backend(http.server.ThreadingHTTPServer):
+    """A server that is well, and answers nothing else or, `mute`, nothing at all to what it has read."""
+
+    def __init__(self, port: int, *, mute: bool = False) -> None:
+        self.mute, self.got = mute, collections.Counter[str]()
+        super().__init__(("127.0.0.1", port), _Reading)
+        self.thread = threading.Thread(target=self.serve_forever)
+        self.thread.start()
+
+    def close(self) -> None:
+        """Stop it."""
+        self.shutdown()
+        self.server_close()
+        self.thread.join(PATIENCE)
+
+
+class _Reading(http.server.BaseHTTPRequestHandler):
+    server: Backend
+
+    def answer(self) -> None:
+        """Answer, or close the connection on what was sent."""
+        if self.path != "/healthz":
+            self.rfile.read(int(self.headers["Content-Length"] or 0))
+            self.server.got[self.command] += 1
+            if self.server.mute:
+                return
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_POST = answer  # noqa: N815 - http.server's names
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def tell(port: int, method: str) -> int:
+    """Ask the proxy for something that is sent once; the status."""
+    with closing(http.client.HTTPConnection("127.0.0.1", port, PATIENCE)) as connection:
+        connection.request(method, "/", b"order=1" if method == "POST" else None)
+        return connection.getresponse().status
+
+
+@pytest.mark.parametrize("kind", ["haproxy", "nginx"])
+def test_a_refused_connection_goes_elsewhere(kind: str, tmp_path: Path) -> None:
+    """Whatever the method: nothing was sent."""
+    ports = {port: free_port() for port in ("80", "8001", "8002")}
+    with closing(Backend(ports["8002"])) as well, running(kind, ports, tmp_path):
+        assert [tell(ports["80"], "POST") for _ in range(6)] == [200] * 6
+        assert well.got == {"POST": 6}
+
+
+@pytest.mark.parametrize(("kind", "sent"), [("haproxy", {"GET": 1, "POST": 1}), ("nginx", {"GET": 2, "POST": 1})])
+def test_what_was_sent_is_not_sent_again_unless_it_may_be(kind: str, sent: dict[str, int], tmp_path: Path) -> None:
+    """A POST that was read, and whose connection then closed, may have been done."""
+    ports = {port: free_port() for port in ("80", "8001", "8002")}
+    with (
+        closing(Backend(ports["8001"], mute=True)) as one,
+        closing(Backend(ports["8002"], mute=True)) as two,
+        running(kind, ports, tmp_path),
+    ):
+        assert [tell(ports["80"], method) for method in sent] == [502, 502]
+        assert one.got + two.got == sent
 
 
 def test_a_proxy_on_a_unix_socket_is_localhost(flaskd: Flaskd) -> None:
