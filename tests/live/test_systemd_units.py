@@ -138,7 +138,7 @@ def test_the_documentation_is_true(shell: Shell) -> None:
     said("flaskd units --instance shop")
     shell.run("flaskd units --instance shop --install / && systemctl daemon-reload && systemctl start flaskd@shop")
     assert "127.0.0.1:8001" in said("flaskd status --name flaskd-shop")
-    shell.run("systemctl stop flaskd@shop && rm /etc/systemd/system/flaskd@shop.service")
+    shell.run("systemctl disable --now flaskd@shop")
 
     before = systemd.show("flaskd.service", "MainPID")
     shell.run(upgrade)
@@ -148,7 +148,8 @@ def test_the_documentation_is_true(shell: Shell) -> None:
     shell.run(uninstall + "systemctl daemon-reload")
     gone = [systemd.run(*each, check=False).returncode for each in (("id", "flaskd"), ("ls", VENV), ("curl", URL))]
     assert gone == [1, 2, 7], "no user, no such directory, nobody listens"
-    assert systemd.show("flaskd.service", "LoadState") == systemd.show("flaskd.socket", "LoadState") == "not-found"
+    for unit in ("flaskd.service", "flaskd.socket", "flaskd@shop.service"):
+        assert systemd.show(unit, "LoadState") == "not-found"
     assert shell.run("ls /etc/flaskd /var/lib/flaskd").split() == [
         "/etc/flaskd:", "flaskd.yaml", "shop.yaml", "/var/lib/flaskd:", "last-stop.json",
     ]  # fmt: skip
