@@ -81,8 +81,8 @@ def _end_listener(handler: Any, context: StepContext) -> bool:
     running = thread is not None and thread.is_alive()
     if running:
         _retry_while_full(listener.stop, context)
-        if sys.version_info < (3, 12):
-            # There a second stop() raises when it finds no thread; the app's own, in atexit, finds the ended one.
+        if sys.version_info < (3, 12, 2):
+            # gh-114706: there the app's own stop() after this one, in atexit, raises where it finds no thread.
             listener._thread = thread  # noqa: SLF001
     _take_the_rest(listener)
     return running
