@@ -229,10 +229,12 @@ class Node:
         return (found.st_dev, found.st_ino) == (self.device, self.inode)
 
     def remove(self) -> None:
-        """Unlink the node, if it is still ours."""
+        """Unlink the node, if it is still ours; one that cannot be is stale, which is no reason to lose a request."""
         if self.is_ours():
-            with contextlib.suppress(FileNotFoundError):
-                self.path.unlink()
+            try:
+                self.path.unlink(missing_ok=True)
+            except OSError as error:  # the directory was given to somebody else meanwhile, or is read-only by now
+                log.warning(f"cannot remove {self.path}: {error.strerror}; remove it by hand")
 
 
 def let_in(path: Path, *, mode: int, gid: int = -1) -> None:

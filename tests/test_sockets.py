@@ -357,6 +357,19 @@ def test_a_node_that_is_gone_is_nobodys(path):
     node.remove()
 
 
+def test_a_node_that_cannot_be_removed_costs_a_warning(path, bound, monkeypatch, caplog):
+    """Its directory is another user's by now, or read-only: the listener is closed all the same, and says what is left."""
+    listener = bound(f"unix:{path}", backlog=8)
+
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("flaskd.sockets.Path.unlink", refused)
+    listener.close()
+    assert listener.socket.fileno() == -1
+    assert caplog.messages == [f"cannot remove {path}: Permission denied; remove it by hand"]
+
+
 def test_the_limit_of_open_files_is_raised():
     """The soft limit becomes the hard one."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
