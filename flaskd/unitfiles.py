@@ -71,10 +71,19 @@ def hidden_by(venv: Path) -> str | None:
 
 
 def install(files: dict[Path, str], root: Path) -> list[Path]:
-    """Write the files below `root`, and return their paths; raises CannotCreateError."""
+    """Write the files below `root`, and return their paths; raises CannotCreateError.
+
+    Nothing is written where a link stands: that of a unit that is masked leads to /dev/null (systemctl(1)).
+    """
     written = []
-    for place, text in files.items():
-        path = root / place.relative_to("/")
+    places = {root / place.relative_to("/"): text for place, text in files.items()}
+    for path in places:
+        if path.is_symlink():
+            raise CannotCreateError(
+                f"cannot write {path}: it is a link to {path.readlink()}; remove it first, "
+                "or if the unit is masked: systemctl unmask"
+            )
+    for path, text in places.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")

@@ -217,6 +217,20 @@ def test_the_command_prints_what_is_installed(tmp_path):
     assert [path for path in written.splitlines() if not out.count(Path(path).read_text())] == []
 
 
+def test_a_link_is_not_followed(tmp_path):
+    """`systemctl mask` makes a link to /dev/null, whose mode is not ours to change: nothing at all is written."""
+    place = tmp_path / "etc/systemd/system/flaskd.socket"
+    place.parent.mkdir(parents=True)
+    (tmp_path / "null").touch(0o666)
+    (tmp_path / "null").chmod(0o666)
+    place.symlink_to(tmp_path / "null")
+    code, out, err = flaskd("units", "--socket-activated", "--install", str(tmp_path))
+    assert (code, out) == (73, "")
+    assert f"cannot write {place}: it is a link to {tmp_path}/null; remove it first" in err
+    assert ((tmp_path / "null").stat().st_mode & 0o777, (tmp_path / "null").read_text()) == (0o666, "")
+    assert list(place.parent.iterdir()) == [place]
+
+
 def test_what_is_left_of_the_other_form_is_named(tmp_path):
     """Installed in plain over the hardened form, the app would have no network: the drop-in and the socket are named."""
     assert "left from" not in flaskd("units", "--install", str(tmp_path))[2]
