@@ -184,6 +184,23 @@ class Listener:
             self._node.remove()
             self._node = None  # once: a successor's node may get the same inode
 
+    def reached_at(self, path: str) -> bool:
+        """Whether who connects at a Unix path comes to this listener; its node may be gone, or another's by now."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.setblocking(False)
+            try:
+                probe.connect(path)
+            except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
+                return False
+            except OSError:  # a full backlog or a denied connect: nothing speaks against it
+                return True
+            # Both are the credentials of who called listen(2) (SO_PEERCRED in unix(7)).
+            theirs, ours = (
+                each.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+                for each in (probe, self.socket)
+            )
+            return theirs == ours
+
     def come_back(self, address: Address, name: str) -> None:
         """Be the listener on `address` again, which came from the store under `name`."""
         self.address, self.stored = address, name

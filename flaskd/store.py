@@ -12,7 +12,7 @@ import logging
 import socket
 from collections.abc import Collection, Iterable
 from dataclasses import replace
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from flaskd.notify import Notifier
 from flaskd.sockets import Address, Listener
@@ -49,22 +49,31 @@ class Store:
             first, *others = passed.pop(name)
             if name in names:
                 self._found[name] = first
+                _close(others)
             else:
-                others.append(first)
-                log.info(f"{first.address} is not listened on any more: taken out of the store")
+                address = _unix_address(name) or first.address
+                log.info(f"{address} is not listened on any more: taken out of the store")
                 self._notifier.remove(name)
-            for each in others:
-                # For whoever holds it: the manager may take its time to close its copy, and the place be needed now.
-                with contextlib.suppress(OSError):
-                    each.socket.shutdown(socket.SHUT_RDWR)
-                each.close()
+                if address.path and first.reached_at(address.path):
+                    first.come_back(address, "")  # so that its node goes, too
+                _close([first, *others])
 
     def take(self, address: str) -> Listener | None:
-        """The listener that was kept for `address`; None when there is none."""
+        """The listener that was kept for `address`; None when there is none, or none that clients could reach."""
         listener = self._found.pop(name_of(address), None)
-        if listener is not None:
-            # What getsockname(2) says of a Unix socket is the hidden name under which it was bound.
-            listener.come_back(replace(Address.parse(address), port=listener.address.port), name_of(address))
+        if listener is None:
+            return None
+        # What getsockname(2) says of a Unix socket is the hidden name under which it was bound.
+        where = replace(Address.parse(address), port=listener.address.port)
+        if where.path and not listener.reached_at(where.path):
+            log.warning(
+                f"the listener kept for {where} cannot be reached there any more: bound anew; keep its node out of "
+                "RuntimeDirectory=, which systemd deletes, or set RuntimeDirectoryPreserve=restart"
+            )
+            self._notifier.remove(name_of(address))
+            _close([listener])
+            return None
+        listener.come_back(where, name_of(address))
         return listener
 
     def keep(self, listeners: Iterable[tuple[str, Listener]]) -> None:
@@ -85,3 +94,17 @@ class Store:
             if listener.stored:
                 self._notifier.remove(listener.stored)
                 listener.stored, listener.shared = "", False
+
+
+def _unix_address(name: str) -> Address | None:
+    """The Unix address that a name in the store is made of; None when it is another, or was too long."""
+    text = unquote(name.removeprefix(_PREFIX))
+    return Address.parse(text) if text.startswith("unix:") else None
+
+
+def _close(listeners: Iterable[Listener]) -> None:
+    """Close listeners for whoever holds them: the manager may take its time with its copy, and the place be needed."""
+    for each in listeners:
+        with contextlib.suppress(OSError):
+            each.socket.shutdown(socket.SHUT_RDWR)
+        each.close()

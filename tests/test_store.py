@@ -1,7 +1,9 @@
 """The service manager's store of listeners, with a manager that only listens."""
 
 import socket
-from contextlib import closing
+import subprocess
+import sys
+from contextlib import ExitStack, closing
 
 import pytest
 from fake_notify import receiving
@@ -110,6 +112,42 @@ def test_what_nobody_wants_leaves_the_store(manager, notifier, make, tmp_path, t
     assert back.socket.fileno() == -1
     assert store.take(text) is None
     make(str(back.address))
+
+
+def test_a_unix_listener_that_nobody_wants_takes_its_node_along(manager, notifier, make, tmp_path, caplog):
+    """Nothing is left at its place, which is told by the name that the configuration had for it."""
+    caplog.set_level("INFO")
+    text = f"unix:{tmp_path}/http"
+    store, copy_of_the_manager = Store(notifier), make(text)
+    back = as_passed(copy_of_the_manager)
+    back.address = Address(path=f"{tmp_path}/.123")
+    store.open({name_of(text): [back]}, [])
+    assert list(tmp_path.glob("http")) == []
+    assert caplog.messages == [f"{text} is not listened on any more: taken out of the store"]
+
+
+@pytest.mark.parametrize("another", [False, True], ids=["gone", "another's"])
+def test_a_unix_listener_that_nobody_could_reach_is_not_taken(manager, notifier, make, tmp_path, another, caplog):
+    """Its node went with the runtime directory, or another process took the place: it leaves the store, with a warning."""
+    text = f"unix:{tmp_path}/http"
+    store, copy_of_the_manager = Store(notifier), make(text)
+    back = as_passed(copy_of_the_manager)
+    (tmp_path / "http").unlink()
+    with ExitStack() as stack:
+        if another:
+            theirs = stack.enter_context(socket.socket(socket.AF_UNIX))
+            theirs.bind(f"{tmp_path}/http")
+            subprocess.run([sys.executable, "-c", LISTEN, str(theirs.fileno())], pass_fds=[theirs.fileno()], check=True)
+        store.open({name_of(text): [back]}, [text])
+        assert store.take(text) is None
+    assert (tmp_path / "http").exists() == another
+    assert manager.messages() == [f"FDSTOREREMOVE=1\nFDNAME={name_of(text)}".encode()]
+    assert back.socket.fileno() == -1
+    assert f"the listener kept for {text} cannot be reached there any more: bound anew" in caplog.text
+
+
+LISTEN = "import socket, sys; socket.socket(fileno=int(sys.argv[1])).listen()"
+"""Another process, whose credentials the socket has from then on."""
 
 
 def test_what_is_let_go_is_ours_alone(manager, notifier, make):

@@ -227,6 +227,22 @@ def test_a_unix_listener_in_the_store_keeps_its_node(each_systemd: Systemd) -> N
     assert systemd.run("ls", "/run/unix-stored").stdout == ""
 
 
+def test_a_unix_listener_in_the_store_whose_node_is_gone_is_bound_anew(each_systemd: Systemd) -> None:
+    """Its node went with the RuntimeDirectory= at a restart: clients reach flaskd again, and a warning tells why."""
+    systemd = each_systemd
+    systemd.run("mkdir", "-p", "/run/real")
+    systemd.run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", "/run/real")  # elsewhere systemd deletes nothing
+    config = "server: {listen: 'unix:/run/real/gone/http'}\nsystemd: {fdstore: true}\n"
+    service = "[Service]\nRuntimeDirectory=\nRuntimeDirectory=real/gone\n"
+    instance = systemd.flaskd("gone", config, service=service).start()
+    systemd.ctl("restart", instance.unit)
+    assert systemd.run("/usr/bin/python3", "-c", ASK_UNIX, "/run/real/gone/http").stdout == "200"
+    assert instance.show("NFileDescriptorStore") == "1"
+    assert "unix:/run/real/gone/http cannot be reached there any more: bound anew" in instance.journal()
+    systemd.ctl("stop", instance.unit)
+    systemd.run("umount", "/run/real")
+
+
 ASK_UNIX = """
 import http.client, socket, sys
 connection = http.client.HTTPConnection("x")
