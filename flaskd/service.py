@@ -217,4 +217,5 @@ def _watchdog(environ: Mapping[str, str]) -> float:
     usec, pid = environ.get("WATCHDOG_USEC", ""), environ.get("WATCHDOG_PID", "")
     if not usec.isdecimal() or (pid and pid != str(os.getpid())):
         return 0.0
-    return int(usec) / 1_000_000
+    seconds = int(usec) / 1_000_000
+    return seconds if seconds <= threading.TIMEOUT_MAX else 0.0  # WatchdogSec=infinity is passed on as a number

@@ -141,7 +141,10 @@ def test_the_main_thread_gives_it(make, manager, caplog):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("environ", [{"WATCHDOG_USEC": ""}, {"WATCHDOG_USEC": "x"}, {"WATCHDOG_PID": "1"}])
+@pytest.mark.parametrize(
+    "environ",
+    [{"WATCHDOG_USEC": ""}, {"WATCHDOG_USEC": "x"}, {"WATCHDOG_USEC": "18446744073709551615"}, {"WATCHDOG_PID": "1"}],
+)
 def test_no_pulse_unless_it_is_wanted_of_us(make, manager, environ):
     """Without a valid WATCHDOG_USEC, or with somebody else's WATCHDOG_PID, there is none (sd_watchdog_enabled(3))."""
     service = make(**environ)
