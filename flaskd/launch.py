@@ -109,7 +109,13 @@ def _let_go(passed: Mapping[str, Sequence[Listener]], taken: Sequence[Listener])
 def _listeners(where: str, passed: Mapping[str, Sequence[Listener]]) -> Sequence[Listener]:
     name = where.removeprefix("fd:")
     if name == where:
-        return [Listener.bind(Address.parse(where))]
+        address = Address.parse(where)
+        if given := next((name for name, there in passed.items() if address in [each.address for each in there]), None):
+            raise ConfigError(
+                f"cannot listen on {where}: the service manager does, and passed it as fd:{given}; "
+                f"name that in server.listen or admin.listen, or leave server.listen out"
+            )
+        return [Listener.bind(address)]
     if name in passed:
         return passed[name]
     there = ", ".join(f"fd:{name}" for name in passed) or "none was passed"

@@ -131,7 +131,10 @@ class Listener:
             raise CannotCreateError(f"cannot listen on {address}: {getattr(error, 'strerror', error)}") from error
         # A name may stand for several addresses; IPv4 first, because that is what clients of "localhost" try.
         family, kind, proto, _, where = min(infos, key=lambda info: info[0] != socket.AF_INET)
-        sock = socket.socket(family, kind, proto)
+        try:
+            sock = socket.socket(family, kind, proto)
+        except OSError as error:
+            raise CannotCreateError(_why_not(address, error)) from error
         try:
             if sys.platform != "win32":
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -219,6 +222,7 @@ def _why_not(address: Address, error: OSError) -> str:
         errno.EADDRINUSE: "; another process listens there: choose another address, or stop that process",
         errno.EACCES: "; ports below 1024 need CAP_NET_BIND_SERVICE",
         errno.EADDRNOTAVAIL: "; this machine has no such address",
+        errno.EAFNOSUPPORT: "; this machine, or RestrictAddressFamilies= of the unit, has no such addresses",
     }
     return f"cannot listen on {address}: {error.strerror}{hints.get(error.errno or 0, '')}"
 

@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import os
 import resource
 import select
@@ -165,6 +166,17 @@ def test_a_name_that_is_not_known_is_refused(monkeypatch, bound):
     monkeypatch.setattr("flaskd.sockets.socket.getaddrinfo", unknown)
     with pytest.raises(CannotCreateError, match=r"^cannot listen on shop\.example:80: Name or service not known$"):
         bound("shop.example:80")
+
+
+def test_a_family_that_is_not_allowed_is_told_so(monkeypatch, bound):
+    """RestrictAddressFamilies=AF_UNIX, as in the hardened unit, refuses the very socket."""
+
+    def restricted(*_):
+        raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+
+    monkeypatch.setattr("flaskd.sockets.socket.socket", restricted)
+    with pytest.raises(CannotCreateError, match=r"^cannot listen on 127\.0\.0\.1:80: .*RestrictAddressFamilies="):
+        bound("127.0.0.1:80")
 
 
 def test_a_port_that_needs_a_privilege_says_which(monkeypatch, bound):

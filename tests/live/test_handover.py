@@ -224,6 +224,16 @@ def test_a_socket_that_was_not_passed_is_named(flaskd: Flaskd) -> None:
     assert (code, "cannot listen on fd:web: no socket of that name was passed; none was passed" in log) == (78, True)
 
 
+def test_the_address_of_a_passed_socket_is_no_stranger_s(flaskd: Flaskd) -> None:
+    """`server.listen` names the port of the socket unit: a fault of the configuration, which says what to write instead."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        where = f"127.0.0.1:{sock.getsockname()[1]}"
+        inherit(flaskd, sock, "-l", where, name="http", wait="")
+        assert flaskd.wait() == 78
+    said = f"cannot listen on {where}: the service manager does, and passed it as fd:http; name that in server.listen"
+    assert said in flaskd.log
+
+
 def test_an_announced_drain(flaskd: Flaskd) -> None:
     """While it is announced, readiness says no, to the verb and at health.path, and requests are served as before."""
     flaskd.write("flaskd.yaml", "health: {path: /healthz, unready_status: 404}\nshutdown: {announce: 60s}\n")
