@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -120,13 +120,52 @@ class Discard:
         """Tell nobody."""
 
 
+_NUMBER = (int, float)
+_RECORD = {
+    "reason": str, "started": str, "took": _NUMBER, "completed": int, "rejected": int, "unaccepted": int,
+    "cut": list, "background": list, "policies": dict,
+}  # fmt: skip
+_REQUEST = {"method": str, "path": str, "phase": str, "age": _NUMBER, "reason": str}
+_WORK = {"name": str, "age": _NUMBER, "thread": str}
+_STEP = {"fate": str, "took": _NUMBER, "why": str}
+_SUMMARY = ("reason", "started", "took", "completed", "rejected", "cut", "failed")
+
+
+def damage(record: object) -> str:
+    """Why what was read is no record of a stop that can be shown; empty when it is one.
+
+    A state directory outlives versions of flaskd, and others may write there.
+    """
+    if fault := _misfit(record, _RECORD, "", needed=("reason",)):
+        return fault
+    assert isinstance(record, dict)
+    faults = [_misfit(each, _REQUEST, "cut: ", needed=_REQUEST) for each in record.get("cut", ())]
+    faults += [_misfit(each, _WORK, "background: ", needed=_WORK) for each in record.get("background", ())]
+    faults += [_misfit(each, _STEP, "policies: ", needed=("fate",)) for each in record.get("policies", {}).values()]
+    return next(filter(None, faults), "")
+
+
+def _misfit(entry: object, kinds: Mapping[str, Any], where: str, *, needed: Iterable[str]) -> str:
+    if not isinstance(entry, dict):
+        return f"{where}expected a JSON object"
+    for key, kind in kinds.items():
+        if not isinstance(entry[key], kind) if key in entry else key in needed:
+            return f'{where}"{key}" is not what a stop writes there' if key in entry else f'{where}no "{key}"'
+    return ""
+
+
 def summary(record: Fields | None) -> Fields | None:
-    """The record of a stop in a few words: nothing of its single requests and steps, only how many."""
+    """The record of a stop in a few words: nothing of its single requests and steps, only how many.
+
+    One that cannot be read says so as `damaged`, and nothing else.
+    """
     if record is None:
         return None
+    if "damaged" in record:
+        return {**dict.fromkeys(_SUMMARY), "damaged": record["damaged"]}
     fates = [entry.get("fate") for entry in record.get("policies", {}).values()]
     return {
-        **{key: record.get(key) for key in ("reason", "started", "took", "completed", "rejected")},
+        **{key: record.get(key) for key in _SUMMARY[:-2]},
         "cut": len(record.get("cut", ())),
         "failed": sum(fate in {"failed", "timed_out"} for fate in fates),
     }
@@ -144,8 +183,9 @@ def record_lines(record: Fields) -> list[str]:
     lines = []
     if previous := record.get("previous"):
         lines.append(f"previous run: {previous}")
-        if "damaged" in record:
-            return [*lines, f"the record of the last stop cannot be read: {record['damaged']}"]
+    if "damaged" in record:
+        return [*lines, f"the record of the last stop cannot be read: {record['damaged']}"]
+    if previous:
         if "reason" not in record:
             return [*lines, "no stop has been recorded"]
         lines.append("the last stop that was recorded:")

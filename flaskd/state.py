@@ -18,7 +18,7 @@ from flaskd.cleanup import read_record, write_record
 from flaskd.config import MARK_FILE
 from flaskd.files import remove_leftovers, remove_matching
 from flaskd.logs import timestamp
-from flaskd.protocol import died, state_directory
+from flaskd.protocol import damage, died, state_directory
 
 log = logging.getLogger("flaskd.state")
 
@@ -122,8 +122,11 @@ class StateDirectory:
             log.warning(f"cannot record this stop in {self._record}: {error.strerror}")
 
     def last_stop(self) -> dict[str, Any] | None:
-        """The record of the last stop; None when there is none."""
-        return read_record(self._kept) if self._kept is not None else None
+        """The record of the last stop; None when there is none, ``{"damaged": "<why>"}`` when it cannot be shown."""
+        record = read_record(self._kept) if self._kept is not None else None
+        if record is None or "damaged" in record or not (why := damage(record)):
+            return record
+        return {"damaged": f"{self._kept} is not a record: {why}"}
 
     def close(self) -> None:
         """Take the mark away, and unlock the directory: this run came to its end."""

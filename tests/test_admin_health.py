@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 from flaskd.admin import AdminServer, Measures
 from flaskd.admin import health as health_module
+from flaskd.admin.metrics import families
 from flaskd.server import Histogram, Tally, WaitressThread
 from flaskd.sockets import Address, Listener
 
@@ -184,6 +185,13 @@ def test_metrics_are_read_by_prometheus_own_parser(ask, accept, parser):
         ("flaskd_last_stop_duration_seconds", {}, 2.5),
     ]:
         assert value_of(families, name, **labels) == pytest.approx(value), (name, labels)
+
+
+def test_a_damaged_record_leaves_the_metrics_as_they_are():
+    """Nothing is told of a last stop of which nothing can be read, and all else is."""
+    names = {family.name for family in families(Measures("ready", 0, 0, Tally(), last_stop={"damaged": "no JSON"}))}
+    assert "flaskd_requests" in names
+    assert not {name for name in names if "last_stop" in name}
 
 
 def test_without_prometheus_client_the_next_step_is_said(source, monkeypatch):

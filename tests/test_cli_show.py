@@ -8,6 +8,7 @@ import pytest
 
 from flaskd.cli import show
 from flaskd.cli.top import Look, _draw, page, quantile, rates
+from flaskd.protocol import summary
 from flaskd.server import Tally
 
 BOUNDS = Tally().as_json()["bounds"]
@@ -43,6 +44,12 @@ def test_the_status_page():
         "  last stop    T, signal: SIGTERM, took 4.1s, 1 cut, 2 cleanup steps failed\n"
         "  config       /etc/flaskd/flaskd.yaml"
     )
+
+
+def test_a_stop_of_which_nothing_can_be_read_lost_nobody_knows_what():
+    """The status page says that the record is damaged, and not that nothing was lost."""
+    told = show.answer("status", status(last_stop=summary({"damaged": "no JSON"})))
+    assert told.splitlines()[-1] == "  last stop    cannot be read: no JSON"
 
 
 class Terminal(io.StringIO):

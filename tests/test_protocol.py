@@ -6,7 +6,7 @@ import pytest
 
 from flaskd import errors
 from flaskd.control.replies import STATUSES
-from flaskd.protocol import EXIT_CODES, Discard, as_text, record_lines, runtime_directories, step_line
+from flaskd.protocol import EXIT_CODES, Discard, as_text, damage, record_lines, runtime_directories, step_line, summary
 
 ERRORS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.FlaskdError)]
 
@@ -98,5 +98,38 @@ def test_a_record_that_is_not_whole_is_told_as_it_is():
         "previous run: died",
         "the record of the last stop cannot be read: no JSON",
     ]
+    assert record_lines({"damaged": "no JSON"}) == ["the record of the last stop cannot be read: no JSON"]
     assert record_lines({"reason": "x", "took": None})[1] == "started: unknown, took 0s"
     assert step_line("one", {"fate": "failed", "took": 0.5, "why": "\x1b[31mred"}) == "one: failed in 500ms, ?[31mred"
+
+
+WHOLE = {
+    "reason": "signal: SIGTERM", "started": "T", "took": 1.5, "completed": 2, "rejected": 0,
+    "cut": [{"method": "GET", "path": "/", "phase": "running", "age": 2.0, "reason": "the deadline came"}],
+    "background": [{"name": "export", "age": 1, "thread": "T"}],
+    "policies": {"one": {"fate": "ok", "took": 0, "why": ""}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        [], {}, {"reason": 1}, {**WHOLE, "took": "long"}, {**WHOLE, "completed": None}, {**WHOLE, "cut": 5},
+        {**WHOLE, "cut": [1]}, {**WHOLE, "cut": [{}]}, {**WHOLE, "background": [{}]}, {**WHOLE, "policies": []},
+        {**WHOLE, "policies": {"one": 1}}, {**WHOLE, "policies": {"one": {"fate": "ok", "took": "x", "why": ""}}},
+    ],
+)  # fmt: skip
+def test_what_cannot_be_shown_is_no_record(record):
+    """JSON that no stop has written is damaged, says why, and tells of no stop in which nothing was lost."""
+    why = damage(record)
+    assert why
+    assert summary({"damaged": why}) == {
+        **dict.fromkeys(("reason", "started", "took", "completed", "rejected", "cut", "failed")), "damaged": why,
+    }  # fmt: skip
+
+
+def test_what_can_be_shown_is_a_record():
+    """A whole record is none that is damaged, and one of which some is missing is shown as it is."""
+    for record in (WHOLE, {"reason": "x"}):
+        assert damage(record) == ""
+        assert record_lines(record)[0] == f"reason: {record['reason']}"

@@ -240,6 +240,15 @@ def test_an_unwritable_directory_does_not_hide_the_last_stop(directory, caplog):
     state.close()
 
 
+def test_a_record_that_no_stop_has_written_is_damaged(directory):
+    """JSON of another shape says so for who asks about the last stop, who could not show it."""
+    state = opened(directory)
+    state.record({"reason": "signal: SIGTERM", "cut": 5})
+    told = state.last_stop()
+    state.close()
+    assert told == {"damaged": f'{directory / "last-stop.json"} is not a record: "cut" is not what a stop writes there'}
+
+
 def test_a_directory_that_goes_away_costs_only_the_record(directory, caplog):
     """What cannot be recorded at the end is one warning."""
     state = opened(directory)

@@ -125,7 +125,7 @@ def _stops(now: Measures) -> Iterator[Any]:
         "flaskd_cleanup_seconds", "How long each cleanup step took.", labels=["stop", "policy", "fate"]
     )
     ledger = GaugeMetricFamily("flaskd_last_stop_requests", "The ledger of the last stop.", labels=["outcome"])
-    last = now.last_stop
+    last = now.last_stop if now.last_stop and "damaged" not in now.last_stop else None
     for stop, policies in (("current", now.steps), ("last", last.get("policies", {}) if last else {})):
         for policy, entry in policies.items():
             steps.add_metric([stop, policy, str(entry.get("fate"))], float(entry.get("took") or 0))
@@ -136,7 +136,7 @@ def _stops(now: Measures) -> Iterator[Any]:
         ledger.add_metric(["cut"], len(last.get("cut", ())))
         yield ledger
         yield GaugeMetricFamily(
-            "flaskd_last_stop_duration_seconds", "How long the last stop took.", float(last.get("took", 0))
+            "flaskd_last_stop_duration_seconds", "How long the last stop took.", float(last.get("took") or 0)
         )
 
 

@@ -122,6 +122,8 @@ def _last_reload(entry: dict[str, Any] | None) -> str:
 def _last_stop(entry: dict[str, Any] | None) -> str:
     if not entry:
         return ""
+    if why := entry.get("damaged"):
+        return f"cannot be read: {why}"
     lost = f"{entry['cut']} cut" if entry["cut"] else "nothing lost"
     failed = f", {entry['failed']} cleanup steps failed" if entry["failed"] else ""
     return f"{entry['started']}, {entry['reason']}, took {format_duration(float(entry['took'] or 0))}, {lost}{failed}"

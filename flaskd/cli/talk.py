@@ -22,7 +22,7 @@ from flaskd.errors import (
     UnknownCommandError,
     UsageError,
 )
-from flaskd.protocol import MARK, RECORD, died, state_directory
+from flaskd.protocol import MARK, RECORD, damage, died, state_directory
 from flaskd.verbs import FLAGS, VERBS, find_verb
 
 _ELSEWHERE = {"help", "check"}
@@ -147,18 +147,22 @@ def _read_record(name: str, no_daemon: FlaskdError) -> dict[str, Any]:
     found: dict[str, Any] = {"result": "last-stop"}
     fault = ""
     try:
-        found |= json.loads((directory / RECORD).read_text(encoding="utf-8"))
+        record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
+        if why := damage(record):
+            raise ValueError(why)
+        found |= record
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, TypeError) as error:
-        fault = f" that can be read ({getattr(error, 'strerror', None) or error})"
+    except (OSError, ValueError, RecursionError) as error:
+        fault = str(getattr(error, "strerror", None) or error)
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # none, or half of one
         mark = json.loads((directory / MARK).read_text(encoding="utf-8"))
         if not Path(f"/proc/{mark['pid']}").exists():  # else it lives, though it does not answer
             found["previous"] = died(mark)
     if len(found) == 1:
-        raise type(no_daemon)(f"{no_daemon}; and there is no record in {directory / RECORD}{fault}")
-    return found
+        unreadable = f" that can be read ({fault})" if fault else ""
+        raise type(no_daemon)(f"{no_daemon}; and there is no record in {directory / RECORD}{unreadable}")
+    return {**found, "damaged": fault} if fault else found
 
 
 def _help(verb: str | None, as_json: bool) -> None:

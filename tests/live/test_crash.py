@@ -75,6 +75,23 @@ def test_the_last_stop_is_not_shown_as_if_nothing_had_come_after_it(flaskd: Flas
     assert "previous" not in flaskd.client("last-stop", *NOBODY)[1]
 
 
+def test_a_record_of_another_shape_is_told_as_damaged(flaskd: Flaskd) -> None:
+    """JSON that no stop has written: whoever asks is told so, and `status` answers as ever."""
+    flaskd.state.mkdir(exist_ok=True)
+    (flaskd.state / "last-stop.json").write_text('{"reason": "x", "cut": 5, "policies": []}')
+    why = '"cut" is not what a stop writes there'
+    code, _, err = flaskd.client("last-stop", *NOBODY)
+    assert code == 69
+    assert err.endswith(f"there is no record in {flaskd.state}/last-stop.json that can be read ({why})\n")
+    flaskd.start()
+    told = f"cannot be read: {flaskd.state}/last-stop.json is not a record: {why}\n"
+    assert flaskd.client("last-stop") == (0, f"the record of the last stop {told}", "")
+    code, out, _ = flaskd.client("status")
+    assert code == 0
+    assert f"last stop    {told}" in out
+    assert flaskd.command("status").endswith("OK ready\n")
+
+
 def test_killed_while_serving(flaskd: Flaskd) -> None:
     """The next start says who died, replaces the nodes, removes what was half made, and `status` shows it."""
     metrics = flaskd.directory / "metrics"
