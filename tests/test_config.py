@@ -2,15 +2,17 @@
 
 import json
 import random
+import re
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 from config_cases import ACTIONS, REFUSED, WRONG, policies
+from pydantic import BaseModel, SecretStr
 
 from flaskd.cleanup import action_specs
-from flaskd.config import Config, Configuration, Phase, Section, load, load_mapping, schema
+from flaskd.config import ActionSpec, Config, Configuration, Phase, Section, load, load_mapping, schema
 from flaskd.errors import ConfigError
 
 REFERENCE = Path(__file__).parent.parent / "config" / "flaskd.yaml"
@@ -312,8 +314,53 @@ def test_faults_never_show_the_password_of_a_url():
         load_mapping({"cleanup": {"policies": {"hook": hook}}}, actions=action_specs())
     assert str(caught.value).endswith(
         "expected a URL such as https://hooks.example.com/stopped, without user and password (headers can have "
-        'Authorization), got "https://bob:********@hooks.example/x"'
+        "Authorization), got ********"
     )
+
+
+@pytest.mark.parametrize(
+    ("use", "fields"),
+    [
+        ("webhook", {"url": "htps://hooks.example/s3cret"}),
+        ("webhook", {"url": ["https://hooks.example/s3cret"]}),
+        ("webhook", {"url": "http://x", "headers": {"Authorization": "s3cret\n"}}),
+        ("webhook", {"url": "http://x", "headers": {"Authorization": ["s3cret"]}}),
+        ("webhook", {"url": "http://x", "headers": "Authorization: s3cret"}),
+        ("command", {"argv": ["x"], "env": {"TOKEN": ["s3cret"]}}),
+        ("command", {"argv": ["x"], "env": "TOKEN=s3cret"}),
+        ("cache.persist", {"key": "s3cret"}),
+        ("cache.persist", {"key": ["s3cret"]}),
+        ("cache.persist", {"key": ""}),
+        ("consul.deregister", {"service_id": "a", "token": ["s3cret"]}),
+    ],
+)
+def test_faults_show_nothing_that_the_configuration_hides(use, fields):
+    """They end up in the log, the status and the answer to a reload; what is wrong there is said without the value."""
+    with pytest.raises(ConfigError) as caught:
+        load_mapping({"cleanup": {"policies": {"it": {"use": use, "with": fields}}}}, actions=action_specs())
+    assert "s3cret" not in str(caught.value)
+    assert "another value" not in str(caught.value)
+    assert re.search(r"with\.\S+: expected .*, got (\[?\*{8}\]?|a list)$", str(caught.value))
+
+
+def test_faults_show_nothing_that_a_field_of_an_action_hides():
+    """Whatever an action's author calls a secret is one, also inside of a field."""
+
+    class Inner(BaseModel):
+        pin: SecretStr
+        length: int
+
+    class Fields(BaseModel):
+        inner: Inner
+
+    spec = ActionSpec(Fields, Phase.CLOSE)
+    fields = {"inner": {"pin": ["s3cret"], "length": "long"}}
+    with pytest.raises(ConfigError) as caught:
+        load_mapping({"cleanup": {"policies": {"it": {"use": "mine", "with": fields}}}}, actions={"mine": spec})
+    assert [each.message for each in caught.value.faults] == [
+        "expected text, got [********]",
+        'expected an integer, got "long"',
+    ]
 
 
 # --- the command line, mappings, reload ---

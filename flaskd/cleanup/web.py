@@ -81,7 +81,8 @@ def _address(text: str) -> str:
     return text
 
 
-Url = Annotated[str, AfterValidator(_url), PlainSerializer(_host_alone, return_type=str, when_used="json")]
+Url = Annotated[str, AfterValidator(_url), Hidden, PlainSerializer(_host_alone, return_type=str, when_used="json")]
+"""For many services the URL is the secret: a fault shows nothing of it, and the configuration its host."""
 HeaderName = Annotated[str, AfterValidator(_header_name)]
 
 

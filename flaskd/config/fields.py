@@ -197,7 +197,7 @@ UrlPrefix = Annotated[str, AfterValidator(_url_prefix)]
 HeaderText = Annotated[str, AfterValidator(_header_text)]
 SomeText = Annotated[str, AfterValidator(_some_text)]
 Hidden = PlainSerializer(lambda _: MASK, return_type=str, when_used="json")
-"""For what is often a secret, though written in plain text: it is used, and never shown."""
+"""For what is often a secret, though written in plain text: it is used, and never shown, in a fault neither."""
 
 _POLICY_NAME = r"[a-z0-9][a-z0-9._-]*"
 

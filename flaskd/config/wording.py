@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, SecretBytes, SecretStr, ValidationError
 from pydantic.errors import PydanticInvalidForJsonSchema
 
 from flaskd.config.faults import Faults, did_you_mean, dotted, nearest_first, quoted
+from flaskd.config.fields import Hidden
 from flaskd.config.nodes import Items, Node, Path, Scalar, Table, child, core, scalars, shown
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ _KINDS = {
     "model": "a mapping", "dict": "a mapping", "dataclass": "a mapping", "none": "null",
 }  # fmt: skip
 _UNQUOTED = {"int_type": int, "float_type": float, "bool_type": bool}
+_NOT_SHOWN = (SecretStr, SecretBytes, Hidden)
+"""What the kind of a field is made of whose value is not for everybody's eyes."""
 _BOUNDS = {
     "greater_than_equal": "at least {ge:g}", "greater_than": "more than {gt:g}",
     "less_than_equal": "at most {le:g}",
@@ -95,6 +99,7 @@ def _find(node: Node, loc: Path) -> tuple[Path, Node, Path]:
 
 def _word(model: type[BaseModel], node: Node, prefix: Path, errors: list[ErrorDetails], faults: Faults) -> None:
     wrong: dict[Path, list[ErrorDetails]] = {}
+    node = _veiled(model, node)
     for error in errors:
         path, found, skipped = _find(node, error["loc"])
         key = dotted(prefix + path)
@@ -104,12 +109,47 @@ def _word(model: type[BaseModel], node: Node, prefix: Path, errors: list[ErrorDe
             key = dotted((*prefix, *path, error["loc"][-1]))
             faults.add(found.key, key, "expected a value (it has no default), got nothing")
         elif skipped[-1:] == ("[key]",):
-            faults.add(found.key, key, f"{_expectation(error, found)}, got {quoted(str(path[-1]))}")
+            expected = _expectation(error, Table(found.key, found.key, {}))  # of the key, whatever the value is
+            faults.add(found.key, key, f"{expected}, got {quoted(str(path[-1]))}")
         elif path in wrong:
             wrong[path].append(error)
         elif not (isinstance(found, Scalar) and found.broken):
             wrong[path] = [error]
             faults.add(found.place, key, functools.partial(_wrong, found, wrong[path]))
+
+
+def _veiled(model: type[BaseModel], node: Node) -> Node:
+    """Mark what the model does not show either as secret: faults go into logs, and to whoever may see the status."""
+    if not isinstance(node, Table):
+        return node
+    entries = dict(node.entries)
+    for name, info in model.model_fields.items():
+        key = info.alias or name
+        if key not in entries:
+            continue
+        kinds = [*_kinds(info.annotation), *info.metadata]
+        if any(kind is each for kind in kinds for each in _NOT_SHOWN):
+            entries[key] = _secret(entries[key])
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                entries[key] = _veiled(kind, entries[key])
+    return dataclasses.replace(node, entries=entries)
+
+
+def _kinds(annotation: object) -> Iterator[object]:
+    """An annotation, and all that it is made of."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _kinds(part)
+
+
+def _secret(node: Node) -> Node:
+    """Mark every value under a node as secret."""
+    if isinstance(node, Scalar):
+        return dataclasses.replace(node, secret=True)
+    if isinstance(node, Items):
+        return dataclasses.replace(node, items=tuple(map(_secret, node.items)))
+    return dataclasses.replace(node, entries={key: _secret(inner) for key, inner in node.entries.items()})
 
 
 def _wrong(node: Node, errors: list[ErrorDetails]) -> str:
@@ -133,7 +173,7 @@ def _expectation(error: ErrorDetails, node: Node) -> str:
     else:
         text = error["msg"].replace("Input should be ", "expected ")
     # Words that others chose may quote the value, whole or in parts.
-    secrets = [scalar.text for _, scalar in scalars(node) if scalar.secret]
+    secrets = [scalar.text for _, scalar in scalars(node) if scalar.secret and scalar.text]
     if secrets and (not text.startswith("expected ") or any(secret in text for secret in secrets)):
         return "expected another value"
     return " ".join(text.split())
