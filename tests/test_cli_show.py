@@ -1,13 +1,18 @@
 """What people see, without a daemon: the status page, the bar, the page of top."""
 
+import fcntl
 import io
+import os
+import pty
+import struct
 import subprocess
 import sys
+import termios
 
 import pytest
 
 from flaskd.cli import show
-from flaskd.cli.top import Look, _draw, page, quantile, rates
+from flaskd.cli.top import Look, _draw, fitting, page, quantile, rates
 from flaskd.protocol import summary
 from flaskd.server import Tally
 
@@ -105,6 +110,35 @@ def test_a_bar_for_terminals_without_unicode():
     bar.close()
     assert bar.text().startswith("draining ##########---------- ")
     assert stream.getvalue().isascii()
+
+
+def test_the_bar_is_as_wide_as_its_own_terminal(monkeypatch):
+    """It fits into the terminal that it is drawn on, wherever standard output goes, and whatever that says."""
+    monkeypatch.setenv("COLUMNS", "500")
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 40, 0, 0))
+    stream = Terminal()
+    monkeypatch.setattr(stream, "fileno", lambda: slave)
+    bar = show.Bar("drain", stream)
+    bar.update({"in_flight": 4, "oldest": {"method": "GET", "path": "/a" * 40, "age": 1.0}})
+    bar.close()
+    os.close(master)
+    os.close(slave)
+    assert max(len(line) for line in stream.getvalue().split("\r\x1b[K")) == 39
+
+
+@pytest.mark.parametrize(
+    ("encoding", "drawn", "told"), [("utf-8", "…", '{"a": "日é"}'), ("latin-1", ">", '{"a": "\\u65e5\\u00e9"}')]
+)
+def test_what_standard_output_has_no_character_for(monkeypatch, encoding, drawn, told):
+    """Text is written with escapes, JSON in ASCII, and a picture is drawn with something else."""
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding))
+    show.write_all_there_is("backslashreplace")
+    show.say("日é")
+    assert raw.getvalue().decode(encoding) == {"utf-8": "日é\n", "latin-1": "\\u65e5é\n"}[encoding]
+    assert show.for_programs({"a": "日é"}) == told
+    assert fitting(["too long"], 4, 1) == ["too" + drawn]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Where a client looks for a daemon, and what it says when it may not."""
 
+import contextlib
 import json
 import os
 import socket
@@ -16,6 +17,25 @@ from flaskd.errors import ForbiddenError, NoDaemonError
 
 NAME = "nobody-runs-this"
 ENVIRON = {"RUNTIME_DIRECTORY": "/nowhere/one", "XDG_RUNTIME_DIR": "/nowhere"}
+
+
+@contextlib.contextmanager
+def answering(path, answer):
+    """Somebody who gives one client that answer, whatever it asks for."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def serve():
+            sock, _ = listener.accept()
+            with sock:
+                sock.recv(100)
+                sock.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield
+        thread.join()
 
 
 @pytest.fixture
@@ -109,22 +129,27 @@ def test_what_needs_no_daemon_is_told_though_a_place_is_closed(monkeypatch, tmp_
     assert "one" in planned.output, planned.exception
 
 
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (b'{"id": 1, "ok": false, "error": {"code": "forbidden", "message": "status needs a role"}}\n', "status needs"),
+        (b"", 'no answer to "status"'),
+    ],
+)
+def test_the_command_alone_overlooks_no_daemon(tmp_path, monkeypatch, answer, why):
+    """One that tells this user nothing, or nothing any more, is there all the same; to start another is no advice."""
+    path = tmp_path / "control.sock"
+    monkeypatch.setenv("FLASKD_CONTROL", str(path))
+    with answering(path, answer):
+        told = CliRunner().invoke(cli, [])
+    assert f"A daemon may be running here, but it does not say how it is: {why}" in told.output
+    assert "flaskd serve " not in told.output
+
+
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n", b"[1]\n", b"{}\n", b"\xff\n"])
 def test_who_is_not_flaskd_is_named(tmp_path, answer):
     """An answer in other words is a fault in one line."""
     path = tmp_path / "other.sock"
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(path))
-        listener.listen()
-
-        def serve():
-            sock, _ = listener.accept()
-            with sock:
-                sock.recv(100)
-                sock.sendall(answer)
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        with ControlClient(path) as client, pytest.raises(NoDaemonError, match=f"^cannot talk to {path}: who answers"):
-            client.request("status")
-        thread.join()
+    with answering(path, answer), ControlClient(path) as client, pytest.raises(NoDaemonError) as caught:
+        client.request("status")
+    assert str(caught.value).startswith(f"cannot talk to {path}: who answers")

@@ -24,6 +24,7 @@ from flaskd.leave import leave
 
 def main() -> int:
     """Run the command, and return the exit code."""
+    show.write_all_there_is("backslashreplace")
     return reported(lambda: cli.main(prog_name="flaskd", standalone_mode=False))
 
 
@@ -151,7 +152,7 @@ def check(config: str | None, unit: str | None, as_json: bool, file: str | None)
             faults = [Fault(unit or str(path or ""), 0, 0, "", line) for line in str(error).splitlines()]
             answer["faults"] = [fault.as_json() for fault in faults]
     if as_json:
-        show.say(json.dumps(answer, ensure_ascii=False))
+        show.say(show.for_programs(answer))
     else:
         show.say(f"{path}: OK" if path else "no configuration file: the defaults are in force")
     return EX_OK if answer["ok"] else EX_CONFIG
@@ -216,7 +217,7 @@ def _plan(socket: str | None, name: str, config: str | None, hang: tuple[str, ..
         frame = preview.Frame(**answer["budget"])
         results, text = preview.simulated(preview.plan_from(answer["policies"]), frame, hang)
         answer = {"result": "plan", "hang": list(hang), "policies": results_as_json(results), "text": text}
-    show.say(json.dumps({"ok": True, **answer}, ensure_ascii=False) if as_json else str(answer["text"]))
+    show.say(show.for_programs({"ok": True, **answer}) if as_json else str(answer["text"]))
     return EX_OK
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import io
 import json
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
 import click
@@ -36,6 +38,29 @@ def say(text: str) -> None:
         # What is left in the buffer must not fail once more at the exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise CannotCreateError(f"cannot write the answer: {error.strerror}") from error
+
+
+def write_all_there_is(errors: str) -> None:
+    """Let standard output take any text, where its encoding has not every character (`errors`: codecs).
+
+    What has been done is done: an outcome that cannot be written down must not look like one that failed.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors=errors)
+
+
+def drawable(wanted: str, instead: str, stream: TextIO | None = None) -> str:
+    """What to draw with on a stream, standard output if none is given: `instead` where its encoding lacks `wanted`."""
+    try:
+        wanted.encode((sys.stdout if stream is None else stream).encoding or "ascii")
+    except UnicodeEncodeError:
+        return instead
+    return wanted
+
+
+def for_programs(answer: Mapping[str, Any]) -> str:
+    """An answer for programs, in ASCII alone where standard output may not have all other characters."""
+    return json.dumps(answer, ensure_ascii=codecs.lookup(sys.stdout.encoding or "ascii").name != "utf-8")
 
 
 def coloured(text: str, colour: str, stream: TextIO | None = None) -> str:
@@ -166,7 +191,7 @@ _PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
 def progress(verb: str, *, as_json: bool = False) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Show how it goes: a bar on a terminal, lines elsewhere, JSON for programs. `verb` empty: there is no waiting."""
     if as_json:
-        yield lambda fields: say(json.dumps(fields, ensure_ascii=False))
+        yield lambda fields: say(for_programs(fields))
     elif not verb or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         yield _line
     else:
@@ -202,11 +227,7 @@ class Bar:
         self._most = 0
         self._over = threading.Event()
         self._lock = threading.Lock()
-        try:
-            "█░✓✗".encode(stream.encoding or "ascii")
-            self._full, self._empty, self._good, self._bad = "█░✓✗"
-        except UnicodeEncodeError:
-            self._full, self._empty, self._good, self._bad = "#-+!"
+        self._full, self._empty, self._good, self._bad = tuple(drawable("█░✓✗", "#-+!", stream))
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -248,11 +269,18 @@ class Bar:
         return text
 
     def _draw(self) -> None:
-        from shutil import get_terminal_size  # noqa: PLC0415 - for the bar alone
-
-        width = get_terminal_size().columns - 1
+        width = self._columns() - 1
         text = self.text(width)
         self._write("\r\x1b[K" + (text if len(text) <= width else text[: max(0, width - 3)] + "..."))
+
+    def _columns(self) -> int:
+        """Of the bar's own terminal: standard output may go elsewhere, and nobody has asked that one."""
+        with contextlib.suppress(OSError, ValueError):  # no descriptor
+            if columns := os.get_terminal_size(self._stream.fileno()).columns:
+                return columns
+        from shutil import get_terminal_size  # noqa: PLC0415 - seldom needed
+
+        return get_terminal_size().columns
 
     def _write(self, text: str) -> None:
         with contextlib.suppress(OSError):  # a terminal that went away costs the picture

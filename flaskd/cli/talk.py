@@ -112,7 +112,7 @@ def told(run: Callable[[], int], *, as_json: bool) -> int:
     except FlaskdError as error:
         if not as_json or isinstance(error, CannotCreateError):  # the latter is of standard output itself
             raise
-        show.say(json.dumps({"ok": False, "error": {"code": error.code, "message": str(error)}}, ensure_ascii=False))
+        show.say(show.for_programs({"ok": False, "error": {"code": error.code, "message": str(error)}}))
         return error.exit_code
 
 
@@ -138,7 +138,7 @@ def ask(path: Path, verb: str, words: dict[str, Any], *, as_json: bool = False) 
 
 
 def _say(verb: str, answer: dict[str, Any], as_json: bool) -> None:
-    show.say(json.dumps({"ok": True, **answer}, ensure_ascii=False) if as_json else show.answer(verb, answer))
+    show.say(show.for_programs({"ok": True, **answer}) if as_json else show.answer(verb, answer))
 
 
 def _read_record(name: str, no_daemon: FlaskdError) -> dict[str, Any]:
@@ -192,8 +192,10 @@ def _top(socket: str | None, name: str, as_json: bool, interval: float, count: i
 def what_next() -> str:
     """What to do now, said to who types the command alone."""
     lines = ["flaskd serves a Flask app, and stops it without losing a request.", ""]
+    somebody = False
     try:
         with ControlClient(find_socket(None, "flaskd", os.environ), timeout=2.0) as client:
+            somebody = True
             status = client.request("status")
         lines += [
             f"A daemon is {status['state']} here, pid {status['pid']}, on {', '.join(status['listen'])}. Next:",
@@ -202,9 +204,11 @@ def what_next() -> str:
         lines += _table({"flaskd status": "how it is", "flaskd top": "watch it", "flaskd stop --wait": "stop it"})
     except ForbiddenError as error:
         lines += [f"A daemon may be running here, but this user {error}."]
-    except FlaskdError:
-        lines += ["No daemon is running here. Next:", ""]
-        lines += _table(_first_steps())
+    except FlaskdError as error:
+        if somebody:  # who starts another one now is told that it runs already, or not even that
+            lines += [f"A daemon may be running here, but it does not say how it is: {error}."]
+        else:
+            lines += ["No daemon is running here. Next:", "", *_table(_first_steps())]
     return "\n".join([*lines, "", 'All commands: "flaskd --help".'])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import os
 import select
 import shutil
@@ -123,7 +122,8 @@ def page(look: Look, measured: Rates, width: int, height: int) -> list[str]:
 
 def fitting(lines: Sequence[str], width: int, height: int) -> list[str]:
     """Lines as far as they fit, from the top."""
-    return [line if len(line) <= width else line[: max(0, width - 1)] + "…" for line in lines[: max(1, height)]]
+    more = show.drawable("…", ">")
+    return [line if len(line) <= width else line[: max(0, width - 1)] + more for line in lines[: max(1, height)]]
 
 
 def _of(status: dict[str, Any]) -> str:
@@ -156,7 +156,7 @@ def watch(find: Callable[[], Path], *, interval: float, count: int | None, as_js
             else:
                 measured = rates(before, now)
                 if as_json:
-                    show.say(json.dumps(_as_json(now, measured), ensure_ascii=False))
+                    show.say(show.for_programs(_as_json(now, measured)))
                 elif on_terminal:
                     size = shutil.get_terminal_size()
                     _draw(page(now, measured, size.columns, size.lines), size.lines)
@@ -208,6 +208,7 @@ def _screen() -> Iterator[None]:
         signal.signal(signal.SIGTSTP, pause)
         enter()
 
+    show.write_all_there_is("replace")  # one character for one that the terminal does not have, or lines get longer
     signal.signal(signal.SIGTERM, _leave)  # by the same way as all others: the terminal is put back
     signal.signal(signal.SIGTSTP, pause)
     enter()

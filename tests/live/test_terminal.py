@@ -95,6 +95,27 @@ def test_top_in_a_terminal(flaskd: Flaskd) -> None:
     assert flaskd.stop() == 0
 
 
+def test_top_in_a_narrow_terminal_without_unicode(flaskd: Flaskd) -> None:
+    """What does not fit is cut off with a character that the terminal has."""
+    flaskd.start()
+    flaskd.env["PYTHONIOENCODING"] = "ascii"
+    with terminal(flaskd, "top", "--interval", "0.1", columns=30) as top:
+        top.until(r"flaskd .*>\s")
+        top.until(r"nothing is in flight")
+        top.press("q")
+        assert top.wait() == 0
+    assert flaskd.stop() == 0
+
+
+def test_an_answer_is_written_whatever_standard_output_can_say(flaskd: Flaskd) -> None:
+    """A character that its encoding has not is escaped: the outcome is the same, and no traceback."""
+    flaskd.env["PYTHONIOENCODING"] = "latin-1"
+    (flaskd.directory / "日.yaml").write_text("")
+    assert flaskd.client("check", "日.yaml") == (0, "\\u65e5.yaml: OK\n", "")
+    code, out, _ = flaskd.client("check", "--json", "日.yaml")
+    assert (code, json.loads(out)["config"]) == (0, "日.yaml")
+
+
 def test_top_outlives_the_daemon(flaskd: Flaskd) -> None:
     """It waits for one that went away, and goes on with the next; Ctrl-C leaves it in good order."""
     flaskd.start()
