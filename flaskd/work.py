@@ -98,6 +98,11 @@ class background(contextlib.ContextDecorator):  # noqa: N801 - used like context
 _NOT_DONE_WHEN_CALLED = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
 
 
+def on_one_line(name: str) -> str:
+    """A name that the app chose, maybe of what a client sent, as it can stand in a log, an answer and a terminal."""
+    return "".join(each if each.isprintable() else "?" for each in name)
+
+
 def in_background() -> bool:
     """Whether any work is under way in the background."""
     return bool(_entries)
@@ -111,7 +116,7 @@ def background_work(*, stacks: bool = False) -> tuple[Background, ...]:
     for each in _entries.copy().values():
         frame = frames.get(each.thread.ident or 0)
         stack = "".join(traceback.format_stack(frame)) if frame else ""
-        found.append(Background(each.name, now - each.began, each.thread.name, stack))
+        found.append(Background(on_one_line(each.name), now - each.began, on_one_line(each.thread.name), stack))
     return tuple(found)
 
 

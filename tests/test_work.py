@@ -60,6 +60,13 @@ def test_what_is_marked_is_shown(export):
     export.set()
 
 
+def test_a_name_stays_on_its_line():
+    """What a client chose for a name forges no line of a log or an answer, and paints no terminal."""
+    with flaskd.background("export \x1b[31m\nOK ready é"):
+        (found,) = background_work()
+    assert found.name == "export ?[31m?OK ready é"
+
+
 def test_a_decorated_function_is_marked_while_it_runs():
     """Each call is work of its own, nested ones too; its result comes back, and its exception."""
 

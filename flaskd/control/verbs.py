@@ -14,6 +14,7 @@ from flaskd.lifecycle import StopReason
 from flaskd.protocol import Reply, record_lines, request_line, status_lines, thread_line
 from flaskd.server import stack_of
 from flaskd.verbs import FLAGS, VERBS, find_verb
+from flaskd.work import on_one_line
 
 if TYPE_CHECKING:
     from flaskd.config import Configuration
@@ -82,15 +83,20 @@ def _requests(daemon: Daemon, command: Command, reply: Reply) -> None:
 
 
 def _threads(daemon: Daemon, command: Command, reply: Reply) -> None:
-    doing = {each.thread: str(each) for each in (daemon.server.requests() if daemon.server is not None else [])}
+    doing, over = {}, {}
+    if (server := daemon.server) is not None:
+        doing = {each.thread: str(each) for each in server.requests()}
+        over = {
+            each.name: f"{request}; it is over, its thread goes on" for each, request in server.left_behind().items()
+        }
     entries: list[dict[str, Any]] = []
     lines = []
     for thread in threading.enumerate():
         entry = {
-            "name": thread.name,
+            "name": on_one_line(thread.name),
             "id": thread.native_id,
             "daemon": thread.daemon,
-            "request": doing.get(thread.name),
+            "request": over.get(thread.name) or doing.get(thread.name),
         }
         lines.append(thread_line(entry))
         if "stacks" in command.flags:

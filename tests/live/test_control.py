@@ -341,6 +341,35 @@ def test_programs_are_told_faults_as_they_are_told_answers(flaskd: Flaskd) -> No
     assert flaskd.stop() == 0
 
 
+def test_a_thread_that_cannot_stop_is_not_idle(flaskd: Flaskd) -> None:
+    """A worker whose request was cut goes on with it, and `threads` says so, with its stack."""
+    flaskd.write("flaskd.yaml", "shutdown: {drain: {timeout: 100ms}}\n")
+    flaskd.start("-t", "1")
+    flaskd.hold()
+    flaskd.command("drain wait")
+    stuck = r"flaskd-worker-0 \(\d+\) GET /hold \(running for .* in flaskd-worker-0\); it is over, its thread goes on"
+    assert re.search(rf"^{stuck}$", flaskd.command("threads"), re.MULTILINE)
+    assert re.search(rf"^{stuck}$", flaskd.client("threads", "--stacks")[1], re.MULTILINE)
+    assert flaskd.command("resume") == "OK ready\n"
+    in_its_stead = r"(?m)^flaskd-worker-[1-9]\d* \(\d+\) idle$"
+    flaskd.until(lambda: re.search(in_its_stead, flaskd.command("threads")) is not None)
+    flaskd.gate.open()
+    flaskd.until(lambda: "it is over" not in flaskd.command("threads"))
+    assert flaskd.stop() == 0
+
+
+def test_a_name_that_the_app_gave_a_thread_forges_no_answer(flaskd: Flaskd) -> None:
+    """It stays on its line, so that the last one is flaskd's, and paints no terminal."""
+    flaskd.write(
+        "naming.py",
+        "import threading\nthreading.current_thread().name = 'a\\x1b[31m\\nOK b'\nfrom gateapp import app\n",
+    )
+    flaskd.start(app="naming")
+    for told in (flaskd.command("threads"), flaskd.client("threads")[1]):
+        assert told.startswith(f"a?[31m?OK b ({flaskd.pid})\n")
+    assert flaskd.stop() == 0
+
+
 def test_words_that_are_read_once(flaskd: Flaskd) -> None:
     """Nothing is cut off, said twice or left without its verb, and 1 is kept for lost work."""
     code, out, _ = flaskd.client("--help")
