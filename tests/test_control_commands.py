@@ -143,6 +143,10 @@ def test_fields():
         ("POST", "/log-level?level=debug", b"", "log-level debug"),
         ("GET", "/log-level", b"", "log-level"),
         ("GET", "/help?verb=stop", b"", "help stop"),
+        ("GET", "http://flaskd/status", b"", "status"),
+        ("POST", "HTTP://flaskd/drain?wait", b"", "drain wait"),
+        ("GET", "http://flaskd", b"", "help"),
+        ("GET", "/last%2Dstop", b"", "last-stop"),
     ],
 )
 def test_http(method, target, body, text):
@@ -163,6 +167,7 @@ def test_http(method, target, body, text):
         ("POST", "/drain", b"[" * 3000, "usage"),
         ("GET", "/drian", b"", "unknown-command"),
         ("GET", "//[", b"", "unknown-command"),
+        ("GET", "/status%0a", b"", "usage"),
     ],
 )
 def test_http_that_is_refused(method, target, body, code):
@@ -360,6 +365,8 @@ def test_how_lines_are_cut_into_pieces_does_not_matter(lines, size):
         (b'POST /drain HTTP/1.1\r\nHost: x\r\nContent-Length: 15\r\n\r\n{"wait": true}', b"HTTP/1.1 400"),
         (b"POST /drain HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\n", b"HTTP/1.1 400"),
         (b"POST /drain HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", b"HTTP/1.1 400"),
+        (b"POST /drain HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nContent-Length: 9\r\n\r\n", b"HTTP/1.1 400"),
+        (b"POST /drain HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", b"HTTP/1.1 400"),
         (b"POST /drain HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n", b"HTTP/1.1 400"),
         (b"POST /drain HTTP/1.1\r\nHost: x\r\n", b"HTTP/1.1 400"),
         (b"GET /status HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 200 + b"\r\n", b"HTTP/1.1 400"),

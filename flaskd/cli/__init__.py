@@ -137,6 +137,8 @@ def check(config: str | None, unit: str | None, as_json: bool, file: str | None)
     """Check a configuration file, importing nothing of the app."""
     from flaskd.config import Fault, InvalidConfigError  # noqa: PLC0415
 
+    if config and file:  # the answer would be of one of them alone
+        raise click.UsageError(f'expected one file, got "{config}" and "{file}"')
     path = _config_path(config or file)
     answer: dict[str, Any] = {"ok": True, "config": str(path) if path else None, "faults": [], "omitted": 0}
     try:

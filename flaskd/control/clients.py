@@ -184,6 +184,9 @@ class Client:
             raise UsageError(f"expected fewer and shorter header lines: {error}") from error
         if first[3] != b"0" and "host" not in fields:
             raise UsageError("HTTP/1.1 requests need a Host header")  # RFC 9112 §3.2
+        for name in ("Host", "Content-Length"):  # nobody knows which one is meant: the same, and RFC 9110 §8.6
+            if len(fields.get_all(name, ())) > 1:
+                raise UsageError(f"expected one {name} header, got several")
         if "transfer-encoding" in fields:
             raise UsageError("expected a body with a Content-Length, or none")
         length = fields.get("content-length", "0")

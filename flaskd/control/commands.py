@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, unquote
 
 from flaskd.control.access import Peer
 from flaskd.errors import UsageError
 from flaskd.verbs import Flags, Role, Verb, find_verb
 
 _BOOLEANS = {"": True, "1": True, "true": True, "0": False, "false": False}
+_AUTHORITY = re.compile(r"\Ahttps?://[^/]*", re.IGNORECASE)
 _LOOKING = ("GET", "HEAD", "POST")
 """Methods by which one may ask for what changes nothing."""
 
@@ -102,7 +104,8 @@ def from_http(method: str, target: str, body: bytes, peer: Peer) -> Command:
     Flags are ``?wait``, ``?wait=true`` or ``?wait=1``; GET is for what changes nothing.
     """
     path, _, query = target.partition("?")
-    name = path.strip("/") or "help"
+    path = _AUTHORITY.sub("", path)  # as one writes to a proxy: RFC 9112 §3.2.2
+    name = unquote(path).strip("/") or "help"
     fields: dict[str, Any] = {}
     for key, text in parse_qsl(query, keep_blank_values=True):
         fields[key] = text if key == find_verb(name).argument else _BOOLEANS.get(text, text)
