@@ -173,6 +173,7 @@ class Daemon:
             try:
                 self._lifecycle.check(event)
             except NotNowError as error:
+                log.warning(str(error))  # that it was asked for has been logged, too
                 reply.error(error.code, str(error))
                 return True
         return False
@@ -561,6 +562,7 @@ class Daemon:
         try:
             state = self._lifecycle.handle(Event.DRAIN)
         except NotNowError as error:
+            log.warning(str(error))
             reply.error(error.code, str(error))
             return
         if before is State.READY:

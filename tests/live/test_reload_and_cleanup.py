@@ -145,14 +145,17 @@ cleanup:
 
 
 def test_the_plan_of_a_running_stop_does_not_change(flaskd: Flaskd) -> None:
-    """During a stop a reload is refused; what was planned at its first moment runs."""
+    """During a stop all else is refused, in the log as well; what was planned at its first moment runs."""
     flaskd.write("flaskd.yaml", "cleanup: {policies: {one: {use: command, with: {argv: [touch, one]}}}}\n")
     flaskd.start()
     held = flaskd.hold()
     flaskd.command("stop")
     flaskd.write("flaskd.yaml", "cleanup: {policies: {two: {use: command, with: {argv: [touch, two]}}}}\n")
     assert flaskd.command("reload") == "ERR not-now cannot reload: flaskd is stopping\n"
-    assert flaskd.command("resume") == "ERR not-now cannot resume: flaskd is stopping\n"
+    for verb in ("resume", "drain"):
+        fault = f"cannot {verb}: flaskd is stopping"
+        assert flaskd.command(verb) == f"ERR not-now {fault}\n"
+        flaskd.until(lambda: fault in flaskd.log)  # noqa: B023 - called in this turn
     assert flaskd.command("stop").startswith("OK stopping")
     flaskd.gate.open()
     held.result()

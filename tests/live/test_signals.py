@@ -47,6 +47,7 @@ def test_stop_ends_an_import_and_answers(flaskd: Flaskd) -> None:
     flaskd.gate.entered()
     assert flaskd.status()["state"] == "starting"
     assert flaskd.command("resume") == "ERR not-now cannot resume: flaskd is starting\n"
+    flaskd.until(lambda: "cannot resume: flaskd is starting" in flaskd.log)
     assert flaskd.command("stop wait").splitlines()[-1] == "OK stopped"
     assert flaskd.wait() == 0
 
