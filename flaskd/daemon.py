@@ -906,6 +906,9 @@ class Daemon:
             completed, rejected = (now - then for now, then in zip(server.counted, self._counted, strict=True))
             report = DrainReport(completed, rejected, server.cut("the cleanup broke off"), background=left_behind())
         self._close_endpoints(min(_ENDPOINT_CLOSING, stop.left))
+        for each in self._listeners:
+            if each.shared and (waiting := each.waiting()):
+                log.info(f"{waiting} connections wait on {each.address} for who listens there next, or are reset")
         server.end(timeout=min(0.2, stop.left))
         self._state_directory.record(stop.record(report))
         code = EX_OK if report.clean else self.configuration.values.shutdown.exit_codes.degraded

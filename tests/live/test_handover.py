@@ -224,6 +224,22 @@ def test_a_socket_that_was_not_passed_is_named(flaskd: Flaskd) -> None:
     assert (code, "cannot listen on fd:web: no socket of that name was passed; none was passed" in log) == (78, True)
 
 
+def test_who_waits_for_the_next_owner_is_counted(flaskd: Flaskd) -> None:
+    """Who connects during the cleanup is left to who listens there next; the log tells how many these were."""
+    fifo = flaskd.directory / "fifo"
+    os.mkfifo(fifo)
+    flaskd.write("flaskd.yaml", f"cleanup: {{policies: {{w: {{use: command, with: {{argv: [cat, '{fifo}']}}}}}}}}\n")
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        inherit(flaskd, sock)
+        flaskd.kill(signal.SIGTERM)
+        with fifo.open("w"):  # once it is open at both ends, the drain is over
+            waiting = socket.create_connection(sock.getsockname())
+        assert flaskd.wait() == 0
+        waiting.close()
+        where = f"127.0.0.1:{sock.getsockname()[1]}"
+    assert f"1 connections wait on {where} for who listens there next, or are reset" in flaskd.log
+
+
 def test_the_address_of_a_passed_socket_is_no_stranger_s(flaskd: Flaskd) -> None:
     """`server.listen` names the port of the socket unit: a fault of the configuration, which says what to write instead."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
