@@ -56,6 +56,9 @@ REFUSED = [
     ("hello", "1:1: expected a mapping at the top, got a single value"),
     ("app: {}\n---\nlog: {}", "2:1: expected one document, got a second"),
     ("app:\n\ttarget: x", '2:1: expected spaces, got a tab (in quotes: "\\t")'),
+    ("app:\n \ttarget: x", '2:2: expected spaces, got a tab (in quotes: "\\t")'),
+    ("app:\n  target: x\n\tchdir: y", '3:1: expected spaces, got a tab (in quotes: "\\t")'),
+    ("\tapp: {}", '1:1: expected spaces, got a tab (in quotes: "\\t")'),
     ("app: {target: x\0}", "1:16: expected text, got a NUL character"),
     ('app: {target: "\\0"}', "1:15 app.target: expected text, got a NUL character"),
     ('app: {target: "\\udc80"}', "1:15 app.target: expected text, got text that is not Unicode (a lone surrogate)"),
@@ -215,6 +218,28 @@ WRONG = [
         [
             '1:17 control.mode: expected a file mode from 0000 to 0777, such as "0660", got 0999',
             '1:33 control.required: expected true or false, got "yes"',
+        ],
+    ),
+    (
+        "control: {mode: 432}",
+        [
+            '1:17 control.mode: expected a file mode that lets its owner read and write, such as "0660" '
+            "(432 is 0660 in decimal), got 432"
+        ],
+    ),
+    (
+        "control: {mode: 384}",
+        ['1:17 control.mode: expected a file mode from 0000 to 0777, such as "0660" (384 is 0600 in decimal), got 384'],
+    ),
+    (
+        "control: {mode: '0460'}",
+        ['1:17 control.mode: expected a file mode that lets its owner read and write, such as "0660", got "0460"'],
+    ),
+    (
+        "control: {mode: 0o606}",
+        [
+            "1:17 control.mode: expected a file mode that lets others do no more than the group, "
+            'such as "0660", got 0o606'
         ],
     ),
     (

@@ -4,6 +4,7 @@ A message here ends before ", got ...": what stands at the place is added by who
 """
 
 import re
+import stat
 from decimal import Decimal
 from typing import Annotated, Any, TypeVar
 
@@ -153,12 +154,28 @@ CredentialName = Annotated[str, AfterValidator(_credential_name)]
 
 def _mode(text: str) -> str:
     if not re.fullmatch(r"(0o?)?[0-7]{3}", text):
-        raise ValueError('expected a file mode from 0000 to 0777, such as "0660"')
-    return f"{int(text.removeprefix('0o'), 8):04o}"
+        raise ValueError(f'expected a file mode from 0000 to 0777, such as "0660"{_from_decimal(text)}')
+    bits = int(text.removeprefix("0o"), 8)
+    if not (bits & stat.S_IRUSR and bits & stat.S_IWUSR):
+        raise ValueError(
+            f'expected a file mode that lets its owner read and write, such as "0660"{_from_decimal(text)}'
+        )
+    if bits & stat.S_IRWXO & ~(bits >> 3):
+        raise ValueError('expected a file mode that lets others do no more than the group, such as "0660"')
+    return f"{bits:04o}"
 
 
-Mode = Annotated[str, AfterValidator(_mode), WithJsonSchema({"type": "string", "pattern": "^(0o?)?[0-7]{3}$"})]
-"""A file mode as octal text, brought to four digits."""
+def _from_decimal(text: str) -> str:
+    """What a decimal number would be as a mode: PyYAML, and Python code, write 0660 as 432."""
+    mode = int(text) if re.fullmatch(r"[1-9][0-9]{2}", text) else 0
+    return f" ({mode} is 0{mode:o} in decimal)" if stat.S_IRUSR | stat.S_IWUSR <= mode <= 0o777 else ""  # noqa: PLR2004
+
+
+_MODE = "^(0o?)?[67](00|1[01]|2[02]|3[0-3]|4[04]|5[0145]|6[0246]|7[0-7])$"
+"""What `_mode` allows: of each row the digit for the group, then what others may have with it."""
+
+Mode = Annotated[str, AfterValidator(_mode), WithJsonSchema({"type": "string", "pattern": f"{_MODE}|{INTERPOLATION}"})]
+"""A file mode as octal text, brought to four digits; the owner may read and write, others no more than the group."""
 
 
 def _url_path(text: str) -> str:
