@@ -16,7 +16,7 @@ from flaskd.cleanup import Plan, Step
 from flaskd.config import AppConfig, Config, HealthConfig, ServerConfig
 from flaskd.errors import AppError, ConfigError, FlaskdError, UnsupportedError
 from flaskd.loading import LoadedApp
-from flaskd.server import WaitressThread, adjustments
+from flaskd.server import WaitressThread, adjustments, behind_proxies, missed_by_proxy_fix
 from flaskd.sockets import Address, Listener, inherited, open_files_limit
 from flaskd.store import Store, stored
 
@@ -162,8 +162,10 @@ def make_server(
     server: ServerConfig, app: LoadedApp, listeners: list[Listener], *, on_death: Callable[[BaseException | None], None]
 ) -> WaitressThread:
     """A server for the app on bound listeners, not started yet; RLIMIT_NOFILE is raised for its connections."""
+    if missed := missed_by_proxy_fix(app.wsgi, server):
+        log.warning(missed)
     return WaitressThread(
-        app.wsgi,
+        behind_proxies(app.wsgi, server),
         threads=server.threads,
         listeners=listeners,
         backlog=server.backlog,

@@ -20,7 +20,7 @@ from flaskd.errors import FlaskdError
 from flaskd.ledger import DrainReport, InFlight
 from flaskd.lifecycle import StopReason
 from flaskd.loading import find_flask
-from flaskd.server import WaitressThread, WerkzeugThread, adjustments
+from flaskd.server import WaitressThread, WerkzeugThread, adjustments, behind_proxies
 from flaskd.sockets import Address, check_serving, open_files_limit
 from flaskd.stop import CleanupThread, Stop, serving
 
@@ -128,7 +128,7 @@ class ServerThread:
         # In a test nobody waits as long as in production for clients that could still say something.
         graces = {name: getattr(drain, name) for name in drain.model_fields_set & {"keepalive_grace", "stream_grace"}}
         return WaitressThread(
-            self._app,
+            behind_proxies(self._app, server),
             self._address.host,
             self._address.port,
             self._threads,

@@ -92,6 +92,7 @@ VERBS = (
     "log-level, version"
 )
 SECTIONS = "server, version, systemd, health, profile, control, cleanup, shutdown, watch, app, log, admin"
+PEER = "expected an IP address, a network such as 10.0.0.0/8, localhost or *"
 PROXY = "expected server.trusted_proxy to be set along with this"
 LISTEN = "expected HOST:PORT, [IPv6]:PORT, :PORT or unix:/path"
 
@@ -163,6 +164,18 @@ WRONG = [
         ['2:31 shutdown.endpoint.listen: expected an address of its own, got ":2", the app\'s'],
     ),
     ("server: {listen: ':99999'}", ['1:18 server.listen: expected a port of at most 65535, got ":99999"']),
+    (
+        "server: {trusted_proxy: [proxy.internal, '[::1]', 10.0.0.1/8, '10.0.0.1, 10.0.0.2', '127.0.0.1:80', '']}",
+        [
+            f'1:26 server.trusted_proxy[0]: {PEER}, got "proxy.internal"',
+            f'1:42 server.trusted_proxy[1]: {PEER}, got "[::1]"',
+            "1:51 server.trusted_proxy[2]: expected the address of a whole network, such as 10.0.0.0/8, "
+            'or of one machine, got "10.0.0.1/8"',
+            f'1:63 server.trusted_proxy[3]: {PEER} (several are a list), got "10.0.0.1, 10.0.0.2"',
+            f'1:85 server.trusted_proxy[4]: {PEER}, got "127.0.0.1:80"',
+            f'1:101 server.trusted_proxy[5]: {PEER}, got ""',
+        ],
+    ),
     (
         "server: {trusted_proxy_count: 2, trusted_proxy_headers: [forwarded]}",
         [

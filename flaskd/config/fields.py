@@ -3,6 +3,7 @@
 A message here ends before ", got ...": what stands at the place is added by whoever knows the place.
 """
 
+import ipaddress
 import re
 import stat
 from decimal import Decimal
@@ -129,6 +130,23 @@ def _own_address(text: str) -> str:
 
 OwnAddress = Annotated[str, AfterValidator(_own_address)]
 """An address that flaskd binds itself: a socket that was passed in is nobody's own."""
+
+
+def _trusted_proxy(text: str) -> str:
+    if text in {"*", "localhost"}:
+        return text
+    try:
+        network = ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        several = " (several are a list)" if "," in text else ""
+        raise ValueError(f"expected an IP address, a network such as 10.0.0.0/8, localhost or *{several}") from None
+    if "/" in text and ipaddress.ip_address(text.partition("/")[0]) != network.network_address:
+        raise ValueError(f"expected the address of a whole network, such as {network}, or of one machine")
+    return text
+
+
+TrustedProxy = Annotated[str, AfterValidator(_trusted_proxy)]
+"""Who the peer of a connection is: an address or a network, or localhost, which is a Unix socket, too."""
 
 
 def _host_name(text: str) -> str:
