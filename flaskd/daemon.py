@@ -23,7 +23,7 @@ from typing import Any, Protocol
 from flaskd import launch, loading, logs
 from flaskd.admin import AdminServer, EndpointServer, Measures, configured_token, opened_by
 from flaskd.cleanup import Frame, Plan, StepResult, aside, build_plan, overview
-from flaskd.config import Config, Configuration, FileWatch, HealthConfig, write_duration
+from flaskd.config import Config, Configuration, FileWatch, HealthConfig, load_again, write_duration
 from flaskd.drain import Drain
 from flaskd.errors import EX_OK, AppError, ConfigError, FlaskdError, NotNowError
 from flaskd.forks import forgotten_by_children
@@ -681,7 +681,7 @@ class Daemon:
 
     def _read(self) -> tuple[Configuration, Plan]:
         """The configuration as it would be now, and its plan. Raises ConfigError."""
-        new = self._load()
+        new = load_again(self._load, self.configuration)
         if keys := self.configuration.restart_keys(new):
             raise RestartNeededError(f"{', '.join(keys)}: cannot change without a restart")
         return new, build_plan(new.values.cleanup)

@@ -1,8 +1,10 @@
 """The configuration: reading, refusing, filling in, showing."""
 
 import json
+import os
 import random
 import re
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from flaskd.config import (
     Phase,
     Section,
     load,
+    load_again,
     load_mapping,
     schema,
 )
@@ -102,6 +105,72 @@ def test_a_missing_file_is_one_clear_line(tmp_path):
         load(tmp_path / "no.yaml", actions=ACTIONS)
     reason = "No such file or directory; check the path given with -c or in $FLASKD_CONFIG"
     assert str(caught.value) == f"cannot read {tmp_path / 'no.yaml'}: {reason}"
+
+
+@pytest.fixture
+def again(tmp_path, monkeypatch):
+    """Start from a file with a value, write another text there, and read it again."""
+    monkeypatch.chdir(tmp_path)
+
+    def again(text: str, first: str = "watch: true\n") -> Configuration:
+        path = Path("flaskd.yaml")
+
+        def read() -> Configuration:
+            return load(path, actions=ACTIONS, overrides={"server.threads": 3}, environ={})
+
+        path.write_text(first)
+        old = read()
+        path.write_text(text)
+        return load_again(read, old)
+
+    return again
+
+
+@pytest.mark.parametrize(
+    "text", ["", "\n", "# nothing\n", "---\n", "---\n...\n", "\ufeff", "server:\ncleanup: ~\n", "{}"]
+)
+def test_a_source_that_lost_its_values_is_no_reload(again, text):
+    """A file that was truncated, or has only comments left, takes the place of no configuration, but of an empty one."""
+    with pytest.raises(ConfigError, match=r"cannot reload flaskd\.yaml: there is no value in it, .* version: 1"):
+        again(text)
+    assert again(text, first="# to be written\n").values.server.threads == 3
+    assert again("version: 1").values.watch is False
+
+
+def test_a_source_that_vanished_is_no_reload(again, tmp_path):
+    """A file that was deleted is told as one that cannot be read."""
+    path = tmp_path / "gone.yaml"
+    path.write_text("watch: true")
+    old = load(path, actions=ACTIONS)
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"cannot read .*gone\.yaml: No such file"):
+        load_again(lambda: load(path, actions=ACTIONS), old)
+
+
+def test_a_source_that_can_be_read_once_is_no_reload(tmp_path):
+    """A pipe has given its content to the start: a reload neither waits for another writer nor reads nothing from it."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_text, args=["watch: true"])
+    writer.start()
+    old = load(path, actions=ACTIONS)
+    writer.join()
+    with pytest.raises(ConfigError, match=r"cannot reload .*pipe: it is a pipe, which can be read only once"):
+        load_again(lambda: load(path, actions=ACTIONS), old)
+    reader, writing = os.pipe()
+    os.write(writing, b"watch: true")
+    os.close(writing)
+    path = Path(f"/dev/fd/{reader}")  # as /dev/stdin is, and what a shell gives for <(command)
+    old = load(path, actions=ACTIONS)
+    with pytest.raises(ConfigError, match="it is a pipe"):
+        load_again(lambda: load(path, actions=ACTIONS), old)
+    os.close(reader)
+
+
+def test_dev_null_can_be_read_again():
+    """Who says that there is no file gets the defaults at a reload, too."""
+    old = load(Path(os.devnull), actions=ACTIONS)
+    assert load_again(lambda: load(Path(os.devnull), actions=ACTIONS), old).values == old.values
 
 
 # --- what the values may not be ---
