@@ -349,7 +349,7 @@ class Daemon:
         stack.enter_context(self._signals)
         self._service.starting()
         with self._starting:  # a start that is broken off waits for this, and then nothing more is made
-            passed = launch.take_passed(self._environ)
+            passed = launch.take_passed(self._environ, config)
             self._plane.open(config, launch.for_control(config, passed))
             stack.callback(self._plane.close)
             stack.callback(self._close_listeners)

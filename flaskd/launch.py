@@ -17,7 +17,7 @@ from flaskd.config import AppConfig, Config, HealthConfig, ServerConfig
 from flaskd.errors import AppError, ConfigError, FlaskdError, UnsupportedError
 from flaskd.loading import LoadedApp
 from flaskd.server import WaitressThread, adjustments, behind_proxies, missed_by_proxy_fix
-from flaskd.sockets import Address, Listener, inherited, open_files_limit
+from flaskd.sockets import Address, Listener, inherited, open_files_limit, passed_to_another
 from flaskd.store import Store, stored
 
 log = logging.getLogger("flaskd.launch")
@@ -49,9 +49,17 @@ def change_directory(app: AppConfig) -> None:
             raise ConfigError(f"cannot change into app.chdir {app.chdir}: {error.strerror}") from error
 
 
-def take_passed(environ: Mapping[str, str]) -> dict[str, list[Listener]]:
-    """The sockets that the service manager passed, by name; what tells of them in the environment is for us alone."""
+def take_passed(environ: Mapping[str, str], config: Config) -> dict[str, list[Listener]]:
+    """The sockets that the service manager passed, by name; what tells of them in the environment is for us alone.
+
+    Raises ConfigError when they were passed to another process and `server.listen` names no address: flaskd would serve
+    on its default one, and clients of these would wait in vain.
+    """
     passed = inherited(environ)
+    if amiss := passed_to_another(environ):
+        if not config.server.listen:
+            raise ConfigError(f"cannot listen: {amiss}; if they are not meant for it, set server.listen")
+        log.warning(f"{amiss}; they are left alone")
     for name in ("LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES"):
         os.environ.pop(name, None)
     return passed

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from flaskd.errors import CannotCreateError, NotNowError
-from flaskd.files import remove_matching
+from flaskd.files import open_directory, remove_matching
 from flaskd.protocol import runtime_directories
 from flaskd.sockets import let_in
 
@@ -41,7 +41,7 @@ class RuntimeDirectory:
                     self._made = True
                     if gid != -1:
                         let_in(self.path, mode=0o750, gid=gid)
-                self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                self._fd = open_directory(self.path)
                 try:
                     fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -97,7 +97,7 @@ class RuntimeDirectory:
 
 def _same_file(fd: int, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(fd), path.lstat())
+        return os.path.samestat(os.fstat(fd), path.stat())
     except FileNotFoundError:
         return False
 
