@@ -193,8 +193,8 @@ class Daemon:
         return {
             "state": str(life.state),
             "since": logs.timestamp(life.since),
-            "for": round(time.time() - life.since, 3),
-            "uptime": round(time.time() - self._began, 3),
+            "for": round(life.age, 3),
+            "uptime": round(life.uptime, 3),
             "reason": str(self._stop.reason) if self._stop else None,
             "pid": os.getpid(),
             "name": self.name,
@@ -367,9 +367,11 @@ class Daemon:
                 token = configured_token(endpoint.token_file, endpoint.credential, self._environ)
                 self.open_endpoint(Address.parse(endpoint.listen), token, endpoint.allowed_hosts)
         stack.enter_context(opened_by(self.open_endpoint))
-        where = ", ".join(listener.address.url for listener in self._listeners)
+        where = ", ".join(listener.address.announced for listener in self._listeners)
         nodes = ", ".join(self._plane.nodes) or "none"
-        admin = f"; admin: {', '.join(each.url for each in self._admin.addresses)}" if self._admin_listeners else ""
+        admin = (
+            f"; admin: {', '.join(each.announced for each in self._admin.addresses)}" if self._admin_listeners else ""
+        )
         log.info(f"flaskd (pid {os.getpid()}) will serve on {where}; control: {nodes}{admin}")
         if self._plane.nodes:
             os.environ["FLASKD_CONTROL"] = self._plane.nodes[0]  # what the app starts can talk to this daemon
@@ -415,7 +417,7 @@ class Daemon:
         self._lifecycle.handle(Event.STARTED)
         self._apply_watch()
         self._apply_idle(self.configuration.values)
-        log.info(f"ready: {self.app.target} on {', '.join(each.address.url for each in self._listeners)}")
+        log.info(f"ready: {self.app.target} on {', '.join(each.address.announced for each in self._listeners)}")
         self._outlook.look_around()
         self._service.ready(self._ready_status(), self._server, lambda: self.state)
 

@@ -69,11 +69,14 @@ class Address:
 
     @property
     def url(self) -> str:
-        """The URL a client can use; a wildcard address is shown as the loopback address it includes."""
-        if self.path:
-            return f"http+unix://{quote(self.path, safe='')}/"
-        shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104 - compared
-        return f"http://{replace(self, host=shown)}/"
+        """The URL that a client on this machine can use: for a wildcard address, the loopback address it includes."""
+        loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104 - compared
+        return replace(self, host=loopback).announced
+
+    @property
+    def announced(self) -> str:
+        """The URL for people: a wildcard address stays one, for it is not of this machine alone."""
+        return f"http+unix://{quote(self.path, safe='')}/" if self.path else f"http://{self}/"
 
 
 def check_serving(host: object, port: object, threads: object) -> None:

@@ -103,6 +103,21 @@ def test_what_is_no_address_is_told_so(text):
         Address.parse(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "announced"),
+    [
+        (":80", "http://0.0.0.0:80/"),
+        ("0.0.0.0:80", "http://0.0.0.0:80/"),
+        ("[::]:80", "http://[::]:80/"),
+        ("127.0.0.1:80", "http://127.0.0.1:80/"),
+        ("unix:/run/app.sock", "http+unix://%2Frun%2Fapp.sock/"),
+    ],
+)
+def test_a_wildcard_is_announced_as_what_it_is(text, announced):
+    """What every machine may reach is not announced as an address of this machine alone."""
+    assert Address.parse(text).announced == announced
+
+
 def test_port_zero_becomes_the_port_that_was_found(bound):
     """Who asks for any port is told which one it is."""
     listener = bound("127.0.0.1:0")
