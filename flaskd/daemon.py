@@ -381,6 +381,7 @@ class Daemon:
         self._use_up = launch.restore(plan, self.app, self._state_directory.writable)
         self._signals.reclaim()
         self._logs.reclaim()
+        self.app.tell()
         self._server = launch.make_server(
             config.server,
             self.app,

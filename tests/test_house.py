@@ -13,8 +13,34 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "flaskd"
 
 LAYERS = [
-    {"errors", "units", "forks", "logs", "notify", "sockets", "init", "prelude", "leave", "files", "work", "journal"},
-    {"config", "lifecycle", "ledger", "loading", "protocol", "runtime", "signals", "verbs", "store", "unitfiles"},
+    {
+        "errors",
+        "units",
+        "forks",
+        "logs",
+        "notify",
+        "sockets",
+        "init",
+        "prelude",
+        "leave",
+        "files",
+        "work",
+        "journal",
+        "wsgi",
+    },
+    {
+        "config",
+        "lifecycle",
+        "ledger",
+        "choice",
+        "loading",
+        "protocol",
+        "runtime",
+        "signals",
+        "verbs",
+        "store",
+        "unitfiles",
+    },
     {"server", "cleanup", "client"},
     {"drain", "launch", "state", "stop", "outlook", "inquiry", "admin", "service"},
     {"daemon", "thread"},
@@ -28,6 +54,7 @@ WITHIN = {
     ("sockets", "errors"),
     ("logs", "forks"),
     ("logs", "journal"),
+    ("loading", "choice"),  # which object of the module that it has imported
     ("admin", "stop"),  # a process that is not the daemon's is stopped like it
     ("config", "verbs"),  # it names them
     ("__main__", "cli"),
