@@ -16,6 +16,7 @@ from flaskd.cleanup import Plan, Step
 from flaskd.config import AppConfig, Config, HealthConfig, ServerConfig
 from flaskd.errors import AppError, ConfigError, FlaskdError, UnsupportedError
 from flaskd.loading import LoadedApp
+from flaskd.patching import check_unpatched
 from flaskd.server import WaitressThread, adjustments
 from flaskd.sockets import Address, Listener, inherited, open_files_limit
 from flaskd.store import Store, stored
@@ -34,7 +35,7 @@ def check_system() -> None:
     To be called before the control plane is imported, which is made of modules that Windows has not got. ConfigError
     where gevent or eventlet has been there before: they take epoll away, too.
     """
-    loading.check_unpatched()
+    check_unpatched()
     if not (hasattr(select, "epoll") and hasattr(socket, "SO_PEERCRED")):
         raise UnsupportedError(
             f"cannot serve: the daemon needs Linux, and this is {sys.platform}; "
@@ -136,7 +137,7 @@ def find_app(app: AppConfig, given: Callable[..., Any] | None, environ: Mapping[
     """The app in hand, or the one that is named; raises as `flaskd.loading.load_app` does."""
     if given is None:
         found = loading.load_app(loading.choose_target(app.target, environ, Path.cwd()))
-        loading.check_unpatched()
+        check_unpatched()
         return found
     return loading.given_app(given)
 
@@ -168,7 +169,7 @@ def make_server(
 
     Raises ConfigError where what was imported since the app has replaced threads and sockets.
     """
-    loading.check_unpatched()
+    check_unpatched()
     return WaitressThread(
         app.wsgi,
         threads=server.threads,

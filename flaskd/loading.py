@@ -17,15 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from flaskd.choice import Named, NoAppError, Unnamed, why_not
 from flaskd.errors import AppError, ConfigError
+from flaskd.patching import PatchingError, check_unpatched
 from flaskd.wsgi import WSGIApp, find_flask, is_app, is_flask
 
 if TYPE_CHECKING:
     from flask import Flask
 
 log = logging.getLogger("flaskd.loading")
-
-_NEEDED = ("os", "queue", "select", "signal", "socket", "subprocess", "thread", "threading", "time")
-"""The modules that flaskd stands on: none of them may have been replaced."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +82,8 @@ def load_app(target: str) -> LoadedApp:
         found = Named(module, name).find() if name else Unnamed(module).find()
     except (NoAppException, NoAppError) as error:
         raise ConfigError(f"cannot load {target}: {_sentence(error)}") from None
+    except PatchingError:
+        raise
     except Exception as error:
         raise _app_error(target, error) from error
     except SystemExit as error:
@@ -111,6 +111,8 @@ def make_app(make: Callable[[], WSGIApp]) -> WSGIApp:
         return make()
     except NoAppException as error:
         raise ConfigError(f"cannot load {target}: {_sentence(error)}") from None
+    except PatchingError:
+        raise
     except Exception as error:
         raise _app_error(target, error) from error
     except SystemExit as error:
@@ -125,25 +127,6 @@ def check_servable(app: Any) -> None:
     if not is_app(app):
         raise ConfigError(f"cannot serve {type(app).__name__}: {why_not(app)}")
     check_unpatched()
-
-
-def check_unpatched() -> None:
-    """Raise ConfigError where gevent or eventlet has replaced what flaskd's threads, sockets and signals stand on.
-
-    A thread that is a greenlet runs only when another one waits by the library's own means: flaskd would say that it is
-    ready, and answer nothing.
-    """
-    for library, module, question in (
-        ("gevent", "gevent.monkey", "is_module_patched"),
-        ("eventlet", "eventlet.patcher", "is_monkey_patched"),
-    ):
-        is_patched = getattr(sys.modules.get(module), question, None)
-        if is_patched is not None and (replaced := [name for name in _NEEDED if is_patched(name)]):
-            raise ConfigError(
-                f"cannot serve: {library} has replaced Python's own {', '.join(replaced)} (monkey patching), and "
-                f"flaskd serves with threads; take the patching out of the app, its imports and its start, or serve it "
-                f'with a server made for it, such as "gunicorn --worker-class {library}"'
-            )
 
 
 def described(wsgi: Any, inside: Flask | None) -> str:
@@ -176,6 +159,8 @@ def _import(name: str, target: str) -> ModuleType:
                 "check the name, or set app.chdir"
             ) from None
         raise _app_error(target, error) from error
+    except PatchingError:
+        raise
     except Exception as error:
         raise _app_error(target, error) from error
     except SystemExit as error:

@@ -27,6 +27,7 @@ LAYERS = [
         "work",
         "journal",
         "wsgi",
+        "patching",
     },
     {
         "config",
@@ -52,6 +53,8 @@ WITHIN = {
     # Rooms of one layer that lean on each other, each for a reason.
     ("runtime", "protocol"),  # where the runtime directory is, is part of the protocol
     ("sockets", "errors"),
+    ("patching", "errors"),
+    ("patching", "forks"),
     ("logs", "forks"),
     ("logs", "journal"),
     ("loading", "choice"),  # which object of the module that it has imported
