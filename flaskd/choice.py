@@ -151,8 +151,8 @@ class Unnamed:
             return
         else:
             what = f"{place}: {why_not(found)}"
-        ways = [place] if unsure else [f"{place}()"] if not binds(found) else []
-        raise NoAppError(f"{what}; name what is to be served: {_quoted([*ways, *others] or [f'{self._name}:NAME'])}")
+        ways = [*([place] if unsure else [] if binds(found) else [f"{place}()"]), *others]
+        raise NoAppError(f"{what}; name what is to be served: {_quoted(ways)}" if ways else what)
 
     def _why(self, name: str, found: Any) -> str:
         other = vars(self._module).get("app")

@@ -126,7 +126,7 @@ def test_a_class_as_the_standard_has_it():
         ("functools.partial(create_app)", '"ldshop:application()"'),
         ("functools.cache(create_app)", '"ldshop:application()"'),
         ("lambda: BasicAuth(create_app())", '"ldshop:application()"'),
-        ("lambda environ: None", '"ldshop:NAME"'),
+        ("lambda environ: None", "it cannot be called with (environ, start_response)"),
     ],
 )
 def test_a_usual_name_for_what_is_no_app_is_refused(application, said):
