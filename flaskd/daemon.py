@@ -33,6 +33,7 @@ from flaskd.lifecycle import Event, Lifecycle, State, StopReason
 from flaskd.loading import LoadedApp
 from flaskd.notify import Notifier
 from flaskd.outlook import Outlook
+from flaskd.patching import patching_refused
 from flaskd.protocol import Discard, Reply, account_lines, summary
 from flaskd.server import Tally, WaitressThread
 from flaskd.service import Service
@@ -375,14 +376,15 @@ class Daemon:
         log.info(f"flaskd (pid {os.getpid()}) will serve on {where}; control: {nodes}{admin}")
         if self._plane.nodes:
             os.environ["FLASKD_CONTROL"] = self._plane.nodes[0]  # what the app starts can talk to this daemon
-        given = loading.make_app(self._make_app) if self._make_app is not None else self._given_app
-        self.app = launch.find_app(config.app, given, self._environ)
+        stack.enter_context(patching_refused())
+        self.app = launch.find_app(config.app, self._given(), self._environ)
         plan = build_plan(config.cleanup)
         plan.prepare()
         self._outlook.set(plan, config.cleanup, self.app.flask)
         self._use_up = launch.restore(plan, self.app, self._state_directory.writable)
         self._signals.reclaim()
         self._logs.reclaim()
+        self.app.tell()
         self._server = launch.make_server(
             config.server,
             self.app,
@@ -399,6 +401,9 @@ class Daemon:
             target=self._probe, args=(self._server, config.health), name="flaskd-probe", daemon=True
         )
         probe.start()
+
+    def _given(self) -> Callable[..., Any] | None:
+        return loading.make_app(self._make_app) if self._make_app is not None else self._given_app
 
     def _probe(self, server: WaitressThread, health: HealthConfig) -> None:
         """Probe in a thread of its own, so that a signal need not wait for the app; then the start is over."""

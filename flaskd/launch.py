@@ -16,6 +16,7 @@ from flaskd.cleanup import Plan, Step
 from flaskd.config import AppConfig, Config, HealthConfig, ServerConfig
 from flaskd.errors import AppError, ConfigError, FlaskdError, UnsupportedError
 from flaskd.loading import LoadedApp
+from flaskd.patching import check_unpatched
 from flaskd.server import WaitressThread, adjustments, behind_proxies, missed_by_proxy_fix
 from flaskd.sockets import Address, Listener, inherited, open_files_limit, passed_to_another
 from flaskd.store import Store, stored
@@ -31,8 +32,10 @@ def check_system() -> None:
     """Raise UnsupportedError where no daemon can be had.
 
     Its loop, its gate, and the lock and the peers of its control plane are Linux's (epoll(7), socket(7), unix(7)).
-    To be called before the control plane is imported, which is made of modules that Windows has not got.
+    To be called before the control plane is imported, which is made of modules that Windows has not got. ConfigError
+    where gevent or eventlet has been there before: they take epoll away, too.
     """
+    check_unpatched()
     if not (hasattr(select, "epoll") and hasattr(socket, "SO_PEERCRED")):
         raise UnsupportedError(
             f"cannot serve: the daemon needs Linux, and this is {sys.platform}; "
@@ -141,9 +144,10 @@ def keep(config: Config, listeners: Sequence[Listener], store: Store) -> None:
 def find_app(app: AppConfig, given: Callable[..., Any] | None, environ: Mapping[str, str]) -> LoadedApp:
     """The app in hand, or the one that is named; raises as `flaskd.loading.load_app` does."""
     if given is None:
-        return loading.load_app(loading.choose_target(app.target, environ, Path.cwd()))
-    name = getattr(given, "__name__", "") or getattr(given, "import_name", "") or type(given).__name__
-    return LoadedApp(given, loading.find_flask(given), str(name))
+        found = loading.load_app(loading.choose_target(app.target, environ, Path.cwd()))
+        check_unpatched()
+        return found
+    return loading.given_app(given)
 
 
 def restore(plan: Plan, app: LoadedApp, state: Path | None) -> Callable[[], None]:
@@ -169,7 +173,11 @@ def _use_up(steps: Iterable[Step], state: Path | None) -> None:
 def make_server(
     server: ServerConfig, app: LoadedApp, listeners: list[Listener], *, on_death: Callable[[BaseException | None], None]
 ) -> WaitressThread:
-    """A server for the app on bound listeners, not started yet; RLIMIT_NOFILE is raised for its connections."""
+    """A server for the app on bound listeners, not started yet; RLIMIT_NOFILE is raised for its connections.
+
+    Raises ConfigError where what was imported since the app has replaced threads and sockets.
+    """
+    check_unpatched()
     if missed := missed_by_proxy_fix(app.wsgi, server):
         log.warning(missed)
     return WaitressThread(

@@ -13,8 +13,35 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "flaskd"
 
 LAYERS = [
-    {"errors", "units", "forks", "logs", "notify", "sockets", "init", "prelude", "leave", "files", "work", "journal"},
-    {"config", "lifecycle", "ledger", "loading", "protocol", "runtime", "signals", "verbs", "store", "unitfiles"},
+    {
+        "errors",
+        "units",
+        "forks",
+        "logs",
+        "notify",
+        "sockets",
+        "init",
+        "prelude",
+        "leave",
+        "files",
+        "work",
+        "journal",
+        "wsgi",
+        "patching",
+    },
+    {
+        "config",
+        "lifecycle",
+        "ledger",
+        "choice",
+        "loading",
+        "protocol",
+        "runtime",
+        "signals",
+        "verbs",
+        "store",
+        "unitfiles",
+    },
     {"server", "cleanup", "client"},
     {"drain", "launch", "state", "stop", "outlook", "inquiry", "admin", "service"},
     {"daemon", "thread"},
@@ -26,8 +53,11 @@ WITHIN = {
     # Rooms of one layer that lean on each other, each for a reason.
     ("runtime", "protocol"),  # where the runtime directory is, is part of the protocol
     ("sockets", "errors"),
+    ("patching", "errors"),
+    ("patching", "forks"),
     ("logs", "forks"),
     ("logs", "journal"),
+    ("loading", "choice"),  # which object of the module that it has imported
     ("admin", "stop"),  # a process that is not the daemon's is stopped like it
     ("config", "verbs"),  # it names them
     ("__main__", "cli"),
