@@ -329,7 +329,7 @@ def log_access(access: Access, fields: Mapping[str, Any]) -> None:
     else:
         date = time.strftime("%d/%b/%Y:%H:%M:%S +0000", time.gmtime(fields["time"]))
         request = f"{fields['method']} {fields['target']} {fields['protocol']}"
-        message = f'{fields["client"]} - - [{date}] "{_safe(request)}" {fields["status"]} {fields["bytes"]}'
+        message = f'{_safe(fields["client"])} - - [{date}] "{_safe(request)}" {fields["status"]} {fields["bytes"]}'
         if access == "combined":
             message += f' "{_safe(fields["referer"] or "-")}" "{_safe(fields["agent"] or "-")}"'
     access_log.info("%s", message, extra={"fields": dict(fields)})
