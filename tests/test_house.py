@@ -13,7 +13,23 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "flaskd"
 
 LAYERS = [
-    {"errors", "units", "forks", "logs", "notify", "sockets", "init", "prelude", "leave", "files", "work", "journal"},
+    {
+        "errors",
+        "units",
+        "forks",
+        "logs",
+        "notify",
+        "sockets",
+        "init",
+        "prelude",
+        "leave",
+        "files",
+        "work",
+        "journal",
+        "logwriter",
+        "text",
+        "throttle",
+    },
     {"config", "lifecycle", "ledger", "loading", "protocol", "runtime", "signals", "verbs", "store", "unitfiles"},
     {"server", "cleanup", "client"},
     {"drain", "launch", "state", "stop", "outlook", "inquiry", "admin", "service"},
@@ -28,6 +44,10 @@ WITHIN = {
     ("sockets", "errors"),
     ("logs", "forks"),
     ("logs", "journal"),
+    ("logs", "logwriter"),  # what it formats, the other writes
+    ("logs", "text"),
+    ("logwriter", "journal"),
+    ("logwriter", "throttle"),
     ("admin", "stop"),  # a process that is not the daemon's is stopped like it
     ("config", "verbs"),  # it names them
     ("__main__", "cli"),
