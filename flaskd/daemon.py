@@ -59,6 +59,7 @@ worker that computes: with four of them a probe took up to 190 ms, and takes up 
 """
 _WEDGED = 5.0
 """Seconds without a turn after which the serving thread does not live any more; it turns once a second at least."""
+_REFUSED = logs.bounded_by("drains, resumes and reloads that the state refused")
 _TICK = 1.0
 """Seconds between two progress reports of a drain or stop."""
 
@@ -174,7 +175,7 @@ class Daemon:
             try:
                 self._lifecycle.check(event)
             except NotNowError as error:
-                log.warning(str(error))  # that it was asked for has been logged, too
+                log.warning(str(error), extra=_REFUSED)  # that it was asked for has been logged, too
                 reply.error(error.code, str(error))
                 return True
         return False
@@ -569,7 +570,7 @@ class Daemon:
         try:
             state = self._lifecycle.handle(Event.DRAIN)
         except NotNowError as error:
-            log.warning(str(error))
+            log.warning(str(error), extra=_REFUSED)
             reply.error(error.code, str(error))
             return
         if before is State.READY:
@@ -634,7 +635,7 @@ class Daemon:
                 self._server.resume()
                 self._listeners[:] = self._server.listeners
         except FlaskdError as error:
-            log.warning(str(error))
+            log.warning(str(error), extra=_REFUSED)
             reply.error(error.code, str(error))
             return
         if self._lifecycle.state is not State.READY:
@@ -658,7 +659,7 @@ class Daemon:
         try:
             self._lifecycle.handle(Event.RELOAD)
         except NotNowError as error:
-            log.warning(str(error))
+            log.warning(str(error), extra=_REFUSED)
             reply.error(error.code, str(error))
             if signalled and before in {State.DRAINING, State.DRAINED}:
                 self._notifier.reloading(since)

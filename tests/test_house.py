@@ -28,6 +28,9 @@ LAYERS = [
         "journal",
         "wsgi",
         "patching",
+        "logwriter",
+        "text",
+        "throttle",
     },
     {
         "config",
@@ -58,6 +61,10 @@ WITHIN = {
     ("logs", "forks"),
     ("logs", "journal"),
     ("loading", "choice"),  # which object of the module that it has imported
+    ("logs", "logwriter"),  # what it formats, the other writes
+    ("logs", "text"),
+    ("logwriter", "journal"),
+    ("logwriter", "throttle"),
     ("admin", "stop"),  # a process that is not the daemon's is stopped like it
     ("config", "verbs"),  # it names them
     ("__main__", "cli"),
