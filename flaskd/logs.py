@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 from flaskd.forks import forgotten_by_children
 from flaskd.journal import Journal, encode, field_name
+from flaskd.units import shortened
 
 _LAST_FLUSH = 1.0
 """Seconds that the last lines may take to be written."""
@@ -322,7 +323,8 @@ def _formatter(log_format: Format) -> logging.Formatter:
 
 
 def log_access(access: Access, fields: Mapping[str, Any]) -> None:
-    """Write one access line; for `fields` see `Request.access_fields`."""
+    """Write one access line; for `fields` see `Request.access_fields`. What a client wrote is there up to a length."""
+    fields = {key: shortened(value) if isinstance(value, str) else value for key, value in fields.items()}
     if access == "json":
         entry = {"time": timestamp(fields["time"]), **{key: fields[key] for key in fields if key != "time"}}
         message = json.dumps(entry)

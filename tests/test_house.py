@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "flaskd"
 
 LAYERS = [
-    {"errors", "units", "forks", "logs", "notify", "sockets", "init", "prelude", "leave", "files", "work", "journal"},
+    {"errors", "units", "forks", "logs", "notify", "sockets", "init", "prelude", "leave", "files", "work", "journal"}
+    | {"threads"},
     {"config", "lifecycle", "ledger", "loading", "protocol", "runtime", "signals", "verbs", "store", "unitfiles"},
     {"server", "cleanup", "client"},
     {"drain", "launch", "state", "stop", "outlook", "inquiry", "admin", "service"},
@@ -27,6 +28,9 @@ WITHIN = {
     ("runtime", "protocol"),  # where the runtime directory is, is part of the protocol
     ("sockets", "errors"),
     ("logs", "forks"),
+    ("logs", "units"),
+    ("work", "units"),
+    ("leave", "threads"),
     ("logs", "journal"),
     ("admin", "stop"),  # a process that is not the daemon's is stopped like it
     ("config", "verbs"),  # it names them
