@@ -23,6 +23,7 @@ from waitress.utilities import BadRequest
 from flaskd.ledger import Cut, InFlight, visible
 from flaskd.server.tasks import AppTask, ClientDisconnected, HealthTask, RefusalTask, RejectTask
 from flaskd.sockets import closed_by_peer, unacknowledged, unread
+from flaskd.units import shortened
 
 if TYPE_CHECKING:
     from flaskd.server.loop import EventLoop
@@ -124,7 +125,7 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
         return InFlight(
             id=self.id,
             client=self.channel.client,
-            method=str(getattr(self, "command", "") or "?"),  # letters: waitress refuses all else
+            method=shortened(str(getattr(self, "command", "") or "?")),  # letters: waitress refuses all else
             path=visible(self.target.partition("?")[0]),
             age=self.age,
             phase=self.phase,
