@@ -28,6 +28,7 @@ from flaskd.drain import Drain
 from flaskd.errors import EX_OK, AppError, ConfigError, FlaskdError, NotNowError
 from flaskd.forks import forgotten_by_children
 from flaskd.inquiry import Inquiry
+from flaskd.leave import Ending, Unfinished, at_exit
 from flaskd.ledger import DrainReport
 from flaskd.lifecycle import Event, Lifecycle, State, StopReason
 from flaskd.loading import LoadedApp
@@ -88,7 +89,8 @@ class Daemon:
     """One serving daemon, from its start to its exit code; see `run`.
 
     `load` reads the configuration, at the start and at each reload. `app` is served as it is, or what `make_app` makes
-    when the time for it has come; without them the app named by the configuration is imported.
+    when the time for it has come; without them the app named by the configuration is imported. `ending` is there where
+    the process ends with the stop: what the app has left to that has its time then.
     """
 
     def __init__(
@@ -100,7 +102,10 @@ class Daemon:
         environ: Mapping[str, str],
         app: Callable[..., Any] | None = None,
         make_app: Callable[[], Callable[..., Any]] | None = None,
+        ending: Ending | None = None,
     ) -> None:
+        self._ending = ending
+        self._unfinished: tuple[Unfinished, ...] = ()
         self._load = load
         self._environ = environ
         self._given_app = app
@@ -139,7 +144,7 @@ class Daemon:
         self.name = name
         self.configuration: Configuration
         self.app: LoadedApp
-        self._outlook = Outlook()
+        self._outlook = Outlook(leaves=ending is not None)
         self._use_up: Callable[[], None]
         self.last_stop: dict[str, Any] | None = None
         """The record of the stop before this run."""
@@ -332,6 +337,8 @@ class Daemon:
             stack.callback(sys.setswitchinterval, sys.getswitchinterval())
             sys.setswitchinterval(_SWITCH)
             try:
+                if self._ending is not None:
+                    self._ending.start()
                 self._start(stack)
             except FlaskdError as error:
                 with self._starting:
@@ -485,10 +492,7 @@ class Daemon:
                     self._inbox.get_nowait()()
             for reply in self._stop_waiters:
                 reply.ok("stopped")
-            self._remove_nodes()
-            self._state_directory.close()
-            self._plane.close()
-            self._logs.flush(_LAST_WORDS)
+            self._put_away()
             os._exit(EX_OK)
         except Exception:  # whatever it was, the start is over
             log.exception("cannot break off the start in good order")
@@ -559,6 +563,8 @@ class Daemon:
         if self._stop is not None and (running := self._stop.running):
             text += f"; cleanup: {', '.join(running)}"
             progress["cleanup"] = list(running)
+        if self._ending is not None and self._ending.begun:
+            text += f"; the exit waits for {', '.join(at_exit()) or 'the app'}"
         self._service.progress(text, server, self._stop.left if self._stop else None)
         for reply in [*(drain.waiters if drain else ()), *self._stop_waiters]:
             reply.progress(progress)
@@ -890,7 +896,42 @@ class Daemon:
     def _on_stop_over(self, error: Exception | None) -> None:
         if error is not None:
             log.error(f"cleanup broke off: {error}", exc_info=error)
+        if self._ending is not None:
+            self._end_the_app(self._ending)
         self._lifecycle.handle(Event.STOP_OVER)
+
+    def _end_the_app(self, ending: Ending) -> None:
+        """Give what the app has left to the end of the process its time; who watches it turns the loop meanwhile."""
+        assert self._stop is not None
+        ending.left = self._stop.left_for_the_exit()
+        self._service.step(ending.left(), self._stop.left)
+        ending.run(meanwhile=self._meanwhile, cut=self._cut_the_exit)
+
+    def _meanwhile(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._carry_out(self._inbox.get_nowait())
+        if not self._until_tick():
+            self._carry_out(self._tick)
+
+    def _cut_the_exit(self, unfinished: tuple[Unfinished, ...]) -> None:
+        """End the process from here: the main thread is in what was cut."""
+        code = EX_OK
+        try:
+            self._unfinished = unfinished
+            for each in unfinished:
+                log.warning(f"cut at the exit: {each.name}\n{each.stack}".rstrip())
+            self._lifecycle.handle(Event.STOP_OVER)
+            code = self._finish()
+            self._put_away()
+        finally:
+            os._exit(code)
+
+    def _put_away(self) -> None:
+        self._remove_nodes()
+        self._state_directory.close()
+        self._plane.close()
+        self._logs.flush(_LAST_WORDS)
 
     def _on_death(self, error: BaseException | None) -> None:
         """Stop, for the serving thread died: what was in hand is lost, and told."""
@@ -913,15 +954,21 @@ class Daemon:
         if report is None:  # the cleanup broke off, which has been logged, and the drain had no time left
             completed, rejected = (now - then for now, then in zip(server.counted, self._counted, strict=True))
             report = DrainReport(completed, rejected, server.cut("the cleanup broke off"), background=left_behind())
+        report = report.with_unfinished(stop.cut_work() + self._unfinished)
         self._close_endpoints(min(_ENDPOINT_CLOSING, stop.left))
         for each in self._listeners:
             if each.shared and (waiting := each.waiting()):
                 log.info(f"{waiting} connections wait on {each.address} for who listens there next, or are reset")
         server.end(timeout=min(0.2, stop.left))
-        self._state_directory.record(stop.record(report))
         code = EX_OK if report.clean else self.configuration.values.shutdown.exit_codes.degraded
         if self._failure is not None:
             code = self._failed(self._failure)
+        if self._ending is None or self._unfinished:
+            self._state_directory.record(stop.record(report))
+        else:
+            late = report.with_unfinished((Unfinished("finalizers"),))
+            self._ending.late_code = code or self.configuration.values.shutdown.exit_codes.degraded
+            self._ending.settle = self._state_directory.prepare(stop.record(report), unless=stop.record(late))
         policies = stop.policies
         fates = [entry["fate"] for entry in policies.values()]
         cleanup = ", ".join(f"{fates.count(fate)} {fate}" for fate in dict.fromkeys(fates)) or "none"

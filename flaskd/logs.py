@@ -20,6 +20,7 @@ from flaskd.forks import forgotten_by_children
 from flaskd.journal import encode, field_name
 from flaskd.logwriter import Entry, Line, Writer
 from flaskd.text import bounded, entry, escaped, lines, traceback_of
+from flaskd.units import shortened
 
 _OURS = {"flaskd", "waitress"}
 """The loggers that flaskd sets up, with all below them."""
@@ -323,7 +324,8 @@ def _formatter(log_format: Format) -> logging.Formatter:
 
 
 def log_access(access: Access, fields: Mapping[str, Any]) -> None:
-    """Write one access line; for `fields` see `Request.access_fields`."""
+    """Write one access line; for `fields` see `Request.access_fields`. What a client wrote is there up to a length."""
+    fields = {key: shortened(value) if isinstance(value, str) else value for key, value in fields.items()}
     if access == "json":
         entry = {"time": timestamp(fields["time"]), **{key: fields[key] for key in fields if key != "time"}}
         message = json.dumps(entry)

@@ -262,6 +262,10 @@ class ServerThread:
         plan = self._stop.plan if self._stop is not None else self._whole_plan()
         return {"plan": plan.id, "steps": plan.describe(), "in_flight": self.in_flight}
 
+    def left_for_the_exit(self) -> Callable[[], float]:
+        """What gives the seconds that the app has for its own end, once it is stopped in a process of its own."""
+        return self._stop.left_for_the_exit() if self._stop is not None else lambda: 0.0
+
     def hurry(self) -> None:
         """Cut a stop under way short: its drain ends now, all remaining cleanup has a second (any thread)."""
         if self._when_over is None:
@@ -319,7 +323,7 @@ class ServerThread:
         finally:
             # What was cut may never end, and is not waited for; the others are done in a moment.
             server.end(_WORKERS_END if stop.report.clean else _STUCK_END)
-        return stop.report
+        return stop.report.with_unfinished(stop.cut_work())
 
 
 def configured(config: Mapping[str, object] | str | os.PathLike[str] | None) -> Config:

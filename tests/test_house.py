@@ -31,6 +31,7 @@ LAYERS = [
         "logwriter",
         "text",
         "throttle",
+        "threads",
     },
     {
         "config",
@@ -59,6 +60,9 @@ WITHIN = {
     ("patching", "errors"),
     ("patching", "forks"),
     ("logs", "forks"),
+    ("logs", "units"),
+    ("work", "units"),
+    ("leave", "threads"),
     ("logs", "journal"),
     ("loading", "choice"),  # which object of the module that it has imported
     ("logs", "logwriter"),  # what it formats, the other writes

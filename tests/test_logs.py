@@ -206,6 +206,17 @@ def test_access_lines(access, more, line):
     assert stderr.lines() == [line]
 
 
+@pytest.mark.parametrize("access", ["combined", "json"])
+def test_access_lines_are_of_bounded_length(access, caplog):
+    """A client cannot fill a disk with one request: of what it sent the beginning is there, and how long it was."""
+    with caplog.at_level("INFO", logger="flaskd.access"):
+        log_access(access, fields(target="/" + "x" * 200_000, agent="y" * 200_000, referer="z" * 200_000))
+    line = caplog.records[-1].getMessage()
+    assert len(line) < 4000
+    assert "xxx...(200001 characters)" in line
+    assert len(json.dumps(caplog.records[-1].fields)) < 4000
+
+
 def test_access_lines_in_json():
     """In JSON the values are named, and the time is RFC 3339."""
     with logging_to(stderr := Stream(), access="json"):

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from types import FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
+from flaskd.threads import waited_for
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
@@ -274,24 +276,14 @@ def _sentry() -> list[Found]:
 
 
 def _threads() -> list[Found]:
-    """Threads that would hold up the interpreter's exit: neither daemons, nor an executor's, nor flaskd's own."""
+    """Threads that the exit waits for, but an executor's."""
     executors = contents_of("concurrent.futures.thread").get("_threads_queues", {})
     left = "a thread cannot be ended from outside; threads.stop asks one to end"
 
-    def holds_up(thread: threading.Thread) -> bool:
-        return (
-            not thread.daemon
-            and thread is not threading.main_thread()
-            and thread is not threading.current_thread()
-            and not thread.name.startswith("flaskd-")
-            and thread not in executors
-            and type(thread).__module__ != "concurrent.futures.process"
-        )
-
     return [
         _found(f"thread/{thread.name}", thread, "threads.stop", left)
-        for thread in threading.enumerate()
-        if _asked(holds_up, thread, False)
+        for thread in waited_for()
+        if thread not in executors and type(thread).__module__ != "concurrent.futures.process"
     ]
 
 

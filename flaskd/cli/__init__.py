@@ -20,7 +20,6 @@ from flaskd.cli import show, talk
 from flaskd.cli.units import units
 from flaskd.client import ControlClient, find_socket, reading
 from flaskd.errors import EX_CONFIG, EX_LOST, EX_OK, EX_USAGE, ConfigError, FlaskdError, ForbiddenError, NoDaemonError
-from flaskd.leave import leave
 from flaskd.text import lines
 
 
@@ -100,6 +99,7 @@ def serve_app(
     from flaskd.config import Configuration, load  # noqa: PLC0415
     from flaskd.control import ControlPlane  # noqa: PLC0415
     from flaskd.daemon import Daemon  # noqa: PLC0415
+    from flaskd.leave import Ending, leave  # noqa: PLC0415
 
     if not name or "/" in name or name.startswith("."):
         raise click.BadParameter(f'expected a plain name, got "{name}"', param_hint="--name")
@@ -112,9 +112,14 @@ def serve_app(
 
     environ = dict(os.environ)
     daemon = Daemon(
-        read, plane=lambda daemon: ControlPlane(daemon, name, environ), name=name, environ=environ, make_app=make_app
+        read,
+        plane=lambda daemon: ControlPlane(daemon, name, environ),
+        name=name,
+        environ=environ,
+        make_app=make_app,
+        ending=(ending := Ending()),
     )
-    leave(daemon.run())
+    leave(daemon.run(), ending)
 
 
 def _config_path(option: str | None) -> Path | None:

@@ -165,7 +165,8 @@ def _last_stop(entry: dict[str, Any] | None) -> str:
         return ""
     if why := entry.get("damaged"):
         return f"cannot be read: {why}"
-    lost = f"{entry['cut']} cut" if entry["cut"] else "nothing lost"
+    counts = {"cut": entry["cut"], "not finished": entry.get("unfinished")}
+    lost = ", ".join(f"{count} {what}" for what, count in counts.items() if count) or "nothing lost"
     failed = f", {entry['failed']} cleanup steps failed" if entry["failed"] else ""
     return f"{entry['started']}, {entry['reason']}, took {format_duration(float(entry['took'] or 0))}, {lost}{failed}"
 

@@ -134,7 +134,7 @@ def ask(path: Path, verb: str, words: dict[str, Any], *, as_json: bool = False) 
         raise
     with reading(path):
         _say(verb, answer, as_json)
-    lost = answer.get("cut") or answer.get("background") or answer.get("unaccepted")
+    lost = any(answer.get(key) for key in ("cut", "background", "unaccepted", "unfinished"))
     return EX_LOST if lost and verb in {"drain", "stop"} else 0
 
 
@@ -158,7 +158,9 @@ def _read_record(name: str, no_daemon: FlaskdError) -> dict[str, Any]:
         fault = str(getattr(error, "strerror", None) or error)
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # none, or half of one
         mark = json.loads((directory / MARK).read_text(encoding="utf-8"))
-        if not Path(f"/proc/{mark['pid']}").exists():  # else it lives, though it does not answer
+        if (
+            "unrecorded" in mark or not Path(f"/proc/{mark['pid']}").exists()
+        ):  # else it lives, though it does not answer
             found["previous"] = died(mark)
     if len(found) == 1:
         unreadable = f" that can be read ({fault})" if fault else ""

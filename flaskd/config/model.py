@@ -307,6 +307,9 @@ class ShutdownConfig(Section):
     reserve: Duration = Field(
         3.0, description="Part of the deadline kept for flush, final and `always`; shorter if the deadline is."
     )
+    exit_wait: Duration = Field(
+        5.0, description="How long the app's exit callbacks, threads and children may take, within the deadline."
+    )
     announce: Duration = Field(
         0.0, description="How long readiness says no while requests are still accepted, before a drain."
     )

@@ -25,6 +25,7 @@ from flaskd.server.buffers import FREE_SPACE, AnswerBuffer, BodyBuffer
 from flaskd.server.proxied import client_behind
 from flaskd.server.tasks import AppTask, ClientDisconnected, HealthTask, RefusalTask, RejectTask
 from flaskd.sockets import closed_by_peer, unacknowledged, unread
+from flaskd.units import shortened
 
 if TYPE_CHECKING:
     from flaskd.server.loop import EventLoop
@@ -162,7 +163,7 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
         return InFlight(
             id=self.id,
             client=self.client,
-            method=str(getattr(self, "command", "") or "?"),  # letters: waitress refuses all else
+            method=shortened(str(getattr(self, "command", "") or "?")),  # letters: waitress refuses all else
             path=visible(self.target.partition("?")[0]),
             age=self.age,
             phase=self.phase,
