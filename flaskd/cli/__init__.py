@@ -5,6 +5,7 @@ What a client verb does not need (Flask, waitress, pydantic, PyYAML) is imported
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -99,6 +100,10 @@ def serve_app(
     from flaskd.control import ControlPlane  # noqa: PLC0415
     from flaskd.daemon import Daemon  # noqa: PLC0415
 
+    if not gc.isenabled():  # `flaskd.__main__` has put it off for the imports
+        gc.freeze()
+        gc.unfreeze()  # what was imported is old from now on, and is not looked through at once
+        gc.enable()
     if not name or "/" in name or name.startswith("."):
         raise click.BadParameter(f'expected a plain name, got "{name}"', param_hint="--name")
     path = _config_path(config)

@@ -130,6 +130,16 @@ def test_settings_reach_the_app(flaskd: Flaskd) -> None:
     assert flaskd.stop() == 0
 
 
+def test_garbage_is_collected_from_the_apps_import_on(flaskd: Flaskd) -> None:
+    """The imports of flaskd itself go without the collector; the app has it, and nothing is frozen."""
+    flaskd.write("collected.py", "import gc\nfrom gateapp import app\n"
+                 "at_import = [gc.isenabled(), gc.get_freeze_count()]\n"
+                 "app.add_url_rule('/gc', 'gc', lambda: repr([*at_import, gc.isenabled()]))\n")  # fmt: skip
+    flaskd.start(app="collected")
+    assert get(flaskd.url, "/gc") == (200, b"[True, 0, True]")
+    assert flaskd.stop() == 0
+
+
 def test_a_wildcard_address_is_announced_as_one(flaskd: Flaskd) -> None:
     """The log says that every machine may connect; the status' URL is one that works here."""
     flaskd.start(listen="0.0.0.0:0")
