@@ -27,14 +27,14 @@ from _servers import SERVERS, NotReadyError, Running, Server, chosen, environmen
 MOST_RATIO = 1.7
 """Times `import flask` that flaskd may take to its first answer."""
 MOST_MEMORY = 29.0
-"""MB that flaskd may have then."""
+"""MiB that flaskd may have then."""
 _LOOK = 0.001
 """Seconds between two tries of the client."""
 
 
 @dataclass
 class Starts:
-    """The starts of one server: seconds to the first answer, MB of memory."""
+    """The starts of one server: seconds to the first answer, MiB of memory."""
 
     server: str
     seconds: list[float] = field(default_factory=list)
@@ -65,10 +65,10 @@ def start(server: Server, into: Starts) -> None:
 
 
 def proportional_set(pid: int) -> float:
-    """MB of memory of a process, what is shared counted in parts."""
+    """MiB of memory of a process, what is shared counted in parts."""
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines():
         if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024 / 1e6
+            return int(line.split()[1]) / 1024
     raise AssertionError
 
 
@@ -113,14 +113,14 @@ def _row(starts: Starts, flask: float) -> list[str]:
     if starts.error:
         return [starts.server, starts.error, "-", "-"]
     took = median(starts.seconds)
-    return [starts.server, f"{took * 1000:.0f} ms", f"{took / flask:.2f}", f"{median(starts.memory):.1f} MB"]
+    return [starts.server, f"{took * 1000:.0f} ms", f"{took / flask:.2f}", f"{median(starts.memory):.1f} MiB"]
 
 
 def _goals(starts: Starts, flask: float) -> list[dict[str, Any]]:
     ratio, memory = median(starts.seconds) / flask, median(starts.memory)
     return [
         {"goal": f"at most {MOST_RATIO} times import flask", "figure": ratio, "met": ratio <= MOST_RATIO},
-        {"goal": f"at most {MOST_MEMORY} MB", "figure": memory, "met": memory <= MOST_MEMORY},
+        {"goal": f"at most {MOST_MEMORY} MiB", "figure": memory, "met": memory <= MOST_MEMORY},
     ]
 
 
