@@ -6,6 +6,7 @@ What a client verb does not need (Flask, waitress, pydantic, PyYAML) is imported
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -101,6 +102,10 @@ def serve_app(
     from flaskd.daemon import Daemon  # noqa: PLC0415
     from flaskd.leave import Ending, leave  # noqa: PLC0415
 
+    if not gc.isenabled():  # `flaskd.__main__` has put it off for the imports
+        gc.freeze()
+        gc.unfreeze()  # what was imported is old from now on, and is not looked through at once
+        gc.enable()
     if not name or "/" in name or name.startswith("."):
         raise click.BadParameter(f'expected a plain name, got "{name}"', param_hint="--name")
     path = _config_path(config)

@@ -130,6 +130,34 @@ def test_settings_reach_the_app(flaskd: Flaskd) -> None:
     assert flaskd.stop() == 0
 
 
+def test_an_app_that_waits_for_proxy_headers_in_vain_is_told(flaskd: Flaskd) -> None:
+    """ProxyFix without `trusted_proxy` is a warning with the key; with a network that has the proxy, headers arrive."""
+    flaskd.write("fixed.py", "from gateapp import app\nfrom werkzeug.middleware.proxy_fix import ProxyFix\n"
+                 "app.wsgi_app = ProxyFix(app.wsgi_app)\n")  # fmt: skip
+    flaskd.start(app="fixed")
+    assert (
+        "never sees x-forwarded-for, x-forwarded-proto, which flaskd takes out: set server.trusted_proxy" in flaskd.log
+    )
+    assert json.loads(get(flaskd.url, "/environ", **{"X-Forwarded-For": "192.0.2.7"})[1])["REMOTE_ADDR"] == "127.0.0.1"
+    assert flaskd.stop() == 0
+    before = len(flaskd.log)
+    flaskd.write("flaskd.yaml", "server: {trusted_proxy: [10.0.0.0/8, 127.0.0.0/8]}\n")
+    flaskd.start(app="fixed")
+    assert "ProxyFix" not in flaskd.log[before:]
+    assert json.loads(get(flaskd.url, "/environ", **{"X-Forwarded-For": "192.0.2.7"})[1])["REMOTE_ADDR"] == "192.0.2.7"
+    assert flaskd.stop() == 0
+
+
+def test_garbage_is_collected_from_the_apps_import_on(flaskd: Flaskd) -> None:
+    """The imports of flaskd itself go without the collector; the app has it, and nothing is frozen."""
+    flaskd.write("collected.py", "import gc\nfrom gateapp import app\n"
+                 "at_import = [gc.isenabled(), gc.get_freeze_count()]\n"
+                 "app.add_url_rule('/gc', 'gc', lambda: repr([*at_import, gc.isenabled()]))\n")  # fmt: skip
+    flaskd.start(app="collected")
+    assert get(flaskd.url, "/gc") == (200, b"[True, 0, True]")
+    assert flaskd.stop() == 0
+
+
 def test_a_wildcard_address_is_announced_as_one(flaskd: Flaskd) -> None:
     """The log says that every machine may connect; the status' URL is one that works here."""
     flaskd.start(listen="0.0.0.0:0")
