@@ -11,8 +11,10 @@ import functools
 import gc
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator
-from types import CellType, CodeType, FunctionType, GetSetDescriptorType, MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
+
+from flaskd.objects import attributes_of, bases
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -116,7 +118,7 @@ def _made_of(thing: Any) -> _Call | None:
             thing, args = thing.__func__, (thing.__self__, *args)
         elif (call := _call_of(thing)) is not None:
             thing, args = call, (thing, *args)
-        elif (wrapped := _attributes_of(thing).get("__wrapped__")) is not None:  # functools.wraps, functools.cache
+        elif (wrapped := attributes_of(thing).get("__wrapped__")) is not None:  # functools.wraps, functools.cache
             thing = wrapped
         elif type(thing) is FunctionType or is_class(thing) or not _FLAGS(type(thing)) & _HEAP_TYPE:
             return thing, args, kwargs
@@ -127,7 +129,7 @@ def _made_of(thing: Any) -> _Call | None:
 
 def _call_of(thing: Any) -> FunctionType | None:
     """What its class says that a call of it does, where that is written in Python."""
-    call = next((vars(base)["__call__"] for base in type.mro(type(thing)) if "__call__" in vars(base)), None)
+    call = next((vars(base)["__call__"] for base in bases(type(thing)) if "__call__" in vars(base)), None)
     return call if isinstance(call, FunctionType) else None
 
 
@@ -224,17 +226,8 @@ def _wrapped_in(thing: Any) -> Any:
         return thing.__self__
     if type(thing) is functools.partial:
         return thing.func
-    attributes = _attributes_of(thing)
+    attributes = attributes_of(thing)
     return next((attributes[name] for name in _INSIDE if attributes.get(name) is not None), None)
-
-
-def _attributes_of(thing: Any) -> dict[str, Any]:
-    """An object's own attributes, past whatever its class says when it is asked for them."""
-    for base in () if issubclass(type(thing), _NOT_FOLLOWED) else type.mro(type(thing)):
-        if type(own := vars(base).get("__dict__")) is GetSetDescriptorType:
-            found: dict[str, Any] = own.__get__(thing)
-            return found
-    return {}
 
 
 def _held_by(thing: Any, *, by_name: bool) -> Iterator[Any]:

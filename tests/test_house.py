@@ -28,6 +28,7 @@ LAYERS = [
         "journal",
         "wsgi",
         "patching",
+        "objects",
     },
     {
         "config",
@@ -55,6 +56,8 @@ WITHIN = {
     ("sockets", "errors"),
     ("patching", "errors"),
     ("patching", "forks"),
+    ("patching", "objects"),
+    ("wsgi", "objects"),
     ("logs", "forks"),
     ("logs", "journal"),
     ("loading", "choice"),  # which object of the module that it has imported
