@@ -155,3 +155,21 @@ def test_a_process_that_is_patched_before_flaskd_is_refused(flaskd: Flaskd) -> N
     assert code == 78
     assert log.startswith("cannot serve: gevent has replaced Python's own ")
     assert log.count("\n") == 1
+
+
+def test_a_dotenv_file_is_read_by_flasks_own_command_alone(flaskd: Flaskd) -> None:
+    """`.flaskenv` names the app of `flask daemon`, as it does that of `flask run`; `flaskd serve` says that it does not."""
+    if importlib.util.find_spec("dotenv") is None:
+        pytest.skip("python-dotenv is not installed")
+    flaskd.write(".flaskenv", "FLASK_APP=gateapp\n")
+    code, log = flaskd.fails(app=None)
+    assert code == 78
+    assert "FLASK_APP is not set (.flaskenv is there, but only Flask's own commands read it)" in log
+    with flaskd.log_file.open("ab") as out:
+        flaskd.process = subprocess.Popen(
+            [sys.executable, "-m", "flask", "daemon", "-l", "127.0.0.1:0"],
+            cwd=flaskd.directory, env=flaskd.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+        )  # fmt: skip
+    flaskd.wait_message("READY=1")
+    assert get(flaskd.url) == (200, b"hello")
+    assert flaskd.stop() == 0
