@@ -8,25 +8,27 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from types import GetSetDescriptorType, ModuleType
+from types import GetSetDescriptorType, MemberDescriptorType, ModuleType
 from typing import Any
 
-module_contents: Callable[[ModuleType], dict[str, Any]] = vars(ModuleType)["__dict__"].__get__
-"""What a module holds; a lazy one stays unloaded (importlib.util.LazyLoader)."""
 bases: Callable[[type], tuple[type, ...]] = vars(type)["__mro__"].__get__
 """The bases of a class, itself first; its metaclass is not asked."""
 
 
 def contents_of(module: str) -> dict[str, Any]:
-    """What an imported module holds; nothing where there is none, or something else in its place."""
+    """What an imported module holds; nothing where there is none, or something else in its place.
+
+    A lazy one stays unloaded (importlib.util.LazyLoader).
+    """
     loaded = sys.modules.get(module)  # None stands there for a module that may not be imported
-    return module_contents(loaded) if loaded is not None and issubclass(type(loaded), ModuleType) else {}
+    return attributes_of(loaded) if issubclass(type(loaded), ModuleType) else {}
 
 
 def attributes_of(thing: Any) -> dict[str, Any]:
-    """An object's own attributes; nothing where it has no dictionary of them."""
+    """An object's own attributes, a module's contents; nothing where it has no dictionary of them."""
     for base in bases(type(thing)):
-        if type(own := vars(base).get("__dict__")) is GetSetDescriptorType:
+        own: Any = vars(base).get("__dict__")
+        if type(own) in {GetSetDescriptorType, MemberDescriptorType}:
             found = own.__get__(thing)
             return found if type(found) is dict else {}  # that of a class is a mapping proxy
     return {}

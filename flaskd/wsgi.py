@@ -226,7 +226,7 @@ def _wrapped_in(thing: Any) -> Any:
         return thing.__self__
     if type(thing) is functools.partial:
         return thing.func
-    attributes = attributes_of(thing)
+    attributes = {} if issubclass(type(thing), _NOT_FOLLOWED) else attributes_of(thing)
     return next((attributes[name] for name in _INSIDE if attributes.get(name) is not None), None)
 
 

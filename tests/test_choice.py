@@ -1,5 +1,6 @@
 """Which object of a module is served, whole, and which factory is called, once."""
 
+import types
 from textwrap import dedent
 from types import ModuleType
 
@@ -50,14 +51,14 @@ def module_of(source, head=HEAD):
 def chosen(source, name=""):
     """What is served, and the module."""
     module = module_of(source)
-    return (Named(module, name) if name else Unnamed(module)).find(), module
+    return (Named(module, "ldshop", name) if name else Unnamed(module, "ldshop")).find(), module
 
 
 def refused(source, name="", error=NoAppError):
     """Why nothing is."""
     module = module_of(source)
     with pytest.raises(error) as raised:
-        (Named(module, name) if name else Unnamed(module)).find()
+        (Named(module, "ldshop", name) if name else Unnamed(module, "ldshop")).find()
     return str(getattr(raised.value, "message", raised.value)), module
 
 
@@ -243,6 +244,18 @@ def test_a_module_that_makes_what_it_is_asked_for_is_asked_once():
     assert module.calls == ["plain", "shop"]
 
 
+@pytest.mark.parametrize("name", ["", "app", "create_app", "create_app()"])
+def test_an_object_in_a_modules_place(name):
+    """A module may have put an object of its own in its place (sys.modules)."""
+    place = types.SimpleNamespace()
+    if name in {"", "app"}:
+        place.app = Flask("shop")
+    else:
+        place.create_app = lambda: Flask("shop")
+    found = (Named(place, "ldshop", name) if name else Unnamed(place, "ldshop")).find()
+    assert found.wsgi.import_name == "shop"
+
+
 ASGI = """
 class FastAPI:
     async def __call__(self, scope, receive, send): pass
@@ -299,4 +312,4 @@ def test_flasks_own_choice(source):
     ours, module = chosen(source)
     assert isinstance(ours.wsgi, Flask)
     theirs = flask.cli.find_best_app(module)
-    assert theirs is ours.wsgi or (ours.why.endswith("this factory") and theirs.import_name == ours.wsgi.import_name)
+    assert theirs is ours.wsgi or (ours.why.endswith("and no app") and theirs.import_name == ours.wsgi.import_name)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from types import FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
-from flaskd.objects import bases, contents_of, module_contents
+from flaskd.objects import attributes_of, bases, contents_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -331,7 +331,7 @@ class _Names:
 def _attributes() -> Iterator[tuple[str, object]]:
     for module_name, module in list(sys.modules.items()):
         if issubclass(type(module), ModuleType):  # there may be anything in sys.modules
-            for name, value in list(module_contents(module).items()):
+            for name, value in list(attributes_of(module).items()):
                 yield f"{module_name}:{name}", value
 
 

@@ -86,6 +86,29 @@ def test_the_log_says_what_is_not_served(flaskd: Flaskd) -> None:
     assert flaskd.stop() == 0
 
 
+def test_an_app_that_is_made_for_the_first_request(flaskd: Flaskd) -> None:
+    """The Flask app of a wrapper that makes it late is found for the stop: its own `on_stop` functions run in its context."""
+    flaskd.write("shop.py", SHOP.replace("@flaskd.on_stop\n", "@flaskd.on_stop(app=app)\n"))
+    flaskd.write(
+        "wsgi.py",
+        """
+from shop import create_app
+class Late:
+    made = None
+    def __call__(self, environ, start_response):
+        if self.made is None:
+            self.made = create_app()
+        return self.made(environ, start_response)
+application = Late()
+""",
+    )
+    flaskd.start(app="wsgi")
+    url = flaskd.url
+    assert get(url) == get(url) == (200, b"secret 1")
+    assert flaskd.stop() == 0
+    assert "stopped in shop" in flaskd.log
+
+
 def refused(flaskd: Flaskd, source: str) -> str:
     """Serve an app that is to be refused: with one line, with 78, and with nothing left behind; give the log."""
     flaskd.write("app.py", source)
