@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any
 
 from flaskd.objects import attributes_of
@@ -15,6 +15,7 @@ from flaskd.wsgi import (
     binds,
     closes_over_app,
     find_flask,
+    holds,
     is_app,
     is_class,
     is_flask,
@@ -75,7 +76,8 @@ class Named:
         except NoAppException:
             if (found := self._chosen) is None:
                 raise
-        return Choice(found, f"{self.__name__}:{self._asked}", "it was named")
+        name, call, _ = self._asked.partition("(")  # its arguments may be secret
+        return Choice(found, f"{self.__name__}:{name}" + (call and "()"), "it was named")
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._module, name)
@@ -126,7 +128,12 @@ class Unnamed:
         self._flask_apps = [(name, value) for name, value in there if is_flask(value)]
         # Beside a Flask app, what takes anything may be a task or a command of it; without one it is the app itself.
         kinds = (Kind.WSGI,) if self._flask_apps else (Kind.WSGI, Kind.OPEN)
-        self._wrappers = [(name, value) for name, value in there if wraps_flask(value, kinds)]
+        own = {id(value) for _, value in self._flask_apps}
+        self._wrappers = [
+            (name, value)
+            for name, value in there
+            if wraps_flask(value, kinds) and not (type(value) is MethodType and id(value.__self__) in own)
+        ]
 
     def find(self) -> Choice:
         """What is served; raises NoAppError, and what the app's own code raises."""
@@ -167,11 +174,9 @@ class Unnamed:
         return f"the module has no {_USUAL[0]}"
 
     def _doubt(self, name: str, found: Any) -> str:
-        """What wraps the same Flask app under another name, and is not served, though it may have been meant."""
-        others = [each for each, value in self._wrappers if each not in _USUAL and value is not found]
-        flask = find_flask(found)
-        around = [each for each in others if find_flask(attributes_of(self._module)[each]) is flask]
-        if flask is None or not around or not is_flask(found):
+        """What is wrapped around it under another name, and is not served, though it may have been meant."""
+        around = [each for each, value in self._wrappers if value is not found and holds(value, found)]
+        if not around:
             return ""
         places = _quoted([f"{self._name}:{each}" for each in around])
         return f"{self._name}:{name} is served without what is wrapped around it; if that was meant, name {places}"
@@ -201,9 +206,11 @@ class Unnamed:
             tried.append(factory)
             if is_app(made := _called(place, factory)):
                 return Choice(made, f"what {place}() made", "the module has this factory, and no app")
+        there = attributes_of(self._module)
+        uncalled = [name for name in _FACTORIES if callable(there.get(name)) and not is_function(there[name])]
+        places = _quoted([f"{self._name}:{name}()" for name in uncalled] or [f"{self._name}:NAME"])
         raise NoAppError(
-            f"failed to find Flask application or factory in module '{self._name}'; "
-            f'name what is to be served: "{self._name}:NAME"'
+            f"failed to find Flask application or factory in module '{self._name}'; name what is to be served: {places}"
         )
 
 

@@ -178,16 +178,22 @@ def find_flask(wsgi: Any, *, by_name: bool = True) -> Flask | None:
         if is_flask(innermost) or (following := _wrapped_in(innermost)) is None:
             break
         innermost = following
-    return _nearest(innermost, by_name=by_name) or _nearest(wsgi, by_name=by_name)
+    found: Flask | None = _nearest(is_flask, innermost, by_name=by_name) or _nearest(is_flask, wsgi, by_name=by_name)
+    return found
 
 
-def _nearest(thing: Any, *, by_name: bool) -> Flask | None:
-    """The Flask app that the fewest references lead to."""
+def holds(wsgi: Any, other: Any) -> bool:
+    """Whether a WSGI callable holds another one, in any of the ways in which middleware does."""
+    return _nearest(lambda each: each is other, wsgi, by_name=False) is not None
+
+
+def _nearest(wanted: Callable[[Any], bool], thing: Any, *, by_name: bool) -> Any:
+    """What is wanted, to which the fewest references lead; None where there is none."""
     seen, level = {id(thing)}, [thing]
     while level and len(seen) < _MAX_LOOKED_AT:
         for each in level:
-            if is_flask(each):
-                return each  # type: ignore[no-any-return]  # a Flask app, as was just said
+            if wanted(each):
+                return each
         held = {id(inner): inner for each in level for inner in _held_by(each, by_name=by_name)}
         level = [inner for key, inner in held.items() if key not in seen]
         seen |= held.keys()

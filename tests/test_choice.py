@@ -170,6 +170,32 @@ def test_an_app_under_its_usual_name_and_a_wrapper_under_another():
         'ldshop:app is served without what is wrapped around it; if that was meant, name "ldshop:secured"'
     )
     assert chosen("app = create_app()\ndef view(a, b): return app.name")[0].doubt == ""
+    assert chosen("app = create_app()\nserve = app.wsgi_app")[0].doubt == ""
+
+
+def test_wrappers_around_each_other():
+    """The outer one under another name is named in a warning, the inner one is what it holds anyway."""
+    found, module = chosen("app = BasicAuth(create_app())\nsecured = documented(app)")
+    assert found.wsgi is module.app
+    assert found.doubt.endswith('name "ldshop:secured"')
+    found, module = chosen("inner = BasicAuth(create_app())\napplication = BasicAuth(inner)")
+    assert found.wsgi is module.application
+    assert found.doubt == ""
+
+
+def test_the_own_method_of_an_app_is_no_wrapper():
+    """`serve = shop.wsgi_app` leaves the shop the only app of its module; without the shop it is the app."""
+    assert chosen("shop = create_app()\nserve = shop.wsgi_app")[0].name == "ldshop:shop"
+    found, module = chosen("serve = create_app().wsgi_app")
+    assert found.name == "ldshop:serve"
+    assert module.calls == ["shop"]
+
+
+def test_a_factory_that_flask_would_not_call_is_named():
+    """The error has the words with which it would be called."""
+    words, module = refused("create_app = functools.cache(create_app)")
+    assert words.endswith('name what is to be served: "ldshop:create_app()"')
+    assert module.calls == []
 
 
 def test_one_app_under_two_names_is_one():
@@ -229,7 +255,7 @@ def test_a_named_factory_is_called_with_what_was_named():
     )
     assert type(found.wsgi) is module.BasicAuth
     assert module.calls == ["xx"]
-    assert found.name == "ldshop:make('x', times=2)"
+    assert found.name == "ldshop:make()", "arguments may be secret"
 
 
 def test_a_module_that_makes_what_it_is_asked_for_is_asked_once():
