@@ -171,7 +171,7 @@ class Unnamed:
             return (
                 f"the name that WSGI servers look for comes first; {self._name}:app is another object, and not served"
             )
-        return f"the module has no {_USUAL[0]}"
+        return f'the module has "{name}", and no "{_USUAL[0]}"'
 
     def _doubt(self, name: str, found: Any) -> str:
         """What is wrapped around it under another name, and is not served, though it may have been meant."""

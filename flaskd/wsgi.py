@@ -30,6 +30,7 @@ _INSIDE = ("app", "wsgi_app", "application", "wsgi", "wsgi_application", "_app",
 _HEAP_TYPE = 1 << 9
 """Py_TPFLAGS_HEAPTYPE: the type is made by Python code, so that its objects may do anything when they are asked."""
 _FLAGS = type.__dict__["__flags__"].__get__
+_METHODS = (FunctionType, classmethod, staticmethod, property)
 _NOT_FOLLOWED = (type, ModuleType, str, bytes, int, float, type(None))
 
 
@@ -155,7 +156,8 @@ def _is_variadic(thing: Any) -> bool:
 
 def _is_asynchronous(thing: Any) -> bool:
     made = _made_of(thing)
-    return made is not None and type(made[0]) is FunctionType and inspect.iscoroutinefunction(made[0])
+    kinds = (inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+    return made is not None and type(made[0]) is FunctionType and any(each(made[0]) for each in kinds)
 
 
 def _takes_scope(thing: Any) -> bool:
@@ -237,7 +239,7 @@ def _wrapped_in(thing: Any) -> Any:
 
 
 def _held_by(thing: Any, *, by_name: bool) -> Iterator[Any]:
-    """What an object refers to; of its class only what a call of it does."""
+    """What an object refers to; of a class of callables also what it keeps, and what a call does."""
     if issubclass(type(thing), FunctionType):
         yield from _held_by_function(thing, by_name=by_name)
         return
@@ -246,6 +248,8 @@ def _held_by(thing: Any, *, by_name: bool) -> Iterator[Any]:
             yield each
     if (call := _call_of(thing)) is not None:
         yield call
+        for base in bases(type(thing)):  # middleware may keep it in its class
+            yield from (each for each in vars(base).values() if not issubclass(type(each), _NOT_FOLLOWED + _METHODS))
 
 
 def _held_by_function(function: FunctionType, *, by_name: bool) -> Iterator[Any]:

@@ -81,7 +81,7 @@ def test_the_log_says_what_is_not_served(flaskd: Flaskd) -> None:
     flaskd.write("wsgi.py", WSGI.replace("application =", "app = create_app()\nsecured =").replace("BasicAuth(create_app())", "BasicAuth(app)"))  # fmt: skip
     flaskd.start(app="wsgi")
     assert get(flaskd.url) == (200, b"secret 1")
-    assert 'serving wsgi:app, the Flask app "shop": the module has no application\n' in flaskd.log
+    assert 'serving wsgi:app, the Flask app "shop": the module has "app", and no "application"\n' in flaskd.log
     assert 'warning wsgi:app is served without what is wrapped around it; if that was meant, name "wsgi:secured"\n' in flaskd.log  # fmt: skip
     assert flaskd.stop() == 0
 
