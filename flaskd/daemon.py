@@ -388,7 +388,7 @@ class Daemon:
         self.app = launch.find_app(config.app, self._given(), self._environ)
         plan = build_plan(config.cleanup)
         plan.prepare()
-        self._outlook.set(plan, config.cleanup, self.app.flask)
+        self._outlook.set(plan, config.cleanup, self.app)
         self._use_up = launch.restore(plan, self.app, self._state_directory.writable)
         self._signals.reclaim()
         self._logs.reclaim()
@@ -709,7 +709,7 @@ class Daemon:
         if not isinstance(found, Exception):
             self.configuration, plan = found
             config = self.configuration.values
-            self._outlook.set(plan, config.cleanup, self.app.flask)
+            self._outlook.set(plan, config.cleanup, self.app)
             self._apply_log(config)
             self._apply_server(config)
             self._apply_watch()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from flaskd.choice import Named, NoAppError, Unnamed, why_not
 from flaskd.errors import AppError, ConfigError
+from flaskd.objects import attributes_of
 from flaskd.patching import PatchingError, check_unpatched
 from flaskd.wsgi import WSGIApp, find_flask, is_app, is_flask
 
@@ -28,16 +29,21 @@ log = logging.getLogger("flaskd.loading")
 
 @dataclass(frozen=True)
 class LoadedApp:
-    """What is served, the Flask app inside it if there is one, and what it was asked for as.
+    """What is served, the Flask app that was found inside it if one was, and what it was asked for as.
 
     `chosen` says for the log which object it is, and why; `doubt` what else may have been meant.
     """
 
     wsgi: WSGIApp
-    flask: Flask | None
+    inside: Flask | None
     target: str
     chosen: str = ""
     doubt: str = ""
+
+    @property
+    def flask(self) -> Flask | None:
+        """The Flask app inside; a wrapper may have made it for its first request."""
+        return self.inside or find_flask(self.wsgi)
 
     def tell(self) -> None:
         """Say in the log what is served, and why."""
@@ -77,9 +83,10 @@ def load_app(target: str) -> LoadedApp:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     path, name = _split(target)
-    module = _import(prepare_import(path), target)
+    place = prepare_import(path)
+    module = _import(place, target)
     try:
-        found = Named(module, name).find() if name else Unnamed(module).find()
+        found = Named(module, place, name).find() if name else Unnamed(module, place).find()
     except (NoAppException, NoAppError) as error:
         raise ConfigError(f"cannot load {target}: {_sentence(error)}") from None
     except PatchingError:
@@ -139,7 +146,7 @@ def described(wsgi: Any, inside: Flask | None) -> str:
 
 def _only_flask_app(module: ModuleType) -> Flask | None:
     """The module's only Flask app: the one that is served through a wrapper which shows nothing of itself."""
-    apps = {id(value): value for value in vars(module).values() if is_flask(value)}
+    apps = {id(value): value for value in attributes_of(module).values() if is_flask(value)}
     return next(iter(apps.values())) if len(apps) == 1 else None
 
 

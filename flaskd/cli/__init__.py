@@ -76,7 +76,11 @@ def cli(context: click.Context) -> None:
     "--name", metavar="NAME", default="flaskd", show_default=True, help="Name of the runtime and state directory."
 )
 def serve(app: str | None, config: str | None, listen: tuple[str, ...], threads: str | None, name: str) -> None:
-    """Serve APP (MODULE, MODULE:NAME, MODULE:FACTORY() or a file) until asked to stop."""
+    """Serve APP (MODULE, MODULE:NAME, MODULE:FACTORY() or a file) until asked to stop.
+
+    Of a MODULE its "application" is served, else its "app", else its only Flask app, else what its create_app() or
+    make_app() makes.
+    """
     serve_app(app, config, listen, threads, name)
 
 

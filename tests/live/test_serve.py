@@ -11,7 +11,7 @@ from conftest import PATIENCE, Flaskd, get
 
 
 def test_the_log_of_a_life(flaskd: Flaskd) -> None:
-    """The first line says where, with the URL and the control nodes; then ready, access, stopping, stopped."""
+    """The first line says where, with the URL and the control nodes, the second what; then ready, access, stopping, stopped."""
     flaskd.start()
     get(flaskd.url, "/?a=b", Referer="http://x/", **{"User-Agent": 'say "hi"'})
     url = flaskd.url
@@ -23,12 +23,15 @@ def test_the_log_of_a_life(flaskd: Flaskd) -> None:
         f"{date} flaskd \\(pid {flaskd.pid}\\) will serve on {url}; control: {flaskd.socket_path}, {flaskd.fifo_path}",
         lines[0],
     )
-    assert re.fullmatch(f"{date} ready: gateapp on {url}", lines[1])
+    assert re.fullmatch(
+        f'{date} serving gateapp:app, the Flask app "gateapp": the module has "app", and no "application"', lines[1]
+    )
+    assert re.fullmatch(f"{date} ready: gateapp on {url}", lines[2])
     assert re.fullmatch(
         r'127\.0\.0\.1 - - \[\d\d/\w{3}/\d{4}:\d\d:\d\d:\d\d \+0000\] "GET /\?a=b HTTP/1\.1" 200 5 "http://x/" "say \\x22hi\\x22"',
-        lines[2],
+        lines[3],
     )
-    assert "stopping (signal: SIGTERM): 0 in flight" in lines[3]
+    assert "stopping (signal: SIGTERM): 0 in flight" in lines[4]
     assert re.fullmatch(f"{date} stopped: completed=0 rejected=0 cut=0 took=.*s; cleanup: none; in .*s", lines[-1])
 
 
