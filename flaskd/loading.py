@@ -8,7 +8,6 @@ import inspect
 import os
 import re
 import sys
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from flaskd.errors import AppError, ConfigError
+from flaskd.text import traceback_of
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -199,7 +199,7 @@ def _app_error(target: str, error: BaseException) -> AppError:
     kept = error.__traceback__
     while kept is not None and _is_machinery(kept):
         kept = kept.tb_next
-    text = "".join(traceback.format_exception(type(error), error, kept)).rstrip()
+    text = traceback_of(error, kept)
     said = str(error).partition("\n")[0]
     what = type(error).__name__ + (f": {said}" if said else "")
     return AppError(f"cannot load {target}: the app raised {what}", text)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import BaseModel
 
-from flaskd.config.faults import MASK, dotted, without_password
+from flaskd.config.faults import dotted, without_password
 from flaskd.config.nodes import core
+from flaskd.text import MASK, Veil
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -29,6 +30,8 @@ class Configuration:
     _secrets: frozenset[NodePath] = field(default=frozenset(), repr=False)
     digest: str = field(default="", repr=False)
     _origins: Mapping[NodePath, str] = field(default_factory=dict, repr=False)
+    veil: Veil = field(default_factory=Veil, repr=False, compare=False)
+    """Hides what was interpolated, in any text."""
 
     def describe(self) -> str:
         """Write the effective configuration as YAML: every key, units for people, secrets masked."""
