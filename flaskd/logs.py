@@ -50,6 +50,8 @@ def timestamp(moment: float) -> str:
     return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+_CALL_HANDLERS = logging.Logger.callHandlers
+
 Hide = Callable[[str], str]
 """Puts a mask over what no log may show; see `flaskd.text.Veil`."""
 
@@ -208,7 +210,8 @@ class _Adopted:
 
     def _handle(self, record: logging.LogRecord) -> None:
         self._handler.emit(record)
-        if any(not isinstance(each, _StderrHandler) for each in _handlers_of(self.logger)):
+        patched = type(self.logger).callHandlers is not _CALL_HANDLERS  # as Sentry's integration does it
+        if patched or any(not isinstance(each, _StderrHandler) for each in _handlers_of(self.logger)):
             with contextlib.suppress(Exception):  # the app's own handlers and filters
                 if type(self.logger).isEnabledFor(self.logger, record.levelno):
                     type(self.logger).handle(self.logger, record)

@@ -399,6 +399,21 @@ def test_handlers_that_the_app_gives_to_flaskd_get_its_lines_too():
     assert without_times(stderr.lines()) == ["warning one", "warning two", "error   three"]
 
 
+def test_what_listens_to_all_logging_hears_flaskd_too(monkeypatch):
+    """Sentry's integration takes the place of Logger.callHandlers; it gets each record once, and so does the log."""
+    real, seen = logging.Logger.callHandlers, []
+
+    def listening(self, record):
+        seen.append(record.getMessage())
+        real(self, record)
+
+    monkeypatch.setattr(logging.Logger, "callHandlers", listening)
+    with logging_to(stderr := Stream()):
+        log.error("one")
+    assert seen == ["one"]
+    assert without_times(stderr.lines()) == ["error   one"]
+
+
 def test_what_is_made_late_is_logged_as_well():
     """A logger below ours that a module makes when flaskd runs already writes by way of ours, and by itself later."""
     late = f"flaskd.late{id(object())}"
