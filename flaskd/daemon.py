@@ -425,7 +425,7 @@ class Daemon:
         return f"ready: {self.app.target} on {', '.join(str(each.address) for each in self._listeners)}"
 
     def _failed(self, error: FlaskdError) -> int:
-        for line in str(error).splitlines():
+        for line in str(error).split("\n"):  # at nothing else: an app's words may have other line ends
             log.error(line)
         if isinstance(error, AppError) and error.traceback_text:
             log.error(error.traceback_text)

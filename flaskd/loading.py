@@ -15,7 +15,7 @@ from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from flaskd.errors import AppError, ConfigError
-from flaskd.text import traceback_of
+from flaskd.text import escaped, text_of, traceback_of
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -190,7 +190,7 @@ def _wsgi_by_name(module: ModuleType) -> Any:
 
 
 def _sentence(error: Exception) -> str:
-    text = str(getattr(error, "message", error)).strip().rstrip(".")
+    text = escaped(str(getattr(error, "message", error)).strip().rstrip("."))
     return text[:1].lower() + text[1:]
 
 
@@ -200,7 +200,7 @@ def _app_error(target: str, error: BaseException) -> AppError:
     while kept is not None and _is_machinery(kept):
         kept = kept.tb_next
     text = traceback_of(error, kept)
-    said = str(error).partition("\n")[0]
+    said = text_of(error)
     what = type(error).__name__ + (f": {said}" if said else "")
     return AppError(f"cannot load {target}: the app raised {what}", text)
 

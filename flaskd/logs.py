@@ -344,8 +344,9 @@ def log_access(access: Access, fields: Mapping[str, Any]) -> None:
         message = json.dumps(entry)
     else:
         date = time.strftime("%d/%b/%Y:%H:%M:%S +0000", time.gmtime(fields["time"]))
-        request = f"{fields['method']} {fields['target']} {fields['protocol']}"
-        message = f'{fields["client"]} - - [{date}] "{escaped(request, _QUOTES)}" {fields["status"]} {fields["bytes"]}'
+        client, request = fields["client"], f"{fields['method']} {fields['target']} {fields['protocol']}"
+        message = f'{escaped(client, _QUOTES)} - - [{date}] "{escaped(request, _QUOTES)}"'
+        message += f" {fields['status']} {fields['bytes']}"
         if access == "combined":
             message += f' "{escaped(fields["referer"] or "-", _QUOTES)}" "{escaped(fields["agent"] or "-", _QUOTES)}"'
     access_log.info("%s", message, extra={"fields": dict(fields)})

@@ -67,6 +67,14 @@ def traceback_of(error: BaseException, trace: TracebackType | None, limit: int |
     return "\n".join(lines("".join(whole.format()).rstrip("\n")))
 
 
+def text_of(error: BaseException) -> str:
+    """The text of an exception, in one line; that is code of the app's, which may raise itself."""
+    try:
+        return escaped(bounded(str(error)))
+    except Exception:  # noqa: BLE001 - see above
+        return "its text cannot be had"
+
+
 def _make_one_line(each: traceback.TracebackException) -> None:
     for name in ("_str", "msg", "text"):  # the latter two are a SyntaxError's
         found = getattr(each, name, None)

@@ -228,8 +228,9 @@ def test_access_lines_in_json():
 def test_no_client_can_forge_an_access_line(sent, shown):
     """Quotes, backslashes and whatever could end a line or paint a terminal are escaped as nginx does it."""
     with logging_to(stderr := Stream(), access="combined"):
-        log_access("combined", fields(target=f"/{sent}", referer=sent, agent=sent))
+        log_access("combined", fields(target=f"/{sent}", referer=sent, agent=sent, client=sent))
     (line,) = stderr.lines()
+    assert line.startswith(f"{shown} - - [")
     assert line.endswith(f'"GET /{shown} HTTP/1.1" 200 12 "{shown}" "{shown}"')
 
 
