@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import sys
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from flaskd.choice import Named, NoAppError, Unnamed, why_not
 from flaskd.errors import AppError, ConfigError
 from flaskd.objects import attributes_of
 from flaskd.patching import PatchingError, check_unpatched
+from flaskd.text import escaped, text_of, traceback_of
 from flaskd.wsgi import WSGIApp, find_flask, is_app, is_flask
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def _import(name: str, target: str) -> ModuleType:
 
 
 def _sentence(error: Exception) -> str:
-    text = str(getattr(error, "message", error)).strip().rstrip(".")
+    text = escaped(str(getattr(error, "message", error)).strip().rstrip("."))
     return text[:1].lower() + text[1:]
 
 
@@ -184,8 +184,8 @@ def _app_error(target: str, error: BaseException) -> AppError:
     kept = error.__traceback__
     while kept is not None and _is_machinery(kept):
         kept = kept.tb_next
-    text = "".join(traceback.format_exception(type(error), error, kept)).rstrip()
-    said = str(error).partition("\n")[0]
+    text = traceback_of(error, kept)
+    said = text_of(error)
     what = type(error).__name__ + (f": {said}" if said else "")
     return AppError(f"cannot load {target}: the app raised {what}", text)
 
