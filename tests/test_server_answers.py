@@ -1,11 +1,13 @@
 """Answers of every shape that an app may give, as a client reads them: RFC 9110, RFC 9112, PEP 3333."""
 
+import errno
 import io
 import re
 import threading
 
 import pytest
 from server_kit import BIG, PATIENCE, answers, app, connect, descriptors, draining, get, no_thread_left, serve, until
+from waitress import wasyncore
 
 from flaskd.server.poller import EpollMap
 from flaskd.sockets import Address, Listener
@@ -25,7 +27,7 @@ def split(answer):
     return line, {name.lower(): value for name, _, value in (field.partition(": ") for field in fields)}, body
 
 
-def answering(status, headers, parts, seen=None):
+def answering(status, headers, parts):
     """A WSGI app that gives one answer; `parts` makes what it returns from environ and write()."""
 
     def app(environ, start_response):
@@ -325,6 +327,23 @@ def test_a_client_that_leaves_is_not_cut(serve, app, connect):
     client.reset()
     until(server, lambda: server.in_flight == 0)
     assert server.tally().outcomes["gone"] == 1
+
+
+def test_a_client_to_whom_no_way_leads_is_not_cut(serve, app, connect, monkeypatch, caplog):
+    """What send(2) says of the network is nobody's fault here: the client is gone, and its connection closed."""
+    server = serve()
+
+    def send(*_, **__):
+        raise OSError(errno.EHOSTUNREACH, "No route to host")
+
+    client = connect(server).send("/gate")
+    app.entered(1)
+    monkeypatch.setattr(wasyncore.dispatcher, "send", send)
+    app.released.set()
+    assert raw(client) == b""
+    until(server, lambda: server.in_flight == 0)
+    assert server.tally().outcomes["gone"] == 1
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 # --- what an app may not do --------------------------------------------------------------------------------------------

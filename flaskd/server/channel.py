@@ -514,7 +514,11 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         """Send, and count what the kernel took; waitress calls it while there should be something to send."""
         if not data:
             raise EOFError(f"its file ended {self.outbufs[0].__len__()} bytes before the length that was announced")
-        sent: int = super().send(data, do_close=do_close)
+        try:
+            sent: int = super().send(data, do_close=do_close)
+        except OSError:  # what waitress does not know as a client that left: no way leads to it any more
+            self.will_close = True
+            return 0
         self.flushed += sent or 0
         return sent
 
