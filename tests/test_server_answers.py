@@ -9,8 +9,10 @@ import pytest
 from server_kit import BIG, PATIENCE, answers, app, connect, descriptors, draining, get, no_thread_left, serve, until
 from waitress import wasyncore
 
+from flaskd.config import ServerConfig
+from flaskd.server import BehindProxies, adjustments
 from flaskd.server.poller import EpollMap
-from flaskd.sockets import Address, Listener
+from flaskd.sockets import Address, Listener, open_files_limit
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
@@ -499,7 +501,13 @@ def test_a_probe_has_a_name_too(serve):
     assert server.probe("/", PATIENCE) == 200
 
 
-PROXIED = {"trusted_proxy": "127.0.0.1", "trusted_proxy_headers": {"x-forwarded-for"}}
+PROXIED = {"trusted_proxy": "127.0.0.1", "trusted_proxy_headers": "x-forwarded-for"}
+
+
+def serve_behind(serve, app, settings):
+    """As launch.py and thread.py have it: the app behind the proxies of a configuration."""
+    server = ServerConfig(**settings)
+    return serve(BehindProxies(app, server), adjustments=adjustments(server, open_files_limit()))
 
 
 @pytest.mark.parametrize(
@@ -509,11 +517,8 @@ PROXIED = {"trusted_proxy": "127.0.0.1", "trusted_proxy_headers": {"x-forwarded-
         (PROXIED, "X-Forwarded-For: 203.0.113.9, 192.0.2.7", "192.0.2.7"),
         (PROXIED | {"trusted_proxy_count": 2}, "X-Forwarded-For: 192.0.2.7, 10.0.0.1", "192.0.2.7"),
         (PROXIED | {"trusted_proxy": "*"}, "X-Forwarded-For: 2001:db8::1", "2001:db8::1"),
-        (
-            {"trusted_proxy": "127.0.0.1", "trusted_proxy_headers": {"forwarded"}},
-            'Forwarded: for="[2001:db8::1]:4711"',
-            "2001:db8::1",
-        ),
+        (PROXIED | {"trusted_proxy": ["10.0.0.0/8", "127.0.0.0/8"]}, "X-Forwarded-For: 192.0.2.7", "192.0.2.7"),
+        (PROXIED | {"trusted_proxy_headers": "forwarded"}, 'Forwarded: for="[2001:db8::1]:4711"', "2001:db8::1"),
         (PROXIED, "X-Other: 1", "127.0.0.1"),
         (PROXIED | {"trusted_proxy": "192.0.2.1"}, "X-Forwarded-For: 192.0.2.7", "127.0.0.1"),
         ({}, "X-Forwarded-For: 192.0.2.7", "127.0.0.1"),
@@ -521,14 +526,14 @@ PROXIED = {"trusted_proxy": "127.0.0.1", "trusted_proxy_headers": {"x-forwarded-
 )
 def test_the_clients_address_is_what_a_trusted_proxy_says(settings, header, client, serve, connect, answers):
     """The access log names the same address as the app is told; from anybody else the header is not believed."""
-    server = serve(telling, adjustments=settings)
+    server = serve_behind(serve, telling, settings)
     assert environ_of(server, connect(server), get("/", header))["REMOTE_ADDR"] == client
     assert answers.get(timeout=PATIENCE)["client"] == client
 
 
 def test_requests_that_the_app_never_sees_have_their_clients_address_too(serve, app, connect, answers):
     """Refusals, the health path, and what is shown as in flight."""
-    server = serve(adjustments=PROXIED)
+    server = serve_behind(serve, app, PROXIED)
     server.answer_health("/healthz", lambda: ("200 OK", "ready"))
     header = "X-Forwarded-For: 192.0.2.7"
     assert connect(server).ask(get("/healthz", header)).status == 200
@@ -539,9 +544,9 @@ def test_requests_that_the_app_never_sees_have_their_clients_address_too(serve, 
     assert [each.client for each in server.requests()] == ["192.0.2.7"]
 
 
-def test_an_address_cannot_forge_a_line(serve, connect, answers):
+def test_an_address_cannot_forge_a_line(serve, app, connect, answers):
     """A proxy may pass on what a client made up."""
-    server = serve(adjustments=PROXIED)
+    server = serve_behind(serve, app, PROXIED)
     connect(server).ask(get("/", 'X-Forwarded-For: a "b\xe9' + "c" * 1000))
     client = answers.get(timeout=PATIENCE)["client"]
     assert client.startswith('a%20"b%C3%A9ccc')

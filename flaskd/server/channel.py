@@ -22,9 +22,9 @@ from waitress.utilities import BadRequest, Error
 
 from flaskd.ledger import Cut, InFlight, visible
 from flaskd.server.buffers import FREE_SPACE, AnswerBuffer, BodyBuffer
-from flaskd.server.proxied import client_behind
 from flaskd.server.tasks import AppTask, ClientDisconnected, HealthTask, RefusalTask, RejectTask
 from flaskd.sockets import closed_by_peer, unacknowledged, unread
+from flaskd.units import shortened
 
 if TYPE_CHECKING:
     from flaskd.server.loop import EventLoop
@@ -132,7 +132,7 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
         """The address of who sent it: the peer's, or what a trusted proxy says."""
         if self._client is None and self.headers_finished:
             channel = self.channel
-            self._client = client_behind(channel.addr[0], self.headers, channel.adj) or channel.client
+            self._client = channel.loop.client_of(channel.addr[0], self.headers) or channel.client
         return self._client or self.channel.client
 
     @property
@@ -164,7 +164,7 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
         return InFlight(
             id=self.id,
             client=self.client,
-            method=str(getattr(self, "command", "") or "?"),  # letters: waitress refuses all else
+            method=shortened(str(getattr(self, "command", "") or "?")),  # letters: waitress refuses all else
             path=visible(self.target.partition("?")[0]),
             age=self.age,
             phase=self.phase,
