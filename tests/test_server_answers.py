@@ -619,7 +619,7 @@ def test_uploads_that_are_broken_off_leave_no_file(serve, connect):
     head = get("/echo", f"Content-Length: {BIG}", method="POST")
     for client in clients:
         client.send(head + b"x" * (BIG // 4))
-    until(server, lambda: sum(bool(_files(server)) for _ in "x") and len(_files(server)) == 3)
+    until(server, lambda: len(_files(server)) == 3)
     files = _files(server)
     for client in clients:
         client.reset()
@@ -628,6 +628,16 @@ def test_uploads_that_are_broken_off_leave_no_file(serve, connect):
     for client in clients:
         client.close()
     assert descriptors() == before
+
+
+def test_the_end_of_a_server_frees_what_had_come(serve, connect):
+    """Also without a drain, which would have cut it."""
+    server = serve()
+    connect(server).send(get("/echo", f"Content-Length: {BIG}", method="POST") + b"x" * (BIG // 4))
+    until(server, lambda: len(_files(server)) == 1)
+    files = _files(server)
+    server.end()
+    assert [file.closed for file in files] == [True]
 
 
 def _files(server):

@@ -524,6 +524,8 @@ class EventLoop:
         """Give all descriptors back, once nobody writes to them any more."""
         with self._lock:
             self._closed = True
+        for channel in self.channels():
+            channel.handle_close()  # waitress' own close would leave what waits in temporary files
         wasyncore.close_all(self.poller)
         for acceptor in self.acceptors:
             acceptor.trigger.close()
