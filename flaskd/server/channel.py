@@ -22,7 +22,6 @@ from waitress.utilities import BadRequest, Error
 
 from flaskd.ledger import Cut, InFlight, visible
 from flaskd.server.buffers import FREE_SPACE, AnswerBuffer, BodyBuffer
-from flaskd.server.proxied import client_behind
 from flaskd.server.tasks import AppTask, ClientDisconnected, HealthTask, RefusalTask, RejectTask
 from flaskd.sockets import closed_by_peer, unacknowledged, unread
 from flaskd.units import shortened
@@ -45,6 +44,8 @@ _LINGER_LOOK = 0.05
 """Seconds between two looks at what the client has not acknowledged yet."""
 _LINGER_MOST = 2.0
 """Seconds without a sign of life from a client that has not acknowledged all output, until it is not waited for."""
+_LINGER_SENDING = 30.0
+"""Seconds in which a half-closed client may go on sending, unless a drain waits for it: a body that was refused."""
 
 
 class InsufficientStorageError(Error):  # type: ignore[misc]  # waitress is untyped
@@ -131,7 +132,7 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
         """The address of who sent it: the peer's, or what a trusted proxy says."""
         if self._client is None and self.headers_finished:
             channel = self.channel
-            self._client = client_behind(channel.addr[0], self.headers, channel.adj) or channel.client
+            self._client = channel.loop.client_of(channel.addr[0], self.headers) or channel.client
         return self._client or self.channel.client
 
     @property
@@ -269,6 +270,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         self.serving: Request
         self.grace_from = time.monotonic()
         self._linger_until, self._unacknowledged = 0.0, 0
+        self._half_closed_at = self._heard_at = 0.0
         self._flushing = False
         self._last_activity = self.grace_from
         self._holds = False
@@ -512,7 +514,11 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         """Send, and count what the kernel took; waitress calls it while there should be something to send."""
         if not data:
             raise EOFError(f"its file ended {self.outbufs[0].__len__()} bytes before the length that was announced")
-        sent: int = super().send(data, do_close=do_close)
+        try:
+            sent: int = super().send(data, do_close=do_close)
+        except OSError:  # what waitress does not know as a client that left: no way leads to it any more
+            self.will_close = True
+            return 0
         self.flushed += sent or 0
         return sent
 
@@ -546,7 +552,9 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             return  # the event was for the socket that had this number before
         if not data:
             self.handle_close()
-        elif not self.half_closed:
+        elif self.half_closed:
+            self._heard_at = time.monotonic()
+        else:
             self.received(data)
 
     def _receive(self) -> bytes | None:
@@ -627,19 +635,22 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         with self.outbuf_lock:
             self._settle()
         now = time.monotonic()
+        self._half_closed_at = now
         self._linger_until, self._unacknowledged = now + _LINGER_MOST, unacknowledged(self.socket)
         self.loop.at(now + _LINGER, self)
 
     def linger(self, now: float) -> None:
         """Close a half-closed connection whose client had its time, unless it still acknowledges our output.
 
-        The kernel would go on sending, but not where the network goes away with the process, as in a container.
+        The kernel would go on sending, but not where the network goes away with the process, as in a container. And a
+        client that still sends a body would be reset, and might never read the answer that it is not wanted.
         """
         left = unacknowledged(self.socket)
         if left < self._unacknowledged:
             self._linger_until = now + _LINGER_MOST
         self._unacknowledged = left
-        if left and now < self._linger_until:
+        sending = now - self._heard_at < _LINGER_MOST and now - self._half_closed_at < _LINGER_SENDING
+        if (left and now < self._linger_until) or (sending and not self.loop.drains):
             self.loop.at(now + _LINGER_LOOK, self)
         else:
             self.handle_close()
