@@ -17,10 +17,9 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from waitress.channel import HTTPChannel
-from waitress.parser import HTTPRequestParser
-from waitress.utilities import BadRequest
 
 from flaskd.ledger import Cut, InFlight, visible
+from flaskd.server.parser import Parser
 from flaskd.server.tasks import AppTask, ClientDisconnected, HealthTask, RefusalTask, RejectTask
 from flaskd.sockets import closed_by_peer, unacknowledged, unread
 
@@ -44,15 +43,15 @@ _LINGER_MOST = 2.0
 """Seconds without a sign of life from a client that has not acknowledged all output, until it is not waited for."""
 
 
-class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
+class Request(Parser):
     """One request, from its first byte until its answer has been handed to the kernel."""
 
     error: Any
     expect_continue: bool
     # Where all requests begin; on the class, because a request is made for every answer.
     id = 0
-    complete = began = 0.0
-    """When its last byte came, and when its answer was begun; 0 before."""
+    first_byte = wall_clock = complete = began = 0.0
+    """When its first and its last byte came, and when its answer was begun; 0 before."""
     thread: threading.Thread | None = None
     following: Request | None = None
     """What the worker that answered it has read next, and is to answer."""
@@ -63,17 +62,15 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
     def __init__(self, channel: Channel, adj: Any) -> None:
         super().__init__(adj)
         self.channel = channel
-        self.first_byte = time.monotonic()
-        self.wall_clock = time.time()
 
     def received(self, data: bytes) -> int:
         """Parse on; a request that is complete is from then on in flight."""
-        consumed: int = super().received(data)
-        understood = self.headers_finished and not (self.error or self.empty)
-        if understood and self.version == "1.1" and "HOST" not in self.headers:  # RFC 9112 §3.2
-            self.error = BadRequest("HTTP/1.1 requests need a Host header")
-            self.completed = True
-        elif understood and self.expect_continue and not self.completed and self.channel.too_late:
+        if not self.begun:
+            self.first_byte, self.wall_clock = time.monotonic(), time.time()
+        consumed = super().received(data)
+        if self.exceeded and (excess := self.channel.loop.excess) is not None:
+            excess.tell(self)
+        if self.headers_finished and self.expect_continue and not self.completed and self.channel.too_late:
             # Refused before the client sends the body for nothing (RFC 9110 §10.1.1).
             self.rejected = self.completed = True
             self.headers["CONNECTION"] = "close"  # the body may follow all the same
@@ -81,7 +78,7 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
             # Nothing more is expected, so the client must not be told to continue: waitress would wait for ever for
             # the body of a request that has none, or ask for one that it already refused.
             self.expect_continue = False
-            if not self.id and not self.empty and not self.channel.internal:
+            if not self.id and not self.channel.internal:
                 self.channel.loop.accepted(self)
         return consumed
 
@@ -90,11 +87,6 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
         super().close()
         if self.thread is None:
             self.channel.loop.retire(self, "gone")
-
-    @property
-    def begun(self) -> bool:
-        """Whether more of it has come than the blank lines that may stand before a request (RFC 9112 §2.2)."""
-        return self.headers_finished or bool(self.header_plus.strip())
 
     @property
     def age(self) -> float:
@@ -113,7 +105,7 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
     @property
     def target(self) -> str:
         """The request target as the client wrote it; empty while it is not known."""
-        return str(getattr(self, "request_uri", "") or getattr(self, "path", ""))
+        return self.request_uri
 
     def snapshot(self, *, stack: bool = False, gone: bool | None = None) -> InFlight:
         """What can be shown of it, from any thread; with the stack of the thread that runs it when asked for.
@@ -124,7 +116,7 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
         return InFlight(
             id=self.id,
             client=self.channel.client,
-            method=str(getattr(self, "command", "") or "?"),  # letters: waitress refuses all else
+            method=self.command or "?",  # a token: all else is refused
             path=visible(self.target.partition("?")[0]),
             age=self.age,
             phase=self.phase,
@@ -144,7 +136,7 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
             "id": self.id,
             "client": self.channel.client,
             "time": self.wall_clock,
-            "method": str(getattr(self, "command", "") or "-"),
+            "method": self.command or "-",
             "target": self.target or "-",
             "protocol": f"HTTP/{self.version}",
             "status": int(self.status[:3]) if self.status[:3].isdecimal() else 0,
@@ -286,7 +278,9 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     def answered_here(self) -> bool:
         """Whether the next request is answered by the loop itself, without a worker."""
         request = self.requests[0]
-        return request.rejected or self.loop.refusing or self.loop.alone or self._asks_for_health(request)
+        if request.error or request.rejected or self.loop.refusing or self.loop.alone:
+            return True
+        return self._asks_for_health(request)
 
     def _asks_for_health(self, request: Request) -> bool:
         if self.here:
