@@ -202,7 +202,9 @@ def test_only_names_on_the_list_are_its_own(door, host):
     assert f"expected a Host header of 127.0.0.1:{door.address.port}, localhost:" in json.loads(response.body)["error"]
 
 
-@pytest.mark.parametrize("host", ["localhost:{port}.evil.example", "localhost:{port}, x", "user@localhost:{port}", "[::1"])
+@pytest.mark.parametrize(
+    "host", ["localhost:{port}.evil.example", "localhost:{port}, x", "user@localhost:{port}", "[::1"]
+)
 def test_what_is_no_name_is_refused_before(door, host):
     """RFC 9112 §3.2 demands a 400 for a Host that is none; nobody is told what else would be wrong."""
     response = door.ask(Host=host.format(port=door.address.port))
