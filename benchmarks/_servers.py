@@ -342,7 +342,7 @@ def median(values: Sequence[float]) -> float:
 def environment() -> str:
     """Say on what the figures were taken, in one line."""
     versions = []
-    for module in ("flaskd", "waitress", "gunicorn", "uvicorn", "granian", "uwsgi", "flask"):
+    for module in ("flaskd", "waitress", "gunicorn", "uvicorn", "a2wsgi", "granian", "uwsgi", "flask"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{module} {importlib.metadata.version(module)}")
     system = os.uname()

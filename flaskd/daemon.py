@@ -23,16 +23,18 @@ from typing import Any, Protocol
 from flaskd import launch, loading, logs
 from flaskd.admin import AdminServer, EndpointServer, Measures, configured_token, opened_by
 from flaskd.cleanup import Frame, Plan, StepResult, aside, build_plan, overview
-from flaskd.config import Config, Configuration, FileWatch, HealthConfig, write_duration
+from flaskd.config import Config, Configuration, FileWatch, HealthConfig, load_again, write_duration
 from flaskd.drain import Drain
 from flaskd.errors import EX_OK, AppError, ConfigError, FlaskdError, NotNowError
 from flaskd.forks import forgotten_by_children
 from flaskd.inquiry import Inquiry
+from flaskd.leave import Ending, Unfinished, at_exit
 from flaskd.ledger import DrainReport
 from flaskd.lifecycle import Event, Lifecycle, State, StopReason
 from flaskd.loading import LoadedApp
 from flaskd.notify import Notifier
 from flaskd.outlook import Outlook
+from flaskd.patching import patching_refused
 from flaskd.protocol import Discard, Reply, account_lines, summary
 from flaskd.server import Tally, WaitressThread
 from flaskd.service import Service
@@ -58,6 +60,7 @@ worker that computes: with four of them a probe took up to 190 ms, and takes up 
 """
 _WEDGED = 5.0
 """Seconds without a turn after which the serving thread does not live any more; it turns once a second at least."""
+_REFUSED = logs.bounded_by("drains, resumes and reloads that the state refused")
 _TICK = 1.0
 """Seconds between two progress reports of a drain or stop."""
 
@@ -86,7 +89,8 @@ class Daemon:
     """One serving daemon, from its start to its exit code; see `run`.
 
     `load` reads the configuration, at the start and at each reload. `app` is served as it is, or what `make_app` makes
-    when the time for it has come; without them the app named by the configuration is imported.
+    when the time for it has come; without them the app named by the configuration is imported. `ending` is there where
+    the process ends with the stop: what the app has left to that has its time then.
     """
 
     def __init__(
@@ -98,7 +102,10 @@ class Daemon:
         environ: Mapping[str, str],
         app: Callable[..., Any] | None = None,
         make_app: Callable[[], Callable[..., Any]] | None = None,
+        ending: Ending | None = None,
     ) -> None:
+        self._ending = ending
+        self._unfinished: tuple[Unfinished, ...] = ()
         self._load = load
         self._environ = environ
         self._given_app = app
@@ -137,7 +144,7 @@ class Daemon:
         self.name = name
         self.configuration: Configuration
         self.app: LoadedApp
-        self._outlook = Outlook()
+        self._outlook = Outlook(leaves=ending is not None)
         self._use_up: Callable[[], None]
         self.last_stop: dict[str, Any] | None = None
         """The record of the stop before this run."""
@@ -173,7 +180,7 @@ class Daemon:
             try:
                 self._lifecycle.check(event)
             except NotNowError as error:
-                log.warning(str(error))  # that it was asked for has been logged, too
+                log.warning(str(error), extra=_REFUSED)  # that it was asked for has been logged, too
                 reply.error(error.code, str(error))
                 return True
         return False
@@ -193,8 +200,8 @@ class Daemon:
         return {
             "state": str(life.state),
             "since": logs.timestamp(life.since),
-            "for": round(time.time() - life.since, 3),
-            "uptime": round(time.time() - self._began, 3),
+            "for": round(life.age, 3),
+            "uptime": round(life.uptime, 3),
             "reason": str(self._stop.reason) if self._stop else None,
             "pid": os.getpid(),
             "name": self.name,
@@ -330,6 +337,8 @@ class Daemon:
             stack.callback(sys.setswitchinterval, sys.getswitchinterval())
             sys.setswitchinterval(_SWITCH)
             try:
+                if self._ending is not None:
+                    self._ending.start()
                 self._start(stack)
             except FlaskdError as error:
                 with self._starting:
@@ -349,7 +358,7 @@ class Daemon:
         stack.enter_context(self._signals)
         self._service.starting()
         with self._starting:  # a start that is broken off waits for this, and then nothing more is made
-            passed = launch.take_passed(self._environ)
+            passed = launch.take_passed(self._environ, config)
             self._plane.open(config, launch.for_control(config, passed))
             stack.callback(self._plane.close)
             stack.callback(self._close_listeners)
@@ -367,20 +376,23 @@ class Daemon:
                 token = configured_token(endpoint.token_file, endpoint.credential, self._environ)
                 self.open_endpoint(Address.parse(endpoint.listen), token, endpoint.allowed_hosts)
         stack.enter_context(opened_by(self.open_endpoint))
-        where = ", ".join(listener.address.url for listener in self._listeners)
+        where = ", ".join(listener.address.announced for listener in self._listeners)
         nodes = ", ".join(self._plane.nodes) or "none"
-        admin = f"; admin: {', '.join(each.url for each in self._admin.addresses)}" if self._admin_listeners else ""
+        admin = (
+            f"; admin: {', '.join(each.announced for each in self._admin.addresses)}" if self._admin_listeners else ""
+        )
         log.info(f"flaskd (pid {os.getpid()}) will serve on {where}; control: {nodes}{admin}")
         if self._plane.nodes:
             os.environ["FLASKD_CONTROL"] = self._plane.nodes[0]  # what the app starts can talk to this daemon
-        given = loading.make_app(self._make_app) if self._make_app is not None else self._given_app
-        self.app = launch.find_app(config.app, given, self._environ)
+        stack.enter_context(patching_refused())
+        self.app = launch.find_app(config.app, self._given(), self._environ)
         plan = build_plan(config.cleanup)
         plan.prepare()
         self._outlook.set(plan, config.cleanup, self.app.flask)
         self._use_up = launch.restore(plan, self.app, self._state_directory.writable)
         self._signals.reclaim()
         self._logs.reclaim()
+        self.app.tell()
         self._server = launch.make_server(
             config.server,
             self.app,
@@ -397,6 +409,9 @@ class Daemon:
             target=self._probe, args=(self._server, config.health), name="flaskd-probe", daemon=True
         )
         probe.start()
+
+    def _given(self) -> Callable[..., Any] | None:
+        return loading.make_app(self._make_app) if self._make_app is not None else self._given_app
 
     def _probe(self, server: WaitressThread, health: HealthConfig) -> None:
         """Probe in a thread of its own, so that a signal need not wait for the app; then the start is over."""
@@ -415,7 +430,7 @@ class Daemon:
         self._lifecycle.handle(Event.STARTED)
         self._apply_watch()
         self._apply_idle(self.configuration.values)
-        log.info(f"ready: {self.app.target} on {', '.join(each.address.url for each in self._listeners)}")
+        log.info(f"ready: {self.app.target} on {', '.join(each.address.announced for each in self._listeners)}")
         self._outlook.look_around()
         self._service.ready(self._ready_status(), self._server, lambda: self.state)
 
@@ -477,10 +492,7 @@ class Daemon:
                     self._inbox.get_nowait()()
             for reply in self._stop_waiters:
                 reply.ok("stopped")
-            self._remove_nodes()
-            self._state_directory.close()
-            self._plane.close()
-            self._logs.flush(_LAST_WORDS)
+            self._put_away()
             os._exit(EX_OK)
         except Exception:  # whatever it was, the start is over
             log.exception("cannot break off the start in good order")
@@ -551,6 +563,8 @@ class Daemon:
         if self._stop is not None and (running := self._stop.running):
             text += f"; cleanup: {', '.join(running)}"
             progress["cleanup"] = list(running)
+        if self._ending is not None and self._ending.begun:
+            text += f"; the exit waits for {', '.join(at_exit()) or 'the app'}"
         self._service.progress(text, server, self._stop.left if self._stop else None)
         for reply in [*(drain.waiters if drain else ()), *self._stop_waiters]:
             reply.progress(progress)
@@ -562,7 +576,7 @@ class Daemon:
         try:
             state = self._lifecycle.handle(Event.DRAIN)
         except NotNowError as error:
-            log.warning(str(error))
+            log.warning(str(error), extra=_REFUSED)
             reply.error(error.code, str(error))
             return
         if before is State.READY:
@@ -627,7 +641,7 @@ class Daemon:
                 self._server.resume()
                 self._listeners[:] = self._server.listeners
         except FlaskdError as error:
-            log.warning(str(error))
+            log.warning(str(error), extra=_REFUSED)
             reply.error(error.code, str(error))
             return
         if self._lifecycle.state is not State.READY:
@@ -651,7 +665,7 @@ class Daemon:
         try:
             self._lifecycle.handle(Event.RELOAD)
         except NotNowError as error:
-            log.warning(str(error))
+            log.warning(str(error), extra=_REFUSED)
             reply.error(error.code, str(error))
             if signalled and before in {State.DRAINING, State.DRAINED}:
                 self._notifier.reloading(since)
@@ -681,7 +695,7 @@ class Daemon:
 
     def _read(self) -> tuple[Configuration, Plan]:
         """The configuration as it would be now, and its plan. Raises ConfigError."""
-        new = self._load()
+        new = load_again(self._load, self.configuration)
         if keys := self.configuration.restart_keys(new):
             raise RestartNeededError(f"{', '.join(keys)}: cannot change without a restart")
         return new, build_plan(new.values.cleanup)
@@ -882,7 +896,42 @@ class Daemon:
     def _on_stop_over(self, error: Exception | None) -> None:
         if error is not None:
             log.error(f"cleanup broke off: {error}", exc_info=error)
+        if self._ending is not None:
+            self._end_the_app(self._ending)
         self._lifecycle.handle(Event.STOP_OVER)
+
+    def _end_the_app(self, ending: Ending) -> None:
+        """Give what the app has left to the end of the process its time; who watches it turns the loop meanwhile."""
+        assert self._stop is not None
+        ending.left = self._stop.left_for_the_exit()
+        self._service.step(ending.left(), self._stop.left)
+        ending.run(meanwhile=self._meanwhile, cut=self._cut_the_exit)
+
+    def _meanwhile(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._carry_out(self._inbox.get_nowait())
+        if not self._until_tick():
+            self._carry_out(self._tick)
+
+    def _cut_the_exit(self, unfinished: tuple[Unfinished, ...]) -> None:
+        """End the process from here: the main thread is in what was cut."""
+        code = EX_OK
+        try:
+            self._unfinished = unfinished
+            for each in unfinished:
+                log.warning(f"cut at the exit: {each.name}\n{each.stack}".rstrip())
+            self._lifecycle.handle(Event.STOP_OVER)
+            code = self._finish()
+            self._put_away()
+        finally:
+            os._exit(code)
+
+    def _put_away(self) -> None:
+        self._remove_nodes()
+        self._state_directory.close()
+        self._plane.close()
+        self._logs.flush(_LAST_WORDS)
 
     def _on_death(self, error: BaseException | None) -> None:
         """Stop, for the serving thread died: what was in hand is lost, and told."""
@@ -905,15 +954,21 @@ class Daemon:
         if report is None:  # the cleanup broke off, which has been logged, and the drain had no time left
             completed, rejected = (now - then for now, then in zip(server.counted, self._counted, strict=True))
             report = DrainReport(completed, rejected, server.cut("the cleanup broke off"), background=left_behind())
+        report = report.with_unfinished(stop.cut_work() + self._unfinished)
         self._close_endpoints(min(_ENDPOINT_CLOSING, stop.left))
         for each in self._listeners:
             if each.shared and (waiting := each.waiting()):
                 log.info(f"{waiting} connections wait on {each.address} for who listens there next, or are reset")
         server.end(timeout=min(0.2, stop.left))
-        self._state_directory.record(stop.record(report))
         code = EX_OK if report.clean else self.configuration.values.shutdown.exit_codes.degraded
         if self._failure is not None:
             code = self._failed(self._failure)
+        if self._ending is None or self._unfinished:
+            self._state_directory.record(stop.record(report))
+        else:
+            late = report.with_unfinished((Unfinished("finalizers"),))
+            self._ending.late_code = code or self.configuration.values.shutdown.exit_codes.degraded
+            self._ending.settle = self._state_directory.prepare(stop.record(report), unless=stop.record(late))
         policies = stop.policies
         fates = [entry["fate"] for entry in policies.values()]
         cleanup = ", ".join(f"{fates.count(fate)} {fate}" for fate in dict.fromkeys(fates)) or "none"

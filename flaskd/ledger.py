@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
+from flaskd.leave import Unfinished
+from flaskd.units import shortened
 from flaskd.work import Background
 
 _VISIBLE = bytes(range(0x21, 0x7F))
@@ -15,9 +17,10 @@ _VISIBLE = bytes(range(0x21, 0x7F))
 def visible(text: str) -> str:
     """Write what a client sent (as WSGI and http.server give it: bytes as Latin-1) so that it can reach a terminal.
 
-    What cannot be seen is percent-encoded (RFC 3986 §2.1); ``?`` stands where there is nothing.
+    What cannot be seen is percent-encoded (RFC 3986 §2.1), of a long text only the beginning is there, and ``?`` stands
+    where there is nothing.
     """
-    return quote(text.encode("latin-1", "replace"), safe=_VISIBLE) or "?"
+    return quote(shortened(text).encode("latin-1", "replace"), safe=_VISIBLE) or "?"
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ class DrainReport:
 
     `background` is the work outside any request that still ran when its deadline came; `unaccepted` how many
     connections were left in the backlog of a listener that could not be gated: they are reset, and nobody knows what
-    they asked for.
+    they asked for; `unfinished` is what else was accepted and cut: jobs of an executor, and what the app left to the
+    end of the process.
     """
 
     completed: int = 0
@@ -80,22 +84,30 @@ class DrainReport:
     took: float = 0.0
     background: tuple[Background, ...] = ()
     unaccepted: int = 0
+    unfinished: tuple[Unfinished, ...] = ()
 
     @property
     def clean(self) -> bool:
-        """Whether nothing was cut or left in a backlog, and nothing left running in the background."""
-        return not (self.cut or self.background or self.unaccepted)
+        """Whether nothing was cut or left in a backlog, and nothing left running in the background or at the end."""
+        return not (self.cut or self.background or self.unaccepted or self.unfinished)
+
+    def with_unfinished(self, more: tuple[Unfinished, ...]) -> DrainReport:
+        """The same, and more that was not finished."""
+        return replace(self, unfinished=self.unfinished + more) if more else self
 
     def __str__(self) -> str:
         left = f" background={len(self.background)}" if self.background else ""
         left += f" unaccepted={self.unaccepted}" if self.unaccepted else ""
+        left += f" unfinished={len(self.unfinished)}" if self.unfinished else ""
         return f"completed={self.completed} rejected={self.rejected} cut={len(self.cut)}{left} took={self.took:.1f}s"
 
     def as_json(self) -> dict[str, Any]:
-        """Stable keys for programs; `background` and `unaccepted` are there when there is any."""
+        """Stable keys for programs; `background`, `unaccepted` and `unfinished` are there when there is any."""
         left: dict[str, Any] = {"background": [each.as_json() for each in self.background]} if self.background else {}
         if self.unaccepted:
             left["unaccepted"] = self.unaccepted
+        if self.unfinished:
+            left["unfinished"] = [each.as_json() for each in self.unfinished]
         return {
             "completed": self.completed,
             "rejected": self.rejected,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from flaskd.cleanup import Found, Frame, Plan, Sweep, names, overview, with_callbacks, with_found
 from flaskd.config import CleanupConfig, Config
+from flaskd.leave import at_exit
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -20,7 +21,8 @@ _LOOK_AROUND = 1.0
 class Outlook:
     """Kept while the daemon serves; a stop takes its `plan` and its `sweep`, and goes on by itself."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, leaves: bool = False) -> None:
+        self._leaves = leaves  # whether the process ends with the stop
         self._policies = Plan()
         self._cleanup = Config.model_validate({}).cleanup
         self._app: Flask | None = None
@@ -71,7 +73,9 @@ class Outlook:
             anew = self._sweep.found(_LOOK_AROUND)
             found = found if anew is None else anew
         plan = with_found(self.plan, found or (), config.cleanup)
-        answer = {"discovery": config.cleanup.discovery.mode, **overview(plan, Frame.of(config))}
+        left = [each.name for each in plan.left if each.use == "executor.stop"]
+        waits_for = [*left, *at_exit()] if self._leaves else []
+        answer = {"discovery": config.cleanup.discovery.mode, **overview(plan, Frame.of(config), waits_for)}
         if found is None:
             answer["text"] += "\nwhat the app holds is not known yet"
         return answer

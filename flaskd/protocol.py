@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,9 +52,19 @@ def runtime_directories(name: str, environ: Mapping[str, str], *, client: bool =
         yield Path(user) / name
     if client and user_id != 0:
         yield Path("/run") / name
-    import tempfile  # noqa: PLC0415 - the last place to look, and slow to import
+    yield temporary_directory(environ) / f"{name}-{user_id}"
 
-    yield Path(tempfile.gettempdir()) / f"{name}-{user_id}"
+
+def temporary_directory(environ: Mapping[str, str]) -> Path:
+    """Where temporary files go: ``tempfile.tempdir`` if the program has set it, else $TMPDIR, $TEMP, $TMP, else /tmp.
+
+    tempfile.gettempdir() raises where none of its places can be written to, and goes to another one, at last to the
+    working directory, while the usual one is full: there a daemon and its clients would not find each other.
+    """
+    if chosen := getattr(sys.modules.get("tempfile"), "tempdir", None):
+        return Path(os.fsdecode(chosen))
+    places = (environ.get(variable, "") for variable in ("TMPDIR", "TEMP", "TMP"))
+    return next((Path(each) for each in places if each and os.path.isdir(each)), Path("/tmp"))  # noqa: PTH112, S108
 
 
 def state_directory(name: str, environ: Mapping[str, str]) -> Path:
@@ -123,10 +134,11 @@ class Discard:
 _NUMBER = (int, float)
 _RECORD = {
     "reason": str, "started": str, "took": _NUMBER, "completed": int, "rejected": int, "unaccepted": int,
-    "cut": list, "background": list, "policies": dict,
+    "cut": list, "background": list, "unfinished": list, "policies": dict, "omitted": dict,
 }  # fmt: skip
 _REQUEST = {"method": str, "path": str, "phase": str, "age": _NUMBER, "reason": str}
 _WORK = {"name": str, "age": _NUMBER, "thread": str}
+_LEFT = {"name": str}
 _STEP = {"fate": str, "took": _NUMBER, "why": str}
 _SUMMARY = ("reason", "started", "took", "completed", "rejected", "cut", "failed")
 
@@ -141,6 +153,7 @@ def damage(record: object) -> str:
     assert isinstance(record, dict)
     faults = [_misfit(each, _REQUEST, "cut: ", needed=_REQUEST) for each in record.get("cut", ())]
     faults += [_misfit(each, _WORK, "background: ", needed=_WORK) for each in record.get("background", ())]
+    faults += [_misfit(each, _LEFT, "unfinished: ", needed=_LEFT) for each in record.get("unfinished", ())]
     faults += [_misfit(each, _STEP, "policies: ", needed=("fate",)) for each in record.get("policies", {}).values()]
     return next(filter(None, faults), "")
 
@@ -166,13 +179,27 @@ def summary(record: Fields | None) -> Fields | None:
     fates = [entry.get("fate") for entry in record.get("policies", {}).values()]
     return {
         **{key: record.get(key) for key in _SUMMARY[:-2]},
-        "cut": len(record.get("cut", ())),
+        "cut": _count(record, "cut"),
+        **({"unfinished": _count(record, "unfinished")} if record.get("unfinished") else {}),
         "failed": sum(fate in {"failed", "timed_out"} for fate in fates),
     }
 
 
+def _count(record: Fields, key: str) -> int:
+    """How many a record has of something, with those for which there was no room in it."""
+    return len(record.get(key, ())) + int(record.get("omitted", {}).get(key, 0))
+
+
 def died(mark: Fields) -> str:
-    """How a run ended that left its mark behind, for people."""
+    """How a run ended that left its mark behind, for people.
+
+    A mark that is there but cannot be read tells nothing: its run may have ended in any way.
+    """
+    if "unreadable" in mark:
+        return f"left a mark that cannot be read, and nobody knows how it ended: {mark['unreadable']}"
+    if "unrecorded" in mark:
+        pid, started, why = (mark.get(key, "unknown") for key in ("pid", "started", "unrecorded"))
+        return f"came to its end, but its stop could not be recorded: {why} (pid {pid}, started {started})"
     stopping = f", in the middle of its stop ({mark['stopping']})" if "stopping" in mark else ""
     pid, started = mark.get("pid", "unknown"), mark.get("started", "unknown")
     return f"died without a complete stop{stopping} (pid {pid}, started {started})"
@@ -194,7 +221,7 @@ def record_lines(record: Fields) -> list[str]:
         f"started: {record.get('started', 'unknown')}, took {format_duration(float(record.get('took') or 0))}",
         (
             f"requests: completed={record.get('completed', 0)} rejected={record.get('rejected', 0)} "
-            f"cut={len(record.get('cut', ()))}"
+            f"cut={_count(record, 'cut')}"
         ),
     ]
     lines += [
@@ -202,6 +229,7 @@ def record_lines(record: Fields) -> list[str]:
         for each in record.get("cut", ())
     ]
     lines += [background_line(each) for each in record.get("background", ())]
+    lines += [unfinished_line(each) for each in record.get("unfinished", ())]
     if record.get("unaccepted"):
         lines.append(f"reset in the backlog: {record['unaccepted']} connections")
     lines += [f"policy {step_line(name, entry)}" for name, entry in record.get("policies", {}).items()]
@@ -210,12 +238,13 @@ def record_lines(record: Fields) -> list[str]:
 
 def account_lines(fields: Fields) -> list[str]:
     """What a drain or stop lost, and each cleanup step that is not ok, for people: a line each."""
-    background, policies = fields.get("background"), fields.get("policies")
+    background, unfinished, policies = (fields.get(key) for key in ("background", "unfinished", "policies"))
     lines = [
         f"cut {each['method']} {each['path']} ({each['phase']} for {each['age']:.1f}s): {each['reason']}"
         for each in fields.get("cut") or ()
     ]
     lines += map(background_line, background) if isinstance(background, list) else ()
+    lines += map(unfinished_line, unfinished) if isinstance(unfinished, list) else ()
     if isinstance(policies, dict):
         lines += [step_line(name, entry) for name, entry in policies.items() if entry["fate"] != "ok"]
     return lines
@@ -231,6 +260,11 @@ def step_line(name: str, entry: Fields) -> str:
 def background_line(entry: Fields) -> str:
     """What was left running in the background, for people."""
     return f"background: {entry['name']} (for {entry['age']:.1f}s in {entry['thread']})"
+
+
+def unfinished_line(entry: Fields) -> str:
+    """What was accepted, or left to the end of the process, and cut, for people."""
+    return f"not finished: {''.join(each if each.isprintable() else '?' for each in entry['name'])}"
 
 
 def thread_line(entry: Fields) -> str:

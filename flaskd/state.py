@@ -10,18 +10,21 @@ import os
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flaskd.cleanup import read_record, write_record
+from flaskd.cleanup import prepare_record, read_record, write_record
 from flaskd.config import MARK_FILE
-from flaskd.files import remove_leftovers, remove_matching
+from flaskd.files import read_whole, remove_leftovers, remove_matching
 from flaskd.logs import timestamp
 from flaskd.protocol import damage, died, state_directory
+from flaskd.units import shortened
 
 log = logging.getLogger("flaskd.state")
 
+_LARGEST_MARK = 16 * 1024
+"""Bytes of a mark that are read."""
 _PATIENCE = 0.5
 """Seconds that the end waits for a disk that does not answer."""
 
@@ -29,13 +32,13 @@ _PATIENCE = 0.5
 class StateDirectory:
     """Where the record goes; one that cannot be written costs the record, never the service.
 
-    `previous` is how the run before this one died, None when it came to its end or nothing is known of it.
+    `previous` is how the run before this one ended without a record; None when it has one, or nothing is known of it.
     """
 
     def __init__(self, name: str, environ: Mapping[str, str]) -> None:
         self.path = state_directory(name, environ)
         self.previous: str | None = None
-        self._in_use = False
+        self._in_use = self._unrecorded = False
         self._environ = environ
         self._mark: Path | None = None
         self._record: Path | None = None
@@ -62,7 +65,7 @@ class StateDirectory:
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if (before := read_record(mark)) is not None:
+            if (before := _read_mark(mark)) is not None:
                 self._tell_of(before)
             write_record(mark, {"pid": os.getpid(), "started": timestamp(time.time())})
             self._mark = mark
@@ -81,6 +84,10 @@ class StateDirectory:
         return list(dict.fromkeys([self.path, *([self._record.parent] if self._record else [])]))
 
     def _tell_of(self, before: Mapping[str, Any]) -> None:
+        if "unreadable" in before or "unrecorded" in before:  # whether anything is left to tidy up, nobody knows
+            self.previous = died(before)
+            log.warning(f"the flaskd before this one {self.previous}")
+            return
         stopping = f", in the middle of its stop ({before['stopping']})" if "stopping" in before else ""
         removed = self._repair()
         tidied = f"; removed what it left: {', '.join(removed)}" if removed else ""
@@ -105,21 +112,40 @@ class StateDirectory:
 
     def stopping(self, reason: str) -> None:
         """Note in the mark that the stop has begun, for who finds it; not flushed to the disk, which may be slow."""
+        self._note({"stopping": shortened(reason)})
+
+    def _note(self, news: Mapping[str, str]) -> None:
+        """Add something to the mark, in its place: there may be no room for a new one."""
         with self._writing:
             if self._mark_file >= 0:
-                entry = {"pid": os.getpid(), "started": timestamp(time.time()), "stopping": reason}
+                entry: dict[str, Any] = {"pid": os.getpid(), "started": timestamp(time.time())}
                 with contextlib.suppress(OSError, ValueError):  # then the next start knows less
-                    entry["started"] = json.loads(os.pread(self._mark_file, 4096, 0))["started"]
-                    os.pwrite(self._mark_file, json.dumps(entry).encode() + b"\n", 0)
+                    entry |= json.loads(os.pread(self._mark_file, _LARGEST_MARK, 0))
+                    os.pwrite(self._mark_file, json.dumps({**entry, **news}).encode() + b"\n", 0)
 
     def record(self, entry: Mapping[str, Any]) -> None:
-        """Write the record of this stop."""
+        """Write the record of this stop; where that cannot be done, the mark says so, and stays."""
         if self._record is None:
             return
         try:
             write_record(self._record, entry)
         except OSError as error:
             log.warning(f"cannot record this stop in {self._record}: {error.strerror}")
+            self._unrecorded = True
+            self._note({"unrecorded": str(error.strerror)})
+
+    def prepare(self, entry: Mapping[str, Any], *, unless: Mapping[str, Any]) -> Callable[[], object] | None:
+        """Record `unless`, and lay the record ready that is to be there in its place unless something is cut.
+
+        Gives what puts it there; None where nothing is recorded.
+        """
+        self.record(unless)
+        if self._record is not None and not self._unrecorded:
+            try:
+                return prepare_record(self._record, entry)
+            except OSError:  # no room for two
+                self.record(entry)
+        return None
 
     def last_stop(self) -> dict[str, Any] | None:
         """The record of the last stop; None when there is none, ``{"damaged": "<why>"}`` when it cannot be shown."""
@@ -129,11 +155,11 @@ class StateDirectory:
         return {"damaged": f"{self._kept} is not a record: {why}"}
 
     def close(self) -> None:
-        """Take the mark away, and unlock the directory: this run came to its end."""
-        if self._mark is not None:
+        """Take the mark away, unless it has something to tell, and unlock the directory: this run came to its end."""
+        if self._mark is not None and not self._unrecorded:
             with contextlib.suppress(OSError):
                 self._mark.unlink()
-            self._mark = None
+        self._mark = None
         if self._writing.acquire(timeout=_PATIENCE):  # else the descriptor is in use, and left to the process' end
             if self._mark_file >= 0:
                 os.close(self._mark_file)
@@ -149,6 +175,24 @@ class StateDirectory:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+
+def _read_mark(path: Path) -> dict[str, Any] | None:
+    """What the run before has left there; None: nothing, and ``{"unreadable": "<why>"}`` for what cannot be read.
+
+    One that was read and is damaged was there all the same: it tells of a death, and of nothing else.
+    """
+    try:
+        mark = json.loads(read_whole(path, _LARGEST_MARK))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return {"unreadable": f"{path}: {error.strerror}"}
+    except json.JSONDecodeError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        return {"unreadable": f"{path}: {error}"}
+    return mark if isinstance(mark, dict) else {}
 
 
 _METRICS = re.compile(r"[a-z_]+_([0-9]+)\.db")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import functools
 import logging
 import os
 import queue
@@ -28,6 +27,7 @@ from flaskd.cleanup import (
 )
 from flaskd.config import CleanupConfig, ShutdownConfig
 from flaskd.errors import FlaskdError
+from flaskd.leave import Unfinished, stacks_go_to
 from flaskd.ledger import Cut, DrainReport
 from flaskd.lifecycle import StopReason
 from flaskd.logs import timestamp
@@ -41,6 +41,8 @@ _HURRIED = 1.0
 """Seconds that all remaining cleanup gets when somebody asks a second time."""
 _LAST_RESORT = 0.5
 """Seconds past the deadline at which faulthandler ends the process, even one whose app holds the GIL."""
+_FAREWELL = 0.25
+"""Seconds before the deadline at which all that the app does is over, for the record and the last log lines."""
 _HEAD_START = 0.02
 """Seconds in which the gate is closed, before the search for what the app holds may slow that down."""
 _FIRST_LOOK = 0.1
@@ -76,14 +78,6 @@ class CleanupThread:
     def join(self) -> None:
         """Wait a moment for its end, after its work."""
         self._thread.join(1)
-
-
-@functools.cache
-def _stacks_go_to() -> int:
-    """A descriptor for the last stacks that cannot block: standard error opened anew, where that can be done."""
-    with contextlib.suppress(OSError):  # a socket, as in the journal, or no /proc
-        return os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_APPEND | os.O_CLOEXEC)
-    return 2
 
 
 class Drainable(Protocol):
@@ -236,7 +230,7 @@ class Stop:
         """Make sure that the process ends by the deadline, whatever happens from here on."""
         self._armed = True
         try:
-            faulthandler.dump_traceback_later(self.left + _LAST_RESORT, exit=True, file=_stacks_go_to())
+            faulthandler.dump_traceback_later(self.left + _LAST_RESORT, exit=True, file=stacks_go_to())
         except (RuntimeError, OSError) as error:  # no thread can be had: the deadline hangs on Python alone
             log.warning(f"cannot arm the last resort: {error}")
 
@@ -244,6 +238,15 @@ class Stop:
     def left(self) -> float:
         """Seconds until the deadline, never below 0."""
         return max(0.0, self._deadline - time.monotonic())
+
+    def left_for_the_exit(self) -> Callable[[], float]:
+        """What gives, from now on, the seconds for what the app has left to the end of its process."""
+        until = time.monotonic() + self._shutdown.exit_wait
+        return lambda: min(until, self._deadline - _FAREWELL) - time.monotonic()
+
+    def cut_work(self) -> tuple[Unfinished, ...]:
+        """The accepted work that its steps had to throw away."""
+        return tuple(Unfinished(f"{each.name}: {work}") for each in self._runner.results for work in each.cut)
 
     @property
     def took(self) -> float:
@@ -305,6 +308,7 @@ class Stop:
             "cut": [each.as_json() for each in report.cut],
             "background": [each.as_json() for each in report.background],
             **({"unaccepted": report.unaccepted} if report.unaccepted else {}),
+            **({"unfinished": [each.as_json() for each in report.unfinished]} if report.unfinished else {}),
             "started": timestamp(time.time() - self.took),
             "took": round(self.took, 3),
             "policies": self.policies,

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
+from flaskd.units import shortened
+
 log = logging.getLogger("flaskd.work")
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -100,7 +102,7 @@ _NOT_DONE_WHEN_CALLED = (inspect.iscoroutinefunction, inspect.isgeneratorfunctio
 
 def on_one_line(name: str) -> str:
     """A name that the app chose, maybe of what a client sent, as it can stand in a log, an answer and a terminal."""
-    return "".join(each if each.isprintable() else "?" for each in name)
+    return "".join(each if each.isprintable() else "?" for each in shortened(name))
 
 
 def in_background() -> bool:

@@ -3,6 +3,7 @@
 Nothing here says how long anything may take.
 """
 
+import importlib.metadata
 import json
 import statistics
 import subprocess
@@ -30,6 +31,19 @@ def test_every_request_has_a_fate(scenario, tmp_path):
     assert accounts, text
     for account in accounts:
         assert account["requests"] == sum(account["fates"].values()) > 0
+
+
+def test_the_versions_of_all_peers_are_told(monkeypatch):
+    """A figure is worth nothing without what it was measured with: each package that a server needs is named."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    servers = importlib.import_module("_servers")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: f"1.2.{len(name)}")
+    told = servers.environment()
+    needed = {module for server in servers.SERVERS.values() for module in server.modules} - {"uwsgidecorators"}
+    for name in (*needed, "uwsgi", "flask"):
+        assert f"{name} 1.2.{len(name)}" in told
+    for name in ("_servers", "app"):
+        sys.modules.pop(name, None)
 
 
 def find(value):

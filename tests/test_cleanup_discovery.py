@@ -31,6 +31,7 @@ from werkzeug.local import LocalProxy
 from flaskd.cleanup import ACTIONS, Plan, Sweep, action_specs, build_plan, discover, with_found
 from flaskd.config import load_mapping
 from flaskd.errors import ConfigError
+from flaskd.threads import AppThread
 
 
 def names(found):
@@ -184,7 +185,7 @@ def test_connections_of_their_own_are_listed(module, engine):
 def test_survivors_are_listed_and_not_touched():
     """A thread that is no daemon is listed with what would end it; no step does unless a policy says so."""
     stop = threading.Event()
-    threads = [threading.Thread(target=stop.wait, name=name) for name in ("mailer", "flaskd-own")]
+    threads = [threading.Thread(target=stop.wait, name="mailer"), AppThread(target=stop.wait, name="own")]
     for thread in threads:
         thread.start()
     try:

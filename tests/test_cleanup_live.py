@@ -276,17 +276,43 @@ def test_a_job_that_never_ends_does_not_hold_the_stop(scheduler):
     job.released.set()
 
 
-def test_an_executor_cancels_what_waits_and_finishes_what_runs():
-    """What has not begun is cancelled and counted; what runs is waited for."""
-    job, pool = Job(), concurrent.futures.ThreadPoolExecutor(1)
-    running, waiting = pool.submit(job), [pool.submit(int) for _ in range(3)]
+def test_an_executor_finishes_what_it_has_taken():
+    """Jobs that wait are run as those that run are waited for, and no more is taken."""
+    job, pool, done = Job(), concurrent.futures.ThreadPoolExecutor(1), []
+    pool.submit(job)
+    waiting = [pool.submit(done.append, number) for number in range(7)]
     assert job.entered.wait(PATIENCE)
-    waiting[0].add_done_callback(lambda _: job.released.set())
-    result = perform("executor.stop", pool)
-    assert (result.fate, result.detail) == (Fate.OK, "ThreadPoolExecutor-1: 3 cancelled")
-    assert running.result(PATIENCE) is None
-    assert all(future.cancelled() for future in waiting)
+    with in_background(lambda: perform("executor.stop", pool)) as results:
+        job.released.set()
+    (result,) = results
+    assert (result.fate, result.detail, result.cut) == (Fate.OK, "ThreadPoolExecutor-1", ())
+    assert done == list(range(7))
+    assert all(future.done() for future in waiting)
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        pool.submit(int)
     assert perform("executor.stop", pool).detail == "there is nothing to end"
+
+
+def test_an_executor_that_runs_out_of_time_tells_how_much_was_not_begun():
+    """At the step's timeout what waits is cancelled, counted exactly, and told as work that was cut."""
+    job, pool = Job(), concurrent.futures.ThreadPoolExecutor(1)
+    pool.submit(job)
+    waiting = [pool.submit(int) for _ in range(3)]
+    assert job.entered.wait(PATIENCE)
+    try:
+        result = perform("executor.stop", pool, timeout=0.2)
+        assert (result.fate, result.cut) == (Fate.TIMED_OUT, ("ThreadPoolExecutor-1: 3 jobs not begun",))
+        assert all(future.cancelled() for future in waiting)
+    finally:
+        job.released.set()
+
+
+def test_an_executor_of_processes_finishes_what_it_has_taken():
+    """Its queue is worked off before its processes end."""
+    pool = concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    jobs = [pool.submit(os.getpid) for _ in range(5)]
+    assert perform("executor.stop", pool).fate is Fate.OK
+    assert len({each.result(0) for each in jobs}) == 1
 
 
 def test_an_executor_that_stays_busy_is_told_with_the_stack_of_its_job():

@@ -108,3 +108,19 @@ def test_no_directory_is_an_error(tmp_path):
     """A directory that is not there is the caller's trouble."""
     with pytest.raises(FileNotFoundError):
         write_record(tmp_path / "none" / "record", {})
+
+
+def test_a_record_that_would_be_too_large_can_be_read(tmp_path):
+    """It loses its stacks first, and then the end of its longest list, of which it tells how much."""
+    path = tmp_path / "record"
+    cut = [{"path": "/x", "stack": "x" * 1000} for _ in range(10_000)]
+    write_record(path, {"reason": "signal: SIGTERM", "cut": cut})
+    assert read_record(path)["cut"] == [{"path": "/x", "stack": ""}] * 10_000
+    long = [{"path": "/" + "x" * 1000, "stack": ""} for _ in range(10_000)]
+    write_record(path, {"reason": "signal: SIGTERM", "cut": long, "background": [{"name": "x"}]})
+    record = read_record(path)
+    assert len(record["cut"]) + record["omitted"]["cut"] == 10_000
+    assert record["cut"][0] == long[0]
+    assert record["background"] == [{"name": "x"}]
+    write_record(path, {"reason": "signal: SIGTERM", "policies": {"x": {"fate": "ok", "detail": "x" * 5_000_000}}})
+    assert read_record(path) == {"reason": "signal: SIGTERM"}

@@ -6,6 +6,7 @@ from test_cleanup_kit import PATIENCE, Reason, fates, hanging, run, runner, step
 
 from flaskd.cleanup import Fate, StepFailedError, StepTimedOutError, results_as_json
 from flaskd.config import Phase
+from flaskd.threads import waited_for
 
 
 def raising(error):
@@ -85,7 +86,7 @@ def test_the_step_knows_who_asks():
     def look(context):
         seen.append((context.policy, context.phase, context.reason, context.reason_text, context.app))
         seen.append(threading.current_thread().name)
-        assert threading.current_thread().daemon
+        assert threading.current_thread() not in waited_for()
 
     app = object()
     assert fates(run(step("look", look), app=app)) == {"look": "ok"}

@@ -1,13 +1,20 @@
 """The end of a process, in one of its own."""
 
+import atexit
+import functools
+import os
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 
+from flaskd.leave import at_exit
+
 FULL = """
 import array, fcntl, logging, os, sys, termios, threading, time
-from flaskd.leave import leave
+from flaskd.leave import Ending, leave
 
 logging.basicConfig()  # its handler flushes standard error in an atexit callback
 
@@ -40,9 +47,149 @@ def keep_writing():
 def test_nobody_who_reads_keeps_the_exit(app):
     """Standard error is full and not read: the process ends with its own code all the same."""
     with subprocess.Popen(
-        [sys.executable, "-E", "-c", f"{FULL}\n{app}\nleave(7)"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-E", "-c", f"{FULL}\n{app}\nleave(7, Ending())"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     ) as process:
         try:
             assert process.wait(20) == 7
         finally:
             process.kill()
+
+
+END = """
+import os, sys, threading, time, types
+from flaskd.leave import Ending, leave
+
+app = sys.modules["app"] = types.ModuleType("app")
+ending = Ending()
+ending.start()
+until = time.monotonic() + WAIT
+ending.left = lambda: until - time.monotonic()
+ending.late_code = 9
+
+def cut(unfinished):
+    for each in unfinished:
+        print(each.name)
+    sys.stdout.flush()
+    os._exit(8)
+
+exec(APP, vars(app))
+ending.run(meanwhile=lambda: None, cut=cut)
+print("in time", flush=True)
+leave(3, ending)
+"""
+
+
+def ended(app, wait=15.0):
+    """Let a process end that runs this code of an app's; give its exit code and what it has said."""
+    code = f"WAIT, APP = {wait}, {app!r}\n{END}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False)
+    return done.returncode, done.stdout.splitlines(), done.stderr
+
+
+PAUSE = "import threading, time, atexit, concurrent.futures, multiprocessing\npause = threading.Event().wait\n"
+
+
+@pytest.mark.parametrize(
+    ("app", "said"),
+    [
+        ("atexit.register(lambda: pause(0.3) or print('over', flush=True))", "over"),
+        ("threading.Thread(target=lambda: pause(0.3) or print('over', flush=True)).start()", "over"),
+        ("pool = concurrent.futures.ThreadPoolExecutor(1)\nfor each in range(8): pool.submit(print, each)", "7"),
+        (
+            "def bye(): threading.Thread(target=lambda: pause(0.3) or print('over', flush=True)).start()\n"
+            + ("atexit.register(bye)" if sys.version_info < (3, 12) else "bye()"),  # no new threads at the exit there
+            "over",
+        ),
+        (
+            "multiprocessing.get_context('fork').Process(target=lambda: pause(0.3) or print('over', flush=True)).start()",
+            "over",
+        ),
+        ("def bye(): raise RuntimeError('bye')\natexit.register(print, 'over')\natexit.register(bye)", "over"),
+    ],
+    ids=["callback", "thread", "executor", "thread of a callback", "child", "a callback that raises"],
+)
+def test_what_is_left_to_the_end_is_done(app, said):
+    """Exit callbacks, threads, queued jobs and children are finished, and the exit code is the stop's own."""
+    code, lines, _ = ended(PAUSE + app)
+    assert code == 3
+    assert lines[-2:] == [said, "in time"]
+
+
+@pytest.mark.parametrize(
+    ("app", "cut"),
+    [
+        (
+            "def bye(): pause()\ndef never(): pass\natexit.register(never)\natexit.register(bye)",
+            ["app.bye", "app.never"],
+        ),
+        ("threading.Thread(target=pause, name='stray').start()", ["thread/stray"]),
+        (
+            "pool = concurrent.futures.ThreadPoolExecutor(1, 'mail')\nfor _ in range(3): pool.submit(pause)",
+            ["thread/mail_0", "executor/mail: 2 jobs not begun"],
+        ),
+    ],
+    ids=["callback", "thread", "executor"],
+)
+def test_what_takes_too_long_is_cut_and_named(app, cut):
+    """When the time is up what is not over is named, callbacks that had no turn as well."""
+    code, lines, _ = ended(PAUSE + app, wait=0.5)
+    assert code == 8
+    assert [line.removeprefix("atexit/") for line in lines] == cut
+
+
+def test_finalizers_run_and_files_are_written():
+    """What modules hold is finalized as at any interpreter's end: an object's last words, a file's buffer."""
+    code, lines, _ = ended("class Last:\n    def __del__(self, say=print): say('over', flush=True)\nlast = Last()")
+    assert (code, lines) == (3, ["in time", "over"])
+
+
+@pytest.mark.parametrize("hang", ["pause()", "[0 for _ in iter(int, 1)]"], ids=["sleeps", "computes"])
+def test_a_finalizer_cannot_keep_the_process(hang):
+    """One that never ends is cut in time, with its stack and the exit code that was asked for."""
+    app = f"{PAUSE}class Last:\n    def __del__(self, pause=pause):\n        {hang}\nlast = Last()"
+    code, lines, errors = ended(app, wait=0.5)
+    assert (code, lines) == (9, ["in time"])
+    assert "in __del__" in errors
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
+@pytest.mark.parametrize("how", ["full", "closed pipe", "closed"])
+def test_streams_that_cannot_be_written_do_not_change_the_exit_code(how):
+    """Python's own exit code would be 120 (Py_FinalizeEx)."""
+    app = "import sys\nfor stream in (sys.stdout, sys.stderr):\n    print('x' * 100, end='', file=stream)"
+    quiet = END.replace('print("in time", flush=True)', "")
+    code = f"WAIT, APP = 15, {app!r}\n{quiet}"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as pipe, Path("/dev/full").open("wb") as full:
+        stream = {"full": full, "closed pipe": pipe, "closed": None}[how]
+        done = subprocess.run(
+            ["sh", "-c", f'exec "$@" {">&- 2>&-" if stream is None else ""}', "sh", sys.executable, "-c", code],
+            stdout=stream, stderr=stream, timeout=20, check=False,
+            env={key: value for key, value in os.environ.items() if not key.startswith("PYTHON")},
+        )  # fmt: skip
+    assert done.returncode == 3
+
+
+def test_what_the_exit_would_wait_for():
+    """The app's threads, its children and its exit callbacks, the last registered first; not those of libraries."""
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait, name="mailer")
+    thread.start()
+    callback = functools.partial(bye, 1)
+    atexit.register(callback)
+    try:
+        names = at_exit()
+        assert "thread/mailer" in names
+        assert f"atexit/{__name__}.bye" in names
+        assert not [name for name in names if name.startswith("atexit/logging.")]
+    finally:
+        atexit.unregister(callback)
+        stop.set()
+        thread.join(20)
+
+
+def bye(number):
+    """Stands for an exit callback."""

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from flaskd.cleanup import read_record
+from flaskd.protocol import record_lines
 from flaskd.state import StateDirectory, state_directory
 
 
@@ -158,6 +160,19 @@ def test_after_a_crash_what_was_left_is_tidied_up(directory, tmp_path, caplog, m
     state.close()
 
 
+def test_a_state_directory_may_be_a_link_of_the_service_manager(tmp_path, caplog):
+    """Under DynamicUser= the state directory is a link to a private one (systemd.exec(5)): it is tidied up like any."""
+    (tmp_path / "private" / "flaskd").mkdir(parents=True)
+    (tmp_path / "flaskd").symlink_to("private/flaskd")
+    killed(opened(tmp_path / "flaskd"))
+    (tmp_path / "private" / "flaskd" / ".last-stop.json.flaskd-tmp").touch()
+    caplog.clear()
+    state = opened(tmp_path / "flaskd")
+    assert "removed what it left: .last-stop.json.flaskd-tmp" in caplog.text
+    assert "cannot" not in caplog.text
+    state.close()
+
+
 def test_without_a_crash_nothing_is_tidied_up(directory):
     """A run that came to its end left nothing that would be ours to remove."""
     opened(directory).close()
@@ -258,3 +273,72 @@ def test_a_directory_that_goes_away_costs_only_the_record(directory, caplog):
     state.close()
     (warning,) = messages(caplog)
     assert warning.startswith(f"cannot record this stop in {directory / 'last-stop.json'}: ")
+
+
+def full(*_args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_stop_that_could_not_be_recorded_is_told(directory, caplog, monkeypatch):
+    """The record before it stays, and who reads it learns that there was another stop since, and why it is not there."""
+    before = opened(directory)
+    before.record({"reason": "signal: SIGTERM", "cut": []})
+    before.close()
+    state = opened(directory)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        state.record({"reason": "control: stop", "cut": [1]})
+    state.close()
+    assert messages(caplog) == [f"cannot record this stop in {directory / 'last-stop.json'}: No space left on device"]
+    after = opened(directory)
+    words = "came to its end, but its stop could not be recorded: No space left on device (pid "
+    assert after.previous.startswith(words)
+    assert messages(caplog)[1].startswith(f"the flaskd before this one {words}")
+    shown = record_lines({"previous": after.previous, **after.last_stop()})
+    assert shown[1] == "the last stop that was recorded:"
+    after.record({"reason": "signal: SIGTERM"})
+    after.close()
+    last = opened(directory)
+    assert last.previous is None
+    last.close()
+
+
+def test_a_record_is_laid_ready_for_the_very_end(directory):
+    """Until it is put in its place, the other one stands there: whenever the process ends, the truth is told."""
+    state = opened(directory)
+    settle = state.prepare({"reason": "signal: SIGTERM"}, unless={"reason": "signal: SIGTERM", "unfinished": []})
+    state.close()
+    assert "unfinished" in read_record(directory / "last-stop.json")
+    settle()
+    assert read_record(directory / "last-stop.json") == {"reason": "signal: SIGTERM"}
+    assert [each.name for each in directory.iterdir()] == ["last-stop.json"]
+
+
+@pytest.mark.parametrize("mark", ["directory", "FIFO", "huge"])
+def test_a_mark_that_cannot_be_read_tells_of_no_death(directory, caplog, mark):
+    """What is there but cannot be read says nothing of how the run before ended."""
+    directory.mkdir()
+    path = directory / "running.json"
+    if mark == "directory":
+        path.mkdir()
+    elif mark == "FIFO":
+        os.mkfifo(path)
+    else:
+        path.write_bytes(b" " * 100_000)
+    state = opened(directory)
+    assert "died" not in caplog.text
+    assert state.previous.startswith("left a mark that cannot be read, and nobody knows how it ended: ")
+    state.close()
+
+
+def test_a_mark_that_may_not_be_read_tells_of_no_death(directory, caplog, monkeypatch):
+    """A permission that is missing is no crash."""
+
+    def refuse(*_args):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("flaskd.state.read_whole", refuse)
+    state = opened(directory)
+    assert "died" not in caplog.text
+    assert state.previous.endswith(f"{directory / 'running.json'}: Permission denied")
+    state.close()

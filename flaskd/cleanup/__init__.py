@@ -18,7 +18,7 @@ from flaskd.cleanup.plan import (
     with_found,
 )
 from flaskd.cleanup.preview import Frame, overview
-from flaskd.cleanup.record import read_record, results_as_json, write_record
+from flaskd.cleanup.record import prepare_record, read_record, results_as_json, write_record
 from flaskd.cleanup.runner import Runner
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "names",
     "on_stop",
     "overview",
+    "prepare_record",
     "read_record",
     "results_as_json",
     "with_callbacks",

@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
+from flaskd.threads import AppThread
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,7 +37,7 @@ class StepResult:
 
     `why` is empty when it is ok; `started` is seconds after the runner was made, `took` seconds over all
     `attempts`; `detail` is what the action said of itself; `trace` the traceback of what it raised, or the
-    stack of its thread when it was abandoned.
+    stack of its thread when it was abandoned; `cut` names the work that it had to throw away.
     """
 
     name: str
@@ -49,6 +50,7 @@ class StepResult:
     attempts: int = 0
     detail: str = ""
     trace: str = ""
+    cut: tuple[str, ...] = ()
 
     @property
     def broken(self) -> bool:
@@ -64,6 +66,7 @@ class Verdict:
     why: str = ""
     detail: str = ""
     trace: str = ""
+    cut: tuple[str, ...] = ()
 
 
 def stack_of(thread: threading.Thread, below: str = "") -> str:
@@ -75,13 +78,13 @@ def stack_of(thread: threading.Thread, below: str = "") -> str:
 
 
 class Attempt:
-    """A step running in a daemon thread of its own; `over` is called there once `verdict` is known."""
+    """A step running in a thread of its own; `over` is called there once `verdict` is known."""
 
     def __init__(self, step: Step, context: StepContext, over: Callable[[], None]) -> None:
         self.step = step
         self.context = context
         self.verdict: Verdict | None = None
-        self.thread = threading.Thread(target=self._work, name=f"flaskd-cleanup-{step.name}", daemon=True)
+        self.thread = AppThread(target=self._work, name=f"flaskd-cleanup-{step.name}")
         self._over = over
         self._grace = step.action.grace(step.fields) if step.action.grace else None
 
@@ -124,7 +127,7 @@ class Attempt:
         try:
             detail = step.action.run(self.context, step.fields)
         except StepTimedOutError as error:
-            return Verdict(Fate.TIMED_OUT, _line(str(error)), trace=error.trace[-_LONGEST_TRACE:])
+            return Verdict(Fate.TIMED_OUT, _line(str(error)), trace=error.trace[-_LONGEST_TRACE:], cut=error.cut)
         except StepFailedError as error:
             return Verdict(Fate.FAILED, _line(str(error)))
         except BaseException as error:  # noqa: BLE001 - see above

@@ -43,11 +43,15 @@ class StepFailedError(FlaskdError):
 
 
 class StepTimedOutError(StepFailedError):
-    """Raised by an action that watches its own time (see `Action.grace`); `trace` is a stack of what hangs."""
+    """Raised by an action that watches its own time (see `Action.grace`); `trace` is a stack of what hangs.
 
-    def __init__(self, message: str, trace: str = "") -> None:
+    `cut` names the accepted work that was thrown away, as the account of the stop will have it.
+    """
+
+    def __init__(self, message: str, trace: str = "", cut: tuple[str, ...] = ()) -> None:
         super().__init__(message)
         self.trace = trace
+        self.cut = cut
 
 
 _SHARE_OF_THE_DEADLINE, _SHARE_OF_A_HURRY = 1 / 5, 1 / 2

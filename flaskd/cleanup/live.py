@@ -7,12 +7,13 @@ on the objects: nothing is imported here for them.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import importlib
 import operator
 import queue
 import re
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -23,8 +24,9 @@ from pydantic import AfterValidator, Field
 
 from flaskd.cleanup.attempt import stack_of
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
-from flaskd.cleanup.discovery import discover
+from flaskd.cleanup.discovery import contents_of, discover
 from flaskd.config import Duration, OneOrMany, Section
+from flaskd.threads import AppThread
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -100,11 +102,14 @@ def targets(fields: BaseModel) -> list[tuple[str, Any]]:
 
 
 def loaded(name: str) -> list[Any]:
-    """The objects at MODULE:ATTRIBUTE, as far as it is one and they are there; imports nothing."""
-    if not TARGET.fullmatch(name) or name.partition(":")[0] not in sys.modules:
+    """The objects at MODULE:ATTRIBUTE, as far as it is one and they are there; imports and loads nothing."""
+    if not TARGET.fullmatch(name):
         return []
+    module, _, attributes = name.partition(":")
     try:
-        return list(_each_in(look_up(name)))
+        first, *more = attributes.split(".")
+        found = contents_of(module)[first]
+        return list(_each_in(operator.attrgetter(".".join(more))(found) if more else found))
     except Exception:  # noqa: BLE001 - the app's own object was asked; its policy will tell what is wrong with it
         return []
 
@@ -125,7 +130,7 @@ def _wanted(use: str, context: StepContext, fields: BaseModel) -> list[tuple[str
 
 
 class _Ending:
-    """Several objects being ended side by side, in daemon threads of their own."""
+    """Several objects being ended side by side, in threads of their own."""
 
     def __init__(self, end: End, things: list[tuple[str, Any]], context: StepContext, fields: BaseModel) -> None:
         self._end, self._context, self._fields = end, context, fields
@@ -155,7 +160,7 @@ class _Ending:
         threads: list[threading.Thread] = []
         for number in range(min(len(self._names), _AT_A_TIME)):
             name = f"flaskd-cleanup-{self._context.policy}-{number}"
-            thread = threading.Thread(target=self._work, name=name, daemon=True)
+            thread = AppThread(target=self._work, name=name)
             try:
                 thread.start()
                 threads.append(thread)
@@ -196,7 +201,13 @@ def _run(use: str, end: End, context: StepContext, fields: BaseModel) -> str | N
     said = [f"{names[place]}: {_words(outcome)}" for place, outcome in sorted(ended.items()) if outcome]
     if silent or late:
         said += [f"not over: {_listed([names[place] for place in silent])}"] if silent else []
-        raise StepTimedOutError("; ".join([context.overrun(), *said]), ending.stacks(silent, late))
+        cut = tuple(
+            f"{names[place]}: {work}"
+            for place, each in sorted(ended.items())
+            if isinstance(each, StepTimedOutError)
+            for work in each.cut
+        )
+        raise StepTimedOutError("; ".join([context.overrun(), *said]), ending.stacks(silent, late), cut)
     if faults:
         raise StepFailedError("; ".join(said))
     return "; ".join(said if len(said) == len(things) else [_listed(names), *said])
@@ -264,28 +275,60 @@ def stop_scheduler(scheduler: Any, context: StepContext, fields: SchedulerFields
     pause_scheduler(scheduler, context, fields)
     if scheduler.running:
         scheduler.get_jobs(jobstore=_NO_STORE)
+        _let_stop_again(scheduler)
         scheduler.shutdown(wait=fields.wait)
 
 
-def stop_executor(executor: Any, context: StepContext, _fields: LiveFields) -> str | None:
-    """Cancel what waits, and give what runs until the timeout (concurrent.futures.Executor.shutdown).
+def _let_stop_again(scheduler: Any) -> None:
+    """Make further shutdowns harmless: the app's own, at exit (atexit) or in a function of its own, would raise."""
+    shutdown = scheduler.shutdown
 
-    Its threads and its queue are private (Python 3.11 to 3.14); without a look at them there is no waiting with a
-    timeout, and no telling what was cancelled.
+    class OfThisScheduler:
+        """Equal to all callbacks at exit that are its shutdown: the method, or a partial of it."""
+
+        __hash__ = None  # type: ignore[assignment]  # it is compared alone
+
+        def __eq__(self, callback: object) -> bool:
+            return callback == shutdown or (type(callback) is partial and self == callback.func)
+
+    def shut_down_if_running(*args: Any, **kwargs: Any) -> None:
+        if scheduler.running:
+            shutdown(*args, **kwargs)
+
+    atexit.unregister(OfThisScheduler())  # type: ignore[arg-type]  # which compares its callbacks with it
+    scheduler.shutdown = shut_down_if_running
+
+
+def stop_executor(executor: Any, context: StepContext, _fields: LiveFields) -> str | None:
+    """Take no more jobs, and finish those it has until the timeout; then cancel what has not begun.
+
+    (concurrent.futures.Executor.shutdown.) Its threads and its queue are private (Python 3.11 to 3.14); without a look
+    at them there is no waiting with a timeout, and no telling what was cancelled.
     """
     inside = vars(executor)
-    pending = [each.future for each in dict(inside.get("_pending_work_items") or {}).values()]  # of processes
-    waiting = inside["_work_queue"].qsize() if "_work_queue" in inside else 0  # of threads
-    threads = [*filter(None, [inside.get("_executor_manager_thread")])]  # forgotten by the shutdown
-    executor.shutdown(wait=False, cancel_futures=True)
+    pending = dict(inside.get("_pending_work_items") or {})  # of processes; forgotten by the shutdown
+    threads = [*filter(None, [inside.get("_executor_manager_thread")])]  # likewise
+    executor.shutdown(wait=False)
     threads += inside.get("_threads", ())  # none is added any more
     busy = [thread for thread in threads if not _joined(thread, context.remaining)]
-    cancelled = waiting + sum(future.cancelled() for future in pending)
-    said = f"{cancelled} cancelled" if cancelled else ""
-    if busy:
-        trace = "".join(stack_of(thread) for thread in busy)
-        raise StepTimedOutError(", ".join(filter(None, [f"{len(busy)} still busy", said])), trace)
-    return said or None
+    if not busy:
+        return None
+    cancelled = _cancel_waiting(inside.get("_work_queue")) + sum(each.future.cancel() for each in pending.values())
+    said = [f"{len(busy)} still busy", f"{cancelled} cancelled" if cancelled else ""]
+    cut = (f"{cancelled} {'job' if cancelled == 1 else 'jobs'} not begun",) if cancelled else ()
+    raise StepTimedOutError(", ".join(filter(None, said)), "".join(stack_of(thread) for thread in busy), cut)
+
+
+def _cancel_waiting(jobs: queue.SimpleQueue[Any] | None) -> int:
+    """Cancel the jobs in the queue of an executor of threads, as its shutdown does, but count them."""
+    count = 0
+    with contextlib.suppress(queue.Empty):
+        while jobs is not None:
+            if (job := jobs.get_nowait()) is not None:  # which is the word to end
+                count += job.future.cancel()
+    if jobs is not None:
+        jobs.put(None)
+    return count
 
 
 def stop_threads(context: StepContext, fields: ThreadsFields) -> str | None:

@@ -34,13 +34,19 @@ class Frame:
     announce: float
     drain: float
     max_parallel: int
+    exit_wait: float = 0.0
 
     @classmethod
     def of(cls, config: Config) -> Frame:
         """The frame of a configuration."""
         shutdown = config.shutdown
         return cls(
-            shutdown.deadline, shutdown.reserve, shutdown.announce, shutdown.drain.timeout, config.cleanup.max_parallel
+            shutdown.deadline,
+            shutdown.reserve,
+            shutdown.announce,
+            shutdown.drain.timeout,
+            config.cleanup.max_parallel,
+            shutdown.exit_wait,
         )
 
     def text(self) -> str:
@@ -148,9 +154,10 @@ def latest(plan: Plan, frame: Frame) -> dict[str, tuple[float, float] | None]:
     }
 
 
-def overview(plan: Plan, frame: Frame) -> dict[str, Any]:
+def overview(plan: Plan, frame: Frame, at_exit: Sequence[str] = ()) -> dict[str, Any]:
     """What there is to know of a plan, with stable keys; `text` is a table for people.
 
+    `at_exit` names what the exit waits for, as far as it is known.
     Of each step `begins_by` and `ends_by` are seconds after the stop began, or None where there may be no time for it.
     """
     moments = latest(plan, frame)
@@ -163,7 +170,8 @@ def overview(plan: Plan, frame: Frame) -> dict[str, Any]:
         "policies": policies,
         "found": [each.describe() for each in (*found.values(), *plan.left)],
         "budget": asdict(frame),
-        "text": "\n".join([*_timetable(plan, frame, moments), *_left(plan.left)]),
+        "exit": list(at_exit),
+        "text": "\n".join([*_timetable(plan, frame, moments), *_left(plan.left), *_at_exit(frame, at_exit)]),
     }
 
 
@@ -183,6 +191,10 @@ def _timetable(plan: Plan, frame: Frame, moments: Mapping[str, tuple[float, floa
 def _left(found: Sequence[Found]) -> list[str]:
     rows = [(f"  {each.name}", each.kind, each.left) for each in found]
     return ["found, and left alone:", *_table(rows)] if rows else []
+
+
+def _at_exit(frame: Frame, names: Sequence[str]) -> list[str]:
+    return [f"the exit waits at most {format_duration(frame.exit_wait)} for: {', '.join(names)}"] if names else []
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from flaskd.files import read_whole, write_whole
+from flaskd.files import read_whole, temporary_name, write_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     from flaskd.cleanup.attempt import StepResult
@@ -20,9 +22,39 @@ LARGEST_RECORD = 4 * 1024 * 1024
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Write `record` as JSON to `path`, as `flaskd.files.write_whole` does; raises OSError.
 
-    What JSON has no word for is written as its text.
+    What JSON has no word for is written as its text. One too large to be read loses its stacks first, then the end of
+    its longest list, whose key stands in `omitted` with how many.
     """
-    write_whole(path, json.dumps(record, indent=2, default=str).encode() + b"\n")
+    write_whole(path, encoded(record))
+
+
+def encoded(record: Mapping[str, Any]) -> bytes:
+    """The record as `write_record` writes it."""
+    content = _dumped(record)
+    if len(content) > LARGEST_RECORD:
+        record = _without_stacks(record)
+        content = _dumped(record)
+    while len(content) > LARGEST_RECORD:
+        lists = {key: value for key, value in record.items() if isinstance(value, list) and value}
+        if not lists:
+            return _dumped({key: record[key] for key in record if key not in {"policies", "omitted"}})
+        key = max(lists, key=lambda each: len(_dumped({each: lists[each]})))
+        kept = lists[key][: len(lists[key]) // 2]
+        omitted = dict(record.get("omitted", {}))
+        omitted[key] = omitted.get(key, 0) + len(lists[key]) - len(kept)
+        record = {**record, key: kept, "omitted": omitted}
+        content = _dumped(record)
+    return content
+
+
+def _dumped(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, indent=2, default=str).encode() + b"\n"
+
+
+def _without_stacks(record: Any) -> Any:
+    if isinstance(record, dict):
+        return {key: "" if key in {"stack", "trace"} else _without_stacks(record[key]) for key in record}
+    return [_without_stacks(each) for each in record] if isinstance(record, list) else record
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -44,6 +76,16 @@ def read_record(path: Path) -> dict[str, Any] | None:
     return record
 
 
+def prepare_record(path: Path, record: Mapping[str, Any]) -> Callable[[], object]:
+    """Lay a record beside `path`, and give what puts it in its place; that uses nothing but a built-in function."""
+    prepared = temporary_name(path)
+    prepared.unlink(missing_ok=True)
+    descriptor = os.open(prepared, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(encoded(record))
+    return partial(os.rename, str(prepared), str(path))
+
+
 def results_as_json(results: Iterable[StepResult]) -> dict[str, dict[str, Any]]:
     """Name → what became of the step.
 
@@ -61,6 +103,7 @@ def results_as_json(results: Iterable[StepResult]) -> dict[str, dict[str, Any]]:
             "attempts": each.attempts,
             "detail": each.detail,
             "trace": each.trace,
+            **({"cut": list(each.cut)} if each.cut else {}),
         }
         for each in results
     }

@@ -284,6 +284,7 @@ class Runner:
             attempts=attempts,
             detail=verdict.detail,
             trace=verdict.trace,
+            cut=verdict.cut,
         )
         with self._lock:
             self._running.pop(step.name, None)

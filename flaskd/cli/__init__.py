@@ -5,6 +5,7 @@ What a client verb does not need (Flask, waitress, pydantic, PyYAML) is imported
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -17,9 +18,9 @@ import click
 from flaskd import __version__
 from flaskd.cli import show, talk
 from flaskd.cli.units import units
-from flaskd.client import ControlClient, find_socket
+from flaskd.client import ControlClient, find_socket, reading
 from flaskd.errors import EX_CONFIG, EX_LOST, EX_OK, EX_USAGE, ConfigError, FlaskdError, ForbiddenError, NoDaemonError
-from flaskd.leave import leave
+from flaskd.text import lines
 
 
 def main() -> int:
@@ -44,7 +45,7 @@ def reported(run: Callable[[], object]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EX_LOST
     except FlaskdError as error:
-        for line in str(error).splitlines():
+        for line in lines(str(error)):
             click.echo(line if isinstance(error, ConfigError) else f"flaskd: {line}", err=True)
         return error.exit_code
     return result if isinstance(result, int) else 0
@@ -98,6 +99,7 @@ def serve_app(
     from flaskd.config import Configuration, load  # noqa: PLC0415
     from flaskd.control import ControlPlane  # noqa: PLC0415
     from flaskd.daemon import Daemon  # noqa: PLC0415
+    from flaskd.leave import Ending, leave  # noqa: PLC0415
 
     if not name or "/" in name or name.startswith("."):
         raise click.BadParameter(f'expected a plain name, got "{name}"', param_hint="--name")
@@ -110,9 +112,14 @@ def serve_app(
 
     environ = dict(os.environ)
     daemon = Daemon(
-        read, plane=lambda daemon: ControlPlane(daemon, name, environ), name=name, environ=environ, make_app=make_app
+        read,
+        plane=lambda daemon: ControlPlane(daemon, name, environ),
+        name=name,
+        environ=environ,
+        make_app=make_app,
+        ending=(ending := Ending()),
     )
-    leave(daemon.run())
+    leave(daemon.run(), ending)
 
 
 def _config_path(option: str | None) -> Path | None:
@@ -203,23 +210,25 @@ def plan(socket: str | None, name: str, config: str | None, hang: tuple[str, ...
 
 
 def _plan(socket: str | None, name: str, config: str | None, hang: tuple[str, ...], *, as_json: bool) -> int:
-    answer = None
+    answer = path = None
     if config is None:
         try:
-            with ControlClient(find_socket(socket, name, os.environ)) as client:
+            path = find_socket(socket, name, os.environ)
+            with ControlClient(path) as client:
                 answer = client.request("plan")
         except (NoDaemonError, ForbiddenError):
             if socket or not hang:
                 raise
     if answer is None:
-        answer = _offline_plan(config)
-    if hang:
-        from flaskd.cleanup import preview, results_as_json  # noqa: PLC0415
+        answer, path = _offline_plan(config), None
+    with reading(path) if path else contextlib.nullcontext():
+        if hang:
+            from flaskd.cleanup import preview, results_as_json  # noqa: PLC0415
 
-        frame = preview.Frame(**answer["budget"])
-        results, text = preview.simulated(preview.plan_from(answer["policies"]), frame, hang)
-        answer = {"result": "plan", "hang": list(hang), "policies": results_as_json(results), "text": text}
-    show.say(show.for_programs({"ok": True, **answer}) if as_json else str(answer["text"]))
+            frame = preview.Frame(**answer["budget"])
+            results, text = preview.simulated(preview.plan_from(answer["policies"]), frame, hang)
+            answer = {"result": "plan", "hang": list(hang), "policies": results_as_json(results), "text": text}
+        show.say(show.for_programs({"ok": True, **answer}) if as_json else show.printable(answer["text"], "text"))
     return EX_OK
 
 

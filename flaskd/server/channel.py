@@ -18,8 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from waitress.channel import HTTPChannel
 
+from flaskd.config.fields import write_size
 from flaskd.ledger import Cut, InFlight, visible
+from flaskd.logs import bounded_by
+from flaskd.server.buffers import FREE_SPACE, AnswerBuffer
 from flaskd.server.parser import Parser
+from flaskd.server.proxied import client_behind
 from flaskd.server.tasks import AppTask, ClientDisconnected, HealthTask, RefusalTask, RejectTask
 from flaskd.sockets import closed_by_peer, unacknowledged, unread
 
@@ -57,7 +61,10 @@ class Request(Parser):
     """What the worker that answered it has read next, and is to answer."""
     answered = over = rejected = whole = False
     status = ""
+    fault = ""
+    """Why its client sees that the answer is not whole, though it did not leave."""
     header_length = starts_at = ends_at = 0
+    _client: str | None = None
 
     def __init__(self, channel: Channel, adj: Any) -> None:
         super().__init__(adj)
@@ -67,9 +74,14 @@ class Request(Parser):
         """Parse on; a request that is complete is from then on in flight."""
         if not self.begun:
             self.first_byte, self.wall_clock = time.monotonic(), time.time()
-        consumed = super().received(data)
-        if self.exceeded and (excess := self.channel.loop.excess) is not None:
-            excess.tell(self)
+        try:
+            consumed = super().received(data)
+        except OSError as error:  # of the body's temporary file
+            consumed = len(data)
+            log.error(f"cannot keep the body of {self.snapshot()}: {error}; answered with 507: {FREE_SPACE}")  # noqa: TRY400
+            self.refuse(507, "there is no room for the body of the request")
+        if self.exceeded and self.channel.loop.names_limits:
+            self._name_limit()
         if self.headers_finished and self.expect_continue and not self.completed and self.channel.too_late:
             # Refused before the client sends the body for nothing (RFC 9110 §10.1.1).
             self.rejected = self.completed = True
@@ -82,6 +94,15 @@ class Request(Parser):
                 self.channel.loop.accepted(self)
         return consumed
 
+    def _name_limit(self) -> None:
+        """Say which setting it goes beyond."""
+        setting = f"server.{self.exceeded} ({write_size(getattr(self.adj, self.exceeded))})"
+        log.warning(
+            f"refused {self.command} {visible(self.target.partition('?')[0])} of {self.client} with {self.error.code}:"
+            f" more than {setting} allows",
+            extra=bounded_by("requests that are larger than a limit"),
+        )
+
     def close(self) -> None:
         """Free the body. A request that never ran waited behind one that ended the connection: it is over, too."""
         super().close()
@@ -92,6 +113,20 @@ class Request(Parser):
     def age(self) -> float:
         """Seconds since the first byte."""
         return time.monotonic() - self.first_byte
+
+    @property
+    def client(self) -> str:
+        """The address of who sent it: the peer's, or what a trusted proxy says."""
+        if self._client is None and self.headers_finished:
+            channel = self.channel
+            self._client = client_behind(channel.addr[0], self.headers, channel.adj) or channel.client
+        return self._client or self.channel.client
+
+    @property
+    def sent(self) -> int:
+        """Bytes of its answer that the kernel has taken, header and all."""
+        flushed = self.channel.flushed
+        return max(0, (min(flushed, self.ends_at) if self.answered else flushed) - self.starts_at) if self.began else 0
 
     @property
     def phase(self) -> str:
@@ -115,7 +150,7 @@ class Request(Parser):
         thread = None if self.answered else self.thread
         return InFlight(
             id=self.id,
-            client=self.channel.client,
+            client=self.client,
             method=self.command or "?",  # a token: all else is refused
             path=visible(self.target.partition("?")[0]),
             age=self.age,
@@ -123,24 +158,25 @@ class Request(Parser):
             thread=thread.name if thread else "",
             stack=stack_of(thread) if stack and thread else "",
             gone=closed_by_peer(self.channel.socket) if gone is None else gone,
-            sent=max(0, self.channel.flushed - self.starts_at) if self.began else 0,
+            sent=self.sent,
         )
 
     def cut(self, reason: str) -> Cut:
         """The ledger's entry for breaking it off now."""
-        return Cut(**vars(self.snapshot(stack=True)), reason=reason)
+        gone = None if self.channel.connected else False
+        return Cut(**vars(self.snapshot(stack=True, gone=gone)), reason=reason)
 
     def access_fields(self) -> dict[str, Any]:
         """What the access log tells about it."""
         return {
             "id": self.id,
-            "client": self.channel.client,
+            "client": self.client,
             "time": self.wall_clock,
             "method": self.command or "-",
             "target": self.target or "-",
             "protocol": f"HTTP/{self.version}",
             "status": int(self.status[:3]) if self.status[:3].isdecimal() else 0,
-            "bytes": max(0, self.ends_at - self.starts_at - self.header_length),
+            "bytes": max(0, self.sent - self.header_length),
             "referer": self.headers.get("REFERER", ""),
             "agent": self.headers.get("USER_AGENT", ""),
             "took": round(self.age, 6),
@@ -150,13 +186,13 @@ class Request(Parser):
 class _Front:
     """What a channel knows as its server: the acceptor, but it wakes the loop for this one channel."""
 
-    def __init__(self, channel: Channel, acceptor: Any) -> None:
+    def __init__(self, channel: Channel, acceptor: Any, sock: Any) -> None:
         self._channel = channel
         self._acceptor = acceptor
         self.adj = acceptor.adj
         self.active_channels = channel.loop.probes if channel.internal else acceptor.active_channels
         self.effective_port = acceptor.effective_port
-        self.server_name = acceptor.server_name
+        self.server_name = acceptor.server_name or ("localhost" if channel.internal else sock.getsockname()[0])
 
     @property
     def application(self) -> Any:
@@ -196,6 +232,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     """Whether it is a probe's, which appears in no count and no log."""
     here = False
     half_closed = False
+    fault = ""
+    """Why what was put out cannot be sent, though the client is there."""
     stream_over = False
     keeper: Request | None = None
     """The request for which a worker has the connection, or will have it; meanwhile the loop does not read from it.
@@ -206,6 +244,9 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     task: AppTask
     """What the app answers with, or last answered with."""
     requests: list[Request]
+    request: Request | None
+    current_outbuf_count: int
+    total_outbufs_len: int
 
     def __init__(self, acceptor: Any, sock: Any, addr: Any, adj: Any, map: Any = None) -> None:  # noqa: A002 - waitress' name
         self.loop: EventLoop = acceptor.loop
@@ -221,7 +262,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         self._holds = False
         self._held = b""
         self._watch: Any = None
-        super().__init__(_Front(self, acceptor), sock, addr, adj, map=map)
+        super().__init__(_Front(self, acceptor, sock), sock, addr, adj, map=map)
+        self.outbufs = [AnswerBuffer(adj.outbuf_overflow)]
         if not self.internal:
             self.loop.connections_accepted += 1
         if self.loop.drains:
@@ -259,7 +301,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     @property
     def arriving(self) -> Request | None:
         """The request that has come in part."""
-        request: Request | None = self.request
+        request = self.request  # a worker may be done with it in this moment
         return request if request is not None and request.begun else None
 
     @property
@@ -316,6 +358,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             request = request.following
         if self.keeper is request:
             self._give_back()
+        if not self.connected:
+            self._free_arriving()
 
     def _read_on(self, answered: Request) -> None:
         """Read what a quick client sends next; `answered.following` is set if that is for this worker to answer."""
@@ -323,7 +367,10 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         if self.loop.drains or self.loop.workers.wanted or sock is None or not super().readable():
             return
         if self._watch is None:
-            self._watch = self.loop.poller.watch(sock)
+            try:
+                self._watch = self.loop.poller.watch(sock)
+            except (OSError, ValueError):  # the loop closed it in this moment: its client left
+                return
         if not self._watch(_QUICK):
             return
         self.reads_after = answered
@@ -386,6 +433,13 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         with self.outbuf_lock:  # so that it comes before the end of a stream, or not at all
             if self.stream_over:
                 raise ClientDisconnected
+            # Where waitress would begin a buffer of its own kind, or has (behind a file), one of ours is begun instead.
+            if (
+                self.current_outbuf_count >= self.adj.outbuf_high_watermark
+                or type(self.outbufs[-1]) is not AnswerBuffer
+            ):
+                self.outbufs.append(AnswerBuffer(self.adj.outbuf_overflow))
+                self.current_outbuf_count = 0
             return int(super().write_soon(data))
 
     def hold_next(self) -> None:
@@ -429,6 +483,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     def _retire(self, request: Request) -> None:
         if request.whole and self.flushed >= request.ends_at:
             self.loop.retire(request, "rejected" if request.rejected else "completed")
+        elif request.began and (fault := request.fault or self.fault):
+            self.loop.cut_one(request, fault)
         else:
             self.loop.retire(request, "gone")
 
@@ -443,7 +499,9 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         return not self.half_closed and bool(super().writable())
 
     def send(self, data: bytes, do_close: bool = True) -> int:
-        """Send, and count what the kernel took."""
+        """Send, and count what the kernel took; waitress calls it while there should be something to send."""
+        if not data:
+            raise EOFError(f"its file ended {self.outbufs[0].__len__()} bytes before the length that was announced")
         sent: int = super().send(data, do_close=do_close)
         self.flushed += sent or 0
         return sent
@@ -452,6 +510,17 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         """Waitress locks only while a worker runs; here one may begin, having read the next request, in any moment."""
         with self.outbuf_lock:
             return bool(super()._flush_some(do_close=do_close))
+
+    def _flush_exception(self, flush: Any, do_close: bool = True) -> tuple[bool, bool] | None:
+        """Flush as waitress does; but what cannot be read or sent any more ends the connection at once, and is cut."""
+        if not flush:
+            return None
+        try:
+            return flush(do_close=do_close), False
+        except Exception as error:  # noqa: BLE001 - files are the app's own, and may raise anything
+            self.fault = self.fault or str(error) or type(error).__name__
+            self.will_close = True
+            return False, True
 
     def output_length(self) -> int:
         """All bytes ever put out on this connection, sent or not."""
@@ -509,6 +578,20 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         super().handle_close()
         with self.outbuf_lock:
             self._settle()
+        self._free_arriving()
+
+    def _free_arriving(self) -> None:
+        """Free what has come of a closed connection's next request: it may be a file, and would stay until collected.
+
+        A worker that is just reading it, and so has the lock, does this when it has done so.
+        """
+        if self.requests_lock.acquire(blocking=False):
+            try:
+                request, self.request = self.request, None
+            finally:
+                self.requests_lock.release()
+            if request is not None:
+                request.close()
 
     def _client_may_be_sending(self) -> bool:
         """Whether closing now could reset the connection, and destroy an answer that is under way (RFC 9112 §9.6)."""

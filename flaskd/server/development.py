@@ -27,6 +27,7 @@ from flaskd.server.channel import stack_of
 from flaskd.server.draining import BACKLOG, GATE, TOO_LATE
 from flaskd.server.streams import STREAM_GRACE, EndingStreams
 from flaskd.sockets import Address, Listener, closed_by_peer
+from flaskd.threads import AppThread
 from flaskd.work import in_background, left_behind, tell_no_more, tell_of_ends
 
 log = logging.getLogger("flaskd.server")
@@ -101,10 +102,8 @@ class _Server(ThreadedWSGIServer):
         self._handle_request_noblock()  # type: ignore[attr-defined]  # typeshed leaves it out
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve a connection in a thread of its own: a daemon, so that one that hangs keeps no interpreter alive."""
-        worker = threading.Thread(
-            target=self._serve, args=(request, client_address), name=f"flaskd-werkzeug-{next(self.ids)}", daemon=True
-        )
+        """Serve a connection in a thread of its own, which keeps no interpreter alive if it hangs."""
+        worker = AppThread(target=self._serve, args=(request, client_address), name=f"flaskd-werkzeug-{next(self.ids)}")
         self.connections[worker] = request
         try:
             worker.start()

@@ -14,11 +14,11 @@ from http import HTTPStatus
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from waitress.buffers import OverflowableBuffer
 from waitress.parser import HTTPRequestParser
 from waitress.receiver import FixedStreamReceiver
 from waitress.utilities import Error
 
+from flaskd.server.buffers import BodyBuffer
 from flaskd.server.chunked import ChunkedBody
 from flaskd.server.lines import Lines, RefusedError, field
 
@@ -45,7 +45,10 @@ _SINGLE = ("HOST", "CONTENT_LENGTH", "CONTENT_TYPE")
 
 
 class Parser(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
-    """One request, read piece by piece; its attributes are those of waitress' parser, which tasks rely on."""
+    """One request, read piece by piece; its attributes are those of waitress' parser, which tasks rely on.
+
+    What its body's buffer raises, an OSError, comes out of `received`.
+    """
 
     command = path = query = request_uri = proxy_netloc = ""
     exceeded = ""
@@ -69,9 +72,8 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
         except RefusedError as refused:
             self.exceeded = refused.limit
             self.refuse(refused.status, refused.why)
-        except OSError as error:  # from the temporary file of a large body
-            log.error(f"cannot keep the body of {self.command} {self.path!r}: {error.strerror or error}")  # noqa: TRY400 - an operator's fault, and no traceback
-            self.refuse(507, "there is no room for the body")
+        except OSError:  # of the body's temporary file
+            raise
         except Exception:
             log.exception("cannot read a request: it is refused")
             self.refuse(400, "cannot read this request")
@@ -165,10 +167,9 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
             if len(fields.get(key, ())) > 1:
                 raise RefusedError(400, f"expected one {key.title().replace('_', '-')} header, got several")
         self.headers.update({key: ", ".join(values) for key, values in fields.items()})
-        self._check_host()
-        self._heed_connection()
-        self._begin_body()
         self.headers_finished = True
+        self._check_host()
+        self._begin_body()
         self.completed = self.body_rcv is None
         if self.version == "1.1":
             self.expect_continue = "100-continue" in _members(self.headers.get("EXPECT", ""))
@@ -181,14 +182,6 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
             raise RefusedError(400, "expected a valid host in the Host header")
         if self.proxy_netloc:
             self.headers["HOST"] = self.proxy_netloc  # RFC 9112 §3.2.2
-
-    def _heed_connection(self) -> None:
-        """Say what the client wants of the connection in the one word that waitress' task knows."""
-        options = _members(self.headers.get("CONNECTION", ""))
-        for option in ("close", "keep-alive"):
-            if option in options and (option == "close" or self.version == "1.0"):
-                self.headers["CONNECTION"] = option
-                break
 
     def _begin_body(self) -> None:
         """RFC 9112 §6.3, where every message whose end could be disputed is refused."""
@@ -203,7 +196,7 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
                 raise RefusedError(501, "expected no other Transfer-Encoding than chunked")
             self.chunked = True
             self.body_rcv = ChunkedBody(
-                OverflowableBuffer(adj.inbuf_overflow), adj.max_request_body_size, adj.max_request_header_size
+                BodyBuffer(adj.inbuf_overflow), adj.max_request_body_size, adj.max_request_header_size
             )
         elif length is not None:
             if not _LENGTH.fullmatch(length):
@@ -213,7 +206,7 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
                 why = f"expected a body of at most {adj.max_request_body_size} bytes"
                 raise RefusedError(413, why, "max_request_body_size")
             if self.content_length:
-                self.body_rcv = FixedStreamReceiver(self.content_length, OverflowableBuffer(adj.inbuf_overflow))
+                self.body_rcv = FixedStreamReceiver(self.content_length, BodyBuffer(adj.inbuf_overflow))
 
     # --- body ---
 

@@ -109,8 +109,7 @@ class WaitressThread:
                 on_answer=self._on_answer,
             )
             loop.patience = self._patience
-            if self._fixed_limits:
-                loop.excess = None
+            loop.names_limits = not self._fixed_limits
             self.set_graces(self._keepalive_grace, self._stream_grace)
             loop.open()
             first()

@@ -9,6 +9,8 @@ from typing import Any
 
 from waitress.task import ThreadedTaskDispatcher
 
+from flaskd.threads import AppThread
+
 _LEAST_WAIT = 0.1
 """Seconds that even an end in a hurry leaves to idle workers, so that they are not taken for stuck ones."""
 
@@ -31,7 +33,7 @@ class Workers(ThreadedTaskDispatcher):  # type: ignore[misc]  # waitress is unty
             finally:
                 self._ended(thread)
 
-        thread = threading.Thread(target=work, name=f"flaskd-worker-{thread_no}", daemon=True)
+        thread = AppThread(target=work, name=f"flaskd-worker-{thread_no}")
         thread.start()
         self.started = [each for each in self.started if each.is_alive()]
         self.started.append(thread)

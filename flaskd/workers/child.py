@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from flaskd.errors import EX_OK, AppError, FlaskdError
 from flaskd.forks import forgotten_by_children
-from flaskd.leave import leave
+from flaskd.leave import Ending, Unfinished, leave
 from flaskd.lifecycle import StopReason
 from flaskd.signals import Escalation, SignalWatch
 
@@ -29,11 +29,12 @@ _ALONE = StopReason("control", "the process that owns it is gone")
 class Child:
     """The process as a whole: it serves until it is asked to stop by a signal, by its owner, or by its owner's end."""
 
-    def __init__(self, orders: BinaryIO, words: BinaryIO) -> None:
+    def __init__(self, orders: BinaryIO, words: BinaryIO, ending: Ending) -> None:
         self._orders, self._words = orders, words
         self._asked: queue.SimpleQueue[tuple[StopReason, float | None]] = queue.SimpleQueue()
         self._escalation = Escalation()
         self._server: ServerThread | None = None
+        self._ending = ending
         self._lock = threading.Lock()
 
     def run(self) -> int:
@@ -52,13 +53,28 @@ class Child:
             self._say({"url": server.url, "deadline": config.shutdown.deadline})
             reason, timeout = self._asked.get()
             report = server.stop(timeout, reason=reason)
-            self._say({"report": report.as_json(), "policies": server.policies})
-            return EX_OK if report.clean else config.shutdown.exit_codes.degraded
+
+            def conclude(unfinished: tuple[Unfinished, ...]) -> int:
+                whole = report.with_unfinished(unfinished)
+                self._say({"report": whole.as_json(), "policies": server.policies})
+                return EX_OK if whole.clean else config.shutdown.exit_codes.degraded
+
+            def cut(unfinished: tuple[Unfinished, ...]) -> None:
+                try:
+                    code = conclude(unfinished)
+                finally:
+                    os._exit(code)
+
+            self._ending.left = server.left_for_the_exit()
+            self._ending.run(meanwhile=lambda: None, cut=cut)
+            self._ending.late_code = config.shutdown.exit_codes.degraded
+            return conclude(())
 
     def _start(self, orders: dict[str, Any], stack: contextlib.ExitStack) -> tuple[ServerThread, Config]:
         # Imported here, so that a signal and the owner's end are heeded meanwhile.
         from flaskd import launch  # noqa: PLC0415
         from flaskd.logs import Logs  # noqa: PLC0415
+        from flaskd.patching import patching_refused  # noqa: PLC0415
         from flaskd.thread import ServerThread, configured  # noqa: PLC0415
 
         target = orders.pop("target")
@@ -67,8 +83,10 @@ class Child:
         level = config.log.level if "log" in config.model_fields_set else "warning"
         logs.apply(level=level, log_format=config.log.format, access="off")
         launch.change_directory(config.app)
+        stack.enter_context(patching_refused())
         app = launch.find_app(config.app.model_copy(update={"target": target}), None, os.environ)
         logs.reclaim()
+        app.tell()
         server = ServerThread(app.wsgi, own_process=True, **orders).start()
         with self._lock:
             self._server = server
@@ -123,8 +141,10 @@ def _whole(error: FlaskdError) -> str:
 def main() -> None:
     """Run as a process of its own; the pipes are the last two words of the command line."""
     orders, words = (_opened(name) for name in sys.argv[2:4])
-    child = Child(os.fdopen(orders, "rb"), os.fdopen(words, "wb"))
-    leave(child.run())
+    ending = Ending()
+    ending.start()
+    child = Child(os.fdopen(orders, "rb"), os.fdopen(words, "wb"), ending)
+    leave(child.run(), ending)
 
 
 def _opened(name: str) -> int:

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, Literal, Self
 from flaskd import errors
 from flaskd.errors import FlaskdError
 from flaskd.forks import forgotten_by_children
+from flaskd.leave import Unfinished
 from flaskd.ledger import Cut, DrainReport
 from flaskd.sockets import check_serving
 from flaskd.work import Background
@@ -316,4 +317,6 @@ def _kind_of(exit_code: int) -> type[FlaskdError]:
 def _report(told: Mapping[str, Any]) -> DrainReport:
     cut = tuple(Cut(**each) for each in told["cut"])
     background = tuple(Background(**each) for each in told.get("background", ()))
-    return DrainReport(told["completed"], told["rejected"], cut, told["took"], background, told.get("unaccepted", 0))
+    unfinished = tuple(Unfinished(**each) for each in told.get("unfinished", ()))
+    unaccepted = told.get("unaccepted", 0)
+    return DrainReport(told["completed"], told["rejected"], cut, told["took"], background, unaccepted, unfinished)

@@ -130,6 +130,16 @@ def test_settings_reach_the_app(flaskd: Flaskd) -> None:
     assert flaskd.stop() == 0
 
 
+def test_a_wildcard_address_is_announced_as_one(flaskd: Flaskd) -> None:
+    """The log says that every machine may connect; the status' URL is one that works here."""
+    flaskd.start(listen="0.0.0.0:0")
+    port = flaskd.status()["listen"][0].rpartition(":")[2]
+    assert flaskd.log.count(f" on http://0.0.0.0:{port}/") == 2
+    assert "http://127.0.0.1" not in flaskd.log
+    assert get(flaskd.status()["url"]) == (200, b"hello")
+    assert flaskd.stop() == 0
+
+
 APPS = {
     "module:factory(args)": ("made.py", "from flask import Flask\ndef make(name, *, n=1):\n    app = Flask(name)\n"
                              "    app.add_url_rule('/', view_func=lambda: f'{name} {n}')\n    return app\n",

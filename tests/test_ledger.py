@@ -1,0 +1,24 @@
+"""The account: what it counts as lost, and how it shows what a client sent."""
+
+import pytest
+
+from flaskd.leave import Unfinished
+from flaskd.ledger import DrainReport, visible
+
+
+def test_what_a_client_sent_is_of_bounded_length():
+    """A path of the largest size takes a few hundred bytes of a record, and says how long it was."""
+    shown = visible("/" + "\x1b" * 200_000)
+    assert shown.startswith("/%1B%1B")
+    assert shown.endswith("%1B...(200001%20characters)")
+    assert len(shown) < 4000
+    assert visible("/short") == "/short"
+
+
+@pytest.mark.parametrize("more", [(), (Unfinished("thread/mailer", "a stack"),)])
+def test_what_was_not_finished_is_a_loss(more):
+    """The stop is not clean then, and its account names what it was."""
+    report = DrainReport(completed=1).with_unfinished(more)
+    assert report.clean == (not more)
+    assert ("unfinished=1" in str(report)) == bool(more)
+    assert report.as_json().get("unfinished", []) == [{"name": "thread/mailer", "stack": "a stack"}] * len(more)

@@ -1,0 +1,61 @@
+"""Threads that run the app's code, and what the interpreter makes of them at its end."""
+
+import subprocess
+import sys
+import threading
+
+from flaskd.threads import AppThread, waited_for
+
+PATIENCE = 20
+
+
+def test_a_thread_of_the_apps_is_no_daemon():
+    """What the app starts in one of our threads is waited for at the exit, unless it says otherwise."""
+    made = []
+
+    def app():
+        made.extend([threading.Thread(), threading.Thread(daemon=True)])
+
+    thread = AppThread(target=app)
+    assert thread.daemon  # when the interpreter asks, which is when it starts
+    thread.start()
+    thread.join(PATIENCE)
+    assert [each.daemon for each in made] == [False, True]
+
+
+def test_our_own_thread_is_not_waited_for():
+    """The exit waits for threads that are no daemons, and for none of ours."""
+    stop = threading.Event()
+    theirs = threading.Thread(target=stop.wait)
+    threads = [theirs, AppThread(target=stop.wait), threading.Thread(target=stop.wait, daemon=True)]
+    for each in threads:
+        each.start()
+    try:
+        assert set(waited_for()) & set(threads) == {theirs}
+    finally:
+        stop.set()
+        for each in threads:
+            each.join(PATIENCE)
+
+
+def test_the_interpreter_ends_without_it():
+    """A thread of ours that never ends keeps no interpreter alive; one that the app started in it is finished."""
+    code = """
+import threading
+from flaskd.threads import AppThread
+began, over = threading.Event(), threading.Event()
+
+def child():
+    over.wait(0.2)
+    print("finished", flush=True)
+
+def app():
+    threading.Thread(target=child).start()
+    began.set()
+    threading.Event().wait()
+
+AppThread(target=app).start()
+began.wait()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=True)
+    assert done.stdout == "finished\n"
