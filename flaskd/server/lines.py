@@ -6,6 +6,7 @@ has matched (possessive quantifiers), because what a client sends must not decid
 
 from __future__ import annotations
 
+import ipaddress
 import re
 
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"  # noqa: S105 - of a grammar
@@ -15,6 +16,10 @@ _TEXT = re.compile(rb"[\t\x20-\x7e\x80-\xff]*+\r?")
 """What may stand in a line, and the CR of its end."""
 _FIELD = re.compile(rf"({TOKEN}):[ \t]*+([\t -~\x80-\xff]*+)".encode("latin-1"))
 """A field line (RFC 9112 §5): no blank before the colon, no line folding."""
+_HOST = re.compile(
+    r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]++)\]|(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})*+)(?::[0-9]{0,5}+)?"
+)
+"""RFC 3986 §3.2.2 and §3.2.3."""
 _CR = 0x0D
 
 
@@ -63,3 +68,17 @@ def field(line: bytes) -> tuple[bytes, bytes]:
         raise RefusedError(400, "expected header lines such as Name: value, each on a line of its own")
     name, value = match.groups()
     return name, value.rstrip(b" \t")
+
+
+def is_host(host: str) -> bool:
+    """Whether it is a host and perhaps a port, as a Host header and an http URL have them; it may be empty."""
+    match = _HOST.fullmatch(host)
+    if match is None:
+        return False
+    if match["ipv6"] is None:
+        return True
+    try:
+        ipaddress.IPv6Address(match["ipv6"])
+    except ValueError:
+        return False
+    return True

@@ -7,7 +7,6 @@ line that is wrong: bytes that can never become one, such as a TLS handshake, ke
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import re
 from http import HTTPStatus
@@ -20,7 +19,7 @@ from waitress.utilities import Error
 
 from flaskd.server.buffers import BodyBuffer
 from flaskd.server.chunked import ChunkedBody
-from flaskd.server.lines import Lines, RefusedError, field
+from flaskd.server.lines import Lines, RefusedError, field, is_host
 
 log = logging.getLogger("flaskd.server")
 
@@ -33,10 +32,6 @@ _TARGET = re.compile(r"[!\"$-~]++")
 """Visible characters; a fragment is no part of a target (RFC 9112 §3.2)."""
 _VERSION = re.compile(r"HTTP/([0-9])\.([0-9])")
 _ABSOLUTE = re.compile(r"https?://([^/?]*+)(.*)", re.IGNORECASE)
-_HOST = re.compile(
-    r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]++)\]|(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})*+)(?::[0-9]{0,5}+)?"
-)
-"""RFC 3986 §3.2.2 and §3.2.3."""
 _LENGTH = re.compile(r"[0-9]{1,18}")
 _MOST_BLANK_LINES = 10
 """Before a request, as Apache has it; RFC 9112 §2.2 asks for one at least."""
@@ -142,7 +137,7 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
         if self.command == "OPTIONS" and target == "*":
             target = "/"  # the server as a whole, for which WSGI has no word
         elif absolute := _ABSOLUTE.fullmatch(target):
-            if not absolute[1] or not _is_host(absolute[1]):
+            if not absolute[1] or not is_host(absolute[1]):
                 raise RefusedError(400, "expected a valid host in the request target")
             self.proxy_netloc = absolute[1]
             target = absolute[2] if absolute[2].startswith("/") else "/" + absolute[2]
@@ -178,7 +173,7 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
         host = self.headers.get("HOST")
         if host is None and self.version == "1.1":  # RFC 9112 §3.2
             raise RefusedError(400, "HTTP/1.1 requests need a Host header")
-        if host and not _is_host(host):
+        if host and not is_host(host):
             raise RefusedError(400, "expected a valid host in the Host header")
         if self.proxy_netloc:
             self.headers["HOST"] = self.proxy_netloc  # RFC 9112 §3.2.2
@@ -224,16 +219,3 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
 def _members(value: str) -> set[str]:
     """The members of a comma-separated list, without their parameters (RFC 9110 §5.6.1)."""
     return {member.partition(";")[0].strip(" \t").lower() for member in value.split(",")}
-
-
-def _is_host(host: str) -> bool:
-    match = _HOST.fullmatch(host)
-    if match is None:
-        return False
-    if match["ipv6"] is None:
-        return True
-    try:
-        ipaddress.IPv6Address(match["ipv6"])
-    except ValueError:
-        return False
-    return True
