@@ -81,7 +81,7 @@ def refusal(data, **settings):
         (["GET / HTTP/1.0", HOST, HOST], 400),
         *[
             (["GET / HTTP/1.1", f"Host: {value}"], 400)
-            for value in ("a b", "a/b", "a?b", "a#b", "u@a", "a, b", "a:b", "a:80:80", "a:123456", "[::1", "[x]", "[:::]",
+            for value in ("a b", ":80", "a/b", "a?b", "a#b", "u@a", "a, b", "a:b", "a:80:80", "a:123456", "[::1", "[x]", "[:::]",
                           "[::1]x", "[fe80::1%eth0]", "\xe4", "a%zz", "<a>", "a\\b", "http://a")
         ],
         (["GET / HTTP/1.0", "Host: a/b"], 400),
@@ -137,7 +137,7 @@ def test_what_is_refused_says_nothing_of_what_comes_behind():
 @pytest.mark.parametrize(
     "target",
     ["foo/bar", "?q", "example.com:80", "example.com", "*", "a*", "\x00", "/\x00", "/a\tb", "/a\x0bb", "/a\x7fb", "/%00", "/a%00b",
-     "/\xe4", "/a#b", "#", "http://", "http:///a", "http://[::1/a", "http://[::1]x/", "http://u@h/", "http://a b/", "ftp://a/",
+     "/\xe4", "/a#b", "#", "http://", "http:///a", "http://:80/", "http://[::1/a", "http://[::1]x/", "http://u@h/", "http://a b/", "ftp://a/",
      "http:/a", "//h\\\x01", "https://?q", "http://h#f", "javascript:1"],
 )  # fmt: skip
 def test_a_target_that_is_none_is_refused(target):
@@ -483,3 +483,80 @@ def test_a_body_of_exactly_the_limit_arrives(serve, connect):
     with contextlib.suppress(OSError):
         client.socket.shutdown(socket.SHUT_WR)
     assert client.ended()
+
+
+@pytest.mark.parametrize("more", [[], ["Connection: close"]], ids=["1.0", "close"])
+@pytest.mark.parametrize("path", ["/echo", "/chunks"])
+def test_what_follows_the_last_request_is_thrown_away(path, more, serve, connect, app):
+    """A body longer than its Content-Length is no request, where the connection ends with the answer."""
+    request = get(path, "Content-Length: 5", *more, method="POST", version="1.1" if more else "1.0")
+    client = connect(serve()).send(request + b"a" * 5 + b"b" * 300_000)
+    answer = client._file.read()
+    assert answer.startswith(b"HTTP/1.1 200" if more else b"HTTP/1.0 200")
+    assert answer.count(b"HTTP/1.") == 1
+    assert app.entered(1) == {path}
+    assert app._entered.empty()
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_what_follows_a_body_is_the_next_request(version, serve, connect, app):
+    """Where the connection is kept, it has to be one; letters without end are none."""
+    kept = ["Connection: keep-alive"] if version == "1.0" else []
+    client = connect(serve()).send(
+        get("/echo", "Content-Length: 5", *kept, method="POST", version=version) + b"12345" + b"x" * 300_000
+    )
+    assert (client.response().body, client.response().status) == (b"12345", 400)
+    assert client.ended()
+    assert app.entered(1) == {"/echo"}
+    assert app._entered.empty()
+
+
+def test_a_body_that_comes_without_being_asked_for(serve, connect):
+    """A client may send its body without waiting for 100 (RFC 9110 §10.1.1)."""
+    client = connect(serve()).send(post("/echo", b"I have expectations", "Expect: 100-continue", "Connection: close"))
+    response = client.response()
+    if response.status == 100:  # which may be left out then
+        response = client.response()
+    assert (response.status, response.body, response.last) == (200, b"I have expectations", True)
+    assert client.ended()
+
+
+def test_chunks_in_pieces_of_their_own(serve, connect):
+    """However they come, the app reads them as one body, whose length it is told."""
+    seen = []
+
+    def app(environ, start_response):
+        seen.append(
+            (environ["CONTENT_LENGTH"], environ.get("HTTP_TRANSFER_ENCODING"), environ["wsgi.input_terminated"])
+        )
+        body = environ["wsgi.input"].read()
+        start_response("200 OK", [("Content-Length", str(len(body)))])
+        return [body]
+
+    client = connect(serve(app)).send(head("GET / HTTP/1.1", HOST, CHUNKED))
+    line = b"This string has 32 characters.\r\n"
+    for _ in range(12):
+        client.send(b"20\r\n").send(line).send(b"\r\n")
+    response = client.send(b"0\r\n\r\n").response()
+    assert (response.body, response.headers["Transfer-Encoding"]) == (line * 12, None)
+    assert client.ask(head("GET / HTTP/1.1", HOST, CHUNKED) + b"0\r\n\r\n").body == b""
+    assert seen == [("384", None, True), ("0", None, True)]
+
+
+@pytest.mark.parametrize("data", [b"20;invalid=\r\n", b"0x20\r\n", b"5\r\nhellogarbage", b"5\r\nhello\r\ngarbage\r\n"])
+def test_a_refusal_is_a_plain_answer(data, serve, connect):
+    """In text, with its length, and said to be the last; the app is not asked."""
+    client = connect(serve(adjustments={"ident": "shop"})).send(chunked(data))
+    response = client.response()
+    assert (response.status, response.last, response.headers["Server"]) == (400, True, "shop")
+    assert response.headers["Content-Type"] == "text/plain; charset=utf-8"
+    assert client.ended()
+
+
+def test_a_refusal_of_head_has_no_body(serve, connect):
+    """RFC 9110 §9.3.2, as far as it can be told that HEAD was meant."""
+    client = connect(serve()).send(get("http://[::1/a", method="HEAD"))
+    answer = client._file.read()
+    assert answer.startswith((b"HTTP/1.0 400", b"HTTP/1.1 400"))
+    assert answer.endswith(b"\r\n\r\n")
+    assert answer.count(b"\r\n\r\n") == 1

@@ -258,7 +258,7 @@ def _read_head(head: bytes) -> tuple[str, str, int]:
         if len(fields.get(key, ())) > 1:  # nobody knows which one is meant: RFC 9112 §3.2, RFC 9110 §8.6
             raise UsageError(f"expected one {shown} header, got several")
     (host,) = fields.get(b"host", [""])
-    if (first[3] != b"0" and b"host" not in fields) or not is_host(host):  # RFC 9112 §3.2
+    if (first[3] != b"0" and b"host" not in fields) or (host and not is_host(host)):  # RFC 9112 §3.2
         raise UsageError("HTTP/1.1 requests need a Host header, and a valid one")
     if b"transfer-encoding" in fields:
         raise UsageError("expected a body with a Content-Length, or none")

@@ -17,7 +17,7 @@ _TEXT = re.compile(rb"[\t\x20-\x7e\x80-\xff]*+\r?")
 _FIELD = re.compile(rf"({TOKEN}):[ \t]*+([\t -~\x80-\xff]*+)".encode("latin-1"))
 """A field line (RFC 9112 §5): no blank before the colon, no line folding."""
 _HOST = re.compile(
-    r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]++)\]|(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})*+)(?::[0-9]{0,5}+)?"
+    r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]++)\]|(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})++)(?::[0-9]{0,5}+)?"
 )
 """RFC 3986 §3.2.2 and §3.2.3."""
 _CR = 0x0D
@@ -71,7 +71,7 @@ def field(line: bytes) -> tuple[bytes, bytes]:
 
 
 def is_host(host: str) -> bool:
-    """Whether it is a host and perhaps a port, as a Host header and an http URL have them; it may be empty."""
+    """Whether it is a host and perhaps a port, as an http URL has them (RFC 9110 §4.2.1)."""
     match = _HOST.fullmatch(host)
     if match is None:
         return False

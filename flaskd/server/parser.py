@@ -137,7 +137,7 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
         if self.command == "OPTIONS" and target == "*":
             target = "/"  # the server as a whole, for which WSGI has no word
         elif absolute := _ABSOLUTE.fullmatch(target):
-            if not absolute[1] or not is_host(absolute[1]):
+            if not is_host(absolute[1]):
                 raise RefusedError(400, "expected a valid host in the request target")
             self.proxy_netloc = absolute[1]
             target = absolute[2] if absolute[2].startswith("/") else "/" + absolute[2]
