@@ -193,13 +193,22 @@ def test_what_a_browser_sends_is_refused(door, header):
     assert door.ask(**header, Authorization="Bearer no").status == 404
 
 
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1", "localhost", "127.0.0.1:1", "localhost:{port}.evil.example",
-                                  "evil.example:{port}", "localhost:{port}, x", "127.1:{port}"])  # fmt: skip
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1", "localhost", "127.0.0.1:1", "localhost.evil.example:{port}",
+                                  "evil.example:{port}", "localhost,x:{port}", "127.1:{port}"])  # fmt: skip
 def test_only_names_on_the_list_are_its_own(door, host):
     """A name that somebody made to lead here is refused, near as it may be."""
     response = door.ask(Host=host.format(port=door.address.port))
     assert (response.status, door.stops) == (403, False)
     assert f"expected a Host header of 127.0.0.1:{door.address.port}, localhost:" in json.loads(response.body)["error"]
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost:{port}.evil.example", "localhost:{port}, x", "user@localhost:{port}", "[::1"]
+)
+def test_what_is_no_name_is_refused_before(door, host):
+    """RFC 9112 §3.2 demands a 400 for a Host that is none; nobody is told what else would be wrong."""
+    response = door.ask(Host=host.format(port=door.address.port))
+    assert (response.status, door.stops) == (400, False)
 
 
 def test_names_can_be_allowed(make):
@@ -236,7 +245,7 @@ def test_only_json_is_taken(door, kind):
 
 
 @pytest.mark.parametrize(("body", "status"), [(b"", 202), (b"{}", 202), (b"{}\n", 202), (b'{"now": true}', 400),
-                                              (b"[]", 400), (b"{", 400), (b"x" * 1023, 400), (b"x" * 1024, 413)])  # fmt: skip
+                                              (b"[]", 400), (b"{", 400), (b"x" * 1024, 400), (b"x" * 1025, 413)])  # fmt: skip
 def test_the_body_asks_for_nothing(door, body, status):
     """What is not known is refused, nothing is done by halves, and a large body is not even read."""
     assert door.ask(body=body, Content_Type="application/json; charset=utf-8").status == status

@@ -594,7 +594,7 @@ def test_the_schema_knows_every_key_and_describes_it():
     own = [found, *(part for name, part in definitions.items() if name.endswith("Config") or name == "Policy")]
     assert all("description" in field or "$ref" in field for part in own for field in part["properties"].values())
     assert definitions["ShutdownConfig"]["properties"]["deadline"]["default"] == "25s"
-    assert definitions["ServerConfig"]["properties"]["max_request_body_size"]["default"] == "64MiB"
+    assert definitions["ServerConfig"]["properties"]["max_request_body_size"]["default"] == "1GiB"
     policy = definitions["Policy"]
     assert policy["properties"]["use"]["anyOf"][0]["enum"] == sorted(ACTIONS)
     assert {"if", "then"} == set(policy["allOf"][0])

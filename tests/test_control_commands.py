@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from flaskd.admin.health import AdminApp
 from flaskd.config import Config, load_mapping
-from flaskd.control import plane
+from flaskd.control import clients, plane
 from flaskd.control.access import FIFO_PEER, Access, Peer
 from flaskd.control.clients import MAX_OUTPUT, Client
 from flaskd.control.commands import from_fields, from_http, from_words
@@ -371,6 +371,32 @@ def test_how_lines_are_cut_into_pieces_does_not_matter(lines, size):
         (b"POST /drain HTTP/1.1\r\nHost: x\r\n", b"HTTP/1.1 400"),
         (b"GET /status HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 200 + b"\r\n", b"HTTP/1.1 400"),
         (b"GET /status HTTP/1.1\r\nHost: x\r\nA: " + b"b" * 20000, b"HTTP/1.1 400"),
+        *[
+            (b"POST /drain HTTP/1.1\r\nHost: x\r\n" + line + b"\r\n\r\n", b"HTTP/1.1 400")
+            for line in (
+                b"host: y",
+                b"Content-Length : 0",
+                b"Content-Length: +0",
+                b"Content-Length: 0, 0",
+                b"Content-Length:",
+                b" folded",
+                b"Content-Length: " + b"0" * 5000,
+                b"Content-Length: 0\rA: b",
+                b"A",
+                b": a",
+                b"A\0: b",
+                b"A: \0",
+                b"A: \x7f",
+                b"transfer-encoding: identity",
+                b"Transfer-Encoding\x0b: chunked",
+            )
+        ],
+        *[
+            (b"POST /drain HTTP/1.1\r\nHost: " + host + b"\r\n\r\n", b"HTTP/1.1 400")
+            for host in (b"a b", b"a/b", b"[::1", b"\xe4")
+        ],
+        (b"POST /drain HTTP/1.0\r\nHost: a/b\r\n\r\n", b"HTTP/1.1 400"),
+        (b"GET /status HTTP/1.1\r\nHost:\r\nA: b\r\nA: b\r\n\r\n", b"HTTP/1.1 200"),
         (b"GET /drian HTTP/1.1\r\nHost: x\r\n\r\n", b"HTTP/1.1 404"),
         (b"STATUS\n", b"ERR unknown-command"),
         (b"DRAIN", b"ERR unknown-command"),
@@ -392,6 +418,25 @@ def test_http_requests_whole_and_broken(request_bytes, answer):
         assert ours.recv(65536).startswith(answer)
         assert len(done) == (answer == b"HTTP/1.1 200")
         assert client.done
+
+
+def test_an_http_request_is_looked_at_once_however_it_is_cut(monkeypatch):
+    """A head is read when it is whole, and not again with each byte of a body."""
+    read, done = [], []
+
+    def execute(command, reply):
+        done.append(str(command))
+        reply.ok("done")
+
+    real = clients._read_head
+    monkeypatch.setattr(clients, "_read_head", lambda head: read.append(head) or real(head))
+    ours, client = connect(execute)
+    with ours, client.sock:
+        for byte in b'POST /drain HTTP/1.1\r\nHost: x\r\nContent-Length: 14\r\n\r\n{"wait": true}':
+            assert not done
+            ours.sendall(bytes([byte]))
+            turn(client)
+    assert (len(read), done) == (1, ["drain wait"])
 
 
 @pytest.mark.parametrize(

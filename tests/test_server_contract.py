@@ -15,6 +15,7 @@ from waitress.buffers import OverflowableBuffer, ReadOnlyFileBasedBuffer
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser
 from waitress.proxy_headers import PROXY_HEADERS, MalformedProxyHeader, parse_proxy_headers
+from waitress.receiver import FixedStreamReceiver
 from waitress.server import TcpWSGIServer, UnixWSGIServer
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 from waitress.utilities import BadRequest, Error
@@ -347,56 +348,93 @@ def test_connections_are_limited_by_open_files(limit, open_files, expected):
 # --- the parser --------------------------------------------------------------------------------------------------------
 
 
-def test_a_parsed_request():
-    """The ledger, the access log and the check for Host read these attributes of a request."""
-    request = parsed(b"POST /path?q=1 HTTP/1.1\r\nHost: test\r\nUser-Agent: me\r\nReferer: there\r\n\r\n")
-    assert (request.completed, request.headers_finished, request.empty, request.error) == (True, True, False, None)
-    assert (request.command, request.request_uri, request.path) == ("POST", "/path?q=1", "/path")
-    assert request.version == "1.1"
-    assert {name: request.headers[name] for name in ("HOST", "USER_AGENT", "REFERER")} == {
-        "HOST": "test", "USER_AGENT": "me", "REFERER": "there",
-    }  # fmt: skip
+class Scripted(HTTPRequestParser):
+    """A parser that says what the test wants, as flaskd's own does: its `received` is the only one that is called."""
+
+    steps = ()
+
+    def received(self, data):
+        step, *self.steps = self.steps
+        for name, value in step.items():
+            setattr(self, name, value)
+        return len(data)
+
+
+def test_what_a_parser_starts_with(pair):
+    """Flaskd's parser sets what it has read, and leaves the rest as it is here."""
+    request = HTTPRequestParser(Adjustments())
+    assert (request.completed, request.headers_finished, request.empty, request.error) == (False, False, False, None)
+    assert (request.expect_continue, request.chunked, request.content_length, request.body_rcv) == (
+        False,
+        False,
+        0,
+        None,
+    )
+    assert (request.version, request.headers, request.header_bytes_received) == ("1.0", {}, 0)
+    assert request.get_body_stream().read() == b""
     request.close()
 
 
-@pytest.mark.parametrize(
-    ("data", "header_plus", "finished"),
-    [(b"", b"", False), (b"\r\n", b"\r\n", False), (b"GET /", b"GET /", False), (GET[:-2], GET[:-2], False)],
-)
-def test_a_request_that_has_come_in_part(data, header_plus, finished):
-    """A drain waits for a request that has begun, and not for blank lines: `header_plus` holds what has come so far."""
-    request = parsed(data)
-    assert (request.header_plus, request.headers_finished, request.completed) == (header_plus, finished, False)
-
-
-def test_a_body_that_has_come_in_part():
-    """A drain waits for an upload: its headers are finished, and it is not completed."""
-    request = parsed(b"POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 5\r\n\r\n")
-    assert (request.headers_finished, request.completed, request.expect_continue) == (True, False, False)
-    assert request.received(b"12345GET") == 5
-    assert request.completed
+def test_a_parser_is_asked_for_body_and_end():
+    """The body is what `body_rcv` has: `getfile` is read by the app, and `getbuf` closed with the request."""
+    request, buffer = HTTPRequestParser(Adjustments()), OverflowableBuffer(2)
+    request.body_rcv = FixedStreamReceiver(5, buffer)
+    assert request.body_rcv.received(b"123") == 3
+    assert not request.body_rcv.completed
+    assert request.body_rcv.received(b"45GET") == 2
+    assert (request.body_rcv.completed, len(buffer)) == (True, 5)
+    assert request.get_body_stream().read() == b"12345"
+    body = buffer.getfile()
     request.close()
+    assert body.closed
 
 
-def test_blank_lines_are_an_empty_request():
-    """Blank lines are no request: they must be told by `empty`, and are not in flight."""
-    request = parsed(b"\r\n\r\n")
-    assert (request.completed, request.empty) == (True, True)
+def test_small_bodies_stay_in_memory():
+    """A buffer takes pieces one by one, of any size, and overflows into a file."""
+    buffer = OverflowableBuffer(10)
+    for _ in range(3):
+        buffer.append(b"xxxxx")
+    assert (len(buffer), buffer.getfile().read()) == (15, b"x" * 15)
+    buffer.close()
 
 
-@pytest.mark.parametrize("length", ["", "Content-Length: 0\r\n"])
-def test_an_expectation_without_a_body(length):
-    """Waitress waits for a body that never comes: flaskd clears `expect_continue` on a request that is completed."""
-    request = parsed(b"GET / HTTP/1.1\r\nHost: test\r\nExpect: 100-continue\r\n%s\r\n" % length.encode())
-    assert (request.completed, request.expect_continue) == (True, True)
+def test_a_refusal_is_an_error_with_its_own_status():
+    """Every status can be refused with: `Error` answers with the `code` and `reason` that it is given."""
+    error = Error("why")
+    error.code, error.reason = 505, "Sorry"
+    status, headers, body = error.to_response("ident")
+    assert (status, headers) == ("505 Sorry", [("Content-Type", "text/plain; charset=utf-8")])
+    assert b"why" in body
 
 
-def test_a_refused_request_is_completed_with_an_error():
-    """What cannot be parsed is answered all the same: it must be completed, with its `error`."""
-    request = parsed(b"GARBAGE\r\n\r\n")
-    assert (request.completed, request.error.code) == (True, 400)
-    assert BadRequest("why").code == 400
-    assert "why" in BadRequest("why").to_response("ident")[2].decode()
+def test_an_expectation_is_met_by_the_channel(channel):
+    """Who sets `expect_continue` on a finished head, and is not completed, gets one 100; then the body is read on."""
+    channel.parser_class = Scripted
+    Scripted.steps = [{"headers_finished": True, "expect_continue": True}, {"completed": True}]
+    channel.received(b"head")
+    assert channel.client.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+    assert (channel.requests, channel.request.expect_continue) == ([], False)
+    channel.received(b"body")
+    assert [each.completed for each in channel.requests] == [True]
+
+
+def test_an_expectation_on_a_completed_request_would_be_met_all_the_same(channel):
+    """Why flaskd clears `expect_continue` on a request that is completed: waitress would wait for ever for its body."""
+    channel.parser_class = Scripted
+    Scripted.steps = [{"headers_finished": True, "completed": True, "expect_continue": True}]
+    channel.received(b"head")
+    assert (channel.requests, channel.request.completed) == ([], False)
+
+
+def test_a_refused_request_stands_in_line(channel):
+    """What cannot be parsed is answered all the same: it must be completed, with its `error`, and takes all data."""
+    channel.parser_class = Scripted
+    Scripted.steps = [{"completed": True, "error": Error("why")}]
+    channel.received(b"GARBAGE" + GET)
+    assert [each.error.body for each in channel.requests] == ["why"]
+    channel.service()
+    assert channel.client.recv(1000).startswith(b"HTTP/1.0 500 ")
+    assert channel.close_when_flushed
 
 
 # --- tasks -------------------------------------------------------------------------------------------------------------
@@ -427,10 +465,10 @@ def test_every_answer_builds_its_header_once_and_first(kind, monkeypatch):
             return header
 
     request = parsed(GET)
-    request.error = BadRequest("why")
+    request.error = Error("why")
     Watched(channel, request).service()
     ((status, header, written),) = built
-    assert status in {"200 OK", "400 Bad Request"}
+    assert status in {"200 OK", "500 Internal Server Error"}
     assert written == b""
     assert channel.written.startswith(header)
 
@@ -484,6 +522,13 @@ def test_an_error_of_the_app_comes_out_of_service():
     with pytest.raises(LookupError):
         task.service()
     assert not task.wrote_header
+
+
+def test_waitress_takes_slashes_from_a_path():
+    """Why flaskd sets PATH_INFO again, from the request's `path`: //admin would be /admin."""
+    request = parsed(GET.replace(b"/path", b"//admin"))
+    assert request.path == "//admin"
+    assert WSGITask(Recording(hello), request).get_environment()["PATH_INFO"] == "/admin"
 
 
 def test_the_environ_is_made_by_get_environment():
@@ -576,7 +621,7 @@ def test_received_requests_stand_in_line(channel):
     """Complete requests are in `requests`, the partial one in `request`, and one task at a time serves a channel."""
     channel.received(GET + GET + GET[:-9])
     assert [each.completed for each in channel.requests] == [True, True]
-    assert channel.request.header_plus == GET[:-9]
+    assert not channel.request.completed
     assert channel.server.tasks == [channel]
     channel.service()
     assert len(channel.requests) == 1

@@ -657,11 +657,13 @@ def test_a_backlog_is_answered(shop, kind):
 
 def test_what_a_client_sends_paints_no_terminal(shop, kind, caplog):
     """Control characters of a path or method are percent-encoded in what is shown and in the log."""
-    method, shown = ("GET", "GET") if kind == "waitress" else ("G\x1b[2J", "G%1B[2J")  # waitress refuses such a method
+    method, shown, path = "GET", "GET", b"/x%1B]0;%07%41"
+    if kind == "werkzeug":  # flaskd's own parser refuses such a method, and such a path
+        method, shown, path = "G\x1b[2J", "G%1B[2J", b"/x\x1b]0;\x07%41"
     shop.flask.add_url_rule("/<path:_>", "any", lambda _: shop.wait(), methods=[method])
     server = flaskd.ServerThread(shop.flask, server=kind).start()
     with socket.create_connection(("127.0.0.1", server.port)) as client:
-        client.sendall(method.encode() + b" /x\x1b]0;\x07%41?secret HTTP/1.1\r\nHost: shop\r\n\r\n")
+        client.sendall(method.encode() + b" " + path + b"?secret HTTP/1.1\r\nHost: shop\r\n\r\n")
         assert shop.entered.acquire(timeout=PATIENCE)
         [request] = server.requests()
         [cut] = server.stop(timeout=0.1).cut

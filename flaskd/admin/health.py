@@ -80,6 +80,7 @@ class AdminServer:
             backlog=_BACKLOG,
             keepalive_grace=0.0,
             patience=_PATIENCE,
+            fixed_limits=True,
             name="flaskd-admin",
         ).start()
 

@@ -159,7 +159,7 @@ class ServerConfig(Section):
     trusted_proxy_headers: OneOrMany[Annotated[ProxyHeader, LowerCase]] = _restart([], "Proxy headers to believe.")
     url_scheme: Literal["http", "https"] = _restart("http", "URL scheme that the app sees.")
     url_prefix: UrlPrefix = _restart("", "SCRIPT_NAME that the app sees; starts with /.")
-    max_request_body_size: Size = _restart(64 * 1024**2, "Largest request body accepted.", ge=1)
+    max_request_body_size: Size = _restart(1024**3, "Largest request body accepted.", ge=1)
     max_request_header_size: Size = _restart(256 * 1024, "Largest request head accepted.", ge=1)
     channel_timeout: Duration = _restart(120.0, "An idle connection is closed after this.", gt=0)
     backlog: int = _restart(1024, "Connections that the kernel holds until they are accepted.", ge=1, le=2**31 - 1)

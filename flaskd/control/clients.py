@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
-import io
 import json
 import logging
 import re
@@ -20,6 +18,7 @@ from flaskd.control.replies import HttpReply, JsonReply, TextReply
 from flaskd.errors import FlaskdError, UsageError
 from flaskd.logs import bounded_by
 from flaskd.protocol import MAX_LINE, Reply
+from flaskd.server.lines import RefusedError, field, is_host
 
 log = logging.getLogger("flaskd.control")
 
@@ -28,7 +27,9 @@ MAX_OUTPUT = 1 << 20
 MAX_PENDING = 32
 """Commands of one client that may wait for their outcome."""
 _MAX_HEAD = 16 * 1024
+_MAX_FIELDS = 100
 _HTTP = re.compile(rb"([A-Z]+) (\S+) HTTP/1\.([0-9])\r?\n")
+_END_OF_HEAD = re.compile(rb"\n\r?\n")
 
 Execute = Callable[[Command, Reply], None]
 
@@ -53,6 +54,10 @@ class Client:
         self._lock = threading.Lock()
         self._overflowed = False
         self._json = False
+        self._head: tuple[str, str, int, int] | None = None
+        """Of an HTTP request whose head has come: method, target, length of the body and where that begins."""
+        self._looked = 0
+        """Up to where its end was looked for."""
 
     # --- in ---
 
@@ -159,41 +164,21 @@ class Client:
 
     def _http_command(self) -> Command | None:
         """The command of the HTTP request that has come; None while there is more to come. Raises UsageError."""
-        end = re.search(rb"\r?\n\r?\n", self._inbox)
-        if end is None and not self.ended and len(self._inbox) <= _MAX_HEAD:
-            return None
-        if end is None or end.end() > _MAX_HEAD:
-            raise UsageError(f"expected a whole request head of at most {_MAX_HEAD} bytes")
-        method, target, length = self._read_head(bytes(self._inbox[: end.end()]))
-        body = bytes(self._inbox[end.end() :][:length])
+        if self._head is None:
+            end = _END_OF_HEAD.search(self._inbox, max(0, self._looked - 3))  # which may have come in part
+            self._looked = len(self._inbox)
+            if end is None and not self.ended and len(self._inbox) <= _MAX_HEAD:
+                return None
+            if end is None or end.end() > _MAX_HEAD:
+                raise UsageError(f"expected a whole request head of at most {_MAX_HEAD} bytes")
+            self._head = *_read_head(bytes(self._inbox[: end.end()])), end.end()
+        method, target, length, begin = self._head
+        body = bytes(self._inbox[begin : begin + length])
         if len(body) == length:
             return from_http(method, target, body, self.peer)
         if not self.ended:
             return None
         raise UsageError(f"expected a body of {length} bytes, got {len(body)}")
-
-    @staticmethod
-    def _read_head(head: bytes) -> tuple[str, str, int]:
-        """Method, target and length of the body. Raises UsageError."""
-        first = _HTTP.match(head)
-        if first is None:
-            raise UsageError("expected a request line such as GET /status HTTP/1.1")
-        method, target = first[1].decode(), first[2].decode("latin-1")
-        try:
-            fields = http.client.parse_headers(io.BytesIO(head[first.end() :]))
-        except http.client.HTTPException as error:
-            raise UsageError(f"expected fewer and shorter header lines: {error}") from error
-        if first[3] != b"0" and "host" not in fields:
-            raise UsageError("HTTP/1.1 requests need a Host header")  # RFC 9112 §3.2
-        for name in ("Host", "Content-Length"):  # nobody knows which one is meant: the same, and RFC 9110 §8.6
-            if len(fields.get_all(name, ())) > 1:
-                raise UsageError(f"expected one {name} header, got several")
-        if "transfer-encoding" in fields:
-            raise UsageError("expected a body with a Content-Length, or none")
-        length = fields.get("content-length", "0")
-        if not re.fullmatch("[0-9]{1,6}", length) or int(length) > MAX_LINE:
-            raise UsageError(f"expected a body of at most {MAX_LINE} bytes")
-        return method, target, int(length)
 
     def _run(self, reply: Reply, read: Callable[[], Command]) -> None:
         try:
@@ -252,3 +237,32 @@ class Client:
     def done(self) -> bool:
         """Whether nothing more is to be expected from either side."""
         return not self._out and (self.closing or (self.ended and not self.pending and not self._inbox))
+
+
+def _read_head(head: bytes) -> tuple[str, str, int]:
+    """Method, target and length of the body. Raises UsageError."""
+    first = _HTTP.match(head)
+    if first is None:
+        raise UsageError("expected a request line such as GET /status HTTP/1.1")
+    fields: dict[bytes, list[str]] = {}
+    lines = head[first.end() :].replace(b"\r\n", b"\n").removesuffix(b"\n\n").split(b"\n")
+    if len(lines) > _MAX_FIELDS:
+        raise UsageError(f"expected at most {_MAX_FIELDS} header lines")
+    for line in filter(None, lines):
+        try:
+            name, value = field(line)
+        except RefusedError as error:
+            raise UsageError(error.why) from error
+        fields.setdefault(name.lower(), []).append(value.decode("latin-1"))
+    for key, shown in ((b"host", "Host"), (b"content-length", "Content-Length")):
+        if len(fields.get(key, ())) > 1:  # nobody knows which one is meant: RFC 9112 §3.2, RFC 9110 §8.6
+            raise UsageError(f"expected one {shown} header, got several")
+    (host,) = fields.get(b"host", [""])
+    if (first[3] != b"0" and b"host" not in fields) or (host and not is_host(host)):  # RFC 9112 §3.2
+        raise UsageError("HTTP/1.1 requests need a Host header, and a valid one")
+    if b"transfer-encoding" in fields:
+        raise UsageError("expected a body with a Content-Length, or none")
+    (length,) = fields.get(b"content-length", ["0"])
+    if not re.fullmatch("[0-9]{1,6}", length) or int(length) > MAX_LINE:
+        raise UsageError(f"expected a body of at most {MAX_LINE} bytes")
+    return first[1].decode(), first[2].decode("latin-1"), int(length)

@@ -17,14 +17,14 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from waitress.channel import HTTPChannel
-from waitress.parser import HTTPRequestParser
-from waitress.utilities import BadRequest, Error
 
+from flaskd.config.fields import write_size
 from flaskd.ledger import Cut, InFlight, visible
-from flaskd.server.buffers import FREE_SPACE, AnswerBuffer, BodyBuffer
+from flaskd.logs import bounded_by
+from flaskd.server.buffers import FREE_SPACE, AnswerBuffer
+from flaskd.server.parser import Parser
 from flaskd.server.tasks import AppTask, ClientDisconnected, HealthTask, RefusalTask, RejectTask
 from flaskd.sockets import closed_by_peer, unacknowledged, unread
-from flaskd.units import shortened
 
 if TYPE_CHECKING:
     from flaskd.server.loop import EventLoop
@@ -48,22 +48,15 @@ _LINGER_SENDING = 30.0
 """Seconds in which a half-closed client may go on sending, unless a drain waits for it: a body that was refused."""
 
 
-class InsufficientStorageError(Error):  # type: ignore[misc]  # waitress is untyped
-    """The answer 507, RFC 4918 §11.5."""
-
-    code = 507
-    reason = "Insufficient Storage"
-
-
-class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
+class Request(Parser):
     """One request, from its first byte until its answer has been handed to the kernel."""
 
     error: Any
     expect_continue: bool
     # Where all requests begin; on the class, because a request is made for every answer.
     id = 0
-    complete = began = 0.0
-    """When its last byte came, and when its answer was begun; 0 before."""
+    first_byte = wall_clock = complete = began = 0.0
+    """When its first and its last byte came, and when its answer was begun; 0 before."""
     thread: threading.Thread | None = None
     following: Request | None = None
     """What the worker that answered it has read next, and is to answer."""
@@ -77,23 +70,20 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
     def __init__(self, channel: Channel, adj: Any) -> None:
         super().__init__(adj)
         self.channel = channel
-        self.first_byte = time.monotonic()
-        self.wall_clock = time.time()
 
     def received(self, data: bytes) -> int:
         """Parse on; a request that is complete is from then on in flight."""
+        if not self.begun:
+            self.first_byte, self.wall_clock = time.monotonic(), time.time()
         try:
-            consumed: int = super().received(data)
+            consumed = super().received(data)
         except OSError as error:  # of the body's temporary file
             consumed = len(data)
             log.error(f"cannot keep the body of {self.snapshot()}: {error}; answered with 507: {FREE_SPACE}")  # noqa: TRY400
-            self.error = InsufficientStorageError("there is no room for the body of the request")
-            self.completed = True
-        understood = self.headers_finished and not (self.error or self.empty)
-        if understood and self.version == "1.1" and "HOST" not in self.headers:  # RFC 9112 §3.2
-            self.error = BadRequest("HTTP/1.1 requests need a Host header")
-            self.completed = True
-        elif understood and self.expect_continue and not self.completed and self.channel.too_late:
+            self.refuse(507, "there is no room for the body of the request")
+        if self.exceeded and self.channel.loop.names_limits:
+            self._name_limit()
+        if self.headers_finished and self.expect_continue and not self.completed and self.channel.too_late:
             # Refused before the client sends the body for nothing (RFC 9110 §10.1.1).
             self.rejected = self.completed = True
             self.headers["CONNECTION"] = "close"  # the body may follow all the same
@@ -101,26 +91,24 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
             # Nothing more is expected, so the client must not be told to continue: waitress would wait for ever for
             # the body of a request that has none, or ask for one that it already refused.
             self.expect_continue = False
-            if not self.id and not self.empty and not self.channel.internal:
+            if not self.id and not self.channel.internal:
                 self.channel.loop.accepted(self)
         return consumed
 
-    def parse_header(self, header_plus: bytes) -> None:
-        """Parse the head; what follows it is kept in a buffer that notices when it cannot be kept."""
-        super().parse_header(header_plus)
-        if self.body_rcv is not None:
-            self.body_rcv.buf = BodyBuffer(self.adj.inbuf_overflow)
+    def _name_limit(self) -> None:
+        """Say which setting it goes beyond."""
+        setting = f"server.{self.exceeded} ({write_size(getattr(self.adj, self.exceeded))})"
+        log.warning(
+            f"refused {self.command} {visible(self.target.partition('?')[0])} of {self.client} with {self.error.code}:"
+            f" more than {setting} allows",
+            extra=bounded_by("requests that are larger than a limit"),
+        )
 
     def close(self) -> None:
         """Free the body. A request that never ran waited behind one that ended the connection: it is over, too."""
         super().close()
         if self.thread is None:
             self.channel.loop.retire(self, "gone")
-
-    @property
-    def begun(self) -> bool:
-        """Whether more of it has come than the blank lines that may stand before a request (RFC 9112 §2.2)."""
-        return self.headers_finished or bool(self.header_plus.strip())
 
     @property
     def age(self) -> float:
@@ -153,7 +141,7 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
     @property
     def target(self) -> str:
         """The request target as the client wrote it; empty while it is not known."""
-        return str(getattr(self, "request_uri", "") or getattr(self, "path", ""))
+        return self.request_uri
 
     def snapshot(self, *, stack: bool = False, gone: bool | None = None) -> InFlight:
         """What can be shown of it, from any thread; with the stack of the thread that runs it when asked for.
@@ -164,7 +152,7 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
         return InFlight(
             id=self.id,
             client=self.client,
-            method=shortened(str(getattr(self, "command", "") or "?")),  # letters: waitress refuses all else
+            method=self.command or "?",  # a token: all else is refused
             path=visible(self.target.partition("?")[0]),
             age=self.age,
             phase=self.phase,
@@ -185,7 +173,7 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
             "id": self.id,
             "client": self.client,
             "time": self.wall_clock,
-            "method": str(getattr(self, "command", "") or "-"),
+            "method": self.command or "-",
             "target": self.target or "-",
             "protocol": f"HTTP/{self.version}",
             "status": int(self.status[:3]) if self.status[:3].isdecimal() else 0,
@@ -334,7 +322,9 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     def answered_here(self) -> bool:
         """Whether the next request is answered by the loop itself, without a worker."""
         request = self.requests[0]
-        return request.rejected or self.loop.refusing or self.loop.alone or self._asks_for_health(request)
+        if request.error or request.rejected or self.loop.refusing or self.loop.alone:
+            return True
+        return self._asks_for_health(request)
 
     def _asks_for_health(self, request: Request) -> bool:
         if self.here:

@@ -63,14 +63,15 @@ class EventLoop:
         self.keepalive_grace = self.stream_grace = 0.0
         self.patience = float("inf")
         """Seconds that a client has for a request, since it connected or had its last answer."""
+        self.names_limits = True
+        """Whether the log names the setting that a request goes beyond; not where no setting could change that."""
         self.idle: IdleWatch | None = None
         self.health_path = ""
         self.health: Callable[[], tuple[str, str]] = lambda: ("200 OK", "ready")
         self.connections_accepted = 0
         self.probes: dict[int, Channel] = {}
         """Open connections that came through no listener."""
-        self.completed = 0
-        self.rejected = 0
+        self.completed = self.rejected = 0
         self.tally = Tally()
         """Guarded by the loop's lock; `tally_now` gives a copy."""
         self.turned = threading.Event()
@@ -89,7 +90,7 @@ class EventLoop:
         self.on_answer = on_answer
         """Is given what the access log tells of each request that was answered; None where nobody wants to know."""
         self._limit = 0
-        self._full = False
+        self._full = self._ending = self._closed = False
         self._pause_until = 0.0
         self._in_hand: dict[int, Request] = {}
         self._lost: set[Request] = set()
@@ -102,7 +103,6 @@ class EventLoop:
         self._timer_ids = itertools.count()
         self._next_reaping = 0.0
         self._drain: Draining | None = None
-        self._ending = self._closed = False
 
     # --- any thread ---------------------------------------------------------------------------------------------
 

@@ -160,6 +160,8 @@ class AppTask(Recorded, WSGITask):  # type: ignore[misc]
     def get_environment(self) -> dict[str, Any]:
         """Waitress' environ, and the event by which a stream learns that a drain began."""
         environ: dict[str, Any] = super().get_environment()
+        if self.request.path.startswith("//"):  # another path than with one slash, which waitress makes of it
+            environ["PATH_INFO"] = self.request.path
         environ["flaskd.draining"] = self.channel.loop.draining
         return environ
 

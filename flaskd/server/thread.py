@@ -36,7 +36,8 @@ class WaitressThread:
 
     ``start()`` returns when requests are served or raises what went wrong; ``stop()`` answers what is in flight and
     joins every thread. As a context manager it does both. Port 0 takes a free port, shown by ``url``. With 0 threads
-    the serving thread runs the app itself, which must never wait.
+    the serving thread runs the app itself, which must never wait. With `fixed_limits` the log does not say which
+    setting of ``server`` a request that is too large goes beyond: there is none.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class WaitressThread:
         keepalive_grace: float = 0.2,
         stream_grace: float = 1.0,
         patience: float = float("inf"),
+        fixed_limits: bool = False,
         name: str = "flaskd-server",
         on_answer: Callable[[dict[str, Any]], None] | None = None,
         on_death: Callable[[BaseException | None], None] | None = None,
@@ -65,6 +67,7 @@ class WaitressThread:
         self._keepalive_grace = keepalive_grace
         self._stream_grace = stream_grace
         self._patience = patience
+        self._fixed_limits = fixed_limits
         self._name = name
         self._on_answer = on_answer
         self._on_death = on_death
@@ -106,6 +109,7 @@ class WaitressThread:
                 on_answer=self._on_answer,
             )
             loop.patience = self._patience
+            loop.names_limits = not self._fixed_limits
             self.set_graces(self._keepalive_grace, self._stream_grace)
             loop.open()
             first()

@@ -28,6 +28,10 @@ app = Flask(__name__)
 def who():
     return str(os.getpid())
 
+@app.get("/admin")
+def admin():
+    return "admin"
+
 @app.get("/client")
 def client():
     return f"{request.remote_addr} {request.scheme}"
@@ -38,6 +42,8 @@ FRAMES = {
     "client_body_temp_path {1}/a; proxy_temp_path {1}/b; fastcgi_temp_path {1}/c; uwsgi_temp_path {1}/d; "
     "scgi_temp_path {1}/e;\n{0}}}\n",
 }
+BEFORE = {"haproxy": "    default_backend", "nginx": "    location / {"}
+"""Before which line of the configuration a rule for a path stands."""
 COMMANDS = {"haproxy": ["-db", "-f"], "nginx": ["-g", "daemon off;", "-c"]}
 
 
@@ -61,11 +67,14 @@ def ask(port: int, path: str = "/", source: str = "127.0.0.1") -> str:
 
 
 @contextmanager
-def running(kind: str, ports: dict[str, int], directory: Path) -> Iterator[None]:
-    """The proxy, with the documentation's configuration; it listens."""
+def running(kind: str, ports: dict[str, int], directory: Path, rule: str = "") -> Iterator[None]:
+    """The proxy, with the documentation's configuration, and a rule for paths; it listens."""
     requires(kind, [] if shutil.which(kind) else [kind])
     path = directory / "proxy.conf"
-    path.write_text(FRAMES[kind].format(block(kind, ports), directory))
+    configuration = block(kind, ports)
+    assert configuration.count(BEFORE[kind]) == 1
+    configuration = configuration.replace(BEFORE[kind], rule + BEFORE[kind])
+    path.write_text(FRAMES[kind].format(configuration, directory))
     with (directory / "proxy.log").open("wb") as log:
         proxy = subprocess.Popen([kind, *COMMANDS[kind], str(path)], stdout=log, stderr=log)
     try:
@@ -216,3 +225,20 @@ def test_a_proxy_on_a_unix_socket_is_localhost(flaskd: Flaskd) -> None:
         flaskd.start(app="whoapp", listen=None)
         assert get(f"unix:{path}", "/client", **{"X-Forwarded-For": "192.0.2.1"}) == (200, seen)
         assert flaskd.stop() == 0
+
+
+@pytest.mark.parametrize("kind", ["haproxy", "nginx"])
+def test_a_rule_for_a_path_holds_however_it_is_written(
+    kind: str, make_flaskd: Callable[[], Flaskd], tmp_path: Path
+) -> None:
+    """What Flask takes for /admin, the documentation's rule takes for it, too; the proxy lets the rest through."""
+    ports = {port: free_port() for port in ("80", "8001", "8002")}
+    flaskd = make_flaskd()
+    flaskd.write("whoapp.py", APP)
+    flaskd.write("flaskd.yaml", block("yaml", {"8001": ports["8001"]}))
+    flaskd.start(app="whoapp", listen=None)
+    ways = ["/admin", "//admin", "///admin", "/%61dmin", "/%2Fadmin", "/%2f%2fadmin", "//%61dmin?q"]
+    assert [ask(ports["8001"], way) for way in ways] == ["200 admin"] * len(ways)
+    with running(kind, ports, tmp_path, block(f"{kind}-rule", {})):
+        assert {ask(ports["80"], way)[:3] for way in ways} == {"403"}
+        assert ask(ports["80"], "/client", "127.0.0.2") == "200 127.0.0.2 http"
