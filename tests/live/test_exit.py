@@ -246,3 +246,14 @@ def test_the_end_of_a_program_is_its_own(flaskd: Flaskd) -> None:
     assert "the exit waits" not in flaskd.command("plan")
     assert flaskd.stop() == 0
     assert done(flaskd) == ["job 0", "job 1", "job 2", "the program", "callback"]
+
+
+def test_a_program_that_cannot_write_ends_with_its_own_code(flaskd: Flaskd) -> None:
+    """What flaskd could not log does not fail once more at the end of the program that called it."""
+    flaskd.write("program.py", "import flaskd\nfrom gateapp import app\n"
+                 "raise SystemExit(flaskd.serve(app, {'server': {'listen': '127.0.0.1:0'}}))\n")  # fmt: skip
+    env = {name: value for name, value in flaskd.env.items() if not name.startswith("PYTHON")}
+    with Path("/dev/full").open("wb") as full:
+        flaskd.process = subprocess.Popen([sys.executable, "program.py"], cwd=flaskd.directory, env=env, stderr=full)
+    flaskd.wait_message("READY=1")
+    assert flaskd.stop() == 0
