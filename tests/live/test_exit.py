@@ -89,7 +89,7 @@ def unfinished(flaskd: Flaskd) -> list[str]:
 
 def test_what_was_accepted_is_finished(flaskd: Flaskd) -> None:
     """Queued jobs, threads that a request started, children and slow exit callbacks are done before the process ends."""
-    serve(flaskd, "/jobs/8", "/thread/1.5", "/child/2.0", "/callback/0.8", "/finalizer/0.0")
+    serve(flaskd, "/jobs/8", "/thread/3.0", "/child/1.0", "/callback/0.8", "/finalizer/0.0")
     assert flaskd.stop() == 0
     assert sorted(done(flaskd)) == sorted(["callback", "child", *(f"job {number}" for number in range(8)), "thread"])
     assert "finalizing" in flaskd.log
