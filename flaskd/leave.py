@@ -54,9 +54,12 @@ def at_exit() -> list[str]:
     But no executor's: those are ended by a step of the cleanup.
     """
     executors = vars(sys.modules.get("concurrent.futures.thread", object)).get("_threads_queues", {})
+    threads = waited_for()
+    of_processes = [each for each in threads if type(each).__module__ == "concurrent.futures.process"]
+    theirs = {pid for each in of_processes for pid in getattr(each, "processes", None) or ()}
     return [
-        *(f"thread/{each.name}" for each in waited_for() if each not in executors),
-        *(f"process/{each.name}" for each in _children()),
+        *(f"thread/{each.name}" for each in threads if each not in executors and each not in of_processes),
+        *(f"process/{each.name}" for each in _children() if each.pid not in theirs),
         *_exit_callbacks(),
     ]
 
@@ -242,9 +245,10 @@ def leave(code: int, ending: Ending) -> NoReturn:
         # From here on no handler of Python's is called, and what is ignored stays so: a second Ctrl-C that a wrapper
         # forwarded must not turn the exit code into a signal's.
         _heed_signals(signal.SIG_IGN)
-        if not _in_time(_flush):
-            os._exit(code)
-        _end_in_time(max(_LEAST, ending.left()), code if ending.late_code is None else ending.late_code)
+        late_code = code if ending.late_code is None else ending.late_code
+        if not _in_time(_flush):  # the interpreter would wait for it, and finalize nothing
+            os._exit(late_code)
+        _end_in_time(max(_LEAST, ending.left()), late_code)
     except RuntimeError:  # no more threads: no more patience either
         os._exit(code)
     sys.flaskd_end = _End(code, ending.settle)  # type: ignore[attr-defined]
