@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import socket
 import stat
+import struct
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,6 +21,11 @@ from flaskd.protocol import EXIT_CODES, SOCKET, runtime_directories
 _ROOM = 60.0
 _AGAIN = 0.01
 """Seconds in which a client that has no timeout waits for room in the backlog, and between two tries."""
+_LONGEST = 64 << 20
+"""Bytes of one answer; with the stacks of ten thousand requests it has half as many."""
+_SHOWN = 200
+"""Characters of what is wrong with an answer."""
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class CommandError(FlaskdError):
@@ -34,13 +41,15 @@ def find_socket(explicit: str | None, name: str, environ: Mapping[str, str]) -> 
     """The control socket to talk to: the one named, else ``$FLASKD_CONTROL``, else the first that is there.
 
     One that a killed daemon left behind is passed over, unless there is no other: connecting to it tells what is wrong.
-    Raises NoDaemonError listing what was tried; ForbiddenError when there may be one where this user must not look.
+    Raises NoDaemonError listing what was tried; ForbiddenError when there may be one where this user must not look, or
+    one in a directory that another user has made where everybody may.
     """
     if chosen := explicit or environ.get("FLASKD_CONTROL"):
         return _meant_by(Path(chosen))
     tried: list[str] = []
     closed: list[Path] = []
     stale: list[Path] = []
+    foreign: list[str] = []
     for directory in runtime_directories(name, environ):
         path = directory / SOCKET
         if str(path) in tried:
@@ -50,19 +59,53 @@ def find_socket(explicit: str | None, name: str, environ: Mapping[str, str]) -> 
             path.stat()
         except PermissionError:
             closed.append(directory)
+            continue
         except OSError:  # nothing there, a name too long
             continue
-        else:
-            if not _is_stale(path):
-                return path
+        if why := _not_ours(directory):
+            foreign.append(f"cannot trust {path}: {why}; if it is meant, name it with --socket")
+        elif _is_stale(path):
             stale.append(path)
+        else:
+            return path
     if stale:
         return stale[0]
+    raise _none_found(tried, closed, foreign)
+
+
+def _none_found(tried: list[str], closed: list[Path], foreign: list[str]) -> FlaskdError:
+    if foreign:
+        return ForbiddenError(foreign[0])
     if closed:
         tried.remove(str(closed[0] / SOCKET))
         none = f"; there is no {', no '.join(tried)}" if tried else ""
-        raise ForbiddenError(f"cannot look for a daemon in {closed[0]}: Permission denied; {_whose(closed[0])}{none}")
-    raise NoDaemonError(f"cannot find a daemon: there is no {', no '.join(tried)}; start one, or name its --socket")
+        return ForbiddenError(f"cannot look for a daemon in {closed[0]}: Permission denied; {_whose(closed[0])}{none}")
+    return NoDaemonError(f"cannot find a daemon: there is no {', no '.join(tried)}; start one, or name its --socket")
+
+
+def _not_ours(directory: Path) -> str:
+    """Why a directory in a place where everybody may make one, such as /tmp, is not this user's; empty when it is."""
+    if not hasattr(os, "geteuid"):
+        return ""
+    try:
+        if not directory.parent.stat().st_mode & stat.S_IWOTH:
+            return ""  # made by who may: root, the service manager, or this user
+        found = directory.lstat()
+    except OSError as error:
+        return error.strerror or "it cannot be looked at"
+    if not stat.S_ISDIR(found.st_mode):
+        return f"{directory} is no directory, but may lead to one"
+    if found.st_uid not in {0, os.geteuid()}:
+        return f"{directory} belongs to {_user(found.st_uid)}"
+    return f"others may write to {directory}" if found.st_mode & _OTHERS_WRITE else ""
+
+
+def _user(number: int) -> str:
+    import pwd  # noqa: PLC0415 - for a refusal alone
+
+    with contextlib.suppress(KeyError):
+        return f"the user {pwd.getpwuid(number).pw_name}"
+    return f"uid {number}"
 
 
 def _meant_by(path: Path) -> Path:
@@ -88,22 +131,40 @@ def _is_stale(path: Path) -> bool:
 def _whose(path: Path) -> str:
     """Whom a node or directory is for, said to somebody else."""
     import grp  # noqa: PLC0415 - for this refusal alone
-    import pwd  # noqa: PLC0415
 
     try:
         found = path.stat()
     except OSError:  # the directory above is closed, too
         return "ask as a user who may look there"
-    user, group = str(found.st_uid), str(found.st_gid)
-    with contextlib.suppress(KeyError):
-        user = pwd.getpwuid(found.st_uid).pw_name
+    group = str(found.st_gid)
     with contextlib.suppress(KeyError):
         group = grp.getgrgid(found.st_gid).gr_name
-    return f"it is for the user {user}" + (f" and the group {group}" if found.st_mode & stat.S_IRWXG else "")
+    return f"it is for {_user(found.st_uid)}" + (f" and the group {group}" if found.st_mode & stat.S_IRWXG else "")
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Read fields of an answer: one that lacks some, or has others in their place, is not flaskd's (NoDaemonError)."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        why = f"its answer cannot be read ({type(error).__name__}: {error})"
+        raise _not_flaskd(path, why[:_SHOWN]) from error
+
+
+def _not_flaskd(path: Path, why: str) -> NoDaemonError:
+    return NoDaemonError(f"cannot talk to {path}: who answers there is not flaskd: {why}")
+
+
+def _finite(number: str) -> float:
+    """A number of JSON, which has neither NaN nor infinity (RFC 8259 §6), though Python reads and writes them."""
+    if math.isinf(found := float(number)) or math.isnan(found):
+        raise ValueError(number)
+    return found
 
 
 class ControlClient:
-    """A connection to a daemon; a context manager. `timeout` bounds each silence, in seconds; None waits for ever."""
+    """A connection to a daemon; a context manager. An answer may take `timeout` seconds; None: for ever."""
 
     def __init__(self, path: str | os.PathLike[str], timeout: float | None = 10.0) -> None:
         self._path = Path(path)
@@ -126,8 +187,25 @@ class ControlClient:
             raise NoDaemonError(
                 f"cannot reach a daemon at {self._path}: {error.strerror or error}; is flaskd running there?"
             ) from error
-        self._lines = self._socket.makefile("rb")
+        if why := self._not_trusted():
+            self._socket.close()
+            raise ForbiddenError(f"cannot trust who listens at {self._path}: {why}")
+        self._inbox = bytearray()
         return self
+
+    def _not_trusted(self) -> str:
+        """Why who listens is neither root, nor this user, nor the owner of the socket's directory; empty when it is."""
+        if not hasattr(socket, "SO_PEERCRED"):
+            return ""
+        credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        _, uid, _ = struct.unpack("3i", credentials)
+        try:
+            owner = self._path.parent.stat().st_uid
+        except OSError:  # it has been taken away since
+            owner = 0
+        if uid in {0, os.geteuid(), owner}:
+            return ""
+        return f"it runs as {_user(uid)}, and the directory belongs to {_user(owner)}"
 
     def _connect(self) -> None:
         # With a timeout, connect(2) does not wait for room in a Unix socket's backlog: it fails with EAGAIN at once.
@@ -143,17 +221,46 @@ class ControlClient:
                 return
 
     def __exit__(self, *_: object) -> None:
-        self._lines.close()
         self._socket.close()
+
+    def _line(self, until: float | None) -> bytes:
+        """The next line, by the moment `until`; without its end where the daemon went away. Raises OSError."""
+        begin = 0
+        while (end := self._inbox.find(b"\n", begin)) < 0:
+            begin = len(self._inbox)
+            if begin > _LONGEST:
+                raise _not_flaskd(self._path, f"it says more than {_LONGEST >> 20} MiB at a time")
+            if not (data := self._receive(until)):
+                break
+            self._inbox += data
+        size = end + 1 if end >= 0 else len(self._inbox)
+        line = bytes(self._inbox[:size])
+        del self._inbox[:size]
+        return line
+
+    def _receive(self, until: float | None) -> bytes:
+        left = None if until is None else until - time.monotonic()
+        if left is not None and left <= 0:
+            raise TimeoutError
+        self._socket.settimeout(left)
+        return self._socket.recv(1 << 16)
+
+    def _until(self) -> float | None:
+        return None if self._timeout is None else time.monotonic() + self._timeout
 
     def _understood(self, line: bytes) -> dict[str, Any]:
         """One line of an answer; raises NoDaemonError."""
         try:
-            answer = json.loads(line)
-        except ValueError:
-            answer = None
-        if not isinstance(answer, dict) or not {"ok", "event"} & set(answer):
-            raise NoDaemonError(f"cannot talk to {self._path}: who answers there is not flaskd")
+            answer = json.loads(line, parse_float=_finite, parse_constant=_finite)
+        except (ValueError, RecursionError):
+            raise _not_flaskd(self._path, "expected a line of JSON") from None
+        if not isinstance(answer, dict):
+            raise _not_flaskd(self._path, "expected a JSON object")
+        error, fine = answer.get("error"), answer.get("ok")
+        if fine is False and isinstance(error, dict) and all(isinstance(error.get(key), str) for key in _FAULT):
+            return answer
+        if not (fine is True or (fine is None and answer.get("event") == "progress")):
+            raise _not_flaskd(self._path, "expected an outcome or how it goes")
         answer.pop("id", None)
         return answer
 
@@ -162,26 +269,51 @@ class ControlClient:
     ) -> dict[str, Any]:
         """Send a command with its flags and argument, and return the fields of its answer.
 
-        Raises CommandError for ERR, NoDaemonError if it dies.
+        Raises CommandError for ERR, NoDaemonError if it dies, or is no flaskd.
         """
-        command = json.dumps({"id": 1, "cmd": verb, **words}) + "\n"
-        try:
-            self._socket.sendall(command.encode())
-            while line := self._lines.readline():
-                answer = self._understood(line)
-                if answer.get("event") == "progress":
-                    if progress is not None:
+        self._tell(verb, json.dumps({"id": 1, "cmd": verb, **words}).encode() + b"\n")
+        until = self._until()
+        while line := self._heard(verb, until):
+            answer = self._understood(line)
+            if "ok" not in answer:
+                if progress is not None:
+                    with reading(self._path):
                         progress(answer)
-                elif answer.pop("ok"):
-                    return answer
-                else:
-                    raise CommandError(answer["error"]["code"], answer["error"]["message"])
+                until = self._until() if words.get("wait") else until  # the others wait for one answer alone
+            elif answer.pop("ok"):
+                return answer
+            else:
+                raise CommandError(answer["error"]["code"], answer["error"]["message"])
+        raise NoDaemonError(f'no answer to "{verb}": the daemon at {self._path} went away')
+
+    def _tell(self, verb: str, command: bytes) -> None:
+        with self._connected(verb):
+            self._socket.settimeout(self._timeout)
+            self._socket.sendall(command)
+
+    def _heard(self, verb: str, until: float | None) -> bytes:
+        with self._connected(verb):
+            return self._line(until)
+
+    @contextlib.contextmanager
+    def _connected(self, verb: str) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             why = "it does not answer" if isinstance(error, TimeoutError) else error.strerror
             raise NoDaemonError(f'no answer to "{verb}": lost the daemon at {self._path}: {why}') from error
-        raise NoDaemonError(f'no answer to "{verb}": the daemon at {self._path} went away')
 
     def wait_closed(self) -> None:
-        """Wait until the daemon has closed the connection, which it does when it exits."""
-        while self._socket.recv(4096):
+        """Wait until the daemon has closed the connection, which it does when it exits; raises NoDaemonError."""
+        until = self._until()
+        try:
+            while self._receive(until):
+                pass
+        except ConnectionError:
             pass
+        except OSError as error:
+            raise NoDaemonError(f"the daemon at {self._path} has stopped, and does not close the connection") from error
+
+
+_FAULT = ("code", "message")
+"""What an ERR has, in JSON."""

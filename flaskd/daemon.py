@@ -23,7 +23,7 @@ from typing import Any, Protocol
 from flaskd import launch, loading, logs
 from flaskd.admin import AdminServer, EndpointServer, Measures, configured_token, opened_by
 from flaskd.cleanup import Frame, Plan, StepResult, aside, build_plan, overview
-from flaskd.config import Config, Configuration, FileWatch, HealthConfig, write_duration
+from flaskd.config import Config, Configuration, FileWatch, HealthConfig, load_again, write_duration
 from flaskd.drain import Drain
 from flaskd.errors import EX_OK, AppError, ConfigError, FlaskdError, NotNowError
 from flaskd.forks import forgotten_by_children
@@ -34,6 +34,7 @@ from flaskd.lifecycle import Event, Lifecycle, State, StopReason
 from flaskd.loading import LoadedApp
 from flaskd.notify import Notifier
 from flaskd.outlook import Outlook
+from flaskd.patching import patching_refused
 from flaskd.protocol import Discard, Reply, account_lines, summary
 from flaskd.server import Tally, WaitressThread
 from flaskd.service import Service
@@ -59,6 +60,7 @@ worker that computes: with four of them a probe took up to 190 ms, and takes up 
 """
 _WEDGED = 5.0
 """Seconds without a turn after which the serving thread does not live any more; it turns once a second at least."""
+_REFUSED = logs.bounded_by("drains, resumes and reloads that the state refused")
 _TICK = 1.0
 """Seconds between two progress reports of a drain or stop."""
 
@@ -178,7 +180,7 @@ class Daemon:
             try:
                 self._lifecycle.check(event)
             except NotNowError as error:
-                log.warning(str(error))  # that it was asked for has been logged, too
+                log.warning(str(error), extra=_REFUSED)  # that it was asked for has been logged, too
                 reply.error(error.code, str(error))
                 return True
         return False
@@ -198,8 +200,8 @@ class Daemon:
         return {
             "state": str(life.state),
             "since": logs.timestamp(life.since),
-            "for": round(time.time() - life.since, 3),
-            "uptime": round(time.time() - self._began, 3),
+            "for": round(life.age, 3),
+            "uptime": round(life.uptime, 3),
             "reason": str(self._stop.reason) if self._stop else None,
             "pid": os.getpid(),
             "name": self.name,
@@ -356,7 +358,7 @@ class Daemon:
         stack.enter_context(self._signals)
         self._service.starting()
         with self._starting:  # a start that is broken off waits for this, and then nothing more is made
-            passed = launch.take_passed(self._environ)
+            passed = launch.take_passed(self._environ, config)
             self._plane.open(config, launch.for_control(config, passed))
             stack.callback(self._plane.close)
             stack.callback(self._close_listeners)
@@ -374,20 +376,23 @@ class Daemon:
                 token = configured_token(endpoint.token_file, endpoint.credential, self._environ)
                 self.open_endpoint(Address.parse(endpoint.listen), token, endpoint.allowed_hosts)
         stack.enter_context(opened_by(self.open_endpoint))
-        where = ", ".join(listener.address.url for listener in self._listeners)
+        where = ", ".join(listener.address.announced for listener in self._listeners)
         nodes = ", ".join(self._plane.nodes) or "none"
-        admin = f"; admin: {', '.join(each.url for each in self._admin.addresses)}" if self._admin_listeners else ""
+        admin = (
+            f"; admin: {', '.join(each.announced for each in self._admin.addresses)}" if self._admin_listeners else ""
+        )
         log.info(f"flaskd (pid {os.getpid()}) will serve on {where}; control: {nodes}{admin}")
         if self._plane.nodes:
             os.environ["FLASKD_CONTROL"] = self._plane.nodes[0]  # what the app starts can talk to this daemon
-        given = loading.make_app(self._make_app) if self._make_app is not None else self._given_app
-        self.app = launch.find_app(config.app, given, self._environ)
+        stack.enter_context(patching_refused())
+        self.app = launch.find_app(config.app, self._given(), self._environ)
         plan = build_plan(config.cleanup)
         plan.prepare()
-        self._outlook.set(plan, config.cleanup, self.app.flask)
+        self._outlook.set(plan, config.cleanup, self.app)
         self._use_up = launch.restore(plan, self.app, self._state_directory.writable)
         self._signals.reclaim()
         self._logs.reclaim()
+        self.app.tell()
         self._server = launch.make_server(
             config.server,
             self.app,
@@ -404,6 +409,9 @@ class Daemon:
             target=self._probe, args=(self._server, config.health), name="flaskd-probe", daemon=True
         )
         probe.start()
+
+    def _given(self) -> Callable[..., Any] | None:
+        return loading.make_app(self._make_app) if self._make_app is not None else self._given_app
 
     def _probe(self, server: WaitressThread, health: HealthConfig) -> None:
         """Probe in a thread of its own, so that a signal need not wait for the app; then the start is over."""
@@ -422,7 +430,7 @@ class Daemon:
         self._lifecycle.handle(Event.STARTED)
         self._apply_watch()
         self._apply_idle(self.configuration.values)
-        log.info(f"ready: {self.app.target} on {', '.join(each.address.url for each in self._listeners)}")
+        log.info(f"ready: {self.app.target} on {', '.join(each.address.announced for each in self._listeners)}")
         self._outlook.look_around()
         self._service.ready(self._ready_status(), self._server, lambda: self.state)
 
@@ -568,7 +576,7 @@ class Daemon:
         try:
             state = self._lifecycle.handle(Event.DRAIN)
         except NotNowError as error:
-            log.warning(str(error))
+            log.warning(str(error), extra=_REFUSED)
             reply.error(error.code, str(error))
             return
         if before is State.READY:
@@ -633,7 +641,7 @@ class Daemon:
                 self._server.resume()
                 self._listeners[:] = self._server.listeners
         except FlaskdError as error:
-            log.warning(str(error))
+            log.warning(str(error), extra=_REFUSED)
             reply.error(error.code, str(error))
             return
         if self._lifecycle.state is not State.READY:
@@ -657,7 +665,7 @@ class Daemon:
         try:
             self._lifecycle.handle(Event.RELOAD)
         except NotNowError as error:
-            log.warning(str(error))
+            log.warning(str(error), extra=_REFUSED)
             reply.error(error.code, str(error))
             if signalled and before in {State.DRAINING, State.DRAINED}:
                 self._notifier.reloading(since)
@@ -687,7 +695,7 @@ class Daemon:
 
     def _read(self) -> tuple[Configuration, Plan]:
         """The configuration as it would be now, and its plan. Raises ConfigError."""
-        new = self._load()
+        new = load_again(self._load, self.configuration)
         if keys := self.configuration.restart_keys(new):
             raise RestartNeededError(f"{', '.join(keys)}: cannot change without a restart")
         return new, build_plan(new.values.cleanup)
@@ -701,7 +709,7 @@ class Daemon:
         if not isinstance(found, Exception):
             self.configuration, plan = found
             config = self.configuration.values
-            self._outlook.set(plan, config.cleanup, self.app.flask)
+            self._outlook.set(plan, config.cleanup, self.app)
             self._apply_log(config)
             self._apply_server(config)
             self._apply_watch()

@@ -63,6 +63,21 @@ def read_whole(path: Path, largest: int) -> bytes:
     return content
 
 
+def open_directory(path: Path) -> int:
+    """Open a directory, also through a link that root or this user has made; raises OSError.
+
+    The directories of a service with ``DynamicUser=yes`` are such links (systemd.exec(5), StateDirectory=). A link that
+    another user has made is not followed.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY | _NOT_FOLLOWED
+    try:
+        return os.open(path, flags)
+    except OSError:
+        if not path.is_symlink() or path.lstat().st_uid not in {0, os.geteuid()}:
+            raise
+    return os.open(path.resolve(), flags)
+
+
 def remove_leftovers(directory: Path) -> list[str]:
     """Remove what a `write_whole` that was killed left in `directory`; returns the names. Raises OSError."""
     return remove_matching(directory, _MADE_BY_US)
@@ -80,7 +95,7 @@ def remove_matching(
     A symbolic link is no such file, and a file that goes away meanwhile is none either. Raises OSError.
     """
     removed = []
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | _NOT_FOLLOWED)
+    descriptor = open_directory(directory)
     try:
         for name in sorted(os.listdir(descriptor)):  # noqa: PTH208 - by descriptor, so that nobody can exchange the directory
             if not pattern.fullmatch(name) or not which(name):

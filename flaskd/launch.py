@@ -16,8 +16,9 @@ from flaskd.cleanup import Plan, Step
 from flaskd.config import AppConfig, Config, HealthConfig, ServerConfig
 from flaskd.errors import AppError, ConfigError, FlaskdError, UnsupportedError
 from flaskd.loading import LoadedApp
-from flaskd.server import WaitressThread, adjustments
-from flaskd.sockets import Address, Listener, inherited, open_files_limit
+from flaskd.patching import check_unpatched
+from flaskd.server import WaitressThread, adjustments, behind_proxies, missed_by_proxy_fix
+from flaskd.sockets import Address, Listener, inherited, open_files_limit, passed_to_another
 from flaskd.store import Store, stored
 
 log = logging.getLogger("flaskd.launch")
@@ -31,8 +32,10 @@ def check_system() -> None:
     """Raise UnsupportedError where no daemon can be had.
 
     Its loop, its gate, and the lock and the peers of its control plane are Linux's (epoll(7), socket(7), unix(7)).
-    To be called before the control plane is imported, which is made of modules that Windows has not got.
+    To be called before the control plane is imported, which is made of modules that Windows has not got. ConfigError
+    where gevent or eventlet has been there before: they take epoll away, too.
     """
+    check_unpatched()
     if not (hasattr(select, "epoll") and hasattr(socket, "SO_PEERCRED")):
         raise UnsupportedError(
             f"cannot serve: the daemon needs Linux, and this is {sys.platform}; "
@@ -49,9 +52,17 @@ def change_directory(app: AppConfig) -> None:
             raise ConfigError(f"cannot change into app.chdir {app.chdir}: {error.strerror}") from error
 
 
-def take_passed(environ: Mapping[str, str]) -> dict[str, list[Listener]]:
-    """The sockets that the service manager passed, by name; what tells of them in the environment is for us alone."""
+def take_passed(environ: Mapping[str, str], config: Config) -> dict[str, list[Listener]]:
+    """The sockets that the service manager passed, by name; what tells of them in the environment is for us alone.
+
+    Raises ConfigError when they were passed to another process and `server.listen` names no address: flaskd would serve
+    on its default one, and clients of these would wait in vain.
+    """
     passed = inherited(environ)
+    if amiss := passed_to_another(environ):
+        if not config.server.listen:
+            raise ConfigError(f"cannot listen: {amiss}; if they are not meant for it, set server.listen")
+        log.warning(f"{amiss}; they are left alone")
     for name in ("LISTEN_PID", "LISTEN_PIDFDID", "LISTEN_FDS", "LISTEN_FDNAMES"):
         os.environ.pop(name, None)
     return passed
@@ -133,9 +144,10 @@ def keep(config: Config, listeners: Sequence[Listener], store: Store) -> None:
 def find_app(app: AppConfig, given: Callable[..., Any] | None, environ: Mapping[str, str]) -> LoadedApp:
     """The app in hand, or the one that is named; raises as `flaskd.loading.load_app` does."""
     if given is None:
-        return loading.load_app(loading.choose_target(app.target, environ, Path.cwd()))
-    name = getattr(given, "__name__", "") or getattr(given, "import_name", "") or type(given).__name__
-    return LoadedApp(given, loading.find_flask(given), str(name))
+        found = loading.load_app(loading.choose_target(app.target, environ, Path.cwd()))
+        check_unpatched()
+        return found
+    return loading.given_app(given)
 
 
 def restore(plan: Plan, app: LoadedApp, state: Path | None) -> Callable[[], None]:
@@ -161,9 +173,15 @@ def _use_up(steps: Iterable[Step], state: Path | None) -> None:
 def make_server(
     server: ServerConfig, app: LoadedApp, listeners: list[Listener], *, on_death: Callable[[BaseException | None], None]
 ) -> WaitressThread:
-    """A server for the app on bound listeners, not started yet; RLIMIT_NOFILE is raised for its connections."""
+    """A server for the app on bound listeners, not started yet; RLIMIT_NOFILE is raised for its connections.
+
+    Raises ConfigError where what was imported since the app has replaced threads and sockets.
+    """
+    check_unpatched()
+    if missed := missed_by_proxy_fix(app.wsgi, server):
+        log.warning(missed)
     return WaitressThread(
-        app.wsgi,
+        behind_proxies(app.wsgi, server),
         threads=server.threads,
         listeners=listeners,
         backlog=server.backlog,

@@ -68,11 +68,25 @@ TABLE: dict[tuple[State, Event], State] = {
 
 
 class Lifecycle:
-    """The current state, since when, and the only way to change it."""
+    """The current state, since when, and the only way to change it.
+
+    `since` is what a calendar shows (Unix time); ages are from the monotonic clock, which nobody sets.
+    """
 
     def __init__(self) -> None:
         self.state = State.STARTING
         self.since = time.time()
+        self._began = self._entered = time.monotonic()
+
+    @property
+    def age(self) -> float:
+        """Seconds in the current state."""
+        return time.monotonic() - self._entered
+
+    @property
+    def uptime(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._began
 
     def check(self, event: Event) -> State:
         """Return the state an event would lead to; raises NotNowError "cannot X: flaskd is Y" for a refused one."""
@@ -85,7 +99,7 @@ class Lifecycle:
         """Take an event and return the state after it; refuses like `check`."""
         following = self.check(event)
         if following is not self.state:
-            self.state, self.since = following, time.time()
+            self.state, self.since, self._entered = following, time.time(), time.monotonic()
         return following
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import importlib
-import inspect
+import logging
 import os
 import re
 import sys
@@ -15,24 +15,42 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+from flaskd.choice import Named, NoAppError, Unnamed, why_not
 from flaskd.errors import AppError, ConfigError
+from flaskd.objects import attributes_of
+from flaskd.patching import PatchingError, check_unpatched
+from flaskd.wsgi import WSGIApp, find_flask, is_app, is_flask
 
 if TYPE_CHECKING:
     from flask import Flask
 
-WSGIApp = Callable[..., Any]
-
-_MAX_WRAPPERS = 32
-"""How deep a Flask app is looked for inside middleware."""
+log = logging.getLogger("flaskd.loading")
 
 
 @dataclass(frozen=True)
 class LoadedApp:
-    """What is served, the Flask app inside it if there is one, and what it was asked for as."""
+    """What is served, the Flask app that was found inside it if one was, and what it was asked for as.
+
+    `chosen` says for the log which object it is, and why; `doubt` what else may have been meant.
+    """
 
     wsgi: WSGIApp
-    flask: Flask | None
+    inside: Flask | None
     target: str
+    chosen: str = ""
+    doubt: str = ""
+
+    @property
+    def flask(self) -> Flask | None:
+        """The Flask app inside; a wrapper may have made it for its first request."""
+        return self.inside or find_flask(self.wsgi)
+
+    def tell(self) -> None:
+        """Say in the log what is served, and why."""
+        if self.chosen:
+            log.info(self.chosen)
+        if self.doubt:
+            log.warning(self.doubt)
 
 
 def choose_target(configured: str | None, environ: Mapping[str, str], directory: Path) -> str:
@@ -42,38 +60,53 @@ def choose_target(configured: str | None, environ: Mapping[str, str], directory:
     for name in ("wsgi.py", "app.py"):
         if (directory / name).is_file():
             return name
+    unread = (
+        " (.flaskenv is there, but only Flask's own commands read it)" if (directory / ".flaskenv").is_file() else ""
+    )
     raise ConfigError(
-        f"cannot find an app: none was named, FLASK_APP is not set, and there is no wsgi.py or app.py in {directory}; "
-        'try "flaskd serve MODULE:APP"'
+        f"cannot find an app: none was named, FLASK_APP is not set{unread}, and there is no wsgi.py or app.py in "
+        f'{directory}; try "flaskd serve MODULE:APP"'
     )
 
 
 def load_app(target: str) -> LoadedApp:
     """Import the app named by `target` (``module``, ``module:name``, ``module:create_app("x")`` or a file).
 
-    The working directory is on ``sys.path``. Raises ConfigError for a module or attribute that is not there, AppError
-    for app code that raises; SystemExit raised by a module counts as that, KeyboardInterrupt is passed on.
+    The working directory is on ``sys.path``. Raises ConfigError for a module or attribute that is not there, and for
+    what cannot be served; AppError for app code that raises; SystemExit raised by a module counts as that,
+    KeyboardInterrupt is passed on.
     """
     # flask.cli has click in it, and both take their time: imported by those who serve, not by client verbs.
-    from flask.cli import NoAppException, find_best_app, prepare_import  # noqa: PLC0415
+    from flask.cli import NoAppException, prepare_import  # noqa: PLC0415
 
     os.environ["FLASK_RUN_FROM_CLI"] = "true"  # a stray app.run() does nothing: flask.Flask.run
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     path, name = _split(target)
-    module = _import(prepare_import(path), target)
-    recording = _Recording(module)
+    place = prepare_import(path)
+    module = _import(place, target)
     try:
-        found = recording.find(name) if name else _wrapped_app(module) or find_best_app(module)
-    except NoAppException as error:
-        found = recording.returned if name else _wsgi_by_name(module)
-        if found is None:
-            raise ConfigError(f"cannot load {target}: {_sentence(error)}") from None
+        found = Named(module, place, name).find() if name else Unnamed(module, place).find()
+    except (NoAppException, NoAppError) as error:
+        raise ConfigError(f"cannot load {target}: {_sentence(error)}") from None
+    except PatchingError:
+        raise
     except Exception as error:
         raise _app_error(target, error) from error
     except SystemExit as error:
         raise _app_error(target, error) from error
-    return LoadedApp(found, find_flask(found), target)
+    inside = find_flask(found.wsgi) or _only_flask_app(module)
+    what = described(found.wsgi, inside)
+    return LoadedApp(found.wsgi, inside, target, f"serving {found.name}, {what}: {found.why}", found.doubt)
+
+
+def given_app(app: WSGIApp) -> LoadedApp:
+    """An app in hand; ConfigError when it cannot be served."""
+    check_servable(app)
+    name = type(app).__name__
+    with contextlib.suppress(Exception):  # it may be any object, and raise when it is asked
+        name = str(getattr(app, "__name__", "") or getattr(app, "import_name", "") or name)
+    return LoadedApp(app, find_flask(app), name)
 
 
 def make_app(make: Callable[[], WSGIApp]) -> WSGIApp:
@@ -85,25 +118,36 @@ def make_app(make: Callable[[], WSGIApp]) -> WSGIApp:
         return make()
     except NoAppException as error:
         raise ConfigError(f"cannot load {target}: {_sentence(error)}") from None
+    except PatchingError:
+        raise
     except Exception as error:
         raise _app_error(target, error) from error
     except SystemExit as error:
         raise _app_error(target, error) from error
 
 
-def find_flask(wsgi: Any) -> Flask | None:
-    """The Flask app in a WSGI callable: itself, or what its middleware holds as ``.app`` or ``.wsgi_app``."""
-    from flask import Flask  # noqa: PLC0415 - see load_app
+# --- what can be served ---------------------------------------------------------------------------------------------
 
-    for _ in range(_MAX_WRAPPERS):
-        if isinstance(wsgi, Flask):
-            return wsgi
-        owner = getattr(wsgi, "__self__", None)  # ``app.wsgi_app`` is a bound method of the app
-        following = owner if isinstance(owner, Flask) else getattr(wsgi, "app", None) or getattr(wsgi, "wsgi_app", None)
-        if following is None:
-            return None
-        wsgi = following
-    return None
+
+def check_servable(app: Any) -> None:
+    """Raise ConfigError for an app in hand that is no WSGI app, and where threads and sockets are not the system's."""
+    if not is_app(app):
+        raise ConfigError(f"cannot serve {type(app).__name__}: {why_not(app)}")
+    check_unpatched()
+
+
+def described(wsgi: Any, inside: Flask | None) -> str:
+    """What is served, in a few words for the log."""
+    kind = type(wsgi).__name__
+    if is_flask(wsgi):
+        return f'the Flask app "{wsgi.import_name}"'
+    return f"a WSGI app ({kind})" + (f' around the Flask app "{inside.import_name}"' if inside is not None else "")
+
+
+def _only_flask_app(module: ModuleType) -> Flask | None:
+    """The module's only Flask app: the one that is served through a wrapper which shows nothing of itself."""
+    apps = {id(value): value for value in attributes_of(module).values() if is_flask(value)}
+    return next(iter(apps.values())) if len(apps) == 1 else None
 
 
 def _split(target: str) -> tuple[str, str]:
@@ -122,71 +166,12 @@ def _import(name: str, target: str) -> ModuleType:
                 "check the name, or set app.chdir"
             ) from None
         raise _app_error(target, error) from error
+    except PatchingError:
+        raise
     except Exception as error:
         raise _app_error(target, error) from error
     except SystemExit as error:
         raise _app_error(target, error) from error
-
-
-class _Recording:
-    """A module whose factories are watched: what Flask's loader refuses because it is not a Flask app is still had."""
-
-    def __init__(self, module: ModuleType) -> None:
-        self._module = module
-        self.returned: Any = None
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._module, name)
-        if not inspect.isfunction(found):
-            if callable(found) and not inspect.isclass(found):
-                self.returned = found
-            return found
-
-        @functools.wraps(found)
-        def factory(*args: Any, **kwargs: Any) -> Any:
-            from flask.cli import NoAppException  # noqa: PLC0415 - see load_app
-
-            try:
-                inspect.signature(found).bind(*args, **kwargs)
-            except TypeError as error:
-                raise NoAppException(f'the factory "{name}" cannot be called like that: {error}') from None
-            made = found(*args, **kwargs)
-            if callable(made):
-                self.returned = made
-            return made
-
-        return factory
-
-    def find(self, name: str) -> Any:
-        """What Flask's loader finds by `name`; a function that takes an environ and a start_response is an app."""
-        from flask.cli import find_app_by_string  # noqa: PLC0415 - see load_app
-
-        found = getattr(self._module, name, None) if name.isidentifier() else None
-        if inspect.isfunction(found) and _takes(found, 2) and not _takes(found, 0):
-            return found
-        return find_app_by_string(self, name)  # type: ignore[arg-type]  # all it asks of a module is its attributes
-
-
-def _takes(function: Callable[..., Any], count: int) -> bool:
-    try:
-        inspect.signature(function).bind(*range(count))
-    except TypeError:
-        return False
-    return True
-
-
-def _wrapped_app(module: ModuleType) -> Any:
-    """A Flask app in middleware, under a usual name: Flask's own search would find the app and lose the middleware."""
-    found = _wsgi_by_name(module)
-    return found if find_flask(found) is not None else None
-
-
-def _wsgi_by_name(module: ModuleType) -> Any:
-    for name in ("app", "application"):
-        found = getattr(module, name, None)
-        if callable(found) and not inspect.isclass(found):
-            return found
-    return None
 
 
 def _sentence(error: Exception) -> str:
@@ -208,4 +193,4 @@ def _app_error(target: str, error: BaseException) -> AppError:
 def _is_machinery(frame: TracebackType) -> bool:
     name = frame.tb_frame.f_code.co_filename
     module = str(frame.tb_frame.f_globals.get("__name__", ""))
-    return name.startswith("<frozen ") or module in {__name__, "importlib", "flask.cli"}
+    return name.startswith("<frozen ") or module in {__name__, "flaskd.choice", "importlib", "flask.cli"}

@@ -10,18 +10,20 @@ import contextlib
 import json
 import logging
 import os
-import queue
 import sys
-import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 from flaskd.forks import forgotten_by_children
-from flaskd.journal import Journal, encode, field_name
+from flaskd.journal import encode, field_name
+from flaskd.logwriter import Entry, Line, Writer
+from flaskd.text import bounded, entry, escaped, lines, traceback_of
 from flaskd.units import shortened
 
+_OURS = {"flaskd", "waitress"}
+"""The loggers that flaskd sets up, with all below them."""
 _LAST_FLUSH = 1.0
 """Seconds that the last lines may take to be written."""
 
@@ -30,6 +32,8 @@ Access = Literal["off", "common", "combined", "json"]
 
 _queue_log = logging.getLogger("waitress.queue")
 """Warns at every request that waits for a thread; that is no news to a daemon, and `status` shows how many wait."""
+_QUOTES = '"\\'
+"""What could end a field of an access line, beside what could end the line."""
 access_log = logging.getLogger("flaskd.access")
 
 _PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
@@ -47,61 +51,67 @@ def timestamp(moment: float) -> str:
     return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-class _Text(logging.Formatter):
+class _ForPeople(logging.Formatter):
+    """A record as text that is one entry, whatever stands in it: nothing in it begins another, or paints a terminal."""
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's own name
+        """The traceback, in which the exceptions' own texts are a line each."""
+        _, error, trace = ei
+        return traceback_of(error, trace) if isinstance(error, BaseException) else ""
+
+    def whole(self, record: logging.LogRecord, *, indented: bool = True) -> str:
+        """The message with its traceback; the message's further lines are `indented`."""
+        message = bounded(record.getMessage())
+        if record.name.startswith("waitress"):  # it names paths as they decode, and %0A decodes to a line feed
+            message = escaped(message)
+        else:
+            message = entry(message) if indented else "\n".join(lines(message))
+        trace = bounded(self.formatException(record.exc_info)) if record.exc_info else ""
+        return f"{message}\n{trace}" if trace else message
+
+
+class _Text(_ForPeople):
     def __init__(self, *, colour: bool) -> None:
         super().__init__()
         self._colour = colour
 
     def format(self, record: logging.LogRecord) -> str:
-        level, message = record.levelname.lower(), _whole_message(self, record)
-        line = f"{timestamp(record.created)} {level:<7} {message}"
+        line = f"{timestamp(record.created)} {record.levelname.lower():<7} {self.whole(record)}"
         colour = _COLOURS.get(record.levelno) if self._colour else None
         return f"{colour}{line}\x1b[0m" if colour else line
 
 
-class _Entry(NamedTuple):
-    """An entry for the journal, and what becomes a line on standard error where the journal does not take it."""
-
-    data: bytes
-    priority: int
-    message: str
-
-    def prefixed(self) -> str:
-        """Lines with ``<N>`` prefixes, because what reads them splits at newlines (sd-daemon(3))."""
-        return "\n".join(f"<{self.priority}>{line}" for line in self.message.splitlines())
-
-
-class _Prefixed(logging.Formatter):
+class _Prefixed(_ForPeople):
     """For what reads standard error and knows the journal's prefixes."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return _Entry(b"", _PRIORITIES.get(record.levelno, 6), _whole_message(self, record)).prefixed()
+        return Entry(b"", _PRIORITIES.get(record.levelno, 6), self.whole(record)).prefixed()
 
 
 class _Json(logging.Formatter):
     """One JSON object a line, in ASCII whatever the encoding of standard error; keys are stable."""
 
     def format(self, record: logging.LogRecord) -> str:
-        entry: dict[str, Any] = {
+        found: dict[str, Any] = {
             "time": timestamp(record.created),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": bounded(record.getMessage()),
         }
-        entry.update(getattr(record, "fields", {}))
+        found.update(getattr(record, "fields", {}))
         if record.exc_info:
-            entry["exception"] = self.formatException(record.exc_info)
-        return json.dumps(entry, default=str)
+            found["exception"] = bounded(self.formatException(record.exc_info))
+        return json.dumps(found, default=str)
 
 
-class _Native(logging.Formatter):
+class _Native(_ForPeople):
     """Entries of the journal with fields (systemd.journal-fields(7)); the message stays whole, newlines and all."""
 
-    def entry(self, record: logging.LogRecord) -> _Entry:
+    def entry(self, record: logging.LogRecord) -> Entry:
         """The entry for a record."""
-        message, priority = _whole_message(self, record), _PRIORITIES.get(record.levelno, 6)
+        priority = _PRIORITIES.get(record.levelno, 6)
         fields = {
-            "MESSAGE": message,
+            "MESSAGE": self.whole(record, indented=False),
             "PRIORITY": str(priority),
             "SYSLOG_IDENTIFIER": "flaskd",
             "FLASKD_LOGGER": record.name,
@@ -110,7 +120,7 @@ class _Native(logging.Formatter):
             if value is not None:
                 text = json.dumps(value) if isinstance(value, list | dict) else str(value)
                 fields[field_name("request_id" if key == "id" else key)] = text
-        return _Entry(encode(fields), priority, message)
+        return Entry(encode(fields), priority, self.whole(record))
 
 
 class _Bare(logging.Formatter):
@@ -120,124 +130,98 @@ class _Bare(logging.Formatter):
         return record.getMessage()
 
 
-def _whole_message(formatter: logging.Formatter, record: logging.LogRecord) -> str:
-    message = record.getMessage()
-    if record.name.startswith("waitress"):  # it names paths as they decode, and %0A decodes to a line feed
-        message = _safe(message, quotes="")
-    if record.exc_info:
-        message = f"{message}\n{formatter.formatException(record.exc_info)}"
-    return message
-
-
-class _Writer:
-    """Writes lines to standard error in a thread of its own, so that a reader who stalls costs only lines."""
-
-    _MOST = 10_000
-    """Lines that may wait."""
-
-    def __init__(self) -> None:
-        self._lines: queue.Queue[str | _Entry | threading.Event] = queue.Queue(self._MOST)
-        self._journal: Journal | None = None
-        self._thread: threading.Thread | None = None
-        self._dropped = 0
-
-    def start(self) -> None:
-        """Start the thread; where none can be had, lines are written in place."""
-        self._thread = threading.Thread(target=self._run, name="flaskd-log", daemon=True)
-        try:
-            self._thread.start()
-        except RuntimeError:
-            self._thread = None
-
-    def put(self, line: str | _Entry) -> None:
-        """Have a line, or an entry for the journal, written soon; when too many wait, it is dropped and counted."""
-        if self._thread is None:
-            self._write(line)
-            return
-        try:
-            self._lines.put_nowait(line)
-        except queue.Full:
-            self._dropped += 1
-
-    def flush(self, timeout: float) -> None:
-        """Wait at most `timeout` seconds until all lines so far are written."""
-        if self._thread is None:
-            return
-        written = threading.Event()
-        with contextlib.suppress(queue.Full):
-            self._lines.put(written, timeout=timeout)
-            written.wait(timeout)
-
-    def forget(self) -> None:
-        """In a forked child there is no thread: write in place."""
-        self._thread = None
-
-    def _run(self) -> None:
-        while True:
-            line = self._lines.get()
-            if isinstance(line, threading.Event):
-                line.set()
-                continue
-            self._write(line)
-            if self._dropped:
-                dropped, self._dropped = self._dropped, 0
-                _write(f"flaskd: {dropped} log lines were dropped, because standard error was not read\n")
-
-    def _write(self, line: str | _Entry) -> None:
-        if isinstance(line, str):
-            _write(line)
-            return
-        if self._journal is None:
-            self._journal = Journal()
-        try:
-            self._journal.send(line.data)
-        except OSError:  # standard error leads there, too, by a way that the service manager keeps open
-            _write(line.prefixed() + "\n")
-
-    def close(self) -> None:
-        """Close the way to the journal."""
-        if self._journal is not None:
-            self._journal.close()
-            self._journal = None
-
-
-def _write(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # a terminal or pipe that went away costs the line
-        sys.stderr.write(text)
-        sys.stderr.flush()
-
-
 class _StderrHandler(logging.Handler):
     """Formats, and leaves the writing to the writer."""
 
-    def __init__(self, writer: _Writer) -> None:
+    def __init__(self, writer: Writer) -> None:
         super().__init__()
         self._writer = writer
+        self.adopted: set[str] = set()
+        """The loggers that write here by themselves: what logging passes on of them has been written."""
 
     def handle(self, record: logging.LogRecord) -> Any:
-        """Without the handler's lock, which is not needed here: who hangs with it must not keep us."""
-        passed: Any = self.filter(record)  # a bool, or from 3.12 on a record that comes instead
-        if passed:
-            self.emit(passed if isinstance(passed, logging.LogRecord) else record)
-        return passed
+        """Take what a logger that was made since the last look passes on to its parent."""
+        if record.name not in self.adopted:
+            self.emit(record)
+        return True
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Without the handler's lock, which is not needed here: who hangs with it must not keep us."""
         try:
-            form = self.formatter
-            self._writer.put(form.entry(record) if isinstance(form, _Native) else self.format(record) + "\n")
+            kind = getattr(record, "bounded", "")
+            if not kind or self._writer.admits(kind):
+                self._writer.put(self.line(record))
         except Exception:  # noqa: BLE001 - logging's own way to tell of a bad log call
-            self.handleError(record)
+            with contextlib.suppress(Exception):  # which writes to the app's standard error itself
+                self.handleError(record)
+
+    def line(self, record: logging.LogRecord) -> Line:
+        """What is written of a record."""
+        form = self.formatter
+        return form.entry(record) if isinstance(form, _Native) else self.format(record)
 
 
-def _stderr_is_gone() -> bool:
-    return bool(getattr(sys.stderr, "closed", sys.stderr is None))
+def bounded_by(kind: str) -> dict[str, str]:
+    """The `extra` of a line that others can cause at will: of each `kind` so many a minute are written, others counted.
+
+    The kind is what they are called in the count, such as "commands of uid=7".
+    """
+    return {"bounded": kind}
+
+
+class _Adopted:
+    """One of flaskd's loggers while flaskd runs: what it writes is for flaskd's configuration alone to say.
+
+    An app may configure all loggers there are: disable them, raise their levels, take their handlers away. That changes
+    what its own handlers get of flaskd's lines, and not what flaskd writes. It takes none of logging's locks.
+    """
+
+    def __init__(self, logger: logging.Logger, handler: _StderrHandler, least: int) -> None:
+        self.level = self._least = least
+        self.logger = logger
+        self._handler = handler
+        logger.isEnabledFor = self._is_enabled_for  # type: ignore[method-assign]
+        logger.handle = self._handle  # type: ignore[method-assign]
+
+    def release(self) -> None:
+        """Give the logger back to logging."""
+        for name in ("isEnabledFor", "handle"):
+            vars(self.logger).pop(name, None)
+
+    def set_level(self, level: int) -> None:
+        """Choose the least severity that is written."""
+        self.level = max(level, self._least)
+
+    def _is_enabled_for(self, level: int) -> bool:
+        return level >= self.level
+
+    def _handle(self, record: logging.LogRecord) -> None:
+        self._handler.emit(record)
+        if any(not isinstance(each, _StderrHandler) for each in _handlers_of(self.logger)):
+            with contextlib.suppress(Exception):  # the app's own handlers and filters
+                if type(self.logger).isEnabledFor(self.logger, record.levelno):
+                    type(self.logger).handle(self.logger, record)
+
+
+def _handlers_of(logger: logging.Logger | None) -> Iterator[logging.Handler]:
+    """The handlers that a record of this logger reaches, as in `logging.Logger.callHandlers`."""
+    while logger is not None:
+        yield from logger.handlers
+        logger = logger.parent if logger.propagate else None
+
+
+def _on_terminal() -> bool:
+    try:
+        return bool(sys.stderr.isatty())
+    except (Exception, SystemExit):  # noqa: BLE001 - closed, None, or an object of the app's
+        return False
 
 
 def in_journal(environ: Mapping[str, str]) -> bool:
     """Whether standard error is the journal: $JOURNAL_STREAM names its device and inode (systemd.exec(5))."""
     try:
         found = os.fstat(sys.stderr.fileno())
-    except (OSError, ValueError, AttributeError):
+    except (Exception, SystemExit):  # noqa: BLE001 - closed, None, or an object of the app's
         return False
     return environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
@@ -246,28 +230,31 @@ class Logs:
     """The set-up of flaskd's loggers, as a context manager that puts everything back."""
 
     def __init__(self) -> None:
-        self._writer = _Writer()
+        self._writer = Writer(self._said)
         self._daemon, self._access = _StderrHandler(self._writer), _StderrHandler(self._writer)
         self._loggers = [logging.getLogger("flaskd"), logging.getLogger("waitress"), access_log]
+        self._adopted: dict[str, _Adopted] = {}
         self._before: list[tuple[int, bool]] = []
+        self._level = logging.WARNING
         self.access: Access = "off"
 
     def __enter__(self) -> Self:
         self._before = [(logger.level, logger.propagate) for logger in self._loggers]
-        self._queue_level = _queue_log.level
-        _queue_log.setLevel(logging.ERROR)
         for logger in self._loggers:
-            logger.addHandler(self._access if logger is access_log else self._daemon)
             logger.propagate = False
+        self.reclaim()
         self._writer.start()
         self._forgotten = forgotten_by_children(self._writer.forget)
         self._forgotten.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        _queue_log.setLevel(self._queue_level)
+        self._writer.tell_all()
+        for adopted in self._adopted.values():
+            adopted.release()
+        self._adopted.clear()
         for logger, (level, propagate) in zip(self._loggers, self._before, strict=True):
-            logger.removeHandler(self._access if logger is access_log else self._daemon)
+            logger.removeHandler(self._daemon)
             logger.setLevel(level)
             logger.propagate = propagate
         self.flush(_LAST_FLUSH)
@@ -278,37 +265,52 @@ class Logs:
         """Wait at most `timeout` seconds until all is written."""
         self._writer.flush(timeout)
 
-    @staticmethod
-    def reclaim() -> None:
-        """Switch our loggers on again after the app's own set-up: logging.config disables all that it does not name."""
-        for name, logger in logging.root.manager.loggerDict.items():
-            if name.partition(".")[0] in {"flaskd", "waitress"} and isinstance(logger, logging.Logger):
-                logger.disabled = False
+    def reclaim(self) -> None:
+        """Adopt the loggers of ours that have been made since the last time: an app's import may bring some."""
+        for name, logger in list(logging.root.manager.loggerDict.items()):
+            if name.partition(".")[0] in _OURS and isinstance(logger, logging.Logger) and name not in self._adopted:
+                handler = self._access if logger is access_log else self._daemon
+                handler.adopted.add(name)
+                least = logging.ERROR if logger is _queue_log else logging.NOTSET
+                self._adopted[name] = _Adopted(logger, handler, least)
+                if logger is not access_log:
+                    self._adopted[name].set_level(self._level)
+        for logger in self._loggers:
+            logger.disabled = False
+            if logger is not access_log:
+                logger.addHandler(self._daemon)  # for those that are made later
 
     def set_level(self, level: str) -> None:
         """Choose the least severity that is logged, until the next `apply`."""
-        number = logging.getLevelNamesMapping()[level.upper()]
+        self._level = logging.getLevelNamesMapping()[level.upper()]
+        for adopted in self._adopted.values():
+            if adopted.logger is not access_log:
+                adopted.set_level(self._level)
         for logger in self._loggers:
             if logger is not access_log:
-                logger.setLevel(number)
+                logger.setLevel(self._level)  # for those that are made later, and for the app's own handlers
 
     @property
     def level(self) -> str:
         """The least severity that is logged."""
-        return logging.getLevelName(self._loggers[0].level).lower()
+        return logging.getLevelName(self._level).lower()
 
     def apply(self, *, level: str, log_format: Format, access: Access) -> None:
         """Choose level and formats; at the start, and again at each reload."""
-        number = logging.getLevelNamesMapping()[level.upper()]
-        for logger in self._loggers:
-            logger.setLevel(number)
-        access_log.setLevel(logging.CRITICAL + 1 if access == "off" else logging.INFO)
+        self.set_level(level)
+        least = logging.CRITICAL + 1 if access == "off" else logging.INFO
+        self._adopted[access_log.name].set_level(least)
+        access_log.setLevel(least)
         self.access = access
         self._daemon.setFormatter(_formatter(log_format))
         chosen = _formatter(log_format)
         # A JSON access line is already whole; a text one has its own date. Only containers around it differ.
         bare = isinstance(chosen, _Text) or (access == "json" and not isinstance(chosen, _Native))
         self._access.setFormatter(_Bare() if bare else chosen)
+
+    def _said(self, words: str) -> Line:
+        """What the writer itself has to say, in the format of the log."""
+        return self._daemon.line(logging.LogRecord("flaskd.logs", logging.WARNING, "", 0, words, None, None))
 
 
 def _formatter(log_format: Format) -> logging.Formatter:
@@ -318,8 +320,7 @@ def _formatter(log_format: Format) -> logging.Formatter:
         return _Json()
     if log_format == "journal":
         return _Prefixed()
-    on_terminal = not _stderr_is_gone() and sys.stderr.isatty() and "NO_COLOR" not in os.environ
-    return _Text(colour=on_terminal)
+    return _Text(colour=_on_terminal() and "NO_COLOR" not in os.environ)
 
 
 def log_access(access: Access, fields: Mapping[str, Any]) -> None:
@@ -331,12 +332,8 @@ def log_access(access: Access, fields: Mapping[str, Any]) -> None:
     else:
         date = time.strftime("%d/%b/%Y:%H:%M:%S +0000", time.gmtime(fields["time"]))
         request = f"{fields['method']} {fields['target']} {fields['protocol']}"
-        message = f'{fields["client"]} - - [{date}] "{_safe(request)}" {fields["status"]} {fields["bytes"]}'
+        client = escaped(fields["client"], _QUOTES)
+        message = f'{client} - - [{date}] "{escaped(request, _QUOTES)}" {fields["status"]} {fields["bytes"]}'
         if access == "combined":
-            message += f' "{_safe(fields["referer"] or "-")}" "{_safe(fields["agent"] or "-")}"'
+            message += f' "{escaped(fields["referer"] or "-", _QUOTES)}" "{escaped(fields["agent"] or "-", _QUOTES)}"'
     access_log.info("%s", message, extra={"fields": dict(fields)})
-
-
-def _safe(text: str, quotes: str = '"\\') -> str:
-    """Escape what could forge a line or a field, as nginx does: quotes, backslashes and control characters."""
-    return "".join(char if char.isprintable() and char not in quotes else f"\\x{ord(char):02X}" for char in text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,9 +52,19 @@ def runtime_directories(name: str, environ: Mapping[str, str], *, client: bool =
         yield Path(user) / name
     if client and user_id != 0:
         yield Path("/run") / name
-    import tempfile  # noqa: PLC0415 - the last place to look, and slow to import
+    yield temporary_directory(environ) / f"{name}-{user_id}"
 
-    yield Path(tempfile.gettempdir()) / f"{name}-{user_id}"
+
+def temporary_directory(environ: Mapping[str, str]) -> Path:
+    """Where temporary files go: ``tempfile.tempdir`` if the program has set it, else $TMPDIR, $TEMP, $TMP, else /tmp.
+
+    tempfile.gettempdir() raises where none of its places can be written to, and goes to another one, at last to the
+    working directory, while the usual one is full: there a daemon and its clients would not find each other.
+    """
+    if chosen := getattr(sys.modules.get("tempfile"), "tempdir", None):
+        return Path(os.fsdecode(chosen))
+    places = (environ.get(variable, "") for variable in ("TMPDIR", "TEMP", "TMP"))
+    return next((Path(each) for each in places if each and os.path.isdir(each)), Path("/tmp"))  # noqa: PTH112, S108
 
 
 def state_directory(name: str, environ: Mapping[str, str]) -> Path:

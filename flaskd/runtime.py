@@ -7,13 +7,12 @@ import fcntl
 import os
 import re
 import stat
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from flaskd.errors import CannotCreateError, NotNowError
-from flaskd.files import remove_matching
-from flaskd.protocol import runtime_directories
+from flaskd.files import open_directory, remove_matching
+from flaskd.protocol import runtime_directories, temporary_directory
 from flaskd.sockets import let_in
 
 _HIDDEN = re.compile(r"\.(control\.)?[0-9]+")
@@ -25,6 +24,7 @@ class RuntimeDirectory:
 
     def __init__(self, name: str, environ: Mapping[str, str]) -> None:
         self.path = next(runtime_directories(name, environ, client=False))
+        self._private = self.path.parent == temporary_directory(environ)
         self._fd = -1
         self._made = False
 
@@ -36,12 +36,14 @@ class RuntimeDirectory:
         try:
             while True:
                 with contextlib.suppress(FileExistsError):
-                    shared = self.path.parent == Path(tempfile.gettempdir())
-                    self.path.mkdir(mode=0o700 if shared else 0o750)
+                    self.path.mkdir(mode=0o700 if self._private else 0o750)
                     self._made = True
                     if gid != -1:
                         let_in(self.path, mode=0o750, gid=gid)
-                self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                self._fd = open_directory(self.path)
+                if why := self._not_to_be_used():  # before the lock: who owns it may hold that
+                    self.release()
+                    raise CannotCreateError(f"cannot use {self.path}: {why}")
                 try:
                     fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -54,18 +56,20 @@ class RuntimeDirectory:
                 if _same_file(self._fd, self.path):
                     break
                 os.close(self._fd)  # it was removed and perhaps made anew while we waited for nobody
-            found = os.fstat(self._fd)
-            if found.st_uid != os.geteuid() or found.st_mode & 0o002:
-                self.release()
-                mine = found.st_uid == os.geteuid()
-                why = "anybody may write there" if mine else f"it belongs to uid {found.st_uid}, not {os.geteuid()}"
-                raise CannotCreateError(f"cannot use {self.path}: {why}")
             if not os.access(self.path, os.W_OK | os.X_OK):
                 self.release()
                 raise CannotCreateError(f"cannot use {self.path}: it is not writable")
         except OSError as error:
             self.release()
             raise CannotCreateError(f"cannot use {self.path}: {error.strerror}") from error
+
+    def _not_to_be_used(self) -> str:
+        """Why the directory that is open is not safe to be used; empty when it is."""
+        found = os.fstat(self._fd)
+        if found.st_uid != os.geteuid():
+            return f"it belongs to uid {found.st_uid}, not {os.geteuid()}"
+        # 0o022: in the temporary directory nobody else has been let in on purpose.
+        return "anybody may write there" if found.st_mode & (0o022 if self._private else 0o002) else ""
 
     def tidy(self) -> list[str]:
         """Remove nodes that a flaskd which was killed had made and not yet shown; returns their names. Locked only."""
@@ -97,7 +101,7 @@ class RuntimeDirectory:
 
 def _same_file(fd: int, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(fd), path.lstat())
+        return os.path.samestat(os.fstat(fd), path.stat())
     except FileNotFoundError:
         return False
 

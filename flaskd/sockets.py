@@ -69,11 +69,14 @@ class Address:
 
     @property
     def url(self) -> str:
-        """The URL a client can use; a wildcard address is shown as the loopback address it includes."""
-        if self.path:
-            return f"http+unix://{quote(self.path, safe='')}/"
-        shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104 - compared
-        return f"http://{replace(self, host=shown)}/"
+        """The URL that a client on this machine can use: for a wildcard address, the loopback address it includes."""
+        loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104 - compared
+        return replace(self, host=loopback).announced
+
+    @property
+    def announced(self) -> str:
+        """The URL for people: a wildcard address stays one, for it is not of this machine alone."""
+        return f"http+unix://{quote(self.path, safe='')}/" if self.path else f"http://{self}/"
 
 
 def check_serving(host: object, port: object, threads: object) -> None:
@@ -402,10 +405,9 @@ def inherited(environ: Mapping[str, str]) -> dict[str, list[Listener]]:
     """
     if environ.get("LISTEN_PID") != str(os.getpid()):
         return {}
-    try:
-        count = int(environ.get("LISTEN_FDS", "0"))
-    except ValueError:
-        return {}
+    count = _passed(environ)
+    if count < 0:
+        raise CannotCreateError(f"cannot use the sockets passed: LISTEN_FDS is {environ['LISTEN_FDS']!r}, not a number")
     names = environ.get("LISTEN_FDNAMES", "").split(":")
     found: dict[str, list[Listener]] = {}
     for index in range(count):
@@ -427,3 +429,30 @@ def inherited(environ: Mapping[str, str]) -> dict[str, list[Listener]]:
         address = Address(path=os.fsdecode(where)) if unix else Address(host=where[0], port=where[1])
         found.setdefault(name, []).append(Listener(address, sock, shared=True))
     return found
+
+
+def _passed(environ: Mapping[str, str]) -> int:
+    """How many descriptors were passed; -1 where that cannot be read."""
+    text = environ.get("LISTEN_FDS", "0")
+    return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else -1
+
+
+def passed_to_another(environ: Mapping[str, str]) -> str:
+    """To whom sockets were passed that are not for us (sd_listen_fds(3)), and what to do; empty when none were.
+
+    A shell that starts flaskd and stays is such a process: what is in the environment is for it alone.
+    """
+    count, pid = _passed(environ), environ.get("LISTEN_PID", "")
+    if count <= 0 or pid == str(os.getpid()):
+        return ""
+    sockets = f"{count} sockets were" if count > 1 else "1 socket was"
+    whom = "to no process (LISTEN_PID says none)"
+    if re.fullmatch(r"[0-9]{1,9}", pid):
+        name = "which is gone"
+        with contextlib.suppress(OSError):
+            name = Path("/proc", pid, "comm").read_text(errors="replace").strip()
+        whom = f"to pid {pid} ({name})"
+    return (
+        f"{sockets} passed {whom}, and this is pid {os.getpid()}: start flaskd without a shell around it, "
+        "or with exec in it"
+    )

@@ -19,10 +19,11 @@ from flaskd.config import Config, ShutdownConfig, load, load_mapping
 from flaskd.errors import FlaskdError
 from flaskd.ledger import DrainReport, InFlight
 from flaskd.lifecycle import StopReason
-from flaskd.loading import find_flask
-from flaskd.server import WaitressThread, WerkzeugThread, adjustments
+from flaskd.loading import check_servable
+from flaskd.server import WaitressThread, WerkzeugThread, adjustments, behind_proxies
 from flaskd.sockets import Address, check_serving, open_files_limit
 from flaskd.stop import CleanupThread, Stop, serving
+from flaskd.wsgi import find_flask
 
 log = logging.getLogger("flaskd.thread")
 
@@ -92,9 +93,10 @@ class ServerThread:
     def start(self) -> Self:
         """Bind, listen and serve; returns once requests are accepted and a worker ran.
 
-        Raises CannotCreateError when the address cannot be had, ConfigError when a policy cannot be prepared, and
-        whatever else kept it from serving.
+        Raises CannotCreateError when the address cannot be had, ConfigError when a policy cannot be prepared or the app
+        cannot be served, and whatever else kept it from serving.
         """
+        check_servable(self._app)
         with self._lock:
             if self._is_ours and not self._stopped.done():
                 raise FlaskdError("cannot start: this server is running; stop it first, or make another one")
@@ -128,7 +130,7 @@ class ServerThread:
         # In a test nobody waits as long as in production for clients that could still say something.
         graces = {name: getattr(drain, name) for name in drain.model_fields_set & {"keepalive_grace", "stream_grace"}}
         return WaitressThread(
-            self._app,
+            behind_proxies(self._app, server),
             self._address.host,
             self._address.port,
             self._threads,

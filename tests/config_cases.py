@@ -56,6 +56,9 @@ REFUSED = [
     ("hello", "1:1: expected a mapping at the top, got a single value"),
     ("app: {}\n---\nlog: {}", "2:1: expected one document, got a second"),
     ("app:\n\ttarget: x", '2:1: expected spaces, got a tab (in quotes: "\\t")'),
+    ("app:\n \ttarget: x", '2:2: expected spaces, got a tab (in quotes: "\\t")'),
+    ("app:\n  target: x\n\tchdir: y", '3:1: expected spaces, got a tab (in quotes: "\\t")'),
+    ("\tapp: {}", '1:1: expected spaces, got a tab (in quotes: "\\t")'),
     ("app: {target: x\0}", "1:16: expected text, got a NUL character"),
     ('app: {target: "\\0"}', "1:15 app.target: expected text, got a NUL character"),
     ('app: {target: "\\udc80"}', "1:15 app.target: expected text, got text that is not Unicode (a lone surrogate)"),
@@ -89,6 +92,7 @@ VERBS = (
     "log-level, version"
 )
 SECTIONS = "server, version, systemd, health, profile, control, cleanup, shutdown, watch, app, log, admin"
+PEER = "expected an IP address, a network such as 10.0.0.0/8, localhost or *"
 PROXY = "expected server.trusted_proxy to be set along with this"
 LISTEN = "expected HOST:PORT, [IPv6]:PORT, :PORT or unix:/path"
 
@@ -161,6 +165,18 @@ WRONG = [
     ),
     ("server: {listen: ':99999'}", ['1:18 server.listen: expected a port of at most 65535, got ":99999"']),
     (
+        "server: {trusted_proxy: [proxy.internal, '[::1]', 10.0.0.1/8, '10.0.0.1, 10.0.0.2', '127.0.0.1:80', '']}",
+        [
+            f'1:26 server.trusted_proxy[0]: {PEER}, got "proxy.internal"',
+            f'1:42 server.trusted_proxy[1]: {PEER}, got "[::1]"',
+            "1:51 server.trusted_proxy[2]: expected the address of a whole network, such as 10.0.0.0/8, "
+            'or of one machine, got "10.0.0.1/8"',
+            f'1:63 server.trusted_proxy[3]: {PEER} (several are a list), got "10.0.0.1, 10.0.0.2"',
+            f'1:85 server.trusted_proxy[4]: {PEER}, got "127.0.0.1:80"',
+            f'1:101 server.trusted_proxy[5]: {PEER}, got ""',
+        ],
+    ),
+    (
         "server: {trusted_proxy_count: 2, trusted_proxy_headers: [forwarded]}",
         [
             f"1:31 server.trusted_proxy_count: {PROXY}, got 2",
@@ -215,6 +231,28 @@ WRONG = [
         [
             '1:17 control.mode: expected a file mode from 0000 to 0777, such as "0660", got 0999',
             '1:33 control.required: expected true or false, got "yes"',
+        ],
+    ),
+    (
+        "control: {mode: 432}",
+        [
+            '1:17 control.mode: expected a file mode that lets its owner read and write, such as "0660" '
+            "(432 is 0660 in decimal), got 432"
+        ],
+    ),
+    (
+        "control: {mode: 384}",
+        ['1:17 control.mode: expected a file mode from 0000 to 0777, such as "0660" (384 is 0600 in decimal), got 384'],
+    ),
+    (
+        "control: {mode: '0460'}",
+        ['1:17 control.mode: expected a file mode that lets its owner read and write, such as "0660", got "0460"'],
+    ),
+    (
+        "control: {mode: 0o606}",
+        [
+            "1:17 control.mode: expected a file mode that lets others do no more than the group, "
+            'such as "0660", got 0o606'
         ],
     ),
     (

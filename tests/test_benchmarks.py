@@ -3,6 +3,7 @@
 Nothing here says how long anything may take.
 """
 
+import importlib.metadata
 import json
 import statistics
 import subprocess
@@ -30,6 +31,19 @@ def test_every_request_has_a_fate(scenario, tmp_path):
     assert accounts, text
     for account in accounts:
         assert account["requests"] == sum(account["fates"].values()) > 0
+
+
+def test_the_versions_of_all_peers_are_told(monkeypatch):
+    """A figure is worth nothing without what it was measured with: each package that a server needs is named."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    servers = importlib.import_module("_servers")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: f"1.2.{len(name)}")
+    told = servers.environment()
+    needed = {module for server in servers.SERVERS.values() for module in server.modules} - {"uwsgidecorators"}
+    for name in (*needed, "uwsgi", "flask"):
+        assert f"{name} 1.2.{len(name)}" in told
+    for name in ("_servers", "app"):
+        sys.modules.pop(name, None)
 
 
 def find(value):
@@ -89,6 +103,21 @@ def test_speed_is_relative_to_waitress(tmp_path):
     assert {each["server"] for each in written["idle"]} == {"flaskd", "waitress-serve"}
     assert len(written["goals"]) == 6 + 4 + 2
     assert not written["errors"]
+
+
+def test_a_start_is_relative_to_importing_flask(tmp_path):
+    """Two starts of each: a row for each server, ratios of what was measured, and each goal judged."""
+    printed, written = run("start.py", tmp_path, "--servers", "flaskd,waitress-serve")
+    flask = statistics.median(written["import_flask"])
+    assert [each["server"] for each in written["starts"]] == ["flaskd", "waitress-serve"]
+    for each in written["starts"]:
+        assert not each["error"]
+        assert len(each["seconds"]) == len(each["memory"]) == len(written["import_flask"]) == 2
+        assert f"{statistics.median(each['seconds']) / flask:.2f} |" in printed
+        assert min(each["memory"]) > 5
+    ratio, memory = (goal["figure"] for goal in written["goals"])
+    assert ratio == pytest.approx(statistics.median(written["starts"][0]["seconds"]) / flask)
+    assert memory == statistics.median(written["starts"][0]["memory"])
 
 
 def test_stopping_without_an_answer_is_seen(tmp_path):

@@ -87,6 +87,18 @@ def test_links_are_not_followed(tree):
     assert {"a/1.tmp", "a/3.txt"} <= set(names(tree))
 
 
+@pytest.mark.parametrize("kind", ["STATE", "CACHE", "RUNTIME", "LOGS", "CONFIGURATION"])
+def test_the_service_managers_own_link_is_followed(tree, monkeypatch, kind):
+    """Under DynamicUser= each directory of a service is a link (systemd.exec(5)): what is in it can be removed."""
+    (tree / "shop").symlink_to("a")
+    monkeypatch.setenv(f"{kind}_DIRECTORY", f"{tree / 'other'}:{tree / 'shop'}")
+    assert remove(tree / "shop" / "*.tmp").fate is Fate.OK
+    assert [name for name in names(tree / "a") if name.endswith(".tmp")] == [".4.tmp", "dir.tmp"]
+    (tree / "shop" / "deeper").symlink_to(tree / "b")
+    assert remove(tree / "shop" / "deeper" / "*").fate is Fate.FAILED
+    assert names(tree / "b") == ["1.tmp"]
+
+
 def test_a_directory_that_is_exchanged_leads_nowhere_else(tree, monkeypatch):
     """When a directory is replaced by a link after it was opened, the files of the old one go and no others."""
     real = os.listdir

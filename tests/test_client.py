@@ -5,13 +5,15 @@ import json
 import os
 import socket
 import stat
+import struct
 import threading
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from flaskd.cli import cli
+from flaskd import client as flaskd_client
+from flaskd.cli import cli, talk
 from flaskd.client import ControlClient, find_socket
 from flaskd.errors import ForbiddenError, NoDaemonError
 
@@ -146,10 +148,212 @@ def test_the_command_alone_overlooks_no_daemon(tmp_path, monkeypatch, answer, wh
     assert "flaskd serve " not in told.output
 
 
-@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\n", b"[1]\n", b"{}\n", b"\xff\n"])
+PROGRESS = b'{"event": "progress", "in_flight": 1}\n'
+ANSWERS = {
+    "HTTP": b"HTTP/1.1 400 Bad Request\r\n",
+    "a list": b"[1]\n",
+    "nothing of it": b"{}\n",
+    "not UTF-8": b"\xff\n",
+    "cut off": b'{"ok": tr',
+    "too deep": b"[" * 100_000 + b"\n",
+    "a number without end": b'{"ok": ' + b"9" * 5000 + b"}\n",
+    "no number": b'{"ok": true, "result": "x", "for": NaN}\n',
+    "infinity": b'{"ok": true, "result": "x", "for": 1e999}\n',
+    "ok is no answer": b'{"ok": "yes"}\n',
+    "an error without words": b'{"ok": false}\n',
+    "an error that is none": b'{"ok": false, "error": {"code": [], "message": 1}}\n',
+    "another event": b'{"event": "party"}\n',
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
 def test_who_is_not_flaskd_is_named(tmp_path, answer):
     """An answer in other words is a fault in one line."""
     path = tmp_path / "other.sock"
     with answering(path, answer), ControlClient(path) as client, pytest.raises(NoDaemonError) as caught:
         client.request("status")
     assert str(caught.value).startswith(f"cannot talk to {path}: who answers")
+
+
+FIELDS = {
+    "none": b'{"ok": true}\n',
+    "of other kinds": b'{"ok": true, "result": 7, "state": [], "for": "long", "pid": {}, "listen": 3, "requests": 5, '
+    b'"list": 1, "budget": [], "policies": {}, "text": null, "yaml": 7, "level": [], "cut": 3, "reason": 1}\n',
+    "wrong within": b'{"ok": true, "result": "x", "state": "ready", "for": 1e300, "pid": 1, "listen": [1], "requests": '
+    b'[7], "list": [[]], "budget": {"x": 1}, "policies": [{}], "tally": {"statuses": []}, "cut": [{}]}\n',
+}
+
+
+@pytest.mark.parametrize(
+    "verb", ["status", "requests", "threads", "config", "last-stop", "plan", "top", "log-level", ""]
+)
+@pytest.mark.parametrize("answer", FIELDS.values(), ids=FIELDS)
+def test_fields_that_are_not_flaskds_are_no_traceback(tmp_path, monkeypatch, answer, verb):
+    """Each verb ends with one line and its exit code, or shows what there is; the command alone tells it, too."""
+    path = tmp_path / "control.sock"
+    monkeypatch.setenv("FLASKD_CONTROL", str(path))
+    more = ["--simulate-hang", "x"] if verb == "plan" else []
+    with answering(path, answer):
+        done = CliRunner().invoke(cli, [verb, *more] if verb else [], standalone_mode=False)
+    assert isinstance(done.exception, NoDaemonError | None), done.exc_info
+    if done.exception is None:
+        assert done.return_value in {0, None}
+    else:
+        what = "no answer to" if verb == "top" else f"cannot talk to {path}: who answers there is not flaskd"
+        assert str(done.exception).startswith(what)  # top asks twice, and there is one answer
+
+
+@pytest.mark.parametrize(
+    "progress",
+    [b'{"event": "progress", "policy": "x"}\n', b'{"event": "progress", "oldest": 7}\n',
+     b'{"event": "progress", "in_flight": "x", "oldest": {"age": []}}\n'],
+)  # fmt: skip
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_that_is_not_flaskds_is_no_traceback(tmp_path, monkeypatch, capfd, progress, terminal):
+    """Neither in the client nor in the thread that draws the bar."""
+    path = tmp_path / "control.sock"
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    with answering(path, progress), pytest.raises(NoDaemonError):
+        talk.ask(path, "drain", {"wait": True})
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@contextlib.contextmanager
+def pouring(path, piece, pause=0.0):
+    """Answers one client without end."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        over = threading.Event()
+
+        def serve():
+            sock, _ = listener.accept()
+            with sock, contextlib.suppress(OSError):
+                while not over.wait(pause):
+                    sock.sendall(piece)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+@pytest.mark.parametrize(("piece", "pause"), [(b" ", 0.01), (PROGRESS, 0.01), (PROGRESS, 0.0)])
+def test_an_answer_without_end_is_given_up(tmp_path, piece, pause):
+    """Its time is that of the whole answer, not of each silence; nobody who does not wait is held by progress."""
+    path = tmp_path / "control.sock"
+    with (
+        pouring(path, piece, pause),
+        ControlClient(path, timeout=0.3) as client,
+        pytest.raises(NoDaemonError, match='no answer to "status": lost the daemon at .*: it does not answer'),
+    ):
+        client.request("status")
+
+
+def test_an_answer_of_any_size_is_given_up(tmp_path, monkeypatch):
+    """What is no line yet is not read without a limit."""
+    monkeypatch.setattr(flaskd_client, "_LONGEST", 1 << 20)
+    path = tmp_path / "control.sock"
+    with (
+        pouring(path, b"x" * 65536),
+        ControlClient(path) as client,
+        pytest.raises(NoDaemonError, match="who answers there is not flaskd: it says more than 1 MiB at a time"),
+    ):
+        client.request("status")
+
+
+def test_what_others_named_paints_no_terminal(tmp_path, monkeypatch):
+    """Paths and names that a client or the app chose are shown as text, each on its line."""
+    path = tmp_path / "control.sock"
+    entry = {"id": 1, "method": "GET", "path": "/\x1b[2J\n1: forged\u202e", "client": "a", "phase": "running", "age": 1,
+             "sent": 0, "stack": "one\n\x1b[31mtwo"}  # fmt: skip
+    answer = json.dumps({"ok": True, "result": "requests", "requests": [entry]})
+    with answering(path, answer.encode() + b"\n"):
+        told = CliRunner().invoke(cli, ["requests", "--socket", str(path)])
+    assert told.output.splitlines() == [
+        r"1: GET /\x1B[2J\x0A1: forged\x202E from a, running for 1s, 0 bytes sent",
+        "    one",
+        r"    \x1B[31mtwo",
+    ]
+
+
+# --- whom to trust ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """A directory in which everybody may make one, as /tmp is."""
+    path = tmp_path / "tmp"
+    path.mkdir()
+    path.chmod(0o1777)
+    monkeypatch.setattr("tempfile.tempdir", str(path))
+    return path / f"{NAME}-{os.geteuid()}"
+
+
+def owned_by(monkeypatch, place, uid):
+    """Let a directory belong to another user: what runs as root could give it away, but the tests may not."""
+    for name in ("stat", "lstat"):
+        real = getattr(os, name)
+
+        def look(path, *args, real=real, **kwargs):
+            found = real(path, *args, **kwargs)
+            return os.stat_result((*found[:4], uid, *found[5:10])) if str(path) == str(place) else found
+
+        monkeypatch.setattr(os, name, look)
+
+
+def test_a_directory_that_another_user_made_in_tmp_is_not_trusted(temporary, monkeypatch):
+    """Whoever listens there would be told commands, and believed."""
+    temporary.mkdir(mode=0o700)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(temporary / "control.sock"))
+        listener.listen()
+        assert find_socket(None, NAME, {}) == temporary / "control.sock"
+        owned_by(monkeypatch, temporary, 54321)
+        with pytest.raises(ForbiddenError, match=f"cannot trust {temporary}/control.sock: .* belongs to uid 54321"):
+            find_socket(None, NAME, {})
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o702, 0o777])
+def test_a_directory_in_tmp_that_others_may_write_to_is_not_trusted(temporary, mode):
+    """They could have put the socket there."""
+    temporary.mkdir()
+    temporary.chmod(mode)
+    (temporary / "control.sock").touch()
+    with pytest.raises(ForbiddenError, match=f"cannot trust .*: others may write to {temporary}"):
+        find_socket(None, NAME, {})
+
+
+def test_a_link_in_tmp_is_not_trusted(temporary, tmp_path):
+    """Who made it chose where it leads, and may choose again."""
+    (tmp_path / "mine").mkdir(mode=0o700)
+    (tmp_path / "mine" / "control.sock").touch()
+    temporary.symlink_to(tmp_path / "mine")
+    with pytest.raises(ForbiddenError, match=f"{temporary} is no directory"):
+        find_socket(None, NAME, {})
+
+
+def test_who_listens_must_be_this_user_root_or_the_directorys_owner(tmp_path, monkeypatch):
+    """A process of somebody else that got hold of the place is told nothing (SO_PEERCRED, unix(7))."""
+    path = tmp_path / "control.sock"
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    with answering(path, b'{"ok": true, "result": "fine"}\n'), ControlClient(path) as client:
+        assert client.request("ready") == {"result": "fine"}  # of the owner
+    path.unlink()
+    monkeypatch.setattr(struct, "unpack", lambda *_: (1, 54322, 54322))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        with pytest.raises(ForbiddenError, match="cannot trust who listens at .*: it runs as uid 54322"):
+            ControlClient(path).__enter__()
+
+
+def test_places_are_found_where_no_temporary_directory_can_be_written_to(monkeypatch):
+    """As on a read-only root: there is no daemon, and that is all."""
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("tempfile._candidate_tempdir_list", list)
+    with pytest.raises(NoDaemonError, match=f"no /tmp/{NAME}-"):
+        find_socket(None, NAME, {"TMPDIR": "/nowhere"})

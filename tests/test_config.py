@@ -1,8 +1,10 @@
 """The configuration: reading, refusing, filling in, showing."""
 
 import json
+import os
 import random
 import re
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +14,18 @@ from config_cases import ACTIONS, REFUSED, WRONG, policies
 from pydantic import BaseModel, SecretStr
 
 from flaskd.cleanup import action_specs
-from flaskd.config import ActionSpec, Config, Configuration, Phase, Section, load, load_mapping, schema
+from flaskd.config import (
+    ActionSpec,
+    Config,
+    Configuration,
+    InvalidConfigError,
+    Phase,
+    Section,
+    load,
+    load_again,
+    load_mapping,
+    schema,
+)
 from flaskd.errors import ConfigError
 
 REFERENCE = Path(__file__).parent.parent / "config" / "flaskd.yaml"
@@ -44,7 +57,27 @@ def faults(read):
     return faults
 
 
-# --- what the file may not be ---
+# --- what the file may be, and what not ---
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("app: {target: x}  #\ta comment", "x"),
+        ("#\tone\n\t# two\n \t \napp:\n  \t# three\n  target: x\t# four\n\t", "x"),
+        ("app:\t# why\n  target:\tx\t\n", "x"),
+        ("app:\n  target: |-\n    a\tb\n    \tc\n", "a\tb\n\tc"),
+        ("app:\n  target: >-  #\tfolded\n    a\tb\n    c\n", "a\tb c"),
+        ("app:\n  target: a\tb \t c\t\n", "a\tb \t c"),
+        ("app: {target:\t'a\tb'\t,\tchdir: y\t}", "a\tb"),
+        ("app: {\n\ttarget: x\n}", "x"),
+        ('app:\n  target: "a\t\n\t b"\n', "a b"),
+        ("---\t# start\napp: {target: x}", "x"),
+    ],
+)
+def test_tabs_where_yaml_has_them(read, text, target):
+    """In comments, block scalars and text, and between values, a tab is what YAML 1.2.2 (sections 5.5, 6.1) has it as."""
+    assert read(text).values.app.target == target
 
 
 @pytest.mark.parametrize(("text", "line"), REFUSED)
@@ -72,6 +105,72 @@ def test_a_missing_file_is_one_clear_line(tmp_path):
         load(tmp_path / "no.yaml", actions=ACTIONS)
     reason = "No such file or directory; check the path given with -c or in $FLASKD_CONFIG"
     assert str(caught.value) == f"cannot read {tmp_path / 'no.yaml'}: {reason}"
+
+
+@pytest.fixture
+def again(tmp_path, monkeypatch):
+    """Start from a file with a value, write another text there, and read it again."""
+    monkeypatch.chdir(tmp_path)
+
+    def again(text: str, first: str = "watch: true\n") -> Configuration:
+        path = Path("flaskd.yaml")
+
+        def read() -> Configuration:
+            return load(path, actions=ACTIONS, overrides={"server.threads": 3}, environ={})
+
+        path.write_text(first)
+        old = read()
+        path.write_text(text)
+        return load_again(read, old)
+
+    return again
+
+
+@pytest.mark.parametrize(
+    "text", ["", "\n", "# nothing\n", "---\n", "---\n...\n", "\ufeff", "server:\ncleanup: ~\n", "{}"]
+)
+def test_a_source_that_lost_its_values_is_no_reload(again, text):
+    """A file that was truncated, or has only comments left, takes the place of no configuration, but of an empty one."""
+    with pytest.raises(ConfigError, match=r"cannot reload flaskd\.yaml: there is no value in it, .* version: 1"):
+        again(text)
+    assert again(text, first="# to be written\n").values.server.threads == 3
+    assert again("version: 1").values.watch is False
+
+
+def test_a_source_that_vanished_is_no_reload(again, tmp_path):
+    """A file that was deleted is told as one that cannot be read."""
+    path = tmp_path / "gone.yaml"
+    path.write_text("watch: true")
+    old = load(path, actions=ACTIONS)
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"cannot read .*gone\.yaml: No such file"):
+        load_again(lambda: load(path, actions=ACTIONS), old)
+
+
+def test_a_source_that_can_be_read_once_is_no_reload(tmp_path):
+    """A pipe has given its content to the start: a reload neither waits for another writer nor reads nothing from it."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_text, args=["watch: true"])
+    writer.start()
+    old = load(path, actions=ACTIONS)
+    writer.join()
+    with pytest.raises(ConfigError, match=r"cannot reload .*pipe: it is a pipe, which can be read only once"):
+        load_again(lambda: load(path, actions=ACTIONS), old)
+    reader, writing = os.pipe()
+    os.write(writing, b"watch: true")
+    os.close(writing)
+    path = Path(f"/dev/fd/{reader}")  # as /dev/stdin is, and what a shell gives for <(command)
+    old = load(path, actions=ACTIONS)
+    with pytest.raises(ConfigError, match="it is a pipe"):
+        load_again(lambda: load(path, actions=ACTIONS), old)
+    os.close(reader)
+
+
+def test_dev_null_can_be_read_again():
+    """Who says that there is no file gets the defaults at a reload, too."""
+    old = load(Path(os.devnull), actions=ACTIONS)
+    assert load_again(lambda: load(Path(os.devnull), actions=ACTIONS), old).values == old.values
 
 
 # --- what the values may not be ---
@@ -149,6 +248,30 @@ def test_text_fields_take_what_was_written(read):
     fields = values.cleanup.policies["a"].with_
     assert fields.argv == ["22:22", "3.10", "true", "~", "2001-01-01"]
     assert fields.env == {"X": "on", "Y": "0x1F"}
+
+
+def test_no_mode_shuts_the_owner_out_or_prefers_others_to_the_group(read):
+    """Of all modes, those are taken whose owner may read and write and where others may do no more than the group."""
+    pattern = re.compile(schema(ACTIONS)["$defs"]["ControlConfig"]["properties"]["mode"]["pattern"])
+    for mode in range(0o1000):
+        owner, group, others = mode >> 6, mode >> 3 & 7, mode & 7
+        good = owner & 0o6 == 0o6 and others | group == group
+        for text in (f"{mode:03o}", f"0{mode:03o}", f"0o{mode:03o}"):
+            assert bool(pattern.search(text)) is good, text
+            if good:
+                assert read(f"control: {{mode: {text}}}").values.control.mode_bits == mode
+            else:
+                with pytest.raises(InvalidConfigError, match=r"control\.mode: expected a file mode that lets"):
+                    read(f"control: {{mode: {text}}}")
+    assert pattern.search("${env:MODE}")
+
+
+@pytest.mark.parametrize("bits", [0o600, 0o640, 0o660, 0o644, 0o666, 0o700, 0o770, 0o777])
+def test_a_mode_that_became_decimal_is_refused(read, bits):
+    """What a program writes in decimal for a mode (PyYAML, or 0o660 in a mapping) is never read as another one."""
+    for written in (yaml.safe_dump({"control": {"mode": bits}}), {"control": {"mode": bits}}):
+        with pytest.raises(InvalidConfigError, match=re.escape(f"({bits} is 0{bits:o} in decimal), got {bits}")):
+            read(written) if isinstance(written, str) else load_mapping(written, actions=ACTIONS)
 
 
 def test_units_become_seconds_and_bytes(read):

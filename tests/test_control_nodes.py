@@ -7,7 +7,7 @@ import pytest
 
 from flaskd.config import load_mapping
 from flaskd.control.nodes import fifo_place, mode_and_group, socket_place
-from flaskd.errors import CannotCreateError
+from flaskd.errors import CannotCreateError, NotNowError
 from flaskd.runtime import RuntimeDirectory
 
 
@@ -80,3 +80,40 @@ def test_a_group_that_is_not_known_narrows_the_mode(caplog):
     assert mode_and_group(control(mode="0660", group="77")) == (0o660, 77)
     assert mode_and_group(control(mode="0660", group="root")) == (0o660, 0)
     assert mode_and_group(control(mode="0660")) == (0o660, -1)
+
+
+def test_a_directory_may_be_a_link_of_the_service_manager(tmp_path):
+    """Under DynamicUser= the runtime directory is a link to a private one (systemd.exec(5)): locked, tidied, made in."""
+    private = tmp_path / "private"
+    (private / "shop").mkdir(parents=True)
+    os.mkfifo(private / "shop" / ".control.12345")
+    (tmp_path / "shop").symlink_to("private/shop")
+    directory = RuntimeDirectory("shop", {"RUNTIME_DIRECTORY": str(tmp_path / "shop")})
+    directory.acquire()
+    try:
+        assert directory.stands
+        assert directory.tidy() == [".control.12345"]
+        with pytest.raises(NotNowError):
+            RuntimeDirectory("shop", {"RUNTIME_DIRECTORY": str(private / "shop")}).acquire()
+        for place in (socket_place(directory), fifo_place(directory)):
+            place.open(0o660, -1)
+            assert place.keep(0o660, -1) is None
+            place.remove()
+            place.close()
+        (tmp_path / "shop").unlink()
+        assert not directory.stands
+    finally:
+        directory.release()
+    assert (private / "shop").is_dir()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes root, who may give a link away")
+def test_a_link_that_another_user_made_is_not_followed(tmp_path):
+    """Where others may write, as under /tmp, a link of theirs leads where they like."""
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "shop").symlink_to("ours")
+    os.chown(tmp_path / "shop", 65534, -1, follow_symlinks=False)
+    directory = RuntimeDirectory("shop", {"RUNTIME_DIRECTORY": str(tmp_path / "shop")})
+    with pytest.raises(CannotCreateError, match="cannot use"):
+        directory.acquire()
+    assert list((tmp_path / "ours").iterdir()) == []

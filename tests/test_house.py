@@ -13,9 +13,40 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "flaskd"
 
 LAYERS = [
-    {"errors", "units", "forks", "logs", "notify", "sockets", "init", "prelude", "leave", "files", "work", "journal"}
-    | {"threads"},
-    {"config", "lifecycle", "ledger", "loading", "protocol", "runtime", "signals", "verbs", "store", "unitfiles"},
+    {
+        "errors",
+        "units",
+        "forks",
+        "logs",
+        "notify",
+        "sockets",
+        "init",
+        "prelude",
+        "leave",
+        "files",
+        "work",
+        "journal",
+        "wsgi",
+        "patching",
+        "logwriter",
+        "text",
+        "throttle",
+        "threads",
+        "objects",
+    },
+    {
+        "config",
+        "lifecycle",
+        "ledger",
+        "choice",
+        "loading",
+        "protocol",
+        "runtime",
+        "signals",
+        "verbs",
+        "store",
+        "unitfiles",
+    },
     {"server", "cleanup", "client"},
     {"drain", "launch", "state", "stop", "outlook", "inquiry", "admin", "service"},
     {"daemon", "thread"},
@@ -27,11 +58,20 @@ WITHIN = {
     # Rooms of one layer that lean on each other, each for a reason.
     ("runtime", "protocol"),  # where the runtime directory is, is part of the protocol
     ("sockets", "errors"),
+    ("patching", "errors"),
+    ("patching", "forks"),
+    ("patching", "objects"),
+    ("wsgi", "objects"),
     ("logs", "forks"),
     ("logs", "units"),
     ("work", "units"),
     ("leave", "threads"),
     ("logs", "journal"),
+    ("loading", "choice"),  # which object of the module that it has imported
+    ("logs", "logwriter"),  # what it formats, the other writes
+    ("logs", "text"),
+    ("logwriter", "journal"),
+    ("logwriter", "throttle"),
     ("admin", "stop"),  # a process that is not the daemon's is stopped like it
     ("config", "verbs"),  # it names them
     ("__main__", "cli"),

@@ -107,7 +107,7 @@ def test_a_journal_that_is_gone_costs_only_the_fields(tmp_path, monkeypatch):
     with Logs() as logs:
         logs.apply(level="info", log_format="auto", access="off")
         logging.getLogger("flaskd.test").error("two\nlines")
-    assert stream.getvalue() == "<3>two\n<3>lines\n"
+    assert stream.getvalue() == "<3>two\n<3>  lines\n"
 
 
 def test_the_socket_is_where_the_journal_has_it():

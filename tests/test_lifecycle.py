@@ -1,4 +1,7 @@
+import ast
 import itertools
+import time
+from pathlib import Path
 
 import pytest
 
@@ -6,6 +9,7 @@ from flaskd import lifecycle
 from flaskd.errors import NotNowError
 from flaskd.lifecycle import TABLE, Event, Lifecycle, State, StopReason
 
+PACKAGE = Path(lifecycle.__file__).parent
 STARTING, READY, RELOADING, DRAINING, DRAINED, STOPPING, STOPPED, FAILED = State
 
 
@@ -91,6 +95,31 @@ def test_a_life(way):
     life = Lifecycle()
     assert life.state is STARTING
     assert [(event, life.handle(event)) for event, _ in way] == way
+
+
+def test_a_clock_that_is_set_back_makes_no_age_negative(monkeypatch):
+    """Ages are lengths of time (time.monotonic()); only `since` is a date, which a set clock moves."""
+    life = Lifecycle()
+    before, now = time.monotonic(), time.time()
+    monkeypatch.setattr(lifecycle.time, "time", lambda: now - 3600)
+    life.handle(Event.STARTED)
+    assert life.since == now - 3600
+    assert 0 <= life.age <= life.uptime < time.monotonic() - before + 5
+
+
+def test_no_length_of_time_is_computed_from_the_wall_clock():
+    """`time.time() - x` is an age by a clock that can be set: only what outlives the process may be aged so."""
+    found = {
+        str(path.relative_to(PACKAGE)): ast.unparse(node)
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub) and "time.time()" in ast.unparse(node)
+    }
+    assert found == {
+        "cleanup/cache.py": "time.time() - index['saved']",  # written by the process before
+        "demo/__init__.py": "time.time() - created",  # in a cache that is kept over a restart
+        "stop.py": "time.time() - self.took",  # a date
+    }
 
 
 def test_a_stop_reason_reads_as_kind_and_detail():

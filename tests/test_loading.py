@@ -11,7 +11,8 @@ from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from flaskd.errors import EX_CONFIG, EX_SOFTWARE, AppError, ConfigError
-from flaskd.loading import choose_target, find_flask, load_app
+from flaskd.loading import choose_target, load_app
+from flaskd.wsgi import find_flask
 
 FACTORY = """
     from flask import Flask
@@ -402,6 +403,13 @@ def test_the_order_of_choice(configured, environ, files, expected, tmp_path):
     for name in files:
         (tmp_path / name).touch()
     assert choose_target(configured, environ, tmp_path) == expected
+
+
+def test_nothing_to_choose_but_a_dotenv_file(tmp_path):
+    """The error says that .flaskenv, which may name one, is not read."""
+    (tmp_path / ".flaskenv").write_text("FLASK_APP=shop")
+    with pytest.raises(ConfigError, match=".flaskenv is there, but only Flask's own commands read it"):
+        choose_target(None, {}, tmp_path)
 
 
 def test_nothing_to_choose(tmp_path):

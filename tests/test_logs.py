@@ -1,13 +1,17 @@
+import configparser
 import io
 import json
 import logging
+import logging.config
 import os
 import sys
+import threading
 from contextlib import contextmanager
 
 import pytest
 
-from flaskd.logs import Logs, in_journal, log_access, timestamp
+from flaskd import throttle
+from flaskd.logs import Logs, bounded_by, in_journal, log_access, timestamp
 
 MOMENT = 1_700_000_000.25
 """2023-11-14T22:13:20.250Z"""
@@ -110,7 +114,7 @@ def test_the_journal_gets_a_priority_on_each_line():
     with logging_to(stderr := Stream(), "journal", level="debug"):
         for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL, 25):
             log.log(level, "one\ntwo")
-    assert stderr.lines() == [line for number in (7, 6, 4, 3, 2, 6) for line in (f"<{number}>one", f"<{number}>two")]
+    assert stderr.lines() == [line for number in (7, 6, 4, 3, 2, 6) for line in (f"<{number}>one", f"<{number}>  two")]
 
 
 def test_the_journal_gets_tracebacks_line_by_line():
@@ -315,6 +319,211 @@ def test_the_apps_own_log_is_left_alone(caplog):
         log.warning("from flaskd")
     assert [each.getMessage() for each in caplog.records] == ["from the app"]
     assert without_times(stderr.lines()) == ["warning from flaskd"]
+
+
+def dict_config(**more):
+    logging.config.dictConfig({"version": 1, **more})
+
+
+def file_config():
+    parser = configparser.ConfigParser()
+    parser.read_string(
+        "[loggers]\nkeys=root\n[handlers]\nkeys=null\n[formatters]\nkeys=\n"
+        "[logger_root]\nhandlers=null\n[handler_null]\nclass=NullHandler\nargs=()\n"
+    )
+    logging.config.fileConfig(parser)  # disable_existing_loggers is True
+
+
+def each_logger(change):
+    for logger in [logging.getLogger(), *logging.root.manager.loggerDict.values()]:
+        if isinstance(logger, logging.Logger):
+            change(logger)
+
+
+SILENCERS = {
+    "dictConfig": dict_config,
+    "dictConfig names ours": lambda: dict_config(
+        loggers={name: {"level": "CRITICAL", "handlers": []} for name in ("flaskd", "flaskd.test", "waitress")}
+    ),
+    "fileConfig": file_config,
+    "disable": lambda: logging.disable(logging.CRITICAL),
+    "levels": lambda: each_logger(lambda logger: logger.setLevel(logging.CRITICAL)),
+    "no propagation": lambda: each_logger(lambda logger: setattr(logger, "propagate", False)),
+    "disabled": lambda: each_logger(lambda logger: setattr(logger, "disabled", True)),
+    "no handlers": lambda: each_logger(lambda logger: logger.handlers.clear()),
+    "a filter": lambda: each_logger(lambda logger: logger.addFilter(lambda _record: False)),
+    "a filter that raises": lambda: each_logger(lambda logger: logger.addFilter(lambda _record: 1 / 0)),
+    "shutdown": logging.shutdown,
+}
+
+
+@pytest.fixture
+def _put_back():
+    """What an app does to all loggers is undone: the other tests have loggers, too."""
+    loggers = [logging.getLogger(), *logging.root.manager.loggerDict.values()]
+    loggers = [each for each in loggers if isinstance(each, logging.Logger)]
+    before = [(each, each.level, each.propagate, each.disabled, each.handlers[:], each.filters[:]) for each in loggers]
+    yield
+    logging.disable(logging.NOTSET)
+    for each, level, propagate, disabled, handlers, filters in before:
+        each.setLevel(level)
+        each.propagate, each.disabled, each.handlers, each.filters = propagate, disabled, handlers, filters
+
+
+@pytest.mark.usefixtures("_put_back")
+@pytest.mark.parametrize("silence", SILENCERS.values(), ids=SILENCERS)
+def test_no_logging_set_up_of_the_app_silences_flaskd(silence):
+    """Whatever an app does to all loggers there are, flaskd, its access log and waitress go on, each line once."""
+    with logging_to(stderr := Stream(), access="common"):
+        silence()
+        log.info("what was cut")
+        logging.getLogger("waitress").error("odd")
+        log_access("common", fields())
+        log.debug("not shown")
+    first, second, third = stderr.lines()
+    assert without_times([first, second]) == ["info    what was cut", "error   odd"]
+    assert third.endswith('"GET /shop?q=1 HTTP/1.1" 200 12')
+
+
+def test_handlers_that_the_app_gives_to_flaskd_get_its_lines_too():
+    """By the app's own rules, and after flaskd has written them; one that raises harms nothing."""
+
+    class Kept(logging.Handler):
+        def emit(self, record):
+            seen.append(record.getMessage())
+            raise LookupError
+
+        def handle(self, record):
+            self.emit(record)
+
+    seen, kept, ours = [], Kept(), logging.getLogger("flaskd")
+    with logging_to(stderr := Stream()):
+        ours.addHandler(kept)
+        log.warning("one")
+        ours.setLevel(logging.ERROR)
+        log.warning("two")
+        logging.disable(logging.CRITICAL)
+        log.error("three")
+        logging.disable(logging.NOTSET)
+        ours.removeHandler(kept)
+    assert seen == ["one"]
+    assert without_times(stderr.lines()) == ["warning one", "warning two", "error   three"]
+
+
+def test_what_is_made_late_is_logged_as_well():
+    """A logger below ours that a module makes when flaskd runs already writes by way of ours, and by itself later."""
+    late = f"flaskd.late{id(object())}"
+    with pytest.MonkeyPatch.context() as patch, Logs() as logs:
+        patch.setattr(sys, "stderr", stderr := Stream())
+        logs.apply(log_format="text", level="info", access="off")
+        logging.getLogger(late).info("one")
+        logs.reclaim()
+        logging.getLogger(late).info("two")
+    assert without_times(stderr.lines()) == ["info    one", "info    two"]
+
+
+class Moody(Stream):
+    """What an app may put in the place of standard error: it knows nothing of files, and raises when it is written to."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def isatty(self):
+        raise LookupError
+
+    def fileno(self):
+        raise LookupError
+
+    def write(self, text):
+        if self.error is None:
+            return super().write(text)
+        error, self.error = self.error, None
+        raise error
+
+
+@pytest.mark.parametrize("log_format", ["auto", "json", "journal"])
+@pytest.mark.parametrize("error", [RuntimeError("no"), SystemExit(3), KeyboardInterrupt()], ids=repr)
+def test_a_stderr_that_raises_anything_does_not_end_the_log(error, log_format, capfd):
+    """That line goes to the descriptor that was standard error at the start, the next one where they went before."""
+    with logging_to(moody := Moody(error), log_format):
+        log.error("one")
+        log.error("two")
+    assert "one" in capfd.readouterr().err
+    assert ["two" in line for line in moody.lines()] == [True]
+
+
+FORGED = "gone\n2026-01-01T00:00:00.000Z error   forged\x1b[31m\u202e\u2028\r\x9b2J"
+SHOWN = r"gone\x0A2026-01-01T00:00:00.000Z error   forged\x1B[31m\x202E\x2028\x0D\x9B2J"
+
+
+@pytest.mark.parametrize("log_format", ["text", "journal"])
+def test_the_text_of_an_exception_is_one_line(log_format):
+    """Neither it nor its causes, notes and groups begin a line of the log, or paint a terminal."""
+    with logging_to(stderr := Stream(), log_format):
+        try:
+            try:
+                raise ExceptionGroup(FORGED, [LookupError(FORGED), SyntaxError(FORGED)])
+            except ExceptionGroup as cause:
+                cause.add_note(FORGED)
+                raise RuntimeError(FORGED) from cause
+        except RuntimeError:
+            log.exception("failed")
+    lines = stderr.lines()
+    assert stderr.getvalue().replace("\n", "").isprintable()
+    assert sum(SHOWN in line for line in lines) == 5
+    assert not any(line.removeprefix("<3>").startswith("2026-01-01") for line in lines)
+
+
+@pytest.mark.parametrize("log_format", ["text", "journal"])
+def test_a_message_is_one_entry(log_format):
+    """Its further lines are indented, so that none of them passes for an entry of its own; nothing paints a terminal."""
+    with logging_to(stderr := Stream(), log_format):
+        log.error(f"cannot run it: {FORGED}")
+    _, second = stderr.lines()
+    assert second.removeprefix("<3>") == r"  2026-01-01T00:00:00.000Z error   forged\x1B[31m\x202E\x2028\x0D\x9B2J"
+
+
+def test_a_message_without_end_is_cut():
+    """Of what is longer than anybody reads the beginning is shown, and how much more there is."""
+    with logging_to(stderr := Stream()):
+        log.error("x" * 10_000_000)
+    (line,) = stderr.lines()
+    assert len(line) < 70_000
+    assert line.endswith("x... (9934464 more characters)")
+
+
+def test_lines_that_others_cause_at_will_are_bounded_and_counted():
+    """Fifty of a kind are written in ten seconds, the rest is counted; another kind is not held up."""
+    with logging_to(stderr := Stream()):
+        for number in range(1000):
+            log.warning(f"refused {number}", extra=bounded_by("refusals"))
+        log.warning("another", extra=bounded_by("others"))
+        log.warning("unbounded")
+    lines = without_times(stderr.lines())
+    assert lines[:50] == [f"warning refused {number}" for number in range(50)]
+    assert lines[50:] == [
+        "warning another",
+        "warning unbounded",
+        "warning 950 more refusals in 0s: counted, and not listed one by one",
+    ]
+
+
+def test_what_was_counted_is_told_though_nothing_more_is_logged(monkeypatch):
+    """When its window is over, and not only at the end."""
+    monkeypatch.setattr(throttle, "WINDOW", 0.0)
+    monkeypatch.setattr(throttle, "BURST", 0)
+    told = threading.Event()
+
+    class Told(Stream):
+        def write(self, text):
+            if "1 more refusals" in text:
+                told.set()
+            return super().write(text)
+
+    with logging_to(Told()):
+        log.warning("refused", extra=bounded_by("refusals"))
+        assert told.wait(10)
 
 
 class Broken(io.StringIO):

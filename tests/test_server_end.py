@@ -274,8 +274,8 @@ def test_requests_behind_an_answer_without_a_body_are_answered(status, serve, co
 
 @pytest.mark.parametrize(
     "request_bytes",
-    [get("/", method="HEAD"), get("/", "Connection: close"), get("/", version="1.0"), get("/?stream")],
-    ids=["HEAD", "asked for", "1.0", "stream"],
+    [get("/", "Connection: close"), get("/", version="1.0"), get("/?stream")],
+    ids=["asked for", "1.0", "stream"],
 )
 def test_what_ends_with_its_connection(request_bytes, serve, connect):
     """An answer that nothing else delimits, that was the last one asked for, or that is a stream, is the last."""

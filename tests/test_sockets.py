@@ -5,11 +5,22 @@ import resource
 import select
 import socket
 import stat
+from pathlib import Path
 
 import pytest
 
 from flaskd.errors import CannotCreateError
-from flaskd.sockets import Address, Listener, Node, bind_unix, closed_by_peer, each_closed_by_peer, open_files_limit
+from flaskd.sockets import (
+    Address,
+    Listener,
+    Node,
+    bind_unix,
+    closed_by_peer,
+    each_closed_by_peer,
+    inherited,
+    open_files_limit,
+    passed_to_another,
+)
 
 
 def has_ipv6():
@@ -90,6 +101,21 @@ def test_what_is_no_address_is_told_so(text):
     """A fault says what was expected; what was found is added where its place is known."""
     with pytest.raises(ValueError, match="^expected "):
         Address.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "announced"),
+    [
+        (":80", "http://0.0.0.0:80/"),
+        ("0.0.0.0:80", "http://0.0.0.0:80/"),
+        ("[::]:80", "http://[::]:80/"),
+        ("127.0.0.1:80", "http://127.0.0.1:80/"),
+        ("unix:/run/app.sock", "http+unix://%2Frun%2Fapp.sock/"),
+    ],
+)
+def test_a_wildcard_is_announced_as_what_it_is(text, announced):
+    """What every machine may reach is not announced as an address of this machine alone."""
+    assert Address.parse(text).announced == announced
 
 
 def test_port_zero_becomes_the_port_that_was_found(bound):
@@ -422,3 +448,33 @@ def test_who_has_closed_is_seen_of_all_at_once(monkeypatch, poll):
         assert each_closed_by_peer(socks) == [closed_by_peer(each) for each in socks]
         assert each_closed_by_peer(socks) == [False, True, True, False, False, False]
     assert each_closed_by_peer([]) == []
+
+
+def test_sockets_passed_to_another_are_told():
+    """What LISTEN_PID gives to a shell around flaskd is not taken, and named with whom it was given to."""
+    mine = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "2"}
+    assert passed_to_another(mine) == ""
+    parent = os.getppid()
+    name = Path(f"/proc/{parent}/comm").read_text().strip()
+    said = passed_to_another({**mine, "LISTEN_PID": str(parent)})
+    assert said.startswith(f"2 sockets were passed to pid {parent} ({name}), and this is pid {os.getpid()}: ")
+    assert "1 socket was passed to pid 999999999 (which is gone)" in passed_to_another(
+        {"LISTEN_FDS": "1", "LISTEN_PID": "999999999"}
+    )
+    for pid in ({}, {"LISTEN_PID": ""}, {"LISTEN_PID": "../self"}):
+        assert "1 socket was passed to no process" in passed_to_another({"LISTEN_FDS": "1", **pid})
+    for none in (
+        {},
+        {"LISTEN_FDS": "0", "LISTEN_PID": "1"},
+        {"LISTEN_PID": "1"},
+        {"LISTEN_FDS": "x", "LISTEN_PID": "1"},
+    ):
+        assert passed_to_another(none) == ""
+        assert inherited(none) == {}
+
+
+@pytest.mark.parametrize("count", ["x", "-1", "1e9", ""])
+def test_a_count_of_sockets_that_is_none_is_a_fault(count):
+    """A LISTEN_FDS for this process that cannot be read is told; the default address is not taken instead."""
+    with pytest.raises(CannotCreateError, match="LISTEN_FDS is '"):
+        inherited({"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": count})

@@ -160,6 +160,19 @@ def test_after_a_crash_what_was_left_is_tidied_up(directory, tmp_path, caplog, m
     state.close()
 
 
+def test_a_state_directory_may_be_a_link_of_the_service_manager(tmp_path, caplog):
+    """Under DynamicUser= the state directory is a link to a private one (systemd.exec(5)): it is tidied up like any."""
+    (tmp_path / "private" / "flaskd").mkdir(parents=True)
+    (tmp_path / "flaskd").symlink_to("private/flaskd")
+    killed(opened(tmp_path / "flaskd"))
+    (tmp_path / "private" / "flaskd" / ".last-stop.json.flaskd-tmp").touch()
+    caplog.clear()
+    state = opened(tmp_path / "flaskd")
+    assert "removed what it left: .last-stop.json.flaskd-tmp" in caplog.text
+    assert "cannot" not in caplog.text
+    state.close()
+
+
 def test_without_a_crash_nothing_is_tidied_up(directory):
     """A run that came to its end left nothing that would be ours to remove."""
     opened(directory).close()

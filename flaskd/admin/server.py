@@ -63,7 +63,7 @@ class EndpointServer:
         ).start()
         server.announce()  # each connection ends with its answer
         self._listener, self._server = listener, server
-        log.info(f"shutdown endpoint: POST {self.url}")
+        log.info(f"shutdown endpoint: POST {self.address.announced.removesuffix('/')}{PATH}")
         return self
 
     @property

@@ -5,7 +5,7 @@ some 10 ms for 100,000 objects). To ask it for all objects (gc.get_objects) woul
 that other threads are just building, and one that somebody else holds, too, cannot be finished: ``tuple(...)`` raises
 SystemError, in the middle of a request. The types are taken from sys.modules alone: a library that the app has not
 imported costs nothing and is not imported here. Nothing is called on what is found but attributes that tell whether it
-is open.
+is open; modules are looked into past what they do when they are asked, for some load themselves then, and some raise.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from types import FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
+from flaskd.objects import attributes_of, bases, contents_of
 from flaskd.threads import waited_for
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ def _asked(question: Callable[[Any], Any], thing: Any, otherwise: Any) -> Any:
     """The answer of somebody else's object; one that raises is half built, or broken, and not ours to mend."""
     try:
         return question(thing)
-    except Exception:  # noqa: BLE001 - see above
+    except BaseException:  # noqa: BLE001 - see above; SystemExit would end the whole look without a word
         return otherwise
 
 
@@ -190,9 +191,25 @@ def _candidates(app: Any) -> Iterable[object]:
     types = [
         each for kind in _KINDS if not kind.named for known in kind.types for each in _with_subtypes(_loaded(known))
     ]
-    yield from gc.get_referrers(*types)
+    yield from _referrers(types)
     for _, value in (*_attributes(), *_held(app)):
         yield value
+
+
+def _referrers(types: list[type]) -> list[Any]:
+    """What refers to the types; objects that the app has frozen (gc.freeze) are among it, and are frozen again.
+
+    The collector does not look at frozen objects. Those made since are frozen with them, so what is garbage among them
+    goes before.
+    """
+    if not gc.get_freeze_count():
+        return gc.get_referrers(*types)
+    gc.collect()
+    gc.unfreeze()
+    try:
+        return gc.get_referrers(*types)
+    finally:
+        gc.freeze()
 
 
 def _with_subtypes(known: type | None) -> Iterator[type]:
@@ -219,18 +236,17 @@ def _picked(objects: Iterable[object]) -> Iterator[tuple[_Kind, Any]]:
     for each in objects:
         its_type = id(type(each))
         if its_type not in by_type:
-            by_type[its_type] = next((kinds[id(base)] for base in type(each).__mro__ if id(base) in kinds), None)
+            by_type[its_type] = next((kinds[id(base)] for base in bases(type(each)) if id(base) in kinds), None)
         if (kind := by_type[its_type]) is not None and id(each) not in seen:
             seen.add(id(each))
             yield kind, each
 
 
 def _loaded(path: str) -> type | None:
-    """The type, if its module has been imported; without asking the module, which may import more when asked."""
+    """The type, if its module has been imported."""
     module, _, name = path.partition(":")
-    loaded: ModuleType | None = sys.modules.get(module)  # None stands there for a module that may not be imported
-    known = getattr(loaded, "__dict__", {}).get(name)
-    return known if isinstance(known, type) else None
+    known = contents_of(module).get(name)
+    return known if issubclass(type(known), type) else None
 
 
 def _found(name: str, thing: Any, use: str, left: str = "") -> Found:
@@ -239,20 +255,22 @@ def _found(name: str, thing: Any, use: str, left: str = "") -> Found:
         refer: Callable[[], Any] = weakref.ref(thing)
     except TypeError:  # it has no place for one
         refer = lambda: thing  # noqa: E731 - two words for one thing
-    return Found(name, f"{its_type.__module__}.{its_type.__qualname__}", use, left, refer)
+    kind = _asked(lambda its_type: f"{its_type.__module__}.{its_type.__qualname__}", its_type, "an unknown type")
+    return Found(name, kind, use, left, refer)
 
 
 def _sentry() -> list[Found]:
     """The client of the global scope, if there is an active one (sentry_sdk.get_client)."""
-    client = _asked(lambda sdk: sdk.get_client(), sys.modules.get("sentry_sdk"), None)
+    client = _asked(lambda sdk: sdk["get_client"](), contents_of("sentry_sdk"), None)
     active = _asked(lambda client: client.is_active(), client, False)
     return [_found("sentry", client, "sentry.flush")] if active else []
 
 
 def _threads() -> list[Found]:
     """Threads that the exit waits for, but an executor's."""
-    executors = vars(sys.modules.get("concurrent.futures.thread", object)).get("_threads_queues", {})
+    executors = contents_of("concurrent.futures.thread").get("_threads_queues", {})
     left = "a thread cannot be ended from outside; threads.stop asks one to end"
+
     return [
         _found(f"thread/{thread.name}", thread, "threads.stop", left)
         for thread in waited_for()
@@ -266,7 +284,7 @@ def _children(executors: list[Any]) -> list[Found]:
     left = "a process is ended only by a policy that says so; processes.stop"
     return [
         _found(f"process/{child.name}", child, "processes.stop", left)
-        for child in _asked(lambda module: module.active_children(), sys.modules.get("multiprocessing"), [])
+        for child in _asked(lambda module: module["active_children"](), contents_of("multiprocessing"), [])
         if child.pid not in theirs
     ]
 
@@ -291,7 +309,9 @@ class _Names:
 
     def of(self, thing: Any) -> str:
         """Its name; nothing but a module or an extension that holds it makes a lasting one."""
-        return self._names.get(id(thing)) or self._numbered(type(thing).__name__, first="-1")
+        return self._names.get(id(thing)) or self._numbered(
+            _asked(lambda it: type(it).__name__, thing, "object"), first="-1"
+        )
 
     def _numbered(self, name: str, *, first: str) -> str:
         self._counted[name] += 1
@@ -302,7 +322,7 @@ class _Names:
 def _attributes() -> Iterator[tuple[str, object]]:
     for module_name, module in list(sys.modules.items()):
         if issubclass(type(module), ModuleType):  # there may be anything in sys.modules
-            for name, value in list(vars(module).items()):
+            for name, value in list(attributes_of(module).items()):
                 yield f"{module_name}:{name}", value
 
 
@@ -311,9 +331,11 @@ def _held(app: Any) -> Iterator[tuple[str, object]]:
 
     Followed by gc.get_referents, which asks nothing of the objects: a proxy stays a proxy.
     """
-    level = [(str(key), extension) for key, extension in list(getattr(app, "extensions", {}).items())]
-    level.append(("apscheduler", getattr(app, "apscheduler", None)))  # Flask-APScheduler
-    level.append(("session", getattr(app, "session_interface", None)))  # Flask-Session
+    level = [
+        *_asked(lambda app: [(str(key), each) for key, each in list(app.extensions.items())], app, []),
+        ("apscheduler", _asked(lambda app: app.apscheduler, app, None)),  # Flask-APScheduler
+        ("session", _asked(lambda app: app.session_interface, app, None)),  # Flask-Session
+    ]
     seen = {id(app)}
     for _ in range(_DEEPEST):
         following = []

@@ -7,13 +7,13 @@ on the objects: nothing is imported here for them.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import operator
 import queue
 import re
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -26,6 +26,7 @@ from flaskd.cleanup.attempt import stack_of
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
 from flaskd.cleanup.discovery import discover
 from flaskd.config import Duration, OneOrMany, Section
+from flaskd.objects import contents_of
 from flaskd.threads import AppThread
 
 if TYPE_CHECKING:
@@ -102,11 +103,14 @@ def targets(fields: BaseModel) -> list[tuple[str, Any]]:
 
 
 def loaded(name: str) -> list[Any]:
-    """The objects at MODULE:ATTRIBUTE, as far as it is one and they are there; imports nothing."""
-    if not TARGET.fullmatch(name) or name.partition(":")[0] not in sys.modules:
+    """The objects at MODULE:ATTRIBUTE, as far as it is one and they are there; imports and loads nothing."""
+    if not TARGET.fullmatch(name):
         return []
+    module, _, attributes = name.partition(":")
     try:
-        return list(_each_in(look_up(name)))
+        first, *more = attributes.split(".")
+        found = contents_of(module)[first]
+        return list(_each_in(operator.attrgetter(".".join(more))(found) if more else found))
     except Exception:  # noqa: BLE001 - the app's own object was asked; its policy will tell what is wrong with it
         return []
 
@@ -272,7 +276,28 @@ def stop_scheduler(scheduler: Any, context: StepContext, fields: SchedulerFields
     pause_scheduler(scheduler, context, fields)
     if scheduler.running:
         scheduler.get_jobs(jobstore=_NO_STORE)
+        _let_stop_again(scheduler)
         scheduler.shutdown(wait=fields.wait)
+
+
+def _let_stop_again(scheduler: Any) -> None:
+    """Make further shutdowns harmless: the app's own, at exit (atexit) or in a function of its own, would raise."""
+    shutdown = scheduler.shutdown
+
+    class OfThisScheduler:
+        """Equal to all callbacks at exit that are its shutdown: the method, or a partial of it."""
+
+        __hash__ = None  # type: ignore[assignment]  # it is compared alone
+
+        def __eq__(self, callback: object) -> bool:
+            return callback == shutdown or (type(callback) is partial and self == callback.func)
+
+    def shut_down_if_running(*args: Any, **kwargs: Any) -> None:
+        if scheduler.running:
+            shutdown(*args, **kwargs)
+
+    atexit.unregister(OfThisScheduler())  # type: ignore[arg-type]  # which compares its callbacks with it
+    scheduler.shutdown = shut_down_if_running
 
 
 def stop_executor(executor: Any, context: StepContext, _fields: LiveFields) -> str | None:

@@ -65,6 +65,7 @@ class _Removal:
 
     def take(self, path: str) -> None:
         """Remove what matches one pattern."""
+        path = _without_managers_links(path)
         parts = [part for part in path.split("/") if part]
         top = "/" if path.startswith("/") else "."
         try:
@@ -109,6 +110,21 @@ class _Removal:
         linked = error.errno in {errno.ELOOP, errno.ENOTDIR} and os.path.islink(shown)  # noqa: PTH114 - only for words
         why = "a symbolic link, and those are not followed" if linked else error.strerror
         self.faults.append(f'cannot remove "{shown}": {why}')
+
+
+_MANAGED = ("RUNTIME", "STATE", "CACHE", "LOGS", "CONFIGURATION")
+
+
+def _without_managers_links(path: str) -> str:
+    """The path with the service manager's own link resolved: under DynamicUser= each of its directories is one.
+
+    The manager names them in ``$STATE_DIRECTORY`` and the like (systemd.exec(5)), and nobody else can write there.
+    """
+    for kind in _MANAGED:
+        for directory in filter(None, os.environ.get(f"{kind}_DIRECTORY", "").split(":")):
+            if path.startswith(directory.rstrip("/") + "/"):
+                return os.path.realpath(directory) + path[len(directory.rstrip("/")) :]
+    return path
 
 
 @contextmanager

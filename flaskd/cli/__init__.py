@@ -6,6 +6,7 @@ What a client verb does not need (Flask, waitress, pydantic, PyYAML) is imported
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -18,7 +19,7 @@ import click
 from flaskd import __version__
 from flaskd.cli import show, talk
 from flaskd.cli.units import units
-from flaskd.client import ControlClient, find_socket
+from flaskd.client import ControlClient, find_socket, reading
 from flaskd.errors import (
     EX_CONFIG,
     EX_LOST,
@@ -30,6 +31,7 @@ from flaskd.errors import (
     ForbiddenError,
     NoDaemonError,
 )
+from flaskd.text import lines
 
 
 def main() -> int:
@@ -63,7 +65,7 @@ def reported(run: Callable[[], object]) -> int:
         return CannotCreateError.exit_code
     except FlaskdError as error:
         prefix = "" if isinstance(error, ConfigError) else "flaskd: "
-        said = "\n".join(f"{prefix}{line}" for line in str(error).splitlines())
+        said = "\n".join(f"{prefix}{line}" for line in lines(str(error)))
         _complain(lambda: click.echo(said, err=True))
         return error.exit_code
     return result if isinstance(result, int) else 0
@@ -98,7 +100,11 @@ def cli(context: click.Context) -> None:
     "--name", metavar="NAME", default="flaskd", show_default=True, help="Name of the runtime and state directory."
 )
 def serve(app: str | None, config: str | None, listen: tuple[str, ...], threads: str | None, name: str) -> None:
-    """Serve APP (MODULE, MODULE:NAME, MODULE:FACTORY() or a file) until asked to stop."""
+    """Serve APP (MODULE, MODULE:NAME, MODULE:FACTORY() or a file) until asked to stop.
+
+    Of a MODULE its "application" is served, else its "app", else its only Flask app, else what its create_app() or
+    make_app() makes.
+    """
     serve_app(app, config, listen, threads, name)
 
 
@@ -124,6 +130,10 @@ def serve_app(
     from flaskd.daemon import Daemon  # noqa: PLC0415
     from flaskd.leave import Ending, leave  # noqa: PLC0415
 
+    if not gc.isenabled():  # `flaskd.__main__` has put it off for the imports
+        gc.freeze()
+        gc.unfreeze()  # what was imported is old from now on, and is not looked through at once
+        gc.enable()
     if not name or "/" in name or name.startswith("."):
         raise click.BadParameter(f'expected a plain name, got "{name}"', param_hint="--name")
     path = _config_path(config)
@@ -233,23 +243,25 @@ def plan(socket: str | None, name: str, config: str | None, hang: tuple[str, ...
 
 
 def _plan(socket: str | None, name: str, config: str | None, hang: tuple[str, ...], *, as_json: bool) -> int:
-    answer = None
+    answer = path = None
     if config is None:
         try:
-            with ControlClient(find_socket(socket, name, os.environ)) as client:
+            path = find_socket(socket, name, os.environ)
+            with ControlClient(path) as client:
                 answer = client.request("plan")
         except (NoDaemonError, ForbiddenError):
             if socket or not hang:
                 raise
     if answer is None:
-        answer = _offline_plan(config)
-    if hang:
-        from flaskd.cleanup import preview, results_as_json  # noqa: PLC0415
+        answer, path = _offline_plan(config), None
+    with reading(path) if path else contextlib.nullcontext():
+        if hang:
+            from flaskd.cleanup import preview, results_as_json  # noqa: PLC0415
 
-        frame = preview.Frame(**answer["budget"])
-        results, text = preview.simulated(preview.plan_from(answer["policies"]), frame, hang)
-        answer = {"result": "plan", "hang": list(hang), "policies": results_as_json(results), "text": text}
-    show.say(show.for_programs({"ok": True, **answer}) if as_json else str(answer["text"]))
+            frame = preview.Frame(**answer["budget"])
+            results, text = preview.simulated(preview.plan_from(answer["policies"]), frame, hang)
+            answer = {"result": "plan", "hang": list(hang), "policies": results_as_json(results), "text": text}
+        show.say(show.for_programs({"ok": True, **answer}) if as_json else show.printable(answer["text"], "text"))
     return EX_OK
 
 

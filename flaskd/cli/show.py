@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 import click
 
+from flaskd import text
 from flaskd.errors import CannotCreateError
 from flaskd.protocol import account_lines, as_text, record_lines, request_line, step_line, thread_line
 from flaskd.units import format_duration
@@ -92,9 +93,24 @@ def state(word: str) -> str:
     return coloured(word, _COLOURS.get(word, ""))
 
 
+_IN_LINES = {"stack", "yaml", "text"}
+"""Fields of answers that have several lines."""
+
+
+def printable(value: Any, key: str = "") -> Any:
+    """A field of an answer, with all in it, as it can be shown: what the app or a client named paints no terminal."""
+    if isinstance(value, str):
+        return "\n".join(text.lines(value)) if key in _IN_LINES else text.escaped(value)
+    if isinstance(value, list):
+        return [printable(each, key) for each in value]
+    if isinstance(value, dict):
+        return {printable(name): printable(each, name) for name, each in value.items()}
+    return value
+
+
 def answer(verb: str, fields: dict[str, Any]) -> str:
     """An answer for people."""
-    page = _PAGES.get(verb)
+    page, fields = _PAGES.get(verb), printable(fields)
     return page(fields) if page else _outcome(fields)
 
 
@@ -210,11 +226,11 @@ def progress(verb: str, *, as_json: bool = False) -> Iterator[Callable[[dict[str
     if as_json:
         yield lambda fields: say(for_programs(fields))
     elif not verb or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
-        yield _line
+        yield lambda fields: _line(printable(fields))
     else:
         bar = Bar(verb, sys.stderr)
         try:
-            yield bar.update
+            yield lambda fields: bar.update(printable(fields))
         finally:
             bar.close()
 
@@ -255,10 +271,16 @@ class Bar:
                 good = fields["fate"] == "ok"
                 mark = coloured(self._good if good else self._bad, _COLOURS.get(fields["fate"], _DIM), self._stream)
                 self._write(f"\r\x1b[K  {mark} {step_line(fields['policy'], fields)}\n")
-            else:
-                self._fields, self._heard = fields, time.monotonic()
+                self._draw()
+                return
+            before = self._fields, self._heard, self._most
+            self._fields, self._heard = fields, time.monotonic()
+            try:
                 self._most = max(self._most, fields.get("in_flight", 0))
-            self._draw()
+                self._draw()
+            except Exception:  # what cannot be drawn is not drawn again by the thread
+                self._fields, self._heard, self._most = before
+                raise
 
     def _run(self) -> None:
         while not self._over.wait(_REDRAW):

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from flaskd.cli import show
-from flaskd.client import ControlClient, find_socket
+from flaskd.client import ControlClient, find_socket, reading
 from flaskd.errors import (
     EX_LOST,
     CannotCreateError,
@@ -132,7 +132,8 @@ def ask(path: Path, verb: str, words: dict[str, Any], *, as_json: bool = False) 
         if asked and VERBS[verb].changes:  # who interrupts may believe that it is undone
             click.echo(f"flaskd: not waiting any more; the {verb} goes on", err=True)
         raise
-    _say(verb, answer, as_json)
+    with reading(path):
+        _say(verb, answer, as_json)
     lost = any(answer.get(key) for key in ("cut", "background", "unaccepted", "unfinished"))
     return EX_LOST if lost and verb in {"drain", "stop"} else 0
 
@@ -196,13 +197,12 @@ def what_next() -> str:
     lines = ["flaskd serves a Flask app, and stops it without losing a request.", ""]
     somebody = False
     try:
-        with ControlClient(find_socket(None, "flaskd", os.environ), timeout=2.0) as client:
+        path = find_socket(None, "flaskd", os.environ)
+        with ControlClient(path, timeout=2.0) as client, reading(path):
             somebody = True
-            status = client.request("status")
-        lines += [
-            f"A daemon is {status['state']} here, pid {status['pid']}, on {', '.join(status['listen'])}. Next:",
-            "",
-        ]
+            status = show.printable(client.request("status"))
+            state, where = status["state"], ", ".join(status["listen"])
+            lines += [f"A daemon is {state} here, pid {status['pid']}, on {where}. Next:", ""]
         lines += _table({"flaskd status": "how it is", "flaskd top": "watch it", "flaskd stop --wait": "stop it"})
     except ForbiddenError as error:
         lines += [f"A daemon may be running here, but this user {error}."]

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from flaskd.cli import show
-from flaskd.client import ControlClient
+from flaskd.client import ControlClient, reading
 from flaskd.errors import NoDaemonError
+from flaskd.text import escaped
 from flaskd.units import format_duration
 
 _NARROW = 66
@@ -123,7 +124,8 @@ def page(look: Look, measured: Rates, width: int, height: int) -> list[str]:
 def fitting(lines: Sequence[str], width: int, height: int) -> list[str]:
     """Lines as far as they fit, from the top."""
     more = show.drawable("…", ">")
-    return [line if len(line) <= width else line[: max(0, width - 1)] + more for line in lines[: max(1, height)]]
+    lines = [escaped(line) for line in lines[: max(1, height)]]
+    return [line if len(line) <= width else line[: max(0, width - 1)] + more for line in lines]
 
 
 def _of(status: dict[str, Any]) -> str:
@@ -147,21 +149,24 @@ def watch(find: Callable[[], Path], *, interval: float, count: int | None, as_js
     with _screen() if on_terminal else contextlib.nullcontext():
         while True:
             try:
-                now = _look(find())
+                path = find()
+                now = _look(path)
+                with reading(path):
+                    measured = rates(before, now)
+                    size = shutil.get_terminal_size() if on_terminal else os.terminal_size((10_000, 10_000))
+                    lines = page(now, measured, *size)
             except NoDaemonError as error:
                 if not on_terminal or before is None:
                     raise
                 size = shutil.get_terminal_size()
                 _draw(_waiting(error, size.columns, size.lines), size.lines)
             else:
-                measured = rates(before, now)
                 if as_json:
                     show.say(show.for_programs(_as_json(now, measured)))
                 elif on_terminal:
-                    size = shutil.get_terminal_size()
-                    _draw(page(now, measured, size.columns, size.lines), size.lines)
+                    _draw(lines, size.lines)
                 else:
-                    show.say("\n".join(page(now, measured, 10_000, 10_000)))
+                    show.say("\n".join(lines))
                 before = now
             looks += 1
             if looks == count or _asked_to_quit(interval, listening=on_terminal):
@@ -169,7 +174,7 @@ def watch(find: Callable[[], Path], *, interval: float, count: int | None, as_js
 
 
 def _look(path: Path) -> Look:
-    with ControlClient(path) as client:
+    with ControlClient(path) as client, reading(path):
         status = client.request("status")
         return Look(time.monotonic(), status, client.request("requests")["requests"])
 

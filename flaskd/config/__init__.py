@@ -10,7 +10,7 @@ What the others need::
 from flaskd.config.configuration import Configuration
 from flaskd.config.faults import Fault, InvalidConfigError
 from flaskd.config.fields import Duration, OneOrMany, Size, write_duration, write_size
-from flaskd.config.loading import load, load_mapping
+from flaskd.config.loading import load, load_again, load_mapping
 from flaskd.config.model import (
     ActionSpec,
     AdminConfig,
@@ -43,6 +43,6 @@ __all__ = [
     "ActionSpec", "AdminConfig", "AppConfig", "CleanupConfig", "Config", "Configuration", "ControlConfig",
     "DiscoveryConfig", "DrainConfig", "Duration", "EndpointConfig", "ExitCodes", "Fault", "FileWatch", "HealthConfig",
     "IdleConfig", "InvalidConfigError", "LogConfig", "OneOrMany", "Phase", "Policy", "PolicyDefaults", "RolesConfig",
-    "Section", "ServerConfig", "ShutdownConfig", "Size", "When", "load", "load_mapping", "schema", "write_duration",
-    "write_size",
+    "Section", "ServerConfig", "ShutdownConfig", "Size", "When", "load", "load_again", "load_mapping", "schema",
+    "write_duration", "write_size",
 ]  # fmt: skip

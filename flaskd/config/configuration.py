@@ -29,6 +29,8 @@ class Configuration:
     _secrets: frozenset[NodePath] = field(default=frozenset(), repr=False)
     digest: str = field(default="", repr=False)
     _origins: Mapping[NodePath, str] = field(default_factory=dict, repr=False)
+    empty: bool = False
+    """Whether its source held no value at all, beside what the command line says."""
 
     def describe(self) -> str:
         """Write the effective configuration as YAML: every key, units for people, secrets masked."""

@@ -3,7 +3,9 @@
 A message here ends before ", got ...": what stands at the place is added by whoever knows the place.
 """
 
+import ipaddress
 import re
+import stat
 from decimal import Decimal
 from typing import Annotated, Any, TypeVar
 
@@ -130,6 +132,23 @@ OwnAddress = Annotated[str, AfterValidator(_own_address)]
 """An address that flaskd binds itself: a socket that was passed in is nobody's own."""
 
 
+def _trusted_proxy(text: str) -> str:
+    if text in {"*", "localhost"}:
+        return text
+    try:
+        network = ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        several = " (several are a list)" if "," in text else ""
+        raise ValueError(f"expected an IP address, a network such as 10.0.0.0/8, localhost or *{several}") from None
+    if "/" in text and ipaddress.ip_address(text.partition("/")[0]) != network.network_address:
+        raise ValueError(f"expected the address of a whole network, such as {network}, or of one machine")
+    return text
+
+
+TrustedProxy = Annotated[str, AfterValidator(_trusted_proxy)]
+"""Who the peer of a connection is: an address or a network, or localhost, which is a Unix socket, too."""
+
+
 def _host_name(text: str) -> str:
     # What a client puts into its Host header: RFC 9110, section 7.2.
     if not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?", text):
@@ -153,12 +172,28 @@ CredentialName = Annotated[str, AfterValidator(_credential_name)]
 
 def _mode(text: str) -> str:
     if not re.fullmatch(r"(0o?)?[0-7]{3}", text):
-        raise ValueError('expected a file mode from 0000 to 0777, such as "0660"')
-    return f"{int(text.removeprefix('0o'), 8):04o}"
+        raise ValueError(f'expected a file mode from 0000 to 0777, such as "0660"{_from_decimal(text)}')
+    bits = int(text.removeprefix("0o"), 8)
+    if not (bits & stat.S_IRUSR and bits & stat.S_IWUSR):
+        raise ValueError(
+            f'expected a file mode that lets its owner read and write, such as "0660"{_from_decimal(text)}'
+        )
+    if bits & stat.S_IRWXO & ~(bits >> 3):
+        raise ValueError('expected a file mode that lets others do no more than the group, such as "0660"')
+    return f"{bits:04o}"
 
 
-Mode = Annotated[str, AfterValidator(_mode), WithJsonSchema({"type": "string", "pattern": "^(0o?)?[0-7]{3}$"})]
-"""A file mode as octal text, brought to four digits."""
+def _from_decimal(text: str) -> str:
+    """What a decimal number would be as a mode: PyYAML, and Python code, write 0660 as 432."""
+    mode = int(text) if re.fullmatch(r"[1-9][0-9]{2}", text) else 0
+    return f" ({mode} is 0{mode:o} in decimal)" if stat.S_IRUSR | stat.S_IWUSR <= mode <= 0o777 else ""  # noqa: PLR2004
+
+
+_MODE = "^(0o?)?[67](00|1[01]|2[02]|3[0-3]|4[04]|5[0145]|6[0246]|7[0-7])$"
+"""What `_mode` allows: of each row the digit for the group, then what others may have with it."""
+
+Mode = Annotated[str, AfterValidator(_mode), WithJsonSchema({"type": "string", "pattern": f"{_MODE}|{INTERPOLATION}"})]
+"""A file mode as octal text, brought to four digits; the owner may read and write, others no more than the group."""
 
 
 def _url_path(text: str) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 import re
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ from flaskd.config.yaml_loader import MAX_BYTES, parse
 from flaskd.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from pydantic import BaseModel
 
@@ -55,9 +56,10 @@ def load(
         # Not resolved: in a Kubernetes ConfigMap the file is a link, and its neighbours are links beside it.
         source = read_source(path)
         tree, base = parse(source, str(path), faults), path.absolute().parent
+    empty = _says_nothing(tree)
     tree, origins = _filled(tree, base, faults, overrides, environ)
     values, secrets = _validated(tree, base, actions, environ, faults)
-    return Configuration(values, path, secrets, digest(source), origins)
+    return Configuration(values, path, secrets, digest(source), origins, empty)
 
 
 def load_mapping(
@@ -75,10 +77,42 @@ def load_mapping(
     tree = from_python(data, Place("<mapping>"), faults)
     if not isinstance(tree, Table):
         raise ConfigError(f"expected the configuration as a mapping, got {type(data).__name__}")
-    base = Path.cwd()
+    base, empty = Path.cwd(), _says_nothing(tree)
     tree, origins = _filled(tree, base, faults, overrides, environ)
     values, secrets = _validated(tree, base, actions, environ, faults)
-    return Configuration(values, None, secrets, "", origins)
+    return Configuration(values, None, secrets, "", origins, empty)
+
+
+def load_again(load: Callable[[], Configuration], old: Configuration) -> Configuration:
+    """Read by `load` what shall take the place of `old`, which is in force; raises ConfigError as `load` does.
+
+    Also for a source that can be read only once, such as a pipe, and for one that has lost all its values: it is being
+    written, was truncated, or its content is gone. At a start an empty file means the defaults.
+    """
+    if old.path is not None and (kind := _read_once(old.path)):
+        raise ConfigError(f"cannot reload {old.path}: it is {kind}, which can be read only once; give a file with -c")
+    new = load()
+    if new.empty and not old.empty:
+        raise ConfigError(
+            f"cannot reload {new.path or 'the configuration'}: there is no value in it, as if it were just being "
+            "written; if all defaults are meant, write version: 1"
+        )
+    return new
+
+
+def _says_nothing(tree: Table) -> bool:
+    return all(scalar.value is None for _, scalar in scalars(tree))
+
+
+def _read_once(path: Path) -> str:
+    """What stands at a path, if it gives its content to the first reader only; empty if it does not, or is nothing."""
+    try:
+        found = path.stat()
+        if stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode) or path.samefile(os.devnull):
+            return ""  # a directory cannot be read, which `read_source` says
+    except (OSError, ValueError):
+        return ""
+    return "a pipe" if stat.S_ISFIFO(found.st_mode) else "a socket" if stat.S_ISSOCK(found.st_mode) else "a device"
 
 
 def digest(source: bytes) -> str:

@@ -38,6 +38,7 @@ from flaskd.config.fields import (
     PolicyName,
     Size,
     SomeText,
+    TrustedProxy,
     UrlPath,
     UrlPrefix,
     VerbName,
@@ -150,7 +151,9 @@ class ServerConfig(Section):
     threads: int = Field(4, ge=1, le=1024, description="Worker threads; each runs one request at a time.")
     workers: int = _restart(0, "Worker processes; only 0 (none) in this version.")
     connection_limit: int | None = _restart(None, "Connections at once; none: as many as open files allow.", ge=1)
-    trusted_proxy: SomeText | None = _restart(None, "Address of the proxy whose headers are believed, or *.")
+    trusted_proxy: OneOrMany[TrustedProxy] = _restart(
+        [], "Addresses or networks of the proxies whose headers are believed; localhost, Unix sockets too; or *."
+    )
     trusted_proxy_count: int | None = _restart(None, "How many proxies stand in a row.", ge=1)
     trusted_proxy_headers: OneOrMany[Annotated[ProxyHeader, LowerCase]] = _restart([], "Proxy headers to believe.")
     url_scheme: Literal["http", "https"] = _restart("http", "URL scheme that the app sees.")
@@ -173,7 +176,7 @@ class ServerConfig(Section):
     @field_validator("trusted_proxy_count", "trusted_proxy_headers")
     @classmethod
     def _proxy_is_named(cls, value: Any, info: ValidationInfo) -> Any:
-        if value and info.data.get("trusted_proxy", "") is None:
+        if value and info.data.get("trusted_proxy") == []:
             raise ValueError("expected server.trusted_proxy to be set along with this")
         return value
 

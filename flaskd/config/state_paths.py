@@ -43,7 +43,9 @@ def check_state_paths(
 
 
 def _place(path: str, state: str) -> str:
-    return os.path.normpath(os.path.join(state, path))  # noqa: PTH118 - pathlib does not take out ".."
+    place = os.path.normpath(os.path.join(state, path))  # noqa: PTH118 - pathlib does not take out ".."
+    directory, name = os.path.split(place)  # a directory of state may be a link (DynamicUser= in systemd.exec(5))
+    return os.path.join(os.path.realpath(directory), name)  # noqa: PTH118
 
 
 def _record(tree: Table) -> Iterator[tuple[str, Node, str, str]]:

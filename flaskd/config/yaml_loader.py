@@ -40,6 +40,9 @@ def parse(data: bytes, source: str, faults: Faults) -> Table:
         pass
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
+        if mark and text[mark.index : mark.index + 1] == "\t":
+            faults.add(reader.place(mark), "", 'expected spaces, got a tab (in quotes: "\\t")')
+            faults.check()
         words = " ".join(part for part in (error.context, error.problem) if part)
         place = reader.place(mark) if mark else top
         faults.add(place, "", f"expected YAML, got something else: {' '.join(words.split())}")
@@ -72,10 +75,39 @@ def _decode(data: bytes, source: str, faults: Faults) -> str:
     for number, line in enumerate(text.split("\n"), 1):
         if "\0" in line:
             faults.add(Place(source, number, line.index("\0") + 1), "", "expected text, got a NUL character")
-        if "\t" in line:
-            faults.add(Place(source, number, line.index("\t") + 1), "", 'expected spaces, got a tab (in quotes: "\\t")')
     faults.check()
     return text
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML, with tabs wherever YAML has them: they may separate and be text, and never indent (YAML 1.2.2, §6.1)."""
+
+    def scan_to_next_token(self) -> None:
+        super().scan_to_next_token()
+        # At the place of a block's key or entry, a tab would indent it; libyaml has the same rule.
+        while self.peek() == "\t" and (self.flow_level or not self.allow_simple_key or self._rest_is_blank()):
+            self.forward(self._blanks())
+            super().scan_to_next_token()
+
+    def scan_plain_spaces(self, indent: int, start_mark: yaml.Mark) -> list[str] | None:
+        length = self._blanks()
+        if "\t" in self.prefix(length) and not self._rest_is_blank():
+            within: str = self.prefix(length)
+            self.forward(length)
+            return [within]
+        self.forward(length if self._rest_is_blank() else 0)
+        found: list[str] | None = super().scan_plain_spaces(indent, start_mark)
+        return found
+
+    def _blanks(self) -> int:
+        length = 0
+        while self.peek(length) in " \t":
+            length += 1
+        return length
+
+    def _rest_is_blank(self) -> bool:
+        """Whether nothing but blanks, and perhaps a comment, is left of the line."""
+        return self.peek(self._blanks()) in "\0#\r\n\x85\u2028\u2029"
 
 
 class _Reader:
@@ -90,7 +122,7 @@ class _Reader:
         return Place(self._source, mark.line + 1, mark.column + 1)
 
     def document(self, text: str) -> Table:
-        self._events = iter(yaml.parse(text, Loader=yaml.SafeLoader))
+        self._events = iter(yaml.parse(text, Loader=_Loader))
         top = Place(self._source, 1, 1)
         tree: Node = Table(top, top, {})
         next(self._events)  # the stream's start

@@ -61,6 +61,11 @@ class Peer:
             return re.sub(r"[^\w.+-]", "?", name, flags=re.ASCII)
         return ""
 
+    @property
+    def user(self) -> str:
+        """Whose it is, without what changes from one connection to the next."""
+        return f"uid={self.uid}" if self.uid >= 0 else "the FIFO"
+
     def __str__(self) -> str:
         if self.uid < 0:
             return "the FIFO"

@@ -18,6 +18,7 @@ from flaskd.control.access import Peer
 from flaskd.control.commands import Command, MethodError, from_fields, from_http, from_words
 from flaskd.control.replies import HttpReply, JsonReply, TextReply
 from flaskd.errors import FlaskdError, UsageError
+from flaskd.logs import bounded_by
 from flaskd.protocol import MAX_LINE, Reply
 
 log = logging.getLogger("flaskd.control")
@@ -200,7 +201,7 @@ class Client:
         except FlaskdError as error:
             reply.error(error.code, str(error))
         except Exception as error:  # a fault of ours, or of the app's objects that were asked; an answer is owed
-            log.exception("cannot carry out a control command")
+            log.exception("cannot carry out a control command", extra=bounded_by("control commands that broke off"))
             reply.error(FlaskdError.code, f"cannot carry out the command: {type(error).__name__}; the log says more")
 
     # --- out ---

@@ -7,12 +7,14 @@ import logging
 import os
 from collections.abc import Callable
 
+from flaskd.logs import bounded_by
 from flaskd.protocol import MAX_LINE
 
 log = logging.getLogger("flaskd.control")
 
 _AT_ONCE = 65536
 """Bytes of one read: all that a FIFO holds (F_SETPIPE_SZ, fcntl(2)), unless somebody enlarged it."""
+_JUNK = bounded_by("pieces of no command in the FIFO")
 _TURNS = 4
 """Reads before the others have their turn."""
 
@@ -45,20 +47,21 @@ class Lines:
             if self._dropping:
                 self._dropping = False
             elif len(line) > MAX_LINE:
-                log.warning(f"the FIFO got a line of {len(line)} bytes; a command has at most {MAX_LINE}")
+                log.warning(f"the FIFO got a line of {len(line)} bytes; a command has at most {MAX_LINE}", extra=_JUNK)
             elif line.strip():
                 self._take(line.decode("utf-8", "replace"))
         if self._dropping:
             self._rest.clear()
         elif len(self._rest) > MAX_LINE:
-            log.warning(f"the FIFO got {len(self._rest)} bytes without a newline; they are dropped")
+            log.warning(f"the FIFO got {len(self._rest)} bytes without a newline; they are dropped", extra=_JUNK)
             self._rest.clear()
             self._dropping = True
 
     def _end(self) -> None:
         if self._rest:
             log.warning(
-                f"the FIFO got {len(self._rest)} bytes without a newline, and their writer left; they are dropped"
+                f"the FIFO got {len(self._rest)} bytes without a newline, and their writer left; they are dropped",
+                extra=_JUNK,
             )
         self._rest.clear()
         self._dropping = False

@@ -20,6 +20,7 @@ from flaskd.control.nodes import Place, accept, fifo_place, mode_and_group, sock
 from flaskd.control.replies import LogReply
 from flaskd.control.verbs import RUN
 from flaskd.errors import CannotCreateError, FlaskdError, NotNowError
+from flaskd.logs import bounded_by
 from flaskd.protocol import SOCKET, Reply
 from flaskd.runtime import RuntimeDirectory
 
@@ -41,6 +42,8 @@ _STOP_RESERVE = 8
 _IDLE_TIMEOUT = 60.0
 """Seconds a client may leave a command unfinished, or an answer unread."""
 _FLUSH_TIMEOUT = 1.0
+_BROKEN = "control commands that broke off"
+"""What they are called in the log, where there are too many to list them."""
 _PAUSE = 1.0
 """Seconds without new clients after the process ran out of files, between two looks at the nodes; the longest sleep."""
 
@@ -81,29 +84,13 @@ class ControlPlane:
         Raises NotNowError when another flaskd lives there, and CannotCreateError if `control.required`; otherwise what
         cannot be made is told in the log.
         """
-        faults = []
         self._access, self._access_of = Access(config.control), config.control
         self._mode, self._gid = mode_and_group(config.control)
-        try:
-            self._directory.acquire(self._gid)
-        except CannotCreateError as error:
-            faults.append(str(error))
-        else:
-            if left := self._directory.tidy():
-                log.info(f"removed what a flaskd that was killed had left in {self._directory.path}: {', '.join(left)}")
-            own = str(self._directory.path / SOCKET)
-            wanted = {} if own in {each.address.path for each in passed} else {self._socket: self._accept}
-            if self._access.fifo:
-                wanted[self._fifo] = self._read_fifo
-            for place, read in wanted.items():
-                self._places[place] = read
-                try:
-                    place.open(self._mode, self._gid)
-                except (CannotCreateError, OSError) as error:
-                    faults.append(str(error))
-                else:
-                    self._selector.register(place.fd, selectors.EVENT_READ, read)
-        faults += self._take(passed)
+        if str(self._directory.path / SOCKET) not in {each.address.path for each in passed}:
+            self._places[self._socket] = self._accept
+        if self._access.fifo:
+            self._places[self._fifo] = self._read_fifo
+        faults = [*self._make_nodes(), *self._take(passed)]
         if faults and config.control.required:
             self.close()
             raise CannotCreateError("; ".join(faults) + " (control.required is true)")
@@ -114,6 +101,28 @@ class ControlPlane:
         self._writer.setblocking(False)
         self._selector.register(self._reader, selectors.EVENT_READ, self._woken)
         self._thread.start()
+
+    def _make_nodes(self) -> list[str]:
+        """Have the directory and the nodes in it; returns what is wrong. What cannot be made now is tried again."""
+        try:
+            self._acquire()
+        except CannotCreateError as error:
+            self._told = str(error)
+            return [self._told]
+        faults = []
+        for place, read in self._places.items():
+            try:
+                place.open(self._mode, self._gid)
+            except (CannotCreateError, OSError) as error:
+                faults.append(str(error))
+            else:
+                self._selector.register(place.fd, selectors.EVENT_READ, read)
+        return faults
+
+    def _acquire(self) -> None:
+        self._directory.acquire(self._gid)
+        if left := self._directory.tidy():
+            log.info(f"removed what a flaskd that was killed had left in {self._directory.path}: {', '.join(left)}")
 
     def _take(self, passed: Sequence[Listener]) -> list[str]:
         """Answer on passed sockets, too; returns what is wrong with them."""
@@ -173,11 +182,13 @@ class ControlPlane:
             self._access_now().check(command)
             self._check_room(command)
             if command.changes:
-                log.info(f"control: {command} from {command.peer}")
+                kind = f"control commands of {command.peer.user}"
+                log.info(f"control: {command} from {command.peer}", extra=bounded_by(kind))
             RUN[command.name](self._daemon, command, reply)
         except FlaskdError as error:
             if command.changes:
-                log.warning(f"control: refused {command} from {command.peer}: {error}")
+                kind = f"refused control commands of {command.peer.user}"
+                log.warning(f"control: refused {command} from {command.peer}: {error}", extra=bounded_by(kind))
             reply.error(error.code, str(error))
 
     def _check_room(self, command: Command) -> None:
@@ -223,7 +234,7 @@ class ControlPlane:
                 try:
                     key.data(key.fd)
                 except Exception:  # one client's trouble is not the next one's
-                    log.exception("cannot answer a control client")
+                    log.exception("cannot answer a control client", extra=bounded_by(_BROKEN))
             self._settle()
             if (now := time.monotonic()) >= self._next_look and not self._ending:
                 self._next_look = now + _PAUSE
@@ -254,11 +265,11 @@ class ControlPlane:
         if self._places and not self._directory.stands:
             self._directory.forget()
             try:
-                self._directory.acquire(self._gid)
+                self._acquire()
             except FlaskdError as error:
                 if str(error) != self._told:
                     self._told = str(error)
-                    log.warning(f"the runtime directory was taken away: {error}; it is tried again")
+                    log.warning(f"there is no runtime directory: {error}; it is tried again")
                 return
             self._told = ""
         for place, read in self._places.items():
@@ -324,7 +335,7 @@ class ControlPlane:
             try:
                 more = client.work()
             except Exception:  # a command with a fault in it is no reason to leave the others alone
-                log.exception("cannot carry out a control command")
+                log.exception("cannot carry out a control command", extra=bounded_by(_BROKEN))
                 more = False
                 client.closing = True
             if client not in self._clients:
@@ -341,7 +352,8 @@ class ControlPlane:
             try:
                 self._watch(client, events | (selectors.EVENT_WRITE if client.has_output else 0))
             except OSError as error:  # no memory, no more watches: epoll_ctl(2)
-                log.warning(f"cannot listen to a control client: {error.strerror}")
+                why = f"cannot listen to a control client: {error.strerror}"
+                log.warning(why, extra=bounded_by("control clients that cannot be listened to"))
                 self._drop(client)
 
     def _watch(self, client: Client, events: int) -> None:
@@ -374,5 +386,5 @@ class ControlPlane:
         except FlaskdError as error:
             reply.error(error.code, str(error))
         except Exception as error:  # as for a socket's client (Client._run); the lines behind it are carried out
-            log.exception("cannot carry out a control command")
+            log.exception("cannot carry out a control command", extra=bounded_by(_BROKEN))
             reply.error(FlaskdError.code, f"cannot carry out the command: {type(error).__name__}")

@@ -7,7 +7,9 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 
+from flaskd.logs import bounded_by
 from flaskd.protocol import Fields, as_text
+from flaskd.text import escaped
 
 # What the methods mean is said once, in flaskd.protocol.Reply.
 # ruff: noqa: ARG002, D102
@@ -28,7 +30,7 @@ class TextReply:
         self._send((text + "\n").encode("utf-8", "backslashreplace"), last=last)
 
     def progress(self, fields: Fields) -> None:
-        self._line(f".. {as_text(fields)}")
+        self._line(escaped(f".. {as_text(fields)}"))
 
     def ok(
         self,
@@ -40,12 +42,12 @@ class TextReply:
         hint: str = "",
     ) -> None:
         last = " ".join(filter(None, ["OK", word, as_text(fields or {}), f"({hint})" if hint else ""]))
-        self._line("\n".join([*lines, last]), last=True)
+        self._line("\n".join(map(escaped, [*lines, last])), last=True)
 
     def error(self, code: str, message: str) -> None:
         # The last line starts with ERR; further faults go before it.
-        first, *more = message.splitlines() or [""]
-        self._line("\n".join([*more, f"ERR {code} {first}"]), last=True)
+        first, *more = message.split("\n")
+        self._line("\n".join(map(escaped, [*more, f"ERR {code} {first}"])), last=True)
 
 
 class JsonReply:
@@ -136,9 +138,10 @@ class LogReply:
 
     def __init__(self, command: str) -> None:
         self._command = " ".join(command.split())  # the words that are carried out; other blanks could forge a line
+        self._bounded = bounded_by("outcomes of control commands of the FIFO")
 
     def progress(self, fields: Fields) -> None:
-        log.debug(f"control: {self._command}: {as_text(fields)}")
+        log.debug(f"control: {self._command}: {as_text(fields)}", extra=self._bounded)
 
     def ok(
         self,
@@ -150,9 +153,10 @@ class LogReply:
         hint: str = "",
     ) -> None:
         pairs = as_text(fields or {})
-        log.info(" ".join(filter(None, [f"control: {self._command}: OK", word, pairs, f"({hint})" if hint else ""])))
-        for line in lines:
-            log.info(f"control: {line}")
+        said = " ".join(filter(None, [f"control: {self._command}: OK", word, pairs, f"({hint})" if hint else ""]))
+        # One entry, however long: what is bounded is how many answers there are.
+        log.info("\n".join([said, *(f"control: {line}" for line in lines)]), extra=self._bounded)
 
     def error(self, code: str, message: str) -> None:
-        log.warning(f"control: {self._command!r} from the FIFO: ERR {code} {message}")
+        extra = bounded_by("refused control commands of the FIFO")
+        log.warning(f"control: {self._command!r} from the FIFO: ERR {code} {message}", extra=extra)

@@ -2,6 +2,7 @@
 
 from flaskd.server.channel import stack_of
 from flaskd.server.development import WerkzeugThread
+from flaskd.server.proxies import behind_proxies, missed_by_proxy_fix
 from flaskd.server.settings import adjustments
 from flaskd.server.streams import STREAM_GRACE, EndingStreams
 from flaskd.server.tally import BOUNDS, Histogram, Tally
@@ -16,5 +17,7 @@ __all__ = [
     "WaitressThread",
     "WerkzeugThread",
     "adjustments",
+    "behind_proxies",
+    "missed_by_proxy_fix",
     "stack_of",
 ]

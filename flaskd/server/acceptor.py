@@ -7,10 +7,11 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from waitress import wasyncore
+from waitress.adjustments import Adjustments
 from waitress.server import TcpWSGIServer
 
 from flaskd.server.channel import Channel
-from flaskd.sockets import Listener
+from flaskd.sockets import Address, Listener
 
 try:
     from waitress.server import UnixWSGIServer
@@ -18,8 +19,6 @@ except ImportError:  # Windows
     UnixWSGIServer = None
 
 if TYPE_CHECKING:
-    from waitress.adjustments import Adjustments
-
     from flaskd.server.loop import EventLoop
 
 log = logging.getLogger("flaskd.server")
@@ -96,6 +95,13 @@ if UnixWSGIServer is not None:
         pass
 
 
+def _name(address: Address) -> str:
+    """SERVER_NAME, where a request's Host says nothing; empty where it is the address that the client came to."""
+    if address.path:
+        return "localhost"
+    return "" if address.host in {"0.0.0.0", "::"} else address.host  # noqa: S104 - compared
+
+
 def make_acceptor(loop: EventLoop, listener: Listener, app: Any, workers: Any, adjustments: Adjustments) -> Any:
     """Waitress' server for a listener: its fields, its trigger, its address for the environ."""
     sock = listener.socket
@@ -110,6 +116,10 @@ def make_acceptor(loop: EventLoop, listener: Listener, app: Any, workers: Any, a
         sockinfo=(sock.family, sock.type, sock.proto, sock.getsockname()),
         bind_socket=False,
     )
+    if acceptor.server_name == Adjustments.server_name:  # a name that means "none was given"
+        acceptor.server_name = _name(listener.address)
+    if listener.address.path:  # the socket knows only the name under which it was bound
+        acceptor.effective_port = listener.address.path
     acceptor.loop = loop
     acceptor.listener = listener
     acceptor.accepting = True

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser
-from waitress.utilities import BadRequest
+from waitress.utilities import BadRequest, Error
 
 from flaskd.ledger import Cut, InFlight, visible
+from flaskd.server.buffers import FREE_SPACE, AnswerBuffer, BodyBuffer
+from flaskd.server.proxied import client_behind
 from flaskd.server.tasks import AppTask, ClientDisconnected, HealthTask, RefusalTask, RejectTask
 from flaskd.sockets import closed_by_peer, unacknowledged, unread
 from flaskd.units import shortened
@@ -45,6 +47,13 @@ _LINGER_MOST = 2.0
 """Seconds without a sign of life from a client that has not acknowledged all output, until it is not waited for."""
 
 
+class InsufficientStorageError(Error):  # type: ignore[misc]  # waitress is untyped
+    """The answer 507, RFC 4918 §11.5."""
+
+    code = 507
+    reason = "Insufficient Storage"
+
+
 class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
     """One request, from its first byte until its answer has been handed to the kernel."""
 
@@ -59,7 +68,10 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
     """What the worker that answered it has read next, and is to answer."""
     answered = over = rejected = whole = False
     status = ""
+    fault = ""
+    """Why its client sees that the answer is not whole, though it did not leave."""
     header_length = starts_at = ends_at = 0
+    _client: str | None = None
 
     def __init__(self, channel: Channel, adj: Any) -> None:
         super().__init__(adj)
@@ -69,7 +81,13 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
 
     def received(self, data: bytes) -> int:
         """Parse on; a request that is complete is from then on in flight."""
-        consumed: int = super().received(data)
+        try:
+            consumed: int = super().received(data)
+        except OSError as error:  # of the body's temporary file
+            consumed = len(data)
+            log.error(f"cannot keep the body of {self.snapshot()}: {error}; answered with 507: {FREE_SPACE}")  # noqa: TRY400
+            self.error = InsufficientStorageError("there is no room for the body of the request")
+            self.completed = True
         understood = self.headers_finished and not (self.error or self.empty)
         if understood and self.version == "1.1" and "HOST" not in self.headers:  # RFC 9112 §3.2
             self.error = BadRequest("HTTP/1.1 requests need a Host header")
@@ -86,6 +104,12 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
                 self.channel.loop.accepted(self)
         return consumed
 
+    def parse_header(self, header_plus: bytes) -> None:
+        """Parse the head; what follows it is kept in a buffer that notices when it cannot be kept."""
+        super().parse_header(header_plus)
+        if self.body_rcv is not None:
+            self.body_rcv.buf = BodyBuffer(self.adj.inbuf_overflow)
+
     def close(self) -> None:
         """Free the body. A request that never ran waited behind one that ended the connection: it is over, too."""
         super().close()
@@ -101,6 +125,20 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
     def age(self) -> float:
         """Seconds since the first byte."""
         return time.monotonic() - self.first_byte
+
+    @property
+    def client(self) -> str:
+        """The address of who sent it: the peer's, or what a trusted proxy says."""
+        if self._client is None and self.headers_finished:
+            channel = self.channel
+            self._client = client_behind(channel.addr[0], self.headers, channel.adj) or channel.client
+        return self._client or self.channel.client
+
+    @property
+    def sent(self) -> int:
+        """Bytes of its answer that the kernel has taken, header and all."""
+        flushed = self.channel.flushed
+        return max(0, (min(flushed, self.ends_at) if self.answered else flushed) - self.starts_at) if self.began else 0
 
     @property
     def phase(self) -> str:
@@ -124,7 +162,7 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
         thread = None if self.answered else self.thread
         return InFlight(
             id=self.id,
-            client=self.channel.client,
+            client=self.client,
             method=shortened(str(getattr(self, "command", "") or "?")),  # letters: waitress refuses all else
             path=visible(self.target.partition("?")[0]),
             age=self.age,
@@ -132,24 +170,25 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
             thread=thread.name if thread else "",
             stack=stack_of(thread) if stack and thread else "",
             gone=closed_by_peer(self.channel.socket) if gone is None else gone,
-            sent=max(0, self.channel.flushed - self.starts_at) if self.began else 0,
+            sent=self.sent,
         )
 
     def cut(self, reason: str) -> Cut:
         """The ledger's entry for breaking it off now."""
-        return Cut(**vars(self.snapshot(stack=True)), reason=reason)
+        gone = None if self.channel.connected else False
+        return Cut(**vars(self.snapshot(stack=True, gone=gone)), reason=reason)
 
     def access_fields(self) -> dict[str, Any]:
         """What the access log tells about it."""
         return {
             "id": self.id,
-            "client": self.channel.client,
+            "client": self.client,
             "time": self.wall_clock,
             "method": str(getattr(self, "command", "") or "-"),
             "target": self.target or "-",
             "protocol": f"HTTP/{self.version}",
             "status": int(self.status[:3]) if self.status[:3].isdecimal() else 0,
-            "bytes": max(0, self.ends_at - self.starts_at - self.header_length),
+            "bytes": max(0, self.sent - self.header_length),
             "referer": self.headers.get("REFERER", ""),
             "agent": self.headers.get("USER_AGENT", ""),
             "took": round(self.age, 6),
@@ -159,13 +198,13 @@ class Request(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
 class _Front:
     """What a channel knows as its server: the acceptor, but it wakes the loop for this one channel."""
 
-    def __init__(self, channel: Channel, acceptor: Any) -> None:
+    def __init__(self, channel: Channel, acceptor: Any, sock: Any) -> None:
         self._channel = channel
         self._acceptor = acceptor
         self.adj = acceptor.adj
         self.active_channels = channel.loop.probes if channel.internal else acceptor.active_channels
         self.effective_port = acceptor.effective_port
-        self.server_name = acceptor.server_name
+        self.server_name = acceptor.server_name or ("localhost" if channel.internal else sock.getsockname()[0])
 
     @property
     def application(self) -> Any:
@@ -205,6 +244,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     """Whether it is a probe's, which appears in no count and no log."""
     here = False
     half_closed = False
+    fault = ""
+    """Why what was put out cannot be sent, though the client is there."""
     stream_over = False
     keeper: Request | None = None
     """The request for which a worker has the connection, or will have it; meanwhile the loop does not read from it.
@@ -215,6 +256,9 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     task: AppTask
     """What the app answers with, or last answered with."""
     requests: list[Request]
+    request: Request | None
+    current_outbuf_count: int
+    total_outbufs_len: int
 
     def __init__(self, acceptor: Any, sock: Any, addr: Any, adj: Any, map: Any = None) -> None:  # noqa: A002 - waitress' name
         self.loop: EventLoop = acceptor.loop
@@ -230,7 +274,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         self._holds = False
         self._held = b""
         self._watch: Any = None
-        super().__init__(_Front(self, acceptor), sock, addr, adj, map=map)
+        super().__init__(_Front(self, acceptor, sock), sock, addr, adj, map=map)
+        self.outbufs = [AnswerBuffer(adj.outbuf_overflow)]
         if not self.internal:
             self.loop.connections_accepted += 1
         if self.loop.drains:
@@ -268,7 +313,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     @property
     def arriving(self) -> Request | None:
         """The request that has come in part."""
-        request: Request | None = self.request
+        request = self.request  # a worker may be done with it in this moment
         return request if request is not None and request.begun else None
 
     @property
@@ -323,6 +368,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             request = request.following
         if self.keeper is request:
             self._give_back()
+        if not self.connected:
+            self._free_arriving()
 
     def _read_on(self, answered: Request) -> None:
         """Read what a quick client sends next; `answered.following` is set if that is for this worker to answer."""
@@ -330,7 +377,10 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         if self.loop.drains or self.loop.workers.wanted or sock is None or not super().readable():
             return
         if self._watch is None:
-            self._watch = self.loop.poller.watch(sock)
+            try:
+                self._watch = self.loop.poller.watch(sock)
+            except (OSError, ValueError):  # the loop closed it in this moment: its client left
+                return
         if not self._watch(_QUICK):
             return
         self.reads_after = answered
@@ -393,6 +443,13 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         with self.outbuf_lock:  # so that it comes before the end of a stream, or not at all
             if self.stream_over:
                 raise ClientDisconnected
+            # Where waitress would begin a buffer of its own kind, or has (behind a file), one of ours is begun instead.
+            if (
+                self.current_outbuf_count >= self.adj.outbuf_high_watermark
+                or type(self.outbufs[-1]) is not AnswerBuffer
+            ):
+                self.outbufs.append(AnswerBuffer(self.adj.outbuf_overflow))
+                self.current_outbuf_count = 0
             return int(super().write_soon(data))
 
     def hold_next(self) -> None:
@@ -436,6 +493,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     def _retire(self, request: Request) -> None:
         if request.whole and self.flushed >= request.ends_at:
             self.loop.retire(request, "rejected" if request.rejected else "completed")
+        elif request.began and (fault := request.fault or self.fault):
+            self.loop.cut_one(request, fault)
         else:
             self.loop.retire(request, "gone")
 
@@ -450,7 +509,9 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         return not self.half_closed and bool(super().writable())
 
     def send(self, data: bytes, do_close: bool = True) -> int:
-        """Send, and count what the kernel took."""
+        """Send, and count what the kernel took; waitress calls it while there should be something to send."""
+        if not data:
+            raise EOFError(f"its file ended {self.outbufs[0].__len__()} bytes before the length that was announced")
         sent: int = super().send(data, do_close=do_close)
         self.flushed += sent or 0
         return sent
@@ -459,6 +520,17 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         """Waitress locks only while a worker runs; here one may begin, having read the next request, in any moment."""
         with self.outbuf_lock:
             return bool(super()._flush_some(do_close=do_close))
+
+    def _flush_exception(self, flush: Any, do_close: bool = True) -> tuple[bool, bool] | None:
+        """Flush as waitress does; but what cannot be read or sent any more ends the connection at once, and is cut."""
+        if not flush:
+            return None
+        try:
+            return flush(do_close=do_close), False
+        except Exception as error:  # noqa: BLE001 - files are the app's own, and may raise anything
+            self.fault = self.fault or str(error) or type(error).__name__
+            self.will_close = True
+            return False, True
 
     def output_length(self) -> int:
         """All bytes ever put out on this connection, sent or not."""
@@ -516,6 +588,20 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         super().handle_close()
         with self.outbuf_lock:
             self._settle()
+        self._free_arriving()
+
+    def _free_arriving(self) -> None:
+        """Free what has come of a closed connection's next request: it may be a file, and would stay until collected.
+
+        A worker that is just reading it, and so has the lock, does this when it has done so.
+        """
+        if self.requests_lock.acquire(blocking=False):
+            try:
+                request, self.request = self.request, None
+            finally:
+                self.requests_lock.release()
+            if request is not None:
+                request.close()
 
     def _client_may_be_sending(self) -> bool:
         """Whether closing now could reset the connection, and destroy an answer that is under way (RFC 9112 §9.6)."""

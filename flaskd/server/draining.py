@@ -43,7 +43,8 @@ class Draining:
         self._gate_until = self._began + GATE
         self._last_batch_taken = False
         self._streams: list[tuple[float, Channel]] = []
-        self._cut: tuple[Cut, ...] = ()
+        self.cut: list[Cut] = []
+        """What was broken off so far."""
         self._last_moment = 0.0
         self._unaccepted = 0
 
@@ -117,11 +118,11 @@ class Draining:
             self._report()
         elif self._last_moment:
             if now >= self._last_moment:
-                self._cut += self._loop.cut_all(TOO_LATE)
+                self._loop.cut_all(TOO_LATE)
                 self._report()
         elif now >= self.deadline:
             self._refuse_what_never_started()
-            self._cut += self._loop.cut_all(TOO_LATE, but=lambda channel: channel.serving_was_refused)
+            self._loop.cut_all(TOO_LATE, but=lambda channel: channel.serving_was_refused)
             self._last_moment = now + _LAST_FLUSH
             if not self._open():  # nothing was refused, so there is no refusal to flush
                 self._report()
@@ -155,6 +156,9 @@ class Draining:
                 for request in channel.requests:
                     request.rejected = True
                 channel.serve_here()
+            else:  # its client left, and nobody else will free what it sent
+                for request in channel.requests:
+                    request.close()
         self._loop.answer()  # to what was pipelined behind
 
     def _report(self) -> None:
@@ -164,7 +168,7 @@ class Draining:
             DrainReport(
                 completed=self._loop.completed - completed,
                 rejected=self._loop.rejected - rejected,
-                cut=self._cut,
+                cut=tuple(self.cut),
                 took=time.monotonic() - self._began,
                 background=left_behind(),
                 unaccepted=self._unaccepted,

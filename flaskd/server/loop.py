@@ -34,6 +34,8 @@ _TURN = 1.0
 """Seconds; the longest the loop waits when nothing happens."""
 _FILES_PAUSE = 0.5
 """Seconds without accepting after the process ran out of files."""
+_LOOKS = 10
+"""How often connections are looked at within the time that they have, which is so kept to a tenth, or to a turn."""
 
 Outcome = Literal["completed", "rejected", "cut", "gone"]
 
@@ -144,8 +146,11 @@ class EventLoop:
             if request.over:  # in this moment, and so `answered` did not see it among the lost
                 self._lost.discard(request)
 
-    def retire(self, request: Request, outcome: Outcome) -> bool:
-        """Take a request out of flight; whether it still was, because only the first outcome counts (any thread)."""
+    def retire(self, request: Request, outcome: Outcome, cut: Cut | None = None) -> bool:
+        """Take a request out of flight; whether it still was, because only the first outcome counts (any thread).
+
+        `cut` is its entry in the account of a drain under way.
+        """
         with self._lock:
             if request.id not in self._in_hand:
                 return False
@@ -156,6 +161,8 @@ class EventLoop:
             elif outcome == "rejected":
                 self.rejected += 1
             self.tally.add(request, outcome, time.monotonic())
+            if cut is not None and self._drain is not None:
+                self._drain.cut.append(cut)
             del self._in_hand[request.id]
         if (on_answer := self.on_answer) is not None and request.status:
             on_answer(request.access_fields())
@@ -311,7 +318,8 @@ class EventLoop:
         And those that take longer than `patience` over a request.
         """
         for acceptor in self.acceptors:
-            self._next_reaping = now + acceptor.adj.cleanup_interval
+            shortest = min(acceptor.adj.channel_timeout, self.patience)
+            self._next_reaping = now + min(acceptor.adj.cleanup_interval, shortest / _LOOKS)
             cutoff = now - acceptor.adj.channel_timeout
             for channel in list(acceptor.active_channels.values()):
                 slow = not channel.requests and now - channel.grace_from > self.patience
@@ -455,27 +463,28 @@ class EventLoop:
         if self._drain is not None:
             self._drain.end_streams(channels)
 
-    def cut_all(self, reason: str, *, but: Callable[[Channel], bool] = lambda _: False) -> tuple[Cut, ...]:
+    def cut_all(self, reason: str, *, but: Callable[[Channel], bool] = lambda _: False) -> None:
         """Break off whatever is in hand on all connections `but` some, and close them."""
         channels = [channel for channel in self.channels() if not channel.internal and not but(channel)]
         arriving = [channel.arriving for channel in channels]
         in_hand = [request for request in list(self._in_hand.values()) if not but(request.channel)]
         # A worker may be reading: what still arrived a moment ago may be in hand by now, or over.
-        doomed = dict.fromkeys([*in_hand, *filter(None, arriving)])
-        cuts = tuple(filter(None, [self._cut_one(request, reason) for request in doomed]))
+        for request in dict.fromkeys([*in_hand, *filter(None, arriving)]):
+            self.cut_one(request, reason)
         for channel in channels:
             channel.handle_close()
-        return cuts
 
-    def _cut_one(self, request: Request, reason: str) -> Cut | None:
-        """Break off a request, and name it in the log; None if it is over."""
+    def cut_one(self, request: Request, reason: str) -> None:
+        """Count a request as cut, and name it in the log and in a drain's account, unless it is over (any thread)."""
         cut = request.cut(reason)
-        if request.id and not self.retire(request, "cut"):
-            return None
+        if request.id:
+            if not self.retire(request, "cut", cut):
+                return
+        elif self._drain is not None:  # it has not come whole, and so was never in flight
+            self._drain.cut.append(cut)
         log.warning("\n".join(filter(None, [f"cut {cut}", cut.stack])), extra={"fields": cut.as_json()})
         if cut.phase == "running":
             self.lost_thread(request)
-        return cut
 
     def forget(self) -> None:
         """Close all sockets, and nothing else: in a forked child they are not ours."""

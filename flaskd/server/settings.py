@@ -9,8 +9,6 @@ if TYPE_CHECKING:
 
 _RESERVED_FILES = 128
 """Open files kept from connections: the app's own, listeners, control clients."""
-_USUAL_PROXY_HEADERS = {"x-forwarded-for", "x-forwarded-proto"}
-"""Believed when a trusted proxy is named without headers: what every proxy sets, and none passes on from a client."""
 
 
 def most_connections(open_files: int) -> int:
@@ -21,7 +19,7 @@ def most_connections(open_files: int) -> int:
 def adjustments(server: ServerConfig, open_files: int) -> dict[str, Any]:
     """Waitress' settings; `open_files` is what RLIMIT_NOFILE allows, which bounds the connections."""
     most = most_connections(open_files)
-    settings: dict[str, Any] = {
+    return {
         "connection_limit": min(most, server.connection_limit or most),
         "url_scheme": server.url_scheme,
         "url_prefix": server.url_prefix,
@@ -30,9 +28,5 @@ def adjustments(server: ServerConfig, open_files: int) -> dict[str, Any]:
         "channel_timeout": max(1, round(server.channel_timeout)),
         "backlog": server.backlog,
         "ident": server.ident,
+        "clear_untrusted_proxy_headers": False,  # flaskd.server.proxies does
     }
-    if server.trusted_proxy is not None:
-        settings["trusted_proxy"] = server.trusted_proxy
-        settings["trusted_proxy_count"] = server.trusted_proxy_count or 1
-        settings["trusted_proxy_headers"] = set(server.trusted_proxy_headers) or _USUAL_PROXY_HEADERS
-    return settings

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from flaskd.server.tasks import STREAM_TYPES
-
+STREAM_TYPES = ("text/event-stream", "multipart/x-mixed-replace")
+"""Responses without an end of their own, which may be ended between two parts. Any other chunked response is somebody's
+data, and ending it early with a proper last chunk would make half of it look whole."""
 STREAM_GRACE = 1.0
 """Seconds that a stream may go on after a drain began."""
 
@@ -30,10 +31,10 @@ class EndingStreams:
             endless = any(name.lower() == "content-type" and value.startswith(STREAM_TYPES) for name, value in headers)
             return start_response(status, headers, *more)
 
-        return _Parts(self._app(environ, started), lambda: endless and self._over())
+        return Parts(self._app(environ, started), lambda: endless and self._over())
 
 
-class _Parts:
+class Parts:
     """What an app returned, until it is over."""
 
     def __init__(self, parts: Iterable[bytes], over: Callable[[], bool]) -> None:
@@ -41,6 +42,8 @@ class _Parts:
         self._over = over
 
     def __iter__(self) -> Iterator[bytes]:
+        if self._over():
+            return
         for part in self._parts:
             yield part
             if self._over():

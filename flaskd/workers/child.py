@@ -76,6 +76,7 @@ class Child:
         # Imported here, so that a signal and the owner's end are heeded meanwhile.
         from flaskd import launch  # noqa: PLC0415
         from flaskd.logs import Logs  # noqa: PLC0415
+        from flaskd.patching import patching_refused  # noqa: PLC0415
         from flaskd.thread import ServerThread, configured  # noqa: PLC0415
 
         target = orders.pop("target")
@@ -84,8 +85,10 @@ class Child:
         level = config.log.level if "log" in config.model_fields_set else "warning"
         logs.apply(level=level, log_format=config.log.format, access="off")
         launch.change_directory(config.app)
+        stack.enter_context(patching_refused())
         app = launch.find_app(config.app.model_copy(update={"target": target}), None, os.environ)
         logs.reclaim()
+        app.tell()
         server = ServerThread(app.wsgi, own_process=True, **orders).start()
         with self._lock:
             self._server = server

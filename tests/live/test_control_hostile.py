@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import select
 import signal
 import socket
@@ -368,3 +369,110 @@ def test_who_waits_and_hangs_up_is_let_go(flaskd: Flaskd) -> None:
         assert held.result() == (200, b"held")
         assert b"".join(iter(lambda: patient.recv(1000), b"")).splitlines()[-1].startswith(b"OK drained completed=1")
     assert flaskd.stop() == 0
+
+
+# --- the log ----------------------------------------------------------------------------------------------------------
+
+
+def test_refused_commands_are_bounded_in_the_log_and_counted(flaskd: Flaskd) -> None:
+    """Thousands of them, through the socket and the FIFO, are some fifty lines each, and how many more there were."""
+    flaskd.write("flaskd.yaml", "control: {roles: {viewer: [nobody]}, fifo: [status]}\n")
+    flaskd.start()
+    with connect(flaskd) as client, client.makefile("rwb") as stream:
+        for _ in range(100):
+            stream.write(b'{"cmd":"log-level","level":"loud"}\n' * 30)
+            stream.flush()
+            for _ in range(30):
+                assert json.loads(stream.readline())["error"]["code"] == "usage"
+    with flaskd.fifo_path.open("wb") as fifo:
+        fifo.write(b"drian\nstop\n\xff\n" * 1000 + b"x" * 5000 + b"\n")
+    flaskd.until(lambda: "the FIFO got a line of 5000 bytes" in flaskd.log)
+    assert flaskd.command("ready") == "OK ready\n"
+    assert flaskd.stop() == 0
+    assert len(flaskd.log.splitlines()) < 200
+    counted = {
+        kind: int(count)
+        for count, kind in re.findall(r" (\d+) more (.*) in \d+s: counted, and not listed one by one", flaskd.log)
+    }
+    user = f"control commands of uid={os.geteuid()}"
+    assert counted == {user: 2950, f"refused {user}": 2950, "refused control commands of the FIFO": 3950}
+
+
+def test_what_a_command_prints_and_an_app_raises_is_text_in_the_log(flaskd: Flaskd) -> None:
+    """Nothing of it begins a line of the log, or reaches a terminal as more than text."""
+    forged = "x\\n2026-01-01T00:00:00.000Z error   forged\\x1b[31m\\u202e"
+    flaskd.write(
+        "rude.py",
+        "import flaskd, logging\nfrom gateapp import app\n"
+        f"@app.get('/rude')\ndef rude():\n    raise RuntimeError('{forged}')\n"
+        "app.testing = app.config['PROPAGATE_EXCEPTIONS'] = True\n"
+        f"@flaskd.on_stop\ndef late():\n    raise RuntimeError('{forged}')\n",
+    )
+    script = "printf 'x\\n2026-01-01T00:00:00.000Z error   forged\\033[31m\\n'; exit 1"
+    flaskd.write(
+        "flaskd.yaml",
+        f"cleanup: {{policies: {{rude: {{use: command, with: {{argv: [sh, -c, {json.dumps(script)}]}}}}}}}}\n",
+    )
+    flaskd.start(app="rude")
+    assert get(flaskd.url, "/rude")[0] == 500
+    assert flaskd.stop() == 0
+    assert flaskd.log.count("forged") >= 3
+    assert "\x1b" not in flaskd.log
+    assert "\u202e" not in flaskd.log
+    assert not [line for line in flaskd.log.splitlines() if line.startswith("2026-01-01")]
+
+
+# --- places that cannot be had at the start ---------------------------------------------------------------------------
+
+
+def test_a_runtime_directory_that_is_repaired_is_used(flaskd: Flaskd) -> None:
+    """What stood in its place is told once; when it is gone, both nodes come, and nothing had to be started anew."""
+    flaskd.runtime.write_text("in the way")
+    flaskd.launch()
+    flaskd.wait_message("READY=1")
+    assert "control is not complete: cannot use" in flaskd.log
+    flaskd.runtime.unlink()
+    flaskd.until(lambda: flaskd.socket_path.exists() and flaskd.fifo_path.exists())
+    assert flaskd.command("ready") == "OK ready\n"
+    with flaskd.fifo_path.open("wb") as fifo:
+        fifo.write(b"drain\n")
+    flaskd.wait_message("drained")
+    assert flaskd.log.count("Not a directory") == 1
+    assert flaskd.stop() == 0
+
+
+NO_TEMPORARY = """
+import tempfile
+def none():
+    raise FileNotFoundError(2, "No usable temporary directory found")
+tempfile.gettempdir = tempfile._get_default_tempdir = none
+"""
+
+
+def test_control_needs_no_temporary_directory(flaskd: Flaskd) -> None:
+    """Where no temporary directory can be written to, as on a read-only root, the runtime directory is all it takes."""
+    flaskd.write("no-tmp/sitecustomize.py", NO_TEMPORARY)
+    flaskd.env["PYTHONPATH"] = str(flaskd.directory / "no-tmp")
+    flaskd.start()
+    assert flaskd.client("health") == (0, "healthy\n", "")
+    assert get(flaskd.url) == (200, b"hello")
+    assert flaskd.stop() == 0
+    assert "Traceback" not in flaskd.log
+
+
+def test_serving_needs_no_place_for_control(flaskd: Flaskd) -> None:
+    """Without a directory of its own anywhere, flaskd says so and serves; a client says where there is no daemon."""
+    flaskd.write("no-tmp/sitecustomize.py", NO_TEMPORARY)
+    del flaskd.env["RUNTIME_DIRECTORY"]
+    flaskd.env |= {
+        "PYTHONPATH": str(flaskd.directory / "no-tmp"),
+        "XDG_RUNTIME_DIR": "/proc/nowhere",
+        "TMPDIR": "/proc",
+    }
+    flaskd.start("--name", "nobody-runs-this", listen=f"unix:{flaskd.directory}/app.sock")
+    code, out, err = flaskd.client("health", "--name", "nobody-runs-that")
+    assert (code, out, "Traceback" in err) == (69, "", False)
+    assert get(f"unix:{flaskd.directory}/app.sock") == (200, b"hello")
+    flaskd.kill(signal.SIGTERM)
+    assert flaskd.wait() == 0
+    assert "Traceback" not in flaskd.log

@@ -302,3 +302,25 @@ def test_queued_requests_are_refused_in_words_at_the_deadline(flaskd: Flaskd) ->
     assert "rejected=3 cut=1" in out
     assert {each.result()[0] for each in queued} == {503}
     assert flaskd.wait() == 0
+
+
+SHELL = ["sh", "-c", 'export LISTEN_FDS=1 LISTEN_PID=$$; "$@"; exit $?', "sh"]
+
+
+def test_sockets_that_a_shell_was_given_are_not_replaced_by_the_default_address(flaskd: Flaskd) -> None:
+    """LISTEN_PID names the shell around flaskd: it is told, with what to do, and nothing is bound in their place."""
+    flaskd.launch(listen=None, prefix=SHELL)
+    assert flaskd.process is not None
+    assert flaskd.wait() == 78
+    assert f"cannot listen: 1 socket was passed to pid {flaskd.process.pid} (sh), and this is pid " in flaskd.log
+    assert "with exec in it; if they are not meant for it, set server.listen" in flaskd.log
+    assert "will serve on" not in flaskd.log
+
+
+def test_sockets_that_a_shell_was_given_do_not_stop_who_listens_elsewhere(flaskd: Flaskd) -> None:
+    """With addresses of its own flaskd serves, warns, and tells the app nothing of sockets that are not its own."""
+    flaskd.start(prefix=SHELL)
+    assert "1 socket was passed to pid " in flaskd.log
+    assert get(flaskd.url) == (200, b"hello")
+    flaskd.command("stop")
+    assert flaskd.wait() == 0

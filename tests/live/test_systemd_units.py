@@ -50,6 +50,39 @@ def test_instances_side_by_side(each_systemd: Systemd) -> None:
     systemd.ctl("stop", second.unit)
 
 
+def test_a_dynamic_user(each_systemd: Systemd) -> None:
+    """With DynamicUser=yes each directory is a link to a private one: control, record, tidying and removal work."""
+    systemd = each_systemd
+    service = """
+        [Service]
+        DynamicUser=yes
+        User=passing
+        Group=passing
+        RuntimeDirectoryPreserve=restart
+        CacheDirectory=flaskd-dynamic
+        ExecStartPre=touch /var/cache/flaskd-dynamic/1.tmp
+    """
+    remove = "{use: files.remove, with: {paths: [/var/cache/flaskd-dynamic/*.tmp]}}"
+    dynamic = systemd.flaskd(
+        "dynamic", LISTEN + f"cleanup: {{policies: {{tidy: {remove}}}}}\n", service=service
+    ).start()
+    assert systemd.run("readlink", "/run/flaskd-dynamic").stdout == "private/flaskd-dynamic\n"
+    assert systemd.run("readlink", "/var/lib/flaskd-dynamic").stdout == "private/flaskd-dynamic\n"
+    assert dynamic.status()["state"] == "ready"
+    killed = dynamic.pid
+    dynamic.signal("KILL")
+    systemd.until(lambda: dynamic.pid not in {0, killed}, "no restart after the crash")
+    dynamic.until_state("active")
+    systemd.ctl("restart", dynamic.unit)
+    assert dynamic.fates() == {"tidy": "ok"}
+    assert systemd.run("ls", "/var/cache/flaskd-dynamic").stdout == "1.tmp\n"  # of this start
+    systemd.ctl("stop", dynamic.unit)
+    assert systemd.run("ls", "/var/cache/flaskd-dynamic/").stdout == ""
+    said = dynamic.journal()
+    assert "died without a complete stop" in said
+    assert "cannot" not in said
+
+
 def test_a_virtual_environment_may_go_away_under_the_daemon(each_systemd: Systemd) -> None:
     """All that it needs is in memory by READY: with its packages deleted it reloads, drains, cleans up and exits with 0."""
     systemd = each_systemd

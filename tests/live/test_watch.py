@@ -55,6 +55,24 @@ def test_an_edit_is_picked_up(flaskd: Flaskd, edit) -> None:
     assert reloads(flaskd) == 3
 
 
+@pytest.mark.parametrize("lose", ["truncate", "comment", "delete"])
+def test_a_source_that_is_lost_changes_nothing(flaskd: Flaskd, lose: str) -> None:
+    """An empty or deleted file is a reload that failed, told once; the watch goes on, and sees the file come back."""
+    in_place(flaskd, ONE)
+    flaskd.start()
+    if lose == "delete":
+        (flaskd.directory / "flaskd.yaml").unlink()
+    else:
+        in_place(flaskd, "" if lose == "truncate" else "# watch: true\n")
+    flaskd.until(lambda: reloads(flaskd) == 1)
+    assert flaskd.log.count("reload failed: cannot re") == 1
+    assert flaskd.status()["threads"] == 2
+    in_place(flaskd, TWO)
+    flaskd.until(lambda: reloads(flaskd) == 2)
+    assert flaskd.status()["threads"] == 3
+    assert flaskd.stop() == 0
+
+
 def test_during_a_stop_nothing_changes(flaskd: Flaskd) -> None:
     """An edit while flaskd stops is not even read; what was planned runs."""
     in_place(flaskd, TWO)

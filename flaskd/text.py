@@ -1,0 +1,70 @@
+"""Text of others as it can stand in a log, an answer or a terminal: one line stays one, and nothing is acted upon.
+
+What is not printable (`str.isprintable`: control, bidirectional and other invisible characters) is shown by its number.
+"""
+
+from __future__ import annotations
+
+import traceback
+from types import TracebackType
+
+_LONGEST = 64 * 1024
+"""Characters of one text that are shown."""
+_CONTINUED = "  "
+"""What a line begins with that goes on with an entry of the log: no text of others begins an entry."""
+
+
+def escaped(text: str, also: str = "") -> str:
+    r"""Text on one line, with ``\x0A`` for a line feed, as nginx writes it; the characters in `also` likewise."""
+    if text.isprintable():
+        for each in also:
+            if each in text:
+                break
+        else:
+            return text
+    return "".join(char if char.isprintable() and char not in also else f"\\x{ord(char):02X}" for char in text)
+
+
+def lines(text: str) -> list[str]:
+    """Text in lines, which only line feeds part; tabs stay."""
+    if text.isprintable():
+        return [text]
+    return ["\t".join(map(escaped, line.split("\t"))) for line in text.split("\n")]
+
+
+def bounded(text: str) -> str:
+    """Text as far as it is shown, with how much more there is."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text) - _LONGEST} more characters)"
+
+
+def entry(text: str) -> str:
+    """Text as one entry of a log for people: a line of its own begins it, and all others are indented."""
+    if text.isprintable():
+        return text
+    first, *more = lines(text.rstrip("\n"))
+    return "\n".join([first, *(f"{_CONTINUED}{line}" if line else "" for line in more)])
+
+
+def traceback_of(error: BaseException, trace: TracebackType | None, limit: int | None = None) -> str:
+    """A traceback, of `limit` frames as in `traceback.format_exception`, in which each exception's text is one line.
+
+    The text is the app's, or what a client sent; with line feeds of its own it could pass for more of the log.
+    """
+    whole = traceback.TracebackException(type(error), error, trace, limit=limit, compact=True)
+    left: list[traceback.TracebackException | None] = [whole]
+    while left:
+        each = left.pop()
+        if each is not None:
+            _make_one_line(each)
+            left += [each.__cause__, each.__context__, *(getattr(each, "exceptions", None) or ())]
+    return "\n".join(lines("".join(whole.format()).rstrip("\n")))
+
+
+def _make_one_line(each: traceback.TracebackException) -> None:
+    for name in ("_str", "msg", "text"):  # the latter two are a SyntaxError's
+        found = getattr(each, name, None)
+        if isinstance(found, str):
+            setattr(each, name, escaped(bounded(found.rstrip("\n"))))
+    notes = getattr(each, "__notes__", None)
+    if isinstance(notes, list | tuple):  # an exception may have anything there
+        each.__notes__ = [escaped(bounded(note)) if isinstance(note, str) else note for note in notes]

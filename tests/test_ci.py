@@ -1,0 +1,80 @@
+"""The steps of the gate that are scripts of their own."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STEP = ROOT / ".ci" / "newest-waitress"
+PUBLISHED = "99.0b1"
+
+
+def publish(index: Path) -> None:
+    """Make a wheel of the Waitress that is installed here, as a pre-release of a version yet to come."""
+    found = distribution("waitress")
+    info = f"waitress-{PUBLISHED}.dist-info"
+    with zipfile.ZipFile(index / f"waitress-{PUBLISHED}-py3-none-any.whl", "w") as wheel:
+        for file in found.files or ():
+            if file.parts[0] == "waitress" and file.suffix == ".py":
+                wheel.write(file.locate(), str(file))
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: waitress\nVersion: {PUBLISHED}\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+def step(index: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """Run the step with an index of its own."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PYTEST_"))}
+    env |= {"PYTHON": sys.executable, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(index), "PIP_CONFIG_FILE": os.devnull}
+    return subprocess.run([STEP, *args], env=env, capture_output=True, text=True, check=False)
+
+
+def test_the_contract_is_tested_with_a_pre_release(tmp_path):
+    """A Waitress that is newer than the one here, and a pre-release, is the one that the contract tests import."""
+    publish(tmp_path)
+    probe = tmp_path / "test_probe.py"
+    probe.write_text(
+        "import importlib.metadata, waitress\n"
+        f"def test_it(): assert importlib.metadata.version('waitress') == '{PUBLISHED}', waitress.__file__\n"
+    )
+    done = step(tmp_path, "-p", "no:cacheprovider", f"--rootdir={ROOT}", str(probe), "tests/test_server_contract.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"with Waitress {PUBLISHED}, the newest (here is {distribution('waitress').version})" in done.stdout
+    assert int(re.search(r"([0-9]+) passed", done.stdout)[1]) > 50
+
+
+def test_an_index_that_cannot_be_reached_is_a_failure_with_a_word(tmp_path):
+    """Nobody takes "could not be tested" for "has passed"."""
+    done = step(tmp_path)
+    assert done.returncode == 1
+    assert "cannot test with the newest Waitress: pip could not get it" in done.stderr
+    assert "pytest" not in done.stdout
+
+
+def test_who_is_not_root_is_told_what_was_not_tested():
+    """What takes root says so elsewhere, and nothing has failed."""
+    if os.geteuid() == 0 and not shutil.which("setpriv"):
+        pytest.skip("root cannot become somebody else without setpriv")
+    prefix = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if os.geteuid() == 0 else []
+    script = (ROOT / ".ci" / "as-others").read_text().replace('cd "$(dirname "$0")/.."', "")
+    done = subprocess.run(
+        [*prefix, "bash", "-c", script], capture_output=True, text=True, check=False, cwd="/", timeout=20
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr.startswith("NOT TESTED here: flaskd as root in /root, and as another user")
+
+
+def test_the_gate_takes_each_step():
+    """`.ci/run` runs all that stands beside it."""
+    gate = (ROOT / ".ci" / "run").read_text()
+    for step in (ROOT / ".ci").iterdir():
+        assert step.name == "run" or f"\n.ci/{step.name}\n" in gate or f" .ci/{step.name}\n" in gate

@@ -1,0 +1,38 @@
+"""Text of others, as it is shown."""
+
+import pytest
+
+from flaskd.text import bounded, entry, escaped, lines
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain, caf\xe9 \u2713", "plain, caf\xe9 \u2713"),
+        ("a\nb\r\tc", r"a\x0Ab\x0D\x09c"),
+        ("\x1b[31m\x9b\x7f\0", r"\x1B[31m\x9B\x7F\x00"),
+        ("\u202edlrow\u2066\u200b\ufeff\u2028", r"\x202Edlrow\x2066\x200B\xFEFF\x2028"),
+        ("\ud800", r"\xD800"),
+    ],
+)
+def test_what_is_not_printable_is_shown_by_its_number(text, shown):
+    """Control, bidirectional and invisible characters and lone surrogates have no effect, and can be seen."""
+    assert escaped(text) == shown
+
+
+def test_other_characters_can_be_escaped_too():
+    """Those that end a field, for one; also in text that is printable as a whole."""
+    assert escaped('say "no"', '"\\') == r"say \x22no\x22"
+    assert escaped('a"\n', '"') == r"a\x22\x0A"
+
+
+def test_an_entry_is_indented_after_its_first_line():
+    """Only line feeds part lines, and tabs stay."""
+    assert entry("one\ntwo\n\n\tthree\r\u2028x\n") == "one\n  two\n\n  \tthree\\x0D\\x2028x"
+    assert lines("a\x0bb\nc") == [r"a\x0Bb", "c"]
+
+
+def test_what_is_too_long_is_cut():
+    """With how much more there is."""
+    assert bounded("x" * 70_000) == "x" * 65536 + "... (4464 more characters)"
+    assert bounded("x" * 65536) == "x" * 65536
