@@ -68,7 +68,9 @@ def serve(
     """Serve a WSGI app until it is asked to stop, and return the exit code.
 
     `config` is a mapping in the shape of the YAML file, or a path to one. Main thread only, Linux only; elsewhere
-    FlaskdError is raised and `ServerThread` is the way. Signal handlers are put back before it returns.
+    FlaskdError is raised and `ServerThread` is the way. Signal handlers are put back before it returns. The end of
+    the program is its own: exit callbacks and threads of the app are left to it, and ``shutdown.exit_wait`` means
+    nothing here.
     """
     from pathlib import Path  # noqa: PLC0415 - see __getattr__
 
@@ -79,6 +81,7 @@ def serve(
     from flaskd.config import Configuration, load, load_mapping  # noqa: PLC0415
     from flaskd.control import ControlPlane  # noqa: PLC0415
     from flaskd.daemon import Daemon  # noqa: PLC0415
+    from flaskd.leave import renew_standard_error  # noqa: PLC0415
 
     # Absolute: app.chdir may change the working directory before a reload.
     source = Path(config).absolute() if isinstance(config, str | os.PathLike) else config or {}
@@ -91,4 +94,6 @@ def serve(
     daemon = Daemon(
         read, plane=lambda daemon: ControlPlane(daemon, name, os.environ), name=name, environ=os.environ, app=app
     )
-    return daemon.run()
+    code = daemon.run()
+    renew_standard_error()
+    return code

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import faulthandler
 import functools
+import io
 import logging
 import os
 import queue
@@ -53,9 +54,12 @@ def at_exit() -> list[str]:
     But no executor's: those are ended by a step of the cleanup.
     """
     executors = vars(sys.modules.get("concurrent.futures.thread", object)).get("_threads_queues", {})
+    threads = waited_for()
+    of_processes = [each for each in threads if type(each).__module__ == "concurrent.futures.process"]
+    theirs = {pid for each in of_processes for pid in getattr(each, "processes", None) or ()}
     return [
-        *(f"thread/{each.name}" for each in waited_for() if each not in executors),
-        *(f"process/{each.name}" for each in _children()),
+        *(f"thread/{each.name}" for each in threads if each not in executors and each not in of_processes),
+        *(f"process/{each.name}" for each in _children() if each.pid not in theirs),
         *_exit_callbacks(),
     ]
 
@@ -122,6 +126,11 @@ class Ending:
         """Start the thread that keeps the time; at the end there may be none to be had. Raises RuntimeError."""
         if self._thread.ident is None:
             self._thread.start()
+
+    def hurry(self, seconds: float) -> None:
+        """Leave it at most so many seconds from now (any thread)."""
+        before, now = self.left, _for_seconds(seconds)
+        self.left = lambda: min(before(), now())
 
     def run(self, *, meanwhile: Callable[[], object], cut: Callable[[tuple[Unfinished, ...]], object]) -> None:
         """Wait for the app's threads and call its exit callbacks, as the interpreter would; main thread only.
@@ -236,9 +245,10 @@ def leave(code: int, ending: Ending) -> NoReturn:
         # From here on no handler of Python's is called, and what is ignored stays so: a second Ctrl-C that a wrapper
         # forwarded must not turn the exit code into a signal's.
         _heed_signals(signal.SIG_IGN)
-        if not _in_time(_flush):
-            os._exit(code)
-        _end_in_time(max(_LEAST, ending.left()), code if ending.late_code is None else ending.late_code)
+        late_code = code if ending.late_code is None else ending.late_code
+        if not _in_time(_flush):  # the interpreter would wait for it, and finalize nothing
+            os._exit(late_code)
+        _end_in_time(max(_LEAST, ending.left()), late_code)
     except RuntimeError:  # no more threads: no more patience either
         os._exit(code)
     sys.flaskd_end = _End(code, ending.settle)  # type: ignore[attr-defined]
@@ -307,7 +317,7 @@ def _timer(seconds: float, code: int) -> bool:
         if library.timer_create(time.CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(timer)):
             return False
         return not library.timer_settime(timer, 0, ctypes.byref(length), None)
-    except (ImportError, AttributeError, OSError, MemoryError):
+    except (ImportError, AttributeError, TypeError, OSError, MemoryError):
         return False
 
 
@@ -318,7 +328,7 @@ _SIGEV_THREAD = 2
 @functools.cache
 def stacks_go_to() -> int:
     """A descriptor for the last stacks that cannot block: standard error opened anew, where that can be done."""
-    with contextlib.suppress(OSError):  # a socket, as in the journal, or no /proc
+    with contextlib.suppress(OSError, AttributeError):  # a socket, as in the journal; no /proc; Windows
         return os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_APPEND | os.O_CLOEXEC)
     return 2
 
@@ -327,6 +337,23 @@ def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # gone, closed, or never there
             stream.flush()
+
+
+def renew_standard_error() -> None:
+    """Give the program a new standard error, on the same file, where what is in the old one's buffer cannot be written.
+
+    That would fail once more at the program's end, and make its exit code 120 (Py_FinalizeEx).
+    """
+    old, failed = sys.stderr, []
+
+    def flush() -> None:
+        try:
+            old.flush()
+        except OSError as error:
+            failed.append(error)
+
+    if isinstance(old, io.TextIOWrapper) and _in_time(flush) and failed:
+        sys.stderr = os.fdopen(old.fileno(), "w", buffering=1, encoding=old.encoding, errors=old.errors, closefd=False)
 
 
 def _in_time(words: Callable[[], object]) -> bool:

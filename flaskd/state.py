@@ -116,12 +116,16 @@ class StateDirectory:
 
     def _note(self, news: Mapping[str, str]) -> None:
         """Add something to the mark, in its place: there may be no room for a new one."""
-        with self._writing:
+        if not self._writing.acquire(timeout=_PATIENCE):
+            return
+        try:
             if self._mark_file >= 0:
                 entry: dict[str, Any] = {"pid": os.getpid(), "started": timestamp(time.time())}
                 with contextlib.suppress(OSError, ValueError):  # then the next start knows less
                     entry |= json.loads(os.pread(self._mark_file, _LARGEST_MARK, 0))
                     os.pwrite(self._mark_file, json.dumps({**entry, **news}).encode() + b"\n", 0)
+        finally:
+            self._writing.release()
 
     def record(self, entry: Mapping[str, Any]) -> None:
         """Write the record of this stop; where that cannot be done, the mark says so, and stays."""

@@ -137,3 +137,12 @@ def test_a_name_that_no_step_has():
         simulated(PLAN, FRAME, ["dbb"])
     with pytest.raises(UsageError, match="the plan has no steps"):
         simulated(Plan(), FRAME, ["db"])
+
+
+def test_what_the_exit_waits_for_is_named():
+    """The plan says for what, and for how long at most; for programs as a list of names."""
+    told = overview(Plan(), Frame(25, 3, 0, 15, 8, exit_wait=5), ["thread/mailer", "atexit/shop.bye"])
+    assert told["exit"] == ["thread/mailer", "atexit/shop.bye"]
+    assert told["budget"]["exit_wait"] == 5
+    assert told["text"].splitlines()[-1] == "the exit waits at most 5s for: thread/mailer, atexit/shop.bye"
+    assert "the exit waits" not in overview(Plan(), Frame(25, 3, 0, 15, 8))["text"]

@@ -1,7 +1,9 @@
 """The end of a process, in one of its own."""
 
 import atexit
+import concurrent.futures
 import functools
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -189,6 +191,13 @@ def test_what_the_exit_would_wait_for():
         atexit.unregister(callback)
         stop.set()
         thread.join(20)
+
+
+def test_an_executor_of_processes_is_no_business_of_the_exit():
+    """Its thread and its processes are ended by a step of the cleanup, and are not named beside it."""
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pool.submit(int).result(20)
+        assert [name for name in at_exit() if name.startswith(("thread/", "process/"))] == []
 
 
 def bye(number):

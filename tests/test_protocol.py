@@ -6,7 +6,17 @@ import pytest
 
 from flaskd import errors
 from flaskd.control.replies import STATUSES
-from flaskd.protocol import EXIT_CODES, Discard, as_text, damage, record_lines, runtime_directories, step_line, summary
+from flaskd.protocol import (
+    EXIT_CODES,
+    Discard,
+    account_lines,
+    as_text,
+    damage,
+    record_lines,
+    runtime_directories,
+    step_line,
+    summary,
+)
 
 ERRORS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.FlaskdError)]
 
@@ -133,3 +143,21 @@ def test_what_can_be_shown_is_a_record():
     for record in (WHOLE, {"reason": "x"}):
         assert damage(record) == ""
         assert record_lines(record)[0] == f"reason: {record['reason']}"
+
+
+def test_what_was_not_finished_is_named_in_record_and_account():
+    """A stop that cut what the app had left to its end says so to who asks for the last stop, and to who waits."""
+    left = [{"name": "thread/mailer\x1b", "stack": "where it was"}]
+    record = {"reason": "signal: SIGTERM", "unfinished": left}
+    assert damage(record) == ""
+    assert damage({"reason": "signal: SIGTERM", "unfinished": [{}]}) == 'unfinished: no "name"'
+    assert "not finished: thread/mailer?" in record_lines(record)
+    assert account_lines({"unfinished": left}) == ["not finished: thread/mailer?"]
+    assert summary(record)["unfinished"] == 1
+
+
+def test_what_a_record_had_no_room_for_is_counted():
+    """The number of requests that were cut is the whole one."""
+    record = {"reason": "signal: SIGTERM", "cut": [], "omitted": {"cut": 7000}}
+    assert summary(record)["cut"] == 7000
+    assert "requests: completed=0 rejected=0 cut=7000" in record_lines(record)

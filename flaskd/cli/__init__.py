@@ -20,22 +20,34 @@ from flaskd import __version__
 from flaskd.cli import show, talk
 from flaskd.cli.units import units
 from flaskd.client import ControlClient, find_socket, reading
-from flaskd.errors import EX_CONFIG, EX_LOST, EX_OK, EX_USAGE, ConfigError, FlaskdError, ForbiddenError, NoDaemonError
+from flaskd.errors import (
+    EX_CONFIG,
+    EX_LOST,
+    EX_OK,
+    EX_USAGE,
+    CannotCreateError,
+    ConfigError,
+    FlaskdError,
+    ForbiddenError,
+    NoDaemonError,
+)
 from flaskd.text import lines
 
 
 def main() -> int:
     """Run the command, and return the exit code."""
     show.write_all_there_is("backslashreplace")
-    return reported(lambda: cli.main(prog_name="flaskd", standalone_mode=False))
+    code = reported(lambda: cli.main(prog_name="flaskd", standalone_mode=False))
+    show.forsake_what_cannot_be_written()
+    return code
 
 
 def reported(run: Callable[[], object]) -> int:
-    """Run a verb and return the exit code; every fault is one clear line on standard error."""
+    """Run a verb and return the exit code; every fault is one clear line on standard error, if that can be written."""
     try:
         result = run()
     except click.UsageError as error:
-        error.show()
+        _complain(error.show)
         return EX_USAGE
     except click.exceptions.Exit as leaving:
         return leaving.exit_code
@@ -45,11 +57,23 @@ def reported(run: Callable[[], object]) -> int:
         # Whoever read our output has had enough; nothing more can be said there, at the exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EX_LOST
+    except OSError as error:
+        if not show.forsake_what_cannot_be_written():
+            raise
+        why = error.strerror
+        _complain(lambda: click.echo(f"flaskd: cannot write the answer: {why}", err=True))
+        return CannotCreateError.exit_code
     except FlaskdError as error:
-        for line in lines(str(error)):
-            click.echo(line if isinstance(error, ConfigError) else f"flaskd: {line}", err=True)
+        prefix = "" if isinstance(error, ConfigError) else "flaskd: "
+        said = "\n".join(f"{prefix}{line}" for line in lines(str(error)))
+        _complain(lambda: click.echo(said, err=True))
         return error.exit_code
     return result if isinstance(result, int) else 0
+
+
+def _complain(say: Callable[[], object]) -> None:
+    with contextlib.suppress(OSError):  # nobody can be told; the exit code tells
+        say()
 
 
 @click.group(

@@ -36,9 +36,25 @@ def say(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        # What is left in the buffer must not fail once more at the exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        forsake_what_cannot_be_written()
         raise CannotCreateError(f"cannot write the answer: {error.strerror}") from error
+
+
+def forsake_what_cannot_be_written() -> bool:
+    """Let what is left in a standard stream's buffer go nowhere, where it cannot go where it should.
+
+    It would fail once more at the exit, whose code would then be 120 (Py_FinalizeEx). Whether there was any.
+    """
+    forsaken = False
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            forsaken = True
+        except (ValueError, AttributeError):  # closed, or never there
+            pass
+    return forsaken
 
 
 def write_all_there_is(errors: str) -> None:

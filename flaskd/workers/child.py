@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from flaskd.thread import ServerThread
 
 _ASKED = StopReason("control", "ServerProcess.stop()")
+_HURRIED = 1.0
+"""Seconds that the app's end has when somebody asks a second time."""
 _ALONE = StopReason("control", "the process that owns it is gone")
 
 
@@ -124,6 +126,7 @@ class Child:
             server = self._server
         if press:
             server.hurry()
+            self._ending.hurry(_HURRIED)  # which has begun, if the stop is over
         else:
             self._asked.put((reason, timeout))
 

@@ -229,6 +229,8 @@ def test_no_daemon_there(flaskd: Flaskd) -> None:
 def test_an_answer_that_cannot_be_written(flaskd: Flaskd) -> None:
     """Where the disk is full, that is said in one line, and it is no success; closed streams are no fault at all."""
     flaskd.start()
+    for name in [name for name in flaskd.env if name.startswith("PYTHON")]:
+        del flaskd.env[name]
 
     def run(line: str) -> tuple[int, str]:
         done = subprocess.run(
@@ -237,12 +239,27 @@ def test_an_answer_that_cannot_be_written(flaskd: Flaskd) -> None:
         )  # fmt: skip
         return done.returncode, done.stderr
 
-    for verb in ("status", "config", "requests --json", "drain --wait", "resume", "top", "help", "check", "schema", ""):
+    for verb in (
+        "status",
+        "config",
+        "requests --json",
+        "drain --wait",
+        "resume",
+        "top",
+        "help",
+        "check",
+        "schema",
+        "",
+        "--help",
+        "--version",
+    ):
         said = run(f"exec $0 -m flaskd {verb} >/dev/full")
         assert said[0] == 73, verb
         assert said[1].endswith("flaskd: cannot write the answer: No space left on device\n"), verb
         assert "Traceback" not in said[1]
         assert run(f"exec $0 -m flaskd {verb} <&- >&- 2>&-") == (0, ""), verb
+    for verb, code in {"drian": 64, "check nowhere.yaml": 78, "status --socket nowhere": 69}.items():
+        assert run(f"exec $0 -m flaskd {verb} 2>/dev/full")[0] == code, verb
     assert flaskd.stop() == 0
 
 

@@ -255,7 +255,10 @@ def files(flaskd: Flaskd, name: str) -> dict[str, bytes]:
 
 
 def test_a_full_disk_costs_the_record_and_the_cache(kept: Flaskd) -> None:
-    """Nothing can be written any more: the stop is clean and in time, says what is lost, and the old files are whole."""
+    """Nothing can be written any more: the stop is clean and in time, says what is lost, and the old files are whole.
+
+    The mark stays, for who reads the old record.
+    """
     flaskd = kept
     flaskd.write("full.sh", FULL)
     flaskd.start(app="filled", prefix=["unshare", "-m", "sh", "full.sh"])
@@ -267,7 +270,10 @@ def test_a_full_disk_costs_the_record_and_the_cache(kept: Flaskd) -> None:
     assert "cleanup persist/keep: failed" in flaskd.log
     assert f"cannot write {flaskd.state}/cache.bin: No space left on device" in flaskd.log
     assert f"cannot record this stop in {flaskd.state}/last-stop.json: No space left on device" in flaskd.log
-    assert files(flaskd, "result") == files(flaskd, "kept")
+    found = files(flaskd, "result")
+    mark = json.loads(found.pop("running.json"))
+    assert mark["unrecorded"] == "No space left on device"
+    assert found == files(flaskd, "kept")
 
 
 READ_ONLY = """

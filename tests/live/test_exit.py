@@ -89,7 +89,7 @@ def unfinished(flaskd: Flaskd) -> list[str]:
 
 def test_what_was_accepted_is_finished(flaskd: Flaskd) -> None:
     """Queued jobs, threads that a request started, children and slow exit callbacks are done before the process ends."""
-    serve(flaskd, "/jobs/8", "/thread/1.5", "/child/2.0", "/callback/0.8", "/finalizer/0.0")
+    serve(flaskd, "/jobs/8", "/thread/3.0", "/child/1.0", "/callback/0.8", "/finalizer/0.0")
     assert flaskd.stop() == 0
     assert sorted(done(flaskd)) == sorted(["callback", "child", *(f"job {number}" for number in range(8)), "thread"])
     assert "finalizing" in flaskd.log
@@ -246,3 +246,14 @@ def test_the_end_of_a_program_is_its_own(flaskd: Flaskd) -> None:
     assert "the exit waits" not in flaskd.command("plan")
     assert flaskd.stop() == 0
     assert done(flaskd) == ["job 0", "job 1", "job 2", "the program", "callback"]
+
+
+def test_a_program_that_cannot_write_ends_with_its_own_code(flaskd: Flaskd) -> None:
+    """What flaskd could not log does not fail once more at the end of the program that called it."""
+    flaskd.write("program.py", "import flaskd\nfrom gateapp import app\n"
+                 "raise SystemExit(flaskd.serve(app, {'server': {'listen': '127.0.0.1:0'}}))\n")  # fmt: skip
+    env = {name: value for name, value in flaskd.env.items() if not name.startswith("PYTHON")}
+    with Path("/dev/full").open("wb") as full:
+        flaskd.process = subprocess.Popen([sys.executable, "program.py"], cwd=flaskd.directory, env=env, stderr=full)
+    flaskd.wait_message("READY=1")
+    assert flaskd.stop() == 0

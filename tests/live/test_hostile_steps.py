@@ -92,7 +92,7 @@ def stop_with(flaskd: Flaskd, hostile: str, **popen) -> dict:
         ("leave_interpreter", "failed", "SystemExit: 3"),
         ("interrupt", "failed", "KeyboardInterrupt"),
         ("interrupt_main", "ok", "close/hostile: ok"),
-        ("stray", "ok", "leaving without waiting for stray"),
+        ("stray", "ok", "cut at the exit: thread/stray"),
         ("steal_signals", TIMED_OUT, "time.sleep(60)"),
         ("deep", "failed", "RecursionError"),
     ],

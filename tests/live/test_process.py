@@ -366,3 +366,43 @@ def test_what_the_app_writes_goes_where_the_owner_writes(shop, capfd):
         pass
     assert "cleanup quiesce/mark: ok" in capfd.readouterr().err
     assert Path(shop / "mark").exists()
+
+
+EXITS = """
+import atexit, os, threading
+from flask import Flask
+
+app = Flask(__name__)
+wait = threading.Event().wait
+
+def work(seconds):
+    wait(seconds)
+    with open("done", "a") as file:
+        file.write("done\\n")
+
+@app.get("/thread/<float:seconds>")
+def thread(seconds):
+    threading.Thread(target=work, args=(seconds,), name="mailer").start()
+    return "accepted"
+"""
+
+
+def test_what_the_app_left_to_its_end_is_finished(tmp_path):
+    """A thread that a request started is waited for, and the account is clean."""
+    (tmp_path / "exits.py").write_text(EXITS)
+    with flaskd.ServerProcess("exits:app", chdir=tmp_path) as process:
+        urllib.request.urlopen(f"{process.url}thread/1.0", timeout=PATIENCE).close()
+        report = process.stop()
+    assert (tmp_path / "done").read_text() == "done\n"
+    assert (process.exitcode, report.clean) == (0, True)
+
+
+def test_what_the_app_left_to_its_end_is_cut_in_time(tmp_path):
+    """What takes longer than `shutdown.exit_wait` is in the account, which comes back whole; the exit code tells, too."""
+    (tmp_path / "exits.py").write_text(EXITS)
+    config = {"shutdown": {"exit_wait": "300ms", "exit_codes": {"degraded": 9}}}
+    with flaskd.ServerProcess("exits:app", chdir=tmp_path, config=config) as process:
+        urllib.request.urlopen(f"{process.url}thread/60.0", timeout=PATIENCE).close()
+        report = process.stop()
+    assert (process.exitcode, report.clean) == (9, False)
+    assert [each.name for each in report.unfinished] == ["thread/mailer"]
