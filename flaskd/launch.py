@@ -14,10 +14,11 @@ from typing import Any
 from flaskd import loading
 from flaskd.cleanup import Plan, Step
 from flaskd.config import AppConfig, Config, HealthConfig, ServerConfig
+from flaskd.descriptors import open_files_limit
 from flaskd.errors import AppError, ConfigError, FlaskdError, UnsupportedError
 from flaskd.loading import LoadedApp
 from flaskd.server import WaitressThread, adjustments
-from flaskd.sockets import Address, Listener, inherited, open_files_limit
+from flaskd.sockets import Address, Listener, inherited
 from flaskd.store import Store, stored
 
 log = logging.getLogger("flaskd.launch")
@@ -161,7 +162,7 @@ def _use_up(steps: Iterable[Step], state: Path | None) -> None:
 def make_server(
     server: ServerConfig, app: LoadedApp, listeners: list[Listener], *, on_death: Callable[[BaseException | None], None]
 ) -> WaitressThread:
-    """A server for the app on bound listeners, not started yet; RLIMIT_NOFILE is raised for its connections."""
+    """A server for the app on bound listeners, not started yet; RLIMIT_NOFILE is raised when they need it."""
     return WaitressThread(
         app.wsgi,
         threads=server.threads,

@@ -13,7 +13,21 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "flaskd"
 
 LAYERS = [
-    {"errors", "units", "forks", "logs", "notify", "sockets", "init", "prelude", "leave", "files", "work", "journal"},
+    {
+        "errors",
+        "units",
+        "forks",
+        "descriptors",
+        "logs",
+        "notify",
+        "sockets",
+        "init",
+        "prelude",
+        "leave",
+        "files",
+        "work",
+        "journal",
+    },
     {"config", "lifecycle", "ledger", "loading", "protocol", "runtime", "signals", "verbs", "store", "unitfiles"},
     {"server", "cleanup", "client"},
     {"drain", "launch", "state", "stop", "outlook", "inquiry", "admin", "service"},
