@@ -16,6 +16,7 @@ from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from flaskd.errors import AppError, ConfigError
+from flaskd.forks import AppCode
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -64,7 +65,8 @@ def load_app(target: str) -> LoadedApp:
     module = _import(prepare_import(path), target)
     recording = _Recording(module)
     try:
-        found = recording.find(name) if name else _wrapped_app(module) or find_best_app(module)
+        with AppCode():
+            found = recording.find(name) if name else _wrapped_app(module) or find_best_app(module)
     except NoAppException as error:
         found = recording.returned if name else _wsgi_by_name(module)
         if found is None:
@@ -82,7 +84,8 @@ def make_app(make: Callable[[], WSGIApp]) -> WSGIApp:
 
     target = getattr(make, "__qualname__", "the app")
     try:
-        return make()
+        with AppCode():
+            return make()
     except NoAppException as error:
         raise ConfigError(f"cannot load {target}: {_sentence(error)}") from None
     except Exception as error:
@@ -113,7 +116,8 @@ def _split(target: str) -> tuple[str, str]:
 
 def _import(name: str, target: str) -> ModuleType:
     try:
-        return importlib.import_module(name)
+        with AppCode():
+            return importlib.import_module(name)
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if name == missing or name.startswith(f"{missing}."):

@@ -11,6 +11,7 @@ from flaskd.cleanup.actions import ACTIONS, Action
 from flaskd.cleanup.live import loaded
 from flaskd.config import CleanupConfig, Phase
 from flaskd.errors import ConfigError, FlaskdError
+from flaskd.forks import AppCode
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -164,7 +165,8 @@ class Plan:
             if step.action.prepare is None:
                 continue
             try:
-                step.action.prepare(step.fields)
+                with AppCode():
+                    step.action.prepare(step.fields)
             except Exception as fault:  # noqa: BLE001 - code of the user runs here
                 faults.append(f"cleanup.policies.{step.name}: {fault}")
         if faults:
@@ -177,7 +179,8 @@ class Plan:
             if step.action.restore is None:
                 continue
             try:
-                words, done = step.action.restore(app, state, step.fields), True
+                with AppCode():
+                    words, done = step.action.restore(app, state, step.fields), True
             except FlaskdError as error:
                 words, done = str(error), False
             except Exception as error:  # noqa: BLE001 - an action of another package: the app starts without it

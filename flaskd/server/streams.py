@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from flaskd.forks import AppCode
 from flaskd.server.tasks import STREAM_TYPES
 
 STREAM_GRACE = 1.0
@@ -30,23 +31,29 @@ class EndingStreams:
             endless = any(name.lower() == "content-type" and value.startswith(STREAM_TYPES) for name, value in headers)
             return start_response(status, headers, *more)
 
-        return _Parts(self._app(environ, started), lambda: endless and self._over())
+        with AppCode() as code:
+            parts = self._app(environ, started)
+        return _Parts(parts, lambda: endless and self._over(), code)
 
 
 class _Parts:
     """What an app returned, until it is over."""
 
-    def __init__(self, parts: Iterable[bytes], over: Callable[[], bool]) -> None:
+    def __init__(self, parts: Iterable[bytes], over: Callable[[], bool], code: AppCode) -> None:
         self._parts = parts
         self._over = over
+        self._code = code
 
     def __iter__(self) -> Iterator[bytes]:
-        for part in self._parts:
-            yield part
-            if self._over():
-                return
+        with self._code:
+            for part in self._parts:
+                self._code.check()
+                yield part
+                if self._over():
+                    return
 
     def close(self) -> None:
         """Close it as the server should (PEP 3333), though it may not have been begun."""
         if hasattr(self._parts, "close"):
-            self._parts.close()
+            with self._code:
+                self._parts.close()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from waitress.channel import ClientDisconnected
 from waitress.task import ErrorTask, Task, WSGITask
 
+from flaskd.forks import AppCode
 from flaskd.sockets import unread
 
 if TYPE_CHECKING:
@@ -75,12 +76,14 @@ class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
 class AppTask(Recorded, WSGITask):  # type: ignore[misc]
     """Runs the app for one request."""
 
+    _app_code: AppCode
     _is_noted = False
 
     def execute(self) -> None:
         """Run the app; whatever it raises becomes an Exception, because waitress loses the channel on anything else."""
         try:
-            super().execute()
+            with AppCode() as self._app_code:
+                super().execute()
         except Exception:
             raise
         except BaseException as error:
@@ -107,12 +110,14 @@ class AppTask(Recorded, WSGITask):  # type: ignore[misc]
     def run(self, environ: dict[str, Any], start_response: Any) -> Any:
         """Call the app. A stream that it began is known from here on, though its first event may be long in coming."""
         parts = self.channel.server.app(environ, start_response)
+        self._app_code.check()
         if self._is_stream():
             self._note_stream()
         return parts
 
     def write(self, data: bytes) -> None:
         """Write a part of the response; here even an app that is itself a generator has said what it sends."""
+        self._app_code.check()
         first = not self.wrote_header
         super().write(data)
         if first and not self._is_noted and self._is_stream():

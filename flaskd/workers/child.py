@@ -13,9 +13,10 @@ import time
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from flaskd.errors import EX_OK, AppError, FlaskdError
-from flaskd.forks import forgotten_by_children
+from flaskd.forks import AppCode, forgotten_by_children
 from flaskd.leave import leave
 from flaskd.lifecycle import StopReason
+from flaskd.prelude import undo_inherited
 from flaskd.signals import Escalation, SignalWatch
 
 if TYPE_CHECKING:
@@ -43,17 +44,20 @@ class Child:
             stack.enter_context(forgotten_by_children(self._forget))
             signals = stack.enter_context(SignalWatch(self._on_signal))
             threading.Thread(target=self._listen, name="flaskd-owner", daemon=True).start()
-            try:
-                server, config = self._start(orders, stack)
-            except FlaskdError as error:
-                self._say({"failed": _whole(error), "exit_code": error.exit_code})
-                return error.exit_code
-            signals.reclaim()
-            self._say({"url": server.url, "deadline": config.shutdown.deadline})
-            reason, timeout = self._asked.get()
-            report = server.stop(timeout, reason=reason)
-            self._say({"report": report.as_json(), "policies": server.policies})
-            return EX_OK if report.clean else config.shutdown.exit_codes.degraded
+            with AppCode() as code:  # a child that the app forked in this thread says and stops nothing
+                try:
+                    server, config = self._start(orders, stack)
+                except FlaskdError as error:
+                    self._say({"failed": _whole(error), "exit_code": error.exit_code})
+                    return error.exit_code
+                signals.reclaim()
+                self._say({"url": server.url, "deadline": config.shutdown.deadline})
+                reason, timeout = self._asked.get()
+                code.check()
+                report = server.stop(timeout, reason=reason)
+                self._say({"report": report.as_json(), "policies": server.policies})
+                return EX_OK if report.clean else config.shutdown.exit_codes.degraded
+        raise AssertionError  # the stack suppresses nothing
 
     def _start(self, orders: dict[str, Any], stack: contextlib.ExitStack) -> tuple[ServerThread, Config]:
         # Imported here, so that a signal and the owner's end are heeded meanwhile.
@@ -83,6 +87,7 @@ class Child:
         for pipe in (self._orders, self._words):
             os.dup2(nothing, pipe.fileno(), inheritable=False)
         os.close(nothing)
+        self._asked.put((_ALONE, None))  # a signal handler of the app that forked comes back to who waits for this
 
     def _listen(self) -> None:
         """Hear what the owner says, in a thread; the end of its pipe is the owner's own end."""
@@ -122,6 +127,7 @@ def _whole(error: FlaskdError) -> str:
 
 def main() -> None:
     """Run as a process of its own; the pipes are the last two words of the command line."""
+    undo_inherited()
     orders, words = (_opened(name) for name in sys.argv[2:4])
     child = Child(os.fdopen(orders, "rb"), os.fdopen(words, "wb"))
     leave(child.run())

@@ -57,10 +57,10 @@ def test_the_second_and_the_third_signal(flaskd: Flaskd) -> None:
     flaskd.hold()
     os.kill(first, signal.SIGTERM)
     flaskd.wait_message("STOPPING=1")
-    time.sleep(0.06)  # closer together they would count as one
+    time.sleep(0.3)  # closer together they would count as one
     os.kill(first, signal.SIGTERM)
     flaskd.until(lambda: "cut GET /hold" in flaskd.log)
-    time.sleep(0.06)
+    time.sleep(0.3)
     os.kill(first, signal.SIGTERM)
     assert flaskd.wait() == 128 + signal.SIGTERM
     (flaskd.state / "running.json").unlink()  # the next start is to know that this one did not end well
