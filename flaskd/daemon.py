@@ -113,7 +113,7 @@ class Daemon:
         self._notifier = Notifier(environ)
         self._service = Service(self._notifier, environ, self._inbox.put)
         self._logs = logs.Logs()
-        self._signals = SignalWatch(self._on_signal)
+        self._signals = SignalWatch(self._on_signal, wake=lambda: self._inbox.put(lambda: None))
         self._state_directory = StateDirectory(name, environ)
         self._interruptible = False
         self._starting = threading.Lock()

@@ -10,10 +10,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import select
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -39,11 +37,14 @@ class SignalWatch:
     """While open, the signals that ask for something call `receive(number)` in a thread of their own; main thread only.
 
     Those are SIGTERM, SIGINT, SIGHUP, and SIGQUIT where the app has no handler of its own for it. To SIGUSR1, SIGUSR2,
-    SIGTTIN and SIGTTOU it is only said that they do nothing. Leaving puts back what was there before.
+    SIGTTIN and SIGTTOU it is only said that they do nothing. At one that the app handles `wake` is called, which is to
+    wake the main thread: Python runs the handler there, and the kernel may have interrupted another thread. Leaving
+    puts back what was there before.
     """
 
-    def __init__(self, receive: Callable[[int], None]) -> None:
+    def __init__(self, receive: Callable[[int], None], wake: Callable[[], None]) -> None:
         self._receive = receive
+        self._wake = wake
         self._before: dict[int, Any] = {}
         self._wakeup_before = -1
         self._thread = threading.Thread(target=self._listen, name="flaskd-signals", daemon=True)
@@ -83,7 +84,6 @@ class SignalWatch:
         for number, before in self._before.items():
             if number in ALWAYS or signal.getsignal(number) == self._handler:
                 signal.signal(number, plain(number, before))
-        self.terminal.close()
         self._reader.close()
         self._writer.close()
 
@@ -99,7 +99,6 @@ class SignalWatch:
         if self._thread is not threading.current_thread():
             self._thread.join()
         self._reader.close()
-        self.terminal.close()
 
     def reclaim(self) -> None:
         """Take SIGTERM, SIGINT and SIGHUP back from the app's code, or a C library of it, and say so.
@@ -107,6 +106,7 @@ class SignalWatch:
         What C code has put in the place of a handler Python does not see: the handlers are installed again without
         asking. The kernel tells whether one was there at all (SigCgt: proc_pid_status(5)).
         """
+        self.terminal.look()
         caught = _caught()
         for number in ALWAYS & self._before.keys():
             name = signal.Signals(number).name
@@ -126,10 +126,7 @@ class SignalWatch:
         if hasattr(signal, "pthread_sigmask"):
             # The app may block signals in its threads: here they arrive all the same (signal(7), "Signal mask").
             signal.pthread_sigmask(signal.SIG_UNBLOCK, OURS)
-        while True:
-            self.terminal.wait_with(self._reader)
-            if not (numbers := self._reader.recv(64)):
-                return
+        while numbers := self._reader.recv(64):
             for number in numbers:
                 try:
                     self._heed(number)
@@ -141,7 +138,7 @@ class SignalWatch:
         if number == 0 or number in ALWAYS:
             self._receive(number)
         elif number not in self._before or signal.getsignal(number) != self._handler:
-            return
+            self._wake()
         elif number in STOP:
             self._receive(number)
         elif number in NOTED:
@@ -185,60 +182,43 @@ class Escalation:
 
 
 class Terminal:
-    """The controlling terminal that there was at the start, to tell a hang-up from a request to reload."""
+    """Remembers whether there was a controlling terminal, and since when it is gone."""
 
-    _HANG_UP = 2.0
+    _HANG_UP = 1.0
     """Seconds after the loss of the terminal in which a SIGHUP tells of it: the kernel's, or that of the shell."""
 
     def __init__(self) -> None:
+        self._is_there = _terminal() is not None
         self._lost: float | None = None
-        self._fd = -1
-        if sys.platform == "linux":  # elsewhere there is no daemon, and poll(2) knows no terminals (macOS)
-            with contextlib.suppress(OSError):  # ENXIO without a controlling terminal: tty(4)
-                self._fd = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
+
+    def look(self) -> None:
+        """Note when it is lost; to be called about once a second."""
+        if self._is_there and _terminal() is None:
+            self._is_there, self._lost = False, time.monotonic()
 
     def hung_up(self) -> bool:
         """Whether a SIGHUP that has just come is a hang-up, which meant the end in 1979 and means it now.
 
-        Where the terminal was lost a while ago, and the process lived on (in the background, `disown`ed), it is not.
+        It is not where the terminal was lost a while ago, and the process lived on, in the background of its shell.
         """
-        if self._fd < 0:
-            return False
-        if self._lost is None and not _has_terminal():
-            self._lost = time.monotonic()
+        self.look()
         return self._lost is not None and time.monotonic() - self._lost < self._HANG_UP
 
-    def wait_with(self, sock: socket.socket) -> None:
-        """Wait until `sock` can be read, and see meanwhile when the terminal is lost (signal thread)."""
-        if self._fd < 0 or self._lost is not None:
-            return
-        poll = select.poll()
-        poll.register(sock, select.POLLIN)
-        poll.register(self._fd, 0)  # POLLHUP comes unasked: poll(2)
-        events = dict(poll.poll())
-        if self._fd in events:
-            self._lost = time.monotonic()
-
-    def keeps_us_in_the_background(self) -> bool:
-        """Whether the terminal is another job's at present."""
-        if self._fd < 0 or self._lost is not None:
-            return False
-        try:
-            return os.tcgetpgrp(self._fd) != os.getpgrp()
-        except OSError:
-            return False
-
-    def close(self) -> None:
-        """Close it, and see no more."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+    @staticmethod
+    def keeps_us_in_the_background() -> bool:
+        """Whether there is a terminal, and it is another job's at present."""
+        return _terminal() not in {None, os.getpgrp()}
 
 
-def _has_terminal() -> bool:
-    """Whether there is a controlling terminal; a process that had one, and has none, was hung up on."""
+def _terminal() -> int | None:
+    """The process group that the controlling terminal is given to at present; None where there is no terminal."""
     try:
-        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))  # ENXIO without a controlling terminal: tty(4)
-    except OSError:
-        return False
-    return True
+        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)  # ENXIO without a controlling terminal: tty(4)
+    except (OSError, AttributeError):  # the latter on Windows
+        return None
+    try:
+        return os.tcgetpgrp(terminal)
+    except OSError:  # hung up in this moment
+        return None
+    finally:
+        os.close(terminal)

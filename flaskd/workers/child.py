@@ -32,7 +32,7 @@ class Child:
 
     def __init__(self, orders: BinaryIO, words: BinaryIO) -> None:
         self._orders, self._words = orders, words
-        self._asked: queue.SimpleQueue[tuple[StopReason, float | None]] = queue.SimpleQueue()
+        self._asked: queue.SimpleQueue[tuple[StopReason, float | None] | None] = queue.SimpleQueue()
         self._escalation = Escalation()
         self._server: ServerThread | None = None
         self._lock = threading.Lock()
@@ -42,7 +42,7 @@ class Child:
         orders = json.loads(self._orders.readline())
         with contextlib.ExitStack() as stack:
             stack.enter_context(forgotten_by_children(self._forget))
-            signals = stack.enter_context(SignalWatch(self._on_signal))
+            signals = stack.enter_context(SignalWatch(self._on_signal, wake=lambda: self._asked.put(None)))
             threading.Thread(target=self._listen, name="flaskd-owner", daemon=True).start()
             with AppCode() as code:  # a child that the app forked in this thread says and stops nothing
                 try:
@@ -52,8 +52,9 @@ class Child:
                     return error.exit_code
                 signals.reclaim()
                 self._say({"url": server.url, "deadline": config.shutdown.deadline})
-                reason, timeout = self._asked.get()
-                code.check()
+                while (asked := self._asked.get()) is None:
+                    code.check()
+                reason, timeout = asked
                 report = server.stop(timeout, reason=reason)
                 self._say({"report": report.as_json(), "policies": server.policies})
                 return EX_OK if report.clean else config.shutdown.exit_codes.degraded
@@ -87,7 +88,7 @@ class Child:
         for pipe in (self._orders, self._words):
             os.dup2(nothing, pipe.fileno(), inheritable=False)
         os.close(nothing)
-        self._asked.put((_ALONE, None))  # a signal handler of the app that forked comes back to who waits for this
+        self._asked.put(None)  # a signal handler of the app that forked comes back to who waits for this
 
     def _listen(self) -> None:
         """Hear what the owner says, in a thread; the end of its pipe is the owner's own end."""
