@@ -18,7 +18,7 @@ ENDS = {
     "leaves": ("sys.exit()", 0),
     "leaves with a code": ("sys.exit(3)", 3),
     "leaves with words": ("sys.exit('that is all')", 1),
-    "fails": ("raise ValueError('in the child')", 1),
+    "fails": ("raise ValueError('lost its way')", 1),
     "is interrupted": ("os.kill(os.getpid(), signal.SIGINT); signal.pause()", -signal.SIGINT),
     "is terminated": ("os.kill(os.getpid(), signal.SIGTERM); signal.pause()", -signal.SIGTERM),
 }
@@ -125,7 +125,7 @@ def test_a_child_ends_as_it_would_without_flaskd(flaskd: Flaskd, place: str, end
     lives_on(flaskd, place)
     answered = place == "view" and end == "fails"  # by Flask, with a 500 that the child then does not send
     assert ends(flaskd) == [0 if answered else ENDS[end][1]]
-    assert ("in the child" in flaskd.log) is (end == "fails")
+    assert ("lost its way" in flaskd.log) is (end == "fails")
     assert ("that is all" in flaskd.log) is (end == "leaves with words")
 
 
