@@ -20,13 +20,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Protocol
 
-from flaskd import launch, loading, logs
+from flaskd import descriptors, launch, loading, logs
 from flaskd.admin import AdminServer, EndpointServer, Measures, configured_token, opened_by
 from flaskd.cleanup import Frame, Plan, StepResult, aside, build_plan, overview
 from flaskd.config import Config, Configuration, FileWatch, HealthConfig, load_again, write_duration
 from flaskd.drain import Drain
 from flaskd.errors import EX_OK, AppError, ConfigError, FlaskdError, NotNowError
-from flaskd.forks import forgotten_by_children
+from flaskd.forks import AppCode, end_child, forgotten_by_children
 from flaskd.inquiry import Inquiry
 from flaskd.leave import Ending, Unfinished, at_exit
 from flaskd.ledger import DrainReport
@@ -38,7 +38,7 @@ from flaskd.patching import patching_refused
 from flaskd.protocol import Discard, Reply, account_lines, summary
 from flaskd.server import Tally, WaitressThread
 from flaskd.service import Service
-from flaskd.signals import Escalation, SignalWatch, Terminal
+from flaskd.signals import Escalation, SignalWatch
 from flaskd.sockets import Address, Listener
 from flaskd.state import StateDirectory
 from flaskd.stop import CleanupThread, Stop
@@ -120,8 +120,7 @@ class Daemon:
         self._notifier = Notifier(environ)
         self._service = Service(self._notifier, environ, self._inbox.put)
         self._logs = logs.Logs()
-        self._signals = SignalWatch(self._on_signal)
-        self._terminal: Terminal
+        self._signals = SignalWatch(self._on_signal, wake=lambda: self._inbox.put(lambda: None))
         self._state_directory = StateDirectory(name, environ)
         self._interruptible = False
         self._starting = threading.Lock()
@@ -135,7 +134,7 @@ class Daemon:
         self._counted = (0, 0)  # completed and rejected, when the stop began
         self._stop_waiters: list[Reply] = []
         self._reload_waiters: list[Reply] = []
-        self._reload_again = False
+        self._reload_again = self._reload_when_ready = False
         self._reload_since = 0.0
         self._last_tick = 0.0
         self._failure: FlaskdError | None = None
@@ -336,24 +335,24 @@ class Daemon:
             stack.callback(self._end_watch)
             stack.callback(sys.setswitchinterval, sys.getswitchinterval())
             sys.setswitchinterval(_SWITCH)
-            try:
-                if self._ending is not None:
-                    self._ending.start()
-                self._start(stack)
-            except FlaskdError as error:
-                with self._starting:
-                    self._interruptible = False
-                self._lifecycle.handle(Event.START_FAILED)
-                return self._failed(error)
-            self._turn()
-            return self._finish()
+            with AppCode():  # a child that the app forked in this thread undoes nothing of what the stack holds
+                try:
+                    if self._ending is not None:
+                        self._ending.start()
+                    self._start(stack)
+                except FlaskdError as error:
+                    with self._starting:
+                        self._interruptible = False
+                    self._lifecycle.handle(Event.START_FAILED)
+                    return self._failed(error)
+                self._turn()
+                return self._finish()
         raise AssertionError  # the stack suppresses nothing
 
     def _start(self, stack: ExitStack) -> None:
         self.configuration = self._load()
         config = self.configuration.values
         self._apply_log(config)
-        self._terminal = Terminal()
         self._interruptible = True
         stack.enter_context(self._signals)
         self._service.starting()
@@ -434,6 +433,8 @@ class Daemon:
         log.info(f"ready: {self.app.target} on {', '.join(each.address.announced for each in self._listeners)}")
         self._outlook.look_around()
         self._service.ready(self._ready_status(), self._server, lambda: self.state)
+        if self._reload_when_ready:
+            self._on_reload(Discard(), time.monotonic())
 
     def _ready_status(self) -> str:
         return f"ready: {self.app.target} on {', '.join(str(each.address) for each in self._listeners)}"
@@ -457,7 +458,7 @@ class Daemon:
                 self._break_off_start("asked to stop")
             return
         name = signal.Signals(number).name
-        if number == getattr(signal, "SIGHUP", None) and not self._terminal.hung_up():
+        if number == getattr(signal, "SIGHUP", None) and not self._signals.terminal.hung_up():
             since = time.monotonic()
             self._inbox.put(lambda: self._on_reload(Discard(), since, signalled=True))
             return
@@ -506,6 +507,8 @@ class Daemon:
         self._state_directory.forget()
         for listener in (*self._listeners, *self._admin_listeners):
             listener.socket.close()  # the servers forget their own; these may not have one yet
+        self._notifier.forget()
+        self._inbox.put(end_child)  # a signal handler of the app that forked comes back into the main loop
 
     def _remove_nodes(self) -> None:
         self._plane.remove_nodes()
@@ -522,8 +525,11 @@ class Daemon:
     def _turn(self) -> None:
         while self.state is not State.STOPPED:
             busy = self.state in {State.DRAINING, State.STOPPING}
-            with contextlib.suppress(queue.Empty):
-                self._carry_out(self._inbox.get(timeout=self._until_tick() if busy else None))
+            try:
+                self._carry_out(self._inbox.get(timeout=self._until_tick() if busy else _TICK))
+            except queue.Empty:
+                self._signals.reclaim()  # code in C may take a handler at any time
+                descriptors.adjust()
             if busy and not self._until_tick():
                 self._carry_out(self._tick)
 
@@ -664,6 +670,10 @@ class Daemon:
     def _on_reload(self, reply: Reply, since: float, *, signalled: bool = False) -> None:
         """Begin a reload; under Type=notify-reload the manager waits for an answer to each SIGHUP."""
         before = self.state
+        if signalled and before is State.STARTING:
+            self._reload_when_ready = True
+            log.info("SIGHUP: the configuration is read again when flaskd is ready")
+            return
         try:
             self._lifecycle.handle(Event.RELOAD)
         except NotNowError as error:

@@ -1,24 +1,32 @@
-"""What a child that the app forks must not keep: flaskd's sockets and pipes, its lock, its ears for signals.
+"""What a child that the app forks must not keep, and how it ends where it comes back from the app's code.
 
-``subprocess`` closes all that by itself; ``os.fork`` and multiprocessing's fork method do not. A child that kept a
-listener would keep clients waiting on it, and one that kept the signals would stop the daemon when it is terminated.
+``subprocess`` closes flaskd's sockets and pipes, its lock and its ears for signals by itself; ``os.fork``, ``pty.fork``
+and multiprocessing's fork method do not. A child that kept a listener would keep clients waiting on it, and one that
+kept the signals would stop the daemon when it is terminated. A child that came back into flaskd's code would be a
+second daemon: it would answer requests twice, and remove the nodes of the first one.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import NoReturn, Self
 
 _in_child: list[Callable[[], None]] = []
 _mask = threading.local()
+_EVERY = signal.valid_signals()
 
 
 def _hold_signals() -> None:
     """Before the fork: a signal that comes to the child before it has forgotten us would still be heard by us."""
-    _mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+    _mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, _EVERY)
 
 
 def _release_signals() -> None:
@@ -27,10 +35,12 @@ def _release_signals() -> None:
 
 def _forget() -> None:
     """Run in the child, in the only thread it has."""
-    while _in_child:
-        with contextlib.suppress(OSError, ValueError):
-            _in_child.pop()()
-    _release_signals()
+    try:
+        while _in_child:
+            with contextlib.suppress(OSError, ValueError):
+                _in_child.pop()()
+    finally:
+        _release_signals()
 
 
 if hasattr(os, "register_at_fork"):
@@ -46,3 +56,61 @@ def forgotten_by_children(forget: Callable[[], None]) -> Iterator[None]:
     finally:
         with contextlib.suppress(ValueError):
             _in_child.remove(forget)
+
+
+class AppCode:
+    """A context in which code of the app runs: a child that is forked there ends where it would leave the context.
+
+    It ends as it would without flaskd: by the exception that comes out of the app's code, with the exit code of
+    SystemExit, else with 0. Its exit callbacks run, and nothing of flaskd's does.
+    """
+
+    __slots__ = ("_pid",)
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: TracebackType | None) -> None:
+        if os.getpid() != self._pid:
+            end_child(error)
+
+    def check(self) -> None:
+        """End the process if it is such a child: for code of flaskd's that the app calls, or that runs in between."""
+        if os.getpid() != self._pid:
+            end_child()
+
+
+def end_child(error: BaseException | None = None) -> NoReturn:
+    """End a forked child as the interpreter ends: last words, the threads it started, exit callbacks, its streams."""
+    code, words = _outcome(error)
+    try:
+        if words:
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # gone, closed, or never there
+                sys.stderr.write(words)
+        threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001 - as Py_FinalizeEx, in this order
+        atexit._run_exitfuncs()  # noqa: SLF001 - as multiprocessing does it in its children
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        if isinstance(error, KeyboardInterrupt):  # who waits for it is to see that it was interrupted
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        os._exit(code)
+
+
+def _outcome(error: BaseException | None) -> tuple[int, str]:
+    """The exit code of what came out of the app's code, and what is to be said of it (sys.exit, sys.excepthook)."""
+    if isinstance(error, SystemExit):
+        if error.code is None or isinstance(error.code, int):
+            return (error.code or 0) & 0xFF, ""
+        return 1, f"{error.code}\n"
+    if error is not None:
+        return 1, "".join(traceback.format_exception(error))
+    return 0, (
+        f"flaskd: the child {os.getpid()} that the app forked came back from the app's code, and ends here: it is not "
+        "the daemon; end it with os._exit or sys.exit\n"
+    )

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from flaskd.errors import FlaskdError
+from flaskd.forks import AppCode
 from flaskd.protocol import Reply
 
 log = logging.getLogger("flaskd.inquiry")
@@ -45,7 +46,8 @@ class Inquiry(Generic[T]):
                     self._busy = False
                     return
             try:
-                found = self._find()
+                with AppCode():
+                    found = self._find()
                 while waiting:
                     reply, tell = waiting[0]
                     tell(reply, found)

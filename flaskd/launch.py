@@ -14,11 +14,12 @@ from typing import Any
 from flaskd import loading
 from flaskd.cleanup import Plan, Step
 from flaskd.config import AppConfig, Config, HealthConfig, ServerConfig
+from flaskd.descriptors import open_files_limit
 from flaskd.errors import AppError, ConfigError, FlaskdError, UnsupportedError
 from flaskd.loading import LoadedApp
 from flaskd.patching import check_unpatched
 from flaskd.server import BehindProxies, WaitressThread, adjustments, missed_by_proxy_fix
-from flaskd.sockets import Address, Listener, inherited, open_files_limit, passed_to_another
+from flaskd.sockets import Address, Listener, inherited, passed_to_another
 from flaskd.store import Store, stored
 
 log = logging.getLogger("flaskd.launch")
@@ -173,7 +174,7 @@ def _use_up(steps: Iterable[Step], state: Path | None) -> None:
 def make_server(
     server: ServerConfig, app: LoadedApp, listeners: list[Listener], *, on_death: Callable[[BaseException | None], None]
 ) -> WaitressThread:
-    """A server for the app on bound listeners, not started yet; RLIMIT_NOFILE is raised for its connections.
+    """A server for the app on bound listeners, not started yet; RLIMIT_NOFILE is raised when they need it.
 
     Raises ConfigError where what was imported since the app has replaced threads and sockets.
     """

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from flaskd.choice import Named, NoAppError, Unnamed, why_not
 from flaskd.errors import AppError, ConfigError
+from flaskd.forks import AppCode
 from flaskd.objects import attributes_of
 from flaskd.patching import PatchingError, check_unpatched
 from flaskd.text import escaped, text_of, traceback_of
@@ -86,7 +87,8 @@ def load_app(target: str) -> LoadedApp:
     place = prepare_import(path)
     module = _import(place, target)
     try:
-        found = Named(module, place, name).find() if name else Unnamed(module, place).find()
+        with AppCode():
+            found = Named(module, place, name).find() if name else Unnamed(module, place).find()
     except (NoAppException, NoAppError) as error:
         raise ConfigError(f"cannot load {target}: {_sentence(error)}") from None
     except PatchingError:
@@ -115,7 +117,8 @@ def make_app(make: Callable[[], WSGIApp]) -> WSGIApp:
 
     target = getattr(make, "__qualname__", "the app")
     try:
-        return make()
+        with AppCode():
+            return make()
     except NoAppException as error:
         raise ConfigError(f"cannot load {target}: {_sentence(error)}") from None
     except PatchingError:
@@ -157,7 +160,8 @@ def _split(target: str) -> tuple[str, str]:
 
 def _import(name: str, target: str) -> ModuleType:
     try:
-        return importlib.import_module(name)
+        with AppCode():
+            return importlib.import_module(name)
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if name == missing or name.startswith(f"{missing}."):

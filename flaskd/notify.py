@@ -76,6 +76,11 @@ class Notifier:
             self._connection.socket.close()
         self._connection = None
 
+    def forget(self) -> None:
+        """In a forked child: tell nobody anything; it is not the service."""
+        self.address = ""
+        self.close()
+
     def _send(self, *lines: str, wait: bool = True, fd: int | None = None) -> bool:
         if self.address and lines:
             with self._lock:

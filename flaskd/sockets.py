@@ -330,20 +330,6 @@ def _answers(path: Path) -> bool:
         return True
 
 
-def open_files_limit(*, raised: bool = False) -> int:
-    """The soft RLIMIT_NOFILE, on request `raised` to the hard one before (setrlimit(2)); 512 where there is none."""
-    try:
-        import resource  # noqa: PLC0415 - not on Windows
-    except ImportError:
-        return 512
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if raised and soft != hard:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            soft = hard
-    return soft
-
-
 def closed_by_peer(sock: socket.socket | None) -> bool:
     """Whether the peer has closed its side and all that it sent was read; False where that cannot be looked at."""
     if sock is None or not hasattr(socket, "MSG_DONTWAIT"):

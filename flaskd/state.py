@@ -175,7 +175,8 @@ class StateDirectory:
         self.forget()
 
     def forget(self) -> None:
-        """Close the lock, and nothing else: in a forked child it is not ours."""
+        """Close the lock, and have no more to do with mark and record: in a forked child they are not ours."""
+        self._mark = self._record = None
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1

@@ -27,6 +27,7 @@ from flaskd.cleanup import (
 )
 from flaskd.config import CleanupConfig, ShutdownConfig
 from flaskd.errors import FlaskdError
+from flaskd.forks import AppCode
 from flaskd.leave import Unfinished, stacks_go_to
 from flaskd.ledger import Cut, DrainReport
 from flaskd.lifecycle import StopReason
@@ -59,7 +60,9 @@ class CleanupThread:
         self._thread = threading.Thread(target=self._wait, name="flaskd-cleanup", daemon=True)
 
     def _wait(self) -> None:
-        self._work.get()()
+        work = self._work.get()
+        with AppCode():
+            work()
 
     def start(self) -> None:
         """Start it."""

@@ -16,12 +16,13 @@ from typing import Any, Literal, Self
 
 from flaskd.cleanup import Plan, StepResult, Sweep, action_specs, build_plan, with_callbacks
 from flaskd.config import Config, ShutdownConfig, load, load_mapping
+from flaskd.descriptors import open_files_limit
 from flaskd.errors import FlaskdError
 from flaskd.ledger import DrainReport, InFlight
 from flaskd.lifecycle import StopReason
 from flaskd.loading import check_servable
 from flaskd.server import BehindProxies, WaitressThread, WerkzeugThread, adjustments
-from flaskd.sockets import Address, check_serving, open_files_limit
+from flaskd.sockets import Address, check_serving
 from flaskd.stop import CleanupThread, Stop, serving
 from flaskd.wsgi import find_flask
 

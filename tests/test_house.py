@@ -17,6 +17,7 @@ LAYERS = [
         "errors",
         "units",
         "forks",
+        "descriptors",
         "logs",
         "notify",
         "sockets",

@@ -1,7 +1,6 @@
 import contextlib
 import errno
 import os
-import resource
 import select
 import socket
 import stat
@@ -18,7 +17,6 @@ from flaskd.sockets import (
     closed_by_peer,
     each_closed_by_peer,
     inherited,
-    open_files_limit,
     passed_to_another,
 )
 
@@ -406,29 +404,6 @@ def test_a_node_that_cannot_be_removed_costs_a_warning(path, bound, monkeypatch,
     listener.close()
     assert listener.socket.fileno() == -1
     assert caplog.messages == [f"cannot remove {path}: Permission denied; remove it by hand"]
-
-
-def test_the_limit_of_open_files_is_raised():
-    """The soft limit becomes the hard one."""
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, before[0]), before[1]))
-        assert open_files_limit(raised=True) == before[1]
-        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
-        assert open_files_limit(raised=True) == before[1]
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
-
-
-def test_a_limit_that_cannot_be_raised_is_told_as_it_is(monkeypatch):
-    """Where the limit cannot be changed the present one is given."""
-
-    def refuse(*_):
-        raise ValueError("not allowed to raise maximum limit")
-
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 200))
-    monkeypatch.setattr(resource, "setrlimit", refuse)
-    assert open_files_limit(raised=True) == 100
 
 
 @pytest.mark.parametrize("poll", [True, False], ids=["poll", "no-poll"])

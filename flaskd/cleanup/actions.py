@@ -24,6 +24,7 @@ from flaskd.cleanup.logflush import FlushFields, flush_logs
 from flaskd.cleanup.removal import RemoveFields, remove_files
 from flaskd.cleanup.web import ConsulFields, WebhookFields, call_webhook, deregister, prepare_web
 from flaskd.config import ActionSpec, Phase, Section
+from flaskd.forks import AppCode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -128,7 +129,8 @@ def _live(
 def _brought(entry_point: EntryPoint) -> Action:
     """The action that another package brings; one that cannot be loaded becomes one with a fault."""
     try:
-        action = entry_point.load()
+        with AppCode():
+            action = entry_point.load()
         if not isinstance(action, Action):
             raise TypeError(f"expected a flaskd.cleanup.Action, got {type(action).__name__}")
     except (Exception, SystemExit) as error:  # noqa: BLE001 - code of others runs here

@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
+from flaskd.forks import AppCode
 from flaskd.text import escaped, traceback_of
 from flaskd.threads import AppThread
 
@@ -130,7 +131,8 @@ class Attempt:
         """Run the action. SystemExit and the like are faults of the step, and end nothing but it."""
         step = self.step
         try:
-            detail = step.action.run(self.context, step.fields)
+            with AppCode():
+                detail = step.action.run(self.context, step.fields)
         except StepTimedOutError as error:
             return Verdict(Fate.TIMED_OUT, str(error), trace=error.trace, cut=error.cut)
         except StepFailedError as error:

@@ -268,6 +268,8 @@ class _Child:
         """Why the exit of the program is a failure; empty when it is none."""
         code = self._process.returncode
         if self._stolen:
+            if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:  # wait(2): the kernel keeps none then
+                return "its exit code is not known: SIGCHLD is ignored in this process"
             return "its exit code is not known: something else in this process has reaped it"
         if code < 0:
             with suppress(ValueError):

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from types import FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
+from flaskd.forks import AppCode
 from flaskd.objects import attributes_of, bases, contents_of
 from flaskd.threads import waited_for
 
@@ -364,7 +365,8 @@ class Sweep:
 
     def _work(self) -> None:
         try:
-            self._found = discover(self._app)
+            with AppCode():
+                self._found = discover(self._app)
             self._then(self._found)
         except Exception:  # whatever the app has done to its objects, the stop can do without
             log.exception("cannot look for what the app holds")

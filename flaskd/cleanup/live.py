@@ -26,6 +26,7 @@ from flaskd.cleanup.attempt import stack_of
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
 from flaskd.cleanup.discovery import discover
 from flaskd.config import Duration, OneOrMany, Section
+from flaskd.forks import AppCode
 from flaskd.objects import contents_of
 from flaskd.threads import AppThread
 
@@ -86,7 +87,8 @@ def look_up(target: str) -> Any:
     """Import ``pkg.mod:attribute``; raises StepFailedError naming the target and what is wrong with it."""
     module, _, attribute = target.partition(":")
     try:
-        return operator.attrgetter(attribute)(importlib.import_module(module))
+        with AppCode():
+            return operator.attrgetter(attribute)(importlib.import_module(module))
     except (Exception, SystemExit) as error:
         raise StepFailedError(f'cannot import target "{target}": {type(error).__name__}: {error}') from error
 
@@ -150,7 +152,8 @@ class _Ending:
                 return
             self._at[place] = threading.current_thread()
             try:
-                outcome: str | BaseException | None = self._end(thing, self._context, self._fields)
+                with AppCode():
+                    outcome: str | BaseException | None = self._end(thing, self._context, self._fields)
             except BaseException as error:  # noqa: BLE001 - a driver may raise anything; it is the step's failure
                 outcome = error
             self._over.put((place, outcome))

@@ -10,6 +10,8 @@ import queue
 import threading
 from typing import TYPE_CHECKING
 
+from flaskd.forks import AppCode
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -56,6 +58,7 @@ def aside(call: Callable[[], None]) -> Outlet:
 
 def _make(call: Callable[[], None]) -> None:
     try:
-        call()
+        with AppCode():
+            call()
     except Exception:  # noqa: BLE001 - it is logged, which is all that can be done
         _log.exception("a call out of the cleanup failed")

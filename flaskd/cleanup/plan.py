@@ -11,6 +11,7 @@ from flaskd.cleanup.actions import ACTIONS, Action
 from flaskd.cleanup.live import loaded
 from flaskd.config import CleanupConfig, Phase
 from flaskd.errors import ConfigError, FlaskdError
+from flaskd.forks import AppCode
 from flaskd.text import Veil
 
 if TYPE_CHECKING:
@@ -167,7 +168,8 @@ class Plan:
             if step.action.prepare is None:
                 continue
             try:
-                step.action.prepare(step.fields)
+                with AppCode():
+                    step.action.prepare(step.fields)
             except Exception as fault:  # noqa: BLE001 - code of the user runs here
                 faults.append(f"cleanup.policies.{step.name}: {step.veil(str(fault))}")
         if faults:
@@ -180,7 +182,8 @@ class Plan:
             if step.action.restore is None:
                 continue
             try:
-                words, done = step.action.restore(app, state, step.fields), True
+                with AppCode():
+                    words, done = step.action.restore(app, state, step.fields), True
             except FlaskdError as error:
                 words, done = str(error), False
             except Exception as error:  # noqa: BLE001 - an action of another package: the app starts without it

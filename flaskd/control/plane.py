@@ -166,6 +166,7 @@ class ControlPlane:
             client.sock.close()
         for place in self._places:
             place.close()
+            place.node = None
         for listener in self._passed:
             listener.socket.close()
         self._directory.forget()

@@ -10,6 +10,7 @@ from waitress import wasyncore
 from waitress.adjustments import Adjustments
 from waitress.server import TcpWSGIServer
 
+from flaskd.descriptors import make_room
 from flaskd.server.channel import Channel
 from flaskd.sockets import Address, Listener
 
@@ -53,11 +54,14 @@ class Acceptor:
             try:
                 conn, addr = self.socket.accept()  # type: ignore[attr-defined]
             except OSError as error:
+                if error.errno == errno.EMFILE and make_room():
+                    continue
                 if error.errno in _NO_MORE:
                     self.loop.out_of_files(error)
                 elif not isinstance(error, BlockingIOError | ConnectionAbortedError):
                     log.warning(f"cannot accept a connection on {self.listener.address}: {error}")
                 return count
+            make_room(conn.fileno())
             try:
                 conn.setblocking(False)
                 self.set_socket_options(conn)  # type: ignore[attr-defined]

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from flaskd.forks import AppCode
+
 STREAM_TYPES = ("text/event-stream", "multipart/x-mixed-replace")
 """Responses without an end of their own, which may be ended between two parts. Any other chunked response is somebody's
 data, and ending it early with a proper last chunk would make half of it look whole."""
@@ -31,25 +33,31 @@ class EndingStreams:
             endless = any(name.lower() == "content-type" and value.startswith(STREAM_TYPES) for name, value in headers)
             return start_response(status, headers, *more)
 
-        return Parts(self._app(environ, started), lambda: endless and self._over())
+        with AppCode() as code:
+            parts = self._app(environ, started)
+        return Parts(parts, lambda: endless and self._over(), code)
 
 
 class Parts:
     """What an app returned, until it is over."""
 
-    def __init__(self, parts: Iterable[bytes], over: Callable[[], bool]) -> None:
+    def __init__(self, parts: Iterable[bytes], over: Callable[[], bool], code: AppCode) -> None:
         self._parts = parts
         self._over = over
+        self._code = code
 
     def __iter__(self) -> Iterator[bytes]:
         if self._over():
             return
-        for part in self._parts:
-            yield part
-            if self._over():
-                return
+        with self._code:
+            for part in self._parts:
+                self._code.check()
+                yield part
+                if self._over():
+                    return
 
     def close(self) -> None:
         """Close it as the server should (PEP 3333), though it may not have been begun."""
         if hasattr(self._parts, "close"):
-            self._parts.close()
+            with self._code:
+                self._parts.close()

@@ -11,6 +11,7 @@ from waitress.channel import ClientDisconnected
 from waitress.task import ErrorTask, Task, WSGITask
 from waitress.utilities import build_http_date
 
+from flaskd.forks import AppCode
 from flaskd.server.streams import STREAM_TYPES, Parts
 from flaskd.sockets import unread
 
@@ -146,12 +147,14 @@ class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
 class AppTask(Recorded, WSGITask):  # type: ignore[misc]
     """Runs the app for one request."""
 
+    _app_code: AppCode
     _is_noted = False
 
     def execute(self) -> None:
         """Run the app; whatever it raises becomes an Exception, because waitress loses the channel on anything else."""
         try:
-            super().execute()
+            with AppCode() as self._app_code:
+                super().execute()
         except Exception:
             raise
         except BaseException as error:
@@ -173,6 +176,7 @@ class AppTask(Recorded, WSGITask):  # type: ignore[misc]
     def run(self, environ: dict[str, Any], start_response: Any) -> Any:
         """Call the app. A stream that it began is known from here on, though its first event may be long in coming."""
         parts = self.channel.server.app(environ, start_response)
+        self._app_code.check()
         if self._is_stream():
             self._note_stream()
         if self.complete and self.sends_body:
@@ -180,7 +184,11 @@ class AppTask(Recorded, WSGITask):  # type: ignore[misc]
         if isinstance(parts, ReadOnlyFileBasedBuffer):  # waitress would send it whatever the header says
             return self._without_file(parts)
         # Where no body may follow, what has no known length is asked for nothing behind the header: it may be endless.
-        return parts if hasattr(parts, "__len__") else Parts(parts, lambda: self.wrote_header and not self.sends_body)
+        return (
+            parts
+            if hasattr(parts, "__len__")
+            else Parts(parts, lambda: self.wrote_header and not self.sends_body, self._app_code)
+        )
 
     def _without_file(self, file: Any) -> Any:
         """Send the header that the file would have had, and not the file, which is closed."""
@@ -190,10 +198,11 @@ class AppTask(Recorded, WSGITask):  # type: ignore[misc]
             self.content_length = size
         self.close_on_finish = self.close_on_finish or not self.has_body
         self.write(b"")
-        return Parts(file, lambda: True)
+        return Parts(file, lambda: True, self._app_code)
 
     def write(self, data: bytes) -> None:
         """Write a part of the response; here even an app that is itself a generator has said what it sends."""
+        self._app_code.check()
         first = not self.wrote_header
         super().write(data)
         if first and not self._is_noted and self._is_stream():

@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Self
 
+from flaskd.descriptors import open_files_limit
 from flaskd.errors import AppError, FlaskdError, NotNowError
 from flaskd.forks import forgotten_by_children
 from flaskd.ledger import Cut, DrainReport, InFlight
@@ -19,7 +20,7 @@ from flaskd.server.channel import stack_of
 from flaskd.server.loop import EventLoop
 from flaskd.server.settings import most_connections
 from flaskd.server.tally import Tally
-from flaskd.sockets import Address, Listener, open_files_limit
+from flaskd.sockets import Address, Listener
 from flaskd.work import left_behind
 
 log = logging.getLogger("flaskd.server")

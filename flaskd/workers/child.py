@@ -13,9 +13,10 @@ import time
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from flaskd.errors import EX_OK, AppError, FlaskdError
-from flaskd.forks import forgotten_by_children
+from flaskd.forks import AppCode, forgotten_by_children
 from flaskd.leave import Ending, Unfinished, leave
 from flaskd.lifecycle import StopReason
+from flaskd.prelude import undo_inherited
 from flaskd.signals import Escalation, SignalWatch
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Child:
 
     def __init__(self, orders: BinaryIO, words: BinaryIO, ending: Ending) -> None:
         self._orders, self._words = orders, words
-        self._asked: queue.SimpleQueue[tuple[StopReason, float | None]] = queue.SimpleQueue()
+        self._asked: queue.SimpleQueue[tuple[StopReason, float | None] | None] = queue.SimpleQueue()
         self._escalation = Escalation()
         self._server: ServerThread | None = None
         self._ending = ending
@@ -44,33 +45,37 @@ class Child:
         orders = json.loads(self._orders.readline())
         with contextlib.ExitStack() as stack:
             stack.enter_context(forgotten_by_children(self._forget))
-            signals = stack.enter_context(SignalWatch(self._on_signal))
+            signals = stack.enter_context(SignalWatch(self._on_signal, wake=lambda: self._asked.put(None)))
             threading.Thread(target=self._listen, name="flaskd-owner", daemon=True).start()
-            try:
-                server, config = self._start(orders, stack)
-            except FlaskdError as error:
-                self._say({"failed": _whole(error), "exit_code": error.exit_code})
-                return error.exit_code
-            signals.reclaim()
-            self._say({"url": server.url, "deadline": config.shutdown.deadline})
-            reason, timeout = self._asked.get()
-            report = server.stop(timeout, reason=reason)
-
-            def conclude(unfinished: tuple[Unfinished, ...]) -> int:
-                whole = report.with_unfinished(unfinished)
-                self._say({"report": whole.as_json(), "policies": server.policies})
-                return EX_OK if whole.clean else config.shutdown.exit_codes.degraded
-
-            def cut(unfinished: tuple[Unfinished, ...]) -> None:
+            with AppCode() as code:  # a child that the app forked in this thread says and stops nothing
                 try:
-                    code = conclude(unfinished)
-                finally:
-                    os._exit(code)
+                    server, config = self._start(orders, stack)
+                except FlaskdError as error:
+                    self._say({"failed": _whole(error), "exit_code": error.exit_code})
+                    return error.exit_code
+                signals.reclaim()
+                self._say({"url": server.url, "deadline": config.shutdown.deadline})
+                while (asked := self._asked.get()) is None:
+                    code.check()
+                reason, timeout = asked
+                report = server.stop(timeout, reason=reason)
 
-            self._ending.left = server.left_for_the_exit()
-            self._ending.run(meanwhile=lambda: None, cut=cut)
-            self._ending.late_code = config.shutdown.exit_codes.degraded
-            return conclude(())
+                def conclude(unfinished: tuple[Unfinished, ...]) -> int:
+                    whole = report.with_unfinished(unfinished)
+                    self._say({"report": whole.as_json(), "policies": server.policies})
+                    return EX_OK if whole.clean else config.shutdown.exit_codes.degraded
+
+                def cut(unfinished: tuple[Unfinished, ...]) -> None:
+                    try:
+                        code = conclude(unfinished)
+                    finally:
+                        os._exit(code)
+
+                self._ending.left = server.left_for_the_exit()
+                self._ending.run(meanwhile=lambda: None, cut=cut)
+                self._ending.late_code = config.shutdown.exit_codes.degraded
+                return conclude(())
+        raise AssertionError  # the stack suppresses nothing
 
     def _start(self, orders: dict[str, Any], stack: contextlib.ExitStack) -> tuple[ServerThread, Config]:
         # Imported here, so that a signal and the owner's end are heeded meanwhile.
@@ -103,6 +108,7 @@ class Child:
         for pipe in (self._orders, self._words):
             os.dup2(nothing, pipe.fileno(), inheritable=False)
         os.close(nothing)
+        self._asked.put(None)  # a signal handler of the app that forked comes back to who waits for this
 
     def _listen(self) -> None:
         """Hear what the owner says, in a thread; the end of its pipe is the owner's own end."""
@@ -143,6 +149,7 @@ def _whole(error: FlaskdError) -> str:
 
 def main() -> None:
     """Run as a process of its own; the pipes are the last two words of the command line."""
+    undo_inherited()
     orders, words = (_opened(name) for name in sys.argv[2:4])
     ending = Ending()
     ending.start()

@@ -322,11 +322,11 @@ class Flaskd:
 class Terminal:
     """flaskd on a pseudo-terminal of its own, as a shell would start it."""
 
-    def __init__(self, flaskd: Flaskd, *args: str, app: str = "gateapp") -> None:
+    def __init__(self, flaskd: Flaskd, *args: str, app: str = "gateapp", prefix: Sequence[str] = ()) -> None:
         self.flaskd = flaskd
         self.master, slave = pty.openpty()
         self.process = flaskd.process = subprocess.Popen(
-            [sys.executable, "-m", "flaskd", "serve", app, "-l", "127.0.0.1:0", *args],
+            [*prefix, sys.executable, "-m", "flaskd", "serve", app, "-l", "127.0.0.1:0", *args],
             cwd=flaskd.directory, env=flaskd.env, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
             preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
         )  # fmt: skip

@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from conftest import Flaskd, children, get, handles_sigterm
+from conftest import Flaskd, Terminal, children, get, handles_sigterm
 from test_hostile import _no_pid_namespace
 
 pytestmark = pytest.mark.skipif(bool(_no_pid_namespace()), reason=f"no PID namespace: {_no_pid_namespace()}")
@@ -57,10 +57,10 @@ def test_the_second_and_the_third_signal(flaskd: Flaskd) -> None:
     flaskd.hold()
     os.kill(first, signal.SIGTERM)
     flaskd.wait_message("STOPPING=1")
-    time.sleep(0.06)  # closer together they would count as one
+    time.sleep(0.3)  # closer together they would count as one
     os.kill(first, signal.SIGTERM)
     flaskd.until(lambda: "cut GET /hold" in flaskd.log)
-    time.sleep(0.06)
+    time.sleep(0.3)
     os.kill(first, signal.SIGTERM)
     assert flaskd.wait() == 128 + signal.SIGTERM
     (flaskd.state / "running.json").unlink()  # the next start is to know that this one did not end well
@@ -83,3 +83,37 @@ def test_children_of_commands_are_reaped(flaskd: Flaskd) -> None:
     (flaskd.directory / "go").write_text("x\n")
     assert flaskd.wait() == 0
     assert flaskd.record()["policies"]["orphans"]["fate"] == "ok"
+
+
+def test_every_signal_of_the_app_is_passed_on(flaskd: Flaskd) -> None:
+    """Also those that flaskd knows nothing of: which ones the app handles, PID 1 cannot know."""
+    flaskd.write("handling.py", "import signal\nfrom pathlib import Path\nfrom gateapp import app\n"
+                 "here = Path(__file__).parent\nfor each in (signal.SIGALRM, signal.SIGRTMAX, signal.SIGTTIN):\n"
+                 "    signal.signal(each, lambda number, _: here.joinpath(f'got-{number}').touch())\n")  # fmt: skip
+    flaskd.start(app="handling", prefix=AS_PID_1)
+    first = first_process(flaskd)
+    for number in (signal.SIGALRM, signal.SIGRTMAX, signal.SIGTTIN):
+        os.kill(first, number)
+        flaskd.until((flaskd.directory / f"got-{number:d}").exists)
+    os.kill(first, signal.SIGTERM)
+    assert flaskd.wait() == 0
+
+
+def test_a_ctrl_c_comes_once_however_slow_pid_1_is(flaskd: Flaskd) -> None:
+    """The terminal sends it to the daemon's process group alone: PID 1, stopped meanwhile, has none to pass on."""
+    terminal = Terminal(flaskd, prefix=AS_PID_1)
+    try:
+        flaskd.wait_message("READY=1")
+        first = first_process(flaskd)
+        held = flaskd.hold()
+        os.kill(first, signal.SIGSTOP)
+        terminal.type(b"\x03")
+        terminal.read_until(b"stopping (signal: SIGINT): 1 in flight")
+        time.sleep(0.3)  # not a wait for anything: what comes sooner would count as one with the first
+        os.kill(first, signal.SIGCONT)
+        flaskd.gate.open()
+        assert held.result() == (200, b"held")
+        assert flaskd.wait() == 0
+        assert flaskd.record()["cut"] == []
+    finally:
+        terminal.close()

@@ -182,7 +182,7 @@ def test_a_second_sigterm_cuts_it_short(shop):
             get(process, "/")
         except OSError:
             break
-    time.sleep(0.1)  # signals less than 50 ms apart count as one: that is how long it takes, not a wait for anything
+    time.sleep(0.3)  # signals less than 250 ms apart count as one: that is how long it takes, not a wait for anything
     process.terminate()
     process.join(PATIENCE)
     assert process.exitcode == 0

@@ -262,7 +262,10 @@ def test_serve_in_a_program(flaskd: Flaskd) -> None:
 
 
 def test_many_connections(flaskd: Flaskd) -> None:
-    """More than 1024 descriptors are no trouble: the loop polls, and the limit of open files is raised."""
+    """More than 1024 descriptors are no trouble: the loop polls, and the limit of open files is raised when it is needed.
+
+    What the app starts before that has the limit that flaskd was started with.
+    """
     import resource
 
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -272,8 +275,11 @@ def test_many_connections(flaskd: Flaskd) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     connections = []
     try:
-        flaskd.start()
+        flaskd.write("asking.py", "import subprocess\nfrom gateapp import app\n@app.get('/limit')\ndef limit():\n"
+                     "    return subprocess.run(['sh', '-c', 'ulimit -Sn'], capture_output=True).stdout\n")  # fmt: skip
+        flaskd.start(app="asking", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard)))
         url = flaskd.url
+        assert get(url, "/limit") == (200, b"256\n")
         host, _, port = url.removeprefix("http://").rstrip("/").partition(":")
         where = (host, int(port))
         connections.extend(socket.create_connection(where, timeout=PATIENCE) for _ in range(1500))
