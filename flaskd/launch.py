@@ -7,6 +7,7 @@ import os
 import select
 import socket
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from flaskd import loading
 from flaskd.cleanup import Plan, Step
 from flaskd.config import AppConfig, Config, HealthConfig, ServerConfig
-from flaskd.errors import AppError, ConfigError, FlaskdError, UnsupportedError
+from flaskd.errors import AppError, CannotCreateError, ConfigError, FlaskdError, UnsupportedError, shortage
 from flaskd.loading import LoadedApp
 from flaskd.server import WaitressThread, adjustments
 from flaskd.sockets import Address, Listener, inherited, open_files_limit
@@ -38,6 +39,16 @@ def check_system() -> None:
             f"cannot serve: the daemon needs Linux, and this is {sys.platform}; "
             "for development and tests, flaskd.ServerThread and flaskd.ServerProcess serve here, too"
         )
+
+
+def fault_of(error: BaseException) -> FlaskdError:
+    """What kept a start from its end, as it is told: one clear line, and a traceback only for what was not foreseen."""
+    if isinstance(error, FlaskdError):
+        return error
+    if (lack := shortage(error)) is not None:
+        return CannotCreateError(f"cannot start: {lack}")
+    text = "".join(traceback.format_exception(error))
+    return AppError(f"cannot start: {type(error).__name__} was raised in the main thread", text)
 
 
 def change_directory(app: AppConfig) -> None:

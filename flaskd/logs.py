@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 from flaskd.forks import forgotten_by_children
 from flaskd.journal import Journal, encode, field_name
+from flaskd.loggers import adopt
 
 _LAST_FLUSH = 1.0
 """Seconds that the last lines may take to be written."""
@@ -236,7 +237,7 @@ def in_journal(environ: Mapping[str, str]) -> bool:
     """Whether standard error is the journal: $JOURNAL_STREAM names its device and inode (systemd.exec(5))."""
     try:
         found = os.fstat(sys.stderr.fileno())
-    except (OSError, ValueError, AttributeError):
+    except Exception:  # noqa: BLE001 - the app may have put any object there
         return False
     return environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
@@ -255,6 +256,7 @@ class Logs:
         self._before = [(logger.level, logger.propagate) for logger in self._loggers]
         self._queue_level = _queue_log.level
         _queue_log.setLevel(logging.ERROR)
+        adopt()
         for logger in self._loggers:
             logger.addHandler(self._access if logger is access_log else self._daemon)
             logger.propagate = False
@@ -280,6 +282,7 @@ class Logs:
     @staticmethod
     def reclaim() -> None:
         """Switch our loggers on again after the app's own set-up: logging.config disables all that it does not name."""
+        adopt()
         for name, logger in logging.root.manager.loggerDict.items():
             if name.partition(".")[0] in {"flaskd", "waitress"} and isinstance(logger, logging.Logger):
                 logger.disabled = False
@@ -317,8 +320,15 @@ def _formatter(log_format: Format) -> logging.Formatter:
         return _Json()
     if log_format == "journal":
         return _Prefixed()
-    on_terminal = not _stderr_is_gone() and sys.stderr.isatty() and "NO_COLOR" not in os.environ
-    return _Text(colour=on_terminal)
+    return _Text(colour=_on_terminal() and "NO_COLOR" not in os.environ)
+
+
+def _on_terminal() -> bool:
+    """Whether standard error is a terminal; the app may have put any object there, also one that cannot say."""
+    try:
+        return not _stderr_is_gone() and bool(sys.stderr.isatty())
+    except Exception:  # noqa: BLE001 - see above
+        return False
 
 
 def log_access(access: Access, fields: Mapping[str, Any]) -> None:

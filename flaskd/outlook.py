@@ -21,7 +21,8 @@ class Outlook:
     """Kept while the daemon serves; a stop takes its `plan` and its `sweep`, and goes on by itself."""
 
     def __init__(self) -> None:
-        self._policies = Plan()
+        self.policies = Plan()
+        """Those of the configuration."""
         self._cleanup = Config.model_validate({}).cleanup
         self._app: Flask | None = None
         self._sweep: Sweep | None = None
@@ -29,17 +30,17 @@ class Outlook:
 
     def set(self, policies: Plan, cleanup: CleanupConfig, app: Flask | None) -> None:
         """Take over what a start or a reload has prepared."""
-        self._policies, self._cleanup, self._app = policies, cleanup, app
+        self.policies, self._cleanup, self._app = policies, cleanup, app
 
     @property
     def plan(self) -> Plan:
         """The policies, and what the app registered in code until now; without that where it cannot be planned."""
         try:
             timeout = self._cleanup.defaults.timeout
-            return with_callbacks(self._policies, self._app, timeout=timeout, told=self._told)
-        except Exception:  # whatever the app has registered, a stop goes on
+            return with_callbacks(self.policies, self._app, timeout=timeout, told=self._told)
+        except BaseException:  # whatever the app has registered, a stop goes on
             log.exception("cannot plan all of the cleanup: the policies alone are run")
-            return self._policies
+            return self.policies
 
     def look_around(self) -> None:
         """Find out what the app holds, beside the requests, and say so in the log."""
@@ -52,7 +53,7 @@ class Outlook:
 
     def _wanted(self, *modes: str) -> bool:
         """Whether anybody wants to know what the app holds: discovery in one of these modes, or a policy."""
-        return self._cleanup.discovery.mode in modes or any(each.takes for each in self._policies.steps)
+        return self._cleanup.discovery.mode in modes or any(each.takes for each in self.policies.steps)
 
     def steps(self, plan: Plan) -> list[dict[str, Any]]:
         """The steps of a plan, with those for what is known to be held; asks nobody."""

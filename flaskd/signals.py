@@ -41,13 +41,13 @@ class SignalWatch:
     def __enter__(self) -> Self:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
+        self._thread.start()  # first: where none can be had, nothing has changed
         self._wakeup_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in WATCHED:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup(1), and what a shell starts in the background
                 self._before[number] = signal.signal(number, _recorded)
         self._forgotten = forgotten_by_children(self._forget)
         self._forgotten.__enter__()
-        self._thread.start()
         return self
 
     def _forget(self) -> None:
@@ -88,6 +88,8 @@ class SignalWatch:
     def _listen(self) -> None:
         while numbers := self._reader.recv(64):
             for number in numbers:
+                if number and number not in WATCHED:  # one that the app handles: the descriptor tells of all
+                    continue
                 try:
                     self._receive(number)
                 except Exception:  # the next signal must be heard all the same

@@ -13,10 +13,24 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "flaskd"
 
 LAYERS = [
-    {"errors", "units", "forks", "logs", "notify", "sockets", "init", "prelude", "leave", "files", "work", "journal"},
+    {
+        "errors",
+        "units",
+        "forks",
+        "logs",
+        "notify",
+        "sockets",
+        "init",
+        "prelude",
+        "leave",
+        "files",
+        "work",
+        "journal",
+        "loggers",
+    },
     {"config", "lifecycle", "ledger", "loading", "protocol", "runtime", "signals", "verbs", "store", "unitfiles"},
     {"server", "cleanup", "client"},
-    {"drain", "launch", "state", "stop", "outlook", "inquiry", "admin", "service"},
+    {"drain", "launch", "state", "stop", "outlook", "inquiry", "admin", "service", "main_thread", "reload"},
     {"daemon", "thread"},
     {"control", "workers"},
     {"cli", "__init__", "__main__", "testing"},
@@ -28,6 +42,7 @@ WITHIN = {
     ("sockets", "errors"),
     ("logs", "forks"),
     ("logs", "journal"),
+    ("logs", "loggers"),
     ("admin", "stop"),  # a process that is not the daemon's is stopped like it
     ("config", "verbs"),  # it names them
     ("__main__", "cli"),

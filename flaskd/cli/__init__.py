@@ -18,7 +18,17 @@ from flaskd import __version__
 from flaskd.cli import show, talk
 from flaskd.cli.units import units
 from flaskd.client import ControlClient, find_socket
-from flaskd.errors import EX_CONFIG, EX_LOST, EX_OK, EX_USAGE, ConfigError, FlaskdError, ForbiddenError, NoDaemonError
+from flaskd.errors import (
+    EX_CONFIG,
+    EX_LOST,
+    EX_OK,
+    EX_USAGE,
+    ConfigError,
+    FlaskdError,
+    ForbiddenError,
+    NoDaemonError,
+    shortage,
+)
 from flaskd.leave import leave
 
 
@@ -47,6 +57,11 @@ def reported(run: Callable[[], object]) -> int:
         for line in str(error).splitlines():
             click.echo(line if isinstance(error, ConfigError) else f"flaskd: {line}", err=True)
         return error.exit_code
+    except (OSError, RuntimeError, MemoryError) as error:
+        if (lack := shortage(error)) is None:
+            raise
+        click.echo(f"flaskd: {lack}", err=True)
+        return lack.exit_code
     return result if isinstance(result, int) else 0
 
 
@@ -112,7 +127,7 @@ def serve_app(
     daemon = Daemon(
         read, plane=lambda daemon: ControlPlane(daemon, name, environ), name=name, environ=environ, make_app=make_app
     )
-    leave(daemon.run())
+    leave(daemon.run(last=True))
 
 
 def _config_path(option: str | None) -> Path | None:
