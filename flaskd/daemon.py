@@ -26,7 +26,7 @@ from flaskd.admin import AdminServer, EndpointServer, Measures, configured_token
 from flaskd.cleanup import Frame, Plan, StepResult, aside, build_plan, overview
 from flaskd.config import Config, Configuration, FileWatch, HealthConfig, write_duration
 from flaskd.drain import Drain
-from flaskd.errors import EX_OK, AppError, ConfigError, FlaskdError, NotNowError
+from flaskd.errors import EX_OK, AppError, ConfigError, FlaskdError, NotNowError, described
 from flaskd.forks import forgotten_by_children
 from flaskd.inquiry import Inquiry
 from flaskd.ledger import DrainReport
@@ -333,11 +333,11 @@ class Daemon:
                 stack.callback(self._main.put_handlers_back)
             stack.enter_context(self._logs)
             self._logs.apply(level="info", log_format="auto", access="off")
-            stack.callback(self._notifier.close)
+            stack.callback(_put_away, self._notifier.close)
             stack.enter_context(self._service.attended())
             stack.enter_context(forgotten_by_children(self._forget))
             stack.callback(faulthandler.cancel_dump_traceback_later)
-            stack.callback(self._end_watch)
+            stack.callback(_put_away, self._end_watch)
             stack.callback(sys.setswitchinterval, sys.getswitchinterval())
             sys.setswitchinterval(_SWITCH)
             try:
@@ -375,19 +375,19 @@ class Daemon:
         self._service.starting()
         with self._starting:  # a start that is broken off waits for this, and then nothing more is made
             passed = launch.take_passed(self._environ)
-            stack.callback(self._plane.close)  # first: what was made is taken away where more cannot be made
+            stack.callback(_put_away, self._plane.close)  # first: what was made is taken away where more cannot be made
             self._plane.open(config, launch.for_control(config, passed))
-            stack.callback(self._close_listeners)
+            stack.callback(_put_away, self._close_listeners)
             launch.change_directory(config.app)
             launch.bind_all(config, self._listeners, self._admin_listeners, passed, self._service.store)
-            stack.callback(self._admin.close)
+            stack.callback(_put_away, self._admin.close)
             self._admin.open(self._admin_listeners, config.admin.allowed_hosts)
             self._state_directory.open(record=config.shutdown.record)
             self.last_stop = self._state_directory.last_stop()  # once: it does not change, and a disk may hang
-            stack.callback(self._state_directory.close)
-            stack.callback(self._cleanup_thread.dismiss)
+            stack.callback(_put_away, self._state_directory.close)
+            stack.callback(_put_away, self._cleanup_thread.dismiss)
             self._cleanup_thread.start()
-            stack.callback(self._close_endpoints, _ENDPOINT_CLOSING)
+            stack.callback(_put_away, self._close_endpoints, _ENDPOINT_CLOSING)
             if (endpoint := config.shutdown.endpoint).listen is not None:
                 token = configured_token(endpoint.token_file, endpoint.credential, self._environ)
                 self.open_endpoint(Address.parse(endpoint.listen), token, endpoint.allowed_hosts)
@@ -414,7 +414,7 @@ class Daemon:
         )
         with self._starting:
             self._interruptible = False  # from here on a stop finds a server to drain
-        stack.callback(self._server.abandon)
+        stack.callback(_put_away, self._server.abandon)
         self._server.start(first=lambda: self._apply_server(config))
         launch.keep(config, self._listeners, self._service.store)
         self._service.probing(config.health.probe_timeout if config.health.probe else 0.0)
@@ -564,13 +564,17 @@ class Daemon:
         except BaseException as error:  # of the app's code, mostly: its objects, its sys.stderr, its registrations
             log.exception("cannot carry out an event")
             if reply is not None:
-                reply.error(FlaskdError.code, f"cannot do that: {type(error).__name__}; the log says more")
-            lead_on = broken if isinstance(error, Exception) else self._fail
-            if lead_on is not None:
-                try:
-                    lead_on(error)
-                except BaseException:  # there is nothing behind this
-                    log.exception("cannot lead on from an event that broke off")
+                reply.error(FlaskdError.code, f"cannot do that: {described(error)}; the log says more")
+            for lead_on in (broken, self._fail if not isinstance(error, Exception) else None):
+                if lead_on is not None:
+                    self._lead_on(lead_on, error)
+
+    @staticmethod
+    def _lead_on(lead_on: Callable[[BaseException], None], error: BaseException) -> None:
+        try:
+            lead_on(error)
+        except BaseException:  # there is nothing behind this
+            log.exception("cannot lead on from an event that broke off")
 
     def _raised(self, error: BaseException) -> None:
         self._post(lambda: self._on_raised(error))
@@ -590,7 +594,7 @@ class Daemon:
 
     def _fail(self, error: BaseException) -> None:
         """Stop in good order, for something that cannot be mended; the exit code tells of it."""
-        why = str(error) if isinstance(error, FlaskdError) else f"{type(error).__name__} was raised; the log says more"
+        why = str(error) if isinstance(error, FlaskdError) else f"{described(error)} was raised; the log says more"
         self._failure = self._failure or (error if isinstance(error, FlaskdError) else AppError(f"cannot go on: {why}"))
         self._on_stop(StopReason("failure", why), Discard(), wait=False, now=False)
 
@@ -840,7 +844,7 @@ class Daemon:
                 reply.ok("reloaded", {"config": str(self.configuration.path)} if self.configuration.path else {})
             return
         known = isinstance(error, FlaskdError)
-        fault = f"{error if known else f'{type(error).__name__}; the log says more'}; keeping the old configuration"
+        fault = f"{error if known else described(error)}; keeping the old configuration"
         log.error(f"reload failed: {fault}", exc_info=None if known else error)
         self._last_reload["fault"] = fault
         self._notifier.ready(f"ready, but the reload failed: {fault}")
@@ -973,7 +977,7 @@ class Daemon:
     def _stop_without_drain(self, error: BaseException) -> None:
         """Lead on where the drain of a stop could not begin: what is in hand is given up, and told."""
         assert self._stop is not None
-        why = f"the drain could not begin: {type(error).__name__}"
+        why = f"the drain could not begin: {described(error)}"
         self._stop.drained(DrainReport(cut=self._server.cut(why) if self._server else (), background=left_behind()))
 
     def _end_reloads(self) -> None:
@@ -1059,6 +1063,14 @@ class Daemon:
             fields = {**report.as_json(), "took": round(stop.took, 3), "policies": policies}
             reply.ok("stopped", fields, lines=account_lines(fields), hint=self._undone_by())
         return code
+
+
+def _put_away(end: Callable[..., object], *args: object) -> None:
+    """End a part of the daemon when all is over; one that cannot be changes neither the others nor the exit code."""
+    try:
+        end(*args)
+    except BaseException:  # see above
+        log.exception("cannot put everything away")
 
 
 class RestartNeededError(ConfigError):

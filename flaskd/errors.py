@@ -110,3 +110,11 @@ def shortage(error: BaseException) -> CannotCreateError | None:
         )
     number = errno.ENOMEM if isinstance(error, MemoryError) else error.errno if isinstance(error, OSError) else None
     return CannotCreateError(_SHORT_OF[number]) if number in _SHORT_OF else None
+
+
+def described(error: BaseException) -> str:
+    """An exception in one word or a few; its own text is code of who made it, and may raise."""
+    try:
+        return repr(error)
+    except BaseException:  # noqa: BLE001 - see above
+        return type(error).__name__

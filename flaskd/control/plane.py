@@ -229,6 +229,8 @@ class ControlPlane:
                 self._next_look = now + _PAUSE
                 try:
                     self._let_go_of_the_gone()
+                    self._daemon.checking.look()
+                    self._daemon.planning.look()
                     self._look_after_nodes(now)
                 except Exception:  # the clients that there are can do without
                     log.exception("cannot look after the control nodes")

@@ -203,9 +203,9 @@ class WaitressThread:
         return self._loop.cut(reason) if self._loop else ()
 
     def set_threads(self, threads: int) -> None:
-        """Change the number of worker threads while serving."""
-        self._threads = threads
+        """Change the number of worker threads while serving; CannotCreateError where so many cannot be had."""
         self._serving.set_threads(threads)
+        self._threads = threads
 
     def set_graces(self, keepalive_grace: float, stream_grace: float) -> None:
         """How long, in seconds, a drained connection may send one more request, and a stream may go on."""
