@@ -37,6 +37,7 @@ from flaskd.notify import Notifier
 from flaskd.outlook import Outlook
 from flaskd.protocol import Discard, Reply, account_lines, summary
 from flaskd.reload import LIMIT, Reading, Readings
+from flaskd.reserve import reserve
 from flaskd.server import Tally, WaitressThread
 from flaskd.service import Service
 from flaskd.signals import Escalation, SignalWatch, Terminal
@@ -412,6 +413,7 @@ class Daemon:
             self._listeners,
             on_death=lambda error: self._post(lambda: self._on_death(error), broken=self._fail),
         )
+        stack.enter_context(reserve.kept())
         with self._starting:
             self._interruptible = False  # from here on a stop finds a server to drain
         stack.callback(_put_away, self._server.abandon)
@@ -513,6 +515,7 @@ class Daemon:
 
     def _forget(self) -> None:
         """In a child that the app forked: let go of all that is the daemon's."""
+        reserve.forget()
         self._plane.forget()
         self._state_directory.forget()
         for listener in (*self._listeners, *self._admin_listeners):
@@ -676,7 +679,7 @@ class Daemon:
         earlier: Drain | None = None,
     ) -> None:
         assert self._server is not None
-        self._drain = Drain(
+        drain = Drain(
             self._server,
             timeout,
             lambda drain, report: self._post(
@@ -686,8 +689,9 @@ class Daemon:
             counted_from=counted_from,
             earlier=earlier,
         )
+        drain.announce()
+        self._drain = drain
         self._counts["drains"] += 1
-        self._drain.announce()
         self._last_tick = time.monotonic()
 
     def _on_drain_over(self, drain: Drain, report: DrainReport) -> None:
@@ -952,6 +956,7 @@ class Daemon:
             on_step=lambda result: self._post(lambda: self._on_step(result)),
             on_begin=lambda: self._post(self._claim),
         )
+        reserve.share()
         self._stop.arm()  # before another line of Python: the app may take the GIL and never give it back
         for tell in (
             lambda: self._say_what_stops(reason, stop),
@@ -1049,7 +1054,8 @@ class Daemon:
             if each.shared and (waiting := each.waiting()):
                 log.info(f"{waiting} connections wait on {each.address} for who listens there next, or are reset")
         server.end(timeout=min(0.2, stop.left))
-        self._state_directory.record(stop.record(report))
+        with reserve.used():
+            self._state_directory.record(stop.record(report))
         code = EX_OK if report.clean else self.configuration.values.shutdown.exit_codes.degraded
         if self._failure is not None:
             code = self._failed(self._failure)

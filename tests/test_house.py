@@ -27,6 +27,7 @@ LAYERS = [
         "work",
         "journal",
         "loggers",
+        "reserve",
     },
     {"config", "lifecycle", "ledger", "loading", "protocol", "runtime", "signals", "verbs", "store", "unitfiles"},
     {"server", "cleanup", "client"},

@@ -80,6 +80,7 @@ class AdminServer:
             backlog=_BACKLOG,
             keepalive_grace=0.0,
             patience=_PATIENCE,
+            reserved=True,
             name="flaskd-admin",
         ).start()
 

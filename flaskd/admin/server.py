@@ -59,6 +59,7 @@ class EndpointServer:
             adjustments=_LIMITS,
             keepalive_grace=0.0,
             patience=_PATIENCE,
+            reserved=True,
             on_answer=self._answered,
         ).start()
         server.announce()  # each connection ends with its answer

@@ -21,6 +21,7 @@ from flaskd.control.replies import LogReply
 from flaskd.control.verbs import RUN
 from flaskd.errors import CannotCreateError, FlaskdError, NotNowError
 from flaskd.protocol import SOCKET, Reply
+from flaskd.reserve import reserve
 from flaskd.runtime import RuntimeDirectory
 
 if TYPE_CHECKING:
@@ -287,7 +288,7 @@ class ControlPlane:
         So few system calls because each lets go of the interpreter, and waits for it again where the app is busy.
         """
         try:
-            self._admit(accept(fd))
+            self._admit(reserve.open(lambda: accept(fd)))
         except BlockingIOError:  # a process that shares the listener was faster
             pass
         except OSError as error:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from waitress import wasyncore
 from waitress.server import TcpWSGIServer
 
+from flaskd.reserve import reserve
 from flaskd.server.channel import Channel
 from flaskd.sockets import Listener
 
@@ -48,11 +49,13 @@ class Acceptor:
 
     def accept_some(self, most: int) -> int:
         """Accept up to `most` connections, and return how many there were."""
+        accept = self.socket.accept  # type: ignore[attr-defined]
         for count in range(most):
             if self.loop.full:
                 return count
             try:
-                conn, addr = self.socket.accept()  # type: ignore[attr-defined]
+                # In a drain those who wait have been let in by the gate, and are the last.
+                conn, addr = reserve.open(accept) if self.loop.reserved or self.loop.drains else accept()
             except OSError as error:
                 if error.errno in _NO_MORE:
                     self.loop.out_of_files(error)

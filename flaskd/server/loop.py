@@ -42,6 +42,9 @@ Outcome = Literal["completed", "rejected", "cut", "gone"]
 class EventLoop:
     """Serves an app on listeners with worker threads; waitress' settings come as `Adjustments` arguments."""
 
+    reserved = False
+    """Whether new connections may have descriptors of the reserve (`flaskd.reserve`)."""
+
     def __init__(
         self,
         app: Callable[..., Any],

@@ -15,6 +15,7 @@ from typing import Any, Self
 from flaskd.errors import AppError, FlaskdError, NotNowError
 from flaskd.forks import forgotten_by_children
 from flaskd.ledger import Cut, DrainReport, InFlight
+from flaskd.reserve import reserve
 from flaskd.server.channel import stack_of
 from flaskd.server.loop import EventLoop
 from flaskd.server.settings import most_connections
@@ -52,6 +53,7 @@ class WaitressThread:
         keepalive_grace: float = 0.2,
         stream_grace: float = 1.0,
         patience: float = float("inf"),
+        reserved: bool = False,
         name: str = "flaskd-server",
         on_answer: Callable[[dict[str, Any]], None] | None = None,
         on_death: Callable[[BaseException | None], None] | None = None,
@@ -65,6 +67,7 @@ class WaitressThread:
         self._keepalive_grace = keepalive_grace
         self._stream_grace = stream_grace
         self._patience = patience
+        self._reserved = reserved
         self._name = name
         self._on_answer = on_answer
         self._on_death = on_death
@@ -105,7 +108,7 @@ class WaitressThread:
                 adjustments={"connection_limit": most_connections(open_files_limit()), **self._adjustments},
                 on_answer=self._on_answer,
             )
-            loop.patience = self._patience
+            loop.patience, loop.reserved = self._patience, self._reserved
             self.set_graces(self._keepalive_grace, self._stream_grace)
             loop.open()
             first()
@@ -283,7 +286,7 @@ class WaitressThread:
         """Send a request on a connection of one's own; gives the status code, or what was wrong."""
         loop = self._serving
         until = time.monotonic() + timeout
-        ours, theirs = socket.socketpair()
+        ours, theirs = reserve.open(socket.socketpair)
         with ours:
             loop.call(lambda: loop.attach(theirs, here=here))
             head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nUser-Agent: flaskd-probe\r\nConnection: close\r\n\r\n"
@@ -388,7 +391,8 @@ class WaitressThread:
             raise errors[0]
 
     def _bound_anew(self, listener: Listener) -> Listener:
-        again = Listener.bind(listener.address)
+        with reserve.used():
+            again = Listener.bind(listener.address)
         again.listen(self._backlog)
         return again
 
