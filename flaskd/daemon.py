@@ -955,6 +955,7 @@ class Daemon:
             over=lambda error: self._post(lambda: self._on_stop_over(error), broken=lambda _: self._on_stop_over(None)),
             on_step=lambda result: self._post(lambda: self._on_step(result)),
             on_begin=lambda: self._post(self._claim),
+            spare=self._cleanup_thread.spare,
         )
         reserve.share()
         self._stop.arm()  # before another line of Python: the app may take the GIL and never give it back

@@ -20,6 +20,7 @@ from flaskd.cleanup import (
     BESIDE_THE_DRAIN,
     Plan,
     Runner,
+    Spare,
     StepResult,
     Sweep,
     for_steps,
@@ -55,13 +56,20 @@ class CleanupThread:
     def __init__(self) -> None:
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._wait, name="flaskd-cleanup", daemon=True)
+        self.spare = Spare()
+        """For the steps; what waits for a step must not be what runs it."""
 
     def _wait(self) -> None:
         self._work.get()()
 
     def start(self) -> None:
-        """Start it."""
-        self._thread.start()
+        """Start it, and its spare."""
+        self.spare.start()
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self.dismiss()
+            raise
 
     def run(self, work: Callable[[], None]) -> None:
         """Give it what to do, from any thread and any signal handler; only what is given first is done."""
@@ -70,12 +78,14 @@ class CleanupThread:
     def dismiss(self) -> None:
         """Let it end without a stop."""
         self._work.put(lambda: None)
-        if self._thread.ident is not None:
-            self.join()
+        self.join()
 
     def join(self) -> None:
         """Wait a moment for its end, after its work."""
-        self._thread.join(1)
+        self.spare.dismiss()
+        for thread, wait in ((self._thread, True), (self.spare.thread, self.spare.free)):
+            if thread.ident is not None and wait:
+                thread.join(1)
 
 
 @functools.cache
@@ -133,7 +143,8 @@ class Stop:
     `drain` and `over` are called from the thread that calls `run`: when it is time to drain, and at the end, with what
     broke the cleanup off if anything did; the drain goes on to its end all the same. `on_step` gets each step's result,
     `on_begin` is called when one has begun. `sweep` has what the app was last known to hold; what it holds now is
-    looked for beside the drain, and taken into the plan after it. None: nobody wants to know.
+    looked for beside the drain, and taken into the plan after it. None: nobody wants to know. `spare` is a thread for
+    steps where no other can be had.
     """
 
     def __init__(
@@ -150,6 +161,7 @@ class Stop:
         on_step: Callable[[StepResult], None] | None = None,
         on_begin: Callable[[], None] | None = None,
         sweep: Sweep | None = None,
+        spare: Spare | None = None,
     ) -> None:
         self.reason = reason
         self.plan = plan
@@ -174,6 +186,7 @@ class Stop:
             state=state,
             on_progress=on_step,
             on_begin=on_begin,
+            spare=spare,
         )
 
     @classmethod
@@ -188,6 +201,7 @@ class Stop:
         cleanup: CleanupConfig,
         on_step: Callable[[StepResult], None] | None = None,
         sweep: Sweep | None = None,
+        spare: Spare | None = None,
     ) -> Self:
         """A stop that drains `server` itself; what breaks the cleanup off is logged, and the drain goes on."""
 
@@ -229,6 +243,7 @@ class Stop:
             over=over,
             on_step=on_step,
             sweep=sweep,
+            spare=spare,
         )
         return stop
 

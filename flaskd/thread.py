@@ -305,6 +305,7 @@ class ServerThread:
             shutdown=_shutdown(self._config.shutdown, timeout, cleanup=asked or bool(plan.steps)),
             cleanup=cleanup,
             sweep=sweep,
+            spare=self._cleanup_thread.spare,
             on_step=self._on_step,
         )
         if self._own_process:

@@ -52,6 +52,53 @@ def test_an_app_that_has_leaked_all_descriptors(flaskd: Flaskd, limit: int, way:
     assert (flaskd.directory / "mark").exists()
 
 
+SHORT = """
+import concurrent.futures, threading
+
+@app.get("/short")
+def short():
+    threading.stack_size(1 << 46)  # no thread can be had: pthread_create(3) finds no room for such a stack
+    return "short"
+
+class Pool:
+    closed = False
+    def close(self):
+        print("the pool is closed", flush=True)
+
+pool = Pool()
+"""
+
+
+def test_an_app_that_has_used_up_all_threads(flaskd: Flaskd) -> None:
+    """The steps run in the thread that was made in time: commands, live objects and functions, each ok, in their order."""
+    flaskd.write(
+        "short.py", GATE_APP + SHORT + "import flaskd\n@flaskd.on_stop\ndef bye():\n    print('bye', flush=True)\n"
+    )
+    flaskd.write(
+        "flaskd.yaml",
+        "cleanup:\n  policies:\n"
+        "    mark: {use: command, with: {argv: [touch, mark]}, phase: quiesce}\n"
+        "    slow: {use: command, with: {argv: [sleep, 5]}, phase: quiesce, timeout: 300ms}\n"
+        "    pool: {use: redis.close, with: {target: 'short:pool'}}\n"
+        "    flush: {use: logging.flush}\n",
+    )
+    flaskd.start(app="short")
+    held = flaskd.hold()
+    assert get(flaskd.url, "/short") == (200, b"short")
+    flaskd.kill(signal.SIGTERM)
+    flaskd.wait_message("STOPPING=1")
+    flaskd.gate.open()
+    assert held.result() == (200, b"held")
+    assert flaskd.wait() == 0
+    record = flaskd.record()
+    fates = {name: entry["fate"] for name, entry in record["policies"].items()}
+    assert fates == {"mark": "ok", "slow": "timed_out", "pool": "ok", "flush": "ok", "bye": "ok"}
+    assert (flaskd.directory / "mark").exists()
+    assert "bye" in flaskd.log
+    assert "the pool is closed" in flaskd.log
+    assert record["took"] < 5
+
+
 def test_the_pulse_goes_on_without_descriptors(flaskd: Flaskd) -> None:
     """The watchdog's question needs a connection of its own: a process without descriptors is not taken for a dead one."""
     flaskd.env["WATCHDOG_USEC"] = "400000"
