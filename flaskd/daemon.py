@@ -1024,7 +1024,7 @@ class Daemon:
         for reply in self._stop_waiters:
             reply.progress(fields)
 
-    def _on_stop_over(self, error: Exception | None) -> None:
+    def _on_stop_over(self, error: BaseException | None) -> None:
         if error is not None:
             log.error(f"cleanup broke off: {error}", exc_info=error)
         self._lifecycle.handle(Event.STOP_OVER)

@@ -157,7 +157,7 @@ class Stop:
         cleanup: CleanupConfig,
         state: Path | None = None,
         drain: Callable[[], None],
-        over: Callable[[Exception | None], None],
+        over: Callable[[BaseException | None], None],
         on_step: Callable[[StepResult], None] | None = None,
         on_begin: Callable[[], None] | None = None,
         sweep: Sweep | None = None,
@@ -225,7 +225,7 @@ class Stop:
             except RuntimeError:  # no thread can be had: they wait for it
                 drain()
 
-        def over(error: Exception | None) -> None:
+        def over(error: BaseException | None) -> None:
             if error is not None:
                 log.error(f"cleanup broke off: {error}", exc_info=error)
             if not stop._drained.is_set():
@@ -328,7 +328,7 @@ class Stop:
 
     def run(self) -> None:
         """Go through the phases; returns when the last is over, by the deadline at the latest."""
-        error: Exception | None = None
+        error: BaseException | None = None
         draining = False
         try:
             self._take(self._sweep, _FIRST_LOOK)
@@ -341,7 +341,7 @@ class Stop:
             assert self._report is not None
             self._take(sweep, _SECOND_LOOK)
             self._runner.run(AFTER_THE_DRAIN, "clean" if self._report.clean else "degraded")
-        except Exception as failure:  # noqa: BLE001 - the daemon must go on and exit, and tells what it was
+        except BaseException as failure:  # noqa: BLE001 - the daemon must go on and exit, and tells what it was
             error = failure
             if not draining:  # what is in hand is finished all the same
                 self._drain()
@@ -363,5 +363,5 @@ class Stop:
             return
         try:
             self._runner.replan(with_found(self.plan, found, self._cleanup))
-        except Exception:  # the app's own objects were asked; whatever they did, the drain and the cleanup go on
+        except BaseException:  # the app's own objects were asked; whatever they did, the drain and the cleanup go on
             log.exception("cannot take what the app holds into the plan: the stop goes on with what was planned before")

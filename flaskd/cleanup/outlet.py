@@ -57,5 +57,5 @@ def aside(call: Callable[[], None]) -> Outlet:
 def _make(call: Callable[[], None]) -> None:
     try:
         call()
-    except Exception:  # noqa: BLE001 - it is logged, which is all that can be done
+    except BaseException:  # noqa: BLE001 - it is logged, which is all that can be done
         _log.exception("a call out of the cleanup failed")

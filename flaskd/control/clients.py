@@ -201,7 +201,7 @@ class Client:
             self._execute(read(), reply)
         except FlaskdError as error:
             reply.error(error.code, str(error))
-        except Exception as error:  # a fault of ours, or of the app's objects that were asked; an answer is owed
+        except BaseException as error:  # a fault of ours, or of the app's objects that were asked; an answer is owed
             log.exception("cannot carry out a control command")
             reply.error(FlaskdError.code, f"cannot carry out the command: {type(error).__name__}; the log says more")
 

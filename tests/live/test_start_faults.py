@@ -207,7 +207,7 @@ def test_no_descriptor_to_be_had_at_the_start(flaskd: Flaskd) -> None:
         try:
             flaskd.wait_message("READY=1")
         except AssertionError:
-            assert flaskd.wait() in {70, 73, 78, 1}, flaskd.log
+            assert flaskd.wait() in {70, 73}, flaskd.log  # 70: it was the app that could not open its files
             assert "Too many open files" in flaskd.log or "more open files than this process may have" in flaskd.log
             assert "flaskd/" not in flaskd.log.partition("Traceback")[2], flaskd.log
             failed += 1
