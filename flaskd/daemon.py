@@ -1,6 +1,7 @@
 """The daemon: puts the parts together, and turns its main loop.
 
-The main thread makes every transition. Other threads (signals, control, serving, cleanup) only post to its inbox.
+One thread makes every transition. All others (signals, control, serving, cleanup) only post to its inbox; the main
+thread waits for its end (`flaskd.main_thread`).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import faulthandler
+import functools
 import http.client
 import logging
 import os
@@ -20,22 +22,25 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Protocol
 
-from flaskd import descriptors, launch, loading, logs
+from flaskd import launch, loading, logs
 from flaskd.admin import AdminServer, EndpointServer, Measures, configured_token, opened_by
 from flaskd.cleanup import Frame, Plan, StepResult, aside, build_plan, overview
 from flaskd.config import Config, Configuration, FileWatch, HealthConfig, load_again, write_duration
+from flaskd.descriptors import open_files
 from flaskd.drain import Drain
-from flaskd.errors import EX_OK, AppError, ConfigError, FlaskdError, NotNowError
+from flaskd.errors import EX_LOST, EX_OK, AppError, ConfigError, FlaskdError, NotNowError, described
 from flaskd.forks import AppCode, end_child, forgotten_by_children
 from flaskd.inquiry import Inquiry
 from flaskd.leave import Ending, Unfinished, at_exit
 from flaskd.ledger import DrainReport
 from flaskd.lifecycle import Event, Lifecycle, State, StopReason
 from flaskd.loading import LoadedApp
+from flaskd.main_thread import MainThread
 from flaskd.notify import Notifier
 from flaskd.outlook import Outlook
 from flaskd.patching import patching_refused
 from flaskd.protocol import Discard, Reply, account_lines, summary
+from flaskd.reload import LIMIT, Reading, Readings
 from flaskd.server import Tally, WaitressThread
 from flaskd.service import Service
 from flaskd.signals import Escalation, SignalWatch
@@ -106,6 +111,7 @@ class Daemon:
     ) -> None:
         self._ending = ending
         self._unfinished: tuple[Unfinished, ...] = ()
+        self._main_is_lost = False  # in what the app has left to the end of the process, and was cut
         self._load = load
         self._environ = environ
         self._given_app = app
@@ -118,9 +124,10 @@ class Daemon:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lifecycle = Lifecycle()
         self._notifier = Notifier(environ)
-        self._service = Service(self._notifier, environ, self._inbox.put)
+        self._service = Service(self._notifier, environ, self._post)
         self._logs = logs.Logs()
-        self._signals = SignalWatch(self._on_signal, wake=lambda: self._inbox.put(lambda: None))
+        self._signals = SignalWatch(self._on_signal, wake=lambda: self._main.call(lambda: None))
+        self._main = MainThread(self._serve, self._raised, self._look)
         self._state_directory = StateDirectory(name, environ)
         self._interruptible = False
         self._starting = threading.Lock()
@@ -134,8 +141,10 @@ class Daemon:
         self._counted = (0, 0)  # completed and rejected, when the stop began
         self._stop_waiters: list[Reply] = []
         self._reload_waiters: list[Reply] = []
+        self._readings: Readings[tuple[Configuration, Plan]] = Readings(self._read_whole, self._read_over)
         self._reload_again = self._reload_when_ready = False
         self._reload_since = 0.0
+        self._unsaid, self._say_again = 0, 0.0  # of what the app raises in the main thread
         self._last_tick = 0.0
         self._failure: FlaskdError | None = None
         self._last_reload: dict[str, Any] | None = None
@@ -160,18 +169,18 @@ class Daemon:
     def drain(self, reply: Reply, *, wait: bool = False) -> None:
         """Ask for a drain; with `wait` the reply comes when it is over."""
         if not self._refuse_early(Event.DRAIN, reply):
-            self._inbox.put(lambda: self._on_drain(reply, wait))
+            self._post(lambda: self._on_drain(reply, wait), reply, self._fail)
 
     def resume(self, reply: Reply) -> None:
         """Ask to serve again."""
         if not self._refuse_early(Event.RESUME, reply):
-            self._inbox.put(lambda: self._on_resume(reply))
+            self._post(lambda: self._on_resume(reply), reply)
 
     def reload(self, reply: Reply) -> None:
         """Ask for a reload; the reply comes after it."""
         since = time.monotonic()
         if not self._refuse_early(Event.RELOAD, reply):
-            self._inbox.put(lambda: self._on_reload(reply, since))
+            self._post(lambda: self._on_reload(reply, since), reply, self._end_reload)
 
     def _refuse_early(self, event: Event, reply: Reply) -> bool:
         """Refuse what a start refuses: while the app is imported the main thread cannot."""
@@ -186,7 +195,7 @@ class Daemon:
 
     def stop(self, reason: StopReason, reply: Reply, *, wait: bool = False, now: bool = False) -> None:
         """Ask to stop; `now` cuts drain and cleanup short, `wait` delays the reply to the very end."""
-        self._inbox.put(lambda: self._on_stop(reason, reply, wait=wait, now=now))
+        self._post(lambda: self._on_stop(reason, reply, wait=wait, now=now), reply)
         if self._interruptible:
             self._signals.poke()
 
@@ -321,18 +330,23 @@ class Daemon:
 
     # --- start ------------------------------------------------------------------------------------------------------
 
-    def run(self) -> int:
-        """Serve until stopped, and return the exit code; faults of the start are logged, and told by the code."""
+    def run(self, *, last: bool = False) -> int:
+        """Serve until stopped, and return the exit code; faults of the start are logged, and told by the code.
+
+        `last`: the process ends then, and the app's own signal handlers are not put back.
+        """
         if threading.current_thread() is not threading.main_thread():
             raise FlaskdError("cannot serve: flaskd needs the main thread for its signals; elsewhere use ServerThread")
         with ExitStack() as stack:
+            if not last:
+                stack.callback(self._main.put_handlers_back)
             stack.enter_context(self._logs)
             self._logs.apply(level="info", log_format="auto", access="off")
-            stack.callback(self._notifier.close)
+            stack.callback(_put_away, self._notifier.close)
             stack.enter_context(self._service.attended())
             stack.enter_context(forgotten_by_children(self._forget))
             stack.callback(faulthandler.cancel_dump_traceback_later)
-            stack.callback(self._end_watch)
+            stack.callback(_put_away, self._end_watch)
             stack.callback(sys.setswitchinterval, sys.getswitchinterval())
             sys.setswitchinterval(_SWITCH)
             with AppCode():  # a child that the app forked in this thread undoes nothing of what the stack holds
@@ -340,14 +354,40 @@ class Daemon:
                     if self._ending is not None:
                         self._ending.start()
                     self._start(stack)
-                except FlaskdError as error:
-                    with self._starting:
-                        self._interruptible = False
-                    self._lifecycle.handle(Event.START_FAILED)
-                    return self._failed(error)
-                self._turn()
-                return self._finish()
+                    self._main.begin()
+                except BaseException as error:  # noqa: BLE001 - the app's code runs in this thread; told in either case
+                    if not self._main.begun:
+                        return self._not_started(error)
+                    self._raised(error)
+                return self._main.wait()
         raise AssertionError  # the stack suppresses nothing
+
+    def _not_started(self, error: BaseException) -> int:
+        """Tell why the start failed, and return the exit code."""
+        ours = hasattr(self, "configuration")  # before that, Ctrl-C is the caller's
+        with self._starting:
+            self._interruptible = False
+        self._lifecycle.handle(Event.START_FAILED)
+        if not (ours or isinstance(error, Exception)):
+            raise error
+        return self._failed(launch.fault_of(error))
+
+    def _serve(self) -> int:
+        """Carry out events until the stop is over, and return the exit code; all else happens in this thread, too."""
+        self._turn()
+        if not self._main_is_lost:
+            return self._finish()
+        code = EX_LOST
+        try:
+            code = self._finish()
+            self._leave_nothing()
+        finally:
+            os._exit(code)
+
+    def _look(self) -> None:
+        """Once a second, in the main thread."""
+        self._signals.reclaim()  # code in C may take a handler at any time
+        open_files.adjust()
 
     def _start(self, stack: ExitStack) -> None:
         self.configuration = self._load()
@@ -358,19 +398,19 @@ class Daemon:
         self._service.starting()
         with self._starting:  # a start that is broken off waits for this, and then nothing more is made
             passed = launch.take_passed(self._environ, config)
+            stack.callback(_put_away, self._plane.close)  # first: what was made is taken away where more cannot be made
             self._plane.open(config, launch.for_control(config, passed))
-            stack.callback(self._plane.close)
-            stack.callback(self._close_listeners)
+            stack.callback(_put_away, self._close_listeners)
             launch.change_directory(config.app)
             launch.bind_all(config, self._listeners, self._admin_listeners, passed, self._service.store)
-            stack.callback(self._admin.close)
+            stack.callback(_put_away, self._admin.close)
             self._admin.open(self._admin_listeners, config.admin.allowed_hosts)
             self._state_directory.open(record=config.shutdown.record)
             self.last_stop = self._state_directory.last_stop()  # once: it does not change, and a disk may hang
-            stack.callback(self._state_directory.close)
-            stack.callback(self._cleanup_thread.dismiss)
+            stack.callback(_put_away, self._state_directory.close)
+            stack.callback(_put_away, self._cleanup_thread.dismiss)
             self._cleanup_thread.start()
-            stack.callback(self._close_endpoints, _ENDPOINT_CLOSING)
+            stack.callback(_put_away, self._close_endpoints, _ENDPOINT_CLOSING)
             if (endpoint := config.shutdown.endpoint).listen is not None:
                 token = configured_token(endpoint.token_file, endpoint.credential, self._environ)
                 self.open_endpoint(Address.parse(endpoint.listen), token, endpoint.allowed_hosts)
@@ -396,11 +436,12 @@ class Daemon:
             config.server,
             self.app,
             self._listeners,
-            on_death=lambda error: self._inbox.put(lambda: self._on_death(error)),
+            on_death=lambda error: self._post(lambda: self._on_death(error), broken=self._fail),
         )
+        stack.enter_context(open_files.reserve())
         with self._starting:
             self._interruptible = False  # from here on a stop finds a server to drain
-        stack.callback(self._server.abandon)
+        stack.callback(_put_away, self._server.abandon)
         self._server.start(first=lambda: self._apply_server(config))
         launch.keep(config, self._listeners, self._service.store)
         self._service.probing(config.health.probe_timeout if config.health.probe else 0.0)
@@ -415,7 +456,7 @@ class Daemon:
     def _probe(self, server: WaitressThread, health: HealthConfig) -> None:
         """Probe in a thread of its own, so that a signal need not wait for the app; then the start is over."""
         error = launch.probe(server, health)
-        self._inbox.put(lambda: self._on_started(error))
+        self._post(lambda: self._on_started(error), broken=self._fail)
 
     def _on_started(self, error: FlaskdError | None) -> None:
         if self.state is not State.STARTING:
@@ -460,7 +501,7 @@ class Daemon:
         name = signal.Signals(number).name
         if number == getattr(signal, "SIGHUP", None) and not self._signals.terminal.hung_up():
             since = time.monotonic()
-            self._inbox.put(lambda: self._on_reload(Discard(), since, signalled=True))
+            self._post(lambda: self._on_reload(Discard(), since, signalled=True), broken=self._end_reload)
             return
         if not self._escalation.another(time.monotonic()):
             return
@@ -495,7 +536,7 @@ class Daemon:
                     self._inbox.get_nowait()()
             for reply in self._stop_waiters:
                 reply.ok("stopped")
-            self._put_away()
+            self._leave_nothing()
             os._exit(EX_OK)
         except Exception:  # whatever it was, the start is over
             log.exception("cannot break off the start in good order")
@@ -508,7 +549,7 @@ class Daemon:
         for listener in (*self._listeners, *self._admin_listeners):
             listener.socket.close()  # the servers forget their own; these may not have one yet
         self._notifier.forget()
-        self._inbox.put(end_child)  # a signal handler of the app that forked comes back into the main loop
+        self._main.call(end_child)  # a signal handler of the app that forked comes back into the main thread
 
     def _remove_nodes(self) -> None:
         self._plane.remove_nodes()
@@ -522,23 +563,81 @@ class Daemon:
 
     # --- the main loop ----------------------------------------------------------------------------------------------
 
+    def _post(
+        self,
+        event: Callable[[], None],
+        reply: Reply | None = None,
+        broken: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        """Have an event carried out soon, in the one thread that does; see `_carry_out` (any thread)."""
+        self._inbox.put(lambda: self._carry_out(event, reply, broken))
+
     def _turn(self) -> None:
         while self.state is not State.STOPPED:
-            busy = self.state in {State.DRAINING, State.STOPPING}
-            try:
-                self._carry_out(self._inbox.get(timeout=self._until_tick() if busy else _TICK))
-            except queue.Empty:
-                self._signals.reclaim()  # code in C may take a handler at any time
-                descriptors.adjust()
-            if busy and not self._until_tick():
+            with contextlib.suppress(queue.Empty):
+                self._inbox.get(timeout=self._until_next())()
+            if self.state in {State.DRAINING, State.STOPPING} and not self._until_tick():
                 self._carry_out(self._tick)
+            if self._readings.late:
+                self._carry_out(self._on_late_reading, broken=self._end_reload)
+
+    def _carry_out(
+        self,
+        event: Callable[[], None],
+        reply: Reply | None = None,
+        broken: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        """Carry out an event. One that raises is logged, and ends nothing.
+
+        Its `reply` then has an error, and `broken`, where the event has one, leads on from the state that it may have
+        left. What is no Exception, such as SystemExit, was meant to end the process: that is stopped in good order.
+        """
+        try:
+            event()
+        except BaseException as error:  # of the app's code, mostly: its objects, its sys.stderr, its registrations
+            log.exception("cannot carry out an event")
+            if reply is not None:
+                reply.error(FlaskdError.code, f"cannot do that: {described(error)}; the log says more")
+            for lead_on in (broken, self._fail if not isinstance(error, Exception) else None):
+                if lead_on is not None:
+                    self._lead_on(lead_on, error)
 
     @staticmethod
-    def _carry_out(post: Callable[[], None]) -> None:
+    def _lead_on(lead_on: Callable[[BaseException], None], error: BaseException) -> None:
         try:
-            post()
-        except Exception:  # a fault in one event is no reason to lose the requests in hand
-            log.exception("cannot handle an event")
+            lead_on(error)
+        except BaseException:  # there is nothing behind this
+            log.exception("cannot lead on from an event that broke off")
+
+    def _raised(self, error: BaseException) -> None:
+        self._post(lambda: self._on_raised(error))
+
+    def _on_raised(self, error: BaseException) -> None:
+        """Log what the app raised in the main thread; SystemExit and the like stop the daemon in good order."""
+        what = f"{type(error).__name__} was raised in the main thread, as by a signal handler of the app"
+        if isinstance(error, Exception):
+            self._unsaid += 1
+            if (now := time.monotonic()) >= self._say_again:
+                more = f" ({self._unsaid - 1} more were not logged)" if self._unsaid > 1 else ""
+                log.error(f"{what}; flaskd goes on{more}", exc_info=error)
+                self._unsaid, self._say_again = 0, now + _TICK
+        else:
+            log.error(what, exc_info=error)
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """Stop in good order, for something that cannot be mended; the exit code tells of it."""
+        why = str(error) if isinstance(error, FlaskdError) else f"{described(error)} was raised; the log says more"
+        self._failure = self._failure or (error if isinstance(error, FlaskdError) else AppError(f"cannot go on: {why}"))
+        self._on_stop(StopReason("failure", why), Discard(), wait=False, now=False)
+
+    def _until_next(self) -> float | None:
+        """Seconds until something is due; None when nothing is."""
+        if self.state in {State.DRAINING, State.STOPPING}:
+            return self._until_tick()
+        if (reading := self._readings.present) is not None:
+            return max(0.0, reading.until - time.monotonic())
+        return None
 
     def _until_tick(self) -> float:
         following = self._last_tick + _TICK
@@ -612,16 +711,19 @@ class Daemon:
         earlier: Drain | None = None,
     ) -> None:
         assert self._server is not None
-        self._drain = Drain(
+        drain = Drain(
             self._server,
             timeout,
-            lambda drain, report: self._inbox.put(lambda: self._on_drain_over(drain, report)),
+            lambda drain, report: self._post(
+                lambda: self._on_drain_over(drain, report), broken=lambda _: self._let_stop_go_on(report)
+            ),
             announce=announce,
             counted_from=counted_from,
             earlier=earlier,
         )
+        drain.announce()
+        self._drain = drain
         self._counts["drains"] += 1
-        self._drain.announce()
         self._last_tick = time.monotonic()
 
     def _on_drain_over(self, drain: Drain, report: DrainReport) -> None:
@@ -640,6 +742,11 @@ class Daemon:
             self._notifier.status(f"drained: {report}")
             if self.configuration.values.shutdown.drain.while_drained == "auto" and self._server is not None:
                 self._server.refuse(on=True)
+
+    def _let_stop_go_on(self, report: DrainReport) -> None:
+        """Lead on where the end of a drain could not be told to all: a stop that waits for it goes on."""
+        if self._stop is not None:
+            self._stop.drained(report)
 
     def _on_resume(self, reply: Reply) -> None:
         try:
@@ -691,19 +798,32 @@ class Daemon:
         self._reload()
 
     def _reload(self) -> None:
-        """Read and prepare in a thread of its own: a file or an import that hangs must not keep a stop waiting."""
-
-        def read() -> None:
-            found: tuple[Configuration, Plan] | Exception
-            try:
-                found = self._read()
-                found[1].prepare()
-            except Exception as error:  # noqa: BLE001 - told below; the daemon goes on with what it has
-                found = error
-            self._inbox.put(lambda: self._on_reloaded(found))
-
+        """Read and prepare aside: a file or an import that hangs must keep no stop waiting, and no reload for ever."""
         self._reload_again = False
-        threading.Thread(target=read, name="flaskd-reload", daemon=True).start()
+        try:
+            self._readings.begin()
+        except FlaskdError as error:
+            self._end_reload(FlaskdError(f"cannot read the configuration: {error}"))
+
+    def _read_whole(self) -> tuple[Configuration, Plan]:
+        """Read the configuration and prepare its plan; in the reading thread."""
+        found = self._read()
+        found[1].prepare()
+        return found
+
+    def _read_over(self, reading: Reading[tuple[Configuration, Plan]]) -> None:
+        self._post(lambda: self._on_read(reading), broken=self._end_reload)
+
+    def _on_late_reading(self) -> None:
+        """Give a reading up that has had its time; the thread that hangs in it cannot be ended."""
+        self._readings.give_up()
+        path = self.configuration.path
+        self._end_reload(
+            FlaskdError(
+                f"reading {path or 'the configuration'}, and what its policies need, took longer than {LIMIT:g}s; "
+                "is it a file, on a disk that answers?"
+            )
+        )
 
     def _read(self) -> tuple[Configuration, Plan]:
         """The configuration as it would be now, and its plan. Raises ConfigError."""
@@ -712,25 +832,47 @@ class Daemon:
             raise RestartNeededError(f"{', '.join(keys)}: cannot change without a restart")
         return new, build_plan(new.values.cleanup)
 
-    def _on_reloaded(self, found: tuple[Configuration, Plan] | Exception) -> None:
-        if self.state is not State.RELOADING:
-            return  # a stop came first; it has its plan, and its waiters were told
-        self._signals.reclaim()
+    def _on_read(self, reading: Reading[tuple[Configuration, Plan]]) -> None:
+        """Take over what was read, or read again where a wish came meanwhile."""
+        if not self._readings.ended(reading) or self.state is not State.RELOADING:
+            return  # it came too late, or a stop came first; who waited was told
         self._logs.reclaim()
-        error = found if isinstance(found, Exception) else None
-        if not isinstance(found, Exception):
-            self.configuration, plan = found
-            config = self.configuration.values
-            self._outlook.set(plan, config.cleanup, self.app)
-            self._apply_log(config)
-            self._apply_server(config)
-            self._apply_watch()
-            self._outlook.look_around()
-            self._apply_idle(config)
+        error = reading.error
+        if reading.found is not None:
+            try:
+                self._replace(*reading.found)
+            except Exception as failure:  # noqa: BLE001 - told below; what was before is in force again
+                error = failure
         if self._reload_again:
             self._notifier.reloading(self._reload_since)  # once for all that came meanwhile: a storm is not echoed
             self._reload()
             return
+        self._end_reload(error)
+
+    def _replace(self, new: Configuration, plan: Plan) -> None:
+        """Put a configuration into force; where a part of it cannot be, the one before is in force again."""
+        before = self.configuration, self._outlook.policies
+        try:
+            self._apply(new, plan)
+        except Exception:
+            self._apply(*before)
+            raise
+
+    def _apply(self, configuration: Configuration, plan: Plan) -> None:
+        config = configuration.values
+        self._apply_server(config)  # first: there may be no threads for it
+        self.configuration = configuration
+        self._outlook.set(plan, config.cleanup, self.app)
+        self._apply_log(config)
+        self._apply_watch()
+        self._outlook.look_around()
+        self._apply_idle(config)
+
+    def _end_reload(self, error: BaseException | None) -> None:
+        """Be ready again, and tell all who wait what came of it."""
+        if self.state is not State.RELOADING:
+            return
+        self._readings.give_up()
         self._lifecycle.handle(Event.RELOADED)
         self._counts["ok" if error is None else "failed"] += 1
         self._last_reload = {"time": logs.timestamp(time.time()), "ok": error is None}
@@ -742,7 +884,7 @@ class Daemon:
                 reply.ok("reloaded", {"config": str(self.configuration.path)} if self.configuration.path else {})
             return
         known = isinstance(error, FlaskdError)
-        fault = f"{error if known else repr(error)}; keeping the old configuration"
+        fault = f"{error if known else described(error)}; keeping the old configuration"
         log.error(f"reload failed: {fault}", exc_info=None if known else error)
         self._last_reload["fault"] = fault
         self._notifier.ready(f"ready, but the reload failed: {fault}")
@@ -758,7 +900,7 @@ class Daemon:
         if self._watch is None and path is not None:
             self._watch = FileWatch(
                 path,
-                changed=lambda digest: self._inbox.put(lambda: self._on_edit(digest)),
+                changed=lambda digest: self._post(lambda: self._on_edit(digest), broken=self._end_reload),
                 wanted=lambda: self.state is State.READY,
             )
         if self._watch is not None:
@@ -787,7 +929,7 @@ class Daemon:
     def _apply_idle(self, config: Config) -> None:
         assert self._server is not None
         idle = config.shutdown.idle
-        self._server.watch_idle(idle.after, idle.ignore, lambda: self._inbox.put(self._on_idle))
+        self._server.watch_idle(idle.after, idle.ignore, lambda: self._post(self._on_idle))
 
     def _on_idle(self) -> None:
         """Stop, unless something came first: a request, or somebody who drains and wants to go on with it."""
@@ -837,7 +979,6 @@ class Daemon:
 
     def _begin_stop(self, reason: StopReason) -> None:
         config = self.configuration.values
-        what = f"stopping ({reason}): {self._in_flight} in flight"
         self._counted = counted = self._server.counted if self._server else (0, 0)
         self._stop = stop = Stop(
             reason,
@@ -847,26 +988,40 @@ class Daemon:
             shutdown=config.shutdown,
             cleanup=config.cleanup,
             state=self._state_directory.writable,
-            drain=lambda: self._inbox.put(lambda: self._drain_to_stop(counted)),
-            over=lambda error: self._inbox.put(lambda: self._on_stop_over(error)),
-            on_step=lambda result: self._inbox.put(lambda: self._on_step(result)),
-            on_begin=lambda: self._inbox.put(self._claim),
+            drain=lambda: self._post(lambda: self._drain_to_stop(counted), broken=self._stop_without_drain),
+            over=lambda error: self._post(lambda: self._on_stop_over(error), broken=lambda _: self._on_stop_over(None)),
+            on_step=lambda result: self._post(lambda: self._on_step(result)),
+            on_begin=lambda: self._post(self._claim),
+            spare=self._cleanup_thread.spare,
         )
+        open_files.share()
         self._stop.arm()  # before another line of Python: the app may take the GIL and never give it back
-        log.info(f"{what}, at most {config.shutdown.deadline:g}s for everything; plan {self._stop.plan.id}")
         for tell in (
+            lambda: self._say_what_stops(reason, stop),
             self._end_reloads,
-            lambda: self._service.stopping(what, stop.left, reason, self._listeners, self._server),
+            lambda: self._service.stopping(
+                f"stopping ({reason}): {self._in_flight} in flight", stop.left, reason, self._listeners, self._server
+            ),
             self._announce_stop,
             # A disk that hangs must not keep the stop.
             lambda: aside(lambda: self._state_directory.stopping(str(reason))).close(0),
         ):
             try:
                 tell()
-            except Exception:  # whoever was not told, the stop goes on
+            except BaseException:  # whatever could not be told, the stop goes on
                 log.exception("cannot tell everybody of the stop")
         self._cleanup_thread.run(stop.run)
         self._last_tick = time.monotonic()
+
+    def _say_what_stops(self, reason: StopReason, stop: Stop) -> None:
+        most = f"at most {self.configuration.values.shutdown.deadline:g}s for everything"
+        log.info(f"stopping ({reason}): {self._in_flight} in flight, {most}; plan {stop.plan.id}")
+
+    def _stop_without_drain(self, error: BaseException) -> None:
+        """Lead on where the drain of a stop could not begin: what is in hand is given up, and told."""
+        assert self._stop is not None
+        why = f"the drain could not begin: {described(error)}"
+        self._stop.drained(DrainReport(cut=self._server.cut(why) if self._server else (), background=left_behind()))
 
     def _end_reloads(self) -> None:
         waiters, self._reload_waiters = self._reload_waiters, []
@@ -906,41 +1061,38 @@ class Daemon:
         for reply in self._stop_waiters:
             reply.progress(fields)
 
-    def _on_stop_over(self, error: Exception | None) -> None:
+    def _on_stop_over(self, error: BaseException | None) -> None:
         if error is not None:
             log.error(f"cleanup broke off: {error}", exc_info=error)
         if self._ending is not None:
-            self._end_the_app(self._ending)
-        self._lifecycle.handle(Event.STOP_OVER)
+            self._main.call(functools.partial(self._end_the_app, self._ending))
+        else:
+            self._on_exit_over()
 
     def _end_the_app(self, ending: Ending) -> None:
-        """Give what the app has left to the end of the process its time; who watches it turns the loop meanwhile."""
+        """Give what the app has left to the end of the process its time (main thread); the events go on meanwhile."""
         assert self._stop is not None
         ending.left = self._stop.left_for_the_exit()
-        self._service.step(ending.left(), self._stop.left)
-        ending.run(meanwhile=self._meanwhile, cut=self._cut_the_exit)
+        self._post(self._claim_the_exit)
+        ending.run(cut=lambda unfinished: self._post(lambda: self._on_exit_cut(unfinished)))
+        self._post(self._on_exit_over)
 
-    def _meanwhile(self) -> None:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._carry_out(self._inbox.get_nowait())
-        if not self._until_tick():
-            self._carry_out(self._tick)
+    def _on_exit_over(self) -> None:
+        self._lifecycle.handle(Event.STOP_OVER)
 
-    def _cut_the_exit(self, unfinished: tuple[Unfinished, ...]) -> None:
-        """End the process from here: the main thread is in what was cut."""
-        code = EX_OK
-        try:
-            self._unfinished = unfinished
-            for each in unfinished:
-                log.warning(f"cut at the exit: {each.name}\n{each.stack}".rstrip())
-            self._lifecycle.handle(Event.STOP_OVER)
-            code = self._finish()
-            self._put_away()
-        finally:
-            os._exit(code)
+    def _claim_the_exit(self) -> None:
+        assert self._stop is not None
+        assert self._ending is not None
+        self._service.step(self._ending.left(), self._stop.left)
 
-    def _put_away(self) -> None:
+    def _on_exit_cut(self, unfinished: tuple[Unfinished, ...]) -> None:
+        """Stop without what the app has left to the end of the process: the main thread is in it, and stays there."""
+        self._unfinished, self._main_is_lost = unfinished, True
+        for each in unfinished:
+            log.warning(f"cut at the exit: {each.name}\n{each.stack}".rstrip())
+        self._lifecycle.handle(Event.STOP_OVER)
+
+    def _leave_nothing(self) -> None:
         self._remove_nodes()
         self._state_directory.close()
         self._plane.close()
@@ -992,6 +1144,14 @@ class Daemon:
             fields = {**report.as_json(), "took": round(stop.took, 3), "policies": policies}
             reply.ok("stopped", fields, lines=account_lines(fields), hint=self._undone_by())
         return code
+
+
+def _put_away(end: Callable[..., object], *args: object) -> None:
+    """End a part of the daemon when all is over; one that cannot be changes neither the others nor the exit code."""
+    try:
+        end(*args)
+    except BaseException:  # see above
+        log.exception("cannot put everything away")
 
 
 class RestartNeededError(ConfigError):

@@ -18,9 +18,9 @@ _GUARD = 0.5
 class Drain:
     """A drain of `server` within `timeout` seconds, announced for `announce` seconds before.
 
-    `over` is called from the serving thread with it and its report; all else belongs to the main thread. Its account
-    has what was answered since `counted_from`, default: now. One that follows an `earlier` drain goes on with
-    its account.
+    `over` is called from the serving thread with it and its report; all else belongs to the thread of the daemon's
+    events. Its account has what was answered since `counted_from`, default: now. One that follows an `earlier` drain
+    goes on with its account.
     """
 
     def __init__(

@@ -5,6 +5,8 @@ Exit codes follow ``sysexits.h`` (FreeBSD ``sysexits(3)``) where it has a word f
 
 from __future__ import annotations
 
+import errno
+
 EX_OK = 0
 EX_LOST = 1
 """A drain or stop that lost work, or an unexpected failure."""
@@ -91,3 +93,28 @@ class ConfigError(FlaskdError):
 
     exit_code = EX_CONFIG
     code = "config-invalid"
+
+
+_SHORT_OF = {
+    errno.EMFILE: "more open files than this process may have; raise LimitNOFILE= of its unit, or ulimit -n",
+    errno.ENFILE: "more open files than this machine may have; see fs.file-max, sysctl(8)",
+    errno.ENOMEM: "no memory can be had; see MemoryMax= of its unit, or the limit of its container",
+}
+
+
+def shortage(error: BaseException) -> CannotCreateError | None:
+    """The clear word for an error that tells of a lack of threads, files or memory; None for all others."""
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        return CannotCreateError(
+            "no thread can be had; raise TasksMax= of its unit, pids.max of its container, or ulimit -u"
+        )
+    number = errno.ENOMEM if isinstance(error, MemoryError) else error.errno if isinstance(error, OSError) else None
+    return CannotCreateError(_SHORT_OF[number]) if number in _SHORT_OF else None
+
+
+def described(error: BaseException) -> str:
+    """An exception in one word or a few; its own text is code of who made it, and may raise."""
+    try:
+        return repr(error)
+    except BaseException:  # noqa: BLE001 - see above
+        return type(error).__name__

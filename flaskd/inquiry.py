@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from flaskd.errors import FlaskdError
+from flaskd.errors import FlaskdError, described, shortage
 from flaskd.forks import AppCode
 from flaskd.protocol import Reply
 
@@ -15,47 +17,85 @@ log = logging.getLogger("flaskd.inquiry")
 
 T = TypeVar("T")
 
+LIMIT = 10.0
+"""Seconds that who asks waits for an answer: a file, or the app's own object, may hang."""
+
+
+@dataclass(eq=False)
+class _Asked(Generic[T]):
+    reply: Reply
+    tell: Callable[[Reply, T], None]
+    until: float = field(default_factory=lambda: time.monotonic() + LIMIT)
+
 
 class Inquiry(Generic[T]):
     """One kind of question; `find` has the answer, and may take its time or raise.
 
     Who asks while it is being found gets the next answer, together with all who asked meanwhile: an answer is never
-    older than its question, and there is never more than one thread.
+    older than its question, and there is never more than one thread. `look` answers those who have waited too long.
     """
 
     def __init__(self, name: str, find: Callable[[], T]) -> None:
         self._name = name
         self._find = find
         self._lock = threading.Lock()
-        self._waiting: list[tuple[Reply, Callable[[Reply, T], None]]] = []
+        self._waiting: list[_Asked[T]] = []
+        """Those who wait for the next answer."""
+        self._next: list[_Asked[T]] = []
+        """Those who wait for the one that is being found."""
         self._busy = False
 
     def ask(self, reply: Reply, tell: Callable[[Reply, T], None]) -> None:
-        """Have `tell` give the answer to `reply`, or the error that there was; returns at once (any thread)."""
+        """Have `tell` give the answer to `reply`, or the error that there was; returns at once (any thread).
+
+        Raises FlaskdError where no thread can be had.
+        """
         with self._lock:
             if not self._busy:
-                threading.Thread(target=self._answer, name=f"flaskd-{self._name}", daemon=True).start()
+                thread = threading.Thread(target=self._answer, name=f"flaskd-{self._name}", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    raise FlaskdError(f"cannot {self._name}: {shortage(error) or error}") from error
                 self._busy = True
-            self._waiting.append((reply, tell))
+            self._waiting.append(_Asked(reply, tell))
+
+    def look(self) -> None:
+        """Answer those who have waited too long, and say so; to be called now and then (any thread)."""
+        now = time.monotonic()
+        with self._lock:
+            late = [each for each in (*self._next, *self._waiting) if each.until <= now]
+            self._next = [each for each in self._next if each not in late]
+            self._waiting = [each for each in self._waiting if each not in late]
+        for each in late:
+            each.reply.error(FlaskdError.code, f"cannot {self._name}: no answer was found within {LIMIT:g}s")
+
+    def _take(self) -> _Asked[T] | None:
+        """Take one of those who wait for what was just found: each is told once."""
+        with self._lock:
+            return self._next.pop(0) if self._next else None
 
     def _answer(self) -> None:
         while True:
             with self._lock:
-                waiting, self._waiting = self._waiting, []
-                if not waiting:
+                self._waiting, self._next = [], self._waiting
+                if not self._next:
                     self._busy = False
                     return
+            asked: _Asked[T] | None = None
             try:
                 with AppCode():
                     found = self._find()
-                while waiting:
-                    reply, tell = waiting[0]
-                    tell(reply, found)
-                    del waiting[0]  # nobody is told twice
+                while (asked := self._take()) is not None:
+                    asked.tell(asked.reply, found)
             except FlaskdError as error:
-                for reply, _ in waiting:
-                    reply.error(error.code, str(error))
-            except Exception as error:  # of ours, or of the app's objects that were asked: whoever asked is told
+                self._refuse(asked, error.code, str(error))
+            except BaseException as error:  # of ours, or of the app's objects that were asked: whoever asked is told
                 log.exception(f"cannot {self._name}")
-                for reply, _ in waiting:
-                    reply.error(FlaskdError.code, f"cannot {self._name}: {error!r}; the log says more")
+                self._refuse(asked, FlaskdError.code, f"cannot {self._name}: {described(error)}; the log says more")
+
+    def _refuse(self, asked: _Asked[T] | None, code: str, message: str) -> None:
+        """Give the error to the one who was just being told, and to those behind."""
+        while (asked := asked or self._take()) is not None:
+            asked.reply.error(code, message)
+            asked = None

@@ -7,6 +7,7 @@ import os
 import select
 import socket
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from typing import Any
 from flaskd import loading
 from flaskd.cleanup import Plan, Step
 from flaskd.config import AppConfig, Config, HealthConfig, ServerConfig
-from flaskd.descriptors import open_files_limit
-from flaskd.errors import AppError, ConfigError, FlaskdError, UnsupportedError
+from flaskd.descriptors import open_files
+from flaskd.errors import AppError, CannotCreateError, ConfigError, FlaskdError, UnsupportedError, shortage
 from flaskd.loading import LoadedApp
 from flaskd.patching import check_unpatched
 from flaskd.server import BehindProxies, WaitressThread, adjustments, missed_by_proxy_fix
@@ -42,6 +43,16 @@ def check_system() -> None:
             f"cannot serve: the daemon needs Linux, and this is {sys.platform}; "
             "for development and tests, flaskd.ServerThread and flaskd.ServerProcess serve here, too"
         )
+
+
+def fault_of(error: BaseException) -> FlaskdError:
+    """What kept a start from its end, as it is told: one clear line, and a traceback only for what was not foreseen."""
+    if isinstance(error, FlaskdError):
+        return error
+    if (lack := shortage(error)) is not None:
+        return CannotCreateError(f"cannot start: {lack}")
+    text = "".join(traceback.format_exception(error))
+    return AppError(f"cannot start: {type(error).__name__} was raised in the main thread", text)
 
 
 def change_directory(app: AppConfig) -> None:
@@ -186,7 +197,7 @@ def make_server(
         threads=server.threads,
         listeners=listeners,
         backlog=server.backlog,
-        adjustments=adjustments(server, open_files_limit(raised=True)),
+        adjustments=adjustments(server, open_files.limit(raised=True)),
         on_death=on_death,
     )
 

@@ -117,9 +117,7 @@ class Ending:
         self._done = threading.Event()
         self._deciding = threading.Lock()
         self._cut = False
-        self._orders: queue.SimpleQueue[tuple[Callable[[], object], Callable[[tuple[Unfinished, ...]], object]]] = (
-            queue.SimpleQueue()
-        )
+        self._orders: queue.SimpleQueue[Callable[[tuple[Unfinished, ...]], object]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._watch, name="flaskd-exit", daemon=True)
 
     def start(self) -> None:
@@ -132,14 +130,14 @@ class Ending:
         before, now = self.left, _for_seconds(seconds)
         self.left = lambda: min(before(), now())
 
-    def run(self, *, meanwhile: Callable[[], object], cut: Callable[[tuple[Unfinished, ...]], object]) -> None:
+    def run(self, *, cut: Callable[[tuple[Unfinished, ...]], object]) -> None:
         """Wait for the app's threads and call its exit callbacks, as the interpreter would; main thread only.
 
         When time is up, `cut` is called in a thread of its own with what is not over, and has to end the process: this
-        does not return then. `meanwhile` is called there again and again, and raises nothing.
+        does not return then.
         """
         self.begun = True
-        self._orders.put((meanwhile, cut))
+        self._orders.put(cut)
         # Threads once more: begun by an exit callback, or left by what failed.
         for each in (threading._shutdown, _run_exit_callbacks, _join_threads):  # type: ignore[attr-defined]  # noqa: SLF001 - as multiprocessing does
             try:
@@ -153,10 +151,9 @@ class Ending:
         threading.Event().wait()
 
     def _watch(self) -> None:
-        meanwhile, cut = self._orders.get()
+        cut = self._orders.get()
         until = time.monotonic() + _LEAST
         while not self._done.wait(_LOOK):
-            meanwhile()
             if self.left() <= 0 and time.monotonic() >= until:
                 with self._deciding:
                     if self._done.is_set():
@@ -241,7 +238,7 @@ def leave(code: int, ending: Ending) -> NoReturn:
         if not ending.begun:  # a start that failed: the app may have been imported
             ending.start()
             ending.left = _for_seconds(_EXIT_WAIT)
-            ending.run(meanwhile=lambda: None, cut=lambda cut: _cut_short(cut, code))
+            ending.run(cut=lambda cut: _cut_short(cut, code))
         # From here on no handler of Python's is called, and what is ignored stays so: a second Ctrl-C that a wrapper
         # forwarded must not turn the exit code into a signal's.
         _heed_signals(signal.SIG_IGN)

@@ -1,6 +1,6 @@
 """The life cycle: its states, its events and the one table that says which event leads where.
 
-Only the daemon's main thread calls `Lifecycle.handle`; everything else posts events to it.
+Only the thread of the daemon's events calls `Lifecycle.handle`; everything else posts events to it.
 """
 
 from __future__ import annotations

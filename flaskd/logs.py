@@ -190,16 +190,20 @@ class _Adopted:
     what its own handlers get of flaskd's lines, and not what flaskd writes. It takes none of logging's locks.
     """
 
+    _PATCHED = ("isEnabledFor", "handle", "makeRecord")
+
     def __init__(self, logger: logging.Logger, handler: _StderrHandler, least: int) -> None:
         self.level = self._least = least
         self.logger = logger
         self._handler = handler
+        self._told: set[str] = set()
+        logger.makeRecord = self._make_record  # type: ignore[method-assign]
         logger.isEnabledFor = self._is_enabled_for  # type: ignore[method-assign]
         logger.handle = self._handle  # type: ignore[method-assign]
 
     def release(self) -> None:
         """Give the logger back to logging."""
-        for name in ("isEnabledFor", "handle"):
+        for name in self._PATCHED:
             vars(self.logger).pop(name, None)
 
     def set_level(self, level: int) -> None:
@@ -213,9 +217,45 @@ class _Adopted:
         self._handler.emit(record)
         patched = type(self.logger).callHandlers is not _CALL_HANDLERS  # as Sentry's integration does it
         if patched or any(not isinstance(each, _StderrHandler) for each in _handlers_of(self.logger)):
-            with contextlib.suppress(Exception):  # the app's own handlers and filters
+            try:
                 if type(self.logger).isEnabledFor(self.logger, record.levelno):
                     type(self.logger).handle(self.logger, record)
+            except BaseException as error:  # noqa: BLE001 - the app's own; SystemExit would end the thread that logs
+                self._tell(f"a log handler or filter of the app's raised {type(error).__name__}")
+
+    def _make_record(self, *args: Any, **kwargs: Any) -> logging.LogRecord:
+        """Make the record as the app has it made (logging.setLogRecordFactory), else as Python does by itself."""
+        try:
+            record: object = type(self.logger).makeRecord(self.logger, *args, **kwargs)
+            if isinstance(record, logging.LogRecord):
+                return record
+            fault = f"the log record factory gave {type(record).__name__} where a LogRecord was expected"
+        except BaseException as error:  # noqa: BLE001 - see _handle
+            fault = f"the log record factory raised {type(error).__name__}"
+        plain = _plain_record(*args, **kwargs)
+        self._tell(fault)
+        return plain
+
+    def _tell(self, fault: str) -> None:
+        """Tell once what raises, maybe at every line, in the app's part of logging."""
+        if fault not in self._told:
+            self._told.add(fault)
+            self._handler.emit(
+                logging.LogRecord(
+                    self.logger.name, logging.WARNING, "", 0, f"{fault}; flaskd's lines go on without it", None, None
+                )
+            )
+
+
+def _plain_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+    """The record that Python makes by itself, of what `logging.Logger.makeRecord` is given."""
+    name, level, file, line, message, arguments, exc_info, *rest = args
+    given = dict(zip(("func", "extra", "sinfo"), rest, strict=False)) | kwargs
+    record = logging.LogRecord(
+        name, level, file, line, message, arguments, exc_info, given.get("func"), given.get("sinfo")
+    )
+    record.__dict__.update(given.get("extra") or {})
+    return record
 
 
 def _handlers_of(logger: logging.Logger | None) -> Iterator[logging.Handler]:
@@ -228,7 +268,7 @@ def _handlers_of(logger: logging.Logger | None) -> Iterator[logging.Handler]:
 def _on_terminal() -> bool:
     try:
         return bool(sys.stderr.isatty())
-    except (Exception, SystemExit):  # noqa: BLE001 - closed, None, or an object of the app's
+    except BaseException:  # noqa: BLE001 - closed, None, or an object of the app's
         return False
 
 
@@ -236,7 +276,7 @@ def in_journal(environ: Mapping[str, str]) -> bool:
     """Whether standard error is the journal: $JOURNAL_STREAM names its device and inode (systemd.exec(5))."""
     try:
         found = os.fstat(sys.stderr.fileno())
-    except (Exception, SystemExit):  # noqa: BLE001 - closed, None, or an object of the app's
+    except BaseException:  # noqa: BLE001 - closed, None, or an object of the app's
         return False
     return environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 

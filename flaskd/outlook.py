@@ -25,7 +25,8 @@ class Outlook:
 
     def __init__(self, *, leaves: bool = False) -> None:
         self._leaves = leaves  # whether the process ends with the stop
-        self._policies = Plan()
+        self.policies = Plan()
+        """Those of the configuration."""
         self._cleanup = Config.model_validate({}).cleanup
         self._loaded: LoadedApp | None = None
         self._sweep: Sweep | None = None
@@ -33,7 +34,7 @@ class Outlook:
 
     def set(self, policies: Plan, cleanup: CleanupConfig, app: LoadedApp) -> None:
         """Take over what a start or a reload has prepared."""
-        self._policies, self._cleanup, self._loaded = policies, cleanup, app
+        self.policies, self._cleanup, self._loaded = policies, cleanup, app
 
     @property
     def _app(self) -> Flask | None:
@@ -44,10 +45,10 @@ class Outlook:
         """The policies, and what the app registered in code until now; without that where it cannot be planned."""
         try:
             timeout = self._cleanup.defaults.timeout
-            return with_callbacks(self._policies, self._app, timeout=timeout, told=self._told)
-        except Exception:  # whatever the app has registered, a stop goes on
+            return with_callbacks(self.policies, self._app, timeout=timeout, told=self._told)
+        except BaseException:  # whatever the app has registered, a stop goes on
             log.exception("cannot plan all of the cleanup: the policies alone are run")
-            return self._policies
+            return self.policies
 
     def look_around(self) -> None:
         """Find out what the app holds, beside the requests, and say so in the log."""
@@ -60,7 +61,7 @@ class Outlook:
 
     def _wanted(self, *modes: str) -> bool:
         """Whether anybody wants to know what the app holds: discovery in one of these modes, or a policy."""
-        return self._cleanup.discovery.mode in modes or any(each.takes for each in self._policies.steps)
+        return self._cleanup.discovery.mode in modes or any(each.takes for each in self.policies.steps)
 
     def steps(self, plan: Plan) -> list[dict[str, Any]]:
         """The steps of a plan, with those for what is known to be held; asks nobody."""

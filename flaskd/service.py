@@ -1,7 +1,7 @@
 """What this daemon owes to its service manager, beside plain words: a pulse, and requests for more time.
 
-The pulse (watchdog) is tied to the serving thread and to the main one: a thread of its own asks the loop, over a
-connection of its own, and has the main thread send the word. Nothing here runs without a manager.
+The pulse (watchdog) is tied to the serving thread and to that of the events: a thread of its own asks the loop, over a
+connection of its own, and has the thread of the daemon's events send the word. Nothing here runs without a manager.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Server(Protocol):
 
 
 class Service:
-    """One daemon as its service manager has it; `post` runs a function in the main thread, soon."""
+    """One daemon as its service manager has it; `post` runs a function in the thread of the events, soon."""
 
     def __init__(
         self, notifier: Notifier, environ: Mapping[str, str], post: Callable[[Callable[[], None]], None]
@@ -140,7 +140,7 @@ class Service:
                 self._given.clear()
                 self._post(self._pulse)
                 if not self._given.wait(self._period / 2) and state() is not State.STOPPED:  # then it has left its loop
-                    self._complain("the main thread does not turn")
+                    self._complain("the thread of the events does not turn")
                     self._given.wait()
             pause = self._period if well else self._period / 10
 

@@ -53,6 +53,7 @@ class SignalWatch:
     def __enter__(self) -> Self:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
+        self._thread.start()  # first: where none can be had, nothing has changed
         self.terminal = Terminal()
         undo_inherited()
         self._wakeup_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
@@ -63,7 +64,6 @@ class SignalWatch:
             log.info(f"{', '.join(ignored)}: ignored, as it was when flaskd was started (by nohup, or & in a script)")
         self._forgotten = forgotten_by_children(self._forget)
         self._forgotten.__enter__()
-        self._thread.start()
         return self
 
     def _recorded(self, number: int, _frame: FrameType | None) -> None:

@@ -19,6 +19,7 @@ from flaskd.cleanup import (
     BESIDE_THE_DRAIN,
     Plan,
     Runner,
+    Spare,
     StepResult,
     Sweep,
     for_steps,
@@ -58,6 +59,8 @@ class CleanupThread:
     def __init__(self) -> None:
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._wait, name="flaskd-cleanup", daemon=True)
+        self.spare = Spare()
+        """For the steps; what waits for a step must not be what runs it."""
 
     def _wait(self) -> None:
         work = self._work.get()
@@ -65,8 +68,13 @@ class CleanupThread:
             work()
 
     def start(self) -> None:
-        """Start it."""
-        self._thread.start()
+        """Start it, and its spare."""
+        self.spare.start()
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self.dismiss()
+            raise
 
     def run(self, work: Callable[[], None]) -> None:
         """Give it what to do, from any thread and any signal handler; only what is given first is done."""
@@ -75,12 +83,14 @@ class CleanupThread:
     def dismiss(self) -> None:
         """Let it end without a stop."""
         self._work.put(lambda: None)
-        if self._thread.ident is not None:
-            self.join()
+        self.join()
 
     def join(self) -> None:
         """Wait a moment for its end, after its work."""
-        self._thread.join(1)
+        self.spare.dismiss()
+        for thread, wait in ((self._thread, True), (self.spare.thread, self.spare.free)):
+            if thread.ident is not None and wait:
+                thread.join(1)
 
 
 class Drainable(Protocol):
@@ -130,7 +140,8 @@ class Stop:
     `drain` and `over` are called from the thread that calls `run`: when it is time to drain, and at the end, with what
     broke the cleanup off if anything did; the drain goes on to its end all the same. `on_step` gets each step's result,
     `on_begin` is called when one has begun. `sweep` has what the app was last known to hold; what it holds now is
-    looked for beside the drain, and taken into the plan after it. None: nobody wants to know.
+    looked for beside the drain, and taken into the plan after it. None: nobody wants to know. `spare` is a thread for
+    steps where no other can be had.
     """
 
     def __init__(
@@ -143,10 +154,11 @@ class Stop:
         cleanup: CleanupConfig,
         state: Path | None = None,
         drain: Callable[[], None],
-        over: Callable[[Exception | None], None],
+        over: Callable[[BaseException | None], None],
         on_step: Callable[[StepResult], None] | None = None,
         on_begin: Callable[[], None] | None = None,
         sweep: Sweep | None = None,
+        spare: Spare | None = None,
     ) -> None:
         self.reason = reason
         self.plan = plan
@@ -171,6 +183,7 @@ class Stop:
             state=state,
             on_progress=on_step,
             on_begin=on_begin,
+            spare=spare,
         )
 
     @classmethod
@@ -185,6 +198,7 @@ class Stop:
         cleanup: CleanupConfig,
         on_step: Callable[[StepResult], None] | None = None,
         sweep: Sweep | None = None,
+        spare: Spare | None = None,
     ) -> Self:
         """A stop that drains `server` itself; what breaks the cleanup off is logged, and the drain goes on."""
 
@@ -208,7 +222,7 @@ class Stop:
             except RuntimeError:  # no thread can be had: they wait for it
                 drain()
 
-        def over(error: Exception | None) -> None:
+        def over(error: BaseException | None) -> None:
             if error is not None:
                 log.error(f"cleanup broke off: {error}", exc_info=error)
             if not stop._drained.is_set():
@@ -226,6 +240,7 @@ class Stop:
             over=over,
             on_step=on_step,
             sweep=sweep,
+            spare=spare,
         )
         return stop
 
@@ -320,7 +335,7 @@ class Stop:
 
     def run(self) -> None:
         """Go through the phases; returns when the last is over, by the deadline at the latest."""
-        error: Exception | None = None
+        error: BaseException | None = None
         draining = False
         try:
             self._take(self._sweep, _FIRST_LOOK)
@@ -333,7 +348,7 @@ class Stop:
             assert self._report is not None
             self._take(sweep, _SECOND_LOOK)
             self._runner.run(AFTER_THE_DRAIN, "clean" if self._report.clean else "degraded")
-        except Exception as failure:  # noqa: BLE001 - the daemon must go on and exit, and tells what it was
+        except BaseException as failure:  # noqa: BLE001 - the daemon must go on and exit, and tells what it was
             error = failure
             if not draining:  # what is in hand is finished all the same
                 self._drain()
@@ -355,5 +370,5 @@ class Stop:
             return
         try:
             self._runner.replan(with_found(self.plan, found, self._cleanup))
-        except Exception:  # the app's own objects were asked; whatever they did, the drain and the cleanup go on
+        except BaseException:  # the app's own objects were asked; whatever they did, the drain and the cleanup go on
             log.exception("cannot take what the app holds into the plan: the stop goes on with what was planned before")

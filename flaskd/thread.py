@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 
 from flaskd.cleanup import Plan, StepResult, Sweep, action_specs, build_plan, with_callbacks
 from flaskd.config import Config, ShutdownConfig, load, load_mapping
-from flaskd.descriptors import open_files_limit
+from flaskd.descriptors import open_files
 from flaskd.errors import FlaskdError
 from flaskd.ledger import DrainReport, InFlight
 from flaskd.lifecycle import StopReason
@@ -136,7 +136,7 @@ class ServerThread:
             self._address.port,
             self._threads,
             backlog=server.backlog,
-            adjustments=adjustments(server, open_files_limit()),
+            adjustments=adjustments(server, open_files.limit()),
             **graces,
         )
 
@@ -312,6 +312,7 @@ class ServerThread:
             shutdown=_shutdown(self._config.shutdown, timeout, cleanup=asked or bool(plan.steps)),
             cleanup=cleanup,
             sweep=sweep,
+            spare=self._cleanup_thread.spare,
             on_step=self._on_step,
         )
         if self._own_process:

@@ -266,8 +266,8 @@ def test_an_exit_code_that_somebody_took_is_not_taken_for_success(monkeypatch):
     assert "exit code is not known" in result.why
 
 
-def test_without_a_thread_to_watch_it_the_command_is_ended(monkeypatch):
-    """A command that could not be reaped is killed and reaped at once."""
+def test_without_a_thread_to_watch_it_the_command_is_looked_after_all_the_same(monkeypatch):
+    """A command for which no thread waits runs to its end, with its exit code; one that hangs is ended in time."""
     real = threading.Thread.start
 
     def refuse(thread):
@@ -277,8 +277,11 @@ def test_without_a_thread_to_watch_it_the_command_is_ended(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
-        result = perform(command("sleep", "100"))
-    assert (result.fate, result.why) == (Fate.FAILED, "cannot watch the command: can't start new thread")
+        done, failed = perform(command("echo", "yes")), perform(command("false"))
+        late = perform(command("sleep", "100", timeout=0.3))
+    assert (done.fate, done.detail) == (Fate.OK, "yes")
+    assert (failed.fate, failed.why) == (Fate.FAILED, "exit code 1")
+    assert (late.fate, "ended by SIGTERM" in late.why) == (Fate.TIMED_OUT, True)
 
 
 def test_a_command_that_cannot_be_ended_is_given_up(monkeypatch):

@@ -4,7 +4,7 @@ import threading
 import pytest
 from test_cleanup_kit import PATIENCE, Reason, fates, hanging, run, runner, step
 
-from flaskd.cleanup import Fate, StepFailedError, StepTimedOutError, results_as_json
+from flaskd.cleanup import Fate, Spare, StepFailedError, StepTimedOutError, results_as_json
 from flaskd.config import Phase
 from flaskd.threads import waited_for
 
@@ -242,8 +242,69 @@ def test_without_threads_steps_fail_and_the_stop_goes_on(monkeypatch, caplog):
         patch.setattr(threading.Thread, "start", refuse)
         results = run(step("a", on_failure="skip_dependents"), step("b", after=("a",)))
     assert fates(results) == {"a": "failed", "b": "skipped"}
-    assert results["a"].why == "cannot start a thread: can't start new thread"
+    assert results["a"].why == "no thread can be had to run it"
     assert "cleanup quiesce/b: skipped, after a, which failed" in caplog.text
+
+
+@pytest.fixture
+def spare():
+    """A thread made in time."""
+    spare = Spare()
+    spare.start()
+    yield spare
+    spare.dismiss()
+    spare.thread.join(PATIENCE)
+    assert not spare.thread.is_alive()
+
+
+@pytest.fixture
+def no_threads(monkeypatch, spare):
+    """No thread can be had any more."""
+
+    def refuse(_thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        yield
+
+
+@pytest.mark.usefixtures("no_threads")
+def test_without_threads_the_spare_one_runs_them_all(spare):
+    """Steps that may run side by side run one after the other, each in the thread that was made in time."""
+    seen = []
+
+    def note(_context):
+        seen.append(threading.current_thread())
+
+    steps = [step(name, note, phase=phase) for name, phase in zip("abcd", list(Phase)[2:6], strict=True)]
+    beside = [step(f"beside-{name}", note) for name in "abc"]
+    results = runner(*steps, *beside, spare=spare).run(Phase)
+    assert {str(each.fate) for each in results} == {"ok"}
+    assert seen == [spare.thread] * 7
+
+
+@pytest.mark.usefixtures("no_threads")
+def test_the_spare_thread_tries_again_and_survives_what_a_step_raises(spare):
+    """A retry finds it free, and SystemExit ends nothing but its step."""
+    results = {
+        each.name: each
+        for each in runner(step("a", raising(SystemExit()), retries=2), step("b", phase=Phase.FINAL), spare=spare).run(
+            Phase
+        )
+    }
+    assert (results["a"].fate, results["a"].attempts) == (Fate.FAILED, 3)
+    assert results["b"].fate is Fate.OK
+
+
+@pytest.mark.usefixtures("no_threads")
+def test_a_step_that_hangs_in_the_spare_thread_is_abandoned(spare):
+    """Its time is kept, and those behind it say that there is no thread for them: nothing hangs with it."""
+    with hanging() as hang:
+        found = runner(step("a", hang, timeout=0.1), step("b", phase=Phase.FINAL), spare=spare).run(Phase)
+        assert [(each.name, str(each.fate)) for each in found] == [("a", "timed_out"), ("b", "failed")]
+        assert found[1].why == "no thread can be had to run it"
+        spare.dismiss()
 
 
 def test_results_as_json():

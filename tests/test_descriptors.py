@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from flaskd import descriptors
+from flaskd.descriptors import OpenFiles
 
 SOFT = 64
 
@@ -26,7 +26,7 @@ def in_a_process(code):
 
 HEAD = """
 import os, resource, subprocess
-from flaskd import descriptors
+from flaskd.descriptors import open_files
 def soft(): return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 def ulimit(): return int(subprocess.run(["sh", "-c", "ulimit -Sn"], capture_output=True, text=True).stdout)
 def fill(most): return [os.open(os.devnull, os.O_RDONLY) for _ in range(most)]
@@ -36,30 +36,30 @@ def fill(most): return [os.open(os.devnull, os.O_RDONLY) for _ in range(most)]
 def test_the_hard_limit_is_what_can_be_had():
     """It is told at once, and the soft one stays as it was, for programs that are started."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    code = "print(descriptors.open_files_limit(), descriptors.open_files_limit(raised=True), soft(), ulimit())"
+    code = "print(open_files.limit(), open_files.limit(raised=True), soft(), ulimit())"
     assert in_a_process(HEAD + code) == [str(SOFT), str(hard), str(SOFT), str(SOFT)]
 
 
 @pytest.mark.parametrize(
     "how",
-    ["descriptors.make_room(fill(SOFT * 3 // 4)[-1])", "fill(SOFT * 3 // 4); descriptors.adjust()"],
+    ["open_files.make_room(fill(SOFT * 3 // 4)[-1])", "fill(SOFT * 3 // 4); open_files.adjust()"],
     ids=["as one is opened", "as they are looked at"],
 )
 def test_it_is_raised_when_they_run_short(how):
     """Three quarters of the soft limit are open: it is raised, and that many more can be opened."""
-    code = f"descriptors.open_files_limit(raised=True)\n{how}\nfill(SOFT)\nprint(soft() > SOFT)"
+    code = f"open_files.limit(raised=True)\n{how}\nfill(SOFT)\nprint(soft() > SOFT)"
     assert in_a_process(f"{HEAD}SOFT = {SOFT}\n{code}") == ["True"]
 
 
 def test_it_is_raised_when_there_are_none():
     """The app took all of them meanwhile: the next look raises it."""
     code = """
-descriptors.open_files_limit(raised=True)
+open_files.limit(raised=True)
 try:
     fill(SOFT)
 except OSError as error:
     print(error.errno)
-descriptors.adjust()
+open_files.adjust()
 fill(SOFT)
 print("more")
 """
@@ -69,12 +69,12 @@ print("more")
 def test_it_falls_back():
     """Once they are closed, programs that are started have the old limit again."""
     code = """
-descriptors.open_files_limit(raised=True)
+open_files.limit(raised=True)
 some = fill(SOFT * 3 // 4)
-descriptors.adjust()
+open_files.adjust()
 for each in some:
     os.close(each)
-descriptors.adjust()
+open_files.adjust()
 print(soft(), ulimit())
 """
     assert in_a_process(f"{HEAD}SOFT = {SOFT}\n{code}") == [str(SOFT), str(SOFT)]
@@ -83,8 +83,8 @@ print(soft(), ulimit())
 def test_a_forked_child_has_the_old_one():
     """However many are open in its parent."""
     code = """
-descriptors.open_files_limit(raised=True)
-descriptors.make_room(fill(SOFT * 3 // 4)[-1])
+open_files.limit(raised=True)
+open_files.make_room(fill(SOFT * 3 // 4)[-1])
 if os.fork() == 0:
     print(soft(), flush=True)
     os._exit(0)
@@ -96,7 +96,7 @@ print(soft() > SOFT)
 
 def test_a_limit_that_is_nobodys_stays():
     """A process whose limit was not asked to be raised, with a server in a thread, keeps it."""
-    code = "descriptors.make_room(fill(SOFT * 3 // 4)[-1]); descriptors.adjust(); print(soft())"
+    code = "open_files.make_room(fill(SOFT * 3 // 4)[-1]); open_files.adjust(); print(soft())"
     assert in_a_process(f"{HEAD}SOFT = {SOFT}\n{code}") == [str(SOFT)]
 
 
@@ -108,6 +108,130 @@ def test_a_limit_that_cannot_be_raised_is_told_as_it_is(monkeypatch):
 
     monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 200))
     monkeypatch.setattr(resource, "setrlimit", refuse)
-    assert descriptors.open_files_limit(raised=True) == 100
+    files = OpenFiles()
+    assert files.limit(raised=True) == 100
     with contextlib.closing(os.fdopen(os.open(os.devnull, os.O_RDONLY))) as file:
-        assert not descriptors.make_room(file.fileno())
+        assert not files.make_room(file.fileno())
+
+
+RESERVE = """
+import errno, resource
+null = lambda: os.open(os.devnull, os.O_RDONLY)
+held = []
+def leak():
+    try:
+        while True:
+            held.append(null())
+    except OSError as error:
+        assert error.errno == errno.EMFILE
+def full():
+    try:
+        null()
+    except OSError as error:
+        return error.errno == errno.EMFILE
+"""
+
+
+@pytest.fixture(params=[False, True], ids=["below the hard limit", "at the hard limit"])
+def kept(request):
+    """Runs code in a process with few descriptors, whose soft limit is the hard one or not."""
+
+    def run(code):
+        limits = "resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))\n" if request.param else ""
+        raised = "" if request.param else "open_files.limit(raised=True)\n"
+        return in_a_process(HEAD + RESERVE + limits + raised + code)
+
+    return run
+
+
+def test_what_is_kept_can_be_used_again_and_again(kept):
+    """The app gets none of it, also not after flaskd has closed what it opened."""
+    code = """
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft(), 256), 256))
+with open_files.reserve():
+    leak()
+    open_files.adjust()
+    leak()
+    for _ in range(3):
+        opened = [open_files.open(null) for _ in range(8)]
+        leak()
+        for each in opened:
+            os.close(each)
+        leak()
+        print(full())
+"""
+    assert kept(code) == ["True"] * 3
+
+
+def test_the_cleanup_has_a_share_and_the_record_the_rest(kept):
+    """After `share` most of it is everybody's; the last of it is still flaskd's."""
+    code = """
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft(), 256), 256))
+with open_files.reserve():
+    leak(); open_files.adjust(); leak()
+    before = len(held)
+    open_files.share()
+    leak()
+    print(len(held) - before >= 16, full())
+    os.close(open_files.open(null))
+"""
+    assert kept(code) == ["True", "True"]
+
+
+def test_programs_have_the_limit_that_flaskd_was_started_with_while_some_are_kept():
+    """Where the hard limit is higher, what is kept is out of that."""
+    code = """
+open_files.limit(raised=True)
+with open_files.reserve():
+    print(ulimit())
+    with open_files.used(), open_files.used():
+        pass
+    print(ulimit())
+"""
+    assert in_a_process(HEAD + code) == [str(SOFT), str(SOFT)]
+
+
+def test_uses_may_overlap_and_others_may_set_the_limit():
+    """It is raised while there is one use, lowered with the last, and follows who moves it meanwhile (prlimit(1))."""
+    code = """
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+with open_files.reserve():
+    less = soft()
+    with open_files.used():
+        with open_files.used():
+            print(soft())
+        print(soft())
+    print(soft() == less < 256)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (less - 10, 256))
+    with open_files.used():
+        pass
+    print(soft() == less - 10)
+print(soft())
+"""
+    assert in_a_process(HEAD + code) == ["256", "256", "True", "True", "214"]
+
+
+@pytest.mark.parametrize("use", ["open_files.used()", "open('/dev/null')"])
+def test_a_forked_child_has_the_whole_limit(use):
+    """Nothing is kept from a child, whatever was under way when it was forked."""
+    code = f"""
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+with open_files.reserve(), {use}:
+    if os.fork() == 0:
+        print(soft(), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+    assert in_a_process(HEAD + code) == ["256"]
+
+
+def test_without_a_reserve_what_cannot_be_opened_is_raised():
+    """In a process that keeps none, nothing changes."""
+    code = """
+leak()
+try:
+    open_files.open(null)
+except OSError as error:
+    print(error.errno == errno.EMFILE)
+"""
+    assert in_a_process(HEAD + RESERVE + code) == ["True"]

@@ -49,7 +49,7 @@ LAYERS = [
         "unitfiles",
     },
     {"server", "cleanup", "client"},
-    {"drain", "launch", "state", "stop", "outlook", "inquiry", "admin", "service"},
+    {"drain", "launch", "state", "stop", "outlook", "inquiry", "admin", "service", "main_thread", "reload"},
     {"daemon", "thread"},
     {"control", "workers"},
     {"cli", "__init__", "__main__", "testing"},

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from flaskd.errors import ConfigError
+from flaskd.errors import ConfigError, FlaskdError
 from flaskd.inquiry import Inquiry
 
 PATIENCE = 20
@@ -122,3 +122,40 @@ def test_a_fault_is_told_to_all_who_ask(error, told):
         reply = Reply()
         inquiry.ask(reply, tell)
         assert reply.told == told
+
+
+def test_who_has_waited_too_long_is_told_so_once(monkeypatch):
+    """An answer that does not come is an error for all who wait; who asks later gets the next one."""
+    monkeypatch.setattr("flaskd.inquiry.LIMIT", 0.0)
+    slow = Slow()
+    inquiry = Inquiry("look", slow)
+    first, second, third = Reply(), Reply(), Reply()
+    inquiry.ask(first, tell)
+    assert slow.entered.acquire(timeout=PATIENCE)
+    inquiry.ask(second, tell)
+    inquiry.look()
+    assert [first.told, second.told] == ["failed: cannot look: no answer was found within 0s"] * 2
+    monkeypatch.setattr("flaskd.inquiry.LIMIT", PATIENCE)
+    inquiry.ask(third, tell)
+    inquiry.look()
+    slow.gate.release()
+    slow.gate.release()
+    assert third.told == 2
+    assert first.quiet
+    assert second.quiet
+
+
+def test_without_a_thread_the_question_is_refused(monkeypatch):
+    """Where no thread can be had, who asks hears why; the next question finds one."""
+
+    def no_thread(_self):
+        raise RuntimeError("can't start new thread")
+
+    inquiry = Inquiry("look", lambda: 1)
+    with monkeypatch.context() as short:
+        short.setattr(threading.Thread, "start", no_thread)
+        with pytest.raises(FlaskdError, match="cannot look: no thread can be had; raise TasksMax="):
+            inquiry.ask(Reply(), tell)
+    reply = Reply()
+    inquiry.ask(reply, tell)
+    assert reply.told == 1

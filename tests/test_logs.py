@@ -408,7 +408,8 @@ def test_handlers_that_the_app_gives_to_flaskd_get_its_lines_too():
         logging.disable(logging.NOTSET)
         ours.removeHandler(kept)
     assert seen == ["one"]
-    assert without_times(stderr.lines()) == ["warning one", "warning two", "error   three"]
+    fault = "warning a log handler or filter of the app's raised LookupError; flaskd's lines go on without it"
+    assert without_times(stderr.lines()) == ["warning one", fault, "warning two", "error   three"]
 
 
 def test_what_listens_to_all_logging_hears_flaskd_too(monkeypatch):
@@ -593,3 +594,45 @@ def test_json_is_json_whatever_the_encoding():
     first, second = (json.loads(line) for line in raw.getvalue().splitlines())
     assert first["message"] == "café ✓ \ud800"
     assert second["agent"] == "é"
+
+
+class _Raising(logging.Handler):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def handle(self, record):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError(), SystemExit(), KeyboardInterrupt()], ids=lambda each: type(each).__name__
+)
+@pytest.mark.parametrize("where", ["factory", "no record", "filter", "handler"])
+def test_what_raises_in_the_app_s_part_of_logging_costs_no_line(capfd, error, where):
+    """Each line is written, and the fault is told once, whatever a factory, a filter or a handler of the app raises."""
+
+    def raising(*_args, **_kwargs):
+        raise error
+
+    log, factory, handler = logging.getLogger("flaskd.tried"), logging.getLogRecordFactory(), _Raising(error)
+    try:
+        with Logs() as logs:
+            logs.apply(level="info", log_format="text", access="off")
+            if where in {"factory", "no record"}:
+                logging.setLogRecordFactory(raising if where == "factory" else lambda *_args, **_kwargs: None)
+            elif where == "filter":
+                log.addFilter(raising)
+                log.addHandler(logging.NullHandler())
+            else:
+                log.addHandler(handler)
+            for number in range(2):
+                log.warning("line %d", number, extra={"fields": {"a": 1}})
+            logs.flush(5)
+    finally:
+        logging.setLogRecordFactory(factory)
+        log.filters.clear()
+        log.handlers.clear()
+    said = capfd.readouterr().err
+    assert said.count("line 0") == said.count("line 1") == 1
+    assert said.count("flaskd's lines go on without it") == 1

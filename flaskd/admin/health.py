@@ -81,6 +81,7 @@ class AdminServer:
             keepalive_grace=0.0,
             patience=_PATIENCE,
             fixed_limits=True,
+            reserved=True,
             name="flaskd-admin",
         ).start()
 

@@ -40,6 +40,7 @@ class Measures:
 
 def exporter(measures: Callable[[], Measures]) -> Exporter:
     """Make what writes the metrics; raises ImportError when prometheus_client is not installed."""
+    import prometheus_client.core  # noqa: F401, PLC0415 - in time: later there may be no descriptor for its file
     from prometheus_client import CollectorRegistry  # noqa: PLC0415 - optional, and 20 to 90 ms
     from prometheus_client.exposition import choose_encoder  # noqa: PLC0415
     from prometheus_client.registry import Collector  # noqa: PLC0415

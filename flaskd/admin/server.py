@@ -60,6 +60,7 @@ class EndpointServer:
             keepalive_grace=0.0,
             patience=_PATIENCE,
             fixed_limits=True,
+            reserved=True,
             on_answer=self._answered,
         ).start()
         server.announce()  # each connection ends with its answer

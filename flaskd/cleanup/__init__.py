@@ -1,7 +1,7 @@
 """What runs between the last answer and the exit: actions, the plan, the runner, the record."""
 
 from flaskd.cleanup.actions import ACTIONS, Action, action_specs
-from flaskd.cleanup.attempt import Fate, StepResult
+from flaskd.cleanup.attempt import Fate, Spare, StepResult
 from flaskd.cleanup.callbacks import on_stop, with_callbacks
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError, for_steps
 from flaskd.cleanup.discovery import Found, Sweep, discover
@@ -33,6 +33,7 @@ __all__ = [
     "Plan",
     "Reason",
     "Runner",
+    "Spare",
     "Step",
     "StepContext",
     "StepFailedError",

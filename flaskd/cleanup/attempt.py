@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import sys
 import threading
 import traceback
@@ -79,24 +80,66 @@ def stack_of(thread: threading.Thread, below: str = "") -> str:
     return "".join(traceback.format_list(frames[ours + 1 :]))
 
 
-class Attempt:
-    """A step running in a thread of its own; `over` is called there once `verdict` is known."""
+class Spare:
+    """A thread made before it is needed, for the steps of a stop at which no other can be had; one after the other."""
 
-    def __init__(self, step: Step, context: StepContext, over: Callable[[], None]) -> None:
+    def __init__(self) -> None:
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.thread = AppThread(target=self._run, name="flaskd-cleanup-spare")
+        self._user: Attempt | None = None
+
+    def start(self) -> None:
+        """Start it; raises RuntimeError when no thread can be had."""
+        self.thread.start()
+
+    @property
+    def free(self) -> bool:
+        """Whether the step that it ran last is over."""
+        return self.thread.is_alive() and (self._user is None or self._user.verdict is not None)
+
+    def run(self, attempt: Attempt, work: Callable[[], None]) -> None:
+        """Run an attempt's work next."""
+        self._user = attempt
+        self._work.put(work)
+
+    def dismiss(self) -> None:
+        """Let it end when it is free."""
+        self._work.put(None)
+
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
+            work()
+
+
+class Attempt:
+    """A step running in a daemon thread of its own; `over` is called there once `verdict` is known.
+
+    Where no thread can be had it runs in the `spare` one, if there is one and that is free.
+    """
+
+    def __init__(self, step: Step, context: StepContext, over: Callable[[], None], spare: Spare | None = None) -> None:
         self.step = step
         self.context = context
         self.verdict: Verdict | None = None
         self.thread = AppThread(target=self._work, name=f"flaskd-cleanup-{step.name}")
-        self._over = over
+        self._over, self._spare = over, spare
         self._grace = step.action.grace(step.fields) if step.action.grace else None
 
-    def start(self) -> None:
-        """Start the thread; where none can be had, the attempt has failed."""
+    def start(self) -> bool:
+        """Start it; False where no thread can be had."""
         try:
             self.thread.start()
-        except RuntimeError as error:
-            self.verdict = Verdict(Fate.FAILED, f"cannot start a thread: {error}")
-            self._over()
+        except RuntimeError:
+            if self._spare is None or not self._spare.free:
+                return False
+            self.thread = self._spare.thread
+            self._spare.run(self, self._work)
+        return True
+
+    def fail(self, why: str) -> None:
+        """Give the verdict on an attempt that could not be started."""
+        self.verdict = Verdict(Fate.FAILED, why)
+        self._over()
 
     def given_up_at(self) -> float:
         """The moment to abandon it."""
@@ -108,8 +151,18 @@ class Attempt:
 
     def join(self, timeout: float) -> None:
         """Wait up to `timeout` seconds for the thread of an attempt that is over; none for one that hangs."""
-        if self.verdict is not None and self.thread.ident is not None:
+        if self.verdict is not None and self.thread.ident is not None and not self._in_spare:
             self.thread.join(max(0.0, timeout))
+
+    @property
+    def alive(self) -> bool:
+        """Whether a thread is at it, or at the end of it."""
+        return self.verdict is None if self._in_spare else self.thread.is_alive()
+
+    @property
+    def _in_spare(self) -> bool:
+        """Whether it has run in the spare thread, which does not end with it."""
+        return self._spare is not None and self.thread is self._spare.thread
 
     def stack(self) -> str:
         """Where its thread is now, from the action's first frame on; empty when the thread is over."""

@@ -96,7 +96,7 @@ def run_command(context: StepContext, fields: CommandFields) -> str | None:
         context.on_hurry = child.ring
         selector.register(wake, selectors.EVENT_READ)
         try:
-            on_time = child.watch(lambda: context.ends_with(fields.kill_grace), child.exited.is_set)
+            on_time = child.watch(lambda: context.ends_with(fields.kill_grace), child.has_exited)
             how = child.end_group(fields.kill_grace)
         finally:
             child.close()
@@ -159,18 +159,24 @@ class _Child:
         os.set_blocking(self._pipe.fileno(), False)
         selector.register(self._pipe, selectors.EVENT_READ)
         self._reaper = threading.Thread(target=self._reap, name=f"flaskd-cleanup-{context.policy}-wait", daemon=True)
+        self._polled = False
         try:
             self._reaper.start()
-        except RuntimeError as error:  # no more threads: nothing would ever reap it
-            self._pipe.close()
-            self.kill()
-            self._process.wait()
-            raise StepFailedError(f"cannot watch the command: {error}") from error
+        except RuntimeError:  # no thread can be had: it is looked after now and then
+            self._polled = True
 
-    def _reap(self) -> None:
+    def has_exited(self) -> bool:
+        """Whether the program has exited."""
+        if self._polled and not self.exited.is_set():
+            self._reap(os.WNOHANG)
+        return self.exited.is_set()
+
+    def _reap(self, how: int = 0) -> None:
         # os.waitpid and not Popen.wait, which reports exit code 0 when somebody else has reaped the child.
         try:
-            _, status = os.waitpid(self._process.pid, 0)
+            pid, status = os.waitpid(self._process.pid, how)
+            if not pid:
+                return
             self._process.returncode = os.waitstatus_to_exitcode(status)
         except ChildProcessError:
             self._stolen = True
@@ -192,7 +198,7 @@ class _Child:
             left = until() - self._context.budget.now()
             if left <= 0:
                 return False
-            for key, _ in self._selector.select(min(left, poll)):
+            for key, _ in self._selector.select(min(left, _GROUP_POLL if self._polled else poll)):
                 if key.fileobj is self._pipe:
                     self._read()
                 else:
@@ -241,7 +247,7 @@ class _Child:
 
     def _over(self) -> bool:
         """Whether the program has exited and its group is empty."""
-        if self.exited.is_set() and not self._group_gone:
+        if self.has_exited() and not self._group_gone:
             self._group_gone = not self._signal(0) or not _anyone_in(self._process.pid)
         return self._group_gone
 
@@ -261,7 +267,7 @@ class _Child:
             if self._pipe.closed or not self._read():
                 break
         self._pipe.close()
-        if self.exited.is_set():
+        if self.exited.is_set() and not self._polled:
             self._reaper.join(ENDING_SLACK)
 
     def fault(self) -> str:

@@ -368,7 +368,7 @@ class Sweep:
             with AppCode():
                 self._found = discover(self._app)
             self._then(self._found)
-        except Exception:  # whatever the app has done to its objects, the stop can do without
+        except BaseException:  # whatever the app has done to its objects, the stop can do without
             log.exception("cannot look for what the app holds")
         self.took = time.monotonic() - self._began
 

@@ -60,5 +60,5 @@ def _make(call: Callable[[], None]) -> None:
     try:
         with AppCode():
             call()
-    except Exception:  # noqa: BLE001 - it is logged, which is all that can be done
+    except BaseException:  # noqa: BLE001 - it is logged, which is all that can be done
         _log.exception("a call out of the cleanup failed")

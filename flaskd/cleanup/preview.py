@@ -109,9 +109,10 @@ class _Rehearsal(Runner):
         self._outlets = []
         yield
 
-    def _begin(self, attempt: Attempt) -> None:
+    def _begin(self, attempt: Attempt) -> bool:
         if attempt.step.name not in self._hang:
             attempt.verdict = Verdict(Fate.OK)
+        return True
 
     def _wait(self) -> None:
         if all(attempt.verdict is None for attempt in self._running.values()):

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from flaskd.cleanup.attempt import Attempt, Fate, StepResult, Verdict
+from flaskd.cleanup.attempt import Attempt, Fate, Spare, StepResult, Verdict
 from flaskd.cleanup.context import ENDING_SLACK, Budget, StepContext
 from flaskd.cleanup.outlet import Outlet, aside
 from flaskd.config import Phase
@@ -44,7 +44,8 @@ class Runner:
     `app` is the Flask app or None; `deadline` a moment on `clock`; `reserve` the seconds before it that are
     kept for flush, final and `always`, of which each has a share for itself; `max_parallel` how many steps of a
     phase run at a time; `state` the state directory. `on_progress` is given each result as it is known,
-    `on_begin` is called when a step has begun, both in a thread of their own.
+    `on_begin` is called when a step has begun, both in a thread of their own. `spare` is a thread for steps where no
+    other can be had.
     """
 
     def __init__(
@@ -60,8 +61,9 @@ class Runner:
         clock: Callable[[], float] = time.monotonic,
         on_progress: Callable[[StepResult], None] | None = None,
         on_begin: Callable[[], None] | None = None,
+        spare: Spare | None = None,
     ) -> None:
-        self._plan = plan
+        self._plan, self._spare = plan, spare
         self._app = app
         self._reason = reason
         always = sum(step.always for step in plan.steps if step.may_be_wanted(reason.kind))
@@ -118,7 +120,7 @@ class Runner:
     def finished(self) -> bool:
         """Whether no thread of a step is alive."""
         with self._lock:
-            return not any(attempt.thread.is_alive() for attempt in self._attempts)
+            return not any(attempt.alive for attempt in self._attempts)
 
     def hurry(self, seconds: float) -> None:
         """Leave `seconds` from now for all that is still to do, running steps included, and no reserve."""
@@ -179,11 +181,8 @@ class Runner:
             if why := self._why_not(step, outcome):
                 waiting.discard(step.name)
                 self._conclude(step, Verdict(Fate.SKIPPED, why), attempts=0)
-            elif len(self._running) < self._max_parallel:
-                self._begun[step.name] = self._budget.now()
-                self._start(step, attempt=1)
-            else:
-                continue
+            elif len(self._running) >= self._max_parallel or not self._start(step, attempt=1):
+                continue  # another one must end first
             pending.remove(step)
 
     def _why_not(self, step: Step, outcome: Outcome) -> str:
@@ -210,7 +209,8 @@ class Runner:
             and step.may_be_wanted(self._reason.kind)
         )
 
-    def _start(self, step: Step, attempt: int) -> None:
+    def _start(self, step: Step, attempt: int) -> bool:
+        """Start an attempt at a step; False where it must wait for the one thread that there is."""
         context = StepContext(
             policy=step.name,
             phase=step.phase,
@@ -227,16 +227,23 @@ class Runner:
             found=step.found,
             veil=step.veil,
         )
-        started = Attempt(step, context, over=partial(self._wake.put, None))
-        with self._lock:
+        started = Attempt(step, context, over=partial(self._wake.put, None), spare=self._spare)
+        with self._lock:  # before it begins: who it is may be asked in it
             self._running[step.name] = started
-            self._attempts = [each for each in self._attempts if each.thread.is_alive()] + [started]
-        self._begin(started)
+            self._attempts = [each for each in self._attempts if each.alive] + [started]
+        if not self._begin(started):
+            if len(self._running) > 1:
+                with self._lock:
+                    del self._running[step.name]
+                return False
+            started.fail("no thread can be had to run it")
+        self._begun.setdefault(step.name, context.started)
         if self._progress and self._on_begin:
             self._progress.say(self._on_begin)
+        return True
 
-    def _begin(self, attempt: Attempt) -> None:
-        attempt.start()
+    def _begin(self, attempt: Attempt) -> bool:
+        return attempt.start()
 
     def _wait(self) -> None:
         """Wait until a step is over, the time of one is up, or the stop is hurried."""
@@ -269,7 +276,8 @@ class Runner:
             return
         again = f"cleanup {step.phase}/{step.name}: {verdict.fate}, {verdict.why}; attempt {count + 1} follows"
         self._log.say(partial(_log.warning, "%s", again))
-        self._start(step, count + 1)
+        if not self._start(step, count + 1):
+            self._conclude(step, verdict, count)
 
     def _conclude(self, step: Step, verdict: Verdict, attempts: int) -> None:
         now = self._budget.now()

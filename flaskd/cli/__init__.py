@@ -30,6 +30,7 @@ from flaskd.errors import (
     FlaskdError,
     ForbiddenError,
     NoDaemonError,
+    shortage,
 )
 from flaskd.text import lines
 
@@ -57,17 +58,20 @@ def reported(run: Callable[[], object]) -> int:
         # Whoever read our output has had enough; nothing more can be said there, at the exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EX_LOST
-    except OSError as error:
-        if not show.forsake_what_cannot_be_written():
-            raise
-        why = error.strerror
-        _complain(lambda: click.echo(f"flaskd: cannot write the answer: {why}", err=True))
-        return CannotCreateError.exit_code
     except FlaskdError as error:
         prefix = "" if isinstance(error, ConfigError) else "flaskd: "
         said = "\n".join(f"{prefix}{line}" for line in lines(str(error)))
         _complain(lambda: click.echo(said, err=True))
         return error.exit_code
+    except (OSError, RuntimeError, MemoryError) as error:
+        if isinstance(error, OSError) and show.forsake_what_cannot_be_written():
+            lack: FlaskdError | None = CannotCreateError(f"cannot write the answer: {error.strerror}")
+        else:
+            lack = shortage(error)
+        if lack is None:
+            raise
+        _complain(lambda: click.echo(f"flaskd: {lack}", err=True))
+        return lack.exit_code
     return result if isinstance(result, int) else 0
 
 
@@ -152,7 +156,7 @@ def serve_app(
         make_app=make_app,
         ending=(ending := Ending()),
     )
-    leave(daemon.run(), ending)
+    leave(daemon.run(last=True), ending)
 
 
 def _config_path(option: str | None) -> Path | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from flaskd.control.access import Peer
 from flaskd.control.commands import Command, MethodError, from_fields, from_http, from_words
-from flaskd.control.replies import HttpReply, JsonReply, TextReply
+from flaskd.control.replies import HttpReply, JsonReply, Send, TextReply
 from flaskd.errors import FlaskdError, UsageError
 from flaskd.logs import bounded_by
 from flaskd.protocol import MAX_LINE, Reply
@@ -96,7 +96,7 @@ class Client:
         newline = self._inbox.find(b"\n")
         if (len(self._inbox) if newline < 0 else newline) > MAX_LINE:
             self._begin()
-            reply = JsonReply(self._send, None) if self._json else TextReply(self._send)
+            reply = JsonReply(self._one_answer(), None) if self._json else TextReply(self._one_answer())
             reply.error("usage", f"a command has at most {MAX_LINE} bytes")
             self.closing = True
         elif newline >= 0:
@@ -116,11 +116,13 @@ class Client:
             return
         self._begin()
         if self._json:
-            reply = JsonReply(self._send, None)
+            reply = JsonReply(self._one_answer(), None)
             self._run(reply, lambda: self._from_json(line, reply))
         else:
             self._say_no_more()
-            self._run(TextReply(self._send), lambda: from_words(line.decode("utf-8", "replace").split(), self.peer))
+            self._run(
+                TextReply(self._one_answer()), lambda: from_words(line.decode("utf-8", "replace").split(), self.peer)
+            )
 
     def _begin(self) -> None:
         with self._lock:  # outcomes come from other threads
@@ -146,7 +148,7 @@ class Client:
 
     def _take_http(self) -> bool:
         """Answer one HTTP request, once its head and body are here; then the connection closes."""
-        reply = HttpReply(self._send, head=self._inbox.startswith(b"HEAD "))
+        reply = HttpReply(self._one_answer(), head=self._inbox.startswith(b"HEAD "))
         try:
             command = self._http_command()
         except UsageError as error:
@@ -185,11 +187,23 @@ class Client:
             self._execute(read(), reply)
         except FlaskdError as error:
             reply.error(error.code, str(error))
-        except Exception as error:  # a fault of ours, or of the app's objects that were asked; an answer is owed
+        except BaseException as error:  # a fault of ours, or of the app's objects that were asked; an answer is owed
             log.exception("cannot carry out a control command", extra=bounded_by("control commands that broke off"))
             reply.error(FlaskdError.code, f"cannot carry out the command: {type(error).__name__}; the log says more")
 
     # --- out ---
+
+    def _one_answer(self) -> Send:
+        """A way out for one answer: what is said after its end is dropped, for nobody waits for it any more."""
+        over = False
+
+        def send(data: bytes, *, last: bool) -> None:
+            nonlocal over
+            if not over:
+                over = last
+                self._send(data, last=last)
+
+        return send
 
     def _send(self, data: bytes, *, last: bool) -> None:
         """Queue output (any thread); a client that does not read it is given up, so it is bounded."""

@@ -19,6 +19,7 @@ from flaskd.control.fifo import Lines
 from flaskd.control.nodes import Place, accept, fifo_place, mode_and_group, socket_place
 from flaskd.control.replies import LogReply
 from flaskd.control.verbs import RUN
+from flaskd.descriptors import open_files
 from flaskd.errors import CannotCreateError, FlaskdError, NotNowError
 from flaskd.logs import bounded_by
 from flaskd.protocol import SOCKET, Reply
@@ -241,6 +242,8 @@ class ControlPlane:
                 self._next_look = now + _PAUSE
                 try:
                     self._let_go_of_the_gone()
+                    self._daemon.checking.look()
+                    self._daemon.planning.look()
                     self._look_after_nodes(now)
                 except Exception:  # the clients that there are can do without
                     log.exception("cannot look after the control nodes")
@@ -297,7 +300,7 @@ class ControlPlane:
         So few system calls because each lets go of the interpreter, and waits for it again where the app is busy.
         """
         try:
-            self._admit(accept(fd))
+            self._admit(open_files.open(lambda: accept(fd)))
         except BlockingIOError:  # a process that shares the listener was faster
             pass
         except OSError as error:

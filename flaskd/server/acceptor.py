@@ -10,7 +10,7 @@ from waitress import wasyncore
 from waitress.adjustments import Adjustments
 from waitress.server import TcpWSGIServer
 
-from flaskd.descriptors import make_room
+from flaskd.descriptors import open_files
 from flaskd.server.channel import Channel
 from flaskd.sockets import Address, Listener
 
@@ -48,20 +48,22 @@ class Acceptor:
 
     def accept_some(self, most: int) -> int:
         """Accept up to `most` connections, and return how many there were."""
+        accept = self.socket.accept  # type: ignore[attr-defined]
         for count in range(most):
             if self.loop.full:
                 return count
             try:
-                conn, addr = self.socket.accept()  # type: ignore[attr-defined]
+                # In a drain those who wait have been let in by the gate, and are the last.
+                conn, addr = open_files.open(accept) if self.loop.reserved or self.loop.drains else accept()
             except OSError as error:
-                if error.errno == errno.EMFILE and make_room():
+                if error.errno == errno.EMFILE and open_files.make_room():
                     continue
                 if error.errno in _NO_MORE:
                     self.loop.out_of_files(error)
                 elif not isinstance(error, BlockingIOError | ConnectionAbortedError):
                     log.warning(f"cannot accept a connection on {self.listener.address}: {error}")
                 return count
-            make_room(conn.fileno())
+            open_files.make_room(conn.fileno())
             try:
                 conn.setblocking(False)
                 self.set_socket_options(conn)  # type: ignore[attr-defined]

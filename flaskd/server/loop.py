@@ -17,6 +17,7 @@ from typing import Any, Literal
 from waitress import wasyncore
 from waitress.adjustments import Adjustments
 
+from flaskd.errors import CannotCreateError, shortage
 from flaskd.ledger import Cut, DrainReport, InFlight
 from flaskd.server.acceptor import Acceptor, make_acceptor
 from flaskd.server.channel import Channel, Probe, Request
@@ -43,6 +44,9 @@ Outcome = Literal["completed", "rejected", "cut", "gone"]
 
 class EventLoop:
     """Serves an app on listeners with worker threads; waitress' settings come as `Adjustments` arguments."""
+
+    reserved = False
+    """Whether new connections may have descriptors of the reserve (`flaskd.reserve`)."""
 
     def __init__(
         self,
@@ -136,7 +140,7 @@ class EventLoop:
                 if request in self._lost:
                     self._lost.discard(request)
                     if not self._ending:
-                        self.workers.set_thread_count(self._threads + len(self._lost))
+                        self._replenish()
         if self.drains:
             self.poller.touch(request.channel)
 
@@ -236,9 +240,26 @@ class EventLoop:
         return self.completed, self.rejected, at
 
     def set_threads(self, threads: int) -> None:
-        """Change the number of worker threads (any thread)."""
+        """Change the number of worker threads (any thread).
+
+        Raises CannotCreateError where no more can be had; the number is then what it was.
+        """
+        before = self.workers.count
+        try:
+            self.workers.set_thread_count(threads + len(self._lost))
+        except RuntimeError as error:
+            had = self.workers.count
+            self.workers.set_thread_count(before)
+            lack = shortage(error)
+            raise (CannotCreateError(f"server.threads: {had} of {threads}: {lack}") if lack else error) from error
         self._threads = threads
-        self.workers.set_thread_count(threads + len(self._lost))
+
+    def _replenish(self) -> None:
+        """Have as many worker threads that are free as there should be, or as many of them as can be had."""
+        try:
+            self.workers.set_thread_count(self._threads + len(self._lost))
+        except RuntimeError as error:
+            log.warning(f"{self.workers.count - len(self._lost)} of {self._threads} worker threads: {shortage(error)}")
 
     def run_in_worker(self, function: Callable[[], None]) -> None:
         """Run a function in a worker thread (any thread)."""
@@ -449,7 +470,7 @@ class EventLoop:
         self.accept(on=True)
         with self._lock:
             # A worker that still runs a request that was cut is missing from the pool.
-            self.workers.set_thread_count(self._threads + len(self._lost))
+            self._replenish()
 
     def consider(self, channel: Channel) -> None:
         """While draining: half-close a connection with nothing in hand, once its grace is over."""

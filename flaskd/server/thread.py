@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Self
 
-from flaskd.descriptors import open_files_limit
+from flaskd.descriptors import open_files
 from flaskd.errors import AppError, FlaskdError, NotNowError
 from flaskd.forks import forgotten_by_children
 from flaskd.ledger import Cut, DrainReport, InFlight
@@ -55,6 +55,7 @@ class WaitressThread:
         stream_grace: float = 1.0,
         patience: float = float("inf"),
         fixed_limits: bool = False,
+        reserved: bool = False,
         name: str = "flaskd-server",
         on_answer: Callable[[dict[str, Any]], None] | None = None,
         on_death: Callable[[BaseException | None], None] | None = None,
@@ -69,6 +70,7 @@ class WaitressThread:
         self._stream_grace = stream_grace
         self._patience = patience
         self._fixed_limits = fixed_limits
+        self._reserved = reserved
         self._name = name
         self._on_answer = on_answer
         self._on_death = on_death
@@ -106,10 +108,10 @@ class WaitressThread:
                 self._app,
                 self._listeners,
                 threads=self._threads,
-                adjustments={"connection_limit": most_connections(open_files_limit()), **self._adjustments},
+                adjustments={"connection_limit": most_connections(open_files.limit()), **self._adjustments},
                 on_answer=self._on_answer,
             )
-            loop.patience = self._patience
+            loop.patience, loop.reserved = self._patience, self._reserved
             loop.names_limits = not self._fixed_limits
             self.set_graces(self._keepalive_grace, self._stream_grace)
             loop.open()
@@ -208,9 +210,9 @@ class WaitressThread:
         return self._loop.cut(reason) if self._loop else ()
 
     def set_threads(self, threads: int) -> None:
-        """Change the number of worker threads while serving."""
-        self._threads = threads
+        """Change the number of worker threads while serving; CannotCreateError where so many cannot be had."""
         self._serving.set_threads(threads)
+        self._threads = threads
 
     def set_graces(self, keepalive_grace: float, stream_grace: float) -> None:
         """How long, in seconds, a drained connection may send one more request, and a stream may go on."""
@@ -288,7 +290,7 @@ class WaitressThread:
         """Send a request on a connection of one's own; gives the status code, or what was wrong."""
         loop = self._serving
         until = time.monotonic() + timeout
-        ours, theirs = socket.socketpair()
+        ours, theirs = open_files.open(socket.socketpair)
         with ours:
             loop.call(lambda: loop.attach(theirs, here=here))
             head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nUser-Agent: flaskd-probe\r\nConnection: close\r\n\r\n"
@@ -393,7 +395,8 @@ class WaitressThread:
             raise errors[0]
 
     def _bound_anew(self, listener: Listener) -> Listener:
-        again = Listener.bind(listener.address)
+        with open_files.used():
+            again = Listener.bind(listener.address)
         again.listen(self._backlog)
         return again
 

@@ -34,10 +34,19 @@ class Workers(ThreadedTaskDispatcher):  # type: ignore[misc]  # waitress is unty
                 self._ended(thread)
 
         thread = AppThread(target=work, name=f"flaskd-worker-{thread_no}")
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # no thread can be had; Waitress has counted it already
+            self.threads.discard(thread_no)
+            raise
         self.started = [each for each in self.started if each.is_alive()]
         self.started.append(thread)
         self._working.add(thread)  # in time: it cannot end before the lock, which is held here, is released
+
+    @property
+    def count(self) -> int:
+        """How many there are, without those that are to end."""
+        return int(len(self.threads) - self.stop_count)
 
     @property
     def wanted(self) -> bool:

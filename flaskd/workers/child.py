@@ -72,7 +72,7 @@ class Child:
                         os._exit(code)
 
                 self._ending.left = server.left_for_the_exit()
-                self._ending.run(meanwhile=lambda: None, cut=cut)
+                self._ending.run(cut=cut)
                 self._ending.late_code = config.shutdown.exit_codes.degraded
                 return conclude(())
         raise AssertionError  # the stack suppresses nothing

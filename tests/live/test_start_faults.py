@@ -1,6 +1,7 @@
 """What cannot start says why in one clear line, with the right exit code and no traceback of flaskd's own."""
 
 import os
+import resource
 import signal
 import socket
 from pathlib import Path
@@ -171,3 +172,66 @@ def test_an_app_that_fails_to_load_forges_no_line_of_the_log(flaskd: Flaskd) -> 
     assert not set("\r\u2028\x0b\x1b") & set(log)
     code, log = flaskd.fails(app="ruder")
     assert (code, "cannot load ruder: the app raised Rude: its text cannot be had" in log) == (70, True)
+
+
+SHORT_OF_THREADS = """
+import os, threading
+left = int(os.environ["THREADS_LEFT"])
+start = threading.Thread.start
+
+def limited(self):
+    global left
+    left -= 1
+    threading.stack_size(1 << 46 if left < 0 else 0)  # no room for such a stack: pthread_create(3) fails with EAGAIN
+    start(self)
+
+threading.Thread.start = limited
+"""
+
+
+def test_no_thread_to_be_had_at_the_start(flaskd: Flaskd) -> None:
+    """Whichever of the start's threads cannot be had: one clear line and 73, or it serves and stops; nothing is left."""
+    flaskd.write("sitecustomize.py", SHORT_OF_THREADS)
+    flaskd.env["PYTHONPATH"] = str(flaskd.directory)
+    failed = 0
+    for left in range(40):
+        flaskd.env["THREADS_LEFT"] = str(left)
+        flaskd.log_file.write_text("")
+        flaskd.launch("-t", "2")
+        try:
+            flaskd.wait_message("READY=1")
+        except AssertionError:
+            assert flaskd.wait() == 73, flaskd.log
+            assert "cannot start: no thread can be had; raise TasksMax= of its unit" in flaskd.log
+            assert "Traceback" not in flaskd.log
+            failed += 1
+        else:
+            assert get(flaskd.url) == (200, b"hello")
+            assert flaskd.stop() == 0
+            if "no thread" not in flaskd.log:
+                break
+        assert flaskd.leftovers() == [], left
+    assert failed >= 5
+
+
+def test_no_descriptor_to_be_had_at_the_start(flaskd: Flaskd) -> None:
+    """Whatever cannot be opened for want of descriptors: a clear line and a code, or it serves; nothing is left."""
+    served = failed = 0
+    for limit in range(5, 60):
+        flaskd.log_file.write_text("")
+        flaskd.launch(preexec_fn=lambda limit=limit: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit)))
+        try:
+            flaskd.wait_message("READY=1")
+        except AssertionError:
+            assert flaskd.wait() in {70, 73}, flaskd.log  # 70: it was the app that could not open its files
+            assert "Too many open files" in flaskd.log or "more open files than this process may have" in flaskd.log
+            assert "flaskd/" not in flaskd.log.partition("Traceback")[2], flaskd.log
+            failed += 1
+        else:
+            served += 1
+            assert flaskd.stop() == 0
+            if served == 5:
+                break
+        assert flaskd.leftovers() == [], limit
+    assert failed
+    assert served

@@ -1,0 +1,115 @@
+"""The main thread while the daemon serves: nothing of flaskd's runs in it that code of the app could break off.
+
+Python runs an app's signal handlers in the main thread, between any two instructions of what runs there, and what they
+raise is raised there (the signal module, "Execution of Python signal handlers"). So the daemon carries out its events
+in a thread of their own, and the main thread only waits for the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from flaskd.signals import SignalWatch
+
+_TURN = 1.0
+"""Seconds between two looks."""
+
+
+class MainThread:
+    """Runs `work` in a thread of its own, and waits in the main one for the exit code that it returns.
+
+    `raised` is given what the app's code raises in the main thread meanwhile; it is called there, and must not block.
+    `look` is called there once a second: only there can signal handlers be set.
+    After the end no signal handler of the app runs any more, until they are put back.
+    """
+
+    def __init__(
+        self, work: Callable[[], int], raised: Callable[[BaseException], None], look: Callable[[], None]
+    ) -> None:
+        self._work, self._raised, self._look = work, raised, look
+        self._outcome: list[int | BaseException] = []
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="flaskd-events", daemon=True)
+        self._handlers: dict[int, Any] = {}
+
+    def put_handlers_back(self) -> None:
+        """Let the app's signal handlers run again."""
+        for number, before in self._handlers.items():
+            signal.signal(number, before)
+
+    @property
+    def begun(self) -> bool:
+        """Whether the work has begun."""
+        return self._thread.ident is not None
+
+    def begin(self) -> None:
+        """Begin the work; raises RuntimeError when no thread can be had."""
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._outcome.append(self._work())
+        except BaseException as error:  # noqa: BLE001 - raised again where its end is waited for
+            self._outcome.append(error)
+        finally:
+            self._calls.put(None)
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Have a function called in the main thread, soon (any thread)."""
+        self._calls.put(function)
+
+    def wait(self) -> int:
+        """Wait for the end, and return the exit code, or raise what ended the work."""
+        over = False
+        while not over:
+            try:
+                over = self._wait()
+            except BaseException as error:  # noqa: BLE001 - raised while one before it was dealt with
+                self._raised(error)
+        self._put_handlers_away()
+        if not self._outcome:  # the thread has died before its first line, of a profile function, say
+            return self._work()
+        outcome = self._outcome[0]
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    def _wait(self) -> bool:
+        """Wait for the end, and do what must be done in this thread; returns True."""
+        while True:
+            try:
+                try:
+                    call = self._calls.get(timeout=_TURN)
+                except queue.Empty:
+                    if not self._thread.is_alive():
+                        return True
+                    self._look()
+                    continue
+                if call is None:
+                    return True
+                call()
+            except BaseException as error:  # noqa: BLE001 - the app's own code, whatever it raises
+                self._raised(error)
+
+    def _put_handlers_away(self) -> None:
+        """Let signals that the app handles do nothing."""
+        left = [each for each in signal.valid_signals() if _is_of_the_app(signal.getsignal(each))]
+        while left:
+            with contextlib.suppress(BaseException):  # those that are left may still raise
+                while left:
+                    self._handlers.setdefault(left[-1], signal.getsignal(left[-1]))
+                    signal.signal(left[-1], _nothing)
+                    left.pop()
+
+
+def _is_of_the_app(handler: Any) -> bool:
+    return callable(handler) and not isinstance(getattr(handler, "__self__", None), SignalWatch)
+
+
+def _nothing(_signum: int, _frame: object) -> None:
+    """Do nothing."""

@@ -1,0 +1,122 @@
+"""The main thread while another one works."""
+
+import contextlib
+import signal
+import threading
+
+import pytest
+
+from flaskd import main_thread
+from flaskd.main_thread import MainThread
+
+PATIENCE = 20
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(main_thread, "_TURN", 0.01)
+
+
+@contextlib.contextmanager
+def handled(number, handler):
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def test_the_exit_code_is_that_of_the_work():
+    """The work runs in another thread, and its code comes back."""
+    threads = []
+    main = MainThread(lambda: threads.append(threading.current_thread()) or 7, print, lambda: None)
+    main.begin()
+    assert main.wait() == 7
+    assert threads != [threading.main_thread()]
+
+
+def test_what_ends_the_work_is_raised():
+    """A fault of the work is no exit code."""
+
+    def work():
+        raise LookupError
+
+    main = MainThread(work, print, lambda: None)
+    main.begin()
+    with pytest.raises(LookupError):
+        main.wait()
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
+def test_what_a_signal_handler_raises_is_told_and_ends_nothing(error):
+    """The work goes on to its end, and hears of each exception."""
+    raised, heard, waits = [], threading.Event(), threading.Event()
+
+    def handler(_number, _frame):
+        raise error
+
+    def work():
+        assert waits.wait(PATIENCE)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+        assert heard.wait(PATIENCE)
+        return 0
+
+    def tell(what):
+        raised.append(what)
+        heard.set()
+
+    main = MainThread(work, tell, waits.set)
+    with handled(signal.SIGUSR1, handler):
+        main.begin()
+        assert main.wait() == 0
+    assert [type(each) for each in raised] == [error]
+
+
+def test_handlers_rest_from_the_end_on():
+    """When the work is over no handler runs, until they are put back."""
+    called = []
+
+    def handler(number, _frame):
+        called.append(number)
+
+    with handled(signal.SIGUSR1, handler):
+        main = MainThread(lambda: 0, print, lambda: None)
+        main.begin()
+        main.wait()
+        signal.raise_signal(signal.SIGUSR1)
+        assert called == []
+        main.put_handlers_back()
+        signal.raise_signal(signal.SIGUSR1)
+        assert called == [signal.SIGUSR1]
+
+
+def test_it_looks_and_calls_in_the_main_thread():
+    """What only the main thread may do is done there: a look at each turn, and what is asked for."""
+    looked, called = threading.Event(), []
+
+    def work():
+        assert looked.wait(PATIENCE)
+        main.call(lambda: called.append(threading.current_thread()))
+        return 0
+
+    main = MainThread(work, print, looked.set)
+    main.begin()
+    main.wait()
+    assert called == [threading.main_thread()]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_dies_before_its_first_line_is_stood_in_for():
+    """A profile function that raises in each new thread keeps the work from no end: it is done in the main thread."""
+
+    def raising(*_):
+        raise SystemExit
+
+    before = threading.getprofile()
+    threading.setprofile(raising)
+    try:
+        main = MainThread(lambda: 3, print, lambda: None)
+        main.begin()
+        assert main.wait() == 3
+    finally:
+        threading.setprofile(before)
