@@ -186,6 +186,7 @@ class Running:
             options |= {"user": NOBODY, "group": NOBODY, "extra_groups": []}
         try:
             with self._log.open("wb") as log:
+                self.began = time.monotonic()
                 self.process = subprocess.Popen(
                     argv, cwd=self.directory, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **options
                 )
@@ -204,8 +205,8 @@ class Running:
         """Where flaskd's control socket is."""
         return self.directory / "run" / "control.sock"
 
-    def wait_ready(self) -> None:
-        """Wait until it answers 200; raises NotReadyError with what it logged."""
+    def wait_ready(self, look: float = 0.01) -> None:
+        """Wait until it answers 200, asking every `look` seconds; raises NotReadyError with what it logged."""
         until = time.monotonic() + PATIENCE
         while time.monotonic() < until and self.process.poll() is None:
             with (
@@ -215,7 +216,7 @@ class Running:
                 sock.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
                 if sock.recv(64).split()[1] == b"200":
                     return
-            time.sleep(0.01)
+            time.sleep(look)
         log = self._log.read_text(errors="replace").strip().splitlines()[-3:]
         self.close()
         raise NotReadyError(f"{self.name} did not become ready: {' | '.join(log) or 'it logged nothing'}")

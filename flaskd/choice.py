@@ -5,15 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any
 
+from flaskd.objects import attributes_of
 from flaskd.wsgi import (
     Kind,
     WSGIApp,
     binds,
     closes_over_app,
     find_flask,
+    holds,
     is_app,
     is_class,
     is_flask,
@@ -59,9 +61,10 @@ class Named:
     callable, and what that function chose is had, whatever the loader says of it.
     """
 
-    def __init__(self, module: ModuleType, name: str) -> None:
+    def __init__(self, module: ModuleType, name: str, asked: str) -> None:
         self._module = module
-        self._asked = name.strip()
+        self.__name__ = name  # what Flask's loader calls it
+        self._asked = asked.strip()
         self._chosen: Any = None
 
     def find(self) -> Choice:
@@ -73,7 +76,8 @@ class Named:
         except NoAppException:
             if (found := self._chosen) is None:
                 raise
-        return Choice(found, f"{self._module.__name__}:{self._asked}", "it was named")
+        name, call, _ = self._asked.partition("(")  # its arguments may be secret
+        return Choice(found, f"{self.__name__}:{name}" + (call and "()"), "it was named")
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._module, name)
@@ -83,7 +87,7 @@ class Named:
         def choose(*args: Any, **kwargs: Any) -> Any:
             made = found
             if not self._is_itself_meant(name, found, given=bool(args or kwargs)):
-                made = _called(f"{self._module.__name__}:{name}", found, *args, **kwargs)
+                made = _called(f"{self.__name__}:{name}", found, *args, **kwargs)
             if is_app(made):
                 self._chosen = made
             return made if is_flask(made) else None
@@ -96,7 +100,7 @@ class Named:
 
     def _is_itself_meant(self, name: str, found: Any, *, given: bool) -> bool:
         """Whether the object is the app, and not a factory of it; Flask's loader takes each function for a factory."""
-        place, kind, function = f"{self._module.__name__}:{name}", kind_of(found), is_function(found)
+        place, kind, function = f"{self.__name__}:{name}", kind_of(found), is_function(found)
         if given or (self._is_call and function):
             return False
         if kind is Kind.ASGI:
@@ -117,14 +121,19 @@ class Unnamed:
     Each attribute is asked for once: a module may make what it is asked for (PEP 562).
     """
 
-    def __init__(self, module: ModuleType) -> None:
+    def __init__(self, module: ModuleType, name: str) -> None:
         self._module = module
-        self._name = module.__name__
-        there = list(vars(module).items())
+        self._name = name  # there may be another object in the module's place
+        there = list(attributes_of(module).items())
         self._flask_apps = [(name, value) for name, value in there if is_flask(value)]
         # Beside a Flask app, what takes anything may be a task or a command of it; without one it is the app itself.
         kinds = (Kind.WSGI,) if self._flask_apps else (Kind.WSGI, Kind.OPEN)
-        self._wrappers = [(name, value) for name, value in there if wraps_flask(value, kinds)]
+        own = {id(value) for _, value in self._flask_apps}
+        self._wrappers = [
+            (name, value)
+            for name, value in there
+            if wraps_flask(value, kinds) and not (type(value) is MethodType and id(value.__self__) in own)
+        ]
 
     def find(self) -> Choice:
         """What is served; raises NoAppError, and what the app's own code raises."""
@@ -155,21 +164,19 @@ class Unnamed:
         raise NoAppError(f"{what}; name what is to be served: {_quoted(ways)}" if ways else what)
 
     def _why(self, name: str, found: Any) -> str:
-        other = vars(self._module).get("app")
+        other = attributes_of(self._module).get("app")
         if name == _USUAL[0]:
             if other is None or other is found or not callable(other):
                 return "the name that WSGI servers look for"
             return (
                 f"the name that WSGI servers look for comes first; {self._name}:app is another object, and not served"
             )
-        return f"the module has no {_USUAL[0]}"
+        return f'the module has "{name}", and no "{_USUAL[0]}"'
 
     def _doubt(self, name: str, found: Any) -> str:
-        """What wraps the same Flask app under another name, and is not served, though it may have been meant."""
-        others = [each for each, value in self._wrappers if each not in _USUAL and value is not found]
-        flask = find_flask(found)
-        around = [each for each in others if find_flask(vars(self._module)[each]) is flask]
-        if flask is None or not around or not is_flask(found):
+        """What is wrapped around it under another name, and is not served, though it may have been meant."""
+        around = [each for each, value in self._wrappers if value is not found and holds(value, found)]
+        if not around:
             return ""
         places = _quoted([f"{self._name}:{each}" for each in around])
         return f"{self._name}:{name} is served without what is wrapped around it; if that was meant, name {places}"
@@ -198,10 +205,12 @@ class Unnamed:
                 )
             tried.append(factory)
             if is_app(made := _called(place, factory)):
-                return Choice(made, f"what {place}() made", "the module has no app, and this factory")
+                return Choice(made, f"what {place}() made", "the module has this factory, and no app")
+        there = attributes_of(self._module)
+        uncalled = [name for name in _FACTORIES if callable(there.get(name)) and not is_function(there[name])]
+        places = _quoted([f"{self._name}:{name}()" for name in uncalled] or [f"{self._name}:NAME"])
         raise NoAppError(
-            f"failed to find Flask application or factory in module '{self._name}'; "
-            f'name what is to be served: "{self._name}:NAME"'
+            f"failed to find Flask application or factory in module '{self._name}'; name what is to be served: {places}"
         )
 
 

@@ -21,8 +21,8 @@ from flaskd.protocol import EXIT_CODES, SOCKET, runtime_directories
 _ROOM = 60.0
 _AGAIN = 0.01
 """Seconds in which a client that has no timeout waits for room in the backlog, and between two tries."""
-_LONGEST = 64 << 20
-"""Bytes of one answer; with the stacks of ten thousand requests it has half as many."""
+_LONGEST = 16 << 20
+"""Bytes of one answer; that of ten thousand requests in flight has a quarter of it."""
 _SHOWN = 200
 """Characters of what is wrong with an answer."""
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH

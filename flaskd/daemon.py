@@ -388,7 +388,7 @@ class Daemon:
         self.app = launch.find_app(config.app, self._given(), self._environ)
         plan = build_plan(config.cleanup)
         plan.prepare()
-        self._outlook.set(plan, config.cleanup, self.app.flask)
+        self._outlook.set(plan, config.cleanup, self.app)
         self._use_up = launch.restore(plan, self.app, self._state_directory.writable)
         self._signals.reclaim()
         self._logs.reclaim()
@@ -423,7 +423,8 @@ class Daemon:
             return  # a stop came first
         if error is not None:
             self._failure = error
-            self._on_stop(StopReason("failure", str(error)), Discard(), wait=False, now=False)
+            why = self.configuration.veil(str(error))
+            self._on_stop(StopReason("failure", why), Discard(), wait=False, now=False)
             return
         assert self._server is not None
         self._use_up()
@@ -438,13 +439,14 @@ class Daemon:
         return f"ready: {self.app.target} on {', '.join(str(each.address) for each in self._listeners)}"
 
     def _failed(self, error: FlaskdError) -> int:
-        for line in str(error).splitlines():
+        for line in str(error).split("\n"):  # at nothing else: an app's words may have other line ends
             log.error(line)
         if isinstance(error, AppError) and error.traceback_text:
             log.error(error.traceback_text)
         cause = error.__cause__
         number = cause.errno if isinstance(cause, OSError) and cause.errno else errno.EINVAL
-        self._notifier.failed(str(error).partition("\n")[0], number)
+        hide = self.configuration.veil if hasattr(self, "configuration") else str  # a file may be what is at fault
+        self._notifier.failed(hide(str(error).partition("\n")[0]), number)
         return error.exit_code
 
     # --- signals, in their own thread -------------------------------------------------------------------------------
@@ -709,7 +711,7 @@ class Daemon:
         if not isinstance(found, Exception):
             self.configuration, plan = found
             config = self.configuration.values
-            self._outlook.set(plan, config.cleanup, self.app.flask)
+            self._outlook.set(plan, config.cleanup, self.app)
             self._apply_log(config)
             self._apply_server(config)
             self._apply_watch()
@@ -738,7 +740,8 @@ class Daemon:
             reply.error(error.code if isinstance(error, FlaskdError) else FlaskdError.code, fault)
 
     def _apply_log(self, config: Config) -> None:
-        self._logs.apply(level=config.log.level, log_format=config.log.format, access=config.log.access)
+        log, hide = config.log, self.configuration.veil
+        self._logs.apply(level=log.level, log_format=log.format, access=log.access, hide=hide)
 
     def _apply_watch(self) -> None:
         path = self.configuration.path

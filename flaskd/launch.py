@@ -17,7 +17,7 @@ from flaskd.config import AppConfig, Config, HealthConfig, ServerConfig
 from flaskd.errors import AppError, ConfigError, FlaskdError, UnsupportedError
 from flaskd.loading import LoadedApp
 from flaskd.patching import check_unpatched
-from flaskd.server import WaitressThread, adjustments, behind_proxies, missed_by_proxy_fix
+from flaskd.server import BehindProxies, WaitressThread, adjustments, missed_by_proxy_fix
 from flaskd.sockets import Address, Listener, inherited, open_files_limit, passed_to_another
 from flaskd.store import Store, stored
 
@@ -167,7 +167,7 @@ def _use_up(steps: Iterable[Step], state: Path | None) -> None:
             try:
                 step.action.use_up(state, step.fields)
             except Exception as error:  # noqa: BLE001 - an action of another package: the app serves all the same
-                log.warning(f"cleanup {step.phase}/{step.name}: {error}")
+                log.warning(f"cleanup {step.phase}/{step.name}: {step.veil(str(error))}")
 
 
 def make_server(
@@ -181,7 +181,7 @@ def make_server(
     if missed := missed_by_proxy_fix(app.wsgi, server):
         log.warning(missed)
     return WaitressThread(
-        behind_proxies(app.wsgi, server),
+        BehindProxies(app.wsgi, server),
         threads=server.threads,
         listeners=listeners,
         backlog=server.backlog,

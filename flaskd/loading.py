@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import sys
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from flaskd.choice import Named, NoAppError, Unnamed, why_not
 from flaskd.errors import AppError, ConfigError
+from flaskd.objects import attributes_of
 from flaskd.patching import PatchingError, check_unpatched
+from flaskd.text import escaped, text_of, traceback_of
 from flaskd.wsgi import WSGIApp, find_flask, is_app, is_flask
 
 if TYPE_CHECKING:
@@ -28,16 +29,21 @@ log = logging.getLogger("flaskd.loading")
 
 @dataclass(frozen=True)
 class LoadedApp:
-    """What is served, the Flask app inside it if there is one, and what it was asked for as.
+    """What is served, the Flask app that was found inside it if one was, and what it was asked for as.
 
     `chosen` says for the log which object it is, and why; `doubt` what else may have been meant.
     """
 
     wsgi: WSGIApp
-    flask: Flask | None
+    inside: Flask | None
     target: str
     chosen: str = ""
     doubt: str = ""
+
+    @property
+    def flask(self) -> Flask | None:
+        """The Flask app inside; a wrapper may have made it for its first request."""
+        return self.inside or find_flask(self.wsgi)
 
     def tell(self) -> None:
         """Say in the log what is served, and why."""
@@ -77,9 +83,10 @@ def load_app(target: str) -> LoadedApp:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     path, name = _split(target)
-    module = _import(prepare_import(path), target)
+    place = prepare_import(path)
+    module = _import(place, target)
     try:
-        found = Named(module, name).find() if name else Unnamed(module).find()
+        found = Named(module, place, name).find() if name else Unnamed(module, place).find()
     except (NoAppException, NoAppError) as error:
         raise ConfigError(f"cannot load {target}: {_sentence(error)}") from None
     except PatchingError:
@@ -139,7 +146,7 @@ def described(wsgi: Any, inside: Flask | None) -> str:
 
 def _only_flask_app(module: ModuleType) -> Flask | None:
     """The module's only Flask app: the one that is served through a wrapper which shows nothing of itself."""
-    apps = {id(value): value for value in vars(module).values() if is_flask(value)}
+    apps = {id(value): value for value in attributes_of(module).values() if is_flask(value)}
     return next(iter(apps.values())) if len(apps) == 1 else None
 
 
@@ -168,7 +175,7 @@ def _import(name: str, target: str) -> ModuleType:
 
 
 def _sentence(error: Exception) -> str:
-    text = str(getattr(error, "message", error)).strip().rstrip(".")
+    text = escaped(str(getattr(error, "message", error)).strip().rstrip("."))
     return text[:1].lower() + text[1:]
 
 
@@ -177,8 +184,8 @@ def _app_error(target: str, error: BaseException) -> AppError:
     kept = error.__traceback__
     while kept is not None and _is_machinery(kept):
         kept = kept.tb_next
-    text = "".join(traceback.format_exception(type(error), error, kept)).rstrip()
-    said = str(error).partition("\n")[0]
+    text = traceback_of(error, kept)
+    said = text_of(error)
     what = type(error).__name__ + (f": {said}" if said else "")
     return AppError(f"cannot load {target}: the app raised {what}", text)
 

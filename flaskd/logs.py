@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal, Self
 
@@ -51,8 +51,18 @@ def timestamp(moment: float) -> str:
     return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+_CALL_HANDLERS = logging.Logger.callHandlers
+
+Hide = Callable[[str], str]
+"""Puts a mask over what no log may show; see `flaskd.text.Veil`."""
+
+
 class _ForPeople(logging.Formatter):
     """A record as text that is one entry, whatever stands in it: nothing in it begins another, or paints a terminal."""
+
+    def __init__(self, hide: Hide) -> None:
+        super().__init__()
+        self._hide = hide
 
     def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's own name
         """The traceback, in which the exceptions' own texts are a line each."""
@@ -61,18 +71,18 @@ class _ForPeople(logging.Formatter):
 
     def whole(self, record: logging.LogRecord, *, indented: bool = True) -> str:
         """The message with its traceback; the message's further lines are `indented`."""
-        message = bounded(record.getMessage())
+        message = bounded(self._hide(record.getMessage()))
         if record.name.startswith("waitress"):  # it names paths as they decode, and %0A decodes to a line feed
             message = escaped(message)
         else:
             message = entry(message) if indented else "\n".join(lines(message))
-        trace = bounded(self.formatException(record.exc_info)) if record.exc_info else ""
+        trace = bounded(self._hide(self.formatException(record.exc_info))) if record.exc_info else ""
         return f"{message}\n{trace}" if trace else message
 
 
 class _Text(_ForPeople):
-    def __init__(self, *, colour: bool) -> None:
-        super().__init__()
+    def __init__(self, hide: Hide, *, colour: bool) -> None:
+        super().__init__(hide)
         self._colour = colour
 
     def format(self, record: logging.LogRecord) -> str:
@@ -91,16 +101,20 @@ class _Prefixed(_ForPeople):
 class _Json(logging.Formatter):
     """One JSON object a line, in ASCII whatever the encoding of standard error; keys are stable."""
 
+    def __init__(self, hide: Hide) -> None:
+        super().__init__()
+        self._hide = hide
+
     def format(self, record: logging.LogRecord) -> str:
         found: dict[str, Any] = {
             "time": timestamp(record.created),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": bounded(record.getMessage()),
+            "message": bounded(self._hide(record.getMessage())),
         }
         found.update(getattr(record, "fields", {}))
         if record.exc_info:
-            found["exception"] = bounded(self.formatException(record.exc_info))
+            found["exception"] = bounded(self._hide(self.formatException(record.exc_info)))
         return json.dumps(found, default=str)
 
 
@@ -197,7 +211,8 @@ class _Adopted:
 
     def _handle(self, record: logging.LogRecord) -> None:
         self._handler.emit(record)
-        if any(not isinstance(each, _StderrHandler) for each in _handlers_of(self.logger)):
+        patched = type(self.logger).callHandlers is not _CALL_HANDLERS  # as Sentry's integration does it
+        if patched or any(not isinstance(each, _StderrHandler) for each in _handlers_of(self.logger)):
             with contextlib.suppress(Exception):  # the app's own handlers and filters
                 if type(self.logger).isEnabledFor(self.logger, record.levelno):
                     type(self.logger).handle(self.logger, record)
@@ -295,15 +310,15 @@ class Logs:
         """The least severity that is logged."""
         return logging.getLevelName(self._level).lower()
 
-    def apply(self, *, level: str, log_format: Format, access: Access) -> None:
-        """Choose level and formats; at the start, and again at each reload."""
+    def apply(self, *, level: str, log_format: Format, access: Access, hide: Hide = str) -> None:
+        """Choose level and formats; at the start, and again at each reload. `hide` masks what is secret in messages."""
         self.set_level(level)
         least = logging.CRITICAL + 1 if access == "off" else logging.INFO
         self._adopted[access_log.name].set_level(least)
         access_log.setLevel(least)
         self.access = access
-        self._daemon.setFormatter(_formatter(log_format))
-        chosen = _formatter(log_format)
+        self._daemon.setFormatter(_formatter(log_format, hide))
+        chosen = _formatter(log_format, str)
         # A JSON access line is already whole; a text one has its own date. Only containers around it differ.
         bare = isinstance(chosen, _Text) or (access == "json" and not isinstance(chosen, _Native))
         self._access.setFormatter(_Bare() if bare else chosen)
@@ -313,14 +328,14 @@ class Logs:
         return self._daemon.line(logging.LogRecord("flaskd.logs", logging.WARNING, "", 0, words, None, None))
 
 
-def _formatter(log_format: Format) -> logging.Formatter:
+def _formatter(log_format: Format, hide: Hide) -> logging.Formatter:
     if log_format in {"auto", "journal"} and in_journal(os.environ):
-        return _Native()
+        return _Native(hide)
     if log_format == "json":
-        return _Json()
+        return _Json(hide)
     if log_format == "journal":
-        return _Prefixed()
-    return _Text(colour=_on_terminal() and "NO_COLOR" not in os.environ)
+        return _Prefixed(hide)
+    return _Text(hide, colour=_on_terminal() and "NO_COLOR" not in os.environ)
 
 
 def log_access(access: Access, fields: Mapping[str, Any]) -> None:
@@ -331,9 +346,9 @@ def log_access(access: Access, fields: Mapping[str, Any]) -> None:
         message = json.dumps(entry)
     else:
         date = time.strftime("%d/%b/%Y:%H:%M:%S +0000", time.gmtime(fields["time"]))
-        request = f"{fields['method']} {fields['target']} {fields['protocol']}"
-        client = escaped(fields["client"], _QUOTES)
-        message = f'{client} - - [{date}] "{escaped(request, _QUOTES)}" {fields["status"]} {fields["bytes"]}'
+        client, request = fields["client"], f"{fields['method']} {fields['target']} {fields['protocol']}"
+        message = f'{escaped(client, _QUOTES)} - - [{date}] "{escaped(request, _QUOTES)}"'
+        message += f" {fields['status']} {fields['bytes']}"
         if access == "combined":
             message += f' "{escaped(fields["referer"] or "-", _QUOTES)}" "{escaped(fields["agent"] or "-", _QUOTES)}"'
     access_log.info("%s", message, extra={"fields": dict(fields)})

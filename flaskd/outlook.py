@@ -12,6 +12,8 @@ from flaskd.leave import at_exit
 if TYPE_CHECKING:
     from flask import Flask
 
+    from flaskd.loading import LoadedApp
+
 log = logging.getLogger("flaskd.outlook")
 
 _LOOK_AROUND = 1.0
@@ -25,13 +27,17 @@ class Outlook:
         self._leaves = leaves  # whether the process ends with the stop
         self._policies = Plan()
         self._cleanup = Config.model_validate({}).cleanup
-        self._app: Flask | None = None
+        self._loaded: LoadedApp | None = None
         self._sweep: Sweep | None = None
         self._told: set[str] = set()  # the plan is asked for again and again
 
-    def set(self, policies: Plan, cleanup: CleanupConfig, app: Flask | None) -> None:
+    def set(self, policies: Plan, cleanup: CleanupConfig, app: LoadedApp) -> None:
         """Take over what a start or a reload has prepared."""
-        self._policies, self._cleanup, self._app = policies, cleanup, app
+        self._policies, self._cleanup, self._loaded = policies, cleanup, app
+
+    @property
+    def _app(self) -> Flask | None:
+        return self._loaded.flask if self._loaded is not None else None
 
     @property
     def plan(self) -> Plan:

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from flaskd.errors import ConfigError
 from flaskd.forks import forgotten_by_children
+from flaskd.objects import contents_of
 
 _QUESTIONS = {"gevent.monkey": "is_module_patched", "eventlet.patcher": "is_monkey_patched"}
 """The modules that patch, and how each is asked what it has replaced."""
@@ -32,7 +33,7 @@ class PatchingError(ConfigError):
 def check_unpatched() -> None:
     """Raise PatchingError where threads, sockets or signals are not Python's own any more."""
     for name, question in _QUESTIONS.items():
-        is_patched = getattr(sys.modules.get(name), question, None)
+        is_patched = contents_of(name).get(question)
         if is_patched is not None and (replaced := [each for each in _NEEDED if is_patched(each)]):
             library = name.partition(".")[0]
             raise _error(f"{library} has replaced Python's own {', '.join(replaced)} (monkey patching)", library)
@@ -43,8 +44,7 @@ def patching_refused() -> Iterator[None]:
     """Make what patches raise PatchingError instead, before it has done anything, whenever it is imported."""
     finder = _Finder()
     for name in _QUESTIONS:
-        if (module := sys.modules.get(name)) is not None:
-            finder.replace_functions(module)
+        finder.replace_functions(name)
     sys.meta_path.insert(0, finder)
     try:
         with forgotten_by_children(finder.put_back):
@@ -57,7 +57,7 @@ class _Finder(MetaPathFinder):
     """Finds the modules that patch where they are, and changes them once they are imported."""
 
     def __init__(self) -> None:
-        self._replaced: list[tuple[ModuleType, str, Callable[..., Any]]] = []
+        self._replaced: list[tuple[dict[str, Any], str, Callable[..., Any]]] = []
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -69,22 +69,23 @@ class _Finder(MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                self.replace_functions(module)
+                self.replace_functions(fullname)
 
             loader.exec_module = exec_module  # type: ignore[method-assign]  # this loader is this module's alone
         return spec
 
-    def replace_functions(self, module: ModuleType) -> None:
-        for name, function in list(vars(module).items()):
+    def replace_functions(self, module: str) -> None:
+        there = contents_of(module)
+        for name, function in list(there.items()):
             if (name.startswith("patch_") and name not in _TOOLS) or name == "monkey_patch":
-                self._replaced.append((module, name, function))
-                setattr(module, name, _refusing(module.__name__, name))
+                self._replaced.append((there, name, function))
+                there[name] = _refusing(module, name)
 
     def put_back(self) -> None:
         with contextlib.suppress(ValueError):  # the app may have made itself a list of its own
             sys.meta_path.remove(self)
-        for module, name, function in self._replaced:
-            setattr(module, name, function)
+        for there, name, function in self._replaced:
+            there[name] = function
 
 
 def _refusing(module: str, name: str) -> Callable[..., NoReturn]:

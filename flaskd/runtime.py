@@ -68,8 +68,9 @@ class RuntimeDirectory:
         found = os.fstat(self._fd)
         if found.st_uid != os.geteuid():
             return f"it belongs to uid {found.st_uid}, not {os.geteuid()}"
-        # 0o022: in the temporary directory nobody else has been let in on purpose.
-        return "anybody may write there" if found.st_mode & (0o022 if self._private else 0o002) else ""
+        if self._private and found.st_mode & 0o022:  # in the temporary directory nobody is let in on purpose
+            return "others may write there"
+        return "anybody may write there" if found.st_mode & 0o002 else ""
 
     def tidy(self) -> list[str]:
         """Remove nodes that a flaskd which was killed had made and not yet shown; returns their names. Locked only."""

@@ -5,9 +5,16 @@ What is not printable (`str.isprintable`: control, bidirectional and other invis
 
 from __future__ import annotations
 
+import re
 import traceback
+from collections.abc import Iterable
+from pathlib import PurePath
 from types import TracebackType
 
+MASK = "********"
+"""What stands where a secret is not shown."""
+_SHORTEST, _SHORT = 3, 8
+"""Characters of a secret below which it is in too many words by chance, and below which it is one as a whole word."""
 _LONGEST = 64 * 1024
 """Characters of one text that are shown."""
 _CONTINUED = "  "
@@ -60,6 +67,14 @@ def traceback_of(error: BaseException, trace: TracebackType | None, limit: int |
     return "\n".join(lines("".join(whole.format()).rstrip("\n")))
 
 
+def text_of(error: BaseException) -> str:
+    """The text of an exception, in one line; that is code of the app's, which may raise itself."""
+    try:
+        return escaped(bounded(str(error)))
+    except Exception:  # noqa: BLE001 - see above
+        return "its text cannot be had"
+
+
 def _make_one_line(each: traceback.TracebackException) -> None:
     for name in ("_str", "msg", "text"):  # the latter two are a SyntaxError's
         found = getattr(each, name, None)
@@ -68,3 +83,32 @@ def _make_one_line(each: traceback.TracebackException) -> None:
     notes = getattr(each, "__notes__", None)
     if isinstance(notes, list | tuple):  # an exception may have anything there
         each.__notes__ = [escaped(bounded(note)) if isinstance(note, str) else note for note in notes]
+
+
+class Veil:
+    """Puts the mask over secrets, wherever one stands in a text: `Veil(secrets)(text)`.
+
+    Of a path each directory above it is one, too; of a value of several lines or parts (``module:name``) each of these.
+    """
+
+    def __init__(self, secrets: Iterable[str] = ()) -> None:
+        found = {part for secret in secrets for part in _parts(secret) if len(part) >= _SHORTEST}
+        longest_first = sorted(found, key=len, reverse=True)
+        words = [
+            rf"(?<!\w){re.escape(each)}(?!\w)" if len(each) < _SHORT else re.escape(each) for each in longest_first
+        ]
+        self._pattern = re.compile("|".join(words)) if words else None
+
+    def __call__(self, text: str) -> str:
+        """The text without the secrets."""
+        return self._pattern.sub(MASK, text) if self._pattern else text
+
+
+def _parts(secret: str) -> Iterable[str]:
+    yield secret
+    yield from (line.strip() for line in secret.splitlines())
+    if "/" in secret:
+        path = PurePath(secret)
+        yield str(path)  # without what it has twice
+        yield from (str(each) for each in path.parents if len(each.parts) > 2)  # noqa: PLR2004 - the root, and one below
+    yield from secret.split(":")

@@ -20,7 +20,7 @@ from flaskd.errors import FlaskdError
 from flaskd.ledger import DrainReport, InFlight
 from flaskd.lifecycle import StopReason
 from flaskd.loading import check_servable
-from flaskd.server import WaitressThread, WerkzeugThread, adjustments, behind_proxies
+from flaskd.server import BehindProxies, WaitressThread, WerkzeugThread, adjustments
 from flaskd.sockets import Address, check_serving, open_files_limit
 from flaskd.stop import CleanupThread, Stop, serving
 from flaskd.wsgi import find_flask
@@ -130,7 +130,7 @@ class ServerThread:
         # In a test nobody waits as long as in production for clients that could still say something.
         graces = {name: getattr(drain, name) for name in drain.model_fields_set & {"keepalive_grace", "stream_grace"}}
         return WaitressThread(
-            behind_proxies(self._app, server),
+            BehindProxies(self._app, server),
             self._address.host,
             self._address.port,
             self._threads,

@@ -11,8 +11,10 @@ import functools
 import gc
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator
-from types import CellType, CodeType, FunctionType, GetSetDescriptorType, MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
+
+from flaskd.objects import attributes_of, bases
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -28,6 +30,7 @@ _INSIDE = ("app", "wsgi_app", "application", "wsgi", "wsgi_application", "_app",
 _HEAP_TYPE = 1 << 9
 """Py_TPFLAGS_HEAPTYPE: the type is made by Python code, so that its objects may do anything when they are asked."""
 _FLAGS = type.__dict__["__flags__"].__get__
+_METHODS = (FunctionType, classmethod, staticmethod, property)
 _NOT_FOLLOWED = (type, ModuleType, str, bytes, int, float, type(None))
 
 
@@ -116,7 +119,7 @@ def _made_of(thing: Any) -> _Call | None:
             thing, args = thing.__func__, (thing.__self__, *args)
         elif (call := _call_of(thing)) is not None:
             thing, args = call, (thing, *args)
-        elif (wrapped := _attributes_of(thing).get("__wrapped__")) is not None:  # functools.wraps, functools.cache
+        elif (wrapped := attributes_of(thing).get("__wrapped__")) is not None:  # functools.wraps, functools.cache
             thing = wrapped
         elif type(thing) is FunctionType or is_class(thing) or not _FLAGS(type(thing)) & _HEAP_TYPE:
             return thing, args, kwargs
@@ -127,7 +130,7 @@ def _made_of(thing: Any) -> _Call | None:
 
 def _call_of(thing: Any) -> FunctionType | None:
     """What its class says that a call of it does, where that is written in Python."""
-    call = next((vars(base)["__call__"] for base in type.mro(type(thing)) if "__call__" in vars(base)), None)
+    call = next((vars(base)["__call__"] for base in bases(type(thing)) if "__call__" in vars(base)), None)
     return call if isinstance(call, FunctionType) else None
 
 
@@ -153,7 +156,8 @@ def _is_variadic(thing: Any) -> bool:
 
 def _is_asynchronous(thing: Any) -> bool:
     made = _made_of(thing)
-    return made is not None and type(made[0]) is FunctionType and inspect.iscoroutinefunction(made[0])
+    kinds = (inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+    return made is not None and type(made[0]) is FunctionType and any(each(made[0]) for each in kinds)
 
 
 def _takes_scope(thing: Any) -> bool:
@@ -176,16 +180,22 @@ def find_flask(wsgi: Any, *, by_name: bool = True) -> Flask | None:
         if is_flask(innermost) or (following := _wrapped_in(innermost)) is None:
             break
         innermost = following
-    return _nearest(innermost, by_name=by_name) or _nearest(wsgi, by_name=by_name)
+    found: Flask | None = _nearest(is_flask, innermost, by_name=by_name) or _nearest(is_flask, wsgi, by_name=by_name)
+    return found
 
 
-def _nearest(thing: Any, *, by_name: bool) -> Flask | None:
-    """The Flask app that the fewest references lead to."""
+def holds(wsgi: Any, other: Any) -> bool:
+    """Whether a WSGI callable holds another one, in any of the ways in which middleware does."""
+    return _nearest(lambda each: each is other, wsgi, by_name=False) is not None
+
+
+def _nearest(wanted: Callable[[Any], bool], thing: Any, *, by_name: bool) -> Any:
+    """What is wanted, to which the fewest references lead; None where there is none."""
     seen, level = {id(thing)}, [thing]
     while level and len(seen) < _MAX_LOOKED_AT:
         for each in level:
-            if is_flask(each):
-                return each  # type: ignore[no-any-return]  # a Flask app, as was just said
+            if wanted(each):
+                return each
         held = {id(inner): inner for each in level for inner in _held_by(each, by_name=by_name)}
         level = [inner for key, inner in held.items() if key not in seen]
         seen |= held.keys()
@@ -224,21 +234,12 @@ def _wrapped_in(thing: Any) -> Any:
         return thing.__self__
     if type(thing) is functools.partial:
         return thing.func
-    attributes = _attributes_of(thing)
+    attributes = {} if issubclass(type(thing), _NOT_FOLLOWED) else attributes_of(thing)
     return next((attributes[name] for name in _INSIDE if attributes.get(name) is not None), None)
 
 
-def _attributes_of(thing: Any) -> dict[str, Any]:
-    """An object's own attributes, past whatever its class says when it is asked for them."""
-    for base in () if issubclass(type(thing), _NOT_FOLLOWED) else type.mro(type(thing)):
-        if type(own := vars(base).get("__dict__")) is GetSetDescriptorType:
-            found: dict[str, Any] = own.__get__(thing)
-            return found
-    return {}
-
-
 def _held_by(thing: Any, *, by_name: bool) -> Iterator[Any]:
-    """What an object refers to; of its class only what a call of it does."""
+    """What an object refers to; of a class of callables also what it keeps, and what a call does."""
     if issubclass(type(thing), FunctionType):
         yield from _held_by_function(thing, by_name=by_name)
         return
@@ -247,6 +248,8 @@ def _held_by(thing: Any, *, by_name: bool) -> Iterator[Any]:
             yield each
     if (call := _call_of(thing)) is not None:
         yield call
+        for base in bases(type(thing)):  # middleware may keep it in its class
+            yield from (each for each in vars(base).values() if not issubclass(type(each), _NOT_FOLLOWED + _METHODS))
 
 
 def _held_by_function(function: FunctionType, *, by_name: bool) -> Iterator[Any]:

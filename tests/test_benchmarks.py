@@ -105,6 +105,21 @@ def test_speed_is_relative_to_waitress(tmp_path):
     assert not written["errors"]
 
 
+def test_a_start_is_relative_to_importing_flask(tmp_path):
+    """Two starts of each: a row for each server, ratios of what was measured, and each goal judged."""
+    printed, written = run("start.py", tmp_path, "--servers", "flaskd,waitress-serve")
+    flask = statistics.median(written["import_flask"])
+    assert [each["server"] for each in written["starts"]] == ["flaskd", "waitress-serve"]
+    for each in written["starts"]:
+        assert not each["error"]
+        assert len(each["seconds"]) == len(each["memory"]) == len(written["import_flask"]) == 2
+        assert f"{statistics.median(each['seconds']) / flask:.2f} |" in printed
+        assert min(each["memory"]) > 5
+    ratio, memory = (goal["figure"] for goal in written["goals"])
+    assert ratio == pytest.approx(statistics.median(written["starts"][0]["seconds"]) / flask)
+    assert memory == statistics.median(written["starts"][0]["memory"])
+
+
 def test_stopping_without_an_answer_is_seen(tmp_path):
     """Under stock waitress, which answers nothing that is queued at the signal, the account says so."""
     _, written = run("stop.py", tmp_path, "--servers", "waitress-serve", "--only", "queued")

@@ -1,5 +1,6 @@
 """Which object of a module is served, whole, and which factory is called, once."""
 
+import types
 from textwrap import dedent
 from types import ModuleType
 
@@ -50,14 +51,14 @@ def module_of(source, head=HEAD):
 def chosen(source, name=""):
     """What is served, and the module."""
     module = module_of(source)
-    return (Named(module, name) if name else Unnamed(module)).find(), module
+    return (Named(module, "ldshop", name) if name else Unnamed(module, "ldshop")).find(), module
 
 
 def refused(source, name="", error=NoAppError):
     """Why nothing is."""
     module = module_of(source)
     with pytest.raises(error) as raised:
-        (Named(module, name) if name else Unnamed(module)).find()
+        (Named(module, "ldshop", name) if name else Unnamed(module, "ldshop")).find()
     return str(getattr(raised.value, "message", raised.value)), module
 
 
@@ -169,6 +170,32 @@ def test_an_app_under_its_usual_name_and_a_wrapper_under_another():
         'ldshop:app is served without what is wrapped around it; if that was meant, name "ldshop:secured"'
     )
     assert chosen("app = create_app()\ndef view(a, b): return app.name")[0].doubt == ""
+    assert chosen("app = create_app()\nserve = app.wsgi_app")[0].doubt == ""
+
+
+def test_wrappers_around_each_other():
+    """The outer one under another name is named in a warning, the inner one is what it holds anyway."""
+    found, module = chosen("app = BasicAuth(create_app())\nsecured = documented(app)")
+    assert found.wsgi is module.app
+    assert found.doubt.endswith('name "ldshop:secured"')
+    found, module = chosen("inner = BasicAuth(create_app())\napplication = BasicAuth(inner)")
+    assert found.wsgi is module.application
+    assert found.doubt == ""
+
+
+def test_the_own_method_of_an_app_is_no_wrapper():
+    """`serve = shop.wsgi_app` leaves the shop the only app of its module; without the shop it is the app."""
+    assert chosen("shop = create_app()\nserve = shop.wsgi_app")[0].name == "ldshop:shop"
+    found, module = chosen("serve = create_app().wsgi_app")
+    assert found.name == "ldshop:serve"
+    assert module.calls == ["shop"]
+
+
+def test_a_factory_that_flask_would_not_call_is_named():
+    """The error has the words with which it would be called."""
+    words, module = refused("create_app = functools.cache(create_app)")
+    assert words.endswith('name what is to be served: "ldshop:create_app()"')
+    assert module.calls == []
 
 
 def test_one_app_under_two_names_is_one():
@@ -228,7 +255,7 @@ def test_a_named_factory_is_called_with_what_was_named():
     )
     assert type(found.wsgi) is module.BasicAuth
     assert module.calls == ["xx"]
-    assert found.name == "ldshop:make('x', times=2)"
+    assert found.name == "ldshop:make()", "arguments may be secret"
 
 
 def test_a_module_that_makes_what_it_is_asked_for_is_asked_once():
@@ -241,6 +268,18 @@ def test_a_module_that_makes_what_it_is_asked_for_is_asked_once():
     found, module = chosen(source)
     assert found.name == "ldshop:application"
     assert module.calls == ["plain", "shop"]
+
+
+@pytest.mark.parametrize("name", ["", "app", "create_app", "create_app()"])
+def test_an_object_in_a_modules_place(name):
+    """A module may have put an object of its own in its place (sys.modules)."""
+    place = types.SimpleNamespace()
+    if name in {"", "app"}:
+        place.app = Flask("shop")
+    else:
+        place.create_app = lambda: Flask("shop")
+    found = (Named(place, "ldshop", name) if name else Unnamed(place, "ldshop")).find()
+    assert found.wsgi.import_name == "shop"
 
 
 ASGI = """
@@ -299,4 +338,4 @@ def test_flasks_own_choice(source):
     ours, module = chosen(source)
     assert isinstance(ours.wsgi, Flask)
     theirs = flask.cli.find_best_app(module)
-    assert theirs is ours.wsgi or (ours.why.endswith("this factory") and theirs.import_name == ours.wsgi.import_name)
+    assert theirs is ours.wsgi or (ours.why.endswith("and no app") and theirs.import_name == ours.wsgi.import_name)

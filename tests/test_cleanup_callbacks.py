@@ -8,6 +8,7 @@ from test_cleanup_kit import PATIENCE, run, step
 
 from flaskd.cleanup import Plan, on_stop, with_callbacks
 from flaskd.config import Config, Phase
+from flaskd.loading import LoadedApp
 from flaskd.outlook import Outlook
 
 
@@ -100,6 +101,6 @@ def test_a_wish_that_cannot_be_kept_is_told_once(app, caplog):
     """However often the plan is asked for."""
     registered(app, ("a", "nope"))
     outlook = Outlook()
-    outlook.set(Plan(), Config.model_validate({}).cleanup, app)
+    outlook.set(Plan(), Config.model_validate({}).cleanup, LoadedApp(app, app, "shop"))
     assert [len(outlook.plan.steps) for _ in range(3)] == [1, 1, 1]
     assert len(caplog.messages) == 1

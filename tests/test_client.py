@@ -253,6 +253,18 @@ def test_an_answer_without_end_is_given_up(tmp_path, piece, pause):
         client.request("status")
 
 
+def test_a_stop_whose_daemon_never_goes_is_told(tmp_path, monkeypatch, capfd):
+    """What it said is shown; that it does not close its end is a fault, after a while."""
+    monkeypatch.setattr(talk, "_LONG", 0.3)
+    path = tmp_path / "control.sock"
+    with (
+        pouring(path, b'{"ok": true, "result": "stopped"}\n', 0.01),
+        pytest.raises(NoDaemonError, match="does not close the connection"),
+    ):
+        talk.ask(path, "stop", {"wait": True})
+    assert capfd.readouterr().out == "stopped\n"
+
+
 def test_an_answer_of_any_size_is_given_up(tmp_path, monkeypatch):
     """What is no line yet is not read without a limit."""
     monkeypatch.setattr(flaskd_client, "_LONGEST", 1 << 20)

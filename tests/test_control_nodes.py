@@ -1,5 +1,6 @@
 """The two nodes and their directory: made with their group where it can be given, and nothing left where they cannot."""
 
+import fcntl
 import os
 import stat
 
@@ -117,3 +118,28 @@ def test_a_link_that_another_user_made_is_not_followed(tmp_path):
     with pytest.raises(CannotCreateError, match="cannot use"):
         directory.acquire()
     assert list((tmp_path / "ours").iterdir()) == []
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_directory_of_another_user_is_refused_whoever_holds_its_lock(directory, monkeypatch, held):
+    """In /tmp anybody could have made it; its owner must not be able to say that flaskd runs already."""
+    directory.path.mkdir(mode=0o700)
+    lock = os.open(directory.path, os.O_RDONLY)
+    if held:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(CannotCreateError, match=f"it belongs to uid {os.getuid()}, not {os.getuid() + 1}"):
+        directory.acquire()
+    os.close(lock)
+
+
+def test_a_directory_in_tmp_is_this_users_alone(tmp_path, monkeypatch):
+    """Made there, nobody else may look; one that others may write to is refused, though elsewhere a group may."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    directory = RuntimeDirectory("shop", {"RUNTIME_DIRECTORY": str(tmp_path / "shop")})
+    directory.acquire()
+    assert stat.S_IMODE(directory.path.stat().st_mode) == 0o700
+    directory.path.chmod(0o770)
+    directory.forget()
+    with pytest.raises(CannotCreateError, match="others may write there"):
+        directory.acquire()

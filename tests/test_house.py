@@ -32,6 +32,7 @@ LAYERS = [
         "text",
         "throttle",
         "threads",
+        "objects",
     },
     {
         "config",
@@ -59,6 +60,8 @@ WITHIN = {
     ("sockets", "errors"),
     ("patching", "errors"),
     ("patching", "forks"),
+    ("patching", "objects"),
+    ("wsgi", "objects"),
     ("logs", "forks"),
     ("logs", "units"),
     ("work", "units"),

@@ -405,6 +405,13 @@ def test_the_order_of_choice(configured, environ, files, expected, tmp_path):
     assert choose_target(configured, environ, tmp_path) == expected
 
 
+def test_nothing_to_choose_but_a_dotenv_file(tmp_path):
+    """The error says that .flaskenv, which may name one, is not read."""
+    (tmp_path / ".flaskenv").write_text("FLASK_APP=shop")
+    with pytest.raises(ConfigError, match=".flaskenv is there, but only Flask's own commands read it"):
+        choose_target(None, {}, tmp_path)
+
+
 def test_nothing_to_choose(tmp_path):
     """Without any app the error names every way to give one; a directory called app.py is none."""
     (tmp_path / "app.py").mkdir()

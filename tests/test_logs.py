@@ -239,8 +239,9 @@ def test_access_lines_in_json():
 def test_no_client_can_forge_an_access_line(sent, shown):
     """Quotes, backslashes and whatever could end a line or paint a terminal are escaped as nginx does it."""
     with logging_to(stderr := Stream(), access="combined"):
-        log_access("combined", fields(target=f"/{sent}", referer=sent, agent=sent))
+        log_access("combined", fields(target=f"/{sent}", referer=sent, agent=sent, client=sent))
     (line,) = stderr.lines()
+    assert line.startswith(f"{shown} - - [")
     assert line.endswith(f'"GET /{shown} HTTP/1.1" 200 12 "{shown}" "{shown}"')
 
 
@@ -408,6 +409,21 @@ def test_handlers_that_the_app_gives_to_flaskd_get_its_lines_too():
         ours.removeHandler(kept)
     assert seen == ["one"]
     assert without_times(stderr.lines()) == ["warning one", "warning two", "error   three"]
+
+
+def test_what_listens_to_all_logging_hears_flaskd_too(monkeypatch):
+    """Sentry's integration takes the place of Logger.callHandlers; it gets each record once, and so does the log."""
+    real, seen = logging.Logger.callHandlers, []
+
+    def listening(self, record):
+        seen.append(record.getMessage())
+        real(self, record)
+
+    monkeypatch.setattr(logging.Logger, "callHandlers", listening)
+    with logging_to(stderr := Stream()):
+        log.error("one")
+    assert seen == ["one"]
+    assert without_times(stderr.lines()) == ["error   one"]
 
 
 def test_what_is_made_late_is_logged_as_well():

@@ -457,7 +457,7 @@ def test_a_worker_that_never_ends_is_abandoned(serve, app, connect, caplog):
     connect(server).send("/gate")
     app.entered(1)
     server.drain(timeout=0)
-    (stuck,) = (each for each in workers() if each.is_alive() and "gate" in _stack(each))
+    (stuck,) = (each for each in workers() if each.is_alive() and "in gate\n" in _stack(each))
     server.end(timeout=0)
     (message,) = (each.getMessage() for each in caplog.records if "abandoned" in each.getMessage())
     assert message.startswith(f"{stuck.name} does not end, and is abandoned:\n")

@@ -1,14 +1,18 @@
 """Answers of every shape that an app may give, as a client reads them: RFC 9110, RFC 9112, PEP 3333."""
 
+import errno
 import io
 import re
 import threading
 
 import pytest
 from server_kit import BIG, PATIENCE, answers, app, connect, descriptors, draining, get, no_thread_left, serve, until
+from waitress import wasyncore
 
+from flaskd.config import ServerConfig
+from flaskd.server import BehindProxies, adjustments
 from flaskd.server.poller import EpollMap
-from flaskd.sockets import Address, Listener
+from flaskd.sockets import Address, Listener, open_files_limit
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
@@ -25,7 +29,7 @@ def split(answer):
     return line, {name.lower(): value for name, _, value in (field.partition(": ") for field in fields)}, body
 
 
-def answering(status, headers, parts, seen=None):
+def answering(status, headers, parts):
     """A WSGI app that gives one answer; `parts` makes what it returns from environ and write()."""
 
     def app(environ, start_response):
@@ -327,6 +331,23 @@ def test_a_client_that_leaves_is_not_cut(serve, app, connect):
     assert server.tally().outcomes["gone"] == 1
 
 
+def test_a_client_to_whom_no_way_leads_is_not_cut(serve, app, connect, monkeypatch, caplog):
+    """What send(2) says of the network is nobody's fault here: the client is gone, and its connection closed."""
+    server = serve()
+
+    def send(*_, **__):
+        raise OSError(errno.EHOSTUNREACH, "No route to host")
+
+    client = connect(server).send("/gate")
+    app.entered(1)
+    monkeypatch.setattr(wasyncore.dispatcher, "send", send)
+    app.released.set()
+    assert raw(client) == b""
+    until(server, lambda: server.in_flight == 0)
+    assert server.tally().outcomes["gone"] == 1
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 # --- what an app may not do --------------------------------------------------------------------------------------------
 
 
@@ -480,7 +501,13 @@ def test_a_probe_has_a_name_too(serve):
     assert server.probe("/", PATIENCE) == 200
 
 
-PROXIED = {"trusted_proxy": "127.0.0.1", "trusted_proxy_headers": {"x-forwarded-for"}}
+PROXIED = {"trusted_proxy": "127.0.0.1", "trusted_proxy_headers": "x-forwarded-for"}
+
+
+def serve_behind(serve, app, settings):
+    """As launch.py and thread.py have it: the app behind the proxies of a configuration."""
+    server = ServerConfig(**settings)
+    return serve(BehindProxies(app, server), adjustments=adjustments(server, open_files_limit()))
 
 
 @pytest.mark.parametrize(
@@ -490,11 +517,8 @@ PROXIED = {"trusted_proxy": "127.0.0.1", "trusted_proxy_headers": {"x-forwarded-
         (PROXIED, "X-Forwarded-For: 203.0.113.9, 192.0.2.7", "192.0.2.7"),
         (PROXIED | {"trusted_proxy_count": 2}, "X-Forwarded-For: 192.0.2.7, 10.0.0.1", "192.0.2.7"),
         (PROXIED | {"trusted_proxy": "*"}, "X-Forwarded-For: 2001:db8::1", "2001:db8::1"),
-        (
-            {"trusted_proxy": "127.0.0.1", "trusted_proxy_headers": {"forwarded"}},
-            'Forwarded: for="[2001:db8::1]:4711"',
-            "2001:db8::1",
-        ),
+        (PROXIED | {"trusted_proxy": ["10.0.0.0/8", "127.0.0.0/8"]}, "X-Forwarded-For: 192.0.2.7", "192.0.2.7"),
+        (PROXIED | {"trusted_proxy_headers": "forwarded"}, 'Forwarded: for="[2001:db8::1]:4711"', "2001:db8::1"),
         (PROXIED, "X-Other: 1", "127.0.0.1"),
         (PROXIED | {"trusted_proxy": "192.0.2.1"}, "X-Forwarded-For: 192.0.2.7", "127.0.0.1"),
         ({}, "X-Forwarded-For: 192.0.2.7", "127.0.0.1"),
@@ -502,14 +526,14 @@ PROXIED = {"trusted_proxy": "127.0.0.1", "trusted_proxy_headers": {"x-forwarded-
 )
 def test_the_clients_address_is_what_a_trusted_proxy_says(settings, header, client, serve, connect, answers):
     """The access log names the same address as the app is told; from anybody else the header is not believed."""
-    server = serve(telling, adjustments=settings)
+    server = serve_behind(serve, telling, settings)
     assert environ_of(server, connect(server), get("/", header))["REMOTE_ADDR"] == client
     assert answers.get(timeout=PATIENCE)["client"] == client
 
 
 def test_requests_that_the_app_never_sees_have_their_clients_address_too(serve, app, connect, answers):
     """Refusals, the health path, and what is shown as in flight."""
-    server = serve(adjustments=PROXIED)
+    server = serve_behind(serve, app, PROXIED)
     server.answer_health("/healthz", lambda: ("200 OK", "ready"))
     header = "X-Forwarded-For: 192.0.2.7"
     assert connect(server).ask(get("/healthz", header)).status == 200
@@ -520,9 +544,9 @@ def test_requests_that_the_app_never_sees_have_their_clients_address_too(serve, 
     assert [each.client for each in server.requests()] == ["192.0.2.7"]
 
 
-def test_an_address_cannot_forge_a_line(serve, connect, answers):
+def test_an_address_cannot_forge_a_line(serve, app, connect, answers):
     """A proxy may pass on what a client made up."""
-    server = serve(adjustments=PROXIED)
+    server = serve_behind(serve, app, PROXIED)
     connect(server).ask(get("/", 'X-Forwarded-For: a "b\xe9' + "c" * 1000))
     client = answers.get(timeout=PATIENCE)["client"]
     assert client.startswith('a%20"b%C3%A9ccc')
@@ -595,7 +619,7 @@ def test_uploads_that_are_broken_off_leave_no_file(serve, connect):
     head = get("/echo", f"Content-Length: {BIG}", method="POST")
     for client in clients:
         client.send(head + b"x" * (BIG // 4))
-    until(server, lambda: sum(bool(_files(server)) for _ in "x") and len(_files(server)) == 3)
+    until(server, lambda: len(_files(server)) == 3)
     files = _files(server)
     for client in clients:
         client.reset()
@@ -604,6 +628,16 @@ def test_uploads_that_are_broken_off_leave_no_file(serve, connect):
     for client in clients:
         client.close()
     assert descriptors() == before
+
+
+def test_the_end_of_a_server_frees_what_had_come(serve, connect):
+    """Also without a drain, which would have cut it."""
+    server = serve()
+    connect(server).send(get("/echo", f"Content-Length: {BIG}", method="POST") + b"x" * (BIG // 4))
+    until(server, lambda: len(_files(server)) == 1)
+    files = _files(server)
+    server.end()
+    assert [file.closed for file in files] == [True]
 
 
 def _files(server):

@@ -1,6 +1,7 @@
 """What flaskd.server takes for granted in waitress; each test says what of flaskd breaks with it."""
 
 import inspect
+import io
 import logging
 import socket
 import threading
@@ -10,9 +11,10 @@ from types import SimpleNamespace
 import pytest
 from waitress import trigger, wasyncore
 from waitress.adjustments import Adjustments
-from waitress.buffers import OverflowableBuffer
+from waitress.buffers import OverflowableBuffer, ReadOnlyFileBasedBuffer
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser
+from waitress.proxy_headers import PROXY_HEADERS, MalformedProxyHeader, parse_proxy_headers
 from waitress.receiver import FixedStreamReceiver
 from waitress.server import TcpWSGIServer, UnixWSGIServer
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
@@ -471,24 +473,43 @@ def test_every_answer_builds_its_header_once_and_first(kind, monkeypatch):
     assert channel.written.startswith(header)
 
 
-@pytest.mark.parametrize("version", ["1.0", "1.1"])
-@pytest.mark.parametrize("kept", ["keep-alive", "close", None])
-def test_the_connection_header_is_read_when_the_header_is_built(version, kept):
-    """A drain ends connections by setting the request's CONNECTION to "close" just before the header is built."""
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_task_may_build_its_own_header(chunked):
+    """Where an answer ends is told by flaskd's own: it is sent as it is, and its decisions hold to the last chunk."""
 
-    class Closing(WSGITask):
+    class Own(WSGITask):
         def build_response_header(self):
-            self.request.headers["CONNECTION"] = "close"
-            return super().build_response_header()
+            assert (self.status, self.response_headers, self.content_length) == ("200 OK", [("X", "y")], None)
+            assert self.start_time > 0
+            self.chunked_response, self.close_on_finish = chunked, False
+            return b"mine "
 
-    request = parsed(GET.replace(b"1.1", version.encode()))
-    if kept:
-        request.headers["CONNECTION"] = kept
-    channel = Recording()
-    task = Closing(channel, request)
+    def app(environ, start_response):
+        start_response("200 OK", [("X", "y")])
+        return iter([b"hello"])
+
+    task = Own(Recording(app), parsed(GET))
     task.service()
-    assert channel.written.lower().count(b"connection:") == channel.written.count(b"Connection: close\r\n") == 1
-    assert task.close_on_finish
+    assert task.channel.written == (b"mine 5\r\nhello\r\n0\r\n\r\n" if chunked else b"mine hello")
+    assert (task.wrote_header, task.close_on_finish) == (True, False)
+
+
+def test_a_file_is_put_out_whole():
+    """A file that the app hands over is one output, which knows its length; flaskd keeps it from HEAD by its class."""
+    put_out = []
+
+    def app(environ, start_response):
+        start_response("200 OK", [("Content-Length", "9")])
+        assert environ["wsgi.file_wrapper"] is ReadOnlyFileBasedBuffer
+        return environ["wsgi.file_wrapper"](io.BytesIO(b"hello"))
+
+    channel = Recording(app)
+    channel.write_soon = put_out.append
+    task = WSGITask(channel, parsed(GET))
+    task.service()
+    assert isinstance(put_out[-1], ReadOnlyFileBasedBuffer)
+    assert (len(put_out[-1]), task.content_length) == (5, 5)
+    assert ReadOnlyFileBasedBuffer(io.BytesIO(b"hello")).prepare(3) == 3
 
 
 def test_an_error_of_the_app_comes_out_of_service():
@@ -537,6 +558,30 @@ def test_the_header_is_put_out_first_and_alone(body, monkeypatch):
     assert put_out[0].startswith(b"HTTP/1.1 200 OK\r\n")
     assert put_out[0].endswith(b"\r\n\r\n")
     assert put_out[1:] == ([body] if body else [])
+
+
+def test_an_error_is_an_answer():
+    """A 507 is one, of a class of flaskd's own."""
+
+    class FullError(Error):
+        code, reason = 507, "Insufficient Storage"
+
+    request = parsed(GET)
+    request.error = FullError("no room")
+    task = ErrorTask(Recording(), request)
+    task.service()
+    assert task.channel.written.startswith(b"HTTP/1.1 507 Insufficient Storage\r\n")
+
+
+def test_what_a_proxy_says_is_read_from_an_environ():
+    """The client's address for the log comes from the same function as the app's REMOTE_ADDR."""
+    request = parsed(GET[:-2] + b"X-Forwarded-For: 192.0.2.9\r\n\r\n")
+    assert request.headers.keys() & PROXY_HEADERS == {"X_FORWARDED_FOR"}
+    environ = {"REMOTE_ADDR": "", "wsgi.url_scheme": "http", "HTTP_X_FORWARDED_FOR": "192.0.2.9"}
+    parse_proxy_headers(environ, 1, {"x-forwarded-for"}, logger=logging.getLogger())
+    assert environ["REMOTE_ADDR"] == "192.0.2.9"
+    with pytest.raises(MalformedProxyHeader):
+        parse_proxy_headers(environ | {"HTTP_FORWARDED": "x"}, 1, {"forwarded"}, logger=logging.getLogger())
 
 
 # --- the channel -------------------------------------------------------------------------------------------------------
@@ -768,3 +813,68 @@ def test_a_hundred_continue_is_asked_for_once_the_headers_are_there(channel):
     assert channel.request.headers_finished
     channel.received(b"12345")
     assert len(channel.requests) == 1
+
+
+def test_a_body_is_kept_in_the_receivers_buffer():
+    """One of flaskd's own is put there once the head is parsed, when nothing of the body has come."""
+    for head in (b"Content-Length: 5\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n"):
+        request = HTTPRequestParser(Adjustments())
+        request.received(b"POST / HTTP/1.1\r\nHost: test\r\n" + head)
+        assert len(request.body_rcv.buf) == 0
+        request.body_rcv.buf = buffer = OverflowableBuffer(10)
+        request.received(b"hello" if request.content_length else b"5\r\nhello\r\n0\r\n\r\n")
+        assert request.body_rcv.getbuf() is buffer
+        assert request.get_body_stream().read() == b"hello"
+        request.close()
+
+
+def test_output_goes_into_the_last_buffer(channel):
+    """One of flaskd's own is put there; waitress begins another at the high watermark, and behind a file."""
+    buffer = channel.outbufs[-1]
+    channel.connected, channel._flush_some = True, lambda **_: True
+    channel.write_soon(b"hello")
+    assert (channel.outbufs, len(buffer), channel.current_outbuf_count) == ([buffer], 5, 5)
+    channel.current_outbuf_count = channel.adj.outbuf_high_watermark
+    channel.write_soon(b"hello")
+    assert (len(channel.outbufs), channel.current_outbuf_count) == (2, 5)
+    file = ReadOnlyFileBasedBuffer(io.BytesIO(b"hello"))
+    file.prepare()
+    channel.write_soon(file)
+    assert (channel.outbufs[2], len(channel.outbufs), channel.current_outbuf_count) == (file, 4, 0)
+
+
+def test_a_file_that_ended_early_is_sent_as_nothing(channel, monkeypatch):
+    """By an empty `send`, which never happens otherwise, flaskd knows it."""
+    file = ReadOnlyFileBasedBuffer(io.BytesIO(b"hello"))
+    file.prepare()
+    file.file.truncate(0)
+    sent = []
+    monkeypatch.setattr(type(channel), "send", lambda _, data, **__: sent.append(data) or len(data))
+    channel.outbufs, channel.total_outbufs_len = [file, *channel.outbufs], 5
+    channel._flush_some()
+    assert sent == [b""]
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_every_flush_goes_through_one_method(running, channel, monkeypatch):
+    """`_flush_exception` is where flaskd learns what cannot be sent; its second result ends a worker's wait."""
+    flushed = []
+    channel.requests = [parsed(GET)] if running else []
+    channel.total_outbufs_len = 5
+    monkeypatch.setattr(
+        type(channel), "_flush_exception", lambda _, flush, do_close=True: flushed.append(flush) or (False, True)
+    )
+    channel.handle_write()
+    assert flushed == [channel._flush_some_if_lockable if running else channel._flush_some]
+    channel.total_outbufs_len = 0
+    channel.write_soon(b"hello")
+    assert flushed[1:] == [channel._flush_some]
+
+
+def test_the_server_tells_its_name_and_port():
+    """The environ has them as the channel's server has them; a name that was not given is a placeholder."""
+    assert Adjustments().server_name == Adjustments.server_name == "waitress.invalid"
+    channel = Recording()
+    channel.server.server_name, channel.server.effective_port = "shop", "/run/shop/s"
+    environ = WSGITask(channel, parsed(GET)).get_environment()
+    assert (environ["SERVER_NAME"], environ["SERVER_PORT"]) == ("shop", "/run/shop/s")

@@ -5,7 +5,7 @@ from flask import Flask, request
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from flaskd.config import ServerConfig
-from flaskd.server import behind_proxies, missed_by_proxy_fix
+from flaskd.server import BehindProxies, missed_by_proxy_fix
 from flaskd.server.proxies import peers
 
 
@@ -21,7 +21,7 @@ def seen(server, peer):
     environ = {"REMOTE_ADDR": peer, "wsgi.url_scheme": "http", "HTTP_X_FORWARDED_FOR": "192.0.2.7",
                "HTTP_X_FORWARDED_PROTO": "https", "HTTP_X_FORWARDED_HOST": "evil.example",
                "SERVER_NAME": "x", "SERVER_PORT": "80"}  # fmt: skip
-    return eval(b"".join(behind_proxies(app, server)(environ, lambda *_: None)))
+    return eval(b"".join(BehindProxies(app, server)(environ, lambda *_: None)))
 
 
 @pytest.mark.parametrize(

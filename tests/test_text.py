@@ -2,7 +2,7 @@
 
 import pytest
 
-from flaskd.text import bounded, entry, escaped, lines
+from flaskd.text import bounded, entry, escaped, lines, text_of
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,14 @@ def test_what_is_too_long_is_cut():
     """With how much more there is."""
     assert bounded("x" * 70_000) == "x" * 65536 + "... (4464 more characters)"
     assert bounded("x" * 65536) == "x" * 65536
+
+
+def test_the_text_of_an_exception_may_raise():
+    """It is code of the app's."""
+
+    class RudeError(Exception):
+        def __str__(self):
+            raise LookupError
+
+    assert text_of(RudeError()) == "its text cannot be had"
+    assert text_of(ValueError("a\nb\u2028")) == r"a\x0Ab\x2028"

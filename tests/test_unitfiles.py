@@ -1,5 +1,6 @@
 """The unit files: what systemd's own tools say of them, and how they are filled in and compared."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,10 @@ from flaskd.unitfiles import compare, hidden_by, install, unit_files
 SHIPPED = Path(__file__).parent.parent / "systemd"
 VENV = Path(sys.prefix)
 
-analyze = pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
+analyze = pytest.mark.skipif(
+    not shutil.which("systemd-analyze") or not os.access("/tmp", os.W_OK),
+    reason="systemd-analyze is not installed, or has no /tmp to work in",
+)
 FORMS = [(instance, activated) for instance in (None, "shop") for activated in (False, True)]
 
 

@@ -59,6 +59,17 @@ class ByName:
         return APP(environ, start_response)
 
 
+class OfItsClass:
+    inner = APP
+
+    def __call__(self, environ, start_response):
+        return self.inner(environ, start_response)
+
+    @classmethod
+    def serve(cls, environ, start_response):
+        return cls.inner(environ, start_response)
+
+
 def closure(app):
     def serve(environ, start_response):
         return app(environ, start_response)
@@ -97,6 +108,8 @@ WRAPPERS = {
     "proxy headers": (ProxyFix(APP), Kind.WSGI),
     "shared files": (SharedDataMiddleware(APP, {}), Kind.WSGI),
     "the standard library's validator": (wsgiref.validate.validator(APP), Kind.OPEN),
+    "an object whose class has it": (OfItsClass(), Kind.WSGI),
+    "a method of a class": (OfItsClass.serve, Kind.WSGI),
     "an object that hides it": (Object(APP), Kind.WSGI),
     "an object with slots": (Slots(APP), Kind.OPEN),
     "a method of an object": (Slots(APP).serve, Kind.WSGI),
@@ -189,6 +202,10 @@ async def asynchronous_wsgi(environ, start_response):
     raise NotImplementedError
 
 
+async def asynchronous_answer(environ, start_response):
+    yield b""
+
+
 async def asynchronous_factory(config=None):
     raise NotImplementedError
 
@@ -225,6 +242,7 @@ class Defaults:
         (lambda scope: None, Kind.ASGI),
         (lambda scope, receive, send: None, Kind.ASGI),
         (asynchronous_wsgi, Kind.ASGI),
+        (asynchronous_answer, Kind.ASGI),
         (asynchronous_factory, Kind.OTHER),
         (factory, Kind.OTHER),
         (functools.partial(factory), Kind.OTHER),

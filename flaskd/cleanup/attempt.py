@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
+from flaskd.text import escaped, traceback_of
 from flaskd.threads import AppThread
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class Attempt:
 
     def abandoned(self) -> Verdict:
         """Give the verdict on an attempt whose thread is left to run on alone."""
-        return Verdict(Fate.TIMED_OUT, f"{self.context.overrun()}; abandoned", trace=self.stack())
+        return Verdict(Fate.TIMED_OUT, f"{self.context.overrun()}; abandoned", trace=self.step.veil(self.stack()))
 
     def join(self, timeout: float) -> None:
         """Wait up to `timeout` seconds for the thread of an attempt that is over; none for one that hangs."""
@@ -115,7 +116,11 @@ class Attempt:
 
     def _work(self) -> None:
         try:
-            self.verdict = self._judged()
+            verdict = self._judged()
+            veil = self.step.veil  # what goes into log, record, replies and STATUS shows nothing that was interpolated
+            why, detail = (_line(veil(text)) for text in (verdict.why, verdict.detail))
+            cut = tuple(_line(veil(each)) for each in verdict.cut)
+            self.verdict = Verdict(verdict.fate, why, detail, veil(verdict.trace)[-_LONGEST_TRACE:], cut)
         except BaseException as error:  # noqa: BLE001 - an exception whose own text raises, say
             self.verdict = Verdict(Fate.FAILED, type(error).__name__)
         finally:
@@ -127,18 +132,17 @@ class Attempt:
         try:
             detail = step.action.run(self.context, step.fields)
         except StepTimedOutError as error:
-            return Verdict(Fate.TIMED_OUT, _line(str(error)), trace=error.trace[-_LONGEST_TRACE:], cut=error.cut)
+            return Verdict(Fate.TIMED_OUT, str(error), trace=error.trace, cut=error.cut)
         except StepFailedError as error:
-            return Verdict(Fate.FAILED, _line(str(error)))
+            return Verdict(Fate.FAILED, str(error))
         except BaseException as error:  # noqa: BLE001 - see above
             # Made into text here, in the step's own time: an exception's text is code of the user as well.
             said = "".join(traceback.format_exception_only(error))
             inner = error.__traceback__.tb_next if error.__traceback__ else None
-            trace = "".join(traceback.format_exception(type(error), error, inner, limit=-_MOST_FRAMES))
-            return Verdict(Fate.FAILED, _line(said), trace=trace[-_LONGEST_TRACE:])
-        return Verdict(Fate.OK, detail=_line(str(detail)) if detail else "")
+            return Verdict(Fate.FAILED, said, trace=traceback_of(error, inner, limit=-_MOST_FRAMES))
+        return Verdict(Fate.OK, detail=str(detail) if detail else "")
 
 
 def _line(text: str) -> str:
-    """One line of bounded length."""
-    return " | ".join(filter(None, map(str.strip, text.splitlines())))[:_LONGEST_TEXT]
+    """One line of bounded length, in which nothing is acted upon."""
+    return escaped(" | ".join(filter(None, map(str.strip, text.splitlines()))))[:_LONGEST_TEXT]

@@ -277,6 +277,6 @@ class _Child:
 
     def tail(self, lines: int = 20) -> str:
         """The last lines of its output as one, without what a terminal would take for more than text."""
-        text = self._output.decode(errors="replace")
+        text = self._context.veil(self._output.decode(errors="replace"))  # before it is cut
         printable = ("".join(c if c.isprintable() else " " for c in line).strip() for line in text.splitlines())
         return " | ".join([line for line in printable if line][-lines:])[-_SHOWN_OUTPUT:]

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from types import FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
+from flaskd.objects import attributes_of, bases, contents_of
 from flaskd.threads import waited_for
 
 if TYPE_CHECKING:
@@ -35,10 +36,6 @@ _COST = 20.0
 _DEEPEST = 6
 _MOST_FOLLOWED = 20_000
 """How far below an extension of the app its objects are looked for, and among how many."""
-_CONTENTS: Callable[[ModuleType], dict[str, Any]] = vars(ModuleType)["__dict__"].__get__
-"""What a module holds, without asking it: a lazy one loads itself when it is asked (importlib.util.LazyLoader)."""
-_BASES: Callable[[type], tuple[type, ...]] = vars(type)["__mro__"].__get__
-"""The bases of a class, without asking its metaclass."""
 _NOT_FOLLOWED = (type, ModuleType, FunctionType, MethodType, logging.Logger, str, bytes, int, float, type(None))
 
 
@@ -189,12 +186,6 @@ def _asked(question: Callable[[Any], Any], thing: Any, otherwise: Any) -> Any:
         return otherwise
 
 
-def contents_of(module: str) -> dict[str, Any]:
-    """What an imported module holds; nothing where there is none, or something else in its place."""
-    loaded = sys.modules.get(module)  # None stands there for a module that may not be imported
-    return _CONTENTS(loaded) if loaded is not None and issubclass(type(loaded), ModuleType) else {}
-
-
 def _candidates(app: Any) -> Iterable[object]:
     """What holds all objects of known types; of those that count by their name alone, all that have one."""
     types = [
@@ -245,7 +236,7 @@ def _picked(objects: Iterable[object]) -> Iterator[tuple[_Kind, Any]]:
     for each in objects:
         its_type = id(type(each))
         if its_type not in by_type:
-            by_type[its_type] = next((kinds[id(base)] for base in _BASES(type(each)) if id(base) in kinds), None)
+            by_type[its_type] = next((kinds[id(base)] for base in bases(type(each)) if id(base) in kinds), None)
         if (kind := by_type[its_type]) is not None and id(each) not in seen:
             seen.add(id(each))
             yield kind, each
@@ -331,7 +322,7 @@ class _Names:
 def _attributes() -> Iterator[tuple[str, object]]:
     for module_name, module in list(sys.modules.items()):
         if issubclass(type(module), ModuleType):  # there may be anything in sys.modules
-            for name, value in list(_CONTENTS(module).items()):
+            for name, value in list(attributes_of(module).items()):
                 yield f"{module_name}:{name}", value
 
 

@@ -24,8 +24,9 @@ from pydantic import AfterValidator, Field
 
 from flaskd.cleanup.attempt import stack_of
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
-from flaskd.cleanup.discovery import contents_of, discover
+from flaskd.cleanup.discovery import discover
 from flaskd.config import Duration, OneOrMany, Section
+from flaskd.objects import contents_of
 from flaskd.threads import AppThread
 
 if TYPE_CHECKING:

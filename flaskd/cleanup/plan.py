@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from flaskd.cleanup.actions import ACTIONS, Action
 from flaskd.cleanup.live import loaded
 from flaskd.config import CleanupConfig, Phase
 from flaskd.errors import ConfigError, FlaskdError
+from flaskd.text import Veil
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -65,6 +66,8 @@ class Step:
     outcome: Outcome | None = None
     always: bool = False
     found: tuple[Found, ...] | None = None
+    veil: Veil = field(default_factory=Veil, repr=False, compare=False)
+    """Hides what was interpolated into its fields."""
 
     @property
     def discovered(self) -> bool:
@@ -166,7 +169,7 @@ class Plan:
             try:
                 step.action.prepare(step.fields)
             except Exception as fault:  # noqa: BLE001 - code of the user runs here
-                faults.append(f"cleanup.policies.{step.name}: {fault}")
+                faults.append(f"cleanup.policies.{step.name}: {step.veil(str(fault))}")
         if faults:
             raise ConfigError("\n".join(faults))
 
@@ -183,7 +186,7 @@ class Plan:
             except Exception as error:  # noqa: BLE001 - an action of another package: the app starts without it
                 words, done = f"cannot restore: {error!r}", False
             if words:
-                said.append((step, f"cleanup {step.phase}/{step.name}: {words}", done))
+                said.append((step, f"cleanup {step.phase}/{step.name}: {step.veil(words)}", done))
         return said
 
     def describe(self) -> list[dict[str, Any]]:
@@ -217,6 +220,7 @@ def build_plan(cleanup: CleanupConfig, actions: Mapping[str, Action] = ACTIONS) 
                 reasons=tuple(policy.when.reason),
                 outcome=policy.when.outcome,
                 always=policy.always,
+                veil=Veil(policy.hidden),
             )
         )
     return Plan(tuple(steps))

@@ -225,6 +225,7 @@ class Runner:
             waiting=self._waiting(step),
             state=self._state,
             found=step.found,
+            veil=step.veil,
         )
         started = Attempt(step, context, over=partial(self._wake.put, None))
         with self._lock:

@@ -20,8 +20,9 @@ from pydantic import AfterValidator, Field, PlainSerializer, SecretStr
 
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
 from flaskd.config import Section
-from flaskd.config.faults import MASK
+from flaskd.config.faults import quoted
 from flaskd.config.fields import HeaderText, Hidden, SomeText
+from flaskd.text import MASK
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -137,7 +138,7 @@ def deregister(context: StepContext, fields: ConsulFields) -> str:
         agent = _consul_url(given)
     except ValueError:
         raise StepFailedError(
-            f'cannot use $CONSUL_HTTP_ADDR "{given}": expected an address such as {_CONSUL}'
+            f"cannot use $CONSUL_HTTP_ADDR {quoted(given)}: expected an address such as {_CONSUL}"
         ) from None
     token = fields.token.get_secret_value() if fields.token else os.environ.get("CONSUL_HTTP_TOKEN", "")
     path = f"/v1/agent/service/deregister/{quote(fields.service_id, safe='')}"

@@ -6,6 +6,7 @@ What a client verb does not need (Flask, waitress, pydantic, PyYAML) is imported
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -75,7 +76,11 @@ def cli(context: click.Context) -> None:
     "--name", metavar="NAME", default="flaskd", show_default=True, help="Name of the runtime and state directory."
 )
 def serve(app: str | None, config: str | None, listen: tuple[str, ...], threads: str | None, name: str) -> None:
-    """Serve APP (MODULE, MODULE:NAME, MODULE:FACTORY() or a file) until asked to stop."""
+    """Serve APP (MODULE, MODULE:NAME, MODULE:FACTORY() or a file) until asked to stop.
+
+    Of a MODULE its "application" is served, else its "app", else its only Flask app, else what its create_app() or
+    make_app() makes.
+    """
     serve_app(app, config, listen, threads, name)
 
 
@@ -101,6 +106,10 @@ def serve_app(
     from flaskd.daemon import Daemon  # noqa: PLC0415
     from flaskd.leave import Ending, leave  # noqa: PLC0415
 
+    if not gc.isenabled():  # `flaskd.__main__` has put it off for the imports
+        gc.freeze()
+        gc.unfreeze()  # what was imported is old from now on, and is not looked through at once
+        gc.enable()
     if not name or "/" in name or name.startswith("."):
         raise click.BadParameter(f'expected a plain name, got "{name}"', param_hint="--name")
     path = _config_path(config)

@@ -119,6 +119,7 @@ def told(run: Callable[[], int], *, as_json: bool) -> int:
 def ask(path: Path, verb: str, words: dict[str, Any], *, as_json: bool = False) -> int:
     """Send a command, show how it goes and what came of it; returns the exit code."""
     wait, asked = "wait" in words, False
+    open_still: NoDaemonError | None = None
     try:
         with (
             show.progress(verb if wait else "", as_json=as_json) as progress,
@@ -127,13 +128,18 @@ def ask(path: Path, verb: str, words: dict[str, Any], *, as_json: bool = False) 
             asked = True
             answer = client.request(verb, progress=progress, **words)
             if verb == "stop" and wait:
-                client.wait_closed()
+                try:
+                    client.wait_closed()
+                except NoDaemonError as error:
+                    open_still = error
     except KeyboardInterrupt:
         if asked and VERBS[verb].changes:  # who interrupts may believe that it is undone
             click.echo(f"flaskd: not waiting any more; the {verb} goes on", err=True)
         raise
     with reading(path):
         _say(verb, answer, as_json)
+    if open_still is not None:  # what it said before is told all the same
+        raise open_still
     lost = any(answer.get(key) for key in ("cut", "background", "unaccepted", "unfinished"))
     return EX_LOST if lost and verb in {"drain", "stop"} else 0
 

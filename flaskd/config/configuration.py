@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import BaseModel
 
-from flaskd.config.faults import MASK, dotted, without_password
+from flaskd.config.faults import dotted, without_password
 from flaskd.config.nodes import core
+from flaskd.text import MASK, Veil
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -31,6 +32,8 @@ class Configuration:
     _origins: Mapping[NodePath, str] = field(default_factory=dict, repr=False)
     empty: bool = False
     """Whether its source held no value at all, beside what the command line says."""
+    veil: Veil = field(default_factory=Veil, repr=False, compare=False)
+    """Hides what was interpolated, in any text."""
 
     def describe(self) -> str:
         """Write the effective configuration as YAML: every key, units for people, secrets masked."""

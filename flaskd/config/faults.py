@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from flaskd.errors import ConfigError
+from flaskd.text import MASK
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
 COMMAND_LINE = "command line"
-MASK = "********"
 _USERINFO = re.compile(r"(?<=://)([^/?#@\s:]*):[^/?#\s]*@")
 MAX_FAULTS = 50
 """More than this nobody reads, and wording each one costs time."""

@@ -20,8 +20,8 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
-from flaskd.config.faults import MASK
 from flaskd.sockets import Address
+from flaskd.text import MASK
 from flaskd.units import format_duration, parse_duration, parse_size
 from flaskd.verbs import VERBS
 

@@ -89,6 +89,7 @@ def interpolated(node: Node, sources: Sources, faults: Faults, path: Path = ()) 
 
 def _filled(node: Scalar, sources: Sources, faults: Faults, path: Path) -> Scalar:
     broken = secret = False
+    pieces: list[str] = []
 
     def fill(match: re.Match[str]) -> str:
         nonlocal broken, secret
@@ -106,8 +107,9 @@ def _filled(node: Scalar, sources: Sources, faults: Faults, path: Path) -> Scala
                 faults.add(node.place, dotted(path), str(missing))
             broken = True
             return ""
+        pieces.append(text)
         return text
 
     text = _TOKEN.sub(fill, node.text)
     value = core_not_null(text) if secret else text
-    return replace(node, text=text, value=value, secret=secret, broken=broken)
+    return replace(node, text=text, value=value, secret=secret, broken=broken, pieces=tuple(pieces))

@@ -23,6 +23,7 @@ from flaskd.config.state_paths import check_state_paths
 from flaskd.config.wording import validated
 from flaskd.config.yaml_loader import MAX_BYTES, parse
 from flaskd.errors import ConfigError
+from flaskd.text import Veil
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -59,7 +60,7 @@ def load(
     empty = _says_nothing(tree)
     tree, origins = _filled(tree, base, faults, overrides, environ)
     values, secrets = _validated(tree, base, actions, environ, faults)
-    return Configuration(values, path, secrets, digest(source), origins, empty)
+    return Configuration(values, path, secrets, digest(source), origins, empty, _veil(tree))
 
 
 def load_mapping(
@@ -80,7 +81,7 @@ def load_mapping(
     base, empty = Path.cwd(), _says_nothing(tree)
     tree, origins = _filled(tree, base, faults, overrides, environ)
     values, secrets = _validated(tree, base, actions, environ, faults)
-    return Configuration(values, None, secrets, "", origins, empty)
+    return Configuration(values, None, secrets, "", origins, empty, _veil(tree))
 
 
 def load_again(load: Callable[[], Configuration], old: Configuration) -> Configuration:
@@ -113,6 +114,20 @@ def _read_once(path: Path) -> str:
     except (OSError, ValueError):
         return ""
     return "a pipe" if stat.S_ISFIFO(found.st_mode) else "a socket" if stat.S_ISSOCK(found.st_mode) else "a device"
+
+
+_SAID: tuple[NodePath, ...] = (
+    ("app", "chdir"), ("control", "group"), ("control", "roles"), ("health", "path"),
+    ("health", "probe"), ("shutdown", "record"), ("shutdown", "endpoint", "token_file"),
+    ("shutdown", "endpoint", "credential"),
+)  # fmt: skip
+"""What messages may quote, except for what flaskd has to tell: where it listens, and which app it serves."""
+
+
+def _veil(tree: Table) -> Veil:
+    """What hides all that was interpolated and that a message may quote."""
+    policies = [(*_POLICIES, name, "with") for name in policy_tables(tree)]
+    return Veil(text for path in (*_SAID, *policies) for text in interpolated_in(tree, path))
 
 
 def digest(source: bytes) -> str:
@@ -164,7 +179,7 @@ def _validated(
     check_state_paths(tree, fields, actions, os.environ if environ is None else environ, faults)
     faults.check()
     assert config is not None
-    return _complete(config, fields, actions, base), _secrets(tree)
+    return _complete(config, tree, fields, actions, base), _secrets(tree)
 
 
 def _put(table: Table, parts: tuple[str, ...], node: Node) -> Table:
@@ -188,14 +203,26 @@ def _action_fields(tree: Table, actions: Actions, faults: Faults) -> dict[str, B
     return fields
 
 
-def _complete(config: Config, fields: Mapping[str, BaseModel | None], actions: Actions, base: Path) -> Config:
+def interpolated_in(tree: Table, path: NodePath) -> list[str]:
+    """What was filled in under a path: the values as they are now, and each piece of them."""
+    node: Node | None = tree
+    for part in path:
+        node = node and child(node, part)
+    found = [scalar for _, scalar in scalars(node) if scalar.secret] if node else []
+    return [text for each in found for text in (each.text, *each.pieces)]
+
+
+def _complete(
+    config: Config, tree: Table, fields: Mapping[str, BaseModel | None], actions: Actions, base: Path
+) -> Config:
     """Fill in what depends on the rest: each policy's defaults, phase and fields, absolute paths."""
     policies = {}
     for name, policy in config.cleanup.policies.items():
         update = {key: getattr(config.cleanup.defaults, key) for key in _INHERITED}
         update["phase"] = actions[policy.use].default_phase
         update = {key: value for key, value in update.items() if key not in policy.model_fields_set}
-        policies[name] = policy.model_copy(update={**update, "with_": fields[name]})
+        whole = policy.model_copy(update={**update, "with_": fields[name]})
+        policies[name] = whole.hiding(interpolated_in(tree, (*_POLICIES, name, "with")))
     cleanup = config.cleanup.model_copy(update={"policies": policies})
     chdir = config.app.chdir and base / config.app.chdir
     app = config.app.model_copy(update={"chdir": chdir})

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -14,6 +14,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PrivateAttr,
     SerializeAsAny,
     SkipValidation,
     ValidationInfo,
@@ -384,6 +385,18 @@ class Policy(Section):
     enabled: bool = Field(
         True, description="false: as if it were not written; what it would end is still found, and closed by discovery."
     )
+
+    @property
+    def hidden(self) -> tuple[str, ...]:
+        """What was interpolated into the action's fields: no message of it may show that."""
+        return self._hidden
+
+    def hiding(self, texts: Iterable[str]) -> Self:
+        """Note what was interpolated."""
+        self._hidden = tuple(texts)
+        return self
+
+    _hidden: tuple[str, ...] = PrivateAttr(())
 
 
 class DiscoveryConfig(Section):

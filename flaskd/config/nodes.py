@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flaskd.config.faults import MASK, Place, quoted
+from flaskd.config.faults import Place, quoted
+from flaskd.text import MASK
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,7 +25,8 @@ class Scalar:
     """A single value: ``text`` as it was written, ``value`` as YAML 1.2 reads it.
 
     Both are kept because only the field knows which it wants: an integer field takes the value of ``0660``, a
-    text field the text. ``secret`` marks what came from an interpolation, ``broken`` what has its fault.
+    text field the text. ``secret`` marks what came from an interpolation, with the ``pieces`` that were filled in;
+    ``broken`` what has its fault.
     """
 
     key: Place
@@ -33,6 +35,7 @@ class Scalar:
     value: Plain
     secret: bool = False
     broken: bool = False
+    pieces: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

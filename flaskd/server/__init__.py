@@ -2,7 +2,7 @@
 
 from flaskd.server.channel import stack_of
 from flaskd.server.development import WerkzeugThread
-from flaskd.server.proxies import behind_proxies, missed_by_proxy_fix
+from flaskd.server.proxies import BehindProxies, missed_by_proxy_fix
 from flaskd.server.settings import adjustments
 from flaskd.server.streams import STREAM_GRACE, EndingStreams
 from flaskd.server.tally import BOUNDS, Histogram, Tally
@@ -11,13 +11,13 @@ from flaskd.server.thread import WaitressThread
 __all__ = [
     "BOUNDS",
     "STREAM_GRACE",
+    "BehindProxies",
     "EndingStreams",
     "Histogram",
     "Tally",
     "WaitressThread",
     "WerkzeugThread",
     "adjustments",
-    "behind_proxies",
     "missed_by_proxy_fix",
     "stack_of",
 ]

@@ -25,7 +25,11 @@ class _TemporaryFile(TempfileBasedBuffer):  # type: ignore[misc]  # waitress is 
     def __init__(self, before: Any) -> None:
         self.file = tempfile.TemporaryFile("w+b", buffering=0)  # noqa: SIM115 - it lives as long as the buffer
         if before is not None:
-            self.append(before.get())
+            try:
+                self.append(before.get())
+            except OSError:
+                self.file.close()
+                raise
 
     def append(self, data: bytes) -> None:
         """Add all of `data`, or raise OSError and add nothing."""

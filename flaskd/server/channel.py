@@ -23,7 +23,6 @@ from flaskd.ledger import Cut, InFlight, visible
 from flaskd.logs import bounded_by
 from flaskd.server.buffers import FREE_SPACE, AnswerBuffer
 from flaskd.server.parser import Parser
-from flaskd.server.proxied import client_behind
 from flaskd.server.tasks import AppTask, ClientDisconnected, HealthTask, RefusalTask, RejectTask
 from flaskd.sockets import closed_by_peer, unacknowledged, unread
 
@@ -45,6 +44,8 @@ _LINGER_LOOK = 0.05
 """Seconds between two looks at what the client has not acknowledged yet."""
 _LINGER_MOST = 2.0
 """Seconds without a sign of life from a client that has not acknowledged all output, until it is not waited for."""
+_LINGER_SENDING = 30.0
+"""Seconds in which a half-closed client may go on sending, unless a drain waits for it: a body that was refused."""
 
 
 class Request(Parser):
@@ -96,10 +97,10 @@ class Request(Parser):
 
     def _name_limit(self) -> None:
         """Say which setting it goes beyond."""
+        what = f"{self.command} {visible(self.target.partition('?')[0])}".strip() or "a request line"
         setting = f"server.{self.exceeded} ({write_size(getattr(self.adj, self.exceeded))})"
         log.warning(
-            f"refused {self.command} {visible(self.target.partition('?')[0])} of {self.client} with {self.error.code}:"
-            f" more than {setting} allows",
+            f"refused {what} of {self.client} with {self.error.code}: more than {setting} allows",
             extra=bounded_by("requests that are larger than a limit"),
         )
 
@@ -119,7 +120,7 @@ class Request(Parser):
         """The address of who sent it: the peer's, or what a trusted proxy says."""
         if self._client is None and self.headers_finished:
             channel = self.channel
-            self._client = client_behind(channel.addr[0], self.headers, channel.adj) or channel.client
+            self._client = channel.loop.client_of(channel.addr[0], self.headers) or channel.client
         return self._client or self.channel.client
 
     @property
@@ -257,6 +258,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         self.serving: Request
         self.grace_from = time.monotonic()
         self._linger_until, self._unacknowledged = 0.0, 0
+        self._half_closed_at = self._heard_at = 0.0
         self._flushing = False
         self._last_activity = self.grace_from
         self._holds = False
@@ -502,7 +504,11 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         """Send, and count what the kernel took; waitress calls it while there should be something to send."""
         if not data:
             raise EOFError(f"its file ended {self.outbufs[0].__len__()} bytes before the length that was announced")
-        sent: int = super().send(data, do_close=do_close)
+        try:
+            sent: int = super().send(data, do_close=do_close)
+        except OSError:  # what waitress does not know as a client that left: no way leads to it any more
+            self.will_close = True
+            return 0
         self.flushed += sent or 0
         return sent
 
@@ -536,7 +542,9 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             return  # the event was for the socket that had this number before
         if not data:
             self.handle_close()
-        elif not self.half_closed:
+        elif self.half_closed:
+            self._heard_at = time.monotonic()
+        else:
             self.received(data)
 
     def _receive(self) -> bytes | None:
@@ -617,19 +625,22 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         with self.outbuf_lock:
             self._settle()
         now = time.monotonic()
+        self._half_closed_at = now
         self._linger_until, self._unacknowledged = now + _LINGER_MOST, unacknowledged(self.socket)
         self.loop.at(now + _LINGER, self)
 
     def linger(self, now: float) -> None:
         """Close a half-closed connection whose client had its time, unless it still acknowledges our output.
 
-        The kernel would go on sending, but not where the network goes away with the process, as in a container.
+        The kernel would go on sending, but not where the network goes away with the process, as in a container. And a
+        client that still sends a body would be reset, and might never read the answer that it is not wanted.
         """
         left = unacknowledged(self.socket)
         if left < self._unacknowledged:
             self._linger_until = now + _LINGER_MOST
         self._unacknowledged = left
-        if left and now < self._linger_until:
+        sending = now - self._heard_at < _LINGER_MOST and now - self._half_closed_at < _LINGER_SENDING
+        if (left and now < self._linger_until) or (sending and not self.loop.drains):
             self.loop.at(now + _LINGER_LOOK, self)
         else:
             self.handle_close()

@@ -18,15 +18,15 @@ import time
 from collections.abc import Callable
 from typing import Any, Self
 
-from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
+from werkzeug.serving import ThreadedWSGIServer
 
 from flaskd.errors import FlaskdError
 from flaskd.forks import forgotten_by_children
-from flaskd.ledger import Cut, DrainReport, InFlight, visible
-from flaskd.server.channel import stack_of
+from flaskd.ledger import Cut, DrainReport, InFlight
 from flaskd.server.draining import BACKLOG, GATE, TOO_LATE
+from flaskd.server.exchange import OwnErrors, Request
 from flaskd.server.streams import STREAM_GRACE, EndingStreams
-from flaskd.sockets import Address, Listener, closed_by_peer
+from flaskd.sockets import Address, Listener
 from flaskd.threads import AppThread
 from flaskd.work import in_background, left_behind, tell_no_more, tell_of_ends
 
@@ -38,53 +38,7 @@ _GRACE = 0.2
 """Seconds in which a client that has connected before a drain may begin its request."""
 
 
-class _Request(WSGIRequestHandler):
-    """One connection, and the one request on it."""
-
-    server: _Server
-    id = 0
-    began = 0.0
-    gone = False
-    thread: threading.Thread
-
-    def parse_request(self) -> bool:
-        """Parse the head, whose first line has come: a drain reads on from here."""
-        self.began, self.thread = time.monotonic(), threading.current_thread()
-        self.server.thread.begun.add(self.thread)
-        return super().parse_request()
-
-    def run_wsgi(self) -> None:
-        """Answer the request; it is in flight from here on."""
-        self.id = next(self.server.ids)
-        self.server.thread.accepted(self)
-        whole = False
-        try:
-            super().run_wsgi()
-            whole = not self.gone
-        finally:
-            self.server.thread.retire(self, completed=whole)
-
-    def connection_dropped(self, error: BaseException, environ: Any = None) -> None:  # noqa: ARG002 - Werkzeug's names
-        """Note that the client is gone; Werkzeug calls this instead of raising."""
-        self.gone = True
-
-    def make_environ(self) -> Any:
-        """Werkzeug's environ, and the event by which a stream learns that a drain began."""
-        environ = super().make_environ()
-        environ["flaskd.draining"] = self.server.thread.draining
-        return environ
-
-    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        """Say nothing: one line of each request belongs to a log that somebody asked for."""
-
-    def snapshot(self) -> InFlight:
-        """What can be shown of it."""
-        method, path, age = visible(self.command), visible(self.path.partition("?")[0]), time.monotonic() - self.began
-        client, gone = str(self.client_address[0]), closed_by_peer(self.connection)
-        return InFlight(self.id, client, method, path, age, "running", self.thread.name, gone=gone)
-
-
-class _Server(ThreadedWSGIServer):
+class Server(ThreadedWSGIServer):
     """Werkzeug's server on a listener of ours; it knows the threads of its connections."""
 
     thread: WerkzeugThread
@@ -94,7 +48,7 @@ class _Server(ThreadedWSGIServer):
         self.ids = itertools.count(1)
         self.connections: dict[threading.Thread, socket.socket] = {}
         host = f"unix://{listener.address.path}" if listener.address.path else listener.address.host
-        super().__init__(host, listener.address.port, app, _Request, fd=listener.socket.fileno())
+        super().__init__(host, listener.address.port, app, Request, fd=listener.socket.fileno())
         self.socket.setblocking(False)
 
     def accept_one(self) -> None:
@@ -131,13 +85,15 @@ class WerkzeugThread:
         self._address = address
         self.draining = threading.Event()
         self.completed = 0
-        self.begun: set[threading.Thread] = set()
-        """The connections whose request has begun to come."""
+        self.begun: dict[threading.Thread, Request] = {}
+        """The requests that have begun to come, by the thread of their connection."""
         self._listener: Listener
-        self._server: _Server
+        self._server: Server
         self._opened: contextlib.ExitStack
         self._thread: threading.Thread | None = None
-        self._in_hand: dict[int, _Request] = {}
+        self._in_hand: dict[int, Request] = {}
+        self._cut: list[Cut] = []
+        """What was broken off since a drain began."""
         self._leaving: list[threading.Thread] = []
         """The threads of connections that are closed, which have only to end."""
         self._changed = threading.Condition()
@@ -153,7 +109,9 @@ class WerkzeugThread:
             self._listener = Listener.bind(self._address)
             opened.callback(self._listener.close)
             self._listener.listen(_LISTEN)
-            self._server = _Server(self._listener, EndingStreams(self._app, self._streams_are_over), self)
+            self._server = Server(
+                self._listener, EndingStreams(OwnErrors(self._app, self._broke_off), self._streams_are_over), self
+            )
             opened.callback(self._server.socket.close)
             self._waker, self._woken = (opened.enter_context(each) for each in socket.socketpair())
             opened.enter_context(forgotten_by_children(self._forget))
@@ -215,10 +173,7 @@ class WerkzeugThread:
 
     def cut(self, reason: str) -> tuple[Cut, ...]:
         """What is in flight, as cut."""
-        return tuple(
-            Cut(**{**vars(each.snapshot()), "stack": stack_of(each.thread)}, reason=reason)
-            for each in list(self._in_hand.values())
-        )
+        return tuple(each.cut(reason) for each in list(self._in_hand.values()))
 
     def resume(self) -> None:
         """Refuse: Werkzeug's server cannot be opened again."""
@@ -263,21 +218,29 @@ class WerkzeugThread:
     def _accept(self) -> None:
         self._server.accept_one()
 
-    def accepted(self, request: _Request) -> None:
+    def accepted(self, request: Request) -> None:
         """Count a request as in flight."""
         with self._changed:
             self._in_hand[request.id] = request
 
-    def retire(self, request: _Request, *, completed: bool) -> None:
-        """Take it out of flight."""
+    def retire(self, request: Request, fault: str) -> None:
+        """Take it out of flight; `fault` is why its client did not get it whole, though it did not leave."""
+        cut = request.cut(fault) if fault else None
         with self._changed:
             del self._in_hand[request.id]
-            self.completed += completed
+            self.completed += not (cut or request.gone)
+            if cut and self.draining.is_set():
+                self._cut.append(cut)
+        if cut:
+            _tell(cut)
+
+    def _broke_off(self) -> None:
+        self.begun[threading.current_thread()].break_off()
 
     def ended(self, worker: threading.Thread) -> None:
         """Note that a connection is closed."""
         with self._changed:
-            self.begun.discard(worker)
+            self.begun.pop(worker, None)
             self._leaving = [each for each in self._leaving if each.is_alive()] + [worker]
             self._server.connections.pop(worker, None)
             self._changed.notify_all()
@@ -302,11 +265,13 @@ class WerkzeugThread:
                 if worker not in self.begun:  # what lies in the kernel is still read after this, and then comes the end
                     _shut(sock, socket.SHUT_RD)
             self._wait_until(None, background=True)
-            cut = self.cut(TOO_LATE)
+            arriving = [each.cut(TOO_LATE) for each in self.begun.values() if each.phase == "receiving"]
+            late = [*self.cut(TOO_LATE), *arriving]
+            cut = (*self._cut, *late)
             for sock in list(self._server.connections.values()):
                 _shut(sock, socket.SHUT_RDWR)
-        for each in cut:
-            log.warning("\n".join(filter(None, [f"cut {each}", each.stack])), extra={"fields": each.as_json()})
+        for each in late:
+            _tell(each)
         tell_no_more(self._look_again)
         return DrainReport(self.completed - completed, 0, cut, time.monotonic() - began, left_behind())
 
@@ -324,6 +289,10 @@ class WerkzeugThread:
             if left <= 0:
                 return
             self._changed.wait(left)
+
+
+def _tell(cut: Cut) -> None:
+    log.warning("\n".join(filter(None, [f"cut {cut}", cut.stack])), extra={"fields": cut.as_json()})
 
 
 def _shut(sock: socket.socket, how: int) -> None:

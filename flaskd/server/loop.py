@@ -23,6 +23,7 @@ from flaskd.server.channel import Channel, Probe, Request
 from flaskd.server.draining import Draining
 from flaskd.server.idle import IdleWatch
 from flaskd.server.poller import make_poller
+from flaskd.server.proxies import BehindProxies
 from flaskd.server.tally import Tally
 from flaskd.server.workers import Errand, Workers
 from flaskd.sockets import Listener, each_closed_by_peer, unread
@@ -173,6 +174,10 @@ class EventLoop:
         self._streams.add(channel)
         if self.drains:
             self.call(lambda: self.end_streams_in_time([channel]))
+
+    def client_of(self, peer: str, headers: Mapping[str, str]) -> str:
+        """The address of the client of whom a peer tells in a request's headers, if it is believed (any thread)."""
+        return self._app.client(peer, headers) if isinstance(self._app, BehindProxies) else ""
 
     @property
     def in_flight(self) -> int:
@@ -519,6 +524,8 @@ class EventLoop:
         """Give all descriptors back, once nobody writes to them any more."""
         with self._lock:
             self._closed = True
+        for channel in self.channels():
+            channel.handle_close()  # waitress' own close would leave what waits in temporary files
         wasyncore.close_all(self.poller)
         for acceptor in self.acceptors:
             acceptor.trigger.close()

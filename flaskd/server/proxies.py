@@ -8,14 +8,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import ipaddress
+import logging
 import sys
 import types
 from typing import TYPE_CHECKING, Any
 
-from waitress.proxy_headers import proxy_headers_middleware
+from waitress.proxy_headers import PROXY_HEADERS, MalformedProxyHeader, parse_proxy_headers, proxy_headers_middleware
+
+from flaskd.ledger import visible
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from flaskd.config import ServerConfig
 
@@ -25,27 +28,45 @@ _LOCAL = ("127.0.0.0/8", "::1")
 """What `localhost` stands for, beside the peers on a Unix socket, which Waitress calls so."""
 _MOST = 200
 """Objects in which middleware is looked for."""
+_LONGEST = 100
+"""Characters of an address that are shown; a proxy may pass on whatever a client sent."""
+_nobody = logging.Logger(__name__, logging.CRITICAL + 1)  # noqa: LOG001 - outside of the tree, where it is never heard
+"""Waitress says in its own log what is wrong with a header, when the app is asked."""
 
 
-def behind_proxies(app: Callable[..., Any], server: ServerConfig) -> Callable[..., Any]:
+class BehindProxies:
     """The app as clients reach it: with what `server.trusted_proxy` says of them, without what all others say."""
-    doubting: Callable[..., Any] = proxy_headers_middleware(app)
-    if not server.trusted_proxy:
-        return doubting
-    believing = proxy_headers_middleware(
-        app,
-        trusted_proxy="*",
-        trusted_proxy_count=server.trusted_proxy_count or 1,
-        trusted_proxy_headers=_believed(server),
-    )
-    trusted = peers(server.trusted_proxy)
 
-    def choose(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        chosen = believing if trusted(environ["REMOTE_ADDR"]) else doubting
+    def __init__(self, app: Callable[..., Any], server: ServerConfig) -> None:
+        self._trusted = peers(server.trusted_proxy)
+        self._told = {
+            "trusted_proxy_count": server.trusted_proxy_count or 1,
+            "trusted_proxy_headers": _believed(server),
+        }
+        self._doubting: Callable[..., Any] = proxy_headers_middleware(app)
+        self._believing: Callable[..., Any] = proxy_headers_middleware(app, trusted_proxy="*", **self._told)
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        """Run the app."""
+        chosen = self._believing if self._trusted(environ["REMOTE_ADDR"]) else self._doubting
         answer: Iterable[bytes] = chosen(environ, start_response)
         return answer
 
-    return choose
+    def client(self, peer: str, headers: Mapping[str, str]) -> str:
+        """The client's address, as the app is told it; empty where `peer` says nothing of it, or is not believed.
+
+        `headers` are a request's as waitress keeps them. For the log: of requests that the app never sees, too.
+        """
+        if not self._trusted(peer):
+            return ""
+        environ = {f"HTTP_{name}": headers[name] for name in PROXY_HEADERS if name in headers}
+        environ |= {"REMOTE_ADDR": "", "wsgi.url_scheme": "http"}
+        try:
+            parse_proxy_headers(environ, **self._told, logger=_nobody)
+        except MalformedProxyHeader:  # answered with 400
+            return ""
+        address = environ["REMOTE_ADDR"]
+        return visible(address[:_LONGEST]) if address else ""
 
 
 def _believed(server: ServerConfig) -> frozenset[str]:

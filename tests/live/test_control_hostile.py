@@ -452,7 +452,7 @@ tempfile.gettempdir = tempfile._get_default_tempdir = none
 def test_control_needs_no_temporary_directory(flaskd: Flaskd) -> None:
     """Where no temporary directory can be written to, as on a read-only root, the runtime directory is all it takes."""
     flaskd.write("no-tmp/sitecustomize.py", NO_TEMPORARY)
-    flaskd.env["PYTHONPATH"] = str(flaskd.directory / "no-tmp")
+    flaskd.env["PYTHONPATH"] = f"{flaskd.directory / 'no-tmp'}:{os.environ.get('PYTHONPATH', '')}"
     flaskd.start()
     assert flaskd.client("health") == (0, "healthy\n", "")
     assert get(flaskd.url) == (200, b"hello")
@@ -463,9 +463,9 @@ def test_control_needs_no_temporary_directory(flaskd: Flaskd) -> None:
 def test_serving_needs_no_place_for_control(flaskd: Flaskd) -> None:
     """Without a directory of its own anywhere, flaskd says so and serves; a client says where there is no daemon."""
     flaskd.write("no-tmp/sitecustomize.py", NO_TEMPORARY)
-    del flaskd.env["RUNTIME_DIRECTORY"]
     flaskd.env |= {
-        "PYTHONPATH": str(flaskd.directory / "no-tmp"),
+        "PYTHONPATH": f"{flaskd.directory / 'no-tmp'}:{os.environ.get('PYTHONPATH', '')}",
+        "RUNTIME_DIRECTORY": "/proc/nowhere",
         "XDG_RUNTIME_DIR": "/proc/nowhere",
         "TMPDIR": "/proc",
     }
@@ -475,4 +475,5 @@ def test_serving_needs_no_place_for_control(flaskd: Flaskd) -> None:
     assert get(f"unix:{flaskd.directory}/app.sock") == (200, b"hello")
     flaskd.kill(signal.SIGTERM)
     assert flaskd.wait() == 0
+    assert "control is not complete: cannot use /proc/nowhere: No such file or directory" in flaskd.log
     assert "Traceback" not in flaskd.log

@@ -401,3 +401,59 @@ def test_a_check_names_the_library_that_is_missing(flaskd: Flaskd) -> None:
     assert flaskd.client("check") == (78, "", said + "\n")
     code, log = flaskd.fails()
     assert (code, said in log) == (78, True)
+
+
+def test_a_scheduler_that_its_app_shuts_down_at_exit(flaskd: Flaskd) -> None:
+    """However the app does it, at exit or in a function of its own, the stop ends without a traceback, and its code runs on."""
+    flaskd.write(
+        "shop.py",
+        """
+import atexit, functools
+import flaskd
+from apscheduler.schedulers.background import BackgroundScheduler
+from flask import Flask
+from flask_apscheduler import APScheduler
+
+app = Flask(__name__)
+method, partial, function, registered = schedulers = [BackgroundScheduler() for _ in range(4)]
+extension = APScheduler(app=app)
+for each in (*schedulers, extension):
+    each.start()
+atexit.register(method.shutdown, wait=False)
+atexit.register(functools.partial(partial.shutdown, wait=False))
+atexit.register(lambda: (function.shutdown(), print("and then this", flush=True)))
+atexit.register(extension.shutdown)
+
+@flaskd.on_stop(phase="final")
+def end():
+    registered.shutdown()
+""",
+    )
+    flaskd.start(app="shop")
+    assert flaskd.stop() == 0
+    assert set(fates(flaskd).values()) == {"ok"}
+    assert "and then this" in flaskd.log
+    assert "Traceback" not in flaskd.log
+    assert "SchedulerNotRunning" not in flaskd.log
+
+
+def test_what_an_app_has_frozen_is_closed(flaskd: Flaskd) -> None:
+    """`gc.freeze()` at the end of an import hides nothing from the stop; nor does a module that raises when it is asked."""
+    flaskd.write(
+        "shop.py",
+        HOLDER
+        + """
+import gc, sys, types
+class Raising(types.ModuleType):
+    def __getattribute__(self, name):
+        raise RuntimeError(name)
+sys.modules["raising"] = Raising("raising")
+gc.collect()
+gc.freeze()
+""",
+    )
+    flaskd.start(app="shop")
+    assert get(flaskd.url) == (200, b"hello")
+    assert flaskd.stop() == 0
+    assert fates(flaskd) == {"found:sqlalchemy.dispose": "ok"}
+    assert "let go" in flaskd.log

@@ -2,6 +2,7 @@
 
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from conftest import Flaskd, get
@@ -189,3 +190,26 @@ def index():
     assert flaskd.stop() == 0
     assert "closed" in flaskd.log
     assert flaskd.record()["policies"]["close-db"]["fate"] == "ok"
+
+
+def test_what_was_interpolated_is_shown_nowhere(flaskd: Flaskd) -> None:
+    """Neither log, record, replies, STATUS nor process titles have it, when the steps that hold it fail."""
+    secret = "hunter2-s3cret"
+    flaskd.env |= {"SECRET": secret, "FILE": f"/nowhere/{secret}/x"}
+    flaskd.write(
+        "flaskd.yaml",
+        "control: {group: '${env:SECRET}'}\nshutdown: {record: '/proc/${env:SECRET}/x.json'}\n"
+        "cleanup:\n  policies:\n"
+        "    program: {use: command, with: {argv: ['${env:SECRET}']}}\n"
+        "    path: {use: command, with: {argv: ['${env:FILE}', '${env:SECRET}'], cwd: '${env:FILE}'}}\n"
+        "    files: {use: files.remove, with: {paths: ['${env:FILE}']}}\n",
+    )
+    flaskd.start()
+    said = [flaskd.command(each) for each in ("status", "config", "plan", "requests", "threads")]
+    said += [flaskd.client(each, "--json")[1] for each in ("status", "config", "plan")]
+    said.append(Path(f"/proc/{flaskd.pid}/cmdline").read_text())
+    said.append(flaskd.command("stop wait"))
+    assert flaskd.wait() == 0
+    assert "path: failed" in said[-1]
+    assert flaskd.log.count("********") >= 4
+    assert [each for each in (*said, flaskd.log, *flaskd.drain_messages()) if "s3cret" in each] == []

@@ -11,7 +11,7 @@ from conftest import PATIENCE, Flaskd, get
 
 
 def test_the_log_of_a_life(flaskd: Flaskd) -> None:
-    """The first line says where, with the URL and the control nodes; then ready, access, stopping, stopped."""
+    """The first line says where, with the URL and the control nodes, the second what; then ready, access, stopping, stopped."""
     flaskd.start()
     get(flaskd.url, "/?a=b", Referer="http://x/", **{"User-Agent": 'say "hi"'})
     url = flaskd.url
@@ -23,12 +23,15 @@ def test_the_log_of_a_life(flaskd: Flaskd) -> None:
         f"{date} flaskd \\(pid {flaskd.pid}\\) will serve on {url}; control: {flaskd.socket_path}, {flaskd.fifo_path}",
         lines[0],
     )
-    assert re.fullmatch(f"{date} ready: gateapp on {url}", lines[1])
+    assert re.fullmatch(
+        f'{date} serving gateapp:app, the Flask app "gateapp": the module has "app", and no "application"', lines[1]
+    )
+    assert re.fullmatch(f"{date} ready: gateapp on {url}", lines[2])
     assert re.fullmatch(
         r'127\.0\.0\.1 - - \[\d\d/\w{3}/\d{4}:\d\d:\d\d:\d\d \+0000\] "GET /\?a=b HTTP/1\.1" 200 5 "http://x/" "say \\x22hi\\x22"',
-        lines[2],
+        lines[3],
     )
-    assert "stopping (signal: SIGTERM): 0 in flight" in lines[3]
+    assert "stopping (signal: SIGTERM): 0 in flight" in lines[4]
     assert re.fullmatch(f"{date} stopped: completed=0 rejected=0 cut=0 took=.*s; cleanup: none; in .*s", lines[-1])
 
 
@@ -127,6 +130,34 @@ def test_settings_reach_the_app(flaskd: Flaskd) -> None:
     with socket.create_connection((host, int(port)), timeout=PATIENCE) as client:
         client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\n")
         assert client.recv(1000).startswith(b"HTTP/1.1 413 ")
+    assert flaskd.stop() == 0
+
+
+def test_an_app_that_waits_for_proxy_headers_in_vain_is_told(flaskd: Flaskd) -> None:
+    """ProxyFix without `trusted_proxy` is a warning with the key; with a network that has the proxy, headers arrive."""
+    flaskd.write("fixed.py", "from gateapp import app\nfrom werkzeug.middleware.proxy_fix import ProxyFix\n"
+                 "app.wsgi_app = ProxyFix(app.wsgi_app)\n")  # fmt: skip
+    flaskd.start(app="fixed")
+    assert (
+        "never sees x-forwarded-for, x-forwarded-proto, which flaskd takes out: set server.trusted_proxy" in flaskd.log
+    )
+    assert json.loads(get(flaskd.url, "/environ", **{"X-Forwarded-For": "192.0.2.7"})[1])["REMOTE_ADDR"] == "127.0.0.1"
+    assert flaskd.stop() == 0
+    before = len(flaskd.log)
+    flaskd.write("flaskd.yaml", "server: {trusted_proxy: [10.0.0.0/8, 127.0.0.0/8]}\n")
+    flaskd.start(app="fixed")
+    assert "ProxyFix" not in flaskd.log[before:]
+    assert json.loads(get(flaskd.url, "/environ", **{"X-Forwarded-For": "192.0.2.7"})[1])["REMOTE_ADDR"] == "192.0.2.7"
+    assert flaskd.stop() == 0
+
+
+def test_garbage_is_collected_from_the_apps_import_on(flaskd: Flaskd) -> None:
+    """The imports of flaskd itself go without the collector; the app has it, and nothing is frozen."""
+    flaskd.write("collected.py", "import gc\nfrom gateapp import app\n"
+                 "at_import = [gc.isenabled(), gc.get_freeze_count()]\n"
+                 "app.add_url_rule('/gc', 'gc', lambda: repr([*at_import, gc.isenabled()]))\n")  # fmt: skip
+    flaskd.start(app="collected")
+    assert get(flaskd.url, "/gc") == (200, b"[True, 0, True]")
     assert flaskd.stop() == 0
 
 

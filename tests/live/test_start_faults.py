@@ -155,3 +155,19 @@ def test_a_runtime_directory_of_somebody_else_is_not_used(flaskd: Flaskd) -> Non
     assert f"cannot use {flaskd.runtime}: anybody may write there; serving" in flaskd.log
     assert flaskd.stop() == 0
     assert list(Path(flaskd.runtime).iterdir()) == []
+
+
+def test_an_app_that_fails_to_load_forges_no_line_of_the_log(flaskd: Flaskd) -> None:
+    """Whatever line ends its exception has, and though its text raises."""
+    flaskd.write(
+        "rude.py", "raise RuntimeError('x\\n2026 forged\\r2026 forged\\u20282026 forged\\x0b2026 forged\\x1b[31m')\n"
+    )
+    flaskd.write("ruder.py", "class Rude(Exception):\n    def __str__(self):\n        raise LookupError\nraise Rude\n")
+    code, log = flaskd.fails(app="rude")
+    assert (code, "cannot load rude: the app raised RuntimeError: x" in log) == (70, True)
+    assert not [
+        line for line in log.split("\n") if "forged" in line and "RuntimeError" not in line and "raise" not in line
+    ]
+    assert not set("\r\u2028\x0b\x1b") & set(log)
+    code, log = flaskd.fails(app="ruder")
+    assert (code, "cannot load ruder: the app raised Rude: its text cannot be had" in log) == (70, True)

@@ -81,9 +81,32 @@ def test_the_log_says_what_is_not_served(flaskd: Flaskd) -> None:
     flaskd.write("wsgi.py", WSGI.replace("application =", "app = create_app()\nsecured =").replace("BasicAuth(create_app())", "BasicAuth(app)"))  # fmt: skip
     flaskd.start(app="wsgi")
     assert get(flaskd.url) == (200, b"secret 1")
-    assert 'serving wsgi:app, the Flask app "shop": the module has no application\n' in flaskd.log
+    assert 'serving wsgi:app, the Flask app "shop": the module has "app", and no "application"\n' in flaskd.log
     assert 'warning wsgi:app is served without what is wrapped around it; if that was meant, name "wsgi:secured"\n' in flaskd.log  # fmt: skip
     assert flaskd.stop() == 0
+
+
+def test_an_app_that_is_made_for_the_first_request(flaskd: Flaskd) -> None:
+    """The Flask app of a wrapper that makes it late is found for the stop: its own `on_stop` functions run in its context."""
+    flaskd.write("shop.py", SHOP.replace("@flaskd.on_stop\n", "@flaskd.on_stop(app=app)\n"))
+    flaskd.write(
+        "wsgi.py",
+        """
+from shop import create_app
+class Late:
+    made = None
+    def __call__(self, environ, start_response):
+        if self.made is None:
+            self.made = create_app()
+        return self.made(environ, start_response)
+application = Late()
+""",
+    )
+    flaskd.start(app="wsgi")
+    url = flaskd.url
+    assert get(url) == get(url) == (200, b"secret 1")
+    assert flaskd.stop() == 0
+    assert "stopped in shop" in flaskd.log
 
 
 def refused(flaskd: Flaskd, source: str) -> str:
@@ -155,3 +178,21 @@ def test_a_process_that_is_patched_before_flaskd_is_refused(flaskd: Flaskd) -> N
     assert code == 78
     assert log.startswith("cannot serve: gevent has replaced Python's own ")
     assert log.count("\n") == 1
+
+
+def test_a_dotenv_file_is_read_by_flasks_own_command_alone(flaskd: Flaskd) -> None:
+    """`.flaskenv` names the app of `flask daemon`, as it does that of `flask run`; `flaskd serve` says that it does not."""
+    if importlib.util.find_spec("dotenv") is None:
+        pytest.skip("python-dotenv is not installed")
+    flaskd.write(".flaskenv", "FLASK_APP=gateapp\n")
+    code, log = flaskd.fails(app=None)
+    assert code == 78
+    assert "FLASK_APP is not set (.flaskenv is there, but only Flask's own commands read it)" in log
+    with flaskd.log_file.open("ab") as out:
+        flaskd.process = subprocess.Popen(
+            [sys.executable, "-m", "flask", "daemon", "-l", "127.0.0.1:0"],
+            cwd=flaskd.directory, env=flaskd.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+        )  # fmt: skip
+    flaskd.wait_message("READY=1")
+    assert get(flaskd.url) == (200, b"hello")
+    assert flaskd.stop() == 0

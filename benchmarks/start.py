@@ -1,0 +1,128 @@
+"""How long a server takes from its exec to its first answer, and how much memory it has then.
+
+    python benchmarks/start.py [--servers flaskd,waitress-serve] [--runs 10] [--quick] [--json FILE]
+
+Each run starts every server once, and ``python -c "import flask"``, in turns; the time of the latter is the measure of
+the machine, and the ratio of the medians is what says something. The memory is the proportional set size of all of the
+server's processes (Pss in proc_pid_smaps_rollup(5)), right after the first answer. The exit status is 1 when flaskd
+misses a goal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import compileall
+import contextlib
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from _servers import SERVERS, NotReadyError, Running, Server, chosen, environment, free_port, median, table
+
+MOST_RATIO = 1.7
+"""Times `import flask` that flaskd may take to its first answer."""
+MOST_MEMORY = 29.0
+"""MiB that flaskd may have then."""
+_LOOK = 0.001
+"""Seconds between two tries of the client."""
+
+
+@dataclass
+class Starts:
+    """The starts of one server: seconds to the first answer, MiB of memory."""
+
+    server: str
+    seconds: list[float] = field(default_factory=list)
+    memory: list[float] = field(default_factory=list)
+    error: str = ""
+
+
+def compiled() -> None:
+    """Compile flaskd as pip does when it installs; what is edited in a clone may not be."""
+    spec = importlib.util.find_spec("flaskd")
+    for place in spec.submodule_search_locations or () if spec else ():
+        compileall.compile_dir(place, quiet=2)
+
+
+def import_flask() -> float:
+    """Seconds that a new interpreter takes to import Flask."""
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import flask"], check=True, cwd="/")
+    return time.monotonic() - began
+
+
+def start(server: Server, into: Starts) -> None:
+    """Start a server, wait for its first answer, and weigh it."""
+    with contextlib.closing(Running(server, free_port())) as each:
+        each.wait_ready(look=_LOOK)
+        into.seconds.append(time.monotonic() - each.began)
+        into.memory.append(sum(map(proportional_set, each.pids)))
+
+
+def proportional_set(pid: int) -> float:
+    """MiB of memory of a process, what is shared counted in parts."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) / 1024
+    raise AssertionError
+
+
+def main() -> int:
+    """Measure, print, and tell whether flaskd keeps its goals."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--servers", default="flaskd,waitress-serve", help="of " + ", ".join(SERVERS) + " (%(default)s)"
+    )
+    parser.add_argument("--runs", type=int, default=10, help="starts of each (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="two runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
+    options = parser.parse_args()
+    servers = chosen(options.servers)
+    print(f"{environment()}\n")
+    compiled()
+    found = {server.name: Starts(server.name) for server in servers}
+    imports: list[float] = []
+    import_flask()  # once for nothing: files are read into the page cache
+    for _ in range(2 if options.quick else options.runs):
+        imports.append(import_flask())
+        for server in servers:
+            try:
+                start(server, found[server.name])
+            except NotReadyError as error:
+                found[server.name].error = str(error)
+    rows = [_row(each, median(imports)) for each in found.values()]
+    headers = ["server", "exec to first answer", "÷ import flask", "memory then"]
+    print(table(f"import flask: {median(imports) * 1000:.0f} ms", headers, rows))
+    goals = _goals(found["flaskd"], median(imports)) if "flaskd" in found else []
+    for goal in goals:
+        if not goal["met"]:
+            print(f"flaskd misses {goal['goal']}: {goal['figure']:.2f}")
+    if options.json:
+        starts = [asdict(each) for each in found.values()]
+        written = {"environment": environment(), "import_flask": imports, "starts": starts, "goals": goals}
+        options.json.write_text(json.dumps(written, indent=1) + "\n")
+    return 0 if all(goal["met"] for goal in goals) else 1
+
+
+def _row(starts: Starts, flask: float) -> list[str]:
+    if starts.error:
+        return [starts.server, starts.error, "-", "-"]
+    took = median(starts.seconds)
+    return [starts.server, f"{took * 1000:.0f} ms", f"{took / flask:.2f}", f"{median(starts.memory):.1f} MiB"]
+
+
+def _goals(starts: Starts, flask: float) -> list[dict[str, Any]]:
+    ratio, memory = median(starts.seconds) / flask, median(starts.memory)
+    return [
+        {"goal": f"at most {MOST_RATIO} times import flask", "figure": ratio, "met": ratio <= MOST_RATIO},
+        {"goal": f"at most {MOST_MEMORY} MiB", "figure": memory, "met": memory <= MOST_MEMORY},
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""One connection of Werkzeug's development server, and the one request on it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from werkzeug.serving import WSGIRequestHandler
+
+from flaskd.ledger import Cut, InFlight, visible
+from flaskd.server.channel import stack_of
+from flaskd.sockets import closed_by_peer
+
+if TYPE_CHECKING:
+    from flaskd.server.development import Server
+
+_OK = 200
+"""The first status of an answer that is not interim (RFC 9110 §15.2)."""
+_REST = 1 << 16
+"""Bytes that are thrown away at once."""
+
+
+class _Rest:
+    """What a client sends behind its request: Werkzeug throws it away by 10 MB, and would wait for all of them."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def read(self, _: int = -1) -> bytes:
+        """What is there; Werkzeug asks when there is something."""
+        return bytes(self._file.read1(_REST))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+class _Out:
+    """Where an answer is written to, counted; `mute`: no more of it may be sent."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.count, self.mute = 0, False
+
+    def write(self, data: bytes) -> None:
+        """Send all of it."""
+        if not self.mute:
+            self._file.write(data)
+            self.count += len(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+class Request(WSGIRequestHandler):
+    """One connection, and the one request on it."""
+
+    server: Server
+    id = 0
+    began = 0.0
+    phase = "receiving"
+    gone = False
+    thread: threading.Thread
+    wfile: Any
+    _code = 0
+    _length: int | None = None
+    _body_at: int | None = None
+    _broke_off = False
+
+    def setup(self) -> None:
+        """Count what is written."""
+        super().setup()
+        self.wfile = _Out(self.wfile)
+
+    def parse_request(self) -> bool:
+        """Parse the head, whose first line has come: a drain reads on from here."""
+        self.began, self.thread = time.monotonic(), threading.current_thread()
+        self.server.thread.begun[self.thread] = self
+        return super().parse_request()
+
+    def run_wsgi(self) -> None:
+        """Answer the request; it is in flight from here on."""
+        self.id, self.phase = next(self.server.ids), "running"
+        self.server.thread.accepted(self)
+        fault = "the app broke off its answer"
+        try:
+            super().run_wsgi()
+            if self._body_at is None and not self.gone:
+                self._fail()
+            fault = self._fault()
+        finally:
+            self.close_connection = True  # Werkzeug says so with the header, to which it may not have come
+            self.phase = "over"
+            self.server.thread.retire(self, "" if self.gone else fault)
+
+    def _fail(self) -> None:
+        """Answer 500: what the app gave was no header, and Werkzeug has sent nothing."""
+        self._headers_buffer: list[bytes] = []
+        try:
+            self.send_error(500)
+        except OSError:
+            self.gone = True
+
+    def send_response(self, code: int, message: str | None = None) -> None:
+        """Note the status."""
+        self._code = code
+        super().send_response(code, message)
+
+    def send_header(self, keyword: str, value: str) -> None:
+        """Note what says where the answer ends."""
+        if keyword.lower() == "content-length":
+            self._length = int(value)
+        super().send_header(keyword, value)
+
+    def end_headers(self) -> None:
+        """Send the header, and nothing behind it where no body may follow (RFC 9112 §6.3)."""
+        super().end_headers()
+        self._body_at = self.wfile.count
+        self.wfile.mute = self.command == "HEAD" or self._code in {204, 304} or self._code < _OK
+
+    def break_off(self) -> None:
+        """Note that the app raised; Werkzeug would send its page for that behind what is out of the answer."""
+        if self._body_at is not None:
+            self._broke_off = not self.wfile.mute
+            self.wfile.mute = True
+
+    def _fault(self) -> str:
+        """Why the client sees that the answer is not whole; empty where it is."""
+        if self.wfile.mute and not self._broke_off:  # no body may follow
+            return ""
+        if self._length is None:
+            return "the app broke off its answer" if self._broke_off else ""
+        missing = self._length - (self.wfile.count - (self._body_at or 0))
+        return f"its answer is {missing} bytes shorter than its Content-Length says" if missing > 0 else ""
+
+    def connection_dropped(self, error: BaseException, environ: Any = None) -> None:  # noqa: ARG002 - Werkzeug's names
+        """Note that the client is gone; Werkzeug calls this instead of raising."""
+        self.gone = True
+
+    def make_environ(self) -> Any:
+        """Werkzeug's environ, and the event by which a stream learns that a drain began."""
+        environ = super().make_environ()
+        environ["flaskd.draining"] = self.server.thread.draining
+        self.rfile: Any = _Rest(self.rfile)
+        return environ
+
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """Say nothing: one line of each request belongs to a log that somebody asked for."""
+
+    def snapshot(self) -> InFlight:
+        """What can be shown of it."""
+        age = time.monotonic() - self.began
+        method, path = visible(self.command or ""), visible(getattr(self, "path", "").partition("?")[0])
+        client, gone = str(self.client_address[0]), closed_by_peer(self.connection)
+        return InFlight(self.id, client, method, path, age, self.phase, self.thread.name, gone=gone)
+
+    def cut(self, reason: str) -> Cut:
+        """The ledger's entry for breaking it off now."""
+        return Cut(**{**vars(self.snapshot()), "stack": stack_of(self.thread)}, reason=reason)
+
+
+class _AppFailedError(RuntimeError):
+    """The app raised what Werkzeug does not answer: it takes some errors for those of a client that left."""
+
+
+class OwnErrors:
+    """A WSGI app whose own TimeoutError or ConnectionError, such as its database's, is answered like any other error.
+
+    So is SystemExit, which would leave the client without an answer. What breaks PEP 3333 is found before Werkzeug has
+    begun to send it. `broke_off` is called when the app raised.
+    """
+
+    def __init__(self, app: Callable[..., Any], broke_off: Callable[[], None]) -> None:
+        self._app, self._broke_off = app, broke_off
+
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        """Run the app."""
+
+        def started(status: str, headers: list[tuple[str, str]], *more: Any) -> Any:
+            int(status.split(None, 1)[0])
+            for name, value in headers:
+                f"{name}: {value}".encode("latin-1")
+            return start_response(status, headers, *more)
+
+        with self._told():
+            return _Told(self._app(environ, started), self._told)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            self._broke_off()
+            if isinstance(error, ConnectionError | TimeoutError | SystemExit | KeyboardInterrupt):
+                raise _AppFailedError(f"the app raised {type(error).__name__} while answering") from error
+            raise
+
+
+class _Told:
+    """What such an app returned."""
+
+    def __init__(self, parts: Any, told: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+        self._parts, self._told = parts, told
+
+    def __iter__(self) -> Iterator[bytes]:
+        with self._told():
+            parts = iter(self._parts)
+        end = object()
+        while True:
+            with self._told():
+                part = next(parts, end)
+                if part is end:
+                    return
+                if not isinstance(part, bytes):
+                    raise TypeError(f"cannot answer with {type(part).__name__}: an app gives bytes (PEP 3333)")
+            yield part
+
+    def close(self) -> None:
+        """Close it as the server should (PEP 3333)."""
+        if hasattr(self._parts, "close"):
+            with self._told():
+                self._parts.close()
