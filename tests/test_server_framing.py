@@ -457,10 +457,12 @@ def test_a_limit_names_its_key(serve, connect, caplog):
     server = serve(adjustments={"max_request_body_size": 4096, "max_request_header_size": 2048})
     assert connect(server).send(get("/up?load", "Content-Length: 4097", method="POST")).response().status == 413
     assert connect(server).send(get("/", "A: " + "a" * 2048)).response().status == 431
+    assert connect(server).send(b"GET /" + b"a" * 2048).response().status == 414
     lines = [each for each in caplog.records if "refused" in each.getMessage()]
     assert [each.getMessage() for each in lines] == [
         "refused POST /up of 127.0.0.1 with 413: more than server.max_request_body_size (4KiB) allows",
         "refused GET / of 127.0.0.1 with 431: more than server.max_request_header_size (2KiB) allows",
+        "refused a request line of 127.0.0.1 with 414: more than server.max_request_header_size (2KiB) allows",
     ]
     assert all(each.bounded for each in lines)
 

@@ -97,10 +97,10 @@ class Request(Parser):
 
     def _name_limit(self) -> None:
         """Say which setting it goes beyond."""
+        what = f"{self.command} {visible(self.target.partition('?')[0])}" if self.command else "a request line"
         setting = f"server.{self.exceeded} ({write_size(getattr(self.adj, self.exceeded))})"
         log.warning(
-            f"refused {self.command} {visible(self.target.partition('?')[0])} of {self.client} with {self.error.code}:"
-            f" more than {setting} allows",
+            f"refused {what} of {self.client} with {self.error.code}: more than {setting} allows",
             extra=bounded_by("requests that are larger than a limit"),
         )
 
