@@ -514,8 +514,8 @@ class Daemon:
             try:
                 self._carry_out(self._inbox.get(timeout=self._until_tick() if busy else _TICK))
             except queue.Empty:
-                self._signals.reclaim()  # code in C may take a handler at any time
-                descriptors.adjust()
+                self._carry_out(self._signals.reclaim)  # code in C may take a handler at any time
+                self._carry_out(descriptors.adjust)
             if busy and not self._until_tick():
                 self._carry_out(self._tick)
 
