@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from flaskd.admin import ShutdownEndpoint
+    from flaskd.background_work import background
     from flaskd.cleanup import on_stop
     from flaskd.client import ControlClient
     from flaskd.errors import FlaskdError
     from flaskd.ledger import DrainReport
-    from flaskd.thread import ServerThread
-    from flaskd.work import background
+    from flaskd.serving.embedded import ServerThread
     from flaskd.workers import ServerProcess
 
 __version__ = "0.1.0"
@@ -45,9 +45,9 @@ _HOME = {
     "DrainReport": "flaskd.ledger",
     "FlaskdError": "flaskd.errors",
     "ServerProcess": "flaskd.workers",
-    "ServerThread": "flaskd.thread",
+    "ServerThread": "flaskd.serving.embedded",
     "ShutdownEndpoint": "flaskd.admin",
-    "background": "flaskd.work",
+    "background": "flaskd.background_work",
     "on_stop": "flaskd.cleanup",
 }
 
@@ -74,14 +74,14 @@ def serve(
     """
     from pathlib import Path  # noqa: PLC0415 - see __getattr__
 
-    from flaskd.launch import check_system  # noqa: PLC0415
+    from flaskd.serving.launch import check_system  # noqa: PLC0415
 
     check_system()
     from flaskd.cleanup import action_specs  # noqa: PLC0415
     from flaskd.config import Configuration, load, load_mapping  # noqa: PLC0415
     from flaskd.control import ControlPlane  # noqa: PLC0415
     from flaskd.daemon import Daemon  # noqa: PLC0415
-    from flaskd.leave import renew_standard_error  # noqa: PLC0415
+    from flaskd.process.exit import renew_standard_error  # noqa: PLC0415
 
     # Absolute: app.chdir may change the working directory before a reload.
     source = Path(config).absolute() if isinstance(config, str | os.PathLike) else config or {}

@@ -3,7 +3,7 @@
 import gc
 import sys
 
-from flaskd.prelude import heed_signals, open_standard_streams
+from flaskd.process.bootstrap import heed_signals, open_standard_streams
 
 
 def main() -> int:

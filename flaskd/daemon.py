@@ -1,7 +1,7 @@
 """The daemon: puts the parts together, and turns its main loop.
 
 One thread makes every transition. All others (signals, control, serving, cleanup) only post to its inbox; the main
-thread waits for its end (`flaskd.main_thread`).
+thread waits for its end (`flaskd.process.main_thread`).
 """
 
 from __future__ import annotations
@@ -22,32 +22,33 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Protocol
 
-from flaskd import launch, loading, logs
 from flaskd.admin import AdminServer, EndpointServer, Measures, configured_token, opened_by
+from flaskd.background_work import background_work, in_background, left_behind
 from flaskd.cleanup import Frame, Plan, StepResult, aside, build_plan, overview
 from flaskd.config import Config, Configuration, FileWatch, HealthConfig, load_again, write_duration
-from flaskd.descriptors import open_files
-from flaskd.drain import Drain
 from flaskd.errors import EX_LOST, EX_OK, AppError, ConfigError, FlaskdError, NotNowError, described
-from flaskd.forks import AppCode, end_child, forgotten_by_children
-from flaskd.inquiry import Inquiry
-from flaskd.leave import Ending, Unfinished, at_exit
 from flaskd.ledger import DrainReport
 from flaskd.lifecycle import Event, Lifecycle, State, StopReason
-from flaskd.loading import LoadedApp
-from flaskd.main_thread import MainThread
-from flaskd.notify import Notifier
-from flaskd.outlook import Outlook
-from flaskd.patching import patching_refused
+from flaskd.log import setup as logs
+from flaskd.places.state import StateDirectory
+from flaskd.process.descriptors import open_files
+from flaskd.process.exit import Ending, Unfinished, at_exit
+from flaskd.process.forks import AppCode, end_child, forgotten_by_children
+from flaskd.process.main_thread import MainThread
+from flaskd.process.signals import Escalation, SignalWatch
 from flaskd.protocol import Discard, Reply, account_lines, summary
 from flaskd.reload import LIMIT, Reading, Readings
 from flaskd.server import Tally, WaitressThread
-from flaskd.service import Service
-from flaskd.signals import Escalation, SignalWatch
+from flaskd.serving import launch, loading
+from flaskd.serving.drain import Drain
+from flaskd.serving.forecast import Forecast
+from flaskd.serving.loading import LoadedApp
+from flaskd.serving.patching import patching_refused
+from flaskd.serving.stop import CleanupThread, Stop
+from flaskd.slow_query import SlowQuery
 from flaskd.sockets import Address, Listener
-from flaskd.state import StateDirectory
-from flaskd.stop import CleanupThread, Stop
-from flaskd.work import background_work, in_background, left_behind
+from flaskd.systemd.notify import Notifier
+from flaskd.systemd.service import Service
 
 log = logging.getLogger("flaskd.daemon")
 
@@ -152,12 +153,12 @@ class Daemon:
         self.name = name
         self.configuration: Configuration
         self.app: LoadedApp
-        self._outlook = Outlook(leaves=ending is not None)
+        self._outlook = Forecast(leaves=ending is not None)
         self._use_up: Callable[[], None]
         self.last_stop: dict[str, Any] | None = None
         """The record of the stop before this run."""
-        self.checking: Inquiry[Configuration] = Inquiry("check", self.check)
-        self.planning: Inquiry[dict[str, Any]] = Inquiry("plan", self.plan)
+        self.checking: SlowQuery[Configuration] = SlowQuery("check", self.check)
+        self.planning: SlowQuery[dict[str, Any]] = SlowQuery("plan", self.plan)
 
     # --- any thread: what can be asked ------------------------------------------------------------------------------
 

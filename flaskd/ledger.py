@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
-from flaskd.leave import Unfinished
+from flaskd.background_work import Background
+from flaskd.process.exit import Unfinished
 from flaskd.units import shortened
-from flaskd.work import Background
 
 _VISIBLE = bytes(range(0x21, 0x7F))
 """ASCII that is shown as it is; a client may put anything else into its request, escape sequences included."""

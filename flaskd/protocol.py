@@ -269,7 +269,7 @@ def unfinished_line(entry: Fields) -> str:
 
 def thread_line(entry: Fields) -> str:
     """A thread, for people: what it serves, or that it could."""
-    idle = "idle" if entry["name"].startswith("flaskd-worker") else ""
+    idle = "idle" if entry["name"].startswith("flaskd-thread") else ""
     return f"{entry['name']} ({entry['id']}) {entry['request'] or idle}".rstrip()
 
 

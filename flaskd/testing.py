@@ -22,7 +22,7 @@ import pytest
 
 if TYPE_CHECKING:
     from flaskd.ledger import DrainReport, InFlight
-    from flaskd.thread import ServerThread
+    from flaskd.serving.embedded import ServerThread
 
 _OPTIONS = {"threads": int, "server": str, "config": str, "host": str, "port": int, "timeout": float, "leaks": str}
 """What the marker and the ini option take, and how its text is read."""
@@ -83,7 +83,7 @@ def flaskd_server(request: pytest.FixtureRequest, app: Any) -> Iterator[ServerTh
     the options see the marker ``flaskd_server``, and ``pytest --help``.
     """
     from flaskd.errors import FlaskdError  # noqa: PLC0415 - see the module's docstring
-    from flaskd.thread import ServerThread  # noqa: PLC0415
+    from flaskd.serving.embedded import ServerThread  # noqa: PLC0415
 
     options = _options(request)
     fails, timeout = options.pop("leaks", "fail") == "fail", options.pop("timeout", None)

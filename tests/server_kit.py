@@ -215,7 +215,7 @@ def post(path, body, *headers):
 
 
 def workers():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("flaskd-worker-")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("flaskd-thread-")]
 
 
 def descriptors():

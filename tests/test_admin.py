@@ -20,10 +20,11 @@ import pytest
 from server_kit import PATIENCE, Client, get, no_thread_left
 
 import flaskd
-from flaskd.admin import EndpointServer, configured_token, endpoint, opened_by
-from flaskd.admin.door import Door
-from flaskd.admin.requests import Requests
-from flaskd.admin.server import usual_hosts
+from flaskd.admin import EndpointServer, configured_token, opened_by
+from flaskd.admin.endpoint import shutdown as endpoint
+from flaskd.admin.endpoint.requests import Requests
+from flaskd.admin.endpoint.rules import EndpointRules
+from flaskd.admin.endpoint.server import usual_hosts
 from flaskd.errors import CannotCreateError, ConfigError
 from flaskd.sockets import Address
 
@@ -272,7 +273,7 @@ def ask_plainly(door, token, **more):
 def test_wrong_tokens_are_limited(caplog):
     """After ten, none is compared, the right one neither, until time has passed; the answer stays the same."""
     now = [0.0]
-    door = Door(TOKEN, ["here"], lambda: PLAN, clock=lambda: now[0])
+    door = EndpointRules(TOKEN, ["here"], lambda: PLAN, clock=lambda: now[0])
     assert {ask_plainly(door, f"guess {i}") for i in range(10)} == {"404"}
     assert ask_plainly(door, TOKEN.decode()) == "404"
     now[0] += 1.0
@@ -286,7 +287,7 @@ def test_wrong_tokens_are_limited(caplog):
 
 def test_other_refusals_do_not_lock_the_door():
     """Who asks for other paths, with GET or without a token uses up nothing of what wrong tokens are allowed."""
-    door = Door(TOKEN, ["here"], lambda: PLAN, clock=lambda: 0.0)
+    door = EndpointRules(TOKEN, ["here"], lambda: PLAN, clock=lambda: 0.0)
     for _ in range(50):
         assert ask_plainly(door, TOKEN.decode(), PATH_INFO="/x") == "404"
         assert ask_plainly(door, TOKEN.decode(), REQUEST_METHOD="GET") == "405"
@@ -297,7 +298,7 @@ def test_other_refusals_do_not_lock_the_door():
 def test_refusals_are_logged_with_the_peer_and_never_the_token(caplog):
     """The peer and the reason, in a bounded number of lines; nothing that the client sent."""
     now = [0.0]
-    door = Door(TOKEN, ["here"], lambda: PLAN, clock=lambda: now[0])
+    door = EndpointRules(TOKEN, ["here"], lambda: PLAN, clock=lambda: now[0])
     secret = "S3cretS3cret"
     for _ in range(5):
         ask_plainly(door, secret)
@@ -318,7 +319,7 @@ def test_tokens_are_compared_in_constant_time(monkeypatch):
     """As bytes, by hmac.compare_digest."""
     compared = []
     monkeypatch.setattr("hmac.compare_digest", lambda a, b: compared.append((a, b)) or a == b)
-    door = Door(TOKEN, ["here"], lambda: PLAN)
+    door = EndpointRules(TOKEN, ["here"], lambda: PLAN)
     ask_plainly(door, "guess")
     ask_plainly(door, TOKEN.decode())
     assert compared == [(b"guess", TOKEN), (TOKEN, TOKEN)]
@@ -326,7 +327,7 @@ def test_tokens_are_compared_in_constant_time(monkeypatch):
 
 def test_a_slow_client_is_sent_away(make, monkeypatch):
     """However slowly a request drips in, its connection ends in bounded time."""
-    monkeypatch.setattr("flaskd.admin.server._PATIENCE", 0.3)
+    monkeypatch.setattr("flaskd.admin.endpoint.server._PATIENCE", 0.3)
     monkeypatch.setitem(endpoint.EndpointServer.open.__globals__["_LIMITS"], "cleanup_interval", 0.1)
     door = make()
     client = Client(door.address)

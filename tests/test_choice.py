@@ -8,8 +8,8 @@ import flask.cli
 import pytest
 from flask import Flask
 
-from flaskd.choice import Named, NoAppError, Unnamed
-from flaskd.wsgi import find_flask
+from flaskd.serving.choice import Named, NoAppError, Unnamed
+from flaskd.serving.wsgi import find_flask
 
 HEAD = """
     import functools

@@ -8,8 +8,8 @@ from test_cleanup_kit import PATIENCE, run, step
 
 from flaskd.cleanup import Plan, on_stop, with_callbacks
 from flaskd.config import Config, Phase
-from flaskd.loading import LoadedApp
-from flaskd.outlook import Outlook
+from flaskd.serving.forecast import Forecast
+from flaskd.serving.loading import LoadedApp
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_functions_come_after_policies(app, caplog):
 def test_a_wish_that_cannot_be_kept_is_told_once(app, caplog):
     """However often the plan is asked for."""
     registered(app, ("a", "nope"))
-    outlook = Outlook()
+    outlook = Forecast()
     outlook.set(Plan(), Config.model_validate({}).cleanup, LoadedApp(app, app, "shop"))
     assert [len(outlook.plan.steps) for _ in range(3)] == [1, 1, 1]
     assert len(caplog.messages) == 1

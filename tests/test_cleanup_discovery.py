@@ -28,10 +28,10 @@ from opentelemetry.sdk.trace import TracerProvider
 from test_cleanup_kit import PATIENCE
 from werkzeug.local import LocalProxy
 
-from flaskd.cleanup import ACTIONS, Plan, Sweep, action_specs, build_plan, discover, with_found
+from flaskd.cleanup import ACTIONS, DiscoveryRun, Plan, action_specs, build_plan, discover, with_found
 from flaskd.config import load_mapping
 from flaskd.errors import ConfigError
-from flaskd.threads import AppThread
+from flaskd.process.threads import AppThread
 
 
 def names(found):
@@ -391,7 +391,7 @@ def test_the_shape_of_discovery(discovery, words):
 def test_a_sweep_tells_what_it_found_and_when_to_look_again(engine):
     """It runs in a thread of its own; another one may be made only after many times its length."""
     told = []
-    sweep = Sweep(None, told.append)
+    sweep = DiscoveryRun(None, told.append)
     found = sweep.found(PATIENCE)
     assert engine in [each.object for each in found]
     assert told == [found]
@@ -407,5 +407,5 @@ def test_a_sweep_that_fails_is_told_and_no_more(monkeypatch, caplog):
         raise RuntimeError("no look")
 
     monkeypatch.setattr("flaskd.cleanup.discovery.discover", fail)
-    assert Sweep(None).found(PATIENCE) is None
+    assert DiscoveryRun(None).found(PATIENCE) is None
     assert "cannot look for what the app holds" in caplog.text

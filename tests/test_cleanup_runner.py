@@ -6,7 +6,7 @@ from test_cleanup_kit import PATIENCE, Reason, fates, hanging, run, runner, step
 
 from flaskd.cleanup import Fate, Spare, StepFailedError, StepTimedOutError, results_as_json
 from flaskd.config import Phase
-from flaskd.threads import waited_for
+from flaskd.process.threads import waited_for
 
 
 def raising(error):

@@ -32,7 +32,7 @@ def test_the_status_page():
     tally = Tally(outcomes={"completed": 120333, "rejected": 4, "cut": 0, "gone": 0}, statuses=[0, 0, 120330, 0, 2, 1])
     fields = status(
         in_flight=12, queued=4, busy=8, connections=43, completed=120333, tally=tally.as_json(),
-        oldest="GET /export (running for 4.2s in flaskd-worker-3)",
+        oldest="GET /export (running for 4.2s in flaskd-thread-3)",
         last_reload={"ok": False, "time": "T", "fault": "f.yaml:1:1 a: expected b"},
         last_stop={"reason": "signal: SIGTERM", "started": "T", "took": 4.1, "cut": 1, "failed": 2},
         background=[{"name": "export", "age": 3.04, "thread": "pool-1"}], config="/etc/flaskd/flaskd.yaml",
@@ -40,7 +40,7 @@ def test_the_status_page():
     assert show.answer("status", fields) == (
         "ready for 3h12m2s, shop.wsgi:app, pid 123\n"
         "  listen       127.0.0.1:8000\n"
-        "  requests     12 in flight, 4 of them queued; oldest GET /export (running for 4.2s in flaskd-worker-3)\n"
+        "  requests     12 in flight, 4 of them queued; oldest GET /export (running for 4.2s in flaskd-thread-3)\n"
         "  answered     120,333, 2 4xx, 1 5xx, 4 rejected\n"
         "  threads      8 of 8 busy\n"
         "  connections  43\n"
@@ -199,7 +199,7 @@ def test_a_full_terminal_is_not_pushed_up(capsys):
 
 def test_a_client_verb_starts_with_little():
     """What reads configurations and units, and what is slow to import, is left to the verbs that need it."""
-    heavy = {"dataclasses", "difflib", "sysconfig", "tempfile", "flask", "pydantic", "yaml", "flaskd.unitfiles"}
+    heavy = {"dataclasses", "difflib", "sysconfig", "tempfile", "flask", "pydantic", "yaml", "flaskd.systemd.unitfiles"}
     code = f"import sys, click; its = set(sys.modules); import flaskd.cli; print(*({heavy} & sys.modules.keys() - its))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

@@ -7,8 +7,8 @@ import pytest
 
 from flaskd.control.fifo import Lines
 from flaskd.control.nodes import fifo_place
+from flaskd.places.runtime import RuntimeDirectory
 from flaskd.protocol import MAX_LINE
-from flaskd.runtime import RuntimeDirectory
 
 
 class Fifo:

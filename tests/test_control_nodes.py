@@ -9,7 +9,7 @@ import pytest
 from flaskd.config import load_mapping
 from flaskd.control.nodes import fifo_place, mode_and_group, socket_place
 from flaskd.errors import CannotCreateError, NotNowError
-from flaskd.runtime import RuntimeDirectory
+from flaskd.places.runtime import RuntimeDirectory
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from flaskd.descriptors import OpenFiles
+from flaskd.process.descriptors import OpenFiles
 
 SOFT = 64
 
@@ -26,7 +26,7 @@ def in_a_process(code):
 
 HEAD = """
 import os, resource, subprocess
-from flaskd.descriptors import open_files
+from flaskd.process.descriptors import open_files
 def soft(): return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 def ulimit(): return int(subprocess.run(["sh", "-c", "ulimit -Sn"], capture_output=True, text=True).stdout)
 def fill(most): return [os.open(os.devnull, os.O_RDONLY) for _ in range(most)]

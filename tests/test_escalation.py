@@ -2,7 +2,7 @@
 
 import pytest
 
-from flaskd.signals import Escalation
+from flaskd.process.signals import Escalation
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from flaskd.errors import ConfigError, FlaskdError
-from flaskd.inquiry import Inquiry
+from flaskd.slow_query import SlowQuery
 
 PATIENCE = 20
 
@@ -54,7 +54,7 @@ def tell(reply, found):
 def test_an_answer_is_never_older_than_its_question():
     """Who asks while an answer is being found gets the next one, all of them the same; asking itself never waits."""
     slow = Slow()
-    inquiry = Inquiry("look", slow)
+    inquiry = SlowQuery("look", slow)
     first, *others = [Reply() for _ in range(4)]
     inquiry.ask(first, tell)
     assert slow.entered.acquire(timeout=PATIENCE)
@@ -71,7 +71,7 @@ def test_an_answer_is_never_older_than_its_question():
 def test_its_thread_ends_when_nobody_asks():
     """Each kind of question has one thread at most, and it is asked again when it has ended."""
     found = []
-    inquiry = Inquiry("look", lambda: found.append(threading.current_thread()))
+    inquiry = SlowQuery("look", lambda: found.append(threading.current_thread()))
     for _ in range(3):
         reply = Reply()
         inquiry.ask(reply, tell)
@@ -88,7 +88,7 @@ def test_an_answer_that_cannot_be_told_is_a_fault():
         raise ValueError("circular")
 
     slow = Slow()
-    inquiry = Inquiry("look", slow)
+    inquiry = SlowQuery("look", slow)
     busy, first, second = Reply(), Reply(), Reply()
     inquiry.ask(busy, tell)
     assert slow.entered.acquire(timeout=PATIENCE)
@@ -117,7 +117,7 @@ def test_a_fault_is_told_to_all_who_ask(error, told):
     def find():
         raise error
 
-    inquiry = Inquiry("look", find)
+    inquiry = SlowQuery("look", find)
     for _ in range(2):
         reply = Reply()
         inquiry.ask(reply, tell)
@@ -126,16 +126,16 @@ def test_a_fault_is_told_to_all_who_ask(error, told):
 
 def test_who_has_waited_too_long_is_told_so_once(monkeypatch):
     """An answer that does not come is an error for all who wait; who asks later gets the next one."""
-    monkeypatch.setattr("flaskd.inquiry.LIMIT", 0.0)
+    monkeypatch.setattr("flaskd.slow_query.LIMIT", 0.0)
     slow = Slow()
-    inquiry = Inquiry("look", slow)
+    inquiry = SlowQuery("look", slow)
     first, second, third = Reply(), Reply(), Reply()
     inquiry.ask(first, tell)
     assert slow.entered.acquire(timeout=PATIENCE)
     inquiry.ask(second, tell)
     inquiry.look()
     assert [first.told, second.told] == ["failed: cannot look: no answer was found within 0s"] * 2
-    monkeypatch.setattr("flaskd.inquiry.LIMIT", PATIENCE)
+    monkeypatch.setattr("flaskd.slow_query.LIMIT", PATIENCE)
     inquiry.ask(third, tell)
     inquiry.look()
     slow.gate.release()
@@ -151,7 +151,7 @@ def test_without_a_thread_the_question_is_refused(monkeypatch):
     def no_thread(_self):
         raise RuntimeError("can't start new thread")
 
-    inquiry = Inquiry("look", lambda: 1)
+    inquiry = SlowQuery("look", lambda: 1)
     with monkeypatch.context() as short:
         short.setattr(threading.Thread, "start", no_thread)
         with pytest.raises(FlaskdError, match="cannot look: no thread can be had; raise TasksMax="):

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from flaskd import journal
-from flaskd.journal import Journal, encode, field_name
-from flaskd.logs import Logs, log_access
+from flaskd.log import journal
+from flaskd.log.journal import Journal, encode, field_name
+from flaskd.log.setup import Logs, log_access
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_logs_go_there_with_their_fields(listening, monkeypatch):
     """When standard error is the journal, records come with their fields, the access log with id and duration."""
     path, take = listening
     monkeypatch.setattr(Journal.__init__, "__defaults__", (path,))
-    monkeypatch.setattr("flaskd.logs.in_journal", lambda _: True)
+    monkeypatch.setattr("flaskd.log.setup.in_journal", lambda _: True)
     with Logs() as logs:
         logs.apply(level="info", log_format="auto", access="combined")
         logging.getLogger("flaskd.test").warning(
@@ -102,7 +102,7 @@ def test_a_journal_that_is_gone_costs_only_the_fields(tmp_path, monkeypatch):
     """Standard error leads there as well: the line goes that way, with its priority."""
     stream = io.StringIO()
     monkeypatch.setattr(Journal.__init__, "__defaults__", (str(tmp_path / "gone"),))
-    monkeypatch.setattr("flaskd.logs.in_journal", lambda _: True)
+    monkeypatch.setattr("flaskd.log.setup.in_journal", lambda _: True)
     monkeypatch.setattr(sys, "stderr", stream)
     with Logs() as logs:
         logs.apply(level="info", log_format="auto", access="off")

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from flaskd.leave import at_exit
+from flaskd.process.exit import at_exit
 
 FULL = """
 import array, fcntl, logging, os, sys, termios, threading, time
-from flaskd.leave import Ending, leave
+from flaskd.process.exit import Ending, leave
 
 logging.basicConfig()  # its handler flushes standard error in an atexit callback
 
@@ -61,7 +61,7 @@ def test_nobody_who_reads_keeps_the_exit(app):
 
 END = """
 import os, sys, threading, time, types
-from flaskd.leave import Ending, leave
+from flaskd.process.exit import Ending, leave
 
 app = sys.modules["app"] = types.ModuleType("app")
 ending = Ending()

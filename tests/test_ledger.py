@@ -2,8 +2,8 @@
 
 import pytest
 
-from flaskd.leave import Unfinished
 from flaskd.ledger import DrainReport, visible
+from flaskd.process.exit import Unfinished
 
 
 def test_what_a_client_sent_is_of_bounded_length():

@@ -11,8 +11,8 @@ from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from flaskd.errors import EX_CONFIG, EX_SOFTWARE, AppError, ConfigError
-from flaskd.loading import choose_target, load_app
-from flaskd.wsgi import find_flask
+from flaskd.serving.loading import choose_target, load_app
+from flaskd.serving.wsgi import find_flask
 
 FACTORY = """
     from flask import Flask

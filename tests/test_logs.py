@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from flaskd import throttle
-from flaskd.logs import Logs, bounded_by, in_journal, log_access, timestamp
+from flaskd.log import throttle
+from flaskd.log.setup import Logs, bounded_by, in_journal, log_access, timestamp
 
 MOMENT = 1_700_000_000.25
 """2023-11-14T22:13:20.250Z"""

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from flaskd import logwriter
-from flaskd.logwriter import Writer
+from flaskd.log import writer as logwriter
+from flaskd.log.writer import Writer
 
 
 @pytest.fixture

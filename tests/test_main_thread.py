@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from flaskd import main_thread
-from flaskd.main_thread import MainThread
+from flaskd.process import main_thread
+from flaskd.process.main_thread import MainThread
 
 PATIENCE = 20
 

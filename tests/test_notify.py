@@ -7,7 +7,7 @@ import time
 import pytest
 from fake_notify import receiving
 
-from flaskd.notify import Notifier
+from flaskd.systemd.notify import Notifier
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_an_address_that_is_no_socket_address_costs_one_warning(caplog, tmp_path
 
 def test_a_full_receiver_blocks_no_longer_than_the_timeout(notifier, address, caplog, monkeypatch):
     """A manager that does not read costs the timeout and the message, not the daemon."""
-    monkeypatch.setattr("flaskd.notify._SEND_TIMEOUT", 0.05)
+    monkeypatch.setattr("flaskd.systemd.notify._SEND_TIMEOUT", 0.05)
     with receiving(address) as receiver:
         began = time.monotonic()
         sent = next(number for number in itertools.count() if notifier.ready(str(number)) or warnings(caplog))
@@ -170,7 +170,7 @@ def test_a_full_receiver_blocks_no_longer_than_the_timeout(notifier, address, ca
 
 def test_a_status_is_never_waited_for(notifier, address, caplog, monkeypatch):
     """A manager that is behind gets no further status, at once and without a word: a newer one follows."""
-    monkeypatch.setattr("flaskd.notify._SEND_TIMEOUT", 60)
+    monkeypatch.setattr("flaskd.systemd.notify._SEND_TIMEOUT", 60)
     with receiving(address) as receiver:
         for number in range(1000):
             notifier.status(str(number))

@@ -10,8 +10,8 @@ from flask import Flask
 
 import flaskd
 from flaskd.errors import EX_CONFIG
-from flaskd.loading import load_app
-from flaskd.patching import PatchingError, check_unpatched, patching_refused
+from flaskd.serving.loading import load_app
+from flaskd.serving.patching import PatchingError, check_unpatched, patching_refused
 
 GEVENT = """
     done = []
@@ -92,7 +92,7 @@ def test_what_was_imported_before_refuses_too_and_is_put_back(libraries):
     monkey.patch_socket()
     sys.modules["eventlet.patcher"].monkey_patch()
     assert monkey.done == ["socket"]
-    assert not [each for each in sys.meta_path if type(each).__module__ == "flaskd.patching"]
+    assert not [each for each in sys.meta_path if type(each).__module__ == "flaskd.serving.patching"]
 
 
 @pytest.mark.parametrize(

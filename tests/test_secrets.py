@@ -12,7 +12,7 @@ from test_cleanup_kit import run
 from flaskd.cleanup import Fate, action_specs, build_plan
 from flaskd.config import load_mapping
 from flaskd.errors import ConfigError
-from flaskd.logs import Logs
+from flaskd.log.setup import Logs
 from flaskd.text import MASK, Veil
 
 SECRET = "hunter2-s3cret"

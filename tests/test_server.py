@@ -379,7 +379,7 @@ def test_the_deadline_cuts_and_tells_what(serve, app, connect, caplog):
     (cut,) = report.cut
     assert not report.clean
     assert (cut.method, cut.path, cut.phase, cut.client) == ("PUT", "/gate/export", "running", "127.0.0.1")
-    assert (cut.reason, cut.thread[:14]) == ("the deadline came", "flaskd-worker-")
+    assert (cut.reason, cut.thread[:14]) == ("the deadline came", "flaskd-thread-")
     assert 0 < cut.age < PATIENCE
     assert "in gate\n    self.released.wait()" in cut.stack
     assert str(cut).startswith("PUT /gate/export (running for ")
@@ -888,7 +888,7 @@ def test_a_stop_cuts_at_its_timeout(app, connect):
     app.entered(1)
     (worker,) = workers()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flaskd.server.thread._JOIN_TIMEOUT", 0.01)
+        patch.setattr("flaskd.server.server._JOIN_TIMEOUT", 0.01)
         patch.setattr(WaitressThread.end, "__defaults__", (0.01,))
         report = server.stop(timeout=0)
     assert [each.path for each in report.cut] == ["/gate"]

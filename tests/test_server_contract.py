@@ -138,12 +138,12 @@ def test_threads_come_from_start_new_thread(monkeypatch):
     """Workers are joined at a stop: every thread must come from `start_new_thread(target, thread_no)`, target(thread_no)."""
     started = []
 
-    class Workers(ThreadedTaskDispatcher):
+    class ThreadPool(ThreadedTaskDispatcher):
         def start_new_thread(self, target, thread_no):
             started.append(threading.Thread(target=target, args=(thread_no,), daemon=True))
             started[-1].start()
 
-    workers = Workers()
+    workers = ThreadPool()
     workers.set_thread_count(2)
     task = Task()
     workers.add_task(task)

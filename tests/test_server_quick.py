@@ -50,7 +50,7 @@ def readers(monkeypatch):
 
 
 def by_worker(names):
-    return [name.startswith("flaskd-worker-") for name in names]
+    return [name.startswith("flaskd-thread-") for name in names]
 
 
 def test_a_worker_reads_what_its_client_sends_next(start, connect, readers):

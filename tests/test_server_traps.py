@@ -136,7 +136,7 @@ def stuck_on_its_reader(rig, server):
 
 
 def only_worker():
-    [worker] = [each for each in threading.enumerate() if each.name in {"waitress-0", "flaskd-worker-0"}]
+    [worker] = [each for each in threading.enumerate() if each.name in {"waitress-0", "flaskd-thread-0"}]
     return worker
 
 

@@ -11,10 +11,10 @@ from fake_notify import receiving
 from flaskd.cleanup import Plan
 from flaskd.config import CleanupConfig, ShutdownConfig
 from flaskd.lifecycle import State, StopReason
-from flaskd.notify import Notifier
-from flaskd.service import Service
+from flaskd.serving.stop import Stop
 from flaskd.sockets import Address, Listener
-from flaskd.stop import Stop
+from flaskd.systemd.notify import Notifier
+from flaskd.systemd.service import Service
 
 PERIOD = 0.02
 
@@ -192,7 +192,7 @@ def until(found):
 
 def test_a_start_at_work_gets_more_time(make, manager, monkeypatch):
     """EXTEND_TIMEOUT_USEC comes while the main thread uses the processor, not while it sleeps, nor once it is over."""
-    monkeypatch.setattr("flaskd.service._LOOK", 0.05)
+    monkeypatch.setattr("flaskd.systemd.service._LOOK", 0.05)
     service = make()
     service.starting()
     assert manager.message() == b"STATUS=starting"
@@ -231,9 +231,9 @@ def test_the_steps_of_a_stop_end_before_what_the_manager_was_told(monkeypatch, d
         given.update(those)
         return SimpleNamespace(kept=those["reserve"])
 
-    monkeypatch.setattr("flaskd.stop.Runner", runner)
+    monkeypatch.setattr("flaskd.serving.stop.Runner", runner)
     shutdown = ShutdownConfig(deadline=deadline, reserve=reserve, drain={"timeout": deadline})
-    monkeypatch.setattr("flaskd.stop.time.monotonic", lambda: 0.0)
+    monkeypatch.setattr("flaskd.serving.stop.time.monotonic", lambda: 0.0)
     stop = Stop(
         StopReason("signal", "SIGTERM"),
         plan=Plan(),

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from flaskd.cleanup import read_record
+from flaskd.places.state import StateDirectory, state_directory
 from flaskd.protocol import record_lines
-from flaskd.state import StateDirectory, state_directory
 
 
 @pytest.fixture
@@ -337,7 +337,7 @@ def test_a_mark_that_may_not_be_read_tells_of_no_death(directory, caplog, monkey
     def refuse(*_args):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr("flaskd.state.read_whole", refuse)
+    monkeypatch.setattr("flaskd.places.state.read_whole", refuse)
     state = opened(directory)
     assert "died" not in caplog.text
     assert state.previous.endswith(f"{directory / 'running.json'}: Permission denied")

@@ -8,9 +8,9 @@ from contextlib import ExitStack, closing
 import pytest
 from fake_notify import receiving
 
-from flaskd.notify import Notifier
 from flaskd.sockets import Address, Listener
-from flaskd.store import Store, name_of
+from flaskd.systemd.notify import Notifier
+from flaskd.systemd.store import Store, name_of
 
 
 @pytest.fixture

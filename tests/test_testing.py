@@ -156,7 +156,7 @@ def test_options(project):
 pytestmark = pytest.mark.flaskd_server(threads=2)
 
 def workers():
-    return sum(each.name.startswith("flaskd-worker") for each in threading.enumerate())
+    return sum(each.name.startswith("flaskd-thread") for each in threading.enumerate())
 
 def test_module(flaskd_server):
     assert workers() == 2
@@ -369,7 +369,7 @@ def test_goes_on(flaskd_server):
     )
     run.assert_outcomes(passed=2)
     run.stdout.fnmatch_lines(
-        ['flaskd_server left a thread of its own behind in GET /deaf, which is over: "flaskd-worker-*"', "*in events*"]
+        ['flaskd_server left a thread of its own behind in GET /deaf, which is over: "flaskd-thread-*"', "*in events*"]
     )
     run.stdout.no_fnmatch_line("*the test left*")
 

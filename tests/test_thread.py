@@ -704,7 +704,7 @@ def test_discovery_is_off_unless_it_is_asked_for(registered, monkeypatch, cleanu
 @pytest.mark.parametrize(
     "late",
     [
-        *("flaskd-worker-0", "flaskd-werkzeug-1", "flaskd-server", "flaskd-drain", "flaskd-discovery"),
+        *("flaskd-thread-0", "flaskd-werkzeug-1", "flaskd-server", "flaskd-drain", "flaskd-discovery"),
         *("flaskd-cleanup-pool", "flaskd-cleanup-pool-0", "flaskd-cleanup"),
     ],
 )

@@ -4,7 +4,7 @@ import subprocess
 import sys
 import threading
 
-from flaskd.threads import AppThread, waited_for
+from flaskd.process.threads import AppThread, waited_for
 
 PATIENCE = 20
 
@@ -42,7 +42,7 @@ def test_the_interpreter_ends_without_it():
     """A thread of ours that never ends keeps no interpreter alive; one that the app started in it is finished."""
     code = """
 import threading
-from flaskd.threads import AppThread
+from flaskd.process.threads import AppThread
 began, over = threading.Event(), threading.Event()
 
 def child():

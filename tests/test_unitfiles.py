@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flaskd.errors import ConfigError, UsageError
-from flaskd.unitfiles import compare, hidden_by, install, unit_files
+from flaskd.systemd.unitfiles import compare, hidden_by, install, unit_files
 
 SHIPPED = Path(__file__).parent.parent / "systemd"
 VENV = Path(sys.prefix)

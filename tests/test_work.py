@@ -5,9 +5,9 @@ import time
 import pytest
 
 import flaskd
+from flaskd.background_work import background_work, in_background
 from flaskd.ledger import DrainReport
 from flaskd.server import WaitressThread
-from flaskd.work import background_work, in_background
 
 PATIENCE = 20.0
 

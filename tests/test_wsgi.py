@@ -15,7 +15,7 @@ from werkzeug.middleware.profiler import ProfilerMiddleware
 from werkzeug.middleware.proxy_fix import ProxyFix
 from werkzeug.middleware.shared_data import SharedDataMiddleware
 
-from flaskd.wsgi import Kind, binds, find_flask, kind_of, wraps_flask
+from flaskd.serving.wsgi import Kind, binds, find_flask, kind_of, wraps_flask
 
 APP = Flask("inside")
 

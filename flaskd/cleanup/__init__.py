@@ -4,7 +4,7 @@ from flaskd.cleanup.actions import ACTIONS, Action, action_specs
 from flaskd.cleanup.attempt import Fate, Spare, StepResult
 from flaskd.cleanup.callbacks import on_stop, with_callbacks
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError, for_steps
-from flaskd.cleanup.discovery import Found, Sweep, discover
+from flaskd.cleanup.discovery import DiscoveryRun, Found, discover
 from flaskd.cleanup.outlet import aside
 from flaskd.cleanup.plan import (
     AFTER_THE_DRAIN,
@@ -18,8 +18,8 @@ from flaskd.cleanup.plan import (
     with_found,
 )
 from flaskd.cleanup.preview import Frame, overview
-from flaskd.cleanup.record import prepare_record, read_record, results_as_json, write_record
 from flaskd.cleanup.runner import Runner
+from flaskd.places.record import prepare_record, read_record, results_as_json, write_record
 
 __all__ = [
     "ACTIONS",
@@ -27,6 +27,7 @@ __all__ = [
     "BEFORE_THE_DRAIN",
     "BESIDE_THE_DRAIN",
     "Action",
+    "DiscoveryRun",
     "Fate",
     "Found",
     "Frame",
@@ -39,7 +40,6 @@ __all__ = [
     "StepFailedError",
     "StepResult",
     "StepTimedOutError",
-    "Sweep",
     "action_specs",
     "aside",
     "build_plan",

@@ -24,7 +24,7 @@ from flaskd.cleanup.logflush import FlushFields, flush_logs
 from flaskd.cleanup.removal import RemoveFields, remove_files
 from flaskd.cleanup.web import ConsulFields, WebhookFields, call_webhook, deregister, prepare_web
 from flaskd.config import ActionSpec, Phase, Section
-from flaskd.forks import AppCode
+from flaskd.process.forks import AppCode
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,9 +11,9 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
-from flaskd.forks import AppCode
+from flaskd.process.forks import AppCode
+from flaskd.process.threads import AppThread
 from flaskd.text import escaped, traceback_of
-from flaskd.threads import AppThread
 
 if TYPE_CHECKING:
     from collections.abc import Callable

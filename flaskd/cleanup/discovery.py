@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from types import FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
-from flaskd.forks import AppCode
 from flaskd.objects import attributes_of, bases, contents_of
-from flaskd.threads import waited_for
+from flaskd.process.forks import AppCode
+from flaskd.process.threads import waited_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -349,7 +349,7 @@ def _held(app: Any) -> Iterator[tuple[str, object]]:
         level = following
 
 
-class Sweep:
+class DiscoveryRun:
     """One look around, in a thread of its own; it takes `took` seconds, and gives what it found to `then`."""
 
     def __init__(self, app: Any, then: Callable[[tuple[Found, ...]], None] = lambda _: None) -> None:

@@ -26,9 +26,9 @@ from flaskd.cleanup.attempt import stack_of
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
 from flaskd.cleanup.discovery import discover
 from flaskd.config import Duration, OneOrMany, Section
-from flaskd.forks import AppCode
 from flaskd.objects import contents_of
-from flaskd.threads import AppThread
+from flaskd.process.forks import AppCode
+from flaskd.process.threads import AppThread
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

@@ -10,7 +10,7 @@ import queue
 import threading
 from typing import TYPE_CHECKING
 
-from flaskd.forks import AppCode
+from flaskd.process.forks import AppCode
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,7 +11,7 @@ from flaskd.cleanup.actions import ACTIONS, Action
 from flaskd.cleanup.live import loaded
 from flaskd.config import CleanupConfig, Phase
 from flaskd.errors import ConfigError, FlaskdError
-from flaskd.forks import AppCode
+from flaskd.process.forks import AppCode
 from flaskd.text import Veil
 
 if TYPE_CHECKING:

@@ -122,17 +122,17 @@ def serve_app(
     make_app: Callable[[], Any] | None = None,
 ) -> NoReturn:
     """Serve what the options of ``flaskd serve`` ask for, or what `make_app` makes, and leave with the exit code."""
-    from flaskd.init import stand_in_front  # noqa: PLC0415
+    from flaskd.process.pid1 import stand_in_front  # noqa: PLC0415
 
     stand_in_front()
-    from flaskd.launch import check_system  # noqa: PLC0415
+    from flaskd.serving.launch import check_system  # noqa: PLC0415
 
     check_system()
     from flaskd.cleanup import action_specs  # noqa: PLC0415
     from flaskd.config import Configuration, load  # noqa: PLC0415
     from flaskd.control import ControlPlane  # noqa: PLC0415
     from flaskd.daemon import Daemon  # noqa: PLC0415
-    from flaskd.leave import Ending, leave  # noqa: PLC0415
+    from flaskd.process.exit import Ending, leave  # noqa: PLC0415
 
     if not gc.isenabled():  # `flaskd.__main__` has put it off for the imports
         gc.freeze()
@@ -211,7 +211,7 @@ def _check(path: Path | None, unit: str | None) -> None:
 
     values = load(path, actions=action_specs()).values
     if unit is not None:
-        from flaskd.unitfiles import compare  # noqa: PLC0415
+        from flaskd.systemd.unitfiles import compare  # noqa: PLC0415
 
         if faults := compare(Path(unit), deadline=values.shutdown.deadline, fdstore=values.systemd.fdstore):
             raise ConfigError("\n".join(faults))

@@ -9,7 +9,7 @@ import click
 
 from flaskd import cli
 from flaskd.errors import EX_USAGE
-from flaskd.prelude import heed_signals, open_standard_streams
+from flaskd.process.bootstrap import heed_signals, open_standard_streams
 
 
 class _Daemon(click.Command):

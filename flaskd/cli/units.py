@@ -24,7 +24,7 @@ def units(instance: str | None, venv: str | None, socket_activated: bool, root: 
     """Print the systemd units, filled in for this installation, or install them."""
     import sysconfig  # noqa: PLC0415 - neither is for the verbs that talk to a daemon
 
-    from flaskd.unitfiles import hidden_by, install, left_over, unit_files  # noqa: PLC0415
+    from flaskd.systemd.unitfiles import hidden_by, install, left_over, unit_files  # noqa: PLC0415
 
     place = Path(venv).absolute() if venv else Path(sysconfig.get_path("scripts")).parent
     files = unit_files(venv=place, instance=instance, socket_activated=socket_activated)

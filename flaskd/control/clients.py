@@ -16,7 +16,7 @@ from flaskd.control.access import Peer
 from flaskd.control.commands import Command, MethodError, from_fields, from_http, from_words
 from flaskd.control.replies import HttpReply, JsonReply, Send, TextReply
 from flaskd.errors import FlaskdError, UsageError
-from flaskd.logs import bounded_by
+from flaskd.log.setup import bounded_by
 from flaskd.protocol import MAX_LINE, Reply
 from flaskd.server.lines import RefusedError, field, is_host
 

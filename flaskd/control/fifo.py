@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable
 
-from flaskd.logs import bounded_by
+from flaskd.log.setup import bounded_by
 from flaskd.protocol import MAX_LINE
 
 log = logging.getLogger("flaskd.control")

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from flaskd.errors import CannotCreateError
+from flaskd.places.runtime import RuntimeDirectory
 from flaskd.protocol import FIFO, SOCKET
-from flaskd.runtime import RuntimeDirectory
 from flaskd.sockets import Node, bind_unix, let_in, without_group
 
 if TYPE_CHECKING:

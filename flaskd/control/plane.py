@@ -19,11 +19,11 @@ from flaskd.control.fifo import Lines
 from flaskd.control.nodes import Place, accept, fifo_place, mode_and_group, socket_place
 from flaskd.control.replies import LogReply
 from flaskd.control.verbs import RUN
-from flaskd.descriptors import open_files
 from flaskd.errors import CannotCreateError, FlaskdError, NotNowError
-from flaskd.logs import bounded_by
+from flaskd.log.setup import bounded_by
+from flaskd.places.runtime import RuntimeDirectory
+from flaskd.process.descriptors import open_files
 from flaskd.protocol import SOCKET, Reply
-from flaskd.runtime import RuntimeDirectory
 
 if TYPE_CHECKING:
     from flaskd.config import Config, ControlConfig

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 
-from flaskd.logs import bounded_by
+from flaskd.log.setup import bounded_by
 from flaskd.protocol import Fields, as_text
 from flaskd.text import escaped
 

@@ -9,12 +9,12 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from flaskd.background_work import on_one_line
 from flaskd.errors import UsageError
 from flaskd.lifecycle import StopReason
 from flaskd.protocol import Reply, record_lines, request_line, status_lines, thread_line
 from flaskd.server import stack_of
 from flaskd.verbs import FLAGS, VERBS, find_verb
-from flaskd.work import on_one_line
 
 if TYPE_CHECKING:
     from flaskd.config import Configuration

@@ -1,12 +1,12 @@
 """Waitress made drainable. Every internal of waitress that flaskd relies on is touched in this package alone."""
 
 from flaskd.server.channel import stack_of
-from flaskd.server.development import WerkzeugThread
 from flaskd.server.proxies import BehindProxies, missed_by_proxy_fix
+from flaskd.server.server import WaitressThread
 from flaskd.server.settings import adjustments
 from flaskd.server.streams import STREAM_GRACE, EndingStreams
 from flaskd.server.tally import BOUNDS, Histogram, Tally
-from flaskd.server.thread import WaitressThread
+from flaskd.server.werkzeug import WerkzeugThread
 
 __all__ = [
     "BOUNDS",

@@ -10,7 +10,7 @@ from waitress import wasyncore
 from waitress.adjustments import Adjustments
 from waitress.server import TcpWSGIServer
 
-from flaskd.descriptors import open_files
+from flaskd.process.descriptors import open_files
 from flaskd.server.channel import Channel
 from flaskd.sockets import Address, Listener
 

@@ -20,7 +20,7 @@ from waitress.channel import HTTPChannel
 
 from flaskd.config.fields import write_size
 from flaskd.ledger import Cut, InFlight, visible
-from flaskd.logs import bounded_by
+from flaskd.log.setup import bounded_by
 from flaskd.server.buffers import FREE_SPACE, AnswerBuffer
 from flaskd.server.parser import Parser
 from flaskd.server.tasks import AppTask, ClientDisconnected, HealthTask, RefusalTask, RejectTask
@@ -184,7 +184,7 @@ class Request(Parser):
         }
 
 
-class _Front:
+class _ChannelServer:
     """What a channel knows as its server: the acceptor, but it wakes the loop for this one channel."""
 
     def __init__(self, channel: Channel, acceptor: Any, sock: Any) -> None:
@@ -264,7 +264,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         self._holds = False
         self._held = b""
         self._watch: Any = None
-        super().__init__(_Front(self, acceptor, sock), sock, addr, adj, map=map)
+        super().__init__(_ChannelServer(self, acceptor, sock), sock, addr, adj, map=map)
         self.outbufs = [AnswerBuffer(adj.outbuf_overflow)]
         if not self.internal:
             self.loop.connections_accepted += 1

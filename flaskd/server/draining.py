@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from flaskd.background_work import in_background, left_behind
 from flaskd.ledger import Cut, DrainReport
-from flaskd.work import in_background, left_behind
 
 if TYPE_CHECKING:
     from flaskd.server.channel import Channel

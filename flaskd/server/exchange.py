@@ -15,7 +15,7 @@ from flaskd.server.channel import stack_of
 from flaskd.sockets import closed_by_peer
 
 if TYPE_CHECKING:
-    from flaskd.server.development import Server
+    from flaskd.server.werkzeug import Server
 
 _OK = 200
 """The first status of an answer that is not interim (RFC 9110 §15.2)."""

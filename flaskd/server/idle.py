@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import unquote_to_bytes
 
-from flaskd.work import in_background
+from flaskd.background_work import in_background
 
 if TYPE_CHECKING:
     from flaskd.server.channel import Request

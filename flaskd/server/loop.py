@@ -17,6 +17,7 @@ from typing import Any, Literal
 from waitress import wasyncore
 from waitress.adjustments import Adjustments
 
+from flaskd.background_work import tell_no_more, tell_of_ends
 from flaskd.errors import CannotCreateError, shortage
 from flaskd.ledger import Cut, DrainReport, InFlight
 from flaskd.server.acceptor import Acceptor, make_acceptor
@@ -26,9 +27,8 @@ from flaskd.server.idle import IdleWatch
 from flaskd.server.poller import make_poller
 from flaskd.server.proxies import BehindProxies
 from flaskd.server.tally import Tally
-from flaskd.server.workers import Errand, Workers
+from flaskd.server.threads import FunctionTask, ThreadPool
 from flaskd.sockets import Listener, each_closed_by_peer, unread
-from flaskd.work import tell_no_more, tell_of_ends
 
 log = logging.getLogger("flaskd.server")
 
@@ -84,7 +84,7 @@ class EventLoop:
         self.error: BaseException | None = None
         self.poller = make_poller()
         self.acceptors: list[Any] = []
-        self.workers = Workers()
+        self.workers = ThreadPool()
         self.alone = threads == 0
         """Whether the loop runs the app itself; for apps that never wait."""
         self._threads = threads
@@ -263,7 +263,7 @@ class EventLoop:
 
     def run_in_worker(self, function: Callable[[], None]) -> None:
         """Run a function in a worker thread (any thread)."""
-        self.workers.add_task(Errand(function))
+        self.workers.add_task(FunctionTask(function))
 
     # --- the loop's thread --------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from flaskd.forks import AppCode
+from flaskd.process.forks import AppCode
 
 STREAM_TYPES = ("text/event-stream", "multipart/x-mixed-replace")
 """Responses without an end of their own, which may be ended between two parts. Any other chunked response is somebody's

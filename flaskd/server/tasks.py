@@ -11,7 +11,7 @@ from waitress.channel import ClientDisconnected
 from waitress.task import ErrorTask, Task, WSGITask
 from waitress.utilities import build_http_date
 
-from flaskd.forks import AppCode
+from flaskd.process.forks import AppCode
 from flaskd.server.streams import STREAM_TYPES, Parts
 from flaskd.sockets import unread
 

@@ -13,15 +13,15 @@ import time
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from flaskd.errors import EX_OK, AppError, FlaskdError
-from flaskd.forks import AppCode, forgotten_by_children
-from flaskd.leave import Ending, Unfinished, leave
 from flaskd.lifecycle import StopReason
-from flaskd.prelude import undo_inherited
-from flaskd.signals import Escalation, SignalWatch
+from flaskd.process.bootstrap import undo_inherited
+from flaskd.process.exit import Ending, Unfinished, leave
+from flaskd.process.forks import AppCode, forgotten_by_children
+from flaskd.process.signals import Escalation, SignalWatch
 
 if TYPE_CHECKING:
     from flaskd.config import Config
-    from flaskd.thread import ServerThread
+    from flaskd.serving.embedded import ServerThread
 
 _ASKED = StopReason("control", "ServerProcess.stop()")
 _HURRIED = 1.0
@@ -79,10 +79,10 @@ class Child:
 
     def _start(self, orders: dict[str, Any], stack: contextlib.ExitStack) -> tuple[ServerThread, Config]:
         # Imported here, so that a signal and the owner's end are heeded meanwhile.
-        from flaskd import launch  # noqa: PLC0415
-        from flaskd.logs import Logs  # noqa: PLC0415
-        from flaskd.patching import patching_refused  # noqa: PLC0415
-        from flaskd.thread import ServerThread, configured  # noqa: PLC0415
+        from flaskd.log.setup import Logs  # noqa: PLC0415
+        from flaskd.serving import launch  # noqa: PLC0415
+        from flaskd.serving.embedded import ServerThread, configured  # noqa: PLC0415
+        from flaskd.serving.patching import patching_refused  # noqa: PLC0415
 
         target = orders.pop("target")
         config = configured(orders["config"])

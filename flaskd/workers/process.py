@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self
 
 from flaskd import errors
+from flaskd.background_work import Background
 from flaskd.errors import FlaskdError
-from flaskd.forks import forgotten_by_children
-from flaskd.leave import Unfinished
 from flaskd.ledger import Cut, DrainReport
+from flaskd.process.exit import Unfinished
+from flaskd.process.forks import forgotten_by_children
 from flaskd.sockets import check_serving
-from flaskd.work import Background
 
 _START_TIMEOUT = 30.0
 _LOOK = 0.1

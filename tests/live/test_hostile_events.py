@@ -71,7 +71,7 @@ def broken_part(what: str, error: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "what", ["daemon:Daemon._apply_log", "config.watch:FileWatch.stop", "outlook:Outlook.look_around"]
+    "what", ["daemon:Daemon._apply_log", "config.watch:FileWatch.stop", "outlook:Forecast.look_around"]
 )
 def test_a_reload_that_breaks_is_over(flaskd: Flaskd, what: str) -> None:
     """Whatever raises in it: who waits has an error, the manager has READY, the old configuration is in force."""
@@ -121,7 +121,7 @@ STOPS = [
     "daemon:Daemon._on_step",
     "daemon:Daemon._claim",
     "daemon:Daemon._undone_by",
-    "outlook:Sweep",
+    "outlook:DiscoveryRun",
     "outlook:with_callbacks",
     "service:Service.stopping",
     "drain:Drain.conclude",
@@ -160,9 +160,9 @@ def test_a_reload_without_a_thread_is_refused(flaskd: Flaskd) -> None:
 
 LIMITED = """
 import threading
-from flaskd.server.workers import Workers
+from flaskd.server.threads import ThreadPool
 
-start = Workers.start_new_thread
+start = ThreadPool.start_new_thread
 
 def limited(self, target, number):
     threading.stack_size(1 << 46 if number >= 6 else 0)
@@ -171,7 +171,7 @@ def limited(self, target, number):
     finally:
         threading.stack_size(0)
 
-Workers.start_new_thread = limited
+ThreadPool.start_new_thread = limited
 """
 
 
@@ -184,11 +184,11 @@ def test_more_threads_than_can_be_had_are_no_valid_reload(flaskd: Flaskd) -> Non
     answer = flaskd.command("reload")
     assert answer.startswith("ERR cannot-bind server.threads: 6 of 50: no thread can be had; raise TasksMax=")
     assert flaskd.status()["threads"] == 2
-    flaskd.until(lambda: flaskd.command("threads").count("flaskd-worker") == 2)
+    flaskd.until(lambda: flaskd.command("threads").count("flaskd-thread") == 2)
     assert get(flaskd.url, "/healthz")[0] == 404
     flaskd.write("flaskd.yaml", "server: {threads: 5}\n")
     assert flaskd.command("reload").startswith("OK reloaded")
-    flaskd.until(lambda: flaskd.command("threads").count("flaskd-worker") == 5)
+    flaskd.until(lambda: flaskd.command("threads").count("flaskd-thread") == 5)
     held = [flaskd.hold() for _ in range(5)]
     flaskd.gate.open()
     assert [each.result()[0] for each in held] == [200] * 5

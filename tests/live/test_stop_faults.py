@@ -23,12 +23,12 @@ flaskd.on_stop(Odd())
 registered = True
 """
 UNTOLD = """
-import flaskd.service
+import flaskd.systemd.service
 
 def stopping(*_):
     raise RuntimeError("no manager")
 
-flaskd.service.Service.stopping = stopping
+flaskd.systemd.service.Service.stopping = stopping
 """
 POOLS = """
 import collections

@@ -1,6 +1,6 @@
 """The unit files that come with flaskd: filled in for an installation, and compared with a configuration.
 
-Their one source is the directory ``systemd/`` of the repository, which a wheel carries as ``flaskd/systemd/``.
+Their one source is the directory ``systemd/`` of the repository, which a wheel carries as ``flaskd/systemd/files/``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _UNITS = {
 
 def _source() -> Path:
     here = Path(__file__).parent
-    return next(each for each in (here / "systemd", here.parent / "systemd") if each.is_dir())
+    return next(each for each in (here / "files", here.parents[1] / "systemd") if each.is_dir())
 
 
 def unit_files(*, venv: Path, instance: str | None = None, socket_activated: bool = False) -> dict[Path, str]:

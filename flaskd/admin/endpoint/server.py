@@ -6,10 +6,10 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
-from flaskd.admin.door import PATH, Door
+from flaskd.admin.endpoint.rules import PATH, EndpointRules
+from flaskd.background_work import in_background
 from flaskd.server import WaitressThread
 from flaskd.sockets import Address, Listener
-from flaskd.work import in_background
 
 log = logging.getLogger("flaskd.endpoint")
 
@@ -53,7 +53,7 @@ class EndpointServer:
         listener = Listener.bind(self.address)
         self.address = listener.address
         server = WaitressThread(
-            Door(self._token, self._allowed_hosts or usual_hosts(self.address), self._plan),
+            EndpointRules(self._token, self._allowed_hosts or usual_hosts(self.address), self._plan),
             threads=1,
             listeners=[listener],
             adjustments=_LIMITS,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from flaskd.errors import FlaskdError, described, shortage
-from flaskd.forks import AppCode
+from flaskd.process.forks import AppCode
 from flaskd.protocol import Reply
 
 log = logging.getLogger("flaskd.inquiry")
@@ -28,7 +28,7 @@ class _Asked(Generic[T]):
     until: float = field(default_factory=lambda: time.monotonic() + LIMIT)
 
 
-class Inquiry(Generic[T]):
+class SlowQuery(Generic[T]):
     """One kind of question; `find` has the answer, and may take its time or raise.
 
     Who asks while it is being found gets the next answer, together with all who asked meanwhile: an answer is never

@@ -9,7 +9,7 @@ from types import MethodType, ModuleType
 from typing import Any
 
 from flaskd.objects import attributes_of
-from flaskd.wsgi import (
+from flaskd.serving.wsgi import (
     Kind,
     WSGIApp,
     binds,

@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from flaskd.admin.requests import Requests
-from flaskd.admin.server import EndpointServer
-from flaskd.admin.token import configured_token, make_token
+from flaskd.admin.endpoint.requests import Requests
+from flaskd.admin.endpoint.server import EndpointServer
+from flaskd.admin.endpoint.token import configured_token, make_token
 from flaskd.cleanup import Plan, with_callbacks
 from flaskd.config import load_mapping, write_duration
 from flaskd.errors import ConfigError, FlaskdError
 from flaskd.lifecycle import StopReason
+from flaskd.serving.stop import Stop, who_serves
 from flaskd.sockets import Address
-from flaskd.stop import Stop, who_serves
 
 if TYPE_CHECKING:
     from flask import Flask

@@ -13,9 +13,9 @@ from urllib.parse import quote
 
 from werkzeug.wsgi import ClosingIterator
 
+from flaskd.background_work import in_background, left_behind, tell_no_more, tell_of_ends
 from flaskd.ledger import Cut, DrainReport, InFlight, visible
 from flaskd.server import STREAM_GRACE, EndingStreams, stack_of
-from flaskd.work import in_background, left_behind, tell_no_more, tell_of_ends
 
 log = logging.getLogger("flaskd.endpoint")
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from flaskd.threads import waited_for
+from flaskd.process.threads import waited_for
 
 log = logging.getLogger("flaskd.leave")
 

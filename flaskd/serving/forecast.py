@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from flaskd.cleanup import Found, Frame, Plan, Sweep, names, overview, with_callbacks, with_found
+from flaskd.cleanup import DiscoveryRun, Found, Frame, Plan, names, overview, with_callbacks, with_found
 from flaskd.config import CleanupConfig, Config
-from flaskd.leave import at_exit
+from flaskd.process.exit import at_exit
 
 if TYPE_CHECKING:
     from flask import Flask
 
-    from flaskd.loading import LoadedApp
+    from flaskd.serving.loading import LoadedApp
 
 log = logging.getLogger("flaskd.outlook")
 
@@ -20,7 +20,7 @@ _LOOK_AROUND = 1.0
 """Seconds that a question for the plan waits to hear what the app holds."""
 
 
-class Outlook:
+class Forecast:
     """Kept while the daemon serves; a stop takes its `plan` and its `sweep`, and goes on by itself."""
 
     def __init__(self, *, leaves: bool = False) -> None:
@@ -29,7 +29,7 @@ class Outlook:
         """Those of the configuration."""
         self._cleanup = Config.model_validate({}).cleanup
         self._loaded: LoadedApp | None = None
-        self._sweep: Sweep | None = None
+        self._sweep: DiscoveryRun | None = None
         self._told: set[str] = set()  # the plan is asked for again and again
 
     def set(self, policies: Plan, cleanup: CleanupConfig, app: LoadedApp) -> None:
@@ -52,12 +52,12 @@ class Outlook:
 
     def look_around(self) -> None:
         """Find out what the app holds, beside the requests, and say so in the log."""
-        self._sweep = Sweep(self._app, _tell) if self._wanted("auto", "report") else None
+        self._sweep = DiscoveryRun(self._app, _tell) if self._wanted("auto", "report") else None
 
     @property
-    def sweep(self) -> Sweep | None:
+    def sweep(self) -> DiscoveryRun | None:
         """What a stop takes into its plan; None where nothing that is found is to be closed."""
-        return (self._sweep or Sweep(self._app)) if self._wanted("auto") else None
+        return (self._sweep or DiscoveryRun(self._app)) if self._wanted("auto") else None
 
     def _wanted(self, *modes: str) -> bool:
         """Whether anybody wants to know what the app holds: discovery in one of these modes, or a policy."""
@@ -76,7 +76,7 @@ class Outlook:
         sweep = self._sweep
         found = () if sweep is None else sweep.found(_LOOK_AROUND)
         if sweep is not None and sweep.stale and fresh:
-            self._sweep = Sweep(self._app)
+            self._sweep = DiscoveryRun(self._app)
             anew = self._sweep.found(_LOOK_AROUND)
             found = found if anew is None else anew
         plan = with_found(self.plan, found or (), config.cleanup)

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from flaskd.signals import SignalWatch
+from flaskd.process.signals import SignalWatch
 
 _TURN = 1.0
 """Seconds between two looks."""

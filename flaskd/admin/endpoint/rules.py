@@ -35,7 +35,7 @@ _NOT_FOUND = b"not found\n"
 _ONLY_POST = b"method not allowed\n"
 
 
-class _Allowance:
+class _RateLimit:
     """So many at once, then one a second (a token bucket)."""
 
     def __init__(self, most: int, clock: Callable[[], float]) -> None:
@@ -61,7 +61,7 @@ class _Allowance:
         return False
 
 
-class Door:
+class EndpointRules:
     """Lets who has the token ask for the stop, and answers with the plan; the stop itself is begun by its server.
 
     `plan` gives what the 202 tells. One thread calls it.
@@ -78,8 +78,8 @@ class Door:
         self._token = token
         self._hosts = frozenset(host.lower() for host in allowed_hosts)
         self._plan = plan
-        self._guesses = _Allowance(_GUESSES, clock)
-        self._lines = _Allowance(_LINES, clock)
+        self._guesses = _RateLimit(_GUESSES, clock)
+        self._lines = _RateLimit(_LINES, clock)
         self._unsaid = 0
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:

@@ -12,16 +12,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flaskd import loading
 from flaskd.cleanup import Plan, Step
 from flaskd.config import AppConfig, Config, HealthConfig, ServerConfig
-from flaskd.descriptors import open_files
 from flaskd.errors import AppError, CannotCreateError, ConfigError, FlaskdError, UnsupportedError, shortage
-from flaskd.loading import LoadedApp
-from flaskd.patching import check_unpatched
+from flaskd.process.descriptors import open_files
 from flaskd.server import BehindProxies, WaitressThread, adjustments, missed_by_proxy_fix
+from flaskd.serving import loading
+from flaskd.serving.loading import LoadedApp
+from flaskd.serving.patching import check_unpatched
 from flaskd.sockets import Address, Listener, inherited, passed_to_another
-from flaskd.store import Store, stored
+from flaskd.systemd.store import Store, stored
 
 log = logging.getLogger("flaskd.launch")
 
@@ -154,7 +154,7 @@ def keep(config: Config, listeners: Sequence[Listener], store: Store) -> None:
 
 
 def find_app(app: AppConfig, given: Callable[..., Any] | None, environ: Mapping[str, str]) -> LoadedApp:
-    """The app in hand, or the one that is named; raises as `flaskd.loading.load_app` does."""
+    """The app in hand, or the one that is named; raises as `flaskd.serving.loading.load_app` does."""
     if given is None:
         found = loading.load_app(loading.choose_target(app.target, environ, Path.cwd()))
         check_unpatched()

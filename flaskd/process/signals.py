@@ -1,8 +1,8 @@
 """Signals, recorded by the C-level wakeup descriptor and handed on by a thread of their own.
 
 The thread sees a signal within microseconds even while the main thread sleeps in an import or in C code; only code that
-holds the GIL can keep it waiting. Only the signals of `flaskd.prelude.OURS` are flaskd's: the descriptor tells of every
-signal that Python has a handler for, the app's own ones included.
+holds the GIL can keep it waiting. Only the signals of `flaskd.process.bootstrap.OURS` are flaskd's: the descriptor
+tells of every signal that Python has a handler for, the app's own ones included.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-from flaskd.forks import forgotten_by_children
-from flaskd.prelude import ALWAYS, NOTED, OURS, STOP, can_be_heeded, plain, undo_inherited
+from flaskd.process.bootstrap import ALWAYS, NOTED, OURS, STOP, can_be_heeded, plain, undo_inherited
+from flaskd.process.forks import forgotten_by_children
 
 log = logging.getLogger("flaskd.signals")
 

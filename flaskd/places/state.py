@@ -17,7 +17,7 @@ from typing import Any
 from flaskd.cleanup import prepare_record, read_record, write_record
 from flaskd.config import MARK_FILE
 from flaskd.files import read_whole, remove_leftovers, remove_matching
-from flaskd.logs import timestamp
+from flaskd.log.setup import timestamp
 from flaskd.protocol import damage, died, state_directory
 from flaskd.units import shortened
 

@@ -14,17 +14,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from flaskd.cleanup import Plan, StepResult, Sweep, action_specs, build_plan, with_callbacks
+from flaskd.cleanup import DiscoveryRun, Plan, StepResult, action_specs, build_plan, with_callbacks
 from flaskd.config import Config, ShutdownConfig, load, load_mapping
-from flaskd.descriptors import open_files
 from flaskd.errors import FlaskdError
 from flaskd.ledger import DrainReport, InFlight
 from flaskd.lifecycle import StopReason
-from flaskd.loading import check_servable
+from flaskd.process.descriptors import open_files
 from flaskd.server import BehindProxies, WaitressThread, WerkzeugThread, adjustments
+from flaskd.serving.loading import check_servable
+from flaskd.serving.stop import CleanupThread, Stop, serving
+from flaskd.serving.wsgi import find_flask
 from flaskd.sockets import Address, check_serving
-from flaskd.stop import CleanupThread, Stop, serving
-from flaskd.wsgi import find_flask
 
 log = logging.getLogger("flaskd.thread")
 
@@ -249,7 +249,7 @@ class ServerThread:
         return self._stopped.done()
 
     def stop_for(self, reason: StopReason, over: Callable[[], None]) -> bool:
-        """Begin the stop for a shutdown endpoint of the app; see `flaskd.stop.Serves`."""
+        """Begin the stop for a shutdown endpoint of the app; see `flaskd.serving.stop.Serves`."""
         server = self._server
         with self._over_lock:
             if server is None or self._when_over is None:
@@ -300,7 +300,7 @@ class ServerThread:
         plan = self._whole_plan()
         # The app outlives a server in a thread: what it holds is left alone unless somebody says otherwise.
         asked = (self._own_process or "discovery" in cleanup.model_fields_set) and cleanup.discovery.mode == "auto"
-        sweep = Sweep(app) if asked or any(each.takes for each in plan.steps) else None
+        sweep = DiscoveryRun(app) if asked or any(each.takes for each in plan.steps) else None
         if not asked:
             off = cleanup.discovery.model_copy(update={"mode": "off"})
             cleanup = cleanup.model_copy(update={"discovery": off})

@@ -20,15 +20,15 @@ from typing import Any, Self
 
 from werkzeug.serving import ThreadedWSGIServer
 
+from flaskd.background_work import in_background, left_behind, tell_no_more, tell_of_ends
 from flaskd.errors import FlaskdError
-from flaskd.forks import forgotten_by_children
 from flaskd.ledger import Cut, DrainReport, InFlight
+from flaskd.process.forks import forgotten_by_children
+from flaskd.process.threads import AppThread
 from flaskd.server.draining import BACKLOG, GATE, TOO_LATE
 from flaskd.server.exchange import OwnErrors, Request
 from flaskd.server.streams import STREAM_GRACE, EndingStreams
 from flaskd.sockets import Address, Listener
-from flaskd.threads import AppThread
-from flaskd.work import in_background, left_behind, tell_no_more, tell_of_ends
 
 log = logging.getLogger("flaskd.server")
 

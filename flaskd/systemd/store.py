@@ -14,8 +14,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 from urllib.parse import quote, unquote
 
-from flaskd.notify import Notifier
 from flaskd.sockets import Address, Listener
+from flaskd.systemd.notify import Notifier
 
 log = logging.getLogger("flaskd.store")
 

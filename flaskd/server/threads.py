@@ -9,13 +9,13 @@ from typing import Any
 
 from waitress.task import ThreadedTaskDispatcher
 
-from flaskd.threads import AppThread
+from flaskd.process.threads import AppThread
 
 _LEAST_WAIT = 0.1
 """Seconds that even an end in a hurry leaves to idle workers, so that they are not taken for stuck ones."""
 
 
-class Workers(ThreadedTaskDispatcher):  # type: ignore[misc]  # waitress is untyped
+class ThreadPool(ThreadedTaskDispatcher):  # type: ignore[misc]  # waitress is untyped
     """The worker threads."""
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Workers(ThreadedTaskDispatcher):  # type: ignore[misc]  # waitress is unty
             finally:
                 self._ended(thread)
 
-        thread = AppThread(target=work, name=f"flaskd-worker-{thread_no}")
+        thread = AppThread(target=work, name=f"flaskd-thread-{thread_no}")
         try:
             thread.start()
         except RuntimeError:  # no thread can be had; Waitress has counted it already
@@ -56,7 +56,7 @@ class Workers(ThreadedTaskDispatcher):  # type: ignore[misc]  # waitress is unty
     def take_back(self) -> list[Any]:
         """Take every task that no thread has begun out of the queue."""
         with self.lock:
-            tasks = [task for task in self.queue if not isinstance(task, Errand)]
+            tasks = [task for task in self.queue if not isinstance(task, FunctionTask)]
             for task in tasks:
                 self.queue.remove(task)
         return tasks
@@ -85,7 +85,7 @@ class Workers(ThreadedTaskDispatcher):  # type: ignore[misc]  # waitress is unty
             function()
 
 
-class Errand:
+class FunctionTask:
     """A function in the shape of waitress' tasks."""
 
     def __init__(self, function: Callable[[], None]) -> None:

@@ -12,16 +12,16 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Self
 
-from flaskd.descriptors import open_files
+from flaskd.background_work import left_behind
 from flaskd.errors import AppError, FlaskdError, NotNowError
-from flaskd.forks import forgotten_by_children
 from flaskd.ledger import Cut, DrainReport, InFlight
+from flaskd.process.descriptors import open_files
+from flaskd.process.forks import forgotten_by_children
 from flaskd.server.channel import stack_of
 from flaskd.server.loop import EventLoop
 from flaskd.server.settings import most_connections
 from flaskd.server.tally import Tally
 from flaskd.sockets import Address, Listener
-from flaskd.work import left_behind
 
 log = logging.getLogger("flaskd.server")
 

@@ -17,22 +17,22 @@ from flaskd.cleanup import (
     AFTER_THE_DRAIN,
     BEFORE_THE_DRAIN,
     BESIDE_THE_DRAIN,
+    DiscoveryRun,
     Plan,
     Runner,
     Spare,
     StepResult,
-    Sweep,
     for_steps,
     results_as_json,
     with_found,
 )
 from flaskd.config import CleanupConfig, ShutdownConfig
 from flaskd.errors import FlaskdError
-from flaskd.forks import AppCode
-from flaskd.leave import Unfinished, stacks_go_to
 from flaskd.ledger import Cut, DrainReport
 from flaskd.lifecycle import StopReason
-from flaskd.logs import timestamp
+from flaskd.log.setup import timestamp
+from flaskd.process.exit import Unfinished, stacks_go_to
+from flaskd.process.forks import AppCode
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -157,7 +157,7 @@ class Stop:
         over: Callable[[BaseException | None], None],
         on_step: Callable[[StepResult], None] | None = None,
         on_begin: Callable[[], None] | None = None,
-        sweep: Sweep | None = None,
+        sweep: DiscoveryRun | None = None,
         spare: Spare | None = None,
     ) -> None:
         self.reason = reason
@@ -197,7 +197,7 @@ class Stop:
         shutdown: ShutdownConfig,
         cleanup: CleanupConfig,
         on_step: Callable[[StepResult], None] | None = None,
-        sweep: Sweep | None = None,
+        sweep: DiscoveryRun | None = None,
         spare: Spare | None = None,
     ) -> Self:
         """A stop that drains `server` itself; what breaks the cleanup off is logged, and the drain goes on."""
@@ -355,12 +355,12 @@ class Stop:
             self._drained.wait(self.left)
         self._over(error)
 
-    def _look_around(self) -> Sweep:
+    def _look_around(self) -> DiscoveryRun:
         """Look for what the app holds, a moment after the drain has begun, for it takes the interpreter's lock."""
         self._drained.wait(_HEAD_START)
-        return Sweep(self._app)
+        return DiscoveryRun(self._app)
 
-    def _take(self, sweep: Sweep | None, patience: float) -> None:
+    def _take(self, sweep: DiscoveryRun | None, patience: float) -> None:
         """Take what it found into the plan for the phases to come; without its word, what was known before stays."""
         if sweep is None:
             return

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal, Self
 
-from flaskd.forks import forgotten_by_children
-from flaskd.journal import encode, field_name
-from flaskd.logwriter import Entry, Line, Writer
+from flaskd.log.journal import encode, field_name
+from flaskd.log.writer import Entry, Line, Writer
+from flaskd.process.forks import forgotten_by_children
 from flaskd.text import bounded, entry, escaped, lines, traceback_of
 from flaskd.units import shortened
 
@@ -365,7 +365,7 @@ class Logs:
 
     def _said(self, words: str) -> Line:
         """What the writer itself has to say, in the format of the log."""
-        return self._daemon.line(logging.LogRecord("flaskd.logs", logging.WARNING, "", 0, words, None, None))
+        return self._daemon.line(logging.LogRecord("flaskd.log.setup", logging.WARNING, "", 0, words, None, None))
 
 
 def _formatter(log_format: Format, hide: Hide) -> logging.Formatter:

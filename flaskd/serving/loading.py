@@ -14,13 +14,13 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from flaskd.choice import Named, NoAppError, Unnamed, why_not
 from flaskd.errors import AppError, ConfigError
-from flaskd.forks import AppCode
 from flaskd.objects import attributes_of
-from flaskd.patching import PatchingError, check_unpatched
+from flaskd.process.forks import AppCode
+from flaskd.serving.choice import Named, NoAppError, Unnamed, why_not
+from flaskd.serving.patching import PatchingError, check_unpatched
+from flaskd.serving.wsgi import WSGIApp, find_flask, is_app, is_flask
 from flaskd.text import escaped, text_of, traceback_of
-from flaskd.wsgi import WSGIApp, find_flask, is_app, is_flask
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -197,4 +197,4 @@ def _app_error(target: str, error: BaseException) -> AppError:
 def _is_machinery(frame: TracebackType) -> bool:
     name = frame.tb_frame.f_code.co_filename
     module = str(frame.tb_frame.f_globals.get("__name__", ""))
-    return name.startswith("<frozen ") or module in {__name__, "flaskd.choice", "importlib", "flask.cli"}
+    return name.startswith("<frozen ") or module in {__name__, "flaskd.serving.choice", "importlib", "flask.cli"}

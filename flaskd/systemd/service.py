@@ -17,9 +17,9 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from flaskd.lifecycle import State, StopReason
-from flaskd.notify import Notifier
 from flaskd.sockets import Listener
-from flaskd.store import Store
+from flaskd.systemd.notify import Notifier
+from flaskd.systemd.store import Store
 
 log = logging.getLogger("flaskd.service")
 

@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from flaskd.journal import Journal
-from flaskd.throttle import Throttle
+from flaskd.log.journal import Journal
+from flaskd.log.throttle import Throttle
 
 _MOST = 10_000
 """Lines that may wait."""

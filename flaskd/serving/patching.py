@@ -15,8 +15,8 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from flaskd.errors import ConfigError
-from flaskd.forks import forgotten_by_children
 from flaskd.objects import contents_of
+from flaskd.process.forks import forgotten_by_children
 
 _QUESTIONS = {"gevent.monkey": "is_module_patched", "eventlet.patcher": "is_monkey_patched"}
 """The modules that patch, and how each is asked what it has replaced."""

@@ -1,0 +1,1 @@
+"""What flaskd writes: its own log and the access log, as text, JSON or journal entries."""
