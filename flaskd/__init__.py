@@ -14,6 +14,8 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from flaskd.version import __version__
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from flaskd.serving.embedded import ServerThread
     from flaskd.workers import ServerProcess
 
-__version__ = "0.1.0"
 __all__ = [
     "ControlClient",
     "DrainReport",

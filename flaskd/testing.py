@@ -233,7 +233,7 @@ class _Watch:
             time.sleep(_LOOK)
 
     def _new_threads(self) -> Iterator[str]:
-        from flaskd.server.channel import stack_of  # noqa: PLC0415 - see the module's docstring
+        from flaskd.stacks import stack_of  # noqa: PLC0415 - see the module's docstring
 
         until = time.monotonic() + _SETTLE
         workers, behind = self.server.worker_threads(), self.server.left_behind()

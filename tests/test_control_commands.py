@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from flaskd.admin.health import AdminApp
 from flaskd.config import Config, load_mapping
 from flaskd.control import clients, plane
-from flaskd.control.access import FIFO_PEER, Access, Peer
+from flaskd.control.access import Access
 from flaskd.control.clients import MAX_OUTPUT, Client
 from flaskd.control.commands import from_fields, from_http, from_words
+from flaskd.control.peer import FIFO_PEER, Peer
 from flaskd.control.replies import LogReply
 from flaskd.control.verbs import RUN
 from flaskd.daemon import Daemon

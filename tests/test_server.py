@@ -470,7 +470,7 @@ def test_a_worker_that_never_ends_is_abandoned(serve, app, connect, caplog):
 
 
 def _stack(thread):
-    from flaskd.server.channel import stack_of
+    from flaskd.stacks import stack_of
 
     return stack_of(thread)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from flaskd.lifecycle import State
 from flaskd.server import BOUNDS, Histogram, Tally
+from flaskd.version import __version__
 
 Exporter = Callable[[str], tuple[bytes, str]]
 """Takes the Accept header, gives the text and its content type."""
@@ -72,8 +73,6 @@ def families(now: Measures) -> Iterator[Any]:
 
 def _life(now: Measures) -> Iterator[Any]:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily  # noqa: PLC0415
-
-    from flaskd import __version__  # noqa: PLC0415 - a fact of the package's top, which is above this layer
 
     yield InfoMetricFamily("flaskd", "The running flaskd.", {"version": __version__})
     states = GaugeMetricFamily("flaskd_state", "1 for the state the daemon is in.", labels=["state"])

@@ -1,22 +1,14 @@
 """What runs between the last answer and the exit: actions, the plan, the runner, the record."""
 
-from flaskd.cleanup.actions import ACTIONS, Action, action_specs
-from flaskd.cleanup.attempt import Fate, Spare, StepResult
+from flaskd.cleanup.actions import ACTIONS, action_specs
+from flaskd.cleanup.attempt import Spare
 from flaskd.cleanup.callbacks import on_stop, with_callbacks
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError, for_steps
-from flaskd.cleanup.discovery import DiscoveryRun, Found, discover
+from flaskd.cleanup.discovery import DiscoveryRun, discover
+from flaskd.cleanup.found import Found
+from flaskd.cleanup.model import Action, Fate, Reason, Step, StepResult, names
 from flaskd.cleanup.outlet import aside
-from flaskd.cleanup.plan import (
-    AFTER_THE_DRAIN,
-    BEFORE_THE_DRAIN,
-    BESIDE_THE_DRAIN,
-    Plan,
-    Reason,
-    Step,
-    build_plan,
-    names,
-    with_found,
-)
+from flaskd.cleanup.plan import AFTER_THE_DRAIN, BEFORE_THE_DRAIN, BESIDE_THE_DRAIN, Plan, build_plan, with_found
 from flaskd.cleanup.preview import Frame, overview
 from flaskd.cleanup.runner import Runner
 from flaskd.places.record import prepare_record, read_record, results_as_json, write_record

@@ -9,11 +9,11 @@ import inspect
 import operator
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import AfterValidator, Field
 
 from flaskd.cleanup import live
 from flaskd.cleanup.cache import PersistFields, persist_cache, restore_cache, use_up_cache
@@ -21,6 +21,7 @@ from flaskd.cleanup.catalogue import Catalogue, View, origin
 from flaskd.cleanup.command import CommandFields, run_command
 from flaskd.cleanup.context import StepContext, StepFailedError
 from flaskd.cleanup.logflush import FlushFields, flush_logs
+from flaskd.cleanup.model import Action
 from flaskd.cleanup.removal import RemoveFields, remove_files
 from flaskd.cleanup.web import ConsulFields, WebhookFields, call_webhook, deregister, prepare_web
 from flaskd.config import ActionSpec, Phase, Section
@@ -29,42 +30,6 @@ from flaskd.process.forks import AppCode
 if TYPE_CHECKING:
     from collections.abc import Callable
     from importlib.metadata import EntryPoint
-    from pathlib import Path
-
-
-@dataclass(frozen=True)
-class Action:
-    """One thing a policy can do.
-
-    `run` is called in a thread of its own with the context and the validated fields; it returns a short
-    detail for the log, or None, and raises to fail. `prepare` imports what `run` will need, when the daemon
-    starts or reloads; it raises to refuse the configuration. `grace` is for an action that watches its own
-    time: the seconds it may need after its timeout to end what it started (without it, the runner abandons an
-    action at its timeout). `restore` is called at the start, before READY, with the Flask app, the state directory
-    (None: there is none to use) and the fields; it returns what it did, for the log, and raises to tell that it did
-    not. `use_up` is called with the latter two, if it did, once the start has succeeded: what was kept can then be
-    marked as used. `fault` is why it cannot be used at all, empty when it can; a policy that uses it is refused with
-    these words.
-
-    `needs` are the modules of which one must be installed, with what they are called at the package index.
-    `takes` is set for an action on live objects: the action by which discovery finds what a policy without a
-    target takes. `first` is what it does in an earlier phase already. `keeps` is the field that names its file under
-    the state directory, which must be no other's.
-    """
-
-    name: str
-    fields: type[BaseModel]
-    default_phase: Phase
-    run: Callable[[StepContext, Any], str | None]
-    prepare: Callable[[Any], None] | None = None
-    grace: Callable[[Any], float] | None = None
-    restore: Callable[[Any, Path | None, Any], str] | None = None
-    use_up: Callable[[Path | None, Any], None] | None = None
-    fault: str = ""
-    needs: Mapping[str, str] = field(default_factory=dict)
-    takes: str = ""
-    first: Action | None = None
-    keeps: str = ""
 
 
 def _target(text: str) -> str:

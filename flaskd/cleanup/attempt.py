@@ -3,81 +3,24 @@
 from __future__ import annotations
 
 import queue
-import sys
-import threading
 import traceback
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
+from flaskd.cleanup.model import Fate, Verdict
 from flaskd.process.forks import AppCode
 from flaskd.process.threads import AppThread
+from flaskd.stacks import stack_of
 from flaskd.text import escaped, traceback_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from flaskd.cleanup.plan import Step
+    from flaskd.cleanup.model import Step
 
 _MOST_FRAMES = 60
 _LONGEST_TEXT = 4000
 _LONGEST_TRACE = 32_000
-
-
-class Fate(StrEnum):
-    """What became of a step."""
-
-    OK = "ok"
-    FAILED = "failed"
-    TIMED_OUT = "timed_out"
-    SKIPPED = "skipped"
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """A step's fate.
-
-    `why` is empty when it is ok; `started` is seconds after the runner was made, `took` seconds over all
-    `attempts`; `detail` is what the action said of itself; `trace` the traceback of what it raised, or the
-    stack of its thread when it was abandoned; `cut` names the work that it had to throw away.
-    """
-
-    name: str
-    phase: str
-    use: str
-    fate: Fate
-    why: str = ""
-    started: float = 0.0
-    took: float = 0.0
-    attempts: int = 0
-    detail: str = ""
-    trace: str = ""
-    cut: tuple[str, ...] = ()
-
-    @property
-    def broken(self) -> bool:
-        """Whether it was tried and did not succeed."""
-        return self.fate in (Fate.FAILED, Fate.TIMED_OUT)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What came of one attempt; the fields mean what they mean in `StepResult`."""
-
-    fate: Fate
-    why: str = ""
-    detail: str = ""
-    trace: str = ""
-    cut: tuple[str, ...] = ()
-
-
-def stack_of(thread: threading.Thread, below: str = "") -> str:
-    """Where a thread is now, from its first frame below the file named; empty when the thread is over."""
-    frame = sys._current_frames().get(thread.ident or 0)  # noqa: SLF001 - public in all but its name
-    frames = traceback.extract_stack(frame, limit=_MOST_FRAMES) if frame else []
-    ours = max((place for place, each in enumerate(frames) if each.filename == below), default=-1)
-    return "".join(traceback.format_list(frames[ours + 1 :]))
 
 
 class Spare:

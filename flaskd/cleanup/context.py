@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from flaskd.cleanup.discovery import Found
+    from flaskd.cleanup.found import Found
     from flaskd.config import Phase
 
 ENDING_SLACK = 0.1

@@ -17,10 +17,11 @@ import threading
 import time
 import weakref
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
+from flaskd.cleanup.found import Found
 from flaskd.objects import attributes_of, bases, contents_of
 from flaskd.process.forks import AppCode
 from flaskd.process.threads import waited_for
@@ -38,31 +39,6 @@ _DEEPEST = 6
 _MOST_FOLLOWED = 20_000
 """How far below an extension of the app its objects are looked for, and among how many."""
 _NOT_FOLLOWED = (type, ModuleType, FunctionType, MethodType, logging.Logger, str, bytes, int, float, type(None))
-
-
-@dataclass(frozen=True)
-class Found:
-    """A live object that the app holds.
-
-    `name` is MODULE:ATTRIBUTE where a module holds it, the extension's key where an extension of the app does, else its
-    type and a number; `kind` its type; `use` the action that closes it, empty when there is none; `left` why it is
-    closed by nothing but a policy that asks for it, empty for what a stop closes by itself.
-    """
-
-    name: str
-    kind: str
-    use: str
-    left: str = ""
-    _refer: Callable[[], Any] = field(default=lambda: None, repr=False, compare=False)
-
-    @property
-    def object(self) -> Any:
-        """The object itself; None once nobody else holds it, for finding it keeps nothing alive."""
-        return self._refer()
-
-    def describe(self) -> dict[str, str]:
-        """Stable keys for programs."""
-        return {"name": self.name, "kind": self.kind, "use": self.use, "left": self.left}
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from flaskd.cleanup.attempt import stack_of
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
 from flaskd.cleanup.discovery import discover
 from flaskd.config import Duration, OneOrMany, Section
 from flaskd.objects import contents_of
 from flaskd.process.forks import AppCode
 from flaskd.process.threads import AppThread
+from flaskd.stacks import stack_of
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -186,7 +186,7 @@ class _Ending:
     def stacks(self, silent: list[int], late: list[StepTimedOutError]) -> str:
         """Where those that hang are: the threads here, and what others have said of theirs."""
         threads = [self._at[place] for place in silent if place in self._at]
-        return "".join([*(stack_of(each, below=__file__) for each in threads), *(each.trace for each in late)])
+        return "\n".join([*(stack_of(each, below=__file__) for each in threads), *(each.trace for each in late)])
 
 
 def _run(use: str, end: End, context: StepContext, fields: BaseModel) -> str | None:

@@ -4,131 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from flaskd.cleanup.actions import ACTIONS, Action
+from flaskd.cleanup.actions import ACTIONS
 from flaskd.cleanup.live import loaded
+from flaskd.cleanup.model import DISCOVERED, Action, Step
 from flaskd.config import CleanupConfig, Phase
 from flaskd.errors import ConfigError, FlaskdError
 from flaskd.process.forks import AppCode
 from flaskd.text import Veil
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-    from pydantic import BaseModel
-
-    from flaskd.cleanup.discovery import Found
+    from flaskd.cleanup.found import Found
 
 BEFORE_THE_DRAIN = (Phase.ANNOUNCE,)
 BESIDE_THE_DRAIN = (Phase.DRAIN,)
 AFTER_THE_DRAIN = tuple(phase for phase in Phase if phase not in {*BEFORE_THE_DRAIN, *BESIDE_THE_DRAIN})
 
-DISCOVERED = "found:"
-"""What the name of a step begins with that no policy asked for; a policy's name has no colon."""
-
-Outcome = Literal["clean", "degraded"]
-"""Whether the drain before the cleanup lost nothing."""
 
 _ORDER = {phase: place for place, phase in enumerate(Phase)}
-_MOST_NAMED = 4
 _IN_ORDER = ("apscheduler.stop", "executor.stop")
 """Of what is found, what is ended one after the other: a job may still use an executor."""
-_RESERVED = frozenset({Phase.FLUSH, Phase.FINAL})
-
-
-class Reason(Protocol):
-    """Why the daemon stops: its `kind`, and the whole of it as text."""
-
-    @property
-    def kind(self) -> str:
-        """One word, as `when.reason` lists it."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One policy as it will run; `timeout` is in seconds, `reasons` empty for any reason.
-
-    `found` is what discovery found for an action on live objects whose policy names no target; None where it names one,
-    or where nobody has looked.
-    """
-
-    name: str
-    action: Action
-    fields: BaseModel
-    phase: Phase
-    timeout: float
-    retries: int = 0
-    on_failure: Literal["continue", "skip_dependents", "abort"] = "continue"
-    after: tuple[str, ...] = ()
-    reasons: tuple[str, ...] = ()
-    outcome: Outcome | None = None
-    always: bool = False
-    found: tuple[Found, ...] | None = None
-    veil: Veil = field(default_factory=Veil, repr=False, compare=False)
-    """Hides what was interpolated into its fields."""
-
-    @property
-    def discovered(self) -> bool:
-        """Whether nobody asked for it."""
-        return self.name.startswith(DISCOVERED)
-
-    @property
-    def takes(self) -> str:
-        """The action by which discovery finds what it ends; empty when it takes nothing that is found."""
-        return "" if getattr(self.fields, "target", None) else self.action.takes
-
-    @property
-    def reserved(self) -> bool:
-        """Whether it may use the time that is kept in reserve."""
-        return self.always or self.phase in _RESERVED
-
-    def may_be_wanted(self, reason: str) -> bool:
-        """Whether its `when` fits a stop for this reason, whatever comes of the drain."""
-        return not self.reasons or reason in self.reasons
-
-    def wanted(self, reason: str, outcome: Outcome) -> bool:
-        """Whether its `when` fits this stop."""
-        return self.may_be_wanted(reason) and self.outcome in (None, outcome)
-
-    def describe(self) -> dict[str, Any]:
-        """Stable keys for programs; the action's own fields stay out of it, for they may hold secrets."""
-        return {
-            "name": self.name,
-            "phase": str(self.phase),
-            "use": self.action.name,
-            "timeout": self.timeout,
-            "retries": self.retries,
-            "on_failure": self.on_failure,
-            "after": list(self.after),
-            "when": {"reason": list(self.reasons), "outcome": self.outcome},
-            "always": self.always,
-            "found": [each.name for each in self.found or ()],
-        }
-
-    def notes(self) -> str:
-        """What of it differs from the defaults, for people."""
-        return "; ".join(
-            note
-            for said, note in (
-                (self.after and not self.discovered, f"after {', '.join(self.after)}"),
-                (self.always, "always"),
-                (self.on_failure != "continue", f"on failure {self.on_failure.replace('_', ' ')}"),
-                (self.retries, f"{self.retries} {'retry' if self.retries == 1 else 'retries'}"),
-                (self.reasons, f"when reason is {' or '.join(self.reasons)}"),
-                (self.outcome, f"when outcome is {self.outcome}"),
-                (self.found, names(self.found or ())),
-            )
-            if said
-        )
-
-
-def names(found: Sequence[Found]) -> str:
-    """The first few names, and how many more."""
-    more = len(found) - _MOST_NAMED
-    return ", ".join(each.name for each in found[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 @dataclass(frozen=True)

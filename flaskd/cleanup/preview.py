@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from flaskd.cleanup.actions import Action
-from flaskd.cleanup.attempt import Attempt, Fate, StepResult, Verdict
+from flaskd.cleanup.attempt import Attempt
 from flaskd.cleanup.context import for_steps
-from flaskd.cleanup.plan import AFTER_THE_DRAIN, BEFORE_THE_DRAIN, BESIDE_THE_DRAIN, Plan, Step
+from flaskd.cleanup.model import Action, Fate, Step, StepResult, Verdict
+from flaskd.cleanup.plan import AFTER_THE_DRAIN, BEFORE_THE_DRAIN, BESIDE_THE_DRAIN, Plan
 from flaskd.cleanup.runner import Runner
 from flaskd.config import Config, Phase, Section
 from flaskd.config.faults import did_you_mean, nearest_first, quoted
@@ -22,7 +22,7 @@ from flaskd.units import format_duration
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
-    from flaskd.cleanup.discovery import Found
+    from flaskd.cleanup.found import Found
 
 
 @dataclass(frozen=True)

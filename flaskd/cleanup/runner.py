@@ -15,8 +15,9 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from flaskd.cleanup.attempt import Attempt, Fate, Spare, StepResult, Verdict
+from flaskd.cleanup.attempt import Attempt, Spare
 from flaskd.cleanup.context import ENDING_SLACK, Budget, StepContext
+from flaskd.cleanup.model import Fate, StepResult, Verdict
 from flaskd.cleanup.outlet import Outlet, aside
 from flaskd.config import Phase
 from flaskd.units import format_duration
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
-    from flaskd.cleanup.plan import Outcome, Plan, Reason, Step
+    from flaskd.cleanup.model import Outcome, Reason, Step
+    from flaskd.cleanup.plan import Plan
 
 _log = logging.getLogger("flaskd.cleanup")
 _LEVELS = {

@@ -16,7 +16,6 @@ from typing import Any, NoReturn
 
 import click
 
-from flaskd import __version__
 from flaskd.cli import show, talk
 from flaskd.cli.units import units
 from flaskd.client import ControlClient, find_socket, reading
@@ -33,6 +32,7 @@ from flaskd.errors import (
     shortage,
 )
 from flaskd.text import lines
+from flaskd.version import __version__
 
 
 def main() -> int:

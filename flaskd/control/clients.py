@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from flaskd.control.access import Peer
 from flaskd.control.commands import Command, MethodError, from_fields, from_http, from_words
+from flaskd.control.peer import Peer
 from flaskd.control.replies import HttpReply, JsonReply, Send, TextReply
 from flaskd.errors import FlaskdError, UsageError
 from flaskd.log.setup import bounded_by

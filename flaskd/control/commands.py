@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl, unquote
 
-from flaskd.control.access import Peer
+from flaskd.control.peer import Peer
 from flaskd.errors import UsageError
 from flaskd.verbs import Flags, Role, Verb, find_verb
 

@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from flaskd.control.access import FIFO_PEER, Access
+from flaskd.control.access import Access
 from flaskd.control.clients import Client
 from flaskd.control.commands import Command, from_words
 from flaskd.control.fifo import Lines
 from flaskd.control.nodes import Place, accept, fifo_place, mode_and_group, socket_place
+from flaskd.control.peer import FIFO_PEER
 from flaskd.control.replies import LogReply
 from flaskd.control.verbs import RUN
 from flaskd.errors import CannotCreateError, FlaskdError, NotNowError

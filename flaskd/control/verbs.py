@@ -13,8 +13,9 @@ from flaskd.background_work import on_one_line
 from flaskd.errors import UsageError
 from flaskd.lifecycle import StopReason
 from flaskd.protocol import Reply, record_lines, request_line, status_lines, thread_line
-from flaskd.server import stack_of
+from flaskd.stacks import stack_of
 from flaskd.verbs import FLAGS, VERBS, find_verb
+from flaskd.version import __version__
 
 if TYPE_CHECKING:
     from flaskd.config import Configuration
@@ -146,8 +147,6 @@ def _log_level(daemon: Daemon, command: Command, reply: Reply) -> None:
 
 
 def _version(_daemon: Daemon, _command: Command, reply: Reply) -> None:
-    from flaskd import __version__  # noqa: PLC0415 - the package's top is above this layer, but its version is a fact
-
     reply.ok(__version__, detail={"version": __version__})
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
-    from flaskd.cleanup.attempt import StepResult
+    from flaskd.cleanup.model import StepResult
 
 LARGEST_RECORD = 4 * 1024 * 1024
 """Bytes of a record that are read; a larger one is damaged."""

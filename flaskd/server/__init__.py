@@ -1,6 +1,5 @@
 """Waitress made drainable. Every internal of waitress that flaskd relies on is touched in this package alone."""
 
-from flaskd.server.channel import stack_of
 from flaskd.server.proxies import BehindProxies, missed_by_proxy_fix
 from flaskd.server.server import WaitressThread
 from flaskd.server.settings import adjustments
@@ -19,5 +18,4 @@ __all__ = [
     "WerkzeugThread",
     "adjustments",
     "missed_by_proxy_fix",
-    "stack_of",
 ]

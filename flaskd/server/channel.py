@@ -9,10 +9,8 @@ from __future__ import annotations
 import functools
 import logging
 import socket
-import sys
 import threading
 import time
-import traceback
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +23,7 @@ from flaskd.server.buffers import FREE_SPACE, AnswerBuffer
 from flaskd.server.parser import Parser
 from flaskd.server.tasks import AppTask, ClientDisconnected, HealthTask, RefusalTask, RejectTask
 from flaskd.sockets import closed_by_peer, unacknowledged, unread
+from flaskd.stacks import stack_of
 
 if TYPE_CHECKING:
     from flaskd.server.loop import EventLoop
@@ -644,12 +643,6 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             self.loop.at(now + _LINGER_LOOK, self)
         else:
             self.handle_close()
-
-
-def stack_of(thread: threading.Thread) -> str:
-    """The stack of a running thread, innermost call last; empty when it has ended."""
-    frame = sys._current_frames().get(thread.ident or 0)  # noqa: SLF001 - the documented way to see another thread
-    return "".join(traceback.format_stack(frame)).rstrip() if frame else ""
 
 
 class Probe(Channel):

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from werkzeug.serving import WSGIRequestHandler
 
 from flaskd.ledger import Cut, InFlight, visible
-from flaskd.server.channel import stack_of
 from flaskd.sockets import closed_by_peer
+from flaskd.stacks import stack_of
 
 if TYPE_CHECKING:
     from flaskd.server.werkzeug import Server

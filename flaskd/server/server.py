@@ -17,11 +17,11 @@ from flaskd.errors import AppError, FlaskdError, NotNowError
 from flaskd.ledger import Cut, DrainReport, InFlight
 from flaskd.process.descriptors import open_files
 from flaskd.process.forks import forgotten_by_children
-from flaskd.server.channel import stack_of
 from flaskd.server.loop import EventLoop
 from flaskd.server.settings import most_connections
 from flaskd.server.tally import Tally
 from flaskd.sockets import Address, Listener
+from flaskd.stacks import stack_of
 
 log = logging.getLogger("flaskd.server")
 

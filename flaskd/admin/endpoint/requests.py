@@ -15,7 +15,8 @@ from werkzeug.wsgi import ClosingIterator
 
 from flaskd.background_work import in_background, left_behind, tell_no_more, tell_of_ends
 from flaskd.ledger import Cut, DrainReport, InFlight, visible
-from flaskd.server import STREAM_GRACE, EndingStreams, stack_of
+from flaskd.server import STREAM_GRACE, EndingStreams
+from flaskd.stacks import stack_of
 
 log = logging.getLogger("flaskd.endpoint")
 
