@@ -10,9 +10,10 @@ from server_kit import BIG, PATIENCE, answers, app, connect, descriptors, draini
 from waitress import wasyncore
 
 from flaskd.config import ServerConfig
+from flaskd.descriptors import open_files
 from flaskd.server import BehindProxies, adjustments
 from flaskd.server.poller import EpollMap
-from flaskd.sockets import Address, Listener, open_files_limit
+from flaskd.sockets import Address, Listener
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
@@ -507,7 +508,7 @@ PROXIED = {"trusted_proxy": "127.0.0.1", "trusted_proxy_headers": "x-forwarded-f
 def serve_behind(serve, app, settings):
     """As launch.py and thread.py have it: the app behind the proxies of a configuration."""
     server = ServerConfig(**settings)
-    return serve(BehindProxies(app, server), adjustments=adjustments(server, open_files_limit()))
+    return serve(BehindProxies(app, server), adjustments=adjustments(server, open_files.limit()))
 
 
 @pytest.mark.parametrize(
