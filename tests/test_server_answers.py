@@ -10,7 +10,7 @@ from server_kit import BIG, PATIENCE, answers, app, connect, descriptors, draini
 from waitress import wasyncore
 
 from flaskd.config import ServerConfig
-from flaskd.descriptors import open_files
+from flaskd.process.descriptors import open_files
 from flaskd.server import BehindProxies, adjustments
 from flaskd.server.poller import EpollMap
 from flaskd.sockets import Address, Listener
