@@ -78,10 +78,10 @@ def serve(
     from flaskd.serving.launch import check_system  # noqa: PLC0415
 
     check_system()
+    from flaskd.boot import Boot  # noqa: PLC0415
     from flaskd.cleanup import action_specs  # noqa: PLC0415
     from flaskd.config import Configuration, load, load_mapping  # noqa: PLC0415
     from flaskd.control import ControlPlane  # noqa: PLC0415
-    from flaskd.daemon import Daemon  # noqa: PLC0415
     from flaskd.process.exit import renew_standard_error  # noqa: PLC0415
 
     # Absolute: app.chdir may change the working directory before a reload.
@@ -92,9 +92,9 @@ def serve(
             return load(source, actions=action_specs())
         return load_mapping(source, actions=action_specs())
 
-    daemon = Daemon(
+    boot = Boot(
         read, plane=lambda daemon: ControlPlane(daemon, name, os.environ), name=name, environ=os.environ, app=app
     )
-    code = daemon.run()
+    code = boot.run()
     renew_standard_error()
     return code

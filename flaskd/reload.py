@@ -1,78 +1,176 @@
-"""Reading a new configuration: in a thread of its own and for a bounded time, for a file or an import may hang."""
+"""Reloads: a configuration is read, compared with the one in force, and put into force, or the old one is kept."""
 
 from __future__ import annotations
 
-import threading
-import time
+import logging
 from collections.abc import Callable
-from typing import Generic, TypeVar
 
-from flaskd.errors import FlaskdError, shortage
+from flaskd.cleanup import Plan
+from flaskd.config import Configuration, FileWatch, load_again
+from flaskd.errors import ConfigError, FlaskdError, NotNowError, described
+from flaskd.inbox import FileChanged, Inbox, ReadingLate, ReloadAsked
+from flaskd.lifecycle import Event, Lifecycle, State
+from flaskd.notices import Notices, Refused, ReloadBegan, ReloadEnded, SignalRefused
+from flaskd.protocol import Reply
+from flaskd.readings import LIMIT, Reading, ReadingOver, Readings
 
-T = TypeVar("T")
+log = logging.getLogger("flaskd.daemon")
 
-LIMIT = 10.0
-"""Seconds that a reload waits for what it reads."""
-_MOST_HUNG = 8
-"""Readings that may hang at a time; each keeps a thread, and none can be ended."""
+Found = tuple[Configuration, Plan]
+"""A configuration that was read, and the plan that was prepared for it."""
 
 
-class Reading(Generic[T]):
-    """One reading: `read` is called in a thread of its own, then `over` with this, which has `found` or `error`."""
+class RestartNeededError(ConfigError):
+    """A reload that only a restart could carry out."""
 
-    def __init__(self, read: Callable[[], T], over: Callable[[Reading[T]], None]) -> None:
-        self._read, self._over = read, over
-        self.found: T | None = None
-        self.error: Exception | None = None
-        self.until = time.monotonic() + LIMIT
-        """The time.monotonic() moment from which on nobody waits for it."""
-        self.thread = threading.Thread(target=self._run, name="flaskd-reload", daemon=True)
+    code = "restart-needed"
 
-    def _run(self) -> None:
+
+class Reload:
+    """Reloads of one daemon, in the thread of its events; `read` may be called from any.
+
+    `load` reads the configuration, `prepare` makes what it needs, `apply` puts it into force or changes nothing and
+    raises. `status` says that flaskd is ready, for people.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Configuration],
+        *,
+        prepare: Callable[[Configuration], Plan],
+        apply: Callable[[Configuration, Plan], None],
+        status: Callable[[], str],
+        lifecycle: Lifecycle,
+        notices: Notices,
+        inbox: Inbox,
+    ) -> None:
+        self._load, self._prepare, self._apply, self._status = load, prepare, apply, status
+        self._lifecycle, self._notices, self._inbox = lifecycle, notices, inbox
+        self._present: Configuration
+        self._readings: Readings[Found] = Readings(self._read_whole, lambda reading: inbox.post(ReadingOver(reading)))
+        self._waiters: list[Reply] = []
+        self._asked_again: float | None = None
+        self._when_ready = False
+        self._watch: FileWatch | None = None
+
+    def read(self) -> Configuration:
+        """What would be in force after a reload. Raises ConfigError (any thread; a file may hang)."""
+        new = load_again(self._load, self._present)
+        if keys := self._present.restart_keys(new):
+            raise RestartNeededError(f"{', '.join(keys)}: cannot change without a restart")
+        return new
+
+    def _read_whole(self) -> Found:
+        new = self.read()
+        return new, self._prepare(new)
+
+    # --- the file ---
+
+    def follow(self, configuration: Configuration) -> None:
+        """Take a configuration as the one in force."""
+        self._present = configuration
+        if self._watch is not None:
+            self._watch.known = configuration.digest
+            (self._watch.start if configuration.values.watch else self._watch.stop)()
+
+    def started(self) -> None:
+        """The start is over: look at the file, if it is to be watched, and reload where SIGHUP came meanwhile."""
+        if self._present.path is not None:
+            self._watch = FileWatch(
+                self._present.path,
+                changed=lambda digest: self._inbox.post(FileChanged(digest)),
+                wanted=lambda: self._lifecycle.state is State.READY,
+            )
+            self.follow(self._present)
+        if self._when_ready:
+            self.asked(ReloadAsked())
+
+    def close(self) -> None:
+        """Look no more."""
+        if self._watch is not None:
+            self._watch.stop()
+
+    def file_changed(self, event: FileChanged) -> None:
+        """Reload once for an edit that was seen, whatever comes of it."""
+        if self._lifecycle.state is State.READY and self._watch is not None and self._watch.known != event.digest:
+            self._watch.known = event.digest
+            log.info(f"{self._present.path} has changed")
+            self.asked(ReloadAsked())
+
+    # --- one reload ---
+
+    def asked(self, event: ReloadAsked) -> None:
+        """Begin a reload; under Type=notify-reload the manager waits for an answer to each SIGHUP."""
+        before = self._lifecycle.state
+        if event.signalled and before is State.STARTING:
+            self._when_ready = True
+            log.info("SIGHUP: the configuration is read again when flaskd is ready")
+            return
         try:
-            self.found = self._read()
-        except Exception as error:  # noqa: BLE001 - told to who asked; the daemon goes on with what it has
-            self.error = error
-        except BaseException as error:  # noqa: BLE001 - a module of a policy that exits while it is imported
-            self.error = FlaskdError(f"{type(error).__name__} was raised")
-        self._over(self)
+            self._lifecycle.handle(Event.RELOAD)
+        except NotNowError as error:
+            self._notices.tell(Refused(str(error)))
+            event.reply.error(error.code, str(error))
+            if event.signalled and before in {State.DRAINING, State.DRAINED}:
+                self._notices.tell(SignalRefused(event.since, before, str(error)))
+            return
+        self._waiters.append(event.reply)
+        if before is State.RELOADING:
+            self._asked_again = event.since  # what is being read may be older than this wish
+        else:
+            self._begin(event.since)
 
-
-class Readings(Generic[T]):
-    """The readings of one daemon: one is wanted at most, and those before it may hang; see `Reading`."""
-
-    def __init__(self, read: Callable[[], T], over: Callable[[Reading[T]], None]) -> None:
-        self._read, self._over = read, over
-        self._hung: list[Reading[T]] = []
-        self.present: Reading[T] | None = None
-        """The one that is waited for."""
-
-    def begin(self) -> None:
-        """Begin one; raises FlaskdError where no thread can be had, or too many readings hang."""
-        self._hung = [each for each in self._hung if each.thread.is_alive()]
-        if len(self._hung) >= _MOST_HUNG:
-            raise FlaskdError(f"{len(self._hung)} earlier readings of the configuration still hang")
-        reading = Reading(self._read, self._over)
+    def _begin(self, since: float) -> None:
+        self._asked_again = None
+        self._notices.tell(ReloadBegan(since))
         try:
-            reading.thread.start()
-        except RuntimeError as error:
-            raise shortage(error) or error from error
-        self.present = reading
+            self._inbox.post_at(self._readings.begin(), ReadingLate())
+        except FlaskdError as error:
+            self.end(FlaskdError(f"cannot read the configuration: {error}"))
 
-    def ended(self, reading: Reading[T]) -> bool:
-        """Whether that is the one that is waited for; it is not any more."""
-        if reading is not self.present:
-            return False
-        self.present = None
-        return True
+    def reading_over(self, reading: Reading[Found]) -> None:
+        """Take over what was read, or read again where a wish came meanwhile."""
+        if not self._readings.ended(reading) or self._lifecycle.state is not State.RELOADING:
+            return  # it came too late, or a stop came first; who waited was told
+        error: BaseException | None = reading.error
+        if reading.found is not None:
+            try:
+                self._apply(*reading.found)
+            except Exception as failure:  # noqa: BLE001 - told below; what was before is in force
+                error = failure
+        if self._asked_again is not None:
+            self._begin(self._asked_again)  # once for all that came meanwhile: a storm is not echoed
+        else:
+            self.end(error)
 
-    @property
-    def late(self) -> bool:
-        """Whether the present one has had its time."""
-        return self.present is not None and time.monotonic() >= self.present.until
+    def reading_late(self) -> None:
+        """Give a reading up that has had its time; the thread that hangs in it cannot be ended."""
+        if self._readings.late:
+            what = f"{self._present.path or 'the configuration'}, and what its policies need"
+            self.end(FlaskdError(f"reading {what}, took longer than {LIMIT:g}s; is it a file, on a disk that answers?"))
 
-    def give_up(self) -> None:
-        """Wait no more for the present one."""
-        if self.present is not None:
-            self._hung.append(self.present)
-            self.present = None
+    def end(self, error: BaseException | None) -> None:
+        """Be ready again, and tell all who wait what came of it; nothing when no reload is under way."""
+        if self._lifecycle.state is not State.RELOADING:
+            return
+        self._readings.give_up()
+        waiters, self._waiters = self._waiters, []
+        self._lifecycle.handle(Event.RELOADED)
+        path = self._present.path
+        if error is None:
+            self._notices.tell(ReloadEnded(str(path or "the defaults"), self._status()))
+            for reply in waiters:
+                reply.ok("reloaded", {"config": str(path)} if path else {})
+            return
+        known = isinstance(error, FlaskdError)
+        fault = f"{error if known else described(error)}; keeping the old configuration"
+        self._notices.tell(ReloadEnded(str(path), self._status(), fault, None if known else error))
+        for reply in waiters:
+            reply.error(error.code if isinstance(error, FlaskdError) else FlaskdError.code, fault)
+
+    def overtaken(self) -> None:
+        """A stop came first: tell all who wait."""
+        self._readings.give_up()
+        waiters, self._waiters = self._waiters, []
+        for reply in waiters:
+            reply.error(NotNowError.code, "the reload was overtaken by a stop")

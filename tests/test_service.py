@@ -240,8 +240,7 @@ def test_the_steps_of_a_stop_end_before_what_the_manager_was_told(monkeypatch, d
         app=None,
         shutdown=shutdown,
         cleanup=CleanupConfig(),
-        drain=lambda: None,
-        over=lambda _: None,
+        begin_drain=lambda: None,
     )
     assert (given["deadline"], given["reserve"]) == pytest.approx((ends[0], ends[1]))
     assert stop.drain_time <= ends[0] - ends[1]

@@ -553,4 +553,6 @@ def test_it_costs_nothing_where_it_is_not_used():
         [sys.executable, "-Werror", "-c", code, os.devnull],
         capture_output=True, text=True, check=True, env={**os.environ, "PYTEST_ADDOPTS": "-p no:flask -p no:xdist"},
     )  # fmt: skip
-    assert done.stdout.splitlines()[-2:] == ["", "flaskd flaskd.testing"], done.stdout + sysconfig.get_path("purelib")
+    assert done.stdout.splitlines()[-2:] == ["", "flaskd flaskd.testing flaskd.version"], (
+        done.stdout + sysconfig.get_path("purelib")
+    )

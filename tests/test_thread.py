@@ -476,19 +476,21 @@ def test_a_cleanup_that_breaks_off_cuts_no_request(shop, kind, caplog, monkeypat
             raise RuntimeError("on purpose")
         return run(self, wanted, outcome)
 
-    def drain(timeout):
-        assert broken_off.wait(PATIENCE)
-        shop.released.set()
-        reports.append(real(timeout))
-        return reports[0]
+    def begin_drain(timeout, over, **more):
+        def look(report):
+            reports.append(report)
+            over(report)
+
+        real(timeout, look, **more)
+        threading.Thread(target=lambda: broken_off.wait(PATIENCE) and shop.released.set()).start()
 
     monkeypatch.setattr(Runner, "run", broken)
     server = flaskd.ServerThread(shop.flask, server=kind).start()
     client = Asking(server, "/wait")
     assert shop.entered.acquire(timeout=PATIENCE)
-    real = server._server.drain
-    monkeypatch.setattr(server._server, "drain", drain)
-    assert server.stop() is reports[0]
+    real = server._server.begin_drain
+    monkeypatch.setattr(server._server, "begin_drain", begin_drain)
+    assert server.stop() == reports[0]
     assert reports[0].clean
     assert client.result() == (200, b"waited\n")
     assert "cleanup broke off: on purpose" in caplog.text
@@ -500,10 +502,10 @@ def test_a_drain_that_breaks_off_is_not_clean(shop, caplog, monkeypatch):
     client = Asking(server, "/wait")
     assert shop.entered.acquire(timeout=PATIENCE)
 
-    def broken(_timeout):
+    def broken(_timeout, _over, **_):
         raise RuntimeError("on purpose")
 
-    monkeypatch.setattr(server._server, "drain", broken)
+    monkeypatch.setattr(server._server, "begin_drain", broken)
     report = server.stop()
     shop.released.set()
     client.result()
@@ -729,11 +731,12 @@ def test_when_the_stop_returns_its_threads_have_ended(late, shop, kind, register
 
 
 def test_a_hurry_between_a_drain_asked_for_and_begun_counts(shop, kind):
-    """The press comes just before the serving thread hears of the drain: it ends at once all the same."""
+    """The press comes before the serving thread hears of the drain: it ends at once all the same."""
     server = flaskd.ServerThread(shop.flask, server=kind).start()
+    flaskd.on_stop(app=shop.flask, phase="announce")(server.hurry)
     client = Asking(server, "/wait")
     assert shop.entered.acquire(timeout=PATIENCE)
-    server._server.hasten_drain(0)
-    assert [each.path for each in server.drain(timeout=PATIENCE * 2).cut] == ["/wait"]
+    began = time.monotonic()
+    assert [each.path for each in server.stop(timeout=PATIENCE * 2).cut] == ["/wait"]
+    assert time.monotonic() - began < PATIENCE
     assert isinstance(client.result(), Exception)
-    server.stop()

@@ -3,15 +3,6 @@
 from flaskd.admin.endpoint.server import EndpointServer
 from flaskd.admin.endpoint.shutdown import ShutdownEndpoint, opened_by
 from flaskd.admin.endpoint.token import configured_token, make_token
-from flaskd.admin.health import AdminServer
-from flaskd.admin.metrics import Measures
+from flaskd.admin.health import AdminServer, Source
 
-__all__ = [
-    "AdminServer",
-    "EndpointServer",
-    "Measures",
-    "ShutdownEndpoint",
-    "configured_token",
-    "make_token",
-    "opened_by",
-]
+__all__ = ["AdminServer", "EndpointServer", "ShutdownEndpoint", "Source", "configured_token", "make_token", "opened_by"]

@@ -13,8 +13,9 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
-from flaskd.admin.metrics import Exporter, Measures, exporter
+from flaskd.admin.metrics import Exporter, exporter
 from flaskd.server import WaitressThread
+from flaskd.snapshot import Snapshot
 from flaskd.sockets import Address, Listener
 
 log = logging.getLogger("flaskd.admin")
@@ -49,11 +50,8 @@ class Source(Protocol):
     def wedged(self) -> str:
         """Why it does not live any more; empty while it does."""
 
-    def status(self) -> dict[str, Any]:
-        """What the verb ``status`` tells."""
-
-    def measures(self) -> Measures:
-        """What Prometheus is told."""
+    def snapshot(self) -> Snapshot:
+        """What there is to know."""
 
 
 class AdminServer:
@@ -69,7 +67,7 @@ class AdminServer:
             return
         exports: Exporter | None = None
         try:
-            exports = exporter(self._source.measures)
+            exports = exporter(self._source.snapshot)
         except ImportError:
             log.info(f"admin: /metrics answers 501: {_NO_METRICS}")
         self._server = WaitressThread(
@@ -163,7 +161,7 @@ class AdminApp:
         return _text(*self._source.readiness())
 
     def _status(self, _environ: dict[str, Any]) -> Answer:
-        return "200 OK", "application/json", json.dumps(self._source.status(), default=str).encode() + b"\n"
+        return "200 OK", "application/json", json.dumps(self._source.snapshot().as_json(), default=str).encode() + b"\n"
 
     def _prometheus(self, environ: dict[str, Any]) -> Answer:
         if self._metrics is None:

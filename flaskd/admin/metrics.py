@@ -5,41 +5,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import Any
 
 from flaskd.lifecycle import State
-from flaskd.server import BOUNDS, Histogram, Tally
+from flaskd.server import BOUNDS, Histogram
+from flaskd.snapshot import Snapshot
 from flaskd.version import __version__
 
 Exporter = Callable[[str], tuple[bytes, str]]
 """Takes the Accept header, gives the text and its content type."""
 
 
-@dataclass(frozen=True)
-class Measures:
-    """What the daemon counts and sees at one moment; times are seconds."""
-
-    state: str
-    since: float
-    started: float
-    tally: Tally
-    in_flight: int = 0
-    queued: int = 0
-    connections: int = 0
-    threads: int = 0
-    oldest: float = 0.0
-    drains: int = 0
-    reloads: Mapping[str, int] = field(default_factory=dict)
-    """By result, ``ok`` and ``failed``."""
-    steps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """The cleanup steps of the stop under way, as in the record."""
-    last_stop: Mapping[str, Any] | None = None
-
-
-def exporter(measures: Callable[[], Measures]) -> Exporter:
+def exporter(measures: Callable[[], Snapshot]) -> Exporter:
     """Make what writes the metrics; raises ImportError when prometheus_client is not installed."""
     import prometheus_client.core  # noqa: F401, PLC0415 - in time: later there may be no descriptor for its file
     from prometheus_client import CollectorRegistry  # noqa: PLC0415 - optional, and 20 to 90 ms
@@ -64,14 +43,14 @@ def exporter(measures: Callable[[], Measures]) -> Exporter:
     return write
 
 
-def families(now: Measures) -> Iterator[Any]:
+def families(now: Snapshot) -> Iterator[Any]:
     """All metrics at one moment."""
     yield from _life(now)
     yield from _requests(now)
     yield from _stops(now)
 
 
-def _life(now: Measures) -> Iterator[Any]:
+def _life(now: Snapshot) -> Iterator[Any]:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily  # noqa: PLC0415
 
     yield InfoMetricFamily("flaskd", "The running flaskd.", {"version": __version__})
@@ -84,49 +63,51 @@ def _life(now: Measures) -> Iterator[Any]:
         ("flaskd_start_time_seconds", "When flaskd was started (Unix time).", now.started),
     ):
         yield GaugeMetricFamily(name, text, value)
-    yield CounterMetricFamily("flaskd_drains", "Drains begun.", now.drains)
+    yield CounterMetricFamily("flaskd_drains", "Drains begun.", now.counts.drains)
     reloads = CounterMetricFamily("flaskd_reloads", "Reloads by result.", labels=["result"])
-    for result in ("ok", "failed"):
-        reloads.add_metric([result], now.reloads.get(result, 0))
+    reloads.add_metric(["ok"], now.counts.reloads)
+    reloads.add_metric(["failed"], now.counts.failed_reloads)
     yield reloads
 
 
-def _requests(now: Measures) -> Iterator[Any]:
+def _requests(now: Snapshot) -> Iterator[Any]:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily  # noqa: PLC0415
 
+    serving, oldest = now.serving, now.serving.oldest
     for name, text, value in (
-        ("flaskd_requests_in_flight", "Requests accepted and not yet completely answered.", now.in_flight),
-        ("flaskd_requests_queued", "Requests that wait for a worker thread.", now.queued),
-        ("flaskd_oldest_request_seconds", "Age of the oldest request in flight.", now.oldest),
-        ("flaskd_connections", "Open connections.", now.connections),
+        ("flaskd_requests_in_flight", "Requests accepted and not yet completely answered.", len(serving.in_flight)),
+        ("flaskd_requests_queued", "Requests that wait for a worker thread.", serving.queued),
+        ("flaskd_oldest_request_seconds", "Age of the oldest request in flight.", oldest.age if oldest else 0.0),
+        ("flaskd_connections", "Open connections.", serving.connections),
         ("flaskd_threads", "Worker threads.", now.threads),
     ):
         yield GaugeMetricFamily(name, text, value)
 
     outcomes = CounterMetricFamily("flaskd_requests", "Requests by what became of them.", labels=["outcome"])
-    for outcome, count in now.tally.outcomes.items():
+    for outcome, count in serving.tally.outcomes.items():
         outcomes.add_metric([outcome], count)
     yield outcomes
     answers = CounterMetricFamily("flaskd_responses", "Answers by class of their status.", labels=["status"])
     for digit in range(1, 6):
-        answers.add_metric([f"{digit}xx"], now.tally.statuses[digit])
+        answers.add_metric([f"{digit}xx"], serving.tally.statuses[digit])
     yield answers
     for name, text, histogram in (
-        ("flaskd_request_seconds", "From a request's first byte to its answer's last.", now.tally.took),
-        ("flaskd_queue_wait_seconds", "How long complete requests waited for a worker thread.", now.tally.waited),
+        ("flaskd_request_seconds", "From a request's first byte to its answer's last.", serving.tally.took),
+        ("flaskd_queue_wait_seconds", "How long complete requests waited for a worker thread.", serving.tally.waited),
     ):
         yield HistogramMetricFamily(name, text, buckets=_cumulative(histogram), sum_value=histogram.total)
 
 
-def _stops(now: Measures) -> Iterator[Any]:
+def _stops(now: Snapshot) -> Iterator[Any]:
     from prometheus_client.core import GaugeMetricFamily  # noqa: PLC0415
 
     steps = GaugeMetricFamily(
         "flaskd_cleanup_seconds", "How long each cleanup step took.", labels=["stop", "policy", "fate"]
     )
     ledger = GaugeMetricFamily("flaskd_last_stop_requests", "The ledger of the last stop.", labels=["outcome"])
-    last = now.last_stop if now.last_stop and "damaged" not in now.last_stop else None
-    for stop, policies in (("current", now.steps), ("last", last.get("policies", {}) if last else {})):
+    recorded = now.held.last_stop
+    last = recorded if recorded and "damaged" not in recorded else None
+    for stop, policies in (("current", now.serving.steps), ("last", last.get("policies", {}) if last else {})):
         for policy, entry in policies.items():
             steps.add_metric([stop, policy, str(entry.get("fate"))], float(entry.get("took") or 0))
     yield steps

@@ -128,10 +128,10 @@ def serve_app(
     from flaskd.serving.launch import check_system  # noqa: PLC0415
 
     check_system()
+    from flaskd.boot import Boot  # noqa: PLC0415
     from flaskd.cleanup import action_specs  # noqa: PLC0415
     from flaskd.config import Configuration, load  # noqa: PLC0415
     from flaskd.control import ControlPlane  # noqa: PLC0415
-    from flaskd.daemon import Daemon  # noqa: PLC0415
     from flaskd.process.exit import Ending, leave  # noqa: PLC0415
 
     if not gc.isenabled():  # `flaskd.__main__` has put it off for the imports
@@ -148,7 +148,7 @@ def serve_app(
         return load(path, actions=action_specs(), overrides=overrides)
 
     environ = dict(os.environ)
-    daemon = Daemon(
+    boot = Boot(
         read,
         plane=lambda daemon: ControlPlane(daemon, name, environ),
         name=name,
@@ -156,7 +156,7 @@ def serve_app(
         make_app=make_app,
         ending=(ending := Ending()),
     )
-    leave(daemon.run(last=True), ending)
+    leave(boot.run(last=True), ending)
 
 
 def _config_path(option: str | None) -> Path | None:

@@ -217,7 +217,9 @@ class ControlPlane:
             self._drop(client)
 
     def _access_now(self) -> Access:
-        control = self._daemon.configuration.values.control
+        configuration = self._daemon.configuration
+        assert configuration is not None
+        control = configuration.values.control
         if control is not self._access_of:  # reloaded
             self._access, self._access_of = Access(control), control
         return self._access

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flaskd.background_work import on_one_line
 from flaskd.errors import UsageError
+from flaskd.inbox import DrainAsked, ReloadAsked, ResumeAsked, StopAsked
 from flaskd.lifecycle import StopReason
 from flaskd.protocol import Reply, record_lines, request_line, status_lines, thread_line
 from flaskd.stacks import stack_of
@@ -46,7 +47,7 @@ def _help(_daemon: Daemon, command: Command, reply: Reply) -> None:
 
 
 def _status(daemon: Daemon, _command: Command, reply: Reply) -> None:
-    fields = daemon.status()
+    fields = daemon.snapshot().as_json()
     reply.ok(str(fields["state"]), detail=fields, lines=status_lines(fields))
 
 
@@ -66,16 +67,16 @@ def _ready(daemon: Daemon, _command: Command, reply: Reply) -> None:
 
 
 def _drain(daemon: Daemon, command: Command, reply: Reply) -> None:
-    daemon.drain(reply, wait="wait" in command.flags)
+    daemon.ask(DrainAsked("wait" in command.flags, reply=reply))
 
 
 def _stop(daemon: Daemon, command: Command, reply: Reply) -> None:
     reason = StopReason("control", str(command.peer))
-    daemon.stop(reason, reply, wait="wait" in command.flags, now="now" in command.flags)
+    daemon.ask(StopAsked(reason, "wait" in command.flags, "now" in command.flags, reply=reply))
 
 
 def _requests(daemon: Daemon, command: Command, reply: Reply) -> None:
-    found = daemon.server.requests(stacks="stacks" in command.flags) if daemon.server is not None else []
+    found = daemon.serving.requests(stacks="stacks" in command.flags)
     entries = [each.as_json() for each in found]
     lines = []
     for entry in entries:
@@ -84,12 +85,11 @@ def _requests(daemon: Daemon, command: Command, reply: Reply) -> None:
 
 
 def _threads(daemon: Daemon, command: Command, reply: Reply) -> None:
-    doing, over = {}, {}
-    if (server := daemon.server) is not None:
-        doing = {each.thread: str(each) for each in server.requests()}
-        over = {
-            each.name: f"{request}; it is over, its thread goes on" for each, request in server.left_behind().items()
-        }
+    doing = {each.thread: str(each) for each in daemon.serving.requests()}
+    over = {
+        each.name: f"{request}; it is over, its thread goes on"
+        for each, request in daemon.serving.left_behind().items()
+    }
     entries: list[dict[str, Any]] = []
     lines = []
     for thread in threading.enumerate():
@@ -121,14 +121,16 @@ def _tell_valid(reply: Reply, new: Configuration) -> None:
 
 
 def _config(daemon: Daemon, _command: Command, reply: Reply) -> None:
-    text = daemon.configuration.annotated()
-    reply.ok("config", detail={"yaml": text, "origins": daemon.configuration.origins}, lines=text.splitlines())
+    configuration = daemon.configuration
+    assert configuration is not None
+    text = configuration.annotated()
+    reply.ok("config", detail={"yaml": text, "origins": configuration.origins}, lines=text.splitlines())
 
 
 def _last_stop(daemon: Daemon, _command: Command, reply: Reply) -> None:
-    record = daemon.last_stop
-    if daemon.previous is not None:  # else the stop before it would look like the last thing that happened
-        record = {**(record or {}), "previous": daemon.previous}
+    record, previous = daemon.holdings.last_stop, daemon.holdings.state.previous
+    if previous is not None:  # else the stop before it would look like the last thing that happened
+        record = {**(record or {}), "previous": previous}
     if record is None:
         reply.error("no-record", "no stop has been recorded yet")
     else:
@@ -136,13 +138,13 @@ def _last_stop(daemon: Daemon, _command: Command, reply: Reply) -> None:
 
 
 def _log_level(daemon: Daemon, command: Command, reply: Reply) -> None:
-    before, level = daemon.log_level, command.argument
+    before, level = daemon.logs.level, command.argument
     if not level:
         reply.ok(before, detail={"level": before})
         return
     if level not in _LEVELS:
         raise UsageError(f'log-level: expected one of {", ".join(_LEVELS)}, got "{level}"')
-    daemon.log_level = level
+    daemon.logs.set_level(level)
     reply.ok(level, {"before": before}, detail={"level": level}, hint="until the next reload")
 
 
@@ -156,9 +158,9 @@ RUN: Mapping[str, Callable[[Daemon, Command, Reply], None]] = {
     "health": _health,
     "ready": _ready,
     "drain": _drain,
-    "resume": lambda daemon, _, reply: daemon.resume(reply),
+    "resume": lambda daemon, _, reply: daemon.ask(ResumeAsked(reply=reply)),
     "stop": _stop,
-    "reload": lambda daemon, _, reply: daemon.reload(reply),
+    "reload": lambda daemon, _, reply: daemon.ask(ReloadAsked(reply=reply)),
     "check": lambda daemon, _, reply: daemon.checking.ask(reply, _tell_valid),
     "requests": _requests,
     "threads": _threads,

@@ -8,14 +8,20 @@ in a thread of their own, and the main thread only waits for the end.
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 from flaskd.process.signals import SignalWatch
 
+log = logging.getLogger("flaskd.daemon")
+
+_QUIET = 1.0
+"""Seconds between two lines on what is raised."""
 _TURN = 1.0
 """Seconds between two looks."""
 
@@ -105,6 +111,25 @@ class MainThread:
                     self._handlers.setdefault(left[-1], signal.getsignal(left[-1]))
                     signal.signal(left[-1], _nothing)
                     left.pop()
+
+
+class Complaints:
+    """Tells of what the app's code raises in the main thread; exceptions at most once a second, the others counted."""
+
+    def __init__(self) -> None:
+        self._unsaid, self._say_again = 0, 0.0
+
+    def tell(self, error: BaseException) -> None:
+        """Log it."""
+        what = f"{type(error).__name__} was raised in the main thread, as by a signal handler of the app"
+        if not isinstance(error, Exception):
+            log.error(what, exc_info=error)
+            return
+        self._unsaid += 1
+        if (now := time.monotonic()) >= self._say_again:
+            more = f" ({self._unsaid - 1} more were not logged)" if self._unsaid > 1 else ""
+            log.error(f"{what}; flaskd goes on{more}", exc_info=error)
+            self._unsaid, self._say_again = 0, now + _QUIET
 
 
 def _is_of_the_app(handler: Any) -> bool:

@@ -1,5 +1,6 @@
 """Waitress made drainable. Every internal of waitress that flaskd relies on is touched in this package alone."""
 
+from flaskd.server.drain import Drain, Drainable, in_thread_of_its_own
 from flaskd.server.proxies import BehindProxies, missed_by_proxy_fix
 from flaskd.server.server import WaitressThread
 from flaskd.server.settings import adjustments
@@ -11,11 +12,14 @@ __all__ = [
     "BOUNDS",
     "STREAM_GRACE",
     "BehindProxies",
+    "Drain",
+    "Drainable",
     "EndingStreams",
     "Histogram",
     "Tally",
     "WaitressThread",
     "WerkzeugThread",
     "adjustments",
+    "in_thread_of_its_own",
     "missed_by_proxy_fix",
 ]

@@ -28,19 +28,29 @@ _LAST_FLUSH = 0.25
 
 
 class Draining:
-    """One drain, in the loop's thread; `deadline` is a time.monotonic() moment."""
+    """One drain, in the loop's thread; `begins` and `deadline` are time.monotonic() moments.
+
+    Until it begins, the loop goes on accepting, and each response closes its connection.
+    """
 
     def __init__(
-        self, loop: EventLoop, deadline: float, over: Callable[[DrainReport], None], counted_from: tuple[int, int]
+        self,
+        loop: EventLoop,
+        begins: float,
+        deadline: float,
+        over: Callable[[DrainReport], object],
+        counted_from: tuple[int, int],
     ) -> None:
         self.deadline = deadline
+        self._begins = begins
+        self._begun = False
         self._loop = loop
         self._over = over
         self._counted_from = counted_from
         self._began = time.monotonic()
         self._gated: list[Any] = []
         """Acceptors whose backlog is still to be taken."""
-        self._gate_until = self._began + GATE
+        self._gate_until = 0.0
         self._last_batch_taken = False
         self._streams: list[tuple[float, Channel]] = []
         self.cut: list[Cut] = []
@@ -51,6 +61,8 @@ class Draining:
     @property
     def next_moment(self) -> float:
         """The time.monotonic() moment at which `advance` has something to do whatever happens."""
+        if not self._begun:
+            return self._begins
         moments = [self._last_moment or self.deadline]
         if self._gated:
             moments.append(self._gate_until)
@@ -58,11 +70,19 @@ class Draining:
             moments.append(self._streams[0][0])
         return min(moments)
 
-    def begin(self) -> None:
+    def _begin(self) -> None:
         """Close the gates, and look at every connection."""
+        self._begun, self._began = True, time.monotonic()
+        self._loop.drain_began()
         self.close_gates()
         for channel in self._loop.channels():
             self._loop.poller.touch(channel)
+        self.end_streams(self._loop.streams)
+
+    def hasten(self, deadline: float) -> None:
+        """Begin at the next look, and end at `deadline` at the latest."""
+        self._begins = min(self._begins, time.monotonic())
+        self.deadline = min(self.deadline, deadline)
 
     def close_gates(self) -> None:
         """Take no new connections; again when a listener that somebody shared is ours alone by now."""
@@ -110,6 +130,10 @@ class Draining:
 
     def advance(self, now: float) -> None:
         """Do what is due; report when nothing is open or in the background any more, or the deadline came."""
+        if not self._begun:
+            if now < self._begins:
+                return
+            self._begin()
         if self._gated and now >= self._gate_until:
             self.pass_the_gate()
         while self._streams and self._streams[0][0] <= now:

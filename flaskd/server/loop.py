@@ -406,22 +406,33 @@ class EventLoop:
         """Go on accepting, but let each response close its connection."""
         self.closing = True
 
-    def begin_drain(self, deadline: float, over: Callable[[DrainReport], None], counted_from: tuple[int, int]) -> None:
+    def begin_drain(
+        self, begins: float, deadline: float, over: Callable[[DrainReport], object], counted_from: tuple[int, int]
+    ) -> None:
         """Stop accepting and finish what is in hand; `over` is called once, when that is done or the deadline came.
 
-        `counted_from` is how many requests had been completed and rejected when the account began.
+        `begins` and `deadline` are time.monotonic() moments; until it begins it is announced. `counted_from` is how
+        many requests had been completed and rejected when the account began.
         """
-        self.closing = self.drains = True
+        self.closing = True
+        self._drain = Draining(self, begins, deadline, over, counted_from)
+        self._drain.advance(time.monotonic())
+
+    def drain_began(self) -> None:
+        """From now on connections are let go of."""
+        self.drains = True
         self.draining.set()
-        self._drain = Draining(self, deadline, over, counted_from)
         tell_of_ends(self.wake)
-        self._drain.begin()
-        self.end_streams_in_time(list(self._streams))
+
+    @property
+    def streams(self) -> list[Channel]:
+        """The connections on which a response without an end of its own is being sent."""
+        return list(self._streams)
 
     def hasten_drain(self, deadline: float) -> None:
-        """Bring the deadline of the drain under way forward."""
+        """Bring the begin of the drain under way forward to now, and its deadline to `deadline`."""
         if self._drain is not None:
-            self._drain.deadline = min(self._drain.deadline, deadline)
+            self._drain.hasten(deadline)
 
     def drain_over(self) -> None:
         """Forget the drain: it has reported, or was undone."""

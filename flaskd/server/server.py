@@ -9,14 +9,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from concurrent.futures import Future
 from typing import Any, Self
 
-from flaskd.background_work import left_behind
-from flaskd.errors import AppError, FlaskdError, NotNowError
+from flaskd.errors import AppError, FlaskdError
 from flaskd.ledger import Cut, DrainReport, InFlight
 from flaskd.process.descriptors import open_files
 from flaskd.process.forks import forgotten_by_children
+from flaskd.server.drain import Drain
 from flaskd.server.loop import EventLoop
 from flaskd.server.settings import most_connections
 from flaskd.server.tally import Tally
@@ -28,8 +27,6 @@ log = logging.getLogger("flaskd.server")
 _DEFAULT_TIMEOUT = 30.0
 _START_TIMEOUT = 10.0
 _JOIN_TIMEOUT = 1.0
-_GUARD = 1.0
-"""Seconds past its timeout that a drain waits for the serving thread's word."""
 
 
 class WaitressThread:
@@ -76,8 +73,7 @@ class WaitressThread:
         self._on_death = on_death
         self._loop: EventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._drained: Future[DrainReport] | None = None
-        self._drain_by = float("inf")
+        self._drain: Drain | None = None
         self._lock = threading.RLock()
         self._known_to_forks = contextlib.ExitStack()
 
@@ -319,44 +315,51 @@ class WaitressThread:
         """How many requests have been completed and rejected since the start."""
         return (self._loop.completed, self._loop.rejected) if self._loop else (0, 0)
 
+    @property
+    def dead(self) -> str:
+        """Why no word of it will come any more; empty while its thread is there."""
+        if self._thread is not None and self._thread.is_alive():
+            return ""
+        return f"the serving thread died: {self._loop.error if self._loop else None}"
+
     def begin_drain(
-        self, timeout: float, over: Callable[[DrainReport], None], *, counted_from: tuple[int, int] | None = None
+        self,
+        timeout: float,
+        over: Callable[[DrainReport], object],
+        *,
+        announce: float = 0.0,
+        counted_from: tuple[int, int] | None = None,
     ) -> None:
         """Start a drain and return at once; `over` is called from the serving thread with the report.
 
-        The report counts from now on, or since `counted` was `counted_from`.
+        For `announce` seconds before, new connections are still accepted, and each response closes its connection. The
+        report counts from now on, or since `counted` was `counted_from`.
         """
-        deadline = time.monotonic() + timeout
+        begins = time.monotonic() + announce
         before = self.counted if counted_from is None else counted_from
-        self._serving.call(lambda: self._serving.begin_drain(deadline, over, before))
+        self._serving.call(lambda: self._serving.begin_drain(begins, begins + timeout, over, before))
 
     def hasten_drain(self, timeout: float) -> None:
-        """Leave the drain under way at most `timeout` seconds more; one that `drain` is about to begin, too."""
+        """End the announce now, and leave the drain under way at most `timeout` seconds more."""
         deadline = time.monotonic() + timeout
-        with self._lock:
-            self._drain_by = min(self._drain_by, deadline)
-            self._serving.call(lambda: self._serving.hasten_drain(deadline))
+        self._serving.call(lambda: self._serving.hasten_drain(deadline))
 
     def drain(self, timeout: float = _DEFAULT_TIMEOUT) -> DrainReport:
-        """Take no new work, finish what is in hand within `timeout` seconds, and tell what became of it."""
-        loop = self._serving
+        """Take no new work, finish what is in hand within `timeout` seconds, and tell what became of it.
+
+        A second call joins the first. Raises FlaskdError when the serving thread is dead, or resume undid the drain.
+        """
         with self._lock:
-            drained = self._drained
-            if drained is None:
-                drained = self._drained = Future()
-                self.begin_drain(min(timeout, self._drain_by - time.monotonic()), drained.set_result)
-            else:  # somebody else's, under way or over: this one joins it
-                self.hasten_drain(timeout)
-        until = time.monotonic() + timeout + _GUARD
-        while True:
-            try:
-                return drained.result(0.5)
-            except TimeoutError:
-                if self._thread is None or not self._thread.is_alive():
-                    raise FlaskdError(f"cannot drain: the serving thread died: {loop.error}") from None
-                if time.monotonic() > until:
-                    cut = loop.cut("the serving thread does not turn")
-                    return DrainReport(cut=cut, took=timeout + _GUARD, background=left_behind())
+            if self._serving.turned.is_set() and self._drain is None and (dead := self.dead):
+                raise FlaskdError(f"cannot drain: {dead}")
+            if self._drain is None:
+                self._drain = Drain(self, timeout).begin()
+            else:  # under way or over: this one joins it
+                self._drain.shorten(timeout)
+            drain = self._drain
+        report = drain.wait()
+        assert report is not None
+        return report
 
     def resume(self) -> None:
         """Serve again after a drain, on the same addresses and port numbers.
@@ -377,9 +380,9 @@ class WaitressThread:
                 listeners.extend(each if each.shared else self._bound_anew(each) for each in self._listeners or ())
                 loop.resume(listeners)
                 self._listeners = listeners
-                drained, self._drained, self._drain_by = self._drained, None, float("inf")
-                if drained is not None and not drained.done():
-                    drained.set_exception(NotNowError("cannot drain: resume undid it"))
+                drain, self._drain = self._drain, None
+                if drain is not None:
+                    drain.undo()
             except Exception as error:  # noqa: BLE001 - handed to the caller
                 errors.append(error)
                 for listener in listeners:
@@ -408,8 +411,7 @@ class WaitressThread:
             if self._thread.is_alive():
                 self.drain(timeout)
             self.end()
-        drained = self._drained
-        return drained.result() if drained is not None and drained.done() else DrainReport()
+        return (self._drain.report if self._drain is not None else None) or DrainReport()
 
     def end(self, timeout: float = _JOIN_TIMEOUT) -> None:
         """End and join the threads of a server that is drained, waiting at most `timeout` seconds for its workers."""

@@ -25,6 +25,7 @@ from flaskd.errors import FlaskdError
 from flaskd.ledger import Cut, DrainReport, InFlight
 from flaskd.process.forks import forgotten_by_children
 from flaskd.process.threads import AppThread
+from flaskd.server.drain import in_thread_of_its_own
 from flaskd.server.draining import BACKLOG, GATE, TOO_LATE
 from flaskd.server.exchange import OwnErrors, Request
 from flaskd.server.streams import STREAM_GRACE, EndingStreams
@@ -97,8 +98,8 @@ class WerkzeugThread:
         self._leaving: list[threading.Thread] = []
         """The threads of connections that are closed, which have only to end."""
         self._changed = threading.Condition()
-        self._report: DrainReport | None = None
-        self._drain_lock = threading.Lock()
+        self._drained = False
+        self._drainer: threading.Thread | None = None
         self._deadline = self._streams_until = float("inf")
 
     def start(self) -> Self:
@@ -153,17 +154,27 @@ class WerkzeugThread:
 
     def left_behind(self) -> dict[threading.Thread, InFlight]:
         """The threads that go on with a request that was cut."""
-        return {each.thread: each.snapshot() for each in list(self._in_hand.values())} if self._report else {}
+        return {each.thread: each.snapshot() for each in list(self._in_hand.values())} if self._drained else {}
 
-    def announce(self) -> None:
-        """Do nothing: each response closes its connection as it is."""
+    dead = ""
+    """A connection's thread that dies takes nothing with it but its connection."""
 
-    def drain(self, timeout: float) -> DrainReport:
-        """Take no new work, finish what is in hand within `timeout` seconds, and tell what became of it."""
-        with self._drain_lock:
-            if self._report is None:
-                self._report = self._drain(time.monotonic(), timeout)
-            return self._report
+    @property
+    def counted(self) -> tuple[int, int]:
+        """How many requests have been completed since the start; it rejects none."""
+        return self.completed, 0
+
+    def begin_drain(
+        self,
+        timeout: float,
+        over: Callable[[DrainReport], object],
+        *,
+        announce: float = 0.0,  # noqa: ARG002 - each response closes its connection as it is
+        counted_from: tuple[int, int] | None = None,  # noqa: ARG002
+    ) -> None:
+        """Take no new work, finish what is in hand within `timeout` seconds; `over` gets what became of it."""
+        began = time.monotonic()
+        self._drainer = in_thread_of_its_own(self, lambda: self._drain(began, timeout), over)
 
     def hasten_drain(self, timeout: float) -> None:
         """Leave the drain under way at most `timeout` seconds more."""
@@ -186,6 +197,8 @@ class WerkzeugThread:
             return
         self._wake()
         thread.join()
+        if self._drainer is not None and self._drainer.ident is not None:  # it has said its word, and ends
+            self._drainer.join(timeout)
         until = time.monotonic() + timeout
         for worker in [*self._server.connections, *self._leaving]:
             worker.join(max(0.0, until - time.monotonic()))
@@ -273,6 +286,7 @@ class WerkzeugThread:
         for each in late:
             _tell(each)
         tell_no_more(self._look_again)
+        self._drained = True
         return DrainReport(self.completed - completed, 0, cut, time.monotonic() - began, left_behind())
 
     def _look_again(self) -> None:

@@ -22,6 +22,7 @@ from flaskd.lifecycle import StopReason
 from flaskd.process.descriptors import open_files
 from flaskd.server import BehindProxies, WaitressThread, WerkzeugThread, adjustments
 from flaskd.serving.loading import check_servable
+from flaskd.serving.pipeline import Pipeline
 from flaskd.serving.stop import CleanupThread, Stop, serving
 from flaskd.serving.wsgi import find_flask
 from flaskd.sockets import Address, check_serving
@@ -76,7 +77,7 @@ class ServerThread:
         self._lock = threading.Lock()
         self._pid = 0
         self._server: WaitressThread | WerkzeugThread | None = None
-        self._stop: Stop | None = None
+        self._pipeline: Pipeline | None = None
         self._cleanup_thread: CleanupThread
         self._stopped: Future[DrainReport]
         self._when_over: list[Callable[[], None]] | None = None
@@ -103,17 +104,18 @@ class ServerThread:
                 raise FlaskdError("cannot start: this server is running; stop it first, or make another one")
             self._plan = build_plan(self._config.cleanup)
             self._plan.prepare()
-            self._pid, self._stop, self._report, self._pressed = os.getpid(), None, None, False
+            self._pid, self._report, self._pressed = os.getpid(), None, False
             self._stopped, self._when_over = Future(), []
             self._cleanup_thread = CleanupThread()
             self._cleanup_thread.start()
             self._server = self._new_server()  # from now on a request may stop it
+            self._pipeline = Pipeline(self._server)
             if (app := find_flask(self._app)) is not None:
                 self._endpoints.enter_context(serving(app, self))
             try:
                 self._server.start()
             except BaseException:
-                self._server = None
+                self._server = self._pipeline = None
                 self._endpoints.close()
                 self._cleanup_thread.dismiss()
                 raise
@@ -141,10 +143,14 @@ class ServerThread:
         )
 
     @property
-    def _serving(self) -> WaitressThread | WerkzeugThread:
-        if self._server is None:
+    def _serving(self) -> Pipeline:
+        if self._pipeline is None:
             raise FlaskdError("cannot do that: this server has not been started")
-        return self._server
+        return self._pipeline
+
+    @property
+    def _stop(self) -> Stop | None:
+        return self._pipeline.stop if self._pipeline is not None else None
 
     @property
     def addresses(self) -> list[Address]:
@@ -194,18 +200,23 @@ class ServerThread:
         The default is ``shutdown.drain.timeout`` (15 s unless configured). The threads stay; `resume` undoes it. Raises
         FlaskdError inside a request, which the drain would wait for.
         """
-        if threading.current_thread() in self._serving.worker_threads():
+        serving = self._serving
+        if threading.current_thread() in self.worker_threads():
             raise FlaskdError(
                 "cannot drain: this is a request that the drain would wait for; call it in another thread, or call "
                 "stop(), which does not wait here"
             )
-        report = self._serving.drain(self._config.shutdown.drain.timeout if timeout is None else timeout)
-        self._report = report
+        drain = serving.begin_drain(self._config.shutdown.drain.timeout if timeout is None else timeout)
+        report = self._report = drain.wait()
+        assert report is not None
         return report
 
     def resume(self) -> None:
         """Serve again after a drain, at the same address; raises CannotCreateError when that cannot be had any more."""
-        self._serving.resume()
+        serving = self._serving
+        if self._server is not None:
+            self._server.resume()
+        serving.undo_drain()
 
     def stop(self, timeout: float | None = None, *, reason: StopReason = _ASKED) -> DrainReport:
         """Drain, run the cleanup steps, join every thread; a second call joins the first, and returns the same report.
@@ -272,9 +283,8 @@ class ServerThread:
         if self._when_over is None:
             return
         self._pressed = True
-        if self._stop is not None and self._server is not None and not self._stop.hurried:
-            self._stop.hurry()
-            self._server.hasten_drain(0)
+        if self._pipeline is not None:
+            self._pipeline.hurry()
 
     def _end(self, server: WaitressThread | WerkzeugThread, timeout: float | None, reason: StopReason) -> None:
         """Stop in a thread of its own: whoever asks for it, and gives up waiting, leaves it running."""
@@ -304,8 +314,7 @@ class ServerThread:
         if not asked:
             off = cleanup.discovery.model_copy(update={"mode": "off"})
             cleanup = cleanup.model_copy(update={"discovery": off})
-        stop = self._stop = Stop.of(
-            server,
+        stop = self._serving.begin_stop(
             reason,
             plan=plan,
             app=app,
@@ -319,7 +328,8 @@ class ServerThread:
             stop.arm()
         if self._pressed:
             self.hurry()
-        server.announce()
+        if isinstance(server, WaitressThread):  # of the other, each response closes its connection as it is
+            server.announce()
         try:
             stop.run()
         finally:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 
 from flaskd.cleanup import (
     AFTER_THE_DRAIN,
@@ -27,12 +27,12 @@ from flaskd.cleanup import (
     with_found,
 )
 from flaskd.config import CleanupConfig, ShutdownConfig
-from flaskd.errors import FlaskdError
-from flaskd.ledger import Cut, DrainReport
+from flaskd.ledger import DrainReport
 from flaskd.lifecycle import StopReason
 from flaskd.log.setup import timestamp
 from flaskd.process.exit import Unfinished, stacks_go_to
 from flaskd.process.forks import AppCode
+from flaskd.server import Drain
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -93,16 +93,6 @@ class CleanupThread:
                 thread.join(1)
 
 
-class Drainable(Protocol):
-    """What can be drained by the thread that waits for it."""
-
-    def drain(self, timeout: float) -> DrainReport:
-        """Finish what is in hand within `timeout` seconds; raises FlaskdError when nobody is left to do it."""
-
-    def cut(self, reason: str) -> tuple[Cut, ...]:
-        """What is in hand, as cut."""
-
-
 class Serves(Protocol):
     """What serves an app in this process, beside the daemon, and can be asked to stop."""
 
@@ -135,13 +125,13 @@ def who_serves(app: Flask) -> Serves | None:
 
 
 class Stop:
-    """Runs the plan as it stands now; its owner tells it when the drain is over, and it tells when all is done.
+    """Runs the plan as it stands now, around a drain, in the thread that calls `run`.
 
-    `drain` and `over` are called from the thread that calls `run`: when it is time to drain, and at the end, with what
-    broke the cleanup off if anything did; the drain goes on to its end all the same. `on_step` gets each step's result,
-    `on_begin` is called when one has begun. `sweep` has what the app was last known to hold; what it holds now is
-    looked for beside the drain, and taken into the plan after it. None: nobody wants to know. `spare` is a thread for
-    steps where no other can be had.
+    `begin_drain` is called when it is time to drain, and gives the drain that it began, or that was begun or over
+    before. What breaks the cleanup off is logged, and the drain goes on to its end all the same. `on_step` gets each
+    step's result, `on_begin` is called when one has begun. `sweep` has what the app was last known to hold; what it
+    holds now is looked for beside the drain, and taken into the plan after it. None: it is not asked for. `spare` is a
+    thread for steps where no other can be had.
     """
 
     def __init__(
@@ -153,8 +143,7 @@ class Stop:
         shutdown: ShutdownConfig,
         cleanup: CleanupConfig,
         state: Path | None = None,
-        drain: Callable[[], None],
-        over: Callable[[BaseException | None], None],
+        begin_drain: Callable[[], Drain],
         on_step: Callable[[StepResult], None] | None = None,
         on_begin: Callable[[], None] | None = None,
         sweep: DiscoveryRun | None = None,
@@ -168,9 +157,8 @@ class Stop:
         self._sweep, self._app, self._cleanup = sweep, app, cleanup
         self._began = time.monotonic()
         self._deadline = self._began + self._shutdown.deadline
-        self._drain, self._over = drain, over
-        self._report: DrainReport | None = None
-        self._drained = threading.Event()
+        self._begin_drain = begin_drain
+        self._drain: Drain | None = None
         deadline, reserve = for_steps(shutdown.deadline, shutdown.reserve)
         self._ending = shutdown.deadline - deadline
         self._runner = Runner(
@@ -185,64 +173,6 @@ class Stop:
             on_begin=on_begin,
             spare=spare,
         )
-
-    @classmethod
-    def of(
-        cls,
-        server: Drainable,
-        reason: StopReason,
-        *,
-        plan: Plan,
-        app: Flask | None,
-        shutdown: ShutdownConfig,
-        cleanup: CleanupConfig,
-        on_step: Callable[[StepResult], None] | None = None,
-        sweep: DiscoveryRun | None = None,
-        spare: Spare | None = None,
-    ) -> Self:
-        """A stop that drains `server` itself; what breaks the cleanup off is logged, and the drain goes on."""
-
-        def drain() -> None:
-            try:
-                report = server.drain(stop.drain_time)
-            except FlaskdError as error:  # the serving thread is dead: what it had in hand is lost
-                log.error(str(error))  # noqa: TRY400 - the death itself has been logged with its traceback
-                report = DrainReport(cut=server.cut(str(error)))
-            except Exception as error:  # whatever it was, the stop waits for this word
-                log.exception("the drain broke off")
-                report = DrainReport(cut=server.cut(f"the drain broke off: {error}"))
-            stop.drained(report)
-
-        # Aside, because the cleanup steps of the drain's phase run meanwhile.
-        aside = threading.Thread(target=drain, name="flaskd-drain", daemon=True)
-
-        def drain_aside() -> None:
-            try:
-                aside.start()
-            except RuntimeError:  # no thread can be had: they wait for it
-                drain()
-
-        def over(error: BaseException | None) -> None:
-            if error is not None:
-                log.error(f"cleanup broke off: {error}", exc_info=error)
-            if not stop._drained.is_set():
-                stop.drained(DrainReport(cut=server.cut("the cleanup broke off")))
-            elif aside.ident is not None:  # it has said its word, and ends
-                aside.join(1)
-
-        stop = cls(
-            reason,
-            plan=plan,
-            app=app,
-            shutdown=shutdown,
-            cleanup=cleanup,
-            drain=drain_aside,
-            over=over,
-            on_step=on_step,
-            sweep=sweep,
-            spare=spare,
-        )
-        return stop
 
     def arm(self) -> None:
         """Make sure that the process ends by the deadline, whatever happens from here on."""
@@ -281,7 +211,7 @@ class Stop:
     @property
     def report(self) -> DrainReport:
         """What became of the requests; nothing before the drain is over."""
-        return self._report or DrainReport()
+        return (self._drain.report if self._drain is not None else None) or DrainReport()
 
     @property
     def step_left(self) -> float:
@@ -311,13 +241,8 @@ class Stop:
             self.arm()
         self._runner.hurry(_HURRIED)
 
-    def drained(self, report: DrainReport) -> None:
-        """Let the cleanup go on: the drain is over."""
-        self._report = report
-        self._drained.set()
-
     def record(self, report: DrainReport) -> dict[str, Any]:
-        """The record of it; keys are stable."""
+        """The record of it, with what became of the requests; keys are stable."""
         return {
             "reason": str(self.reason),
             "plan": self.plan.id,
@@ -335,29 +260,25 @@ class Stop:
 
     def run(self) -> None:
         """Go through the phases; returns when the last is over, by the deadline at the latest."""
-        error: BaseException | None = None
-        draining = False
         try:
             self._take(self._sweep, _FIRST_LOOK)
             self._runner.run(BEFORE_THE_DRAIN)
-            draining = True
-            self._drain()
-            sweep = self._sweep and self._look_around()
+            drain = self._drain = self._begin_drain()
+            sweep = self._sweep and self._look_around(drain)
             self._runner.run(BESIDE_THE_DRAIN)
-            self._drained.wait()
-            assert self._report is not None
+            report = drain.wait()
+            assert report is not None
             self._take(sweep, _SECOND_LOOK)
-            self._runner.run(AFTER_THE_DRAIN, "clean" if self._report.clean else "degraded")
-        except BaseException as failure:  # noqa: BLE001 - the daemon must go on and exit, and tells what it was
-            error = failure
-            if not draining:  # what is in hand is finished all the same
-                self._drain()
-            self._drained.wait(self.left)
-        self._over(error)
+            self._runner.run(AFTER_THE_DRAIN, "clean" if report.clean else "degraded")
+        except BaseException as error:  # whatever it was, what is in hand is finished, and the process exits
+            log.error(f"cleanup broke off: {error}", exc_info=error)  # noqa: TRY400 - the text is part of the line
+            drain = self._drain = self._drain or self._begin_drain()
+            if drain.wait(self.left) is None:
+                drain.give_up("the cleanup broke off")
 
-    def _look_around(self) -> DiscoveryRun:
+    def _look_around(self, drain: Drain) -> DiscoveryRun:
         """Look for what the app holds, a moment after the drain has begun, for it takes the interpreter's lock."""
-        self._drained.wait(_HEAD_START)
+        drain.wait(_HEAD_START)
         return DiscoveryRun(self._app)
 
     def _take(self, sweep: DiscoveryRun | None, patience: float) -> None:

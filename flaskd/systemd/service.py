@@ -17,6 +17,24 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from flaskd.lifecycle import State, StopReason
+from flaskd.notices import (
+    BecameReady,
+    BrokenOff,
+    DrainBegan,
+    DrainEnded,
+    FailedFor,
+    Loaded,
+    Notice,
+    Progress,
+    ReloadBegan,
+    ReloadEnded,
+    Resumed,
+    SignalRefused,
+    Starting,
+    StepsTake,
+    StopBegan,
+    Stopped,
+)
 from flaskd.sockets import Listener
 from flaskd.systemd.notify import Notifier
 from flaskd.systemd.store import Store
@@ -57,16 +75,17 @@ class Server(Protocol):
 
 
 class Service:
-    """One daemon as its service manager has it; `post` runs a function in the thread of the events, soon."""
+    """One daemon as its service manager has it; `pulse_due` has `pulse` called in the thread of the events, soon."""
 
-    def __init__(
-        self, notifier: Notifier, environ: Mapping[str, str], post: Callable[[Callable[[], None]], None]
-    ) -> None:
+    def __init__(self, notifier: Notifier, environ: Mapping[str, str], pulse_due: Callable[[], None]) -> None:
         self.store = Store(notifier)
         self.stuck_after: float | None = None
         """Seconds without any progress in any thread, after which the pulse stops; None: never."""
         self._notifier = notifier
-        self._post = post
+        self._pulse_due = pulse_due
+        self._server: Server
+        self._listeners: Sequence[Listener] = ()
+        self._state: Callable[[], State]
         self._period = _watchdog(environ) / 2
         self._started = threading.Event()
         self._ended = threading.Event()
@@ -94,6 +113,54 @@ class Service:
             self._given.set()
             if ours:
                 faulthandler.disable()
+
+    def attach(self, server: Server, listeners: Sequence[Listener], state: Callable[[], State]) -> None:
+        """Say what the notices are about: what serves, on which listeners, and in which state it is."""
+        self._server, self._listeners, self._state = server, listeners, state
+
+    def heard(self, notice: Notice) -> None:  # noqa: C901, PLR0912 - one case for each
+        """Tell the manager what concerns it."""
+        tell = self._notifier
+        match notice:
+            case Starting():
+                self.starting()
+            case Loaded(timeout):
+                self.probing(timeout)
+            case BecameReady():
+                self.ready(notice.status, self._server, self._state)
+            case BrokenOff():
+                tell.stopping("stopped while starting")
+            case FailedFor(why, number):
+                tell.failed(why, number)
+            case DrainBegan(in_flight):
+                tell.status(f"draining: {in_flight} in flight")
+            case DrainEnded(report, state) if state is State.DRAINED:
+                tell.status(f"drained: {report}")
+            case Resumed(status):
+                tell.status(status)
+            case ReloadBegan(since):
+                tell.reloading(since)
+            case SignalRefused(since, state, why):
+                tell.reloading(since)
+                tell.ready(f"{state}: {why}")
+            case ReloadEnded():
+                tell.ready(f"ready, but the reload failed: {notice.fault}" if notice.fault else notice.status)
+            case StopBegan(left=left):
+                self.stopping(notice.status, left, notice.reason, self._listeners, self._server)
+            case StepsTake(seconds, left):
+                self.step(seconds, left)
+            case Progress(text, left):
+                self.progress(text, self._server, left)
+            case Stopped(account, failed=False):  # else the STATUS of the failure is what people need to see
+                tell.status(f"stopped: {account.report}")
+
+    def close(self) -> None:
+        """Close the connection to the manager."""
+        self._notifier.close()
+
+    def forget(self) -> None:
+        """In a forked child: the manager is not to be told anything by it."""
+        self._notifier.forget()
 
     # --- start ---
 
@@ -138,13 +205,14 @@ class Service:
                     log.warning("all is well again, and the service manager is told so")
                 self._complained = False
                 self._given.clear()
-                self._post(self._pulse)
+                self._pulse_due()
                 if not self._given.wait(self._period / 2) and state() is not State.STOPPED:  # then it has left its loop
                     self._complain("the thread of the events does not turn")
                     self._given.wait()
             pause = self._period if well else self._period / 10
 
-    def _pulse(self) -> None:
+    def pulse(self) -> None:
+        """The thread of the events turns: all is well."""
         self._given.set()
         self._notifier.alive()
 

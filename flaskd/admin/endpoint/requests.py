@@ -15,7 +15,7 @@ from werkzeug.wsgi import ClosingIterator
 
 from flaskd.background_work import in_background, left_behind, tell_no_more, tell_of_ends
 from flaskd.ledger import Cut, DrainReport, InFlight, visible
-from flaskd.server import STREAM_GRACE, EndingStreams
+from flaskd.server import STREAM_GRACE, EndingStreams, in_thread_of_its_own
 from flaskd.stacks import stack_of
 
 log = logging.getLogger("flaskd.endpoint")
@@ -52,6 +52,7 @@ class Requests:
         self._in_hand: dict[int, _Request] = {}
         self._ids = itertools.count(1)
         self._completed = self._rejected = 0
+        self._deadline = float("inf")
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         """Run the app; the request is over when the server closes what the app returned (PEP 3333)."""
@@ -91,18 +92,41 @@ class Requests:
         """Requests that the app has in hand."""
         return len(self._in_hand)
 
-    def drain(self, timeout: float) -> DrainReport:
-        """Refuse what is new, wait for what is in hand at most `timeout` seconds, and tell what became of it.
+    dead = ""
+    counted = (0, 0)
+    """It counts from the drain on."""
+
+    def begin_drain(
+        self,
+        timeout: float,
+        over: Callable[[DrainReport], object],
+        *,
+        announce: float = 0.0,  # noqa: ARG002 - the server itself goes on accepting
+        counted_from: tuple[int, int] | None = None,  # noqa: ARG002
+    ) -> None:
+        """Refuse what is new, wait for what is in hand at most `timeout` seconds; `over` is told what became of it.
 
         Work in the background is waited for, too (`flaskd.background`).
         """
+        in_thread_of_its_own(self, lambda: self.drain(timeout), over)
+
+    def hasten_drain(self, timeout: float) -> None:
+        """Leave the drain under way at most `timeout` seconds more."""
+        with self._changed:
+            self._deadline = min(self._deadline, time.monotonic() + timeout)
+            self._changed.notify_all()
+
+    def drain(self, timeout: float) -> DrainReport:
+        """What `begin_drain` does, in this thread."""
         began = time.monotonic()
+        self._deadline = began + timeout
         tell_of_ends(self._notify)
         try:
             with self._changed:
                 self._draining.set()
                 self._streams_until = min(self._streams_until, began + STREAM_GRACE)
-                self._changed.wait_for(lambda: not self._in_hand and not in_background(), timeout)
+                while (self._in_hand or in_background()) and (left := self._deadline - time.monotonic()) > 0:
+                    self._changed.wait(left)
                 cut = self.cut("the drain's time was over")
                 completed, rejected = self._completed, self._rejected
         finally:

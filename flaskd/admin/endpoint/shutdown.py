@@ -20,6 +20,7 @@ from flaskd.cleanup import Plan, with_callbacks
 from flaskd.config import load_mapping, write_duration
 from flaskd.errors import ConfigError, FlaskdError
 from flaskd.lifecycle import StopReason
+from flaskd.serving.pipeline import Pipeline
 from flaskd.serving.stop import Stop, who_serves
 from flaskd.sockets import Address
 
@@ -177,13 +178,8 @@ class ShutdownEndpoint:
                     threading.Thread(target=self._end, name="flaskd-endpoint-stop", daemon=True).start()
                 return
             plan = self._plan()
-            self._stop = Stop.of(
-                self._requests,
-                reason,
-                plan=plan,
-                app=self._app,
-                shutdown=self._config.shutdown,
-                cleanup=self._config.cleanup,
+            self._stop = Pipeline(self._requests).begin_stop(
+                reason, plan=plan, app=self._app, shutdown=self._config.shutdown, cleanup=self._config.cleanup
             )
         threading.Thread(target=self._run_stop, args=(self._stop,), name="flaskd-endpoint-stop", daemon=True).start()
 

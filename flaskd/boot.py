@@ -1,0 +1,256 @@
+"""The frame of a daemon's run: its start, which can be broken off, its signals, and its exit code."""
+
+from __future__ import annotations
+
+import errno
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any, NoReturn
+
+from flaskd.admin import opened_by
+from flaskd.config import Configuration
+from flaskd.daemon import Daemon
+from flaskd.errors import EX_LOST, EX_OK, AppError, FlaskdError, NotNowError
+from flaskd.holdings import Plane, put_away
+from flaskd.inbox import Asked, ExitBegan, ExitOver, Raised, ReloadAsked, StopAsked
+from flaskd.lifecycle import Event, State, StopReason
+from flaskd.notices import BrokenOff, FailedFor, Loaded, Starting
+from flaskd.process.descriptors import open_files
+from flaskd.process.exit import Ending
+from flaskd.process.forks import AppCode, end_child, forgotten_by_children
+from flaskd.process.main_thread import MainThread
+from flaskd.process.signals import Escalation, SignalWatch
+from flaskd.serving import launch
+from flaskd.serving.patching import patching_refused
+from flaskd.starting import Start
+
+log = logging.getLogger("flaskd.daemon")
+
+_LAST_WORDS = 0.2
+"""Seconds for the log of a process that leaves in a hurry."""
+_SWITCH = 0.001
+"""Seconds after which a thread that computes lets another one run (sys.setswitchinterval; Python's own is 5 ms).
+
+The serving, control and admin threads need the interpreter several times for one answer, and wait each time for every
+thread that computes: with four of them a probe took up to 190 ms, and takes up to 40.
+"""
+
+
+class Boot:
+    """Runs one daemon in this process.
+
+    `load` reads the configuration, at the start and at each reload. `app` is served as it is, or what `make_app` makes
+    when the time for it has come; without them the app named by the configuration is imported. `ending` is there where
+    the process ends with the stop: what the app has left to that has its time then.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Configuration],
+        *,
+        plane: Callable[[Daemon], Plane],
+        name: str,
+        environ: Mapping[str, str],
+        app: Callable[..., Any] | None = None,
+        make_app: Callable[[], Callable[..., Any]] | None = None,
+        ending: Ending | None = None,
+    ) -> None:
+        self._load, self._ending = load, ending
+        self._start = Start(asked=lambda: self._signals.poke())  # noqa: PLW0108 - there is no watch yet
+        daemon = self.daemon = Daemon(
+            load,
+            plane=plane,
+            name=name,
+            environ=environ,
+            app=app,
+            make_app=make_app,
+            start=self._start,
+            end_the_app=(lambda: self._main.call(self._end_the_app)) if ending is not None else None,
+        )
+        self._signals = SignalWatch(self._signalled, wake=lambda: self._main.call(lambda: None))
+        self._escalation = Escalation()
+        self._main = MainThread(self._serve, lambda error: daemon.inbox.post(Raised(error)), self._look)
+
+    def run(self, *, last: bool = False) -> int:
+        """Serve until stopped, and return the exit code; faults of the start are logged, and told by the code.
+
+        `last`: the process ends then, and the app's own signal handlers are not put back.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            raise FlaskdError("cannot serve: flaskd needs the main thread for its signals; elsewhere use ServerThread")
+        daemon = self.daemon
+        with ExitStack() as stack:
+            if not last:
+                stack.callback(self._main.put_handlers_back)
+            stack.enter_context(daemon.logs)
+            daemon.logs.apply(level="info", log_format="auto", access="off")
+            stack.callback(put_away, daemon.service.close)
+            stack.enter_context(daemon.service.attended())
+            stack.enter_context(forgotten_by_children(self._forget))
+            stack.callback(faulthandler.cancel_dump_traceback_later)
+            stack.callback(put_away, daemon.reload.close)
+            stack.callback(sys.setswitchinterval, sys.getswitchinterval())
+            sys.setswitchinterval(_SWITCH)
+            with AppCode():  # a child that the app forked in this thread undoes nothing of what the stack holds
+                try:
+                    if self._ending is not None:
+                        self._ending.start()
+                    self._make(stack)
+                    self._main.begin()
+                except BaseException as error:  # noqa: BLE001 - the app's code runs in this thread; told in either case
+                    if not self._main.begun:
+                        return self._not_started(error)
+                    daemon.inbox.post(Raised(error))
+                return self._main.wait()
+        raise AssertionError  # the stack suppresses nothing
+
+    def _make(self, stack: ExitStack) -> None:
+        """Make all that serving needs; while the app is imported, a stop ends the process at once."""
+        daemon, holdings, serving = self.daemon, self.daemon.holdings, self.daemon.serving
+        configuration = self._load()
+        config = configuration.values
+        daemon.configured(configuration)
+        self._start.breakable = True
+        stack.enter_context(self._signals)
+        daemon.notices.tell(Starting())
+        with self._start.making:
+            holdings.open(config, daemon.service.store, stack)
+            stack.callback(put_away, serving.abandon)
+            serving.make_threads()
+        stack.enter_context(opened_by(holdings.open_endpoint))
+        holdings.tell()
+        stack.enter_context(patching_refused())
+        app = serving.load(config, holdings.state.writable)
+        self._signals.reclaim()
+        daemon.logs.reclaim()
+        app.tell()
+        serving.make_server(config, holdings.listeners)
+        stack.enter_context(open_files.reserve())
+        self._start.end()
+        serving.start(configuration)
+        launch.keep(config, holdings.listeners, daemon.service.store)
+        daemon.notices.tell(Loaded(config.health.probe_timeout if config.health.probe else 0.0))
+
+    def _not_started(self, error: BaseException) -> int:
+        """Tell why the start failed, and return the exit code."""
+        self._start.end()
+        self.daemon.lifecycle.handle(Event.START_FAILED)
+        if self.daemon.configuration is None and not isinstance(error, Exception):
+            raise error  # Ctrl-C before that is the caller's
+        return self._failed(launch.fault_of(error))
+
+    def _failed(self, error: FlaskdError) -> int:
+        for line in str(error).split("\n"):  # at nothing else: an app's words may have other line ends
+            log.error(line)
+        if isinstance(error, AppError) and error.traceback_text:
+            log.error(error.traceback_text)
+        cause = error.__cause__
+        number = cause.errno if isinstance(cause, OSError) and cause.errno else errno.EINVAL
+        configuration = self.daemon.configuration
+        why = str(error).partition("\n")[0]  # a file may be what is at fault
+        self.daemon.notices.tell(FailedFor(configuration.veil(why) if configuration is not None else why, number))
+        return error.exit_code
+
+    def _look(self) -> None:
+        """Once a second, in the main thread."""
+        self._signals.reclaim()  # code in C may take a handler at any time
+        open_files.adjust()
+
+    def _forget(self) -> None:
+        """In a child that the app forked: let go of all that is the daemon's."""
+        self.daemon.holdings.forget()
+        self.daemon.service.forget()
+        self._main.call(end_child)  # a signal handler of the app that forked comes back into the main thread
+
+    # --- signals, in their own thread -------------------------------------------------------------------------------
+
+    def _signalled(self, number: int) -> None:
+        if number == 0:
+            if self._start.breakable:
+                self._break_off("asked to stop")
+            return
+        name = signal.Signals(number).name
+        if number == getattr(signal, "SIGHUP", None) and not self._signals.terminal.hung_up():
+            self.daemon.inbox.post(ReloadAsked(signalled=True))
+        elif self._escalation.another(time.monotonic()):
+            if self._start.breakable:
+                self._break_off(name)
+            elif self._escalation.count <= 2:  # noqa: PLR2004 - the first asks, the second presses
+                self.daemon.ask(StopAsked(StopReason("signal", name), now=self._escalation.count > 1))
+            else:
+                self._leave_at_once(name, 128 + number)
+
+    def _leave_at_once(self, name: str, code: int) -> NoReturn:
+        try:
+            self.daemon.holdings.remove_nodes()
+            log.warning(f"{name} once more: gone at once")
+            self.daemon.logs.flush(_LAST_WORDS)
+        finally:
+            os._exit(code)
+
+    def _break_off(self, why: str) -> None:
+        """End a start; what was asked for meanwhile is answered, and not carried out."""
+
+        def take_away() -> None:
+            self.daemon.notices.tell(BrokenOff(why))
+            for event in self.daemon.inbox.rest():
+                if isinstance(event, StopAsked):
+                    event.reply.ok("stopped" if event.wait else "stopping")
+                elif isinstance(event, Asked):
+                    event.reply.error(NotNowError.code, f"cannot do that: flaskd is {State.STOPPING}")
+            self._leave_nothing()
+
+        if not self._start.break_off(take_away):
+            self.daemon.ask(StopAsked(StopReason("signal", why)))
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    def _serve(self) -> int:
+        """Let the daemon live, and return the exit code; in the thread of the events."""
+        daemon = self.daemon
+        daemon.turn()
+        if not daemon.stopping.main_is_lost:
+            return self._concluded()
+        code = EX_LOST
+        try:
+            code = self._concluded()
+            self._leave_nothing()
+        finally:
+            os._exit(code)
+
+    def _concluded(self) -> int:
+        """Write the record, answer who waits, and choose the exit code."""
+        daemon = self.daemon
+        account = daemon.stopping.conclude()
+        assert daemon.configuration is not None
+        degraded = daemon.configuration.values.shutdown.exit_codes.degraded
+        code = EX_OK if account.report.clean else degraded
+        if daemon.failure is not None:
+            code = self._failed(daemon.failure)
+        if self._ending is None or daemon.stopping.main_is_lost:
+            daemon.holdings.state.record(account.record)
+        else:
+            self._ending.late_code = code or degraded
+            self._ending.settle = daemon.holdings.state.prepare(account.record, unless=account.late_record)
+        daemon.stopping.tell_the_end(account, failed=daemon.failure is not None)
+        return code
+
+    def _end_the_app(self) -> None:
+        """Give what the app has left to the end of the process its time (main thread); the events go on meanwhile."""
+        ending, inbox = self._ending, self.daemon.inbox
+        assert ending is not None
+        ending.left = self.daemon.serving.left_for_the_exit()
+        inbox.post(ExitBegan(ending.left))
+        ending.run(cut=lambda unfinished: inbox.post(ExitOver(unfinished, cut=True)))
+        inbox.post(ExitOver())
+
+    def _leave_nothing(self) -> None:
+        self.daemon.holdings.leave_nothing()
+        self.daemon.logs.flush(_LAST_WORDS)

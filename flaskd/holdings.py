@@ -1,0 +1,178 @@
+"""What the daemon holds beside the app: control nodes, listeners, admin server, state directory, shutdown endpoints."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+from flaskd.admin import AdminServer, EndpointServer, Source, configured_token
+from flaskd.config import Config
+from flaskd.errors import ConfigError
+from flaskd.lifecycle import StopReason
+from flaskd.places.state import StateDirectory
+from flaskd.serving import launch
+from flaskd.snapshot import Held
+from flaskd.sockets import Address, Listener
+from flaskd.systemd.store import Store
+
+log = logging.getLogger("flaskd.daemon")
+
+_ENDPOINT_CLOSING = 0.3
+"""Seconds that a client of the shutdown endpoint gets to read its answer, at the very end."""
+
+
+class Plane(Protocol):
+    """What the daemon needs of a control plane."""
+
+    @property
+    def nodes(self) -> list[str]:
+        """The paths of its nodes."""
+
+    def open(self, config: Config, passed: Sequence[Listener]) -> None:
+        """Make the nodes and start answering, also on what was `passed`."""
+
+    def close(self) -> None:
+        """Flush the answers and remove the nodes."""
+
+    def remove_nodes(self) -> None:
+        """Remove the nodes, and nothing else."""
+
+    def forget(self) -> None:
+        """Close all descriptors, and nothing else."""
+
+
+class Holdings:
+    """What the daemon holds beside the app: control nodes, listeners, admin server, state directory, endpoints."""
+
+    def __init__(
+        self,
+        plane: Plane,
+        source: Source,
+        name: str,
+        environ: Mapping[str, str],
+        *,
+        describe_stop: Callable[[], dict[str, Any]],
+        stop: Callable[[StopReason], None],
+    ) -> None:
+        self.plane = plane
+        self._describe_stop, self._stop = describe_stop, stop
+        self._production = False
+        self.admin = AdminServer(source)
+        self.state = StateDirectory(name, environ)
+        self.listeners: list[Listener] = []
+        self.endpoints: list[EndpointServer] = []
+        self.last_stop: dict[str, Any] | None = None
+        """The record of the stop before this run."""
+        self._admin_listeners: list[Listener] = []
+        self._environ = environ
+
+    def open(self, config: Config, store: Store, stack: ExitStack) -> None:
+        """Make all of it; `stack` takes away what was made, also where more cannot be made."""
+        passed = launch.take_passed(self._environ, config)
+        stack.callback(put_away, self.plane.close)
+        self.plane.open(config, launch.for_control(config, passed))
+        stack.callback(put_away, self.close_listeners)
+        launch.change_directory(config.app)
+        launch.bind_all(config, self.listeners, self._admin_listeners, passed, store)
+        stack.callback(put_away, self.admin.close)
+        self.admin.open(self._admin_listeners, config.admin.allowed_hosts)
+        self.state.open(record=config.shutdown.record)
+        self.last_stop = self.state.last_stop()  # once: it does not change, and a disk may hang
+        stack.callback(put_away, self.state.close)
+        stack.callback(put_away, self.close_endpoints, _ENDPOINT_CLOSING)
+        self._production = config.profile == "production"
+        if (endpoint := config.shutdown.endpoint).listen is not None:
+            token = configured_token(endpoint.token_file, endpoint.credential, self._environ)
+            self.open_endpoint(Address.parse(endpoint.listen), token, endpoint.allowed_hosts)
+
+    def snapshot(self) -> Held:
+        """What there is to know of it now (any thread)."""
+        return Held(
+            listen=tuple(str(each.address) for each in self.listeners),
+            url=self.listeners[0].address.url if self.listeners else None,
+            admin=tuple(map(str, self.admin.addresses)),
+            shutdown_endpoints=tuple(each.url for each in self.endpoints),
+            previous=self.state.previous,
+            last_stop=self.last_stop,
+        )
+
+    def tell(self) -> None:
+        """Say where to reach it, in the log, and to what the app starts."""
+        where = ", ".join(listener.address.announced for listener in self.listeners)
+        nodes = self.plane.nodes
+        admin = (
+            f"; admin: {', '.join(each.announced for each in self.admin.addresses)}" if self._admin_listeners else ""
+        )
+        log.info(f"flaskd (pid {os.getpid()}) will serve on {where}; control: {', '.join(nodes) or 'none'}{admin}")
+        if nodes:
+            os.environ["FLASKD_CONTROL"] = nodes[0]
+
+    def open_endpoint(self, address: Address, token: bytes, allowed_hosts: Sequence[str]) -> EndpointServer:
+        """Open a shutdown endpoint: the one of the configuration, or one that the app's code asks for.
+
+        Raises ConfigError under ``profile: production``, CannotCreateError when the address cannot be had.
+        """
+        if self._production:
+            raise ConfigError("cannot open a shutdown endpoint: flaskd runs with profile: production")
+        endpoint = EndpointServer(
+            address,
+            token,
+            allowed_hosts=allowed_hosts,
+            plan=self._describe_stop,
+            stop=lambda peer: self._stop(StopReason("endpoint", peer)),
+        ).open()
+        self.endpoints.append(endpoint)
+        return endpoint
+
+    def close_endpoints(self, timeout: float) -> None:
+        """Close them; who reads an answer has `timeout` seconds for it."""
+        for endpoint in self.endpoints:
+            endpoint.close(min(timeout, _ENDPOINT_CLOSING))
+
+    @property
+    def undone_by(self) -> str:
+        """What would undo a stop, for who asked for it."""
+        passed = any(listener.shared and not listener.stored for listener in self.listeners)
+        return "the next connection starts it again, unless the .socket unit is stopped too" if passed else ""
+
+    def tell_who_waits(self) -> None:
+        """Say how many connections wait on listeners that others share."""
+        for each in self.listeners:
+            if each.shared and (waiting := each.waiting()):
+                log.info(f"{waiting} connections wait on {each.address} for who listens there next, or are reset")
+
+    def close_listeners(self) -> None:
+        """Close all listeners."""
+        for listener in (*self.listeners, *self._admin_listeners):
+            listener.close()
+
+    def remove_nodes(self) -> None:
+        """Take away what others could connect to."""
+        self.plane.remove_nodes()
+        for endpoint in self.endpoints:
+            endpoint.withdraw()
+        self.close_listeners()
+
+    def leave_nothing(self) -> None:
+        """Take all away at once, for a process that leaves from another thread than the main one."""
+        self.remove_nodes()
+        self.state.close()
+        self.plane.close()
+
+    def forget(self) -> None:
+        """In a child that the app forked: let go of all of it, for it is not the child's."""
+        self.plane.forget()
+        self.state.forget()
+        for listener in (*self.listeners, *self._admin_listeners):
+            listener.socket.close()  # the servers forget their own; these may not have one yet
+
+
+def put_away(end: Callable[..., object], *args: object) -> None:
+    """End a part of the daemon when all is over; one that cannot be changes neither the others nor the exit code."""
+    try:
+        end(*args)
+    except BaseException:  # see above
+        log.exception("cannot put everything away")

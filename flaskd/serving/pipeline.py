@@ -1,0 +1,129 @@
+"""The one stop pipeline: a server's drain, and its stop around it.
+
+The daemon, `ServerThread` and the shutdown endpoint of an app drain and stop what they serve through it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flaskd.background_work import in_background
+from flaskd.cleanup import DiscoveryRun, Plan, Spare, StepResult
+from flaskd.config import CleanupConfig, ShutdownConfig
+from flaskd.lifecycle import StopReason
+from flaskd.server import Drain, Drainable
+from flaskd.serving.stop import Stop
+
+if TYPE_CHECKING:
+    from flask import Flask
+
+
+class Pipeline:
+    """Drains a server, and stops it once (any thread).
+
+    `drained` is called with each drain that is over, in the thread that found out.
+    """
+
+    def __init__(self, server: Drainable, *, drained: Callable[[Drain], None] = lambda _: None) -> None:
+        self.drain: Drain | None = None
+        """The drain that was begun last; None while there was none, or it was undone."""
+        self.stop: Stop | None = None
+        """The stop, once it has begun."""
+        self._server = server
+        self._drained = drained
+        self._lock = threading.RLock()
+
+    def begin_drain(
+        self,
+        timeout: float,
+        *,
+        announce: float = 0.0,
+        counted_from: tuple[int, int] | None = None,
+        earlier: Drain | None = None,
+    ) -> Drain:
+        """Begin a drain, or join the one under way, which is then shortened to `timeout` seconds; see `Drain`."""
+        with self._lock:
+            if self.drain is not None and earlier is None:
+                self.drain.shorten(timeout)
+                return self.drain
+            self.drain = Drain(
+                self._server, timeout, announce=announce, counted_from=counted_from, earlier=earlier, over=self._drained
+            )
+            return self.drain.begin()
+
+    def give_up(self, why: str) -> None:
+        """End the drain, or one that would begin now: its server is dead, and all that is in flight counts as cut."""
+        with self._lock:
+            if self.drain is None:
+                self.drain = Drain(self._server, 0, over=self._drained)
+        self.drain.give_up(why)
+
+    def undo_drain(self) -> None:
+        """Forget the drain, after the server serves again; who waits for it is told."""
+        with self._lock:
+            drain, self.drain = self.drain, None
+        if drain is not None:
+            drain.undo()
+
+    def begin_stop(
+        self,
+        reason: StopReason,
+        *,
+        plan: Plan,
+        app: Flask | None,
+        shutdown: ShutdownConfig,
+        cleanup: CleanupConfig,
+        announce: float = 0.0,
+        state: Path | None = None,
+        sweep: DiscoveryRun | None = None,
+        spare: Spare | None = None,
+        on_step: Callable[[StepResult], None] | None = None,
+        on_begin: Callable[[], None] | None = None,
+    ) -> Stop:
+        """Make the stop; `Stop.run` carries it out, in a thread that may take its time.
+
+        Its drain is announced until `announce` seconds after this; its account begins now.
+        """
+        counted = self._server.counted
+        with self._lock:
+            self.stop = Stop(
+                reason,
+                plan=plan,
+                app=app,
+                shutdown=shutdown,
+                cleanup=cleanup,
+                state=state,
+                sweep=sweep,
+                spare=spare,
+                on_step=on_step,
+                on_begin=on_begin,
+                begin_drain=lambda: self._drain_to_stop(announce, counted),
+            )
+            return self.stop
+
+    def hurry(self) -> None:
+        """End the drain now, and give all remaining cleanup a second in total."""
+        with self._lock:
+            if self.stop is not None and not self.stop.hurried:
+                self.stop.hurry()
+                if self.drain is not None:
+                    self.drain.shorten(0)
+
+    def _drain_to_stop(self, announce: float, counted_from: tuple[int, int]) -> Drain:
+        """The drain of a stop: a new one, the one under way within the stop's time, or the one that is over.
+
+        What has begun in the background since that was over is waited for in one that goes on with its account.
+        """
+        with self._lock:
+            assert self.stop is not None
+            stop, drain = self.stop, self.drain
+            if drain is None:
+                left = 0.0 if stop.hurried else max(0.0, announce - stop.took)
+                return self.begin_drain(stop.drain_time, announce=left, counted_from=counted_from)
+            if drain.report is not None and in_background() and not self._server.dead:
+                return self.begin_drain(stop.drain_time, earlier=drain)
+            drain.shorten(stop.drain_time)
+            return drain
