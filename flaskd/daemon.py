@@ -189,9 +189,8 @@ class Daemon:
 
     def configured(self, configuration: Configuration) -> None:
         """Take a configuration as the one in force."""
-        log = configuration.values.log
+        log, self.configuration = configuration.values.log, configuration
         self.logs.apply(level=log.level, log_format=log.format, access=log.access, hide=configuration.veil)
-        self.configuration = configuration
         self.service.stuck_after = configuration.values.systemd.stuck_after
         self.reload.follow(configuration)
 
@@ -295,13 +294,13 @@ class Daemon:
 
     def _apply(self, configuration: Configuration, plan: Plan) -> None:
         """Put a configuration into force; where a part of it cannot be, the one before is in force again."""
-        before = self.serving.policies
+        before, policies = self._config, self.serving.policies
         try:
             self.serving.apply(configuration, plan)
             self.configured(configuration)
         except Exception:
-            self.serving.apply(self._config, before)
-            self.configured(self._config)
+            self.serving.apply(before, policies)
+            self.configured(before)
             raise
 
     def _reading_over(self, event: ReadingOver) -> None:

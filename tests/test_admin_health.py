@@ -10,10 +10,14 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from flaskd.admin import AdminServer, Measures
+from flaskd.admin import AdminServer
 from flaskd.admin import health as health_module
 from flaskd.admin.metrics import families
+from flaskd.ledger import InFlight
+from flaskd.lifecycle import State
 from flaskd.server import Histogram, Tally, WaitressThread
+from flaskd.serving.api import ServingSnapshot
+from flaskd.snapshot import Counts, Held, Snapshot
 from flaskd.sockets import Address, Listener
 
 RECORD = {
@@ -30,18 +34,26 @@ class Source:
     def readiness(self):
         return ("200 OK", "ready") if self.state == "ready" else ("429 Too Many Requests", self.state)
 
-    def status(self):
-        return {"state": self.state, "in_flight": 2}
-
-    def measures(self):
+    def snapshot(self):
         tally = Tally(outcomes={"completed": 7, "rejected": 1, "cut": 2, "gone": 3}, statuses=[0, 0, 5, 1, 1, 1])
         for seconds in (0.001, 0.005, 0.3, 100.0):
             tally.took.add(seconds)
-        return Measures(
-            state=self.state, since=5.0, started=1.0, tally=tally, in_flight=2, queued=1, connections=4, threads=8,
-            oldest=1.5, drains=2, reloads={"ok": 1, "failed": 3}, steps={"warm": {"fate": "ok", "took": 1.0}},
-            last_stop=RECORD,
-        )  # fmt: skip
+        requests = tuple(InFlight(number, "unix", "GET", "/", age, "running") for number, age in enumerate((1.5, 0.5)))
+        steps = {"warm": {"fate": "ok", "took": 1.0}}
+        serving = ServingSnapshot(in_flight=requests, queued=1, connections=4, tally=tally, steps=steps)
+        counts = Counts()
+        counts.drains, counts.reloads, counts.failed_reloads = 2, 1, 3
+        return snapshot(state=State(self.state), threads=8, serving=serving, held=Held(last_stop=RECORD), counts=counts)
+
+
+def snapshot(**given):
+    """A snapshot of a daemon, with what is given."""
+    plain = {
+        "name": "flaskd", "state": State.READY, "since": 5.0, "age": 1.0, "started": 1.0, "uptime": 5.0, "reason": None,
+        "app": None, "threads": 4, "serving": ServingSnapshot(), "held": Held(), "log_level": "info", "config": None,
+        "counts": Counts(),
+    }  # fmt: skip
+    return Snapshot(**{**plain, **given})
 
 
 @pytest.fixture
@@ -91,7 +103,8 @@ def test_ready_or_the_status_that_was_chosen(ask, source):
 def test_status_is_json_and_never_stored(ask):
     """/status.json is what the verb tells, and no cache keeps it."""
     status, headers, body = ask("/status.json")
-    assert (status, json.loads(body)) == (200, {"state": "ready", "in_flight": 2})
+    told = json.loads(body)
+    assert (status, told["state"], told["in_flight"]) == (200, "ready", 2)
     assert (headers["Content-Type"], headers["Cache-Control"]) == ("application/json", "no-store")
 
 
@@ -189,7 +202,7 @@ def test_metrics_are_read_by_prometheus_own_parser(ask, accept, parser):
 
 def test_a_damaged_record_leaves_the_metrics_as_they_are():
     """Nothing is told of a last stop of which nothing can be read, and all else is."""
-    names = {family.name for family in families(Measures("ready", 0, 0, Tally(), last_stop={"damaged": "no JSON"}))}
+    names = {family.name for family in families(snapshot(held=Held(last_stop={"damaged": "no JSON"})))}
     assert "flaskd_requests" in names
     assert not {name for name in names if "last_stop" in name}
 
@@ -197,7 +210,7 @@ def test_a_damaged_record_leaves_the_metrics_as_they_are():
 def test_without_prometheus_client_the_next_step_is_said(source, monkeypatch):
     """/metrics is 501 and says what to install; all else answers."""
 
-    def missing(_measures):
+    def missing(_snapshot):
         raise ImportError
 
     monkeypatch.setattr(health_module, "exporter", missing)

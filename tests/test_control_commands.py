@@ -25,9 +25,17 @@ from flaskd.control.replies import LogReply
 from flaskd.control.verbs import RUN
 from flaskd.daemon import Daemon
 from flaskd.errors import ForbiddenError, UnknownCommandError, UsageError
+from flaskd.reload import Reload
+from flaskd.serving.inprocess import InProcess
 from flaskd.verbs import FLAGS, VERBS, Role
 
 PEER = Peer(uid=4242, pid=1, groups=frozenset({77}))
+
+
+def a_daemon():
+    """One that is not started."""
+    start = SimpleNamespace(breakable=False)
+    return Daemon(lambda: None, plane=lambda _: None, name="flaskd", environ={}, start=start)
 
 
 def test_every_verb_of_the_table_does_something():
@@ -39,9 +47,9 @@ def test_every_verb_of_the_table_does_something():
 @pytest.mark.parametrize(("silent", "why"), [(4.9, ""), (6.25, "the serving thread has not turned for 6.2s")])
 def test_one_word_on_whether_it_lives(silent, why):
     """`health` and `/livez` ask the daemon, which is wedged when its serving thread has not turned for five seconds."""
-    daemon = Daemon(lambda: None, plane=lambda _: None, name="flaskd", environ={})
+    daemon = a_daemon()
     assert daemon.wedged == ""  # starting
-    daemon._server = SimpleNamespace(silent_for=silent)
+    daemon.serving._server = SimpleNamespace(silent_for=silent)
     assert daemon.wedged == why
     answers = []
     reply = SimpleNamespace(ok=answers.append, error=lambda code, message: answers.append(f"{code} {message}"))
@@ -59,8 +67,10 @@ def test_one_word_on_whether_it_lives(silent, why):
 def test_a_slow_answer_keeps_nobody_waiting(verb, what, monkeypatch):
     """What the app holds, or a file says, may be long in coming: the verb returns at once, and the answer follows."""
     gate, answers = threading.Event(), queue.SimpleQueue()
-    monkeypatch.setattr(Daemon, verb, lambda _: what if gate.wait(20) else None)
-    daemon = Daemon(lambda: None, plane=lambda _: None, name="flaskd", environ={})
+    asked = {"plan": (InProcess, "plan"), "check": (Reload, "read")}[verb]
+    monkeypatch.setattr(*asked, lambda *_: what if gate.wait(20) else None)
+    daemon = a_daemon()
+    daemon.configuration = SimpleNamespace()
     reply = SimpleNamespace(ok=lambda word, *_, **__: answers.put(word), error=lambda *error: answers.put(error))
     RUN[verb](daemon, from_words([verb], PEER), reply)
     assert answers.empty()

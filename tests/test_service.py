@@ -62,9 +62,9 @@ def make(manager):
     threads = set(threading.enumerate())
     notifier = Notifier({"NOTIFY_SOCKET": manager.address})
 
-    def make(post=lambda call: call(), **environ):
+    def make(due=lambda service: service.pulse(), **environ):
         environ.setdefault("WATCHDOG_USEC", str(int(PERIOD * 2_000_000)))
-        service = Service(notifier, environ, post)
+        service = Service(notifier, environ, lambda: due(service))
         attended = service.attended()
         attended.__enter__()
         made.append(attended)
@@ -132,8 +132,8 @@ def test_the_main_thread_gives_it(make, manager, caplog):
     manager.messages()
     until(lambda: caplog.records)
     assert pulses(manager) == []
-    (post,) = posts
-    post()
+    (asked,) = posts
+    asked.pulse()
     assert pulses(manager) == [b"WATCHDOG=1"]
     until(lambda: len(posts) > 1)
     assert [each.getMessage().partition(",")[0].partition(":")[0] for each in caplog.records[:2]] == [

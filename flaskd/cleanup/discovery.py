@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from flaskd.cleanup.found import Found
 from flaskd.objects import attributes_of, bases, contents_of
 from flaskd.process.forks import AppCode
-from flaskd.process.threads import waited_for
+from flaskd.process.threads import name_of, waited_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -249,7 +249,7 @@ def _threads() -> list[Found]:
     left = "a thread cannot be ended from outside; threads.stop asks one to end"
 
     return [
-        _found(f"thread/{thread.name}", thread, "threads.stop", left)
+        _found(f"thread/{name_of(thread)}", thread, "threads.stop", left)
         for thread in waited_for()
         if thread not in executors and type(thread).__module__ != "concurrent.futures.process"
     ]

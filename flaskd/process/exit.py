@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from flaskd.process.threads import waited_for
+from flaskd.process.threads import name_of, waited_for
 
 log = logging.getLogger("flaskd.leave")
 
@@ -58,7 +58,7 @@ def at_exit() -> list[str]:
     of_processes = [each for each in threads if type(each).__module__ == "concurrent.futures.process"]
     theirs = {pid for each in of_processes for pid in getattr(each, "processes", None) or ()}
     return [
-        *(f"thread/{each.name}" for each in threads if each not in executors and each not in of_processes),
+        *(f"thread/{name_of(each)}" for each in threads if each not in executors and each not in of_processes),
         *(f"process/{each.name}" for each in _children() if each.pid not in theirs),
         *_exit_callbacks(),
     ]
@@ -185,7 +185,7 @@ def unfinished() -> tuple[Unfinished, ...]:
         return "".join(traceback.format_stack(frames.get(thread.ident or 0), limit=_MOST_FRAMES))
 
     main = threading.main_thread()
-    found = [Unfinished(f"thread/{each.name}", stack(each)) for each in waited_for()]
+    found = [Unfinished(f"thread/{name_of(each)}", stack(each)) for each in waited_for()]
     found += [Unfinished(each) for each in _waiting_jobs()]
     children = _children()
     found += [Unfinished(f"process/{each.name} (pid {each.pid})") for each in children]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+from flaskd.objects import attributes_of
+
 
 class AppThread(threading.Thread):
     """A thread that the process' end does not wait for, while it does for those that the app starts in it.
@@ -27,10 +29,16 @@ class AppThread(threading.Thread):
 
 def waited_for() -> list[threading.Thread]:
     """The threads that the interpreter waits for at its end (threading._shutdown), beside the main one."""
+    ours = {threading.main_thread(), threading.current_thread()}
     return [
-        each
-        for each in threading.enumerate()
-        if not (
-            each.daemon or isinstance(each, AppThread) or each in {threading.main_thread(), threading.current_thread()}
-        )
+        each for each in threading.enumerate() if not (_is_daemon(each) or isinstance(each, AppThread) or each in ours)
     ]
+
+
+def name_of(thread: threading.Thread) -> str:
+    """A thread's name; the object, which may be of a class of the app's, is not asked."""
+    return str(attributes_of(thread).get("_name", "?"))
+
+
+def _is_daemon(thread: threading.Thread) -> bool:
+    return bool(attributes_of(thread).get("_daemonic", True))

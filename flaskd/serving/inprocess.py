@@ -231,8 +231,10 @@ class InProcess:
         stop = self._stopping
 
         def run() -> None:
-            stop.run()
-            self._post(CleanupOver())
+            try:
+                stop.run()
+            finally:
+                self._post(CleanupOver())
 
         self._cleanup_thread.run(run)
 

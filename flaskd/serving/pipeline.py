@@ -49,10 +49,11 @@ class Pipeline:
             if self.drain is not None and earlier is None:
                 self.drain.shorten(timeout)
                 return self.drain
-            self.drain = Drain(
+            drain = Drain(
                 self._server, timeout, announce=announce, counted_from=counted_from, earlier=earlier, over=self._drained
-            )
-            return self.drain.begin()
+            ).begin()
+            self.drain = drain  # not before: one that could not begin is none
+            return drain
 
     def give_up(self, why: str) -> None:
         """End the drain, or one that would begin now: its server is dead, and all that is in flight counts as cut."""

@@ -272,9 +272,16 @@ class Stop:
             self._runner.run(AFTER_THE_DRAIN, "clean" if report.clean else "degraded")
         except BaseException as error:  # whatever it was, what is in hand is finished, and the process exits
             log.error(f"cleanup broke off: {error}", exc_info=error)  # noqa: TRY400 - the text is part of the line
+            self._finish_drain()
+
+    def _finish_drain(self) -> None:
+        """Let a drain end, which the cleanup does not wait for any more; one that cannot begin is told."""
+        try:
             drain = self._drain = self._drain or self._begin_drain()
             if drain.wait(self.left) is None:
                 drain.give_up("the cleanup broke off")
+        except BaseException:  # there is nothing behind this
+            log.exception("the drain broke off")
 
     def _look_around(self, drain: Drain) -> DiscoveryRun:
         """Look for what the app holds, a moment after the drain has begun, for it takes the interpreter's lock."""

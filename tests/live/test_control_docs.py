@@ -106,11 +106,17 @@ def test_the_yaml_is_valid(tmp_path: Path, block: str) -> None:
 
 def test_the_metrics_that_are_named_exist() -> None:
     """Each metric of the page is one that is written, and none is left out."""
-    from flaskd.admin.metrics import Measures, families
-    from flaskd.server import Tally
+    from flaskd.admin.metrics import families
+    from flaskd.lifecycle import State
+    from flaskd.serving.api import ServingSnapshot
+    from flaskd.snapshot import Counts, Held, Snapshot
 
     last = {"completed": 0, "rejected": 0, "cut": [], "took": 1.0, "policies": {}}
-    written = {family.name for family in families(Measures("ready", 0, 0, Tally(), last_stop=last))}
+    now = Snapshot(
+        name="flaskd", state=State.READY, since=0, age=0, started=0, uptime=0, reason=None, app=None, threads=4,
+        serving=ServingSnapshot(), held=Held(last_stop=last), log_level="info", config=None, counts=Counts(),
+    )  # fmt: skip
+    written = {family.name for family in families(now)}
     [table] = re.findall(r"^\| metric \|.*?\n\n", PAGE, re.MULTILINE | re.DOTALL)
     named = {name.removesuffix("_total") for name in re.findall(r"\bflaskd_\w+", table)} | {"flaskd_requests_queued"}
     assert named == written - {"flaskd", "flaskd_state_since_timestamp_seconds", "flaskd_start_time_seconds"}

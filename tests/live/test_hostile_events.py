@@ -71,7 +71,7 @@ def broken_part(what: str, error: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "what", ["daemon:Daemon._apply_log", "config.watch:FileWatch.stop", "outlook:Forecast.look_around"]
+    "what", ["log.setup:Logs.apply", "config.watch:FileWatch.stop", "serving.forecast:Forecast.look_around"]
 )
 def test_a_reload_that_breaks_is_over(flaskd: Flaskd, what: str) -> None:
     """Whatever raises in it: who waits has an error, the manager has READY, the old configuration is in force."""
@@ -95,9 +95,9 @@ def test_a_reload_that_breaks_is_over(flaskd: Flaskd, what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "command"),
     [
-        ("drain:Drain.announce", "drain wait"),
-        ("daemon:Daemon._begin_drain", "drain"),
-        ("daemon:Daemon._ready_status", "resume"),
+        ("server.drain:Drain.begin", "drain wait"),
+        ("serving.pipeline:Pipeline.begin_drain", "drain"),
+        ("daemon:Daemon._became_ready", "resume"),
     ],
 )
 def test_a_drain_that_breaks_is_answered_and_ends_in_good_order(
@@ -116,16 +116,16 @@ def test_a_drain_that_breaks_is_answered_and_ends_in_good_order(
 
 
 STOPS = [
-    "daemon:Daemon._drain_to_stop",
-    "daemon:Daemon._announce_stop",
-    "daemon:Daemon._on_step",
-    "daemon:Daemon._claim",
-    "daemon:Daemon._undone_by",
-    "outlook:DiscoveryRun",
-    "outlook:with_callbacks",
-    "service:Service.stopping",
-    "drain:Drain.conclude",
-    "drain:Drain.release",
+    "serving.pipeline:Pipeline._drain_to_stop",
+    "serving.inprocess:InProcess.announce_stop",
+    "stopping:Stopping.step_ended",
+    "stopping:Stopping.claim",
+    "stopping:Stopping.join",
+    "serving.forecast:DiscoveryRun",
+    "serving.forecast:with_callbacks",
+    "systemd.service:Service.stopping",
+    "server.drain:Drain.account",
+    "daemon:Daemon._take_drain_waiters",
 ]
 
 
