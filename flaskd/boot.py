@@ -19,8 +19,9 @@ from flaskd.config import Configuration
 from flaskd.daemon import Daemon
 from flaskd.errors import EX_LOST, EX_OK, AppError, FlaskdError, NotNowError
 from flaskd.holdings import Plane, put_away
-from flaskd.inbox import Asked, ExitBegan, ExitOver, Raised, ReloadAsked, StopAsked
+from flaskd.inbox import Asked, ExitBegan, ExitOver, IdleOver, Raised, ReloadAsked, StopAsked
 from flaskd.lifecycle import Event, State, StopReason
+from flaskd.log.setup import log_access
 from flaskd.notices import BrokenOff, FailedFor, Loaded, Starting
 from flaskd.process.descriptors import open_files
 from flaskd.process.exit import Ending
@@ -28,6 +29,7 @@ from flaskd.process.forks import AppCode, end_child, forgotten_by_children
 from flaskd.process.main_thread import MainThread
 from flaskd.process.signals import Escalation, SignalWatch
 from flaskd.serving import launch
+from flaskd.serving.inprocess import InProcess
 from flaskd.serving.patching import patching_refused
 from flaskd.starting import Start
 
@@ -63,14 +65,28 @@ class Boot:
         ending: Ending | None = None,
     ) -> None:
         self._load, self._ending = load, ending
+        self._serving: InProcess
         self._start = Start(asked=lambda: self._signals.poke())  # noqa: PLW0108 - there is no watch yet
+
+        def serving(daemon: Daemon) -> InProcess:
+            self._serving = InProcess(
+                daemon.inbox.post,
+                app=app,
+                make_app=make_app,
+                environ=environ,
+                readiness=daemon.readiness,
+                answered=lambda fields: log_access(daemon.logs.access, fields),
+                idle_over=lambda: daemon.inbox.post(IdleOver()),
+                leaves=ending is not None,
+            )
+            return self._serving
+
         daemon = self.daemon = Daemon(
             load,
+            serving=serving,
             plane=plane,
             name=name,
             environ=environ,
-            app=app,
-            make_app=make_app,
             start=self._start,
             end_the_app=(lambda: self._main.call(self._end_the_app)) if ending is not None else None,
         )
@@ -113,7 +129,7 @@ class Boot:
 
     def _make(self, stack: ExitStack) -> None:
         """Make all that serving needs; while the app is imported, a stop ends the process at once."""
-        daemon, holdings, serving = self.daemon, self.daemon.holdings, self.daemon.serving
+        daemon, holdings, serving = self.daemon, self.daemon.holdings, self._serving
         configuration = self._load()
         config = configuration.values
         daemon.configured(configuration)

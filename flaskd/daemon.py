@@ -41,8 +41,7 @@ from flaskd.process.main_thread import Complaints
 from flaskd.protocol import Reply, account_lines
 from flaskd.readings import ReadingOver
 from flaskd.reload import Reload
-from flaskd.serving.api import CleanupOver, Died, Drained, Failed, Ready, StepBegan, StepEnded
-from flaskd.serving.inprocess import InProcess
+from flaskd.serving.api import CleanupOver, Died, Drained, Failed, Ready, Serving, StepBegan, StepEnded
 from flaskd.slow_query import SlowQuery
 from flaskd.snapshot import Counts, Snapshot
 from flaskd.starting import Start
@@ -59,22 +58,22 @@ _TICK = 1.0
 
 
 class Daemon:
-    """One serving daemon, from READY to the end of its stop; for the arguments see `flaskd.boot.Boot`.
+    """One serving daemon, from READY to the end of its stop; for `load`, `plane` and `name` see `flaskd.boot.Boot`.
 
-    A stop during the `start` ends the process. `end_the_app` gives what the app has left to the end of the process its
-    time, in another thread, and posts ExitOver; None where the process goes on.
+    `serving` makes what serves the app, and posts to the inbox. A stop during the `start` ends the process.
+    `end_the_app` gives what the app has left to the end of the process its time, in another thread, and posts ExitOver;
+    None where the process goes on.
     """
 
     def __init__(
         self,
         load: Callable[[], Configuration],
         *,
+        serving: Callable[[Daemon], Serving],
         plane: Callable[[Daemon], Plane],
         name: str,
         environ: Mapping[str, str],
         start: Start,
-        app: Callable[..., Any] | None = None,
-        make_app: Callable[[], Callable[..., Any]] | None = None,
         end_the_app: Callable[[], None] | None = None,
     ) -> None:
         self.name = name
@@ -87,16 +86,7 @@ class Daemon:
         self.lifecycle = Lifecycle()
         self._began = time.time()
         self._start = start
-        self.serving = InProcess(
-            self.inbox.post,
-            app=app,
-            make_app=make_app,
-            environ=environ,
-            readiness=self.readiness,
-            answered=lambda fields: logs.log_access(self.logs.access, fields),
-            idle_over=lambda: self.inbox.post(IdleOver()),
-            leaves=end_the_app is not None,
-        )
+        self.serving = serving(self)
         self.holdings = Holdings(
             plane(self),
             self,

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flaskd.admin.health import AdminApp
+from flaskd.boot import Boot
 from flaskd.config import Config, load_mapping
 from flaskd.control import clients, plane
 from flaskd.control.access import Access
@@ -23,7 +24,6 @@ from flaskd.control.commands import from_fields, from_http, from_words
 from flaskd.control.peer import FIFO_PEER, Peer
 from flaskd.control.replies import LogReply
 from flaskd.control.verbs import RUN
-from flaskd.daemon import Daemon
 from flaskd.errors import ForbiddenError, UnknownCommandError, UsageError
 from flaskd.reload import Reload
 from flaskd.serving.inprocess import InProcess
@@ -34,8 +34,7 @@ PEER = Peer(uid=4242, pid=1, groups=frozenset({77}))
 
 def a_daemon():
     """One that is not started."""
-    start = SimpleNamespace(breakable=False)
-    return Daemon(lambda: None, plane=lambda _: None, name="flaskd", environ={}, start=start)
+    return Boot(lambda: None, plane=lambda _: None, name="flaskd", environ={}).daemon
 
 
 def test_every_verb_of_the_table_does_something():

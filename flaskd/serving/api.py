@@ -138,6 +138,9 @@ class Serving(Protocol):
     def apply(self, configuration: Configuration, plan: Plan) -> None:
         """Serve by a configuration that was prepared from now on; where that cannot be, raises and changes nothing."""
 
+    def started(self, configuration: Configuration) -> None:
+        """The start has succeeded."""
+
     def begin_stop(self, reason: StopReason, configuration: Configuration, state: Path | None) -> str:
         """Begin the stop, and give the id of its plan; the deadline counts from now. `state` is the state directory."""
 

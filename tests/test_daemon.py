@@ -1,0 +1,321 @@
+"""The daemon's events, one by one, in each of its states, with something that only seems to serve."""
+
+import itertools
+import queue
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from flaskd.cleanup import Fate, Plan, StepResult
+from flaskd.config import load_mapping
+from flaskd.daemon import Daemon
+from flaskd.errors import AppError
+from flaskd.inbox import (
+    DrainAsked,
+    ExitBegan,
+    ExitOver,
+    FileChanged,
+    IdleOver,
+    InboxEvent,
+    PulseDue,
+    Raised,
+    ReadingLate,
+    ReloadAsked,
+    ResumeAsked,
+    StopAsked,
+    Tick,
+)
+from flaskd.ledger import DrainReport
+from flaskd.lifecycle import TABLE, Event, State, StopReason
+from flaskd.readings import Reading, ReadingOver
+from flaskd.serving.api import CleanupOver, Died, Drained, Failed, Ready, ServingSnapshot, StepBegan, StepEnded
+
+REASON = StopReason("control", "a test")
+PATIENCE = 20
+
+
+class Drain:
+    """A drain that is over when the test says so."""
+
+    looked_at = float("inf")
+    left = 1.0
+
+    def __init__(self):
+        self.report = None
+
+    def account(self):
+        return (self.report or DrainReport()).as_json()
+
+    def look(self):
+        return False
+
+
+class Serving:
+    """Notes what is asked of it."""
+
+    target, in_flight, left, step_left, policies, silent_for = "shop:app", 2, 25.0, 5.0, Plan(), 0.0
+
+    def __init__(self):
+        self.asked = []
+        self.drain = None
+        self.idle = None
+
+    def __getattr__(self, name):
+        def note(*given, **named):
+            self.asked.append(name)
+
+        return note
+
+    def begin_drain(self, timeout, *, announce):
+        self.asked.append("begin_drain")
+        self.drain = Drain()
+        return self.drain
+
+    def resume(self):
+        self.asked.append("resume")
+        self.drain = None
+        return []
+
+    def begin_stop(self, reason, configuration, state):
+        self.asked.append("begin_stop")
+        return "plan"
+
+    def prepare(self, configuration):
+        return Plan()
+
+    def snapshot(self):
+        return ServingSnapshot(idle=self.idle)
+
+
+class Reply:
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.said = queue.SimpleQueue()
+
+    def progress(self, fields):
+        self.said.put("progress")
+
+    def ok(self, word, fields=None, **_):
+        self.said.put(word)
+
+    def error(self, code, message):
+        self.said.put(f"{code}: {message}")
+
+    @property
+    def all(self):
+        found = []
+        while not self.said.empty():
+            found.append(self.said.get())
+        return found
+
+
+class Living:
+    """A daemon whose events the test carries out."""
+
+    def __init__(self):
+        self.may_read = threading.Event()
+        self.may_read.set()
+        configuration = load_mapping({"shutdown": {"idle": {"after": "1m"}}}, actions={})
+        start = SimpleNamespace(breakable=False, asked=lambda: None)
+        self.serving = Serving()
+
+        def load():
+            assert self.may_read.wait(PATIENCE)
+            return configuration
+
+        self.daemon = Daemon(
+            load, serving=lambda _: self.serving, plane=lambda _: None, name="flaskd-test", environ={}, start=start
+        )
+        self.daemon.logs = SimpleNamespace(apply=lambda **_: None, reclaim=lambda: None, level="info")
+        self.daemon.configured(configuration)
+
+    def on(self, *events):
+        for event in events:
+            self.daemon._carry_out(event)
+
+    @property
+    def state(self):
+        return self.daemon.state
+
+
+def lead_to(state):
+    """A daemon that events have led into a state."""
+    living = Living()
+    if state is State.STARTING:
+        return living
+    living.on(Ready())
+    if state is State.RELOADING:
+        living.may_read.clear()
+        living.on(ReloadAsked())
+    elif state in {State.DRAINING, State.DRAINED}:
+        living.on(DrainAsked())
+        if state is State.DRAINED:
+            living.serving.drain.report = DrainReport()
+            living.on(Drained(living.serving.drain))
+    elif state is State.STOPPING:
+        living.on(StopAsked(REASON))
+    assert living.state is state
+    return living
+
+
+STATES = [State.STARTING, State.READY, State.RELOADING, State.DRAINING, State.DRAINED, State.STOPPING]
+STEP = StepResult("mark", "close", "command", Fate.OK)
+EVENTS = {
+    # What happens, and the event of the life cycle that it is; None: it leads nowhere by itself.
+    "drain": (DrainAsked, Event.DRAIN),
+    "resume": (ResumeAsked, Event.RESUME),
+    "reload": (ReloadAsked, Event.RELOAD),
+    "stop": (lambda reply: StopAsked(REASON, reply=reply), Event.STOP),
+    "stop now": (lambda reply: StopAsked(REASON, now=True, reply=reply), Event.STOP),
+    "stop wait": (lambda reply: StopAsked(REASON, wait=True, reply=reply), Event.STOP),
+    "ready": (lambda _: Ready(), Event.STARTED),
+    "not ready": (lambda _: Failed(AppError("no")), None),
+    "an old drain over": (lambda _: Drained(Drain()), None),
+    "died": (lambda _: Died(OSError("gone")), Event.STOP),
+    "a step began": (lambda _: StepBegan(), None),
+    "a step ended": (lambda _: StepEnded(STEP), None),
+    "the exit began": (lambda _: ExitBegan(lambda: 1.0), None),
+    "an old reading": (lambda _: ReadingOver(Reading(lambda: None, print)), None),
+    "a reading late": (lambda _: ReadingLate(), None),
+    "an edit": (lambda _: FileChanged("digest"), None),
+    "idle, and asked meanwhile": (lambda _: IdleOver(), None),
+    "an exception": (lambda _: Raised(ValueError("in a signal handler")), None),
+    "SystemExit": (lambda _: Raised(SystemExit(3)), Event.STOP),
+    "a pulse": (lambda _: PulseDue(), None),
+    "a tick": (lambda _: Tick(), None),
+}
+# These come from a stop alone.
+ONLY_STOPPING = {"a step began", "a step ended", "the exit began"}
+
+
+CELLS = [
+    (state, name)
+    for state, name in itertools.product(STATES, EVENTS)
+    if state is State.STOPPING or name not in ONLY_STOPPING
+]
+
+
+@pytest.mark.parametrize(("state", "name"), CELLS)
+def test_each_event_in_each_state(state, name, caplog):
+    """Leads where the table says, or is refused by name; nothing breaks off, and who asked is answered."""
+    living, reply = lead_to(state), Reply()
+    make, event = EVENTS[name]
+    made = make(reply=reply) if isinstance(make, type) else make(reply)
+    following = TABLE.get((state, event)) if event is not None else state
+    if name == "not ready" and state is State.STARTING:
+        following = State.STOPPING
+    if name in {"died", "SystemExit", "stop", "stop now", "stop wait"}:
+        following = State.STOPPING
+    living.on(made)
+    assert living.state is (following or state)
+    assert "cannot carry out" not in caplog.text
+    assert "cannot tell of" not in caplog.text
+    said = reply.all
+    if isinstance(made, DrainAsked | ResumeAsked | ReloadAsked | StopAsked):
+        refused = f"not-now: cannot {event}: flaskd is {state}"
+        waits = isinstance(made, ReloadAsked) and following is not None
+        assert said == ([] if waits else [refused] if following is None else said)
+        assert waits or said
+    living.may_read.set()
+
+
+def test_every_event_is_known():
+    """The inbox takes no event for which nothing is done."""
+    from flaskd.daemon import _METHODS
+
+    assert set(InboxEvent.__args__) == set(_METHODS)
+
+
+def test_who_waits_for_a_drain_hears_of_its_end():
+    """Progress first, then the account; who asks again is told at once."""
+    living, first, second = lead_to(State.READY), Reply(), Reply()
+    living.on(DrainAsked(wait=True, reply=first))
+    living.serving.drain.report = DrainReport(completed=2)
+    living.on(Drained(living.serving.drain), DrainAsked(reply=second))
+    assert (first.all, second.all, living.state) == (["progress", "drained"], ["drained"], State.DRAINED)
+
+
+def test_a_resume_tells_who_waits_for_the_drain():
+    """The drain that they wait for will not be over."""
+    living, waiting, asking = lead_to(State.READY), Reply(), Reply()
+    living.on(DrainAsked(wait=True, reply=waiting), ResumeAsked(reply=asking))
+    assert waiting.all == ["progress", "not-now: the drain was undone by resume"]
+    assert (asking.all, living.state) == (["ready"], State.READY)
+
+
+def test_a_stop_overtakes_a_reload():
+    """Who waits for the reload is told, and what is read late is not put into force."""
+    living, reply = lead_to(State.RELOADING), Reply()
+    living.on(ReloadAsked(reply=reply), StopAsked(REASON))
+    assert reply.all == ["not-now: the reload was overtaken by a stop"]
+    living.may_read.set()
+    deadline = time.monotonic() + PATIENCE
+    while not isinstance(event := living.daemon.inbox.take(), ReadingOver):
+        assert time.monotonic() < deadline
+    living.on(event)
+    assert (living.state, "apply" in living.serving.asked) == (State.STOPPING, False)
+
+
+def test_a_reload_that_was_asked_for_meanwhile_reads_again():
+    """What is being read may be older than the wish: all who asked are told after the second reading."""
+    living, reply = lead_to(State.RELOADING), Reply()
+    living.on(ReloadAsked(reply=reply))
+    living.may_read.set()
+    for _ in range(2):
+        assert living.state is State.RELOADING
+        while not isinstance(event := living.daemon.inbox.take(), ReadingOver):
+            pass
+        living.on(event)
+    assert (living.state, reply.all, living.serving.asked.count("apply")) == (State.READY, ["reloaded"], 2)
+
+
+def test_sighup_during_the_start_is_a_reload_after_it():
+    """It is not lost, and does not disturb the start."""
+    living = lead_to(State.STARTING)
+    living.on(ReloadAsked(signalled=True))
+    assert living.state is State.STARTING
+    living.on(Ready())
+    assert living.state is State.RELOADING
+
+
+def test_an_idle_time_that_is_over_is_a_stop():
+    """Once nothing that counts was asked for."""
+    living = lead_to(State.READY)
+    living.serving.idle = (60.0, 0.0)
+    living.on(IdleOver())
+    assert (living.state, living.daemon.snapshot().reason) == (State.STOPPING, "idle: nothing was asked for 1m")
+
+
+def test_the_first_reason_of_a_stop_is_kept():
+    """A second request joins the first, and `now` cuts it short."""
+    living = lead_to(State.READY)
+    living.on(StopAsked(REASON), StopAsked(StopReason("signal", "SIGTERM"), now=True))
+    assert living.daemon.snapshot().reason == "control: a test"
+    assert (living.serving.asked.count("begin_stop"), living.serving.asked.count("hurry")) == (1, 1)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_the_stop_is_over_with_its_last_step(cut):
+    """Then the daemon turns no more; what was cut at the exit is kept for the account."""
+    living = lead_to(State.STOPPING)
+    living.on(ExitOver(cut=True) if cut else CleanupOver())
+    assert (living.state, living.daemon.stopping.main_is_lost) == (State.STOPPED, cut)
+    living.daemon.turn()
+
+
+@pytest.mark.parametrize("error", [LookupError, SystemExit])
+def test_an_event_that_breaks_off_leaves_no_state_for_ever(error, caplog):
+    """Who asked is answered; a drain that could not begin ends in a stop, and a reload in the old configuration."""
+    living, reply = lead_to(State.READY), Reply()
+
+    def broken(*_, **__):
+        raise error
+
+    living.serving.begin_drain = broken
+    living.on(DrainAsked(reply=reply))
+    assert reply.all[0].startswith("failed: cannot do that: ")
+    assert (living.state, living.daemon.failure is not None) == (State.STOPPING, True)
+    assert "cannot carry out an event" in caplog.text
