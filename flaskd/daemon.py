@@ -111,6 +111,7 @@ class Daemon:
         self._drain_waiters: list[Reply] = []
         self.stopping = Stopping(self.serving, self.holdings, self.notices, end_the_app)
         self._complaints = Complaints()
+        self._next_tick = 0.0
         self.checking: SlowQuery[Configuration] = SlowQuery("check", self.reload.read)
         self.planning: SlowQuery[dict[str, Any]] = SlowQuery("plan", lambda: self.serving.plan(self._config))
 
@@ -338,13 +339,16 @@ class Daemon:
         self._stop_asked(StopAsked(StopReason("failure", self._config.veil(why))))
 
     def _tick_later(self) -> None:
-        self.inbox.post_at(time.monotonic() + _TICK, Tick())
+        self._next_tick = time.monotonic() + _TICK
+        self.inbox.post_at(self._next_tick, Tick())
 
     def _tick(self, _event: Tick) -> None:
         """Give up a drain whose server is gone, and tell how far it is."""
         drain = self.serving.drain
         if self.state not in {State.DRAINING, State.STOPPING} or (drain is not None and drain.look()):
             return
+        if time.monotonic() < self._next_tick:
+            return  # that of an earlier drain, or the look at one that may be overdue
         now = self.snapshot()
         waits = self.stopping.exit_waits_for
         text = f"{now}; the exit waits for {waits}" if waits else str(now)

@@ -20,7 +20,7 @@ from flaskd.serving.api import ServingEvent
 class Asked:
     """Somebody waits for the outcome in `reply`."""
 
-    reply: Reply = field(default_factory=Discard, kw_only=True)
+    reply: Reply = field(default_factory=Discard, kw_only=True, repr=False)
 
 
 @dataclass(frozen=True)

@@ -238,6 +238,22 @@ def test_who_waits_for_a_drain_hears_of_its_end():
     assert (first.all, second.all, living.state) == (["progress", "drained"], ["drained"], State.DRAINED)
 
 
+def test_progress_is_told_once_a_second_however_often_it_drained(monkeypatch):
+    """What an earlier drain has put off is no progress of a later one."""
+    now = [100.0]
+    monkeypatch.setattr("flaskd.daemon.time", SimpleNamespace(monotonic=lambda: now[0], time=lambda: 0.0))
+    living, reply = lead_to(State.READY), Reply()
+    for _ in range(3):
+        living.on(DrainAsked(), ResumeAsked())
+        now[0] += 0.25
+    living.on(DrainAsked(wait=True, reply=reply))
+    living.on(Tick(), Tick())
+    assert reply.all == ["progress"]  # the answer itself
+    now[0] += 1.0
+    living.on(Tick(), Tick())
+    assert reply.all == ["progress"]
+
+
 def test_a_resume_tells_who_waits_for_the_drain():
     """The drain that they wait for will not be over."""
     living, waiting, asking = lead_to(State.READY), Reply(), Reply()

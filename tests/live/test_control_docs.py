@@ -28,14 +28,15 @@ def pattern(expected: str) -> str:
 def test_each_transcript(flaskd: Flaskd) -> None:
     """Typed into a shell in their order, the commands of the page answer what the page says."""
     requires("curl", [] if shutil.which("curl") else ["curl"])
-    netcat = "nc -U" if shutil.which("nc") else "socat -t 30 - UNIX-CONNECT:"
-    requires("socat", [] if netcat.startswith("nc") or shutil.which("socat") else ["nc, socat"])
+    netcat = "" if shutil.which("nc") else "socat -t 30 - UNIX-CONNECT:"
+    requires("netcat", [] if not netcat or shutil.which("socat") else ["nc, socat"])
     flaskd.write("flaskd.yaml", "admin: {listen: '127.0.0.1:0'}\n")
     flaskd.start()
     [admin] = flaskd.status()["admin"]
 
     def typed(command: str) -> str:
-        command = command.replace("nc -U /", netcat + (" /" if netcat.startswith("nc") else "/"))
+        if netcat:
+            command = re.sub(r"nc -N?U /", f"{netcat}/", command)
         command = command.replace("/run/flaskd", str(flaskd.runtime)).replace("127.0.0.1:9090", admin)
         command = re.sub(r"^flaskd ", f"{sys.executable} -m flaskd ", command)
         done = subprocess.run(
