@@ -29,6 +29,8 @@ _LAST_WORDS = 0.2
 """Seconds that standard output and standard error get; who reads them may have stalled."""
 _LEAST = 0.1
 """Seconds that even an end in a hurry has: what needs no time at all is not cut."""
+_FINALIZING = 0.4
+"""Seconds that finalizers have, even at the deadline: an interpreter with many modules takes some of it for itself."""
 _LOOK = 0.05
 """Seconds after which who watches looks again."""
 _MOST_FRAMES = 30
@@ -245,8 +247,10 @@ def leave(code: int, ending: Ending) -> NoReturn:
         late_code = code if ending.late_code is None else ending.late_code
         if not _in_time(_flush):  # the interpreter would wait for it, and finalize nothing
             os._exit(late_code)
-        _end_in_time(max(_LEAST, ending.left()), late_code)
-    except RuntimeError:  # no more threads: no more patience either
+        _end_in_time(max(_FINALIZING, ending.left()), late_code)
+    except RuntimeError:  # no thread can be had that keeps the time: nothing is waited for, finalizers neither
+        if ending.settle is not None:
+            ending.settle()
         os._exit(code)
     sys.flaskd_end = _End(code, ending.settle)  # type: ignore[attr-defined]
     sys.exit(code)

@@ -5,6 +5,7 @@ The daemon, `ServerThread` and the shutdown endpoint of an app drain and stop wh
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,15 @@ from typing import TYPE_CHECKING
 from flaskd.background_work import in_background
 from flaskd.cleanup import DiscoveryRun, Plan, Spare, StepResult
 from flaskd.config import CleanupConfig, ShutdownConfig
+from flaskd.errors import described
 from flaskd.lifecycle import StopReason
 from flaskd.server import Drain, Drainable
 from flaskd.serving.stop import Stop
 
 if TYPE_CHECKING:
     from flask import Flask
+
+log = logging.getLogger("flaskd.stop")
 
 
 class Pipeline:
@@ -101,9 +105,24 @@ class Pipeline:
                 spare=spare,
                 on_step=on_step,
                 on_begin=on_begin,
-                begin_drain=lambda: self._drain_to_stop(announce, counted),
+                begin_drain=lambda: self._begin_last_drain(announce, counted, on_begin),
             )
             return self.stop
+
+    def _begin_last_drain(
+        self, announce: float, counted_from: tuple[int, int], on_begin: Callable[[], None] | None
+    ) -> Drain:
+        """The drain of a stop; where none can begin, what is in hand is given up, and told."""
+        try:
+            return self._drain_to_stop(announce, counted_from)
+        except BaseException as error:  # whatever it was, the stop goes on
+            log.exception("the drain cannot begin")
+            self.give_up(f"the drain could not begin: {described(error)}")
+            assert self.drain is not None
+            return self.drain
+        finally:
+            if on_begin is not None:
+                on_begin()
 
     def hurry(self) -> None:
         """End the drain now, and give all remaining cleanup a second in total."""

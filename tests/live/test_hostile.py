@@ -113,6 +113,7 @@ def test_standard_error_that_is_closed(flaskd: Flaskd) -> None:
     """Without a reader flaskd serves and stops, with three signals too, and with a stray thread."""
     flaskd.write("stray.py", "import threading, time\nfrom gateapp import app\n"
                  "threading.Thread(target=time.sleep, args=(60,)).start()\n")  # fmt: skip
+    flaskd.write("flaskd.yaml", "shutdown: {exit_wait: 500ms}\n")
     reading, writing = os.pipe()
     flaskd.start(app="stray", stderr=writing, stdout=writing)
     os.close(writing)
