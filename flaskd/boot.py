@@ -254,7 +254,9 @@ class Boot:
             daemon.holdings.state.record(account.record)
         else:
             self._ending.late_code = code or degraded
-            self._ending.settle = daemon.holdings.state.prepare(account.record, unless=account.late_record)
+            prepared = daemon.holdings.state.prepare(account.record, unless=account.late_record)
+            if prepared is not None:
+                self._ending.settle, self._ending.unsettle = prepared
         daemon.stopping.tell_the_end(account, failed=daemon.failure is not None)
         return code
 

@@ -306,7 +306,7 @@ def test_a_stop_that_could_not_be_recorded_is_told(directory, caplog, monkeypatc
 def test_a_record_is_laid_ready_for_the_very_end(directory):
     """Until it is put in its place, the other one stands there: whenever the process ends, the truth is told."""
     state = opened(directory)
-    settle = state.prepare({"reason": "signal: SIGTERM"}, unless={"reason": "signal: SIGTERM", "unfinished": []})
+    settle, _ = state.prepare({"reason": "signal: SIGTERM"}, unless={"reason": "signal: SIGTERM", "unfinished": []})
     state.close()
     assert "unfinished" in read_record(directory / "last-stop.json")
     settle()

@@ -76,14 +76,14 @@ def read_record(path: Path) -> dict[str, Any] | None:
     return record
 
 
-def prepare_record(path: Path, record: Mapping[str, Any]) -> Callable[[], object]:
-    """Lay a record beside `path`, and give what puts it in its place; that uses nothing but a built-in function."""
+def prepare_record(path: Path, record: Mapping[str, Any]) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Lay a record beside `path`; give what puts it in its place, a built-in function, and what takes it away again."""
     prepared = temporary_name(path)
     prepared.unlink(missing_ok=True)
     descriptor = os.open(prepared, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(encoded(record))
-    return partial(os.rename, str(prepared), str(path))
+    return partial(os.rename, str(prepared), str(path)), partial(os.unlink, str(prepared))
 
 
 def results_as_json(results: Iterable[StepResult]) -> dict[str, dict[str, Any]]:

@@ -29,6 +29,9 @@ _PATIENCE = 0.5
 """Seconds that the end waits for a disk that does not answer."""
 
 
+Prepared = tuple[Callable[[], object], Callable[[], object]]
+
+
 class StateDirectory:
     """Where the record goes; one that cannot be written costs the record, never the service.
 
@@ -138,10 +141,10 @@ class StateDirectory:
             self._unrecorded = True
             self._note({"unrecorded": str(error.strerror)})
 
-    def prepare(self, entry: Mapping[str, Any], *, unless: Mapping[str, Any]) -> Callable[[], object] | None:
+    def prepare(self, entry: Mapping[str, Any], *, unless: Mapping[str, Any]) -> Prepared | None:
         """Record `unless`, and lay the record ready that is to be there in its place unless something is cut.
 
-        Gives what puts it there; None where nothing is recorded.
+        Gives what puts it there, and what takes it away; None where nothing is recorded.
         """
         self.record(unless)
         if self._record is not None and not self._unrecorded:

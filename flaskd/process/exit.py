@@ -115,6 +115,8 @@ class Ending:
         """The exit code where finalizers are cut; None: the same as without."""
         self.settle: Callable[[], object] | None = None
         """Called at the very end, if nothing is cut; it must use nothing but built-in functions that it holds."""
+        self.unsettle: Callable[[], object] | None = None
+        """Called instead where finalizers are cut while Python still runs."""
         self.begun = False
         self._done = threading.Event()
         self._deciding = threading.Lock()
@@ -246,6 +248,8 @@ def leave(code: int, ending: Ending) -> NoReturn:
         _heed_signals(signal.SIG_IGN)
         late_code = code if ending.late_code is None else ending.late_code
         if not _in_time(_flush):  # the interpreter would wait for it, and finalize nothing
+            if ending.unsettle is not None:
+                ending.unsettle()
             os._exit(late_code)
         _end_in_time(max(_FINALIZING, ending.left()), late_code)
     except RuntimeError:  # no thread can be had that keeps the time: nothing is waited for, finalizers neither

@@ -105,7 +105,7 @@ def test_status_says_when(flaskd: Flaskd) -> None:
     status = flaskd.status()
     assert 0.0 < status["idle_for"] < PATIENCE
     assert time.strptime(status["idle_stop_at"][:19], "%Y-%m-%dT%H:%M:%S") > time.gmtime(time.time() + 3000)
-    flaskd.write("flaskd.yaml", "")
+    flaskd.write("flaskd.yaml", "version: 1\n")
     assert flaskd.command("reload").startswith("OK reloaded")
     status = flaskd.status()
     assert (status["idle_for"], status["idle_stop_at"]) == (None, None)
