@@ -31,12 +31,13 @@ from flaskd.ledger import DrainReport
 from flaskd.lifecycle import Event, Lifecycle, State, StopReason
 from flaskd.log import setup as logs
 from flaskd.places.state import StateDirectory
+from flaskd.present import account_lines
 from flaskd.process.descriptors import open_files
 from flaskd.process.exit import Ending, Unfinished, at_exit
 from flaskd.process.forks import AppCode, end_child, forgotten_by_children
 from flaskd.process.main_thread import MainThread
 from flaskd.process.signals import Escalation, SignalWatch
-from flaskd.protocol import Discard, Reply, account_lines, summary
+from flaskd.protocol import Discard, Reply, summary
 from flaskd.reload import LIMIT, Reading, Readings
 from flaskd.server import Tally, WaitressThread
 from flaskd.serving import launch, loading

@@ -90,7 +90,7 @@ class Attempt:
 
     def abandoned(self) -> Verdict:
         """Give the verdict on an attempt whose thread is left to run on alone."""
-        return Verdict(Fate.TIMED_OUT, f"{self.context.overrun()}; abandoned", trace=self.step.veil(self.stack()))
+        return Verdict(Fate.TIMED_OUT, f"{self.context.overrun()}; abandoned", trace=self.step.redact(self.stack()))
 
     def join(self, timeout: float) -> None:
         """Wait up to `timeout` seconds for the thread of an attempt that is over; none for one that hangs."""
@@ -114,10 +114,12 @@ class Attempt:
     def _work(self) -> None:
         try:
             verdict = self._judged()
-            veil = self.step.veil  # what goes into log, record, replies and STATUS shows nothing that was interpolated
-            why, detail = (_line(veil(text)) for text in (verdict.why, verdict.detail))
-            cut = tuple(_line(veil(each)) for each in verdict.cut)
-            self.verdict = Verdict(verdict.fate, why, detail, veil(verdict.trace)[-_LONGEST_TRACE:], cut)
+            redact = (
+                self.step.redact
+            )  # what goes into log, record, replies and STATUS shows nothing that was interpolated
+            why, detail = (_line(redact(text)) for text in (verdict.why, verdict.detail))
+            cut = tuple(_line(redact(each)) for each in verdict.cut)
+            self.verdict = Verdict(verdict.fate, why, detail, redact(verdict.trace)[-_LONGEST_TRACE:], cut)
         except BaseException as error:  # noqa: BLE001 - an exception whose own text raises, say
             self.verdict = Verdict(Fate.FAILED, type(error).__name__)
         finally:

@@ -22,6 +22,7 @@ from pydantic import AfterValidator, Field
 from flaskd.cleanup.context import ENDING_PATIENCE, ENDING_SLACK, StepContext, StepFailedError, StepTimedOutError
 from flaskd.config import Duration, Section
 from flaskd.config.fields import Hidden
+from flaskd.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -285,6 +286,6 @@ class _Child:
 
     def tail(self, lines: int = 20) -> str:
         """The last lines of its output as one, without what a terminal would take for more than text."""
-        text = self._context.veil(self._output.decode(errors="replace"))  # before it is cut
-        printable = ("".join(c if c.isprintable() else " " for c in line).strip() for line in text.splitlines())
-        return " | ".join([line for line in printable if line][-lines:])[-_SHOWN_OUTPUT:]
+        text = self._context.redact(self._output.decode(errors="replace"))  # before it is cut
+        shown = (printable(line, " ").strip() for line in text.splitlines())
+        return " | ".join([line for line in shown if line][-lines:])[-_SHOWN_OUTPUT:]

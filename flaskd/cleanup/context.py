@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from flaskd.errors import FlaskdError
-from flaskd.text import Veil
+from flaskd.text import Redactor
 from flaskd.units import format_duration
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class StepContext:
     `app` is the Flask app, or None; `reason` the kind of the stop ("signal", "control", …), `reason_text` the
     whole of it; `attempt` counts from 1; `started` is the moment this attempt began and `timeout` its
     seconds; `waiting` is how many steps marked `always` had not begun by then; `state` is the state directory,
-    None where there is none to write to; `found` what discovery found for it, None where nobody has looked; `veil`
+    None where there is none to write to; `found` what discovery found for it, None where nobody has looked; `redact`
     hides in a text what was interpolated into its fields.
 
     An action that waits outside Python sets `on_hurry`, called when less time is left than before, and
@@ -142,7 +142,7 @@ class StepContext:
     waiting: int = 0
     state: Path | None = None
     found: tuple[Found, ...] | None = field(default=None, repr=False)
-    veil: Veil = field(default_factory=Veil, repr=False)
+    redact: Redactor = field(default_factory=Redactor, repr=False)
     on_hurry: Callable[[], None] | None = field(default=None, repr=False)
     last_resort: Callable[[], None] | None = field(default=None, repr=False)
 

@@ -29,6 +29,7 @@ from flaskd.objects import contents_of
 from flaskd.process.forks import AppCode
 from flaskd.process.threads import AppThread
 from flaskd.stacks import stack_of
+from flaskd.text import listed
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -204,7 +205,7 @@ def _run(use: str, end: End, context: StepContext, fields: BaseModel) -> str | N
         raise faults[0]
     said = [f"{names[place]}: {_words(outcome)}" for place, outcome in sorted(ended.items()) if outcome]
     if silent or late:
-        said += [f"not over: {_listed([names[place] for place in silent])}"] if silent else []
+        said += [f"not over: {listed([names[place] for place in silent], _MOST_NAMED)}"] if silent else []
         cut = tuple(
             f"{names[place]}: {work}"
             for place, each in sorted(ended.items())
@@ -214,18 +215,13 @@ def _run(use: str, end: End, context: StepContext, fields: BaseModel) -> str | N
         raise StepTimedOutError("; ".join([context.overrun(), *said]), ending.stacks(silent, late), cut)
     if faults:
         raise StepFailedError("; ".join(said))
-    return "; ".join(said if len(said) == len(things) else [_listed(names), *said])
+    return "; ".join(said if len(said) == len(things) else [listed(names, _MOST_NAMED), *said])
 
 
 def _words(outcome: str | BaseException) -> str:
     if isinstance(outcome, (str, StepFailedError)):
         return str(outcome)
     return f"{type(outcome).__name__}: {outcome}"
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - _MOST_NAMED
-    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def ending(use: str, end: End) -> Callable[[StepContext, Any], str | None]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from flaskd.config import Phase
-from flaskd.text import Veil
+from flaskd.text import Redactor, listed
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -142,7 +142,7 @@ class Step:
     outcome: Outcome | None = None
     always: bool = False
     found: tuple[Found, ...] | None = None
-    veil: Veil = field(default_factory=Veil, repr=False, compare=False)
+    redact: Redactor = field(default_factory=Redactor, repr=False, compare=False)
     """Hides what was interpolated into its fields."""
 
     @property
@@ -202,5 +202,4 @@ class Step:
 
 def names(found: Sequence[Found]) -> str:
     """The first few names, and how many more."""
-    more = len(found) - _MOST_NAMED
-    return ", ".join(each.name for each in found[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return listed([each.name for each in found], _MOST_NAMED)

@@ -13,7 +13,7 @@ from flaskd.cleanup.model import DISCOVERED, Action, Step
 from flaskd.config import CleanupConfig, Phase
 from flaskd.errors import ConfigError, FlaskdError
 from flaskd.process.forks import AppCode
-from flaskd.text import Veil
+from flaskd.text import Redactor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -71,7 +71,7 @@ class Plan:
                 with AppCode():
                     step.action.prepare(step.fields)
             except Exception as fault:  # noqa: BLE001 - code of the user runs here
-                faults.append(f"cleanup.policies.{step.name}: {step.veil(str(fault))}")
+                faults.append(f"cleanup.policies.{step.name}: {step.redact(str(fault))}")
         if faults:
             raise ConfigError("\n".join(faults))
 
@@ -89,7 +89,7 @@ class Plan:
             except Exception as error:  # noqa: BLE001 - an action of another package: the app starts without it
                 words, done = f"cannot restore: {error!r}", False
             if words:
-                said.append((step, f"cleanup {step.phase}/{step.name}: {step.veil(words)}", done))
+                said.append((step, f"cleanup {step.phase}/{step.name}: {step.redact(words)}", done))
         return said
 
     def describe(self) -> list[dict[str, Any]]:
@@ -123,7 +123,7 @@ def build_plan(cleanup: CleanupConfig, actions: Mapping[str, Action] = ACTIONS) 
                 reasons=tuple(policy.when.reason),
                 outcome=policy.when.outcome,
                 always=policy.always,
-                veil=Veil(policy.hidden),
+                redact=Redactor(policy.hidden),
             )
         )
     return Plan(tuple(steps))

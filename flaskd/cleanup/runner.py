@@ -227,7 +227,7 @@ class Runner:
             waiting=self._waiting(step),
             state=self._state,
             found=step.found,
-            veil=step.veil,
+            redact=step.redact,
         )
         started = Attempt(step, context, over=partial(self._wake.put, None), spare=self._spare)
         with self._lock:  # before it begins: who it is may be asked in it

@@ -20,9 +20,8 @@ from pydantic import AfterValidator, Field, PlainSerializer, SecretStr
 
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
 from flaskd.config import Section
-from flaskd.config.faults import quoted
 from flaskd.config.fields import HeaderText, Hidden, SomeText
-from flaskd.text import MASK
+from flaskd.text import MASK, printable, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -198,4 +197,4 @@ def _break_off(connection: http.client.HTTPConnection) -> None:
 
 def _safe(reason: str) -> str:
     """The reason phrase as far as it can be shown; a server may put anything there."""
-    return "".join(each if each.isprintable() else " " for each in reason)[:100]
+    return printable(reason, " ")[:100]

@@ -265,7 +265,7 @@ def _plan(socket: str | None, name: str, config: str | None, hang: tuple[str, ..
             frame = preview.Frame(**answer["budget"])
             results, text = preview.simulated(preview.plan_from(answer["policies"]), frame, hang)
             answer = {"result": "plan", "hang": list(hang), "policies": results_as_json(results), "text": text}
-        show.say(show.for_programs({"ok": True, **answer}) if as_json else show.printable(answer["text"], "text"))
+        show.say(show.for_programs({"ok": True, **answer}) if as_json else show.made_printable(answer["text"], "text"))
     return EX_OK
 
 
