@@ -1,4 +1,4 @@
-"""Who is at the other end of the control socket, and what they may do."""
+"""What a client of the control plane may do."""
 
 from __future__ import annotations
 

@@ -17,6 +17,9 @@ from flaskd.text import escaped
 
 log = logging.getLogger("flaskd.control")
 
+BROKEN_OFF = bounded_by("control commands that broke off")
+"""For the log (`extra`): what commands with a fault of ours are called, where there are too many to list them."""
+
 Send = Callable[..., None]
 """``send(data, last=…)``: puts bytes on their way to the client; `last` ends the answer."""
 
