@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 from flaskd.admin import AdminServer, EndpointServer, Measures, configured_token, opened_by
 from flaskd.background_work import background_work, in_background, left_behind
-from flaskd.cleanup import Frame, Plan, StepResult, aside, build_plan, overview
+from flaskd.cleanup import Frame, Plan, StepResult, build_plan, call_in_thread, overview
 from flaskd.config import Config, Configuration, FileWatch, HealthConfig, load_again, write_duration
 from flaskd.errors import EX_LOST, EX_OK, AppError, ConfigError, FlaskdError, NotNowError, described
 from flaskd.ledger import DrainReport
@@ -1006,7 +1006,7 @@ class Daemon:
             ),
             self._announce_stop,
             # A disk that hangs must not keep the stop.
-            lambda: aside(lambda: self._state_directory.stopping(str(reason))).close(0),
+            lambda: call_in_thread(lambda: self._state_directory.stopping(str(reason))).close(0),
         ):
             try:
                 tell()

@@ -7,6 +7,7 @@ import traceback
 from typing import TYPE_CHECKING
 
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
+from flaskd.cleanup.discovery import discover
 from flaskd.cleanup.model import Fate, Verdict
 from flaskd.process.forks import AppCode
 from flaskd.process.threads import AppThread
@@ -130,6 +131,8 @@ class Attempt:
         step = self.step
         try:
             with AppCode():
+                if step.takes and self.context.found is None:  # it was not looked for yet
+                    self.context.found = discover(self.context.app)
                 detail = step.action.run(self.context, step.fields)
         except StepTimedOutError as error:
             return Verdict(Fate.TIMED_OUT, str(error), trace=error.trace, cut=error.cut)

@@ -6,6 +6,7 @@ All moments are on one monotonic clock, all lengths are float seconds.
 from __future__ import annotations
 
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,11 @@ def for_steps(deadline: float, reserve: float) -> tuple[float, float]:
     """The `deadline` and `reserve` of a stop, less what its end takes: that is out of the reserve, if there is any."""
     ending = min(_ENDING, deadline / 10)
     return deadline - ending, max(0.0, reserve - ending)
+
+
+def in_app_context(app: Any) -> AbstractContextManager[Any]:
+    """The app's own context, in which `current_app` and the extensions work; nothing where there is no Flask app."""
+    return nullcontext() if app is None else app.app_context()
 
 
 class StepFailedError(FlaskdError):

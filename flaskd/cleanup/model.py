@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from flaskd.cleanup.context import StepContext
     from flaskd.cleanup.found import Found
+    from flaskd.cleanup.kinds import Kind
 
 
 class Fate(StrEnum):
@@ -82,7 +83,7 @@ class Action:
     `needs` are the modules of which one must be installed, with what they are called at the package index.
     `takes` is set for an action on live objects: the action by which discovery finds what a policy without a
     target takes. `first` is what it does in an earlier phase already. `keeps` is the field that names its file under
-    the state directory, which must be no other's.
+    the state directory, which must be no other's. `kinds` are those of the objects that discovery finds for it.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Action:
     takes: str = ""
     first: Action | None = None
     keeps: str = ""
+    kinds: tuple[Kind, ...] = ()
 
 
 DISCOVERED = "found:"

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from flaskd.cleanup.actions import ACTIONS
-from flaskd.cleanup.live import loaded
 from flaskd.cleanup.model import DISCOVERED, Action, Step
+from flaskd.cleanup.targets import loaded
 from flaskd.config import CleanupConfig, Phase
 from flaskd.errors import ConfigError, FlaskdError
 from flaskd.process.forks import AppCode

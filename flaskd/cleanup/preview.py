@@ -73,7 +73,7 @@ class _Clock:
 class _Silent:
     """Where the words of a rehearsal go: nowhere."""
 
-    def say(self, call: Callable[[], None]) -> None:
+    def add(self, call: Callable[[], None]) -> None:
         """Do not."""
 
 
@@ -106,7 +106,7 @@ class _Rehearsal(Runner):
     @contextmanager
     def _reporting(self) -> Iterator[None]:
         self._log = self._progress = _Silent()  # type: ignore[assignment]  # all that is asked of either
-        self._outlets = []
+        self._call_threads = []
         yield
 
     def _begin(self, attempt: Attempt) -> bool:

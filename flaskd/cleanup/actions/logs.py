@@ -15,7 +15,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from flaskd.cleanup.context import StepContext, StepFailedError
-from flaskd.config import Section
+from flaskd.cleanup.model import Action
+from flaskd.config import Phase, Section
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -111,3 +112,6 @@ def _take_the_rest(listener: logging.handlers.QueueListener) -> None:
             return
         if record is not sentinel:
             listener.handle(record)
+
+
+ACTIONS = (Action("logging.flush", FlushFields, Phase.FLUSH, flush_logs),)

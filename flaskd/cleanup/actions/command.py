@@ -6,6 +6,7 @@ keeps open, nor for a group that ignores SIGTERM.
 
 from __future__ import annotations
 
+import operator
 import os
 import selectors
 import signal
@@ -20,7 +21,8 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import AfterValidator, Field
 
 from flaskd.cleanup.context import ENDING_PATIENCE, ENDING_SLACK, StepContext, StepFailedError, StepTimedOutError
-from flaskd.config import Duration, Section
+from flaskd.cleanup.model import Action
+from flaskd.config import Duration, Phase, Section
 from flaskd.config.fields import Hidden
 from flaskd.text import printable
 
@@ -289,3 +291,6 @@ class _Child:
         text = self._context.redact(self._output.decode(errors="replace"))  # before it is cut
         shown = (printable(line, " ").strip() for line in text.splitlines())
         return " | ".join([line for line in shown if line][-lines:])[-_SHOWN_OUTPUT:]
+
+
+ACTIONS = (Action("command", CommandFields, Phase.FINAL, run_command, grace=operator.attrgetter("kill_grace")),)

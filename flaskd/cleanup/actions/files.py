@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import AfterValidator, Field
 
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
-from flaskd.config import OneOrMany, Section
+from flaskd.cleanup.model import Action
+from flaskd.config import OneOrMany, Phase, Section
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -141,3 +142,6 @@ def _matching(directory: int, pattern: str) -> list[str]:
     hidden = pattern.startswith(".")
     names = os.listdir(directory)
     return sorted(each for each in names if fnmatch.fnmatchcase(each, pattern) and (hidden or not each.startswith(".")))
+
+
+ACTIONS = (Action("files.remove", RemoveFields, Phase.FINAL, remove_files),)

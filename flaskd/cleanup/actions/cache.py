@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, Field, SecretStr
 
 from flaskd.cleanup.context import StepContext, StepFailedError
-from flaskd.config import KEY_FILE, Duration, Section, Size
+from flaskd.cleanup.model import Action
+from flaskd.config import KEY_FILE, Duration, Phase, Section, Size
 from flaskd.config.fields import SomeText
 from flaskd.files import read_whole, write_whole
 
@@ -290,3 +291,16 @@ def _key_of_our_own(state: Path | None, *, make: bool) -> bytes:
     if len(key) != _KEY_BYTES:
         raise StepFailedError(f"cannot use the key {path}: expected {_KEY_BYTES} bytes, got {len(key)}; remove it")
     return key
+
+
+ACTIONS = (
+    Action(
+        "cache.persist",
+        PersistFields,
+        Phase.PERSIST,
+        persist_cache,
+        restore=restore_cache,
+        use_up=use_up_cache,
+        keeps="path",
+    ),
+)
