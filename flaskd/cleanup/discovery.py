@@ -154,9 +154,8 @@ def _threads() -> list[Found]:
     """Threads that the exit waits for, but an executor's."""
     executors = contents_of("concurrent.futures.thread").get("_threads_queues", {})
     left = "a thread cannot be ended from outside; threads.stop asks one to end"
-
     return [
-        _found(f"thread/{thread.name}", thread, "threads.stop", left)
+        _found(f"thread/{_asked(lambda each: each.name, thread, 'without a name')}", thread, "threads.stop", left)
         for thread in waited_for()
         if thread not in executors and type(thread).__module__ != "concurrent.futures.process"
     ]

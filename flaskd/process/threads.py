@@ -27,10 +27,12 @@ class AppThread(threading.Thread):
 
 def waited_for() -> list[threading.Thread]:
     """The threads that the interpreter waits for at its end (threading._shutdown), beside the main one."""
-    return [
-        each
-        for each in threading.enumerate()
-        if not (
-            each.daemon or isinstance(each, AppThread) or each in {threading.main_thread(), threading.current_thread()}
-        )
-    ]
+    apart = {threading.main_thread(), threading.current_thread()}
+    return [each for each in threading.enumerate() if each not in apart and _is_waited_for(each)]
+
+
+def _is_waited_for(thread: threading.Thread) -> bool:
+    try:
+        return not (thread.daemon or isinstance(thread, AppThread))
+    except Exception:  # noqa: BLE001 - a class of the app's, which may raise at every question
+        return False
