@@ -110,10 +110,10 @@ class Reply(Protocol):
 
 
 class Discard:
-    """A reply that nobody waits for."""
+    """The reply to what no client waits for."""
 
     def progress(self, fields: Fields) -> None:
-        """Tell nobody."""
+        """Drop it."""
 
     def ok(
         self,
@@ -124,10 +124,10 @@ class Discard:
         lines: Sequence[str] = (),
         hint: str = "",
     ) -> None:
-        """Tell nobody."""
+        """Drop it."""
 
     def error(self, code: str, message: str) -> None:
-        """Tell nobody."""
+        """Drop it."""
 
 
 _NUMBER = (int, float)

@@ -22,7 +22,7 @@ _CONTINUED = "  "
 """What a line begins with that goes on with an entry of the log: no text of others begins an entry."""
 _USERINFO = re.compile(r"(?<=://)([^/?#@\s:]*):[^/?#\s]*@")
 LONGEST_TEXT = 1000
-"""Characters of what somebody else wrote (a path, a header) that are kept and shown."""
+"""Characters of what others wrote (a path, a header) that are kept and shown."""
 _QUOTED = 60
 """Characters of a value that a message quotes, and of a wrong name that is compared."""
 _MAX_LISTED = 20

@@ -546,7 +546,7 @@ def test_who_has_said_all_is_let_go(end):
 
 
 def test_who_does_not_read_is_given_up():
-    """Output that nobody takes is bounded, and the client then hopeless."""
+    """Output that nobody takes is bounded, and the client then given up."""
     replies = []
     ours, client = connect(lambda _, reply: replies.append(reply))
     with ours, client.sock:
@@ -555,7 +555,7 @@ def test_who_does_not_read_is_given_up():
         for _ in range(3 * MAX_OUTPUT // 1000):
             replies[0].progress({"note": "x" * 1000})
             client.flush()
-        assert client.hopeless
+        assert client.overflowed
         assert len(client._out) < MAX_OUTPUT + 2000
 
 

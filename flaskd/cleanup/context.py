@@ -79,7 +79,7 @@ class Budget:
         left = max(0.0, deadline - clock())
         # One share more than there are steps, for flush and final.
         share = min(reserve or left * _SHARE_OF_THE_DEADLINE, left) / (always + 1)
-        # One tuple, replaced as a whole: whoever reads it without the lock never sees half a change.
+        # One tuple, replaced as a whole: a reader without the lock never sees half a change.
         self._now_in_force = (deadline, reserve, clock(), share)
 
     def now(self) -> float:
@@ -128,8 +128,8 @@ class StepContext:
     `app` is the Flask app, or None; `reason` the kind of the stop ("signal", "control", …), `reason_text` the
     whole of it; `attempt` counts from 1; `started` is the moment this attempt began and `timeout` its
     seconds; `waiting` is how many steps marked `always` had not begun by then; `state` is the state directory,
-    None where there is none to write to; `found` what discovery found for it, None where nobody has looked; `redact`
-    hides in a text what was interpolated into its fields.
+    None where there is none to write to; `found` what discovery found for it, None where discovery has not run;
+    `redact` hides in a text what was interpolated into its fields.
 
     An action that waits outside Python sets `on_hurry`, called when less time is left than before, and
     `last_resort`, called when the runner abandons the step; each in a thread of its own.

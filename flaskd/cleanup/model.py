@@ -129,7 +129,7 @@ class Step:
     """One policy as it will run; `timeout` is in seconds, `reasons` empty for any reason.
 
     `found` is what discovery found for an action on live objects whose policy names no target; None where it names one,
-    or where nobody has looked.
+    or where discovery has not run.
     """
 
     name: str
@@ -149,7 +149,7 @@ class Step:
 
     @property
     def discovered(self) -> bool:
-        """Whether nobody asked for it."""
+        """Whether discovery added it: no policy asks for it."""
         return self.name.startswith(DISCOVERED)
 
     @property

@@ -54,7 +54,7 @@ class Plan:
         return hashlib.sha256(json.dumps(self.describe()).encode()).hexdigest()[:12]
 
     def dependents(self, name: str) -> tuple[str, ...]:
-        """The names of all steps that come after `name`, directly or through others, as somebody wrote it."""
+        """The names of all steps that come after `name`, directly or through others, as the policies say it."""
         found = [name]
         found += (
             step.name for step in self.steps if not step.discovered and any(before in found for before in step.after)
@@ -181,7 +181,7 @@ def with_found(
 
 
 def _discovered(action: Action, found: tuple[Found, ...], cleanup: CleanupConfig, before: list[Step]) -> list[Step]:
-    """The step for what nobody asked to end: after those of its phase that somebody did, for they may still use it."""
+    """The step for what no policy ends: after the policies of its phase, for they may still use it."""
     phase = action.default_phase
     ordered = {DISCOVERED + use for use in _IN_ORDER}
     after = [step.name for step in before if step.phase is phase and (not step.discovered or step.name in ordered)]

@@ -262,7 +262,7 @@ class Runner:
             if attempt.verdict is not None:
                 self._judge(attempt, attempt.verdict)
             elif attempt.given_up_at() <= self._budget.now():
-                # Never retried: it still runs, and two of it at a time are nobody's wish.
+                # Never retried: it still runs, and must not run twice at a time.
                 self._abandoned += (attempt.step.name,)
                 if call := attempt.context.last_resort:
                     self._call_threads.append(call_in_thread(call))

@@ -36,28 +36,28 @@ def say(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        forsake_what_cannot_be_written()
+        discard_what_cannot_be_written()
         raise CannotCreateError(f"cannot write the answer: {error.strerror}") from error
 
 
-def forsake_what_cannot_be_written() -> bool:
+def discard_what_cannot_be_written() -> bool:
     """Let what is left in a standard stream's buffer go nowhere, where it cannot go where it should.
 
     It would fail once more at the exit, whose code would then be 120 (Py_FinalizeEx). Whether there was any.
     """
-    forsaken = False
+    discarded = False
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            forsaken = True
+            discarded = True
         except (ValueError, AttributeError):  # closed, or never there
             pass
-    return forsaken
+    return discarded
 
 
-def write_all_there_is(errors: str) -> None:
+def escape_what_cannot_be_encoded(errors: str) -> None:
     """Let standard output take any text, where its encoding has not every character (`errors`: codecs).
 
     What has been done is done: an outcome that cannot be written down must not look like one that failed.
@@ -306,7 +306,7 @@ class Bar:
         self._write("\r\x1b[K" + (text if len(text) <= width else text[: max(0, width - 3)] + "..."))
 
     def _columns(self) -> int:
-        """Of the bar's own terminal: standard output may go elsewhere, and nobody has asked that one."""
+        """Of the bar's own terminal: standard output may go elsewhere, and is not asked."""
         with contextlib.suppress(OSError, ValueError):  # no descriptor
             if columns := os.get_terminal_size(self._stream.fileno()).columns:
                 return columns

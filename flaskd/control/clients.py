@@ -65,7 +65,7 @@ class Clients:
 
     def _admit(self, sock: socket.socket) -> None:
         if len(self._all) >= _MAX_CLIENTS:
-            self.drop_the_gone()
+            self.drop_hung_up()
         if len(self._all) >= _MAX_CLIENTS:
             silent = [each for each in self._all if not each.pending]
             if silent:  # who says nothing makes room for who may
@@ -83,7 +83,7 @@ class Clients:
             return
         most = _MAX_CLIENTS - _RESERVE + (_STOP_RESERVE if command.name == "stop" else 0)
         if self._waiting > most:  # who asks is one of them
-            self.drop_the_gone()
+            self.drop_hung_up()
         if (waiting := self._waiting) > most:
             instead = ", or leave out wait" if not command.verb.lengthy else ""
             raise NotNowError(
@@ -114,7 +114,7 @@ class Clients:
                 self._wake()
             client.flush()
             idle = not client.pending and now - client.last_heard > _IDLE_TIMEOUT
-            if client.done or client.hopeless or idle:
+            if client.done or client.overflowed or idle:
                 self._drop(client)
                 continue
             # A client that shut its side down would be readable for ever.
@@ -135,7 +135,7 @@ class Clients:
         elif known is not None and known.events != events:
             self._selector.modify(client.sock, events, known.data)
 
-    def drop_the_gone(self) -> None:
+    def drop_hung_up(self) -> None:
         """Drop who waits for an outcome and has hung up; they are not read from, so it does not show by itself."""
         for client in [each for each in self._all if each.pending and each.gone]:
             self._drop(client)

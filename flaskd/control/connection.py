@@ -222,7 +222,7 @@ class Connection:
         return bool(self._out)
 
     @property
-    def hopeless(self) -> bool:
+    def overflowed(self) -> bool:
         """Whether it left so much unread that something could not be told any more."""
         return self._overflowed
 

@@ -141,7 +141,7 @@ class ControlPlane:
             if (now := time.monotonic()) >= self._next_look and not self._ending:
                 self._next_look = now + PAUSE
                 try:
-                    self._clients.drop_the_gone()
+                    self._clients.drop_hung_up()
                     self._daemon.checking.look()
                     self._daemon.planning.look()
                     self._nodes.look_after(now)

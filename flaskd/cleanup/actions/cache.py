@@ -2,7 +2,7 @@
 
 Kept are the caches of cachelib's ``SimpleCache`` (Flask-Caching's is one): their entries are pickled already, and stay
 so; restoring needs no unpickling and keeps each entry's own expiry. The app unpickles an entry when it reads it, so a
-file that somebody else could have written would be code of somebody else: nothing is restored whose HMAC is not right.
+file that another user could have written would be that user's code: nothing is restored whose HMAC is not right.
 
 A file is restored by one start that succeeds. What the app deleted or changed since would come back otherwise, when the
 next life ended in a crash or its file could not be written. That a file is used shows in its modification time, the
@@ -272,7 +272,7 @@ def _key(app: Any, state: Path | None, fields: PersistFields, *, make: bool) -> 
 
 
 def _key_of_our_own(state: Path | None, *, make: bool) -> bytes:
-    """A random key in the state directory, which nobody else may read; made if there is none and `make` is set."""
+    """A random key in the state directory, which its owner alone may read; made if there is none and `make` is set."""
     if state is None:
         raise StepFailedError("cannot sign the cache: no state directory is ours to keep a key in; give with.key")
     path = state / KEY_FILE

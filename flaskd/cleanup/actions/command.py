@@ -175,7 +175,7 @@ class _Child:
         return self.exited.is_set()
 
     def _reap(self, how: int = 0) -> None:
-        # os.waitpid and not Popen.wait, which reports exit code 0 when somebody else has reaped the child.
+        # os.waitpid and not Popen.wait, which reports exit code 0 when other code of this process has reaped the child.
         try:
             pid, status = os.waitpid(self._process.pid, how)
             if not pid:
@@ -260,12 +260,12 @@ class _Child:
             os.killpg(self._process.pid, number)
         except ProcessLookupError:
             return False
-        except PermissionError:  # they run as somebody else now
+        except PermissionError:  # they run as another user now
             return True
         return True
 
     def close(self) -> None:
-        """Take in what is still in the pipe, without waiting for whoever keeps it open, and let go of it."""
+        """Take in what is still in the pipe, without waiting for the processes that keep it open, and let go of it."""
         for _ in range(_LAST_CHUNKS):
             if self._pipe.closed or not self._read():
                 break

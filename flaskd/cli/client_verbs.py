@@ -27,7 +27,7 @@ from flaskd.protocol import MARK, RECORD, damage, state_directory
 from flaskd.text import table
 from flaskd.verbs import FLAGS, VERBS, find_verb
 
-_ELSEWHERE = {"help", "check"}
+_BY_HAND = {"help", "check"}
 """Verbs whose commands need no daemon, and are made by hand."""
 _LONG = 60.0
 """Seconds of silence after which one that tells every second how it goes has died."""
@@ -42,7 +42,7 @@ _JSON = click.Option(["--json", "as_json"], is_flag=True, help="Answer for progr
 def add_client_verbs(group: click.Group) -> None:
     """Give the command its client verbs."""
     for name, verb in VERBS.items():
-        if name not in _ELSEWHERE and name not in group.commands:
+        if name not in _BY_HAND and name not in group.commands:
             params = [*_PLACE, _JSON]
             params += [
                 click.Option([f"--{flag}"], is_flag=True, help=_sentence(FLAGS[flag])) for flag in sorted(verb.flags)
@@ -201,11 +201,11 @@ def _top(socket: str | None, name: str, as_json: bool, interval: float, count: i
 def what_next() -> str:
     """What to do now, said to who types the command alone."""
     lines = ["flaskd serves a Flask app, and stops it without losing a request.", ""]
-    somebody = False
+    answered = False
     try:
         path = find_socket(None, "flaskd", os.environ)
         with ControlClient(path, timeout=2.0) as client, reading(path):
-            somebody = True
+            answered = True
             status = show.made_printable(client.request("status"))
             state, where = status["state"], ", ".join(status["listen"])
             lines += [f"A daemon is {state} here, pid {status['pid']}, on {where}. Next:", ""]
@@ -213,7 +213,7 @@ def what_next() -> str:
     except ForbiddenError as error:
         lines += [f"A daemon may be running here, but this user {error}."]
     except FlaskdError as error:
-        if somebody:  # who starts another one now is told that it runs already, or not even that
+        if answered:  # who starts another one now is told that it runs already, or not even that
             lines += [f"A daemon may be running here, but it does not say how it is: {error}."]
         else:
             lines += ["No daemon is running here. Next:", "", *_commands(_first_steps())]
