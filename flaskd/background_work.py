@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
-from flaskd.units import shortened
+from flaskd.text import printable, shortened
 
 log = logging.getLogger("flaskd.work")
 
@@ -102,7 +102,7 @@ _NOT_DONE_WHEN_CALLED = (inspect.iscoroutinefunction, inspect.isgeneratorfunctio
 
 def on_one_line(name: str) -> str:
     """A name that the app chose, maybe of what a client sent, as it can stand in a log, an answer and a terminal."""
-    return "".join(each if each.isprintable() else "?" for each in shortened(name))
+    return printable(shortened(name), "?")
 
 
 def in_background() -> bool:

@@ -119,7 +119,7 @@ def _meant_by(path: Path) -> Path:
 
 
 def _is_stale(path: Path) -> bool:
-    """Whether it is a socket that its daemon, killed, left behind: nobody listens there (ECONNREFUSED, connect(2))."""
+    """Whether its daemon, killed, left it behind: a socket where no process listens (ECONNREFUSED, connect(2))."""
     try:
         with socket.socket(socket.AF_UNIX) as probe:
             probe.setblocking(False)
@@ -129,7 +129,7 @@ def _is_stale(path: Path) -> bool:
 
 
 def _whose(path: Path) -> str:
-    """Whom a node or directory is for, said to somebody else."""
+    """Whom a node or directory is for, said to another user."""
     import grp  # noqa: PLC0415 - for this refusal alone
 
     try:

@@ -37,8 +37,9 @@ from flaskd.inbox import (
 )
 from flaskd.lifecycle import Event, Lifecycle, State, StopReason
 from flaskd.log import setup as logs
+from flaskd.present import account_lines
 from flaskd.process.main_thread import Complaints
-from flaskd.protocol import Reply, account_lines
+from flaskd.protocol import Reply
 from flaskd.readings import ReadingOver
 from flaskd.reload import Reload
 from flaskd.serving.api import CleanupOver, Died, Drained, Failed, Ready, Serving, StepBegan, StepEnded

@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from flaskd.background_work import Background
 from flaskd.process.exit import Unfinished
-from flaskd.units import shortened
+from flaskd.text import shortened
 
 _VISIBLE = bytes(range(0x21, 0x7F))
 """ASCII that is shown as it is; a client may put anything else into its request, escape sequences included."""

@@ -1,4 +1,4 @@
-"""What goes over the control socket: places, replies and error codes. Shared by the daemon and its clients."""
+"""What the daemon and its clients agree on: where the socket is, replies, error codes, the fields of a record."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from flaskd import errors
-from flaskd.units import format_duration
 
 SOCKET = "control.sock"
 FIFO = "control"
@@ -111,10 +110,10 @@ class Reply(Protocol):
 
 
 class Discard:
-    """A reply that nobody waits for."""
+    """The reply to what no client waits for."""
 
     def progress(self, fields: Fields) -> None:
-        """Tell nobody."""
+        """Drop it."""
 
     def ok(
         self,
@@ -125,10 +124,10 @@ class Discard:
         lines: Sequence[str] = (),
         hint: str = "",
     ) -> None:
-        """Tell nobody."""
+        """Drop it."""
 
     def error(self, code: str, message: str) -> None:
-        """Tell nobody."""
+        """Drop it."""
 
 
 _NUMBER = (int, float)
@@ -179,141 +178,12 @@ def summary(record: Fields | None) -> Fields | None:
     fates = [entry.get("fate") for entry in record.get("policies", {}).values()]
     return {
         **{key: record.get(key) for key in _SUMMARY[:-2]},
-        "cut": _count(record, "cut"),
-        **({"unfinished": _count(record, "unfinished")} if record.get("unfinished") else {}),
+        "cut": how_many(record, "cut"),
+        **({"unfinished": how_many(record, "unfinished")} if record.get("unfinished") else {}),
         "failed": sum(fate in {"failed", "timed_out"} for fate in fates),
     }
 
 
-def _count(record: Fields, key: str) -> int:
+def how_many(record: Fields, key: str) -> int:
     """How many a record has of something, with those for which there was no room in it."""
     return len(record.get(key, ())) + int(record.get("omitted", {}).get(key, 0))
-
-
-def died(mark: Fields) -> str:
-    """How a run ended that left its mark behind, for people.
-
-    A mark that is there but cannot be read tells nothing: its run may have ended in any way.
-    """
-    if "unreadable" in mark:
-        return f"left a mark that cannot be read, and nobody knows how it ended: {mark['unreadable']}"
-    if "unrecorded" in mark:
-        pid, started, why = (mark.get(key, "unknown") for key in ("pid", "started", "unrecorded"))
-        return f"came to its end, but its stop could not be recorded: {why} (pid {pid}, started {started})"
-    stopping = f", in the middle of its stop ({mark['stopping']})" if "stopping" in mark else ""
-    pid, started = mark.get("pid", "unknown"), mark.get("started", "unknown")
-    return f"died without a complete stop{stopping} (pid {pid}, started {started})"
-
-
-def record_lines(record: Fields) -> list[str]:
-    """The record of a stop, for people; before it `previous`, the run that died since without one."""
-    lines = []
-    if previous := record.get("previous"):
-        lines.append(f"previous run: {previous}")
-    if "damaged" in record:
-        return [*lines, f"the record of the last stop cannot be read: {record['damaged']}"]
-    if previous:
-        if "reason" not in record:
-            return [*lines, "no stop has been recorded"]
-        lines.append("the last stop that was recorded:")
-    lines += [
-        f"reason: {record.get('reason', 'unknown')}",
-        f"started: {record.get('started', 'unknown')}, took {format_duration(float(record.get('took') or 0))}",
-        (
-            f"requests: completed={record.get('completed', 0)} rejected={record.get('rejected', 0)} "
-            f"cut={_count(record, 'cut')}"
-        ),
-    ]
-    lines += [
-        f"cut: {each['method']} {each['path']} ({each['phase']} for {each['age']:.1f}s): {each['reason']}"
-        for each in record.get("cut", ())
-    ]
-    lines += [background_line(each) for each in record.get("background", ())]
-    lines += [unfinished_line(each) for each in record.get("unfinished", ())]
-    if record.get("unaccepted"):
-        lines.append(f"reset in the backlog: {record['unaccepted']} connections")
-    lines += [f"policy {step_line(name, entry)}" for name, entry in record.get("policies", {}).items()]
-    return lines
-
-
-def account_lines(fields: Fields) -> list[str]:
-    """What a drain or stop lost, and each cleanup step that is not ok, for people: a line each."""
-    background, unfinished, policies = (fields.get(key) for key in ("background", "unfinished", "policies"))
-    lines = [
-        f"cut {each['method']} {each['path']} ({each['phase']} for {each['age']:.1f}s): {each['reason']}"
-        for each in fields.get("cut") or ()
-    ]
-    lines += map(background_line, background) if isinstance(background, list) else ()
-    lines += map(unfinished_line, unfinished) if isinstance(unfinished, list) else ()
-    if isinstance(policies, dict):
-        lines += [step_line(name, entry) for name, entry in policies.items() if entry["fate"] != "ok"]
-    return lines
-
-
-def step_line(name: str, entry: Fields) -> str:
-    """What became of a cleanup step, for people."""
-    why = "".join(each if each.isprintable() else "?" for each in entry.get("why") or "")
-    why = f", {why}" if why else ""
-    return f"{name}: {entry['fate']} in {format_duration(float(entry.get('took') or 0))}{why}"
-
-
-def background_line(entry: Fields) -> str:
-    """What was left running in the background, for people."""
-    return f"background: {entry['name']} (for {entry['age']:.1f}s in {entry['thread']})"
-
-
-def unfinished_line(entry: Fields) -> str:
-    """What was accepted, or left to the end of the process, and cut, for people."""
-    return f"not finished: {''.join(each if each.isprintable() else '?' for each in entry['name'])}"
-
-
-def thread_line(entry: Fields) -> str:
-    """A thread, for people: what it serves, or that it could."""
-    idle = "idle" if entry["name"].startswith("flaskd-thread") else ""
-    return f"{entry['name']} ({entry['id']}) {entry['request'] or idle}".rstrip()
-
-
-def request_line(entry: Fields) -> str:
-    """A request in flight, for people."""
-    where = f" in {entry['thread']}" if entry.get("thread") else ""
-    return (
-        f"{entry['id']}: {entry['method']} {entry['path']} from {entry['client']}, {entry['phase']} for "
-        f"{format_duration(entry['age'])}{where}, {entry['sent']} bytes sent"
-        + (", its client has gone" if entry.get("gone") else "")
-    )
-
-
-def status_lines(fields: Fields) -> list[str]:
-    """The status as ``key: value`` lines; what only programs want is left to JSON."""
-    return [
-        f"{key}: {_shown(value)}" for key, value in fields.items() if key != "tally" and value not in (None, "", [])
-    ]
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, float):
-        return format_duration(value)
-    if isinstance(value, list):
-        return ", ".join(map(_shown, value))
-    return as_text(value) if isinstance(value, Mapping) else str(value)
-
-
-def as_text(fields: Fields) -> str:
-    """``key=value`` pairs for a text reply: seconds as durations, lists of what is no text as their length.
-
-    What is nothing is left out, and nested values are left to JSON.
-    """
-    pairs = []
-    for key, value in fields.items():
-        if isinstance(value, list | tuple):
-            shown = ",".join(value) if value and all(isinstance(each, str) for each in value) else str(len(value))
-        elif isinstance(value, float):
-            shown = format_duration(value)
-        elif value is None or isinstance(value, dict):
-            continue
-        elif isinstance(value, bool):
-            shown = "true" if value else "false"
-        else:
-            shown = str(value)
-        pairs.append(f"{key}={shown}")
-    return " ".join(pairs)

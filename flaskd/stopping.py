@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from flaskd.cleanup import aside
+from flaskd.cleanup import call_in_thread
 from flaskd.config import Configuration
 from flaskd.holdings import Holdings
 from flaskd.inbox import ExitBegan, ExitOver, StopAsked
 from flaskd.lifecycle import StopReason
 from flaskd.notices import Notices, StepsTake, StopBegan, Stopped
+from flaskd.present import account_lines
 from flaskd.process.descriptors import open_files
 from flaskd.process.exit import Unfinished, at_exit
-from flaskd.protocol import Reply, account_lines
+from flaskd.protocol import Reply
 from flaskd.serving.api import Account, Serving, StepEnded
 
 log = logging.getLogger("flaskd.daemon")
@@ -70,7 +71,7 @@ class Stopping:
             overtaken,
             self._serving.announce_stop,
             # A disk that hangs must not keep the stop.
-            lambda: aside(lambda: self._holdings.state.stopping(str(reason))).close(0),
+            lambda: call_in_thread(lambda: self._holdings.state.stopping(str(reason))).close(0),
         ):
             try:
                 tell()

@@ -1,13 +1,14 @@
-"""Text of others as it can stand in a log, an answer or a terminal: one line stays one, and nothing is acted upon.
+"""Text for people: text of others as it can stand in a log, an answer or a terminal; quoting, hints, and tables.
 
-What is not printable (`str.isprintable`: control, bidirectional and other invisible characters) is shown by its number.
+What is not printable (`str.isprintable`: control, bidirectional and other invisible characters) is shown by its number,
+or another character stands for it: one line stays one, and a terminal acts upon nothing.
 """
 
 from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 from types import TracebackType
 
@@ -19,6 +20,14 @@ _LONGEST = 64 * 1024
 """Characters of one text that are shown."""
 _CONTINUED = "  "
 """What a line begins with that goes on with an entry of the log: no text of others begins an entry."""
+_USERINFO = re.compile(r"(?<=://)([^/?#@\s:]*):[^/?#\s]*@")
+LONGEST_TEXT = 1000
+"""Characters of what others wrote (a path, a header) that are kept and shown."""
+_QUOTED = 60
+"""Characters of a value that a message quotes, and of a wrong name that is compared."""
+_MAX_LISTED = 20
+_MAX_COMPARED = 200
+"""Names that a wrong one is compared with; enough for any file that was written by hand."""
 
 
 def escaped(text: str, also: str = "") -> str:
@@ -32,6 +41,11 @@ def escaped(text: str, also: str = "") -> str:
     return "".join(char if char.isprintable() and char not in also else f"\\x{ord(char):02X}" for char in text)
 
 
+def printable(text: str, instead: str) -> str:
+    """Text on one line, as long as it was: `instead`, one character, stands for each that is not printable."""
+    return text if text.isprintable() else "".join(char if char.isprintable() else instead for char in text)
+
+
 def lines(text: str) -> list[str]:
     """Text in lines, which only line feeds part; tabs stay."""
     if text.isprintable():
@@ -42,6 +56,11 @@ def lines(text: str) -> list[str]:
 def bounded(text: str) -> str:
     """Text as far as it is shown, with how much more there is."""
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text) - _LONGEST} more characters)"
+
+
+def shortened(text: str) -> str:
+    """Text of at most LONGEST_TEXT characters, which says so where it was longer."""
+    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}...({len(text)} characters)"
 
 
 def entry(text: str) -> str:
@@ -85,8 +104,68 @@ def _make_one_line(each: traceback.TracebackException) -> None:
         each.__notes__ = [escaped(bounded(note)) if isinstance(note, str) else note for note in notes]
 
 
-class Veil:
-    """Puts the mask over secrets, wherever one stands in a text: `Veil(secrets)(text)`.
+# --- quoting, hints, lists, tables ----------------------------------------------------------------------------------
+
+
+def without_password(text: str) -> str:
+    """Text without the passwords of the URLs in it (RFC 3986 §3.2.1)."""
+    return _USERINFO.sub(rf"\1:{MASK}@", text)
+
+
+def quoted(text: str, limit: int = _QUOTED) -> str:
+    """Quote a value on one line: shortened, and with nothing in it that a terminal would act upon, and no password."""
+    text = without_password(text)
+    short = text if len(text) <= limit else text[:limit] + "..."
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short.replace("\\", "\\\\"))
+    return f'"{shown}"'
+
+
+def did_you_mean(wrong: str, names: Iterable[str]) -> str:
+    """``; did you mean "threads"?`` or nothing."""
+    from difflib import get_close_matches  # noqa: PLC0415 - for a mistake alone
+
+    near = get_close_matches(wrong[:_QUOTED], [*names][:_MAX_COMPARED], n=1)
+    return f'; did you mean "{near[0]}"?' if near else ""
+
+
+def nearest_first(wrong: str, names: Sequence[str]) -> str:
+    """List names, those most like the wrong one first."""
+    from difflib import SequenceMatcher  # noqa: PLC0415 - for a mistake alone
+
+    ratio = SequenceMatcher(b=wrong[:_QUOTED])
+
+    def unlikeness(name: str) -> float:
+        ratio.set_seq1(name)
+        return -ratio.ratio()
+
+    nearest = sorted(names[:_MAX_COMPARED], key=unlikeness)
+    return ", ".join([*nearest[:_MAX_LISTED], *(["..."] if len(names) > _MAX_LISTED else [])])
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """The first `most` names, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def table(rows: Sequence[Sequence[str]], *, indent: int = 0, gap: int = 2, least: int = 0) -> list[str]:
+    """Rows in columns as wide as what stands in them, the first one `least` characters or more.
+
+    `indent` blanks are before each line, `gap` between two columns, none at its end.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths[:1] = [max(least, width) for width in widths[:1]]
+    return [
+        " " * indent + (" " * gap).join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+# --- secrets ----------------------------------------------------------------------------------------------------------
+
+
+class Redactor:
+    """Puts the mask over secrets, wherever one stands in a text: `Redactor(secrets)(text)`.
 
     Of a path each directory above it is one, too; of a value of several lines or parts (``module:name``) each of these.
     """

@@ -56,12 +56,3 @@ def parse_size(text: str) -> int:
         raise ValueError(f'expected a size such as 64MiB, got "{text}"')
     number, unit = found.groups()
     return int(float(number) * _SIZE_UNITS[unit or "B"])
-
-
-LONGEST_TEXT = 1000
-"""Characters of what somebody else wrote (a path, a header) that are kept and shown."""
-
-
-def shortened(text: str) -> str:
-    """A text of bounded length, which says so where it was longer."""
-    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}...({len(text)} characters)"

@@ -9,6 +9,7 @@ from enum import IntEnum
 from typing import Any, NamedTuple
 
 from flaskd.errors import UnknownCommandError
+from flaskd.text import did_you_mean
 
 Flags = frozenset[str]
 
@@ -94,8 +95,4 @@ def find_verb(name: str) -> Verb:
     """The verb of that name; raises UnknownCommandError with the nearest one."""
     if verb := VERBS.get(name):
         return verb
-    import difflib  # noqa: PLC0415 - for this mistake alone
-
-    near = difflib.get_close_matches(name.lower()[:80], VERBS, n=1)
-    meant = f'; did you mean "{near[0]}"?' if near else ";"
-    raise UnknownCommandError(f'"{name}"{meant} try "help"')
+    raise UnknownCommandError(f'"{name}"{did_you_mean(name.lower(), VERBS) or ";"} try "help"')

@@ -11,7 +11,7 @@ from flask_caching import Cache
 from test_cleanup_kit import PATIENCE, run
 
 from flaskd.cleanup import ACTIONS, Fate, Step, StepFailedError, action_specs, build_plan
-from flaskd.cleanup.cache import PersistFields, restore_cache, use_up_cache
+from flaskd.cleanup.actions.cache import PersistFields, restore_cache, use_up_cache
 from flaskd.config import load_mapping
 from flaskd.errors import ConfigError
 

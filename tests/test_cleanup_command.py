@@ -9,7 +9,7 @@ import pytest
 from test_cleanup_kit import PATIENCE, ended, in_background, run, runner
 
 from flaskd.cleanup import ACTIONS, Fate, Step
-from flaskd.cleanup.command import KEPT_OUTPUT, _anyone_in
+from flaskd.cleanup.actions.command import KEPT_OUTPUT, _anyone_in
 from flaskd.config import Phase
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="process groups are POSIX")
@@ -311,5 +311,5 @@ def test_a_group_is_looked_up(monkeypatch, tmp_path):
     nobody = 2**22 + 1
     assert _anyone_in(os.getpgrp())
     assert not _anyone_in(nobody)
-    monkeypatch.setattr("flaskd.cleanup.command._PROC", tmp_path)
+    monkeypatch.setattr("flaskd.cleanup.actions.command._PROC", tmp_path)
     assert _anyone_in(nobody)

@@ -29,6 +29,7 @@ from test_cleanup_kit import PATIENCE
 from werkzeug.local import LocalProxy
 
 from flaskd.cleanup import ACTIONS, DiscoveryRun, Plan, action_specs, build_plan, discover, with_found
+from flaskd.cleanup.actions import KINDS
 from flaskd.config import load_mapping
 from flaskd.errors import ConfigError
 from flaskd.process.threads import AppThread
@@ -283,9 +284,7 @@ def test_nothing_that_writes_or_deletes_is_ever_automatic():
         "sqlalchemy.dispose", "psycopg_pool.close", "redis.close", "http_client.close", "apscheduler.stop", "executor.stop",
         "sentry.flush", "otel.shutdown",
     }  # fmt: skip
-    from flaskd.cleanup import discovery
-
-    assert {kind.use for kind in discovery._KINDS} - {""} <= automatic
+    assert {kind.use for kind in KINDS} - {""} <= automatic
     assert {"threads.stop", "processes.stop"} == {name for name, each in ACTIONS.items() if each.takes} - automatic
 
 

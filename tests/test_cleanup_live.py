@@ -125,6 +125,28 @@ def test_nothing_to_end_is_no_failure():
             assert (use, perform(use).why, perform(use).detail) == (use, "", "there is nothing to end")
 
 
+def test_where_discovery_has_not_run_the_step_looks_itself(monkeypatch):
+    """In its own thread and time; a step whose policy names its target does not look."""
+    looked = []
+    executor = concurrent.futures.ThreadPoolExecutor()
+
+    def look(app):
+        looked.append(app)
+        return discover(app, [executor])
+
+    monkeypatch.setattr("flaskd.cleanup.attempt.discover", look)
+    action = ACTIONS["executor.stop"]
+    steps = [
+        Step(name, action, action.fields(target=target), action.default_phase, PATIENCE)
+        for name, target in (("named", ["sys:stderr.nothing"]), ("found", []))
+    ]
+    results = run(*steps)
+    assert results["named"].fate is Fate.FAILED
+    assert results["found"].detail == "ThreadPoolExecutor-1"
+    assert executor._shutdown
+    assert looked == [None]
+
+
 def test_targets_are_looked_up_before_the_stop(module):
     """A plan whose targets are not there is refused when the daemon starts, with each policy's name."""
     policies = {

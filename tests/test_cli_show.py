@@ -134,7 +134,7 @@ def test_what_standard_output_has_no_character_for(monkeypatch, encoding, drawn,
     """Text is written with escapes, JSON in ASCII, and a picture is drawn with something else."""
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding))
-    show.write_all_there_is("backslashreplace")
+    show.escape_what_cannot_be_encoded("backslashreplace")
     show.say("日é")
     assert raw.getvalue().decode(encoding) == {"utf-8": "日é\n", "latin-1": "\\u65e5é\n"}[encoding]
     assert show.for_programs({"a": "日é"}) == told

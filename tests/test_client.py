@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from flaskd import client as flaskd_client
-from flaskd.cli import cli, talk
+from flaskd.cli import cli, client_verbs
 from flaskd.client import ControlClient, find_socket
 from flaskd.errors import ForbiddenError, NoDaemonError
 
@@ -214,7 +214,7 @@ def test_progress_that_is_not_flaskds_is_no_traceback(tmp_path, monkeypatch, cap
     path = tmp_path / "control.sock"
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
     with answering(path, progress), pytest.raises(NoDaemonError):
-        talk.ask(path, "drain", {"wait": True})
+        client_verbs.ask(path, "drain", {"wait": True})
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -255,13 +255,13 @@ def test_an_answer_without_end_is_given_up(tmp_path, piece, pause):
 
 def test_a_stop_whose_daemon_never_goes_is_told(tmp_path, monkeypatch, capfd):
     """What it said is shown; that it does not close its end is a fault, after a while."""
-    monkeypatch.setattr(talk, "_LONG", 0.3)
+    monkeypatch.setattr(client_verbs, "_LONG", 0.3)
     path = tmp_path / "control.sock"
     with (
         pouring(path, b'{"ok": true, "result": "stopped"}\n', 0.01),
         pytest.raises(NoDaemonError, match="does not close the connection"),
     ):
-        talk.ask(path, "stop", {"wait": True})
+        client_verbs.ask(path, "stop", {"wait": True})
     assert capfd.readouterr().out == "stopped\n"
 
 

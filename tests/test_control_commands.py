@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import queue
+import selectors
 import socket
 import threading
 from pathlib import Path
@@ -17,10 +18,10 @@ from hypothesis import strategies as st
 from flaskd.admin.health import AdminApp
 from flaskd.boot import Boot
 from flaskd.config import Config, load_mapping
-from flaskd.control import clients, plane
+from flaskd.control import connection, plane
 from flaskd.control.access import Access
-from flaskd.control.clients import MAX_OUTPUT, Client
 from flaskd.control.commands import from_fields, from_http, from_words
+from flaskd.control.connection import MAX_OUTPUT, Connection
 from flaskd.control.peer import FIFO_PEER, Peer
 from flaskd.control.replies import LogReply
 from flaskd.control.verbs import RUN
@@ -294,7 +295,7 @@ def test_what_the_fifo_takes(control, takes):
 def connect(execute):
     ours, theirs = socket.socketpair()
     ours.settimeout(5)
-    return ours, Client(theirs, execute, lambda: None)
+    return ours, Connection(theirs, execute, lambda: None)
 
 
 def turn(client):
@@ -438,8 +439,8 @@ def test_an_http_request_is_looked_at_once_however_it_is_cut(monkeypatch):
         done.append(str(command))
         reply.ok("done")
 
-    real = clients._read_head
-    monkeypatch.setattr(clients, "_read_head", lambda head: read.append(head) or real(head))
+    real = connection._read_head
+    monkeypatch.setattr(connection, "_read_head", lambda head: read.append(head) or real(head))
     ours, client = connect(execute)
     with ours, client.sock:
         for byte in b'POST /drain HTTP/1.1\r\nHost: x\r\nContent-Length: 14\r\n\r\n{"wait": true}':
@@ -554,7 +555,7 @@ def test_who_has_said_all_is_let_go(end):
 
 
 def test_who_does_not_read_is_given_up():
-    """Output that nobody takes is bounded, and the client then hopeless."""
+    """Output that nobody takes is bounded, and the client then given up."""
     replies = []
     ours, client = connect(lambda _, reply: replies.append(reply))
     with ours, client.sock:
@@ -563,7 +564,7 @@ def test_who_does_not_read_is_given_up():
         for _ in range(3 * MAX_OUTPUT // 1000):
             replies[0].progress({"note": "x" * 1000})
             client.flush()
-        assert client.hopeless
+        assert client.overflowed
         assert len(client._out) < MAX_OUTPUT + 2000
 
 
@@ -643,21 +644,22 @@ def test_an_app_s_timeout_for_sockets_is_none_of_the_control_plane_s(tmp_path, m
 
 def test_a_client_that_cannot_be_listened_to_is_dropped(tmp_path, monkeypatch, caplog):
     """Where the system has no room to watch it, the others are served all the same."""
+    full = []
+
+    class Selector(selectors.DefaultSelector):
+        def register(self, fileobj, events, data=None):
+            if full:
+                full.clear()
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().register(fileobj, events, data)
+
+    monkeypatch.setattr("flaskd.control.plane.selectors.DefaultSelector", Selector)
     monkeypatch.setattr(plane, "RUN", {"health": lambda _daemon, _command, reply: reply.ok("healthy")})
     config = Config.model_validate({})
     daemon = SimpleNamespace(configuration=SimpleNamespace(values=config))
     control = plane.ControlPlane(daemon, "shop", {"RUNTIME_DIRECTORY": str(tmp_path)})
     control.open(config)
-
-    watch, full = control._watch, [True]
-
-    def watch_if_there_is_room(client, events):
-        if full:
-            full.clear()
-            raise OSError(errno.ENOSPC, "No space left on device")
-        watch(client, events)
-
-    monkeypatch.setattr(control, "_watch", watch_if_there_is_room)
+    full.append(True)
     try:
         with socket.socket(socket.AF_UNIX) as unlucky, socket.socket(socket.AF_UNIX) as client:
             for each in (unlucky, client):

@@ -6,7 +6,7 @@ import select
 import pytest
 
 from flaskd.control.fifo import Lines
-from flaskd.control.nodes import fifo_place
+from flaskd.control.nodes import fifo_node
 from flaskd.places.runtime import RuntimeDirectory
 from flaskd.protocol import MAX_LINE
 
@@ -15,7 +15,7 @@ class Fifo:
     """A place with its lines, read when asked to."""
 
     def __init__(self, directory):
-        self.place = fifo_place(directory)
+        self.place = fifo_node(directory)
         self.place.open(0o600, -1)
         self.taken = []
         self._lines = Lines(self.taken.append)

@@ -7,7 +7,7 @@ import stat
 import pytest
 
 from flaskd.config import load_mapping
-from flaskd.control.nodes import fifo_place, mode_and_group, socket_place
+from flaskd.control.nodes import fifo_node, mode_and_group, socket_node
 from flaskd.errors import CannotCreateError, NotNowError
 from flaskd.places.runtime import RuntimeDirectory
 
@@ -27,7 +27,7 @@ def control(**fields):
     return load_mapping({"control": fields}, actions={}).values.control
 
 
-@pytest.mark.parametrize("place", [socket_place, fifo_place])
+@pytest.mark.parametrize("place", [socket_node, fifo_node])
 def test_a_group_that_cannot_be_given_costs_a_warning_and_no_node(place, directory, monkeypatch, caplog):
     """Directory and node are there, for this process' user alone; each says in the log what it did not get."""
     monkeypatch.setattr(os, "chown", refuse)
@@ -69,7 +69,7 @@ def test_a_fifo_that_cannot_be_made_leaves_nothing(step, directory, monkeypatch)
     with monkeypatch.context() as patched:
         patched.setattr(os, step, refuse)  # what pathlib calls
         with pytest.raises(CannotCreateError) as caught:
-            fifo_place(directory).open(0o660, -1)
+            fifo_node(directory).open(0o660, -1)
     assert str(caught.value) == f"cannot make the FIFO {directory.path / 'control'}: Operation not permitted"
     assert list(directory.path.iterdir()) == []
 
@@ -96,7 +96,7 @@ def test_a_directory_may_be_a_link_of_the_service_manager(tmp_path):
         assert directory.tidy() == [".control.12345"]
         with pytest.raises(NotNowError):
             RuntimeDirectory("shop", {"RUNTIME_DIRECTORY": str(private / "shop")}).acquire()
-        for place in (socket_place(directory), fifo_place(directory)):
+        for place in (socket_node(directory), fifo_node(directory)):
             place.open(0o660, -1)
             assert place.keep(0o660, -1) is None
             place.remove()

@@ -13,7 +13,7 @@ from flaskd.cleanup import Fate, action_specs, build_plan
 from flaskd.config import load_mapping
 from flaskd.errors import ConfigError
 from flaskd.log.setup import Logs
-from flaskd.text import MASK, Veil
+from flaskd.text import MASK, Redactor
 
 SECRET = "hunter2-s3cret"
 FILE = f"/nowhere/{SECRET}/x"
@@ -113,8 +113,8 @@ def test_the_log_shows_nothing_that_was_interpolated(log_format, monkeypatch):
 
 def test_what_is_too_short_is_no_secret():
     """A short one is masked as a word of its own, and one or two characters not at all."""
-    veil = Veil(["8", "no", "shop", "hunter2-s3cret", "/srv/shop/run/x", "a\nlonger line"])
-    assert veil("8 no shop shopping xhunter2-s3cretx /srv/shop/run: longer line") == (
+    redact = Redactor(["8", "no", "shop", "hunter2-s3cret", "/srv/shop/run/x", "a\nlonger line"])
+    assert redact("8 no shop shopping xhunter2-s3cretx /srv/shop/run: longer line") == (
         f"8 no {MASK} shopping x{MASK}x {MASK}: {MASK}"
     )
-    assert Veil()("anything") == "anything"
+    assert Redactor()("anything") == "anything"

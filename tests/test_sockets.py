@@ -187,7 +187,7 @@ def test_a_name_that_is_not_known_is_refused(monkeypatch, bound):
     def unknown(*_, **__):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    monkeypatch.setattr("flaskd.sockets.socket.getaddrinfo", unknown)
+    monkeypatch.setattr("flaskd.sockets.listener.socket.getaddrinfo", unknown)
     with pytest.raises(CannotCreateError, match=r"^cannot listen on shop\.example:80: Name or service not known$"):
         bound("shop.example:80")
 
@@ -198,7 +198,7 @@ def test_a_family_that_is_not_allowed_is_told_so(monkeypatch, bound):
     def restricted(*_):
         raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
 
-    monkeypatch.setattr("flaskd.sockets.socket.socket", restricted)
+    monkeypatch.setattr("flaskd.sockets.listener.socket.socket", restricted)
     with pytest.raises(CannotCreateError, match=r"^cannot listen on 127\.0\.0\.1:80: .*RestrictAddressFamilies="):
         bound("127.0.0.1:80")
 
@@ -210,7 +210,7 @@ def test_a_port_that_needs_a_privilege_says_which(monkeypatch, bound):
         def bind(self, _where):
             raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("flaskd.sockets.socket.socket", Guarded)
+    monkeypatch.setattr("flaskd.sockets.listener.socket.socket", Guarded)
     with pytest.raises(CannotCreateError, match="ports below 1024 need CAP_NET_BIND_SERVICE$"):
         bound("127.0.0.1:80")
 
@@ -219,7 +219,7 @@ def test_a_name_of_both_families_is_taken_as_ipv4(monkeypatch, bound):
     """Clients of "localhost" try IPv4 first."""
     four = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))
     six = (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", 0, 0, 0))
-    monkeypatch.setattr("flaskd.sockets.socket.getaddrinfo", lambda *_, **__: [six, four])
+    monkeypatch.setattr("flaskd.sockets.listener.socket.getaddrinfo", lambda *_, **__: [six, four])
     assert bound("localhost:0").socket.family == socket.AF_INET
 
 
@@ -400,7 +400,7 @@ def test_a_node_that_cannot_be_removed_costs_a_warning(path, bound, monkeypatch,
     def refused(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("flaskd.sockets.Path.unlink", refused)
+    monkeypatch.setattr("flaskd.sockets.unix.Path.unlink", refused)
     listener.close()
     assert listener.socket.fileno() == -1
     assert caplog.messages == [f"cannot remove {path}: Permission denied; remove it by hand"]

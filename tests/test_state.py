@@ -8,7 +8,7 @@ import pytest
 
 from flaskd.cleanup import read_record
 from flaskd.places.state import StateDirectory, state_directory
-from flaskd.protocol import record_lines
+from flaskd.present import record_lines
 
 
 @pytest.fixture

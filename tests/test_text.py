@@ -2,7 +2,20 @@
 
 import pytest
 
-from flaskd.text import bounded, entry, escaped, lines, text_of
+from flaskd.text import (
+    bounded,
+    did_you_mean,
+    entry,
+    escaped,
+    lines,
+    listed,
+    nearest_first,
+    printable,
+    quoted,
+    shortened,
+    table,
+    text_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -47,3 +60,44 @@ def test_the_text_of_an_exception_may_raise():
 
     assert text_of(RudeError()) == "its text cannot be had"
     assert text_of(ValueError("a\nb\u2028")) == r"a\x0Ab\x2028"
+
+
+def test_another_character_can_stand_for_what_is_not_printable():
+    """The text stays as long as it was."""
+    assert printable("a\nb\x1b\u202e\u2713", "?") == "a?b??\u2713"
+    assert printable("plain", "?") == "plain"
+
+
+def test_what_is_quoted_is_one_short_line_without_passwords():
+    """Backslashes are doubled, so that what was escaped cannot be mistaken for what was there."""
+    assert quoted("a\n\\") == r'"a\n\\"'
+    assert quoted("x" * 61) == f'"{"x" * 60}..."'
+    assert quoted("redis://shop:hunter2@db/0") == '"redis://shop:********@db/0"'
+
+
+def test_the_nearest_name_is_meant():
+    """A wrong name is compared with those that there are; one that is like none of them means none."""
+    names = ["threads", "listen", "backlog"]
+    assert did_you_mean("thread", names) == '; did you mean "threads"?'
+    assert did_you_mean("zzz", names) == ""
+    assert nearest_first("backlgo", names).startswith("backlog, ")
+    assert nearest_first("x", [str(number) for number in range(30)]).endswith(", ...")
+
+
+def test_a_list_ends_with_how_many_more_there_are():
+    """After as many names as wanted."""
+    assert listed(["a", "b", "c"], 3) == "a, b, c"
+    assert listed(["a", "b", "c"], 1) == "a and 2 more"
+
+
+def test_what_somebody_else_wrote_is_shortened():
+    """With how long it was."""
+    assert shortened("x" * 1001) == "x" * 1000 + "...(1001 characters)"
+    assert shortened("x" * 1000) == "x" * 1000
+
+
+def test_columns_are_as_wide_as_what_stands_in_them():
+    """No line ends with blanks, and there may be no line at all."""
+    assert table([("NAME", "N"), ("a", ""), ("longer", "1")]) == ["NAME    N", "a", "longer  1"]
+    assert table([("a", "b")], indent=2, gap=1, least=4) == ["  a    b"]
+    assert table([]) == []

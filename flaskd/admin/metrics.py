@@ -1,4 +1,4 @@
-"""What Prometheus is told: the daemon's own counts, written down when somebody asks and not before.
+"""What Prometheus is told: the daemon's own counts, written down when it asks and not before.
 
 `prometheus_client` is imported late, by `exporter`; nothing here is in the path of a request.
 """

@@ -3,11 +3,11 @@
 from flaskd.cleanup.actions import ACTIONS, action_specs
 from flaskd.cleanup.attempt import Spare
 from flaskd.cleanup.callbacks import on_stop, with_callbacks
+from flaskd.cleanup.calls import call_in_thread
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError, for_steps
 from flaskd.cleanup.discovery import DiscoveryRun, discover
 from flaskd.cleanup.found import Found
 from flaskd.cleanup.model import Action, Fate, Reason, Step, StepResult, names
-from flaskd.cleanup.outlet import aside
 from flaskd.cleanup.plan import AFTER_THE_DRAIN, BEFORE_THE_DRAIN, BESIDE_THE_DRAIN, Plan, build_plan, with_found
 from flaskd.cleanup.preview import Frame, overview
 from flaskd.cleanup.runner import Runner
@@ -33,8 +33,8 @@ __all__ = [
     "StepResult",
     "StepTimedOutError",
     "action_specs",
-    "aside",
     "build_plan",
+    "call_in_thread",
     "discover",
     "for_steps",
     "names",

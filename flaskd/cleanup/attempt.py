@@ -7,6 +7,7 @@ import traceback
 from typing import TYPE_CHECKING
 
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
+from flaskd.cleanup.discovery import discover
 from flaskd.cleanup.model import Fate, Verdict
 from flaskd.process.forks import AppCode
 from flaskd.process.threads import AppThread
@@ -90,7 +91,7 @@ class Attempt:
 
     def abandoned(self) -> Verdict:
         """Give the verdict on an attempt whose thread is left to run on alone."""
-        return Verdict(Fate.TIMED_OUT, f"{self.context.overrun()}; abandoned", trace=self.step.veil(self.stack()))
+        return Verdict(Fate.TIMED_OUT, f"{self.context.overrun()}; abandoned", trace=self.step.redact(self.stack()))
 
     def join(self, timeout: float) -> None:
         """Wait up to `timeout` seconds for the thread of an attempt that is over; none for one that hangs."""
@@ -114,10 +115,12 @@ class Attempt:
     def _work(self) -> None:
         try:
             verdict = self._judged()
-            veil = self.step.veil  # what goes into log, record, replies and STATUS shows nothing that was interpolated
-            why, detail = (_line(veil(text)) for text in (verdict.why, verdict.detail))
-            cut = tuple(_line(veil(each)) for each in verdict.cut)
-            self.verdict = Verdict(verdict.fate, why, detail, veil(verdict.trace)[-_LONGEST_TRACE:], cut)
+            redact = (
+                self.step.redact
+            )  # what goes into log, record, replies and STATUS shows nothing that was interpolated
+            why, detail = (_line(redact(text)) for text in (verdict.why, verdict.detail))
+            cut = tuple(_line(redact(each)) for each in verdict.cut)
+            self.verdict = Verdict(verdict.fate, why, detail, redact(verdict.trace)[-_LONGEST_TRACE:], cut)
         except BaseException as error:  # noqa: BLE001 - an exception whose own text raises, say
             self.verdict = Verdict(Fate.FAILED, type(error).__name__)
         finally:
@@ -128,6 +131,8 @@ class Attempt:
         step = self.step
         try:
             with AppCode():
+                if step.takes and self.context.found is None:  # it was not looked for yet
+                    self.context.found = discover(self.context.app)
                 detail = step.action.run(self.context, step.fields)
         except StepTimedOutError as error:
             return Verdict(Fate.TIMED_OUT, str(error), trace=error.trace, cut=error.cut)

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from flaskd.cleanup.actions import in_app_context
-from flaskd.cleanup.context import StepContext, StepFailedError
+from flaskd.cleanup.context import StepContext, StepFailedError, in_app_context
 from flaskd.cleanup.model import Action, Step
 from flaskd.cleanup.plan import Plan
 from flaskd.config import Phase, Section

@@ -6,11 +6,12 @@ All moments are on one monotonic clock, all lengths are float seconds.
 from __future__ import annotations
 
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from flaskd.errors import FlaskdError
-from flaskd.text import Veil
+from flaskd.text import Redactor
 from flaskd.units import format_duration
 
 if TYPE_CHECKING:
@@ -37,6 +38,11 @@ def for_steps(deadline: float, reserve: float) -> tuple[float, float]:
     """The `deadline` and `reserve` of a stop, less what its end takes: that is out of the reserve, if there is any."""
     ending = min(_ENDING, deadline / 10)
     return deadline - ending, max(0.0, reserve - ending)
+
+
+def in_app_context(app: Any) -> AbstractContextManager[Any]:
+    """The app's own context, in which `current_app` and the extensions work; nothing where there is no Flask app."""
+    return nullcontext() if app is None else app.app_context()
 
 
 class StepFailedError(FlaskdError):
@@ -73,7 +79,7 @@ class Budget:
         left = max(0.0, deadline - clock())
         # One share more than there are steps, for flush and final.
         share = min(reserve or left * _SHARE_OF_THE_DEADLINE, left) / (always + 1)
-        # One tuple, replaced as a whole: whoever reads it without the lock never sees half a change.
+        # One tuple, replaced as a whole: a reader without the lock never sees half a change.
         self._now_in_force = (deadline, reserve, clock(), share)
 
     def now(self) -> float:
@@ -122,8 +128,8 @@ class StepContext:
     `app` is the Flask app, or None; `reason` the kind of the stop ("signal", "control", …), `reason_text` the
     whole of it; `attempt` counts from 1; `started` is the moment this attempt began and `timeout` its
     seconds; `waiting` is how many steps marked `always` had not begun by then; `state` is the state directory,
-    None where there is none to write to; `found` what discovery found for it, None where nobody has looked; `veil`
-    hides in a text what was interpolated into its fields.
+    None where there is none to write to; `found` what discovery found for it, None where discovery has not run;
+    `redact` hides in a text what was interpolated into its fields.
 
     An action that waits outside Python sets `on_hurry`, called when less time is left than before, and
     `last_resort`, called when the runner abandons the step; each in a thread of its own.
@@ -142,7 +148,7 @@ class StepContext:
     waiting: int = 0
     state: Path | None = None
     found: tuple[Found, ...] | None = field(default=None, repr=False)
-    veil: Veil = field(default_factory=Veil, repr=False)
+    redact: Redactor = field(default_factory=Redactor, repr=False)
     on_hurry: Callable[[], None] | None = field(default=None, repr=False)
     last_resort: Callable[[], None] | None = field(default=None, repr=False)
 

@@ -2,7 +2,7 @@
 
 `discover` asks the garbage collector once what refers to the known types, as all their objects do (gc.get_referrers;
 some 10 ms for 100,000 objects). To ask it for all objects (gc.get_objects) would do harm: among them are the tuples
-that other threads are just building, and one that somebody else holds, too, cannot be finished: ``tuple(...)`` raises
+that other threads are just building, and one that is held elsewhere, too, cannot be finished: ``tuple(...)`` raises
 SystemError, in the middle of a request. The types are taken from sys.modules alone: a library that the app has not
 imported costs nothing and is not imported here. Nothing is called on what is found but attributes that tell whether it
 is open; modules are looked into past what they do when they are asked, for some load themselves then, and some raise.
@@ -17,10 +17,10 @@ import threading
 import time
 import weakref
 from collections import Counter
-from dataclasses import dataclass
 from types import FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
+from flaskd.cleanup.actions import KINDS
 from flaskd.cleanup.found import Found
 from flaskd.objects import attributes_of, bases, contents_of
 from flaskd.process.forks import AppCode
@@ -29,109 +29,16 @@ from flaskd.process.threads import name_of, waited_for
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from flaskd.cleanup.kinds import Kind
+
 log = logging.getLogger("flaskd.cleanup")
 
-_ASYNCHRONOUS = "asynchronous: only its own event loop can close it"
-_NO_ACTION = "no action closes it; a function of your own can (use: call)"
 _COST = 20.0
-"""How many times its own length a sweep is away from the one before, where somebody asks again and again."""
+"""How many times its own length a look around is away from the one before, however often it is asked for."""
 _DEEPEST = 6
 _MOST_FOLLOWED = 20_000
 """How far below an extension of the app its objects are looked for, and among how many."""
 _NOT_FOLLOWED = (type, ModuleType, FunctionType, MethodType, logging.Logger, str, bytes, int, float, type(None))
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """Types by ``module:name``, the action for them, and what is known of their objects.
-
-    `but` are subtypes that are something else, `ended` tells an object that needs nothing any more, `left` why one is
-    not closed by itself, `owns` gives the objects that are ended along with it, and with `named` only those count that
-    a module or an extension holds.
-    """
-
-    use: str
-    types: tuple[str, ...]
-    but: tuple[str, ...] = ()
-    ended: Callable[[Any], bool] = lambda _: False
-    left: Callable[[Any], str] = lambda _: ""
-    owns: Callable[[Any], Iterable[Any]] = lambda _: ()
-    named: bool = False
-
-
-_KINDS = (
-    _Kind(
-        "sqlalchemy.dispose",
-        ("sqlalchemy.engine:Engine",),
-        but=("sqlalchemy.engine.base:OptionEngine",),  # another face of an engine, on the same pool
-        left=lambda engine: _ASYNCHRONOUS if engine.dialect.is_async else "",
-    ),
-    _Kind("psycopg_pool.close", ("psycopg_pool:ConnectionPool",), ended=lambda pool: pool.closed),
-    _Kind(
-        "redis.close", ("redis:Redis",), but=("redis.client:Pipeline",), owns=lambda client: [client.connection_pool]
-    ),
-    _Kind("redis.close", ("redis:ConnectionPool",)),
-    _Kind(
-        "redis.close",
-        ("redis.cluster:RedisCluster",),
-        but=("redis.cluster:ClusterPipeline",),
-        owns=lambda cluster: [node.redis_connection for node in cluster.get_nodes()],
-    ),
-    _Kind(
-        "http_client.close",
-        ("httpx:Client", "requests:Session"),
-        ended=lambda client: bool(getattr(client, "is_closed", False)),
-    ),
-    _Kind(
-        "apscheduler.stop",
-        ("apscheduler.schedulers.base:BaseScheduler",),
-        ended=lambda scheduler: not scheduler.running,
-        # Private, and all there is (APScheduler 3): a pool that belongs to the scheduler is shut down with it.
-        owns=lambda scheduler: [
-            getattr(each, "_pool", None) for each in vars(scheduler).get("_executors", {}).values()
-        ],
-    ),
-    _Kind(
-        "executor.stop",
-        ("concurrent.futures.thread:ThreadPoolExecutor", "concurrent.futures.process:ProcessPoolExecutor"),
-        # Private (Python 3.11 to 3.14): there is no public way to ask.
-        ended=lambda executor: bool(
-            vars(executor).get("_shutdown", False) or vars(executor).get("_shutdown_thread", False)
-        ),
-    ),
-    _Kind(
-        "otel.shutdown",
-        (
-            "opentelemetry.sdk.trace:TracerProvider",
-            "opentelemetry.sdk.metrics:MeterProvider",
-            "opentelemetry.sdk._logs:LoggerProvider",
-        ),
-    ),
-    _Kind("", ("asyncio.base_events:BaseEventLoop",), ended=lambda _: True, owns=lambda loop: [loop._default_executor]),  # noqa: SLF001 - as above
-    _Kind(
-        "",
-        (
-            "psycopg_pool:AsyncConnectionPool",
-            "redis.asyncio:Redis",
-            "redis.asyncio.cluster:RedisCluster",
-            "httpx:AsyncClient",
-        ),
-        left=lambda _: _ASYNCHRONOUS,
-    ),
-    _Kind("", ("pymongo:MongoClient",), left=lambda _: _NO_ACTION),
-    _Kind(
-        "",
-        (
-            "psycopg:Connection",
-            "psycopg2.extensions:connection",
-            "pymysql.connections:Connection",
-            "sqlite3:Connection",
-        ),
-        ended=lambda connection: bool(getattr(connection, "closed", False)),
-        left=lambda _: _NO_ACTION,
-        named=True,  # those of a pool have no name, and are its business
-    ),
-)
 
 
 def discover(app: Any, objects: Iterable[object] | None = None) -> tuple[Found, ...]:
@@ -156,7 +63,7 @@ def discover(app: Any, objects: Iterable[object] | None = None) -> tuple[Found, 
 
 
 def _asked(question: Callable[[Any], Any], thing: Any, otherwise: Any) -> Any:
-    """The answer of somebody else's object; one that raises is half built, or broken, and not ours to mend."""
+    """The answer of an object of the app's; one that raises is half built, or broken, and not ours to mend."""
     try:
         return question(thing)
     except BaseException:  # noqa: BLE001 - see above; SystemExit would end the whole look without a word
@@ -166,7 +73,7 @@ def _asked(question: Callable[[Any], Any], thing: Any, otherwise: Any) -> Any:
 def _candidates(app: Any) -> Iterable[object]:
     """What holds all objects of known types; of those that count by their name alone, all that have one."""
     types = [
-        each for kind in _KINDS if not kind.named for known in kind.types for each in _with_subtypes(_loaded(known))
+        each for kind in KINDS if not kind.named for known in kind.types for each in _with_subtypes(_loaded(known))
     ]
     yield from _referrers(types)
     for _, value in (*_attributes(), *_held(app)):
@@ -197,18 +104,18 @@ def _with_subtypes(known: type | None) -> Iterator[type]:
             yield from _with_subtypes(each)
 
 
-def _picked(objects: Iterable[object]) -> Iterator[tuple[_Kind, Any]]:
+def _picked(objects: Iterable[object]) -> Iterator[tuple[Kind, Any]]:
     """The objects of known types, each once. Only their types are looked at: a proxy may answer to isinstance().
 
     Types by their id(): one whose metaclass has its own idea of equality may not be hashable.
     """
-    kinds: dict[int, _Kind | None] = {}
-    for one in _KINDS:
+    kinds: dict[int, Kind | None] = {}
+    for one in KINDS:
         kinds |= {id(known): one for known in map(_loaded, one.types) if known is not None}
         kinds |= {id(known): None for known in map(_loaded, one.but) if known is not None}
     if not kinds:
         return
-    by_type: dict[int, _Kind | None] = {}
+    by_type: dict[int, Kind | None] = {}
     seen = set()
     for each in objects:
         its_type = id(type(each))
@@ -247,7 +154,6 @@ def _threads() -> list[Found]:
     """Threads that the exit waits for, but an executor's."""
     executors = contents_of("concurrent.futures.thread").get("_threads_queues", {})
     left = "a thread cannot be ended from outside; threads.stop asks one to end"
-
     return [
         _found(f"thread/{name_of(thread)}", thread, "threads.stop", left)
         for thread in waited_for()
@@ -350,7 +256,7 @@ class DiscoveryRun:
 
     @property
     def stale(self) -> bool:
-        """Whether another may be made: however often somebody asks, looking around costs a small part of the time."""
+        """Whether another may be made: however often it is asked for, looking around costs a small part of the time."""
         return not self._thread.is_alive() and time.monotonic() - self._began > _COST * self.took
 
     def found(self, timeout: float = 0.0) -> tuple[Found, ...] | None:

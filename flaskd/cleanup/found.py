@@ -24,7 +24,7 @@ class Found:
 
     @property
     def object(self) -> Any:
-        """The object itself; None once nobody else holds it, for finding it keeps nothing alive."""
+        """The object itself; None once the app has let go of it, for finding it keeps nothing alive."""
         return self._refer()
 
     def describe(self) -> dict[str, str]:

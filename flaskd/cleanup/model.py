@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from flaskd.config import Phase
-from flaskd.text import Veil
+from flaskd.text import Redactor, listed
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from flaskd.cleanup.context import StepContext
     from flaskd.cleanup.found import Found
+    from flaskd.cleanup.kinds import Kind
 
 
 class Fate(StrEnum):
@@ -82,7 +83,7 @@ class Action:
     `needs` are the modules of which one must be installed, with what they are called at the package index.
     `takes` is set for an action on live objects: the action by which discovery finds what a policy without a
     target takes. `first` is what it does in an earlier phase already. `keeps` is the field that names its file under
-    the state directory, which must be no other's.
+    the state directory, which must be no other's. `kinds` are those of the objects that discovery finds for it.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Action:
     takes: str = ""
     first: Action | None = None
     keeps: str = ""
+    kinds: tuple[Kind, ...] = ()
 
 
 DISCOVERED = "found:"
@@ -127,7 +129,7 @@ class Step:
     """One policy as it will run; `timeout` is in seconds, `reasons` empty for any reason.
 
     `found` is what discovery found for an action on live objects whose policy names no target; None where it names one,
-    or where nobody has looked.
+    or where discovery has not run.
     """
 
     name: str
@@ -142,12 +144,12 @@ class Step:
     outcome: Outcome | None = None
     always: bool = False
     found: tuple[Found, ...] | None = None
-    veil: Veil = field(default_factory=Veil, repr=False, compare=False)
+    redact: Redactor = field(default_factory=Redactor, repr=False, compare=False)
     """Hides what was interpolated into its fields."""
 
     @property
     def discovered(self) -> bool:
-        """Whether nobody asked for it."""
+        """Whether discovery added it: no policy asks for it."""
         return self.name.startswith(DISCOVERED)
 
     @property
@@ -202,5 +204,4 @@ class Step:
 
 def names(found: Sequence[Found]) -> str:
     """The first few names, and how many more."""
-    more = len(found) - _MOST_NAMED
-    return ", ".join(each.name for each in found[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return listed([each.name for each in found], _MOST_NAMED)

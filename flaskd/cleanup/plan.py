@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from flaskd.cleanup.actions import ACTIONS
-from flaskd.cleanup.live import loaded
 from flaskd.cleanup.model import DISCOVERED, Action, Step
+from flaskd.cleanup.targets import loaded
 from flaskd.config import CleanupConfig, Phase
 from flaskd.errors import ConfigError, FlaskdError
 from flaskd.process.forks import AppCode
-from flaskd.text import Veil
+from flaskd.text import Redactor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -54,7 +54,7 @@ class Plan:
         return hashlib.sha256(json.dumps(self.describe()).encode()).hexdigest()[:12]
 
     def dependents(self, name: str) -> tuple[str, ...]:
-        """The names of all steps that come after `name`, directly or through others, as somebody wrote it."""
+        """The names of all steps that come after `name`, directly or through others, as the policies say it."""
         found = [name]
         found += (
             step.name for step in self.steps if not step.discovered and any(before in found for before in step.after)
@@ -71,7 +71,7 @@ class Plan:
                 with AppCode():
                     step.action.prepare(step.fields)
             except Exception as fault:  # noqa: BLE001 - code of the user runs here
-                faults.append(f"cleanup.policies.{step.name}: {step.veil(str(fault))}")
+                faults.append(f"cleanup.policies.{step.name}: {step.redact(str(fault))}")
         if faults:
             raise ConfigError("\n".join(faults))
 
@@ -89,7 +89,7 @@ class Plan:
             except Exception as error:  # noqa: BLE001 - an action of another package: the app starts without it
                 words, done = f"cannot restore: {error!r}", False
             if words:
-                said.append((step, f"cleanup {step.phase}/{step.name}: {step.veil(words)}", done))
+                said.append((step, f"cleanup {step.phase}/{step.name}: {step.redact(words)}", done))
         return said
 
     def describe(self) -> list[dict[str, Any]]:
@@ -123,7 +123,7 @@ def build_plan(cleanup: CleanupConfig, actions: Mapping[str, Action] = ACTIONS) 
                 reasons=tuple(policy.when.reason),
                 outcome=policy.when.outcome,
                 always=policy.always,
-                veil=Veil(policy.hidden),
+                redact=Redactor(policy.hidden),
             )
         )
     return Plan(tuple(steps))
@@ -181,7 +181,7 @@ def with_found(
 
 
 def _discovered(action: Action, found: tuple[Found, ...], cleanup: CleanupConfig, before: list[Step]) -> list[Step]:
-    """The step for what nobody asked to end: after those of its phase that somebody did, for they may still use it."""
+    """The step for what no policy ends: after the policies of its phase, for they may still use it."""
     phase = action.default_phase
     ordered = {DISCOVERED + use for use in _IN_ORDER}
     after = [step.name for step in before if step.phase is phase and (not step.discovered or step.name in ordered)]

@@ -15,8 +15,8 @@ from flaskd.cleanup.model import Action, Fate, Step, StepResult, Verdict
 from flaskd.cleanup.plan import AFTER_THE_DRAIN, BEFORE_THE_DRAIN, BESIDE_THE_DRAIN, Plan
 from flaskd.cleanup.runner import Runner
 from flaskd.config import Config, Phase, Section
-from flaskd.config.faults import did_you_mean, nearest_first, quoted
 from flaskd.errors import UsageError
+from flaskd.text import did_you_mean, nearest_first, quoted, table
 from flaskd.units import format_duration
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class _Clock:
 class _Silent:
     """Where the words of a rehearsal go: nowhere."""
 
-    def say(self, call: Callable[[], None]) -> None:
+    def add(self, call: Callable[[], None]) -> None:
         """Do not."""
 
 
@@ -106,7 +106,7 @@ class _Rehearsal(Runner):
     @contextmanager
     def _reporting(self) -> Iterator[None]:
         self._log = self._progress = _Silent()  # type: ignore[assignment]  # all that is asked of either
-        self._outlets = []
+        self._call_threads = []
         yield
 
     def _begin(self, attempt: Attempt) -> bool:
@@ -186,21 +186,16 @@ def _timetable(plan: Plan, frame: Frame, moments: Mapping[str, tuple[float, floa
         rows.append(
             (str(each.phase), each.name, each.action.name, format_duration(each.timeout), begins, ends, each.notes())
         )
-    return [frame.text(), *_table(rows)]
+    return [frame.text(), *table(rows)]
 
 
 def _left(found: Sequence[Found]) -> list[str]:
-    rows = [(f"  {each.name}", each.kind, each.left) for each in found]
-    return ["found, and left alone:", *_table(rows)] if rows else []
+    rows = [(each.name, each.kind, each.left) for each in found]
+    return ["found, and left alone:", *table(rows, indent=2)] if rows else []
 
 
 def _at_exit(frame: Frame, names: Sequence[str]) -> list[str]:
     return [f"the exit waits at most {format_duration(frame.exit_wait)} for: {', '.join(names)}"] if names else []
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def simulated(plan: Plan, frame: Frame, hang: Iterable[str]) -> tuple[list[StepResult], str]:
@@ -228,7 +223,7 @@ def simulated(plan: Plan, frame: Frame, hang: Iterable[str]) -> tuple[list[StepR
             )
         )
     head = f"{frame.text()}, and takes it here; hanging: {', '.join(hang)}"
-    return results, "\n".join([head, *_table(rows)])
+    return results, "\n".join([head, *table(rows)])
 
 
 def plan_from(steps: Iterable[Mapping[str, Any]]) -> Plan:

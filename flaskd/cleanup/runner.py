@@ -1,8 +1,7 @@
 """The runner: takes the steps of a plan, phase by phase, within one absolute budget of time.
 
 `Runner.run` belongs to one thread; `Runner.hurry` and the properties may be used from any. The runner's own
-thread calls nothing that belongs to somebody else (actions, the log, `on_progress`), so that nothing can keep
-it past the deadline.
+thread calls nothing that may block (actions, the log, `on_progress`), so that nothing can keep it past the deadline.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flaskd.cleanup.attempt import Attempt, Spare
+from flaskd.cleanup.calls import CallThread, call_in_thread
 from flaskd.cleanup.context import ENDING_SLACK, Budget, StepContext
 from flaskd.cleanup.model import Fate, StepResult, Verdict
-from flaskd.cleanup.outlet import Outlet, aside
 from flaskd.config import Phase
 from flaskd.units import format_duration
 
@@ -132,7 +131,7 @@ class Runner:
             running = tuple(self._running.values())
         for attempt in running:
             if call := attempt.context.on_hurry:
-                aside(call).close(0)
+                call_in_thread(call).close(0)
 
     def replan(self, plan: Plan) -> None:
         """Take the steps of the phases to come from another plan; between two runs."""
@@ -154,16 +153,16 @@ class Runner:
 
     @contextmanager
     def _reporting(self) -> Iterator[None]:
-        self._log = Outlet("flaskd-cleanup-log")
-        self._progress = Outlet("flaskd-cleanup-progress") if self._on_progress or self._on_begin else None
-        self._outlets = [outlet for outlet in (self._progress, self._log) if outlet]
+        self._log = CallThread("flaskd-cleanup-log")
+        self._progress = CallThread("flaskd-cleanup-progress") if self._on_progress or self._on_begin else None
+        self._call_threads = [each for each in (self._progress, self._log) if each]
         try:
             yield
         finally:
             now = self._budget.now()
             until = max(now + ENDING_SLACK, min(now + _LONGEST_FAREWELL, self._budget.deadline))
-            for outlet in self._outlets:
-                outlet.close(until - self._budget.now())
+            for each in self._call_threads:
+                each.close(until - self._budget.now())
             for attempt in self._attempts:
                 attempt.join(until - self._budget.now())
 
@@ -227,7 +226,7 @@ class Runner:
             waiting=self._waiting(step),
             state=self._state,
             found=step.found,
-            veil=step.veil,
+            redact=step.redact,
         )
         started = Attempt(step, context, over=partial(self._wake.put, None), spare=self._spare)
         with self._lock:  # before it begins: who it is may be asked in it
@@ -241,7 +240,7 @@ class Runner:
             started.fail("no thread can be had to run it")
         self._begun.setdefault(step.name, context.started)
         if self._progress and self._on_begin:
-            self._progress.say(self._on_begin)
+            self._progress.add(self._on_begin)
         return True
 
     def _begin(self, attempt: Attempt) -> bool:
@@ -263,10 +262,10 @@ class Runner:
             if attempt.verdict is not None:
                 self._judge(attempt, attempt.verdict)
             elif attempt.given_up_at() <= self._budget.now():
-                # Never retried: it still runs, and two of it at a time are nobody's wish.
+                # Never retried: it still runs, and must not run twice at a time.
                 self._abandoned += (attempt.step.name,)
                 if call := attempt.context.last_resort:
-                    self._outlets.append(aside(call))
+                    self._call_threads.append(call_in_thread(call))
                 self._conclude(attempt.step, attempt.abandoned(), attempt.context.attempt)
 
     def _judge(self, attempt: Attempt, verdict: Verdict) -> None:
@@ -277,7 +276,7 @@ class Runner:
             self._conclude(step, verdict, count)
             return
         again = f"cleanup {step.phase}/{step.name}: {verdict.fate}, {verdict.why}; attempt {count + 1} follows"
-        self._log.say(partial(_log.warning, "%s", again))
+        self._log.add(partial(_log.warning, "%s", again))
         if not self._start(step, count + 1):
             self._conclude(step, verdict, count)
 
@@ -303,8 +302,8 @@ class Runner:
         if result.broken:
             self._mark_skipped(step, result)
         if self._progress and self._on_progress:
-            self._progress.say(partial(self._on_progress, result))
-        self._log.say(partial(_write_line, result))
+            self._progress.add(partial(self._on_progress, result))
+        self._log.add(partial(_write_line, result))
 
     def _mark_skipped(self, step: Step, result: StepResult) -> None:
         """Note which steps will not run because this one did not succeed."""

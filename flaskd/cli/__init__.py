@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import click
 
-from flaskd.cli import show, talk
+from flaskd.cli import client_verbs, show
 from flaskd.cli.units import units
 from flaskd.client import ControlClient, find_socket, reading
 from flaskd.errors import (
@@ -37,9 +37,9 @@ from flaskd.version import __version__
 
 def main() -> int:
     """Run the command, and return the exit code."""
-    show.write_all_there_is("backslashreplace")
+    show.escape_what_cannot_be_encoded("backslashreplace")
     code = reported(lambda: cli.main(prog_name="flaskd", standalone_mode=False))
-    show.forsake_what_cannot_be_written()
+    show.discard_what_cannot_be_written()
     return code
 
 
@@ -55,7 +55,7 @@ def reported(run: Callable[[], object]) -> int:
     except (click.Abort, KeyboardInterrupt):
         return 130
     except BrokenPipeError:
-        # Whoever read our output has had enough; nothing more can be said there, at the exit either.
+        # What read our output has closed it; nothing more can be said there, at the exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EX_LOST
     except FlaskdError as error:
@@ -64,7 +64,7 @@ def reported(run: Callable[[], object]) -> int:
         _complain(lambda: click.echo(said, err=True))
         return error.exit_code
     except (OSError, RuntimeError, MemoryError) as error:
-        if isinstance(error, OSError) and show.forsake_what_cannot_be_written():
+        if isinstance(error, OSError) and show.discard_what_cannot_be_written():
             lack: FlaskdError | None = CannotCreateError(f"cannot write the answer: {error.strerror}")
         else:
             lack = shortage(error)
@@ -76,7 +76,7 @@ def reported(run: Callable[[], object]) -> int:
 
 
 def _complain(say: Callable[[], object]) -> None:
-    with contextlib.suppress(OSError):  # nobody can be told; the exit code tells
+    with contextlib.suppress(OSError):  # it cannot be said; the exit code tells
         say()
 
 
@@ -90,7 +90,7 @@ def _complain(say: Callable[[], object]) -> None:
 def cli(context: click.Context) -> None:
     """Serve a Flask app, and stop it without losing a request."""
     if context.invoked_subcommand is None:
-        show.say(talk.what_next())
+        show.say(client_verbs.what_next())
 
 
 @cli.command(short_help="Serve an app until asked to stop.")
@@ -243,7 +243,7 @@ def plan(socket: str | None, name: str, config: str | None, hang: tuple[str, ...
 
     With --simulate-hang and no daemon there, of the configuration file.
     """
-    return talk.told(lambda: _plan(socket, name, config, hang, as_json=as_json), as_json=as_json)
+    return client_verbs.told(lambda: _plan(socket, name, config, hang, as_json=as_json), as_json=as_json)
 
 
 def _plan(socket: str | None, name: str, config: str | None, hang: tuple[str, ...], *, as_json: bool) -> int:
@@ -265,7 +265,7 @@ def _plan(socket: str | None, name: str, config: str | None, hang: tuple[str, ..
             frame = preview.Frame(**answer["budget"])
             results, text = preview.simulated(preview.plan_from(answer["policies"]), frame, hang)
             answer = {"result": "plan", "hang": list(hang), "policies": results_as_json(results), "text": text}
-        show.say(show.for_programs({"ok": True, **answer}) if as_json else show.printable(answer["text"], "text"))
+        show.say(show.for_programs({"ok": True, **answer}) if as_json else show.made_printable(answer["text"], "text"))
     return EX_OK
 
 
@@ -280,5 +280,5 @@ def _offline_plan(config: str | None) -> dict[str, Any]:
     return answer
 
 
-talk.add_client_verbs(cli)
+client_verbs.add_client_verbs(cli)
 cli.add_command(units)

@@ -29,7 +29,7 @@ class _Daemon(click.Command):
 def _daemon(context: click.Context, /, **options: Any) -> None:
     open_standard_streams()
     heed_signals()
-    # Whoever runs this command has imported flask.cli: nothing is loaded here, and no app either.
+    # A process that runs this command has imported flask.cli: nothing is loaded here, and no app either.
     from flask.cli import ScriptInfo  # noqa: PLC0415 - `flask` reads this file for each of its commands
     from flask.helpers import get_debug_flag  # noqa: PLC0415
 

@@ -17,7 +17,7 @@ import click
 
 from flaskd import text
 from flaskd.errors import CannotCreateError
-from flaskd.protocol import account_lines, as_text, record_lines, request_line, step_line, thread_line
+from flaskd.present import account_lines, as_text, outcome, record_lines, request_lines, step_line, thread_lines
 from flaskd.units import format_duration
 
 _GREEN, _YELLOW, _RED, _DIM = "32", "33", "31", "2"
@@ -36,28 +36,28 @@ def say(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        forsake_what_cannot_be_written()
+        discard_what_cannot_be_written()
         raise CannotCreateError(f"cannot write the answer: {error.strerror}") from error
 
 
-def forsake_what_cannot_be_written() -> bool:
+def discard_what_cannot_be_written() -> bool:
     """Let what is left in a standard stream's buffer go nowhere, where it cannot go where it should.
 
     It would fail once more at the exit, whose code would then be 120 (Py_FinalizeEx). Whether there was any.
     """
-    forsaken = False
+    discarded = False
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            forsaken = True
+            discarded = True
         except (ValueError, AttributeError):  # closed, or never there
             pass
-    return forsaken
+    return discarded
 
 
-def write_all_there_is(errors: str) -> None:
+def escape_what_cannot_be_encoded(errors: str) -> None:
     """Let standard output take any text, where its encoding has not every character (`errors`: codecs).
 
     What has been done is done: an outcome that cannot be written down must not look like one that failed.
@@ -97,27 +97,26 @@ _IN_LINES = {"stack", "yaml", "text"}
 """Fields of answers that have several lines."""
 
 
-def printable(value: Any, key: str = "") -> Any:
+def made_printable(value: Any, key: str = "") -> Any:
     """A field of an answer, with all in it, as it can be shown: what the app or a client named paints no terminal."""
     if isinstance(value, str):
         return "\n".join(text.lines(value)) if key in _IN_LINES else text.escaped(value)
     if isinstance(value, list):
-        return [printable(each, key) for each in value]
+        return [made_printable(each, key) for each in value]
     if isinstance(value, dict):
-        return {printable(name): printable(each, name) for name, each in value.items()}
+        return {made_printable(name): made_printable(each, name) for name, each in value.items()}
     return value
 
 
 def answer(verb: str, fields: dict[str, Any]) -> str:
     """An answer for people."""
-    page, fields = _PAGES.get(verb), printable(fields)
+    page, fields = _PAGES.get(verb), made_printable(fields)
     return page(fields) if page else _outcome(fields)
 
 
 def _outcome(fields: dict[str, Any]) -> str:
     result, hint = fields.pop("result"), fields.pop("hint", "")
-    last = " ".join(filter(None, [result, as_text(fields), f"({hint})" if hint else ""]))
-    return "\n".join([*account_lines(fields), last])
+    return "\n".join([*account_lines(fields), outcome(result, fields=fields, hint=hint)])
 
 
 def status(fields: dict[str, Any]) -> str:
@@ -139,7 +138,8 @@ def status(fields: dict[str, Any]) -> str:
         "idle stop at": fields.get("idle_stop_at"),
         "config": fields.get("config"),
     }  # fmt: skip
-    return "\n".join([", ".join(filter(None, heads)), *(f"  {key:<13}{value}" for key, value in rows.items() if value)])
+    shown = [(key, str(value)) for key, value in rows.items() if value]
+    return "\n".join([", ".join(filter(None, heads)), *text.table(shown, indent=2, gap=1, least=12)])
 
 
 def short(seconds: float) -> str:
@@ -189,19 +189,12 @@ def _last_stop(entry: dict[str, Any] | None) -> str:
 
 def requests(fields: dict[str, Any]) -> str:
     """Requests in flight, a line each, with the stacks that were asked for."""
-    lines = []
-    for entry in fields["requests"]:
-        lines += [request_line(entry), *(f"    {line}" for line in entry["stack"].splitlines())]
-    return "\n".join(lines) or "nothing is in flight"
+    return "\n".join(request_lines(fields["requests"])) or "nothing is in flight"
 
 
 def threads(fields: dict[str, Any]) -> str:
     """Threads, a line each, with the stacks that were asked for."""
-    lines = []
-    for entry in fields["list"]:
-        lines.append(thread_line(entry))
-        lines += [f"    {line}" for line in entry.get("stack", "").splitlines()]
-    return "\n".join(lines)
+    return "\n".join(thread_lines(fields["list"]))
 
 
 _PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -226,11 +219,11 @@ def progress(verb: str, *, as_json: bool = False) -> Iterator[Callable[[dict[str
     if as_json:
         yield lambda fields: say(for_programs(fields))
     elif not verb or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
-        yield lambda fields: _line(printable(fields))
+        yield lambda fields: _line(made_printable(fields))
     else:
         bar = Bar(verb, sys.stderr)
         try:
-            yield lambda fields: bar.update(printable(fields))
+            yield lambda fields: bar.update(made_printable(fields))
         finally:
             bar.close()
 
@@ -313,7 +306,7 @@ class Bar:
         self._write("\r\x1b[K" + (text if len(text) <= width else text[: max(0, width - 3)] + "..."))
 
     def _columns(self) -> int:
-        """Of the bar's own terminal: standard output may go elsewhere, and nobody has asked that one."""
+        """Of the bar's own terminal: standard output may go elsewhere, and is not asked."""
         with contextlib.suppress(OSError, ValueError):  # no descriptor
             if columns := os.get_terminal_size(self._stream.fileno()).columns:
                 return columns

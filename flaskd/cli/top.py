@@ -213,7 +213,9 @@ def _screen() -> Iterator[None]:
         signal.signal(signal.SIGTSTP, pause)
         enter()
 
-    show.write_all_there_is("replace")  # one character for one that the terminal does not have, or lines get longer
+    show.escape_what_cannot_be_encoded(
+        "replace"
+    )  # one character for one that the terminal does not have, or lines get longer
     signal.signal(signal.SIGTERM, _leave)  # by the same way as all others: the terminal is put back
     signal.signal(signal.SIGTSTP, pause)
     enter()
@@ -249,7 +251,7 @@ def _draw(lines: Sequence[str], height: int) -> None:
 
 
 def _asked_to_quit(seconds: float, *, listening: bool) -> bool:
-    """Wait for the next look; True when somebody pressed q."""
+    """Wait for the next look; True when q was pressed."""
     if not listening or not sys.stdin.isatty():
         time.sleep(seconds)
         return False

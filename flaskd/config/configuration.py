@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import BaseModel
 
-from flaskd.config.faults import dotted, without_password
+from flaskd.config.faults import dotted
 from flaskd.config.nodes import core
-from flaskd.text import MASK, Veil
+from flaskd.text import MASK, Redactor, without_password
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -32,7 +32,7 @@ class Configuration:
     _origins: Mapping[NodePath, str] = field(default_factory=dict, repr=False)
     empty: bool = False
     """Whether its source held no value at all, beside what the command line says."""
-    veil: Veil = field(default_factory=Veil, repr=False, compare=False)
+    veil: Redactor = field(default_factory=Redactor, repr=False, compare=False)
     """Hides what was interpolated, in any text."""
 
     def describe(self) -> str:

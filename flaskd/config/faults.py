@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from flaskd.errors import ConfigError
-from flaskd.text import MASK
+from flaskd.text import quoted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
 
 COMMAND_LINE = "command line"
-_USERINFO = re.compile(r"(?<=://)([^/?#@\s:]*):[^/?#\s]*@")
 MAX_FAULTS = 50
 """More than this nobody reads, and wording each one costs time."""
-
-_SHOWN = 60
-"""Characters of a value that a fault quotes."""
-_MAX_LISTED = 20
-_MAX_COMPARED = 200
-"""Names that a wrong one is compared with; enough for any file that somebody wrote by hand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,34 +99,3 @@ def dotted(path: Iterable[str | int]) -> str:
             odd = not part or not all(character.isalnum() or character in "._-/" for character in part)
             text += ("." if text else "") + (quoted(part) if odd else part)
     return text
-
-
-def without_password(text: str) -> str:
-    """Text without the passwords of the URLs in it (RFC 3986 §3.2.1)."""
-    return _USERINFO.sub(rf"\1:{MASK}@", text)
-
-
-def quoted(text: str, limit: int = _SHOWN) -> str:
-    """Quote a value on one line: shortened, and with nothing in it that a terminal would act upon, and no password."""
-    text = without_password(text)
-    short = text if len(text) <= limit else text[:limit] + "..."
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short.replace("\\", "\\\\"))
-    return f'"{shown}"'
-
-
-def did_you_mean(wrong: str, names: Sequence[str]) -> str:
-    """``; did you mean "threads"?`` or nothing."""
-    near = difflib.get_close_matches(wrong[:_SHOWN], names[:_MAX_COMPARED], n=1)
-    return f'; did you mean "{near[0]}"?' if near else ""
-
-
-def nearest_first(wrong: str, names: Sequence[str]) -> str:
-    """List names, those most like the wrong one first."""
-    ratio = difflib.SequenceMatcher(b=wrong[:_SHOWN])
-
-    def unlikeness(name: str) -> float:
-        ratio.set_seq1(name)
-        return -ratio.ratio()
-
-    nearest = sorted(names[:_MAX_COMPARED], key=unlikeness)
-    return ", ".join([*nearest[:_MAX_LISTED], *(["..."] if len(names) > _MAX_LISTED else [])])

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING
 
-from flaskd.config.faults import Faults, dotted, quoted
+from flaskd.config.faults import Faults, dotted
 from flaskd.config.nodes import Items, Node, Path, Scalar, Table, core_not_null, unfit
+from flaskd.text import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

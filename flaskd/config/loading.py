@@ -23,7 +23,7 @@ from flaskd.config.state_paths import check_state_paths
 from flaskd.config.wording import validated
 from flaskd.config.yaml_loader import MAX_BYTES, parse
 from flaskd.errors import ConfigError
-from flaskd.text import Veil
+from flaskd.text import Redactor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -124,10 +124,10 @@ _SAID: tuple[NodePath, ...] = (
 """What messages may quote, except for what flaskd has to tell: where it listens, and which app it serves."""
 
 
-def _veil(tree: Table) -> Veil:
+def _veil(tree: Table) -> Redactor:
     """What hides all that was interpolated and that a message may quote."""
     policies = [(*_POLICIES, name, "with") for name in policy_tables(tree)]
-    return Veil(text for path in (*_SAID, *policies) for text in interpolated_in(tree, path))
+    return Redactor(text for path in (*_SAID, *policies) for text in interpolated_in(tree, path))
 
 
 def digest(source: bytes) -> str:

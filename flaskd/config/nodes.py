@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flaskd.config.faults import Place, quoted
-from flaskd.text import MASK
+from flaskd.config.faults import Place
+from flaskd.text import MASK, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

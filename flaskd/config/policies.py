@@ -10,9 +10,10 @@ import graphlib
 import itertools
 from typing import TYPE_CHECKING
 
-from flaskd.config.faults import Faults, did_you_mean, dotted, nearest_first
+from flaskd.config.faults import Faults, dotted
 from flaskd.config.model import Phase
 from flaskd.config.nodes import Items, Node, Scalar, Table, child, shown
+from flaskd.text import did_you_mean, nearest_first
 
 if TYPE_CHECKING:
     from flaskd.config.model import Actions, ActionSpec

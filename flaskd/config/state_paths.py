@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from flaskd.config.faults import Faults, dotted, quoted
+from flaskd.config.faults import Faults, dotted
 from flaskd.config.model import ShutdownConfig
 from flaskd.config.nodes import Node, Scalar, Table, child, shown
 from flaskd.config.policies import action_of, enabled, policy_tables
+from flaskd.text import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

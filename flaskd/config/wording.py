@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 from pydantic import BaseModel, SecretBytes, SecretStr, ValidationError
 from pydantic.errors import PydanticInvalidForJsonSchema
 
-from flaskd.config.faults import Faults, did_you_mean, dotted, nearest_first, quoted
+from flaskd.config.faults import Faults, dotted
 from flaskd.config.fields import Hidden
 from flaskd.config.nodes import Items, Node, Path, Scalar, Table, child, core, scalars, shown
+from flaskd.text import did_you_mean, nearest_first, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from flaskd.config.faults import Faults, Place, dotted, quoted
+from flaskd.config.faults import Faults, Place, dotted
 from flaskd.config.nodes import MAX_DEPTH, Items, Node, Path, Scalar, Table, broken, core, unfit
+from flaskd.text import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

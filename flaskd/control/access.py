@@ -1,4 +1,4 @@
-"""Who is at the other end of the control socket, and what they may do."""
+"""What a client of the control plane may do."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Access:
     """What `control.roles` and `control.fifo` come to on this machine.
 
     Names that this machine does not know give nothing, and are a warning: a configuration may be written for another
-    one. Without roles, whoever may open the socket is admin. With them, root and the daemon's own user still are:
+    one. Without roles, all who may open the socket are admin. With them, root and the daemon's own user still are:
     they may send it signals anyway.
     """
 

@@ -1,4 +1,4 @@
-"""What comes out of the FIFO, cut into lines; a line that its writer left unfinished is not the next writer's."""
+"""What comes out of the FIFO: lines, and the commands that they are."""
 
 from __future__ import annotations
 
@@ -7,20 +7,28 @@ import logging
 import os
 from collections.abc import Callable
 
+from flaskd.control.commands import from_words
+from flaskd.control.connection import Execute
+from flaskd.control.peer import FIFO_PEER
+from flaskd.control.replies import BROKEN_OFF, LogReply
+from flaskd.errors import FlaskdError
 from flaskd.log.setup import bounded_by
 from flaskd.protocol import MAX_LINE
 
 log = logging.getLogger("flaskd.control")
 
 _AT_ONCE = 65536
-"""Bytes of one read: all that a FIFO holds (F_SETPIPE_SZ, fcntl(2)), unless somebody enlarged it."""
+"""Bytes of one read: all that a FIFO holds (F_SETPIPE_SZ, fcntl(2)), unless it was enlarged."""
 _JUNK = bounded_by("pieces of no command in the FIFO")
 _TURNS = 4
 """Reads before the others have their turn."""
 
 
 class Lines:
-    """Reads lines from a descriptor and gives each to `take`; one that is too long is dropped up to its newline."""
+    """Reads lines from a descriptor and gives each to `take`; one that is too long is dropped up to its newline.
+
+    A line that its writer left unfinished is not the next writer's.
+    """
 
     def __init__(self, take: Callable[[str], None]) -> None:
         self._take = take
@@ -65,3 +73,29 @@ class Lines:
             )
         self._rest.clear()
         self._dropping = False
+
+
+class FifoCommands:
+    """Carries out the commands in the FIFO; their outcome goes to the log.
+
+    `reopen` is called with the descriptor once no writer is left.
+    """
+
+    def __init__(self, execute: Execute, reopen: Callable[[int], None]) -> None:
+        self._execute, self._reopen = execute, reopen
+        self._lines = Lines(self._take)
+
+    def read(self, fd: int) -> None:
+        """Carry out what has come."""
+        if not self._lines.read(fd):
+            self._reopen(fd)
+
+    def _take(self, line: str) -> None:
+        reply = LogReply(line[:80])
+        try:
+            self._execute(from_words(line.split(), FIFO_PEER), reply)
+        except FlaskdError as error:
+            reply.error(error.code, str(error))
+        except Exception as error:  # as for a socket's client (Connection._run); the lines behind it are carried out
+            log.exception("cannot carry out a control command", extra=BROKEN_OFF)
+            reply.error(FlaskdError.code, f"cannot carry out the command: {type(error).__name__}")

@@ -60,4 +60,4 @@ class Peer:
 
 
 FIFO_PEER = Peer()
-"""Whoever writes into the FIFO, which tells nothing of them."""
+"""Who writes into the FIFO, of whom it tells nothing."""

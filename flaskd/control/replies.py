@@ -8,13 +8,17 @@ import logging
 from collections.abc import Callable, Sequence
 
 from flaskd.log.setup import bounded_by
-from flaskd.protocol import Fields, as_text
+from flaskd.present import as_text, outcome
+from flaskd.protocol import Fields
 from flaskd.text import escaped
 
 # What the methods mean is said once, in flaskd.protocol.Reply.
 # ruff: noqa: ARG002, D102
 
 log = logging.getLogger("flaskd.control")
+
+BROKEN_OFF = bounded_by("control commands that broke off")
+"""For the log (`extra`): what commands with a fault of ours are called, where there are too many to list them."""
 
 Send = Callable[..., None]
 """``send(data, last=…)``: puts bytes on their way to the client; `last` ends the answer."""
@@ -41,7 +45,7 @@ class TextReply:
         lines: Sequence[str] = (),
         hint: str = "",
     ) -> None:
-        last = " ".join(filter(None, ["OK", word, as_text(fields or {}), f"({hint})" if hint else ""]))
+        last = outcome("OK", word, fields=fields or {}, hint=hint)
         self._line("\n".join(map(escaped, [*lines, last])), last=True)
 
     def error(self, code: str, message: str) -> None:
@@ -152,8 +156,7 @@ class LogReply:
         lines: Sequence[str] = (),
         hint: str = "",
     ) -> None:
-        pairs = as_text(fields or {})
-        said = " ".join(filter(None, [f"control: {self._command}: OK", word, pairs, f"({hint})" if hint else ""]))
+        said = outcome(f"control: {self._command}: OK", word, fields=fields or {}, hint=hint)
         # One entry, however long: what is bounded is how many answers there are.
         log.info("\n".join([said, *(f"control: {line}" for line in lines)]), extra=self._bounded)
 

@@ -13,8 +13,10 @@ from flaskd.background_work import on_one_line
 from flaskd.errors import UsageError
 from flaskd.inbox import DrainAsked, ReloadAsked, ResumeAsked, StopAsked
 from flaskd.lifecycle import StopReason
-from flaskd.protocol import Reply, record_lines, request_line, status_lines, thread_line
+from flaskd.present import record_lines, request_lines, status_lines, thread_lines
+from flaskd.protocol import Reply
 from flaskd.stacks import stack_of
+from flaskd.text import table
 from flaskd.verbs import FLAGS, VERBS, find_verb
 from flaskd.version import __version__
 
@@ -37,12 +39,10 @@ def _help(_daemon: Daemon, command: Command, reply: Reply) -> None:
             lines=lines,
         )
         return
-    usages = {name: verb.usage(name) for name, verb in VERBS.items()}
-    width = max(map(len, usages.values()))
     reply.ok(
         "help",
         detail={"verbs": [verb.as_json(name) for name, verb in VERBS.items()], "flags": FLAGS},
-        lines=[f"{usages[name]:<{width}}  {verb.summary}" for name, verb in VERBS.items()],
+        lines=table([(verb.usage(name), verb.summary) for name, verb in VERBS.items()]),
     )
 
 
@@ -78,10 +78,7 @@ def _stop(daemon: Daemon, command: Command, reply: Reply) -> None:
 def _requests(daemon: Daemon, command: Command, reply: Reply) -> None:
     found = daemon.serving.requests(stacks="stacks" in command.flags)
     entries = [each.as_json() for each in found]
-    lines = []
-    for entry in entries:
-        lines += [request_line(entry), *_indented(entry["stack"])]
-    reply.ok("requests", {"in_flight": len(entries)}, detail={"requests": entries}, lines=lines)
+    reply.ok("requests", {"in_flight": len(entries)}, detail={"requests": entries}, lines=request_lines(entries))
 
 
 def _threads(daemon: Daemon, command: Command, reply: Reply) -> None:
@@ -91,7 +88,6 @@ def _threads(daemon: Daemon, command: Command, reply: Reply) -> None:
         for each, request in daemon.serving.left_behind().items()
     }
     entries: list[dict[str, Any]] = []
-    lines = []
     for thread in threading.enumerate():
         entry = {
             "name": on_one_line(thread.name),
@@ -99,17 +95,10 @@ def _threads(daemon: Daemon, command: Command, reply: Reply) -> None:
             "daemon": thread.daemon,
             "request": over.get(thread.name) or doing.get(thread.name),
         }
-        lines.append(thread_line(entry))
         if "stacks" in command.flags:
-            stack = stack_of(thread)
-            entry["stack"] = stack
-            lines += _indented(stack)
+            entry["stack"] = stack_of(thread)
         entries.append(entry)
-    reply.ok("threads", {"threads": len(entries)}, detail={"list": entries}, lines=lines)
-
-
-def _indented(stack: str) -> list[str]:
-    return [f"    {line}" for line in stack.splitlines()]
+    reply.ok("threads", {"threads": len(entries)}, detail={"list": entries}, lines=thread_lines(entries))
 
 
 def _tell_plan(reply: Reply, plan: dict[str, Any]) -> None:

@@ -19,8 +19,7 @@ from typing import Any, Literal, Self
 from flaskd.log.journal import encode, field_name
 from flaskd.log.writer import Entry, Line, Writer
 from flaskd.process.forks import forgotten_by_children
-from flaskd.text import bounded, entry, escaped, lines, traceback_of
-from flaskd.units import shortened
+from flaskd.text import bounded, entry, escaped, lines, shortened, traceback_of
 
 _OURS = {"flaskd", "waitress"}
 """The loggers that flaskd sets up, with all below them."""
@@ -54,7 +53,7 @@ def timestamp(moment: float) -> str:
 _CALL_HANDLERS = logging.Logger.callHandlers
 
 Hide = Callable[[str], str]
-"""Puts a mask over what no log may show; see `flaskd.text.Veil`."""
+"""Puts a mask over what no log may show; see `flaskd.text.Redactor`."""
 
 
 class _ForPeople(logging.Formatter):

@@ -18,8 +18,9 @@ from flaskd.cleanup import prepare_record, read_record, write_record
 from flaskd.config import MARK_FILE
 from flaskd.files import read_whole, remove_leftovers, remove_matching
 from flaskd.log.setup import timestamp
-from flaskd.protocol import damage, died, state_directory
-from flaskd.units import shortened
+from flaskd.present import died
+from flaskd.protocol import damage, state_directory
+from flaskd.text import shortened
 
 log = logging.getLogger("flaskd.state")
 

@@ -179,7 +179,7 @@ def _use_up(steps: Iterable[Step], state: Path | None) -> None:
             try:
                 step.action.use_up(state, step.fields)
             except Exception as error:  # noqa: BLE001 - an action of another package: the app serves all the same
-                log.warning(f"cleanup {step.phase}/{step.name}: {step.veil(str(error))}")
+                log.warning(f"cleanup {step.phase}/{step.name}: {step.redact(str(error))}")
 
 
 def make_server(

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 
 import sdnotify
 
+from flaskd.text import printable
+
 log = logging.getLogger("flaskd.notify")
 
 _SEND_TIMEOUT = 1.0
@@ -139,6 +141,5 @@ def _extension(seconds: float) -> list[str]:
 
 def _status(text: str) -> str:
     """One STATUS line: no control characters, bounded, and in an encoding that survives sdnotify's latin-1."""
-    clean = "".join(char if char.isprintable() else " " for char in text)
-    whole = clean.encode("utf-8", "replace")[:_MAX_STATUS].decode("utf-8", "ignore")
+    whole = printable(text, " ").encode("utf-8", "replace")[:_MAX_STATUS].decode("utf-8", "ignore")
     return "STATUS=" + whole.encode("utf-8").decode("latin-1")

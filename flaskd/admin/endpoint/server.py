@@ -102,7 +102,7 @@ def usual_hosts(address: Address) -> list[str]:
     names = {host}
     if host in {"localhost", "[::1]", "[::]", "0.0.0.0"} or host.startswith("127."):  # noqa: S104 - compared
         names |= {"localhost", "[::1]" if host.startswith("[") else "127.0.0.1"}
-    names -= {"0.0.0.0", "[::]"}  # noqa: S104 - names for "every address", which is nobody's own
+    names -= {"0.0.0.0", "[::]"}  # noqa: S104 - names for "every address", which is none of its own
     hosts = [f"{name}:{address.port}" for name in sorted(names)]
     # A client leaves the port out where it is the scheme's own: RFC 9110 §7.2.
     return hosts + (sorted(names) if address.port == 80 else [])  # noqa: PLR2004

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("flaskd.endpoint")
 
 _CLOSING = 0.5
-"""Seconds that somebody who asks a second time gets to read the answer."""
+"""Seconds that a client which asks a second time gets to read the answer."""
 
 Opener = Callable[[Address, bytes, Sequence[str]], EndpointServer]
 """Opens an endpoint that stops the daemon of this process."""
@@ -220,7 +220,7 @@ def _interrupt() -> None:
     It goes to the main thread, so that it interrupts what that waits in: a signal to the process may go to any thread.
     """
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it
+        with contextlib.suppress(OSError, ValueError):  # closed, or not read any more
             stream.flush()
     number = signal.SIGTERM if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else signal.SIGINT
     if hasattr(signal, "pthread_kill"):

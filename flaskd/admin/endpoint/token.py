@@ -1,4 +1,4 @@
-"""The endpoint's token: made, and read from where nobody else can read it."""
+"""The endpoint's token: made, and read from where its owner alone can read it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def configured_token(token_file: Path | None, credential: str | None, environ: M
 def _read(path: Path, *, private: bool) -> bytes:
     """The content of a file; what is looked at is the file that was opened, wherever a link led to."""
     try:
-        # Without O_NONBLOCK, opening a FIFO would wait for somebody to write (fifo(7)).
+        # Without O_NONBLOCK, opening a FIFO would wait for a writer (fifo(7)).
         number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or "not a usable path"

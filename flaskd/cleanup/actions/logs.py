@@ -15,7 +15,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from flaskd.cleanup.context import StepContext, StepFailedError
-from flaskd.config import Section
+from flaskd.cleanup.model import Action
+from flaskd.config import Phase, Section
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -72,11 +73,11 @@ def _end_listener(handler: Any, context: StepContext) -> bool:
     listener = getattr(handler, "listener", None)
     if not isinstance(listener, logging.handlers.QueueListener):
         stop = getattr(listener, "stop", None)
-        if stop is not None:  # somebody's own
+        if stop is not None:  # one of the app's own
             stop()
         return stop is not None
     if isinstance(handler, logging.handlers.QueueHandler):
-        handler.enqueue = listener.handle  # type: ignore[method-assign]  # from now on there is nobody behind the queue
+        handler.enqueue = listener.handle  # type: ignore[method-assign]  # from now on nothing empties the queue
     thread = getattr(listener, "_thread", None)
     running = thread is not None and thread.is_alive()
     if running:
@@ -111,3 +112,6 @@ def _take_the_rest(listener: logging.handlers.QueueListener) -> None:
             return
         if record is not sentinel:
             listener.handle(record)
+
+
+ACTIONS = (Action("logging.flush", FlushFields, Phase.FLUSH, flush_logs),)

@@ -1,6 +1,6 @@
-"""A way out for words: calls that might block are made in a thread of their own.
+"""Calls that might block, made in a thread of their own.
 
-A cleanup step may hang while it holds the lock of a log stream; whoever logs directly then hangs with it.
+A cleanup step may hang while it holds the lock of a log stream; a thread that logs directly then hangs with it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger("flaskd.cleanup")
 
 
-class Outlet:
-    """Calls in the order they were given, in one daemon thread from construction to `close`."""
+class CallThread:
+    """Makes calls in the order they were given, in one daemon thread from construction to `close`."""
 
     def __init__(self, name: str) -> None:
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -29,7 +29,7 @@ class Outlet:
         except RuntimeError:  # no more threads; better said in place than not at all
             self._thread = None
 
-    def say(self, call: Callable[[], None]) -> None:
+    def add(self, call: Callable[[], None]) -> None:
         """Have `call` made soon; returns at once."""
         if self._thread is None:
             _make(call)
@@ -49,11 +49,11 @@ class Outlet:
             _make(call)
 
 
-def aside(call: Callable[[], None]) -> Outlet:
-    """Have one call made in a thread of its own; the outlet is there to be closed."""
-    outlet = Outlet("flaskd-cleanup-aside")
-    outlet.say(call)
-    return outlet
+def call_in_thread(call: Callable[[], None]) -> CallThread:
+    """Have one call made in a thread of its own, which is there to be closed."""
+    thread = CallThread("flaskd-cleanup-aside")
+    thread.add(call)
+    return thread
 
 
 def _make(call: Callable[[], None]) -> None:

@@ -6,6 +6,7 @@ keeps open, nor for a group that ignores SIGTERM.
 
 from __future__ import annotations
 
+import operator
 import os
 import selectors
 import signal
@@ -20,8 +21,10 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import AfterValidator, Field
 
 from flaskd.cleanup.context import ENDING_PATIENCE, ENDING_SLACK, StepContext, StepFailedError, StepTimedOutError
-from flaskd.config import Duration, Section
+from flaskd.cleanup.model import Action
+from flaskd.config import Duration, Phase, Section
 from flaskd.config.fields import Hidden
+from flaskd.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -172,7 +175,7 @@ class _Child:
         return self.exited.is_set()
 
     def _reap(self, how: int = 0) -> None:
-        # os.waitpid and not Popen.wait, which reports exit code 0 when somebody else has reaped the child.
+        # os.waitpid and not Popen.wait, which reports exit code 0 when other code of this process has reaped the child.
         try:
             pid, status = os.waitpid(self._process.pid, how)
             if not pid:
@@ -257,12 +260,12 @@ class _Child:
             os.killpg(self._process.pid, number)
         except ProcessLookupError:
             return False
-        except PermissionError:  # they run as somebody else now
+        except PermissionError:  # they run as another user now
             return True
         return True
 
     def close(self) -> None:
-        """Take in what is still in the pipe, without waiting for whoever keeps it open, and let go of it."""
+        """Take in what is still in the pipe, without waiting for the processes that keep it open, and let go of it."""
         for _ in range(_LAST_CHUNKS):
             if self._pipe.closed or not self._read():
                 break
@@ -285,6 +288,9 @@ class _Child:
 
     def tail(self, lines: int = 20) -> str:
         """The last lines of its output as one, without what a terminal would take for more than text."""
-        text = self._context.veil(self._output.decode(errors="replace"))  # before it is cut
-        printable = ("".join(c if c.isprintable() else " " for c in line).strip() for line in text.splitlines())
-        return " | ".join([line for line in printable if line][-lines:])[-_SHOWN_OUTPUT:]
+        text = self._context.redact(self._output.decode(errors="replace"))  # before it is cut
+        shown = (printable(line, " ").strip() for line in text.splitlines())
+        return " | ".join([line for line in shown if line][-lines:])[-_SHOWN_OUTPUT:]
+
+
+ACTIONS = (Action("command", CommandFields, Phase.FINAL, run_command, grace=operator.attrgetter("kill_grace")),)

@@ -2,7 +2,7 @@
 
 Kept are the caches of cachelib's ``SimpleCache`` (Flask-Caching's is one): their entries are pickled already, and stay
 so; restoring needs no unpickling and keeps each entry's own expiry. The app unpickles an entry when it reads it, so a
-file that somebody else could have written would be code of somebody else: nothing is restored whose HMAC is not right.
+file that another user could have written would be that user's code: nothing is restored whose HMAC is not right.
 
 A file is restored by one start that succeeds. What the app deleted or changed since would come back otherwise, when the
 next life ended in a crash or its file could not be written. That a file is used shows in its modification time, the
@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, Field, SecretStr
 
 from flaskd.cleanup.context import StepContext, StepFailedError
-from flaskd.config import KEY_FILE, Duration, Section, Size
+from flaskd.cleanup.model import Action
+from flaskd.config import KEY_FILE, Duration, Phase, Section, Size
 from flaskd.config.fields import SomeText
 from flaskd.files import read_whole, write_whole
 
@@ -271,7 +272,7 @@ def _key(app: Any, state: Path | None, fields: PersistFields, *, make: bool) -> 
 
 
 def _key_of_our_own(state: Path | None, *, make: bool) -> bytes:
-    """A random key in the state directory, which nobody else may read; made if there is none and `make` is set."""
+    """A random key in the state directory, which its owner alone may read; made if there is none and `make` is set."""
     if state is None:
         raise StepFailedError("cannot sign the cache: no state directory is ours to keep a key in; give with.key")
     path = state / KEY_FILE
@@ -290,3 +291,16 @@ def _key_of_our_own(state: Path | None, *, make: bool) -> bytes:
     if len(key) != _KEY_BYTES:
         raise StepFailedError(f"cannot use the key {path}: expected {_KEY_BYTES} bytes, got {len(key)}; remove it")
     return key
+
+
+ACTIONS = (
+    Action(
+        "cache.persist",
+        PersistFields,
+        Phase.PERSIST,
+        persist_cache,
+        restore=restore_cache,
+        use_up=use_up_cache,
+        keeps="path",
+    ),
+)

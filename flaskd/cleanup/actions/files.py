@@ -1,7 +1,7 @@
 """``files.remove``: files that match patterns, and nothing else.
 
 Each directory on the way is opened relative to the one before and without following symbolic links (openat(2),
-O_NOFOLLOW), so that nobody who may write in one of them can lead the removal elsewhere.
+O_NOFOLLOW), so that a user who may write in one of them cannot lead the removal elsewhere.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import AfterValidator, Field
 
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
-from flaskd.config import OneOrMany, Section
+from flaskd.cleanup.model import Action
+from flaskd.config import OneOrMany, Phase, Section
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -101,7 +102,7 @@ class _Removal:
             os.unlink(name, dir_fd=directory)
             self.count += 1
         except FileNotFoundError:
-            return  # removed before, or by somebody else
+            return  # removed before, or by another process
         except OSError as error:
             self._fault(shown, error)
 
@@ -118,7 +119,7 @@ _MANAGED = ("RUNTIME", "STATE", "CACHE", "LOGS", "CONFIGURATION")
 def _without_managers_links(path: str) -> str:
     """The path with the service manager's own link resolved: under DynamicUser= each of its directories is one.
 
-    The manager names them in ``$STATE_DIRECTORY`` and the like (systemd.exec(5)), and nobody else can write there.
+    The manager names them in ``$STATE_DIRECTORY`` and the like (systemd.exec(5)), and no one else can write there.
     """
     for kind in _MANAGED:
         for directory in filter(None, os.environ.get(f"{kind}_DIRECTORY", "").split(":")):
@@ -141,3 +142,6 @@ def _matching(directory: int, pattern: str) -> list[str]:
     hidden = pattern.startswith(".")
     names = os.listdir(directory)
     return sorted(each for each in names if fnmatch.fnmatchcase(each, pattern) and (hidden or not each.startswith(".")))
+
+
+ACTIONS = (Action("files.remove", RemoveFields, Phase.FINAL, remove_files),)

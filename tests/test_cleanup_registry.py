@@ -7,8 +7,7 @@ from entry_points_kit import install, install_example
 from test_cleanup_kit import PATIENCE, run
 
 from flaskd.cleanup import ACTIONS, Fate, Step, action_specs
-from flaskd.cleanup.actions import _brought
-from flaskd.cleanup.catalogue import Catalogue
+from flaskd.cleanup.registry import Registry, brought
 from flaskd.config import load, schema
 from flaskd.errors import ConfigError
 
@@ -31,22 +30,22 @@ def installed(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def catalogue():
+def registry():
     """Give flaskd's own actions with those that are installed now."""
-    return Catalogue({"command": ACTIONS["command"]}, _brought)
+    return Registry({"command": ACTIONS["command"]}, brought)
 
 
 def checked(tmp_path, text):
     path = tmp_path / "flaskd.yaml"
     path.write_text(text)
-    return load(path, actions=action_specs(catalogue()))
+    return load(path, actions=action_specs(registry()))
 
 
 def test_a_package_brings_an_action(installed, tmp_path):
     """Its fields are validated, its phase is known, and it runs like one of flaskd's own."""
     text = "cleanup: {policies: {bye: {use: receipts.print, with: {path: %s, copies: 2}}}}\n" % (tmp_path / "out")
     policy = checked(tmp_path, text).values.cleanup.policies["bye"]
-    action = catalogue()["receipts.print"]
+    action = registry()["receipts.print"]
     assert (action.name, policy.phase) == ("receipts.print", "final")
     result = run(Step("bye", action, policy.with_, policy.phase, PATIENCE))["bye"]
     assert (result.fate, result.detail, result.use) == (Fate.OK, "2 printed", "receipts.print")
@@ -90,7 +89,7 @@ def test_what_nobody_uses_is_not_loaded(installed, tmp_path):
 
 def test_flaskds_own_actions_cannot_be_taken(installed, caplog):
     """A package that brings an action of the same name is left out, with a warning."""
-    found = catalogue()
+    found = registry()
     assert "receipts.print" in found
     assert found["command"] is ACTIONS["command"]
     (warning,) = caplog.messages
@@ -102,7 +101,7 @@ def test_the_first_of_two_packages_wins(installed, caplog):
     install(installed / "more", "other", {"receipts.print": "flaskd_other:action"})
     sys.path.append(str(installed / "more"))
     try:
-        assert catalogue()["receipts.print"].fault == ""
+        assert registry()["receipts.print"].fault == ""
     finally:
         sys.path.remove(str(installed / "more"))
     assert [each for each in caplog.messages if "receipts.print" in each] == [
@@ -113,7 +112,7 @@ def test_the_first_of_two_packages_wins(installed, caplog):
 
 def test_the_schema_has_those_that_can_be_used(installed):
     """Editors learn the fields of the package's action; broken ones are left out."""
-    written = schema(action_specs(catalogue()))
+    written = schema(action_specs(registry()))
     names = written["$defs"]["Policy"]["properties"]["use"]["anyOf"][0]["enum"]
     assert names == ["command", "receipts.print"]
     assert "copies" in written["$defs"]["ReceiptFields"]["properties"]
@@ -126,8 +125,8 @@ def test_own_actions_are_found_without_looking_elsewhere(monkeypatch):
         raise AssertionError("searched")
 
     monkeypatch.setattr(importlib.metadata, "entry_points", never)
-    assert catalogue()["command"].name == "command"
-    assert "command" in action_specs(catalogue())
+    assert registry()["command"].name == "command"
+    assert "command" in action_specs(registry())
 
 
 def test_client_verbs_do_not_search():

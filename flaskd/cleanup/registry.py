@@ -1,4 +1,4 @@
-"""A catalogue: what flaskd has itself, and what other packages bring as entry points, loaded when it is looked up.
+"""The registry of actions: flaskd's own, and what other packages bring as entry points, loaded when it is looked up.
 
 A package brings an action with::
 
@@ -13,7 +13,13 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from flaskd.cleanup.context import StepContext, StepFailedError
+from flaskd.cleanup.model import Action
+from flaskd.config import Phase, Section
+from flaskd.process.forks import AppCode
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -26,7 +32,7 @@ GROUP = "flaskd.cleanup"
 """The group of entry points (packaging.python.org, "Entry points specification")."""
 
 
-class Catalogue(Mapping[str, _Item]):
+class Registry(Mapping[str, _Item]):
     """Name → item; `load` makes one of an entry point, when it is first looked up, and never raises."""
 
     def __init__(self, own: Mapping[str, _Item], load: Callable[[EntryPoint], _Item]) -> None:
@@ -63,15 +69,15 @@ class Catalogue(Mapping[str, _Item]):
         return found
 
 
-class View(Mapping[str, _Other]):
-    """A mapping as seen through a function; what is not looked up is not touched."""
+class LazyMapping(Mapping[str, _Other]):
+    """What a function makes of the values of a mapping; what is not looked up is not touched."""
 
-    def __init__(self, mapping: Mapping[str, _Item], seen: Callable[[_Item], _Other]) -> None:
+    def __init__(self, mapping: Mapping[str, _Item], make: Callable[[_Item], _Other]) -> None:
         self._mapping: Mapping[str, Any] = mapping
-        self._seen: Callable[[Any], _Other] = seen
+        self._make: Callable[[Any], _Other] = make
 
     def __getitem__(self, name: str) -> _Other:
-        return self._seen(self._mapping[name])
+        return self._make(self._mapping[name])
 
     def __contains__(self, name: object) -> bool:
         return name in self._mapping
@@ -86,3 +92,23 @@ class View(Mapping[str, _Other]):
 def origin(entry_point: EntryPoint) -> str:
     """Say where an entry point comes from."""
     return f"{entry_point.dist.name if entry_point.dist else 'a package'} ({entry_point.value})"
+
+
+def brought(entry_point: EntryPoint) -> Action:
+    """The action that another package brings; one that cannot be loaded becomes one with a fault."""
+    try:
+        with AppCode():
+            action = entry_point.load()
+        if not isinstance(action, Action):
+            raise TypeError(f"expected a flaskd.cleanup.Action, got {type(action).__name__}")
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - code of others runs here
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        return _unusable(entry_point.name, f"cannot load it from {origin(entry_point)}: {why}")
+    return replace(action, name=entry_point.name)
+
+
+def _unusable(name: str, fault: str) -> Action:
+    def run(_context: StepContext, _fields: Any) -> NoReturn:
+        raise StepFailedError(fault)
+
+    return Action(name, Section, Phase.FINAL, run, fault=fault)

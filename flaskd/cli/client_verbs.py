@@ -22,10 +22,12 @@ from flaskd.errors import (
     UnknownCommandError,
     UsageError,
 )
-from flaskd.protocol import MARK, RECORD, damage, died, state_directory
+from flaskd.present import died
+from flaskd.protocol import MARK, RECORD, damage, state_directory
+from flaskd.text import table
 from flaskd.verbs import FLAGS, VERBS, find_verb
 
-_ELSEWHERE = {"help", "check"}
+_BY_HAND = {"help", "check"}
 """Verbs whose commands need no daemon, and are made by hand."""
 _LONG = 60.0
 """Seconds of silence after which one that tells every second how it goes has died."""
@@ -40,7 +42,7 @@ _JSON = click.Option(["--json", "as_json"], is_flag=True, help="Answer for progr
 def add_client_verbs(group: click.Group) -> None:
     """Give the command its client verbs."""
     for name, verb in VERBS.items():
-        if name not in _ELSEWHERE and name not in group.commands:
+        if name not in _BY_HAND and name not in group.commands:
             params = [*_PLACE, _JSON]
             params += [
                 click.Option([f"--{flag}"], is_flag=True, help=_sentence(FLAGS[flag])) for flag in sorted(verb.flags)
@@ -123,7 +125,7 @@ def ask(path: Path, verb: str, words: dict[str, Any], *, as_json: bool = False) 
     try:
         with (
             show.progress(verb if wait else "", as_json=as_json) as progress,
-            ControlClient(path, timeout=_LONG if wait or verb in {"reload", "check"} else 10.0) as client,
+            ControlClient(path, timeout=_LONG if wait or VERBS[verb].lengthy else 10.0) as client,
         ):
             asked = True
             answer = client.request(verb, progress=progress, **words)
@@ -182,11 +184,9 @@ def _help(verb: str | None, as_json: bool) -> None:
     if as_json:
         show.say(json.dumps({"verbs": [each.as_json(name) for name, each in found.items()], "flags": FLAGS}))
         return
-    width = max(len(each.usage(name)) for name, each in found.items())
-    for name, each in found.items():
-        show.say(f"{each.usage(name):<{width}}  {each.summary} ({each.role})")
-    for flag in sorted({flag for each in found.values() for flag in each.flags}):
-        show.say(f"{'  ' + flag:<{width}}  {FLAGS[flag]}")
+    flags = sorted({flag for each in found.values() for flag in each.flags})
+    rows = [(each.usage(name), f"{each.summary} ({each.role})") for name, each in found.items()]
+    show.say("\n".join(table([*rows, *((f"  {flag}", FLAGS[flag]) for flag in flags)])))
 
 
 def _top(socket: str | None, name: str, as_json: bool, interval: float, count: int | None) -> int:
@@ -201,22 +201,22 @@ def _top(socket: str | None, name: str, as_json: bool, interval: float, count: i
 def what_next() -> str:
     """What to do now, said to who types the command alone."""
     lines = ["flaskd serves a Flask app, and stops it without losing a request.", ""]
-    somebody = False
+    answered = False
     try:
         path = find_socket(None, "flaskd", os.environ)
         with ControlClient(path, timeout=2.0) as client, reading(path):
-            somebody = True
-            status = show.printable(client.request("status"))
+            answered = True
+            status = show.made_printable(client.request("status"))
             state, where = status["state"], ", ".join(status["listen"])
             lines += [f"A daemon is {state} here, pid {status['pid']}, on {where}. Next:", ""]
-        lines += _table({"flaskd status": "how it is", "flaskd top": "watch it", "flaskd stop --wait": "stop it"})
+        lines += _commands(_NEXT)
     except ForbiddenError as error:
         lines += [f"A daemon may be running here, but this user {error}."]
     except FlaskdError as error:
-        if somebody:  # who starts another one now is told that it runs already, or not even that
+        if answered:  # who starts another one now is told that it runs already, or not even that
             lines += [f"A daemon may be running here, but it does not say how it is: {error}."]
         else:
-            lines += ["No daemon is running here. Next:", "", *_table(_first_steps())]
+            lines += ["No daemon is running here. Next:", "", *_commands(_first_steps())]
     return "\n".join([*lines, "", 'All commands: "flaskd --help".'])
 
 
@@ -230,6 +230,8 @@ def _first_steps() -> dict[str, str]:
     return {"flaskd serve MODULE:APP": "serve your app", "flaskd serve flaskd.demo:app": "or a small demo"}
 
 
-def _table(rows: dict[str, str]) -> list[str]:
-    width = max(map(len, rows))
-    return [f"  {left:<{width}}   {right}" for left, right in rows.items()]
+_NEXT = {"flaskd status": "how it is", "flaskd top": "watch it", "flaskd stop --wait": "stop it"}
+
+
+def _commands(meaning: dict[str, str]) -> list[str]:
+    return table([*meaning.items()], indent=2, gap=3)

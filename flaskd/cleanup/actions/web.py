@@ -19,10 +19,10 @@ from urllib.parse import quote, urlsplit
 from pydantic import AfterValidator, Field, PlainSerializer, SecretStr
 
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
-from flaskd.config import Section
-from flaskd.config.faults import quoted
+from flaskd.cleanup.model import Action
+from flaskd.config import Phase, Section
 from flaskd.config.fields import HeaderText, Hidden, SomeText
-from flaskd.text import MASK
+from flaskd.text import MASK, printable, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -198,4 +198,10 @@ def _break_off(connection: http.client.HTTPConnection) -> None:
 
 def _safe(reason: str) -> str:
     """The reason phrase as far as it can be shown; a server may put anything there."""
-    return "".join(each if each.isprintable() else " " for each in reason)[:100]
+    return printable(reason, " ")[:100]
+
+
+ACTIONS = (
+    Action("consul.deregister", ConsulFields, Phase.ANNOUNCE, deregister, prepare=prepare_web),
+    Action("webhook", WebhookFields, Phase.FINAL, call_webhook, prepare=prepare_web),
+)

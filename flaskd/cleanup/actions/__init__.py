@@ -1,0 +1,49 @@
+"""The actions that a policy can `use`: each family has its file, and is registered here.
+
+Those of other packages join them as entry points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from flaskd.cleanup.actions import (
+    cache,
+    call,
+    command,
+    connections,
+    executors,
+    files,
+    logs,
+    processes,
+    schedulers,
+    telemetry,
+    threads,
+    web,
+)
+from flaskd.cleanup.kinds import UNCLOSED
+from flaskd.cleanup.registry import LazyMapping, Registry, brought
+from flaskd.config import ActionSpec
+
+if TYPE_CHECKING:
+    from flaskd.cleanup.model import Action
+
+_FAMILIES = (
+    command, call, cache, web, files, logs, connections, schedulers, executors, threads, processes, telemetry,
+)  # fmt: skip
+_OWN = tuple(action for family in _FAMILIES for action in family.ACTIONS)
+
+ACTIONS: Mapping[str, Action] = Registry({action.name: action for action in _OWN}, brought)
+"""Name → action, for everything that a policy can `use`."""
+
+KINDS = (*(replace(kind, use=action.name) for action in _OWN for kind in action.kinds), *UNCLOSED)
+"""The kinds of objects that discovery looks for."""
+
+
+def action_specs(actions: Mapping[str, Action] = ACTIONS) -> Mapping[str, ActionSpec]:
+    """What `flaskd.config` needs to know of each action: the model of its fields, its phase, its fault, its needs."""
+    return LazyMapping(
+        actions, lambda each: ActionSpec(each.fields, each.default_phase, each.fault, each.needs, each.keeps)
+    )

@@ -1,0 +1,51 @@
+"""``call``: a function of the app."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+from flaskd.cleanup.context import StepContext, StepFailedError, in_app_context
+from flaskd.cleanup.model import Action
+from flaskd.cleanup.targets import TARGET, look_up
+from flaskd.config import Phase, Section
+
+
+def _target(text: str) -> str:
+    if not TARGET.fullmatch(text):
+        raise ValueError("expected MODULE:FUNCTION, such as shop.jobs:stop")
+    return text
+
+
+class CallFields(Section):
+    """Fields of ``call``."""
+
+    target: Annotated[str, AfterValidator(_target)] = Field(
+        description="The function to call, as MODULE:FUNCTION; it is given the step's context."
+    )
+
+
+def _resolve(target: str) -> Callable[[StepContext], object]:
+    """Import ``pkg.mod:function``; raises StepFailedError naming the target and what is wrong with it."""
+    found = look_up(target)
+    if not callable(found) or inspect.iscoroutinefunction(found):
+        kind = "coroutine function" if callable(found) else type(found).__name__
+        raise StepFailedError(f'target "{target}": expected a plain function of one argument, got {kind}')
+    return found  # type: ignore[no-any-return]  # any callable will do
+
+
+def _prepare_call(fields: CallFields) -> None:
+    _resolve(fields.target)
+
+
+def _call(context: StepContext, fields: CallFields) -> str | None:
+    function = _resolve(fields.target)
+    with in_app_context(context.app):
+        said = function(context)
+    return said if isinstance(said, str) else None
+
+
+ACTIONS = (Action("call", CallFields, Phase.QUIESCE, _call, prepare=_prepare_call),)

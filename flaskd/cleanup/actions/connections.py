@@ -1,0 +1,84 @@
+"""Pools and clients: what keeps connections to databases and services closes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flaskd.cleanup.context import StepContext
+from flaskd.cleanup.ending import LOOK, live_action
+from flaskd.cleanup.kinds import ASYNCHRONOUS, Kind
+from flaskd.cleanup.targets import TargetFields
+from flaskd.config import Phase
+
+
+def dispose(engine: Any, _context: StepContext, _fields: TargetFields) -> None:
+    """Close the engine's connections that are checked in (sqlalchemy.engine.Engine.dispose)."""
+    engine.dispose()
+
+
+def close_pool(pool: Any, context: StepContext, _fields: TargetFields) -> None:
+    """Close a psycopg pool (psycopg_pool.ConnectionPool.close); it waits for its own threads at most so long."""
+    pool.close(timeout=max(LOOK, context.remaining() * 0.9))
+
+
+def close_redis(client: Any, _context: StepContext, _fields: TargetFields) -> None:
+    """Close a client, and its pool, which a client that was given one leaves open (redis.Redis.close); or a pool."""
+    if hasattr(client, "close"):
+        client.close()
+    pool = getattr(client, "connection_pool", client)
+    if hasattr(pool, "disconnect"):
+        pool.disconnect()
+
+
+def close_http(client: Any, _context: StepContext, _fields: TargetFields) -> None:
+    """Close the connections that it keeps (httpx.Client.close, requests.Session.close)."""
+    client.close()
+
+
+ACTIONS = (
+    live_action(
+        "sqlalchemy.dispose",
+        Phase.CLOSE,
+        dispose,
+        needs={"sqlalchemy": "sqlalchemy"},
+        kinds=(
+            Kind(
+                ("sqlalchemy.engine:Engine",),
+                but=("sqlalchemy.engine.base:OptionEngine",),  # another face of an engine, on the same pool
+                left=lambda engine: ASYNCHRONOUS if engine.dialect.is_async else "",
+            ),
+        ),
+    ),
+    live_action(
+        "psycopg_pool.close",
+        Phase.CLOSE,
+        close_pool,
+        needs={"psycopg_pool": "psycopg-pool"},
+        kinds=(Kind(("psycopg_pool:ConnectionPool",), ended=lambda pool: pool.closed),),
+    ),
+    live_action(
+        "redis.close",
+        Phase.CLOSE,
+        close_redis,
+        needs={"redis": "redis"},
+        kinds=(
+            Kind(("redis:Redis",), but=("redis.client:Pipeline",), owns=lambda client: [client.connection_pool]),
+            Kind(("redis:ConnectionPool",)),
+            Kind(
+                ("redis.cluster:RedisCluster",),
+                but=("redis.cluster:ClusterPipeline",),
+                owns=lambda cluster: [node.redis_connection for node in cluster.get_nodes()],
+            ),
+        ),
+    ),
+    # Last: telemetry and policies may go over such a client, and a closed one is of no use to them.
+    live_action(
+        "http_client.close",
+        Phase.FINAL,
+        close_http,
+        needs={"httpx": "httpx", "requests": "requests"},
+        kinds=(
+            Kind(("httpx:Client", "requests:Session"), ended=lambda client: bool(getattr(client, "is_closed", False))),
+        ),
+    ),
+)

@@ -1,0 +1,87 @@
+"""``apscheduler.stop``, and the pause before it."""
+
+from __future__ import annotations
+
+import atexit
+from functools import partial
+from typing import Any
+
+from pydantic import Field
+
+from flaskd.cleanup.context import StepContext
+from flaskd.cleanup.ending import live_action
+from flaskd.cleanup.kinds import Kind
+from flaskd.cleanup.targets import TargetFields
+from flaskd.config import Phase
+
+_NO_STORE = "flaskd: none"
+
+
+class SchedulerFields(TargetFields):
+    """Fields of ``apscheduler.stop``."""
+
+    wait: bool = Field(default=True, description="Wait for the jobs that run; false: leave them to themselves.")
+
+
+def pause_scheduler(scheduler: Any, _context: StepContext, _fields: SchedulerFields) -> None:
+    """Begin no more rounds (APScheduler 3: BaseScheduler.pause, which waits for nothing)."""
+    if scheduler.running:
+        scheduler.pause()
+
+
+def stop_scheduler(scheduler: Any, context: StepContext, fields: SchedulerFields) -> None:
+    """Shut it down (APScheduler 3: BaseScheduler.shutdown, which knows no timeout and refuses a second time).
+
+    Paused first, should it not be, and then asked for the jobs of a store that it does not have: that waits for the
+    round that its thread is at. A shutdown in the middle of one makes the thread raise.
+    """
+    pause_scheduler(scheduler, context, fields)
+    if scheduler.running:
+        scheduler.get_jobs(jobstore=_NO_STORE)
+        _let_stop_again(scheduler)
+        scheduler.shutdown(wait=fields.wait)
+
+
+def _let_stop_again(scheduler: Any) -> None:
+    """Make further shutdowns harmless: the app's own, at exit (atexit) or in a function of its own, would raise."""
+    shutdown = scheduler.shutdown
+
+    class OfThisScheduler:
+        """Equal to all callbacks at exit that are its shutdown: the method, or a partial of it."""
+
+        __hash__ = None  # type: ignore[assignment]  # it is compared alone
+
+        def __eq__(self, callback: object) -> bool:
+            return callback == shutdown or (type(callback) is partial and self == callback.func)
+
+    def shut_down_if_running(*args: Any, **kwargs: Any) -> None:
+        if scheduler.running:
+            shutdown(*args, **kwargs)
+
+    atexit.unregister(OfThisScheduler())  # type: ignore[arg-type]  # which compares its callbacks with it
+    scheduler.shutdown = shut_down_if_running
+
+
+PAUSE = live_action("apscheduler.pause", Phase.ANNOUNCE, pause_scheduler, SchedulerFields, takes="apscheduler.stop")
+"""What ``apscheduler.stop`` does first; no policy can `use` it."""
+
+ACTIONS = (
+    live_action(
+        "apscheduler.stop",
+        Phase.QUIESCE,
+        stop_scheduler,
+        SchedulerFields,
+        needs={"apscheduler": "apscheduler"},
+        first=PAUSE,
+        kinds=(
+            Kind(
+                ("apscheduler.schedulers.base:BaseScheduler",),
+                ended=lambda scheduler: not scheduler.running,
+                # Private, and all there is (APScheduler 3): a pool that belongs to the scheduler is shut down with it.
+                owns=lambda scheduler: [
+                    getattr(each, "_pool", None) for each in vars(scheduler).get("_executors", {}).values()
+                ],
+            ),
+        ),
+    ),
+)

@@ -1,0 +1,82 @@
+"""Targets: the objects of the app that a policy names, as MODULE:ATTRIBUTE."""
+
+from __future__ import annotations
+
+import importlib
+import operator
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import AfterValidator, Field
+
+from flaskd.cleanup.context import StepFailedError
+from flaskd.config import OneOrMany, Section
+from flaskd.objects import contents_of
+from flaskd.process.forks import AppCode
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+"""An object of the app, as a target is written."""
+
+
+def _target(text: str) -> str:
+    if not TARGET.fullmatch(text):
+        raise ValueError("expected MODULE:ATTRIBUTE, such as shop.db:pool")
+    return text
+
+
+Target = Annotated[str, AfterValidator(_target)]
+"""An object of the app, as MODULE:ATTRIBUTE; dots lead on to attributes of it."""
+
+
+class TargetFields(Section):
+    """Fields of the actions on live objects."""
+
+    target: OneOrMany[Target] = Field(
+        default=[], description="What to end, as MODULE:ATTRIBUTE; none: all of the kind that discovery finds."
+    )
+
+
+def look_up(target: str) -> Any:
+    """Import ``pkg.mod:attribute``; raises StepFailedError naming the target and what is wrong with it."""
+    module, _, attribute = target.partition(":")
+    try:
+        with AppCode():
+            return operator.attrgetter(attribute)(importlib.import_module(module))
+    except (Exception, SystemExit) as error:
+        raise StepFailedError(f'cannot import target "{target}": {type(error).__name__}: {error}') from error
+
+
+def look_up_targets(fields: BaseModel) -> None:
+    """Make sure, before the stop, that what a policy names is there; what it is may still change."""
+    for target in [*getattr(fields, "target", []), *filter(None, [getattr(fields, "stop", None)])]:
+        look_up(target)
+
+
+def targets(fields: BaseModel) -> list[tuple[str, Any]]:
+    """The objects that a policy names, each with its name; a collection stands for what is in it, None for nothing."""
+    return [(name, each) for name in getattr(fields, "target", []) for each in _each_in(look_up(name))]
+
+
+def loaded(name: str) -> list[Any]:
+    """The objects at MODULE:ATTRIBUTE, as far as it is one and they are there; imports and loads nothing."""
+    if not TARGET.fullmatch(name):
+        return []
+    module, _, attributes = name.partition(":")
+    try:
+        first, *more = attributes.split(".")
+        found = contents_of(module)[first]
+        return list(_each_in(operator.attrgetter(".".join(more))(found) if more else found))
+    except Exception:  # noqa: BLE001 - the app's own object was asked; its policy will tell what is wrong with it
+        return []
+
+
+def _each_in(value: Any) -> Iterable[Any]:
+    if value is None:
+        return ()
+    if isinstance(value, Mapping):
+        return tuple(value.values())
+    return tuple(value) if isinstance(value, (list, tuple, set, frozenset)) else (value,)

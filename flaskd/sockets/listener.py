@@ -1,0 +1,148 @@
+"""Listeners: binding without taking the place of another process, the gate, and giving the place back."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+import struct
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Self
+
+from flaskd.errors import CannotCreateError
+from flaskd.sockets.address import Address
+from flaskd.sockets.unix import Node, bind_unix
+
+_SO_BINDTOIFINDEX = 62
+_NO_SUCH_INTERFACE = 0x7FFFFFF0
+
+
+class Listener:
+    """A bound socket that this process owns; `listen()` opens it, `close()` gives the place back."""
+
+    def __init__(
+        self, address: Address, sock: socket.socket, node: Node | None = None, *, shared: bool = False
+    ) -> None:
+        self.address = address
+        self.socket = sock
+        self.shared = shared
+        """Whether another process holds it, too: its backlog is the next owner's, and closing it refuses no client."""
+        self.stored = ""
+        """Its name in the service manager's store, which alone shares it; empty when it is not there."""
+        self.last_batch = False
+        """Whether its backlog is served at the end of a drain, because a next owner may or may not come."""
+        self._node = node
+
+    @classmethod
+    def bind(cls, address: Address) -> Self:
+        """Bind without listening yet; raises CannotCreateError when the place cannot be had.
+
+        Port 0 becomes the port the kernel chose. IPv6 listeners take IPv6 only (RFC 3493 §5.3).
+        """
+        if address.path:
+            sock, node = bind_unix(Path(address.path), mode=0o660)
+            return cls(address, sock, node)
+        try:
+            infos = socket.getaddrinfo(
+                address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | socket.AI_NUMERICSERV
+            )
+        except (OSError, UnicodeError) as error:  # the latter from names that no DNS could have
+            raise CannotCreateError(f"cannot listen on {address}: {getattr(error, 'strerror', error)}") from error
+        # A name may stand for several addresses; IPv4 first, because that is what clients of "localhost" try.
+        family, kind, proto, _, where = min(infos, key=lambda info: info[0] != socket.AF_INET)
+        try:
+            sock = socket.socket(family, kind, proto)
+        except OSError as error:
+            raise CannotCreateError(_why_not(address, error)) from error
+        try:
+            if sys.platform != "win32":
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind(where)
+        except OSError as error:
+            sock.close()
+            raise CannotCreateError(_why_not(address, error)) from error
+        return cls(replace(address, port=sock.getsockname()[1]), sock)
+
+    def listen(self, backlog: int) -> None:
+        """Start listening; `backlog` is a number of connections. Raises CannotCreateError."""
+        try:
+            self.socket.listen(backlog)
+        except OSError as error:
+            raise CannotCreateError(_why_not(self.address, error)) from error
+
+    def gate(self) -> bool:
+        """Refuse new connections from now on, while handshakes under way complete; False where that cannot be had.
+
+        Bound to a network interface that does not exist (SO_BINDTOIFINDEX, socket(7); Linux 5.7, no privilege needed),
+        the listener matches no new SYN. The way back is to close it and bind anew.
+        """
+        if self.shared or self.address.path or sys.platform != "linux":
+            return False
+        try:
+            self.socket.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, _NO_SUCH_INTERFACE)
+        except OSError:
+            return False
+        return True
+
+    def waiting(self) -> int:
+        """How many connections wait to be accepted, where the system tells: for TCP on Linux; else 0."""
+        if self.address.path or sys.platform != "linux":
+            return 0
+        try:
+            info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)
+        except OSError:  # not TCP (an inherited listener may be anything), or closed
+            return 0
+        # tcpi_unacked of a listener is the length of its backlog (tcp_get_info() in Linux' net/ipv4/tcp.c).
+        return int(struct.unpack_from("=I", info, 24)[0])
+
+    def withdraw(self) -> None:
+        """Remove a Unix listener's node if it is still ours, so that no new client comes; connections made stay.
+
+        The node of a stored listener stays for the next owner; where none comes, it is stale, and replaced some day.
+        """
+        if self._node is not None and not self.stored:
+            self._node.remove()
+            self._node = None  # once: a successor's node may get the same inode
+
+    def reached_at(self, path: str) -> bool:
+        """Whether clients that connect at a path come to this listener; its node may be gone, or of another by now."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.setblocking(False)
+            try:
+                probe.connect(path)
+            except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
+                return False
+            except OSError:  # a full backlog or a denied connect: nothing speaks against it
+                return True
+            # Both are the credentials of who called listen(2) (SO_PEERCRED in unix(7)).
+            theirs, ours = (
+                each.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+                for each in (probe, self.socket)
+            )
+            return theirs == ours
+
+    def come_back(self, address: Address, name: str) -> None:
+        """Be the listener on `address` again, which came from the store under `name`."""
+        self.address, self.stored = address, name
+        if self.address.path:
+            with contextlib.suppress(OSError):  # it was removed: then there is nothing to own
+                self._node = Node.of(Path(self.address.path))
+
+    def close(self) -> None:
+        """Withdraw, and close the socket."""
+        self.withdraw()
+        self.socket.close()
+
+
+def _why_not(address: Address, error: OSError) -> str:
+    hints = {
+        errno.EADDRINUSE: "; another process listens there: choose another address, or stop that process",
+        errno.EACCES: "; ports below 1024 need CAP_NET_BIND_SERVICE",
+        errno.EADDRNOTAVAIL: "; this machine has no such address",
+        errno.EAFNOSUPPORT: "; this machine, or RestrictAddressFamilies= of the unit, has no such addresses",
+    }
+    return f"cannot listen on {address}: {error.strerror}{hints.get(error.errno or 0, '')}"

@@ -1,0 +1,117 @@
+"""Unix sockets: the nodes of the file system that stand for them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from flaskd.errors import CannotCreateError
+from flaskd.sockets.address import MAX_UNIX_PATH
+
+log = logging.getLogger("flaskd.sockets")
+
+
+@dataclass(frozen=True)
+class Node:
+    """A file system node that this process made, known again by device and inode."""
+
+    path: Path
+    device: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """Remember the node that stands at `path` now."""
+        found = path.lstat()
+        return cls(path, found.st_dev, found.st_ino)
+
+    def is_ours(self) -> bool:
+        """Whether the node at the path is still the one that was made."""
+        try:
+            found = self.path.lstat()
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == (self.device, self.inode)
+
+    def remove(self) -> None:
+        """Unlink the node, if it is still ours; one that cannot be is stale, which is no reason to lose a request."""
+        if self.is_ours():
+            try:
+                self.path.unlink(missing_ok=True)
+            except OSError as error:  # the directory was given to another user meanwhile, or is read-only by now
+                log.warning(f"cannot remove {self.path}: {error.strerror}; remove it by hand")
+
+
+def let_in(path: Path, *, mode: int, gid: int = -1) -> None:
+    """Give a node that is still hidden its group and its mode; `gid` -1 leaves it the process' own. Raises OSError.
+
+    A group that this process may not give (chown(2)) costs a warning, and then the mode is `without_group`.
+    """
+    if gid != -1:
+        try:
+            os.chown(path, -1, gid)
+        except (OSError, OverflowError) as error:  # the latter from a number that is none of a group's
+            mode = without_group(mode)
+            why = error.strerror if isinstance(error, OSError) else error
+            log.warning(f"cannot give a node in {path.parent} to group {gid}: {why}; it keeps its own, mode {mode:04o}")
+    path.chmod(mode)
+
+
+def without_group(mode: int) -> int:
+    """A mode in which the group may do no more than everybody: what was meant for one group is not another's."""
+    return mode & ~0o070 | mode & (mode & 0o007) << 3
+
+
+def bind_unix(path: Path, *, mode: int, gid: int = -1) -> tuple[socket.socket, Node]:
+    """Bind a listening Unix stream socket at `path` with its final mode and group, and only then show it there.
+
+    A stale socket is replaced; a live one, or anything that is not a socket, is refused with CannotCreateError.
+    A group that cannot be given costs a warning; see `let_in`.
+    The socket is bound under a temporary name and renamed, so it is never seen with the wrong mode or not listening.
+    """
+    if len(os.fsencode(path)) > MAX_UNIX_PATH:  # the hidden name might do, but no client could connect to the final one
+        raise CannotCreateError(f"cannot listen on unix:{path}: AF_UNIX path too long")
+    try:
+        if stat.S_ISSOCK(path.lstat().st_mode):
+            if _answers(path):
+                raise CannotCreateError(f"cannot listen on unix:{path}: another process listens there")
+        else:
+            raise CannotCreateError(f"cannot listen on unix:{path}: a file that is not a socket stands there")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise CannotCreateError(f"cannot listen on unix:{path}: {error.strerror}") from error
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    hidden = path.with_name(f".{os.getpid()}")  # short, for a path that is nearly as long as one can be
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            hidden.unlink()
+        sock.bind(str(hidden))
+        let_in(hidden, mode=mode, gid=gid)
+        sock.listen(128)
+        hidden.rename(path)
+        return sock, Node.of(path)
+    except OSError as error:
+        sock.close()
+        with contextlib.suppress(OSError):
+            hidden.unlink()
+        raise CannotCreateError(f"cannot listen on unix:{path}: {error.strerror or error}") from error
+
+
+def _answers(path: Path) -> bool:
+    """Whether a process listens at a Unix socket path."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return False
+        except OSError:
+            return True  # a full backlog or a denied connect: a process is there
+        return True
