@@ -578,7 +578,7 @@ def test_a_probe_that_is_not_answered_in_time(serve, app):
 def test_a_probe_that_is_broken_off(serve, monkeypatch):
     """A probe that gets no answer at all is an error by name."""
     server = serve()
-    monkeypatch.setattr("flaskd.server.loop.EventLoop.attach", lambda _, sock, **__: sock.close())
+    monkeypatch.setattr("flaskd.server.connections.Connections.attach", lambda _, sock, **__: sock.close())
     with pytest.raises(AppError, match="^cannot get ready: the probe of / was broken off"):
         server.probe("/", PATIENCE)
 
@@ -602,7 +602,7 @@ def test_a_probe_whose_answer_trickles_has_one_deadline(serve, monkeypatch):
             sock.close()
 
     server = serve()
-    monkeypatch.setattr("flaskd.server.loop.EventLoop.attach", trickle)
+    monkeypatch.setattr("flaskd.server.connections.Connections.attach", trickle)
     began = time.monotonic()
     with pytest.raises(AppError, match="did not answer the probe within 0.3s"):
         server.probe("/", 0.3)

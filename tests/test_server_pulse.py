@@ -66,4 +66,4 @@ def test_a_loop_without_workers_is_never_taken_for_stuck(serve):
 
 def test_the_names_that_the_pulse_leans_on():
     """The loop keeps the streams that are under way; a worker that serves one is never taken for stuck."""
-    assert isinstance(EventLoop(lambda *_: [], [], threads=1, adjustments={})._streams, set)
+    assert isinstance(EventLoop(lambda *_: [], [], threads=1, adjustments={}).account.streams, set)

@@ -381,11 +381,11 @@ def test_a_thread_more_after_a_resume(project):
 def test_resumes(flaskd_server, app):
     asking = Asking(flaskd_server.url, "deaf")
     assert app.entered.acquire(timeout=20)
-    before = set(flaskd_server.worker_threads())
+    before = set(flaskd_server.app_threads())
     assert flaskd_server.drain().clean
     asking.join()
     flaskd_server.resume()
-    assert set(flaskd_server.worker_threads()) - before
+    assert set(flaskd_server.app_threads()) - before
 
 def test_goes_on(flaskd_server):
     assert get(flaskd_server.url) == b"hello"

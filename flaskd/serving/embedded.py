@@ -170,9 +170,9 @@ class ServerThread:
         """What is in flight, oldest first."""
         return self._server.requests() if self._server is not None else []
 
-    def worker_threads(self) -> list[threading.Thread]:
+    def app_threads(self) -> list[threading.Thread]:
         """The threads that run the app and have not ended; after a stop, those that it could not wait for."""
-        return self._server.worker_threads() if self._server is not None else []
+        return self._server.app_threads() if self._server is not None else []
 
     def left_behind(self) -> dict[threading.Thread, InFlight]:
         """The worker threads that go on with a request that is over: a drain cut it, or ended its stream."""
@@ -194,7 +194,7 @@ class ServerThread:
         The default is ``shutdown.drain.timeout`` (15 s unless configured). The threads stay; `resume` undoes it. Raises
         FlaskdError inside a request, which the drain would wait for.
         """
-        if threading.current_thread() in self._serving.worker_threads():
+        if threading.current_thread() in self._serving.app_threads():
             raise FlaskdError(
                 "cannot drain: this is a request that the drain would wait for; call it in another thread, or call "
                 "stop(), which does not wait here"
@@ -221,7 +221,7 @@ class ServerThread:
         end, here = partial(self._end, server, timeout, reason), threading.current_thread()
         try:
             self._cleanup_thread.run(end)
-            if here in server.worker_threads() or (self._stop is not None and self._stop.runs_in(here)):
+            if here in server.app_threads() or (self._stop is not None and self._stop.runs_in(here)):
                 return self._stop.report if self._stop is not None else DrainReport()
             self._wait()
         except BaseException:
