@@ -155,15 +155,15 @@ def test_options(project):
         """
 pytestmark = pytest.mark.flaskd_server(threads=2)
 
-def workers():
+def app_threads():
     return sum(each.name.startswith("flaskd-thread") for each in threading.enumerate())
 
 def test_module(flaskd_server):
-    assert workers() == 2
+    assert app_threads() == 2
 
 @pytest.mark.flaskd_server(threads=5)
 def test_nearest(flaskd_server):
-    assert workers() == 5
+    assert app_threads() == 5
 
 def test_ini(flaskd_server):
     assert flaskd_server.url.startswith("http://localhost:")

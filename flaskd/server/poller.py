@@ -2,7 +2,7 @@
 
 A turn of waitress' own loop asks every connection what it waits for and rebuilds the poll set. Here the map owns an
 epoll; a connection is armed for one event (EPOLLONESHOT, epoll_ctl(2)), and asked again only after something happened
-to it: an event, or a worker's output.
+to it: an event, or output of another thread.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class EpollMap(dict[int, Any]):
             if fd not in self:
                 return  # that closed it
         elif channel.requests and not channel.total_outbufs_len:
-            return  # a worker has it, and arms it when it is done
+            return  # a thread of the pool has it, and arms it when it is done
         with channel.requests_lock:
             flags = (select.EPOLLIN if channel.readable() else 0) | (select.EPOLLOUT if channel.writable() else 0)
             if flags or channel.context.drains:

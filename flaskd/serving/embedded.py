@@ -29,7 +29,7 @@ from flaskd.sockets import Address, check_serving
 log = logging.getLogger("flaskd.thread")
 
 _WORKERS_END, _STUCK_END = 1.0, 0.2
-"""Seconds in which the worker threads end, all idle, or one of them stuck in a request that was cut."""
+"""Seconds in which the threads that run the app end, all idle, or one of them stuck in a request that was cut."""
 _TURN = 0.2
 """Seconds of one turn of a wait that signals are to be heard in."""
 _ASKED = StopReason("control", "ServerThread.stop()")
@@ -92,7 +92,7 @@ class ServerThread:
         self.stop()
 
     def start(self) -> Self:
-        """Bind, listen and serve; returns once requests are accepted and a worker ran.
+        """Bind, listen and serve; returns once requests are accepted and a thread of the pool ran.
 
         Raises CannotCreateError when the address cannot be had, ConfigError when a policy cannot be prepared or the app
         cannot be served, and whatever else kept it from serving.
@@ -175,7 +175,7 @@ class ServerThread:
         return self._server.app_threads() if self._server is not None else []
 
     def left_behind(self) -> dict[threading.Thread, InFlight]:
-        """The worker threads that go on with a request that is over: a drain cut it, or ended its stream."""
+        """The threads that go on with a request that is over: a drain cut it, or ended its stream."""
         return self._server.left_behind() if self._server is not None else {}
 
     @property
