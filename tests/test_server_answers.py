@@ -608,7 +608,7 @@ def test_the_time_without_activity_is_kept(sent, serve, connect):
     client.send(sent)
     until(server, lambda: server.connections == 1)
     server.turns(PATIENCE)
-    assert loop.connections._next_reaping - loop.last_turn <= 1
+    assert loop.connections.next_reaping - loop.last_turn <= 1
     assert client.ended()
 
 

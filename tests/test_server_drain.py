@@ -19,7 +19,6 @@ from server_kit import (
     post,
     serve,
     until,
-    workers,
 )
 from stock_waitress import later, turn
 

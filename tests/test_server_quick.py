@@ -18,7 +18,7 @@ pytestmark = [
 
 @pytest.fixture
 def start(serve):
-    """Starts servers whose workers have nothing to do any more, not even to start."""
+    """Starts servers whose threads have nothing to do any more, not even to start."""
 
     def start(**options):
         server = serve(**options)

@@ -7,17 +7,15 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Hashable
-from typing import Any, Literal
+from typing import Any
 
 from flaskd.ledger import Cut, InFlight
-from flaskd.server.request import Connection, Request
+from flaskd.server.request import Connection, Outcome, Request
 from flaskd.server.tally import Tally
 from flaskd.server.threads import ThreadPool
 from flaskd.sockets import each_closed_by_peer
 
 log = logging.getLogger("flaskd.server")
-
-Outcome = Literal["completed", "rejected", "cut", "gone"]
 
 
 class Account:

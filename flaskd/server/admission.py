@@ -26,7 +26,8 @@ class Admission:
         self.context = connections.context
         self.limit = 0
         """How many connections may be open."""
-        self._full = False
+        self.paused = False
+        """Whether new connections wait until there is room for them."""
         self._pause_until = 0.0
 
     def accept(self, *, on: bool) -> None:
@@ -42,23 +43,23 @@ class Admission:
     @property
     def full(self) -> bool:
         """Whether there are as many connections as there may be; then accepting pauses until there are fewer."""
-        if not self._full and self.connections.count >= self.limit:
-            self._full = True
+        if not self.paused and self.connections.count >= self.limit:
+            self.paused = True
             log.warning(f"{self.limit} connections are open, the most there may be; new ones wait")
             self.accept(on=False)
-        return self._full
+        return self.paused
 
     def out_of_files(self, error: OSError) -> None:
         """Stop accepting for a moment: the process or the machine has no more files to give."""
-        if not self._full:
+        if not self.paused:
             log.error(f"cannot accept connections: {error.strerror}; new ones wait")
-        self._full, self._pause_until = True, time.monotonic() + _FILES_PAUSE
+        self.paused, self._pause_until = True, time.monotonic() + _FILES_PAUSE
         self.accept(on=False)
 
     def look_for_room(self, now: float) -> None:
-        """Accept again after a pause, once there is room."""
-        if self._full and now >= self._pause_until and self.connections.count < self.limit:
-            self._full = False
+        """End a pause, once there is room."""
+        if now >= self._pause_until and self.connections.count < self.limit:
+            self.paused = False
             log.info("accepting connections again")
             self.accept(on=True)
 

@@ -145,20 +145,12 @@ class Channel(OutputChannel):
         proxies = self.context.proxies
         return proxies.client(self.addr[0], headers) if proxies is not None else ""
 
-    def accepted(self, request: Request) -> None:
-        """Count a request as in flight: it has come whole."""
-        self.context.account.accepted(request)
-
-    def dropped(self, request: Request) -> None:
-        """Take a request out of flight that will never run, because what stood before it ended the connection."""
-        self.context.account.retire(request, "gone")
-
     def close_if_idle(self) -> None:
         """While draining: half-close when nothing is in hand, once the grace is over (loop's thread)."""
         context = self.context
         if not context.drains or self.internal or self.half_closed or not self.idle:
             return
-        if self in context.account.streams or unread(self.socket):
+        if self in self.account.streams or unread(self.socket):
             return
         left = self.grace_left
         if left <= 0:
@@ -282,10 +274,9 @@ class Channel(OutputChannel):
             if not self.stream_over:
                 self.unsettled.append(request)
             self._settle()
-        context = self.context
-        context.account.answered(request)
-        if context.drains:
-            context.poller.touch(self)
+        self.account.answered(request)
+        if self.context.drains:
+            self.context.poller.touch(self)
 
     # --- input and output, in the loop's thread --------------------------------------------------------------------
 

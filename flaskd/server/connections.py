@@ -23,7 +23,8 @@ class Connections:
         self.context = context
         self.patience = float("inf")
         """Seconds that a client has for a request, since it connected or had its last answer."""
-        self._next_reaping = 0.0
+        self.next_reaping = 0.0
+        """The time.monotonic() moment at which to look again for those that say nothing."""
 
     @property
     def count(self) -> int:
@@ -61,13 +62,11 @@ class Connections:
         """Close connections that were idle for too long, as waitress' maintenance does, accepting or not.
 
         Clients that stopped reading, too: waitress would let them keep the thread that waits for them for ever.
-        And those that take longer than `patience` over a request. Does nothing before it is time to look again.
+        And those that take longer than `patience` over a request.
         """
-        if now < self._next_reaping:
-            return
         for acceptor in self.context.acceptors:
             shortest = min(acceptor.adj.channel_timeout, self.patience)
-            self._next_reaping = now + min(acceptor.adj.cleanup_interval, shortest / _LOOKS)
+            self.next_reaping = now + min(acceptor.adj.cleanup_interval, shortest / _LOOKS)
             cutoff = now - acceptor.adj.channel_timeout
             for channel in list(acceptor.active_channels.values()):
                 slow = not channel.requests and now - channel.grace_from > self.patience

@@ -93,9 +93,12 @@ class EventLoop:
         return _TURN if moment == NEVER else max(0.0, min(moment, self.last_turn + _TURN) - time.monotonic())
 
     def _keep_house(self, now: float) -> None:
-        self.context.timers.run(now)
-        self.admission.look_for_room(now)
-        self.connections.reap(now)
+        if now >= self.context.timers.next_moment:
+            self.context.timers.run(now)
+        if self.admission.paused:
+            self.admission.look_for_room(now)
+        if now >= self.connections.next_reaping:
+            self.connections.reap(now)
         if self._drain is not None:
             self._drain.advance(now)
         if self.idle is not None and now >= self.idle.next_look:

@@ -52,6 +52,7 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
 
     def __init__(self, context: Context, server: Any, sock: Any, addr: Any, adj: Any, *, map: Any) -> None:  # noqa: A002 - waitress' name
         self.context = context
+        self.account = context.account
         self.flushed = 0
         self.unsettled: deque[Request] = deque()
         """The requests that are answered, but not with the last byte in the kernel."""
@@ -137,11 +138,11 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
 
     def _retire(self, request: Request) -> None:
         if request.whole and self.flushed >= request.ends_at:
-            self.context.account.retire(request, "rejected" if request.rejected else "completed")
+            self.account.retire(request, "rejected" if request.rejected else "completed")
         elif request.began and (fault := request.fault or self.fault):
-            self.context.account.cut_one(request, fault)
+            self.account.cut_one(request, fault)
         else:
-            self.context.account.retire(request, "gone")
+            self.account.retire(request, "gone")
 
     # --- to the kernel --------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from flaskd.config.fields import write_size
 from flaskd.ledger import Cut, InFlight, visible
@@ -18,14 +18,27 @@ from flaskd.stacks import stack_of
 
 log = logging.getLogger("flaskd.server")
 
+Outcome = Literal["completed", "rejected", "cut", "gone"]
+
 
 # What the properties mean is said in the channel, which has them.
 # ruff: noqa: D102
 
 
+class CountsRequests(Protocol):
+    """The account, as far as a request itself has something to tell it."""
+
+    def accepted(self, request: Request) -> None:
+        """Count a request as in flight: it has come whole."""
+
+    def retire(self, request: Request, outcome: Outcome) -> bool:
+        """Take a request out of flight; whether it still was."""
+
+
 class Connection(Protocol):
     """What a request, and the account of requests, ask of the connection that a request came on."""
 
+    account: CountsRequests
     socket: Any
     connected: bool
     flushed: int
@@ -51,12 +64,6 @@ class Connection(Protocol):
 
     def client_told_by(self, headers: Mapping[str, str]) -> str:
         """The client's address as a trusted proxy tells it in a request's headers; empty without one."""
-
-    def accepted(self, request: Request) -> None:
-        """Count a request as in flight: it has come whole."""
-
-    def dropped(self, request: Request) -> None:
-        """Note that a request will never run, because what stood before it ended the connection."""
 
     def end_stream(self) -> None:
         """End the stream that is being sent."""
@@ -106,7 +113,7 @@ class Request(Parser):
             # the body of a request that has none, or ask for one that it already refused.
             self.expect_continue = False
             if not self.id and not self.channel.internal:
-                self.channel.accepted(self)
+                self.channel.account.accepted(self)
         return consumed
 
     def _name_limit(self) -> None:
@@ -122,7 +129,7 @@ class Request(Parser):
         """Free the body. A request that never ran waited behind one that ended the connection: it is over, too."""
         super().close()
         if self.thread is None:
-            self.channel.dropped(self)
+            self.channel.account.retire(self, "gone")
 
     @property
     def age(self) -> float:
