@@ -236,9 +236,9 @@ class _Watch:
         from flaskd.stacks import stack_of  # noqa: PLC0415 - see the module's docstring
 
         until = time.monotonic() + _SETTLE
-        workers, behind = self.server.worker_threads(), self.server.left_behind()
+        pool, behind = self.server.app_threads(), self.server.left_behind()
         for thread in threading.enumerate():
-            ours = thread in workers or (thread in self._own and not self.stopped)
+            ours = thread in pool or (thread in self._own and not self.stopped)
             if thread in self._threads or self._ignored(thread.name) or (ours and not self.stopped):
                 continue
             thread.join(max(0.0, until - time.monotonic()))

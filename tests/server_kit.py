@@ -214,7 +214,7 @@ def post(path, body, *headers):
     return get(path, f"Content-Length: {len(body)}", *headers, method="POST") + body
 
 
-def workers():
+def app_threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("flaskd-thread-")]
 
 

@@ -144,15 +144,15 @@ class Ours(WaitressThread):
 
     @property
     def acceptor(self):
-        return self._loop.acceptors[0]
+        return self._loop.context.acceptors[0]
 
     @property
     def dispatcher(self):
-        return self._loop.workers
+        return self._loop.context.pool
 
     @property
     def map(self):
-        return self._loop.poller
+        return self._loop.context.poller
 
     @property
     def thread(self):
@@ -162,7 +162,7 @@ class Ours(WaitressThread):
         self._loop.call(function)
 
     def channels(self):
-        return list(self._loop.channels())
+        return list(self._loop.connections.channels())
 
     def announce(self):
         super().announce()
@@ -185,7 +185,7 @@ class Ours(WaitressThread):
             stop = pool.submit(self.stop, timeout)
             assert posted.wait(PATIENCE)
             begun()
-            assert self._loop.draining.wait(PATIENCE)
+            assert self._loop.context.draining.wait(PATIENCE)
             yield
             stop.result(PATIENCE)
 

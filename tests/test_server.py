@@ -13,6 +13,7 @@ from server_kit import (
     Client,
     answers,
     app,
+    app_threads,
     connect,
     descriptors,
     draining,
@@ -21,7 +22,6 @@ from server_kit import (
     post,
     serve,
     until,
-    workers,
 )
 
 from flaskd.errors import AppError, CannotCreateError, FlaskdError
@@ -428,7 +428,7 @@ def test_a_cut_lets_go_of_a_worker_that_waits_for_a_reader(serve, app, connect):
     with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
         client.response()
     server.stop()
-    assert not workers()
+    assert not app_threads()
 
 
 def test_after_a_cut_all_threads_are_there_again(serve, app, connect):
@@ -442,9 +442,9 @@ def test_after_a_cut_all_threads_are_there_again(serve, app, connect):
     server.resume()
     clients = [connect(server).send(f"/gate/{number}") for number in range(2)]
     assert app.entered(2) == {"/gate/0", "/gate/1"}
-    assert len(workers()) == 4
+    assert len(app_threads()) == 4
     stuck.set()
-    until(server, lambda: len(workers()) == 2)
+    until(server, lambda: len(app_threads()) == 2)
     app.released.set()
     assert [client.response().status for client in clients] == [200, 200]
     until(server, lambda: server.in_flight == 0)
@@ -457,7 +457,7 @@ def test_a_worker_that_never_ends_is_abandoned(serve, app, connect, caplog):
     connect(server).send("/gate")
     app.entered(1)
     server.drain(timeout=0)
-    (stuck,) = (each for each in workers() if each.is_alive() and "in gate\n" in _stack(each))
+    (stuck,) = (each for each in app_threads() if each.is_alive() and "in gate\n" in _stack(each))
     server.end(timeout=0)
     (message,) = (each.getMessage() for each in caplog.records if "abandoned" in each.getMessage())
     assert message.startswith(f"{stuck.name} does not end, and is abandoned:\n")
@@ -578,7 +578,7 @@ def test_a_probe_that_is_not_answered_in_time(serve, app):
 def test_a_probe_that_is_broken_off(serve, monkeypatch):
     """A probe that gets no answer at all is an error by name."""
     server = serve()
-    monkeypatch.setattr("flaskd.server.loop.EventLoop.attach", lambda _, sock, **__: sock.close())
+    monkeypatch.setattr("flaskd.server.connections.Connections.attach", lambda _, sock, **__: sock.close())
     with pytest.raises(AppError, match="^cannot get ready: the probe of / was broken off"):
         server.probe("/", PATIENCE)
 
@@ -602,7 +602,7 @@ def test_a_probe_whose_answer_trickles_has_one_deadline(serve, monkeypatch):
             sock.close()
 
     server = serve()
-    monkeypatch.setattr("flaskd.server.loop.EventLoop.attach", trickle)
+    monkeypatch.setattr("flaskd.server.connections.Connections.attach", trickle)
     began = time.monotonic()
     with pytest.raises(AppError, match="did not answer the probe within 0.3s"):
         server.probe("/", 0.3)
@@ -641,11 +641,11 @@ def test_the_number_of_threads_can_change(serve, app, connect):
     until(server, lambda: server.queued == 2)
     server.set_threads(3)
     app.entered(2)
-    assert len(workers()) == 3
+    assert len(app_threads()) == 3
     server.set_threads(1)
     app.released.set()
     assert [client.response().status for client in clients] == [200, 200, 200]
-    until(server, lambda: len(workers()) == 1)
+    until(server, lambda: len(app_threads()) == 1)
     assert connect(server).ask("/").status == 200
 
 
@@ -868,7 +868,7 @@ def test_stop_answers_what_is_in_flight(app, connect):
         app.released.set()
         assert client.response().last
     assert report.result().completed == 1
-    assert not workers()
+    assert not app_threads()
 
 
 def test_a_second_stop_gives_the_same_report(app, connect):
@@ -886,7 +886,7 @@ def test_a_stop_cuts_at_its_timeout(app, connect):
     server = WaitressThread(app, threads=1).start()
     connect(server).send("/gate")
     app.entered(1)
-    (worker,) = workers()
+    (worker,) = app_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flaskd.server.server._JOIN_TIMEOUT", 0.01)
         patch.setattr(WaitressThread.end, "__defaults__", (0.01,))

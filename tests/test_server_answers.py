@@ -587,7 +587,7 @@ def test_a_pipelining_client_that_leaves_leaves_nothing_in_the_log(serve, app, c
     real = EpollMap.watch
 
     def watch(self, sock):
-        [channel] = server._loop.channels()
+        [channel] = server._loop.connections.channels()
         server._loop.call(channel.handle_close)
         until(server, lambda: server.connections == 0)
         return real(self, sock)
@@ -608,7 +608,7 @@ def test_the_time_without_activity_is_kept(sent, serve, connect):
     client.send(sent)
     until(server, lambda: server.connections == 1)
     server.turns(PATIENCE)
-    assert loop._next_reaping - loop.last_turn <= 1
+    assert loop.connections.next_reaping - loop.last_turn <= 1
     assert client.ended()
 
 
@@ -642,6 +642,6 @@ def test_the_end_of_a_server_frees_what_had_come(serve, connect):
 
 
 def _files(server):
-    arriving = [channel.arriving for channel in server._loop.channels()]
+    arriving = [channel.arriving for channel in server._loop.connections.channels()]
     bodies = [request.body_rcv.getbuf() for request in arriving if request is not None and request.body_rcv]
     return [body.buf.file for body in bodies if body.overflowed]

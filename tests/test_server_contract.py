@@ -143,15 +143,15 @@ def test_threads_come_from_start_new_thread(monkeypatch):
             started.append(threading.Thread(target=target, args=(thread_no,), daemon=True))
             started[-1].start()
 
-    workers = ThreadPool()
-    workers.set_thread_count(2)
+    pool = ThreadPool()
+    pool.set_thread_count(2)
     task = Task()
-    workers.add_task(task)
+    pool.add_task(task)
     assert task.ran.wait(PATIENCE)
     assert task.thread in started
-    workers.set_thread_count(3)
+    pool.set_thread_count(3)
     assert len(started) == 3
-    workers.set_thread_count(0)
+    pool.set_thread_count(0)
     for thread in started:
         thread.join(PATIENCE)
         assert not thread.is_alive()

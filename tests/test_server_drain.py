@@ -19,14 +19,14 @@ from server_kit import (
     post,
     serve,
     until,
-    workers,
 )
 from stock_waitress import later, turn
 
 from flaskd.server import WaitressThread
 from flaskd.server import channel as channel_module
-from flaskd.server.channel import Channel, Request
+from flaskd.server.channel import Channel
 from flaskd.server.poller import PollMap
+from flaskd.server.request import Request
 from flaskd.sockets import Address, Listener
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
@@ -110,7 +110,7 @@ def test_expect_within_the_grace_is_served_and_after_it_refused(serve, app, conn
         assert client.send(b"body").response().body == b"body"
         head = get("/echo", "Content-Length: 4", "Expect: 100-continue", method="POST")
         late.send(head[:-2])  # an idle connection would be closed as soon as its grace is over
-        until(server, lambda: any(channel.arriving for channel in server._loop.channels()))
+        until(server, lambda: any(channel.arriving for channel in server._loop.connections.channels()))
         server.set_graces(0, 0)
         late.send(head[-2:])
         response = late.response()
@@ -124,7 +124,7 @@ def test_whoever_closes_an_answered_connection_first_the_answer_was_whole(serve,
 
     On epoll the loop asks for a lock that the worker has in this moment.
     """
-    monkeypatch.setattr("flaskd.server.loop.make_poller", PollMap)
+    monkeypatch.setattr("flaskd.server.context.make_poller", PollMap)
     server = serve()
     real = Request.close
 

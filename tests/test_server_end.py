@@ -9,8 +9,8 @@ import pytest
 from server_kit import HAS_IPV6, PATIENCE, answers, app, connect, draining, get, no_thread_left, post, serve, until
 from stock_waitress import busy, fate, turn
 
-from flaskd.server import channel as channel_module
 from flaskd.server import draining as draining_module
+from flaskd.server import output as output_module
 from flaskd.sockets import Address, Listener
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
@@ -127,7 +127,7 @@ def test_listeners_of_all_kinds_at_once(serve, app, connect, tmp_path):
             assert app.entered(4) == {"/gate"}
             with draining(server, app) as report:
                 late = connect(server, 3).send("/")  # waits for whoever accepts next
-                until(server, lambda: all(not each.accepting for each in server._loop.acceptors[:3]))
+                until(server, lambda: all(not each.accepting for each in server._loop.context.acceptors[:3]))
                 for index in range(3):
                     with pytest.raises((ConnectionRefusedError, FileNotFoundError)):
                         connect(server, index)
@@ -221,9 +221,9 @@ def linger(server, monkeypatch, unacknowledged, **clock):
         looks.append(sock)
         return unacknowledged(len(looks))
 
-    monkeypatch.setattr(channel_module, "unacknowledged", look)
+    monkeypatch.setattr(output_module, "unacknowledged", look)
     for name, value in clock.items():
-        monkeypatch.setattr(channel_module, name, value)
+        monkeypatch.setattr(output_module, name, value)
     assert server.drain(timeout=PATIENCE).cut == ()
     return len(looks)
 

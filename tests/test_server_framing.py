@@ -400,7 +400,7 @@ def test_what_can_never_be_a_request_is_refused_at_once(data):
 
 
 def test_a_handshake_keeps_no_drain_waiting(serve, connect, app):
-    """A client that speaks TLS is answered and closed, while all workers are busy; it is not cut."""
+    """A client that speaks TLS is answered and closed, while all threads are busy; it is not cut."""
     server = serve(threads=1)
     running = connect(server).send("/gate")
     app.entered(1)

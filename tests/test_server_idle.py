@@ -170,8 +170,11 @@ def test_a_probe_under_way_keeps_nothing(server):
     ours, theirs = socket.socketpair()
     with ours:
         ours.sendall(post("/echo", b"12345")[:-2])
-        server._loop.call(lambda: server._loop.attach(theirs))
-        until(server, lambda: any(channel.internal and channel.arriving for channel in server._loop.channels()))
+        server._loop.call(lambda: server._loop.connections.attach(theirs))
+        until(
+            server,
+            lambda: any(channel.internal and channel.arriving for channel in server._loop.connections.channels()),
+        )
         assert server.idle[0] > 0.0
         idle.came()
 
@@ -239,7 +242,7 @@ def test_an_answer_is_never_missed(server, connect):
             seen.append(watch.used)
             super().__delitem__(key)
 
-    server._loop._in_hand = Watched()
+    server._loop.account.in_hand = Watched()
     assert connect(server).ask("/hello").status == 200
     assert len(seen) == 1
     assert seen[0] > 0.0

@@ -1,4 +1,4 @@
-"""What the watchdog asks of a server: whether its loop answers, and what its workers are at."""
+"""What the watchdog asks of a server: whether its loop answers, and what its threads are at."""
 
 import threading
 
@@ -8,7 +8,7 @@ from flaskd.server.loop import EventLoop
 
 
 def test_a_loop_answers_by_itself(serve, app, connect):
-    """With all workers busy, it answers a connection of one's own; nobody ever hears of it, and the app is not asked."""
+    """With all threads busy, it answers a connection of one's own; nobody ever hears of it, and the app is not asked."""
     server = serve(threads=1)
     client = connect(server)
     client.send(get("/gate"))
@@ -66,4 +66,4 @@ def test_a_loop_without_workers_is_never_taken_for_stuck(serve):
 
 def test_the_names_that_the_pulse_leans_on():
     """The loop keeps the streams that are under way; a worker that serves one is never taken for stuck."""
-    assert isinstance(EventLoop(lambda *_: [], [], threads=1, adjustments={})._streams, set)
+    assert isinstance(EventLoop(lambda *_: [], [], threads=1, adjustments={}).account.streams, set)

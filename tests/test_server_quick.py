@@ -18,11 +18,11 @@ pytestmark = [
 
 @pytest.fixture
 def start(serve):
-    """Starts servers whose workers have nothing to do any more, not even to start."""
+    """Starts servers whose threads have nothing to do any more, not even to start."""
 
     def start(**options):
         server = serve(**options)
-        until(server, lambda: server._serving.workers.active_count == 0)
+        until(server, lambda: server._serving.context.pool.active_count == 0)
         return server
 
     return start
@@ -96,7 +96,7 @@ def test_a_connection_that_is_closed_under_its_worker(start, connect, caplog):
     server = start()
     client = connect(server)
     client.ask("/")
-    server._serving.call(lambda: [each.handle_close() for each in server._serving.channels()])
+    server._serving.call(lambda: [each.handle_close() for each in server._serving.connections.channels()])
     until(server, lambda: server.connections == 0)
     with contextlib.suppress(OSError):
         client.send("/")

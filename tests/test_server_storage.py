@@ -91,11 +91,11 @@ def test_an_answer_that_cannot_be_kept_in_a_file_is_whole(parts, serve, connect,
 
 def test_a_client_that_goes_on_sending_reads_that_it_was_refused(serve, connect, monkeypatch):
     """A connection that were closed under it would be reset, and its answer with it (RFC 9112 §9.6)."""
-    monkeypatch.setattr("flaskd.server.channel._LINGER", PATIENCE)  # this test looks by itself
+    monkeypatch.setattr("flaskd.server.output._LINGER", PATIENCE)  # this test looks by itself
     server = serve(adjustments={"max_request_body_size": 1000})
     client = connect(server).send(get("/echo", f"Content-Length: {BIG}", method="POST"))
-    until(server, lambda: any(each.half_closed for each in server._loop.channels()))
-    [channel] = server._loop.channels()
+    until(server, lambda: any(each.half_closed for each in server._loop.connections.channels()))
+    [channel] = server._loop.connections.channels()
     client.send(b"x" * BIG)
     until(server, lambda: channel._heard_at > 0)
     for seconds, connected in [(0, True), (3, False)]:

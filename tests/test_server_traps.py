@@ -388,7 +388,11 @@ def connections_looked_at_from_outside(rig):
     server = rig.serve()
     rig.connect(server)
     until(server, lambda: len(server.channels()) == 1)
-    looking = server.acceptor.active_channels.values().__iter__() if rig.kind is Stock else server._loop.channels()
+    looking = (
+        server.acceptor.active_channels.values().__iter__()
+        if rig.kind is Stock
+        else server._loop.connections.channels()
+    )
     next(looking)
     rig.connect(server)
     until(server, lambda: len(server.channels()) == 2)

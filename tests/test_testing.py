@@ -155,15 +155,15 @@ def test_options(project):
         """
 pytestmark = pytest.mark.flaskd_server(threads=2)
 
-def workers():
+def app_threads():
     return sum(each.name.startswith("flaskd-thread") for each in threading.enumerate())
 
 def test_module(flaskd_server):
-    assert workers() == 2
+    assert app_threads() == 2
 
 @pytest.mark.flaskd_server(threads=5)
 def test_nearest(flaskd_server):
-    assert workers() == 5
+    assert app_threads() == 5
 
 def test_ini(flaskd_server):
     assert flaskd_server.url.startswith("http://localhost:")
@@ -381,11 +381,11 @@ def test_a_thread_more_after_a_resume(project):
 def test_resumes(flaskd_server, app):
     asking = Asking(flaskd_server.url, "deaf")
     assert app.entered.acquire(timeout=20)
-    before = set(flaskd_server.worker_threads())
+    before = set(flaskd_server.app_threads())
     assert flaskd_server.drain().clean
     asking.join()
     flaskd_server.resume()
-    assert set(flaskd_server.worker_threads()) - before
+    assert set(flaskd_server.app_threads()) - before
 
 def test_goes_on(flaskd_server):
     assert get(flaskd_server.url) == b"hello"

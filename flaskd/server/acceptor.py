@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import errno
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from waitress import wasyncore
 from waitress.adjustments import Adjustments
 from waitress.server import TcpWSGIServer
 
 from flaskd.process.descriptors import open_files
+from flaskd.server.admission import Admission
 from flaskd.server.channel import Channel
+from flaskd.server.context import Context
 from flaskd.sockets import Address, Listener
 
 try:
     from waitress.server import UnixWSGIServer
 except ImportError:  # Windows
     UnixWSGIServer = None
-
-if TYPE_CHECKING:
-    from flaskd.server.loop import EventLoop
 
 log = logging.getLogger("flaskd.server")
 
@@ -34,7 +33,8 @@ class Acceptor:
     """What TCP and Unix acceptors share; one outlives its listener, because channels wake the loop through it."""
 
     channel_class = Channel
-    loop: EventLoop
+    admission: Admission
+    context: Context
     listener: Listener
     paused = False
 
@@ -50,16 +50,16 @@ class Acceptor:
         """Accept up to `most` connections, and return how many there were."""
         accept = self.socket.accept  # type: ignore[attr-defined]
         for count in range(most):
-            if self.loop.full:
+            if self.admission.full:
                 return count
             try:
                 # In a drain those who wait have been let in by the gate, and are the last.
-                conn, addr = open_files.open(accept) if self.loop.reserved or self.loop.drains else accept()
+                conn, addr = open_files.open(accept) if self.admission.reserved or self.context.drains else accept()
             except OSError as error:
                 if error.errno == errno.EMFILE and open_files.make_room():
                     continue
                 if error.errno in _NO_MORE:
-                    self.loop.out_of_files(error)
+                    self.admission.out_of_files(error)
                 elif not isinstance(error, BlockingIOError | ConnectionAbortedError):
                     log.warning(f"cannot accept a connection on {self.listener.address}: {error}")
                 return count
@@ -71,7 +71,7 @@ class Acceptor:
             except OSError as error:
                 conn.close()
                 if error.errno in _NO_MORE:
-                    self.loop.out_of_files(error)
+                    self.admission.out_of_files(error)
                     return count
                 # else it is gone already
         return most
@@ -84,7 +84,7 @@ class Acceptor:
         self.accepting = True
 
     def close_listener(self) -> None:
-        """Close the listener, and only that: workers still pull the trigger."""
+        """Close the listener, and only that: threads of the pool still pull the trigger."""
         if self.accepting:
             self.accepting = False
             wasyncore.dispatcher.close(self)
@@ -108,16 +108,16 @@ def _name(address: Address) -> str:
     return "" if address.host in {"0.0.0.0", "::"} else address.host  # noqa: S104 - compared
 
 
-def make_acceptor(loop: EventLoop, listener: Listener, app: Any, workers: Any, adjustments: Adjustments) -> Any:
+def make_acceptor(admission: Admission, listener: Listener, app: Any, adjustments: Adjustments) -> Any:
     """Waitress' server for a listener: its fields, its trigger, its address for the environ."""
-    sock = listener.socket
+    context, sock = admission.context, listener.socket
     kind = _UnixAcceptor if listener.address.path else _TcpAcceptor
     acceptor = kind(
         app,
-        loop.poller,
+        context.poller,
         False,
         sock,
-        dispatcher=workers,
+        dispatcher=context.pool,
         adj=adjustments,
         sockinfo=(sock.family, sock.type, sock.proto, sock.getsockname()),
         bind_socket=False,
@@ -126,7 +126,7 @@ def make_acceptor(loop: EventLoop, listener: Listener, app: Any, workers: Any, a
         acceptor.server_name = _name(listener.address)
     if listener.address.path:  # the socket knows only the name under which it was bound
         acceptor.effective_port = listener.address.path
-    acceptor.loop = loop
+    acceptor.admission, acceptor.context = admission, context
     acceptor.listener = listener
     acceptor.accepting = True
     return acceptor

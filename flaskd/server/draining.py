@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flaskd.background_work import in_background, left_behind
 from flaskd.ledger import Cut, DrainReport
-
-if TYPE_CHECKING:
-    from flaskd.server.channel import Channel
-    from flaskd.server.loop import EventLoop
+from flaskd.server.admission import Admission
+from flaskd.server.request import Connection
 
 log = logging.getLogger("flaskd.server")
 
@@ -30,21 +28,27 @@ _LAST_FLUSH = 0.25
 class Draining:
     """One drain, in the loop's thread; `begins` and `deadline` are time.monotonic() moments.
 
-    Until it begins, the loop goes on accepting, and each response closes its connection.
+    Until it begins, the loop goes on accepting, and each response closes its connection. `began` is called when it
+    begins, and gives the connections on which a response without an end of its own is being sent.
     """
 
     def __init__(
         self,
-        loop: EventLoop,
+        admission: Admission,
         begins: float,
         deadline: float,
+        *,
+        began: Callable[[], Sequence[Connection]],
         over: Callable[[DrainReport], object],
         counted_from: tuple[int, int],
     ) -> None:
         self.deadline = deadline
         self._begins = begins
         self._begun = False
-        self._loop = loop
+        self._begin_loop = began
+        self._admission = admission
+        self._connections = admission.connections
+        self._context = admission.context
         self._over = over
         self._counted_from = counted_from
         self._began = time.monotonic()
@@ -52,7 +56,7 @@ class Draining:
         """Acceptors whose backlog is still to be taken."""
         self._gate_until = 0.0
         self._last_batch_taken = False
-        self._streams: list[tuple[float, Channel]] = []
+        self._streams: list[tuple[float, Connection]] = []
         self.cut: list[Cut] = []
         """What was broken off so far."""
         self._last_moment = 0.0
@@ -73,11 +77,11 @@ class Draining:
     def _begin(self) -> None:
         """Close the gates, and look at every connection."""
         self._begun, self._began = True, time.monotonic()
-        self._loop.drain_began()
+        streams = self._begin_loop()
         self.close_gates()
-        for channel in self._loop.channels():
-            self._loop.poller.touch(channel)
-        self.end_streams(self._loop.streams)
+        for channel in self._connections.channels():
+            self._context.poller.touch(channel)
+        self.end_streams(streams)
 
     def hasten(self, deadline: float) -> None:
         """Begin at the next look, and end at `deadline` at the latest."""
@@ -87,12 +91,12 @@ class Draining:
     def close_gates(self) -> None:
         """Take no new connections; again when a listener that somebody shared is ours alone by now."""
         self._gate_until = time.monotonic() + GATE
-        for acceptor in self._loop.acceptors:
+        for acceptor in self._context.acceptors:
             listener = acceptor.listener
             if not acceptor.accepting or acceptor in self._gated:
                 continue
             if listener.shared:
-                self._loop.poller.listen(acceptor, on=False)  # its backlog belongs to the next owner
+                self._context.poller.listen(acceptor, on=False)  # its backlog belongs to the next owner
             elif listener.gate():
                 self._gated.append(acceptor)
             else:
@@ -102,7 +106,7 @@ class Draining:
     def pass_the_gate(self) -> None:
         """Wait until handshakes under way have had their time behind the gate, and let all of them in."""
         while self._gated and (left := self._gate_until - time.monotonic()) > 0:
-            self._loop.poller.turn(left)
+            self._context.poller.turn(left)
         self._gate_until = time.monotonic() + _ROOM_AGAIN
         gated, self._gated = self._gated, []
         for acceptor in gated:
@@ -111,7 +115,7 @@ class Draining:
     def _let_in(self, acceptor: Any) -> None:
         """Take the backlog and close the listener; where the connections are at their limit, as soon as some end."""
         acceptor.accept_some(BACKLOG)
-        if self._loop.full:
+        if self._admission.full:
             self._gated.append(acceptor)
         else:
             self._close(acceptor)
@@ -123,9 +127,9 @@ class Draining:
             self._unaccepted += left
         acceptor.close_listener()
 
-    def end_streams(self, channels: Sequence[Channel]) -> None:
+    def end_streams(self, channels: Sequence[Connection]) -> None:
         """End streams at a chunk boundary once their grace, counted from the begin of the drain, is over."""
-        moment = self._began + self._loop.stream_grace
+        moment = self._began + self._context.stream_grace
         self._streams += [(moment, channel) for channel in channels]
 
     def advance(self, now: float) -> None:
@@ -142,11 +146,11 @@ class Draining:
             self._report()
         elif self._last_moment:
             if now >= self._last_moment:
-                self._loop.cut_all(TOO_LATE)
+                self._connections.cut_all(TOO_LATE)
                 self._report()
         elif now >= self.deadline:
             self._refuse_what_never_started()
-            self._loop.cut_all(TOO_LATE, but=lambda channel: channel.serving_was_refused)
+            self._connections.cut_all(TOO_LATE, but=lambda channel: channel.serving_was_refused)
             self._last_moment = now + _LAST_FLUSH
             if not self._open():  # nothing was refused, so there is no refusal to flush
                 self._report()
@@ -156,26 +160,28 @@ class Draining:
         if self._last_batch_taken:
             return False
         self._last_batch_taken = True
-        waiting = [each for each in self._loop.acceptors if each.accepting and each.listener.last_batch]
+        waiting = [each for each in self._context.acceptors if each.accepting and each.listener.last_batch]
         taken = [acceptor.accept_some(BACKLOG) for acceptor in waiting]
         return any(taken)
 
     def _open(self) -> bool:
         if in_background() and not self._last_moment:
             return True
-        return self._loop.in_flight > 0 or any(not channel.internal for channel in self._loop.channels())
+        return self._context.account.in_flight > 0 or any(
+            not channel.internal for channel in self._connections.channels()
+        )
 
     def _refuse_what_never_started(self) -> None:
         """Answer 503 to what waits in the queue, or before the gate: nobody has begun it, and another server may."""
-        self._loop.refusing = True
+        self._context.refusing = True
         if self._gated:
             self.pass_the_gate()
-            self._loop.poller.turn(0)  # read what those have sent
-        self._loop.answer()
+            self._context.poller.turn(0)  # read what those have sent
+        self._context.answer()
         for acceptor in self._gated:
             self._close(acceptor)
         self._gated = []
-        for channel in self._loop.workers.take_back():
+        for channel in self._context.pool.take_back():
             if channel.requests and channel.connected:
                 for request in channel.requests:
                     request.rejected = True
@@ -183,15 +189,15 @@ class Draining:
             else:  # its client left, and nobody else will free what it sent
                 for request in channel.requests:
                     request.close()
-        self._loop.answer()  # to what was pipelined behind
+        self._context.answer()  # to what was pipelined behind
 
     def _report(self) -> None:
         completed, rejected = self._counted_from
-        self._loop.drain_over()
+        account = self._context.account
         self._over(
             DrainReport(
-                completed=self._loop.completed - completed,
-                rejected=self._loop.rejected - rejected,
+                completed=account.completed - completed,
+                rejected=account.rejected - rejected,
                 cut=tuple(self.cut),
                 took=time.monotonic() - self._began,
                 background=left_behind(),

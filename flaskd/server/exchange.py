@@ -1,21 +1,24 @@
-"""One connection of Werkzeug's development server, and the one request on it."""
+"""Werkzeug's development server on a listener of ours: its connections, and the one request on each."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import logging
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from werkzeug.serving import WSGIRequestHandler
+from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
 
 from flaskd.ledger import Cut, InFlight, visible
-from flaskd.sockets import closed_by_peer
+from flaskd.process.threads import AppThread
+from flaskd.sockets import Listener, closed_by_peer
 from flaskd.stacks import stack_of
 
-if TYPE_CHECKING:
-    from flaskd.server.werkzeug import Server
+log = logging.getLogger("flaskd.server")
 
 _OK = 200
 """The first status of an answer that is not interim (RFC 9110 §15.2)."""
@@ -52,6 +55,23 @@ class _Out:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
+
+
+class ServingThread(Protocol):
+    """What the server tells of its connections and requests, and to what it belongs."""
+
+    draining: threading.Event
+    begun: dict[threading.Thread, Request]
+    """The requests that have begun to come, by the thread of their connection."""
+
+    def accepted(self, request: Request) -> None:
+        """Count a request as in flight."""
+
+    def retire(self, request: Request, fault: str) -> None:
+        """Take it out of flight; `fault` is why its client did not get it whole, though it did not leave."""
+
+    def ended(self, thread: threading.Thread) -> None:
+        """Note that the connection of this thread is closed."""
 
 
 class Request(WSGIRequestHandler):
@@ -159,6 +179,42 @@ class Request(WSGIRequestHandler):
     def cut(self, reason: str) -> Cut:
         """The ledger's entry for breaking it off now."""
         return Cut(**{**vars(self.snapshot()), "stack": stack_of(self.thread)}, reason=reason)
+
+
+class Server(ThreadedWSGIServer):
+    """Werkzeug's server on a listener of ours; it knows the threads of its connections."""
+
+    thread: ServingThread
+
+    def __init__(self, listener: Listener, app: Callable[..., Any], thread: ServingThread) -> None:
+        self.thread = thread
+        self.ids = itertools.count(1)
+        self.connections: dict[threading.Thread, socket.socket] = {}
+        host = f"unix://{listener.address.path}" if listener.address.path else listener.address.host
+        super().__init__(host, listener.address.port, app, Request, fd=listener.socket.fileno())
+        self.socket.setblocking(False)
+
+    def accept_one(self) -> None:
+        """Accept a connection that waits; what ``socketserver.BaseServer.serve_forever`` calls."""
+        self._handle_request_noblock()  # type: ignore[attr-defined]  # typeshed leaves it out
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a connection in a thread of its own, which keeps no interpreter alive if it hangs."""
+        thread = AppThread(target=self._serve, args=(request, client_address), name=f"flaskd-werkzeug-{next(self.ids)}")
+        self.connections[thread] = request
+        try:
+            thread.start()
+        except RuntimeError:
+            del self.connections[thread]
+            raise
+
+    def _serve(self, request: Any, client_address: Any) -> None:
+        try:
+            self.process_request_thread(request, client_address)
+        except SystemExit as leaving:  # it ends nothing but this connection
+            log.error(f"the app raised {leaving!r} while answering")  # noqa: TRY400 - its traceback says nothing more
+        finally:
+            self.thread.ended(threading.current_thread())
 
 
 class _AppFailedError(RuntimeError):

@@ -1,20 +1,17 @@
-"""How long nobody has asked for anything that counts."""
+"""How long no client has asked for anything that counts."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 from urllib.parse import unquote_to_bytes
 
 from flaskd.background_work import in_background
-
-if TYPE_CHECKING:
-    from flaskd.server.channel import Request
-    from flaskd.server.loop import EventLoop
+from flaskd.server.connections import Connections
+from flaskd.server.request import Request
 
 _AGAIN = 1.0
-"""Seconds until somebody who did not act upon being told is told again."""
+"""Seconds until `on_idle` is called again, where the first call changed nothing."""
 
 
 class IdleWatch:
@@ -26,8 +23,11 @@ class IdleWatch:
     when time may be up, and not before: all that it costs a request is to be told from those that do not count.
     """
 
-    def __init__(self, loop: EventLoop, after: float, ignore: Sequence[str], on_idle: Callable[[], None]) -> None:
-        self._loop = loop
+    def __init__(
+        self, connections: Connections, after: float, ignore: Sequence[str], on_idle: Callable[[], None]
+    ) -> None:
+        self._connections = connections
+        self._context = connections.context
         self._after = after
         self._on_idle = on_idle
         paths = [(each.endswith("*"), unquote_to_bytes(each.removesuffix("*")).decode("latin-1")) for each in ignore]
@@ -48,14 +48,17 @@ class IdleWatch:
     def _counts(self, request: Request) -> bool:
         path: str = getattr(request, "path", "")  # waitress knows it once it has understood the first line
         return bool(path) and not (
-            request.error or path in self._exact or path == self._loop.health_path or path.startswith(self._beginnings)
+            request.error
+            or path in self._exact
+            or path == self._context.health_path
+            or path.startswith(self._beginnings)
         )
 
     @property
     def idle_for(self) -> float:
         """Seconds since the last answer that counts; 0 while something is in hand that counts (any thread)."""
         # First what is in hand, then since when nothing is: the other way round, an answer in between would be missed.
-        if in_background() or any(self._counts(request) for request in self._loop.in_hand()):
+        if in_background() or any(self._counts(request) for request in self._connections.in_hand()):
             return 0.0
         return time.monotonic() - self.used
 
@@ -64,8 +67,8 @@ class IdleWatch:
         return max(0.0, self._after - self.idle_for)
 
     def look(self, now: float) -> None:
-        """See whether time is up; not while draining or drained, for somebody wants to go on with it."""
-        left = self._after if self._loop.drains else self.left()
+        """Call `on_idle` if time is up; not while draining or drained, because a resume may follow."""
+        left = self._after if self._context.drains else self.left()
         if left <= 0:
             self._on_idle()
             left = _AGAIN

@@ -2,7 +2,7 @@
 
 A turn of waitress' own loop asks every connection what it waits for and rebuilds the poll set. Here the map owns an
 epoll; a connection is armed for one event (EPOLLONESHOT, epoll_ctl(2)), and asked again only after something happened
-to it: an event, or a worker's output.
+to it: an event, or output of another thread.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class EpollMap(dict[int, Any]):
 
     def touch(self, channel: Any) -> None:
         fd = channel._fileno  # noqa: SLF001 - waitress' own name
-        if fd is not None and (channel.writable() or channel.loop.drains):
+        if fd is not None and (channel.writable() or channel.context.drains):
             self._touched.append(fd)
             if self._asleep:
                 self._asleep = False
@@ -114,15 +114,15 @@ class EpollMap(dict[int, Any]):
                 self._arm(fd, obj)
 
     def _arm(self, fd: int, channel: Any) -> None:
-        if channel.loop.drains:
-            channel.loop.consider(channel)
+        if channel.context.drains:
+            channel.close_if_idle()
             if fd not in self:
                 return  # that closed it
         elif channel.requests and not channel.total_outbufs_len:
-            return  # a worker has it, and arms it when it is done
+            return  # a thread of the pool has it, and arms it when it is done
         with channel.requests_lock:
             flags = (select.EPOLLIN if channel.readable() else 0) | (select.EPOLLOUT if channel.writable() else 0)
-            if flags or channel.loop.drains:
+            if flags or channel.context.drains:
                 # With no flags it still tells of a reset (EPOLLERR, EPOLLHUP): a drain does not wait for who is gone.
                 self._epoll.modify(fd, flags | select.EPOLLONESHOT)
 
@@ -154,7 +154,7 @@ class PollMap(dict[int, Any]):
         wait(timeout, self)
         for channel in list(self.values()):
             if getattr(channel, "one_shot", False):
-                channel.loop.consider(channel)
+                channel.close_if_idle()
 
     def close(self) -> None:
         """Nothing is held beside the map."""

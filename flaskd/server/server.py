@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
-import socket
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
-from flaskd.errors import AppError, FlaskdError
-from flaskd.ledger import Cut, DrainReport, InFlight
+from flaskd.errors import FlaskdError
+from flaskd.ledger import DrainReport
 from flaskd.process.descriptors import open_files
 from flaskd.process.forks import forgotten_by_children
 from flaskd.server.drain import Drain
 from flaskd.server.loop import EventLoop
+from flaskd.server.observed import ObservedServer
 from flaskd.server.settings import most_connections
-from flaskd.server.tally import Tally
 from flaskd.sockets import Address, Listener
 from flaskd.stacks import stack_of
 
@@ -29,8 +27,8 @@ _START_TIMEOUT = 10.0
 _JOIN_TIMEOUT = 1.0
 
 
-class WaitressThread:
-    """Serves a WSGI app on its own thread and worker threads.
+class WaitressThread(ObservedServer):
+    """Serves a WSGI app with a thread of its own and a pool of threads that run the app.
 
     ``start()`` returns when requests are served or raises what went wrong; ``stop()`` answers what is in flight and
     joins every thread. As a context manager it does both. Port 0 takes a free port, shown by ``url``. With 0 threads
@@ -71,8 +69,6 @@ class WaitressThread:
         self._name = name
         self._on_answer = on_answer
         self._on_death = on_death
-        self._loop: EventLoop | None = None
-        self._thread: threading.Thread | None = None
         self._drain: Drain | None = None
         self._lock = threading.RLock()
         self._known_to_forks = contextlib.ExitStack()
@@ -84,7 +80,7 @@ class WaitressThread:
         self.stop()
 
     def start(self, first: Callable[[], None] = lambda: None) -> Self:
-        """Bind if needed, listen and serve; returns once the loop turned and a worker ran.
+        """Bind if needed, listen and serve; returns once the loop turned and a thread of the pool ran.
 
         `first` is called before anything is served, when the server can be told how to: clients may wait in the
         backlog of a listener that was handed over. Raises CannotCreateError when the address cannot be had, and
@@ -105,10 +101,11 @@ class WaitressThread:
                 self._listeners,
                 threads=self._threads,
                 adjustments={"connection_limit": most_connections(open_files.limit()), **self._adjustments},
-                on_answer=self._on_answer,
             )
-            loop.patience, loop.reserved = self._patience, self._reserved
-            loop.names_limits = not self._fixed_limits
+            loop.connections.patience = self._patience
+            loop.admission.reserved = self._reserved
+            loop.context.names_limits = not self._fixed_limits
+            loop.account.on_answer = self._on_answer
             self.set_graces(self._keepalive_grace, self._stream_grace)
             loop.open()
             first()
@@ -122,8 +119,8 @@ class WaitressThread:
             self._known_to_forks.close()
             raise
         worked = threading.Event()
-        loop.run_in_worker(worked.set) if self._threads else worked.set()
-        loop.wake()
+        loop.context.pool.run(worked.set) if self._threads else worked.set()
+        loop.context.wake()
         started = loop.turned.wait(_START_TIMEOUT) and worked.wait(_START_TIMEOUT)
         if not started or loop.error is not None:
             error = loop.error
@@ -139,90 +136,24 @@ class WaitressThread:
             if self._on_death is not None:
                 self._on_death(loop.error)
 
-    @property
-    def _serving(self) -> EventLoop:
-        if self._loop is None:
-            raise FlaskdError("cannot do that: this server has not been started")
-        return self._loop
-
-    @property
-    def addresses(self) -> list[Address]:
-        """Where it listens; ports are real ones after the start."""
-        return list(self._addresses)
-
-    @property
-    def listeners(self) -> list[Listener]:
-        """The listeners themselves; new ones after a resume."""
-        return list(self._listeners or ())
-
-    @property
-    def url(self) -> str:
-        """The URL of the first listener, ending in a slash."""
-        return self._addresses[0].url
-
-    @property
-    def in_flight(self) -> int:
-        """Requests accepted and not yet completely answered."""
-        return self._loop.in_flight if self._loop else 0
-
-    @property
-    def connections(self) -> int:
-        """Open connections."""
-        return self._loop.connections if self._loop else 0
-
-    @property
-    def queued(self) -> int:
-        """Requests that wait for a worker thread."""
-        return self._loop.queued if self._loop else 0
-
-    @property
-    def completed(self) -> int:
-        """Requests answered in full since the start."""
-        return self._loop.completed if self._loop else 0
-
-    def tally(self) -> Tally:
-        """The account of all requests since the start."""
-        return self._loop.tally_now() if self._loop else Tally()
-
-    @property
-    def silent_for(self) -> float:
-        """Seconds since the serving thread last turned, which it does every second when all is well."""
-        return time.monotonic() - self._loop.last_turn if self._loop else 0.0
-
-    def requests(self, *, stacks: bool = False) -> list[InFlight]:
-        """What is in flight, oldest first; with the stacks of the threads on request."""
-        return self._loop.requests(stacks=stacks) if self._loop else []
-
-    def worker_threads(self) -> list[threading.Thread]:
-        """The threads that run the app and have not ended."""
-        return [each for each in self._loop.workers.started if each.is_alive()] if self._loop else []
-
-    def left_behind(self) -> dict[threading.Thread, InFlight]:
-        """The worker threads that go on with a request that is over: it was cut, or its stream was ended."""
-        return self._loop.left_behind() if self._loop else {}
-
-    def cut(self, reason: str) -> tuple[Cut, ...]:
-        """What is in flight, as cut: for when the serving thread cannot do it any more."""
-        return self._loop.cut(reason) if self._loop else ()
-
     def set_threads(self, threads: int) -> None:
-        """Change the number of worker threads while serving; CannotCreateError where so many cannot be had."""
-        self._serving.set_threads(threads)
+        """Change the number of threads that run the app; CannotCreateError where so many cannot be had."""
+        self._serving.context.pool.resize(threads)
         self._threads = threads
 
     def set_graces(self, keepalive_grace: float, stream_grace: float) -> None:
         """How long, in seconds, a drained connection may send one more request, and a stream may go on."""
-        self._serving.keepalive_grace = keepalive_grace
-        self._serving.stream_grace = stream_grace
+        self._serving.context.keepalive_grace = keepalive_grace
+        self._serving.context.stream_grace = stream_grace
 
     def tell_answers(self, on_answer: Callable[[dict[str, Any]], None] | None) -> None:
         """Give what the access log tells of each answered request to `on_answer` from now on; None: to nobody."""
-        self._serving.on_answer = on_answer
+        self._serving.account.on_answer = on_answer
 
     def answer_health(self, path: str, health: Callable[[], tuple[str, str]]) -> None:
         """Let the loop answer GET and HEAD of `path` with the status line and text that `health` returns."""
-        self._serving.health = health
-        self._serving.health_path = path
+        self._serving.context.health = health
+        self._serving.context.health_path = path
 
     def watch_idle(self, after: float | None, ignore: Sequence[str], on_idle: Callable[[], None]) -> None:
         """Call `on_idle`, from the serving thread, once nothing that counts was asked for `after` seconds; None: never.
@@ -232,88 +163,17 @@ class WaitressThread:
         loop = self._serving
         loop.call(lambda: loop.watch_idle(after, ignore, on_idle))
 
-    @property
-    def idle(self) -> tuple[float, float] | None:
-        """Seconds without anything that counts, and until `on_idle`; None while nobody watches."""
-        watch = self._loop.idle if self._loop else None
-        return (watch.idle_for, watch.left()) if watch else None
-
     def announce(self) -> None:
         """Go on accepting, but let each response close its connection."""
         self._serving.call(self._serving.announce)
 
     def refuse(self, *, on: bool) -> None:
         """While drained: answer 503 on listeners that others share; off again before a stop."""
-        self._serving.call(lambda: self._serving.refuse(on=on))
-
-    def turns(self, timeout: float) -> bool:
-        """Whether the serving thread turns within `timeout` seconds."""
-        if self._thread is None or not self._thread.is_alive():
-            return False
-        turned = threading.Event()
-        self._serving.call(turned.set)
-        return turned.wait(timeout)
-
-    def probe(self, path: str, timeout: float) -> int:
-        """Ask the app for `path` over a connection of one's own, needing no listener; returns the status code.
-
-        Raises AppError when no answer came within `timeout` seconds.
-        """
-        status = self._ask(path, timeout, here=False)
-        if isinstance(status, str):
-            raise AppError(f"cannot get ready: {status}")
-        return status
-
-    def answers(self, timeout: float) -> bool:
-        """Whether the loop accepts a connection of one's own and answers a request on it within `timeout` seconds."""
-        return (
-            self._thread is not None and self._thread.is_alive() and isinstance(self._ask("/", timeout, here=True), int)
-        )
-
-    def all_are_at(self) -> Hashable | None:
-        """What all worker threads are at; see `EventLoop.all_are_at`."""
-        return self._loop.all_are_at() if self._loop else None
-
-    def moved(self) -> Hashable:
-        """How far the requests are; see `EventLoop.moved`."""
-        return self._loop.moved() if self._loop else None
+        self._serving.call(lambda: self._serving.admission.refuse(on=on))
 
     def close_gates(self) -> None:
         """Deal with listeners that are not shared any more while a drain is under way, or over."""
         self._serving.call(self._serving.close_gates)
-
-    def _ask(self, path: str, timeout: float, *, here: bool) -> int | str:
-        """Send a request on a connection of one's own; gives the status code, or what was wrong."""
-        loop = self._serving
-        until = time.monotonic() + timeout
-        ours, theirs = open_files.open(socket.socketpair)
-        with ours:
-            loop.call(lambda: loop.attach(theirs, here=here))
-            head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nUser-Agent: flaskd-probe\r\nConnection: close\r\n\r\n"
-            answer = b""
-            try:
-                ours.sendall(head.encode("latin-1"))
-                while b"\r\n" not in answer:
-                    ours.settimeout(max(0.001, until - time.monotonic()))
-                    received = ours.recv(4096)
-                    if not received or time.monotonic() > until:
-                        break
-                    answer += received
-            except TimeoutError:
-                received = b"late"
-            except OSError as error:
-                return f"the probe of {path} was broken off: {error}"
-        status = re.match(rb"HTTP/1\.[01] (\d{3}) ", answer)
-        if status and b"\r\n" in answer:
-            return int(status[1])
-        if received:
-            return f"{path} did not answer the probe within {timeout:g}s"
-        return f"the probe of {path} was broken off without an answer"
-
-    @property
-    def counted(self) -> tuple[int, int]:
-        """How many requests have been completed and rejected since the start."""
-        return (self._loop.completed, self._loop.rejected) if self._loop else (0, 0)
 
     @property
     def dead(self) -> str:
@@ -372,11 +232,11 @@ class WaitressThread:
         def reopen() -> None:  # in the loop's thread, so that it follows the closing of the old listeners
             listeners: list[Listener] = []
             try:
-                if not loop.drains:
-                    loop.closing = False  # it may have been announced
+                if not loop.context.drains:
+                    loop.context.closing = False  # it may have been announced
                     return
                 loop.pass_the_gate()
-                loop.close_listeners()
+                loop.admission.close_listeners()
                 listeners.extend(each if each.shared else self._bound_anew(each) for each in self._listeners or ())
                 loop.resume(listeners)
                 self._listeners = listeners
@@ -414,7 +274,7 @@ class WaitressThread:
         return (self._drain.report if self._drain is not None else None) or DrainReport()
 
     def end(self, timeout: float = _JOIN_TIMEOUT) -> None:
-        """End and join the threads of a server that is drained, waiting at most `timeout` seconds for its workers."""
+        """End and join the threads of a drained server, waiting at most `timeout` seconds for those of the pool."""
         loop, thread = self._serving, self._thread
         if thread is None:
             return
@@ -425,8 +285,8 @@ class WaitressThread:
             log.error(f"the serving thread does not end, and is abandoned:\n{stack_of(thread)}")
             self._close_listeners()
             return
-        for worker in loop.close(timeout):
-            log.warning(f"{worker.name} does not end, and is abandoned:\n{stack_of(worker)}")
+        for each in loop.close(timeout):
+            log.warning(f"{each.name} does not end, and is abandoned:\n{stack_of(each)}")
         self._known_to_forks.close()
 
     def _forget(self) -> None:

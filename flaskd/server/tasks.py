@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from waitress.buffers import ReadOnlyFileBasedBuffer
-from waitress.channel import ClientDisconnected
 from waitress.task import ErrorTask, Task, WSGITask
 from waitress.utilities import build_http_date
 
 from flaskd.process.forks import AppCode
+from flaskd.server.output import OutputChannel
+from flaskd.server.request import Request
 from flaskd.server.streams import STREAM_TYPES, Parts
 from flaskd.sockets import unread
-
-if TYPE_CHECKING:
-    from flaskd.server.channel import Channel, Request
 
 log = logging.getLogger("flaskd.server")
 
@@ -33,7 +31,7 @@ class AppExitedError(RuntimeError):
 class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
     """What all tasks have in common: they close the connection while draining, and record the answer."""
 
-    channel: Channel
+    channel: OutputChannel
     request: Request
     status: str
     response_headers: list[tuple[str, str]]
@@ -88,7 +86,7 @@ class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
         if self.ends_with_connection:
             return True
         channel = self.channel
-        last = channel.loop.closing and len(channel.requests) <= 1 and channel.arriving is None
+        last = channel.context.closing and len(channel.requests) <= 1 and channel.arriving is None
         # Waitress does not read while a request runs: the next one may lie in the kernel already.
         return last and not (channel.connected and unread(channel.socket))
 
@@ -165,7 +163,7 @@ class AppTask(Recorded, WSGITask):  # type: ignore[misc]
         environ: dict[str, Any] = super().get_environment()
         if self.request.path.startswith("//"):  # another path than with one slash, which waitress makes of it
             environ["PATH_INFO"] = self.request.path
-        environ["flaskd.draining"] = self.channel.loop.draining
+        environ["flaskd.draining"] = self.channel.context.draining
         return environ
 
     @property
@@ -210,7 +208,7 @@ class AppTask(Recorded, WSGITask):  # type: ignore[misc]
 
     def _note_stream(self) -> None:
         self._is_noted = True
-        self.channel.loop.stream_began(self.channel)
+        self.channel.context.stream_began(self.channel)
 
     def last_piece(self, *, begun: bool) -> bytes:
         """What ends the stream: its last chunk, or, where nothing of it is out yet, a header with nothing behind it."""
@@ -267,12 +265,9 @@ class RejectTask(PlainTask):
 
 
 class HealthTask(PlainTask):
-    """Whether new requests are welcome, answered by the loop itself, however busy the workers are."""
+    """Whether new requests are welcome, answered by the loop itself, however busy the threads are."""
 
     def answer(self) -> tuple[str, list[tuple[str, str]], str]:
         """Say what the owner of the loop says."""
-        status, text = self.channel.loop.health()
+        status, text = self.channel.context.health()
         return status, [("Cache-Control", "no-store")], text + "\n"
-
-
-__all__ = ["AppTask", "ClientDisconnected", "HealthTask", "RefusalTask", "RejectTask"]

@@ -8,7 +8,6 @@ reset. Werkzeug closes each connection after its response, so there is no keep-a
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
 import selectors
@@ -18,16 +17,13 @@ import time
 from collections.abc import Callable
 from typing import Any, Self
 
-from werkzeug.serving import ThreadedWSGIServer
-
 from flaskd.background_work import in_background, left_behind, tell_no_more, tell_of_ends
 from flaskd.errors import FlaskdError
 from flaskd.ledger import Cut, DrainReport, InFlight
 from flaskd.process.forks import forgotten_by_children
-from flaskd.process.threads import AppThread
 from flaskd.server.drain import in_thread_of_its_own
 from flaskd.server.draining import BACKLOG, GATE, TOO_LATE
-from flaskd.server.exchange import OwnErrors, Request
+from flaskd.server.exchange import OwnErrors, Request, Server
 from flaskd.server.streams import STREAM_GRACE, EndingStreams
 from flaskd.sockets import Address, Listener
 
@@ -37,42 +33,6 @@ _LISTEN = 128
 """Connections that the kernel holds; Werkzeug's own number (werkzeug.serving.LISTEN_QUEUE)."""
 _GRACE = 0.2
 """Seconds in which a client that has connected before a drain may begin its request."""
-
-
-class Server(ThreadedWSGIServer):
-    """Werkzeug's server on a listener of ours; it knows the threads of its connections."""
-
-    thread: WerkzeugThread
-
-    def __init__(self, listener: Listener, app: Callable[..., Any], thread: WerkzeugThread) -> None:
-        self.thread = thread
-        self.ids = itertools.count(1)
-        self.connections: dict[threading.Thread, socket.socket] = {}
-        host = f"unix://{listener.address.path}" if listener.address.path else listener.address.host
-        super().__init__(host, listener.address.port, app, Request, fd=listener.socket.fileno())
-        self.socket.setblocking(False)
-
-    def accept_one(self) -> None:
-        """Accept a connection that waits; what ``socketserver.BaseServer.serve_forever`` calls."""
-        self._handle_request_noblock()  # type: ignore[attr-defined]  # typeshed leaves it out
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve a connection in a thread of its own, which keeps no interpreter alive if it hangs."""
-        worker = AppThread(target=self._serve, args=(request, client_address), name=f"flaskd-werkzeug-{next(self.ids)}")
-        self.connections[worker] = request
-        try:
-            worker.start()
-        except RuntimeError:
-            del self.connections[worker]
-            raise
-
-    def _serve(self, request: Any, client_address: Any) -> None:
-        try:
-            self.process_request_thread(request, client_address)
-        except SystemExit as leaving:  # it ends nothing but this connection
-            log.error(f"the app raised {leaving!r} while answering")  # noqa: TRY400 - its traceback says nothing more
-        finally:
-            self.thread.ended(threading.current_thread())
 
 
 class WerkzeugThread:
@@ -148,7 +108,7 @@ class WerkzeugThread:
         """What is in flight, oldest first."""
         return [each.snapshot() for each in list(self._in_hand.values())]
 
-    def worker_threads(self) -> list[threading.Thread]:
+    def app_threads(self) -> list[threading.Thread]:
         """The threads of the connections that are not closed."""
         return list(self._server.connections)
 
@@ -200,8 +160,8 @@ class WerkzeugThread:
         if self._drainer is not None and self._drainer.ident is not None:  # it has said its word, and ends
             self._drainer.join(timeout)
         until = time.monotonic() + timeout
-        for worker in [*self._server.connections, *self._leaving]:
-            worker.join(max(0.0, until - time.monotonic()))
+        for each in [*self._server.connections, *self._leaving]:
+            each.join(max(0.0, until - time.monotonic()))
         self._opened.close()
 
     def _wake(self) -> None:
@@ -250,12 +210,12 @@ class WerkzeugThread:
     def _broke_off(self) -> None:
         self.begun[threading.current_thread()].break_off()
 
-    def ended(self, worker: threading.Thread) -> None:
-        """Note that a connection is closed."""
+    def ended(self, thread: threading.Thread) -> None:
+        """Note that the connection of this thread is closed."""
         with self._changed:
-            self.begun.pop(worker, None)
-            self._leaving = [each for each in self._leaving if each.is_alive()] + [worker]
-            self._server.connections.pop(worker, None)
+            self.begun.pop(thread, None)
+            self._leaving = [each for each in self._leaving if each.is_alive()] + [thread]
+            self._server.connections.pop(thread, None)
             self._changed.notify_all()
 
     def _streams_are_over(self) -> bool:
@@ -274,8 +234,8 @@ class WerkzeugThread:
             self._thread.join()
         with self._changed:
             self._wait_until(began + _GRACE)
-            for worker, sock in list(self._server.connections.items()):
-                if worker not in self.begun:  # what lies in the kernel is still read after this, and then comes the end
+            for thread, sock in list(self._server.connections.items()):
+                if thread not in self.begun:  # what lies in the kernel is still read after this, and then comes the end
                     _shut(sock, socket.SHUT_RD)
             self._wait_until(None, background=True)
             arriving = [each.cut(TOO_LATE) for each in self.begun.values() if each.phase == "receiving"]

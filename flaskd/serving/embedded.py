@@ -30,7 +30,7 @@ from flaskd.sockets import Address, check_serving
 log = logging.getLogger("flaskd.thread")
 
 _WORKERS_END, _STUCK_END = 1.0, 0.2
-"""Seconds in which the worker threads end, all idle, or one of them stuck in a request that was cut."""
+"""Seconds in which the threads that run the app end, all idle, or one of them stuck in a request that was cut."""
 _TURN = 0.2
 """Seconds of one turn of a wait that signals are to be heard in."""
 _ASKED = StopReason("control", "ServerThread.stop()")
@@ -93,7 +93,7 @@ class ServerThread:
         self.stop()
 
     def start(self) -> Self:
-        """Bind, listen and serve; returns once requests are accepted and a worker ran.
+        """Bind, listen and serve; returns once requests are accepted and a thread of the pool ran.
 
         Raises CannotCreateError when the address cannot be had, ConfigError when a policy cannot be prepared or the app
         cannot be served, and whatever else kept it from serving.
@@ -176,12 +176,12 @@ class ServerThread:
         """What is in flight, oldest first."""
         return self._server.requests() if self._server is not None else []
 
-    def worker_threads(self) -> list[threading.Thread]:
+    def app_threads(self) -> list[threading.Thread]:
         """The threads that run the app and have not ended; after a stop, those that it could not wait for."""
-        return self._server.worker_threads() if self._server is not None else []
+        return self._server.app_threads() if self._server is not None else []
 
     def left_behind(self) -> dict[threading.Thread, InFlight]:
-        """The worker threads that go on with a request that is over: a drain cut it, or ended its stream."""
+        """The threads that go on with a request that is over: a drain cut it, or ended its stream."""
         return self._server.left_behind() if self._server is not None else {}
 
     @property
@@ -201,7 +201,7 @@ class ServerThread:
         FlaskdError inside a request, which the drain would wait for.
         """
         serving = self._serving
-        if threading.current_thread() in self.worker_threads():
+        if threading.current_thread() in self.app_threads():
             raise FlaskdError(
                 "cannot drain: this is a request that the drain would wait for; call it in another thread, or call "
                 "stop(), which does not wait here"
@@ -232,7 +232,7 @@ class ServerThread:
         end, here = partial(self._end, server, timeout, reason), threading.current_thread()
         try:
             self._cleanup_thread.run(end)
-            if here in server.worker_threads() or (self._stop is not None and self._stop.runs_in(here)):
+            if here in server.app_threads() or (self._stop is not None and self._stop.runs_in(here)):
                 return self._stop.report if self._stop is not None else DrainReport()
             self._wait()
         except BaseException:

@@ -1,0 +1,90 @@
+"""Which new connections are let in: from which listeners, and how many at a time."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+from flaskd.server.connections import Connections
+from flaskd.sockets import Listener
+
+log = logging.getLogger("flaskd.server")
+
+_FILES_PAUSE = 0.5
+"""Seconds without accepting after the process ran out of files."""
+
+
+class Admission:
+    """Opens and closes the way in, in the loop's thread."""
+
+    reserved = False
+    """Whether new connections may have descriptors of the reserve (`flaskd.process.descriptors`)."""
+
+    def __init__(self, connections: Connections) -> None:
+        self.connections = connections
+        self.context = connections.context
+        self.limit = 0
+        """How many connections may be open."""
+        self.paused = False
+        """Whether new connections wait until there is room for them."""
+        self._pause_until = 0.0
+
+    def accept(self, *, on: bool) -> None:
+        """Wait for new connections on all open listeners, or leave them to wait.
+
+        In a drain those that others share stay closed, except while it is over and they answer with 503.
+        """
+        context = self.context
+        for acceptor in context.acceptors:
+            if acceptor.accepting and not (on and context.drains and acceptor.listener.shared and not context.refusing):
+                context.poller.listen(acceptor, on=on)
+
+    @property
+    def full(self) -> bool:
+        """Whether there are as many connections as there may be; then accepting pauses until there are fewer."""
+        if not self.paused and self.connections.count >= self.limit:
+            self.paused = True
+            log.warning(f"{self.limit} connections are open, the most there may be; new ones wait")
+            self.accept(on=False)
+        return self.paused
+
+    def out_of_files(self, error: OSError) -> None:
+        """Stop accepting for a moment: the process or the machine has no more files to give."""
+        if not self.paused:
+            log.error(f"cannot accept connections: {error.strerror}; new ones wait")
+        self.paused, self._pause_until = True, time.monotonic() + _FILES_PAUSE
+        self.accept(on=False)
+
+    def look_for_room(self, now: float) -> None:
+        """End a pause, once there is room."""
+        if now >= self._pause_until and self.connections.count < self.limit:
+            self.paused = False
+            log.info("accepting connections again")
+            self.accept(on=True)
+
+    def refuse(self, *, on: bool) -> None:
+        """Answer 503 on the listeners that others share, or leave them alone again."""
+        self.context.refusing = on
+        for acceptor in self.context.acceptors:
+            if acceptor.accepting and acceptor.listener.shared:
+                self.context.poller.listen(acceptor, on=on)
+
+    def close_gates(self) -> None:
+        """Take no new connections on the listeners that are ours alone, after a drain: what waited was answered."""
+        for acceptor in self.context.acceptors:
+            if acceptor.accepting and not acceptor.listener.shared and not acceptor.listener.gate():
+                acceptor.close_listener()
+
+    def close_listeners(self) -> None:
+        """Close the listeners that are ours alone."""
+        for acceptor in self.context.acceptors:
+            if not acceptor.listener.shared:
+                acceptor.close_listener()
+
+    def reopen(self, listeners: Sequence[Listener]) -> None:
+        """Accept again, from listeners that stand where the closed ones stood; shared ones were never closed."""
+        for acceptor, listener in zip(self.context.acceptors, listeners, strict=True):
+            if not acceptor.listener.shared:
+                acceptor.reopen(listener)
+        self.accept(on=True)

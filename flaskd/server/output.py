@@ -1,0 +1,222 @@
+"""What goes out on a connection: counted, settled once the kernel has it, and ended in order."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections import deque
+from typing import Any, Protocol
+
+from waitress.channel import ClientDisconnected, HTTPChannel
+
+from flaskd.server.buffers import AnswerBuffer
+from flaskd.server.context import Context
+from flaskd.server.request import Request
+from flaskd.sockets import unacknowledged
+
+_LINGER = 0.2
+"""Seconds in which a half-closed client may close its side, before the connection is closed under it."""
+_LINGER_LOOK = 0.05
+"""Seconds between two looks at what the client has not acknowledged yet."""
+_LINGER_MOST = 2.0
+"""Seconds without a sign of life from a client that has not acknowledged all output, until it is not waited for."""
+_LINGER_SENDING = 30.0
+"""Seconds in which a half-closed client may go on sending, unless a drain waits for it: a body that was refused."""
+
+
+class _Answering(Protocol):
+    """What the channel asks of the task that answers with the app."""
+
+    def run(self, environ: dict[str, Any], start_response: Any) -> Any:
+        """Call the app (PEP 3333)."""
+
+    def last_piece(self, *, begun: bool) -> bytes:
+        """What ends a stream, of which something is out already or not."""
+
+
+class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
+    """A connection, as far as tasks know it: its requests, and the way out for their answers."""
+
+    half_closed = False
+    fault = ""
+    """Why what was put out cannot be sent, though the client is there."""
+    stream_over = False
+    serving: Request
+    """The request that is answered, or was answered last."""
+    task: _Answering
+    """What the app answers with, or last answered with."""
+    requests: list[Request]
+    request: Request | None
+    current_outbuf_count: int
+    total_outbufs_len: int
+
+    def __init__(self, context: Context, server: Any, sock: Any, addr: Any, adj: Any, *, map: Any) -> None:  # noqa: A002 - waitress' name
+        self.context = context
+        self.account = context.account
+        self.flushed = 0
+        self.unsettled: deque[Request] = deque()
+        """The requests that are answered, but not with the last byte in the kernel."""
+        self.grace_from = time.monotonic()
+        """When the last answer was given, or the connection opened."""
+        self._linger_until, self._unacknowledged = 0.0, 0
+        self._half_closed_at = self._heard_at = 0.0
+        self._holds = False
+        self._held = b""
+        super().__init__(server, sock, addr, adj, map=map)
+        self.outbufs = [AnswerBuffer(adj.outbuf_overflow)]
+
+    @property
+    def arriving(self) -> Request | None:
+        """The request that has come in part."""
+        request = self.request  # a thread may be done with it in this moment
+        return request if request is not None and request.begun else None
+
+    @property
+    def serving_was_refused(self) -> bool:
+        """Whether the last request was answered without being read to its end, or the app."""
+        serving: Request | None = getattr(self, "serving", None)
+        return serving is not None and (bool(serving.error) or serving.rejected)
+
+    # --- an answer, in a pool's thread or the loop's ----------------------------------------------------------------
+
+    def write_soon(self, data: Any) -> int:
+        """Put out a part of a response; a stream that was ended takes no more."""
+        if self._holds:
+            self._holds, self._held = False, data
+            return len(data)
+        if self._held:
+            data, self._held = self._held + data, b""
+        with self.outbuf_lock:  # so that it comes before the end of a stream, or not at all
+            if self.stream_over:
+                raise ClientDisconnected
+            # Where waitress would begin a buffer of its own kind, or has (behind a file), one of ours is begun instead.
+            if (
+                self.current_outbuf_count >= self.adj.outbuf_high_watermark
+                or type(self.outbufs[-1]) is not AnswerBuffer
+            ):
+                self.outbufs.append(AnswerBuffer(self.adj.outbuf_overflow))
+                self.current_outbuf_count = 0
+            return int(super().write_soon(data))
+
+    def hold_next(self) -> None:
+        """Keep what is put out next, a header, until more follows or `release` (pool's thread)."""
+        self._holds = True
+
+    def release(self) -> None:
+        """Put out what is still held (pool's thread)."""
+        held, self._holds, self._held = self._held, False, b""
+        if held:
+            self.write_soon(held)
+
+    def end_stream(self) -> None:
+        """End the stream being sent, between two parts (loop's thread); its thread learns at its next write."""
+        request = self.serving
+        with self.outbuf_lock:
+            if self.stream_over or not self.connected or request.answered:
+                return
+            last = self.task.last_piece(begun=self.flushed + self.total_outbufs_len > request.starts_at)
+            self.outbufs[-1].append(last)
+            self.current_outbuf_count += len(last)
+            self.total_outbufs_len += len(last)
+            self.stream_over = True
+            request.whole = request.answered = True
+            request.ends_at = self.flushed + self.total_outbufs_len
+            self.unsettled.append(request)
+            self.close_when_flushed = True
+            self._flush_exception(self._flush_some, do_close=False)
+            self._settle()
+        self.context.pool.lose(request)
+        self.context.poller.touch(self)  # its thread, which would do that, may sleep on
+
+    def _settle(self) -> None:
+        """Retire the requests whose answers the kernel has taken, or nobody waits for; `outbuf_lock` is held."""
+        while self.unsettled and (not self.connected or self.flushed >= self.unsettled[0].ends_at):
+            self._retire(self.unsettled.popleft())
+        if not self.connected:  # waitress may leave what is queued lying there, and who is gone is not waited for
+            for request in list(self.requests):
+                self._retire(request)  # its thread may be about to say that the answer is whole
+
+    def _retire(self, request: Request) -> None:
+        if request.whole and self.flushed >= request.ends_at:
+            self.account.retire(request, "rejected" if request.rejected else "completed")
+        elif request.began and (fault := request.fault or self.fault):
+            self.account.cut_one(request, fault)
+        else:
+            self.account.retire(request, "gone")
+
+    # --- to the kernel --------------------------------------------------------------------------------------------
+
+    def send(self, data: bytes, do_close: bool = True) -> int:
+        """Send, and count what the kernel took; waitress calls it while there should be something to send."""
+        if not data:
+            raise EOFError(f"its file ended {self.outbufs[0].__len__()} bytes before the length that was announced")
+        try:
+            sent: int = super().send(data, do_close=do_close)
+        except OSError:  # what waitress does not know as a client that left: no way leads to it any more
+            self.will_close = True
+            return 0
+        self.flushed += sent or 0
+        return sent
+
+    def _flush_some(self, do_close: bool = True) -> bool:
+        """Waitress locks only while a task runs; here one may begin, having read the next request, in any moment."""
+        with self.outbuf_lock:
+            return bool(super()._flush_some(do_close=do_close))
+
+    def _flush_exception(self, flush: Any, do_close: bool = True) -> tuple[bool, bool] | None:
+        """Flush as waitress does; but what cannot be read or sent any more ends the connection at once, and is cut."""
+        if not flush:
+            return None
+        try:
+            return flush(do_close=do_close), False
+        except Exception as error:  # noqa: BLE001 - files are the app's own, and may raise anything
+            self.fault = self.fault or str(error) or type(error).__name__
+            self.will_close = True
+            return False, True
+
+    def output_length(self) -> int:
+        """All bytes ever put out on this connection, sent or not."""
+        if not self.total_outbufs_len:  # nothing is being sent, so nobody else counts at this moment
+            return self.flushed
+        with self.outbuf_lock:
+            return int(self.flushed + self.total_outbufs_len)
+
+    # --- the end of our side, in the loop's thread --------------------------------------------------------------------
+
+    def half_close(self) -> None:
+        """Send the end of our side, and read on until the client sends its own; bounded by the loop's clock."""
+        if self.half_closed:
+            return
+        self.half_closed = True
+        self.will_close = self.close_when_flushed = False
+        try:
+            self.socket.shutdown(socket.SHUT_WR)
+        except OSError:  # it is gone already
+            self.handle_close()
+            return
+        with self.outbuf_lock:
+            self._settle()
+        now = time.monotonic()
+        self._half_closed_at = now
+        self._linger_until, self._unacknowledged = now + _LINGER_MOST, unacknowledged(self.socket)
+        self.context.timers.at(now + _LINGER, self.look)
+
+    def linger(self, now: float) -> None:
+        """Close a half-closed connection whose client had its time, unless it still acknowledges our output.
+
+        The kernel would go on sending, but not where the network goes away with the process, as in a container. And a
+        client that still sends a body would be reset, and might never read the answer that it is not wanted.
+        """
+        left = unacknowledged(self.socket)
+        if left < self._unacknowledged:
+            self._linger_until = now + _LINGER_MOST
+        self._unacknowledged = left
+        sending = now - self._heard_at < _LINGER_MOST and now - self._half_closed_at < _LINGER_SENDING
+        if (left and now < self._linger_until) or (sending and not self.context.drains):
+            self.context.timers.at(now + _LINGER_LOOK, self.look)
+        else:
+            self.handle_close()
+
+    def look(self, now: float) -> None:
+        """Do what is due at a moment that the connection asked for."""
+        raise NotImplementedError

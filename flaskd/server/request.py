@@ -1,0 +1,205 @@
+"""A request, from its first byte until the kernel has taken its answer, and what it asks of its connection."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+from flaskd.config.fields import write_size
+from flaskd.ledger import Cut, InFlight, visible
+from flaskd.log.setup import bounded_by
+from flaskd.server.buffers import FREE_SPACE
+from flaskd.server.parser import Parser
+from flaskd.sockets import closed_by_peer
+from flaskd.stacks import stack_of
+
+log = logging.getLogger("flaskd.server")
+
+Outcome = Literal["completed", "rejected", "cut", "gone"]
+
+
+# What the properties mean is said in the channel, which has them.
+# ruff: noqa: D102
+
+
+class CountsRequests(Protocol):
+    """The account, as far as a request itself has something to tell it."""
+
+    def accepted(self, request: Request) -> None:
+        """Count a request as in flight: it has come whole."""
+
+    def retire(self, request: Request, outcome: Outcome) -> bool:
+        """Take a request out of flight; whether it still was."""
+
+
+class Connection(Protocol):
+    """What a request, and the account of requests, ask of the connection that a request came on."""
+
+    account: CountsRequests
+    socket: Any
+    connected: bool
+    flushed: int
+    """Bytes that the kernel has taken on this connection."""
+    total_outbufs_len: int
+    """Bytes that wait to be sent."""
+    internal: bool
+
+    @property
+    def client(self) -> str: ...
+
+    @property
+    def last_activity(self) -> float: ...
+
+    @property
+    def too_late(self) -> bool: ...
+
+    @property
+    def names_limits(self) -> bool: ...
+
+    @property
+    def serving_was_refused(self) -> bool: ...
+
+    def client_told_by(self, headers: Mapping[str, str]) -> str:
+        """The client's address as a trusted proxy tells it in a request's headers; empty without one."""
+
+    def end_stream(self) -> None:
+        """End the stream that is being sent."""
+
+
+class Request(Parser):
+    """One request, from its first byte until its answer has been handed to the kernel."""
+
+    error: Any
+    expect_continue: bool
+    # Where all requests begin; on the class, because a request is made for every answer.
+    id = 0
+    first_byte = wall_clock = complete = began = 0.0
+    """When its first and its last byte came, and when its answer was begun; 0 before."""
+    thread: threading.Thread | None = None
+    following: Request | None = None
+    """What the thread that answered it has read next, and is to answer."""
+    answered = over = rejected = whole = False
+    status = ""
+    fault = ""
+    """Why its client sees that the answer is not whole, though it did not leave."""
+    header_length = starts_at = ends_at = 0
+    _client: str | None = None
+
+    def __init__(self, channel: Connection, adj: Any) -> None:
+        super().__init__(adj)
+        self.channel = channel
+
+    def received(self, data: bytes) -> int:
+        """Parse on; a request that is complete is from then on in flight."""
+        if not self.begun:
+            self.first_byte, self.wall_clock = time.monotonic(), time.time()
+        try:
+            consumed = super().received(data)
+        except OSError as error:  # of the body's temporary file
+            consumed = len(data)
+            log.error(f"cannot keep the body of {self.snapshot()}: {error}; answered with 507: {FREE_SPACE}")  # noqa: TRY400
+            self.refuse(507, "there is no room for the body of the request")
+        if self.exceeded and self.channel.names_limits:
+            self._name_limit()
+        if self.headers_finished and self.expect_continue and not self.completed and self.channel.too_late:
+            # Refused before the client sends the body for nothing (RFC 9110 §10.1.1).
+            self.rejected = self.completed = True
+            self.headers["CONNECTION"] = "close"  # the body may follow all the same
+        if self.completed:
+            # Nothing more is expected, so the client must not be told to continue: waitress would wait for ever for
+            # the body of a request that has none, or ask for one that it already refused.
+            self.expect_continue = False
+            if not self.id and not self.channel.internal:
+                self.channel.account.accepted(self)
+        return consumed
+
+    def _name_limit(self) -> None:
+        """Say which setting it goes beyond."""
+        what = f"{self.command} {visible(self.target.partition('?')[0])}" if self.command else "a request line"
+        setting = f"server.{self.exceeded} ({write_size(getattr(self.adj, self.exceeded))})"
+        log.warning(
+            f"refused {what} of {self.client} with {self.error.code}: more than {setting} allows",
+            extra=bounded_by("requests that are larger than a limit"),
+        )
+
+    def close(self) -> None:
+        """Free the body. A request that never ran waited behind one that ended the connection: it is over, too."""
+        super().close()
+        if self.thread is None:
+            self.channel.account.retire(self, "gone")
+
+    @property
+    def age(self) -> float:
+        """Seconds since the first byte."""
+        return time.monotonic() - self.first_byte
+
+    @property
+    def client(self) -> str:
+        """The address of who sent it: the peer's, or what a trusted proxy says."""
+        if self._client is None and self.headers_finished:
+            channel = self.channel
+            self._client = channel.client_told_by(self.headers) or channel.client
+        return self._client or self.channel.client
+
+    @property
+    def sent(self) -> int:
+        """Bytes of its answer that the kernel has taken, header and all."""
+        flushed = self.channel.flushed
+        return max(0, (min(flushed, self.ends_at) if self.answered else flushed) - self.starts_at) if self.began else 0
+
+    @property
+    def phase(self) -> str:
+        """``receiving``, ``queued``, ``running`` or ``sending``."""
+        if self.answered:
+            return "sending"
+        if self.thread is not None:
+            return "running"
+        return "queued" if self.completed else "receiving"
+
+    @property
+    def target(self) -> str:
+        """The request target as the client wrote it; empty while it is not known."""
+        return self.request_uri
+
+    def snapshot(self, *, stack: bool = False, gone: bool | None = None) -> InFlight:
+        """What can be shown of it, from any thread; with the stack of the thread that runs it when asked for.
+
+        `gone` is for who has looked already whether its client has.
+        """
+        thread = None if self.answered else self.thread
+        return InFlight(
+            id=self.id,
+            client=self.client,
+            method=self.command or "?",  # a token: all else is refused
+            path=visible(self.target.partition("?")[0]),
+            age=self.age,
+            phase=self.phase,
+            thread=thread.name if thread else "",
+            stack=stack_of(thread) if stack and thread else "",
+            gone=closed_by_peer(self.channel.socket) if gone is None else gone,
+            sent=self.sent,
+        )
+
+    def cut(self, reason: str) -> Cut:
+        """The ledger's entry for breaking it off now."""
+        gone = None if self.channel.connected else False
+        return Cut(**vars(self.snapshot(stack=True, gone=gone)), reason=reason)
+
+    def access_fields(self) -> dict[str, Any]:
+        """What the access log tells about it."""
+        return {
+            "id": self.id,
+            "client": self.client,
+            "time": self.wall_clock,
+            "method": self.command or "-",
+            "target": self.target or "-",
+            "protocol": f"HTTP/{self.version}",
+            "status": int(self.status[:3]) if self.status[:3].isdecimal() else 0,
+            "bytes": max(0, self.sent - self.header_length),
+            "referer": self.headers.get("REFERER", ""),
+            "agent": self.headers.get("USER_AGENT", ""),
+            "took": round(self.age, 6),
+        }
