@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flaskd.cleanup import read_record, write_record
+from flaskd.places.record import read_record, write_record
 
 
 def names(directory):

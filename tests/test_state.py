@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flaskd.cleanup import read_record
+from flaskd.places.record import read_record
 from flaskd.places.state import StateDirectory, state_directory
 from flaskd.present import record_lines
 

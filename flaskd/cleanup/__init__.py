@@ -7,11 +7,10 @@ from flaskd.cleanup.calls import call_in_thread
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError, for_steps
 from flaskd.cleanup.discovery import DiscoveryRun, discover
 from flaskd.cleanup.found import Found
-from flaskd.cleanup.model import Action, Fate, Reason, Step, StepResult, names
+from flaskd.cleanup.model import Action, Fate, Reason, Step, StepResult, names, results_as_json
 from flaskd.cleanup.plan import AFTER_THE_DRAIN, BEFORE_THE_DRAIN, BESIDE_THE_DRAIN, Plan, build_plan, with_found
 from flaskd.cleanup.preview import Frame, overview
 from flaskd.cleanup.runner import Runner
-from flaskd.places.record import prepare_record, read_record, results_as_json, write_record
 
 __all__ = [
     "ACTIONS",
@@ -40,10 +39,7 @@ __all__ = [
     "names",
     "on_stop",
     "overview",
-    "prepare_record",
-    "read_record",
     "results_as_json",
     "with_callbacks",
     "with_found",
-    "write_record",
 ]

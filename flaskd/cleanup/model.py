@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -205,3 +205,26 @@ class Step:
 def names(found: Sequence[Found]) -> str:
     """The first few names, and how many more."""
     return listed([each.name for each in found], _MOST_NAMED)
+
+
+def results_as_json(results: Iterable[StepResult]) -> dict[str, dict[str, Any]]:
+    """Name → what became of the step.
+
+    The keys are stable; `started` and `took` are float seconds; `why`, `detail` and `trace` are empty for
+    none.
+    """
+    return {
+        each.name: {
+            "phase": each.phase,
+            "use": each.use,
+            "fate": str(each.fate),
+            "why": each.why,
+            "started": round(each.started, 3),
+            "took": round(each.took, 3),
+            "attempts": each.attempts,
+            "detail": each.detail,
+            "trace": each.trace,
+            **({"cut": list(each.cut)} if each.cut else {}),
+        }
+        for each in results
+    }

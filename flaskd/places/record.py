@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 from flaskd.files import read_whole, temporary_name, write_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from flaskd.cleanup.model import StepResult
 
 LARGEST_RECORD = 4 * 1024 * 1024
 """Bytes of a record that are read; a larger one is damaged."""
@@ -84,26 +83,3 @@ def prepare_record(path: Path, record: Mapping[str, Any]) -> tuple[Callable[[], 
     with os.fdopen(descriptor, "wb") as file:
         file.write(encoded(record))
     return partial(os.rename, str(prepared), str(path)), partial(os.unlink, str(prepared))
-
-
-def results_as_json(results: Iterable[StepResult]) -> dict[str, dict[str, Any]]:
-    """Name → what became of the step.
-
-    The keys are stable; `started` and `took` are float seconds; `why`, `detail` and `trace` are empty for
-    none.
-    """
-    return {
-        each.name: {
-            "phase": each.phase,
-            "use": each.use,
-            "fate": str(each.fate),
-            "why": each.why,
-            "started": round(each.started, 3),
-            "took": round(each.took, 3),
-            "attempts": each.attempts,
-            "detail": each.detail,
-            "trace": each.trace,
-            **({"cut": list(each.cut)} if each.cut else {}),
-        }
-        for each in results
-    }

@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flaskd.cleanup import prepare_record, read_record, write_record
 from flaskd.config import MARK_FILE
 from flaskd.files import read_whole, remove_leftovers, remove_matching
 from flaskd.log.setup import timestamp
+from flaskd.places.record import prepare_record, read_record, write_record
 from flaskd.present import died
 from flaskd.protocol import damage, state_directory
 from flaskd.text import shortened
