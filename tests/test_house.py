@@ -153,6 +153,19 @@ def test_client_verbs_import_nothing_heavy():
     assert done.stdout.strip() == ""
 
 
+def test_a_daemon_does_without_pydantic():
+    """Only the actions of other packages need it; importing it costs as much as half of Flask."""
+    code = """
+import sys, flaskd.cli, flaskd.control, flaskd.daemon
+from flaskd.cleanup import action_specs
+from flaskd.config import load
+load(None, actions=action_specs(), overrides={"cleanup.policies.a": {"use": "logging.flush"}}).describe()
+print(*({"pydantic", "pydantic_core"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
 def test_the_readme_has_its_two_commands():
     """One line each: install and run the demo, install and run the tests."""
     lines = re.findall(r"^python3 -m venv .*$", (ROOT / "README.md").read_text(), re.MULTILINE)

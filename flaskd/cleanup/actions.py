@@ -13,8 +13,6 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-from pydantic import AfterValidator, Field
-
 from flaskd.cleanup import live
 from flaskd.cleanup.cache import PersistFields, persist_cache, restore_cache, use_up_cache
 from flaskd.cleanup.catalogue import Catalogue, View, origin
@@ -24,7 +22,9 @@ from flaskd.cleanup.logflush import FlushFields, flush_logs
 from flaskd.cleanup.model import Action
 from flaskd.cleanup.removal import RemoveFields, remove_files
 from flaskd.cleanup.web import ConsulFields, WebhookFields, call_webhook, deregister, prepare_web
-from flaskd.config import ActionSpec, Phase, Section
+from flaskd.config import ActionSpec, Phase, Settings
+from flaskd.config.kinds import checked
+from flaskd.config.settings import field
 from flaskd.process.forks import AppCode
 
 if TYPE_CHECKING:
@@ -38,10 +38,10 @@ def _target(text: str) -> str:
     return text
 
 
-class CallFields(Section):
+class CallFields(Settings):
     """Fields of ``call``."""
 
-    target: Annotated[str, AfterValidator(_target)] = Field(
+    target: Annotated[str, checked(_target)] = field(
         description="The function to call, as MODULE:FUNCTION; it is given the step's context."
     )
 
@@ -108,7 +108,7 @@ def _unusable(name: str, fault: str) -> Action:
     def run(_context: StepContext, _fields: Any) -> NoReturn:
         raise StepFailedError(fault)
 
-    return Action(name, Section, Phase.FINAL, run, fault=fault)
+    return Action(name, Settings, Phase.FINAL, run, fault=fault)
 
 
 ACTIONS: Mapping[str, Action] = Catalogue(

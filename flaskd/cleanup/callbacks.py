@@ -14,7 +14,7 @@ from flaskd.cleanup.actions import in_app_context
 from flaskd.cleanup.context import StepContext, StepFailedError
 from flaskd.cleanup.model import Action, Step
 from flaskd.cleanup.plan import Plan
-from flaskd.config import Phase, Section
+from flaskd.config import Phase, Settings
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -27,7 +27,7 @@ _EXTENSION = "flaskd.on_stop"
 """Where an app keeps the functions that are registered for it alone (flask.Flask.extensions)."""
 
 
-class _NoFields(Section):
+class _NoFields(Settings):
     """A function in hand needs no fields."""
 
 

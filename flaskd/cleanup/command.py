@@ -17,11 +17,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import AfterValidator, Field
-
 from flaskd.cleanup.context import ENDING_PATIENCE, ENDING_SLACK, StepContext, StepFailedError, StepTimedOutError
-from flaskd.config import Duration, Section
+from flaskd.config import Duration, Settings
 from flaskd.config.fields import Hidden
+from flaskd.config.kinds import bounded, checked
+from flaskd.config.settings import field
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,20 +51,20 @@ def _with_a_program(argv: list[str]) -> list[str]:
     return argv
 
 
-Variable = Annotated[str, AfterValidator(_variable)]
+Variable = Annotated[str, checked(_variable)]
 
 
-class CommandFields(Section):
+class CommandFields(Settings):
     """Fields of ``command``."""
 
-    argv: Annotated[list[str], Field(min_length=1), AfterValidator(_with_a_program)] = Field(
+    argv: Annotated[list[str], bounded(min_length=1), checked(_with_a_program)] = field(
         description="The program and its arguments, one list item each; no shell is involved."
     )
-    env: dict[Variable, Annotated[str, Hidden]] = Field(
+    env: dict[Variable, Annotated[str, Hidden]] = field(
         default={}, description="Environment variables to add to flaskd's own."
     )
-    cwd: Path | None = Field(default=None, description="Its working directory; flaskd's own when not given.")
-    kill_grace: Duration = Field(
+    cwd: Path | None = field(None, description="Its working directory; flaskd's own when not given.")
+    kill_grace: Duration = field(
         default=2.0, description="How long after SIGTERM its process group gets SIGKILL.", ge=0
     )
 

@@ -18,20 +18,17 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
-
-from pydantic import AfterValidator, Field
+from typing import Annotated, Any
 
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
 from flaskd.cleanup.discovery import discover
-from flaskd.config import Duration, OneOrMany, Section
+from flaskd.config import Duration, Fields, OneOrMany, Settings
+from flaskd.config.kinds import checked
+from flaskd.config.settings import field
 from flaskd.objects import contents_of
 from flaskd.process.forks import AppCode
 from flaskd.process.threads import AppThread
 from flaskd.stacks import stack_of
-
-if TYPE_CHECKING:
-    from pydantic import BaseModel
 
 End = Callable[[Any, StepContext, Any], str | None]
 """Ends one object within the time of the context; returns a detail or None, raises to fail."""
@@ -51,14 +48,14 @@ def _target(text: str) -> str:
     return text
 
 
-Target = Annotated[str, AfterValidator(_target)]
+Target = Annotated[str, checked(_target)]
 """An object of the app, as MODULE:ATTRIBUTE; dots lead on to attributes of it."""
 
 
-class LiveFields(Section):
+class LiveFields(Settings):
     """Fields of the actions on live objects."""
 
-    target: OneOrMany[Target] = Field(
+    target: OneOrMany[Target] = field(
         default=[], description="What to end, as MODULE:ATTRIBUTE; none: all of the kind that discovery finds."
     )
 
@@ -66,13 +63,13 @@ class LiveFields(Section):
 class SchedulerFields(LiveFields):
     """Fields of ``apscheduler.stop``."""
 
-    wait: bool = Field(default=True, description="Wait for the jobs that run; false: leave them to themselves.")
+    wait: bool = field(True, description="Wait for the jobs that run; false: leave them to themselves.")
 
 
 class ThreadsFields(LiveFields):
     """Fields of ``threads.stop``."""
 
-    stop: Target = Field(
+    stop: Target = field(
         description="What asks the threads to end, as MODULE:ATTRIBUTE: an Event to set, or a function."
     )
 
@@ -80,7 +77,7 @@ class ThreadsFields(LiveFields):
 class ProcessesFields(LiveFields):
     """Fields of ``processes.stop``."""
 
-    kill_grace: Duration = Field(default=2.0, description="How long after SIGTERM a process gets SIGKILL.", ge=0)
+    kill_grace: Duration = field(2.0, description="How long after SIGTERM a process gets SIGKILL.", ge=0)
 
 
 def look_up(target: str) -> Any:
@@ -93,13 +90,13 @@ def look_up(target: str) -> Any:
         raise StepFailedError(f'cannot import target "{target}": {type(error).__name__}: {error}') from error
 
 
-def look_up_targets(fields: BaseModel) -> None:
+def look_up_targets(fields: Fields) -> None:
     """Make sure, before the stop, that what a policy names is there; what it is may still change."""
     for target in [*getattr(fields, "target", []), *filter(None, [getattr(fields, "stop", None)])]:
         look_up(target)
 
 
-def targets(fields: BaseModel) -> list[tuple[str, Any]]:
+def targets(fields: Fields) -> list[tuple[str, Any]]:
     """The objects that a policy names, each with its name; a collection stands for what is in it, None for nothing."""
     return [(name, each) for name in getattr(fields, "target", []) for each in _each_in(look_up(name))]
 
@@ -125,7 +122,7 @@ def _each_in(value: Any) -> Iterable[Any]:
     return tuple(value) if isinstance(value, (list, tuple, set, frozenset)) else (value,)
 
 
-def _wanted(use: str, context: StepContext, fields: BaseModel) -> list[tuple[str, Any]]:
+def _wanted(use: str, context: StepContext, fields: Fields) -> list[tuple[str, Any]]:
     if getattr(fields, "target", None):
         return targets(fields)
     found = discover(context.app) if context.found is None else context.found
@@ -135,7 +132,7 @@ def _wanted(use: str, context: StepContext, fields: BaseModel) -> list[tuple[str
 class _Ending:
     """Several objects being ended side by side, in threads of their own."""
 
-    def __init__(self, end: End, things: list[tuple[str, Any]], context: StepContext, fields: BaseModel) -> None:
+    def __init__(self, end: End, things: list[tuple[str, Any]], context: StepContext, fields: Fields) -> None:
         self._end, self._context, self._fields = end, context, fields
         self._names = [name for name, _ in things]
         self._left: queue.SimpleQueue[tuple[int, str, Any]] = queue.SimpleQueue()
@@ -189,7 +186,7 @@ class _Ending:
         return "\n".join([*(stack_of(each, below=__file__) for each in threads), *(each.trace for each in late)])
 
 
-def _run(use: str, end: End, context: StepContext, fields: BaseModel) -> str | None:
+def _run(use: str, end: End, context: StepContext, fields: Fields) -> str | None:
     """End all that is wanted; one that fails or hangs is named, and the others are ended all the same."""
     things = _wanted(use, context, fields)
     if not things:

@@ -15,7 +15,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from flaskd.cleanup.context import StepContext, StepFailedError
-from flaskd.config import Section
+from flaskd.config import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ _PAUSE = 0.01
 """Seconds between two looks at a queue that is full."""
 
 
-class FlushFields(Section):
+class FlushFields(Settings):
     """Fields of ``logging.flush``: none."""
 
 

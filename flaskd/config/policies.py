@@ -10,12 +10,12 @@ import graphlib
 import itertools
 from typing import TYPE_CHECKING
 
+from flaskd.config.action_spec import Phase
 from flaskd.config.faults import Faults, did_you_mean, dotted, nearest_first
-from flaskd.config.model import Phase
 from flaskd.config.nodes import Items, Node, Scalar, Table, child, shown
 
 if TYPE_CHECKING:
-    from flaskd.config.model import Actions, ActionSpec
+    from flaskd.config.action_spec import Actions, ActionSpec
     from flaskd.config.nodes import Path
 
 _WHERE = ("cleanup", "policies")
