@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 from flaskd.cleanup import live
 from flaskd.cleanup.cache import PersistFields, persist_cache, restore_cache, use_up_cache
 from flaskd.cleanup.catalogue import Catalogue, View, origin
-from flaskd.cleanup.command import CommandFields, run_command
+from flaskd.cleanup.command import CommandFields, prepare_command, run_command
 from flaskd.cleanup.context import StepContext, StepFailedError
 from flaskd.cleanup.logflush import FlushFields, flush_logs
 from flaskd.cleanup.model import Action
@@ -115,7 +115,14 @@ ACTIONS: Mapping[str, Action] = Catalogue(
     {
         each.name: each
         for each in (
-            Action("command", CommandFields, Phase.FINAL, run_command, grace=operator.attrgetter("kill_grace")),
+            Action(
+                "command",
+                CommandFields,
+                Phase.FINAL,
+                run_command,
+                prepare=prepare_command,
+                grace=operator.attrgetter("kill_grace"),
+            ),
             Action("call", CallFields, Phase.QUIESCE, _call, prepare=_prepare_call),
             Action(
                 "cache.persist",

@@ -13,7 +13,7 @@ import importlib
 import operator
 import queue
 import re
-import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -371,10 +371,11 @@ def _ends(process: Any, until: Callable[[], float]) -> bool:
 
 
 def _over(process: Any, timeout: float) -> bool:
-    if isinstance(process, subprocess.Popen):
+    library = sys.modules.get("subprocess")  # whose Popen only an app has that has imported it
+    if library is not None and isinstance(process, library.Popen):
         try:
             process.wait(timeout)
-        except subprocess.TimeoutExpired:
+        except library.TimeoutExpired:
             return False
         return True
     process.join(timeout)
