@@ -141,7 +141,7 @@ def _word(model: type[BaseModel], node: Node, prefix: Path, errors: list[ErrorDe
 
 
 def _veiled(model: type[BaseModel], node: Node) -> Node:
-    """Mark what the model does not show either as secret: faults go into logs, and to whoever may see the status."""
+    """Mark what the model does not show either as secret: faults go into logs, and to all who may see the status."""
     if not isinstance(node, Table):
         return node
     entries = dict(node.entries)
@@ -221,7 +221,7 @@ def keys_at(model: type[BaseModel], path: Path) -> list[str]:
 def _schema(model: type[BaseModel]) -> dict[str, Any]:
     try:
         return model.model_json_schema()
-    except PydanticInvalidForJsonSchema:  # a field of somebody else's that JSON Schema cannot express
+    except PydanticInvalidForJsonSchema:  # a field that JSON Schema cannot express
         return {}
     except ImportError:  # pydantic imports late, and the packages of a running daemon may have been replaced
         return {}

@@ -63,7 +63,7 @@ NO_VALUE = "expected a value (it has no default), got nothing"
 
 
 def hidden(node: Node) -> Node:
-    """Mark every value under a node as secret: faults go into logs, and to whoever may see the status."""
+    """Mark every value under a node as secret: faults go into logs, and to all who may see the status."""
     if isinstance(node, Scalar):
         return dataclasses.replace(node, secret=True)
     if isinstance(node, Items):
