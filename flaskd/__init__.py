@@ -73,27 +73,20 @@ def serve(
     the program is its own: exit callbacks and threads of the app are left to it, and ``shutdown.exit_wait`` means
     nothing here.
     """
-    from pathlib import Path  # noqa: PLC0415 - see __getattr__
-
-    from flaskd.serving.launch import check_system  # noqa: PLC0415
+    from flaskd.serving.launch import check_system  # noqa: PLC0415 - see __getattr__
 
     check_system()
     from flaskd.boot import Boot  # noqa: PLC0415
-    from flaskd.cleanup import action_specs  # noqa: PLC0415
-    from flaskd.config import Configuration, load, load_mapping  # noqa: PLC0415
     from flaskd.control import ControlPlane  # noqa: PLC0415
     from flaskd.process.exit import renew_standard_error  # noqa: PLC0415
-
-    # Absolute: app.chdir may change the working directory before a reload.
-    source = Path(config).absolute() if isinstance(config, str | os.PathLike) else config or {}
-
-    def read() -> Configuration:
-        if isinstance(source, Path):
-            return load(source, actions=action_specs())
-        return load_mapping(source, actions=action_specs())
+    from flaskd.serving.configuration import reader  # noqa: PLC0415
 
     boot = Boot(
-        read, plane=lambda daemon: ControlPlane(daemon, name, os.environ), name=name, environ=os.environ, app=app
+        reader(config),
+        plane=lambda daemon: ControlPlane(daemon, name, os.environ),
+        name=name,
+        environ=os.environ,
+        app=app,
     )
     code = boot.run()
     renew_standard_error()

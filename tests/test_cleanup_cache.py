@@ -13,6 +13,7 @@ from test_cleanup_kit import PATIENCE, run
 from flaskd.cleanup import ACTIONS, Fate, Step, StepFailedError, action_specs, build_plan
 from flaskd.cleanup.actions.cache import PersistFields, restore_cache, use_up_cache
 from flaskd.config import load_mapping
+from flaskd.config.kinds import SecretText
 from flaskd.errors import ConfigError
 
 SECRET = "a secret of the app"
@@ -148,7 +149,7 @@ def test_a_file_that_is_not_ours_is_refused(kept):
     ("change", "fields", "words"),
     [
         ({"secret": "another secret"}, {}, "signed with another key"),
-        ({}, {"key": "sixteen letters!"}, "signed with another key"),
+        ({}, {"key": SecretText("sixteen letters!")}, "signed with another key"),
         ({"name": "store"}, {}, 'it is of the app "shop", and this is "store"'),
     ],
 )

@@ -27,9 +27,11 @@ from flaskd.errors import ConfigError
 
 
 def perform(use, *things, timeout=PATIENCE, deadline=PATIENCE, **fields):
-    """Run one action on what discovery finds among these things, or on its target; give the result."""
+    """Run one action on what discovery finds among these things, or on its target; fields are written as in a file."""
     action = ACTIONS[use]
-    step = Step("it", action, action.fields(**fields), action.default_phase, timeout, found=discover(None, things))
+    step = Step(
+        "it", action, action.fields.model_validate(fields), action.default_phase, timeout, found=discover(None, things)
+    )
     return run(step, deadline=deadline)["it"]
 
 
@@ -404,7 +406,7 @@ def test_processes_are_terminated_then_killed(module, deaf):
     with process:
         assert process.stdout.readline() == "up\n"
         module.child = process
-        result = perform("processes.stop", target="live_module:child", kill_grace=0.2)
+        result = perform("processes.stop", target="live_module:child", kill_grace="200ms")
         assert (result.fate, result.detail) == (Fate.OK, f"live_module:child{': killed' if deaf else ''}")
         assert process.returncode == (-9 if deaf else -15)
         assert perform("processes.stop", target="live_module:child").detail == "live_module:child"

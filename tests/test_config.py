@@ -11,16 +11,19 @@ from pathlib import Path
 import pytest
 import yaml
 from config_cases import ACTIONS, REFUSED, WRONG, policies
-from pydantic import BaseModel, SecretStr
+from pydantic import BaseModel, Field, SecretStr
 
 from flaskd.cleanup import action_specs
 from flaskd.config import (
     ActionSpec,
     Config,
     Configuration,
+    Duration,
     InvalidConfigError,
+    OneOrMany,
     Phase,
     Section,
+    Size,
     load,
     load_again,
     load_mapping,
@@ -599,6 +602,71 @@ def test_the_schema_knows_every_key_and_describes_it():
     assert policy["properties"]["use"]["anyOf"][0]["enum"] == sorted(ACTIONS)
     assert {"if", "then"} == set(policy["allOf"][0])
     assert definitions["CallFields"]["additionalProperties"] is False
+
+
+def test_actions_of_other_packages_declare_their_fields_with_pydantic():
+    """Its models, with flaskd's units and lists, are read, refused, shown and described like flaskd's own sections."""
+
+    class Fields(Section):
+        wait: Duration = Field(default=2.0, gt=0, description="How long.")
+        most: Size = Field(default=1024, description="How much.")
+        paths: OneOrMany[str] = Field(min_length=1, description="Which.")
+
+    actions = {"mine": ActionSpec(Fields, Phase.CLOSE)}
+
+    def given(**fields):
+        return load_mapping({"cleanup": {"policies": {"a": {"use": "mine", "with": fields}}}}, actions=actions)
+
+    fields = given(wait="1m", paths="x").values.cleanup.policies["a"].with_
+    assert (fields.wait, fields.most, fields.paths) == (60.0, 1024, ["x"])
+    assert (Fields(paths=["x"], wait=5.0).wait, Fields(paths="x").paths) == (5.0, ["x"])
+    shown = yaml.safe_load(given(wait="1m", paths="x").describe())["cleanup"]["policies"]["a"]["with"]
+    assert shown == {"wait": "1m", "most": "1KiB", "paths": ["x"]}
+    with pytest.raises(InvalidConfigError) as caught:
+        given(wait="0s", most="x", paths=[], path="y")
+    assert [fault.message for fault in caught.value.faults] == [
+        'expected more than 0, got "0s"',
+        'expected a size such as 64MiB, got "x"',
+        "expected a list of at least 1, got an empty list",
+        'expected a known key, got "path"; did you mean "paths"?; known keys: paths, wait, most',
+    ]
+    described = schema(actions)["$defs"]["Fields"]["properties"]
+    assert (described["wait"]["default"], described["most"]["default"]) == ("2s", "1KiB")
+    assert described["paths"]["anyOf"][0] == {"type": "string"}
+
+
+def test_the_schema_confuses_no_two_models_of_one_name():
+    """A model of another package may be called as a section of flaskd's."""
+
+    class DrainConfig(BaseModel):
+        mine: int
+
+    whole = schema({"mine": ActionSpec(DrainConfig, Phase.CLOSE)})
+    (rule,) = whole["$defs"]["Policy"]["allOf"]
+    name = rule["then"]["properties"]["with"]["$ref"].removeprefix("#/$defs/")
+    assert "mine" in whole["$defs"][name]["properties"]
+    assert "timeout" in whole["$defs"]["DrainConfig"]["properties"]
+
+
+def test_the_values_of_a_section_never_change():
+    """A copy may have other values; it compares by value, and knows what was given."""
+    drain = Config().shutdown.drain
+    for change in (lambda: setattr(drain, "timeout", 1.0), lambda: delattr(drain, "timeout")):
+        with pytest.raises(AttributeError, match="the values of a configuration never change"):
+            change()
+    other = drain.model_copy(update={"timeout": 1.0})
+    assert (drain.timeout, other.timeout, other.model_fields_set) == (15.0, 1.0, {"timeout"})
+    assert drain == type(drain)() != other
+    with pytest.raises(TypeError, match="DrainConfig has no field timeuot"):
+        type(drain)(timeuot=1.0)
+
+
+def test_the_schema_takes_what_is_taken():
+    """The mode of discovery may stand alone, as it may in the file."""
+    discovery = schema(ACTIONS)["$defs"]["CleanupConfig"]["properties"]["discovery"]
+    words, whole = discovery["anyOf"]
+    assert words["anyOf"][0]["enum"] == ["auto", "report", "off"]
+    assert whole == {"$ref": "#/$defs/DiscoveryConfig"}
 
 
 def test_the_reference_shows_every_key_with_its_default():

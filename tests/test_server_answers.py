@@ -507,7 +507,7 @@ PROXIED = {"trusted_proxy": "127.0.0.1", "trusted_proxy_headers": "x-forwarded-f
 
 def serve_behind(serve, app, settings):
     """As launch.py and thread.py have it: the app behind the proxies of a configuration."""
-    server = ServerConfig(**settings)
+    server = ServerConfig.model_validate(settings)
     return serve(BehindProxies(app, server), adjustments=adjustments(server, open_files.limit()))
 
 

@@ -9,7 +9,7 @@ import pytest
 from fake_notify import receiving
 
 from flaskd.cleanup import Plan
-from flaskd.config import CleanupConfig, ShutdownConfig
+from flaskd.config import CleanupConfig, DrainConfig, ShutdownConfig
 from flaskd.lifecycle import State, StopReason
 from flaskd.serving.stop import Stop
 from flaskd.sockets import Address, Listener
@@ -232,7 +232,7 @@ def test_the_steps_of_a_stop_end_before_what_the_manager_was_told(monkeypatch, d
         return SimpleNamespace(kept=those["reserve"])
 
     monkeypatch.setattr("flaskd.serving.stop.Runner", runner)
-    shutdown = ShutdownConfig(deadline=deadline, reserve=reserve, drain={"timeout": deadline})
+    shutdown = ShutdownConfig(deadline=deadline, reserve=reserve, drain=DrainConfig(timeout=deadline))
     monkeypatch.setattr("flaskd.serving.stop.time.monotonic", lambda: 0.0)
     stop = Stop(
         StopReason("signal", "SIGTERM"),

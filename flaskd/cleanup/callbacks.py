@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, overload
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 from flaskd.cleanup.context import StepContext, StepFailedError, in_app_context
 from flaskd.cleanup.model import Action, Step
 from flaskd.cleanup.plan import Plan
-from flaskd.config import Phase, Section
+from flaskd.config import Phase, Settings
+from flaskd.config.order import in_turn
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -26,7 +27,7 @@ _EXTENSION = "flaskd.on_stop"
 """Where an app keeps the functions that are registered for it alone (flask.Flask.extensions)."""
 
 
-class _NoFields(Section):
+class _NoFields(Settings):
     """A function in hand needs no fields."""
 
 
@@ -103,7 +104,8 @@ def with_callbacks(plan: Plan, app: Flask | None, *, timeout: float, told: set[s
     steps, lost = [], []
     for phase in Phase:
         done: list[str] = []
-        for name, circle in _in_turn({name: each for name, each in wished.items() if each.phase is phase}):
+        # Last in, first out, but for those that come after one which was registered before them.
+        for name, circle in in_turn({name: each.after for name, each in wished.items() if each.phase is phase}):
             callback = wished[name]
             kept = done[-1:]
             for other in callback.after:
@@ -132,34 +134,6 @@ def with_callbacks(plan: Plan, app: Flask | None, *, timeout: float, told: set[s
     if told is not None:
         told.update(lost)
     return Plan((*plan.steps, *steps))
-
-
-def _in_turn(wished: Mapping[str, _Callback]) -> Iterator[tuple[str, list[str]]]:
-    """Put the functions of one phase, the last registered first, into the order in which they run.
-
-    Last in, first out, but for those that come after one which was registered before them. Where they wait for each
-    other in a circle, its last registered goes first; it comes with the circle, which begins and ends with it.
-    """
-    left = dict(wished)
-    while left:
-        name = next((name for name, each in left.items() if left.keys().isdisjoint(each.after)), None)
-        circle = []
-        if name is None:
-            circle = _circle(left)
-            name = circle[0]
-        del left[name]
-        yield name, circle
-
-
-def _circle(left: Mapping[str, _Callback]) -> list[str]:
-    """A circle among functions each of which waits for another of them; its last registered at both ends."""
-    walked = [next(iter(left))]
-    while walked.count(walked[-1]) == 1:
-        walked.append(next(other for other in left[walked[-1]].after if other in left))
-    circle = walked[walked.index(walked[-1]) : -1]
-    names = list(left)
-    start = circle.index(min(circle, key=names.index))
-    return [*circle[start:], *circle[: start + 1]]
 
 
 def _run(function: Callable[..., object], context: StepContext, _fields: _NoFields) -> str | None:

@@ -22,10 +22,8 @@ from flaskd.stacks import stack_of
 from flaskd.text import listed
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
-
     from flaskd.cleanup.kinds import Kind
-    from flaskd.config import Phase
+    from flaskd.config import Fields, Phase
 
 End = Callable[[Any, StepContext, Any], str | None]
 """Ends one object within the time of the context; returns a detail or None, raises to fail."""
@@ -61,7 +59,7 @@ def no_grace(_fields: object) -> float:
     return 0.0
 
 
-def _wanted(use: str, context: StepContext, fields: BaseModel) -> list[tuple[str, Any]]:
+def _wanted(use: str, context: StepContext, fields: Fields) -> list[tuple[str, Any]]:
     if getattr(fields, "target", None):
         return targets(fields)
     found = context.found or ()
@@ -71,7 +69,7 @@ def _wanted(use: str, context: StepContext, fields: BaseModel) -> list[tuple[str
 class _SideBySide:
     """Several objects being ended side by side, in threads of their own."""
 
-    def __init__(self, end: End, things: list[tuple[str, Any]], context: StepContext, fields: BaseModel) -> None:
+    def __init__(self, end: End, things: list[tuple[str, Any]], context: StepContext, fields: Fields) -> None:
         self._end, self._context, self._fields = end, context, fields
         self._names = [name for name, _ in things]
         self._left: queue.SimpleQueue[tuple[int, str, Any]] = queue.SimpleQueue()
@@ -125,7 +123,7 @@ class _SideBySide:
         return "\n".join([*(stack_of(each, below=__file__) for each in threads), *(each.trace for each in late)])
 
 
-def end_all(use: str, end: End, context: StepContext, fields: BaseModel) -> str | None:
+def end_all(use: str, end: End, context: StepContext, fields: Fields) -> str | None:
     """End all that is wanted; one that fails or hangs is named, and the others are ended all the same."""
     things = _wanted(use, context, fields)
     if not things:

@@ -8,12 +8,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from flaskd.config import Phase
+from flaskd.config import Fields, Phase
 from flaskd.text import Redactor, listed
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
-
     from flaskd.cleanup.context import StepContext
     from flaskd.cleanup.found import Found
     from flaskd.cleanup.kinds import Kind
@@ -87,7 +85,7 @@ class Action:
     """
 
     name: str
-    fields: type[BaseModel]
+    fields: type[Fields]
     default_phase: Phase
     run: Callable[[StepContext, Any], str | None]
     prepare: Callable[[Any], None] | None = None
@@ -134,7 +132,7 @@ class Step:
 
     name: str
     action: Action
-    fields: BaseModel
+    fields: Fields
     phase: Phase
     timeout: float
     retries: int = 0

@@ -11,6 +11,7 @@ from flaskd.cleanup.actions import ACTIONS
 from flaskd.cleanup.model import DISCOVERED, Action, Step
 from flaskd.cleanup.targets import loaded
 from flaskd.config import CleanupConfig, Phase
+from flaskd.config.order import in_turn
 from flaskd.errors import ConfigError, FlaskdError
 from flaskd.process.forks import AppCode
 from flaskd.text import Redactor
@@ -219,13 +220,11 @@ def _enabled_before(name: str, cleanup: CleanupConfig) -> tuple[str, ...]:
 
 def _ordered(steps: Iterable[Step]) -> tuple[Step, ...]:
     """Sort; an edge to a later or unknown step is dropped, so that no step ever waits for nothing."""
-    left = sorted(steps, key=lambda step: _ORDER[step.phase])
-    names = {step.name for step in left}
+    steps = tuple(steps)
     done: dict[str, Step] = {}
-    while left:
-        phase = left[0].phase
-        free = (step for step in left if step.phase is phase and names.isdisjoint(set(step.after) - done.keys()))
-        step = next(free, left[0])
-        left.remove(step)
-        done[step.name] = replace(step, after=tuple(before for before in step.after if before in done))
+    for phase in Phase:
+        of_phase = {step.name: step for step in steps if step.phase is phase}
+        for name, _ in in_turn({name: step.after for name, step in of_phase.items()}):
+            step = of_phase[name]
+            done[name] = replace(step, after=tuple(before for before in step.after if before in done))
     return tuple(done.values())

@@ -14,7 +14,7 @@ from flaskd.cleanup.context import for_steps
 from flaskd.cleanup.model import Action, Fate, Step, StepResult, Verdict
 from flaskd.cleanup.plan import AFTER_THE_DRAIN, BEFORE_THE_DRAIN, BESIDE_THE_DRAIN, Plan
 from flaskd.cleanup.runner import Runner
-from flaskd.config import Config, Phase, Section
+from flaskd.config import Config, Phase, Settings
 from flaskd.errors import UsageError
 from flaskd.text import did_you_mean, nearest_first, quoted, table
 from flaskd.units import format_duration
@@ -121,7 +121,7 @@ class _Rehearsal(Runner):
 
 def rehearse(plan: Plan, frame: Frame, hang: Collection[str]) -> list[StepResult]:
     """What would become of each step if those named in `hang` never ended, after a drain that takes all of its time."""
-    still = Action("rehearsed", Section, Phase.FINAL, lambda _context, _fields: None)
+    still = Action("rehearsed", Settings, Phase.FINAL, lambda _context, _fields: None)
     steps = [replace(step, action=replace(still, name=step.action.name)) for step in plan.steps]
     runner = _Rehearsal(Plan(tuple(steps)), frame, hang)
     runner.run(BEFORE_THE_DRAIN)
@@ -232,8 +232,8 @@ def plan_from(steps: Iterable[Mapping[str, Any]]) -> Plan:
         tuple(
             Step(
                 name=each["name"],
-                action=Action(each["use"], Section, Phase(each["phase"]), lambda _context, _fields: None),
-                fields=Section(),
+                action=Action(each["use"], Settings, Phase(each["phase"]), lambda _context, _fields: None),
+                fields=Settings(),
                 phase=Phase(each["phase"]),
                 timeout=each["timeout"],
                 retries=each["retries"],

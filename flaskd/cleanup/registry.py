@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from flaskd.cleanup.context import StepContext, StepFailedError
 from flaskd.cleanup.model import Action
-from flaskd.config import Phase, Section
+from flaskd.config import Phase, Settings
 from flaskd.process.forks import AppCode
 
 if TYPE_CHECKING:
@@ -111,4 +111,4 @@ def _unusable(name: str, fault: str) -> Action:
     def run(_context: StepContext, _fields: Any) -> NoReturn:
         raise StepFailedError(fault)
 
-    return Action(name, Section, Phase.FINAL, run, fault=fault)
+    return Action(name, Settings, Phase.FINAL, run, fault=fault)

@@ -6,17 +6,14 @@ import importlib
 import operator
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any
-
-from pydantic import AfterValidator, Field
+from typing import Annotated, Any
 
 from flaskd.cleanup.context import StepFailedError
-from flaskd.config import OneOrMany, Section
+from flaskd.config import Fields, OneOrMany, Settings
+from flaskd.config.kinds import checked
+from flaskd.config.settings import field
 from flaskd.objects import contents_of
 from flaskd.process.forks import AppCode
-
-if TYPE_CHECKING:
-    from pydantic import BaseModel
 
 TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 """An object of the app, as a target is written."""
@@ -28,14 +25,14 @@ def _target(text: str) -> str:
     return text
 
 
-Target = Annotated[str, AfterValidator(_target)]
+Target = Annotated[str, checked(_target)]
 """An object of the app, as MODULE:ATTRIBUTE; dots lead on to attributes of it."""
 
 
-class TargetFields(Section):
+class TargetFields(Settings):
     """Fields of the actions on live objects."""
 
-    target: OneOrMany[Target] = Field(
+    target: OneOrMany[Target] = field(
         default=[], description="What to end, as MODULE:ATTRIBUTE; none: all of the kind that discovery finds."
     )
 
@@ -50,13 +47,13 @@ def look_up(target: str) -> Any:
         raise StepFailedError(f'cannot import target "{target}": {type(error).__name__}: {error}') from error
 
 
-def look_up_targets(fields: BaseModel) -> None:
+def look_up_targets(fields: Fields) -> None:
     """Make sure, before the stop, that what a policy names is there; what it is may still change."""
     for target in [*getattr(fields, "target", []), *filter(None, [getattr(fields, "stop", None)])]:
         look_up(target)
 
 
-def targets(fields: BaseModel) -> list[tuple[str, Any]]:
+def targets(fields: Fields) -> list[tuple[str, Any]]:
     """The objects that a policy names, each with its name; a collection stands for what is in it, None for nothing."""
     return [(name, each) for name in getattr(fields, "target", []) for each in _each_in(look_up(name))]
 

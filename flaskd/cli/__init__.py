@@ -129,10 +129,9 @@ def serve_app(
 
     check_system()
     from flaskd.boot import Boot  # noqa: PLC0415
-    from flaskd.cleanup import action_specs  # noqa: PLC0415
-    from flaskd.config import Configuration, load  # noqa: PLC0415
     from flaskd.control import ControlPlane  # noqa: PLC0415
     from flaskd.process.exit import Ending, leave  # noqa: PLC0415
+    from flaskd.serving.configuration import reader  # noqa: PLC0415
 
     if not gc.isenabled():  # `flaskd.__main__` has put it off for the imports
         gc.freeze()
@@ -140,16 +139,10 @@ def serve_app(
         gc.enable()
     if not name or "/" in name or name.startswith("."):
         raise click.BadParameter(f'expected a plain name, got "{name}"', param_hint="--name")
-    path = _config_path(config)
-    path = path.absolute() if path else None  # app.chdir may change the working directory before a reload
     overrides = {"app.target": app, "server.listen": list(listen) or None, "server.threads": threads}
-
-    def read() -> Configuration:
-        return load(path, actions=action_specs(), overrides=overrides)
-
     environ = dict(os.environ)
     boot = Boot(
-        read,
+        reader(_config_path(config), overrides),
         plane=lambda daemon: ControlPlane(daemon, name, environ),
         name=name,
         environ=environ,
@@ -206,10 +199,9 @@ def check(config: str | None, unit: str | None, as_json: bool, file: str | None)
 
 def _check(path: Path | None, unit: str | None) -> None:
     """Raises ConfigError."""
-    from flaskd.cleanup import action_specs  # noqa: PLC0415
-    from flaskd.config import load  # noqa: PLC0415
+    from flaskd.serving.configuration import read  # noqa: PLC0415
 
-    values = load(path, actions=action_specs()).values
+    values = read(path).values
     if unit is not None:
         from flaskd.systemd.unitfiles import compare  # noqa: PLC0415
 
@@ -270,10 +262,10 @@ def _plan(socket: str | None, name: str, config: str | None, hang: tuple[str, ..
 
 
 def _offline_plan(config: str | None) -> dict[str, Any]:
-    from flaskd.cleanup import Frame, action_specs, build_plan, overview  # noqa: PLC0415
-    from flaskd.config import load  # noqa: PLC0415
+    from flaskd.cleanup import Frame, build_plan, overview  # noqa: PLC0415
+    from flaskd.serving.configuration import read  # noqa: PLC0415
 
-    values = load(_config_path(config), actions=action_specs()).values
+    values = read(_config_path(config)).values
     mode = values.cleanup.discovery.mode
     answer = {"result": "plan", "discovery": mode, **overview(build_plan(values.cleanup), Frame.of(values))}
     answer["text"] += "\nfrom the file alone: what the app holds, and registers in code, only its daemon can say"

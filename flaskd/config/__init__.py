@@ -7,12 +7,15 @@ What the others need::
     configuration.restart_keys(newer)           # what a reload cannot change
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from flaskd.config.action_spec import ActionSpec, Fields, Phase
 from flaskd.config.configuration import Configuration
 from flaskd.config.faults import Fault, InvalidConfigError
 from flaskd.config.fields import Duration, OneOrMany, Size, write_duration, write_size
 from flaskd.config.loading import load, load_again, load_mapping
 from flaskd.config.model import (
-    ActionSpec,
     AdminConfig,
     AppConfig,
     CleanupConfig,
@@ -25,24 +28,33 @@ from flaskd.config.model import (
     HealthConfig,
     IdleConfig,
     LogConfig,
-    Phase,
     Policy,
     PolicyDefaults,
     RolesConfig,
-    Section,
     ServerConfig,
     ShutdownConfig,
     When,
 )
 from flaskd.config.schema import schema
+from flaskd.config.settings import Settings
 from flaskd.config.state_paths import KEY_FILE, MARK_FILE
 from flaskd.config.watch import FileWatch
+
+if TYPE_CHECKING:
+    from flaskd.config.pydantic_fields import Section
 
 __all__ = [
     "KEY_FILE", "MARK_FILE",
     "ActionSpec", "AdminConfig", "AppConfig", "CleanupConfig", "Config", "Configuration", "ControlConfig",
-    "DiscoveryConfig", "DrainConfig", "Duration", "EndpointConfig", "ExitCodes", "Fault", "FileWatch", "HealthConfig",
-    "IdleConfig", "InvalidConfigError", "LogConfig", "OneOrMany", "Phase", "Policy", "PolicyDefaults", "RolesConfig",
-    "Section", "ServerConfig", "ShutdownConfig", "Size", "When", "load", "load_again", "load_mapping", "schema",
-    "write_duration", "write_size",
+    "DiscoveryConfig", "DrainConfig", "Duration", "EndpointConfig", "ExitCodes", "Fault", "Fields", "FileWatch",
+    "HealthConfig", "IdleConfig", "InvalidConfigError", "LogConfig", "OneOrMany", "Phase", "Policy",
+    "PolicyDefaults", "RolesConfig", "Section", "ServerConfig", "Settings", "ShutdownConfig", "Size", "When",
+    "load", "load_again", "load_mapping", "schema", "write_duration", "write_size",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Import pydantic for who asks for its `Section`: an action of another package."""
+    if name != "Section":
+        raise AttributeError(f"module 'flaskd.config' has no attribute {name!r}")
+    return import_module("flaskd.config.pydantic_fields").Section

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import BaseModel
 
 from flaskd.config.faults import dotted
 from flaskd.config.nodes import core
+from flaskd.config.settings import Settings
 from flaskd.text import MASK, Redactor, without_password
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Configuration:
 
     def describe(self) -> str:
         """Write the effective configuration as YAML: every key, units for people, secrets masked."""
-        tree = self.values.model_dump(mode="json", by_alias=True)
+        tree = self.values.model_dump()
         for path in self._secrets:
             _mask(tree, path)
         return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**31)
@@ -84,13 +84,12 @@ def _last_lines(node: yaml.Node, path: NodePath = ()) -> Iterator[tuple[NodePath
         yield path, node.end_mark.line
 
 
-def _restart_keys(old: BaseModel, new: BaseModel, prefix: str = "") -> Iterator[str]:
-    for name, info in type(old).model_fields.items():
+def _restart_keys(old: Settings, new: Settings, prefix: str = "") -> Iterator[str]:
+    for name, each in old.model_fields.items():
         was, becomes = getattr(old, name), getattr(new, name)
-        marks = info.json_schema_extra
-        if isinstance(was, BaseModel) and isinstance(becomes, BaseModel):
+        if isinstance(was, Settings) and isinstance(becomes, Settings):
             yield from _restart_keys(was, becomes, f"{prefix}{name}.")
-        elif isinstance(marks, dict) and marks.get("restart") and was != becomes:
+        elif each.restart and was != becomes:
             yield prefix + name
 
 

@@ -1,29 +1,29 @@
-"""The kinds of values that fields have: durations, sizes, addresses, modes; each says what it expects.
+"""The kinds of values that are flaskd's own: durations, sizes, addresses, modes; each says what it expects.
 
 A message here ends before ", got ...": what stands at the place is added by whoever knows the place.
 """
 
+from __future__ import annotations
+
 import ipaddress
 import re
 import stat
+from collections.abc import Callable
 from decimal import Decimal
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    PlainSerializer,
-    ValidationInfo,
-    WithJsonSchema,
-)
-from pydantic_core import CoreSchema, core_schema
-
+from flaskd.config.faults import Faults
+from flaskd.config.kinds import Kind, ListOf, Schema, Unshown, attempt, checked, described
+from flaskd.config.nodes import Scalar
 from flaskd.sockets import Address
-from flaskd.text import MASK
 from flaskd.units import format_duration, parse_duration, parse_size
 from flaskd.verbs import VERBS
+
+if TYPE_CHECKING:
+    from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationInfo
+    from pydantic_core import CoreSchema
+
+    from flaskd.config.nodes import Node, Path
 
 Item = TypeVar("Item")
 
@@ -34,11 +34,9 @@ _LONGEST = 366 * 86400.0
 """Seconds; the operating system's timers overflow far above this, and nobody means it."""
 
 
-def _parse_duration(value: Any, info: ValidationInfo) -> Any:
-    if info.mode == "python" and not isinstance(value, str):
-        return value  # code that builds a model itself has seconds in hand
+def _parse_duration(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise ValueError("expected a duration such as 5s")  # noqa: TRY004 - pydantic's protocol
+        raise ValueError("expected a duration such as 5s")  # noqa: TRY004 - how a kind refuses
     text = str(value)
     try:
         seconds = parse_duration(text)
@@ -50,14 +48,12 @@ def _parse_duration(value: Any, info: ValidationInfo) -> Any:
     return seconds
 
 
-def _parse_size(value: Any, info: ValidationInfo) -> Any:
-    if info.mode == "python" and not isinstance(value, str):
-        return value
+def _parse_size(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise ValueError("expected a size such as 64MiB")  # noqa: TRY004 - pydantic's protocol
+        raise ValueError("expected a size such as 64MiB")  # noqa: TRY004 - how a kind refuses
     try:
         return parse_size(str(value))
-    except OverflowError:
+    except (ValueError, OverflowError):
         raise ValueError("expected a size such as 64MiB") from None
 
 
@@ -75,29 +71,71 @@ def write_size(size: int) -> str:
     return f"{size}B"
 
 
+class _Unit(Kind):
+    """A number that is written with its unit; for pydantic's models, too."""
+
+    def __init__(self, parse: Callable[[object], Any], write: Callable[[Any], str], schema: Schema) -> None:
+        self._parse, self._write, self._schema = parse, write, schema
+
+    def __call__(self, _number: Kind) -> Kind:
+        return self
+
+    def read(self, node: Node, path: Path, faults: Faults) -> Any:
+        return attempt(lambda: self._parse(node.value if isinstance(node, Scalar) else node), node, path, faults)
+
+    def write(self, value: Any) -> str:
+        return self._write(value)
+
+    def schema(self, definitions: dict[str, Schema]) -> Schema:  # noqa: ARG002 - it has no name
+        return dict(self._schema)
+
+    def __get_pydantic_core_schema__(self, source: Any, inner: GetCoreSchemaHandler) -> CoreSchema:
+        from pydantic_core import core_schema  # noqa: PLC0415 - there when a model of pydantic's is made
+
+        def parse(value: Any, info: ValidationInfo) -> Any:
+            # Code that builds a model itself has seconds or bytes in hand.
+            return value if info.mode == "python" and not isinstance(value, str) else self._parse(value)
+
+        written = core_schema.plain_serializer_function_ser_schema(
+            self._write, return_schema=core_schema.str_schema(), when_used="json"
+        )
+        return core_schema.with_info_before_validator_function(parse, inner(source), serialization=written)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, inner: GetJsonSchemaHandler) -> dict[str, Any]:
+        return dict(self._schema)
+
+
 Duration = Annotated[
     float,
-    BeforeValidator(_parse_duration),
-    PlainSerializer(write_duration, return_type=str, when_used="json"),
-    WithJsonSchema({"type": "string", "pattern": rf"^(0|([0-9]+(\.[0-9]+)?(ms|s|m|h|d)\s*)+)$|{INTERPOLATION}"}),
+    _Unit(
+        _parse_duration,
+        write_duration,
+        {"type": "string", "pattern": rf"^(0|([0-9]+(\.[0-9]+)?(ms|s|m|h|d)\s*)+)$|{INTERPOLATION}"},
+    ),
 ]
 """Seconds, written ``250ms``, ``1.5s``, ``2m`` (flaskd.units)."""
 
 Size = Annotated[
     int,
-    BeforeValidator(_parse_size),
-    PlainSerializer(write_size, return_type=str, when_used="json"),
-    WithJsonSchema(
-        {"type": ["string", "integer"], "pattern": rf"^[0-9]+(\.[0-9]+)?\s*(B|kB|MB|GB|KiB|MiB|GiB)?$|{INTERPOLATION}"}
+    _Unit(
+        _parse_size,
+        write_size,
+        {"type": ["string", "integer"], "pattern": rf"^[0-9]+(\.[0-9]+)?\s*(B|kB|MB|GB|KiB|MiB|GiB)?$|{INTERPOLATION}"},
     ),
 ]
 """Bytes, written ``64MiB``, ``10kB`` or as a bare number (flaskd.units)."""
 
 
 class _OneOrMany:
-    """Makes a list of a single value before validation, and says in the schema that it may stand alone."""
+    """Lets a single entry of a list stand alone; for pydantic's models, too."""
+
+    def __call__(self, several: Kind) -> Kind:
+        assert isinstance(several, ListOf)
+        return ListOf(several.item, alone=True)
 
     def __get_pydantic_core_schema__(self, source: Any, inner: GetCoreSchemaHandler) -> CoreSchema:
+        from pydantic_core import core_schema  # noqa: PLC0415 - there when a model of pydantic's is made
+
         return core_schema.no_info_before_validator_function(self._as_list, inner(source))
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, inner: GetJsonSchemaHandler) -> dict[str, Any]:
@@ -119,7 +157,7 @@ def _listen(text: str) -> str:
     return text
 
 
-Listen = Annotated[str, AfterValidator(_listen)]
+Listen = Annotated[str, checked(_listen)]
 """An address to listen on, as flaskd.sockets.Address has it."""
 
 
@@ -128,7 +166,7 @@ def _own_address(text: str) -> str:
     return text
 
 
-OwnAddress = Annotated[str, AfterValidator(_own_address)]
+OwnAddress = Annotated[str, checked(_own_address)]
 """An address that flaskd binds itself: a socket that was passed in is nobody's own."""
 
 
@@ -145,7 +183,7 @@ def _trusted_proxy(text: str) -> str:
     return text
 
 
-TrustedProxy = Annotated[str, AfterValidator(_trusted_proxy)]
+TrustedProxy = Annotated[str, checked(_trusted_proxy)]
 """Who the peer of a connection is: an address or a network, or localhost, which is a Unix socket, too."""
 
 
@@ -156,7 +194,7 @@ def _host_name(text: str) -> str:
     return text.lower()
 
 
-HostName = Annotated[str, AfterValidator(_host_name)]
+HostName = Annotated[str, checked(_host_name)]
 """A Host header, which is compared without regard to case."""
 
 
@@ -166,7 +204,7 @@ def _credential_name(text: str) -> str:
     return text
 
 
-CredentialName = Annotated[str, AfterValidator(_credential_name)]
+CredentialName = Annotated[str, checked(_credential_name)]
 """A file's name in $CREDENTIALS_DIRECTORY (systemd.exec(5), LoadCredential=)."""
 
 
@@ -192,7 +230,7 @@ def _from_decimal(text: str) -> str:
 _MODE = "^(0o?)?[67](00|1[01]|2[02]|3[0-3]|4[04]|5[0145]|6[0246]|7[0-7])$"
 """What `_mode` allows: of each row the digit for the group, then what others may have with it."""
 
-Mode = Annotated[str, AfterValidator(_mode), WithJsonSchema({"type": "string", "pattern": f"{_MODE}|{INTERPOLATION}"})]
+Mode = Annotated[str, checked(_mode), described({"type": "string", "pattern": f"{_MODE}|{INTERPOLATION}"})]
 """A file mode as octal text, brought to four digits; the owner may read and write, others no more than the group."""
 
 
@@ -225,13 +263,13 @@ def _some_text(text: str) -> str:
     return text
 
 
-UrlPath = Annotated[str, AfterValidator(_url_path)]
-PathPattern = Annotated[str, AfterValidator(_path_pattern)]
+UrlPath = Annotated[str, checked(_url_path)]
+PathPattern = Annotated[str, checked(_path_pattern)]
 """A path, or with ``*`` at its end all that begin so."""
-UrlPrefix = Annotated[str, AfterValidator(_url_prefix)]
-HeaderText = Annotated[str, AfterValidator(_header_text)]
-SomeText = Annotated[str, AfterValidator(_some_text)]
-Hidden = PlainSerializer(lambda _: MASK, return_type=str, when_used="json")
+UrlPrefix = Annotated[str, checked(_url_prefix)]
+HeaderText = Annotated[str, checked(_header_text)]
+SomeText = Annotated[str, checked(_some_text)]
+Hidden = Unshown
 """For what is often a secret, though written in plain text: it is used, and never shown, in a fault neither."""
 
 _POLICY_NAME = r"[a-z0-9][a-z0-9._-]*"
@@ -243,17 +281,8 @@ def _policy_name(text: str) -> str:
     return text
 
 
-PolicyName = Annotated[
-    str, AfterValidator(_policy_name), WithJsonSchema({"type": "string", "pattern": f"^{_POLICY_NAME}$"})
-]
+PolicyName = Annotated[str, checked(_policy_name), described({"type": "string", "pattern": f"^{_POLICY_NAME}$"})]
 
-
-def _lower(value: Any) -> Any:
-    return value.lower() if isinstance(value, str) else value
-
-
-LowerCase = BeforeValidator(_lower)
-"""For names that HTTP does not distinguish by case (RFC 9110, section 5.1)."""
 
 _MEMBER = r"@?[^\s@:,]+"  # what neither passwd(5) nor group(5) can have in a name
 
@@ -264,7 +293,7 @@ def _member(text: str) -> str:
     return text
 
 
-Member = Annotated[str, AfterValidator(_member), WithJsonSchema({"type": ["string", "integer"]})]
+Member = Annotated[str, checked(_member), described({"type": ["string", "integer"]})]
 
 
 def _verb_name(text: str) -> str:
@@ -273,5 +302,5 @@ def _verb_name(text: str) -> str:
     return text
 
 
-VerbName = Annotated[str, AfterValidator(_verb_name), WithJsonSchema({"enum": list(VERBS)})]
+VerbName = Annotated[str, checked(_verb_name), described({"enum": list(VERBS)})]
 """A command of the control plane."""

@@ -19,8 +19,8 @@ from flaskd.config.nodes import Node, Scalar, Table, child, scalars
 from flaskd.config.nodes import Path as NodePath
 from flaskd.config.policies import action_of, check_policies, policy_tables
 from flaskd.config.python_source import from_python
+from flaskd.config.settings import Settings
 from flaskd.config.state_paths import check_state_paths
-from flaskd.config.wording import validated
 from flaskd.config.yaml_loader import MAX_BYTES, parse
 from flaskd.errors import ConfigError
 from flaskd.text import Redactor
@@ -28,9 +28,7 @@ from flaskd.text import Redactor
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from pydantic import BaseModel
-
-    from flaskd.config.model import Actions
+    from flaskd.config.action_spec import Actions, Fields
 
 _POLICIES = ("cleanup", "policies")
 _INHERITED = ("timeout", "on_failure", "retries")
@@ -172,7 +170,7 @@ def _origin(scalar: Scalar) -> str:
 def _validated(
     tree: Table, base: Path, actions: Actions, environ: Mapping[str, str] | None, faults: Faults
 ) -> tuple[Config, frozenset[NodePath]]:
-    config = validated(Config, tree, (), faults)
+    config = Config.read(tree, (), faults)
     check_policies(tree, actions, faults)
     check_endpoint(tree, faults)
     fields = _action_fields(tree, actions, faults)
@@ -194,13 +192,21 @@ def _put(table: Table, parts: tuple[str, ...], node: Node) -> Table:
     return dataclasses.replace(table, entries={**table.entries, first: node})
 
 
-def _action_fields(tree: Table, actions: Actions, faults: Faults) -> dict[str, BaseModel | None]:
-    fields = {}
+def _action_fields(tree: Table, actions: Actions, faults: Faults) -> dict[str, Fields | None]:
+    fields: dict[str, Fields | None] = {}
     for name, policy in policy_tables(tree).items():
         if (spec := action_of(policy, actions)) and not spec.fault:
             written = policy.entries.get("with") or Table(policy.key, policy.place, {})
-            fields[name] = validated(spec.strict_fields, written, (*_POLICIES, name, "with"), faults)
+            fields[name] = _read_fields(spec.fields, written, (*_POLICIES, name, "with"), faults)
     return fields
+
+
+def _read_fields(fields: type[Fields], written: Node, path: NodePath, faults: Faults) -> Fields | None:
+    if issubclass(fields, Settings):
+        return fields.read(written, path, faults)
+    from flaskd.config.pydantic_fields import read  # noqa: PLC0415 - who brings such an action has imported pydantic
+
+    return read(fields, written, path, faults)
 
 
 def interpolated_in(tree: Table, path: NodePath) -> list[str]:
@@ -212,9 +218,7 @@ def interpolated_in(tree: Table, path: NodePath) -> list[str]:
     return [text for each in found for text in (each.text, *each.pieces)]
 
 
-def _complete(
-    config: Config, tree: Table, fields: Mapping[str, BaseModel | None], actions: Actions, base: Path
-) -> Config:
+def _complete(config: Config, tree: Table, fields: Mapping[str, Fields | None], actions: Actions, base: Path) -> Config:
     """Fill in what depends on the rest: each policy's defaults, phase and fields, absolute paths."""
     policies = {}
     for name, policy in config.cleanup.policies.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flaskd.config.faults import Place
 from flaskd.text import MASK, quoted
@@ -121,6 +121,15 @@ def scalars(node: Node, path: Path = ()) -> Iterator[tuple[Path, Scalar]]:
     else:
         for i, inner in enumerate(node.items):
             yield from scalars(inner, (*path, i))
+
+
+def plain(node: Node) -> Any:
+    """Give the value of a node without its places: what JSON would hold of it."""
+    if isinstance(node, Table):
+        return {key: plain(inner) for key, inner in node.entries.items()}
+    if isinstance(node, Items):
+        return [plain(inner) for inner in node.items]
+    return node.value
 
 
 def shown(node: Node) -> str:

@@ -6,17 +6,17 @@ Works on the tree, not on the model, so that these faults come together with all
 from __future__ import annotations
 
 import functools
-import graphlib
 import itertools
 from typing import TYPE_CHECKING
 
+from flaskd.config.action_spec import Phase
 from flaskd.config.faults import Faults, dotted
-from flaskd.config.model import Phase
 from flaskd.config.nodes import Items, Node, Scalar, Table, child, shown
+from flaskd.config.order import circle_in
 from flaskd.text import did_you_mean, nearest_first
 
 if TYPE_CHECKING:
-    from flaskd.config.model import Actions, ActionSpec
+    from flaskd.config.action_spec import Actions, ActionSpec
     from flaskd.config.nodes import Path
 
 _WHERE = ("cleanup", "policies")
@@ -103,26 +103,17 @@ def _phase(policy: Table, actions: Actions) -> Phase | None:
 
 
 def _check_circles(edges: dict[tuple[str, str], tuple[Node, str]], faults: Faults) -> None:
-    order = {name: i for i, (name, _) in enumerate(edges)}
     for _ in range(_MAX_CIRCLES):
-        graph: dict[str, set[str]] = {}
+        after: dict[str, list[str]] = {}
         for name, other in edges:
-            graph.setdefault(name, set()).add(other)
-        try:
-            graphlib.TopologicalSorter(graph).prepare()
-        except graphlib.CycleError as error:
-            # Each stands before its successor, so reversed it reads "a after b after a"; it starts with the
-            # first in the file.
-            circle = error.args[1][:0:-1]
-            start = circle.index(min(circle, key=order.__getitem__))
-            circle = circle[start:] + circle[:start] + circle[start : start + 1]
-            item, path = edges[circle[0], circle[1]]
-            names = circle if len(circle) <= _SHOWN else [*circle[: _SHOWN - 1], "...", circle[-1]]
-            faults.add(item.place, path, f"expected an order, got a circle: {' after '.join(names)}")
-            for edge in itertools.pairwise(circle):
-                edges.pop(edge, None)
-        else:
+            after.setdefault(name, []).append(other)
+        if not (circle := circle_in(after)):
             return
+        item, path = edges[circle[0], circle[1]]
+        names = circle if len(circle) <= _SHOWN else [*circle[: _SHOWN - 1], "...", circle[-1]]
+        faults.add(item.place, path, f"expected an order, got a circle: {' after '.join(names)}")
+        for edge in itertools.pairwise(circle):
+            edges.pop(edge, None)
 
 
 def _unknown(expected: str, node: Scalar, names: list[str]) -> str:

@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
-
-from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_json_schema
+from typing import TYPE_CHECKING, Any
 
 from flaskd.config.fields import INTERPOLATION
-from flaskd.config.model import Config, Policy
+from flaskd.config.model import Config
+from flaskd.config.settings import Settings, definition
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
-    from pydantic_core import core_schema
-
-    from flaskd.config.model import Actions
-
-_REF = "#/$defs/{model}"
-
-
-class _Generator(GenerateJsonSchema):
-    """Writes defaults as people do: ``5s``, where the model has 5.0."""
-
-    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
-        written = super().default_schema(schema)
-        inner: Any = schema["schema"]
-        while "serialization" not in inner and "schema" in inner:
-            inner = inner["schema"]
-        function = inner.get("serialization", {}).get("function")
-        if function and written.get("default") is not None:
-            written["default"] = function(written["default"])
-        return written
+    from flaskd.config.action_spec import Actions, Fields
 
 
 def schema(actions: Actions) -> dict[str, Any]:
@@ -38,30 +18,32 @@ def schema(actions: Actions) -> dict[str, Any]:
     A policy's ``with`` follows its ``use``; actions that cannot be used are left out. An interpolation is allowed
     wherever a single value is.
     """
-    actions = {name: spec for name, spec in actions.items() if not spec.fault}
-    models: dict[type[BaseModel], None] = dict.fromkeys([Config, Policy])
-    models |= dict.fromkeys(spec.strict_fields for spec in actions.values())
-    inputs: list[tuple[type[BaseModel], Literal["validation"]]] = [(model, "validation") for model in models]
-    references, whole = models_json_schema(inputs, ref_template=_REF, schema_generator=_Generator)
+    fields = {name: spec.fields for name, spec in sorted(actions.items()) if not spec.fault}
+    parts: dict[str, Any] = {}
+    definition(Config, parts)
+    references: dict[type[Fields], Any] = {
+        each: definition(each, parts) for each in fields.values() if issubclass(each, Settings)
+    }
+    if theirs := [each for each in fields.values() if not issubclass(each, Settings)]:
+        from flaskd.config.pydantic_fields import definitions  # noqa: PLC0415 - who has such an action has pydantic
 
-    def definition(model: type[BaseModel]) -> Any:
-        return whole["$defs"][references[model, "validation"]["$ref"].removeprefix("#/$defs/")]
-
-    policy = definition(Policy)
-    policy["properties"]["use"]["enum"] = sorted(actions)
+        of_theirs, more = definitions(theirs, parts)
+        references |= dict(zip(theirs, of_theirs, strict=True))
+        parts |= more
+    policy = parts["Policy"]
+    policy["properties"]["use"]["enum"] = list(fields)
     policy["allOf"] = [
         {
             "if": {"properties": {"use": {"const": name}}, "required": ["use"]},
-            "then": {"properties": {"with": references[actions[name].strict_fields, "validation"]}},
+            "then": {"properties": {"with": references[each]}},
         }
-        for name in sorted(actions)
+        for name, each in fields.items()
     ]
-    root = definition(Config)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **_interpolations_allowed(root),
+        **_interpolations_allowed(parts.pop("Config")),
         "title": "flaskd configuration",
-        "$defs": {name: _interpolations_allowed(part) for name, part in whole["$defs"].items() if part is not root},
+        "$defs": {name: _interpolations_allowed(parts[name]) for name in sorted(parts)},
     }
 
 

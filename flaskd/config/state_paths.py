@@ -17,16 +17,14 @@ from flaskd.text import quoted
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from pydantic import BaseModel
-
-    from flaskd.config.model import Actions
+    from flaskd.config.action_spec import Actions, Fields
 
 MARK_FILE, KEY_FILE = "running.json", "cache.key"
 """What flaskd itself keeps there, beside what the configuration names."""
 
 
 def check_state_paths(
-    tree: Table, fields: Mapping[str, BaseModel | None], actions: Actions, environ: Mapping[str, str], faults: Faults
+    tree: Table, fields: Mapping[str, Fields | None], actions: Actions, environ: Mapping[str, str], faults: Faults
 ) -> None:
     """Note each path that is another's already, in whatever spelling.
 
@@ -59,9 +57,7 @@ def _record(tree: Table) -> Iterator[tuple[str, Node, str, str]]:
         yield "shutdown.record", node, node.text, shown(node)
 
 
-def _kept(
-    tree: Table, fields: Mapping[str, BaseModel | None], actions: Actions
-) -> Iterator[tuple[str, Node, str, str]]:
+def _kept(tree: Table, fields: Mapping[str, Fields | None], actions: Actions) -> Iterator[tuple[str, Node, str, str]]:
     for name, policy in policy_tables(tree).items():
         spec = action_of(policy, actions)
         if spec is None or not spec.keeps or not enabled(policy) or (known := fields.get(name)) is None:

@@ -11,16 +11,16 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, Self
 
-from flaskd.cleanup import DiscoveryRun, Plan, StepResult, action_specs, build_plan, with_callbacks
-from flaskd.config import Config, ShutdownConfig, load, load_mapping
+from flaskd.cleanup import DiscoveryRun, Plan, StepResult, build_plan, with_callbacks
+from flaskd.config import ShutdownConfig
 from flaskd.errors import FlaskdError
 from flaskd.ledger import DrainReport, InFlight
 from flaskd.lifecycle import StopReason
 from flaskd.process.descriptors import open_files
 from flaskd.server import BehindProxies, WaitressThread, WerkzeugThread, adjustments
+from flaskd.serving.configuration import read
 from flaskd.serving.loading import check_servable
 from flaskd.serving.pipeline import Pipeline
 from flaskd.serving.stop import CleanupThread, Stop, serving
@@ -71,7 +71,7 @@ class ServerThread:
         self._address = Address(host, port)
         self._threads = threads
         self._kind = server
-        self._config = configured(config)
+        self._config = read(config).values
         self._on_step = on_step
         self._own_process = own_process
         self._lock = threading.Lock()
@@ -336,13 +336,6 @@ class ServerThread:
             # What was cut may never end, and is not waited for; the others are done in a moment.
             server.end(_WORKERS_END if stop.report.clean else _STUCK_END)
         return stop.report.with_unfinished(stop.cut_work())
-
-
-def configured(config: Mapping[str, object] | str | os.PathLike[str] | None) -> Config:
-    """The configuration that was given as a mapping or a path; raises ConfigError."""
-    if isinstance(config, str | os.PathLike):
-        return load(Path(config), actions=action_specs()).values
-    return load_mapping(config or {}, actions=action_specs()).values
 
 
 def _shutdown(shutdown: ShutdownConfig, timeout: float | None, *, cleanup: bool) -> ShutdownConfig:

@@ -94,7 +94,7 @@ class InProcess:
         server = self._server = launch.make_server(
             config.server, self._app, list(listeners), on_death=lambda error: self._post(Died(error))
         )
-        self._pipeline = Pipeline(server, drained=lambda drain: self._post(Drained(drain)))
+        self._pipeline = Pipeline(server, drained=lambda drain: self._post(Drained(drain)), waits_again=True)
 
     def start(self, configuration: Configuration) -> None:
         """Serve, and ask for `health.probe`; posts Ready or Failed."""

@@ -28,16 +28,20 @@ log = logging.getLogger("flaskd.stop")
 class Pipeline:
     """Drains a server, and stops it once (any thread).
 
-    `drained` is called with each drain that is over, in the thread that found out.
+    `drained` is called with each drain that is over, in the thread that found out. With `waits_again`, a stop after a
+    drain waits for the work in the background that is there by then, begun since or left behind.
     """
 
-    def __init__(self, server: Drainable, *, drained: Callable[[Drain], None] = lambda _: None) -> None:
+    def __init__(
+        self, server: Drainable, *, drained: Callable[[Drain], None] = lambda _: None, waits_again: bool = False
+    ) -> None:
         self.drain: Drain | None = None
         """The drain that was begun last; None while there was none, or it was undone."""
         self.stop: Stop | None = None
         """The stop, once it has begun."""
         self._server = server
         self._drained = drained
+        self._waits_again = waits_again
         self._lock = threading.RLock()
 
     def begin_drain(
@@ -135,7 +139,7 @@ class Pipeline:
     def _drain_to_stop(self, announce: float, counted_from: tuple[int, int]) -> Drain:
         """The drain of a stop: a new one, the one under way within the stop's time, or the one that is over.
 
-        What has begun in the background since that was over is waited for in one that goes on with its account.
+        One that waits again for what is in the background goes on with the account of the one that is over.
         """
         with self._lock:
             assert self.stop is not None
@@ -143,7 +147,7 @@ class Pipeline:
             if drain is None:
                 left = 0.0 if stop.hurried else max(0.0, announce - stop.took)
                 return self.begin_drain(stop.drain_time, announce=left, counted_from=counted_from)
-            if drain.report is not None and in_background() and not self._server.dead:
+            if self._waits_again and drain.report is not None and in_background() and not self._server.dead:
                 return self.begin_drain(stop.drain_time, earlier=drain)
             drain.shorten(stop.drain_time)
             return drain

@@ -81,11 +81,12 @@ class Child:
         # Imported here, so that a signal and the owner's end are heeded meanwhile.
         from flaskd.log.setup import Logs  # noqa: PLC0415
         from flaskd.serving import launch  # noqa: PLC0415
-        from flaskd.serving.embedded import ServerThread, configured  # noqa: PLC0415
+        from flaskd.serving.configuration import read  # noqa: PLC0415
+        from flaskd.serving.embedded import ServerThread  # noqa: PLC0415
         from flaskd.serving.patching import patching_refused  # noqa: PLC0415
 
         target = orders.pop("target")
-        config = configured(orders["config"])
+        config = read(orders["config"]).values
         logs = stack.enter_context(Logs())
         level = config.log.level if "log" in config.model_fields_set else "warning"
         logs.apply(level=level, log_format=config.log.format, access="off")

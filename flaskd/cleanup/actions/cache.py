@@ -25,12 +25,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import AfterValidator, Field, SecretStr
-
 from flaskd.cleanup.context import StepContext, StepFailedError
 from flaskd.cleanup.model import Action
-from flaskd.config import KEY_FILE, Duration, Phase, Section, Size
+from flaskd.config import KEY_FILE, Duration, Phase, Settings, Size
 from flaskd.config.fields import SomeText
+from flaskd.config.kinds import SecretText, checked
+from flaskd.config.settings import field
 from flaskd.files import read_whole, write_whole
 
 if TYPE_CHECKING:
@@ -47,25 +47,25 @@ _Entry = tuple[str, float, bytes]
 """Key, moment of expiry (seconds since the epoch; 0: never), pickled value."""
 
 
-def _long_enough(key: SecretStr) -> SecretStr:
+def _long_enough(key: SecretText) -> SecretText:
     if len(key.get_secret_value()) < _SHORTEST_KEY:
         raise ValueError(f"expected at least {_SHORTEST_KEY} characters")
     return key
 
 
-class PersistFields(Section):
+class PersistFields(Settings):
     """Fields of ``cache.persist``."""
 
-    path: SomeText = Field(default="cache.bin", description="The file; relative to the state directory.")
-    restore: bool = Field(default=True, description="Whether a start fills the caches from the file, before READY.")
-    key: Annotated[SecretStr, AfterValidator(_long_enough)] | None = Field(
+    path: SomeText = field("cache.bin", description="The file; relative to the state directory.")
+    restore: bool = field(True, description="Whether a start fills the caches from the file, before READY.")
+    key: Annotated[SecretText, checked(_long_enough)] | None = field(
         default=None,
         description="What the file is signed with; default: derived from the app's secret_key, else a file of our own.",
     )
-    max_size: Size = Field(
+    max_size: Size = field(
         default=64 * 1024**2, ge=4096, description="Largest file; the entries that expire first are left out."
     )
-    max_age: Duration = Field(default=86400.0, gt=0, description="A file that is older than this is not restored.")
+    max_age: Duration = field(86400.0, gt=0, description="A file that is older than this is not restored.")
 
 
 def persist_cache(context: StepContext, fields: PersistFields) -> str:

@@ -6,12 +6,12 @@ import inspect
 from collections.abc import Callable
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
-
 from flaskd.cleanup.context import StepContext, StepFailedError, in_app_context
 from flaskd.cleanup.model import Action
 from flaskd.cleanup.targets import TARGET, look_up
-from flaskd.config import Phase, Section
+from flaskd.config import Phase, Settings
+from flaskd.config.kinds import checked
+from flaskd.config.settings import field
 
 
 def _target(text: str) -> str:
@@ -20,10 +20,10 @@ def _target(text: str) -> str:
     return text
 
 
-class CallFields(Section):
+class CallFields(Settings):
     """Fields of ``call``."""
 
-    target: Annotated[str, AfterValidator(_target)] = Field(
+    target: Annotated[str, checked(_target)] = field(
         description="The function to call, as MODULE:FUNCTION; it is given the step's context."
     )
 

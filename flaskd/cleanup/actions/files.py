@@ -14,11 +14,11 @@ import stat
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import AfterValidator, Field
-
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
 from flaskd.cleanup.model import Action
-from flaskd.config import OneOrMany, Phase, Section
+from flaskd.config import OneOrMany, Phase, Settings
+from flaskd.config.kinds import checked
+from flaskd.config.settings import field
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,10 +36,10 @@ def _pattern(text: str) -> str:
     return text
 
 
-class RemoveFields(Section):
+class RemoveFields(Settings):
     """Fields of ``files.remove``."""
 
-    paths: OneOrMany[Annotated[str, AfterValidator(_pattern)]] = Field(
+    paths: OneOrMany[Annotated[str, checked(_pattern)]] = field(
         min_length=1,
         description="Files to remove, with * ? [a-z] if need be; relative to the working directory. Never directories.",
     )

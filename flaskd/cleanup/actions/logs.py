@@ -8,7 +8,6 @@ on, and where apps put it before. ``logging.shutdown`` is not called: it closes 
 from __future__ import annotations
 
 import logging
-import logging.handlers
 import queue
 import sys
 import time
@@ -16,16 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from flaskd.cleanup.context import StepContext, StepFailedError
 from flaskd.cleanup.model import Action
-from flaskd.config import Phase, Section
+from flaskd.config import Phase, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from logging.handlers import QueueListener
 
 _PAUSE = 0.01
 """Seconds between two looks at a queue that is full."""
 
 
-class FlushFields(Section):
+class FlushFields(Settings):
     """Fields of ``logging.flush``: none."""
 
 
@@ -71,13 +71,14 @@ def _handlers() -> Iterator[logging.Handler]:
 def _end_listener(handler: Any, context: StepContext) -> bool:
     """End the listener of a queue handler once its queue is empty; False when the handler has none that runs."""
     listener = getattr(handler, "listener", None)
-    if not isinstance(listener, logging.handlers.QueueListener):
+    library = sys.modules.get("logging.handlers")  # whose classes only an app has that has imported them
+    if library is None or not isinstance(listener, library.QueueListener):
         stop = getattr(listener, "stop", None)
         if stop is not None:  # one of the app's own
             stop()
         return stop is not None
-    if isinstance(handler, logging.handlers.QueueHandler):
-        handler.enqueue = listener.handle  # type: ignore[method-assign]  # from now on nothing empties the queue
+    if isinstance(handler, library.QueueHandler):
+        handler.enqueue = listener.handle  # from now on there is nobody behind the queue
     thread = getattr(listener, "_thread", None)
     running = thread is not None and thread.is_alive()
     if running:
@@ -102,7 +103,7 @@ def _retry_while_full(stop: Callable[[], None], context: StepContext) -> None:
             return
 
 
-def _take_the_rest(listener: logging.handlers.QueueListener) -> None:
+def _take_the_rest(listener: QueueListener) -> None:
     """Deal with what came into the queue behind the sentinel, in the moment of the change."""
     sentinel = getattr(listener, "_sentinel", None)
     while True:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
-
-from pydantic import Field
 
 from flaskd.cleanup.context import StepContext, StepTimedOutError
 from flaskd.cleanup.ending import LOOK, live_action
 from flaskd.cleanup.targets import TargetFields
 from flaskd.config import Duration, Phase
+from flaskd.config.settings import field
 
 
 class ProcessesFields(TargetFields):
     """Fields of ``processes.stop``."""
 
-    kill_grace: Duration = Field(default=2.0, description="How long after SIGTERM a process gets SIGKILL.", ge=0)
+    kill_grace: Duration = field(2.0, description="How long after SIGTERM a process gets SIGKILL.", ge=0)
 
 
 def stop_process(process: Any, context: StepContext, fields: ProcessesFields) -> str | None:
@@ -42,10 +41,11 @@ def _ends(process: Any, until: Callable[[], float]) -> bool:
 
 
 def _over(process: Any, timeout: float) -> bool:
-    if isinstance(process, subprocess.Popen):
+    library = sys.modules.get("subprocess")  # whose Popen only an app has that has imported it
+    if library is not None and isinstance(process, library.Popen):
         try:
             process.wait(timeout)
-        except subprocess.TimeoutExpired:
+        except library.TimeoutExpired:
             return False
         return True
     process.join(timeout)

@@ -6,13 +6,12 @@ import atexit
 from functools import partial
 from typing import Any
 
-from pydantic import Field
-
 from flaskd.cleanup.context import StepContext
 from flaskd.cleanup.ending import live_action
 from flaskd.cleanup.kinds import Kind
 from flaskd.cleanup.targets import TargetFields
 from flaskd.config import Phase
+from flaskd.config.settings import field
 
 _NO_STORE = "flaskd: none"
 
@@ -20,7 +19,7 @@ _NO_STORE = "flaskd: none"
 class SchedulerFields(TargetFields):
     """Fields of ``apscheduler.stop``."""
 
-    wait: bool = Field(default=True, description="Wait for the jobs that run; false: leave them to themselves.")
+    wait: bool = field(True, description="Wait for the jobs that run; false: leave them to themselves.")
 
 
 def pause_scheduler(scheduler: Any, _context: StepContext, _fields: SchedulerFields) -> None:

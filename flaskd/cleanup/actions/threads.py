@@ -5,20 +5,19 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from pydantic import Field
-
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
 from flaskd.cleanup.ending import end_all, joined, no_grace
 from flaskd.cleanup.model import Action
 from flaskd.cleanup.targets import Target, TargetFields, look_up, look_up_targets
 from flaskd.config import Phase
+from flaskd.config.settings import field
 from flaskd.stacks import stack_of
 
 
 class ThreadsFields(TargetFields):
     """Fields of ``threads.stop``."""
 
-    stop: Target = Field(
+    stop: Target = field(
         description="What asks the threads to end, as MODULE:ATTRIBUTE: an Event to set, or a function."
     )
 

@@ -13,15 +13,16 @@ import re
 import socket
 import ssl
 from contextlib import closing, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import quote, urlsplit
 
-from pydantic import AfterValidator, Field, PlainSerializer, SecretStr
-
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
 from flaskd.cleanup.model import Action
-from flaskd.config import Phase, Section
+from flaskd.config import Phase, Settings
 from flaskd.config.fields import HeaderText, Hidden, SomeText
+from flaskd.config.kinds import SecretText, checked
+from flaskd.config.settings import field
 from flaskd.text import MASK, printable, quoted
 
 if TYPE_CHECKING:
@@ -82,32 +83,32 @@ def _address(text: str) -> str:
     return text
 
 
-Url = Annotated[str, AfterValidator(_url), Hidden, PlainSerializer(_host_alone, return_type=str, when_used="json")]
+Url = Annotated[str, checked(_url), partial(Hidden, shown=_host_alone)]
 """For many services the URL is the secret: a fault shows nothing of it, and the configuration its host."""
-HeaderName = Annotated[str, AfterValidator(_header_name)]
+HeaderName = Annotated[str, checked(_header_name)]
 
 
-class WebhookFields(Section):
+class WebhookFields(Settings):
     """Fields of ``webhook``."""
 
-    url: Url = Field(description="Where to, http or https.")
-    method: Literal["POST", "PUT", "PATCH", "GET", "DELETE"] = Field(default="POST", description="The HTTP method.")
-    json_: Annotated[Any, AfterValidator(_sayable)] = Field(
+    url: Url = field(description="Where to, http or https.")
+    method: Literal["POST", "PUT", "PATCH", "GET", "DELETE"] = field("POST", description="The HTTP method.")
+    json_: Annotated[Any, checked(_sayable)] = field(
         default=None, alias="json", description="What to send, as JSON; default: no body."
     )
-    headers: dict[HeaderName, Annotated[HeaderText, Hidden]] = Field(
+    headers: dict[HeaderName, Annotated[HeaderText, Hidden]] = field(
         default={}, description="Headers to add, such as Authorization."
     )
 
 
-class ConsulFields(Section):
+class ConsulFields(Settings):
     """Fields of ``consul.deregister``."""
 
-    service_id: SomeText = Field(description="The ID under which the service was registered at this agent.")
-    address: Annotated[str, AfterValidator(_address)] | None = Field(
+    service_id: SomeText = field(description="The ID under which the service was registered at this agent.")
+    address: Annotated[str, checked(_address)] | None = field(
         default=None, description=f"The agent; default: $CONSUL_HTTP_ADDR, else {_CONSUL}."
     )
-    token: SecretStr | None = Field(default=None, description="The ACL token; default: $CONSUL_HTTP_TOKEN, else none.")
+    token: SecretText | None = field(None, description="The ACL token; default: $CONSUL_HTTP_TOKEN, else none.")
 
 
 def prepare_web(_fields: object) -> None:

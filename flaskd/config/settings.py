@@ -1,0 +1,271 @@
+"""The base of the configuration's sections: fields with kinds, values that never change.
+
+Fields of the actions of other packages are pydantic's models; what is used of both kinds goes by pydantic's names here:
+`model_fields`, `model_fields_set`, `model_copy`, `model_dump`, `model_validate`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Self, dataclass_transform, get_type_hints
+
+from flaskd.config.faults import Faults, Place, dotted
+from flaskd.config.kinds import NOTHING, Bounded, Kind, OrNull, attempt, kind_of
+from flaskd.config.nodes import Node, Scalar, Table
+from flaskd.config.python_source import from_python
+from flaskd.config.wording import NO_VALUE, hidden, refuse, unknown_key, without_secrets
+
+if TYPE_CHECKING:
+    from flaskd.config.kinds import Schema
+    from flaskd.config.nodes import Path
+
+_REQUIRED = object()
+
+
+class Field:
+    """A key of a section: what its value may be, its default, and what it is for.
+
+    `alias` is how it is written where that cannot be its name in Python. `restart`: a reload cannot change it. `check`
+    is given the value and those of the fields before it, as far as they have no fault; it returns the value to take, or
+    raises ValueError. `told`: the schema tells its default. `bounds`: see `flaskd.config.kinds.Bounded`.
+    """
+
+    def __init__(
+        self,
+        default: Any = _REQUIRED,
+        *,
+        factory: Callable[[], Any] | None = None,
+        description: str = "",
+        alias: str = "",
+        restart: bool = False,
+        check: Callable[[Any, Mapping[str, Any]], Any] | None = None,
+        told: bool = True,
+        bounds: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        self.default, self.description, self.alias, self.restart, self.check = (
+            default, description, alias, restart, check,
+        )  # fmt: skip
+        self.told = told and default is not _REQUIRED
+        self._factory, self._bounds = factory, bounds
+        self.annotation: Any = None
+        self.name = ""
+
+    @property
+    def key(self) -> str:
+        """Its name in the file."""
+        return self.alias or self.name
+
+    def is_required(self) -> bool:
+        """Whether it has no default."""
+        return self.default is _REQUIRED and self._factory is None
+
+    def make_default(self) -> Any:
+        """The default, of its own for each section."""
+        return copy.copy(self.default) if self._factory is None else self._factory()
+
+    @functools.cached_property
+    def kind(self) -> Kind:
+        """What its value may be; made when it is first needed."""
+        kind = kind_of(self.annotation)
+        if not self._bounds:
+            return kind
+        return OrNull(Bounded(kind.inner, self._bounds)) if isinstance(kind, OrNull) else Bounded(kind, self._bounds)
+
+
+def field(
+    default: Any = _REQUIRED, *, description: str, alias: str = "", restart: bool = False, told: bool = True,
+    check: Callable[[Any, Mapping[str, Any]], Any] | None = None, **bounds: float,
+) -> Any:  # fmt: skip
+    """Make a field; see `Field`."""
+    return Field(default, description=description, alias=alias, restart=restart, told=told, check=check, bounds=bounds)
+
+
+def section(kind: type[Settings]) -> Any:
+    """Make a field that holds a section; what is not written there has its defaults."""
+    return Field(factory=kind, description=inspect.cleandoc(kind.__doc__ or ""))
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+class Settings:
+    """A section of the configuration, or the fields of a cleanup action: unknown keys are refused, values never change.
+
+    Code that makes one gives values as they are used (seconds, bytes); they are checked only together.
+    """
+
+    __slots__ = ("__dict__", "model_fields_set")
+    model_fields: ClassVar[dict[str, Field]] = {}
+    model_fields_set: set[str]
+    """The fields that were given, and have not their default."""
+
+    alone: ClassVar[str] = ""
+    """The field whose value may stand in the place of the whole section, as one word."""
+
+    def __init_subclass__(cls) -> None:
+        cls.model_fields = {}
+        for name, annotation in get_type_hints(cls, include_extras=True).items():
+            found = getattr(cls, name, None)
+            if isinstance(found, Field):
+                found.name, found.annotation = name, annotation
+                cls.model_fields[name] = found
+
+    def __init__(self, **values: Any) -> None:
+        if unknown := values.keys() - self.model_fields.keys():
+            raise TypeError(f"{type(self).__name__} has no field {', '.join(sorted(unknown))}")
+        for name, each in self.model_fields.items():
+            if name not in values and each.is_required():
+                raise TypeError(f"{type(self).__name__} needs {name}")
+            self.__dict__[name] = values[name] if name in values else each.make_default()
+        object.__setattr__(self, "model_fields_set", set(values))
+        self.check_whole()
+
+    def check_whole(self) -> None:
+        """Raise ValueError for what its fields cannot be together; fill in what depends on several."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"cannot set {name}: the values of a configuration never change")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"cannot delete {name}: the values of a configuration never change")
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self.__dict__ == other.__dict__
+
+    __hash__ = None  # type: ignore[assignment]  # lists are in it
+
+    def __repr__(self) -> str:
+        shown = (f"{name}={getattr(self, name)!r}" for name, each in self.model_fields.items() if not each.kind.hides)
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def model_copy(self, *, update: Mapping[str, Any]) -> Self:
+        """Give a copy with other values in some fields, unchecked."""
+        new = self._with(**update)
+        object.__setattr__(new, "model_fields_set", self.model_fields_set | update.keys())
+        return new
+
+    def _with(self, **more: Any) -> Self:
+        """Give a copy that holds something else, beside what was given."""
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__, **more)
+        object.__setattr__(new, "model_fields_set", self.model_fields_set)
+        return new
+
+    def model_dump(self, *, mode: str = "json", by_alias: bool = True) -> dict[str, Any]:  # noqa: ARG002 - pydantic's
+        """What YAML and JSON can hold of it, as it is written in a file; secrets masked."""
+        values = ((each, getattr(self, name)) for name, each in self.model_fields.items())
+        return {each.key: None if value is None else each.kind.write(value) for each, value in values}
+
+    @classmethod
+    def model_validate(cls, data: Mapping[str, object]) -> Self:
+        """Read it from Python values, written as in a file; raises InvalidConfigError."""
+        faults = Faults()
+        read = cls.read(from_python(data, Place(f"<{cls.__name__}>"), faults), (), faults)
+        faults.check()
+        assert read is not None
+        return read
+
+    @classmethod
+    def read(cls, node: Node, path: Path, faults: Faults) -> Self | None:
+        """Read it from a node whose dotted key is `path`; None when something is wrong, which is then noted."""
+        if isinstance(node, Scalar) and node.value is None:
+            node = Table(node.key, node.place, {})  # a section whose keys are all commented out
+        if cls.alone and isinstance(node, Scalar) and isinstance(node.value, str):
+            value = cls.model_fields[cls.alone].kind.read(node, path, faults)
+            return None if value is NOTHING else cls(**{cls.alone: value})
+        if not isinstance(node, Table):
+            refuse(node, path, faults, "expected a mapping")
+            return None
+        values, good = cls._read_fields(node, path, faults)
+        keys = {each.key for each in cls.model_fields.values()}
+        for name, inner in node.entries.items():
+            if name not in keys:
+                good = False
+                known = [each.key for each in cls.model_fields.values()]
+                faults.add(inner.key, dotted((*path, name)), functools.partial(unknown_key, name, known))
+        if not good:
+            return None
+        try:
+            return cls(**values)
+        except ValueError as error:
+            refuse(node, path, faults, without_secrets(str(error), node), whole=True)
+            return None
+
+    @classmethod
+    def _read_fields(cls, node: Table, path: Path, faults: Faults) -> tuple[dict[str, Any], bool]:
+        """The values of what is written, and whether nothing is wrong with any."""
+        written: dict[str, Any] = {}
+        before: dict[str, Any] = {}
+        good = True
+        for name, each in cls.model_fields.items():
+            at = (*path, each.key)
+            if each.key in node.entries:
+                inner = node.entries[each.key]
+                inner = hidden(inner) if each.kind.hides else inner
+                value = each.kind.read(inner, at, faults)
+                if value is not NOTHING and each.check is not None:
+                    value = attempt(functools.partial(each.check, value, before), inner, at, faults)
+                written[name] = value
+            elif each.is_required():
+                faults.add(node.key, dotted(at), NO_VALUE)
+                value = NOTHING
+            else:
+                value = each.make_default()
+            good = good and value is not NOTHING
+            if value is not NOTHING:
+                before[name] = value
+        return written, good
+
+    @classmethod
+    def kind(cls) -> Kind:
+        """The kind of a field that holds it."""
+        return _SectionKind(cls)
+
+
+class _SectionKind(Kind):
+    def __init__(self, settings: type[Settings]) -> None:
+        self._settings = settings
+
+    def read(self, node: Node, path: Path, faults: Faults) -> Any:
+        found = self._settings.read(node, path, faults)
+        return NOTHING if found is None else found
+
+    def write(self, value: Settings) -> dict[str, Any]:
+        return value.model_dump()
+
+    def schema(self, definitions: dict[str, Schema]) -> Schema:
+        whole = definition(self._settings, definitions)
+        if not (alone := self._settings.alone):
+            return whole
+        return {"anyOf": [self._settings.model_fields[alone].kind.schema(definitions), whole]}
+
+
+def definition(settings: type[Settings], definitions: dict[str, Schema]) -> Schema:
+    """Put the JSON Schema of a section into `definitions`, if it is not there, and return the reference to it."""
+    name = settings.__name__
+    if name not in definitions:
+        definitions[name] = {}  # its place, before those it consists of
+        fields = settings.model_fields.values()
+        required = [each.key for each in fields if each.is_required()]
+        definitions[name] = {
+            "additionalProperties": False,
+            "description": inspect.cleandoc(settings.__doc__ or ""),
+            "properties": {each.key: _property(each, definitions) for each in fields},
+            **({"required": required} if required else {}),
+            "title": name,
+            "type": "object",
+        }
+    return {"$ref": f"#/$defs/{name}"}
+
+
+def _property(each: Field, definitions: dict[str, Schema]) -> Schema:
+    schema = each.kind.schema(definitions)
+    if "$ref" in schema:
+        known = definitions[schema["$ref"].removeprefix("#/$defs/")].get("description")
+        return schema if known == each.description else {**schema, "description": each.description}
+    default = None if each.default is None else each.kind.write(each.default) if each.told else None
+    schema |= {"default": default} if each.told else {}
+    schema |= {"description": each.description, "title": each.key.replace("_", " ").title()}
+    return schema | ({"restart": True} if each.restart else {})

@@ -1,0 +1,33 @@
+"""The one reader of a configuration: for ``flaskd check``, a start, a reload, and servers in code."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flaskd.cleanup import action_specs
+from flaskd.config import load, load_mapping
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from flaskd.config import Configuration
+
+    Source = Mapping[str, object] | str | os.PathLike[str] | None
+    """A file, or a mapping in the shape of one; None: all defaults."""
+
+
+def read(source: Source, overrides: Mapping[str, object] | None = None) -> Configuration:
+    """Read it, knowing all cleanup actions; `overrides` are dotted keys that win. Raises ConfigError (`load`)."""
+    if source is None or isinstance(source, str | os.PathLike):
+        return load(None if source is None else Path(source), actions=action_specs(), overrides=overrides)
+    return load_mapping(source, actions=action_specs(), overrides=overrides)
+
+
+def reader(source: Source, overrides: Mapping[str, object] | None = None) -> Callable[[], Configuration]:
+    """Give what reads it now and at each reload; the working directory may change in between, to `app.chdir`."""
+    if isinstance(source, str | os.PathLike):
+        source = Path(source).absolute()
+    return partial(read, source, overrides)
