@@ -449,8 +449,16 @@ def test_what_is_no_secret_is_refused(tmp_path, content):
     assert "changeme" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [os.urandom(32).hex().encode(), base64.b64encode(os.urandom(32)),
-                                     base64.urlsafe_b64encode(os.urandom(48)), TOKEN + b"\r\n"])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        os.urandom(32).hex().encode(),
+        base64.b64encode(os.urandom(32)),
+        base64.urlsafe_b64encode(os.urandom(48)),
+        TOKEN + b"\r\n",
+    ],
+    ids=["hex", "base64", "urlsafe base64", "with an end of line"],
+)
 def test_hex_and_base64_are_good(tmp_path, content):
     """With padding or without, with an end of the line or without."""
     path = tmp_path / "token"

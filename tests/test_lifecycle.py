@@ -116,7 +116,7 @@ def test_no_length_of_time_is_computed_from_the_wall_clock():
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub) and "time.time()" in ast.unparse(node)
     }
     assert found == {
-        "cleanup/cache.py": "time.time() - index['saved']",  # written by the process before
+        "cleanup/actions/cache.py": "time.time() - index['saved']",  # written by the process before
         "demo/__init__.py": "time.time() - created",  # in a cache that is kept over a restart
         "serving/stop.py": "time.time() - self.took",  # a date
     }
