@@ -176,17 +176,18 @@ def test_sighup_while_drained_is_answered(flaskd: Flaskd) -> None:
 
 def test_sighup_during_a_reload_is_answered(flaskd: Flaskd) -> None:
     """A second SIGHUP while the first is being read has a RELOADING with a moment of its own."""
-    fifo = flaskd.directory / "flaskd.yaml"
-    flaskd.write("flaskd.yaml", "")
+    go = flaskd.directory / "go"
+    os.mkfifo(go)
+    flaskd.write("flaskd.yaml", "version: 1\n")
     flaskd.start()
-    fifo.unlink()
-    os.mkfifo(fifo)
+    flaskd.write("slow.py", f"open({str(go)!r}).close()\ndef bye(context): pass\n")
+    flaskd.write("flaskd.yaml", "cleanup: {policies: {bye: {use: call, with: {target: 'slow:bye'}}}}\n")
     flaskd.kill(signal.SIGHUP)
     first = flaskd.wait_message("RELOADING=1")
     flaskd.kill(signal.SIGHUP)
     assert "RELOADING=1" in first
     flaskd.until(lambda: "state: reloading" in flaskd.command("status"))
-    fifo.write_text("")
+    go.write_text("")
     second = flaskd.wait_message("=")
     assert "RELOADING=1" in second, second
     assert first != second
