@@ -22,6 +22,7 @@ from waitress.utilities import BadRequest, Error
 
 from flaskd.config import ServerConfig
 from flaskd.server import adjustments
+from flaskd.server.threads import ThreadPool
 
 PATIENCE = 10.0
 """Seconds until a test gives up on something that should long have happened."""
@@ -132,6 +133,30 @@ def test_the_dispatchers_queue(dispatcher):
     dispatcher.set_thread_count(0)
     dispatcher.add_task(Task())
     assert len(dispatcher.queue) == 1
+
+
+def test_threads_that_have_only_been_started_are_free(caplog):
+    """The first request of a life is no reason to warn; one for which no thread is left is."""
+    may_go_on = threading.Event()
+
+    class Late(ThreadPool):
+        def handler_thread(self, thread_no):
+            may_go_on.wait(PATIENCE)
+            super().handler_thread(thread_no)
+
+    pool = Late(2)
+    pool.resize(2)
+    tasks = [Task(), Task(), Task()]
+    for task in tasks[:2]:
+        pool.add_task(task)
+    assert caplog.messages == []
+    pool.add_task(tasks[2])
+    assert caplog.messages == ["Task queue depth is 1"]
+    may_go_on.set()
+    for task in tasks:
+        assert task.ran.wait(PATIENCE)
+    assert pool.join(PATIENCE) == []
+    assert pool.queue_cv.not_there_yet == set()
 
 
 def test_threads_come_from_start_new_thread(monkeypatch):

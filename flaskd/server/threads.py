@@ -37,6 +37,7 @@ class ThreadPool(ThreadedTaskDispatcher):  # type: ignore[misc]  # waitress is u
         """What the threads that are lost go on with; changed under a lock, looked at without."""
         self.ending = False
         """Whether threads that come back are not missed any more."""
+        self.queue_cv = _Queue(self.lock)
         self._lost_lock = threading.Lock()
         self._working: set[threading.Thread] = set()
         self._last_ended: Callable[[], None] | None = None
@@ -58,6 +59,7 @@ class ThreadPool(ThreadedTaskDispatcher):  # type: ignore[misc]  # waitress is u
             raise
         self.started = [each for each in self.started if each.is_alive()]
         self.started.append(thread)
+        self.queue_cv.not_there_yet.add(thread)
         self._working.add(thread)  # in time: it cannot end before the lock, which is held here, is released
 
     # --- how many -------------------------------------------------------------------------------------------------
@@ -115,6 +117,18 @@ class ThreadPool(ThreadedTaskDispatcher):  # type: ignore[misc]  # waitress is u
 
     # --- tasks ----------------------------------------------------------------------------------------------------
 
+    def add_task(self, task: Any) -> None:
+        """Queue a task, and warn as Waitress does when no thread is free for it (any thread).
+
+        To Waitress a thread is busy until it waits for the first time, so that the first request would be warned of.
+        """
+        with self.lock:
+            self.queue.append(task)
+            self.queue_cv.notify()
+            depth = len(self.queue) - (self.count - self.active_count) - len(self.queue_cv.not_there_yet)
+        if depth > 0:
+            self.queue_logger.warning("Task queue depth is %d", depth)
+
     def run(self, function: Callable[[], None]) -> None:
         """Run a function in one of the threads (any thread)."""
         self.add_task(_FunctionTask(function))
@@ -153,9 +167,23 @@ class ThreadPool(ThreadedTaskDispatcher):  # type: ignore[misc]  # waitress is u
     def _ended(self, thread: threading.Thread) -> None:
         with self.lock:
             self._working.discard(thread)
+            self.queue_cv.not_there_yet.discard(thread)
             function = None if self._working else self._last_ended
         if function is not None:
             function()
+
+
+class _Queue(threading.Condition):
+    """What the threads wait at; it knows those that were started and have not come to it yet."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        super().__init__(lock)
+        self.not_there_yet: set[threading.Thread] = set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for a task, or for the end."""
+        self.not_there_yet.discard(threading.current_thread())
+        return super().wait(timeout)
 
 
 class _FunctionTask:
