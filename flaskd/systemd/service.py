@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Protocol
 
+from flaskd.errors import shortage
 from flaskd.lifecycle import State, StopReason
 from flaskd.notices import (
     BecameReady,
@@ -169,7 +170,8 @@ class Service:
         self._notifier.status("starting")
         if self._notifier.address and hasattr(time, "pthread_getcpuclockid"):
             clock = time.pthread_getcpuclockid(threading.get_ident())
-            threading.Thread(target=self._help_start, args=[clock], name="flaskd-starting", daemon=True).start()
+            with _told_if_short("the start gets no more time than TimeoutStartSec"):
+                threading.Thread(target=self._help_start, args=[clock], name="flaskd-starting", daemon=True).start()
 
     def _help_start(self, clock: int) -> None:
         """A start that hangs does not use its thread's clock, and is left to TimeoutStartSec."""
@@ -192,7 +194,8 @@ class Service:
         if self._period:
             self._notifier.alive()
             watch = threading.Thread(target=self._watch, args=[server, state], name="flaskd-watchdog", daemon=True)
-            watch.start()
+            with _told_if_short("no pulse is given, and the manager will restart flaskd"):
+                watch.start()
 
     # --- pulse ---
 
@@ -287,3 +290,15 @@ def _watchdog(environ: Mapping[str, str]) -> float:
         return 0.0
     seconds = int(usec) / 1_000_000
     return seconds if seconds <= threading.TIMEOUT_MAX else 0.0  # WatchdogSec=infinity is passed on as a number
+
+
+@contextlib.contextmanager
+def _told_if_short(effect: str) -> Iterator[None]:
+    """Log what it means when no thread can be had, and go on without it."""
+    try:
+        yield
+    except RuntimeError as error:
+        lack = shortage(error)
+        if lack is None:
+            raise
+        log.warning(f"{effect}: {lack}")

@@ -62,7 +62,7 @@ def test_what_cannot_be_planned_or_told_does_not_keep_the_stop(flaskd: Flaskd) -
     assert (flaskd.directory / "mark").exists()
     assert flaskd.record()["policies"]["mark"]["fate"] == "ok"
     assert "cannot plan all of the cleanup" in flaskd.log
-    assert "cannot tell everybody of the stop" in flaskd.log
+    assert "cannot tell of StopBegan" in flaskd.log
 
 
 def test_the_app_s_objects_do_not_keep_the_drain(flaskd: Flaskd) -> None:
