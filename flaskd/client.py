@@ -21,6 +21,8 @@ from flaskd.protocol import EXIT_CODES, SOCKET, runtime_directories
 _ROOM = 60.0
 _AGAIN = 0.01
 """Seconds in which a client that has no timeout waits for room in the backlog, and between two tries."""
+_NOBODY = 65534
+"""Owns the directories of a service with ``DynamicUser=`` from systemd 257 on; the service sees them as its own."""
 _LONGEST = 16 << 20
 """Bytes of one answer; that of ten thousand requests in flight has a quarter of it."""
 _SHOWN = 200
@@ -163,6 +165,13 @@ def _finite(number: str) -> float:
     return found
 
 
+def _only_root_makes(directory: Path) -> bool:
+    """Whether root alone may have made the directory, and none but its owner puts anything into it."""
+    real = directory.resolve()
+    above = real.parent.stat()
+    return above.st_uid == 0 and not (above.st_mode | real.stat().st_mode) & 0o022
+
+
 class ControlClient:
     """A connection to a daemon; a context manager. An answer may take `timeout` seconds; None: for ever."""
 
@@ -201,6 +210,8 @@ class ControlClient:
         _, uid, _ = struct.unpack("3i", credentials)
         try:
             owner = self._path.parent.stat().st_uid
+            if owner == _NOBODY and _only_root_makes(self._path.parent):
+                owner = uid
         except OSError:  # it has been taken away since
             owner = 0
         if uid in {0, os.geteuid(), owner}:

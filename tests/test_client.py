@@ -6,6 +6,7 @@ import os
 import socket
 import stat
 import struct
+import tempfile
 import threading
 from pathlib import Path
 
@@ -296,9 +297,16 @@ def test_what_others_named_paints_no_terminal(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def temporary(tmp_path, monkeypatch):
+def short_directory():
+    """A directory with a short name: the path of a Unix socket has at most 107 bytes (unix(7))."""
+    with tempfile.TemporaryDirectory(prefix="flaskd-") as path:
+        yield Path(path).resolve()
+
+
+@pytest.fixture
+def temporary(short_directory, monkeypatch):
     """A directory in which everybody may make one, as /tmp is."""
-    path = tmp_path / "tmp"
+    path = short_directory / "tmp"
     path.mkdir()
     path.chmod(0o1777)
     monkeypatch.setattr("tempfile.tempdir", str(path))
@@ -361,6 +369,31 @@ def test_who_listens_must_be_this_user_root_or_the_directorys_owner(tmp_path, mo
         listener.listen()
         with pytest.raises(ForbiddenError, match="cannot trust who listens at .*: it runs as uid 54322"):
             ControlClient(path).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("above", "mode", "trusted"), [(0, 0o755, True), (54323, 0o755, False), (0, 0o775, False), (0, 0o757, False)]
+)
+def test_the_directory_of_a_dynamic_user_is_nobodys(short_directory, monkeypatch, above, mode, trusted):
+    """Systemd 257 and later give it to nobody, and show it to the service as its own: one that root alone can make."""
+    directory = short_directory / "shop"
+    directory.mkdir()
+    directory.chmod(mode)
+    short_directory.chmod(0o755)
+    owned_by(monkeypatch, directory, 65534)
+    owned_by(monkeypatch, short_directory, above)
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    monkeypatch.setattr(struct, "unpack", lambda *_: (1, 61197, 61197))
+    path = directory / "control.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        if trusted:
+            with ControlClient(path):
+                pass
+        else:
+            with pytest.raises(ForbiddenError, match="belongs to the user nobody"):
+                ControlClient(path).__enter__()
 
 
 def test_places_are_found_where_no_temporary_directory_can_be_written_to(monkeypatch):

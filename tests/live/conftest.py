@@ -27,9 +27,9 @@ import systemd_kit
 PATIENCE = 20.0
 """Seconds after which a test gives up waiting; no test waits that long when all is well."""
 
-# Where the tests run in the background of a shell, or under nohup, SIGINT and SIGHUP are ignored, and flaskd would respect
+# Where the tests run in the background of a shell, or under nohup, SIGINT, SIGQUIT and SIGHUP are ignored, and flaskd would respect
 # that. What it is to do with them is tested as in a terminal of its own.
-for _number in (signal.SIGINT, signal.SIGHUP):
+for _number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
