@@ -46,7 +46,9 @@ def test_the_contract_is_tested_with_a_pre_release(tmp_path):
         "import importlib.metadata, waitress\n"
         f"def test_it(): assert importlib.metadata.version('waitress') == '{PUBLISHED}', waitress.__file__\n"
     )
-    done = step(tmp_path, "-p", "no:cacheprovider", f"--rootdir={ROOT}", str(probe), "tests/test_server_contract.py")
+    done = step(
+        tmp_path, "-p", "no:cacheprovider", f"--rootdir={ROOT}", str(probe), "tests/unit/server/test_contract.py"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"with Waitress {PUBLISHED}, the newest (here is {distribution('waitress').version})" in done.stdout
     assert int(re.search(r"([0-9]+) passed", done.stdout)[1]) > 50

@@ -39,6 +39,7 @@ class MainThread:
     ) -> None:
         self._work, self._raised, self._look = work, raised, look
         self._outcome: list[int | BaseException] = []
+        self._ended = False
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="flaskd-events", daemon=True)
         self._handlers: dict[int, Any] = {}
@@ -63,6 +64,7 @@ class MainThread:
         except BaseException as error:  # noqa: BLE001 - raised again where its end is waited for
             self._outcome.append(error)
         finally:
+            self._ended = True
             self._calls.put(None)
 
     def call(self, function: Callable[[], None]) -> None:
@@ -87,7 +89,7 @@ class MainThread:
 
     def _wait(self) -> bool:
         """Wait for the end, and do what must be done in this thread; returns True."""
-        while True:
+        while not (self._ended and self._calls.empty()):  # a handler that raises may have lost the None
             try:
                 try:
                     call = self._calls.get(timeout=_TURN)
@@ -101,6 +103,7 @@ class MainThread:
                 call()
             except BaseException as error:  # noqa: BLE001 - the app's own code, whatever it raises
                 self._raised(error)
+        return True
 
     def _put_handlers_away(self) -> None:
         """Let signals that the app handles do nothing."""

@@ -31,7 +31,7 @@ from flaskd.config import (
 )
 from flaskd.errors import ConfigError
 
-REFERENCE = Path(__file__).parent.parent / "config" / "flaskd.yaml"
+REFERENCE = Path(__file__).parents[3] / "config" / "flaskd.yaml"
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from flaskd.errors import ConfigError, UsageError
 from flaskd.systemd.unitfiles import compare, hidden_by, install, unit_files
 
-SHIPPED = Path(__file__).parent.parent / "systemd"
+SHIPPED = Path(__file__).parents[3] / "systemd"
 VENV = Path(sys.prefix)
 
 analyze = pytest.mark.skipif(

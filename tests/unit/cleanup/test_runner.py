@@ -2,7 +2,7 @@ import logging
 import threading
 
 import pytest
-from test_cleanup_kit import PATIENCE, Reason, fates, hanging, run, runner, step
+from cleanup_kit import PATIENCE, Reason, fates, hanging, run, runner, step
 
 from flaskd.cleanup import Fate, Spare, StepFailedError, StepTimedOutError, results_as_json
 from flaskd.config import Phase

@@ -3,8 +3,8 @@
 import itertools
 
 import pytest
+from cleanup_kit import PATIENCE, run, step
 from flask import Flask
-from test_cleanup_kit import PATIENCE, run, step
 
 from flaskd.cleanup import Plan, on_stop, with_callbacks
 from flaskd.config import Config, Phase

@@ -4,7 +4,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from test_cleanup_kit import PATIENCE, fates, hanging, in_background, run, runner, step
+from cleanup_kit import PATIENCE, fates, hanging, in_background, run, runner, step
 
 from flaskd.cleanup import Fate, StepContext
 from flaskd.cleanup.context import Budget

@@ -1,9 +1,9 @@
 import threading
 import time
 
+from cleanup_kit import hanging, runner, step
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cleanup_kit import hanging, runner, step
 
 from flaskd.cleanup import Fate, Frame, Plan, for_steps
 from flaskd.cleanup.preview import _Rehearsal, latest, rehearse

@@ -1,7 +1,7 @@
 """What a plan is said to come to, before it runs."""
 
 import pytest
-from test_cleanup_kit import step
+from cleanup_kit import step
 
 from flaskd.cleanup import Fate, Frame, Plan, overview
 from flaskd.cleanup.preview import latest, plan_from, rehearse, simulated

@@ -14,7 +14,12 @@ PATIENCE = 20
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
+    """Waits are short, and what a main thread puts away is back after the test."""
     monkeypatch.setattr(main_thread, "_TURN", 0.01)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -120,3 +125,29 @@ def test_a_thread_that_dies_before_its_first_line_is_stood_in_for():
         assert main.wait() == 3
     finally:
         threading.setprofile(before)
+
+
+def test_an_end_whose_word_is_lost_is_seen(monkeypatch):
+    """A handler that raises all the time may do so between a call's return and its result being kept."""
+
+    class Storm:
+        def __init__(self):
+            self.calls = []
+
+        def put(self, call):
+            self.calls.append(call)
+
+        def empty(self):
+            return not self.calls
+
+        def get(self, **_):
+            if self.calls:
+                self.calls.pop()
+            raise ValueError("tick")
+
+    monkeypatch.setattr(main_thread.queue, "SimpleQueue", Storm)
+    raised = []
+    main = MainThread(lambda: 7, raised.append, lambda: None)
+    main.begin()
+    assert main.wait() == 7
+    assert {type(each) for each in raised} <= {ValueError}

@@ -3,8 +3,8 @@ import subprocess
 import sys
 
 import pytest
+from cleanup_kit import PATIENCE, run
 from entry_points_kit import install, install_example
-from test_cleanup_kit import PATIENCE, run
 
 from flaskd.cleanup import ACTIONS, Fate, Step, action_specs
 from flaskd.cleanup.registry import Registry, brought

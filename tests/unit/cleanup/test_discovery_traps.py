@@ -13,7 +13,7 @@ import httpx
 import pytest
 import sqlalchemy
 from apscheduler.schedulers.background import BackgroundScheduler
-from test_cleanup_kit import PATIENCE, run
+from cleanup_kit import PATIENCE, run
 
 from flaskd.cleanup import ACTIONS, Fate, Plan, Step, action_specs, build_plan, discover, with_found
 from flaskd.config import load_mapping

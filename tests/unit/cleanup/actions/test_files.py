@@ -3,7 +3,7 @@ import threading
 import time
 
 import pytest
-from test_cleanup_kit import PATIENCE, run
+from cleanup_kit import PATIENCE, run
 
 from flaskd.cleanup import ACTIONS, Fate, Step, action_specs
 from flaskd.config import load_mapping

@@ -5,7 +5,7 @@ import sys
 import threading
 
 import pytest
-from test_cleanup_kit import PATIENCE, run
+from cleanup_kit import PATIENCE, run
 
 from flaskd.cleanup import ACTIONS, Fate, Step
 

@@ -4,8 +4,8 @@ import socket
 import threading
 
 import pytest
+from cleanup_kit import PATIENCE, run
 from http_endpoint import endpoint, make_certificate
-from test_cleanup_kit import PATIENCE, run
 
 from flaskd.cleanup import ACTIONS, Fate, Step, action_specs
 from flaskd.config import load_mapping

@@ -1,7 +1,7 @@
 import math
 
 import pytest
-from test_cleanup_kit import step
+from cleanup_kit import step
 
 from flaskd.cleanup import ACTIONS, Action, Plan, Step, StepFailedError, action_specs, build_plan
 from flaskd.config import Phase, Section, load_mapping

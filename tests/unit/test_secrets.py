@@ -6,8 +6,8 @@ import logging
 import sys
 
 import pytest
+from cleanup_kit import run
 from http_endpoint import endpoint
-from test_cleanup_kit import run
 
 from flaskd.cleanup import Fate, action_specs, build_plan
 from flaskd.config import load_mapping

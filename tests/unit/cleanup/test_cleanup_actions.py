@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_cleanup_kit import run
+from cleanup_kit import run
 
 from flaskd.cleanup import ACTIONS, Fate, Step, action_specs
 from flaskd.config import load
@@ -59,7 +59,7 @@ def test_call_without_its_target():
 
 def test_the_reference_shows_the_fields_with_their_defaults():
     """For each action that the annotated reference has, it shows every field, and its default if it has one."""
-    path = Path(__file__).parent.parent / "config" / "flaskd.yaml"
+    path = Path(__file__).parents[3] / "config" / "flaskd.yaml"
     written = yaml.safe_load(path.read_text())["cleanup"]["policies"]
     policies = load(path, actions=action_specs(), environ={"CREDENTIALS_DIRECTORY": ""}).values.cleanup.policies
     for name in ("warm-cache", "leave-consul", "tell-the-team", "tidy-up", "flush-logs"):
