@@ -171,7 +171,7 @@ class Boot:
         number = cause.errno if isinstance(cause, OSError) and cause.errno else errno.EINVAL
         configuration = self.daemon.configuration
         why = str(error).partition("\n")[0]  # a file may be what is at fault
-        self.daemon.notices.tell(FailedFor(configuration.veil(why) if configuration is not None else why, number))
+        self.daemon.notices.tell(FailedFor(configuration.redact(why) if configuration is not None else why, number))
         return error.exit_code
 
     def _look(self) -> None:

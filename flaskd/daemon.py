@@ -182,7 +182,7 @@ class Daemon:
     def configured(self, configuration: Configuration) -> None:
         """Take a configuration as the one in force."""
         log, self.configuration = configuration.values.log, configuration
-        self.logs.apply(level=log.level, log_format=log.format, access=log.access, hide=configuration.veil)
+        self.logs.apply(level=log.level, log_format=log.format, access=log.access, hide=configuration.redact)
         self.service.stuck_after = configuration.values.systemd.stuck_after
         self.reload.follow(configuration)
 
@@ -337,7 +337,7 @@ class Daemon:
         """Stop in good order, for something that cannot be mended; the exit code tells of it."""
         why = str(error) if isinstance(error, FlaskdError) else f"{described(error)} was raised; the log says more"
         self.failure = self.failure or (error if isinstance(error, FlaskdError) else AppError(f"cannot go on: {why}"))
-        self._stop_asked(StopAsked(StopReason("failure", self._config.veil(why))))
+        self._stop_asked(StopAsked(StopReason("failure", self._config.redact(why))))
 
     def _tick_later(self) -> None:
         self._next_tick = time.monotonic() + _TICK

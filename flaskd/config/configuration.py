@@ -32,7 +32,7 @@ class Configuration:
     _origins: Mapping[NodePath, str] = field(default_factory=dict, repr=False)
     empty: bool = False
     """Whether its source held no value at all, beside what the command line says."""
-    veil: Redactor = field(default_factory=Redactor, repr=False, compare=False)
+    redact: Redactor = field(default_factory=Redactor, repr=False, compare=False)
     """Hides what was interpolated, in any text."""
 
     def describe(self) -> str:

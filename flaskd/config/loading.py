@@ -58,7 +58,7 @@ def load(
     empty = _says_nothing(tree)
     tree, origins = _filled(tree, base, faults, overrides, environ)
     values, secrets = _validated(tree, base, actions, environ, faults)
-    return Configuration(values, path, secrets, digest(source), origins, empty, _veil(tree))
+    return Configuration(values, path, secrets, digest(source), origins, empty, _redactor(tree))
 
 
 def load_mapping(
@@ -79,7 +79,7 @@ def load_mapping(
     base, empty = Path.cwd(), _says_nothing(tree)
     tree, origins = _filled(tree, base, faults, overrides, environ)
     values, secrets = _validated(tree, base, actions, environ, faults)
-    return Configuration(values, None, secrets, "", origins, empty, _veil(tree))
+    return Configuration(values, None, secrets, "", origins, empty, _redactor(tree))
 
 
 def load_again(load: Callable[[], Configuration], old: Configuration) -> Configuration:
@@ -122,7 +122,7 @@ _SAID: tuple[NodePath, ...] = (
 """What messages may quote, except for what flaskd has to tell: where it listens, and which app it serves."""
 
 
-def _veil(tree: Table) -> Redactor:
+def _redactor(tree: Table) -> Redactor:
     """What hides all that was interpolated and that a message may quote."""
     policies = [(*_POLICIES, name, "with") for name in policy_tables(tree)]
     return Redactor(text for path in (*_SAID, *policies) for text in interpolated_in(tree, path))

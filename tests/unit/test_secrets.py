@@ -96,7 +96,7 @@ def test_the_log_shows_nothing_that_was_interpolated(log_format, monkeypatch):
         "shutdown": {"record": "${env:S}.json"},
     }
     environ = {"S": SECRET, "G": "agents", "PORT": "8123", "APP": "shop:app"}
-    hide = load_mapping(data, actions=action_specs(), environ=environ).veil
+    hide = load_mapping(data, actions=action_specs(), environ=environ).redact
     with monkeypatch.context() as patched, Logs() as logs:
         patched.setattr(sys, "stderr", stderr := io.StringIO())
         logs.apply(level="info", log_format=log_format, access="off", hide=hide)
