@@ -13,7 +13,7 @@ from flaskd.errors import FlaskdError, described, shortage
 from flaskd.process.forks import AppCode
 from flaskd.protocol import Reply
 
-log = logging.getLogger("flaskd.inquiry")
+log = logging.getLogger("flaskd.slow_query")
 
 T = TypeVar("T")
 

@@ -51,7 +51,7 @@ class CallThread:
 
 def call_in_thread(call: Callable[[], None]) -> CallThread:
     """Have one call made in a thread of its own, which is there to be closed."""
-    thread = CallThread("flaskd-cleanup-aside")
+    thread = CallThread("flaskd-cleanup-call")
     thread.add(call)
     return thread
 

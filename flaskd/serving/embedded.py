@@ -310,7 +310,7 @@ class ServerThread:
         plan = self._whole_plan()
         # The app outlives a server in a thread: what it holds is left alone unless somebody says otherwise.
         asked = (self._own_process or "discovery" in cleanup.model_fields_set) and cleanup.discovery.mode == "auto"
-        sweep = DiscoveryRun(app) if asked or any(each.takes for each in plan.steps) else None
+        discovery = DiscoveryRun(app) if asked or any(each.takes for each in plan.steps) else None
         if not asked:
             off = cleanup.discovery.model_copy(update={"mode": "off"})
             cleanup = cleanup.model_copy(update={"discovery": off})
@@ -320,7 +320,7 @@ class ServerThread:
             app=app,
             shutdown=_shutdown(self._config.shutdown, timeout, cleanup=asked or bool(plan.steps)),
             cleanup=cleanup,
-            sweep=sweep,
+            discovery=discovery,
             spare=self._cleanup_thread.spare,
             on_step=self._on_step,
         )

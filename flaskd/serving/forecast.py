@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
     from flaskd.serving.loading import LoadedApp
 
-log = logging.getLogger("flaskd.outlook")
+log = logging.getLogger("flaskd.forecast")
 
 _LOOK_AROUND = 1.0
 """Seconds that a question for the plan waits to hear what the app holds."""
 
 
 class Forecast:
-    """Kept while the daemon serves; a stop takes its `plan` and its `sweep`, and goes on by itself."""
+    """Kept while the daemon serves; a stop takes its `plan` and its `discovery`, and goes on by itself."""
 
     def __init__(self, *, leaves: bool = False) -> None:
         self._leaves = leaves  # whether the process ends with the stop
@@ -29,7 +29,7 @@ class Forecast:
         """Those of the configuration."""
         self._cleanup = Config.model_validate({}).cleanup
         self._loaded: LoadedApp | None = None
-        self._sweep: DiscoveryRun | None = None
+        self._discovery: DiscoveryRun | None = None
         self._told: set[str] = set()  # the plan is asked for again and again
 
     def set(self, policies: Plan, cleanup: CleanupConfig, app: LoadedApp) -> None:
@@ -52,12 +52,12 @@ class Forecast:
 
     def look_around(self) -> None:
         """Find out what the app holds, beside the requests, and say so in the log."""
-        self._sweep = DiscoveryRun(self._app, _tell) if self._wanted("auto", "report") else None
+        self._discovery = DiscoveryRun(self._app, _tell) if self._wanted("auto", "report") else None
 
     @property
-    def sweep(self) -> DiscoveryRun | None:
+    def discovery(self) -> DiscoveryRun | None:
         """What a stop takes into its plan; None where nothing that is found is to be closed."""
-        return (self._sweep or DiscoveryRun(self._app)) if self._wanted("auto") else None
+        return (self._discovery or DiscoveryRun(self._app)) if self._wanted("auto") else None
 
     def _wanted(self, *modes: str) -> bool:
         """Whether anybody wants to know what the app holds: discovery in one of these modes, or a policy."""
@@ -65,7 +65,7 @@ class Forecast:
 
     def steps(self, plan: Plan) -> list[dict[str, Any]]:
         """The steps of a plan, with those for what is known to be held; asks nobody."""
-        found = self._sweep.found() if self._sweep is not None else None
+        found = self._discovery.found() if self._discovery is not None else None
         return with_found(plan, found or (), self._cleanup).describe()
 
     def overview(self, config: Config, *, fresh: bool) -> dict[str, Any]:
@@ -73,11 +73,11 @@ class Forecast:
 
         See `flaskd.cleanup.overview`.
         """
-        sweep = self._sweep
-        found = () if sweep is None else sweep.found(_LOOK_AROUND)
-        if sweep is not None and sweep.stale and fresh:
-            self._sweep = DiscoveryRun(self._app)
-            anew = self._sweep.found(_LOOK_AROUND)
+        discovery = self._discovery
+        found = () if discovery is None else discovery.found(_LOOK_AROUND)
+        if discovery is not None and discovery.stale and fresh:
+            self._discovery = DiscoveryRun(self._app)
+            anew = self._discovery.found(_LOOK_AROUND)
             found = found if anew is None else anew
         plan = with_found(self.plan, found or (), config.cleanup)
         left = [each.name for each in plan.left if each.use == "executor.stop"]

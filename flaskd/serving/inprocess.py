@@ -208,7 +208,7 @@ class InProcess:
         stop = self._pipe.begin_stop(
             reason,
             plan=self._forecast.plan,
-            sweep=self._forecast.sweep,
+            discovery=self._forecast.discovery,
             app=self._app.flask if self._app is not None else None,
             shutdown=config.shutdown,
             cleanup=config.cleanup,

@@ -129,7 +129,7 @@ class Stop:
 
     `begin_drain` is called when it is time to drain, and gives the drain that it began, or that was begun or over
     before. What breaks the cleanup off is logged, and the drain goes on to its end all the same. `on_step` gets each
-    step's result, `on_begin` is called when one has begun. `sweep` has what the app was last known to hold; what it
+    step's result, `on_begin` is called when one has begun. `discovery` has what the app was last known to hold; what it
     holds now is looked for beside the drain, and taken into the plan after it. None: it is not asked for. `spare` is a
     thread for steps where no other can be had.
     """
@@ -146,7 +146,7 @@ class Stop:
         begin_drain: Callable[[], Drain],
         on_step: Callable[[StepResult], None] | None = None,
         on_begin: Callable[[], None] | None = None,
-        sweep: DiscoveryRun | None = None,
+        discovery: DiscoveryRun | None = None,
         spare: Spare | None = None,
     ) -> None:
         self.reason = reason
@@ -154,7 +154,7 @@ class Stop:
         """Of the policies and registered functions; what the app is found to hold is taken into it on the way."""
         self.hurried = self._armed = False
         self._shutdown = shutdown
-        self._sweep, self._app, self._cleanup = sweep, app, cleanup
+        self._discovery, self._app, self._cleanup = discovery, app, cleanup
         self._began = time.monotonic()
         self._deadline = self._began + self._shutdown.deadline
         self._begin_drain = begin_drain
@@ -261,14 +261,14 @@ class Stop:
     def run(self) -> None:
         """Go through the phases; returns when the last is over, by the deadline at the latest."""
         try:
-            self._take(self._sweep, _FIRST_LOOK)
+            self._take(self._discovery, _FIRST_LOOK)
             self._runner.run(BEFORE_THE_DRAIN)
             drain = self._drain = self._begin_drain()
-            sweep = self._sweep and self._look_around(drain)
+            discovery = self._discovery and self._look_around(drain)
             self._runner.run(BESIDE_THE_DRAIN)
             report = drain.wait()
             assert report is not None
-            self._take(sweep, _SECOND_LOOK)
+            self._take(discovery, _SECOND_LOOK)
             self._runner.run(AFTER_THE_DRAIN, "clean" if report.clean else "degraded")
         except BaseException as error:  # whatever it was, what is in hand is finished, and the process exits
             log.error(f"cleanup broke off: {error}", exc_info=error)  # noqa: TRY400 - the text is part of the line
@@ -288,11 +288,11 @@ class Stop:
         drain.wait(_HEAD_START)
         return DiscoveryRun(self._app)
 
-    def _take(self, sweep: DiscoveryRun | None, patience: float) -> None:
+    def _take(self, discovery: DiscoveryRun | None, patience: float) -> None:
         """Take what it found into the plan for the phases to come; without its word, what was known before stays."""
-        if sweep is None:
+        if discovery is None:
             return
-        found = sweep.found(min(patience, max(0.0, self.left - self._runner.kept) / 2))
+        found = discovery.found(min(patience, max(0.0, self.left - self._runner.kept) / 2))
         if found is None:
             log.warning("what the app holds is not known yet: the stop goes on with what was found before")
             return
