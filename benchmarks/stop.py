@@ -46,8 +46,8 @@ from app import THREADS
 
 _BEGUN = 0.3
 """Seconds in which a request that was sent begins to be served."""
-_BETWEEN = 0.2
-"""Seconds between two signals."""
+_BETWEEN = 0.4
+"""Seconds between two signals: flaskd takes what comes within 0.25 for the echo of one (docs/signals.md)."""
 _IMPATIENCE = 15.0
 """Seconds that a server gets to exit after the last signal; longer than any stop here need take."""
 _ACCEPTED_WITHIN = 30.0
