@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from flaskd.admin.metrics import Exporter, exporter
+from flaskd.admin.page import send_page
 from flaskd.server import WaitressThread
 from flaskd.snapshot import Snapshot
 from flaskd.sockets import Address, Listener
@@ -133,14 +134,7 @@ class AdminApp:
             )
         else:
             status, kind, body = page(environ)
-        headers = [
-            ("Content-Type", kind),
-            ("Content-Length", str(len(body))),
-            ("Cache-Control", "no-store"),
-            ("X-Content-Type-Options", "nosniff"),
-        ]
-        start_response(status, headers + more)
-        return [] if method == "HEAD" else [body]
+        return send_page(environ, start_response, (status, kind, body, more))
 
     def _host_is_allowed(self, environ: dict[str, Any]) -> bool:
         host = _without_port(environ.get("HTTP_HOST", ""))

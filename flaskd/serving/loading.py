@@ -93,9 +93,7 @@ def load_app(target: str) -> LoadedApp:
         raise ConfigError(f"cannot load {target}: {_sentence(error)}") from None
     except PatchingError:
         raise
-    except Exception as error:
-        raise _app_error(target, error) from error
-    except SystemExit as error:
+    except (Exception, SystemExit) as error:
         raise _app_error(target, error) from error
     inside = find_flask(found.wsgi) or _only_flask_app(module)
     what = described(found.wsgi, inside)
@@ -123,9 +121,7 @@ def make_app(make: Callable[[], WSGIApp]) -> WSGIApp:
         raise ConfigError(f"cannot load {target}: {_sentence(error)}") from None
     except PatchingError:
         raise
-    except Exception as error:
-        raise _app_error(target, error) from error
-    except SystemExit as error:
+    except (Exception, SystemExit) as error:
         raise _app_error(target, error) from error
 
 
@@ -172,9 +168,7 @@ def _import(name: str, target: str) -> ModuleType:
         raise _app_error(target, error) from error
     except PatchingError:
         raise
-    except Exception as error:
-        raise _app_error(target, error) from error
-    except SystemExit as error:
+    except (Exception, SystemExit) as error:
         raise _app_error(target, error) from error
 
 

@@ -279,6 +279,15 @@ class Flaskd:
         self.gate.entered()
         return answer
 
+    def stop_holding(self, url: str | None = None) -> None:
+        """SIGTERM with a request in hand: it is answered, and the exit code is 0."""
+        held = self.hold(url)
+        self.kill(signal.SIGTERM)
+        self.wait_message("STOPPING=1")
+        self.gate.open()
+        assert held.result() == (200, b"held")
+        assert self.wait() == 0
+
     def until(self, condition: Callable[[], bool]) -> None:
         """Wait for something that only shows by looking; bounded."""
         end = time.monotonic() + PATIENCE

@@ -30,12 +30,7 @@ def test_it_serves_drains_and_stops(flaskd: Flaskd) -> None:
     """A request in hand when SIGTERM comes is answered; the control plane, the log and the exit code are as elsewhere."""
     start(flaskd, "--app", "gateapp")
     assert flaskd.status()["app"] == "gateapp"
-    held = flaskd.hold()
-    flaskd.kill(signal.SIGTERM)
-    flaskd.wait_message("STOPPING=1")
-    flaskd.gate.open()
-    assert held.result() == (200, b"held")
-    assert flaskd.wait() == 0
+    flaskd.stop_holding()
     assert "debug" not in flaskd.log
     assert flaskd.record()["completed"] == 1
 

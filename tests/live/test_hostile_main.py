@@ -71,12 +71,7 @@ def test_a_handler_that_raises_all_the_time_breaks_nothing_off(flaskd: Flaskd) -
                 assert flaskd.command("drain wait").splitlines()[-1].startswith("OK drained")
                 assert flaskd.command("resume") == "OK ready\n"
                 flaskd.drain_messages()
-            answer = flaskd.hold(url)
-            flaskd.kill(signal.SIGTERM)
-            flaskd.wait_message("STOPPING=1")
-            flaskd.gate.open()
-            assert answer.result() == (200, b"held")
-            assert flaskd.wait() == 0
+            flaskd.stop_holding(url)
         finally:
             calm.set()
     assert flaskd.record()["policies"]["mark"]["fate"] == "ok"
@@ -116,12 +111,7 @@ def test_what_raises_in_logging_costs_nothing(flaskd: Flaskd, what: str, error: 
     assert flaskd.command("reload").startswith("OK reloaded")
     assert flaskd.command("drain wait").splitlines()[-1].startswith("OK drained")
     assert flaskd.command("resume") == "OK ready\n"
-    answer = flaskd.hold(url)
-    flaskd.kill(signal.SIGTERM)
-    flaskd.wait_message("STOPPING=1")
-    flaskd.gate.open()
-    assert answer.result() == (200, b"held")
-    assert flaskd.wait() == 0
+    flaskd.stop_holding(url)
     assert (flaskd.record()["completed"], flaskd.record()["cut"]) == (1, [])
     assert "ready: logging_app" in flaskd.log
     assert "stopped: completed=1" in flaskd.log
@@ -143,12 +133,7 @@ def test_hooks_that_raise_cost_nothing(flaskd: Flaskd) -> None:
     """Hooks for uncaught exceptions that raise themselves: it serves, and stops whole."""
     flaskd.write("hooks.py", GATE_APP + HOOKS)
     flaskd.start(app="hooks")
-    answer = flaskd.hold()
-    flaskd.kill(signal.SIGTERM)
-    flaskd.wait_message("STOPPING=1")
-    flaskd.gate.open()
-    assert answer.result() == (200, b"held")
-    assert flaskd.wait() == 0
+    flaskd.stop_holding()
     assert flaskd.record()["cut"] == []
 
 

@@ -45,12 +45,7 @@ def threads(flaskd: Flaskd, number: int) -> None:
 def test_sigterm_stops_whatever_the_parent_did(flaskd: Flaskd, how: str) -> None:
     """Blocked or ignored when flaskd is started, SIGTERM drains and stops it all the same."""
     flaskd.start(prefix=["env", f"{how}=TERM"])
-    held = flaskd.hold()
-    flaskd.kill(signal.SIGTERM)
-    flaskd.wait_message("STOPPING=1")
-    flaskd.gate.open()
-    assert held.result() == (200, b"held")
-    assert flaskd.wait() == 0
+    flaskd.stop_holding()
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGQUIT])
@@ -102,12 +97,7 @@ def test_a_handler_that_c_code_took_while_imported_is_taken_back(flaskd: Flaskd,
     """Python does not see it; SIGTERM drains all the same."""
     flaskd.write("taking.py", f"{C}{TAKEN[how]}from gateapp import app\n")
     flaskd.start(app="taking")
-    held = flaskd.hold()
-    flaskd.kill(signal.SIGTERM)
-    flaskd.wait_message("STOPPING=1")
-    flaskd.gate.open()
-    assert held.result() == (200, b"held")
-    assert flaskd.wait() == 0
+    flaskd.stop_holding()
     assert ("code in C took the handler for SIGTERM away; flaskd takes it back" in flaskd.log) is (how != "handled")
 
 

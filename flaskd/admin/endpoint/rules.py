@@ -22,6 +22,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from flaskd.admin.page import Page, send_page
+
 log = logging.getLogger("flaskd.endpoint")
 
 PATH = "/shutdown"
@@ -84,17 +86,9 @@ class EndpointRules:
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
         """Answer one request."""
-        status, kind, body, more = self._answer(environ)
-        headers = [
-            ("Content-Type", kind),
-            ("Content-Length", str(len(body))),
-            ("Cache-Control", "no-store"),
-            ("X-Content-Type-Options", "nosniff"),
-        ]
-        start_response(status, headers + more)
-        return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+        return send_page(environ, start_response, self._answer(environ))
 
-    def _answer(self, environ: dict[str, Any]) -> tuple[str, str, bytes, list[tuple[str, str]]]:
+    def _answer(self, environ: dict[str, Any]) -> Page:
         wrong = self._wrong_place(environ)
         if wrong is None and environ["REQUEST_METHOD"] != "POST":
             self._tell(environ, f"{environ['REQUEST_METHOD'][:16]!r} instead of POST")
