@@ -201,14 +201,16 @@ def a_client_that_is_gone(rig):
 @trap(stock=100, flaskd=503)
 def an_expectation_in_a_drain(rig):
     """A client is told to send its body, though nobody will take its request."""
-    server = rig.serve()
+    server = rig.serve(grace=30)
     client, _ = rig.connect(server), rig.connect(server).send("/gate")
     assert fate(client.send("/")) == 200
     rig.app.entered(2)
     until(server, lambda: sum(len(each.requests) for each in server.channels()) == 1)  # the answer's end is noted
     server.take_no_more()
-    with later(60, "monotonic"):  # long after the last answer on this connection
-        return fate(client.send(get("/echo", "Content-Length: 4", "Expect: 100-continue", method="POST")))
+    with busy(server) as go_on, later(60, "monotonic"):  # long after the last answer on this connection
+        client.send(get("/echo", "Content-Length: 4", "Expect: 100-continue", method="POST"))
+        go_on()  # not before: it would close the connection, whose grace is over
+        return fate(client)
 
 
 @trap(stock="open", flaskd="closed")
