@@ -154,10 +154,6 @@ class Ours(WaitressThread):
     def map(self):
         return self._loop.context.poller
 
-    @property
-    def thread(self):
-        return self._thread
-
     def call(self, function):
         self._loop.call(function)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from waitress import wasyncore
 from waitress.adjustments import Adjustments
+from waitress.buffers import ReadOnlyFileBasedBuffer
 from waitress.server import TcpWSGIServer
 
 from flaskd.process.descriptors import open_files
@@ -36,6 +37,7 @@ class Acceptor:
     admission: Admission
     context: Context
     listener: Listener
+    environ: dict[str, Any]
     paused = False
 
     def readable(self) -> bool:
@@ -108,6 +110,23 @@ def _name(address: Address) -> str:
     return "" if address.host in {"0.0.0.0", "::"} else address.host  # noqa: S104 - compared
 
 
+def _environ(acceptor: Any, context: Context) -> dict[str, Any]:
+    """What is the same in the environ of each request (PEP 3333; waitress.task)."""
+    return {
+        "SERVER_PORT": str(acceptor.effective_port),
+        "SERVER_SOFTWARE": acceptor.adj.ident,
+        "SCRIPT_NAME": acceptor.adj.url_prefix,
+        "wsgi.url_scheme": acceptor.adj.url_scheme,
+        "wsgi.version": (1, 0),
+        "wsgi.multithread": True,
+        "wsgi.multiprocess": False,
+        "wsgi.run_once": False,
+        "wsgi.file_wrapper": ReadOnlyFileBasedBuffer,
+        "wsgi.input_terminated": True,
+        "flaskd.draining": context.draining,
+    }
+
+
 def make_acceptor(admission: Admission, listener: Listener, app: Any, adjustments: Adjustments) -> Any:
     """Waitress' server for a listener: its fields, its trigger, its address for the environ."""
     context, sock = admission.context, listener.socket
@@ -126,6 +145,7 @@ def make_acceptor(admission: Admission, listener: Listener, app: Any, adjustment
         acceptor.server_name = _name(listener.address)
     if listener.address.path:  # the socket knows only the name under which it was bound
         acceptor.effective_port = listener.address.path
+    acceptor.environ = _environ(acceptor, context)
     acceptor.admission, acceptor.context = admission, context
     acceptor.listener = listener
     acceptor.accepting = True

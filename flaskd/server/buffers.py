@@ -59,7 +59,10 @@ class BodyBuffer(OverflowableBuffer):  # type: ignore[misc]
     def getfile(self) -> Any:
         """What the app reads from; lines of a file come out of a buffer."""
         file = super().getfile()
-        return io.BufferedReader(file) if isinstance(file, io.RawIOBase) else file
+        if not isinstance(file, io.RawIOBase):
+            return file
+        self._reader = io.BufferedReader(file)  # kept: it closes the file when it goes
+        return self._reader
 
 
 class AnswerBuffer(BodyBuffer):

@@ -6,17 +6,21 @@ Everything here overrides a method of waitress 3; each of those internals has a 
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import logging
 import threading
 import time
 from collections.abc import Mapping
 from typing import Any
 
+from waitress.channel import ClientDisconnected
+from waitress.utilities import InternalServerError
+
+from flaskd.server.app_task import AppTask
 from flaskd.server.context import Context
 from flaskd.server.output import OutputChannel
 from flaskd.server.request import Request
-from flaskd.server.tasks import AppTask, HealthTask, RefusalTask, RejectTask
+from flaskd.server.tasks import HealthTask, Recorded, RefusalTask, RejectTask
 from flaskd.sockets import unread
 
 log = logging.getLogger("flaskd.server")
@@ -26,8 +30,6 @@ _DISCARD = 1 << 16
 _BODY = 1 << 16
 """Bytes of a body read at once; waitress' 8 KiB are a turn of the loop for each. A head is read in its small bites,
 because what lies behind it may be hundreds of requests more."""
-_QUICK = 0.001
-"""Seconds between an answer and the next request, by which a thread knows a client that asks again at once."""
 
 
 class _ChannelServer:
@@ -39,11 +41,8 @@ class _ChannelServer:
         self.adj = acceptor.adj
         self.active_channels = acceptor.context.probes if channel.internal else acceptor.active_channels
         self.effective_port = acceptor.effective_port
+        self.environ = acceptor.environ
         self.server_name = acceptor.server_name or ("localhost" if channel.internal else sock.getsockname()[0])
-
-    @property
-    def application(self) -> Any:
-        return self._channel.task.run
 
     @property
     def app(self) -> Any:
@@ -57,24 +56,13 @@ class _ChannelServer:
         # may take up the next request at once, and the two threads would only fight for the GIL.
 
     def add_task(self, channel: Channel) -> None:
-        # The channel's requests_lock is held in this moment.
-        read_after, channel.reads_after = channel.reads_after, None
-        if channel.answered_here:
-            channel.keeper = None
-            channel.context.answer_soon(channel.serve_here)
-            return
-        channel.keeper = channel.requests[0]
-        if read_after is not None:
-            read_after.following = channel.requests[0]
-        else:
-            self._acceptor.task_dispatcher.add_task(channel)
+        channel.begin_next()
 
 
 class Channel(OutputChannel):
     """A connection; `here`: all is answered by the loop."""
 
     one_shot = True
-    error_task_class = RefusalTask
     internal = False
     """Whether it is a probe's, which appears in no count and no log."""
     here = False
@@ -82,16 +70,11 @@ class Channel(OutputChannel):
     """The request for which a thread has the connection, or will have it; meanwhile the loop does not read from it.
 
     Changed under `requests_lock`, and so is what the poller waits for: the connection is the loop's or a thread's."""
-    reads_after: Request | None = None
-    """The request that a thread has answered, while it reads the next one from the connection."""
 
     def __init__(self, acceptor: Any, sock: Any, addr: Any, adj: Any, map: Any = None) -> None:  # noqa: A002 - waitress' name
         context: Context = acceptor.context
-        self.parser_class = functools.partial(Request, self)
-        self.task_class = self._task_for
         self._flushing = False
         self._last_activity = time.monotonic()
-        self._watch: Any = None
         super().__init__(context, _ChannelServer(self, acceptor, sock), sock, addr, adj, map=map)
         if context.drains:
             context.timers.at(self.grace_from + context.keepalive_grace, self.look)
@@ -169,114 +152,124 @@ class Channel(OutputChannel):
 
     # --- one request ---------------------------------------------------------------------------------------------
 
-    @property
-    def answered_here(self) -> bool:
-        """Whether the next request is answered in the loop's thread."""
-        request = self.requests[0]
-        if request.error or request.rejected or self.context.refusing or self.context.alone:
-            return True
-        return self._asks_for_health(request)
+    def begin_next(self) -> None:
+        """Let the first request in line be answered, by a thread or by the loop itself; `requests_lock` is held."""
+        request, context = self.requests[0], self.context
+        here = self.here or context.alone or context.refusing or request.rejected or request.error
+        if here or (request.path == context.health_path and request.command in {"GET", "HEAD"}):
+            self.keeper = None
+            context.answer_soon(self.serve_here)
+        else:
+            self.keeper = request
+            context.pool.add_task(self)
 
-    def _asks_for_health(self, request: Request) -> bool:
-        if self.here:
-            return True
-        path = self.context.health_path
-        return bool(path) and not request.error and request.path == path and request.command in {"GET", "HEAD"}
-
-    def _task_for(self, channel: Channel, request: Request) -> Any:
+    def _task_for(self, request: Request) -> Recorded:
+        if request.error:
+            return RefusalTask(self, request)
         if request.rejected or self.context.refusing:
             request.rejected = True
-            return RejectTask(channel, request)
-        if self._asks_for_health(request):
-            return HealthTask(channel, request)
-        task = self.task = AppTask(channel, request)
+            return RejectTask(self, request)
+        if self.here or (request.path == self.context.health_path and request.command in {"GET", "HEAD"}):
+            return HealthTask(self, request)
+        task = self.task = AppTask(self, request)
         return task
 
-    def service(self) -> None:
-        """Answer the first request in line, and go on with a client that asks again at once (pool's thread).
+    def parser_class(self, adj: Any) -> Request:
+        """What waitress reads a request into."""
+        return Request(self, adj)
 
-        Its next request needs no way through the loop, which costs two switches between threads.
-        """
+    def service(self) -> None:
+        """Answer the first request in line, and leave the connection to the next one, or to the loop (its thread)."""
         request = self.requests[0]
-        quick = request.first_byte - self.grace_from < _QUICK
-        while True:
-            self._answer(request)
-            if self.keeper is not request:  # the next one was in line, and another thread has the connection
-                self.context.poller.touch(self)
-                return
-            if quick:
-                self._read_on(request)
-            if request.following is None:
-                break
-            request = request.following
-        if self.keeper is request:
-            self._give_back()
+        request.thread = threading.current_thread()
+        request.began = time.monotonic()
+        request.starts_at = request.ends_at = self.output_length() if self.total_outbufs_len else self.flushed
+        self.serving = request
+        try:
+            last = self._answer(request)
+        except BaseException:  # lets no thread and no connection go missing, whatever kills the task
+            log.exception(f"cannot finish {request.snapshot()}: the connection is closed")
+            last = True
+        request.answered = request.over = True
+        if self.unsettled or self.total_outbufs_len or self.stream_over or not self.connected:
+            with self.outbuf_lock:
+                if not self.stream_over:
+                    self.unsettled.append(request)
+                self._settle()
+        else:
+            self._retire(request)
+        if self.account.streams or self.context.pool.lost:
+            self.account.answered(request)
+        self._go_on(last=last)
         if not self.connected:
             self._free_arriving()
-
-    def _read_on(self, answered: Request) -> None:
-        """Read what a quick client sends next; `answered.following` is set if that is for this thread to answer."""
-        sock = self.socket  # None once the loop has closed it
-        if self.context.drains or self.context.pool.wanted or sock is None or not super().readable():
-            return
-        if self._watch is None:
-            try:
-                self._watch = self.context.poller.watch(sock)
-            except (OSError, ValueError):  # the loop closed it in this moment: its client left
-                return
-        if not self._watch(_QUICK):
-            return
-        self.reads_after = answered
-        try:
-            if data := self._receive():  # else it is at its end, which the loop will see
-                self.received(data)
-        except Exception:  # noqa: BLE001 - as wasyncore.read() does in the loop
-            self.handle_error()
-        if self.reads_after is answered:  # else another thread may have the connection by now
-            self.reads_after = None
-
-    def _give_back(self) -> None:
-        """Leave the connection to the loop (who has it)."""
-        with self.requests_lock:
-            self.keeper = None
-            if not (self.writable() or self.context.drains):
-                if (sock := self.socket) is not None and self.readable():
-                    self.context.poller.expect(sock)  # without a word to the loop
-                return
-        self.context.poller.touch(self)
 
     def serve_here(self) -> None:
         """Answer the first request in line in the loop's thread."""
         if self.requests and self.connected:
-            request = self.keeper = self.requests[0]
-            self._answer(request)
-            if self.keeper is request:
-                self._give_back()
-            else:
-                self.context.poller.touch(self)
+            self.keeper = self.requests[0]
+            self.service()
 
-    def _answer(self, request: Request) -> None:
-        request.thread = threading.current_thread()
-        request.began = time.monotonic()
-        request.starts_at = request.ends_at = self.output_length()
-        self.serving = request
+    def _answer(self, request: Request) -> bool:
+        """Give the answer; whether it is the last one on the connection."""
+        task = self._task_for(request)
+        if not self.connected:
+            return True
         try:
-            super().service()
-        except BaseException:  # lets no thread and no connection go missing, whatever kills the task
-            log.exception(f"cannot finish {request.snapshot()}: the connection is closed")
-            with self.requests_lock:
+            task.service()
+        except ClientDisconnected:
+            self.logger.info(f"Client disconnected while serving {request.path}")
+            return True
+        except Exception:
+            self.logger.exception(f"Exception while serving {request.path}")
+            if not task.wrote_header:
+                self._answer_500(request)
+            return True
+        return bool(task.close_on_finish)
+
+    @property
+    def _expects_continue(self) -> bool:
+        """Whether the next request waits for a word to continue, which could not be given before (RFC 9110 §10.1.1)."""
+        arriving = self.request
+        return bool(arriving and arriving.expect_continue and arriving.headers_finished and not self.sent_continue)
+
+    def _answer_500(self, request: Request) -> None:
+        failed = Request(self, self.adj)
+        failed.error = InternalServerError("The server encountered an unexpected internal server error")
+        failed.version = request.version
+        failed.headers["HTTP_CONNECTION"] = request.headers.get("HTTP_CONNECTION", "")
+        with contextlib.suppress(ClientDisconnected):
+            RefusalTask(self, failed).service()
+
+    def _go_on(self, *, last: bool) -> None:
+        """Leave the connection, whose first request is answered; `last`: what was pipelined behind is not."""
+        if not last and len(self.requests) > 1:
+            self._flush_outbufs_below_high_watermark()
+        with self.requests_lock:
+            self._last_activity = time.monotonic()
+            if last:
+                self.close_when_flushed = True
                 for each in self.requests:
                     each.close()
                 self.requests = []
-                self.close_when_flushed = True
-        request.answered = request.over = True
-        with self.outbuf_lock:
-            if not self.stream_over:
-                self.unsettled.append(request)
-            self._settle()
-        self.account.answered(request)
-        if self.context.drains:
-            self.context.poller.touch(self)
+            else:
+                request = self.requests.pop(0)
+                if request.body_rcv is not None:
+                    request.close()
+                if self.current_outbuf_count > 0:
+                    self.current_outbuf_count = self.adj.outbuf_high_watermark  # the next answer has buffers of its own
+            self.keeper = None
+            if self.connected and self.requests:
+                self.begin_next()
+            else:
+                if self.request is not None and self.connected and not last and self._expects_continue:
+                    self.send_continue()
+                writable = self.total_outbufs_len or self.will_close or self.close_when_flushed
+                if not (writable or self.context.drains):
+                    if (sock := self.socket) is not None:
+                        self.context.poller.expect(sock)  # without a word to the loop
+                    return
+        self.context.poller.touch(self)
 
     # --- input and output, in the loop's thread --------------------------------------------------------------------
 
@@ -290,35 +283,40 @@ class Channel(OutputChannel):
 
     def handle_read(self) -> None:
         """Read; what comes after the half-close is thrown away, because its answer could not be sent."""
-        data = self._receive()
-        if data is None:
+        try:
+            simple = self.request is None and not self.half_closed
+            data: bytes = self.socket.recv(self.adj.recv_bytes if simple else self._bite())
+        except BlockingIOError:
             return  # the event was for the socket that had this number before
+        except OSError:
+            data = b""
         if not data:
             self.handle_close()
         elif self.half_closed:
             self._heard_at = time.monotonic()
         else:
+            self._last_activity = time.monotonic()
             self.received(data)
 
-    def _receive(self) -> bytes | None:
-        """What has come; empty at the end of the connection, None when there is nothing."""
-        if (sock := self.socket) is None:  # closed by the loop, while a thread was about to read
-            return b""
-        try:
-            data: bytes = sock.recv(self._bite)
-        except BlockingIOError:
-            return None
-        except OSError:
-            return b""
-        if data and not self.half_closed:
-            self.last_activity = time.monotonic()
-        return data
-
-    @property
     def _bite(self) -> int:
+        """How many bytes to read at once."""
         if self.half_closed:
             return _DISCARD
         return _BODY if self.request is not None and self.request.headers_finished else int(self.adj.recv_bytes)
+
+    def received(self, data: bytes) -> bool:
+        """Take what has come: a common request in one pass, anything else by waitress' way."""
+        if self.request is None:
+            request = Request(self, self.adj)
+            with self.requests_lock:
+                if self.will_close or self.close_when_flushed:
+                    return False
+                if request.take_common(data):
+                    self.requests.append(request)
+                    if len(self.requests) == 1:
+                        self.begin_next()
+                    return True
+        return bool(super().received(data))
 
     def handle_write(self) -> None:
         """Flush and retire what is done."""

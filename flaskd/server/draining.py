@@ -106,11 +106,17 @@ class Draining:
     def pass_the_gate(self) -> None:
         """Wait until handshakes under way have had their time behind the gate, and let all of them in."""
         while self._gated and (left := self._gate_until - time.monotonic()) > 0:
-            self._context.poller.turn(left)
+            self._turn(left)
         self._gate_until = time.monotonic() + _ROOM_AGAIN
         gated, self._gated = self._gated, []
         for acceptor in gated:
             self._let_in(acceptor)
+
+    def _turn(self, timeout: float) -> None:
+        poller = self._context.poller
+        poller.wait(timeout)
+        while poller.handle_next():
+            pass
 
     def _let_in(self, acceptor: Any) -> None:
         """Take the backlog and close the listener; where the connections are at their limit, as soon as some end."""
@@ -176,7 +182,7 @@ class Draining:
         self._context.refusing = True
         if self._gated:
             self.pass_the_gate()
-            self._context.poller.turn(0)  # read what those have sent
+            self._turn(0)  # read what those have sent
         self._context.answer()
         for acceptor in self._gated:
             self._close(acceptor)

@@ -1,6 +1,7 @@
-"""The event loop: waitress' channels and dispatcher, turned by flaskd, so that it can be drained and watched.
+"""The event loop: waitress' channels, turned by flaskd, so that it can be drained and watched.
 
-All methods run in the loop's thread, except those that say "any thread".
+The thread that leads turns it (`flaskd.server.threads`), and this is what "the loop's thread" means: one at a time, but
+not always the same one. All methods run there, except those that say "any thread".
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from flaskd.server.context import Context
 from flaskd.server.draining import Draining
 from flaskd.server.idle import IdleWatch
 from flaskd.server.request import Connection
+from flaskd.server.threads import Task
 from flaskd.server.timers import NEVER
 from flaskd.sockets import Listener
 
@@ -30,6 +32,8 @@ log = logging.getLogger("flaskd.server")
 
 _TURN = 1.0
 """Seconds; the longest the loop waits when nothing happens."""
+_PARDON = 1.0
+"""Seconds after an error in which another one ends the loop."""
 
 
 class EventLoop:
@@ -45,44 +49,89 @@ class EventLoop:
         self.admission = Admission(self.connections)
         self.idle: IdleWatch | None = None
         self.turned = threading.Event()
+        self.ended = threading.Event()
+        """Whether the loop turns no more: it was told to end, or failed."""
         self.last_turn = time.monotonic()
         """When the loop last turned, which it does every second when all is well."""
         self.error: BaseException | None = None
+        """Why it failed."""
+        self.on_death: Callable[[BaseException], None] = lambda _: None
+        """Is called when it failed, in the thread that led."""
         self._app = app
         self._listeners = list(listeners)
         self._adjustments = adjustments
         self._drain: Draining | None = None
-        self._ending = False
+        self._failed_at = -_PARDON
 
     def call(self, function: Callable[[], None]) -> None:
         """Run a function in the loop's thread, soon (any thread)."""
         self.context.call(function)
 
     def open(self) -> None:
-        """Build waitress' servers on the listeners and start the threads; called before the loop's thread starts."""
+        """Build waitress' servers on the listeners; called before the threads start."""
         context = self.context
         adjustments = Adjustments(threads=context.pool.size, **self._adjustments)
         self.admission.limit = adjustments.connection_limit
         for listener in self._listeners:
             context.acceptors.append(make_acceptor(self.admission, listener, self._app, adjustments))
         self.admission.accept(on=True)
-        context.pool.set_thread_count(context.pool.size)
 
-    def run(self) -> None:
-        """Turn until told to end; an error that leaves here is kept in `error`."""
-        context = self.context
-        try:
-            while not self._ending:
-                context.poller.turn(self._patience())
+    def start(self, name: str) -> None:
+        """Start the threads; `name` is that of the only one where the loop runs the app itself."""
+        self.context.pool.start(self._lead, self.context.wake, name)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it turns: it was started, and has not ended (any thread)."""
+        return self.context.pool.leader is not None and not self.ended.is_set()
+
+    def _lead(self) -> Task | None:
+        """Turn until a request is complete that has a place, and return what runs it; None when the thread is to end.
+
+        An error that leaves the loop ends it, and is kept in `error`. The first one is pardoned: in a thread that
+        runs the app, too, it may be the app's, which can raise in any thread (PyThreadState_SetAsyncExc).
+        """
+        while True:
+            try:
+                if (task := self._turn_until_task()) is not None:
+                    return task
+            except BaseException as error:
+                now, before = time.monotonic(), self._failed_at
+                self._failed_at = now
+                if now - before >= _PARDON:
+                    log.exception("the serving thread failed, and goes on")
+                    continue
+                self.error = error
+                log.critical("the serving thread died", exc_info=True)
+                self.context.pool.end()
+            if self.context.pool.ending and not self.ended.is_set():
+                self.ended.set()
+                if self.error is not None:
+                    self.turned.set()
+                    self.on_death(self.error)
+            return None
+
+    def _turn_until_task(self) -> Task | None:
+        pool, poller = self.context.pool, self.context.poller
+        while True:
+            if pool.queue and (task := pool.take()) is not None:
+                return task
+            if not poller.handle_next():
+                if pool.surplus:
+                    return None
+                self._attend()
+                if pool.queue and (task := pool.take()) is not None:
+                    return task
+                poller.wait(self._patience())
                 self.last_turn = time.monotonic()
                 if not self.turned.is_set():
                     self.turned.set()
-                context.run_calls()
-                context.answer()
-                self._keep_house(time.monotonic())
-        except BaseException as error:
-            self.error = error
-            log.critical("the serving thread died", exc_info=True)
+
+    def _attend(self) -> None:
+        """Do what is due beside events."""
+        self.context.run_calls()
+        self.context.answer()
+        self._keep_house(time.monotonic())
 
     def _patience(self) -> float:
         moment = self.context.timers.next_moment
@@ -187,9 +236,8 @@ class EventLoop:
     # --- the end, in the thread that ends it ----------------------------------------------------------------------
 
     def end(self) -> None:
-        """Leave `run` at the next turn (any thread)."""
-        self._ending = self.context.pool.ending = True
-        self.context.wake()
+        """Turn no more, and let the threads end (any thread)."""
+        self.context.pool.end()
 
     def close(self, timeout: float) -> list[threading.Thread]:
         """Join the threads, then close everything; returns the threads that did not end within `timeout` seconds.

@@ -20,7 +20,8 @@ class ObservedServer:
     """The part of `WaitressThread` that changes nothing; all of it may be asked from any thread, and at any time."""
 
     _loop: EventLoop | None = None
-    _thread: threading.Thread | None = None
+    _serves = False
+    """Whether it was started, and has not been told to end."""
     _addresses: Sequence[Address]
     _listeners: list[Listener] | None
 
@@ -29,6 +30,10 @@ class ObservedServer:
         if self._loop is None:
             raise FlaskdError("cannot do that: this server has not been started")
         return self._loop
+
+    @property
+    def _turning(self) -> bool:
+        return self._serves and self._loop is not None and self._loop.alive
 
     @property
     def addresses(self) -> list[Address]:
@@ -117,7 +122,7 @@ class ObservedServer:
 
     def turns(self, timeout: float) -> bool:
         """Whether the serving thread turns within `timeout` seconds."""
-        if self._thread is None or not self._thread.is_alive():
+        if not self._turning:
             return False
         turned = threading.Event()
         self._serving.call(turned.set)
@@ -135,9 +140,7 @@ class ObservedServer:
 
     def answers(self, timeout: float) -> bool:
         """Whether the loop accepts a connection of one's own and answers a request on it within `timeout` seconds."""
-        return (
-            self._thread is not None and self._thread.is_alive() and isinstance(self._ask("/", timeout, here=True), int)
-        )
+        return self._turning and isinstance(self._ask("/", timeout, here=True), int)
 
     def _ask(self, path: str, timeout: float, *, here: bool) -> int | str:
         """Send a request on a connection of one's own; gives the status code, or what was wrong."""

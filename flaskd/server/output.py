@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections import deque
 from typing import Any, Protocol
@@ -49,6 +50,7 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
     request: Request | None
     current_outbuf_count: int
     total_outbufs_len: int
+    _last_activity: float
 
     def __init__(self, context: Context, server: Any, sock: Any, addr: Any, adj: Any, *, map: Any) -> None:  # noqa: A002 - waitress' name
         self.context = context
@@ -60,10 +62,10 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
         """When the last answer was given, or the connection opened."""
         self._linger_until, self._unacknowledged = 0.0, 0
         self._half_closed_at = self._heard_at = 0.0
-        self._holds = False
-        self._held = b""
         super().__init__(server, sock, addr, adj, map=map)
         self.outbufs = [AnswerBuffer(adj.outbuf_overflow)]
+        self._sending = threading.RLock()
+        self.outbuf_lock = threading.Condition(self._sending)
 
     @property
     def arriving(self) -> Request | None:
@@ -80,33 +82,29 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
     # --- an answer, in a pool's thread or the loop's ----------------------------------------------------------------
 
     def write_soon(self, data: Any) -> int:
-        """Put out a part of a response; a stream that was ended takes no more."""
-        if self._holds:
-            self._holds, self._held = False, data
-            return len(data)
-        if self._held:
-            data, self._held = self._held + data, b""
-        with self.outbuf_lock:  # so that it comes before the end of a stream, or not at all
-            if self.stream_over:
+        """Put out a part of a response, at once where nothing waits; a stream that was ended takes no more."""
+        with self._sending:  # so that it comes before the end of a stream, or not at all
+            if self.stream_over or not self.connected:
                 raise ClientDisconnected
-            # Where waitress would begin a buffer of its own kind, or has (behind a file), one of ours is begun instead.
-            if (
-                self.current_outbuf_count >= self.adj.outbuf_high_watermark
-                or type(self.outbufs[-1]) is not AnswerBuffer
-            ):
-                self.outbufs.append(AnswerBuffer(self.adj.outbuf_overflow))
-                self.current_outbuf_count = 0
-            return int(super().write_soon(data))
+            if self.total_outbufs_len or type(data) is not bytes or len(data) < self.adj.send_bytes:
+                return self._buffer(data)
+            try:
+                sent = self.socket.send(data)
+            except OSError:  # waitress' way finds out why
+                sent = 0
+            self.flushed += sent
+            self._last_activity = time.monotonic()
+            if sent < len(data):
+                self._buffer(data[sent:])
+            return len(data)
 
-    def hold_next(self) -> None:
-        """Keep what is put out next, a header, until more follows or `release` (pool's thread)."""
-        self._holds = True
-
-    def release(self) -> None:
-        """Put out what is still held (pool's thread)."""
-        held, self._holds, self._held = self._held, False, b""
-        if held:
-            self.write_soon(held)
+    def _buffer(self, data: Any) -> int:
+        """Let waitress keep a part, and send what can be sent; `outbuf_lock` is held."""
+        # Where waitress would begin a buffer of its own kind, or has (behind a file), one of ours is begun instead.
+        if self.current_outbuf_count >= self.adj.outbuf_high_watermark or type(self.outbufs[-1]) is not AnswerBuffer:
+            self.outbufs.append(AnswerBuffer(self.adj.outbuf_overflow))
+            self.current_outbuf_count = 0
+        return int(super().write_soon(data))
 
     def end_stream(self) -> None:
         """End the stream being sent, between two parts (loop's thread); its thread learns at its next write."""

@@ -7,6 +7,7 @@ line that is wrong: bytes that can never become one, such as a TLS handshake, ke
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 from http import HTTPStatus
@@ -19,6 +20,7 @@ from waitress.utilities import Error
 
 from flaskd.server.buffers import BodyBuffer
 from flaskd.server.chunked import ChunkedBody
+from flaskd.server.head import environ_key
 from flaskd.server.lines import Lines, RefusedError, field, is_host
 
 log = logging.getLogger("flaskd.server")
@@ -35,7 +37,7 @@ _ABSOLUTE = re.compile(r"https?://([^/?]*+)(.*)", re.IGNORECASE)
 _LENGTH = re.compile(r"[0-9]{1,18}")
 _MOST_BLANK_LINES = 10
 """Before a request, as Apache has it; RFC 9112 §2.2 asks for one at least."""
-_SINGLE = ("HOST", "CONTENT_LENGTH", "CONTENT_TYPE")
+_SINGLE = {"HTTP_HOST": "Host", "CONTENT_LENGTH": "Content-Length", "CONTENT_TYPE": "Content-Type"}
 """Headers of which there may be one: nobody could say which of two is meant."""
 
 
@@ -50,13 +52,19 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
     """The setting whose limit it goes beyond."""
     begun = False
     """Whether more of it has come than the blank lines that may stand before it."""
+    _lines: Lines | None = None
+    _fields: dict[str, list[str]]
+    _blank_lines = 0
+    short_body = b""
+    """The body, where `body_rcv` has none."""
 
-    def __init__(self, adj: Any) -> None:
-        super().__init__(adj)
-        self.url_scheme = adj.url_scheme
-        self._lines = Lines()
-        self._fields: dict[str, list[str]] = {}
-        self._blank_lines = 0
+    headers: dict[str, str]
+    """By their names in an environ (PEP 3333), where waitress leaves out ``HTTP_``."""
+
+    def get_body_stream(self) -> Any:
+        """What the app reads the body from."""
+        body: Any = self.body_rcv
+        return io.BytesIO(self.short_body) if body is None else body.getfile()
 
     def received(self, data: bytes) -> int:
         """Read on; how much of the data was this request's. `completed` tells when that is all, `error` a refusal."""
@@ -84,16 +92,19 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
 
     def _take_head(self, data: bytes) -> int:
         at, most = 0, self.adj.max_request_header_size
+        if (lines := self._lines) is None:
+            lines, self._fields = Lines(), {}
+            self._lines = lines
         while at < len(data) and not self.headers_finished:
-            line, at = self._lines.take(data, at)
+            line, at = lines.take(data, at)
             if line is None:
-                beginning = bytes(self._lines.begun[: _LONGEST_METHOD + 1])
+                beginning = bytes(lines.begun[: _LONGEST_METHOD + 1])
                 if not self.command and not _BEGINNING.match(beginning):
                     raise RefusedError(400, "expected a request such as GET /path HTTP/1.1")
                 self.begun = self.begun or beginning not in {b"", b"\r"}
             else:
                 self.header_bytes_received += len(line) + 2
-            if self.header_bytes_received + len(self._lines.begun) > most:
+            if self.header_bytes_received + len(lines.begun) > most:
                 long_target = line is None and not self.command  # RFC 9112 §3
                 why = f"expected {'a request line' if long_target else 'headers'} of at most {most} bytes"
                 raise RefusedError(414 if long_target else 431, why, "max_request_header_size")
@@ -151,36 +162,37 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
     def _take_field(self, line: bytes) -> None:
         name, value = field(line)
         if b"_" not in name:  # in an environ it would be the name with a hyphen, which a proxy has checked
-            key = name.upper().replace(b"-", b"_").decode("latin-1")
+            key = environ_key(name.decode("latin-1"))
             self._fields.setdefault(key, []).append(value.decode("latin-1"))
 
     # --- what the head says ---
 
     def _end_head(self) -> None:
         fields = self._fields
-        for key in _SINGLE:
+        for key, name in _SINGLE.items():
             if len(fields.get(key, ())) > 1:
-                raise RefusedError(400, f"expected one {key.title().replace('_', '-')} header, got several")
+                raise RefusedError(400, f"expected one {name} header, got several")
         self.headers.update({key: ", ".join(values) for key, values in fields.items()})
         self.headers_finished = True
         self._check_host()
         self._begin_body()
         self.completed = self.body_rcv is None
         if self.version == "1.1":
-            self.expect_continue = "100-continue" in _members(self.headers.get("EXPECT", ""))
+            self.expect_continue = "100-continue" in _members(self.headers.get("HTTP_EXPECT", ""))
 
     def _check_host(self) -> None:
-        host = self.headers.get("HOST")
+        host = self.headers.get("HTTP_HOST")
         if host is None and self.version == "1.1":  # RFC 9112 §3.2
             raise RefusedError(400, "HTTP/1.1 requests need a Host header")
         if host and not is_host(host):
             raise RefusedError(400, "expected a valid host in the Host header")
         if self.proxy_netloc:
-            self.headers["HOST"] = self.proxy_netloc  # RFC 9112 §3.2.2
+            self.headers["HTTP_HOST"] = self.proxy_netloc  # RFC 9112 §3.2.2
 
     def _begin_body(self) -> None:
         """RFC 9112 §6.3, where every message whose end could be disputed is refused."""
-        adj, coding, length = self.adj, self.headers.pop("TRANSFER_ENCODING", None), self.headers.get("CONTENT_LENGTH")
+        adj, length = self.adj, self.headers.get("CONTENT_LENGTH")
+        coding = self.headers.pop("HTTP_TRANSFER_ENCODING", None)
         if coding is not None:
             if self.version == "1.0" or length is not None:
                 raise RefusedError(400, "expected Transfer-Encoding in HTTP/1.1 and without Content-Length")

@@ -25,17 +25,17 @@ class Poller(Protocol):
 
     wake: Callable[[], None]
 
-    def turn(self, timeout: float) -> None:
-        """Wait at most `timeout` seconds for events, and handle them."""
+    def wait(self, timeout: float) -> None:
+        """Wait at most `timeout` seconds for events, if all that have come are handled."""
+
+    def handle_next(self) -> bool:
+        """Handle the event that came first; False when none is left."""
 
     def touch(self, channel: Any) -> None:
         """Ask a connection anew what it waits for, if it has something to send, or a drain is on (any thread)."""
 
     def expect(self, sock: Any) -> None:
         """Wait for a connection's next request (any thread; its `requests_lock` is held)."""
-
-    def watch(self, sock: Any) -> Callable[[float], Any]:
-        """A function that waits at most so many seconds for something to read, and tells whether there is."""
 
     def listen(self, acceptor: Any, *, on: bool) -> None:
         """Wait for new connections, or do not."""
@@ -55,6 +55,8 @@ class EpollMap(dict[int, Any]):
         super().__init__()
         self.wake: Callable[[], None] = lambda: None
         self._epoll = select.epoll()
+        self._events: deque[tuple[int, int]] = deque()
+        """What came and is not handled; the thread that leads next goes on with it."""
         self._touched: deque[int] = deque()
         self._closed: set[int] = set()
         self._asleep = False
@@ -89,12 +91,7 @@ class EpollMap(dict[int, Any]):
         except (OSError, ValueError):  # the loop closed it in this moment
             pass
 
-    def watch(self, sock: Any) -> Callable[[float], Any]:
-        poll = select.poll()
-        poll.register(sock, select.POLLIN)
-        return lambda seconds: poll.poll(seconds * 1000)
-
-    def turn(self, timeout: float) -> None:
+    def wait(self, timeout: float) -> None:
         while self._touched:
             fd = self._touched.popleft()
             channel = self.get(fd)
@@ -102,16 +99,29 @@ class EpollMap(dict[int, Any]):
                 self._arm(fd, channel)
         self._closed.clear()
         self._asleep = True
-        # Who touched before seeing us asleep has left word; who comes later wakes.
-        events = self._epoll.poll(0 if self._touched else timeout, _BATCH)
+        # A thread that touched before it saw us asleep has left word; one that comes later wakes us.
+        self._events.extend(self._epoll.poll(0 if self._touched else timeout, _BATCH))
         self._asleep = False
-        for fd, flags in events:
-            obj = self.get(fd)
-            if obj is None or fd in self._closed:
-                continue
+
+    def handle_next(self) -> bool:
+        if not self._events:
+            return False
+        fd, flags = self._events.popleft()
+        obj = self.get(fd)
+        if obj is None or fd in self._closed:
+            return True
+        if flags == select.EPOLLIN and getattr(obj, "one_shot", False):
+            try:
+                obj.handle_read()
+            except Exception:  # noqa: BLE001 - as wasyncore.read() does
+                obj.handle_error()
+            if obj.keeper is not None:  # a request is complete, and its thread has the connection from here on
+                return True
+        else:
             wasyncore.readwrite(obj, flags)
-            if getattr(obj, "one_shot", False) and self.get(fd) is obj:
-                self._arm(fd, obj)
+        if getattr(obj, "one_shot", False) and self.get(fd) is obj:
+            self._arm(fd, obj)
+        return True
 
     def _arm(self, fd: int, channel: Any) -> None:
         if channel.context.drains:
@@ -146,15 +156,15 @@ class PollMap(dict[int, Any]):
     def expect(self, sock: Any) -> None:  # noqa: ARG002
         self.wake()
 
-    def watch(self, sock: Any) -> Callable[[float], Any]:  # noqa: ARG002
-        return lambda _seconds: False  # to stay with a connection is a gain on epoll alone
-
-    def turn(self, timeout: float) -> None:
+    def wait(self, timeout: float) -> None:
         wait = wasyncore.poll2 if hasattr(select, "poll") else wasyncore.poll
         wait(timeout, self)
         for channel in list(self.values()):
             if getattr(channel, "one_shot", False):
                 channel.close_if_idle()
+
+    def handle_next(self) -> bool:
+        return False  # waitress' loop handles what it waited for
 
     def close(self) -> None:
         """Nothing is held beside the map."""

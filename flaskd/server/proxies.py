@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _USUAL = frozenset({"x-forwarded-for", "x-forwarded-proto"})
 """Believed when a trusted proxy is named without headers: what every proxy sets, and none passes on from a client."""
+_HEADERS = tuple(f"HTTP_{name}" for name in sorted(PROXY_HEADERS))
 _LOCAL = ("127.0.0.0/8", "::1")
 """What `localhost` stands for, beside the peers on a Unix socket, which Waitress calls so."""
 _MOST = 200
@@ -43,11 +44,18 @@ class BehindProxies:
             "trusted_proxy_count": server.trusted_proxy_count or 1,
             "trusted_proxy_headers": _believed(server),
         }
+        self._app = app
         self._doubting: Callable[..., Any] = proxy_headers_middleware(app)
         self._believing: Callable[..., Any] = proxy_headers_middleware(app, trusted_proxy="*", **self._told)
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         """Run the app."""
+        for name in _HEADERS:
+            if name in environ:
+                break
+        else:  # nothing to believe or to take out
+            plain: Iterable[bytes] = self._app(environ, start_response)
+            return plain
         chosen = self._believing if self._trusted(environ["REMOTE_ADDR"]) else self._doubting
         answer: Iterable[bytes] = chosen(environ, start_response)
         return answer
@@ -55,11 +63,11 @@ class BehindProxies:
     def client(self, peer: str, headers: Mapping[str, str]) -> str:
         """The client's address, as the app is told it; empty where `peer` says nothing of it, or is not believed.
 
-        `headers` are a request's as waitress keeps them. For the log: of requests that the app never sees, too.
+        `headers` are a request's, by their names in an environ. For the log: of requests that the app never sees, too.
         """
         if not self._trusted(peer):
             return ""
-        environ = {f"HTTP_{name}": headers[name] for name in PROXY_HEADERS if name in headers}
+        environ = {name: headers[name] for name in _HEADERS if name in headers}
         environ |= {"REMOTE_ADDR": "", "wsgi.url_scheme": "http"}
         try:
             parse_proxy_headers(environ, **self._told, logger=_nobody)

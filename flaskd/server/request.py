@@ -7,11 +7,13 @@ import threading
 import time
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
+from urllib.parse import unquote_to_bytes
 
 from flaskd.config.fields import write_size
 from flaskd.ledger import Cut, InFlight, visible
 from flaskd.log.setup import bounded_by
 from flaskd.server.buffers import FREE_SPACE
+from flaskd.server.head import read as read_head
 from flaskd.server.parser import Parser
 from flaskd.sockets import closed_by_peer
 from flaskd.stacks import stack_of
@@ -79,8 +81,6 @@ class Request(Parser):
     first_byte = wall_clock = complete = began = 0.0
     """When its first and its last byte came, and when its answer was begun; 0 before."""
     thread: threading.Thread | None = None
-    following: Request | None = None
-    """What the thread that answered it has read next, and is to answer."""
     answered = over = rejected = whole = False
     status = ""
     fault = ""
@@ -89,8 +89,33 @@ class Request(Parser):
     _client: str | None = None
 
     def __init__(self, channel: Connection, adj: Any) -> None:
-        super().__init__(adj)
-        self.channel = channel
+        self.adj, self.headers, self.channel = adj, {}, channel  # all that the classes above would do
+
+    def take_common(self, data: bytes) -> bool:
+        """Take a common request (`flaskd.server.head`) that is all of `data`, and is then in flight; else False."""
+        if (head := read_head(data)) is None:
+            return False
+        method, target, fields, at, length = head
+        adj = self.adj
+        if (
+            at + length != len(data)  # some of it is still to come, or more has come
+            or at > adj.max_request_header_size
+            or length > adj.max_request_body_size
+        ):
+            return False
+        path, _, self.query = target.partition("?")
+        if "%" in path:
+            path = unquote_to_bytes(path).decode("latin-1")
+            if "\0" in path:
+                return False
+        self.command, self.request_uri, self.path, self.version, self.headers = method, target, path, "1.1", fields
+        if length:
+            self.content_length, self.short_body = length, data[at:]
+        self.begun = self.headers_finished = self.completed = True
+        self.first_byte, self.wall_clock = time.monotonic(), time.time()
+        if not self.channel.internal:
+            self.channel.account.accepted(self)
+        return True
 
     def received(self, data: bytes) -> int:
         """Parse on; a request that is complete is from then on in flight."""
@@ -107,7 +132,7 @@ class Request(Parser):
         if self.headers_finished and self.expect_continue and not self.completed and self.channel.too_late:
             # Refused before the client sends the body for nothing (RFC 9110 §10.1.1).
             self.rejected = self.completed = True
-            self.headers["CONNECTION"] = "close"  # the body may follow all the same
+            self.headers["HTTP_CONNECTION"] = "close"  # the body may follow all the same
         if self.completed:
             # Nothing more is expected, so the client must not be told to continue: waitress would wait for ever for
             # the body of a request that has none, or ask for one that it already refused.
@@ -199,7 +224,7 @@ class Request(Parser):
             "protocol": f"HTTP/{self.version}",
             "status": int(self.status[:3]) if self.status[:3].isdecimal() else 0,
             "bytes": max(0, self.sent - self.header_length),
-            "referer": self.headers.get("REFERER", ""),
-            "agent": self.headers.get("USER_AGENT", ""),
+            "referer": self.headers.get("HTTP_REFERER", ""),
+            "agent": self.headers.get("HTTP_USER_AGENT", ""),
             "took": round(self.age, 6),
         }

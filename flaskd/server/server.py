@@ -109,18 +109,18 @@ class WaitressThread(ObservedServer):
             self.set_graces(self._keepalive_grace, self._stream_grace)
             loop.open()
             first()
-            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-            self._thread.start()
+            loop.on_death = self._died
+            loop.start(self._name)
         except BaseException:  # no more threads to be had, say
-            self._thread = None
             if self._loop is not None:
+                self._loop.end()
                 self._loop.close(_JOIN_TIMEOUT)
             self._close_listeners()
             self._known_to_forks.close()
             raise
+        self._serves = True
         worked = threading.Event()
         loop.context.pool.run(worked.set) if self._threads else worked.set()
-        loop.context.wake()
         started = loop.turned.wait(_START_TIMEOUT) and worked.wait(_START_TIMEOUT)
         if not started or loop.error is not None:
             error = loop.error
@@ -128,13 +128,9 @@ class WaitressThread(ObservedServer):
             raise FlaskdError(f"cannot serve: {error or 'the serving thread does not turn'}") from error
         return self
 
-    def _run(self) -> None:
-        loop = self._serving
-        loop.run()
-        if loop.error is not None:
-            loop.turned.set()
-            if self._on_death is not None:
-                self._on_death(loop.error)
+    def _died(self, error: BaseException) -> None:
+        if self._on_death is not None:
+            self._on_death(error)
 
     def set_threads(self, threads: int) -> None:
         """Change the number of threads that run the app; CannotCreateError where so many cannot be had."""
@@ -178,7 +174,7 @@ class WaitressThread(ObservedServer):
     @property
     def dead(self) -> str:
         """Why no word of it will come any more; empty while its thread is there."""
-        if self._thread is not None and self._thread.is_alive():
+        if self._serves and self._loop is not None and self._loop.alive:
             return ""
         return f"the serving thread died: {self._loop.error if self._loop else None}"
 
@@ -265,24 +261,25 @@ class WaitressThread(ObservedServer):
 
     def stop(self, timeout: float = _DEFAULT_TIMEOUT) -> DrainReport:
         """Drain within `timeout` seconds, then end and join every thread; a second call returns the same report."""
-        if self._thread is None or self._loop is None:
+        if not self._serves or self._loop is None:
             self._close_listeners()
         else:
-            if self._thread.is_alive():
+            if self._loop.alive:
                 self.drain(timeout)
             self.end()
         return (self._drain.report if self._drain is not None else None) or DrainReport()
 
     def end(self, timeout: float = _JOIN_TIMEOUT) -> None:
         """End and join the threads of a drained server, waiting at most `timeout` seconds for those of the pool."""
-        loop, thread = self._serving, self._thread
-        if thread is None:
+        loop = self._serving
+        if not self._serves:
             return
+        self._serves = False
         loop.end()
-        self._thread = None
-        thread.join(timeout + _JOIN_TIMEOUT)
-        if thread.is_alive():  # what it uses cannot be closed under it
-            log.error(f"the serving thread does not end, and is abandoned:\n{stack_of(thread)}")
+        if not loop.ended.wait(timeout + _JOIN_TIMEOUT):  # what it uses cannot be closed under it
+            leader = loop.context.pool.leader
+            stack = stack_of(leader) if leader is not None else ""
+            log.error(f"the serving thread does not end, and is abandoned:\n{stack}")
             self._close_listeners()
             return
         for each in loop.close(timeout):
@@ -298,7 +295,7 @@ class WaitressThread(ObservedServer):
 
     def abandon(self) -> None:
         """End without a drain, if it has not ended yet: for a start that failed half-way."""
-        if self._thread is not None:
+        if self._serves:
             self.end(0)
         self._close_listeners()
 

@@ -1,14 +1,18 @@
-"""Waitress' dispatcher, with threads that can be joined and replaced, and tasks that can be taken back."""
+"""The threads that serve: one leads, at most so many run the app, the others wait until they are to lead.
+
+This is the pattern leader/followers (Schmidt and others, Pattern-Oriented Software Architecture 2). The thread that
+leads waits for events, reads and parses. When a request is complete and a place is free, it lets another thread lead
+and runs the app itself: the request changes no thread. There is one thread more than places, so that one always leads.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from typing import Any
-
-from waitress.task import ThreadedTaskDispatcher
+from typing import Any, Protocol
 
 from flaskd.errors import CannotCreateError, shortage
 from flaskd.ledger import InFlight
@@ -16,131 +20,218 @@ from flaskd.process.threads import AppThread
 from flaskd.server.request import Request
 
 log = logging.getLogger("flaskd.server")
+_queue_log = logging.getLogger("waitress.queue")
+"""Where Waitress tells of it, and where people filter it."""
 
 _LEAST_WAIT = 0.1
 """Seconds that even an end in a hurry leaves to idle threads, so that they are not taken for stuck ones."""
 
 
-class ThreadPool(ThreadedTaskDispatcher):  # type: ignore[misc]  # waitress is untyped
-    """The threads that run the app, one request at a time each.
+class Task(Protocol):
+    """What is run in a place of its own: a connection whose request is complete, or a function."""
 
-    A thread that goes on with a request that is over (cut, or a stream that was ended) is lost: the pool has one more
-    in its place, until it comes back.
+    def service(self) -> None:
+        """Run it."""
+
+
+class ThreadPool:
+    """The threads of one server, and the queue of what is complete and has no place yet, the oldest first.
+
+    A thread that goes on with a request that is over (cut, or a stream that was ended) is lost: there is one place
+    more in exchange, until it comes back.
     """
 
     def __init__(self, size: int) -> None:
-        super().__init__()
         self.size = size
-        """How many threads there should be, without those that are lost; see `set_thread_count`."""
+        """How many requests may run at once; without those that are lost."""
+        self.queue: deque[Any] = deque()
+        """What waits for a place; while something does, all places are taken."""
         self.started: list[threading.Thread] = []
         self.lost: set[Request] = set()
         """What the threads that are lost go on with; changed under a lock, looked at without."""
         self.ending = False
-        """Whether threads that come back are not missed any more."""
-        self.queue_cv = _Queue(self.lock)
-        self._lost_lock = threading.Lock()
-        self._working: set[threading.Thread] = set()
+        """Whether all threads are to end, and nothing more is begun."""
+        self.leader: threading.Thread | None = None
+        """The thread that leads, or led last."""
+        self._lead: Callable[[], Task | None] = lambda: None
+        self._wake: Callable[[], None] = lambda: None
+        self._name = ""
+        self._places = size
+        """How many requests may run at once, with those that are lost."""
+        self._running = 0
+        self._numbers: dict[threading.Thread, int] = {}
+        """The threads that have not ended, with the numbers in their names."""
+        self._lock = threading.Lock()
+        """Held when one of the above changes."""
+        self._token = threading.Lock()
+        """Held by the thread that leads."""
         self._last_ended: Callable[[], None] | None = None
 
-    def start_new_thread(self, target: Callable[[int], object], thread_no: int) -> None:
-        """Start a thread and remember it."""
+    def start(self, lead: Callable[[], Task | None], wake: Callable[[], None], name: str) -> None:
+        """Start the threads; RuntimeError where they cannot be had.
 
-        def work() -> None:
+        `lead` handles events and returns what is to be run next, or None when the thread is to end; it is called by
+        one thread at a time. `wake` makes it look at `queue` and `surplus` (any thread). `name` is that of the only
+        thread where there are no places.
+        """
+        self._lead, self._wake, self._name = lead, wake, name
+        with self._lock:
+            self._fill()
+
+    def _fill(self) -> None:
+        while len(self._numbers) < self._wanted:
+            taken = set(self._numbers.values())
+            number = next(each for each in range(len(taken) + 1) if each not in taken)
+            thread: threading.Thread
+            if self.size:
+                thread = AppThread(target=self._work, name=f"flaskd-thread-{number}")
+            else:
+                thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+            self._numbers[thread] = number
             try:
-                target(thread_no)
-            finally:
-                self._ended(thread)
+                thread.start()
+            except RuntimeError:  # no thread can be had
+                del self._numbers[thread]
+                raise
+            self.started = [each for each in self.started if each.is_alive()]
+            self.started.append(thread)
 
-        thread = AppThread(target=work, name=f"flaskd-thread-{thread_no}")
+    # --- what each thread does ------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        thread = threading.current_thread()
         try:
-            thread.start()
-        except RuntimeError:  # no thread can be had; Waitress has counted it already
-            self.threads.discard(thread_no)
-            raise
-        self.started = [each for each in self.started if each.is_alive()]
-        self.started.append(thread)
-        self.queue_cv.not_there_yet.add(thread)
-        self._working.add(thread)  # in time: it cannot end before the lock, which is held here, is released
+            while True:
+                with self._token:
+                    self.leader = thread
+                    task = self._lead()
+                if task is None:
+                    return
+                while task is not None:
+                    try:
+                        task.service()
+                    except BaseException:  # no request and no function ends a thread
+                        log.exception("a task of %s failed", thread.name)
+                    task = self._next()
+        finally:
+            self._ended(thread)
+
+    def take(self) -> Task | None:
+        """The oldest task, if there is a place for it (the thread that leads)."""
+        with self._lock:
+            # Some of the threads may not be had, and one is needed to lead.
+            if (
+                self.queue
+                and self._running < self._places
+                and self._running < len(self._numbers) - 1
+                and not self.ending
+            ):
+                self._running += 1
+                task: Task = self.queue.popleft()
+                return task
+        return None
+
+    def _next(self) -> Task | None:
+        """The oldest task for the place that has become free, or None: then the place is given up."""
+        with self._lock:
+            if self.queue and self._running <= self._places and not self.ending:
+                task: Task = self.queue.popleft()
+                return task
+            self._running -= 1
+        return None
 
     # --- how many -------------------------------------------------------------------------------------------------
 
     @property
-    def count(self) -> int:
-        """How many there are, without those that are to end."""
-        return int(len(self.threads) - self.stop_count)
+    def _wanted(self) -> int:
+        return 0 if self.ending else self._places + 1
+
+    @property
+    def surplus(self) -> bool:
+        """Whether the thread that leads is one too many, and has to end."""
+        return len(self._numbers) > self._wanted
+
+    @property
+    def busy(self) -> int:
+        """How many threads run something."""
+        return self._running
 
     def resize(self, size: int) -> None:
-        """Change how many there should be (any thread).
+        """Change how many places there are (any thread).
 
-        Raises CannotCreateError where no more can be had; the number is then what it was.
+        Raises CannotCreateError where the threads for them cannot be had; the number is then what it was.
         """
-        before = self.count
-        try:
-            self.set_thread_count(size + len(self.lost))
-        except RuntimeError as error:
-            had = self.count
-            self.set_thread_count(before)
-            lack = shortage(error)
-            raise (CannotCreateError(f"server.threads: {had} of {size}: {lack}") if lack else error) from error
-        self.size = size
+        with self._lock:
+            before = self.size
+            try:
+                self._set(size)
+                self._fill()
+            except RuntimeError as error:
+                had = len(self._numbers) - 1 - len(self.lost)
+                self._set(before)
+                lack = shortage(error)
+                raise (CannotCreateError(f"server.threads: {had} of {size}: {lack}") if lack else error) from error
+            finally:
+                self._wake()
+
+    def _set(self, size: int) -> None:
+        self.size, self._places = size, size + len(self.lost)
 
     def replenish(self) -> None:
         """Have as many free threads as there should be, or as many of them as can be had."""
-        with self._lost_lock:
+        with self._lock:
             self._replenish()
 
     def _replenish(self) -> None:
         try:
-            self.set_thread_count(self.size + len(self.lost))
+            self._fill()
         except RuntimeError as error:
-            log.warning(f"{self.count - len(self.lost)} of {self.size} worker threads: {shortage(error)}")
+            had = len(self._numbers) - 1 - len(self.lost)
+            log.warning(f"{had} of {self.size} threads: {shortage(error)}")
+        self._wake()
 
     def lose(self, request: Request) -> None:
         """Note that a thread goes on with a request that is over; it is missing until it comes back (any thread)."""
-        with self._lost_lock:
-            self.lost.add(request)
-            if request.over:  # in this moment, and so `come_back` did not see it among the lost
-                self.lost.discard(request)
+        with self._lock:
+            if not request.over:  # else it came back in this moment, and so was not yet among the lost
+                self.lost.add(request)
+                self._places = self.size + len(self.lost)
 
     def come_back(self, request: Request) -> None:
         """Note that the app is done with a request; its thread may have been lost (any thread)."""
-        with self._lost_lock:
+        with self._lock:
             if request in self.lost:
                 self.lost.discard(request)
+                self._places = self.size + len(self.lost)
                 if not self.ending:
                     self._replenish()
 
     def left_behind(self) -> dict[threading.Thread, InFlight]:
         """The threads that are lost, and what they go on with (any thread)."""
-        with self._lost_lock:
+        with self._lock:
             return {each.thread: each.snapshot() for each in self.lost if each.thread is not None}
 
     # --- tasks ----------------------------------------------------------------------------------------------------
 
-    def add_task(self, task: Any) -> None:
-        """Queue a task, and warn as Waitress does when no thread is free for it (any thread).
+    def add_task(self, task: Task) -> None:
+        """Queue a task, and warn as Waitress does when it has to wait.
 
-        To Waitress a thread is busy until it waits for the first time, so that the first request would be warned of.
+        For the thread that leads, and for those that run something: each of them looks at the queue afterwards.
         """
-        with self.lock:
+        with self._lock:
             self.queue.append(task)
-            self.queue_cv.notify()
-            depth = len(self.queue) - (self.count - self.active_count) - len(self.queue_cv.not_there_yet)
-        if depth > 0:
-            self.queue_logger.warning("Task queue depth is %d", depth)
+            waits = self._running >= self._places or len(self.queue) > self._places - self._running
+        if waits:
+            _queue_log.warning("Task queue depth is %d", len(self.queue) - max(0, self._places - self._running))
 
     def run(self, function: Callable[[], None]) -> None:
-        """Run a function in one of the threads (any thread)."""
+        """Run a function in one of the places (any thread)."""
         self.add_task(_FunctionTask(function))
-
-    @property
-    def wanted(self) -> bool:
-        """Whether a thread that is done with a request has better to do than to wait for its client's next one."""
-        return bool(self.queue) or self.stop_count > 0 or self.active_count >= len(self.threads)
+        self._wake()
 
     def take_back(self) -> list[Any]:
-        """Take every task that no thread has begun out of the queue."""
-        with self.lock:
+        """Take every connection whose request has not been begun out of the queue."""
+        with self._lock:
             tasks = [task for task in self.queue if not isinstance(task, _FunctionTask)]
             for task in tasks:
                 self.queue.remove(task)
@@ -148,9 +239,14 @@ class ThreadPool(ThreadedTaskDispatcher):  # type: ignore[misc]  # waitress is u
 
     # --- the end --------------------------------------------------------------------------------------------------
 
+    def end(self) -> None:
+        """Let all threads end, each when it is done with what it runs (any thread)."""
+        with self._lock:
+            self.ending = True
+        self._wake()
+
     def join(self, timeout: float) -> list[threading.Thread]:
-        """Let all threads end, wait at most `timeout` seconds, and return those that did not (any thread)."""
-        self.set_thread_count(0)
+        """After `end`, wait at most `timeout` seconds for all threads; those that have not ended."""
         until = time.monotonic() + max(timeout, _LEAST_WAIT)
         for thread in self.started:
             thread.join(max(0.0, until - time.monotonic()))
@@ -158,36 +254,22 @@ class ThreadPool(ThreadedTaskDispatcher):  # type: ignore[misc]  # waitress is u
 
     def when_the_last_ends(self, function: Callable[[], None]) -> None:
         """Call `function` once, in the last of the threads that `join` left behind; at once if that is over by now."""
-        with self.lock:
-            if self._working:
+        with self._lock:
+            if self._numbers:
                 self._last_ended = function
                 return
         function()
 
     def _ended(self, thread: threading.Thread) -> None:
-        with self.lock:
-            self._working.discard(thread)
-            self.queue_cv.not_there_yet.discard(thread)
-            function = None if self._working else self._last_ended
+        with self._lock:
+            del self._numbers[thread]
+            function = None if self._numbers else self._last_ended
         if function is not None:
             function()
 
 
-class _Queue(threading.Condition):
-    """What the threads wait at; it knows those that were started and have not come to it yet."""
-
-    def __init__(self, lock: threading.Lock) -> None:
-        super().__init__(lock)
-        self.not_there_yet: set[threading.Thread] = set()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait for a task, or for the end."""
-        self.not_there_yet.discard(threading.current_thread())
-        return super().wait(timeout)
-
-
 class _FunctionTask:
-    """A function in the shape of waitress' tasks."""
+    """A function in the shape of a task."""
 
     def __init__(self, function: Callable[[], None]) -> None:
         self._function = function
@@ -195,6 +277,3 @@ class _FunctionTask:
     def service(self) -> None:
         """Run it."""
         self._function()
-
-    def cancel(self) -> None:
-        """Nothing is owed to anybody."""

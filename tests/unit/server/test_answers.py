@@ -3,6 +3,7 @@
 import errno
 import io
 import re
+import socket
 import threading
 
 import pytest
@@ -341,7 +342,7 @@ def test_a_client_to_whom_no_way_leads_is_not_cut(serve, app, connect, monkeypat
 
     client = connect(server).send("/gate")
     app.entered(1)
-    monkeypatch.setattr(wasyncore.dispatcher, "send", send)
+    monkeypatch.setattr(socket.socket, "send", send)
     app.released.set()
     assert raw(client) == b""
     until(server, lambda: server.in_flight == 0)
@@ -582,17 +583,21 @@ def test_the_access_log_tells_what_was_sent_before_a_cut(serve, app, connect, an
 
 
 def test_a_pipelining_client_that_leaves_leaves_nothing_in_the_log(serve, app, connect, caplog, monkeypatch):
-    """The worker was about to look whether it asks again, when the loop closed the connection."""
+    """The thread was about to wait for its next request, when the loop closed the connection."""
     server = serve()
-    real = EpollMap.watch
+    real = EpollMap.expect
 
-    def watch(self, sock):
+    def expect(self, sock):
         [channel] = server._loop.connections.channels()
-        server._loop.call(channel.handle_close)
-        until(server, lambda: server.connections == 0)
-        return real(self, sock)
+        channel.requests_lock.release()  # the thread has it here; the loop does not wait for it
+        try:
+            server._loop.call(channel.handle_close)
+            until(server, lambda: server.connections == 0)
+        finally:
+            channel.requests_lock.acquire()
+        real(self, sock)
 
-    monkeypatch.setattr(EpollMap, "watch", watch)
+    monkeypatch.setattr(EpollMap, "expect", expect)
     assert connect(server).send("/", "/").response().body == b"hello"
     until(server, lambda: server.connections == 0)
     server.stop()

@@ -21,8 +21,7 @@ from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 from waitress.utilities import BadRequest, Error
 
 from flaskd.config import ServerConfig
-from flaskd.server import adjustments
-from flaskd.server.threads import ThreadPool
+from flaskd.server import WaitressThread, adjustments
 
 PATIENCE = 10.0
 """Seconds until a test gives up on something that should long have happened."""
@@ -51,23 +50,6 @@ class Server:
 
     def pull_trigger(self):
         self.pulls += 1
-
-
-class Task:
-    """A dispatcher's task that says where it ran."""
-
-    def __init__(self, error=None):
-        self.ran = threading.Event()
-        self.error = error
-
-    def service(self):
-        self.thread = threading.current_thread()
-        self.ran.set()
-        if self.error:
-            raise self.error
-
-    def cancel(self):
-        pass
 
 
 @pytest.fixture
@@ -110,122 +92,10 @@ def acceptor(kind, sock):
     )
 
 
-@pytest.fixture
-def dispatcher():
-    made = ThreadedTaskDispatcher()
-    yield made
-    made.shutdown(timeout=PATIENCE)
-
-
 def parsed(data):
     parser = HTTPRequestParser(Adjustments())
     assert parser.received(data) == len(data)
     return parser
-
-
-# --- the dispatcher ----------------------------------------------------------------------------------------------------
-
-
-def test_the_dispatchers_queue(dispatcher):
-    """`queued` counts what waits for a thread: `queue` must be what `add_task` fills."""
-    assert isinstance(dispatcher.queue, deque)
-    assert inspect.signature(dispatcher.add_task).bind("a task")
-    dispatcher.set_thread_count(0)
-    dispatcher.add_task(Task())
-    assert len(dispatcher.queue) == 1
-
-
-def test_threads_that_have_only_been_started_are_free(caplog):
-    """The first request of a life is no reason to warn; one for which no thread is left is."""
-    may_go_on = threading.Event()
-
-    class Late(ThreadPool):
-        def handler_thread(self, thread_no):
-            may_go_on.wait(PATIENCE)
-            super().handler_thread(thread_no)
-
-    pool = Late(2)
-    pool.resize(2)
-    tasks = [Task(), Task(), Task()]
-    for task in tasks[:2]:
-        pool.add_task(task)
-    assert caplog.messages == []
-    pool.add_task(tasks[2])
-    assert caplog.messages == ["Task queue depth is 1"]
-    may_go_on.set()
-    for task in tasks:
-        assert task.ran.wait(PATIENCE)
-    assert pool.join(PATIENCE) == []
-    assert pool.queue_cv.not_there_yet == set()
-
-
-def test_threads_come_from_start_new_thread(monkeypatch):
-    """Workers are joined at a stop: every thread must come from `start_new_thread(target, thread_no)`, target(thread_no)."""
-    started = []
-
-    class ThreadPool(ThreadedTaskDispatcher):
-        def start_new_thread(self, target, thread_no):
-            started.append(threading.Thread(target=target, args=(thread_no,), daemon=True))
-            started[-1].start()
-
-    pool = ThreadPool()
-    pool.set_thread_count(2)
-    task = Task()
-    pool.add_task(task)
-    assert task.ran.wait(PATIENCE)
-    assert task.thread in started
-    pool.set_thread_count(3)
-    assert len(started) == 3
-    pool.set_thread_count(0)
-    for thread in started:
-        thread.join(PATIENCE)
-        assert not thread.is_alive()
-
-
-def test_the_dispatcher_knows_its_busy_threads(dispatcher):
-    """By their number, which is that of all threads when nobody waits for a task."""
-    started, finish = threading.Barrier(3), threading.Event()
-
-    class Held(Task):
-        def service(self):
-            started.wait(PATIENCE)
-            finish.wait(PATIENCE)
-            super().service()
-
-    dispatcher.set_thread_count(2)
-    tasks = [Held(), Held()]
-    for task in tasks:
-        dispatcher.add_task(task)
-    started.wait(PATIENCE)
-    assert (dispatcher.active_count, len(dispatcher.threads), dispatcher.stop_count) == (2, 2, 0)
-    finish.set()
-    assert all(task.ran.wait(PATIENCE) for task in tasks)
-
-
-def test_set_thread_count_counts_threads_that_are_to_end(dispatcher):
-    """`set_threads` and `resume` rely on `set_thread_count` to mean the number that stays, called as often as need be."""
-    gate = threading.Event()
-    busy = [SimpleNamespace(service=gate.wait, cancel=lambda: None) for _ in range(2)]
-    dispatcher.set_thread_count(2)
-    for task in busy:
-        dispatcher.add_task(task)
-    dispatcher.set_thread_count(0)
-    dispatcher.set_thread_count(1)
-    task = Task()
-    dispatcher.add_task(task)
-    gate.set()
-    assert task.ran.wait(PATIENCE)
-
-
-def test_a_task_that_raises_kills_no_worker(dispatcher):
-    """A fault in a channel must cost the connection at most: else the pool would shrink unnoticed."""
-    dispatcher.set_thread_count(1)
-    dispatcher.logger = logging.getLogger("quiet")
-    first, second = Task(SystemExit(1)), Task()
-    dispatcher.add_task(first)
-    dispatcher.add_task(second)
-    assert second.ran.wait(PATIENCE)
-    assert first.thread is second.thread
 
 
 # --- servers and the loop ----------------------------------------------------------------------------------------------
@@ -478,26 +348,6 @@ class Recording(SimpleNamespace):
         return False
 
 
-@pytest.mark.parametrize("kind", [WSGITask, ErrorTask])
-def test_every_answer_builds_its_header_once_and_first(kind, monkeypatch):
-    """Status and size of each answer are taken in `build_response_header`, which must run once, before any output."""
-    channel, built = Recording(), []
-
-    class Watched(kind):
-        def build_response_header(self):
-            header = super().build_response_header()
-            built.append((self.status, header, self.channel.written))
-            return header
-
-    request = parsed(GET)
-    request.error = Error("why")
-    Watched(channel, request).service()
-    ((status, header, written),) = built
-    assert status in {"200 OK", "500 Internal Server Error"}
-    assert written == b""
-    assert channel.written.startswith(header)
-
-
 @pytest.mark.parametrize("chunked", [True, False])
 def test_a_task_may_build_its_own_header(chunked):
     """Where an answer ends is told by flaskd's own: it is sent as it is, and its decisions hold to the last chunk."""
@@ -517,85 +367,6 @@ def test_a_task_may_build_its_own_header(chunked):
     task.service()
     assert task.channel.written == (b"mine 5\r\nhello\r\n0\r\n\r\n" if chunked else b"mine hello")
     assert (task.wrote_header, task.close_on_finish) == (True, False)
-
-
-def test_a_file_is_put_out_whole():
-    """A file that the app hands over is one output, which knows its length; flaskd keeps it from HEAD by its class."""
-    put_out = []
-
-    def app(environ, start_response):
-        start_response("200 OK", [("Content-Length", "9")])
-        assert environ["wsgi.file_wrapper"] is ReadOnlyFileBasedBuffer
-        return environ["wsgi.file_wrapper"](io.BytesIO(b"hello"))
-
-    channel = Recording(app)
-    channel.write_soon = put_out.append
-    task = WSGITask(channel, parsed(GET))
-    task.service()
-    assert isinstance(put_out[-1], ReadOnlyFileBasedBuffer)
-    assert (len(put_out[-1]), task.content_length) == (5, 5)
-    assert ReadOnlyFileBasedBuffer(io.BytesIO(b"hello")).prepare(3) == 3
-
-
-def test_an_error_of_the_app_comes_out_of_service():
-    """A response that broke off is not "completed": the task's `service` must let the error through."""
-
-    def fail(environ, start_response):
-        raise LookupError("on purpose")
-
-    task = WSGITask(Recording(fail), parsed(GET))
-    with pytest.raises(LookupError):
-        task.service()
-    assert not task.wrote_header
-
-
-def test_waitress_takes_slashes_from_a_path():
-    """Why flaskd sets PATH_INFO again, from the request's `path`: //admin would be /admin."""
-    request = parsed(GET.replace(b"/path", b"//admin"))
-    assert request.path == "//admin"
-    assert WSGITask(Recording(hello), request).get_environment()["PATH_INFO"] == "/admin"
-
-
-def test_the_environ_is_made_by_get_environment():
-    """Apps see the drain in their environ: `get_environment` must make the dict that the app is called with."""
-    seen = []
-
-    class Marked(WSGITask):
-        def get_environment(self):
-            return super().get_environment() | {"flaskd.test": 1}
-
-    Marked(Recording(lambda environ, start: seen.append(environ) or hello(environ, start)), parsed(GET)).service()
-    assert seen[0]["flaskd.test"] == 1
-    assert (seen[0]["REMOTE_ADDR"], seen[0]["PATH_INFO"]) == ("192.0.2.7", "/path")
-
-
-@pytest.mark.parametrize("body", [b"hello", b""])
-def test_the_header_is_put_out_first_and_alone(body, monkeypatch):
-    """What is held to go out with the body is the first thing that a task's first `write` puts out: the header, whole."""
-    put_out = []
-    monkeypatch.setattr(Recording, "write_soon", lambda _, data: put_out.append(data))
-
-    def app(environ, start_response):
-        start_response("200 OK", [("Content-Length", str(len(body)))])
-        return [body]
-
-    WSGITask(Recording(app), parsed(GET)).service()
-    assert put_out[0].startswith(b"HTTP/1.1 200 OK\r\n")
-    assert put_out[0].endswith(b"\r\n\r\n")
-    assert put_out[1:] == ([body] if body else [])
-
-
-def test_an_error_is_an_answer():
-    """A 507 is one, of a class of flaskd's own."""
-
-    class FullError(Error):
-        code, reason = 507, "Insufficient Storage"
-
-    request = parsed(GET)
-    request.error = FullError("no room")
-    task = ErrorTask(Recording(), request)
-    task.service()
-    assert task.channel.written.startswith(b"HTTP/1.1 507 Insufficient Storage\r\n")
 
 
 def test_what_a_proxy_says_is_read_from_an_environ():
@@ -618,28 +389,6 @@ def test_a_new_channel(channel):
     assert (channel.connected, channel.will_close, channel.close_when_flushed) == (True, False, False)
     assert channel.addr == ("192.0.2.7", 1)
     assert channel.server.active_channels == {channel.socket.fileno(): channel}
-
-
-def test_the_channels_classes(pair):
-    """Requests and tasks are flaskd's own: `parser_class` is looked up on the instance and called with `adj` alone."""
-    made = []
-
-    class Watched(HTTPChannel):
-        def __init__(self, *args, **more):
-            self.parser_class = lambda adj: made.append(HTTPRequestParser(adj)) or made[-1]
-            super().__init__(*args, **more)
-
-        task_class = staticmethod(lambda *args: made.append(WSGITask(*args)) or made[-1])
-        error_task_class = staticmethod(lambda *args: made.append(ErrorTask(*args)) or made[-1])
-
-    channel = Watched(Server(), pair[1], ("192.0.2.7", 1), Adjustments(), map={})
-    channel.received(GET)
-    channel.service()
-    assert [type(each) for each in made] == [HTTPRequestParser, WSGITask]
-    channel.received(b"GARBAGE\r\n\r\n")
-    channel.service()
-    assert [type(each) for each in made[2:]] == [HTTPRequestParser, ErrorTask]
-    channel.handle_close()
 
 
 def test_received_requests_stand_in_line(channel):
@@ -698,27 +447,6 @@ def test_what_is_sent_is_activity(channel):
     assert channel.last_activity == 0  # the kernel took nothing
 
 
-def test_a_served_request_is_closed_and_gone(channel):
-    """A request that was answered leaves the line, after its `close`; the loop is woken for its output."""
-    channel.received(GET)
-    closed = []
-    channel.requests[0].close = lambda: closed.append(1)
-    channel.service()
-    assert (closed, channel.requests) == ([1], [])
-    assert channel.server.pulls
-
-
-def test_the_loop_is_woken_for_the_last_time_when_the_request_is_gone(channel):
-    """A worker that is not done with a request leaves it first in line: only the last word to the loop comes after."""
-    first_in_line = []
-    channel.server.pull_trigger = lambda: first_in_line.append(channel.requests[:1])
-    channel.server.application = lambda environ, start: start("200 OK", []) and [b"x" * 8_000_000]
-    channel.received(GET)
-    request = channel.requests[0]
-    channel.service()
-    assert first_in_line == [[request], []]
-
-
 def test_tasks_are_added_under_the_requests_lock(channel):
     """Who has the connection is decided there, in one step with what stands in line."""
     held = []
@@ -731,17 +459,6 @@ def test_tasks_are_added_under_the_requests_lock(channel):
     channel.server.add_task = add_task
     channel.received(GET + GET)
     assert held == [True]
-    channel.service()
-    assert held == [True, True]
-
-
-def test_the_app_is_asked_for_at_each_request(channel):
-    """It is called by way of the server that the channel knows, so that a task can see what comes of it at once."""
-    for answer in (b"one", b"two"):
-        channel.server.application = lambda environ, start, answer=answer: start("200 OK", []) and [answer]
-        channel.received(GET)
-        channel.service()
-        assert channel.client.recv(65536).endswith(answer)
 
 
 def test_a_body_arrives_where_its_head_is_finished(channel):
@@ -752,53 +469,6 @@ def test_a_body_arrives_where_its_head_is_finished(channel):
     assert channel.request.headers_finished
     channel.received(b"56789")
     assert channel.request is None
-
-
-def test_requests_behind_the_end_are_closed(channel):
-    """What will never be answered is taken out of flight in its `close`: it must be called for all that are dropped."""
-    channel.received(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n") + GET + GET)
-    closed = []
-    for number, request in enumerate(channel.requests):
-        request.close = lambda number=number: closed.append(number)
-    channel.service()
-    assert sorted(closed) == [0, 1, 2]
-    assert (channel.requests, channel.close_when_flushed) == ([], True)
-
-
-def test_a_closed_channel_serves_nothing(channel):
-    """A request that was cut while it was queued never reaches the app: `service` must look at `connected`."""
-    channel.server.application = pytest.fail
-    channel.received(GET)
-    channel.handle_close()
-    channel.service()
-    assert channel.requests == []
-
-
-def test_a_task_that_raises_is_answered_by_an_error_task(channel, caplog):
-    """An app's error is a 500 from `error_task_class`, whose request comes from `parser_class`."""
-
-    def fail(environ, start_response):
-        raise LookupError("on purpose")
-
-    channel.server.application = fail
-    channel.received(GET)
-    channel.service()
-    assert channel.client.recv(65536).startswith(b"HTTP/1.1 500 ")
-    assert (channel.requests, channel.close_when_flushed) == ([], True)
-    assert [each.getMessage() for each in caplog.records] == ["Exception while serving /path"]
-
-
-def test_system_exit_would_lose_the_channel(channel):
-    """Why `Task.execute` turns everything into an Exception: waitress lets the rest out, with the request still in line."""
-
-    def leave(environ, start_response):
-        raise SystemExit
-
-    channel.server.application = leave
-    channel.received(GET)
-    with pytest.raises(SystemExit):
-        channel.service()
-    assert len(channel.requests) == 1
 
 
 def test_will_close_and_close_when_flushed(channel):
@@ -896,10 +566,29 @@ def test_every_flush_goes_through_one_method(running, channel, monkeypatch):
     assert flushed[1:] == [channel._flush_some]
 
 
-def test_the_server_tells_its_name_and_port():
-    """The environ has them as the channel's server has them; a name that was not given is a placeholder."""
-    assert Adjustments().server_name == Adjustments.server_name == "waitress.invalid"
-    channel = Recording()
-    channel.server.server_name, channel.server.effective_port = "shop", "/run/shop/s"
-    environ = WSGITask(channel, parsed(GET)).get_environment()
-    assert (environ["SERVER_NAME"], environ["SERVER_PORT"]) == ("shop", "/run/shop/s")
+def test_the_environ_is_waitress():
+    """Apps find what waitress gives them, value by value, and beside it what tells them of a drain."""
+    lines = (
+        b"POST /a%20b?c=d HTTP/1.1\r\nHost: shop:80\r\nX-Two: 1\r\nContent-Type: text/plain\r\nContent-Length: 4\r\n"
+    )
+    seen = []
+
+    def app(environ, start_response):
+        seen.append(environ | {"wsgi.input": environ["wsgi.input"].read()})
+        return hello(environ, start_response)
+
+    with WaitressThread(app, port=0) as ours, socket.create_connection(("127.0.0.1", ours.addresses[0].port)) as client:
+        client.sendall(lines + b"\r\nbody")
+        assert client.recv(1000).startswith(b"HTTP/1.1 200 OK\r\n")
+        peer = client.getsockname()
+    recording = Recording(app)
+    recording.addr = peer
+    recording.server.server_name, recording.server.effective_port = "127.0.0.1", ours.addresses[0].port
+    request = parsed(lines + b"\r\n")
+    request.received(b"body")
+    WSGITask(recording, request).service()
+    mine, theirs = seen
+    differ = {"waitress.client_disconnected", "flaskd.draining"}
+    assert {key: mine[key] for key in mine.keys() - differ} == {key: theirs[key] for key in theirs.keys() - differ}
+    assert callable(mine["waitress.client_disconnected"])
+    assert isinstance(mine["flaskd.draining"], threading.Event)

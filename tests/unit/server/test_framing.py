@@ -175,7 +175,7 @@ def test_nobody_connects_through_this_server(target):
 def test_a_target_is_taken_apart(method, target, path, query, host):
     """The path begins with a slash whatever form the target has, and an absolute one says which host is meant (§3.2.2)."""
     request, _ = read(head(f"{method} {target} HTTP/1.1", HOST))
-    assert (request.error, request.path, request.query, request.headers["HOST"]) == (None, path, query, host)
+    assert (request.error, request.path, request.query, request.headers["HTTP_HOST"]) == (None, path, query, host)
     assert request.request_uri == target
 
 
@@ -203,7 +203,7 @@ def test_the_app_sees_a_path_as_it_was_sent(serve, connect):
 def test_a_host_as_rfc_3986_has_it(host):
     """A name, an address, a port that may be empty; and an empty one, which RFC 9112 §3.2 asks for where there is none."""
     request, _ = read(head("GET / HTTP/1.1", f"Host:{host}"))
-    assert (request.error, request.headers["HOST"]) == (None, host)
+    assert (request.error, request.headers["HTTP_HOST"]) == (None, host)
 
 
 def test_headers_as_an_app_gets_them():
@@ -211,7 +211,9 @@ def test_headers_as_an_app_gets_them():
     lines = [HOST, "A-b:  c d\t", "A-B: e", "A_B: f", "Empty:", "Latin: \xe4", "Colon: a:b", "Content_Length: 7"]
     request, _ = read(head("GET / HTTP/1.1", *lines), bite=3)
     assert request.error is None
-    assert request.headers == {"HOST": "test", "A_B": "c d, e", "EMPTY": "", "LATIN": "\xe4", "COLON": "a:b"}
+    assert request.headers == {
+        "HTTP_HOST": "test", "HTTP_A_B": "c d, e", "HTTP_EMPTY": "", "HTTP_LATIN": "\xe4", "HTTP_COLON": "a:b"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(("protocol", "version"), [("1.0", "1.0"), ("1.1", "1.1"), ("1.2", "1.1"), ("1.9", "1.1")])
@@ -347,7 +349,7 @@ def test_whatever_a_parser_raises_is_a_400(monkeypatch, caplog, serve, connect):
 
     client = connect(serve())
     monkeypatch.setattr(parser, "_members", broken)
-    assert client.send(get("/")).response().status == 400
+    assert client.send(get("/", "Expect: nothing")).response().status == 400
     assert client.ended()
     assert "LookupError: on purpose" in caplog.text
 

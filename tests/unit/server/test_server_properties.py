@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from server_kit import PATIENCE, App, Client, get, no_thread_left, post
 
-from flaskd.server import WaitressThread, channel
+from flaskd.server import WaitressThread
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
@@ -36,8 +36,6 @@ class Conversation:
     """Before which of the pieces the drain begins."""
     drain_timeout: float
     """Short, and requests for /gate never end; or long, and they end in the drain."""
-    quick: float
-    """Seconds for which a worker stays with the connection."""
 
 
 @st.composite
@@ -53,20 +51,16 @@ def conversations(draw):
         draw(st.lists(st.booleans(), min_size=len(pieces), max_size=len(pieces))),
         draw(st.integers(0, len(pieces))),
         draw(st.sampled_from([0, 0.02, PATIENCE, PATIENCE])),
-        draw(st.sampled_from([-1, 0.001, 0.05])),
     )
 
 
-@settings(
-    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(conversations())
-def test_the_clients_account_is_the_ledgers(monkeypatch, talk):
+def test_the_clients_account_is_the_ledgers(talk):
     """Whatever had come when the drain began is answered, refused in words or named as cut, and counted once.
 
     With time enough nothing is refused or cut. What was cut in the moment in which it was answered may have arrived.
     """
-    monkeypatch.setattr(channel, "_QUICK", talk.quick)
     app, reports = App(), []
     with WaitressThread(app, threads=2, keepalive_grace=0.05) as server:
         drainer = threading.Thread(target=lambda: reports.append(server.drain(talk.drain_timeout)))

@@ -143,13 +143,17 @@ def only_worker():
 # --- what a drain of stock waitress would stumble over ------------------------------------------------------------------
 
 
+def busy_threads(server):
+    return server.dispatcher.active_count if isinstance(server, Stock) else server.dispatcher.busy
+
+
 @trap(stock="its channel is never free again", flaskd=500)
 def an_app_that_raises_system_exit(rig):
     """`service()` catches Exception only: the request is never popped, so the client waits, and so does a drain."""
     server = rig.serve()
     client = rig.connect(server).send("/exit")
     rig.app.entered(1)
-    until(server, lambda: not server.queued and not server.dispatcher.active_count)
+    until(server, lambda: not server.queued and not busy_threads(server))
     if any(each.requests for each in server.channels()):
         return "its channel is never free again"
     return fate(client)
@@ -312,7 +316,7 @@ def a_loop_timeout_of_half_a_second(rig):
         waited.set()
         return wait(*arguments)
 
-    place = (select, "select") if rig.kind is Stock else (server.map, "turn")
+    place = (select, "select") if rig.kind is Stock else (server.map, "wait")
     with mock.patch.object(*place, functools.partial(told, getattr(*place))):
         turn(server, 1)
         assert waited.wait(PATIENCE)

@@ -5,16 +5,14 @@ import socket
 import pytest
 from server_kit import BIG, answers, app, connect, get, post, serve
 
-from flaskd.server.channel import Channel
-
 
 @pytest.fixture
 def sent(monkeypatch):
     """What is handed to the kernel, piece by piece."""
     pieces = []
-    original = Channel.send
+    original = socket.socket.send  # clients have sendall()
     monkeypatch.setattr(
-        Channel, "send", lambda self, data, **more: pieces.append(bytes(data)) or original(self, data, **more)
+        socket.socket, "send", lambda self, data, *flags: pieces.append(bytes(data)) or original(self, data, *flags)
     )
     return pieces
 
@@ -71,8 +69,8 @@ def test_a_body_that_its_length_leaves_no_room_for(sent, serve, connect):
 def test_an_upload_is_read_in_large_bites(monkeypatch, serve, app, connect):
     """A body takes a read for each 64 KiB and some more, where waitress takes one for each 8 KiB."""
     bites = []
-    original = Channel.handle_read
-    monkeypatch.setattr(Channel, "handle_read", lambda self: bites.append(self._bite) or original(self))
+    original = socket.socket.recv
+    monkeypatch.setattr(socket.socket, "recv", lambda self, size: bites.append(size) or original(self, size))
     body = bytes(range(256)) * 2048
     assert connect(serve()).send(post("/echo", body)).response().body == body
     assert bites[0] == 8192

@@ -1,0 +1,225 @@
+"""The app's own answer to a request (PEP 3333)."""
+
+from __future__ import annotations
+
+import functools
+import io
+import logging
+import os
+import sys
+from typing import Any
+
+from waitress.buffers import ReadOnlyFileBasedBuffer
+from waitress.task import hop_by_hop
+
+from flaskd.process.forks import AppCode, end_child
+from flaskd.server.streams import STREAM_TYPES, Parts
+from flaskd.server.tasks import Recorded
+
+log = logging.getLogger("waitress")
+"""Where Waitress tells what is wrong with an answer."""
+
+
+class AppExitedError(RuntimeError):
+    """The app raised SystemExit, KeyboardInterrupt or the like."""
+
+
+class AppTask(Recorded):
+    """Runs the app for one request."""
+
+    _pid = 0
+    _is_noted = False
+
+    def execute(self) -> None:
+        """Run the app; whatever it raises becomes an Exception.
+
+        A child that the app forked ends where it comes back from the app's code (`flaskd.process.forks`); it is told
+        by its process id, because a context for it would cost more than all that it holds.
+        """
+        self._pid = os.getpid()
+        try:
+            self._execute()
+        except BaseException as error:
+            if os.getpid() != self._pid:
+                end_child(error)
+            if isinstance(error, Exception):
+                raise
+            raise AppExitedError(f"the app raised {type(error).__name__} while answering") from error
+        if os.getpid() != self._pid:
+            end_child()
+
+    def _execute(self) -> None:
+        parts = self.channel.server.app(self._environ(), self.start_response)
+        if os.getpid() != self._pid:
+            end_child()
+        if self.content_length is None and self._is_stream():  # its first event may be long in coming
+            self._note_stream()
+        closes = True
+        try:
+            if not (self.complete and self.sends_body):
+                parts = self._asked_for_nothing(parts)
+            elif isinstance(parts, ReadOnlyFileBasedBuffer) and self._write_file(parts):
+                closes = False
+                return
+            self._write_all(parts)
+        finally:
+            if closes and hasattr(parts, "close"):
+                parts.close()
+
+    def _write_all(self, parts: Any) -> None:
+        first = True
+        for part in parts:
+            if first:
+                first = False
+                # It may have called start_response with its first part only.
+                if self.content_length is None and hasattr(parts, "__len__") and len(parts) == 1:
+                    self.content_length = len(part)
+            if part:
+                self.write(part)
+        length, written = self.content_length, self.content_bytes_written
+        if length is not None and written != length and self.request.command != "HEAD":
+            self.set_close_on_finish()
+            log.warning(
+                "application returned too few bytes (%s) for specified Content-Length (%s) via app_iter",
+                written,
+                length,
+            )
+
+    # --- what the app is given ------------------------------------------------------------------------------------
+
+    def _environ(self) -> dict[str, Any]:
+        """Waitress' environ (waitress.task), made from a prepared one, and the event that tells of a drain.
+
+        Beside that it differs in the path: ``//admin`` is not ``/admin``, which waitress makes of it.
+        """
+        request, channel = self.request, self.channel
+        addr, server = channel.addr, channel.server
+        environ: dict[str, Any] = server.environ.copy()
+        prefix, path = server.adj.url_prefix, request.path
+        if prefix and not path.startswith("//"):
+            if path == prefix:
+                path = ""
+            elif path.startswith(prefix + "/"):
+                path = path[len(prefix) :]
+        environ["REMOTE_ADDR"] = environ["REMOTE_HOST"] = addr[0]
+        environ["REMOTE_PORT"] = str(addr[1])
+        environ["REQUEST_METHOD"] = request.command
+        environ["SERVER_NAME"] = server.server_name
+        environ["SERVER_PROTOCOL"] = f"HTTP/{self.version}"
+        environ["PATH_INFO"] = path
+        environ["REQUEST_URI"] = request.request_uri
+        environ["QUERY_STRING"] = request.query
+        environ["wsgi.errors"] = sys.stderr
+        environ["wsgi.input"] = request.get_body_stream() if request.content_length or request.chunked else io.BytesIO()
+        environ["waitress.client_disconnected"] = channel.check_client_disconnected
+        environ.update(request.headers)
+        return environ
+
+    def start_response(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+        """Take status and headers, checked as waitress does; gives `write` (PEP 3333)."""
+        if exc_info:
+            try:
+                if self.wrote_header:
+                    raise exc_info[1]
+                self.response_headers, self.content_length = [], None
+            finally:
+                exc_info = None
+        elif self.complete:
+            raise AssertionError("start_response called a second time without providing exc_info.")
+        self.complete = True
+        if not isinstance(status, str):
+            raise TypeError(f"status {status} is not a string")
+        if "\n" in status or "\r" in status:
+            raise ValueError("carriage return/line feed character present in status")
+        self.status = status
+        self.response_headers += self._given(headers)
+        return self.write
+
+    def _given(self, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """The headers, but for Content-Length."""
+        given: list[tuple[str, str]] = []
+        for name, value in headers:
+            if not isinstance(name, str):
+                raise TypeError(f"Header name {name!r} is not a string in {(name, value)!r}")
+            if not isinstance(value, str):
+                raise TypeError(f"Header value {value!r} is not a string in {(name, value)!r}")
+            if "\n" in value or "\r" in value:
+                raise ValueError("carriage return/line feed character present in header value")
+            if (written := _written(name)) == "Content-Length":
+                self.content_length = int(value)
+            else:
+                given.append((written, value))
+        return given
+
+    def write(self, data: bytes) -> None:
+        """Write a part of the response; here even an app that is itself a generator has said what it sends."""
+        if os.getpid() != self._pid:
+            end_child()
+        first = not self.wrote_header
+        super().write(data)
+        if first and self.content_length is None and not self._is_noted and self._is_stream():
+            self._note_stream()
+
+    # --- answers without a body, and files ------------------------------------------------------------------------
+
+    def _asked_for_nothing(self, parts: Any) -> Any:
+        """What the app returned, where no body may follow, or nothing is known of the answer yet."""
+        if isinstance(parts, ReadOnlyFileBasedBuffer):
+            self._measure(parts)
+            self.close_on_finish = self.close_on_finish or not self.has_body
+            self.write(b"")
+            return Parts(parts, lambda: True, AppCode())
+        # What has no known length is asked for nothing behind the header: it may be endless.
+        if hasattr(parts, "__len__"):
+            return parts
+        return Parts(parts, lambda: self.wrote_header and not self.sends_body, AppCode())
+
+    def _write_file(self, file: Any) -> bool:
+        """Send a file (wsgi.file_wrapper), which the channel closes then; whether there was something in it."""
+        if not self._measure(file):
+            return False
+        self.write(b"")
+        self.channel.write_soon(file)
+        return True
+
+    def _measure(self, file: Any) -> bool:
+        if size := file.prepare(self.content_length):
+            self.content_length = size
+        return bool(size)
+
+    # --- streams --------------------------------------------------------------------------------------------------
+
+    @property
+    def ends_with_connection(self) -> bool:
+        """A stream's connection is closed: it has been made for the stream alone, and ends with it in a drain."""
+        return self._is_stream()
+
+    def _note_stream(self) -> None:
+        self._is_noted = True
+        self.channel.context.stream_began(self.channel)
+
+    def last_piece(self, *, begun: bool) -> bytes:
+        """What ends the stream: its last chunk, or, where nothing of it is out yet, a header with nothing behind it."""
+        if begun:  # an HTTP/1.0 client sees its end by that of the connection
+            return b"0\r\n\r\n" if self.chunked_response else b""
+        headers = [each for each in self.response_headers if each[0] not in {"Connection", "Transfer-Encoding"}]
+        head = [f"HTTP/{self.version} {self.status}", *map(": ".join, headers), "Connection: close"]
+        return "\r\n".join([*head, "", ""]).encode("latin-1")
+
+    def _is_stream(self) -> bool:
+        """Whether it is to end by a chunk, or by the end of its connection, as an HTTP/1.0 proxy asks for it."""
+        return (
+            self.content_length is None
+            and self.sends_body
+            and any(name == "Content-Type" and value.startswith(STREAM_TYPES) for name, value in self.response_headers)
+        )
+
+
+@functools.lru_cache(maxsize=1024)
+def _written(name: str) -> str:
+    """A header's name as it is usually written, if an app may give it."""
+    if "\n" in name or "\r" in name:
+        raise ValueError("carriage return/line feed character present in header name")
+    if name.lower() in hop_by_hop:
+        raise AssertionError(f'{name} is a "hop-by-hop" header; it cannot be used by a WSGI application (see PEP 3333)')
+    return "-".join(map(str.capitalize, name.split("-")))

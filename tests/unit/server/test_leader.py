@@ -1,0 +1,269 @@
+"""The threads: one leads, at most so many run the app, and a request is read, run and answered by one of them."""
+
+import contextlib
+import select
+import threading
+
+import pytest
+from server_kit import PATIENCE, answers, app, connect, draining, get, no_thread_left, post, serve, until
+
+from flaskd.server.channel import Channel
+from flaskd.server.threads import ThreadPool
+
+pytestmark = pytest.mark.usefixtures("no_thread_left")
+
+
+class Task:
+    """A task that says where it ran, and may wait or raise."""
+
+    def __init__(self, *, waits=False, error=None):
+        self.begun, self.ran, self.may_end = threading.Event(), threading.Event(), threading.Event()
+        self.waits, self.error = waits, error
+
+    def service(self):
+        self.thread = threading.current_thread()
+        self.begun.set()
+        assert not self.waits or self.may_end.wait(PATIENCE)
+        self.ran.set()
+        if self.error:
+            raise self.error
+
+
+@pytest.fixture
+def pool_of():
+    """Starts pools whose leader does nothing but look for tasks when it is woken."""
+    pools = []
+
+    def start(size):
+        pool, woken = ThreadPool(size), threading.Semaphore(0)
+
+        def lead():
+            while True:
+                if (task := pool.take()) is not None:
+                    return task
+                if pool.surplus:
+                    return None
+                woken.acquire()
+
+        pool.start(lead, woken.release, "lonely")
+        pools.append(pool)
+        return pool
+
+    yield start
+    for pool in pools:
+        pool.end()
+        assert pool.join(PATIENCE) == []
+
+
+def run(pool, *tasks):
+    for task in tasks:
+        pool.run(task.service)
+
+
+def test_there_is_one_thread_more_than_places(pool_of):
+    """So that one can lead whatever the app does; with no place there is one, which has its own name."""
+    assert [len(pool_of(size).started) for size in (1, 4)] == [2, 5]
+    assert [each.name for each in pool_of(0).started] == ["lonely"]
+
+
+def test_no_more_run_than_there_are_places(pool_of):
+    """What finds no place waits, the oldest first."""
+    pool, order = pool_of(2), []
+    held = [Task(waits=True), Task(waits=True)]
+    run(pool, *held)
+    assert all(task.begun.wait(PATIENCE) for task in held)
+    last = Task()
+    for number in range(5):
+        pool.run(lambda number=number: order.append(number))
+    run(pool, last)
+    assert (pool.busy, len(pool.queue), order) == (2, 6, [])
+    held[0].may_end.set()
+    assert last.ran.wait(PATIENCE)
+    assert order == [0, 1, 2, 3, 4]
+    held[1].may_end.set()
+
+
+def test_the_first_request_of_a_life_is_no_reason_to_warn(pool_of, caplog):
+    """One for which no place is free is, as with waitress."""
+    pool = pool_of(2)
+    held = [Task(waits=True), Task(waits=True)]
+    run(pool, *held)
+    assert all(task.begun.wait(PATIENCE) for task in held)
+    assert caplog.messages == []
+    last = Task()
+    run(pool, last)
+    assert caplog.messages == ["Task queue depth is 1"]
+    for task in held:
+        task.may_end.set()
+    assert last.ran.wait(PATIENCE)
+
+
+def test_a_task_that_raises_ends_no_thread(pool_of, caplog):
+    """A fault in a connection costs the connection at most: else there would be fewer places, unnoticed."""
+    pool = pool_of(1)
+    threads = set(pool.started)
+    for error in (ValueError("on purpose"), SystemExit(1)):
+        task = Task(error=error)
+        run(pool, task)
+        assert task.ran.wait(PATIENCE)
+    last = Task()
+    run(pool, last)
+    assert last.ran.wait(PATIENCE)
+    assert set(pool.started) == threads
+    assert all(each.is_alive() for each in threads)
+    assert caplog.text.count("on purpose") == 1
+
+
+def test_places_come_and_go(pool_of):
+    """More of them take at once what waits; fewer let threads end when they are done."""
+    pool = pool_of(1)
+    held = [Task(waits=True) for _ in range(3)]
+    run(pool, *held)
+    assert held[0].begun.wait(PATIENCE)
+    pool.resize(3)
+    assert all(task.begun.wait(PATIENCE) for task in held)
+    assert len(pool.started) == 4
+    pool.resize(1)
+    before = list(pool.started)
+    for task in held:
+        task.may_end.set()
+    while sum(each.is_alive() for each in before) > 2:
+        for each in before:
+            each.join(0.01)
+    last = Task()
+    run(pool, last)
+    assert last.ran.wait(PATIENCE)
+
+
+def test_a_request_changes_no_thread(serve, connect, monkeypatch):
+    """The thread that reads it runs the app."""
+    names, ran, real = [], [], Channel.handle_read
+    monkeypatch.setattr(
+        Channel, "handle_read", lambda self: names.append(threading.current_thread().name) or real(self)
+    )
+
+    def app(environ, start_response):
+        ran.append(threading.current_thread().name)
+        start_response("200 OK", [("Content-Length", "2")])
+        return [b"ok"]
+
+    client = connect(serve(app))
+    for _ in range(20):
+        client.send("/").response()
+    assert names == ran
+
+
+def test_another_thread_leads_while_the_app_runs(serve, app, connect):
+    """Whoever comes meanwhile is served, whatever the first one does."""
+    server = serve(threads=2)
+    slow = connect(server).send("/gate")
+    app.entered(1)
+    quick = connect(server)
+    assert [quick.ask("/").status for _ in range(20)] == [200] * 20
+    app.released.set()
+    assert slow.response().status == 200
+
+
+def test_the_loop_goes_on_while_all_threads_are_busy(serve, app, connect):
+    """Connections are accepted, health is answered, timers are kept, and a complete request waits in line."""
+    server = serve(threads=2)
+    server.answer_health("/healthz", lambda: ("200 OK", "ready"))
+    held = [connect(server).send("/gate") for _ in range(2)]
+    app.entered(2)
+    waiting = connect(server).send("/")
+    until(server, lambda: server.queued == 1)
+    assert connect(server).ask("/healthz").body == b"ready\n"
+    assert server.answers(PATIENCE)
+    app.released.set()
+    assert [client.response().status for client in (*held, waiting)] == [200] * 3
+
+
+def test_who_waits_longest_is_served_first(serve, app, connect):
+    """Requests that find no place are run in the order in which they came."""
+    seen = []
+
+    def ordered(environ, start_response):
+        seen.append(environ["PATH_INFO"])
+        return app(environ, start_response)
+
+    server = serve(ordered, threads=1)
+    clients = [connect(server) for _ in range(6)]
+    clients[0].send("/gate")
+    app.entered(1)
+    for number, client in enumerate(clients[1:], 1):
+        client.send(f"/echo?{number}" if number % 2 else post("/echo", b"%d" % number))
+        until(server, lambda number=number: server.queued == number)
+    app.released.set()
+    assert [client.response().status for client in clients] == [200] * 6
+    assert len(seen) == 6
+    assert seen[0] == "/gate"
+
+
+def test_what_is_pipelined_is_answered_in_order(serve, connect):
+    """One after the other, whichever threads run them."""
+    client = connect(serve())
+    for _ in range(3):
+        client.send(*[post("/echo", b"%d" % number) for number in range(4)])
+        assert [client.response().body for _ in range(4)] == [b"0", b"1", b"2", b"3"]
+
+
+def test_a_client_that_leaves_is_closed(serve, connect):
+    """Its end is seen by the thread that leads, in order or not."""
+    server = serve()
+    for leave in (lambda client: client.close(), lambda client: client.reset()):
+        client = connect(server)
+        client.ask("/")
+        leave(client)
+        until(server, lambda: server.connections == 0)
+
+
+def test_a_connection_that_is_closed_under_its_client(serve, connect, caplog):
+    """Whatever closes it, such as a deadline, nothing is said of the client's next request."""
+    server = serve()
+    client = connect(server)
+    client.ask("/")
+    server._loop.call(lambda: [each.handle_close() for each in server._loop.connections.channels()])
+    until(server, lambda: server.connections == 0)
+    with contextlib.suppress(OSError):
+        client.send("/")
+    assert client.ended()
+    server.stop(PATIENCE)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_a_drain_answers_a_kept_connections_next_request(serve, app, connect):
+    """Within its grace; it is the last."""
+    server = serve(keepalive_grace=PATIENCE)
+    client = connect(server)
+    client.ask("/")
+    with draining(server, app) as report:
+        response = client.send("/").response()
+        assert (response.status, response.last) == (200, True)
+        assert (report.result(PATIENCE).completed, report.result().cut) == (1, ())
+
+
+def test_a_fault_while_reading_costs_the_connection_alone(serve, connect, monkeypatch):
+    """It is logged, and the connection closed."""
+    server = serve()
+    client = connect(server)
+    client.ask("/")
+    received = Channel.received
+    monkeypatch.setattr(Channel, "received", lambda self, data: 1 / 0)
+    client.send("/")
+    assert client.ended()
+    monkeypatch.setattr(Channel, "received", received)
+    assert connect(server).ask(get("/")).status == 200
+
+
+@pytest.mark.skipif(not hasattr(select, "epoll"), reason="a gain on epoll alone")
+def test_a_kept_connection_asks_the_loop_for_nothing(serve, connect, monkeypatch):
+    """Between two requests of a quick client the loop is not woken, and the connection not asked what it waits for."""
+    server = serve()
+    client = connect(server)
+    client.ask("/")
+    asked = []
+    monkeypatch.setattr(Channel, "readable", lambda self: asked.append(self) or True)
+    monkeypatch.setattr(server._loop.context.poller, "wake", lambda: asked.append("wake"))
+    for _ in range(10):
+        client.ask("/")
+    assert asked == []
