@@ -52,8 +52,7 @@ class _ChannelServer:
         channel = self._channel
         if channel.requests and channel.requests[0] is channel.serving:
             channel.context.poller.touch(channel)
-        # Else waitress is done with the request, and the channel's own service() touches when it is done, too: the loop
-        # may take up the next request at once, and the two threads would only fight for the GIL.
+        # Else the request is answered, and service() touches when it leaves the connection.
 
     def add_task(self, channel: Channel) -> None:
         channel.begin_next()
@@ -191,7 +190,7 @@ class Channel(OutputChannel):
             log.exception(f"cannot finish {request.snapshot()}: the connection is closed")
             last = True
         request.answered = request.over = True
-        if self.unsettled or self.total_outbufs_len or self.stream_over or not self.connected:
+        if self.unsettled or self.total_outbufs_len or self.account.streams or not self.connected:
             with self.outbuf_lock:
                 if not self.stream_over:
                     self.unsettled.append(request)

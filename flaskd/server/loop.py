@@ -113,7 +113,7 @@ class EventLoop:
 
     def _turn_until_task(self) -> Task | None:
         pool, poller = self.context.pool, self.context.poller
-        while True:
+        while not pool.ending:
             if pool.queue and (task := pool.take()) is not None:
                 return task
             if not poller.handle_next():
@@ -126,6 +126,7 @@ class EventLoop:
                 self.last_turn = time.monotonic()
                 if not self.turned.is_set():
                     self.turned.set()
+        return None
 
     def _attend(self) -> None:
         """Do what is due beside events."""

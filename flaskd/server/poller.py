@@ -115,8 +115,8 @@ class EpollMap(dict[int, Any]):
                 obj.handle_read()
             except Exception:  # noqa: BLE001 - as wasyncore.read() does
                 obj.handle_error()
-            if obj.keeper is not None:  # a request is complete, and its thread has the connection from here on
-                return True
+            if obj.keeper is not None and not obj.context.drains:
+                return True  # a request is complete, and its thread has the connection from here on
         else:
             wasyncore.readwrite(obj, flags)
         if getattr(obj, "one_shot", False) and self.get(fd) is obj:

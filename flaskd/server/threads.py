@@ -193,9 +193,10 @@ class ThreadPool:
     def lose(self, request: Request) -> None:
         """Note that a thread goes on with a request that is over; it is missing until it comes back (any thread)."""
         with self._lock:
-            if not request.over:  # else it came back in this moment, and so was not yet among the lost
-                self.lost.add(request)
-                self._places = self.size + len(self.lost)
+            self.lost.add(request)
+            if request.over:  # in this moment, and so `come_back` did not see it among the lost
+                self.lost.discard(request)
+            self._places = self.size + len(self.lost)
 
     def come_back(self, request: Request) -> None:
         """Note that the app is done with a request; its thread may have been lost (any thread)."""
