@@ -69,7 +69,7 @@ class Server:
     """A server; `bound` gives its arguments for a port of its own, `inherited` those for an inherited listener.
 
     `access` is the format of flaskd's access log; the others write none. `checkout` is where flaskd is imported from,
-    when that is not the one that is installed.
+    when that is not the one that is installed. `core` is the one that the server may run on, when not on all.
     """
 
     name: str
@@ -78,6 +78,7 @@ class Server:
     inherited: Callable[[], list[str]] | None = None
     access: str = "off"
     checkout: Path | None = None
+    core: int | None = None
 
     @property
     def path(self) -> str:
@@ -112,6 +113,7 @@ def _uvicorn(*more: str) -> list[str]:
 
 def _granian(port: int, served: Served) -> list[str]:
     options = ["--interface", "wsgi", "--workers", "1", "--blocking-threads", str(served.threads), "--no-ws"]
+    options += ["--backpressure", "20000"]  # it takes no more connections than that, else 1024
     return ["-m", "granian", *options, "--host", HOST, "--port", str(port), served.target]
 
 
@@ -220,6 +222,8 @@ class Running:
                 self.process = subprocess.Popen(
                     argv, cwd=self.directory, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **options
                 )
+            if server.core is not None:  # soon enough: its threads, and all that it starts, have it from here
+                os.sched_setaffinity(self.process.pid, {server.core})
         except PermissionError as error:
             shutil.rmtree(self.directory)
             raise NotReadyError(

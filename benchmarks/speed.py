@@ -1,7 +1,7 @@
 """How fast the demo app is served, flaskd beside its peers and beside an earlier flaskd.
 
     python benchmarks/speed.py [--servers flaskd,waitress-serve] [--before DIR] [--only 16,up,idle] [--runs 5]
-                               [--quick] [--json FILE]
+                               [--pin] [--quick] [--json FILE]
 
 In each run all servers are started, and take turns under each load, so that a pair of figures is taken seconds apart.
 The tables have a row for each load and a column for each server:
@@ -19,15 +19,18 @@ The loads are so many busy connections that get a greeting of some bytes (`head`
 lines; `bare`: by an app without Flask), 16 that get (`down`) or send (`up`) 256 KiB or send 1 MiB (`post`), 32 whose
 app sleeps for 5 ms (`sleeps`), and 16 beside two others whose app sleeps for 50 ms (`sleepers`). ``flaskd+log`` is
 flaskd with its access log, which the others do not write; ``before`` is the flaskd in `DIR`, a checkout of another
-commit, under the same Python. `wrk` is the client where it is installed, else `_wire.py`. ``-`` is what was not
-measured, or what a server cannot do, with the reason below. The exit status is 1 when flaskd misses a goal. Ratios are
-rounded to two places before they are judged.
+commit, under the same Python. ``-`` is what was not measured, or what a server cannot do, with the reason below.
+
+`wrk` is the client where it is installed, else `_wire.py`. With ``--pin`` the servers have one core to themselves and
+the client has the others: CPU time is best compared so, for Python's threads cost more where they run on several. The
+exit status is 1 when flaskd misses a goal. Ratios are rounded to two places before they are judged.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -66,6 +69,10 @@ def columns(options: argparse.Namespace) -> list[Server]:
         if server.name == "flaskd":
             found += [before(options.before)] if options.before else []
             found += [logged(server)] if any(each.logged and each.name in options.only for each in LOADS) else []
+    if options.pin:
+        core, *others = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, others)
+        found = [dataclasses.replace(server, core=core) for server in found]
     return found
 
 
@@ -181,6 +188,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=3.0, help="length of each load (%(default)s)")
     parser.add_argument("--crowd", default="5000,10000", help="idle connections, separated by commas (%(default)s)")
     parser.add_argument("--client", choices=CLIENTS, default="wrk" if shutil.which("wrk") else "own")
+    parser.add_argument("--pin", action="store_true", help="one core for the servers, the others for the client")
     parser.add_argument("--quick", action="store_true", help="one short run, fewer idle: to see that it works")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every single figure")
     options = parser.parse_args()
@@ -191,6 +199,8 @@ def _options() -> argparse.Namespace:
         parser.error("--before is measured beside flaskd: name that in --servers, too")
     if options.before and not Path(options.before, "flaskd", "__init__.py").is_file():
         parser.error(f"no flaskd in {str(options.before)!r}: give the directory of a checkout")
+    if options.pin and len(os.sched_getaffinity(0)) < 2:
+        parser.error("--pin takes two cores: leave it out")
     if options.quick:
         options.runs, options.seconds, options.crowd = 1, 0.3, "300"
     options.crowd = [int(count) for count in options.crowd.split(",")]
@@ -202,15 +212,13 @@ def main() -> int:
     """Measure, print, and tell whether flaskd missed a goal."""
     options = _options()
     open_many_files()
+    told = f"{environment()}; client: {options.client}{', pinned' if options.pin else ''}"
     servers = columns(options)
     names = [server.name for server in servers]
     origins = {
         server.name: origin(server) for server in servers if "flaskd" in server.modules and server.name != LOGGED
     }
-    print(
-        f"{environment()}; client: {options.client}", *[f"{name}: {where}" for name, where in origins.items()], sep="\n"
-    )
-    print(flush=True)
+    print(told, *[f"{name}: {where}" for name, where in origins.items()], "", sep="\n", flush=True)
 
     results = Results()
     for run in range(options.runs):
@@ -228,7 +236,7 @@ def main() -> int:
     if not missed:
         print("flaskd meets every goal")
     if options.json:
-        written = {"environment": environment(), "origins": origins, "client": options.client}
+        written = {"environment": told, "origins": origins, "client": options.client}
         written |= _as_json(results) | {"goals": goals, "errors": results.errors}
         options.json.write_text(json.dumps(written, indent=1) + "\n")
     return 1 if missed else 0

@@ -3,8 +3,10 @@
 Nothing here says how long anything may take.
 """
 
+import dataclasses
 import importlib.metadata
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -169,6 +171,16 @@ def test_the_variant_with_a_log_writes_it(instrument):
         with servers.running(server, servers.free_port()) as each:  # that it is ready was asked for with one request
             assert each.wait_exit(each.terminate()) < servers.EXIT_PATIENCE
             assert each.log.read_text().count('"GET / HTTP/1.1" 200 7 "-" "-"') == lines
+
+
+def test_a_pinned_server_has_one_core(instrument):
+    """Every thread of a server that is given a core may run on that one alone."""
+    servers, core = instrument("_servers"), max(os.sched_getaffinity(0))
+    pinned = dataclasses.replace(servers.SERVERS["flaskd"], core=core)
+    with servers.running(pinned, servers.free_port()) as each:
+        threads = [int(task.name) for task in Path(f"/proc/{each.process.pid}/task").iterdir()]
+        assert len(threads) > 4
+        assert [os.sched_getaffinity(thread) for thread in threads] == [{core}] * len(threads)
 
 
 def test_what_wrk_says_is_read(instrument):
