@@ -146,7 +146,7 @@ def told(out: str, seconds: float) -> dict[str, Any]:
     """Read what wrk says; raises ValueError when it says something else."""
     counted = re.search(r"(\d+) requests in ", out)
     rate = re.search(r"Requests/sec: +([0-9.]+)", out)
-    p99 = re.search(r"^ +99% +([0-9.]+)(us|ms|s|m)$", out, re.MULTILINE)
+    p99 = re.search(r"^ +99% +([0-9.]+)(us|ms|s|m) *$", out, re.MULTILINE)
     if counted is None or rate is None or p99 is None:
         raise ValueError(f"cannot read what wrk says: {out!r}")
     failed = re.search(r"Non-2xx or 3xx responses: (\d+)", out)
