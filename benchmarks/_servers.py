@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import random
 import resource
@@ -50,13 +49,41 @@ class NotReadyError(Exception):
 
 
 @dataclass(frozen=True)
+class Served:
+    """What a server serves, a callable of `app.py`, and with how many worker threads."""
+
+    app: str = "app"
+    threads: int = THREADS
+
+    @property
+    def target(self) -> str:
+        """As servers are told."""
+        return f"app:{self.app}"
+
+
+FLASK = Served()
+
+
+@dataclass(frozen=True)
 class Server:
-    """A server; `bound` gives its arguments for a port of its own, `inherited` those for an inherited listener."""
+    """A server; `bound` gives its arguments for a port of its own, `inherited` those for an inherited listener.
+
+    `access` is the format of flaskd's access log; the others write none. `checkout` is where flaskd is imported from,
+    when that is not the one that is installed. `core` is the one that the server may run on, when not on all.
+    """
 
     name: str
     modules: tuple[str, ...]
-    bound: Callable[[int], list[str]]
+    bound: Callable[[int, Served], list[str]]
     inherited: Callable[[], list[str]] | None = None
+    access: str = "off"
+    checkout: Path | None = None
+    core: int | None = None
+
+    @property
+    def path(self) -> str:
+        """PYTHONPATH, as it is started."""
+        return os.pathsep.join(map(str, (self.checkout, HERE) if self.checkout else (HERE,)))
 
     @property
     def missing(self) -> list[str]:
@@ -64,50 +91,52 @@ class Server:
         return [each for each in self.modules if importlib.util.find_spec(each) is None]
 
 
-def _flaskd(*more: str) -> list[str]:
-    return ["-m", "flaskd", "serve", "app:app", "-c", "flaskd.yaml", "-t", str(THREADS), *more]
+def _flaskd(*more: str, served: Served = FLASK) -> list[str]:
+    return ["-m", "flaskd", "serve", served.target, "-c", "flaskd.yaml", "-t", str(served.threads), *more]
 
 
-def _waitress(port: int) -> list[str]:
+def _waitress(port: int, served: Served) -> list[str]:
     # Without the latter two it takes 100 connections and fails on descriptors above 1023.
     limits = ["--connection-limit=20000", "--asyncore-use-poll"]
-    return ["-m", "waitress", f"--listen={HOST}:{port}", f"--threads={THREADS}", *limits, "app:app"]
+    return ["-m", "waitress", f"--listen={HOST}:{port}", f"--threads={served.threads}", *limits, served.target]
 
 
-def _gunicorn(*more: str) -> list[str]:
-    options = ["-k", "gthread", "-w", "1", "--threads", str(THREADS), "--graceful-timeout", "30", "--no-control-socket"]
-    return ["-m", "gunicorn", *options, "--worker-connections", "20000", *more, "app:app"]
+def _gunicorn(*more: str, served: Served = FLASK) -> list[str]:
+    options = ["-k", "gthread", "-w", "1", "--threads", str(served.threads), "--graceful-timeout", "30"]
+    options += ["--no-control-socket", "--worker-connections", "20000"]
+    return ["-m", "gunicorn", *options, *more, served.target]
 
 
 def _uvicorn(*more: str) -> list[str]:
     return ["-m", "uvicorn", "--factory", "app:asgi", "--no-access-log", "--timeout-graceful-shutdown", "30", *more]
 
 
-def _granian(port: int) -> list[str]:
-    options = ["--interface", "wsgi", "--workers", "1", "--blocking-threads", str(THREADS), "--no-ws"]
-    return ["-m", "granian", *options, "--host", HOST, "--port", str(port), "app:app"]
+def _granian(port: int, served: Served) -> list[str]:
+    options = ["--interface", "wsgi", "--workers", "1", "--blocking-threads", str(served.threads), "--no-ws"]
+    options += ["--backpressure", "20000"]  # it takes no more connections than that, else 1024
+    return ["-m", "granian", *options, "--host", HOST, "--port", str(port), served.target]
 
 
-def _uwsgi(port: int) -> list[str]:
+def _uwsgi(port: int, served: Served) -> list[str]:
     # Its router is what speaks HTTP to clients; the hook is its recipe for a SIGTERM that lets requests finish.
-    options = ["--master", "--enable-threads", "--threads", str(THREADS), "--need-app", "--disable-logging"]
+    options = ["--master", "--enable-threads", "--threads", str(served.threads), "--need-app", "--disable-logging"]
     options += ["--http-keepalive", "--http-auto-chunked", "--listen", "1024", "--virtualenv", sys.prefix]
     options += ["--hook-master-start", "unix_signal:15 gracefully_kill_them_all"]
     program = str(Path(sys.executable).with_name("uwsgi"))
     become = "import os, sys; os.execv(sys.argv[1], sys.argv[1:])"
-    return ["-c", become, program, "--http", f"{HOST}:{port}", *options, "--module", "app:app"]
+    return ["-c", become, program, "--http", f"{HOST}:{port}", *options, "--module", served.target]
 
 
 SERVERS = {
     each.name: each
     for each in (
-        Server("flaskd", ("flaskd",), lambda port: _flaskd("-l", f"{HOST}:{port}"), _flaskd),
+        Server("flaskd", ("flaskd",), lambda port, what: _flaskd("-l", f"{HOST}:{port}", served=what), _flaskd),
         Server("waitress-serve", ("waitress",), _waitress, lambda: ["-c", _WAITRESS_ON_3]),
-        Server("gunicorn", ("gunicorn",), lambda port: _gunicorn("-b", f"{HOST}:{port}"), _gunicorn),
+        Server("gunicorn", ("gunicorn",), lambda port, what: _gunicorn("-b", f"{HOST}:{port}", served=what), _gunicorn),
         Server(
             "uvicorn",
             ("uvicorn", "a2wsgi"),
-            lambda port: _uvicorn("--host", HOST, "--port", str(port)),
+            lambda port, _: _uvicorn("--host", HOST, "--port", str(port)),  # app:asgi is told by the environment
             lambda: _uvicorn("--fd", "3"),
         ),
         Server("granian", ("granian",), _granian),
@@ -148,7 +177,7 @@ def free_port() -> int:
 class Running:
     """A server process in a directory of its own; `listener` is inherited, else it binds `port`.
 
-    `config` is flaskd's configuration beyond the access log, which is off as it is under the others.
+    `config` is flaskd's configuration beyond the access log.
     """
 
     def __init__(
@@ -159,23 +188,26 @@ class Running:
         *,
         unprivileged: bool = False,
         config: str = "",
+        served: Served = FLASK,
     ) -> None:
         if listener is not None and server.inherited is None:
             raise NotReadyError(f"{server.name} is not measured on an inherited listener")
         self.port = port
         self.name = server.name
         self.directory = Path(tempfile.mkdtemp(prefix="bench-"))
-        (self.directory / "flaskd.yaml").write_text('log: {access: "off"}\n' + config, encoding="ascii")
+        (self.directory / "flaskd.yaml").write_text(f'log: {{access: "{server.access}"}}\n{config}', encoding="ascii")
         (self.directory / "run").mkdir()
         env = {key: value for key, value in os.environ.items() if not key.startswith(("LISTEN_", "FLASK"))}
         env |= {
-            "PYTHONPATH": str(HERE),
+            "PYTHONPATH": server.path,
+            "BENCHMARKS_APP": served.app,
+            "BENCHMARKS_THREADS": str(served.threads),
             "PYTHONDONTWRITEBYTECODE": "1",
             "RUNTIME_DIRECTORY": str(self.directory / "run"),
             "STATE_DIRECTORY": str(self.directory),
             "HOME": str(self.directory),
         }
-        argv = [sys.executable, *server.bound(port)]
+        argv = [sys.executable, *server.bound(port, served)]
         options: dict[str, Any] = {}
         if listener is not None and server.inherited is not None:
             argv = [sys.executable, "-c", _INHERIT, str(listener.fileno()), sys.executable, *server.inherited()]
@@ -185,11 +217,13 @@ class Running:
                 os.chown(each, NOBODY, NOBODY)
             options |= {"user": NOBODY, "group": NOBODY, "extra_groups": []}
         try:
-            with self._log.open("wb") as log:
+            with self.log.open("wb") as log:
                 self.began = time.monotonic()
                 self.process = subprocess.Popen(
                     argv, cwd=self.directory, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **options
                 )
+            if server.core is not None:  # soon enough: its threads, and all that it starts, have it from here
+                os.sched_setaffinity(self.process.pid, {server.core})
         except PermissionError as error:
             shutil.rmtree(self.directory)
             raise NotReadyError(
@@ -197,7 +231,8 @@ class Running:
             ) from error
 
     @property
-    def _log(self) -> Path:
+    def log(self) -> Path:
+        """What it has said, and flaskd's access log."""
         return self.directory / "log"
 
     @property
@@ -217,7 +252,7 @@ class Running:
                 if sock.recv(64).split()[1] == b"200":
                     return
             time.sleep(look)
-        log = self._log.read_text(errors="replace").strip().splitlines()[-3:]
+        log = self.log.read_text(errors="replace").strip().splitlines()[-3:]
         self.close()
         raise NotReadyError(f"{self.name} did not become ready: {' | '.join(log) or 'it logged nothing'}")
 
@@ -259,6 +294,11 @@ class Running:
             used += int(words[11]) + int(words[12])
         return used / os.sysconf("SC_CLK_TCK")
 
+    def memory(self) -> float:
+        """MiB of memory that it and its children have, what they share counted in parts: proc_pid_smaps_rollup(5)."""
+        found = [Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii") for pid in self.pids]
+        return sum(int(text.partition("\nPss:")[2].split()[0]) for text in found) / 1024
+
     def connections(self) -> int:
         """How many connections it has accepted and not closed: in proc_net(5), those in a backlog have inode 0."""
         where = f"{self.port:04X} "
@@ -283,7 +323,7 @@ class Running:
             self.process.kill()
         self.process.wait()
         if os.environ.get("BENCHMARKS_KEEP_LOGS"):
-            print(f"{self.name} log: {self._log}")
+            print(f"{self.name} log: {self.log}")
         else:
             shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -301,38 +341,14 @@ def _children(pid: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def running(
-    server: Server, port: int, listener: socket.socket | None = None, *, unprivileged: bool = False, config: str = ""
-) -> Iterator[Running]:
-    """Start a server, wait until it is ready, and see to it that nothing is left of it."""
-    each = Running(server, port, listener, unprivileged=unprivileged, config=config)
+def running(server: Server, port: int, listener: socket.socket | None = None, **options: Any) -> Iterator[Running]:
+    """Start a server, wait until it is ready, and see to it that nothing is left of it; the options are Running's."""
+    each = Running(server, port, listener, **options)
     try:
         each.wait_ready()
         yield each
     finally:
         each.close()
-
-
-class Load:
-    """The clients of `_load.py`, in a process of their own."""
-
-    def __init__(self, port: int, kind: str, clients: int) -> None:
-        orders = json.dumps({"host": HOST, "port": port, "load": kind, "clients": clients})
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "_load.py"), orders], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-
-    def finish(self) -> dict[str, Any]:
-        """Let each client finish what it has begun, and return their account."""
-        out, _ = self._process.communicate(timeout=120)
-        account: dict[str, Any] = json.loads(out)
-        return account
-
-    def close(self) -> None:
-        """End it if it still lives."""
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.communicate()
 
 
 def median(values: Sequence[float]) -> float:
@@ -343,7 +359,7 @@ def median(values: Sequence[float]) -> float:
 def environment() -> str:
     """Say on what the figures were taken, in one line."""
     versions = []
-    for module in ("flaskd", "waitress", "gunicorn", "uvicorn", "a2wsgi", "granian", "uwsgi", "flask"):
+    for module in ("flaskd", "waitress", "gunicorn", "uvicorn", "a2wsgi", "granian", "uwsgi", "flask", "httptools"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{module} {importlib.metadata.version(module)}")
     system = os.uname()

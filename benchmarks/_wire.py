@@ -22,11 +22,12 @@ PATIENCE = 60.0
 _RECEIVE = 1 << 18
 
 
-def request(target: str, body: bytes = b"", *, host: str = "localhost") -> bytes:
-    """Lay out one request; with a body it is a POST."""
+def request(target: str, body: bytes = b"", *, host: str = "localhost", headers: Sequence[str] = ()) -> bytes:
+    """Lay out one request, with headers beside Host; with a body it is a POST."""
+    lines = [f"{'POST' if body else 'GET'} {target} HTTP/1.1", f"Host: {host}", *headers]
     if body:
-        return f"POST {target} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
-    return f"GET {target} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
+        lines.append(f"Content-Length: {len(body)}")
+    return "".join(f"{line}\r\n" for line in [*lines, ""]).encode() + body
 
 
 class Connection:
@@ -135,6 +136,44 @@ class Crowd:
         self._epoll.close()
 
 
+class Background:
+    """Clients that ask for `target` all the time, one connection each; all have an answer before it is entered."""
+
+    def __init__(self, address: tuple[str, int], count: int, target: str) -> None:
+        self._address, self._target = address, target
+        self._leaving = threading.Event()
+        self._first = [threading.Event() for _ in range(count)]
+        self._threads = [threading.Thread(target=self._ask, args=(each,)) for each in self._first]
+        self.answers: list[bool] = []
+
+    def __enter__(self) -> Self:
+        for each in self._threads:
+            each.start()
+        for first in self._first:
+            first.wait()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leaving.set()
+        for each in self._threads:
+            each.join()
+
+    def _ask(self, first: threading.Event) -> None:
+        """Ask and ask; when the server ends the connection, on a new one."""
+        try:
+            while not self._leaving.is_set():
+                with Connection(self._address) as connection:
+                    fine = True
+                    while fine and not self._leaving.is_set():
+                        fine = connection.ask(self._target).answered()
+                        self.answers.append(fine)
+                        first.set()
+        except OSError:  # it does not listen any more
+            self.answers.append(False)
+        finally:
+            first.set()
+
+
 class _Driven:
     """A connection of the generator: what is still to be sent, and how much of the answer is still to come."""
 
@@ -143,11 +182,13 @@ class _Driven:
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.setblocking(False)
         self._what = memoryview(what)
+        self.began = 0.0
         self._unsent, self._head, self._status, self._wanted, self._got = self._what[:0], b"", b"", 0, 0
 
     def send(self) -> bool:
         """Send a new request, or go on with the last; returns whether all of it is sent."""
         if not self._unsent:
+            self.began = time.monotonic()
             self._unsent, self._head, self._status, self._wanted, self._got = self._what, b"", b"", 0, 0
         with contextlib.suppress(BlockingIOError):
             while self._unsent:
@@ -172,6 +213,7 @@ class _Driven:
 def drive(address: tuple[str, int], what: bytes, connections: int, seconds: float) -> dict[str, Any]:
     """Send a request over and over on so many connections, and count the answers; a lost connection is made anew."""
     epoll, driven, answered, failed = select.epoll(), dict[int, _Driven](), 0, 0
+    took: list[float] = []
 
     def begin() -> None:
         each = _Driven(address, what)
@@ -189,6 +231,7 @@ def drive(address: tuple[str, int], what: bytes, connections: int, seconds: floa
                     epoll.modify(fd, select.EPOLLIN)
                 if event & ~select.EPOLLOUT and (fine := each.receive()) is not None:
                     answered, failed = answered + fine, failed + (not fine)
+                    took.append(time.monotonic() - each.began)
                     if not each.send():
                         epoll.modify(fd, select.EPOLLIN | select.EPOLLOUT)
             except OSError:
@@ -198,13 +241,14 @@ def drive(address: tuple[str, int], what: bytes, connections: int, seconds: floa
     for each in driven.values():
         each.socket.close()
     epoll.close()
-    return {"requests": answered, "failed": failed, "seconds": now - began}
+    p99 = sorted(took)[len(took) * 99 // 100] if took else 0.0
+    return {"requests": answered, "failed": failed, "seconds": now - began, "p99": p99}
 
 
 def main(arguments: Sequence[str]) -> None:
     """Do as ordered."""
     orders = json.loads(arguments[0])
-    what = request(orders["target"], b"x" * orders["body"])
+    what = request(orders["target"], b"x" * orders["body"], headers=orders.get("headers", ()))
     print(json.dumps(drive((orders["host"], orders["port"]), what, orders["connections"], orders["seconds"])))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +13,7 @@ from flask import Flask, Response, request
 PATTERN = bytes(range(256)) * 4096
 """1 MiB of known content; what /big sends is made of it."""
 THREADS = 4
-"""Worker threads, under every server."""
+"""Worker threads, under every server, where nothing else is said."""
 
 app = Flask(__name__)
 
@@ -63,13 +64,20 @@ def echo() -> bytes:
     return request.get_data()
 
 
+def bare(_: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
+    """Greet without Flask: what a request costs then is the server's."""
+    start_response("200 OK", [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", "6")])
+    return [b"hello\n"]
+
+
 def hang(_: object) -> None:
     """Take a minute, which is for ever as far as a stop is concerned; a cleanup policy of flaskd's."""
     time.sleep(60)
 
 
 def asgi() -> Callable[..., Any]:
-    """Give the app as uvicorn takes it."""
+    """Give what is served as uvicorn takes it."""
     from a2wsgi import WSGIMiddleware  # noqa: PLC0415 - only where uvicorn is measured
 
-    return WSGIMiddleware(app, workers=THREADS)
+    served = globals()[os.environ["BENCHMARKS_APP"]]
+    return WSGIMiddleware(served, workers=int(os.environ["BENCHMARKS_THREADS"]))

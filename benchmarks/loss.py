@@ -15,6 +15,7 @@ import contextlib
 import json
 import random
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,9 +23,9 @@ from typing import Any
 
 from _load import FATES, LOST
 from _servers import (
+    HERE,
     HOST,
     SERVERS,
-    Load,
     NotReadyError,
     Running,
     Server,
@@ -44,6 +45,28 @@ SCENARIOS = {
 }
 _LOADED = 0.4
 """Seconds of load between two stops, on average."""
+
+
+class Load:
+    """The clients of `_load.py`, in a process of their own."""
+
+    def __init__(self, port: int, kind: str, clients: int) -> None:
+        orders = json.dumps({"host": HOST, "port": port, "load": kind, "clients": clients})
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "_load.py"), orders], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+
+    def finish(self) -> dict[str, Any]:
+        """Let each client finish what it has begun, and return their account."""
+        out, _ = self._process.communicate(timeout=120)
+        account: dict[str, Any] = json.loads(out)
+        return account
+
+    def close(self) -> None:
+        """End it if it still lives."""
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.communicate()
 
 
 def _busy() -> None:

@@ -1,41 +1,54 @@
-"""How fast the demo app is served, flaskd beside its peers, relative to waitress-serve.
+"""How fast the demo app is served, flaskd beside its peers and beside an earlier flaskd.
 
-    python benchmarks/speed.py [--servers flaskd,waitress-serve] [--only 16,up,idle] [--runs 5] [--quick] [--json FILE]
+    python benchmarks/speed.py [--servers flaskd,waitress-serve] [--before DIR] [--only 16,up,idle] [--runs 5]
+                               [--pin] [--quick] [--json FILE]
 
 In each run all servers are started, and take turns under each load, so that a pair of figures is taken seconds apart.
-The tables have a row for each load, the goal that flaskd is held to, and a column for each server:
+The tables have a row for each load and a column for each server:
 
 - requests a second, and in brackets the ratio to waitress-serve: medians over the runs, the ratio that of the pairs;
 - CPU time for a request, in microseconds of all of the server's processes, with the ratio likewise;
-- 5000 connections that say nothing: how long until all are accepted, then the throughput of one busy connection beside
-  them, relative to what it was alone.
+- the time within which 99 of 100 requests were answered, likewise;
+- connections that say nothing: how long until all are accepted, then the throughput of one busy connection beside
+  them, relative to what it was alone;
+- the memory that each server, started alone, has after 256 busy connections (Pss of all of its processes).
 
-The loads are so many busy connections that get a greeting of some bytes, or 16 that get (``down``) or send (``up``)
-256 KiB. `wrk` is the client where it is installed, else `_wire.py`. ``-`` is a server that cannot do it, with the
-reason below. The exit status is 1 when flaskd misses a goal. Ratios are rounded to two places before they are judged.
+The last table has the goals that flaskd is held to, each with its figure.
+
+The loads are so many busy connections that get a greeting of some bytes (`head`: asked for as a browser does, in 14
+lines; `bare`: by an app without Flask), 16 that get (`down`) or send (`up`) 256 KiB or send 1 MiB (`post`), 32 whose
+app sleeps for 5 ms (`sleeps`), and 16 beside two others whose app sleeps for 50 ms (`sleepers`). ``flaskd+log`` is
+flaskd with its access log, which the others do not write; ``before`` is the flaskd in `DIR`, a checkout of another
+commit, under the same Python. ``-`` is what was not measured, or what a server cannot do, with the reason below.
+
+`wrk` is the client where it is installed, else `_wire.py`. With ``--pin`` the servers have one core to themselves and
+the client has the others: CPU time is best compared so, for Python's threads cost more where they run on several. The
+exit status is 1 when flaskd misses a goal. Ratios are rounded to two places before they are judged.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
-import re
+import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from _goals import CPU, P99, RATE, Measure, Results, judge
+from _measure import CLIENTS, LOADS, LOGGED, Beside, before, beside, logged, memory, sample, warm_up
 from _servers import (
-    HERE,
-    HOST,
+    FLASK,
     SERVERS,
     NotReadyError,
     Running,
+    Served,
+    Server,
     chosen,
     environment,
     free_port,
@@ -44,302 +57,213 @@ from _servers import (
     running,
     table,
 )
-from _wire import Crowd
 
-_BODY = 256 * 1024
-_BASE = "waitress-serve"
-_ACCEPTED_WITHIN = 45.0
-_WARM_UP = 0.3
-"""Seconds."""
+NAMES = [*[load.name for load in LOADS], "idle", "memory"]
 
 
-@dataclass(frozen=True)
-class Load:
-    """So many busy connections, asking for `target`, with a body of so many bytes."""
-
-    name: str
-    text: str
-    connections: int
-    target: str = "/"
-    body: int = 0
-
-
-LOADS = [
-    Load("1", "1 connection", 1),
-    Load("16", "16 connections", 16),
-    Load("64", "64 connections", 64),
-    Load("256", "256 connections", 256),
-    Load("down", "256 KiB down, 16 connections", 16, f"/big?kib={_BODY // 1024}"),
-    Load("up", "256 KiB up, 16 connections", 16, "/upload", _BODY),
-]
-NAMES = [*[load.name for load in LOADS], "idle"]
+def columns(options: argparse.Namespace) -> list[Server]:
+    """Find what is measured: the servers asked for, and beside flaskd its variants."""
+    found = []
+    for server in chosen(options.servers):
+        found.append(server)
+        if server.name == "flaskd":
+            found += [before(options.before)] if options.before else []
+            found += [logged(server)] if any(each.logged and each.name in options.only for each in LOADS) else []
+    if options.pin:
+        core, *others = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, others)
+        found = [dataclasses.replace(server, core=core) for server in found]
+    return found
 
 
-@dataclass
-class Sample:
-    """What one load gave: `cpu` is seconds of the server's."""
-
-    requests: int
-    failed: int
-    seconds: float
-    cpu: float
-
-    @property
-    def rate(self) -> float:
-        return self.requests / self.seconds
-
-    @property
-    def cpu_each(self) -> float:
-        return self.cpu / self.requests if self.requests else float("nan")
+def origin(server: Server) -> str:
+    """Say which flaskd that is: its directory, and in a checkout the commit."""
+    code = "import flaskd, pathlib; print(pathlib.Path(flaskd.__file__).parent.parent)"
+    argv, env = [sys.executable, "-c", code], os.environ | {"PYTHONPATH": server.path, "PYTHONDONTWRITEBYTECODE": "1"}
+    where = subprocess.run(argv, env=env, cwd="/", capture_output=True, text=True, check=True).stdout.strip()
+    if not Path(where, ".git").exists() or not shutil.which("git"):
+        return where
+    argv = ["git", "-C", where, "describe", "--always", "--dirty"]
+    commit = subprocess.run(argv, capture_output=True, text=True, check=False).stdout.strip()
+    return f"{where}, {commit or 'no commit'}"
 
 
-@dataclass
-class Beside:
-    """One busy connection alone and beside silent ones, and the seconds in which those were accepted."""
-
-    accepted: float
-    alone: float
-    beside: float
-
-    @property
-    def ratio(self) -> float:
-        return self.beside / self.alone
-
-
-@dataclass
-class Results:
-    """Everything that was measured, by load and server, one entry a run; and what could not be."""
-
-    samples: dict[tuple[str, str], list[Sample]] = field(default_factory=dict)
-    beside: dict[str, list[Beside]] = field(default_factory=dict)
-    errors: dict[str, str] = field(default_factory=dict)
-
-    def figure(self, load: str, server: str, what: Callable[[Sample], float]) -> float:
-        return median([what(each) for each in self.samples.get((load, server), [])])
-
-    def ratio(self, load: str, server: str, what: Callable[[Sample], float]) -> float:
-        """The median of the ratios to waitress-serve in the same run."""
-        pairs = zip(self.samples.get((load, server), []), self.samples.get((load, _BASE), []), strict=False)
-        return round(median([what(ours) / what(theirs) for ours, theirs in pairs if what(theirs)]), 2)
-
-
-def _wrk(port: int, load: Load, seconds: float) -> dict[str, Any]:
-    argv = ["wrk", "-t1", f"-c{load.connections}", f"-d{max(1, round(seconds))}s"]
-    with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
-        if load.body:
-            script.write(f'wrk.method = "POST"\nwrk.body = string.rep("x", {load.body})\n')
-            script.flush()
-            argv += ["-s", script.name]
-        url = f"http://{HOST}:{port}{load.target}"
-        out = subprocess.run([*argv, url], capture_output=True, text=True, check=True).stdout
-    counted = re.search(r"(\d+) requests in ", out)
-    rate = re.search(r"Requests/sec: +([0-9.]+)", out)
-    if counted is None or rate is None:
-        raise ValueError(f"cannot read what wrk says: {out!r}")
-    failed = re.search(r"Non-2xx or 3xx responses: (\d+)", out)
-    broken = re.search(r"connect (\d+), read (\d+), write (\d+), timeout (\d+)", out)
-    failures = (int(failed[1]) if failed else 0) + (sum(map(int, broken.groups())) if broken else 0)
-    # It is some milliseconds late at its end, and says in its rate by how much.
-    took = int(counted[1]) / float(rate[1]) if float(rate[1]) else seconds
-    return {"requests": int(counted[1]), "failed": failures, "seconds": took}
-
-
-def _own(port: int, load: Load, seconds: float) -> dict[str, Any]:
-    orders = {"host": HOST, "port": port, "target": load.target, "body": load.body}
-    orders |= {"connections": load.connections, "seconds": seconds}
-    argv = [sys.executable, str(HERE / "_wire.py"), json.dumps(orders)]
-    counted: dict[str, Any] = json.loads(subprocess.run(argv, capture_output=True, text=True, check=True).stdout)
-    return counted
-
-
-CLIENTS = {"wrk": _wrk, "own": _own}
-
-
-def sample(server: Running, load: Load, options: argparse.Namespace, seconds: float | None = None) -> Sample:
-    """Put a server under a load for some seconds; raises NotReadyError when that cannot be done."""
-    before = server.cpu()
-    try:
-        counted = CLIENTS[options.client](server.port, load, seconds or options.seconds)
-    except (subprocess.CalledProcessError, ValueError) as error:
-        raise NotReadyError(f"{server.name} under {load.text}: {error}") from error
-    if not counted["requests"]:
-        raise NotReadyError(f"{server.name} answered nothing under {load.text}")
-    return Sample(**counted, cpu=server.cpu() - before)
-
-
-def beside(server: Running, options: argparse.Namespace) -> Beside:
-    """Measure one busy connection alone, then beside many that say nothing."""
-    alone = sample(server, LOADS[0], options)
-    with Crowd((HOST, server.port), options.crowd) as crowd:
-        server.wait_connections(options.crowd, _ACCEPTED_WITHIN - crowd.age)
-        accepted = crowd.age
-        crowded = sample(server, LOADS[0], options)
-    return Beside(accepted, alone.rate, crowded.rate)
-
-
-def _run(servers: list[Any], options: argparse.Namespace, results: Results) -> None:
-    wanted = options.only.split(",")
-    with contextlib.ExitStack() as stack:
-        started = []
-        for server in servers:
-            try:
-                started.append(stack.enter_context(running(server, free_port())))
-                sample(started[-1], LOADS[0], options, _WARM_UP)
-            except NotReadyError as error:
-                results.errors[server.name] = str(error)
-        for load in LOADS:
-            for each in started if load.name in wanted else ():
-                with _noting(results, each, load.name):
-                    results.samples.setdefault((load.name, each.name), []).append(sample(each, load, options))
-        for each in started if "idle" in wanted else ():
-            if f"{each.name}, idle" not in results.errors:  # it takes long to find that out anew
-                with _noting(results, each, "idle"):
-                    results.beside.setdefault(each.name, []).append(beside(each, options))
+def _run(number: int, servers: list[Server], options: argparse.Namespace, results: Results) -> None:
+    for served in dict.fromkeys(load.served for load in LOADS):
+        loads = [load for load in LOADS if load.served == served and load.name in options.only]
+        crowds = options.crowd if served == FLASK and "idle" in options.only else []
+        if not loads and not crowds:
+            continue
+        with _started(servers, served, results) as started:
+            plain = [each for each in started if each.name != LOGGED]
+            for load in loads:
+                for each in started if load.logged else plain:
+                    with _noting(results, f"{each.name}, {load.name}"):
+                        results.samples.setdefault((load.name, each.name), {})[number] = sample(each, load, options)
+            for count in crowds:
+                for each in plain:
+                    what = f"{each.name}, {count} idle"
+                    if what not in results.errors:  # it takes long to find that out anew
+                        with _noting(results, what):
+                            results.beside.setdefault((count, each.name), {})[number] = beside(each, count, options)
+    for server in servers if "memory" in options.only else ():
+        if server.name == LOGGED:
+            continue
+        with _noting(results, f"{server.name}, memory"):
+            results.memory.setdefault(server.name, {})[number] = memory(server, options)
 
 
 @contextlib.contextmanager
-def _noting(results: Results, server: Running, what: str) -> Iterator[None]:
+def _started(servers: list[Server], served: Served, results: Results) -> Iterator[list[Running]]:
+    """Start all servers; those that do not answer are noted and left out."""
+    with contextlib.ExitStack() as stack:
+        started = []
+        for server in servers:
+            with _noting(results, server.name):
+                each = stack.enter_context(running(server, free_port(), served=served))
+                warm_up(each)
+                started.append(each)
+        yield started
+
+
+@contextlib.contextmanager
+def _noting(results: Results, what: str) -> Iterator[None]:
     try:
         yield
     except (NotReadyError, OSError) as error:
-        results.errors[f"{server.name}, {what}"] = str(error)
+        results.errors[what] = str(error)
 
 
-def judge(results: Results, wanted: list[str], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """List flaskd's goals, each with its figure; what has no peer to be compared with is not judged."""
-    goals: list[dict[str, Any]] = []
-
-    def at(goal: str, figure: float, *, least: float | None = None, most: float | None = None) -> None:
-        met = figure >= least if least is not None else most is not None and figure <= most
-        goals.append({"goal": goal, "least": least, "most": most, "figure": figure, "met": met})
-
-    for load in LOADS:
-        if (load.name, _BASE) in results.samples and load.name in wanted:
-            at(f"{load.text}: requests a second", results.ratio(load.name, "flaskd", lambda s: s.rate), least=1.0)
-            if not load.target[1:]:
-                at(f"{load.text}: CPU", results.ratio(load.name, "flaskd", lambda s: s.cpu_each), most=1.0)
-    if "idle" in wanted:
-        those = results.beside.get("flaskd", [])
-        at(f"{options.crowd} idle: accepted, s", round(median([each.accepted for each in those]), 2), most=2.0)
-        at(f"{options.crowd} idle: one busy beside", round(median([each.ratio for each in those]), 2), least=0.9)
-    return goals
-
-
-def report(results: Results, names: list[str], options: argparse.Namespace) -> str:
+def report(results: Results, names: list[str], goals: list[dict[str, Any]], options: argparse.Namespace) -> str:
     """Lay out the tables."""
-    wanted, parts = options.only.split(","), []
+    loads = [load for load in LOADS if load.name in options.only]
+    plain = [name for name in names if name != LOGGED]
+    parts = []
 
-    def rows(what: Callable[[Sample], float], scale: float, goals: Callable[[Load], str]) -> list[list[str]]:
-        return [
-            [
-                load.text,
-                goals(load),
-                *[
-                    _cell(results.figure(load.name, name, what) * scale, results.ratio(load.name, name, what))
-                    for name in names
-                ],
-            ]
-            for load in LOADS
-            if load.name in wanted
-        ]
+    def cell(load: str, name: str, measure: Measure) -> str:
+        figure, ratio = results.figure(load, name, measure.of), results.ratio(load, name, measure.of)
+        return _number(figure * measure.scale, measure.digits) + (f" ({ratio:.2f})" if ratio == ratio else "")  # noqa: PLR0124
 
-    if set(wanted) - {"idle"}:
-        title = f"## Requests a second (beside {_BASE}), median of {options.runs}"
-        parts.append(table(title, ["load", "goal", *names], rows(lambda s: s.rate, 1, lambda _: "≥ 1.00")))
-        title = f"## CPU for a request in µs (beside {_BASE})"
-        cpu = rows(lambda s: s.cpu_each, 1e6, lambda load: "" if load.target[1:] else "≤ 1.00")
-        parts.append(table(title, ["load", "goal", *names], cpu))
-    if "idle" in wanted:
-        those = [results.beside.get(name, []) for name in names]
-        lines = [
-            ["all accepted", "≤ 2 s", *[_plain([e.accepted for e in each], " s") for each in those]],
-            [
-                "one busy connection alone, requests/s",
-                "",
-                *[_plain([e.alone for e in each], digits=0) for each in those],
-            ],
-            ["beside them", "", *[_plain([e.beside for e in each], digits=0) for each in those]],
-            ["ratio", "≥ 0.90", *[_plain([e.ratio for e in each]) for each in those]],
+    def line(text: str, count: int, what: Callable[[Beside], float], digits: int = 2) -> list[str]:
+        return [text, *[_number(results.crowded(count, name, what), digits) for name in plain]]
+
+    for measure in (RATE, CPU, P99) if loads else ():
+        rows = [[load.text, *[cell(load.name, name, measure) for name in names]] for load in loads]
+        title = f"## {measure.title} (beside waitress-serve), median of {options.runs}"
+        parts.append(table(title, ["load", *names], rows))
+    for count in options.crowd if "idle" in options.only else ():
+        rows = [
+            line("all accepted, s", count, lambda each: each.accepted),
+            line("one busy connection alone, requests/s", count, lambda each: each.alone, 0),
+            line("beside them", count, lambda each: each.beside, 0),
+            line("ratio", count, lambda each: each.ratio),
         ]
-        parts.append(table(f"## {options.crowd} idle connections", ["", "goal", *names], lines))
+        parts.append(table(f"## {count} idle connections", ["", *plain], rows))
+    if "memory" in options.only:
+        row = [_number(median(list(results.memory.get(name, {}).values())), 1) for name in plain]
+        parts.append(table("## Memory after 256 connections in MiB", ["", *plain], [["Pss", *row]]))
+    if goals:
+        rows = [
+            [each["goal"], _bound(each), _number(each["figure"], 2), "" if each["met"] else "missed"] for each in goals
+        ]
+        parts.append(table("## Goals", ["figure of flaskd's", "goal", "is", ""], rows))
     return "\n".join(parts)
 
 
-def _cell(figure: float, ratio: float) -> str:
-    if figure != figure:  # noqa: PLR0124 - not a number
-        return "-"
-    return f"{figure:.0f}" if ratio != ratio else f"{figure:.0f} ({ratio:.2f})"  # noqa: PLR0124
+def _bound(goal: dict[str, Any]) -> str:
+    return f"≥ {goal['least']:.2f}" if goal["least"] is not None else f"≤ {goal['most']:.2f}"
 
 
-def _plain(figures: list[float], unit: str = "", digits: int = 2) -> str:
-    return f"{median(figures):.{digits}f}{unit}" if figures else "-"
+def _number(figure: float, digits: int) -> str:
+    return f"{figure:.{digits}f}" if figure == figure else "-"  # noqa: PLR0124 - what was not measured is not a number
+
+
+def _options() -> argparse.Namespace:
+    """Read the arguments: `only` and `crowd` as lists, and what ``--quick`` means."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--servers", default=",".join(SERVERS), help="separated by commas (%(default)s)")
+    parser.add_argument("--before", type=Path, metavar="DIR", help="a checkout of an earlier flaskd, measured too")
+    parser.add_argument("--only", default=",".join(NAMES), help="loads, separated by commas (%(default)s)")
+    parser.add_argument("--runs", type=int, default=5, help="times that everything is measured (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of each load (%(default)s)")
+    parser.add_argument("--crowd", default="5000,10000", help="idle connections, separated by commas (%(default)s)")
+    parser.add_argument("--client", choices=CLIENTS, default="wrk" if shutil.which("wrk") else "own")
+    parser.add_argument("--pin", action="store_true", help="one core for the servers, the others for the client")
+    parser.add_argument("--quick", action="store_true", help="one short run, fewer idle: to see that it works")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every single figure")
+    options = parser.parse_args()
+    options.only = options.only.split(",")
+    if unknown := set(options.only) - set(NAMES):
+        parser.error(f"no load {min(unknown)!r}: choose from {', '.join(NAMES)}")
+    if options.before and "flaskd" not in options.servers.split(","):
+        parser.error("--before is measured beside flaskd: name that in --servers, too")
+    if options.before and not Path(options.before, "flaskd", "__init__.py").is_file():
+        parser.error(f"no flaskd in {str(options.before)!r}: give the directory of a checkout")
+    if options.pin and len(os.sched_getaffinity(0)) < 2:
+        parser.error("--pin takes two cores: leave it out")
+    if options.quick:
+        options.runs, options.seconds, options.crowd = 1, 0.3, "300"
+    options.crowd = [int(count) for count in options.crowd.split(",")]
+    options.before = options.before and options.before.resolve()
+    return options
 
 
 def main() -> int:
     """Measure, print, and tell whether flaskd missed a goal."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--servers", default=",".join(SERVERS), help="separated by commas (%(default)s)")
-    parser.add_argument("--only", default=",".join(NAMES), help="loads, separated by commas (%(default)s)")
-    parser.add_argument("--runs", type=int, default=5, help="times that everything is measured (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="length of each load (%(default)s)")
-    parser.add_argument("--crowd", type=int, default=5000, help="idle connections (%(default)s)")
-    parser.add_argument("--client", choices=CLIENTS, default="wrk" if shutil.which("wrk") else "own")
-    parser.add_argument("--quick", action="store_true", help="one short run, fewer idle: to see that it works")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every single figure")
-    options = parser.parse_args()
-    wanted = options.only.split(",")
-    if unknown := set(wanted) - set(NAMES):
-        parser.error(f"no load {min(unknown)!r}: choose from {', '.join(NAMES)}")
-    if options.quick:
-        options.runs, options.seconds, options.crowd = 1, 0.3, 300
+    options = _options()
     open_many_files()
-    servers = chosen(options.servers)
+    told = f"{environment()}; client: {options.client}{', pinned' if options.pin else ''}"
+    servers = columns(options)
     names = [server.name for server in servers]
-    print(f"{environment()}; client: {options.client}\n", flush=True)
+    origins = {
+        server.name: origin(server) for server in servers if "flaskd" in server.modules and server.name != LOGGED
+    }
+    print(told, *[f"{name}: {where}" for name, where in origins.items()], "", sep="\n", flush=True)
 
     results = Results()
     for run in range(options.runs):
-        _run(servers[run % len(servers) :] + servers[: run % len(servers)], options, results)
-    print(report(results, names, options))
+        _run(run, servers[run % len(servers) :] + servers[: run % len(servers)], options, results)
+    goals = judge(results, options.only, options.crowd) if "flaskd" in names else []
+    print(report(results, names, goals, options))
     for (load, name), samples in results.samples.items():
-        if failed := sum(each.failed for each in samples):
+        if failed := sum(each.failed for each in samples.values()):
             print(f"{name}, {load}: {failed} requests failed")
     for where, reason in results.errors.items():
         print(f"{where}: {reason}")
-    goals = judge(results, wanted, options) if "flaskd" in names else []
     missed = [each for each in goals if not each["met"]]
     for each in missed:
         print(f"flaskd misses: {each['goal']}: {each['figure']:.2f}")
     if not missed:
         print("flaskd meets every goal")
     if options.json:
-        options.json.write_text(json.dumps(_as_json(results, goals, options), indent=1) + "\n")
+        written = {"environment": told, "origins": origins, "client": options.client}
+        written |= _as_json(results) | {"goals": goals, "errors": results.errors}
+        options.json.write_text(json.dumps(written, indent=1) + "\n")
     return 1 if missed else 0
 
 
-def _as_json(results: Results, goals: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
+def _as_json(results: Results) -> dict[str, Any]:
     loads = [
         {
             "load": load,
             "server": name,
-            "rate": median([each.rate for each in samples]),
-            "ratio": results.ratio(load, name, lambda s: s.rate),
-            "samples": [vars(each) for each in samples],
+            "rate": results.figure(load, name, RATE.of),
+            "ratio": results.ratio(load, name, RATE.of),
+            "samples": [vars(each) for each in samples.values()],
         }
         for (load, name), samples in results.samples.items()
     ]
     idle = [
-        {"server": name, "ratio": median([each.ratio for each in those]), "runs": [vars(each) for each in those]}
-        for name, those in results.beside.items()
+        {
+            "server": name,
+            "crowd": count,
+            "ratio": results.crowded(count, name, lambda each: each.ratio),
+            "runs": [vars(each) for each in runs.values()],
+        }
+        for (count, name), runs in results.beside.items()
     ]
-    return {
-        "environment": environment(),
-        "client": options.client,
-        "loads": loads,
-        "idle": idle,
-        "goals": goals,
-        "errors": results.errors,
-    }
+    weighed = [{"server": name, "runs": list(runs.values())} for name, runs in results.memory.items()]
+    return {"loads": loads, "idle": idle, "memory": weighed}
 
 
 if __name__ == "__main__":

@@ -61,15 +61,7 @@ def start(server: Server, into: Starts) -> None:
     with contextlib.closing(Running(server, free_port())) as each:
         each.wait_ready(look=_LOOK)
         into.seconds.append(time.monotonic() - each.began)
-        into.memory.append(sum(map(proportional_set, each.pids)))
-
-
-def proportional_set(pid: int) -> float:
-    """MiB of memory of a process, what is shared counted in parts."""
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) / 1024
-    raise AssertionError
+        into.memory.append(each.memory())
 
 
 def main() -> int:

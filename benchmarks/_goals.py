@@ -1,0 +1,116 @@
+"""What `speed.py` has measured, and the goals that flaskd is held to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from _measure import LOADS, Beside, Sample
+from _servers import median
+
+BASE = "waitress-serve"
+MOST_ACCEPTING = 2.0 / 5000
+"""Seconds for each of the idle connections, until all are accepted."""
+ACCEPTED_SOON = 2.0
+"""Seconds that may pass however few they are."""
+LEAST_BESIDE = 0.95
+"""Of its throughput alone that one busy connection keeps beside the idle ones."""
+MOST_MEMORY = 35.0
+"""MiB after 256 busy connections."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A figure of a sample, and how it is shown: times `scale`, with so many digits."""
+
+    text: str
+    title: str
+    of: Callable[[Sample], float]
+    scale: float
+    digits: int
+
+
+RATE = Measure("requests a second", "Requests a second", lambda each: each.rate, 1, 0)
+CPU = Measure("CPU", "CPU for a request in µs", lambda each: each.cpu_each, 1e6, 1)
+P99 = Measure("p99", "99 of 100 requests are answered within, in ms", lambda each: each.p99, 1e3, 1)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A ratio that is to be at least, or at most, so much: what `server` has under a load ÷ what `peer` has."""
+
+    load: str
+    measure: Measure
+    peer: str
+    least: float | None = None
+    most: float | None = None
+    server: str = "flaskd"
+
+    @property
+    def text(self) -> str:
+        """As it is printed."""
+        load = next(each for each in LOADS if each.name == self.load)
+        whose = "" if self.server == "flaskd" else f" of {self.server}"
+        return f"{load.text}: {self.measure.text}{whose} ÷ {self.peer}"
+
+
+GOALS = [
+    *[Goal(load, RATE, BASE, least=1.8) for load in ("1", "16", "64", "256")],
+    *[Goal(load, CPU, BASE, most=1.0) for load in ("1", "16", "64", "256")],
+    Goal("head", CPU, "granian", most=1.15),
+    Goal("head", CPU, BASE, most=0.45),
+    Goal("head", CPU, "flaskd", most=1.15, server="flaskd+log"),
+    Goal("bare", CPU, "granian", most=1.3),
+    *[Goal(load, RATE, BASE, least=1.0) for load in ("down", "up")],
+    *[Goal(load, RATE, "before", least=1.0) for load in ("down", "up", "post")],
+    Goal("sleeps", RATE, "before", least=0.98),
+    Goal("sleeps", P99, "before", most=1.1),
+    Goal("sleepers", RATE, "granian", least=1.0),
+    Goal("sleepers", P99, "granian", most=1.2),
+]
+
+
+@dataclass
+class Results:
+    """What was measured, by load, or number of idle connections, and server, and then by run; and what could not be."""
+
+    samples: dict[tuple[str, str], dict[int, Sample]] = field(default_factory=dict)
+    beside: dict[tuple[int, str], dict[int, Beside]] = field(default_factory=dict)
+    memory: dict[str, dict[int, float]] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+
+    def figure(self, load: str, server: str, what: Callable[[Sample], float]) -> float:
+        """The median of the runs."""
+        return median([what(each) for each in self.samples.get((load, server), {}).values()])
+
+    def ratio(self, load: str, server: str, what: Callable[[Sample], float], peer: str = BASE) -> float:
+        """The median of the ratios to a peer in the same run."""
+        ours, theirs = (self.samples.get((load, name), {}) for name in (server, peer))
+        both = [(what(ours[run]), what(theirs[run])) for run in ours if run in theirs]
+        return round(median([one / other for one, other in both if other]), 2)
+
+    def crowded(self, count: int, server: str, what: Callable[[Beside], float]) -> float:
+        """The median of the runs beside so many idle connections."""
+        return median([what(each) for each in self.beside.get((count, server), {}).values()])
+
+
+def judge(results: Results, wanted: list[str], crowds: list[int]) -> list[dict[str, Any]]:
+    """List flaskd's goals, each with its figure; what has no peer to be compared with is not judged."""
+    goals: list[dict[str, Any]] = []
+
+    def at(goal: str, figure: float, *, least: float | None = None, most: float | None = None) -> None:
+        met = figure >= least if least is not None else most is not None and figure <= most
+        goals.append({"goal": goal, "least": least, "most": most, "figure": figure, "met": met})
+
+    for goal in GOALS:
+        if goal.load in wanted and (goal.load, goal.peer) in results.samples:
+            figure = results.ratio(goal.load, goal.server, goal.measure.of, goal.peer)
+            at(goal.text, figure, least=goal.least, most=goal.most)
+    for count in crowds if "idle" in wanted else ():
+        accepted, ratio = (results.crowded(count, "flaskd", what) for what in (lambda e: e.accepted, lambda e: e.ratio))
+        at(f"{count} idle: accepted, s", round(accepted, 2), most=max(ACCEPTED_SOON, MOST_ACCEPTING * count))
+        at(f"{count} idle: one busy beside ÷ alone", round(ratio, 2), least=LEAST_BESIDE)
+    if "memory" in wanted:
+        at("256 connections: MiB afterwards", median(list(results.memory.get("flaskd", {}).values())), most=MOST_MEMORY)
+    return goals
