@@ -76,7 +76,7 @@ def _requests(now: Snapshot) -> Iterator[Any]:
     serving, oldest = now.serving, now.serving.oldest
     for name, text, value in (
         ("flaskd_requests_in_flight", "Requests accepted and not yet completely answered.", len(serving.in_flight)),
-        ("flaskd_requests_queued", "Requests that wait for a worker thread.", serving.queued),
+        ("flaskd_requests_queued", "Requests that wait for a thread.", serving.queued),
         ("flaskd_oldest_request_seconds", "Age of the oldest request in flight.", oldest.age if oldest else 0.0),
         ("flaskd_connections", "Open connections.", serving.connections),
         ("flaskd_threads", "Worker threads.", now.threads),
@@ -93,7 +93,7 @@ def _requests(now: Snapshot) -> Iterator[Any]:
     yield answers
     for name, text, histogram in (
         ("flaskd_request_seconds", "From a request's first byte to its answer's last.", serving.tally.took),
-        ("flaskd_queue_wait_seconds", "How long complete requests waited for a worker thread.", serving.tally.waited),
+        ("flaskd_queue_wait_seconds", "How long complete requests waited for a thread.", serving.tally.waited),
     ):
         yield HistogramMetricFamily(name, text, buckets=_cumulative(histogram), sum_value=histogram.total)
 
