@@ -344,7 +344,7 @@ class Side:
             assert self.server.turns(PATIENCE)  # whatever the serving thread was at is over
         told.app.sort(key=lambda each: each[0] == "file closed")  # when that is done is the server's business
         told.kept = any(what == "asked" and seen["PATH_INFO"] == LAST_PATH for what, seen in told.app)
-        told.log = log.said
+        told.log = sorted(log.said, key=repr)  # one thread reads a request while another one answers that before it
         told.ledger = {name: after.outcomes[name] - before.outcomes[name] for name in after.outcomes}
         told.ledger["statuses"] = [now - then for now, then in zip(after.statuses, before.statuses, strict=True)]
         told.ledger["took"] = sum(after.took.counts) - sum(before.took.counts)

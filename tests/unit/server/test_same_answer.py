@@ -1,6 +1,7 @@
 """The fast way and the slow way of answering, side by side: nobody can tell by what comes of it which one was gone.
 
-$FLASKD_EXAMPLES sets how many conversations are tried; those of a long run are others each time.
+$FLASKD_EXAMPLES sets how many conversations are tried; those of such a run are others each time. One that takes longer
+than pytest's `faulthandler_timeout` needs `-o faulthandler_timeout=3600` as well.
 """
 
 import itertools
@@ -64,7 +65,43 @@ def common_requests(draw):
     return b"\r\n".join([*lines, b"", body])
 
 
-# --- all other requests ---------------------------------------------------------------------------------------------
+# --- requests that are right, and yet not common --------------------------------------------------------------------
+
+UNUSUAL_TARGETS = [
+    b"//a//b", b"///", b"/../a/./b", b"/%2F%2e%25", b"/%zz%4", b"/a;p=1", b"/?", b"/a??", b"/%E4%F6?%FC", b"http://h/a?b",
+    b"HTTPS://h:8/%41", b"http://h?q", b"http://[::1]:80", b"/a", b"/a/", b"/a/b", b"/health", b"/ab",
+]  # fmt: skip
+UNUSUAL_FIELDS = [
+    *BROWSER, b"A: b", b"a:\tc d ", b"X-Empty:", b"COOKIE: c=d", b"Cookie: e=f", b"If-Match: a", b"IF-match: b", b"A: \xe4\xff",
+    b"X_Under: score", b"Content_Length: 3", b"Cookie_: a", b"Content-Type:", b"TE: trailers", b"Expect: more",
+    b"Connection: Keep-Alive", b"Connection: close", b"Connection: a, Close", b"connection:", b"Connection: keep-alive, x",
+    b"Connection: upgrade", b"Upgrade: websocket", b"Proxy-Connection: close", b"Keep-Alive: 5", b"X-Forwarded-Proto: https",
+    b"X-Forwarded-For: , x", b"Forwarded: for=1", b"Wsgi.Input: x", b"Remote-Addr: x", b"Script-Name: /x", b"Http-Host: x",
+    b"Path-Info: /y", b"EXPECT: 100-Continue",
+]  # fmt: skip
+
+
+@st.composite
+def unusual_requests(draw):
+    """What any server must take, and few are asked for."""
+    method = draw(st.sampled_from([b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"OPTIONS", b"PATCH", b"X-Y!"]))
+    version = draw(st.sampled_from([b"1.1", b"1.1", b"1.0", b"1.2"]))
+    lines = [b"%s %s HTTP/%s" % (method, draw(st.sampled_from(UNUSUAL_TARGETS)), version)]
+    lines += draw(st.permutations([b"Host: h", *draw(st.lists(st.sampled_from(UNUSUAL_FIELDS), max_size=5))]))
+    body = draw(st.sampled_from([b"", b"one\ntwo", b"x" * IN_MEMORY]))
+    framing = draw(st.sampled_from(["none", "length", "chunks"]))
+    if framing == "none" or (framing == "chunks" and version == b"1.0"):
+        body = b""
+    elif framing == "length":
+        lines.append(b"content-length: %04d" % len(body))
+    else:
+        lines.append(b"transfer-Encoding: Chunked")
+        body = b"".join(b"%X;a\r\n%s\r\n" % (len(each), each) for each in (body[:3], body[3:]) if each)
+        body += b"0\r\nTrailer: a\r\n\r\n"
+    return b"\r\n".join([*lines, b"", body])
+
+
+# --- requests that are wrong ----------------------------------------------------------------------------------------
 
 EOL = mostly([b"\r\n"], b"\n", b"\r\r\n", times=60)
 JUNK = st.sampled_from([bytes([each]) for each in b'\0\t \x0b\x7f\x85\xe4\r\n,;:_"0'])
@@ -237,11 +274,11 @@ class Talk:
 
 @st.composite
 def talks(draw):
-    common = draw(st.sampled_from([True, True, True, False, False]))
+    common = draw(st.sampled_from([True, True, False]))
     if common:
         requests = draw(st.lists(common_requests(), min_size=1, max_size=4))
     else:
-        requests = draw(st.lists(odd_requests() | common_requests(), min_size=1, max_size=3))
+        requests = draw(st.lists(odd_requests() | unusual_requests() | common_requests(), min_size=1, max_size=3))
     answers = draw(st.lists(common_answers() if draw(st.booleans()) else odd_answers(), min_size=1, max_size=3))
     pieces = requests
     if draw(mostly([not common], common)):
@@ -306,10 +343,21 @@ PROFILE = settings(max_examples=EXAMPLES or CI_EXAMPLES, derandomize=not EXAMPLE
 )
 @talk(POST + b"Content-Length: %d\r\n\r\n" % (BODY_LIMIT + 1))
 @talk(POST + b"Transfer-Encoding: chunked\r\n\r\n3\r\n", b"abc\r\n0\r\n\r\n", reads="whole")
+@talk(
+    b"GET //a HTTP/1.1\r\nHost: h\r\nCookie: a=b\r\ncookie: c=d\r\nX_A: b\r\nX-A:\r\nX-a: \t c \r\n\r\n",
+    b"GET http://a:8/%2F%e4?%2F HTTP/1.1\r\nHost: h\r\nReferer: a\r\nReferer: b\r\n\r\n",
+)
 @talk(b"GET / HTTP/2.0\r\n\r\n")
 @talk(b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
 @talk(POST + b"\r\n", headers=(("Content-Type", "text/event-stream"),), parts=(b"data: 1\n\n",) * 2, shape="generator")
 @talk(POST + b"\r\n", shape="file")
+@talk(POST + b"\r\n", shape="write")
+@talk(POST + b"\r\n", shape="write", fails="part")
+@talk(POST + b"\r\n", shape="generator", headers=(), parts=(b"one", b"two"), fails="part")
+@talk(POST + b"\r\n", shape="late generator", start="again and late")
+@talk(POST + b"\r\n", start="again")
+@talk(POST + b"A: " + b"x" * HEAD_LIMIT + b"\r\n\r\n")
+@talk(b"GET /" + b"x" * HEAD_LIMIT, b"x HTTP/1.1\r\n\r\n")
 @talk(POST + b"\r\n", parts=(Xs(65536), Xs(65537)), headers=(("Content-Length", "131073"),))
 def test_both_ways_give_the_same_answer(pairs, talk, kind):
     """The app sees the same, and so do the client, the ledger, the access log and who reads the warnings."""
@@ -330,12 +378,12 @@ def test_common_requests_go_the_fast_way(pairs):
         asked.extend(requests)
 
     ask()
-    assert went_fast(fast.server) - before > LEAST_FAST * len(asked)
+    assert went_fast(fast.server) - before >= max(1, LEAST_FAST * len(asked))
     assert went_fast(slow.server) == 0
 
 
 def test_the_generator_makes_all_sorts(pairs):
-    """At least every second conversation is a common one; the others come to every kind of end that there is."""
+    """At least every second conversation is a common one; and all that is not seldom happens in them."""
     side, shares, statuses, found = pairs["usual"][1], [], set(), set()
 
     @settings(max_examples=CI_EXAMPLES, database=None)
@@ -344,17 +392,16 @@ def test_the_generator_makes_all_sorts(pairs):
         told = side.converse(talk.pieces, talk.answers)
         shares.append(talk.common)
         statuses.update(re.findall(rb"HTTP/1\.[01] ([0-9]{3}) ", told.wire))
-        found.update(name for name, count in told.ledger.items() if name in {"completed", "cut", "gone"} and count)
+        found.update(name for name, count in told.ledger.items() if count)
         found.update({f"kept: {told.kept}", f"log: {bool(told.log)}"})
         found.update(what for what, _ in told.app)
-        found.update(each for each in ("chunked", "Keep-Alive") if each.encode() in told.wire)
+        found.update({"chunked"} if b"chunked" in told.wire else ())
 
     look()
     assert sum(shares) >= len(shares) / 2
     assert {b"200", b"204", b"304", b"400", b"500"} <= statuses
-    assert {b"413", b"414", b"431"} & statuses
-    assert {"completed", "cut", "gone", "kept: True", "kept: False", "log: True", "log: False"} <= found
-    assert {"chunked", "Keep-Alive", "ended", "closed", "wrote", "file closed", "start_response"} <= found
+    assert {"completed", "gone", "kept: True", "kept: False", "log: True", "log: False"} <= found
+    assert {"chunked", "ended", "closed", "file closed", "start_response"} <= found
 
 
 # --- that a difference is seen --------------------------------------------------------------------------------------
