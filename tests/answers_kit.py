@@ -13,6 +13,7 @@ import socket
 import struct
 import sys
 import time
+from collections import Counter
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,8 @@ from unittest import mock
 from server_kit import PATIENCE
 
 from flaskd.server import WaitressThread, tasks
+from flaskd.server.output import OutputChannel
+from flaskd.server.request import Request
 from flaskd.sockets import unread
 
 HEAD_LIMIT, BODY_LIMIT, IN_MEMORY = 2000, 3000, 1000
@@ -32,19 +35,43 @@ FILLER = b"\r\n" * (BODY_LIMIT // 2 + 100)
 """More than any body may have, and more blank lines than any request may: ends whatever swallowed the last request."""
 
 
+_slow: set[Any] = set()
+"""The servers whose requests go the slow way, by what their connections share."""
+_fast: Counter[Any] = Counter()
+
+
+@contextmanager
+def both_ways():
+    """Let servers go the slow way that are told to, and count who went the fast one."""
+    take_common, write_soon = Request.take_common, OutputChannel.write_soon
+
+    def counted(request, data):
+        context = request.channel.context
+        taken = context not in _slow and take_common(request, data)
+        _fast[context] += taken
+        return taken
+
+    def buffered(channel, data):  # what is not bytes is put into waitress' buffers first
+        return write_soon(channel, bytearray(data) if channel.context in _slow and isinstance(data, bytes) else data)
+
+    with mock.patch.object(Request, "take_common", counted), mock.patch.object(OutputChannel, "write_soon", buffered):
+        yield
+
+
 def slow_way(server: WaitressThread) -> None:
-    """Let this server answer every request the slow way. There is no other way yet."""
+    """Let this server read every request with the parser for all requests, and send through waitress' buffers."""
+    _slow.add(server._loop.context)
 
 
 def went_fast(server: WaitressThread) -> int:
-    """How many requests this server has answered the fast way since its start. There is no such way yet."""
-    return 0
+    """How many requests this server has read in one pass since its start."""
+    return _fast[server._loop.context]
 
 
 @contextmanager
 def frozen_date():
     """Let every answer have the same Date."""
-    with mock.patch.object(tasks, "build_http_date", return_value="Thu, 01 Jan 2026 00:00:00 GMT"):
+    with mock.patch.object(tasks, "http_date", return_value="Thu, 01 Jan 2026 00:00:00 GMT"):
         yield
 
 

@@ -6,6 +6,7 @@ import functools
 import io
 import logging
 import os
+import re
 import sys
 from typing import Any
 
@@ -13,11 +14,18 @@ from waitress.buffers import ReadOnlyFileBasedBuffer
 from waitress.task import hop_by_hop
 
 from flaskd.process.forks import AppCode, end_child
+from flaskd.server.lines import TOKEN
 from flaskd.server.streams import STREAM_TYPES, Parts
 from flaskd.server.tasks import Recorded
 
 log = logging.getLogger("waitress")
 """Where Waitress tells what is wrong with an answer."""
+
+
+_STATUS = re.compile(r"[1-9][0-9]{2} [^\x00-\x08\x0a-\x1f\x7f]*")
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+_NAME = re.compile(TOKEN)
+_LENGTH = re.compile(r" *[0-9]{1,18} *")
 
 
 class AppExitedError(RuntimeError):
@@ -77,7 +85,7 @@ class AppTask(Recorded):
             if part:
                 self.write(part)
         length, written = self.content_length, self.content_bytes_written
-        if length is not None and written != length and self.request.command != "HEAD":
+        if length is not None and written != length and self.sends_body:
             self.set_close_on_finish()
             log.warning(
                 "application returned too few bytes (%s) for specified Content-Length (%s) via app_iter",
@@ -115,7 +123,7 @@ class AppTask(Recorded):
         environ.update(request.headers)
         return environ
 
-    def start_response(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+    def start_response(self, status: Any, headers: Any, exc_info: Any = None) -> Any:
         """Take status and headers, checked as waitress does; gives `write` (PEP 3333)."""
         if exc_info:
             try:
@@ -125,27 +133,23 @@ class AppTask(Recorded):
             finally:
                 exc_info = None
         elif self.complete:
-            raise AssertionError("start_response called a second time without providing exc_info.")
+            raise ValueError("cannot call start_response a second time without exc_info (PEP 3333)")
         self.complete = True
-        if not isinstance(status, str):
-            raise TypeError(f"status {status} is not a string")
-        if "\n" in status or "\r" in status:
-            raise ValueError("carriage return/line feed character present in status")
-        self.status = status
+        self.status = _status(status)
         self.response_headers += self._given(headers)
         return self.write
 
-    def _given(self, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    def _given(self, headers: Any) -> list[tuple[str, str]]:
         """The headers, but for Content-Length."""
         given: list[tuple[str, str]] = []
         for name, value in headers:
-            if not isinstance(name, str):
-                raise TypeError(f"Header name {name!r} is not a string in {(name, value)!r}")
-            if not isinstance(value, str):
-                raise TypeError(f"Header value {value!r} is not a string in {(name, value)!r}")
-            if "\n" in value or "\r" in value:
-                raise ValueError("carriage return/line feed character present in header value")
+            if not (isinstance(name, str) and isinstance(value, str)):
+                raise TypeError(f"cannot answer with the header {(name, value)!r}: an app gives strings (PEP 3333)")
+            if _CONTROL.search(value):
+                raise ValueError(f"cannot answer with the header {name}: {value!r} has a control character")
             if (written := _written(name)) == "Content-Length":
+                if not _LENGTH.fullmatch(value):
+                    raise ValueError(f"cannot answer with the Content-Length {value!r}: expected a number of bytes")
                 self.content_length = int(value)
             else:
                 given.append((written, value))
@@ -218,8 +222,19 @@ class AppTask(Recorded):
 @functools.lru_cache(maxsize=1024)
 def _written(name: str) -> str:
     """A header's name as it is usually written, if an app may give it."""
-    if "\n" in name or "\r" in name:
-        raise ValueError("carriage return/line feed character present in header name")
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"cannot answer with a header of the name {name!r} (RFC 9110 §5.1)")
     if name.lower() in hop_by_hop:
-        raise AssertionError(f'{name} is a "hop-by-hop" header; it cannot be used by a WSGI application (see PEP 3333)')
+        raise ValueError(f"cannot answer with the header {name}: it is the server's to give (PEP 3333)")
     return "-".join(map(str.capitalize, name.split("-")))
+
+
+@functools.lru_cache(maxsize=256)
+def _status(status: str) -> str:
+    """A status of three digits and a reason, which may be empty (RFC 9112 §4), as may be the blank between them."""
+    if not isinstance(status, str):
+        raise TypeError(f"cannot answer with the status {status!r}: an app gives a string (PEP 3333)")
+    written = status + " " if re.fullmatch("[1-9][0-9]{2}", status) else status
+    if not _STATUS.fullmatch(written):
+        raise ValueError(f"cannot answer with the status {status!r}: expected one such as 200 OK")
+    return written

@@ -23,7 +23,7 @@ RETRY_AFTER = 5
 
 
 _WITHOUT_BODY = ("1", "204", "304")
-_date = functools.lru_cache(maxsize=2)(build_http_date)
+http_date = functools.lru_cache(maxsize=2)(build_http_date)
 _by_name = operator.itemgetter(0)
 
 
@@ -67,8 +67,6 @@ class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
         if not self.has_body:
             pass
         elif length is not None:
-            if length < 0:
-                raise ValueError(f"cannot answer with a Content-Length of {length}")
             headers.append(("Content-Length", str(length)))
         elif self.version == "1.1":
             headers.append(("Transfer-Encoding", "chunked"))
@@ -83,7 +81,7 @@ class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
         if "Server" not in given and (ident := self.channel.adj.ident):
             headers.append(("Server", ident))
         if "Date" not in given:
-            headers.append(("Date", _date(int(self.start_time))))
+            headers.append(("Date", http_date(int(self.start_time))))
         headers.sort(key=_by_name)
         lines = [f"HTTP/{self.version} {self.status}", *map(": ".join, headers), "", ""]
         header = "\r\n".join(lines).encode("latin-1")
@@ -120,6 +118,8 @@ class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
         """
         if not isinstance(data, bytes | bytearray | memoryview):  # before the header is out
             raise TypeError(f"cannot answer with {type(data).__name__}: an app gives bytes (PEP 3333)")
+        if type(data) is not bytes:
+            data = bytes(data)
         if data and not self.sends_body:
             if not self.has_body:  # an app that gets this wrong may get more wrong
                 self.close_on_finish = True

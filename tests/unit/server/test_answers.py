@@ -4,6 +4,7 @@ import errno
 import io
 import re
 import socket
+import sys
 import threading
 
 import pytest
@@ -382,6 +383,12 @@ BAD = {
     "start_response twice": _twice,
     "a status that is no text": _starting(200),
     "a status with a line feed": _starting("200 OK\r\nX: y"),
+    "a status that is none": _starting("odd"),
+    "an empty status": _starting(""),
+    "a status of four digits": _starting("2000 OK"),
+    "a name that is no token": _starting(headers=[("A B", "y")]),
+    "an empty name": _starting(headers=[("", "y")]),
+    "a value with a NUL": _starting(headers=[("X", "a\0b")]),
     "a name that is no text": _starting(headers=[(b"X", "y")]),
     "a value that is no text": _starting(headers=[("X", 1)]),
     "a value with a line feed": _starting(headers=[("X", "a\nY: b")]),
@@ -391,6 +398,7 @@ BAD = {
     "a transfer coding": _starting(headers=[("Transfer-Encoding", "chunked")]),
     "a length that is no number": _starting(headers=[("Content-Length", "five")]),
     "a negative length": _starting(headers=[("Content-Length", "-5")]),
+    "a length with an underscore": _starting(headers=[("Content-Length", "5_0")]),
     "text instead of bytes": lambda environ, start_response: (start_response("200 OK", []), ["hello"])[1],
     "nothing": lambda environ, start_response: None,
 }
@@ -412,6 +420,54 @@ def test_an_app_may_change_its_mind_before_its_first_byte(serve, connect):
     """start_response with exc_info replaces status and headers (PEP 3333)."""
     response = connect(serve(_again)).ask("/")
     assert (response.status, response.headers["X-First"]) == (418, None)
+
+
+def test_a_changed_mind_has_the_length_of_its_own(serve, connect):
+    """The headers that start_response clears include Content-Length: else the page of an error would be cut to it."""
+
+    def app(environ, start_response):
+        start_response("200 OK", [("Content-Length", "2")])
+        try:
+            raise LookupError("on purpose")
+        except LookupError:
+            start_response("500 Sorry", [("Content-Type", "text/plain")], sys.exc_info())
+        return [b"a longer page"]
+
+    client = connect(serve(app))
+    for _ in range(2):
+        response = client.ask("/")
+        assert (response.status, response.body, response.last) == (500, b"a longer page", False)
+
+
+def test_a_status_without_a_reason_has_its_blank(serve, connect):
+    """RFC 9112 §4: the blank stands there though the reason is empty."""
+    assert split(raw(connect(serve(_starting("200"))).send(get("/", "Connection: close"))))[0] == "HTTP/1.1 200 "
+
+
+@pytest.mark.parametrize("headers", [[], [("Content-Length", "10")]])
+@pytest.mark.parametrize("kind", [bytearray, memoryview])
+def test_parts_that_are_bytes_in_another_shape(kind, headers, serve, connect):
+    """They are sent as bytes, in chunks too."""
+
+    def app(environ, start_response):
+        start_response("200 OK", headers)
+        return iter([kind(b"hello"), kind(b"world")])
+
+    assert connect(serve(app)).ask("/").body == b"helloworld"
+
+
+def test_a_304_may_tell_a_length(serve, connect, caplog):
+    """RFC 9110 §8.6 allows it: nothing is missing, and the connection stays."""
+
+    def app(environ, start_response):
+        start_response("304 Not Modified", [("Content-Length", "10"), ("ETag", '"a"')])
+        return []
+
+    client = connect(serve(app))
+    for _ in range(2):
+        response = client.ask("/")
+        assert (response.status, response.body, response.last) == (304, b"", False)
+    assert not caplog.messages
 
 
 def test_two_lengths_are_one(serve, connect):

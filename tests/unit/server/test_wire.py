@@ -22,7 +22,7 @@ def sent(monkeypatch):
     [
         ("/", "GET", b"hello"),
         ("/", "HEAD", b""),
-        ("/odd", "GET", b""),
+        ("/odd", "GET", None),
         ("/short", "GET", b"short"),
         ("/boom", "GET", None),
     ],
