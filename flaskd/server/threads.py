@@ -53,7 +53,8 @@ class ThreadPool:
         """Whether all threads are to end, and nothing more is begun."""
         self.leader: threading.Thread | None = None
         """The thread that leads, or led last."""
-        self._lead: Callable[[], Task | None] = lambda: None
+        self._lead: Callable[[], Task | None] | None = None
+        """What the threads do; None before `start`."""
         self._wake: Callable[[], None] = lambda: None
         self._name = ""
         self._places = size
@@ -79,14 +80,16 @@ class ThreadPool:
             self._fill()
 
     def _fill(self) -> None:
+        if self._lead is None:  # the number changes before the start, too
+            return
         while len(self._numbers) < self._wanted:
             taken = set(self._numbers.values())
             number = next(each for each in range(len(taken) + 1) if each not in taken)
             thread: threading.Thread
             if self.size:
-                thread = AppThread(target=self._work, name=f"flaskd-thread-{number}")
+                thread = AppThread(target=self._work, args=(self._lead,), name=f"flaskd-thread-{number}")
             else:
-                thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+                thread = threading.Thread(target=self._work, args=(self._lead,), name=self._name, daemon=True)
             self._numbers[thread] = number
             try:
                 thread.start()
@@ -98,13 +101,13 @@ class ThreadPool:
 
     # --- what each thread does ------------------------------------------------------------------------------------
 
-    def _work(self) -> None:
+    def _work(self, lead: Callable[[], Task | None]) -> None:
         thread = threading.current_thread()
         try:
             while True:
                 with self._token:
                     self.leader = thread
-                    task = self._lead()
+                    task = lead()
                 if task is None:
                     return
                 while task is not None:

@@ -135,6 +135,17 @@ def test_places_come_and_go(pool_of):
     assert last.ran.wait(PATIENCE)
 
 
+def test_places_can_change_before_the_start():
+    """No thread is started before there is something to lead."""
+    pool = ThreadPool(4)
+    pool.resize(2)
+    assert (pool.started, pool.size) == ([], 2)
+    pool.start(lambda: None, lambda: None, "")
+    assert len(pool.started) == 3
+    pool.end()
+    assert pool.join(PATIENCE) == []
+
+
 def test_a_request_changes_no_thread(serve, connect, monkeypatch):
     """The thread that reads it runs the app."""
     names, ran, real = [], [], Channel.handle_read
