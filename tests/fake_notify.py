@@ -20,6 +20,11 @@ class Receiver:
         """Give the next message, waiting for it."""
         return self._socket.recv(65536)
 
+    def message_with_descriptors(self):
+        """Give the next message and the descriptors that came with it, waiting for it."""
+        message, descriptors, _, _ = socket.recv_fds(self._socket, 65536, 4)
+        return message, descriptors
+
     def messages(self):
         """Give every message that is there now."""
         self._socket.setblocking(False)

@@ -157,12 +157,16 @@ class Client:
         self.socket.sendall(b"".join(each if isinstance(each, bytes) else get(each) for each in requests))
         return self
 
-    def response(self):
-        """Read one response; raises what http.client raises when it is broken off."""
+    def head(self):
+        """Read one response up to its body: the status and the headers; raises what http.client raises."""
         line = self._file.readline()
         if not line:
             raise http.client.RemoteDisconnected
-        status, headers = int(line.split()[1]), http.client.parse_headers(self._file)
+        return int(line.split()[1]), http.client.parse_headers(self._file)
+
+    def response(self):
+        """Read one response; raises what http.client raises when it is broken off."""
+        status, headers = self.head()
         if status in {100, 204, 304}:
             return Response(status, headers, b"")
         if headers["Transfer-Encoding"] == "chunked":

@@ -134,7 +134,7 @@ class Living:
 
     def on(self, *events):
         for event in events:
-            self.daemon._carry_out(event)
+            self.daemon.carry_out(event)
 
     @property
     def state(self):

@@ -21,12 +21,13 @@ import pytest
 import flaskd
 from flaskd.cleanup import BEFORE_THE_DRAIN, BESIDE_THE_DRAIN, Runner, callbacks
 from flaskd.errors import CannotCreateError, ConfigError, FlaskdError
+from flaskd.server import WaitressThread, WerkzeugThread
 
 PATIENCE = 20.0
-KINDS = ["waitress", "werkzeug"]
+SERVERS = {"waitress": WaitressThread, "werkzeug": WerkzeugThread}
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=SERVERS)
 def kind(request):
     return request.param
 
@@ -476,20 +477,20 @@ def test_a_cleanup_that_breaks_off_cuts_no_request(shop, kind, caplog, monkeypat
             raise RuntimeError("on purpose")
         return run(self, wanted, outcome)
 
-    def begin_drain(timeout, over, **more):
+    def begin_drain(self, timeout, over, **more):
         def look(report):
             reports.append(report)
             over(report)
 
-        real(timeout, look, **more)
+        real(self, timeout, look, **more)
         threading.Thread(target=lambda: broken_off.wait(PATIENCE) and shop.released.set()).start()
 
     monkeypatch.setattr(Runner, "run", broken)
     server = flaskd.ServerThread(shop.flask, server=kind).start()
     client = Asking(server, "/wait")
     assert shop.entered.acquire(timeout=PATIENCE)
-    real = server._server.begin_drain
-    monkeypatch.setattr(server._server, "begin_drain", begin_drain)
+    real = SERVERS[kind].begin_drain
+    monkeypatch.setattr(SERVERS[kind], "begin_drain", begin_drain)
     assert server.stop() == reports[0]
     assert reports[0].clean
     assert client.result() == (200, b"waited\n")
@@ -502,10 +503,10 @@ def test_a_drain_that_breaks_off_is_not_clean(shop, caplog, monkeypatch):
     client = Asking(server, "/wait")
     assert shop.entered.acquire(timeout=PATIENCE)
 
-    def broken(_timeout, _over, **_):
+    def broken(*_, **__):
         raise RuntimeError("on purpose")
 
-    monkeypatch.setattr(server._server, "begin_drain", broken)
+    monkeypatch.setattr(WaitressThread, "begin_drain", broken)
     report = server.stop()
     shop.released.set()
     client.result()
@@ -700,7 +701,8 @@ def test_discovery_is_off_unless_it_is_asked_for(registered, monkeypatch, cleanu
         with flaskd.ServerThread(flask.Flask("shop"), config={"cleanup": cleanup}) as server:
             pass
         assert list(server.policies) == steps
-        assert executor._shutdown == bool(steps)
+        with pytest.raises(RuntimeError, match="after shutdown") if steps else contextlib.nullcontext():
+            executor.submit(int)
 
 
 @pytest.mark.parametrize(

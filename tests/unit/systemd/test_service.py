@@ -111,13 +111,12 @@ def test_a_pulse_that_failed_is_tried_again_in_time(make, manager, caplog):
             tries.append(now)
             return len(tries) == 2
 
-    def wait(seconds):
+    def ended(seconds):
         nonlocal now
         now += seconds
         return len(tries) == 2
 
-    service._ended = SimpleNamespace(wait=wait, set=lambda: None)
-    service._watch(Busy(), lambda: State.READY)
+    service.watch(Busy(), lambda: State.READY, ended)
     assert len(tries) == 2
     assert tries[-1] < 2.0  # since the last pulse
     assert pulses(manager) == [b"WATCHDOG=1"]
