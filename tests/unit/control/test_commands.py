@@ -27,15 +27,16 @@ from flaskd.control.replies import LogReply
 from flaskd.control.verbs import RUN
 from flaskd.errors import ForbiddenError, UnknownCommandError, UsageError
 from flaskd.reload import Reload
+from flaskd.serving import launch
 from flaskd.serving.inprocess import InProcess
 from flaskd.verbs import FLAGS, VERBS, Role
 
 PEER = Peer(uid=4242, pid=1, groups=frozenset({77}))
 
 
-def a_daemon():
+def a_daemon(app=None):
     """One that is not started."""
-    return Boot(lambda: None, plane=lambda _: None, name="flaskd", environ={}).daemon
+    return Boot(lambda: None, plane=lambda _: None, name="flaskd", environ={}, app=app).daemon
 
 
 def test_every_verb_of_the_table_does_something():
@@ -47,9 +48,11 @@ def test_every_verb_of_the_table_does_something():
 @pytest.mark.parametrize(("silent", "why"), [(4.9, ""), (6.25, "the serving thread has not turned for 6.2s")])
 def test_one_word_on_whether_it_lives(silent, why, monkeypatch):
     """`health` and `/livez` ask the daemon, which is wedged when its serving thread has not turned for five seconds."""
-    daemon = a_daemon()
+    daemon, config = a_daemon(app=lambda environ, start_response: []), Config()
     assert daemon.wedged == ""  # starting
-    monkeypatch.setattr(InProcess, "silent_for", silent)
+    monkeypatch.setattr(launch, "make_server", lambda *_, **__: SimpleNamespace(silent_for=silent))
+    daemon.serving.load(config, None)
+    daemon.serving.make_server(config, [])
     assert daemon.wedged == why
     answers = []
     reply = SimpleNamespace(ok=answers.append, error=lambda code, message: answers.append(f"{code} {message}"))
