@@ -3,8 +3,7 @@
 import socket
 from contextlib import contextmanager
 
-PATIENCE = 10.0
-"""Seconds until a test gives up on a message that should long have come."""
+from patience import PATIENCE
 
 
 class Receiver:
@@ -15,6 +14,10 @@ class Receiver:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind("\0" + self.address[1:] if self.address.startswith("@") else self.address)
         self._socket.settimeout(PATIENCE)
+
+    def fileno(self):
+        """The socket's descriptor: it can be read when a message is there."""
+        return self._socket.fileno()
 
     def message(self):
         """Give the next message, waiting for it."""

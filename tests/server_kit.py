@@ -14,11 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
+from patience import PATIENCE
 
 from flaskd.server import WaitressThread
 
-PATIENCE = 10.0
-"""Seconds until a test gives up on something that should long have happened."""
 BIG = 8 * 1024 * 1024
 """Bytes; more than the kernel takes for a client that does not read, less than what would hold up a worker."""
 

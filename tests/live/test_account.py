@@ -7,8 +7,9 @@ import signal
 import socket
 import threading
 
-from conftest import PATIENCE, Answer, Flaskd, get
-from test_handover import inherit
+from daemon_kit import Flaskd, inherit
+from http_client import Answer, get
+from patience import PATIENCE
 
 
 def connect(flaskd: Flaskd) -> socket.socket:
@@ -22,7 +23,6 @@ def test_the_account_is_everywhere_the_same(flaskd: Flaskd) -> None:
     flaskd.start("-t", "2")
     url = flaskd.url
     let_go = flaskd.hold(url)
-    [first] = flaskd.gate._held
     cut = flaskd.hold(url)
     with connect(flaskd) as uploading:
         uploading.sendall(b"POST /upload HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n12345")
@@ -35,7 +35,7 @@ def test_the_account_is_everywhere_the_same(flaskd: Flaskd) -> None:
             control.settimeout(PATIENCE)
             control.connect(str(flaskd.socket_path))
             control.sendall(b'{"id": 1, "cmd": "stop", "wait": true}\n')
-            first.sendall(b"x")  # the first one ends; a queued one takes its thread, and is cut there
+            flaskd.gate.open(1)  # the first one ends; a queued one takes its thread, and is cut there
             flaskd.gate.entered()
             with control.makefile("rb") as lines:
                 client = [answer for line in lines if "ok" in (answer := json.loads(line))][0]  # noqa: RUF015

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Flaskd, get
+from daemon_kit import Flaskd
+from http_client import get
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from entry_points_kit import install, install_example

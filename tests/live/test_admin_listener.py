@@ -7,7 +7,8 @@ import socket
 import sys
 import time
 
-from conftest import Flaskd, get
+from daemon_kit import Flaskd
+from http_client import get
 
 
 def configure(flaskd: Flaskd, more: str = "") -> None:

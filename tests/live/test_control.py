@@ -10,7 +10,9 @@ import sys
 from typing import Any
 
 import pytest
-from conftest import NOBODY, PATIENCE, Flaskd, get
+from daemon_kit import NOBODY, Flaskd
+from http_client import get
+from patience import PATIENCE
 
 
 def test_echo_in_a_shell(flaskd: Flaskd) -> None:

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, Flaskd, requires
+from daemon_kit import Flaskd, requires
+from patience import PATIENCE
 
 from flaskd.verbs import VERBS
 

@@ -13,7 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, Flaskd, get
+from daemon_kit import Flaskd
+from http_client import get
+from patience import PATIENCE
 
 
 def connect(flaskd: Flaskd) -> socket.socket:

@@ -7,7 +7,9 @@ import socket
 import time
 from collections.abc import Sequence
 
-from conftest import PATIENCE, Answer, Flaskd, get, refused
+from daemon_kit import Flaskd
+from http_client import Answer, get, refused
+from patience import PATIENCE
 
 
 def test_the_whole_path(flaskd: Flaskd) -> None:

@@ -5,13 +5,14 @@ import os
 import resource
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, Answer, Flaskd, children, get, handles_sigterm
+from daemon_kit import Flaskd, children, handles_sigterm, no_pid_namespace
+from http_client import Answer, get
+from patience import PATIENCE
 
 FORKING = """
 import multiprocessing, os, time
@@ -280,14 +281,7 @@ def test_somebody_without_a_home(flaskd: Flaskd) -> None:
     assert list(temporary.iterdir()) == []
 
 
-def _no_pid_namespace() -> list[str]:
-    done = subprocess.run(
-        ["unshare", "--pid", "--fork", "--mount-proc", "true"], capture_output=True, text=True, check=False
-    )
-    return [done.stderr.strip() or "unshare failed"] if done.returncode else []
-
-
-@pytest.mark.skipif(bool(_no_pid_namespace()), reason=f"no PID namespace: {_no_pid_namespace()}")
+@pytest.mark.skipif(bool(no_pid_namespace()), reason=f"no PID namespace: {no_pid_namespace()}")
 def test_as_pid_1(flaskd: Flaskd) -> None:
     """As in a container: SIGTERM to PID 1 answers what is in hand and exits with 0; orphans are reaped."""
     flaskd.write("orphans.py", "import subprocess\nfrom gateapp import app\n@app.get('/orphan')\ndef orphan():\n"
@@ -307,7 +301,7 @@ def test_as_pid_1(flaskd: Flaskd) -> None:
     assert flaskd.wait() == 0
 
 
-@pytest.mark.skipif(bool(_no_pid_namespace()), reason=f"no PID namespace: {_no_pid_namespace()}")
+@pytest.mark.skipif(bool(no_pid_namespace()), reason=f"no PID namespace: {no_pid_namespace()}")
 def test_as_pid_1_while_starting(flaskd: Flaskd) -> None:
     """SIGTERM in the middle of an import ends a container's only process within a second."""
     flaskd.write("sleeper.py", "import os, socket, time\ngate = socket.socket(socket.AF_UNIX)\n"

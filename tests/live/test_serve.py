@@ -7,7 +7,9 @@ import socket
 import stat
 
 import pytest
-from conftest import PATIENCE, Flaskd, get
+from daemon_kit import Flaskd
+from http_client import get
+from patience import PATIENCE
 
 
 def test_the_log_of_a_life(flaskd: Flaskd) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket
 
-from conftest import GATE_APP, PATIENCE, Flaskd
+from daemon_kit import GATE_APP, Flaskd
+from patience import PATIENCE
 
 ODD_NAME = """
 import flaskd

@@ -16,7 +16,9 @@ from urllib.request import urlopen
 import flask
 import flask.cli
 import pytest
-from server_kit import PATIENCE, Client, get, no_thread_left
+from http_client import ask
+from patience import PATIENCE
+from server_kit import Client, get, no_thread_left
 
 import flaskd
 from flaskd.admin import EndpointServer, configured_token, opened_by
@@ -555,7 +557,7 @@ def test_with_a_server_in_a_thread_it_is_the_servers(token_file, monkeypatch, no
     for each in (stopper, server) if first == "endpoint" else (server, stopper):
         each.start()
     answers = []
-    request = threading.Thread(target=lambda: answers.append(urlopen(f"{server.url}held", timeout=PATIENCE).read()))
+    request = threading.Thread(target=lambda: answers.append(ask(server.url, "/held")))
     request.start()
     assert entered.wait(PATIENCE)
     told = json.loads(post(stopper, token_file))
@@ -563,7 +565,7 @@ def test_with_a_server_in_a_thread_it_is_the_servers(token_file, monkeypatch, no
     server.join()
     assert ended.is_set()
     request.join()
-    assert (answers, ran, stopper.url) == ([b"answered"], ["endpoint: 127.0.0.1"], None)
+    assert (answers, ran, stopper.url) == ([(200, b"answered")], ["endpoint: 127.0.0.1"], None)
     assert (server.stop().completed, ran) == (1, ["endpoint: 127.0.0.1"])
 
 
@@ -638,13 +640,9 @@ def address_of(stopper):
 
 def post(stopper, token_file):
     """Ask a ShutdownEndpoint for the stop; returns the body of its 202."""
-    connection = http.client.HTTPConnection(str(address_of(stopper)), timeout=PATIENCE)
     headers = {"Authorization": f"Bearer {token_file.read_text().strip()}", "Content-Type": "application/json"}
-    connection.request("POST", "/shutdown", b"{}", headers)
-    response = connection.getresponse()
-    assert response.status == 202
-    body = response.read()
-    connection.close()
+    status, body = ask(str(address_of(stopper)), "/shutdown", "POST", b"{}", headers)
+    assert status == 202
     return body
 
 

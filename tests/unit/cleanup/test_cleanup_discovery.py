@@ -17,7 +17,6 @@ import requests
 import sqlalchemy
 from apscheduler.executors.pool import BasePoolExecutor
 from apscheduler.schedulers.background import BackgroundScheduler
-from cleanup_kit import PATIENCE
 from flask import Flask
 from flask_apscheduler import APScheduler
 from flask_caching import Cache
@@ -27,6 +26,7 @@ from flask_sqlalchemy import SQLAlchemy
 from opentelemetry.sdk._logs import LoggerProvider
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.trace import TracerProvider
+from patience import PATIENCE
 from werkzeug.local import LocalProxy
 
 from flaskd.cleanup import ACTIONS, DiscoveryRun, Plan, action_specs, build_plan, discover, with_found

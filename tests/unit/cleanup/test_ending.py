@@ -17,9 +17,10 @@ import sentry_sdk
 import sqlalchemy
 from apscheduler.jobstores.memory import MemoryJobStore
 from apscheduler.schedulers.background import BackgroundScheduler
-from cleanup_kit import PATIENCE, hanging, in_background, run, runner
+from cleanup_kit import hanging, in_background, run, runner
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
+from patience import PATIENCE
 
 from flaskd.cleanup import ACTIONS, Fate, Plan, Step, action_specs, build_plan, discover
 from flaskd.config import Phase, load_mapping

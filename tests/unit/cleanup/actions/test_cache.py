@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 from cachelib import FileSystemCache
 from cachelib import SimpleCache as CachelibCache
-from cleanup_kit import PATIENCE, run
+from cleanup_kit import run
 from flask import Flask
 from flask_caching import Cache
+from patience import PATIENCE
 
 from flaskd.cleanup import ACTIONS, Fate, Step, StepFailedError, action_specs, build_plan
 from flaskd.cleanup.actions.cache import PersistFields, restore_cache, use_up_cache
