@@ -61,11 +61,21 @@ class Answer(threading.Thread):
         return self._outcome
 
 
+def place_of(url: str) -> tuple[str, int]:
+    """The host and the port of a URL."""
+    host, _, port = url.removeprefix("http://").rstrip("/").rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def connect(url: str) -> socket.socket:
+    """A connection to where the URL leads, for what is no whole request."""
+    return socket.create_connection(place_of(url), timeout=PATIENCE)
+
+
 def refused(url: str) -> bool:
     """Whether nobody listens at the URL."""
-    host, _, port = url.removeprefix("http://").rstrip("/").rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=PATIENCE).close()
+        connect(url).close()
     except ConnectionRefusedError:
         return True
     return False

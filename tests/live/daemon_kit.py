@@ -184,11 +184,16 @@ class Flaskd:
     def fifo_path(self) -> Path:
         return self.runtime / "control"
 
+    def control(self) -> socket.socket:
+        """A connection to the control socket."""
+        client = socket.socket(socket.AF_UNIX)
+        client.connect(str(self.socket_path))  # waits for room in the backlog, which it would not with a timeout
+        client.settimeout(PATIENCE)
+        return client
+
     def command(self, line: str) -> str:
         """Send a text command and return the whole answer."""
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(str(self.socket_path))  # waits for room in the backlog, which it would not with a timeout
-            client.settimeout(PATIENCE)
+        with self.control() as client:
             client.sendall(line.encode() + b"\n")
             return b"".join(iter(lambda: client.recv(65536), b"")).decode()
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from http_client import get
+from http_client import get, place_of
 from patience import PATIENCE
 
 import flaskd
@@ -155,7 +155,7 @@ def test_a_child_cleans_nothing_up(shop, kind):
 def test_the_end_of_a_process_is_seen(shop, forked, server, how):
     """While a child of it lives, a killed process is known to be gone, and its port can be had again."""
     with flaskd.ServerProcess("shop:app", chdir=shop, server=server) as process:
-        port = int(process.url.rstrip("/").rpartition(":")[2])
+        _, port = place_of(process.url)
         forked.append(int(get(process.url, f"/{how}")[1]))
         process.kill()
         process.join(PATIENCE)
