@@ -189,9 +189,9 @@ class Daemon:
     def turn(self) -> None:
         """Carry out events until the stop is over."""
         while self.state is not State.STOPPED:
-            self._carry_out(self.inbox.take())
+            self.carry_out(self.inbox.take())
 
-    def _carry_out(self, event: InboxEvent) -> None:
+    def carry_out(self, event: InboxEvent) -> None:
         """Carry out an event. One that raises is logged, and ends nothing.
 
         Its reply then has an error, and the daemon goes on from the state that the event may have left. What is no

@@ -7,11 +7,10 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from patience import PATIENCE
+
 from flaskd.cleanup import Action, Plan, Runner, Step
 from flaskd.config import Phase, Section
-
-PATIENCE = 20.0
-"""Seconds until a test gives up on something that should long have happened."""
 
 
 class NoFields(Section):

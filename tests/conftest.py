@@ -5,6 +5,10 @@ import signal
 import pytest
 from hypothesis import HealthCheck, settings
 
+pytest.register_assert_rewrite(
+    "cleanup_kit", "daemon_kit", "http_client", "patience", "server_kit", "services", "systemd_kit"
+)
+
 # The same examples everywhere, so that a fault shows where it was made; and no clock decides whether a test fails.
 settings.register_profile("flaskd", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("flaskd")

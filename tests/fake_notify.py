@@ -3,8 +3,7 @@
 import socket
 from contextlib import contextmanager
 
-PATIENCE = 10.0
-"""Seconds until a test gives up on a message that should long have come."""
+from patience import PATIENCE
 
 
 class Receiver:
@@ -16,9 +15,18 @@ class Receiver:
         self._socket.bind("\0" + self.address[1:] if self.address.startswith("@") else self.address)
         self._socket.settimeout(PATIENCE)
 
+    def fileno(self):
+        """The socket's descriptor: it can be read when a message is there."""
+        return self._socket.fileno()
+
     def message(self):
         """Give the next message, waiting for it."""
         return self._socket.recv(65536)
+
+    def message_with_descriptors(self):
+        """Give the next message and the descriptors that came with it, waiting for it."""
+        message, descriptors, _, _ = socket.recv_fds(self._socket, 65536, 4)
+        return message, descriptors
 
     def messages(self):
         """Give every message that is there now."""

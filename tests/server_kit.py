@@ -14,11 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
+from patience import PATIENCE
 
 from flaskd.server import WaitressThread
 
-PATIENCE = 10.0
-"""Seconds until a test gives up on something that should long have happened."""
 BIG = 8 * 1024 * 1024
 """Bytes; more than the kernel takes for a client that does not read, less than what would hold up a worker."""
 
@@ -157,12 +156,16 @@ class Client:
         self.socket.sendall(b"".join(each if isinstance(each, bytes) else get(each) for each in requests))
         return self
 
-    def response(self):
-        """Read one response; raises what http.client raises when it is broken off."""
+    def head(self):
+        """Read one response up to its body: the status and the headers; raises what http.client raises."""
         line = self._file.readline()
         if not line:
             raise http.client.RemoteDisconnected
-        status, headers = int(line.split()[1]), http.client.parse_headers(self._file)
+        return int(line.split()[1]), http.client.parse_headers(self._file)
+
+    def response(self):
+        """Read one response; raises what http.client raises when it is broken off."""
+        status, headers = self.head()
         if status in {100, 204, 304}:
             return Response(status, headers, b"")
         if headers["Transfer-Encoding"] == "chunked":

@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
-from server_kit import PATIENCE, App, Client
+from patience import PATIENCE
+from server_kit import App, Client
 from waitress import wasyncore
 from waitress.channel import HTTPChannel
 from waitress.server import create_server

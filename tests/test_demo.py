@@ -243,11 +243,11 @@ def test_stream_works_without_flaskd(client):
 
 def test_stream_that_is_left_no_longer_counts_as_watching(client):
     """A client that goes away in the middle leaves nothing behind."""
-    answer = client.get("/stream", environ_overrides={"flaskd.draining": Clock(rounds=9)})
-    assert b'"watching": 1' in next(answer.response)
-    assert len(demo._watching) == 1
-    answer.close()
-    assert not demo._watching
+    answers = []
+    for _ in range(2):
+        answers.append(client.get("/stream", environ_overrides={"flaskd.draining": Clock(rounds=9)}))
+        assert b'"watching": 1' in next(answers[-1].response)
+        answers[-1].close()
 
 
 @pytest.mark.parametrize("events", ["-1", "x", "1.5", "٣", "9" * 5000])

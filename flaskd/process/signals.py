@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -161,6 +162,21 @@ def _caught() -> int:
             if line.startswith("SigCgt:"):
                 return int(line.partition(":")[2], 16)
     return -1
+
+
+def interrupt() -> None:
+    """Send this process what Ctrl-C sends; SIGTERM where a shell that started it in the background lets it ignore that.
+
+    It goes to the main thread, so that it interrupts what that waits in: a signal to the process may go to any thread.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed, or not read any more
+            stream.flush()
+    number = signal.SIGTERM if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else signal.SIGINT
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+    else:
+        signal.raise_signal(number)
 
 
 class Escalation:

@@ -193,16 +193,20 @@ class Service:
         self._notifier.ready(status)
         if self._period:
             self._notifier.alive()
-            watch = threading.Thread(target=self._watch, args=[server, state], name="flaskd-watchdog", daemon=True)
+            args = server, state, self._ended.wait
+            watch = threading.Thread(target=self.watch, args=args, name="flaskd-watchdog", daemon=True)
             with _told_if_short("no pulse is given, and the manager will restart flaskd"):
                 watch.start()
 
     # --- pulse ---
 
-    def _watch(self, server: Server, state: Callable[[], State]) -> None:
-        """Give the pulse; one that fails is tried again before the manager's time, two of our periods, is over."""
+    def watch(self, server: Server, state: Callable[[], State], ended: Callable[[float], bool]) -> None:
+        """Give the pulse, until `ended`, which waits so many seconds for the end of the run, says that it has come.
+
+        One that fails is tried again before the manager's time, two of our periods, is over.
+        """
         pause = self._period
-        while not self._ended.wait(pause):
+        while not ended(pause):
             if well := self._well(server, state()):
                 if self._complained:
                     log.warning("all is well again, and the service manager is told so")

@@ -8,15 +8,15 @@ import shutil
 import socket
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import redis
-from conftest import PATIENCE, requires
+from daemon_kit import requires
+from patience import PATIENCE, until
 
 
 def _unprivileged() -> dict[str, Any]:
@@ -150,7 +150,7 @@ def redis_cluster() -> Iterator[RedisCluster]:
         try:
             _answers(server, process, directory / "log")
             server.client.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
-            _until(lambda: server.client.execute_command("CLUSTER INFO")["cluster_state"] == "ok")  # some 2 s
+            until(lambda: server.client.execute_command("CLUSTER INFO")["cluster_state"] == "ok")  # some 2 s
             yield server
         finally:
             server.client.close()
@@ -168,11 +168,4 @@ def _answers(server: Redis | RedisCluster, process: subprocess.Popen[bytes], log
         except redis.ConnectionError:
             return False
 
-    _until(answers)
-
-
-def _until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    until(answers)

@@ -22,9 +22,12 @@ import time
 import tomllib
 import uuid
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
+
+from daemon_kit import children, requires
+from patience import PATIENCE, until
 
 PROJECT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flaskd-tests"
@@ -313,21 +316,18 @@ class Systemd:
             env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
         ends.callback(self._end)
-        until = time.monotonic() + _BOOTED_IN
+        end = time.monotonic() + _BOOTED_IN
         while True:
             state = self._find() and self.ctl("is-system-running", check=False)
             if state in {"running", "degraded"}:
                 return
-            if self._outer.poll() is not None or time.monotonic() > until:
+            if self._outer.poll() is not None or time.monotonic() > end:
                 raise UnavailableError(f"a booting systemd: {state}\n{(self.directory / 'boot.log').read_text()}")
             time.sleep(0.02)
 
     def _first_child(self) -> int:
         """What is to be PID 1 of the namespaces, by its number outside; 0 while there is none."""
-        with contextlib.suppress(OSError):
-            children = Path(f"/proc/{self._outer.pid}/task/{self._outer.pid}/children").read_text().split()
-            return int(children[0]) if children else 0
-        return 0
+        return next(iter(children(self._outer.pid)), 0)
 
     def _find(self) -> int:
         """Set `pid` once it is a systemd, and return it.
@@ -418,13 +418,6 @@ class Systemd:
         self.run("mkdir", "-p", str(Path(path).parent))
         subprocess.run(self.command("tee", path), input=text, text=True, stdout=subprocess.DEVNULL, check=True)
 
-    def until(self, condition: Any, what: str = "", patience: float = 20.0) -> None:
-        """Wait for something that shows only by looking; bounded."""
-        end = time.monotonic() + patience
-        while not condition():
-            assert time.monotonic() < end, f"it never became so: {what}"
-            time.sleep(0.02)
-
     # --- flaskd as a service ---
 
     def prepare(self) -> None:
@@ -501,9 +494,51 @@ class Instance:
         """The journal's entries with all their fields."""
         return [json.loads(line) for line in self.journal("-o", "json", "--all", *args).splitlines()]
 
-    def until_state(self, state: str, patience: float = 20.0) -> None:
+    def until_state(self, state: str, patience: float = PATIENCE) -> None:
         """Wait for an ActiveState."""
-        self.systemd.until(lambda: self.show("ActiveState") == state, f"{state}:\n{self.journal()}", patience)
+        until(lambda: self.show("ActiveState") == state, lambda: f"{state}:\n{self.journal()}", patience=patience)
+
+
+class Managers:
+    """Service managers with flaskd's units installed, each booted once for all tests that follow each other.
+
+    A `kind` is this machine's systemd ("machine"), or that of Debian 13 ("debian-13").
+    """
+
+    def __init__(self) -> None:
+        self.booted: dict[str, Systemd] = {}
+        self._ends = contextlib.ExitStack()
+
+    def boot(self, kind: str) -> Systemd:
+        """The one of a kind; it is booted when it is not there."""
+        requires("systemd", why_not())
+        if kind not in self.booted:
+            with or_skipped(kind), contextlib.ExitStack() as ends:
+                manager = ends.enter_context(Systemd(root_of(kind)))
+                manager.prepare()
+                self._ends.enter_context(ends.pop_all())
+            self.booted[kind] = manager  # one that could not be prepared is of no use to the next test
+        return self.booted[kind]
+
+    def end(self) -> None:
+        """End all of them."""
+        self.booted.clear()
+        self._ends.close()
+
+
+def root_of(kind: str) -> Path | None:
+    """The root file system of a kind; None for this machine's."""
+    return None if kind == "machine" else debian_13()
+
+
+@contextlib.contextmanager
+def or_skipped(kind: str) -> Iterator[None]:
+    """What is missing for a service manager is a reason to skip the test, unless it has to be there."""
+    try:
+        yield
+    except UnavailableError as error:
+        requires("systemd" if kind == "machine" else "systemd-257", [str(error)])
+        raise
 
 
 APP = """

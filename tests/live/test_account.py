@@ -7,13 +7,9 @@ import signal
 import socket
 import threading
 
-from conftest import PATIENCE, Answer, Flaskd, get
-from test_handover import inherit
-
-
-def connect(flaskd: Flaskd) -> socket.socket:
-    host, _, port = flaskd.url.removeprefix("http://").rstrip("/").partition(":")
-    return socket.create_connection((host, int(port)), timeout=PATIENCE)
+from daemon_kit import Flaskd, inherit
+from http_client import Answer, connect, get
+from patience import PATIENCE
 
 
 def test_the_account_is_everywhere_the_same(flaskd: Flaskd) -> None:
@@ -22,20 +18,17 @@ def test_the_account_is_everywhere_the_same(flaskd: Flaskd) -> None:
     flaskd.start("-t", "2")
     url = flaskd.url
     let_go = flaskd.hold(url)
-    [first] = flaskd.gate._held
     cut = flaskd.hold(url)
-    with connect(flaskd) as uploading:
+    with connect(url) as uploading:
         uploading.sendall(b"POST /upload HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n12345")
         queued = [Answer(url, "/hold") for _ in range(4)]
         flaskd.until(lambda: flaskd.status()["in_flight"] == 6)
         client: dict[str, object] = {}
         flaskd.kill(signal.SIGTERM)
         flaskd.wait_message("STOPPING=1")
-        with socket.socket(socket.AF_UNIX) as control:
-            control.settimeout(PATIENCE)
-            control.connect(str(flaskd.socket_path))
+        with flaskd.control() as control:
             control.sendall(b'{"id": 1, "cmd": "stop", "wait": true}\n')
-            first.sendall(b"x")  # the first one ends; a queued one takes its thread, and is cut there
+            flaskd.gate.open(1)  # the first one ends; a queued one takes its thread, and is cut there
             flaskd.gate.entered()
             with control.makefile("rb") as lines:
                 client = [answer for line in lines if "ok" in (answer := json.loads(line))][0]  # noqa: RUF015

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Flaskd, get
+from daemon_kit import Flaskd
+from http_client import get
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from entry_points_kit import install, install_example
@@ -111,7 +112,7 @@ cleanup:
         flaskd.kill(signal.SIGTERM)
         assert consul.entered.wait(20)
         assert not hook.asked
-        assert not held.outcome
+        assert held.is_alive()
         flaskd.gate.open()
         assert held.result() == (200, b"held")
         assert flaskd.wait() == 0

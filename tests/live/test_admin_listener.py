@@ -7,7 +7,8 @@ import socket
 import sys
 import time
 
-from conftest import Flaskd, get
+from daemon_kit import Flaskd
+from http_client import Answer, get
 
 
 def configure(flaskd: Flaskd, more: str = "") -> None:
@@ -59,8 +60,6 @@ def test_it_answers_when_every_thread_is_stuck(flaskd: Flaskd) -> None:
     configure(flaskd)
     flaskd.start("-t", "2")
     held = [flaskd.hold() for _ in range(2)]
-    from conftest import Answer
-
     waiting = Answer(flaskd.url, "/")
     flaskd.until(lambda: json.loads(admin(flaskd, "/status.json")[1])["queued"] == 1)
     for path in ("/livez", "/readyz", "/metrics"):

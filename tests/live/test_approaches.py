@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import requires
+from daemon_kit import requires
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "approaches.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)

@@ -2,7 +2,8 @@
 
 import signal
 
-from conftest import Flaskd, get
+from daemon_kit import Flaskd
+from http_client import get
 
 EXPORTING = """
 import os, socket, threading

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, Flaskd, Terminal, refused, requires
+from daemon_kit import Flaskd, Terminal, requires
+from http_client import refused
+from patience import PATIENCE
 
 CHROMIUM = shutil.which("chromium")
 QUIET = ["no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update", "disable-sync", "no-first-run"]  # fmt: skip

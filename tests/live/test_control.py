@@ -10,7 +10,9 @@ import sys
 from typing import Any
 
 import pytest
-from conftest import NOBODY, PATIENCE, Flaskd, get
+from daemon_kit import NOBODY, Flaskd
+from http_client import get
+from patience import PATIENCE
 
 
 def test_echo_in_a_shell(flaskd: Flaskd) -> None:
@@ -90,42 +92,32 @@ def test_json_lines(flaskd: Flaskd) -> None:
     """Several JSON requests on one connection get JSON answers with their ids; faults are told, and change nothing."""
     flaskd.start()
     held = flaskd.hold()
-    with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(PATIENCE)
-        client.connect(str(flaskd.socket_path))
-        with client.makefile("rwb") as stream:
+    with flaskd.control() as client, client.makefile("rwb") as stream:
 
-            def ask(line: str) -> dict[str, object]:
-                stream.write(line.encode() + b"\n")
-                stream.flush()
-                return dict(json.loads(stream.readline()))
+        def ask(line: str) -> dict[str, object]:
+            stream.write(line.encode() + b"\n")
+            stream.flush()
+            return dict(json.loads(stream.readline()))
 
-            assert ask('{"id":1,"cmd":"health"}') == {"id": 1, "ok": True, "result": "healthy"}
-            status = ask('{"id":"two","cmd":"status"}')
-            assert (status["id"], status["state"], status["in_flight"]) == ("two", "ready", 1)
-            for wrong in [
-                "{",
-                '{"id":3}',
-                '{"id":3,"cmd":7}',
-                '{"id":3,"cmd":"drain","wait":1}',
-                "[1]" * 9,
-                "{}" + "x",
-            ]:
-                answer = ask(wrong)
-                assert answer["ok"] is False
-                assert answer["error"]["code"] == "usage"  # type: ignore[index]
-            assert ask('{"id":4,"cmd":"drain","fast":true}')["error"]["code"] == "usage"  # type: ignore[index]
-            assert ask('{"cmd":"ready"}')["result"] == "ready"
-            first = ask('{"id":7,"cmd":"drain","wait":true}')
-            assert first == {"id": 7, "event": "progress", "in_flight": 1}
-            flaskd.gate.open()
-            while True:
-                answer = dict(json.loads(stream.readline()))
-                if "ok" in answer:
-                    break
-            assert answer.pop("took") >= 0
-            assert answer == {"id": 7, "ok": True, "result": "drained", "completed": 1, "rejected": 0, "cut": []}
-            assert ask('{"id":8,"cmd":"ready"}')["error"] == {"code": "not-ready", "message": "flaskd is drained"}
+        assert ask('{"id":1,"cmd":"health"}') == {"id": 1, "ok": True, "result": "healthy"}
+        status = ask('{"id":"two","cmd":"status"}')
+        assert (status["id"], status["state"], status["in_flight"]) == ("two", "ready", 1)
+        for wrong in ["{", '{"id":3}', '{"id":3,"cmd":7}', '{"id":3,"cmd":"drain","wait":1}', "[1]" * 9, "{}" + "x"]:
+            answer = ask(wrong)
+            assert answer["ok"] is False
+            assert answer["error"]["code"] == "usage"  # type: ignore[index]
+        assert ask('{"id":4,"cmd":"drain","fast":true}')["error"]["code"] == "usage"  # type: ignore[index]
+        assert ask('{"cmd":"ready"}')["result"] == "ready"
+        first = ask('{"id":7,"cmd":"drain","wait":true}')
+        assert first == {"id": 7, "event": "progress", "in_flight": 1}
+        flaskd.gate.open()
+        while True:
+            answer = dict(json.loads(stream.readline()))
+            if "ok" in answer:
+                break
+        assert answer.pop("took") >= 0
+        assert answer == {"id": 7, "ok": True, "result": "drained", "completed": 1, "rejected": 0, "cut": []}
+        assert ask('{"id":8,"cmd":"ready"}')["error"] == {"code": "not-ready", "message": "flaskd is drained"}
     assert held.result() == (200, b"held")
     assert flaskd.stop() == 0
 
@@ -134,8 +126,7 @@ def test_a_waiting_client_that_leaves_changes_nothing(flaskd: Flaskd) -> None:
     """The drain goes on when the one who asked for it has gone."""
     flaskd.start()
     held = flaskd.hold()
-    with socket.socket(socket.AF_UNIX) as client:
-        client.connect(str(flaskd.socket_path))
+    with flaskd.control() as client:
         client.sendall(b"drain wait\n")
         assert client.recv(100) == b".. in_flight=1\n"
     assert flaskd.status()["state"] == "draining"
@@ -148,9 +139,8 @@ def test_a_waiting_client_that_leaves_changes_nothing(flaskd: Flaskd) -> None:
 def test_half_open_clients_do_not_hinder_others(flaskd: Flaskd) -> None:
     """Clients that say nothing, or never read, leave control and serving alone."""
     flaskd.start()
-    silent = [socket.socket(socket.AF_UNIX) for _ in range(20)]
+    silent = [flaskd.control() for _ in range(20)]
     for each in silent:
-        each.connect(str(flaskd.socket_path))
         each.sendall(b"stat")
     assert flaskd.command("health") == "OK healthy\n"
     assert get(flaskd.url) == (200, b"hello")

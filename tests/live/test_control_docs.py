@@ -2,13 +2,13 @@
 
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, Flaskd, requires
+from daemon_kit import Flaskd, requires
+from patience import PATIENCE
 
 from flaskd.verbs import VERBS
 
@@ -50,9 +50,7 @@ def test_each_transcript(flaskd: Flaskd) -> None:
         held = flaskd.hold() if kind == "console in flight" else None
         for command, expected in transcripts(block):
             if held is not None and "drain wait" in command:
-                with socket.socket(socket.AF_UNIX) as client:  # it is over only after somebody was told that it is not
-                    client.settimeout(PATIENCE)
-                    client.connect(str(flaskd.socket_path))
+                with flaskd.control() as client:  # it is over only after somebody was told that it is not
                     client.sendall(b"drain wait\n")
                     answer = client.recv(1000).decode()
                     flaskd.gate.open()
@@ -76,9 +74,7 @@ def test_the_transcripts_of_the_design(flaskd: Flaskd) -> None:
         r"ERR config-invalid \S*flaskd\.yaml:\d+:\d+ cleanup\.policies\.close-db\S*: expected .*", answer
     ), answer
     assert flaskd.command("drain") == "OK draining in_flight=12 deadline=15s (undo: resume)\n"
-    with socket.socket(socket.AF_UNIX) as client, client.makefile("r") as lines:
-        client.settimeout(PATIENCE)
-        client.connect(str(flaskd.socket_path))
+    with flaskd.control() as client, client.makefile("r") as lines:
         client.sendall(b"drain wait\n")
         assert lines.readline() == ".. in_flight=12\n"
         flaskd.gate.open()

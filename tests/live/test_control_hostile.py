@@ -13,14 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, Flaskd, get
-
-
-def connect(flaskd: Flaskd) -> socket.socket:
-    client = socket.socket(socket.AF_UNIX)
-    client.connect(str(flaskd.socket_path))  # waits for room in the backlog, which it would not with a timeout
-    client.settimeout(PATIENCE)
-    return client
+from daemon_kit import Flaskd
+from http_client import get
+from patience import PATIENCE
 
 
 def memory(flaskd: Flaskd) -> int:
@@ -38,11 +33,11 @@ def test_300_half_open_clients(flaskd: Flaskd) -> None:
     flaskd.start()
     with contextlib.ExitStack() as stack:
         held = flaskd.hold()
-        waiting = stack.enter_context(connect(flaskd))
+        waiting = stack.enter_context(flaskd.control())
         waiting.sendall(b"drain wait\n")
         assert waiting.recv(100) == b".. in_flight=1\n"
         for begin in (b"", b"stat", b'{"cmd":', b"POST /stop HTTP/1.1\r\n") * 75:
-            each = stack.enter_context(connect(flaskd))
+            each = stack.enter_context(flaskd.control())
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 each.sendall(begin)
         assert flaskd.command("health") == "OK healthy\n"
@@ -63,7 +58,7 @@ def test_megabytes_of_junk(flaskd: Flaskd, unit: bytes) -> None:
     flaskd.command("status")
     before = memory(flaskd)
     data = unit * (5_000_000 // len(unit))
-    with connect(flaskd) as client:
+    with flaskd.control() as client:
         client.settimeout(0.5)
         with contextlib.suppress(OSError):
             while data:
@@ -82,7 +77,7 @@ def test_a_flood_after_a_command_waits_outside(flaskd: Flaskd, unit: bytes) -> N
     before = memory(flaskd)
     most = before
     flood = unit * (1_000_000 // len(unit))
-    with connect(flaskd) as client:
+    with flaskd.control() as client:
         client.sendall(b'{"cmd":"version"}\n')
         client.setblocking(False)
         end = time.monotonic() + 3  # some 300 MB where nothing bounds them
@@ -121,7 +116,7 @@ def test_who_asks_without_end_and_never_reads(flaskd: Flaskd) -> None:
     before = memory(flaskd)
     with contextlib.ExitStack() as stack:
         for _ in range(8):
-            client = stack.enter_context(connect(flaskd))
+            client = stack.enter_context(flaskd.control())
             client.setblocking(False)
             with contextlib.suppress(BlockingIOError):
                 while True:
@@ -140,7 +135,7 @@ def test_waiting_clients_that_never_read_their_progress(flaskd: Flaskd) -> None:
     held = flaskd.hold()
     with contextlib.ExitStack() as stack:
         for _ in range(10):
-            client = stack.enter_context(connect(flaskd))
+            client = stack.enter_context(flaskd.control())
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
             client.sendall(b'{"cmd":"drain","wait":true}\n' * 30)
         flaskd.until(lambda: flaskd.status()["state"] == "draining")
@@ -157,7 +152,7 @@ def test_random_bytes_on_a_live_socket(flaskd: Flaskd) -> None:
     words = [b"status", b"help", b"{", b"}", b'{"id":', b'"cmd":"ready"}', b"\n", b"\r\n\r\n", b"GET /", b" HTTP/1.1\r\n",
              b"Content-Length: 99\r\n", b"\x00", b"\xff", b"POST /check", b"Host: x\r\n", b"log-level"]  # fmt: skip
     for _ in range(1000):
-        with connect(flaskd) as client, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        with flaskd.control() as client, contextlib.suppress(BrokenPipeError, ConnectionResetError):
             client.sendall(b"".join(generator.choices(words, k=generator.randrange(8))))
             if generator.random() < 0.5:
                 client.shutdown(socket.SHUT_WR)
@@ -174,7 +169,7 @@ def test_ten_thousand_questions_leave_nothing_behind(flaskd: Flaskd) -> None:
     threads = Path(f"/proc/{flaskd.pid}/task")
 
     def ask(count: int) -> None:
-        with connect(flaskd) as client, client.makefile("rwb") as stream:
+        with flaskd.control() as client, client.makefile("rwb") as stream:
             for _ in range(count):
                 stream.write(b'{"cmd":"status"}\n')
                 stream.flush()
@@ -197,7 +192,7 @@ def test_ten_thousand_questions_leave_nothing_behind(flaskd: Flaskd) -> None:
 def test_a_socket_that_was_deleted_is_put_back(flaskd: Flaskd) -> None:
     """It answers again at the same path, with the same mode; who was connected stays so."""
     flaskd.start()
-    with connect(flaskd) as client, client.makefile("rwb") as stream:
+    with flaskd.control() as client, client.makefile("rwb") as stream:
         flaskd.socket_path.unlink()
         flaskd.until(flaskd.socket_path.exists)
         assert flaskd.command("ready") == "OK ready\n"
@@ -305,7 +300,7 @@ def test_a_crowd_that_comes_at_once(flaskd: Flaskd) -> None:
     with contextlib.ExitStack() as stack:
         crowd = []
         for _ in range(120):  # the backlog has room for so many
-            client = stack.enter_context(connect(flaskd))
+            client = stack.enter_context(flaskd.control())
             client.sendall(b"ready\n")
             crowd.append(client)
         flaskd.kill(signal.SIGCONT)
@@ -320,7 +315,7 @@ def test_those_who_wait_leave_room_for_those_who_ask(flaskd: Flaskd) -> None:
     held = flaskd.hold()
 
     def wait(stack: contextlib.ExitStack, line: bytes, first: bytes) -> socket.socket:
-        client = stack.enter_context(connect(flaskd))
+        client = stack.enter_context(flaskd.control())
         client.sendall(line)
         assert client.recv(1000).startswith(first)
         return client
@@ -334,7 +329,7 @@ def test_those_who_wait_leave_room_for_those_who_ask(flaskd: Flaskd) -> None:
             assert flaskd.command("drain wait") == f"ERR not-now cannot drain: 48 {refused}, or leave out wait\n"
             assert flaskd.command("check") == f"ERR not-now cannot check: 48 {refused}\n"
             for _ in range(40):  # and a crowd that says nothing
-                stack.enter_context(connect(flaskd))
+                stack.enter_context(flaskd.control())
             assert flaskd.command("status").endswith("OK draining\n")
             assert flaskd.command("drain").startswith("OK draining in_flight=1 ")
         # Ten have hung up, which makes room for ten.
@@ -356,12 +351,12 @@ def test_who_waits_and_hangs_up_is_let_go(flaskd: Flaskd) -> None:
     held = flaskd.hold()
     flaskd.command("status")
     before = descriptors(flaskd)
-    with connect(flaskd) as patient:
+    with flaskd.control() as patient:
         patient.sendall(b"drain wait\n")
         patient.shutdown(socket.SHUT_WR)
         assert patient.recv(1000) == b".. in_flight=1\n"
         for _ in range(20):
-            with connect(flaskd) as client:
+            with flaskd.control() as client:
                 client.sendall(b"drain wait\n")
                 assert client.recv(1000) == b".. in_flight=1\n"
         flaskd.until(lambda: descriptors(flaskd) <= before + 1)
@@ -378,7 +373,7 @@ def test_refused_commands_are_bounded_in_the_log_and_counted(flaskd: Flaskd) -> 
     """Thousands of them, through the socket and the FIFO, are some fifty lines each, and how many more there were."""
     flaskd.write("flaskd.yaml", "control: {roles: {viewer: [nobody]}, fifo: [status]}\n")
     flaskd.start()
-    with connect(flaskd) as client, client.makefile("rwb") as stream:
+    with flaskd.control() as client, client.makefile("rwb") as stream:
         for _ in range(100):
             stream.write(b'{"cmd":"log-level","level":"loud"}\n' * 30)
             stream.flush()

@@ -8,7 +8,8 @@ import socket
 import subprocess
 
 import pytest
-from conftest import NOBODY, Flaskd, get, requires
+from daemon_kit import NOBODY, Flaskd, requires
+from http_client import get
 
 KEEPING = "cleanup: {policies: {keep: {use: cache.persist}}}\n"
 CACHED = """

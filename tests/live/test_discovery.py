@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from conftest import NOBODY, Flaskd, get
+from daemon_kit import NOBODY, Flaskd
+from http_client import get
 from services import Postgres, Redis, postgres_server, redis_cluster, redis_server
 
 AT_FLUSH = """

@@ -7,7 +7,9 @@ import socket
 import time
 from collections.abc import Sequence
 
-from conftest import PATIENCE, Answer, Flaskd, get, refused
+from daemon_kit import Flaskd
+from http_client import Answer, get, place_of, refused
+from patience import PATIENCE
 
 
 def test_the_whole_path(flaskd: Flaskd) -> None:
@@ -55,11 +57,10 @@ def test_output_that_is_not_sent_is_waited_for(flaskd: Flaskd) -> None:
     flaskd.write("big.py", "def app(environ, start_response):\n"
                  "    start_response('200 OK', [('Content-Length', '8000000')])\n    return [b'x' * 8000000]\n")  # fmt: skip
     flaskd.start(app="big:app")
-    host, _, port = flaskd.url.removeprefix("http://").rstrip("/").partition(":")
     with socket.socket() as client:
         client.settimeout(PATIENCE)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
-        client.connect((host, int(port)))
+        client.connect(place_of(flaskd.url))
         client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         flaskd.until(lambda: "sending" in (flaskd.status()["oldest"] or ""))
         flaskd.kill(signal.SIGTERM)
@@ -159,7 +160,7 @@ def test_resume_that_cannot_bind_stays_drained(flaskd: Flaskd) -> None:
     """When somebody took the port meanwhile, resume says so and may be tried again."""
     flaskd.start()
     url = flaskd.url
-    port = int(url.rstrip("/").rpartition(":")[2])
+    _, port = place_of(url)
     assert flaskd.command("drain wait").splitlines()[-1].startswith("OK drained")
     with socket.create_server(("127.0.0.1", port)):
         assert flaskd.command("resume").startswith(

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, Flaskd, children, get, refused, requires
+from daemon_kit import Flaskd, children, requires
+from http_client import ask, get, refused
+from patience import PATIENCE
 
 import flaskd as package
 
@@ -56,12 +58,8 @@ def token(flaskd: Flaskd) -> str:
 def post(url: str, token: str, **headers: str) -> tuple[int, bytes]:
     """POST to an endpoint as a program does."""
     host, _, path = url.removeprefix("http://").partition("/")
-    connection = http.client.HTTPConnection(host, timeout=PATIENCE)
     usual = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
-    with contextlib.closing(connection):
-        connection.request("POST", f"/{path}", b"{}", usual | headers)
-        response = connection.getresponse()
-        return response.status, response.read()
+    return ask(host, f"/{path}", "POST", b"{}", usual | headers)
 
 
 # --- under flaskd ---

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Flaskd, Terminal, get
+from daemon_kit import Flaskd, Terminal
+from http_client import get
 
 APP = """
 import atexit, concurrent.futures, multiprocessing, os, threading, time

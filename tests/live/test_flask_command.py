@@ -6,7 +6,8 @@ import sys
 import time
 
 import pytest
-from conftest import Flaskd, get
+from daemon_kit import Flaskd
+from http_client import get
 
 ENTER = "import os, socket\ngate = socket.socket(socket.AF_UNIX)\ngate.connect(os.environ['GATE'])\ngate.sendall(b'entered')\n"
 OTHER = "from flask import Flask\napp = Flask('other')\napp.add_url_rule('/', view_func=lambda: 'other')\n"

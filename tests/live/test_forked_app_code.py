@@ -6,12 +6,12 @@ program, with 0.
 
 import signal
 import sys
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, Flaskd, get
+from daemon_kit import Flaskd
+from http_client import get
+from patience import PATIENCE
 
 ENDS = {
     "returns": ("pass", 0),
@@ -155,8 +155,7 @@ def test_a_child_of_a_server_in_a_process_ends(tmp_path: Path, place: str, serve
     (tmp_path / "forking.py").write_text(text + PLACES[place])
     with flaskd.ServerProcess("forking:app", chdir=tmp_path, server=server) as process:
         if place != "import":
-            with urllib.request.urlopen(process.url + "fork", timeout=PATIENCE) as answer:
-                assert answer.read() == b"parent"
+            assert get(process.url, "/fork") == (200, b"parent")
         report = process.stop()
     assert report is not None
     assert report.clean

@@ -9,15 +9,14 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
+from http_client import get, place_of
+from patience import PATIENCE
 
 import flaskd
 from flaskd.errors import FlaskdError
-
-PATIENCE = 20.0
 
 SHOP = """
 import multiprocessing, os, pathlib, signal
@@ -137,11 +136,6 @@ def script(place, source, *words):
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def get(url):
-    with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
-        return answer.read().decode()
-
-
 @pytest.mark.parametrize("how", ["os", "multiprocessing"])
 @pytest.mark.parametrize("where", ["request", "owner"])
 @pytest.mark.parametrize("kind", ["waitress", "werkzeug"])
@@ -161,8 +155,8 @@ def test_a_child_cleans_nothing_up(shop, kind):
 def test_the_end_of_a_process_is_seen(shop, forked, server, how):
     """While a child of it lives, a killed process is known to be gone, and its port can be had again."""
     with flaskd.ServerProcess("shop:app", chdir=shop, server=server) as process:
-        port = int(process.url.rstrip("/").rpartition(":")[2])
-        forked.append(int(get(process.url + how)))
+        _, port = place_of(process.url)
+        forked.append(int(get(process.url, f"/{how}")[1]))
         process.kill()
         process.join(PATIENCE)
         assert process.stop() is None

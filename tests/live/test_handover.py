@@ -1,42 +1,15 @@
 """Listeners that are inherited, readiness that is announced, the record that is shown."""
 
-import fcntl
 import json
 import os
 import signal
 import socket
-import sys
 import threading
-from collections.abc import Sequence
 from contextlib import ExitStack
 
-from conftest import NOBODY, PATIENCE, Answer, Flaskd, get, refused
-
-SHIM = "import os, sys; os.environ['LISTEN_PID'] = str(os.getpid()); os.execv(sys.argv[1], sys.argv[1:])"
-
-
-def inherit(
-    flaskd: Flaskd,
-    sock: socket.socket,
-    *args: str,
-    name: str = "",
-    others: Sequence[socket.socket] = (),
-    wait: str = "READY=1",
-    app: str = "gateapp",
-) -> Flaskd:
-    """Start flaskd with listening sockets passed as systemd does (sd_listen_fds(3)); `name` has their names, with colons."""
-    flaskd.env.update(LISTEN_FDS=str(1 + len(others)), LISTEN_FDNAMES=name)
-
-    def pass_on() -> None:
-        above = [fcntl.fcntl(each.fileno(), fcntl.F_DUPFD, 100) for each in (sock, *others)]
-        for target, each in enumerate(above, 3):
-            os.dup2(each, target)
-            os.close(each)
-
-    flaskd.launch(*args, app=app, listen=None, prefix=[sys.executable, "-c", SHIM], preexec_fn=pass_on, close_fds=False)
-    if wait:
-        flaskd.wait_message(wait)
-    return flaskd
+from daemon_kit import NOBODY, Flaskd, inherit
+from http_client import Answer, get, refused
+from patience import PATIENCE
 
 
 def test_a_restart_with_an_inherited_listener_loses_and_refuses_nothing(make_flaskd) -> None:

@@ -5,13 +5,13 @@ import os
 import resource
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, Answer, Flaskd, children, get, handles_sigterm
+from daemon_kit import Flaskd, children, handles_sigterm, no_pid_namespace
+from http_client import Answer, connect, get
 
 FORKING = """
 import multiprocessing, os, time
@@ -131,9 +131,7 @@ def test_a_reload_that_hangs_does_not_keep_a_stop_waiting(flaskd: Flaskd) -> Non
     flaskd.write("sleeper.py", "import os, socket, time\ngate = socket.socket(socket.AF_UNIX)\n"
                  "gate.connect(os.environ['GATE'])\ngate.sendall(b'entered')\ntime.sleep(30)\ndef step(context): pass\n")  # fmt: skip
     flaskd.write("flaskd.yaml", "cleanup: {policies: {p: {use: call, with: {target: 'sleeper:step'}}}}\n")
-    with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(PATIENCE)
-        client.connect(str(flaskd.socket_path))
+    with flaskd.control() as client:
         client.sendall(b"reload\n")
         flaskd.gate.entered()
         assert flaskd.status()["state"] == "reloading"
@@ -161,9 +159,7 @@ def test_reloads_in_a_storm_are_merged(flaskd: Flaskd) -> None:
 def test_ids_that_are_no_text_lose_nothing(flaskd: Flaskd) -> None:
     """A JSON client with a lone surrogate for an id gets its answers, and a stop that it waits for is whole."""
     flaskd.start()
-    with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(PATIENCE)
-        client.connect(str(flaskd.socket_path))
+    with flaskd.control() as client:
         client.sendall(rb'{"id":"\ud800","cmd":"stop","wait":true}' + b"\n")
         answers = [json.loads(line) for line in client.makefile("rb")]
     assert (answers[-1]["id"], answers[-1]["result"]) == ("\ud800", "stopped")
@@ -204,8 +200,7 @@ def test_nohup_is_respected(flaskd: Flaskd) -> None:
 def test_a_pipelined_request_in_the_kernel_is_answered(flaskd: Flaskd) -> None:
     """A request that arrived behind a running one, unread, before the stop, is answered like those that were read."""
     flaskd.start()
-    host, _, port = flaskd.url.removeprefix("http://").rstrip("/").partition(":")
-    with socket.create_connection((host, int(port)), timeout=PATIENCE) as client:
+    with connect(flaskd.url) as client:
         client.sendall(b"GET /hold HTTP/1.1\r\nHost: x\r\n\r\n")
         flaskd.gate.entered()
         client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -234,8 +229,7 @@ def test_running_out_of_files_costs_no_core(flaskd: Flaskd) -> None:
                  "    while held: os.close(held.pop())\n    return 'empty'\n")  # fmt: skip
     flaskd.start(app="eater", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200)))
     url = flaskd.url
-    host, _, port = url.removeprefix("http://").rstrip("/").partition(":")
-    with socket.create_connection((host, int(port)), timeout=PATIENCE) as kept:
+    with connect(url) as kept:
         kept.sendall(b"GET /eat HTTP/1.1\r\nHost: x\r\n\r\n")
         assert b"full" in answer_of(kept)
         waiting = Answer(url, "/")
@@ -250,9 +244,7 @@ def test_running_out_of_files_costs_no_core(flaskd: Flaskd) -> None:
 def test_silent_clients_make_room_for_the_operator(flaskd: Flaskd) -> None:
     """With more idle control clients than there is room for, a command still comes through."""
     flaskd.start()
-    silent = [socket.socket(socket.AF_UNIX) for _ in range(100)]
-    for each in silent:
-        each.connect(str(flaskd.socket_path))
+    silent = [flaskd.control() for _ in range(100)]
     assert flaskd.command("health") == "OK healthy\n"
     for each in silent:
         each.close()
@@ -280,14 +272,7 @@ def test_somebody_without_a_home(flaskd: Flaskd) -> None:
     assert list(temporary.iterdir()) == []
 
 
-def _no_pid_namespace() -> list[str]:
-    done = subprocess.run(
-        ["unshare", "--pid", "--fork", "--mount-proc", "true"], capture_output=True, text=True, check=False
-    )
-    return [done.stderr.strip() or "unshare failed"] if done.returncode else []
-
-
-@pytest.mark.skipif(bool(_no_pid_namespace()), reason=f"no PID namespace: {_no_pid_namespace()}")
+@pytest.mark.skipif(bool(no_pid_namespace()), reason=f"no PID namespace: {no_pid_namespace()}")
 def test_as_pid_1(flaskd: Flaskd) -> None:
     """As in a container: SIGTERM to PID 1 answers what is in hand and exits with 0; orphans are reaped."""
     flaskd.write("orphans.py", "import subprocess\nfrom gateapp import app\n@app.get('/orphan')\ndef orphan():\n"
@@ -307,7 +292,7 @@ def test_as_pid_1(flaskd: Flaskd) -> None:
     assert flaskd.wait() == 0
 
 
-@pytest.mark.skipif(bool(_no_pid_namespace()), reason=f"no PID namespace: {_no_pid_namespace()}")
+@pytest.mark.skipif(bool(no_pid_namespace()), reason=f"no PID namespace: {no_pid_namespace()}")
 def test_as_pid_1_while_starting(flaskd: Flaskd) -> None:
     """SIGTERM in the middle of an import ends a container's only process within a second."""
     flaskd.write("sleeper.py", "import os, socket, time\ngate = socket.socket(socket.AF_UNIX)\n"

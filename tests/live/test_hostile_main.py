@@ -7,7 +7,8 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import GATE_APP, Flaskd, get
+from daemon_kit import GATE_APP, Flaskd
+from http_client import get
 
 RAISING = """
 import signal

@@ -6,7 +6,8 @@ import resource
 import signal
 
 import pytest
-from conftest import GATE_APP, Flaskd, get
+from daemon_kit import GATE_APP, Flaskd
+from http_client import get
 
 EATER = """
 held = []

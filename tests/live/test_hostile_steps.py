@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Flaskd
+from daemon_kit import Flaskd
 
 STEPS = """
 import os, signal, sys, threading, time, _thread

@@ -4,7 +4,9 @@ import http.client
 import threading
 import time
 
-from conftest import PATIENCE, Flaskd, get
+from daemon_kit import Flaskd
+from http_client import get
+from patience import PATIENCE
 
 CONFIG = "shutdown: {{idle: {{after: {after}, ignore: [/, '/poll*']}}}}\nhealth: {{path: /healthz}}\n"
 

@@ -5,7 +5,8 @@ import os
 import signal
 
 import pytest
-from conftest import Flaskd, get
+from daemon_kit import Flaskd
+from http_client import get
 
 SILENCERS = {
     "dictConfig": "logging.config.dictConfig({'version': 1})",

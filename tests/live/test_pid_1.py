@@ -5,10 +5,10 @@ import signal
 import time
 
 import pytest
-from conftest import Flaskd, Terminal, children, get, handles_sigterm
-from test_hostile import _no_pid_namespace
+from daemon_kit import Flaskd, Terminal, children, handles_sigterm, no_pid_namespace
+from http_client import get
 
-pytestmark = pytest.mark.skipif(bool(_no_pid_namespace()), reason=f"no PID namespace: {_no_pid_namespace()}")
+pytestmark = pytest.mark.skipif(bool(no_pid_namespace()), reason=f"no PID namespace: {no_pid_namespace()}")
 
 AS_PID_1 = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
 

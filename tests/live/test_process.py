@@ -2,22 +2,20 @@
 
 import contextlib
 import gc
-import http.client
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
+from http_client import Answer, get, outcome
+from patience import PATIENCE
 
 import flaskd
 from flaskd.errors import AppError, CannotCreateError, ConfigError, FlaskdError
-
-PATIENCE = 20.0
 
 SHOP = """
 import os, pathlib, time
@@ -78,9 +76,17 @@ def files_open():
     return found
 
 
-def get(process, path):
-    with urllib.request.urlopen(process.url.rstrip("/") + path, timeout=PATIENCE) as answer:
-        return answer.read().decode()
+def page(process):
+    """The text of the first page."""
+    status, body = get(process.url)
+    assert status == 200
+    return body.decode()
+
+
+def serves(process):
+    """Whether a new request is still taken."""
+    found = outcome(process.url)
+    return isinstance(found, tuple) and found[0] == 200
 
 
 def marks(shop):
@@ -93,30 +99,13 @@ def entered(shop):
         assert fifo.read(1) == b"x"
 
 
-class Asking(threading.Thread):
-    def __init__(self, process, path):
-        super().__init__()
-        self.process, self.path, self.answer = process, path, None
-        self.start()
-
-    def run(self):
-        try:
-            self.answer = get(self.process, self.path)
-        except (OSError, http.client.HTTPException) as error:
-            self.answer = error
-
-    def result(self):
-        self.join(PATIENCE)
-        return self.answer
-
-
 @pytest.mark.parametrize("target", ["shop:app", "shop:create_app()", "shop"])
 @pytest.mark.parametrize("server", ["waitress", "werkzeug"])
 def test_it_serves_in_a_process_of_its_own(shop, target, server):
     """It is ready when it says so, its pid is not ours, and it ends with 0 and its cleanup done."""
     with flaskd.ServerProcess(target, server=server, chdir=shop) as process:
         assert process.url.startswith("http://127.0.0.1:")
-        assert get(process, "/") == str(process.pid) != str(os.getpid())
+        assert page(process) == str(process.pid) != str(os.getpid())
         assert process.exitcode is None
     assert process.exitcode == 0
     assert marks(shop) == ["control: ServerProcess.stop()"]
@@ -132,14 +121,14 @@ def test_it_can_be_started_again(shop):
         with pytest.raises(FlaskdError, match=f"^cannot start: this process runs already, pid {first};"):
             process.start()
     with process:
-        assert get(process, "/") == str(process.pid) != str(first)
+        assert page(process) == str(process.pid) != str(first)
 
 
 @pytest.mark.parametrize("how", ["stop", "SIGTERM", "SIGINT", "SIGHUP"])
 def test_what_is_in_flight_is_answered_however_it_is_stopped(shop, how):
     """A request of one second is answered, the cleanup runs, and the exit code is 0: terminate() loses nothing here."""
     with flaskd.ServerProcess("shop:app", chdir=shop) as process:
-        client = Asking(process, "/slow")
+        client = Answer(process.url, "/slow")
         while not (shop / "entered").exists():
             pass
         if how == "stop":
@@ -150,7 +139,7 @@ def test_what_is_in_flight_is_answered_however_it_is_stopped(shop, how):
         else:
             os.kill(process.pid, signal.Signals[how])
         process.join()
-        assert client.result() == "slow"
+        assert client.result() == (200, b"slow")
         assert process.exitcode == 0
         assert marks(shop) == [f"signal: {how}" if how != "stop" else "control: ServerProcess.stop()"]
 
@@ -159,7 +148,7 @@ def test_what_is_not_done_in_time_is_cut_and_named(shop):
     """`stop` returns within its timeout, with an account of what was lost, and the cleanup still ran."""
     process = flaskd.ServerProcess("shop:app", chdir=shop, config={"shutdown": {"exit_codes": {"degraded": 9}}})
     process.start().wait_ready()
-    client = Asking(process, "/stuck")
+    client = Answer(process.url, "/stuck")
     entered(shop)
     began = time.monotonic()
     report = process.stop(timeout=1)
@@ -174,14 +163,11 @@ def test_what_is_not_done_in_time_is_cut_and_named(shop):
 def test_a_second_sigterm_cuts_it_short(shop):
     """The first waits for the request that is stuck, the second does not."""
     process = flaskd.ServerProcess("shop:app", chdir=shop).start().wait_ready()
-    client = Asking(process, "/stuck")
+    client = Answer(process.url, "/stuck")
     entered(shop)
     process.terminate()
-    while True:  # until it has heard the first: then it takes no new work
-        try:
-            get(process, "/")
-        except OSError:
-            break
+    while serves(process):  # until it has heard the first: then it takes no new work
+        pass
     time.sleep(0.3)  # signals less than 250 ms apart count as one: that is how long it takes, not a wait for anything
     process.terminate()
     process.join(PATIENCE)
@@ -193,13 +179,12 @@ def test_a_second_sigterm_cuts_it_short(shop):
 def test_an_interrupted_stop_is_cut_short(shop):
     """Ctrl-C while `stop` waits: what is stuck is cut, the cleanup runs, and the process is gone when it is raised."""
     process = flaskd.ServerProcess("shop:app", chdir=shop).start().wait_ready()
-    client = Asking(process, "/stuck")
+    client = Answer(process.url, "/stuck")
     entered(shop)
 
     def interrupt():
-        with contextlib.suppress(OSError):
-            while True:  # until it has heard of the stop: then it takes no new work
-                get(process, "/")
+        while serves(process):  # until it has heard of the stop: then it takes no new work
+            pass
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     pressing = threading.Thread(target=interrupt)
@@ -281,7 +266,7 @@ def test_it_finds_what_its_owner_finds(tmp_path, monkeypatch):
     (tmp_path / "only_here.py").write_text(SHOP)
     monkeypatch.syspath_prepend(tmp_path)
     with flaskd.ServerProcess("only_here:app") as process:
-        assert get(process, "/") == str(process.pid)
+        assert page(process) == str(process.pid)
 
 
 OWNER = """
@@ -307,11 +292,7 @@ def test_it_dies_with_its_owner(shop, more):
         pid, url, _ = owner.stdout.readline().split()
         ended = os.pidfd_open(int(pid))
 
-        class Process:
-            pass
-
-        Process.url = url
-        client = Asking(Process, "/slow")
+        client = Answer(url, "/slow")
         while not (shop / "entered").exists():
             pass
         owner.kill()
@@ -319,7 +300,7 @@ def test_it_dies_with_its_owner(shop, more):
 
         assert select.select([ended], [], [], PATIENCE)[0], "it still lives"
         os.close(ended)
-        assert client.result() == "slow"
+        assert client.result() == (200, b"slow")
         assert marks(shop) == ["control: the process that owns it is gone"]
     finally:
         os.killpg(owner.pid, signal.SIGKILL)  # its own session: the forked child is in it
@@ -391,7 +372,7 @@ def test_what_the_app_left_to_its_end_is_finished(tmp_path):
     """A thread that a request started is waited for, and the account is clean."""
     (tmp_path / "exits.py").write_text(EXITS)
     with flaskd.ServerProcess("exits:app", chdir=tmp_path) as process:
-        urllib.request.urlopen(f"{process.url}thread/1.0", timeout=PATIENCE).close()
+        assert get(process.url, "/thread/1.0")[0] == 200
         report = process.stop()
     assert (tmp_path / "done").read_text() == "done\n"
     assert (process.exitcode, report.clean) == (0, True)
@@ -402,7 +383,7 @@ def test_what_the_app_left_to_its_end_is_cut_in_time(tmp_path):
     (tmp_path / "exits.py").write_text(EXITS)
     config = {"shutdown": {"exit_wait": "300ms", "exit_codes": {"degraded": 9}}}
     with flaskd.ServerProcess("exits:app", chdir=tmp_path, config=config) as process:
-        urllib.request.urlopen(f"{process.url}thread/60.0", timeout=PATIENCE).close()
+        assert get(process.url, "/thread/60.0")[0] == 200
         report = process.stop()
     assert (process.exitcode, report.clean) == (9, False)
     assert [each.name for each in report.unfinished] == ["thread/mailer"]

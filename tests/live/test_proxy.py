@@ -15,7 +15,9 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, Flaskd, get, refused, requires
+from daemon_kit import Flaskd, requires
+from http_client import get, refused
+from patience import PATIENCE
 from systemd_kit import PROJECT, free_port
 
 APP = """

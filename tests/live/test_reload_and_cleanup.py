@@ -5,7 +5,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Flaskd, get
+from daemon_kit import Flaskd
+from http_client import get
 
 
 def test_a_reload_takes_what_can_change(flaskd: Flaskd) -> None:

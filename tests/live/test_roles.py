@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import PATIENCE, Flaskd
+from daemon_kit import Flaskd
+from patience import PATIENCE
 
 NOBODY, DAEMON = 65534, 1
 

@@ -7,7 +7,8 @@ import socket
 import stat
 
 import pytest
-from conftest import PATIENCE, Flaskd, get
+from daemon_kit import Flaskd
+from http_client import connect, get
 
 
 def test_the_log_of_a_life(flaskd: Flaskd) -> None:
@@ -126,8 +127,7 @@ def test_settings_reach_the_app(flaskd: Flaskd) -> None:
         "/shop",
     )
     assert environ["SERVER_SOFTWARE"] == "corner shop"
-    host, _, port = flaskd.url.removeprefix("http://").rstrip("/").partition(":")
-    with socket.create_connection((host, int(port)), timeout=PATIENCE) as client:
+    with connect(flaskd.url) as client:
         client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\n")
         assert client.recv(1000).startswith(b"HTTP/1.1 413 ")
     assert flaskd.stop() == 0
@@ -280,9 +280,7 @@ def test_many_connections(flaskd: Flaskd) -> None:
         flaskd.start(app="asking", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard)))
         url = flaskd.url
         assert get(url, "/limit") == (200, b"256\n")
-        host, _, port = url.removeprefix("http://").rstrip("/").partition(":")
-        where = (host, int(port))
-        connections.extend(socket.create_connection(where, timeout=PATIENCE) for _ in range(1500))
+        connections.extend(connect(url) for _ in range(1500))
         flaskd.until(lambda: flaskd.status()["connections"] == 1500)
         assert get(url) == (200, b"hello")
         assert flaskd.stop() == 0

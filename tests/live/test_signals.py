@@ -2,12 +2,12 @@
 
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterator
 
 import pytest
-from conftest import Flaskd, Terminal, children
+from daemon_kit import Flaskd, Terminal, children
+from http_client import connect
 
 ENTER = "import os, socket\ngate = socket.socket(socket.AF_UNIX)\ngate.connect(os.environ['GATE'])\ngate.sendall(b'entered')\n"
 
@@ -202,8 +202,7 @@ def test_nothing_keeps_the_exit(flaskd: Flaskd) -> None:
     # What the executor has for its job, and what the exit waits for both.
     flaskd.write("flaskd.yaml", "cleanup: {defaults: {timeout: 200ms}}\nshutdown: {exit_wait: 200ms}\n")
     flaskd.start(app="stray")
-    host, _, port = flaskd.url.removeprefix("http://").rstrip("/").partition(":")
-    with socket.create_connection((host, int(port))):
+    with connect(flaskd.url):
         before = time.monotonic()
         assert flaskd.stop() == 0
         assert time.monotonic() - before < 2.0

@@ -7,7 +7,6 @@ import contextlib
 import os
 import pty
 import re
-import select
 import signal
 import subprocess
 import sys
@@ -15,7 +14,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, Flaskd, children, get
+from daemon_kit import Flaskd, children
+from http_client import get
+from patience import PATIENCE
 
 OTHERS = ("SIGUSR1", "SIGUSR2", "SIGTTIN", "SIGTTOU")
 
@@ -221,7 +222,7 @@ def test_no_signal_ends_a_start_without_a_word(flaskd: Flaskd, name: str) -> Non
     flaskd.launch(app="importing")
     flaskd.until(lambda: handles(flaskd.pid, number))
     entered = time.monotonic() + PATIENCE
-    while not select.select([flaskd.gate._listener], [], [], 0.01)[0]:
+    while not flaskd.gate.is_called(0.01):
         assert time.monotonic() < entered
         flaskd.kill(number)
     flaskd.gate.entered()

@@ -7,7 +7,8 @@ import socket
 from pathlib import Path
 
 import pytest
-from conftest import Flaskd, get
+from daemon_kit import Flaskd
+from http_client import get
 
 FAULTS = {
     "missing module": ({}, ["nosuch:app"], 78, 'cannot load nosuch:app: there is no module "nosuch"'),

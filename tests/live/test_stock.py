@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from conftest import PATIENCE, Answer, Flaskd, children, get
-from test_hostile import _no_pid_namespace
+from daemon_kit import Flaskd, children, no_pid_namespace
+from http_client import Answer, get
+from patience import PATIENCE
 
 STOCK = "import socket, sys, gateapp, waitress; waitress.serve(gateapp.app, sockets=[socket.socket(fileno=int(sys.argv[1]))])"
 
@@ -42,7 +43,7 @@ def test_sigterm_without_a_handler_loses_everything(flaskd: Flaskd) -> None:
         assert isinstance(held.result(), (http.client.HTTPException, OSError))
 
 
-@pytest.mark.skipif(bool(_no_pid_namespace()), reason=f"no PID namespace: {_no_pid_namespace()}")
+@pytest.mark.skipif(bool(no_pid_namespace()), reason=f"no PID namespace: {no_pid_namespace()}")
 def test_sigterm_to_pid_1_is_ignored(flaskd: Flaskd) -> None:
     """A container's only process that sets no handler hears nothing of SIGTERM, and is killed after its manager's patience."""
     with waitress(flaskd, "unshare", "--pid", "--fork", "--mount-proc", "--kill-child") as (process, url):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import socket
-
-from conftest import GATE_APP, PATIENCE, Flaskd
+from daemon_kit import GATE_APP, Flaskd
 
 ODD_NAME = """
 import flaskd
@@ -84,9 +82,7 @@ def test_a_cleanup_that_breaks_off_leaves_the_drain(flaskd: Flaskd) -> None:
     flaskd.write("badapp.py", GATE_APP + BROKEN)
     flaskd.start(app="badapp")
     answer = flaskd.hold()
-    with socket.socket(socket.AF_UNIX) as stopping, stopping.makefile("r") as told:
-        stopping.settimeout(PATIENCE)
-        stopping.connect(str(flaskd.socket_path))
+    with flaskd.control() as stopping, stopping.makefile("r") as told:
         stopping.sendall(b"stop wait\n")
         assert [told.readline()[:14] for _ in "12"] == [
             ".. in_flight=1"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from conftest import Answer, get
+from http_client import Answer, get
+from patience import until
 from systemd_kit import Systemd
 
 LISTEN = "server: {listen: '127.0.0.1:PORT'}\n"
@@ -16,7 +17,7 @@ def test_entries_have_fields(each_systemd: Systemd) -> None:
     noted = systemd.flaskd("noted", LISTEN + drain + f"cleanup: {{policies: {policies}}}\n").start()
     get(noted.url, "/?q=1", **{"User-Agent": "a test"})
     Answer(noted.url, "/hang")
-    systemd.until(lambda: noted.status()["in_flight"] == 1)
+    until(lambda: noted.status()["in_flight"] == 1)
     systemd.ctl("stop", noted.unit)
     entries = noted.entries()
 
@@ -48,5 +49,5 @@ def test_logs_survive_a_restart_of_the_journal(each_systemd: Systemd) -> None:
     noted = systemd.flaskd("journal-restarts", LISTEN).start()
     systemd.ctl("restart", "systemd-journald.service")
     get(noted.url, "/?after=1")
-    systemd.until(lambda: "/?after=1" in noted.journal(), "an access line")
+    until(lambda: "/?after=1" in noted.journal(), "an access line")
     systemd.ctl("stop", noted.unit)

@@ -1,18 +1,15 @@
 """The kit that boots service managers must never speak to the machine's own."""
 
-import contextlib
 import re
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import conftest
 import pytest
 import systemd_kit
-from conftest import PATIENCE
-from systemd_kit import PROJECT, Systemd, UnavailableError
+from patience import until
+from systemd_kit import PROJECT, Managers, Systemd, UnavailableError
 
 # What unshare is at a boot: a process whose child becomes a systemd when it is told to.
 STUB = """
@@ -52,8 +49,11 @@ class Stub(Systemd):
         self._outer.stdin.close()
         return ""
 
-    find: Callable[[Systemd], int] = Systemd._find
-    end: Callable[[Systemd], None] = Systemd._end
+    def find(self) -> int:
+        return self._find()
+
+    def end(self) -> None:
+        self._end()
 
     @property
     def outer(self) -> "subprocess.Popen[bytes]":
@@ -86,9 +86,7 @@ def test_a_child_that_is_no_systemd_yet_is_not_spoken_to(stub: Stub) -> None:
         stub.command("systemctl", "exit", "--force")
     stub.end()
     assert stub.outer.poll() is not None
-    end = time.monotonic() + PATIENCE
-    while Path(f"/proc/{child}").exists():
-        assert time.monotonic() < end, "the child outlived the end"
+    until(lambda: not Path(f"/proc/{child}").exists(), "the child outlived the end")
     assert stub.sent == []
 
 
@@ -138,12 +136,11 @@ def test_a_manager_that_cannot_be_prepared_is_not_kept(
     monkeypatch.setattr(systemd_kit, "why_not", list)
     monkeypatch.setattr(systemd_kit, "Systemd", Unprepared)
     monkeypatch.setattr(Unprepared, "error", error, raising=False)
-    monkeypatch.setattr(conftest, "_managers", {})
-    monkeypatch.setattr(conftest, "_managers_end", contextlib.ExitStack())
     monkeypatch.setenv("FLASKD_REQUIRE", require)
+    managers = Managers()
     with pytest.raises(outcome, match=str(error)):
-        conftest.booted("machine")
-    assert (conftest._managers, Unprepared.there) == ({}, [])
+        managers.boot("machine")
+    assert (managers.booted, Unprepared.there) == ({}, [])
 
 
 def test_two_runs_may_make_the_root_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ import time
 from contextlib import ExitStack, contextmanager
 
 import pytest
-from conftest import PATIENCE, Answer, get
+from http_client import Answer, get
+from patience import PATIENCE, until
 from systemd_kit import PROJECT, Instance, Systemd
 
 LISTEN = "server: {listen: '127.0.0.1:PORT', threads: 2}\n"
@@ -28,9 +29,9 @@ def streams(instance: Instance, count: int):
 
 def restarted_at(instance: Instance, before: int) -> float:
     """Wait until another process is ready in its place; when that was, on the monotonic clock, by the manager's word."""
-    instance.systemd.until(
+    until(
         lambda: instance.show("MainPID") not in {str(before), "0"} and instance.show("ActiveState") == "active",
-        f"a restart:\n{instance.journal()}",
+        lambda: f"a restart:\n{instance.journal()}",
     )
     return int(instance.show("ActiveEnterTimestampMonotonic")) / 1e6
 
@@ -52,11 +53,11 @@ def test_a_life_as_it_is_shipped(each_systemd: Systemd) -> None:
     assert "log.access: expected" in life.show("StatusText")
     assert get(life.url) == (200, b"hello")
     answer = Answer(life.url, "/sleep/2")
-    systemd.until(lambda: life.status()["in_flight"] == 1, "a request in flight")
+    until(lambda: life.status()["in_flight"] == 1, "a request in flight")
     life.client("drain")
-    systemd.until(lambda: life.show("StatusText").startswith("draining: 1 in flight, oldest GET /sleep/2 (running for"))
+    until(lambda: life.show("StatusText").startswith("draining: 1 in flight, oldest GET /sleep/2 (running for"))
     assert answer.result() == (200, b"slept")
-    systemd.until(lambda: life.show("StatusText").startswith("drained: completed=1 rejected=0 cut=0"))
+    until(lambda: life.show("StatusText").startswith("drained: completed=1 rejected=0 cut=0"))
     systemd.ctl("stop", life.unit)
     assert life.show("Result") == "success"
     assert systemd.run("ls", "/run", check=False).stdout.count("flaskd-life") == 0
@@ -197,9 +198,9 @@ def test_hanging_threads_are_a_wedge_only_when_asked_for(each_systemd: Systemd) 
     stuck = systemd.flaskd("stuck", config, service=service).start()
     pid = stuck.pid
     hanging = [Answer(stuck.url, "/hang") for _ in range(2)]
-    systemd.until(lambda: stuck.status()["in_flight"] == 2)
+    until(lambda: stuck.status()["in_flight"] == 2)
     stays = time.monotonic() + 5
-    systemd.until(lambda: time.monotonic() > stays)  # that nothing happens shows only with time
+    until(lambda: time.monotonic() > stays)  # that nothing happens shows only with time
     assert stuck.pid == pid
     stuck.configure(config + "systemd: {stuck_after: 1s}\n")
     systemd.ctl("reload", stuck.unit)
@@ -231,6 +232,6 @@ def test_busy_or_drained_is_not_wedged(each_systemd: Systemd) -> None:
         assert busy.pid == pid
     busy.client("drain", "--wait")
     ended = time.monotonic() + 3
-    systemd.until(lambda: time.monotonic() > ended)
+    until(lambda: time.monotonic() > ended)
     assert (busy.pid, busy.show("NRestarts")) == (pid, "0")
     systemd.ctl("stop", busy.unit)

@@ -10,7 +10,8 @@ import time
 from typing import Self
 
 import pytest
-from conftest import PATIENCE, get, refused
+from http_client import get, refused
+from patience import PATIENCE, until
 from systemd_kit import LONG, PROJECT, Instance, Systemd, free_port
 
 RESTARTS = 50 if LONG else 20
@@ -70,10 +71,8 @@ class Load:
 
     def until_more(self, count: int = 8) -> None:
         """Wait until so many more requests are over."""
-        goal, end = self.outcomes.total() + count, time.monotonic() + PATIENCE
-        while self.outcomes.total() < goal:
-            assert time.monotonic() < end, self.outcomes
-            time.sleep(0.01)
+        goal = self.outcomes.total() + count
+        until(lambda: self.outcomes.total() >= goal, lambda: str(self.outcomes))
 
 
 def activated(systemd: Systemd, name: str) -> Instance:
@@ -130,7 +129,7 @@ def test_a_killed_process_loses_only_what_it_had(each_systemd: Systemd, form: st
             before = instance.show("MainPID")
             systemd.ctl("reset-failed", instance.unit)
             instance.signal("KILL")
-            systemd.until(lambda before=before: instance.show("MainPID") not in {before, "0"}, instance.journal())
+            until(lambda before=before: instance.show("MainPID") not in {before, "0"}, instance.journal)
             instance.until_state("active")
             load.until_more()
     failed = {outcome: count for outcome, count in load.outcomes.items() if outcome != "200 slept"}
@@ -168,7 +167,7 @@ def test_a_stop_asked_of_flaskd_refuses_and_empties_the_store(each_systemd: Syst
     config = STORED + "cleanup: {policies: {w: {use: command, with: {argv: [sleep, '4']}}}}\n"
     instance = systemd.flaskd("asked-stored", config).start()
     instance.client("stop")
-    systemd.until(lambda: refused(instance.url), "refused long before the end", patience=2)
+    until(lambda: refused(instance.url), "refused long before the end", patience=2)
     assert instance.show("SubState") == "stop-sigterm"
     assert instance.show("NFileDescriptorStore") == "0"
     instance.until_state("inactive")
@@ -185,7 +184,7 @@ def test_a_drained_listener_of_the_store_is_refused_once_a_stop_is_asked_for(eac
     assert get(instance.url) == (200, b"hello")
     instance.client("drain", "--wait")
     instance.client("stop")
-    systemd.until(lambda: refused(instance.url), "refused long before the end", patience=2)
+    until(lambda: refused(instance.url), "refused long before the end", patience=2)
     assert instance.show("SubState") == "stop-sigterm"
     instance.until_state("inactive")
 
@@ -196,9 +195,9 @@ def test_who_came_during_a_stop_of_the_manager_is_answered(each_systemd: Systemd
     instance = systemd.flaskd("late", STORED).start()
     first = socket.create_connection(("127.0.0.1", instance.port), timeout=PATIENCE)
     first.sendall(b"GET /sleep/1 HTTP/1.1\r\nHost: x\r\n\r\n")
-    systemd.until(lambda: instance.status()["in_flight"] == 1)
+    until(lambda: instance.status()["in_flight"] == 1)
     systemd.ctl("stop", "--no-block", instance.unit)
-    systemd.until(lambda: instance.show("StatusText").startswith("stopping"))
+    until(lambda: instance.show("StatusText").startswith("stopping"))
     late = [socket.create_connection(("127.0.0.1", instance.port), timeout=PATIENCE) for _ in range(20)]
     for each in late:
         each.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pytest
-from conftest import Answer, get, refused
+from http_client import Answer, get, refused
+from patience import until
 from systemd_kit import PROJECT, QUIET, VENV, Systemd, free_port, wheels
 
 CLONE = "/srv/clone"
@@ -71,7 +72,7 @@ def test_a_dynamic_user(each_systemd: Systemd) -> None:
     assert dynamic.status()["state"] == "ready"
     killed = dynamic.pid
     dynamic.signal("KILL")
-    systemd.until(lambda: dynamic.pid not in {0, killed}, "no restart after the crash")
+    until(lambda: dynamic.pid not in {0, killed}, "no restart after the crash")
     dynamic.until_state("active")
     systemd.ctl("restart", dynamic.unit)
     assert dynamic.fates() == {"tidy": "ok"}
@@ -103,7 +104,7 @@ def test_a_virtual_environment_may_go_away_under_the_daemon(each_systemd: System
     doomed.configure(config)
     systemd.ctl("reload", doomed.unit)
     sleeping = Answer(doomed.url, "/sleep/5")
-    systemd.until(lambda: doomed.status()["in_flight"] == 1)
+    until(lambda: doomed.status()["in_flight"] == 1)
     systemd.ctl("stop", doomed.unit)
     journal = doomed.journal()
     assert doomed.show("Result") == "success", journal
@@ -157,8 +158,8 @@ def test_the_documentation_is_true(shell: Shell) -> None:
     assert shell.run(install).endswith("Hello from flaskd\n")
     assert systemd.show("flaskd.service", "PrivateNetwork") == "yes"
     # An answer may come before READY=1 has arrived, and its line in the journal comes after it.
-    systemd.until(lambda: "ready: hello:app" in said("systemctl status flaskd"))
-    systemd.until(lambda: "FLASKD_REQUEST_ID=1\n" in said("journalctl -u flaskd -o verbose"))
+    until(lambda: "ready: hello:app" in said("systemctl status flaskd"))
+    until(lambda: "FLASKD_REQUEST_ID=1\n" in said("journalctl -u flaskd -o verbose"))
     shell.run(journal)
     said("flaskd check --unit /etc/systemd/system/flaskd.service /etc/flaskd/flaskd.yaml")
     (exposure,) = re.findall(

@@ -15,7 +15,8 @@ import termios
 import time
 from collections.abc import Iterator
 
-from conftest import NOBODY, PATIENCE, Flaskd
+from daemon_kit import NOBODY, Flaskd
+from patience import PATIENCE
 
 
 class Terminal:

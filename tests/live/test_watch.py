@@ -3,7 +3,8 @@
 import signal
 
 import pytest
-from conftest import Flaskd, get
+from daemon_kit import Flaskd
+from http_client import get
 
 ONE = "watch: true\nserver: {threads: 2}\n"
 TWO = "watch: true\nserver: {threads: 3}\ncleanup: {policies: {bye: {use: command, with: {argv: [touch, two]}}}}\n"

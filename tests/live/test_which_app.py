@@ -8,7 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import Flaskd, get
+from daemon_kit import Flaskd
+from http_client import get
 
 SHOP = """
 import flaskd

@@ -3,13 +3,12 @@ import threading
 import time
 
 import pytest
+from patience import PATIENCE
 
 import flaskd
 from flaskd.background_work import background_work, in_background
 from flaskd.ledger import DrainReport
 from flaskd.server import WaitressThread
-
-PATIENCE = 20.0
 
 
 def app(_environ, start_response):

@@ -7,6 +7,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from patience import PATIENCE
 
 from flaskd.cleanup import Fate, Plan, StepResult
 from flaskd.config import load_mapping
@@ -33,7 +34,6 @@ from flaskd.readings import Reading, ReadingOver
 from flaskd.serving.api import CleanupOver, Died, Drained, Failed, Ready, ServingSnapshot, StepBegan, StepEnded
 
 REASON = StopReason("control", "a test")
-PATIENCE = 20
 
 
 class Drain:
@@ -134,7 +134,7 @@ class Living:
 
     def on(self, *events):
         for event in events:
-            self.daemon._carry_out(event)
+            self.daemon.carry_out(event)
 
     @property
     def state(self):

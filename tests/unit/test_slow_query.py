@@ -4,11 +4,10 @@ import queue
 import threading
 
 import pytest
+from patience import PATIENCE
 
 from flaskd.errors import ConfigError, FlaskdError
 from flaskd.slow_query import SlowQuery
-
-PATIENCE = 20
 
 
 class Reply:

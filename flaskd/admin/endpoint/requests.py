@@ -33,19 +33,20 @@ class _Request:
     began: float
     thread: threading.Thread
 
-    def snapshot(self) -> InFlight:
-        age = time.monotonic() - self.began
+    def snapshot(self, now: float) -> InFlight:
+        age = now - self.began
         return InFlight(self.id, self.client, self.method, self.path, age, "running", self.thread.name)
 
 
 class Requests:
     """A WSGI app around another, which can be drained: new requests get a 503, and those in hand are waited for.
 
-    Streams end at their first part past their grace.
+    Streams end at their first part past their grace. `clock` gives seconds that only grow.
     """
 
-    def __init__(self, app: Callable[..., Iterable[bytes]]) -> None:
-        self._app = EndingStreams(app, lambda: time.monotonic() >= self._streams_until)
+    def __init__(self, app: Callable[..., Iterable[bytes]], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._app = EndingStreams(app, lambda: clock() >= self._streams_until)
+        self._clock = clock
         self._streams_until = float("inf")
         self._draining = threading.Event()
         self._changed = threading.Condition()
@@ -65,7 +66,7 @@ class Requests:
                 str(environ.get("REMOTE_ADDR", "")),
                 visible(environ["REQUEST_METHOD"]),
                 quote((environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")).encode("latin-1", "replace")),
-                time.monotonic(),
+                self._clock(),
                 threading.current_thread(),
             )
             self._in_hand[request.id] = request
@@ -113,25 +114,25 @@ class Requests:
     def hasten_drain(self, timeout: float) -> None:
         """Leave the drain under way at most `timeout` seconds more."""
         with self._changed:
-            self._deadline = min(self._deadline, time.monotonic() + timeout)
+            self._deadline = min(self._deadline, self._clock() + timeout)
             self._changed.notify_all()
 
     def drain(self, timeout: float) -> DrainReport:
         """What `begin_drain` does, in this thread."""
-        began = time.monotonic()
+        began = self._clock()
         self._deadline = began + timeout
         tell_of_ends(self._notify)
         try:
             with self._changed:
                 self._draining.set()
                 self._streams_until = min(self._streams_until, began + STREAM_GRACE)
-                while (self._in_hand or in_background()) and (left := self._deadline - time.monotonic()) > 0:
+                while (self._in_hand or in_background()) and (left := self._deadline - self._clock()) > 0:
                     self._changed.wait(left)
                 cut = self.cut("the drain's time was over")
                 completed, rejected = self._completed, self._rejected
         finally:
             tell_no_more(self._notify)
-        report = DrainReport(completed, rejected, cut, time.monotonic() - began, left_behind())
+        report = DrainReport(completed, rejected, cut, self._clock() - began, left_behind())
         for each in report.cut:
             log.warning("\n".join(filter(None, [f"cut {each}", each.stack])), extra={"fields": each.as_json()})
         return report
@@ -139,8 +140,9 @@ class Requests:
     def cut(self, reason: str) -> tuple[Cut, ...]:
         """What is in hand, as cut."""
         with self._changed:
+            now = self._clock()
             return tuple(
-                Cut(**{**vars(each.snapshot()), "stack": stack_of(each.thread)}, reason=reason)
+                Cut(**{**vars(each.snapshot(now)), "stack": stack_of(each.thread)}, reason=reason)
                 for each in self._in_hand.values()
             )
 

@@ -6,8 +6,6 @@ import contextlib
 import logging
 import math
 import os
-import signal
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ from flaskd.cleanup import Plan, with_callbacks
 from flaskd.config import load_mapping, write_duration
 from flaskd.errors import ConfigError, FlaskdError
 from flaskd.lifecycle import StopReason
+from flaskd.process.signals import interrupt
 from flaskd.serving.pipeline import Pipeline
 from flaskd.serving.stop import Stop, who_serves
 from flaskd.sockets import Address
@@ -195,7 +194,7 @@ class ShutdownEndpoint:
         try:
             self.close()
         finally:
-            _interrupt()
+            interrupt()
 
 
 def _serves_here() -> bool:
@@ -212,18 +211,3 @@ def _serves_here() -> bool:
         return False
     reload = context.params.get("reload")  # None: as the debug flag says (flask.cli.run_command)
     return is_running_from_reloader() or not (get_debug_flag() if reload is None else reload)
-
-
-def _interrupt() -> None:
-    """Send this process what Ctrl-C sends; SIGTERM where a shell that started it in the background lets it ignore that.
-
-    It goes to the main thread, so that it interrupts what that waits in: a signal to the process may go to any thread.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # closed, or not read any more
-            stream.flush()
-    number = signal.SIGTERM if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else signal.SIGINT
-    if hasattr(signal, "pthread_kill"):
-        signal.pthread_kill(threading.main_thread().ident or 0, number)
-    else:
-        signal.raise_signal(number)

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import queue
-import signal
 import socket
 import stat
 import threading
@@ -17,7 +16,9 @@ from urllib.request import urlopen
 import flask
 import flask.cli
 import pytest
-from server_kit import PATIENCE, Client, get, no_thread_left
+from http_client import ask
+from patience import PATIENCE
+from server_kit import Client, get, no_thread_left
 
 import flaskd
 from flaskd.admin import EndpointServer, configured_token, opened_by
@@ -26,6 +27,7 @@ from flaskd.admin.endpoint.requests import Requests
 from flaskd.admin.endpoint.rules import EndpointRules
 from flaskd.admin.endpoint.server import usual_hosts
 from flaskd.errors import CannotCreateError, ConfigError
+from flaskd.server import STREAM_GRACE
 from flaskd.sockets import Address
 
 TOKEN = b"G3bV6a0mKQ2yq4lN0b1rXw9sT8uJ5cHd7eFiZkPoLMU"
@@ -121,8 +123,7 @@ def test_only_post_is_taken(door, method):
     """Any other method is 405, whatever token it shows, and says nothing of CORS."""
     client = Client(door.address)
     client.send(get("/shutdown", f"Authorization: Bearer {TOKEN.decode()}", "Origin: http://x", method=method))
-    status = int(client._file.readline().split()[1])
-    headers = http.client.parse_headers(client._file)
+    status, headers = client.head()
     client.close()
     assert (status, headers["Allow"]) == (405, "POST")
     assert not any(name.lower().startswith("access-control") for name in headers)
@@ -522,7 +523,7 @@ def test_a_daemon_that_starts_later_takes_it_over(token_file, no_thread_left):
     app, opened = flask_app(), []
     before = app.wsgi_app
     stopper = flaskd.ShutdownEndpoint(app, listen="127.0.0.1:0", token_file=token_file).start()
-    address = stopper._server.address
+    address = address_of(stopper)
     with opened_by(lambda *args: opened.append(args)), pytest.raises(ConnectionRefusedError):
         socket.create_connection((address.host, address.port))
     assert opened == [(address, configured_token(token_file, None, {}), [])]
@@ -550,21 +551,21 @@ def test_with_a_server_in_a_thread_it_is_the_servers(token_file, monkeypatch, no
         return "answered"
 
     flaskd.on_stop(lambda context: ran.append(context.reason_text), app=app)
-    monkeypatch.setattr(endpoint, "_interrupt", ended.set)
+    monkeypatch.setattr(endpoint, "interrupt", ended.set)
     stopper = flaskd.ShutdownEndpoint(app, listen="127.0.0.1:0", token_file=token_file)
     server = flaskd.ServerThread(app, server=kind)
     for each in (stopper, server) if first == "endpoint" else (server, stopper):
         each.start()
     answers = []
-    request = threading.Thread(target=lambda: answers.append(urlopen(f"{server.url}held", timeout=PATIENCE).read()))
+    request = threading.Thread(target=lambda: answers.append(ask(server.url, "/held")))
     request.start()
     assert entered.wait(PATIENCE)
-    told = json.loads(post(stopper))
+    told = json.loads(post(stopper, token_file))
     assert (told["in_flight"], [step["name"] for step in told["steps"]]) == (1, ["function"])
     server.join()
     assert ended.is_set()
     request.join()
-    assert (answers, ran, stopper.url) == ([b"answered"], ["endpoint: 127.0.0.1"], None)
+    assert (answers, ran, stopper.url) == ([(200, b"answered")], ["endpoint: 127.0.0.1"], None)
     assert (server.stop().completed, ran) == (1, ["endpoint: 127.0.0.1"])
 
 
@@ -578,15 +579,21 @@ def test_a_stop_under_way_is_joined(token_file, monkeypatch, no_thread_left):
         entered.set()
         assert released.wait(PATIENCE)
 
-    monkeypatch.setattr(endpoint, "_interrupt", ended.set)
+    monkeypatch.setattr(endpoint, "interrupt", ended.set)
     stopper = flaskd.ShutdownEndpoint(app, listen="127.0.0.1:0", token_file=token_file).start()
-    server = flaskd.ServerThread(app).start()
+    server, joined = flaskd.ServerThread(app).start(), queue.SimpleQueue()
+    real = server.stop_for
+
+    def stop_for(*given):
+        joined.put(real(*given))
+        return True
+
+    monkeypatch.setattr(server, "stop_for", stop_for)
     stopping = threading.Thread(target=server.stop)
     stopping.start()
     assert entered.wait(PATIENCE)
-    post(stopper)
-    while not server._when_over:
-        pass
+    post(stopper, token_file)
+    assert joined.get(timeout=PATIENCE)
     released.set()
     stopping.join()
     assert ended.wait(PATIENCE)
@@ -604,7 +611,7 @@ def test_elsewhere_it_stops_the_process(token_file, monkeypatch, no_thread_left)
         return "answered"
 
     flaskd.on_stop(lambda: ran.append("closed"), app=app)
-    monkeypatch.setattr(endpoint, "_interrupt", ended.set)
+    monkeypatch.setattr(endpoint, "interrupt", ended.set)
     stopper = flaskd.ShutdownEndpoint(app, listen="127.0.0.1:0", token_file=token_file).start()
     assert stopper.url.endswith("/shutdown")
     with pytest.raises(flaskd.FlaskdError, match="is open"):
@@ -613,7 +620,7 @@ def test_elsewhere_it_stops_the_process(token_file, monkeypatch, no_thread_left)
     request = threading.Thread(target=lambda: answers.append(app.test_client().get("/held", buffered=True).data))
     request.start()
     draining = entered.get(timeout=PATIENCE)
-    first, second = (json.loads(post(stopper)) for _ in range(2))
+    first, second = (json.loads(post(stopper, token_file)) for _ in range(2))
     assert first == second
     assert (first["in_flight"], [step["name"] for step in first["steps"]]) == (1, ["function"])
     assert draining.wait(PATIENCE)
@@ -626,17 +633,16 @@ def test_elsewhere_it_stops_the_process(token_file, monkeypatch, no_thread_left)
     assert (answers, ran, stopper.url) == ([b"answered"], ["closed"], None)
 
 
-def post(stopper):
+def address_of(stopper):
+    """Where a ShutdownEndpoint listens."""
+    return Address.parse(stopper.url.removeprefix("http://").removesuffix("/shutdown"))
+
+
+def post(stopper, token_file):
     """Ask a ShutdownEndpoint for the stop; returns the body of its 202."""
-    host = stopper.url.removeprefix("http://").removesuffix("/shutdown")
-    connection = http.client.HTTPConnection(host, timeout=PATIENCE)
-    token = stopper._token_file.read_text().strip()
-    headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
-    connection.request("POST", "/shutdown", b"{}", headers)
-    response = connection.getresponse()
-    assert response.status == 202
-    body = response.read()
-    connection.close()
+    headers = {"Authorization": f"Bearer {token_file.read_text().strip()}", "Content-Type": "application/json"}
+    status, body = ask(str(address_of(stopper)), "/shutdown", "POST", b"{}", headers)
+    assert status == 202
     return body
 
 
@@ -651,12 +657,12 @@ def test_a_stuck_request_does_not_keep_it(token_file, monkeypatch, caplog, no_th
         released.wait()
         return ""
 
-    monkeypatch.setattr(endpoint, "_interrupt", ended.set)
+    monkeypatch.setattr(endpoint, "interrupt", ended.set)
     stopper = flaskd.ShutdownEndpoint(app, listen="127.0.0.1:0", token_file=token_file, timeout=0.5).start()
     request = threading.Thread(target=app.test_client().get, args=("/stuck",), kwargs={"buffered": True})
     request.start()
     assert entered.wait(PATIENCE)
-    post(stopper)
+    post(stopper, token_file)
     assert ended.wait(PATIENCE)
     assert "cut=1" in caplog.text
     assert "cut GET /stuck (running for" in caplog.text
@@ -675,16 +681,12 @@ def test_it_can_be_closed_without_a_stop(token_file, no_thread_left):
         assert stopper.url is None
 
 
-@pytest.mark.parametrize(
-    ("handler", "number"), [(signal.default_int_handler, signal.SIGINT), (signal.SIG_IGN, signal.SIGTERM)]
-)
-def test_the_process_is_ended_whatever_it_ignores(monkeypatch, handler, number):
-    """SIGINT, or SIGTERM where a shell lets processes in its background ignore that."""
-    sent = []
-    monkeypatch.setattr(signal, "getsignal", lambda _: handler)
-    monkeypatch.setattr(signal, "pthread_kill", lambda thread, number: sent.append((thread, number)))
-    endpoint._interrupt()
-    assert sent == [(threading.main_thread().ident, number)]
+def opens(app, token_file):
+    """Whether an endpoint of the app opens where it is started; it is closed again."""
+    stopper = flaskd.ShutdownEndpoint(app, listen="127.0.0.1:0", token_file=token_file).start()
+    opened = stopper.url is not None
+    stopper.close()
+    return opened
 
 
 @pytest.mark.parametrize(
@@ -699,7 +701,7 @@ def test_the_process_is_ended_whatever_it_ignores(monkeypatch, handler, number):
         (["routes"], {}, False),
     ],
 )
-def test_it_opens_where_there_is_something_to_stop(monkeypatch, argv, environ, serves):
+def test_it_opens_where_there_is_something_to_stop(monkeypatch, token_file, no_thread_left, argv, environ, serves):
     """In `flask run` and in the reloader's child; not in the reloader's parent, nor in Flask's other commands."""
     for name in ("FLASK_DEBUG", "WERKZEUG_RUN_MAIN", "FLASK_RUN_FROM_CLI"):
         monkeypatch.setenv(name, "")  # so that what the command line sets is taken back
@@ -711,17 +713,18 @@ def test_it_opens_where_there_is_something_to_stop(monkeypatch, argv, environ, s
     found = []
 
     def create_app():
-        found.append(endpoint._serves_here())
-        return flask_app()
+        app = flask_app()
+        found.append(opens(app, token_file))
+        return app
 
     group = flask.cli.FlaskGroup(create_app=create_app, set_debug_flag=True)
     group.main(argv, standalone_mode=False)
     assert found[:1] == [serves]
 
 
-def test_outside_of_flasks_commands_it_opens():
+def test_outside_of_flasks_commands_it_opens(token_file, no_thread_left):
     """A program of one's own knows what it does."""
-    assert endpoint._serves_here()
+    assert opens(flask_app(), token_file)
 
 
 def test_a_request_is_over_when_its_answer_is_closed():
@@ -759,7 +762,8 @@ def test_a_stream_ends_in_the_drain():
         start_response("200 OK", [("Content-Type", environ["kind"])])
         return Parts() if environ["kind"] == "text/event-stream" else [b"1", b"2", b"3"]
 
-    requests = Requests(app)
+    now = 0.0
+    requests = Requests(app, clock=lambda: now)
     environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/"}
     stream = requests(environ | {"kind": "text/event-stream"}, lambda *_: None)
     page = requests(environ | {"kind": "text/plain"}, lambda *_: None)
@@ -767,9 +771,8 @@ def test_a_stream_ends_in_the_drain():
     assert [next(each) for each in parts] == [0, b"1"]
     assert len(requests.drain(0).cut) == 2
     assert list(parts[1]) == [b"2", b"3"]
-    requests._streams_until = float("inf")
     assert next(parts[0]) == 1
-    requests._streams_until = 0.0  # its grace is over
+    now = STREAM_GRACE
     assert list(parts[0]) == []
     stream.close()
     page.close()

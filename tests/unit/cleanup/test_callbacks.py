@@ -3,8 +3,9 @@
 import itertools
 
 import pytest
-from cleanup_kit import PATIENCE, run, step
+from cleanup_kit import run, step
 from flask import Flask
+from patience import PATIENCE
 
 from flaskd.cleanup import Plan, on_stop, with_callbacks
 from flaskd.config import Config, Phase

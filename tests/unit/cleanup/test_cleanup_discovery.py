@@ -15,8 +15,8 @@ import redis
 import redis.asyncio
 import requests
 import sqlalchemy
+from apscheduler.executors.pool import BasePoolExecutor
 from apscheduler.schedulers.background import BackgroundScheduler
-from cleanup_kit import PATIENCE
 from flask import Flask
 from flask_apscheduler import APScheduler
 from flask_caching import Cache
@@ -26,6 +26,7 @@ from flask_sqlalchemy import SQLAlchemy
 from opentelemetry.sdk._logs import LoggerProvider
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.trace import TracerProvider
+from patience import PATIENCE
 from werkzeug.local import LocalProxy
 
 from flaskd.cleanup import ACTIONS, DiscoveryRun, Plan, action_specs, build_plan, discover, with_found
@@ -136,25 +137,33 @@ def test_what_is_closed_already_is_not_listed():
     assert discover(None, [client, executor, pool, BackgroundScheduler()]) == ()
 
 
+class ExecutorAround(BasePoolExecutor):
+    """A scheduler's executor around one of the standard library's."""
+
+    def __init__(self, executor):
+        super().__init__(executor)
+
+
 def test_what_belongs_to_something_found_is_left_to_it(engine):
     """A scheduler's executor, a client's pool, an engine's other face and a loop's executor are not listed."""
+    theirs, loops = (concurrent.futures.ThreadPoolExecutor() for _ in range(2))
     scheduler, client, loop = BackgroundScheduler(), redis.Redis(), asyncio.new_event_loop()
+    scheduler.add_executor(ExecutorAround(theirs))
     scheduler.start()
+    loop.set_default_executor(loops)
     try:
-        theirs = scheduler._executors["default"]._pool
-        loop.run_in_executor(None, int)
         found = discover(
             None,
             [
                 theirs, scheduler, client.connection_pool, client, client.pipeline(), engine, engine.execution_options(),
-                loop, loop._default_executor,
+                loop, loops,
             ],
         )  # fmt: skip
         assert [each.use for each in found] == ["apscheduler.stop", "redis.close", "sqlalchemy.dispose"]
         assert [each.object for each in found] == [scheduler, client, engine]
     finally:
         scheduler.shutdown()
-        loop._default_executor.shutdown()
+        loops.shutdown()
         loop.close()
 
 

@@ -13,7 +13,8 @@ import httpx
 import pytest
 import sqlalchemy
 from apscheduler.schedulers.background import BackgroundScheduler
-from cleanup_kit import PATIENCE, run
+from cleanup_kit import run
+from patience import PATIENCE
 
 from flaskd.cleanup import ACTIONS, Fate, Plan, Step, action_specs, build_plan, discover, with_found
 from flaskd.config import load_mapping

@@ -17,9 +17,10 @@ import sentry_sdk
 import sqlalchemy
 from apscheduler.jobstores.memory import MemoryJobStore
 from apscheduler.schedulers.background import BackgroundScheduler
-from cleanup_kit import PATIENCE, hanging, in_background, run, runner
+from cleanup_kit import hanging, in_background, run, runner
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
+from patience import PATIENCE
 
 from flaskd.cleanup import ACTIONS, Fate, Plan, Step, action_specs, build_plan, discover
 from flaskd.config import Phase, load_mapping
@@ -145,7 +146,8 @@ def test_where_discovery_has_not_run_the_step_looks_itself(monkeypatch):
     results = run(*steps)
     assert results["named"].fate is Fate.FAILED
     assert results["found"].detail == "ThreadPoolExecutor-1"
-    assert executor._shutdown
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        executor.submit(int)
     assert looked == [None]
 
 
@@ -175,11 +177,16 @@ def test_psycopg_pool_close_is_final():
         pool.close()
 
 
-class Connection:
-    """Stands in for a redis connection, and notes that it was closed."""
+class Connection(redis.Connection):
+    """A redis connection to no server, which notes that it was closed."""
 
-    def __init__(self, **_):
-        self.closed = False
+    closed = False
+
+    def connect(self):
+        pass
+
+    def can_read(self, *_):
+        return False
 
     def disconnect(self, *_):
         self.closed = True
@@ -188,9 +195,9 @@ class Connection:
 def test_redis_close_takes_a_shared_pool_along():
     """A client that was given its pool leaves it open; the action closes it, and a pool that stands alone too."""
     pools = [redis.ConnectionPool(connection_class=Connection) for _ in range(2)]
-    connections = [pool.make_connection() for pool in pools]
+    connections = [pool.get_connection() for pool in pools]
     for pool, connection in zip(pools, connections, strict=True):
-        pool._available_connections.append(connection)
+        pool.release(connection)
     client = redis.Redis(connection_pool=pools[0])
     client.close()
     assert not connections[0].closed

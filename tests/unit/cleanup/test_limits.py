@@ -4,7 +4,8 @@ import time
 from dataclasses import replace
 
 import pytest
-from cleanup_kit import PATIENCE, fates, hanging, in_background, run, runner, step
+from cleanup_kit import fates, hanging, in_background, run, runner, step
+from patience import PATIENCE
 
 from flaskd.cleanup import Fate, StepContext
 from flaskd.cleanup.context import Budget

@@ -3,8 +3,9 @@ import subprocess
 import sys
 
 import pytest
-from cleanup_kit import PATIENCE, run
+from cleanup_kit import run
 from entry_points_kit import install, install_example
+from patience import PATIENCE
 
 from flaskd.cleanup import ACTIONS, Fate, Step, action_specs
 from flaskd.cleanup.registry import Registry, brought

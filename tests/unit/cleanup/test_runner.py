@@ -2,7 +2,8 @@ import logging
 import threading
 
 import pytest
-from cleanup_kit import PATIENCE, Reason, fates, hanging, run, runner, step
+from cleanup_kit import Reason, fates, hanging, run, runner, step
+from patience import PATIENCE
 
 from flaskd.cleanup import Fate, Spare, StepFailedError, StepTimedOutError, results_as_json
 from flaskd.config import Phase

@@ -27,15 +27,16 @@ from flaskd.control.replies import LogReply
 from flaskd.control.verbs import RUN
 from flaskd.errors import ForbiddenError, UnknownCommandError, UsageError
 from flaskd.reload import Reload
+from flaskd.serving import launch
 from flaskd.serving.inprocess import InProcess
 from flaskd.verbs import FLAGS, VERBS, Role
 
 PEER = Peer(uid=4242, pid=1, groups=frozenset({77}))
 
 
-def a_daemon():
+def a_daemon(app=None):
     """One that is not started."""
-    return Boot(lambda: None, plane=lambda _: None, name="flaskd", environ={}).daemon
+    return Boot(lambda: None, plane=lambda _: None, name="flaskd", environ={}, app=app).daemon
 
 
 def test_every_verb_of_the_table_does_something():
@@ -45,11 +46,13 @@ def test_every_verb_of_the_table_does_something():
 
 
 @pytest.mark.parametrize(("silent", "why"), [(4.9, ""), (6.25, "the serving thread has not turned for 6.2s")])
-def test_one_word_on_whether_it_lives(silent, why):
+def test_one_word_on_whether_it_lives(silent, why, monkeypatch):
     """`health` and `/livez` ask the daemon, which is wedged when its serving thread has not turned for five seconds."""
-    daemon = a_daemon()
+    daemon, config = a_daemon(app=lambda environ, start_response: []), Config()
     assert daemon.wedged == ""  # starting
-    daemon.serving._server = SimpleNamespace(silent_for=silent)
+    monkeypatch.setattr(launch, "make_server", lambda *_, **__: SimpleNamespace(silent_for=silent))
+    daemon.serving.load(config, None)
+    daemon.serving.make_server(config, [])
     assert daemon.wedged == why
     answers = []
     reply = SimpleNamespace(ok=answers.append, error=lambda code, message: answers.append(f"{code} {message}"))
@@ -301,12 +304,12 @@ def connect(execute):
 def turn(client):
     """What the control thread does with a client until nothing happens any more."""
     while True:
-        before = (client.last_heard, len(client._inbox))
+        heard = client.last_heard
         if client.wants_to_read:
             client.read()
-        client.work()
+        more, output = client.work(), client.has_output
         client.flush()
-        if before == (client.last_heard, len(client._inbox)):
+        if not more and client.last_heard == heard and client.has_output == output:
             return
 
 
@@ -433,21 +436,21 @@ def test_http_requests_whole_and_broken(request_bytes, answer):
 
 def test_an_http_request_is_looked_at_once_however_it_is_cut(monkeypatch):
     """A head is read when it is whole, and not again with each byte of a body."""
-    read, done = [], []
+    fields, done = [], []
 
     def execute(command, reply):
         done.append(str(command))
         reply.ok("done")
 
-    real = connection._read_head
-    monkeypatch.setattr(connection, "_read_head", lambda head: read.append(head) or real(head))
+    real = connection.field
+    monkeypatch.setattr(connection, "field", lambda line: fields.append(line) or real(line))
     ours, client = connect(execute)
     with ours, client.sock:
         for byte in b'POST /drain HTTP/1.1\r\nHost: x\r\nContent-Length: 14\r\n\r\n{"wait": true}':
             assert not done
             ours.sendall(bytes([byte]))
             turn(client)
-    assert (len(read), done) == (1, ["drain wait"])
+    assert (fields, done) == ([b"Host: x", b"Content-Length: 14"], ["drain wait"])
 
 
 @pytest.mark.parametrize(
@@ -563,9 +566,14 @@ def test_who_does_not_read_is_given_up():
         turn(client)
         for _ in range(3 * MAX_OUTPUT // 1000):
             replies[0].progress({"note": "x" * 1000})
-            client.flush()
         assert client.overflowed
-        assert len(client._out) < MAX_OUTPUT + 2000
+        kept = 0
+        while client.has_output:
+            client.flush()
+            kept += len(ours.recv(65536))
+        client.sock.shutdown(socket.SHUT_WR)
+        kept += sum(map(len, iter(lambda: ours.recv(65536), b"")))
+        assert MAX_OUTPUT < kept < MAX_OUTPUT + 2000
 
 
 def test_a_client_with_many_commands_waits_for_its_turn():

@@ -18,7 +18,7 @@ class Fifo:
         self.place = fifo_node(directory)
         self.place.open(0o600, -1)
         self.taken = []
-        self._lines = Lines(self.taken.append)
+        self.lines = Lines(self.taken.append)
 
     def writer(self, data=b""):
         writer = self.place.node.path.open("wb", buffering=0)
@@ -27,7 +27,7 @@ class Fifo:
 
     def read(self):
         """Read once, as the plane does; whether writers are left."""
-        if self._lines.read(self.place.fd):
+        if self.lines.read(self.place.fd):
             return True
         os.close(self.place.anew())
         return False
@@ -91,7 +91,7 @@ def test_a_fifo_without_writers_is_quiet(fifo):
 def test_a_writer_that_comes_while_it_is_opened_once_more_is_heard(fifo):
     """There is always a reader, and nothing that was written is lost."""
     fifo.writer(b"status\n").close()
-    assert not fifo._lines.read(fifo.place.fd)
+    assert not fifo.lines.read(fifo.place.fd)
     with fifo.writer(b"drain\n"):
         os.close(fifo.place.anew())
     assert fifo.calls

@@ -208,7 +208,8 @@ def test_a_directory_that_another_works_with_is_left_alone(directory, caplog):
 def test_the_lock_ends_with_the_run(directory):
     """A child that still holds a copy of the lock does not keep the next start out."""
     state = opened(directory)
-    kept = os.dup(state._lock)
+    [lock] = [each for each in Path("/proc/self/fd").iterdir() if each.resolve() == directory]
+    kept = os.dup(int(lock.name))
     state.close()
     after = opened(directory)
     os.close(kept)

@@ -5,11 +5,10 @@ import signal
 import threading
 
 import pytest
+from patience import PATIENCE
 
 from flaskd.process import main_thread
 from flaskd.process.main_thread import MainThread
-
-PATIENCE = 20
 
 
 @pytest.fixture(autouse=True)

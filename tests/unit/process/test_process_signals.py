@@ -1,8 +1,11 @@
-"""Counting signals."""
+"""Counting signals, and sending one to the process itself."""
+
+import signal
+import threading
 
 import pytest
 
-from flaskd.process.signals import Escalation
+from flaskd.process.signals import Escalation, interrupt
 
 
 @pytest.mark.parametrize(
@@ -20,3 +23,15 @@ def test_signals_close_together_are_one(moments, counted):
     for each in moments:
         escalation.another(100.0 + each)
     assert escalation.count == counted
+
+
+@pytest.mark.parametrize(
+    ("handler", "number"), [(signal.default_int_handler, signal.SIGINT), (signal.SIG_IGN, signal.SIGTERM)]
+)
+def test_the_process_is_ended_whatever_it_ignores(monkeypatch, handler, number):
+    """SIGINT, or SIGTERM where a shell lets processes in its background ignore that."""
+    sent = []
+    monkeypatch.setattr(signal, "getsignal", lambda _: handler)
+    monkeypatch.setattr(signal, "pthread_kill", lambda thread, number: sent.append((thread, number)))
+    interrupt()
+    assert sent == [(threading.main_thread().ident, number)]

@@ -4,9 +4,9 @@ import subprocess
 import sys
 import threading
 
-from flaskd.process.threads import AppThread, waited_for
+from patience import PATIENCE
 
-PATIENCE = 20
+from flaskd.process.threads import AppThread, waited_for
 
 
 def test_a_thread_of_the_apps_is_no_daemon():

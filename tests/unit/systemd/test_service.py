@@ -2,11 +2,11 @@
 
 import os
 import threading
-import time
 from types import SimpleNamespace
 
 import pytest
 from fake_notify import receiving
+from patience import until
 
 from flaskd.cleanup import Plan
 from flaskd.config import CleanupConfig, DrainConfig, ShutdownConfig
@@ -111,13 +111,12 @@ def test_a_pulse_that_failed_is_tried_again_in_time(make, manager, caplog):
             tries.append(now)
             return len(tries) == 2
 
-    def wait(seconds):
+    def ended(seconds):
         nonlocal now
         now += seconds
         return len(tries) == 2
 
-    service._ended = SimpleNamespace(wait=wait, set=lambda: None)
-    service._watch(Busy(), lambda: State.READY)
+    service.watch(Busy(), lambda: State.READY, ended)
     assert len(tries) == 2
     assert tries[-1] < 2.0  # since the last pulse
     assert pulses(manager) == [b"WATCHDOG=1"]
@@ -180,14 +179,6 @@ def test_hanging_threads_stop_the_pulse_only_when_that_is_wanted(make, manager, 
     server.wait_until_asked()
     manager.messages()
     assert manager.message() == b"WATCHDOG=1"
-
-
-def until(found):
-    end = time.monotonic() + 10
-    while not found():
-        assert time.monotonic() < end
-        time.sleep(0.001)
-    return found()
 
 
 def test_a_start_at_work_gets_more_time(make, manager, monkeypatch):

@@ -70,7 +70,7 @@ def test_what_is_kept_is_stored_with_its_descriptor(manager, notifier, make):
     """One message each, the descriptor with it; a listener that is in the store is not stored again."""
     store, listener = Store(notifier), make()
     store.keep([("127.0.0.1:0", listener)])
-    message, fds, _, _ = socket.recv_fds(manager._socket, 4096, 4)
+    message, fds = manager.message_with_descriptors()
     assert message == b"FDSTORE=1\nFDNAME=listen-127.0.0.1%3A0"
     with closing(socket.socket(fileno=fds[0])) as stored:
         assert stored.getsockname() == listener.socket.getsockname()

@@ -6,7 +6,8 @@ import threading
 import time
 
 import pytest
-from cleanup_kit import PATIENCE, ended, in_background, run, runner
+from cleanup_kit import ended, in_background, run, runner
+from patience import PATIENCE
 
 from flaskd.cleanup import ACTIONS, Fate, Step
 from flaskd.cleanup.actions.command import KEPT_OUTPUT, _anyone_in

@@ -3,7 +3,8 @@ import threading
 import time
 
 import pytest
-from cleanup_kit import PATIENCE, run
+from cleanup_kit import run
+from patience import PATIENCE
 
 from flaskd.cleanup import ACTIONS, Fate, Step, action_specs
 from flaskd.config import load_mapping

@@ -5,7 +5,8 @@ import sys
 import threading
 
 import pytest
-from cleanup_kit import PATIENCE, run
+from cleanup_kit import run
+from patience import PATIENCE
 
 from flaskd.cleanup import ACTIONS, Fate, Step
 

@@ -4,8 +4,9 @@ import socket
 import threading
 
 import pytest
-from cleanup_kit import PATIENCE, run
+from cleanup_kit import run
 from http_endpoint import endpoint, make_certificate
+from patience import PATIENCE
 
 from flaskd.cleanup import ACTIONS, Fate, Step, action_specs
 from flaskd.config import load_mapping
