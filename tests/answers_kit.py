@@ -60,12 +60,12 @@ def both_ways():
 
 def slow_way(server: WaitressThread) -> None:
     """Let this server read every request with the parser for all requests, and send through waitress' buffers."""
-    _slow.add(server._loop.context)
+    _slow.add(server.loop.context)
 
 
 def went_fast(server: WaitressThread) -> int:
     """How many requests this server has read in one pass since its start."""
-    return _fast[server._loop.context]
+    return _fast[server.loop.context]
 
 
 @contextmanager
@@ -398,7 +398,7 @@ class Side:
 
     def _at_rest(self, sent):
         """Whether the server has read the so many bytes that were sent, and answered what was whole of them."""
-        sockets = [each.socket for each in self.server._loop.connections.channels()]
+        sockets = [each.socket for each in self.server.loop.connections.channels()]
         return not self.server.in_flight and all(_come(each) >= sent and not unread(each) for each in sockets)
 
     def _until(self, condition):
@@ -429,7 +429,7 @@ class Side:
         objects = {
             "wsgi.input": [name for name in ("read", "readline", "readlines", "__iter__") if hasattr(body, name)],
             "wsgi.errors": environ["wsgi.errors"] is sys.stderr,
-            "flaskd.draining": environ["flaskd.draining"] is server._loop.context.draining,
+            "flaskd.draining": environ["flaskd.draining"] is server.loop.context.draining,
             "waitress.client_disconnected": environ["waitress.client_disconnected"](),
         }
         shown = {key: _typed(value) for key, value in environ.items()} | objects

@@ -38,19 +38,19 @@ class App:
     """A WSGI app whose requests say that they are entered; those for /gate stay until the test releases them."""
 
     def __init__(self):
-        self._entered = queue.SimpleQueue()
+        self.arrived = queue.SimpleQueue()
         self.released = threading.Event()
         self.draining = None
 
     def __call__(self, environ, start_response):
         self.draining = environ.get("flaskd.draining")
-        self._entered.put(environ["PATH_INFO"])
+        self.arrived.put(environ["PATH_INFO"])
         name = environ["PATH_INFO"].split("/")[1]
         return getattr(self, name or "hello")(environ, start_response)
 
     def entered(self, count):
         """Wait until so many requests are inside, and give their paths."""
-        return {self._entered.get(timeout=PATIENCE) for _ in range(count)}
+        return {self.arrived.get(timeout=PATIENCE) for _ in range(count)}
 
     def hello(self, environ, start_response, body=b"hello"):
         start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(len(body)))])
@@ -149,7 +149,7 @@ class Client:
         except OSError:
             self.socket.close()
             raise
-        self._file = self.socket.makefile("rb")
+        self.file = self.socket.makefile("rb")
 
     def send(self, *requests):
         """Send requests, given as paths or as bytes, in one piece."""
@@ -158,10 +158,10 @@ class Client:
 
     def head(self):
         """Read one response up to its body: the status and the headers; raises what http.client raises."""
-        line = self._file.readline()
+        line = self.file.readline()
         if not line:
             raise http.client.RemoteDisconnected
-        return int(line.split()[1]), http.client.parse_headers(self._file)
+        return int(line.split()[1]), http.client.parse_headers(self.file)
 
     def response(self):
         """Read one response; raises what http.client raises when it is broken off."""
@@ -170,12 +170,12 @@ class Client:
             return Response(status, headers, b"")
         if headers["Transfer-Encoding"] == "chunked":
             body = b""
-            while size := int(self._exactly(self._file.readline(), 3), 16):
-                body += self._exactly(self._file.read(size + 2), size + 2)[:-2]
-            self._exactly(self._file.readline(), 2)
+            while size := int(self._exactly(self.file.readline(), 3), 16):
+                body += self._exactly(self.file.read(size + 2), size + 2)[:-2]
+            self._exactly(self.file.readline(), 2)
             return Response(status, headers, body)
         length = int(headers["Content-Length"])
-        return Response(status, headers, self._exactly(self._file.read(length), length))
+        return Response(status, headers, self._exactly(self.file.read(length), length))
 
     @staticmethod
     def _exactly(data, length):
@@ -194,7 +194,7 @@ class Client:
     def ended(self):
         """Whether the server closed the connection, in order or not."""
         try:
-            return self._file.read(1) == b""
+            return self.file.read(1) == b""
         except ConnectionResetError:
             return True
 
@@ -204,7 +204,7 @@ class Client:
         self.close()
 
     def close(self):
-        self._file.close()
+        self.file.close()
         self.socket.close()
 
 

@@ -145,21 +145,21 @@ class Ours(WaitressThread):
 
     @property
     def acceptor(self):
-        return self._loop.context.acceptors[0]
+        return self.loop.context.acceptors[0]
 
     @property
     def dispatcher(self):
-        return self._loop.context.pool
+        return self.loop.context.pool
 
     @property
     def map(self):
-        return self._loop.context.poller
+        return self.loop.context.poller
 
     def call(self, function):
-        self._loop.call(function)
+        self.loop.call(function)
 
     def channels(self):
-        return list(self._loop.connections.channels())
+        return list(self.loop.connections.channels())
 
     def announce(self):
         super().announce()
@@ -171,18 +171,18 @@ class Ours(WaitressThread):
 
     @contextmanager
     def stopping(self, timeout=PATIENCE, *, begun=lambda: None):
-        posted, post = threading.Event(), self._loop.call
+        posted, post = threading.Event(), self.loop.call
 
         def posts(function):
             post(function)
             posted.set()
 
-        self._loop.call = posts
+        self.loop.call = posts
         with ThreadPoolExecutor(1) as pool:
             stop = pool.submit(self.stop, timeout)
             assert posted.wait(PATIENCE)
             begun()
-            assert self._loop.context.draining.wait(PATIENCE)
+            assert self.loop.context.draining.wait(PATIENCE)
             yield
             stop.result(PATIENCE)
 

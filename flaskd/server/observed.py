@@ -19,7 +19,8 @@ from flaskd.sockets import Address, Listener
 class ObservedServer:
     """The part of `WaitressThread` that changes nothing; all of it may be asked from any thread, and at any time."""
 
-    _loop: EventLoop | None = None
+    loop: EventLoop | None = None
+    """What serves, once it was started."""
     _serves = False
     """Whether it was started, and has not been told to end."""
     _addresses: Sequence[Address]
@@ -27,13 +28,13 @@ class ObservedServer:
 
     @property
     def _serving(self) -> EventLoop:
-        if self._loop is None:
+        if self.loop is None:
             raise FlaskdError("cannot do that: this server has not been started")
-        return self._loop
+        return self.loop
 
     @property
     def _turning(self) -> bool:
-        return self._serves and self._loop is not None and self._loop.alive
+        return self._serves and self.loop is not None and self.loop.alive
 
     @property
     def addresses(self) -> list[Address]:
@@ -55,17 +56,17 @@ class ObservedServer:
     @property
     def in_flight(self) -> int:
         """Requests accepted and not yet completely answered."""
-        return self._loop.account.in_flight if self._loop else 0
+        return self.loop.account.in_flight if self.loop else 0
 
     @property
     def connections(self) -> int:
         """Open connections."""
-        return self._loop.connections.count if self._loop else 0
+        return self.loop.connections.count if self.loop else 0
 
     @property
     def queued(self) -> int:
         """Requests that wait for a thread."""
-        return len(self._loop.context.pool.queue) if self._loop else 0
+        return len(self.loop.context.pool.queue) if self.loop else 0
 
     @property
     def completed(self) -> int:
@@ -75,50 +76,50 @@ class ObservedServer:
     @property
     def counted(self) -> tuple[int, int]:
         """How many requests have been completed and rejected since the start."""
-        return self._loop.account.counted if self._loop else (0, 0)
+        return self.loop.account.counted if self.loop else (0, 0)
 
     def tally(self) -> Tally:
         """The account of all requests since the start."""
-        return self._loop.account.tally() if self._loop else Tally()
+        return self.loop.account.tally() if self.loop else Tally()
 
     @property
     def idle(self) -> tuple[float, float] | None:
         """Seconds without anything that counts, and until `on_idle`; None where idleness is not watched."""
-        watch = self._loop.idle if self._loop else None
+        watch = self.loop.idle if self.loop else None
         return (watch.idle_for, watch.left()) if watch else None
 
     # --- requests and threads -------------------------------------------------------------------------------------
 
     def requests(self, *, stacks: bool = False) -> list[InFlight]:
         """What is in flight, oldest first; with the stacks of the threads on request."""
-        return self._loop.account.requests(stacks=stacks) if self._loop else []
+        return self.loop.account.requests(stacks=stacks) if self.loop else []
 
     def cut(self, reason: str) -> tuple[Cut, ...]:
         """What is in flight, as cut: for when the serving thread cannot do it any more."""
-        return self._loop.account.cut(reason) if self._loop else ()
+        return self.loop.account.cut(reason) if self.loop else ()
 
     def app_threads(self) -> list[threading.Thread]:
         """The threads that run the app and have not ended."""
-        return [each for each in self._loop.context.pool.started if each.is_alive()] if self._loop else []
+        return [each for each in self.loop.context.pool.started if each.is_alive()] if self.loop else []
 
     def left_behind(self) -> dict[threading.Thread, InFlight]:
         """The threads that go on with a request that is over: it was cut, or its stream was ended."""
-        return self._loop.context.pool.left_behind() if self._loop else {}
+        return self.loop.context.pool.left_behind() if self.loop else {}
 
     def all_are_at(self) -> Hashable | None:
         """What all threads that run the app are at; see `Account.all_are_at`."""
-        return self._loop.account.all_are_at() if self._loop else None
+        return self.loop.account.all_are_at() if self.loop else None
 
     def moved(self) -> Hashable:
         """How far the requests are; see `Connections.moved`."""
-        return self._loop.connections.moved() if self._loop else None
+        return self.loop.connections.moved() if self.loop else None
 
     # --- does it answer? ------------------------------------------------------------------------------------------
 
     @property
     def silent_for(self) -> float:
         """Seconds since the serving thread last turned, which it does every second when all is well."""
-        return time.monotonic() - self._loop.last_turn if self._loop else 0.0
+        return time.monotonic() - self.loop.last_turn if self.loop else 0.0
 
     def turns(self, timeout: float) -> bool:
         """Whether the serving thread turns within `timeout` seconds."""

@@ -86,7 +86,7 @@ class WaitressThread(ObservedServer):
         backlog of a listener that was handed over. Raises CannotCreateError when the address cannot be had, and
         whatever kept the thread from serving.
         """
-        if self._loop is not None:
+        if self.loop is not None:
             raise FlaskdError("cannot start: this server has been started before; make a new one")
         try:
             self._known_to_forks.enter_context(forgotten_by_children(self._forget))
@@ -96,7 +96,7 @@ class WaitressThread(ObservedServer):
             for listener in self._listeners:
                 listener.listen(self._backlog)
             self._addresses = [listener.address for listener in self._listeners]
-            loop = self._loop = EventLoop(
+            loop = self.loop = EventLoop(
                 self._app,
                 self._listeners,
                 threads=self._threads,
@@ -112,9 +112,9 @@ class WaitressThread(ObservedServer):
             loop.on_death = self._died
             loop.start(self._name)
         except BaseException:  # no more threads to be had, say
-            if self._loop is not None:
-                self._loop.end()
-                self._loop.close(_JOIN_TIMEOUT)
+            if self.loop is not None:
+                self.loop.end()
+                self.loop.close(_JOIN_TIMEOUT)
             self._close_listeners()
             self._known_to_forks.close()
             raise
@@ -174,9 +174,9 @@ class WaitressThread(ObservedServer):
     @property
     def dead(self) -> str:
         """Why no word of it will come any more; empty while its thread is there."""
-        if self._serves and self._loop is not None and self._loop.alive:
+        if self._serves and self.loop is not None and self.loop.alive:
             return ""
-        return f"the serving thread died: {self._loop.error if self._loop else None}"
+        return f"the serving thread died: {self.loop.error if self.loop else None}"
 
     def begin_drain(
         self,
@@ -261,10 +261,10 @@ class WaitressThread(ObservedServer):
 
     def stop(self, timeout: float = _DEFAULT_TIMEOUT) -> DrainReport:
         """Drain within `timeout` seconds, then end and join every thread; a second call returns the same report."""
-        if not self._serves or self._loop is None:
+        if not self._serves or self.loop is None:
             self._close_listeners()
         else:
-            if self._loop.alive:
+            if self.loop.alive:
                 self.drain(timeout)
             self.end()
         return (self._drain.report if self._drain is not None else None) or DrainReport()
@@ -290,8 +290,8 @@ class WaitressThread(ObservedServer):
         """In a forked child: close the copies of all sockets, which would keep clients waiting."""
         for listener in self._listeners or ():
             listener.socket.close()
-        if self._loop is not None:
-            self._loop.forget()
+        if self.loop is not None:
+            self.loop.forget()
 
     def abandon(self) -> None:
         """End without a drain, if it has not ended yet: for a start that failed half-way."""

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("no_thread_left")
 
 def raw(client):
     """All that comes until the server ends the connection."""
-    return client._file.read()
+    return client.file.read()
 
 
 def split(answer):
@@ -227,7 +227,7 @@ def test_a_file_that_shrinks_while_it_is_sent(serve, connect, tmp_path, caplog, 
 
     server = serve(app)
     client = connect(server, receive_buffer=4096).send("/file?x")
-    assert client._file.read(4096).startswith(b"HTTP/1.1 200 OK\r\n")
+    assert client.file.read(4096).startswith(b"HTTP/1.1 200 OK\r\n")
     path.write_bytes(b"")
     assert len(raw(client)) < BIG
     until(server, lambda: server.in_flight == 0)
@@ -619,7 +619,7 @@ def test_the_access_log_tells_what_was_sent(serve, app, connect, answers):
     server = serve()
     client = connect(server, receive_buffer=4096).send("/big")
     app.entered(1)
-    client._file.read(1000)
+    client.file.read(1000)
     client.reset()
     assert 0 < answers.get(timeout=PATIENCE)["bytes"] < BIG
 
@@ -628,7 +628,7 @@ def test_the_access_log_tells_what_was_sent_before_a_cut(serve, app, connect, an
     """A request that the deadline breaks off has sent what it has sent."""
     server = serve()
     client = connect(server).send("/stream")
-    assert b"first" in client._file.read1()
+    assert b"first" in client.file.read1()
     app.entered(1)
     assert server.drain(timeout=0.2).cut
     told = answers.get(timeout=PATIENCE)
@@ -644,10 +644,10 @@ def test_a_pipelining_client_that_leaves_leaves_nothing_in_the_log(serve, app, c
     real = EpollMap.expect
 
     def expect(self, sock):
-        [channel] = server._loop.connections.channels()
+        [channel] = server.loop.connections.channels()
         channel.requests_lock.release()  # the thread has it here; the loop does not wait for it
         try:
-            server._loop.call(channel.handle_close)
+            server.loop.call(channel.handle_close)
             until(server, lambda: server.connections == 0)
         finally:
             channel.requests_lock.acquire()
@@ -664,7 +664,7 @@ def test_a_pipelining_client_that_leaves_leaves_nothing_in_the_log(serve, app, c
 def test_the_time_without_activity_is_kept(sent, serve, connect):
     """`channel_timeout` is kept to a tenth or a second, whatever waitress' interval is."""
     server = serve(adjustments={"channel_timeout": 1})
-    loop = server._loop
+    loop = server.loop
     client = connect(server)
     client.send(sent)
     until(server, lambda: server.connections == 1)
@@ -703,6 +703,6 @@ def test_the_end_of_a_server_frees_what_had_come(serve, connect):
 
 
 def _files(server):
-    arriving = [channel.arriving for channel in server._loop.connections.channels()]
+    arriving = [channel.arriving for channel in server.loop.connections.channels()]
     bodies = [request.body_rcv.getbuf() for request in arriving if request is not None and request.body_rcv]
     return [body.buf.file for body in bodies if body.overflowed]

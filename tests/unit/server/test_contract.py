@@ -9,6 +9,7 @@ from collections import deque
 from types import SimpleNamespace
 
 import pytest
+from patience import PATIENCE
 from waitress import trigger, wasyncore
 from waitress.adjustments import Adjustments
 from waitress.buffers import OverflowableBuffer, ReadOnlyFileBasedBuffer
@@ -23,8 +24,6 @@ from waitress.utilities import BadRequest, Error
 from flaskd.config import ServerConfig
 from flaskd.server import WaitressThread, adjustments
 
-PATIENCE = 10.0
-"""Seconds until a test gives up on something that should long have happened."""
 GET = b"GET /path?q=1 HTTP/1.1\r\nHost: test\r\n\r\n"
 
 

@@ -33,11 +33,11 @@ def test_resume_right_after_a_drain_resets_nobody(serve, connect):
     """Who stood in the backlog when a drain began is answered, even if it is undone in the same moment."""
     server = serve()
     resumed = threading.Thread(target=server.resume)
-    with busy(server._loop) as release:
+    with busy(server.loop) as release:
         clients = [connect(server).send("/") for _ in range(10)]
         server.begin_drain(PATIENCE, lambda _: None)
-        posted, call = threading.Event(), server._loop.call
-        server._loop.call = lambda function: (call(function), posted.set())
+        posted, call = threading.Event(), server.loop.call
+        server.loop.call = lambda function: (call(function), posted.set())
         resumed.start()
         assert posted.wait(PATIENCE)
         release()
@@ -52,7 +52,7 @@ def test_resume_right_after_a_drain_resets_nobody(serve, connect):
 def test_a_deadline_that_has_come_refuses_the_backlog_in_words(serve, connect):
     """A drain without time resets nobody who stood in the backlog: each gets a 503, and is counted."""
     server, reports = serve(), queue.SimpleQueue()
-    with busy(server._loop) as release:
+    with busy(server.loop) as release:
         clients = [connect(server).send("/") for _ in range(10)]
         server.begin_drain(0, reports.put)
         release()
@@ -67,7 +67,7 @@ def test_who_is_left_in_a_backlog_without_a_gate_is_counted(serve, connect, monk
     monkeypatch.setattr(Listener, "gate", lambda _: False)
     monkeypatch.setattr(draining_module, "BACKLOG", 3)
     server, reports = serve(), queue.SimpleQueue()
-    with busy(server._loop) as release:
+    with busy(server.loop) as release:
         clients = [connect(server).send("/") for _ in range(5)]
         server.begin_drain(PATIENCE, reports.put)
         release()
@@ -127,7 +127,7 @@ def test_listeners_of_all_kinds_at_once(serve, app, connect, tmp_path):
             assert app.entered(4) == {"/gate"}
             with draining(server, app) as report:
                 late = connect(server, 3).send("/")  # waits for whoever accepts next
-                until(server, lambda: all(not each.accepting for each in server._loop.context.acceptors[:3]))
+                until(server, lambda: all(not each.accepting for each in server.loop.context.acceptors[:3]))
                 for index in range(3):
                     with pytest.raises((ConnectionRefusedError, FileNotFoundError)):
                         connect(server, index)
@@ -143,7 +143,7 @@ def test_listeners_of_all_kinds_at_once(serve, app, connect, tmp_path):
 def test_the_backlog_of_a_unix_listener_is_served(serve, connect, tmp_path):
     """Its node goes first, so that nobody new comes; then whoever had connected is let in."""
     server = serve(listeners=[Listener.bind(Address(path=str(tmp_path / "s")))])
-    with busy(server._loop) as release:
+    with busy(server.loop) as release:
         clients = [connect(server).send("/") for _ in range(10)]
         server.begin_drain(PATIENCE, lambda _: None)
         release()
@@ -173,7 +173,7 @@ def test_the_grace_of_a_chunked_answer_counts_from_its_end(serve, app, connect):
     server = serve(keepalive_grace=PATIENCE)
     client = connect(server).send("/stream")
     app.entered(1)
-    client._file.peek(1)
+    client.file.peek(1)
     with draining(server, app) as report:
         app.released.set()
         assert not client.response().last
@@ -280,7 +280,7 @@ def test_requests_behind_an_answer_without_a_body_are_answered(status, serve, co
 def test_what_ends_with_its_connection(request_bytes, serve, connect):
     """An answer that nothing else delimits, that was the last one asked for, or that is a stream, is the last."""
     client = connect(serve(brief)).send(request_bytes)
-    assert b"Connection: close\r\n" in client._file.read()
+    assert b"Connection: close\r\n" in client.file.read()
 
 
 # --- odd clients in a drain --------------------------------------------------------------------------------------------

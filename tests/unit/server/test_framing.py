@@ -441,7 +441,7 @@ def test_what_was_before_is_answered_and_what_is_behind_is_never_run(refused, se
     assert (client.response().body, client.response().status >= 400) == (b"hello", True)
     assert client.ended()
     assert app.entered(1) == {"/"}
-    assert app._entered.empty()
+    assert app.arrived.empty()
     until(server, lambda: server.in_flight == 0)
 
 
@@ -495,11 +495,11 @@ def test_what_follows_the_last_request_is_thrown_away(path, more, serve, connect
     """A body longer than its Content-Length is no request, where the connection ends with the answer."""
     request = get(path, "Content-Length: 5", *more, method="POST", version="1.1" if more else "1.0")
     client = connect(serve()).send(request + b"a" * 5 + b"b" * 300_000)
-    answer = client._file.read()
+    answer = client.file.read()
     assert answer.startswith(b"HTTP/1.1 200" if more else b"HTTP/1.0 200")
     assert answer.count(b"HTTP/1.") == 1
     assert app.entered(1) == {path}
-    assert app._entered.empty()
+    assert app.arrived.empty()
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
@@ -512,7 +512,7 @@ def test_what_follows_a_body_is_the_next_request(version, serve, connect, app):
     assert (client.response().body, client.response().status) == (b"12345", 400)
     assert client.ended()
     assert app.entered(1) == {"/echo"}
-    assert app._entered.empty()
+    assert app.arrived.empty()
 
 
 def test_a_body_that_comes_without_being_asked_for(serve, connect):
@@ -560,7 +560,7 @@ def test_a_refusal_is_a_plain_answer(data, serve, connect):
 def test_a_refusal_of_head_has_no_body(serve, connect):
     """RFC 9110 §9.3.2, as far as it can be told that HEAD was meant."""
     client = connect(serve()).send(get("http://[::1/a", method="HEAD"))
-    answer = client._file.read()
+    answer = client.file.read()
     assert answer.startswith((b"HTTP/1.0 400", b"HTTP/1.1 400"))
     assert answer.endswith(b"\r\n\r\n")
     assert answer.count(b"\r\n\r\n") == 1

@@ -233,7 +233,7 @@ def test_a_connection_that_is_closed_under_its_client(serve, connect, caplog):
     server = serve()
     client = connect(server)
     client.ask("/")
-    server._loop.call(lambda: [each.handle_close() for each in server._loop.connections.channels()])
+    server.loop.call(lambda: [each.handle_close() for each in server.loop.connections.channels()])
     until(server, lambda: server.connections == 0)
     with contextlib.suppress(OSError):
         client.send("/")
@@ -274,7 +274,7 @@ def test_a_kept_connection_asks_the_loop_for_nothing(serve, connect, monkeypatch
     client.ask("/")
     asked = []
     monkeypatch.setattr(Channel, "readable", lambda self: asked.append(self) or True)
-    monkeypatch.setattr(server._loop.context.poller, "wake", lambda: asked.append("wake"))
+    monkeypatch.setattr(server.loop.context.poller, "wake", lambda: asked.append("wake"))
     for _ in range(10):
         client.ask("/")
     assert asked == []

@@ -30,7 +30,7 @@ def test_a_drained_server_answers_too(serve):
 def test_a_loop_that_hangs_does_not_answer(serve):
     """Within the time it has; once it turns again, it does."""
     server, hold = serve(), threading.Event()
-    server._serving.call(lambda: hold.wait(PATIENCE))
+    server.loop.call(lambda: hold.wait(PATIENCE))
     assert not server.answers(0.05)
     hold.set()
     assert server.answers(PATIENCE)

@@ -452,7 +452,7 @@ class _Environ(dict):
 
 
 def rejected(side):
-    account = side.server._loop.account
+    account = side.server.loop.account
     retire = account.retire
     account.retire = lambda request, outcome, cut=None: retire(request, "rejected", cut)
 

@@ -238,7 +238,7 @@ def test_a_drain_serves_what_had_connected(serve, connect):
     """Clients that stand in the backlog when the drain begins have been let in, and are answered."""
     server = serve()
     reports, drain_asked = queue.SimpleQueue(), threading.Event()
-    server._loop.call(drain_asked.wait)  # the serving thread accepts nothing meanwhile
+    server.loop.call(drain_asked.wait)  # the serving thread accepts nothing meanwhile
     late = [connect(server).send("/") for _ in range(5)]
     server.begin_drain(PATIENCE, reports.put)
     drain_asked.set()
@@ -415,7 +415,7 @@ def test_the_deadline_deals_with_every_phase(serve, app, connect):
     with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
         sending.response()
     app.released.set()
-    assert app._entered.empty()
+    assert app.arrived.empty()
 
 
 def test_a_cut_lets_go_of_a_worker_that_waits_for_a_reader(serve, app, connect):
@@ -466,7 +466,7 @@ def test_a_worker_that_never_ends_is_abandoned(serve, app, connect, caplog):
     app.released.set()
     stuck.join(PATIENCE)
     assert not stuck.is_alive()
-    server._loop.close(PATIENCE)  # nothing but the trigger that the worker might still have pulled
+    server.loop.close(PATIENCE)  # nothing but the trigger that the worker might still have pulled
 
 
 def _stack(thread):
@@ -724,7 +724,7 @@ def test_what_was_pipelined_behind_the_end_is_not_in_flight(requests, serve, con
     """Requests behind a response that ends the connection will never be answered, and hold up nothing."""
     server = serve()
     client = connect(server).send(*requests)
-    client._file.read()
+    client.file.read()
     until(server, lambda: server.in_flight == 0)
     report = server.drain()
     assert (report.completed, report.cut) == (0, ())
@@ -788,7 +788,7 @@ def test_http_1_1_without_a_host_is_refused(body, serve, app, connect, answers):
     client = connect(serve())
     assert client.ask(b"POST /echo HTTP/1.1\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)).status == 400
     assert client.ended()
-    assert app._entered.empty()
+    assert app.arrived.empty()
     assert answers.get(timeout=PATIENCE)["status"] == 400
 
 
@@ -894,7 +894,7 @@ def test_a_stop_cuts_at_its_timeout(app, connect):
     assert [each.path for each in report.cut] == ["/gate"]
     app.released.set()
     worker.join(PATIENCE)
-    server._loop.close(PATIENCE)
+    server.loop.close(PATIENCE)
 
 
 def test_stop_leaves_no_thread(app):
@@ -965,8 +965,8 @@ def test_a_dead_serving_thread_is_told(app, connect, caplog):
     def die():
         raise error
 
-    server._loop.call(die)
-    server._loop.call(die)
+    server.loop.call(die)
+    server.loop.call(die)
     assert died.get(timeout=PATIENCE) is error
     assert not server.turns(0)
     with pytest.raises(FlaskdError, match="^cannot drain: the serving thread died: on purpose$"):
@@ -979,7 +979,7 @@ def test_a_dead_serving_thread_is_told(app, connect, caplog):
 def test_one_error_in_the_serving_thread_is_pardoned(serve, connect, caplog):
     """The thread that leads runs the app, too, and an app may raise in any thread; it is told, and another one leads."""
     server = serve()
-    server._loop.call(lambda: 1 / 0)
+    server.loop.call(lambda: 1 / 0)
     until(server, lambda: "the serving thread failed, and goes on" in caplog.messages)
     assert connect(server).ask("/").status == 200
     assert "ZeroDivisionError" in caplog.text

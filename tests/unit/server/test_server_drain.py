@@ -109,7 +109,7 @@ def test_expect_within_the_grace_is_served_and_after_it_refused(serve, app, conn
         assert client.send(b"body").response().body == b"body"
         head = get("/echo", "Content-Length: 4", "Expect: 100-continue", method="POST")
         late.send(head[:-2])  # an idle connection would be closed as soon as its grace is over
-        until(server, lambda: any(channel.arriving for channel in server._loop.connections.channels()))
+        until(server, lambda: any(channel.arriving for channel in server.loop.connections.channels()))
         server.set_graces(0, 0)
         late.send(head[-2:])
         response = late.response()
@@ -186,7 +186,7 @@ def test_a_stream_that_has_sent_nothing_yet_is_ended_too(version, serve, connect
     assert entered.wait(PATIENCE)
     report = server.drain(timeout=PATIENCE)
     release.set()
-    head, _, body = client._file.read().partition(b"\r\n\r\n")
+    head, _, body = client.file.read().partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/%s 200 OK\r\n" % version.encode())
     assert b"\r\nX-Own: header" in head
     assert b"\r\nConnection: close" in head
@@ -427,7 +427,7 @@ def test_thousands_of_idle_connections_cost_nothing(serve, app, connect, monkeyp
     monkeypatch.setattr(Channel, "readable", lambda self: asked.append(self) or before(self))
     for _ in range(10):
         busy.send(b"GET / HTTP/1.1\r\n")
-        until(server, lambda: any(each.arriving for each in server._loop.connections.channels()))
+        until(server, lambda: any(each.arriving for each in server.loop.connections.channels()))
         busy.send(b"Host: test\r\n\r\n")
         assert busy.response().status == 200
     assert len(set(asked)) == 1

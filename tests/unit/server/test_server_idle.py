@@ -170,10 +170,9 @@ def test_a_probe_under_way_keeps_nothing(server):
     ours, theirs = socket.socketpair()
     with ours:
         ours.sendall(post("/echo", b"12345")[:-2])
-        server._loop.call(lambda: server._loop.connections.attach(theirs))
+        server.loop.call(lambda: server.loop.connections.attach(theirs))
         until(
-            server,
-            lambda: any(channel.internal and channel.arriving for channel in server._loop.connections.channels()),
+            server, lambda: any(channel.internal and channel.arriving for channel in server.loop.connections.channels())
         )
         assert server.idle[0] > 0.0
         idle.came()
@@ -233,7 +232,7 @@ def test_it_is_shown(server, connect, app):
 def test_an_answer_is_never_missed(server, connect):
     """The moment of an answer is noted before its request is out of flight: in between, it would look idle."""
     Idle(server, after=NEVER)
-    watch = server._loop.idle
+    watch = server.loop.idle
     watch.used = 0.0
     seen = []
 
@@ -242,7 +241,7 @@ def test_an_answer_is_never_missed(server, connect):
             seen.append(watch.used)
             super().__delitem__(key)
 
-    server._loop.account.in_hand = Watched()
+    server.loop.account.in_hand = Watched()
     assert connect(server).ask("/hello").status == 200
     assert len(seen) == 1
     assert seen[0] > 0.0

@@ -94,12 +94,12 @@ def test_a_client_that_goes_on_sending_reads_that_it_was_refused(serve, connect,
     monkeypatch.setattr("flaskd.server.output._LINGER", PATIENCE)  # this test looks by itself
     server = serve(adjustments={"max_request_body_size": 1000})
     client = connect(server).send(get("/echo", f"Content-Length: {BIG}", method="POST"))
-    until(server, lambda: any(each.half_closed for each in server._loop.connections.channels()))
-    [channel] = server._loop.connections.channels()
+    until(server, lambda: any(each.half_closed for each in server.loop.connections.channels()))
+    [channel] = server.loop.connections.channels()
     client.send(b"x" * BIG)
     until(server, lambda: channel._heard_at > 0)
     for seconds, connected in [(0, True), (3, False)]:
-        server._loop.call(lambda seconds=seconds: channel.linger(channel._heard_at + seconds))
+        server.loop.call(lambda seconds=seconds: channel.linger(channel._heard_at + seconds))
         assert server.turns(PATIENCE)
         assert channel.connected is connected
     assert client.response().status == 413

@@ -395,9 +395,7 @@ def connections_looked_at_from_outside(rig):
     rig.connect(server)
     until(server, lambda: len(server.channels()) == 1)
     looking = (
-        server.acceptor.active_channels.values().__iter__()
-        if rig.kind is Stock
-        else server._loop.connections.channels()
+        server.acceptor.active_channels.values().__iter__() if rig.kind is Stock else server.loop.connections.channels()
     )
     next(looking)
     rig.connect(server)
