@@ -44,9 +44,11 @@ class Listener:
         if address.path:
             sock, node = bind_unix(Path(address.path), mode=0o660)
             return cls(address, sock, node)
+        # For a str the codec of internationalized names is imported (0.3 MiB), which only such names need.
+        host = address.host.encode() if address.host.isascii() else address.host
         try:
             infos = socket.getaddrinfo(
-                address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | socket.AI_NUMERICSERV
+                host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | socket.AI_NUMERICSERV
             )
         except (OSError, UnicodeError) as error:  # the latter from names that no DNS could have
             raise CannotCreateError(f"cannot listen on {address}: {getattr(error, 'strerror', error)}") from error
