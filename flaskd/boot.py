@@ -21,7 +21,6 @@ from flaskd.errors import EX_LOST, EX_OK, AppError, FlaskdError, NotNowError
 from flaskd.holdings import Plane, put_away
 from flaskd.inbox import Asked, ExitBegan, ExitOver, IdleOver, Raised, ReloadAsked, StopAsked
 from flaskd.lifecycle import Event, State, StopReason
-from flaskd.log.setup import log_access
 from flaskd.notices import BrokenOff, FailedFor, Loaded, Starting
 from flaskd.process.descriptors import open_files
 from flaskd.process.exit import Ending
@@ -75,7 +74,7 @@ class Boot:
                 make_app=make_app,
                 environ=environ,
                 readiness=daemon.readiness,
-                answered=lambda fields: log_access(daemon.logs.access, fields),
+                answered=daemon.logs.write_access,
                 idle_over=lambda: daemon.inbox.post(IdleOver()),
                 leaves=ending is not None,
             )

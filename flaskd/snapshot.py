@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flaskd.lifecycle import State
-from flaskd.log.setup import timestamp
 from flaskd.notices import DrainBegan, Notice, ReloadEnded, StopBegan
 from flaskd.protocol import summary
 from flaskd.serving.api import ServingSnapshot
+from flaskd.units import timestamp
 
 
 class Counts:

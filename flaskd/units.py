@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from datetime import UTC, datetime
 
 _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SIZE_UNITS = {
@@ -56,3 +57,8 @@ def parse_size(text: str) -> int:
         raise ValueError(f'expected a size such as 64MiB, got "{text}"')
     number, unit = found.groups()
     return int(float(number) * _SIZE_UNITS[unit or "B"])
+
+
+def timestamp(moment: float) -> str:
+    """A wall-clock moment (seconds since the epoch) as RFC 3339 in UTC, with milliseconds."""
+    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -11,15 +11,15 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
-from datetime import UTC, datetime
 from typing import Any, Literal, Self
 
+from flaskd.log.access import Access, access_line, access_log, log_access
 from flaskd.log.journal import encode, field_name
 from flaskd.log.writer import Entry, Line, Writer
 from flaskd.process.forks import forgotten_by_children
-from flaskd.text import bounded, entry, escaped, lines, shortened, traceback_of
+from flaskd.text import bounded, entry, escaped, lines, traceback_of
+from flaskd.units import timestamp
 
 _OURS = {"flaskd", "waitress"}
 """The loggers that flaskd sets up, with all below them."""
@@ -27,13 +27,9 @@ _LAST_FLUSH = 1.0
 """Seconds that the last lines may take to be written."""
 
 Format = Literal["auto", "text", "json", "journal"]
-Access = Literal["off", "common", "combined", "json"]
 
 _queue_log = logging.getLogger("waitress.queue")
 """Warns at every request that waits for a thread; that is no news to a daemon, and `status` shows how many wait."""
-_QUOTES = '"\\'
-"""What could end a field of an access line, beside what could end the line."""
-access_log = logging.getLogger("flaskd.access")
 
 _PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 """syslog(3) priorities, as sd-daemon(3) prefixes."""
@@ -43,11 +39,6 @@ _COLOURS = {
     logging.ERROR: "\x1b[31m",
     logging.CRITICAL: "\x1b[31m",
 }
-
-
-def timestamp(moment: float) -> str:
-    """A wall-clock moment (seconds since the epoch) as RFC 3339 in UTC, with milliseconds."""
-    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 _CALL_HANDLERS = logging.Logger.callHandlers
@@ -214,13 +205,18 @@ class _Adopted:
 
     def _handle(self, record: logging.LogRecord) -> None:
         self._handler.emit(record)
-        patched = type(self.logger).callHandlers is not _CALL_HANDLERS  # as Sentry's integration does it
-        if patched or any(not isinstance(each, _StderrHandler) for each in _handlers_of(self.logger)):
+        if not self.is_ours_alone:
             try:
                 if type(self.logger).isEnabledFor(self.logger, record.levelno):
                     type(self.logger).handle(self.logger, record)
             except BaseException as error:  # noqa: BLE001 - the app's own; SystemExit would end the thread that logs
                 self._tell(f"a log handler or filter of the app's raised {type(error).__name__}")
+
+    @property
+    def is_ours_alone(self) -> bool:
+        """Whether no part of the app's logging is to have its records."""
+        patched = type(self.logger).callHandlers is not _CALL_HANDLERS  # as Sentry's integration does it
+        return not patched and all(isinstance(each, _StderrHandler) for each in _handlers_of(self.logger))
 
     def _make_record(self, *args: Any, **kwargs: Any) -> logging.LogRecord:
         """Make the record as the app has it made (logging.setLogRecordFactory), else as Python does by itself."""
@@ -362,6 +358,15 @@ class Logs:
         bare = isinstance(chosen, _Text) or (access == "json" and not isinstance(chosen, _Native))
         self._access.setFormatter(_Bare() if bare else chosen)
 
+    def write_access(self, fields: Mapping[str, Any]) -> None:
+        """Write one access line of `Request.access_fields`; what a client wrote is there up to a length."""
+        if self.access == "off":
+            return
+        if type(self._access.formatter) is _Bare and self._adopted[access_log.name].is_ours_alone:
+            self._writer.put(access_line(self.access, fields))  # for which no record is needed
+        else:
+            log_access(self.access, fields)
+
     def _said(self, words: str) -> Line:
         """What the writer itself has to say, in the format of the log."""
         return self._daemon.line(logging.LogRecord("flaskd.log.setup", logging.WARNING, "", 0, words, None, None))
@@ -375,19 +380,3 @@ def _formatter(log_format: Format, hide: Hide) -> logging.Formatter:
     if log_format == "journal":
         return _Prefixed(hide)
     return _Text(hide, colour=_on_terminal() and "NO_COLOR" not in os.environ)
-
-
-def log_access(access: Access, fields: Mapping[str, Any]) -> None:
-    """Write one access line; for `fields` see `Request.access_fields`. What a client wrote is there up to a length."""
-    fields = {key: shortened(value) if isinstance(value, str) else value for key, value in fields.items()}
-    if access == "json":
-        entry = {"time": timestamp(fields["time"]), **{key: fields[key] for key in fields if key != "time"}}
-        message = json.dumps(entry)
-    else:
-        date = time.strftime("%d/%b/%Y:%H:%M:%S +0000", time.gmtime(fields["time"]))
-        client, request = fields["client"], f"{fields['method']} {fields['target']} {fields['protocol']}"
-        message = f'{escaped(client, _QUOTES)} - - [{date}] "{escaped(request, _QUOTES)}"'
-        message += f" {fields['status']} {fields['bytes']}"
-        if access == "combined":
-            message += f' "{escaped(fields["referer"] or "-", _QUOTES)}" "{escaped(fields["agent"] or "-", _QUOTES)}"'
-    access_log.info("%s", message, extra={"fields": dict(fields)})

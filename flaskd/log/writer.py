@@ -22,6 +22,10 @@ from flaskd.log.throttle import Throttle
 
 _MOST = 10_000
 """Lines that may wait."""
+_BATCH = 500
+"""Lines that are written at once."""
+_GATHER = 0.01
+"""Seconds between two writes of the thread: to wake it for each line under load would cost more than the lines."""
 _LOOK = 1.0
 """Seconds between two looks at what was only counted."""
 _PATIENCE = 1.0
@@ -52,7 +56,10 @@ class Writer:
     def __init__(self, as_line: Callable[[str], Line]) -> None:
         self.throttle = Throttle()
         self._as_line = as_line
-        self._lines: queue.Queue[Line | threading.Event | None] = queue.Queue(_MOST)
+        self._lines: queue.SimpleQueue[Line | threading.Event | None] = queue.SimpleQueue()
+        self._hurry = threading.Event()
+        """Is set when what waits is to be written at once."""
+        self._written_at = 0.0
         self._journal: Journal | None = None
         self._thread: threading.Thread | None = None
         self._lost = 0
@@ -71,11 +78,10 @@ class Writer:
     def put(self, line: Line) -> None:
         """Have a line, or an entry for the journal, written soon; when too many wait, it is dropped and counted."""
         if self._thread is None:
-            self._write(line)
-            return
-        try:
-            self._lines.put_nowait(line)
-        except queue.Full:
+            self._write([line])
+        elif self._lines.qsize() < _MOST:
+            self._lines.put(line)
+        else:
             self._lost += 1
 
     def admits(self, kind: str) -> bool:
@@ -84,8 +90,7 @@ class Writer:
             return True
         if self._asleep:  # the thread has to look again when the window is over
             self._asleep = False
-            with contextlib.suppress(queue.Full):
-                self._lines.put_nowait(None)
+            self._lines.put(None)
         return False
 
     def flush(self, timeout: float) -> None:
@@ -93,9 +98,9 @@ class Writer:
         if self._thread is None:
             return
         written = threading.Event()
-        with contextlib.suppress(queue.Full):
-            self._lines.put(written, timeout=timeout)
-            written.wait(timeout)
+        self._lines.put(written)
+        self._hurry.set()
+        written.wait(timeout)
 
     def tell_all(self) -> None:
         """Have written what was only counted, though its time is not over."""
@@ -123,41 +128,67 @@ class Writer:
                 self._lost += 1
 
     def _turn(self) -> None:
-        line: Line | threading.Event | None = None
         self._asleep = True  # before the look at what is counted: what is counted after it wakes this thread
         if self.throttle.counting:
             self._asleep = False
-        with contextlib.suppress(queue.Empty):
-            line = self._lines.get(timeout=None if self._asleep else _LOOK)
+        batch = self._next_batch(None if self._asleep else _LOOK)
         try:
-            if line is not None and not isinstance(line, threading.Event):
-                self._write(line)
-            for words in self.throttle.take_over(time.monotonic()):
-                self._write(self._as_line(words))
+            self._write([each for each in batch if isinstance(each, str | Entry)])
+            self._write([self._as_line(words) for words in self.throttle.take_over(time.monotonic())])
         finally:
-            if isinstance(line, threading.Event):
-                line.set()
+            self._written_at = time.monotonic()
+            for each in batch:
+                if isinstance(each, threading.Event):
+                    each.set()
 
-    def _write(self, line: Line) -> None:
-        if not self._is_written(line):
-            self._lost += 1
-        elif self._lost:
+    def _next_batch(self, timeout: float | None) -> list[Line | threading.Event | None]:
+        """What waits, some time after the last write; empty when nothing comes within `timeout` seconds."""
+        batch: list[Line | threading.Event | None] = []
+        with contextlib.suppress(queue.Empty):
+            batch.append(self._lines.get(timeout=timeout))
+            if (left := self._written_at + _GATHER - time.monotonic()) > 0:
+                self._hurry.wait(left)
+            self._hurry.clear()
+            while len(batch) < _BATCH:
+                batch.append(self._lines.get_nowait())
+        return batch
+
+    def _write(self, lines: list[Line]) -> None:
+        texts: list[str] = []
+        for line in lines:
+            if isinstance(line, str):
+                texts.append(line)
+            elif not self._is_sent(line):
+                texts.append(line.prefixed())
+        # An object of the app's gets one line at a time: it may raise at one and take the next.
+        at_once = len(texts) if type(sys.stderr) is io.TextIOWrapper else 1
+        lost = 0
+        while texts:
+            some, texts = texts[:at_once], texts[at_once:]
+            if not self._to_standard_error("\n".join([*some, ""])):
+                lost += len(some)
+        if lost:
+            self._lost += lost
+        elif lines and self._lost:
             lost, self._lost = self._lost, 0
             why = "standard error was not read, or could not be written"
             if not self._is_written(self._as_line(f"{lost} log lines were lost, because {why}")):
                 self._lost += lost
 
     def _is_written(self, line: Line) -> bool:
-        if isinstance(line, Entry):
-            try:
-                if self._journal is None:
-                    self._journal = Journal()
-                self._journal.send(line.data)
-            except Exception:  # noqa: BLE001 - standard error leads there, too, by a way that the manager keeps open
-                line = line.prefixed()
-            else:
-                return True
-        return self._to_standard_error(line + "\n")
+        if isinstance(line, str):
+            return self._to_standard_error(line + "\n")
+        return self._is_sent(line) or self._to_standard_error(line.prefixed() + "\n")
+
+    def _is_sent(self, entry: Entry) -> bool:
+        """Send an entry to the journal; where that fails, standard error leads there, too."""
+        try:
+            if self._journal is None:
+                self._journal = Journal()
+            self._journal.send(entry.data)
+        except Exception:  # noqa: BLE001 - the manager keeps the other way open
+            return False
+        return True
 
     def _to_standard_error(self, text: str) -> bool:
         """Write to what stands for standard error now; where that fails, to the descriptor that was so at the start."""

@@ -16,11 +16,11 @@ from typing import Any
 
 from flaskd.config import MARK_FILE
 from flaskd.files import read_whole, remove_leftovers, remove_matching
-from flaskd.log.setup import timestamp
 from flaskd.places.record import prepare_record, read_record, write_record
 from flaskd.present import died
 from flaskd.protocol import damage, state_directory
 from flaskd.text import shortened
+from flaskd.units import timestamp
 
 log = logging.getLogger("flaskd.state")
 

@@ -29,10 +29,10 @@ from flaskd.cleanup import (
 from flaskd.config import CleanupConfig, ShutdownConfig
 from flaskd.ledger import DrainReport
 from flaskd.lifecycle import StopReason
-from flaskd.log.setup import timestamp
 from flaskd.process.exit import Unfinished, stacks_go_to
 from flaskd.process.forks import AppCode
 from flaskd.server import Drain
+from flaskd.units import timestamp
 
 if TYPE_CHECKING:
     from flask import Flask

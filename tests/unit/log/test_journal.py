@@ -10,8 +10,9 @@ import sys
 import pytest
 
 from flaskd.log import journal
+from flaskd.log.access import log_access
 from flaskd.log.journal import Journal, encode, field_name
-from flaskd.log.setup import Logs, log_access
+from flaskd.log.setup import Logs
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 import logging
 import logging.config
 import os
+import re
 import sys
 import threading
 from contextlib import contextmanager
@@ -11,7 +12,9 @@ from contextlib import contextmanager
 import pytest
 
 from flaskd.log import throttle
-from flaskd.log.setup import Logs, bounded_by, in_journal, log_access, timestamp
+from flaskd.log.access import log_access
+from flaskd.log.setup import Logs, bounded_by, in_journal
+from flaskd.units import timestamp
 
 MOMENT = 1_700_000_000.25
 """2023-11-14T22:13:20.250Z"""
@@ -204,6 +207,54 @@ def test_access_lines(access, more, line):
     with logging_to(stderr := Stream(), access=access):
         log_access(access, fields(**more))
     assert stderr.lines() == [line]
+
+
+@contextmanager
+def access_logging_to(stream, log_format="text", access="combined"):
+    """Give what the server's answers are told to."""
+    with pytest.MonkeyPatch.context() as patch, Logs() as logs:
+        patch.setattr(sys, "stderr", stream)
+        logs.apply(log_format=log_format, level="info", access=access)
+        yield logs.write_access
+
+
+@pytest.mark.parametrize("log_format", ["text", "json", "journal"])
+@pytest.mark.parametrize("access", ["common", "combined", "json"])
+def test_an_answers_line_is_that_of_the_logger(log_format, access):
+    """Where no record is needed none is made, and the line is the same."""
+    written = []
+    for write in (False, True):
+        stderr = Stream()
+        with access_logging_to(stderr, log_format, access) as write_access:
+            write_access(fields()) if write else log_access(access, fields())
+        written.append([re.sub(r'"time": "[^"]*"', "", line) for line in stderr.lines()])
+    assert written[0] == written[1]
+    assert len(written[0]) == 1
+
+
+def test_a_handler_of_the_apps_gets_the_record_of_an_answer():
+    """A line goes past logging only where nobody else is to have it."""
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    stderr = Stream()
+    with access_logging_to(stderr) as write_access:
+        logging.getLogger("flaskd.access").addHandler(handler)
+        try:
+            write_access(fields())
+        finally:
+            logging.getLogger("flaskd.access").removeHandler(handler)
+        write_access(fields())
+    assert [record.fields["status"] for record in records] == [200]
+    assert len(stderr.lines()) == 2
+
+
+def test_no_answer_is_told_while_the_access_log_is_off():
+    """One may be under way when a reload turns it off."""
+    stderr = Stream()
+    with access_logging_to(stderr, access="off") as write_access:
+        write_access(fields())
+    assert stderr.lines() == []
 
 
 @pytest.mark.parametrize("access", ["combined", "json"])
