@@ -26,6 +26,7 @@ from waitress.task import ThreadedTaskDispatcher
 
 from flaskd.errors import CannotCreateError
 from flaskd.sockets import Address, Listener, unread
+from flaskd.stacks import stack_of
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
@@ -132,12 +133,13 @@ def stuck_on_its_reader(rig, server):
     """Let a client ask for more than it reads, until the only worker waits for it; gives that worker."""
     rig.connect(server).send("/flood")
     until(server, lambda: any(each.outbuf_lock._waiters for each in server.channels()))
-    return only_worker()
+    return thread_in("_flush_outbufs_below_high_watermark")
 
 
-def only_worker():
-    [worker] = [each for each in threading.enumerate() if each.name in {"waitress-0", "flaskd-thread-0"}]
-    return worker
+def thread_in(function):
+    """The thread that is in a function of this name."""
+    [found] = [each for each in threading.enumerate() if f"in {function}\n" in stack_of(each)]
+    return found
 
 
 # --- what a drain of stock waitress would stumble over ------------------------------------------------------------------
@@ -414,7 +416,7 @@ def a_close_while_a_worker_lives(rig):
     trigger = server.acceptor.trigger.trigger
     rig.connect(server).send("/gate")
     rig.app.entered(1)
-    worker = only_worker()
+    worker = thread_in("gate")
     if rig.kind is Stock:
         with server.stopping(closing=server.acceptor.close):
             pass
