@@ -51,7 +51,7 @@ def test_the_contract_is_tested_with_a_pre_release(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"with Waitress {PUBLISHED}, the newest (here is {distribution('waitress').version})" in done.stdout
-    assert int(re.search(r"([0-9]+) passed", done.stdout)[1]) > 50
+    assert int(re.search(r"([0-9]+) passed", done.stdout)[1]) > 40
 
 
 def test_an_index_that_cannot_be_reached_is_a_failure_with_a_word(tmp_path):

@@ -160,18 +160,19 @@ def test_a_reload_without_a_thread_is_refused(flaskd: Flaskd) -> None:
 
 LIMITED = """
 import threading
-from flaskd.server.threads import ThreadPool
+from flaskd.process.threads import AppThread
 
-start = ThreadPool.start_new_thread
+start = AppThread.start
 
-def limited(self, target, number):
-    threading.stack_size(1 << 46 if number >= 6 else 0)
+def limited(self):
+    number = self.name.removeprefix("flaskd-thread-")
+    threading.stack_size(1 << 46 if number.isdecimal() and int(number) > 6 else 0)
     try:
-        start(self, target, number)
+        start(self)
     finally:
         threading.stack_size(0)
 
-ThreadPool.start_new_thread = limited
+AppThread.start = limited
 """
 
 
@@ -184,11 +185,11 @@ def test_more_threads_than_can_be_had_are_no_valid_reload(flaskd: Flaskd) -> Non
     answer = flaskd.command("reload")
     assert answer.startswith("ERR cannot-bind server.threads: 6 of 50: no thread can be had; raise TasksMax=")
     assert flaskd.status()["threads"] == 2
-    flaskd.until(lambda: flaskd.command("threads").count("flaskd-thread") == 2)
+    flaskd.until(lambda: flaskd.command("threads").count("flaskd-thread") == 3)  # one leads
     assert get(flaskd.url, "/healthz")[0] == 404
     flaskd.write("flaskd.yaml", "server: {threads: 5}\n")
     assert flaskd.command("reload").startswith("OK reloaded")
-    flaskd.until(lambda: flaskd.command("threads").count("flaskd-thread") == 5)
+    flaskd.until(lambda: flaskd.command("threads").count("flaskd-thread") == 6)
     held = [flaskd.hold() for _ in range(5)]
     flaskd.gate.open()
     assert [each.result()[0] for each in held] == [200] * 5
