@@ -3,6 +3,7 @@
 This is the pattern leader/followers (Schmidt and others, Pattern-Oriented Software Architecture 2). The thread that
 leads waits for events, reads and parses. When a request is complete and a place is free, it lets another thread lead
 and runs the app itself: the request changes no thread. There is one thread more than places, so that one always leads.
+While quick requests are run the thread keeps the lead (`flaskd.server.lead`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 from flaskd.errors import CannotCreateError, shortage
 from flaskd.ledger import InFlight
 from flaskd.process.threads import AppThread
+from flaskd.server.lead import Lead
 from flaskd.server.request import Request
 
 log = logging.getLogger("flaskd.server")
@@ -29,6 +31,10 @@ _LEAST_WAIT = 0.1
 
 class Task(Protocol):
     """What is run in a place of its own: a connection whose request is complete, or a function."""
+
+    @property
+    def kind(self) -> str:
+        """What takes about as long as this one, by name; empty where nobody can say."""
 
     def service(self) -> None:
         """Run it."""
@@ -53,8 +59,8 @@ class ThreadPool:
         """Whether all threads are to end, and nothing more is begun."""
         self.leader: threading.Thread | None = None
         """The thread that leads, or led last."""
-        self._lead: Callable[[], Task | None] | None = None
-        """What the threads do; None before `start`."""
+        self._turn: Callable[[], Task | None] | None = None
+        """What the thread that leads does; None before `start`."""
         self._wake: Callable[[], None] = lambda: None
         self._name = ""
         self._places = size
@@ -64,8 +70,7 @@ class ThreadPool:
         """The threads that have not ended, with the numbers in their names."""
         self._lock = threading.Lock()
         """Held when one of the above changes."""
-        self._token = threading.Lock()
-        """Held by the thread that leads."""
+        self._lead = Lead()
         self._last_ended: Callable[[], None] | None = None
 
     def start(self, lead: Callable[[], Task | None], wake: Callable[[], None], name: str) -> None:
@@ -75,21 +80,21 @@ class ThreadPool:
         one thread at a time. `wake` makes it look at `queue` and `surplus` (any thread). `name` is that of the only
         thread where there are no places.
         """
-        self._lead, self._wake, self._name = lead, wake, name
+        self._turn, self._wake, self._name = lead, wake, name
         with self._lock:
             self._fill()
 
     def _fill(self) -> None:
-        if self._lead is None:  # the number changes before the start, too
+        if self._turn is None:  # the number changes before the start, too
             return
         while len(self._numbers) < self._wanted:
             taken = set(self._numbers.values())
             number = next(each for each in range(len(taken) + 1) if each not in taken)
             thread: threading.Thread
             if self.size:
-                thread = AppThread(target=self._work, args=(self._lead,), name=f"flaskd-thread-{number}")
+                thread = AppThread(target=self._work, args=(self._turn,), name=f"flaskd-thread-{number}")
             else:
-                thread = threading.Thread(target=self._work, args=(self._lead,), name=self._name, daemon=True)
+                thread = threading.Thread(target=self._work, args=(self._turn,), name=self._name, daemon=True)
             self._numbers[thread] = number
             try:
                 thread.start()
@@ -103,21 +108,39 @@ class ThreadPool:
 
     def _work(self, lead: Callable[[], Task | None]) -> None:
         thread = threading.current_thread()
+        leads = False
         try:
             while True:
-                with self._token:
-                    self.leader = thread
-                    task = lead()
+                if not leads:
+                    self._lead.take()
+                    leads, self.leader = True, thread
+                task = lead()
                 if task is None:
                     return
+                kind = task.kind
+                if kind and self._lead.keep(kind):
+                    self._run(task, kind)
+                    leads = self._lead.still_kept()
+                    task = None if leads and self._leave() else self._next()
+                else:
+                    leads = False
+                    self._lead.pass_on()
                 while task is not None:
-                    try:
-                        task.service()
-                    except BaseException:  # no request and no function ends a thread
-                        log.exception("a task of %s failed", thread.name)
+                    self._run(task, task.kind)
                     task = self._next()
         finally:
+            if leads:
+                self._lead.pass_on()
             self._ended(thread)
+
+    def _run(self, task: Task, kind: str) -> None:
+        began = time.monotonic()
+        try:
+            task.service()
+        except BaseException:  # no request and no function ends a thread
+            log.exception("a task of %s failed", threading.current_thread().name)
+        if kind:
+            self._lead.note(kind, time.monotonic() - began)
 
     def take(self) -> Task | None:
         """The oldest task, if there is a place for it (the thread that leads)."""
@@ -133,6 +156,12 @@ class ThreadPool:
                 task: Task = self.queue.popleft()
                 return task
         return None
+
+    def _leave(self) -> bool:
+        """Give the place up, while leading; true."""
+        with self._lock:
+            self._running -= 1
+        return True
 
     def _next(self) -> Task | None:
         """The oldest task for the place that has become free, or None: then the place is given up."""
@@ -247,6 +276,7 @@ class ThreadPool:
         """Let all threads end, each when it is done with what it runs (any thread)."""
         with self._lock:
             self.ending = True
+        self._lead.end()
         self._wake()
 
     def join(self, timeout: float) -> list[threading.Thread]:
@@ -254,6 +284,7 @@ class ThreadPool:
         until = time.monotonic() + max(timeout, _LEAST_WAIT)
         for thread in self.started:
             thread.join(max(0.0, until - time.monotonic()))
+        self._lead.join(max(0.0, until - time.monotonic()))
         return [thread for thread in self.started if thread.is_alive()]
 
     def when_the_last_ends(self, function: Callable[[], None]) -> None:
@@ -274,6 +305,8 @@ class ThreadPool:
 
 class _FunctionTask:
     """A function in the shape of a task."""
+
+    kind = ""
 
     def __init__(self, function: Callable[[], None]) -> None:
         self._function = function

@@ -3,11 +3,13 @@
 import contextlib
 import select
 import threading
+import time
 
 import pytest
 from server_kit import PATIENCE, answers, app, connect, draining, get, no_thread_left, post, serve, until
 
 from flaskd.server.channel import Channel
+from flaskd.server.lead import Lead
 from flaskd.server.threads import ThreadPool
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
@@ -280,3 +282,109 @@ def test_a_kept_connection_asks_the_loop_for_nothing(serve, connect, monkeypatch
     for _ in range(10):
         client.ask("/")
     assert asked == []
+
+
+# --- keeping the lead -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lead():
+    """A lead that this thread has."""
+    made = Lead()
+    made.take()
+    yield made
+    made.end()
+    made.join(PATIENCE)
+
+
+def quick(lead, kind="GET /"):
+    for _ in range(8):
+        lead.note(kind, 0.0)
+
+
+def kept(lead, kind="GET /"):
+    """Ask until the lead may be kept, as under load; it is watched from soon on."""
+    end = time.monotonic() + PATIENCE
+    while not lead.keep(kind):
+        assert time.monotonic() < end
+    return True
+
+
+def test_the_lead_is_kept_for_what_has_been_quick(lead):
+    """Eight times in a row, and under a load for which it is worth while to watch."""
+    assert not lead.keep("GET /")
+    quick(lead)
+    assert kept(lead)
+    assert lead.still_kept()
+    lead.note("GET /", 1.0)
+    assert not lead.keep("GET /")
+    assert not lead.keep("GET /other")
+
+
+def test_one_request_now_and_then_is_not_watched(lead, monkeypatch):
+    """The lead is passed on, and no thread is started."""
+    quick(lead)
+    monkeypatch.setattr("flaskd.server.lead._BUSY", -1.0)
+    assert not any(lead.keep("GET /") for _ in range(100))
+    assert "flaskd-watch" not in {each.name for each in threading.enumerate()}
+
+
+def test_what_takes_long_after_all_loses_the_lead(lead):
+    """Another thread leads while it goes on."""
+    quick(lead)
+    assert kept(lead)
+    other = threading.Thread(target=lead.take)
+    other.start()
+    other.join(PATIENCE)
+    assert not other.is_alive()
+    assert not lead.still_kept()
+
+
+def test_an_end_leaves_the_lead_with_no_request(lead):
+    """Whatever is run then, another thread can lead, and the one that runs it hears so."""
+    quick(lead)
+    assert kept(lead)
+    lead.end()
+    lead.join(PATIENCE)
+    lead.take()
+    assert not lead.still_kept()
+    assert not lead.keep("GET /")
+
+
+def test_kinds_are_remembered_up_to_a_number(lead):
+    """Clients make them up."""
+    for number in range(5000):
+        lead.note(f"GET /{number}", 0.0)
+    quick(lead)
+    assert kept(lead)
+
+
+def test_no_request_waits_for_one_that_was_expected_to_be_quick(serve, connect):
+    """A page that has always been quick hangs: the others are served, and it is answered when it goes on."""
+    hangs, entered, go_on = threading.Event(), threading.Semaphore(0), threading.Event()
+
+    def app(environ, start_response):
+        if hangs.is_set() and environ["PATH_INFO"] == "/page":
+            entered.release()
+            assert go_on.wait(PATIENCE)
+        start_response("200 OK", [("Content-Length", "2")])
+        return [b"ok"]
+
+    server = serve(app, threads=4)
+    client, other = connect(server), connect(server)
+    watched = False
+    end = time.monotonic() + PATIENCE
+    while not watched and time.monotonic() < end:
+        client.ask("/page")
+        watched = "flaskd-watch" in {each.name for each in threading.enumerate()}
+    for _ in range(300):
+        client.ask("/page")
+    hangs.set()
+    client.send("/page")
+    assert entered.acquire(timeout=PATIENCE)
+    assert other.ask("/other").status == 200
+    held = [connect(server).send("/page") for _ in range(3)]
+    assert all(entered.acquire(timeout=PATIENCE) for _ in held)
+    assert server.turns(PATIENCE)
+    go_on.set()
+    assert [each.response().status for each in (client, *held)] == [200] * 4
