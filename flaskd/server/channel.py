@@ -151,13 +151,6 @@ class Channel(OutputChannel):
 
     # --- one request ---------------------------------------------------------------------------------------------
 
-    @property
-    def kind(self) -> str:
-        """The method, and the beginning of the path: requests that have both in common often take as long."""
-        request = self.requests[0]
-        end = request.path.find("/", 1)
-        return f"{request.command} {request.path if end < 0 else request.path[:end]}"
-
     def begin_next(self) -> None:
         """Let the first request in line be answered, by a thread or by the loop itself; `requests_lock` is held."""
         request, context = self.requests[0], self.context

@@ -74,6 +74,13 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
         return request if request is not None and request.begun else None
 
     @property
+    def kind(self) -> str:
+        """The method, and the beginning of the path: requests that have both in common often take as long."""
+        request = self.requests[0]
+        end = request.path.find("/", 1)
+        return f"{request.command} {request.path if end < 0 else request.path[:end]}"
+
+    @property
     def serving_was_refused(self) -> bool:
         """Whether the last request was answered without being read to its end, or the app."""
         serving: Request | None = getattr(self, "serving", None)
