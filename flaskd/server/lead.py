@@ -17,8 +17,9 @@ _TICK = 0.005
 """Seconds between two looks of the thread that watches."""
 _QUIET = 10
 """Looks without a request until it watches no more."""
-_QUICK = 0.001
-"""Seconds that a quick request takes at most, the sending of its answer included."""
+_QUICK = 0.0005
+"""Seconds that a quick request takes at most, the sending of its answer included. One that takes longer may be waiting
+for something, while another thread could read."""
 _IN_A_ROW = 8
 """Quick requests of one kind after which its next one is expected to be quick."""
 _BUSY = 0.005

@@ -121,7 +121,10 @@ class ThreadPool:
                 if kind and self._lead.keep(kind):
                     self._run(task, kind)
                     leads = self._lead.still_kept()
-                    task = None if leads and self._leave() else self._next()
+                    if leads:
+                        self._leave()
+                        continue
+                    task = self._next()
                 else:
                     leads = False
                     self._lead.pass_on()
@@ -157,11 +160,10 @@ class ThreadPool:
                 return task
         return None
 
-    def _leave(self) -> bool:
-        """Give the place up, while leading; true."""
+    def _leave(self) -> None:
+        """Give the place up, while leading."""
         with self._lock:
             self._running -= 1
-        return True
 
     def _next(self) -> Task | None:
         """The oldest task for the place that has become free, or None: then the place is given up."""
