@@ -70,7 +70,8 @@ class EventLoop:
     def open(self) -> None:
         """Build waitress' servers on the listeners; called before the threads start."""
         context = self.context
-        adjustments = Adjustments(threads=context.pool.size, **self._adjustments)
+        # Waitress looks its own address up, which nobody uses; for this one no codec of names has to be loaded.
+        adjustments = Adjustments(**{"listen": "*:0", "threads": context.pool.size, **self._adjustments})
         self.admission.limit = adjustments.connection_limit
         for listener in self._listeners:
             context.acceptors.append(make_acceptor(self.admission, listener, self._app, adjustments))

@@ -121,7 +121,7 @@ class WaitressThread(ObservedServer):
         self._serves = True
         worked = threading.Event()
         loop.context.pool.run(worked.set) if self._threads else worked.set()
-        started = loop.turned.wait(_START_TIMEOUT) and worked.wait(_START_TIMEOUT)
+        started = loop.turned.wait(_START_TIMEOUT) and (loop.ended.is_set() or worked.wait(_START_TIMEOUT))
         if not started or loop.error is not None:
             error = loop.error
             self.end()

@@ -132,9 +132,10 @@ class ThreadPool:
                     self._run(task, task.kind)
                     task = self._next()
         finally:
+            last = self._forget(thread)  # before the next one leads, and counts whether it is one too many
             if leads:
                 self._lead.pass_on()
-            self._ended(thread)
+            last()
 
     def _run(self, task: Task, kind: str) -> None:
         began = time.monotonic()
@@ -297,12 +298,11 @@ class ThreadPool:
                 return
         function()
 
-    def _ended(self, thread: threading.Thread) -> None:
+    def _forget(self, thread: threading.Thread) -> Callable[[], None]:
+        """Count a thread no more; gives what it has to do as the last one."""
         with self._lock:
             del self._numbers[thread]
-            function = None if self._numbers else self._last_ended
-        if function is not None:
-            function()
+            return (None if self._numbers else self._last_ended) or (lambda: None)
 
 
 class _FunctionTask:

@@ -137,6 +137,18 @@ def test_places_come_and_go(pool_of):
     assert last.ran.wait(PATIENCE)
 
 
+def test_only_those_end_that_are_too_many(pool_of, monkeypatch):
+    """A thread that ends is counted no more when it passes the lead on: else the next one would find itself too many."""
+    pool, real, seen = pool_of(4), Lead.pass_on, []
+    monkeypatch.setattr(Lead, "pass_on", lambda self: seen.append(pool.surplus) or real(self))
+    before = list(pool.started)
+    pool.resize(1)
+    while sum(each.is_alive() for each in before) > 2:
+        for each in before:
+            each.join(0.01)
+    assert seen == [True, True, False]
+
+
 def test_places_can_change_before_the_start():
     """No thread is started before there is something to lead."""
     pool = ThreadPool(4)
