@@ -363,7 +363,7 @@ class Logs:
         if self.access == "off":
             return
         if type(self._access.formatter) is _Bare and self._adopted[access_log.name].is_ours_alone:
-            self._writer.put(access_line(self.access, fields))  # for which no record is needed
+            self._writer.put(access_line(self.access, fields), hurry=False)  # for which no record is needed
         else:
             log_access(self.access, fields)
 

@@ -25,7 +25,7 @@ _MOST = 10_000
 _BATCH = 500
 """Lines that are written at once."""
 _GATHER = 0.01
-"""Seconds between two writes of the thread: to wake it for each line under load would cost more than the lines."""
+"""Seconds between two writes of access lines: to wake the thread for each under load would cost more than the lines."""
 _LOOK = 1.0
 """Seconds between two looks at what was only counted."""
 _PATIENCE = 1.0
@@ -75,12 +75,17 @@ class Writer:
         except RuntimeError:
             self._thread = None
 
-    def put(self, line: Line) -> None:
-        """Have a line, or an entry for the journal, written soon; when too many wait, it is dropped and counted."""
+    def put(self, line: Line, *, hurry: bool = True) -> None:
+        """Have a line, or an entry for the journal, written soon; when too many wait, it is dropped and counted.
+
+        Without `hurry` it may wait `_GATHER` seconds for others.
+        """
         if self._thread is None:
             self._write([line])
         elif self._lines.qsize() < _MOST:
             self._lines.put(line)
+            if hurry:
+                self._hurry.set()
         else:
             self._lost += 1
 
