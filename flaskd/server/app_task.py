@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import io
 import logging
-import os
 import re
 import sys
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 from waitress.buffers import ReadOnlyFileBasedBuffer
 from waitress.task import hop_by_hop
 
-from flaskd.process.forks import AppCode, end_child
+from flaskd.process.forks import AppCode
 from flaskd.server.lines import TOKEN
 from flaskd.server.streams import STREAM_TYPES, Parts
 from flaskd.server.tasks import Recorded
@@ -35,31 +33,22 @@ class AppExitedError(RuntimeError):
 class AppTask(Recorded):
     """Runs the app for one request."""
 
-    _pid = 0
+    _code: AppCode
     _is_noted = False
 
     def execute(self) -> None:
-        """Run the app; whatever it raises becomes an Exception.
-
-        A child that the app forked ends where it comes back from the app's code (`flaskd.process.forks`); it is told
-        by its process id, because a context for it would cost more than all that it holds.
-        """
-        self._pid = os.getpid()
+        """Run the app; whatever it raises becomes an Exception."""
         try:
-            self._execute()
+            with AppCode() as self._code:
+                self._execute()
+        except Exception:
+            raise
         except BaseException as error:
-            if os.getpid() != self._pid:
-                end_child(error)
-            if isinstance(error, Exception):
-                raise
             raise AppExitedError(f"the app raised {type(error).__name__} while answering") from error
-        if os.getpid() != self._pid:
-            end_child()
 
     def _execute(self) -> None:
         parts = self.channel.server.app(self._environ(), self.start_response)
-        if os.getpid() != self._pid:
-            end_child()
+        self._code.check()
         if self.content_length is None and self._is_stream():  # its first event may be long in coming
             self._note_stream()
         closes = True
@@ -118,7 +107,7 @@ class AppTask(Recorded):
         environ["REQUEST_URI"] = request.request_uri
         environ["QUERY_STRING"] = request.query
         environ["wsgi.errors"] = sys.stderr
-        environ["wsgi.input"] = request.get_body_stream() if request.content_length or request.chunked else io.BytesIO()
+        environ["wsgi.input"] = request.get_body_stream()
         environ["waitress.client_disconnected"] = channel.check_client_disconnected
         environ.update(request.headers)
         return environ
@@ -157,8 +146,7 @@ class AppTask(Recorded):
 
     def write(self, data: bytes) -> None:
         """Write a part of the response; here even an app that is itself a generator has said what it sends."""
-        if os.getpid() != self._pid:
-            end_child()
+        self._code.check()
         first = not self.wrote_header
         super().write(data)
         if first and self.content_length is None and not self._is_noted and self._is_stream():
@@ -172,11 +160,11 @@ class AppTask(Recorded):
             self._measure(parts)
             self.close_on_finish = self.close_on_finish or not self.has_body
             self.write(b"")
-            return Parts(parts, lambda: True, AppCode())
+            return Parts(parts, lambda: True, self._code)
         # What has no known length is asked for nothing behind the header: it may be endless.
         if hasattr(parts, "__len__"):
             return parts
-        return Parts(parts, lambda: self.wrote_header and not self.sends_body, AppCode())
+        return Parts(parts, lambda: self.wrote_header and not self.sends_body, self._code)
 
     def _write_file(self, file: Any) -> bool:
         """Send a file (wsgi.file_wrapper), which the channel closes then; whether there was something in it."""

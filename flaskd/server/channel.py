@@ -1,7 +1,7 @@
-"""A connection and its requests, on waitress' own channel and parser.
+"""A connection and its requests, on waitress' own channel.
 
-Everything here overrides a method of waitress 3; each of those internals has a contract test in
-``tests/unit/server/test_contract.py``, so that a new waitress fails a test and not a user.
+What is taken from waitress 3, or overrides it, has a contract test in ``tests/unit/server/test_contract.py``, so that a
+new waitress fails a test and not a user.
 """
 
 from __future__ import annotations

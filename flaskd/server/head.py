@@ -10,18 +10,14 @@ from __future__ import annotations
 import functools
 import re
 
-from flaskd.server.lines import TOKEN, is_host
+from flaskd.server.lines import LENGTH, TOKEN, is_host
 
 _HEAD = re.compile(
     r"(GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS) (/[!\"$-~]*+) HTTP/1\.1"
     rf"((?:\r\n{TOKEN}: [!-~\x80-\xff][\t -~\x80-\xff]*+(?<![ \t]))++)\r\n\r\n"
 )
 """Each field has one blank behind its colon, and none at its end."""
-_LENGTH = re.compile(r"[0-9]{1,18}")
 _UNCOMMON = frozenset({"HTTP_TRANSFER_ENCODING", "HTTP_EXPECT", "_"})
-_keys: dict[str, str] = {}
-_MOST_KEYS = 1000
-"""Names of fields that are remembered; bounded, because clients make them up."""
 
 _is_host = functools.lru_cache(maxsize=1024)(is_host)
 
@@ -37,10 +33,10 @@ def read(data: bytes) -> tuple[str, str, dict[str, str], int, int] | None:
     method, target, block = match.groups()
     lines = block.split("\r\n")
     del lines[0]  # what is before the first line end
-    keys, fields = _keys, dict[str, str]()
+    fields: dict[str, str] = {}
     for line in lines:
         name, _, value = line.partition(": ")
-        fields[keys.get(name) or environ_key(name)] = value
+        fields[environ_key(name)] = value
     if len(fields) != len(lines) or not _UNCOMMON.isdisjoint(fields):
         return None
     if not (host := fields.get("HTTP_HOST")) or not _is_host(host):
@@ -48,20 +44,16 @@ def read(data: bytes) -> tuple[str, str, dict[str, str], int, int] | None:
     length = fields.get("CONTENT_LENGTH")
     if length is None:
         return method, target, fields, match.end(), 0
-    if _LENGTH.fullmatch(length) is None:
+    if LENGTH.fullmatch(length) is None:
         return None
     return method, target, fields, match.end(), int(length)
 
 
+@functools.lru_cache(maxsize=1000)
 def environ_key(name: str) -> str:
     """The name in an environ of a field (PEP 3333); "_" for one with an underscore in it, which is left out.
 
     It would be the name with a hyphen, which a proxy in front has checked.
     """
     key = "_" if "_" in name else name.upper().replace("-", "_")
-    if key not in {"_", "CONTENT_LENGTH", "CONTENT_TYPE"}:
-        key = "HTTP_" + key
-    if len(_keys) >= _MOST_KEYS:
-        _keys.clear()
-    _keys[name] = key
-    return key
+    return key if key in {"_", "CONTENT_LENGTH", "CONTENT_TYPE"} else "HTTP_" + key

@@ -20,6 +20,8 @@ _HOST = re.compile(
     r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]++)\]|(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})++)(?::[0-9]{0,5}+)?"
 )
 """RFC 3986 §3.2.2 and §3.2.3."""
+LENGTH = re.compile(r"[0-9]{1,18}")
+"""A Content-Length (RFC 9110 §8.6), as far as a number of bytes can be meant."""
 _CR = 0x0D
 
 

@@ -21,7 +21,7 @@ from waitress.utilities import Error
 from flaskd.server.buffers import BodyBuffer
 from flaskd.server.chunked import ChunkedBody
 from flaskd.server.head import environ_key
-from flaskd.server.lines import Lines, RefusedError, field, is_host
+from flaskd.server.lines import LENGTH, Lines, RefusedError, field, is_host
 
 log = logging.getLogger("flaskd.server")
 
@@ -34,7 +34,6 @@ _TARGET = re.compile(r"[!\"$-~]++")
 """Visible characters; a fragment is no part of a target (RFC 9112 §3.2)."""
 _VERSION = re.compile(r"HTTP/([0-9])\.([0-9])")
 _ABSOLUTE = re.compile(r"https?://([^/?]*+)(.*)", re.IGNORECASE)
-_LENGTH = re.compile(r"[0-9]{1,18}")
 _MOST_BLANK_LINES = 10
 """Before a request, as Apache has it; RFC 9112 §2.2 asks for one at least."""
 _SINGLE = {"HTTP_HOST": "Host", "CONTENT_LENGTH": "Content-Length", "CONTENT_TYPE": "Content-Type"}
@@ -206,7 +205,7 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
                 BodyBuffer(adj.inbuf_overflow), adj.max_request_body_size, adj.max_request_header_size
             )
         elif length is not None:
-            if not _LENGTH.fullmatch(length):
+            if not LENGTH.fullmatch(length):
                 raise RefusedError(400, "expected a Content-Length of at most 18 digits")
             self.content_length = int(length)
             if self.content_length > adj.max_request_body_size:

@@ -28,11 +28,11 @@ _JOIN_TIMEOUT = 1.0
 
 
 class WaitressThread(ObservedServer):
-    """Serves a WSGI app with a thread of its own and a pool of threads that run the app.
+    """Serves a WSGI app with threads of its own, of which one leads and the others run the app.
 
     ``start()`` returns when requests are served or raises what went wrong; ``stop()`` answers what is in flight and
     joins every thread. As a context manager it does both. Port 0 takes a free port, shown by ``url``. With 0 threads
-    the serving thread runs the app itself, which must never wait. With `fixed_limits` the log does not say which
+    the one that leads runs the app itself, which must never wait. With `fixed_limits` the log does not say which
     setting of ``server`` a request that is too large goes beyond: there is none.
     """
 

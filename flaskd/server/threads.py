@@ -73,14 +73,14 @@ class ThreadPool:
         self._lead = Lead()
         self._last_ended: Callable[[], None] | None = None
 
-    def start(self, lead: Callable[[], Task | None], wake: Callable[[], None], name: str) -> None:
+    def start(self, turn: Callable[[], Task | None], wake: Callable[[], None], name: str) -> None:
         """Start the threads; RuntimeError where they cannot be had.
 
-        `lead` handles events and returns what is to be run next, or None when the thread is to end; it is called by
+        `turn` handles events and returns what is to be run next, or None when the thread is to end; it is called by
         one thread at a time. `wake` makes it look at `queue` and `surplus` (any thread). `name` is that of the only
         thread where there are no places.
         """
-        self._turn, self._wake, self._name = lead, wake, name
+        self._turn, self._wake, self._name = turn, wake, name
         with self._lock:
             self._fill()
 
@@ -106,7 +106,7 @@ class ThreadPool:
 
     # --- what each thread does ------------------------------------------------------------------------------------
 
-    def _work(self, lead: Callable[[], Task | None]) -> None:
+    def _work(self, turn: Callable[[], Task | None]) -> None:
         thread = threading.current_thread()
         leads = False
         try:
@@ -114,7 +114,7 @@ class ThreadPool:
                 if not leads:
                     self._lead.take()
                     leads, self.leader = True, thread
-                task = lead()
+                task = turn()
                 if task is None:
                     return
                 kind = task.kind
@@ -256,9 +256,9 @@ class ThreadPool:
         """
         with self._lock:
             self.queue.append(task)
-            waits = self._running >= self._places or len(self.queue) > self._places - self._running
-        if waits:
-            _queue_log.warning("Task queue depth is %d", len(self.queue) - max(0, self._places - self._running))
+            depth = len(self.queue) - max(0, self._places - self._running)
+        if depth > 0:
+            _queue_log.warning("Task queue depth is %d", depth)
 
     def run(self, function: Callable[[], None]) -> None:
         """Run a function in one of the places (any thread)."""
