@@ -2,7 +2,7 @@
 
 To wake another thread costs more than many a request: two switches, and two threads that contend for the GIL. So a
 thread keeps the lead while it runs a request of a kind that has been quick of late. Should that one take long after
-all, a thread that watches passes the lead on in its stead, after `_TICK` at the earliest and twice that at the latest.
+all, a thread that watches passes the lead on in its stead, at the first look that finds the request of the look before.
 """
 
 from __future__ import annotations
