@@ -138,12 +138,15 @@ class Client:
 
     server = None
 
-    def __init__(self, address, receive_buffer=None):
+    def __init__(self, address, receive_buffer=None, *, slow=False):
+        """`slow`: its handshake is done when it first sends something, or 200 ms later (TCP_QUICKACK, tcp(7); Linux)."""
         family = socket.AF_UNIX if address.path else socket.AF_INET6 if ":" in address.host else socket.AF_INET
         self.socket = socket.socket(family, socket.SOCK_STREAM)
         self.socket.settimeout(PATIENCE)
         if receive_buffer is not None:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        if slow:
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
         try:
             self.socket.connect(address.path or (address.host, address.port))
         except OSError:

@@ -15,7 +15,12 @@ from flaskd.server.request import Connection
 log = logging.getLogger("flaskd.server")
 
 GATE = 0.03
-"""Seconds in which handshakes under way complete behind a closed gate."""
+"""Seconds in which handshakes under way complete behind a closed gate, where the kernel does not tell of them."""
+GATE_MOST = 1.0
+"""Seconds in which they complete where it does: to a client far away it is a long way, and a busy one is slow. Bounded,
+because some never complete, as those of who only looks for open ports."""
+GATE_AGAIN = 0.01
+"""Seconds until the kernel is asked again whether some are under way."""
 BACKLOG = 4096
 """Connections taken from the backlog of a listener that could not be gated. Bounded, because clients come back."""
 TOO_LATE = "the deadline came"
@@ -54,7 +59,7 @@ class Draining:
         self._began = time.monotonic()
         self._gated: list[Any] = []
         """Acceptors whose backlog is still to be taken."""
-        self._gate_until = 0.0
+        self._gate_until = self._gate_at_most = 0.0
         self._last_batch_taken = False
         self._streams: list[tuple[float, Connection]] = []
         self.cut: list[Cut] = []
@@ -90,7 +95,8 @@ class Draining:
 
     def close_gates(self) -> None:
         """Take no new connections; again when a listener that somebody shared is ours alone by now."""
-        self._gate_until = time.monotonic() + GATE
+        now = time.monotonic()
+        self._gate_until, self._gate_at_most = now + GATE, now + GATE_MOST
         for acceptor in self._context.acceptors:
             listener = acceptor.listener
             if not acceptor.accepting or acceptor in self._gated:
@@ -103,10 +109,23 @@ class Draining:
                 listener.withdraw()
                 self._let_in(acceptor)
 
-    def pass_the_gate(self) -> None:
-        """Wait until handshakes under way have had their time behind the gate, and let all of them in."""
-        while self._gated and (left := self._gate_until - time.monotonic()) > 0:
-            self._turn(left)
+    def pass_the_gate(self, *, patient: bool = True) -> None:
+        """Wait until handshakes under way are done, or had their time behind the gate, and let all of them in."""
+        while self._gated and ((left := self._gate_until - time.monotonic()) > 0 or (patient and self._connecting())):
+            self._turn(max(left, GATE_AGAIN))
+        self._let_all_in()
+
+    def _look_at_the_gate(self, now: float) -> None:
+        if self._connecting():
+            self._gate_until = now + GATE_AGAIN
+        else:
+            self._let_all_in()
+
+    def _connecting(self) -> bool:
+        """Whether a client is still on its way through the gate, and has time left."""
+        return time.monotonic() < self._gate_at_most and any(each.listener.handshakes() for each in self._gated)
+
+    def _let_all_in(self) -> None:
         self._gate_until = time.monotonic() + _ROOM_AGAIN
         gated, self._gated = self._gated, []
         for acceptor in gated:
@@ -145,7 +164,7 @@ class Draining:
                 return
             self._begin()
         if self._gated and now >= self._gate_until:
-            self.pass_the_gate()
+            self._look_at_the_gate(now)
         while self._streams and self._streams[0][0] <= now:
             self._streams.pop(0)[1].end_stream()
         if not self._gated and not self._open() and not self._last_batch():
@@ -181,7 +200,7 @@ class Draining:
         """Answer 503 to what waits in the queue, or before the gate: nobody has begun it, and another server may."""
         self._context.refusing = True
         if self._gated:
-            self.pass_the_gate()
+            self.pass_the_gate(patient=False)
             self._turn(0)  # read what those have sent
         self._context.answer()
         for acceptor in self._gated:

@@ -22,7 +22,7 @@ from flaskd.errors import FlaskdError
 from flaskd.ledger import Cut, DrainReport, InFlight
 from flaskd.process.forks import forgotten_by_children
 from flaskd.server.drain import in_thread_of_its_own
-from flaskd.server.draining import BACKLOG, GATE, TOO_LATE
+from flaskd.server.draining import BACKLOG, GATE, GATE_AGAIN, GATE_MOST, TOO_LATE
 from flaskd.server.exchange import OwnErrors, Request, Server
 from flaskd.server.streams import STREAM_GRACE, EndingStreams
 from flaskd.sockets import Address, Listener
@@ -178,13 +178,17 @@ class WerkzeugThread:
                 self._accept()
             selector.unregister(self._woken)
             # The gate: new clients are refused, those whose handshake is done are served. Bounded: clients come back.
-            until = time.monotonic() + (GATE if self._listener.gate() else 0)
+            began, gated, through = time.monotonic(), self._listener.gate(), False
+            until, at_most = (began + GATE, began + GATE_MOST) if gated else (began, began)
             self._listener.withdraw()
             for _ in range(BACKLOG):
-                if selector.select(max(0.0, until - time.monotonic())):
+                if selector.select(0 if through else max(0.0, until - time.monotonic())):
                     self._accept()
-                elif time.monotonic() >= until:
+                elif through:
                     break
+                elif (now := time.monotonic()) >= until:
+                    through = now >= at_most or not self._listener.handshakes()
+                    until = now + GATE_AGAIN
         self._server.socket.close()
         self._listener.close()
 

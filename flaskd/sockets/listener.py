@@ -13,6 +13,7 @@ from typing import Self
 
 from flaskd.errors import CannotCreateError
 from flaskd.sockets.address import Address
+from flaskd.sockets.handshakes import under_way
 from flaskd.sockets.unix import Node, bind_unix
 
 _SO_BINDTOIFINDEX = 62
@@ -100,6 +101,10 @@ class Listener:
             return 0
         # tcpi_unacked of a listener is the length of its backlog (tcp_get_info() in Linux' net/ipv4/tcp.c).
         return int(struct.unpack_from("=I", info, 24)[0])
+
+    def handshakes(self) -> int:
+        """How many clients are connecting and cannot be accepted yet, where the system tells; closing resets them."""
+        return under_way(self.socket)
 
     def withdraw(self) -> None:
         """Remove a Unix listener's node if it is still ours, so that no new client comes; connections made stay.

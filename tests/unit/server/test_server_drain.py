@@ -1,12 +1,19 @@
 """What a drain owes to each connection: graces, half-closes, refusals in words, ended streams, shared listeners."""
 
+import errno
+import queue
 import socket
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 from server_kit import (
     BIG,
+    HAS_IPV6,
     PATIENCE,
     Client,
     answers,
@@ -20,9 +27,10 @@ from server_kit import (
     serve,
     until,
 )
-from stock_waitress import later, turn
+from stock_waitress import busy, later, turn
 
 from flaskd.server import WaitressThread
+from flaskd.server import draining as draining_module
 from flaskd.server.channel import Channel
 from flaskd.server.poller import PollMap
 from flaskd.server.request import Request
@@ -261,6 +269,25 @@ def test_a_half_closing_client_gets_its_answer(serve, app, connect):
         assert client.response().status == 200
 
 
+@contextmanager
+def looks_at_the_gate():
+    """Tells how many handshakes the server finds under way, each time that it looks."""
+    looked, before = queue.SimpleQueue(), Listener.handshakes
+
+    def handshakes(self):
+        count = before(self)
+        looked.put(count)
+        return count
+
+    with mock.patch.object(Listener, "handshakes", handshakes):
+        yield looked
+
+
+def looked_twice(looked):
+    """Wait until the least time behind the gate is over, or on a busy machine the slow handshake."""
+    return looked.get(timeout=PATIENCE) == 0 or looked.get(timeout=PATIENCE) == 0
+
+
 def test_new_clients_are_refused_while_handshakes_complete(serve, app, connect):
     """The gate: connections already made are served, new ones are refused while the listener still drains."""
     server = serve(threads=1)
@@ -273,6 +300,74 @@ def test_new_clients_are_refused_while_handshakes_complete(serve, app, connect):
         app.released.set()
         assert {client.response().status for client in [early, *waiting]} == {200}
         assert report.result(PATIENCE).completed == 11
+
+
+needs_ipv6 = pytest.mark.skipif(not HAS_IPV6, reason="this machine has no ::1")
+needs_handshakes = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of handshakes under way")
+
+
+@needs_handshakes
+@pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("::1", marks=needs_ipv6), "0.0.0.0"])
+def test_a_handshake_that_takes_long_is_waited_for(host, serve, app, connect):
+    """A drain closes no listener to which a client is still connecting; the client is answered, whatever its distance."""
+    with looks_at_the_gate() as looked:
+        server = serve(host=host, keepalive_grace=PATIENCE)
+        first = connect(server).send("/gate")
+        app.entered(1)
+        far = connect(server, slow=True)
+        with draining(server, app) as report:
+            app.released.set()
+            assert first.response().status == 200
+            looked_twice(looked)
+            assert far.send("/").response().status == 200
+            account = report.result(PATIENCE)
+            assert (account.completed, account.unaccepted) == (2, 0)
+
+
+@needs_handshakes
+def test_a_handshake_that_takes_long_is_waited_for_by_a_resume(serve, connect):
+    """Who was connecting when a drain began is served, even if the drain is undone in the same moment."""
+    server = serve()
+    with busy(server.loop) as release, looks_at_the_gate() as looked, ThreadPoolExecutor(1) as pool:
+        far = connect(server, slow=True)
+        server.begin_drain(PATIENCE, lambda _: None)
+        posted, call = threading.Event(), server.loop.call
+        server.loop.call = lambda function: (call(function), posted.set())
+        resumed = pool.submit(server.resume)
+        assert posted.wait(PATIENCE)
+        release()
+        looked_twice(looked)
+        assert far.send("/").response().status == 200
+        resumed.result(PATIENCE)
+
+
+def test_a_handshake_that_is_never_done_ends_no_drain_late(serve, monkeypatch):
+    """Who connects and does not go on holds a drain up for a bounded time, and none that has come to its deadline."""
+    monkeypatch.setattr(Listener, "handshakes", lambda _: 1)
+    monkeypatch.setattr(draining_module, "GATE_MOST", PATIENCE)
+    assert serve().drain(0.1).took < PATIENCE / 2
+    monkeypatch.setattr(draining_module, "GATE_MOST", 0.1)
+    assert 0.1 <= serve().drain(PATIENCE).took < PATIENCE / 2
+
+
+def test_a_gate_is_passed_where_nothing_tells_of_handshakes(serve, app, connect, monkeypatch):
+    """Without netlink, as under some sandboxes, those who wait are served after a moment, and the listener is closed."""
+    before = socket.socket
+
+    def sandboxed(family=-1, *args, **options):
+        if family == getattr(socket, "AF_NETLINK", None):
+            raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+        return before(family, *args, **options)
+
+    server = serve()
+    with busy(server.loop) as release:
+        waiting = connect(server).send("/")
+        monkeypatch.setattr("flaskd.sockets.handshakes.socket.socket", sandboxed)
+        with ThreadPoolExecutor(1) as pool:
+            report = pool.submit(server.drain, PATIENCE)
+            release()
+            assert waiting.response().status == 200
+            assert report.result(PATIENCE).completed == 1
 
 
 def shared_listener():

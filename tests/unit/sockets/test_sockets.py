@@ -4,6 +4,7 @@ import os
 import select
 import socket
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -221,6 +222,52 @@ def test_a_name_of_both_families_is_taken_as_ipv4(monkeypatch, bound):
     six = (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", 0, 0, 0))
     monkeypatch.setattr("flaskd.sockets.listener.socket.getaddrinfo", lambda *_, **__: [six, four])
     assert bound("localhost:0").socket.family == socket.AF_INET
+
+
+@contextlib.contextmanager
+def connecting(where):
+    """A client whose handshake is done when it sends something, or 200 ms later (TCP_QUICKACK, tcp(7))."""
+    with socket.socket(socket.AF_INET6 if ":" in where[0] else socket.AF_INET) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
+        client.connect(where)
+        yield client
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of handshakes under way")
+@pytest.mark.parametrize(
+    ("listens", "connects"),
+    [
+        ("127.0.0.1:0", "127.0.0.1"),
+        ("0.0.0.0:0", "127.0.0.2"),
+        pytest.param("[::1]:0", "::1", marks=needs_ipv6),
+        pytest.param("[::]:0", "::1", marks=needs_ipv6),
+    ],
+)
+def test_handshakes_under_way_are_told(listens, connects, bound):
+    """A client counts until it can be accepted; those of another address, or of another port, do not count."""
+    listener, other = bound(listens, backlog=8), bound("127.0.0.3:0", backlog=8)
+    assert listener.handshakes() == 0
+    for _ in range(10):  # on a busy machine the time may be over before anything looks
+        with connecting((connects, listener.address.port)) as client, connecting(other.socket.getsockname()):
+            counts = listener.handshakes(), other.handshakes()
+            client.send(b"x")
+            assert listener.handshakes() == 0
+            if counts == (1, 1):
+                break
+    assert counts == (1, 1)
+    assert listener.waiting() >= 1
+
+
+def test_handshakes_of_a_unix_listener(path, bound):
+    """There are none: who connects to it waits to be accepted at once."""
+    assert bound(f"unix:{path}", backlog=8).handshakes() == 0
+
+
+def test_handshakes_of_a_listener_that_was_closed(bound):
+    """Nothing tells of them, and that is no error."""
+    listener = bound("127.0.0.1:0", backlog=8)
+    listener.close()
+    assert listener.handshakes() == 0
 
 
 @needs_ipv6
