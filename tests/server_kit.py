@@ -7,16 +7,19 @@ import os
 import queue
 import socket
 import struct
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 from patience import PATIENCE
 
 from flaskd.server import WaitressThread
+from flaskd.sockets import Listener
 
 BIG = 8 * 1024 * 1024
 """Bytes; more than the kernel takes for a client that does not read, less than what would hold up a worker."""
@@ -32,6 +35,9 @@ def _has_ipv6():
 
 HAS_IPV6 = _has_ipv6()
 """Whether this machine has the loopback address ::1; many containers have not."""
+
+
+needs_handshakes = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of handshakes under way")
 
 
 class App:
@@ -251,6 +257,27 @@ def draining(server, app, timeout=PATIENCE):
             yield report
         finally:
             app.released.set()
+
+
+@contextmanager
+def looks_at_the_gate():
+    """Gives what waits until a server has looked twice whether handshakes are under way, or found that none is.
+
+    When it looks a second time, the least time behind the gate is over. On a busy machine a slow handshake may be, too.
+    """
+    looked, before = queue.SimpleQueue(), Listener.handshakes
+
+    def handshakes(self):
+        count = before(self)
+        looked.put(count)
+        return count
+
+    def looked_twice():
+        if looked.get(timeout=PATIENCE) > 0:
+            looked.get(timeout=PATIENCE)
+
+    with mock.patch.object(Listener, "handshakes", handshakes):
+        yield looked_twice
 
 
 @pytest.fixture

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from flaskd.server.connections import Connections
 from flaskd.sockets import Listener
@@ -48,6 +50,16 @@ class Admission:
             log.warning(f"{self.limit} connections are open, the most there may be; new ones wait")
             self.accept(on=False)
         return self.paused
+
+    @contextlib.contextmanager
+    def beyond_the_limit(self) -> Iterator[None]:
+        """While open, all are let in who wait: the listener is about to be closed, which would reset them."""
+        limit, paused = self.limit, self.paused
+        self.limit, self.paused = sys.maxsize, False
+        try:
+            yield
+        finally:
+            self.limit, self.paused = limit, self.paused or paused
 
     def out_of_files(self, error: OSError) -> None:
         """Stop accepting for a moment: the process or the machine has no more files to give."""

@@ -214,9 +214,10 @@ class EventLoop:
             self._drain.end_streams([channel])
 
     def pass_the_gate(self) -> None:
-        """Let in whose handshake was under way when a drain began, if that is not over yet."""
+        """Let in who was on the way when a drain began, if that is not over yet, however many there are."""
         if self._drain is not None:
-            self._drain.pass_the_gate()
+            with self.admission.beyond_the_limit():
+                self._drain.pass_the_gate()
 
     def close_gates(self) -> None:
         """Deal with listeners that became ours alone after a drain began."""

@@ -1,13 +1,16 @@
 """Werkzeug's development server in a thread: whatever the app gives or the client sends, a stop is quick and tells."""
 
 import socket
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
-from server_kit import PATIENCE, get, no_thread_left
+from server_kit import PATIENCE, Client, get, looks_at_the_gate, needs_handshakes, no_thread_left
 
 import flaskd
+from flaskd.sockets import Address
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
@@ -128,6 +131,20 @@ def test_more_bytes_while_a_request_runs(more):
         report = server.stop(timeout=PATIENCE)
         assert report.took < PATIENCE / 2
         assert report.clean
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of handshakes under way")
+@needs_handshakes
+def test_a_client_that_is_still_connecting_is_served():
+    """A stop waits for handshakes under way, and answers who comes through the gate."""
+    app = app_of("200 OK", [], lambda: [b"hello"])
+    with serving(app) as (server, _), looks_at_the_gate() as looked_twice, ThreadPoolExecutor(1) as pool:
+        far = Client(Address("127.0.0.1", server.port), slow=True)
+        report = pool.submit(server.stop, timeout=PATIENCE)
+        looked_twice()
+        assert far.send("/").response().status == 200
+        far.close()
+        assert report.result(PATIENCE).completed == 1
 
 
 def test_a_request_that_never_comes_whole_is_in_the_account():

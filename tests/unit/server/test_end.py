@@ -92,6 +92,26 @@ def test_a_backlog_beyond_the_limit_of_connections_is_served(kind, serve, app, c
         assert (report.result(PATIENCE).completed, report.result().cut) == (7, ())
 
 
+def test_a_backlog_beyond_the_limit_of_connections_is_served_by_a_resume(serve, app, connect):
+    """A resume closes the listener at which they wait, and so lets them all in first, however many there are."""
+    server = serve(adjustments={"connection_limit": 2}, keepalive_grace=PATIENCE)
+    running = [connect(server).send("/gate") for _ in range(2)]
+    app.entered(2)
+    waiting = [connect(server).send("/") for _ in range(5)]
+    turn(server)
+    server.begin_drain(PATIENCE, lambda _: None)
+    server.resume()
+    assert server.connections == 7
+    late = connect(server).send("/")
+    turn(server)
+    assert server.connections == 7  # for others the limit holds
+    app.released.set()
+    assert [each.response().status for each in [*running, *waiting]] == [200] * 7
+    for each in [*running, *waiting]:
+        each.close()
+    assert late.response().status == 200
+
+
 def test_room_for_connections_does_not_open_a_shared_listener_in_a_drain(serve, app, connect):
     """When the limit is not reached any more, a draining server still leaves the next owner's clients alone."""
     with socket.create_server(("127.0.0.1", 0)) as kept:

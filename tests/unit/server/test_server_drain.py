@@ -1,14 +1,10 @@
 """What a drain owes to each connection: graces, half-closes, refusals in words, ended streams, shared listeners."""
 
 import errno
-import queue
 import socket
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from unittest import mock
 
 import pytest
 from server_kit import (
@@ -22,6 +18,8 @@ from server_kit import (
     descriptors,
     draining,
     get,
+    looks_at_the_gate,
+    needs_handshakes,
     no_thread_left,
     post,
     serve,
@@ -269,25 +267,6 @@ def test_a_half_closing_client_gets_its_answer(serve, app, connect):
         assert client.response().status == 200
 
 
-@contextmanager
-def looks_at_the_gate():
-    """Tells how many handshakes the server finds under way, each time that it looks."""
-    looked, before = queue.SimpleQueue(), Listener.handshakes
-
-    def handshakes(self):
-        count = before(self)
-        looked.put(count)
-        return count
-
-    with mock.patch.object(Listener, "handshakes", handshakes):
-        yield looked
-
-
-def looked_twice(looked):
-    """Wait until the least time behind the gate is over, or on a busy machine the slow handshake."""
-    return looked.get(timeout=PATIENCE) == 0 or looked.get(timeout=PATIENCE) == 0
-
-
 def test_new_clients_are_refused_while_handshakes_complete(serve, app, connect):
     """The gate: connections already made are served, new ones are refused while the listener still drains."""
     server = serve(threads=1)
@@ -303,14 +282,13 @@ def test_new_clients_are_refused_while_handshakes_complete(serve, app, connect):
 
 
 needs_ipv6 = pytest.mark.skipif(not HAS_IPV6, reason="this machine has no ::1")
-needs_handshakes = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of handshakes under way")
 
 
 @needs_handshakes
 @pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("::1", marks=needs_ipv6), "0.0.0.0"])
 def test_a_handshake_that_takes_long_is_waited_for(host, serve, app, connect):
     """A drain closes no listener to which a client is still connecting; the client is answered, whatever its distance."""
-    with looks_at_the_gate() as looked:
+    with looks_at_the_gate() as looked_twice:
         server = serve(host=host, keepalive_grace=PATIENCE)
         first = connect(server).send("/gate")
         app.entered(1)
@@ -318,7 +296,7 @@ def test_a_handshake_that_takes_long_is_waited_for(host, serve, app, connect):
         with draining(server, app) as report:
             app.released.set()
             assert first.response().status == 200
-            looked_twice(looked)
+            looked_twice()
             assert far.send("/").response().status == 200
             account = report.result(PATIENCE)
             assert (account.completed, account.unaccepted) == (2, 0)
@@ -328,7 +306,7 @@ def test_a_handshake_that_takes_long_is_waited_for(host, serve, app, connect):
 def test_a_handshake_that_takes_long_is_waited_for_by_a_resume(serve, connect):
     """Who was connecting when a drain began is served, even if the drain is undone in the same moment."""
     server = serve()
-    with busy(server.loop) as release, looks_at_the_gate() as looked, ThreadPoolExecutor(1) as pool:
+    with busy(server.loop) as release, looks_at_the_gate() as looked_twice, ThreadPoolExecutor(1) as pool:
         far = connect(server, slow=True)
         server.begin_drain(PATIENCE, lambda _: None)
         posted, call = threading.Event(), server.loop.call
@@ -336,7 +314,7 @@ def test_a_handshake_that_takes_long_is_waited_for_by_a_resume(serve, connect):
         resumed = pool.submit(server.resume)
         assert posted.wait(PATIENCE)
         release()
-        looked_twice(looked)
+        looked_twice()
         assert far.send("/").response().status == 200
         resumed.result(PATIENCE)
 
