@@ -3,6 +3,10 @@
 To wake another thread costs more than many a request: two switches, and two threads that contend for the GIL. So a
 thread keeps the lead while it runs a request of a kind that has been quick of late. Should that one take long after
 all, a thread that watches passes the lead on in its stead, at the first look that finds the request of the look before.
+
+A slow request counts for more where the lead was kept: there nothing but the request itself was slow (or, now and then,
+the machine), and others waited for it. Where several threads run at once they also wait for the GIL, and a quick
+request seems slow.
 """
 
 from __future__ import annotations
@@ -20,10 +24,12 @@ _QUIET = 10
 _QUICK = 0.0005
 """Seconds that a quick request takes at most, the sending of its answer included. One that takes longer may be waiting
 for something, while another thread could read."""
-_IN_A_ROW = 8
-"""Quick requests of one kind after which its next one is expected to be quick."""
+_TRUSTED = 16
+"""Quick requests of one kind after which its next one is expected to be quick; twice as many are remembered."""
+_BETRAYED, _SLOW = 16, 2
+"""How many of them one slow request outweighs: where the lead was kept for it, and where it was not."""
 _BUSY = 0.005
-"""Seconds between two requests from which on it is worth while to watch."""
+"""Seconds between two requests that are expected to be quick, from which on it is worth while to watch."""
 _MOST_KINDS = 1000
 """Kinds that are remembered; bounded, because clients make them up."""
 
@@ -43,7 +49,7 @@ class Lead:
         self._watched = False
         """Whether the other thread watches."""
         self._quick: dict[str, int] = {}
-        """How many requests of each kind have been quick in a row."""
+        """How many more requests of each kind have been quick of late than slow ones outweigh."""
         self._last = 0.0
         self._wanted, self._over = threading.Event(), threading.Event()
         self._watch: threading.Thread | None = None
@@ -58,15 +64,15 @@ class Lead:
 
     def keep(self, kind: str) -> bool:
         """Whether to keep the lead while a request of this kind is run; `still_kept` must be called afterwards."""
-        now, before = time.monotonic(), self._last
-        self._last = now
-        if self._quick.get(kind, 0) < _IN_A_ROW:
+        if self._quick.get(kind, 0) < _TRUSTED:
             return False
         with self._lock:
             if self._watched:
                 self._count += 1
                 self._kept = True
                 return True
+        now, before = time.monotonic(), self._last
+        self._last = now
         if now - before < _BUSY:
             self._want_watch()
         return False
@@ -77,12 +83,17 @@ class Lead:
             kept, self._kept = self._kept, False
         return kept
 
-    def note(self, kind: str, seconds: float) -> None:
-        """Note how long a request of this kind took (any thread)."""
+    def note(self, kind: str, seconds: float, *, kept: bool) -> None:
+        """Note how long a request of this kind took, and whether the lead was kept for it (any thread)."""
+        quick = self._quick.get(kind, 0)
         if seconds > _QUICK:
-            self._quick.pop(kind, None)
-        elif (quick := self._quick.get(kind, 0)) < _IN_A_ROW:
-            if len(self._quick) >= _MOST_KINDS:
+            quick -= _BETRAYED if kept else _SLOW
+            if quick > 0:
+                self._quick[kind] = quick
+            else:
+                self._quick.pop(kind, None)
+        elif quick < 2 * _TRUSTED:
+            if not quick and len(self._quick) >= _MOST_KINDS:
                 self._quick.clear()
             self._quick[kind] = quick + 1
 

@@ -119,7 +119,7 @@ class ThreadPool:
                     return
                 kind = task.kind
                 if kind and self._lead.keep(kind):
-                    self._run(task, kind)
+                    self._run(task, kind, kept=True)
                     leads = self._lead.still_kept()
                     if leads:
                         self._leave()
@@ -129,7 +129,7 @@ class ThreadPool:
                     leads = False
                     self._lead.pass_on()
                 while task is not None:
-                    self._run(task, task.kind)
+                    self._run(task, task.kind, kept=False)
                     task = self._next()
         finally:
             last = self._forget(thread)  # before the next one leads, and counts whether it is one too many
@@ -137,14 +137,14 @@ class ThreadPool:
                 self._lead.pass_on()
             last()
 
-    def _run(self, task: Task, kind: str) -> None:
+    def _run(self, task: Task, kind: str, *, kept: bool) -> None:
         began = time.monotonic()
         try:
             task.service()
         except BaseException:  # no request and no function ends a thread
             log.exception("a task of %s failed", threading.current_thread().name)
         if kind:
-            self._lead.note(kind, time.monotonic() - began)
+            self._lead.note(kind, time.monotonic() - began, kept=kept)
 
     def take(self) -> Task | None:
         """The oldest task, if there is a place for it (the thread that leads)."""
