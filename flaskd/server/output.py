@@ -12,6 +12,7 @@ from waitress.channel import ClientDisconnected, HTTPChannel
 
 from flaskd.server.buffers import AnswerBuffer
 from flaskd.server.context import Context
+from flaskd.server.head import Fields
 from flaskd.server.request import Request
 from flaskd.sockets import unacknowledged
 
@@ -42,6 +43,7 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
     fault = ""
     """Why what was put out cannot be sent, though the client is there."""
     stream_over = False
+    fields: Fields | None = None
     serving: Request
     """The request that is answered, or was answered last."""
     task: _Answering
@@ -75,10 +77,8 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
 
     @property
     def kind(self) -> str:
-        """The method, and the beginning of the path: requests that have both in common often take as long."""
-        request = self.requests[0]
-        end = request.path.find("/", 1)
-        return f"{request.command} {request.path if end < 0 else request.path[:end]}"
+        """Which requests often take as long."""
+        return self.requests[0].kind
 
     @property
     def serving_was_refused(self) -> bool:

@@ -7,12 +7,12 @@ import threading
 import time
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
-from urllib.parse import unquote_to_bytes
 
 from flaskd.config.fields import write_size
 from flaskd.ledger import Cut, InFlight, visible
 from flaskd.log.setup import bounded_by
 from flaskd.server.buffers import FREE_SPACE
+from flaskd.server.head import Fields, kind_of
 from flaskd.server.head import read as read_head
 from flaskd.server.parser import Parser
 from flaskd.sockets import closed_by_peer
@@ -48,6 +48,8 @@ class Connection(Protocol):
     total_outbufs_len: int
     """Bytes that wait to be sent."""
     internal: bool
+    fields: Fields | None
+    """Those of the last common request."""
 
     @property
     def client(self) -> str: ...
@@ -88,33 +90,33 @@ class Request(Parser):
     header_length = starts_at = ends_at = 0
     _client: str | None = None
 
+    kind = ""
+
     def __init__(self, channel: Connection, adj: Any) -> None:
         self.adj, self.headers, self.channel = adj, {}, channel  # all that the classes above would do
 
     def take_common(self, data: bytes) -> bool:
         """Take a common request (`flaskd.server.head`) that is all of `data`, and is then in flight; else False."""
-        if (head := read_head(data)) is None:
+        channel, adj = self.channel, self.adj
+        if (head := read_head(data, channel.fields)) is None:
             return False
-        method, target, fields, at, length = head
-        adj = self.adj
+        line, fields, at = head
+        length = fields.length
         if (
             at + length != len(data)  # some of it is still to come, or more has come
             or at > adj.max_request_header_size
             or length > adj.max_request_body_size
         ):
             return False
-        path, _, self.query = target.partition("?")
-        if "%" in path:
-            path = unquote_to_bytes(path).decode("latin-1")
-            if "\0" in path:
-                return False
-        self.command, self.request_uri, self.path, self.version, self.headers = method, target, path, "1.1", fields
+        channel.fields = fields
+        self.command, self.request_uri, self.path, self.query, self.kind = line
+        self.version, self.headers = "1.1", fields.headers
         if length:
             self.content_length, self.short_body = length, data[at:]
         self.begun = self.headers_finished = self.completed = True
         self.first_byte, self.wall_clock = time.monotonic(), time.time()
-        if not self.channel.internal:
-            self.channel.account.accepted(self)
+        if not channel.internal:
+            channel.account.accepted(self)
         return True
 
     def received(self, data: bytes) -> int:
@@ -137,6 +139,7 @@ class Request(Parser):
             # Nothing more is expected, so the client must not be told to continue: waitress would wait for ever for
             # the body of a request that has none, or ask for one that it already refused.
             self.expect_continue = False
+            self.kind = kind_of(self.command, self.path)
             if not self.id and not self.channel.internal:
                 self.channel.account.accepted(self)
         return consumed
