@@ -22,6 +22,8 @@ from typing import NoReturn, Self
 _in_child: list[Callable[[], None]] = []
 _mask = threading.local()
 _EVERY = signal.valid_signals()
+_forks = 0
+"""How many forks lie between this process and the one that began."""
 
 
 def _hold_signals() -> None:
@@ -35,6 +37,8 @@ def _release_signals() -> None:
 
 def _forget() -> None:
     """Run in the child, in the only thread it has."""
+    global _forks  # noqa: PLW0603 - of the process, as its number is, which costs a system call
+    _forks += 1
     try:
         while _in_child:
             with contextlib.suppress(OSError, ValueError):
@@ -65,21 +69,21 @@ class AppCode:
     SystemExit, else with 0. Its exit callbacks run, and nothing of flaskd's does.
     """
 
-    __slots__ = ("_pid",)
+    __slots__ = ("_forks",)
 
     def __init__(self) -> None:
-        self._pid = os.getpid()
+        self._forks = _forks
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: TracebackType | None) -> None:
-        if os.getpid() != self._pid:
+        if self._forks != _forks:
             end_child(error)
 
     def check(self) -> None:
         """End the process if it is such a child: for code of flaskd's that the app calls, or that runs in between."""
-        if os.getpid() != self._pid:
+        if self._forks != _forks:
             end_child()
 
 
