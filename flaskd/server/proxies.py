@@ -50,10 +50,7 @@ class BehindProxies:
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         """Run the app."""
-        for name in _HEADERS:
-            if name in environ:
-                break
-        else:  # nothing to believe or to take out
+        if environ.keys().isdisjoint(_HEADERS):  # nothing to believe or to take out
             plain: Iterable[bytes] = self._app(environ, start_response)
             return plain
         chosen = self._believing if self._trusted(environ["REMOTE_ADDR"]) else self._doubting
