@@ -90,25 +90,21 @@ class AppTask(Recorded):
         Beside that it differs in the path: ``//admin`` is not ``/admin``, which waitress makes of it.
         """
         request, channel = self.request, self.channel
-        addr, server = channel.addr, channel.server
-        environ: dict[str, Any] = server.environ.copy()
-        prefix, path = server.adj.url_prefix, request.path
+        prefix, path = channel.adj.url_prefix, request.path
         if prefix and not path.startswith("//"):
             if path == prefix:
                 path = ""
             elif path.startswith(prefix + "/"):
                 path = path[len(prefix) :]
-        environ["REMOTE_ADDR"] = environ["REMOTE_HOST"] = addr[0]
-        environ["REMOTE_PORT"] = str(addr[1])
+        environ = channel.environ.copy()
         environ["REQUEST_METHOD"] = request.command
-        environ["SERVER_NAME"] = server.server_name
-        environ["SERVER_PROTOCOL"] = f"HTTP/{self.version}"
+        if self.version != "1.1":
+            environ["SERVER_PROTOCOL"] = "HTTP/1.0"
         environ["PATH_INFO"] = path
         environ["REQUEST_URI"] = request.request_uri
         environ["QUERY_STRING"] = request.query
         environ["wsgi.errors"] = sys.stderr
         environ["wsgi.input"] = request.get_body_stream()
-        environ["waitress.client_disconnected"] = channel.check_client_disconnected
         environ.update(request.headers)
         return environ
 
@@ -134,12 +130,10 @@ class AppTask(Recorded):
         for name, value in headers:
             if not (isinstance(name, str) and isinstance(value, str)):
                 raise TypeError(f"cannot answer with the header {(name, value)!r}: an app gives strings (PEP 3333)")
-            if _CONTROL.search(value):
+            if not value.isprintable() and _CONTROL.search(value):
                 raise ValueError(f"cannot answer with the header {name}: {value!r} has a control character")
             if (written := _written(name)) == "Content-Length":
-                if not _LENGTH.fullmatch(value):
-                    raise ValueError(f"cannot answer with the Content-Length {value!r}: expected a number of bytes")
-                self.content_length = int(value)
+                self.content_length = _length(value)
             else:
                 given.append((written, value))
         return given
@@ -215,6 +209,14 @@ def _written(name: str) -> str:
     if name.lower() in hop_by_hop:
         raise ValueError(f"cannot answer with the header {name}: it is the server's to give (PEP 3333)")
     return "-".join(map(str.capitalize, name.split("-")))
+
+
+@functools.lru_cache(maxsize=1024)
+def _length(value: str) -> int:
+    """The number that a Content-Length gives."""
+    if not _LENGTH.fullmatch(value):
+        raise ValueError(f"cannot answer with the Content-Length {value!r}: expected a number of bytes")
+    return int(value)
 
 
 @functools.lru_cache(maxsize=256)

@@ -177,11 +177,14 @@ class Channel(OutputChannel):
         """What waitress reads a request into."""
         return Request(self, adj)
 
-    def service(self) -> None:
-        """Answer the first request in line, and leave the connection to the next one, or to the loop (its thread)."""
+    def service(self) -> float:
+        """Answer the first request in line, and leave the connection to the next one, or to the loop (its thread).
+
+        Gives the seconds from the begin to the last byte that was put out.
+        """
         request = self.requests[0]
         request.thread = threading.current_thread()
-        request.began = time.monotonic()
+        request.began = began = time.monotonic()
         request.starts_at = request.ends_at = self.output_length() if self.total_outbufs_len else self.flushed
         self.serving = request
         try:
@@ -189,6 +192,7 @@ class Channel(OutputChannel):
         except BaseException:  # lets no thread and no connection go missing, whatever kills the task
             log.exception(f"cannot finish {request.snapshot()}: the connection is closed")
             last = True
+        ended = self.grace_from = self._last_activity = time.monotonic()
         request.answered = request.over = True
         if self.unsettled or self.total_outbufs_len or self.account.streams or not self.connected:
             with self.outbuf_lock:
@@ -202,6 +206,7 @@ class Channel(OutputChannel):
         self._go_on(last=last)
         if not self.connected:
             self._free_arriving()
+        return ended - began
 
     def serve_here(self) -> None:
         """Answer the first request in line in the loop's thread."""
@@ -245,7 +250,6 @@ class Channel(OutputChannel):
         if not last and len(self.requests) > 1:
             self._flush_outbufs_below_high_watermark()
         with self.requests_lock:
-            self._last_activity = time.monotonic()
             if last:
                 self.close_when_flushed = True
                 for each in self.requests:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 import threading
 import time
@@ -75,6 +76,26 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
         request = self.request  # a thread may be done with it in this moment
         return request if request is not None and request.begun else None
 
+    @functools.cached_property
+    def environ(self) -> dict[str, Any]:
+        """What is the same in the environ of each of its requests, made for the first of them.
+
+        What is not the same is in it, too: a copy would have to grow for it.
+        """
+        server, (host, port, *_) = self.server, self.addr
+        return {
+            **server.environ,
+            "SERVER_NAME": server.server_name,
+            "REMOTE_ADDR": host,
+            "REMOTE_HOST": host,
+            "REMOTE_PORT": str(port),
+            "SERVER_PROTOCOL": "HTTP/1.1",
+            "waitress.client_disconnected": self.check_client_disconnected,
+            **dict.fromkeys(
+                ("REQUEST_METHOD", "PATH_INFO", "REQUEST_URI", "QUERY_STRING", "wsgi.errors", "wsgi.input")
+            ),
+        }
+
     @property
     def kind(self) -> str:
         """Which requests often take as long."""
@@ -100,8 +121,8 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
             except OSError:  # waitress' way finds out why
                 sent = 0
             self.flushed += sent
-            self._last_activity = time.monotonic()
             if sent < len(data):
+                self._last_activity = time.monotonic()
                 self._buffer(data[sent:])
             return len(data)
 

@@ -33,6 +33,23 @@ def _tokens(value: str) -> frozenset[str]:
     return frozenset(token.strip().lower() for token in value.split(","))
 
 
+@functools.lru_cache(maxsize=256)
+def _header(start: str, given: tuple[tuple[str, str], ...], framing: str, connection: str, ident: str | None) -> str:
+    """Status line and headers, sorted by name, where `length` and `date` are still to be filled in.
+
+    Most answers of an app have their headers in common, but for their length and the time.
+    """
+    headers = [(name.replace("%", "%%"), value.replace("%", "%%")) for name, value in given]
+    names = dict(headers)
+    if framing:
+        headers.append((framing, "%(length)d" if framing == "Content-Length" else "chunked"))
+    for name, value in (("Connection", connection), ("Server", (ident or "").replace("%", "%%")), ("Date", "%(date)s")):
+        if value and name not in names:
+            headers.append((name, value))
+    headers.sort(key=_by_name)
+    return "\r\n".join([start.replace("%", "%%"), *map(": ".join, headers), "", ""])
+
+
 class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
     """What all tasks have in common: they close the connection while draining, and record the answer."""
 
@@ -63,38 +80,33 @@ class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
         last chunk to HEAD, and adds ``Via: waitress`` where the app names its server. `response_headers` has no
         Content-Length, and names as they are usually written.
         """
-        headers, length = self.response_headers, self.content_length
-        if not self.has_body:
-            pass
-        elif length is not None:
-            headers.append(("Content-Length", str(length)))
-        elif self.version == "1.1":
-            headers.append(("Transfer-Encoding", "chunked"))
-            self.chunked_response = self.sends_body
-        given = {name for name, _ in headers}
-        self.close_on_finish = self.close_on_finish or self._closes(given)
-        if "Connection" not in given:
-            if self.close_on_finish:
-                headers.append(("Connection", "close"))
-            elif self.version == "1.0":
-                headers.append(("Connection", "Keep-Alive"))
-        if "Server" not in given and (ident := self.channel.adj.ident):
-            headers.append(("Server", ident))
-        if "Date" not in given:
-            headers.append(("Date", http_date(int(self.start_time))))
-        headers.sort(key=_by_name)
-        lines = [f"HTTP/{self.version} {self.status}", *map(": ".join, headers), "", ""]
-        header = "\r\n".join(lines).encode("latin-1")
+        status, framing = self.status, ""
+        if not status.startswith(_WITHOUT_BODY):
+            if self.content_length is not None:
+                framing = "Content-Length"
+            elif self.version == "1.1":
+                framing, self.chunked_response = "Transfer-Encoding", self.sends_body
+        if not self.close_on_finish and self._closes(framing):
+            self.close_on_finish = True
+        template = _header(
+            f"HTTP/{self.version} {status}",
+            tuple(self.response_headers),
+            framing,
+            "close" if self.close_on_finish else "Keep-Alive" if self.version == "1.0" else "",
+            self.channel.adj.ident,
+        )
+        values = {"length": self.content_length, "date": http_date(int(self.start_time))}
+        header = (template % values).encode("latin-1")
         serving = self.channel.serving
-        serving.status, serving.header_length = self.status, len(header)
+        serving.status, serving.header_length = status, len(header)
         return header
 
-    def _closes(self, given: set[str]) -> bool:
-        """Whether the connection ends with this answer, whose headers have these names."""
+    def _closes(self, framing: str) -> bool:
+        """Whether the connection ends with this answer; `framing` names the header that says where it ends itself."""
         asked = _tokens(self.request.headers.get("HTTP_CONNECTION", ""))
         if "close" in asked or self.status.startswith("1"):  # an interim answer, behind which the client waits for more
             return True
-        if self.version == "1.0" and not ("keep-alive" in asked and "Content-Length" in given):
+        if self.version == "1.0" and not ("keep-alive" in asked and framing == "Content-Length"):
             return True
         if self.content_length is None and self.ends_with_connection:
             return True
@@ -152,7 +164,6 @@ class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
             ended = True
         finally:
             serving.ends_at = channel.output_length() if channel.total_outbufs_len else channel.flushed
-            channel.grace_from = time.monotonic()
             fault = self._fault(serving, ended=ended)
             # Asked last: a close empties the buffers that were just measured.
             if channel.connected and not channel.stream_over:

@@ -36,8 +36,8 @@ class Task(Protocol):
     def kind(self) -> str:
         """What takes about as long as this one, by name; empty where nobody can say."""
 
-    def service(self) -> None:
-        """Run it."""
+    def service(self) -> float:
+        """Run it; gives how many seconds that took."""
 
 
 class ThreadPool:
@@ -138,13 +138,13 @@ class ThreadPool:
             last()
 
     def _run(self, task: Task, kind: str, *, kept: bool) -> None:
-        began = time.monotonic()
         try:
-            task.service()
+            seconds = task.service()
         except BaseException:  # no request and no function ends a thread
             log.exception("a task of %s failed", threading.current_thread().name)
-        if kind:
-            self._lead.note(kind, time.monotonic() - began, kept=kept)
+        else:
+            if kind:
+                self._lead.note(kind, seconds, kept=kept)
 
     def take(self) -> Task | None:
         """The oldest task, if there is a place for it (the thread that leads)."""
@@ -313,6 +313,7 @@ class _FunctionTask:
     def __init__(self, function: Callable[[], None]) -> None:
         self._function = function
 
-    def service(self) -> None:
+    def service(self) -> float:
         """Run it."""
         self._function()
+        return 0.0
