@@ -128,9 +128,9 @@ class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
         Waitress sends each for itself, which costs a system call more, in which the GIL changes hands, and wakes the
         client for a header alone. Where no body may follow, `data` is dropped.
         """
-        if not isinstance(data, bytes | bytearray | memoryview):  # before the header is out
-            raise TypeError(f"cannot answer with {type(data).__name__}: an app gives bytes (PEP 3333)")
         if type(data) is not bytes:
+            if not isinstance(data, bytes | bytearray | memoryview):  # before the header is out
+                raise TypeError(f"cannot answer with {type(data).__name__}: an app gives bytes (PEP 3333)")
             data = bytes(data)
         if data and not self.sends_body:
             if not self.has_body:  # an app that gets this wrong may get more wrong
