@@ -91,7 +91,7 @@ VERBS = (
     "help, status, health, ready, drain, resume, stop, reload, check, requests, threads, plan, config, last-stop, "
     "log-level, version"
 )
-SECTIONS = "server, version, systemd, health, profile, control, cleanup, shutdown, watch, app, log, admin"
+SECTIONS = "server, version, systemd, health, profile, control, cleanup, shutdown, watch, app, pool, log, admin"
 PEER = "expected an IP address, a network such as 10.0.0.0/8, localhost or *"
 PROXY = "expected server.trusted_proxy to be set along with this"
 LISTEN = "expected HOST:PORT, [IPv6]:PORT, :PORT or unix:/path"
@@ -114,7 +114,23 @@ WRONG = [
     ("server: {threads: }", ["1:18 server.threads: expected an integer, got nothing"]),
     ('server: {threads: "8"}', ['1:19 server.threads: expected an integer, got "8" as text; write it without quotes']),
     (f"server: {{threads: {'9' * 5000}}}", [f'1:19 server.threads: expected an integer, got "{"9" * 60}..."']),
-    ("server: {workers: 2}", ["1:19 server.workers: expected 0 (worker processes are not in this version), got 2"]),
+    ("server: {workers: 513}", ["1:19 server.workers: expected 0 to 512, or auto, got 513"]),
+    ("server: {workers: -1}", ["1:19 server.workers: expected 0 to 512, or auto, got -1"]),
+    ("server: {workers: true}", ["1:19 server.workers: expected 0 to 512, or auto, got true"]),
+    ("server: {workers: [auto]}", ['1:19 server.workers: expected 0 to 512, or auto, got ["auto"]']),
+    (
+        'server: {workers: "2"}',
+        ['1:19 server.workers: expected 0 to 512, or auto, got "2" as text; write it without quotes'],
+    ),
+    (
+        "pool: {start_timeout: 0s, surge: 0, canary: 0s, stuck_after: 0s}",
+        [
+            '1:23 pool.start_timeout: expected more than 0, got "0s"',
+            "1:34 pool.surge: expected at least 1, got 0",
+            '1:45 pool.canary: expected more than 0, got "0s"',
+            '1:62 pool.stuck_after: expected more than 0, got "0s"',
+        ],
+    ),
     ("server: {listen: 8000}", [f"1:18 server.listen: {LISTEN}, got 8000"]),
     (
         'server: {listen: [":80", "[::1", "[1.2.3.4]:80", "1.2.3:80", "a b:1"]}',

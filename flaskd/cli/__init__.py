@@ -99,26 +99,28 @@ def cli(context: click.Context) -> None:
 @click.option(
     "-l", "--listen", metavar="LISTEN", multiple=True, help="HOST:PORT, [IPv6]:PORT or unix:/path; repeatable."
 )
-@click.option("-t", "--threads", metavar="N", help="Worker threads.")
+@click.option("-t", "--threads", metavar="N", help="Threads that run the app, per worker.")
+@click.option("-w", "--workers", metavar="N|auto", help="Worker processes; auto: one for each CPU.")
 @click.option(
     "--name", metavar="NAME", default="flaskd", show_default=True, help="Name of the runtime and state directory."
 )
-def serve(app: str | None, config: str | None, listen: tuple[str, ...], threads: str | None, name: str) -> None:
+def serve(app: str | None, **options: Any) -> None:
     """Serve APP (MODULE, MODULE:NAME, MODULE:FACTORY() or a file) until asked to stop.
 
     Of a MODULE its "application" is served, else its "app", else its only Flask app, else what its create_app() or
     make_app() makes.
     """
-    serve_app(app, config, listen, threads, name)
+    serve_app(app, **options)
 
 
 def serve_app(
     app: str | None,
+    *,
     config: str | None,
     listen: tuple[str, ...],
     threads: str | None,
+    workers: str | None,
     name: str,
-    *,
     make_app: Callable[[], Any] | None = None,
 ) -> NoReturn:
     """Serve what the options of ``flaskd serve`` ask for, or what `make_app` makes, and leave with the exit code."""
@@ -139,7 +141,12 @@ def serve_app(
         gc.enable()
     if not name or "/" in name or name.startswith("."):
         raise click.BadParameter(f'expected a plain name, got "{name}"', param_hint="--name")
-    overrides = {"app.target": app, "server.listen": list(listen) or None, "server.threads": threads}
+    overrides = {
+        "app.target": app,
+        "server.listen": list(listen) or None,
+        "server.threads": threads,
+        "server.workers": workers,
+    }
     environ = dict(os.environ)
     boot = Boot(
         reader(_config_path(config), overrides),

@@ -5,6 +5,7 @@ What the others need::
     configuration = load(path, actions=actions, overrides={"server.threads": 8})
     configuration.values.shutdown.deadline      # seconds
     configuration.restart_keys(newer)           # what a reload cannot change
+    configuration.renewal_keys(newer)           # what only new workers can have
 """
 
 from importlib import import_module
@@ -30,6 +31,7 @@ from flaskd.config.model import (
     LogConfig,
     Policy,
     PolicyDefaults,
+    PoolConfig,
     RolesConfig,
     ServerConfig,
     ShutdownConfig,
@@ -48,8 +50,8 @@ __all__ = [
     "ActionSpec", "AdminConfig", "AppConfig", "CleanupConfig", "Config", "Configuration", "ControlConfig",
     "DiscoveryConfig", "DrainConfig", "Duration", "EndpointConfig", "ExitCodes", "Fault", "Fields", "FileWatch",
     "HealthConfig", "IdleConfig", "InvalidConfigError", "LogConfig", "OneOrMany", "Phase", "Policy",
-    "PolicyDefaults", "RolesConfig", "Section", "ServerConfig", "Settings", "ShutdownConfig", "Size", "When",
-    "load", "load_again", "load_mapping", "schema", "write_duration", "write_size",
+    "PolicyDefaults", "PoolConfig", "RolesConfig", "Section", "ServerConfig", "Settings", "ShutdownConfig", "Size",
+    "When", "load", "load_again", "load_mapping", "schema", "write_duration", "write_size",
 ]  # fmt: skip
 
 

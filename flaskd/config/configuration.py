@@ -10,6 +10,7 @@ import yaml
 from flaskd.config.faults import dotted
 from flaskd.config.nodes import core
 from flaskd.config.settings import Settings
+from flaskd.errors import ConfigError
 from flaskd.text import MASK, Redactor, without_password
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from flaskd.config.model import Config
     from flaskd.config.nodes import Path as NodePath
+    from flaskd.config.settings import Field
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,36 @@ class Configuration:
         return {dotted(path): origin for path, origin in self._origins.items()}
 
     def restart_keys(self, new: Configuration) -> list[str]:
-        """Name the dotted keys in which ``new`` differs and that only a restart can change."""
-        return list(_restart_keys(self.values, new.values))
+        """Name the dotted keys in which ``new`` differs and that only a restart of the daemon can change.
+
+        Where there are workers, and shall be some, these are the keys of the daemon alone; see `renewal_keys`.
+        """
+        workers = self._keeps_workers(new)
+        return [
+            key
+            for key, each in _changed(self.values, new.values)
+            if each.restart and not (workers and (each.renewal or key == _WORKERS))
+        ]
+
+    def renewal_keys(self, new: Configuration) -> list[str]:
+        """Name the dotted keys in which ``new`` differs and that only new workers can have; none without workers."""
+        return [key for key, each in _changed(self.values, new.values) if each.renewal and self._keeps_workers(new)]
+
+    def _keeps_workers(self, new: Configuration) -> bool:
+        return 0 not in {self.values.server.workers, new.values.server.workers}
+
+    def refuse_given_app(self) -> None:
+        """Raise ConfigError where there are to be workers, for an app that is an object: they could not import it."""
+        if workers := self.values.server.workers:
+            place = " ".join(filter(None, (self.origins.get(_WORKERS), _WORKERS)))
+            shown = MASK if tuple(_WORKERS.split(".")) in self._secrets else workers
+            raise ConfigError(
+                f"{place}: expected 0 for an app that is given as an object, got {shown}: each worker imports the "
+                'app by its name; set app.target to "MODULE:NAME" and start it with "flaskd serve"'
+            )
 
 
+_WORKERS = "server.workers"
 _DEFAULTS = "# what has no remark is a default"
 
 
@@ -84,13 +112,14 @@ def _last_lines(node: yaml.Node, path: NodePath = ()) -> Iterator[tuple[NodePath
         yield path, node.end_mark.line
 
 
-def _restart_keys(old: Settings, new: Settings, prefix: str = "") -> Iterator[str]:
+def _changed(old: Settings, new: Settings, prefix: str = "") -> Iterator[tuple[str, Field]]:
+    """Each dotted key whose value is another one, with its field."""
     for name, each in old.model_fields.items():
         was, becomes = getattr(old, name), getattr(new, name)
         if isinstance(was, Settings) and isinstance(becomes, Settings):
-            yield from _restart_keys(was, becomes, f"{prefix}{name}.")
-        elif each.restart and was != becomes:
-            yield prefix + name
+            yield from _changed(was, becomes, f"{prefix}{name}.")
+        elif was != becomes:
+            yield prefix + name, each
 
 
 def _mask(tree: dict[str, Any], path: NodePath) -> None:

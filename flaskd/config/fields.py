@@ -13,8 +13,9 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from flaskd.config.faults import Faults
-from flaskd.config.kinds import Kind, ListOf, Schema, Unshown, attempt, checked, described
+from flaskd.config.kinds import NOTHING, Kind, ListOf, Schema, Unshown, attempt, checked, described
 from flaskd.config.nodes import Scalar
+from flaskd.config.wording import hint, refuse
 from flaskd.sockets import Address
 from flaskd.units import format_duration, parse_duration, parse_size
 from flaskd.verbs import VERBS
@@ -124,6 +125,33 @@ Size = Annotated[
     ),
 ]
 """Bytes, written ``64MiB``, ``10kB`` or as a bare number (flaskd.units)."""
+
+
+class _Workers(Kind):
+    """A number of worker processes, or the word auto."""
+
+    def __call__(self, _anything: Kind) -> Kind:
+        return self
+
+    def read(self, node: Node, path: Path, faults: Faults) -> Any:
+        if isinstance(node, Scalar):
+            if node.text == AUTO:
+                return AUTO
+            if type(node.value) is int and 0 <= node.value <= MAX_WORKERS:
+                return node.value
+        refuse(node, path, faults, f"expected 0 to {MAX_WORKERS}, or {AUTO}", lambda: hint(node, quotes=int))
+        return NOTHING
+
+    def schema(self, definitions: dict[str, Schema]) -> Schema:  # noqa: ARG002 - it has no name
+        number = {"type": "integer", "minimum": 0, "maximum": MAX_WORKERS}
+        return {"anyOf": [number, {"type": "string", "enum": [AUTO]}]}
+
+
+AUTO = "auto"
+MAX_WORKERS = 512
+
+Workers = Annotated[Any, _Workers()]
+"""How many worker processes: a number, or ``auto``, which is one for each CPU."""
 
 
 class _OneOrMany:

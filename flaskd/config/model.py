@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from flaskd.config.action_spec import Phase
 from flaskd.config.faults import Faults
 from flaskd.config.fields import (
+    AUTO,
     CredentialName,
     Duration,
     HeaderText,
@@ -24,16 +25,23 @@ from flaskd.config.fields import (
     UrlPath,
     UrlPrefix,
     VerbName,
+    Workers,
 )
 from flaskd.config.kinds import Around, LowerCase, Schema
 from flaskd.config.nodes import Node
 from flaskd.config.nodes import Path as NodePath
 from flaskd.config.settings import Settings, field, section
+from flaskd.process.cpus import usable
 
 
 def _restart(default: Any, description: str, **more: Any) -> Any:
     """Make a field that a reload cannot change."""
     return field(default, description=description, restart=True, **more)
+
+
+def _renewal(default: Any, description: str, **more: Any) -> Any:
+    """Make a field of what serves the app: new workers can have another value, a daemon without workers cannot."""
+    return field(default, description=description, restart=True, renewal=True, **more)
 
 
 def _filled_in(description: str, **more: Any) -> Any:
@@ -44,19 +52,13 @@ def _filled_in(description: str, **more: Any) -> Any:
 class AppConfig(Settings):
     """The app to serve."""
 
-    target: SomeText | None = _restart(None, "The app, as MODULE:NAME or MODULE:FACTORY(); none: Flask's own search.")
+    target: SomeText | None = _renewal(None, "The app, as MODULE:NAME or MODULE:FACTORY(); none: Flask's own search.")
     chdir: Path | None = _restart(None, "Directory to work in and import from; relative to this file.")
 
 
 ProxyHeader = Literal[
     "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-forwarded-port", "x-forwarded-by", "forwarded"
 ]
-
-
-def _no_workers_yet(workers: int, _before: Mapping[str, Any]) -> int:
-    if workers:
-        raise ValueError("expected 0 (worker processes are not in this version)")
-    return workers
 
 
 # What waitress would refuse at start, refused here with a place. `trusted_proxy` stands before both in its section, so
@@ -78,23 +80,45 @@ class ServerConfig(Settings):
     """How requests are accepted and served; names and meanings are waitress' own (waitress.adjustments)."""
 
     listen: OneOrMany[Listen] = _restart([], "Addresses to listen on; none: sockets passed in, else 127.0.0.1:8000.")
-    threads: int = field(4, ge=1, le=1024, description="Worker threads; each runs one request at a time.")
-    workers: int = _restart(0, "Worker processes; only 0 (none) in this version.", check=_no_workers_yet)
-    connection_limit: int | None = _restart(None, "Connections at once; none: as many as open files allow.", ge=1)
-    trusted_proxy: OneOrMany[TrustedProxy] = _restart(
+    threads: int = field(4, ge=1, le=1024, description="Threads per worker; each runs one request at a time.")
+    workers: Workers = _restart(
+        0, "Worker processes; 0: none, the app runs in the daemon itself; auto: one for each CPU that may be used."
+    )
+    connection_limit: int | None = _renewal(
+        None, "Connections at once, per worker; none: as many as open files allow.", ge=1
+    )
+    trusted_proxy: OneOrMany[TrustedProxy] = _renewal(
         [], "Addresses or networks of the proxies whose headers are believed; localhost, Unix sockets too; or *."
     )
-    trusted_proxy_count: int | None = _restart(None, "How many proxies stand in a row.", ge=1, check=_proxy_is_named)
-    trusted_proxy_headers: OneOrMany[Annotated[ProxyHeader, LowerCase]] = _restart(
+    trusted_proxy_count: int | None = _renewal(None, "How many proxies stand in a row.", ge=1, check=_proxy_is_named)
+    trusted_proxy_headers: OneOrMany[Annotated[ProxyHeader, LowerCase]] = _renewal(
         [], "Proxy headers to believe.", check=_one_kind_of_header
     )
-    url_scheme: Literal["http", "https"] = _restart("http", "URL scheme that the app sees.")
-    url_prefix: UrlPrefix = _restart("", "SCRIPT_NAME that the app sees; starts with /.")
-    max_request_body_size: Size = _restart(1024**3, "Largest request body accepted.", ge=1)
-    max_request_header_size: Size = _restart(256 * 1024, "Largest request head accepted.", ge=1)
-    channel_timeout: Duration = _restart(120.0, "An idle connection is closed after this.", gt=0)
+    url_scheme: Literal["http", "https"] = _renewal("http", "URL scheme that the app sees.")
+    url_prefix: UrlPrefix = _renewal("", "SCRIPT_NAME that the app sees; starts with /.")
+    max_request_body_size: Size = _renewal(1024**3, "Largest request body accepted.", ge=1)
+    max_request_header_size: Size = _renewal(256 * 1024, "Largest request head accepted.", ge=1)
+    channel_timeout: Duration = _renewal(120.0, "An idle connection is closed after this.", gt=0)
     backlog: int = _restart(1024, "Connections that the kernel holds until they are accepted.", ge=1, le=2**31 - 1)
-    ident: HeaderText = _restart("flaskd", "Value of the Server header; empty: no such header.")
+    ident: HeaderText = _renewal("flaskd", "Value of the Server header; empty: no such header.")
+
+
+class PoolConfig(Settings):
+    """How worker processes are started and replaced; means nothing with server.workers: 0."""
+
+    start_timeout: Duration = field(60.0, gt=0, description="How long a new worker may take until it is ready.")
+    surge: int = field(1, ge=1, description="How many workers are replaced at the same time.")
+    preload: bool = field(
+        False,
+        renewal=True,
+        description="Import the app once, in a process of its own from which the workers are forked.",
+    )
+    canary: Duration | None = field(
+        None, gt=0, description="How long the first new worker of a reload must live before the others are replaced."
+    )
+    stuck_after: Duration | None = field(
+        None, gt=0, description="Replace a worker when all of its threads hang for so long; none: never."
+    )
 
 
 class LogConfig(Settings):
@@ -342,6 +366,7 @@ class Config(Settings):
     app: AppConfig = section(AppConfig)
     profile: Literal["development", "production"] = _restart("development", "How strict flaskd is.")
     server: ServerConfig = section(ServerConfig)
+    pool: PoolConfig = section(PoolConfig)
     log: LogConfig = section(LogConfig)
     health: HealthConfig = section(HealthConfig)
     control: ControlConfig = section(ControlConfig)
@@ -349,3 +374,7 @@ class Config(Settings):
     shutdown: ShutdownConfig = section(ShutdownConfig)
     systemd: SystemdConfig = section(SystemdConfig)
     cleanup: CleanupConfig = section(CleanupConfig)
+
+    def count_workers(self) -> int:
+        """How many workers there are to be; with auto, the CPUs that this process may use now."""
+        return usable() if self.server.workers == AUTO else int(self.server.workers)

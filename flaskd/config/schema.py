@@ -64,5 +64,6 @@ def _interpolations_allowed(part: Any, *, name: bool = False) -> Any:
     }
     if name or not ("enum" in part or part.get("type") in ["integer", "number", "boolean"]):
         return copy
-    about = {key: copy.pop(key) for key in ("title", "description", "default", "restart") if key in copy}
+    names = ("title", "description", "default", "restart", "new_workers")
+    about = {key: copy.pop(key) for key in names if key in copy}
     return {**about, "anyOf": [copy, {"type": "string", "pattern": INTERPOLATION}]}

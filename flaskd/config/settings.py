@@ -29,8 +29,9 @@ _REQUIRED = object()
 class Field:
     """A key of a section: what its value may be, its default, and what it is for.
 
-    `alias` is how it is written where that cannot be its name in Python. `restart`: a reload cannot change it. `check`
-    is given the value and those of the fields before it, as far as they have no fault; it returns the value to take, or
+    `alias` is how it is written where that cannot be its name in Python. `restart`: a reload cannot change it where the
+    app runs in the daemon itself. `renewal`: where there are workers, only new ones can have another value. `check` is
+    given the value and those of the fields before it, as far as they have no fault; it returns the value to take, or
     raises ValueError. `told`: the schema tells its default. `bounds`: see `flaskd.config.kinds.Bounded`.
     """
 
@@ -42,6 +43,7 @@ class Field:
         description: str = "",
         alias: str = "",
         restart: bool = False,
+        renewal: bool = False,
         check: Callable[[Any, Mapping[str, Any]], Any] | None = None,
         told: bool = True,
         bounds: Mapping[str, float] = MappingProxyType({}),
@@ -49,6 +51,7 @@ class Field:
         self.default, self.description, self.alias, self.restart, self.check = (
             default, description, alias, restart, check,
         )  # fmt: skip
+        self.renewal = renewal
         self.told = told and default is not _REQUIRED
         self._factory, self._bounds = factory, bounds
         self.annotation: Any = None
@@ -77,11 +80,14 @@ class Field:
 
 
 def field(
-    default: Any = _REQUIRED, *, description: str, alias: str = "", restart: bool = False, told: bool = True,
-    check: Callable[[Any, Mapping[str, Any]], Any] | None = None, **bounds: float,
+    default: Any = _REQUIRED, *, description: str, alias: str = "", restart: bool = False, renewal: bool = False,
+    told: bool = True, check: Callable[[Any, Mapping[str, Any]], Any] | None = None, **bounds: float,
 ) -> Any:  # fmt: skip
     """Make a field; see `Field`."""
-    return Field(default, description=description, alias=alias, restart=restart, told=told, check=check, bounds=bounds)
+    return Field(
+        default, description=description, alias=alias, restart=restart, renewal=renewal, told=told, check=check,
+        bounds=bounds,
+    )  # fmt: skip
 
 
 def section(kind: type[Settings]) -> Any:
@@ -268,4 +274,5 @@ def _property(each: Field, definitions: dict[str, Schema]) -> Schema:
     default = None if each.default is None else each.kind.write(each.default) if each.told else None
     schema |= {"default": default} if each.told else {}
     schema |= {"description": each.description, "title": each.key.replace("_", " ").title()}
-    return schema | ({"restart": True} if each.restart else {})
+    marks = {"restart": each.restart, "new_workers": each.renewal}
+    return schema | {name: True for name, set_ in marks.items() if set_}

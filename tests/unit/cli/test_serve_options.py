@@ -1,0 +1,51 @@
+"""What the options of ``flaskd serve`` become: values that win over the file, at a reload, too."""
+
+import pytest
+
+from flaskd import boot, cli
+from flaskd.process import exit as exit_
+from flaskd.process import pid1
+
+
+@pytest.fixture
+def readers(monkeypatch, tmp_path):
+    """Run no daemon; give what reads the configuration of each that was to be made."""
+    made = []
+
+    class Boot:
+        def __init__(self, load, **_more):
+            made.append(load)
+
+        def run(self, *, last):
+            assert last
+            return 0
+
+    def leave(code, _ending):
+        raise SystemExit(code)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(boot, "Boot", Boot)
+    monkeypatch.setattr(pid1, "stand_in_front", lambda: None)
+    monkeypatch.setattr(exit_, "leave", leave)
+    return made
+
+
+@pytest.mark.parametrize(("option", "workers"), [("-w", 3), ("--workers", "auto"), ("-w", 0)])
+def test_workers_of_the_command_line_win(readers, tmp_path, option, workers):
+    """Over what the file says when flaskd starts, and over what it says at a reload."""
+    file = tmp_path / "flaskd.yaml"
+    file.write_text("server: {workers: 2, threads: 7}\n")
+    with pytest.raises(SystemExit):
+        cli.cli(["serve", "shop:app", option, str(workers)], standalone_mode=False)
+    (load,) = readers
+    assert load().values.server.workers == workers
+    file.write_text("server: {workers: 5}\n")
+    assert load().values.server.workers == workers
+
+
+def test_without_the_option_the_file_says_how_many_workers(readers, tmp_path):
+    """An option that is not given hides nothing."""
+    (tmp_path / "flaskd.yaml").write_text("server: {workers: 2}\n")
+    with pytest.raises(SystemExit):
+        cli.cli(["serve", "shop:app"], standalone_mode=False)
+    assert readers[0]().values.server.workers == 2

@@ -1,0 +1,106 @@
+"""What the configuration has to say of worker processes: how many, and what a reload changes with them."""
+
+import pytest
+
+from flaskd.config import Config, load_mapping, model, schema
+from flaskd.errors import ConfigError
+
+EVERY_KEY = {
+    "app": {"target": "shop:app", "chdir": "/srv"},
+    "server": {
+        "listen": ":1", "connection_limit": 9, "trusted_proxy": "*", "trusted_proxy_count": 2,
+        "trusted_proxy_headers": "forwarded", "url_scheme": "https", "url_prefix": "/shop", "channel_timeout": "9s",
+        "max_request_body_size": 9, "max_request_header_size": 9, "backlog": 9, "ident": "", "threads": 9,
+    },
+    "pool": {"start_timeout": "9s", "surge": 2, "preload": True, "canary": "9s", "stuck_after": "9s"},
+    "profile": "production",
+    "control": {"mode": "0600", "group": "root", "required": True},
+    "admin": {"listen": ":2", "allowed_hosts": "x"},
+    "shutdown": {"record": None},
+    "systemd": {"fdstore": True, "stuck_after": "9s"},
+    "log": {"level": "error"},
+}  # fmt: skip
+
+
+def configured(workers, **sections):
+    sections = {**sections, "server": {"workers": workers, **sections.get("server", {})}}
+    return load_mapping(sections, actions={}, environ={})
+
+
+@pytest.mark.parametrize("workers", [0, 1, 512, "auto"])
+def test_workers_are_a_number_or_auto(workers):
+    """They are read from a file and from the command line alike, and shown as they were written."""
+    configuration = load_mapping({"server": {"workers": 3}}, actions={}, overrides={"server.workers": str(workers)})
+    assert configuration.values.server.workers == workers
+    assert f"workers: {workers}\n" in configuration.describe()
+
+
+def test_auto_is_a_worker_for_each_cpu(monkeypatch):
+    """A number is what it is; auto asks how many CPUs may be used."""
+    monkeypatch.setattr(model, "usable", lambda: 7)
+    assert [configured(workers).values.count_workers() for workers in (0, 3, "auto")] == [0, 3, 7]
+    assert Config().count_workers() == 0
+
+
+def test_the_schema_takes_numbers_and_auto():
+    """An editor knows both, and what only new workers can have."""
+    definitions = schema({})["$defs"]
+    found = definitions["ServerConfig"]["properties"]
+    number, word = found["workers"]["anyOf"]
+    assert (number["anyOf"][0]["maximum"], word["anyOf"][0]["enum"]) == (512, ["auto"])
+    marks = {name: (part.get("restart", False), part.get("new_workers", False)) for name, part in found.items()}
+    assert (marks["backlog"], marks["ident"], marks["threads"]) == ((True, False), (True, True), (False, False))
+
+
+def test_without_workers_every_such_key_needs_a_restart():
+    """What serves the app is in the daemon's own process then; what is said of a pool means nothing."""
+    old, new = configured(0), configured(0, **EVERY_KEY)
+    assert old.restart_keys(new) == [
+        "app.target", "app.chdir", "profile", "server.listen", "server.connection_limit", "server.trusted_proxy",
+        "server.trusted_proxy_count", "server.trusted_proxy_headers", "server.url_scheme", "server.url_prefix",
+        "server.max_request_body_size", "server.max_request_header_size", "server.channel_timeout", "server.backlog",
+        "server.ident", "control.mode", "control.group", "control.required", "admin.listen", "admin.allowed_hosts",
+        "shutdown.record", "systemd.fdstore",
+    ]  # fmt: skip
+    assert old.renewal_keys(new) == []
+
+
+def test_new_workers_can_have_what_serves_the_app():
+    """With workers on both sides only the daemon's own keys need a restart, and the others are named apart."""
+    old, new = configured("auto"), configured(2, **EVERY_KEY)
+    assert old.restart_keys(new) == [
+        "app.chdir", "profile", "server.listen", "server.backlog", "control.mode", "control.group", "control.required",
+        "admin.listen", "admin.allowed_hosts", "shutdown.record", "systemd.fdstore",
+    ]  # fmt: skip
+    assert old.renewal_keys(new) == [
+        "app.target", "server.connection_limit", "server.trusted_proxy", "server.trusted_proxy_count",
+        "server.trusted_proxy_headers", "server.url_scheme", "server.url_prefix", "server.max_request_body_size",
+        "server.max_request_header_size", "server.channel_timeout", "server.ident", "pool.preload",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 4), (2, "auto"), ("auto", 1)])
+def test_a_reload_changes_how_many_workers_there_are(before, after):
+    """One number of workers may follow another; no worker need be new for that."""
+    old, new = configured(before), configured(after)
+    assert (old.restart_keys(new), old.renewal_keys(new)) == ([], [])
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 2), ("auto", 0)])
+def test_between_workers_and_none_there_is_a_restart(before, after):
+    """Whether there are workers at all is known from the start on, and nothing is renewed by such a change."""
+    old, new = configured(before), configured(after, app={"target": "x:y"})
+    assert old.restart_keys(new) == ["app.target", "server.workers"]
+    assert old.renewal_keys(new) == []
+
+
+def test_an_app_in_hand_cannot_have_workers():
+    """Workers import the app by its name; the fault says where workers were asked for, and what to do."""
+    configured(0).refuse_given_app()
+    with pytest.raises(ConfigError, match="<mapping> server.workers: expected 0 .* got auto: .*app.target") as caught:
+        configured("auto").refuse_given_app()
+    assert caught.value.exit_code == 78
+    hidden = load_mapping({"server": {"workers": "${env:N}"}}, actions={}, environ={"N": "37"})
+    with pytest.raises(ConfigError, match="server.workers: expected 0") as caught:
+        hidden.refuse_given_app()
+    assert "37" not in str(caught.value)
