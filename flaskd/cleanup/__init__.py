@@ -4,12 +4,12 @@ from flaskd.cleanup.actions import ACTIONS, action_specs
 from flaskd.cleanup.attempt import Spare
 from flaskd.cleanup.callbacks import on_stop, with_callbacks
 from flaskd.cleanup.calls import call_in_thread
-from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError, for_steps
+from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError, divided, for_steps
 from flaskd.cleanup.discovery import DiscoveryRun, discover
 from flaskd.cleanup.found import Found
 from flaskd.cleanup.model import Action, Fate, Reason, Step, StepResult, names, results_as_json
 from flaskd.cleanup.plan import AFTER_THE_DRAIN, BEFORE_THE_DRAIN, BESIDE_THE_DRAIN, Plan, build_plan, with_found
-from flaskd.cleanup.preview import Frame, overview
+from flaskd.cleanup.preview import Frame, overview, with_service
 from flaskd.cleanup.runner import Runner
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "build_plan",
     "call_in_thread",
     "discover",
+    "divided",
     "for_steps",
     "names",
     "on_stop",
@@ -42,4 +43,5 @@ __all__ = [
     "results_as_json",
     "with_callbacks",
     "with_found",
+    "with_service",
 ]

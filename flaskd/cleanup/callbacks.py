@@ -6,7 +6,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -110,8 +110,7 @@ def with_callbacks(plan: Plan, app: Flask | None, *, timeout: float, told: set[s
             kept = done[-1:]
             for other in callback.after:
                 if other not in phases or phases[other].position > phase.position:
-                    no = "no policy or function of its phase or before has that name"
-                    lost.append(f'{name} cannot wait for "{other}": {no}')
+                    lost.append(f'{name} cannot wait for "{other}": {_why_not(plan, other)}')
                 elif circle and other in wished and phases[other] is phase and other not in done:
                     lost.append(f"{name} does not wait for {other}: {' after '.join(circle)} is a circle")
                 else:
@@ -133,7 +132,13 @@ def with_callbacks(plan: Plan, app: Flask | None, *, timeout: float, told: set[s
             log.warning(words)
     if told is not None:
         told.update(lost)
-    return Plan((*plan.steps, *steps))
+    return replace(plan, steps=(*plan.steps, *steps))
+
+
+def _why_not(plan: Plan, other: str) -> str:
+    if other in {step.name for step in plan.elsewhere}:
+        return "that policy runs once, outside of the workers"
+    return "no policy or function of its phase or before has that name"
 
 
 def _run(function: Callable[..., object], context: StepContext, _fields: _NoFields) -> str | None:

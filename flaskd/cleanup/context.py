@@ -40,6 +40,15 @@ def for_steps(deadline: float, reserve: float) -> tuple[float, float]:
     return deadline - ending, max(0.0, reserve - ending)
 
 
+def divided(deadline: float, reserve: float) -> tuple[tuple[float, float], tuple[float, float]]:
+    """The `deadline` and `reserve` of a stop for its workers, and those for what the daemon runs once they have ended.
+
+    The latter have half of the reserve, whatever hangs in a worker; where there is no reserve, a tenth of the time.
+    """
+    kept = min(deadline / 2, reserve / 2 or deadline / 10)
+    return (deadline - kept, max(0.0, reserve - kept)), (deadline, kept if reserve else 0.0)
+
+
 def in_app_context(app: Any) -> AbstractContextManager[Any]:
     """The app's own context, in which `current_app` and the extensions work; nothing where there is no Flask app."""
     return nullcontext() if app is None else app.app_context()

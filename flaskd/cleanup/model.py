@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from flaskd.config import Fields, Phase
+from flaskd.config import Fields, Phase, Scope
 from flaskd.text import Redactor, listed
 
 if TYPE_CHECKING:
@@ -82,6 +82,9 @@ class Action:
     `takes` is set for an action on live objects: the action by which discovery finds what a policy without a
     target takes. `first` is what it does in an earlier phase already. `keeps` is the field that names its file under
     the state directory, which must be no other's. `kinds` are those of the objects that discovery finds for it.
+    `scopes` are where it can run when there are worker processes, by default in the first of them: "worker", in each,
+    and "service", once, in the daemon's own process, for what asks nothing of the app, which is not imported there
+    (the context's `app` is None).
     """
 
     name: str
@@ -98,6 +101,11 @@ class Action:
     first: Action | None = None
     keeps: str = ""
     kinds: tuple[Kind, ...] = ()
+    scopes: tuple[Scope, ...] = ("worker",)
+
+
+ANYWHERE: tuple[Scope, ...] = ("service", "worker")
+"""The scopes of an action that asks nothing of the app: once for the service, unless a policy says otherwise."""
 
 
 DISCOVERED = "found:"
@@ -142,6 +150,7 @@ class Step:
     outcome: Outcome | None = None
     always: bool = False
     found: tuple[Found, ...] | None = None
+    scope: Scope = "worker"
     redact: Redactor = field(default_factory=Redactor, repr=False, compare=False)
     """Hides what was interpolated into its fields."""
 
@@ -180,6 +189,7 @@ class Step:
             "after": list(self.after),
             "when": {"reason": list(self.reasons), "outcome": self.outcome},
             "always": self.always,
+            "scope": self.scope,
             "found": [each.name for each in self.found or ()],
         }
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from flaskd.cleanup.actions import ACTIONS
 from flaskd.cleanup.model import DISCOVERED, Action, Step
 from flaskd.cleanup.targets import loaded
-from flaskd.config import CleanupConfig, Phase
+from flaskd.config import CleanupConfig, Phase, Scope
 from flaskd.config.order import in_turn
 from flaskd.errors import ConfigError, FlaskdError
 from flaskd.process.forks import AppCode
 from flaskd.text import Redactor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
     from pathlib import Path
 
     from flaskd.cleanup.found import Found
@@ -36,18 +36,30 @@ _IN_ORDER = ("apscheduler.stop", "executor.stop")
 class Plan:
     """The steps of a stop: ordered by phase, then by their `after` edges, then as they were given.
 
-    `left` is what was found and no step ends, each with the reason.
+    `left` is what was found and no step ends, each with the reason. `elsewhere` are the steps of the other scope, where
+    there are worker processes: another process runs them.
     """
 
     steps: tuple[Step, ...] = ()
     left: tuple[Found, ...] = ()
+    elsewhere: tuple[Step, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "steps", _ordered(self.steps))
+        object.__setattr__(self, "steps", _ordered(self.steps, {step.name for step in self.elsewhere}))
+
+    def part(self, scope: Scope) -> Plan:
+        """What runs in each worker, or once for the service; see `elsewhere`."""
+        mine, others = ([step for step in self.steps if (step.scope == scope) is here] for here in (True, False))
+        return Plan(tuple(mine), self.left, tuple(others))
 
     def of(self, phase: Phase) -> tuple[Step, ...]:
         """The steps of one phase, in order."""
         return tuple(step for step in self.steps if step.phase is phase)
+
+    @property
+    def later(self) -> bool:
+        """Whether there is something to run after the drain."""
+        return any(step.phase in AFTER_THE_DRAIN for step in self.steps)
 
     @property
     def id(self) -> str:
@@ -57,9 +69,8 @@ class Plan:
     def dependents(self, name: str) -> tuple[str, ...]:
         """The names of all steps that come after `name`, directly or through others, as the policies say it."""
         found = [name]
-        found += (
-            step.name for step in self.steps if not step.discovered and any(before in found for before in step.after)
-        )
+        steps = _ordered((*self.steps, *self.elsewhere))
+        found += (step.name for step in steps if not step.discovered and any(before in found for before in step.after))
         return tuple(found[1:])
 
     def prepare(self) -> None:
@@ -98,8 +109,8 @@ class Plan:
         return [step.describe() for step in self.steps]
 
 
-def build_plan(cleanup: CleanupConfig, actions: Mapping[str, Action] = ACTIONS) -> Plan:
-    """Take the enabled policies of a validated configuration.
+def build_plan(cleanup: CleanupConfig, scope: Scope | None = None, *, actions: Mapping[str, Action] = ACTIONS) -> Plan:
+    """Take the enabled policies of a validated configuration: all, or where there are workers those of one `scope`.
 
     An edge to a disabled policy leads on to what that one came after. Raises ConfigError for an action that
     `actions` does not have.
@@ -124,10 +135,12 @@ def build_plan(cleanup: CleanupConfig, actions: Mapping[str, Action] = ACTIONS) 
                 reasons=tuple(policy.when.reason),
                 outcome=policy.when.outcome,
                 always=policy.always,
+                scope=policy.scope,
                 redact=Redactor(policy.hidden),
             )
         )
-    return Plan(tuple(steps))
+    plan = Plan(tuple(steps))
+    return plan if scope is None else plan.part(scope)
 
 
 def _with_first(step: Step) -> list[Step]:
@@ -178,7 +191,7 @@ def with_found(
     for use in [*_IN_ORDER, *(use for use in free if use not in _IN_ORDER)]:
         if use in free and use not in taken:
             steps += _discovered(actions[use], tuple(free[use]), cleanup, steps)
-    return Plan(tuple(steps), tuple(left))
+    return Plan(tuple(steps), tuple(left), plan.elsewhere)
 
 
 def _discovered(action: Action, found: tuple[Found, ...], cleanup: CleanupConfig, before: list[Step]) -> list[Step]:
@@ -218,13 +231,16 @@ def _enabled_before(name: str, cleanup: CleanupConfig) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _ordered(steps: Iterable[Step]) -> tuple[Step, ...]:
-    """Sort; an edge to a later or unknown step is dropped, so that no step ever waits for nothing."""
+def _ordered(steps: Iterable[Step], elsewhere: Collection[str] = ()) -> tuple[Step, ...]:
+    """Sort; an edge to a later or unknown step is dropped, so that no step ever waits for nothing.
+
+    Edges to steps that another process runs stay. Here they wait for nothing, and say what depends on those.
+    """
     steps = tuple(steps)
     done: dict[str, Step] = {}
     for phase in Phase:
         of_phase = {step.name: step for step in steps if step.phase is phase}
         for name, _ in in_turn({name: step.after for name, step in of_phase.items()}):
             step = of_phase[name]
-            done[name] = replace(step, after=tuple(before for before in step.after if before in done))
+            done[name] = replace(step, after=tuple(each for each in step.after if each in done or each in elsewhere))
     return tuple(done.values())

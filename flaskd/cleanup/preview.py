@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from flaskd.cleanup.attempt import Attempt
-from flaskd.cleanup.context import for_steps
+from flaskd.cleanup.context import divided, for_steps
+from flaskd.cleanup.found import Found
 from flaskd.cleanup.model import Action, Fate, Step, StepResult, Verdict
 from flaskd.cleanup.plan import AFTER_THE_DRAIN, BEFORE_THE_DRAIN, BESIDE_THE_DRAIN, Plan
 from flaskd.cleanup.runner import Runner
@@ -21,8 +22,6 @@ from flaskd.units import format_duration
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-
-    from flaskd.cleanup.found import Found
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,7 @@ class Frame:
     drain: float
     max_parallel: int
     exit_wait: float = 0.0
+    workers: bool = False
 
     @classmethod
     def of(cls, config: Config) -> Frame:
@@ -47,6 +47,7 @@ class Frame:
             shutdown.drain.timeout,
             config.cleanup.max_parallel,
             shutdown.exit_wait,
+            workers=config.server.workers != 0,
         )
 
     def text(self) -> str:
@@ -63,8 +64,14 @@ class _Reason:
 
 
 class _Clock:
+    """Seconds since the stop began."""
+
     def __init__(self) -> None:
         self.now = 0.0
+
+    def until(self, moment: float) -> None:
+        """Move on to a moment, never back."""
+        self.now = max(self.now, moment)
 
     def __call__(self) -> float:
         return self.now
@@ -78,12 +85,17 @@ class _Silent:
 
 
 class _Rehearsal(Runner):
-    """A runner whose steps end at once, except those that hang; its clock moves on only while it waits for these."""
+    """A runner whose steps end at once, except those that hang; its clock moves on only while it waits for these.
 
-    def __init__(self, plan: Plan, frame: Frame, hang: Collection[str]) -> None:
-        self._by_hand = _Clock()
+    `time` is the deadline and the reserve of the stop.
+    """
+
+    def __init__(
+        self, plan: Plan, time: tuple[float, float], frame: Frame, hang: Collection[str], clock: _Clock
+    ) -> None:
+        self._by_hand = clock
         self._hang = hang
-        deadline, reserve = for_steps(frame.deadline, frame.reserve)
+        deadline, reserve = for_steps(*time)
         super().__init__(
             plan,
             app=None,
@@ -94,14 +106,10 @@ class _Rehearsal(Runner):
             clock=self._by_hand,
         )
 
-    def until(self, moment: float) -> None:
-        """Move the clock on to a moment, never back."""
-        self._by_hand.now = max(self._by_hand.now, moment)
-
     @property
-    def now(self) -> float:
-        """Seconds since the stop began."""
-        return self._by_hand.now
+    def drained_by(self) -> float:
+        """The moment at which the drain is over at the latest, for the steps after it."""
+        return self._budget.deadline - self.kept
 
     @contextmanager
     def _reporting(self) -> Iterator[None]:
@@ -116,22 +124,47 @@ class _Rehearsal(Runner):
 
     def _wait(self) -> None:
         if all(attempt.verdict is None for attempt in self._running.values()):
-            self.until(min(attempt.given_up_at() for attempt in self._running.values()))
+            self._by_hand.until(min(attempt.given_up_at() for attempt in self._running.values()))
 
 
-def rehearse(plan: Plan, frame: Frame, hang: Collection[str]) -> list[StepResult]:
-    """What would become of each step if those named in `hang` never ended, after a drain that takes all of its time."""
+def rehearse(plan: Plan, frame: Frame, hang: Collection[str], *, exit_wait: float = 0.0) -> list[StepResult]:
+    """What would become of each step if those named in `hang` never ended, after a drain that takes all of its time.
+
+    Where there are workers all of them are at the same step at the same time, as if they were one; `exit_wait` is how
+    many seconds they take from their last step to their end.
+    """
     still = Action("rehearsed", Settings, Phase.FINAL, lambda _context, _fields: None)
-    steps = [replace(step, action=replace(still, name=step.action.name)) for step in plan.steps]
-    runner = _Rehearsal(Plan(tuple(steps)), frame, hang)
-    runner.run(BEFORE_THE_DRAIN)
-    steps_end, _ = for_steps(frame.deadline, frame.reserve)
-    drain = max(0.0, min(frame.drain, steps_end - runner.kept - runner.now))
-    drained = max(runner.now, frame.announce) + drain
-    runner.run(BESIDE_THE_DRAIN)
-    runner.until(min(drained, frame.deadline))
-    runner.run(AFTER_THE_DRAIN)
-    return list(runner.results)
+    plan = Plan(tuple(replace(step, action=replace(still, name=step.action.name)) for step in plan.steps))
+    clock = _Clock()
+    parts = _parts(plan, frame)
+    runners = [_Rehearsal(part, time, frame, hang, clock) for part, time in parts]
+    results: list[StepResult] = []
+
+    def run(phases: Sequence[Phase]) -> None:
+        for runner in runners:
+            if runner is not runners[0] and phases is AFTER_THE_DRAIN:
+                _, (workers_end, _) = parts[0]
+                clock.until(min(clock.now + exit_wait, workers_end))
+            runner.heed(results)
+            results.extend(runner.run(phases))
+
+    run(BEFORE_THE_DRAIN)
+    drain = max(0.0, min(frame.drain, min(runner.drained_by for runner in runners) - clock.now))
+    drained = max(clock.now, frame.announce) + drain
+    run(BESIDE_THE_DRAIN)
+    clock.until(min(drained, frame.deadline))
+    run(AFTER_THE_DRAIN)
+    return results
+
+
+def _parts(plan: Plan, frame: Frame) -> list[tuple[Plan, tuple[float, float]]]:
+    """What each process runs of a plan, with the deadline and the reserve that it has for it: first the workers."""
+    whole = (frame.deadline, frame.reserve)
+    if not frame.workers:
+        return [(plan, whole)]
+    workers, service = plan.part("worker"), plan.part("service")
+    times = divided(*whole) if service.later else (whole, whole)
+    return list(zip((workers, service), times, strict=True))
 
 
 def latest(plan: Plan, frame: Frame) -> dict[str, tuple[float, float] | None]:
@@ -149,7 +182,8 @@ def latest(plan: Plan, frame: Frame) -> dict[str, tuple[float, float] | None]:
         )
         for step in plan.steps
     ]
-    results = rehearse(Plan(tuple(slowest)), frame, {step.name for step in slowest})
+    hang = {step.name for step in slowest}
+    results = rehearse(Plan(tuple(slowest)), frame, hang, exit_wait=frame.exit_wait)
     return {
         each.name: None if each.fate is Fate.SKIPPED else (each.started, each.started + each.took) for each in results
     }
@@ -162,30 +196,41 @@ def overview(plan: Plan, frame: Frame, at_exit: Sequence[str] = ()) -> dict[str,
     Of each step `begins_by` and `ends_by` are seconds after the stop began, or None where there may be no time for it.
     """
     moments = latest(plan, frame)
+    steps = _in_turn(plan.steps) if frame.workers else plan.steps
     policies = []
-    for step in plan.steps:
+    for step in steps:
         begins, ends = moments[step.name] or (None, None)
         policies.append({**step.describe(), "begins_by": begins, "ends_by": ends})
-    found = {each.name: each for step in plan.steps for each in step.found or ()}
+    found = {each.name: each for step in steps for each in step.found or ()}
     return {
         "policies": policies,
         "found": [each.describe() for each in (*found.values(), *plan.left)],
         "budget": asdict(frame),
         "exit": list(at_exit),
-        "text": "\n".join([*_timetable(plan, frame, moments), *_left(plan.left), *_at_exit(frame, at_exit)]),
+        "text": "\n".join([*_timetable(steps, frame, moments), *_left(plan.left), *_at_exit(frame, at_exit)]),
     }
 
 
-def _timetable(plan: Plan, frame: Frame, moments: Mapping[str, tuple[float, float] | None]) -> list[str]:
-    if not plan.steps:
+def _in_turn(steps: Iterable[Step]) -> list[Step]:
+    """The steps as they follow each other: those of the service wait until all workers have ended.
+
+    At the announce and beside the drain they run in their phase, after the workers' own.
+    """
+    stages = (*BEFORE_THE_DRAIN, *BESIDE_THE_DRAIN)
+    return sorted(steps, key=lambda each: (min(each.phase.position, len(stages)), each.scope == "service"))
+
+
+def _timetable(steps: Sequence[Step], frame: Frame, moments: Mapping[str, tuple[float, float] | None]) -> list[str]:
+    if not steps:
         return [frame.text(), "no cleanup policies"]
-    rows: list[tuple[str, ...]] = [("PHASE", "POLICY", "ACTION", "TIMEOUT", "BEGINS BY", "ENDS BY", "NOTES")]
-    for each in plan.steps:
+    rows: list[tuple[str, ...]] = [("PHASE", "POLICY", "ACTION", "TIMEOUT", "BEGINS BY", "ENDS BY", "SCOPE", "NOTES")]
+    for each in steps:
         moment = moments[each.name]
         begins, ends = map(format_duration, moment) if moment else ("no time", "-")
-        rows.append(
-            (str(each.phase), each.name, each.action.name, format_duration(each.timeout), begins, ends, each.notes())
-        )
+        timeout = format_duration(each.timeout)
+        rows.append((str(each.phase), each.name, each.action.name, timeout, begins, ends, each.scope, each.notes()))
+    if not frame.workers:
+        rows = [row[:-2] + row[-1:] for row in rows]
     return [frame.text(), *table(rows)]
 
 
@@ -226,8 +271,22 @@ def simulated(plan: Plan, frame: Frame, hang: Iterable[str]) -> tuple[list[StepR
     return results, "\n".join([head, *table(rows)])
 
 
-def plan_from(steps: Iterable[Mapping[str, Any]]) -> Plan:
+def with_service(workers: Mapping[str, Any], service: Plan, frame: Frame) -> dict[str, Any]:
+    """The overview of a whole service: of what a worker says of its own plan, and of what runs once.
+
+    `workers` is the `overview` of one worker.
+    """
+    found = [Found(**each) for each in workers["found"]]
+    plan = plan_from(workers["policies"], found)
+    taken = {name for step in workers["policies"] for name in step["found"]}
+    left = tuple(each for each in found if each.name not in taken)
+    whole = Plan((*plan.steps, *service.steps), left)
+    return overview(whole, frame, workers["exit"])
+
+
+def plan_from(steps: Iterable[Mapping[str, Any]], found: Iterable[Found] = ()) -> Plan:
     """The plan that `overview` described, good for rehearsals alone: what its steps do is not in there."""
+    known = {each.name: each for each in found}
     return Plan(
         tuple(
             Step(
@@ -242,6 +301,8 @@ def plan_from(steps: Iterable[Mapping[str, Any]]) -> Plan:
                 reasons=tuple(each["when"]["reason"]),
                 outcome=each["when"]["outcome"],
                 always=each["always"],
+                scope=each.get("scope", "worker"),
+                found=tuple(known[name] for name in each["found"] if name in known),
             )
             for each in steps
         )

@@ -137,6 +137,16 @@ class Runner:
         """Take the steps of the phases to come from another plan; between two runs."""
         self._plan = plan
 
+    def heed(self, results: Iterable[StepResult]) -> None:
+        """Take to heart what became of steps that another process ran (`Plan.elsewhere`); between two runs.
+
+        What depends on one that did not succeed is skipped, or all the rest, as that one's `on_failure` says.
+        """
+        elsewhere = {step.name: step for step in self._plan.elsewhere}
+        for result in results:
+            if result.broken and result.name in elsewhere:
+                self._mark_skipped(elsewhere[result.name], result)
+
     def run(self, phases: Iterable[Phase], outcome: Outcome = "clean") -> list[StepResult]:
         """Run the steps of `phases`, in the order of the phases.
 

@@ -11,7 +11,7 @@ What the others need::
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from flaskd.config.action_spec import ActionSpec, Fields, Phase
+from flaskd.config.action_spec import ActionSpec, Fields, Phase, Scope
 from flaskd.config.configuration import Configuration
 from flaskd.config.faults import Fault, InvalidConfigError
 from flaskd.config.fields import Duration, OneOrMany, Size, write_duration, write_size
@@ -50,8 +50,8 @@ __all__ = [
     "ActionSpec", "AdminConfig", "AppConfig", "CleanupConfig", "Config", "Configuration", "ControlConfig",
     "DiscoveryConfig", "DrainConfig", "Duration", "EndpointConfig", "ExitCodes", "Fault", "Fields", "FileWatch",
     "HealthConfig", "IdleConfig", "InvalidConfigError", "LogConfig", "OneOrMany", "Phase", "Policy",
-    "PolicyDefaults", "PoolConfig", "RolesConfig", "Section", "ServerConfig", "Settings", "ShutdownConfig", "Size",
-    "When", "load", "load_again", "load_mapping", "schema", "write_duration", "write_size",
+    "PolicyDefaults", "PoolConfig", "RolesConfig", "Scope", "Section", "ServerConfig", "Settings", "ShutdownConfig",
+    "Size", "When", "load", "load_again", "load_mapping", "schema", "write_duration", "write_size",
 ]  # fmt: skip
 
 

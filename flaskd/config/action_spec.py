@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, TypeAlias, Union
+from typing import TYPE_CHECKING, Literal, TypeAlias, Union
 
 from flaskd.config.settings import Settings
 
@@ -36,13 +36,20 @@ class Phase(StrEnum):
         return list(Phase).index(self)
 
 
+Scope = Literal["worker", "service"]
+"""Where a policy runs when there are worker processes: in each of them, or once, in the daemon's own process.
+
+That process never imports the app. Without workers the two are one.
+"""
+
+
 @dataclass(frozen=True)
 class ActionSpec:
     """What the configuration needs to know of a cleanup action: its fields, and the phase it belongs in.
 
     `fault` is why it cannot be used, empty when it can. `needs` are the modules of which one must be installed, each
     with its name at the package index. `keeps` is the field that names its file under the state directory,
-    empty when it has none.
+    empty when it has none. `scopes` are those that it can run in, its default first.
     """
 
     fields: type[Fields]
@@ -50,6 +57,7 @@ class ActionSpec:
     fault: str = ""
     needs: Mapping[str, str] = dataclasses.field(default_factory=dict)
     keeps: str = ""
+    scopes: tuple[Scope, ...] = ("worker",)
 
     def missing(self) -> str:
         """What would have to be installed; empty when the action can do its work. Imports none of it."""

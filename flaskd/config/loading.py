@@ -224,6 +224,7 @@ def _complete(config: Config, tree: Table, fields: Mapping[str, Fields | None], 
     for name, policy in config.cleanup.policies.items():
         update = {key: getattr(config.cleanup.defaults, key) for key in _INHERITED}
         update["phase"] = actions[policy.use].default_phase
+        update["scope"] = actions[policy.use].scopes[0]
         update = {key: value for key, value in update.items() if key not in policy.model_fields_set}
         whole = policy.model_copy(update={**update, "with_": fields[name]})
         policies[name] = whole.hiding(interpolated_in(tree, (*_POLICIES, name, "with")))

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from flaskd.config.action_spec import Phase
+from flaskd.config.action_spec import Phase, Scope
 from flaskd.config.faults import Faults
 from flaskd.config.fields import (
     AUTO,
@@ -319,6 +319,7 @@ class Policy(Settings):
     timeout: Duration = _filled_in("How long it may take; default: cleanup.defaults.timeout.", gt=0)
     retries: int = _filled_in("How often it is tried again; default: cleanup.defaults.retries.", ge=0, le=10)
     on_failure: OnFailure = _filled_in("What its failure means for others; default: as in cleanup.defaults.")
+    scope: Scope = _filled_in("With workers: whether each runs it, or the daemon, once; default: the action's own.")
     after: OneOrMany[str] = field([], description="Policies that must have ended before; same phase or earlier.")
     when: When = section(When)
     always: bool = field(False, description="Runs even after an abort, in a share of the reserve that is its own.")

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
-from flaskd.config.action_spec import Phase
+from flaskd.config.action_spec import Phase, Scope
 from flaskd.config.faults import Faults, dotted
 from flaskd.config.nodes import Items, Node, Scalar, Table, child, shown
 from flaskd.config.order import circle_in
-from flaskd.text import did_you_mean, nearest_first
+from flaskd.text import did_you_mean, nearest_first, quoted
 
 if TYPE_CHECKING:
     from flaskd.config.action_spec import Actions, ActionSpec
@@ -45,13 +45,18 @@ def enabled(policy: Table) -> bool:
 
 
 def check_policies(tree: Table, actions: Actions, faults: Faults) -> None:
-    """Note unknown and unusable actions, and ``after`` edges to unknown or later policies, or in a circle."""
+    """Note unknown and unusable actions, and ``after`` edges to unknown or later policies, or in a circle.
+
+    Where there are workers, what each of them runs cannot come after what the daemon runs once, outside of them.
+    """
     policies = policy_tables(tree)
     for name, policy in policies.items():
         use = policy.entries.get("use")
         if isinstance(use, Scalar) and not use.broken:
             _check_use(use, name, actions, faults, enabled=enabled(policy))
+        _check_scope(policy, name, actions, faults)
     phases = {name: _phase(policy, actions) for name, policy in policies.items()}
+    workers = has_workers(tree)
     edges: dict[tuple[str, str], tuple[Node, str]] = {}
     for name, policy in policies.items():
         for key, item in _after(policy):
@@ -66,6 +71,8 @@ def check_policies(tree: Table, actions: Actions, faults: Faults) -> None:
             elif (mine := phases[name]) and (its := phases[other]) and its.position > mine.position:
                 expected = f"expected a policy of phase {mine} or before"
                 faults.add(item.place, path, f"{expected}, got {shown(item)} of phase {its}")
+            elif workers and scope_of(policy, actions) == "worker" and scope_of(policies[other], actions) == "service":
+                faults.add(item.place, path, _outside(item, name, policies[other], policy, actions))
             else:
                 edges.setdefault((name, other), (item, path))
     _check_circles(edges, faults)
@@ -80,6 +87,44 @@ def _check_use(use: Scalar, name: str, actions: Actions, faults: Faults, *, enab
     elif enabled and (missing := actions[use.text].missing()):
         expected = f"expected {missing} to be installed where flaskd is, for this action needs it"
         faults.add(use.place, path, f"{expected}, got {shown(use)}")
+
+
+def has_workers(tree: Table) -> bool:
+    """Whether there are to be worker processes."""
+    server = child(tree, "server")
+    written = child(server, "workers") if server else None
+    return isinstance(written, Scalar) and not written.broken and written.value not in {None, 0}
+
+
+def scope_of(policy: Table, actions: Actions) -> Scope | None:
+    """Where a policy runs; None if that has its fault."""
+    written, spec = policy.entries.get("scope"), action_of(policy, actions)
+    if isinstance(written, Scalar):
+        return next((each for each in get_args(Scope) if each == written.text), None)
+    return spec.scopes[0] if spec and written is None else None
+
+
+def _check_scope(policy: Table, name: str, actions: Actions, faults: Faults) -> None:
+    written, spec = policy.entries.get("scope"), action_of(policy, actions)
+    scope = scope_of(policy, actions)
+    if written is not None and spec is not None and not spec.fault and scope is not None and scope not in spec.scopes:
+        why = ", for this action uses the app, which only workers import" if scope == "service" else ""
+        expected = f"expected {' or '.join(spec.scopes)}{why}"
+        faults.add(written.place, dotted((*_WHERE, name, "scope")), f"{expected}, got {shown(written)}")
+
+
+def _outside(item: Scalar, name: str, its: Table, mine: Table, actions: Actions) -> str:
+    """The fault of an edge from what each worker runs to what is run once, outside of the workers."""
+    ways = ((shown(item), its, "worker"), (quoted(name), mine, "service"))
+    can = [
+        f'give {whose} "scope: {scope}", or '
+        for whose, policy, scope in ways
+        if (spec := action_of(policy, actions)) and scope in spec.scopes
+    ]
+    return (
+        f"expected a policy that each worker process runs, as it does {quoted(name)}, got {shown(item)}, which runs "
+        f"once, outside of the workers; {''.join(can[:1])}leave this out"
+    )
 
 
 def _after(policy: Table) -> list[tuple[Path, Scalar]]:

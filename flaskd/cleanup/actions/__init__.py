@@ -43,7 +43,11 @@ KINDS = (*(replace(kind, use=action.name) for action in _OWN for kind in action.
 
 
 def action_specs(actions: Mapping[str, Action] = ACTIONS) -> Mapping[str, ActionSpec]:
-    """What `flaskd.config` needs to know of each action: the model of its fields, its phase, its fault, its needs."""
-    return LazyMapping(
-        actions, lambda each: ActionSpec(each.fields, each.default_phase, each.fault, each.needs, each.keeps)
-    )
+    """What `flaskd.config` needs to know of each action: its fields, its phase, its fault, its needs, its scopes."""
+
+    def spec(action: Action) -> ActionSpec:
+        return ActionSpec(
+            action.fields, action.default_phase, action.fault, action.needs, action.keeps, scopes=action.scopes
+        )
+
+    return LazyMapping(actions, spec)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from flaskd.cleanup.context import ENDING_PATIENCE, ENDING_SLACK, StepContext, StepFailedError, StepTimedOutError
-from flaskd.cleanup.model import Action
+from flaskd.cleanup.model import ANYWHERE, Action
 from flaskd.config import Duration, Phase, Settings
 from flaskd.config.fields import Hidden
 from flaskd.config.kinds import bounded, checked
@@ -307,5 +307,6 @@ ACTIONS = (
         run_command,
         prepare=prepare_command,
         grace=operator.attrgetter("kill_grace"),
+        scopes=ANYWHERE,
     ),
 )

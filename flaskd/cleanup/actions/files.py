@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
-from flaskd.cleanup.model import Action
+from flaskd.cleanup.model import ANYWHERE, Action
 from flaskd.config import OneOrMany, Phase, Settings
 from flaskd.config.kinds import checked
 from flaskd.config.settings import field
@@ -144,4 +144,4 @@ def _matching(directory: int, pattern: str) -> list[str]:
     return sorted(each for each in names if fnmatch.fnmatchcase(each, pattern) and (hidden or not each.startswith(".")))
 
 
-ACTIONS = (Action("files.remove", RemoveFields, Phase.FINAL, remove_files),)
+ACTIONS = (Action("files.remove", RemoveFields, Phase.FINAL, remove_files, scopes=ANYWHERE),)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import quote, urlsplit
 
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
-from flaskd.cleanup.model import Action
+from flaskd.cleanup.model import ANYWHERE, Action
 from flaskd.config import Phase, Settings
 from flaskd.config.fields import HeaderText, Hidden, SomeText
 from flaskd.config.kinds import SecretText, checked
@@ -203,6 +203,6 @@ def _safe(reason: str) -> str:
 
 
 ACTIONS = (
-    Action("consul.deregister", ConsulFields, Phase.ANNOUNCE, deregister, prepare=prepare_web),
-    Action("webhook", WebhookFields, Phase.FINAL, call_webhook, prepare=prepare_web),
+    Action("consul.deregister", ConsulFields, Phase.ANNOUNCE, deregister, prepare=prepare_web, scopes=ANYWHERE),
+    Action("webhook", WebhookFields, Phase.FINAL, call_webhook, prepare=prepare_web, scopes=ANYWHERE),
 )

@@ -68,6 +68,7 @@ def test_a_policy_becomes_a_step():
         "after": ["close-db"],
         "when": {"reason": ["signal"], "outcome": "clean"},
         "always": True,
+        "scope": "service",
         "found": [],
     }
     assert plan.steps[1].fields.kill_grace == 1.0
@@ -102,7 +103,7 @@ def test_an_action_that_is_not_there_is_a_configuration_error():
     """A registry without the action, as with a package removed since the check, is told by name."""
     cleanup = load_mapping({"cleanup": {"policies": {"x": DISPOSE}}}, actions=action_specs()).values.cleanup
     with pytest.raises(ConfigError, match=r'cleanup\.policies\.x\.use: there is no action "sqlalchemy\.dispose"'):
-        build_plan(cleanup, {})
+        build_plan(cleanup, actions={})
 
 
 def test_prepare_names_every_policy_at_fault(tmp_path, monkeypatch):

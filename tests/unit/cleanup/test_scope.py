@@ -1,0 +1,245 @@
+"""Where there are worker processes: what each of them runs at a stop, and what the daemon runs once."""
+
+import pytest
+from cleanup_kit import NoFields, fates, runner, step
+
+from flaskd.cleanup import ACTIONS, Action, Fate, Frame, Plan, action_specs, build_plan, divided, overview, with_service
+from flaskd.cleanup.callbacks import _Callback, with_callbacks
+from flaskd.cleanup.model import StepResult
+from flaskd.cleanup.preview import latest, plan_from, rehearse
+from flaskd.config import ActionSpec, Phase, load_mapping
+from flaskd.errors import ConfigError
+
+FRAME = Frame(deadline=25.0, reserve=3.0, announce=0.0, drain=15.0, max_parallel=8, workers=True)
+CLOSE, TELL = {"use": "logging.flush"}, {"use": "webhook", "with": {"url": "http://x"}}
+AFTER = "expected a policy that each worker process runs, as it does"
+
+
+def cleanup_of(policies, workers=2, actions=None):
+    """Give the cleanup of a configuration with these policies and workers."""
+    data = {"server": {"workers": workers}, "cleanup": {"policies": policies}}
+    return load_mapping(data, actions=actions or action_specs(), environ={}).values.cleanup
+
+
+def faults(policies, workers=2, actions=None):
+    """Give the faults of such a configuration."""
+    with pytest.raises(ConfigError) as caught:
+        cleanup_of(policies, workers, actions)
+    return [f"{fault.key}: {fault.message}" for fault in caught.value.faults]
+
+
+def names(plan):
+    return [each.name for each in plan.steps]
+
+
+def test_what_asks_nothing_of_the_app_runs_once():
+    """Commands, webhooks, deregistering and removing files are the service's, all else is each worker's."""
+    service = {name for name, action in ACTIONS.items() if action.scopes[0] == "service"}
+    assert service == {"command", "webhook", "consul.deregister", "files.remove"}
+    assert {ACTIONS[name].scopes for name in service} == {("service", "worker")}
+    assert {action.scopes for name, action in ACTIONS.items() if name not in service} == {("worker",)}
+    assert Action("mine", NoFields, Phase.FINAL, lambda *_: None).scopes == ("worker",)  # one of another package
+
+
+def test_a_plan_is_that_of_a_scope_or_all():
+    """Each process takes what is its own; without workers one takes all, in the order of the phases."""
+    policies = {"tell": {**TELL, "phase": "announce"}, "close": CLOSE, "each": {**TELL, "scope": "worker"}}
+    cleanup = cleanup_of(policies)
+    assert names(build_plan(cleanup)) == ["tell", "close", "each"]
+    assert names(build_plan(cleanup, "worker")) == ["close", "each"]
+    assert names(build_plan(cleanup, "service")) == ["tell"]
+    assert {each["name"]: each["scope"] for each in build_plan(cleanup).describe()} == {
+        "tell": "service",
+        "close": "worker",
+        "each": "worker",
+    }
+
+
+@pytest.mark.parametrize("use", ["call", "cache.persist", "sqlalchemy.dispose", "logging.flush", "executor.stop"])
+def test_what_uses_the_app_cannot_be_the_services(use):
+    """The daemon's own process never imports the app; that is a fault without workers, too."""
+    policy = {"use": use, "scope": "service", **({"with": {"target": "a:b"}} if use == "call" else {})}
+    expected = "expected worker, for this action uses the app, which only workers import"
+    assert faults({"x": policy}, 0) == [f'cleanup.policies.x.scope: {expected}, got "service"']
+
+
+def test_a_scope_has_its_names():
+    """Others are refused, with a guess."""
+    assert faults({"x": {**TELL, "scope": "servce"}}) == [
+        'cleanup.policies.x.scope: expected one of worker, service, got "servce"; did you mean "service"?'
+    ]
+
+
+@pytest.mark.parametrize("workers", [1, 4, "auto"])
+def test_a_worker_cannot_wait_for_what_runs_once(workers):
+    """The fault says what the two are, and what to do, to who has never heard of a scope."""
+    assert faults({"tell": TELL, "close": {**TELL, "scope": "worker", "after": ["tell"]}}, workers) == [
+        f'cleanup.policies.close.after[0]: {AFTER} "close", got "tell", which runs once, outside of the workers; '
+        'give "tell" "scope: worker", or leave this out'
+    ]
+
+
+def test_the_fault_tells_what_can_be_done():
+    """An action that can only run once is not said to be able to run in each worker."""
+    actions = {
+        "once": ActionSpec(NoFields, Phase.CLOSE, scopes=("service",)),
+        "each": ActionSpec(NoFields, Phase.CLOSE),
+        "both": ActionSpec(NoFields, Phase.CLOSE, scopes=("worker", "service")),
+    }
+    mine, theirs = ({"a": {"use": "once"}, "b": {"use": use, "after": "a"}} for use in ("each", "both"))
+    said = f'cleanup.policies.b.after: {AFTER} "b", got "a", which runs once, outside of the workers; '
+    assert faults(mine, 2, actions) == [f"{said}leave this out"]
+    assert faults(theirs, 2, actions) == [f'{said}give "b" "scope: service", or leave this out']
+    assert faults({"a": {"use": "once", "scope": "worker"}}, 2, actions) == [
+        'cleanup.policies.a.scope: expected service, got "worker"'
+    ]
+
+
+def test_without_workers_any_step_may_wait_for_any():
+    """One process runs them all."""
+    plan = build_plan(cleanup_of({"tell": TELL, "close": {**CLOSE, "phase": "final", "after": ["tell"]}}, 0))
+    assert [(each.name, each.after) for each in plan.steps] == [("tell", ()), ("close", ("tell",))]
+
+
+def test_what_runs_once_may_come_after_what_each_worker_runs():
+    """Its own phase or an earlier one; by then all workers have ended, and nothing is waited for."""
+    cleanup = cleanup_of({"close": CLOSE, "tell": {**TELL, "after": ["close"]}})
+    service = build_plan(cleanup, "service")
+    assert (names(service), service.steps[0].after) == (["tell"], ("close",))
+
+
+def test_a_step_waits_for_none_of_another_process():
+    """An edge that leads to one is no reason to wait."""
+    plan = Plan((step("close", scope="worker"), step("tell", scope="service", after=("close",)))).part("service")
+    running = runner()
+    running.replan(plan)
+    assert fates({each.name: each for each in running.run(Phase)}) == {"tell": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("on_failure", "expected"),
+    [
+        ("continue", {"tell": "ok", "other": "ok"}),
+        ("skip_dependents", {"tell": "skipped", "other": "ok"}),
+        ("abort", {"tell": "skipped", "other": "skipped"}),
+    ],
+)
+def test_what_failed_in_a_worker_counts_for_what_runs_once(on_failure, expected):
+    """Its dependents are skipped, through other workers' steps, too, or all the rest is, as its policy says."""
+    plan = Plan(
+        (
+            step("close", on_failure=on_failure),
+            step("then", after=("close",)),
+            step("tell", scope="service", after=("then",)),
+            step("other", scope="service"),
+        )
+    ).part("service")
+    running = runner()
+    running.replan(plan)
+    failed = StepResult("close", "quiesce", "test", Fate.FAILED, "no")
+    unknown = StepResult("found:redis.close", "close", "redis.close", Fate.FAILED, "no")
+    running.heed([unknown, StepResult("then", "quiesce", "test", Fate.SKIPPED, "after close"), failed])
+    assert fates({each.name: each for each in running.run(Phase)}) == expected
+
+
+def test_a_step_of_another_process_that_succeeded_skips_nothing():
+    """Only what is broken counts."""
+    plan = Plan((step("close", on_failure="abort"), step("tell", scope="service"))).part("service")
+    running = runner()
+    running.replan(plan)
+    running.heed([StepResult("close", "quiesce", "test", Fate.OK)])
+    assert fates({each.name: each for each in running.run(Phase)}) == {"tell": "ok"}
+
+
+def test_functions_of_the_app_are_the_workers(caplog, monkeypatch):
+    """They join the workers' plan; one that wishes to come after what runs once is told why it cannot."""
+    plan = build_plan(cleanup_of({"tell": TELL}), "worker")
+    monkeypatch.setattr("flaskd.cleanup.callbacks._registered", [_Callback(print, Phase.FINAL, None, ("tell",), False)])
+    found = with_callbacks(plan, None, timeout=1.0)
+    assert [(each.name, each.scope) for each in found.steps] == [("print", "worker")]
+    assert names(Plan(found.elsewhere)) == ["tell"]
+    assert 'print cannot wait for "tell": that policy runs once, outside of the workers' in caplog.text
+
+
+# --- time, and what is told beforehand ---
+
+
+def test_the_reserve_is_divided_between_workers_and_service():
+    """Whatever hangs in a worker, what runs once has half of the reserve; else a tenth of the time."""
+    assert divided(25.0, 3.0) == ((23.5, 1.5), (25.0, 1.5))
+    assert divided(10.0, 0.0) == ((9.0, 0.0), (10.0, 0.0))
+    assert divided(1.0, 4.0) == ((0.5, 3.5), (1.0, 0.5))
+
+
+PLAN = Plan(
+    (
+        step("leave", scope="service", phase=Phase.ANNOUNCE, timeout=1.0),
+        step("pause", phase=Phase.ANNOUNCE, timeout=2.0),
+        step("jobs", timeout=2.0),
+        step("save", scope="service", phase=Phase.PERSIST, timeout=1.0),
+        step("bye", phase=Phase.FINAL, timeout=60.0),
+        step("tell", scope="service", phase=Phase.FINAL, timeout=60.0),
+    )
+)
+
+
+def test_the_service_waits_for_the_workers():
+    """In a phase before the drain's end workers' steps come first; later ones of the service come when all have ended."""
+    frame = Frame(deadline=25.0, reserve=3.0, announce=0.0, drain=5.0, max_parallel=8, workers=True)
+    moments = latest(PLAN, frame)
+    assert moments["pause"] == (0.0, 2.0)
+    assert moments["leave"] == (2.0, 3.0)
+    assert moments["jobs"] == (8.0, 10.0)
+    assert moments["bye"] == (10.0, 23.0)
+    assert moments["save"] == (23.0, 23.5)
+    assert moments["tell"] == (23.5, 24.5)
+    brief = Plan(tuple(each for each in PLAN.steps if each.name != "bye"))  # the app's own exit comes before it, too
+    assert latest(brief, Frame(25.0, 3.0, 0.0, 5.0, 8, 1.5, workers=True))["save"] == (11.5, 12.5)
+
+
+def test_workers_have_all_of_the_time_where_nothing_comes_after_them():
+    """Nothing is kept for what there is not."""
+    moments = latest(Plan((step("bye", phase=Phase.FINAL, timeout=60.0),)), FRAME)
+    assert moments == {"bye": (15.0, 24.5)}
+
+
+def test_a_step_that_hangs_in_a_worker_is_rehearsed_with_what_depends_on_it():
+    """What comes after it elsewhere is skipped there."""
+    plan = Plan(
+        (step("jobs", timeout=2.0, on_failure="skip_dependents"), step("tell", scope="service", after=("jobs",)))
+    )
+    fate = {each.name: (str(each.fate), each.why) for each in rehearse(plan, FRAME, {"jobs"})}
+    assert fate["tell"] == ("skipped", "after jobs, which timed out")
+
+
+def test_the_table_has_the_scope_where_there_are_workers():
+    """In the order in which they run; without workers, a scope means nothing and is not shown."""
+    lines = overview(PLAN, FRAME)["text"].splitlines()
+    assert lines[1].split() == ["PHASE", "POLICY", "ACTION", "TIMEOUT", "BEGINS", "BY", "ENDS", "BY", "SCOPE", "NOTES"]
+    assert [line.split()[1] for line in lines[2:]] == ["pause", "leave", "jobs", "bye", "save", "tell"]
+    assert [line.split()[-1] for line in lines[2:]] == ["worker", "service", "worker", "worker", "service", "service"]
+    alone = overview(PLAN, Frame(25.0, 3.0, 0.0, 15.0, 8))
+    assert "SCOPE" not in alone["text"]
+    assert [each["name"] for each in alone["policies"]] == ["leave", "pause", "jobs", "save", "bye", "tell"]
+
+
+def test_what_workers_say_is_shown_with_what_runs_once():
+    """The whole service's overview is made of a worker's, with what was found there, and of the service's plan."""
+    told = overview(Plan(PLAN.part("worker").steps), FRAME, ["thread-1"])
+    told["found"] = [{"name": "shop.db:pool", "kind": "Pool", "use": "", "left": "excluded"}]
+    whole = with_service(told, PLAN.part("service"), FRAME)
+    expected = overview(PLAN, FRAME, ["thread-1"])
+    assert whole["policies"] == expected["policies"]
+    assert (whole["found"], whole["exit"]) == (told["found"], ["thread-1"])
+    assert whole["text"].startswith(expected["text"].rpartition("\n")[0])
+    assert "shop.db:pool" in whole["text"]
+
+
+def test_a_described_plan_keeps_its_scopes():
+    """It may come from a daemon of before, which knew of none."""
+    described = overview(PLAN, FRAME)["policies"]
+    assert {each.name: each.scope for each in plan_from(described).steps} == {
+        each.name: each.scope for each in PLAN.steps
+    }
+    without = [{key: value for key, value in each.items() if key != "scope"} for each in described]
+    assert {each.scope for each in plan_from(without).steps} == {"worker"}
