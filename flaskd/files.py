@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import stat
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +26,32 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises OSError; the old file and nothing else is there then. The writer must be the only one: flaskd holds the lock
     of the directory it writes to.
     """
-    temporary = temporary_name(path)
+    _write(temporary_name(path), content, lambda temporary: temporary.replace(path))
+    _sync_directory(path.parent)
+
+
+def write_once(path: Path, content: bytes) -> None:
+    """Write a file as `write_whole` does, unless there is one by then: several may do that at the same time.
+
+    Raises OSError. Whose content is there is known only by reading it.
+    """
+
+    def take(temporary: Path) -> None:
+        try:
+            path.hardlink_to(temporary)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system that has no links
+            temporary.replace(path)
+        temporary.unlink(missing_ok=True)
+
+    mine = f"{path.name}.{os.getpid()}-{threading.get_ident()}"
+    _write(temporary_name(path.with_name(mine)), content, take)
+    _sync_directory(path.parent)
+
+
+def _write(temporary: Path, content: bytes, take: Callable[[Path], object]) -> None:
+    """Write a new file and let `take` give it its name; where either fails, nothing is left of it."""
     temporary.unlink(missing_ok=True)
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NOT_FOLLOWED, 0o600)
@@ -33,12 +59,11 @@ def write_whole(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        take(temporary)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    _sync_directory(path.parent)
 
 
 def _sync_directory(path: Path) -> None:

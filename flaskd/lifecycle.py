@@ -105,9 +105,13 @@ class Lifecycle:
 
 @dataclass(frozen=True)
 class StopReason:
-    """Why flaskd stops; the first reason wins and is kept."""
+    """Why flaskd stops; the first reason wins and is kept.
 
-    kind: Literal["signal", "control", "endpoint", "idle", "failure"]
+    A worker also stops when another one takes its place, while the service goes on: with a `reload`, or for any other
+    cause (`recycle`).
+    """
+
+    kind: Literal["signal", "control", "endpoint", "idle", "failure", "reload", "recycle"]
     detail: str
 
     def __str__(self) -> str:

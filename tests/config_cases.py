@@ -328,7 +328,7 @@ WRONG = [
                 "known: close"
             ),
             (
-                "3:50 cleanup.policies.a.when.reason[0]: expected one of signal, control, endpoint, idle, failure, "
+                "3:50 cleanup.policies.a.when.reason[0]: expected one of signal, control, endpoint, idle, failure, reload, recycle, "
                 'got "signl"; did you mean "signal"?'
             ),
             '3:67 cleanup.policies.a.when.outcome: expected one of clean, degraded, got "bad"',

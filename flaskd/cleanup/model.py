@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from flaskd.config import Fields, Phase, Scope
+from flaskd.config import REPLACEMENTS, Fields, Phase, Scope
 from flaskd.text import Redactor, listed
 
 if TYPE_CHECKING:
@@ -84,7 +84,8 @@ class Action:
     the state directory, which must be no other's. `kinds` are those of the objects that discovery finds for it.
     `scopes` are where it can run when there are worker processes, by default in the first of them: "worker", in each,
     and "service", once, in the daemon's own process, for what asks nothing of the app, which is not imported there
-    (the context's `app` is None).
+    (the context's `app` is None). Without `at_replacement` a worker whose place another one takes does not run it:
+    only when the service stops.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Action:
     keeps: str = ""
     kinds: tuple[Kind, ...] = ()
     scopes: tuple[Scope, ...] = ("worker",)
+    at_replacement: bool = True
 
 
 ANYWHERE: tuple[Scope, ...] = ("service", "worker")
@@ -170,11 +172,16 @@ class Step:
         return self.always or self.phase in _RESERVED
 
     def may_be_wanted(self, reason: str) -> bool:
-        """Whether its `when` fits a stop for this reason, whatever comes of the drain."""
-        return not self.reasons or reason in self.reasons
+        """Whether it fits a stop for this reason, whatever comes of the drain."""
+        return (not self.reasons or reason in self.reasons) and (self.at_replacement or reason not in REPLACEMENTS)
+
+    @property
+    def at_replacement(self) -> bool:
+        """Whether it runs, too, when a worker is replaced while the service goes on."""
+        return self.scope == "worker" and self.action.at_replacement
 
     def wanted(self, reason: str, outcome: Outcome) -> bool:
-        """Whether its `when` fits this stop."""
+        """Whether it fits this stop."""
         return self.may_be_wanted(reason) and self.outcome in (None, outcome)
 
     def describe(self) -> dict[str, Any]:
@@ -190,11 +197,12 @@ class Step:
             "when": {"reason": list(self.reasons), "outcome": self.outcome},
             "always": self.always,
             "scope": self.scope,
+            "at_replacement": self.at_replacement,
             "found": [each.name for each in self.found or ()],
         }
 
-    def notes(self) -> str:
-        """What of it differs from the defaults, for people."""
+    def notes(self, *, workers: bool = False) -> str:
+        """What of it differs from the defaults, for people, and where there are `workers`."""
         return "; ".join(
             note
             for said, note in (
@@ -204,6 +212,7 @@ class Step:
                 (self.retries, f"{self.retries} {'retry' if self.retries == 1 else 'retries'}"),
                 (self.reasons, f"when reason is {' or '.join(self.reasons)}"),
                 (self.outcome, f"when outcome is {self.outcome}"),
+                (workers and self.scope == "worker" and not self.at_replacement, "only when the service stops"),
                 (self.found, names(self.found or ())),
             )
             if said

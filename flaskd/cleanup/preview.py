@@ -228,7 +228,18 @@ def _timetable(steps: Sequence[Step], frame: Frame, moments: Mapping[str, tuple[
         moment = moments[each.name]
         begins, ends = map(format_duration, moment) if moment else ("no time", "-")
         timeout = format_duration(each.timeout)
-        rows.append((str(each.phase), each.name, each.action.name, timeout, begins, ends, each.scope, each.notes()))
+        rows.append(
+            (
+                str(each.phase),
+                each.name,
+                each.action.name,
+                timeout,
+                begins,
+                ends,
+                each.scope,
+                each.notes(workers=frame.workers),
+            )
+        )
     if not frame.workers:
         rows = [row[:-2] + row[-1:] for row in rows]
     return [frame.text(), *table(rows)]
@@ -291,7 +302,13 @@ def plan_from(steps: Iterable[Mapping[str, Any]], found: Iterable[Found] = ()) -
         tuple(
             Step(
                 name=each["name"],
-                action=Action(each["use"], Settings, Phase(each["phase"]), lambda _context, _fields: None),
+                action=Action(
+                    each["use"],
+                    Settings,
+                    Phase(each["phase"]),
+                    lambda _context, _fields: None,
+                    at_replacement=each.get("at_replacement", True),
+                ),
                 fields=Settings(),
                 phase=Phase(each["phase"]),
                 timeout=each["timeout"],

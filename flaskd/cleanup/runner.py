@@ -18,7 +18,7 @@ from flaskd.cleanup.attempt import Attempt, Spare
 from flaskd.cleanup.calls import CallThread, call_in_thread
 from flaskd.cleanup.context import ENDING_SLACK, Budget, StepContext
 from flaskd.cleanup.model import Fate, StepResult, Verdict
-from flaskd.config import Phase
+from flaskd.config import REPLACEMENTS, Phase
 from flaskd.units import format_duration
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ class Runner:
     def _why_not(self, step: Step, outcome: Outcome) -> str:
         """Why the step is skipped; empty when it is to run."""
         if not step.wanted(self._reason.kind, outcome):
-            return "when"
+            return "when" if step.at_replacement or self._reason.kind not in REPLACEMENTS else "the service goes on"
         if not step.always and (why := self._skip_why.get(step.name) or self._aborted):
             return why
         if self._limit(step) <= self._budget.now():

@@ -11,7 +11,7 @@ What the others need::
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from flaskd.config.action_spec import ActionSpec, Fields, Phase, Scope
+from flaskd.config.action_spec import REPLACEMENTS, ActionSpec, Fields, Phase, Scope
 from flaskd.config.configuration import Configuration
 from flaskd.config.faults import Fault, InvalidConfigError
 from flaskd.config.fields import Duration, OneOrMany, Size, write_duration, write_size
@@ -39,14 +39,14 @@ from flaskd.config.model import (
 )
 from flaskd.config.schema import schema
 from flaskd.config.settings import Settings
-from flaskd.config.state_paths import KEY_FILE, MARK_FILE
+from flaskd.config.state_paths import KEY_FILE, MARK_FILE, WORKER
 from flaskd.config.watch import FileWatch
 
 if TYPE_CHECKING:
     from flaskd.config.pydantic_fields import Section
 
 __all__ = [
-    "KEY_FILE", "MARK_FILE",
+    "KEY_FILE", "MARK_FILE", "REPLACEMENTS", "WORKER",
     "ActionSpec", "AdminConfig", "AppConfig", "CleanupConfig", "Config", "Configuration", "ControlConfig",
     "DiscoveryConfig", "DrainConfig", "Duration", "EndpointConfig", "ExitCodes", "Fault", "Fields", "FileWatch",
     "HealthConfig", "IdleConfig", "InvalidConfigError", "LogConfig", "OneOrMany", "Phase", "Policy",

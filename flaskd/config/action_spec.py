@@ -36,6 +36,9 @@ class Phase(StrEnum):
         return list(Phase).index(self)
 
 
+REPLACEMENTS = ("reload", "recycle")
+"""The reasons for which a worker stops while the service goes on: new code or configuration, or any other one."""
+
 Scope = Literal["worker", "service"]
 """Where a policy runs when there are worker processes: in each of them, or once, in the daemon's own process.
 
@@ -49,7 +52,8 @@ class ActionSpec:
 
     `fault` is why it cannot be used, empty when it can. `needs` are the modules of which one must be installed, each
     with its name at the package index. `keeps` is the field that names its file under the state directory,
-    empty when it has none. `scopes` are those that it can run in, its default first.
+    empty when it has none. `scopes` are those that it can run in, its default first. `at_replacement`: whether it runs,
+    too, when a worker is replaced.
     """
 
     fields: type[Fields]
@@ -58,6 +62,7 @@ class ActionSpec:
     needs: Mapping[str, str] = dataclasses.field(default_factory=dict)
     keeps: str = ""
     scopes: tuple[Scope, ...] = ("worker",)
+    at_replacement: bool = True
 
     def missing(self) -> str:
         """What would have to be installed; empty when the action can do its work. Imports none of it."""

@@ -291,8 +291,8 @@ class PolicyDefaults(Settings):
 class When(Settings):
     """On which stops a policy runs; what is left out does not matter."""
 
-    reason: OneOrMany[Literal["signal", "control", "endpoint", "idle", "failure"]] = field(
-        [], description="Only on stops for one of these reasons."
+    reason: OneOrMany[Literal["signal", "control", "endpoint", "idle", "failure", "reload", "recycle"]] = field(
+        [], description="Only on stops for one of these reasons; a worker is replaced at a reload, or is recycled."
     )
     outcome: Literal["clean", "degraded"] | None = field(None, description="Only after a drain that ended so.")
 

@@ -9,8 +9,9 @@ import functools
 import itertools
 from typing import TYPE_CHECKING, get_args
 
-from flaskd.config.action_spec import Phase, Scope
+from flaskd.config.action_spec import REPLACEMENTS, Phase, Scope
 from flaskd.config.faults import Faults, dotted
+from flaskd.config.fields import AUTO
 from flaskd.config.nodes import Items, Node, Scalar, Table, child, shown
 from flaskd.config.order import circle_in
 from flaskd.text import did_you_mean, nearest_first, quoted
@@ -50,16 +51,18 @@ def check_policies(tree: Table, actions: Actions, faults: Faults) -> None:
     Where there are workers, what each of them runs cannot come after what the daemon runs once, outside of them.
     """
     policies = policy_tables(tree)
+    workers = workers_of(tree) != 0
     for name, policy in policies.items():
         use = policy.entries.get("use")
         if isinstance(use, Scalar) and not use.broken:
             _check_use(use, name, actions, faults, enabled=enabled(policy))
         _check_scope(policy, name, actions, faults)
+        if workers:
+            _check_reasons(policy, name, actions, faults)
     phases = {name: _phase(policy, actions) for name, policy in policies.items()}
-    workers = has_workers(tree)
     edges: dict[tuple[str, str], tuple[Node, str]] = {}
     for name, policy in policies.items():
-        for key, item in _after(policy):
+        for key, item in _entries(policy, "after"):
             path = dotted((*_WHERE, name, *key))
             other = item.text
             if other == name:
@@ -89,11 +92,13 @@ def _check_use(use: Scalar, name: str, actions: Actions, faults: Faults, *, enab
         faults.add(use.place, path, f"{expected}, got {shown(use)}")
 
 
-def has_workers(tree: Table) -> bool:
-    """Whether there are to be worker processes."""
+def workers_of(tree: Table) -> int | None:
+    """How many worker processes there are to be; None for as many as there are CPUs, 0 where that has its fault."""
     server = child(tree, "server")
     written = child(server, "workers") if server else None
-    return isinstance(written, Scalar) and not written.broken and written.value not in {None, 0}
+    if not isinstance(written, Scalar) or written.broken:
+        return 0
+    return None if written.text == AUTO else written.value if type(written.value) is int else 0
 
 
 def scope_of(policy: Table, actions: Actions) -> Scope | None:
@@ -113,6 +118,19 @@ def _check_scope(policy: Table, name: str, actions: Actions, faults: Faults) -> 
         faults.add(written.place, dotted((*_WHERE, name, "scope")), f"{expected}, got {shown(written)}")
 
 
+def _check_reasons(policy: Table, name: str, actions: Actions, faults: Faults) -> None:
+    """Note reasons for which a worker is replaced where the policy never runs then."""
+    once = scope_of(policy, actions) == "service"
+    spec, when = action_of(policy, actions), child(policy, "when")
+    if when is None or spec is None or (spec.at_replacement and not once):
+        return
+    why = "this policy runs once, outside of the workers" if once else "this action runs only when the service stops"
+    for key, item in _entries(when, "reason"):
+        if item.text in REPLACEMENTS:
+            path = dotted((*_WHERE, name, "when", *key))
+            faults.add(item.place, path, f"expected a reason to stop the service, for {why}, got {shown(item)}")
+
+
 def _outside(item: Scalar, name: str, its: Table, mine: Table, actions: Actions) -> str:
     """The fault of an edge from what each worker runs to what is run once, outside of the workers."""
     ways = ((shown(item), its, "worker"), (quoted(name), mine, "service"))
@@ -127,13 +145,14 @@ def _outside(item: Scalar, name: str, its: Table, mine: Table, actions: Actions)
     )
 
 
-def _after(policy: Table) -> list[tuple[Path, Scalar]]:
-    after = policy.entries.get("after")
+def _entries(table: Node, key: str) -> list[tuple[Path, Scalar]]:
+    """The texts of a list, each with its path, or the one that stands alone."""
+    written = child(table, key)
     found: list[tuple[Path, Node]] = []
-    if isinstance(after, Items):
-        found = [(("after", i), item) for i, item in enumerate(after.items)]
-    elif after is not None:
-        found = [(("after",), after)]
+    if isinstance(written, Items):
+        found = [((key, i), item) for i, item in enumerate(written.items)]
+    elif written is not None:
+        found = [((key,), written)]
     return [
         (key, item) for key, item in found if isinstance(item, Scalar) and item.value is not None and not item.broken
     ]

@@ -6,12 +6,13 @@ Works on the tree, not on the model, so that these faults come together with all
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING
 
 from flaskd.config.faults import Faults, dotted
 from flaskd.config.model import ShutdownConfig
 from flaskd.config.nodes import Node, Scalar, Table, child, shown
-from flaskd.config.policies import action_of, enabled, policy_tables
+from flaskd.config.policies import action_of, enabled, policy_tables, workers_of
 from flaskd.text import quoted
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 MARK_FILE, KEY_FILE = "running.json", "cache.key"
 """What flaskd itself keeps there, beside what the configuration names."""
 
+WORKER = "{worker}"
+"""What stands for the number of a worker's place in the pool, in the path of a file that each worker keeps."""
+
 
 def check_state_paths(
     tree: Table, fields: Mapping[str, Fields | None], actions: Actions, environ: Mapping[str, str], faults: Faults
@@ -29,16 +33,35 @@ def check_state_paths(
     """Note each path that is another's already, in whatever spelling.
 
     `fields` are the validated fields of each policy. A relative path is under the state directory; where that is, the
-    service manager says (``$STATE_DIRECTORY``), or nobody knows yet: then it is none of the absolute ones.
+    service manager says (``$STATE_DIRECTORY``), or nobody knows yet: then it is none of the absolute ones. Where there
+    is more than one worker, a file that each of them keeps has its number in its path.
     """
+    kept = list(_kept(tree, fields, actions))
+    if workers_of(tree) not in {0, 1}:
+        for key, node, path, said in kept:
+            if WORKER not in path:
+                such = "" if isinstance(node, Scalar) and node.secret else f" such as {quoted(_numbered(path))}"
+                expected = f"expected a path with {WORKER} in it{such}, for each worker keeps a file of its own"
+                faults.add(node.place, key, f"{expected}, got {said}")
     state = environ.get("STATE_DIRECTORY", "").partition(":")[0] or "state"
     taken = {_place(MARK_FILE, state): "is the mark of a running flaskd", _place(KEY_FILE, state): "is a cache's key"}
-    for key, node, path, said in [*_record(tree), *_kept(tree, fields, actions)]:
+    for key, node, path, said in [*_record(tree), *kept]:
         place = _place(path, state)
-        if place in taken:
-            faults.add(node.place, key, f"expected a file of its own, got {said}, which {taken[place]}")
+        if others := [owner for other, owner in taken.items() if _meet(place, other)]:
+            faults.add(node.place, key, f"expected a file of its own, got {said}, which {others[0]}")
         else:
             taken[place] = f"is that of {key}"
+
+
+def _numbered(path: str) -> str:
+    root, suffix = os.path.splitext(path)  # noqa: PTH122 - text for people
+    return f"{root}-{WORKER}{suffix}"
+
+
+def _meet(one: str, other: str) -> bool:
+    """Whether two paths can be those of one file, whatever the number of the worker."""
+    first, second = ("[0-9]+".join(map(re.escape, path.split(WORKER))) for path in (one, other))
+    return one == other or bool(re.fullmatch(first, other) or re.fullmatch(second, one))
 
 
 def _place(path: str, state: str) -> str:

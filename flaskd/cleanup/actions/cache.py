@@ -8,6 +8,8 @@ A file is restored by one start that succeeds. What the app deleted or changed s
 next life ended in a crash or its file could not be written. That a file is used shows in its modification time, the
 epoch: its content stays whole, and a full disk can note that too.
 
+Where there are workers, each keeps a file of its own when the service stops; one that is replaced keeps nothing.
+
 The file: a line that names the format, the HMAC-SHA256 of all the rest, the length of the index (8 bytes, big-endian),
 the index as JSON, and the values one after the other.
 """
@@ -18,6 +20,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import secrets
 import stat
 import sys
@@ -27,11 +30,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from flaskd.cleanup.context import StepContext, StepFailedError
 from flaskd.cleanup.model import Action
-from flaskd.config import KEY_FILE, Duration, Phase, Settings, Size
+from flaskd.config import KEY_FILE, WORKER, Duration, Phase, Settings, Size
 from flaskd.config.fields import SomeText
 from flaskd.config.kinds import SecretText, checked
 from flaskd.config.settings import field
-from flaskd.files import read_whole, write_whole
+from flaskd.files import read_whole, write_once, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -56,7 +59,10 @@ def _long_enough(key: SecretText) -> SecretText:
 class PersistFields(Settings):
     """Fields of ``cache.persist``."""
 
-    path: SomeText = field("cache.bin", description="The file; relative to the state directory.")
+    path: SomeText = field(
+        "cache.bin",
+        description="The file; relative to the state directory. {worker} in it is the worker's number, from 0.",
+    )
     restore: bool = field(True, description="Whether a start fills the caches from the file, before READY.")
     key: Annotated[SecretText, checked(_long_enough)] | None = field(
         default=None,
@@ -123,10 +129,16 @@ def use_up_cache(state: Path | None, fields: PersistFields) -> None:
 
 
 def _path(state: Path | None, fields: PersistFields) -> Path:
-    path = Path(fields.path)
+    path = Path(fields.path.replace(WORKER, _slot()))
     if not path.is_absolute() and state is None:
         raise StepFailedError(f"cannot use {path}: no state directory is ours; give an absolute path")
     return path if state is None else state / path
+
+
+def _slot() -> str:
+    """The number of the worker that this process is; 0 without workers."""
+    slot = os.environ.get("FLASKD_WORKER", "")
+    return slot if re.fullmatch("[0-9]{1,9}", slot) else "0"
 
 
 def _name(app: Any) -> str:
@@ -279,7 +291,7 @@ def _key_of_our_own(state: Path | None, *, make: bool) -> bytes:
     try:
         if make and not path.exists():
             state.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_whole(path, secrets.token_bytes(_KEY_BYTES))
+            write_once(path, secrets.token_bytes(_KEY_BYTES))  # each worker may need it, all at the same time
         found = path.lstat()
         if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
             raise StepFailedError(f"cannot use the key {path}: expected a file of our own with mode 0600; remove it")
@@ -302,5 +314,6 @@ ACTIONS = (
         restore=restore_cache,
         use_up=use_up_cache,
         keeps="path",
+        at_replacement=False,
     ),
 )

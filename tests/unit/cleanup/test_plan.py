@@ -69,6 +69,7 @@ def test_a_policy_becomes_a_step():
         "when": {"reason": ["signal"], "outcome": "clean"},
         "always": True,
         "scope": "service",
+        "at_replacement": False,
         "found": [],
     }
     assert plan.steps[1].fields.kill_grace == 1.0

@@ -1,9 +1,21 @@
 """Where there are worker processes: what each of them runs at a stop, and what the daemon runs once."""
 
 import pytest
-from cleanup_kit import NoFields, fates, runner, step
+from cleanup_kit import NoFields, Reason, fates, runner, step
 
-from flaskd.cleanup import ACTIONS, Action, Fate, Frame, Plan, action_specs, build_plan, divided, overview, with_service
+from flaskd.cleanup import (
+    ACTIONS,
+    Action,
+    Fate,
+    Frame,
+    Plan,
+    Step,
+    action_specs,
+    build_plan,
+    divided,
+    overview,
+    with_service,
+)
 from flaskd.cleanup.callbacks import _Callback, with_callbacks
 from flaskd.cleanup.model import StepResult
 from flaskd.cleanup.preview import latest, plan_from, rehearse
@@ -159,6 +171,57 @@ def test_functions_of_the_app_are_the_workers(caplog, monkeypatch):
     assert [(each.name, each.scope) for each in found.steps] == [("print", "worker")]
     assert names(Plan(found.elsewhere)) == ["tell"]
     assert 'print cannot wait for "tell": that policy runs once, outside of the workers' in caplog.text
+
+
+# --- a worker that is replaced ---
+
+
+@pytest.mark.parametrize(
+    ("reason", "expected"),
+    [
+        ("reload", {"jobs": "ok", "keep": "skipped", "only": "ok"}),
+        ("recycle", {"jobs": "ok", "keep": "skipped", "only": "skipped"}),
+        ("signal", {"jobs": "ok", "keep": "ok", "only": "skipped"}),
+    ],
+)
+def test_what_is_kept_over_a_restart_is_not_kept_at_a_replacement(reason, expected):
+    """Its action says so; of all others the policies say when they run, and for a replacement there are two reasons."""
+    keep = Action("keep", NoFields, Phase.PERSIST, lambda *_: None, at_replacement=False)
+    steps = (step("jobs"), Step("keep", keep, NoFields(), Phase.PERSIST, 5.0), step("only", reasons=("reload",)))
+    results = {each.name: each for each in runner(*steps, reason=Reason(reason)).run(Phase)}
+    assert fates(results) == expected
+    if reason != "signal":
+        assert results["keep"].why == "the service goes on"
+
+
+def test_a_cache_is_not_kept_at_a_replacement():
+    """The plan of workers says so, for programs, too; without workers there is nothing to say."""
+    policy = {"use": "cache.persist", "with": {"path": "{worker}"}}
+    plan = build_plan(cleanup_of({"keep": policy, "tell": TELL}))
+    told = overview(plan, FRAME)
+    assert [(each["name"], each["at_replacement"]) for each in told["policies"]] == [("keep", False), ("tell", False)]
+    assert told["text"].count("only when the service stops") == 1
+    whole = with_service(overview(plan.part("worker"), FRAME), plan.part("service"), FRAME)
+    assert whole["text"].count("only when the service stops") == 1
+    assert "only when the service stops" not in overview(plan, Frame(25.0, 3.0, 0.0, 15.0, 8))["text"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "why"),
+    [
+        ({**TELL, "when": {"reason": ["signal", "reload"]}}, "this policy runs once, outside of the workers"),
+        (
+            {"use": "cache.persist", "with": {"path": "{worker}"}, "when": {"reason": ["idle", "reload"]}},
+            "this action runs only when the service stops",
+        ),
+    ],
+)
+def test_a_reason_for_which_a_policy_never_runs_is_a_fault(policy, why):
+    """It would wait for ever; without workers neither reason ever comes, and the file is good for both."""
+    expected = f"expected a reason to stop the service, for {why}"
+    assert faults({"x": policy}) == [f'cleanup.policies.x.when.reason[1]: {expected}, got "reload"']
+    cleanup_of({"x": policy}, 0)
+    cleanup_of({"x": {**TELL, "scope": "worker", "when": {"reason": "recycle"}}})
 
 
 # --- time, and what is told beforehand ---

@@ -1,8 +1,9 @@
 """What the configuration has to say of worker processes: how many, and what a reload changes with them."""
 
 import pytest
+from config_cases import ACTIONS
 
-from flaskd.config import Config, load_mapping, model, schema
+from flaskd.config import Config, InvalidConfigError, load_mapping, model, schema
 from flaskd.errors import ConfigError
 
 EVERY_KEY = {
@@ -104,3 +105,71 @@ def test_an_app_in_hand_cannot_have_workers():
     with pytest.raises(ConfigError, match="server.workers: expected 0") as caught:
         hidden.refuse_given_app()
     assert "37" not in str(caught.value)
+
+
+# --- files that each worker keeps ---
+
+
+def kept(workers, *paths, **environ):
+    """Read a configuration with a policy that keeps a file for each path."""
+    policies = {f"p{number}": {"use": "cache.persist", "with": {"path": path}} for number, path in enumerate(paths)}
+    data = {"server": {"workers": workers}, "cleanup": {"policies": policies}}
+    return load_mapping(data, actions=ACTIONS, environ=environ)
+
+
+@pytest.mark.parametrize("workers", [2, 512, "auto"])
+def test_more_than_one_worker_keep_more_than_one_file(workers):
+    """Its path has the worker's number in it, or each would overwrite what another one has kept."""
+    kept(workers, "cache-{worker}.bin", "{worker}/other", "/abs/{worker}")
+    with pytest.raises(InvalidConfigError) as caught:
+        kept(workers, "a/cache.bin", "cache-{wroker}")
+    assert [fault.message for fault in caught.value.faults] == [
+        f'expected a path with {{worker}} in it such as "{such}", for each worker keeps a file of its own, got "{got}"'
+        for such, got in (("a/cache-{worker}.bin", "a/cache.bin"), ("cache-{wroker}-{worker}", "cache-{wroker}"))
+    ]
+    plain = {"server": {"workers": workers}, "cleanup": {"policies": {"a": {"use": "cache.persist"}}}}
+    with pytest.raises(ConfigError, match='with.path: expected a path with .*, got "cache.bin" by default'):
+        load_mapping(plain, actions=ACTIONS, environ={})
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_one_worker_needs_no_number(workers):
+    """It may have it."""
+    kept(workers, "cache.bin", "cache-{worker}")
+
+
+def test_a_path_that_is_a_secret_is_not_shown():
+    """Not even as part of what would be right."""
+    path = "${env:P}"
+    with pytest.raises(InvalidConfigError) as caught:
+        load_mapping(
+            {
+                "server": {"workers": 2},
+                "cleanup": {"policies": {"a": {"use": "cache.persist", "with": {"path": path}}}},
+            },
+            actions=ACTIONS,
+            environ={"P": "hidden/cache"},
+        )
+    assert "hidden" not in str(caught.value)
+    assert "expected a path with {worker} in it, for" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "meet"),
+    [
+        ("cache-{worker}", "cache-7", True),
+        ("cache-7", "cache-{worker}", True),
+        ("cache-{worker}", "cache-{worker}", True),
+        ("a/../cache-{worker}", "cache-{worker}", True),
+        ("cache-{worker}", "cache-x", False),
+        ("cache-{worker}", "other-{worker}", False),
+        ("cache.{worker}", "cachex7", False),
+    ],
+)
+def test_a_number_may_be_any(one, other, meet):
+    """Two policies keep one file where any worker's number makes their paths the same."""
+    if meet:
+        with pytest.raises(ConfigError, match="expected a file of its own, .* which is that of cleanup.policies.p0"):
+            kept(0, one, other)
+    else:
+        kept(0, one, other)

@@ -1,6 +1,7 @@
 import os
 import stat
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -249,6 +250,55 @@ def test_a_configured_key_is_never_shown():
     assert build_plan(shown.values.cleanup).steps[0].fields.key.get_secret_value() == "sixteen letters!"
     with pytest.raises(ConfigError, match=r"cleanup.policies.a.with.key: expected at least 16 characters"):
         load_mapping({"cleanup": {"policies": {"a": {**policy, "with": {"key": 123}}}}}, actions=specs)
+
+
+def test_each_worker_keeps_a_file_of_its_own(tmp_path, monkeypatch):
+    """The number of a worker is in its environment; without workers, or where it is none, it is 0."""
+    monkeypatch.delenv("FLASKD_WORKER", raising=False)
+    for slot, name in ((None, "cache-0"), ("3", "cache-3"), ("11", "cache-11"), ("../x", "cache-0")):
+        if slot is not None:
+            monkeypatch.setenv("FLASKD_WORKER", slot)
+        app, cache = app_of()
+        cache.set("ever", name, timeout=0)
+        assert persist(app, tmp_path, path="cache-{worker}").fate is Fate.OK
+        app, cache = app_of()
+        restore(app, tmp_path, path="cache-{worker}")
+        assert cache.get("ever") == name
+        use_up_cache(tmp_path, PersistFields(path="cache-{worker}"))
+        assert (tmp_path / name).stat().st_mtime == 0
+    assert {each.name for each in tmp_path.iterdir()} == {"cache-0", "cache-3", "cache-11"}
+
+
+def test_workers_that_need_a_key_at_the_same_time_have_the_same(tmp_path, monkeypatch):
+    """Whose key comes second takes the first: else what was signed with that could not be restored."""
+    app, cache = app_of(secret=None)
+    cache.set("ever", 1, timeout=0)
+
+    def exists(_path):
+        monkeypatch.undo()
+        assert persist(app, tmp_path, path="first").fate is Fate.OK  # another worker does all of it in this moment
+        return False
+
+    monkeypatch.setattr(Path, "exists", exists)
+    assert persist(app, tmp_path, path="second").fate is Fate.OK
+    for path in ("first", "second"):
+        assert restore(app_of(secret=None)[0], tmp_path, path=path).startswith("restored 1 entry")
+    assert {each.name for each in tmp_path.iterdir()} == {"first", "second", "cache.key"}
+    assert stat.S_IMODE((tmp_path / "cache.key").stat().st_mode) == 0o600
+
+
+def test_a_key_is_made_where_files_have_no_links(tmp_path, monkeypatch):
+    """Such a file system takes the file by its name."""
+
+    def refuse(*_args):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    app, cache = app_of(secret=None)
+    cache.set("ever", 1, timeout=0)
+    assert persist(app, tmp_path).fate is Fate.OK
+    assert restore(app_of(secret=None)[0], tmp_path).startswith("restored 1 entry")
+    assert {each.name for each in tmp_path.iterdir()} == {"cache.bin", "cache.key"}
 
 
 def test_other_caches_keep_themselves(tmp_path):
