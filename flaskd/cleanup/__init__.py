@@ -4,7 +4,7 @@ from flaskd.cleanup.actions import ACTIONS, action_specs
 from flaskd.cleanup.attempt import Spare
 from flaskd.cleanup.callbacks import on_stop, with_callbacks
 from flaskd.cleanup.calls import call_in_thread
-from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError, divided, for_steps
+from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError, Times, divided, for_steps
 from flaskd.cleanup.discovery import DiscoveryRun, discover
 from flaskd.cleanup.found import Found
 from flaskd.cleanup.model import Action, Fate, Reason, Step, StepResult, names, results_as_json
@@ -31,6 +31,7 @@ __all__ = [
     "StepFailedError",
     "StepResult",
     "StepTimedOutError",
+    "Times",
     "action_specs",
     "build_plan",
     "call_in_thread",

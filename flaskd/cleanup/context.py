@@ -40,15 +40,6 @@ def for_steps(deadline: float, reserve: float) -> tuple[float, float]:
     return deadline - ending, max(0.0, reserve - ending)
 
 
-def divided(deadline: float, reserve: float) -> tuple[tuple[float, float], tuple[float, float]]:
-    """The `deadline` and `reserve` of a stop for its workers, and those for what the daemon runs once they have ended.
-
-    The latter have half of the reserve, whatever hangs in a worker; where there is no reserve, a tenth of the time.
-    """
-    kept = min(deadline / 2, reserve / 2 or deadline / 10)
-    return (deadline - kept, max(0.0, reserve - kept)), (deadline, kept if reserve else 0.0)
-
-
 def in_app_context(app: Any) -> AbstractContextManager[Any]:
     """The app's own context, in which `current_app` and the extensions work; nothing where there is no Flask app."""
     return nullcontext() if app is None else app.app_context()
@@ -74,20 +65,55 @@ _SHARE_OF_THE_DEADLINE, _SHARE_OF_A_HURRY = 1 / 5, 1 / 2
 """What steps marked `always` have of all the time, where there is no reserve."""
 
 
+@dataclass(frozen=True)
+class Times:
+    """What one process has of a stop, in seconds: its `deadline`, its `reserve`, and what of that is its own.
+
+    The latter is `kept`, or the whole reserve where that is 0.
+    """
+
+    deadline: float
+    reserve: float
+    kept: float = 0.0
+
+    def for_steps(self) -> Times:
+        """The same for its steps, less what its end takes."""
+        deadline, reserve = for_steps(self.deadline, self.reserve)
+        return Times(deadline, reserve, max(0.0, self.kept - (self.deadline - deadline)))
+
+
+def divided(deadline: float, reserve: float, *, later: bool) -> tuple[Times, Times]:
+    """What the workers have of a stop, and what the daemon has for its own steps; `later`: it has some after the drain.
+
+    Those begin when all workers have ended, and have half of the reserve whatever hangs there: so much earlier is the
+    workers' deadline. Steps of the daemon before the drain, for which workers wait, leave these their
+    reserve, unless they are marked `always` themselves.
+    """
+    pot = reserve or deadline * _SHARE_OF_THE_DEADLINE
+    if not later:
+        return Times(deadline, reserve), Times(deadline, pot)
+    kept = max(pot / 2, 2 * min(_ENDING, deadline / 10))  # a worker's steps end before it does
+    workers = Times(deadline - kept, reserve / 2)
+    return workers, Times(deadline, kept + (workers.reserve or workers.deadline * _SHARE_OF_THE_DEADLINE), kept)
+
+
 class Budget:
     """The time all of cleanup has: an absolute `deadline`, and the `reserve` kept from ordinary steps.
 
-    `always` is the number of steps that are marked so. Whatever hangs, each has a share of the reserve for itself: all
-    that runs before it ends early enough for that, flush, final and others marked `always` too.
+    `always` is the number of steps that are marked so. Whatever hangs, each has a share of the reserve for itself (of
+    `kept`, if that is above 0): all that runs before it ends early enough for that, flush, final and others marked
+    `always` too.
     """
 
-    def __init__(self, deadline: float, reserve: float, clock: Callable[[], float], *, always: int = 0) -> None:
+    def __init__(
+        self, deadline: float, reserve: float, clock: Callable[[], float], *, always: int = 0, kept: float = 0.0
+    ) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         self._always = always
         left = max(0.0, deadline - clock())
         # One share more than there are steps, for flush and final.
-        share = min(reserve or left * _SHARE_OF_THE_DEADLINE, left) / (always + 1)
+        share = min(kept or reserve or left * _SHARE_OF_THE_DEADLINE, left) / (always + 1)
         # One tuple, replaced as a whole: a reader without the lock never sees half a change.
         self._now_in_force = (deadline, reserve, clock(), share)
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from flaskd.cleanup.attempt import Attempt
-from flaskd.cleanup.context import divided, for_steps
+from flaskd.cleanup.context import Times, divided
 from flaskd.cleanup.found import Found
 from flaskd.cleanup.model import Action, Fate, Step, StepResult, Verdict
 from flaskd.cleanup.plan import AFTER_THE_DRAIN, BEFORE_THE_DRAIN, BESIDE_THE_DRAIN, Plan
@@ -85,23 +85,19 @@ class _Silent:
 
 
 class _Rehearsal(Runner):
-    """A runner whose steps end at once, except those that hang; its clock moves on only while it waits for these.
+    """A runner whose steps end at once, except those that hang; its clock moves on only while it waits for these."""
 
-    `time` is the deadline and the reserve of the stop.
-    """
-
-    def __init__(
-        self, plan: Plan, time: tuple[float, float], frame: Frame, hang: Collection[str], clock: _Clock
-    ) -> None:
+    def __init__(self, plan: Plan, times: Times, frame: Frame, hang: Collection[str], clock: _Clock) -> None:
         self._by_hand = clock
         self._hang = hang
-        deadline, reserve = for_steps(*time)
+        times = times.for_steps()
         super().__init__(
             plan,
             app=None,
             reason=_Reason(),
-            deadline=deadline,
-            reserve=reserve,
+            deadline=times.deadline,
+            reserve=times.reserve,
+            kept=times.kept,
             max_parallel=frame.max_parallel,
             clock=self._by_hand,
         )
@@ -141,30 +137,35 @@ def rehearse(plan: Plan, frame: Frame, hang: Collection[str], *, exit_wait: floa
     results: list[StepResult] = []
 
     def run(phases: Sequence[Phase]) -> None:
+        """Where there are workers, they and the service are at these phases at the same time."""
+        begin, end = clock.now, clock.now
         for runner in runners:
-            if runner is not runners[0] and phases is AFTER_THE_DRAIN:
-                _, (workers_end, _) = parts[0]
-                clock.until(min(clock.now + exit_wait, workers_end))
-            runner.heed(results)
+            clock.now = begin
             results.extend(runner.run(phases))
+            end = max(end, clock.now)
+        clock.now = end
+        for runner in runners:
+            runner.heed(results)
 
     run(BEFORE_THE_DRAIN)
     drain = max(0.0, min(frame.drain, min(runner.drained_by for runner in runners) - clock.now))
     drained = max(clock.now, frame.announce) + drain
     run(BESIDE_THE_DRAIN)
     clock.until(min(drained, frame.deadline))
-    run(AFTER_THE_DRAIN)
+    for place, runner in enumerate(runners):
+        if place:  # the service, when the workers have ended
+            clock.until(min(clock.now + exit_wait, parts[0][1].deadline))
+            runner.heed(results)
+        results += runner.run(AFTER_THE_DRAIN)
     return results
 
 
-def _parts(plan: Plan, frame: Frame) -> list[tuple[Plan, tuple[float, float]]]:
-    """What each process runs of a plan, with the deadline and the reserve that it has for it: first the workers."""
-    whole = (frame.deadline, frame.reserve)
+def _parts(plan: Plan, frame: Frame) -> list[tuple[Plan, Times]]:
+    """What each process runs of a plan, and the time that it has for it: first the workers, then the service."""
     if not frame.workers:
-        return [(plan, whole)]
+        return [(plan, Times(frame.deadline, frame.reserve))]
     workers, service = plan.part("worker"), plan.part("service")
-    times = divided(*whole) if service.later else (whole, whole)
-    return list(zip((workers, service), times, strict=True))
+    return list(zip((workers, service), divided(frame.deadline, frame.reserve, later=service.later), strict=True))
 
 
 def latest(plan: Plan, frame: Frame) -> dict[str, tuple[float, float] | None]:
@@ -212,9 +213,9 @@ def overview(plan: Plan, frame: Frame, at_exit: Sequence[str] = ()) -> dict[str,
 
 
 def _in_turn(steps: Iterable[Step]) -> list[Step]:
-    """The steps as they follow each other: those of the service wait until all workers have ended.
+    """The steps as they follow each other: after the drain, those of the service wait until all workers have ended.
 
-    At the announce and beside the drain they run in their phase, after the workers' own.
+    Before and beside it both run at the same time.
     """
     stages = (*BEFORE_THE_DRAIN, *BESIDE_THE_DRAIN)
     return sorted(steps, key=lambda each: (min(each.phase.position, len(stages)), each.scope == "service"))

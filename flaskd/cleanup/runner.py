@@ -57,6 +57,7 @@ class Runner:
         reason: Reason,
         deadline: float,
         reserve: float,
+        kept: float = 0.0,
         max_parallel: int,
         state: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -68,7 +69,7 @@ class Runner:
         self._app = app
         self._reason = reason
         always = sum(step.always for step in plan.steps if step.may_be_wanted(reason.kind))
-        self._budget = Budget(deadline, reserve, clock, always=always)
+        self._budget = Budget(deadline, reserve, clock, always=always, kept=kept)
         self._max_parallel = max(1, max_parallel)
         self._state = state
         self._on_progress = on_progress

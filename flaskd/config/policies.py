@@ -48,7 +48,8 @@ def enabled(policy: Table) -> bool:
 def check_policies(tree: Table, actions: Actions, faults: Faults) -> None:
     """Note unknown and unusable actions, and ``after`` edges to unknown or later policies, or in a circle.
 
-    Where there are workers, what each of them runs cannot come after what the daemon runs once, outside of them.
+    Where there are workers, what each of them runs cannot come after what the daemon runs once, outside of them; nor,
+    until the drain is over, the other way round: up to then both run at the same time.
     """
     policies = policy_tables(tree)
     workers = workers_of(tree) != 0
@@ -74,8 +75,8 @@ def check_policies(tree: Table, actions: Actions, faults: Faults) -> None:
             elif (mine := phases[name]) and (its := phases[other]) and its.position > mine.position:
                 expected = f"expected a policy of phase {mine} or before"
                 faults.add(item.place, path, f"{expected}, got {shown(item)} of phase {its}")
-            elif workers and scope_of(policy, actions) == "worker" and scope_of(policies[other], actions) == "service":
-                faults.add(item.place, path, _outside(item, name, policies[other], policy, actions))
+            elif workers and (fault := _across(item, name, policies[other], policy, actions)):
+                faults.add(item.place, path, fault)
             else:
                 edges.setdefault((name, other), (item, path))
     _check_circles(edges, faults)
@@ -131,18 +132,23 @@ def _check_reasons(policy: Table, name: str, actions: Actions, faults: Faults) -
             faults.add(item.place, path, f"expected a reason to stop the service, for {why}, got {shown(item)}")
 
 
-def _outside(item: Scalar, name: str, its: Table, mine: Table, actions: Actions) -> str:
-    """The fault of an edge from what each worker runs to what is run once, outside of the workers."""
-    ways = ((shown(item), its, "worker"), (quoted(name), mine, "service"))
+def _across(item: Scalar, name: str, its: Table, mine: Table, actions: Actions) -> str:
+    """The fault of an edge between what each worker runs and what runs once; empty for one that can be kept."""
+    phase, scopes = _phase(mine, actions), (scope_of(mine, actions), scope_of(its, actions))
+    if scopes == ("worker", "service"):
+        mine_runs, its_run = "each worker process runs", "once, outside of the workers"
+    elif scopes == ("service", "worker") and phase in {Phase.ANNOUNCE, Phase.DRAIN}:
+        mine_runs, its_run = "runs once", f"in each worker process at the same time, in the phase {phase}"
+    else:
+        return ""
+    ways = ((shown(item), its, scopes[0]), (quoted(name), mine, scopes[1]))
     can = [
         f'give {whose} "scope: {scope}", or '
         for whose, policy, scope in ways
         if (spec := action_of(policy, actions)) and scope in spec.scopes
     ]
-    return (
-        f"expected a policy that each worker process runs, as it does {quoted(name)}, got {shown(item)}, which runs "
-        f"once, outside of the workers; {''.join(can[:1])}leave this out"
-    )
+    expected = f"expected a policy that {mine_runs}, as {quoted(name)} is run"
+    return f"{expected}, got {shown(item)}, which runs {its_run}; {''.join(can[:1])}leave this out"
 
 
 def _entries(table: Node, key: str) -> list[tuple[Path, Scalar]]:

@@ -1,12 +1,13 @@
 import threading
 import time
+from dataclasses import replace
 
 from cleanup_kit import hanging, runner, step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flaskd.cleanup import Fate, Frame, Plan, for_steps
-from flaskd.cleanup.preview import _Rehearsal, latest, rehearse
+from flaskd.cleanup import Fate, Frame, Plan, Times, for_steps
+from flaskd.cleanup.preview import _Clock, _Rehearsal, latest, rehearse
 from flaskd.config import Phase
 
 MARGIN = 0.5
@@ -179,6 +180,45 @@ def test_budgets_never_exceed_the_deadline(drawn, hangs, timeout, deadline, rese
     assert_always_ran(rehearse(plan, frame, steps), plan, kept or ends / 5)
 
 
+@given(
+    drawn=plans(),
+    services=st.sets(st.integers(0, 6)),
+    hangs=st.sets(st.integers(0, 6)),
+    timeout=st.floats(0.1, 30.0),
+    deadline=st.floats(1.0, 30.0),
+    reserve=st.just(0.0) | st.floats(0.01, 0.9),
+    exit_wait=st.floats(0.0, 30.0),
+    max_parallel=st.integers(1, 3),
+)
+def test_workers_leave_time_for_what_runs_after_them(
+    drawn, services, hangs, timeout, deadline, reserve, exit_wait, max_parallel
+):
+    """Whatever hangs in them, `always` always runs, in them and after them, and the deadline is that of all.
+
+    What is marked so and runs once, before the drain, may take from the workers what it takes from all others.
+    """
+    before = {Phase.ANNOUNCE, Phase.DRAIN}
+    drawn = [
+        {**each, "always": each["always"] and not (place in services and each["phase"] in before)}
+        for place, each in enumerate(drawn)
+    ]
+    with hanging() as hang:
+        steps = Log(hang).steps([{**each, "does": "hang"} for each in drawn], timeout)
+    scopes = [("service" if place in services else "worker") for place in range(len(steps))]
+    plan = Plan(tuple(replace(each, scope=scope) for each, scope in zip(steps, scopes, strict=True)))
+    frame = Frame(deadline, deadline * reserve, 0.0, 30.0, max_parallel, exit_wait, workers=True)
+    moments = latest(plan, frame)
+    ends = for_steps(deadline, 0.0)[0] + 1e-9
+    for result in rehearse(plan, frame, {f"s{place}" for place in hangs}, exit_wait=exit_wait):
+        assert result.started + result.took <= ends or result.fate is Fate.SKIPPED
+        if moment := moments[result.name]:
+            assert result.started <= moment[0] + 1e-9
+            assert moment[1] <= ends
+    always = {each.name for each in plan.steps if each.always}
+    every = rehearse(plan, frame, {each.name for each in plan.steps}, exit_wait=exit_wait)
+    assert all(each.fate is not Fate.SKIPPED and each.took > 0 for each in every if each.name in always)
+
+
 def assert_always_ran(results, plan, pot):
     """Whatever hangs, each `always` step had its timeout, or at least its share of what is kept for all of them."""
     always = {each.name: each for each in plan.steps if each.always}
@@ -214,8 +254,9 @@ def test_always_has_time_in_a_hurry(drawn, timeout, reserve, max_parallel, at):
     with hanging() as hang:
         plan = Plan(tuple(Log(hang).steps([{**each, "does": "hang"} for each in drawn], timeout)))
     names = {each.name for each in plan.steps}
-    runner = Hurried(plan, Frame(20.0, reserve, 0.0, 0.0, max_parallel), names, at=at, seconds=1.0)
+    frame, clock = Frame(20.0, reserve, 0.0, 0.0, max_parallel), _Clock()
+    runner = Hurried(plan, Times(20.0, reserve), frame, names, clock, at=at, seconds=1.0)
     results = runner.run(Phase)
     always = {each.name for each in plan.steps if each.always}
     assert all(each.fate is not Fate.SKIPPED for each in results if each.name in always)
-    assert runner.now <= 20.0 + 1e-9
+    assert clock.now <= 20.0 + 1e-9

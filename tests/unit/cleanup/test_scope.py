@@ -10,6 +10,7 @@ from flaskd.cleanup import (
     Frame,
     Plan,
     Step,
+    Times,
     action_specs,
     build_plan,
     divided,
@@ -24,7 +25,7 @@ from flaskd.errors import ConfigError
 
 FRAME = Frame(deadline=25.0, reserve=3.0, announce=0.0, drain=15.0, max_parallel=8, workers=True)
 CLOSE, TELL = {"use": "logging.flush"}, {"use": "webhook", "with": {"url": "http://x"}}
-AFTER = "expected a policy that each worker process runs, as it does"
+AFTER = 'expected a policy that each worker process runs, as "{}" is run'
 
 
 def cleanup_of(policies, workers=2, actions=None):
@@ -86,9 +87,21 @@ def test_a_scope_has_its_names():
 def test_a_worker_cannot_wait_for_what_runs_once(workers):
     """The fault says what the two are, and what to do, to who has never heard of a scope."""
     assert faults({"tell": TELL, "close": {**TELL, "scope": "worker", "after": ["tell"]}}, workers) == [
-        f'cleanup.policies.close.after[0]: {AFTER} "close", got "tell", which runs once, outside of the workers; '
+        f'cleanup.policies.close.after[0]: {AFTER.format("close")}, got "tell", which runs once, outside of the workers; '
         'give "tell" "scope: worker", or leave this out'
     ]
+
+
+@pytest.mark.parametrize("phase", ["announce", "drain"])
+def test_until_the_drain_is_over_neither_waits_for_the_other(phase):
+    """Workers and daemon are at the same phase at the same time then, and the fault says so."""
+    policies = {"pause": {**CLOSE, "phase": "announce"}, "tell": {**TELL, "phase": phase, "after": ["pause"]}}
+    assert faults(policies) == [
+        'cleanup.policies.tell.after[0]: expected a policy that runs once, as "tell" is run, got "pause", which runs in each '
+        f'worker process at the same time, in the phase {phase}; give "tell" "scope: worker", or leave this out'
+    ]
+    cleanup_of(policies, 0)
+    cleanup_of({**policies, "tell": {**policies["tell"], "phase": "quiesce"}})
 
 
 def test_the_fault_tells_what_can_be_done():
@@ -99,7 +112,7 @@ def test_the_fault_tells_what_can_be_done():
         "both": ActionSpec(NoFields, Phase.CLOSE, scopes=("worker", "service")),
     }
     mine, theirs = ({"a": {"use": "once"}, "b": {"use": use, "after": "a"}} for use in ("each", "both"))
-    said = f'cleanup.policies.b.after: {AFTER} "b", got "a", which runs once, outside of the workers; '
+    said = f'cleanup.policies.b.after: {AFTER.format("b")}, got "a", which runs once, outside of the workers; '
     assert faults(mine, 2, actions) == [f"{said}leave this out"]
     assert faults(theirs, 2, actions) == [f'{said}give "b" "scope: service", or leave this out']
     assert faults({"a": {"use": "once", "scope": "worker"}}, 2, actions) == [
@@ -228,10 +241,13 @@ def test_a_reason_for_which_a_policy_never_runs_is_a_fault(policy, why):
 
 
 def test_the_reserve_is_divided_between_workers_and_service():
-    """Whatever hangs in a worker, what runs once has half of the reserve; else a tenth of the time."""
-    assert divided(25.0, 3.0) == ((23.5, 1.5), (25.0, 1.5))
-    assert divided(10.0, 0.0) == ((9.0, 0.0), (10.0, 0.0))
-    assert divided(1.0, 4.0) == ((0.5, 3.5), (1.0, 0.5))
+    """What runs once has half of it whatever hangs in a worker, and leaves the workers theirs before the drain."""
+    assert divided(25.0, 3.0, later=True) == (Times(23.5, 1.5), Times(25.0, 3.0, 1.5))
+    assert divided(25.0, 0.5, later=True) == (Times(24.0, 0.25), Times(25.0, 1.25, 1.0))
+    assert divided(10.0, 0.0, later=True) == (Times(9.0, 0.0), Times(10.0, 2.8, 1.0))
+    assert divided(25.0, 3.0, later=False) == (Times(25.0, 3.0), Times(25.0, 3.0))
+    assert divided(10.0, 0.0, later=False) == (Times(10.0, 0.0), Times(10.0, 2.0))
+    assert Times(25.0, 3.0, 1.5).for_steps() == Times(24.5, 2.5, 1.0)
 
 
 PLAN = Plan(
@@ -247,17 +263,17 @@ PLAN = Plan(
 
 
 def test_the_service_waits_for_the_workers():
-    """In a phase before the drain's end workers' steps come first; later ones of the service come when all have ended."""
+    """Until the drain is over both are at the same phase; later steps of the service come when all workers have ended."""
     frame = Frame(deadline=25.0, reserve=3.0, announce=0.0, drain=5.0, max_parallel=8, workers=True)
     moments = latest(PLAN, frame)
     assert moments["pause"] == (0.0, 2.0)
-    assert moments["leave"] == (2.0, 3.0)
-    assert moments["jobs"] == (8.0, 10.0)
-    assert moments["bye"] == (10.0, 23.0)
-    assert moments["save"] == (23.0, 23.5)
-    assert moments["tell"] == (23.5, 24.5)
+    assert moments["leave"] == (0.0, 1.0)
+    assert moments["jobs"] == (7.0, 9.0)
+    assert moments["bye"] == (9.0, 23.0)
+    assert moments["save"] is None  # only flush, final and `always` have a part in the reserve
+    assert moments["tell"] == (23.0, 24.5)
     brief = Plan(tuple(each for each in PLAN.steps if each.name != "bye"))  # the app's own exit comes before it, too
-    assert latest(brief, Frame(25.0, 3.0, 0.0, 5.0, 8, 1.5, workers=True))["save"] == (11.5, 12.5)
+    assert latest(brief, Frame(25.0, 3.0, 0.0, 5.0, 8, 1.5, workers=True))["save"] == (10.5, 11.5)
 
 
 def test_workers_have_all_of_the_time_where_nothing_comes_after_them():
