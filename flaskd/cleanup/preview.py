@@ -266,7 +266,8 @@ def simulated(plan: Plan, frame: Frame, hang: Iterable[str]) -> tuple[list[StepR
             known = f"; the plan has {nearest_first(name, names)}" if names else "; the plan has no steps"
             raise UsageError(f"cannot simulate: there is no step {quoted(name)}{did_you_mean(name, names)}{known}")
     results = rehearse(plan, frame, hang)
-    rows: list[tuple[str, ...]] = [("PHASE", "POLICY", "FATE", "BEGINS", "ENDS", "WHY")]
+    scopes = {step.name: step.scope for step in plan.steps}
+    rows: list[tuple[str, ...]] = [("PHASE", "POLICY", "FATE", "BEGINS", "ENDS", "SCOPE", "WHY")]
     for each in results:
         skipped = each.fate is Fate.SKIPPED
         moments = (each.started, each.started + each.took)
@@ -276,9 +277,12 @@ def simulated(plan: Plan, frame: Frame, hang: Iterable[str]) -> tuple[list[StepR
                 each.name,
                 str(each.fate),
                 *("-" if skipped else format_duration(m) for m in moments),
+                scopes[each.name],
                 each.why,
             )
         )
+    if not frame.workers:
+        rows = [row[:-2] + row[-1:] for row in rows]
     head = f"{frame.text()}, and takes it here; hanging: {', '.join(hang)}"
     return results, "\n".join([head, *table(rows)])
 

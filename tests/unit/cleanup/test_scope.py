@@ -19,7 +19,7 @@ from flaskd.cleanup import (
 )
 from flaskd.cleanup.callbacks import _Callback, with_callbacks
 from flaskd.cleanup.model import StepResult
-from flaskd.cleanup.preview import latest, plan_from, rehearse
+from flaskd.cleanup.preview import latest, plan_from, rehearse, simulated
 from flaskd.config import ActionSpec, Phase, load_mapping
 from flaskd.errors import ConfigError
 
@@ -289,6 +289,10 @@ def test_a_step_that_hangs_in_a_worker_is_rehearsed_with_what_depends_on_it():
     )
     fate = {each.name: (str(each.fate), each.why) for each in rehearse(plan, FRAME, {"jobs"})}
     assert fate["tell"] == ("skipped", "after jobs, which timed out")
+    _, text = simulated(plan, FRAME, ["jobs"])
+    rows = [line.split()[:6] for line in text.splitlines()[1:]]
+    assert rows[0] == ["PHASE", "POLICY", "FATE", "BEGINS", "ENDS", "SCOPE"]
+    assert [row[5] for row in rows[1:]] == ["worker", "service"]
 
 
 def test_the_table_has_the_scope_where_there_are_workers():
