@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from flaskd.cleanup.actions import ACTIONS
 from flaskd.cleanup.model import DISCOVERED, Action, Step
 from flaskd.cleanup.targets import loaded
-from flaskd.config import CleanupConfig, Phase, Scope
+from flaskd.config import WORKER, CleanupConfig, Phase, Scope
 from flaskd.config.order import in_turn
 from flaskd.errors import ConfigError, FlaskdError
 from flaskd.process.forks import AppCode
@@ -72,6 +72,16 @@ class Plan:
         steps = _ordered((*self.steps, *self.elsewhere))
         found += (step.name for step in steps if not step.discovered and any(before in found for before in step.after))
         return tuple(found[1:])
+
+    def one_file(self) -> list[str]:
+        """The names of the steps that keep the same file in each worker: a second worker would overwrite the first's."""
+        return [
+            step.name
+            for step in self.steps
+            if step.action.keeps
+            and step.scope == "worker"
+            and WORKER not in str(getattr(step.fields, step.action.keeps))
+        ]
 
     def prepare(self) -> None:
         """Import what the steps will need; raises ConfigError with one line for each policy at fault."""

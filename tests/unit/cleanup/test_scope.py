@@ -219,6 +219,13 @@ def test_a_cache_is_not_kept_at_a_replacement():
     assert "only when the service stops" not in overview(plan, Frame(25.0, 3.0, 0.0, 15.0, 8))["text"]
 
 
+def test_a_plan_for_one_worker_may_be_none_for_two():
+    """Where workers are added while flaskd runs, the plan tells which of its steps keep one file for all."""
+    keep = {"use": "cache.persist"}
+    policies = {"a": keep, "b": {**keep, "with": {"path": "{worker}"}}, "tell": TELL}
+    assert build_plan(cleanup_of(policies, 1)).one_file() == ["a"]
+
+
 @pytest.mark.parametrize(
     ("policy", "why"),
     [
