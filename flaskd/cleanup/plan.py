@@ -74,7 +74,7 @@ class Plan:
         return tuple(found[1:])
 
     def one_file(self) -> list[str]:
-        """The names of the steps that keep the same file in each worker: a second worker would overwrite the first's."""
+        """The names of the steps that keep the same file in each worker, of which all but one would be lost."""
         return [
             step.name
             for step in self.steps

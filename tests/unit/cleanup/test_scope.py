@@ -15,6 +15,7 @@ from flaskd.cleanup import (
     build_plan,
     divided,
     overview,
+    with_found,
     with_service,
 )
 from flaskd.cleanup.callbacks import _Callback, with_callbacks
@@ -180,7 +181,7 @@ def test_functions_of_the_app_are_the_workers(caplog, monkeypatch):
     """They join the workers' plan; one that wishes to come after what runs once is told why it cannot."""
     plan = build_plan(cleanup_of({"tell": TELL}), "worker")
     monkeypatch.setattr("flaskd.cleanup.callbacks._registered", [_Callback(print, Phase.FINAL, None, ("tell",), False)])
-    found = with_callbacks(plan, None, timeout=1.0)
+    found = with_found(with_callbacks(plan, None, timeout=1.0), (), cleanup_of({}))
     assert [(each.name, each.scope) for each in found.steps] == [("print", "worker")]
     assert names(Plan(found.elsewhere)) == ["tell"]
     assert 'print cannot wait for "tell": that policy runs once, outside of the workers' in caplog.text
