@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ PATIENCE = 20.0
 EXIT_PATIENCE = 60.0
 """Seconds that a server gets to exit before it is killed, and the figure is wrong."""
 NOBODY = 65534
+TOUCHED = "touched"
+"""The file, in its directory, by which uWSGI is told to reload."""
 
 _INHERIT = (
     "import os, sys; fd = int(sys.argv[1]); os.dup2(fd, 3); fd == 3 or os.close(fd);"
@@ -50,15 +53,25 @@ class NotReadyError(Exception):
 
 @dataclass(frozen=True)
 class Served:
-    """What a server serves, a callable of `app.py`, and with how many worker threads."""
+    """What a server serves: a callable of a module, by so many threads in each of so many worker processes.
+
+    With 0 workers flaskd serves in its own process, and each of the others as it does with one worker.
+    """
 
     app: str = "app"
     threads: int = THREADS
+    workers: int = 0
+    module: str = "app"
 
     @property
     def target(self) -> str:
         """As servers are told."""
-        return f"app:{self.app}"
+        return f"{self.module}:{self.app}"
+
+    @property
+    def processes(self) -> int:
+        """How many processes run the app, in a server that can have several."""
+        return max(1, self.workers)
 
 
 FLASK = Served()
@@ -69,13 +82,15 @@ class Server:
     """A server; `bound` gives its arguments for a port of its own, `inherited` those for an inherited listener.
 
     `access` is the format of flaskd's access log; the others write none. `checkout` is where flaskd is imported from,
-    when that is not the one that is installed. `core` is the one that the server may run on, when not on all.
+    when that is not the one that is installed. `core` is the one that the server may run on, when not on all. `pooled`
+    is a server that can have several worker processes.
     """
 
     name: str
     modules: tuple[str, ...]
     bound: Callable[[int, Served], list[str]]
-    inherited: Callable[[], list[str]] | None = None
+    inherited: Callable[[Served], list[str]] | None = None
+    pooled: bool = True
     access: str = "off"
     checkout: Path | None = None
     core: int | None = None
@@ -91,8 +106,9 @@ class Server:
         return [each for each in self.modules if importlib.util.find_spec(each) is None]
 
 
-def _flaskd(*more: str, served: Served = FLASK) -> list[str]:
-    return ["-m", "flaskd", "serve", served.target, "-c", "flaskd.yaml", "-t", str(served.threads), *more]
+def _flaskd(served: Served, *more: str) -> list[str]:
+    workers = ["-w", str(served.workers)] if served.workers else []
+    return ["-m", "flaskd", "serve", served.target, "-c", "flaskd.yaml", "-t", str(served.threads), *workers, *more]
 
 
 def _waitress(port: int, served: Served) -> list[str]:
@@ -101,18 +117,22 @@ def _waitress(port: int, served: Served) -> list[str]:
     return ["-m", "waitress", f"--listen={HOST}:{port}", f"--threads={served.threads}", *limits, served.target]
 
 
-def _gunicorn(*more: str, served: Served = FLASK) -> list[str]:
-    options = ["-k", "gthread", "-w", "1", "--threads", str(served.threads), "--graceful-timeout", "30"]
+def _gunicorn(served: Served, *more: str) -> list[str]:
+    options = ["-k", "gthread", "-w", str(served.processes), "--threads", str(served.threads)]
+    options += ["--graceful-timeout", "30"]
     options += ["--no-control-socket", "--worker-connections", "20000"]
     return ["-m", "gunicorn", *options, *more, served.target]
 
 
-def _uvicorn(*more: str) -> list[str]:
-    return ["-m", "uvicorn", "--factory", "app:asgi", "--no-access-log", "--timeout-graceful-shutdown", "30", *more]
+def _uvicorn(served: Served, *more: str) -> list[str]:
+    # What it serves is told to app:asgi by the environment.
+    options = ["--no-access-log", "--timeout-graceful-shutdown", "30", "--workers", str(served.processes)]
+    return ["-m", "uvicorn", "--factory", "app:asgi", *options, *more]
 
 
 def _granian(port: int, served: Served) -> list[str]:
-    options = ["--interface", "wsgi", "--workers", "1", "--blocking-threads", str(served.threads), "--no-ws"]
+    options = ["--interface", "wsgi", "--workers", str(served.processes), "--no-ws"]
+    options += ["--blocking-threads", str(served.threads)]
     options += ["--backpressure", "20000"]  # it takes no more connections than that, else 1024
     return ["-m", "granian", *options, "--host", HOST, "--port", str(port), served.target]
 
@@ -122,6 +142,8 @@ def _uwsgi(port: int, served: Served) -> list[str]:
     options = ["--master", "--enable-threads", "--threads", str(served.threads), "--need-app", "--disable-logging"]
     options += ["--http-keepalive", "--http-auto-chunked", "--listen", "1024", "--virtualenv", sys.prefix]
     options += ["--hook-master-start", "unix_signal:15 gracefully_kill_them_all"]
+    if served.workers:  # as the others: each worker imports the app, so that new code can come by one after the other
+        options += ["--processes", str(served.workers), "--lazy-apps", "--touch-chain-reload", TOUCHED]
     program = str(Path(sys.executable).with_name("uwsgi"))
     become = "import os, sys; os.execv(sys.argv[1], sys.argv[1:])"
     return ["-c", become, program, "--http", f"{HOST}:{port}", *options, "--module", served.target]
@@ -130,14 +152,14 @@ def _uwsgi(port: int, served: Served) -> list[str]:
 SERVERS = {
     each.name: each
     for each in (
-        Server("flaskd", ("flaskd",), lambda port, what: _flaskd("-l", f"{HOST}:{port}", served=what), _flaskd),
-        Server("waitress-serve", ("waitress",), _waitress, lambda: ["-c", _WAITRESS_ON_3]),
-        Server("gunicorn", ("gunicorn",), lambda port, what: _gunicorn("-b", f"{HOST}:{port}", served=what), _gunicorn),
+        Server("flaskd", ("flaskd",), lambda port, what: _flaskd(what, "-l", f"{HOST}:{port}"), _flaskd),
+        Server("waitress-serve", ("waitress",), _waitress, lambda _: ["-c", _WAITRESS_ON_3], pooled=False),
+        Server("gunicorn", ("gunicorn",), lambda port, what: _gunicorn(what, "-b", f"{HOST}:{port}"), _gunicorn),
         Server(
             "uvicorn",
             ("uvicorn", "a2wsgi"),
-            lambda port, _: _uvicorn("--host", HOST, "--port", str(port)),  # app:asgi is told by the environment
-            lambda: _uvicorn("--fd", "3"),
+            lambda port, what: _uvicorn(what, "--host", HOST, "--port", str(port)),
+            lambda what: _uvicorn(what, "--fd", "3"),
         ),
         Server("granian", ("granian",), _granian),
         Server("uwsgi", ("uwsgidecorators",), _uwsgi),
@@ -156,6 +178,23 @@ def chosen(names: str) -> list[Server]:
         else:
             wanted.append(SERVERS[name])
     return wanted
+
+
+def take_workers(parser: argparse.ArgumentParser, more: str = "") -> None:
+    """Have a command take ``--workers``."""
+    parser.add_argument(
+        "--workers",
+        type=_count,
+        default=0,
+        metavar="N",
+        help=f"worker processes of each server that can have several; 0: flaskd serves in its own{more} (%(default)s)",
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes")
+    return int(text)
 
 
 def open_many_files() -> None:
@@ -177,7 +216,8 @@ def free_port() -> int:
 class Running:
     """A server process in a directory of its own; `listener` is inherited, else it binds `port`.
 
-    `config` is flaskd's configuration beyond the access log.
+    `config` is flaskd's configuration beyond the access log. `modules` are files of Python, by their names, that the
+    app may import. `environ` is what its environment has beside that.
     """
 
     def __init__(
@@ -189,28 +229,39 @@ class Running:
         unprivileged: bool = False,
         config: str = "",
         served: Served = FLASK,
+        modules: Mapping[str, str] | None = None,
+        environ: Mapping[str, str] | None = None,
     ) -> None:
         if listener is not None and server.inherited is None:
             raise NotReadyError(f"{server.name} is not measured on an inherited listener")
         self.port = port
         self.name = server.name
+        self._path = server.path
+        self.served = served
+        self._processes = served.processes if server.pooled else 1
         self.directory = Path(tempfile.mkdtemp(prefix="bench-"))
         (self.directory / "flaskd.yaml").write_text(f'log: {{access: "{server.access}"}}\n{config}', encoding="ascii")
         (self.directory / "run").mkdir()
+        self._imported = self.directory / "imported"
+        for name, text in (modules or {}).items():
+            (self.directory / name).write_text(text, encoding="utf-8")
         env = {key: value for key, value in os.environ.items() if not key.startswith(("LISTEN_", "FLASK"))}
         env |= {
-            "PYTHONPATH": server.path,
+            "PYTHONPATH": os.pathsep.join((server.path, str(self.directory))),
+            "BENCHMARKS_MODULE": served.module,
             "BENCHMARKS_APP": served.app,
             "BENCHMARKS_THREADS": str(served.threads),
+            "BENCHMARKS_IMPORTED": str(self._imported),
             "PYTHONDONTWRITEBYTECODE": "1",
             "RUNTIME_DIRECTORY": str(self.directory / "run"),
             "STATE_DIRECTORY": str(self.directory),
             "HOME": str(self.directory),
+            **(environ or {}),
         }
         argv = [sys.executable, *server.bound(port, served)]
         options: dict[str, Any] = {}
         if listener is not None and server.inherited is not None:
-            argv = [sys.executable, "-c", _INHERIT, str(listener.fileno()), sys.executable, *server.inherited()]
+            argv = [sys.executable, "-c", _INHERIT, str(listener.fileno()), sys.executable, *server.inherited(served)]
             options["pass_fds"] = [listener.fileno()]
         if unprivileged and os.geteuid() == 0:
             for each in (self.directory, *self.directory.iterdir()):
@@ -220,7 +271,14 @@ class Running:
             with self.log.open("wb") as log:
                 self.began = time.monotonic()
                 self.process = subprocess.Popen(
-                    argv, cwd=self.directory, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **options
+                    argv,
+                    cwd=self.directory,
+                    env=env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    process_group=0,  # by which close() finds what outlives the first process
+                    **options,
                 )
             if server.core is not None:  # soon enough: its threads, and all that it starts, have it from here
                 os.sched_setaffinity(self.process.pid, {server.core})
@@ -241,7 +299,10 @@ class Running:
         return self.directory / "run" / "control.sock"
 
     def wait_ready(self, look: float = 0.01) -> None:
-        """Wait until it answers 200, asking every `look` seconds; raises NotReadyError with what it logged."""
+        """Wait until it answers 200, asking every `look` seconds, and until each of its workers has the app.
+
+        Raises NotReadyError with what it logged.
+        """
         until = time.monotonic() + PATIENCE
         while time.monotonic() < until and self.process.poll() is None:
             with (
@@ -250,11 +311,42 @@ class Running:
             ):
                 sock.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
                 if sock.recv(64).split()[1] == b"200":
-                    return
+                    break
             time.sleep(look)
-        log = self.log.read_text(errors="replace").strip().splitlines()[-3:]
-        self.close()
-        raise NotReadyError(f"{self.name} did not become ready: {' | '.join(log) or 'it logged nothing'}")
+        if not self.wait_workers(self._processes, until):
+            log = self.log.read_text(errors="replace").strip().splitlines()[-3:]
+            self.close()
+            raise NotReadyError(f"{self.name} did not become ready: {' | '.join(log) or 'it logged nothing'}")
+
+    def wait_workers(self, count: int, until: float) -> bool:
+        """Wait until so many of its processes have imported the app; returns whether they have before a moment."""
+        while time.monotonic() < until and self.process.poll() is None:
+            if count == 1 or len(self.workers) >= count:
+                return True
+            time.sleep(0.01)
+        return False
+
+    @property
+    def workers(self) -> list[int]:
+        """Its processes that have imported the app, beside the first one where there are several."""
+        told = map(int, self._imported.read_text(encoding="ascii").split()) if self._imported.exists() else ()
+        alive = self.pids[1:] if self._processes > 1 else self.pids
+        return [pid for pid in dict.fromkeys(told) if pid in alive]
+
+    def ask(self, target: str, patience: float) -> tuple[int, bytes]:
+        """Ask on a connection of its own; returns status and body, raises OSError or ValueError when none comes."""
+        with socket.create_connection((HOST, self.port), timeout=patience) as client:
+            client.sendall(f"GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+            head, end, body = b"".join(iter(lambda: client.recv(65536), b"")).partition(b"\r\n\r\n")
+        if not end:
+            raise ValueError(f"it ended within the head of its answer: {head!r}")
+        return int(head.split()[1]), body
+
+    def flaskd(self, *arguments: str, patience: float = 120.0) -> subprocess.CompletedProcess[str]:
+        """Run a command of flaskd's that talks to it."""
+        argv = [sys.executable, "-m", "flaskd", *arguments, "--socket", str(self.control)]
+        env = os.environ | {"PYTHONPATH": self._path, "PYTHONDONTWRITEBYTECODE": "1"}
+        return subprocess.run(argv, env=env, cwd="/", capture_output=True, text=True, timeout=patience, check=False)
 
     def terminate(self) -> float:
         """Send SIGTERM and return the moment; raises NotReadyError when it has exited already."""
@@ -315,17 +407,33 @@ class Running:
             time.sleep(0.02)
 
     def close(self) -> None:
-        """Kill it if it still lives, and remove its directory."""
+        """Kill what still lives of it, and remove its directory."""
         if self.process.poll() is None:
             for child in self.pids[1:]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(child, signal.SIGKILL)
             self.process.kill()
+        for left in _group(self.process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(left, signal.SIGKILL)
         self.process.wait()
         if os.environ.get("BENCHMARKS_KEEP_LOGS"):
             print(f"{self.name} log: {self.log}")
         else:
             shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _group(leader: int) -> list[int]:
+    """List the processes of a group in this session: what a server has started and left behind, too."""
+    found, session = [], os.getsid(0)
+    for each in Path("/proc").iterdir():
+        if each.name.isdecimal():
+            with contextlib.suppress(OSError):
+                # The fields behind the name: state, parent, group, session.
+                words = (each / "stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+                if (int(words[2]), int(words[3])) == (leader, session):
+                    found.append(int(each.name))
+    return found
 
 
 def _accepted(line: str) -> bool:

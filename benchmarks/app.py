@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from flask import Flask, Response, request
@@ -15,6 +17,10 @@ PATTERN = bytes(range(256)) * 4096
 THREADS = 4
 """Worker threads, under every server, where nothing else is said."""
 
+if _imported := os.environ.get("BENCHMARKS_IMPORTED"):
+    with Path(_imported).open("a", encoding="ascii") as _file:
+        _file.write(f"{os.getpid()}\n")
+
 app = Flask(__name__)
 
 
@@ -22,6 +28,22 @@ app = Flask(__name__)
 def index() -> str:
     """Answer with the token that the client sent, so that it knows the answer for its own."""
     return f"hello {request.args.get('token', '')}\n"
+
+
+@app.get("/pid")
+def pid() -> str:
+    """Tell which process answers, after some seconds."""
+    time.sleep(min(60.0, float(request.args.get("seconds", "0"))))
+    return str(os.getpid())
+
+
+@app.get("/compute")
+def compute() -> str:
+    """Use the CPU of this thread for some milliseconds."""
+    until = time.thread_time() + min(1000.0, float(request.args.get("ms", "5"))) / 1000
+    while time.thread_time() < until:
+        hashlib.sha256(PATTERN[:1024]).digest()
+    return "computed\n"
 
 
 @app.get("/slow")
@@ -79,5 +101,5 @@ def asgi() -> Callable[..., Any]:
     """Give what is served as uvicorn takes it."""
     from a2wsgi import WSGIMiddleware  # noqa: PLC0415 - only where uvicorn is measured
 
-    served = globals()[os.environ["BENCHMARKS_APP"]]
+    served = getattr(importlib.import_module(os.environ["BENCHMARKS_MODULE"]), os.environ["BENCHMARKS_APP"])
     return WSGIMiddleware(served, workers=int(os.environ["BENCHMARKS_THREADS"]))

@@ -1,6 +1,6 @@
 """How fast flaskd answers who asks about it: the control socket, the admin listener, and the commands.
 
-    python benchmarks/control.py [--only busy,verb,leak,stuck] [--runs 5] [--quick] [--json FILE]
+    python benchmarks/control.py [--only busy,verb,leak,stuck] [--workers N] [--runs 5] [--quick] [--json FILE]
 
 Each run has a daemon of its own. A row is one figure, with the goal it is held to where there is one, the median over
 the runs, and the worst run:
@@ -10,6 +10,8 @@ the runs, and the worst run:
 - ``verb``: how long `flaskd ready` takes from its start to its exit, beside ``python -c "import click"``, in turns;
 - ``leak``: what 10,000 times `status` leave behind in the daemon: memory, descriptors, threads;
 - ``stuck``: `/readyz`, `/livez` and `status` while every thread of the app is stuck, and more requests wait.
+
+With ``--workers`` the app is served by so many processes, and it is the supervisor that is asked and weighed.
 
 The exit status is 1 when a goal is missed. All but the leaks depend on what else the machine does meanwhile.
 """
@@ -30,7 +32,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from _servers import HERE, HOST, SERVERS, Running, environment, free_port, median, running, table
+from _servers import HERE, HOST, SERVERS, Running, Served, environment, free_port, median, running, table, take_workers
 from app import THREADS
 
 _PATIENCE = 30.0
@@ -139,12 +141,13 @@ def busy(server: Running) -> Iterator[None]:
 @contextlib.contextmanager
 def stuck(server: Running) -> Iterator[None]:
     """Every thread of the app in a request that does not end, and as many requests again in the queue."""
+    wanted = 2 * THREADS * server.served.processes
     with contextlib.ExitStack() as stack:
-        for _ in range(2 * THREADS):
+        for _ in range(wanted):
             client = stack.enter_context(socket.create_connection((HOST, server.port), timeout=_PATIENCE))
             client.sendall(b"GET /slow?seconds=60 HTTP/1.1\r\nHost: localhost\r\n\r\n")
         until = time.monotonic() + _PATIENCE
-        while in_flight(server) < 2 * THREADS:
+        while in_flight(server) < wanted:
             if time.monotonic() > until:
                 raise SystemExit("cannot measure: the app's threads did not get stuck")
             time.sleep(0.01)
@@ -240,6 +243,7 @@ def main() -> int:
     """Measure, print, and tell whether flaskd missed a goal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas (%(default)s)")
+    take_workers(parser)
     parser.add_argument("--runs", type=int, default=5, help="daemons that are asked (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="one short run: to see that it works")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every single figure")
@@ -252,7 +256,7 @@ def main() -> int:
     for _ in range(runs):
         admin = free_port()
         config = f"admin: {{listen: '{HOST}:{admin}'}}\n"
-        with running(SERVERS["flaskd"], free_port(), config=config) as server:
+        with running(SERVERS["flaskd"], free_port(), config=config, served=Served(workers=options.workers)) as server:
             for name, measure in PARTS.items():
                 for figure, value in measure(server, admin, sizes).items() if name in wanted else ():
                     FIGURES[figure].values.append(value)

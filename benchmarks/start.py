@@ -1,11 +1,12 @@
 """How long a server takes from its exec to its first answer, and how much memory it has then.
 
-    python benchmarks/start.py [--servers flaskd,waitress-serve] [--runs 10] [--quick] [--json FILE]
+    python benchmarks/start.py [--servers flaskd,waitress-serve] [--workers N] [--runs 10] [--quick] [--json FILE]
 
 Each run starts every server once, and ``python -c "import flask"``, in turns; the time of the latter is the measure of
 the machine, and the ratio of the medians is what says something. The memory is the proportional set size of all of the
-server's processes (Pss in proc_pid_smaps_rollup(5)), right after the first answer. The exit status is 1 when flaskd
-misses a goal.
+server's processes (Pss in proc_pid_smaps_rollup(5)), right after the first answer. With ``--workers`` flaskd with so
+many worker processes is measured, too, as ``flaskd -w``, until all of them have the app. The exit status is 1 when
+flaskd misses a goal.
 """
 
 from __future__ import annotations
@@ -22,12 +23,28 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from _servers import SERVERS, NotReadyError, Running, Server, chosen, environment, free_port, median, table
+from _servers import (
+    SERVERS,
+    NotReadyError,
+    Running,
+    Served,
+    Server,
+    chosen,
+    environment,
+    free_port,
+    median,
+    table,
+    take_workers,
+)
 
 MOST_RATIO = 1.7
 """Times `import flask` that flaskd may take to its first answer."""
 MOST_MEMORY = 29.0
 """MiB that flaskd may have then."""
+MOST_RATIO_WORKERS = 1.3
+"""Times flaskd's time without workers that it may take with one."""
+WITH_WORKERS = "flaskd -w"
+"""The variant of flaskd with worker processes."""
 _LOOK = 0.001
 """Seconds between two tries of the client."""
 
@@ -56,9 +73,9 @@ def import_flask() -> float:
     return time.monotonic() - began
 
 
-def start(server: Server, into: Starts) -> None:
+def start(server: Server, into: Starts, workers: int = 0) -> None:
     """Start a server, wait for its first answer, and weigh it."""
-    with contextlib.closing(Running(server, free_port())) as each:
+    with contextlib.closing(Running(server, free_port(), served=Served(workers=workers))) as each:
         each.wait_ready(look=_LOOK)
         into.seconds.append(time.monotonic() - each.began)
         into.memory.append(each.memory())
@@ -70,27 +87,31 @@ def main() -> int:
     parser.add_argument(
         "--servers", default="flaskd,waitress-serve", help="of " + ", ".join(SERVERS) + " (%(default)s)"
     )
+    take_workers(parser)
     parser.add_argument("--runs", type=int, default=10, help="starts of each (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="two runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
     options = parser.parse_args()
-    servers = chosen(options.servers)
+    servers = [(server.name, server, 0) for server in chosen(options.servers)]
+    if options.workers:
+        servers += [(WITH_WORKERS, server, options.workers) for _, server, _ in servers if server.name == "flaskd"]
     print(f"{environment()}\n")
     compiled()
-    found = {server.name: Starts(server.name) for server in servers}
+    found = {name: Starts(name) for name, _, _ in servers}
     imports: list[float] = []
     import_flask()  # once for nothing: files are read into the page cache
     for _ in range(2 if options.quick else options.runs):
         imports.append(import_flask())
-        for server in servers:
+        for name, server, workers in servers:
             try:
-                start(server, found[server.name])
+                start(server, found[name], workers)
             except NotReadyError as error:
-                found[server.name].error = str(error)
+                found[name].error = str(error)
     rows = [_row(each, median(imports)) for each in found.values()]
     headers = ["server", "exec to first answer", "÷ import flask", "memory then"]
     print(table(f"import flask: {median(imports) * 1000:.0f} ms", headers, rows))
     goals = _goals(found["flaskd"], median(imports)) if "flaskd" in found else []
+    goals += [_first_with_worker(found["flaskd"], found[WITH_WORKERS])] if options.workers == 1 and goals else []
     for goal in goals:
         if not goal["met"]:
             print(f"flaskd misses {goal['goal']}: {goal['figure']:.2f}")
@@ -114,6 +135,12 @@ def _goals(starts: Starts, flask: float) -> list[dict[str, Any]]:
         {"goal": f"at most {MOST_RATIO} times import flask", "figure": ratio, "met": ratio <= MOST_RATIO},
         {"goal": f"at most {MOST_MEMORY} MiB", "figure": memory, "met": memory <= MOST_MEMORY},
     ]
+
+
+def _first_with_worker(without: Starts, with_one: Starts) -> dict[str, Any]:
+    ratio = median(with_one.seconds) / median(without.seconds)
+    goal = f"with one worker at most {MOST_RATIO_WORKERS} times the time without"
+    return {"goal": goal, "figure": ratio, "met": ratio <= MOST_RATIO_WORKERS}
 
 
 if __name__ == "__main__":

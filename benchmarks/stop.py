@@ -1,11 +1,15 @@
 """How long stops take, and what becomes of the work in hand, flaskd beside its peers.
 
-    python benchmarks/stop.py [--servers flaskd,gunicorn] [--only idle,backlog] [--runs 5] [--quick] [--json FILE]
+    python benchmarks/stop.py [--servers flaskd,gunicorn] [--only idle,backlog] [--workers N] [--runs 5] [--quick]
+                              [--json FILE]
 
 A row is one kind of stop, with the goal that flaskd is held to; the columns are the goal and the servers. Each stop
 has a server process of its own, and the servers take turns. Seconds are the median over the runs, from the signal to
 the exit of the process unless the row says otherwise; ``6/8`` are requests answered whole, in the worst run; ``killed``
 is a server that had not exited after some time, and ``-`` one that cannot do it, with the reason below the table.
+
+With ``--workers`` each server that can have several worker processes has so many: the signal goes to the first process,
+and the goals are the same.
 
 The names of the rows, for ``--only``, are those of the functions in this file. The exit status is 1 when flaskd misses
 a goal. Seconds depend on what else the machine does meanwhile; requests do not.
@@ -24,7 +28,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from _servers import (
@@ -32,6 +36,7 @@ from _servers import (
     SERVERS,
     NotReadyError,
     Running,
+    Served,
     Server,
     chosen,
     environment,
@@ -40,6 +45,7 @@ from _servers import (
     open_many_files,
     running,
     table,
+    take_workers,
 )
 from _wire import Connection, Crowd
 from app import THREADS
@@ -63,6 +69,16 @@ class Sizes:
     backlog: int = 50
     mib: int = 10
     crowd: int = 10_000
+    workers: int = 0
+
+    @property
+    def threads(self) -> int:
+        """In all of the workers."""
+        return THREADS * max(1, self.workers)
+
+    def describe(self, text: str) -> str:
+        """Put the sizes into a text."""
+        return text.format(**asdict(self), threads=self.threads, queued=2 * self.threads)
 
 
 QUICK = Sizes(work=0.3, grace=0.2, clients=10, backlog=20, mib=2, crowd=500)
@@ -145,9 +161,14 @@ def backlog(server: Running, sizes: Sizes) -> Figure:
 
 
 def queued(server: Running, sizes: Sizes) -> Figure:
-    """Twice as many requests in flight as there are threads; the seconds from when the last was due."""
+    """Twice as many requests in flight as there are threads; the seconds from when the last was due.
+
+    Where workers do not share them evenly the last one comes later.
+    """
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(_asking(server, f"/slow?seconds={sizes.work}")) for _ in range(2 * THREADS)]
+        clients = [
+            stack.enter_context(_asking(server, f"/slow?seconds={sizes.work}")) for _ in range(2 * sizes.threads)
+        ]
         due = time.monotonic() + 2 * sizes.work
         time.sleep(min(_BEGUN, sizes.work / 2))
         server.terminate()
@@ -233,7 +254,7 @@ KINDS = [
     Kind(just_answered, "{clients} keep-alive, just answered", lambda sizes: sizes.grace + 0.5),
     Kind(refusal, "first refusal after the signal", lambda _: 0.05),
     Kind(backlog, "{backlog} in the backlog", None),
-    Kind(queued, "8 x {work:g} s over 4 threads, exit after the end", None),
+    Kind(queued, "{queued} x {work:g} s over {threads} threads, exit after the end", None),
     Kind(slow_readers, "3 slow readers of {mib} MiB, exit after the last byte", None),
     Kind(second_signal, "2nd signal to exit", lambda _: 1.3, _HANG),
     Kind(third_signal, "3rd signal to exit", lambda _: 0.1, _HANG),
@@ -245,7 +266,7 @@ def measure(server: Server, kind: Kind, sizes: Sizes) -> Figure:
     """Start a server and stop it once; raises NotReadyError when it cannot do that."""
     config = f"shutdown: {{drain: {{keepalive_grace: {sizes.grace}s}}}}\n" + kind.config
     try:
-        with running(server, free_port(), config=config) as each:
+        with running(server, free_port(), config=config, served=Served(workers=sizes.workers)) as each:
             return kind.take(each, sizes)
     except (OSError, ValueError) as error:  # it broke off, or answered what cannot be read, before the stop
         raise NotReadyError(f"{server.name} broke off: {error}") from error
@@ -266,6 +287,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--servers", default=",".join(SERVERS), help="separated by commas (%(default)s)")
     parser.add_argument("--only", default=",".join(names), help="separated by commas (%(default)s)")
+    take_workers(parser)
     parser.add_argument("--runs", type=int, default=5, help="stops of each kind for each server (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="smaller sizes and one run: to see that it works")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every single figure")
@@ -274,6 +296,7 @@ def main() -> int:
         parser.error(f"no row {min(unknown)!r}: choose from {', '.join(names)}")
     kinds = [kind for kind in KINDS if kind.name in options.only.split(",")]
     sizes, runs = (QUICK, 1) if options.quick else (Sizes(), options.runs)
+    sizes = replace(sizes, workers=options.workers)
     open_many_files()
     servers = chosen(options.servers)
     print(f"{environment()}\n", flush=True)
@@ -291,15 +314,12 @@ def main() -> int:
                 unable[key] = str(error)
 
     rows = [
-        [
-            kind.text.format(**asdict(sizes)),
-            kind.goal(sizes),
-            *[_cell(figures[kind.name, server.name]) for server in servers],
-        ]
+        [sizes.describe(kind.text), kind.goal(sizes), *[_cell(figures[kind.name, server.name]) for server in servers]]
         for kind in kinds
     ]
+    of_workers = f", {sizes.workers} workers" if sizes.workers else ""
     headers = ["stop", "goal", *[server.name for server in servers]]
-    print(table(f"## From SIGTERM to exit, median of {runs}", headers, rows))
+    print(table(f"## From SIGTERM to exit, median of {runs}{of_workers}", headers, rows))
     for (name, _), reason in unable.items():
         print(f"{name}: {reason}")
     missed = [
