@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from _measure import LOADS, Beside, Sample
+from _measure import COMPUTE, JOB, LOADS, ONE, Balance, Beside, Sample, Supervisor
 from _servers import median
 
 BASE = "waitress-serve"
@@ -18,6 +18,14 @@ LEAST_BESIDE = 0.95
 """Of its throughput alone that one busy connection keeps beside the idle ones."""
 MOST_MEMORY = 35.0
 """MiB after 256 busy connections."""
+MOST_SPREAD = 1.2
+"""Jobs of the busiest of four workers ÷ those of the idlest."""
+MOST_JOB = 1.3
+"""Times its length within which 99 of 100 jobs are answered."""
+MOST_SUPERVISOR = 25.0
+"""MiB of the supervisor."""
+MOST_SHARE = 0.01
+"""Of a core that an idle supervisor uses."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ class Goal:
     @property
     def text(self) -> str:
         """As it is printed."""
-        load = next(each for each in LOADS if each.name == self.load)
+        load = next(each for each in (*LOADS, COMPUTE) if each.name == self.load)
         whose = "" if self.server == "flaskd" else f" of {self.server}"
         return f"{load.text}: {self.measure.text}{whose} ÷ {self.peer}"
 
@@ -71,6 +79,14 @@ GOALS = [
 ]
 
 
+WORKER_GOALS = [
+    Goal("compute", RATE, ONE, least=1.8),
+    Goal("compute", RATE, "gunicorn", least=1.0),
+    Goal("16", RATE, "gunicorn", least=1.2),
+]
+"""With two worker processes on two cores; they stand in the place of the others."""
+
+
 @dataclass
 class Results:
     """What was measured, by load, or number of idle connections, and server, and then by run; and what could not be."""
@@ -78,6 +94,8 @@ class Results:
     samples: dict[tuple[str, str], dict[int, Sample]] = field(default_factory=dict)
     beside: dict[tuple[int, str], dict[int, Beside]] = field(default_factory=dict)
     memory: dict[str, dict[int, float]] = field(default_factory=dict)
+    balance: dict[str, dict[int, Balance]] = field(default_factory=dict)
+    supervisor: dict[str, dict[int, Supervisor]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
 
     def figure(self, load: str, server: str, what: Callable[[Sample], float]) -> float:
@@ -94,8 +112,16 @@ class Results:
         """The median of the runs beside so many idle connections."""
         return median([what(each) for each in self.beside.get((count, server), {}).values()])
 
+    def of_balance(self, server: str, what: Callable[[Balance], float]) -> float:
+        """The median of the runs."""
+        return median([what(each) for each in self.balance.get(server, {}).values()])
 
-def judge(results: Results, wanted: list[str], crowds: list[int]) -> list[dict[str, Any]]:
+    def of_supervisor(self, server: str, what: Callable[[Supervisor], float]) -> float:
+        """The median of the runs."""
+        return median([what(each) for each in self.supervisor.get(server, {}).values()])
+
+
+def judge(results: Results, wanted: list[str], crowds: list[int], workers: int = 0) -> list[dict[str, Any]]:
     """List flaskd's goals, each with its figure; what has no peer to be compared with is not judged."""
     goals: list[dict[str, Any]] = []
 
@@ -103,7 +129,7 @@ def judge(results: Results, wanted: list[str], crowds: list[int]) -> list[dict[s
         met = figure >= least if least is not None else most is not None and figure <= most
         goals.append({"goal": goal, "least": least, "most": most, "figure": figure, "met": met})
 
-    for goal in GOALS:
+    for goal in WORKER_GOALS if workers else GOALS:
         if goal.load in wanted and (goal.load, goal.peer) in results.samples:
             figure = results.ratio(goal.load, goal.server, goal.measure.of, goal.peer)
             at(goal.text, figure, least=goal.least, most=goal.most)
@@ -111,6 +137,14 @@ def judge(results: Results, wanted: list[str], crowds: list[int]) -> list[dict[s
         accepted, ratio = (results.crowded(count, "flaskd", what) for what in (lambda e: e.accepted, lambda e: e.ratio))
         at(f"{count} idle: accepted, s", round(accepted, 2), most=max(ACCEPTED_SOON, MOST_ACCEPTING * count))
         at(f"{count} idle: one busy beside ÷ alone", round(ratio, 2), least=LEAST_BESIDE)
-    if "memory" in wanted:
+    if workers and "balance" in wanted:
+        spread, p99 = (results.of_balance("flaskd", what) for what in (lambda e: e.spread, lambda e: e.p99))
+        at("jobs of the busiest of 4 workers ÷ the idlest", round(spread, 2), most=MOST_SPREAD)
+        at("jobs of 10 ms: p99 ÷ 10 ms", round(p99 / JOB, 2), most=MOST_JOB)
+    if workers and "supervisor" in wanted:
+        memory, share = (results.of_supervisor("flaskd", what) for what in (lambda e: e.memory, lambda e: e.share))
+        at("supervisor: MiB", round(memory, 1), most=MOST_SUPERVISOR)
+        at("supervisor, idle: share of a core", round(share, 4), most=MOST_SHARE)
+    if "memory" in wanted and not workers:
         at("256 connections: MiB afterwards", median(list(results.memory.get("flaskd", {}).values())), most=MOST_MEMORY)
     return goals

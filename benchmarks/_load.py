@@ -1,7 +1,8 @@
 """Clients that know exactly what became of each of their requests; run as a process of its own.
 
 ``python _load.py ORDERS`` takes its orders as JSON, goes on until its standard input ends, lets each client finish what
-it has begun, and writes its account as JSON to standard output. Raw sockets, so that nothing is retried or hidden:
+it has begun, and writes two lines to standard output: that it has begun, and its account as JSON. Raw sockets, so that
+nothing is retried or hidden:
 
 ========  ==========================================================================================================
 answered  status 200, and the whole content that was expected
@@ -27,7 +28,9 @@ import hashlib
 import itertools
 import json
 import random
+import re
 import socket
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -49,6 +52,35 @@ _MOST_OPEN = 64
 """Requests of the open loop that may wait at a time; arrivals beyond are left out, and counted."""
 _RECEIVE = 65536
 _BIG = PATTERN * 3
+_MOST_LOSSES = 10_000
+"""Losses that are kept each with its moment."""
+
+
+class Load:
+    """The clients, in a process of their own, from here on; `patience` replaces PATIENCE."""
+
+    def __init__(self, port: int, kind: str, clients: int, patience: float = PATIENCE) -> None:
+        orders = {"host": "127.0.0.1", "port": port, "load": kind, "clients": clients, "patience": patience}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, json.dumps(orders)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+
+    def wait_begun(self) -> None:
+        """Wait until they are about to send."""
+        assert self._process.stdout is not None
+        self._process.stdout.readline()
+
+    def finish(self) -> dict[str, Any]:
+        """Let each client finish what it has begun, and return their account."""
+        out, _ = self._process.communicate(timeout=120)
+        account: dict[str, Any] = json.loads(out.splitlines()[-1])
+        return account
+
+    def close(self) -> None:
+        """End it if it still lives."""
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.communicate()
 
 
 class BrokenOffError(Exception):
@@ -67,8 +99,11 @@ class Response:
 class Connection:
     """One connection, watched closely."""
 
-    def __init__(self, address: tuple[str, int], *, receive_buffer: int = 0, pace: float = 0.0) -> None:
+    def __init__(
+        self, address: tuple[str, int], *, receive_buffer: int = 0, pace: float = 0.0, patience: float = PATIENCE
+    ) -> None:
         self._address = address
+        self._patience = patience
         self._pace = pace
         self._socket = socket.socket()
         self._socket.setblocking(False)
@@ -85,7 +120,7 @@ class Connection:
 
     async def open(self) -> None:
         """Connect; raises what the kernel says."""
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(self._patience):
             await self._loop.sock_connect(self._socket, self._address)
 
     def close(self) -> None:
@@ -109,7 +144,7 @@ class Connection:
         if first:
             self.begun = self.crossed = False
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(self._patience):
                 await self._loop.sock_sendall(self._socket, data)
         except (BrokenPipeError, ConnectionResetError):
             pass
@@ -122,7 +157,7 @@ class Connection:
         if self._pace:
             await asyncio.sleep(self._pace)
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(self._patience):
                 data = await self._loop.sock_recv(self._socket, _RECEIVE)
         except TimeoutError:
             raise BrokenOffError("silence") from None
@@ -189,24 +224,35 @@ class Account:
     details: Counter[str] = field(default_factory=Counter)
     losses: list[dict[str, Any]] = field(default_factory=list)
     left_out: int = 0
+    silence: float = 0.0
+    _answered: float = field(default_factory=time.monotonic)
 
-    def enter(self, fate: str, kind: str, how: str, began: float) -> None:
+    def enter(self, fate: str, kind: str, how: str, began: float, target: str = "") -> None:
         """Enter one request's fate; losses are kept with their moment (time.time()) and the request's age."""
         self.fates[fate] += 1
+        if fate == "answered":
+            self._end_silence()
         if fate in (*LOST, "raced", "rejected"):
             self.details[f"{fate}: {kind}, {how}"] += 1
-            if len(self.losses) < 1000:
+            if len(self.losses) < _MOST_LOSSES:
                 now = time.time()
-                self.losses.append({"at": now, "fate": fate, "kind": kind, "how": how, "age": round(now - began, 6)})
+                each = {"at": now, "fate": fate, "kind": kind, "how": how, "age": round(now - began, 6)}
+                self.losses.append(each | {"target": target})
+
+    def _end_silence(self) -> None:
+        now = time.monotonic()
+        self.silence, self._answered = max(self.silence, now - self._answered), now
 
     def as_json(self) -> dict[str, Any]:
-        """As it is handed over."""
+        """As it is handed over; `silence` is the longest time without an answer to any client, in seconds."""
+        self._end_silence()
         return {
             "requests": self.requests,
             "fates": {fate: self.fates[fate] for fate in FATES},
             "details": dict(self.details.most_common()),
             "losses": self.losses,
             "left_out": self.left_out,
+            "silence": round(self.silence, 3),
         }
 
 
@@ -217,6 +263,13 @@ class Exchange:
     parts: Sequence[bytes | float]
     expected: Sequence[bytes]
     wait_for_100: bool = False
+
+    @property
+    def targets(self) -> list[str]:
+        """What each request asks for."""
+        heads = self.parts[0]
+        assert isinstance(heads, bytes)
+        return [each.decode() for each in re.findall(rb"(?:GET|POST) (\S+) HTTP/1.1\r\n", heads)]
 
 
 def _get(target: str) -> bytes:
@@ -230,8 +283,9 @@ def _post(target: str, length: int, more: str = "") -> bytes:
 class Clients:
     """Closed loops (each sends its next when the former is answered) and one open loop (Poisson arrivals)."""
 
-    def __init__(self, address: tuple[str, int]) -> None:
+    def __init__(self, address: tuple[str, int], patience: float = PATIENCE) -> None:
         self.account = Account()
+        self._patience = patience
         self.stopping = asyncio.Event()
         self._address = address
         self._tokens = itertools.count(1)
@@ -259,12 +313,13 @@ class Clients:
     def _split(self) -> Exchange:
         body = self._random.randbytes(self._random.randint(1000, 200_000))
         cut = len(body) // 3
-        parts = [_post("/upload", len(body)), 0.01, body[:cut], 0.005, body[cut:]]
+        parts = [_post(f"/upload?token={next(self._tokens)}", len(body)), 0.01, body[:cut], 0.005, body[cut:]]
         return Exchange(parts, [_digest(body)])
 
     def _expect(self) -> Exchange:
         body = self._random.randbytes(self._random.randint(1000, 50_000))
-        return Exchange([_post("/upload", len(body), "Expect: 100-continue\r\n"), body], [_digest(body)], True)
+        head = _post(f"/upload?token={next(self._tokens)}", len(body), "Expect: 100-continue\r\n")
+        return Exchange([head, body], [_digest(body)], True)
 
     def _stream(self) -> Exchange:
         token = next(self._tokens)
@@ -272,13 +327,13 @@ class Clients:
         return Exchange([_get(f"/stream?chunks=10&token={token}")], [body])
 
     def _big(self) -> Exchange:
-        return Exchange([_get("/big")], [_BIG])
+        return Exchange([_get(f"/big?token={next(self._tokens)}")], [_BIG])
 
     # --- how it is sent -----------------------------------------------------------------------------------------
 
     async def _connect(self, kind: str, **options: Any) -> Connection | None:
         """Connect for one request, which is entered here when that fails."""
-        connection, began = Connection(self._address, **options), time.time()
+        connection, began = Connection(self._address, patience=self._patience, **options), time.time()
         try:
             await connection.open()
         except ConnectionRefusedError:
@@ -311,23 +366,24 @@ class Clients:
                     response = await connection.response()
                 fate, how = _judge(response, expected)
                 response = None
+                self.account.enter(fate, kind, how, began, what.targets[entered] if how else "")
                 entered += 1
-                self.account.enter(fate, kind, how, began)
             return connection.keep and not how and connection.look()
         except BrokenOffError as broken:
-            how = f"{broken}, {reused}"
+            how, targets = f"{broken}, {reused}", what.targets
             if connection.begun:
-                self.account.enter("cut", kind, how, began)
+                self.account.enter("cut", kind, how, began, targets[entered])
             elif connection.crossed and not entered:
-                self.account.enter("raced", kind, how, began)
+                self.account.enter("raced", kind, how, began, targets[entered])
             else:
-                self.account.enter("reset", kind, how + (" (behind an answer)" if entered else ""), began)
+                how_reset = how + (" (behind an answer)" if entered else "")
+                self.account.enter("reset", kind, how_reset, began, targets[entered])
             rest = "raced" if connection.crossed and not entered and not connection.begun else "reset"
-            for _ in what.expected[entered + 1 :]:
-                self.account.enter(rest, kind, f"{how} (behind another)", began)
+            for target in targets[entered + 1 :]:
+                self.account.enter(rest, kind, f"{how} (behind another)", began, target)
         except (ValueError, IndexError) as fault:
-            for _ in what.expected[entered:]:
-                self.account.enter("wrong", kind, f"cannot be read: {fault}", began)
+            for target in what.targets[entered:]:
+                self.account.enter("wrong", kind, f"cannot be read: {fault}", began, target)
         return False
 
     async def _send(self, connection: Connection, what: Exchange) -> Response | None:
@@ -397,8 +453,11 @@ class Clients:
         else:
             connection.close()
 
-    def mixed(self, count: int) -> list[Coroutine[Any, Any, None]]:
-        """Give `count` clients of eight kinds, in turn, and the open loop at two arrivals a second for each."""
+    def mixed(self, count: int, *, plain: bool = False) -> list[Coroutine[Any, Any, None]]:
+        """Give `count` clients of eight kinds, in turn, and the open loop at two arrivals a second for each.
+
+        With `plain` there are six kinds, without what some servers never answer: pipelining, and Expect.
+        """
         kinds: list[Callable[[], Coroutine[Any, Any, None]]] = [
             lambda: self.closed_loop("keep-alive", self._keepalive),
             lambda: self.closed_loop("fresh", self._hello, keep=False),
@@ -409,6 +468,8 @@ class Clients:
             lambda: self.closed_loop("expect", self._expect),
             lambda: self.closed_loop("pausing", self._hello, pause=0.05),
         ]
+        if plain:
+            kinds = [each for number, each in enumerate(kinds) if number not in {2, 6}]
         return [kinds[number % len(kinds)]() for number in range(count)] + [self.open_loop(2.0 * count)]
 
     def connecting(self, count: int) -> list[Coroutine[Any, Any, None]]:
@@ -429,12 +490,11 @@ def _judge(response: Response, expected: bytes) -> tuple[str, str]:
 
 
 async def _main(orders: dict[str, Any]) -> dict[str, Any]:
-    clients = Clients((orders["host"], orders["port"]))
-    count = orders["clients"]
-    tasks = [
-        asyncio.create_task(each)
-        for each in (clients.connecting(count) if orders["load"] == "connect" else clients.mixed(count))
-    ]
+    clients = Clients((orders["host"], orders["port"]), orders["patience"])
+    count, load = orders["clients"], orders["load"]
+    loops = clients.connecting(count) if load == "connect" else clients.mixed(count, plain=load == "plain")
+    tasks = [asyncio.create_task(each) for each in loops]
+    print("begun", flush=True)
     await asyncio.to_thread(sys.stdin.read)
     clients.stopping.set()
     await asyncio.gather(*tasks)

@@ -10,10 +10,12 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from _processes import cpu_of, memory_of
 from _servers import FLASK, HERE, HOST, SERVERS, NotReadyError, Running, Served, Server, free_port, running
 from _wire import Background, Crowd
 
@@ -42,6 +44,8 @@ LOGGED = "flaskd+log"
 _ACCEPTED_WITHIN = 45.0
 _WARM_UP = 0.3
 """Seconds."""
+_IDLE_TIMES = 3
+"""Times the length of a load that a server is left alone."""
 _SLEEPERS = 2
 _SLEEP = "/slow?seconds=0.05"
 
@@ -78,6 +82,15 @@ LOADS = [
     Load("sleeps", "5 ms of sleep, 32 connections, 16 threads", 32, "/slow?seconds=0.005", served=MANY_THREADS),
     Load("sleepers", "16 connections beside 2 that sleep", 16, sleepers=_SLEEPERS),
 ]
+ONE = "one worker"
+"""The variant of flaskd with one worker process."""
+COMPUTE = Load("compute", "5 ms of computing, 16 connections", 16, "/compute?ms=5")
+"""Only with worker processes: so long that the client's share of the machine is small."""
+JOB = 0.010
+"""Seconds of sleep in each job of the balance."""
+BALANCED = Served(workers=4, threads=4)
+JOBS_AT_A_TIME = 14
+"""Two less than there are threads."""
 _FULLEST = next(each for each in LOADS if each.name == "256")
 """After it the memory is read."""
 
@@ -116,6 +129,33 @@ class Beside:
     @property
     def ratio(self) -> float:
         return self.beside / self.alone
+
+
+@dataclass
+class Balance:
+    """How four workers shared short jobs: how many each had, and the seconds in which 99 of 100 were answered."""
+
+    jobs: dict[str, int]
+    p99: float
+
+    @property
+    def spread(self) -> float:
+        """Of the busiest ÷ the idlest worker."""
+        shares = [*self.jobs.values(), *[0] * (BALANCED.workers - len(self.jobs))]
+        return max(shares) / min(shares) if min(shares) else float("inf")
+
+
+@dataclass
+class Supervisor:
+    """The first process of an idle server with workers: its MiB (Pss), and its share of a core."""
+
+    memory: float
+    share: float
+
+
+def one_worker(flaskd: Server) -> Server:
+    """Make the variant that has one worker."""
+    return dataclasses.replace(flaskd, name=ONE, workers=1)
 
 
 def logged(flaskd: Server) -> Server:
@@ -208,8 +248,35 @@ def beside(server: Running, count: int, options: argparse.Namespace) -> Beside:
     return Beside(accepted, alone.rate, crowded.rate)
 
 
+def balance(server: Server, options: argparse.Namespace) -> Balance:
+    """Have four workers of four threads do 14 jobs of 10 ms at a time, each on a connection of its own."""
+    orders = {"host": HOST, "target": f"/pid?seconds={JOB}", "body": 0, "headers": ["Connection: close"]}
+    orders |= {"connections": JOBS_AT_A_TIME, "fresh": True}
+    with running(server, free_port(), served=BALANCED) as each:
+        orders["port"] = each.port
+        for seconds in (_WARM_UP, options.seconds):
+            argv = [sys.executable, str(HERE / "_wire.py"), json.dumps(orders | {"seconds": seconds})]
+            done = subprocess.run(argv, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise NotReadyError(f"{server.name}: the jobs broke off: {done.stderr[-300:]}")
+    counted: dict[str, Any] = json.loads(done.stdout)
+    if counted["failed"] or not counted["requests"]:
+        raise NotReadyError(f"{server.name}: {counted['failed']} jobs failed, {counted['requests']} were done")
+    return Balance(counted["bodies"], counted["p99"])
+
+
+def supervisor(server: Server, options: argparse.Namespace) -> Supervisor:
+    """Leave a server with workers alone for some seconds, and see what its first process has and does."""
+    with running(server, free_port(), served=Served(workers=options.workers)) as each:
+        time.sleep(_WARM_UP)
+        pid, began, used = each.process.pid, time.monotonic(), cpu_of(each.process.pid)
+        time.sleep(_IDLE_TIMES * options.seconds)
+        share = (cpu_of(pid) - used) / (time.monotonic() - began)
+        return Supervisor(memory_of(pid), share)
+
+
 def memory(server: Server, options: argparse.Namespace) -> float:
     """Measure the MiB that a server of its own has after 256 busy connections: no other shares its pages meanwhile."""
-    with running(server, free_port()) as each:
+    with running(server, free_port(), served=Served(workers=options.workers)) as each:
         sample(each, _FULLEST, options)
         return each.memory()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.metadata
 import importlib.util
 import os
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from _processes import accepted, children, group, memory_of
 from app import THREADS
 
 HERE = Path(__file__).resolve().parent
@@ -83,7 +85,7 @@ class Server:
 
     `access` is the format of flaskd's access log; the others write none. `checkout` is where flaskd is imported from,
     when that is not the one that is installed. `core` is the one that the server may run on, when not on all. `pooled`
-    is a server that can have several worker processes.
+    is a server that can have several worker processes, `workers` how many it has whatever is asked for.
     """
 
     name: str
@@ -94,6 +96,7 @@ class Server:
     access: str = "off"
     checkout: Path | None = None
     core: int | None = None
+    workers: int | None = None
 
     @property
     def path(self) -> str:
@@ -180,14 +183,14 @@ def chosen(names: str) -> list[Server]:
     return wanted
 
 
-def take_workers(parser: argparse.ArgumentParser, more: str = "") -> None:
+def take_workers(parser: argparse.ArgumentParser, default: int = 0) -> None:
     """Have a command take ``--workers``."""
     parser.add_argument(
         "--workers",
         type=_count,
-        default=0,
+        default=default,
         metavar="N",
-        help=f"worker processes of each server that can have several; 0: flaskd serves in its own{more} (%(default)s)",
+        help="worker processes of each server that can have several; with 0 flaskd serves in its own (%(default)s)",
     )
 
 
@@ -217,7 +220,7 @@ class Running:
     """A server process in a directory of its own; `listener` is inherited, else it binds `port`.
 
     `config` is flaskd's configuration beyond the access log. `modules` are files of Python, by their names, that the
-    app may import. `environ` is what its environment has beside that.
+    app may import.
     """
 
     def __init__(
@@ -230,10 +233,11 @@ class Running:
         config: str = "",
         served: Served = FLASK,
         modules: Mapping[str, str] | None = None,
-        environ: Mapping[str, str] | None = None,
     ) -> None:
         if listener is not None and server.inherited is None:
             raise NotReadyError(f"{server.name} is not measured on an inherited listener")
+        if server.workers is not None:
+            served = dataclasses.replace(served, workers=server.workers)
         self.port = port
         self.name = server.name
         self._path = server.path
@@ -252,11 +256,11 @@ class Running:
             "BENCHMARKS_APP": served.app,
             "BENCHMARKS_THREADS": str(served.threads),
             "BENCHMARKS_IMPORTED": str(self._imported),
+            "BENCHMARKS_NOTES": str(self.notes),
             "PYTHONDONTWRITEBYTECODE": "1",
             "RUNTIME_DIRECTORY": str(self.directory / "run"),
             "STATE_DIRECTORY": str(self.directory),
             "HOME": str(self.directory),
-            **(environ or {}),
         }
         argv = [sys.executable, *server.bound(port, served)]
         options: dict[str, Any] = {}
@@ -294,6 +298,11 @@ class Running:
         return self.directory / "log"
 
     @property
+    def notes(self) -> Path:
+        """What `app:noted` notes."""
+        return self.directory / "notes"
+
+    @property
     def control(self) -> Path:
         """Where flaskd's control socket is."""
         return self.directory / "run" / "control.sock"
@@ -329,9 +338,16 @@ class Running:
     @property
     def workers(self) -> list[int]:
         """Its processes that have imported the app, beside the first one where there are several."""
-        told = map(int, self._imported.read_text(encoding="ascii").split()) if self._imported.exists() else ()
         alive = self.pids[1:] if self._processes > 1 else self.pids
-        return [pid for pid in dict.fromkeys(told) if pid in alive]
+        return [pid for pid in dict.fromkeys(self._importers()) if pid in alive]
+
+    @property
+    def imports(self) -> int:
+        """How often one of its processes has imported the app."""
+        return len(self._importers())
+
+    def _importers(self) -> list[int]:
+        return [int(pid) for pid in self._imported.read_text().split()] if self._imported.exists() else []
 
     def ask(self, target: str, patience: float) -> tuple[int, bytes]:
         """Ask on a connection of its own; returns status and body, raises OSError or ValueError when none comes."""
@@ -375,7 +391,7 @@ class Running:
         """Its process and all that descend from it."""
         found = [self.process.pid]
         for pid in found:
-            found += _children(pid)
+            found += children(pid)
         return found
 
     def cpu(self) -> float:
@@ -388,15 +404,14 @@ class Running:
 
     def memory(self) -> float:
         """MiB of memory that it and its children have, what they share counted in parts: proc_pid_smaps_rollup(5)."""
-        found = [Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii") for pid in self.pids]
-        return sum(int(text.partition("\nPss:")[2].split()[0]) for text in found) / 1024
+        return sum(memory_of(pid) for pid in self.pids)
 
     def connections(self) -> int:
         """How many connections it has accepted and not closed: in proc_net(5), those in a backlog have inode 0."""
         where = f"{self.port:04X} "
         lines = Path("/proc/self/net/tcp").read_text(encoding="ascii").splitlines()[1:]
         # The fields: number, local address, remote address, state (01 is ESTABLISHED), five more, inode.
-        return sum(line.partition(":")[2].partition(":")[2].startswith(where) and _accepted(line) for line in lines)
+        return sum(line.partition(":")[2].partition(":")[2].startswith(where) and accepted(line) for line in lines)
 
     def wait_connections(self, count: int, patience: float) -> None:
         """Wait until it has accepted so many connections that are still open; raises NotReadyError."""
@@ -413,7 +428,7 @@ class Running:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(child, signal.SIGKILL)
             self.process.kill()
-        for left in _group(self.process.pid):
+        for left in group(self.process.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(left, signal.SIGKILL)
         self.process.wait()
@@ -421,31 +436,6 @@ class Running:
             print(f"{self.name} log: {self.log}")
         else:
             shutil.rmtree(self.directory, ignore_errors=True)
-
-
-def _group(leader: int) -> list[int]:
-    """List the processes of a group in this session: what a server has started and left behind, too."""
-    found, session = [], os.getsid(0)
-    for each in Path("/proc").iterdir():
-        if each.name.isdecimal():
-            with contextlib.suppress(OSError):
-                # The fields behind the name: state, parent, group, session.
-                words = (each / "stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
-                if (int(words[2]), int(words[3])) == (leader, session):
-                    found.append(int(each.name))
-    return found
-
-
-def _accepted(line: str) -> bool:
-    words = line.split()
-    return words[3] == "01" and words[9] != "0"
-
-
-def _children(pid: int) -> list[int]:
-    with contextlib.suppress(OSError):
-        tasks = list(Path(f"/proc/{pid}/task").iterdir())
-        return [int(each) for task in tasks for each in (task / "children").read_text(encoding="ascii").split()]
-    return []
 
 
 @contextlib.contextmanager

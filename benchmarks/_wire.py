@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -182,7 +183,7 @@ class _Driven:
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.setblocking(False)
         self._what = memoryview(what)
-        self.began = 0.0
+        self.began = self.connecting = 0.0
         self._unsent, self._head, self._status, self._wanted, self._got = self._what[:0], b"", b"", 0, 0
 
     def send(self) -> bool:
@@ -194,6 +195,11 @@ class _Driven:
             while self._unsent:
                 self._unsent = self._unsent[self.socket.send(self._unsent) :]
         return not self._unsent
+
+    @property
+    def body(self) -> str:
+        """Of the answer that has come, when it is a short one."""
+        return self._head.partition(b"\r\n\r\n")[2].decode(errors="replace")
 
     def receive(self) -> bool | None:
         """Read on; whether the answer was a 200, or None when it has not come whole. Raises OSError at the end."""
@@ -210,46 +216,80 @@ class _Driven:
         return self._status == b"200" if 0 < self._wanted <= self._got else None
 
 
-def drive(address: tuple[str, int], what: bytes, connections: int, seconds: float) -> dict[str, Any]:
-    """Send a request over and over on so many connections, and count the answers; a lost connection is made anew."""
-    epoll, driven, answered, failed = select.epoll(), dict[int, _Driven](), 0, 0
-    took: list[float] = []
+class _Drive:
+    """The generator at work; with `fresh` each request has a connection of its own, and bodies are counted, too."""
 
-    def begin() -> None:
-        each = _Driven(address, what)
-        driven[each.socket.fileno()] = each
-        epoll.register(each.socket, select.EPOLLIN if each.send() else select.EPOLLIN | select.EPOLLOUT)
+    def __init__(self, address: tuple[str, int], what: bytes, *, fresh: bool) -> None:
+        self._address, self._what, self._fresh = address, what, fresh
+        self._epoll, self._driven = select.epoll(), dict[int, _Driven]()
+        self._fine = self._failed = 0
+        self._took: list[float] = []
+        self._bodies: Counter[str] = Counter()
 
-    for _ in range(connections):
-        begin()
-    began = time.monotonic()
-    while (now := time.monotonic()) < began + seconds:
-        for fd, event in epoll.poll(0.1):
-            each = driven[fd]
+    def begin(self) -> None:
+        """Make a connection, and send on it."""
+        began = time.monotonic()
+        each = _Driven(self._address, self._what)
+        each.connecting = time.monotonic() - began
+        self._driven[each.socket.fileno()] = each
+        self._epoll.register(each.socket, select.EPOLLIN if each.send() else select.EPOLLIN | select.EPOLLOUT)
+
+    def turn(self) -> None:
+        """Deal with what has come within a tenth of a second."""
+        for fd, event in self._epoll.poll(0.1):
+            each = self._driven[fd]
             try:
                 if event & select.EPOLLOUT and each.send():
-                    epoll.modify(fd, select.EPOLLIN)
+                    self._epoll.modify(fd, select.EPOLLIN)
                 if event & ~select.EPOLLOUT and (fine := each.receive()) is not None:
-                    answered, failed = answered + fine, failed + (not fine)
-                    took.append(time.monotonic() - each.began)
-                    if not each.send():
-                        epoll.modify(fd, select.EPOLLIN | select.EPOLLOUT)
+                    self._answered(fd, each, fine)
             except OSError:
-                failed += 1
-                driven.pop(fd).socket.close()
-                begin()
-    for each in driven.values():
-        each.socket.close()
-    epoll.close()
-    p99 = sorted(took)[len(took) * 99 // 100] if took else 0.0
-    return {"requests": answered, "failed": failed, "seconds": now - began, "p99": p99}
+                self._failed += 1
+                self._driven.pop(fd).socket.close()
+                self.begin()
+
+    def _answered(self, fd: int, each: _Driven, fine: bool) -> None:
+        self._fine, self._failed = self._fine + fine, self._failed + (not fine)
+        self._took.append(time.monotonic() - each.began + each.connecting)
+        if self._fresh:
+            self._bodies[each.body] += 1
+            self._driven.pop(fd).socket.close()
+            self.begin()
+            return
+        each.connecting = 0.0
+        if not each.send():
+            self._epoll.modify(fd, select.EPOLLIN | select.EPOLLOUT)
+
+    def finish(self, seconds: float) -> dict[str, Any]:
+        """Close all; returns what was counted in so many seconds."""
+        for each in self._driven.values():
+            each.socket.close()
+        self._epoll.close()
+        took = sorted(self._took)
+        p99 = took[len(took) * 99 // 100] if took else 0.0
+        counted = {"requests": self._fine, "failed": self._failed, "seconds": seconds, "p99": p99}
+        return counted | {"bodies": self._bodies} if self._fresh else counted
+
+
+def drive(
+    address: tuple[str, int], what: bytes, connections: int, seconds: float, *, fresh: bool = False
+) -> dict[str, Any]:
+    """Send a request over and over on so many connections, and count the answers; a lost connection is made anew."""
+    at_work = _Drive(address, what, fresh=fresh)
+    for _ in range(connections):
+        at_work.begin()
+    began = time.monotonic()
+    while (now := time.monotonic()) < began + seconds:
+        at_work.turn()
+    return at_work.finish(now - began)
 
 
 def main(arguments: Sequence[str]) -> None:
     """Do as ordered."""
     orders = json.loads(arguments[0])
     what = request(orders["target"], b"x" * orders["body"], headers=orders.get("headers", ()))
-    print(json.dumps(drive((orders["host"], orders["port"]), what, orders["connections"], orders["seconds"])))
+    address, fresh = (orders["host"], orders["port"]), orders.get("fresh", False)
+    print(json.dumps(drive(address, what, orders["connections"], orders["seconds"], fresh=fresh)))
 
 
 if __name__ == "__main__":

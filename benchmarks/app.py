@@ -17,6 +17,9 @@ PATTERN = bytes(range(256)) * 4096
 THREADS = 4
 """Worker threads, under every server, where nothing else is said."""
 
+VERSION = ""
+"""Of the code that is served; a module that stands for a new version sets it."""
+
 if _imported := os.environ.get("BENCHMARKS_IMPORTED"):
     with Path(_imported).open("a", encoding="ascii") as _file:
         _file.write(f"{os.getpid()}\n")
@@ -28,6 +31,12 @@ app = Flask(__name__)
 def index() -> str:
     """Answer with the token that the client sent, so that it knows the answer for its own."""
     return f"hello {request.args.get('token', '')}\n"
+
+
+@app.get("/version")
+def version() -> str:
+    """Tell which version of the code answers."""
+    return VERSION
 
 
 @app.get("/pid")
@@ -90,6 +99,26 @@ def bare(_: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
     """Greet without Flask: what a request costs then is the server's."""
     start_response("200 OK", [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", "6")])
     return [b"hello\n"]
+
+
+def noted(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterator[bytes]:
+    """Serve the app, and note in a file, which outlives a killed process, where each request begins and ends."""
+    request_line = f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}?{environ.get('QUERY_STRING', '')}"
+    _note("+", request_line)
+    answer = app(environ, start_response)
+    try:
+        yield from answer
+    finally:
+        answer.close()  # type: ignore[attr-defined]
+        _note("-", request_line)
+
+
+def _note(sign: str, what: str) -> None:
+    file = os.open(os.environ["BENCHMARKS_NOTES"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    try:
+        os.write(file, f"{sign} {os.getpid()} {what}\n".encode())
+    finally:
+        os.close(file)
 
 
 def hang(_: object) -> None:

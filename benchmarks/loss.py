@@ -1,11 +1,19 @@
 """What becomes of requests while a server is stopped, restarted or drained under load, request by request.
 
-    python benchmarks/loss.py [--servers flaskd,gunicorn] [--scenario stop] [--cycles 20]
+    python benchmarks/loss.py [--servers flaskd,gunicorn] [--scenario stop] [--workers N] [--cycles 20]
 
 Scenarios: ``stop`` starts and stops the server on a port of its own under mixed clients; ``connect`` does the same
 under clients that make a connection for each request; ``restart`` stops and starts it on a listener that this process
 holds and the server inherits (LISTEN_FDS), so that nothing need be refused; ``drain`` drains and resumes flaskd.
-``_load.py`` says what each column means. The exit status is 1 when flaskd lost a request.
+
+With ``--workers`` there are five more, in each of which one server serves on: ``reload`` brings new code, ``replace``
+gives one slot after the other a new worker (`flaskd restart SLOT`), ``scale`` takes two workers more and lets them go,
+``bad`` brings code that does not load, answers 500, exits or hangs, and ``kill`` sends SIGKILL to a worker. There a
+worker's own connections may be hurt and no others, and flaskd has to name (`flaskd workers --json`) what the app had
+begun in it and not ended: the app notes both in a file. A kill waits until there is more than one worker again.
+
+``_load.py`` says what each column means. The exit status is 1 when flaskd lost a request (``kill``: of another worker),
+or, while its workers change, refused one or broke another promise that is named below the table.
 """
 
 from __future__ import annotations
@@ -13,21 +21,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import random
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from _load import FATES, LOST
+from _load import FATES, LOST, Load
 from _servers import (
-    HERE,
     HOST,
     SERVERS,
     NotReadyError,
     Running,
+    Served,
     Server,
     chosen,
     environment,
@@ -35,7 +41,9 @@ from _servers import (
     median,
     running,
     table,
+    take_workers,
 )
+from _workers import PEERS_TOO, busy, tell
 
 SCENARIOS = {
     "stop": "Stop under load: SIGTERM, exit, start again on the same port",
@@ -43,42 +51,36 @@ SCENARIOS = {
     "restart": "Restart on a listener that the parent process holds",
     "drain": "Drain and resume under load, by flaskd's control socket",
 }
-_LOADED = 0.4
-"""Seconds of load between two stops, on average."""
+WITH_WORKERS = {
+    "reload": "New code for all workers",
+    "replace": "A new worker for one slot after the other",
+    "scale": "Two workers more, and back again",
+    "bad": "New code that is refused",
+    "kill": "SIGKILL for a worker",
+}
+_MOST_FAULTS = 20
+"""Broken promises that are printed."""
+TOOK = {
+    "drain": "drain",
+    "reload": "new code everywhere",
+    "replace": "new worker",
+    "scale": "change",
+    "bad": "refusal",
+    "kill": "wait",
+}
+"""What the seconds in the last column are, where they are not those from a stop to the exit."""
 
 
-class Load:
-    """The clients of `_load.py`, in a process of their own."""
-
-    def __init__(self, port: int, kind: str, clients: int) -> None:
-        orders = json.dumps({"host": HOST, "port": port, "load": kind, "clients": clients})
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "_load.py"), orders], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-
-    def finish(self) -> dict[str, Any]:
-        """Let each client finish what it has begun, and return their account."""
-        out, _ = self._process.communicate(timeout=120)
-        account: dict[str, Any] = json.loads(out)
-        return account
-
-    def close(self) -> None:
-        """End it if it still lives."""
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.communicate()
-
-
-def _busy() -> None:
-    time.sleep(_LOADED * random.uniform(0.7, 1.3))
+def _served(options: argparse.Namespace) -> Served:
+    return Served(workers=options.workers)
 
 
 def _stops(server: Server, port: int, options: argparse.Namespace, load: str) -> tuple[dict[str, Any], list[float]]:
     took: list[float] = []
     with contextlib.closing(Load(port, load, options.clients)) as clients:
         for _ in range(options.cycles):
-            with running(server, port, unprivileged=options.unprivileged) as each:
-                _busy()
+            with running(server, port, unprivileged=options.unprivileged, served=_served(options)) as each:
+                busy()
                 took.append(each.wait_exit(each.terminate()))
         return clients.finish(), took
 
@@ -89,9 +91,9 @@ def _restarts(server: Server, port: int, options: argparse.Namespace) -> tuple[d
         listener = stack.enter_context(socket.create_server((HOST, port), backlog=1024))
         clients: Load | None = None
         for cycle in range(options.cycles + 1):
-            with running(server, port, listener, unprivileged=options.unprivileged) as each:
+            with running(server, port, listener, unprivileged=options.unprivileged, served=_served(options)) as each:
                 clients = clients or stack.enter_context(contextlib.closing(Load(port, "mixed", options.clients)))
-                _busy()
+                busy()
                 if cycle < options.cycles:
                     took.append(each.wait_exit(each.terminate()))
                 else:  # the last one answers all that is left
@@ -102,16 +104,16 @@ def _restarts(server: Server, port: int, options: argparse.Namespace) -> tuple[d
 def _drains(server: Server, port: int, options: argparse.Namespace) -> tuple[dict[str, Any], list[float]]:
     took: list[float] = []
     with (
-        running(server, port, unprivileged=options.unprivileged) as each,
+        running(server, port, unprivileged=options.unprivileged, served=_served(options)) as each,
         contextlib.closing(Load(port, "mixed", options.clients)) as clients,
     ):
         for _ in range(options.cycles):
-            _busy()
+            busy()
             began = time.monotonic()
             _command(each, "drain wait")
             took.append(time.monotonic() - began)
             _command(each, "resume")
-        _busy()
+        busy()
         return clients.finish(), took
 
 
@@ -133,12 +135,20 @@ def measure(server: Server, scenario: str, options: argparse.Namespace) -> dict[
             account, took = _restarts(server, port, options)
         elif scenario == "drain":
             account, took = _drains(server, port, options)
+        elif scenario in WITH_WORKERS:
+            account, took = tell(server, port, scenario, options)
         else:
             account, took = _stops(server, port, options, "connect" if scenario == "connect" else "mixed")
     except NotReadyError as error:
         return {"server": server.name, "scenario": scenario, "error": str(error)}
     lost = sum(account["fates"][fate] for fate in LOST)
     return {"server": server.name, "scenario": scenario, "cycles": len(took), "took": took, "lost": lost, **account}
+
+
+def failed(account: dict[str, Any]) -> bool:
+    """Whether a promise was broken: after a kill that worker's own requests are no fault."""
+    lost = account.get("lost", 0) if account["scenario"] != "kill" else account.get("fates", {}).get("wrong", 0)
+    return bool("error" in account or lost or account.get("faults"))
 
 
 def _row(account: dict[str, Any]) -> list[str]:
@@ -151,15 +161,9 @@ def _row(account: dict[str, Any]) -> list[str]:
 
 
 def _report(scenario: str, accounts: list[dict[str, Any]]) -> str:
-    headers = [
-        "server",
-        "cycles",
-        "requests",
-        *FATES,
-        "lost a cycle",
-        "drain" if scenario == "drain" else "stop to exit",
-    ]
-    lines = [table(f"## {SCENARIOS[scenario]}", headers, [_row(account) for account in accounts])]
+    headers = ["server", "cycles", "requests", *FATES, "lost a cycle", TOOK.get(scenario, "stop to exit")]
+    title = (SCENARIOS | WITH_WORKERS)[scenario]
+    lines = [table(f"## {title}", headers, [_row(account) for account in accounts])]
     for account in accounts:
         name = account["server"]
         if "error" in account:
@@ -168,31 +172,44 @@ def _report(scenario: str, accounts: list[dict[str, Any]]) -> str:
         if missing := account["requests"] - sum(account["fates"].values()):
             lines.append(f"{name}: the fate of {missing} requests is not known: a fault of this program")
         lines += [f"{name}: {count} x {what}" for what, count in account["details"].items()]
+        if "named" in account:
+            lines.append(f"{name} names {account['named']} requests of the killed workers")
+        faults = account.get("faults", [])
+        lines += [f"{name}: {fault}" for fault in faults[:_MOST_FAULTS]]
+        lines += [f"{name}: {len(faults) - _MOST_FAULTS} more like these"] if len(faults) > _MOST_FAULTS else []
     return "\n".join(lines)
+
+
+def _can(server: Server, scenario: str) -> bool:
+    if server.name == "flaskd":
+        return True
+    return scenario in PEERS_TOO and server.pooled if scenario in WITH_WORKERS else scenario != "drain"
 
 
 def main() -> int:
     """Measure, print, and tell whether flaskd lost anything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--servers", default=",".join(SERVERS), help="separated by commas (%(default)s)")
-    parser.add_argument("--scenario", choices=[*SCENARIOS, "all"], default="all")
-    parser.add_argument("--cycles", type=int, default=10, help="stops or drains for each server (%(default)s)")
+    parser.add_argument("--scenario", choices=[*SCENARIOS, *WITH_WORKERS, "all"], default="all")
+    take_workers(parser)
+    parser.add_argument("--cycles", type=int, default=10, help="stops or other steps for each server (%(default)s)")
     parser.add_argument("--clients", type=int, default=24, help="closed loops (%(default)s)")
     parser.add_argument("--unprivileged", action="store_true", help="run the servers as nobody, when started as root")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all accounts, each loss with its moment")
     options = parser.parse_args()
+    if options.scenario in WITH_WORKERS and not options.workers:
+        parser.error(f"--scenario {options.scenario} takes worker processes: give --workers N, too")
+    able = SCENARIOS | (WITH_WORKERS if options.workers else {})
     servers = chosen(options.servers)
     print(f"{environment()}\n")
     accounts = []
-    for scenario in SCENARIOS if options.scenario == "all" else [options.scenario]:
-        able = [each for each in servers if scenario != "drain" or each.name == "flaskd"]
-        those = [measure(server, scenario, options) for server in able]
+    for scenario in able if options.scenario == "all" else [options.scenario]:
+        those = [measure(server, scenario, options) for server in servers if _can(server, scenario)]
         accounts += those
         print(_report(scenario, those), flush=True)
     if options.json:
         options.json.write_text(json.dumps({"environment": environment(), "accounts": accounts}, indent=1) + "\n")
-    failed = [each for each in accounts if each["server"] == "flaskd" and ("error" in each or each["lost"])]
-    return 1 if failed else 0
+    return 1 if any(failed(each) for each in accounts if each["server"] == "flaskd") else 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How fast the demo app is served, flaskd beside its peers and beside an earlier flaskd.
 
     python benchmarks/speed.py [--servers flaskd,waitress-serve] [--before DIR] [--only 16,up,idle] [--runs 5]
-                               [--pin] [--quick] [--json FILE]
+                               [--workers N] [--pin] [--quick] [--json FILE]
 
 In each run all servers are started, and take turns under each load, so that a pair of figures is taken seconds apart.
 The tables have a row for each load and a column for each server:
@@ -20,6 +20,12 @@ lines; `bare`: by an app without Flask), 16 that get (`down`) or send (`up`) 256
 app sleeps for 5 ms (`sleeps`), and 16 beside two others whose app sleeps for 50 ms (`sleepers`). ``flaskd+log`` is
 flaskd with its access log, which the others do not write; ``before`` is the flaskd in `DIR`, a checkout of another
 commit, under the same Python. ``-`` is what was not measured, or what a server cannot do, with the reason below.
+
+With ``--workers`` each server that can have several worker processes has so many, and there are other goals. Beside
+flaskd one with a single worker is measured, ``one worker``, and there are three rows more: `compute`, whose app
+computes for 5 ms; `balance`, jobs of 10 ms, 14 at a time, each on a connection of its own, for 4 workers of 4 threads,
+and how many each worker did; and `supervisor`, what the first process of each server has and uses when nothing is
+asked. What waitress-serve does in its one process is what all is compared with, as ever.
 
 `wrk` is the client where it is installed, else `_wire.py`. With ``--pin`` the servers have one core to themselves and
 the client has the others: CPU time is best compared so, for Python's threads cost more where they run on several. The
@@ -41,7 +47,25 @@ from pathlib import Path
 from typing import Any
 
 from _goals import CPU, P99, RATE, Measure, Results, judge
-from _measure import CLIENTS, LOADS, LOGGED, Beside, before, beside, logged, memory, sample, warm_up
+from _measure import (
+    CLIENTS,
+    COMPUTE,
+    JOB,
+    LOADS,
+    LOGGED,
+    ONE,
+    Beside,
+    Load,
+    balance,
+    before,
+    beside,
+    logged,
+    memory,
+    one_worker,
+    sample,
+    supervisor,
+    warm_up,
+)
 from _servers import (
     FLASK,
     SERVERS,
@@ -56,9 +80,11 @@ from _servers import (
     open_many_files,
     running,
     table,
+    take_workers,
 )
 
 NAMES = [*[load.name for load in LOADS], "idle", "memory"]
+WITH_WORKERS = [COMPUTE.name, "balance", "supervisor"]
 
 
 def columns(options: argparse.Namespace) -> list[Server]:
@@ -68,6 +94,7 @@ def columns(options: argparse.Namespace) -> list[Server]:
         found.append(server)
         if server.name == "flaskd":
             found += [before(options.before)] if options.before else []
+            found += [one_worker(server)] if options.workers else []
             found += [logged(server)] if any(each.logged and each.name in options.only for each in LOADS) else []
     if options.pin:
         core, *others = sorted(os.sched_getaffinity(0))
@@ -90,11 +117,12 @@ def origin(server: Server) -> str:
 
 def _run(number: int, servers: list[Server], options: argparse.Namespace, results: Results) -> None:
     for served in dict.fromkeys(load.served for load in LOADS):
-        loads = [load for load in LOADS if load.served == served and load.name in options.only]
+        loads = [load for load in _loads(options) if load.served == served]
         crowds = options.crowd if served == FLASK and "idle" in options.only else []
         if not loads and not crowds:
             continue
-        with _started(servers, served, results) as started:
+        at_work = dataclasses.replace(served, workers=options.workers)
+        with _started(servers, at_work, results) as started:
             plain = [each for each in started if each.name != LOGGED]
             for load in loads:
                 for each in started if load.logged else plain:
@@ -111,6 +139,21 @@ def _run(number: int, servers: list[Server], options: argparse.Namespace, result
             continue
         with _noting(results, f"{server.name}, memory"):
             results.memory.setdefault(server.name, {})[number] = memory(server, options)
+    _run_workers(number, servers, options, results)
+
+
+def _run_workers(number: int, servers: list[Server], options: argparse.Namespace, results: Results) -> None:
+    for server in [each for each in servers if each.pooled and each.name not in {LOGGED, ONE}]:
+        if "balance" in options.only:
+            with _noting(results, f"{server.name}, balance"):
+                results.balance.setdefault(server.name, {})[number] = balance(server, options)
+        if "supervisor" in options.only:
+            with _noting(results, f"{server.name}, supervisor"):
+                results.supervisor.setdefault(server.name, {})[number] = supervisor(server, options)
+
+
+def _loads(options: argparse.Namespace) -> list[Load]:
+    return [load for load in (*LOADS, COMPUTE) if load.name in options.only]
 
 
 @contextlib.contextmanager
@@ -136,7 +179,7 @@ def _noting(results: Results, what: str) -> Iterator[None]:
 
 def report(results: Results, names: list[str], goals: list[dict[str, Any]], options: argparse.Namespace) -> str:
     """Lay out the tables."""
-    loads = [load for load in LOADS if load.name in options.only]
+    loads = _loads(options)
     plain = [name for name in names if name != LOGGED]
     parts = []
 
@@ -162,6 +205,18 @@ def report(results: Results, names: list[str], goals: list[dict[str, Any]], opti
     if "memory" in options.only:
         row = [_number(median(list(results.memory.get(name, {}).values())), 1) for name in plain]
         parts.append(table("## Memory after 256 connections in MiB", ["", *plain], [["Pss", *row]]))
+    if "balance" in options.only:
+        rows = [
+            ["busiest ÷ idlest", *[_number(results.of_balance(name, lambda e: e.spread), 2) for name in plain]],
+            ["p99 ÷ 10 ms", *[_number(results.of_balance(name, lambda e: e.p99) / JOB, 2) for name in plain]],
+        ]
+        parts.append(table("## Jobs of 10 ms, 14 at a time, for 4 workers of 4 threads", ["", *plain], rows))
+    if "supervisor" in options.only:
+        rows = [
+            ["MiB (Pss)", *[_number(results.of_supervisor(name, lambda e: e.memory), 1) for name in plain]],
+            ["CPU, % of a core", *[_number(results.of_supervisor(name, lambda e: e.share * 100), 2) for name in plain]],
+        ]
+        parts.append(table(f"## The first process of {options.workers + 1}, idle", ["", *plain], rows))
     if goals:
         rows = [
             [each["goal"], _bound(each), _number(each["figure"], 2), "" if each["met"] else "missed"] for each in goals
@@ -183,7 +238,8 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--servers", default=",".join(SERVERS), help="separated by commas (%(default)s)")
     parser.add_argument("--before", type=Path, metavar="DIR", help="a checkout of an earlier flaskd, measured too")
-    parser.add_argument("--only", default=",".join(NAMES), help="loads, separated by commas (%(default)s)")
+    parser.add_argument("--only", help=f"loads, separated by commas ({','.join(NAMES + WITH_WORKERS)})")
+    take_workers(parser)
     parser.add_argument("--runs", type=int, default=5, help="times that everything is measured (%(default)s)")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of each load (%(default)s)")
     parser.add_argument("--crowd", default="5000,10000", help="idle connections, separated by commas (%(default)s)")
@@ -192,9 +248,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one short run, fewer idle: to see that it works")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every single figure")
     options = parser.parse_args()
-    options.only = options.only.split(",")
-    if unknown := set(options.only) - set(NAMES):
-        parser.error(f"no load {min(unknown)!r}: choose from {', '.join(NAMES)}")
+    names = NAMES + (WITH_WORKERS if options.workers else [])
+    options.only = options.only.split(",") if options.only else names
+    if unknown := set(options.only) - set(NAMES + WITH_WORKERS):
+        parser.error(f"no load {min(unknown)!r}: choose from {', '.join(NAMES + WITH_WORKERS)}")
+    if without := set(options.only) - set(names):
+        parser.error(f"--only {min(without)} takes worker processes: give --workers N, too")
     if options.before and "flaskd" not in options.servers.split(","):
         parser.error("--before is measured beside flaskd: name that in --servers, too")
     if options.before and not Path(options.before, "flaskd", "__init__.py").is_file():
@@ -216,14 +275,16 @@ def main() -> int:
     servers = columns(options)
     names = [server.name for server in servers]
     origins = {
-        server.name: origin(server) for server in servers if "flaskd" in server.modules and server.name != LOGGED
+        server.name: origin(server)
+        for server in servers
+        if "flaskd" in server.modules and server.name not in {LOGGED, ONE}
     }
     print(told, *[f"{name}: {where}" for name, where in origins.items()], "", sep="\n", flush=True)
 
     results = Results()
     for run in range(options.runs):
         _run(run, servers[run % len(servers) :] + servers[: run % len(servers)], options, results)
-    goals = judge(results, options.only, options.crowd) if "flaskd" in names else []
+    goals = judge(results, options.only, options.crowd, options.workers) if "flaskd" in names else []
     print(report(results, names, goals, options))
     for (load, name), samples in results.samples.items():
         if failed := sum(each.failed for each in samples.values()):
@@ -263,7 +324,14 @@ def _as_json(results: Results) -> dict[str, Any]:
         for (count, name), runs in results.beside.items()
     ]
     weighed = [{"server": name, "runs": list(runs.values())} for name, runs in results.memory.items()]
-    return {"loads": loads, "idle": idle, "memory": weighed}
+    shared = [
+        {"server": name, "runs": [vars(each) | {"spread": each.spread} for each in runs.values()]}
+        for name, runs in results.balance.items()
+    ]
+    first = [
+        {"server": name, "runs": [vars(each) for each in runs.values()]} for name, runs in results.supervisor.items()
+    ]
+    return {"loads": loads, "idle": idle, "memory": weighed, "balance": shared, "supervisor": first}
 
 
 if __name__ == "__main__":
