@@ -21,6 +21,8 @@ from typing import Any, Self
 PATIENCE = 60.0
 """Seconds of silence after which a connection counts as lost."""
 _RECEIVE = 1 << 18
+_SHORT = 1024
+"""Bytes of an answer whose body is told, at least."""
 
 
 def request(target: str, body: bytes = b"", *, host: str = "localhost", headers: Sequence[str] = ()) -> bytes:
@@ -213,6 +215,8 @@ class _Driven:
         if not self._wanted:
             self._head += data
             self._status, self._wanted = _measured(self._head)
+        elif len(self._head) < _SHORT:
+            self._head += data
         return self._status == b"200" if 0 < self._wanted <= self._got else None
 
 
@@ -250,13 +254,13 @@ class _Drive:
 
     def _answered(self, fd: int, each: _Driven, fine: bool) -> None:
         self._fine, self._failed = self._fine + fine, self._failed + (not fine)
-        self._took.append(time.monotonic() - each.began + each.connecting)
+        took = time.monotonic() - each.began
+        self._took.append(took + each.connecting if self._fresh else took)
         if self._fresh:
             self._bodies[each.body] += 1
             self._driven.pop(fd).socket.close()
             self.begin()
             return
-        each.connecting = 0.0
         if not each.send():
             self._epoll.modify(fd, select.EPOLLIN | select.EPOLLOUT)
 

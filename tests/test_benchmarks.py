@@ -3,10 +3,14 @@
 Nothing here says how long anything may take.
 """
 
+import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import os
+import select
+import signal
 import statistics
 import subprocess
 import sys
@@ -52,6 +56,30 @@ def test_the_versions_of_all_peers_are_told(instrument, monkeypatch):
     needed = {module for server in servers.SERVERS.values() for module in server.modules} - {"uwsgidecorators"}
     for name in (*needed, "uwsgi", "flask"):
         assert f"{name} 1.2.{len(name)}" in told
+
+
+PREFORK = """
+import os, socket, subprocess, sys, time
+listener = socket.create_server(("127.0.0.1", int(sys.argv[1])), backlog=1024)
+code = (
+    "import importlib, os, socket, waitress;"
+    "app = getattr(importlib.import_module(os.environ['BENCHMARKS_MODULE']), os.environ['BENCHMARKS_APP']);"
+    f"waitress.serve(app, sockets=[socket.socket(fileno={listener.fileno()})], threads=4)"
+)
+workers = [subprocess.Popen([sys.executable, "-c", code], pass_fds=[listener.fileno()]) for _ in range(int(sys.argv[2]))]
+for each in workers:
+    each.wait()
+time.sleep(60)
+"""
+"""A server with worker processes on one listener, none of which it starts again."""
+
+
+@pytest.fixture
+def prefork(instrument):
+    """The simplest server that has workers."""
+    return instrument("_servers").Server(
+        "prefork", (), lambda port, served: ["-c", PREFORK, str(port), str(served.processes)]
+    )
 
 
 def find(value):
@@ -238,6 +266,203 @@ def test_whoever_asks_about_flaskd_has_a_figure(tmp_path):
         each["text"] for each in figures.values() if each["most"] is not None
     ]
     assert len(written["goals"]) == 6
+
+
+@pytest.mark.parametrize("name", ["flaskd", "gunicorn", "granian", "uvicorn", "uwsgi"])
+def test_each_server_is_told_how_many_workers(name, instrument):
+    """With 3 workers each server's command line says 3; with none the peers' say one, and flaskd's nothing."""
+    servers = instrument("_servers")
+    option = {"flaskd": "-w", "gunicorn": "-w", "uwsgi": "--processes"}.get(name, "--workers")
+    server = servers.SERVERS[name]
+    assert server.pooled
+    three, none = (server.bound(1, servers.Served(workers=workers)) for workers in (3, 0))
+    assert three[three.index(option) + 1] == "3"
+    assert (option in none) == (name not in {"flaskd", "uwsgi"})
+    assert option not in none or none[none.index(option) + 1] == "1"
+
+
+def test_a_server_is_ready_when_each_worker_has_the_app(instrument, prefork):
+    """Three workers are waited for and told apart from the process that started them; a variant has its own number."""
+    servers = instrument("_servers")
+    with servers.running(prefork, servers.free_port(), served=servers.Served(workers=3)) as each:
+        assert len(each.workers) == each.imports == 3
+        assert each.process.pid not in each.workers
+        status, body = each.ask("/pid", 10)
+        assert (status, int(body) in each.workers) == (200, True)
+    two = dataclasses.replace(prefork, workers=2)
+    with servers.running(two, servers.free_port(), served=servers.Served(workers=3)) as each:
+        assert len(each.workers) == 2
+
+
+def test_nothing_is_left_of_a_server_that_was_killed(instrument, prefork):
+    """Workers that outlive the process that started them are ended with it."""
+    servers = instrument("_servers")
+    with contextlib.ExitStack() as stack:
+        with servers.running(prefork, servers.free_port(), served=servers.Served(workers=2)) as each:
+            alive = [os.pidfd_open(pid) for pid in each.workers]
+            for fd in alive:
+                stack.callback(os.close, fd)
+            os.kill(each.process.pid, signal.SIGKILL)
+            each.process.wait()
+        for fd in alive:
+            assert until_readable(fd)
+
+
+def until_readable(fd):
+    """Whether a process ends within some seconds; its pidfd is readable then."""
+    watch = select.poll()
+    watch.register(fd, select.POLLIN)
+    return watch.poll(10_000)
+
+
+def test_a_killed_worker_hurts_its_own_connections_alone(instrument, prefork):
+    """One of three workers is killed under 24 clients: nothing is refused, and each loss is one of that worker's."""
+    options = argparse.Namespace(workers=3, cycles=1, clients=24, unprivileged=False)
+    account, took = instrument("_workers").tell(prefork, instrument("_servers").free_port(), "kill", options)
+    assert account["requests"] == sum(account["fates"].values()) > 0
+    assert (account["faults"], account["fates"]["refused"], len(took)) == ([], 0, 1)
+    assert account["fates"]["answered"] > 24
+    assert all(loss["target"] for loss in account["losses"])
+
+
+def test_a_loss_that_no_kill_explains_is_seen(instrument):
+    """A request that another worker had begun is a stray, and one that none had begun unless one was just killed."""
+    strays = instrument("_workers").strays
+    notes = ["+ 7 GET /?token=1", "- 7 GET /?token=1", "+ 8 GET /?token=2"]
+
+    def lost(target, at):
+        return {"fate": "reset", "kind": "fresh", "how": "RST", "target": target, "at": at}
+
+    killed = {8: 100.0}
+    assert strays([lost("/?token=2", 100.5), lost("/?token=3", 100.5)], notes, killed) == []
+    assert "begun by 7, which was not killed" in strays([lost("/?token=1", 100.5)], notes, killed)[0]
+    assert "begun by no worker, and not when one was killed" in strays([lost("/?token=3", 110)], notes, killed)[0]
+
+
+def test_what_a_killed_worker_had_begun_has_to_be_named(instrument):
+    """Of its requests those that had ended need no name; of the others as many are named as there were, by their path."""
+    workers = instrument("_workers")
+    notes = ["+ 8 GET /?token=1", "- 8 GET /?token=1", "+ 8 GET /?token=2", "+ 8 POST /upload?token=3", "+ 7 GET /"]
+    told = {
+        "workers": [{"pid": 7}],
+        "deaths": [{"pid": 8, "cut": [{"method": "GET", "path": "/?token=2", "age": 0.1}]}],
+    }
+    named = workers.named_requests(told)
+    assert named == {8: {"GET /": 1}}
+    assert workers.unnamed(notes, {8: 1.0}, named) == ["worker 8 had 1 x POST /upload, and 0 are named"]
+
+
+def test_work_that_workers_share_has_its_figures(instrument, prefork):
+    """Each of four workers' jobs are counted, and the first process is weighed without its workers."""
+    measure = instrument("_measure")
+    options = argparse.Namespace(workers=2, seconds=0.3)
+    shared = measure.balance(prefork, options)
+    assert len(shared.jobs) == 4
+    assert shared.spread == max(shared.jobs.values()) / min(shared.jobs.values())
+    assert shared.p99 >= measure.JOB
+    idle = measure.supervisor(prefork, options)
+    assert 1 < idle.memory < 25
+    assert 0 <= idle.share < 0.5
+
+
+def test_a_worker_without_a_job_is_no_balance(instrument):
+    """Where one of four workers did nothing, the busiest is infinitely busier."""
+    assert instrument("_measure").Balance({"1": 5, "2": 5, "3": 5}, 0.01).spread == float("inf")
+
+
+def test_workers_have_goals_of_their_own(instrument):
+    """With workers the goals are ratios to one worker and to gunicorn, balance and supervisor; each can be missed."""
+    goals, measure = instrument("_goals"), instrument("_measure")
+    results = goals.Results()
+
+    def rate(load, server, requests):
+        results.samples[load, server] = {0: measure.Sample(requests, 0, 1.0, 1.0, 0.01)}
+
+    for server, requests in (("flaskd", 180), (measure.ONE, 100), ("gunicorn", 181)):
+        rate("compute", server, requests)
+    rate("16", "flaskd", 1200)
+    rate("16", "gunicorn", 1000)
+    results.balance["flaskd"] = {0: measure.Balance({"1": 100, "2": 110, "3": 121, "4": 110}, 0.0125)}
+    results.supervisor["flaskd"] = {0: measure.Supervisor(24.0, 0.02)}
+    judged = goals.judge(results, ["16", "compute", "balance", "supervisor", "memory"], [], 2)
+    assert [(each["figure"], each["met"]) for each in judged] == [
+        (1.8, True), (0.99, False), (1.2, True), (1.21, False), (1.25, True), (24.0, True), (0.02, False),
+    ]  # fmt: skip
+    assert {each["goal"].rpartition(" ÷ ")[2] for each in judged[:3]} == {"one worker", "gunicorn"}
+    assert goals.judge(results, ["balance", "supervisor"], []) == []
+
+
+def test_new_code_is_of_the_kind_it_says(instrument):
+    """Good code has the app in its version, broken code raises what the refusal has to name, and 500 is answered."""
+    kinds = {code.name: code for code in instrument("_reload").KINDS}
+    app = instrument("app").app
+    good = {}
+    exec(kinds["good"].version("one"), good)
+    assert good["app"] is app
+    assert app.test_client().get("/version").text == "one"
+    for name, error in (("syntax", SyntaxError), ("exception", RuntimeError)):
+        with pytest.raises(error) as raised:
+            exec(kinds[name].version("two"), {})
+        assert kinds[name].says in f"{raised.type.__name__}: {raised.value}"
+    sys.modules.pop("app")  # a new worker has a new app
+    exec(kinds["probe"].version("three"), {})
+    answer = instrument("app").app.test_client().get("/version")
+    assert (answer.status_code, answer.text) == (500, "three")
+
+
+def test_a_reload_that_breaks_a_promise_says_which(instrument):
+    """Lost, wrong and refused requests, a server that exited, the wrong code and the wrong outcome are faults each."""
+    reload = instrument("reload")
+    kinds = {code.name: code for code in reload.KINDS}
+    fates = dict.fromkeys(instrument("_load").FATES, 0)
+    fine = reload.Outcome("flaskd", "good", 10, fates, answers="new", told=0)
+    assert fine.faults(kinds["good"]) == []
+    refused = dataclasses.replace(fine, kind="syntax", answers="old", told=70, said="... SyntaxError: invalid syntax")
+    assert refused.faults(kinds["syntax"]) == []
+    broken = [
+        dataclasses.replace(fine, fates=fates | {"cut": 1}),
+        dataclasses.replace(fine, fates=fates | {"wrong": 1}),
+        dataclasses.replace(fine, fates=fates | {"refused": 1}),
+        dataclasses.replace(fine, exited=3),
+        dataclasses.replace(fine, answers="new and old"),
+        dataclasses.replace(fine, told=None),
+        dataclasses.replace(fine, error="it did not become ready"),
+    ]
+    assert [len(each.faults(kinds["good"])) for each in broken] == [1] * len(broken)
+    silent = dataclasses.replace(refused, said="")
+    assert silent.faults(kinds["syntax"]) == ["did not say 'SyntaxError'"]
+
+
+def test_the_longest_silence_is_told(instrument, monkeypatch):
+    """Silence is the longest time between two answers to any client, up to the end of the account."""
+    load, now = instrument("_load"), [0.0]
+    monkeypatch.setattr(load.time, "monotonic", lambda: now[0])
+    account = load.Account()
+    for moment, fate in ((1, "answered"), (2, "refused"), (4, "answered"), (4.5, "answered")):
+        now[0] = moment
+        account.enter(fate, "fresh", "", 0.0)
+    assert account.as_json()["silence"] == 3
+    now[0] = 10
+    assert account.as_json()["silence"] == 5.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["loss.py", "--scenario", "kill"], "--scenario kill takes worker processes: give --workers N, too"),
+        (["loss.py", "--workers", "two"], "'two' is not a number of processes"),
+        (["speed.py", "--only", "16,balance"], "--only balance takes worker processes: give --workers N, too"),
+        (["reload.py", "--kinds", "nap"], "no kind 'nap': choose from good,"),
+        (["reload.py", "--servers", "waitress-serve"], "no server 'waitress-serve' that reloads: choose from flaskd,"),
+        (["reload.py", "--workers", "0"], "--workers 0 cannot reload code: give at least 1"),
+    ],
+)
+def test_what_makes_no_sense_with_workers_is_refused(arguments, said):
+    """A scenario without the workers it needs, and a server or kind that there is not, are named, with the next step."""
+    argv = [sys.executable, str(BENCHMARKS / arguments[0]), *arguments[1:]]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=80, check=False)
+    assert done.returncode == 2
+    assert said in done.stderr
 
 
 @pytest.mark.parametrize(
