@@ -142,7 +142,14 @@ def measure(server: Server, scenario: str, options: argparse.Namespace) -> dict[
     except NotReadyError as error:
         return {"server": server.name, "scenario": scenario, "error": str(error)}
     lost = sum(account["fates"][fate] for fate in LOST)
-    return {"server": server.name, "scenario": scenario, "cycles": len(took), "took": took, "lost": lost, **account}
+    return {
+        "server": server.name,
+        "scenario": scenario,
+        "cycles": options.cycles,
+        "took": took,
+        "lost": lost,
+        **account,
+    }
 
 
 def failed(account: dict[str, Any]) -> bool:
