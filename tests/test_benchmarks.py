@@ -480,6 +480,10 @@ def test_a_reload_that_breaks_a_promise_says_which(instrument):
         dataclasses.replace(fine, error="it did not become ready"),
     ]
     assert [len(each.faults(kinds["good"])) for each in broken] == [1] * len(broken)
+    printed = reload.report(kinds["good"], {"flaskd": [fine, broken[3]], "gunicorn": broken[-1:]}, 2)
+    assert "| flaskd   |       20 |" in printed
+    assert "| 1 of 2, exit 3 |     new |    0 |" in printed
+    assert printed.endswith("flaskd: it did not become ready\n")
     silent = dataclasses.replace(refused, said="")
     assert silent.faults(kinds["syntax"]) == ["did not say 'SyntaxError'"]
 
