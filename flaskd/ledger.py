@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import quote
 
@@ -23,6 +23,18 @@ def visible(text: str) -> str:
     return quote(shortened(text).encode("latin-1", "replace"), safe=_VISIBLE) or "?"
 
 
+class _Here:
+    slot: int | None = None
+
+
+_here = _Here()
+
+
+def be_worker(slot: int) -> None:
+    """Say that this process is the worker of a slot: what is in flight here is in that."""
+    _here.slot = slot
+
+
 @dataclass(frozen=True)
 class InFlight:
     """A request in hand, as it is shown; `age` is in seconds."""
@@ -40,9 +52,13 @@ class InFlight:
     """Whether its client has closed its side: nobody seems to wait for the answer any more."""
     sent: int = 0
     """Bytes of its answer that the kernel has taken."""
+    worker: int | None = field(default_factory=lambda: _here.slot)
+    """The slot of the worker that has it; None where there are no workers."""
 
     def __str__(self) -> str:
         where = f" in {self.thread}" if self.thread else ""
+        if self.worker is not None:
+            where += f" of worker {self.worker}"
         return f"{self.method} {self.path} ({self.phase} for {self.age:.1f}s{where})"
 
     def as_json(self) -> dict[str, Any]:
@@ -50,7 +66,7 @@ class InFlight:
         return {
             "id": self.id, "client": self.client, "method": self.method, "path": self.path,
             "age": round(self.age, 3), "phase": self.phase, "thread": self.thread, "stack": self.stack,
-            "sent": self.sent, "gone": self.gone,
+            "sent": self.sent, "gone": self.gone, **({} if self.worker is None else {"worker": self.worker}),
         }  # fmt: skip
 
 

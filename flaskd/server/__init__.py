@@ -1,24 +1,25 @@
 """Waitress made drainable. Every internal of waitress that flaskd relies on is touched in this package alone."""
 
-from flaskd.server.drain import Drain, Drainable, in_thread_of_its_own
+from flaskd.server.board import Board
+from flaskd.server.drain import DRAIN_GUARD, Drain, Drainable, in_thread_of_its_own
 from flaskd.server.proxies import BehindProxies, missed_by_proxy_fix
 from flaskd.server.server import WaitressThread
 from flaskd.server.settings import adjustments
 from flaskd.server.streams import STREAM_GRACE, EndingStreams
 from flaskd.server.tally import BOUNDS, Histogram, Tally
-from flaskd.server.werkzeug import WerkzeugThread
 
 __all__ = [
     "BOUNDS",
+    "DRAIN_GUARD",
     "STREAM_GRACE",
     "BehindProxies",
+    "Board",
     "Drain",
     "Drainable",
     "EndingStreams",
     "Histogram",
     "Tally",
     "WaitressThread",
-    "WerkzeugThread",
     "adjustments",
     "in_thread_of_its_own",
     "missed_by_proxy_fix",

@@ -13,6 +13,7 @@ from waitress.server import TcpWSGIServer
 
 from flaskd.process.descriptors import open_files
 from flaskd.server.admission import Admission
+from flaskd.server.board import Board
 from flaskd.server.channel import Channel
 from flaskd.server.context import Context
 from flaskd.sockets import Address, Listener
@@ -30,6 +31,22 @@ _NO_MORE = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSP
 """accept(2), epoll_ctl(2): not the connection's fault but ours."""
 
 
+class _Noted(dict[int, Channel]):
+    """Waitress' map of the open connections; how many there are is noted on the board at each change."""
+
+    def __init__(self, context: Context, board: Board) -> None:
+        super().__init__()
+        self._context, self._board = context, board
+
+    def __setitem__(self, fd: int, channel: Channel) -> None:
+        super().__setitem__(fd, channel)
+        self._board.connect(self._context.connections)
+
+    def __delitem__(self, fd: int) -> None:
+        super().__delitem__(fd)
+        self._board.connect(self._context.connections)
+
+
 class Acceptor:
     """What TCP and Unix acceptors share; one outlives its listener, because channels wake the loop through it."""
 
@@ -45,8 +62,13 @@ class Acceptor:
         return bool(self.accepting) and not self.paused
 
     def handle_accept(self) -> None:
-        """Accept a bounded batch."""
-        self.accept_some(_BATCH)
+        """Accept a bounded batch; where other workers accept, too, one connection, or leave it to one that is idle."""
+        if (aside := self.admission.aside) is None or not self.listener.copied or self.context.drains:
+            self.accept_some(_BATCH)
+        elif self.admission.paused:  # in the moment in which a thread found that a place is free
+            self.context.poller.listen(self, on=False)
+        elif not self.context.poller.put_off(self) and not aside.steps():
+            self.accept_some(1)
 
     def accept_some(self, most: int) -> int:
         """Accept up to `most` connections, and return how many there were."""
@@ -110,7 +132,7 @@ def _name(address: Address) -> str:
     return "" if address.host in {"0.0.0.0", "::"} else address.host  # noqa: S104 - compared
 
 
-def _environ(acceptor: Any, context: Context) -> dict[str, Any]:
+def _environ(acceptor: Any, listener: Listener, context: Context) -> dict[str, Any]:
     """What is the same in the environ of each request (PEP 3333; waitress.task)."""
     return {
         "SERVER_PORT": str(acceptor.effective_port),
@@ -119,7 +141,7 @@ def _environ(acceptor: Any, context: Context) -> dict[str, Any]:
         "wsgi.url_scheme": acceptor.adj.url_scheme,
         "wsgi.version": (1, 0),
         "wsgi.multithread": True,
-        "wsgi.multiprocess": False,
+        "wsgi.multiprocess": listener.copied,
         "wsgi.run_once": False,
         "wsgi.file_wrapper": ReadOnlyFileBasedBuffer,
         "wsgi.input_terminated": True,
@@ -145,8 +167,10 @@ def make_acceptor(admission: Admission, listener: Listener, app: Any, adjustment
         acceptor.server_name = _name(listener.address)
     if listener.address.path:  # the socket knows only the name under which it was bound
         acceptor.effective_port = listener.address.path
-    acceptor.environ = _environ(acceptor, context)
+    acceptor.environ = _environ(acceptor, listener, context)
     acceptor.admission, acceptor.context = admission, context
     acceptor.listener = listener
     acceptor.accepting = True
+    if context.board is not None:
+        acceptor.active_channels = _Noted(context, context.board)
     return acceptor

@@ -10,8 +10,9 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 from flaskd.ledger import Cut, InFlight
+from flaskd.server.board import Board
 from flaskd.server.request import Connection, Outcome, Request
-from flaskd.server.tally import Tally
+from flaskd.server.tally import Counts, Tally
 from flaskd.server.threads import ThreadPool
 from flaskd.sockets import each_closed_by_peer
 
@@ -21,7 +22,7 @@ log = logging.getLogger("flaskd.server")
 class Account:
     """Counts each request twice: when it has come whole, and when it is over; all methods are for any thread."""
 
-    def __init__(self, pool: ThreadPool) -> None:
+    def __init__(self, pool: ThreadPool, board: Board | None = None) -> None:
         self.completed = self.rejected = 0
         self.in_hand: dict[int, Request] = {}
         """What is in flight, by its id, oldest first."""
@@ -33,8 +34,11 @@ class Account:
         """Is called with each request before it is out of flight."""
         self.on_answer: Callable[[dict[str, Any]], None] | None = None
         """Is called with what the access log tells of each request that was answered."""
+        self.on_come: Callable[[Request], None] | None = None
+        """Is called with each request that has come whole, where there is a board."""
         self._pool = pool
-        self._tally = Tally()
+        self._board = board
+        self._counts = board.counts if board is not None else Counts()
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
 
@@ -43,6 +47,10 @@ class Account:
         request.id = next(self._ids)
         request.complete = time.monotonic()
         self.in_hand[request.id] = request
+        if self._board is not None:
+            self._board.enter(request)
+            if (on_come := self.on_come) is not None:
+                on_come(request)
 
     def answered(self, request: Request) -> None:
         """Note that the app is done with a request; its output may still wait to be sent."""
@@ -64,10 +72,12 @@ class Account:
                 self.completed += 1
             elif outcome == "rejected":
                 self.rejected += 1
-            self._tally.add(request, outcome, time.monotonic())
+            self._counts.add(request, outcome, time.monotonic())
             if cut is not None and (cut_in_drain := self.cut_in_drain) is not None:
                 cut_in_drain.append(cut)
             del self.in_hand[request.id]
+            if self._board is not None:
+                self._board.leave(request)
         if (on_answer := self.on_answer) is not None and request.status:
             on_answer(request.access_fields())
         return True
@@ -99,7 +109,7 @@ class Account:
     def tally(self) -> Tally:
         """What became of all requests so far; a copy."""
         with self._lock:
-            return self._tally.copy()
+            return self._counts.tally()
 
     def requests(self, *, stacks: bool = False) -> list[InFlight]:
         """What is in flight, oldest first, with the stacks of the threads on request."""

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
+from flaskd.server.aside import Aside
 from flaskd.server.connections import Connections
 from flaskd.sockets import Listener
 
@@ -31,6 +32,16 @@ class Admission:
         self.paused = False
         """Whether new connections wait until there is room for them."""
         self._pause_until = 0.0
+        self.held = False
+        """Whether nothing is accepted before `accept` is called: the server is not ready."""
+        self.aside: Aside | None = None
+        """How connections are left to other workers; None where none accepts from the same listeners."""
+
+    def share(self) -> None:
+        """Leave connections to other workers from now on, if they accept from the same listeners."""
+        if self.aside is None and any(acceptor.listener.copied for acceptor in self.context.acceptors):
+            self.aside = Aside(self.context, lambda: self.paused or self.held)
+            self.context.pool.on_place = self.aside.place_free
 
     def accept(self, *, on: bool) -> None:
         """Wait for new connections on all open listeners, or leave them to wait.
@@ -38,6 +49,7 @@ class Admission:
         In a drain those that others share stay closed, except while it is over and they answer with 503.
         """
         context = self.context
+        self.held &= not on
         for acceptor in context.acceptors:
             if acceptor.accepting and not (on and context.drains and acceptor.listener.shared and not context.refusing):
                 context.poller.listen(acceptor, on=on)

@@ -79,11 +79,6 @@ class Channel(OutputChannel):
             context.timers.at(self.grace_from + context.keepalive_grace, self.look)
 
     @property
-    def client(self) -> str:
-        """The peer's address; ``unix`` for a Unix socket."""
-        return "unix" if self.addr[1] is None else str(self.addr[0])
-
-    @property
     def last_activity(self) -> float:
         """The time.monotonic() moment at which it last received or sent something."""
         return self._last_activity
@@ -187,6 +182,8 @@ class Channel(OutputChannel):
         request.began = began = time.monotonic()
         request.starts_at = request.ends_at = self.output_length() if self.total_outbufs_len else self.flushed
         self.serving = request
+        if (board := self.context.board) is not None:
+            board.begin(request)
         try:
             last = self._answer(request)
         except BaseException:  # lets no thread and no connection go missing, whatever kills the task
@@ -198,6 +195,8 @@ class Channel(OutputChannel):
             with self.outbuf_lock:
                 if not self.stream_over:
                     self.unsettled.append(request)
+                if board is not None:
+                    board.send(request)
                 self._settle()
         else:
             self._retire(request)

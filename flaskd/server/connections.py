@@ -29,7 +29,7 @@ class Connections:
     @property
     def count(self) -> int:
         """How many are open, without those of probes (any thread)."""
-        return sum(len(acceptor.active_channels) for acceptor in self.context.acceptors)
+        return self.context.connections
 
     def channels(self) -> Iterator[Channel]:
         """All of them, those of probes too (any thread)."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from flaskd.server.account import Account
+from flaskd.server.board import Board
 from flaskd.server.poller import make_poller
 from flaskd.server.proxies import BehindProxies
 from flaskd.server.request import Connection
@@ -18,7 +19,7 @@ from flaskd.server.timers import Timers
 class Context:
     """How to serve at the moment, and the parts that every connection uses; it outlives each of them."""
 
-    def __init__(self, app: Callable[..., Any], threads: int) -> None:
+    def __init__(self, app: Callable[..., Any], threads: int, board: Board | None = None) -> None:
         self.proxies = app if isinstance(app, BehindProxies) else None
         """Tells who the client is behind a proxy; None where no proxy is believed."""
         self.draining = threading.Event()
@@ -38,8 +39,10 @@ class Context:
         self.health: Callable[[], tuple[str, str]] = lambda: ("200 OK", "ready")
         """What is answered on that path: the status line and a text."""
         self.poller = make_poller()
+        self.board = board
+        """Where a worker notes what it does, for its supervisor; None in a process that serves alone."""
         self.pool = ThreadPool(threads)
-        self.account = Account(self.pool)
+        self.account = Account(self.pool, board)
         self.timers = Timers()
         self.acceptors: list[Any] = []
         """Waitress' servers, one for each listener."""
@@ -47,6 +50,8 @@ class Context:
         """Open connections that came through no listener, by their descriptors."""
         self.on_stream: Callable[[Connection], None] = lambda _: None
         """Is called in the loop's thread when a stream began after a drain did."""
+        self.on_closed: Callable[[], None] = lambda: None
+        """Is called when a drain has closed all listeners that are not shared."""
         self._closed = False
         self._lock = threading.Lock()
         self._calls: deque[Callable[[], None]] = deque()
@@ -76,6 +81,11 @@ class Context:
         self.account.streams.add(channel)
         if self.drains:
             self.call(lambda: self.on_stream(channel))
+
+    @property
+    def connections(self) -> int:
+        """How many connections are open, without those of probes."""
+        return sum(len(acceptor.active_channels) for acceptor in self.acceptors)
 
     # --- the loop's thread ----------------------------------------------------------------------------------------
 

@@ -16,8 +16,8 @@ from flaskd.ledger import Cut, DrainReport
 
 log = logging.getLogger("flaskd.server")
 
-_GUARD = 0.5
-"""Seconds past its deadline after which a drain is over without a word of the server."""
+DRAIN_GUARD = 0.5
+"""Seconds past its deadline after which a drain is over without a word of the server, where it is in this process."""
 _LOOK = 0.5
 """Seconds between two looks of a thread that waits for a drain whether the server is still there to end it."""
 
@@ -69,11 +69,13 @@ class Drain:
         announce: float = 0.0,
         counted_from: tuple[int, int] | None = None,
         earlier: Drain | None = None,
+        guard: float = DRAIN_GUARD,
         over: Callable[[Drain], None] = lambda _: None,
     ) -> None:
         self._server = server
         self._timeout, self._announce = timeout, announce
         self._until = time.monotonic() + announce + timeout
+        self._guard = guard
         self._over = over
         self._counted_from = server.counted if counted_from is None else counted_from
         self._earlier = DrainReport()
@@ -110,13 +112,13 @@ class Drain:
     @property
     def looked_at(self) -> float:
         """The time.monotonic() moment at which `look` may find that it is over without a word of the server."""
-        return self._until + _GUARD
+        return self._until + self._guard
 
     def look(self) -> bool:
         """Give it up, if its server is dead or has let its time pass; whether it did."""
-        overdue = time.monotonic() >= self._until + _GUARD
+        overdue = time.monotonic() >= self._until + self._guard
         why = self._server.dead or ("the serving thread does not turn" if overdue else "")
-        return bool(why) and self.give_up(why)
+        return self.report is None and bool(why) and self.give_up(why)
 
     def give_up(self, why: str) -> bool:
         """End it without a word of the server: all that is in flight counts as cut; whether it was not over by now."""

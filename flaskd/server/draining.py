@@ -60,7 +60,7 @@ class Draining:
         self._gated: list[Any] = []
         """Acceptors whose backlog is still to be taken."""
         self._gate_until = self._gate_at_most = 0.0
-        self._last_batch_taken = False
+        self._last_batch_taken = self._told_closed = False
         self._streams: list[tuple[float, Connection]] = []
         self.cut: list[Cut] = []
         """What was broken off so far."""
@@ -101,13 +101,21 @@ class Draining:
             listener = acceptor.listener
             if not acceptor.accepting or acceptor in self._gated:
                 continue
-            if listener.shared:
+            if listener.shared and listener.copied and not listener.kept:
+                acceptor.close_listener()  # other workers go on accepting; it keeps no place and no client
+            elif listener.shared:
                 self._context.poller.listen(acceptor, on=False)  # its backlog belongs to the next owner
             elif listener.gate():
                 self._gated.append(acceptor)
             else:
                 listener.withdraw()
                 self._let_in(acceptor)
+        self._tell_if_closed()
+
+    def _tell_if_closed(self) -> None:
+        if not self._gated and not self._told_closed:
+            self._told_closed = True
+            self._context.on_closed()
 
     def pass_the_gate(self, *, patient: bool = True) -> None:
         """Wait until handshakes under way are done, or had their time behind the gate, and let all of them in."""
@@ -130,6 +138,7 @@ class Draining:
         gated, self._gated = self._gated, []
         for acceptor in gated:
             self._let_in(acceptor)
+        self._tell_if_closed()
 
     def _turn(self, timeout: float) -> None:
         poller = self._context.poller
@@ -146,8 +155,8 @@ class Draining:
             self._close(acceptor)
 
     def _close(self, acceptor: Any) -> None:
-        """Close the listener, and count whom that resets."""
-        if left := acceptor.listener.waiting():
+        """Close the listener, and count whom that resets: no client, where other workers have copies of it."""
+        if not acceptor.listener.copied and (left := acceptor.listener.waiting()):
             log.warning(f"{left} connections in the backlog of {acceptor.listener.address} are reset")
             self._unaccepted += left
         acceptor.close_listener()
@@ -206,6 +215,7 @@ class Draining:
         for acceptor in self._gated:
             self._close(acceptor)
         self._gated = []
+        self._tell_if_closed()
         for channel in self._context.pool.take_back():
             if channel.requests and channel.connected:
                 for request in channel.requests:

@@ -11,7 +11,9 @@ from flaskd.server.connections import Connections
 from flaskd.server.request import Request
 
 _AGAIN = 1.0
-"""Seconds until `on_idle` is called again, where the first call changed nothing."""
+"""Seconds until `on_idle` is called again, where the first call changed nothing; and between two notes on a board."""
+_NOTES = 4
+"""How often at least it is noted on a board, within the time that makes idle, what is in hand."""
 
 
 class IdleWatch:
@@ -21,10 +23,13 @@ class IdleWatch:
     nor do `health_path`, probes, and what is no request at all. One in flight that counts, or whose body is still
     coming, is no idleness, however long it takes; nor is work in the background (`flaskd.background`). The loop looks
     when time may be up, and not before: all that it costs a request is to be told from those that do not count.
+
+    Where there is a board, the watch notes on it what it knows. Without `on_idle` it does nothing else: a worker's
+    supervisor decides, from the boards of all workers (`Board.idle_for`).
     """
 
     def __init__(
-        self, connections: Connections, after: float, ignore: Sequence[str], on_idle: Callable[[], None]
+        self, connections: Connections, after: float, ignore: Sequence[str], on_idle: Callable[[], None] | None
     ) -> None:
         self._connections = connections
         self._context = connections.context
@@ -35,15 +40,29 @@ class IdleWatch:
         self._beginnings = tuple(path for begins, path in paths if begins)
         self.used = self.next_look = time.monotonic()
         """When the last answer that counts was given, or the watch began; and when to look again."""
+        self._board = connections.context.board
+
+    def go_on(self, before: IdleWatch | None) -> None:
+        """Count from where the watch `before` did, or from the begin."""
+        self._use(before.used if before is not None else self.used)
 
     def restart(self) -> None:
         """Count from now."""
-        self.used = time.monotonic()
+        self._use(time.monotonic())
 
-    def answered(self, request: Request) -> None:
-        """Note an answer (any thread); called before the request is out of flight, lest it be missed in between."""
+    def _use(self, moment: float) -> None:
+        self.used = moment
+        if self._board is not None:
+            self._board.use(moment)
+
+    def note(self, request: Request) -> None:
+        """Note a request that came, or was answered (any thread).
+
+        Called before it is out of flight, lest it be missed in between. One that came is noted for the board alone,
+        because what is in hand is noted there only now and then.
+        """
         if self._counts(request):
-            self.used = time.monotonic()
+            self._use(time.monotonic())
 
     def _counts(self, request: Request) -> bool:
         path: str = getattr(request, "path", "")  # waitress knows it once it has understood the first line
@@ -58,9 +77,11 @@ class IdleWatch:
     def idle_for(self) -> float:
         """Seconds since the last answer that counts; 0 while something is in hand that counts (any thread)."""
         # First what is in hand, then since when nothing is: the other way round, an answer in between would be missed.
-        if in_background() or any(self._counts(request) for request in self._connections.in_hand()):
-            return 0.0
-        return time.monotonic() - self.used
+        return 0.0 if self._in_use else time.monotonic() - self.used
+
+    @property
+    def _in_use(self) -> bool:
+        return in_background() or any(self._counts(request) for request in self._connections.in_hand())
 
     def left(self) -> float:
         """Seconds until time is up, if nothing comes (any thread)."""
@@ -68,6 +89,11 @@ class IdleWatch:
 
     def look(self, now: float) -> None:
         """Call `on_idle` if time is up; not while draining or drained, because a resume may follow."""
+        if self._board is not None:
+            self._board.count_for_idle(in_use=self._in_use)
+        if self._on_idle is None:
+            self.next_look = now + min(_AGAIN, self._after / _NOTES)
+            return
         left = self._after if self._context.drains else self.left()
         if left <= 0:
             self._on_idle()

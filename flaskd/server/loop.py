@@ -15,10 +15,12 @@ from typing import Any
 from waitress import wasyncore
 from waitress.adjustments import Adjustments
 
-from flaskd.background_work import tell_no_more, tell_of_ends
+from flaskd.background_work import background_work, tell_no_more, tell_of_ends
+from flaskd.errors import NotNowError
 from flaskd.ledger import DrainReport
 from flaskd.server.acceptor import make_acceptor
 from flaskd.server.admission import Admission
+from flaskd.server.board import Board
 from flaskd.server.connections import Connections
 from flaskd.server.context import Context
 from flaskd.server.draining import Draining
@@ -40,9 +42,15 @@ class EventLoop:
     """Serves an app on listeners with a pool of threads; waitress' settings come as `Adjustments` arguments."""
 
     def __init__(
-        self, app: Callable[..., Any], listeners: Sequence[Listener], *, threads: int, adjustments: Mapping[str, Any]
+        self,
+        app: Callable[..., Any],
+        listeners: Sequence[Listener],
+        *,
+        threads: int,
+        adjustments: Mapping[str, Any],
+        board: Board | None = None,
     ) -> None:
-        self.context = Context(app, threads)
+        self.context = Context(app, threads, board)
         self.context.on_stream = self._end_stream_in_time
         self.account = self.context.account
         self.connections = Connections(self.context)
@@ -62,20 +70,24 @@ class EventLoop:
         self._adjustments = adjustments
         self._drain: Draining | None = None
         self._failed_at = -_PARDON
+        self._board = board
+        self._next_noting = 0.0
 
     def call(self, function: Callable[[], None]) -> None:
         """Run a function in the loop's thread, soon (any thread)."""
         self.context.call(function)
 
-    def open(self) -> None:
-        """Build waitress' servers on the listeners; called before the threads start."""
+    def open(self, *, accepting: bool = True) -> None:
+        """Build waitress' servers on the listeners, and accept from them or not; called before the threads start."""
         context = self.context
         # Waitress looks its own address up, which nobody uses; for this one no codec of names has to be loaded.
         adjustments = Adjustments(**{"listen": "*:0", "threads": context.pool.size, **self._adjustments})
         self.admission.limit = adjustments.connection_limit
         for listener in self._listeners:
             context.acceptors.append(make_acceptor(self.admission, listener, self._app, adjustments))
-        self.admission.accept(on=True)
+        self.admission.held = not accepting
+        self.admission.accept(on=accepting)
+        self.admission.share()
 
     def start(self, name: str) -> None:
         """Start the threads; `name` is that of the only one where the loop runs the app itself."""
@@ -124,7 +136,9 @@ class EventLoop:
                 if pool.queue and (task := pool.take()) is not None:
                     return task
                 poller.wait(self._patience())
-                self.last_turn = time.monotonic()
+                self.last_turn = now = time.monotonic()
+                if self._board is not None:
+                    self._board.turned(now)
                 if not self.turned.is_set():
                     self.turned.set()
         return None
@@ -141,6 +155,8 @@ class EventLoop:
             moment = min(moment, self._drain.next_moment)
         if self.idle is not None:
             moment = min(moment, self.idle.next_look)
+        if self.admission.aside is not None:
+            moment = min(moment, self.admission.aside.next_moment)
         return _TURN if moment == NEVER else max(0.0, min(moment, self.last_turn + _TURN) - time.monotonic())
 
     def _keep_house(self, now: float) -> None:
@@ -154,16 +170,25 @@ class EventLoop:
             self._drain.advance(now)
         if self.idle is not None and now >= self.idle.next_look:
             self.idle.look(now)
+        if self._board is not None and now >= self._next_noting:
+            self._note(self._board, now)
+        if self.admission.aside is not None and not self.context.drains:
+            self.admission.aside.look(now)
 
-    def watch_idle(self, after: float | None, ignore: Sequence[str], on_idle: Callable[[], None]) -> None:
+    def _note(self, board: Board, now: float) -> None:
+        """Note on the board, once a second, what costs too much to be noted at each change."""
+        self._next_noting = now + _TURN
+        stuck_at, moved = self.account.all_are_at(), self.connections.moved()
+        board.look(moved=moved, stuck_at=stuck_at, background=len(background_work()))
+
+    def watch_idle(self, after: float | None, ignore: Sequence[str], on_idle: Callable[[], None] | None) -> None:
         """Watch for idleness, see `IdleWatch`; None for never. A new watch goes on where the one before was."""
         before, watch = self.idle, None
         if after is not None:
             watch = IdleWatch(self.connections, after, ignore, on_idle)
-            if before is not None:
-                watch.used = before.used
+            watch.go_on(before)
         self.idle = watch
-        self.account.on_end = watch.answered if watch is not None else None
+        self.account.on_end = self.account.on_come = watch.note if watch is not None else None
 
     # --- drain ----------------------------------------------------------------------------------------------------
 
@@ -194,6 +219,8 @@ class EventLoop:
     def _drain_began(self) -> list[Connection]:
         """From now on connections are let go of."""
         self.context.drains = True
+        if self.admission.aside is not None:
+            self.admission.aside.end()
         self.context.draining.set()
         tell_of_ends(self.context.wake)
         return list(self.account.streams)
@@ -202,6 +229,16 @@ class EventLoop:
         """Bring the begin of the drain under way forward to now, and its deadline to `deadline`."""
         if self._drain is not None:
             self._drain.hasten(deadline)
+
+    def end_announce(self) -> None:
+        """Let the drain under way begin, if it is only announced."""
+        if self._drain is not None:
+            self._drain.hasten(self._drain.deadline)
+
+    def undo_announce(self) -> None:
+        """Go on as before: a drain that was announced does not begin."""
+        self._drain_over()
+        self.context.closing = False
 
     def _drain_over(self) -> None:
         """Forget the drain: it has ended, or was undone."""
@@ -213,11 +250,14 @@ class EventLoop:
         if self._drain is not None:
             self._drain.end_streams([channel])
 
-    def pass_the_gate(self) -> None:
-        """Let in who was on the way when a drain began, if that is not over yet, however many there are."""
+    def close_listeners(self) -> None:
+        """Close those that are ours, in a drain or after it; who waits behind a gate is let in before."""
+        if not self.context.drains:
+            raise NotNowError("cannot close the listeners: no drain has begun")
         if self._drain is not None:
             with self.admission.beyond_the_limit():
                 self._drain.pass_the_gate()
+        self.admission.close_listeners()
 
     def close_gates(self) -> None:
         """Deal with listeners that became ours alone after a drain began."""
@@ -234,6 +274,7 @@ class EventLoop:
             self.idle.restart()
         self.context.draining.clear()
         self.admission.reopen(listeners)
+        self.admission.share()
         self.context.pool.replenish()  # a thread that still runs a request that was cut is missing
 
     # --- the end, in the thread that ends it ----------------------------------------------------------------------

@@ -71,6 +71,11 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
         self.outbuf_lock = threading.Condition(self._sending)
 
     @property
+    def client(self) -> str:
+        """The peer's address; ``unix`` for a Unix socket."""
+        return "unix" if self.addr[1] is None else str(self.addr[0])
+
+    @property
     def arriving(self) -> Request | None:
         """The request that has come in part."""
         request = self.request  # a thread may be done with it in this moment

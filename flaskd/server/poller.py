@@ -40,6 +40,9 @@ class Poller(Protocol):
     def listen(self, acceptor: Any, *, on: bool) -> None:
         """Wait for new connections, or do not."""
 
+    def put_off(self, acceptor: Any) -> bool:
+        """Handle all else that has come before new connections; False when there is nothing, or that has been done."""
+
     def close(self) -> None:
         """Give back what is not in the map."""
 
@@ -57,6 +60,8 @@ class EpollMap(dict[int, Any]):
         self._epoll = select.epoll()
         self._events: deque[tuple[int, int]] = deque()
         """What came and is not handled; the thread that leads next goes on with it."""
+        self._put_off: set[int] = set()
+        """The listeners for which that has been done, since the last wait."""
         self._touched: deque[int] = deque()
         self._closed: set[int] = set()
         self._asleep = False
@@ -76,6 +81,14 @@ class EpollMap(dict[int, Any]):
 
     def listen(self, acceptor: Any, *, on: bool) -> None:
         self._epoll.modify(acceptor._fileno, select.EPOLLIN if on else 0)  # noqa: SLF001 - waitress' own name
+
+    def put_off(self, acceptor: Any) -> bool:
+        fd = acceptor._fileno  # noqa: SLF001 - waitress' own name
+        if fd in self._put_off or not self._events:
+            return False
+        self._put_off.add(fd)
+        self._events.append((fd, select.EPOLLIN))
+        return True
 
     def touch(self, channel: Any) -> None:
         fd = channel._fileno  # noqa: SLF001 - waitress' own name
@@ -98,6 +111,7 @@ class EpollMap(dict[int, Any]):
             if channel is not None and getattr(channel, "one_shot", False):
                 self._arm(fd, channel)
         self._closed.clear()
+        self._put_off.clear()
         self._asleep = True
         # A thread that touched before it saw us asleep has left word; one that comes later wakes us.
         self._events.extend(self._epoll.poll(0 if self._touched else timeout, _BATCH))
@@ -149,6 +163,9 @@ class PollMap(dict[int, Any]):
 
     def listen(self, acceptor: Any, *, on: bool) -> None:
         acceptor.paused = not on
+
+    def put_off(self, acceptor: Any) -> bool:  # noqa: ARG002
+        return False
 
     def touch(self, channel: Any) -> None:  # noqa: ARG002 - all are asked at every turn
         self.wake()

@@ -80,6 +80,8 @@ class Request(Parser):
     expect_continue: bool
     # Where all requests begin; on the class, because a request is made for every answer.
     id = 0
+    row = 0
+    """Where it is on the worker's board (`flaskd.server.board`); 0 without one."""
     first_byte = wall_clock = complete = began = 0.0
     """When its first and its last byte came, and when its answer was begun; 0 before."""
     thread: threading.Thread | None = None

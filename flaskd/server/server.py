@@ -6,13 +6,14 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 from flaskd.errors import FlaskdError
 from flaskd.ledger import DrainReport
 from flaskd.process.descriptors import open_files
 from flaskd.process.forks import forgotten_by_children
+from flaskd.server.board import Board
 from flaskd.server.drain import Drain
 from flaskd.server.loop import EventLoop
 from flaskd.server.observed import ObservedServer
@@ -33,7 +34,8 @@ class WaitressThread(ObservedServer):
     ``start()`` returns when requests are served or raises what went wrong; ``stop()`` answers what is in flight and
     joins every thread. As a context manager it does both. Port 0 takes a free port, shown by ``url``. With 0 threads
     the one that leads runs the app itself, which must never wait. With `fixed_limits` the log does not say which
-    setting of ``server`` a request that is too large goes beyond: there is none.
+    setting of ``server`` a request that is too large goes beyond: there is none. A worker notes on its `board` what its
+    supervisor reads; the board is the caller's to close.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class WaitressThread(ObservedServer):
         name: str = "flaskd-server",
         on_answer: Callable[[dict[str, Any]], None] | None = None,
         on_death: Callable[[BaseException | None], None] | None = None,
+        board: Board | None = None,
     ) -> None:
         self._app = app
         self._addresses = [Address(host, port)]
@@ -61,17 +64,16 @@ class WaitressThread(ObservedServer):
         self._threads = threads
         self._adjustments = dict(adjustments or {})
         self._backlog = backlog
-        self._keepalive_grace = keepalive_grace
-        self._stream_grace = stream_grace
+        self._keepalive_grace, self._stream_grace = keepalive_grace, stream_grace
         self._patience = patience
-        self._fixed_limits = fixed_limits
-        self._reserved = reserved
+        self._fixed_limits, self._reserved = fixed_limits, reserved
         self._name = name
-        self._on_answer = on_answer
-        self._on_death = on_death
+        self._on_answer, self._on_death = on_answer, on_death
+        self._board = board
         self._drain: Drain | None = None
         self._lock = threading.RLock()
         self._known_to_forks = contextlib.ExitStack()
+        self.on_closed: Callable[[], None] = lambda: None  # see `Context`
 
     def __enter__(self) -> Self:
         return self.start()
@@ -79,8 +81,10 @@ class WaitressThread(ObservedServer):
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def start(self, first: Callable[[], None] = lambda: None) -> Self:
+    def start(self, first: Callable[[], None] = lambda: None, *, accepting: bool = True) -> Self:
         """Bind if needed, listen and serve; returns once the loop turned and a thread of the pool ran.
+
+        Unless `accepting`, connections wait until `accept` is called; those of probes are served.
 
         `first` is called before anything is served, when the server can be told how to: clients may wait in the
         backlog of a listener that was handed over. Raises CannotCreateError when the address cannot be had, and
@@ -101,15 +105,18 @@ class WaitressThread(ObservedServer):
                 self._listeners,
                 threads=self._threads,
                 adjustments={"connection_limit": most_connections(open_files.limit()), **self._adjustments},
+                board=self._board,
             )
             loop.connections.patience = self._patience
             loop.admission.reserved = self._reserved
             loop.context.names_limits = not self._fixed_limits
             loop.account.on_answer = self._on_answer
             self.set_graces(self._keepalive_grace, self._stream_grace)
-            loop.open()
+            loop.open(accepting=accepting)
+            loop.context.on_closed = self.on_closed
             first()
-            loop.on_death = self._died
+            if self._on_death is not None:
+                loop.on_death = self._on_death
             loop.start(self._name)
         except BaseException:  # no more threads to be had, say
             if self.loop is not None:
@@ -128,9 +135,9 @@ class WaitressThread(ObservedServer):
             raise FlaskdError(f"cannot serve: {error or 'the serving thread does not turn'}") from error
         return self
 
-    def _died(self, error: BaseException) -> None:
-        if self._on_death is not None:
-            self._on_death(error)
+    def accept(self) -> None:
+        """Accept connections from now on."""
+        self._serving.call(lambda: self._serving.admission.accept(on=True))
 
     def set_threads(self, threads: int) -> None:
         """Change the number of threads that run the app; CannotCreateError where so many cannot be had."""
@@ -151,9 +158,10 @@ class WaitressThread(ObservedServer):
         self._serving.context.health = health
         self._serving.context.health_path = path
 
-    def watch_idle(self, after: float | None, ignore: Sequence[str], on_idle: Callable[[], None]) -> None:
+    def watch_idle(self, after: float | None, ignore: Sequence[str], on_idle: Callable[[], None] | None) -> None:
         """Call `on_idle`, from the serving thread, once nothing that counts was asked for `after` seconds; None: never.
 
+        Without `on_idle`, only note it on the board (`Board.idle_for`): in a worker, whose supervisor decides.
         `flaskd.server.idle.IdleWatch` says what counts. Time begins now, or where a watch before this one had it.
         """
         loop = self._serving
@@ -166,6 +174,10 @@ class WaitressThread(ObservedServer):
     def refuse(self, *, on: bool) -> None:
         """While drained: answer 503 on listeners that others share; off again before a stop."""
         self._serving.call(lambda: self._serving.admission.refuse(on=on))
+
+    def close_listeners(self) -> None:
+        """End the announce of the drain under way: the listeners are closed when their backlog is empty."""
+        self._serving.call(self._serving.end_announce)
 
     def close_gates(self) -> None:
         """Deal with listeners that are not shared any more while a drain is under way, or over."""
@@ -217,47 +229,57 @@ class WaitressThread(ObservedServer):
         assert report is not None
         return report
 
-    def resume(self) -> None:
+    def resume(self, listeners: Sequence[Listener] | None = None) -> None:
         """Serve again after a drain, on the same addresses and port numbers.
 
         Raises CannotCreateError when one of them cannot be had any more; the server then stays drained. Undoes a drain
-        that is under way; a server that serves goes on serving.
+        that is under way; a server that serves goes on serving. A worker is given its `listeners`, one for each that
+        it has, and owns them from then on; those that stand for shared ones, which it never closed, are closed.
         """
-        loop, reopened, errors = self._serving, threading.Event(), list[Exception]()
 
         def reopen() -> None:  # in the loop's thread, so that it follows the closing of the old listeners
-            listeners: list[Listener] = []
+            opened: list[Listener] = []
+            loop = self._serving
             try:
                 if not loop.context.drains:
-                    loop.context.closing = False  # it may have been announced
+                    loop.undo_announce()
                     return
-                loop.pass_the_gate()
-                loop.admission.close_listeners()
-                listeners.extend(each if each.shared else self._bound_anew(each) for each in self._listeners or ())
-                loop.resume(listeners)
-                self._listeners = listeners
+                loop.close_listeners()
+                opened.extend(_opened_again(self._listeners or (), listeners, self._backlog))
+                loop.resume(opened)
+                self._listeners = opened
                 drain, self._drain = self._drain, None
                 if drain is not None:
                     drain.undo()
-            except Exception as error:  # noqa: BLE001 - handed to the caller
-                errors.append(error)
-                for listener in listeners:
+            except Exception:
+                for listener in opened:
                     if not listener.shared:
                         listener.close()
+                raise
             finally:
-                reopened.set()
+                for listener in listeners or ():
+                    if listener not in (self._listeners or ()):
+                        listener.close()
 
-        loop.call(reopen)
-        if not reopened.wait(_START_TIMEOUT):
-            raise FlaskdError("cannot resume: the serving thread does not turn")
+        self._in_loop(reopen, "resume")
+
+    def _in_loop(self, function: Callable[[], None], what: str) -> None:
+        """Run a function in the loop's thread, and raise what it raises."""
+        done, errors = threading.Event(), list[Exception]()
+
+        def run() -> None:
+            try:
+                function()
+            except Exception as error:  # noqa: BLE001 - handed to the caller
+                errors.append(error)
+            finally:
+                done.set()
+
+        self._serving.call(run)
+        if not done.wait(_START_TIMEOUT):
+            raise FlaskdError(f"cannot {what}: the serving thread does not turn")
         if errors:
             raise errors[0]
-
-    def _bound_anew(self, listener: Listener) -> Listener:
-        with open_files.used():
-            again = Listener.bind(listener.address)
-        again.listen(self._backlog)
-        return again
 
     def stop(self, timeout: float = _DEFAULT_TIMEOUT) -> DrainReport:
         """Drain within `timeout` seconds, then end and join every thread; a second call returns the same report."""
@@ -292,6 +314,8 @@ class WaitressThread(ObservedServer):
             listener.socket.close()
         if self.loop is not None:
             self.loop.forget()
+        if self._board is not None:
+            self._board.close()
 
     def abandon(self) -> None:
         """End without a drain, if it has not ended yet: for a start that failed half-way."""
@@ -302,3 +326,17 @@ class WaitressThread(ObservedServer):
     def _close_listeners(self) -> None:
         for listener in self._listeners or ():
             listener.close()
+
+
+def _opened_again(before: Sequence[Listener], given: Sequence[Listener] | None, backlog: int) -> Iterator[Listener]:
+    """What to accept from again: what was given, or is bound anew; shared listeners were never closed."""
+    for listener, other in zip(before, given or before, strict=True):
+        if listener.shared:
+            yield listener
+        elif given is not None:
+            yield other
+        else:
+            with open_files.used():
+                again = Listener.bind(listener.address)
+            again.listen(backlog)
+            yield again

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import add
 from typing import Any
 
 from flaskd.server.request import Request
@@ -11,8 +13,24 @@ from flaskd.server.request import Request
 BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Upper bounds of the buckets of a histogram, in seconds; one more bucket holds what is above."""
 
+_OUTCOMES = ("completed", "rejected", "cut", "gone")
+_STATUSES = 6
+_BUCKETS = len(BOUNDS) + 1
 
-_CLASSES = {str(digit): digit for digit in range(1, 6)}
+# Where they are counted, in the order of a tally: the outcomes first.
+_OUTCOME_AT = {outcome: index for index, outcome in enumerate(_OUTCOMES)}
+_STATUS_AT = len(_OUTCOMES)
+_CLASS_AT = {str(digit): _STATUS_AT + digit for digit in range(1, _STATUSES)}
+_TOOK_AT = _STATUS_AT + _STATUSES
+_WAITED_AT = _TOOK_AT + _BUCKETS
+COUNTS = _WAITED_AT + _BUCKETS
+"""How many counts there are of a tally."""
+SUMS = 2
+"""How many sums of seconds: how long requests took, and how long they waited."""
+
+
+def _sums(some: Sequence[int], others: Sequence[int]) -> list[int]:
+    return list(map(add, some, others))
 
 
 @dataclass(slots=True)
@@ -27,9 +45,9 @@ class Histogram:
         self.counts[bisect_left(BOUNDS, seconds)] += 1
         self.total += seconds
 
-    def copy(self) -> Histogram:
-        """A copy that does not change."""
-        return Histogram(self.counts.copy(), self.total)
+    def __add__(self, other: Histogram) -> Histogram:
+        """Both together."""
+        return Histogram(_sums(self.counts, other.counts), self.total + other.total)
 
 
 @dataclass(slots=True)
@@ -41,29 +59,19 @@ class Tally:
     that the kernel took the last of its answer.
     """
 
-    outcomes: dict[str, int] = field(default_factory=lambda: {"completed": 0, "rejected": 0, "cut": 0, "gone": 0})
-    statuses: list[int] = field(default_factory=lambda: [0] * 6)
+    outcomes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_OUTCOMES, 0))
+    statuses: list[int] = field(default_factory=lambda: [0] * _STATUSES)
     took: Histogram = field(default_factory=Histogram)
     waited: Histogram = field(default_factory=Histogram)
 
-    def add(self, request: Request, outcome: str, now: float) -> None:
-        """Count a request that is over at `now`, a time.monotonic() moment; some microseconds (callers hold a lock)."""
-        self.outcomes[outcome] += 1
-        first = request.status[:1]
-        self.statuses[_CLASSES.get(first, 0)] += 1
-        # What `Histogram.add` does; this runs for every request.
-        if first:
-            took, seconds = self.took, now - request.first_byte
-            took.counts[bisect_left(BOUNDS, seconds)] += 1
-            took.total += seconds
-        if request.began:
-            waited, seconds = self.waited, request.began - request.complete
-            waited.counts[bisect_left(BOUNDS, seconds)] += 1
-            waited.total += seconds
-
-    def copy(self) -> Tally:
-        """A copy that does not change."""
-        return Tally(self.outcomes.copy(), self.statuses.copy(), self.took.copy(), self.waited.copy())
+    def __add__(self, other: Tally) -> Tally:
+        """Both together, as for two workers."""
+        return Tally(
+            {outcome: count + other.outcomes[outcome] for outcome, count in self.outcomes.items()},
+            _sums(self.statuses, other.statuses),
+            self.took + other.took,
+            self.waited + other.waited,
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Stable keys for programs; `took` and `waited` have the count of each bucket, and the sum in seconds."""
@@ -74,3 +82,40 @@ class Tally:
             "took": {"counts": list(self.took.counts), "sum": round(self.took.total, 6)},
             "waited": {"counts": list(self.waited.counts), "sum": round(self.waited.total, 6)},
         }
+
+
+class Counts:
+    """A tally that is being counted, in lists or in memory that another process reads; never copied, so always true."""
+
+    __slots__ = ("_counts", "_sums")
+
+    def __init__(
+        self, counts: list[int] | memoryview[int] | None = None, sums: list[float] | memoryview[float] | None = None
+    ) -> None:
+        self._counts = [0] * COUNTS if counts is None else counts
+        self._sums = [0.0] * SUMS if sums is None else sums
+
+    def add(self, request: Request, outcome: str, now: float) -> None:
+        """Count a request that is over at `now`, a time.monotonic() moment; some microseconds (callers hold a lock)."""
+        counts, sums = self._counts, self._sums
+        counts[_OUTCOME_AT[outcome]] += 1
+        first = request.status[:1]
+        counts[_CLASS_AT.get(first, _STATUS_AT)] += 1
+        if first:
+            seconds = now - request.first_byte
+            counts[_TOOK_AT + bisect_left(BOUNDS, seconds)] += 1
+            sums[0] += seconds
+        if request.began:
+            seconds = request.began - request.complete
+            counts[_WAITED_AT + bisect_left(BOUNDS, seconds)] += 1
+            sums[1] += seconds
+
+    def tally(self) -> Tally:
+        """What has been counted so far; a copy."""
+        counts, (took, waited) = list(self._counts), self._sums
+        return Tally(
+            dict(zip(_OUTCOMES, counts, strict=False)),
+            counts[_STATUS_AT:_TOOK_AT],
+            Histogram(counts[_TOOK_AT:_WAITED_AT], took),
+            Histogram(counts[_WAITED_AT:], waited),
+        )

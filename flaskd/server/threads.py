@@ -71,6 +71,8 @@ class ThreadPool:
         self._lock = threading.Lock()
         """Held when one of the above changes."""
         self._lead = Lead()
+        self.on_place: Callable[[], None] | None = None
+        """Is called when a place has become free."""
         self._last_ended: Callable[[], None] | None = None
 
     def start(self, turn: Callable[[], Task | None], wake: Callable[[], None], name: str) -> None:
@@ -165,6 +167,8 @@ class ThreadPool:
         """Give the place up, while leading."""
         with self._lock:
             self._running -= 1
+            if self.on_place is not None:
+                self.on_place()
 
     def _next(self) -> Task | None:
         """The oldest task for the place that has become free, or None: then the place is given up."""
@@ -173,6 +177,8 @@ class ThreadPool:
                 task: Task = self.queue.popleft()
                 return task
             self._running -= 1
+            if self.on_place is not None:
+                self.on_place()
         return None
 
     # --- how many -------------------------------------------------------------------------------------------------
@@ -185,6 +191,11 @@ class ThreadPool:
     def surplus(self) -> bool:
         """Whether the thread that leads is one too many, and has to end."""
         return len(self._numbers) > self._wanted
+
+    @property
+    def full(self) -> bool:
+        """Whether all places are taken (any thread)."""
+        return self._running >= min(self._places, len(self._numbers) - 1)
 
     @property
     def busy(self) -> int:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from functools import partial
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from flaskd.cleanup import DiscoveryRun, Plan, StepResult, build_plan, with_callbacks
 from flaskd.config import ShutdownConfig
@@ -19,13 +19,16 @@ from flaskd.errors import FlaskdError
 from flaskd.ledger import DrainReport, InFlight
 from flaskd.lifecycle import StopReason
 from flaskd.process.descriptors import open_files
-from flaskd.server import BehindProxies, WaitressThread, WerkzeugThread, adjustments
+from flaskd.server import BehindProxies, WaitressThread, adjustments
 from flaskd.serving.configuration import read
 from flaskd.serving.loading import check_servable
 from flaskd.serving.pipeline import Pipeline
 from flaskd.serving.stop import CleanupThread, Stop, serving
 from flaskd.serving.wsgi import find_flask
 from flaskd.sockets import Address, check_serving
+
+if TYPE_CHECKING:
+    from flaskd.server.werkzeug import WerkzeugThread
 
 log = logging.getLogger("flaskd.thread")
 
@@ -128,7 +131,7 @@ class ServerThread:
 
     def _new_server(self) -> WaitressThread | WerkzeugThread:
         if self._kind == "werkzeug":
-            return WerkzeugThread(self._app, self._address)
+            return _werkzeug_thread(self._app, self._address)
         drain, server = self._config.shutdown.drain, self._config.server
         # In a test nobody waits as long as in production for clients that could still say something.
         graces = {name: getattr(drain, name) for name in drain.model_fields_set & {"keepalive_grace", "stream_grace"}}
@@ -354,3 +357,9 @@ def _shutdown(shutdown: ShutdownConfig, timeout: float | None, *, cleanup: bool)
             "drain": shutdown.drain.model_copy(update={"timeout": timeout - share}),
         }
     )
+
+
+def _werkzeug_thread(app: Callable[..., Any], address: Address) -> WerkzeugThread:
+    from flaskd.server.werkzeug import WerkzeugThread  # noqa: PLC0415 - 4 MiB, which a supervisor goes without
+
+    return WerkzeugThread(app, address)

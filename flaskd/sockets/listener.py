@@ -7,6 +7,7 @@ import errno
 import socket
 import struct
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -24,14 +25,26 @@ class Listener:
     """A bound socket that this process owns; `listen()` opens it, `close()` gives the place back."""
 
     def __init__(
-        self, address: Address, sock: socket.socket, node: Node | None = None, *, shared: bool = False
+        self,
+        address: Address,
+        sock: socket.socket,
+        node: Node | None = None,
+        *,
+        shared: bool = False,
+        copied: bool = False,
     ) -> None:
         self.address = address
         self.socket = sock
         self.shared = shared
         """Whether another process holds it, too: its backlog is the next owner's, and closing it refuses no client."""
+        self.copied = copied
+        """Whether other workers have copies of it and accept from it, too, as this process does. Its gate is closed for
+        all of them at once; it is closed when the last copy is, and who waits in its backlog then is the supervisor's
+        to count."""
         self.stored = ""
         """Its name in the service manager's store, which alone shares it; empty when it is not there."""
+        self.kept = shared
+        """Whether another program shares it; where it is `shared` and not this, other workers of this flaskd do."""
         self.last_batch = False
         """Whether its backlog is served at the end of a drain, because a next owner may or may not come."""
         self._node = node
@@ -143,6 +156,24 @@ class Listener:
         """Withdraw, and close the socket."""
         self.withdraw()
         self.socket.close()
+
+
+def bound_anew(listeners: Sequence[Listener], backlog: int) -> list[Listener]:
+    """Listeners where those were that are closed, listening; those that are shared stay. Raises CannotCreateError."""
+    again: list[Listener] = []
+    try:
+        for each in listeners:
+            if each.shared:
+                again.append(each)
+            else:
+                again.append(Listener.bind(each.address))
+                again[-1].listen(backlog)
+    except BaseException:
+        for each in again:
+            if not each.shared:
+                each.close()
+        raise
+    return again
 
 
 def _why_not(address: Address, error: OSError) -> str:

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from werkzeug.wsgi import ClosingIterator
-
 from flaskd.background_work import in_background, left_behind, tell_no_more, tell_of_ends
 from flaskd.ledger import Cut, DrainReport, InFlight, visible
 from flaskd.server import STREAM_GRACE, EndingStreams, in_thread_of_its_own
@@ -76,6 +74,8 @@ class Requests:
         except BaseException:
             self._over(request)
             raise
+        from werkzeug.wsgi import ClosingIterator  # noqa: PLC0415 - it is there, where Werkzeug serves
+
         return ClosingIterator(answer, lambda: self._over(request))
 
     def _over(self, request: _Request) -> None:

@@ -4,6 +4,7 @@ import queue
 import socket
 import sys
 import threading
+import time
 
 import pytest
 from server_kit import HAS_IPV6, PATIENCE, answers, app, connect, draining, get, no_thread_left, post, serve, until
@@ -17,6 +18,18 @@ pytestmark = pytest.mark.usefixtures("no_thread_left")
 
 
 # --- resume ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_drain_that_was_undone_while_it_was_announced_does_not_begin(serve, connect):
+    """Also when its time has come: the server goes on serving."""
+    server, over = serve(), []
+    server.begin_drain(PATIENCE, over.append, announce=0.1)
+    begins = time.monotonic() + 0.1
+    server.resume()
+    until(server, lambda: time.monotonic() > begins)
+    assert server.turns(PATIENCE)
+    assert connect(server).ask("/").status == 200
+    assert over == []
 
 
 def test_resume_takes_an_announcement_back(serve, connect):

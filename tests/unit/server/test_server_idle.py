@@ -9,6 +9,7 @@ import pytest
 from server_kit import PATIENCE, answers, app, connect, get, no_thread_left, post, serve, until
 
 import flaskd
+from flaskd.server.board import Board
 
 AFTER = 0.15
 """Seconds; each test but one waits that long."""
@@ -252,3 +253,75 @@ def test_threads_are_as_before(server):
     before = threading.active_count()
     Idle(server, after=NEVER)
     assert threading.active_count() == before
+
+
+# --- where the supervisor decides -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def board():
+    board = Board.make()
+    yield board
+    board.close()
+
+
+@pytest.fixture
+def noting(no_thread_left, board, serve):
+    """A server that only notes on its board what it knows of idleness."""
+    server = serve(board=board)
+    server.watch_idle(AFTER, ["/empty"], None)
+    assert server.turns(PATIENCE)
+    return server
+
+
+def test_the_board_tells_since_when_nothing_was_asked(noting, board, connect):
+    """Since the watch began, or the last answer that counts; nothing is called."""
+    before = board.idle_for()
+    assert 0 <= before < PATIENCE
+    client = connect(noting)
+    until(noting, lambda: board.idle_for() > 2 * AFTER)
+    assert client.ask("/empty").status == 204
+    assert board.idle_for() > 2 * AFTER
+    asked = time.monotonic()
+    assert client.ask("/hello").status == 200
+    assert board.idle_for() <= time.monotonic() - asked
+
+
+def test_the_board_tells_of_what_is_in_hand(noting, board, connect, app):
+    """One that counts is no idleness from the moment in which it has come, however long it runs."""
+    until(noting, lambda: board.idle_for() > 2 * AFTER)
+    client, sent = connect(noting), time.monotonic()
+    client.send("/gate")
+    app.entered(1)
+    longest = 0.0
+    while time.monotonic() < sent + 3 * AFTER:
+        longest = max(longest, board.idle_for() - (time.monotonic() - sent))
+    assert longest <= 0
+    until(noting, lambda: board.idle_for() == 0)
+    app.released.set()
+    assert client.response().status == 200
+    until(noting, lambda: board.idle_for() > AFTER)
+
+
+def test_the_board_tells_of_what_is_not_a_request_yet(noting, board, connect):
+    """A body that is still coming, and work in the background, are no idleness."""
+    client = connect(noting).send(post("/echo", b"12")[:-1])
+    until(noting, lambda: board.idle_for() == 0)
+    client.send(b"2")
+    assert client.response().status == 200
+    until(noting, lambda: board.idle_for() > 0)
+    with flaskd.background("export"):
+        until(noting, lambda: board.idle_for() == 0)
+    until(noting, lambda: board.idle_for() > 0)
+
+
+def test_a_new_watch_goes_on_on_the_board(noting, board):
+    """A changed setting is no use of the service; a resume is."""
+    until(noting, lambda: board.idle_for() > 2 * AFTER)
+    noting.watch_idle(NEVER, [], None)
+    assert noting.turns(PATIENCE)
+    assert board.idle_for() > 2 * AFTER
+    noting.drain(PATIENCE)
+    before = time.monotonic()
+    noting.resume()
+    assert board.idle_for() <= time.monotonic() - before

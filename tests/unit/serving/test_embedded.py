@@ -22,7 +22,8 @@ from patience import PATIENCE
 import flaskd
 from flaskd.cleanup import BEFORE_THE_DRAIN, BESIDE_THE_DRAIN, Runner, callbacks
 from flaskd.errors import CannotCreateError, ConfigError, FlaskdError
-from flaskd.server import WaitressThread, WerkzeugThread
+from flaskd.server import WaitressThread
+from flaskd.server.werkzeug import WerkzeugThread
 
 SERVERS = {"waitress": WaitressThread, "werkzeug": WerkzeugThread}
 

@@ -1,0 +1,264 @@
+"""A worker's board: memory in which its server notes what it does, and which the supervisor reads at any time.
+
+It outlives the worker: what was in flight is there to be read, too, when the worker was killed with SIGKILL.
+
+The two share no lock. What is relied on: the memory is a memfd mapped shared; CPython stores and loads an aligned word
+of 8 bytes through a memoryview in one piece; and stores become visible to other processes in the order in which they
+are made. x86 promises that; on arm64 a store may be seen some nanoseconds before an earlier one, which is why a row is
+believed only when two copies of it, made one after the other, are the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import mmap
+import os
+import struct
+import threading
+import time
+from collections.abc import Hashable
+from typing import Any, Self
+
+from flaskd.errors import FlaskdError
+from flaskd.ledger import InFlight, visible
+from flaskd.server.request import Request
+from flaskd.server.tally import COUNTS, SUMS, Counts, Tally
+
+_MAGIC, _VERSION = int.from_bytes(b"flskdbrd", "little"), 1
+ROWS = 2048
+"""How many requests in flight are named; a row that was never used costs no memory."""
+
+_WORD = 8
+# Words at the beginning; those of moments and sums are floats, all others integers.
+_LAST_TURN, _CONNECTIONS, _UNNAMED, _MOVED, _STUCK_AT, _BACKGROUND, _USED, _IN_USE = range(2, 10)
+_COUNTS = 10
+_SUMS = _COUNTS + COUNTS
+_IDS = 64
+assert _SUMS + SUMS <= _IDS
+_ROWS_AT = (_IDS + ROWS) * _WORD
+
+# A row: first byte, complete, begun (moments), whether it is sending; the thread's name; client, method, path.
+_ROW = struct.Struct("@dddq32s256s")
+_NAME = struct.Struct("@32s")
+_BEGUN_AT, _SENDING_AT, _NAME_AT = 2, 3, 4 * _WORD
+"""Words and bytes from the beginning of a row."""
+_ROW_WORDS = _ROW.size // _WORD
+_PATH_LENGTH = 200
+_SIZE = _ROWS_AT + ROWS * _ROW.size
+_TRIES = 1000
+"""Copies made of one row that changes all the time; a request takes as long as many of them."""
+
+
+class Board:
+    """A worker's server writes it, each figure in one thread at a time; the supervisor reads it.
+
+    A request in flight has a row, which is published by its id, stored last, and taken back by a 0 in its place. Ids
+    do not repeat, so an id that is still there after a row was copied says that it is all of one request. A worker
+    that is killed while it writes leaves a row without an id.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        """Of the memory; close-on-exec, and closed by `close`."""
+        self._map = mmap.mmap(fd, _SIZE)
+        self._bytes = memoryview(self._map)
+        self._words, self._floats = self._bytes.cast("q"), self._bytes.cast("d")
+        self._ids = self._words[_IDS : _IDS + ROWS]
+        counts, sums = self._words[_COUNTS : _COUNTS + COUNTS], self._floats[_SUMS : _SUMS + SUMS]
+        self.counts = Counts(counts, sums)
+        """What became of all requests so far."""
+        self._views: list[memoryview[Any]] = [counts, sums, self._ids, self._words, self._floats, self._bytes]
+        self._free = list(range(ROWS, 0, -1))
+        """Rows for requests to come, by number from 1; the last one is taken next."""
+        self._lock = threading.Lock()
+        """Held when a row changes hands, or its request changes it: it may be over, and the row another one's."""
+
+    @classmethod
+    def make(cls) -> Self:
+        """A new board; raises OSError where there is no memory or no descriptor for it."""
+        import fcntl  # noqa: PLC0415 - not on Windows, where there are no workers
+
+        fd = os.memfd_create("flaskd-board", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, _SIZE)
+            # A file that was cut short under its reader would end the reader with SIGBUS.
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            board = cls(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        board._words[1] = _VERSION
+        board._words[0] = _MAGIC
+        return board
+
+    @classmethod
+    def attach(cls, fd: int) -> Self:
+        """The board behind a descriptor, which it takes over; raises FlaskdError where that is none of this layout."""
+        head = os.pread(fd, 2 * _WORD, 0)
+        if os.fstat(fd).st_size != _SIZE or head != struct.pack("@qq", _MAGIC, _VERSION):
+            raise FlaskdError(f"cannot use the board at descriptor {fd}: it is of another version; restart flaskd")
+        os.set_inheritable(fd, False)
+        return cls(fd)
+
+    def close(self) -> None:
+        """Give memory and descriptor back; nothing may be read or written any more."""
+        if self._map.closed:
+            return
+        for view in self._views:
+            view.release()
+        self._map.close()
+        os.close(self.fd)
+
+    # --- what the worker's server writes ----------------------------------------------------------------------------
+
+    def enter(self, request: Request) -> None:
+        """Note a request that has come whole (one thread at a time)."""
+        try:
+            row = self._free.pop()
+        except IndexError:
+            with self._lock:
+                request.row = -1
+                self._words[_UNNAMED] += 1
+            return
+        path = request.request_uri.partition("?")[0]
+        if len(path) > _PATH_LENGTH:
+            path = path[:_PATH_LENGTH] + "..."
+        text = f"{request.client}\n{request.command}\n{path}".encode("latin-1", "replace")
+        _ROW.pack_into(
+            self._map, _ROWS_AT + (row - 1) * _ROW.size, request.first_byte, request.complete, 0.0, 0, b"", text
+        )
+        request.row = row
+        self._ids[row - 1] = request.id
+
+    def begin(self, request: Request) -> None:
+        """Note that a thread begins to answer a request."""
+        name = _encoded(request.thread.name) if request.thread is not None else b""
+        with self._lock:
+            if (row := request.row - 1) >= 0:
+                _NAME.pack_into(self._map, _ROWS_AT + row * _ROW.size + _NAME_AT, name)
+                self._floats[_ROWS_AT // _WORD + row * _ROW_WORDS + _BEGUN_AT] = request.began
+
+    def send(self, request: Request) -> None:
+        """Note that the app is done with a request, and its answer waits to be sent."""
+        with self._lock:
+            if (row := request.row - 1) >= 0:
+                self._words[_ROWS_AT // _WORD + row * _ROW_WORDS + _SENDING_AT] = 1
+
+    def leave(self, request: Request) -> None:
+        """Note that a request is over, once for each that entered; it has been counted by then."""
+        with self._lock:
+            row, request.row = request.row, 0
+            if row > 0:
+                self._ids[row - 1] = 0
+                self._free.append(row)
+            else:
+                self._words[_UNNAMED] -= 1
+
+    def turned(self, now: float) -> None:
+        """Note that the loop has turned."""
+        self._floats[_LAST_TURN] = now
+
+    def connect(self, count: int) -> None:
+        """Note how many connections are open."""
+        self._words[_CONNECTIONS] = count
+
+    def look(self, *, moved: Hashable, stuck_at: Hashable | None, background: int) -> None:
+        """Note what costs too much to be noted at each change; `stuck_at` is what `Account.all_are_at` gives."""
+        self._words[_MOVED] = hash(moved)
+        self._words[_STUCK_AT] = (hash(stuck_at) or 1) if stuck_at is not None else 0
+        self._words[_BACKGROUND] = background
+
+    def use(self, now: float) -> None:
+        """Note that a request came, or was answered, which counts for the idle stop."""
+        self._floats[_USED] = now
+
+    def count_for_idle(self, *, in_use: bool) -> None:
+        """Note whether something is in hand that counts for the idle stop."""
+        self._words[_IN_USE] = in_use
+
+    # --- what the supervisor reads ----------------------------------------------------------------------------------
+
+    def tally(self) -> Tally:
+        """What became of all requests so far, as `Account.tally` gives it in the worker."""
+        return self.counts.tally()
+
+    @property
+    def last_turn(self) -> float:
+        """When the loop last turned (time.monotonic(), one clock for all processes); 0 before it first did."""
+        return self._floats[_LAST_TURN]
+
+    @property
+    def connections(self) -> int:
+        """Open connections."""
+        return self._words[_CONNECTIONS]
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait for a place; those without a row count as such."""
+        return sum(each.phase == "queued" for each in self.in_flight()) + self.unnamed
+
+    @property
+    def busy(self) -> int:
+        """Requests that are run, each by a thread."""
+        return sum(each.phase == "running" for each in self.in_flight())
+
+    @property
+    def unnamed(self) -> int:
+        """How many requests in flight have no row, because none was free."""
+        return self._words[_UNNAMED]
+
+    @property
+    def background(self) -> int:
+        """How much work was under way in the background when the loop last looked, which it does every second."""
+        return self._words[_BACKGROUND]
+
+    def moved(self) -> Hashable:
+        """How far the requests are: two answers a second apart differ when one began or ended, or a byte moved."""
+        return *self.tally().outcomes.values(), self._words[_MOVED]
+
+    def all_are_at(self) -> Hashable | None:
+        """What `Account.all_are_at` gave when the loop last looked, which it does every second; comparable, no more."""
+        return self._words[_STUCK_AT] or None
+
+    def idle_for(self) -> float:
+        """Seconds since a request that counts for the idle stop came or was answered; 0 while one is in hand.
+
+        Those of a worker that watches for idleness (`WaitressThread.watch_idle`), since its watch began. That something
+        is in hand is noted a quarter of the time later that makes idle: then the number is small, because it came.
+        """
+        return 0.0 if self._words[_IN_USE] else time.monotonic() - self._floats[_USED]
+
+    def in_flight(self) -> list[InFlight]:
+        """What is in flight, oldest first, without stacks; up to `ROWS` requests, `unnamed` are more."""
+        found = [self._read(row) for row, number in enumerate(self._ids.tolist()) if number]
+        return sorted(filter(None, found), key=lambda each: each.id)
+
+    def _read(self, row: int) -> InFlight | None:
+        place = slice(_ROWS_AT + row * _ROW.size, _ROWS_AT + (row + 1) * _ROW.size)
+        for _ in range(_TRIES):
+            number = self._ids[row]
+            if not number:
+                return None  # it is over meanwhile
+            copy, again = self._map[place], self._map[place]
+            if copy == again and self._ids[row] == number:
+                return _in_flight(number, copy)
+        return None
+
+
+def _in_flight(number: int, row: bytes) -> InFlight:
+    first_byte, _complete, began, sending, name, text = _ROW.unpack(row)
+    client, method, path = (*text.rstrip(b"\0").decode("latin-1").split("\n", 2), "", "")[:3]
+    return InFlight(
+        id=number,
+        client=client,
+        method=method or "?",
+        path=visible(path),
+        age=time.monotonic() - first_byte,
+        phase="sending" if sending else "running" if began else "queued",
+        thread=name.rstrip(b"\0").decode("latin-1") if began and not sending else "",
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _encoded(name: str) -> bytes:
+    return name.encode("latin-1", "replace")
