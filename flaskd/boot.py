@@ -16,19 +16,23 @@ from typing import Any, NoReturn
 
 from flaskd.admin import opened_by
 from flaskd.config import Configuration
-from flaskd.daemon import Daemon
+from flaskd.daemon import Daemon, own_holdings
 from flaskd.errors import EX_LOST, EX_OK, AppError, FlaskdError, NotNowError
-from flaskd.holdings import Plane, put_away
+from flaskd.holdings import Holdings, Plane, put_away
 from flaskd.inbox import Asked, ExitBegan, ExitOver, IdleOver, Raised, ReloadAsked, StopAsked
 from flaskd.lifecycle import Event, State, StopReason
-from flaskd.notices import BrokenOff, FailedFor, Loaded, Starting
+from flaskd.notices import BrokenOff, FailedFor, Loaded, Notice, Starting, log_it
+from flaskd.pool.pool import Pool
 from flaskd.process.descriptors import open_files
 from flaskd.process.exit import Ending
 from flaskd.process.forks import AppCode, end_child, forgotten_by_children
 from flaskd.process.main_thread import MainThread
+from flaskd.process.orphans import orphans
 from flaskd.process.signals import Escalation, SignalWatch
 from flaskd.serving import launch
-from flaskd.serving.inprocess import InProcess
+from flaskd.serving.api import Account
+from flaskd.serving.inprocess import AsWorker, InProcess
+from flaskd.serving.loading import LoadedApp
 from flaskd.serving.patching import patching_refused
 from flaskd.starting import Start
 
@@ -52,6 +56,8 @@ class Boot:
     the process ends with the stop: what the app has left to that has its time then.
     """
 
+    _is_worker = False
+
     def __init__(
         self,
         load: Callable[[], Configuration],
@@ -59,35 +65,39 @@ class Boot:
         plane: Callable[[Daemon], Plane],
         name: str,
         environ: Mapping[str, str],
-        app: Callable[..., Any] | None = None,
+        app: Callable[..., Any] | LoadedApp | None = None,
         make_app: Callable[[], Callable[..., Any]] | None = None,
         ending: Ending | None = None,
     ) -> None:
-        self._load, self._ending = load, ending
-        self._serving: InProcess
+        self._load, self._ending, self._name = load, ending, name
+        self._in_hand = app is not None or make_app is not None
+        self._serving: InProcess | Pool
         self._start = Start(asked=lambda: self._signals.poke())  # noqa: PLW0108 - there is no watch yet
 
         def serving(daemon: Daemon) -> InProcess:
-            self._serving = InProcess(
+            in_process = self._serving = InProcess(
                 daemon.inbox.post,
                 app=app,
                 make_app=make_app,
                 environ=environ,
-                readiness=daemon.readiness,
+                readiness=lambda: self._readiness(daemon),
                 answered=daemon.logs.write_access,
                 idle_over=lambda: daemon.inbox.post(IdleOver()),
                 leaves=ending is not None,
+                worker=self._as_worker(),
             )
-            return self._serving
+            return in_process
 
         daemon = self.daemon = Daemon(
             load,
             serving=serving,
+            holdings=self._holdings,
             plane=plane,
             name=name,
             environ=environ,
             start=self._start,
             end_the_app=(lambda: self._main.call(self._end_the_app)) if ending is not None else None,
+            heard=self._heard,
         )
         self._signals = SignalWatch(self._signalled, wake=lambda: self._main.call(lambda: None))
         self._escalation = Escalation()
@@ -128,9 +138,16 @@ class Boot:
 
     def _make(self, stack: ExitStack) -> None:
         """Make all that serving needs; while the app is imported, a stop ends the process at once."""
-        daemon, holdings, serving = self.daemon, self.daemon.holdings, self._serving
+        daemon, holdings = self.daemon, self.daemon.holdings
         configuration = self._load()
         config = configuration.values
+        if config.server.workers and not self._is_worker:
+            if self._in_hand:
+                configuration.refuse_given_app()
+            daemon.serve_by(self._workers())
+        elif not self._is_worker:
+            os.environ.update(FLASKD_WORKER="0", FLASKD_GENERATION="0")  # for an app that runs a part of it once
+        serving = self._serving
         daemon.configured(configuration)
         self._start.breakable = True
         stack.enter_context(self._signals)
@@ -145,13 +162,50 @@ class Boot:
         app = serving.load(config, holdings.state.writable)
         self._signals.reclaim()
         daemon.logs.reclaim()
-        app.tell()
+        self._loaded(app)
         serving.make_server(config, holdings.listeners)
         stack.enter_context(open_files.reserve())
         self._start.end()
         serving.start(configuration)
         launch.keep(config, holdings.listeners, daemon.service.store)
         daemon.notices.tell(Loaded(config.health.probe_timeout if config.health.probe else 0.0))
+
+    def _workers(self) -> Pool:
+        """What serves with workers."""
+        daemon = self.daemon
+        pool = self._serving = Pool(
+            daemon.inbox.post,
+            daemon.inbox.post_at,
+            name=self._name,
+            stop=lambda reason: daemon.ask(StopAsked(reason)),
+            open_endpoint=lambda *asked: daemon.holdings.endpoint_for(*asked).address,
+            idle_over=lambda: daemon.inbox.post(IdleOver()),
+        )
+        return pool
+
+    # --- what is different in a worker (`flaskd.workers.worker`) ------------------------------------------------------
+
+    def _holdings(self, daemon: Daemon, plane: Plane, name: str, environ: Mapping[str, str]) -> Holdings:
+        return own_holdings(daemon, plane, name, environ)
+
+    def _as_worker(self) -> AsWorker | None:
+        return None
+
+    def _readiness(self, daemon: Daemon) -> tuple[str, str]:
+        """What `health.path` is answered with."""
+        return daemon.readiness()
+
+    def _late_code(self, code: int) -> int:
+        """The exit code where finalizers are cut."""
+        return code
+
+    def _heard(self, notice: Notice) -> None:
+        """Hear a notice of the daemon's."""
+        log_it(notice)
+
+    def _loaded(self, app: LoadedApp | Pool) -> None:
+        """The app is loaded, and is about to be served."""
+        app.tell()
 
     def _not_started(self, error: BaseException) -> int:
         """Tell why the start failed, and return the exit code."""
@@ -162,6 +216,7 @@ class Boot:
         return self._failed(launch.fault_of(error))
 
     def _failed(self, error: FlaskdError) -> int:
+        """Tell of a failure, and give its exit code."""
         for line in str(error).split("\n"):  # at nothing else: an app's words may have other line ends
             log.error(line)
         if isinstance(error, AppError) and error.traceback_text:
@@ -177,6 +232,7 @@ class Boot:
         """Once a second, in the main thread."""
         self._signals.reclaim()  # code in C may take a handler at any time
         open_files.adjust()
+        orphans.reap()
 
     def _forget(self) -> None:
         """In a child that the app forked: let go of all that is the daemon's."""
@@ -204,6 +260,7 @@ class Boot:
 
     def _leave_at_once(self, name: str, code: int) -> NoReturn:
         try:
+            self._serving.end_processes()
             self.daemon.holdings.remove_nodes()
             log.warning(f"{name} once more: gone at once")
             self.daemon.logs.flush(_LAST_WORDS)
@@ -249,15 +306,20 @@ class Boot:
         code = EX_OK if account.report.clean else degraded
         if daemon.failure is not None:
             code = self._failed(daemon.failure)
+        if self._ending is not None and not daemon.stopping.main_is_lost:
+            self._ending.late_code = self._late_code(code or degraded)
+        self._record(account)
+        daemon.stopping.tell_the_end(account, failed=daemon.failure is not None)
+        return code
+
+    def _record(self, account: Account) -> None:
+        daemon = self.daemon
         if self._ending is None or daemon.stopping.main_is_lost:
             daemon.holdings.state.record(account.record)
         else:
-            self._ending.late_code = code or degraded
             prepared = daemon.holdings.state.prepare(account.record, unless=account.late_record)
             if prepared is not None:
                 self._ending.settle, self._ending.unsettle = prepared
-        daemon.stopping.tell_the_end(account, failed=daemon.failure is not None)
-        return code
 
     def _end_the_app(self) -> None:
         """Give what the app has left to the end of the process its time (main thread); the events go on meanwhile."""

@@ -16,6 +16,7 @@ from typing import Any
 from flaskd import notices
 from flaskd.cleanup import Plan
 from flaskd.config import Configuration, write_duration
+from flaskd.drains import Drains
 from flaskd.errors import AppError, FlaskdError, NotNowError, described
 from flaskd.holdings import Holdings, Plane
 from flaskd.inbox import (
@@ -31,31 +32,59 @@ from flaskd.inbox import (
     Raised,
     ReadingLate,
     ReloadAsked,
+    RestartAsked,
     ResumeAsked,
+    ScaleAsked,
     StopAsked,
     Tick,
+    Wish,
 )
 from flaskd.lifecycle import Event, Lifecycle, State, StopReason
 from flaskd.log import setup as logs
-from flaskd.present import account_lines
+from flaskd.notices import Notice
 from flaskd.process.main_thread import Complaints
-from flaskd.protocol import Reply
+from flaskd.questions import Questions
 from flaskd.readings import ReadingOver
 from flaskd.reload import Reload
-from flaskd.serving.api import CleanupOver, Died, Drained, Failed, Ready, Serving, StepBegan, StepEnded
-from flaskd.slow_query import SlowQuery
+from flaskd.serving.api import (
+    CleanupOver,
+    Died,
+    Drained,
+    Failed,
+    Ready,
+    Renewed,
+    Serving,
+    StepBegan,
+    StepEnded,
+    Work,
+    WorkersStart,
+)
 from flaskd.snapshot import Counts, Snapshot
 from flaskd.starting import Start
 from flaskd.stopping import Stopping
 from flaskd.systemd.notify import Notifier
 from flaskd.systemd.service import Service
+from flaskd.workforce import Workforce
 
 log = logging.getLogger("flaskd.daemon")
 
 _WEDGED = 5.0
 """Seconds without a turn after which the serving thread does not live any more; it turns once a second at least."""
+_SERVING = {State.READY, State.RELOADING}
 _TICK = 1.0
 """Seconds between two progress reports of a drain or stop."""
+
+
+def own_holdings(daemon: Daemon, plane: Plane, name: str, environ: Mapping[str, str]) -> Holdings:
+    """What a daemon holds that is no worker."""
+    return Holdings(
+        plane,
+        daemon,
+        name,
+        environ,
+        describe_stop=lambda: daemon.serving.describe_stop(),  # noqa: PLW0108 - there is none yet
+        stop=lambda reason: daemon.ask(StopAsked(reason)),
+    )
 
 
 class Daemon:
@@ -76,6 +105,8 @@ class Daemon:
         environ: Mapping[str, str],
         start: Start,
         end_the_app: Callable[[], None] | None = None,
+        holdings: Callable[[Daemon, Plane, str, Mapping[str, str]], Holdings] | None = None,
+        heard: Callable[[Notice], None] = notices.log_it,
     ) -> None:
         self.name = name
         self.configuration: Configuration | None = None
@@ -87,34 +118,35 @@ class Daemon:
         self.lifecycle = Lifecycle()
         self._began = time.time()
         self._start = start
-        self.serving = serving(self)
-        self.holdings = Holdings(
-            plane(self),
-            self,
-            name,
-            environ,
-            describe_stop=self.serving.describe_stop,
-            stop=lambda reason: self.ask(StopAsked(reason)),
-        )
+        self.holdings = (holdings or own_holdings)(self, plane(self), name, environ)
         self.service = Service(Notifier(environ), environ, lambda: self.inbox.post(PulseDue()))
-        self.service.attach(self.serving, self.holdings.listeners, lambda: self.state)
         self._counts = Counts()
-        self.notices = notices.Notices(notices.log_it, self.service.heard, self._counts.heard)
+        self.notices = notices.Notices(heard, self.service.heard, self._counts.heard)
         self.reload = Reload(
             load,
-            prepare=self.serving.prepare,
+            prepare=lambda configuration: self.serving.prepare(configuration),  # noqa: PLW0108 - there is none yet
             apply=self._apply,
+            serving=lambda: self.serving,
             status=lambda: self._became_ready().status,
             lifecycle=self.lifecycle,
             notices=self.notices,
             inbox=self.inbox,
         )
-        self._drain_waiters: list[Reply] = []
-        self.stopping = Stopping(self.serving, self.holdings, self.notices, end_the_app)
+        self.workforce = Workforce(lambda: self.serving, self.lifecycle, self.notices)
+        self.drains = Drains(
+            lambda: self.serving,
+            self.holdings,
+            self.lifecycle,
+            self.notices,
+            self.inbox,
+            reload=self.reload,
+            status=lambda: self._became_ready().status,
+        )
+        self._end_the_app = end_the_app
+        self.serve_by(serving(self))
         self._complaints = Complaints()
         self._next_tick = 0.0
-        self.checking: SlowQuery[Configuration] = SlowQuery("check", self.reload.read)
-        self.planning: SlowQuery[dict[str, Any]] = SlowQuery("plan", lambda: self.serving.plan(self._config))
+        self.questions: Questions = Questions(self.reload.read, lambda: self.serving, lambda: self._config)
 
     # --- any thread -------------------------------------------------------------------------------------------------
 
@@ -128,21 +160,17 @@ class Daemon:
         assert self.configuration is not None
         return self.configuration
 
-    def ask(self, event: DrainAsked | ResumeAsked | ReloadAsked | StopAsked) -> None:
+    def ask(self, event: Wish) -> None:
         """Ask for something; its reply is told of the outcome."""
         if self._start.breakable and not isinstance(event, StopAsked):
             try:  # while the app is imported no event is taken
                 self.lifecycle.check(_OF[type(event)])
             except NotNowError as error:
-                self._refuse(event.reply, error)
+                self.drains.refuse(event.reply, error)
                 return
         self.inbox.post(event)
         if self._start.breakable:
             self._start.asked()
-
-    def _refuse(self, reply: Reply, error: FlaskdError) -> None:
-        self.notices.tell(notices.Refused(str(error)))
-        reply.error(error.code, str(error))
 
     def snapshot(self) -> Snapshot:
         """What there is to know now."""
@@ -170,12 +198,19 @@ class Daemon:
         silent = self.serving.silent_for
         return f"the serving thread has not turned for {silent:.1f}s" if silent > _WEDGED else ""
 
-    def readiness(self) -> tuple[str, str]:
-        """What `health.path` and the admin listener answer: a status line and a word."""
-        if (state := self.state) in {State.READY, State.RELOADING}:
+    def readiness(self, state: State | None = None) -> tuple[str, str]:
+        """What `health.path` and the admin listener answer in a state, the present one: a status line and a word."""
+        why = self.serving.unready if state is None and self.state in _SERVING else ""
+        if (state := state or self.state) in _SERVING and not why:
             return "200 OK", "ready"
         status = self._config.values.health.unready_status
-        return f"{status} {http.client.responses.get(status, 'Not Ready')}", str(state)
+        return f"{status} {http.client.responses.get(status, 'Not Ready')}", why or str(state)
+
+    def serve_by(self, serving: Serving) -> None:
+        """Have `serving` serve the app; before anything is served."""
+        self.serving = serving
+        self.service.attach(serving, self.holdings.listeners, lambda: self.state)
+        self.stopping = Stopping(serving, self.holdings, self.notices, self._end_the_app)
 
     # --- the thread of the events -----------------------------------------------------------------------------------
 
@@ -226,63 +261,12 @@ class Daemon:
         if self.state is State.STARTING:
             self._fail(event.error)
 
-    def _drain_asked(self, event: DrainAsked) -> None:
-        before, config = self.state, self._config.values.shutdown
-        try:
-            state = self.lifecycle.handle(Event.DRAIN)
-        except NotNowError as error:
-            self._refuse(event.reply, error)
-            return
-        if before is State.READY:
-            self.notices.tell(notices.DrainBegan(self.serving.in_flight, config.drain.timeout))
-            drain = self.serving.begin_drain(config.drain.timeout, announce=config.announce)
-            self.inbox.post_at(drain.looked_at, Tick())
-            self._tick_later()
-        present = self.serving.drain
-        assert present is not None  # in both of these states
-        if event.wait and state is State.DRAINING:
-            self._drain_waiters.append(event.reply)
-            event.reply.progress({"in_flight": self.serving.in_flight})
-        elif state is State.DRAINING:
-            fields = {"in_flight": self.serving.in_flight, "deadline": round(present.left, 1)}
-            event.reply.ok("draining", fields, hint="undo: resume")
-        else:
-            account = present.account()
-            event.reply.ok("drained", account, lines=account_lines(account), hint="undo: resume")
-
     def _drained(self, event: Drained) -> None:
-        if event.drain is not self.serving.drain:
-            return  # resume was faster
-        report = event.drain.report
-        assert report is not None
-        state = self.lifecycle.handle(Event.DRAIN_OVER)
-        self.notices.tell(notices.DrainEnded(report, state))
-        account = event.drain.account()
-        for reply in self._take_drain_waiters():
-            reply.ok("drained", account, lines=account_lines(account))
+        state = self.drains.over(event)
         if state is State.STOPPING:
             self.stopping.claim()
-        elif self._config.values.shutdown.drain.while_drained == "auto":
+        elif state is State.DRAINED and self._config.values.shutdown.drain.while_drained == "auto":
             self.serving.refuse()
-
-    def _take_drain_waiters(self) -> list[Reply]:
-        waiters, self._drain_waiters = self._drain_waiters, []
-        return waiters
-
-    def _resume_asked(self, event: ResumeAsked) -> None:
-        before = self.state
-        try:
-            self.lifecycle.check(Event.RESUME)
-            if before is not State.READY:
-                self.holdings.listeners[:] = self.serving.resume()
-        except FlaskdError as error:
-            self._refuse(event.reply, error)
-            return
-        self.lifecycle.handle(Event.RESUME)
-        for waiter in self._take_drain_waiters():
-            waiter.error("not-now", "the drain was undone by resume")
-        self.notices.tell(notices.Resumed(self._became_ready().status, before))
-        event.reply.ok("ready")
 
     def _apply(self, configuration: Configuration, plan: Plan) -> None:
         """Put a configuration into force; where a part of it cannot be, the one before is in force again."""
@@ -308,7 +292,8 @@ class Daemon:
     def _stop_asked(self, event: StopAsked) -> None:
         self.lifecycle.handle(Event.STOP)
         if not self.stopping.begun:
-            self.stopping.begin(event.reason, self._config, overtaken=self.reload.overtaken)
+            configuration = self._config.within(event.within)
+            self.stopping.begin(event.reason, configuration, overtaken=lambda: self.reload.overtaken("stop"))
             self._tick_later()
         self.stopping.join(event)
 
@@ -354,7 +339,7 @@ class Daemon:
         waits = self.stopping.exit_waits_for
         text = f"{now}; the exit waits for {waits}" if waits else str(now)
         self.notices.tell(notices.Progress(text, self.stopping.left))
-        for reply in (*self._drain_waiters, *self.stopping.waiters):
+        for reply in (*self.drains.waiters, *self.stopping.waiters):
             reply.progress(now.progress)
         self._tick_later()
 
@@ -364,9 +349,9 @@ class Daemon:
 _METHODS: dict[type[Any], Callable[[Daemon, Any], None]] = {
     Ready: Daemon._ready,
     Failed: Daemon._not_ready,
-    DrainAsked: Daemon._drain_asked,
+    DrainAsked: lambda daemon, event: daemon.drains.asked(event, daemon._config, daemon._tick_later),
     Drained: Daemon._drained,
-    ResumeAsked: Daemon._resume_asked,
+    ResumeAsked: lambda daemon, event: daemon.drains.resume_asked(event),
     ReloadAsked: lambda daemon, event: daemon.reload.asked(event),
     FileChanged: lambda daemon, event: daemon.reload.file_changed(event),
     ReadingOver: Daemon._reading_over,
@@ -379,6 +364,11 @@ _METHODS: dict[type[Any], Callable[[Daemon, Any], None]] = {
     ExitBegan: lambda daemon, event: daemon.stopping.exit_began(event),
     ExitOver: Daemon._exit_over,
     Died: Daemon._died,
+    Renewed: lambda daemon, event: daemon.reload.renewed(event),
+    WorkersStart: lambda daemon, event: daemon.workforce.starts(event, daemon.reload.waiters),
+    Work: lambda _, event: event.run(),
+    ScaleAsked: lambda daemon, event: daemon.workforce.scale(event),
+    RestartAsked: lambda daemon, event: daemon.workforce.restart(event),
     Raised: Daemon._raised,
     PulseDue: lambda daemon, _: daemon.service.pulse(),
     Tick: Daemon._tick,
@@ -387,9 +377,13 @@ _METHODS: dict[type[Any], Callable[[Daemon, Any], None]] = {
 
 _GO_ON: dict[type[Any], Callable[[Daemon, BaseException], None]] = {
     **dict.fromkeys((DrainAsked, Ready, Failed, Died), Daemon._fail),
-    **dict.fromkeys((ReloadAsked, FileChanged, ReadingOver), lambda daemon, error: daemon.reload.end(error)),
+    **dict.fromkeys((ReloadAsked, FileChanged, ReadingOver, Renewed), lambda daemon, error: daemon.reload.end(error)),
     **dict.fromkeys((CleanupOver, ExitBegan), lambda daemon, _: daemon._exit_over(ExitOver())),
 }
 """How the daemon goes on where an event broke off, so that it leaves no state for ever."""
 
-_OF: dict[type[Any], Event] = {DrainAsked: Event.DRAIN, ResumeAsked: Event.RESUME, ReloadAsked: Event.RELOAD}
+_OF: dict[type[Any], Event] = {
+    DrainAsked: Event.DRAIN,
+    ResumeAsked: Event.RESUME,
+    **dict.fromkeys((ReloadAsked, ScaleAsked, RestartAsked), Event.RELOAD),
+}

@@ -64,6 +64,7 @@ class Holdings:
         self.state = StateDirectory(name, environ)
         self.listeners: list[Listener] = []
         self.endpoints: list[EndpointServer] = []
+        self._endpoints_of_workers: dict[str, EndpointServer] = {}
         self.last_stop: dict[str, Any] | None = None
         """The record of the stop before this run."""
         self._admin_listeners: list[Listener] = []
@@ -126,6 +127,13 @@ class Holdings:
         ).open()
         self.endpoints.append(endpoint)
         return endpoint
+
+    def endpoint_for(self, address: Address, token: bytes, allowed_hosts: Sequence[str]) -> EndpointServer:
+        """The endpoint that a worker's app asks for: opened once, for each of them asks."""
+        wanted = self._endpoints_of_workers.get(str(address))
+        if wanted is None:
+            wanted = self._endpoints_of_workers[str(address)] = self.open_endpoint(address, token, allowed_hosts)
+        return wanted
 
     def close_endpoints(self, timeout: float) -> None:
         """Close them; who reads an answer has `timeout` seconds for it."""

@@ -40,20 +40,40 @@ class ReloadAsked(Asked):
     """Read the configuration anew; the reply comes after it.
 
     `since` is the time.monotonic() moment at which it was asked for. `signalled`: by SIGHUP, for which a service
-    manager waits (Type=notify-reload).
+    manager waits (Type=notify-reload). `only_configuration`: workers, where there are any, are not replaced.
     """
 
     since: float = field(default_factory=time.monotonic)
     signalled: bool = False
+    only_configuration: bool = False
+
+
+@dataclass(frozen=True)
+class ScaleAsked(Asked):
+    """Have so many workers; the reply comes when the new ones are ready."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class RestartAsked(Asked):
+    """Replace the worker of one slot, or of all; the reply comes when the new ones are ready."""
+
+    slot: int | None = None
 
 
 @dataclass(frozen=True)
 class StopAsked(Asked):
-    """Stop; `now` cuts drain and cleanup short, with `wait` the reply comes at the very end."""
+    """Stop; `now` cuts drain and cleanup short, with `wait` the reply comes at the very end.
+
+    `within`: it has so many seconds, so many of them in reserve, and is announced for so many, where that is less than
+    the configuration says.
+    """
 
     reason: StopReason
     wait: bool = False
     now: bool = False
+    within: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -105,11 +125,11 @@ class Tick:
     """A second of a drain or stop is over."""
 
 
+Wish = DrainAsked | ResumeAsked | ReloadAsked | StopAsked | ScaleAsked | RestartAsked
+"""What is asked for."""
+
 InboxEvent = (
-    DrainAsked
-    | ResumeAsked
-    | ReloadAsked
-    | StopAsked
+    Wish
     | FileChanged
     | ReadingOver
     | ReadingLate

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from flaskd.cleanup import StepResult
 from flaskd.ledger import DrainReport
 from flaskd.lifecycle import State, StopReason
 from flaskd.log.setup import bounded_by
@@ -106,12 +107,23 @@ class SignalRefused:
 
 @dataclass(frozen=True)
 class ReloadEnded:
-    """A reload is over; with a `fault` the old configuration is in force. `error` has a traceback worth telling."""
+    """A reload is over; with a `fault` the old configuration is in force.
+
+    `error` has a traceback worth telling; `trace` is one that comes from a worker.
+    """
 
     what: str
     status: str
     fault: str = ""
     error: BaseException | None = None
+    trace: str = ""
+
+
+@dataclass(frozen=True)
+class WorkersStart:
+    """Workers are being started in this state; told every few seconds until they are ready, or fail."""
+
+    state: State
 
 
 @dataclass(frozen=True)
@@ -137,6 +149,13 @@ class StepsTake:
 
     seconds: float
     left: float
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """A step of the cleanup is over."""
+
+    result: StepResult
 
 
 @dataclass(frozen=True)
@@ -168,8 +187,10 @@ Notice = (
     | ReloadBegan
     | SignalRefused
     | ReloadEnded
+    | WorkersStart
     | StopBegan
     | StepsTake
+    | StepDone
     | Progress
     | Stopped
 )
@@ -209,7 +230,7 @@ def log_it(notice: Notice) -> None:  # noqa: C901 - one case for each
         case ReloadEnded(fault=""):
             log.info(f"reloaded {notice.what}")
         case ReloadEnded():
-            log.error(f"reload failed: {notice.fault}", exc_info=notice.error)
+            log.error(f"reload failed: {notice.fault}{notice.trace}", exc_info=notice.error)
         case StopBegan():
             log.info(f"{notice.status}, at most {notice.deadline:g}s for everything; plan {notice.plan}")
         case Stopped(account):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from flaskd.protocol import Fields, how_many
-from flaskd.text import printable
+from flaskd.text import printable, table
 from flaskd.units import format_duration
 
 
@@ -43,25 +43,30 @@ def record_lines(record: Fields) -> list[str]:
             f"cut={how_many(record, 'cut')}"
         ),
     ]
-    lines += [
-        f"cut: {each['method']} {each['path']} ({each['phase']} for {each['age']:.1f}s): {each['reason']}"
-        for each in record.get("cut", ())
-    ]
+    lines += [f"cut: {_cut(each)}: {each['reason']}" for each in record.get("cut", ())]
     lines += [background_line(each) for each in record.get("background", ())]
     lines += [unfinished_line(each) for each in record.get("unfinished", ())]
     if record.get("unaccepted"):
         lines.append(f"reset in the backlog: {record['unaccepted']} connections")
     lines += [f"policy {step_line(name, entry)}" for name, entry in record.get("policies", {}).items()]
+    lines += [
+        f"worker {each['slot']} (pid {each['pid']}): killed: {each['killed']}"
+        for each in record.get("workers", ())
+        if each.get("killed")
+    ]
     return lines
+
+
+def _cut(each: Fields) -> str:
+    """A request that was cut, in a few words."""
+    worker = f" in worker {each['worker']}" if "worker" in each else ""
+    return f"{each['method']} {each['path']} ({each['phase']} for {each['age']:.1f}s{worker})"
 
 
 def account_lines(fields: Fields) -> list[str]:
     """What a drain or stop lost, and each cleanup step that is not ok, for people: a line each."""
     background, unfinished, policies = (fields.get(key) for key in ("background", "unfinished", "policies"))
-    lines = [
-        f"cut {each['method']} {each['path']} ({each['phase']} for {each['age']:.1f}s): {each['reason']}"
-        for each in fields.get("cut") or ()
-    ]
+    lines = [f"cut {_cut(each)}: {each['reason']}" for each in fields.get("cut") or ()]
     lines += map(background_line, background) if isinstance(background, list) else ()
     lines += map(unfinished_line, unfinished) if isinstance(unfinished, list) else ()
     if isinstance(policies, dict):
@@ -86,14 +91,18 @@ def unfinished_line(entry: Fields) -> str:
 
 
 def thread_line(entry: Fields) -> str:
-    """A thread, for people: what it serves, or that it could."""
-    idle = "idle" if entry["name"].startswith("flaskd-thread") else ""
-    return f"{entry['name']} ({entry['id']}) {entry['request'] or idle}".rstrip()
+    """A thread, for people: what it serves, or that it could; or what is to be said in the place of threads."""
+    if entry["id"] is None:
+        return str(entry["name"])
+    worker = f" of worker {entry['worker']}" if "worker" in entry else ""
+    idle = "idle" if entry["name"].startswith("flaskd-thread-") else ""
+    return f"{entry['name']} ({entry['id']}){worker} {entry['request'] or idle}".rstrip()
 
 
 def request_line(entry: Fields) -> str:
     """A request in flight, for people."""
     where = f" in {entry['thread']}" if entry.get("thread") else ""
+    where += f" of worker {entry['worker']}" if "worker" in entry else ""
     return (
         f"{entry['id']}: {entry['method']} {entry['path']} from {entry['client']}, {entry['phase']} for "
         f"{format_duration(entry['age'])}{where}, {entry['sent']} bytes sent"
@@ -109,6 +118,30 @@ def request_lines(entries: Iterable[Fields]) -> list[str]:
 def thread_lines(entries: Iterable[Fields]) -> list[str]:
     """Threads, for people: a line each, and the stacks that were asked for."""
     return [line for each in entries for line in (thread_line(each), *_indented(each.get("stack", "")))]
+
+
+def worker_lines(entries: Sequence[Fields], deaths: Iterable[Fields], *, wanted: int) -> list[str]:
+    """Workers, for people: a table, and those that died; `wanted` is how many there are to be."""
+    if not wanted:
+        return ["there are no workers: the app runs in the daemon itself (server.workers is 0)"]
+    head = ("slot", "pid", "generation", "state", "age", "in flight", "answered", "connections", "memory", "cpu")
+    rows = [
+        (
+            *("" if each[key] is None else str(each[key]) for key in ("slot", "pid", "generation", "state")),
+            format_duration(round(each["age"])),
+            *(str(each[key]) for key in ("in_flight", "answered", "connections")),
+            f"{each['memory'] >> 20} MiB" if each["memory"] else "?",
+            f"{each['cpu']:.1f}s" if each["cpu"] is not None else "?",
+        )
+        for each in entries
+    ]
+    told = [line for each in deaths for line in (_death_line(each), *(f"    cut {_cut(cut)}" for cut in each["cut"]))]
+    return [*(table([head, *rows]) if rows else [f"no worker is there, of {wanted} that there are to be"]), *told]
+
+
+def _death_line(death: Fields) -> str:
+    what = f"died {death['time']}: worker {death['slot']} (pid {death['pid']}, generation {death['generation']})"
+    return f"{what}: {death['how']}; it held {death['connections']} connections"
 
 
 def _indented(stack: str) -> list[str]:

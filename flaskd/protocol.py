@@ -133,7 +133,7 @@ class Discard:
 _NUMBER = (int, float)
 _RECORD = {
     "reason": str, "started": str, "took": _NUMBER, "completed": int, "rejected": int, "unaccepted": int,
-    "cut": list, "background": list, "unfinished": list, "policies": dict, "omitted": dict,
+    "cut": list, "background": list, "unfinished": list, "policies": dict, "omitted": dict, "workers": list,
 }  # fmt: skip
 _REQUEST = {"method": str, "path": str, "phase": str, "age": _NUMBER, "reason": str}
 _WORK = {"name": str, "age": _NUMBER, "thread": str}

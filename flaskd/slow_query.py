@@ -17,6 +17,8 @@ log = logging.getLogger("flaskd.slow_query")
 
 T = TypeVar("T")
 
+ASKED = "flaskd-asked-"
+"""How the names of the threads begin that find answers."""
 LIMIT = 10.0
 """Seconds that who asks waits for an answer: a file, or the app's own object, may hang."""
 
@@ -52,7 +54,7 @@ class SlowQuery(Generic[T]):
         """
         with self._lock:
             if not self._busy:
-                thread = threading.Thread(target=self._answer, name=f"flaskd-{self._name}", daemon=True)
+                thread = threading.Thread(target=self._answer, name=f"{ASKED}{self._name}", daemon=True)
                 try:
                     thread.start()
                 except RuntimeError as error:

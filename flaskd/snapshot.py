@@ -82,10 +82,27 @@ class Snapshot:
             progress["cleanup"] = list(serving.cleanup)
         return progress
 
+    @property
+    def all_threads(self) -> int:
+        """How many requests can run at once."""
+        return self.threads * max(1, self.serving.wanted)
+
+    @property
+    def workers(self) -> dict[str, Any] | None:
+        """The workers in a few numbers; None where the app runs in the daemon itself."""
+        serving = self.serving
+        if not serving.wanted:
+            return None
+        ready = [each for each in serving.workers if each["state"] == "ready"]
+        generations = sorted({each["generation"] for each in ready})
+        return {"ready": len(ready), "wanted": serving.wanted, "generations": generations, "died": serving.deaths}
+
     def __str__(self) -> str:
         """A line for people, as ``systemctl status`` shows it."""
-        serving = self.serving
+        serving, workers = self.serving, self.workers
         text = f"{self.state}: {len(serving.in_flight)} in flight"
+        if workers is not None and self.state is State.READY:
+            text += f", {workers['ready']} of {workers['wanted']} workers ready"
         if (oldest := serving.oldest) is not None:
             text += f", oldest {oldest}"
         if serving.background:
@@ -115,8 +132,9 @@ class Snapshot:
             "background": [each.as_json() for each in serving.background],
             "queued": serving.queued,
             "connections": serving.connections,
-            "threads": self.threads,
+            "threads": self.all_threads,
             "busy": serving.busy,
+            "workers": self.workers,
             "completed": outcomes["completed"],
             "rejected": outcomes["rejected"],
             "tally": serving.tally.as_json(),

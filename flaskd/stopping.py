@@ -10,7 +10,7 @@ from flaskd.config import Configuration
 from flaskd.holdings import Holdings
 from flaskd.inbox import ExitBegan, ExitOver, StopAsked
 from flaskd.lifecycle import StopReason
-from flaskd.notices import Notices, StepsTake, StopBegan, Stopped
+from flaskd.notices import Notices, StepDone, StepsTake, StopBegan, Stopped
 from flaskd.present import account_lines
 from flaskd.process.descriptors import open_files
 from flaskd.process.exit import Unfinished, at_exit
@@ -92,14 +92,22 @@ class Stopping:
             event.reply.ok("stopping", {**fields, **more}, hint=self._holdings.undone_by)
 
     def claim(self) -> None:
-        """Tell the service manager what the drain and the steps under way may take: one of them began, or ended."""
+        """Tell the service manager what the drain and the steps under way may take: one of them began, or ended.
+
+        Nothing where it is a worker's that is replaced, while the service goes on.
+        """
+        if not self.begun:
+            return
         takes = self._exit_left() if self._exit_left is not None else self._serving.step_left
         self._notices.tell(StepsTake(takes, self._serving.left))
 
     def step_ended(self, event: StepEnded) -> None:
-        """Tell who waits."""
+        """Tell who waits, unless it is a step of a worker that is replaced."""
+        if not self.begun:
+            return
         self.claim()
         result = event.result
+        self._notices.tell(StepDone(result))
         fields = {"policy": result.name, "fate": str(result.fate), "took": round(result.took, 3)}
         if result.why:
             fields["why"] = result.why
@@ -120,8 +128,9 @@ class Stopping:
 
     @property
     def exit_waits_for(self) -> str:
-        """What the end of the process waits for, for people; empty when it has not begun."""
-        return (", ".join(at_exit()) or "the app") if self._exit_left is not None else ""
+        """What the end of the process, or of workers, waits for, for people; empty when it has not begun."""
+        ours = (", ".join(at_exit()) or "the app") if self._exit_left is not None else ""
+        return self._serving.exit_waits_for or ours
 
     def exit_over(self, event: ExitOver) -> None:
         """Note what was cut at the exit, and name it."""

@@ -20,7 +20,7 @@ class Role(IntEnum):
     VIEWER = 1
     """Look."""
     OPERATOR = 2
-    """Drain, resume, reload, change the log level."""
+    """Drain, resume, reload, scale, restart workers, change the log level."""
     ADMIN = 3
     """Stop."""
 
@@ -38,6 +38,8 @@ class Verb(NamedTuple):  # a dataclass would cost every client verb the import o
     """Name of the argument, which may be left out; empty when it takes none."""
     changes: bool = False
     """Whether it changes something: logged with who asked, and over HTTP only for POST."""
+    looks: bool = False
+    """Whether it changes nothing, and any role will do, where its argument is left out."""
     lengthy: bool = False
     """Whether its answer may take a while, also without the flag ``wait``: it hangs on a file, or on the app."""
 
@@ -66,6 +68,7 @@ FLAGS = {
     "wait": "wait until it is over; progress until then",
     "now": "cut drain and cleanup short",
     "stacks": "with the stack of each thread",
+    "config": "the configuration alone: workers are not replaced",
 }
 """What each flag means."""
 
@@ -77,7 +80,30 @@ VERBS: dict[str, Verb] = {
     "drain": Verb("take no new work, finish what is in hand, stay alive", Role.OPERATOR, _WAIT, changes=True),
     "resume": Verb("undo a drain", Role.OPERATOR, _WAIT, changes=True),
     "stop": Verb("drain, run the cleanup policies, exit", Role.ADMIN, _WAIT | {"now"}, changes=True),
-    "reload": Verb("read the configuration anew", Role.OPERATOR, _WAIT, changes=True, lengthy=True),
+    "reload": Verb(
+        "read the configuration anew; with workers also the code, by new workers",
+        Role.OPERATOR,
+        _WAIT | {"config"},
+        changes=True,
+        lengthy=True,
+    ),
+    "workers": Verb("each worker: what it does, what it uses; and those that died"),
+    "scale": Verb(
+        "so many workers, or auto, until a reload changes server.workers",
+        Role.OPERATOR,
+        _WAIT,
+        argument="count",
+        changes=True,
+        lengthy=True,
+    ),
+    "restart": Verb(
+        "new workers in the place of all, or of one slot",
+        Role.OPERATOR,
+        _WAIT,
+        argument="slot",
+        changes=True,
+        lengthy=True,
+    ),
     "check": Verb("what a reload would say, without doing it", lengthy=True),
     "requests": Verb("each request in flight, oldest first", flags=_STACKS),
     "threads": Verb("each thread and what it does", flags=_STACKS),
@@ -85,7 +111,7 @@ VERBS: dict[str, Verb] = {
     "config": Verb("the configuration in force, and where each value came from; secrets hidden"),
     "last-stop": Verb("how the stop before this run went"),
     "log-level": Verb(
-        "the log level, or a new one until the next reload", Role.OPERATOR, argument="level", changes=True
+        "the log level, or a new one until the next reload", Role.OPERATOR, argument="level", changes=True, looks=True
     ),
     "version": Verb("the version of flaskd that runs"),
 }

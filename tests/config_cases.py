@@ -88,7 +88,7 @@ REFUSED = [
 ]
 
 VERBS = (
-    "help, status, health, ready, drain, resume, stop, reload, check, requests, threads, plan, config, last-stop, "
+    "help, status, health, ready, drain, resume, stop, reload, workers, scale, restart, check, requests, threads, plan, config, last-stop, "
     "log-level, version"
 )
 SECTIONS = "server, version, systemd, health, profile, control, cleanup, shutdown, watch, app, pool, log, admin"

@@ -9,13 +9,11 @@ import dataclasses
 import importlib.metadata
 import json
 import os
-import re
 import select
 import signal
 import statistics
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -327,55 +325,6 @@ def test_a_killed_worker_hurts_its_own_connections_alone(instrument, prefork):
     assert all(loss["target"] for loss in account["losses"])
 
 
-class ScriptedFlaskd:
-    """Stands for a flaskd with two workers; a `broken` one changes nothing and exits with 1."""
-
-    name = "flaskd"
-
-    def __init__(self, directory, reload, *, broken):
-        self.directory, self.reload, self.broken = directory, reload, broken
-        self.process = types.SimpleNamespace(poll=lambda: None)
-        self.imports, self.version, self.commands = 2, "", []
-
-    def flaskd(self, verb, *arguments, patience):
-        self.commands.append((verb, *arguments))
-        code, said = (1, "") if self.broken else (0, "")
-        if verb == "reload" and not self.broken:
-            text = (self.directory / "served.py").read_text()
-            version = re.search("VERSION = '(.*)'", text)[1]
-            bad = [each for each in self.reload.BAD if each.version(version) == text]
-            code, said = (70, bad[0].says) if bad else (0, "")
-            self.version = self.version if bad else version
-        if code == 0:
-            self.imports += {"reload": 2, "restart": 1, "scale": 2 if arguments == ("4",) else 0}[verb]
-        return subprocess.CompletedProcess([], code, said, "")
-
-    def ask(self, target, patience):
-        return 200, self.version.encode()
-
-
-@pytest.mark.parametrize(
-    ("scenario", "commands"),
-    [
-        ("reload", [("reload",)] * 2),
-        ("replace", [("restart", "0"), ("restart", "1")]),
-        ("scale", [("scale", "4"), ("scale", "2")] * 2),
-        ("bad", [("reload",)] * 2),
-    ],
-)
-def test_what_workers_go_through_is_asked_for_and_checked(scenario, commands, instrument, monkeypatch, tmp_path):
-    """Each scenario gives its commands, and has no fault where flaskd does as it says; where it does not, it has one each."""
-    workers, reload = instrument("_workers"), instrument("_reload")
-    monkeypatch.setattr(workers, "busy", lambda: None)
-    for broken in (False, True):
-        flaskd = ScriptedFlaskd(tmp_path, reload, broken=broken)
-        story = workers.Story(flaskd, None, 2)
-        workers.STEPS[scenario](story, 2)
-        assert flaskd.commands == commands
-        assert len(story.took) == len(commands)
-        assert not story.faults if not broken else len(story.faults) >= len(commands)
-
-
 def test_a_loss_that_no_kill_explains_is_seen(instrument):
     """A request that another worker had begun is a stray, and one that none had begun unless one was just killed."""
     strays = instrument("_workers").strays
@@ -480,10 +429,6 @@ def test_a_reload_that_breaks_a_promise_says_which(instrument):
         dataclasses.replace(fine, error="it did not become ready"),
     ]
     assert [len(each.faults(kinds["good"])) for each in broken] == [1] * len(broken)
-    printed = reload.report(kinds["good"], {"flaskd": [fine, broken[3]], "gunicorn": broken[-1:]}, 2)
-    assert "| flaskd   |       20 |" in printed
-    assert "| 1 of 2, exit 3 |     new |    0 |" in printed
-    assert printed.endswith("flaskd: it did not become ready\n")
     silent = dataclasses.replace(refused, said="")
     assert silent.faults(kinds["syntax"]) == ["did not say 'SyntaxError'"]
 

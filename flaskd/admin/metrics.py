@@ -10,6 +10,7 @@ from itertools import accumulate
 from typing import Any
 
 from flaskd.lifecycle import State
+from flaskd.pool.handle import Phase
 from flaskd.server import BOUNDS, Histogram
 from flaskd.snapshot import Snapshot
 from flaskd.version import __version__
@@ -47,6 +48,8 @@ def families(now: Snapshot) -> Iterator[Any]:
     """All metrics at one moment."""
     yield from _life(now)
     yield from _requests(now)
+    if now.serving.wanted:
+        yield from _workers(now)
     yield from _stops(now)
 
 
@@ -79,7 +82,7 @@ def _requests(now: Snapshot) -> Iterator[Any]:
         ("flaskd_requests_queued", "Requests that wait for a thread.", serving.queued),
         ("flaskd_oldest_request_seconds", "Age of the oldest request in flight.", oldest.age if oldest else 0.0),
         ("flaskd_connections", "Open connections.", serving.connections),
-        ("flaskd_threads", "Worker threads.", now.threads),
+        ("flaskd_threads", "Threads that run the app.", now.all_threads),
     ):
         yield GaugeMetricFamily(name, text, value)
 
@@ -96,6 +99,31 @@ def _requests(now: Snapshot) -> Iterator[Any]:
         ("flaskd_queue_wait_seconds", "How long complete requests waited for a thread.", serving.tally.waited),
     ):
         yield HistogramMetricFamily(name, text, buckets=_cumulative(histogram), sum_value=histogram.total)
+
+
+def _workers(now: Snapshot) -> Iterator[Any]:
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily  # noqa: PLC0415
+
+    serving = now.serving
+    yield GaugeMetricFamily("flaskd_workers_wanted", "Workers that there are to be.", serving.wanted)
+    states = GaugeMetricFamily("flaskd_workers", "Workers by state.", labels=["state"])
+    for state in Phase:
+        states.add_metric([state], sum(each["state"] == state for each in serving.workers))
+    yield states
+    yield CounterMetricFamily("flaskd_worker_deaths", "Workers that died and were not told to.", serving.deaths)
+    yield CounterMetricFamily(
+        "flaskd_worker_death_requests", "Requests, read whole, that died with a worker.", serving.cut_by_deaths
+    )
+    for key, name, text in (
+        ("in_flight", "flaskd_worker_requests_in_flight", "Requests in flight in each worker."),
+        ("queued", "flaskd_worker_requests_queued", "Requests that wait for a thread in each worker."),
+        ("connections", "flaskd_worker_connections", "Open connections of each worker."),
+        ("generation", "flaskd_worker_generation", "The generation of each worker."),
+    ):
+        family = GaugeMetricFamily(name, text, labels=["worker", "pid"])
+        for each in serving.workers:
+            family.add_metric([str(each["slot"]), str(each["pid"])], each[key])
+        yield family
 
 
 def _stops(now: Snapshot) -> Iterator[Any]:

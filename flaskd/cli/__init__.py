@@ -212,7 +212,13 @@ def _check(path: Path | None, unit: str | None) -> None:
     if unit is not None:
         from flaskd.systemd.unitfiles import compare  # noqa: PLC0415
 
-        if faults := compare(Path(unit), deadline=values.shutdown.deadline, fdstore=values.systemd.fdstore):
+        faults = compare(
+            Path(unit),
+            deadline=values.shutdown.deadline,
+            fdstore=values.systemd.fdstore,
+            workers=bool(values.server.workers),
+        )
+        if faults:
             raise ConfigError("\n".join(faults))
 
 

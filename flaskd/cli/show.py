@@ -17,7 +17,16 @@ import click
 
 from flaskd import text
 from flaskd.errors import CannotCreateError
-from flaskd.present import account_lines, as_text, outcome, record_lines, request_lines, step_line, thread_lines
+from flaskd.present import (
+    account_lines,
+    as_text,
+    outcome,
+    record_lines,
+    request_lines,
+    step_line,
+    thread_lines,
+    worker_lines,
+)
 from flaskd.units import format_duration
 
 _GREEN, _YELLOW, _RED, _DIM = "32", "33", "31", "2"
@@ -121,7 +130,13 @@ def _outcome(fields: dict[str, Any]) -> str:
 
 def status(fields: dict[str, Any]) -> str:
     """The status as a page that one reads in five seconds; what is nothing is left out."""
-    heads = [f"{state(fields['state'])} for {short(fields['for'])}", fields.get("app"), f"pid {fields['pid']}"]
+    none_ready = fields["state"] in {"ready", "reloading"} and fields.get("workers") and not fields["workers"]["ready"]
+    heads = [
+        f"{state(fields['state'])} for {short(fields['for'])}",
+        coloured("but no worker is ready", _RED) if none_ready else "",
+        fields.get("app"),
+        f"pid {fields['pid']}",
+    ]
     rows = {
         "reason": fields.get("reason"),
         "cleanup": ", ".join(fields.get("cleanup") or []),
@@ -130,6 +145,7 @@ def status(fields: dict[str, Any]) -> str:
         "requests": _requests_now(fields),
         "answered": _answered(fields),
         "threads": f"{fields['busy']} of {fields['threads']} busy",
+        "workers": workers_now(fields.get("workers")),
         "connections": str(fields["connections"]),
         "background": ", ".join(map(_background, fields.get("background") or [])),
         "last reload": _last_reload(fields.get("last_reload")),
@@ -148,6 +164,8 @@ def short(seconds: float) -> str:
 
 
 def _background(entry: dict[str, Any]) -> str:
+    if not entry["thread"]:  # a worker's, of which no more is known from here
+        return str(entry["name"])
     return f"{entry['name']} (for {short(entry['age'])} in {entry['thread']})"
 
 
@@ -156,6 +174,15 @@ def _requests_now(fields: dict[str, Any]) -> str:
     if fields.get("queued"):
         text += f", {fields['queued']} of them queued"
     return text + (f"; oldest {fields['oldest']}" if fields.get("oldest") else "")
+
+
+def workers_now(workers: dict[str, Any] | None) -> str:
+    """The workers in a few words; nothing where there are none."""
+    if not workers:
+        return ""
+    generations = ", ".join(map(str, workers["generations"])) or "none"
+    died = f"; {workers['died']} died" if workers["died"] else ""
+    return f"{workers['ready']} of {workers['wanted']} ready, generation {generations}{died}"
 
 
 def _answered(fields: dict[str, Any]) -> str:
@@ -201,6 +228,9 @@ _PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "status": status,
     "requests": requests,
     "threads": threads,
+    "workers": lambda fields: "\n".join(
+        worker_lines([*fields["list"], *fields["templates"]], fields["deaths"], wanted=fields["wanted"])
+    ),
     "config": lambda fields: str(fields["yaml"]).rstrip(),
     "log-level": lambda fields: " ".join(
         filter(None, [fields["level"], f"({fields['hint']})" if "hint" in fields else ""])
@@ -234,7 +264,10 @@ def _line(fields: dict[str, Any]) -> None:
     click.echo(f".. {as_text({key: value for key, value in fields.items() if key != 'event'})}{more}", err=True)
 
 
-_DOING = {"drain": "draining", "stop": "stopping", "resume": "resuming", "reload": "reloading"}
+_DOING = {
+    "drain": "draining", "stop": "stopping", "resume": "resuming", "reload": "reloading", "scale": "scaling",
+    "restart": "restarting",
+}  # fmt: skip
 _REDRAW = 0.2
 """Seconds."""
 _BAR, _SHORT_BAR, _NARROW = 20, 6, 70

@@ -102,6 +102,8 @@ def page(look: Look, measured: Rates, width: int, height: int) -> list[str]:
     else:
         lines += [f"  {a:<6}{b:>10}    {c:<10}{d:>8}    {e:<13}{f!s:>8}" for a, b, c, d, e, f in table]
     extra = [f"{key}: {', '.join(map(str, status[key]))}" for key in ("cleanup",) if status.get(key)]
+    if workers := show.workers_now(status.get("workers")):
+        extra.insert(0, f"workers: {workers}")
     if status.get("reason"):
         extra.insert(0, f"reason: {status['reason']}")
     lines += [f"  {each}" for each in extra]

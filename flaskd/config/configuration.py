@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -65,6 +65,20 @@ class Configuration:
     def origins(self) -> dict[str, str]:
         """Where each value came from that is not a default, by dotted key."""
         return {dotted(path): origin for path, origin in self._origins.items()}
+
+    def within(self, times: tuple[float, float, float] | None) -> Configuration:
+        """The same, whose stop has so many seconds, so many of them in reserve, and is announced for so many at most.
+
+        None: what it says itself.
+        """
+        shutdown = self.values.shutdown
+        if times is None:
+            return self
+        deadline, reserve, announce = times
+        less = {"announce": min(announce, shutdown.announce)}
+        if deadline < shutdown.deadline:
+            less |= {"deadline": deadline, "reserve": min(reserve, deadline)}
+        return replace(self, values=self.values.model_copy(update={"shutdown": shutdown.model_copy(update=less)}))
 
     def restart_keys(self, new: Configuration) -> list[str]:
         """Name the dotted keys in which ``new`` differs and that only a restart of the daemon can change.

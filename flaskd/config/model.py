@@ -146,7 +146,9 @@ class RolesConfig(Settings):
     """Who may do what over the control socket: users by name or number, groups with an @ before; each in quotes."""
 
     viewer: OneOrMany[Member] = field([], description="May look.")
-    operator: OneOrMany[Member] = field([], description="May drain, resume, reload and change the log level, too.")
+    operator: OneOrMany[Member] = field(
+        [], description="May drain, resume, reload, scale, restart workers and change the log level, too."
+    )
     admin: OneOrMany[Member] = field([], description="May stop, too. Root and the daemon's own user always may.")
 
     def members(self) -> dict[str, list[str]]:

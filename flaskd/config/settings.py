@@ -137,6 +137,12 @@ class Settings:
     def __delattr__(self, name: str) -> None:
         raise AttributeError(f"cannot delete {name}: the values of a configuration never change")
 
+    def __setstate__(self, state: tuple[dict[str, Any] | None, dict[str, Any]]) -> None:
+        """Take what pickle has of another one: a configuration goes to worker processes so."""
+        values, slots = state
+        self.__dict__.update(values or {})  # pickle has None for one without fields
+        object.__setattr__(self, "model_fields_set", slots["model_fields_set"])
+
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and self.__dict__ == other.__dict__
 

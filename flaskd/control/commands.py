@@ -31,8 +31,8 @@ class Command:
 
     @property
     def changes(self) -> bool:
-        """Whether it changes something; a verb whose argument is left out only looks."""
-        return self.verb.changes and (not self.verb.argument or bool(self.argument))
+        """Whether it changes something; some verbs only look where their argument is left out."""
+        return self.verb.changes and (not self.verb.looks or bool(self.argument))
 
     @property
     def role(self) -> Role:
@@ -90,9 +90,9 @@ def from_fields(name: Any, fields: Mapping[str, Any], peer: Peer) -> Command:
                 raise UsageError(f'{name}: "{key}" must be true or false')
             flags |= {key} if value else set()
         elif key == verb.argument and key:
-            if not isinstance(value, str) or not value:
-                raise UsageError(f'{name}: "{key}" must be text')
-            argument = value
+            argument = str(value) if type(value) is int else value  # no bool, which is an int, too
+            if not isinstance(argument, str) or not argument:
+                raise UsageError(f'{name}: "{key}" must be text or a whole number')
         else:
             raise UsageError(_unknown(name, verb, key))
     return Command(name, verb, peer, frozenset(flags), argument)

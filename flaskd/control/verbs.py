@@ -5,17 +5,16 @@ They run in the control thread, and never wait: what may take a while is asked e
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flaskd.background_work import on_one_line
+from flaskd.config.fields import MAX_WORKERS
 from flaskd.errors import UsageError
-from flaskd.inbox import DrainAsked, ReloadAsked, ResumeAsked, StopAsked
+from flaskd.inbox import DrainAsked, ReloadAsked, RestartAsked, ResumeAsked, ScaleAsked, StopAsked
 from flaskd.lifecycle import StopReason
-from flaskd.present import record_lines, request_lines, status_lines, thread_lines
+from flaskd.present import record_lines, request_lines, status_lines, thread_lines, worker_lines
+from flaskd.process.cpus import usable
 from flaskd.protocol import Reply
-from flaskd.stacks import stack_of
 from flaskd.text import table
 from flaskd.verbs import FLAGS, VERBS, find_verb
 from flaskd.version import __version__
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from flaskd.config import Configuration
     from flaskd.control.commands import Command
     from flaskd.daemon import Daemon
+    from flaskd.ledger import InFlight
 
 _LEVELS = ("debug", "info", "warning", "error")
 
@@ -61,7 +61,10 @@ def _health(daemon: Daemon, _command: Command, reply: Reply) -> None:
 def _ready(daemon: Daemon, _command: Command, reply: Reply) -> None:
     state = daemon.state
     if state in {"ready", "reloading"}:
-        reply.ok("ready")
+        if why := daemon.serving.unready:
+            reply.error("not-ready", why)
+        else:
+            reply.ok("ready")
     else:
         reply.error("not-ready", f"flaskd is {state}")
 
@@ -76,28 +79,23 @@ def _stop(daemon: Daemon, command: Command, reply: Reply) -> None:
 
 
 def _requests(daemon: Daemon, command: Command, reply: Reply) -> None:
-    found = daemon.serving.requests(stacks="stacks" in command.flags)
+    if "stacks" in command.flags:
+        daemon.questions.stacks.ask(reply, _tell_requests)
+    else:
+        _tell_requests(reply, daemon.serving.requests())
+
+
+def _tell_requests(reply: Reply, found: Sequence[InFlight]) -> None:
     entries = [each.as_json() for each in found]
     reply.ok("requests", {"in_flight": len(entries)}, detail={"requests": entries}, lines=request_lines(entries))
 
 
 def _threads(daemon: Daemon, command: Command, reply: Reply) -> None:
-    doing = {each.thread: str(each) for each in daemon.serving.requests()}
-    over = {
-        each.name: f"{request}; it is over, its thread goes on"
-        for each, request in daemon.serving.left_behind().items()
-    }
-    entries: list[dict[str, Any]] = []
-    for thread in threading.enumerate():
-        entry = {
-            "name": on_one_line(thread.name),
-            "id": thread.native_id,
-            "daemon": thread.daemon,
-            "request": over.get(thread.name) or doing.get(thread.name),
-        }
-        if "stacks" in command.flags:
-            entry["stack"] = stack_of(thread)
-        entries.append(entry)
+    questions = daemon.questions
+    (questions.thread_stacks if "stacks" in command.flags else questions.threads).ask(reply, _tell_threads)
+
+
+def _tell_threads(reply: Reply, entries: Sequence[dict[str, Any]]) -> None:
     reply.ok("threads", {"threads": len(entries)}, detail={"list": entries}, lines=thread_lines(entries))
 
 
@@ -134,7 +132,42 @@ def _log_level(daemon: Daemon, command: Command, reply: Reply) -> None:
     if level not in _LEVELS:
         raise UsageError(f'log-level: expected one of {", ".join(_LEVELS)}, got "{level}"')
     daemon.logs.set_level(level)
+    daemon.serving.set_log_level(level)
     reply.ok(level, {"before": before}, detail={"level": level}, hint="until the next reload")
+
+
+def _workers(daemon: Daemon, _command: Command, reply: Reply) -> None:
+    daemon.questions.workers.ask(reply, lambda reply, entries: _tell_workers(daemon, reply, entries))
+
+
+def _tell_workers(daemon: Daemon, reply: Reply, entries: Sequence[dict[str, Any]]) -> None:
+    deaths = daemon.serving.deaths()
+    workers, templates = ([each for each in entries if (each["slot"] is None) is of] for of in (False, True))
+    now = daemon.serving.snapshot()
+    fields = {"workers": len(workers), "wanted": now.wanted, "died": now.deaths}
+    detail = {"list": workers, "templates": templates, "deaths": deaths}
+    reply.ok("workers", fields, detail=detail, lines=worker_lines(entries, deaths, wanted=now.wanted))
+
+
+def _scale(daemon: Daemon, command: Command, reply: Reply) -> None:
+    asked = command.argument
+    if asked == "auto":
+        daemon.ask(ScaleAsked(usable(), reply=reply))
+    elif asked.isascii() and asked.isdecimal() and 1 <= int(asked) <= MAX_WORKERS:
+        daemon.ask(ScaleAsked(int(asked), reply=reply))
+    else:
+        raise UsageError(f'scale: expected a number from 1 to {MAX_WORKERS}, or auto, got "{asked}"')
+
+
+def _restart(daemon: Daemon, command: Command, reply: Reply) -> None:
+    slot = command.argument
+    if slot and not (slot.isascii() and slot.isdecimal()):
+        raise UsageError(f'restart: expected the number of a slot, got "{slot}"; see workers')
+    daemon.ask(RestartAsked(int(slot) if slot else None, reply=reply))
+
+
+def _reload(daemon: Daemon, command: Command, reply: Reply) -> None:
+    daemon.ask(ReloadAsked(only_configuration="config" in command.flags, reply=reply))
 
 
 def _version(_daemon: Daemon, _command: Command, reply: Reply) -> None:
@@ -149,11 +182,14 @@ RUN: Mapping[str, Callable[[Daemon, Command, Reply], None]] = {
     "drain": _drain,
     "resume": lambda daemon, _, reply: daemon.ask(ResumeAsked(reply=reply)),
     "stop": _stop,
-    "reload": lambda daemon, _, reply: daemon.ask(ReloadAsked(reply=reply)),
-    "check": lambda daemon, _, reply: daemon.checking.ask(reply, _tell_valid),
+    "reload": _reload,
+    "workers": _workers,
+    "scale": _scale,
+    "restart": _restart,
+    "check": lambda daemon, _, reply: daemon.questions.check.ask(reply, _tell_valid),
     "requests": _requests,
     "threads": _threads,
-    "plan": lambda daemon, _, reply: daemon.planning.ask(reply, _tell_plan),
+    "plan": lambda daemon, _, reply: daemon.questions.plan.ask(reply, _tell_plan),
     "config": _config,
     "last-stop": _last_stop,
     "log-level": _log_level,

@@ -50,9 +50,14 @@ Hide = Callable[[str], str]
 class _ForPeople(logging.Formatter):
     """A record as text that is one entry, whatever stands in it: nothing in it begins another, or paints a terminal."""
 
-    def __init__(self, hide: Hide) -> None:
+    def __init__(self, hide: Hide, always: Mapping[str, Any]) -> None:
         super().__init__()
-        self._hide = hide
+        self._hide, self._always = hide, always
+
+    @property
+    def _who(self) -> str:
+        """Which worker says it, where there are some and one log has the words of all."""
+        return f"worker {self._always['worker']}: " if "worker" in self._always else ""
 
     def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's own name
         """The traceback, in which the exceptions' own texts are a line each."""
@@ -71,12 +76,12 @@ class _ForPeople(logging.Formatter):
 
 
 class _Text(_ForPeople):
-    def __init__(self, hide: Hide, *, colour: bool) -> None:
-        super().__init__(hide)
+    def __init__(self, hide: Hide, always: Mapping[str, Any], *, colour: bool) -> None:
+        super().__init__(hide, always)
         self._colour = colour
 
     def format(self, record: logging.LogRecord) -> str:
-        line = f"{timestamp(record.created)} {record.levelname.lower():<7} {self.whole(record)}"
+        line = f"{timestamp(record.created)} {record.levelname.lower():<7} {self._who}{self.whole(record)}"
         colour = _COLOURS.get(record.levelno) if self._colour else None
         return f"{colour}{line}\x1b[0m" if colour else line
 
@@ -85,15 +90,15 @@ class _Prefixed(_ForPeople):
     """For what reads standard error and knows the journal's prefixes."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return Entry(b"", _PRIORITIES.get(record.levelno, 6), self.whole(record)).prefixed()
+        return Entry(b"", _PRIORITIES.get(record.levelno, 6), f"{self._who}{self.whole(record)}").prefixed()
 
 
 class _Json(logging.Formatter):
     """One JSON object a line, in ASCII whatever the encoding of standard error; keys are stable."""
 
-    def __init__(self, hide: Hide) -> None:
+    def __init__(self, hide: Hide, always: Mapping[str, Any]) -> None:
         super().__init__()
-        self._hide = hide
+        self._hide, self._always = hide, always
 
     def format(self, record: logging.LogRecord) -> str:
         found: dict[str, Any] = {
@@ -102,7 +107,7 @@ class _Json(logging.Formatter):
             "logger": record.name,
             "message": bounded(self._hide(record.getMessage())),
         }
-        found.update(getattr(record, "fields", {}))
+        found.update({**self._always, **getattr(record, "fields", {})})
         if record.exc_info:
             found["exception"] = bounded(self._hide(self.formatException(record.exc_info)))
         return json.dumps(found, default=str)
@@ -120,7 +125,7 @@ class _Native(_ForPeople):
             "SYSLOG_IDENTIFIER": "flaskd",
             "FLASKD_LOGGER": record.name,
         }
-        for key, value in getattr(record, "fields", {}).items():
+        for key, value in {**self._always, **getattr(record, "fields", {})}.items():
             if value is not None:
                 text = json.dumps(value) if isinstance(value, list | dict) else str(value)
                 fields[field_name("request_id" if key == "id" else key)] = text
@@ -287,6 +292,8 @@ class Logs:
         self._before: list[tuple[int, bool]] = []
         self._level = logging.WARNING
         self.access: Access = "off"
+        self.always: dict[str, Any] = {}
+        """Fields of each line; where the format has none, a worker is named; set before the first `apply`."""
 
     def __enter__(self) -> Self:
         self._before = [(logger.level, logger.propagate) for logger in self._loggers]
@@ -352,8 +359,8 @@ class Logs:
         self._adopted[access_log.name].set_level(least)
         access_log.setLevel(least)
         self.access = access
-        self._daemon.setFormatter(_formatter(log_format, hide))
-        chosen = _formatter(log_format, str)
+        self._daemon.setFormatter(_formatter(log_format, hide, self.always))
+        chosen = _formatter(log_format, str, self.always)
         # A JSON access line is already whole; a text one has its own date. Only containers around it differ.
         bare = isinstance(chosen, _Text) or (access == "json" and not isinstance(chosen, _Native))
         self._access.setFormatter(_Bare() if bare else chosen)
@@ -372,11 +379,11 @@ class Logs:
         return self._daemon.line(logging.LogRecord("flaskd.log.setup", logging.WARNING, "", 0, words, None, None))
 
 
-def _formatter(log_format: Format, hide: Hide) -> logging.Formatter:
+def _formatter(log_format: Format, hide: Hide, always: Mapping[str, Any]) -> logging.Formatter:
     if log_format in {"auto", "journal"} and in_journal(os.environ):
-        return _Native(hide)
+        return _Native(hide, always)
     if log_format == "json":
-        return _Json(hide)
+        return _Json(hide, always)
     if log_format == "journal":
-        return _Prefixed(hide)
-    return _Text(hide, colour=_on_terminal() and "NO_COLOR" not in os.environ)
+        return _Prefixed(hide, always)
+    return _Text(hide, always, colour=_on_terminal() and "NO_COLOR" not in os.environ)

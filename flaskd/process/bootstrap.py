@@ -43,6 +43,24 @@ def heed_signals() -> None:
             signal.signal(number, _leave_if_hung_up if number in HANG_UP else _wait_and_see)
 
 
+def heed_as_worker() -> None:
+    """Let signals that go to all processes of a terminal do nothing: the supervisor heeds them, and tells its workers.
+
+    By functions of Python's, because children of the app would inherit that a signal is ignored (signal(7)).
+    """
+    for number in (*STOP, *HANG_UP):
+        if number != signal.SIGTERM:
+            signal.signal(number, _wait_and_see)
+    undo_inherited()
+
+
+def heed_as_template() -> None:
+    """Let all signals that ask for something do nothing: a template ends when its supervisor wants it to."""
+    for number in (*STOP, *HANG_UP):
+        signal.signal(number, _wait_and_see)
+    undo_inherited()
+
+
 def undo_inherited() -> None:
     """Undo what the parent may have set, and exec(2) kept: signals blocked that flaskd heeds, children not waited for.
 

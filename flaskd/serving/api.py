@@ -18,6 +18,9 @@ from flaskd.process.exit import Unfinished
 from flaskd.server import Drain, Tally
 from flaskd.sockets import Listener
 
+Outcome = Callable[[FlaskdError | None], None]
+"""Is told of something that was asked for: None where it was done."""
+
 
 @dataclass(frozen=True)
 class Ready:
@@ -62,7 +65,34 @@ class Died:
     error: BaseException | None
 
 
-ServingEvent = Ready | Failed | Drained | StepBegan | StepEnded | CleanupOver | Died
+@dataclass(frozen=True)
+class Renewed:
+    """The workers have that configuration, and where it was asked for new code; or the old one, and why.
+
+    `replaced` workers are new all the same where there is an error, and the configuration is theirs.
+    """
+
+    configuration: Configuration
+    error: FlaskdError | None
+    replaced: int = 0
+
+
+@dataclass(frozen=True)
+class WorkersStart:
+    """So many workers are being started, the first of them for `age` seconds; told every few seconds meanwhile."""
+
+    count: int
+    age: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """Something of what serves is to be done in the thread of the events."""
+
+    run: Callable[[], None]
+
+
+ServingEvent = Ready | Failed | Drained | StepBegan | StepEnded | CleanupOver | Died | Renewed | WorkersStart | Work
 
 
 @dataclass(frozen=True)
@@ -81,6 +111,14 @@ class ServingSnapshot:
     """The cleanup steps that run now."""
     steps: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Each cleanup step's fate so far."""
+    workers: tuple[dict[str, Any], ...] = ()
+    """Each worker, with stable keys for programs."""
+    wanted: int = 0
+    """How many workers there are to be; 0 where the app runs in the daemon itself."""
+    deaths: int = 0
+    """How many workers died that were not told to."""
+    cut_by_deaths: int = 0
+    """How many requests, read whole, died with them."""
 
     @property
     def oldest(self) -> InFlight | None:
@@ -129,6 +167,10 @@ class Serving(Protocol):
     def refuse(self) -> None:
         """Answer 503 on listeners that others share: it is drained."""
 
+    @property
+    def may_resume(self) -> bool:
+        """Whether `resume` can be called now; where it cannot, what it waits for is begun."""
+
     def resume(self) -> Sequence[Listener]:
         """Serve again, and give the listeners, some of which may be new. Raises CannotCreateError."""
 
@@ -137,6 +179,33 @@ class Serving(Protocol):
 
     def apply(self, configuration: Configuration, plan: Plan) -> None:
         """Serve by a configuration that was prepared from now on; where that cannot be, raises and changes nothing."""
+
+    renews: bool
+    """Whether a reload brings new code, by new workers: `renew` then goes before `apply`."""
+
+    def renew(self, configuration: Configuration, *, only_configuration: bool) -> None:
+        """Bring a configuration that was prepared to the workers; posts `Renewed`."""
+
+    def break_off_renewal(self, why: str) -> None:
+        """End the reload or restart under way, if there is one; who waits for it is told why."""
+
+    def scale(self, count: int, told: Outcome) -> None:
+        """Have so many workers; `told` hears when the new ones are ready, or why one is not."""
+
+    def restart(self, number: int | None, told: Outcome) -> None:
+        """Replace the worker of one slot, or of all."""
+
+    def threads(self, *, stacks: bool = False) -> list[dict[str, Any]]:
+        """The threads of the process that serves, or of all workers; may take its time (any thread)."""
+
+    def workers(self) -> list[dict[str, Any]]:
+        """Each worker, with what it uses; may take its time (any thread)."""
+
+    def deaths(self) -> list[dict[str, Any]]:
+        """The last workers that died and were not told to (any thread)."""
+
+    def set_log_level(self, level: str) -> None:
+        """Let the workers log from this level on (any thread)."""
 
     def started(self, configuration: Configuration) -> None:
         """The start has succeeded."""
@@ -168,8 +237,19 @@ class Serving(Protocol):
     def step_left(self) -> float:
         """Seconds that the drain, and the steps that run now, may still take at most."""
 
+    @property
+    def exit_waits_for(self) -> str:
+        """What the ends of other processes wait for, for people; empty where none is at its end."""
+
     def end(self, unfinished: tuple[Unfinished, ...]) -> Account:
         """End all threads after the stop; `unfinished` is what was cut at the end of the process."""
+
+    def end_processes(self) -> None:
+        """End at once what runs in other processes: this one leaves without waiting (any thread)."""
+
+    @property
+    def unready(self) -> str:
+        """Why no request can be answered now, though it was ready; empty while one can (any thread)."""
 
     @property
     def silent_for(self) -> float:

@@ -4,33 +4,22 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flaskd.background_work import background_work
-from flaskd.cleanup import Frame, Plan, build_plan, overview
+from flaskd.cleanup import Plan
 from flaskd.config import Config, Configuration
-from flaskd.ledger import InFlight
 from flaskd.lifecycle import StopReason
 from flaskd.process.exit import Unfinished
-from flaskd.server import Drain, WaitressThread
+from flaskd.server import Board, Drain
 from flaskd.serving import launch, loading
-from flaskd.serving.api import (
-    Account,
-    CleanupOver,
-    Died,
-    Drained,
-    Failed,
-    Ready,
-    ServingEvent,
-    ServingSnapshot,
-    StepBegan,
-    StepEnded,
-)
+from flaskd.serving.api import Account, CleanupOver, Died, Drained, Failed, Ready, ServingEvent, StepBegan, StepEnded
 from flaskd.serving.forecast import Forecast
 from flaskd.serving.loading import LoadedApp
 from flaskd.serving.pipeline import Pipeline
+from flaskd.serving.shown import Shown
 from flaskd.serving.stop import CleanupThread, Stop
 from flaskd.sockets import Listener
 
@@ -40,7 +29,21 @@ _LAST_END = 0.2
 """Seconds that the threads of the server have to end when the stop is over."""
 
 
-class InProcess:
+@dataclass(frozen=True)
+class AsWorker:
+    """What is different where this process is a worker, whose supervisor has the listeners.
+
+    `board` is read by the supervisor; `listeners` gives those to go on with after a drain; `closed` is called when the
+    copies of those that are the service's alone are closed. With `first` what the last stop kept is brought back.
+    """
+
+    board: Board
+    listeners: Callable[[], Sequence[Listener]]
+    closed: Callable[[], None]
+    first: bool
+
+
+class InProcess(Shown):
     """Serves the app here; see `flaskd.serving.api.Serving` for what its methods do.
 
     `post` takes what happens. `given` is the app in hand, or makes it when its time has come; without it the app that
@@ -53,24 +56,24 @@ class InProcess:
         self,
         post: Callable[[ServingEvent], None],
         *,
-        app: Callable[..., Any] | None,
+        app: Callable[..., Any] | LoadedApp | None,
         make_app: Callable[[], Callable[..., Any]] | None,
         environ: Mapping[str, str],
         readiness: Callable[[], tuple[str, str]],
         answered: Callable[[dict[str, Any]], None],
         idle_over: Callable[[], None],
         leaves: bool,
+        worker: AsWorker | None = None,
     ) -> None:
+        super().__init__(Forecast(leaves=leaves), scope="worker" if worker is not None else None)
         self._post = post
+        self._worker = worker
         self._given, self._make_app = app, make_app
         self._environ = environ
         self._readiness, self._answered, self._idle_over = readiness, answered, idle_over
-        self._forecast = Forecast(leaves=leaves)
         self._cleanup_thread = CleanupThread()
         self._app: LoadedApp | None = None
         self._use_up: Callable[[], None] = lambda: None
-        self._server: WaitressThread | None = None
-        self._pipeline: Pipeline | None = None
 
     # --- start ---
 
@@ -82,18 +85,25 @@ class InProcess:
         """Import the app, prepare the cleanup, and bring back what the last stop kept in `state` (main thread)."""
         given = loading.make_app(self._make_app) if self._make_app is not None else self._given
         app = self._app = launch.find_app(config.app, given, self._environ)
-        plan = build_plan(config.cleanup)
+        plan = self._plan(config)
         plan.prepare()
         self._forecast.set(plan, config.cleanup, app)
-        self._use_up = launch.restore(plan, app, state)
+        if self._worker is None or self._worker.first:
+            self._use_up = launch.restore(plan, app, state)
         return app
 
     def make_server(self, config: Config, listeners: Sequence[Listener]) -> None:
         """Make the server, which is not started yet; from here on there is something to drain."""
         assert self._app is not None
         server = self._server = launch.make_server(
-            config.server, self._app, list(listeners), on_death=lambda error: self._post(Died(error))
+            config.server,
+            self._app,
+            list(listeners),
+            on_death=lambda error: self._post(Died(error)),
+            board=self._worker.board if self._worker is not None else None,
         )
+        if self._worker is not None:
+            server.on_closed = self._worker.closed
         self._pipeline = Pipeline(server, drained=lambda drain: self._post(Drained(drain)), waits_again=True)
 
     def start(self, configuration: Configuration) -> None:
@@ -104,13 +114,15 @@ class InProcess:
             error = launch.probe(server, health)
             self._post(Ready() if error is None else Failed(error))
 
-        server.start(first=lambda: self._set_server(configuration.values))
+        server.start(first=lambda: self._set_server(configuration.values), accepting=self._worker is None)
         # In a thread of its own, so that a signal need not wait for the app.
         threading.Thread(target=probe, name="flaskd-probe", daemon=True).start()
 
     def started(self, configuration: Configuration) -> None:
         """The start has succeeded: what was brought back is used up, and what the app holds is looked for."""
         self._use_up()
+        if self._worker is not None:
+            self._running.accept()
         self._watch_idle(configuration.values)
         self._forecast.look_around()
 
@@ -120,15 +132,10 @@ class InProcess:
             self._server.abandon()
         self._cleanup_thread.dismiss()
 
-    @property
-    def _running(self) -> WaitressThread:
-        assert self._server is not None
-        return self._server
+    exit_waits_for = ""
 
-    @property
-    def _pipe(self) -> Pipeline:
-        assert self._pipeline is not None
-        return self._pipeline
+    def end_processes(self) -> None:
+        """There are none."""
 
     # --- drain, resume, reload ---
 
@@ -156,15 +163,19 @@ class InProcess:
 
     def resume(self) -> Sequence[Listener]:
         """Serve again."""
-        self._running.resume()
+        self._running.resume(self._worker.listeners() if self._worker is not None else None)
         self._pipe.undo_drain()
         return self._running.listeners
 
     def prepare(self, configuration: Configuration) -> Plan:
         """Make the plan, and import what it needs."""
-        plan = build_plan(configuration.values.cleanup)
+        plan = self._plan(configuration.values)
         plan.prepare()
         return plan
+
+    def close_listeners(self) -> None:
+        """End the announce of the drain under way, so that the listeners are closed."""
+        self._running.close_listeners()
 
     @property
     def policies(self) -> Plan:
@@ -188,13 +199,9 @@ class InProcess:
 
     def _watch_idle(self, config: Config) -> None:
         idle = config.shutdown.idle
-        self._running.watch_idle(idle.after, idle.ignore, self._idle_over)
+        self._running.watch_idle(idle.after, idle.ignore, self._idle_over if self._worker is None else None)
 
     # --- stop ---
-
-    @property
-    def _stop(self) -> Stop | None:
-        return self._pipeline.stop if self._pipeline is not None else None
 
     @property
     def _stopping(self) -> Stop:
@@ -264,74 +271,6 @@ class InProcess:
         self._running.end(timeout=min(_LAST_END, stop.left))
         late = report.with_unfinished((Unfinished("finalizers"),))
         return Account(report, stop.record(report), stop.record(late), stop.took, stop.policies)
-
-    # --- any thread ---
-
-    @property
-    def in_flight(self) -> int:
-        """How many requests are in flight."""
-        return self._server.in_flight if self._server is not None else 0
-
-    @property
-    def silent_for(self) -> float:
-        """Seconds since the loop last turned."""
-        return self._server.silent_for if self._server is not None else 0.0
-
-    def snapshot(self) -> ServingSnapshot:
-        """What there is to know."""
-        server, stop = self._server, self._stop
-        if server is None:
-            return ServingSnapshot(background=background_work())
-        in_flight = tuple(server.requests())
-        return ServingSnapshot(
-            in_flight=in_flight,
-            background=background_work(),
-            queued=server.queued,
-            connections=server.connections,
-            busy=len({each.thread for each in in_flight if each.thread}),
-            tally=server.tally(),
-            idle=server.idle,
-            cleanup=stop.running if stop is not None else (),
-            steps=stop.policies if stop is not None else {},
-        )
-
-    def requests(self, *, stacks: bool = False) -> list[InFlight]:
-        """What is in flight."""
-        return self._server.requests(stacks=stacks) if self._server is not None else []
-
-    def left_behind(self) -> dict[threading.Thread, InFlight]:
-        """The threads that go on with a request that is over."""
-        return self._server.left_behind() if self._server is not None else {}
-
-    def plan(self, configuration: Configuration) -> dict[str, Any]:
-        """The plan as it stands now, with what the app holds."""
-        config = configuration.values
-        if self._server is not None:
-            return self._forecast.overview(config, fresh=self._stop is None)
-        answer = {"discovery": config.cleanup.discovery.mode, **overview(build_plan(config.cleanup), Frame.of(config))}
-        answer["text"] += "\nflaskd is starting: a stop would end it at once now, and run none of these"
-        return answer
-
-    def describe_stop(self) -> dict[str, Any]:
-        """What a shutdown endpoint's answer tells."""
-        plan = self._stop.plan if self._stop is not None else self._forecast.plan
-        return {"plan": plan.id, "steps": self._forecast.steps(plan), "in_flight": self.in_flight}
-
-    def turns(self, timeout: float) -> bool:
-        """Whether the loop turns."""
-        return self._running.turns(timeout)
-
-    def answers(self, timeout: float) -> bool:
-        """Whether it answers."""
-        return self._running.answers(timeout)
-
-    def all_are_at(self) -> Hashable | None:
-        """What all threads are at."""
-        return self._running.all_are_at()
-
-    def moved(self) -> Hashable:
-        """How far the requests are."""
-        return self._server.moved() if self._server is not None else None
 
     def close_gates(self) -> None:
         """Deal with listeners that are not shared any more."""

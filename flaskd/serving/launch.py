@@ -16,7 +16,7 @@ from flaskd.cleanup import Plan, Step
 from flaskd.config import AppConfig, Config, HealthConfig, ServerConfig
 from flaskd.errors import AppError, CannotCreateError, ConfigError, FlaskdError, UnsupportedError, shortage
 from flaskd.process.descriptors import open_files
-from flaskd.server import BehindProxies, WaitressThread, adjustments, missed_by_proxy_fix
+from flaskd.server import BehindProxies, Board, WaitressThread, adjustments, missed_by_proxy_fix
 from flaskd.serving import loading
 from flaskd.serving.loading import LoadedApp
 from flaskd.serving.patching import check_unpatched
@@ -153,8 +153,10 @@ def keep(config: Config, listeners: Sequence[Listener], store: Store) -> None:
         store.keep(zip(listen, own, strict=False))  # none is own when sockets were passed and none is named
 
 
-def find_app(app: AppConfig, given: Callable[..., Any] | None, environ: Mapping[str, str]) -> LoadedApp:
+def find_app(app: AppConfig, given: Callable[..., Any] | LoadedApp | None, environ: Mapping[str, str]) -> LoadedApp:
     """The app in hand, or the one that is named; raises as `flaskd.serving.loading.load_app` does."""
+    if isinstance(given, LoadedApp):  # it was found before this process was forked
+        return given
     if given is None:
         found = loading.load_app(loading.choose_target(app.target, environ, Path.cwd()))
         check_unpatched()
@@ -183,7 +185,12 @@ def _use_up(steps: Iterable[Step], state: Path | None) -> None:
 
 
 def make_server(
-    server: ServerConfig, app: LoadedApp, listeners: list[Listener], *, on_death: Callable[[BaseException | None], None]
+    server: ServerConfig,
+    app: LoadedApp,
+    listeners: list[Listener],
+    *,
+    on_death: Callable[[BaseException | None], None],
+    board: Board | None = None,
 ) -> WaitressThread:
     """A server for the app on bound listeners, not started yet; RLIMIT_NOFILE is raised when they need it.
 
@@ -199,6 +206,7 @@ def make_server(
         backlog=server.backlog,
         adjustments=adjustments(server, open_files.limit(raised=True)),
         on_death=on_death,
+        board=board,
     )
 
 

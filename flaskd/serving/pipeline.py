@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flaskd.background_work import in_background
-from flaskd.cleanup import DiscoveryRun, Plan, Spare, StepResult
+from flaskd.cleanup import DiscoveryRun, Plan, Spare, StepResult, Times
 from flaskd.config import CleanupConfig, ShutdownConfig
 from flaskd.errors import described
 from flaskd.lifecycle import StopReason
-from flaskd.server import Drain, Drainable
+from flaskd.server import DRAIN_GUARD, Drain, Drainable
 from flaskd.serving.stop import Stop
 
 if TYPE_CHECKING:
@@ -33,7 +33,12 @@ class Pipeline:
     """
 
     def __init__(
-        self, server: Drainable, *, drained: Callable[[Drain], None] = lambda _: None, waits_again: bool = False
+        self,
+        server: Drainable,
+        *,
+        drained: Callable[[Drain], None] = lambda _: None,
+        waits_again: bool = False,
+        guard: float = DRAIN_GUARD,
     ) -> None:
         self.drain: Drain | None = None
         """The drain that was begun last; None while there was none, or it was undone."""
@@ -42,6 +47,7 @@ class Pipeline:
         self._server = server
         self._drained = drained
         self._waits_again = waits_again
+        self._guard = guard
         self._lock = threading.RLock()
 
     def begin_drain(
@@ -58,7 +64,13 @@ class Pipeline:
                 self.drain.shorten(timeout)
                 return self.drain
             drain = Drain(
-                self._server, timeout, announce=announce, counted_from=counted_from, earlier=earlier, over=self._drained
+                self._server,
+                timeout,
+                announce=announce,
+                counted_from=counted_from,
+                earlier=earlier,
+                guard=self._guard,
+                over=self._drained,
             ).begin()
             self.drain = drain  # not before: one that could not begin is none
             return drain
@@ -91,10 +103,14 @@ class Pipeline:
         spare: Spare | None = None,
         on_step: Callable[[StepResult], None] | None = None,
         on_begin: Callable[[], None] | None = None,
+        drain_began: Callable[[], None] = lambda: None,
+        after_drain: Callable[[], None] = lambda: None,
+        times: Times | None = None,
     ) -> Stop:
         """Make the stop; `Stop.run` carries it out, in a thread that may take its time.
 
-        Its drain is announced until `announce` seconds after this; its account begins now.
+        Its drain is announced until `announce` seconds after this; its account begins now. `drain_began` is called when
+        the drain has begun, or is over by then, `on_begin` also when a step has begun.
         """
         counted = self._server.counted
         with self._lock:
@@ -109,12 +125,18 @@ class Pipeline:
                 spare=spare,
                 on_step=on_step,
                 on_begin=on_begin,
-                begin_drain=lambda: self._begin_last_drain(announce, counted, on_begin),
+                begin_drain=lambda: self._begin_last_drain(announce, counted, on_begin, drain_began),
+                after_drain=after_drain,
+                times=times,
             )
             return self.stop
 
     def _begin_last_drain(
-        self, announce: float, counted_from: tuple[int, int], on_begin: Callable[[], None] | None
+        self,
+        announce: float,
+        counted_from: tuple[int, int],
+        on_begin: Callable[[], None] | None,
+        drain_began: Callable[[], None],
     ) -> Drain:
         """The drain of a stop; where none can begin, what is in hand is given up, and told."""
         try:
@@ -125,14 +147,15 @@ class Pipeline:
             assert self.drain is not None
             return self.drain
         finally:
+            drain_began()
             if on_begin is not None:
                 on_begin()
 
-    def hurry(self) -> None:
-        """End the drain now, and give all remaining cleanup a second in total."""
+    def hurry(self, *, others: float = 0.0) -> None:
+        """End the drain now, and give all remaining cleanup a second in total; `others` have so much time to end."""
         with self._lock:
             if self.stop is not None and not self.stop.hurried:
-                self.stop.hurry()
+                self.stop.hurry(others=others)
                 if self.drain is not None:
                     self.drain.shorten(0)
 

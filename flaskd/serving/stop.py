@@ -9,7 +9,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,7 +22,7 @@ from flaskd.cleanup import (
     Runner,
     Spare,
     StepResult,
-    for_steps,
+    Times,
     results_as_json,
     with_found,
 )
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("flaskd.stop")
 
-_HURRIED = 1.0
+HURRIED = 1.0
 """Seconds that all remaining cleanup gets when somebody asks a second time."""
 _LAST_RESORT = 0.5
 """Seconds past the deadline at which faulthandler ends the process, even one whose app holds the GIL."""
@@ -128,10 +128,10 @@ class Stop:
     """Runs the plan as it stands now, around a drain, in the thread that calls `run`.
 
     `begin_drain` is called when it is time to drain, and gives the drain that it began, or that was begun or over
-    before. What breaks the cleanup off is logged, and the drain goes on to its end all the same. `on_step` gets each
-    step's result, `on_begin` is called when one has begun. `discovery` has what the app was last known to hold; what it
-    holds now is looked for beside the drain, and taken into the plan after it. None: it is not asked for. `spare` is a
-    thread for steps where no other can be had.
+    before; `after_drain` when it is over, and may take its time. What breaks the cleanup off is logged, and the drain
+    goes on to its end all the same. `on_step` gets each step's result, `on_begin` is called when one has begun.
+    `discovery` has what the app was last known to hold; what it holds now is looked for beside the drain, and taken
+    into the plan after it. None: it is not asked for. `spare` is a thread for steps where no other can be had.
     """
 
     def __init__(
@@ -144,10 +144,12 @@ class Stop:
         cleanup: CleanupConfig,
         state: Path | None = None,
         begin_drain: Callable[[], Drain],
+        after_drain: Callable[[], None] = lambda: None,
         on_step: Callable[[StepResult], None] | None = None,
         on_begin: Callable[[], None] | None = None,
         discovery: DiscoveryRun | None = None,
         spare: Spare | None = None,
+        times: Times | None = None,
     ) -> None:
         self.reason = reason
         self.plan = plan
@@ -157,16 +159,17 @@ class Stop:
         self._discovery, self._app, self._cleanup = discovery, app, cleanup
         self._began = time.monotonic()
         self._deadline = self._began + self._shutdown.deadline
-        self._begin_drain = begin_drain
+        self._begin_drain, self._after_drain = begin_drain, after_drain
         self._drain: Drain | None = None
-        deadline, reserve = for_steps(shutdown.deadline, shutdown.reserve)
-        self._ending = shutdown.deadline - deadline
+        steps = (times or Times(shutdown.deadline, shutdown.reserve)).for_steps()
+        self._ending = shutdown.deadline - steps.deadline
         self._runner = Runner(
             plan,
             app=app,
             reason=reason,
-            deadline=self._began + deadline,
-            reserve=reserve,
+            deadline=self._began + steps.deadline,
+            reserve=steps.reserve,
+            kept=steps.kept,
             max_parallel=cleanup.max_parallel,
             state=state,
             on_progress=on_step,
@@ -213,6 +216,10 @@ class Stop:
         """What became of the requests; nothing before the drain is over."""
         return (self._drain.report if self._drain is not None else None) or DrainReport()
 
+    def heed(self, results: Iterable[StepResult]) -> None:
+        """Take to heart what became of steps that other processes ran; before the steps after the drain."""
+        self._runner.heed(results)
+
     @property
     def step_left(self) -> float:
         """Seconds that the cleanup steps which run now may still take; 0 when none runs."""
@@ -232,14 +239,14 @@ class Stop:
         """Each policy's fate so far."""
         return results_as_json(self._runner.results)
 
-    def hurry(self) -> None:
-        """End the drain now and give all remaining cleanup a second in total."""
-        log.warning(f"asked again: the drain ends now, and all remaining cleanup has {_HURRIED:g}s")
+    def hurry(self, *, others: float = 0.0) -> None:
+        """End the drain now and give all remaining cleanup a second in total, and `others` so many seconds to end."""
+        log.warning(f"asked again: the drain ends now, and all remaining cleanup has {HURRIED:g}s")
         self.hurried = True
-        self._deadline = min(self._deadline, time.monotonic() + _HURRIED)
+        self._deadline = min(self._deadline, time.monotonic() + HURRIED + others)
         if self._armed:  # else the process is not the stop's to end
             self.arm()
-        self._runner.hurry(_HURRIED)
+        self._runner.hurry(HURRIED + others)
 
     def record(self, report: DrainReport) -> dict[str, Any]:
         """The record of it, with what became of the requests; keys are stable."""
@@ -268,6 +275,7 @@ class Stop:
             self._runner.run(BESIDE_THE_DRAIN)
             report = drain.wait()
             assert report is not None
+            self._after_drain()
             self._take(discovery, _SECOND_LOOK)
             self._runner.run(AFTER_THE_DRAIN, "clean" if report.clean else "degraded")
         except BaseException as error:  # whatever it was, what is in hand is finished, and the process exits

@@ -35,6 +35,7 @@ from flaskd.notices import (
     StepsTake,
     StopBegan,
     Stopped,
+    WorkersStart,
 )
 from flaskd.sockets import Listener
 from flaskd.systemd.notify import Notifier
@@ -46,12 +47,18 @@ _LOOK = 1.0
 """Seconds between two looks at a start that takes long."""
 _MORE = 5.0
 """Seconds that a start at work gets; it asks again long before they are over."""
+_START_OF_WORKERS = 20.0
+"""Seconds that a start or a reload gets while workers are being started, which is told every few seconds; flaskd itself
+gives one up that takes longer than `pool.start_timeout`."""
 _LONGEST_START = 900.0
 """Seconds after which a start is not helped any more, however busy it looks."""
 _MARGIN = 1.0
 """Seconds of more time that is asked for than a step may take, so that flaskd gives it up before the manager does."""
 _PATIENCE = 5.0
 """Seconds of more time that a stop asks for when something has moved, as long as its deadline is not nearer."""
+_SUCCEEDED = {"failure", "reload", "recycle"}
+"""Kinds of stops after which the stored listeners are served on: a new flaskd is better than a broken one, and a worker
+that is replaced leaves them to the others."""
 _OURS = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 """Variables meant for this process alone (sd_notify(3), sd_watchdog_enabled(3))."""
 
@@ -146,6 +153,11 @@ class Service:
                 tell.ready(f"{state}: {why}")
             case ReloadEnded():
                 tell.ready(f"ready, but the reload failed: {notice.fault}" if notice.fault else notice.status)
+            case WorkersStart(state) if state in {
+                State.STARTING,
+                State.RELOADING,
+            }:  # else the manager waits for nothing
+                tell.extend(_START_OF_WORKERS)
             case StopBegan(left=left):
                 self.stopping(notice.status, left, notice.reason, self._listeners, self._server)
             case StepsTake(seconds, left):
@@ -253,8 +265,8 @@ class Service:
         self._moved = server.moved() if server is not None else None
         self._notifier.stopping(status, extend=min(_PATIENCE, left))
         stored = [each for each in listeners if each.stored]
-        if reason.kind == "failure":
-            pass  # a successor comes, and serves who waits in the backlog better than a broken app can
+        if reason.kind in _SUCCEEDED:
+            pass  # a successor, or another worker, serves who waits in the backlog
         elif reason.kind == "signal" and reason.detail == "SIGTERM":
             for each in stored:  # a stop or a restart of the manager's: nobody knows who comes
                 each.last_batch = True

@@ -187,7 +187,7 @@ def _seconds(setting: _Setting, key: str) -> float:
     return sum(float(number) * _UNITS[unit] for number, unit in parts)
 
 
-def compare(path: Path, *, deadline: float, fdstore: bool) -> list[str]:
+def compare(path: Path, *, deadline: float, fdstore: bool, workers: bool = False) -> list[str]:
     """What a unit and a configuration (`deadline` in seconds) have that do not go together, and what to change."""
     settings = _settings(path)
     faults = []
@@ -207,5 +207,11 @@ def compare(path: Path, *, deadline: float, fdstore: bool) -> list[str]:
         faults.append(
             f"{store.place}: FileDescriptorStoreMax={store.value or 0} keeps nothing for systemd.fdstore: set "
             f"FileDescriptorStoreMax=16"
+        )
+    policy = settings.get("OOMPolicy", _Setting("", str(path)))
+    if workers and policy.value in {"", "stop"}:
+        faults.append(
+            f"{policy.place}: OOMPolicy=stop, systemd's own default, stops all workers when the kernel kills one "
+            "for want of memory: set OOMPolicy=continue"
         )
     return faults

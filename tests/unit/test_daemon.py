@@ -12,7 +12,7 @@ from patience import PATIENCE
 from flaskd.cleanup import Fate, Plan, StepResult
 from flaskd.config import load_mapping
 from flaskd.daemon import Daemon
-from flaskd.errors import AppError
+from flaskd.errors import AppError, CannotCreateError, NotNowError
 from flaskd.inbox import (
     DrainAsked,
     ExitBegan,
@@ -25,13 +25,25 @@ from flaskd.inbox import (
     ReadingLate,
     ReloadAsked,
     ResumeAsked,
+    ScaleAsked,
     StopAsked,
     Tick,
 )
 from flaskd.ledger import DrainReport
 from flaskd.lifecycle import TABLE, Event, State, StopReason
 from flaskd.readings import Reading, ReadingOver
-from flaskd.serving.api import CleanupOver, Died, Drained, Failed, Ready, ServingSnapshot, StepBegan, StepEnded
+from flaskd.serving.api import (
+    CleanupOver,
+    Died,
+    Drained,
+    Failed,
+    Ready,
+    Renewed,
+    ServingSnapshot,
+    StepBegan,
+    StepEnded,
+    WorkersStart,
+)
 
 REASON = StopReason("control", "a test")
 
@@ -56,6 +68,10 @@ class Serving:
     """Notes what is asked of it."""
 
     target, in_flight, left, step_left, policies, silent_for = "shop:app", 2, 25.0, 5.0, Plan(), 0.0
+    unready = ""
+
+    renews = False
+    may_resume = True
 
     def __init__(self):
         self.asked = []
@@ -262,6 +278,37 @@ def test_a_resume_tells_who_waits_for_the_drain():
     assert (asking.all, living.state) == (["ready"], State.READY)
 
 
+def test_a_drain_comes_after_a_resume_that_waits_for_workers():
+    """As they were asked for: the resume undoes the drain before, and the service drains again."""
+    living, resuming, draining = lead_to(State.DRAINING), Reply(), Reply()
+    living.serving.may_resume = False
+    living.on(ResumeAsked(reply=resuming), DrainAsked(reply=draining))
+    assert (resuming.all, draining.all) == ([], [])
+    living.serving.may_resume = True
+    while not draining.said.qsize():
+        living.on(living.daemon.inbox.take())
+    assert (resuming.all, draining.all, living.state) == (["ready"], ["draining"], State.DRAINING)
+    assert living.serving.asked[-2:] == ["resume", "begin_drain"]
+
+
+@pytest.mark.parametrize("end", [StopAsked(REASON), Tick()], ids=["by a stop", "by an error"])
+def test_a_resume_that_waits_may_be_refused(end, monkeypatch):
+    """What was asked for behind it goes on then."""
+    living, resuming, draining = lead_to(State.DRAINING), Reply(), Reply()
+    living.serving.may_resume = False
+    living.on(ResumeAsked(reply=resuming), DrainAsked(reply=draining), end)
+    living.serving.may_resume = True
+
+    def refuse():
+        raise CannotCreateError("cannot listen")
+
+    monkeypatch.setattr(living.serving, "resume", refuse)
+    while not (draining.said.qsize() and resuming.said.qsize()):
+        living.on(living.daemon.inbox.take())
+    assert resuming.all[0].startswith(("not-now: cannot resume", "cannot-bind: cannot listen"))
+    assert draining.all[0] in {"draining", "not-now: cannot drain: flaskd is stopping"}
+
+
 def test_a_stop_overtakes_a_reload():
     """Who waits for the reload is told, and what is read late is not put into force."""
     living, reply = lead_to(State.RELOADING), Reply()
@@ -335,3 +382,76 @@ def test_an_event_that_breaks_off_leaves_no_state_for_ever(error, caplog):
     assert reply.all[0].startswith("failed: cannot do that: ")
     assert (living.state, living.daemon.failure is not None) == (State.STOPPING, True)
     assert "cannot carry out an event" in caplog.text
+
+
+# --- a reload where there are workers ---
+
+
+def renewing(reply=None):
+    """A daemon with workers which are getting what a reload has read; gives it, and that configuration."""
+    living, got = lead_to(State.READY), []
+    living.serving.renews = True
+    living.serving.renew = lambda configuration, **_: got.append(configuration)
+    living.on(ReloadAsked(reply=reply or Reply()))
+    living.on(reading_over(living))
+    return living, got[0]
+
+
+def reading_over(living):
+    """The event with which a reading ends."""
+    while not isinstance(event := living.daemon.inbox.take(), ReadingOver):
+        pass
+    return event
+
+
+def test_what_workers_have_is_in_force_when_they_say_so():
+    """The reply comes when the workers have it, and not before."""
+    living, configuration = renewing(reply := Reply())
+    assert (living.state, reply.all, living.serving.asked.count("apply")) == (State.RELOADING, [], 0)
+    living.on(Renewed(configuration, None, 2))
+    assert (living.state, reply.all, living.serving.asked.count("apply")) == (State.READY, ["reloaded"], 1)
+
+
+def test_workers_that_do_not_come_up_change_nothing():
+    """The old configuration stays in force, and the reply has the app's traceback."""
+    living, configuration = renewing(reply := Reply())
+    living.on(Renewed(configuration, AppError("cannot load it", "ValueError: no")))
+    assert reply.all == ["app-failed: cannot load it; keeping the old configuration and workers\nValueError: no"]
+    assert (living.state, living.serving.asked.count("apply")) == (State.READY, 0)
+
+
+def test_where_some_workers_are_new_the_new_configuration_is_in_force():
+    """A reload that ends half way is told as such; who reads the configuration finds what the new workers have."""
+    living, configuration = renewing(reply := Reply())
+    living.on(Renewed(configuration, AppError("cannot load it"), 1))
+    assert reply.all == ["app-failed: cannot load it; the new configuration is in force"]
+    assert (living.state, living.daemon.configuration) == (State.READY, configuration)
+    assert living.serving.asked.count("apply") == 1
+
+
+@pytest.mark.parametrize(("replaced", "applied"), [(0, 0), (1, 1)])
+def test_a_drain_that_ends_a_reload_half_way_keeps_what_new_workers_have(replaced, applied):
+    """The configuration is in force where a worker serves by it, whatever the reply was."""
+    living, configuration = renewing(reply := Reply())
+    living.on(DrainAsked(), Renewed(configuration, NotNowError("a drain"), replaced))
+    assert (reply.all, living.state) == (["not-now: the reload was overtaken by a drain"], State.DRAINING)
+    assert living.serving.asked.count("apply") == applied
+
+
+def test_what_an_earlier_reload_came_to_does_not_end_the_next():
+    """Workers tell of the configuration that they got; a reload that is still being read waits for its own."""
+    living, configuration = renewing()
+    living.on(DrainAsked(), ResumeAsked(), ReloadAsked(reply=(reply := Reply())), Renewed(configuration, None, 2))
+    assert (living.state, reply.all) == (State.RELOADING, [])
+
+
+def test_who_waits_for_workers_hears_that_they_start():
+    """Who asked for a reload or for more workers hears it every few seconds, until there is an answer."""
+    living, configuration = renewing(reloading := Reply())
+    living.serving.scale = lambda count, told: scaled.append(told)
+    scaled = []
+    living.on(ScaleAsked(3, reply=(scaling := Reply())), WorkersStart(1, 0.5))
+    assert (reloading.all, scaling.all) == (["progress"], ["progress"])
+    scaled[0](None)
+    living.on(Renewed(configuration, None, 2), WorkersStart(1, 5.5))
+    assert (reloading.all, scaling.all) == (["reloaded"], ["scaled"])

@@ -2,7 +2,16 @@
 
 import pytest
 
-from flaskd.present import account_lines, as_text, outcome, record_lines, step_line, thread_lines
+from flaskd.present import (
+    account_lines,
+    as_text,
+    outcome,
+    record_lines,
+    request_lines,
+    step_line,
+    thread_lines,
+    worker_lines,
+)
 from flaskd.protocol import damage, summary
 
 
@@ -37,6 +46,37 @@ def test_stacks_stand_indented_below_their_threads():
     assert thread_lines([idle, busy]) == [
         "flaskd-thread-0 (7) idle", "flaskd-thread-1 (8) GET /slow", "    here", "    there",
     ]  # fmt: skip
+
+
+def test_threads_and_requests_say_which_worker_has_them():
+    """Where there are workers; one that does not answer is named in the place of its threads."""
+    thread = {"name": "flaskd-thread-0", "id": 7, "request": None, "worker": 1}
+    silent = {"name": "worker 0 (pid 5) does not answer", "id": None, "daemon": False, "request": None, "worker": 0}
+    assert thread_lines([thread, silent]) == [
+        "flaskd-thread-0 (7) of worker 1 idle",
+        "worker 0 (pid 5) does not answer",
+    ]
+    request = {
+        "id": 3, "method": "GET", "path": "/", "client": "::1", "phase": "running", "age": 1.0, "sent": 0,
+        "thread": "flaskd-thread-0", "stack": "", "worker": 1,
+    }  # fmt: skip
+    assert request_lines([request]) == [
+        "3: GET / from ::1, running for 1s in flaskd-thread-0 of worker 1, 0 bytes sent"
+    ]
+
+
+def test_that_all_workers_died_is_not_that_there_are_none():
+    """Those that died are told, and how many are missing; without workers it is said where the app runs."""
+    death = {
+        "time": "2026-01-01T00:00:00Z", "slot": 0, "pid": 5, "generation": 1, "how": "it was killed by SIGKILL",
+        "connections": 0, "cut": [],
+    }  # fmt: skip
+    first, second = worker_lines([], [death], wanted=2)
+    assert first == "no worker is there, of 2 that there are to be"
+    assert "(pid 5, generation 1): it was killed by SIGKILL" in second
+    assert worker_lines([], [], wanted=0) == [
+        "there are no workers: the app runs in the daemon itself (server.workers is 0)"
+    ]
 
 
 def test_a_record_that_is_not_whole_is_told_as_it_is():

@@ -77,7 +77,7 @@ def test_its_thread_ends_when_nobody_asks():
         assert reply.told is None
         found[-1].join(PATIENCE)
         assert not found[-1].is_alive()
-    assert {thread.name for thread in found} == {"flaskd-look"}
+    assert {thread.name for thread in found} == {"flaskd-asked-look"}
 
 
 def test_an_answer_that_cannot_be_told_is_a_fault():

@@ -51,6 +51,17 @@ def test_the_status_page():
     )
 
 
+@pytest.mark.parametrize(("ready", "state", "told"), [(0, "ready", True), (1, "ready", False), (0, "drained", False)])
+def test_the_status_says_that_no_worker_is_ready(ready, state, told):
+    """The state alone would say that all is well; a drained flaskd has none anyway."""
+    workers = {"ready": ready, "wanted": 2, "generations": [1][:ready], "died": 2}
+    work = [{"name": "in worker 1", "age": 0.0, "thread": ""}]
+    page = show.answer("status", status(state=state, workers=workers, background=work)).splitlines()
+    assert (", but no worker is ready, " in page[0]) is told
+    assert f"  workers      {ready} of 2 ready, generation {'1' if ready else 'none'}; 2 died" in page
+    assert "  background   in worker 1" in page
+
+
 def test_a_stop_of_which_nothing_can_be_read_lost_nobody_knows_what():
     """The status page says that the record is damaged, and not that nothing was lost."""
     told = show.answer("status", status(last_stop=summary({"damaged": "no JSON"})))

@@ -1,8 +1,11 @@
 """What the configuration has to say of worker processes: how many, and what a reload changes with them."""
 
+import pickle
+
 import pytest
 from config_cases import ACTIONS
 
+from flaskd.cleanup.actions import action_specs
 from flaskd.config import Config, InvalidConfigError, load_mapping, model, schema
 from flaskd.errors import ConfigError
 
@@ -93,6 +96,18 @@ def test_between_workers_and_none_there_is_a_restart(before, after):
     old, new = configured(before), configured(after, app={"target": "x:y"})
     assert old.restart_keys(new) == ["app.target", "server.workers"]
     assert old.renewal_keys(new) == []
+
+
+def test_a_configuration_goes_to_workers_as_it_is():
+    """Also the fields of an action that has none, and which of them were given."""
+    policies = {"logs": {"use": "logging.flush"}, "bye": {"use": "call", "with": {"target": "shop:bye"}}}
+    here = load_mapping(
+        {"server": {"workers": 2}, "cleanup": {"policies": policies}}, actions=action_specs(), environ={}
+    )
+    there = pickle.loads(pickle.dumps(here))
+    assert there.values == here.values
+    for name, policy in here.values.cleanup.policies.items():
+        assert there.values.cleanup.policies[name].with_.model_fields_set == policy.with_.model_fields_set
 
 
 def test_an_app_in_hand_cannot_have_workers():

@@ -90,6 +90,9 @@ def test_a_slow_answer_keeps_nobody_waiting(verb, what, monkeypatch):
         ("drain", "drain", True, Role.OPERATOR),
         ("log-level", "log-level", False, Role.VIEWER),
         ("log-level debug", "log-level debug", True, Role.OPERATOR),
+        ("restart", "restart", True, Role.OPERATOR),
+        ("restart 1 wait", "restart wait 1", True, Role.OPERATOR),
+        ("scale", "scale", True, Role.OPERATOR),
         ("help stop", "help stop", False, Role.VIEWER),
         ("requests stacks", "requests stacks", False, Role.VIEWER),
     ],
@@ -132,11 +135,13 @@ def test_words_that_mean_nothing(line, error, message):
 
 
 def test_fields():
-    """JSON has flags as booleans and the argument as text; false is as if it were not there."""
+    """JSON has flags as booleans and the argument as text or a whole number; a flag that is false is as if not there."""
     assert str(from_fields("stop", {"wait": True, "now": False}, PEER)) == "stop wait"
     assert str(from_fields("log-level", {"level": "debug"}, PEER)) == "log-level debug"
+    assert str(from_fields("restart", {"slot": 0}, PEER)) == "restart 0"
     for verb, fields in [
-        ("drain", {"wait": 1}), ("drain", {"wait": "yes"}), ("drain", {"": True}), ("log-level", {"level": 7}),
+        ("drain", {"wait": 1}), ("drain", {"wait": "yes"}), ("drain", {"": True}), ("log-level", {"level": 7.5}),
+        ("restart", {"slot": True}), ("restart", {"slot": None}),
         ("log-level", {"level": ""}), (7, {}), (None, {}), ("status", {"level": "x"}),
     ]:  # fmt: skip
         with pytest.raises(UsageError):
@@ -174,6 +179,7 @@ def test_http(method, target, body, text):
         ("GET", "/drain", b"", "method"),
         ("GET", "/stop?now", b"", "method"),
         ("GET", "/log-level?level=debug", b"", "method"),
+        ("GET", "/restart", b"", "method"),
         ("PUT", "/status", b"", "method"),
         ("POST", "/drain?wait=perhaps", b"", "usage"),
         ("POST", "/drain", b"[1]", "usage"),

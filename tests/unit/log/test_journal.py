@@ -99,6 +99,20 @@ def test_logs_go_there_with_their_fields(listening, monkeypatch):
         assert b'MESSAGE=::1 - - [01/Jan/1970:00:00:00 +0000] "GET /a\\x0Ab HTTP/1.1" 200 5 "-" "-"\n' in data
 
 
+def test_a_worker_is_named_in_each_of_its_entries(listening, monkeypatch):
+    """`always` is in each entry, unless that has a field of the same name itself."""
+    path, take = listening
+    monkeypatch.setattr(Journal.__init__, "__defaults__", (path,))
+    monkeypatch.setattr("flaskd.log.setup.in_journal", lambda _: True)
+    with Logs() as logs:
+        logs.always = {"worker": 3}
+        logs.apply(level="info", log_format="auto", access="off")
+        logging.getLogger("flaskd.test").info("of its own")
+        logging.getLogger("flaskd.test").info("of another", extra={"fields": {"worker": 1}})
+        assert b"FLASKD_WORKER=3\n" in take()[0]
+        assert b"FLASKD_WORKER=1\n" in take()[0]
+
+
 def test_a_journal_that_is_gone_costs_only_the_fields(tmp_path, monkeypatch):
     """Standard error leads there as well: the line goes that way, with its priority."""
     stream = io.StringIO()

@@ -87,6 +87,21 @@ def test_text_is_time_level_and_message():
     assert without_times(stderr.lines()) == ["info    ready: shop", "warning late", "warning odd"]
 
 
+@pytest.mark.parametrize(
+    ("log_format", "line"), [("text", "info    worker 3: ready"), ("journal", "<6>worker 3: ready")]
+)
+def test_text_of_a_worker_says_which_one_it_is(log_format, line):
+    """One log has the words of all; with two lines in a record, it is said once."""
+    with pytest.MonkeyPatch.context() as patch, Logs() as logs:
+        patch.setattr(sys, "stderr", stderr := Stream())
+        logs.always = {"worker": 3}
+        logs.apply(level="info", log_format=log_format, access="off")
+        log.info("ready\nagain")
+    first, second = stderr.lines()
+    assert (without_times([first]) if log_format == "text" else [first]) == [line]
+    assert second.removeprefix("<6>") == "  again"
+
+
 def test_text_shows_exceptions():
     """A traceback follows its message."""
     with logging_to(stderr := Stream()):

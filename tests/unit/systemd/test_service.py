@@ -11,6 +11,7 @@ from patience import until
 from flaskd.cleanup import Plan
 from flaskd.config import CleanupConfig, DrainConfig, ShutdownConfig
 from flaskd.lifecycle import State, StopReason
+from flaskd.notices import WorkersStart
 from flaskd.serving.stop import Stop
 from flaskd.sockets import Address, Listener
 from flaskd.systemd.notify import Notifier
@@ -282,6 +283,8 @@ def test_what_a_manager_that_was_behind_has_missed_is_asked_again(make, manager)
     [
         (StopReason("signal", "SIGTERM"), True, True),
         (StopReason("failure", "the serving thread died"), True, False),
+        (StopReason("reload", "generation 2"), True, False),
+        (StopReason("recycle", "restart"), True, False),
         (StopReason("signal", "SIGINT"), False, False),
         (StopReason("control", "uid=0"), False, False),
         (StopReason("endpoint", "/shutdown"), False, False),
@@ -305,3 +308,13 @@ def test_children_do_not_inherit_what_is_ours(make, monkeypatch):
         monkeypatch.setenv(name, "1")
     make()
     assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"} & os.environ.keys()
+
+
+@pytest.mark.parametrize(
+    ("state", "extended"),
+    [(State.STARTING, True), (State.RELOADING, True), (State.READY, False), (State.DRAINED, False)],
+)
+def test_workers_that_start_have_the_manager_wait(manager, make, state, extended):
+    """More time is asked for while a start or a reload waits for workers, and never where the manager waits for nothing."""
+    make().heard(WorkersStart(state))
+    assert [each.startswith(b"EXTEND_TIMEOUT_USEC=") for each in manager.messages()] == [True] * extended

@@ -56,6 +56,14 @@ def test_the_exposure_test_can_fail(tmp_path):
     assert subprocess.run(command, capture_output=True, check=False).returncode == 1
 
 
+@pytest.mark.parametrize(("instance", "activated"), FORMS)
+def test_a_worker_without_memory_does_not_stop_the_service(instance, activated):
+    """OOMPolicy=continue stands in all forms: systemd's own default is to stop a service of which one process is killed."""
+    files = unit_files(venv=VENV, instance=instance, socket_activated=activated)
+    (service,) = (text for path, text in files.items() if path.suffix == ".service")
+    assert "\nOOMPolicy=continue\n" in service
+
+
 def test_units_are_filled_in():
     """The path of the virtual environment and the name of the instance stand where they belong, and only there."""
     files = unit_files(venv=Path("/srv/venv"), instance="shop", socket_activated=True)
@@ -194,6 +202,17 @@ def test_a_store_that_keeps_nothing_is_named(tmp_path):
     (fault,) = compare(unit, deadline=25.0, fdstore=True)
     assert "set FileDescriptorStoreMax=16" in fault
     assert compare(SHIPPED / "flaskd.service", deadline=25.0, fdstore=True) == []
+
+
+@pytest.mark.parametrize(("line", "found"), [("", True), ("OOMPolicy=stop", True), ("OOMPolicy=kill", False)])
+def test_a_unit_that_stops_for_one_worker_is_found(tmp_path, line, found):
+    """With workers the unit has to say what becomes of it when one is killed for want of memory; without them it need not."""
+    unit = tmp_path / "a.service"
+    unit.write_text(f"[Service]\n{line}\nTimeoutStopSec=35\n")
+    faults = compare(unit, deadline=25.0, fdstore=False, workers=True)
+    assert [each.endswith("set OOMPolicy=continue") for each in faults] == [True] * found
+    assert compare(unit, deadline=25.0, fdstore=False) == []
+    assert compare(SHIPPED / "flaskd@.service", deadline=25.0, fdstore=False, workers=True) == []
 
 
 @pytest.mark.parametrize("text", ["soon", "35 parsecs", "1..2", "5s soon"])

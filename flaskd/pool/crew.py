@@ -1,0 +1,286 @@
+"""The crew: all workers of the service, how they are started, what they say, how they die and are replaced."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from flaskd.config import Configuration
+from flaskd.errors import FlaskdError
+from flaskd.ledger import Cut, DrainReport
+from flaskd.lifecycle import StopReason
+from flaskd.pool import messages as say
+from flaskd.pool.deaths import Deaths, tell_failure
+from flaskd.pool.handle import Handle, Phase
+from flaskd.pool.renewals import Renewals
+from flaskd.pool.slots import Slots
+from flaskd.pool.sums import Sums
+from flaskd.pool.template import Templates
+from flaskd.pool.watch import Watch
+from flaskd.serving.api import ServingEvent, StepBegan, StepEnded, Work, WorkersStart
+from flaskd.sockets import Address, Listener
+
+log = logging.getLogger("flaskd.pool")
+
+_KILLED_AFTER = 0.7
+"""Seconds past the deadline of its stop after which a worker is killed."""
+_AGAIN = 5.0
+"""Seconds after which it is told again that workers are being started."""
+_READERS = 5.0
+"""Seconds until the board of a worker that is gone is given back; another thread may be reading it."""
+
+
+class Owner(Protocol):
+    """What the pool wants to know of its workers."""
+
+    def ready(self) -> None:
+        """One is ready, or gone."""
+
+    def not_filled(self, error: FlaskdError) -> None:
+        """An empty slot could not be filled."""
+
+    def closed(self, worker: Handle) -> None:
+        """It has closed its copies of the listeners that are the service's alone."""
+
+    def reported(self, worker: Handle, report: DrainReport) -> None:
+        """Its drain is over."""
+
+    def ended(self, worker: Handle) -> None:
+        """Its stop is over."""
+
+    def gone(self, worker: Handle, cut: tuple[Cut, ...]) -> None:
+        """Its process has ended; `cut` is what was in flight in it."""
+
+
+class Crew:
+    """All workers, in the thread of the daemon's events, where `post` and `post_at` bring what happens.
+
+    `stop` asks for a stop of the service, `open_endpoint` opens a shutdown endpoint, both for an app that wants it.
+    """
+
+    def __init__(
+        self,
+        owner: Owner,
+        sums: Sums,
+        post: Callable[[ServingEvent], None],
+        post_at: Callable[[float, ServingEvent], None],
+        *,
+        name: str,
+        stop: Callable[[StopReason], None],
+        open_endpoint: Callable[[Address, bytes, Sequence[str]], Address],
+        make: Callable[[int, int], Handle] = Handle,
+    ) -> None:
+        self._owner, self._sums = owner, sums
+        self._post, self._post_at = post, post_at
+        self._name, self._ask_to_stop, self._open_endpoint = name, stop, open_endpoint
+        self._make = make
+        self.slots = Slots(
+            launch=self._launch,
+            serve=self._serve,
+            leave=self._leave,
+            later=self.later,
+            start_timeout=lambda worker: (worker.configuration or self.configuration).values.pool.start_timeout,
+            failed=owner.not_filled,
+        )
+        self.state: Path | None = None
+        """The state directory."""
+        self.listeners: Sequence[Listener] = ()
+        self.starting = True
+        """Whether the service is not ready yet."""
+        self.templates = Templates(self.later)
+        self.renewals = Renewals(self.slots, post, self.do, self.later, settled=self.templates.keep_only)
+        self.log_level = ""
+        """The one that was asked for since the configuration in force was taken; empty for what that says."""
+        self._tells = False
+        """Whether it is told now and then that workers are being started."""
+        self._deaths = Deaths()
+        self.watch = Watch(self.slots, config=lambda: self.configuration.values, later=self.later, replace=self.replace)
+
+    def do(self, work: Callable[[], None]) -> None:
+        """Do something in the thread of the events, soon (any thread)."""
+        self._post(Work(work))
+
+    def later(self, seconds: float, work: Callable[[], None]) -> None:
+        """Do something after so many seconds."""
+        self._post_at(time.monotonic() + seconds, Work(work))
+
+    # --- one worker ---------------------------------------------------------------------------------------------------
+
+    @property
+    def configuration(self) -> Configuration:
+        """The one in force."""
+        return self.renewals.configuration
+
+    def _tell_of_starts(self) -> None:
+        """Tell that workers are being started, now and every few seconds until they are ready, or fail."""
+        coming = [each.coming for each in self.slots if each.coming is not None]
+        if coming:
+            self._post(WorkersStart(len(coming), max(each.age for each in coming)))
+        if coming and not self._tells:
+            self._tells = True
+            self.later(_AGAIN, self._tell_again)
+
+    def _tell_again(self) -> None:
+        self._tells = False
+        self._tell_of_starts()
+
+    def _launch(self, slot: int, generation: int) -> Handle:
+        configuration, path = self.renewals.configuration_of(generation), list(sys.path)
+        template = self.templates.of(generation, configuration, os.environ, path)
+        worker = self._make(slot, generation)
+        worker.configuration = configuration
+        first = say.Begin(
+            configuration, slot, generation, self._name, path, self.state, first=generation == 1 and self.starting
+        )
+        worker.start(
+            os.environ,
+            first,
+            heard=lambda worker, message, fds: self.do(lambda: self._heard(worker, message, fds)),
+            gone=lambda worker: self.do(lambda: self._gone(worker)),
+            template=template,
+        )
+        self._sums.add(worker)
+        self.do(self._tell_of_starts)
+        return worker
+
+    def end(self) -> None:
+        """Start no worker any more, and end what is only there for that."""
+        self.slots.end()
+        self.templates.end()
+
+    def _serve(self, worker: Handle) -> None:
+        worker.send(say.Serve(self._passed()), [each.socket.fileno() for each in self.listeners])
+
+    def resume(self, worker: Handle) -> None:
+        """Have a drained worker serve again, on the listeners that there are now."""
+        worker.phase, worker.closed, worker.report = Phase.READY, False, None
+        worker.send(say.Resume(self._passed()), [each.socket.fileno() for each in self.listeners])
+
+    def drain(self, worker: Handle) -> None:
+        """Have a worker drain that serves."""
+        worker.phase, worker.report = Phase.DRAINING, None
+        worker.send(say.DrainNow())
+
+    def _passed(self) -> tuple[say.Passed, ...]:
+        return tuple(say.Passed.of(each) for each in self.listeners)
+
+    def _heard(self, worker: Handle, message: Any, descriptors: Sequence[int]) -> None:  # noqa: C901, PLR0912 - cases
+        """A worker has said something."""
+        for each in descriptors:  # workers have none to give
+            os.close(each)
+        match message:
+            case say.Loaded(target):
+                worker.target = target
+                if self.log_level:
+                    worker.send(say.LogLevel(self.log_level))
+                self.slots.loaded(worker)
+            case say.IsReady():
+                if self.slots.ready(worker):
+                    log.info(f"{worker} is ready after {worker.age:.1f}s")
+                    self.renewals.keep_up(worker)
+                self._owner.ready()
+            case say.NotReady(error):
+                worker.error = error
+            case say.Closed():
+                worker.closed = True
+                self.slots.left(worker)
+                self._owner.closed(worker)
+            case say.DrainOver() if not worker.closed:
+                pass  # it was over when resume undid it: the end of one comes after the listeners are closed
+            case say.DrainOver(report):
+                worker.report = report
+                if worker.phase is Phase.DRAINING:
+                    worker.phase = Phase.DRAINED
+                self._owner.reported(worker, report)
+            case say.StepBegins(left):
+                worker.step_until = time.monotonic() + left
+                if self.slots.ending:
+                    self._post(StepBegan())
+            case say.StepOver(result):
+                worker.results.append(result)
+                if self.slots.ending:  # else it is replaced, and has logged it
+                    self._post(StepEnded(result))
+            case say.ExitWaits(what):
+                worker.exit_waits_for = what
+            case say.Answer(number, value, error):
+                worker.answer(number, value, error)
+            case say.Wants(what="stop"):
+                self._ask_to_stop(message.reason)
+            case say.Wants(what="replace"):
+                self.replace(worker, message.reason)
+            case say.Leaves(reason):
+                self._stops_by_itself(worker, reason)
+            case say.OpenEndpoint():
+                self._open_for(worker, message)
+            case say.Ended(account):
+                worker.account = account
+                self._owner.ended(worker)
+
+    def _stops_by_itself(self, worker: Handle, reason: StopReason) -> None:
+        """Fill the slot of a worker that stops and was not told to, as if it were gone by now."""
+        if worker.serves:
+            log.warning(f"{worker} stops by itself ({reason}): its slot is filled again")
+            why = f"it stopped by itself: {reason}"
+            self._sums.note_death(worker, why, ())
+            self.slots.lost(worker, why)
+
+    def _open_for(self, worker: Handle, asked: say.OpenEndpoint) -> None:
+        """Open a shutdown endpoint that a worker's app asks for."""
+        try:
+            there = self._open_endpoint(asked.address, asked.token, asked.allowed_hosts)
+        except FlaskdError as error:
+            worker.send(say.Answer(asked.number, error=error))
+        else:
+            worker.send(say.Answer(asked.number, there))
+
+    def _gone(self, worker: Handle) -> None:
+        """The process of a worker has ended, and was reaped."""
+        how = worker.how = self._deaths.how(worker)
+        cut = worker.cut = self._sums.gone(worker, f"its worker is gone: {how}")
+        if cut or (worker.ready_at and worker.phase is not Phase.LEAVING):
+            self._sums.note_death(worker, how, cut)
+            self._deaths.tell(worker, how, cut)
+        worker.give_up_questions()
+        worker.hang_up()
+        served = worker.serves
+        self.slots.gone(worker)
+        if served and not self.slots.ending and not any(each.serves for each in self.slots.workers):
+            log.error("no worker is ready: flaskd is not ready, and clients wait until there is one")
+        self._owner.gone(worker, cut)
+        self.later(_READERS, worker.close)
+
+    def replace(self, worker: Handle, reason: StopReason) -> bool:
+        """Replace one worker that serves; whether that was begun now."""
+        slot = self.slots.slots.get(worker.slot)
+        if slot is None or slot.worker is not worker or slot.coming is not None or self.slots.ending:
+            return False  # it is done already, or not needed any more
+        log.info(f"{worker} is replaced ({reason})")
+
+        def told(error: FlaskdError | None) -> None:
+            if error is not None and not self.slots.ending:
+                tell_failure(error)
+
+        self.slots.replace(slot, self.slots.generation, reason, told)
+        return True
+
+    def _leave(self, worker: Handle, reason: StopReason) -> None:
+        """Have a worker stop whose slot has another one now."""
+        shutdown = self.configuration.values.shutdown
+        within = shutdown.deadline, shutdown.reserve, 0.0  # not announced: the service goes on
+        self.stop(worker, say.StopNow(reason, within, leave=True))
+
+    def stop(self, worker: Handle, order: say.StopNow) -> None:
+        """Tell a worker to stop; one that has not ended when its time is over is killed."""
+        worker.phase = Phase.LEAVING
+        worker.send(order)
+
+        def late() -> None:
+            if worker.alive:
+                worker.kill("its stop did not end in time")
+
+        self.later(order.within[0] + _KILLED_AFTER, late)

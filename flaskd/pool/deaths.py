@@ -1,0 +1,80 @@
+"""Why a worker died, and how that is told."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from pathlib import Path
+
+from flaskd.errors import AppError, FlaskdError
+from flaskd.ledger import Cut
+from flaskd.pool.handle import Handle
+from flaskd.pool.spawn import how
+
+log = logging.getLogger("flaskd.pool")
+
+
+_TOGETHER = 2.0
+"""Seconds for which an OOM kill explains the death of a worker: several may have been killed at once."""
+
+
+class Deaths:
+    """Tells of workers that died; knows what the kernel's OOM killer did (cgroup v2, memory.events)."""
+
+    def __init__(self, events: Path | None = None) -> None:
+        self._events = events if events is not None else _memory_events()
+        self._oom_kills = self._read()
+        self._unexplained = 0
+        """OOM kills that no worker's death was put down to yet."""
+        self._seen_at = 0.0
+
+    def _read(self) -> int:
+        try:
+            lines = self._events.read_text(encoding="ascii").splitlines() if self._events else []
+        except OSError:
+            return 0
+        return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+
+    def how(self, worker: Handle) -> str:
+        """How it ended, in words."""
+        assert worker.code is not None
+        text = f"flaskd killed it ({worker.killed_for})" if worker.killed_for else how(worker.code)
+        if worker.code == -signal.SIGKILL and not worker.killed_for and self._oom_killed():
+            text += ": the kernel had no memory left for it (oom_kill in memory.events; see MemoryMax=)"
+        return text
+
+    def _oom_killed(self) -> bool:
+        """Whether the kernel has killed one more process for want of memory."""
+        before, self._oom_kills, now = self._oom_kills, self._read(), time.monotonic()
+        if self._oom_kills > before:
+            left = self._unexplained if now - self._seen_at < _TOGETHER else 0
+            self._unexplained, self._seen_at = left + self._oom_kills - before, now
+        if not self._unexplained or now - self._seen_at >= _TOGETHER:
+            return False
+        self._unexplained -= 1
+        return True
+
+    def tell(self, worker: Handle, how: str, cut: tuple[Cut, ...]) -> None:
+        """Say that it died, and name each request that it had read whole."""
+        board = worker.board
+        lost = f"; it held {board.connections} connections, and had read {len(cut)} requests"
+        more = f" and {board.unnamed} more" if board.unnamed else ""
+        log.error(f"{worker} is gone: {how}{lost}{more}", extra={"fields": {"worker": worker.slot, "how": how}})
+        for each in cut:
+            log.error(f"cut {each}", extra={"fields": each.as_json()})
+
+
+def tell_failure(error: FlaskdError) -> None:
+    """Say why a worker did not become ready, with the app's traceback."""
+    trace = error.traceback_text if isinstance(error, AppError) else ""
+    log.error(f"{error}\n{trace}".rstrip())
+
+
+def _memory_events() -> Path | None:
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    group = next((line.removeprefix("0::") for line in lines if line.startswith("0::")), None)
+    return Path("/sys/fs/cgroup") / group.lstrip("/") / "memory.events" if group is not None else None

@@ -1,0 +1,320 @@
+"""One worker as the supervisor has it: its process, its wire, its board, and where it is in its life."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
+from typing import Any
+
+from flaskd.cleanup import StepResult
+from flaskd.config import Configuration
+from flaskd.errors import AppError, CannotCreateError, FlaskdError, shortage
+from flaskd.ledger import Cut, DrainReport
+from flaskd.pool.messages import Ask
+from flaskd.pool.spawn import STACKS, Stacks, how, reap, send_signal, spawn
+from flaskd.pool.template import Template
+from flaskd.pool.wire import Wire, WireClosedError
+from flaskd.server import Board
+from flaskd.serving.api import Account
+
+log = logging.getLogger("flaskd.pool")
+
+_MOST_QUESTIONS = 16
+"""Questions that a worker may owe an answer to; one that owes so many is not asked again."""
+
+
+class Phase(StrEnum):
+    """Where a worker is in its life."""
+
+    LOADING = "loading"
+    LOADED = "loaded"
+    """The app is loaded; it has no listeners yet."""
+    STARTING = "starting"
+    """It has listeners, accepts from none, and has its probe to answer."""
+    READY = "ready"
+    DRAINING = "draining"
+    DRAINED = "drained"
+    LEAVING = "leaving"
+    """It stops."""
+    GONE = "gone"
+
+
+class Handle:
+    """One worker. What it says, and its end, are handed to `heard` and `gone` in a thread of its own.
+
+    All methods are for the thread of the daemon's events, except those that say "any thread".
+    """
+
+    def __init__(self, slot: int, generation: int) -> None:
+        self.slot, self.generation = slot, generation
+        self.phase = Phase.LOADING
+        self.born = time.monotonic()
+        self.ready_at = 0.0
+        self.pid = 0
+        try:
+            self.board = Board.make()
+        except OSError as error:
+            raise CannotCreateError(f"cannot start worker {slot}: {shortage(error) or error}") from error
+        self.target: str | None = None
+        self.configuration: Configuration | None = None
+        """The one that it serves by."""
+        self.error: FlaskdError | None = None
+        """Why it did not become ready."""
+        self.report: DrainReport | None = None
+        """What came of its drain; None before that is over, or once it was undone."""
+        self.closed = False
+        """Whether it has closed its copies of the listeners that are the service's alone."""
+        self.account: Account | None = None
+        """What its stop came to."""
+        self.code: int | None = None
+        """Its exit code, once it is gone."""
+        self.results: list[StepResult] = []
+        """The fates of its cleanup steps so far."""
+        self.step_until = 0.0
+        """The time.monotonic() moment by which what it does in its stop is over."""
+        self.exit_waits_for = ""
+        """What the end of its process waits for, for people."""
+        self.killed_for = ""
+        """Why flaskd killed it."""
+        self.how = ""
+        """How its process ended, in words, once that is known."""
+        self.cut: tuple[Cut, ...] = ()
+        """What was in flight in it when its process ended."""
+        self.death: dict[str, Any] = {}
+        """What is shown of its death, where it was not told to end."""
+        self.deaf_since = 0.0
+        """When its wire ended; 0 before that."""
+        self._stacks: Stacks | None = None
+        self._pidfd = -1
+        self._template: Template | None = None
+        """From which its process is forked; None once that is done, and where it is not."""
+        self._wire: Wire | None = None
+        self._numbers: dict[int, Callable[[Any, FlaskdError | None], None]] = {}
+        self._number = 0
+        self._lock = threading.Lock()
+
+    def __str__(self) -> str:
+        pid = f"pid {self.pid}, " if self.pid else ""
+        return f"worker {self.slot} ({pid}generation {self.generation})"
+
+    def start(
+        self,
+        environ: Mapping[str, str],
+        first: object,
+        *,
+        heard: Callable[[Handle, Any, list[int]], None],
+        gone: Callable[[Handle], None],
+        template: Template | None = None,
+    ) -> None:
+        """Start its process, and tell it `first`; raises FlaskdError where none can be had.
+
+        With a template it is forked from that in the handle's own thread: the app may still have to be imported.
+        """
+        name = f"flaskd-worker-{self.slot}.{self.generation}"
+        mine = {"FLASKD_WORKER": str(self.slot), "FLASKD_GENERATION": str(self.generation)}
+        self._template = template
+        try:
+            self._wire, theirs = Wire.pair()
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(theirs)
+                self._stacks = Stacks()
+                if template is None:
+                    self._make(theirs, self._stacks, {**environ, **mine})
+
+                def live() -> None:
+                    if template is None or self._fork(theirs, {**environ, **mine}, gone):
+                        self._listen(first, heard, gone)
+
+                threading.Thread(target=live, name=name, daemon=True).start()
+                if template is not None:
+                    stack.pop_all()  # that thread closes it
+        except (OSError, RuntimeError, FlaskdError) as error:  # no descriptor, no memory, no process, no thread
+            if self._pidfd >= 0:
+                send_signal(self._pidfd, signal.SIGKILL)
+                self.code = reap(self._pidfd)
+            self.close()
+            if isinstance(error, FlaskdError):
+                raise
+            raise CannotCreateError(f"cannot start worker {self.slot}: {shortage(error) or error}") from error
+
+    def _make(self, theirs: socket.socket, stacks: Stacks, environ: Mapping[str, str]) -> None:
+        """Make its process, by its template where there is one; raises FlaskdError."""
+        descriptors = [theirs.fileno(), self.board.fd, stacks.fileno()]
+        made = None
+        if self._template is not None:
+            made = self._template.fork(self.slot, descriptors, wanted=lambda: not self.killed_for)
+        self.pid, self._pidfd = made or spawn(self.slot, self.generation, descriptors, environ)
+
+    def _fork(self, theirs: socket.socket, environ: Mapping[str, str], gone: Callable[[Handle], None]) -> bool:
+        """Make its process in its own thread; where there is none it is gone."""
+        assert self._stacks is not None
+        try:
+            with theirs:
+                self._make(theirs, self._stacks, environ)
+        except FlaskdError as error:
+            self.error, self.code = self.error or error, 0
+            gone(self)
+            return False
+        finally:
+            self._template = None
+        if self.killed_for:  # meanwhile
+            send_signal(self._pidfd, signal.SIGKILL)
+        return True
+
+    def _listen(
+        self, first: object, heard: Callable[[Handle, Any, list[int]], None], gone: Callable[[Handle], None]
+    ) -> None:
+        """Hear what it says, to its end (a thread of its own)."""
+        wire = self._wire
+        assert wire is not None
+        try:
+            if fault := wire.greeted():
+                self.error = FlaskdError(f"cannot start {self}: {fault}")
+                send_signal(self._pidfd, signal.SIGKILL)
+            else:
+                wire.send(first)
+            poll = select.poll()
+            poll.register(wire, select.POLLIN)
+            poll.register(self._pidfd, select.POLLIN)
+            # A process that the app forked may hold the wire open when the worker is gone, in the middle of a message.
+            while wire.has_message or wire.fileno() in dict(poll.poll()):
+                if wire.has_message:
+                    heard(self, *wire.receive())
+                else:
+                    wire.read()
+        except WireClosedError:
+            pass
+        except Exception:  # no message that this flaskd knows: the wire cannot be read on
+            log.exception(f"cannot understand {self}: it is killed")
+            self.kill("what it said cannot be understood")
+        self.deaf_since = time.monotonic()
+        code = reap(self._pidfd)
+        if code != -signal.SIGKILL:  # it was faster, and what ended it is to be told
+            self.killed_for = ""
+        self.code = code
+        gone(self)
+
+    # --- any thread ---------------------------------------------------------------------------------------------------
+
+    def send(self, message: object, descriptors: Sequence[int] = ()) -> bool:
+        """Tell it something; one that does not read is killed, one whose wire has ended ends. Whether it was told."""
+        assert self._wire is not None
+        try:
+            self._wire.send(message, descriptors, wait=False)
+        except WireClosedError as error:
+            if isinstance(error.__cause__, BlockingIOError):
+                self.kill("it does not read what it is told")
+            return False
+        return True
+
+    def ask(self, question: Callable[[int], object], answered: Callable[[Any, FlaskdError | None], None]) -> None:
+        """Ask it something: `question` makes the message of a number; `answered` gets a value, or an error."""
+        with self._lock:
+            room = len(self._numbers) < _MOST_QUESTIONS and self.code is None
+            if room:
+                self._number += 1
+                number = self._number
+                self._numbers[number] = answered
+        if not room or not self.send(question(number)):
+            if room:
+                self._numbers.pop(number, None)
+            answered(None, FlaskdError(f"{self} does not answer"))
+
+    def ask_for(self, what: str, answered: Callable[[Any, FlaskdError | None], None], *, stacks: bool = False) -> None:
+        """Ask it for its requests, its threads, its plan, or what it says of its stop."""
+        self.ask(lambda number: Ask(number, what, stacks), answered)
+
+    def answer(self, number: int, value: Any, error: FlaskdError | None) -> None:
+        """It has answered."""
+        with self._lock:
+            answered = self._numbers.pop(number, None)
+        if answered is not None:
+            answered(value, error)
+
+    def give_up_questions(self) -> None:
+        """It is gone, and answers none of them."""
+        with self._lock:
+            left, self._numbers = list(self._numbers.values()), {}
+        for answered in left:
+            answered(None, FlaskdError(f"{self} is gone"))
+
+    def kill(self, why: str) -> None:
+        """End its process at once."""
+        self.killed_for = self.killed_for or why
+        send_signal(self._pidfd, signal.SIGKILL)
+        if (template := self._template) is not None:
+            template.wake()
+
+    def ask_for_stacks(self) -> None:
+        """Have it write the stacks of its threads, whatever it does; `stacks` has them a moment later."""
+        if self._template is None and self._stacks is not None:  # a template is asked when its own time is over
+            self._stacks.clear()
+            send_signal(self._pidfd, STACKS)
+
+    def stacks(self) -> str:
+        """What it has written; while it is not forked yet, what its template has."""
+        if (template := self._template) is not None:
+            return template.stacks()
+        return self._stacks.read() if self._stacks is not None else ""
+
+    @property
+    def alive(self) -> bool:
+        """Whether its process has not been reaped."""
+        return self.code is None and self.pid > 0
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was started."""
+        return time.monotonic() - self.born
+
+    @property
+    def serves(self) -> bool:
+        """Whether it takes new requests."""
+        return self.phase is Phase.READY
+
+    @property
+    def is_coming(self) -> bool:
+        """Whether it is being started."""
+        return self.phase in {Phase.LOADING, Phase.LOADED, Phase.STARTING}
+
+    @property
+    def silent_for(self) -> float:
+        """Seconds since its loop last turned; it turns once a second at least."""
+        return time.monotonic() - self.board.last_turn
+
+    def why_gone(self) -> FlaskdError:
+        """Why it did not become ready, or did not live long enough, for one that is gone."""
+        assert self.code is not None
+        how_ = self.how or how(self.code)
+        if self.ready_at:
+            lived = time.monotonic() - self.ready_at
+            return AppError(f"{self} was ready, and died {lived:.1f}s later, within pool.canary: {how_}")
+        return self.error or AppError(f"cannot start {self}: {how_} before it was ready")
+
+    def hang_up(self) -> None:
+        """Close the wire: nothing more is said or heard."""
+        if self._wire is not None:
+            self._wire.close()
+
+    def close(self) -> None:
+        """Give its descriptors back; it is gone."""
+        self.hang_up()
+        self.board.close()
+        if self._stacks is not None:
+            self._stacks.close()
+        pidfd, self._pidfd = self._pidfd, -1
+        if pidfd >= 0:
+            os.close(pidfd)
+
+    def forget(self) -> None:
+        """In a forked child: let go of it, for it is not the child's."""
+        if self._wire is not None:
+            self._wire.forget()

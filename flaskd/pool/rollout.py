@@ -1,0 +1,88 @@
+"""A rollout: the workers of some slots are replaced, first one alone, then several at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from flaskd.errors import AppError, FlaskdError
+from flaskd.lifecycle import StopReason
+from flaskd.pool.slots import Slot, Slots
+
+
+class Rollout:
+    """Replaces the workers of some slots; `over` is told once, with how many are new, in the thread of the events.
+
+    `numbers` gives the slots whose turn is still to come; it is asked again and again, for slots come and go meanwhile.
+    The first new one has to become ready, and to live for `canary` seconds, before another one is started; if it does
+    not, all old ones stay as they are. Then `surge` slots are replaced at a time. Where one of these does not become
+    ready the rollout ends, too, and what was replaced stays so.
+    """
+
+    def __init__(
+        self,
+        slots: Slots,
+        numbers: Callable[[], Iterable[int]],
+        generation: int,
+        reason: StopReason,
+        *,
+        surge: int,
+        canary: float,
+        proven: Callable[[], None] = lambda: None,
+        over: Callable[[FlaskdError | None, int], None],
+    ) -> None:
+        self._slots, self._numbers, self._generation, self._reason = slots, numbers, generation, reason
+        self._surge, self._canary, self._over = surge, canary, over
+        self._proven = proven
+        self._begun: set[int] = set()
+        self._under_way = 0
+        self._replaced = 0
+        self._ended = False
+
+    def begin(self) -> None:
+        """Begin with the first slot."""
+        self._next()
+
+    def _next(self) -> None:
+        while not self._ended and self._under_way < (self._surge if self._replaced else 1):
+            slot = next((each for each in self._slots if each.number in self._left()), None)
+            if slot is None:
+                break
+            self._begun.add(slot.number)
+            self._under_way += 1
+            canary = 0.0 if self._replaced else self._canary
+            self._slots.replace(slot, self._generation, self._reason, partial(self._one, slot), canary=canary)
+        if not self._ended and not self._under_way:
+            self._end(None)
+
+    def _left(self) -> set[int]:
+        return set(self._numbers()) - self._begun
+
+    def _one(self, slot: Slot, error: FlaskdError | None) -> None:
+        self._under_way -= 1
+        if self._ended:
+            return
+        if error is None:
+            self._replaced += 1
+            if self._replaced == 1:
+                self._proven()
+        elif slot in self._slots:  # else there are fewer by now
+            self._end(self._told(error))
+        self._next()
+
+    def _told(self, error: FlaskdError) -> FlaskdError:
+        if not self._replaced:
+            return error
+        text = f"{error}; {self._replaced} had been replaced before, and stay"
+        return AppError(text, error.traceback_text) if isinstance(error, AppError) else type(error)(text)
+
+    def break_off(self, why: FlaskdError) -> None:
+        """End it now; what is ready stays, what is not is ended."""
+        if not self._ended:
+            self._end(self._told(why))
+
+    def _end(self, error: FlaskdError | None) -> None:
+        self._ended = True
+        if error is not None:
+            self._slots.break_off(str(error))
+        self._over(error, self._replaced)

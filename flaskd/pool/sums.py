@@ -1,0 +1,175 @@
+"""What there is to know of all workers together, read from their boards; nothing of it asks a worker."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Hashable, Iterable
+from dataclasses import replace
+from typing import Any
+
+from flaskd.cleanup import results_as_json
+from flaskd.ledger import Cut, InFlight
+from flaskd.pool.handle import Handle, Phase
+from flaskd.server import Tally
+from flaskd.units import timestamp
+
+log = logging.getLogger("flaskd.pool")
+
+_REMEMBERED = 20
+"""Deaths of workers that `workers` tells of."""
+
+
+class Sums:
+    """The boards of all workers that are alive, and what those of the dead had counted; all for any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._alive: list[Handle] = []
+        self._past = Tally()
+        self._used = time.monotonic()
+        """When the last answer was given that counts for the idle stop, by a worker that is gone; or since when
+        that is asked."""
+        self.deaths: deque[dict[str, Any]] = deque(maxlen=_REMEMBERED)
+        """The last workers that died and were not told to, each with the requests that died with it."""
+        self.died = 0
+        """How many did."""
+        self.lost = 0
+        """How many requests, read whole, died with them."""
+
+    def add(self, worker: Handle) -> None:
+        """A worker was started."""
+        with self._lock:
+            self._alive.append(worker)
+
+    @property
+    def alive(self) -> list[Handle]:
+        """All that are not gone."""
+        with self._lock:
+            return list(self._alive)
+
+    def gone(self, worker: Handle, reason: str) -> tuple[Cut, ...]:
+        """A worker is gone: its counts are kept, and what was in flight in it counts as cut; gives that."""
+        cut = tuple(as_cut(each, reason) for each in requests_of(worker))
+        with self._lock:
+            self._past += worker.board.tally()
+            lost = len(cut) + worker.board.unnamed
+            self._past.outcomes["cut"] += lost
+            self.lost += lost
+            self._used = max(self._used, _used_at(worker) or 0.0)
+            if worker in self._alive:
+                self._alive.remove(worker)
+        return cut
+
+    def note_death(self, worker: Handle, how: str, cut: tuple[Cut, ...]) -> None:
+        """Keep what is known of a worker that was not told to end: when it stops by itself, and when it is gone."""
+        known = {
+            "time": timestamp(time.time()), "slot": worker.slot, "generation": worker.generation, "pid": worker.pid,
+            "how": how, "connections": worker.board.connections, "unnamed": worker.board.unnamed,
+            "cut": [each.as_json() for each in cut],
+        }  # fmt: skip
+        if worker.death:
+            worker.death.update(known)
+        else:
+            worker.death = known
+            self.died += 1
+            self.deaths.append(known)
+
+    def tally(self) -> Tally:
+        """What became of all requests of this service."""
+        with self._lock:
+            whole = self._past
+            for each in self._alive:
+                whole += each.board.tally()
+        return whole
+
+    @property
+    def counted(self) -> tuple[int, int]:
+        """How many requests have been completed and rejected."""
+        outcomes = self.tally().outcomes
+        return outcomes["completed"], outcomes["rejected"]
+
+    def in_flight(self) -> list[InFlight]:
+        """All requests in flight, oldest first."""
+        found = [request for worker in self.alive for request in requests_of(worker)]
+        return sorted(found, key=lambda each: -each.age)
+
+    def total(self, what: str) -> int:
+        """The sum of one of the numbers on the boards."""
+        return sum(getattr(each.board, what) for each in self.alive)
+
+    @property
+    def silent_for(self) -> float:
+        """Seconds since the loop of any worker that serves last turned; 0 where none serves."""
+        beats = [each.board.last_turn for each in self.alive if each.ready_at]
+        return max(0.0, time.monotonic() - max(beats)) if beats else 0.0
+
+    def used(self) -> None:
+        """Count idleness from now."""
+        self._used = time.monotonic()
+
+    @property
+    def idle_for(self) -> float:
+        """Seconds since any worker gave the last answer that counts; 0 while something that counts is in hand."""
+        now = time.monotonic()
+        with self._lock:
+            last = max([self._used, *filter(None, (_used_at(each) for each in self._alive))])
+        return max(0.0, now - last)
+
+    def moved(self) -> Hashable:
+        """Something that is not the same when a request has begun, ended or moved a byte."""
+        return tuple((each.pid, each.board.moved()) for each in self.alive)
+
+    def workers(self) -> list[dict[str, Any]]:
+        """Each worker, in the order of the slots; keys are stable."""
+        return sorted(map(_shown, self.alive), key=lambda each: (each["slot"], each["generation"]))
+
+
+def _used_at(worker: Handle) -> float | None:
+    """When a worker last had something that counts for the idle stop; None for one that had nothing to do so far.
+
+    That one was started in the place of another is no use of the service. One that leaves may note late, by a
+    configuration that is not in force any more, that something is in hand: all that it has in hand counts.
+    """
+    if worker.phase is Phase.LEAVING and worker.board.in_flight():
+        return time.monotonic()
+    idle = worker.board.idle_for() if worker.ready_at else None
+    if idle is None or (idle and not any(worker.board.tally().statuses) and not worker.board.in_flight()):
+        return None
+    return time.monotonic() - idle
+
+
+def requests_of(worker: Handle) -> list[InFlight]:
+    """What one worker has in flight."""
+    return [replace(each, worker=worker.slot) for each in worker.board.in_flight()]
+
+
+def all_steps(workers: Iterable[Handle]) -> dict[str, Any]:
+    """The fates of the cleanup steps of all workers: ``NAME (worker SLOT)``."""
+    return {
+        f"{name} (worker {each.slot})": fate
+        for each in workers
+        for name, fate in results_as_json(list(each.results)).items()
+    }
+
+
+def as_cut(request: InFlight, reason: str) -> Cut:
+    """A request in flight, as cut."""
+    return Cut(
+        id=request.id, client=request.client, method=request.method, path=request.path, age=request.age,
+        phase=request.phase, thread=request.thread, sent=request.sent, worker=request.worker, reason=reason,
+    )  # fmt: skip
+
+
+def _shown(worker: Handle) -> dict[str, Any]:
+    board = worker.board
+    outcomes = board.tally().outcomes
+    silent = time.monotonic() - board.last_turn if worker.ready_at and worker.phase is not Phase.GONE else None
+    return {
+        "slot": worker.slot, "pid": worker.pid, "generation": worker.generation, "state": str(worker.phase),
+        "age": round(worker.age, 3), "in_flight": len(board.in_flight()), "answered": outcomes["completed"],
+        "busy": board.busy, "queued": board.queued, "connections": board.connections,
+        "silent": None if silent is None else round(max(0.0, silent), 3),
+    }  # fmt: skip

@@ -1,0 +1,300 @@
+"""Templates: one process for each generation, which has imported the app, and from which its workers are forked.
+
+A template does nothing else, and has one thread, so that a fork takes all along. It forks twice, so that a worker is
+the supervisor's child (`flaskd.process.orphans`), and lives on when the template has ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from flaskd.config import Configuration
+from flaskd.errors import AppError, CannotCreateError, FlaskdError, shortage
+from flaskd.pool.messages import Fork, Forked, NotReady, Preload, Preloaded
+from flaskd.pool.spawn import STACKS, Stacks, how, reap, send_signal, spawn
+from flaskd.pool.wire import Wire, WireClosedError
+from flaskd.process.orphans import orphans
+from flaskd.process.usage import cpu_seconds, pss
+
+log = logging.getLogger("flaskd.pool")
+
+_FORK = 10.0
+"""Seconds that a template has for a fork, which takes some milliseconds."""
+_STACKS = 0.5
+"""Seconds that it has to write its stack before it is killed."""
+
+
+class Template:
+    """One of them, as the supervisor has it; for any thread, except `start`."""
+
+    def __init__(self, generation: int) -> None:
+        self.generation = generation
+        self.pid = 0
+        self.born = time.monotonic()
+        self.code: int | None = None
+        """Its exit code, once it is gone."""
+        self.loaded: Preloaded | None = None
+        """What it has imported; None before that, and where it could not."""
+        self._error: FlaskdError | None = None
+        """Why it could not."""
+        self._killed_for = ""
+        self._pidfd = -1
+        self._stacks: Stacks
+        self._wire: Wire
+        self._changed = threading.Condition()
+        self._forking = threading.Lock()
+        self._closing = threading.Lock()
+        """Held when the process is signalled, or its pidfd closed, whose number may be another one's then."""
+
+    def __str__(self) -> str:
+        return f"the template of generation {self.generation} (pid {self.pid})"
+
+    def start(self, environ: Mapping[str, str], order: Preload) -> None:
+        """Start its process (in a thread that lives as long as flaskd); raises FlaskdError where none can be had."""
+        thread = threading.Thread(
+            target=self._listen, args=(order,), name=f"flaskd-template-{self.generation}", daemon=True
+        )
+        try:
+            with contextlib.ExitStack() as undo:
+                self._stacks = Stacks()
+                undo.callback(self._stacks.close)
+                self._wire, theirs = Wire.pair()
+                undo.callback(self._wire.close)
+                with theirs:
+                    descriptors = [theirs.fileno(), self._stacks.fileno()]
+                    mine = {"FLASKD_GENERATION": str(self.generation)}
+                    self.pid, self._pidfd = spawn(None, self.generation, descriptors, {**environ, **mine})
+                undo.callback(os.close, self._pidfd)
+                undo.callback(reap, self._pidfd)
+                undo.callback(send_signal, self._pidfd, signal.SIGKILL)
+                thread.start()
+                undo.pop_all()
+        except (OSError, RuntimeError) as error:  # no descriptor, no memory, no thread
+            raise CannotCreateError(f"cannot start a template: {shortage(error) or error}") from error
+
+    def _listen(self, order: Preload) -> None:
+        """Hear what came of the import, and wait for the end of the process (a thread of its own)."""
+        loaded: Preloaded | None = None
+        try:
+            loaded = self._load(order)
+        except WireClosedError:
+            pass
+        except Exception:  # no message that this flaskd knows
+            log.exception(f"cannot understand {self}: it is killed")
+        if loaded is not None:
+            self._tell(loaded)
+        if loaded is None or loaded.keeps:  # its end comes first: what it has bound is free then
+            send_signal(self._pidfd, signal.SIGKILL)
+        else:
+            self._set(loaded)
+        self.code = reap(self._pidfd)
+        words = f"flaskd killed it ({self._killed_for})" if self._killed_for else how(self.code)
+        if loaded is None:
+            self._error = self._error or AppError(
+                f"cannot start {self}: {words} before the app was imported", self._stacks.read()
+            )
+            self._set(None)
+        elif loaded.keeps:
+            self._set(loaded)
+        elif not self._killed_for:
+            log.error(f"{self} is gone: {words}; the next worker imports the code that is on disk then")
+        self._close()
+
+    def _load(self, order: Preload) -> Preloaded | None:
+        if fault := self._wire.greeted():
+            self._error = FlaskdError(f"cannot start {self}: {fault}")
+            return None
+        self._wire.send(order)
+        poll = select.poll()
+        poll.register(self._wire, select.POLLIN)
+        poll.register(self._pidfd, select.POLLIN)
+        while not self._wire.has_message:
+            if self._wire.fileno() not in dict(poll.poll()):
+                return None  # it is gone, and what it forked holds the wire
+            self._wire.read()
+        message, _ = self._wire.receive()
+        if isinstance(message, NotReady):
+            self._error = message.error
+            return None
+        assert isinstance(message, Preloaded)
+        return message
+
+    def _tell(self, loaded: Preloaded) -> None:
+        if loaded.told:
+            took = time.monotonic() - self.born
+            log.info(f"{loaded.told} (imported once for generation {self.generation}, in {took:.1f}s)")
+        if loaded.doubt:
+            log.warning(loaded.doubt)
+        if loaded.keeps:
+            log.warning(
+                f"pool.preload: the app cannot be forked, for on import it {'; it '.join(loaded.keeps)}: "
+                "each worker imports it anew; start and open such things when they are first needed"
+            )
+
+    def _set(self, loaded: Preloaded | None) -> None:
+        with self._changed:
+            self.loaded = loaded
+            self._changed.notify_all()
+
+    def _close(self) -> None:
+        with self._forking:
+            self._wire.close()
+            self._stacks.close()
+        with self._closing:
+            if self._pidfd >= 0:
+                os.close(self._pidfd)
+            self._pidfd = -1
+
+    # --- any thread ---------------------------------------------------------------------------------------------------
+
+    @property
+    def usable(self) -> bool:
+        """Whether workers can be had from it, or it says that they cannot be forked at all."""
+        return (self.code is None and not self._killed_for) or (self.loaded is not None and bool(self.loaded.keeps))
+
+    def fork(self, slot: int, descriptors: Sequence[int], *, wanted: Callable[[], bool]) -> tuple[int, int] | None:
+        """Fork a worker, once the app is imported; its pid and a pidfd. None where this app cannot be forked.
+
+        Raises FlaskdError where the app cannot be imported, the template is gone, or the worker is not wanted any more.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self.loaded is not None or self._error is not None or not wanted())
+        if self._error is not None:
+            raise self._error
+        if self.loaded is None or not wanted():
+            raise FlaskdError(f"cannot start worker {slot}: it is not wanted any more")
+        if self.loaded.keeps:
+            return None
+        with self._forking, orphans.expected() as known:
+            try:
+                self._wire.send(Fork(slot), descriptors)
+                answer = self._answer()
+            except (WireClosedError, OSError) as error:
+                raise CannotCreateError(f"cannot start worker {slot}: {self} does not answer: {error}") from error
+            if not answer.pid:
+                raise CannotCreateError(f"cannot start worker {slot}: {answer.why}")
+            known.add(answer.pid)
+            try:
+                return answer.pid, os.pidfd_open(answer.pid)
+            except OSError as error:
+                known.discard(answer.pid)
+                os.kill(answer.pid, signal.SIGKILL)  # it is not reaped, so the pid is its own
+                raise CannotCreateError(f"cannot watch worker {slot}: {error.strerror}") from error
+
+    def _answer(self) -> Forked:
+        poll = select.poll()
+        poll.register(self._wire, select.POLLIN)
+        if not poll.poll(_FORK * 1000):
+            self.kill(f"it did not fork within {_FORK:g}s")
+            raise WireClosedError(f"not within {_FORK:g}s")
+        answer, _ = self._wire.receive()
+        assert isinstance(answer, Forked)
+        return answer
+
+    def wake(self) -> None:
+        """Have those who wait in `fork` look whether their worker is wanted."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def kill(self, why: str) -> None:
+        """End its process at once; it has nothing to end in order."""
+        self._killed_for = self._killed_for or why
+        with self._closing:
+            send_signal(self._pidfd, signal.SIGKILL)
+
+    @property
+    def loads(self) -> bool:
+        """Whether it is at the import."""
+        return self.loaded is None and self.code is None
+
+    def ask_for_stacks(self) -> None:
+        """Have it write where it is; `stacks` has it a moment later."""
+        self._stacks.clear()
+        with self._closing:
+            send_signal(self._pidfd, STACKS)
+
+    def stacks(self) -> str:
+        """What it has written."""
+        error = self._error
+        return error.traceback_text if isinstance(error, AppError) else self._stacks.read()
+
+    def shown(self) -> dict[str, Any]:
+        """As a worker is shown, with stable keys."""
+        return {
+            "slot": None, "pid": self.pid, "generation": self.generation, "state": "template",
+            "age": round(time.monotonic() - self.born, 3), "in_flight": 0, "answered": 0, "busy": 0, "queued": 0,
+            "connections": 0, "silent": None, "memory": pss(self.pid), "cpu": cpu_seconds(self.pid),
+        }  # fmt: skip
+
+
+class Templates:
+    """Those of the generations that may be started; in the thread of the daemon's events, except `shown` and `end`.
+
+    `later` calls a function after so many seconds.
+    """
+
+    def __init__(self, later: Callable[[float, Callable[[], None]], None]) -> None:
+        self._later = later
+        self._all: dict[int, Template] = {}
+        self._ended = self._told = False
+
+    def of(
+        self, generation: int, configuration: Configuration, environ: Mapping[str, str], path: Sequence[str]
+    ) -> Template | None:
+        """The template of a generation, which may be at its import; None where workers are not forked.
+
+        Raises CannotCreateError where none can be started.
+        """
+        pool = configuration.values.pool
+        if not pool.preload or self._ended:
+            return None
+        template = self._all.get(generation)
+        if template is None or not template.usable:
+            if not orphans.adopt():
+                if not self._told:
+                    log.warning(
+                        "pool.preload: each worker imports the app anew: this system, or this Python without ctypes, "
+                        "cannot make one process the parent of what another one forks (PR_SET_CHILD_SUBREAPER)"
+                    )
+                self._told = True
+                return None
+            template = Template(generation)
+            template.start(environ, Preload(configuration, generation, path))
+            self._all[generation] = template
+            self._give_time(template, pool.start_timeout)
+        return template
+
+    def _give_time(self, template: Template, seconds: float) -> None:
+        def late() -> None:
+            if template.loads:
+                template.ask_for_stacks()
+                self._later(_STACKS, end)
+
+        def end() -> None:
+            if template.loads:
+                template.kill(f"the app was not imported after {seconds:g}s (pool.start_timeout)")
+
+        self._later(seconds, late)
+
+    def keep_only(self, generation: int) -> None:
+        """End those of all other generations: they are over, or did not come up."""
+        for each in [each for each in self._all if each != generation]:
+            self._all.pop(each).kill("its generation is over")
+
+    def end(self) -> None:
+        """End all; no worker is started any more (any thread)."""
+        self._ended = True
+        for each in list(self._all.values()):
+            each.kill("flaskd stops")
+
+    def shown(self) -> list[dict[str, Any]]:
+        """Those that are alive (any thread)."""
+        return [each.shown() for each in list(self._all.values()) if each.code is None]

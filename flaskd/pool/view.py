@@ -1,0 +1,197 @@
+"""What the supervisor shows of its workers: for any thread; of it only plan, threads and stacks wait for a worker."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable
+from dataclasses import replace
+from typing import Any
+
+from flaskd.background_work import Background
+from flaskd.cleanup import Frame, Plan, overview, with_service
+from flaskd.config import Configuration
+from flaskd.ledger import InFlight
+from flaskd.pool.idleness import Idleness
+from flaskd.pool.questions import Reply, Round
+from flaskd.pool.sums import Sums, all_steps, requests_of
+from flaskd.process.usage import cpu_seconds, pss
+from flaskd.server import Drain
+from flaskd.serving.api import ServingSnapshot
+from flaskd.serving.pipeline import Pipeline
+
+_PATIENCE = 1.0
+"""Seconds that a question waits for a worker."""
+_BEATS = 5.0
+"""Seconds after which a worker whose loop has not turned does not beat."""
+
+
+class View:
+    """One pool as it is shown."""
+
+    def __init__(self, pipeline: Callable[[Sums], Pipeline]) -> None:
+        self.sums = Sums()
+        self._pipeline = pipeline(self.sums)
+        self._policies = Plan()
+        self.idleness: Idleness
+        self.wanted: Callable[[], int] = lambda: 0
+        """How many workers there are to be."""
+        self.templates: Callable[[], list[dict[str, Any]]] = list
+        """The processes from which they are forked."""
+
+    @property
+    def target(self) -> str | None:
+        """What the app is called; None before a worker has loaded it."""
+        return next((each.target for each in self.sums.alive if each.target), None)
+
+    @property
+    def drain(self) -> Drain | None:
+        """The drain under way, or the last one."""
+        return self._pipeline.drain
+
+    @property
+    def policies(self) -> Plan:
+        """The plan of the configuration in force."""
+        return self._policies
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests are in flight."""
+        return len(self.sums.in_flight()) + self.sums.total("unnamed")
+
+    @property
+    def unready(self) -> str:
+        """Why no request can be answered now."""
+        return "" if any(each.serves for each in self.sums.alive) else "no worker is ready"
+
+    @property
+    def silent_for(self) -> float:
+        """Seconds since the loop of any worker last turned."""
+        return self.sums.silent_for
+
+    def snapshot(self) -> ServingSnapshot:
+        """What there is to know."""
+        stop, sums = self._pipeline.stop, self.sums
+        workers = sums.alive
+        steps = {**all_steps(workers), **(stop.policies if stop is not None else {})}
+        after, idle_for = self.idleness.after, sums.idle_for
+        idle = None if after is None else (idle_for, max(0.0, after - idle_for))
+        return ServingSnapshot(
+            in_flight=tuple(sums.in_flight()),
+            background=tuple(
+                Background(f"in worker {each.slot}", 0.0, "") for each in workers for _ in range(each.board.background)
+            ),
+            queued=sums.total("queued"),
+            connections=sums.total("connections"),
+            busy=sums.total("busy"),
+            tally=sums.tally(),
+            idle=idle,
+            cleanup=stop.running if stop is not None else (),
+            steps=steps,
+            workers=tuple(self.sums.workers()),
+            wanted=self.wanted(),
+            deaths=self.sums.died,
+            cut_by_deaths=self.sums.lost,
+        )
+
+    def requests(self, *, stacks: bool = False) -> list[InFlight]:
+        """What is in flight, oldest first; with their stacks the workers are asked, and have a second.
+
+        What a worker has in flight that does not answer is known all the same; it stands in the place of the stack.
+        """
+        found = self.sums.in_flight()
+        if not stacks or not found:
+            return found
+        found = []
+        for reply in self._ask("requests", stacks=True):
+            if reply.error is None:
+                found += reply.value
+            else:
+                found += [replace(each, stack=str(reply.error)) for each in requests_of(reply.worker)]
+        return sorted(found, key=lambda each: -each.age)
+
+    def threads(self, *, stacks: bool = False) -> list[dict[str, Any]]:
+        """The threads of all workers; one that does not answer within a second is named."""
+        found: list[dict[str, Any]] = []
+        for reply in self._ask("threads", stacks=stacks):
+            if reply.error is not None:
+                slot = reply.worker.slot
+                found.append({"name": str(reply.error), "id": None, "daemon": False, "request": None, "worker": slot})
+            else:
+                found += [{**each, "worker": reply.worker.slot} for each in reply.value]
+        return found
+
+    def _ask(self, what: str, *, stacks: bool = False) -> list[Reply]:
+        asked = Round(
+            [each for each in self.sums.alive if each.ready_at],
+            lambda worker, told: worker.ask_for(what, told, stacks=stacks),
+        )
+        return asked.wait(_PATIENCE)
+
+    def workers(self) -> list[dict[str, Any]]:
+        """Each worker, and each template of workers, with the memory and the processor time that it uses."""
+        found = [{**each, "memory": pss(each["pid"]), "cpu": cpu_seconds(each["pid"])} for each in self.sums.workers()]
+        return [*found, *self.templates()]
+
+    def deaths(self) -> list[dict[str, Any]]:
+        """The last workers that died and were not told to."""
+        return list(self.sums.deaths)
+
+    def left_behind(self) -> dict[threading.Thread, InFlight]:
+        """The threads here that go on with a request that is over: none."""
+        return {}
+
+    def plan(self, configuration: Configuration) -> dict[str, Any]:
+        """The plan as it stands now: of the service, and of the workers, which have one app, as one of them says it.
+
+        All are asked; those that do not answer within a second, or say something else, are named. What the exit waits
+        for is that of each.
+        """
+        config = configuration.values
+        replies = self._ask("plan")
+        said = [each for each in replies if each.error is None]
+        answer = {"discovery": config.cleanup.discovery.mode, **overview(self._policies, Frame.of(config))}
+        notes = [str(each.error) for each in replies if each.error is not None]
+        if said:
+            exits = [f"worker {each.worker.slot}: {name}" for each in said for name in each.value["exit"]]
+            answer |= with_service({**said[0].value, "exit": exits}, self._policies, Frame.of(config))
+            policies = said[0].value["policies"]
+            others = [str(each.worker) for each in said if each.value["policies"] != policies]
+            if others:
+                notes.append(f"as {said[0].worker} has it; others have another plan: {', '.join(others)}")
+        elif not replies:
+            notes.append("no worker is ready: what workers do at the stop is not known")
+        answer["text"] = "\n".join([answer["text"], *notes])
+        return answer
+
+    def describe_stop(self) -> dict[str, Any]:
+        """What a shutdown endpoint's answer tells: the steps of a worker, which all have, and those of the service."""
+        plan = self._pipeline.stop.plan if self._pipeline.stop is not None else self._policies
+        ready = [each for each in self.sums.alive if each.ready_at][:1]
+        replies = Round(ready, lambda worker, told: worker.ask_for("stop", told)).wait(_PATIENCE)
+        theirs = [step for each in replies if each.error is None for step in each.value["steps"]]
+        return {"plan": plan.id, "steps": theirs + plan.describe(), "in_flight": self.in_flight}
+
+    @property
+    def exit_waits_for(self) -> str:
+        """What the ends of the workers wait for."""
+        waiting = [each for each in self.sums.alive if each.exit_waits_for]
+        return "; ".join(f"{each.exit_waits_for} of worker {each.slot}" for each in waiting)
+
+    def turns(self, timeout: float) -> bool:  # noqa: ARG002 - a board says it at once
+        """Whether any worker's loop turns, or none is there that could."""
+        return self.sums.silent_for < _BEATS
+
+    def answers(self, timeout: float) -> bool:  # noqa: ARG002
+        """Whether at least one worker serves, and its loop turns, or one is being started."""
+        return any(each.is_coming or (each.serves and each.silent_for < _BEATS) for each in self.sums.alive)
+
+    def all_are_at(self) -> Hashable | None:
+        """Nothing: workers that hang are replaced one by one."""
+        return None
+
+    def moved(self) -> Hashable:
+        """Something that is not the same when a request has begun, ended or moved a byte."""
+        return self.sums.moved()
+
+    def close_gates(self) -> None:
+        """Nothing: the workers deal with listeners that are not shared any more when they are told to stop."""

@@ -1,0 +1,287 @@
+"""A pool without processes: workers that say what a test lets them say, and a clock that goes as fast as it wants."""
+
+# ruff: noqa: SLF001 - the kit of the room's own tests
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+from flaskd.config import Configuration, load_mapping
+from flaskd.errors import CannotCreateError, FlaskdError
+from flaskd.ledger import DrainReport
+from flaskd.lifecycle import StopReason
+from flaskd.pool import messages as say
+from flaskd.pool.handle import Handle, Phase
+from flaskd.pool.pool import Pool
+from flaskd.pool.slots import Slots
+from flaskd.server.request import Request
+from flaskd.serving.api import Account, CleanupOver, ServingEvent, Work, WorkersStart
+from flaskd.sockets import Listener
+
+WITH_LISTENERS = {Phase.STARTING, Phase.READY, Phase.DRAINING, Phase.DRAINED}
+"""Phases in which a worker has listeners, and was not told to leave."""
+
+
+def configuration(workers: int = 2, **keys: Any) -> Configuration:
+    """A configuration with so many workers; keys of sections are given as ``pool={"surge": 2}``."""
+    return load_mapping({"server": {"workers": workers}, **keys}, actions={}, environ={})
+
+
+class FakeWorker(Handle):
+    """A worker without a process: a test says what it says, and what it does next by itself is done by `step`."""
+
+    def __init__(self, slot: int, generation: int, world: World) -> None:
+        super().__init__(slot, generation)
+        self._world = world
+        self.told: list[Any] = []
+        """What it was told, in order."""
+        self.to_do: list[Callable[[], None]] = []
+        self.asked_for_stacks = 0
+        self._ids = itertools.count(1)
+        self._on_board: list[Request] = []
+
+    def start(self, environ: Any, first: Any, *, heard: Any, gone: Any, template: Any = None) -> None:
+        if self._world.no_more:
+            self.close()
+            raise CannotCreateError("cannot start a worker: there is no memory")
+        self._heard, self._gone = heard, gone
+        self.pid = next(self._world.pids)
+        self._world.made.append(self)
+        self.told.append(first)
+        self.to_do.append(lambda: self.says(say.Loaded("shop:app")))
+
+    def send(self, message: Any, descriptors: Sequence[int] = ()) -> bool:
+        if self.code is not None:
+            return False
+        self.told.append(message)
+        match message:
+            case say.Serve():
+                self.to_do.append(lambda: self.says(say.IsReady()))
+            case say.DrainNow():
+                self.to_do += [lambda: self.says(say.Closed()), self._drained]
+            case say.CloseListeners():
+                self.to_do.append(lambda: self.says(say.Closed()))
+            case say.StopNow(leave=leave):
+                if leave:
+                    self.says(say.Closed())
+                self.to_do += [self._drained, self._stopped, lambda: self.dies(0)]
+            case say.Renew(number):
+                self.to_do.append(lambda: self.says(say.Answer(number)))
+        return True
+
+    def _drained(self) -> None:
+        self.finish_all()
+        if not self.closed:
+            self.says(say.Closed())
+        self.says(say.DrainOver(DrainReport()))
+
+    def _stopped(self) -> None:
+        self.says(say.Ended(Account(DrainReport(), {}, {}, 0.0, {})))
+
+    def kill(self, why: str) -> None:
+        self.killed_for = self.killed_for or why
+        self.to_do[:] = [lambda: self.dies(-signal.SIGKILL)]
+
+    def ask_for_stacks(self) -> None:
+        self.asked_for_stacks += 1
+
+    def stacks(self) -> str:
+        return "File shop.py, line 1 in slow"
+
+    # --- what a test lets it do ---
+
+    def says(self, message: Any) -> None:
+        """It says something."""
+        self._heard(self, message, [])
+
+    def dies(self, code: int = -signal.SIGKILL) -> None:
+        """Its process ends."""
+        if self.code is None:
+            self.to_do.clear()
+            self.code = code
+            self._gone(self)
+
+    def fails(self) -> None:
+        """It does not become ready, and ends."""
+        self.says(say.NotReady(FlaskdError("cannot load shop:app")))
+        self.dies(70)
+
+    def stops_by_itself(self) -> None:
+        """Its app has raised SystemExit, say: it drains, and ends."""
+        self.to_do.clear()
+        self.says(say.Leaves(StopReason("failure", "SystemExit")))
+        self.to_do += [self._drained, self._stopped, lambda: self.dies(0)]
+
+    def step(self) -> bool:
+        """Let it do the next thing that it does by itself; whether there was one."""
+        if not self.to_do or self.code is not None:
+            return False
+        self.to_do.pop(0)()
+        return True
+
+    def takes(self, path: str = "/") -> None:
+        """It has read a request."""
+        request = Request(Channel(), None)
+        request.id, request.command, request.request_uri, request.headers_finished = next(self._ids), "GET", path, True
+        request.first_byte = request.complete = time.monotonic()
+        self.board.enter(request)
+        self._on_board.append(request)
+
+    def finish_all(self) -> None:
+        """It has answered all requests."""
+        for each in self._on_board:
+            self.board.counts.add(each, "completed", time.monotonic())
+            self.board.leave(each)
+        self._on_board.clear()
+
+
+class Channel:
+    """As much of a connection as a request asks."""
+
+    internal, client, flushed = False, "127.0.0.1", 0
+
+    def client_told_by(self, headers: Any) -> str:
+        return ""
+
+
+class World:
+    """The thread of the events, its clock, and all workers that were made."""
+
+    def __init__(self) -> None:
+        self.made: list[FakeWorker] = []
+        self.pids = itertools.count(1000)
+        self.no_more = False
+        """Whether no worker can be started."""
+        self.events: list[ServingEvent] = []
+        """What the pool told its daemon, beside how starts get on."""
+        self.hung: set[FakeWorker] = set()
+        """The workers whose loops do not turn."""
+        self.stops: list[Any] = []
+        """Why its apps wanted the service to stop."""
+        self._posted: queue.SimpleQueue[ServingEvent] = queue.SimpleQueue()
+        self._later: list[tuple[float, int, ServingEvent]] = []
+        self._numbers = itertools.count()
+        self._ahead = 0.0
+
+    def post(self, event: ServingEvent) -> None:
+        self._posted.put(event)
+
+    def post_at(self, moment: float, event: ServingEvent) -> None:
+        heapq.heappush(self._later, (moment, next(self._numbers), event))
+
+    def _do(self, event: ServingEvent) -> None:
+        if isinstance(event, Work):
+            event.run()
+        elif not isinstance(event, WorkersStart):
+            self.events.append(event)
+
+    def run(self) -> None:
+        """Carry out all that is due; the loops of all workers turn."""
+        for each in set(self.alive) - self.hung:
+            each.board.turned(time.monotonic())
+        while True:
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    self._do(self._posted.get_nowait())
+            if not self._later or self._later[0][0] > time.monotonic():
+                return
+            self._do(heapq.heappop(self._later)[2])
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass, and all happen that is due meanwhile, each at its moment."""
+        self.run()
+        until = time.monotonic() + seconds
+        while self._later and self._later[0][0] <= until:
+            self._ahead += max(0.0, self._later[0][0] - time.monotonic())
+            self.run()
+        self.sleep(until - time.monotonic())
+        self.run()
+
+    def sleep(self, seconds: float) -> None:
+        """Let time pass, and nothing happen: all processes are stopped."""
+        self._ahead += max(0.0, seconds)
+
+    def settle(self) -> None:
+        """Let all workers do what they do by themselves, until there is nothing left."""
+        self.run()
+        while sum(each.step() for each in self.made):
+            self.run()
+
+    @property
+    def alive(self) -> list[FakeWorker]:
+        """Those that are not gone."""
+        return [each for each in self.made if each.code is None]
+
+    def pool(self, listeners: Sequence[Listener] = ()) -> Pool:
+        """A pool with fake workers."""
+        pool = Pool(
+            self.post,
+            self.post_at,
+            name="flaskd",
+            stop=self.stops.append,
+            open_endpoint=lambda address, *_: address,
+            idle_over=lambda: None,
+            make=lambda slot, generation: FakeWorker(slot, generation, self),
+        )
+        pool._crew.listeners = listeners
+        return pool
+
+    def started(self, workers: int = 2, listeners: Sequence[Listener] = (), **keys: Any) -> Pool:
+        """A pool whose workers are ready."""
+        pool, config = self.pool(listeners), configuration(workers, **keys)
+        pool.start(config)
+        self.settle()
+        pool.started(config)
+        self.events.clear()
+        return pool
+
+    def worker(self, slot: int) -> FakeWorker:
+        """The youngest one of a slot that is alive."""
+        return [each for each in self.alive if each.slot == slot][-1]
+
+
+@contextlib.contextmanager
+def world() -> Iterator[World]:
+    """A world; time.monotonic() goes by its clock meanwhile, for threads, too."""
+    made, monotonic = World(), time.monotonic
+
+    def now() -> float:
+        return monotonic() + made._ahead
+
+    with mock.patch.object(time, "monotonic", now):
+        try:
+            yield made
+        finally:
+            for each in made.made:
+                each.close()
+
+
+def slots_of(pool: Pool) -> Slots:
+    """The slots of a pool."""
+    return pool._crew.slots
+
+
+def stop(world: World, pool: Pool, reason: Any) -> None:
+    """Stop a pool to its end, and let its workers do what they do by themselves."""
+    pool.make_threads()
+    with mock.patch("flaskd.serving.stop.Stop.arm"):  # the process of the tests does not end by that deadline
+        pool.begin_stop(reason, pool._crew.configuration, None)
+    pool.announce_stop()
+    pool.run_stop()
+    end = threading.Event()
+    for _ in range(2000):
+        world.settle()
+        if any(isinstance(each, CleanupOver) for each in world.events):
+            pool._service_stop.dismiss()
+            return
+        end.wait(0.001)
+    raise AssertionError("the stop did not end")

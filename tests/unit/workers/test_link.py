@@ -1,0 +1,76 @@
+"""A worker's end of the wire: what it makes of what it hears."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pool_kit
+import pytest
+
+from flaskd.pool import messages as say
+from flaskd.pool.wire import Wire
+from flaskd.workers.link import Link
+
+
+class Supervisor:
+    """The other end; `daemon` is the worker's, as far as the link asks it for anything."""
+
+    def __init__(self) -> None:
+        self.wire, theirs = Wire.pair()
+        begin = say.Begin(pool_kit.configuration(), 0, 1, "flaskd", (), None, first=True)
+        self.theirs = Wire(theirs)
+        self.link = Link(self.theirs, begin)
+        self.serving = SimpleNamespace()
+        self.link.serve(SimpleNamespace(serving=self.serving, configuration=begin.configuration))  # type: ignore[arg-type]
+        self.link.open(begin.configuration.values, ())
+
+    def answer(self, number: int, what: str) -> say.Answer:
+        """Ask something, and wait for the answer."""
+        self.wire.send(say.Ask(number, what))
+        answer = self.wire.receive()[0]
+        assert isinstance(answer, say.Answer)
+        return answer
+
+
+@pytest.fixture
+def supervisor() -> Iterator[Supervisor]:
+    made = Supervisor()
+    yield made
+    made.link.close()
+    made.theirs.close()
+    made.wire.close()
+
+
+@pytest.mark.parametrize("what", ["requests", "threads", "plan", "stop"])
+@pytest.mark.parametrize("error", [LookupError, SystemExit, KeyboardInterrupt])
+def test_a_question_that_breaks_is_answered(supervisor: Supervisor, what: str, error: type[BaseException]) -> None:
+    """Whatever the app's objects raise is in the answer, and the next question is heard."""
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise error("broken")
+
+    name = {"stop": "describe_stop"}.get(what, what)
+    setattr(supervisor.serving, name, broken)
+    answer = supervisor.answer(7, what)
+    assert answer.number == 7
+    assert "broken" in str(answer.error)
+    setattr(supervisor.serving, name, lambda *_, **__: "well")
+    assert supervisor.answer(8, what) == say.Answer(8, "well")
+
+
+@pytest.mark.parametrize("error", [LookupError, SystemExit])
+def test_an_order_that_breaks_keeps_no_other(
+    supervisor: Supervisor, caplog: pytest.LogCaptureFixture, error: type[BaseException]
+) -> None:
+    """It is logged, and what comes next is done."""
+
+    def broken() -> None:
+        raise error("broken")
+
+    supervisor.serving.announce_stop, supervisor.serving.requests = broken, lambda **_: []
+    supervisor.link._share = lambda **_: None  # type: ignore[method-assign] # noqa: SLF001
+    supervisor.wire.send(say.Announce())
+    assert supervisor.answer(1, "requests") == say.Answer(1, [])
+    assert "cannot do what the supervisor asks for" in caplog.text
