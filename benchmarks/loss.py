@@ -213,8 +213,7 @@ def main() -> int:
     for scenario in able if options.scenario == "all" else [options.scenario]:
         those = [measure(server, scenario, options) for server in servers if _can(server, scenario)]
         accounts += those
-        if those:
-            print(_report(scenario, those), flush=True)
+        print(_report(scenario, those), flush=True)
     if options.json:
         options.json.write_text(json.dumps({"environment": environment(), "accounts": accounts}, indent=1) + "\n")
     return 1 if any(failed(each) for each in accounts if each["server"] == "flaskd") else 0

@@ -143,7 +143,7 @@ def _answers(server: Running) -> str:
 def _row(server: str, those: list[Outcome]) -> list[str]:
     done = [each for each in those if not each.error]
     if not done:
-        return [server, *["-"] * 10]
+        return [server, *["-"] * 9]
     sums = [
         sum(each.requests for each in done),
         sum(each.lost for each in done),

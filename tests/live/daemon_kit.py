@@ -308,10 +308,12 @@ class Terminal:
 
 
 def children(pid: int) -> list[int]:
-    """The pids of a process' children."""
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return []
+    """The pids of a process' children, whichever of its threads started them."""
+    found = []
+    for each in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
+            found += map(int, each.read_text().split())
+    return sorted(found)
 
 
 def handles_sigterm(pid: int) -> bool:

@@ -125,7 +125,7 @@ STOPS = [
     "serving.forecast:with_callbacks",
     "systemd.service:Service.stopping",
     "server.drain:Drain.account",
-    "daemon:Daemon._take_drain_waiters",
+    "drains:Drains._take_waiters",
 ]
 
 
