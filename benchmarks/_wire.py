@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import select
 import socket
 import sys
@@ -33,6 +34,11 @@ def request(target: str, body: bytes = b"", *, host: str = "localhost", headers:
     return "".join(f"{line}\r\n" for line in [*lines, ""]).encode() + body
 
 
+_IP_BIND_ADDRESS_NO_PORT = 24
+"""The port is chosen when the socket connects, and may be one that is taken to another address (ip(7), Linux 4.2)."""
+_SOURCE = f"127.{1 + os.getpid() % 250}.{os.getpid() // 250 % 250}.1"
+
+
 class Connection:
     """One connection, and the answer to the request it sent last; `receive_buffer` is SO_RCVBUF, in bytes."""
 
@@ -43,6 +49,9 @@ class Connection:
         if receive_buffer:  # before the handshake, which announces the window
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         try:
+            # From an address of this process': after thousands of connections, a minute long, its ports are taken.
+            self.socket.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
+            self.socket.bind((_SOURCE, 0))
             self.socket.connect(address)
         except BaseException:
             self.socket.close()
