@@ -38,6 +38,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from _wire import from_own_address
 from app import PATTERN
 
 FATES = ("answered", "refused", "rejected", "raced", "reset", "cut", "wrong")
@@ -121,6 +122,7 @@ class Connection:
     async def open(self) -> None:
         """Connect; raises what the kernel says."""
         async with asyncio.timeout(self._patience):
+            from_own_address(self._socket)
             await self._loop.sock_connect(self._socket, self._address)
 
     def close(self) -> None:

@@ -39,6 +39,15 @@ _IP_BIND_ADDRESS_NO_PORT = 24
 _SOURCE = f"127.{1 + os.getpid() % 250}.{os.getpid() // 250 % 250}.1"
 
 
+def from_own_address(sock: socket.socket) -> None:
+    """Have a socket connect from an address of this process: after thousands of connections its ports are taken.
+
+    They are for a minute (TIME_WAIT), and other programs need some for themselves.
+    """
+    sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
+    sock.bind((_SOURCE, 0))
+
+
 class Connection:
     """One connection, and the answer to the request it sent last; `receive_buffer` is SO_RCVBUF, in bytes."""
 
@@ -49,9 +58,7 @@ class Connection:
         if receive_buffer:  # before the handshake, which announces the window
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         try:
-            # From an address of this process': after thousands of connections, a minute long, its ports are taken.
-            self.socket.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
-            self.socket.bind((_SOURCE, 0))
+            from_own_address(self.socket)
             self.socket.connect(address)
         except BaseException:
             self.socket.close()
