@@ -130,6 +130,7 @@ def test_resume_at_any_moment(flaskd: Flaskd) -> None:
         assert get(url) == (200, b"hello")
         flaskd.gate.open()
         assert held.result() == (200, b"held")
+        flaskd.settle()
     flaskd.write("flaskd.yaml", "shutdown: {announce: 15s, deadline: 60s}\nhealth: {path: /healthz}\n")
     assert flaskd.command("reload config").splitlines()[-1].startswith("OK reloaded")
     assert flaskd.command("drain").startswith("OK draining")
@@ -176,6 +177,7 @@ def test_a_drain_with_a_worker_that_leaves(flaskd: Flaskd) -> None:
     flaskd.until(lambda: refused(url))
     assert flaskd.command("resume") == "OK ready\n"
     assert get(url) == (200, b"hello")
+    flaskd.until(lambda: flaskd.status()["in_flight"] == 1)  # its client may have the answer a moment before
     assert flaskd.command("drain").startswith("OK draining in_flight=1")
     assert flaskd.status()["state"] == "draining"
     flaskd.gate.open()
