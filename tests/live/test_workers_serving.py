@@ -285,7 +285,7 @@ def test_a_forked_child_keeps_nothing(flaskd: Flaskd) -> None:
     try:
         assert len(shared_with_the_supervisor(int(worker))) >= 3
         for pid in pids:
-            assert shared_with_the_supervisor(pid) == []
+            flaskd.until(lambda pid=pid: shared_with_the_supervisor(pid) == [])  # its parent may be the faster one
         pids += [pid for each in workers(flaskd).values() for pid in children(each)]
         url = flaskd.url
         assert flaskd.stop() == 0

@@ -139,14 +139,17 @@ def worker_pids(flaskd: Flaskd) -> set[int]:
 
 
 def hold_in_both(flaskd: Flaskd, url: str, least: int = 3) -> list[Answer]:
-    """Make requests that run until the gate opens, until both workers have some; each needs 16 threads.
+    """Make requests that run until the gate opens, until both workers have some; each has 16 threads.
 
-    On a busy machine one may take all that it has places for, before the other is awake.
+    On a busy machine one may take more than it has places for, before the other is awake.
     """
-    held = [flaskd.hold(url) for _ in range(least)]
-    while not all(each["in_flight"] for each in shown(flaskd)):
-        assert len(held) <= 16  # one of them is full by then
-        held.append(flaskd.hold(url))
+    held: list[Answer] = []
+    while len(held) < least or not all(each["in_flight"] for each in shown(flaskd)):
+        held.append(Answer(url, "/hold"))
+        flaskd.until(lambda: sum(each["in_flight"] for each in shown(flaskd)) == len(held))
+    for each in shown(flaskd):
+        for _ in range(min(each["in_flight"], 16)):
+            flaskd.gate.entered()
     return held
 
 
