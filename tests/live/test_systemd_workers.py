@@ -396,7 +396,7 @@ def test_a_virtual_environment_may_go_away_under_workers(each_systemd: Systemd) 
     get(gone.url)
     systemd.run("rm", "-rf", "/opt/gone")
     assert systemd.run("systemctl", "reload", gone.unit, check=False, timeout=SLOW).returncode
-    assert "cannot start a worker: /opt/gone/bin/python3: No such file" in gone.show("StatusText")
+    assert "cannot start worker 0: /opt/gone/bin/python3: No such file" in gone.show("StatusText")
     assert get(gone.url) == (200, b"hello")
     systemd.ctl("stop", gone.unit)
     assert (gone.show("Result"), gone.show("ExecMainStatus")) == ("success", "0")
