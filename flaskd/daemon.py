@@ -7,7 +7,6 @@ its notices. `flaskd.boot` starts it, hears signals for it, and ends the process
 
 from __future__ import annotations
 
-import http.client
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -43,6 +42,7 @@ from flaskd.lifecycle import Event, Lifecycle, State, StopReason
 from flaskd.log import setup as logs
 from flaskd.notices import Notice
 from flaskd.process.main_thread import Complaints
+from flaskd.protocol import reason_of
 from flaskd.questions import Questions
 from flaskd.readings import ReadingOver
 from flaskd.reload import Reload
@@ -204,7 +204,7 @@ class Daemon:
         if (state := state or self.state) in _SERVING and not why:
             return "200 OK", "ready"
         status = self._config.values.health.unready_status
-        return f"{status} {http.client.responses.get(status, 'Not Ready')}", why or str(state)
+        return f"{status} {reason_of(status, 'Not Ready')}", why or str(state)
 
     def serve_by(self, serving: Serving) -> None:
         """Have `serving` serve the app; before anything is served."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -109,6 +110,11 @@ class Reply(Protocol):
         """It was not done."""
 
 
+def reason_of(status: int, otherwise: str) -> str:
+    """The reason phrase of an HTTP status (RFC 9110 §15), or another where it has none."""
+    return HTTPStatus(status).phrase if status in _STATUSES else otherwise
+
+
 class Discard:
     """The reply to what no client waits for."""
 
@@ -130,6 +136,7 @@ class Discard:
         """Drop it."""
 
 
+_STATUSES = {status.value for status in HTTPStatus}
 _NUMBER = (int, float)
 _RECORD = {
     "reason": str, "started": str, "took": _NUMBER, "completed": int, "rejected": int, "unaccepted": int,

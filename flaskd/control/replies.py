@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import logging
 from collections.abc import Callable, Sequence
 
 from flaskd.log.setup import bounded_by
 from flaskd.present import as_text, outcome
-from flaskd.protocol import Fields
+from flaskd.protocol import Fields, reason_of
 from flaskd.text import escaped
 
 # What the methods mean is said once, in flaskd.protocol.Reply.
@@ -106,7 +105,7 @@ class HttpReply:
     def _answer(self, status: int, entry: Fields, *more: str) -> None:
         body = json.dumps(entry, default=str).encode() + b"\n"
         lines = [
-            f"HTTP/1.1 {status} {http.client.responses.get(status, 'Error')}",
+            f"HTTP/1.1 {status} {reason_of(status, 'Error')}",
             "Content-Type: application/json",
             f"Content-Length: {len(body)}",
             "Cache-Control: no-store",

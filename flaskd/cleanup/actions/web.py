@@ -6,14 +6,13 @@ for many services it is the secret.
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import re
 import socket
-import ssl
 from contextlib import closing, suppress
 from functools import partial
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import quote, urlsplit
 
@@ -26,6 +25,7 @@ from flaskd.config.settings import field
 from flaskd.text import MASK, printable, quoted
 
 if TYPE_CHECKING:
+    import http.client
     from collections.abc import Mapping
     from urllib.parse import SplitResult
 
@@ -113,6 +113,8 @@ class ConsulFields(Settings):
 
 def prepare_web(_fields: object) -> None:
     """Load what a request needs, while it is still there: a deploy may replace it under a running daemon."""
+    import http.client  # noqa: F401, PLC0415 - 3 MiB, with ssl and email, which no other part of flaskd needs
+
     "localhost".encode("idna")  # its codec is imported at the first use, by http.client
 
 
@@ -145,9 +147,9 @@ def deregister(context: StepContext, fields: ConsulFields) -> str:
     path = f"/v1/agent/service/deregister/{quote(fields.service_id, safe='')}"
     url = agent._replace(path=agent.path.rstrip("/") + path)
     status, reason, answer = _ask(context, "PUT", url, b"", {"X-Consul-Token": token} if token else {})
-    if status == http.client.NOT_FOUND and b"Unknown service" in answer:
+    if status == HTTPStatus.NOT_FOUND and b"Unknown service" in answer:
         return "was not registered"
-    if status != http.client.OK:
+    if status != HTTPStatus.OK:
         raise StepFailedError(f"Consul answered with {status} {reason}".rstrip())
     return f"deregistered {fields.service_id}"
 
@@ -168,6 +170,9 @@ def _ask(
     Raises StepFailedError without a word of what was asked. The socket's own timeout ends it when nothing moves; one
     that trickles is abandoned by the runner, which closes it.
     """
+    import http.client  # noqa: PLC0415 - see prepare_web
+    import ssl  # noqa: PLC0415
+
     assert url.hostname is not None
     secure = url.scheme == "https"
     kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
