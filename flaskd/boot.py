@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from flaskd.admin import opened_by
 from flaskd.config import Configuration
@@ -22,7 +22,6 @@ from flaskd.holdings import Holdings, Plane, put_away
 from flaskd.inbox import Asked, ExitBegan, ExitOver, IdleOver, Raised, ReloadAsked, StopAsked
 from flaskd.lifecycle import Event, State, StopReason
 from flaskd.notices import BrokenOff, FailedFor, Loaded, Notice, Starting, log_it
-from flaskd.pool.pool import Pool
 from flaskd.process.descriptors import open_files
 from flaskd.process.exit import Ending
 from flaskd.process.forks import AppCode, end_child, forgotten_by_children
@@ -35,6 +34,9 @@ from flaskd.serving.inprocess import AsWorker, InProcess
 from flaskd.serving.loading import LoadedApp
 from flaskd.serving.patching import patching_refused
 from flaskd.starting import Start
+
+if TYPE_CHECKING:
+    from flaskd.pool.pool import Pool
 
 log = logging.getLogger("flaskd.daemon")
 
@@ -172,6 +174,8 @@ class Boot:
 
     def _workers(self) -> Pool:
         """What serves with workers."""
+        from flaskd.pool.pool import Pool  # noqa: PLC0415 - a daemon without workers is ready the sooner
+
         daemon = self.daemon
         pool = self._serving = Pool(
             daemon.inbox.post,

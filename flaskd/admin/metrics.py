@@ -10,7 +10,6 @@ from itertools import accumulate
 from typing import Any
 
 from flaskd.lifecycle import State
-from flaskd.pool.handle import Phase
 from flaskd.server import BOUNDS, Histogram
 from flaskd.snapshot import Snapshot
 from flaskd.version import __version__
@@ -103,6 +102,8 @@ def _requests(now: Snapshot) -> Iterator[Any]:
 
 def _workers(now: Snapshot) -> Iterator[Any]:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily  # noqa: PLC0415
+
+    from flaskd.pool.handle import Phase  # noqa: PLC0415 - where there are workers it is there
 
     serving = now.serving
     yield GaugeMetricFamily("flaskd_workers_wanted", "Workers that there are to be.", serving.wanted)

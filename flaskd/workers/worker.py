@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from flaskd.admin import EndpointServer
 from flaskd.boot import Boot
@@ -24,7 +24,6 @@ from flaskd.ledger import be_worker
 from flaskd.lifecycle import State, StopReason
 from flaskd.notices import BecameReady, DrainEnded, Notice, Progress, StepDone, StepsTake, StopBegan
 from flaskd.pool import messages as say
-from flaskd.pool.pool import Pool
 from flaskd.pool.spawn import EX_LATE, STACKS
 from flaskd.pool.wire import Wire
 from flaskd.process.bootstrap import heed_as_worker, open_standard_streams
@@ -39,6 +38,9 @@ from flaskd.snapshot import Held
 from flaskd.sockets import Address
 from flaskd.systemd.store import Store
 from flaskd.workers.link import Link
+
+if TYPE_CHECKING:
+    from flaskd.pool.pool import Pool
 
 log = logging.getLogger("flaskd.daemon")
 
