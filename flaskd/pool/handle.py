@@ -160,7 +160,7 @@ class Handle:
             with theirs:
                 self._make(theirs, self._stacks, environ)
         except FlaskdError as error:
-            self.error, self.code = self.error or error, 0
+            self.error, self.code = _with_place(self.error, error), 0
             gone(self)
             return False
         finally:
@@ -318,3 +318,11 @@ class Handle:
         """In a forked child: let go of it, for it is not the child's."""
         if self._wire is not None:
             self._wire.forget()
+
+
+def _with_place(own: FlaskdError | None, error: FlaskdError) -> FlaskdError:
+    """Why a worker could not be forked: its own reason, with where its template was when both were late at once."""
+    place = error.traceback_text if isinstance(error, AppError) else ""
+    if isinstance(own, AppError) and not own.traceback_text:
+        return AppError(str(own), place)
+    return own or error
