@@ -17,7 +17,7 @@ class Questions:
     def __init__(
         self, read: Callable[[], Configuration], serving: Callable[[], Serving], present: Callable[[], Configuration]
     ) -> None:
-        self.check = SlowQuery("check", read)
+        self.check: SlowQuery[Configuration] = SlowQuery("check", read)
         self.plan: SlowQuery[dict[str, Any]] = SlowQuery("plan", lambda: serving().plan(present()))
         self.stacks: SlowQuery[list[InFlight]] = SlowQuery("requests", lambda: serving().requests(stacks=True))
         self.threads: SlowQuery[list[dict[str, Any]]] = SlowQuery("threads", lambda: serving().threads())
