@@ -4,7 +4,7 @@ from flaskd.server.board import Board
 from flaskd.server.drain import DRAIN_GUARD, Drain, Drainable, in_thread_of_its_own
 from flaskd.server.proxies import BehindProxies, missed_by_proxy_fix
 from flaskd.server.server import WaitressThread
-from flaskd.server.settings import adjustments
+from flaskd.server.settings import adjustments, pace
 from flaskd.server.streams import STREAM_GRACE, EndingStreams
 from flaskd.server.tally import BOUNDS, Histogram, Tally
 
@@ -23,4 +23,5 @@ __all__ = [
     "adjustments",
     "in_thread_of_its_own",
     "missed_by_proxy_fix",
+    "pace",
 ]

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
+from flaskd.log.setup import bounded_by
 from flaskd.server.aside import Aside
 from flaskd.server.connections import Connections
 from flaskd.sockets import Listener
@@ -16,6 +17,10 @@ log = logging.getLogger("flaskd.server")
 
 _FILES_PAUSE = 0.5
 """Seconds without accepting after the process ran out of files."""
+_LIMIT_PAUSE = 0.1
+"""Seconds in which clients wait until others leave, or other workers let them in, before room is made for them."""
+_MOST_ROOM = 64
+"""Connections that are closed at once to make room."""
 
 
 class Admission:
@@ -59,9 +64,15 @@ class Admission:
         """Whether there are as many connections as there may be; then accepting pauses until there are fewer."""
         if not self.paused and self.connections.count >= self.limit:
             self.paused = True
-            log.warning(f"{self.limit} connections are open, the most there may be; new ones wait")
+            text = f"{self.limit} connections are open, the most there may be; new ones wait for those to be closed"
+            log.warning(text, extra=bounded_by("moments in which all connections were taken"))
             self.accept(on=False)
+            self._pause(_LIMIT_PAUSE if self.aside is not None else 0.0)
         return self.paused
+
+    def _pause(self, seconds: float) -> None:
+        self._pause_until = max(self._pause_until, time.monotonic() + seconds)
+        self.context.timers.at(self._pause_until, lambda _: None)  # it wakes the loop, which looks for room then
 
     @contextlib.contextmanager
     def beyond_the_limit(self) -> Iterator[None]:
@@ -81,11 +92,19 @@ class Admission:
         self.accept(on=False)
 
     def look_for_room(self, now: float) -> None:
-        """End a pause, once there is room."""
-        if now >= self._pause_until and self.connections.count < self.limit:
-            self.paused = False
-            log.info("accepting connections again")
-            self.accept(on=True)
+        """End a pause, once there is room; where clients wait, it is made (`Connections.make_room`)."""
+        if now < self._pause_until:
+            return
+        if self.connections.count >= self.limit and not self._make_room():
+            self._pause(_LIMIT_PAUSE)
+            return
+        self.paused = False
+        log.info("accepting connections again", extra=bounded_by("moments in which there was room again"))
+        self.accept(on=True)
+
+    def _make_room(self) -> int:
+        waiting = sum(each.listener.callers() for each in self.context.acceptors if each.accepting)
+        return self.connections.make_room(min(waiting, _MOST_ROOM))
 
     def refuse(self, *, on: bool) -> None:
         """Answer 503 on the listeners that others share, or leave them alone again."""

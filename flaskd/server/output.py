@@ -15,8 +15,11 @@ from flaskd.server.buffers import AnswerBuffer
 from flaskd.server.context import Context
 from flaskd.server.head import Fields
 from flaskd.server.request import Request
+from flaskd.server.slow import Progress
 from flaskd.sockets import unacknowledged
 
+_ROOM = 16
+"""Which part of all output that may wait has to be free before a thread that waits for its client goes on."""
 _LINGER = 0.2
 """Seconds in which a half-closed client may close its side, before the connection is closed under it."""
 _LINGER_LOOK = 0.05
@@ -44,6 +47,8 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
     fault = ""
     """Why what was put out cannot be sent, though the client is there."""
     stream_over = False
+    progress: Progress | None = None
+    """Of its client, while that is waited for."""
     fields: Fields | None = None
     serving: Request
     """The request that is answered, or was answered last."""
@@ -116,6 +121,8 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
 
     def write_soon(self, data: Any) -> int:
         """Put out a part of a response, at once where nothing waits; a stream that was ended takes no more."""
+        if self.total_outbufs_len > self.adj.outbuf_high_watermark:
+            self._wait_for_client()
         with self._sending:  # so that it comes before the end of a stream, or not at all
             if self.stream_over or not self.connected:
                 raise ClientDisconnected
@@ -138,6 +145,31 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
             self.outbufs.append(AnswerBuffer(self.adj.outbuf_overflow))
             self.current_outbuf_count = 0
         return int(super().write_soon(data))
+
+    def _flush_outbufs_below_high_watermark(self) -> None:
+        """Nothing: waitress waits here for the client, in its place and with the lock."""
+
+    def _wait_for_client(self) -> None:
+        """Wait until there is room for more output; the loop never does, and what it answers itself is short."""
+        if self.serving.here:
+            return
+        with self.outbuf_lock:
+            if self.connected:
+                self._flush_exception(self._flush_some, do_close=False)
+            fine = self.total_outbufs_len <= self.adj.outbuf_high_watermark
+        if not fine:
+            self.context.waiting.wait(self)
+
+    @property
+    def waits(self) -> bool:
+        """Whether its thread waits for the client, and has left its place to another request."""
+        return self in self.context.waiting
+
+    @property
+    def backed_up(self) -> bool:
+        """Whether its thread is still to wait: until there is room for some more, lest it waits at every part."""
+        most = self.adj.outbuf_high_watermark
+        return bool(self.connected) and self.total_outbufs_len > most - most // _ROOM
 
     def end_stream(self) -> None:
         """End the stream being sent, between two parts (loop's thread); its thread learns at its next write."""

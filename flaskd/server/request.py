@@ -58,6 +58,9 @@ class Connection(Protocol):
     def last_activity(self) -> float: ...
 
     @property
+    def waits(self) -> bool: ...
+
+    @property
     def too_late(self) -> bool: ...
 
     @property
@@ -85,7 +88,8 @@ class Request(Parser):
     first_byte = wall_clock = complete = began = 0.0
     """When its first and its last byte came, and when its answer was begun; 0 before."""
     thread: threading.Thread | None = None
-    answered = over = rejected = whole = False
+    answered = over = rejected = whole = here = False
+    """`here`: the loop answers it itself."""
     status = ""
     fault = ""
     """Why its client sees that the answer is not whole, though it did not leave."""
@@ -138,13 +142,21 @@ class Request(Parser):
             self.rejected = self.completed = True
             self.headers["HTTP_CONNECTION"] = "close"  # the body may follow all the same
         if self.completed:
-            # Nothing more is expected, so the client must not be told to continue: waitress would wait for ever for
-            # the body of a request that has none, or ask for one that it already refused.
-            self.expect_continue = False
-            self.kind = kind_of(self.command, self.path)
-            if not self.id and not self.channel.internal:
-                self.channel.account.accepted(self)
+            self._complete()
         return consumed
+
+    def _complete(self) -> None:
+        # Nothing more is expected, so the client must not be told to continue: waitress would wait for ever for the
+        # body of a request that has none, or ask for one that it already refused.
+        self.expect_continue = False
+        self.kind = kind_of(self.command, self.path)
+        if not self.id and not self.channel.internal:
+            self.channel.account.accepted(self)
+
+    def time_out(self, why: str) -> None:
+        """Refuse it, because the rest of it is too long in coming (RFC 9110 §15.5.9)."""
+        self.refuse(408, why)
+        self._complete()
 
     def _name_limit(self) -> None:
         """Say which setting it goes beyond."""

@@ -8,11 +8,12 @@ While quick requests are run the thread keeps the lead (`flaskd.server.lead`).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from flaskd.errors import CannotCreateError, shortage
@@ -69,7 +70,11 @@ class ThreadPool:
         self._numbers: dict[threading.Thread, int] = {}
         """The threads that have not ended, with the numbers in their names."""
         self._lock = threading.Lock()
-        """Held when one of the above changes."""
+        """Held when one of the above, or of the next three, changes."""
+        self._away = self._back = 0
+        """How many threads have given their place up for a while, and how many of them want one again."""
+        self._returns = threading.Condition(self._lock)
+        """Is notified when a place has become free, for those that want one again."""
         self._lead = Lead()
         self.on_place: Callable[[], None] | None = None
         """Is called when a place has become free."""
@@ -152,12 +157,7 @@ class ThreadPool:
         """The oldest task, if there is a place for it (the thread that leads)."""
         with self._lock:
             # Some of the threads may not be had, and one is needed to lead.
-            if (
-                self.queue
-                and self._running < self._places
-                and self._running < len(self._numbers) - 1
-                and not self.ending
-            ):
+            if self.queue and self._free > 0 and not self.ending:
                 self._running += 1
                 task: Task = self.queue.popleft()
                 return task
@@ -166,26 +166,46 @@ class ThreadPool:
     def _leave(self) -> None:
         """Give the place up, while leading."""
         with self._lock:
-            self._running -= 1
-            if self.on_place is not None:
-                self.on_place()
+            self._give_up()
+
+    def _give_up(self) -> None:
+        self._running -= 1
+        self._returns.notify()
+        if self.on_place is not None:
+            self.on_place()
 
     def _next(self) -> Task | None:
         """The oldest task for the place that has become free, or None: then the place is given up."""
         with self._lock:
-            if self.queue and self._running <= self._places and not self.ending:
+            if self.queue and self._running + self._back <= self._places and not self.ending:
                 task: Task = self.queue.popleft()
                 return task
-            self._running -= 1
-            if self.on_place is not None:
-                self.on_place()
+            self._give_up()
         return None
+
+    @contextlib.contextmanager
+    def without_place(self) -> Iterator[None]:
+        """Leave the place of this thread to another request meanwhile; afterwards wait until one is free again."""
+        with self._lock:
+            self._away += 1
+            self._give_up()
+            self._replenish()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._back += 1
+                self._returns.wait_for(lambda: self._running < self._places or self.ending)
+                self._back -= 1
+                self._away -= 1
+                self._running += 1
+            self._wake()  # a place that was kept for this thread may be free, or a thread one too many
 
     # --- how many -------------------------------------------------------------------------------------------------
 
     @property
     def _wanted(self) -> int:
-        return 0 if self.ending else self._places + 1
+        return 0 if self.ending else self._places + self._away + 1
 
     @property
     def surplus(self) -> bool:
@@ -195,7 +215,11 @@ class ThreadPool:
     @property
     def full(self) -> bool:
         """Whether all places are taken (any thread)."""
-        return self._running >= min(self._places, len(self._numbers) - 1)
+        return self._free <= 0
+
+    @property
+    def _free(self) -> int:
+        return min(self._places, len(self._numbers) - self._away - 1) - self._running - self._back
 
     @property
     def busy(self) -> int:
@@ -222,6 +246,7 @@ class ThreadPool:
 
     def _set(self, size: int) -> None:
         self.size, self._places = size, size + len(self.lost)
+        self._returns.notify_all()
 
     def replenish(self) -> None:
         """Have as many free threads as there should be, or as many of them as can be had."""
@@ -232,7 +257,7 @@ class ThreadPool:
         try:
             self._fill()
         except RuntimeError as error:
-            had = len(self._numbers) - 1 - len(self.lost)
+            had = len(self._numbers) - 1 - len(self.lost) - self._away
             log.warning(f"{had} of {self.size} threads: {shortage(error)}")
         self._wake()
 
@@ -243,6 +268,7 @@ class ThreadPool:
             if request.over:  # in this moment, and so `come_back` did not see it among the lost
                 self.lost.discard(request)
             self._places = self.size + len(self.lost)
+            self._returns.notify()
 
     def come_back(self, request: Request) -> None:
         """Note that the app is done with a request; its thread may have been lost (any thread)."""
@@ -267,7 +293,7 @@ class ThreadPool:
         """
         with self._lock:
             self.queue.append(task)
-            depth = len(self.queue) - max(0, self._places - self._running)
+            depth = len(self.queue) - max(0, self._free)
         if depth > 0:
             _queue_log.warning("Task queue depth is %d", depth)
 
@@ -290,6 +316,7 @@ class ThreadPool:
         """Let all threads end, each when it is done with what it runs (any thread)."""
         with self._lock:
             self.ending = True
+            self._returns.notify_all()
         self._lead.end()
         self._wake()
 
