@@ -182,7 +182,7 @@ def _rest(channel: Channel) -> tuple[bool, float] | None:
     First those with no request in hand, by the time.monotonic() moment since when that is so; then those whose client
     sends a body or reads an answer, by its bytes a second. It had time to speak, and is slow.
     """
-    if not channel.half_closed and (channel.keeper or channel.requests):
+    if channel.keeper or channel.requests:
         return None
     now, since = time.monotonic(), channel.grace_from
     if now - since < PATIENCE:

@@ -340,6 +340,8 @@ class ThreadPool:
         """Count a thread no more; gives what it has to do as the last one."""
         with self._lock:
             del self._numbers[thread]
+            if not self.ending:  # it may be missed: since it found that it was one too many, another left its place
+                self._replenish()
             return (None if self._numbers else self._last_ended) or (lambda: None)
 
 

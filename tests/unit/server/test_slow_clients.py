@@ -2,14 +2,17 @@
 
 import contextlib
 import http.client
+import queue
 import re
 import socket
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import patience
 import pytest
-from server_kit import PATIENCE, answers, app, app_threads, connect, get, no_thread_left, post, serve, until
+from server_kit import BIG, PATIENCE, answers, app, app_threads, connect, get, no_thread_left, post, serve, until
 
 from flaskd.server import connections, slow
 from flaskd.server.slow import Pace
@@ -57,17 +60,21 @@ def test_the_table_tells_the_defaults(tmp_path):
 # --- a server, its clients, and the time that passes for them ---------------------------------------------------------
 
 
+def in_loop(server, function):
+    """What a function gives that the loop calls."""
+    given = queue.SimpleQueue()
+    server.loop.call(lambda: given.put(function()))
+    return given.get(timeout=PATIENCE)
+
+
 def look(server, seconds=0.0):
     """Let it look at its connections as if so many seconds had passed, and not by itself any more."""
-    done = threading.Event()
 
     def reap():
         server.loop.connections.reap(time.monotonic() + seconds)
         server.loop.connections.next_reaping = float("inf")
-        done.set()
 
-    server.loop.call(reap)
-    assert done.wait(PATIENCE)
+    in_loop(server, reap)
 
 
 def others_are_served(server, connect):
@@ -133,7 +140,7 @@ def test_room_is_made_on_a_unix_socket(monkeypatch, serve, connect, tmp_path):
 
 @row("connects beyond the limit")
 def test_what_is_in_hand_makes_no_room(monkeypatch, serve, connect, app):
-    """A request that runs, and a client that has only just come, are left alone: new ones wait."""
+    """A request that runs, one that lies unread, and a client that has only just come: new ones wait."""
     server = serve(adjustments={"connection_limit": 2}, threads=1)
     running = connect(server).send("/gate")
     app.entered(1)
@@ -141,11 +148,28 @@ def test_what_is_in_hand_makes_no_room(monkeypatch, serve, connect, app):
     until(server, lambda: server.connections == 2)
     late = connect(server).send("/hello")
     until(server, lambda: server.loop.admission.paused)
-    assert server.connections == 2
+    assert in_loop(server, lambda: server.loop.connections.make_room(1)) == 0
     monkeypatch.setattr(connections, "PATIENCE", 0.0)
-    assert idle.ended()
+    assert in_loop(server, lambda: idle.send("/gate") and server.loop.connections.make_room(1)) == 0
     app.released.set()
-    assert running.response().status == late.response().status == 200
+    assert [each.response().status for each in (running, idle)] == [200] * 2
+    assert late.response().status == 200
+
+
+def test_who_has_asked_meanwhile_does_not_make_room(monkeypatch, serve, connect):
+    """Another one is the oldest then."""
+    monkeypatch.setattr(connections, "PATIENCE", 0.0)
+    server = serve()
+    clients = []
+    for _ in range(3):
+        clients.append(connect(server))
+        until(server, lambda: server.connections == len(clients))
+    assert in_loop(server, lambda: server.loop.connections.make_room(1)) == 1
+    assert clients[0].ended()
+    assert clients[1].ask("/hello").status == 200
+    assert in_loop(server, lambda: server.loop.connections.make_room(1)) == 1
+    assert clients[2].ended()
+    assert clients[1].ask("/hello").status == 200
 
 
 def test_a_transfer_makes_room_last(monkeypatch, serve, connect):
@@ -354,6 +378,7 @@ def test_a_thread_that_waits_for_its_client_has_no_place(flooded, connect):
     server, _ = flooded
     assert (len(waiting(server)), server.loop.context.pool.busy) == (4, 0)
     assert all(each.total_outbufs_len < 2 * WATERMARK for each in waiting(server))
+    assert server.loop.account.all_are_at() is None
     assert others_are_served(server, connect)
 
 
@@ -368,25 +393,89 @@ def test_a_thread_goes_on_when_its_client_reads(flooded):
     until(server, lambda: len(waiting(server)) == 4)
 
 
-def test_who_reads_nothing_of_a_large_answer_is_closed(flooded):
+def test_who_reads_nothing_of_a_large_answer_is_closed(flooded, connect, app):
     """Its thread learns it, and is one of the server's again."""
     server, _ = flooded
     look(server, 121)
     until(server, lambda: not waiting(server) and not server.in_flight)
     until(server, lambda: len(app_threads()) == 3)
-    assert server.loop.context.pool.busy == 0
+    app.entered(4)
+    until(server, lambda: server.loop.context.pool.busy == 0)
+    for _ in range(2):
+        connect(server).send("/gate")
+    app.entered(2)
 
 
 def test_of_too_many_slow_readers_the_slowest_is_closed(monkeypatch, flooded, connect):
     """Where as many threads wait as may, one more wins over the client that has read the least."""
-    server, clients = flooded
+    server, _ = flooded
+    before = waiting(server)
     monkeypatch.setattr(slow, "MOST_WAITING", 4)
     monkeypatch.setattr(slow, "PATIENCE", 0.02)
     connect(server, receive_buffer=SMALL).send("/flood")
-    until(server, lambda: server.connections == 5)
-    until(server, lambda: server.connections == 4 and len(waiting(server)) == 4)
+    until(server, lambda: not all(each.connected for each in before))
+    until(server, lambda: len(waiting(server)) == 4)
+    assert sum(each.connected for each in before) == 3
     assert others_are_served(server, connect)
-    del clients
+
+
+class Reader:
+    """What is known of a client that reads slowly: how much it has read, and whether its thread is to wait."""
+
+    def __init__(self, waiting):
+        self.flushed, self.backed_up, self.server = 0, True, self
+        self.outbuf_lock = threading.Condition()
+        self.thread = threading.Thread(target=waiting.wait, args=(self,))
+        self.thread.start()
+
+    def pull_trigger(self):
+        pass
+
+    def leave(self):
+        self.backed_up = False
+        with self.outbuf_lock:
+            self.outbuf_lock.notify()
+        self.thread.join()
+
+
+@pytest.mark.parametrize(("rate", "closed"), [(float("inf"), [1]), (0.0, [])])
+def test_who_reads_most_slowly_is_closed_if_it_is_slow(monkeypatch, rate, closed):
+    """The one of three with the fewest bytes since its thread waits; where none is slow, the fourth keeps its place."""
+    monkeypatch.setattr(slow, "MOST_WAITING", 3)
+    monkeypatch.setattr(slow, "PATIENCE", 0.0)
+    monkeypatch.setattr(slow, "SLOW", rate)
+    left, closings = [], queue.SimpleQueue()
+    pool = SimpleNamespace(without_place=lambda: contextlib.nullcontext(left.append(1)))
+    waiting = slow.Waiting(pool)
+    waiting.close = lambda reader, why: closings.put(reader)
+    readers = []
+    for moved in (500, 5, 5000):
+        readers.append(Reader(waiting))
+        patience.until(lambda: readers[-1] in waiting)
+        readers[-1].flushed = moved
+    readers.append(Reader(waiting))
+    assert [closings.get(timeout=PATIENCE) for _ in closed] == [readers[each] for each in closed]
+    readers[-1].leave()
+    for each in readers:
+        each.leave()
+    assert len(left) == 3 + len(closed)
+    assert closings.empty()
+    assert not any(each in waiting for each in readers)
+
+
+def test_progress_is_counted_in_each_length_of_time():
+    """So many bytes in it are enough, or all that there was to do; what is waited for anew has its time from then on."""
+    progress, what, other = slow.Progress(), object(), object()
+
+    def too_slow(now, moved, what=what, owed=0):
+        return progress.too_slow(now, what, moved, owed=owed, timeout=10, least=100)
+
+    assert [too_slow(0, 0), too_slow(9, 0), too_slow(10, 100), too_slow(19, 100)] == [False] * 4
+    assert too_slow(20, 199)
+    assert [too_slow(21, 0, other), too_slow(30, 0, other)] == [False] * 2
+    assert too_slow(31, 0, other)
+    assert [too_slow(40, 0, what, owed=5), too_slow(60, 5, what, owed=9), too_slow(69, 6, what, owed=9)] == [False] * 3
+    assert too_slow(70, 6, what, owed=9)
 
 
 def test_a_quick_reader_is_never_closed_for_others(monkeypatch, flooded, connect):
@@ -397,8 +486,8 @@ def test_a_quick_reader_is_never_closed_for_others(monkeypatch, flooded, connect
     monkeypatch.setattr(slow, "SLOW", -1)
     connect(server, receive_buffer=SMALL).send("/flood")
     until(server, lambda: server.loop.context.pool.busy == 1)
-    assert server.connections == 5
     assert others_are_served(server, connect)
+    assert server.connections >= 5
 
 
 # --- pipelines, and ends ----------------------------------------------------------------------------------------------
@@ -422,16 +511,20 @@ def test_the_loop_waits_for_no_client(serve, connect):
     """What it answers itself is put out also on top of an answer that fills all the room there is."""
     server = serve(threads=1, adjustments={"outbuf_high_watermark": WATERMARK})
     server.answer_health("/up", lambda: ("200 OK", "ready"))
-    client = connect(server, receive_buffer=SMALL).send(get("/file") + get("/up") * 20)
+    connect(server, receive_buffer=SMALL).send(get("/file") + get("/up") * 20)
     until(server, lambda: bool(waiting(server)))
     [channel] = waiting(server)
-    channel.adj.outbuf_high_watermark = 9_000_000  # the file alone is less: its thread is done with it
+
+    def health():
+        channel.adj.outbuf_high_watermark = WATERMARK
+        return "200 OK", "ready"
+
+    server.answer_health("/up", health)
+    channel.adj.outbuf_high_watermark = 2 * BIG  # its thread is done with the file
     with channel.outbuf_lock:
         channel.outbuf_lock.notify()
-    until(server, lambda: not waiting(server))
-    channel.adj.outbuf_high_watermark = 1000
+    until(server, lambda: not waiting(server) and channel.adj.outbuf_high_watermark == WATERMARK)
     assert others_are_served(server, connect)
-    del client
 
 
 @row("closes its side behind its request")
