@@ -173,22 +173,29 @@ def test_who_has_asked_meanwhile_does_not_make_room(monkeypatch, serve, connect)
 
 
 def test_a_transfer_makes_room_last(monkeypatch, serve, connect):
-    """Before a body or an answer under way all that is idle goes; of two the slower goes first, and a quick one never."""
+    """All that is idle goes before a body or an answer under way; of those the slowest goes first, and a quick one never."""
     monkeypatch.setattr(connections, "PATIENCE", 0.0)
-    server = serve(adjustments={"connection_limit": 3})
-    slower = connect(server).send(post("/echo", b"x" * 200_000)[:-199_000])
-    faster = connect(server).send(post("/echo", b"x" * 200_000)[:-100_000])
-    wait(server, lambda server: sum(each.body_bytes_received for each in arriving(server)) >= 101_000)
-    idle = connect(server)
-    until(server, lambda: server.connections == 3)
     monkeypatch.setattr(connections, "SLOW", float("inf"))
-    first, second = connect(server).send("/hello"), connect(server)
-    assert first.response().status == 200
-    assert idle.ended()
-    del second
-    until(server, lambda: len(arriving(server)) == 1 or server.connections == 3)
-    assert faster.send(b"x" * 100_000).response().status == 200
-    del slower
+    server = serve()
+
+    def make_room():
+        return in_loop(server, lambda: server.loop.connections.make_room(1))
+
+    slower = connect(server).send(post("/echo", b"x" * 200_000)[:-199_999])
+    wait(server, arriving)
+    faster = connect(server).send(post("/echo", b"x" * 200_000)[:-100_000])
+    until(server, lambda: sum(each.body_bytes_received for each in arriving(server)) == 100_001)
+    reader = connect(server, receive_buffer=SMALL).send("/big")
+    until(server, lambda: bool(reading(server)))
+    idle = connect(server)
+    until(server, lambda: server.connections == 4)
+    for first in (idle, slower):
+        assert make_room() == 1
+        assert first.ended()
+    monkeypatch.setattr(connections, "SLOW", 0.0)
+    assert make_room() == 0
+    assert faster.send(b"x" * 100_000).response().body == b"x" * 200_000
+    assert len(reader.response().body) == BIG
 
 
 # --- heads ------------------------------------------------------------------------------------------------------------
@@ -425,7 +432,7 @@ class Reader:
     def __init__(self, waiting):
         self.flushed, self.backed_up, self.server = 0, True, self
         self.outbuf_lock = threading.Condition()
-        self.thread = threading.Thread(target=waiting.wait, args=(self,))
+        self.thread = threading.Thread(target=waiting.wait, args=(self,), daemon=True)
         self.thread.start()
 
     def pull_trigger(self):
