@@ -126,7 +126,7 @@ class Account:
 
         Two answers differ when a request ended or began between them, or a byte of a response moved.
         """
-        requests = [each for each in list(self.in_hand.values()) if each.phase == "running" and not each.channel.waits]
+        requests = [each for each in list(self.in_hand.values()) if each.phase == "running"]
         if len(requests) < max(1, self._pool.size) or any(each.channel in self.streams for each in requests):
             return None
         return tuple((each.id, each.channel.flushed, each.channel.total_outbufs_len) for each in requests)

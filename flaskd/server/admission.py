@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
-from flaskd.log.setup import bounded_by
 from flaskd.server.aside import Aside
 from flaskd.server.connections import Connections
 from flaskd.sockets import Listener
@@ -37,6 +36,8 @@ class Admission:
         self.paused = False
         """Whether new connections wait until there is room for them."""
         self._pause_until = 0.0
+        self._said = False
+        """Whether the log says that clients wait, and not yet that they do so no more."""
         self.held = False
         """Whether nothing is accepted before `accept` is called: the server is not ready."""
         self.aside: Aside | None = None
@@ -64,8 +65,6 @@ class Admission:
         """Whether there are as many connections as there may be; then accepting pauses until there are fewer."""
         if not self.paused and self.connections.count >= self.limit:
             self.paused = True
-            text = f"{self.limit} connections are open, the most there may be; new ones wait for those to be closed"
-            log.warning(text, extra=bounded_by("moments in which all connections were taken"))
             self.accept(on=False)
             self._pause(_LIMIT_PAUSE if self.aside is not None else 0.0)
         return self.paused
@@ -87,6 +86,7 @@ class Admission:
     def out_of_files(self, error: OSError) -> None:
         """Stop accepting for a moment: the process or the machine has no more files to give."""
         if not self.paused:
+            self._said = True
             log.error(f"cannot accept connections: {error.strerror}; new ones wait")
         self.paused, self._pause_until = True, time.monotonic() + _FILES_PAUSE
         self.accept(on=False)
@@ -99,12 +99,19 @@ class Admission:
             self._pause(_LIMIT_PAUSE)
             return
         self.paused = False
-        log.info("accepting connections again", extra=bounded_by("moments in which there was room again"))
+        if self._said:
+            self._said = False
+            log.info("accepting connections again")
         self.accept(on=True)
 
     def _make_room(self) -> int:
+        """Close as many connections as are needed by those that wait, if so many can be; returns how many."""
         waiting = sum(each.listener.callers() for each in self.context.acceptors if each.accepting)
-        return self.connections.make_room(min(waiting, _MOST_ROOM))
+        closed = self.connections.make_room(min(waiting, _MOST_ROOM))
+        if waiting and not closed and not self._said:
+            self._said = True
+            log.warning(f"{self.limit} connections are open, the most there may be; new ones wait")
+        return closed
 
     def refuse(self, *, on: bool) -> None:
         """Answer 503 on the listeners that others share, or leave them alone again."""

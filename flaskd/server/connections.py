@@ -147,9 +147,8 @@ class Connections:
             found, channel = self._restful.popleft()
             rest = _rest(channel) if channel.connected else None
             if rest is not None and rest <= found and not unread(channel.socket):
-                self._limited(
-                    "connection_limit", f"closed a connection of {channel.client}: another one needs the place"
-                )
+                what = f"closed the connection of {channel.client}: another one has its place (server.connection_limit)"
+                self._limited("connection_limit", what)
                 channel.handle_close()
                 closed += 1
         return closed

@@ -157,13 +157,18 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
             if self.connected:
                 self._flush_exception(self._flush_some, do_close=False)
             fine = self.total_outbufs_len <= self.adj.outbuf_high_watermark
-        if not fine:
+        if fine:
+            return
+        self._note_waiting(waits=True)
+        try:
             self.context.waiting.wait(self)
+        finally:
+            self._note_waiting(waits=False)
 
-    @property
-    def waits(self) -> bool:
-        """Whether its thread waits for the client, and has left its place to another request."""
-        return self in self.context.waiting
+    def _note_waiting(self, *, waits: bool) -> None:
+        self.serving.waits = waits
+        if (board := self.context.board) is not None:
+            board.send(self.serving, sending=waits)
 
     @property
     def backed_up(self) -> bool:

@@ -58,9 +58,6 @@ class Connection(Protocol):
     def last_activity(self) -> float: ...
 
     @property
-    def waits(self) -> bool: ...
-
-    @property
     def too_late(self) -> bool: ...
 
     @property
@@ -88,8 +85,8 @@ class Request(Parser):
     first_byte = wall_clock = complete = began = 0.0
     """When its first and its last byte came, and when its answer was begun; 0 before."""
     thread: threading.Thread | None = None
-    answered = over = rejected = whole = here = False
-    """`here`: the loop answers it itself."""
+    answered = over = rejected = whole = here = waits = False
+    """`here`: the loop answers it itself. `waits`: its thread waits for the client to read on."""
     status = ""
     fault = ""
     """Why its client sees that the answer is not whole, though it did not leave."""
@@ -195,7 +192,7 @@ class Request(Parser):
     @property
     def phase(self) -> str:
         """``receiving``, ``queued``, ``running`` or ``sending``."""
-        if self.answered:
+        if self.answered or self.waits:
             return "sending"
         if self.thread is not None:
             return "running"
@@ -211,7 +208,7 @@ class Request(Parser):
 
         `gone` is for who has looked already whether its client has.
         """
-        thread = None if self.answered else self.thread
+        thread = None if self.answered or self.waits else self.thread
         return InFlight(
             id=self.id,
             client=self.client,

@@ -14,7 +14,7 @@ import patience
 import pytest
 from server_kit import BIG, PATIENCE, answers, app, app_threads, connect, get, no_thread_left, post, serve, until
 
-from flaskd.server import connections, slow
+from flaskd.server import Board, connections, slow
 from flaskd.server.slow import Pace
 from flaskd.serving.configuration import read
 from flaskd.sockets import Address, Listener
@@ -376,7 +376,7 @@ def flooded(serve, connect):
 
 def waiting(server):
     """The connections that threads wait for."""
-    return [each for each in server.loop.connections.channels() if each.waits]
+    return [each for each in server.loop.connections.channels() if each in server.loop.context.waiting]
 
 
 @row("reads slowly what is larger than `server.outbuf_high_watermark`")
@@ -386,7 +386,28 @@ def test_a_thread_that_waits_for_its_client_has_no_place(flooded, connect):
     assert (len(waiting(server)), server.loop.context.pool.busy) == (4, 0)
     assert all(each.total_outbufs_len < 2 * WATERMARK for each in waiting(server))
     assert server.loop.account.all_are_at() is None
+    assert [(each.phase, each.thread) for each in server.requests()] == [("sending", "")] * 4
     assert others_are_served(server, connect)
+
+
+@pytest.fixture
+def board():
+    board = Board.make()
+    yield board
+    board.close()
+
+
+def test_the_board_tells_of_threads_that_wait_for_clients(monkeypatch, board, serve, connect):
+    """What a worker sends keeps none of its threads busy, until the client reads on."""
+    noted, send = [], Board.send
+    monkeypatch.setattr(
+        Board, "send", lambda self, each, *, sending=True: [noted.append(sending), send(self, each, sending=sending)]
+    )
+    server = serve(threads=1, board=board, adjustments={"outbuf_high_watermark": WATERMARK})
+    client = connect(server, receive_buffer=SMALL).send("/flood")
+    until(server, lambda: bool(waiting(server)))
+    assert [each.phase for each in board.in_flight()] == ["sending"]
+    until(server, lambda: client.socket.recv(65536) and noted[:3] == [True, False, True])
 
 
 def test_a_thread_goes_on_when_its_client_reads(flooded):
