@@ -196,9 +196,7 @@ class ThreadPool:
             with self._lock:
                 self._back += 1
                 self._returns.wait_for(lambda: self._running < self._places or self.ending)
-                self._back -= 1
-                self._away -= 1
-                self._running += 1
+                self._back, self._away, self._running = self._back - 1, self._away - 1, self._running + 1
             self._wake()  # a place that was kept for this thread may be free, or a thread one too many
 
     # --- how many -------------------------------------------------------------------------------------------------
