@@ -140,6 +140,7 @@ class Crew:
         worker.start(
             os.environ,
             first,
+            made=lambda worker: self.do(lambda: self.slots.made(worker)),
             heard=lambda worker, message, fds: self.do(lambda: self._heard(worker, message, fds)),
             gone=lambda worker: self.do(lambda: self._gone(worker)),
             template=template,

@@ -110,13 +110,15 @@ class Handle:
         environ: Mapping[str, str],
         first: object,
         *,
+        made: Callable[[Handle], None],
         heard: Callable[[Handle, Any, list[int]], None],
         gone: Callable[[Handle], None],
         template: Template | None = None,
     ) -> None:
         """Start its process, and tell it `first`; raises FlaskdError where none can be had.
 
-        With a template it is forked from that in the handle's own thread: the app may still have to be imported.
+        With a template it is forked from that in the handle's own thread: the app may still have to be imported. `made`
+        is told once there is a process (in that thread, too).
         """
         name = f"flaskd-worker-{self.slot}.{self.generation}"
         mine = {"FLASKD_WORKER": str(self.slot), "FLASKD_GENERATION": str(self.generation)}
@@ -131,6 +133,7 @@ class Handle:
 
                 def live() -> None:
                     if template is None or self._fork(theirs, {**environ, **mine}, gone):
+                        made(self)
                         self._listen(first, heard, gone)
 
                 threading.Thread(target=live, name=name, daemon=True).start()
@@ -160,7 +163,7 @@ class Handle:
             with theirs:
                 self._make(theirs, self._stacks, environ)
         except FlaskdError as error:
-            self.error, self.code = _with_place(self.error, error), 0
+            self.error, self.code = error, 0
             gone(self)
             return False
         finally:
@@ -255,14 +258,12 @@ class Handle:
 
     def ask_for_stacks(self) -> None:
         """Have it write the stacks of its threads, whatever it does; `stacks` has them a moment later."""
-        if self._template is None and self._stacks is not None:  # a template is asked when its own time is over
+        if self._stacks is not None:
             self._stacks.clear()
             send_signal(self._pidfd, STACKS)
 
     def stacks(self) -> str:
-        """What it has written; while it is not forked yet, what its template has."""
-        if (template := self._template) is not None:
-            return template.stacks()
+        """What it has written."""
         return self._stacks.read() if self._stacks is not None else ""
 
     @property
@@ -318,11 +319,3 @@ class Handle:
         """In a forked child: let go of it, for it is not the child's."""
         if self._wire is not None:
             self._wire.forget()
-
-
-def _with_place(own: FlaskdError | None, error: FlaskdError) -> FlaskdError:
-    """Why a worker could not be forked: its own reason, with where its template was when both were late at once."""
-    place = error.traceback_text if isinstance(error, AppError) else ""
-    if isinstance(own, AppError) and not own.traceback_text:
-        return AppError(str(own), place)
-    return own or error

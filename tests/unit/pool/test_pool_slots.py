@@ -321,6 +321,22 @@ def test_one_that_waits_while_it_is_drained_has_its_time_after_the_resume(world:
     assert "pool.start_timeout" in waiting.killed_for
 
 
+def test_one_that_waits_for_its_template_has_its_time_once_it_is_forked(world: World) -> None:
+    """The template has a time of its own, so that one clock alone says what was late, and where."""
+    pool = world.started(1, pool={"start_timeout": "5s"})
+    slots, slot = only(pool)
+    world.forks = False
+    slots.replace(slot, 1, WHY)
+    new = world.worker(0)
+    world.advance(20.0)
+    assert (new.asked_for_stacks, new.killed_for) == (0, "")
+    new.is_made()
+    world.advance(4.9)
+    assert (new.asked_for_stacks, new.killed_for) == (0, "")
+    world.advance(1.0)
+    assert "pool.start_timeout" in new.killed_for
+
+
 def test_one_that_is_started_while_the_whole_service_is_stopped(world: World) -> None:
     """The time in which nothing could run is not counted."""
     pool = world.started(1, pool={"start_timeout": "5s"})
