@@ -56,7 +56,7 @@ class FakeWorker(Handle):
         self._made, self._heard, self._gone = made, heard, gone
         self.pid = next(self._world.pids)
         self._world.made.append(self)
-        self.told.append(first)
+        self.told.append(first())
         self.to_do.append(lambda: self.says(say.Loaded("shop:app")))
         if self._world.forks:
             self.is_made()
@@ -76,6 +76,8 @@ class FakeWorker(Handle):
                 if leave:
                     self.says(say.Closed())
                 self.to_do += [self._drained, self._stopped, lambda: self.dies(0)]
+            case say.PauseSchedulers(number):
+                self.answer(number, None, None)
             case say.Renew(number):
                 self.to_do.append(lambda: self.says(say.Answer(number)))
         return True

@@ -108,17 +108,17 @@ class Handle:
     def start(
         self,
         environ: Mapping[str, str],
-        first: object,
+        first: Callable[[], object],
         *,
         made: Callable[[Handle], None],
         heard: Callable[[Handle, Any, list[int]], None],
         gone: Callable[[Handle], None],
         template: Template | None = None,
     ) -> None:
-        """Start its process, and tell it `first`; raises FlaskdError where none can be had.
+        """Start its process, and tell it what `first` gives; raises FlaskdError where none can be had.
 
-        With a template it is forked from that in the handle's own thread: the app may still have to be imported. `made`
-        is told once there is a process (in that thread, too).
+        In the handle's own thread `made` is told that there is a process, and `first` is called once that has greeted;
+        it may wait. With a template the process is forked in that thread, too: the app may still have to be imported.
         """
         name = f"flaskd-worker-{self.slot}.{self.generation}"
         mine = {"FLASKD_WORKER": str(self.slot), "FLASKD_GENERATION": str(self.generation)}
@@ -173,7 +173,10 @@ class Handle:
         return True
 
     def _listen(
-        self, first: object, heard: Callable[[Handle, Any, list[int]], None], gone: Callable[[Handle], None]
+        self,
+        first: Callable[[], object],
+        heard: Callable[[Handle, Any, list[int]], None],
+        gone: Callable[[Handle], None],
     ) -> None:
         """Hear what it says, to its end (a thread of its own)."""
         wire = self._wire
@@ -183,7 +186,7 @@ class Handle:
                 self.error = FlaskdError(f"cannot start {self}: {fault}")
                 send_signal(self._pidfd, signal.SIGKILL)
             else:
-                wire.send(first)
+                wire.send(first())
             poll = select.poll()
             poll.register(wire, select.POLLIN)
             poll.register(self._pidfd, select.POLLIN)

@@ -46,7 +46,7 @@ class Started:
         self.handle = Handle(0, 1)
         self.handle.start(
             {},
-            "first",
+            lambda: "first",
             made=lambda _: None,
             heard=lambda _, message, fds: self.heard.put((message, fds)),
             gone=lambda _: self.gone.set(),
@@ -213,7 +213,7 @@ def test_where_there_is_nothing_for_it(monkeypatch: pytest.MonkeyPatch, what: st
             patch.setattr(threading.Thread, "start", no_more)
         before = len(os.listdir("/proc/self/fd"))
         with pytest.raises(CannotCreateError, match="cannot start worker 3: (more open files|no thread) .*; raise "):
-            handle.start({}, "first", made=lambda _: None, heard=lambda *_: None, gone=lambda _: None)
+            handle.start({}, lambda: "first", made=lambda _: None, heard=lambda *_: None, gone=lambda _: None)
     assert len(os.listdir("/proc/self/fd")) == before - 2, "its board (mmap has a copy) is given back, too"
     if started:
         with pytest.raises(ChildProcessError):

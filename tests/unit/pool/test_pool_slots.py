@@ -215,6 +215,49 @@ def test_a_replacement_that_fails_leaves_the_old_one(world: World, end: Callable
     assert old.phase is Phase.READY
 
 
+def schedulers(worker: FakeWorker) -> list[str]:
+    """What a worker was told about the schedulers of its app."""
+    return [type(each).__name__ for each in worker.told if "Schedulers" in type(each).__name__]
+
+
+def test_the_schedulers_of_the_old_one_are_paused_first(world: World) -> None:
+    """They are when the new one is told to load the app, and stay so when that has its place, also should it die then."""
+    pool = world.started(1)
+    slots, slot = only(pool)
+    old = world.worker(0)
+    slots.replace(slot, 1, WHY)
+    assert schedulers(old) == ["PauseSchedulers"]
+    go(world, new := world.worker(0), Phase.READY)
+    new.dies()
+    world.run()
+    assert old.phase is Phase.LEAVING
+    assert schedulers(old) == ["PauseSchedulers"]
+
+
+@pytest.mark.parametrize("canary", [False, True])
+def test_the_schedulers_go_on_where_the_old_one_stays(world: World, canary: bool) -> None:
+    """Once the process of the new one is gone, and not before; one that was given up for another one changes nothing."""
+    pool = world.started(1)
+    slots, slot = only(pool)
+    old = world.worker(0)
+    slots.replace(slot, 1, WHY)
+    given_up = world.worker(0)
+    slots.replace(slot, 1, WHY, canary=5.0)
+    new = world.worker(0)
+    given_up.dies()
+    world.run()
+    assert schedulers(old) == ["PauseSchedulers"] * 2
+    if canary:
+        go(world, new, Phase.READY)
+    new.says(say.NotReady(FlaskdError("cannot load shop:app")))
+    world.run()
+    assert schedulers(old) == ["PauseSchedulers"] * 2
+    new.dies(70)
+    world.run()
+    assert schedulers(old) == ["PauseSchedulers"] * 2 + ["ResumeSchedulers"]
+    assert old.phase is Phase.READY
+
+
 def test_a_canary_that_dies(world: World) -> None:
     """The old one stays where it is, and serves all the time."""
     pool = world.started(1)
