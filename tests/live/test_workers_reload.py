@@ -557,6 +557,14 @@ if os.environ["FLASKD_WORKER"] == "0":
 """
 
 
+THREE_RUNS = """
+import time
+while scheduler.running and open("jobs").read().split().count(str(os.getpid())) < 3:
+    time.sleep(0.01)
+"""
+"""Code whose import lasts until its job has run three times."""
+
+
 def test_one_worker_alone_runs_the_jobs(flaskd: Flaskd) -> None:
     """Over a reload that fails, one that does not, and a stop no job of one worker begins after one of its successor."""
 
@@ -569,12 +577,11 @@ def test_one_worker_alone_runs_the_jobs(flaskd: Flaskd) -> None:
     flaskd.write("flaskd.yaml", config)
     flaskd.start("-w", "2", app="shop:app")
     [old] = (str(pid) for slot, pid in workers(flaskd) if slot == 0)
-    broken = "import time\nwhile open('jobs').read().split()[-1] != str(os.getpid()):\n    time.sleep(0.01)\n1 / 0\n"
-    code(flaskd, "two", SCHEDULER + broken)
+    code(flaskd, "two", SCHEDULER + THREE_RUNS + "1 / 0\n")
     assert flaskd.client("reload")[0] == 70
     flaskd.until(lambda: len(turns()) == 3)
     assert turns()[0] == turns()[2] == old
-    code(flaskd, "three", SCHEDULER)
+    code(flaskd, "three", SCHEDULER + THREE_RUNS)
     assert flaskd.client("reload")[0] == 0
     [new] = (str(pid) for slot, pid in workers(flaskd) if slot == 0)
     flaskd.until(lambda: len(shown(flaskd)) == 2)
