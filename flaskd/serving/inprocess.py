@@ -177,6 +177,13 @@ class InProcess(Shown):
         """End the announce of the drain under way, so that the listeners are closed."""
         self._running.close_listeners()
 
+    def pause_schedulers(self, *, on: bool) -> None:
+        """Pause the app's schedulers, which another worker has from now on, or let them go on; may take its time."""
+        if on:
+            self._forecast.pause_schedulers()
+        else:
+            self._forecast.resume_schedulers()
+
     @property
     def policies(self) -> Plan:
         """The plan of the configuration in force."""
