@@ -68,8 +68,8 @@ class Recycling:
 
     Memory is PSS, which costs the kernel a walk through the pages of the worker, and may have to wait for it: it is
     read in another thread, and only where the resident set, which is no smaller and can be had at once, has reached the
-    limit. `replace` starts another worker in the place of one, and says whether it does; its outcome is told when the
-    new one has its place, or did not become ready. While `busy` workers are replaced for another reason. `changed` is
+    limit. `replace` starts another worker in the place of one, unless flaskd stops; its outcome is told when the new
+    one has its place, or did not become ready. While `busy` workers are replaced for another reason. `changed` is
     called when what is wrong (`Sums.trouble`) has changed.
     """
 
@@ -89,7 +89,6 @@ class Recycling:
         self._do, self._later, self._replace, self._busy, self._changed = do, later, replace, busy, changed
         self._seen: dict[Handle, _Seen] = {}
         self._limits: tuple[int | None, float | None, int | None] = (None, None, None)
-        self._under_way = False
         self._pause = self._not_before = self._calm_since = 0.0
         self._told_unreadable = False
 
@@ -123,7 +122,7 @@ class Recycling:
                     seen.reached_at, seen.memory_then = now, seen.memory
                 due.append((worker, reached))
                 self._tell_overgrown(worker, seen)
-        if due or self._under_way:
+        if due:
             self._calm_since = now
         elif now - self._calm_since >= _CALM:
             self._well()
@@ -151,10 +150,7 @@ class Recycling:
     def _may(self, now: float) -> bool:
         """Whether a worker may be replaced now: nothing else is done to any, and not too many still leave."""
         return not (
-            self._under_way
-            or now < self._not_before
-            or self._slots.held
-            or self._slots.ending
+            now < self._not_before
             or self._busy()
             or any(each.worker is None or each.coming is not None for each in self._slots)
             or len(self._slots.leaving) >= self._slots.wanted
@@ -165,7 +161,6 @@ class Recycling:
         lived = seen.reached_at - worker.ready_at
 
         def told(error: FlaskdError | None) -> None:
-            self._under_way = False
             if isinstance(error, NotNowError):
                 return  # something else came first: a drain, a reload, another number of workers
             if error is not None:
@@ -180,9 +175,7 @@ class Recycling:
             elif not seen.overgrown:
                 self._well()
 
-        self._under_way = True
-        if not self._replace(worker, StopReason("recycle", reached.text), told):
-            self._under_way = False
+        self._replace(worker, StopReason("recycle", reached.text), told)
 
     # --- what is wrong ------------------------------------------------------------------------------------------------
 

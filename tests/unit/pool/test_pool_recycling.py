@@ -125,7 +125,8 @@ def test_memory(world: World, memory: Memory) -> None:
     grown, shares_much = world.worker(0), world.worker(1)
     memory.pss |= {grown.pid: 151, shares_much.pid: 60}
     memory.resident[shares_much.pid] = 200
-    world.advance(1.0)
+    world.advance(0.5)
+    assert world.worker(0).is_coming, "as soon as it was read"
     world.settle()
     assert reason_of(grown).detail == "its memory is 151 MiB (pool.max_memory is 150 MiB; its own limit 150 MiB)"
     assert pool.snapshot().recycled["max_memory"] == 1
@@ -142,6 +143,20 @@ def test_memory_is_read_only_where_it_may_have_reached_the_limit(world: World, m
     world.advance(10.0)
     assert 10 < memory.readings <= 21
     assert len(world.made) == 2
+
+
+def test_a_large_worker_is_read_rarely(world: World, memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a reading took is at most 2 % of the time: here 0.1 s."""
+    started(world, 1, max_memory="150MiB")
+
+    def slow(pid: int) -> int:
+        world.sleep(0.1)
+        return memory.read_pss(pid)
+
+    monkeypatch.setattr(recycling, "read_pss", slow)
+    memory.resident[world.worker(0).pid] = 200
+    world.advance(60.0)
+    assert 10 <= memory.readings <= 12
 
 
 def test_each_worker_draws_its_own_limit(world: World, shares: list[float], memory: Memory) -> None:
@@ -238,6 +253,7 @@ def test_a_limit_below_what_the_app_needs(world: World, memory: Memory, caplog: 
     memory.every = 200.0
     pool = world.started(2, pool={"max_memory": "150MiB"})
     for _ in range(600):
+        memory.every += 0.01
         world.advance(1.0)
         world.settle()
     assert 5 <= len(world.made) - 2 <= 10
@@ -258,6 +274,21 @@ def test_a_limit_that_is_reached_at_once(world: World) -> None:
         world.settle()
     assert len(world.made) - 2 <= 7
     assert "workers cannot be replaced so often" in pool.snapshot().trouble
+
+
+def test_lives_that_are_shorter_than_it_takes_to_replace_all(world: World, memory: Memory) -> None:
+    """A new worker needs 6 s until it is ready, two of them 12 s: they must not reach the limit within 10 s."""
+    pool = world.started(2, pool={"max_memory": "150MiB"})
+    world.advance(10.0)
+    memory.pss[world.worker(0).pid] = 151
+    world.advance(7.0)
+    world.settle()
+    assert "grows faster than workers can be replaced" in pool.snapshot().trouble
+    world.advance(20.0)
+    memory.pss[world.worker(1).pid] = 151
+    world.advance(7.0)
+    world.settle()
+    assert pool.snapshot().trouble == "", "this one lived for longer"
 
 
 def test_one_that_grows_faster_than_it_can_be_replaced(
@@ -379,6 +410,19 @@ def test_none_during_a_reload_which_breaks_off_one(world: World) -> None:
     world.settle()
     assert [(each.slot, each.generation) for each in world.alive] == [(0, 2), (1, 2)]
     assert pool.snapshot().recycled["max_requests"] == 0
+
+
+def test_none_between_two_steps_of_a_reload(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the first old worker still accepts, none is started, and the next step is the reload's."""
+    pool = started(world, 2, max_requests=10)
+    monkeypatch.setattr(world.worker(0), "send", lambda *_: True)  # it does not say that it has closed its listeners
+    world.worker(1).answers(10)
+    pool.renew(pool_kit.configuration(2, pool={"max_requests": 10}), only_configuration=False)
+    world.settle()
+    world.advance(0.6)
+    assert [each.generation for each in world.made] == [1, 1, 2]
+    world.advance(1.0)
+    assert [each.generation for each in world.made] == [1, 1, 2, 2]
 
 
 def test_a_canary_is_waited_for(world: World) -> None:
