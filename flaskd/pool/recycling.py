@@ -22,10 +22,14 @@ from flaskd.units import format_duration
 
 log = logging.getLogger("flaskd.pool")
 
-_LOOK = 0.5
-"""Seconds between two looks: how much a worker grows unseen."""
+_LOOK, _LOOK_AT_MEMORY = 0.5, 0.1
+"""Seconds between two looks, and where memory is limited: so long a worker grows unseen. Some 10 µs for each worker."""
 _JITTER = 0.1
 """The share of a limit by which a worker may stay below it, at most."""
+_GROWTH_OVER = 5.0
+"""Seconds over which the growth of a worker is reckoned, at least: what it loads at first is no leak."""
+_AHEAD = 0.15
+"""The share of `max_memory` that a worker is expected to grow by until another one is ready, at most."""
 _READING = 50.0
 """Times what the last reading of its memory took, until that of the same worker is read again: 2 % of a core."""
 _OVERGROWN = 1.3
@@ -34,6 +38,7 @@ _SOON = 2.0
 """Seconds after it was ready within which a worker that reaches a limit has done so too soon."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 300.0
 """Seconds without another replacement after one that was needed too soon, or failed; each such one doubles them."""
+_MIB = 1024**2
 _CALM = 60.0
 """Seconds in which no worker reached a limit; then the trouble is over."""
 
@@ -46,6 +51,10 @@ class _Seen:
     """Of each limit, at which it is replaced: workers that began together do not reach it together."""
     memory: int = 0
     """Bytes, by the last reading; 0 where it was certainly below its limit."""
+    resident_then: int | None = None
+    """Its resident set when it was first looked at."""
+    ahead: float = 0.0
+    """Bytes that it will have grown by when another worker is ready, if it goes on as it did so far."""
     read_again_at: float = 0.0
     reading: bool = False
     reached_at: float = 0.0
@@ -64,7 +73,7 @@ class _Reached:
 
 
 class Recycling:
-    """Looks at all workers twice a second, in the thread of the events, once it has begun.
+    """Looks at all workers all the time, in the thread of the events, once it has begun.
 
     Memory is PSS, which costs the kernel a walk through the pages of the worker, and may have to wait for it: it is
     read in another thread, and only where the resident set, which is no smaller and can be had at once, has reached the
@@ -111,7 +120,7 @@ class Recycling:
             if any(limits):
                 self._judge()
         finally:
-            self._later(_LOOK, self._look)
+            self._later(_LOOK_AT_MEMORY if self._limits[-1] else _LOOK, self._look)
 
     def _judge(self) -> None:
         """Replace the worker that is farthest beyond a limit, if one has reached any and it may be now."""
@@ -136,15 +145,19 @@ class Recycling:
 
         def compare(key: str, value: float, limit: float | None, words: str, write: Callable[[float], str]) -> None:
             if limit and value >= (own := limit * seen.share):
-                text = f"{words.format(write(value))} (pool.{key} is {write(limit)}; its own limit {write(own)})"
+                text = f"{words} (pool.{key} is {write(limit)}; its own limit {write(own)})"
                 found.append(_Reached(key, value / own, text))
 
         if requests:
             outcomes = worker.board.tally().outcomes
             taken = sum(outcomes.values()) - outcomes["rejected"]
-            compare("max_requests", taken, requests, "it has dealt with {} requests", lambda each: f"{each:.0f}")
-        compare("max_age", worker.age, age, "it is {} old", lambda each: format_duration(round(each, 1)))
-        compare("max_memory", seen.memory, memory, "its memory is {}", _in_mib)
+            compare("max_requests", taken, requests, f"it has dealt with {taken} requests", lambda each: f"{each:.0f}")
+        compare("max_age", worker.age, age, f"it is {_in_seconds(worker.age)} old", _in_seconds)
+        if memory and seen.memory:
+            more = f", and {_in_mib(seen.ahead)} more when another worker is ready" if seen.ahead >= _MIB else ""
+            compare(
+                "max_memory", seen.memory + seen.ahead, memory, f"its memory is {_in_mib(seen.memory)}{more}", _in_mib
+            )
         return max(found, key=lambda each: each.times, default=None)
 
     def _may(self, now: float) -> bool:
@@ -223,7 +236,11 @@ class Recycling:
 
     def _look_at_memory(self, worker: Handle, seen: _Seen, limit: int) -> None:
         held = resident(worker.pid)
-        if held is not None and held < limit * (1 - _JITTER):
+        if held is not None:
+            seen.resident_then = held if seen.resident_then is None else seen.resident_then
+            growth = (held - seen.resident_then) / max(_GROWTH_OVER, time.monotonic() - worker.ready_at)
+            seen.ahead = max(0.0, min(limit * _AHEAD, growth * (worker.ready_at - worker.born)))
+        if held is not None and held + seen.ahead < limit * seen.share:
             seen.memory = 0
         elif not seen.reading and time.monotonic() >= seen.read_again_at:
             seen.reading = True
@@ -267,4 +284,8 @@ def aside(name: str, work: Callable[[], None]) -> None:
 
 
 def _in_mib(size: float) -> str:
-    return f"{size / 1024**2:.0f} MiB"
+    return f"{size / _MIB:.0f} MiB"
+
+
+def _in_seconds(seconds: float) -> str:
+    return format_duration(round(seconds, 1))

@@ -141,8 +141,45 @@ def test_memory_is_read_only_where_it_may_have_reached_the_limit(world: World, m
     assert memory.readings == 0
     memory.resident[world.worker(0).pid] = 140
     world.advance(10.0)
-    assert 10 < memory.readings <= 21
+    assert memory.readings == 0
+    memory.resident[world.worker(0).pid] = 151
+    world.advance(10.0)
+    assert memory.readings > 10
     assert len(world.made) == 2
+
+
+def test_one_that_grows_is_replaced_before_it_is_there(world: World, memory: Memory) -> None:
+    """By what it grows until another one is ready, as it did so far and as long as its own start took."""
+    pool = world.pool()
+    config = pool_kit.configuration(1, pool={"max_memory": "100MiB"})
+    pool.start(config)
+    world.advance(5.0)  # its start
+    world.settle()
+    pool.started(config)
+    old = world.worker(0)
+    memory.pss[old.pid] = 30
+    for _ in range(100):
+        world.advance(1.0)
+        if len(world.made) == 2:
+            break
+        memory.pss[old.pid] += 2
+    assert 88 <= memory.pss[old.pid] <= 93, "10 MiB in 5 s"
+    world.settle()
+    assert "MiB more when another worker is ready" in reason_of(old).detail
+
+
+def test_what_is_loaded_at_first_is_no_growth(world: World, memory: Memory) -> None:
+    """The first request may load much in a moment; at most 15 % of the limit are expected to come."""
+    pool = world.pool()
+    config = pool_kit.configuration(1, pool={"max_memory": "100MiB"})
+    pool.start(config)
+    world.advance(50.0)
+    world.settle()
+    pool.started(config)
+    world.advance(0.5)
+    memory.pss[world.worker(0).pid] = 84
+    world.advance(60.0)
+    assert len(world.made) == 1
 
 
 def test_a_large_worker_is_read_rarely(world: World, memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
