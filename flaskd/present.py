@@ -120,8 +120,18 @@ def thread_lines(entries: Iterable[Fields]) -> list[str]:
     return [line for each in entries for line in (thread_line(each), *_indented(each.get("stack", "")))]
 
 
-def worker_lines(entries: Sequence[Fields], deaths: Iterable[Fields], *, wanted: int) -> list[str]:
-    """Workers, for people: a table, and those that died; `wanted` is how many there are to be."""
+def worker_lines(
+    entries: Sequence[Fields],
+    deaths: Iterable[Fields],
+    *,
+    wanted: int,
+    recycled: Mapping[str, int] | None = None,
+    trouble: str | None = None,
+) -> list[str]:
+    """Workers, for people: a table, how many reached a limit, what is wrong with that, and those that died.
+
+    `wanted` is how many there are to be.
+    """
     if not wanted:
         return ["there are no workers: the app runs in the daemon itself (server.workers is 0)"]
     head = ("slot", "pid", "generation", "state", "age", "in flight", "answered", "connections", "memory", "cpu")
@@ -136,7 +146,15 @@ def worker_lines(entries: Sequence[Fields], deaths: Iterable[Fields], *, wanted:
         for each in entries
     ]
     told = [line for each in deaths for line in (_death_line(each), *(f"    cut {_cut(cut)}" for cut in each["cut"]))]
-    return [*(table([head, *rows]) if rows else [f"no worker is there, of {wanted} that there are to be"]), *told]
+    limits = [each for each in (recycled_words(recycled or {}), trouble) if each]
+    there = table([head, *rows]) if rows else [f"no worker is there, of {wanted} that there are to be"]
+    return [*there, *limits, *told]
+
+
+def recycled_words(recycled: Mapping[str, int]) -> str:
+    """How many workers were replaced because they had reached a limit; nothing where none was."""
+    kinds = ", ".join(f"{count} for pool.{key}" for key, count in recycled.items() if count)
+    return f"{sum(recycled.values())} recycled ({kinds})" if kinds else ""
 
 
 def _death_line(death: Fields) -> str:

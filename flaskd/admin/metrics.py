@@ -121,6 +121,12 @@ def _workers(now: Snapshot) -> Iterator[Any]:
     yield CounterMetricFamily(
         "flaskd_worker_death_requests", "Requests, read whole, that died with a worker.", serving.cut_by_deaths
     )
+    recycled = CounterMetricFamily(
+        "flaskd_workers_recycled", "Workers replaced because they had reached a limit.", labels=["limit"]
+    )
+    for limit, count in serving.recycled.items():
+        recycled.add_metric([limit], count)
+    yield recycled
     for key, name, text in (
         ("in_flight", "flaskd_worker_requests_in_flight", "Requests in flight in each worker."),
         ("queued", "flaskd_worker_requests_queued", "Requests that wait for a thread in each worker."),

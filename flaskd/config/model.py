@@ -133,6 +133,13 @@ class PoolConfig(Settings):
     stuck_after: Duration | None = field(
         None, gt=0, description="Replace a worker when all of its threads hang for so long; none: never."
     )
+    max_requests: int | None = field(
+        None, ge=1, description="Replace a worker that has dealt with so many requests; none: never."
+    )
+    max_age: Duration | None = field(None, gt=0, description="Replace a worker that is so old; none: never.")
+    max_memory: Size | None = field(
+        None, ge=1, description="Replace a worker that uses so much memory (PSS); none: never."
+    )
 
 
 class LogConfig(Settings):
