@@ -153,7 +153,7 @@ def worker_lines(
 
 def recycled_words(recycled: Mapping[str, int]) -> str:
     """How many workers were replaced because they had reached a limit; nothing where none was."""
-    kinds = ", ".join(f"{count} for pool.{key}" for key, count in recycled.items() if count)
+    kinds = ", ".join(f"{count} for {key}" for key, count in recycled.items() if count)
     return f"{sum(recycled.values())} recycled ({kinds})" if kinds else ""
 
 

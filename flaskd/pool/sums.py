@@ -38,8 +38,8 @@ class Sums:
         """How many did."""
         self.lost = 0
         """How many requests, read whole, died with them."""
-        self.recycled = {"max_requests": 0, "max_age": 0, "max_memory": 0}
-        """How many workers were replaced because they had reached a limit, by its key in `pool`."""
+        self.recycled = dict.fromkeys(("max_requests", "max_age", "max_memory", "request_timeout"), 0)
+        """How many workers were replaced because they had reached a limit, by its key."""
         self.trouble = ""
         """Why limits cannot be kept, for people; empty while they are."""
 

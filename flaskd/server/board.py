@@ -30,8 +30,8 @@ ROWS = 2048
 
 _WORD = 8
 # Words at the beginning; those of moments and sums are floats, all others integers.
-_LAST_TURN, _CONNECTIONS, _UNNAMED, _MOVED, _STUCK_AT, _BACKGROUND, _USED, _IN_USE = range(2, 10)
-_COUNTS = 10
+_LAST_TURN, _CONNECTIONS, _UNNAMED, _MOVED, _STUCK_AT, _BACKGROUND, _USED, _IN_USE, _LOST = range(2, 11)
+_COUNTS = 11
 _SUMS = _COUNTS + COUNTS
 _IDS = 64
 assert _SUMS + SUMS <= _IDS
@@ -162,11 +162,12 @@ class Board:
         """Note how many connections are open."""
         self._words[_CONNECTIONS] = count
 
-    def look(self, *, moved: Hashable, stuck_at: Hashable | None, background: int) -> None:
+    def look(self, *, moved: Hashable, stuck_at: Hashable | None, background: int, lost: int) -> None:
         """Note what costs too much to be noted at each change; `stuck_at` is what `Account.all_are_at` gives."""
         self._words[_MOVED] = hash(moved)
         self._words[_STUCK_AT] = (hash(stuck_at) or 1) if stuck_at is not None else 0
         self._words[_BACKGROUND] = background
+        self._words[_LOST] = lost
 
     def use(self, now: float) -> None:
         """Note that a request came, or was answered, which counts for the idle stop."""
@@ -211,6 +212,11 @@ class Board:
     def background(self) -> int:
         """How much work was under way in the background when the loop last looked, which it does every second."""
         return self._words[_BACKGROUND]
+
+    @property
+    def lost(self) -> int:
+        """How many threads went on with requests that are over when the loop last looked."""
+        return self._words[_LOST]
 
     def moved(self) -> Hashable:
         """How far the requests are: two answers a second apart differ when one began or ended, or a byte moved."""
