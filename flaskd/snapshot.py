@@ -146,6 +146,7 @@ class Snapshot:
             "trouble": serving.trouble or None,
             "completed": outcomes["completed"],
             "rejected": outcomes["rejected"],
+            "limited": {limit: count for limit, count in serving.tally.limited.items() if count} or None,
             "tally": serving.tally.as_json(),
             "shutdown_endpoint": list(self.held.shutdown_endpoints),
             "idle_for": round(idle[0], 3) if idle else None,

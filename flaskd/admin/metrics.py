@@ -89,6 +89,12 @@ def _requests(now: Snapshot) -> Iterator[Any]:
     for outcome, count in serving.tally.outcomes.items():
         outcomes.add_metric([outcome], count)
     yield outcomes
+    limited = CounterMetricFamily(
+        "flaskd_limited", "Requests refused or given up for a limit, by its setting.", labels=["limit"]
+    )
+    for limit, count in serving.tally.limited.items():
+        limited.add_metric([limit], count)
+    yield limited
     answers = CounterMetricFamily("flaskd_responses", "Answers by class of their status.", labels=["status"])
     for digit in range(1, 6):
         answers.add_metric([f"{digit}xx"], serving.tally.statuses[digit])

@@ -195,6 +195,7 @@ def _answered(fields: dict[str, Any]) -> str:
     notable = {
         "4xx": tally["statuses"]["4xx"], "5xx": tally["statuses"]["5xx"],
         **{key: tally["outcomes"][key] for key in ("rejected", "cut", "gone")},
+        **{f"for {limit}": count for limit, count in tally["limited"].items()},
     }  # fmt: skip
     return ", ".join([text, *(f"{count:,} {key}" for key, count in notable.items() if count)])
 

@@ -87,6 +87,20 @@ class ServerConfig(Settings):
     connection_limit: int | None = _renewal(
         None, "Connections at once, per worker; none: as many as open files allow.", ge=1
     )
+    request_timeout: Duration | None = field(
+        None,
+        gt=0,
+        description="How long the app may take for a request until it is given up; none: as long as it likes.",
+    )
+    request_timeouts: dict[PathPattern, Duration | None] = field(
+        {}, description="The same for some paths, exact or with * at the end; null: as long as it likes."
+    )
+    queue_timeout: Duration | None = field(
+        None, gt=0, description="A request that waited so long for a thread is refused with 503; none: it waits on."
+    )
+    max_queue: int | None = field(
+        None, ge=0, description="Requests that may wait for a thread, per worker; more get 503; none: any number."
+    )
     trusted_proxy: OneOrMany[TrustedProxy] = _renewal(
         [], "Addresses or networks of the proxies whose headers are believed; localhost, Unix sockets too; or *."
     )

@@ -19,6 +19,7 @@ from flaskd.pool.deaths import Deaths, tell_failure
 from flaskd.pool.handle import Handle, Phase
 from flaskd.pool.recycling import Recycling
 from flaskd.pool.renewals import Renewals
+from flaskd.pool.schedulers import Schedulers
 from flaskd.pool.slots import Slots
 from flaskd.pool.sums import Sums
 from flaskd.pool.template import Templates
@@ -99,7 +100,7 @@ class Crew:
         """The one that was asked for since the configuration in force was taken; empty for what that says."""
         self._tells = False
         """Whether it is told now and then that workers are being started."""
-        self._deaths = Deaths()
+        self._deaths, self._schedulers = Deaths(), Schedulers()
         self.watch = Watch(self.slots, config=lambda: self.configuration.values, later=self.later, replace=self.replace)
         self.recycling = Recycling(
             self.slots,
@@ -145,12 +146,20 @@ class Crew:
         template = self.templates.of(generation, configuration, os.environ, path)
         worker = self._make(slot, generation)
         worker.configuration = configuration
-        first = say.Begin(
+        begin = say.Begin(
             configuration, slot, generation, self._name, path, self.state, first=generation == 1 and self.starting
         )
+        before = self.slots.slots[slot].worker
+
+        def first() -> say.Begin:
+            if before is not None:
+                self._schedulers.pause(before, worker)
+            return begin
+
         worker.start(
             os.environ,
             first,
+            made=lambda worker: self.do(lambda: self.slots.made(worker)),
             heard=lambda worker, message, fds: self.do(lambda: self._heard(worker, message, fds)),
             gone=lambda worker: self.do(lambda: self._gone(worker)),
             template=template,
@@ -260,6 +269,7 @@ class Crew:
         worker.hang_up()
         served = worker.serves
         self.slots.gone(worker)
+        self._schedulers.gone(worker)
         if served and not self.slots.ending and not any(each.serves for each in self.slots.workers):
             log.error("no worker is ready: flaskd is not ready, and clients wait until there is one")
         self._owner.gone(worker, cut)

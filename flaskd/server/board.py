@@ -24,7 +24,7 @@ from flaskd.ledger import InFlight, visible
 from flaskd.server.request import Request
 from flaskd.server.tally import COUNTS, SUMS, Counts, Tally
 
-_MAGIC, _VERSION = int.from_bytes(b"flskdbrd", "little"), 1
+_MAGIC, _VERSION = int.from_bytes(b"flskdbrd", "little"), 2
 ROWS = 2048
 """How many requests in flight are named; a row that was never used costs no memory."""
 

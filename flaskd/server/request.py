@@ -72,6 +72,9 @@ class Connection(Protocol):
     def end_stream(self) -> None:
         """End the stream that is being sent."""
 
+    def give_up(self, request: Request, why: str, sent: int) -> None:
+        """Wait no more for the app to answer a request, unless more than `sent` bytes are out by now."""
+
 
 class Request(Parser):
     """One request, from its first byte until its answer has been handed to the kernel."""
@@ -84,6 +87,12 @@ class Request(Parser):
     """Where it is on the worker's board (`flaskd.server.board`); 0 without one."""
     first_byte = wall_clock = complete = began = 0.0
     """When its first and its last byte came, and when its answer was begun; 0 before."""
+    its_turn = 0.0
+    """When the answers before it on its connection had been given; 0 where there were none."""
+    more_until = 0.0
+    """Up to when the app has asked for time (`flaskd.more_time`); a time.monotonic() moment."""
+    refused_by = ""
+    """The limit for which it is refused, unbegun."""
     thread: threading.Thread | None = None
     answered = over = rejected = whole = False
     status = ""

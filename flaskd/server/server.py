@@ -15,6 +15,7 @@ from flaskd.process.descriptors import open_files
 from flaskd.process.forks import forgotten_by_children
 from flaskd.server.board import Board
 from flaskd.server.drain import Drain
+from flaskd.server.limits import Limits
 from flaskd.server.loop import EventLoop
 from flaskd.server.observed import ObservedServer
 from flaskd.server.settings import most_connections
@@ -33,9 +34,8 @@ class WaitressThread(ObservedServer):
 
     ``start()`` returns when requests are served or raises what went wrong; ``stop()`` answers what is in flight and
     joins every thread. As a context manager it does both. Port 0 takes a free port, shown by ``url``. With 0 threads
-    the one that leads runs the app itself, which must never wait. With `fixed_limits` the log does not say which
-    setting of ``server`` a request that is too large goes beyond: there is none. A worker notes on its `board` what its
-    supervisor reads; the board is the caller's to close.
+    the one that leads runs the app itself, which must never wait. With `fixed_limits` the log names no setting for a
+    request that is too large. A worker notes on its `board` what its supervisor reads; the caller closes it.
     """
 
     def __init__(
@@ -86,9 +86,8 @@ class WaitressThread(ObservedServer):
 
         Unless `accepting`, connections wait until `accept` is called; those of probes are served.
 
-        `first` is called before anything is served, when the server can be told how to: clients may wait in the
-        backlog of a listener that was handed over. Raises CannotCreateError when the address cannot be had, and
-        whatever kept the thread from serving.
+        `first` is called before anything is served, when the server can be told how to: clients may wait already.
+        Raises CannotCreateError when the address cannot be had, and whatever kept the thread from serving.
         """
         if self.loop is not None:
             raise FlaskdError("cannot start: this server has been started before; make a new one")
@@ -149,6 +148,10 @@ class WaitressThread(ObservedServer):
         self._serving.context.keepalive_grace = keepalive_grace
         self._serving.context.stream_grace = stream_grace
 
+    def limit(self, limits: Limits) -> None:
+        """Keep these limits from now on."""
+        self._serving.call(lambda: self._serving.limit(limits))
+
     def tell_answers(self, on_answer: Callable[[dict[str, Any]], None] | None) -> None:
         """Give what the access log tells of each answered request to `on_answer` from now on; None: to nobody."""
         self._serving.account.on_answer = on_answer
@@ -161,8 +164,8 @@ class WaitressThread(ObservedServer):
     def watch_idle(self, after: float | None, ignore: Sequence[str], on_idle: Callable[[], None] | None) -> None:
         """Call `on_idle`, from the serving thread, once nothing that counts was asked for `after` seconds; None: never.
 
-        Without `on_idle`, only note it on the board (`Board.idle_for`): in a worker, whose supervisor decides.
-        `flaskd.server.idle.IdleWatch` says what counts. Time begins now, or where a watch before this one had it.
+        Without `on_idle` it is only noted on the board (`Board.idle_for`). `flaskd.server.idle.IdleWatch` says what
+        counts. Time begins now, or where a watch before this one had it.
         """
         loop = self._serving
         loop.call(lambda: loop.watch_idle(after, ignore, on_idle))

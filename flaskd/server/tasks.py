@@ -224,11 +224,12 @@ class RejectTask(PlainTask):
 
     def answer(self) -> tuple[str, list[tuple[str, str]], str]:
         """Say when to try again."""
-        return (
-            "503 Service Unavailable",
-            [("Retry-After", str(RETRY_AFTER))],
-            "not now: this server is stopping or drained\n",
+        why = (
+            "too many requests wait for this server"
+            if self.request.refused_by
+            else "this server is stopping or drained"
         )
+        return "503 Service Unavailable", [("Retry-After", str(RETRY_AFTER))], f"not now: {why}\n"
 
 
 class HealthTask(PlainTask):

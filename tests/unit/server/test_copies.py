@@ -111,9 +111,14 @@ def test_the_health_path_is_answered_while_all_are_busy(busy, connect):
         assert time.monotonic() - began < 1
 
 
+def wait_for_its_return(busy):
+    """Wait until a busy worker has stepped aside for the first time, and waits for connections again."""
+    until(busy, lambda: busy.loop.admission.aside._watches)  # noqa: SLF001 - from outside it looks as before its step
+
+
 def test_a_connection_that_comes_to_a_busy_worker_is_left_to_others_first(monkeypatch, busy, connect):
     """Also when nothing came while it stepped aside for the first time."""
-    until(busy, lambda: busy.loop.admission.aside.next_moment == aside.NEVER)  # it waits for connections again
+    wait_for_its_return(busy)
     monkeypatch.setattr(aside, "ASIDE", 3600.0)
     connect(busy).send("/hello")
     until(busy, lambda: busy.loop.admission.aside.next_moment != aside.NEVER)
@@ -122,7 +127,7 @@ def test_a_connection_that_comes_to_a_busy_worker_is_left_to_others_first(monkey
 
 def test_a_busy_worker_to_which_nobody_comes_is_left_asleep(monkeypatch, busy):
     """It steps aside once, not again and again."""
-    until(busy, lambda: busy.loop.admission.aside.next_moment == aside.NEVER)
+    wait_for_its_return(busy)
     waits = []
     wait = EpollMap.wait
     monkeypatch.setattr(EpollMap, "wait", lambda self, timeout: [waits.append(timeout), wait(self, timeout)])
