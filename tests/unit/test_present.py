@@ -79,6 +79,14 @@ def test_that_all_workers_died_is_not_that_there_are_none():
     ]
 
 
+def test_workers_that_reached_a_limit_are_counted():
+    """By the key of the limit, and what is wrong with one is said below; nothing where none did."""
+    recycled = {"max_requests": 2, "max_age": 0, "max_memory": 1}
+    lines = worker_lines([], [], wanted=2, recycled=recycled, trouble="worker 0 grows")
+    assert lines[1:] == ["3 recycled (2 for pool.max_requests, 1 for pool.max_memory)", "worker 0 grows"]
+    assert len(worker_lines([], [], wanted=2, recycled=dict.fromkeys(recycled, 0))) == 1
+
+
 def test_a_record_that_is_not_whole_is_told_as_it_is():
     """Damaged, with nothing in it, or with the escape sequences of an error's text."""
     assert record_lines({"previous": "died", "damaged": "no JSON"}) == [
