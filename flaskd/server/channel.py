@@ -10,7 +10,6 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from waitress.channel import ClientDisconnected
@@ -56,6 +55,11 @@ class _ChannelServer:
 
     def add_task(self, channel: Channel) -> None:
         channel.begin_next()
+
+
+def _named(request: Request) -> dict[str, Any]:
+    """The `extra` of a line of the log about a request that is answered."""
+    return {"fields": {"id": request.id, **request.ids.fields()}}
 
 
 class Channel(OutputChannel):
@@ -116,11 +120,6 @@ class Channel(OutputChannel):
     def names_limits(self) -> bool:
         """Whether the log names the setting that a request goes beyond."""
         return self.context.names_limits
-
-    def client_told_by(self, headers: Mapping[str, str]) -> str:
-        """The client's address as a trusted proxy tells it in a request's headers; empty without one (any thread)."""
-        proxies = self.context.proxies
-        return proxies.client(self.addr[0], headers) if proxies is not None else ""
 
     def close_if_idle(self) -> None:
         """While draining: half-close when nothing is in hand, once the grace is over (loop's thread)."""
@@ -221,10 +220,10 @@ class Channel(OutputChannel):
         try:
             task.service()
         except ClientDisconnected:
-            self.logger.info(f"Client disconnected while serving {request.path}")
+            self.logger.info(f"Client disconnected while serving {request.path}{request.ids}", extra=_named(request))
             return True
         except Exception:
-            self.logger.exception(f"Exception while serving {request.path}")
+            self.logger.exception(f"Exception while serving {request.path}{request.ids}", extra=_named(request))
             if not task.wrote_header:
                 self._answer_500(request)
             return True

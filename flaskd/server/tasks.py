@@ -22,6 +22,8 @@ RETRY_AFTER = 5
 """Seconds that a refused client is asked to wait."""
 
 
+ID_HEADER = "X-Request-ID"
+"""A header of the app's own is written X-Request-Id."""
 _WITHOUT_BODY = ("1", "204", "304")
 http_date = functools.lru_cache(maxsize=2)(build_http_date)
 _by_name = operator.itemgetter(0)
@@ -34,8 +36,10 @@ def _tokens(value: str) -> frozenset[str]:
 
 
 @functools.lru_cache(maxsize=256)
-def _header(start: str, given: tuple[tuple[str, str], ...], framing: str, connection: str, ident: str | None) -> str:
-    """Status line and headers, sorted by name, where `length` and `date` are still to be filled in.
+def _header(
+    start: str, given: tuple[tuple[str, str], ...], framing: str, connection: str, ident: str | None, *, has_id: bool
+) -> str:
+    """Status line and headers, sorted by name, where `length`, `date` and `id` are still to be filled in.
 
     Most answers of an app have their headers in common, but for their length and the time.
     """
@@ -46,6 +50,8 @@ def _header(start: str, given: tuple[tuple[str, str], ...], framing: str, connec
     for name, value in (("Connection", connection), ("Server", (ident or "").replace("%", "%%")), ("Date", "%(date)s")):
         if value and name not in names:
             headers.append((name, value))
+    if has_id and "X-Request-Id" not in names:
+        headers.append((ID_HEADER, "%(id)s"))
     headers.sort(key=_by_name)
     return "\r\n".join([start.replace("%", "%%"), *map(": ".join, headers), "", ""])
 
@@ -88,16 +94,17 @@ class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
                 framing, self.chunked_response = "Transfer-Encoding", self.sends_body
         if not self.close_on_finish and self._closes(framing):
             self.close_on_finish = True
+        serving = self.channel.serving
         template = _header(
             f"HTTP/{self.version} {status}",
             tuple(self.response_headers),
             framing,
             "close" if self.close_on_finish else "Keep-Alive" if self.version == "1.0" else "",
             self.channel.adj.ident,
+            has_id=serving.given_id != "",
         )
-        values = {"length": self.content_length, "date": http_date(int(self.start_time))}
+        values = {"length": self.content_length, "date": http_date(int(self.start_time)), "id": serving.given_id}
         header = (template % values).encode("latin-1")
-        serving = self.channel.serving
         serving.status, serving.header_length = status, len(header)
         return header
 

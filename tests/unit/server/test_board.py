@@ -18,6 +18,7 @@ from flaskd.errors import FlaskdError
 from flaskd.server import Histogram, Tally
 from flaskd.server.board import ROWS, Board
 from flaskd.server.request import Request
+from flaskd.server.request_ids import read_ids
 
 pytestmark = [
     pytest.mark.usefixtures("no_thread_left"),
@@ -55,6 +56,9 @@ class Channel:
 
     def client_told_by(self, headers):
         return ""
+
+    def ids_told_by(self, headers):
+        return read_ids(headers)
 
 
 def request(number, path="/"):
