@@ -249,7 +249,7 @@ class Board:
 def _in_flight(number: int, row: bytes) -> InFlight:
     first_byte, _complete, began, sending, name, text, named = _ROW.unpack(row)
     client, method, path = (*text.rstrip(b"\0").decode("latin-1").split("\n", 2), "", "")[:3]
-    ids = Ids(*named.rstrip(b"\0").decode("ascii").split("\n"))
+    ids = Ids(*named.rstrip(b"\0").decode("latin-1").split("\n")[:2])
     return InFlight(
         id=number,
         client=client,
