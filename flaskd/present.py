@@ -65,7 +65,7 @@ def _cut(each: Fields) -> str:
 
 def _named(entry: Fields) -> str:
     """The id of a request, where it has one."""
-    return f", request_id={printable(entry['request_id'], '?')}" if entry.get("request_id") else ""
+    return f", request_id={entry['request_id']}" if entry.get("request_id") else ""
 
 
 def account_lines(fields: Fields) -> list[str]:

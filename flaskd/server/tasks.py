@@ -36,12 +36,13 @@ def _tokens(value: str) -> frozenset[str]:
 
 
 @functools.lru_cache(maxsize=256)
-def _header(
-    start: str, given: tuple[tuple[str, str], ...], framing: str, connection: str, ident: str | None, *, has_id: bool
+def _header(  # noqa: PLR0917 - a cache takes longer to find what has names
+    start: str, given: tuple[tuple[str, str], ...], framing: str, connection: str, ident: str | None, names_it: str
 ) -> str:
     """Status line and headers, sorted by name, where `length`, `date` and `id` are still to be filled in.
 
-    Most answers of an app have their headers in common, but for their length and the time.
+    Most answers of an app have their headers in common, but for their length, their id and the time. `names_it` is
+    what the header with the id is called; empty where the client is told none.
     """
     headers = [(name.replace("%", "%%"), value.replace("%", "%%")) for name, value in given]
     names = dict(headers)
@@ -50,8 +51,8 @@ def _header(
     for name, value in (("Connection", connection), ("Server", (ident or "").replace("%", "%%")), ("Date", "%(date)s")):
         if value and name not in names:
             headers.append((name, value))
-    if has_id and "X-Request-Id" not in names:
-        headers.append((ID_HEADER, "%(id)s"))
+    if names_it and "X-Request-Id" not in names:
+        headers.append((names_it, "%(id)s"))
     headers.sort(key=_by_name)
     return "\r\n".join([start.replace("%", "%%"), *map(": ".join, headers), "", ""])
 
@@ -101,7 +102,7 @@ class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
             framing,
             "close" if self.close_on_finish else "Keep-Alive" if self.version == "1.0" else "",
             self.channel.adj.ident,
-            has_id=serving.given_id != "",
+            ID_HEADER if serving.given_id else "",
         )
         values = {"length": self.content_length, "date": http_date(int(self.start_time)), "id": serving.given_id}
         header = (template % values).encode("latin-1")

@@ -5,9 +5,11 @@ import os
 import random
 import re
 import threading
+from pathlib import Path
 
 import http_client
 import pytest
+from flask import Flask
 from server_kit import PATIENCE, answers, app, connect, get, no_thread_left, serve, until
 
 from flaskd import ServerThread
@@ -17,6 +19,7 @@ from flaskd.server.request_ids import Ids, IdSource, read_ids
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
+ROOT = Path(__file__).parents[3]
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
 MADE = re.compile("[0-9a-f]{32}")
@@ -293,6 +296,28 @@ def test_a_server_thread_gives_ids(telling, told):
             assert http_client.get(server.url)[0] == 200
     assert MADE.fullmatch(told[0])
     assert told[1] is None
+
+
+def test_the_apps_log_can_have_it(serve, connect, caplog):
+    """By the filter that docs/proxy.md shows; lines outside of a request have none."""
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/proxy.md").read_text(), re.DOTALL)
+    made = {}
+    exec(code, made)
+    shop, log = Flask("shop"), logging.getLogger("shop")
+
+    @shop.get("/")
+    def index():
+        log.warning("inside")
+        return ""
+
+    caplog.handler.addFilter(shown := made["RequestId"]())
+    try:
+        name = connect(serve(shop, ids=True)).ask("/").headers["X-Request-ID"]
+        log.warning("outside")
+    finally:
+        caplog.handler.removeFilter(shown)
+    said = {each.getMessage(): each.request_id for each in caplog.records if each.name == "shop"}
+    assert said == {"inside": name, "outside": "-"}
 
 
 # --- its source -------------------------------------------------------------------------------------------------------
