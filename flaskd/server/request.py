@@ -15,7 +15,7 @@ from flaskd.server.buffers import FREE_SPACE
 from flaskd.server.head import Fields, kind_of
 from flaskd.server.head import read as read_head
 from flaskd.server.parser import Parser
-from flaskd.server.request_ids import NO_IDS, Ids, has_ids
+from flaskd.server.request_ids import NO_IDS, Ids
 from flaskd.sockets import closed_by_peer
 from flaskd.stacks import stack_of
 
@@ -165,8 +165,9 @@ class Request(Parser):
     def _take_id(self, make: Callable[[], str]) -> None:
         """Be called from now on as a trusted proxy calls it, or by an id that is made for it."""
         ids = self.ids
-        self.given_id = ids.request_id or make()
-        self._ids = Ids(self.given_id, ids.traceparent)
+        if not ids.request_id:
+            self._ids = ids = Ids(make(), ids.traceparent)
+        self.given_id = ids.request_id
 
     def _name_limit(self) -> None:
         """Say which setting it goes beyond."""
@@ -199,11 +200,13 @@ class Request(Parser):
     @property
     def ids(self) -> Ids:
         """What it is called: by a trusted proxy, or by an id that was made for it."""
-        if self._ids is None:
-            if not self.headers_finished:
-                return NO_IDS
-            self._ids = self.channel.ids_told_by(self.headers) if has_ids(self.headers) else NO_IDS
-        return self._ids
+        if (ids := self._ids) is None:
+            headers = self.headers
+            named = "HTTP_X_REQUEST_ID" in headers or "HTTP_TRACEPARENT" in headers
+            ids = self.channel.ids_told_by(headers) if named else NO_IDS
+            if self.headers_finished:
+                self._ids = ids
+        return ids
 
     @property
     def sent(self) -> int:
@@ -253,7 +256,7 @@ class Request(Parser):
 
     def access_fields(self) -> dict[str, Any]:
         """What the access log tells about it."""
-        return {
+        fields: dict[str, Any] = {
             "id": self.id,
             "client": self.client,
             "time": self.wall_clock,
@@ -265,5 +268,7 @@ class Request(Parser):
             "referer": self.headers.get("HTTP_REFERER", ""),
             "agent": self.headers.get("HTTP_USER_AGENT", ""),
             "took": round(self.age, 6),
-            **self.ids.fields(),
         }
+        if (ids := self.ids) is not NO_IDS:
+            fields |= ids.fields()
+        return fields

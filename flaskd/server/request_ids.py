@@ -34,13 +34,8 @@ class Ids(NamedTuple):
 NO_IDS = Ids()
 
 
-def has_ids(headers: Mapping[str, str]) -> bool:
-    """Whether a request's headers, by their names in an environ, say anything of it."""
-    return "HTTP_X_REQUEST_ID" in headers or "HTTP_TRACEPARENT" in headers
-
-
 def read_ids(headers: Mapping[str, str]) -> Ids:
-    """What a request's headers say; what is not well-formed, or comes several times, is none."""
+    """What a request's headers say, by their names in an environ; what is not well-formed, or comes several times, is none."""
     request_id = headers.get("HTTP_X_REQUEST_ID", "")
     traceparent = _TRACEPARENT.fullmatch(headers.get("HTTP_TRACEPARENT", ""))
     return Ids(request_id if _REQUEST_ID.fullmatch(request_id) else "", traceparent[1] if traceparent else "")
