@@ -200,13 +200,13 @@ class Request(Parser):
     @property
     def ids(self) -> Ids:
         """What it is called: by a trusted proxy, or by an id that was made for it."""
-        if (ids := self._ids) is None:
-            headers = self.headers
-            named = "HTTP_X_REQUEST_ID" in headers or "HTTP_TRACEPARENT" in headers
-            ids = self.channel.ids_told_by(headers) if named else NO_IDS
-            if self.headers_finished:
-                self._ids = ids
-        return ids
+        if self._ids is not None:
+            return self._ids
+        headers = self.headers
+        if "HTTP_X_REQUEST_ID" in headers or "HTTP_TRACEPARENT" in headers:
+            self._ids = ids = self.channel.ids_told_by(headers)
+            return ids
+        return NO_IDS
 
     @property
     def sent(self) -> int:

@@ -35,7 +35,7 @@ NO_IDS = Ids()
 
 
 def read_ids(headers: Mapping[str, str]) -> Ids:
-    """What a request's headers say, by their names in an environ; what is not well-formed, or comes several times, is none."""
+    """What headers say, by their names in an environ; what is malformed, or comes several times, is none."""
     request_id = headers.get("HTTP_X_REQUEST_ID", "")
     traceparent = _TRACEPARENT.fullmatch(headers.get("HTTP_TRACEPARENT", ""))
     return Ids(request_id if _REQUEST_ID.fullmatch(request_id) else "", traceparent[1] if traceparent else "")
