@@ -94,11 +94,6 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
         """Whether the log names the setting that a request goes beyond."""
         return self.context.names_limits
 
-    def client_told_by(self, headers: Mapping[str, str]) -> str:
-        """The client's address as a trusted proxy tells it in a request's headers; empty without one (any thread)."""
-        proxies = self.context.proxies
-        return proxies.client(self.addr[0], headers) if proxies is not None else ""
-
     @property
     def arriving(self) -> Request | None:
         """The request that has come in part."""
