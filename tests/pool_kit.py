@@ -49,15 +49,17 @@ class FakeWorker(Handle):
         self._ids = itertools.count(1)
         self._on_board: list[Request] = []
 
-    def start(self, environ: Any, first: Any, *, heard: Any, gone: Any, template: Any = None) -> None:
+    def start(self, environ: Any, first: Any, *, made: Any, heard: Any, gone: Any, template: Any = None) -> None:
         if self._world.no_more:
             self.close()
             raise CannotCreateError("cannot start a worker: there is no memory")
-        self._heard, self._gone = heard, gone
+        self._made, self._heard, self._gone = made, heard, gone
         self.pid = next(self._world.pids)
         self._world.made.append(self)
-        self.told.append(first)
+        self.told.append(first())
         self.to_do.append(lambda: self.says(say.Loaded("shop:app")))
+        if self._world.forks:
+            self.is_made()
 
     def send(self, message: Any, descriptors: Sequence[int] = ()) -> bool:
         if self.code is not None:
@@ -74,6 +76,8 @@ class FakeWorker(Handle):
                 if leave:
                     self.says(say.Closed())
                 self.to_do += [self._drained, self._stopped, lambda: self.dies(0)]
+            case say.PauseSchedulers(number):
+                self.answer(number, None, None)
             case say.Renew(number):
                 self.to_do.append(lambda: self.says(say.Answer(number)))
         return True
@@ -98,6 +102,10 @@ class FakeWorker(Handle):
         return "File shop.py, line 1 in slow"
 
     # --- what a test lets it do ---
+
+    def is_made(self) -> None:
+        """It has its process."""
+        self._made(self)
 
     def says(self, message: Any) -> None:
         """It says something."""
@@ -136,6 +144,12 @@ class FakeWorker(Handle):
         self.board.enter(request)
         self._on_board.append(request)
 
+    def answers(self, count: int) -> None:
+        """It has answered so many requests more."""
+        for _ in range(count):
+            self.takes()
+        self.finish_all()
+
     def finish_all(self) -> None:
         """It has answered all requests."""
         for each in self._on_board:
@@ -161,6 +175,8 @@ class World:
         self.pids = itertools.count(1000)
         self.no_more = False
         """Whether no worker can be started."""
+        self.forks = True
+        """Whether a worker has its process at once; else it waits for a template, until a test says `is_made`."""
         self.events: list[ServingEvent] = []
         """What the pool told its daemon, beside how starts get on."""
         self.hung: set[FakeWorker] = set()

@@ -1,6 +1,7 @@
 """What runs between the last answer and the exit: actions, the plan, the runner, the record."""
 
 from flaskd.cleanup.actions import ACTIONS, action_specs
+from flaskd.cleanup.actions.schedulers import pause_all, resume_all
 from flaskd.cleanup.attempt import Spare
 from flaskd.cleanup.callbacks import on_stop, with_callbacks
 from flaskd.cleanup.calls import call_in_thread
@@ -41,7 +42,9 @@ __all__ = [
     "names",
     "on_stop",
     "overview",
+    "pause_all",
     "results_as_json",
+    "resume_all",
     "with_callbacks",
     "with_found",
     "with_service",

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
-from flaskd.cleanup.model import Action
+from flaskd.cleanup.model import Action, Step
 from flaskd.cleanup.targets import TargetFields, look_up_targets, targets
 from flaskd.process.forks import AppCode
 from flaskd.process.threads import AppThread
@@ -22,6 +22,7 @@ from flaskd.stacks import stack_of
 from flaskd.text import listed
 
 if TYPE_CHECKING:
+    from flaskd.cleanup.found import Found
     from flaskd.cleanup.kinds import Kind
     from flaskd.config import Fields, Phase
 
@@ -59,11 +60,15 @@ def no_grace(_fields: object) -> float:
     return 0.0
 
 
-def _wanted(use: str, context: StepContext, fields: Fields) -> list[tuple[str, Any]]:
+def objects_of(step: Step) -> list[tuple[str, Any]]:
+    """The objects that a step ends, each with its name, as far as they were found by now."""
+    return _wanted(step.takes, step.found, step.fields)
+
+
+def _wanted(use: str, found: Sequence[Found] | None, fields: Fields) -> list[tuple[str, Any]]:
     if getattr(fields, "target", None):
         return targets(fields)
-    found = context.found or ()
-    return [(each.name, thing) for each in found if each.use == use and (thing := each.object) is not None]
+    return [(each.name, thing) for each in found or () if each.use == use and (thing := each.object) is not None]
 
 
 class _SideBySide:
@@ -125,7 +130,7 @@ class _SideBySide:
 
 def end_all(use: str, end: End, context: StepContext, fields: Fields) -> str | None:
     """End all that is wanted; one that fails or hangs is named, and the others are ended all the same."""
-    things = _wanted(use, context, fields)
+    things = _wanted(use, context.found, fields)
     if not things:
         return "there is nothing to end"
     names = [name for name, _ in things]

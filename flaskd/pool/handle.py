@@ -108,15 +108,17 @@ class Handle:
     def start(
         self,
         environ: Mapping[str, str],
-        first: object,
+        first: Callable[[], object],
         *,
+        made: Callable[[Handle], None],
         heard: Callable[[Handle, Any, list[int]], None],
         gone: Callable[[Handle], None],
         template: Template | None = None,
     ) -> None:
-        """Start its process, and tell it `first`; raises FlaskdError where none can be had.
+        """Start its process, and tell it what `first` gives; raises FlaskdError where none can be had.
 
-        With a template it is forked from that in the handle's own thread: the app may still have to be imported.
+        In the handle's own thread `made` is told that there is a process, and `first` is called once that has greeted;
+        it may wait. With a template the process is forked in that thread, too: the app may still have to be imported.
         """
         name = f"flaskd-worker-{self.slot}.{self.generation}"
         mine = {"FLASKD_WORKER": str(self.slot), "FLASKD_GENERATION": str(self.generation)}
@@ -131,6 +133,7 @@ class Handle:
 
                 def live() -> None:
                     if template is None or self._fork(theirs, {**environ, **mine}, gone):
+                        made(self)
                         self._listen(first, heard, gone)
 
                 threading.Thread(target=live, name=name, daemon=True).start()
@@ -160,7 +163,7 @@ class Handle:
             with theirs:
                 self._make(theirs, self._stacks, environ)
         except FlaskdError as error:
-            self.error, self.code = _with_place(self.error, error), 0
+            self.error, self.code = error, 0
             gone(self)
             return False
         finally:
@@ -170,7 +173,10 @@ class Handle:
         return True
 
     def _listen(
-        self, first: object, heard: Callable[[Handle, Any, list[int]], None], gone: Callable[[Handle], None]
+        self,
+        first: Callable[[], object],
+        heard: Callable[[Handle, Any, list[int]], None],
+        gone: Callable[[Handle], None],
     ) -> None:
         """Hear what it says, to its end (a thread of its own)."""
         wire = self._wire
@@ -180,7 +186,7 @@ class Handle:
                 self.error = FlaskdError(f"cannot start {self}: {fault}")
                 send_signal(self._pidfd, signal.SIGKILL)
             else:
-                wire.send(first)
+                wire.send(first())
             poll = select.poll()
             poll.register(wire, select.POLLIN)
             poll.register(self._pidfd, select.POLLIN)
@@ -255,14 +261,12 @@ class Handle:
 
     def ask_for_stacks(self) -> None:
         """Have it write the stacks of its threads, whatever it does; `stacks` has them a moment later."""
-        if self._template is None and self._stacks is not None:  # a template is asked when its own time is over
+        if self._stacks is not None:
             self._stacks.clear()
             send_signal(self._pidfd, STACKS)
 
     def stacks(self) -> str:
-        """What it has written; while it is not forked yet, what its template has."""
-        if (template := self._template) is not None:
-            return template.stacks()
+        """What it has written."""
         return self._stacks.read() if self._stacks is not None else ""
 
     @property
@@ -318,11 +322,3 @@ class Handle:
         """In a forked child: let go of it, for it is not the child's."""
         if self._wire is not None:
             self._wire.forget()
-
-
-def _with_place(own: FlaskdError | None, error: FlaskdError) -> FlaskdError:
-    """Why a worker could not be forked: its own reason, with where its template was when both were late at once."""
-    place = error.traceback_text if isinstance(error, AppError) else ""
-    if isinstance(own, AppError) and not own.traceback_text:
-        return AppError(str(own), place)
-    return own or error

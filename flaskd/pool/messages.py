@@ -123,6 +123,21 @@ class Renew:
 
 
 @dataclass(frozen=True)
+class PauseSchedulers:
+    """Let the app's schedulers begin no more jobs: another worker of the slot is about to import the app.
+
+    `Answer` says that it is done.
+    """
+
+    number: int
+
+
+@dataclass(frozen=True)
+class ResumeSchedulers:
+    """Let the app's schedulers go on: that other worker is gone."""
+
+
+@dataclass(frozen=True)
 class LogLevel:
     """Log from this level on."""
 

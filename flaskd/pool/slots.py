@@ -15,14 +15,13 @@ from functools import partial
 from flaskd.errors import AppError, FlaskdError, NotNowError
 from flaskd.lifecycle import StopReason
 from flaskd.pool.handle import Handle, Phase
+from flaskd.pool.spawn import STACKS_WITHIN
 from flaskd.serving.api import Outcome
 
 log = logging.getLogger("flaskd.pool")
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 """Seconds until an empty slot is tried again; each failure doubles them."""
-_STACKS = 0.5
-"""Seconds that a worker has to write the stacks of its threads before it is killed."""
 _LEAVES = 1.0
 """Seconds that a worker which is replaced has to close its copies of the listeners; then it is done all the same."""
 _GOOD_LIFE = 30.0
@@ -179,11 +178,9 @@ class Slots:
         slot.reason, slot.canary = reason, canary
         slot.outcomes = [*waiting, *([outcome] if outcome is not None else [])]
         try:
-            coming = slot.coming = self._launch(slot.number, generation)
+            slot.coming = self._launch(slot.number, generation)
         except FlaskdError as error:
             self._failed(slot, error)
-            return
-        self._give_time(slot, coming)
 
     def _give_time(self, slot: Slot, coming: Handle) -> None:
         """Let the one that comes have the time of a start, from now on."""
@@ -198,7 +195,7 @@ class Slots:
                 # The signal ends one that is not yet so far that it could answer: it was late all the same.
                 coming.error = coming.error or AppError(f"cannot start {coming}: {why}")
                 coming.ask_for_stacks()
-                self._later(_STACKS, end)
+                self._later(STACKS_WITHIN, end)
 
         def end() -> None:
             if waits():
@@ -261,6 +258,12 @@ class Slots:
             self._drop_coming(slot, "flaskd stops")
 
     # --- what they do -------------------------------------------------------------------------------------------------
+
+    def made(self, worker: Handle) -> None:
+        """Its process exists, and its time begins; before, it waited for its template, which has a time of its own."""
+        slot = self.slots.get(worker.slot)
+        if slot is not None and slot.coming is worker:
+            self._give_time(slot, worker)
 
     def loaded(self, worker: Handle) -> None:
         """Its app is loaded."""

@@ -21,6 +21,8 @@ _BOOT = (
 STACKS = signal.SIGRTMAX - 2
 """A process that gets it writes the stacks of its threads to the descriptor that it was given for that; its Python may
 hang (faulthandler.register). The highest real-time signals are used by nothing that is known."""
+STACKS_WITHIN = 0.5
+"""Seconds that a process has for that, before it is killed for being late."""
 _MOST_STACKS = 1 << 18
 """Bytes of stacks that are read."""
 EX_LATE = 99

@@ -19,7 +19,7 @@ from typing import Any
 from flaskd.config import Configuration
 from flaskd.errors import AppError, CannotCreateError, FlaskdError, shortage
 from flaskd.pool.messages import Fork, Forked, NotReady, Preload, Preloaded
-from flaskd.pool.spawn import STACKS, Stacks, how, reap, send_signal, spawn
+from flaskd.pool.spawn import STACKS, STACKS_WITHIN, Stacks, how, reap, send_signal, spawn
 from flaskd.pool.wire import Wire, WireClosedError
 from flaskd.process.orphans import orphans
 from flaskd.process.usage import cpu_seconds, pss
@@ -28,8 +28,6 @@ log = logging.getLogger("flaskd.pool")
 
 _FORK = 10.0
 """Seconds that a template has for a fork, which takes some milliseconds."""
-_STACKS = 0.5
-"""Seconds that it has to write its stack before it is killed."""
 
 
 class Template:
@@ -216,15 +214,10 @@ class Template:
         return self.loaded is None and self.code is None
 
     def ask_for_stacks(self) -> None:
-        """Have it write where it is; `stacks` has it a moment later."""
+        """Have it write where it is; the error of its end will have that."""
         self._stacks.clear()
         with self._closing:
             send_signal(self._pidfd, STACKS)
-
-    def stacks(self) -> str:
-        """What it has written."""
-        error = self._error
-        return error.traceback_text if isinstance(error, AppError) else self._stacks.read()
 
     def shown(self) -> dict[str, Any]:
         """As a worker is shown, with stable keys."""
@@ -276,7 +269,7 @@ class Templates:
         def late() -> None:
             if template.loads:
                 template.ask_for_stacks()
-                self._later(_STACKS, end)
+                self._later(STACKS_WITHIN, end)
 
         def end() -> None:
             if template.loads:

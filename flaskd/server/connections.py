@@ -36,7 +36,7 @@ class Connections:
         self._restful: deque[tuple[tuple[bool, float], Channel]] = deque()
         """Those that may be closed to make room, the first one first."""
         context.waiting.close = lambda channel, why: context.call(
-            lambda: self._close_slow(channel, "slow_readers", why)
+            lambda: self._close_slow(channel, "outbuf_high_watermark", why)
         )
         self.next_reaping = 0.0
         """The time.monotonic() moment at which to look again for those that say nothing."""
@@ -86,10 +86,10 @@ class Connections:
             for channel in list(acceptor.active_channels.values()):
                 slow = not channel.requests and now - channel.grace_from > self.patience
                 if slow or channel.stalled(now - timeout):
-                    if channel.requests:
-                        what = f"{channel.requests[0].snapshot()}: its client read nothing for {timeout}s: closed"
-                        self._limited("channel_timeout", what)
-                    channel.handle_close()
+                    if channel.total_outbufs_len:
+                        self._close_slow(channel, "channel_timeout", f"its client read nothing for {timeout}s")
+                    else:
+                        channel.handle_close()
                 else:
                     self._look_at_pace(channel, now, timeout)
 
@@ -154,7 +154,8 @@ class Connections:
         return closed
 
     def _limited(self, limit: str, what: str) -> None:
-        """Tell what a limit has done to a client: the one place that all of it comes by."""
+        """Count and tell what a limit has done to a client."""
+        self.context.account.limited(limit)
         log.warning(what, extra=bounded_by(f"clients that met {limit}"))
 
     def cut_all(self, reason: str, *, but: Callable[[Connection], bool] = lambda _: False) -> None:

@@ -13,10 +13,12 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from flaskd.server.board import Board
+from flaskd.server.request import Request
 from flaskd.server.threads import ThreadPool
 
 MOST_WAITING = 64
@@ -80,9 +82,15 @@ class Waiting:
     def __contains__(self, channel: object) -> bool:
         return channel in self._clients
 
-    def wait(self, channel: Any) -> None:
-        """Wait until the client of a connection has taken so much of its answer that there is room, or is gone."""
+    def for_client(self, channel: Any) -> None:
+        """Wait until the client of a connection has taken so much of its answer that there is room, or is gone.
+
+        The loop never waits: what it answers itself is short.
+        """
+        if channel.serving.here:
+            return
         with contextlib.ExitStack() as aside:
+            aside.enter_context(_shown_as_sending(channel.serving, channel.context.board))
             left = False
             while True:
                 if not left and self._enter(channel):
@@ -121,3 +129,17 @@ class Waiting:
     def _leave(self, channel: Any) -> None:
         with self._lock:
             self._clients.pop(channel, None)
+
+
+@contextlib.contextmanager
+def _shown_as_sending(request: Request, board: Board | None) -> Iterator[None]:
+    def show(*, waits: bool) -> None:
+        request.waits = waits
+        if board is not None:
+            board.send(request, sending=waits)
+
+    show(waits=True)
+    try:
+        yield
+    finally:
+        show(waits=False)

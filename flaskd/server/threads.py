@@ -8,19 +8,17 @@ While quick requests are run the thread keeps the lead (`flaskd.server.lead`).
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from flaskd.errors import CannotCreateError, shortage
-from flaskd.ledger import InFlight
 from flaskd.process.threads import AppThread
 from flaskd.server.lead import Lead
-from flaskd.server.request import Request
+from flaskd.server.thread_places import Places
 
 log = logging.getLogger("flaskd.server")
 _queue_log = logging.getLogger("waitress.queue")
@@ -37,47 +35,28 @@ class Task(Protocol):
     def kind(self) -> str:
         """What takes about as long as this one, by name; empty where nobody can say."""
 
+    @property
+    def waits_since(self) -> float:
+        """Since when it waits, a time.monotonic() moment; infinity for what may wait as long as it takes."""
+
     def service(self) -> float:
         """Run it; gives how many seconds that took."""
 
 
-class ThreadPool:
-    """The threads of one server, and the queue of what is complete and has no place yet, the oldest first.
-
-    A thread that goes on with a request that is over (cut, or a stream that was ended) is lost: there is one place
-    more in exchange, until it comes back.
-    """
+class ThreadPool(Places):
+    """The threads of one server, and the queue of what is complete and has no place yet, the oldest first."""
 
     def __init__(self, size: int) -> None:
-        self.size = size
-        """How many requests may run at once; without those that are lost."""
+        super().__init__(size)
         self.queue: deque[Any] = deque()
         """What waits for a place; while something does, all places are taken."""
         self.started: list[threading.Thread] = []
-        self.lost: set[Request] = set()
-        """What the threads that are lost go on with; changed under a lock, looked at without."""
-        self.ending = False
-        """Whether all threads are to end, and nothing more is begun."""
         self.leader: threading.Thread | None = None
         """The thread that leads, or led last."""
         self._turn: Callable[[], Task | None] | None = None
         """What the thread that leads does; None before `start`."""
-        self._wake: Callable[[], None] = lambda: None
         self._name = ""
-        self._places = size
-        """How many requests may run at once, with those that are lost."""
-        self._running = 0
-        self._numbers: dict[threading.Thread, int] = {}
-        """The threads that have not ended, with the numbers in their names."""
-        self._lock = threading.Lock()
-        """Held when one of the above, or of the next three, changes."""
-        self._away = self._back = 0
-        """How many threads have given their place up for a while, and how many of them want one again."""
-        self._returns = threading.Condition(self._lock)
-        """Is notified when a place has become free, for those that want one again."""
         self._lead = Lead()
-        self.on_place: Callable[[], None] | None = None
-        """Is called when a place has become free."""
         self._last_ended: Callable[[], None] | None = None
 
     def start(self, turn: Callable[[], Task | None], wake: Callable[[], None], name: str) -> None:
@@ -163,17 +142,6 @@ class ThreadPool:
                 return task
         return None
 
-    def _leave(self) -> None:
-        """Give the place up, while leading."""
-        with self._lock:
-            self._give_up()
-
-    def _give_up(self) -> None:
-        self._running -= 1
-        self._returns.notify()
-        if self.on_place is not None:
-            self.on_place()
-
     def _next(self) -> Task | None:
         """The oldest task for the place that has become free, or None: then the place is given up."""
         with self._lock:
@@ -182,22 +150,6 @@ class ThreadPool:
                 return task
             self._give_up()
         return None
-
-    @contextlib.contextmanager
-    def without_place(self) -> Iterator[None]:
-        """Leave the place of this thread to another request meanwhile; afterwards wait until one is free again."""
-        with self._lock:
-            self._away += 1
-            self._give_up()
-            self._replenish()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._back += 1
-                self._returns.wait_for(lambda: self._running < self._places or self.ending)
-                self._back, self._away, self._running = self._back - 1, self._away - 1, self._running + 1
-            self._wake()  # a place that was kept for this thread may be free, or a thread one too many
 
     # --- how many -------------------------------------------------------------------------------------------------
 
@@ -209,20 +161,6 @@ class ThreadPool:
     def surplus(self) -> bool:
         """Whether the thread that leads is one too many, and has to end."""
         return len(self._numbers) > self._wanted
-
-    @property
-    def full(self) -> bool:
-        """Whether all places are taken (any thread)."""
-        return self._free <= 0
-
-    @property
-    def _free(self) -> int:
-        return min(self._places, len(self._numbers) - self._away - 1) - self._running - self._back
-
-    @property
-    def busy(self) -> int:
-        """How many threads run something."""
-        return self._running
 
     def resize(self, size: int) -> None:
         """Change how many places there are (any thread).
@@ -243,8 +181,8 @@ class ThreadPool:
                 self._wake()
 
     def _set(self, size: int) -> None:
-        self.size, self._places = size, size + len(self.lost)
-        self._returns.notify_all()
+        self.size = size
+        self._count_places()
 
     def replenish(self) -> None:
         """Have as many free threads as there should be, or as many of them as can be had."""
@@ -259,29 +197,6 @@ class ThreadPool:
             log.warning(f"{had} of {self.size} threads: {shortage(error)}")
         self._wake()
 
-    def lose(self, request: Request) -> None:
-        """Note that a thread goes on with a request that is over; it is missing until it comes back (any thread)."""
-        with self._lock:
-            self.lost.add(request)
-            if request.over:  # in this moment, and so `come_back` did not see it among the lost
-                self.lost.discard(request)
-            self._places = self.size + len(self.lost)
-            self._returns.notify()
-
-    def come_back(self, request: Request) -> None:
-        """Note that the app is done with a request; its thread may have been lost (any thread)."""
-        with self._lock:
-            if request in self.lost:
-                self.lost.discard(request)
-                self._places = self.size + len(self.lost)
-                if not self.ending:
-                    self._replenish()
-
-    def left_behind(self) -> dict[threading.Thread, InFlight]:
-        """The threads that are lost, and what they go on with (any thread)."""
-        with self._lock:
-            return {each.thread: each.snapshot() for each in self.lost if each.thread is not None}
-
     # --- tasks ----------------------------------------------------------------------------------------------------
 
     def add_task(self, task: Task) -> None:
@@ -291,9 +206,18 @@ class ThreadPool:
         """
         with self._lock:
             self.queue.append(task)
-            depth = len(self.queue) - max(0, self._free)
+            depth = len(self.queue) - self._free
         if depth > 0:
             _queue_log.warning("Task queue depth is %d", depth)
+
+    def crowded(self, most: int) -> bool:
+        """Whether so many tasks wait for a place already, while none is free (any thread)."""
+        return len(self.queue) - self._free >= most
+
+    def take_late(self, late: Callable[[float], bool]) -> Any:
+        """Take the oldest connection out of the queue, if it is late, by when it came there, and no place is free."""
+        with self._lock:
+            return self.queue.popleft() if self.queue and self.full and late(self.queue[0].waits_since) else None
 
     def run(self, function: Callable[[], None]) -> None:
         """Run a function in one of the places (any thread)."""
@@ -347,6 +271,7 @@ class _FunctionTask:
     """A function in the shape of a task."""
 
     kind = ""
+    waits_since = float("inf")
 
     def __init__(self, function: Callable[[], None]) -> None:
         self._function = function

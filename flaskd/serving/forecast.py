@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import TYPE_CHECKING, Any
 
-from flaskd.cleanup import DiscoveryRun, Found, Frame, Plan, names, overview, with_callbacks, with_found
+from flaskd.cleanup import (
+    DiscoveryRun,
+    Found,
+    Frame,
+    Plan,
+    names,
+    overview,
+    pause_all,
+    resume_all,
+    with_callbacks,
+    with_found,
+)
 from flaskd.config import CleanupConfig, Config
 from flaskd.process.exit import at_exit
 
@@ -30,6 +42,7 @@ class Forecast:
         self._cleanup = Config.model_validate({}).cleanup
         self._loaded: LoadedApp | None = None
         self._discovery: DiscoveryRun | None = None
+        self._paused: list[Any] = []
         self._told: set[str] = set()  # the plan is asked for again and again
 
     def set(self, policies: Plan, cleanup: CleanupConfig, app: LoadedApp) -> None:
@@ -58,6 +71,23 @@ class Forecast:
     def discovery(self) -> DiscoveryRun | None:
         """What a stop takes into its plan; None where nothing that is found is to be closed."""
         return (self._discovery or DiscoveryRun(self._app)) if self._wanted("auto") else None
+
+    def pause_schedulers(self) -> None:
+        """Pause the schedulers that a stop would end, until `resume_schedulers`; may take its time.
+
+        One at a time with that.
+        """
+        if "apscheduler" in sys.modules:  # else there are none, and a search would take the interpreter's time
+            run = DiscoveryRun(self._app) if self._wanted("auto") else None
+            found = run.found(_LOOK_AROUND) if run is not None else None
+            if found is None and self._discovery is not None:
+                found = self._discovery.found()
+            self._paused += pause_all(with_found(self.policies, found or (), self._cleanup).steps)
+
+    def resume_schedulers(self) -> None:
+        """Let those that were paused go on."""
+        paused, self._paused = self._paused, []
+        resume_all(paused)
 
     def _wanted(self, *modes: str) -> bool:
         """Whether anybody wants to know what the app holds: discovery in one of these modes, or a policy."""

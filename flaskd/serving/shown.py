@@ -24,7 +24,6 @@ class Alone:
     """What a `Serving` without workers says of them."""
 
     renews = False
-    unready = ""
     may_resume = True
 
     def renew(self, configuration: Configuration, *, only_configuration: bool) -> None:
@@ -72,6 +71,12 @@ class Shown(Alone):
         """Seconds since the loop last turned."""
         return self._server.silent_for if self._server is not None else 0.0
 
+    @property
+    def unready(self) -> str:
+        """Why requests cannot be answered as they should be: threads are missing."""
+        short = self._server.short if self._server is not None else 0
+        return f"{short} of its threads {'are' if short > 1 else 'is'} lost in requests that hang" if short else ""
+
     def snapshot(self) -> ServingSnapshot:
         """What there is to know."""
         server, stop = self._server, self._stop
@@ -88,6 +93,7 @@ class Shown(Alone):
             idle=server.idle,
             cleanup=stop.running if stop is not None else (),
             steps=stop.policies if stop is not None else {},
+            trouble=self.unready,
         )
 
     def requests(self, *, stacks: bool = False) -> list[InFlight]:

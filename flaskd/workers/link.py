@@ -55,6 +55,8 @@ class Link:
         self._ending = False
         self._over = os.eventfd(0)
         """Can be read from when nothing more is to be heard."""
+        self._schedulers: threading.Thread | None = None
+        """What paused the app's schedulers last, or let them go on."""
         self._thread = threading.Thread(target=self._listen, name="flaskd-supervisor", daemon=True)
 
     def serve(self, daemon: Daemon) -> None:
@@ -155,7 +157,7 @@ class Link:
 
         self._daemon.inbox.post(Work(share))
 
-    def _heard(self, message: Any, descriptors: Sequence[int]) -> None:  # noqa: C901 - one case for each
+    def _heard(self, message: Any, descriptors: Sequence[int]) -> None:  # noqa: C901, PLR0912 - one case for each
         daemon = self._daemon
         match message:
             case say.Serve(listeners):
@@ -186,6 +188,10 @@ class Link:
             case say.Renew(number, configuration):
                 self.configuration = configuration
                 daemon.ask(ReloadAsked(reply=_Renewed(self, number)))
+            case say.PauseSchedulers(number):
+                self._at_schedulers(number)
+            case say.ResumeSchedulers():
+                self._at_schedulers()
             case say.LogLevel(level):
                 daemon.logs.set_level(level)
             case say.Ask(number, what):
@@ -194,6 +200,27 @@ class Link:
                 event, answers = self._answers.pop(number)
                 answers.append(message)
                 event.set()
+
+    def _at_schedulers(self, number: int = 0) -> None:
+        """Pause the app's schedulers, and answer; without a number let them go on. Either may take a while."""
+        before, serving = self._schedulers, self._daemon.serving
+        assert isinstance(serving, InProcess)
+
+        def run() -> None:
+            if before is not None:
+                before.join()
+            error = None
+            try:
+                if number or not self._told_to_stop:  # else the stop pauses them
+                    serving.pause_schedulers(on=number > 0)
+            except BaseException as failure:  # of the app's own objects
+                log.exception(f"cannot {'pause' if number else 'resume'} the app's schedulers")
+                error = FlaskdError(described(failure))
+            if number:
+                self.tell(say.Answer(number, error=error))
+
+        self._schedulers = threading.Thread(target=run, name="flaskd-schedulers", daemon=True)
+        self._schedulers.start()
 
     def _answer(self, number: int, what: str, *, stacks: bool) -> None:
         serving = self._daemon.serving

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import os
 import shutil
 import signal
@@ -540,3 +541,50 @@ def test_a_virtual_environment_is_replaced_between_two_generations(flaskd: Flask
     assert "ERR cannot-bind cannot start worker 0: " in flaskd.command("reload")
     assert get(flaskd.url) == (200, b"two")
     assert flaskd.stop() == 0
+
+
+SCHEDULER = """
+from apscheduler.schedulers.background import BackgroundScheduler
+
+def note():
+    with open("jobs", "a") as file:
+        file.write(f"{os.getpid()}\\n")
+
+scheduler = BackgroundScheduler()
+scheduler.add_job(note, "interval", seconds=0.1)
+if os.environ["FLASKD_WORKER"] == "0":
+    scheduler.start()
+"""
+
+
+THREE_RUNS = """
+import time
+while scheduler.running and open("jobs").read().split().count(str(os.getpid())) < 3:
+    time.sleep(0.01)
+"""
+"""Code whose import lasts until its job has run three times."""
+
+
+def test_one_worker_alone_runs_the_jobs(flaskd: Flaskd) -> None:
+    """Over a reload that fails, one that does not, and a stop no job of one worker begins after one of its successor."""
+
+    def turns() -> list[str]:
+        """Whose jobs have run, in turns."""
+        return [pid for pid, _ in itertools.groupby((flaskd.directory / "jobs").read_text().split())]
+
+    config = "log: {access: 'off'}\ncleanup: {discovery: {mode: auto}}\n"
+    code(flaskd, "one", SCHEDULER)
+    flaskd.write("flaskd.yaml", config)
+    flaskd.start("-w", "2", app="shop:app")
+    [old] = (str(pid) for slot, pid in workers(flaskd) if slot == 0)
+    code(flaskd, "two", SCHEDULER + THREE_RUNS + "1 / 0\n")
+    assert flaskd.client("reload")[0] == 70
+    flaskd.until(lambda: len(turns()) == 3)
+    assert turns()[0] == turns()[2] == old
+    code(flaskd, "three", SCHEDULER + THREE_RUNS)
+    assert flaskd.client("reload")[0] == 0
+    [new] = (str(pid) for slot, pid in workers(flaskd) if slot == 0)
+    flaskd.until(lambda: len(shown(flaskd)) == 2)
+    flaskd.until(lambda: turns()[-1] == new)
+    assert flaskd.stop() == 0
+    assert (turns()[2:], turns().count(new)) == ([old, new], 1)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import atexit
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 from flaskd.cleanup.context import StepContext
-from flaskd.cleanup.ending import live_action
+from flaskd.cleanup.ending import live_action, objects_of
 from flaskd.cleanup.kinds import Kind
+from flaskd.cleanup.model import Step
 from flaskd.cleanup.targets import TargetFields
 from flaskd.config import Phase
 from flaskd.config.settings import field
+from flaskd.process.forks import AppCode
 
 _NO_STORE = "flaskd: none"
+_RUNNING = 1
+"""The state of a scheduler that begins jobs (APScheduler 3: STATE_RUNNING)."""
 
 
 class SchedulerFields(TargetFields):
@@ -31,14 +36,18 @@ def pause_scheduler(scheduler: Any, _context: StepContext, _fields: SchedulerFie
 def stop_scheduler(scheduler: Any, context: StepContext, fields: SchedulerFields) -> None:
     """Shut it down (APScheduler 3: BaseScheduler.shutdown, which knows no timeout and refuses a second time).
 
-    Paused first, should it not be, and then asked for the jobs of a store that it does not have: that waits for the
-    round that its thread is at. A shutdown in the middle of one makes the thread raise.
+    Paused first, should it not be: a shutdown in the middle of a round makes its thread raise.
     """
     pause_scheduler(scheduler, context, fields)
     if scheduler.running:
-        scheduler.get_jobs(jobstore=_NO_STORE)
+        _wait_for_round(scheduler)
         _let_stop_again(scheduler)
         scheduler.shutdown(wait=fields.wait)
+
+
+def _wait_for_round(scheduler: Any) -> None:
+    """Wait for the round that its thread is at: to be asked for the jobs of a store that it does not have does that."""
+    scheduler.get_jobs(jobstore=_NO_STORE)
 
 
 def _let_stop_again(scheduler: Any) -> None:
@@ -84,3 +93,23 @@ ACTIONS = (
         ),
     ),
 )
+
+
+def pause_all(steps: Iterable[Step]) -> list[Any]:
+    """Pause the schedulers that run of those that these steps end, and give them; none begins a job from then on."""
+    things = {id(each): each for step in steps if step.takes == PAUSE.takes for _, each in objects_of(step)}
+    with AppCode():
+        running = [each for each in things.values() if each.state == _RUNNING]  # not those that the app has paused
+        for each in running:
+            each.pause()
+        for each in running:
+            _wait_for_round(each)
+    return running
+
+
+def resume_all(schedulers: Iterable[Any]) -> None:
+    """Let those that were paused go on; jobs that were due meanwhile are run by their own rules for that."""
+    with AppCode():
+        for each in schedulers:
+            if each.running:
+                each.resume()

@@ -45,7 +45,11 @@ class Started:
         monkeypatch.setattr(module, "spawn", spawn)
         self.handle = Handle(0, 1)
         self.handle.start(
-            {}, "first", heard=lambda _, message, fds: self.heard.put((message, fds)), gone=lambda _: self.gone.set()
+            {},
+            lambda: "first",
+            made=lambda _: None,
+            heard=lambda _, message, fds: self.heard.put((message, fds)),
+            gone=lambda _: self.gone.set(),
         )
 
     def says(self, data: bytes) -> None:
@@ -209,7 +213,7 @@ def test_where_there_is_nothing_for_it(monkeypatch: pytest.MonkeyPatch, what: st
             patch.setattr(threading.Thread, "start", no_more)
         before = len(os.listdir("/proc/self/fd"))
         with pytest.raises(CannotCreateError, match="cannot start worker 3: (more open files|no thread) .*; raise "):
-            handle.start({}, "first", heard=lambda *_: None, gone=lambda _: None)
+            handle.start({}, lambda: "first", made=lambda _: None, heard=lambda *_: None, gone=lambda _: None)
     assert len(os.listdir("/proc/self/fd")) == before - 2, "its board (mmap has a copy) is given back, too"
     if started:
         with pytest.raises(ChildProcessError):

@@ -215,6 +215,49 @@ def test_a_replacement_that_fails_leaves_the_old_one(world: World, end: Callable
     assert old.phase is Phase.READY
 
 
+def schedulers(worker: FakeWorker) -> list[str]:
+    """What a worker was told about the schedulers of its app."""
+    return [type(each).__name__ for each in worker.told if "Schedulers" in type(each).__name__]
+
+
+def test_the_schedulers_of_the_old_one_are_paused_first(world: World) -> None:
+    """They are when the new one is told to load the app, and stay so when that has its place, also should it die then."""
+    pool = world.started(1)
+    slots, slot = only(pool)
+    old = world.worker(0)
+    slots.replace(slot, 1, WHY)
+    assert schedulers(old) == ["PauseSchedulers"]
+    go(world, new := world.worker(0), Phase.READY)
+    new.dies()
+    world.run()
+    assert old.phase is Phase.LEAVING
+    assert schedulers(old) == ["PauseSchedulers"]
+
+
+@pytest.mark.parametrize("canary", [False, True])
+def test_the_schedulers_go_on_where_the_old_one_stays(world: World, canary: bool) -> None:
+    """Once the process of the new one is gone, and not before; one that was given up for another one changes nothing."""
+    pool = world.started(1)
+    slots, slot = only(pool)
+    old = world.worker(0)
+    slots.replace(slot, 1, WHY)
+    given_up = world.worker(0)
+    slots.replace(slot, 1, WHY, canary=5.0)
+    new = world.worker(0)
+    given_up.dies()
+    world.run()
+    assert schedulers(old) == ["PauseSchedulers"] * 2
+    if canary:
+        go(world, new, Phase.READY)
+    new.says(say.NotReady(FlaskdError("cannot load shop:app")))
+    world.run()
+    assert schedulers(old) == ["PauseSchedulers"] * 2
+    new.dies(70)
+    world.run()
+    assert schedulers(old) == ["PauseSchedulers"] * 2 + ["ResumeSchedulers"]
+    assert old.phase is Phase.READY
+
+
 def test_a_canary_that_dies(world: World) -> None:
     """The old one stays where it is, and serves all the time."""
     pool = world.started(1)
@@ -319,6 +362,22 @@ def test_one_that_waits_while_it_is_drained_has_its_time_after_the_resume(world:
     assert (waiting.phase, waiting.killed_for) == (Phase.STARTING, "")
     world.advance(3.0)
     assert "pool.start_timeout" in waiting.killed_for
+
+
+def test_one_that_waits_for_its_template_has_its_time_once_it_is_forked(world: World) -> None:
+    """The template has a time of its own, so that one clock alone says what was late, and where."""
+    pool = world.started(1, pool={"start_timeout": "5s"})
+    slots, slot = only(pool)
+    world.forks = False
+    slots.replace(slot, 1, WHY)
+    new = world.worker(0)
+    world.advance(20.0)
+    assert (new.asked_for_stacks, new.killed_for) == (0, "")
+    new.is_made()
+    world.advance(4.9)
+    assert (new.asked_for_stacks, new.killed_for) == (0, "")
+    world.advance(1.0)
+    assert "pool.start_timeout" in new.killed_for
 
 
 def test_one_that_is_started_while_the_whole_service_is_stopped(world: World) -> None:

@@ -20,7 +20,7 @@ def test_no_descriptor_to_watch_a_worker(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(os, "posix_spawn", lambda *args, **more: pids.append(real(*args, **more)) or pids[-1])
     monkeypatch.setattr(os, "pidfd_open", fail)
     with pytest.raises(CannotCreateError, match="cannot start worker 3: more open files .*; raise LimitNOFILE="):
-        Handle(3, 1).start(os.environ, None, heard=lambda *_: None, gone=lambda _: None)
+        Handle(3, 1).start(os.environ, lambda: None, made=lambda _: None, heard=lambda *_: None, gone=lambda _: None)
     [pid] = pids
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)

@@ -75,6 +75,12 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Process]:
         each.close()
 
 
+@pytest.fixture(autouse=True)
+def _adopts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process of the tests is not asked to adopt orphans: it would for good, and other tests have some."""
+    monkeypatch.setattr(module.orphans, "adopt", lambda: True)
+
+
 @pytest.fixture
 def template(process: Process) -> Iterator[Template]:
     made = Template(1)

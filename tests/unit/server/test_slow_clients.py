@@ -60,6 +60,11 @@ def test_the_table_tells_the_defaults(tmp_path):
 # --- a server, its clients, and the time that passes for them ---------------------------------------------------------
 
 
+def limited(server):
+    """What limits did, by the names of their settings."""
+    return {limit: count for limit, count in server.loop.account.tally().limited.items() if count}
+
+
 def in_loop(server, function):
     """What a function gives that the loop calls."""
     given = queue.SimpleQueue()
@@ -123,6 +128,7 @@ def test_at_the_limit_the_oldest_makes_room(monkeypatch, serve, connect):
     assert idle[0].ask("/hello").status == 200  # it is the newest now
     assert others_are_served(server, connect)
     assert idle[1].ended()
+    assert limited(server) == {"connection_limit": 1}
     assert [each.ask("/hello").status for each in (idle[0], *idle[2:])] == [200] * 3
 
 
@@ -213,6 +219,7 @@ def test_a_slow_head_is_refused(serve, connect):
     look(server, 21)
     response = client.response()
     assert (response.status, response.last) == (408, True)
+    assert limited(server) == {"head_timeout": 1}
     assert others_are_served(server, connect)
 
 
@@ -263,6 +270,7 @@ def test_a_slow_body_is_refused(chunked, serve, connect):
     look(server)
     response = client.response()
     assert (response.status, response.last) == (408, True)
+    assert limited(server) == {"min_rate": 1}
 
 
 @row("sends a body without end")
@@ -332,6 +340,7 @@ def test_who_reads_nothing_has_no_thread(serve, connect):
     look(server, 121)
     assert not channel.connected
     assert not server.in_flight
+    assert limited(server) == {"channel_timeout": 1}
     with pytest.raises(http.client.IncompleteRead):
         client.response()
 
@@ -348,6 +357,7 @@ def test_who_reads_slowly_is_closed(serve, connect):
     until(server, lambda: client.socket.recv(SMALL) and slow_one.flushed > before)
     look(server)
     assert not slow_one.connected
+    assert limited(server) == {"min_rate": 1}
     assert others_are_served(server, connect)
 
 
@@ -442,6 +452,7 @@ def test_of_too_many_slow_readers_the_slowest_is_closed(monkeypatch, flooded, co
     monkeypatch.setattr(slow, "PATIENCE", 0.02)
     connect(server, receive_buffer=SMALL).send("/flood")
     until(server, lambda: not all(each.connected for each in before))
+    assert limited(server) == {"outbuf_high_watermark": 1}
     until(server, lambda: len(waiting(server)) == 4)
     assert sum(each.connected for each in before) == 3
     assert others_are_served(server, connect)
@@ -452,8 +463,9 @@ class Reader:
 
     def __init__(self, waiting):
         self.flushed, self.backed_up, self.server = 0, True, self
+        self.serving, self.context = SimpleNamespace(here=False), SimpleNamespace(board=None)
         self.outbuf_lock = threading.Condition()
-        self.thread = threading.Thread(target=waiting.wait, args=(self,), daemon=True)
+        self.thread = threading.Thread(target=waiting.for_client, args=(self,), daemon=True)
         self.thread.start()
 
     def pull_trigger(self):
