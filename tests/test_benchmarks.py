@@ -258,7 +258,6 @@ def test_what_attackers_leave_is_a_share_of_the_speed_alone(tmp_path):
         assert min(sample["before"], sample["after"]) > 0
         alone = (sample["before"] + sample["after"]) / 2
         assert attack["share"] == goal["figure"] == pytest.approx(sample["during"] / alone, abs=0.006)
-        assert sample["ended"] == 0
 
 
 def test_stopping_without_an_answer_is_seen(tmp_path):
