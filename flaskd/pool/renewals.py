@@ -144,7 +144,12 @@ class Renewals:
         before = self.configuration
 
         def over(replies: list[Reply]) -> None:  # in any thread
-            self._do(lambda: decide(next((each.error for each in replies if each.error is not None), None)))
+            self._do(
+                lambda: decide(next((each.error for each in replies if each.error and not left(each.worker)), None))
+            )
+
+        def left(worker: Handle) -> bool:  # it was replaced meanwhile, and the new one has the configuration in force
+            return not worker.serves and not worker.death
 
         def decide(error: FlaskdError | None) -> None:
             count = configuration.values.count_workers()

@@ -15,7 +15,7 @@ from flaskd.pool import messages as say
 from flaskd.pool import recycling
 from flaskd.pool.handle import Phase
 from flaskd.pool.pool import Pool
-from flaskd.serving.api import TroubleChanged
+from flaskd.serving.api import Renewed, TroubleChanged
 
 MIB = 1024**2
 
@@ -474,6 +474,37 @@ def test_none_between_two_steps_of_a_reload(world: World, monkeypatch: pytest.Mo
     assert [each.generation for each in world.made] == [1, 1, 2]
     world.advance(1.0)
     assert [each.generation for each in world.made] == [1, 1, 2, 2]
+
+
+def test_a_worker_that_leaves_while_a_configuration_comes(world: World) -> None:
+    """It need not take that any more: the reload succeeds, and the one in its place has it."""
+    pool = started(world, 1, max_requests=10)
+    old = world.worker(0)
+    due(world, pool)
+    world.advance(1.0)
+    new = world.worker(0)
+    config = pool_kit.configuration(1, pool={"max_requests": 20})
+    pool.renew(config, only_configuration=True)
+    old.to_do.clear()  # it does not answer
+    for _ in range(2):
+        new.step()
+        world.run()
+    old.dies(0)
+    world.settle()
+    assert [each.error for each in world.events if isinstance(each, Renewed)] == [None]
+    pool.apply(config, pool.policies)
+    world.settle()
+    assert new.configuration is config
+
+
+def test_a_worker_that_dies_of_a_configuration(world: World) -> None:
+    """That is a fault of the reload, as ever."""
+    pool = started(world, 1, max_requests=10)
+    pool.renew(pool_kit.configuration(1), only_configuration=True)
+    world.worker(0).dies()
+    world.settle()
+    [over] = [each for each in world.events if isinstance(each, Renewed)]
+    assert "is gone" in str(over.error)
 
 
 def test_a_canary_is_waited_for(world: World) -> None:
