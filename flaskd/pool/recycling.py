@@ -1,4 +1,8 @@
-"""Workers that reached a limit (`pool.max_requests`, `max_age`, `max_memory`): another one comes, one at a time."""
+"""Workers that reached a limit: another one comes, one at a time.
+
+The limits are `pool.max_requests`, `max_age`, `max_memory`; and that none of its threads is lost in a request that was
+given up (`server.request_timeout`).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf
 
 from flaskd.config import Config
 from flaskd.config.fields import write_size
@@ -118,8 +123,7 @@ class Recycling:
             if pool.max_memory:
                 for worker, seen in self._seen.items():
                     self._look_at_memory(worker, seen, pool.max_memory)
-            if any(limits):
-                self._judge()
+            self._judge()
         finally:
             closely = self._limits[-1] and any(each.half_full for each in self._seen.values())
             self._later(_LOOK_CLOSELY if closely else _LOOK, self._look)
@@ -160,6 +164,9 @@ class Recycling:
             compare(
                 "max_memory", seen.memory + seen.ahead, memory, f"its memory is {_in_mib(seen.memory)}{more}", _in_mib
             )
+        if lost := worker.board.lost:
+            text = f"{lost} of its threads {'hang' if lost > 1 else 'hangs'} in requests that were given up"
+            found.append(_Reached("request_timeout", inf, text))
         return max(found, key=lambda each: each.times, default=None)
 
     def _may(self, now: float) -> bool:
@@ -179,7 +186,7 @@ class Recycling:
             if isinstance(error, NotNowError):
                 return  # something else came first: a drain, a reload, another number of workers
             if error is not None:
-                self._slow_down(f"{worker} has reached pool.{reached.key}, and its replacement did not become ready")
+                self._slow_down(f"{worker} has reached {_named(reached.key)}, and its replacement did not become ready")
                 return
             if worker.death:
                 return  # it died meanwhile, and its place was filled again
@@ -202,7 +209,7 @@ class Recycling:
         else:
             why = "it grows faster than workers can be replaced"
         after = f"{lived:.1f}s after it was ready, and it took {took:.1f}s to replace it"
-        self._slow_down(f"{worker} reached pool.{key} ({self._written(key)}) {after}: {why}; raise the limit")
+        self._slow_down(f"{worker} reached {_named(key)}{self._written(key)} {after}: {why}; raise the limit")
 
     def _tell_overgrown(self, worker: Handle, seen: _Seen) -> None:
         """Say once of a worker that it has grown while its replacement was due; why that waits in a pause is said."""
@@ -216,8 +223,10 @@ class Recycling:
             self._say(why)
 
     def _written(self, key: str) -> str:
-        limit = getattr(self._config().pool, key)
-        return write_size(limit) if key == "max_memory" else format_duration(limit) if key == "max_age" else str(limit)
+        limit = getattr(self._config().pool, key, None)
+        if limit is None:
+            return ""
+        return f" ({write_size(limit) if key == 'max_memory' else _in_seconds(limit) if key == 'max_age' else limit})"
 
     def _slow_down(self, why: str) -> None:
         self._pause = min(_LONGEST_PAUSE, self._pause * 2 or _FIRST_PAUSE)
@@ -285,6 +294,10 @@ class Recycling:
 def aside(name: str, work: Callable[[], None]) -> None:
     """Do something that may take its time in a thread of its own."""
     threading.Thread(target=work, name=name, daemon=True).start()
+
+
+def _named(key: str) -> str:
+    return f"server.{key}" if key == "request_timeout" else f"pool.{key}"
 
 
 def _in_mib(size: float) -> str:

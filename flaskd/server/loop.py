@@ -186,7 +186,8 @@ class EventLoop:
         """Note on the board, once a second, what costs too much to be noted at each change."""
         self._next_noting = now + _TURN
         stuck_at, moved = self.account.all_are_at(), self.connections.moved()
-        board.look(moved=moved, stuck_at=stuck_at, background=len(background_work()))
+        lost = len(self.context.pool.lost)
+        board.look(moved=moved, stuck_at=stuck_at, background=len(background_work()), lost=lost)
 
     def limit(self, limits: Limits) -> None:
         """Keep these limits from now on."""

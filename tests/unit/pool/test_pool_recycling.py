@@ -105,7 +105,7 @@ def test_so_many_requests(world: World, caplog: pytest.LogCaptureFixture) -> Non
     assert reason_of(old).detail == words
     assert f"{old} is replaced (recycle: {words})" in caplog.text
     world.settle()
-    assert pool.snapshot().recycled == {"max_requests": 1, "max_age": 0, "max_memory": 0}
+    assert pool.snapshot().recycled == {"max_requests": 1, "max_age": 0, "max_memory": 0, "request_timeout": 0}
     assert pool.snapshot().trouble == ""
 
 
@@ -118,6 +118,33 @@ def test_an_age(world: World) -> None:
     world.settle()
     assert "it is 1m old (pool.max_age is 1m; its own limit 1m)" in reason_of(world.made[0]).detail
     assert pool.snapshot().recycled["max_age"] == 1
+
+
+def test_a_thread_that_is_lost(world: World) -> None:
+    """A worker is replaced that has lost a thread in a request that was given up; one whose thread is back is not."""
+    pool = started(world)
+    hung, back = world.worker(0), world.worker(1)
+    back.board.look(moved=0, stuck_at=None, background=0, lost=1)
+    back.board.look(moved=0, stuck_at=None, background=0, lost=0)
+    hung.board.look(moved=0, stuck_at=None, background=0, lost=1)
+    world.advance(1.0)
+    world.settle()
+    assert world.alive == [back, world.worker(0)]
+    assert reason_of(hung).detail == "1 of its threads hangs in requests that were given up"
+    assert pool.snapshot().recycled["request_timeout"] == 1
+
+
+def test_workers_that_lose_threads_all_the_time(world: World) -> None:
+    """Workers are not replaced as often as requests hang: the pauses grow, and what is wrong is said."""
+    pool = started(world)
+    for _ in range(5):
+        for each in world.alive:
+            each.board.look(moved=0, stuck_at=None, background=0, lost=1)
+        world.advance(1.0)
+        world.settle()
+    assert pool.snapshot().recycled["request_timeout"] < 5
+    assert "server.request_timeout" in pool.snapshot().trouble
+    assert "workers cannot be replaced so often" in pool.snapshot().trouble
 
 
 def test_memory(world: World, memory: Memory) -> None:
