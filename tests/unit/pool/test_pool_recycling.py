@@ -65,9 +65,9 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
 
 
 def started(world: World, workers: int = 2, **limits: object) -> Pool:
-    """A pool with limits, whose workers have lived for a while."""
+    """A pool with limits, whose workers have lived for a while; no look is due just now."""
     pool = world.started(workers, pool=limits)
-    world.advance(20.0)
+    world.advance(20.25)
     return pool
 
 
@@ -112,7 +112,7 @@ def test_so_many_requests(world: World, caplog: pytest.LogCaptureFixture) -> Non
 def test_an_age(world: World) -> None:
     """Counted from the start of the worker, as `flaskd workers` shows it."""
     pool = started(world, 1, max_age="1m")
-    world.advance(38.0)
+    world.advance(37.0)
     assert len(world.made) == 1
     world.advance(3.0)
     world.settle()
@@ -273,11 +273,13 @@ def test_one_at_a_time_over_the_whole_pool(world: World) -> None:
     order = []
     for _ in range(3):
         world.advance(5.0)
-        coming = [each for each in world.alive if each.is_coming]
-        assert len(coming) == 1
-        order.append(coming[0].slot)
-        world.settle()
+        [coming] = [each for each in world.alive if each.is_coming]
+        order.append(coming.slot)
+        for _ in range(2):
+            coming.step()
+            world.run()
     assert order == [2, 1, 0]
+    world.settle()
     world.advance(30.0)
     assert len(world.made) == 6
     assert pool.snapshot().recycled["max_requests"] == 3
@@ -567,10 +569,10 @@ def test_none_while_a_place_is_empty(world: World) -> None:
     world.worker(1).answers(10)
     world.advance(5.0)
     assert [each.slot for each in world.made] == [0, 1, 0]
+    assert pool.snapshot().recycled["max_requests"] == 0
     world.settle()
     world.advance(1.0)
     assert [each.slot for each in world.made] == [0, 1, 0, 1]
-    assert pool.snapshot().recycled["max_requests"] == 0
 
 
 def test_the_old_worker_dies_meanwhile(world: World) -> None:
