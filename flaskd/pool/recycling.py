@@ -209,7 +209,13 @@ class Recycling:
         else:
             why = "it grows faster than workers can be replaced"
         after = f"{lived:.1f}s after it was ready, and it took {took:.1f}s to replace it"
-        self._slow_down(f"{worker} reached {_named(key)}{self._written(key)} {after}: {why}; raise the limit")
+        said = f"{worker} reached {_named(key)}{self._written(key)} {after}: {why}; raise the limit"
+        if key == "max_memory" and lived >= _SOON:
+            self._pause = 0.0  # it would grow meanwhile, and there is one start at a time anyway
+            log.warning(said)
+            self._say(said)
+        else:
+            self._slow_down(said)
 
     def _tell_overgrown(self, worker: Handle, seen: _Seen) -> None:
         """Say once of a worker that it has grown while its replacement was due; why that waits in a pause is said."""

@@ -366,7 +366,11 @@ def test_lives_that_are_shorter_than_it_takes_to_replace_all(world: World, memor
     world.advance(7.0)
     world.settle()
     assert "grows faster than workers can be replaced" in pool.snapshot().trouble
-    world.advance(20.0)
+    memory.pss[world.worker(1).pid] = 151
+    world.advance(0.6)
+    assert world.worker(1).is_coming, "without a pause, in which it would go on growing"
+    world.settle()
+    world.advance(30.0)
     memory.pss[world.worker(1).pid] = 151
     world.advance(7.0)
     world.settle()
