@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from flaskd.errors import FlaskdError
     from flaskd.ledger import DrainReport
     from flaskd.serving.embedded import ServerThread
-    from flaskd.workers import ServerProcess
+    from flaskd.workers.process import ServerProcess
 
 __all__ = [
     "ControlClient",
