@@ -305,6 +305,10 @@ class Clients:
         token = next(self._tokens)
         return Exchange([_get(f"/slow?seconds=0.05&token={token}")], [b"slow %d\n" % token])
 
+    def _leak(self) -> Exchange:
+        token = next(self._tokens)
+        return Exchange([_get(f"/leak?token={token}")], [b"leaked %d\n" % token])
+
     def _keepalive(self) -> Exchange:
         return self._slow() if self._random.random() < 0.1 else self._hello()
 
@@ -424,7 +428,7 @@ class Clients:
         if connection is not None:
             connection.close()
 
-    async def open_loop(self, rate: float) -> None:
+    async def open_loop(self, rate: float, make: Callable[[], Exchange] | None = None) -> None:
         """Send at `rate` requests a second whatever becomes of the former ones, on idle connections where there are."""
         due = time.monotonic()
         while not self.stopping.is_set():
@@ -433,15 +437,15 @@ class Clients:
             if len(self._waiting) >= _MOST_OPEN:
                 self.account.left_out += 1
                 continue
-            task = asyncio.create_task(self._arrival())
+            task = asyncio.create_task(self._arrival((make or self._keepalive)()))
             self._waiting.add(task)
             task.add_done_callback(self._waiting.discard)
         await asyncio.gather(*self._waiting)
         for each in self._idle:
             each.close()
 
-    async def _arrival(self) -> None:
-        connection, what = None, self._keepalive()
+    async def _arrival(self, what: Exchange) -> None:
+        connection = None
         while self._idle and connection is None:
             connection = self._idle.pop()
             if not connection.look():
@@ -474,6 +478,10 @@ class Clients:
             kinds = [each for number, each in enumerate(kinds) if number not in {2, 6}]
         return [kinds[number % len(kinds)]() for number in range(count)] + [self.open_loop(2.0 * count)]
 
+    def leaking(self, rate: int) -> list[Coroutine[Any, Any, None]]:
+        """Give an open loop of so many requests a second, each of which leaks."""
+        return [self.open_loop(rate, self._leak)]
+
     def connecting(self, count: int) -> list[Coroutine[Any, Any, None]]:
         """Give `count` clients that make a connection for each request."""
         return [self.closed_loop("fresh", self._hello, keep=False) for _ in range(count)]
@@ -494,7 +502,10 @@ def _judge(response: Response, expected: bytes) -> tuple[str, str]:
 async def _main(orders: dict[str, Any]) -> dict[str, Any]:
     clients = Clients((orders["host"], orders["port"]), orders["patience"])
     count, load = orders["clients"], orders["load"]
-    loops = clients.connecting(count) if load == "connect" else clients.mixed(count, plain=load == "plain")
+    if load == "leak":
+        loops = clients.leaking(count)
+    else:
+        loops = clients.connecting(count) if load == "connect" else clients.mixed(count, plain=load == "plain")
     tasks = [asyncio.create_task(each) for each in loops]
     print("begun", flush=True)
     await asyncio.to_thread(sys.stdin.read)

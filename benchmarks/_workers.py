@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from _load import Load
+from _processes import memory_of
 from _reload import BAD, EXIT_OF_BAD_CODE, GOOD, MODULE, RELOADS, config, put, serving, taken_over, versions
 from _servers import NotReadyError, Running, Served, Server, running
 from app import THREADS
@@ -28,6 +29,17 @@ _REFILLED = 45.0
 """Seconds until there is more than one worker again: flaskd waits up to 30 s with a slot that fails over and over."""
 _SOON = 2.0
 """Seconds after a kill within which all clients of that worker have noticed."""
+
+LEAKS = 20
+"""Requests a second and worker, each of which leaks 1 MB."""
+LEAK_LIMIT = 150
+"""MiB that a worker may have (pool.max_memory)."""
+MOST_GROWN = 1.3
+"""Times that limit which no worker may exceed."""
+_LEAK_CYCLE = 6.0
+"""Seconds of leaking that count as a cycle."""
+_SAMPLE = 0.1
+"""Seconds between two looks at the memory of all workers."""
 
 
 def busy() -> None:
@@ -166,6 +178,28 @@ def _kills(story: Story, cycles: int) -> None:
         account["named"] = sum(count for pid in killed for count in named[pid].values())
 
 
+def _leaks(story: Story, cycles: int) -> None:
+    """Workers that leak, each of which is replaced in time."""
+    peaks: dict[int, float] = {}
+    first: dict[int, float] = {}
+    last: dict[int, float] = {}
+    until = time.monotonic() + cycles * _LEAK_CYCLE
+    while (now := time.monotonic()) < until:
+        story.alive()
+        for pid in story.server.workers:
+            with contextlib.suppress(OSError, IndexError):  # it has ended
+                peaks[pid] = max(peaks.get(pid, 0.0), memory_of(pid))
+                first.setdefault(pid, now)
+                last[pid] = now
+        time.sleep(_SAMPLE)
+    gone = [pid for pid in last if last[pid] < until - 1]
+    story.took += [last[pid] - first[pid] for pid in gone]
+    story.finish()["peaks"] = [round(peak, 1) for peak in peaks.values()]
+    most = MOST_GROWN * LEAK_LIMIT
+    story.faults += [f"worker {pid} had {peak:.0f} MiB, of {most:g}" for pid, peak in peaks.items() if peak > most]
+    story.expect(len(gone) >= story.workers, f"{len(gone)} workers were replaced")
+
+
 def _read_named(story: Story, into: dict[int, Counter[str]]) -> None:
     """Read which requests flaskd says that dead workers had; it may forget the oldest ones, so each is kept here."""
     done = story.server.flaskd("workers", "--json", patience=_PATIENCE)
@@ -230,21 +264,28 @@ STEPS: dict[str, Callable[[Story, int], None]] = {
     "scale": _scales,
     "bad": _bad,
     "kill": _kills,
+    "leak": _leaks,
 }
 PEERS_TOO = {"reload", "kill"}
 """What the peers that have workers can be asked for, too; all else is flaskd's alone."""
+
+
+def _load(port: int, scenario: str, options: argparse.Namespace) -> Load:
+    return Load(port, "leak", LEAKS * options.workers) if scenario == "leak" else Load(port, "mixed", options.clients)
 
 
 def tell(server: Server, port: int, scenario: str, options: argparse.Namespace) -> tuple[dict[str, Any], list[float]]:
     """Run one scenario with one server; returns the clients' account, with the faults, and seconds of each step."""
     if scenario == "kill":
         how: dict[str, Any] = {"served": Served(app="noted", workers=options.workers)}
+    elif scenario == "leak":
+        how = {"served": Served(workers=options.workers), "config": f"pool: {{max_memory: {LEAK_LIMIT}MiB}}\n"}
     else:
         how = {"served": serving(options.workers, THREADS), "modules": {f"{MODULE}.py": GOOD.version("")}}
         how["config"] = config(_START_TIMEOUT if scenario == "bad" else _PATIENCE)
     with (
         running(server, port, unprivileged=options.unprivileged, **how) as each,
-        contextlib.closing(Load(port, "mixed", options.clients)) as clients,
+        contextlib.closing(_load(port, scenario, options)) as clients,
     ):
         clients.wait_begun()
         story = Story(each, clients, options.workers)

@@ -25,6 +25,7 @@ if _imported := os.environ.get("BENCHMARKS_IMPORTED"):
         _file.write(f"{os.getpid()}\n")
 
 app = Flask(__name__)
+_leaked: list[bytes] = []
 
 
 @app.get("/")
@@ -44,6 +45,13 @@ def pid() -> str:
     """Tell which process answers, after some seconds."""
     time.sleep(min(60.0, float(request.args.get("seconds", "0"))))
     return str(os.getpid())
+
+
+@app.get("/leak")
+def leak() -> str:
+    """Keep 1 MB for ever."""
+    _leaked.append(b"x" * 1_000_000)
+    return f"leaked {request.args.get('token', '')}\n"
 
 
 @app.get("/compute")

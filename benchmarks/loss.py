@@ -6,11 +6,13 @@ Scenarios: ``stop`` starts and stops the server on a port of its own under mixed
 under clients that make a connection for each request; ``restart`` stops and starts it on a listener that this process
 holds and the server inherits (LISTEN_FDS), so that nothing need be refused; ``drain`` drains and resumes flaskd.
 
-With ``--workers`` there are five more, in each of which one server serves on: ``reload`` brings new code, ``replace``
+With ``--workers`` there are six more, in each of which one server serves on: ``reload`` brings new code, ``replace``
 gives one slot after the other a new worker (`flaskd restart SLOT`), ``scale`` takes two workers more and lets them go,
-``bad`` brings code that does not load, answers 500, exits or hangs, and ``kill`` sends SIGKILL to a worker. There a
-worker's own connections may be hurt and no others, and flaskd has to name (`flaskd workers --json`) what the app had
-begun in it and not ended: the app notes both in a file. A kill waits until there is more than one worker again.
+``bad`` brings code that does not load, answers 500, exits or hangs, ``leak`` has each request leak 1 MB, so that
+workers are replaced for their memory (`pool.max_memory`), which none may exceed by more than 30 %, and ``kill`` sends
+SIGKILL to a worker. There a worker's own connections may be hurt and no others, and flaskd has to name (`flaskd workers
+--json`) what the app had begun in it and not ended: the app notes both in a file. A kill waits until there is more than
+one worker again. A cycle of ``leak`` is 6 s.
 
 ``_load.py`` says what each column means. The exit status is 1 when flaskd lost a request (``kill``: of another worker),
 or, while its workers change, refused one or broke another promise that is named below the table.
@@ -43,7 +45,7 @@ from _servers import (
     table,
     take_workers,
 )
-from _workers import PEERS_TOO, busy, tell
+from _workers import LEAK_LIMIT, LEAKS, PEERS_TOO, busy, tell
 
 SCENARIOS = {
     "stop": "Stop under load: SIGTERM, exit, start again on the same port",
@@ -57,6 +59,7 @@ WITH_WORKERS = {
     "scale": "Two workers more, and back again",
     "bad": "New code that is refused",
     "kill": "SIGKILL for a worker",
+    "leak": f"{LEAKS} requests a second and worker, each of which leaks 1 MB, and pool.max_memory: {LEAK_LIMIT}MiB",
 }
 _MOST_FAULTS = 20
 """Broken promises that are printed."""
@@ -67,6 +70,7 @@ TOOK = {
     "scale": "change",
     "bad": "refusal",
     "kill": "wait",
+    "leak": "life of a worker",
 }
 """What the seconds in the last column are, where they are not those from a stop to the exit."""
 
@@ -181,6 +185,9 @@ def _report(scenario: str, accounts: list[dict[str, Any]]) -> str:
         lines += [f"{name}: {count} x {what}" for what, count in account["details"].items()]
         if "named" in account:
             lines.append(f"{name} names {account['named']} requests of the killed workers")
+        if peaks := account.get("peaks"):
+            most, times = max(peaks), max(peaks) / LEAK_LIMIT
+            lines.append(f"{name}: {len(peaks)} workers, the largest had {most:.0f} MiB (PSS): {times:.2f} x the limit")
         faults = account.get("faults", [])
         lines += [f"{name}: {fault}" for fault in faults[:_MOST_FAULTS]]
         lines += [f"{name}: {len(faults) - _MOST_FAULTS} more like these"] if len(faults) > _MOST_FAULTS else []

@@ -6,6 +6,7 @@
     with flaskd.ServerThread(app) as server: ...    # the same server in a thread, for tests and scripts
     with flaskd.ServerProcess("shop:app") as it: ...    # in a process of its own
     with flaskd.background("export"): ...           # work outside a request, which a drain waits for
+    flaskd.more_time(60)                            # this request may take so many seconds more
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from flaskd.client import ControlClient
     from flaskd.errors import FlaskdError
     from flaskd.ledger import DrainReport
+    from flaskd.server.more_time import more_time
     from flaskd.serving.embedded import ServerThread
     from flaskd.workers.process import ServerProcess
 
@@ -37,6 +39,7 @@ __all__ = [
     "ShutdownEndpoint",
     "__version__",
     "background",
+    "more_time",
     "on_stop",
     "serve",
 ]
@@ -49,6 +52,7 @@ _HOME = {
     "ServerThread": "flaskd.serving.embedded",
     "ShutdownEndpoint": "flaskd.admin",
     "background": "flaskd.background_work",
+    "more_time": "flaskd.server.more_time",
     "on_stop": "flaskd.cleanup",
 }
 

@@ -28,6 +28,7 @@ from flaskd.process.forks import AppCode, end_child, forgotten_by_children
 from flaskd.process.main_thread import MainThread
 from flaskd.process.orphans import orphans
 from flaskd.process.signals import Escalation, SignalWatch
+from flaskd.reload import tell_doubts
 from flaskd.serving import launch
 from flaskd.serving.api import Account
 from flaskd.serving.inprocess import AsWorker, InProcess
@@ -154,6 +155,8 @@ class Boot:
         self._start.breakable = True
         stack.enter_context(self._signals)
         daemon.notices.tell(Starting())
+        if not self._is_worker:
+            tell_doubts(configuration)
         with self._start.making:
             holdings.open(config, daemon.service.store, stack)
             stack.callback(put_away, serving.abandon)

@@ -56,6 +56,7 @@ from flaskd.serving.api import (
     Serving,
     StepBegan,
     StepEnded,
+    TroubleChanged,
     Work,
     WorkersStart,
 )
@@ -366,6 +367,7 @@ _METHODS: dict[type[Any], Callable[[Daemon, Any], None]] = {
     Died: Daemon._died,
     Renewed: lambda daemon, event: daemon.reload.renewed(event),
     WorkersStart: lambda daemon, event: daemon.workforce.starts(event, daemon.reload.waiters),
+    TroubleChanged: lambda daemon, _: daemon.workforce.trouble_changed(str(daemon.snapshot())),
     Work: lambda _, event: event.run(),
     ScaleAsked: lambda daemon, event: daemon.workforce.scale(event),
     RestartAsked: lambda daemon, event: daemon.workforce.restart(event),

@@ -127,6 +127,13 @@ class WorkersStart:
 
 
 @dataclass(frozen=True)
+class StatusChanged:
+    """It serves as before, and there is something else to say of it."""
+
+    status: str
+
+
+@dataclass(frozen=True)
 class StopBegan:
     """A stop began, with `left` of the `deadline` in seconds; `drains` when nothing was drained before."""
 
@@ -188,6 +195,7 @@ Notice = (
     | SignalRefused
     | ReloadEnded
     | WorkersStart
+    | StatusChanged
     | StopBegan
     | StepsTake
     | StepDone

@@ -60,7 +60,12 @@ def record_lines(record: Fields) -> list[str]:
 def _cut(each: Fields) -> str:
     """A request that was cut, in a few words."""
     worker = f" in worker {each['worker']}" if "worker" in each else ""
-    return f"{each['method']} {each['path']} ({each['phase']} for {each['age']:.1f}s{worker})"
+    return f"{each['method']} {each['path']} ({each['phase']} for {each['age']:.1f}s{worker}{_named(each)})"
+
+
+def _named(entry: Fields) -> str:
+    """The id of a request, where it has one."""
+    return f", request_id={entry['request_id']}" if entry.get("request_id") else ""
 
 
 def account_lines(fields: Fields) -> list[str]:
@@ -107,6 +112,7 @@ def request_line(entry: Fields) -> str:
         f"{entry['id']}: {entry['method']} {entry['path']} from {entry['client']}, {entry['phase']} for "
         f"{format_duration(entry['age'])}{where}, {entry['sent']} bytes sent"
         + (", its client has gone" if entry.get("gone") else "")
+        + _named(entry)
     )
 
 
@@ -120,8 +126,18 @@ def thread_lines(entries: Iterable[Fields]) -> list[str]:
     return [line for each in entries for line in (thread_line(each), *_indented(each.get("stack", "")))]
 
 
-def worker_lines(entries: Sequence[Fields], deaths: Iterable[Fields], *, wanted: int) -> list[str]:
-    """Workers, for people: a table, and those that died; `wanted` is how many there are to be."""
+def worker_lines(
+    entries: Sequence[Fields],
+    deaths: Iterable[Fields],
+    *,
+    wanted: int,
+    recycled: Mapping[str, int] | None = None,
+    trouble: str | None = None,
+) -> list[str]:
+    """Workers, for people: a table, how many reached a limit, what is wrong with that, and those that died.
+
+    `wanted` is how many there are to be.
+    """
     if not wanted:
         return ["there are no workers: the app runs in the daemon itself (server.workers is 0)"]
     head = ("slot", "pid", "generation", "state", "age", "in flight", "answered", "connections", "memory", "cpu")
@@ -136,7 +152,15 @@ def worker_lines(entries: Sequence[Fields], deaths: Iterable[Fields], *, wanted:
         for each in entries
     ]
     told = [line for each in deaths for line in (_death_line(each), *(f"    cut {_cut(cut)}" for cut in each["cut"]))]
-    return [*(table([head, *rows]) if rows else [f"no worker is there, of {wanted} that there are to be"]), *told]
+    limits = [each for each in (recycled_words(recycled or {}), trouble) if each]
+    there = table([head, *rows]) if rows else [f"no worker is there, of {wanted} that there are to be"]
+    return [*there, *limits, *told]
+
+
+def recycled_words(recycled: Mapping[str, int]) -> str:
+    """How many workers were replaced because they had reached a limit; nothing where none was."""
+    kinds = ", ".join(f"{count} for {key}" for key, count in recycled.items() if count)
+    return f"{sum(recycled.values())} recycled ({kinds})" if kinds else ""
 
 
 def _death_line(death: Fields) -> str:

@@ -27,6 +27,12 @@ class RestartNeededError(ConfigError):
     code = "restart-needed"
 
 
+def tell_doubts(configuration: Configuration) -> None:
+    """Warn of what the configuration says and surely does not mean."""
+    for each in configuration.doubts:
+        log.warning(str(each))
+
+
 class Reload:
     """Reloads of one daemon, in the thread of its events; `read` may be called from any.
 
@@ -192,6 +198,8 @@ class Reload:
         path = self._present.path
         if error is None:
             self._notices.tell(ReloadEnded(str(path or "the defaults"), self._status()))
+            if not self.is_workers:
+                tell_doubts(self._present)
             for reply in waiters:
                 reply.ok("reloaded", {"config": str(path)} if path else {})
             return

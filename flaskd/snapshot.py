@@ -95,7 +95,13 @@ class Snapshot:
             return None
         ready = [each for each in serving.workers if each["state"] == "ready"]
         generations = sorted({each["generation"] for each in ready})
-        return {"ready": len(ready), "wanted": serving.wanted, "generations": generations, "died": serving.deaths}
+        return {
+            "ready": len(ready),
+            "wanted": serving.wanted,
+            "generations": generations,
+            "died": serving.deaths,
+            "recycled": serving.recycled,
+        }
 
     def __str__(self) -> str:
         """A line for people, as ``systemctl status`` shows it."""
@@ -109,6 +115,8 @@ class Snapshot:
             text += f"; background: {', '.join(each.name for each in serving.background)}"
         if serving.cleanup:
             text += f"; cleanup: {', '.join(serving.cleanup)}"
+        if serving.trouble and self.state is State.READY:
+            text += f"; {serving.trouble}"
         return text
 
     def as_json(self) -> dict[str, Any]:
@@ -135,8 +143,10 @@ class Snapshot:
             "threads": self.all_threads,
             "busy": serving.busy,
             "workers": self.workers,
+            "trouble": serving.trouble or None,
             "completed": outcomes["completed"],
             "rejected": outcomes["rejected"],
+            "limited": {limit: count for limit, count in serving.tally.limited.items() if count} or None,
             "tally": serving.tally.as_json(),
             "shutdown_endpoint": list(self.held.shutdown_endpoints),
             "idle_for": round(idle[0], 3) if idle else None,

@@ -43,6 +43,11 @@ class Workforce:
         for reply in (*others, *self.waiters):
             reply.progress({"starting": event.count, "age": round(event.age, 1)})
 
+    def trouble_changed(self, status: str) -> None:
+        """Tell the service manager what is not as it should be, unless it hears of other things just now."""
+        if self._lifecycle.state is State.READY:
+            self._notices.tell(notices.StatusChanged(status))
+
     def _may(self, event: Asked, what: str, states: set[State]) -> bool:
         state, why = self._lifecycle.state, ""
         if not self._serving().renews:

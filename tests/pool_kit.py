@@ -144,6 +144,12 @@ class FakeWorker(Handle):
         self.board.enter(request)
         self._on_board.append(request)
 
+    def answers(self, count: int) -> None:
+        """It has answered so many requests more."""
+        for _ in range(count):
+            self.takes()
+        self.finish_all()
+
     def finish_all(self) -> None:
         """It has answered all requests."""
         for each in self._on_board:

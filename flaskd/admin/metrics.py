@@ -89,6 +89,12 @@ def _requests(now: Snapshot) -> Iterator[Any]:
     for outcome, count in serving.tally.outcomes.items():
         outcomes.add_metric([outcome], count)
     yield outcomes
+    limited = CounterMetricFamily(
+        "flaskd_limited", "Requests refused or given up for a limit, by its setting.", labels=["limit"]
+    )
+    for limit, count in serving.tally.limited.items():
+        limited.add_metric([limit], count)
+    yield limited
     answers = CounterMetricFamily("flaskd_responses", "Answers by class of their status.", labels=["status"])
     for digit in range(1, 6):
         answers.add_metric([f"{digit}xx"], serving.tally.statuses[digit])
@@ -115,6 +121,12 @@ def _workers(now: Snapshot) -> Iterator[Any]:
     yield CounterMetricFamily(
         "flaskd_worker_death_requests", "Requests, read whole, that died with a worker.", serving.cut_by_deaths
     )
+    recycled = CounterMetricFamily(
+        "flaskd_workers_recycled", "Workers replaced because they had reached a limit.", labels=["limit"]
+    )
+    for limit, count in serving.recycled.items():
+        recycled.add_metric([limit], count)
+    yield recycled
     for key, name, text in (
         ("in_flight", "flaskd_worker_requests_in_flight", "Requests in flight in each worker."),
         ("queued", "flaskd_worker_requests_queued", "Requests that wait for a thread in each worker."),

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -33,6 +33,9 @@ from flaskd.errors import (
 )
 from flaskd.text import lines
 from flaskd.version import __version__
+
+if TYPE_CHECKING:
+    from flaskd.config import Fault
 
 
 def main() -> int:
@@ -185,8 +188,9 @@ def check(config: str | None, unit: str | None, as_json: bool, file: str | None)
         raise click.UsageError(f'expected one file, got "{config}" and "{file}"')
     path = _config_path(config or file)
     answer: dict[str, Any] = {"ok": True, "config": str(path) if path else None, "faults": [], "omitted": 0}
+    warnings: tuple[Fault, ...] = ()
     try:
-        _check(path, unit)
+        warnings = _check(path, unit)
     except ConfigError as error:
         if not as_json:
             raise
@@ -198,17 +202,20 @@ def check(config: str | None, unit: str | None, as_json: bool, file: str | None)
             faults = [Fault(unit or str(path or ""), 0, 0, "", line) for line in str(error).splitlines()]
             answer["faults"] = [fault.as_json() for fault in faults]
     if as_json:
-        show.say(show.for_programs(answer))
+        show.say(show.for_programs({**answer, "warnings": [each.as_json() for each in warnings]}))
     else:
+        for each in warnings:
+            click.echo(f"flaskd: warning: {show.made_printable(str(each))}", err=True)
         show.say(f"{path}: OK" if path else "no configuration file: the defaults are in force")
     return EX_OK if answer["ok"] else EX_CONFIG
 
 
-def _check(path: Path | None, unit: str | None) -> None:
-    """Raises ConfigError."""
+def _check(path: Path | None, unit: str | None) -> tuple[Fault, ...]:
+    """What is valid and surely not meant; raises ConfigError."""
     from flaskd.serving.configuration import read  # noqa: PLC0415
 
-    values = read(path).values
+    configuration = read(path)
+    values = configuration.values
     if unit is not None:
         from flaskd.systemd.unitfiles import compare  # noqa: PLC0415
 
@@ -220,6 +227,7 @@ def _check(path: Path | None, unit: str | None) -> None:
         )
         if faults:
             raise ConfigError("\n".join(faults))
+    return configuration.doubts
 
 
 @cli.command()

@@ -22,6 +22,7 @@ from flaskd.present import (
     as_text,
     outcome,
     record_lines,
+    recycled_words,
     request_lines,
     step_line,
     thread_lines,
@@ -146,6 +147,7 @@ def status(fields: dict[str, Any]) -> str:
         "answered": _answered(fields),
         "threads": f"{fields['busy']} of {fields['threads']} busy",
         "workers": workers_now(fields.get("workers")),
+        "trouble": fields.get("trouble") and coloured(fields["trouble"], _RED),
         "connections": str(fields["connections"]),
         "background": ", ".join(map(_background, fields.get("background") or [])),
         "last reload": _last_reload(fields.get("last_reload")),
@@ -182,7 +184,9 @@ def workers_now(workers: dict[str, Any] | None) -> str:
         return ""
     generations = ", ".join(map(str, workers["generations"])) or "none"
     died = f"; {workers['died']} died" if workers["died"] else ""
-    return f"{workers['ready']} of {workers['wanted']} ready, generation {generations}{died}"
+    recycled = recycled_words(workers.get("recycled") or {})
+    ready = f"{workers['ready']} of {workers['wanted']} ready, generation {generations}{died}"
+    return "; ".join(filter(None, [ready, recycled]))
 
 
 def _answered(fields: dict[str, Any]) -> str:
@@ -191,6 +195,7 @@ def _answered(fields: dict[str, Any]) -> str:
     notable = {
         "4xx": tally["statuses"]["4xx"], "5xx": tally["statuses"]["5xx"],
         **{key: tally["outcomes"][key] for key in ("rejected", "cut", "gone")},
+        **{f"for {limit}": count for limit, count in tally["limited"].items()},
     }  # fmt: skip
     return ", ".join([text, *(f"{count:,} {key}" for key, count in notable.items() if count)])
 
@@ -229,7 +234,13 @@ _PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     "requests": requests,
     "threads": threads,
     "workers": lambda fields: "\n".join(
-        worker_lines([*fields["list"], *fields["templates"]], fields["deaths"], wanted=fields["wanted"])
+        worker_lines(
+            [*fields["list"], *fields["templates"]],
+            fields["deaths"],
+            wanted=fields["wanted"],
+            recycled=fields.get("recycled"),
+            trouble=fields.get("trouble"),
+        )
     ),
     "config": lambda fields: str(fields["yaml"]).rstrip(),
     "log-level": lambda fields: " ".join(

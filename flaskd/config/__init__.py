@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from flaskd.config.action_spec import REPLACEMENTS, ActionSpec, Fields, Phase, Scope
+from flaskd.config.cleanup_model import CleanupConfig, DiscoveryConfig, Policy, PolicyDefaults, When
 from flaskd.config.configuration import Configuration
 from flaskd.config.faults import Fault, InvalidConfigError
 from flaskd.config.fields import Duration, OneOrMany, Size, write_duration, write_size
@@ -19,23 +20,18 @@ from flaskd.config.loading import load, load_again, load_mapping
 from flaskd.config.model import (
     AdminConfig,
     AppConfig,
-    CleanupConfig,
     Config,
     ControlConfig,
-    DiscoveryConfig,
     DrainConfig,
     EndpointConfig,
     ExitCodes,
     HealthConfig,
     IdleConfig,
     LogConfig,
-    Policy,
-    PolicyDefaults,
     PoolConfig,
     RolesConfig,
     ServerConfig,
     ShutdownConfig,
-    When,
 )
 from flaskd.config.schema import schema
 from flaskd.config.settings import Settings

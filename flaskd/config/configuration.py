@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    from flaskd.config.faults import Fault
     from flaskd.config.model import Config
     from flaskd.config.nodes import Path as NodePath
     from flaskd.config.settings import Field
@@ -36,6 +37,8 @@ class Configuration:
     """Whether its source held no value at all, beside what the command line says."""
     redact: Redactor = field(default_factory=Redactor, repr=False, compare=False)
     """Hides what was interpolated, in any text."""
+    doubts: tuple[Fault, ...] = field(default=(), repr=False)
+    """What is valid and surely not meant, with its places."""
 
     def describe(self) -> str:
         """Write the effective configuration as YAML: every key, units for people, secrets masked."""

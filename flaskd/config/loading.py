@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flaskd.config.configuration import Configuration
+from flaskd.config.doubts import doubts
 from flaskd.config.endpoint import check_endpoint
 from flaskd.config.faults import COMMAND_LINE, Faults, Place
 from flaskd.config.interpolate import Sources, interpolated
@@ -58,7 +59,8 @@ def load(
     empty = _says_nothing(tree)
     tree, origins = _filled(tree, base, faults, overrides, environ)
     values, secrets = _validated(tree, base, actions, environ, faults)
-    return Configuration(values, path, secrets, digest(source), origins, empty, _redactor(tree))
+    doubted = doubts(values, tree, secrets)
+    return Configuration(values, path, secrets, digest(source), origins, empty, _redactor(tree), doubted)
 
 
 def load_mapping(
@@ -79,7 +81,8 @@ def load_mapping(
     base, empty = Path.cwd(), _says_nothing(tree)
     tree, origins = _filled(tree, base, faults, overrides, environ)
     values, secrets = _validated(tree, base, actions, environ, faults)
-    return Configuration(values, None, secrets, "", origins, empty, _redactor(tree))
+    doubted = doubts(values, tree, secrets)
+    return Configuration(values, None, secrets, "", origins, empty, _redactor(tree), doubted)
 
 
 def load_again(load: Callable[[], Configuration], old: Configuration) -> Configuration:

@@ -1,11 +1,10 @@
 """The configuration's keys, their kinds and defaults. A key is spelled here and nowhere else."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal
 
-from flaskd.config.action_spec import Phase, Scope
-from flaskd.config.faults import Faults
+from flaskd.config.cleanup_model import CleanupConfig
 from flaskd.config.fields import (
     AUTO,
     CredentialName,
@@ -18,7 +17,6 @@ from flaskd.config.fields import (
     OneOrMany,
     OwnAddress,
     PathPattern,
-    PolicyName,
     Size,
     SomeText,
     TrustedProxy,
@@ -27,9 +25,7 @@ from flaskd.config.fields import (
     VerbName,
     Workers,
 )
-from flaskd.config.kinds import Around, LowerCase, Schema
-from flaskd.config.nodes import Node
-from flaskd.config.nodes import Path as NodePath
+from flaskd.config.kinds import LowerCase
 from flaskd.config.settings import Settings, field, section
 from flaskd.process.cpus import usable
 
@@ -42,11 +38,6 @@ def _restart(default: Any, description: str, **more: Any) -> Any:
 def _renewal(default: Any, description: str, **more: Any) -> Any:
     """Make a field of what serves the app: new workers can have another value, a daemon without workers cannot."""
     return field(default, description=description, restart=True, renewal=True, **more)
-
-
-def _filled_in(description: str, **more: Any) -> Any:
-    """Make a field that may be left out and is filled in from elsewhere once the whole file is read."""
-    return field(None, description=description, told=False, **more)
 
 
 class AppConfig(Settings):
@@ -87,6 +78,20 @@ class ServerConfig(Settings):
     connection_limit: int | None = _renewal(
         None, "Connections at once, per worker; none: as many as open files allow.", ge=1
     )
+    request_timeout: Duration | None = field(
+        None,
+        gt=0,
+        description="How long the app may take for a request until it is given up; none: as long as it likes.",
+    )
+    request_timeouts: dict[PathPattern, Duration | None] = field(
+        {}, description="The same for some paths, exact or with * at the end; null: as long as it likes."
+    )
+    queue_timeout: Duration | None = field(
+        None, gt=0, description="A request that waited so long for a thread is refused with 503; none: it waits on."
+    )
+    max_queue: int | None = field(
+        None, ge=0, description="Requests that may wait for a thread, per worker; more get 503; none: any number."
+    )
     trusted_proxy: OneOrMany[TrustedProxy] = _renewal(
         [], "Addresses or networks of the proxies whose headers are believed; localhost, Unix sockets too; or *."
     )
@@ -119,6 +124,13 @@ class PoolConfig(Settings):
     stuck_after: Duration | None = field(
         None, gt=0, description="Replace a worker when all of its threads hang for so long; none: never."
     )
+    max_requests: int | None = field(
+        None, ge=1, description="Replace a worker that has dealt with so many requests; none: never."
+    )
+    max_age: Duration | None = field(None, gt=0, description="Replace a worker that is so old; none: never.")
+    max_memory: Size | None = field(
+        None, ge=1, description="Replace a worker that uses so much memory (PSS); none: never."
+    )
 
 
 class LogConfig(Settings):
@@ -129,6 +141,9 @@ class LogConfig(Settings):
         "auto", description="auto: fields in the journal, colour on a terminal, plain text otherwise."
     )
     access: Literal["off", "common", "combined", "json"] = field("combined", description="Access log format.")
+    request_id: bool = field(
+        False, description="Whether each request has an X-Request-ID, which the app and the client are told."
+    )
 
 
 class HealthConfig(Settings):
@@ -277,88 +292,6 @@ class SystemdConfig(Settings):
     stuck_after: Duration | None = field(
         None, gt=0, description="With WatchdogSec=: be restarted when all threads hang for so long; none: never."
     )
-
-
-OnFailure = Literal["continue", "skip_dependents", "abort"]
-
-
-class PolicyDefaults(Settings):
-    """What a policy gets where it says nothing itself."""
-
-    timeout: Duration = field(5.0, gt=0, description="How long a policy may take.")
-    on_failure: OnFailure = field("continue", description="What a failed policy means for the others.")
-    retries: int = field(0, ge=0, le=10, description="How often a failed policy is tried again.")
-
-
-class When(Settings):
-    """On which stops a policy runs; what is left out does not matter."""
-
-    reason: OneOrMany[Literal["signal", "control", "endpoint", "idle", "failure", "reload", "recycle"]] = field(
-        [], description="Only on stops for one of these reasons; a worker is replaced at a reload, or is recycled."
-    )
-    outcome: Literal["clean", "degraded"] | None = field(None, description="Only after a drain that ended so.")
-
-
-class _OfTheAction(Around):
-    """The fields of an action, which are read apart: only with the action it is known what they are."""
-
-    def read(self, node: Node, path: NodePath, faults: Faults) -> None:  # noqa: ARG002 - see above
-        return None
-
-    def write(self, value: Any) -> Any:
-        return value.model_dump(mode="json", by_alias=True)
-
-    def schema(self, definitions: dict[str, Schema]) -> Schema:  # noqa: ARG002 - likewise
-        return {"type": "object"}
-
-
-class Policy(Settings):
-    """When and how one cleanup action runs."""
-
-    use: str = field(description="The action.")
-    phase: Phase = _filled_in("The phase it runs in; default: the action's own.")
-    with_: Annotated[Any, _OfTheAction] = _filled_in("The action's own fields.", alias="with")
-    timeout: Duration = _filled_in("How long it may take; default: cleanup.defaults.timeout.", gt=0)
-    retries: int = _filled_in("How often it is tried again; default: cleanup.defaults.retries.", ge=0, le=10)
-    on_failure: OnFailure = _filled_in("What its failure means for others; default: as in cleanup.defaults.")
-    scope: Scope = _filled_in("With workers: whether each runs it, or the daemon, once; default: the action's own.")
-    after: OneOrMany[str] = field([], description="Policies that must have ended before; same phase or earlier.")
-    when: When = section(When)
-    always: bool = field(False, description="Runs even after an abort, in a share of the reserve that is its own.")
-    enabled: bool = field(
-        True, description="false: as if it were not written; what it would end is still found, and closed by discovery."
-    )
-
-    @property
-    def hidden(self) -> tuple[str, ...]:
-        """What was interpolated into the action's fields: no message of it may show that."""
-        hidden: tuple[str, ...] = self.__dict__.get("hidden", ())
-        return hidden
-
-    def hiding(self, texts: Iterable[str]) -> Self:
-        """The same, with what was interpolated."""
-        return self._with(hidden=tuple(texts))
-
-
-class DiscoveryConfig(Settings):
-    """What is done with what the app holds open, where no policy says it; the mode may stand alone, as one word."""
-
-    alone: ClassVar[str] = "mode"
-    mode: Literal["auto", "report", "off"] = field(
-        "auto", description="auto: find it and close it; report: find it and say so; off: do not look."
-    )
-    exclude: OneOrMany[SomeText] = field(
-        [], description="Names of what is left alone, as `flaskd plan` shows them; or actions, for all of their kind."
-    )
-
-
-class CleanupConfig(Settings):
-    """What is done after the drain."""
-
-    discovery: DiscoveryConfig = section(DiscoveryConfig)
-    max_parallel: int = field(8, ge=1, le=64, description="Policies of one phase that run at the same time.")
-    defaults: PolicyDefaults = section(PolicyDefaults)
-    policies: dict[PolicyName, Policy] = field({}, description="Cleanup policies by name, kept in this order.")
 
 
 class Config(Settings):

@@ -145,8 +145,9 @@ def _tell_workers(daemon: Daemon, reply: Reply, entries: Sequence[dict[str, Any]
     workers, templates = ([each for each in entries if (each["slot"] is None) is of] for of in (False, True))
     now = daemon.serving.snapshot()
     fields = {"workers": len(workers), "wanted": now.wanted, "died": now.deaths}
-    detail = {"list": workers, "templates": templates, "deaths": deaths}
-    reply.ok("workers", fields, detail=detail, lines=worker_lines(entries, deaths, wanted=now.wanted))
+    limits: dict[str, Any] = {"recycled": now.recycled, "trouble": now.trouble or None}
+    detail = {"list": workers, "templates": templates, "deaths": deaths, **limits}
+    reply.ok("workers", fields, detail=detail, lines=worker_lines(entries, deaths, wanted=now.wanted, **limits))
 
 
 def _scale(daemon: Daemon, command: Command, reply: Reply) -> None:

@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from flaskd.config import Configuration
-from flaskd.errors import FlaskdError
+from flaskd.errors import FlaskdError, NotNowError
 from flaskd.ledger import Cut, DrainReport
 from flaskd.lifecycle import StopReason
 from flaskd.pool import messages as say
 from flaskd.pool.deaths import Deaths, tell_failure
 from flaskd.pool.handle import Handle, Phase
+from flaskd.pool.recycling import Recycling
 from flaskd.pool.renewals import Renewals
 from flaskd.pool.schedulers import Schedulers
 from flaskd.pool.slots import Slots
 from flaskd.pool.sums import Sums
 from flaskd.pool.template import Templates
 from flaskd.pool.watch import Watch
-from flaskd.serving.api import ServingEvent, StepBegan, StepEnded, Work, WorkersStart
+from flaskd.serving.api import Outcome, ServingEvent, StepBegan, StepEnded, TroubleChanged, Work, WorkersStart
 from flaskd.sockets import Address, Listener
 
 log = logging.getLogger("flaskd.pool")
@@ -101,6 +102,16 @@ class Crew:
         """Whether it is told now and then that workers are being started."""
         self._deaths, self._schedulers = Deaths(), Schedulers()
         self.watch = Watch(self.slots, config=lambda: self.configuration.values, later=self.later, replace=self.replace)
+        self.recycling = Recycling(
+            self.slots,
+            sums,
+            config=lambda: self.configuration.values,
+            do=self.do,
+            later=self.later,
+            replace=self.replace,
+            busy=lambda: self.renewals.under_way,
+            changed=lambda: post(TroubleChanged()),
+        )
 
     def do(self, work: Callable[[], None]) -> None:
         """Do something in the thread of the events, soon (any thread)."""
@@ -264,16 +275,19 @@ class Crew:
         self._owner.gone(worker, cut)
         self.later(_READERS, worker.close)
 
-    def replace(self, worker: Handle, reason: StopReason) -> bool:
-        """Replace one worker that serves; whether that was begun now."""
+    def replace(self, worker: Handle, reason: StopReason, outcome: Outcome = lambda _: None) -> bool:
+        """Replace one worker that serves; whether that was begun now: then `outcome` is told what came of it."""
         slot = self.slots.slots.get(worker.slot)
         if slot is None or slot.worker is not worker or slot.coming is not None or self.slots.ending:
             return False  # it is done already, or not needed any more
         log.info(f"{worker} is replaced ({reason})")
 
         def told(error: FlaskdError | None) -> None:
-            if error is not None and not self.slots.ending:
+            if isinstance(error, NotNowError):
+                log.info(str(error))
+            elif error is not None and not self.slots.ending:
                 tell_failure(error)
+            outcome(error)
 
         self.slots.replace(slot, self.slots.generation, reason, told)
         return True

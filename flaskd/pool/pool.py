@@ -107,6 +107,7 @@ class Pool(View):
         """The start has succeeded."""
         self._crew.starting = False
         self._crew.watch.begin()
+        self._crew.recycling.begin()
         self.sums.used()
         self.idleness.watch(configuration.values.shutdown.idle.after)
 

@@ -79,6 +79,11 @@ class Renewals:
 
         worker.ask(lambda number: say.Renew(number, configuration), answered)
 
+    @property
+    def under_way(self) -> bool:
+        """Whether a reload or a restart is."""
+        return self._rollout is not None
+
     def renew(self, configuration: Configuration, *, only_configuration: bool) -> None:
         """Bring a configuration to the workers: with new ones, or to those that there are; posts Renewed."""
         if only_configuration:
@@ -126,6 +131,7 @@ class Renewals:
             proven=proven,
             over=over,
         )
+        self._slots.break_off("a reload or a restart was asked for")
         self._rollout.begin()
 
     def break_off(self, why: str) -> None:

@@ -38,6 +38,10 @@ class Sums:
         """How many did."""
         self.lost = 0
         """How many requests, read whole, died with them."""
+        self.recycled = dict.fromkeys(("max_requests", "max_age", "max_memory", "request_timeout"), 0)
+        """How many workers were replaced because they had reached a limit, by its key."""
+        self.trouble = ""
+        """Why limits cannot be kept, for people; empty while they are."""
 
     def add(self, worker: Handle) -> None:
         """A worker was started."""
@@ -157,10 +161,7 @@ def all_steps(workers: Iterable[Handle]) -> dict[str, Any]:
 
 def as_cut(request: InFlight, reason: str) -> Cut:
     """A request in flight, as cut."""
-    return Cut(
-        id=request.id, client=request.client, method=request.method, path=request.path, age=request.age,
-        phase=request.phase, thread=request.thread, sent=request.sent, worker=request.worker, reason=reason,
-    )  # fmt: skip
+    return Cut(**vars(request), reason=reason)
 
 
 def _shown(worker: Handle) -> dict[str, Any]:

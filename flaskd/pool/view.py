@@ -92,6 +92,8 @@ class View:
             wanted=self.wanted(),
             deaths=self.sums.died,
             cut_by_deaths=self.sums.lost,
+            recycled=dict(self.sums.recycled),
+            trouble=self.sums.trouble,
         )
 
     def requests(self, *, stacks: bool = False) -> list[InFlight]:

@@ -2,9 +2,10 @@
 
 from flaskd.server.board import Board
 from flaskd.server.drain import DRAIN_GUARD, Drain, Drainable, in_thread_of_its_own
+from flaskd.server.limits import Limits
 from flaskd.server.proxies import BehindProxies, missed_by_proxy_fix
 from flaskd.server.server import WaitressThread
-from flaskd.server.settings import adjustments
+from flaskd.server.settings import adjustments, limits
 from flaskd.server.streams import STREAM_GRACE, EndingStreams
 from flaskd.server.tally import BOUNDS, Histogram, Tally
 
@@ -18,9 +19,11 @@ __all__ = [
     "Drainable",
     "EndingStreams",
     "Histogram",
+    "Limits",
     "Tally",
     "WaitressThread",
     "adjustments",
     "in_thread_of_its_own",
+    "limits",
     "missed_by_proxy_fix",
 ]

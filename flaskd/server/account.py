@@ -6,6 +6,7 @@ import itertools
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -17,6 +18,9 @@ from flaskd.server.threads import ThreadPool
 from flaskd.sockets import each_closed_by_peer
 
 log = logging.getLogger("flaskd.server")
+
+accounts: weakref.WeakSet[Account] = weakref.WeakSet()
+"""Those of all servers of this process."""
 
 
 class Account:
@@ -36,11 +40,14 @@ class Account:
         """Is called with what the access log tells of each request that was answered."""
         self.on_come: Callable[[Request], None] | None = None
         """Is called with each request that has come whole, where there is a board."""
+        self.make_id: Callable[[], str] | None = None
+        """Makes the X-Request-ID of a request that comes without one; None where requests are given none."""
         self._pool = pool
         self._board = board
         self._counts = board.counts if board is not None else Counts()
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
+        accounts.add(self)
 
     def accepted(self, request: Request) -> None:
         """Count a request as in flight."""
@@ -82,17 +89,26 @@ class Account:
             on_answer(request.access_fields())
         return True
 
-    def cut_one(self, request: Request, reason: str) -> None:
-        """Count a request as cut, and name it in the log and in a drain's account, unless it is over."""
-        cut = request.cut(reason)
+    def limited(self, limit: str) -> None:
+        """Count what a limit did: a request that it refused or gave up, or a connection that it closed."""
+        with self._lock:
+            self._counts.limited(limit)
+
+    def cut_one(self, request: Request, reason: str) -> bool:
+        """Count a request as cut, and name it in the log and in a drain's account, unless it is over: then False."""
+        return self.cut_as(request, request.cut(reason))
+
+    def cut_as(self, request: Request, cut: Cut) -> bool:
+        """The same, as it was in the moment in which it was broken off."""
         if request.id:
             if not self.retire(request, "cut", cut):
-                return
+                return False
         elif (cut_in_drain := self.cut_in_drain) is not None:  # it has not come whole, and so was never in flight
             cut_in_drain.append(cut)
         log.warning("\n".join(filter(None, [f"cut {cut}", cut.stack])), extra={"fields": cut.as_json()})
         if cut.phase == "running":
             self._pool.lose(request)
+        return True
 
     # --- what is shown of it --------------------------------------------------------------------------------------
 

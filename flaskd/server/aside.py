@@ -12,15 +12,18 @@ from flaskd.server.timers import NEVER
 
 ASIDE = 0.02
 """Seconds in which a worker that is idle may take a connection, before one that is busy does."""
+_MORE = 0.002
+"""The same while more wait than one that is busy takes at once: no worker is idle then."""
 
 
 class Aside:
     """Leaves the listeners that other workers accept from, too, while all places of this one are taken.
 
     After `ASIDE` seconds it takes what waits there, at most as many connections as there are places: their requests
-    wait for a place here, as all other workers are busy, too; and the health path is answered. Is nothing there, it
-    waits for connections again, and when one comes, an idle worker has the same time to take it. As soon as a place is
-    free, connections are accepted at once.
+    wait for a place here, as all other workers are busy, too; and the health path is answered. When there were more, it
+    comes back soon: how long they wait can be limited here, and not in the kernel. Is nothing there, it waits for
+    connections again, and when one comes, an idle worker has the same time to take it. As soon as a place is free,
+    connections are accepted at once.
     """
 
     def __init__(self, context: Context, paused: Callable[[], bool]) -> None:
@@ -48,24 +51,25 @@ class Aside:
                 return
             self._come_back(watches=True)
             acceptors = [] if self._paused() else self._acceptors
-            taken = [each.accept_some(max(1, self._pool.size)) for each in acceptors]
+            most = max(1, self._pool.size)
+            taken = [each.accept_some(most) for each in acceptors]
             if any(taken) and self._pool.full:
-                self.step(now)
+                self.step(now, _MORE if most in taken else ASIDE)
         elif not self._watches and self._pool.full:
-            self.step(now)
+            self.step(now, ASIDE)
 
     def steps(self) -> bool:
         """Whether it leaves the connection that has come to others first (the thread that leads)."""
-        return self._pool.full and self.step(time.monotonic())
+        return self._pool.full and self.step(time.monotonic(), ASIDE)
 
-    def step(self, now: float) -> bool:
-        """Leave the listeners alone for a moment, unless a place is free by now; whether it does."""
+    def step(self, now: float, seconds: float) -> bool:
+        """Leave the listeners alone for so long, unless a place is free by now; whether it does."""
         with self._lock:
             self._away, self._watches = True, False  # first: a place may become free in this moment
             if not self._pool.full:
                 self._away = False
                 return False
-            self.next_moment = now + ASIDE
+            self.next_moment = now + seconds
             for acceptor in self._acceptors:
                 self._context.poller.listen(acceptor, on=False)
         return True

@@ -22,23 +22,24 @@ from typing import Any, Self
 from flaskd.errors import FlaskdError
 from flaskd.ledger import InFlight, visible
 from flaskd.server.request import Request
+from flaskd.server.request_ids import NO_IDS, Ids
 from flaskd.server.tally import COUNTS, SUMS, Counts, Tally
 
-_MAGIC, _VERSION = int.from_bytes(b"flskdbrd", "little"), 1
+_MAGIC, _VERSION = int.from_bytes(b"flskdbrd", "little"), 2
 ROWS = 2048
 """How many requests in flight are named; a row that was never used costs no memory."""
 
 _WORD = 8
 # Words at the beginning; those of moments and sums are floats, all others integers.
-_LAST_TURN, _CONNECTIONS, _UNNAMED, _MOVED, _STUCK_AT, _BACKGROUND, _USED, _IN_USE = range(2, 10)
-_COUNTS = 10
+_LAST_TURN, _CONNECTIONS, _UNNAMED, _MOVED, _STUCK_AT, _BACKGROUND, _USED, _IN_USE, _LOST = range(2, 11)
+_COUNTS = 11
 _SUMS = _COUNTS + COUNTS
 _IDS = 64
 assert _SUMS + SUMS <= _IDS
 _ROWS_AT = (_IDS + ROWS) * _WORD
 
-# A row: first byte, complete, begun (moments), whether it is sending; the thread's name; client, method, path.
-_ROW = struct.Struct("@dddq32s256s")
+# A row: first byte, complete, begun (moments), whether it is sending; the thread's name; client, method, path; ids.
+_ROW = struct.Struct("@dddq32s256s192s")
 _NAME = struct.Struct("@32s")
 _BEGUN_AT, _SENDING_AT, _NAME_AT = 2, 3, 4 * _WORD
 """Words and bytes from the beginning of a row."""
@@ -124,9 +125,9 @@ class Board:
         if len(path) > _PATH_LENGTH:
             path = path[:_PATH_LENGTH] + "..."
         text = f"{request.client}\n{request.command}\n{path}".encode("latin-1", "replace")
-        _ROW.pack_into(
-            self._map, _ROWS_AT + (row - 1) * _ROW.size, request.first_byte, request.complete, 0.0, 0, b"", text
-        )
+        at, ids = _ROWS_AT + (row - 1) * _ROW.size, request.ids
+        named = "\n".join(ids).encode("ascii") if ids is not NO_IDS else b""
+        _ROW.pack_into(self._map, at, request.first_byte, request.complete, 0.0, 0, b"", text, named)
         request.row = row
         self._ids[row - 1] = request.id
 
@@ -162,11 +163,12 @@ class Board:
         """Note how many connections are open."""
         self._words[_CONNECTIONS] = count
 
-    def look(self, *, moved: Hashable, stuck_at: Hashable | None, background: int) -> None:
+    def look(self, *, moved: Hashable, stuck_at: Hashable | None, background: int, lost: int) -> None:
         """Note what costs too much to be noted at each change; `stuck_at` is what `Account.all_are_at` gives."""
         self._words[_MOVED] = hash(moved)
         self._words[_STUCK_AT] = (hash(stuck_at) or 1) if stuck_at is not None else 0
         self._words[_BACKGROUND] = background
+        self._words[_LOST] = lost
 
     def use(self, now: float) -> None:
         """Note that a request came, or was answered, which counts for the idle stop."""
@@ -212,6 +214,11 @@ class Board:
         """How much work was under way in the background when the loop last looked, which it does every second."""
         return self._words[_BACKGROUND]
 
+    @property
+    def lost(self) -> int:
+        """How many threads went on with requests that are over when the loop last looked."""
+        return self._words[_LOST]
+
     def moved(self) -> Hashable:
         """How far the requests are: two answers a second apart differ when one began or ended, or a byte moved."""
         return *self.tally().outcomes.values(), self._words[_MOVED]
@@ -246,8 +253,9 @@ class Board:
 
 
 def _in_flight(number: int, row: bytes) -> InFlight:
-    first_byte, _complete, began, sending, name, text = _ROW.unpack(row)
+    first_byte, _complete, began, sending, name, text, named = _ROW.unpack(row)
     client, method, path = (*text.rstrip(b"\0").decode("latin-1").split("\n", 2), "", "")[:3]
+    ids = Ids(*named.rstrip(b"\0").decode("latin-1").split("\n")[:2])
     return InFlight(
         id=number,
         client=client,
@@ -256,6 +264,8 @@ def _in_flight(number: int, row: bytes) -> InFlight:
         age=time.monotonic() - first_byte,
         phase="sending" if sending else "running" if began else "queued",
         thread=name.rstrip(b"\0").decode("latin-1") if began and not sending else "",
+        request_id=ids.request_id,
+        traceparent=ids.traceparent,
     )
 
 

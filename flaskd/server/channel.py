@@ -10,11 +10,9 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from waitress.channel import ClientDisconnected
-from waitress.utilities import InternalServerError
 
 from flaskd.server.app_task import AppTask
 from flaskd.server.context import Context
@@ -58,12 +56,15 @@ class _ChannelServer:
         channel.begin_next()
 
 
+def named(request: Request) -> dict[str, Any]:
+    """The `extra` of a line of the log about a request that is answered."""
+    return {"fields": {"id": request.id, **request.ids.fields()}}
+
+
 class Channel(OutputChannel):
     """A connection; `here`: all is answered by the loop."""
 
     one_shot = True
-    internal = False
-    """Whether it is a probe's, which appears in no count and no log."""
     here = False
     keeper: Request | None = None
     """The request for which a thread has the connection, or will have it; meanwhile the loop does not read from it.
@@ -112,16 +113,6 @@ class Channel(OutputChannel):
         """Whether a request that wants to be told to continue comes after the connection's grace."""
         return self.context.draining.is_set() and self.grace_left <= 0
 
-    @property
-    def names_limits(self) -> bool:
-        """Whether the log names the setting that a request goes beyond."""
-        return self.context.names_limits
-
-    def client_told_by(self, headers: Mapping[str, str]) -> str:
-        """The client's address as a trusted proxy tells it in a request's headers; empty without one (any thread)."""
-        proxies = self.context.proxies
-        return proxies.client(self.addr[0], headers) if proxies is not None else ""
-
     def close_if_idle(self) -> None:
         """While draining: half-close when nothing is in hand, once the grace is over (loop's thread)."""
         context = self.context
@@ -150,12 +141,15 @@ class Channel(OutputChannel):
         """Let the first request in line be answered, by a thread or by the loop itself; `requests_lock` is held."""
         request, context = self.requests[0], self.context
         here = self.here or context.alone or context.refusing or request.rejected or request.error
-        if here or (request.path == context.health_path and request.command in {"GET", "HEAD"}):
-            self.keeper = None
-            context.answer_soon(self.serve_here)
-        else:
-            self.keeper = request
-            context.pool.add_task(self)
+        if not here and not (request.path == context.health_path and request.command in {"GET", "HEAD"}):
+            most = context.limits.max_queue
+            if most is None or self.internal or not context.pool.crowded(most):
+                self.keeper = request
+                context.pool.add_task(self)
+                return
+            self.refuse("max_queue")
+        self.keeper = None
+        context.answer_soon(self.serve_here)
 
     def _task_for(self, request: Request) -> Recorded:
         if request.error:
@@ -221,12 +215,13 @@ class Channel(OutputChannel):
         try:
             task.service()
         except ClientDisconnected:
-            self.logger.info(f"Client disconnected while serving {request.path}")
+            if not self.stream_over:
+                self.logger.info(f"Client disconnected while serving {request.path}{request.ids}", extra=named(request))
             return True
         except Exception:
-            self.logger.exception(f"Exception while serving {request.path}")
+            self.logger.exception(f"Exception while serving {request.path}{request.ids}", extra=named(request))
             if not task.wrote_header:
-                self._answer_500(request)
+                self.answer_instead(500, "The server encountered an unexpected internal server error")
             return True
         return bool(task.close_on_finish)
 
@@ -236,11 +231,12 @@ class Channel(OutputChannel):
         arriving = self.request
         return bool(arriving and arriving.expect_continue and arriving.headers_finished and not self.sent_continue)
 
-    def _answer_500(self, request: Request) -> None:
+    def answer_instead(self, status: int, why: str) -> None:
+        """Answer the request that is being served in the place of the app, and close the connection."""
         failed = Request(self, self.adj)
-        failed.error = InternalServerError("The server encountered an unexpected internal server error")
-        failed.version = request.version
-        failed.headers["HTTP_CONNECTION"] = request.headers.get("HTTP_CONNECTION", "")
+        failed.refuse(status, why)
+        failed.version = self.serving.version
+        failed.headers["HTTP_CONNECTION"] = self.serving.headers.get("HTTP_CONNECTION", "")
         with contextlib.suppress(ClientDisconnected):
             RefusalTask(self, failed).service()
 
@@ -262,6 +258,7 @@ class Channel(OutputChannel):
                     self.current_outbuf_count = self.adj.outbuf_high_watermark  # the next answer has buffers of its own
             self.keeper = None
             if self.connected and self.requests:
+                self.requests[0].its_turn = time.monotonic()
                 self.begin_next()
             else:
                 if self.request is not None and self.connected and not last and self._expects_continue:

@@ -9,6 +9,7 @@ from typing import Any
 
 from flaskd.server.account import Account
 from flaskd.server.board import Board
+from flaskd.server.limits import NO_LIMITS
 from flaskd.server.poller import make_poller
 from flaskd.server.proxies import BehindProxies
 from flaskd.server.request import Connection
@@ -35,6 +36,8 @@ class Context:
         """Whether the loop runs the app itself; for apps that never wait."""
         self.names_limits = True
         """Whether the log names the setting that a request goes beyond; not where no setting could change that."""
+        self.limits = NO_LIMITS
+        """The limits in force; `flaskd.server.limit_watch` keeps those of time."""
         self.health_path = ""
         self.health: Callable[[], tuple[str, str]] = lambda: ("200 OK", "ready")
         """What is answered on that path: the status line and a text."""

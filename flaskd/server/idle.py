@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from urllib.parse import unquote_to_bytes
 
 from flaskd.background_work import in_background
 from flaskd.server.connections import Connections
+from flaskd.server.lines import path_pattern
 from flaskd.server.request import Request
 
 _AGAIN = 1.0
@@ -35,7 +35,7 @@ class IdleWatch:
         self._context = connections.context
         self._after = after
         self._on_idle = on_idle
-        paths = [(each.endswith("*"), unquote_to_bytes(each.removesuffix("*")).decode("latin-1")) for each in ignore]
+        paths = [path_pattern(each) for each in ignore]
         self._exact = {path for begins, path in paths if not begins}
         self._beginnings = tuple(path for begins, path in paths if begins)
         self.used = self.next_look = time.monotonic()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from urllib.parse import unquote_to_bytes
 
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"  # noqa: S105 - of a grammar
 """RFC 9110 §5.6.2."""
@@ -70,6 +71,11 @@ def field(line: bytes) -> tuple[bytes, bytes]:
         raise RefusedError(400, "expected header lines such as Name: value, each on a line of its own")
     name, value = match.groups()
     return name, value.rstrip(b" \t")
+
+
+def path_pattern(written: str) -> tuple[bool, str]:
+    """Whether a pattern of the configuration stands for all paths that begin so, and the path as an environ has it."""
+    return written.endswith("*"), unquote_to_bytes(written.removesuffix("*")).decode("latin-1")
 
 
 def is_host(host: str) -> bool:

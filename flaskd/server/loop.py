@@ -25,6 +25,8 @@ from flaskd.server.connections import Connections
 from flaskd.server.context import Context
 from flaskd.server.draining import Draining
 from flaskd.server.idle import IdleWatch
+from flaskd.server.limit_watch import LimitWatch
+from flaskd.server.limits import Limits
 from flaskd.server.request import Connection
 from flaskd.server.threads import Task
 from flaskd.server.timers import NEVER
@@ -56,6 +58,7 @@ class EventLoop:
         self.connections = Connections(self.context)
         self.admission = Admission(self.connections)
         self.idle: IdleWatch | None = None
+        self._limit_watch: LimitWatch | None = None
         self.turned = threading.Event()
         self.ended = threading.Event()
         """Whether the loop turns no more: it was told to end, or failed."""
@@ -155,6 +158,8 @@ class EventLoop:
             moment = min(moment, self._drain.next_moment)
         if self.idle is not None:
             moment = min(moment, self.idle.next_look)
+        if self._limit_watch is not None:
+            moment = min(moment, self._limit_watch.next_look)
         if self.admission.aside is not None:
             moment = min(moment, self.admission.aside.next_moment)
         return _TURN if moment == NEVER else max(0.0, min(moment, self.last_turn + _TURN) - time.monotonic())
@@ -170,6 +175,8 @@ class EventLoop:
             self._drain.advance(now)
         if self.idle is not None and now >= self.idle.next_look:
             self.idle.look(now)
+        if self._limit_watch is not None and now >= self._limit_watch.next_look:
+            self._limit_watch.look(now)
         if self._board is not None and now >= self._next_noting:
             self._note(self._board, now)
         if self.admission.aside is not None and not self.context.drains:
@@ -179,7 +186,13 @@ class EventLoop:
         """Note on the board, once a second, what costs too much to be noted at each change."""
         self._next_noting = now + _TURN
         stuck_at, moved = self.account.all_are_at(), self.connections.moved()
-        board.look(moved=moved, stuck_at=stuck_at, background=len(background_work()))
+        lost = len(self.context.pool.lost)
+        board.look(moved=moved, stuck_at=stuck_at, background=len(background_work()), lost=lost)
+
+    def limit(self, limits: Limits) -> None:
+        """Keep these limits from now on."""
+        self.context.limits = limits
+        self._limit_watch = LimitWatch(self.connections, limits) if limits.shortest < NEVER else None
 
     def watch_idle(self, after: float | None, ignore: Sequence[str], on_idle: Callable[[], None] | None) -> None:
         """Watch for idleness, see `IdleWatch`; None for never. A new watch goes on where the one before was."""

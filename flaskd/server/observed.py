@@ -106,6 +106,11 @@ class ObservedServer:
         """The threads that go on with a request that is over: it was cut, or its stream was ended."""
         return self.loop.context.pool.left_behind() if self.loop else {}
 
+    @property
+    def short(self) -> int:
+        """How many threads are missing, because they go on with requests that are over."""
+        return self.loop.context.pool.short if self.loop else 0
+
     def all_are_at(self) -> Hashable | None:
         """What all threads that run the app are at; see `Account.all_are_at`."""
         return self.loop.account.all_are_at() if self.loop else None

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from waitress.channel import ClientDisconnected, HTTPChannel
@@ -15,6 +16,7 @@ from flaskd.server.buffers import AnswerBuffer
 from flaskd.server.context import Context
 from flaskd.server.head import Fields
 from flaskd.server.request import Request
+from flaskd.server.request_ids import NO_IDS, Ids
 from flaskd.sockets import unacknowledged
 
 _LINGER = 0.2
@@ -40,6 +42,8 @@ class _Answering(Protocol):
 class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
     """A connection, as far as tasks know it: its requests, and the way out for their answers."""
 
+    internal = False
+    """Whether it is a probe's, which appears in no count and no log."""
     half_closed = False
     fault = ""
     """Why what was put out cannot be sent, though the client is there."""
@@ -75,6 +79,21 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
         """The peer's address; ``unix`` for a Unix socket."""
         return "unix" if self.addr[1] is None else str(self.addr[0])
 
+    def client_told_by(self, headers: Mapping[str, str]) -> str:
+        """The client's address as a trusted proxy tells it in a request's headers; empty without one (any thread)."""
+        proxies = self.context.proxies
+        return proxies.client(self.addr[0], headers) if proxies is not None else ""
+
+    def ids_told_by(self, headers: Mapping[str, str]) -> Ids:
+        """What a trusted proxy calls a request, in its headers (any thread)."""
+        proxies = self.context.proxies
+        return proxies.ids(self.addr[0], headers) if proxies is not None else NO_IDS
+
+    @property
+    def names_limits(self) -> bool:
+        """Whether the log names the setting that a request goes beyond."""
+        return self.context.names_limits
+
     @property
     def arriving(self) -> Request | None:
         """The request that has come in part."""
@@ -107,10 +126,23 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
         return self.requests[0].kind
 
     @property
+    def waits_since(self) -> float:
+        """Since when its first request waits for a thread; a probe waits as long as it takes."""
+        if self.internal or not self.requests:
+            return float("inf")
+        return self.requests[0].its_turn or self.requests[0].complete
+
+    @property
     def serving_was_refused(self) -> bool:
         """Whether the last request was answered without being read to its end, or the app."""
         serving: Request | None = getattr(self, "serving", None)
         return serving is not None and (bool(serving.error) or serving.rejected)
+
+    def refuse(self, limit: str) -> None:
+        """Let the first request in line be answered with 503, unbegun, for a limit."""
+        request = self.requests[0]
+        request.rejected, request.refused_by = True, limit
+        self.account.limited(limit)
 
     # --- an answer, in a pool's thread or the loop's ----------------------------------------------------------------
 
@@ -204,6 +236,39 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
             self.fault = self.fault or str(error) or type(error).__name__
             self.will_close = True
             return False, True
+
+    def give_up(self, request: Request, why: str, sent: int) -> None:
+        """Wait no more for the app to answer a request, of which nothing has moved (loop's thread).
+
+        Where nothing is out of its answer the client gets 504, else the connection is closed. `sent` is what was out
+        on the connection; if it is more by now, nothing is done. The thread goes on, and learns at its next write.
+        """
+        if not self.outbuf_lock.acquire(blocking=False):  # its thread is about to send
+            return
+        try:
+            out = self.flushed + self.total_outbufs_len
+            if self.stream_over or not self.connected or request.answered or out != sent:
+                return
+            cut, begun = request.cut(why), sent > request.starts_at
+            if not begun:
+                self.answer_instead(504, "The app did not answer in time.")
+            self.stream_over = request.answered = True
+            if not self.account.cut_as(request, cut):
+                return
+        finally:
+            self.outbuf_lock.release()
+        self.account.limited("request_timeout")
+        self.context.pool.replenish()
+        if begun:
+            self.handle_close()
+        else:
+            self.close_when_flushed = True
+            self.handle_write()  # the poller leaves a connection alone whose thread has nothing to send
+            self.context.poller.touch(self)
+
+    def answer_instead(self, status: int, why: str) -> None:
+        """Answer the request that is being served in the place of the app, and close the connection."""
+        raise NotImplementedError
 
     def output_length(self) -> int:
         """All bytes ever put out on this connection, sent or not."""

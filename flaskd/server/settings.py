@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from flaskd.server.limits import Limits
+
 if TYPE_CHECKING:
     from flaskd.config import ServerConfig
 
@@ -14,6 +16,11 @@ _RESERVED_FILES = 128
 def most_connections(open_files: int) -> int:
     """How many connections so many open files allow, less a reserve."""
     return max(16, open_files - _RESERVED_FILES)
+
+
+def limits(server: ServerConfig) -> Limits:
+    """The limits of requests."""
+    return Limits(server.request_timeout, server.request_timeouts, server.queue_timeout, server.max_queue)
 
 
 def adjustments(server: ServerConfig, open_files: int) -> dict[str, Any]:

@@ -23,7 +23,10 @@ _STATUS_AT = len(_OUTCOMES)
 _CLASS_AT = {str(digit): _STATUS_AT + digit for digit in range(1, _STATUSES)}
 _TOOK_AT = _STATUS_AT + _STATUSES
 _WAITED_AT = _TOOK_AT + _BUCKETS
-COUNTS = _WAITED_AT + _BUCKETS
+_LIMITED_AT = _WAITED_AT + _BUCKETS
+LIMITS = ("request_timeout", "queue_timeout", "max_queue")
+"""The limits that are counted, by the names of their settings."""
+COUNTS = _LIMITED_AT + len(LIMITS)
 """How many counts there are of a tally."""
 SUMS = 2
 """How many sums of seconds: how long requests took, and how long they waited."""
@@ -55,14 +58,15 @@ class Tally:
     """Requests by outcome and by class of their status; how long they took, and how long they waited for a thread.
 
     `outcomes` has ``completed``, ``rejected``, ``cut`` and ``gone`` (the client left). `statuses` is indexed by the
-    first digit of the status; 0 is for those without an answer. Times run from a request's first byte to the moment
-    that the kernel took the last of its answer.
+    first digit of the status; 0 is for those without an answer. `limited` has how often each limit did something.
+    Times run from a request's first byte to the moment that the kernel took the last of its answer.
     """
 
     outcomes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_OUTCOMES, 0))
     statuses: list[int] = field(default_factory=lambda: [0] * _STATUSES)
     took: Histogram = field(default_factory=Histogram)
     waited: Histogram = field(default_factory=Histogram)
+    limited: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LIMITS, 0))
 
     def __add__(self, other: Tally) -> Tally:
         """Both together, as for two workers."""
@@ -71,6 +75,7 @@ class Tally:
             _sums(self.statuses, other.statuses),
             self.took + other.took,
             self.waited + other.waited,
+            {limit: count + other.limited[limit] for limit, count in self.limited.items()},
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -80,6 +85,7 @@ class Tally:
             "statuses": {f"{digit}xx": self.statuses[digit] for digit in range(1, 6)},
             "bounds": list(BOUNDS),
             "took": {"counts": list(self.took.counts), "sum": round(self.took.total, 6)},
+            "limited": dict(self.limited),
             "waited": {"counts": list(self.waited.counts), "sum": round(self.waited.total, 6)},
         }
 
@@ -110,6 +116,10 @@ class Counts:
             counts[_WAITED_AT + bisect_left(BOUNDS, seconds)] += 1
             sums[1] += seconds
 
+    def limited(self, limit: str) -> None:
+        """Count what a limit did (callers hold a lock)."""
+        self._counts[_LIMITED_AT + LIMITS.index(limit)] += 1
+
     def tally(self) -> Tally:
         """What has been counted so far; a copy."""
         counts, (took, waited) = list(self._counts), self._sums
@@ -117,5 +127,6 @@ class Counts:
             dict(zip(_OUTCOMES, counts, strict=False)),
             counts[_STATUS_AT:_TOOK_AT],
             Histogram(counts[_TOOK_AT:_WAITED_AT], took),
-            Histogram(counts[_WAITED_AT:], waited),
+            Histogram(counts[_WAITED_AT:_LIMITED_AT], waited),
+            dict(zip(LIMITS, counts[_LIMITED_AT:], strict=True)),
         )

@@ -36,6 +36,10 @@ class Task(Protocol):
     def kind(self) -> str:
         """What takes about as long as this one, by name; empty where nobody can say."""
 
+    @property
+    def waits_since(self) -> float:
+        """Since when it waits, a time.monotonic() moment; infinity for what may wait as long as it takes."""
+
     def service(self) -> float:
         """Run it; gives how many seconds that took."""
 
@@ -43,8 +47,8 @@ class Task(Protocol):
 class ThreadPool:
     """The threads of one server, and the queue of what is complete and has no place yet, the oldest first.
 
-    A thread that goes on with a request that is over (cut, or a stream that was ended) is lost: there is one place
-    more in exchange, until it comes back.
+    A thread that goes on with a request that is over (cut, given up, or a stream that was ended) is lost: there is one
+    place more in exchange, until it comes back; but at most twice as many as there should be.
     """
 
     def __init__(self, size: int) -> None:
@@ -195,7 +199,11 @@ class ThreadPool:
     @property
     def full(self) -> bool:
         """Whether all places are taken (any thread)."""
-        return self._running >= min(self._places, len(self._numbers) - 1)
+        return not self._free
+
+    @property
+    def _free(self) -> int:
+        return max(0, min(self._places, len(self._numbers) - 1) - self._running)
 
     @property
     def busy(self) -> int:
@@ -221,7 +229,16 @@ class ThreadPool:
                 self._wake()
 
     def _set(self, size: int) -> None:
-        self.size, self._places = size, size + len(self.lost)
+        self.size = size
+        self._count_places()
+
+    def _count_places(self) -> None:
+        self._places = self.size + min(len(self.lost), self.size)
+
+    @property
+    def short(self) -> int:
+        """How many of the threads that should be there are lost, and not replaced (any thread)."""
+        return max(0, len(self.lost) - self.size)
 
     def replenish(self) -> None:
         """Have as many free threads as there should be, or as many of them as can be had."""
@@ -242,14 +259,14 @@ class ThreadPool:
             self.lost.add(request)
             if request.over:  # in this moment, and so `come_back` did not see it among the lost
                 self.lost.discard(request)
-            self._places = self.size + len(self.lost)
+            self._count_places()
 
     def come_back(self, request: Request) -> None:
         """Note that the app is done with a request; its thread may have been lost (any thread)."""
         with self._lock:
             if request in self.lost:
                 self.lost.discard(request)
-                self._places = self.size + len(self.lost)
+                self._count_places()
                 if not self.ending:
                     self._replenish()
 
@@ -267,9 +284,18 @@ class ThreadPool:
         """
         with self._lock:
             self.queue.append(task)
-            depth = len(self.queue) - max(0, self._places - self._running)
+            depth = len(self.queue) - self._free
         if depth > 0:
             _queue_log.warning("Task queue depth is %d", depth)
+
+    def crowded(self, most: int) -> bool:
+        """Whether so many tasks wait for a place already, while none is free (any thread)."""
+        return len(self.queue) - self._free >= most
+
+    def take_late(self, late: Callable[[float], bool]) -> Any:
+        """Take the oldest connection out of the queue, if it is late, by when it came there, and no place is free."""
+        with self._lock:
+            return self.queue.popleft() if self.queue and self.full and late(self.queue[0].waits_since) else None
 
     def run(self, function: Callable[[], None]) -> None:
         """Run a function in one of the places (any thread)."""
@@ -320,6 +346,7 @@ class _FunctionTask:
     """A function in the shape of a task."""
 
     kind = ""
+    waits_since = float("inf")
 
     def __init__(self, function: Callable[[], None]) -> None:
         self._function = function

@@ -86,13 +86,30 @@ class WorkersStart:
 
 
 @dataclass(frozen=True)
+class TroubleChanged:
+    """What `ServingSnapshot.trouble` says has changed."""
+
+
+@dataclass(frozen=True)
 class Work:
     """Something of what serves is to be done in the thread of the events."""
 
     run: Callable[[], None]
 
 
-ServingEvent = Ready | Failed | Drained | StepBegan | StepEnded | CleanupOver | Died | Renewed | WorkersStart | Work
+ServingEvent = (
+    Ready
+    | Failed
+    | Drained
+    | StepBegan
+    | StepEnded
+    | CleanupOver
+    | Died
+    | Renewed
+    | WorkersStart
+    | TroubleChanged
+    | Work
+)
 
 
 @dataclass(frozen=True)
@@ -119,6 +136,10 @@ class ServingSnapshot:
     """How many workers died that were not told to."""
     cut_by_deaths: int = 0
     """How many requests, read whole, died with them."""
+    recycled: dict[str, int] = field(default_factory=dict)
+    """How many workers were replaced because they had reached a limit, by its key in `pool`."""
+    trouble: str = ""
+    """What is not as it should be while it serves, for people."""
 
     @property
     def oldest(self) -> InFlight | None:

@@ -13,7 +13,7 @@ from flaskd.cleanup import Plan
 from flaskd.config import Config, Configuration
 from flaskd.lifecycle import StopReason
 from flaskd.process.exit import Unfinished
-from flaskd.server import Board, Drain
+from flaskd.server import Board, Drain, limits
 from flaskd.serving import launch, loading
 from flaskd.serving.api import Account, CleanupOver, Died, Drained, Failed, Ready, ServingEvent, StepBegan, StepEnded
 from flaskd.serving.forecast import Forecast
@@ -200,9 +200,11 @@ class InProcess(Shown):
     def _set_server(self, config: Config) -> None:
         server, drain = self._running, config.shutdown.drain
         server.set_threads(config.server.threads)
+        server.limit(limits(config.server))
         server.set_graces(drain.keepalive_grace, drain.stream_grace)
         server.answer_health(config.health.path or "", self._readiness)
         server.tell_answers(self._answered if config.log.access != "off" else None)
+        server.give_ids(on=config.log.request_id)
 
     def _watch_idle(self, config: Config) -> None:
         idle = config.shutdown.idle

@@ -24,7 +24,6 @@ class Alone:
     """What a `Serving` without workers says of them."""
 
     renews = False
-    unready = ""
     may_resume = True
 
     def renew(self, configuration: Configuration, *, only_configuration: bool) -> None:
@@ -71,6 +70,12 @@ class Shown(Alone):
     def silent_for(self) -> float:
         """Seconds since the loop last turned."""
         return self._server.silent_for if self._server is not None else 0.0
+
+    @property
+    def unready(self) -> str:
+        """Why requests cannot be answered as they should be: threads are missing."""
+        short = self._server.short if self._server is not None else 0
+        return f"{short} threads are lost in requests that hang" if short else ""
 
     def snapshot(self) -> ServingSnapshot:
         """What there is to know."""

@@ -32,6 +32,7 @@ from flaskd.notices import (
     Resumed,
     SignalRefused,
     Starting,
+    StatusChanged,
     StepsTake,
     StopBegan,
     Stopped,
@@ -144,7 +145,7 @@ class Service:
                 tell.status(f"draining: {in_flight} in flight")
             case DrainEnded(report, state) if state is State.DRAINED:
                 tell.status(f"drained: {report}")
-            case Resumed(status):
+            case Resumed(status) | StatusChanged(status):
                 tell.status(status)
             case ReloadBegan(since):
                 tell.reloading(since)

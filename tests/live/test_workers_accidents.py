@@ -156,6 +156,7 @@ def clients(url: str, count: int, path: str = "/?{}") -> Iterator[dict[str, Any]
 )
 def test_a_request_that_ends_its_worker_is_named(served: Flaskd, path: str, how: str) -> None:
     """So is all else that the worker had read; its connections are counted, its slot is filled, others notice nothing."""
+    served.write("flaskd.yaml", "log: {request_id: true}\n")
     start(served)
     before, url = whole(served, 2), served.url
     # Its slot alone: one worker takes both, because it is found out which one has the first.
@@ -175,6 +176,7 @@ def test_a_request_that_ends_its_worker_is_named(served: Flaskd, path: str, how:
     died = {each["pid"]: each for each in deaths(served)}
     assert how in died[victim]["how"]
     assert {each["path"] for each in died[victim]["cut"]} >= {"/hold", path}
+    assert all(f"request_id={each['request_id']}): its worker is gone" in served.log for each in died[victim]["cut"])
     assert died[victim]["connections"] >= 2
     assert isinstance(held.result(), Exception)
     assert served.status()["tally"]["outcomes"]["cut"] == sum(len(each["cut"]) for each in died.values())

@@ -16,7 +16,10 @@ EVERY_KEY = {
         "trusted_proxy_headers": "forwarded", "url_scheme": "https", "url_prefix": "/shop", "channel_timeout": "9s",
         "max_request_body_size": 9, "max_request_header_size": 9, "backlog": 9, "ident": "", "threads": 9,
     },
-    "pool": {"start_timeout": "9s", "surge": 2, "preload": True, "canary": "9s", "stuck_after": "9s"},
+    "pool": {
+        "start_timeout": "9s", "surge": 2, "preload": True, "canary": "9s", "stuck_after": "9s",
+        "max_requests": 9, "max_age": "9s", "max_memory": "9MiB",
+    },
     "profile": "production",
     "control": {"mode": "0600", "group": "root", "required": True},
     "admin": {"listen": ":2", "allowed_hosts": "x"},

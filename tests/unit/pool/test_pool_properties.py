@@ -43,10 +43,16 @@ class AnyPool(RuleBasedStateMachine):
         self.reloading = False
         self.last = 0
 
-    @initialize(workers=st.integers(1, 3), surge=st.integers(1, 2), canary=st.sampled_from([None, "3s"]))
-    def begin(self, workers: int, surge: int, canary: str | None) -> None:
+    @initialize(
+        workers=st.integers(1, 3),
+        surge=st.integers(1, 2),
+        canary=st.sampled_from([None, "3s"]),
+        limits=st.sampled_from([{}, {"max_requests": 2}, {"max_age": "40s"}]),
+    )
+    def begin(self, workers: int, surge: int, canary: str | None, limits: dict) -> None:
+        self.keys = {"surge": surge, **limits}
         self.surge = surge
-        self.pool = self.world.started(workers, pool={"surge": surge, "canary": canary})
+        self.pool = self.world.started(workers, pool={**self.keys, "canary": canary})
         self.slots = pool_kit.slots_of(self.pool)
 
     def _told(self) -> Told:
@@ -96,6 +102,12 @@ class AnyPool(RuleBasedStateMachine):
             data.draw(st.sampled_from(ready)).takes()
             self.taken += 1
 
+    @rule(data=st.data())
+    def worker_answers_all(self, data: st.DataObject) -> None:
+        ready = [each for each in self.world.alive if each.serves]
+        if ready:
+            data.draw(st.sampled_from(ready)).finish_all()
+
     @rule()
     def all_go_on(self) -> None:
         self.world.settle()
@@ -113,8 +125,7 @@ class AnyPool(RuleBasedStateMachine):
     @precondition(lambda self: not self.reloading and not self.drained)
     @rule(workers=st.sampled_from([None, 1, 2, 3]))
     def reload(self, workers: int | None) -> None:
-        keys = {"surge": self.surge}
-        config = pool_kit.configuration(workers or self.slots.wanted, pool=keys)
+        config = pool_kit.configuration(workers or self.slots.wanted, pool=self.keys)
         self.reloading = True
         self.reloads += 1
         self.pool.renew(config, only_configuration=False)
@@ -226,4 +237,6 @@ AnyPool.TestCase.settings = settings(
     max_examples=1000 if LONG else 40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestAnyPool = pytest.mark.filterwarnings("default")(AnyPool.TestCase)
-TestAnyPool.__doc__ = """Crashes, failures, reloads, scales, restarts, drains, resumes and a stop, in any order."""
+TestAnyPool.__doc__ = (
+    """Crashes, failures, limits, reloads, scales, restarts, drains, resumes and a stop, in any order."""
+)

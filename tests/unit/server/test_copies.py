@@ -102,6 +102,16 @@ def test_where_all_are_busy_requests_wait_for_a_place(busy, worker, connect, app
     assert [each.response().status for each in clients] == [200] * 12
 
 
+def test_a_long_backlog_is_taken_soon(busy, connect, app):
+    """Where all are busy, and more wait than there are places, they are not left in the kernel for 20 ms each."""
+    began = time.monotonic()
+    clients = [connect(busy).send("/hello") for _ in range(60)]
+    patience.until(lambda: busy.queued == len(clients))
+    assert time.monotonic() - began < len(clients) * aside.ASIDE
+    app.released.set()
+    assert {each.response().status for each in clients} == {200}
+
+
 def test_the_health_path_is_answered_while_all_are_busy(busy, connect):
     """In less time than a probe waits."""
     busy.answer_health("/up", lambda: ("200 OK", "ready"))

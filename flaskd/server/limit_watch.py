@@ -1,0 +1,123 @@
+"""Keeps the limits of time: what hangs is given up, and what waited too long for a thread is refused."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from flaskd.log.setup import bounded_by
+from flaskd.server.channel import Channel
+from flaskd.server.connections import Connections
+from flaskd.server.limits import Limits
+from flaskd.server.lines import path_pattern
+from flaskd.server.request import Request
+from flaskd.server.timers import NEVER
+from flaskd.units import format_duration
+
+log = logging.getLogger("flaskd.server")
+
+_LOOKS = 10
+"""How often at least the queue, and requests whose answer has begun, are looked at within the time that they have."""
+_LEAST = 0.02
+"""Seconds that are left between two looks."""
+_STOOD = 1.0
+"""Seconds that a look may be late; a later one shows that the process stood still, which no request is to blame for."""
+
+
+class LimitWatch:
+    """Gives up requests that hang, and refuses those that waited too long for a thread, in the loop's thread.
+
+    A request hangs when the app has had its time since a thread began to run it, or since the kernel last took some of
+    its answer: what moves on is a long answer, and what waits for the client to read is not the app's fault. A stream
+    is meant to last (`flaskd.server.streams`). The loop looks when the first of them may be due, and not before: while
+    nothing takes long, a request costs nothing.
+    """
+
+    def __init__(self, connections: Connections, limits: Limits) -> None:
+        self._context = connections.context
+        self._limits = limits
+        patterns = [(*path_pattern(written), written, seconds) for written, seconds in limits.timeouts.items()]
+        # An exact path before all others, then the longest beginning.
+        self._patterns = sorted(patterns, key=lambda each: (each[0], -len(each[1])))
+        self._moved: dict[int, tuple[int, float]] = {}
+        """How much was sent of the answers that have begun, by the request's id, and since when it is so much."""
+        self._stood_until = self._stood_for = 0.0
+        """When the process last stood still, and for how many seconds."""
+        self.next_look = time.monotonic()
+        """The time.monotonic() moment at which something may be due."""
+
+    def look(self, now: float) -> None:
+        """Give up and refuse what is due, and find out when to look again."""
+        if (late := now - self.next_look) > _STOOD:
+            self._stood_until, self._stood_for = now, late
+        moments = [now + self._limits.shortest, self._look_at_queue(now), self._look_at_requests(now)]
+        self.next_look = max(min(moments), now + _LEAST)
+
+    def _excuse(self, since: float) -> float:
+        """Seconds for which nobody could do anything about what began at that moment."""
+        return self._stood_for if since < self._stood_until else 0.0
+
+    # --- who waits for a thread -----------------------------------------------------------------------------------
+
+    def _look_at_queue(self, now: float) -> float:
+        if (limit := self._limits.queue_timeout) is None:
+            return NEVER
+        pool = self._context.pool
+        while (channel := pool.take_late(lambda since: since + limit + self._excuse(since) <= now)) is not None:
+            self._refuse(channel, now - channel.waits_since)
+        return now + limit / _LOOKS if pool.queue else NEVER
+
+    def _refuse(self, channel: Channel, waited: float) -> None:
+        if not (channel.requests and channel.connected):  # its client left, and nobody else will free what it sent
+            for request in channel.requests:
+                request.close()
+            return
+        channel.refuse("queue_timeout")
+        request = channel.requests[0]
+        log.warning(
+            f"refused {request.snapshot()} with 503: it waited {waited:.1f}s for a thread "
+            f"(server.queue_timeout is {format_duration(self._limits.queue_timeout or 0)})",
+            extra=bounded_by("requests that waited too long for a thread"),
+        )
+        channel.serve_here()
+
+    # --- what hangs -----------------------------------------------------------------------------------------------
+
+    def _look_at_requests(self, now: float) -> float:
+        moved, self._moved = self._moved, {}
+        moment = NEVER
+        if self._limits.timeout is None and not self._patterns:
+            return moment
+        streams = self._context.account.streams
+        for request in list(self._context.account.in_hand.values()):
+            if request.thread is None or not request.began or request.answered or request.channel in streams:
+                continue
+            limit, name = self._limit_of(request)
+            if limit is None:
+                continue
+            since = self._moved_at(request, moved, now)
+            due = max(since + limit + self._excuse(since), request.more_until)
+            if due <= now:
+                request.channel.give_up(request, f"the app takes longer than {name} allows", request.channel.flushed)
+                moment = min(moment, now + limit / _LOOKS)  # where it could not be done in this moment
+            else:
+                moment = min(moment, due, now + limit / _LOOKS if request.id in self._moved else due)
+        return moment
+
+    def _moved_at(self, request: Request, before: dict[int, tuple[int, float]], now: float) -> float:
+        """When the app began, or some of its answer was last seen to go out."""
+        sent, waits = request.channel.flushed, request.channel.total_outbufs_len
+        if sent <= request.starts_at and not waits:
+            return request.began
+        was, since = before.get(request.id, (-1, now))
+        since = now if waits or sent != was else since
+        self._moved[request.id] = (sent, since)
+        return since
+
+    def _limit_of(self, request: Request) -> tuple[float | None, str]:
+        """How long the app may take for a request, and what says so."""
+        for begins, path, written, seconds in self._patterns:
+            if request.path == path or (begins and request.path.startswith(path)):
+                return seconds, f"server.request_timeouts ({written}: {format_duration(seconds or 0)})"
+        seconds = self._limits.timeout
+        return seconds, f"server.request_timeout ({format_duration(seconds or 0)})"

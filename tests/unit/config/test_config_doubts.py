@@ -1,0 +1,67 @@
+"""What is valid and surely not meant is said, with its place, and nothing else is."""
+
+import pytest
+
+from flaskd.config import load, load_mapping
+
+
+def doubts(text, tmp_path, **more):
+    path = tmp_path / "flaskd.yaml"
+    path.write_text(text)
+    return [str(each).removeprefix(str(path)) for each in load(path, actions={}, environ={}, **more).doubts]
+
+
+def test_the_defaults_raise_none(tmp_path):
+    """Nor does a file in which nothing contradicts."""
+    assert doubts("", tmp_path) == []
+    assert doubts("server: {request_timeout: 15s, queue_timeout: 5s, max_queue: 100}", tmp_path) == []
+
+
+@pytest.mark.parametrize(("text", "place", "words"), [
+    ("server:\n  request_timeout: 30s\n", ":2:20 server.request_timeout", ["30s", "shutdown.drain.timeout (15s)", "cuts it"]),
+    ("server:\n  request_timeouts:\n    /export/*: 10m\n", ':3:16 server.request_timeouts."/export/*"', ["10m"]),
+    ("shutdown: {deadline: 10s}\n", ":1:22 shutdown.deadline",
+     ["a drain may take 15s (shutdown.drain.timeout)", "in a stop it has 7s", "shutdown.reserve (3s)"]),
+    ("shutdown: {announce: 10s}\n", ":1:22 shutdown.announce", ["has 12s", "less shutdown.announce (10s)"]),
+    ("shutdown: {drain: {timeout: 23s}}\n", ":1:29 shutdown.drain.timeout", ["has 22s"]),
+    ("shutdown: {drain: {stream_grace: 20s}}\n", ":1:34 shutdown.drain.stream_grace", ["20s", "15s"]),
+    ("shutdown: {drain: {keepalive_grace: 20s}}\n", ":1:37 shutdown.drain.keepalive_grace", ["20s", "15s"]),
+    ("server: {max_queue: 10, connection_limit: 12}\n", ":1:21 server.max_queue", ["is 10", "12 connections", "and 4"]),
+    ("server: {request_timeout: 10s}\nsystemd: {stuck_after: 10s}\n", ":2:24 systemd.stuck_after", ["flaskd is restarted"]),
+    ("server: {request_timeout: 10s, workers: 2}\npool: {stuck_after: 5s}\n", ":2:21 pool.stuck_after", ["a worker is"]),
+    ("pool: {max_memory: 150MiB}\n", ":1:20 pool.max_memory", ["there are none (server.workers is 0)"]),
+    ("server: {workers: 0}\npool: {max_age: 1d, surge: 2}\n", ":2:17 pool.max_age", ["a limit of workers"]),
+])  # fmt: skip
+def test_a_contradiction(tmp_path, text, place, words):
+    """The place is that of what was written, and the words have both values."""
+    (found,) = doubts(text, tmp_path)
+    assert found.startswith(f"{place}: ")
+    assert all(each in found for each in words)
+
+
+@pytest.mark.parametrize("text", [
+    "server: {request_timeout: 10s}\npool: {stuck_after: 5s}\n",
+    "server: {request_timeout: 10s, workers: 2}\nsystemd: {stuck_after: 5s}\n",
+    "server: {request_timeouts: {/export/*: null}}\n",
+    "shutdown: {drain: {timeout: 22s}}\n",
+    "shutdown: {deadline: 40s, drain: {timeout: 35s}}\nserver: {request_timeout: 35s}\n",
+    "server: {max_queue: 8, connection_limit: 12}\n",
+    "server: {workers: auto}\npool: {max_memory: 150MiB, max_requests: 100}\n",
+])  # fmt: skip
+def test_what_is_none(tmp_path, text):
+    """What a key means nothing for, and what just fits."""
+    assert doubts(text, tmp_path) == []
+
+
+def test_one_from_the_command_line(tmp_path):
+    """It has no line, and says where it stands."""
+    (found,) = doubts("", tmp_path, overrides={"server.request_timeout": "30s"})
+    assert found.startswith("command line server.request_timeout: a request may take 30s")
+
+
+def test_a_secret_is_not_shown():
+    """What was interpolated is in no warning."""
+    data = {"shutdown": {"deadline": "${env:DEADLINE}"}}
+    configuration = load_mapping(data, actions={}, environ={"DEADLINE": "5s"})
+    assert configuration.values.shutdown.deadline == 5
+    assert configuration.doubts == ()

@@ -1,0 +1,386 @@
+"""Limits of requests: what hangs is given up, what waits too long or beside too many is refused, and nothing else is."""
+
+import contextlib
+import http.client
+import logging
+import threading
+import time
+
+import pytest
+from patience import until as patiently
+from server_kit import PATIENCE, answers, app, connect, get, no_thread_left, serve, until
+
+import flaskd
+from flaskd.server import Limits
+
+AFTER = 0.2
+"""Seconds; most tests wait that long."""
+
+
+@pytest.fixture
+def limited(no_thread_left, serve):
+    """Starts a server with limits."""
+
+    def start(threads=1, **limits):
+        server = serve(threads=threads)
+        server.limit(Limits(**limits))
+        assert server.turns(PATIENCE)
+        return server
+
+    return start
+
+
+def stream(environ, start_response, kind, released):
+    start_response("200 OK", [("Content-Type", kind)])
+    yield b"first"
+    released.wait()
+    yield b"last"
+
+
+# --- what hangs -------------------------------------------------------------------------------------------------------
+
+
+def test_a_request_that_hangs_is_answered_with_504(limited, connect, app, answers):
+    """Its client gets 504 in time, its connection is closed, and the access log has it."""
+    server = limited(timeout=AFTER)
+    began = time.monotonic()
+    client = connect(server).send("/gate")
+    response = client.response()
+    assert AFTER <= time.monotonic() - began < AFTER + 5
+    assert (response.status, response.last) == (504, True)
+    assert client.ended()
+    assert answers.get(timeout=PATIENCE)["status"] == 504
+
+
+def test_head_is_answered_without_a_body(limited, connect):
+    """A HEAD that hangs gets the header of the 504 alone (RFC 9110 §9.3.2)."""
+    client = connect(limited(timeout=AFTER)).send(get("/gate", method="HEAD"))
+    status, _ = client.head()
+    assert status == 504
+    assert client.ended()
+
+
+def test_its_thread_is_replaced(limited, connect, app):
+    """With one thread, others are served while that one goes on."""
+    server = limited(timeout=AFTER)
+    assert connect(server).send("/gate").response().status == 504
+    assert connect(server).ask("/hello").body == b"hello"
+    assert server.short == 0
+
+
+def test_it_is_told_with_its_stack(limited, connect, caplog):
+    """The log names request, setting and place; the account has it once, as cut and by its limit."""
+    server = limited(timeout=AFTER)
+    with caplog.at_level(logging.WARNING, "flaskd.server"):
+        connect(server).send("/gate?secret").response()
+        until(server, lambda: server.tally().limited["request_timeout"])
+        (line,) = [each.getMessage() for each in caplog.records if "cut" in each.getMessage()]
+    assert "GET /gate (running for " in line
+    assert "the app takes longer than server.request_timeout (200ms) allows" in line
+    assert "self.released.wait()" in line
+    assert "secret" not in line
+    tally = server.tally()
+    assert (tally.outcomes["cut"], tally.outcomes["completed"], tally.statuses[5]) == (1, 0, 1)
+    assert tally.limited == {"request_timeout": 1, "queue_timeout": 0, "max_queue": 0}
+    assert server.requests() == []
+
+
+def test_what_it_says_later_is_not_sent(limited, connect, app):
+    """The app comes to its end after the 504: its client reads no more, and the thread serves again."""
+    server = limited(timeout=AFTER)
+    client = connect(server).send("/gate")
+    client.response()
+    app.released.set()
+    assert client.ended()
+    patiently(lambda: not server.left_behind())
+    assert connect(server).ask("/hello").status == 200
+    assert server.tally().outcomes["cut"] == 1
+
+
+def test_an_answer_that_has_begun_is_broken_off(limited, connect):
+    """Something was sent: the connection is closed, so that the client sees an answer that is not whole."""
+    client = connect(limited(timeout=AFTER)).send("/stream")
+    with pytest.raises((http.client.IncompleteRead, ValueError)):
+        client.response()
+
+
+def test_an_answer_that_goes_on_is_not_broken_off(limited, connect, serve):
+    """Each part begins the time anew: what moves does not hang."""
+
+    def app(environ, start_response):
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        for _ in range(6):
+            time.sleep(AFTER / 2)
+            yield b"x"
+
+    server = serve(app)
+    server.limit(Limits(timeout=AFTER))
+    assert connect(server).send("/").response().body == b"xxxxxx"
+
+
+def test_a_client_that_does_not_read_is_not_a_fault_of_the_app(limited, connect):
+    """While an answer waits to be read, the app is not given up."""
+    server = limited(timeout=AFTER)
+    client = connect(server, receive_buffer=4096).send("/flood")
+    until(server, lambda: server.requests() and server.requests()[0].age > 4 * AFTER)
+    assert server.tally().limited["request_timeout"] == 0
+    client.reset()
+
+
+def test_a_stream_does_not_hang(limited, connect, serve, app):
+    """Events may be as far apart as they like."""
+    server = serve(lambda environ, start: stream(environ, start, "text/event-stream", app.released))
+    server.limit(Limits(timeout=AFTER))
+    client = connect(server).send("/")
+    client.head()
+    until(server, lambda: server.requests()[0].age > 3 * AFTER)
+    assert server.in_flight == 1
+    app.released.set()
+
+
+@pytest.mark.parametrize(("path", "given_up"), [
+    ("/gate", True), ("/gate/export", False), ("/gate/export/x", False), ("/gate/exports", True),
+    ("/gate/export/now", True), ("/gate/%65xport", False),
+])  # fmt: skip
+def test_a_path_has_a_limit_of_its_own(limited, connect, app, path, given_up):
+    """An exact path goes before the longest beginning, and that before the limit of all; null is no limit."""
+    timeouts = {"/gate/export": None, "/gate/export/*": None, "/gate/export/now": AFTER, "/gate/exp*": AFTER}
+    server = limited(timeout=AFTER, timeouts=timeouts)
+    client = connect(server).send(path)
+    app.entered(1)
+    if not given_up:
+        until(server, lambda: server.requests()[0].age > 3 * AFTER)
+        app.released.set()
+    assert client.response().status == (504 if given_up else 200)
+
+
+def test_pipelined_behind_it(limited, connect, app):
+    """What came behind a request that is given up is not begun, and its client sees the end."""
+    client = connect(limited(timeout=AFTER)).send("/gate", "/hello")
+    assert client.response().status == 504
+    assert client.ended()
+    assert app.entered(1) == {"/gate"}
+
+
+def test_so_many_threads_are_replaced(limited, connect):
+    """As many as there should be, and no more; who asks for readiness is told."""
+    server = limited(threads=2, timeout=AFTER)
+    assert [each.response().status for each in [connect(server).send("/gate") for _ in range(2)]] == [504] * 2
+    assert server.short == 0
+    assert [each.response().status for each in [connect(server).send("/gate") for _ in range(2)]] == [504] * 2
+    until(server, lambda: server.short == 2)
+    waiting = connect(server).send("/hello")
+    until(server, lambda: server.queued == 1)
+    assert waiting.server.in_flight == 1
+
+
+def test_they_come_back(limited, connect, app):
+    """When what hung is over, all threads are there again."""
+    server = limited(timeout=AFTER)
+    for _ in range(2):
+        connect(server).send("/gate").response()
+    until(server, lambda: server.short == 1)
+    app.released.set()
+    patiently(lambda: not server.short)
+    assert connect(server).ask("/hello").status == 200
+
+
+def test_a_drain_does_not_wait_for_it(limited, connect, app):
+    """Its account has nothing of a request that was given up before."""
+    server = limited(timeout=AFTER)
+    connect(server).send("/gate").response()
+    report = server.drain(PATIENCE)
+    assert (report.clean, report.completed) == (True, 0)
+    assert report.took < PATIENCE / 2
+
+
+def test_given_up_in_a_drain(limited, connect, app):
+    """The account of a drain has what is given up meanwhile, once."""
+    server = limited(timeout=AFTER)
+    client = connect(server).send("/gate")
+    app.entered(1)
+    report = server.drain(PATIENCE)
+    assert [(each.path, "request_timeout" in each.reason) for each in report.cut] == [("/gate", True)]
+    assert client.response().status == 504
+
+
+def test_a_process_that_stood_still(limited, connect, app):
+    """Time in which nothing was done at all is no request's fault."""
+    server = limited(timeout=0.5)
+    client = connect(server).send("/gate")
+    app.entered(1)
+    server.loop.call(lambda: time.sleep(1.8))  # as SIGSTOP does
+    assert server.turns(PATIENCE)
+    assert server.in_flight == 1
+    app.released.set()
+    assert client.response().status == 200
+
+
+def test_limits_change(limited, connect, app):
+    """Those of a reload count at once, for what runs already, too."""
+    server = limited()
+    client = connect(server).send("/gate")
+    app.entered(1)
+    server.limit(Limits(timeout=AFTER))
+    assert client.response().status == 504
+
+
+# --- more time --------------------------------------------------------------------------------------------------------
+
+
+def more(seconds, sleeps):
+    def app(environ, start_response):
+        told = str(flaskd.more_time(seconds)).encode()
+        threading.Event().wait(sleeps)
+        start_response("200 OK", [])
+        return [told]
+
+    return app
+
+
+def test_an_app_asks_for_more_time(serve, connect):
+    """A request that says so takes longer than its limit."""
+    server = serve(more(PATIENCE, 2 * AFTER))
+    server.limit(Limits(timeout=AFTER))
+    assert connect(server).send("/").response().body == b"True"
+
+
+def test_more_time_ends(serve, connect):
+    """It is as much as was asked for, from then on."""
+    server = serve(more(2 * AFTER, PATIENCE / 10))
+    server.limit(Limits(timeout=AFTER))
+    began = time.monotonic()
+    assert connect(server).send("/").response().status == 504
+    assert time.monotonic() - began >= 2 * AFTER
+
+
+def test_less_time_is_not_asked_for(serve, connect):
+    """The limit counts where it allows more."""
+    server = serve(more(0, 2 * AFTER))
+    server.limit(Limits(timeout=4 * AFTER))
+    assert connect(server).send("/").response().status == 200
+
+
+def test_outside_a_request():
+    """There is nothing to extend, and nothing is raised: the app runs under other servers, too."""
+    assert flaskd.more_time(5) is False
+
+
+@pytest.mark.parametrize("seconds", [-1, float("inf"), float("nan"), "5", None, True])
+def test_what_is_no_time(seconds):
+    """The fault names what was given."""
+    with pytest.raises(ValueError, match="cannot give a request more time: expected a number of seconds, got"):
+        flaskd.more_time(seconds)
+
+
+# --- who waits for a thread -------------------------------------------------------------------------------------------
+
+
+def test_who_waits_too_long_is_refused(limited, connect, app, answers, caplog):
+    """503 with Retry-After, and the app does not see it; the connection goes on."""
+    server = limited(queue_timeout=AFTER)
+    connect(server).send("/gate")
+    app.entered(1)
+    waiting = connect(server)
+    began = time.monotonic()
+    response = waiting.send("/hello").response()
+    assert time.monotonic() - began >= AFTER
+    assert (response.status, response.headers["Retry-After"], response.last) == (503, "5", False)
+    assert b"too many requests wait" in response.body
+    assert answers.get(timeout=PATIENCE)["status"] == 503
+    tally = server.tally()
+    assert (tally.outcomes["rejected"], tally.limited["queue_timeout"]) == (1, 1)
+    assert "server.queue_timeout is 200ms" in caplog.text
+    app.released.set()
+    assert waiting.send("/hello").response().status == 200
+    assert app.entered(1) == {"/hello"}
+
+
+def test_the_oldest_go_first(limited, connect, app):
+    """Who waits for less is still served."""
+    server = limited(queue_timeout=4 * AFTER)
+    connect(server).send("/gate")
+    app.entered(1)
+    early = connect(server).send("/hello/early")
+    until(server, lambda: server.queued == 1)
+    patiently(lambda: server.requests()[-1].age > 2 * AFTER)
+    late = connect(server).send("/hello/late")
+    assert early.response().status == 503
+    app.released.set()
+    assert late.response().status == 200
+
+
+def test_a_client_that_left_the_queue(limited, connect, app):
+    """Who has gone is not answered, and does no harm."""
+    server = limited(queue_timeout=AFTER)
+    connect(server).send("/gate")
+    app.entered(1)
+    connect(server).send("/hello").reset()
+    until(server, lambda: server.queued == 0)
+    app.released.set()
+    assert connect(server).ask("/hello").status == 200
+
+
+def test_pipelined_requests_wait_since_their_turn(limited, connect, app):
+    """One that waited for the answer before it on its connection has not waited for a thread."""
+    server = limited(queue_timeout=AFTER)
+    client = connect(server).send("/gate", "/hello")
+    app.entered(1)
+    until(server, lambda: server.requests()[0].age > 3 * AFTER)
+    app.released.set()
+    assert [client.response().status for _ in range(2)] == [200, 200]
+
+
+def test_so_many_may_wait(limited, connect, app):
+    """One more than `max_queue` is refused at once; what waits is served."""
+    server = limited(max_queue=1)
+    first = connect(server).send("/gate")
+    app.entered(1)
+    second = connect(server).send("/hello")
+    until(server, lambda: server.queued == 1)
+    response = connect(server).send("/hello").response()
+    assert (response.status, response.headers["Retry-After"]) == (503, "5")
+    assert server.tally().limited["max_queue"] == 1
+    app.released.set()
+    assert [first.response().status, second.response().status] == [200, 200]
+
+
+def test_nothing_is_refused_while_threads_are_free(limited, connect):
+    """With no queue at all, many requests one after the other are all served."""
+    server = limited(threads=2, max_queue=0, queue_timeout=0.001)
+    client = connect(server)
+    assert {client.ask("/hello").status for _ in range(300)} == {200}
+
+
+def test_a_burst_within_the_threads(limited, connect, app):
+    """As many at once as there are threads are no queue."""
+    server = limited(threads=4, max_queue=0)
+    clients = [connect(server).send("/gate") for _ in range(4)]
+    app.entered(4)
+    app.released.set()
+    assert [each.response().status for each in clients] == [200] * 4
+
+
+def test_a_probe_waits(limited, connect, app):
+    """What asks from inside is not refused for a limit of the clients'."""
+    server = limited(max_queue=0, queue_timeout=AFTER)
+    connect(server).send("/gate")
+    app.entered(1)
+    asked = []
+    with contextlib.ExitStack() as stack:
+        thread = threading.Thread(target=lambda: asked.append(server.probe("/hello", PATIENCE)))
+        thread.start()
+        stack.callback(thread.join)
+        until(server, lambda: server.queued == 1)
+        patiently(lambda: server.requests()[0].age > 3 * AFTER)
+        app.released.set()
+    assert asked == [200]
+
+
+def test_health_is_answered_while_all_hang(limited, connect, app):
+    """The health path needs no thread, and no place in the queue."""
+    server = limited(max_queue=0)
+    server.answer_health("/healthz", lambda: ("200 OK", "ready"))
+    connect(server).send("/gate")
+    app.entered(1)
+    assert connect(server).send("/healthz").response().status == 200
