@@ -101,7 +101,7 @@ def pause_all(steps: Iterable[Step], paused: list[Any]) -> None:
 
     `paused` gets them, also where one of them raises.
     """
-    things = {id(each): each for step in steps if step.takes == PAUSE.takes for _, each in objects_of(step)}
+    things = {id(each): each for step in steps if step.action.takes == PAUSE.takes for _, each in objects_of(step)}
     with AppCode():
         running = [each for each in things.values() if each.state == _RUNNING]  # not those that the app has paused
         paused += running
