@@ -48,7 +48,7 @@ _HOME = {
     "ControlClient": "flaskd.client",
     "DrainReport": "flaskd.ledger",
     "FlaskdError": "flaskd.errors",
-    "ServerProcess": "flaskd.workers",
+    "ServerProcess": "flaskd.workers.process",
     "ServerThread": "flaskd.serving.embedded",
     "ShutdownEndpoint": "flaskd.admin",
     "background": "flaskd.background_work",
