@@ -43,6 +43,7 @@ class Held:
     listen: tuple[str, ...] = ()
     url: str | None = None
     admin: tuple[str, ...] = ()
+    agent: tuple[str, ...] = ()
     shutdown_endpoints: tuple[str, ...] = ()
     previous: str | None = None
     """How the run before this one died; None when it came to its end."""
@@ -135,6 +136,7 @@ class Snapshot:
             "listen": list(self.held.listen),
             "url": self.held.url,
             "admin": list(self.held.admin),
+            "agent": list(self.held.agent),
             "in_flight": len(serving.in_flight),
             "oldest": str(oldest) if oldest else None,
             "background": [each.as_json() for each in serving.background],

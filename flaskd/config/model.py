@@ -186,11 +186,14 @@ class ControlConfig(Settings):
 
 
 class AdminConfig(Settings):
-    """Health, metrics and status over HTTP, on addresses of their own: /livez /readyz /metrics /status.json."""
+    """On addresses of their own: /livez /readyz /metrics /status.json over HTTP, and the agent."""
 
     listen: OneOrMany[Listen] = _restart([], "Addresses; none: a socket passed in as admin, else there is no listener.")
     allowed_hosts: OneOrMany[SomeText] = _restart(
         [], "Host names, beside addresses and localhost, by which metrics and status may be asked for; *: any."
+    )
+    agent: OneOrMany[Listen] = _restart(
+        [], "Addresses for HAProxy's agent-check; none: a socket passed in as agent, else there is no agent."
     )
 
 
