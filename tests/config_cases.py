@@ -131,6 +131,14 @@ WRONG = [
             '1:62 pool.stuck_after: expected more than 0, got "0s"',
         ],
     ),
+    (
+        "pool: {max_requests: 0, max_age: 0s, max_memory: 0}",
+        [
+            "1:22 pool.max_requests: expected at least 1, got 0",
+            '1:34 pool.max_age: expected more than 0, got "0s"',
+            "1:50 pool.max_memory: expected at least 1, got 0",
+        ],
+    ),
     ("server: {listen: 8000}", [f"1:18 server.listen: {LISTEN}, got 8000"]),
     (
         'server: {listen: [":80", "[::1", "[1.2.3.4]:80", "1.2.3:80", "a b:1"]}',

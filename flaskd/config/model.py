@@ -141,6 +141,9 @@ class LogConfig(Settings):
         "auto", description="auto: fields in the journal, colour on a terminal, plain text otherwise."
     )
     access: Literal["off", "common", "combined", "json"] = field("combined", description="Access log format.")
+    request_id: bool = field(
+        False, description="Whether each request has an X-Request-ID, which the app and the client are told."
+    )
 
 
 class HealthConfig(Settings):

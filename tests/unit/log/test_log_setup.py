@@ -215,10 +215,20 @@ def test_a_level_that_is_none_is_an_error():
             {"referer": "http://a/", "agent": "", "client": "unix", "status": 404},
             'unix - - [14/Nov/2023:22:13:20 +0000] "GET /shop?q=1 HTTP/1.1" 404 12 "http://a/" "-"',
         ),
+        (
+            "common",
+            {"request_id": "4bf9", "traceparent": "00-x"},
+            '192.0.2.7 - - [14/Nov/2023:22:13:20 +0000] "GET /shop?q=1 HTTP/1.1" 200 12 request_id=4bf9 traceparent=00-x',
+        ),
+        (
+            "combined",
+            {"request_id": "4bf9"},
+            '192.0.2.7 - - [14/Nov/2023:22:13:20 +0000] "GET /shop?q=1 HTTP/1.1" 200 12 "-" "curl/8" request_id=4bf9',
+        ),
     ],
 )
 def test_access_lines(access, more, line):
-    """Common and combined are what every log reader knows."""
+    """Common and combined are what every log reader knows; what a request is called stands behind that."""
     with logging_to(stderr := Stream(), access=access):
         log_access(access, fields(**more))
     assert stderr.lines() == [line]
