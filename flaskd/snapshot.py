@@ -69,6 +69,8 @@ class Snapshot:
     log_level: str
     config: str | None
     counts: Counts = field(repr=False)
+    instance: str = ""
+    """What this flaskd is called among others."""
 
     @property
     def progress(self) -> dict[str, Any]:
@@ -132,6 +134,7 @@ class Snapshot:
             "reason": self.reason,
             "pid": os.getpid(),
             "name": self.name,
+            "instance": self.instance,
             "app": self.app,
             "listen": list(self.held.listen),
             "url": self.held.url,

@@ -142,6 +142,7 @@ class ServerThread:
             backlog=server.backlog,
             adjustments=adjustments(server, open_files.limit()),
             ids=self._config.log.request_id,
+            served_by=self._config.served_by,
             **graces,
         )
 
