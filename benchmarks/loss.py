@@ -8,9 +8,11 @@ holds and the server inherits (LISTEN_FDS), so that nothing need be refused; ``d
 
 With ``--workers`` there are six more, in each of which one server serves on: ``reload`` brings new code, ``replace``
 gives one slot after the other a new worker (`flaskd restart SLOT`), ``scale`` takes two workers more and lets them go,
-``bad`` brings code that does not load, answers 500, exits or hangs, and ``kill`` sends SIGKILL to a worker. There a
-worker's own connections may be hurt and no others, and flaskd has to name (`flaskd workers --json`) what the app had
-begun in it and not ended: the app notes both in a file. A kill waits until there is more than one worker again.
+``bad`` brings code that does not load, answers 500, exits or hangs, ``leak`` has each request leak 1 MB, so that
+workers are replaced for their memory (`pool.max_memory`), which none may exceed by more than 30 %, and ``kill`` sends
+SIGKILL to a worker. There a worker's own connections may be hurt and no others, and flaskd has to name (`flaskd workers
+--json`) what the app had begun in it and not ended: the app notes both in a file. A kill waits until there is more than
+one worker again. A cycle of ``leak`` is 6 s.
 
 ``_load.py`` says what each column means. The exit status is 1 when flaskd lost a request (``kill``: of another worker),
 or, while its workers change, refused one or broke another promise that is named below the table.

@@ -54,19 +54,27 @@ class InFlight:
     """Bytes of its answer that the kernel has taken."""
     worker: int | None = field(default_factory=lambda: _here.slot)
     """The slot of the worker that has it; None where there are no workers."""
+    request_id: str = ""
+    """Its X-Request-ID, as a trusted proxy or this server has it; empty where there is none."""
+    traceparent: str = ""
+    """That of W3C Trace Context, likewise from a trusted proxy."""
 
     def __str__(self) -> str:
         where = f" in {self.thread}" if self.thread else ""
         if self.worker is not None:
             where += f" of worker {self.worker}"
+        if self.request_id:
+            where += f", request_id={self.request_id}"
         return f"{self.method} {self.path} ({self.phase} for {self.age:.1f}s{where})"
 
     def as_json(self) -> dict[str, Any]:
-        """Stable keys for programs."""
+        """Stable keys for programs; `worker`, `request_id` and `traceparent` are there where there is one."""
         return {
             "id": self.id, "client": self.client, "method": self.method, "path": self.path,
             "age": round(self.age, 3), "phase": self.phase, "thread": self.thread, "stack": self.stack,
             "sent": self.sent, "gone": self.gone, **({} if self.worker is None else {"worker": self.worker}),
+            **({"request_id": self.request_id} if self.request_id else {}),
+            **({"traceparent": self.traceparent} if self.traceparent else {}),
         }  # fmt: skip
 
 

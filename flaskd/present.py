@@ -60,7 +60,12 @@ def record_lines(record: Fields) -> list[str]:
 def _cut(each: Fields) -> str:
     """A request that was cut, in a few words."""
     worker = f" in worker {each['worker']}" if "worker" in each else ""
-    return f"{each['method']} {each['path']} ({each['phase']} for {each['age']:.1f}s{worker})"
+    return f"{each['method']} {each['path']} ({each['phase']} for {each['age']:.1f}s{worker}{_named(each)})"
+
+
+def _named(entry: Fields) -> str:
+    """The id of a request, where it has one."""
+    return f", request_id={entry['request_id']}" if entry.get("request_id") else ""
 
 
 def account_lines(fields: Fields) -> list[str]:
@@ -107,6 +112,7 @@ def request_line(entry: Fields) -> str:
         f"{entry['id']}: {entry['method']} {entry['path']} from {entry['client']}, {entry['phase']} for "
         f"{format_duration(entry['age'])}{where}, {entry['sent']} bytes sent"
         + (", its client has gone" if entry.get("gone") else "")
+        + _named(entry)
     )
 
 

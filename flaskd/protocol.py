@@ -157,7 +157,9 @@ def damage(record: object) -> str:
     if fault := _misfit(record, _RECORD, "", needed=("reason",)):
         return fault
     assert isinstance(record, dict)
-    faults = [_misfit(each, _REQUEST, "cut: ", needed=_REQUEST) for each in record.get("cut", ())]
+    faults = [
+        _misfit(each, {**_REQUEST, "request_id": str}, "cut: ", needed=_REQUEST) for each in record.get("cut", ())
+    ]
     faults += [_misfit(each, _WORK, "background: ", needed=_WORK) for each in record.get("background", ())]
     faults += [_misfit(each, _LEFT, "unfinished: ", needed=_LEFT) for each in record.get("unfinished", ())]
     faults += [_misfit(each, _STEP, "policies: ", needed=("fate",)) for each in record.get("policies", {}).values()]

@@ -332,7 +332,16 @@ class Side:
     """One of two servers that are compared; serves while it is open as a context manager."""
 
     def __init__(
-        self, middleware=lambda app: app, on_line=dict, *, listeners=None, threads=4, health="", **adjustments
+        self,
+        middleware=lambda app: app,
+        on_line=dict,
+        *,
+        listeners=None,
+        threads=4,
+        health="",
+        ids=False,
+        served_by="",
+        **adjustments,
     ):
         self._told, self._lines = Told(), []
         self._answers = iter(())
@@ -343,6 +352,8 @@ class Side:
             middleware(self._run),
             listeners=listeners,
             threads=threads,
+            ids=ids,
+            served_by=served_by,
             adjustments={**sizes, "inbuf_overflow": IN_MEMORY, **adjustments},
             on_answer=lambda line: self._lines.append(on_line(line)),
         )
@@ -358,6 +369,9 @@ class Side:
         """Send the pieces, each when the one before was read, and let the app give the answers in turn."""
         told = self._told = Told()
         self._answers, self._lines, log = itertools.cycle(answers), [], _Log()
+        account = self.server.loop.account
+        if account.make_id is not None:  # what is random would differ between the two
+            account.make_id = map("made-{}".format, itertools.count()).__next__
         before = self.server.tally()
         with ExitStack() as stack:
             for name in ("flaskd", "waitress"):  # and not the test's own log, which would show that of every try

@@ -107,6 +107,10 @@ WRONG = [
         ['4:3 log.level: expected each key once, got "level" again (first in line 2)'],
     ),
     ("server: 5", ["1:9 server: expected a mapping, got 5"]),
+    (
+        'server: {instance: "web 1"}',
+        [('1:20 server.instance: expected a name of 1 to 128 printable ASCII characters without blanks, got "web 1"')],
+    ),
     ("server: {threads: 0}", ["1:19 server.threads: expected at least 1, got 0"]),
     ("server: {threads: 1025}", ["1:19 server.threads: expected at most 1024, got 1025"]),
     ("server: {threads: 4.0}", ["1:19 server.threads: expected an integer, got 4.0"]),
@@ -129,6 +133,14 @@ WRONG = [
             "1:34 pool.surge: expected at least 1, got 0",
             '1:45 pool.canary: expected more than 0, got "0s"',
             '1:62 pool.stuck_after: expected more than 0, got "0s"',
+        ],
+    ),
+    (
+        "pool: {max_requests: 0, max_age: 0s, max_memory: 0}",
+        [
+            "1:22 pool.max_requests: expected at least 1, got 0",
+            '1:34 pool.max_age: expected more than 0, got "0s"',
+            "1:50 pool.max_memory: expected at least 1, got 0",
         ],
     ),
     ("server: {listen: 8000}", [f"1:18 server.listen: {LISTEN}, got 8000"]),

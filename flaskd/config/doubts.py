@@ -32,6 +32,7 @@ def doubts(config: Config, tree: Table, secrets: frozenset[Path]) -> tuple[Fault
 def _all(config: Config) -> Iterator[_Doubt]:
     yield from _of_requests(config)
     yield from _of_threads(config)
+    yield from _of_workers(config)
     yield from _of_the_queue(config)
     yield from _of_a_stop(config)
 
@@ -69,6 +70,13 @@ def _of_threads(config: Config) -> Iterator[_Doubt]:
                 f"given up that may take {format_duration(seconds)} ({longest})"
             )
             yield message, (key, longest)
+
+
+def _of_workers(config: Config) -> Iterator[_Doubt]:
+    for key in ("max_requests", "max_age", "max_memory"):
+        if not config.server.workers and getattr(config.pool, key) is not None:
+            message = "it is a limit of workers, and there are none (server.workers is 0): nothing is replaced for it"
+            yield message, (f"pool.{key}",)
 
 
 def _of_the_queue(config: Config) -> Iterator[_Doubt]:

@@ -41,6 +41,9 @@ def _line(access: Access, fields: Mapping[str, Any]) -> str:
     line += f" {fields['status']} {fields['bytes']}"
     if access == "combined":
         line += f' "{escaped(fields["referer"] or "-", _QUOTES)}" "{escaped(fields["agent"] or "-", _QUOTES)}"'
+    for name in ("request_id", "traceparent"):
+        if name in fields:  # behind what readers of these formats know, and not to be taken for a part of it
+            line += f" {name}={fields[name]}"
     return line
 
 

@@ -31,6 +31,8 @@ Format = Literal["auto", "text", "json", "journal"]
 _queue_log = logging.getLogger("waitress.queue")
 """Warns at every request that waits for a thread; that is no news to a daemon, and `status` shows how many wait."""
 
+_IN_JOURNAL = {"id": "request_id", "request_id": "x_request_id"}
+"""Keys that have another name in the journal: an id alone would be anybody's."""
 _PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 """syslog(3) priorities, as sd-daemon(3) prefixes."""
 _COLOURS = {
@@ -128,7 +130,7 @@ class _Native(_ForPeople):
         for key, value in {**self._always, **getattr(record, "fields", {})}.items():
             if value is not None:
                 text = json.dumps(value) if isinstance(value, list | dict) else str(value)
-                fields[field_name("request_id" if key == "id" else key)] = text
+                fields[field_name(_IN_JOURNAL.get(key, key))] = text
         return Entry(encode(fields), priority, self.whole(record))
 
 
@@ -293,7 +295,7 @@ class Logs:
         self._level = logging.WARNING
         self.access: Access = "off"
         self.always: dict[str, Any] = {}
-        """Fields of each line; where the format has none, a worker is named; set before the first `apply`."""
+        """Fields of each line; where the format has none, a worker is named; set before an `apply`."""
 
     def __enter__(self) -> Self:
         self._before = [(logger.level, logger.propagate) for logger in self._loggers]
@@ -369,6 +371,8 @@ class Logs:
         """Write one access line of `Request.access_fields`; what a client wrote is there up to a length."""
         if self.access == "off":
             return
+        if self.access == "json" and (instance := self.always.get("instance")):  # nothing else is added to such a line
+            fields = {**fields, "instance": instance}
         if type(self._access.formatter) is _Bare and self._adopted[access_log.name].is_ours_alone:
             self._writer.put(access_line(self.access, fields), hurry=False)  # for which no record is needed
         else:

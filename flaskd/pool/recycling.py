@@ -27,8 +27,8 @@ from flaskd.units import format_duration
 
 log = logging.getLogger("flaskd.pool")
 
-_LOOK, _LOOK_AT_MEMORY = 0.5, 0.1
-"""Seconds between two looks, and where memory is limited: so long a worker grows unseen. Some 10 µs for each worker."""
+_LOOK, _LOOK_CLOSELY = 0.5, 0.1
+"""Seconds between two looks, and while a worker has half of the memory that it may have: so long it grows unseen."""
 _JITTER = 0.1
 """The share of a limit by which a worker may stay below it, at most."""
 _GROWTH_OVER = 5.0
@@ -58,6 +58,8 @@ class _Seen:
     """Bytes, by the last reading; 0 where it was certainly below its limit."""
     resident_then: int | None = None
     """Its resident set when it was first looked at."""
+    half_full: bool = False
+    """Whether it has half of the memory that it may have."""
     ahead: float = 0.0
     """Bytes that it will have grown by when another worker is ready, if it goes on as it did so far."""
     read_again_at: float = 0.0
@@ -124,7 +126,8 @@ class Recycling:
                     self._look_at_memory(worker, seen, pool.max_memory)
             self._judge()
         finally:
-            self._later(_LOOK_AT_MEMORY if self._limits[-1] else _LOOK, self._look)
+            closely = self._limits[-1] and any(each.half_full for each in self._seen.values())
+            self._later(_LOOK_CLOSELY if closely else _LOOK, self._look)
 
     def _judge(self) -> None:
         """Replace the worker that is farthest beyond a limit, if one has reached any and it may be now."""
@@ -245,6 +248,7 @@ class Recycling:
 
     def _look_at_memory(self, worker: Handle, seen: _Seen, limit: int) -> None:
         held = resident(worker.pid)
+        seen.half_full = held is None or held >= limit / 2
         if held is not None:
             seen.resident_then = held if seen.resident_then is None else seen.resident_then
             growth = (held - seen.resident_then) / max(_GROWTH_OVER, time.monotonic() - worker.ready_at)

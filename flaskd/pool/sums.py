@@ -161,10 +161,7 @@ def all_steps(workers: Iterable[Handle]) -> dict[str, Any]:
 
 def as_cut(request: InFlight, reason: str) -> Cut:
     """A request in flight, as cut."""
-    return Cut(
-        id=request.id, client=request.client, method=request.method, path=request.path, age=request.age,
-        phase=request.phase, thread=request.thread, sent=request.sent, worker=request.worker, reason=reason,
-    )  # fmt: skip
+    return Cut(**vars(request), reason=reason)
 
 
 def _shown(worker: Handle) -> dict[str, Any]:

@@ -40,6 +40,8 @@ class Account:
         """Is called with what the access log tells of each request that was answered."""
         self.on_come: Callable[[Request], None] | None = None
         """Is called with each request that has come whole, where there is a board."""
+        self.make_id: Callable[[], str] | None = None
+        """Makes the X-Request-ID of a request that comes without one; None where requests are given none."""
         self._pool = pool
         self._board = board
         self._counts = board.counts if board is not None else Counts()

@@ -14,7 +14,7 @@ from waitress.task import hop_by_hop
 from flaskd.process.forks import AppCode
 from flaskd.server.lines import TOKEN
 from flaskd.server.streams import STREAM_TYPES, Parts
-from flaskd.server.tasks import Recorded
+from flaskd.server.tasks import ID_HEADER, Recorded
 
 log = logging.getLogger("waitress")
 """Where Waitress tells what is wrong with an answer."""
@@ -106,6 +106,8 @@ class AppTask(Recorded):
         environ["wsgi.errors"] = sys.stderr
         environ["wsgi.input"] = request.get_body_stream()
         environ.update(request.headers)
+        if request.given_id:
+            environ["flaskd.request_id"] = request.given_id
         return environ
 
     def start_response(self, status: Any, headers: Any, exc_info: Any = None) -> Any:
@@ -189,6 +191,8 @@ class AppTask(Recorded):
         if begun:  # an HTTP/1.0 client sees its end by that of the connection
             return b"0\r\n\r\n" if self.chunked_response else b""
         headers = [each for each in self.response_headers if each[0] not in {"Connection", "Transfer-Encoding"}]
+        if self.request.given_id and "X-Request-Id" not in dict(headers):
+            headers.append((ID_HEADER, self.request.given_id))
         head = [f"HTTP/{self.version} {self.status}", *map(": ".join, headers), "Connection: close"]
         return "\r\n".join([*head, "", ""]).encode("latin-1")
 

@@ -22,6 +22,7 @@ from typing import Any, Self
 from flaskd.errors import FlaskdError
 from flaskd.ledger import InFlight, visible
 from flaskd.server.request import Request
+from flaskd.server.request_ids import NO_IDS, Ids
 from flaskd.server.tally import COUNTS, SUMS, Counts, Tally
 
 _MAGIC, _VERSION = int.from_bytes(b"flskdbrd", "little"), 2
@@ -37,8 +38,8 @@ _IDS = 64
 assert _SUMS + SUMS <= _IDS
 _ROWS_AT = (_IDS + ROWS) * _WORD
 
-# A row: first byte, complete, begun (moments), whether it is sending; the thread's name; client, method, path.
-_ROW = struct.Struct("@dddq32s256s")
+# A row: first byte, complete, begun (moments), whether it is sending; the thread's name; client, method, path; ids.
+_ROW = struct.Struct("@dddq32s256s192s")
 _NAME = struct.Struct("@32s")
 _BEGUN_AT, _SENDING_AT, _NAME_AT = 2, 3, 4 * _WORD
 """Words and bytes from the beginning of a row."""
@@ -124,9 +125,9 @@ class Board:
         if len(path) > _PATH_LENGTH:
             path = path[:_PATH_LENGTH] + "..."
         text = f"{request.client}\n{request.command}\n{path}".encode("latin-1", "replace")
-        _ROW.pack_into(
-            self._map, _ROWS_AT + (row - 1) * _ROW.size, request.first_byte, request.complete, 0.0, 0, b"", text
-        )
+        at, ids = _ROWS_AT + (row - 1) * _ROW.size, request.ids
+        named = "\n".join(ids).encode("ascii") if ids is not NO_IDS else b""
+        _ROW.pack_into(self._map, at, request.first_byte, request.complete, 0.0, 0, b"", text, named)
         request.row = row
         self._ids[row - 1] = request.id
 
@@ -252,8 +253,9 @@ class Board:
 
 
 def _in_flight(number: int, row: bytes) -> InFlight:
-    first_byte, _complete, began, sending, name, text = _ROW.unpack(row)
+    first_byte, _complete, began, sending, name, text, named = _ROW.unpack(row)
     client, method, path = (*text.rstrip(b"\0").decode("latin-1").split("\n", 2), "", "")[:3]
+    ids = Ids(*named.rstrip(b"\0").decode("latin-1").split("\n")[:2])
     return InFlight(
         id=number,
         client=client,
@@ -262,6 +264,8 @@ def _in_flight(number: int, row: bytes) -> InFlight:
         age=time.monotonic() - first_byte,
         phase="sending" if sending else "running" if began else "queued",
         thread=name.rstrip(b"\0").decode("latin-1") if began and not sending else "",
+        request_id=ids.request_id,
+        traceparent=ids.traceparent,
     )
 
 

@@ -56,6 +56,11 @@ class _ChannelServer:
         channel.begin_next()
 
 
+def named(request: Request) -> dict[str, Any]:
+    """The `extra` of a line of the log about a request that is answered."""
+    return {"fields": {"id": request.id, **request.ids.fields()}}
+
+
 class Channel(OutputChannel):
     """A connection; `here`: all is answered by the loop."""
 
@@ -211,10 +216,10 @@ class Channel(OutputChannel):
             task.service()
         except ClientDisconnected:
             if not self.stream_over:
-                self.logger.info(f"Client disconnected while serving {request.path}")
+                self.logger.info(f"Client disconnected while serving {request.path}{request.ids}", extra=named(request))
             return True
         except Exception:
-            self.logger.exception(f"Exception while serving {request.path}")
+            self.logger.exception(f"Exception while serving {request.path}{request.ids}", extra=named(request))
             if not task.wrote_header:
                 self.answer_instead(500, "The server encountered an unexpected internal server error")
             return True

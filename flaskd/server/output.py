@@ -16,6 +16,7 @@ from flaskd.server.buffers import AnswerBuffer
 from flaskd.server.context import Context
 from flaskd.server.head import Fields
 from flaskd.server.request import Request
+from flaskd.server.request_ids import NO_IDS, Ids
 from flaskd.sockets import unacknowledged
 
 _LINGER = 0.2
@@ -78,15 +79,20 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
         """The peer's address; ``unix`` for a Unix socket."""
         return "unix" if self.addr[1] is None else str(self.addr[0])
 
-    @property
-    def names_limits(self) -> bool:
-        """Whether the log names the setting that a request goes beyond."""
-        return self.context.names_limits
-
     def client_told_by(self, headers: Mapping[str, str]) -> str:
         """The client's address as a trusted proxy tells it in a request's headers; empty without one (any thread)."""
         proxies = self.context.proxies
         return proxies.client(self.addr[0], headers) if proxies is not None else ""
+
+    def ids_told_by(self, headers: Mapping[str, str]) -> Ids:
+        """What a trusted proxy calls a request, in its headers (any thread)."""
+        proxies = self.context.proxies
+        return proxies.ids(self.addr[0], headers) if proxies is not None else NO_IDS
+
+    @property
+    def names_limits(self) -> bool:
+        """Whether the log names the setting that a request goes beyond."""
+        return self.context.names_limits
 
     @property
     def arriving(self) -> Request | None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from waitress.proxy_headers import PROXY_HEADERS, MalformedProxyHeader, parse_proxy_headers, proxy_headers_middleware
 
 from flaskd.ledger import visible
+from flaskd.server.request_ids import NO_IDS, Ids, read_ids
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -72,6 +73,10 @@ class BehindProxies:
             return ""
         address = environ["REMOTE_ADDR"]
         return visible(address[:_LONGEST]) if address else ""
+
+    def ids(self, peer: str, headers: Mapping[str, str]) -> Ids:
+        """What `peer` calls a request that has these headers; nothing where it is not believed."""
+        return read_ids(headers) if self._trusted(peer) else NO_IDS
 
 
 def _believed(server: ServerConfig) -> frozenset[str]:

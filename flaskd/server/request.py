@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
 from flaskd.config.fields import write_size
@@ -15,6 +15,7 @@ from flaskd.server.buffers import FREE_SPACE
 from flaskd.server.head import Fields, kind_of
 from flaskd.server.head import read as read_head
 from flaskd.server.parser import Parser
+from flaskd.server.request_ids import NO_IDS, Ids
 from flaskd.sockets import closed_by_peer
 from flaskd.stacks import stack_of
 
@@ -29,6 +30,9 @@ Outcome = Literal["completed", "rejected", "cut", "gone"]
 
 class CountsRequests(Protocol):
     """The account, as far as a request itself has something to tell it."""
+
+    make_id: Callable[[], str] | None
+    """Makes the X-Request-ID of a request that comes without one; None where requests are given none."""
 
     def accepted(self, request: Request) -> None:
         """Count a request as in flight: it has come whole."""
@@ -69,6 +73,9 @@ class Connection(Protocol):
     def client_told_by(self, headers: Mapping[str, str]) -> str:
         """The client's address as a trusted proxy tells it in a request's headers; empty without one."""
 
+    def ids_told_by(self, headers: Mapping[str, str]) -> Ids:
+        """What a trusted proxy calls a request, in its headers."""
+
     def end_stream(self) -> None:
         """End the stream that is being sent."""
 
@@ -100,6 +107,9 @@ class Request(Parser):
     """Why its client sees that the answer is not whole, though it did not leave."""
     header_length = starts_at = ends_at = 0
     _client: str | None = None
+    given_id = ""
+    """The id by which the app and the client know it, too (`log.request_id`); empty where they are told none."""
+    _ids: Ids | None = None
 
     kind = ""
 
@@ -126,8 +136,11 @@ class Request(Parser):
             self.content_length, self.short_body = length, data[at:]
         self.begun = self.headers_finished = self.completed = True
         self.first_byte, self.wall_clock = time.monotonic(), time.time()
+        account = channel.account
+        if account.make_id is not None:
+            self._take_id(account.make_id)
         if not channel.internal:
-            channel.account.accepted(self)
+            account.accepted(self)
         return True
 
     def received(self, data: bytes) -> int:
@@ -151,9 +164,19 @@ class Request(Parser):
             # the body of a request that has none, or ask for one that it already refused.
             self.expect_continue = False
             self.kind = kind_of(self.command, self.path)
+            account = self.channel.account
+            if account.make_id is not None and not self.given_id:
+                self._take_id(account.make_id)
             if not self.id and not self.channel.internal:
-                self.channel.account.accepted(self)
+                account.accepted(self)
         return consumed
+
+    def _take_id(self, make: Callable[[], str]) -> None:
+        """Be called from now on as a trusted proxy calls it, or by an id that is made for it."""
+        ids = self.ids
+        if not ids.request_id:
+            self._ids = ids = Ids(make(), ids.traceparent)
+        self.given_id = ids.request_id
 
     def _name_limit(self) -> None:
         """Say which setting it goes beyond."""
@@ -182,6 +205,17 @@ class Request(Parser):
             channel = self.channel
             self._client = channel.client_told_by(self.headers) or channel.client
         return self._client or self.channel.client
+
+    @property
+    def ids(self) -> Ids:
+        """What it is called: by a trusted proxy, or by an id that was made for it."""
+        if self._ids is not None:
+            return self._ids
+        headers = self.headers
+        if "HTTP_X_REQUEST_ID" in headers or "HTTP_TRACEPARENT" in headers:
+            self._ids = ids = self.channel.ids_told_by(headers)
+            return ids
+        return NO_IDS
 
     @property
     def sent(self) -> int:
@@ -220,6 +254,8 @@ class Request(Parser):
             stack=stack_of(thread) if stack and thread else "",
             gone=closed_by_peer(self.channel.socket) if gone is None else gone,
             sent=self.sent,
+            request_id=self.ids.request_id,
+            traceparent=self.ids.traceparent,
         )
 
     def cut(self, reason: str) -> Cut:
@@ -229,7 +265,7 @@ class Request(Parser):
 
     def access_fields(self) -> dict[str, Any]:
         """What the access log tells about it."""
-        return {
+        fields: dict[str, Any] = {
             "id": self.id,
             "client": self.client,
             "time": self.wall_clock,
@@ -242,3 +278,6 @@ class Request(Parser):
             "agent": self.headers.get("HTTP_USER_AGENT", ""),
             "took": round(self.age, 6),
         }
+        if (ids := self.ids) is not NO_IDS:
+            fields |= ids.fields()
+        return fields

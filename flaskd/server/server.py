@@ -18,6 +18,7 @@ from flaskd.server.drain import Drain
 from flaskd.server.limits import Limits
 from flaskd.server.loop import EventLoop
 from flaskd.server.observed import ObservedServer
+from flaskd.server.request_ids import IdSource
 from flaskd.server.settings import most_connections
 from flaskd.sockets import Address, Listener
 from flaskd.stacks import stack_of
@@ -54,6 +55,8 @@ class WaitressThread(ObservedServer):
         fixed_limits: bool = False,
         reserved: bool = False,
         name: str = "flaskd-server",
+        ids: bool = False,
+        served_by: str = "",
         on_answer: Callable[[dict[str, Any]], None] | None = None,
         on_death: Callable[[BaseException | None], None] | None = None,
         board: Board | None = None,
@@ -68,6 +71,7 @@ class WaitressThread(ObservedServer):
         self._patience = patience
         self._fixed_limits, self._reserved = fixed_limits, reserved
         self._name = name
+        self._ids, self._served_by = ids, served_by
         self._on_answer, self._on_death = on_answer, on_death
         self._board = board
         self._drain: Drain | None = None
@@ -110,6 +114,8 @@ class WaitressThread(ObservedServer):
             loop.admission.reserved = self._reserved
             loop.context.names_limits = not self._fixed_limits
             loop.account.on_answer = self._on_answer
+            self.give_ids(on=self._ids)
+            self.name_itself(self._served_by)
             self.set_graces(self._keepalive_grace, self._stream_grace)
             loop.open(accepting=accepting)
             loop.context.on_closed = self.on_closed
@@ -155,6 +161,14 @@ class WaitressThread(ObservedServer):
     def tell_answers(self, on_answer: Callable[[dict[str, Any]], None] | None) -> None:
         """Give what the access log tells of each answered request to `on_answer` from now on; None: to nobody."""
         self._serving.account.on_answer = on_answer
+
+    def give_ids(self, *, on: bool) -> None:
+        """Give each request an X-Request-ID from now on, its trusted proxy's or a new one, or none any more."""
+        self._serving.account.make_id = IdSource() if on else None
+
+    def name_itself(self, served_by: str) -> None:
+        """Have each answer say so from now on in X-Served-By, unless the app does; empty: none says it."""
+        self._serving.context.served_by = served_by
 
     def answer_health(self, path: str, health: Callable[[], tuple[str, str]]) -> None:
         """Let the loop answer GET and HEAD of `path` with the status line and text that `health` returns."""
@@ -264,25 +278,7 @@ class WaitressThread(ObservedServer):
                     if listener not in (self._listeners or ()):
                         listener.close()
 
-        self._in_loop(reopen, "resume")
-
-    def _in_loop(self, function: Callable[[], None], what: str) -> None:
-        """Run a function in the loop's thread, and raise what it raises."""
-        done, errors = threading.Event(), list[Exception]()
-
-        def run() -> None:
-            try:
-                function()
-            except Exception as error:  # noqa: BLE001 - handed to the caller
-                errors.append(error)
-            finally:
-                done.set()
-
-        self._serving.call(run)
-        if not done.wait(_START_TIMEOUT):
-            raise FlaskdError(f"cannot {what}: the serving thread does not turn")
-        if errors:
-            raise errors[0]
+        _in_loop(self._serving, reopen, "resume")
 
     def stop(self, timeout: float = _DEFAULT_TIMEOUT) -> DrainReport:
         """Drain within `timeout` seconds, then end and join every thread; a second call returns the same report."""
@@ -329,6 +325,25 @@ class WaitressThread(ObservedServer):
     def _close_listeners(self) -> None:
         for listener in self._listeners or ():
             listener.close()
+
+
+def _in_loop(loop: EventLoop, function: Callable[[], None], what: str) -> None:
+    """Run a function in the loop's thread, and raise what it raises."""
+    done, errors = threading.Event(), list[Exception]()
+
+    def run() -> None:
+        try:
+            function()
+        except Exception as error:  # noqa: BLE001 - handed to the caller
+            errors.append(error)
+        finally:
+            done.set()
+
+    loop.call(run)
+    if not done.wait(_START_TIMEOUT):
+        raise FlaskdError(f"cannot {what}: the serving thread does not turn")
+    if errors:
+        raise errors[0]
 
 
 def _opened_again(before: Sequence[Listener], given: Sequence[Listener] | None, backlog: int) -> Iterator[Listener]:

@@ -22,6 +22,8 @@ RETRY_AFTER = 5
 """Seconds that a refused client is asked to wait."""
 
 
+ID_HEADER = "X-Request-ID"
+"""A header of the app's own is written X-Request-Id."""
 _WITHOUT_BODY = ("1", "204", "304")
 http_date = functools.lru_cache(maxsize=2)(build_http_date)
 _by_name = operator.itemgetter(0)
@@ -34,18 +36,30 @@ def _tokens(value: str) -> frozenset[str]:
 
 
 @functools.lru_cache(maxsize=256)
-def _header(start: str, given: tuple[tuple[str, str], ...], framing: str, connection: str, ident: str | None) -> str:
-    """Status line and headers, sorted by name, where `length` and `date` are still to be filled in.
+def _header(  # noqa: PLR0917 - a cache takes longer to find what has names
+    start: str,
+    given: tuple[tuple[str, str], ...],
+    framing: str,
+    connection: str,
+    ident: str | None,
+    served_by: str,
+    names_it: str,
+) -> str:
+    """Status line and headers, sorted by name, where `length`, `date` and `id` are still to be filled in.
 
-    Most answers of an app have their headers in common, but for their length and the time.
+    Most answers of an app have their headers in common, but for their length, their id and the time. `names_it` is
+    what the header with the id is called; empty where the client is told none.
     """
     headers = [(name.replace("%", "%%"), value.replace("%", "%%")) for name, value in given]
     names = dict(headers)
     if framing:
         headers.append((framing, "%(length)d" if framing == "Content-Length" else "chunked"))
-    for name, value in (("Connection", connection), ("Server", (ident or "").replace("%", "%%")), ("Date", "%(date)s")):
+    own = {"Server": (ident or "").replace("%", "%%"), "X-Served-By": served_by.replace("%", "%%")}
+    for name, value in (("Connection", connection), *own.items(), ("Date", "%(date)s")):
         if value and name not in names:
             headers.append((name, value))
+    if names_it and "X-Request-Id" not in names:
+        headers.append((names_it, "%(id)s"))
     headers.sort(key=_by_name)
     return "\r\n".join([start.replace("%", "%%"), *map(": ".join, headers), "", ""])
 
@@ -88,16 +102,19 @@ class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
                 framing, self.chunked_response = "Transfer-Encoding", self.sends_body
         if not self.close_on_finish and self._closes(framing):
             self.close_on_finish = True
+        channel = self.channel
+        serving = channel.serving
         template = _header(
             f"HTTP/{self.version} {status}",
             tuple(self.response_headers),
             framing,
             "close" if self.close_on_finish else "Keep-Alive" if self.version == "1.0" else "",
-            self.channel.adj.ident,
+            channel.adj.ident,
+            channel.context.served_by,
+            ID_HEADER if serving.given_id else "",
         )
-        values = {"length": self.content_length, "date": http_date(int(self.start_time))}
+        values = {"length": self.content_length, "date": http_date(int(self.start_time)), "id": serving.given_id}
         header = (template % values).encode("latin-1")
-        serving = self.channel.serving
         serving.status, serving.header_length = status, len(header)
         return header
 

@@ -49,10 +49,11 @@ class ServerThread:
 
     `server` is ``waitress``, or ``werkzeug`` for Werkzeug's development server, which makes a thread for each
     connection whatever `threads` says. `config` is a mapping in the shape of the YAML file, or a path to one; its
-    sections ``server``, ``shutdown`` and ``cleanup`` count here. `on_step` is given each cleanup step's result. With
-    `own_process` the process is this server's own: at the stop, what the app holds is looked for and closed (as in the
-    daemon), and the process ends half a second after the deadline, should it hang beyond the reach of Python. Raises
-    ConfigError when the configuration is at fault, ValueError or TypeError for another argument that cannot be.
+    sections ``server``, ``shutdown`` and ``cleanup`` count here, and on Waitress ``log.request_id``. `on_step` is given
+    each cleanup step's result. With `own_process` the process is this server's own: at the stop, what the app holds is
+    looked for and closed (as in the daemon), and the process ends half a second after the deadline, should it hang
+    beyond the reach of Python. Raises ConfigError when the configuration is at fault, ValueError or TypeError for
+    another argument that cannot be.
     """
 
     def __init__(
@@ -72,11 +73,9 @@ class ServerThread:
         check_serving(host, port, threads)
         self._app = app
         self._address = Address(host, port)
-        self._threads = threads
-        self._kind = server
+        self._threads, self._kind = threads, server
         self._config = read(config).values
-        self._on_step = on_step
-        self._own_process = own_process
+        self._on_step, self._own_process = on_step, own_process
         self._lock = threading.Lock()
         self._pid = 0
         self._server: WaitressThread | WerkzeugThread | None = None
@@ -142,6 +141,8 @@ class ServerThread:
             self._threads,
             backlog=server.backlog,
             adjustments=adjustments(server, open_files.limit()),
+            ids=self._config.log.request_id,
+            served_by=self._config.served_by,
             **graces,
         )
 

@@ -24,7 +24,7 @@ from http_client import Answer
 from patience import PATIENCE, until
 
 GATE_APP = """
-import os, socket, time
+import os, socket, threading, time
 from flask import Flask, Response, request
 
 app = Flask(__name__)
@@ -49,6 +49,20 @@ def environ():
 @app.get("/boom")
 def boom():
     raise RuntimeError("boom")
+
+class Last:
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def __del__(self, wait=threading.Event().wait, write=os.write):
+        write(1, b"finalizing\\n")
+        wait(self.seconds)
+
+@app.get("/finalizer/<float:seconds>")
+def finalizer(seconds):
+    # The process has something to do when it finalizes the interpreter.
+    app.last = Last(seconds)
+    return "accepted"
 """
 
 

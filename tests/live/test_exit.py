@@ -51,19 +51,6 @@ def child(seconds):
 def callback(seconds):
     finish(seconds, "callback")
     return "accepted"
-
-class Last:
-    def __init__(self, seconds):
-        self.seconds = seconds
-
-    def __del__(self, wait=threading.Event().wait, write=os.write):
-        write(1, b"finalizing\\n")
-        wait(self.seconds)
-
-@app.get("/finalizer/<float:seconds>")
-def finalizer(seconds):
-    app.last = Last(seconds)
-    return "accepted"
 """
 CONFIG = "shutdown: {{deadline: {deadline}, exit_wait: {wait}, exit_codes: {{degraded: 9}}}}\ncleanup: {{discovery: {{exclude: []}}}}\n"
 

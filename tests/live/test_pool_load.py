@@ -33,9 +33,18 @@ def account_of(scenario: str, cycles: int, workers: int, directory: Path) -> dic
 
 
 @pytest.mark.parametrize("_round", ROUNDS)
-@pytest.mark.parametrize(("scenario", "cycles"), [("reload", 10), ("replace", 10), ("scale", 5), ("bad", 5)])
+@pytest.mark.parametrize(
+    ("scenario", "cycles"),
+    [
+        ("reload", 10),
+        ("replace", 10),
+        ("scale", 5),
+        ("bad", 5),
+        pytest.param("leak", 10, marks=pytest.mark.skipif(not LONG, reason="takes a minute; set FLASKD_LONG")),
+    ],
+)
 def test_no_change_of_workers_loses_a_request(scenario, cycles, _round, tmp_path) -> None:
-    """24 clients of all kinds while workers come and go, or bad code is refused: no request is lost or refused."""
+    """Clients of all kinds while workers come and go, or bad code is refused: no request is lost or refused."""
     account = account_of(scenario, cycles, 2, tmp_path)
     assert account["lost"] == 0
     assert account["fates"]["answered"] > 24 * cycles

@@ -156,6 +156,7 @@ def clients(url: str, count: int, path: str = "/?{}") -> Iterator[dict[str, Any]
 )
 def test_a_request_that_ends_its_worker_is_named(served: Flaskd, path: str, how: str) -> None:
     """So is all else that the worker had read; its connections are counted, its slot is filled, others notice nothing."""
+    served.write("flaskd.yaml", "log: {request_id: true}\n")
     start(served)
     before, url = whole(served, 2), served.url
     # Its slot alone: one worker takes both, because it is found out which one has the first.
@@ -175,6 +176,7 @@ def test_a_request_that_ends_its_worker_is_named(served: Flaskd, path: str, how:
     died = {each["pid"]: each for each in deaths(served)}
     assert how in died[victim]["how"]
     assert {each["path"] for each in died[victim]["cut"]} >= {"/hold", path}
+    assert all(f"request_id={each['request_id']}): its worker is gone" in served.log for each in died[victim]["cut"])
     assert died[victim]["connections"] >= 2
     assert isinstance(held.result(), Exception)
     assert served.status()["tally"]["outcomes"]["cut"] == sum(len(each["cut"]) for each in died.values())
@@ -259,15 +261,12 @@ def test_an_old_worker_that_dies_while_another_comes(served: Flaskd) -> None:
     served.start("-w", "1", app="late")
     [old] = whole(served, 1)
     served.write("wait", "")
-    replies: list[tuple[int, str, str]] = []
-    waiting = threading.Thread(target=lambda: replies.append(served.client("reload")))
-    waiting.start()
+    reloading = Asking(served)
     served.until(lambda: len(shown(served)) == 2)
     os.kill(old, signal.SIGKILL)
     served.until(lambda: len(shown(served)) == 1)
     (served.directory / "wait").unlink()
-    waiting.join()
-    assert replies[0][0] == 0, replies
+    assert "OK reloaded" in reloading.answer()
     [new] = shown(served)
     assert new["generation"] == 2
     assert served.stop() == 0
@@ -279,14 +278,12 @@ def test_a_new_worker_that_dies_ends_the_reload(served: Flaskd) -> None:
     served.start("-w", "1", app="late")
     [old] = whole(served, 1)
     served.write("wait", "")
-    replies: list[tuple[int, str, str]] = []
-    waiting = threading.Thread(target=lambda: replies.append(served.client("reload")))
-    waiting.start()
+    reloading = Asking(served)
     served.until(lambda: len(shown(served)) == 2)
     os.kill(next(each["pid"] for each in shown(served) if each["pid"] != old), signal.SIGKILL)
-    waiting.join()
-    assert replies[0][0] == 70, replies
-    assert "it was killed by SIGKILL before it was ready" in replies[0][2]
+    answer = reloading.answer()
+    assert answer.startswith("ERR app-failed"), answer
+    assert "it was killed by SIGKILL before it was ready" in answer
     assert pids(served) == {old}
     assert get(served.url, "/pid") == (200, str(old).encode())
     assert served.stop() == 0

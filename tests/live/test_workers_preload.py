@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import os
@@ -123,6 +124,23 @@ def test_workers_share_the_memory_of_the_app(make_flaskd: Any) -> None:
     assert alone > 60 << 20
     assert len(memory) == 5
     assert sum(memory) <= 2.2 * alone, memory
+    assert flaskd.stop() == 0
+
+
+def test_workers_of_one_template_make_other_ids(flaskd: Flaskd) -> None:
+    """Random numbers that were seeded before the fork would name the requests of both alike."""
+    more = (
+        "from flask import request\n"
+        "@app.get('/id')\ndef name():\n    return f\"{os.getpid()} {request.environ['flaskd.request_id']}\"\n"
+    )
+    start(flaskd, more, config="pool: {preload: true}\nlog: {access: 'off', request_id: true}\n")
+    url, found = flaskd.url, collections.defaultdict[bytes, list[bytes]](list)
+    while sum(len(names) >= 3 for names in found.values()) < 2:
+        pid, name = get(url, "/id")[1].split()
+        found[pid].append(name)
+        assert len(found[pid]) < 1000
+    names = [name for each in found.values() for name in each]
+    assert len(set(names)) == len(names)
     assert flaskd.stop() == 0
 
 

@@ -219,10 +219,11 @@ def test_flask_daemon_serves_with_workers(flaskd: Flaskd) -> None:
 
 
 def test_logs_and_proxies(flaskd: Flaskd) -> None:
-    """Access lines of both workers are whole, with the client that a trusted proxy names; log-level reaches workers."""
+    """Access lines of both workers are whole, with what a trusted proxy says of a request; log-level reaches workers."""
     flaskd.write(
         "flaskd.yaml",
-        "server: {workers: 2, trusted_proxy: 127.0.0.1, trusted_proxy_headers: x-forwarded-for}\nlog: {access: common}\n",
+        "server: {workers: 2, trusted_proxy: 127.0.0.1, trusted_proxy_headers: x-forwarded-for}\n"
+        "log: {access: common, request_id: true}\n",
     )
     flaskd.write("noisy.py", "import logging\nfrom gateapp import app\n@app.get('/debug')\ndef debug():\n"
                  "    logging.getLogger('flaskd.daemon').debug('a word of the app: %s', 'x' * 3000)\n    return 'said'\n")  # fmt: skip
@@ -243,7 +244,14 @@ def test_logs_and_proxies(flaskd: Flaskd) -> None:
 
     def ask_many(which: int) -> None:
         for number in range(40):
-            assert get(url, f"/{which}/{number}", **{"X-Forwarded-For": f"10.1.1.{which}"})[0] == 404
+            assert (
+                get(
+                    url,
+                    f"/{which}/{number}",
+                    **{"X-Forwarded-For": f"10.1.1.{which}", "X-Request-ID": f"{which}-{number}"},
+                )[0]
+                == 404
+            )
 
     askers = [threading.Thread(target=ask_many, args=(which,)) for which in range(4)]
     for each in askers:
@@ -256,7 +264,8 @@ def test_logs_and_proxies(flaskd: Flaskd) -> None:
     access = [line for line in lines if '"GET /' in line and "debug" not in line]
     assert access, lines
     whole = [
-        re.fullmatch(r'10\.1\.1\.(\d) - - \[[^]]+\] "GET /(\d)/(\d+) HTTP/1\.1" 404 \d+\n', each) for each in access
+        re.fullmatch(r'10\.1\.1\.(\d) - - \[[^]]+\] "GET /(\d)/(\d+) HTTP/1\.1" 404 \d+ request_id=\2-\3\n', each)
+        for each in access
     ]
     assert all(whole), access
     assert sorted((each[2], int(each[3])) for each in whole if each and each[1] == each[2]) == sorted(

@@ -42,6 +42,7 @@ from flaskd.serving.api import (
     ServingSnapshot,
     StepBegan,
     StepEnded,
+    TroubleChanged,
     WorkersStart,
 )
 
@@ -77,6 +78,7 @@ class Serving:
         self.asked = []
         self.drain = None
         self.idle = None
+        self.trouble = ""
 
     def __getattr__(self, name):
         def note(*given, **named):
@@ -102,7 +104,7 @@ class Serving:
         return Plan()
 
     def snapshot(self):
-        return ServingSnapshot(idle=self.idle)
+        return ServingSnapshot(idle=self.idle, trouble=self.trouble)
 
 
 class Reply:
@@ -145,7 +147,7 @@ class Living:
         self.daemon = Daemon(
             load, serving=lambda _: self.serving, plane=lambda _: None, name="flaskd-test", environ={}, start=start
         )
-        self.daemon.logs = SimpleNamespace(apply=lambda **_: None, reclaim=lambda: None, level="info")
+        self.daemon.logs = SimpleNamespace(apply=lambda **_: None, reclaim=lambda: None, level="info", always={})
         self.daemon.configured(configuration)
 
     def on(self, *events):
@@ -455,3 +457,20 @@ def test_who_waits_for_workers_hears_that_they_start():
     scaled[0](None)
     living.on(Renewed(configuration, None, 2), WorkersStart(1, 5.5))
     assert (reloading.all, scaling.all) == (["reloaded"], ["scaled"])
+
+
+def test_what_is_wrong_while_it_serves_is_told_at_once():
+    """The service manager hears it, and that it is over; not while a drain or a stop has other things to say."""
+    living, _ = renewing()
+    living.on(Renewed(living.daemon.configuration, None))
+    said = []
+    living.daemon.notices = living.daemon.workforce._notices = SimpleNamespace(tell=said.append)  # noqa: SLF001
+    living.serving.trouble = "worker 0 grows"
+    living.on(TroubleChanged())
+    living.serving.trouble = ""
+    living.on(TroubleChanged())
+    assert [each.status for each in said] == ["ready: 0 in flight; worker 0 grows", "ready: 0 in flight"]
+    living.on(DrainAsked())
+    said.clear()
+    living.on(TroubleChanged())
+    assert said == []

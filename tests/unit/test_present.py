@@ -65,6 +65,16 @@ def test_threads_and_requests_say_which_worker_has_them():
     ]
 
 
+def test_what_a_request_is_called_is_shown_with_it():
+    """While it is in flight, and where it was cut: in an account, a record, and of a worker that died."""
+    cut = {"method": "GET", "path": "/a", "phase": "running", "age": 1.0, "request_id": "4bf9", "reason": "late"}
+    request = {**cut, "id": 3, "client": "::1", "sent": 0, "stack": ""}
+    assert request_lines([request]) == ["3: GET /a from ::1, running for 1s, 0 bytes sent, request_id=4bf9"]
+    told = "cut GET /a (running for 1.0s, request_id=4bf9): late"
+    assert account_lines({"cut": [cut]}) == [told]
+    assert f"cut: {told.removeprefix('cut ')}" in record_lines({"reason": "x", "cut": [cut]})
+
+
 def test_that_all_workers_died_is_not_that_there_are_none():
     """Those that died are told, and how many are missing; without workers it is said where the app runs."""
     death = {
@@ -77,6 +87,14 @@ def test_that_all_workers_died_is_not_that_there_are_none():
     assert worker_lines([], [], wanted=0) == [
         "there are no workers: the app runs in the daemon itself (server.workers is 0)"
     ]
+
+
+def test_workers_that_reached_a_limit_are_counted():
+    """By the key of the limit, and what is wrong with one is said below; nothing where none did."""
+    recycled = {"max_requests": 2, "max_age": 0, "max_memory": 1}
+    lines = worker_lines([], [], wanted=2, recycled=recycled, trouble="worker 0 grows")
+    assert lines[1:] == ["3 recycled (2 for pool.max_requests, 1 for pool.max_memory)", "worker 0 grows"]
+    assert len(worker_lines([], [], wanted=2, recycled=dict.fromkeys(recycled, 0))) == 1
 
 
 def test_a_record_that_is_not_whole_is_told_as_it_is():

@@ -200,6 +200,14 @@ def test_metrics_are_read_by_prometheus_own_parser(ask, accept, parser):
         assert value_of(families, name, **labels) == pytest.approx(value), (name, labels)
 
 
+def test_workers_that_reached_a_limit_are_counted():
+    """By the key of the limit; the counters are there from the start on."""
+    serving = ServingSnapshot(wanted=2, recycled={"max_requests": 0, "max_memory": 4})
+    [family] = [each for each in families(snapshot(serving=serving)) if each.name == "flaskd_workers_recycled"]
+    found = {sample.labels["limit"]: sample.value for sample in family.samples if sample.name.endswith("_total")}
+    assert found == {"max_requests": 0, "max_memory": 4}
+
+
 def test_a_damaged_record_leaves_the_metrics_as_they_are():
     """Nothing is told of a last stop of which nothing can be read, and all else is."""
     names = {family.name for family in families(snapshot(held=Held(last_stop={"damaged": "no JSON"})))}

@@ -62,6 +62,15 @@ def test_the_status_says_that_no_worker_is_ready(ready, state, told):
     assert "  background   in worker 1" in page
 
 
+def test_the_status_says_what_became_of_limits():
+    """How many workers reached which one, and why one cannot be kept."""
+    recycled = {"max_requests": 0, "max_age": 0, "max_memory": 3}
+    workers = {"ready": 2, "wanted": 2, "generations": [1], "died": 0, "recycled": recycled}
+    page = show.answer("status", status(workers=workers, trouble="worker 0 grows")).splitlines()
+    assert "  workers      2 of 2 ready, generation 1; 3 recycled (3 for pool.max_memory)" in page
+    assert "  trouble      worker 0 grows" in page
+
+
 def test_a_stop_of_which_nothing_can_be_read_lost_nobody_knows_what():
     """The status page says that the record is damaged, and not that nothing was lost."""
     told = show.answer("status", status(last_stop=summary({"damaged": "no JSON"})))

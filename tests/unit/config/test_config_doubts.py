@@ -29,6 +29,8 @@ def test_the_defaults_raise_none(tmp_path):
     ("server: {max_queue: 10, connection_limit: 12}\n", ":1:21 server.max_queue", ["is 10", "12 connections", "and 4"]),
     ("server: {request_timeout: 10s}\nsystemd: {stuck_after: 10s}\n", ":2:24 systemd.stuck_after", ["flaskd is restarted"]),
     ("server: {request_timeout: 10s, workers: 2}\npool: {stuck_after: 5s}\n", ":2:21 pool.stuck_after", ["a worker is"]),
+    ("pool: {max_memory: 150MiB}\n", ":1:20 pool.max_memory", ["there are none (server.workers is 0)"]),
+    ("server: {workers: 0}\npool: {max_age: 1d, surge: 2}\n", ":2:17 pool.max_age", ["a limit of workers"]),
 ])  # fmt: skip
 def test_a_contradiction(tmp_path, text, place, words):
     """The place is that of what was written, and the words have both values."""
@@ -44,6 +46,7 @@ def test_a_contradiction(tmp_path, text, place, words):
     "shutdown: {drain: {timeout: 22s}}\n",
     "shutdown: {deadline: 40s, drain: {timeout: 35s}}\nserver: {request_timeout: 35s}\n",
     "server: {max_queue: 8, connection_limit: 12}\n",
+    "server: {workers: auto}\npool: {max_memory: 150MiB, max_requests: 100}\n",
 ])  # fmt: skip
 def test_what_is_none(tmp_path, text):
     """What a key means nothing for, and what just fits."""

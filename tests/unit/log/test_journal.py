@@ -89,14 +89,19 @@ def test_logs_go_there_with_their_fields(listening, monkeypatch):
             "combined",
             {
                 "id": 7, "client": "::1", "time": 0.0, "method": "GET", "target": "/a\nb", "protocol": "HTTP/1.1",
-                "status": 200, "bytes": 5, "referer": "", "agent": "", "took": 0.25,
+                "status": 200, "bytes": 5, "referer": "", "agent": "", "took": 0.25, "request_id": "4bf9",
+                "traceparent": "00-x",
             },
         )  # fmt: skip
         data, _ = take()
         assert b"\nFLASKD_REQUEST_ID=7\n" in data
+        assert b"\nFLASKD_X_REQUEST_ID=4bf9\nFLASKD_TRACEPARENT=00-x\n" in data
         assert b"\nFLASKD_TOOK=0.25\n" in data
         assert b"FLASKD_TARGET\n" + (4).to_bytes(8, "little") + b"/a\nb\n" in data
-        assert b'MESSAGE=::1 - - [01/Jan/1970:00:00:00 +0000] "GET /a\\x0Ab HTTP/1.1" 200 5 "-" "-"\n' in data
+        assert (
+            b'MESSAGE=::1 - - [01/Jan/1970:00:00:00 +0000] "GET /a\\x0Ab HTTP/1.1" 200 5 "-" "-" request_id=4bf9 traceparent=00-x\n'
+            in data
+        )
 
 
 def test_a_worker_is_named_in_each_of_its_entries(listening, monkeypatch):

@@ -102,6 +102,34 @@ def test_text_of_a_worker_says_which_one_it_is(log_format, line):
     assert second.removeprefix("<6>") == "  again"
 
 
+def test_an_instance_is_a_field_and_no_part_of_a_text():
+    """It is a field of each line of JSON, an access line in JSON too, and is not in lines for people."""
+    fields = {
+        "time": 0.0,
+        "client": "c",
+        "method": "GET",
+        "target": "/",
+        "protocol": "HTTP/1.1",
+        "status": 200,
+        "bytes": 1,
+    }
+    found = {}
+    for log_format, access in (("json", "json"), ("text", "json"), ("json", "common"), ("text", "common")):
+        with pytest.MonkeyPatch.context() as patch, Logs() as logs:
+            patch.setattr(sys, "stderr", stderr := Stream())
+            logs.always = {"instance": "web-1"}
+            logs.apply(level="info", log_format=log_format, access=access)
+            log.info("ready")
+            logs.write_access(fields)
+        found[log_format, access] = [line.count("web-1") for line in stderr.lines()]
+    assert found == {
+        ("json", "json"): [1, 1],
+        ("text", "json"): [0, 1],
+        ("json", "common"): [1, 1],
+        ("text", "common"): [0, 0],
+    }
+
+
 def test_text_shows_exceptions():
     """A traceback follows its message."""
     with logging_to(stderr := Stream()):
@@ -215,10 +243,20 @@ def test_a_level_that_is_none_is_an_error():
             {"referer": "http://a/", "agent": "", "client": "unix", "status": 404},
             'unix - - [14/Nov/2023:22:13:20 +0000] "GET /shop?q=1 HTTP/1.1" 404 12 "http://a/" "-"',
         ),
+        (
+            "common",
+            {"request_id": "4bf9", "traceparent": "00-x"},
+            '192.0.2.7 - - [14/Nov/2023:22:13:20 +0000] "GET /shop?q=1 HTTP/1.1" 200 12 request_id=4bf9 traceparent=00-x',
+        ),
+        (
+            "combined",
+            {"request_id": "4bf9"},
+            '192.0.2.7 - - [14/Nov/2023:22:13:20 +0000] "GET /shop?q=1 HTTP/1.1" 200 12 "-" "curl/8" request_id=4bf9',
+        ),
     ],
 )
 def test_access_lines(access, more, line):
-    """Common and combined are what every log reader knows."""
+    """Common and combined are what every log reader knows; what a request is called stands behind that."""
     with logging_to(stderr := Stream(), access=access):
         log_access(access, fields(**more))
     assert stderr.lines() == [line]

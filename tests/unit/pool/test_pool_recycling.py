@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from unittest import mock
 
 import pool_kit
 import pytest
@@ -171,8 +172,21 @@ def test_memory_is_read_only_where_it_may_have_reached_the_limit(world: World, m
     assert memory.readings == 0
     memory.resident[world.worker(0).pid] = 151
     world.advance(10.0)
-    assert memory.readings > 10
+    assert 90 <= memory.readings <= 101
     assert len(world.made) == 2
+
+
+def test_a_small_worker_is_looked_at_rarely(world: World, memory: Memory) -> None:
+    """Twice a second, and closely once it has half of what it may have."""
+    asked = []
+    started(world, 1, max_memory="100MiB")
+    with mock.patch.object(recycling, "resident", lambda pid: asked.append(pid) or memory.read_resident(pid)):
+        world.advance(10.0)
+        assert 19 <= len(asked) <= 21
+        asked.clear()
+        memory.resident[world.worker(0).pid] = 51
+        world.advance(10.0)
+        assert 90 <= len(asked) <= 101
 
 
 def test_one_that_grows_is_replaced_before_it_is_there(world: World, memory: Memory) -> None:

@@ -25,7 +25,7 @@ def beat(world: World, seconds: float, *, without: FakeWorker | None = None, at:
     world.hung = {without} if without is not None else set()
     for _ in range(int(seconds)):
         for each in set(world.alive) - world.hung:
-            each.board.look(moved=0, stuck_at=at, background=0)
+            each.board.look(moved=0, stuck_at=at, background=0, lost=0)
         world.advance(1.0)
 
 

@@ -18,6 +18,7 @@ from flaskd.errors import FlaskdError
 from flaskd.server import Histogram, Tally
 from flaskd.server.board import ROWS, Board
 from flaskd.server.request import Request
+from flaskd.server.request_ids import read_ids
 
 pytestmark = [
     pytest.mark.usefixtures("no_thread_left"),
@@ -55,6 +56,9 @@ class Channel:
 
     def client_told_by(self, headers):
         return ""
+
+    def ids_told_by(self, headers):
+        return read_ids(headers)
 
 
 def request(number, path="/"):
@@ -310,6 +314,19 @@ def test_tallies_add_up():
     both = some + some + Tally()
     assert both.outcomes == {"completed": 14, "rejected": 2, "cut": 4, "gone": 6}
     assert (both.statuses, both.took, both.waited) == ([2, 0, 10, 2, 2, 2], Histogram([2] * 14, 5.0), Histogram())
+
+
+def test_what_requests_are_called_is_on_it(board, read):
+    """X-Request-ID and traceparent, as long as they may be; a row that had them before has them no more."""
+    names = {"HTTP_X_REQUEST_ID": "x" * 128, "HTTP_TRACEPARENT": f"00-{'a' * 32}-{'b' * 16}-01"}
+    for headers in (names, {}, {"HTTP_TRACEPARENT": names["HTTP_TRACEPARENT"]}, {"HTTP_X_REQUEST_ID": "abc"}):
+        made = request(1)
+        made.headers = headers
+        board.enter(made)
+        [shown] = read.in_flight()
+        assert shown.request_id == headers.get("HTTP_X_REQUEST_ID", "")
+        assert shown.traceparent == headers.get("HTTP_TRACEPARENT", "")
+        board.leave(made)
 
 
 # --- a worker that is killed ------------------------------------------------------------------------------------------

@@ -60,6 +60,8 @@ BROWSER = [
     b"Upgrade-Insecure-Requests: 1",
     b"User-Agent: Mozilla/5.0 (X11; Linux x86_64; rv:130.0) Gecko/20100101 Firefox/130.0",
     b"X-Forwarded-For: 192.0.2.7",
+    b"X-Request-ID: 4bf92f35-77b3",
+    b"traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
 ]  # fmt: skip
 HOSTS = [b"Host: localhost:8000", b"Host: example.org", b"host: 127.0.0.1"]
 
@@ -89,7 +91,7 @@ UNUSUAL_FIELDS = [
     b"Connection: Keep-Alive", b"Connection: close", b"Connection: a, Close", b"connection:", b"Connection: keep-alive, x",
     b"Connection: upgrade", b"Upgrade: websocket", b"Proxy-Connection: close", b"Keep-Alive: 5", b"X-Forwarded-Proto: https",
     b"X-Forwarded-For: , x", b"Forwarded: for=1", b"Wsgi.Input: x", b"Remote-Addr: x", b"Script-Name: /x", b"Http-Host: x",
-    b"Path-Info: /y", b"EXPECT: 100-Continue",
+    b"Path-Info: /y", b"EXPECT: 100-Continue", b"x-request-id:", b"X-Request-Id: a b", b"Traceparent: 00-x",
 ]  # fmt: skip
 
 
@@ -135,6 +137,7 @@ FIELD = mostly(
     b"Transfer-Encoding : chunked", b" folded: a", b"\tb", b": a", b"A", b"A\0: b", b"A: \0", b"A b: c",
     b"X-Forwarded-Proto: https", b"X-Forwarded-For: , x", b"Forwarded: for=1", b"If-Match: a\r\nIf-Match: b",
     b"Wsgi.Input: x", b"Remote-Addr: x", b"Script-Name: /x", b"Http-Host: x", b"Path-Info: /y",
+    b"X-Request-ID: a\r\nX-Request-ID: a", b"X_Request_ID: a", b"X-Request-ID: " + b"x" * 129,
 )  # fmt: skip
 LENGTH = mostly([b"0", b"3", b"5", b"05"], b"+5", b"-1", b"5, 5", b"5 ", b"5_0", b"0x5", b"", b"\xb2", b"9" * 21)
 SIZE = mostly([b"3", b"03", b"3;a=b"], b"3 ", b"+3", b"g", b"", b"3;", b"f" * 17, b"bb9")
@@ -193,7 +196,7 @@ COMMON_HEADERS = [("Content-Type", "text/html; charset=utf-8"), ("Set-Cookie", "
 HEADER = mostly(
     [*COMMON_HEADERS, ("x-odd-CASE", "1"), ("Cache-Control", "no-store"), ("Location", "/a")],
     ("Date", "Mon, 01 Jan 2001 00:00:00 GMT"), ("date", ""), ("Server", "mine"), ("SERVER", ""), ("Via", "1.1 me"),
-    ("Connection", "close"), ("Keep-Alive", "1"), ("Transfer-Encoding", "chunked"), ("te", "a"), ("Upgrade", "h2c"),
+    ("x-request-ID", "own"), ("x-served-BY", "own"), ("Connection", "close"), ("Keep-Alive", "1"), ("Transfer-Encoding", "chunked"), ("te", "a"), ("Upgrade", "h2c"),
     ("Trailer", "X"), ("X-High", "\xe4\xff"), ("X-Euro", "\u20ac"), ("X-Line", "a\nb"), ("X-Line", "a\r\n b"), ("X-Nul", "\0"),
     ("X\nY", "a"), ("", "a"), ("A B", "c"), ("X:Y", "a"), ("X-Blank", " a "), ("X-Empty", ""), ("\u20ac", "a"), ("-", "a"),
     ("Content-Type", "text/event-stream"), ("content-type", "multipart/x-mixed-replace; boundary=x"),
@@ -310,7 +313,14 @@ def sides(directory):
     for kind in ("usual", "alone", "all else"):
         for name in "fast", "slow":
             listener = [Listener.bind(Address(path=str(directory / name)))] if kind == "all else" else None
-            all_else = {"url_prefix": "/a", "url_scheme": "https", "ident": "", "health": "/health"}
+            all_else = {
+                "url_prefix": "/a",
+                "url_scheme": "https",
+                "ident": "",
+                "health": "/health",
+                "ids": True,
+                "served_by": "web-1%d",
+            }
             yield (
                 kind,
                 Side(
@@ -336,9 +346,9 @@ def pairs(tmp_path_factory):
         yield made
 
 
-def talk(*pieces, **answer):
+def talk(*pieces, kind="usual", **answer):
     """What is too seldom made at random."""
-    return example(Talk([b"".join(pieces)], list(pieces), [Answer(**answer)], common=False), "usual")
+    return example(Talk([b"".join(pieces)], list(pieces), [Answer(**answer)], common=False), kind)
 
 
 POST = b"POST / HTTP/1.1\r\nHost: h\r\n"
@@ -371,6 +381,10 @@ PROFILE = settings(max_examples=EXAMPLES or CI_EXAMPLES, derandomize=not EXAMPLE
 @talk(POST + b"\r\n", start="again")
 @talk(POST + b"A: " + b"x" * HEAD_LIMIT + b"\r\n\r\n")
 @talk(b"GET /" + b"x" * HEAD_LIMIT, b"x HTTP/1.1\r\n\r\n")
+@talk(POST + b"X-Request-ID: abc\r\n\r\n", POST + b"X-Request-ID: a b\r\n\r\n", POST + b"\r\n", kind="all else")
+@talk(POST + b"X-Request-ID: abc\r\n\r\n", kind="all else", headers=(("X-Request-ID", "own"), ("Content-Length", "5")))
+@talk(POST + b"X-Request-ID: abc\r\n\r\n", kind="all else", fails="before")
+@talk(POST + b"\r\n", kind="all else", headers=(("X-Served-By", "own"), ("Content-Length", "5")))
 @talk(POST + b"\r\n", parts=(Xs(65536), Xs(65537)), headers=(("Content-Length", "131073"),))
 def test_both_ways_give_the_same_answer(pairs, talk, kind):
     """The app sees the same, and so do the client, the ledger, the access log and who reads the warnings."""
@@ -472,6 +486,8 @@ DIFFERENCES = {
     "a status in the access log": ({"lines"}, {"on_line": lambda line: {**line, "status": 201}}),
     "a warning": ({"log"}, {"middleware": said_in_the_log}),
     "the ledger": ({"ledger"}, {}, rejected),
+    "an id": ({"app", "wire", "lines"}, {"ids": True}),
+    "who served it": ({"wire"}, {"served_by": "web-1"}),
 }
 
 

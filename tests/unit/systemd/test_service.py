@@ -11,7 +11,7 @@ from patience import until
 from flaskd.cleanup import Plan
 from flaskd.config import CleanupConfig, DrainConfig, ShutdownConfig
 from flaskd.lifecycle import State, StopReason
-from flaskd.notices import WorkersStart
+from flaskd.notices import StatusChanged, WorkersStart
 from flaskd.serving.stop import Stop
 from flaskd.sockets import Address, Listener
 from flaskd.systemd.notify import Notifier
@@ -318,3 +318,9 @@ def test_workers_that_start_have_the_manager_wait(manager, make, state, extended
     """More time is asked for while a start or a reload waits for workers, and never where the manager waits for nothing."""
     make().heard(WorkersStart(state))
     assert [each.startswith(b"EXTEND_TIMEOUT_USEC=") for each in manager.messages()] == [True] * extended
+
+
+def test_what_is_wrong_while_it_serves_is_its_status(manager, make):
+    """The service manager shows it; that is no change of state."""
+    make().heard(StatusChanged("ready: 0 in flight; worker 0 reached pool.max_age"))
+    assert manager.messages() == [b"STATUS=ready: 0 in flight; worker 0 reached pool.max_age"]
