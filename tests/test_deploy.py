@@ -233,3 +233,42 @@ def test_kubernetes_takes_the_manifests() -> None:
     validate = pytest.importorskip("kubernetes_validate")
     for document in KUBERNETES.values():
         validate.validate(document, "1.32", strict=True)
+
+
+# --- docs/fleet.md ---
+
+
+def recipe(language: str, first: str) -> str:
+    """The block of that language in docs/fleet.md that has such a line."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs/fleet.md").read_text(), re.DOTALL)
+    (block,) = (each for each in blocks if first in each)
+    return block
+
+
+def test_the_recipes_have_times_that_fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Swarm's and Nomad's engines wait longer than flaskd takes, kamal's as long as docker does; kamal asks where it answers."""
+    swarm = yaml.safe_load(recipe("yaml", "# swarm.yaml"))["services"]["shop"]
+    environment = COMPOSE["environment"] | swarm["environment"]
+    for name in ("DEADLINE", "ANNOUNCE"):
+        monkeypatch.setenv(name, environment[name])
+    stop = config("image", tmp_path).shutdown
+    assert 5 <= stop.announce < stop.deadline < parse_duration(COMPOSE["stop_grace_period"])
+    assert swarm["deploy"]["update_config"]["order"] == "start-first"
+
+    nomad = dict(re.findall(r'(\w+) *= "([^"]*)"', recipe("hcl", 'job "shop"')))
+    assert parse_duration(nomad["DEADLINE"]) < parse_duration(nomad["kill_timeout"]) <= 30
+    assert parse_duration(nomad["shutdown_delay"]) >= 5
+    assert nomad["path"] == "/up"
+
+    kamal = yaml.safe_load(recipe("yaml", "# config/deploy.yml"))
+    assert kamal["proxy"]["app_port"] == 8080
+    assert config("image", tmp_path).health.path == "/up"
+    (play,) = yaml.safe_load(recipe("yaml", "- hosts: shop"))
+    assert play["serial"] == 1
+
+
+def test_the_tables_defaults_are_those_of_the_image() -> None:
+    """Each variable that deploy/image.yaml takes stands in the documentation, with what it is when it is not set."""
+    found = dict(re.findall(r"\$\{env:(\w+):-([^}]*)\}", FLASKD["image"]))
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", (ROOT / "docs/fleet.md").read_text(), re.MULTILINE)
+    assert {name: default for name, default in rows if name != "FLASK_APP"} == found
