@@ -67,7 +67,7 @@ def test_the_status_says_what_became_of_limits():
     recycled = {"max_requests": 0, "max_age": 0, "max_memory": 3}
     workers = {"ready": 2, "wanted": 2, "generations": [1], "died": 0, "recycled": recycled}
     page = show.answer("status", status(workers=workers, trouble="worker 0 grows")).splitlines()
-    assert "  workers      2 of 2 ready, generation 1; 3 recycled (3 for pool.max_memory)" in page
+    assert "  workers      2 of 2 ready, generation 1; 3 recycled (3 for max_memory)" in page
     assert "  trouble      worker 0 grows" in page
 
 
