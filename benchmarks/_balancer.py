@@ -153,6 +153,20 @@ READY = frozenset({"UP", "no check"})
 """The states of a server that gets requests."""
 
 
+def wait_refused(port: int) -> None:
+    """Wait until nobody listens on a port: the last process that did is dead."""
+    until = time.monotonic() + _PATIENCE
+    while time.monotonic() < until:
+        try:
+            socket.create_connection(("127.0.0.1", port), _PATIENCE).close()
+        except ConnectionRefusedError:
+            return
+        except OSError:  # it was accepted by the kernel, and died with its listener
+            pass
+        time.sleep(_LOOK)
+    raise RuntimeError(f"something still listens on port {port}")
+
+
 def missing() -> list[str]:
     """What is not installed."""
     return [] if shutil.which("haproxy") else ["haproxy"]

@@ -20,8 +20,8 @@ and with ``announce: 0s``. A peer that has exited, or has closed its listener, l
 refused: what it would need is a ``preStop`` that sleeps.
 
 The third table is flaskd alone: a server is killed (SIGKILL to all of its processes). ``in hand`` are the requests that
-had begun when it was dead and failed; ``later`` are those that failed and began after that; ``out`` is how long HAProxy
-took to take it out, in milliseconds, with a check each 100 ms.
+had begun when it was dead and failed; ``later`` are those that failed and began after that; ``out`` is how long after
+its death HAProxy had taken it out, in milliseconds, at most, with a check each 100 ms.
 
 The exit status is 1 when flaskd failed a request in a rolling restart, or in the race with its announce, or one that
 began after a kill.
@@ -127,6 +127,7 @@ class Fleet:
         old = self.running[node.name]
         os.killpg(old.process.pid, signal.SIGKILL)
         old.process.wait()
+        _balancer.wait_refused(node.port)
         dead = time.time()
         took = self.balancer.wait(node.name, _OUT)
         old.close()
@@ -222,7 +223,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
-def _faults(figures: dict[str, Any]) -> list[str]:
+def faults_of(figures: dict[str, Any]) -> list[str]:
     """What flaskd has promised and not kept."""
     ways = figures["rolls"].get("flaskd", {}).get("ways", {})
     found = [f"{way}: {failed(account)} failed" for way, account in ways.items() if failed(account)]
@@ -281,7 +282,7 @@ def main() -> int:
     _print(figures, options)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1), encoding="ascii")
-    faults = _faults(figures)
+    faults = faults_of(figures)
     for each in faults:
         print(f"flaskd: {each}")
     return bool(faults)
