@@ -43,7 +43,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import _balancer
-from _balancer import READY, Balancer, Node
+from _balancer import READY, Balancer, BalancerError, Node
 from _kubelet import end_pod
 from _load import Load
 from _servers import NotReadyError, Running, Served, Server, chosen, environment, free_port, table
@@ -218,7 +218,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
                     figures["race"][name] = race(server, announce, options.races, options.clients)
             if "kill" in options.only and flaskd:
                 figures["kill"][server.name] = kill(server, options.kills, options.clients)
-        except NotReadyError as error:
+        except (NotReadyError, BalancerError) as error:
             print(f"{server.name} is left out: {error}")
     return figures
 
