@@ -246,6 +246,20 @@ def test_a_start_is_relative_to_importing_flask(tmp_path):
     assert memory == statistics.median(written["starts"][0]["memory"])
 
 
+def test_what_attackers_leave_is_a_share_of_the_speed_alone(tmp_path):
+    """One short run of each attack: a row each, shares of what was measured before and after, and each goal judged."""
+    printed, written = run("attacks.py", tmp_path, "--servers", "flaskd")
+    names = ["heads", "bodies", "readers", "idle"]
+    assert [each["attack"] for each in written["attacks"]] == names
+    assert sum("| " in line for line in printed.splitlines()) == len(names) + 1
+    assert "flask 3" in written["environment"]
+    for attack, goal in zip(written["attacks"], written["goals"], strict=True):
+        (sample,) = attack["runs"]
+        assert sample["before"] > 0
+        alone = (sample["before"] + sample["after"]) / 2 if sample["after"] else sample["before"]
+        assert attack["share"] == goal["figure"] == pytest.approx(sample["during"] / alone, abs=0.006)
+
+
 def test_stopping_without_an_answer_is_seen(tmp_path):
     """Under stock waitress, which answers nothing that is queued at the signal, the account says so."""
     _, written = run("stop.py", tmp_path, "--servers", "waitress-serve", "--only", "queued")
@@ -472,6 +486,7 @@ def test_what_makes_no_sense_with_workers_is_refused(arguments, said):
         ("speed.py", "no load 'nap'", "memory"),
         ("control.py", "no part 'nap'", "stuck"),
         ("fleet.py", "no table 'nap'", "race"),
+        ("attacks.py", "no attack 'nap'", "readers"),
     ],
 )
 def test_an_unknown_row_is_refused(name, what, known):

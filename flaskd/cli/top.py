@@ -106,6 +106,8 @@ def page(look: Look, measured: Rates, width: int, height: int) -> list[str]:
         extra.insert(0, f"workers: {workers}")
     if limits := show.limits(status):
         extra.append(f"limits: {limits}")
+    if status.get("trouble"):
+        extra.append(f"trouble: {status['trouble']}")
     if status.get("reason"):
         extra.insert(0, f"reason: {status['reason']}")
     lines += [f"  {each}" for each in extra]

@@ -211,6 +211,12 @@ def test_the_page_of_top_fits(width, height):
         assert lines[-1].endswith("more")
 
 
+def test_the_page_of_top_says_what_is_wrong():
+    """As the status does."""
+    seen = Look(0.0, status(trouble="worker 0 grows"), [])
+    assert "  trouble: worker 0 grows" in page(seen, rates(None, seen), 80, 24)
+
+
 def test_a_full_terminal_is_not_pushed_up(capsys):
     """Each line is cleared before it is written, none has a newline behind it but those that another follows."""
     _draw(["flaskd ready for 1s", "x" * 20], 3)
