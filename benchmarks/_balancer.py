@@ -9,7 +9,8 @@ kube            connections are passed on as they are and nothing is checked or 
                 restarts a server tells HAProxy too late (`_kubelet.py`)
 ==============  ====================================================================================================
 
-Servers are checked each `INTER` milliseconds. Nothing but a refused connection is tried again.
+Servers are checked each `INTER` milliseconds, and one that takes its time over a check, on a busy machine, is not taken
+for dead. Nothing but a refused connection is tried again.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ defaults
     timeout connect 5s
     timeout client 60s
     timeout server 60s
+    timeout check 5s
     option redispatch 1
     retries 3
     retry-on conn-failure
@@ -62,6 +64,10 @@ _SERVER = {
     "runtime": _CHECK,
     "kube": "",
 }
+
+
+class BalancerError(Exception):
+    """HAProxy does not start, does not take a command, or never sees what it should; the message says what."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ class Balancer:
             except OSError:
                 if self._process.poll() is not None or time.monotonic() > until:
                     self.__exit__()
-                    raise RuntimeError(f"HAProxy did not start:\n{self.log.read_text()}") from None
+                    raise BalancerError(f"HAProxy did not start:\n{self.log.read_text()}") from None
                 time.sleep(_LOOK)
             else:
                 return self
@@ -116,9 +122,9 @@ class Balancer:
             return b"".join(iter(lambda: client.recv(65536), b"")).decode().strip()
 
     def put(self, way: str, name: str, state: str) -> None:
-        """Have a server of a way ready, in drain or in maint; raises ValueError with what HAProxy has against it."""
+        """Have a server of a way ready, in drain or in maint."""
         if said := self.tell(f"set server {way}/{name} state {state}"):
-            raise ValueError(said)
+            raise BalancerError(f"HAProxy does not take {way}/{name} {state}: {said}")
 
     def states(self, column: str = "status") -> dict[tuple[str, str], str]:
         """What HAProxy says of each server of each way: UP, DOWN, DRAIN, NOLB, MAINT or no check."""
@@ -137,7 +143,7 @@ class Balancer:
             if all(found[way, name] in states for way in ways or self.ports):
                 return time.monotonic() - began
             if time.monotonic() - began > _PATIENCE:
-                raise RuntimeError(f"HAProxy does not see {name} as {', '.join(states)}: {found}")
+                raise BalancerError(f"HAProxy does not see {name} as {', '.join(states)}: {found}")
             time.sleep(_LOOK)
 
     def wait_idle(self, way: str, name: str) -> None:
@@ -151,6 +157,20 @@ CHECKED = ("agent", "httpchk", "disable-on-404", "runtime")
 """The ways in which HAProxy finds out by itself that a server is gone."""
 READY = frozenset({"UP", "no check"})
 """The states of a server that gets requests."""
+
+
+def wait_refused(port: int) -> None:
+    """Wait until nobody listens on a port: the last process that did is dead."""
+    until = time.monotonic() + _PATIENCE
+    while time.monotonic() < until:
+        try:
+            socket.create_connection(("127.0.0.1", port), _PATIENCE).close()
+        except ConnectionRefusedError:
+            return
+        except OSError:  # it was accepted by the kernel, and died with its listener
+            pass
+        time.sleep(_LOOK)
+    raise BalancerError(f"something still listens on port {port}")
 
 
 def missing() -> list[str]:

@@ -20,8 +20,8 @@ and with ``announce: 0s``. A peer that has exited, or has closed its listener, l
 refused: what it would need is a ``preStop`` that sleeps.
 
 The third table is flaskd alone: a server is killed (SIGKILL to all of its processes). ``in hand`` are the requests that
-had begun when it was dead and failed; ``later`` are those that failed and began after that; ``out`` is how long HAProxy
-took to take it out, in milliseconds, with a check each 100 ms.
+had begun when it was dead and failed; ``later`` are those that failed and began after that; ``out`` is how long after
+its death HAProxy had taken it out, in milliseconds, at most, with a check each 100 ms.
 
 The exit status is 1 when flaskd failed a request in a rolling restart, or in the race with its announce, or one that
 began after a kill.
@@ -43,7 +43,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import _balancer
-from _balancer import READY, Balancer, Node
+from _balancer import READY, Balancer, BalancerError, Node
 from _kubelet import end_pod
 from _load import Load
 from _servers import NotReadyError, Running, Served, Server, chosen, environment, free_port, table
@@ -127,6 +127,7 @@ class Fleet:
         old = self.running[node.name]
         os.killpg(old.process.pid, signal.SIGKILL)
         old.process.wait()
+        _balancer.wait_refused(node.port)
         dead = time.time()
         took = self.balancer.wait(node.name, _OUT)
         old.close()
@@ -217,12 +218,12 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
                     figures["race"][name] = race(server, announce, options.races, options.clients)
             if "kill" in options.only and flaskd:
                 figures["kill"][server.name] = kill(server, options.kills, options.clients)
-        except NotReadyError as error:
+        except (NotReadyError, BalancerError) as error:
             print(f"{server.name} is left out: {error}")
     return figures
 
 
-def _faults(figures: dict[str, Any]) -> list[str]:
+def faults_of(figures: dict[str, Any]) -> list[str]:
     """What flaskd has promised and not kept."""
     ways = figures["rolls"].get("flaskd", {}).get("ways", {})
     found = [f"{way}: {failed(account)} failed" for way, account in ways.items() if failed(account)]
@@ -281,7 +282,7 @@ def main() -> int:
     _print(figures, options)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1), encoding="ascii")
-    faults = _faults(figures)
+    faults = faults_of(figures)
     for each in faults:
         print(f"flaskd: {each}")
     return bool(faults)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from flaskd.ledger import DrainReport
     from flaskd.server.more_time import more_time
     from flaskd.serving.embedded import ServerThread
-    from flaskd.workers import ServerProcess
+    from flaskd.workers.process import ServerProcess
 
 __all__ = [
     "ControlClient",
@@ -48,7 +48,7 @@ _HOME = {
     "ControlClient": "flaskd.client",
     "DrainReport": "flaskd.ledger",
     "FlaskdError": "flaskd.errors",
-    "ServerProcess": "flaskd.workers",
+    "ServerProcess": "flaskd.workers.process",
     "ServerThread": "flaskd.serving.embedded",
     "ShutdownEndpoint": "flaskd.admin",
     "background": "flaskd.background_work",

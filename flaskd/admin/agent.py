@@ -136,14 +136,19 @@ class Agent:
             self._ending.wait(_PAUSE)
             return
         try:
-            sock.setblocking(False)  # an app may have called socket.setdefaulttimeout()
-            sock.send(words(self._source.readiness()))  # an empty send buffer has room for a line
-            sock.shutdown(socket.SHUT_WR)
-            client = _Client(sock)
-            self._selector.register(sock, selectors.EVENT_READ, client)
+            self._tell(sock)
         except OSError:  # it has hung up
             sock.close()
-            return
+        except Exception:  # the next one is to be answered all the same
+            log.exception("cannot answer an agent check", extra=bounded_by("agent checks that cannot be answered"))
+            sock.close()
+
+    def _tell(self, sock: socket.socket) -> None:
+        sock.setblocking(False)  # an app may have called socket.setdefaulttimeout()
+        sock.send(words(self._source.readiness()))  # an empty send buffer has room for a line
+        sock.shutdown(socket.SHUT_WR)
+        client = _Client(sock)
+        self._selector.register(sock, selectors.EVENT_READ, client)
         self._answered.append(client)
 
     def _drop(self, client: _Client) -> None:

@@ -62,7 +62,7 @@ def no_grace(_fields: object) -> float:
 
 def objects_of(step: Step) -> list[tuple[str, Any]]:
     """The objects that a step ends, each with its name, as far as they were found by now."""
-    return _wanted(step.takes, step.found, step.fields)
+    return _wanted(step.action.takes, step.found, step.fields)
 
 
 def _wanted(use: str, found: Sequence[Found] | None, fields: Fields) -> list[tuple[str, Any]]:

@@ -146,6 +146,7 @@ def status(fields: dict[str, Any]) -> str:
         "agent": ", ".join(fields.get("agent") or []),
         "requests": _requests_now(fields),
         "answered": _answered(fields),
+        "limits": limits(fields),
         "threads": f"{fields['busy']} of {fields['threads']} busy",
         "workers": workers_now(fields.get("workers")),
         "trouble": fields.get("trouble") and coloured(fields["trouble"], _RED),
@@ -190,13 +191,17 @@ def workers_now(workers: dict[str, Any] | None) -> str:
     return "; ".join(filter(None, [ready, recycled]))
 
 
+def limits(fields: dict[str, Any]) -> str:
+    """What the limits have done, in a few words; nothing where they did nothing."""
+    return ", ".join(f"{count:,} for {limit}" for limit, count in (fields.get("limited") or {}).items())
+
+
 def _answered(fields: dict[str, Any]) -> str:
     tally = fields["tally"]
     text = f"{fields['completed']:,}"
     notable = {
         "4xx": tally["statuses"]["4xx"], "5xx": tally["statuses"]["5xx"],
         **{key: tally["outcomes"][key] for key in ("rejected", "cut", "gone")},
-        **{f"for {limit}": count for limit, count in tally["limited"].items()},
     }  # fmt: skip
     return ", ".join([text, *(f"{count:,} {key}" for key, count in notable.items() if count)])
 

@@ -104,8 +104,10 @@ def page(look: Look, measured: Rates, width: int, height: int) -> list[str]:
     extra = [f"{key}: {', '.join(map(str, status[key]))}" for key in ("cleanup",) if status.get(key)]
     if workers := show.workers_now(status.get("workers")):
         extra.insert(0, f"workers: {workers}")
-    if limited := status.get("limited"):
-        extra.append("limits: " + ", ".join(f"{count:,} for {limit}" for limit, count in limited.items()))
+    if limits := show.limits(status):
+        extra.append(f"limits: {limits}")
+    if status.get("trouble"):
+        extra.append(f"trouble: {status['trouble']}")
     if status.get("reason"):
         extra.insert(0, f"reason: {status['reason']}")
     lines += [f"  {each}" for each in extra]

@@ -31,10 +31,9 @@ _LOOK, _LOOK_CLOSELY = 0.5, 0.1
 """Seconds between two looks, and while a worker has half of the memory that it may have: so long it grows unseen."""
 _JITTER = 0.1
 """The share of a limit by which a worker may stay below it, at most."""
-_GROWTH_OVER = 5.0
-"""Seconds over which the growth of a worker is reckoned, at least: what it loads at first is no leak."""
-_AHEAD = 0.15
-"""The share of `max_memory` that a worker is expected to grow by until another one is ready, at most."""
+_GROWTH_OVER, _STARTS = 5.0, 3.0
+"""Seconds, and times what its start took, over which the growth of a worker is reckoned, at least: what it loads at
+first is no leak. So it is never expected to grow by more than a third of that until another one is ready."""
 _READING = 50.0
 """Times what the last reading of its memory took, until that of the same worker is read again: 2 % of a core."""
 _OVERGROWN = 1.3
@@ -210,7 +209,13 @@ class Recycling:
         else:
             why = "it grows faster than workers can be replaced"
         after = f"{lived:.1f}s after it was ready, and it took {took:.1f}s to replace it"
-        self._slow_down(f"{worker} reached {_named(key)}{self._written(key)} {after}: {why}; raise the limit")
+        said = f"{worker} reached {_named(key)}{self._written(key)} {after}: {why}; raise the limit"
+        if key == "max_memory" and lived >= _SOON:
+            self._pause = 0.0  # it would grow meanwhile, and there is one start at a time anyway
+            log.warning(said)
+            self._say(said)
+        else:
+            self._slow_down(said)
 
     def _tell_overgrown(self, worker: Handle, seen: _Seen) -> None:
         """Say once of a worker that it has grown while its replacement was due; why that waits in a pause is said."""
@@ -251,8 +256,9 @@ class Recycling:
         seen.half_full = held is None or held >= limit / 2
         if held is not None:
             seen.resident_then = held if seen.resident_then is None else seen.resident_then
-            growth = (held - seen.resident_then) / max(_GROWTH_OVER, time.monotonic() - worker.ready_at)
-            seen.ahead = max(0.0, min(limit * _AHEAD, growth * (worker.ready_at - worker.born)))
+            start, lived = worker.ready_at - worker.born, time.monotonic() - worker.ready_at
+            growth = max(0, held - seen.resident_then) / max(_GROWTH_OVER, _STARTS * start, lived)
+            seen.ahead = growth * start
         if held is not None and held + seen.ahead < limit * seen.share:
             seen.memory = 0
         elif not seen.reading and time.monotonic() >= seen.read_again_at:

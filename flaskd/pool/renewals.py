@@ -11,7 +11,7 @@ from flaskd.errors import ConfigError, FlaskdError, NotNowError, UsageError
 from flaskd.lifecycle import StopReason
 from flaskd.pool import messages as say
 from flaskd.pool.deaths import tell_failure
-from flaskd.pool.handle import Handle
+from flaskd.pool.handle import Handle, Phase
 from flaskd.pool.questions import Reply, Round
 from flaskd.pool.rollout import Rollout
 from flaskd.pool.slots import Slots
@@ -144,7 +144,12 @@ class Renewals:
         before = self.configuration
 
         def over(replies: list[Reply]) -> None:  # in any thread
-            self._do(lambda: decide(next((each.error for each in replies if each.error is not None), None)))
+            self._do(
+                lambda: decide(next((each.error for each in replies if each.error and not left(each.worker)), None))
+            )
+
+        def left(worker: Handle) -> bool:  # it was replaced meanwhile, and the new one has the configuration in force
+            return worker.phase in {Phase.LEAVING, Phase.GONE} and not worker.death
 
         def decide(error: FlaskdError | None) -> None:
             count = configuration.values.count_workers()

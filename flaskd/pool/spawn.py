@@ -14,10 +14,11 @@ from flaskd.errors import CannotCreateError, shortage
 from flaskd.process.orphans import orphans
 
 _BOOT = (
-    "import sys; sys.path[:] = [*filter(None, sys.path), sys.argv[1]]; "
+    "import gc, sys; gc.disable(); sys.path[:] = [*filter(None, sys.path), sys.argv[1]]; "
     "from flaskd.workers.{0} import main; main(*map(int, sys.argv[4:]))"
 )
-"""The working directory, which is the app's, is not looked in before the app is: a file there may be called json.py."""
+"""Imports make no garbage to look for. The working directory, which is the app's, is not looked in before the app is: a
+file there may be called json.py."""
 STACKS = signal.SIGRTMAX - 2
 """A process that gets it writes the stacks of its threads to the descriptor that it was given for that; its Python may
 hang (faulthandler.register). The highest real-time signals are used by nothing that is known."""

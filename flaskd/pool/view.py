@@ -40,8 +40,9 @@ class View:
 
     @property
     def target(self) -> str | None:
-        """What the app is called; None before a worker has loaded it."""
-        return next((each.target for each in self.sums.alive if each.target), None)
+        """What the app is called that is served, or else that a worker has; None before one has loaded it."""
+        those_that_serve_first = sorted(self.sums.alive, key=lambda each: not each.serves)
+        return next((each.target for each in those_that_serve_first if each.target), None)
 
     @property
     def drain(self) -> Drain | None:

@@ -16,6 +16,10 @@ log = logging.getLogger("flaskd.server")
 
 _FILES_PAUSE = 0.5
 """Seconds without accepting after the process ran out of files."""
+_LIMIT_PAUSE = 0.1
+"""Seconds in which clients wait until others leave, or other workers let them in, before room is made for them."""
+_MOST_ROOM = 64
+"""Connections that are closed at once to make room."""
 
 
 class Admission:
@@ -32,6 +36,8 @@ class Admission:
         self.paused = False
         """Whether new connections wait until there is room for them."""
         self._pause_until = 0.0
+        self._said = False
+        """Whether the log says that clients wait, and not yet that they do so no more."""
         self.held = False
         """Whether nothing is accepted before `accept` is called: the server is not ready."""
         self.aside: Aside | None = None
@@ -59,9 +65,13 @@ class Admission:
         """Whether there are as many connections as there may be; then accepting pauses until there are fewer."""
         if not self.paused and self.connections.count >= self.limit:
             self.paused = True
-            log.warning(f"{self.limit} connections are open, the most there may be; new ones wait")
             self.accept(on=False)
+            self._pause(_LIMIT_PAUSE if self.aside is not None else 0.0)
         return self.paused
+
+    def _pause(self, seconds: float) -> None:
+        self._pause_until = max(self._pause_until, time.monotonic() + seconds)
+        self.context.timers.at(self._pause_until, lambda _: None)  # it wakes the loop, which looks for room then
 
     @contextlib.contextmanager
     def beyond_the_limit(self) -> Iterator[None]:
@@ -76,16 +86,32 @@ class Admission:
     def out_of_files(self, error: OSError) -> None:
         """Stop accepting for a moment: the process or the machine has no more files to give."""
         if not self.paused:
+            self._said = True
             log.error(f"cannot accept connections: {error.strerror}; new ones wait")
         self.paused, self._pause_until = True, time.monotonic() + _FILES_PAUSE
         self.accept(on=False)
 
     def look_for_room(self, now: float) -> None:
-        """End a pause, once there is room."""
-        if now >= self._pause_until and self.connections.count < self.limit:
-            self.paused = False
+        """End a pause, once there is room; where clients wait, it is made (`Connections.make_room`)."""
+        if now < self._pause_until:
+            return
+        if self.connections.count >= self.limit and not self._make_room():
+            self._pause(_LIMIT_PAUSE)
+            return
+        self.paused = False
+        if self._said:
+            self._said = False
             log.info("accepting connections again")
-            self.accept(on=True)
+        self.accept(on=True)
+
+    def _make_room(self) -> int:
+        """Close as many connections as are needed by those that wait, if so many can be; returns how many."""
+        waiting = sum(each.listener.callers() for each in self.context.acceptors if each.accepting)
+        closed = self.connections.make_room(min(waiting, _MOST_ROOM))
+        if waiting and not closed and not self._said:
+            self._said = True
+            log.warning(f"{self.limit} connections are open, the most there may be; new ones wait")
+        return closed
 
     def refuse(self, *, on: bool) -> None:
         """Answer 503 on the listeners that others share, or leave them alone again."""

@@ -139,11 +139,11 @@ class Board:
                 _NAME.pack_into(self._map, _ROWS_AT + row * _ROW.size + _NAME_AT, name)
                 self._floats[_ROWS_AT // _WORD + row * _ROW_WORDS + _BEGUN_AT] = request.began
 
-    def send(self, request: Request) -> None:
-        """Note that the app is done with a request, and its answer waits to be sent."""
+    def send(self, request: Request, *, sending: bool = True) -> None:
+        """Note that an answer waits to be sent, or that its thread, which waited for that, goes on."""
         with self._lock:
             if (row := request.row - 1) >= 0:
-                self._words[_ROWS_AT // _WORD + row * _ROW_WORDS + _SENDING_AT] = 1
+                self._words[_ROWS_AT // _WORD + row * _ROW_WORDS + _SENDING_AT] = sending
 
     def leave(self, request: Request) -> None:
         """Note that a request is over, once for each that entered; it has been counted by then."""

@@ -205,6 +205,7 @@ class Channel(OutputChannel):
         """Answer the first request in line in the loop's thread."""
         if self.requests and self.connected:
             self.keeper = self.requests[0]
+            self.keeper.here = True
             self.service()
 
     def _answer(self, request: Request) -> bool:
@@ -242,8 +243,8 @@ class Channel(OutputChannel):
 
     def _go_on(self, *, last: bool) -> None:
         """Leave the connection, whose first request is answered; `last`: what was pipelined behind is not."""
-        if not last and len(self.requests) > 1:
-            self._flush_outbufs_below_high_watermark()
+        if not last and len(self.requests) > 1 and self.total_outbufs_len > self.adj.outbuf_high_watermark:
+            self.context.waiting.for_client(self)  # what is pipelined behind would be put out on top
         with self.requests_lock:
             if last:
                 self.close_when_flushed = True

@@ -13,6 +13,7 @@ from flaskd.server.limits import NO_LIMITS
 from flaskd.server.poller import make_poller
 from flaskd.server.proxies import BehindProxies
 from flaskd.server.request import Connection
+from flaskd.server.slow import Waiting
 from flaskd.server.threads import ThreadPool
 from flaskd.server.timers import Timers
 
@@ -48,6 +49,8 @@ class Context:
         """Where a worker notes what it does, for its supervisor; None in a process that serves alone."""
         self.pool = ThreadPool(threads)
         self.account = Account(self.pool, board)
+        self.waiting = Waiting(self.pool)
+        """The threads that wait for clients that read slowly."""
         self.timers = Timers()
         self.acceptors: list[Any] = []
         """Waitress' servers, one for each listener."""

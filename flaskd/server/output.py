@@ -17,8 +17,11 @@ from flaskd.server.context import Context
 from flaskd.server.head import Fields
 from flaskd.server.request import Request
 from flaskd.server.request_ids import NO_IDS, Ids
+from flaskd.server.slow import Progress
 from flaskd.sockets import unacknowledged
 
+_ROOM = 16
+"""Which part of all output that may wait has to be free before a thread that waits for its client goes on."""
 _LINGER = 0.2
 """Seconds in which a half-closed client may close its side, before the connection is closed under it."""
 _LINGER_LOOK = 0.05
@@ -48,6 +51,8 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
     fault = ""
     """Why what was put out cannot be sent, though the client is there."""
     stream_over = False
+    progress: Progress | None = None
+    """Of its client, while that is waited for."""
     fields: Fields | None = None
     serving: Request
     """The request that is answered, or was answered last."""
@@ -148,6 +153,8 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
 
     def write_soon(self, data: Any) -> int:
         """Put out a part of a response, at once where nothing waits; a stream that was ended takes no more."""
+        if self.total_outbufs_len > self.adj.outbuf_high_watermark:
+            self.context.waiting.for_client(self)
         with self._sending:  # so that it comes before the end of a stream, or not at all
             if self.stream_over or not self.connected:
                 raise ClientDisconnected
@@ -171,6 +178,15 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
             self.current_outbuf_count = 0
         return int(super().write_soon(data))
 
+    def _flush_outbufs_below_high_watermark(self) -> None:
+        """Nothing: waitress waits for the client here, in a place and with the lock."""
+
+    @property
+    def backed_up(self) -> bool:
+        """Whether its thread is still to wait: until there is room for some more, lest it waits at every part."""
+        most = self.adj.outbuf_high_watermark
+        return bool(self.connected) and self.total_outbufs_len > most - most // _ROOM
+
     def end_stream(self) -> None:
         """End the stream being sent, between two parts (loop's thread); its thread learns at its next write."""
         request = self.serving
@@ -188,7 +204,8 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
             self.close_when_flushed = True
             self._flush_exception(self._flush_some, do_close=False)
             self._settle()
-        self.context.pool.lose(request)
+        if not request.waits:  # else its thread has no place
+            self.context.pool.lose(request)
         self.context.poller.touch(self)  # its thread, which would do that, may sleep on
 
     def _settle(self) -> None:

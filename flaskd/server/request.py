@@ -101,7 +101,8 @@ class Request(Parser):
     refused_by = ""
     """The limit for which it is refused, unbegun."""
     thread: threading.Thread | None = None
-    answered = over = rejected = whole = False
+    answered = over = rejected = whole = here = waits = False
+    """`here`: the loop answers it itself. `waits`: its thread waits for the client to read on."""
     status = ""
     fault = ""
     """Why its client sees that the answer is not whole, though it did not leave."""
@@ -160,16 +161,24 @@ class Request(Parser):
             self.rejected = self.completed = True
             self.headers["HTTP_CONNECTION"] = "close"  # the body may follow all the same
         if self.completed:
-            # Nothing more is expected, so the client must not be told to continue: waitress would wait for ever for
-            # the body of a request that has none, or ask for one that it already refused.
-            self.expect_continue = False
-            self.kind = kind_of(self.command, self.path)
-            account = self.channel.account
-            if account.make_id is not None and not self.given_id:
-                self._take_id(account.make_id)
-            if not self.id and not self.channel.internal:
-                account.accepted(self)
+            self._complete()
         return consumed
+
+    def _complete(self) -> None:
+        # Nothing more is expected, so the client must not be told to continue: waitress would wait for ever for the
+        # body of a request that has none, or ask for one that it already refused.
+        self.expect_continue = False
+        self.kind = kind_of(self.command, self.path)
+        account = self.channel.account
+        if account.make_id is not None and not self.given_id:
+            self._take_id(account.make_id)
+        if not self.id and not self.channel.internal:
+            account.accepted(self)
+
+    def time_out(self, why: str) -> None:
+        """Refuse it, because the rest of it is too long in coming (RFC 9110 §15.5.9)."""
+        self.refuse(408, why)
+        self._complete()
 
     def _take_id(self, make: Callable[[], str]) -> None:
         """Be called from now on as a trusted proxy calls it, or by an id that is made for it."""
@@ -226,7 +235,7 @@ class Request(Parser):
     @property
     def phase(self) -> str:
         """``receiving``, ``queued``, ``running`` or ``sending``."""
-        if self.answered:
+        if self.answered or self.waits:
             return "sending"
         if self.thread is not None:
             return "running"
@@ -242,7 +251,7 @@ class Request(Parser):
 
         `gone` is for who has looked already whether its client has.
         """
-        thread = None if self.answered else self.thread
+        thread = None if self.answered or self.waits else self.thread
         return InFlight(
             id=self.id,
             client=self.client,

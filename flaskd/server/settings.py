@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from flaskd.server.limits import Limits
+from flaskd.server.slow import Pace
 
 if TYPE_CHECKING:
     from flaskd.config import ServerConfig
@@ -33,7 +34,13 @@ def adjustments(server: ServerConfig, open_files: int) -> dict[str, Any]:
         "max_request_body_size": server.max_request_body_size,
         "max_request_header_size": server.max_request_header_size,
         "channel_timeout": max(1, round(server.channel_timeout)),
+        "outbuf_high_watermark": server.outbuf_high_watermark,
         "backlog": server.backlog,
         "ident": server.ident,
         "clear_untrusted_proxy_headers": False,  # flaskd.server.proxies does
     }
+
+
+def pace(server: ServerConfig) -> Pace:
+    """How slow clients may be."""
+    return Pace(server.head_timeout, server.min_rate)

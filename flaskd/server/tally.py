@@ -24,7 +24,10 @@ _CLASS_AT = {str(digit): _STATUS_AT + digit for digit in range(1, _STATUSES)}
 _TOOK_AT = _STATUS_AT + _STATUSES
 _WAITED_AT = _TOOK_AT + _BUCKETS
 _LIMITED_AT = _WAITED_AT + _BUCKETS
-LIMITS = ("request_timeout", "queue_timeout", "max_queue")
+LIMITS = (
+    *("request_timeout", "queue_timeout", "max_queue"),
+    *("head_timeout", "min_rate", "channel_timeout", "connection_limit", "outbuf_high_watermark"),
+)
 """The limits that are counted, by the names of their settings."""
 COUNTS = _LIMITED_AT + len(LIMITS)
 """How many counts there are of a tally."""

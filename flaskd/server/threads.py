@@ -16,10 +16,9 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from flaskd.errors import CannotCreateError, shortage
-from flaskd.ledger import InFlight
 from flaskd.process.threads import AppThread
 from flaskd.server.lead import Lead
-from flaskd.server.request import Request
+from flaskd.server.thread_places import Places
 
 log = logging.getLogger("flaskd.server")
 _queue_log = logging.getLogger("waitress.queue")
@@ -44,39 +43,20 @@ class Task(Protocol):
         """Run it; gives how many seconds that took."""
 
 
-class ThreadPool:
-    """The threads of one server, and the queue of what is complete and has no place yet, the oldest first.
-
-    A thread that goes on with a request that is over (cut, given up, or a stream that was ended) is lost: there is one
-    place more in exchange, until it comes back; but at most twice as many as there should be.
-    """
+class ThreadPool(Places):
+    """The threads of one server, and the queue of what is complete and has no place yet, the oldest first."""
 
     def __init__(self, size: int) -> None:
-        self.size = size
-        """How many requests may run at once; without those that are lost."""
+        super().__init__(size)
         self.queue: deque[Any] = deque()
         """What waits for a place; while something does, all places are taken."""
         self.started: list[threading.Thread] = []
-        self.lost: set[Request] = set()
-        """What the threads that are lost go on with; changed under a lock, looked at without."""
-        self.ending = False
-        """Whether all threads are to end, and nothing more is begun."""
         self.leader: threading.Thread | None = None
         """The thread that leads, or led last."""
         self._turn: Callable[[], Task | None] | None = None
         """What the thread that leads does; None before `start`."""
-        self._wake: Callable[[], None] = lambda: None
         self._name = ""
-        self._places = size
-        """How many requests may run at once, with those that are lost."""
-        self._running = 0
-        self._numbers: dict[threading.Thread, int] = {}
-        """The threads that have not ended, with the numbers in their names."""
-        self._lock = threading.Lock()
-        """Held when one of the above changes."""
         self._lead = Lead()
-        self.on_place: Callable[[], None] | None = None
-        """Is called when a place has become free."""
         self._last_ended: Callable[[], None] | None = None
 
     def start(self, turn: Callable[[], Task | None], wake: Callable[[], None], name: str) -> None:
@@ -156,59 +136,31 @@ class ThreadPool:
         """The oldest task, if there is a place for it (the thread that leads)."""
         with self._lock:
             # Some of the threads may not be had, and one is needed to lead.
-            if (
-                self.queue
-                and self._running < self._places
-                and self._running < len(self._numbers) - 1
-                and not self.ending
-            ):
+            if self.queue and self._free > 0 and not self.ending:
                 self._running += 1
                 task: Task = self.queue.popleft()
                 return task
         return None
 
-    def _leave(self) -> None:
-        """Give the place up, while leading."""
-        with self._lock:
-            self._running -= 1
-            if self.on_place is not None:
-                self.on_place()
-
     def _next(self) -> Task | None:
         """The oldest task for the place that has become free, or None: then the place is given up."""
         with self._lock:
-            if self.queue and self._running <= self._places and not self.ending:
+            if self.queue and self._running + self._back <= self._places and not self.ending:
                 task: Task = self.queue.popleft()
                 return task
-            self._running -= 1
-            if self.on_place is not None:
-                self.on_place()
+            self._give_up()
         return None
 
     # --- how many -------------------------------------------------------------------------------------------------
 
     @property
     def _wanted(self) -> int:
-        return 0 if self.ending else self._places + 1
+        return 0 if self.ending else self._places + self._away + 1
 
     @property
     def surplus(self) -> bool:
         """Whether the thread that leads is one too many, and has to end."""
         return len(self._numbers) > self._wanted
-
-    @property
-    def full(self) -> bool:
-        """Whether all places are taken (any thread)."""
-        return not self._free
-
-    @property
-    def _free(self) -> int:
-        return max(0, min(self._places, len(self._numbers) - 1) - self._running)
-
-    @property
-    def busy(self) -> int:
-        """How many threads run something."""
-        return self._running
 
     def resize(self, size: int) -> None:
         """Change how many places there are (any thread).
@@ -232,14 +184,6 @@ class ThreadPool:
         self.size = size
         self._count_places()
 
-    def _count_places(self) -> None:
-        self._places = self.size + min(len(self.lost), self.size)
-
-    @property
-    def short(self) -> int:
-        """How many of the threads that should be there are lost, and not replaced (any thread)."""
-        return max(0, len(self.lost) - self.size)
-
     def replenish(self) -> None:
         """Have as many free threads as there should be, or as many of them as can be had."""
         with self._lock:
@@ -249,31 +193,9 @@ class ThreadPool:
         try:
             self._fill()
         except RuntimeError as error:
-            had = len(self._numbers) - 1 - len(self.lost)
+            had = len(self._numbers) - 1 - len(self.lost) - self._away
             log.warning(f"{had} of {self.size} threads: {shortage(error)}")
         self._wake()
-
-    def lose(self, request: Request) -> None:
-        """Note that a thread goes on with a request that is over; it is missing until it comes back (any thread)."""
-        with self._lock:
-            self.lost.add(request)
-            if request.over:  # in this moment, and so `come_back` did not see it among the lost
-                self.lost.discard(request)
-            self._count_places()
-
-    def come_back(self, request: Request) -> None:
-        """Note that the app is done with a request; its thread may have been lost (any thread)."""
-        with self._lock:
-            if request in self.lost:
-                self.lost.discard(request)
-                self._count_places()
-                if not self.ending:
-                    self._replenish()
-
-    def left_behind(self) -> dict[threading.Thread, InFlight]:
-        """The threads that are lost, and what they go on with (any thread)."""
-        with self._lock:
-            return {each.thread: each.snapshot() for each in self.lost if each.thread is not None}
 
     # --- tasks ----------------------------------------------------------------------------------------------------
 
@@ -316,6 +238,7 @@ class ThreadPool:
         """Let all threads end, each when it is done with what it runs (any thread)."""
         with self._lock:
             self.ending = True
+            self._returns.notify_all()
         self._lead.end()
         self._wake()
 
@@ -339,6 +262,8 @@ class ThreadPool:
         """Count a thread no more; gives what it has to do as the last one."""
         with self._lock:
             del self._numbers[thread]
+            if not self.ending:  # it may be missed: since it found that it was one too many, another left its place
+                self._replenish()
             return (None if self._numbers else self._last_ended) or (lambda: None)
 
 

@@ -19,7 +19,7 @@ from flaskd.errors import FlaskdError
 from flaskd.ledger import DrainReport, InFlight
 from flaskd.lifecycle import StopReason
 from flaskd.process.descriptors import open_files
-from flaskd.server import BehindProxies, WaitressThread, adjustments
+from flaskd.server import BehindProxies, WaitressThread, adjustments, pace
 from flaskd.serving.configuration import read
 from flaskd.serving.loading import check_servable
 from flaskd.serving.pipeline import Pipeline
@@ -36,6 +36,7 @@ _WORKERS_END, _STUCK_END = 1.0, 0.2
 """Seconds in which the threads that run the app end, all idle, or one of them stuck in a request that was cut."""
 _TURN = 0.2
 """Seconds of one turn of a wait that signals are to be heard in."""
+_GRACES = {"keepalive_grace", "stream_grace"}
 _ASKED = StopReason("control", "ServerThread.stop()")
 
 
@@ -76,14 +77,13 @@ class ServerThread:
         self._threads, self._kind = threads, server
         self._config = read(config).values
         self._on_step, self._own_process = on_step, own_process
-        self._lock = threading.Lock()
+        self._lock, self._over_lock = threading.Lock(), threading.Lock()
         self._pid = 0
         self._server: WaitressThread | WerkzeugThread | None = None
         self._pipeline: Pipeline | None = None
         self._cleanup_thread: CleanupThread
         self._stopped: Future[DrainReport]
         self._when_over: list[Callable[[], None]] | None = None
-        self._over_lock = threading.Lock()
         self._endpoints = contextlib.ExitStack()
         self._pressed = False
         self._report: DrainReport | None = None
@@ -133,7 +133,7 @@ class ServerThread:
             return _werkzeug_thread(self._app, self._address)
         drain, server = self._config.shutdown.drain, self._config.server
         # In a test nobody waits as long as in production for clients that could still say something.
-        graces = {name: getattr(drain, name) for name in drain.model_fields_set & {"keepalive_grace", "stream_grace"}}
+        more = {"pace": pace(server)} | {name: getattr(drain, name) for name in drain.model_fields_set & _GRACES}
         return WaitressThread(
             BehindProxies(self._app, server),
             self._address.host,
@@ -143,7 +143,7 @@ class ServerThread:
             adjustments=adjustments(server, open_files.limit()),
             ids=self._config.log.request_id,
             served_by=self._config.served_by,
-            **graces,
+            **more,
         )
 
     @property

@@ -82,7 +82,7 @@ class Forecast:
             found = run.found(_LOOK_AROUND) if run is not None else None
             if found is None and self._discovery is not None:
                 found = self._discovery.found()
-            self._paused += pause_all(with_found(self.policies, found or (), self._cleanup).steps)
+            pause_all(with_found(self.policies, found or (), self._cleanup).steps, self._paused)
 
     def resume_schedulers(self) -> None:
         """Let those that were paused go on."""

@@ -75,7 +75,7 @@ class Shown(Alone):
     def unready(self) -> str:
         """Why requests cannot be answered as they should be: threads are missing."""
         short = self._server.short if self._server is not None else 0
-        return f"{short} threads are lost in requests that hang" if short else ""
+        return f"{short} of its threads {'are' if short > 1 else 'is'} lost in requests that hang" if short else ""
 
     def snapshot(self) -> ServingSnapshot:
         """What there is to know."""
@@ -93,6 +93,7 @@ class Shown(Alone):
             idle=server.idle,
             cleanup=stop.running if stop is not None else (),
             steps=stop.policies if stop is not None else {},
+            trouble=self.unready,
         )
 
     def requests(self, *, stacks: bool = False) -> list[InFlight]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import select
 import socket
 import struct
 import sys
@@ -114,6 +115,14 @@ class Listener:
             return 0
         # tcpi_unacked of a listener is the length of its backlog (tcp_get_info() in Linux' net/ipv4/tcp.c).
         return int(struct.unpack_from("=I", info, 24)[0])
+
+    def callers(self) -> int:
+        """How many connections wait to be accepted; 1 where the system tells only that some do, 0 where it is dumb."""
+        if not hasattr(select, "poll"):
+            return 0
+        poll = select.poll()
+        poll.register(self.socket, select.POLLIN)
+        return max(1, self.waiting()) if poll.poll(0) else 0
 
     def handshakes(self) -> int:
         """How many clients are connecting and cannot be accepted yet, where the system tells; closing resets them."""

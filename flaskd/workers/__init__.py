@@ -1,5 +1,1 @@
-"""An app in a process of its own: what its owner sees, and what runs inside it. The two share nothing but two pipes."""
-
-from flaskd.workers.process import ServerProcess
-
-__all__ = ["ServerProcess"]
+"""What runs inside of a worker, and of a template. `process`: an app in a process of its own, as its owner sees it."""

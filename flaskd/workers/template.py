@@ -30,7 +30,7 @@ from flaskd.process.threads import name_of
 from flaskd.serving import launch
 from flaskd.serving.loading import LoadedApp
 from flaskd.serving.patching import patching_refused
-from flaskd.workers.worker import serve
+from flaskd.workers.worker import look_for_garbage, serve
 
 _ENDING = 0.5
 """Seconds that threads have to end which the app has started on import: some are there for the import alone."""
@@ -57,6 +57,7 @@ def main(wire: int, stacks: int) -> NoReturn:
     """Run one as a process of its own, on the descriptors that it was started with."""
     open_standard_streams()
     heed_as_template()
+    look_for_garbage()
     for each in (wire, stacks):
         os.set_inheritable(each, False)
     end_with_parent()  # where the kernel does not do it, the end of the wire tells after the import

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import logging
 import os
 import signal
@@ -211,7 +212,15 @@ def main(wire: int, board: int, stacks: int) -> None:
     """Run one as a process of its own, on the descriptors that it was started with."""
     open_standard_streams()
     heed_as_worker()
+    look_for_garbage()
     serve(wire, board, stacks)
+
+
+def look_for_garbage() -> None:
+    """Look for garbage again, which was put off for flaskd's own imports; what they have made is taken for old."""
+    gc.freeze()
+    gc.unfreeze()
+    gc.enable()
 
 
 def serve(wire: int, board: int, stacks: int, app: LoadedApp | None = None) -> NoReturn:

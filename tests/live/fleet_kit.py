@@ -147,6 +147,7 @@ class Fleet:
         flaskd = self.flaskds[name]
         os.killpg(flaskd.pid, signal.SIGKILL)
         flaskd.wait()
+        balancer.wait_refused(next(each.port for each in self.nodes if each.name == name))
         return time.time(), self.haproxy.wait(name, {"DOWN"}, balancer.CHECKED)
 
     @contextlib.contextmanager

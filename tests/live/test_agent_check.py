@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import time
 
@@ -10,7 +12,7 @@ from daemon_kit import Flaskd, inherit
 from fleet_kit import agent_says
 from http_client import ask, refused
 from systemd_kit import free_port
-from workers_kit import WAITS, code
+from workers_kit import WAITS, code, worker_pids
 
 BOTH = pytest.mark.parametrize("workers", [0, 2])
 
@@ -79,6 +81,22 @@ def test_readiness_says_no_first_and_the_gate_closes_last(flaskd: Flaskd, worker
     assert served
     assert ended - began > 0.6
     assert flaskd.wait() == 0
+
+
+def test_it_says_why_no_worker_serves(flaskd: Flaskd) -> None:
+    """When all workers have died it is down with the reason, and up again when one is ready."""
+    address = configure(flaskd, 2)
+    flaskd.start(app="shop:app")
+    code(flaskd, "one", WAITS)
+    for pid in worker_pids(flaskd):
+        os.kill(pid, signal.SIGKILL)
+    flaskd.until(lambda: agent_says(address) == "down#no worker is ready")
+    flaskd.gate.entered()
+    flaskd.gate.open()
+    flaskd.until(lambda: agent_says(address) == "up ready")
+    flaskd.gate.entered()
+    flaskd.gate.open()
+    assert flaskd.stop() == 0
 
 
 def test_it_answers_while_the_app_computes(flaskd: Flaskd) -> None:

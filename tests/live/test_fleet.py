@@ -51,7 +51,7 @@ def test_a_killed_node_fails_what_it_had_in_hand(fleet: Fleet) -> None:
 def test_a_drain_and_a_resume_are_seen_each_in_its_way(fleet: Fleet) -> None:
     """HAProxy calls a drained server DRAIN, DOWN or NOLB, has it back after a resume, and no request fails."""
     flaskd = fleet.flaskds["one"]
-    with fleet.load() as accounts:
+    with fleet.load(*balancer.CHECKED, "nginx") as accounts:
         draining = Asking(flaskd, "drain wait")
         for way, state in OUT.items():
             fleet.haproxy.wait("one", {state}, [way])

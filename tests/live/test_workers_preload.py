@@ -18,7 +18,7 @@ from patience import until
 from workers_kit import asked, generations, shown, workers
 
 APP = """
-import os, subprocess, socket, threading, time
+import gc, os, subprocess, socket, threading, time
 from flask import Flask
 
 with open("imports", "a") as file:
@@ -28,7 +28,7 @@ CODE = "{code}"
 
 @app.get("/")
 def index():
-    return CODE
+    return CODE if gc.isenabled() else "no garbage is looked for"
 
 @app.get("/hold")
 def hold():

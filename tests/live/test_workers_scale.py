@@ -8,7 +8,7 @@ import signal
 import pytest
 from daemon_kit import Flaskd
 from http_client import get, refused
-from workers_kit import WAITS, Asking, Clients, asked, code, generations, shown, start, workers
+from workers_kit import WAITS, Asking, Clients, asked, code, generations, hold_in_both, shown, start, workers
 
 from flaskd.process.cpus import usable
 
@@ -34,13 +34,13 @@ def test_more_and_fewer_workers_lose_nothing(flaskd: Flaskd) -> None:
 
 def test_those_that_leave_finish_their_requests(flaskd: Flaskd) -> None:
     """`scale 1` is answered though a request still runs in the worker that leaves; its answer comes."""
-    start(flaskd)
+    start(flaskd, "-t", "16")
     url = flaskd.url
-    held = [flaskd.hold(url) for _ in range(8)]  # all threads of both
+    held = hold_in_both(flaskd, url)
     assert flaskd.command("scale 1") == "OK scaled workers=1\n"
     assert [each["state"] for each in shown(flaskd)] == ["ready", "leaving"]
     flaskd.gate.open()
-    assert [each.result() for each in held] == [(200, b"held by one")] * 8
+    assert [each.result() for each in held] == [(200, b"held by one")] * len(held)
     flaskd.until(lambda: len(shown(flaskd)) == 1)
     assert flaskd.stop() == 0
 

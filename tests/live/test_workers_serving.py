@@ -18,14 +18,14 @@ from http_client import Answer, ask, get, refused
 from workers_kit import shown
 
 APP = """
-import os, threading
+import gc, os, threading
 import flaskd
 from gateapp import app
 
 @app.get("/who")
 def who():
     names = ("FLASKD_WORKER", "FLASKD_GENERATION", "FLASKD_CONTROL", "NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_FDNAMES")
-    return {"pid": os.getpid(), "cwd": os.getcwd(), **{name: os.environ.get(name) for name in names}}
+    return {"pid": os.getpid(), "cwd": os.getcwd(), "gc": gc.isenabled(), **{name: os.environ.get(name) for name in names}}
 
 @app.get("/fork")
 def fork():
@@ -91,7 +91,7 @@ def test_all_kinds_of_listeners(flaskd: Flaskd) -> None:
     assert {first["pid"], second["pid"]} == set(workers(flaskd).values())
     assert flaskd.pid not in {first["pid"], second["pid"]}
     for each in (first, second):
-        assert each["cwd"] == str(there)
+        assert (each["cwd"], each["gc"]) == (str(there), True)
         assert each["FLASKD_CONTROL"] == str(flaskd.socket_path)
         assert (each["NOTIFY_SOCKET"], each["LISTEN_FDS"], each["LISTEN_FDNAMES"]) == (None, None, None)
     assert flaskd.stop() == 0

@@ -93,7 +93,7 @@ def test_workers_that_reached_a_limit_are_counted():
     """By the key of the limit, and what is wrong with one is said below; nothing where none did."""
     recycled = {"max_requests": 2, "max_age": 0, "max_memory": 1}
     lines = worker_lines([], [], wanted=2, recycled=recycled, trouble="worker 0 grows")
-    assert lines[1:] == ["3 recycled (2 for pool.max_requests, 1 for pool.max_memory)", "worker 0 grows"]
+    assert lines[1:] == ["3 recycled (2 for max_requests, 1 for max_memory)", "worker 0 grows"]
     assert len(worker_lines([], [], wanted=2, recycled=dict.fromkeys(recycled, 0))) == 1
 
 

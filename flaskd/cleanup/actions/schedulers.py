@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Iterable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -95,16 +96,20 @@ ACTIONS = (
 )
 
 
-def pause_all(steps: Iterable[Step]) -> list[Any]:
-    """Pause the schedulers that run of those that these steps end, and give them; none begins a job from then on."""
-    things = {id(each): each for step in steps if step.takes == PAUSE.takes for _, each in objects_of(step)}
+def pause_all(steps: Iterable[Step], paused: list[Any]) -> None:
+    """Pause the schedulers that run of those that these steps end; none begins a job from then on.
+
+    `paused` gets them, also where one of them raises.
+    """
+    things = {id(each): each for step in steps if step.action.takes == PAUSE.takes for _, each in objects_of(step)}
     with AppCode():
         running = [each for each in things.values() if each.state == _RUNNING]  # not those that the app has paused
-        for each in running:
-            each.pause()
-        for each in running:
-            _wait_for_round(each)
-    return running
+        paused += running
+        with ExitStack() as last_first:  # one that raises keeps no other from it
+            for each in running:
+                last_first.callback(_wait_for_round, each)
+            for each in running:
+                last_first.callback(each.pause)
 
 
 def resume_all(schedulers: Iterable[Any]) -> None:

@@ -134,6 +134,16 @@ def test_a_client_that_cannot_be_accepted_is_answered_later(agent, connect, monk
     assert agent.addresses
 
 
+def test_a_fault_leaves_the_agent_alive(connect, source, caplog):
+    """A check that cannot be answered is told of in the log, and the next one is answered."""
+    source.answer = None
+    with caplog.at_level(logging.ERROR, "flaskd.admin"):
+        assert line(connect()) == b""
+    assert "cannot answer an agent check" in caplog.text
+    source.answer = "200 OK", "ready"
+    assert line(connect()) == b"up ready\n"
+
+
 def test_a_default_timeout_of_the_app_changes_nothing(connect, monkeypatch):
     """Where the app has called socket.setdefaulttimeout(), a client is answered as ever."""
     client = connect()

@@ -17,12 +17,13 @@ import sentry_sdk
 import sqlalchemy
 from apscheduler.jobstores.memory import MemoryJobStore
 from apscheduler.schedulers.background import BackgroundScheduler
+from apscheduler.schedulers.base import STATE_PAUSED, STATE_RUNNING
 from cleanup_kit import hanging, in_background, run, runner
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
 from patience import PATIENCE
 
-from flaskd.cleanup import ACTIONS, Fate, Plan, Step, action_specs, build_plan, discover
+from flaskd.cleanup import ACTIONS, Fate, Plan, Step, action_specs, build_plan, discover, pause_all, resume_all
 from flaskd.config import Phase, load_mapping
 from flaskd.errors import ConfigError
 
@@ -567,3 +568,23 @@ def test_hurry_reaches_what_is_being_ended():
         assert results[0][0].took < PATIENCE / 2
     finally:
         job.released.set()
+
+
+def test_schedulers_are_paused_and_go_on(module):
+    """Those that run, of those that a policy names; one that the app has paused stays so, and a broken one harms no other."""
+    module.schedulers = first, paused, broken, last = [BackgroundScheduler() for _ in range(4)]
+    for each in module.schedulers:
+        each.start()
+    paused.pause()
+    broken.pause = lambda: 1 / 0
+    action = ACTIONS["apscheduler.stop"]
+    fields = action.fields(target=["live_module:schedulers"])
+    kept = []
+    with pytest.raises(ZeroDivisionError):
+        pause_all([Step("jobs", action, fields, action.default_phase, PATIENCE)], kept)
+    states = [each.state for each in (first, paused, last)]
+    resume_all(kept)
+    assert states == [STATE_PAUSED] * 3
+    assert [each.state for each in (first, paused, last)] == [STATE_RUNNING, STATE_PAUSED, STATE_RUNNING]
+    for each in module.schedulers:
+        each.shutdown()

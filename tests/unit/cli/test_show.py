@@ -67,7 +67,7 @@ def test_the_status_says_what_became_of_limits():
     recycled = {"max_requests": 0, "max_age": 0, "max_memory": 3}
     workers = {"ready": 2, "wanted": 2, "generations": [1], "died": 0, "recycled": recycled}
     page = show.answer("status", status(workers=workers, trouble="worker 0 grows")).splitlines()
-    assert "  workers      2 of 2 ready, generation 1; 3 recycled (3 for pool.max_memory)" in page
+    assert "  workers      2 of 2 ready, generation 1; 3 recycled (3 for max_memory)" in page
     assert "  trouble      worker 0 grows" in page
 
 
@@ -209,6 +209,12 @@ def test_the_page_of_top_fits(width, height):
     assert lines[0].startswith("flaskd ready for"[: width - 1])
     if 10 < height < 40 and width > 20:
         assert lines[-1].endswith("more")
+
+
+def test_the_page_of_top_says_what_is_wrong():
+    """As the status does."""
+    seen = Look(0.0, status(trouble="worker 0 grows"), [])
+    assert "  trouble: worker 0 grows" in page(seen, rates(None, seen), 80, 24)
 
 
 def test_a_full_terminal_is_not_pushed_up(capsys):

@@ -198,6 +198,20 @@ def test_a_replacement_is_ready_before_the_old_one_leaves(world: World) -> None:
     assert (old.told[-1].reason, old.told[-1].leave) == (WHY, True)
 
 
+def test_the_app_is_that_of_the_worker_that_serves(world: World) -> None:
+    """A reload may have brought another one: not that of an old worker, which still has requests in hand."""
+    pool = world.started(1)
+    slots, slot = only(pool)
+    old = world.worker(0)
+    old.target = "before:app"
+    slots.replace(slot, 1, WHY)
+    new = world.worker(0)
+    go(world, new, Phase.STARTING)
+    assert (new.target, pool.target) == ("shop:app", "before:app")
+    go(world, new, Phase.READY)
+    assert (old.phase, pool.target) == (Phase.LEAVING, "shop:app")
+
+
 @pytest.mark.parametrize("end", [FakeWorker.fails, FakeWorker.dies])
 def test_a_replacement_that_fails_leaves_the_old_one(world: World, end: Callable[[FakeWorker], None]) -> None:
     """Who waits is told why, and nothing is tried again."""

@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+from patience import until as wait_until
 from server_kit import PATIENCE, answers, app, connect, draining, get, no_thread_left, post, serve, until
 
 from flaskd.server.channel import Channel
@@ -62,6 +63,10 @@ def run(pool, *tasks):
         pool.run(task.service)
 
 
+def alive(pool):
+    return sum(thread.is_alive() for thread in pool.started)
+
+
 def test_there_is_one_thread_more_than_places(pool_of):
     """So that one can lead whatever the app does; with no place there is one, which has its own name."""
     assert [len(pool_of(size).started) for size in (1, 4)] == [2, 5]
@@ -83,6 +88,33 @@ def test_no_more_run_than_there_are_places(pool_of):
     assert last.ran.wait(PATIENCE)
     assert order == [0, 1, 2, 3, 4]
     held[1].may_end.set()
+
+
+def test_a_place_that_is_left_is_taken_by_another(pool_of):
+    """Meanwhile there is one thread more; afterwards it waits until a place is free, before what came later."""
+    pool, left, may_return, back = pool_of(1), threading.Event(), threading.Event(), Task(waits=True)
+
+    def leave():
+        with pool.without_place():
+            left.set()
+            may_return.wait(PATIENCE)
+        back.service()
+
+    other, last = Task(waits=True), Task()
+    pool.run(leave)
+    assert left.wait(PATIENCE)
+    run(pool, other)
+    assert other.begun.wait(PATIENCE)
+    assert (pool.busy, alive(pool)) == (1, 3)
+    run(pool, last)
+    may_return.set()
+    assert not back.begun.wait(0.1)
+    other.may_end.set()
+    assert back.begun.wait(PATIENCE)
+    assert (pool.busy, last.begun.is_set()) == (1, False)
+    back.may_end.set()
+    assert last.ran.wait(PATIENCE)
+    wait_until(lambda: alive(pool) == 2)
 
 
 def test_the_first_request_of_a_life_is_no_reason_to_warn(pool_of, caplog):

@@ -14,7 +14,7 @@ from server_kit import PATIENCE, answers, app, connect, get, no_thread_left, ser
 
 from flaskd import ServerThread
 from flaskd.config import ServerConfig
-from flaskd.server import BehindProxies
+from flaskd.server import BehindProxies, Limits
 from flaskd.server.request_ids import Ids, IdSource, read_ids
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
@@ -210,6 +210,23 @@ def test_a_503_has_it(serve, app, connect):
     server.drain(0)
     status, headers = client.head()
     assert (status, headers["X-Request-ID"]) == (503, "abc")
+
+
+@pytest.mark.parametrize(
+    ("limits", "request_", "status"), [(Limits(timeout=0.1), "/gate", 504), (Limits(max_queue=0), "/hello", 503)]
+)
+def test_what_a_limit_refuses_or_gives_up_has_it(serve, app, connect, answers, limits, request_, status):
+    """The app does not answer, and the client is told under which id it is in the log all the same."""
+    server = serve(behind(app, "*"), threads=1, ids=True)
+    if status == 503:
+        connect(server).send("/gate")
+        app.entered(1)
+    server.limit(limits)
+    assert server.turns(PATIENCE)
+    found, headers = connect(server).send(get(request_, "X-Request-ID: abc")).head()
+    assert (found, headers.get_all("X-Request-ID")) == (status, ["abc"])
+    line = answers.get(timeout=PATIENCE)
+    assert (line["status"], line["request_id"]) == (status, "abc")
 
 
 def test_a_stream_that_is_ended_before_it_began_has_it(serve, connect):

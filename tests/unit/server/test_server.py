@@ -424,7 +424,7 @@ def test_a_cut_lets_go_of_a_worker_that_waits_for_a_reader(serve, app, connect):
     client = connect(server, receive_buffer=16384).send("/flood")
     app.entered(1)
     (cut,) = server.drain(timeout=0).cut
-    assert (cut.path, cut.phase) == ("/flood", "running")
+    assert (cut.path, cut.phase) == ("/flood", "sending")
     with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
         client.response()
     server.stop()

@@ -133,7 +133,7 @@ def stuck_on_its_reader(rig, server):
     """Let a client ask for more than it reads, until the only worker waits for it; gives that worker."""
     rig.connect(server).send("/flood")
     until(server, lambda: any(each.outbuf_lock._waiters for each in server.channels()))
-    return thread_in("_flush_outbufs_below_high_watermark")
+    return thread_in("_flush_outbufs_below_high_watermark" if isinstance(server, Stock) else "for_client")
 
 
 def thread_in(function):
