@@ -123,12 +123,15 @@ def test_no_engine_kills_before_the_deadline(monkeypatch: pytest.MonkeyPatch, tm
 
 @pytest.mark.parametrize("name", ["httpchk", "agent"])
 def test_haproxy_notices_within_the_announce(name: str, tmp_path: Path) -> None:
-    """Two of its intervals, for one may just have begun, are shorter than flaskd serves on with a word of warning."""
-    (line,) = re.findall(r"^ *default-server (.*)$", (DEPLOY / f"haproxy/{name}.cfg").read_text(), re.MULTILINE)
+    """The wait for its next check, and all that this may take, are shorter than flaskd serves on with a word of warning."""
+    text = (DEPLOY / f"haproxy/{name}.cfg").read_text()
+    (line,) = re.findall(r"^ *default-server (.*)$", text, re.MULTILINE)
+    (patience,) = re.findall(r"^ *timeout check (\S+)", text, re.MULTILINE)
     options = dict(itertools.pairwise(line.split()))
     assert (options["fall"], options["rise"]) == ("1", "1")
     for interval in ("inter", "agent-inter") if name == "agent" else ("inter",):
-        assert 2 * parse_duration(options[interval]) < config("haproxy", tmp_path).shutdown.announce
+        noticed = parse_duration(options[interval]) + parse_duration(patience)
+        assert noticed < config("haproxy", tmp_path).shutdown.announce
 
 
 # --- what refers to each other ---

@@ -73,7 +73,7 @@ def test_one_of_two_is_drained_and_comes_back(path: str, make_flaskd: Callable[[
     for each, machine in zip(both, ("127.0.0.11", "127.0.0.12"), strict=True):
         each.write("whoapp.py", APP)
         text = addresses.local(f"{path.partition('/')[0]}/flaskd.yaml", machine)
-        each.write("flaskd.yaml", text.replace("announce: 2s", "announce: 6s"))  # so much longer on a busy machine
+        each.write("flaskd.yaml", text.replace("announce: 3s", "announce: 6s"))  # so much longer on a busy machine
         each.start(app="whoapp", listen=None)
     seen = []
 
