@@ -100,6 +100,14 @@ def test_the_image_listens_where_port_says(monkeypatch: pytest.MonkeyPatch, tmp_
     assert [str(each) for each in config("image", tmp_path).server.listen] == ["0.0.0.0:5000"]
 
 
+def test_podman_keeps_the_health_check() -> None:
+    """Each command that builds the image asks for Docker's format: in the other one there is no HEALTHCHECK."""
+    texts = [(ROOT / name).read_text() for name in ("README.md", "Containerfile", "docs/fleet.md")]
+    commands = [line for text in texts for line in text.splitlines() if "podman build" in line]
+    assert len(commands) >= 4
+    assert [line for line in commands if "podman build --format=docker -t" not in line] == []
+
+
 # --- times ---
 
 
