@@ -49,10 +49,9 @@ def quadlet() -> Path:
         place = CACHE / "apt-debian-13"
         for each in ("lists/partial", "archives/partial"):
             (place / each).mkdir(parents=True, exist_ok=True)
-        (place / "sources").write_text("deb http://deb.debian.org/debian trixie main\n")
         options = [
-            f"Dir::State::lists={place}/lists", f"Dir::Cache={place}", f"Dir::Etc::SourceList={place}/sources",
-            "Dir::Etc::SourceParts=/dev/null", "APT::Sandbox::User=root", "Acquire::Languages=none",
+            f"Dir::State::lists={place}/lists", f"Dir::Cache={place}", "APT::Sandbox::User=root", "Acquire::Languages=none",
+            f"Dir::Etc::SourceList={debian_13()}/etc/apt/sources.list", "Dir::Etc::SourceParts=/dev/null",
         ]  # fmt: skip
         apt = shlex.join(["apt-get", "-qq", *(part for each in options for part in ("-o", each))])
         script = f"{apt} update && {apt} download podman && dpkg-deb -x podman_*.deb unpacked"

@@ -18,8 +18,6 @@ ADDED = 40_000_000
 """Bytes that an image may add to its base."""
 NOWHERE_TO_WRITE = ("--read-only", "--read-only-tmpfs=false")
 NO_PRIVILEGES = ("--cap-drop=all", "--security-opt=no-new-privileges")
-
-
 SHOP = """
 import os
 import flask
