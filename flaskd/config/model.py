@@ -112,9 +112,9 @@ class ServerConfig(Settings):
     max_request_body_size: Size = _renewal(1024**3, "Largest request body accepted.", ge=1)
     max_request_header_size: Size = _renewal(256 * 1024, "Largest request head accepted.", ge=1)
     channel_timeout: Duration = _renewal(120.0, "An idle connection is closed after this.", gt=0)
-    head_timeout: Duration = _renewal(10.0, "A request whose head takes longer is refused.", gt=0)
-    min_rate: Size = _renewal(
-        240, "Bytes a second that a client must send of a body, or read of an answer, over channel_timeout; 0: any."
+    head_timeout: Duration = field(10.0, gt=0, description="A request whose head takes longer is refused.")
+    min_rate: Size = field(
+        240, description="Bytes a second that a client has to send of a body, or read of an answer, at least; 0: any."
     )
     outbuf_high_watermark: Size = _renewal(
         16 * 1024**2, "How much of an answer waits for a client that reads slowly.", ge=1

@@ -5,7 +5,7 @@ from flaskd.server.drain import DRAIN_GUARD, Drain, Drainable, in_thread_of_its_
 from flaskd.server.limits import Limits
 from flaskd.server.proxies import BehindProxies, missed_by_proxy_fix
 from flaskd.server.server import WaitressThread
-from flaskd.server.settings import adjustments, limits, pace
+from flaskd.server.settings import adjustments, limits
 from flaskd.server.streams import STREAM_GRACE, EndingStreams
 from flaskd.server.tally import BOUNDS, Histogram, Tally
 
@@ -26,5 +26,4 @@ __all__ = [
     "in_thread_of_its_own",
     "limits",
     "missed_by_proxy_fix",
-    "pace",
 ]

@@ -14,7 +14,7 @@ from flaskd.log.setup import bounded_by
 from flaskd.server.channel import Channel, Probe
 from flaskd.server.context import Context
 from flaskd.server.request import Connection, Request
-from flaskd.server.slow import PATIENCE, SLOW, Pace, Progress
+from flaskd.server.slow import PATIENCE, SLOW, Progress
 from flaskd.sockets import unread
 
 log = logging.getLogger("flaskd.server")
@@ -32,7 +32,6 @@ class Connections:
         self.context = context
         self.patience = float("inf")
         """Seconds that a client has for a request, since it connected or had its last answer."""
-        self.pace = Pace()
         self._restful: deque[tuple[tuple[bool, float], Channel]] = deque()
         """Those that may be closed to make room, the first one first."""
         context.waiting.close = lambda channel, why: context.call(
@@ -80,7 +79,7 @@ class Connections:
         And those that take longer than `patience` over a request, or are slower than they may be.
         """
         for acceptor in self.context.acceptors:
-            shortest = min(acceptor.adj.channel_timeout, self.patience, self.pace.head_timeout)
+            shortest = min(acceptor.adj.channel_timeout, self.patience, self.context.limits.head_timeout)
             self.next_reaping = now + min(acceptor.adj.cleanup_interval, shortest / _LOOKS)
             timeout = acceptor.adj.channel_timeout
             for channel in list(acceptor.active_channels.values()):
@@ -95,24 +94,21 @@ class Connections:
 
     def _look_at_pace(self, channel: Channel, now: float, timeout: float) -> None:
         """Refuse a request that comes too slowly; close the connection of a client that reads too slowly."""
-        least = self.pace.min_rate * timeout
+        head_timeout, rate = self.context.limits.head_timeout, self.context.limits.min_rate
+        least = rate * timeout
         arriving = channel.arriving if not (channel.keeper or channel.requests) else None
         if arriving is not None and not arriving.headers_finished:
-            if now - max(arriving.first_byte, channel.grace_from) > self.pace.head_timeout:
-                self._time_out(
-                    channel, arriving, "head_timeout", f"its head took longer than {self.pace.head_timeout:g}s"
-                )
+            if now - max(arriving.first_byte, channel.grace_from) > head_timeout:
+                self._time_out(channel, arriving, "head_timeout", f"its head took longer than {head_timeout:g}s")
         elif arriving is not None:
             progress = channel.progress = channel.progress or Progress()
             if progress.too_slow(now, arriving, arriving.body_bytes_received, timeout=timeout, least=least):
-                self._time_out(
-                    channel, arriving, "min_rate", f"of its body came less than {self.pace.min_rate} bytes a second"
-                )
+                self._time_out(channel, arriving, "min_rate", f"of its body came less than {rate} bytes a second")
         elif owed := channel.total_outbufs_len:
             progress, moved = channel.progress or Progress(), channel.flushed
             channel.progress = progress
             if progress.too_slow(now, channel, moved, owed=moved + owed, timeout=timeout, least=least):
-                self._close_slow(channel, "min_rate", f"its client read less than {self.pace.min_rate} bytes a second")
+                self._close_slow(channel, "min_rate", f"its client read less than {rate} bytes a second")
         elif channel.progress is not None:
             channel.progress = None
 

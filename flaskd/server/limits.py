@@ -1,4 +1,4 @@
-"""What bounds a request: how long the app may take for it, how long it may wait for a thread, and beside how many."""
+"""What bounds requests: how long the app may take, how long and beside how many they may wait, how slow clients are."""
 
 from __future__ import annotations
 
@@ -20,10 +20,14 @@ class Limits:
     queue_timeout: float | None = None
     max_queue: int | None = None
     """How many requests may wait for a thread."""
+    head_timeout: float = NEVER
+    """Seconds in which the head of a request has to come, from its first byte on."""
+    min_rate: int = 0
+    """Bytes a second that a client has to send of a body, or read of an answer, over each `channel_timeout`."""
 
     @property
     def shortest(self) -> float:
-        """The least of all times, infinity where there is none."""
+        """The least of the times that the app and the queue have, infinity where there is none."""
         return min(filter(None, (self.timeout, self.queue_timeout, *self.timeouts.values())), default=NEVER)
 
 

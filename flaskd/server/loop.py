@@ -192,6 +192,7 @@ class EventLoop:
     def limit(self, limits: Limits) -> None:
         """Keep these limits from now on."""
         self.context.limits = limits
+        self.connections.next_reaping = 0.0
         self._limit_watch = LimitWatch(self.connections, limits) if limits.shortest < NEVER else None
 
     def watch_idle(self, after: float | None, ignore: Sequence[str], on_idle: Callable[[], None] | None) -> None:

@@ -15,12 +15,11 @@ from flaskd.process.descriptors import open_files
 from flaskd.process.forks import forgotten_by_children
 from flaskd.server.board import Board
 from flaskd.server.drain import Drain
-from flaskd.server.limits import Limits
+from flaskd.server.limits import NO_LIMITS, Limits
 from flaskd.server.loop import EventLoop
 from flaskd.server.observed import ObservedServer
 from flaskd.server.request_ids import IdSource
 from flaskd.server.settings import most_connections
-from flaskd.server.slow import Pace
 from flaskd.sockets import Address, Listener
 from flaskd.stacks import stack_of
 
@@ -53,7 +52,7 @@ class WaitressThread(ObservedServer):
         keepalive_grace: float = 0.2,
         stream_grace: float = 1.0,
         patience: float = float("inf"),
-        pace: Pace = Pace(),  # noqa: B008 - it cannot be changed
+        limits: Limits = NO_LIMITS,
         fixed_limits: bool = False,
         reserved: bool = False,
         name: str = "flaskd-server",
@@ -70,7 +69,7 @@ class WaitressThread(ObservedServer):
         self._adjustments = dict(adjustments or {})
         self._backlog = backlog
         self._keepalive_grace, self._stream_grace = keepalive_grace, stream_grace
-        self._patience, self._pace = patience, pace
+        self._patience, self._limits = patience, limits
         self._fixed_limits, self._reserved = fixed_limits, reserved
         self._name = name
         self._ids, self._served_by = ids, served_by
@@ -112,7 +111,8 @@ class WaitressThread(ObservedServer):
                 adjustments={"connection_limit": most_connections(open_files.limit()), **self._adjustments},
                 board=self._board,
             )
-            loop.connections.patience, loop.connections.pace = self._patience, self._pace
+            loop.connections.patience = self._patience
+            loop.limit(self._limits)
             loop.admission.reserved = self._reserved
             loop.context.names_limits = not self._fixed_limits
             loop.account.on_answer = self._on_answer

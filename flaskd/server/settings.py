@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from flaskd.server.limits import Limits
-from flaskd.server.slow import Pace
 
 if TYPE_CHECKING:
     from flaskd.config import ServerConfig
@@ -21,7 +20,14 @@ def most_connections(open_files: int) -> int:
 
 def limits(server: ServerConfig) -> Limits:
     """The limits of requests."""
-    return Limits(server.request_timeout, server.request_timeouts, server.queue_timeout, server.max_queue)
+    return Limits(
+        server.request_timeout,
+        server.request_timeouts,
+        server.queue_timeout,
+        server.max_queue,
+        server.head_timeout,
+        server.min_rate,
+    )
 
 
 def adjustments(server: ServerConfig, open_files: int) -> dict[str, Any]:
@@ -39,8 +45,3 @@ def adjustments(server: ServerConfig, open_files: int) -> dict[str, Any]:
         "ident": server.ident,
         "clear_untrusted_proxy_headers": False,  # flaskd.server.proxies does
     }
-
-
-def pace(server: ServerConfig) -> Pace:
-    """How slow clients may be."""
-    return Pace(server.head_timeout, server.min_rate)

@@ -10,11 +10,9 @@ gives its place up until there is room (`Waiting`). What a connection itself cos
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from flaskd.server.board import Board
@@ -27,16 +25,6 @@ SLOW = 32 * 1024
 """Bytes a second: a client that is slower than this may be closed to make room for others."""
 PATIENCE = 1.0
 """Seconds that each client has before it is closed to make room for others."""
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How slow clients may be, as ``server`` in the configuration has it."""
-
-    head_timeout: float = math.inf
-    """Seconds in which the head of a request has to come, from its first byte on."""
-    min_rate: int = 0
-    """Bytes a second that a client has to send of a body, or read of an answer, over each `channel_timeout`."""
 
 
 class Progress:

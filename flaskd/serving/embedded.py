@@ -19,7 +19,7 @@ from flaskd.errors import FlaskdError
 from flaskd.ledger import DrainReport, InFlight
 from flaskd.lifecycle import StopReason
 from flaskd.process.descriptors import open_files
-from flaskd.server import BehindProxies, WaitressThread, adjustments, pace
+from flaskd.server import BehindProxies, WaitressThread, adjustments, limits
 from flaskd.serving.configuration import read
 from flaskd.serving.loading import check_servable
 from flaskd.serving.pipeline import Pipeline
@@ -133,7 +133,7 @@ class ServerThread:
             return _werkzeug_thread(self._app, self._address)
         drain, server = self._config.shutdown.drain, self._config.server
         # In a test nobody waits as long as in production for clients that could still say something.
-        more = {"pace": pace(server)} | {name: getattr(drain, name) for name in drain.model_fields_set & _GRACES}
+        more = {"limits": limits(server)} | {name: getattr(drain, name) for name in drain.model_fields_set & _GRACES}
         return WaitressThread(
             BehindProxies(self._app, server),
             self._address.host,

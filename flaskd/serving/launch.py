@@ -17,7 +17,7 @@ from flaskd.cleanup import Plan, Step
 from flaskd.config import AppConfig, Config, HealthConfig, ServerConfig
 from flaskd.errors import AppError, CannotCreateError, ConfigError, FlaskdError, UnsupportedError, shortage
 from flaskd.process.descriptors import open_files
-from flaskd.server import BehindProxies, Board, WaitressThread, adjustments, missed_by_proxy_fix, pace
+from flaskd.server import BehindProxies, Board, WaitressThread, adjustments, missed_by_proxy_fix
 from flaskd.serving import loading
 from flaskd.serving.loading import LoadedApp
 from flaskd.serving.patching import check_unpatched
@@ -212,7 +212,6 @@ def make_server(
         listeners=listeners,
         backlog=server.backlog,
         adjustments=adjustments(server, open_files.limit(raised=True)),
-        pace=pace(server),
         on_death=on_death,
         board=board,
     )

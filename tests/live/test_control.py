@@ -273,11 +273,11 @@ def test_a_check_for_programs(flaskd: Flaskd) -> None:
         assert err == ""
         return code, json.loads(out)
 
-    assert check(good) == (0, {"ok": True, "config": str(good), "faults": [], "omitted": 0})
-    assert check() == (0, {"ok": True, "config": None, "faults": [], "omitted": 0})
+    assert check(good) == (0, {"ok": True, "config": str(good), "faults": [], "omitted": 0, "warnings": []})
+    assert check() == (0, {"ok": True, "config": None, "faults": [], "omitted": 0, "warnings": []})
     code, answer = check(bad)
     first, second = answer.pop("faults")
-    assert (code, answer) == (78, {"ok": False, "config": str(bad), "omitted": 0})
+    assert (code, answer) == (78, {"ok": False, "config": str(bad), "omitted": 0, "warnings": []})
     assert first == {
         "path": str(bad), "line": 2, "column": 12, "key": "server.threads", "message": 'expected an integer, got "many"',
     }  # fmt: skip

@@ -17,7 +17,10 @@ TIMES = 30 if LONG else 3
 KILLS = 10 if LONG else 2
 SLOW = 90.0
 """Seconds within which a service with workers has come or gone on a busy machine; none takes that long when all is well."""
-WORKERS = "server: {listen: '127.0.0.1:PORT', workers: 2, threads: 2}\n"
+WORKERS = (
+    "server: {listen: '127.0.0.1:PORT', workers: 2, threads: 2}\n"
+    "shutdown: {drain: {keepalive_grace: 5s}}\n"  # on a busy machine a client may be slow to ask again
+)
 STORED_WORKERS = WORKERS + "systemd: {fdstore: true}\n"
 QUICK_TO_BITE = "[Service]\nWatchdogSec=2\n"
 SLOW_APP = """

@@ -14,8 +14,7 @@ import patience
 import pytest
 from server_kit import BIG, PATIENCE, answers, app, app_threads, connect, get, no_thread_left, post, serve, until
 
-from flaskd.server import Board, connections, slow
-from flaskd.server.slow import Pace
+from flaskd.server import Board, Limits, connections, slow
 from flaskd.serving.configuration import read
 from flaskd.sockets import Address, Listener
 
@@ -210,7 +209,7 @@ def test_a_transfer_makes_room_last(monkeypatch, serve, connect):
 @row("sends a head slowly")
 def test_a_slow_head_is_refused(serve, connect):
     """After head_timeout since its first byte, however often a byte comes; the answer is 408, and the last one."""
-    server = serve(pace=Pace(head_timeout=20))
+    server = serve(limits=Limits(head_timeout=20))
     client = connect(server).send(b"GET /hello HTTP/1.1\r\nHost: te")
     wait(server, arriving)
     look(server, 19)
@@ -225,7 +224,7 @@ def test_a_slow_head_is_refused(serve, connect):
 
 def test_a_head_that_waits_for_its_turn_is_not_slow(serve, connect, app):
     """What was pipelined in part behind a request that ran long has its time from the answer on."""
-    server = serve(pace=Pace(head_timeout=20))
+    server = serve(limits=Limits(head_timeout=20))
     client = connect(server).send(get("/gate") + b"GET /hello HTTP/1.1\r\nHost: te")
     app.entered(1)
     wait(server, arriving)
@@ -256,7 +255,7 @@ def test_an_endless_head_is_refused(more, serve, connect):
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_slow_body_is_refused(chunked, serve, connect):
     """When in channel_timeout less came of it than min_rate asks for; no thread had it meanwhile."""
-    server = serve(pace=Pace(min_rate=10), threads=1)
+    server = serve(limits=Limits(min_rate=10), threads=1)
     head = get("/echo", "Transfer-Encoding: chunked" if chunked else "Content-Length: 10000", method="POST")
     client = connect(server).send(head + (b"800\r\n" if chunked else b""))
     wait(server, lambda server: [each for each in arriving(server) if each.headers_finished])
@@ -348,7 +347,7 @@ def test_who_reads_nothing_has_no_thread(serve, connect):
 @row("reads slowly")
 def test_who_reads_slowly_is_closed(serve, connect):
     """When in channel_timeout it read less than min_rate asks for."""
-    server = serve(threads=1, pace=Pace(min_rate=100_000))
+    server = serve(threads=1, limits=Limits(min_rate=100_000))
     client = connect(server, receive_buffer=SMALL).send("/big")
     until(server, lambda: bool(reading(server)))
     [slow_one] = reading(server)
@@ -363,7 +362,7 @@ def test_who_reads_slowly_is_closed(serve, connect):
 
 def test_a_stream_with_little_to_say_is_not_slow(serve, connect, app):
     """Its client has read all that there was."""
-    server = serve(pace=Pace(min_rate=100_000))
+    server = serve(limits=Limits(min_rate=100_000))
     client = connect(server).send("/stream")
     app.entered(1)
     assert client.head()[0] == 200
