@@ -1,6 +1,7 @@
 """Three flaskds of two workers behind a real HAProxy, told in each way there is, and nginx: what clients see.
 
-With $FLASKD_LONG there are 20 rolling restarts; benchmarks/fleet.py has the same with other servers.
+With $FLASKD_LONG there are 20 rolling restarts, which take longer than pytest's `faulthandler_timeout`:
+`-o faulthandler_timeout=900`. benchmarks/fleet.py has the same with other servers.
 """
 
 from __future__ import annotations
