@@ -79,7 +79,7 @@ class Holdings:
         launch.change_directory(config.app)
         launch.bind_all(config, self.listeners, self._admin_listeners, passed, store)
         stack.callback(put_away, self.admin.close)
-        self.admin.open(self._admin_listeners, config.admin.allowed_hosts)
+        self.admin.open(self._admin_listeners, config.admin.allowed_hosts, details=config.admin.details)
         self.state.open(record=config.shutdown.record)
         self.last_stop = self.state.last_stop()  # once: it does not change, and a disk may hang
         stack.callback(put_away, self.state.close)

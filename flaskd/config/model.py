@@ -196,12 +196,13 @@ class ControlConfig(Settings):
 
 
 class AdminConfig(Settings):
-    """Health, metrics and status over HTTP, on addresses of their own: /livez /readyz /metrics /status.json."""
+    """Health, metrics and status over HTTP, on own addresses: / (a page) /livez /readyz /metrics /status.json."""
 
     listen: OneOrMany[Listen] = _restart([], "Addresses; none: a socket passed in as admin, else there is no listener.")
     allowed_hosts: OneOrMany[SomeText] = _restart(
-        [], "Host names, beside addresses and localhost, by which metrics and status may be asked for; *: any."
+        [], "Host names, beside addresses and localhost, by which page, metrics and status may be asked for; *: any."
     )
+    details: bool = _restart(False, "Show clients' addresses on the page, also where it is not of this machine alone.")
 
 
 class DrainConfig(Settings):
