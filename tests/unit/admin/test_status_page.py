@@ -50,7 +50,7 @@ class Source:
         return snapshot()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def ask():
     """Asks the admin listener for a path; returns status, headers and body."""
     server = AdminServer(Source())
