@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from flaskd.admin.metrics import Exporter, exporter
 from flaskd.admin.page import send_page
 from flaskd.admin.status_page import SAFE, StatusPage, is_foreign, own_ports, page_data, wants_page
-from flaskd.server import WaitressThread
+from flaskd.server import Pushed, WaitressThread
 from flaskd.snapshot import Snapshot
 from flaskd.sockets import Address, Listener
 
@@ -35,11 +35,15 @@ _LIMITS = {
 _BACKLOG = 128
 _PATIENCE = 10.0
 """Seconds that a client has for a request, however slowly it goes on with it."""
+_MOST_STREAMS = 8
+"""Pages that hear what is new; more of them ask for it."""
+_EVERY = 1.0
+"""Seconds between two of their events."""
 _CLOSING = 0.2
 """Seconds that answers under way get at the end."""
 
 Headers = list[tuple[str, str]]
-Answer = tuple[str, str, bytes, Headers]
+Answer = tuple[str, str, bytes | Pushed, Headers]
 """Status, content type, body, further headers."""
 
 
@@ -123,13 +127,14 @@ class AdminApp:
         self._hosts = {host.lower() for host in allowed_hosts}
         self._own_ports = own_ports
         self._page = StatusPage()
+        self._streams: list[Pushed] = []
         self._open_to_all = {"/livez": self._livez, "/readyz": self._readyz}
         self._pages: dict[str, Callable[[dict[str, Any]], Answer]] = {
             **self._open_to_all, "/metrics": self._prometheus, "/status.json": self._status,
-            "/page.json": self._page_json, "/": self._index,
+            "/page.json": self._page_json, "/events": self._events, "/": self._index,
         }  # fmt: skip
 
-    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         """Answer one request."""
         path, method = environ.get("PATH_INFO", ""), environ["REQUEST_METHOD"]
         page = self._pages.get(path)
@@ -174,8 +179,23 @@ class AdminApp:
         return _json(self._source.snapshot().as_json())
 
     def _page_json(self, environ: dict[str, Any]) -> Answer:
-        details = self._own_ports is None or environ["SERVER_PORT"] in self._own_ports
-        return _json(page_data(self._source.snapshot(), details=details))
+        return _json(self._page_data(environ["SERVER_PORT"]))
+
+    def _page_data(self, port: str) -> dict[str, Any]:
+        details = self._own_ports is None or port in self._own_ports
+        return page_data(self._source.snapshot(), details=details)
+
+    def _events(self, environ: dict[str, Any]) -> Answer:
+        """The same, once a second: server-sent events (HTML, §9.2), put out by the loop."""
+        self._streams = [each for each in self._streams if each.open]
+        if len(self._streams) >= _MOST_STREAMS:
+            why = f"cannot open one more stream: {_MOST_STREAMS} are open; ask for /page.json"
+            return _text("503 Service Unavailable", why, [*SAFE, ("Retry-After", "2")])
+        port = environ["SERVER_PORT"]
+        stream = Pushed(lambda: b"data: %b\n\n" % _dumped(self._page_data(port)), _EVERY)
+        if environ["REQUEST_METHOD"] == "GET":
+            self._streams.append(stream)
+        return "200 OK", "text/event-stream", stream, SAFE
 
     def _prometheus(self, environ: dict[str, Any]) -> Answer:
         if self._metrics is None:
@@ -186,7 +206,7 @@ class AdminApp:
     def _index(self, environ: dict[str, Any]) -> Answer:
         if wants_page(environ.get("HTTP_ACCEPT", "")):
             return "200 OK", "text/html; charset=utf-8", self._page.body, self._page.headers
-        shown = "\n".join(page for page in self._pages if page not in {"/", "/page.json"})
+        shown = "\n".join(page for page in self._pages if page not in {"/", "/page.json", "/events"})
         return _text("200 OK", shown, [*SAFE, ("Vary", "Accept")])
 
 
@@ -200,4 +220,8 @@ def _text(status: str, text: str, headers: Headers | None = None) -> Answer:
 
 
 def _json(told: dict[str, Any]) -> Answer:
-    return "200 OK", "application/json", json.dumps(told, default=str).encode() + b"\n", SAFE
+    return "200 OK", "application/json", _dumped(told) + b"\n", SAFE
+
+
+def _dumped(told: dict[str, Any]) -> bytes:
+    return json.dumps(told, default=str).encode()

@@ -10,8 +10,9 @@ import re
 import socket
 
 import pytest
+from patience import until
 
-from flaskd.admin import AdminServer
+from flaskd.admin import AdminServer, health
 from flaskd.admin.health import AdminApp
 from flaskd.admin.status_page import own_ports, page_data
 from flaskd.ledger import DrainReport, InFlight
@@ -61,7 +62,8 @@ def ask():
         with contextlib.closing(http.client.HTTPConnection(host, timeout=10)) as connection:
             connection.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
             answer = connection.getresponse()
-            return answer.status, dict(answer.getheaders()), answer.read().decode()
+            body = b"" if answer.getheader("Content-Type") == "text/event-stream" else answer.read()
+            return answer.status, dict(answer.getheaders()), body.decode()
 
     yield ask
     server.close()
@@ -98,7 +100,7 @@ def test_the_page_runs_nothing_but_what_is_in_it(ask):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("path", ["/", "/page.json", "/status.json", "/metrics"])
+@pytest.mark.parametrize("path", ["/", "/page.json", "/events", "/status.json", "/metrics"])
 def test_what_is_told_is_for_this_site_alone(ask, path):
     """No other site may read, frame or follow it, and no cache keeps it."""
     headers = ask(path, Accept=BROWSER)[1]
@@ -109,7 +111,7 @@ def test_what_is_told_is_for_this_site_alone(ask, path):
     assert headers["Cache-Control"] == "no-store"
 
 
-@pytest.mark.parametrize("path", ["/", "/page.json", "/status.json", "/metrics"])
+@pytest.mark.parametrize("path", ["/", "/page.json", "/events", "/status.json", "/metrics"])
 @pytest.mark.parametrize(
     ("site", "mode", "destination", "answered"),
     [
@@ -134,7 +136,8 @@ def test_the_page_changes_nothing(ask):
     page = ask(Accept=BROWSER)[2]
     assert int(headers["Content-Length"]) == len(page.encode())
     assert "<form" not in page
-    assert re.findall(r"fetch\((.*?),", page) == ['"page.json"']
+    assert re.findall(r"(?:fetch|EventSource)\((.*?)[,)]", page) == ['"events"', '"page.json"']
+    assert "XMLHttpRequest" not in page
 
 
 class Loads(html.parser.HTMLParser):
@@ -259,3 +262,76 @@ def test_what_a_status_says_of_process_and_stop():
     assert (told["version"], told["left"]) == (__version__, None)
     assert told["memory"] > 1_000_000
     assert snapshot(left=4.25).as_json()["left"] == 4.25
+
+
+# --- what the page hears --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hear(monkeypatch):
+    """Opens streams of events, one every 20 ms; returns the connection and the answer."""
+    monkeypatch.setattr(health, "_EVERY", 0.02)
+    server = AdminServer(Source())
+    server.open([Listener.bind(Address("127.0.0.1", 0))], [])
+
+    def hear(path="/events", method="GET"):
+        connection = http.client.HTTPConnection(server.url, timeout=10)
+        connection.request(method, path)
+        return connection, connection.getresponse()
+
+    server.url = server.addresses[0].url.removeprefix("http://").rstrip("/")
+    yield hear
+    server.close()
+
+
+def test_a_stream_tells_what_the_page_would_ask_for(hear):
+    """Each event is what /page.json answers at that moment."""
+    connection, answer = hear()
+    assert (answer.status, answer.getheader("Content-Type")) == (200, "text/event-stream")
+    assert answer.getheader("Cross-Origin-Resource-Policy") == "same-origin"
+    for _ in range(3):
+        event = answer.readline()
+        assert event.startswith(b"data: ")
+        assert json.loads(event[6:]) == page_data(snapshot(), details=True) | {
+            "status": json.loads(event[6:])["status"]
+        }
+        assert answer.readline() == b"\n"
+    connection.close()
+
+
+def test_streams_are_bounded_and_in_no_way_of_others(hear):
+    """A ninth stream is refused with what to do instead, while probes are answered; a place is free when one ends."""
+    streams = [hear() for _ in range(8)]
+    assert [answer.status for _, answer in streams] == [200] * 8
+    connection, answer = hear()
+    assert (answer.status, answer.getheader("Retry-After")) == (503, "2")
+    assert b"ask for /page.json" in answer.read()
+    connection.close()
+    for path in ("/readyz", "/page.json"):
+        connection, answer = hear(path)
+        assert answer.status == 200
+        connection.close()
+    closed, answer = streams.pop()
+    answer.close()
+    closed.close()
+
+    def takes_one_more():
+        connection, answer = hear()
+        streams.append((connection, answer))
+        return answer.status == 200
+
+    until(takes_one_more)
+    for connection, answer in streams:
+        answer.close()
+        connection.close()
+
+
+def test_a_head_of_the_stream_takes_no_place(hear):
+    """HEAD is answered with the header alone, however often."""
+    for _ in range(10):
+        connection, answer = hear(method="HEAD")
+        assert (answer.status, answer.read()) == (200, b"")
+        connection.close()
+    connection, answer = hear()
+    assert answer.status == 200
+    connection.close()

@@ -12,6 +12,8 @@ from test_browser import chromium, tab
 
 __all__ = ["chromium", "tab"]
 
+pytestmark = pytest.mark.usefixtures("errors")
+
 HOSTILE = "<script>window.hurt=1</script><img src=x onerror=window.hurt=1>"
 APP = """
 from gateapp import app, hold
@@ -22,13 +24,13 @@ app.name = app.import_name = "<script>window.hurt=1</script>"
 
 
 @pytest.fixture
-def errors(tab: Any) -> Iterator[list[str]]:
-    """What the browser complains of in the tab: failures of the script, what the policy forbids."""
+def errors(tab: Any) -> Iterator[None]:
+    """What the browser complains of in the tab (failures of the script, what the policy forbids) fails the test."""
     found: list[str] = []
     tab.on("pageerror", lambda error: found.append(str(error)))
     tab.on("console", lambda message: found.append(message.text) if message.type in {"error", "warning"} else None)
-    yield found
-    assert found == []
+    yield
+    assert [each for each in found if "net::ERR_" not in each] == []  # flaskd may end before the tab
 
 
 def serve(flaskd: Flaskd, more: str = "", *arguments: str) -> str:
@@ -39,9 +41,7 @@ def serve(flaskd: Flaskd, more: str = "", *arguments: str) -> str:
     return f"http://{flaskd.status()['admin'][0]}/"
 
 
-def test_the_page_tells_what_is_in_flight_while_every_thread_is_busy(
-    flaskd: Flaskd, tab: Any, errors: list[str]
-) -> None:
+def test_the_page_tells_what_is_in_flight_while_every_thread_is_busy(flaskd: Flaskd, tab: Any) -> None:
     """It comes up while all threads are busy, says so and what to do, and shows hostile paths as the text that they are."""
     url = serve(flaskd)
     held = [Answer(flaskd.url, f"/hold/{quote(HOSTILE)}") for _ in range(2)]
@@ -68,7 +68,7 @@ def test_the_page_tells_what_is_in_flight_while_every_thread_is_busy(
     assert flaskd.stop() == 0
 
 
-def test_what_a_client_or_a_file_names_is_text(flaskd: Flaskd, tab: Any, errors: list[str]) -> None:
+def test_what_a_client_or_a_file_names_is_text(flaskd: Flaskd, tab: Any) -> None:
     """Whatever stands in the JSON, in any of its texts, becomes text of the page, and no element of it."""
     url = serve(flaskd)
 
@@ -95,6 +95,7 @@ def test_what_a_client_or_a_file_names_is_text(flaskd: Flaskd, tab: Any, errors:
         route.fulfill(json=told)
 
     states = iter(["ready", "drained", "stopping", *["drained"] * 1000])
+    tab.route("**/events", lambda route: route.abort())
     tab.route("**/page.json", answer)
     tab.goto(url)
     for state in ("ready", "drained", "stopping"):
@@ -103,11 +104,11 @@ def test_what_a_client_or_a_file_names_is_text(flaskd: Flaskd, tab: Any, errors:
         assert tab.locator("body script").count() == 1
         assert tab.locator("body img").count() == 0
         assert HOSTILE in tab.inner_text("#before")
-        tab.evaluate("clearTimeout(timer); void ask()")
+        tab.evaluate("void lost()")
     assert flaskd.stop() == 0
 
 
-def test_the_page_says_who_drained_and_how_to_undo_it(flaskd: Flaskd, tab: Any, errors: list[str]) -> None:
+def test_the_page_says_who_drained_and_how_to_undo_it(flaskd: Flaskd, tab: Any) -> None:
     """Through a failed reload, a drain, a resume and a stop: what is, by whom, what to do; and that no answer came."""
     url = serve(flaskd, "server: {threads: 2}\n", "-c", "flaskd.yaml")
     tab.goto(url)
@@ -129,15 +130,13 @@ def test_the_page_says_who_drained_and_how_to_undo_it(flaskd: Flaskd, tab: Any, 
     assert flaskd.client("resume")[0] == 0
     tab.keyboard.press("Enter")
     tab.wait_for_selector("body[data-state=ready]")
-    errors.clear()
     assert flaskd.stop() == 0
     tab.wait_for_selector("body[data-state=silent]")
     assert tab.inner_text("#sentence").startswith("Nothing was heard since ")
-    errors[:] = [each for each in errors if "ERR_CONNECTION_REFUSED" not in each]
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_the_status_page_fits(flaskd: Flaskd, tab: Any, errors: list[str], width: int) -> None:
+def test_the_status_page_fits(flaskd: Flaskd, tab: Any, width: int) -> None:
     """On a desktop and on a phone, with workers and a very long path, nothing reaches over the edge; in the dark it is dark."""
     url = serve(flaskd, "server: {workers: 1}\n")
     held = Answer(flaskd.url, "/hold/" + 300 * "x")
