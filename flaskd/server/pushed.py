@@ -50,7 +50,7 @@ class Pushed:
             if not channel.total_outbufs_len:
                 part = self.news()
                 channel.write_soon(b"%X\r\n%b\r\n" % (len(part), part) if self._chunked else part)
-                channel.grace_from = time.monotonic()
+                channel.grace_from = channel.last_activity = time.monotonic()  # it is not idle
                 channel.context.poller.touch(channel)
         except ClientDisconnected:
             return

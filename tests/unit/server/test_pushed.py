@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import socket
 import threading
+import time
 
 import pytest
 from patience import until
@@ -63,6 +64,18 @@ def test_it_goes_on_until_its_client_leaves():
         until(lambda: not stream.open)
         until(lambda: server.connections == 0)
         assert server.drain(10).clean
+
+
+def test_it_is_not_idle():
+    """It outlives the time after which a connection is closed on which nothing moves, and that for a request."""
+    limits = {"channel_timeout": 1, "cleanup_interval": 1}
+    with WaitressThread(App(lambda: b"x"), threads=0, patience=0.5, adjustments=limits) as server:
+        connection, answer = ask(server, "/pushed")
+        began = time.monotonic()
+        while time.monotonic() - began < 2.2:
+            assert answer.read(1) == b"x"
+        answer.close()
+        connection.close()
 
 
 def test_an_http_1_0_client_gets_no_chunks():
