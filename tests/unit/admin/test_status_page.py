@@ -43,11 +43,13 @@ def snapshot(**given):
 
 class Source:
     wedged = ""
+    asked = 0
 
     def readiness(self):
         return "200 OK", "ready"
 
     def snapshot(self):
+        self.asked += 1
         return snapshot()
 
 
@@ -335,3 +337,13 @@ def test_a_head_of_the_stream_takes_no_place(hear):
     connection, answer = hear()
     assert answer.status == 200
     connection.close()
+
+
+def test_many_streams_cost_what_one_costs():
+    """Streams that ask at about the same time share one look at the daemon."""
+    source = Source()
+    app = AdminApp(source, None, [])
+    environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/events", "SERVER_PORT": "80"}
+    streams = [app(environ, lambda *_: None) for _ in range(8)]
+    first = {each.news() for each in streams}
+    assert (len(first), source.asked) == (1, 1)
