@@ -1,7 +1,7 @@
-"""The page for people at the admin listener's ``/``, and the JSON that its script asks for once a second.
+"""The page for people at the admin listener's ``/``, and the JSON that its script hears once a second.
 
-The page is one file, and nothing in it is made here: it is sent as it is. All that it shows comes from the JSON, and
-its script inserts that as text.
+The page is one file, and is sent as it is: nothing is put into it here. All that it shows comes from the JSON, and its
+script inserts that as text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flaskd.snapshot import Snapshot
 from flaskd.sockets import Listener
 
 _MOST_REQUESTS = 50
-"""The oldest requests in flight are shown; the page says how many more there are."""
+"""How many requests in flight the page shows, the oldest; it says how many there are."""
 
 SAFE = [
     ("Cross-Origin-Resource-Policy", "same-origin"),

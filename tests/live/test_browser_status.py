@@ -118,7 +118,7 @@ def test_the_page_says_who_drained_and_how_to_undo_it(flaskd: Flaskd, tab: Any) 
     assert flaskd.client("reload")[0] != 0
     tab.wait_for_selector("#fault:not([hidden])")
     assert re.search(r"flaskd\.yaml:2:\d+ server\.thraeds: expected a known key", tab.inner_text("#fault"))
-    assert "flaskd check" in tab.inner_text("#next")
+    assert tab.inner_text("#next dt >> nth=0").startswith("flaskd check /")
     assert flaskd.client("drain")[0] == 0
     tab.wait_for_selector("body[data-state=drained]")
     assert re.match(r"Asked for by uid=\d+ pid=\d+ \S+ at ", tab.inner_text("#sentence"))
