@@ -191,6 +191,7 @@ class Daemon:
             log_level=self.logs.level,
             config=str(configuration.path) if configuration.path else None,
             counts=self._counts,
+            left=self.stopping.left,
             instance=configuration.values.instance,
         )
 

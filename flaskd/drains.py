@@ -55,7 +55,7 @@ class Drains:
         if before is State.RELOADING:
             self._reload.overtaken("drain")
         if before in {State.READY, State.RELOADING}:
-            self._notices.tell(DrainBegan(serving.in_flight, shutdown.drain.timeout))
+            self._notices.tell(DrainBegan(serving.in_flight, shutdown.drain.timeout, event.by))
             drain = serving.begin_drain(shutdown.drain.timeout, announce=shutdown.announce)
             self._inbox.post_at(drain.looked_at, Tick())
             tick()

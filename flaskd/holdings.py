@@ -80,7 +80,7 @@ class Holdings:
         launch.change_directory(config.app)
         launch.bind_all(config, self.listeners, self._beside, passed, store)
         stack.callback(put_away, self.admin.close)
-        self.admin.open(self._beside["admin"], config.admin.allowed_hosts)
+        self.admin.open(self._beside["admin"], config.admin.allowed_hosts, details=config.admin.details)
         stack.callback(put_away, self.agent.close)
         self.agent.open(self._beside["agent"])
         self.state.open(record=config.shutdown.record)

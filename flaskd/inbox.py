@@ -25,9 +25,10 @@ class Asked:
 
 @dataclass(frozen=True)
 class DrainAsked(Asked):
-    """Take no new work; with `wait` the reply comes when the drain is over."""
+    """Take no new work; with `wait` the reply comes when the drain is over. `by` is who asks, for people."""
 
     wait: bool = False
+    by: str = ""
 
 
 @dataclass(frozen=True)

@@ -67,10 +67,11 @@ class Refused:
 
 @dataclass(frozen=True)
 class DrainBegan:
-    """A drain of so many requests began, for at most `timeout` seconds."""
+    """A drain of so many requests began, for at most `timeout` seconds; `by` is who asked for it, for people."""
 
     in_flight: int
     timeout: float
+    by: str = ""
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flaskd.lifecycle import State
-from flaskd.notices import DrainBegan, Notice, ReloadEnded, StopBegan
+from flaskd.notices import DrainBegan, Notice, ReloadEnded, Resumed, StopBegan
+from flaskd.process.usage import resident
 from flaskd.protocol import summary
 from flaskd.serving.api import ServingSnapshot
 from flaskd.units import timestamp
+from flaskd.version import __version__
 
 
 class Counts:
@@ -21,12 +23,19 @@ class Counts:
         self.drains = self.reloads = self.failed_reloads = 0
         self.last_reload: dict[str, Any] | None = None
         """When the last reload was over, whether it succeeded, and its fault."""
+        self.drain: dict[str, Any] | None = None
+        """When the drain began that is under way or over, and who asked for it; None where none is to be undone."""
 
     def heard(self, notice: Notice) -> None:
         """Count it."""
         match notice:
-            case DrainBegan() | StopBegan(drains=True):
+            case DrainBegan(by=by):
                 self.drains += 1
+                self.drain = {"time": timestamp(time.time()), "by": by}
+            case StopBegan(drains=True):
+                self.drains += 1
+            case Resumed():
+                self.drain = None
             case ReloadEnded(fault=fault):
                 self.reloads, self.failed_reloads = self.reloads + (not fault), self.failed_reloads + bool(fault)
                 self.last_reload = {
@@ -69,6 +78,8 @@ class Snapshot:
     log_level: str
     config: str | None
     counts: Counts = field(repr=False)
+    left: float | None = None
+    """Seconds to the deadline of the stop under way; None before it."""
     instance: str = ""
     """What this flaskd is called among others."""
 
@@ -123,7 +134,7 @@ class Snapshot:
         return text
 
     def as_json(self) -> dict[str, Any]:
-        """What ``status`` tells; keys are stable."""
+        """What ``status`` tells; keys are stable. `memory` is the RSS of this process alone, in bytes."""
         serving, idle = self.serving, self.serving.idle
         oldest, outcomes = serving.oldest, serving.tally.outcomes
         return {
@@ -132,7 +143,11 @@ class Snapshot:
             "for": round(self.age, 3),
             "uptime": round(self.uptime, 3),
             "reason": self.reason,
+            "drain": self.counts.drain,
+            "left": None if self.left is None else round(self.left, 3),
+            "version": __version__,
             "pid": os.getpid(),
+            "memory": resident(os.getpid()),
             "name": self.name,
             "instance": self.instance,
             "app": self.app,

@@ -1,4 +1,4 @@
-"""The admin listener: whether flaskd lives and is ready, what it counts and does, on addresses of its own.
+"""The admin listener: whether flaskd lives and is ready, what it counts and does, and a page for people that shows it.
 
 Its thread is its own, too, and answers every request itself: it waits for no worker of the app, so a probe is
 answered when all of them are stuck.
@@ -10,12 +10,14 @@ import ipaddress
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Protocol
 
 from flaskd.admin.metrics import Exporter, exporter
 from flaskd.admin.page import send_page
-from flaskd.server import WaitressThread
+from flaskd.admin.status_page import SAFE, StatusPage, is_foreign, own_ports, page_data, wants_page
+from flaskd.server import Pushed, WaitressThread
 from flaskd.snapshot import Snapshot
 from flaskd.sockets import Address, Listener
 
@@ -34,11 +36,16 @@ _LIMITS = {
 _BACKLOG = 128
 _PATIENCE = 10.0
 """Seconds that a client has for a request, however slowly it goes on with it."""
+_MOST_STREAMS = 8
+"""Pages that hear what is new; more of them ask for it."""
+_EVERY = 1.0
+"""Seconds between two of their events."""
 _CLOSING = 0.2
 """Seconds that answers under way get at the end."""
 
-Answer = tuple[str, str, bytes]
-"""Status, content type, body."""
+Headers = list[tuple[str, str]]
+Answer = tuple[str, str, bytes | Pushed, Headers]
+"""Status, content type, body, further headers."""
 
 
 class Source(Protocol):
@@ -62,8 +69,8 @@ class AdminServer:
         self._source = source
         self._server: WaitressThread | None = None
 
-    def open(self, listeners: Sequence[Listener], allowed_hosts: Iterable[str]) -> None:
-        """Listen and answer. Raises CannotCreateError."""
+    def open(self, listeners: Sequence[Listener], allowed_hosts: Iterable[str], *, details: bool = False) -> None:
+        """Listen and answer; with `details` clients' addresses are shown on all addresses. Raises CannotCreateError."""
         if not listeners:
             return
         exports: Exporter | None = None
@@ -72,7 +79,7 @@ class AdminServer:
         except ImportError:
             log.info(f"admin: /metrics answers 501: {_NO_METRICS}")
         self._server = WaitressThread(
-            AdminApp(self._source, exports, allowed_hosts),
+            AdminApp(self._source, exports, allowed_hosts, None if details else own_ports(listeners)),
             threads=0,
             listeners=listeners,
             adjustments=_LIMITS,
@@ -104,37 +111,53 @@ class AdminApp:
 
     ``/livez`` and ``/readyz`` are for everybody who can connect. The others tell more, so a page in a browser must not
     get at them under a name that was made to lead here (DNS rebinding): over TCP, their Host is an address, localhost
-    or one of `allowed_hosts` (``*``: any).
+    or one of `allowed_hosts` (``*``: any). Nor are they answered where a browser says that another site asks.
+
+    Clients' addresses are shown on `own_ports`; None: on all.
     """
 
-    def __init__(self, source: Source, metrics: Exporter | None, allowed_hosts: Iterable[str]) -> None:
+    def __init__(
+        self,
+        source: Source,
+        metrics: Exporter | None,
+        allowed_hosts: Iterable[str],
+        own_ports: Collection[str] | None = (),
+    ) -> None:
         self._source = source
         self._metrics = metrics
         self._hosts = {host.lower() for host in allowed_hosts}
+        self._own_ports = own_ports
+        self._page = StatusPage()
+        self._streams: list[Pushed] = []
+        self._made: dict[str, tuple[float, bytes]] = {}
         self._open_to_all = {"/livez": self._livez, "/readyz": self._readyz}
         self._pages: dict[str, Callable[[dict[str, Any]], Answer]] = {
-            **self._open_to_all, "/metrics": self._prometheus, "/status.json": self._status, "/": self._index,
+            **self._open_to_all, "/metrics": self._prometheus, "/status.json": self._status,
+            "/page.json": self._page_json, "/events": self._events, "/": self._index,
         }  # fmt: skip
 
-    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         """Answer one request."""
-        more: list[tuple[str, str]] = []
         path, method = environ.get("PATH_INFO", ""), environ["REQUEST_METHOD"]
         page = self._pages.get(path)
         if page is None:
-            status, kind, body = _text("404 Not Found", f"not found; there are {', '.join(self._pages)}")
+            answer = _text("404 Not Found", f"not found; there are {', '.join(self._pages)}")
         elif method not in {"GET", "HEAD"}:
-            status, kind, body = _text("405 Method Not Allowed", f"cannot {method[:16]}: expected GET or HEAD")
-            more = [("Allow", "GET, HEAD")]
-        elif path not in self._open_to_all and not self._host_is_allowed(environ):
+            answer = _text("405 Method Not Allowed", f"cannot {method[:16]}: expected GET or HEAD")
+            answer[3].append(("Allow", "GET, HEAD"))
+        elif path in self._open_to_all:
+            answer = page(environ)
+        elif not self._host_is_allowed(environ):
             host = environ.get("HTTP_HOST", "")[:200]
-            status, kind, body = _text(
+            answer = _text(
                 "421 Misdirected Request",
                 f'expected an address or localhost as the Host, got "{host}"; allow it with admin.allowed_hosts',
             )
+        elif is_foreign(environ, page=path == "/"):
+            answer = _text("403 Forbidden", "cannot tell another site: open this address itself", SAFE)
         else:
-            status, kind, body = page(environ)
-        return send_page(environ, start_response, (status, kind, body, more))
+            answer = page(environ)
+        return send_page(environ, start_response, answer)
 
     def _host_is_allowed(self, environ: dict[str, Any]) -> bool:
         host = _without_port(environ.get("HTTP_HOST", ""))
@@ -155,21 +178,61 @@ class AdminApp:
         return _text(*self._source.readiness())
 
     def _status(self, _environ: dict[str, Any]) -> Answer:
-        return "200 OK", "application/json", json.dumps(self._source.snapshot().as_json(), default=str).encode() + b"\n"
+        return _json(self._source.snapshot().as_json())
+
+    def _page_json(self, environ: dict[str, Any]) -> Answer:
+        return _json(self._page_data(environ["SERVER_PORT"]))
+
+    def _page_data(self, port: str) -> dict[str, Any]:
+        details = self._own_ports is None or port in self._own_ports
+        return page_data(self._source.snapshot(), details=details)
+
+    def _events(self, environ: dict[str, Any]) -> Answer:
+        """The same, once a second: server-sent events (HTML, §9.2), put out by the loop."""
+        self._streams = [each for each in self._streams if each.open]
+        if len(self._streams) >= _MOST_STREAMS:
+            why = f"cannot open one more stream: {_MOST_STREAMS} are open; ask for /page.json"
+            return _text("503 Service Unavailable", why, [*SAFE, ("Retry-After", "2")])
+        port = environ["SERVER_PORT"]
+        stream = Pushed(lambda: self._event(port), _EVERY)
+        if environ["REQUEST_METHOD"] == "GET":
+            self._streams.append(stream)
+        return "200 OK", "text/event-stream", stream, SAFE
+
+    def _event(self, port: str) -> bytes:
+        """One event, which all streams of that port get that ask within half the time to the next one."""
+        now = time.monotonic()
+        made, event = self._made.get(port, (-_EVERY, b""))
+        if now - made > _EVERY / 2:
+            event = b"data: %b\n\n" % _dumped(self._page_data(port))
+            self._made[port] = now, event
+        return event
 
     def _prometheus(self, environ: dict[str, Any]) -> Answer:
         if self._metrics is None:
             return _text("501 Not Implemented", f"no metrics: {_NO_METRICS}")
         body, kind = self._metrics(environ.get("HTTP_ACCEPT", ""))
-        return "200 OK", kind, body
+        return "200 OK", kind, body, SAFE
 
-    def _index(self, _environ: dict[str, Any]) -> Answer:
-        return _text("200 OK", "\n".join(page for page in self._pages if page != "/"))
+    def _index(self, environ: dict[str, Any]) -> Answer:
+        if wants_page(environ.get("HTTP_ACCEPT", "")):
+            return "200 OK", "text/html; charset=utf-8", self._page.body, self._page.headers
+        shown = "\n".join(page for page in self._pages if page not in {"/", "/page.json", "/events"})
+        return _text("200 OK", shown, [*SAFE, ("Vary", "Accept")])
 
 
 def _without_port(host: str) -> str:
     return re.sub(r":[0-9]*$", "", host).lower() if not host.endswith("]") else host.lower()
 
 
-def _text(status: str, text: str) -> Answer:
-    return status, "text/plain; charset=utf-8", f"{text}\n".encode("utf-8", "backslashreplace")
+def _text(status: str, text: str, headers: Headers | None = None) -> Answer:
+    body = f"{text}\n".encode("utf-8", "backslashreplace")
+    return status, "text/plain; charset=utf-8", body, list(headers or ())
+
+
+def _json(told: dict[str, Any]) -> Answer:
+    return "200 OK", "application/json", _dumped(told) + b"\n", SAFE
+
+
+def _dumped(told: dict[str, Any]) -> bytes:
+    return json.dumps(told, default=str).encode()

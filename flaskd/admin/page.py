@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-Page = tuple[str, str, bytes, list[tuple[str, str]]]
+from flaskd.server import Pushed
+
+Page = tuple[str, str, bytes | Pushed, list[tuple[str, str]]]
 """Status line, content type, body, further headers."""
 
 
-def send_page(environ: dict[str, Any], start_response: Callable[..., Any], page: Page) -> list[bytes]:
+def send_page(environ: dict[str, Any], start_response: Callable[..., Any], page: Page) -> Iterable[bytes]:
     """Answer one request (PEP 3333): nothing keeps it, nothing takes it for another content type; HEAD gets no body."""
     status, kind, body, more = page
     headers = [
         ("Content-Type", kind),
-        ("Content-Length", str(len(body))),
+        *([("Content-Length", str(len(body)))] if isinstance(body, bytes) else []),
         ("Cache-Control", "no-store"),
         ("X-Content-Type-Options", "nosniff"),
         *more,
     ]
     start_response(status, headers)
-    return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
+    if environ["REQUEST_METHOD"] == "HEAD":
+        return []
+    return [body] if isinstance(body, bytes) else body

@@ -208,12 +208,13 @@ class ControlConfig(Settings):
 
 
 class AdminConfig(Settings):
-    """On addresses of their own: /livez /readyz /metrics /status.json over HTTP, and the agent."""
+    """On own addresses: / (a page) /livez /readyz /metrics /status.json over HTTP, and the agent."""
 
     listen: OneOrMany[Listen] = _restart([], "Addresses; none: a socket passed in as admin, else there is no listener.")
     allowed_hosts: OneOrMany[SomeText] = _restart(
-        [], "Host names, beside addresses and localhost, by which metrics and status may be asked for; *: any."
+        [], "Host names, beside addresses and localhost, by which page, metrics and status may be asked for; *: any."
     )
+    details: bool = _restart(False, "Show clients' addresses on the page, also where it is not of this machine alone.")
     agent: OneOrMany[Listen] = _restart(
         [], "Addresses for HAProxy's agent-check; none: a socket passed in as agent, else there is no agent."
     )

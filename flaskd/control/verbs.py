@@ -70,7 +70,7 @@ def _ready(daemon: Daemon, _command: Command, reply: Reply) -> None:
 
 
 def _drain(daemon: Daemon, command: Command, reply: Reply) -> None:
-    daemon.ask(DrainAsked("wait" in command.flags, reply=reply))
+    daemon.ask(DrainAsked("wait" in command.flags, str(command.peer), reply=reply))
 
 
 def _stop(daemon: Daemon, command: Command, reply: Reply) -> None:

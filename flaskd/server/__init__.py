@@ -4,6 +4,7 @@ from flaskd.server.board import Board
 from flaskd.server.drain import DRAIN_GUARD, Drain, Drainable, in_thread_of_its_own
 from flaskd.server.limits import Limits
 from flaskd.server.proxies import BehindProxies, missed_by_proxy_fix
+from flaskd.server.pushed import Pushed
 from flaskd.server.server import WaitressThread
 from flaskd.server.settings import adjustments, limits
 from flaskd.server.streams import STREAM_GRACE, EndingStreams
@@ -20,6 +21,7 @@ __all__ = [
     "EndingStreams",
     "Histogram",
     "Limits",
+    "Pushed",
     "Tally",
     "WaitressThread",
     "adjustments",

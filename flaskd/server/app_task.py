@@ -13,6 +13,7 @@ from waitress.task import hop_by_hop
 
 from flaskd.process.forks import AppCode
 from flaskd.server.lines import TOKEN
+from flaskd.server.pushed import Pushed
 from flaskd.server.streams import STREAM_TYPES, Parts
 from flaskd.server.tasks import ID_HEADER, Recorded
 
@@ -49,6 +50,9 @@ class AppTask(Recorded):
     def _execute(self) -> None:
         parts = self.channel.server.app(self._environ(), self.start_response)
         self._code.check()
+        if isinstance(parts, Pushed):
+            self._begin_pushing(parts)
+            return
         if self.content_length is None and self._is_stream():  # its first event may be long in coming
             self._note_stream()
         closes = True
@@ -62,6 +66,13 @@ class AppTask(Recorded):
         finally:
             if closes and hasattr(parts, "close"):
                 parts.close()
+
+    def _begin_pushing(self, parts: Pushed) -> None:
+        """Send the first part; the loop goes on with the answer, so it has no last chunk, and the connection stays."""
+        self._is_noted = True  # a drain has no request to end
+        self.write(parts.news())
+        parts.go_on(self.channel, chunked=self.chunked_response)
+        self.chunked_response = self.close_on_finish = False
 
     def _write_all(self, parts: Any) -> None:
         first = True

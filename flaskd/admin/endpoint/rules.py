@@ -84,7 +84,7 @@ class EndpointRules:
         self._lines = _RateLimit(_LINES, clock)
         self._unsaid = 0
 
-    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         """Answer one request."""
         return send_page(environ, start_response, self._answer(environ))
 

@@ -134,9 +134,9 @@ def test_what_is_refused(ask, path, method, body, status):
     ],
 )  # fmt: skip
 def test_names_that_were_not_allowed_learn_nothing(ask, host, status):
-    """A page in a browser that was made to ask here under a foreign name gets no metrics and no status; probes do."""
-    assert ask("/metrics", Host=host)[0] == status
-    assert ask("/status.json", Host=host)[0] == status
+    """A page in a browser that was made to ask here under a foreign name gets no page, metrics or status; probes do."""
+    for path in ("/metrics", "/status.json", "/page.json", "/"):
+        assert ask(path, Host=host, Accept="text/html")[0] == status
     assert ask("/readyz", Host=host)[0] == 200
 
 
