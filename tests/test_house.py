@@ -160,7 +160,7 @@ def test_the_readme_has_its_two_commands():
     lines = re.findall(r"^python3 -m venv .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert len(lines) == 2
     assert lines[0].endswith(".venv/bin/flaskd serve flaskd.demo:app")
-    assert lines[1].endswith(".venv/bin/pytest -n 3 --dist loadfile")
+    assert lines[1].endswith(".venv/bin/pytest -n 2 --dist loadfile")
 
 
 def test_the_readme_links_to_what_is_there():
