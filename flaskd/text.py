@@ -120,11 +120,11 @@ def quoted(text: str, limit: int = _QUOTED) -> str:
     return f'"{shown}"'
 
 
-def did_you_mean(wrong: str, names: Iterable[str]) -> str:
-    """``; did you mean "threads"?`` or nothing."""
+def did_you_mean(wrong: str, names: Iterable[str], *, strict: bool = False) -> str:
+    """``; did you mean "threads"?`` or nothing; `strict`: only what differs by a letter or two."""
     from difflib import get_close_matches  # noqa: PLC0415 - for a mistake alone
 
-    near = get_close_matches(wrong[:_QUOTED], [*names][:_MAX_COMPARED], n=1)
+    near = get_close_matches(wrong[:_QUOTED], [*names][:_MAX_COMPARED], n=1, cutoff=0.8 if strict else 0.6)
     return f'; did you mean "{near[0]}"?' if near else ""
 
 

@@ -225,8 +225,8 @@ WRONG = [
         [f'1:33 server.max_request_body_size: expected a size such as 64MiB, got "{"9" * 60}..."'],
     ),
     (
-        "log: {level: warn}",
-        ['1:14 log.level: expected one of debug, info, warning, error, got "warn"; did you mean "warning"?'],
+        "log: {level: warnig}",
+        ['1:14 log.level: expected one of debug, info, warning, error, got "warnig"; did you mean "warning"?'],
     ),
     (
         "health: {probe: ping}",

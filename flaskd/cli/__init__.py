@@ -6,6 +6,7 @@ What a client verb does not need (Flask, waitress, pydantic, PyYAML) is imported
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -51,7 +52,7 @@ def reported(run: Callable[[], object]) -> int:
     try:
         result = run()
     except click.UsageError as error:
-        _complain(error.show)
+        _complain(functools.partial(show_usage_fault, error))
         return EX_USAGE
     except click.exceptions.Exit as leaving:
         return leaving.exit_code
@@ -76,6 +77,18 @@ def reported(run: Callable[[], object]) -> int:
         _complain(lambda: click.echo(f"flaskd: {lack}", err=True))
         return lack.exit_code
     return result if isinstance(result, int) else 0
+
+
+def show_usage_fault(error: click.UsageError) -> None:
+    """Say what is wrong with a command line; of an option that a verb has not, what there is instead, in one line."""
+    if isinstance(error, click.NoSuchOption) and error.ctx is not None:
+        from flaskd.cli.foreign import advice  # noqa: PLC0415 - for a mistake alone
+
+        command = error.ctx.command
+        known = [name for each in command.get_params(error.ctx) for name in each.opts if name.startswith("-")]
+        click.echo(f"flaskd: {advice(error.ctx.command_path, error.option_name, known)}", err=True)
+    else:
+        error.show()
 
 
 def _complain(say: Callable[[], object]) -> None:

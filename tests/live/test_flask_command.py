@@ -99,7 +99,7 @@ FAULTS = {
     "unknown key": ({"flaskd.yaml": "servr: {}\n"}, ["--app", "gateapp", "daemon"], 78, "flaskd.yaml:1:1 servr: "),
     "unknown option": ({}, ["--app", "gateapp", "daemon", "--frobnicate"], 64, "No such option"),
     "bad name": ({}, ["--app", "gateapp", "daemon", "--name", "a/b"], 64, "expected a plain name"),
-    "bad address": ({}, ["--app", "gateapp", "daemon", "-l", "nowhere"], 78, "command line server.listen"),
+    "bad address": ({}, ["--app", "gateapp", "daemon", "-l", "nowhere"], 64, "command line server.listen"),
 }
 
 
