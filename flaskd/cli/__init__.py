@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from flaskd.cli import client_verbs, show
+from flaskd.cli.pages import Verbs
 from flaskd.cli.units import units
 from flaskd.client import ControlClient, find_socket, reading
 from flaskd.errors import (
@@ -88,7 +89,11 @@ def show_usage_fault(error: click.UsageError) -> None:
         known = [name for each in command.get_params(error.ctx) for name in each.opts if name.startswith("-")]
         click.echo(f"flaskd: {advice(error.ctx.command_path, error.option_name, known)}", err=True)
     else:
-        error.show()
+        click.echo(f"flaskd: {error.format_message().rstrip('.')}{_see(error.ctx)}", err=True)
+
+
+def _see(context: click.Context | None) -> str:
+    return f'; see "{context.command_path} --help"' if context is not None and context.parent is not None else ""
 
 
 def _complain(say: Callable[[], object]) -> None:
@@ -97,16 +102,16 @@ def _complain(say: Callable[[], object]) -> None:
 
 
 @click.group(
+    cls=Verbs,
     invoke_without_command=True,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog='Try it: "flaskd serve flaskd.demo:app", then "flaskd status" and "flaskd stop" in another terminal.',
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 @click.version_option(__version__, prog_name="flaskd", message="%(prog)s %(version)s")
 @click.pass_context
 def cli(context: click.Context) -> None:
     """Serve a Flask app, and stop it without losing a request."""
     if context.invoked_subcommand is None:
-        show.say(client_verbs.what_next())
+        show.say(context.get_help())
 
 
 @cli.command(short_help="Serve an app until asked to stop.")

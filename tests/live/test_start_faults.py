@@ -24,7 +24,7 @@ FAULTS = {
     "bad YAML": ({"flaskd.yaml": "a: [\n"}, ["gateapp"], 78, "flaskd.yaml:2:1"),
     "bad threads": ({}, ["gateapp", "-t", "many"], 64, "command line server.threads: expected an integer"),
     "bad address": ({}, ["gateapp", "-l", "nowhere"], 64, "command line server.listen"),
-    "unknown option": ({}, ["gateapp", "--frobnicate"], 64, "No such option"),
+    "unknown option": ({}, ["gateapp", "--frobnicate"], 64, 'has no option "--frobnicate"'),
     "probe fails": ({"flaskd.yaml": "health: {probe: /boom}\n"}, ["gateapp"], 70,
                     "cannot get ready: the probe of /boom was answered with 500"),
     "chdir missing": ({"flaskd.yaml": "app: {chdir: nowhere}\n"}, ["gateapp"], 78, "cannot change into app.chdir"),
