@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from flaskd.cli import client_verbs, show
+from flaskd.cli.listing import list_daemons
 from flaskd.cli.pages import Verbs
 from flaskd.cli.units import units
 from flaskd.client import ControlClient, find_socket, reading
@@ -313,3 +314,4 @@ def _offline_plan(config: str | None) -> dict[str, Any]:
 
 client_verbs.add_client_verbs(cli)
 cli.add_command(units)
+cli.add_command(list_daemons)

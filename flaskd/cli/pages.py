@@ -13,7 +13,7 @@ from flaskd.text import did_you_mean, table
 GROUPS = {
     "Run": ("serve", "units"),
     "Look": (
-        "status", "top", "requests", "threads", "workers", "plan", "last-stop", "health", "ready", "version",
+        "list", "status", "top", "requests", "threads", "workers", "plan", "last-stop", "health", "ready", "version",
     ),
     "Change": ("drain", "resume", "stop", "reload", "scale", "restart", "log-level"),
     "Configure": ("check", "config", "schema", "help"),
@@ -37,6 +37,7 @@ _EXAMPLES: dict[str, dict[str, str]] = {
         "flaskd units --instance shop": "show the units of flaskd@shop",
         "sudo flaskd units --install /": "write them where systemd reads them",
     },
+    "list": {"flaskd list": "what runs here, and since when", "flaskd list --json": "for programs"},
     "status": {"flaskd status": "a page for people", "flaskd status --json": "an object for programs"},
     "top": {"flaskd top": "until q is pressed", "flaskd top --count 1": "one page, for a script"},
     "requests": {"flaskd requests --stacks": "where each request is in the app's code"},
@@ -73,8 +74,8 @@ _EXAMPLES: dict[str, dict[str, str]] = {
 }
 
 _CALLED_ELSEWHERE = {
-    "run": "serve", "start": "serve", "kill": "stop --now", "quit": "stop", "shutdown": "stop", "ps": "status",
-    "info": "status", "logs": "log-level", "install": "units", "undrain": "resume", "test": "check",
+    "run": "serve", "start": "serve", "kill": "stop --now", "quit": "stop", "shutdown": "stop", "ps": "list",
+    "ls": "list", "info": "status", "logs": "log-level", "install": "units", "undrain": "resume", "test": "check",
     "validate": "check", "hup": "reload",
 }  # fmt: skip
 
