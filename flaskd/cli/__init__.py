@@ -32,6 +32,7 @@ from flaskd.errors import (
     FlaskdError,
     ForbiddenError,
     NoDaemonError,
+    UsageError,
     shortage,
 )
 from flaskd.text import lines
@@ -189,6 +190,10 @@ def _config_path(option: str | None) -> Path | None:
             f"cannot work here: the working directory is gone ({error.strerror}); cd elsewhere"
         ) from error
     if chosen := option or os.environ.get("FLASKD_CONFIG"):
+        if chosen.endswith(".py"):
+            raise UsageError(
+                f'cannot use {chosen}: expected YAML; "flaskd init --from {chosen}" makes a flaskd.yaml of it'
+            )
         return Path(chosen)
     here = Path("flaskd.yaml")
     return here if here.exists() else None
@@ -247,6 +252,21 @@ def _check(path: Path | None, unit: str | None) -> tuple[Fault, ...]:
         if faults:
             raise ConfigError("\n".join(faults))
     return configuration.doubts
+
+
+@cli.command("init", short_help="Write a commented flaskd.yaml.")
+@click.option("--from", "source", metavar="WHAT", help="A gunicorn.conf.py, or a command line in quotes: see below.")
+@click.option("--force", is_flag=True, help="Overwrite a file that is there.")
+@click.argument("file", default="flaskd.yaml")
+def init_(source: str | None, force: bool, file: str) -> None:
+    """Write a commented configuration FILE (default: flaskd.yaml; "-": standard output) for the app that is found here.
+
+    With --from it says what a gunicorn.conf.py says, which is read and never run, or a command line of gunicorn,
+    waitress-serve or flask run. What has no equivalent is told line by line.
+    """
+    from flaskd.cli.init import init  # noqa: PLC0415 - for this verb alone
+
+    init(source, file, force=force)
 
 
 @cli.command()

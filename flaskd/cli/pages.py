@@ -16,7 +16,7 @@ GROUPS = {
         "list", "status", "top", "requests", "threads", "workers", "plan", "last-stop", "health", "ready", "version",
     ),
     "Change": ("drain", "resume", "stop", "reload", "scale", "restart", "log-level"),
-    "Configure": ("check", "config", "schema", "help"),
+    "Configure": ("init", "check", "config", "schema", "help"),
 }  # fmt: skip
 """The verbs as the help shows them: each is in one group."""
 
@@ -64,6 +64,11 @@ _EXAMPLES: dict[str, dict[str, str]] = {
     "scale": {"flaskd scale 4": "four workers", "flaskd scale auto": "one for each CPU"},
     "restart": {"flaskd restart": "all workers, one after the other", "flaskd restart 2": "the one in slot 2"},
     "log-level": {"flaskd log-level": "say it", "flaskd log-level debug": "change it until the next reload"},
+    "init": {
+        "flaskd init": "for the app that is here",
+        "flaskd init --from gunicorn.conf.py": "what gunicorn was told",
+        "flaskd init - --from 'waitress-serve --threads=8 shop:app'": "to standard output, from a command line",
+    },
     "check": {
         "flaskd check": "./flaskd.yaml",
         "flaskd check /etc/shop.yaml --json": "another file; faults for programs",
