@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from flaskd.cli import client_verbs, show
+from flaskd.cli.completion import files, policies, shell_script
 from flaskd.cli.listing import list_daemons
 from flaskd.cli.pages import Verbs
 from flaskd.cli.units import units
@@ -116,9 +117,12 @@ def cli(context: click.Context) -> None:
         show.say(context.get_help())
 
 
+_CONFIG = "Configuration file; else $FLASKD_CONFIG, else ./flaskd.yaml."
+
+
 @cli.command(short_help="Serve an app until asked to stop.")
 @click.argument("app", required=False)
-@click.option("-c", "--config", metavar="FILE", help="Configuration file; else $FLASKD_CONFIG, else ./flaskd.yaml.")
+@click.option("-c", "--config", metavar="FILE", help=_CONFIG, shell_complete=files)
 @click.option(
     "-l", "--listen", metavar="LISTEN", multiple=True, help="HOST:PORT, [IPv6]:PORT or unix:/path; repeatable."
 )
@@ -200,10 +204,10 @@ def _config_path(option: str | None) -> Path | None:
 
 
 @cli.command()
-@click.option("-c", "--config", metavar="FILE", help="Configuration file; else $FLASKD_CONFIG, else ./flaskd.yaml.")
-@click.option("--unit", metavar="UNIT", help="A systemd unit file to compare with.")
+@click.option("-c", "--config", metavar="FILE", help=_CONFIG, shell_complete=files)
+@click.option("--unit", metavar="UNIT", help="A systemd unit file to compare with.", shell_complete=files)
 @click.option("--json", "as_json", is_flag=True, help="Answer for programs: each fault with its place.")
-@click.argument("file", required=False)
+@click.argument("file", required=False, shell_complete=files)
 def check(config: str | None, unit: str | None, as_json: bool, file: str | None) -> int:
     """Check a configuration file, importing nothing of the app."""
     from flaskd.config import Fault, InvalidConfigError  # noqa: PLC0415
@@ -282,12 +286,21 @@ def schema() -> None:
     show.say(json.dumps(json_schema(actions), indent=2))
 
 
-@cli.command(short_help="The cleanup policies in their order, and what was found.")
-@click.option("--socket", metavar="PATH", help="Control socket; else $FLASKD_CONTROL, else the usual places.")
-@click.option("--name", metavar="NAME", default="flaskd", show_default=True, help="Name of the daemon.")
-@click.option("-c", "--config", metavar="FILE", help="Ask no daemon: show what this configuration file comes to.")
+@cli.command(params=[*client_verbs.PLACE], short_help="The cleanup policies in their order, and what was found.")
 @click.option(
-    "--simulate-hang", "hang", metavar="POLICY", multiple=True, help="Show what else suffers if it hangs; repeatable."
+    "-c",
+    "--config",
+    metavar="FILE",
+    help="Ask no daemon: show what this configuration file comes to.",
+    shell_complete=files,
+)
+@click.option(
+    "--simulate-hang",
+    "hang",
+    metavar="POLICY",
+    multiple=True,
+    help="Show what else suffers if it hangs; repeatable.",
+    shell_complete=policies,
 )
 @click.option("--json", "as_json", is_flag=True, help="Answer for programs.")
 def plan(socket: str | None, name: str, config: str | None, hang: tuple[str, ...], as_json: bool) -> int:
@@ -335,3 +348,4 @@ def _offline_plan(config: str | None) -> dict[str, Any]:
 client_verbs.add_client_verbs(cli)
 cli.add_command(units)
 cli.add_command(list_daemons)
+cli.add_command(shell_script)

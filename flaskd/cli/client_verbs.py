@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from flaskd.cli import show
+from flaskd.cli import completion, show
 from flaskd.cli.pages import no_such_verb
 from flaskd.client import ControlClient, find_socket, reading
 from flaskd.errors import (
@@ -29,12 +29,26 @@ from flaskd.verbs import FLAGS, VERBS, Role, Verb, find_verb
 
 _BY_HAND = {"help", "check"}
 """Verbs whose commands need no daemon, and are made by hand."""
+_VALUES = {"level": completion.levels, "count": completion.counts}
+"""What a shell completes an argument with."""
 _LONG = 60.0
 """Seconds of silence after which one that tells every second how it goes has died."""
 
-_PLACE: list[click.Parameter] = [
-    click.Option(["--socket"], metavar="PATH", help="Control socket; else $FLASKD_CONTROL, else the usual places."),
-    click.Option(["--name"], metavar="NAME", default="flaskd", show_default=True, help="Name of the daemon."),
+PLACE: list[click.Parameter] = [
+    click.Option(
+        ["--socket"],
+        metavar="PATH",
+        help="Control socket; else $FLASKD_CONTROL, else the usual places.",
+        shell_complete=completion.files,
+    ),
+    click.Option(
+        ["--name"],
+        metavar="NAME",
+        default="flaskd",
+        show_default=True,
+        help="Name of the daemon.",
+        shell_complete=completion.names,
+    ),
 ]
 _JSON = click.Option(["--json", "as_json"], is_flag=True, help="Answer for programs.")
 
@@ -43,11 +57,13 @@ def add_client_verbs(group: click.Group) -> None:
     """Give the command its client verbs."""
     for name, verb in VERBS.items():
         if name not in _BY_HAND and name not in group.commands:
-            params = [*_PLACE, _JSON]
+            params = [*PLACE, _JSON]
             params += [
                 click.Option([f"--{flag}"], is_flag=True, help=_sentence(FLAGS[flag])) for flag in sorted(verb.flags)
             ]
-            params += [click.Argument([verb.argument], required=False)] * bool(verb.argument)
+            if verb.argument:
+                values = _VALUES.get(verb.argument)
+                params.append(click.Argument([verb.argument], required=False, shell_complete=values))
             group.add_command(
                 click.Command(
                     name,
@@ -65,12 +81,12 @@ def add_client_verbs(group: click.Group) -> None:
         click.Command(
             "top",
             callback=_top,
-            params=[*_PLACE, _JSON, interval, count],
+            params=[*PLACE, _JSON, interval, count],
             help=_TOP,
             short_help="Watch a daemon in the terminal.",
         )
     )
-    argument = click.Argument(["verb"], required=False)
+    argument = click.Argument(["verb"], required=False, shell_complete=completion.verbs)
     group.add_command(
         click.Command(
             "help", callback=_help, params=[_JSON, argument], help=_HELP, short_help="All verbs, or one of them."

@@ -16,7 +16,7 @@ GROUPS = {
         "list", "status", "top", "requests", "threads", "workers", "plan", "last-stop", "health", "ready", "version",
     ),
     "Change": ("drain", "resume", "stop", "reload", "scale", "restart", "log-level"),
-    "Configure": ("init", "check", "config", "schema", "help"),
+    "Configure": ("init", "check", "config", "schema", "completion", "help"),
 }  # fmt: skip
 """The verbs as the help shows them: each is in one group."""
 
@@ -75,6 +75,11 @@ _EXAMPLES: dict[str, dict[str, str]] = {
     },
     "config": {"flaskd config": "each value, and where it came from"},
     "schema": {"flaskd schema > flaskd.schema.json": "for editors that check and complete YAML"},
+    "completion": {
+        "flaskd completion bash > ~/.local/share/bash-completion/completions/flaskd": "bash",
+        "flaskd completion fish > ~/.config/fish/completions/flaskd.fish": "fish",
+        "flaskd completion zsh > ~/.zfunc/_flaskd": "zsh, with fpath+=~/.zfunc before compinit",
+    },
     "help": {"flaskd help stop": "what flaskd stop --help says", "flaskd help --json": "all control commands"},
 }
 
@@ -115,7 +120,7 @@ class Verbs(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the verb of a command line; raises UsageError with what may be meant."""
-        if args[0] not in self.commands and not args[0].startswith("-"):
+        if args[0] not in self.commands and not args[0].startswith("-") and not ctx.resilient_parsing:
             no_such_verb(args[0], self.commands)
         return super().resolve_command(ctx, args)
 
