@@ -58,10 +58,11 @@ _MOST_LOSSES = 10_000
 
 
 class Load:
-    """The clients, in a process of their own, from here on; `patience` replaces PATIENCE."""
+    """The clients, in a process of their own, from here on; `patience` replaces PATIENCE, `pause` is of paced ones."""
 
-    def __init__(self, port: int, kind: str, clients: int, patience: float = PATIENCE) -> None:
+    def __init__(self, port: int, kind: str, clients: int, patience: float = PATIENCE, *, pause: float = 0.04) -> None:
         orders = {"host": "127.0.0.1", "port": port, "load": kind, "clients": clients, "patience": patience}
+        orders["pause"] = pause
         self._process = subprocess.Popen(
             [sys.executable, __file__, json.dumps(orders)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
@@ -478,6 +479,17 @@ class Clients:
             kinds = [each for number, each in enumerate(kinds) if number not in {2, 6}]
         return [kinds[number % len(kinds)]() for number in range(count)] + [self.open_loop(2.0 * count)]
 
+    def paced(self, count: int, pause: float) -> list[Coroutine[Any, Any, None]]:
+        """Give `count` clients that pause up to `pause` seconds: kept-alive, fresh, slow and posting ones, in turn."""
+        kinds: list[tuple[str, Callable[[], Exchange], bool]] = [
+            ("keep-alive", self._keepalive, True),
+            ("fresh", self._hello, False),
+            ("slow", self._slow, True),
+            ("split POST", self._split, True),
+        ]
+        chosen = [kinds[number % len(kinds)] for number in range(count)]
+        return [self.closed_loop(kind, make, keep=keep, pause=pause) for kind, make, keep in chosen]
+
     def leaking(self, rate: int) -> list[Coroutine[Any, Any, None]]:
         """Give an open loop of so many requests a second, each of which leaks."""
         return [self.open_loop(rate, self._leak)]
@@ -502,8 +514,8 @@ def _judge(response: Response, expected: bytes) -> tuple[str, str]:
 async def _main(orders: dict[str, Any]) -> dict[str, Any]:
     clients = Clients((orders["host"], orders["port"]), orders["patience"])
     count, load = orders["clients"], orders["load"]
-    if load == "leak":
-        loops = clients.leaking(count)
+    if load in {"leak", "paced"}:
+        loops = clients.leaking(count) if load == "leak" else clients.paced(count, orders["pause"])
     else:
         loops = clients.connecting(count) if load == "connect" else clients.mixed(count, plain=load == "plain")
     tasks = [asyncio.create_task(each) for each in loops]

@@ -191,6 +191,7 @@ class Daemon:
             log_level=self.logs.level,
             config=str(configuration.path) if configuration.path else None,
             counts=self._counts,
+            instance=configuration.values.instance,
         )
 
     @property
@@ -217,9 +218,11 @@ class Daemon:
 
     def configured(self, configuration: Configuration) -> None:
         """Take a configuration as the one in force."""
-        log, self.configuration = configuration.values.log, configuration
-        self.logs.apply(level=log.level, log_format=log.format, access=log.access, hide=configuration.redact)
-        self.service.stuck_after = configuration.values.systemd.stuck_after
+        config, self.configuration = configuration.values, configuration
+        level, log_format, access = config.log.level, config.log.format, config.log.access
+        self.logs.always["instance"] = config.instance
+        self.logs.apply(level=level, log_format=log_format, access=access, hide=configuration.redact)
+        self.service.stuck_after = config.systemd.stuck_after
         self.reload.follow(configuration)
 
     def turn(self) -> None:

@@ -1,4 +1,4 @@
-"""What the daemon holds beside the app: control nodes, listeners, admin server, state directory, shutdown endpoints."""
+"""What the daemon holds beside the app: control nodes, listeners, admin server, agent, state directory, endpoints."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from typing import Any, Protocol
 
-from flaskd.admin import AdminServer, EndpointServer, Source, configured_token
+from flaskd.admin import AdminServer, Agent, EndpointServer, Source, configured_token
 from flaskd.config import Config
 from flaskd.errors import ConfigError
 from flaskd.lifecycle import StopReason
@@ -45,7 +46,7 @@ class Plane(Protocol):
 
 
 class Holdings:
-    """What the daemon holds beside the app: control nodes, listeners, admin server, state directory, endpoints."""
+    """What the daemon holds beside the app: control nodes, listeners, admin server, agent, the state's directory."""
 
     def __init__(
         self,
@@ -60,14 +61,14 @@ class Holdings:
         self.plane = plane
         self._describe_stop, self._stop = describe_stop, stop
         self._production = False
-        self.admin = AdminServer(source)
+        self.admin, self.agent = AdminServer(source), Agent(source)
         self.state = StateDirectory(name, environ)
         self.listeners: list[Listener] = []
         self.endpoints: list[EndpointServer] = []
         self._endpoints_of_workers: dict[str, EndpointServer] = {}
         self.last_stop: dict[str, Any] | None = None
         """The record of the stop before this run."""
-        self._admin_listeners: list[Listener] = []
+        self._beside: dict[str, list[Listener]] = {"admin": [], "agent": []}
         self._environ = environ
 
     def open(self, config: Config, store: Store, stack: ExitStack) -> None:
@@ -77,9 +78,11 @@ class Holdings:
         self.plane.open(config, launch.for_control(config, passed))
         stack.callback(put_away, self.close_listeners)
         launch.change_directory(config.app)
-        launch.bind_all(config, self.listeners, self._admin_listeners, passed, store)
+        launch.bind_all(config, self.listeners, self._beside, passed, store)
         stack.callback(put_away, self.admin.close)
-        self.admin.open(self._admin_listeners, config.admin.allowed_hosts)
+        self.admin.open(self._beside["admin"], config.admin.allowed_hosts)
+        stack.callback(put_away, self.agent.close)
+        self.agent.open(self._beside["agent"])
         self.state.open(record=config.shutdown.record)
         self.last_stop = self.state.last_stop()  # once: it does not change, and a disk may hang
         stack.callback(put_away, self.state.close)
@@ -95,6 +98,7 @@ class Holdings:
             listen=tuple(str(each.address) for each in self.listeners),
             url=self.listeners[0].address.url if self.listeners else None,
             admin=tuple(map(str, self.admin.addresses)),
+            agent=tuple(map(str, self.agent.addresses)),
             shutdown_endpoints=tuple(each.url for each in self.endpoints),
             previous=self.state.previous,
             last_stop=self.last_stop,
@@ -104,10 +108,9 @@ class Holdings:
         """Say where to reach it, in the log, and to what the app starts."""
         where = ", ".join(listener.address.announced for listener in self.listeners)
         nodes = self.plane.nodes
-        admin = (
-            f"; admin: {', '.join(each.announced for each in self.admin.addresses)}" if self._admin_listeners else ""
-        )
-        log.info(f"flaskd (pid {os.getpid()}) will serve on {where}; control: {', '.join(nodes) or 'none'}{admin}")
+        more = {"admin": [each.announced for each in self.admin.addresses], "agent": map(str, self.agent.addresses)}
+        beside = "".join(f"; {name}: {there}" for name, each in more.items() if (there := ", ".join(each)))
+        log.info(f"flaskd (pid {os.getpid()}) will serve on {where}; control: {', '.join(nodes) or 'none'}{beside}")
         if nodes:
             os.environ["FLASKD_CONTROL"] = nodes[0]
 
@@ -154,7 +157,7 @@ class Holdings:
 
     def close_listeners(self) -> None:
         """Close all listeners."""
-        for listener in (*self.listeners, *self._admin_listeners):
+        for listener in (*self.listeners, *chain(*self._beside.values())):
             listener.close()
 
     def remove_nodes(self) -> None:
@@ -174,7 +177,8 @@ class Holdings:
         """In a child that the app forked: let go of all of it, for it is not the child's."""
         self.plane.forget()
         self.state.forget()
-        for listener in (*self.listeners, *self._admin_listeners):
+        self.agent.forget()
+        for listener in (*self.listeners, *chain(*self._beside.values())):
             listener.socket.close()  # the servers forget their own; these may not have one yet
 
 

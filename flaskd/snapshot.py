@@ -43,6 +43,7 @@ class Held:
     listen: tuple[str, ...] = ()
     url: str | None = None
     admin: tuple[str, ...] = ()
+    agent: tuple[str, ...] = ()
     shutdown_endpoints: tuple[str, ...] = ()
     previous: str | None = None
     """How the run before this one died; None when it came to its end."""
@@ -68,6 +69,8 @@ class Snapshot:
     log_level: str
     config: str | None
     counts: Counts = field(repr=False)
+    instance: str = ""
+    """What this flaskd is called among others."""
 
     @property
     def progress(self) -> dict[str, Any]:
@@ -131,10 +134,12 @@ class Snapshot:
             "reason": self.reason,
             "pid": os.getpid(),
             "name": self.name,
+            "instance": self.instance,
             "app": self.app,
             "listen": list(self.held.listen),
             "url": self.held.url,
             "admin": list(self.held.admin),
+            "agent": list(self.held.agent),
             "in_flight": len(serving.in_flight),
             "oldest": str(oldest) if oldest else None,
             "background": [each.as_json() for each in serving.background],

@@ -340,6 +340,7 @@ class Side:
         threads=4,
         health="",
         ids=False,
+        served_by="",
         **adjustments,
     ):
         self._told, self._lines = Told(), []
@@ -352,6 +353,7 @@ class Side:
             listeners=listeners,
             threads=threads,
             ids=ids,
+            served_by=served_by,
             adjustments={**sizes, "inbuf_overflow": IN_MEMORY, **adjustments},
             on_answer=lambda line: self._lines.append(on_line(line)),
         )

@@ -107,6 +107,10 @@ WRONG = [
         ['4:3 log.level: expected each key once, got "level" again (first in line 2)'],
     ),
     ("server: 5", ["1:9 server: expected a mapping, got 5"]),
+    (
+        'server: {instance: "web 1"}',
+        [('1:20 server.instance: expected a name of 1 to 128 printable ASCII characters without blanks, got "web 1"')],
+    ),
     ("server: {threads: 0}", ["1:19 server.threads: expected at least 1, got 0"]),
     ("server: {threads: 1025}", ["1:19 server.threads: expected at most 1024, got 1025"]),
     ("server: {threads: 4.0}", ["1:19 server.threads: expected an integer, got 4.0"]),

@@ -485,6 +485,7 @@ def test_what_makes_no_sense_with_workers_is_refused(arguments, said):
         ("stop.py", "no row 'nap'", "idle"),
         ("speed.py", "no load 'nap'", "memory"),
         ("control.py", "no part 'nap'", "stuck"),
+        ("fleet.py", "no table 'nap'", "race"),
         ("attacks.py", "no attack 'nap'", "readers"),
     ],
 )
@@ -507,3 +508,42 @@ def test_each_approach_keeps_what_its_textbook_version_loses(tmp_path):
     assert sum(line.startswith(f"| {name} ") for name in figures for line in done.stdout.splitlines()) == 7
     for name, [one] in figures.items():
         assert one["answered"] == (not name.startswith("textbook"))
+
+
+def test_a_fleet_that_fails_a_request_says_where(instrument):
+    """What failed in a rolling restart, in the announced race, and after a kill are faults; the unannounced race is none."""
+    fleet = instrument("fleet")
+
+    def account(**fates):
+        return {"fates": {"answered": 9, "refused": 0, "reset": 0} | fates}
+
+    fine = {
+        "rolls": {"flaskd": {"ways": {"agent": account()}}, "gunicorn": {"ways": {"httpchk": account(reset=1)}}},
+        "race": {"flaskd, announce: 6s": account(), "flaskd, announce: 0s": account(reset=5)},
+        "kill": {"flaskd": {"later": 0}},
+    }
+    assert fleet.faults_of(fine) == fleet.faults_of({"rolls": {}, "race": {}, "kill": {}}) == []
+    assert fleet.how(account(refused=2, reset=1)) == "2 refused, 1 reset"
+    broken = [
+        fine | {"rolls": {"flaskd": {"ways": {"agent": account(refused=1)}}}},
+        fine | {"race": {"flaskd, announce: 6s": account(reset=2)}},
+        fine | {"kill": {"flaskd": {"later": 3}}},
+    ]
+    assert [fleet.faults_of(each) for each in broken] == [
+        ["agent: 1 failed"], ["the race, announced: 2 failed"], ["3 failed that began after a kill"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("at_sigterm", "killed"), [("exit 0", False), ("true", True)])
+def test_the_kubelet_kills_what_outlives_its_grace(instrument, at_sigterm, killed):
+    """A pod that exits is not killed, one that does not is; the balancer is told in either case, once."""
+    script = f"trap '{at_sigterm}' TERM; echo ready; while :; do read line; done"
+    told = []
+    with subprocess.Popen(
+        ["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        process.stdout.readline()
+        end_pod = instrument("_kubelet").end_pod
+        assert end_pod(process, lambda: told.append("out"), delay=0.1, grace=20 if not killed else 0.3) == killed
+    assert told == ["out"]
+    assert process.returncode == (-signal.SIGKILL if killed else 0)

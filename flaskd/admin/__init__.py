@@ -1,8 +1,18 @@
-"""What answers over HTTP beside the app, on listeners of its own: health, metrics, status; the shutdown endpoint."""
+"""What answers beside the app, on listeners of its own: health, metrics, status; the agent; the shutdown endpoint."""
 
+from flaskd.admin.agent import Agent
 from flaskd.admin.endpoint.server import EndpointServer
 from flaskd.admin.endpoint.shutdown import ShutdownEndpoint, opened_by
 from flaskd.admin.endpoint.token import configured_token, make_token
 from flaskd.admin.health import AdminServer, Source
 
-__all__ = ["AdminServer", "EndpointServer", "ShutdownEndpoint", "Source", "configured_token", "make_token", "opened_by"]
+__all__ = [
+    "AdminServer",
+    "Agent",
+    "EndpointServer",
+    "ShutdownEndpoint",
+    "Source",
+    "configured_token",
+    "make_token",
+    "opened_by",
+]

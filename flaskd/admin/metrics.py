@@ -55,7 +55,7 @@ def families(now: Snapshot) -> Iterator[Any]:
 def _life(now: Snapshot) -> Iterator[Any]:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily  # noqa: PLC0415
 
-    yield InfoMetricFamily("flaskd", "The running flaskd.", {"version": __version__})
+    yield InfoMetricFamily("flaskd", "The running flaskd.", {"version": __version__, "instance": now.instance})
     states = GaugeMetricFamily("flaskd_state", "1 for the state the daemon is in.", labels=["state"])
     for state in State:
         states.add_metric([state], state == now.state)

@@ -143,6 +143,7 @@ def status(fields: dict[str, Any]) -> str:
         "cleanup": ", ".join(fields.get("cleanup") or []),
         "listen": ", ".join(fields["listen"]),
         "admin": ", ".join(fields.get("admin") or []),
+        "agent": ", ".join(fields.get("agent") or []),
         "requests": _requests_now(fields),
         "answered": _answered(fields),
         "limits": limits(fields),

@@ -286,6 +286,12 @@ def _header_text(text: str) -> str:
     return text
 
 
+def _instance_name(text: str) -> str:
+    if not re.fullmatch(r"[!-~]{1,128}", text):
+        raise ValueError("expected a name of 1 to 128 printable ASCII characters without blanks")
+    return text
+
+
 def _some_text(text: str) -> str:
     if not text.strip():
         raise ValueError("expected text that is not empty")
@@ -297,6 +303,7 @@ PathPattern = Annotated[str, checked(_path_pattern)]
 """A path, or with ``*`` at its end all that begin so."""
 UrlPrefix = Annotated[str, checked(_url_prefix)]
 HeaderText = Annotated[str, checked(_header_text)]
+InstanceName = Annotated[str, checked(_instance_name)]
 SomeText = Annotated[str, checked(_some_text)]
 Hidden = Unshown
 """For what is often a secret, though written in plain text: it is used, and never shown, in a fault neither."""

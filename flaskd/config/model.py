@@ -1,5 +1,7 @@
 """The configuration's keys, their kinds and defaults. A key is spelled here and nowhere else."""
 
+import re
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +13,7 @@ from flaskd.config.fields import (
     Duration,
     HeaderText,
     HostName,
+    InstanceName,
     LevelName,
     Listen,
     Member,
@@ -39,6 +42,11 @@ def _restart(default: Any, description: str, **more: Any) -> Any:
 def _renewal(default: Any, description: str, **more: Any) -> Any:
     """Make a field of what serves the app: new workers can have another value, a daemon without workers cannot."""
     return field(default, description=description, restart=True, renewal=True, **more)
+
+
+def _host_name() -> str:
+    """The host's name, as it may stand in a header."""
+    return re.sub(r"[^!-~]", "?", socket.gethostname())[:128] or "localhost"
 
 
 class AppConfig(Settings):
@@ -114,6 +122,10 @@ class ServerConfig(Settings):
     )
     backlog: int = _restart(1024, "Connections that the kernel holds until they are accepted.", ge=1, le=2**31 - 1)
     ident: HeaderText = _renewal("flaskd", "Value of the Server header; empty: no such header.")
+    instance: InstanceName | None = field(
+        None, description="What this flaskd is called among others, in logs, status and metrics; none: the host's name."
+    )
+    served_by: bool = field(False, description="Whether each answer says X-Served-By and the instance.")
 
 
 class PoolConfig(Settings):
@@ -199,11 +211,14 @@ class ControlConfig(Settings):
 
 
 class AdminConfig(Settings):
-    """Health, metrics and status over HTTP, on addresses of their own: /livez /readyz /metrics /status.json."""
+    """On addresses of their own: /livez /readyz /metrics /status.json over HTTP, and the agent."""
 
     listen: OneOrMany[Listen] = _restart([], "Addresses; none: a socket passed in as admin, else there is no listener.")
     allowed_hosts: OneOrMany[SomeText] = _restart(
         [], "Host names, beside addresses and localhost, by which metrics and status may be asked for; *: any."
+    )
+    agent: OneOrMany[Listen] = _restart(
+        [], "Addresses for HAProxy's agent-check; none: a socket passed in as agent, else there is no agent."
     )
 
 
@@ -320,6 +335,16 @@ class Config(Settings):
     shutdown: ShutdownConfig = section(ShutdownConfig)
     systemd: SystemdConfig = section(SystemdConfig)
     cleanup: CleanupConfig = section(CleanupConfig)
+
+    @property
+    def instance(self) -> str:
+        """What this flaskd is called."""
+        return self.server.instance or _host_name()
+
+    @property
+    def served_by(self) -> str:
+        """What each answer says of who served it; empty: nothing."""
+        return self.instance if self.server.served_by else ""
 
     def count_workers(self) -> int:
         """How many workers there are to be; with auto, the CPUs that this process may use now."""

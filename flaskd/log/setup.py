@@ -295,7 +295,7 @@ class Logs:
         self._level = logging.WARNING
         self.access: Access = "off"
         self.always: dict[str, Any] = {}
-        """Fields of each line; where the format has none, a worker is named; set before the first `apply`."""
+        """Fields of each line; where the format has none, a worker is named; set before an `apply`."""
 
     def __enter__(self) -> Self:
         self._before = [(logger.level, logger.propagate) for logger in self._loggers]
@@ -371,6 +371,8 @@ class Logs:
         """Write one access line of `Request.access_fields`; what a client wrote is there up to a length."""
         if self.access == "off":
             return
+        if self.access == "json" and (instance := self.always.get("instance")):  # nothing else is added to such a line
+            fields = {**fields, "instance": instance}
         if type(self._access.formatter) is _Bare and self._adopted[access_log.name].is_ours_alone:
             self._writer.put(access_line(self.access, fields), hurry=False)  # for which no record is needed
         else:

@@ -39,6 +39,8 @@ class Context:
         """Whether the log names the setting that a request goes beyond; not where no setting could change that."""
         self.limits = NO_LIMITS
         """The limits in force; `flaskd.server.limit_watch` keeps those of time."""
+        self.served_by = ""
+        """What each answer says of who served it (X-Served-By); empty: nothing."""
         self.health_path = ""
         self.health: Callable[[], tuple[str, str]] = lambda: ("200 OK", "ready")
         """What is answered on that path: the status line and a text."""

@@ -57,6 +57,7 @@ class WaitressThread(ObservedServer):
         reserved: bool = False,
         name: str = "flaskd-server",
         ids: bool = False,
+        served_by: str = "",
         on_answer: Callable[[dict[str, Any]], None] | None = None,
         on_death: Callable[[BaseException | None], None] | None = None,
         board: Board | None = None,
@@ -71,7 +72,7 @@ class WaitressThread(ObservedServer):
         self._patience, self._limits = patience, limits
         self._fixed_limits, self._reserved = fixed_limits, reserved
         self._name = name
-        self._ids = ids
+        self._ids, self._served_by = ids, served_by
         self._on_answer, self._on_death = on_answer, on_death
         self._board = board
         self._drain: Drain | None = None
@@ -116,6 +117,7 @@ class WaitressThread(ObservedServer):
             loop.context.names_limits = not self._fixed_limits
             loop.account.on_answer = self._on_answer
             self.give_ids(on=self._ids)
+            self.name_itself(self._served_by)
             self.set_graces(self._keepalive_grace, self._stream_grace)
             loop.open(accepting=accepting)
             loop.context.on_closed = self.on_closed
@@ -165,6 +167,10 @@ class WaitressThread(ObservedServer):
     def give_ids(self, *, on: bool) -> None:
         """Give each request an X-Request-ID from now on, its trusted proxy's or a new one, or none any more."""
         self._serving.account.make_id = IdSource() if on else None
+
+    def name_itself(self, served_by: str) -> None:
+        """Have each answer say so from now on in X-Served-By, unless the app does; empty: none says it."""
+        self._serving.context.served_by = served_by
 
     def answer_health(self, path: str, health: Callable[[], tuple[str, str]]) -> None:
         """Let the loop answer GET and HEAD of `path` with the status line and text that `health` returns."""

@@ -37,7 +37,13 @@ def _tokens(value: str) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=256)
 def _header(  # noqa: PLR0917 - a cache takes longer to find what has names
-    start: str, given: tuple[tuple[str, str], ...], framing: str, connection: str, ident: str | None, names_it: str
+    start: str,
+    given: tuple[tuple[str, str], ...],
+    framing: str,
+    connection: str,
+    ident: str | None,
+    served_by: str,
+    names_it: str,
 ) -> str:
     """Status line and headers, sorted by name, where `length`, `date` and `id` are still to be filled in.
 
@@ -48,7 +54,8 @@ def _header(  # noqa: PLR0917 - a cache takes longer to find what has names
     names = dict(headers)
     if framing:
         headers.append((framing, "%(length)d" if framing == "Content-Length" else "chunked"))
-    for name, value in (("Connection", connection), ("Server", (ident or "").replace("%", "%%")), ("Date", "%(date)s")):
+    own = {"Server": (ident or "").replace("%", "%%"), "X-Served-By": served_by.replace("%", "%%")}
+    for name, value in (("Connection", connection), *own.items(), ("Date", "%(date)s")):
         if value and name not in names:
             headers.append((name, value))
     if names_it and "X-Request-Id" not in names:
@@ -95,13 +102,15 @@ class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
                 framing, self.chunked_response = "Transfer-Encoding", self.sends_body
         if not self.close_on_finish and self._closes(framing):
             self.close_on_finish = True
-        serving = self.channel.serving
+        channel = self.channel
+        serving = channel.serving
         template = _header(
             f"HTTP/{self.version} {status}",
             tuple(self.response_headers),
             framing,
             "close" if self.close_on_finish else "Keep-Alive" if self.version == "1.0" else "",
-            self.channel.adj.ident,
+            channel.adj.ident,
+            channel.context.served_by,
             ID_HEADER if serving.given_id else "",
         )
         values = {"length": self.content_length, "date": http_date(int(self.start_time)), "id": serving.given_id}

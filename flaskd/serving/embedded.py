@@ -77,14 +77,13 @@ class ServerThread:
         self._threads, self._kind = threads, server
         self._config = read(config).values
         self._on_step, self._own_process = on_step, own_process
-        self._lock = threading.Lock()
+        self._lock, self._over_lock = threading.Lock(), threading.Lock()
         self._pid = 0
         self._server: WaitressThread | WerkzeugThread | None = None
         self._pipeline: Pipeline | None = None
         self._cleanup_thread: CleanupThread
         self._stopped: Future[DrainReport]
         self._when_over: list[Callable[[], None]] | None = None
-        self._over_lock = threading.Lock()
         self._endpoints = contextlib.ExitStack()
         self._pressed = False
         self._report: DrainReport | None = None
@@ -143,6 +142,7 @@ class ServerThread:
             backlog=server.backlog,
             adjustments=adjustments(server, open_files.limit()),
             ids=self._config.log.request_id,
+            served_by=self._config.served_by,
             **more,
         )
 

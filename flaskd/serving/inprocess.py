@@ -205,6 +205,7 @@ class InProcess(Shown):
         server.answer_health(config.health.path or "", self._readiness)
         server.tell_answers(self._answered if config.log.access != "off" else None)
         server.give_ids(on=config.log.request_id)
+        server.name_itself(config.served_by)
 
     def _watch_idle(self, config: Config) -> None:
         idle = config.shutdown.idle

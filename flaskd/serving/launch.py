@@ -9,6 +9,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from flaskd.systemd.store import Store, stored
 log = logging.getLogger("flaskd.launch")
 
 DEFAULT_LISTEN = "127.0.0.1:8000"
-_OTHERS = {"admin", "control"}
+_OTHERS = {"admin", "agent", "control"}
 """FileDescriptorName= of sockets that are not the app's (systemd.socket(5)); any other name, given or not, may be."""
 
 
@@ -82,33 +83,39 @@ def take_passed(environ: Mapping[str, str], config: Config) -> dict[str, list[Li
 
 def for_control(config: Config, passed: Mapping[str, Sequence[Listener]]) -> Sequence[Listener]:
     """Those of the passed sockets that are the control plane's, unless another listener is told to take them."""
-    return [] if "fd:control" in (*config.server.listen, *config.admin.listen) else passed.get("control", [])
+    named = (*config.server.listen, *config.admin.listen, *config.admin.agent)
+    return [] if "fd:control" in named else passed.get("control", [])
 
 
 def bind_all(
-    config: Config, app: list[Listener], admin: list[Listener], passed: dict[str, list[Listener]], store: Store
+    config: Config,
+    app: list[Listener],
+    beside: Mapping[str, list[Listener]],
+    passed: dict[str, list[Listener]],
+    store: Store,
 ) -> None:
-    """Bind or take over the listeners of the app and of the admin listener, adding each to its list at once.
+    """Bind or take over the listeners of the app and, `beside` it, of ``admin`` and ``agent``, adding each at once.
 
     A passed socket that is then nobody's is closed, with a warning. Raises CannotCreateError, and ConfigError for an
     `fd:NAME` that was not passed.
     """
     _bind(config, app, passed, store)
-    for each in config.admin.listen or (["fd:admin"] if "admin" in passed else []):
-        admin += _listeners(each, passed)
-    _let_go(passed, [*app, *admin, *for_control(config, passed)])
+    for name, listen in (("admin", config.admin.listen), ("agent", config.admin.agent)):
+        for each in listen or ([f"fd:{name}"] if name in passed else []):
+            beside[name].extend(_listeners(each, passed))
+    _let_go(passed, [*app, *chain(*beside.values()), *for_control(config, passed)])
 
 
 def _bind(config: Config, listeners: list[Listener], passed: dict[str, list[Listener]], store: Store) -> None:
     """Bind or take over what `server.listen` names.
 
-    Without `server.listen`, all sockets that the service manager passed are taken, except those of the admin listener
-    and of the control plane, else the default address is bound. A socket unit without FileDescriptorName= gives its
-    own name (sd_listen_fds_with_names(3)), so no name says that a socket is the app's.
+    Without `server.listen`, all sockets that the service manager passed are taken, except those of the admin listener,
+    the agent and the control plane, else the default address is bound. A socket unit without FileDescriptorName= gives
+    its own name (sd_listen_fds_with_names(3)), so no name says that a socket is the app's.
     """
     listen = config.server.listen
     if not listen:
-        others = _OTHERS | {each.removeprefix("fd:") for each in config.admin.listen}
+        others = _OTHERS | {each.removeprefix("fd:") for each in (*config.admin.listen, *config.admin.agent)}
         listeners += [each for name in passed if name not in others and not stored(name) for each in passed[name]]
         listen = [] if listeners else [DEFAULT_LISTEN]
     store.open(passed, listen if config.systemd.fdstore else [])

@@ -533,11 +533,11 @@ def root_of(kind: str) -> Path | None:
 
 @contextlib.contextmanager
 def or_skipped(kind: str) -> Iterator[None]:
-    """What is missing for a service manager is a reason to skip the test, unless it has to be there."""
+    """What is missing for a service manager, or for podman, is a reason to skip the test, unless it has to be there."""
     try:
         yield
     except UnavailableError as error:
-        requires("systemd" if kind == "machine" else "systemd-257", [str(error)])
+        requires({"machine": "systemd", "debian-13": "systemd-257"}.get(kind, kind), [str(error)])
         raise
 
 

@@ -30,13 +30,15 @@ def test_each_transcript(flaskd: Flaskd) -> None:
     requires("curl", [] if shutil.which("curl") else ["curl"])
     netcat = "" if shutil.which("nc") else "socat -t 30 - UNIX-CONNECT:"
     requires("netcat", [] if not netcat or shutil.which("socat") else ["nc, socat"])
-    flaskd.write("flaskd.yaml", "admin: {listen: '127.0.0.1:0'}\n")
+    flaskd.write("flaskd.yaml", "admin: {listen: '127.0.0.1:0', agent: '127.0.0.1:0'}\n")
     flaskd.start()
-    [admin] = flaskd.status()["admin"]
+    [admin], [agent] = (flaskd.status()[name] for name in ("admin", "agent"))
 
     def typed(command: str) -> str:
         if netcat:
             command = re.sub(r"nc -N?U /", f"{netcat}/", command)
+            command = command.replace("nc 127.0.0.1 9091", "socat -t 30 - TCP:127.0.0.1:9091")
+        command = command.replace("127.0.0.1:9091", agent).replace("127.0.0.1 9091", agent.replace(":", " "))
         command = command.replace("/run/flaskd", str(flaskd.runtime)).replace("127.0.0.1:9090", admin)
         command = re.sub(r"^flaskd ", f"{sys.executable} -m flaskd ", command)
         done = subprocess.run(
@@ -116,4 +118,8 @@ def test_the_metrics_that_are_named_exist() -> None:
     written = {family.name for family in families(now)}
     [table] = re.findall(r"^\| metric \|.*?\n\n", PAGE, re.MULTILINE | re.DOTALL)
     named = {name.removesuffix("_total") for name in re.findall(r"\bflaskd_\w+", table)} | {"flaskd_requests_queued"}
-    assert named == written - {"flaskd", "flaskd_state_since_timestamp_seconds", "flaskd_start_time_seconds"}
+    assert named - {"flaskd_info"} == written - {
+        "flaskd",
+        "flaskd_state_since_timestamp_seconds",
+        "flaskd_start_time_seconds",
+    }

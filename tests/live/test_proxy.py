@@ -89,6 +89,21 @@ def running(kind: str, ports: dict[str, int], directory: Path, rule: str = "") -
         proxy.wait(PATIENCE)
 
 
+def test_haproxy_takes_the_other_ways_to_tell_it(tmp_path: Path) -> None:
+    """`agent-check` and `disable-on-404` as the page has them are put into its configuration, and HAProxy finds no fault."""
+    requires("haproxy", [] if shutil.which("haproxy") else ["haproxy"])
+    page = (PROJECT / "docs/proxy.md").read_text()
+    [agent], [code] = (
+        re.findall(rf"`({words}[^`]*)`", page) for words in ("agent-check agent-addr", "http-check disable")
+    )
+    configuration = block("haproxy", {}).replace("127.0.0.1:8001", f"127.0.0.1:8001 {agent}")
+    configuration = configuration.replace("    default-server", f"    {code}\n    default-server")
+    assert configuration.count(agent) == configuration.count(code) == 1
+    (tmp_path / "proxy.conf").write_text(configuration)
+    done = subprocess.run(["haproxy", "-c", "-f", tmp_path / "proxy.conf"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 class Clients:
     """Three who ask all the time."""
 

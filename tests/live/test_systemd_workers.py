@@ -17,10 +17,8 @@ TIMES = 30 if LONG else 3
 KILLS = 10 if LONG else 2
 SLOW = 90.0
 """Seconds within which a service with workers has come or gone on a busy machine; none takes that long when all is well."""
-WORKERS = (
-    "server: {listen: '127.0.0.1:PORT', workers: 2, threads: 2}\n"
-    "shutdown: {drain: {keepalive_grace: 5s}}\n"  # on a busy machine a client may be slow to ask again
-)
+WORKERS = "server: {listen: '127.0.0.1:PORT', workers: 2, threads: 2}\n"
+PATIENT = "shutdown: {drain: {keepalive_grace: 5s}}\n"  # on a busy machine a client may be slow to ask again
 STORED_WORKERS = WORKERS + "systemd: {fdstore: true}\n"
 QUICK_TO_BITE = "[Service]\nWatchdogSec=2\n"
 SLOW_APP = """
@@ -292,11 +290,11 @@ def serving(systemd: Systemd, form: str, name: str) -> Instance:
     """A service with two workers, in one of the forms."""
     if form == "activated":
         instance = activated(systemd, name)
-        instance.configure("server: {listen: 'fd:http', workers: 2, threads: 2}\n")
+        instance.configure("server: {listen: 'fd:http', workers: 2, threads: 2}\n" + PATIENT)
         get(instance.url)
         instance.until_state("active", SLOW)  # the first worker has answered, before the other one was ready
         return instance
-    return systemd.flaskd(name, STORED_WORKERS if form == "stored" else WORKERS).start()
+    return systemd.flaskd(name, (STORED_WORKERS if form == "stored" else WORKERS) + PATIENT).start()
 
 
 @pytest.mark.parametrize("form", ["stored", "activated"])

@@ -147,7 +147,7 @@ class Living:
         self.daemon = Daemon(
             load, serving=lambda _: self.serving, plane=lambda _: None, name="flaskd-test", environ={}, start=start
         )
-        self.daemon.logs = SimpleNamespace(apply=lambda **_: None, reclaim=lambda: None, level="info")
+        self.daemon.logs = SimpleNamespace(apply=lambda **_: None, reclaim=lambda: None, level="info", always={})
         self.daemon.configured(configuration)
 
     def on(self, *events):

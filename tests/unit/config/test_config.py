@@ -27,6 +27,7 @@ from flaskd.config import (
     load,
     load_again,
     load_mapping,
+    model,
     schema,
 )
 from flaskd.errors import ConfigError
@@ -45,6 +46,19 @@ def read(tmp_path, monkeypatch):
         return load(path, actions=ACTIONS, **{"environ": {}, **more})
 
     return read
+
+
+@pytest.mark.parametrize(
+    ("host", "name"),
+    [("web-1.example", "web-1.example"), ("w\u00fcb\n", "w?b?"), ("", "localhost"), ("x" * 200, "x" * 128)],
+)
+def test_an_instance_is_called_like_its_host(read, monkeypatch, host, name):
+    """Without a name of its own it has the host's, as far as that may stand in a header; answers say it if asked to."""
+    monkeypatch.setattr(model.socket, "gethostname", lambda: host)
+    config = read("server: {served_by: true}").values
+    assert (config.instance, config.served_by) == (name, name)
+    config = read("server: {instance: eu-1/web}").values
+    assert (config.instance, config.served_by) == ("eu-1/web", "")
 
 
 @pytest.fixture

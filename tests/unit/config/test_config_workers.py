@@ -15,6 +15,7 @@ EVERY_KEY = {
         "listen": ":1", "connection_limit": 9, "trusted_proxy": "*", "trusted_proxy_count": 2,
         "trusted_proxy_headers": "forwarded", "url_scheme": "https", "url_prefix": "/shop", "channel_timeout": "9s",
         "max_request_body_size": 9, "max_request_header_size": 9, "backlog": 9, "ident": "", "threads": 9,
+        "instance": "web-1", "served_by": True,
     },
     "pool": {
         "start_timeout": "9s", "surge": 2, "preload": True, "canary": "9s", "stuck_after": "9s",
@@ -22,7 +23,7 @@ EVERY_KEY = {
     },
     "profile": "production",
     "control": {"mode": "0600", "group": "root", "required": True},
-    "admin": {"listen": ":2", "allowed_hosts": "x"},
+    "admin": {"listen": ":2", "allowed_hosts": "x", "agent": ":3"},
     "shutdown": {"record": None},
     "systemd": {"fdstore": True, "stuck_after": "9s"},
     "log": {"level": "error"},
@@ -67,7 +68,7 @@ def test_without_workers_every_such_key_needs_a_restart():
         "server.trusted_proxy_count", "server.trusted_proxy_headers", "server.url_scheme", "server.url_prefix",
         "server.max_request_body_size", "server.max_request_header_size", "server.channel_timeout", "server.backlog",
         "server.ident", "control.mode", "control.group", "control.required", "admin.listen", "admin.allowed_hosts",
-        "shutdown.record", "systemd.fdstore",
+        "admin.agent", "shutdown.record", "systemd.fdstore",
     ]  # fmt: skip
     assert old.renewal_keys(new) == []
 
@@ -77,7 +78,7 @@ def test_new_workers_can_have_what_serves_the_app():
     old, new = configured("auto"), configured(2, **EVERY_KEY)
     assert old.restart_keys(new) == [
         "app.chdir", "profile", "server.listen", "server.backlog", "control.mode", "control.group", "control.required",
-        "admin.listen", "admin.allowed_hosts", "shutdown.record", "systemd.fdstore",
+        "admin.listen", "admin.allowed_hosts", "admin.agent", "shutdown.record", "systemd.fdstore",
     ]  # fmt: skip
     assert old.renewal_keys(new) == [
         "app.target", "server.connection_limit", "server.trusted_proxy", "server.trusted_proxy_count",

@@ -102,6 +102,34 @@ def test_text_of_a_worker_says_which_one_it_is(log_format, line):
     assert second.removeprefix("<6>") == "  again"
 
 
+def test_an_instance_is_a_field_and_no_part_of_a_text():
+    """It is a field of each line of JSON, an access line in JSON too, and is not in lines for people."""
+    fields = {
+        "time": 0.0,
+        "client": "c",
+        "method": "GET",
+        "target": "/",
+        "protocol": "HTTP/1.1",
+        "status": 200,
+        "bytes": 1,
+    }
+    found = {}
+    for log_format, access in (("json", "json"), ("text", "json"), ("json", "common"), ("text", "common")):
+        with pytest.MonkeyPatch.context() as patch, Logs() as logs:
+            patch.setattr(sys, "stderr", stderr := Stream())
+            logs.always = {"instance": "web-1"}
+            logs.apply(level="info", log_format=log_format, access=access)
+            log.info("ready")
+            logs.write_access(fields)
+        found[log_format, access] = [line.count("web-1") for line in stderr.lines()]
+    assert found == {
+        ("json", "json"): [1, 1],
+        ("text", "json"): [0, 1],
+        ("json", "common"): [1, 1],
+        ("text", "common"): [0, 0],
+    }
+
+
 def test_text_shows_exceptions():
     """A traceback follows its message."""
     with logging_to(stderr := Stream()):

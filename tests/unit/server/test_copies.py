@@ -124,6 +124,7 @@ def test_the_health_path_is_answered_while_all_are_busy(busy, connect):
 def wait_for_its_return(busy):
     """Wait until a busy worker has stepped aside for the first time, and waits for connections again."""
     until(busy, lambda: busy.loop.admission.aside._watches)  # noqa: SLF001 - from outside it looks as before its step
+    assert busy.turns(PATIENCE)  # it looks once more then for connections that have come meanwhile
 
 
 def test_a_connection_that_comes_to_a_busy_worker_is_left_to_others_first(monkeypatch, busy, connect):

@@ -196,7 +196,7 @@ COMMON_HEADERS = [("Content-Type", "text/html; charset=utf-8"), ("Set-Cookie", "
 HEADER = mostly(
     [*COMMON_HEADERS, ("x-odd-CASE", "1"), ("Cache-Control", "no-store"), ("Location", "/a")],
     ("Date", "Mon, 01 Jan 2001 00:00:00 GMT"), ("date", ""), ("Server", "mine"), ("SERVER", ""), ("Via", "1.1 me"),
-    ("x-request-ID", "own"), ("Connection", "close"), ("Keep-Alive", "1"), ("Transfer-Encoding", "chunked"), ("te", "a"), ("Upgrade", "h2c"),
+    ("x-request-ID", "own"), ("x-served-BY", "own"), ("Connection", "close"), ("Keep-Alive", "1"), ("Transfer-Encoding", "chunked"), ("te", "a"), ("Upgrade", "h2c"),
     ("Trailer", "X"), ("X-High", "\xe4\xff"), ("X-Euro", "\u20ac"), ("X-Line", "a\nb"), ("X-Line", "a\r\n b"), ("X-Nul", "\0"),
     ("X\nY", "a"), ("", "a"), ("A B", "c"), ("X:Y", "a"), ("X-Blank", " a "), ("X-Empty", ""), ("\u20ac", "a"), ("-", "a"),
     ("Content-Type", "text/event-stream"), ("content-type", "multipart/x-mixed-replace; boundary=x"),
@@ -313,7 +313,14 @@ def sides(directory):
     for kind in ("usual", "alone", "all else"):
         for name in "fast", "slow":
             listener = [Listener.bind(Address(path=str(directory / name)))] if kind == "all else" else None
-            all_else = {"url_prefix": "/a", "url_scheme": "https", "ident": "", "health": "/health", "ids": True}
+            all_else = {
+                "url_prefix": "/a",
+                "url_scheme": "https",
+                "ident": "",
+                "health": "/health",
+                "ids": True,
+                "served_by": "web-1%d",
+            }
             yield (
                 kind,
                 Side(
@@ -377,6 +384,7 @@ PROFILE = settings(max_examples=EXAMPLES or CI_EXAMPLES, derandomize=not EXAMPLE
 @talk(POST + b"X-Request-ID: abc\r\n\r\n", POST + b"X-Request-ID: a b\r\n\r\n", POST + b"\r\n", kind="all else")
 @talk(POST + b"X-Request-ID: abc\r\n\r\n", kind="all else", headers=(("X-Request-ID", "own"), ("Content-Length", "5")))
 @talk(POST + b"X-Request-ID: abc\r\n\r\n", kind="all else", fails="before")
+@talk(POST + b"\r\n", kind="all else", headers=(("X-Served-By", "own"), ("Content-Length", "5")))
 @talk(POST + b"\r\n", parts=(Xs(65536), Xs(65537)), headers=(("Content-Length", "131073"),))
 def test_both_ways_give_the_same_answer(pairs, talk, kind):
     """The app sees the same, and so do the client, the ledger, the access log and who reads the warnings."""
@@ -479,6 +487,7 @@ DIFFERENCES = {
     "a warning": ({"log"}, {"middleware": said_in_the_log}),
     "the ledger": ({"ledger"}, {}, rejected),
     "an id": ({"app", "wire", "lines"}, {"ids": True}),
+    "who served it": ({"wire"}, {"served_by": "web-1"}),
 }
 
 

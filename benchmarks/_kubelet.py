@@ -1,0 +1,36 @@
+"""A double of the kubelet, written from Kubernetes' "Pod Lifecycle" ("Termination of Pods") and its issue #106476.
+
+https://kubernetes.io/docs/concepts/workloads/pods/pod-lifecycle/#pod-termination: the kubelet sends SIGTERM to the
+container's first process; "at the same time" the control plane takes the pod out of the endpoints, and each node's
+kube-proxy hears of that some time later; when the grace period is over, SIGKILL ends what is still there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable
+
+
+def end_pod(process: subprocess.Popen[bytes], leave: Callable[[], None], *, delay: float, grace: float) -> bool:
+    """End a server that leads its process group; `leave`, called `delay` seconds later, takes it out of the balancer.
+
+    Returns when both are done, and whether it had to be killed after `grace` seconds.
+    """
+    process.send_signal(signal.SIGTERM)
+    leaving = threading.Timer(delay, leave)
+    leaving.start()
+    killed = False
+    try:
+        process.wait(grace)
+    except subprocess.TimeoutExpired:
+        killed = True
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    finally:
+        leaving.join()
+    return killed
