@@ -9,7 +9,7 @@ from flaskd.errors import EX_USAGE, ConfigError
 from flaskd.text import quoted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
 COMMAND_LINE = "command line"
 MAX_FAULTS = 50
@@ -74,8 +74,12 @@ class InvalidConfigError(ConfigError):
 
 @dataclass(slots=True)
 class Faults:
-    """Collects faults; a message may be a function, called only for a fault that is going to be shown."""
+    """Collects faults; a message may be a function, called only for a fault that is going to be shown.
 
+    `elsewhere` says where in the whole configuration keys of a name are, for one that stands in a wrong place.
+    """
+
+    elsewhere: Callable[[str], Sequence[str]] = lambda _name: ()
     _found: list[tuple[Place, str, str | Callable[[], str]]] = field(default_factory=list)
 
     def add(self, place: Place, key: str, message: str | Callable[[], str]) -> None:
