@@ -259,7 +259,13 @@ def _check(path: Path | None, unit: str | None) -> tuple[Fault, ...]:
 
 
 @cli.command("init", short_help="Write a commented flaskd.yaml.")
-@click.option("--from", "source", metavar="WHAT", help="A gunicorn.conf.py, or a command line in quotes: see below.")
+@click.option(
+    "--from",
+    "source",
+    metavar="WHAT",
+    help="A gunicorn.conf.py, or a server's command line in quotes.",
+    shell_complete=files,
+)
 @click.option("--force", is_flag=True, help="Overwrite a file that is there.")
 @click.argument("file", default="flaskd.yaml")
 def init_(source: str | None, force: bool, file: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ _LONGEST = 1 << 20
 def init(source: str | None, place: str, *, force: bool) -> None:
     """Write a configuration to a file, or to standard output where it is ``-``."""
     done = translated(source) if source else _found_app()
-    text = rendered(done)
+    text = valid(done)
     if place == "-":
         show.say(text.removesuffix("\n"))
     else:
@@ -199,6 +200,27 @@ def _options(
 
 
 # --- what it becomes ------------------------------------------------------------------------------------------------
+
+
+def valid(done: Translation) -> str:
+    """The configuration file, which passes a check: what does not is left out, and told."""
+    from flaskd.config import InvalidConfigError, load  # noqa: PLC0415 - for this alone
+
+    while True:
+        text = rendered(done)
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".yaml") as file:
+            file.write(text)
+            file.flush()
+            try:
+                load(Path(file.name), actions={})
+            except InvalidConfigError as error:
+                wrong = {key: each.message for each in error.faults for key in done.values if each.key.startswith(key)}
+                if not wrong:
+                    raise
+            else:
+                return text
+        for key, why in wrong.items():
+            done.drop(key, why)
 
 
 def rendered(done: Translation) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from flaskd.cli.foreign import FOR_SERVE
 from flaskd.cli.python_values import CPUS, Filled, Setting, Unread
-from flaskd.units import format_duration
+from flaskd.units import format_duration, parse_duration
 
 _AFTER_THE_DRAIN = 10.0
 """Seconds that a stop has for cleanup, beside the time that requests in flight may take."""
@@ -28,6 +28,11 @@ class Translation:
         """Write a value of flaskd's configuration."""
         self.values[key] = value
         self.origins[key] = origin
+
+    def drop(self, key: str, why: str) -> None:
+        """Say why a value cannot be written, and leave it out."""
+        del self.values[key]
+        self.note(self.origins.pop(key), f"it cannot be {key}: {why}")
 
     def note(self, origin: str, words: str) -> None:
         """Say what has no equivalent, or what is different."""
@@ -94,10 +99,8 @@ def _complete(done: Translation, settings: Mapping[str, Setting]) -> None:
     if "server.threads" not in values:
         done.note("threads", _ONE_AT_A_TIME)
     if isinstance(drain := values.get("shutdown.drain.timeout"), str) and not isinstance(drain, Filled):
-        seconds = float(drain.removesuffix("s"))
-        done.put("shutdown.drain.timeout", format_duration(seconds), done.origins["shutdown.drain.timeout"])
-        done.put("shutdown.deadline", format_duration(seconds + _AFTER_THE_DRAIN), "the drain, and time to clean up; "
-                 "TimeoutStopSec= of a unit must be longer")  # fmt: skip
+        deadline = format_duration(parse_duration(drain) + _AFTER_THE_DRAIN)
+        done.put("shutdown.deadline", deadline, "the drain, and time to clean up; TimeoutStopSec= of a unit is longer")
 
 
 def waitress(options: Mapping[str, Any], where: Callable[[str], str]) -> Translation:
@@ -199,7 +202,7 @@ def _seconds(value: Any) -> Any:
         return value if value.endswith("s}") else Filled(f"{value}s")
     if value == CPUS:
         raise Untranslatable("it follows from the number of CPUs; flaskd takes a duration")
-    return f"{float(value):g}s" if float(value) else None
+    return format_duration(float(value)) if float(value) else None
 
 
 def _level(value: Any) -> Any:

@@ -19,7 +19,7 @@ from flaskd.config.nodes import Scalar
 from flaskd.config.wording import hint, refuse
 from flaskd.sockets import Address
 from flaskd.units import format_duration, parse_duration, parse_size
-from flaskd.verbs import VERBS, log_level
+from flaskd.verbs import LEVELS, VERBS, log_level
 
 if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationInfo
@@ -350,3 +350,8 @@ class LevelName(Around):
         if isinstance(node, Scalar) and log_level(node.text) != node.text:
             node = dataclasses.replace(node, text=log_level(node.text))
         return self.inner.read(node, path, faults)
+
+    def schema(self, definitions: dict[str, Schema]) -> Schema:
+        """The levels for an editor to propose; it takes them in any case."""
+        words = ("".join(f"[{letter.upper()}{letter}]" for letter in word) for word in (*LEVELS, "warn"))
+        return {"anyOf": [super().schema(definitions), {"type": "string", "pattern": f"^({'|'.join(words)})$"}]}

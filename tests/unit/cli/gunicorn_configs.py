@@ -195,7 +195,7 @@ CONFIGS = {
             "server.listen": ["127.0.0.1:8000", "[::1]:8000"],
             "server.workers": 1,
             "server.threads": 8,
-            "pool.stuck_after": "60s",
+            "pool.stuck_after": "1m",
         },
         [],
     ),

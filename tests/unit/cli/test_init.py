@@ -6,7 +6,7 @@ import pytest
 from gunicorn_configs import CONFIGS
 
 from flaskd.cli import cli, reported
-from flaskd.cli.init import init, rendered, translated
+from flaskd.cli.init import init, rendered, translated, valid
 from flaskd.cli.translation import Translation
 from flaskd.config import load
 
@@ -48,6 +48,19 @@ def test_a_configuration_of_gunicorns(directory, name):
         assert f"#   {note}\n" in text
 
 
+def test_what_flaskd_would_refuse_is_left_out_and_told(directory):
+    """So what is written passes a check, whatever another server takes."""
+    (directory / "gunicorn.conf.py").write_text("bind = ':80, not an address'\nthreads = 5000\nworkers = 2\n")
+    done = translated("gunicorn.conf.py")
+    assert checked(valid(done), directory).values.server.workers == 2
+    assert done.values == {"server.workers": 2}
+    assert done.notes[-2:] == [
+        "gunicorn.conf.py:1 bind: it cannot be server.listen: expected HOST:PORT, [IPv6]:PORT, :PORT or unix:/path, "
+        'got "not an address:8000"',
+        "gunicorn.conf.py:2 threads: it cannot be server.threads: expected at most 1024, got 5000",
+    ]
+
+
 def test_every_note_has_its_line(directory):
     """The file and the line, so that what is told can be found."""
     (directory / "gunicorn.conf.py").write_text("\npidfile = 'x'\nbind = len(x)\n")
@@ -86,7 +99,7 @@ def test_a_file_is_read_and_never_run(directory):
                 "server.listen": ["127.0.0.1:8080", ":80"],
                 "server.threads": 8,
                 "server.url_prefix": "/shop",
-                "server.channel_timeout": "60s",
+                "server.channel_timeout": "1m",
                 "server.trusted_proxy": "127.0.0.1",
                 "server.trusted_proxy_headers": ["x-forwarded-for", "x-forwarded-proto"],
                 "app.target": "shop:app",
