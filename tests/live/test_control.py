@@ -296,7 +296,7 @@ def test_offline_verbs(flaskd: Flaskd) -> None:
     assert flaskd.client("check", "-c", str(good)) == (0, f"{good}: OK\n", "")
     code, out, err = flaskd.client("check", "-c", str(good), str(bad))
     assert (code, out) == (64, "")
-    assert err.endswith(f'Error: expected one file, got "{good}" and "{bad}"\n')
+    assert err == f'flaskd: expected one file, got "{good}" and "{bad}"; see "flaskd check --help"\n'
     code, out, err = flaskd.client("check", "-c", str(bad))
     assert (code, out) == (78, "")
     assert err.splitlines()[0].startswith(f'{bad}:2:12 server.threads: expected an integer, got "many"')
