@@ -95,7 +95,9 @@ def _left_behind(name: str, environ: Mapping[str, str], tried: list[str], stale:
 
 def _others(environ: Mapping[str, str]) -> str:
     """The daemons that run under any name, each as the option that leads there; empty where there is none."""
-    return ", ".join(way_to(path, environ) for path, told in running(environ) if not isinstance(told, NoDaemonError))
+    return ", ".join(
+        way_to(path, environ, told) for path, told in running(environ) if not isinstance(told, NoDaemonError)
+    )
 
 
 def running(environ: Mapping[str, str]) -> Iterator[tuple[Path, dict[str, Any] | FlaskdError]]:
@@ -121,10 +123,11 @@ def running(environ: Mapping[str, str]) -> Iterator[tuple[Path, dict[str, Any] |
                 yield path, error
 
 
-def way_to(path: Path, environ: Mapping[str, str]) -> str:
-    """The option by which a client verb finds the daemon at a control socket."""
+def way_to(path: Path, environ: Mapping[str, str], told: object = None) -> str:
+    """The option by which a client verb finds the daemon at a control socket; `told` is what `running` gives for it."""
     directory = path.parent
-    for name in (directory.name, directory.name.rpartition("-")[0]):
+    own = str(told["name"]) if isinstance(told, dict) else ""
+    for name in (own, directory.name, directory.name.rpartition("-")[0]):
         if name and directory in runtime_directories(name, environ):
             return f"--name {name}"
     return f"--socket {path}"

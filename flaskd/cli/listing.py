@@ -26,7 +26,7 @@ def list_daemons(as_json: bool) -> None:
         ]
         show.say(show.for_programs({"ok": True, "daemons": daemons}))
     elif found:
-        show.say(page([(way_to(path, os.environ).removeprefix("--name "), told) for path, told in found]))
+        show.say(page([(way_to(path, os.environ, told).removeprefix("--name "), told) for path, told in found]))
     else:
         click.echo("flaskd: no daemon is running that this user can see", err=True)
 
@@ -34,7 +34,8 @@ def list_daemons(as_json: bool) -> None:
 def page(found: Sequence[tuple[str, dict[str, Any] | FlaskdError]]) -> str:
     """A line for each: its name, or ``--socket PATH`` where no name leads there, and how it is."""
     rows = [("NAME", "STATE", "APP", "PID", "UPTIME", "LISTEN")]
-    for name, told in found:
+    for way, told in found:
+        name = show.made_printable(way)
         if isinstance(told, FlaskdError):
             row = (name, "no answer" if isinstance(told, NoDaemonError) else "not told", "-", "-", "-", "-")
         else:
