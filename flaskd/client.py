@@ -114,13 +114,23 @@ def running(environ: Mapping[str, str]) -> Iterator[tuple[Path, dict[str, Any] |
             continue
         try:
             with ControlClient(path, timeout=_BRIEFLY) as client, reading(path):
-                status = client.request("status")
-                yield path, {key: status[key] for key in ("name", "state", "app", "pid", "uptime", "listen")}
+                told: dict[str, Any] | FlaskdError = _in_short(client.request("status"))
         except NotFlaskdError:
             continue
         except FlaskdError as error:
-            if isinstance(error, ForbiddenError | CommandError) or (path.parent / FIFO).exists():
-                yield path, error
+            if isinstance(error, NoDaemonError) and not (path.parent / FIFO).exists():
+                continue  # it may be any program's
+            told = error
+        yield path, told
+
+
+def _in_short(status: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **{key: str(status[key] or "") for key in ("name", "state", "app")},
+        "pid": int(status["pid"]),
+        "uptime": float(status["uptime"]),
+        "listen": [str(each) for each in status["listen"]],
+    }
 
 
 def way_to(path: Path, environ: Mapping[str, str], told: object = None) -> str:

@@ -172,6 +172,7 @@ def test_every_daemon_is_listed(machine):
     """How each is, one that does not answer or refuses, too; a socket where another program answers is none."""
     machine("run/shop", STATUS)
     machine("run/others", b"220 mail\n")
+    machine("run/strange", STATUS.replace(b"61.5", b'"long"'))
     machine("run/closed", b'{"ok": false, "error": {"code": "forbidden", "message": "status needs a role"}}\n')
     os.mkfifo(machine("run/dumb", b"").with_name("control"))
     listed = CliRunner().invoke(cli, ["list"], standalone_mode=False)
