@@ -112,7 +112,7 @@ def translated(source: str) -> Translation:
         case "gunicorn":
             return _from_gunicorn(rest)
         case "waitress-serve" | "waitress":
-            return waitress(_options(rest, {"call"}, several={"listen", "unix-socket"}), "--{}".format)
+            return waitress(_options(rest, _WAITRESS_FLAGS, several={"listen", "unix-socket"}), "--{}".format)
         case "flask":
             return flask_run(_options([each for each in rest if each != "run"], {"debug", "reload"}), "--{}".format)
         case "uvicorn" | "hypercorn" | "daphne":
@@ -152,6 +152,11 @@ _GUNICORN_NAMES = {
 _GUNICORN_FLAGS = {
     "daemon", "preload", "reload", "check-config", "print-config", "spew", "capture-output", "enable-stdio-inheritance",
     "initgroups", "reuse-port", "no-sendfile", "log-syslog",
+}  # fmt: skip
+
+_WAITRESS_FLAGS = {
+    "call", "asyncore-use-poll", "expose-tracebacks", "clear-untrusted-proxy-headers", "log-untrusted-proxy-headers",
+    "log-socket-errors", "ipv4", "ipv6",
 }  # fmt: skip
 
 

@@ -83,7 +83,7 @@ def _value(node: ast.expr | None, found: Found, condition: str) -> Any:
         return _Reader(found.settings).value_of(node)
     except Unread as why:
         return why
-    except (ValueError, TypeError, ArithmeticError, LookupError) as error:
+    except (ValueError, TypeError, ArithmeticError, LookupError, RecursionError) as error:
         return Unread(f"it cannot be worked out ({error})")
 
 

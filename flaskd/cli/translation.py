@@ -10,6 +10,7 @@ from typing import Any
 
 from flaskd.cli.foreign import FOR_SERVE
 from flaskd.cli.python_values import CPUS, Filled, Setting, Unread
+from flaskd.text import escaped
 from flaskd.units import format_duration, parse_duration
 
 _AFTER_THE_DRAIN = 10.0
@@ -27,7 +28,7 @@ class Translation:
     def put(self, key: str, value: Any, origin: str) -> None:
         """Write a value of flaskd's configuration."""
         self.values[key] = value
-        self.origins[key] = origin
+        self.origins[key] = escaped(origin)
 
     def drop(self, key: str, why: str) -> None:
         """Say why a value cannot be written, and leave it out."""
@@ -36,7 +37,7 @@ class Translation:
 
     def note(self, origin: str, words: str) -> None:
         """Say what has no equivalent, or what is different."""
-        self.notes.append(f"{origin}: {words}")
+        self.notes.append(escaped(f"{origin}: {words}"))
 
 
 class Untranslatable(Exception):  # noqa: N818 - becomes a note
@@ -116,9 +117,9 @@ def waitress(options: Mapping[str, Any], where: Callable[[str], str]) -> Transla
         if name in _AS_IN_WAITRESS:
             done.put(key, _plain(value), where(name))
         elif name == "trusted-proxy-headers":
-            done.put(key, value.replace(",", " ").split(), where(name))
+            done.put(key, str(value).replace(",", " ").split(), where(name))
         elif name == "channel-timeout":
-            done.put(key, _seconds(value), where(name))
+            done.put(key, f"{value}s", where(name))
         elif name == "app":
             done.put("app.target", f"{value}()" if "call" in options else value, "the app")
         elif name not in {"listen", "host", "port", "unix-socket", "call"}:

@@ -4,6 +4,8 @@ import re
 
 import pytest
 from gunicorn_configs import CONFIGS
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from flaskd.cli import cli, reported
 from flaskd.cli.init import init, rendered, translated, valid
@@ -61,6 +63,42 @@ def test_what_flaskd_would_refuse_is_left_out_and_told(directory):
     ]
 
 
+NAMES = [
+    "bind",
+    "workers",
+    "threads",
+    "timeout",
+    "loglevel",
+    "accesslog",
+    "chdir",
+    "forwarded_allow_ips",
+    "preload_app",
+]
+VALUES = st.recursive(
+    st.sampled_from(
+        ["x", "''", "1", "-1.5e9", "None", "f'{x}'", "os.getenv('Q', 1)", "os.environ['Q']", "'${env:'", "b''"]
+    )
+    | st.text().map(repr),
+    lambda inner: (
+        st.lists(inner, max_size=3).map(lambda each: f"[{', '.join(each)}]")
+        | st.tuples(inner, st.sampled_from(["+", "-", "*", "/", "%", "or", "and"]), inner).map(" ".join)
+        | st.tuples(st.sampled_from(["int", "str", "max", "min", "len", "open", "'{}'.format"]), inner).map(
+            lambda each: f"{each[0]}({each[1]})"
+        )
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(pairs=st.lists(st.tuples(st.sampled_from(NAMES), VALUES), max_size=4))
+def test_whatever_is_set_what_is_written_passes_a_check(directory, pairs):
+    """Each value is taken over or told; none ends in a traceback."""
+    (directory / "gunicorn.conf.py").write_text("".join(f"{name} = {value}\n" for name, value in pairs))
+    done = translated("gunicorn.conf.py")
+    checked(valid(done), directory)
+
+
 def test_every_note_has_its_line(directory):
     """The file and the line, so that what is told can be found."""
     (directory / "gunicorn.conf.py").write_text("\npidfile = 'x'\nbind = len(x)\n")
@@ -99,7 +137,7 @@ def test_a_file_is_read_and_never_run(directory):
                 "server.listen": ["127.0.0.1:8080", ":80"],
                 "server.threads": 8,
                 "server.url_prefix": "/shop",
-                "server.channel_timeout": "1m",
+                "server.channel_timeout": "60s",
                 "server.trusted_proxy": "127.0.0.1",
                 "server.trusted_proxy_headers": ["x-forwarded-for", "x-forwarded-proto"],
                 "app.target": "shop:app",
@@ -185,6 +223,7 @@ def test_a_file_that_is_there_is_not_overwritten(directory, capsys):
         ("broken.py", "cannot read broken.py: invalid syntax, line 2"),
         ("uvicorn app:app", 'cannot translate "uvicorn": it serves ASGI apps'),
         ("apache", 'cannot translate "apache": expected a gunicorn.conf.py that is there'),
+        ("waitress-serve --listen", 'cannot translate: "--listen" has no value'),
         ("gunicorn -w", 'cannot translate: "-w" has no value'),
         ("gunicorn 'x", 'cannot read "gunicorn \'x": No closing quotation'),
     ],
@@ -204,3 +243,11 @@ def test_a_configuration_in_python_is_answered_with_what_translates_it(directory
     code = reported(lambda: cli.main(["check", "-c", "gunicorn.conf.py"], prog_name="flaskd", standalone_mode=False))
     assert code == 64
     assert '"flaskd init --from gunicorn.conf.py" makes a flaskd.yaml of it' in capsys.readouterr().err
+
+
+def test_options_that_flaskd_would_refuse_are_left_out_and_told(directory):
+    """A command line's, likewise."""
+    done = translated("waitress-serve --channel-timeout=long --threads=none --asyncore-use-poll --listen=:80 shop:app")
+    assert checked(valid(done), directory).values.app.target == "shop:app"
+    assert done.values == {"server.listen": ":80", "app.target": "shop:app"}
+    assert [note.partition(":")[0] for note in done.notes] == ["--asyncore-use-poll", "--threads", "--channel-timeout"]
