@@ -43,10 +43,6 @@ class CommandError(FlaskdError):
         self.exit_code = EXIT_CODES.get(code, 1)
 
 
-class NotFlaskdError(NoDaemonError):
-    """What answers at a socket is not flaskd."""
-
-
 def find_socket(explicit: str | None, name: str, environ: Mapping[str, str]) -> Path:
     """The control socket to talk to: the one named, else ``$FLASKD_CONTROL``, else the first that is there.
 
@@ -115,8 +111,6 @@ def running(environ: Mapping[str, str]) -> Iterator[tuple[Path, dict[str, Any] |
         try:
             with ControlClient(path, timeout=_BRIEFLY) as client, reading(path):
                 told: dict[str, Any] | FlaskdError = _in_short(client.request("status"))
-        except NotFlaskdError:
-            continue
         except FlaskdError as error:
             if isinstance(error, NoDaemonError) and not (path.parent / FIFO).exists():
                 continue  # it may be any program's
@@ -221,8 +215,8 @@ def reading(path: Path) -> Iterator[None]:
         raise _not_flaskd(path, why[:_SHOWN]) from error
 
 
-def _not_flaskd(path: Path, why: str) -> NotFlaskdError:
-    return NotFlaskdError(f"cannot talk to {path}: who answers there is not flaskd: {why}")
+def _not_flaskd(path: Path, why: str) -> NoDaemonError:
+    return NoDaemonError(f"cannot talk to {path}: who answers there is not flaskd: {why}")
 
 
 def _finite(number: str) -> float:
