@@ -134,7 +134,7 @@ def _from_file(path: Path, over: dict[str, Setting]) -> Translation:
         raise UsageError(f"cannot read {path}: {error}") from error
 
     def where(name: str, line: int) -> str:
-        return f"{path}:{line} {name}" if line else f"--{name}"
+        return f"{path}:{line} {name}" if line else _option(name, line)
 
     return gunicorn({**found.settings, **over}, where, found.functions)
 
@@ -160,6 +160,12 @@ _WAITRESS_FLAGS = {
 }  # fmt: skip
 
 
+def _option(name: str, _line: int) -> str:
+    """The option of a command line that gives a setting of gunicorn's."""
+    options = {setting: option for option, setting in _GUNICORN_NAMES.items()}
+    return "the app" if name == "wsgi_app" else f"--{options.get(name, name.replace('_', '-'))}"
+
+
 def _from_gunicorn(words: list[str]) -> Translation:
     options = _options(words, _GUNICORN_FLAGS, short=_GUNICORN_SHORT, several={"bind", "env"})
     settings = {
@@ -170,7 +176,7 @@ def _from_gunicorn(words: list[str]) -> Translation:
     path = Path(str(options.get("config", "gunicorn.conf.py")).removeprefix("file:"))
     if "config" in options or path.is_file():  # gunicorn reads the latter by itself
         return _from_file(path, settings)
-    return gunicorn(settings, lambda name, _line: f"--{name.replace('_', '-')}", {})
+    return gunicorn(settings, _option, {})
 
 
 def _options(

@@ -157,6 +157,12 @@ def test_a_command_line(directory, line, values):
     checked(rendered(done), directory)
 
 
+def test_a_note_about_an_option_names_it_as_it_is_typed(directory):
+    """With the dashes, and by the name that gunicorn has for it on its command line."""
+    notes = translated("gunicorn -k gevent -p x.pid --access-logfile x.log app:app").notes
+    assert [note.partition(":")[0] for note in notes] == ["--worker-class", "--pid", "--access-logfile", "threads"]
+
+
 def test_a_command_line_wins_over_the_file_that_gunicorn_reads(directory):
     """Which is gunicorn.conf.py, or the one that it names."""
     (directory / "gunicorn.conf.py").write_text("workers = 2\nthreads = 3\n")
