@@ -13,11 +13,15 @@ import struct
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from flaskd.errors import FlaskdError, ForbiddenError, NoDaemonError
-from flaskd.protocol import EXIT_CODES, SOCKET, runtime_directories
+from flaskd.protocol import EXIT_CODES, FIFO, SOCKET, runtime_directories
 
+_OF_ALL_USERS = Path("/run/user/*/*")
+"""Where the runtime directories of all users are, for root to look."""
+_BRIEFLY = 2.0
+"""Seconds that each of several daemons may take to answer."""
 _ROOM = 60.0
 _AGAIN = 0.01
 """Seconds in which a client that has no timeout waits for room in the backlog, and between two tries."""
@@ -43,8 +47,8 @@ def find_socket(explicit: str | None, name: str, environ: Mapping[str, str]) -> 
     """The control socket to talk to: the one named, else ``$FLASKD_CONTROL``, else the first that is there.
 
     One that a killed daemon left behind is passed over, unless there is no other: connecting to it tells what is wrong.
-    Raises NoDaemonError listing what was tried; ForbiddenError when there may be one where this user must not look, or
-    one in a directory that another user has made where everybody may.
+    Raises NoDaemonError listing what was tried, or the daemons of other names; ForbiddenError when there may be one
+    where this user must not look, or one in a directory that another user has made where everybody may.
     """
     if chosen := explicit or environ.get("FLASKD_CONTROL"):
         return _meant_by(Path(chosen))
@@ -70,19 +74,76 @@ def find_socket(explicit: str | None, name: str, environ: Mapping[str, str]) -> 
             stale.append(path)
         else:
             return path
+    if foreign or closed:
+        return stale[0] if stale else _refused(tried, closed, foreign)
+    return _left_behind(name, environ, tried, stale)
+
+
+def _left_behind(name: str, environ: Mapping[str, str], tried: list[str], stale: list[Path]) -> Path:
+    """The socket that a killed daemon left; raises NoDaemonError where there is none, or others run."""
+    if others := _others(environ):
+        why = f"{stale[0]} was left behind by one that was killed" if stale else f"there is no {', no '.join(tried)}"
+        raise NoDaemonError(f"cannot find a daemon named {name}: {why}; running here: {others}")
     if stale:
         return stale[0]
-    raise _none_found(tried, closed, foreign)
+    raise NoDaemonError(f"cannot find a daemon: there is no {', no '.join(tried)}; start one, or name its --socket")
 
 
-def _none_found(tried: list[str], closed: list[Path], foreign: list[str]) -> FlaskdError:
+def _others(environ: Mapping[str, str]) -> str:
+    """The daemons that run under any name, each as the option that leads there; empty where there is none."""
+    return ", ".join(
+        way_to(path, environ, told) for path, told in running(environ) if not isinstance(told, NoDaemonError)
+    )
+
+
+def running(environ: Mapping[str, str]) -> Iterator[tuple[Path, dict[str, Any] | FlaskdError]]:
+    """The control socket of each flaskd of this machine that this user can see, with its status, or why there is none.
+
+    They are looked for where runtime directories are, under any name; root looks into those of all users.
+    """
+    import glob  # noqa: PLC0415 - for a list, or where nothing was found
+
+    places = [f"{glob.escape(str(each.parent))}/{each.name}" for each in runtime_directories("*", environ)]
+    found = [path for each in [*places, _OF_ALL_USERS] for path in glob.glob(f"{each}/{SOCKET}")]  # noqa: PTH207 - whole
+    for path in map(Path, dict.fromkeys(found)):
+        if _not_ours(path.parent) or _is_stale(path):
+            continue
+        try:
+            with ControlClient(path, timeout=_BRIEFLY) as client, reading(path):
+                told: dict[str, Any] | FlaskdError = _in_short(client.request("status"))
+        except FlaskdError as error:
+            if isinstance(error, NoDaemonError) and not (path.parent / FIFO).exists():
+                continue  # it may be any program's
+            told = error
+        yield path, told
+
+
+def _in_short(status: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **{key: str(status[key] or "") for key in ("name", "state", "app")},
+        "pid": int(status["pid"]),
+        "uptime": float(status["uptime"]),
+        "listen": [str(each) for each in status["listen"]],
+    }
+
+
+def way_to(path: Path, environ: Mapping[str, str], told: object = None) -> str:
+    """The option by which a client verb finds the daemon at a control socket; `told` is what `running` gives for it."""
+    directory = path.parent
+    own = str(told["name"]) if isinstance(told, dict) else ""
+    for name in (own, directory.name, directory.name.rpartition("-")[0]):
+        if name and directory in runtime_directories(name, environ):
+            return f"--name {name}"
+    return f"--socket {path}"
+
+
+def _refused(tried: list[str], closed: list[Path], foreign: list[str]) -> NoReturn:
+    """Raise ForbiddenError: there may be a daemon where this user must not look."""
     if foreign:
-        return ForbiddenError(foreign[0])
-    if closed:
-        tried.remove(str(closed[0] / SOCKET))
-        none = f"; there is no {', no '.join(tried)}" if tried else ""
-        return ForbiddenError(f"cannot look for a daemon in {closed[0]}: Permission denied; {_whose(closed[0])}{none}")
-    return NoDaemonError(f"cannot find a daemon: there is no {', no '.join(tried)}; start one, or name its --socket")
+        raise ForbiddenError(foreign[0])
+    tried.remove(str(closed[0] / SOCKET))
+    none = f"; there is no {', no '.join(tried)}" if tried else ""
+    raise ForbiddenError(f"cannot look for a daemon in {closed[0]}: Permission denied; {_whose(closed[0])}{none}")
 
 
 def _not_ours(directory: Path) -> str:

@@ -23,7 +23,7 @@ _CONTINUED = "  "
 _USERINFO = re.compile(r"(?<=://)([^/?#@\s:]*):[^/?#\s]*@")
 LONGEST_TEXT = 1000
 """Characters of what others wrote (a path, a header) that are kept and shown."""
-_QUOTED = 60
+LONGEST_QUOTED = 60
 """Characters of a value that a message quotes, and of a wrong name that is compared."""
 _MAX_LISTED = 20
 _MAX_COMPARED = 200
@@ -112,7 +112,7 @@ def without_password(text: str) -> str:
     return _USERINFO.sub(rf"\1:{MASK}@", text)
 
 
-def quoted(text: str, limit: int = _QUOTED) -> str:
+def quoted(text: str, limit: int = LONGEST_QUOTED) -> str:
     """Quote a value on one line: shortened, and with nothing in it that a terminal would act upon, and no password."""
     text = without_password(text)
     short = text if len(text) <= limit else text[:limit] + "..."
@@ -120,11 +120,11 @@ def quoted(text: str, limit: int = _QUOTED) -> str:
     return f'"{shown}"'
 
 
-def did_you_mean(wrong: str, names: Iterable[str]) -> str:
-    """``; did you mean "threads"?`` or nothing."""
+def did_you_mean(wrong: str, names: Iterable[str], *, strict: bool = False) -> str:
+    """``; did you mean "threads"?`` or nothing; `strict`: only what differs by a letter or two."""
     from difflib import get_close_matches  # noqa: PLC0415 - for a mistake alone
 
-    near = get_close_matches(wrong[:_QUOTED], [*names][:_MAX_COMPARED], n=1)
+    near = get_close_matches(wrong[:LONGEST_QUOTED], [*names][:_MAX_COMPARED], n=1, cutoff=0.8 if strict else 0.6)
     return f'; did you mean "{near[0]}"?' if near else ""
 
 
@@ -132,7 +132,7 @@ def nearest_first(wrong: str, names: Sequence[str]) -> str:
     """List names, those most like the wrong one first."""
     from difflib import SequenceMatcher  # noqa: PLC0415 - for a mistake alone
 
-    ratio = SequenceMatcher(b=wrong[:_QUOTED])
+    ratio = SequenceMatcher(b=wrong[:LONGEST_QUOTED])
 
     def unlikeness(name: str) -> float:
         ratio.set_seq1(name)

@@ -13,6 +13,15 @@ from flaskd.text import did_you_mean
 
 Flags = frozenset[str]
 
+LEVELS = ("debug", "info", "warning", "error")
+"""The log levels, as flaskd writes them."""
+
+
+def log_level(written: str) -> str:
+    """The log level that is meant, in any case and with ``warn`` for ``warning``; what is none is left as it is."""
+    lower = written.lower()
+    return "warning" if lower == "warn" else lower if lower in LEVELS else written
+
 
 class Role(IntEnum):
     """What a client of the control plane may do; each may do what those before it may."""

@@ -99,6 +99,8 @@ LISTEN = "expected HOST:PORT, [IPv6]:PORT, :PORT or unix:/path"
 
 PATTERN = "expected a path without a query, with * at its end at most"
 
+LISTENS = "server.listen or admin.listen or shutdown.endpoint.listen"
+
 WRONG = [
     ("version: 2", ["1:10 version: expected 1, got 2"]),
     ("sever: {}", [f'1:1 sever: expected a known key, got "sever"; did you mean "server"?; known keys: {SECTIONS}']),
@@ -106,7 +108,25 @@ WRONG = [
         "log:\n  level: info\n  format: text\n  level: error",
         ['4:3 log.level: expected each key once, got "level" again (first in line 2)'],
     ),
-    ("server: 5", ["1:9 server: expected a mapping, got 5"]),
+    ("server: 5", ["1:9 server: expected a mapping, got 5; such as server: {threads: 5}"]),
+    ("server: :80", ['1:9 server: expected a mapping, got ":80"; such as server: {listen: ":80"}']),
+    ("app: shop:app", ['1:6 app: expected a mapping, got "shop:app"; such as app: {target: "shop:app"}']),
+    ("log: DEBUG", ['1:6 log: expected a mapping, got "DEBUG"; such as log: {level: "DEBUG"}']),
+    ("shutdown: 30s", ['1:11 shutdown: expected a mapping, got "30s"; such as shutdown: {deadline: "30s"}']),
+    ("shutdown: {drain: 9s}", ['1:19 shutdown.drain: expected a mapping, got "9s"; such as drain: {timeout: "9s"}']),
+    (
+        "server: nothing of it",
+        ['1:9 server: expected a mapping, got "nothing of it"; such as server: {listen: ..., threads: ...}'],
+    ),
+    ("threads: 5", ['1:1 threads: expected a known key, got "threads"; write server.threads']),
+    (
+        "listen: x\nport: 80\nserver: {level: x}",
+        [
+            f'1:1 listen: expected a known key, got "listen"; write {LISTENS}',
+            f'2:1 port: expected a known key, got "port"; write {LISTENS}',
+            '3:10 server.level: expected a known key, got "level"; write log.level',
+        ],
+    ),
     (
         'server: {instance: "web 1"}',
         [('1:20 server.instance: expected a name of 1 to 128 printable ASCII characters without blanks, got "web 1"')],
@@ -229,8 +249,8 @@ WRONG = [
         [f'1:33 server.max_request_body_size: expected a size such as 64MiB, got "{"9" * 60}..."'],
     ),
     (
-        "log: {level: warn}",
-        ['1:14 log.level: expected one of debug, info, warning, error, got "warn"; did you mean "warning"?'],
+        "log: {level: warnig}",
+        ['1:14 log.level: expected one of debug, info, warning, error, got "warnig"; did you mean "warning"?'],
     ),
     (
         "health: {probe: ping}",

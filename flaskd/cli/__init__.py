@@ -6,6 +6,7 @@ What a client verb does not need (Flask, waitress, pydantic, PyYAML) is imported
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -17,6 +18,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from flaskd.cli import client_verbs, show
+from flaskd.cli.completion import files, policies, shell_script
+from flaskd.cli.listing import list_daemons
+from flaskd.cli.pages import Verbs
 from flaskd.cli.units import units
 from flaskd.client import ControlClient, find_socket, reading
 from flaskd.errors import (
@@ -29,6 +33,7 @@ from flaskd.errors import (
     FlaskdError,
     ForbiddenError,
     NoDaemonError,
+    UsageError,
     shortage,
 )
 from flaskd.text import lines
@@ -51,7 +56,7 @@ def reported(run: Callable[[], object]) -> int:
     try:
         result = run()
     except click.UsageError as error:
-        _complain(error.show)
+        _complain(functools.partial(show_usage_fault, error))
         return EX_USAGE
     except click.exceptions.Exit as leaving:
         return leaving.exit_code
@@ -78,27 +83,46 @@ def reported(run: Callable[[], object]) -> int:
     return result if isinstance(result, int) else 0
 
 
+def show_usage_fault(error: click.UsageError) -> None:
+    """Say what is wrong with a command line; of an option that a verb has not, what there is instead, in one line."""
+    if isinstance(error, click.NoSuchOption) and error.ctx is not None:
+        from flaskd.cli.foreign import advice  # noqa: PLC0415 - for a mistake alone
+
+        command = error.ctx.command
+        known = [name for each in command.get_params(error.ctx) for name in each.opts if name.startswith("-")]
+        click.echo(f"flaskd: {advice(error.ctx.command_path, error.option_name, known)}", err=True)
+    else:
+        click.echo(f"flaskd: {error.format_message().rstrip('.')}{_see(error.ctx)}", err=True)
+
+
+def _see(context: click.Context | None) -> str:
+    return f'; see "{context.command_path} --help"' if context is not None and context.parent is not None else ""
+
+
 def _complain(say: Callable[[], object]) -> None:
     with contextlib.suppress(OSError):  # it cannot be said; the exit code tells
         say()
 
 
 @click.group(
+    cls=Verbs,
     invoke_without_command=True,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog='Try it: "flaskd serve flaskd.demo:app", then "flaskd status" and "flaskd stop" in another terminal.',
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 @click.version_option(__version__, prog_name="flaskd", message="%(prog)s %(version)s")
 @click.pass_context
 def cli(context: click.Context) -> None:
     """Serve a Flask app, and stop it without losing a request."""
     if context.invoked_subcommand is None:
-        show.say(client_verbs.what_next())
+        show.say(context.get_help())
+
+
+_CONFIG = "Configuration file; else $FLASKD_CONFIG, else ./flaskd.yaml."
 
 
 @cli.command(short_help="Serve an app until asked to stop.")
 @click.argument("app", required=False)
-@click.option("-c", "--config", metavar="FILE", help="Configuration file; else $FLASKD_CONFIG, else ./flaskd.yaml.")
+@click.option("-c", "--config", metavar="FILE", help=_CONFIG, shell_complete=files)
 @click.option(
     "-l", "--listen", metavar="LISTEN", multiple=True, help="HOST:PORT, [IPv6]:PORT or unix:/path; repeatable."
 )
@@ -170,16 +194,20 @@ def _config_path(option: str | None) -> Path | None:
             f"cannot work here: the working directory is gone ({error.strerror}); cd elsewhere"
         ) from error
     if chosen := option or os.environ.get("FLASKD_CONFIG"):
+        if chosen.endswith(".py"):
+            raise UsageError(
+                f'cannot use {chosen}: expected YAML; "flaskd init --from {chosen}" makes a flaskd.yaml of it'
+            )
         return Path(chosen)
     here = Path("flaskd.yaml")
     return here if here.exists() else None
 
 
 @cli.command()
-@click.option("-c", "--config", metavar="FILE", help="Configuration file; else $FLASKD_CONFIG, else ./flaskd.yaml.")
-@click.option("--unit", metavar="UNIT", help="A systemd unit file to compare with.")
+@click.option("-c", "--config", metavar="FILE", help=_CONFIG, shell_complete=files)
+@click.option("--unit", metavar="UNIT", help="A systemd unit file to compare with.", shell_complete=files)
 @click.option("--json", "as_json", is_flag=True, help="Answer for programs: each fault with its place.")
-@click.argument("file", required=False)
+@click.argument("file", required=False, shell_complete=files)
 def check(config: str | None, unit: str | None, as_json: bool, file: str | None) -> int:
     """Check a configuration file, importing nothing of the app."""
     from flaskd.config import Fault, InvalidConfigError  # noqa: PLC0415
@@ -230,6 +258,27 @@ def _check(path: Path | None, unit: str | None) -> tuple[Fault, ...]:
     return configuration.doubts
 
 
+@cli.command("init", short_help="Write a commented flaskd.yaml.")
+@click.option(
+    "--from",
+    "source",
+    metavar="WHAT",
+    help="A gunicorn.conf.py, or a server's command line in quotes.",
+    shell_complete=files,
+)
+@click.option("--force", is_flag=True, help="Overwrite a file that is there.")
+@click.argument("file", default="flaskd.yaml")
+def init_(source: str | None, force: bool, file: str) -> None:
+    """Write a commented configuration FILE (default: flaskd.yaml; "-": standard output) for the app that is found here.
+
+    With --from it says what a gunicorn.conf.py says, which is read and never run, or a command line of gunicorn,
+    waitress-serve or flask run. What has no equivalent is told line by line.
+    """
+    from flaskd.cli.init import init  # noqa: PLC0415 - for this verb alone
+
+    init(source, file, force=force)
+
+
 @cli.command()
 def schema() -> None:
     """Print the JSON Schema of the configuration file."""
@@ -243,12 +292,21 @@ def schema() -> None:
     show.say(json.dumps(json_schema(actions), indent=2))
 
 
-@cli.command(short_help="The cleanup policies in their order, and what was found.")
-@click.option("--socket", metavar="PATH", help="Control socket; else $FLASKD_CONTROL, else the usual places.")
-@click.option("--name", metavar="NAME", default="flaskd", show_default=True, help="Name of the daemon.")
-@click.option("-c", "--config", metavar="FILE", help="Ask no daemon: show what this configuration file comes to.")
+@cli.command(params=[*client_verbs.PLACE], short_help="The cleanup policies in their order, and what was found.")
 @click.option(
-    "--simulate-hang", "hang", metavar="POLICY", multiple=True, help="Show what else suffers if it hangs; repeatable."
+    "-c",
+    "--config",
+    metavar="FILE",
+    help="Ask no daemon: show what this configuration file comes to.",
+    shell_complete=files,
+)
+@click.option(
+    "--simulate-hang",
+    "hang",
+    metavar="POLICY",
+    multiple=True,
+    help="Show what else suffers if it hangs; repeatable.",
+    shell_complete=policies,
 )
 @click.option("--json", "as_json", is_flag=True, help="Answer for programs.")
 def plan(socket: str | None, name: str, config: str | None, hang: tuple[str, ...], as_json: bool) -> int:
@@ -295,3 +353,5 @@ def _offline_plan(config: str | None) -> dict[str, Any]:
 
 client_verbs.add_client_verbs(cli)
 cli.add_command(units)
+cli.add_command(list_daemons)
+cli.add_command(shell_script)

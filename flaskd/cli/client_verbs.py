@@ -11,7 +11,8 @@ from typing import Any
 
 import click
 
-from flaskd.cli import show
+from flaskd.cli import completion, show
+from flaskd.cli.pages import no_such_verb
 from flaskd.client import ControlClient, find_socket, reading
 from flaskd.errors import (
     EX_LOST,
@@ -24,17 +25,30 @@ from flaskd.errors import (
 )
 from flaskd.present import died
 from flaskd.protocol import MARK, RECORD, damage, state_directory
-from flaskd.text import table
-from flaskd.verbs import FLAGS, VERBS, find_verb
+from flaskd.verbs import FLAGS, VERBS, Role, Verb, find_verb
 
 _BY_HAND = {"help", "check"}
 """Verbs whose commands need no daemon, and are made by hand."""
+_VALUES = {"level": completion.levels, "count": completion.counts}
+"""What a shell completes an argument with."""
 _LONG = 60.0
 """Seconds of silence after which one that tells every second how it goes has died."""
 
-_PLACE: list[click.Parameter] = [
-    click.Option(["--socket"], metavar="PATH", help="Control socket; else $FLASKD_CONTROL, else the usual places."),
-    click.Option(["--name"], metavar="NAME", default="flaskd", show_default=True, help="Name of the daemon."),
+PLACE: list[click.Parameter] = [
+    click.Option(
+        ["--socket"],
+        metavar="PATH",
+        help="Control socket; else $FLASKD_CONTROL, else the usual places.",
+        shell_complete=completion.files,
+    ),
+    click.Option(
+        ["--name"],
+        metavar="NAME",
+        default="flaskd",
+        show_default=True,
+        help="Name of the daemon.",
+        shell_complete=completion.names,
+    ),
 ]
 _JSON = click.Option(["--json", "as_json"], is_flag=True, help="Answer for programs.")
 
@@ -43,17 +57,19 @@ def add_client_verbs(group: click.Group) -> None:
     """Give the command its client verbs."""
     for name, verb in VERBS.items():
         if name not in _BY_HAND and name not in group.commands:
-            params = [*_PLACE, _JSON]
+            params = [*PLACE, _JSON]
             params += [
                 click.Option([f"--{flag}"], is_flag=True, help=_sentence(FLAGS[flag])) for flag in sorted(verb.flags)
             ]
-            params += [click.Argument([verb.argument], required=False)] * bool(verb.argument)
+            if verb.argument:
+                values = _VALUES.get(verb.argument)
+                params.append(click.Argument([verb.argument], required=False, shell_complete=values))
             group.add_command(
                 click.Command(
                     name,
                     callback=_client(name),
                     params=params,
-                    help=_sentence(verb.summary),
+                    help=f"{_sentence(verb.summary)}\n\n{_needs(verb)}",
                     short_help=_sentence(verb.summary),
                 )
             )
@@ -65,29 +81,30 @@ def add_client_verbs(group: click.Group) -> None:
         click.Command(
             "top",
             callback=_top,
-            params=[*_PLACE, _JSON, interval, count],
+            params=[*PLACE, _JSON, interval, count],
             help=_TOP,
             short_help="Watch a daemon in the terminal.",
         )
     )
-    argument = click.Argument(["verb"], required=False)
+    argument = click.Argument(["verb"], required=False, shell_complete=completion.verbs)
     group.add_command(
         click.Command(
-            "help",
-            callback=_help,
-            params=[_JSON, argument],
-            help=_HELP,
-            short_help="The verbs of a running daemon, or one of them.",
+            "help", callback=_help, params=[_JSON, argument], help=_HELP, short_help="All verbs, or one of them."
         )
     )
 
 
 _TOP = "Watch a daemon: rate, latency, in flight, queue, requests by age. One page where there is no terminal."
-_HELP = "The commands of the control plane, or one of them; needs no daemon."
+_HELP = "What flaskd --help says, or VERB --help. With --json: the commands that a daemon takes, for programs."
 
 
 def _sentence(text: str) -> str:
     return text[0].upper() + text[1:] + "."
+
+
+def _needs(verb: Verb) -> str:
+    looks = f"; without {verb.argument.upper()} {Role.VIEWER} will do" if verb.looks else ""
+    return f"Where control.roles names users, it needs the role {verb.role}{looks}."
 
 
 def _client(verb: str) -> Any:
@@ -177,16 +194,26 @@ def _read_record(name: str, no_daemon: FlaskdError) -> dict[str, Any]:
 
 
 def _help(verb: str | None, as_json: bool) -> None:
+    if as_json:
+        show.say(json.dumps(_verbs_as_json(verb)))
+        return
+    above = click.get_current_context().find_root()
+    assert isinstance(above.command, click.Group)
+    if verb is None:
+        show.say(above.get_help())
+    elif (command := above.command.get_command(above, verb)) is None:
+        no_such_verb(verb, above.command.commands)
+    else:
+        with click.Context(command, info_name=verb, parent=above) as context:
+            show.say(command.get_help(context))
+
+
+def _verbs_as_json(verb: str | None) -> dict[str, Any]:
     try:
         found = {verb: find_verb(verb)} if verb else VERBS
     except UnknownCommandError as error:
-        raise UsageError(f"there is no command {error}") from error
-    if as_json:
-        show.say(json.dumps({"verbs": [each.as_json(name) for name, each in found.items()], "flags": FLAGS}))
-        return
-    flags = sorted({flag for each in found.values() for flag in each.flags})
-    rows = [(each.usage(name), f"{each.summary} ({each.role})") for name, each in found.items()]
-    show.say("\n".join(table([*rows, *((f"  {flag}", FLAGS[flag]) for flag in flags)])))
+        raise UsageError(f"there is no control command {error}") from error
+    return {"verbs": [each.as_json(name) for name, each in found.items()], "flags": FLAGS}
 
 
 def _top(socket: str | None, name: str, as_json: bool, interval: float, count: int | None) -> int:
@@ -196,42 +223,3 @@ def _top(socket: str | None, name: str, as_json: bool, interval: float, count: i
         return watch(lambda: find_socket(socket, name, os.environ), interval=interval, count=count, as_json=as_json)
 
     return told(look, as_json=as_json)
-
-
-def what_next() -> str:
-    """What to do now, said to who types the command alone."""
-    lines = ["flaskd serves a Flask app, and stops it without losing a request.", ""]
-    answered = False
-    try:
-        path = find_socket(None, "flaskd", os.environ)
-        with ControlClient(path, timeout=2.0) as client, reading(path):
-            answered = True
-            status = show.made_printable(client.request("status"))
-            state, where = status["state"], ", ".join(status["listen"])
-            lines += [f"A daemon is {state} here, pid {status['pid']}, on {where}. Next:", ""]
-        lines += _commands(_NEXT)
-    except ForbiddenError as error:
-        lines += [f"A daemon may be running here, but this user {error}."]
-    except FlaskdError as error:
-        if answered:  # who starts another one now is told that it runs already, or not even that
-            lines += [f"A daemon may be running here, but it does not say how it is: {error}."]
-        else:
-            lines += ["No daemon is running here. Next:", "", *_commands(_first_steps())]
-    return "\n".join([*lines, "", 'All commands: "flaskd --help".'])
-
-
-def _first_steps() -> dict[str, str]:
-    with contextlib.suppress(OSError):
-        if Path("flaskd.yaml").exists():
-            return {"flaskd check": "check flaskd.yaml", "flaskd serve": "serve what it says"}
-        for name in ("wsgi.py", "app.py"):
-            if Path(name).exists():
-                return {"flaskd serve": f"serve the app in {name}"}
-    return {"flaskd serve MODULE:APP": "serve your app", "flaskd serve flaskd.demo:app": "or a small demo"}
-
-
-_NEXT = {"flaskd status": "how it is", "flaskd top": "watch it", "flaskd stop --wait": "stop it"}
-
-
-def _commands(meaning: dict[str, str]) -> list[str]:
-    return table([*meaning.items()], indent=2, gap=3)

@@ -21,7 +21,7 @@ class _Daemon(click.Command):
         try:
             return super().make_context(info_name, args, parent, **extra)
         except click.UsageError as error:
-            error.show()
+            cli.show_usage_fault(error)
             raise click.exceptions.Exit(EX_USAGE) from None
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from flaskd.errors import ConfigError
+from flaskd.errors import EX_USAGE, ConfigError
 from flaskd.text import quoted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
 COMMAND_LINE = "command line"
 MAX_FAULTS = 50
@@ -56,7 +56,10 @@ class Fault:
 
 
 class InvalidConfigError(ConfigError):
-    """The configuration has faults: ``faults`` holds them sorted by place, the text is one line for each."""
+    """The configuration has faults: ``faults`` holds them sorted by place, the text is one line for each.
+
+    Where all of them are of the command line, the exit code is that of a wrong command line.
+    """
 
     def __init__(self, faults: tuple[Fault, ...], omitted: int = 0) -> None:
         lines = [str(fault) for fault in faults]
@@ -64,13 +67,19 @@ class InvalidConfigError(ConfigError):
             lines.append(f"... and {omitted} more")
         super().__init__("\n".join(lines))
         self.faults = faults
+        if all(fault.path == COMMAND_LINE for fault in faults):
+            self.exit_code = EX_USAGE
         self.omitted = omitted
 
 
 @dataclass(slots=True)
 class Faults:
-    """Collects faults; a message may be a function, called only for a fault that is going to be shown."""
+    """Collects faults; a message may be a function, called only for a fault that is going to be shown.
 
+    `elsewhere` says where in the whole configuration keys of a name are, for one that stands in a wrong place.
+    """
+
+    elsewhere: Callable[[str], Sequence[str]] = lambda _name: ()
     _found: list[tuple[Place, str, str | Callable[[], str]]] = field(default_factory=list)
 
     def add(self, place: Place, key: str, message: str | Callable[[], str]) -> None:

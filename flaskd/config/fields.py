@@ -5,6 +5,7 @@ A message here ends before ", got ...": what stands at the place is added by who
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
 import re
 import stat
@@ -13,12 +14,12 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from flaskd.config.faults import Faults
-from flaskd.config.kinds import NOTHING, Kind, ListOf, Schema, Unshown, attempt, checked, described
+from flaskd.config.kinds import NOTHING, Around, Kind, ListOf, Schema, Unshown, attempt, checked, described
 from flaskd.config.nodes import Scalar
 from flaskd.config.wording import hint, refuse
 from flaskd.sockets import Address
 from flaskd.units import format_duration, parse_duration, parse_size
-from flaskd.verbs import VERBS
+from flaskd.verbs import LEVELS, VERBS, log_level
 
 if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationInfo
@@ -339,3 +340,18 @@ def _verb_name(text: str) -> str:
 
 VerbName = Annotated[str, checked(_verb_name), described({"enum": list(VERBS)})]
 """A command of the control plane."""
+
+
+class LevelName(Around):
+    """A log level, in any case; ``warn`` is ``warning``."""
+
+    def read(self, node: Node, path: Path, faults: Faults) -> Any:
+        """The level as flaskd writes it."""
+        if isinstance(node, Scalar) and log_level(node.text) != node.text:
+            node = dataclasses.replace(node, text=log_level(node.text))
+        return self.inner.read(node, path, faults)
+
+    def schema(self, definitions: dict[str, Schema]) -> Schema:
+        """The levels for an editor to propose; it takes them in any case."""
+        words = ("".join(f"[{letter.upper()}{letter}]" for letter in word) for word in (*LEVELS, "warn"))
+        return {"anyOf": [super().schema(definitions), {"type": "string", "pattern": f"^({'|'.join(words)})$"}]}

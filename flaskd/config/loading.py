@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from flaskd.config.configuration import Configuration
 from flaskd.config.doubts import doubts
 from flaskd.config.endpoint import check_endpoint
-from flaskd.config.faults import COMMAND_LINE, Faults, Place
+from flaskd.config.faults import COMMAND_LINE, Faults, Place, dotted
 from flaskd.config.interpolate import Sources, interpolated
 from flaskd.config.model import Config
 from flaskd.config.nodes import Node, Scalar, Table, child, scalars
@@ -27,7 +27,7 @@ from flaskd.errors import ConfigError
 from flaskd.text import Redactor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from flaskd.config.action_spec import Actions, Fields
 
@@ -48,7 +48,7 @@ def load(
     was not given. ``environ`` is what interpolations see, by default the process' own. Raises ConfigError:
     one line when the file cannot be read, else InvalidConfigError with every fault.
     """
-    faults = Faults()
+    faults = Faults(_places_of)
     if path is None:
         top = Place("<defaults>")
         tree, base, source = Table(top, top, {}), Path.cwd(), b""
@@ -74,7 +74,7 @@ def load_mapping(
 
     Raises InvalidConfigError with every fault; their source is ``<mapping>`` and they have no lines.
     """
-    faults = Faults()
+    faults = Faults(_places_of)
     tree = from_python(data, Place("<mapping>"), faults)
     if not isinstance(tree, Table):
         raise ConfigError(f"expected the configuration as a mapping, got {type(data).__name__}")
@@ -100,6 +100,23 @@ def load_again(load: Callable[[], Configuration], old: Configuration) -> Configu
             "written; if all defaults are meant, write version: 1"
         )
     return new
+
+
+_CALLED_ELSEWHERE = {"bind": "listen", "host": "listen", "port": "listen", "address": "listen", "loglevel": "level"}
+"""What other servers call a key of ours."""
+
+
+def _places_of(name: str) -> list[str]:
+    """The keys of a name, or of what it is called here, in all sections: ``server.listen``."""
+    wanted = _CALLED_ELSEWHERE.get(name, name)
+    return [dotted(path) for path in _keys(Config, ()) if path[-1] == wanted]
+
+
+def _keys(section: type[Settings], path: NodePath) -> Iterator[NodePath]:
+    for each in section.model_fields.values():
+        yield (*path, each.key)
+        if isinstance(each.annotation, type) and issubclass(each.annotation, Settings):
+            yield from _keys(each.annotation, (*path, each.key))
 
 
 def _says_nothing(tree: Table) -> bool:

@@ -14,6 +14,7 @@ from flaskd.config.fields import (
     HeaderText,
     HostName,
     InstanceName,
+    LevelName,
     Listen,
     Member,
     Mode,
@@ -155,7 +156,9 @@ class PoolConfig(Settings):
 class LogConfig(Settings):
     """flaskd's own log; the app's logging is left alone."""
 
-    level: Literal["debug", "info", "warning", "error"] = field("info", description="Least severity that is logged.")
+    level: Annotated[Literal["debug", "info", "warning", "error"], LevelName] = field(
+        "info", description="Least severity that is logged, in any case; warn is warning."
+    )
     format: Literal["auto", "text", "json", "journal"] = field(
         "auto", description="auto: fields in the journal, colour on a terminal, plain text otherwise."
     )

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, dataclass_transform, get_
 
 from flaskd.config.faults import Faults, Place, dotted
 from flaskd.config.kinds import NOTHING, Bounded, Kind, OrNull, attempt, kind_of
-from flaskd.config.nodes import Node, Scalar, Table
+from flaskd.config.nodes import Node, Scalar, Table, shown
 from flaskd.config.python_source import from_python
 from flaskd.config.wording import NO_VALUE, hidden, refuse, unknown_key, without_secrets
+from flaskd.text import LONGEST_QUOTED
 
 if TYPE_CHECKING:
     from flaskd.config.kinds import Schema
@@ -188,15 +189,14 @@ class Settings:
             value = cls.model_fields[cls.alone].kind.read(node, path, faults)
             return None if value is NOTHING else cls(**{cls.alone: value})
         if not isinstance(node, Table):
-            refuse(node, path, faults, "expected a mapping")
+            refuse(node, path, faults, "expected a mapping", functools.partial(cls._as_mapping, node, path))
             return None
         values, good = cls._read_fields(node, path, faults)
         keys = {each.key for each in cls.model_fields.values()}
         for name, inner in node.entries.items():
             if name not in keys:
                 good = False
-                known = [each.key for each in cls.model_fields.values()]
-                faults.add(inner.key, dotted((*path, name)), functools.partial(unknown_key, name, known))
+                faults.add(inner.key, dotted((*path, name)), functools.partial(cls._unknown, name, faults))
         if not good:
             return None
         try:
@@ -204,6 +204,21 @@ class Settings:
         except ValueError as error:
             refuse(node, path, faults, without_secrets(str(error), node), whole=True)
             return None
+
+    @classmethod
+    def _unknown(cls, name: str, faults: Faults) -> str:
+        return unknown_key(name, [each.key for each in cls.model_fields.values()], faults.elsewhere(name))
+
+    @classmethod
+    def _as_mapping(cls, node: Node, path: Path) -> str:
+        """The mapping to write in the place of a single value: that value under one of the first keys, if it fits."""
+        if not isinstance(node, Scalar) or node.secret or not path or len(node.text) > LONGEST_QUOTED:
+            return ""
+        usual = [each for each in cls.model_fields.values() if not each.kind.hides][:2]
+        fitting = (each.key for each in usual if each.kind.read(node, (*path, each.key), Faults()) is not NOTHING)
+        key = next(fitting, "")
+        inside = f"{key}: {shown(node)}" if key else ", ".join(f"{each.key}: ..." for each in usual)
+        return f"; such as {path[-1]}: {{{inside}}}"
 
     @classmethod
     def _read_fields(cls, node: Table, path: Path, faults: Faults) -> tuple[dict[str, Any], bool]:

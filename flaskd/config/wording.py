@@ -54,12 +54,17 @@ def hint(node: Node, *, quotes: type | None = None, choices: Sequence[str] = ())
     return did_you_mean(node.text, choices)
 
 
-def unknown_key(name: str, valid: Sequence[str]) -> str:
-    """The fault of a key that is not there."""
+def unknown_key(name: str, valid: Sequence[str], places: Sequence[str] = ()) -> str:
+    """The fault of a key that is not there; `places` are where there are keys of that name."""
+    if places:
+        there = " or ".join(places[:_PLACES])
+        return f"expected a known key, got {quoted(name)}; write {there}{did_you_mean(name, valid)}"
     known = f"; known keys: {nearest_first(name, valid)}" if valid else ""
     return f"expected a known key, got {quoted(name)}{did_you_mean(name, valid)}{known}"
 
 
+_PLACES = 3
+"""How many places of a key are named."""
 NO_VALUE = "expected a value (it has no default), got nothing"
 
 

@@ -16,7 +16,7 @@ from flaskd.present import record_lines, request_lines, status_lines, thread_lin
 from flaskd.process.cpus import usable
 from flaskd.protocol import Reply
 from flaskd.text import table
-from flaskd.verbs import FLAGS, VERBS, find_verb
+from flaskd.verbs import FLAGS, LEVELS, VERBS, find_verb, log_level
 from flaskd.version import __version__
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from flaskd.control.commands import Command
     from flaskd.daemon import Daemon
     from flaskd.ledger import InFlight
-
-_LEVELS = ("debug", "info", "warning", "error")
 
 
 def _help(_daemon: Daemon, command: Command, reply: Reply) -> None:
@@ -125,12 +123,12 @@ def _last_stop(daemon: Daemon, _command: Command, reply: Reply) -> None:
 
 
 def _log_level(daemon: Daemon, command: Command, reply: Reply) -> None:
-    before, level = daemon.logs.level, command.argument
+    before, level = daemon.logs.level, log_level(command.argument)
     if not level:
         reply.ok(before, detail={"level": before})
         return
-    if level not in _LEVELS:
-        raise UsageError(f'log-level: expected one of {", ".join(_LEVELS)}, got "{level}"')
+    if level not in LEVELS:
+        raise UsageError(f'log-level: expected one of {", ".join(LEVELS)}, got "{level}"')
     daemon.logs.set_level(level)
     daemon.serving.set_log_level(level)
     reply.ok(level, {"before": before}, detail={"level": level}, hint="until the next reload")

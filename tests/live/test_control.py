@@ -289,6 +289,22 @@ def test_a_check_for_programs(flaskd: Flaskd) -> None:
     assert "TimeoutStopSec=3s" in answer["faults"][0]["message"]
 
 
+def test_the_list_tells_of_a_daemon_what_its_status_tells(flaskd: Flaskd) -> None:
+    """With its control socket for programs, and by the name that leads there for people."""
+    flaskd.start()
+    code, out, _ = flaskd.client("list", "--json")
+    [listed] = [each for each in json.loads(out)["daemons"] if each.get("pid") == flaskd.pid]
+    status = flaskd.status()
+    keys = ("name", "state", "app", "listen")
+    assert (code, listed["socket"], [listed[key] for key in keys]) == (
+        0,
+        str(flaskd.socket_path),
+        [status[key] for key in keys],
+    )
+    rows = [line.split() for line in flaskd.client("list")[1].splitlines()]
+    assert ["flaskd", "ready", "gateapp", str(flaskd.pid)] in [row[:4] for row in rows]
+
+
 def test_offline_verbs(flaskd: Flaskd) -> None:
     """Check and schema work without a daemon, and import nothing of the app."""
     good = flaskd.write("good.yaml", "app: {target: 'nosuch:app'}\n")
@@ -296,7 +312,7 @@ def test_offline_verbs(flaskd: Flaskd) -> None:
     assert flaskd.client("check", "-c", str(good)) == (0, f"{good}: OK\n", "")
     code, out, err = flaskd.client("check", "-c", str(good), str(bad))
     assert (code, out) == (64, "")
-    assert err.endswith(f'Error: expected one file, got "{good}" and "{bad}"\n')
+    assert err == f'flaskd: expected one file, got "{good}" and "{bad}"; see "flaskd check --help"\n'
     code, out, err = flaskd.client("check", "-c", str(bad))
     assert (code, out) == (78, "")
     assert err.splitlines()[0].startswith(f'{bad}:2:12 server.threads: expected an integer, got "many"')

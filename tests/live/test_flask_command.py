@@ -97,9 +97,9 @@ FAULTS = {
     ),
     "no app named": ({}, ["daemon"], 78, "cannot find an app: none was named"),
     "unknown key": ({"flaskd.yaml": "servr: {}\n"}, ["--app", "gateapp", "daemon"], 78, "flaskd.yaml:1:1 servr: "),
-    "unknown option": ({}, ["--app", "gateapp", "daemon", "--frobnicate"], 64, "No such option"),
+    "unknown option": ({}, ["--app", "gateapp", "daemon", "--frobnicate"], 64, 'has no option "--frobnicate"'),
     "bad name": ({}, ["--app", "gateapp", "daemon", "--name", "a/b"], 64, "expected a plain name"),
-    "bad address": ({}, ["--app", "gateapp", "daemon", "-l", "nowhere"], 78, "command line server.listen"),
+    "bad address": ({}, ["--app", "gateapp", "daemon", "-l", "nowhere"], 64, "command line server.listen"),
 }
 
 

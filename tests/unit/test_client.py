@@ -102,6 +102,100 @@ def test_a_stale_socket_hides_no_daemon_in_a_later_place(tmp_path):
         raise AssertionError
 
 
+STATUS = (
+    b'{"ok": true, "name": "shop", "state": "ready", "app": "shop:app", "pid": 7, "uptime": 61.5, "listen": [":1"], '
+    b'"more": 1}\n'
+)
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A machine with no daemon but those that a test puts there: `machine(place, answer)` gives the control socket."""
+    listeners = []
+
+    def places(name, _environ):
+        return iter([tmp_path / "run" / name, tmp_path / "tmp" / f"{name}-7"])
+
+    def serve(listener, answer):
+        with contextlib.suppress(OSError):  # it is shut down at the end
+            while True:
+                sock, _ = listener.accept()
+                with sock:
+                    if sock.recv(100):  # else it only looked whether there is one
+                        sock.sendall(answer)
+
+    def put(place, answer):
+        path = tmp_path / place / "control.sock"
+        path.parent.mkdir(parents=True)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(path))
+        listener.listen()
+        thread = threading.Thread(target=serve, args=(listener, answer))
+        thread.start()
+        listeners.append((listener, thread))
+        return path
+
+    monkeypatch.setattr(flaskd_client, "runtime_directories", places)
+    monkeypatch.setattr(flaskd_client, "_OF_ALL_USERS", tmp_path / "user" / "*" / "*")
+    yield put
+    for listener, thread in listeners:
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+        listener.close()
+
+
+@pytest.mark.parametrize(
+    ("place", "way"), [("run/shop", "--name shop"), ("tmp/shop-7", "--name shop"), ("user/9/shop", "--socket {}")]
+)
+def test_where_no_daemon_of_a_name_runs_those_of_other_names_are_told(machine, tmp_path, place, way):
+    """By the option that leads to each of them, wherever it is."""
+    path = machine(place, STATUS)
+    with pytest.raises(NoDaemonError) as caught:
+        find_socket(None, NAME, {})
+    said = str(caught.value)
+    assert said.startswith(f"cannot find a daemon named {NAME}: there is no {tmp_path}/run/{NAME}/control.sock, no ")
+    assert said.endswith(f"; running here: {way.format(path)}")
+
+
+def test_a_socket_that_was_left_behind_hides_no_daemon_of_another_name(machine, tmp_path):
+    """It is not said that none runs."""
+    machine("run/shop", STATUS)
+    stale = tmp_path / "run" / NAME / "control.sock"
+    stale.parent.mkdir()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(stale))
+    with pytest.raises(NoDaemonError, match=f"{stale} was left behind .*; running here: --name shop$"):
+        find_socket(None, NAME, {})
+
+
+def test_every_daemon_is_listed(machine):
+    """How each is, one that does not answer or refuses, too; a socket where another program answers is none."""
+    machine("run/shop", STATUS)
+    machine("run/others", b"220 mail\n")
+    machine("run/strange", STATUS.replace(b"61.5", b'"long"'))
+    machine("run/closed", b'{"ok": false, "error": {"code": "forbidden", "message": "status needs a role"}}\n')
+    os.mkfifo(machine("run/dumb", b"").with_name("control"))
+    listed = CliRunner().invoke(cli, ["list"], standalone_mode=False)
+    head, *rows = sorted(listed.output.splitlines())
+    assert head.split() == ["NAME", "STATE", "APP", "PID", "UPTIME", "LISTEN"]
+    assert [row.split() for row in rows] == [
+        ["closed", "not", "told", "-", "-", "-", "-"],
+        ["dumb", "no", "answer", "-", "-", "-", "-"],
+        ["shop", "ready", "shop:app", "7", "1m2s", ":1"],
+    ]
+    told = json.loads(CliRunner().invoke(cli, ["list", "--json"], standalone_mode=False).output)
+    found = {Path(each["socket"]).parent.name: each for each in told["daemons"]}
+    assert found.keys() == {"closed", "dumb", "shop"}
+    assert (found["shop"]["state"], found["closed"]["fault"]) == ("ready", "status needs a role")
+
+
+@pytest.mark.usefixtures("machine")
+def test_where_no_daemon_runs_the_list_says_so():
+    """On standard error: the list itself is empty."""
+    listed = CliRunner().invoke(cli, ["list"], standalone_mode=False)
+    assert (listed.stdout, listed.stderr) == ("", "flaskd: no daemon is running that this user can see\n")
+
+
 def test_a_socket_that_one_may_not_open(monkeypatch, tmp_path):
     """The refusal says for whom it is, with exit code 77, and nothing of a daemon that is not there."""
     path = tmp_path / "control.sock"
@@ -130,23 +224,6 @@ def test_what_needs_no_daemon_is_told_though_a_place_is_closed(monkeypatch, tmp_
     assert "reason: signal: SIGTERM" in told.output
     planned = CliRunner().invoke(cli, ["plan", "--name", NAME, "--simulate-hang", "one"])
     assert "one" in planned.output, planned.exception
-
-
-@pytest.mark.parametrize(
-    ("answer", "why"),
-    [
-        (b'{"id": 1, "ok": false, "error": {"code": "forbidden", "message": "status needs a role"}}\n', "status needs"),
-        (b"", 'no answer to "status"'),
-    ],
-)
-def test_the_command_alone_overlooks_no_daemon(tmp_path, monkeypatch, answer, why):
-    """One that tells this user nothing, or nothing any more, is there all the same; to start another is no advice."""
-    path = tmp_path / "control.sock"
-    monkeypatch.setenv("FLASKD_CONTROL", str(path))
-    with answering(path, answer):
-        told = CliRunner().invoke(cli, [])
-    assert f"A daemon may be running here, but it does not say how it is: {why}" in told.output
-    assert "flaskd serve " not in told.output
 
 
 PROGRESS = b'{"event": "progress", "in_flight": 1}\n'
@@ -185,17 +262,15 @@ FIELDS = {
 }
 
 
-@pytest.mark.parametrize(
-    "verb", ["status", "requests", "threads", "config", "last-stop", "plan", "top", "log-level", ""]
-)
+@pytest.mark.parametrize("verb", ["status", "requests", "threads", "config", "last-stop", "plan", "top", "log-level"])
 @pytest.mark.parametrize("answer", FIELDS.values(), ids=FIELDS)
 def test_fields_that_are_not_flaskds_are_no_traceback(tmp_path, monkeypatch, answer, verb):
-    """Each verb ends with one line and its exit code, or shows what there is; the command alone tells it, too."""
+    """Each verb ends with one line and its exit code, or shows what there is."""
     path = tmp_path / "control.sock"
     monkeypatch.setenv("FLASKD_CONTROL", str(path))
     more = ["--simulate-hang", "x"] if verb == "plan" else []
     with answering(path, answer):
-        done = CliRunner().invoke(cli, [verb, *more] if verb else [], standalone_mode=False)
+        done = CliRunner().invoke(cli, [verb, *more], standalone_mode=False)
     assert isinstance(done.exception, NoDaemonError | None), done.exc_info
     if done.exception is None:
         assert done.return_value in {0, None}

@@ -518,7 +518,7 @@ def test_the_command_line_wins(read):
 def test_faults_of_the_command_line_say_so(faults):
     """A fault in an override names the command line, after those of the file."""
     lines = faults("log: {level: x}\nserver: 5", overrides={"app.target": "", "server.threads": 0, "log.x": 1})
-    assert lines[1] == "2:9 server: expected a mapping, got 5"
+    assert lines[1] == "2:9 server: expected a mapping, got 5; such as server: {threads: 5}"
     assert lines[2] == 'command line app.target: expected text that is not empty, got ""'
     assert lines[3].startswith('command line log.x: expected a known key, got "x"; known keys: ')
     assert faults("", overrides={"server.threads": 0}) == ["command line server.threads: expected at least 1, got 0"]

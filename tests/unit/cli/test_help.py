@@ -1,0 +1,66 @@
+"""The help of the command, its verbs in groups, and examples."""
+
+import shlex
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from flaskd.cli import cli, reported
+from flaskd.cli.pages import GROUPS, examples
+
+EXAMPLES = [line for verb in ("", *cli.commands) for line in examples(verb)]
+
+
+def out(*words):
+    """What a command line prints."""
+    done = CliRunner().invoke(cli, [*words], standalone_mode=False, prog_name="flaskd")
+    assert done.exception is None, done.exc_info
+    return done.output
+
+
+def test_each_verb_is_in_one_group():
+    """None is missing from the help, and none is there twice."""
+    assert sorted(name for names in GROUPS.values() for name in names) == sorted(cli.commands)
+
+
+def test_the_command_alone_prints_its_help():
+    """In groups; the first example runs the demo and names what it needs."""
+    text = out()
+    assert text == out("--help") == out("help")
+    for title in GROUPS:
+        assert f"\n{title}:\n" in text
+    first = text.partition("Examples:\n")[2].splitlines()[0]
+    assert first.split()[:3] == ["flaskd", "serve", "flaskd.demo:app"]
+    assert 'pip install "flaskd[demo]"' in first
+
+
+@pytest.mark.parametrize("verb", sorted(cli.commands))
+def test_the_help_of_a_verb_is_as_it_is_typed_in_a_shell(verb):
+    """The same after ``help`` and with ``--help``, with an example of this verb at least."""
+    text = out("help", verb)
+    assert text == out(verb, "--help")
+    assert text.startswith(f"Usage: flaskd {verb} [OPTIONS]")
+    assert f"flaskd {verb}" in text.partition("Examples:\n")[2]
+
+
+@pytest.mark.parametrize("line", EXAMPLES)
+def test_an_example_can_be_typed(line):
+    """Its verb takes its options and arguments."""
+    words = shlex.split(line.partition(" && ")[0].partition(" > ")[0].partition(" | ")[0].removeprefix("sudo "))
+    assert words[0] == "flaskd"
+    with click.Context(cli, info_name="flaskd") as above:
+        cli.commands[words[1]].make_context(words[1], words[2:], parent=above)
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"), [("start", "serve"), ("kill", "stop --now"), ("statsu", "status"), ("Drain", "drain")]
+)
+@pytest.mark.parametrize("before", [[], ["help"]])
+def test_a_verb_that_is_not_there_is_answered_with_one_that_is(capsys, before, word, meant):
+    """In one line, with exit code 64."""
+    code = reported(lambda: cli.main([*before, word], prog_name="flaskd", standalone_mode=False))
+    assert (code, capsys.readouterr().err) == (
+        64,
+        f'flaskd: there is no command "{word}"; did you mean "{meant}"? try "flaskd --help"\n',
+    )
