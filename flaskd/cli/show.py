@@ -140,6 +140,7 @@ def status(fields: dict[str, Any]) -> str:
     ]
     rows = {
         "reason": fields.get("reason"),
+        "drain": _drain(fields),
         "cleanup": ", ".join(fields.get("cleanup") or []),
         "listen": ", ".join(fields["listen"]),
         "admin": ", ".join(fields.get("admin") or []),
@@ -157,6 +158,7 @@ def status(fields: dict[str, Any]) -> str:
         "previous run": fields.get("previous"),
         "idle stop at": fields.get("idle_stop_at"),
         "config": fields.get("config"),
+        "flaskd": _itself(fields),
     }  # fmt: skip
     shown = [(key, str(value)) for key, value in rows.items() if value]
     return "\n".join([", ".join(filter(None, heads)), *text.table(shown, indent=2, gap=1, least=12)])
@@ -165,6 +167,22 @@ def status(fields: dict[str, Any]) -> str:
 def short(seconds: float) -> str:
     """Seconds as they are said: 4.1s, 12s, 3h2m5s."""
     return format_duration(float(round(seconds)) if seconds >= _TENTHS else round(seconds, 1))
+
+
+def _drain(fields: dict[str, Any]) -> str:
+    """Who asked for the drain, and how it is undone; nothing where there is none."""
+    if not (drain := fields.get("drain")):
+        return ""
+    undo = "" if fields["state"] == "stopping" else '; "flaskd resume" undoes it'
+    return f"asked for {drain['time']} by {drain['by']}{undo}"
+
+
+def _itself(fields: dict[str, Any]) -> str:
+    """Which flaskd it is, how long it has been running, and the memory of this one process."""
+    if "version" not in fields:  # an older daemon
+        return ""
+    memory = f", {fields['memory'] >> 20} MiB" if fields.get("memory") else ""
+    return f"{fields['version']}, up for {short(fields['uptime'])}{memory}"
 
 
 def _background(entry: dict[str, Any]) -> str:

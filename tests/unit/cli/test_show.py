@@ -36,6 +36,7 @@ def test_the_status_page():
         last_reload={"ok": False, "time": "T", "fault": "f.yaml:1:1 a: expected b"},
         last_stop={"reason": "signal: SIGTERM", "started": "T", "took": 4.1, "cut": 1, "failed": 2},
         background=[{"name": "export", "age": 3.04, "thread": "pool-1"}], config="/etc/flaskd/flaskd.yaml",
+        version="1.2.3", memory=41 << 20,
     )  # fmt: skip
     assert show.answer("status", fields) == (
         "ready for 3h12m2s, shop.wsgi:app, pid 123\n"
@@ -47,8 +48,17 @@ def test_the_status_page():
         "  background   export (for 3s in pool-1)\n"
         "  last reload  failed, T: f.yaml:1:1 a: expected b\n"
         "  last stop    T, signal: SIGTERM, took 4.1s, 1 cut, 2 cleanup steps failed\n"
-        "  config       /etc/flaskd/flaskd.yaml"
+        "  config       /etc/flaskd/flaskd.yaml\n"
+        "  flaskd       1.2.3, up for 3h12m10s, 41 MiB"
     )
+
+
+@pytest.mark.parametrize(("state", "undo"), [("drained", True), ("draining", True), ("stopping", False)])
+def test_the_status_says_who_asked_for_a_drain(state, undo):
+    """When, by whom, and how to undo it, which a stop cannot be."""
+    page = show.answer("status", status(state=state, drain={"time": "T", "by": "control: uid=0 pid=7"}))
+    said = "  drain        asked for T by control: uid=0 pid=7"
+    assert said + ('; "flaskd resume" undoes it' if undo else "") in page.splitlines()
 
 
 @pytest.mark.parametrize(("ready", "state", "told"), [(0, "ready", True), (1, "ready", False), (0, "drained", False)])
