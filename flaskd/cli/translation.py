@@ -301,7 +301,8 @@ _SAID = {
     "proc_name": "start it with flaskd serve --name NAME, which is the name for all verbs and of its directories",
     "raw_env": FOR_SERVE["--env"],
     "access_log_format": "log.access has four formats: off, common, combined, json",
-    "logconfig": FOR_SERVE["--log-config"],
+    "logconfig": FOR_SERVE["--log-config"], "logconfig_dict": FOR_SERVE["--log-config"],
+    "logconfig_json": FOR_SERVE["--log-config"],
     "secure_scheme_headers": "server.trusted_proxy_headers: [x-forwarded-proto] says the scheme of a trusted proxy",
     "reload_extra_files": FOR_SERVE["--reload"], "limit_request_field_size": FOR_SERVE["--limit-request-line"],
     "limit_request_fields": FOR_SERVE["--limit-request-line"],
@@ -314,7 +315,7 @@ _SAID = {
 
 _OTHERS = {
     "daemon", "user", "group", "umask", "initgroups", "worker_tmp_dir", "worker_connections", "max_requests_jitter",
-    "reload", "reload_engine", "logger_class", "logconfig_dict", "logconfig_json", "capture_output",
+    "reload", "reload_engine", "logger_class", "capture_output",
     "enable_stdio_inheritance", "certfile", "keyfile", "ca_certs", "ciphers", "cert_reqs", "ssl_version",
     "proxy_protocol", "limit_request_line", "pythonpath", "statsd_host", "statsd_prefix", "reuse_port", "check_config",
     "print_config", "paste",
