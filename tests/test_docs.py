@@ -1,0 +1,43 @@
+"""The documents as a whole: each is in the index, and every link leads to a file and a heading that are there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def without_code(text: str) -> str:
+    """A page without its blocks of code, in which a # is no heading."""
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """The names by which a page's headings are linked to, as GitHub and GitLab make them."""
+    headings = re.findall(r"^#+ (.*)$", without_code(page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links(page: Path) -> list[str]:
+    """What a page links to in the project: a path, an anchor, or both."""
+    return re.findall(r"\]\((?!https?:)([^)\s]+)\)", without_code(page.read_text()))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_leads_somewhere(page: Path) -> None:
+    """The file is there, and so is the heading."""
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_the_index_has_every_document() -> None:
+    """docs/README.md links to each page of docs/ once, and README.md links to docs/README.md."""
+    index = links(ROOT / "docs" / "README.md")
+    here = sorted(page.name for page in (ROOT / "docs").glob("*.md") if page.name != "README.md")
+    assert sorted(link for link in index if "/" not in link) == here
+    assert "docs/README.md" in links(ROOT / "README.md")
