@@ -1,6 +1,7 @@
-"""The documents as a whole: each is in the index, and every link leads to a file and a heading that are there."""
+"""The documents as a whole: each is in the index, every link leads to a file and a heading, the sdist has them all."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,15 @@ def test_the_index_has_every_document() -> None:
     here = sorted(page.name for page in (ROOT / "docs").glob("*.md") if page.name != "README.md")
     assert sorted(link for link in index if "/" not in link) == here
     assert "docs/README.md" in links(ROOT / "README.md")
+
+
+def test_the_sdist_has_what_its_tests_read() -> None:
+    """Each file or directory at the top of the project that a test names is in it, and all that is listed is there."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    include = {name.removeprefix("/") for name in project["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]}
+    assert [name for name in include if not (ROOT / name).exists()] == []
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    read = set(re.findall(r'(?:ROOT|PROJECT|parent\.parent|parents\[\d\]) / "([^"/]+)', tests))
+    assert {"benchmarks", ".ci"} < read
+    top = {path.name for path in ROOT.iterdir()} - {"pyproject.toml"}  # hatchling puts that in by itself
+    assert read & top <= include

@@ -151,3 +151,11 @@ def test_its_flask_has_the_command(python, project):
         "  daemon  Serve the app in production" in run(python, project, "-m", "flask", "--app", "shop", "--help").stdout
     )
     assert "--listen" in run(python, project, "-m", "flask", "--app", "shop", "daemon", "--help").stdout
+
+
+def test_the_annotated_configuration_comes_with_it(python, project):
+    """config/flaskd.yaml is in the installed package, to be read without a clone."""
+    printed = "import pathlib, flaskd; print(pathlib.Path(flaskd.__file__).with_name('config') / 'flaskd.yaml')"
+    installed = Path(run(python, project, "-c", printed).stdout.strip())
+    assert not installed.is_relative_to(ROOT)
+    assert installed.read_text() == (ROOT / "config" / "flaskd.yaml").read_text()
