@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import flask.cli
 import pytest
@@ -117,3 +118,17 @@ def test_the_commands_are_understood(monkeypatch, tmp_path):
         assert translated(quoted or path).values["server.workers"] == 4
     shown = re.findall(r"^\$ flaskd serve \S+ (--\S+).*\nflaskd: (.*)$", PAGE, re.MULTILINE)
     assert shown == [(option, foreign.advice("flaskd serve", option, [])) for option, _ in shown]
+
+
+def test_the_python_is_python(monkeypatch):
+    """Each block compiles, and registers its function in a phase that there is."""
+    from flaskd.cleanup import callbacks
+
+    registered = []
+    monkeypatch.setattr(callbacks, "_registered", registered)
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        found = {"scheduler": SimpleNamespace(start=lambda: None)}
+        exec(compile(re.sub(r"^from shop.*$", "", block, flags=re.MULTILINE), "migrating.md", "exec"), found)
+    assert [each.phase for each in registered] == ["quiesce", "announce"]
