@@ -92,9 +92,9 @@ def test_consul_is_told_before_the_drain_and_the_team_after_it(flaskd: Flaskd) -
     credentials.mkdir()
     (credentials / "hook").write_text(secret)
     flaskd.env["CREDENTIALS_DIRECTORY"] = str(credentials)
-    with endpoint() as gone:
-        closed = gone.url
     with endpoint() as consul, endpoint() as hook:
+        with endpoint() as gone:  # its port is free from here on, and none of the others can have it
+            closed = gone.url
         flaskd.env["CONSUL_HTTP_ADDR"] = consul.url
         flaskd.write(
             "flaskd.yaml",
