@@ -22,6 +22,8 @@ WAITS = """
 ADDRESS = "127.0.0.1:8000"
 """Where flaskd serves on the page; here it is a port that is free."""
 
+UP_TO_READY = re.compile(r"\A(?:.*\n)*?.* info    ready: .*\n")
+
 
 def pattern(expected: str) -> str:
     """``...`` is any text within a line, and as a line of its own any lines."""
@@ -51,7 +53,11 @@ class Reader:
             self.flaskd.launch(app=None, listen="127.0.0.1:0")
             self.flaskd.wait_message("READY=1")
             [self.address] = self.flaskd.status()["listen"]
-            return "".join(line for line in self.flaskd.log.splitlines(keepends=True) if "SIGINT" not in line)
+            self.flaskd.until(lambda: bool(UP_TO_READY.match(self.flaskd.log)))
+            [log] = UP_TO_READY.findall(self.flaskd.log)
+            return re.sub(
+                r".*: ignored, as it was when flaskd was started.*\n", "", log
+            )  # in the background of a shell
         if command.endswith(" &"):
             self.behind.append(self.started(command.removesuffix(" &")))
             self.flaskd.gate.entered()
