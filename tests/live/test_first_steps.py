@@ -23,6 +23,7 @@ ADDRESS = "127.0.0.1:8000"
 """Where flaskd serves on the page; here it is a port that is free."""
 
 UP_TO_READY = re.compile(r"\A(?:.*\n)*?.* info    ready: .*\n")
+"""What is in the log before the first request."""
 
 
 def pattern(expected: str) -> str:
@@ -32,7 +33,7 @@ def pattern(expected: str) -> str:
 
 
 class Reader:
-    """Who follows the page, in a directory of their own, on a port that is free."""
+    """A newcomer at two terminals, in a new directory, with flaskd on a port that is free."""
 
     def __init__(self, flaskd: Flaskd) -> None:
         self.flaskd = flaskd
@@ -55,9 +56,8 @@ class Reader:
             [self.address] = self.flaskd.status()["listen"]
             self.flaskd.until(lambda: bool(UP_TO_READY.match(self.flaskd.log)))
             [log] = UP_TO_READY.findall(self.flaskd.log)
-            return re.sub(
-                r".*: ignored, as it was when flaskd was started.*\n", "", log
-            )  # in the background of a shell
+            # Where the tests run in the background of a shell, the log says that some signals are ignored.
+            return re.sub(r".*: ignored, as it was when flaskd was started.*\n", "", log)
         if command.endswith(" &"):
             self.behind.append(self.started(command.removesuffix(" &")))
             self.flaskd.gate.entered()
@@ -95,7 +95,7 @@ def test_the_first_quarter_of_an_hour(flaskd: Flaskd) -> None:
     assert [process.communicate(timeout=PATIENCE)[0] for process in reader.behind] == [b"done\n"]
 
 
-def test_what_others_try_is_theirs() -> None:
+def test_the_other_commands_stand_on_pages_whose_commands_are_run() -> None:
     """The commands for the demo, systemd and podman are those of the README and the pages whose commands are run."""
     tried = [(ROOT / name).read_text().splitlines() for name in ("README.md", "docs/systemd.md", "docs/fleet.md")]
     blocks = re.findall(r"^```sh\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
