@@ -238,5 +238,7 @@ class Reload:
         self._readings.give_up()
         self._asked_again = None
         waiters, self.waiters = self.waiters, []
+        if self._code is not None:
+            self._code.again()
         for reply in waiters:
             reply.error(NotNowError.code, f"the reload was overtaken by a {by}")

@@ -57,6 +57,8 @@ class CodeWatch:
         self._files, self._changed, self._wanted = files, changed, wanted
         self._known: dict[str, _Signature] = {}
         self._settling: dict[str, _Signature] = {}
+        self._told: dict[str, _Signature] = {}
+        """What was saved when `changed` was called last."""
         self._ended = threading.Event()
 
     def start(self) -> None:
@@ -91,6 +93,10 @@ class CodeWatch:
         with contextlib.suppress(OSError):
             self.add(str(each) for place in {Path(file).parent for file in named} for each in place.glob("*.py"))
 
+    def again(self) -> None:
+        """Take what was told last for saved once more: nothing came of it (any thread)."""
+        self._known.update(dict.fromkeys(self._told))
+
     def look(self) -> None:
         """Look once; a change is told when two looks in a row see the same, so that no half of a file is imported."""
         self.add(self._files())
@@ -98,6 +104,7 @@ class CodeWatch:
         saved = {each: there for each, there in now.items() if there != self._known[each]}
         if saved and saved == self._settling:
             self._known.update(saved)
+            self._told = saved
             more = f" and {len(saved) - _TOLD} more" if len(saved) > _TOLD else ""
             log.info(f"saved: {', '.join(printable(each, '?') for each in sorted(saved)[:_TOLD])}{more}")
             self._changed()

@@ -75,6 +75,18 @@ def test_files_that_were_saved_together_are_told_together(shop, changes, caplog)
     assert caplog.messages == [f"saved: {', '.join(files[:3])} and 2 more"]
 
 
+def test_what_came_to_nothing_is_told_again(watch, shop, changes):
+    """A drain came first, say; what was never told is not."""
+    watch.again()
+    _look(watch)
+    assert changes == []
+    shop.write_text("other")
+    _look(watch)
+    watch.again()
+    _look(watch)
+    assert changes == [1, 1]
+
+
 def test_a_file_that_goes_and_comes_back_is_told(watch, shop, changes):
     """Of both a word, where each lasts; an editor that writes another file in its place makes one change."""
     shop.unlink()
