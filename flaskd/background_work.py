@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
+from flaskd.stacks import folded
 from flaskd.text import printable, shortened
 
 log = logging.getLogger("flaskd.work")
@@ -127,7 +128,7 @@ def left_behind() -> tuple[Background, ...]:
     found = background_work(stacks=True)
     for each in found:
         text = f"the drain is over, and in the background there is still: {each}"
-        log.warning(f"{text}\n{each.stack}".rstrip(), extra={"fields": each.as_json()})
+        log.warning(f"{text}\n{folded(each.stack)}".rstrip(), extra={"fields": each.as_json()})
     return found
 
 

@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 from flaskd.background_work import Background
 from flaskd.process.exit import Unfinished
+from flaskd.stacks import folded
 from flaskd.text import shortened
 
 _VISIBLE = bytes(range(0x21, 0x7F))
@@ -86,6 +87,10 @@ class Cut(InFlight):
 
     def __str__(self) -> str:
         return f"{super().__str__()}: {self.reason}"
+
+    def with_stack(self) -> str:
+        """What was cut and why, and below it where it was, for people; `stack` itself is whole."""
+        return "\n".join(filter(None, [f"cut {self}", folded(self.stack)]))
 
     def as_json(self) -> dict[str, Any]:
         """Stable keys for programs."""

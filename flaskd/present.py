@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from flaskd.protocol import Fields, how_many
+from flaskd.stacks import folded
 from flaskd.text import printable, table
 from flaskd.units import format_duration
 
@@ -117,13 +118,27 @@ def request_line(entry: Fields) -> str:
 
 
 def request_lines(entries: Iterable[Fields]) -> list[str]:
-    """Requests in flight, for people: a line each, and the stacks that were asked for."""
-    return [line for each in entries for line in (request_line(each), *_indented(each["stack"]))]
+    """Requests in flight, for people: a line each, and the stacks that were asked for, equal ones once."""
+    return _with_stacks(entries, request_line, "requests")
 
 
 def thread_lines(entries: Iterable[Fields]) -> list[str]:
-    """Threads, for people: a line each, and the stacks that were asked for."""
-    return [line for each in entries for line in (thread_line(each), *_indented(each.get("stack", "")))]
+    """Threads, for people: a line each, and the stacks that were asked for, equal ones once."""
+    return _with_stacks(entries, thread_line, "threads")
+
+
+def _with_stacks(entries: Iterable[Fields], line: Callable[[Fields], str], what: str) -> list[str]:
+    """A line for each entry; those that are at the same place stand together, with how many they are, above it."""
+    places: dict[object, tuple[str, list[str]]] = {}
+    for number, each in enumerate(entries):
+        place = folded(each.get("stack", ""))
+        places.setdefault(place or number, (place, []))[1].append(line(each))
+    shown = []
+    for place, alike in places.values():
+        together = len(alike) > 1
+        shown += [f"{len(alike)} {what}:", *(f"  {each}" for each in alike)] if together else alike
+        shown += _indented(place)
+    return shown
 
 
 def worker_lines(

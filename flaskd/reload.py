@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 
 from flaskd.cleanup import Plan
@@ -14,6 +15,7 @@ from flaskd.notices import Notices, Refused, ReloadBegan, ReloadEnded, SignalRef
 from flaskd.protocol import Reply
 from flaskd.readings import LIMIT, Reading, ReadingOver, Readings
 from flaskd.serving.api import Renewed, Serving
+from flaskd.serving.code import CodeWatch
 
 log = logging.getLogger("flaskd.daemon")
 
@@ -68,6 +70,11 @@ class Reload:
         self._watch: FileWatch | None = None
         self.is_workers = False
         """Whether it is a worker's, whose supervisor looks at the file, and says what is kept."""
+        self.follows_code = False
+        """Whether a saved file of the app brings new code."""
+        self._code: CodeWatch | None = None
+        self._made_at = time.time()
+        """Before the app was imported."""
 
     def read(self) -> Configuration:
         """What would be in force after a reload. Raises ConfigError (any thread; a file may hang)."""
@@ -90,7 +97,7 @@ class Reload:
             (self._watch.start if configuration.values.watch else self._watch.stop)()
 
     def started(self) -> None:
-        """The start is over: look at the file, if it is to be watched, and reload where SIGHUP came meanwhile."""
+        """The start is over: look at the files that are to be watched, and reload where SIGHUP came meanwhile."""
         if self._present.path is not None and not self.is_workers:
             self._watch = FileWatch(
                 self._present.path,
@@ -98,6 +105,14 @@ class Reload:
                 wanted=lambda: self._lifecycle.state is State.READY,
             )
             self.follow(self._present)
+        if self.follows_code:
+            self._code = CodeWatch(
+                lambda: self._serving().source_files(),
+                changed=lambda: self._inbox.post(ReloadAsked()),
+                wanted=lambda: self._lifecycle.state in {State.READY, State.RELOADING},
+                since=self._made_at,
+            )
+            self._code.start()
         if self._when_ready:
             self.asked(ReloadAsked())
 
@@ -105,6 +120,8 @@ class Reload:
         """Look no more."""
         if self._watch is not None:
             self._watch.stop()
+        if self._code is not None:
+            self._code.stop()
 
     def file_changed(self, event: FileChanged) -> None:
         """Reload once for an edit that was seen, whatever comes of it."""
@@ -141,6 +158,8 @@ class Reload:
 
     def _begin(self, since: float) -> None:
         self._asked_again = self._found = None
+        if self._code is not None:
+            self._code.since = time.time()
         self._notices.tell(ReloadBegan(since))
         try:
             self._inbox.post_at(self._readings.begin(), ReadingLate())
@@ -208,6 +227,8 @@ class Reload:
         kept = "; the new configuration is in force" if new_in_force else "" if self.is_workers else kept
         fault = f"{error if known else described(error)}{kept}"
         trace = f"\n{error.traceback_text}".rstrip() if isinstance(error, AppError) else ""
+        if self._code is not None:
+            self._code.add_those_of(trace)
         self._notices.tell(ReloadEnded(str(path), self._status(), fault, None if known else error, trace))
         for reply in waiters:
             reply.error(error.code if isinstance(error, FlaskdError) else FlaskdError.code, fault + trace)
@@ -217,5 +238,7 @@ class Reload:
         self._readings.give_up()
         self._asked_again = None
         waiters, self.waiters = self.waiters, []
+        if self._code is not None:
+            self._code.again()
         for reply in waiters:
             reply.error(NotNowError.code, f"the reload was overtaken by a {by}")

@@ -16,6 +16,7 @@ from flaskd.process.descriptors import open_files
 from flaskd.process.exit import Unfinished, at_exit
 from flaskd.protocol import Reply
 from flaskd.serving.api import Account, Serving, StepEnded
+from flaskd.stacks import folded
 
 log = logging.getLogger("flaskd.daemon")
 
@@ -136,7 +137,7 @@ class Stopping:
         """Note what was cut at the exit, and name it."""
         self._unfinished, self.main_is_lost = event.unfinished, event.cut
         for each in event.unfinished:
-            log.warning(f"cut at the exit: {each.name}\n{each.stack}".rstrip())
+            log.warning(f"cut at the exit: {each.name}\n{folded(each.stack)}".rstrip())
 
     def conclude(self) -> Account:
         """End the threads, and give the account."""

@@ -197,7 +197,7 @@ class _Watch:
         self._cut_in = {each.thread for each in report.cut}
         for cut in report.cut:
             if known is None or cut not in known.cut:
-                self.problems.append("\n".join(filter(None, [f"flaskd_server had to cut {cut}", cut.stack])))
+                self.problems.append(f"flaskd_server had to {cut.with_stack()}")
                 self._left = [each for each in self._left if each.id != cut.id]
         for name, entry in server.policies.items():
             if entry["fate"] in {"failed", "timed_out"}:
@@ -233,7 +233,7 @@ class _Watch:
             time.sleep(_LOOK)
 
     def _new_threads(self) -> Iterator[str]:
-        from flaskd.stacks import stack_of  # noqa: PLC0415 - see the module's docstring
+        from flaskd.stacks import folded, stack_of  # noqa: PLC0415 - see the module's docstring
 
         until = time.monotonic() + _SETTLE
         pool, behind = self.server.app_threads(), self.server.left_behind()
@@ -244,7 +244,7 @@ class _Watch:
             thread.join(max(0.0, until - time.monotonic()))
             if not thread.is_alive():
                 continue
-            where = f'"{thread.name}"\n{stack_of(thread)}'.rstrip()
+            where = f'"{thread.name}"\n{folded(stack_of(thread))}'.rstrip()
             if not ours:
                 yield f"the test left a thread running: {where}"
             elif thread.name not in self._cut_in:  # else it was told with the request that it runs

@@ -129,6 +129,9 @@ _CONFIG = "Configuration file; else $FLASKD_CONFIG, else ./flaskd.yaml."
 @click.option("-t", "--threads", metavar="N", help="Threads that run the app, per worker.")
 @click.option("-w", "--workers", metavar="N|auto", help="Worker processes; auto: one for each CPU.")
 @click.option(
+    "--reload", is_flag=True, help="While you develop: new code at each saved file, with one worker at least."
+)
+@click.option(
     "--name", metavar="NAME", default="flaskd", show_default=True, help="Name of the runtime and state directory."
 )
 def serve(app: str | None, **options: Any) -> None:
@@ -147,6 +150,7 @@ def serve_app(
     listen: tuple[str, ...],
     threads: str | None,
     workers: str | None,
+    reload: bool,
     name: str,
     make_app: Callable[[], Any] | None = None,
 ) -> NoReturn:
@@ -176,13 +180,14 @@ def serve_app(
     }
     environ = dict(os.environ)
     boot = Boot(
-        reader(_config_path(config), overrides),
+        reader(_config_path(config), overrides, follows_code=reload),
         plane=lambda daemon: ControlPlane(daemon, name, environ),
         name=name,
         environ=environ,
         make_app=make_app,
         ending=(ending := Ending()),
     )
+    boot.daemon.reload.follows_code = reload
     leave(boot.run(last=True), ending)
 
 

@@ -35,7 +35,9 @@ def _daemon(context: click.Context, /, **options: Any) -> None:
 
     info = context.ensure_object(ScriptInfo)
     if get_debug_flag():
-        click.echo('flaskd: debug mode has no debugger and no reloader here; "flask run --debug" has', err=True)
+        click.echo(
+            'flaskd: debug mode has no debugger here, "flask run --debug" has; --reload brings new code', err=True
+        )
     make_app = None
     if info.create_app is not None:  # a command line of the app's own: FlaskGroup(create_app=…)
 
@@ -54,6 +56,6 @@ daemon = _Daemon(
     help="""Serve the app in production, and stop it without losing a request.
 
     The same as "flaskd serve", for the app that --app or FLASK_APP names; else the one in the configuration file, else
-    wsgi.py or app.py. Debug mode brings no debugger and no reloader.""",
+    wsgi.py or app.py. Debug mode brings no debugger; --reload takes new code at each saved file.""",
 )
 """The entry point in the group ``flask.commands``."""

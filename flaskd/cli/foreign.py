@@ -22,9 +22,10 @@ _ADVICE: dict[str, str] = {
     "--uds --unix-socket": "write --listen unix:/path, or server.listen in flaskd.yaml",
     "--unix-socket-perms": "a Unix socket has mode 0660; another one with SocketMode= of a socket unit",
     "--fd --sockets": "sockets that systemd passes are served by themselves; see server.listen and docs/systemd.md",
-    "--reload --reload-dir --reload-include --reload-exclude --reload-extra-file --reload-engine --debug --debugger": (
-        'with --workers 1 or more, "flaskd reload" takes new code; while you develop, "flask run --debug" does'
+    "--reload-dir --reload-include --reload-exclude --reload-extra-file --reload-engine": (
+        "while you develop, --reload takes new code at each saved file that the app has imported"
     ),
+    "--debug --debugger": '--reload takes new code while you develop; "flask run --debug" has a debugger',
     "--timeout": "write server.request_timeout in flaskd.yaml: it ends a request; pool.stuck_after ends a worker",
     "--worker-class -k --worker-connections": "workers run threads: write --threads N (server.threads)",
     "--preload --preload-app": "write pool.preload: true in flaskd.yaml",

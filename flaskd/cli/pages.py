@@ -30,6 +30,7 @@ _EXAMPLES: dict[str, dict[str, str]] = {
     "serve": {
         "flaskd serve shop.wsgi:app": "an object of a module",
         "flaskd serve 'shop:create_app()' -w auto": "what a factory makes, in a worker process for each CPU",
+        "flaskd serve shop.wsgi:app --reload": "while you develop: new code at each saved file",
         "flaskd serve -c /etc/shop.yaml": "what a configuration file says",
         "flaskd serve app.py -l :8000 -l unix:/run/shop/http.sock": "a file, on two addresses",
     },

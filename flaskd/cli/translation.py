@@ -304,7 +304,8 @@ _SAID = {
     "logconfig": FOR_SERVE["--log-config"], "logconfig_dict": FOR_SERVE["--log-config"],
     "logconfig_json": FOR_SERVE["--log-config"],
     "secure_scheme_headers": "server.trusted_proxy_headers: [x-forwarded-proto] says the scheme of a trusted proxy",
-    "reload_extra_files": FOR_SERVE["--reload"], "limit_request_field_size": FOR_SERVE["--limit-request-line"],
+    "reload": FOR_SERVE["--reload-engine"], "reload_extra_files": FOR_SERVE["--reload-engine"],
+    "limit_request_field_size": FOR_SERVE["--limit-request-line"],
     "limit_request_fields": FOR_SERVE["--limit-request-line"],
     "tmp_upload_dir": "set TMPDIR in the environment: uploads that are large wait there",
     "syslog": FOR_SERVE["--log-file"], "syslog_addr": FOR_SERVE["--log-file"],
@@ -315,7 +316,7 @@ _SAID = {
 
 _OTHERS = {
     "daemon", "user", "group", "umask", "initgroups", "worker_tmp_dir", "worker_connections", "max_requests_jitter",
-    "reload", "reload_engine", "logger_class", "capture_output",
+    "reload_engine", "logger_class", "capture_output",
     "enable_stdio_inheritance", "certfile", "keyfile", "ca_certs", "ciphers", "cert_reqs", "ssl_version",
     "proxy_protocol", "limit_request_line", "pythonpath", "statsd_host", "statsd_prefix", "reuse_port", "check_config",
     "print_config", "paste",

@@ -146,7 +146,7 @@ class LogLevel:
 
 @dataclass(frozen=True)
 class Ask:
-    """Tell `what` (requests, threads, plan or stop); `Answer` has it."""
+    """Tell `what` (requests, threads, files, plan or stop); `Answer` has it."""
 
     number: int
     what: str

@@ -135,6 +135,10 @@ class View:
         found = [{**each, "memory": pss(each["pid"]), "cpu": cpu_seconds(each["pid"])} for each in self.sums.workers()]
         return [*found, *self.templates()]
 
+    def source_files(self) -> set[str]:
+        """The app's own files that the workers have imported; of those that answer within a second."""
+        return {file for each in self._ask("files") if each.error is None for file in each.value}
+
     def deaths(self) -> list[dict[str, Any]]:
         """The last workers that died and were not told to."""
         return list(self.sums.deaths)

@@ -105,7 +105,7 @@ class Account:
                 return False
         elif (cut_in_drain := self.cut_in_drain) is not None:  # it has not come whole, and so was never in flight
             cut_in_drain.append(cut)
-        log.warning("\n".join(filter(None, [f"cut {cut}", cut.stack])), extra={"fields": cut.as_json()})
+        log.warning(cut.with_stack(), extra={"fields": cut.as_json()})
         if cut.phase == "running":
             self._pool.lose(request)
         return True

@@ -21,7 +21,7 @@ from flaskd.server.observed import ObservedServer
 from flaskd.server.request_ids import IdSource
 from flaskd.server.settings import most_connections
 from flaskd.sockets import Address, Listener
-from flaskd.stacks import stack_of
+from flaskd.stacks import folded, stack_of
 
 log = logging.getLogger("flaskd.server")
 
@@ -301,12 +301,12 @@ class WaitressThread(ObservedServer):
         loop.end()
         if not loop.ended.wait(timeout + _JOIN_TIMEOUT):  # what it uses cannot be closed under it
             leader = loop.context.pool.leader
-            stack = stack_of(leader) if leader is not None else ""
+            stack = folded(stack_of(leader)) if leader is not None else ""
             log.error(f"the serving thread does not end, and is abandoned:\n{stack}")
             self._close_listeners()
             return
         for each in loop.close(timeout):
-            log.warning(f"{each.name} does not end, and is abandoned:\n{stack_of(each)}")
+            log.warning(f"{each.name} does not end, and is abandoned:\n{folded(stack_of(each))}")
         self._known_to_forks.close()
 
     def _forget(self) -> None:

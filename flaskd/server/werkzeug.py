@@ -270,7 +270,7 @@ class WerkzeugThread:
 
 
 def _tell(cut: Cut) -> None:
-    log.warning("\n".join(filter(None, [f"cut {cut}", cut.stack])), extra={"fields": cut.as_json()})
+    log.warning(cut.with_stack(), extra={"fields": cut.as_json()})
 
 
 def _shut(sock: socket.socket, how: int) -> None:

@@ -225,6 +225,9 @@ class Serving(Protocol):
     def deaths(self) -> list[dict[str, Any]]:
         """The last workers that died and were not told to (any thread)."""
 
+    def source_files(self) -> set[str]:
+        """The app's own files that it has imported; may take its time (any thread)."""
+
     def set_log_level(self, level: str) -> None:
         """Let the workers log from this level on (any thread)."""
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from flaskd.cleanup import action_specs
 from flaskd.config import load, load_mapping
+from flaskd.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -26,8 +27,22 @@ def read(source: Source, overrides: Mapping[str, object] | None = None) -> Confi
     return load_mapping(source, actions=action_specs(), overrides=overrides)
 
 
-def reader(source: Source, overrides: Mapping[str, object] | None = None) -> Callable[[], Configuration]:
-    """Give what reads it now and at each reload; the working directory may change in between, to `app.chdir`."""
+def reader(
+    source: Source, overrides: Mapping[str, object] | None = None, *, follows_code: bool = False
+) -> Callable[[], Configuration]:
+    """Give what reads it now and at each reload; the working directory may change in between, to `app.chdir`.
+
+    `follows_code`: as ``flaskd serve --reload`` needs it, with a worker at least; raises UsageError in production.
+    """
     if isinstance(source, str | os.PathLike):
         source = Path(source).absolute()
-    return partial(read, source, overrides)
+    return partial(_read_to_follow_code if follows_code else read, source, overrides)
+
+
+def _read_to_follow_code(source: Source, overrides: Mapping[str, object] | None) -> Configuration:
+    configuration = read(source, overrides)
+    if configuration.values.profile == "production":
+        raise UsageError("cannot serve with --reload under profile: production; there, flaskd reload brings new code")
+    if not configuration.values.server.workers:
+        return read(source, {**(overrides or {}), "server.workers": "1"})
+    return configuration

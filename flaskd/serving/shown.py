@@ -13,6 +13,7 @@ from flaskd.config.action_spec import Scope
 from flaskd.ledger import InFlight
 from flaskd.server import WaitressThread
 from flaskd.serving.api import Outcome, ServingSnapshot
+from flaskd.serving.code import source_files
 from flaskd.serving.forecast import Forecast
 from flaskd.serving.pipeline import Pipeline
 from flaskd.serving.stop import Stop
@@ -119,6 +120,10 @@ class Shown(Alone):
             for thread in threading.enumerate()
             if not thread.name.startswith(ASKED)
         ]
+
+    def source_files(self) -> set[str]:
+        """The app's own files that this process has imported."""
+        return source_files()
 
     def plan(self, configuration: Configuration) -> dict[str, Any]:
         """The plan as it stands now, with what the app holds."""

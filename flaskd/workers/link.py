@@ -234,6 +234,8 @@ class Link:
                         value = serving.requests(stacks=stacks)
                     case "threads":
                         value = serving.threads(stacks=stacks)
+                    case "files":
+                        value = serving.source_files()
                     case "stop":
                         value = serving.describe_stop()
                     case "plan":

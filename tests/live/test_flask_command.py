@@ -115,12 +115,12 @@ def test_faults_have_the_same_exit_codes(flaskd: Flaskd, name: str) -> None:
 
 
 def test_debug_mode_is_no_more_than_a_word(flaskd: Flaskd) -> None:
-    """``--debug`` serves all the same: no debugger, no reloader, and one line that says so."""
+    """``--debug`` serves all the same: no debugger, no reloader by itself, and one line that says so."""
     start(flaskd, "--app", "gateapp", "--debug")
     status, body = get(flaskd.url, "/boom")
     assert status == 500
     assert b"debugger" not in body.lower()
-    assert 'debug mode has no debugger and no reloader here; "flask run --debug" has' in flaskd.log
+    assert 'debug mode has no debugger here, "flask run --debug" has; --reload brings new code' in flaskd.log
     assert flaskd.stop() == 0
 
 

@@ -1,10 +1,11 @@
-"""watch: true. Edits of the configuration file are picked up by themselves, however they are made."""
+"""watch: true and --reload. Edits of the configuration file, or of the app, are picked up by themselves."""
 
 import signal
 
 import pytest
 from daemon_kit import Flaskd
 from http_client import get
+from workers_kit import code, workers
 
 ONE = "watch: true\nserver: {threads: 2}\n"
 TWO = "watch: true\nserver: {threads: 3}\ncleanup: {policies: {bye: {use: command, with: {argv: [touch, two]}}}}\n"
@@ -123,3 +124,26 @@ def test_a_watch_begins_and_ends_with_a_reload(flaskd: Flaskd) -> None:
     flaskd.until(lambda: flaskd.status()["threads"] == 2)
     assert flaskd.stop() == 0
     assert reloads(flaskd) == 5  # the fourth was asked for, and not repeated by the watch
+
+
+def test_a_saved_file_of_the_app_brings_new_code(flaskd: Flaskd) -> None:
+    """With --reload: by a new worker; code that fails leaves the old one, with the traceback in the terminal."""
+    flaskd.write("prices.py", "")
+    code(flaskd, "one", "import prices\n")
+    flaskd.start("--reload", app="shop:app")
+    (before,) = workers(flaskd)
+    url = flaskd.url
+    assert get(url) == (200, b"one")
+    code(flaskd, "two", "import prices\n")
+    flaskd.until(lambda: get(url) == (200, b"two"))
+    flaskd.write("prices.py", "import taxes\n")
+    flaskd.write("taxes.py", "raise LookupError('no taxes')\n")
+    flaskd.until(lambda: "LookupError: no taxes" in flaskd.log)
+    flaskd.until(lambda: reloads(flaskd) >= 2)
+    assert 'taxes.py", line 1, in <module>' in flaskd.log
+    assert get(url) == (200, b"two")
+    code(flaskd, "three", "import prices\n")
+    flaskd.write("taxes.py", "")
+    flaskd.until(lambda: get(url) == (200, b"three"))
+    assert before not in workers(flaskd)
+    assert flaskd.stop() == 0

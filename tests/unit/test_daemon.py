@@ -440,6 +440,39 @@ def test_a_drain_that_ends_a_reload_half_way_keeps_what_new_workers_have(replace
     assert living.serving.asked.count("apply") == applied
 
 
+def test_code_whose_reload_was_overtaken_is_brought_after_the_resume(tmp_path):
+    """What was saved is not forgotten because a drain came first."""
+    file = tmp_path / "shop.py"
+    file.write_text("one")
+    living, looked = Living(), threading.Event()
+
+    def source_files():
+        looked.set()
+        return [str(file)]
+
+    def next_reload():
+        while not isinstance(event := living.daemon.inbox.take(), ReloadAsked):
+            living.on(event)
+        return event
+
+    living.serving.source_files = source_files
+    living.daemon.reload.follows_code = True
+    living.may_read.clear()
+    living.on(Ready())
+    try:
+        assert looked.wait(PATIENCE)
+        file.write_text("other")
+        living.on(next_reload())
+        assert living.state is State.RELOADING
+        living.on(DrainAsked(), ResumeAsked())
+        assert living.state is State.READY
+        living.on(next_reload())
+        assert living.state is State.RELOADING
+    finally:
+        living.may_read.set()
+        living.daemon.reload.close()
+
+
 def test_what_an_earlier_reload_came_to_does_not_end_the_next():
     """Workers tell of the configuration that they got; a reload that is still being read waits for its own."""
     living, configuration = renewing()

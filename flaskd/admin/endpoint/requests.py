@@ -134,7 +134,7 @@ class Requests:
             tell_no_more(self._notify)
         report = DrainReport(completed, rejected, cut, self._clock() - began, left_behind())
         for each in report.cut:
-            log.warning("\n".join(filter(None, [f"cut {each}", each.stack])), extra={"fields": each.as_json()})
+            log.warning(each.with_stack(), extra={"fields": each.as_json()})
         return report
 
     def cut(self, reason: str) -> tuple[Cut, ...]:

@@ -1,8 +1,11 @@
 """What the options of ``flaskd serve`` become: values that win over the file, at a reload, too."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from flaskd import boot, cli
+from flaskd.errors import UsageError
 from flaskd.process import exit as exit_
 from flaskd.process import pid1
 
@@ -15,6 +18,7 @@ def readers(monkeypatch, tmp_path):
     class Boot:
         def __init__(self, load, **_more):
             made.append(load)
+            self.daemon = SimpleNamespace(reload=SimpleNamespace())
 
         def run(self, *, last):
             assert last
@@ -49,3 +53,20 @@ def test_without_the_option_the_file_says_how_many_workers(readers, tmp_path):
     with pytest.raises(SystemExit):
         cli.cli(["serve", "shop:app"], standalone_mode=False)
     assert readers[0]().values.server.workers == 2
+
+
+@pytest.mark.parametrize(("words", "workers"), [((), 1), (("-w", "0"), 1), (("-w", "3"), 3)])
+def test_reload_has_a_worker_at_least(readers, words, workers):
+    """New code needs another process; as many as are asked for, where that is."""
+    with pytest.raises(SystemExit):
+        cli.cli(["serve", "shop:app", "--reload", *words], standalone_mode=False)
+    assert readers[0]().values.server.workers == workers
+
+
+def test_reload_is_for_development(readers, tmp_path):
+    """Under profile: production it is a usage fault, which names what to do there."""
+    (tmp_path / "flaskd.yaml").write_text("profile: production\n")
+    with pytest.raises(SystemExit):
+        cli.cli(["serve", "shop:app", "--reload"], standalone_mode=False)
+    with pytest.raises(UsageError, match="profile: production; there, flaskd reload brings new code"):
+        readers[0]()

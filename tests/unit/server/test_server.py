@@ -1,5 +1,6 @@
 import http.client
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -384,7 +385,11 @@ def test_the_deadline_cuts_and_tells_what(serve, app, connect, caplog):
     assert "in gate\n    self.released.wait()" in cut.stack
     assert str(cut).startswith("PUT /gate/export (running for ")
     (record,) = (each for each in caplog.records if each.getMessage().startswith("cut "))
-    assert record.getMessage() == f"cut {cut}\n{cut.stack}"
+    assert record.getMessage() == cut.with_stack()
+    told, place, source, *_, last = record.getMessage().splitlines()
+    assert told == f"cut {cut}"
+    assert (place.partition(", in ")[2], source) == ("gate", "    self.released.wait()")
+    assert re.fullmatch(r"  \.\.\. called by \d+ frames of .*flaskd, threading", last)
     assert record.fields["path"] == "/gate/export"
     assert (report.completed, server.in_flight) == (0, 0)
     assert client.ended()

@@ -1,0 +1,138 @@
+"""Stacks as people read them."""
+
+import threading
+
+import pytest
+from patience import PATIENCE
+
+from flaskd.ledger import Cut
+from flaskd.present import request_lines, thread_lines
+from flaskd.stacks import folded, stack_of
+
+SITE = "/srv/shop/.venv/lib/python3.12/site-packages"
+
+
+def _stack(*frames):
+    return "\n".join(f'  File "{path}", line {line}, in {name}\n    {name}()' for path, line, name in frames)
+
+
+OUTER = (
+    ("/usr/lib/python3.12/threading.py", 1030, "_bootstrap"),
+    (f"{SITE}/flaskd/server/threads.py", 160, "_serve"),
+    (f"{SITE}/waitress/task.py", 80, "service"),
+    (f"{SITE}/flask/app.py", 1536, "__call__"),
+)
+VIEW = ("/srv/shop/views.py", 12, "report")
+
+
+def test_the_apps_innermost_call_is_first():
+    """Its callers follow, and what calls the app is one line with the number of frames."""
+    helper = ("/srv/shop/prices.py", 3, "prices")
+    assert folded(_stack(*OUTER, VIEW, helper)).splitlines() == [
+        '  File "/srv/shop/prices.py", line 3, in prices',
+        "    prices()",
+        '  File "/srv/shop/views.py", line 12, in report',
+        "    report()",
+        "  ... called by 4 frames of flask, waitress, flaskd, threading",
+    ]
+
+
+def test_what_the_app_calls_is_folded_below_it():
+    """An app that waits for a lock, or reads its request, is named by its own line; frames between are folded too."""
+    wrapper = (f"{SITE}/flask_login/utils.py", 290, "decorated_view")
+    inner = ("/usr/lib/python3.12/threading.py", 359, "wait")
+    between = (f"{SITE}/flask/app.py", 1488, "ensure_sync")
+    assert folded(_stack(wrapper, between, VIEW, inner)).splitlines() == [
+        '  File "/srv/shop/views.py", line 12, in report',
+        "    report()",
+        "  ... calls 1 frame of threading",
+        "  ... called by 1 frame of flask",
+        f'  File "{SITE}/flask_login/utils.py", line 290, in decorated_view',
+        "    decorated_view()",
+    ]
+
+
+def test_of_a_stack_without_the_app_the_innermost_call_stays():
+    """An idle thread shows where it waits."""
+    assert folded(_stack(*OUTER)).splitlines() == [
+        f'  File "{SITE}/flask/app.py", line 1536, in __call__',
+        "    __call__()",
+        "  ... called by 3 frames of waitress, flaskd, threading",
+    ]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/home/flask/shop.py",
+        "/srv/flask/app.py",
+        "/srv/shop/threading.py",
+        f"{SITE}/flask_sqlalchemy/session.py",
+        f"{SITE}/flaskd/demo/__init__.py",
+    ],
+)
+def test_what_is_only_called_like_a_package_is_not_folded(path):
+    """An app in a folder of such a name, an extension of Flask, the demo app."""
+    frame = (path, 1, "view")
+    assert _stack(frame) in folded(_stack(*OUTER, frame, VIEW))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "worker 1 does not answer", "Traceback (most recent call last):\n" + _stack(VIEW)]
+)
+def test_what_is_no_stack_is_left_as_it_is(text):
+    """What is said in the place of a stack, and a traceback, which ends in its error."""
+    assert folded(text) == text
+
+
+def test_a_real_stack_is_folded():
+    """Of a thread that waits, this file's line is first; a line feed at its end changes nothing."""
+    may_end, waits = threading.Event(), threading.Event()
+
+    def work():
+        waits.set()
+        may_end.wait(PATIENCE)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert waits.wait(PATIENCE)
+    stack = stack_of(thread)
+    may_end.set()
+    thread.join()
+    first, _, *more = folded(stack).splitlines()
+    assert first.startswith(f'  File "{__file__}"')
+    assert more[-1].startswith("  ... called by ")
+    assert folded(f"{stack}\n") == folded(stack)
+
+
+def test_equal_stacks_are_shown_once():
+    """With how many requests are there, and which; one that is elsewhere, or has no stack, stands alone."""
+    request = {"method": "GET", "path": "/", "client": "::1", "phase": "running", "age": 1.0, "sent": 0, "stack": ""}
+    stacks = [_stack(*OUTER, VIEW), "", _stack(*OUTER, VIEW), _stack(VIEW), ""]
+    told = ": GET / from ::1, running for 1s, 0 bytes sent"
+    where = ['      File "/srv/shop/views.py", line 12, in report', "        report()"]
+    assert request_lines([{**request, "id": number, "stack": stack} for number, stack in enumerate(stacks)]) == [
+        "2 requests:",
+        f"  0{told}",
+        f"  2{told}",
+        *where,
+        "      ... called by 4 frames of flask, waitress, flaskd, threading",
+        f"1{told}",
+        f"3{told}",
+        *where,
+        f"4{told}",
+    ]
+
+
+def test_threads_at_the_same_place_stand_together():
+    """Idle ones, say."""
+    idle = [{"name": f"flaskd-thread-{number}", "id": number, "request": None, "stack": "here"} for number in (1, 2)]
+    assert thread_lines(idle) == ["2 threads:", "  flaskd-thread-1 (1) idle", "  flaskd-thread-2 (2) idle", "    here"]
+
+
+def test_what_was_cut_is_told_with_its_stack_folded():
+    """For people; programs get it whole."""
+    stack = _stack(*OUTER, VIEW)
+    cut = Cut(1, "::1", "GET", "/", 1.0, "running", stack=stack, reason="late")
+    assert cut.with_stack() == f"cut {cut}\n{folded(stack)}"
+    assert cut.as_json()["stack"] == stack
