@@ -123,7 +123,7 @@ def waitress(options: Mapping[str, Any], where: Callable[[str], str]) -> Transla
         elif name == "app":
             done.put("app.target", f"{value}()" if "call" in options else value, "the app")
         elif name not in {"listen", "host", "port", "unix-socket", "call"}:
-            done.note(where(name), FOR_SERVE.get(f"--{name}", "flaskd has no such setting"))
+            done.note(where(name), _SAID.get(name) or FOR_SERVE.get(f"--{name}", "flaskd has no such setting"))
     return done
 
 
@@ -136,7 +136,7 @@ def flask_run(options: Mapping[str, Any], where: Callable[[str], str]) -> Transl
         if name == "app":
             done.put("app.target", value, "the app")
         elif name not in {"host", "port"}:
-            done.note(where(name), FOR_SERVE.get(f"--{name}", "flaskd has no such setting"))
+            done.note(where(name), _SAID.get(name) or FOR_SERVE.get(f"--{name}", "flaskd has no such setting"))
     return done
 
 

@@ -163,6 +163,13 @@ def test_a_note_about_an_option_names_it_as_it_is_typed(directory):
     assert [note.partition(":")[0] for note in notes] == ["--worker-class", "--pid", "--access-logfile", "threads"]
 
 
+@pytest.mark.parametrize("line", ["gunicorn --reload app:app", "flask --app app run --reload"])
+def test_a_reloader_is_answered_with_flaskds_own(directory, line):
+    """It is an option of flaskd serve, and no key of the configuration."""
+    notes = [note for note in translated(line).notes if note.startswith("--reload: ")]
+    assert [note.partition(", ")[2].partition(" takes")[0] for note in notes] == ["--reload"]
+
+
 def test_a_command_line_wins_over_the_file_that_gunicorn_reads(directory):
     """Which is gunicorn.conf.py, or the one that it names."""
     (directory / "gunicorn.conf.py").write_text("workers = 2\nthreads = 3\n")
