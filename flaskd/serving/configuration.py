@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from functools import partial
 from pathlib import Path
@@ -41,8 +42,10 @@ def reader(
 
 def _read_to_follow_code(source: Source, overrides: Mapping[str, object] | None) -> Configuration:
     configuration = read(source, overrides)
-    if configuration.values.profile == "production":
+    values = configuration.values
+    if values.profile == "production":
         raise UsageError("cannot serve with --reload under profile: production; there, flaskd reload brings new code")
-    if not configuration.values.server.workers:
-        return read(source, {**(overrides or {}), "server.workers": "1"})
-    return configuration
+    if values.server.workers:
+        return configuration
+    server = values.server.model_copy(update={"workers": 1})  # not read again: a pipe gives its content once
+    return dataclasses.replace(configuration, values=values.model_copy(update={"server": server}))
