@@ -178,7 +178,7 @@ class Link:
             case say.Announce():
                 self.announced = True
                 self._share(leave=False)
-                daemon.serving.announce_stop()
+                daemon.inbox.post(Work(daemon.serving.announce_stop))  # else it would leave the listeners alone
             case say.StopNow(reason, within, leave):
                 self.leaves, self._told_to_stop = leave, True
                 self._share(leave=leave)

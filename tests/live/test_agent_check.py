@@ -10,7 +10,7 @@ import time
 import pytest
 from daemon_kit import Flaskd, inherit
 from fleet_kit import agent_says
-from http_client import ask, refused
+from http_client import ask, outcome
 from systemd_kit import free_port
 from workers_kit import WAITS, code, worker_pids
 
@@ -75,8 +75,8 @@ def test_readiness_says_no_first_and_the_gate_closes_last(flaskd: Flaskd, worker
     assert ask(admin, "/readyz") == (503, b"stopping\n")
     flaskd.until(lambda: ask(url, "/healthz")[0] == 503)  # workers hear of it a moment later
     served = 0
-    while not refused(url):
-        assert ask(url) == (200, b"one"), "a request was lost while it was announced"
+    while not isinstance(answer := outcome(url), ConnectionRefusedError):
+        assert answer == (200, b"one"), "a request was lost while it was announced"
         served, ended = served + 1, time.monotonic()
     assert served
     assert ended - began > 0.6

@@ -23,7 +23,8 @@ class Supervisor:
         self.theirs = Wire(theirs)
         self.link = Link(self.theirs, begin)
         self.serving = SimpleNamespace()
-        self.link.serve(SimpleNamespace(serving=self.serving, configuration=begin.configuration))  # type: ignore[arg-type]
+        self.daemon = SimpleNamespace(serving=self.serving, configuration=begin.configuration)
+        self.link.serve(self.daemon)  # type: ignore[arg-type]
         self.link.open(begin.configuration.values, ())
 
     def answer(self, number: int, what: str) -> say.Answer:
@@ -66,11 +67,26 @@ def test_an_order_that_breaks_keeps_no_other(
 ) -> None:
     """It is logged, and what comes next is done."""
 
-    def broken() -> None:
+    def broken(_level: str) -> None:
         raise error("broken")
 
-    supervisor.serving.announce_stop, supervisor.serving.requests = broken, lambda **_: []
-    supervisor.link._share = lambda **_: None  # type: ignore[method-assign] # noqa: SLF001
-    supervisor.wire.send(say.Announce())
+    supervisor.daemon.logs, supervisor.serving.requests = SimpleNamespace(set_level=broken), lambda **_: []
+    supervisor.wire.send(say.LogLevel("debug"))
     assert supervisor.answer(1, "requests") == say.Answer(1, [])
     assert "cannot do what the supervisor asks for" in caplog.text
+
+
+def test_an_announce_leaves_no_listener_alone(supervisor: Supervisor) -> None:
+    """No other worker goes on with them in a stop of the service, and this is known before the stop is announced."""
+    listener, events = SimpleNamespace(shared=True, kept=False), list[Any]()
+    supervisor.daemon.holdings = SimpleNamespace(listeners=[listener])
+    supervisor.daemon.inbox = SimpleNamespace(post=events.append)
+    alone: list[bool] = []
+    supervisor.serving.announce_stop = lambda: alone.append(not listener.shared)
+    supervisor.serving.requests = lambda **_: []
+    supervisor.wire.send(say.Announce())
+    assert supervisor.answer(1, "requests") == say.Answer(1, [])
+    assert alone == []  # that is for the thread of the events
+    for each in events:
+        each.run()
+    assert alone == [True]
