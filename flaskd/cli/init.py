@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import tempfile
@@ -97,7 +98,7 @@ def _app_in(path: Path) -> str:
 
 def translated(source: str) -> Translation:
     """What a configuration file of gunicorn's, or a command line of a server's, comes to."""
-    if Path(source).is_file() or source.endswith(".py"):
+    if os.path.isfile(source) or source.endswith(".py"):  # noqa: PTH113 - Path raises for a line that is too long
         return _from_file(Path(source), {})
     try:
         words = shlex.split(source)

@@ -157,6 +157,12 @@ def test_a_command_line(directory, line, values):
     checked(rendered(done), directory)
 
 
+def test_a_long_command_line(directory):
+    """It may be longer than any file's name."""
+    done = translated(f"gunicorn {'--env NAME=value ' * 400} -w 3 shop:app")
+    assert (done.values["server.workers"], done.values["app.target"]) == (3, "shop:app")
+
+
 def test_a_note_about_an_option_names_it_as_it_is_typed(directory):
     """With the dashes, and by the name that gunicorn has for it on its command line."""
     notes = translated("gunicorn -k gevent -p x.pid --access-logfile x.log app:app").notes
