@@ -56,7 +56,7 @@ class _ChannelServer:
         channel.begin_next()
 
 
-def named(request: Request) -> dict[str, Any]:
+def _named(request: Request) -> dict[str, Any]:
     """The `extra` of a line of the log about a request that is answered."""
     return {"fields": {"id": request.id, **request.ids.fields()}}
 
@@ -202,11 +202,14 @@ class Channel(OutputChannel):
         return ended - began
 
     def serve_here(self) -> None:
-        """Answer the first request in line in the loop's thread."""
+        """Answer the first request in line in the loop's thread; of a client that has gone, free what it sent."""
         if self.requests and self.connected:
             self.keeper = self.requests[0]
             self.keeper.here = True
             self.service()
+        else:
+            for each in self.requests:
+                each.close()
 
     def _answer(self, request: Request) -> bool:
         """Give the answer; whether it is the last one on the connection."""
@@ -217,10 +220,11 @@ class Channel(OutputChannel):
             task.service()
         except ClientDisconnected:
             if not self.stream_over:
-                self.logger.info(f"Client disconnected while serving {request.path}{request.ids}", extra=named(request))
+                which = f"{request.path}{request.ids}"
+                self.logger.info(f"Client disconnected while serving {which}", extra=_named(request))
             return True
         except Exception:
-            self.logger.exception(f"Exception while serving {request.path}{request.ids}", extra=named(request))
+            self.logger.exception(f"Exception while serving {request.path}{request.ids}", extra=_named(request))
             if not task.wrote_header:
                 self.answer_instead(500, "The server encountered an unexpected internal server error")
             return True

@@ -217,13 +217,9 @@ class Draining:
         self._gated = []
         self._tell_if_closed()
         for channel in self._context.pool.take_back():
-            if channel.requests and channel.connected:
-                for request in channel.requests:
-                    request.rejected = True
-                channel.serve_here()
-            else:  # its client left, and nobody else will free what it sent
-                for request in channel.requests:
-                    request.close()
+            for request in channel.requests:
+                request.rejected = True
+            channel.serve_here()
         self._context.answer()  # to what was pipelined behind
 
     def _report(self) -> None:

@@ -54,7 +54,7 @@ class LimitWatch:
         self.next_look = max(min(moments), now + _LEAST)
 
     def _excuse(self, since: float) -> float:
-        """Seconds for which nobody could do anything about what began at that moment."""
+        """Seconds that the process has stood still since that moment."""
         return self._stood_for if since < self._stood_until else 0.0
 
     # --- who waits for a thread -----------------------------------------------------------------------------------
@@ -68,17 +68,13 @@ class LimitWatch:
         return now + limit / _LOOKS if pool.queue else NEVER
 
     def _refuse(self, channel: Channel, waited: float) -> None:
-        if not (channel.requests and channel.connected):  # its client left, and nobody else will free what it sent
-            for request in channel.requests:
-                request.close()
-            return
-        channel.refuse("queue_timeout")
-        request = channel.requests[0]
-        log.warning(
-            f"refused {request.snapshot()} with 503: it waited {waited:.1f}s for a thread "
-            f"(server.queue_timeout is {format_duration(self._limits.queue_timeout or 0)})",
-            extra=bounded_by("requests that waited too long for a thread"),
-        )
+        if channel.requests and channel.connected:
+            channel.refuse("queue_timeout")
+            log.warning(
+                f"refused {channel.requests[0].snapshot()} with 503: it waited {waited:.1f}s for a thread "
+                f"(server.queue_timeout is {format_duration(self._limits.queue_timeout or 0)})",
+                extra=bounded_by("requests that waited too long for a thread"),
+            )
         channel.serve_here()
 
     # --- what hangs -----------------------------------------------------------------------------------------------
@@ -95,24 +91,24 @@ class LimitWatch:
             limit, name = self._limit_of(request)
             if limit is None:
                 continue
-            since = self._moved_at(request, moved, now)
+            since, sent = self._moved_at(request, moved, now)
             due = max(since + limit + self._excuse(since), request.more_until)
             if due <= now:
-                request.channel.give_up(request, f"the app takes longer than {name} allows", request.channel.flushed)
+                request.channel.give_up(request, f"the app takes longer than {name} allows", sent)
                 moment = min(moment, now + limit / _LOOKS)  # where it could not be done in this moment
             else:
                 moment = min(moment, due, now + limit / _LOOKS if request.id in self._moved else due)
         return moment
 
-    def _moved_at(self, request: Request, before: dict[int, tuple[int, float]], now: float) -> float:
-        """When the app began, or some of its answer was last seen to go out."""
+    def _moved_at(self, request: Request, before: dict[int, tuple[int, float]], now: float) -> tuple[float, int]:
+        """When the app began, or some of its answer was last seen to go out; and what is out on the connection."""
         sent, waits = request.channel.flushed, request.channel.total_outbufs_len
         if sent <= request.starts_at and not waits:
-            return request.began
+            return request.began, sent
         was, since = before.get(request.id, (-1, now))
         since = now if waits or sent != was else since
         self._moved[request.id] = (sent, since)
-        return since
+        return since, sent
 
     def _limit_of(self, request: Request) -> tuple[float | None, str]:
         """How long the app may take for a request, and what says so."""

@@ -5,6 +5,7 @@ import http.client
 import logging
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from patience import until as patiently
@@ -12,6 +13,7 @@ from server_kit import PATIENCE, answers, app, connect, get, no_thread_left, ser
 
 import flaskd
 from flaskd.server import Limits
+from flaskd.server.limit_watch import LimitWatch
 
 AFTER = 0.2
 """Seconds; most tests wait that long."""
@@ -214,6 +216,28 @@ def test_a_process_that_stood_still(limited, connect, app):
     assert server.in_flight == 1
     app.released.set()
     assert client.response().status == 200
+
+
+def test_what_moves_in_this_moment_is_not_given_up():
+    """A request is given up for what was seen when its time was reckoned: more may be out a moment later."""
+
+    class Connection:
+        sent = iter([0, 5])
+        total_outbufs_len = 0
+        flushed = property(lambda self: next(self.sent))
+
+        def give_up(self, request, why, sent):
+            given_up.append(sent)
+
+    given_up = []
+    request = SimpleNamespace(
+        id=1, thread=threading.current_thread(), began=time.monotonic() - 10, answered=False, channel=Connection(),
+        path="/", starts_at=0, more_until=0.0,
+    )  # fmt: skip
+    account = SimpleNamespace(streams=set(), in_hand={1: request})
+    watch = LimitWatch(SimpleNamespace(context=SimpleNamespace(account=account)), Limits(timeout=AFTER))
+    watch.look(time.monotonic())
+    assert given_up == [0]
 
 
 def test_limits_change(limited, connect, app):
