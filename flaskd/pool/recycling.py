@@ -209,7 +209,8 @@ class Recycling:
         else:
             why = "it grows faster than workers can be replaced"
         after = f"{lived:.1f}s after it was ready, and it took {took:.1f}s to replace it"
-        said = f"{worker} reached {_named(key)}{self._written(key)} {after}: {why}; raise the limit"
+        advice = "the log has the stacks of what hangs" if key == "request_timeout" else "raise the limit"
+        said = f"{worker} reached {_named(key)}{self._written(key)} {after}: {why}; {advice}"
         if key == "max_memory" and lived >= _SOON:
             self._pause = 0.0  # it would grow meanwhile, and there is one start at a time anyway
             log.warning(said)
