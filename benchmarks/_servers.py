@@ -454,6 +454,11 @@ def median(values: Sequence[float]) -> float:
     return statistics.median(values) if values else float("nan")
 
 
+def percentile(values: Sequence[float], hundredth: int) -> float:
+    """The value that so many hundredths of all do not exceed."""
+    return sorted(values)[max(0, -(-len(values) * hundredth // 100) - 1)]
+
+
 def environment() -> str:
     """Say on what the figures were taken, in one line."""
     versions = []

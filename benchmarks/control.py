@@ -32,7 +32,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from _servers import HERE, HOST, SERVERS, Running, Served, environment, free_port, median, running, table, take_workers
+from _servers import (
+    HERE,
+    HOST,
+    SERVERS,
+    Running,
+    Served,
+    environment,
+    free_port,
+    median,
+    percentile,
+    running,
+    table,
+    take_workers,
+)
 from app import THREADS
 
 _PATIENCE = 30.0
@@ -86,11 +99,6 @@ FIGURES = {
     "livez_p99": Figure("`/livez`, every thread stuck, 99 %", "ms"),
     "stuck_median": Figure("`status`, every thread stuck, median", "ms"),
 }
-
-
-def percentile(values: list[float], hundredth: int) -> float:
-    """The value that so many hundredths of all do not exceed."""
-    return sorted(values)[max(0, -(-len(values) * hundredth // 100) - 1)]
 
 
 def timed(ask: Callable[[], None], times: int) -> list[float]:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from _servers import SERVERS, Running, Served, environment, free_port, median, running, table, take_workers
+from _servers import SERVERS, Running, Served, environment, free_port, median, percentile, running, table, take_workers
 from _wire import request
 
 THREADS = 6
@@ -57,10 +57,10 @@ class Answers:
     statuses: Counter[int] = field(default_factory=Counter)
     took: list[float] = field(default_factory=list)
 
-    def quantile(self, part: float) -> float:
-        """The seconds within which that part of all was answered."""
-        ordered = sorted(self.took)
-        return ordered[max(0, math.ceil(part * len(ordered)) - 1)] if ordered else math.inf
+    @property
+    def p99(self) -> float:
+        """The seconds within which 99 of 100 were answered."""
+        return percentile(self.took, 99) if self.took else math.inf
 
 
 async def ask(port: int, target: str, answers: Answers) -> None:
@@ -125,7 +125,7 @@ async def hang(server: Running, seconds: float, workers: int) -> Hang:
             whole = asked - began
     await loads
     bad = sum(count for status, count in (before.statuses + beside.statuses).items() if status != 200)
-    return Hang(before.quantile(0.99), beside.quantile(0.99), dict(hung.statuses), bad, whole)
+    return Hang(before.p99, beside.p99, dict(hung.statuses), bad, whole)
 
 
 # --- more than it can bear --------------------------------------------------------------------------------------------
@@ -160,9 +160,7 @@ async def overload(server: Running, seconds: float, workers: int) -> Overload:
     good = len(answers.took)
     took = time.monotonic() - began
     await asyncio.gather(*tasks)
-    return Overload(
-        len(alone.took) / seconds, good / took, answers.quantile(0.99) - JOB, dict(sorted(answers.statuses.items()))
-    )
+    return Overload(len(alone.took) / seconds, good / took, answers.p99 - JOB, dict(sorted(answers.statuses.items())))
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -184,13 +182,16 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=6.0, help="of each part of a run (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every single figure")
     options = parser.parse_args()
+    wanted = options.only.split(",")
+    if unknown := set(wanted) - {"hang", "overload"}:
+        parser.error(f"no measurement {min(unknown)!r}: choose from hang, overload")
     print(f"{environment()}\n", flush=True)
     found: dict[str, list[dict[str, Any]]] = {"hang": [], "overload": [], "unlimited": []}
     goals: list[tuple[str, float, bool]] = []
     for _ in range(options.runs):
-        if "hang" in options.only:
+        if "hang" in wanted:
             found["hang"].append(vars(measured("hang", f"server: {{request_timeout: {LIMIT:g}s}}\n", options)))
-        if "overload" in options.only:
+        if "overload" in wanted:
             config = f"server: {{queue_timeout: {QUEUE_TIMEOUT:g}s}}\n"
             found["overload"].append(vars(measured("overload", config, options)))
             found["unlimited"].append(vars(measured("overload", "", options)))

@@ -466,6 +466,7 @@ def test_the_longest_silence_is_told(instrument, monkeypatch):
         (["loss.py", "--scenario", "kill"], "--scenario kill takes worker processes: give --workers N, too"),
         (["loss.py", "--workers", "two"], "'two' is not a number of processes"),
         (["speed.py", "--only", "16,balance"], "--only balance takes worker processes: give --workers N, too"),
+        (["limits.py", "--only", "hang,nap"], "no measurement 'nap': choose from hang, overload"),
         (["reload.py", "--kinds", "nap"], "no kind 'nap': choose from good,"),
         (["reload.py", "--servers", "waitress-serve"], "no server 'waitress-serve' that reloads: choose from flaskd,"),
         (["reload.py", "--workers", "0"], "--workers 0 cannot reload code: give at least 1"),
