@@ -1,4 +1,4 @@
-"""What the cleanup tests share: steps made of plain functions, a runner around them, a wait for the dead."""
+"""What the cleanup tests share: steps made of functions, a runner for them, a wait for the end of a process."""
 
 import os
 import select
@@ -26,13 +26,13 @@ class Reason:
 
 
 def step(name, run=lambda _context: None, *, phase=Phase.QUIESCE, timeout=PATIENCE, **more):
-    """Give a step whose action is a function of the context."""
+    """A step whose action is a function of the context."""
     action = Action("test", NoFields, phase, lambda context, _fields: run(context))
     return Step(name, action, NoFields(), phase, timeout, **more)
 
 
 def runner(*steps, deadline=PATIENCE, reserve=0.0, max_parallel=8, clock=time.monotonic, **more):
-    """Give a runner; `deadline` is seconds from now."""
+    """A runner; `deadline` is in seconds from now."""
     return Runner(
         Plan(steps),
         **{"app": None, "reason": Reason()} | more,
@@ -44,17 +44,17 @@ def runner(*steps, deadline=PATIENCE, reserve=0.0, max_parallel=8, clock=time.mo
 
 
 def run(*steps, **more):
-    """Run the steps through all phases and give their results by name, in the order they became known."""
+    """Run the steps through all phases; returns their results by name, in the order in which they came."""
     return {result.name: result for result in runner(*steps, **more).run(Phase)}
 
 
 def fates(results):
-    """Give each step's fate as text."""
+    """The outcome of each step as text."""
     return {name: str(result.fate) for name, result in results.items()}
 
 
 class Hang:
-    """An action that says when it is entered and stays until it is released."""
+    """An action that notes when it is entered, and stays until it is released."""
 
     def __init__(self):
         self.entered = threading.Event()
@@ -67,7 +67,7 @@ class Hang:
 
 @contextmanager
 def hanging():
-    """Give a `Hang`; afterwards nothing of the cleanup is left running."""
+    """A `Hang`; after the test nothing of the cleanup is left running."""
     hang = Hang()
     try:
         yield hang
@@ -81,7 +81,7 @@ def hanging():
 
 @contextmanager
 def in_background(call):
-    """Run `call` in a thread; gives a list that holds its result once the block is left."""
+    """Run `call` in a thread; the list has its result after the block."""
     results = []
     thread = threading.Thread(target=lambda: results.append(call()))
     thread.start()
@@ -93,7 +93,7 @@ def in_background(call):
 
 
 def ended(pid):
-    """Whether the process ends in time (pidfd_open(2)); one that nobody has reaped yet has ended."""
+    """Whether the process ends in time (pidfd_open(2)); one that was not reaped yet has ended."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:

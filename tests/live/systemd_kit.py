@@ -1,8 +1,8 @@
 """A real `systemd --system` for tests, as PID 1 of namespaces of its own.
 
-A service manager that sees the machine's root cgroup moves every process of the machine into its own. So nothing here
-starts one unless it is PID 1 of a new PID namespace, alone in a leaf cgroup that it sees as the root; the guards in
-`_BOOT` ask for each of these and leave when one is missing. The network is the machine's: take free ports.
+A service manager that sees the machine's root cgroup moves all processes of the machine into its own cgroups. So one is
+started here only as PID 1 of a new PID namespace, alone in a leaf cgroup that it sees as the root; the guards in
+`_BOOT` check each of these, and exit if one is missing. The network is the machine's, so tests take free ports.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from patience import PATIENCE, until
 PROJECT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flaskd-tests"
 VENV = "/opt/flaskd"
-"""Where the service managers see flaskd's virtual environment."""
+"""The path of flaskd's virtual environment for the service managers."""
 LONG = bool(os.environ.get("FLASKD_LONG"))
-"""Whether to take the time for as many cycles as are promised, on every version."""
+"""Whether to run all the cycles that are promised, on every version."""
 _BOOTED_IN = 30.0
 _PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "-q")
 _TOOLS = ("setpriv", "unshare", "nsenter", "systemctl", "journalctl")
@@ -113,11 +113,11 @@ _JOURNAL = "[Journal]\nStorage=volatile\nReadKMsg=no\nAudit=no\nRateLimitBurst=0
 
 
 class UnavailableError(Exception):
-    """No service manager can be had here; the text says why."""
+    """No service manager can be started here; the text says why."""
 
 
 def cgroup2() -> Path | None:
-    """Where the unified hierarchy is mounted."""
+    """The mount point of the unified hierarchy."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         mount, _, kind = line.partition(" - ")
         if kind.split()[0] == "cgroup2":
@@ -126,7 +126,7 @@ def cgroup2() -> Path | None:
 
 
 def why_not() -> list[str]:
-    """What is missing for a service manager of one's own; empty when one can be booted."""
+    """What is missing for a service manager; empty if one can be booted."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return ["root on Linux"]
     missing = [tool for tool in _TOOLS if not shutil.which(tool)]
@@ -150,7 +150,7 @@ def why_not() -> list[str]:
 
 
 def debian_13() -> Path:
-    """The root file system of a Debian 13, built once (about 40 s); raises UnavailableError with what is missing."""
+    """The root file system of a Debian 13, made once (about 40 s); raises UnavailableError with what is missing."""
     root = CACHE / "debian-13"
     if not root.exists():
         if not shutil.which("mmdebstrap"):
@@ -174,7 +174,7 @@ def debian_13() -> Path:
 
 
 def installed(root: Path | None, into: Path) -> None:
-    """Make a virtual environment with this very flaskd, for the Python of a root file system; to be seen at `VENV`."""
+    """Make a virtual environment with this flaskd, for the Python of a root file system; services see it at `VENV`."""
     version = _python(root)
     _run(*_PIP, "wheel", "--no-deps", "-w", into / "wheel", PROJECT)
     site = into / "lib" / f"python{version}" / "site-packages"
@@ -186,20 +186,20 @@ def installed(root: Path | None, into: Path) -> None:
     (into / "bin").mkdir()
     (into / "bin/python3").symlink_to("/usr/bin/python3")
     (into / "pyvenv.cfg").write_text("home = /usr/bin\ninclude-system-site-packages = false\n")
-    script = into / "bin/flaskd"  # what pip would write
+    script = into / "bin/flaskd"  # as pip would write it
     script.write_text(f"#!{VENV}/bin/python3\nimport sys\nfrom flaskd.__main__ import main\nsys.exit(main())\n")
     script.chmod(0o755)
 
 
 def _python(root: Path | None) -> str:
-    """The version of a root file system's own Python, such as 3.11."""
+    """The version of Python in a root file system, such as 3.11."""
     names = {path.name.removeprefix("python") for path in (root or Path("/")).glob("usr/lib/python3.*")}
     (version,) = (name for name in names if name.removeprefix("3.").isdigit())
     return version
 
 
 def _dependencies(version: str) -> Path:
-    """What flaskd needs, for one version of Python; kept in the cache."""
+    """The packages that flaskd needs for one version of Python, kept in the cache."""
     wanted = _wanted()[:-1]
 
     def make(place: Path) -> None:
@@ -210,11 +210,11 @@ def _dependencies(version: str) -> Path:
 
 
 def wheels(version: str) -> Path:
-    """A directory of wheels, all that flaskd needs to be built and to run, for one version of Python; kept."""
+    """A directory of wheels with all that flaskd needs to be built and to run, for one version of Python; cached."""
     wanted = _wanted()
 
     def make(place: Path) -> None:
-        _run(*_PIP, "wheel", "--no-deps", "-w", place, "sdnotify")  # it comes as source only
+        _run(*_PIP, "wheel", "--no-deps", "-w", place, "sdnotify")  # it is published as source only
         only = ("--python-version", version, "--only-binary=:all:", "--find-links", place)
         _run(*_PIP, "download", "-d", place, *only, *wanted)
 
@@ -222,7 +222,7 @@ def wheels(version: str) -> Path:
 
 
 def _wanted() -> list[str]:
-    """What pyproject.toml asks for: to run, and last what it is built with."""
+    """The requirements in pyproject.toml: first those to run, last those to build."""
     text = tomllib.loads((PROJECT / "pyproject.toml").read_text())
     (build,) = text["build-system"]["requires"]
     return [*text["project"]["dependencies"], build]
@@ -233,7 +233,7 @@ def _digest(wanted: list[str]) -> str:
 
 
 def _kept(name: str, make: Callable[[Path], None]) -> Path:
-    """A directory of the cache, made now if it is not there yet."""
+    """A directory of the cache, made if needed."""
     kept = CACHE / name
     if not kept.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -251,10 +251,10 @@ def _run(*command: str | Path) -> None:
 
 
 class Systemd:
-    """One service manager, booted when the context is entered and gone with all of its processes when it is left.
+    """One service manager: it is booted when the block is entered, and ended with all its processes at the block's end.
 
-    `root` is another root file system whose systemd is used. `/etc`, `/var`, `/run`, `/opt` and `/srv` are private. A
-    `bare` one has nothing of flaskd, and a network of its own, where every port is free.
+    `root` is another root file system, whose systemd is used. `/etc`, `/var`, `/run`, `/opt` and `/srv` are private. A
+    `bare` one has nothing of flaskd, and a network of its own, in which every port is free.
     """
 
     def __init__(self, root: Path | None = None, *, bare: bool = False) -> None:
@@ -326,14 +326,14 @@ class Systemd:
             time.sleep(0.02)
 
     def _first_child(self) -> int:
-        """What is to be PID 1 of the namespaces, by its number outside; 0 while there is none."""
+        """The future PID 1 of the namespaces, by its number outside; 0 if there is none yet."""
         return next(iter(children(self._outer.pid)), 0)
 
     def _find(self) -> int:
-        """Set `pid` once it is a systemd, and return it.
+        """Set `pid` once the child is a systemd, and return it.
 
-        Before `_BOOT` executes that, the child sees the machine's /run, where systemctl would reach the machine's own
-        service manager.
+        Until `_BOOT` executes systemd, the child sees the machine's /run, through which systemctl would reach the
+        machine's own service manager.
         """
         if not self.pid and (child := self._first_child()):
             with contextlib.suppress(OSError):
@@ -354,7 +354,7 @@ class Systemd:
             try:
                 self._outer.wait(5)
             except subprocess.TimeoutExpired:
-                self._outer.kill()  # --kill-child: PID 1 goes with it, and with PID 1 the whole namespace
+                self._outer.kill()  # --kill-child: PID 1 is killed with it, and with PID 1 the whole namespace
                 self._outer.wait()
 
     def _remove_cgroup(self) -> None:
@@ -376,18 +376,18 @@ class Systemd:
         return _python(self.root)
 
     def seen(self, path: str) -> Path:
-        """Where a path below /srv, as the services see it, is outside."""
+        """The path outside of a path below /srv, as the services see it."""
         return self.srv / Path(path).relative_to("/srv")
 
     def command(self, *command: str) -> list[str]:
-        """The command line that runs a command where the services run."""
+        """The command line that runs a command inside of the namespaces."""
         assert self.pid, "nothing is sent before there is a systemd of its own"
         return ["nsenter", "-t", str(self.pid), "-m", "-p", "-u", "-i", "-n", "-C", "--", *command]
 
     def run(
         self, *command: str, check: bool = True, timeout: float = 60, environ: Mapping[str, str] = QUIET
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command where the services run."""
+        """Run a command inside of the namespaces."""
         done = subprocess.run(
             self.command(*command), stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
             timeout=timeout, env=environ, check=False,
@@ -396,7 +396,7 @@ class Systemd:
         return done
 
     def ctl(self, *args: str, check: bool = True, timeout: float = 60) -> str:
-        """What systemctl says."""
+        """Run systemctl; returns its output."""
         done = self.run("systemctl", "--no-pager", "--no-ask-password", *args, check=False, timeout=timeout)
         if check and done.returncode:
             about = [self.journal(arg) for arg in args[1:] if "." in arg]
@@ -408,12 +408,12 @@ class Systemd:
         return self.ctl("show", "-P", name, unit)
 
     def journal(self, unit: str, *args: str) -> str:
-        """What the journal has of a unit."""
+        """The journal of a unit."""
         self.run("journalctl", "--sync", check=False)
         return self.run("journalctl", "--no-pager", "-o", "cat", "-u", unit, *args, check=False).stdout
 
     def write(self, path: str, text: str) -> None:
-        """Write a file where the services see it, readable for all."""
+        """Write a file for the services, readable for all users."""
         text = textwrap.dedent(text)
         self.run("mkdir", "-p", str(Path(path).parent))
         subprocess.run(self.command("tee", path), input=text, text=True, stdout=subprocess.DEVNULL, check=True)
@@ -421,7 +421,7 @@ class Systemd:
     # --- flaskd as a service ---
 
     def prepare(self) -> None:
-        """Install the units as they are shipped, make the user, and an app for the services to serve."""
+        """Install the shipped units, make the user, and an app for the services."""
         self.run(f"{VENV}/bin/flaskd", "units", "--install", "/")
         for name in ("flaskd@.service", "flaskd@.socket"):
             self.write(f"/etc/systemd/system/{name}", (PROJECT / "systemd" / name).read_text())
@@ -451,7 +451,7 @@ class Instance:
         return f"http://127.0.0.1:{self.port}/"
 
     def configure(self, text: str) -> None:
-        """Write its configuration; the app is there already, PORT stands for the port."""
+        """Write its configuration, in which PORT stands for the port; the app is there already."""
         whole = "app: {target: shop, chdir: /srv/app}\n" + textwrap.dedent(text).replace("PORT", str(self.port))
         self.systemd.write(f"/etc/flaskd/{self.name}.yaml", whole)
 
@@ -464,7 +464,7 @@ class Instance:
 
     @property
     def pid(self) -> int:
-        """Its main process, by its number where the services run."""
+        """The pid of its main process inside of the namespaces."""
         return int(self.show("MainPID"))
 
     def signal(self, number: str) -> None:
@@ -476,13 +476,13 @@ class Instance:
         return self.systemd.run(f"{VENV}/bin/flaskd", *args, "--name", f"flaskd-{self.name}", check=check).stdout
 
     def status(self) -> dict[str, Any]:
-        """The status, as programs see it."""
+        """The status, as JSON for programs."""
         return dict(json.loads(self.client("status", "--json")))
 
     def fates(self) -> dict[str, str]:
-        """What became of each policy at the last stop.
+        """The outcome of each policy of the last stop.
 
-        From the record: the journal may have the last lines of a process that is gone without its unit's name.
+        It comes from the record: in the journal, the last lines of a process that has ended may lack its unit's name.
         """
         record = json.loads(self.systemd.run("cat", f"/var/lib/flaskd-{self.name}/last-stop.json").stdout)
         return {name: policy["fate"] for name, policy in record["policies"].items()}
@@ -500,7 +500,7 @@ class Instance:
 
 
 class Managers:
-    """Service managers with flaskd's units installed, each booted once for all tests that follow each other.
+    """Service managers with flaskd's units installed, each booted once for all consecutive tests.
 
     A `kind` is this machine's systemd ("machine"), or that of Debian 13 ("debian-13").
     """
@@ -510,14 +510,14 @@ class Managers:
         self._ends = contextlib.ExitStack()
 
     def boot(self, kind: str) -> Systemd:
-        """The one of a kind; it is booted when it is not there."""
+        """The service manager of a kind; boots it if needed."""
         requires("systemd", why_not())
         if kind not in self.booted:
             with or_skipped(kind), contextlib.ExitStack() as ends:
                 manager = ends.enter_context(Systemd(root_of(kind)))
                 manager.prepare()
                 self._ends.enter_context(ends.pop_all())
-            self.booted[kind] = manager  # one that could not be prepared is of no use to the next test
+            self.booted[kind] = manager  # the next test cannot use one that was not prepared
         return self.booted[kind]
 
     def end(self) -> None:
@@ -533,7 +533,7 @@ def root_of(kind: str) -> Path | None:
 
 @contextlib.contextmanager
 def or_skipped(kind: str) -> Iterator[None]:
-    """What is missing for a service manager, or for podman, is a reason to skip the test, unless it has to be there."""
+    """What is missing for a service manager or podman skips the test, unless it is required."""
     try:
         yield
     except UnavailableError as error:
@@ -596,7 +596,7 @@ def tidy(_app):
 
 
 def free_port() -> int:
-    """A port that nobody has now, nor is given as a client's own: it may be bound, left and bound again."""
+    """A port that is free, and that clients do not get as their own: it can be bound, closed and bound again."""
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
     while True:
         port = random.randrange(10_000, max(10_001, lowest))
