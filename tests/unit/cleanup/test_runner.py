@@ -108,7 +108,7 @@ def test_when_filters(more, fate):
     """A step whose `when` does not fit the reason or the outcome is skipped, even one marked always."""
     stop = runner(step("a", **more), reason=Reason("signal"))
     (result,) = stop.run(Phase, "degraded")
-    assert (str(result.fate), result.why) == (fate, "" if fate == "ok" else "when")
+    assert (str(result.fate), result.why) == (fate, "" if fate == "ok" else "its `when` does not fit this stop")
 
 
 def test_phases_and_edges_make_the_order():
@@ -315,7 +315,11 @@ def test_results_as_json():
     assert shown.keys() == {"a", "b"}
     assert shown["a"].keys() == shown["b"].keys()
     assert (shown["a"]["fate"], shown["a"]["detail"], shown["a"]["attempts"]) == ("ok", "done", 1)
-    assert (shown["b"]["fate"], shown["b"]["why"], shown["b"]["took"]) == ("skipped", "when", 0.0)
+    assert (shown["b"]["fate"], shown["b"]["why"], shown["b"]["took"]) == (
+        "skipped",
+        "its `when` does not fit this stop",
+        0.0,
+    )
 
 
 def test_a_detail_that_cannot_be_shown_is_a_failure():

@@ -205,7 +205,7 @@ def test_what_is_kept_over_a_restart_is_not_kept_at_a_replacement(reason, expect
     results = {each.name: each for each in runner(*steps, reason=Reason(reason)).run(Phase)}
     assert fates(results) == expected
     if reason != "signal":
-        assert results["keep"].why == "the service goes on"
+        assert results["keep"].why == "it runs only when the service stops"
 
 
 def test_a_cache_is_not_kept_at_a_replacement():

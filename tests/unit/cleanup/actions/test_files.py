@@ -159,7 +159,7 @@ def test_it_ends_with_its_time(tree, monkeypatch):
         ("", "with.paths: expected a path of files"),
         ("/run/shop/", "with.paths: expected a path of files"),
         ("/run/../etc/passwd", "with.paths: expected a path of files without . and .."),
-        (["/a", "/b/**/c"], "with.paths[1]: expected one directory a star, not **"),
+        (["/a", "/b/**/c"], "with.paths[1]: expected * once for each directory level, not **"),
     ],
 )
 def test_wrong_paths_are_faults(paths, fault):
