@@ -200,7 +200,7 @@ def test_a_socket_that_was_deleted_is_put_back(flaskd: Flaskd) -> None:
         stream.flush()
         assert json.loads(stream.readline())["ok"]
     assert flaskd.socket_path.stat().st_mode & 0o777 == 0o660
-    assert "the control socket had been taken away: it is back" in flaskd.log
+    assert "the control socket had been removed; it was made again" in flaskd.log
     assert flaskd.stop() == 0
 
 
@@ -245,7 +245,7 @@ def test_a_file_that_lies_there_at_the_start_stays_until_it_is_gone(flaskd: Flas
         fifo.write(b"drain\n")
     flaskd.wait_message("drained")
     assert flaskd.log.count("a file that is not a FIFO stands there") == 1
-    assert "the FIFO could be made now" in flaskd.log
+    assert "the FIFO was made now" in flaskd.log
     assert flaskd.stop() == 0
 
 
@@ -285,7 +285,7 @@ def test_a_link_in_the_place_of_the_socket(flaskd: Flaskd) -> None:
     link = flaskd.directory / "link"
     link.symlink_to(flaskd.directory / "gate")
     link.rename(flaskd.socket_path)
-    flaskd.until(lambda: "the control socket was taken away, and cannot be put back" in flaskd.log)
+    flaskd.until(lambda: "the control socket was removed, and cannot be made again" in flaskd.log)
     flaskd.kill(signal.SIGTERM)
     assert flaskd.wait() == 0
     assert flaskd.socket_path.is_symlink()

@@ -153,7 +153,10 @@ def test_building_a_plan_imports_nothing():
         ({"use": "command", "with": {"argv": [" ", "a"]}}, "argv: expected the program as the first item"),
         ({"use": "webhook", "timeout": math.nan, "with": {"url": "http://x"}}, "timeout: expected a duration"),
         ({"use": "webhook", "with": {"url": "http://x", "json": math.nan}}, "json: expected a value that JSON has"),
-        ({"use": "webhook", "with": {"url": "http://x", "json": {"a": [math.inf]}}}, "json: expected a value that JSON has"),
+        (
+            {"use": "webhook", "with": {"url": "http://x", "json": {"a": [math.inf]}}},
+            "json: expected a value that JSON has",
+        ),
         ({"use": "command", "with": {"argv": ["a"], "env": {"A=B": "c"}}}, "name of an environment variable"),
         ({"use": "command", "with": {"argv": ["a"], "kill_grace": "soon"}}, "kill_grace: expected a duration"),
         ({"use": "command", "with": {"argv": ["a"], "shell": True}}, 'got "shell"'),

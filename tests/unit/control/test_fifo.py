@@ -125,7 +125,7 @@ def test_where_it_cannot_be_opened_once_more_it_is_made_anew(fifo, monkeypatch, 
     with monkeypatch.context() as patched:
         patched.setattr(os, "open", refuse)
         assert fifo.place.anew() is None
-    assert caplog.messages == ["cannot open the FIFO once more: Too many open files; it is made anew"]
+    assert caplog.messages == ["cannot open the FIFO again: Too many open files; flaskd makes a new one"]
     before = fifo.place.keep(0o600, -1)
     assert before is not None
     os.close(before)
