@@ -1,1 +1,1 @@
-"""Directories and the files in them: the runtime directory, the state directory, the record of the last stop."""
+"""Directories and their files: the runtime directory, the state directory, the record of the last stop."""

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 LARGEST_RECORD = 4 * 1024 * 1024
-"""Bytes of a record that are read; a larger one is damaged."""
+"""The largest record that is read, in bytes; a larger one counts as damaged."""
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Write `record` as JSON to `path`, as `flaskd.files.write_whole` does; raises OSError.
 
-    What JSON has no word for is written as its text. One too large to be read loses its stacks first, then the end of
-    its longest list, whose key stands in `omitted` with how many.
+    A value that JSON does not have is written as its text. A record that would be too large to be read loses its stacks
+    first, then the end of its longest list; `omitted` has that list's key and how many entries it has lost.
     """
     write_whole(path, encoded(record))
 
@@ -57,10 +57,10 @@ def _without_stacks(record: Any) -> Any:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """Read what `write_record` wrote; None when there is no such file.
+    """Read what `write_record` wrote; None if there is no such file.
 
-    A file that cannot be read, or is no JSON object, gives ``{"damaged": "<why>"}``: for who asks about the
-    last stop that is an answer like any other, never an error.
+    A file that cannot be read, or is no JSON object, gives ``{"damaged": "<why>"}``: to a question about the last stop
+    that is an answer, not an error.
     """
     try:
         record = json.loads(read_whole(path, LARGEST_RECORD))
@@ -76,7 +76,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 
 def prepare_record(path: Path, record: Mapping[str, Any]) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Lay a record beside `path`; give what puts it in its place, a built-in function, and what takes it away again."""
+    """Write a record beside `path`; gives a built-in function that puts it in its place, and one that removes it."""
     prepared = temporary_name(path)
     prepared.unlink(missing_ok=True)
     descriptor = os.open(prepared, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -154,7 +154,7 @@ def test_a_runtime_directory_of_somebody_else_is_not_used(flaskd: Flaskd) -> Non
     flaskd.runtime.mkdir()
     flaskd.runtime.chmod(0o777)
     flaskd.start()
-    assert f"cannot use {flaskd.runtime}: anybody may write there; serving" in flaskd.log
+    assert f"cannot use {flaskd.runtime}: every user may write there; serving" in flaskd.log
     assert flaskd.stop() == 0
     assert list(Path(flaskd.runtime).iterdir()) == []
 
@@ -172,7 +172,7 @@ def test_an_app_that_fails_to_load_forges_no_line_of_the_log(flaskd: Flaskd) -> 
     ]
     assert not set("\r\u2028\x0b\x1b") & set(log)
     code, log = flaskd.fails(app="ruder")
-    assert (code, "cannot load ruder: the app raised Rude: its text cannot be had" in log) == (70, True)
+    assert (code, "cannot load ruder: the app raised Rude: its text cannot be read" in log) == (70, True)
 
 
 SHORT_OF_THREADS = """

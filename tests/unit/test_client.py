@@ -275,7 +275,7 @@ def test_fields_that_are_not_flaskds_are_no_traceback(tmp_path, monkeypatch, ans
     if done.exception is None:
         assert done.return_value in {0, None}
     else:
-        what = "no answer to" if verb == "top" else f"cannot talk to {path}: who answers there is not flaskd"
+        what = "no answer to" if verb == "top" else f"cannot talk to {path}: what answers there is not flaskd"
         assert str(done.exception).startswith(what)  # top asks twice, and there is one answer
 
 
@@ -348,7 +348,7 @@ def test_an_answer_of_any_size_is_given_up(tmp_path, monkeypatch):
     with (
         pouring(path, b"x" * 65536),
         ControlClient(path) as client,
-        pytest.raises(NoDaemonError, match="who answers there is not flaskd: it says more than 1 MiB at a time"),
+        pytest.raises(NoDaemonError, match="what answers there is not flaskd: it says more than 1 MiB at a time"),
     ):
         client.request("status")
 
@@ -442,7 +442,7 @@ def test_who_listens_must_be_this_user_root_or_the_directorys_owner(tmp_path, mo
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
-        with pytest.raises(ForbiddenError, match="cannot trust who listens at .*: it runs as uid 54322"):
+        with pytest.raises(ForbiddenError, match="cannot trust the process that listens at .*: it runs as uid 54322"):
             ControlClient(path).__enter__()
 
 

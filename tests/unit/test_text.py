@@ -58,7 +58,7 @@ def test_the_text_of_an_exception_may_raise():
         def __str__(self):
             raise LookupError
 
-    assert text_of(RudeError()) == "its text cannot be had"
+    assert text_of(RudeError()) == "its text cannot be read"
     assert text_of(ValueError("a\nb\u2028")) == r"a\x0Ab\x2028"
 
 

@@ -328,7 +328,7 @@ def test_a_mark_that_cannot_be_read_tells_of_no_death(directory, caplog, mark):
         path.write_bytes(b" " * 100_000)
     state = opened(directory)
     assert "died" not in caplog.text
-    assert state.previous.startswith("left a mark that cannot be read, and nobody knows how it ended: ")
+    assert state.previous.startswith("left a mark that cannot be read, so it is not known how it ended: ")
     state.close()
 
 
