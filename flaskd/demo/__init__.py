@@ -1,7 +1,7 @@
 """A small app that makes a drain worth watching: ``flaskd serve flaskd.demo:app``, then open it in a browser.
 
-It has what apps have (a database, a cache, slow requests, a stream, uploads) and no code of its own to shut
-them down: a stop finds them. Importing it opens nothing; the database file is made at the first visit.
+It has what real apps have (a database, a cache, slow requests, a stream, uploads) and no code that closes them: flaskd
+finds them at the stop. Importing it opens nothing; the database file is made at the first visit.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ visits = db.Table(
 )
 
 _started = datetime.now(UTC)
-# SQLite takes one writer at a time anyway, and the in-memory database is one connection for all threads.
+# SQLite allows one writer at a time anyway, and all threads share one connection to the in-memory database.
 _one_writer = threading.Lock()
 _watching: set[object] = set()
 
@@ -92,7 +92,7 @@ def stream() -> Response:
     text = request.args.get("events")
     if text is not None and not re.fullmatch(r"[0-9]{1,9}", text):
         abort(400, f'expected events as a whole number, got "{text}"')
-    # Elsewhere than under flaskd nobody sets this event, and waiting for it is a plain sleep.
+    # Only flaskd sets this event; under other servers waiting for it is a plain sleep.
     draining = request.environ.get("flaskd.draining") or threading.Event()
     numbers = itertools.count(1) if text is None else range(1, int(text) + 1)
     unbuffered = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -127,7 +127,7 @@ def cached() -> dict[str, Any]:
 
 @routes.get("/ping")
 def ping() -> Response:
-    """Answer ``ok`` and touch nothing: for ``health.probe``."""
+    """Answer ``ok`` without using database or cache; for ``health.probe``."""
     return Response("ok\n", mimetype="text/plain")
 
 
@@ -138,10 +138,10 @@ def boom() -> str:
 
 
 def create_app() -> Flask:
-    """Make the app. Where its database will be is decided here; nothing is opened or written yet."""
+    """Make the app and choose the path of its database, without opening or writing it."""
     demo = Flask(__name__)
     place = _database_place()
-    # Without a file Flask-SQLAlchemy chooses StaticPool: one connection, or each would see its own database.
+    # Without a file Flask-SQLAlchemy uses StaticPool, one connection for all; each connection has its own database.
     url = sa.URL.create("sqlite", database=None if place is None else str(place))
     demo.config.update(DEMO_DATABASE=place, SQLALCHEMY_DATABASE_URI=url, CACHE_TYPE="SimpleCache")
     db.init_app(demo)
@@ -181,7 +181,7 @@ def _events(numbers: Iterator[int] | range, draining: threading.Event) -> Iterat
 
 
 def _database_place() -> Path | None:
-    """Return the path of the SQLite file, or None (keep it in memory) where it could not be written."""
+    """The path of the SQLite file, or None (keep it in memory) if it could not be written."""
     if chosen := os.environ.get("FLASKD_DEMO_DB"):
         place = Path(chosen).absolute()
     elif state := os.environ.get("STATE_DIRECTORY", "").partition(":")[0]:
@@ -199,7 +199,7 @@ def _database_place() -> Path | None:
 
 
 def _control_path() -> str:
-    """Return the FIFO to type into; where the socket is configured, the FIFO is the node beside it."""
+    """The path of the FIFO, into which the page's example commands write; it is beside the control socket."""
     path = current_app.config.get("FLASKD_CONTROL") or os.environ.get("FLASKD_CONTROL") or "/run/flaskd/control"
     return str(path).removesuffix(".sock")
 

@@ -250,7 +250,7 @@ def test_who_is_not_flaskd_is_named(tmp_path, answer):
     path = tmp_path / "other.sock"
     with answering(path, answer), ControlClient(path) as client, pytest.raises(NoDaemonError) as caught:
         client.request("status")
-    assert str(caught.value).startswith(f"cannot talk to {path}: who answers")
+    assert str(caught.value).startswith(f"cannot talk to {path}: what answers")
 
 
 FIELDS = {
