@@ -272,15 +272,19 @@ def _section(kind: type[Settings], path: tuple[str, ...], done: Translation) -> 
 def written(value: Any) -> str:
     """A value as YAML."""
     if isinstance(value, list):
-        return (
-            "[" + ", ".join(written(each) if not isinstance(each, Filled) else json.dumps(each) for each in value) + "]"
-        )
+        return "[" + ", ".join(written(each) if not isinstance(each, Filled) else _quoted(each) for each in value) + "]"
     if isinstance(value, Filled):  # without quotes if possible, so that a number stays one
         plain = value.isprintable() and re.match(r"[\w./$]", value) and not re.search(r": | #|[\s:]$", value)
-        return str(value) if plain else json.dumps(value, ensure_ascii=False)
+        return str(value) if plain else _quoted(value)
     if isinstance(value, str):
         plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", value) and not re.fullmatch(
             r"null|true|false|yes|no|on|[0-9.e_-]+|0[xo].*", value, re.IGNORECASE
         )
-        return value if plain else json.dumps(value.replace("${", "$${"), ensure_ascii=False)
+        return value if plain else _quoted(value.replace("${", "$${"))
     return json.dumps(value)
+
+
+def _quoted(text: str) -> str:
+    """Text in YAML's double quotes, with escapes for what YAML takes for a line break or does not take at all."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return re.sub("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]", lambda each: f"\\u{ord(each[0]):04x}", quoted)

@@ -4,11 +4,11 @@ import re
 
 import pytest
 from gunicorn_configs import CONFIGS
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from flaskd.cli import cli, reported
-from flaskd.cli.init import init, rendered, translated, valid
+from flaskd.cli.init import init, rendered, translated, valid, written
 from flaskd.cli.translation import Translation
 from flaskd.config import load
 
@@ -92,11 +92,18 @@ VALUES = st.recursive(
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(pairs=st.lists(st.tuples(st.sampled_from(NAMES), VALUES), max_size=4))
+@example(pairs=[("bind", repr("\x7f")), ("accesslog", repr("\ud800")), ("loglevel", repr("\uffff"))])
 def test_whatever_is_set_what_is_written_passes_a_check(directory, pairs):
     """Whatever gunicorn setting is set, it is translated or noted, without a traceback, and the file passes a check."""
     (directory / "gunicorn.conf.py").write_text("".join(f"{name} = {value}\n" for name, value in pairs))
     done = translated("gunicorn.conf.py")
     checked(valid(done), directory)
+
+
+def test_text_is_read_back_as_it_was(directory):
+    """What YAML takes for a line break, or takes only with an escape, stays a part of the text."""
+    odd = "a \x85b\u2028c\x7f\U0001f600 ${d}"
+    assert checked(f"version: 1\napp: {{chdir: {written(odd)}}}\n", directory).values.app.chdir == directory / odd
 
 
 def test_every_note_has_its_line(directory):
