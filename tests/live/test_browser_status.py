@@ -1,5 +1,6 @@
 """The admin listener's page in a real browser: what it shows during the life of a daemon, and its layout."""
 
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -52,7 +53,7 @@ def test_the_page_tells_what_is_in_flight_while_every_thread_is_busy(flaskd: Fla
     tab.goto(url)
     tab.wait_for_selector("body[data-state=ready][data-look=wait]")
     assert tab.inner_text("#headline") == "Serving; every thread is busy"
-    assert tab.inner_text("#next") == "flaskd requests --stacks\nwhere they are in the code of the app"
+    assert tab.inner_text("#next") == "flaskd requests --stacks\nwhere the requests are in the app's code"
     assert [tab.inner_text(f"#tile-{each} .fact") for each in ("flight", "queue", "threads")] == ["3", "1", "2 of 2"]
     rows = tab.locator("#requests tbody tr")
     assert rows.count() == 3
@@ -132,7 +133,31 @@ def test_the_page_says_who_drained_and_how_to_undo_it(flaskd: Flaskd, tab: Any) 
     tab.wait_for_selector("body[data-state=ready]")
     assert flaskd.stop() == 0
     tab.wait_for_selector("body[data-state=silent]")
-    assert tab.inner_text("#sentence").startswith("Nothing was heard since ")
+    assert re.match(r"flaskd (was stopping, and )?has not answered since ", tab.inner_text("#sentence"))
+
+
+def test_the_page_shows_a_stop_as_it_goes(flaskd: Flaskd, tab: Any) -> None:
+    """It shows the steps that are over and that run, then that the stop has ended, and where its result is."""
+    steps = {"first": "'exit 3'", "second": "'cat hold'"}
+    policies = [
+        f"{name}: {{use: command, phase: close, timeout: 20s, with: {{argv: [sh, -c, {command}]}}}}"
+        for name, command in steps.items()
+    ]
+    url = serve(flaskd, f"cleanup: {{max_parallel: 1, policies: {{{', '.join(policies)}}}}}\n", "-c", "flaskd.yaml")
+    os.mkfifo(flaskd.directory / "hold")
+    tab.goto(url)
+    tab.wait_for_selector("body[data-state=ready]")
+    assert flaskd.client("stop")[0] == 0
+    with (flaskd.directory / "hold").open("w"):  # returns when the second step reads
+        tab.wait_for_selector("#steps .runs")
+        assert re.match(r"first\nfailed, .* s, .*exit code 3", tab.inner_text("#steps li >> nth=0"))
+        assert tab.inner_text("#steps li >> nth=1") == "second\nrunning"
+        assert tab.inner_text("#sentence").startswith("Reason: control: uid=")
+        assert re.match(r"stopping for .* s; .* left at most", tab.inner_text("#since"))
+    flaskd.wait()
+    tab.wait_for_selector("body[data-state=silent]")
+    assert tab.inner_text("#headline") == "Stopped, as far as this page can tell"
+    assert tab.inner_text("#next dt").startswith("flaskd last-stop")
 
 
 @pytest.mark.parametrize("width", [1280, 390])
