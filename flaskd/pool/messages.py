@@ -212,9 +212,10 @@ class DrainOver:
 
 @dataclass(frozen=True)
 class StepBegins:
-    """A step of its cleanup began."""
+    """A step of its cleanup began, or is over; `running` are the names of those that run now, for `left` seconds."""
 
     left: float
+    running: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

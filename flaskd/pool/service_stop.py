@@ -42,6 +42,11 @@ class ServiceStop:
         self._ended: list[Handle] = []
         """The workers that have stopped with the service, or died meanwhile."""
 
+    @property
+    def workers(self) -> list[Handle]:
+        """The workers that have stopped with the service, or died meanwhile (any thread)."""
+        return list(self._ended)
+
     def make_threads(self) -> None:
         """Start the thread of the stop while one can be had; raises RuntimeError."""
         self._thread.start()
