@@ -77,7 +77,7 @@ class Stopping:
             try:
                 tell()
             except BaseException:  # for example objects of the app
-                log.exception("cannot tell everybody of the stop")
+                log.exception("cannot report the stop to all")
         self._serving.run_stop()
 
     def join(self, event: StopAsked) -> None:

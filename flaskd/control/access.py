@@ -45,7 +45,7 @@ class Access:
                 number = int(name) if name.isdecimal() else _number_of(name, group=known is self._groups)
             except KeyError:
                 kind = "group" if known is self._groups else "user"
-                log.warning(f'control.roles.{role}: this machine has no {kind} "{name}"; it gives nobody a role')
+                log.warning(f'control.roles.{role}: this machine has no {kind} "{name}"; it has no effect')
                 continue
             known[number] = max(role, known.get(number, role))
 

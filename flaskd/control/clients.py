@@ -49,7 +49,7 @@ class Clients:
         """Whether some client has output that is not sent."""
         return any(client.has_output for client in self._all)
 
-    # --- who gets in ---
+    # --- accepting clients ---
 
     def accept(self, fd: int) -> None:
         """Accept one client and read what it has sent; if more clients wait, the selector reports the listener again.
@@ -96,7 +96,7 @@ class Clients:
     def _waiting(self) -> int:
         return sum(bool(client.pending) for client in self._all)
 
-    # --- who is served, and let go ---
+    # --- serving and dropping clients ---
 
     def settle(self) -> None:
         """Carry out commands, send answers, choose what to watch, and drop clients that are done, idle or too slow."""

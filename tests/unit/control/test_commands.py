@@ -228,8 +228,8 @@ def test_names_that_this_machine_does_not_know_are_a_warning(caplog):
     """Unknown names have no role, and one warning names them; the configuration is valid."""
     access(roles={"operator": ["no-such-user", "@no-such-group"]})
     assert [record.getMessage() for record in caplog.records] == [
-        'control.roles.operator: this machine has no user "no-such-user"; it gives nobody a role',
-        'control.roles.operator: this machine has no group "no-such-group"; it gives nobody a role',
+        'control.roles.operator: this machine has no user "no-such-user"; it has no effect',
+        'control.roles.operator: this machine has no group "no-such-group"; it has no effect',
     ]
 
 
