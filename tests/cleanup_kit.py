@@ -1,4 +1,4 @@
-"""What the cleanup tests share: steps made of functions, a runner for them, a wait for the end of a process."""
+"""What the cleanup tests share: steps made of functions, a runner for them, and waiting for processes to end."""
 
 import os
 import select
@@ -26,13 +26,13 @@ class Reason:
 
 
 def step(name, run=lambda _context: None, *, phase=Phase.QUIESCE, timeout=PATIENCE, **more):
-    """A step whose action is a function of the context."""
+    """Give a step whose action is a function of the context."""
     action = Action("test", NoFields, phase, lambda context, _fields: run(context))
     return Step(name, action, NoFields(), phase, timeout, **more)
 
 
 def runner(*steps, deadline=PATIENCE, reserve=0.0, max_parallel=8, clock=time.monotonic, **more):
-    """A runner; `deadline` is in seconds from now."""
+    """Give a runner; `deadline` is seconds from now."""
     return Runner(
         Plan(steps),
         **{"app": None, "reason": Reason()} | more,
@@ -44,17 +44,17 @@ def runner(*steps, deadline=PATIENCE, reserve=0.0, max_parallel=8, clock=time.mo
 
 
 def run(*steps, **more):
-    """Run the steps through all phases; returns their results by name, in the order in which they came."""
+    """Run the steps through all phases and give their results by name, in the order in which they became known."""
     return {result.name: result for result in runner(*steps, **more).run(Phase)}
 
 
 def fates(results):
-    """The outcome of each step as text."""
+    """Give each step's fate as text."""
     return {name: str(result.fate) for name, result in results.items()}
 
 
 class Hang:
-    """An action that notes when it is entered, and stays until it is released."""
+    """An action that signals when it runs, and runs until it is released."""
 
     def __init__(self):
         self.entered = threading.Event()
@@ -67,7 +67,7 @@ class Hang:
 
 @contextmanager
 def hanging():
-    """A `Hang`; after the test nothing of the cleanup is left running."""
+    """Give a `Hang`; afterwards no thread of the cleanup is left running."""
     hang = Hang()
     try:
         yield hang
@@ -81,7 +81,7 @@ def hanging():
 
 @contextmanager
 def in_background(call):
-    """Run `call` in a thread; the list has its result after the block."""
+    """Run `call` in a thread; gives a list that has its result when the block is left."""
     results = []
     thread = threading.Thread(target=lambda: results.append(call()))
     thread.start()
@@ -93,7 +93,7 @@ def in_background(call):
 
 
 def ended(pid):
-    """Whether the process ends in time (pidfd_open(2)); one that was not reaped yet has ended."""
+    """Whether the process ends in time (pidfd_open(2)); a zombie has ended."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:

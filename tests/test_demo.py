@@ -17,7 +17,7 @@ from flaskd import demo
 
 @contextmanager
 def fresh_app():
-    """Make an app in the present environment, and close its database afterwards."""
+    """Make an app in the present environment and close its database afterwards."""
     app = demo.create_app()
     try:
         yield app
@@ -28,14 +28,14 @@ def fresh_app():
 
 @pytest.fixture
 def clean_environment(monkeypatch):
-    """Remove all variables that choose the path of the database or of the control node."""
+    """Remove the variables that would choose a place for the database or the control path."""
     for name in ("FLASKD_DEMO_DB", "STATE_DIRECTORY", "XDG_STATE_HOME", "FLASKD_CONTROL"):
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
 def app(tmp_path, monkeypatch, clean_environment):
-    """An app whose database is in a directory that does not exist yet."""
+    """Give an app whose database is in a directory that does not exist yet."""
     monkeypatch.setenv("FLASKD_DEMO_DB", str(tmp_path / "state" / "demo.db"))
     with fresh_app() as app:
         yield app
@@ -43,12 +43,12 @@ def app(tmp_path, monkeypatch, clean_environment):
 
 @pytest.fixture
 def client(app):
-    """A client of that app."""
+    """Give a client of that app."""
     return app.test_client()
 
 
 def test_page_shows_counter_process_and_default_control_path(client):
-    """The page shows the counted visit, the process id, and the path for "drain"."""
+    """The page shows the counted visit, the process id, and the path for `echo drain`."""
     page = client.get("/").get_data(as_text=True)
     assert '<span id="visits">1</span>' in page
     assert f'id="pid">{os.getpid()}<' in page
@@ -74,7 +74,7 @@ def test_page_needs_nothing_from_elsewhere(client):
     ],
 )
 def test_control_path(app, monkeypatch, configured, environment, shown):
-    """The control path is the configured one, or that of the environment, quoted for the shell and for HTML."""
+    """The control path is the configured one, else the environment's, quoted for the shell and for HTML."""
     app.config["FLASKD_CONTROL"] = configured
     if environment is not None:
         monkeypatch.setenv("FLASKD_CONTROL", environment)
@@ -89,7 +89,7 @@ def test_count_goes_up_by_one(client):
 
 
 def test_count_survives_a_new_app(client):
-    """The counter is in the file, and survives the process."""
+    """A new app continues the count, because the counter is in the file."""
     client.get("/count")
     with fresh_app() as second:
         assert second.test_client().get("/count").json == {"visits": 2}
@@ -97,7 +97,7 @@ def test_count_survives_a_new_app(client):
 
 @pytest.mark.parametrize("kept", ["file", "memory"])
 def test_count_is_correct_under_eight_threads(app, tmp_path, monkeypatch, kept):
-    """Eight threads that count at once lose no visit, also at the first visit, which makes the table."""
+    """Eight threads that count at the same time lose no visit, even if the table has to be made."""
     if kept == "memory":
         monkeypatch.setenv("FLASKD_DEMO_DB", str(tmp_path))
     together = threading.Barrier(8)
@@ -113,7 +113,7 @@ def test_count_is_correct_under_eight_threads(app, tmp_path, monkeypatch, kept):
 
 
 def test_count_is_correct_under_several_processes(client, app):
-    """Processes that start at once without a database make one table and lose no visit."""
+    """Processes that start at the same time without a database make one table and lose no visit."""
     code = "from flaskd.demo import app; c = app.test_client(); [c.get('/count') for _ in range(20)]"
     running = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(4)]
     assert [process.wait(60) for process in running] == [0, 0, 0, 0]
@@ -121,7 +121,7 @@ def test_count_is_correct_under_several_processes(client, app):
 
 
 def test_importing_opens_and_writes_nothing(tmp_path, clean_environment):
-    """A new interpreter that imports the demo creates no file and opens no database."""
+    """A new interpreter that imports the demo leaves no file and no open database behind."""
     code = "import flaskd.demo as d; assert d.app.config['DEMO_DATABASE'].name == 'demo.db'"
     environment = os.environ | {"XDG_STATE_HOME": str(tmp_path / "state")}
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env=environment)
@@ -138,7 +138,7 @@ def test_importing_opens_and_writes_nothing(tmp_path, clean_environment):
     ],
 )
 def test_database_place(tmp_path, monkeypatch, clean_environment, environment, expected):
-    """The database is at the named path, or in the state directory, or in the user's own."""
+    """The database's place is the one named for it, else the state directory, else the user's own."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value.replace("{}", str(tmp_path)))
     with fresh_app() as app:
@@ -163,7 +163,7 @@ def test_unwritable_place_means_memory(monkeypatch, clean_environment, environme
 
 
 def test_no_home_means_memory(monkeypatch, clean_environment):
-    """For a user without a home directory, the counter is in memory."""
+    """A user without a home directory has the counter in memory."""
 
     def homeless(path):
         raise RuntimeError("Could not determine home directory.")
@@ -173,7 +173,7 @@ def test_no_home_means_memory(monkeypatch, clean_environment):
 
 
 def test_slow_sleeps_once_for_the_time_asked(client, monkeypatch):
-    """The slow request sleeps once, for the time asked, and says how long it took."""
+    """The slow request sleeps in one piece and says how long it took."""
     slept = []
     monkeypatch.setattr("time.sleep", slept.append)
     assert client.get("/slow?seconds=1.5").json["seconds"] == 1.5
@@ -206,7 +206,7 @@ class Clock(threading.Event):
 
 
 def test_stream_ends_when_the_drain_begins(client):
-    """The endless stream sends an event a second until the draining event is set, then `bye`."""
+    """The endless stream sends an event a second until the draining event is set, then a goodbye."""
     draining = Clock(rounds=3)
     answer = client.get("/stream", environ_overrides={"flaskd.draining": draining})
     assert answer.mimetype == "text/event-stream"
@@ -219,7 +219,7 @@ def test_stream_ends_when_the_drain_begins(client):
 
 
 def test_stream_wakes_from_its_wait(client):
-    """A stream that waits for its next second sends `bye` at once when a drain begins."""
+    """A stream that waits for its next second ends at once when another thread begins a drain."""
     draining = threading.Event()
     chunks = client.get("/stream", environ_overrides={"flaskd.draining": draining}).response
     assert "id: 1\n" in next(chunks).decode()
@@ -231,18 +231,18 @@ def test_stream_wakes_from_its_wait(client):
 
 
 def test_stream_during_a_drain_is_only_a_goodbye(client):
-    """A client that connects during a drain gets `bye` and nothing else."""
+    """A stream that begins during a drain is only the goodbye."""
     answer = client.get("/stream", environ_overrides={"flaskd.draining": Clock(rounds=0)})
     assert answer.get_data() == b'event: bye\ndata: {"why": "draining"}\n\n'
 
 
 def test_stream_works_without_flaskd(client):
-    """Under another server, which sets no draining event, a finite stream counts to its end."""
+    """Under another server, which sets no draining event, a finite stream runs to its end."""
     assert client.get("/stream?events=1").get_data(as_text=True).endswith('event: bye\ndata: {"why": "done"}\n\n')
 
 
 def test_stream_that_is_left_no_longer_counts_as_watching(client):
-    """A client that leaves in the middle is not counted any more."""
+    """A client that goes away during a stream is not counted as watching any more."""
     answers = []
     for _ in range(2):
         answers.append(client.get("/stream", environ_overrides={"flaskd.draining": Clock(rounds=9)}))
@@ -258,14 +258,14 @@ def test_stream_refuses_a_bad_number(client, events):
 
 @pytest.mark.parametrize("length", [0, 1, 3 * demo.UPLOAD_BLOCK + 7])
 def test_upload_answers_length_and_hash(client, length):
-    """The answer to an upload has the number of bytes, and their SHA-256."""
+    """The answer to an upload has the number of its bytes, and their SHA-256."""
     body = os.urandom(length)
     answer = client.post("/upload", data=body).json
     assert answer == {"bytes": length, "sha256": hashlib.sha256(body).hexdigest()}
 
 
 def test_cached_colour_is_kept_and_ages(app, client, monkeypatch):
-    """The cached value stays the same and grows older; it is made anew once it is gone from the cache."""
+    """The cached value stays and gets older; a new one is made after the cache has dropped it."""
     now, hues = 1_700_000_000.0, iter([12, 34])
     monkeypatch.setattr("time.time", lambda: now)
     monkeypatch.setattr("random.randrange", lambda _: next(hues))
@@ -279,7 +279,7 @@ def test_cached_colour_is_kept_and_ages(app, client, monkeypatch):
 
 
 def test_cached_colour_has_thirty_seconds(client, monkeypatch):
-    """The cache keeps the value for as long as the answer says."""
+    """The cache drops the value after the time that the answer names."""
     kept = {}
     monkeypatch.setattr(demo.cache, "set", lambda key, _, timeout: kept.update({key: timeout}))
     assert client.get("/cached").json["lifetime"] == 30
@@ -287,7 +287,7 @@ def test_cached_colour_has_thirty_seconds(client, monkeypatch):
 
 
 def test_ping_is_cheap(client, monkeypatch):
-    """The health probe's path answers without the database or the cache."""
+    """The health probe's path uses neither the database nor the cache."""
     with monkeypatch.context() as patch:
         patch.setattr(demo, "db", None)
         patch.setattr(demo, "cache", None)
@@ -296,7 +296,7 @@ def test_ping_is_cheap(client, monkeypatch):
 
 
 def test_boom_raises(app):
-    """The broken route raises in the app, and the client gets a 500."""
+    """The broken route raises in the app, and is a 500 for the client."""
     assert app.test_client().get("/boom").status_code == 500
     app.testing = True
     with pytest.raises(RuntimeError, match="boom"):
@@ -305,7 +305,7 @@ def test_boom_raises(app):
 
 @pytest.mark.parametrize("missing", ["flask_sqlalchemy", "flask_caching"])
 def test_missing_extra_is_one_clear_line(monkeypatch, missing):
-    """Without its extra, importing the demo raises an error that says what to install."""
+    """Without its extra, importing the demo raises with the command that installs it."""
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.delitem(sys.modules, "flaskd.demo")
     with pytest.raises(ImportError) as caught:

@@ -91,7 +91,7 @@ class RuntimeDirectory:
                 with contextlib.suppress(OSError):
                     self.path.rmdir()
             with contextlib.suppress(OSError):
-                fcntl.flock(self._fd, fcntl.LOCK_UN)  # also for a forked child that may hold a copy
+                fcntl.flock(self._fd, fcntl.LOCK_UN)  # also if a forked child holds a copy of the descriptor
             self.forget()
 
     def forget(self) -> None:

@@ -178,7 +178,7 @@ class StateDirectory:
             self._writing.release()
         if self._lock >= 0:
             with contextlib.suppress(OSError):
-                fcntl.flock(self._lock, fcntl.LOCK_UN)  # also for a forked child that may hold a copy
+                fcntl.flock(self._lock, fcntl.LOCK_UN)  # also if a forked child holds a copy of the descriptor
         self.forget()
 
     def forget(self) -> None:

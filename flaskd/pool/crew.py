@@ -217,8 +217,8 @@ class Crew:
                 if worker.phase is Phase.DRAINING:
                     worker.phase = Phase.DRAINED
                 self._owner.reported(worker, report)
-            case say.StepBegins(left):
-                worker.step_until = time.monotonic() + left
+            case say.StepBegins(left, running):
+                worker.step_until, worker.running = time.monotonic() + left, running
                 if self.slots.ending:
                     self._post(StepBegan())
             case say.StepOver(result):

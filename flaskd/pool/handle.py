@@ -78,6 +78,8 @@ class Handle:
         """Its exit code, once its process has ended."""
         self.results: list[StepResult] = []
         """The results of its cleanup steps so far."""
+        self.running: tuple[str, ...] = ()
+        """The names of its cleanup steps that run now."""
         self.step_until = 0.0
         """The time.monotonic() moment by which the present step of its stop is over."""
         self.exit_waits_for = ""

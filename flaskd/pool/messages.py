@@ -212,9 +212,10 @@ class DrainOver:
 
 @dataclass(frozen=True)
 class StepBegins:
-    """A step of the worker's cleanup began; it takes at most `left` seconds."""
+    """A step of the worker's cleanup began or ended; `running` names those that run now, for at most `left` seconds."""
 
     left: float
+    running: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

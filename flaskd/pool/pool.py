@@ -63,6 +63,7 @@ class Pool(View):
         self._slots = self._crew.slots
         self.wanted, self.templates = lambda: self._slots.wanted, self._crew.templates.shown
         self._service_stop = ServiceStop(self._pipeline, self._crew, self.sums, post)
+        self.stopped = lambda: self._service_stop.workers
         self._over: Callable[[DrainReport], object] = lambda _: None
         """The function to call at the end of the drain that was begun last."""
         self._gathering: Gathering | None = None

@@ -42,6 +42,11 @@ class ServiceStop:
         self._ended: list[Handle] = []
         """The workers that have stopped with the service, or died during its stop."""
 
+    @property
+    def workers(self) -> list[Handle]:
+        """The workers that have stopped with the service, or died meanwhile (any thread)."""
+        return list(self._ended)
+
     def make_threads(self) -> None:
         """Start the thread of the stop now, because later no thread may be available; raises RuntimeError."""
         self._thread.start()

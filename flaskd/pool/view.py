@@ -11,6 +11,7 @@ from flaskd.background_work import Background
 from flaskd.cleanup import Frame, Plan, overview, with_service
 from flaskd.config import Configuration
 from flaskd.ledger import InFlight
+from flaskd.pool.handle import Handle
 from flaskd.pool.idleness import Idleness
 from flaskd.pool.questions import Reply, Round
 from flaskd.pool.sums import Sums, all_steps, requests_of
@@ -37,6 +38,8 @@ class View:
         """How many workers there should be."""
         self.templates: Callable[[], list[dict[str, Any]]] = list
         """The descriptions of the templates from which workers are forked."""
+        self.stopped: Callable[[], list[Handle]] = list
+        """The workers that have stopped with the service."""
 
     @property
     def target(self) -> str | None:
@@ -73,7 +76,10 @@ class View:
         """All figures at this moment."""
         stop, sums = self._pipeline.stop, self.sums
         workers = sums.alive
-        steps = {**all_steps(workers), **(stop.policies if stop is not None else {})}
+        steps, running = all_steps(sorted([*self.stopped(), *workers], key=lambda each: each.slot)), []
+        if stop is not None:
+            steps |= stop.policies
+            running = [f"{name} (worker {each.slot})" for each in workers for name in each.running] + [*stop.running]
         after, idle_for = self.idleness.after, sums.idle_for
         idle = None if after is None else (idle_for, max(0.0, after - idle_for))
         return ServingSnapshot(
@@ -86,7 +92,7 @@ class View:
             busy=sums.total("busy"),
             tally=sums.tally(),
             idle=idle,
-            cleanup=stop.running if stop is not None else (),
+            cleanup=tuple(running),
             steps=steps,
             workers=tuple(self.sums.workers()),
             wanted=self.wanted(),

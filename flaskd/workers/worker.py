@@ -128,7 +128,7 @@ class WorkerBoot(Boot):
                 if waits := self.daemon.stopping.exit_waits_for:
                     self._link.tell(say.ExitWaits(waits))
             case StepsTake(seconds):
-                self._link.tell(say.StepBegins(seconds))
+                self._link.tell(say.StepBegins(seconds, self.daemon.serving.snapshot().cleanup))
             case StepDone(result):
                 self._link.tell(say.StepOver(result))
 

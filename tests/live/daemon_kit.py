@@ -1,4 +1,4 @@
-"""Real flaskd processes: started, waited for until they are ready, and examined after their end."""
+"""Real flaskd processes: started, waited for by their own readiness, and asked what they did when they have ended."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def finalizer(seconds):
 
 
 class Gate:
-    """A server at which requests to ``/hold`` report that they run, and wait to be released."""
+    """The requests to ``/hold``: each signals that it runs, and waits until the test releases it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -78,7 +78,7 @@ class Gate:
         self._held: list[socket.socket] = []
 
     def is_called(self, seconds: float = 0.0) -> bool:
-        """Whether one more request is running, or will be within so many seconds."""
+        """Whether one more request runs within `timeout` seconds."""
         return bool(select.select([self._listener], [], [], seconds)[0])
 
     def entered(self) -> None:
@@ -89,7 +89,7 @@ class Gate:
         self._held.append(held)
 
     def open(self, most: int | None = None) -> None:
-        """Release all requests, or `most` of them, the oldest first."""
+        """Release all requests, or at most `most`, the first ones first."""
         for held in self._held[:most]:
             with contextlib.suppress(OSError):
                 held.sendall(b"x")
@@ -102,11 +102,11 @@ class Gate:
 
 
 NOBODY = ("--name", "nobody-runs-this")
-"""The name of no daemon, for a client that must not find one that runs on this machine."""
+"""An environment in which a client finds no daemon, even if this machine runs one with the usual name."""
 
 
 class Flaskd:
-    """One flaskd process with its own runtime and state directory, and a fake service manager."""
+    """One flaskd process with a runtime and state directory of its own, and a fake service manager."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -131,7 +131,7 @@ class Flaskd:
     # --- starting ---
 
     def write(self, name: str, text: str) -> Path:
-        """Write a file into flaskd's working directory."""
+        """Write a file into the directory that flaskd works in."""
         path = self.directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -156,18 +156,18 @@ class Flaskd:
             )  # fmt: skip
 
     def start(self, *args: str, app: str | None = "gateapp", listen: str | None = "127.0.0.1:0", **how: Any) -> Flaskd:
-        """Start it, and wait until it sends READY."""
+        """Start it and wait until it says READY."""
         self.launch(*args, app=app, listen=listen, **how)
         self.wait_message("READY=1")
         return self
 
     def fails(self, *args: str, app: str | None = "gateapp", listen: str | None = "127.0.0.1:0") -> tuple[int, str]:
-        """Start what cannot start; returns the exit code and all output."""
+        """Start it, although the start must fail; returns the exit code and its output."""
         self.launch(*args, app=app, listen=listen)
         return self.wait(), self.log
 
     def wait_message(self, wanted: str) -> str:
-        """Wait for a notification with that text, and keep all earlier ones."""
+        """Wait for a notification that contains a text, and keep those before it."""
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
             if select.select([self._manager], [], [], 0.2)[0]:
@@ -187,7 +187,7 @@ class Flaskd:
 
     @property
     def log(self) -> str:
-        """All that it wrote to standard output and standard error."""
+        """All that it wrote to standard output and error."""
         return self.log_file.read_text(errors="replace")
 
     @property
@@ -201,7 +201,7 @@ class Flaskd:
     def control(self) -> socket.socket:
         """A connection to the control socket."""
         client = socket.socket(socket.AF_UNIX)
-        client.connect(str(self.socket_path))  # this waits for room in the backlog, which it would not with a timeout
+        client.connect(str(self.socket_path))  # without a timeout it waits for room in the backlog
         client.settimeout(PATIENCE)
         return client
 
@@ -212,7 +212,7 @@ class Flaskd:
             return b"".join(iter(lambda: client.recv(65536), b"")).decode()
 
     def status(self) -> dict[str, Any]:
-        """The status, as JSON for programs."""
+        """The status, as programs see it."""
         code, out, err = self.client("status", "--json")
         assert code == 0, err
         return dict(json.loads(out))
@@ -235,17 +235,17 @@ class Flaskd:
         return self.process.pid
 
     def settle(self) -> None:
-        """Wait until all is counted: a client may have its answer before the daemon has counted it."""
+        """Wait until all requests are counted: a client may have its answer slightly before the daemon counts it."""
         self.until(lambda: "in_flight: 0" in self.command("status").splitlines())
 
     def hold(self, url: str | None = None) -> Answer:
-        """Make a request that runs until the gate opens; it is running when this returns."""
+        """Make a request that runs until the gate opens; returns when it runs."""
         answer = Answer(url or self.url, "/hold")
         self.gate.entered()
         return answer
 
     def stop_holding(self, url: str | None = None) -> None:
-        """Send SIGTERM with a request in hand: it is answered, and the exit code is 0."""
+        """Send SIGTERM while a request runs: it is answered, and the exit code is 0."""
         held = self.hold(url)
         self.kill(signal.SIGTERM)
         self.wait_message("STOPPING=1")
@@ -254,7 +254,7 @@ class Flaskd:
         assert self.wait() == 0
 
     def until(self, condition: Callable[[], bool]) -> None:
-        """Wait until a condition is true; if it never is, fail with the log."""
+        """Wait for a condition that must be polled; if it fails, the log is shown."""
         until(condition, lambda: f"\n{self.log}")
 
     # --- ending ---
@@ -269,12 +269,12 @@ class Flaskd:
         return self.process.wait(timeout)
 
     def stop(self) -> int:
-        """Send SIGTERM; returns the exit code."""
+        """SIGTERM, and the exit code."""
         self.kill(signal.SIGTERM)
         return self.wait()
 
     def leftovers(self) -> list[str]:
-        """What it left in its directories, and should not have."""
+        """Files in its directories that it should have removed."""
         found = [str(path) for path in self.runtime.glob("*")] + [str(path) for path in self.runtime.glob(".*")]
         return found + [str(path) for path in self.state.glob("*") if path.name != "last-stop.json"]
 
@@ -291,7 +291,7 @@ class Flaskd:
 
 
 class Terminal:
-    """A flaskd on a pseudo-terminal of its own, as a shell would start it."""
+    """flaskd on a pseudo-terminal of its own, as a shell would start it."""
 
     def __init__(self, flaskd: Flaskd, *args: str, app: str = "gateapp", prefix: Sequence[str] = ()) -> None:
         self.flaskd = flaskd
@@ -322,7 +322,7 @@ class Terminal:
 
 
 def children(pid: int) -> list[int]:
-    """The pids of a process' children, of all of its threads."""
+    """The pids of a process' children, whichever thread started them."""
     found = []
     for each in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
@@ -331,7 +331,7 @@ def children(pid: int) -> list[int]:
 
 
 def handles_sigterm(pid: int) -> bool:
-    """Whether a process has a handler for SIGTERM (SigCgt, proc_pid_status(5)); Python itself sets none."""
+    """Whether a process handles SIGTERM (SigCgt, proc_pid_status(5)); a fresh Python does not."""
     status = Path(f"/proc/{pid}/status").read_text()
     return bool(int(re.findall(r"SigCgt:\s*(\w+)", status)[0], 16) >> (signal.SIGTERM - 1) & 1)
 
@@ -348,7 +348,7 @@ def inherit(
     wait: str = "READY=1",
     app: str = "gateapp",
 ) -> Flaskd:
-    """Start flaskd with listening sockets, as systemd passes them (sd_listen_fds(3)); `name` may have colons."""
+    """Start flaskd with listening sockets passed as systemd does (sd_listen_fds(3)); `name` has their names, with colons."""
     flaskd.env.update(LISTEN_FDS=str(1 + len(others)), LISTEN_FDNAMES=name)
 
     def pass_on() -> None:
@@ -366,7 +366,7 @@ def inherit(
 
 
 def no_pid_namespace() -> list[str]:
-    """What is missing for a PID namespace; empty if one can be made."""
+    """What is missing for a PID namespace; empty if nothing is."""
     done = subprocess.run(
         ["unshare", "--pid", "--fork", "--mount-proc", "true"], capture_output=True, text=True, check=False
     )
@@ -374,7 +374,7 @@ def no_pid_namespace() -> list[str]:
 
 
 def requires(name: str, missing: Sequence[str]) -> None:
-    """Skip with this reason, unless $FLASKD_REQUIRE says that the feature must be there."""
+    """Skip the test with the reason if something is missing, or fail if $FLASKD_REQUIRE names it."""
     if missing:
         reason = f"{name} is not available: {', '.join(missing)}"
         if name in os.environ.get("FLASKD_REQUIRE", "").split(","):

@@ -1,8 +1,8 @@
 """A real `systemd --system` for tests, as PID 1 of namespaces of its own.
 
-A service manager that sees the machine's root cgroup moves all processes of the machine into its own cgroups. So one is
-started here only as PID 1 of a new PID namespace, alone in a leaf cgroup that it sees as the root; the guards in
-`_BOOT` check each of these, and exit if one is missing. The network is the machine's, so tests take free ports.
+A service manager that sees the machine's root cgroup moves every process of the machine into its own. So nothing here
+starts one unless it is PID 1 of a new PID namespace, alone in a leaf cgroup that it sees as the root; the guards in
+`_BOOT` ask for each of these and leave when one is missing. The network is the machine's: take free ports.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from patience import PATIENCE, until
 PROJECT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flaskd-tests"
 VENV = "/opt/flaskd"
-"""The path of flaskd's virtual environment for the service managers."""
+"""Where the service managers see flaskd's virtual environment."""
 LONG = bool(os.environ.get("FLASKD_LONG"))
-"""Whether to run all the cycles that are promised, on every version."""
+"""Whether to run the full number of cycles, on every version."""
 _BOOTED_IN = 30.0
 _PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "-q")
 _TOOLS = ("setpriv", "unshare", "nsenter", "systemctl", "journalctl")
@@ -126,7 +126,7 @@ def cgroup2() -> Path | None:
 
 
 def why_not() -> list[str]:
-    """What is missing for a service manager; empty if one can be booted."""
+    """What is missing to boot a service manager; empty if nothing is."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return ["root on Linux"]
     missing = [tool for tool in _TOOLS if not shutil.which(tool)]
@@ -174,7 +174,7 @@ def debian_13() -> Path:
 
 
 def installed(root: Path | None, into: Path) -> None:
-    """Make a virtual environment with this flaskd, for the Python of a root file system; services see it at `VENV`."""
+    """Make a virtual environment with this flaskd for the Python of a root file system; services see it at `VENV`."""
     version = _python(root)
     _run(*_PIP, "wheel", "--no-deps", "-w", into / "wheel", PROJECT)
     site = into / "lib" / f"python{version}" / "site-packages"
@@ -186,20 +186,20 @@ def installed(root: Path | None, into: Path) -> None:
     (into / "bin").mkdir()
     (into / "bin/python3").symlink_to("/usr/bin/python3")
     (into / "pyvenv.cfg").write_text("home = /usr/bin\ninclude-system-site-packages = false\n")
-    script = into / "bin/flaskd"  # as pip would write it
+    script = into / "bin/flaskd"  # the script that pip would write
     script.write_text(f"#!{VENV}/bin/python3\nimport sys\nfrom flaskd.__main__ import main\nsys.exit(main())\n")
     script.chmod(0o755)
 
 
 def _python(root: Path | None) -> str:
-    """The version of Python in a root file system, such as 3.11."""
+    """The version of a root file system's own Python, such as 3.11."""
     names = {path.name.removeprefix("python") for path in (root or Path("/")).glob("usr/lib/python3.*")}
     (version,) = (name for name in names if name.removeprefix("3.").isdigit())
     return version
 
 
 def _dependencies(version: str) -> Path:
-    """The packages that flaskd needs for one version of Python, kept in the cache."""
+    """The packages that flaskd needs, for one version of Python; kept in the cache."""
     wanted = _wanted()[:-1]
 
     def make(place: Path) -> None:
@@ -210,7 +210,7 @@ def _dependencies(version: str) -> Path:
 
 
 def wheels(version: str) -> Path:
-    """A directory of wheels with all that flaskd needs to be built and to run, for one version of Python; cached."""
+    """A directory of wheels with all that flaskd needs to build and to run, for one version of Python; kept."""
     wanted = _wanted()
 
     def make(place: Path) -> None:
@@ -222,7 +222,7 @@ def wheels(version: str) -> Path:
 
 
 def _wanted() -> list[str]:
-    """The requirements in pyproject.toml: first those to run, last those to build."""
+    """The requirements in pyproject.toml, those for building last."""
     text = tomllib.loads((PROJECT / "pyproject.toml").read_text())
     (build,) = text["build-system"]["requires"]
     return [*text["project"]["dependencies"], build]
@@ -233,7 +233,7 @@ def _digest(wanted: list[str]) -> str:
 
 
 def _kept(name: str, make: Callable[[Path], None]) -> Path:
-    """A directory of the cache, made if needed."""
+    """A directory of the cache; made if it does not exist."""
     kept = CACHE / name
     if not kept.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -251,22 +251,24 @@ def _run(*command: str | Path) -> None:
 
 
 class Systemd:
-    """One service manager: it is booted when the block is entered, and ended with all its processes at the block's end.
+    """One service manager, booted when the context is entered and gone with all of its processes when it is left.
 
-    `root` is another root file system, whose systemd is used. `/etc`, `/var`, `/run`, `/opt` and `/srv` are private. A
-    `bare` one has nothing of flaskd, and a network of its own, in which every port is free.
+    `root` is another root file system whose systemd is used. `/etc`, `/var`, `/run`, `/opt` and `/srv` are private. A
+    `bare` one has nothing of flaskd, and a network of its own, where every port is free.
     """
 
     def __init__(self, root: Path | None = None, *, bare: bool = False) -> None:
         self.root = root
         self.bare = bare
         self.pid = 0
-        """PID 1 of the namespaces, by its number outside; 0 until it is a systemd that sees a /run of its own."""
+        """The pid of PID 1 of the namespaces, as seen outside; 0 until it is a systemd that sees a /run of its own."""
         self._ends = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as ends:
-            self.directory = Path(tempfile.mkdtemp(prefix="flaskd-systemd-", dir="/tmp"))  # short, for Unix sockets
+            self.directory = Path(
+                tempfile.mkdtemp(prefix="flaskd-systemd-", dir="/tmp")
+            )  # short, because of Unix sockets
             ends.callback(shutil.rmtree, self.directory, ignore_errors=True)
             self.directory.chmod(0o755)
             self.srv = self.directory / "srv"
@@ -326,14 +328,14 @@ class Systemd:
             time.sleep(0.02)
 
     def _first_child(self) -> int:
-        """The future PID 1 of the namespaces, by its number outside; 0 if there is none yet."""
+        """The pid, as seen outside, of the process that becomes PID 1 of the namespaces; 0 until there is one."""
         return next(iter(children(self._outer.pid)), 0)
 
     def _find(self) -> int:
-        """Set `pid` once the child is a systemd, and return it.
+        """Set `pid` once it is a systemd, and return it.
 
-        Until `_BOOT` executes systemd, the child sees the machine's /run, through which systemctl would reach the
-        machine's own service manager.
+        Before `_BOOT` executes that, the child sees the machine's /run, where systemctl would reach the machine's own
+        service manager.
         """
         if not self.pid and (child := self._first_child()):
             with contextlib.suppress(OSError):
@@ -354,7 +356,7 @@ class Systemd:
             try:
                 self._outer.wait(5)
             except subprocess.TimeoutExpired:
-                self._outer.kill()  # --kill-child: PID 1 is killed with it, and with PID 1 the whole namespace
+                self._outer.kill()  # --kill-child also kills PID 1, and with that the whole namespace
                 self._outer.wait()
 
     def _remove_cgroup(self) -> None:
@@ -376,18 +378,18 @@ class Systemd:
         return _python(self.root)
 
     def seen(self, path: str) -> Path:
-        """The path outside of a path below /srv, as the services see it."""
+        """The path, as seen outside, of a path below /srv as the services see it."""
         return self.srv / Path(path).relative_to("/srv")
 
     def command(self, *command: str) -> list[str]:
-        """The command line that runs a command inside of the namespaces."""
+        """The command line that runs a command where the services run."""
         assert self.pid, "nothing is sent before there is a systemd of its own"
         return ["nsenter", "-t", str(self.pid), "-m", "-p", "-u", "-i", "-n", "-C", "--", *command]
 
     def run(
         self, *command: str, check: bool = True, timeout: float = 60, environ: Mapping[str, str] = QUIET
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command inside of the namespaces."""
+        """Run a command where the services run."""
         done = subprocess.run(
             self.command(*command), stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
             timeout=timeout, env=environ, check=False,
@@ -396,7 +398,7 @@ class Systemd:
         return done
 
     def ctl(self, *args: str, check: bool = True, timeout: float = 60) -> str:
-        """Run systemctl; returns its output."""
+        """The output of systemctl."""
         done = self.run("systemctl", "--no-pager", "--no-ask-password", *args, check=False, timeout=timeout)
         if check and done.returncode:
             about = [self.journal(arg) for arg in args[1:] if "." in arg]
@@ -413,7 +415,7 @@ class Systemd:
         return self.run("journalctl", "--no-pager", "-o", "cat", "-u", unit, *args, check=False).stdout
 
     def write(self, path: str, text: str) -> None:
-        """Write a file for the services, readable for all users."""
+        """Write a file where the services see it, readable for all."""
         text = textwrap.dedent(text)
         self.run("mkdir", "-p", str(Path(path).parent))
         subprocess.run(self.command("tee", path), input=text, text=True, stdout=subprocess.DEVNULL, check=True)
@@ -421,7 +423,7 @@ class Systemd:
     # --- flaskd as a service ---
 
     def prepare(self) -> None:
-        """Install the shipped units, make the user, and an app for the services."""
+        """Install the shipped units, make the user, and write an app for the services to serve."""
         self.run(f"{VENV}/bin/flaskd", "units", "--install", "/")
         for name in ("flaskd@.service", "flaskd@.socket"):
             self.write(f"/etc/systemd/system/{name}", (PROJECT / "systemd" / name).read_text())
@@ -451,7 +453,7 @@ class Instance:
         return f"http://127.0.0.1:{self.port}/"
 
     def configure(self, text: str) -> None:
-        """Write its configuration, in which PORT stands for the port; the app is there already."""
+        """Write its configuration; PORT stands for the port; its app is written already."""
         whole = "app: {target: shop, chdir: /srv/app}\n" + textwrap.dedent(text).replace("PORT", str(self.port))
         self.systemd.write(f"/etc/flaskd/{self.name}.yaml", whole)
 
@@ -464,7 +466,7 @@ class Instance:
 
     @property
     def pid(self) -> int:
-        """The pid of its main process inside of the namespaces."""
+        """The pid of its main process where the services run."""
         return int(self.show("MainPID"))
 
     def signal(self, number: str) -> None:
@@ -476,13 +478,13 @@ class Instance:
         return self.systemd.run(f"{VENV}/bin/flaskd", *args, "--name", f"flaskd-{self.name}", check=check).stdout
 
     def status(self) -> dict[str, Any]:
-        """The status, as JSON for programs."""
+        """The status, as programs see it."""
         return dict(json.loads(self.client("status", "--json")))
 
     def fates(self) -> dict[str, str]:
-        """The outcome of each policy of the last stop.
+        """The fate of each policy at the last stop, from the record.
 
-        It comes from the record: in the journal, the last lines of a process that has ended may lack its unit's name.
+        The journal may have lost the unit's name of the last lines of a process that has ended.
         """
         record = json.loads(self.systemd.run("cat", f"/var/lib/flaskd-{self.name}/last-stop.json").stdout)
         return {name: policy["fate"] for name, policy in record["policies"].items()}
@@ -500,7 +502,7 @@ class Instance:
 
 
 class Managers:
-    """Service managers with flaskd's units installed, each booted once for all consecutive tests.
+    """Service managers with flaskd's units installed, each booted once for all tests that follow each other.
 
     A `kind` is this machine's systemd ("machine"), or that of Debian 13 ("debian-13").
     """
@@ -510,14 +512,14 @@ class Managers:
         self._ends = contextlib.ExitStack()
 
     def boot(self, kind: str) -> Systemd:
-        """The service manager of a kind; boots it if needed."""
+        """The service manager of a kind; booted if it does not run."""
         requires("systemd", why_not())
         if kind not in self.booted:
             with or_skipped(kind), contextlib.ExitStack() as ends:
                 manager = ends.enter_context(Systemd(root_of(kind)))
                 manager.prepare()
                 self._ends.enter_context(ends.pop_all())
-            self.booted[kind] = manager  # the next test cannot use one that was not prepared
+            self.booted[kind] = manager  # only one that is prepared is kept for the next test
         return self.booted[kind]
 
     def end(self) -> None:
@@ -533,7 +535,7 @@ def root_of(kind: str) -> Path | None:
 
 @contextlib.contextmanager
 def or_skipped(kind: str) -> Iterator[None]:
-    """What is missing for a service manager or podman skips the test, unless it is required."""
+    """Skip the test if a service manager, or podman, cannot be had; fail if it is required."""
     try:
         yield
     except UnavailableError as error:
@@ -596,7 +598,7 @@ def tidy(_app):
 
 
 def free_port() -> int:
-    """A port that is free, and that clients do not get as their own: it can be bound, closed and bound again."""
+    """A free port outside of the range for clients: it can be bound, freed and bound again."""
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
     while True:
         port = random.randrange(10_000, max(10_001, lowest))

@@ -152,7 +152,7 @@ def test_commands_are_taken_from_unix_sockets_alone(flaskd: Flaskd) -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         inherit(flaskd, sock, name="control", wait="")
         assert flaskd.wait() == 73
-    assert "expected a Unix socket, which tells who speaks" in flaskd.log
+    assert "expected a Unix socket, which names its client's user" in flaskd.log
 
 
 def test_listeners_of_all_kinds_at_once(flaskd: Flaskd) -> None:
