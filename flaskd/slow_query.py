@@ -91,7 +91,7 @@ class SlowQuery(Generic[T]):
                 while (asked := self._take()) is not None:
                     asked.tell(asked.reply, found)
             except FlaskdError as error:
-                self._refuse(asked, error.code, str(error))
+                self._refuse(asked, error.code, error.whole)
             except BaseException as error:  # of ours, or of the app's objects that were asked: whoever asked is told
                 log.exception(f"cannot {self._name}")
                 self._refuse(asked, FlaskdError.code, f"cannot {self._name}: {described(error)}; the log says more")

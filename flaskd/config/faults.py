@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 COMMAND_LINE = "command line"
 MAX_FAULTS = 50
 """More than this nobody reads, and wording each one costs time."""
+_MAX_SHOWN = 3
+"""Places that are shown with their lines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +60,16 @@ class Fault:
 class InvalidConfigError(ConfigError):
     """The configuration has faults: ``faults`` holds them sorted by place, the text is one line for each.
 
-    Where all of them are of the command line, the exit code is that of a wrong command line.
+    ``details`` are the lines of the file that are no YAML, with a caret under the place. Where all faults are of the
+    command line, the exit code is that of a wrong command line.
     """
 
-    def __init__(self, faults: tuple[Fault, ...], omitted: int = 0) -> None:
+    def __init__(self, faults: tuple[Fault, ...], omitted: int = 0, details: str = "") -> None:
         lines = [str(fault) for fault in faults]
         if omitted:
             lines.append(f"... and {omitted} more")
         super().__init__("\n".join(lines))
-        self.faults = faults
+        self.faults, self.details = faults, details
         if all(fault.path == COMMAND_LINE for fault in faults):
             self.exit_code = EX_USAGE
         self.omitted = omitted
@@ -80,11 +83,11 @@ class Faults:
     """
 
     elsewhere: Callable[[str], Sequence[str]] = lambda _name: ()
-    _found: list[tuple[Place, str, str | Callable[[], str]]] = field(default_factory=list)
+    _found: list[tuple[Place, str, str | Callable[[], str], str]] = field(default_factory=list)
 
-    def add(self, place: Place, key: str, message: str | Callable[[], str]) -> None:
-        """Note one fault."""
-        self._found.append((place, key, message))
+    def add(self, place: Place, key: str, message: str | Callable[[], str], details: str = "") -> None:
+        """Note one fault, with what shows its place."""
+        self._found.append((place, key, message, details))
 
     def check(self) -> None:
         """Raise InvalidConfigError if there is any fault."""
@@ -93,9 +96,10 @@ class Faults:
         self._found.sort(key=lambda found: found[0].order)
         faults = tuple(
             Fault(place.source, place.line, place.column, key, message if isinstance(message, str) else message())
-            for place, key, message in self._found[:MAX_FAULTS]
+            for place, key, message, _ in self._found[:MAX_FAULTS]
         )
-        raise InvalidConfigError(faults, omitted=len(self._found) - len(faults))
+        details = [found[3] for found in self._found if found[3]][:_MAX_SHOWN]
+        raise InvalidConfigError(faults, len(self._found) - len(faults), "\n".join(details))
 
 
 def dotted(path: Iterable[str | int]) -> str:

@@ -221,7 +221,7 @@ class MappingOf(Kind):
         if isinstance(node, Scalar) and node.value is None:
             return {}
         if not isinstance(node, Table):
-            refuse(node, path, faults, "expected a mapping")
+            refuse(node, path, faults, "expected a mapping", lambda: f"; such as {path[-1]}: {{NAME: ...}}")
             return NOTHING
         found = {}
         for name, inner in node.entries.items():

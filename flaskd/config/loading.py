@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 import re
@@ -48,7 +49,7 @@ def load(
     was not given. ``environ`` is what interpolations see, by default the process' own. Raises ConfigError:
     one line when the file cannot be read, else InvalidConfigError with every fault.
     """
-    faults = Faults(_places_of)
+    faults = Faults(functools.partial(_places_of, actions))
     if path is None:
         top = Place("<defaults>")
         tree, base, source = Table(top, top, {}), Path.cwd(), b""
@@ -74,7 +75,7 @@ def load_mapping(
 
     Raises InvalidConfigError with every fault; their source is ``<mapping>`` and they have no lines.
     """
-    faults = Faults(_places_of)
+    faults = Faults(functools.partial(_places_of, actions))
     tree = from_python(data, Place("<mapping>"), faults)
     if not isinstance(tree, Table):
         raise ConfigError(f"expected the configuration as a mapping, got {type(data).__name__}")
@@ -102,14 +103,24 @@ def load_again(load: Callable[[], Configuration], old: Configuration) -> Configu
     return new
 
 
-_CALLED_ELSEWHERE = {"bind": "listen", "host": "listen", "port": "listen", "address": "listen", "loglevel": "level"}
-"""What other servers call a key of ours."""
+_CALLED_ELSEWHERE = {
+    "bind": "listen", "host": "listen", "port": "listen", "address": "listen",
+    "loglevel": "level", "log_level": "log.level", "accesslog": "access", "access_log": "access",
+    "timeout": "request_timeout", "graceful_timeout": "shutdown.drain.timeout", "keepalive": "channel_timeout",
+    "wsgi_app": "target", "module": "target", "directory": "chdir", "preload_app": "preload",
+    "forwarded_allow_ips": "trusted_proxy", "root_path": "url_prefix",
+}  # fmt: skip
+"""What other servers, or people, call a key of ours."""
 
 
-def _places_of(name: str) -> list[str]:
-    """The keys of a name, or of what it is called here, in all sections: ``server.listen``."""
-    wanted = _CALLED_ELSEWHERE.get(name, name)
-    return [dotted(path) for path in _keys(Config, ()) if path[-1] == wanted]
+def _places_of(actions: Actions, name: str) -> list[str]:
+    """The keys of a name, or of what it is called here, in all sections and actions: ``server.listen``."""
+    name = name.lower().replace("-", "_")
+    wanted = {name, _CALLED_ELSEWHERE.get(name, name)}
+    found = [dotted(path) for path in _keys(Config, ()) if not wanted.isdisjoint({path[-1], dotted(path)})]
+    fields = (field.key for each in actions.values() if issubclass(each.fields, Settings)
+              for field in each.fields.model_fields.values())  # fmt: skip
+    return found or ["cleanup.policies.NAME.with." + name] * (name in fields)
 
 
 def _keys(section: type[Settings], path: NodePath) -> Iterator[NodePath]:

@@ -199,6 +199,18 @@ def test_faults_name_place_expectation_and_value(faults, text, lines):
     assert faults(text) == lines
 
 
+def test_a_field_of_an_action_that_stands_beside_with(tmp_path):
+    """A key of the actions that come with flaskd is answered with its place; a path is not proposed for any text."""
+    path = tmp_path / "flaskd.yaml"
+    path.write_text(policies("a: {use: command, argv: [ls]}", "b: {use: command, with: ls}"))
+    with pytest.raises(InvalidConfigError) as caught:
+        load(path, actions=action_specs())
+    assert [each.message for each in caught.value.faults][1:] == [
+        'expected a known key, got "argv"; write cleanup.policies.NAME.with.argv',
+        'expected a mapping, got "ls"; such as with: {argv: ..., cwd: ...}',
+    ]
+
+
 def test_all_faults_come_at_once_and_sorted(faults):
     """Faults of every kind are reported together, from the top of the file to its end."""
     text = "sever: {}\nserver: {threads: x}\nserver: {}\napp: {target: '${env:NO}', chdir: 1}\nlog: {level: x}\n"
@@ -480,7 +492,9 @@ def test_faults_show_nothing_that_the_configuration_hides(use, fields):
         load_mapping({"cleanup": {"policies": {"it": {"use": use, "with": fields}}}}, actions=action_specs())
     assert "s3cret" not in str(caught.value)
     assert "another value" not in str(caught.value)
-    assert re.search(r"with\.\S+: expected .*, got (\[?\*{8}\]?|a list)$", str(caught.value))
+    assert re.search(
+        r"with\.\S+: expected .*, got (\[?\*{8}\]?|a list)(; such as \w+: \{NAME: \.\.\.\})?$", str(caught.value)
+    )
 
 
 def test_faults_show_nothing_that_a_field_of_an_action_hides():
