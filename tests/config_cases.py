@@ -204,7 +204,7 @@ WRONG = [
     ),
     (
         "server: {listen: [':1', ':2']}\nshutdown: {endpoint: {listen: ':2', token_file: t}}",
-        ['2:31 shutdown.endpoint.listen: expected an address of its own, got ":2", the app\'s'],
+        ['2:31 shutdown.endpoint.listen: expected an address of its own, got ":2", which is that of server.listen[1]'],
     ),
     ("server: {listen: ':99999'}", ['1:18 server.listen: expected a port of at most 65535, got ":99999"']),
     (

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from flaskd.config.configuration import Configuration
 from flaskd.config.doubts import doubts
-from flaskd.config.endpoint import check_endpoint
 from flaskd.config.faults import COMMAND_LINE, Faults, Place, dotted
 from flaskd.config.interpolate import Sources, interpolated
+from flaskd.config.listeners import check_listeners
 from flaskd.config.model import Config
 from flaskd.config.nodes import Node, Scalar, Table, child, scalars
 from flaskd.config.nodes import Path as NodePath
@@ -203,7 +203,7 @@ def _validated(
 ) -> tuple[Config, frozenset[NodePath]]:
     config = Config.read(tree, (), faults)
     check_policies(tree, actions, faults)
-    check_endpoint(tree, faults)
+    check_listeners(tree, faults)
     fields = _action_fields(tree, actions, faults)
     check_state_paths(tree, fields, actions, os.environ if environ is None else environ, faults)
     faults.check()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import grp
-import logging
 import os
 import pwd
 from collections.abc import Iterable
@@ -17,15 +16,12 @@ if TYPE_CHECKING:
     from flaskd.config import ControlConfig
     from flaskd.control.commands import Command
 
-log = logging.getLogger("flaskd.control")
-
 
 class Access:
     """What `control.roles` and `control.fifo` come to on this machine.
 
-    Names that this machine does not know give nothing, and are a warning: a configuration may be written for another
-    one. Without roles, all who may open the socket are admin. With them, root and the daemon's own user still are:
-    they may send it signals anyway.
+    Names that this machine does not know give nothing. Without roles, all who may open the socket are admin. With them,
+    root and the daemon's own user still are: they may send it signals anyway.
     """
 
     def __init__(self, control: ControlConfig) -> None:
@@ -44,9 +40,7 @@ class Access:
             try:
                 number = int(name) if name.isdecimal() else _number_of(name, group=known is self._groups)
             except KeyError:
-                kind = "group" if known is self._groups else "user"
-                log.warning(f'control.roles.{role}: this machine has no {kind} "{name}"; it gives nobody a role')
-                continue
+                continue  # which the check of the configuration warns of
             known[number] = max(role, known.get(number, role))
 
     def role_of(self, peer: Peer) -> Role | None:

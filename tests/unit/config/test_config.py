@@ -744,3 +744,29 @@ def test_a_state_path_may_be_written_in_full():
         load_mapping(data, actions=ACTIONS, environ={"STATE_DIRECTORY": "/state:/more"})
     named = {"use": "cache.persist", "with": {"path": "last-stop.json"}}
     load_mapping({"shutdown": {"record": None}, "cleanup": {"policies": {"a": named}}}, actions=ACTIONS, environ={})
+
+
+@pytest.mark.parametrize(("text", "owner"), [
+    ("server: {listen: [':8000', ':8001', ':8000']}", "server.listen[0]"),
+    ("server: {listen: ':8000'}\nadmin: {listen: ':8000'}", "server.listen"),
+    ("server: {listen: '127.0.0.1:8000'}\nadmin: {agent: ['0.0.0.0:8000']}", "server.listen"),
+    ("server: {listen: 'localhost:8000'}\nadmin: {listen: '127.0.0.1:8000'}", "server.listen"),
+    ("server: {listen: '[::]:8000'}\nadmin: {listen: '[::1]:8000'}", "server.listen"),
+    ("admin: {listen: 'unix:/run/a', agent: 'unix:/run/a'}", "admin.listen"),
+    ("server: {listen: 'fd:http'}\nadmin: {listen: 'fd:http'}", "server.listen"),
+    ("admin: {listen: 'a.example:1'}\nshutdown: {endpoint: {listen: 'a.example:1', token_file: t}}", "admin.listen"),
+])  # fmt: skip
+def test_two_listeners_on_one_address(faults, text, owner):
+    """The kernel gives it to one of them: the second is a fault, which names the first."""
+    (line,) = faults(text)
+    assert re.search(rf": expected an address of its own, got \S+, which is that of {re.escape(owner)}$", line)
+
+
+@pytest.mark.parametrize("text", [
+    "server: {listen: [':0', ':0', '127.0.0.1:0']}",
+    "server: {listen: ['0.0.0.0:8000', '[::]:8000']}",
+    "server: {listen: ['127.0.0.1:8000', '127.0.0.2:8000', '127.0.0.1:8001', 'unix:/run/a', 'unix:/run/b']}",
+])  # fmt: skip
+def test_addresses_that_do_not_meet(read, text):
+    """Port 0 is another one each time, IPv4 and IPv6 are listened on apart, and each loopback address is its own."""
+    assert read(text).values.server.listen

@@ -224,15 +224,6 @@ def test_the_highest_role_counts(roles, role, caplog):
     assert access(roles=roles).role_of(PEER) == role
 
 
-def test_names_that_this_machine_does_not_know_are_a_warning(caplog):
-    """They give nobody a role, and are told once by name; the configuration itself is valid."""
-    access(roles={"operator": ["no-such-user", "@no-such-group"]})
-    assert [record.getMessage() for record in caplog.records] == [
-        'control.roles.operator: this machine has no user "no-such-user"; it gives nobody a role',
-        'control.roles.operator: this machine has no group "no-such-group"; it gives nobody a role',
-    ]
-
-
 def test_root_and_the_daemons_own_user_may_do_all():
     """They could send it signals anyway, and so nobody is locked out."""
     granted = access(roles={"viewer": [4242]})
