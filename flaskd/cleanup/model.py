@@ -85,7 +85,7 @@ class Action:
     `scopes` are where it can run when there are worker processes, by default in the first of them: "worker", in each,
     and "service", once, in the daemon's own process, for what asks nothing of the app, which is not imported there
     (the context's `app` is None). Without `at_replacement` a worker whose place another one takes does not run it:
-    only when the service stops.
+    only when the service stops. `summary` is what it does, for people.
     """
 
     name: str
@@ -104,6 +104,7 @@ class Action:
     kinds: tuple[Kind, ...] = ()
     scopes: tuple[Scope, ...] = ("worker",)
     at_replacement: bool = True
+    summary: str = ""
 
 
 ANYWHERE: tuple[Scope, ...] = ("service", "worker")

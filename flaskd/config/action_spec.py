@@ -53,7 +53,7 @@ class ActionSpec:
     `fault` is why it cannot be used, empty when it can. `needs` are the modules of which one must be installed, each
     with its name at the package index. `keeps` is the field that names its file under the state directory,
     empty when it has none. `scopes` are those that it can run in, its default first. `at_replacement`: whether it runs,
-    too, when a worker is replaced.
+    too, when a worker is replaced. `summary` is what it does, for people.
     """
 
     fields: type[Fields]
@@ -63,6 +63,7 @@ class ActionSpec:
     keeps: str = ""
     scopes: tuple[Scope, ...] = ("worker",)
     at_replacement: bool = True
+    summary: str = ""
 
     def missing(self) -> str:
         """What would have to be installed; empty when the action can do its work. Imports none of it."""

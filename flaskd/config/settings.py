@@ -16,14 +16,15 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, dataclass_transform, get_type_hints
 
 from flaskd.config.faults import Faults, Place, dotted
-from flaskd.config.kinds import NOTHING, Bounded, Choice, Kind, OrNull, attempt, kind_of
+from flaskd.config.kind import NOTHING, Bounded, Kind, OrNull, attempt
+from flaskd.config.kinds import Choice, kind_of
 from flaskd.config.nodes import Items, Node, Scalar, Table, scalars, shown
 from flaskd.config.python_source import from_python
 from flaskd.config.wording import NO_VALUE, hidden, refuse, unknown_key, without_secrets
 from flaskd.text import LONGEST_QUOTED
 
 if TYPE_CHECKING:
-    from flaskd.config.kinds import Schema
+    from flaskd.config.kind import Schema
     from flaskd.config.nodes import Path
 
 _REQUIRED = object()
@@ -295,7 +296,7 @@ def definition(settings: type[Settings], definitions: dict[str, Schema]) -> Sche
             "properties": {each.key: _property(each, definitions) for each in fields},
             **({"required": required} if required else {}),
             "title": name,
-            "type": "object",
+            "type": "object" if required else ["object", "null"],  # its keys may all be commented out
         }
     return {"$ref": f"#/$defs/{name}"}
 

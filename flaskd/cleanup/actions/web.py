@@ -20,7 +20,8 @@ from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutErr
 from flaskd.cleanup.model import ANYWHERE, Action
 from flaskd.config import Phase, Settings
 from flaskd.config.fields import HeaderText, Hidden, SomeText
-from flaskd.config.kinds import SecretText, checked
+from flaskd.config.kind import checked, described, exampled, matching, text_schema
+from flaskd.config.kinds import SecretText
 from flaskd.config.settings import field
 from flaskd.text import MASK, printable, quoted
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 _LARGEST_ANSWER = 4096
 """Bytes of an answer that are looked at."""
 _CONSUL = "http://127.0.0.1:8500"
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 """RFC 9110 §5.6.2: what the name of a header is made of."""
 
 
@@ -61,12 +62,6 @@ def _parts(url: str) -> SplitResult:
     return parts
 
 
-def _header_name(text: str) -> str:
-    if not _TOKEN.fullmatch(text):
-        raise ValueError("expected the name of an HTTP header")
-    return text
-
-
 def _sayable(value: Any) -> Any:
     try:
         json.dumps(value, allow_nan=False)
@@ -83,9 +78,15 @@ def _address(text: str) -> str:
     return text
 
 
-Url = Annotated[str, checked(_url), partial(Hidden, shown=_host_alone)]
+Url = Annotated[
+    str,
+    checked(_url),
+    described(text_schema("[Hh][Tt][Tt][Pp][Ss]?://[!-~]+")),
+    exampled("https://hooks.example.com/stopped"),
+    partial(Hidden, shown=_host_alone),
+]
 """For many services the URL is the secret: a fault shows nothing of it, and the configuration its host."""
-HeaderName = Annotated[str, checked(_header_name)]
+HeaderName = Annotated[str, matching(_HEADER_NAME, "expected the name of an HTTP header")]
 
 
 class WebhookFields(Settings):
@@ -208,6 +209,22 @@ def _safe(reason: str) -> str:
 
 
 ACTIONS = (
-    Action("consul.deregister", ConsulFields, Phase.ANNOUNCE, deregister, prepare=prepare_web, scopes=ANYWHERE),
-    Action("webhook", WebhookFields, Phase.FINAL, call_webhook, prepare=prepare_web, scopes=ANYWHERE),
+    Action(
+        "consul.deregister",
+        ConsulFields,
+        Phase.ANNOUNCE,
+        deregister,
+        prepare=prepare_web,
+        scopes=ANYWHERE,
+        summary="Takes the service out of Consul's catalogue.",
+    ),
+    Action(
+        "webhook",
+        WebhookFields,
+        Phase.FINAL,
+        call_webhook,
+        prepare=prepare_web,
+        scopes=ANYWHERE,
+        summary="Makes an HTTP request. A status of 400 or more is a failure.",
+    ),
 )
