@@ -15,7 +15,7 @@ COMMAND_LINE = "command line"
 MAX_FAULTS = 50
 """More than this nobody reads, and wording each one costs time."""
 _MAX_SHOWN = 3
-"""Places that are shown with their lines."""
+"""Faults at once whose places are shown, where they can be; of more the messages are enough to read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +83,12 @@ class Faults:
     """
 
     elsewhere: Callable[[str], Sequence[str]] = lambda _name: ()
-    _found: list[tuple[Place, str, str | Callable[[], str], str]] = field(default_factory=list)
+    _found: list[tuple[Place, str, str | Callable[[], str], Callable[[], str]]] = field(default_factory=list)
 
-    def add(self, place: Place, key: str, message: str | Callable[[], str], details: str = "") -> None:
-        """Note one fault, with what shows its place."""
+    def add(
+        self, place: Place, key: str, message: str | Callable[[], str], details: Callable[[], str] = lambda: ""
+    ) -> None:
+        """Note one fault; `details` shows its place, and is called where there are few."""
         self._found.append((place, key, message, details))
 
     def check(self) -> None:
@@ -98,8 +100,8 @@ class Faults:
             Fault(place.source, place.line, place.column, key, message if isinstance(message, str) else message())
             for place, key, message, _ in self._found[:MAX_FAULTS]
         )
-        details = [found[3] for found in self._found if found[3]][:_MAX_SHOWN]
-        raise InvalidConfigError(faults, len(self._found) - len(faults), "\n".join(details))
+        details = [show() for *_, show in self._found] if len(self._found) <= _MAX_SHOWN else []
+        raise InvalidConfigError(faults, len(self._found) - len(faults), "\n".join(filter(None, details)))
 
 
 def dotted(path: Iterable[str | int]) -> str:

@@ -135,11 +135,11 @@ class YamlFault:
         """A line that should begin with a key and a colon."""
         line = self._line(number).split(" #")[0].rstrip()
         first = _start(line)
-        if key := re.match(r"([\w.-]+):\S", line[first:]):
+        if key := re.match(r"([\w.-]{1,60}):\S", line[first:]):
             return number, first + len(key[1]) + 1, f'expected a blank behind the colon: "{key[1]}: ..."'
-        if key := re.match(r"([\w.-]+)$", line[first:]):
+        if key := re.match(r"([\w.-]{1,60})$", line[first:]):
             return number, len(line), f'expected a colon behind the key: "{key[1]}:"'
-        if key := re.match(r"([\w.-]+)[ =]", line[first:]):
+        if key := re.match(r"([\w.-]{1,60})[ =]", line[first:]):
             return number, first + len(key[1]), f'expected a colon behind the key: "{key[1]}: ..."'
         return number, first, 'expected a key and a colon, got a line without ": "'
 

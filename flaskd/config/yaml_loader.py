@@ -7,6 +7,7 @@ on deep nesting.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -70,14 +71,15 @@ def _decode(data: bytes, source: str, faults: Faults) -> str:
         line_start = data.rfind(b"\n", 0, error.start) + 1
         column = len(data[line_start : error.start].decode("utf-8-sig", "replace")) + 1
         place = Place(source, data.count(b"\n", 0, error.start) + 1, column)
-        shown = excerpt(data.decode("utf-8-sig", "backslashreplace"), place.line, column)
-        faults.add(place, "", f"expected UTF-8, got the byte 0x{data[error.start]:02x}", shown)
+        readable = data.decode("utf-8-sig", "backslashreplace")
+        message = f"expected UTF-8, got the byte 0x{data[error.start]:02x}"
+        faults.add(place, "", message, partial(excerpt, readable, place.line, column))
         text = ""
     for number, line in enumerate(text.split("\n"), 1):
         if found := yaml.reader.Reader.NON_PRINTABLE.search(line):
             what = "a NUL character" if found[0] == "\0" else f"the control character U+{ord(found[0]):04X}"
             place = Place(source, number, found.start() + 1)
-            faults.add(place, "", f"expected text, got {what}", excerpt(text, number, place.column))
+            faults.add(place, "", f"expected text, got {what}", partial(excerpt, text, number, place.column))
     faults.check()
     return text
 
@@ -146,7 +148,7 @@ class _Reader:
 
     def note(self, place: Place, path: Path, message: str) -> None:
         """Note a fault, with the line that it is about."""
-        self._faults.add(place, dotted(path), message, excerpt(self._text, place.line, place.column))
+        self._faults.add(place, dotted(path), message, partial(excerpt, self._text, place.line, place.column))
 
     def document(self) -> Table:
         self._events = iter(self._loader.get_event, None)
