@@ -21,12 +21,17 @@ _OPEN_KEY = re.compile(r"[\s-]*(use|phase|scope|timeout|on_failure|retries|after
 _KEY = re.compile(r"[\s{[-]*[\w.-]+\s*:(\s|$)")
 
 
+def lines_of(text: str) -> list[str]:
+    """The lines of a text, as PyYAML counts them."""
+    return _BREAK.split(text)
+
+
 def excerpt(text: str, line: int, column: int) -> str:
     """Show a place of a text, line and column from 1: the line, a caret below it; empty where there is no such line.
 
     Values that may be secrets are shown as asterisks: a file that is no YAML does not say which are.
     """
-    lines = _BREAK.split(text)
+    lines = lines_of(text)
     if not 1 <= line <= len(lines):
         return ""
     shown, at = _cut(_veiled(lines, line - 1), column - 1)
@@ -35,10 +40,17 @@ def excerpt(text: str, line: int, column: int) -> str:
     return f"{number} | {''.join(map(_shown, shown))}".rstrip() + f"\n{'':>5} | {' ' * _width(before)}^"
 
 
-def _veiled(lines: list[str], index: int) -> str:
+def has_no_secret(lines: list[str], index: int) -> bool:
+    """Whether no value in a line may be a secret, as far as one can tell where the file cannot be read."""
     line = lines[index]
     section = next((each for each in reversed(lines[: index + 1]) if each[:1].strip() and each[0] not in "#}]-"), "")
-    if _SECTION.match(section) or line[:1] == "%" or _OPEN_KEY.match(line) or re.fullmatch(r"[\w.-]+:?\s*", line):
+    known = _SECTION.match(section) or _OPEN_KEY.match(line)
+    return bool(known or line[:1] == "%" or re.fullmatch(r"[\w.-]+:?\s*", line))
+
+
+def _veiled(lines: list[str], index: int) -> str:
+    line = lines[index]
+    if has_no_secret(lines, index):
         return line
     key = _KEY.match(line)
     start = key.end() if key else 0

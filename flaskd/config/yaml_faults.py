@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from flaskd.config.excerpt import has_no_secret, lines_of
 from flaskd.text import quoted
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class YamlFault:
         self._begin: Any = error.context_mark or mark
         self._context, self._problem = error.context or "", error.problem or ""
         self._text, self._opened, self._quote = text, opened, quote
-        self._lines = text.split("\n")
+        self._lines = lines_of(text)
 
     def said(self) -> Said:
         """Where it is, and the message."""
@@ -121,27 +122,22 @@ class YamlFault:
         if not re.search(r":(\s|$)", above):
             return self._no_colon(before)
         if first > _start(above):
-            return (
-                number,
-                first,
-                (
-                    f"expected a line that begins at column {_start(above) + 1}, as line {before + 1} does, got one at "
-                    f"column {first + 1}"
-                ),
-            )
+            as_above = f"expected a line that begins at column {_start(above) + 1}, as line {before + 1} does"
+            return number, first, f"{as_above}, got one at column {first + 1}"
         return self._at(self._mark, 'expected a value, got a second ":"; write text that has ": " in it in quotes')
 
     def _no_colon(self, number: int) -> Said:
         """A line that should begin with a key and a colon."""
         line = self._line(number).split(" #")[0].rstrip()
         first = _start(line)
-        if key := re.match(r"([\w.-]{1,60}):\S", line[first:]):
-            return number, first + len(key[1]) + 1, f'expected a blank behind the colon: "{key[1]}: ..."'
-        if key := re.match(r"([\w.-]{1,60})$", line[first:]):
-            return number, len(line), f'expected a colon behind the key: "{key[1]}:"'
-        if key := re.match(r"([\w.-]{1,60})[ =]", line[first:]):
-            return number, first + len(key[1]), f'expected a colon behind the key: "{key[1]}: ..."'
-        return number, first, 'expected a key and a colon, got a line without ": "'
+        found = re.match(r"([\w.-]{1,60})(:\S|$|[ =])", line[first:])
+        if found is None:
+            return number, first, 'expected a key and a colon, got a line without ": "'
+        key, behind = found.groups()
+        such = f'"{key}:{" ..." if behind else ""}"' if has_no_secret(self._lines, number) else '"KEY: VALUE"'
+        if behind.startswith(":"):
+            return number, first + len(key) + 1, f"expected a blank behind the colon: {such}"
+        return number, first + len(key), f"expected a colon behind the key: {such}"
 
     def _missing_colon(self, _: re.Match[str]) -> Said:
         return self._no_colon(self._begin.line)

@@ -407,7 +407,7 @@ TABLE = [
         "    5 |   listen: [':80',",
         "      |           ^",
     ),
-    ("a:\n- b\n c: d\n", '2:4: expected a colon behind the key: "b:"', "    2 | - *", "      |    ^"),
+    ("a:\n- b\n c: d\n", '2:4: expected a colon behind the key: "KEY: VALUE"', "    2 | - *", "      |    ^"),
     ("a: |\nx\n", '2:2: expected a colon behind the key: "x:"', "    2 | x", "      |  ^"),
     (
         "log: 'a' 'b'",
@@ -543,6 +543,8 @@ def test_the_caret_stands_under_its_column(text, column, shown):
          "        - '*****://*****.*******.***/*' *"),
         ("token: hunter2: x", "token: *******: *"),
         ("{app: hunter2", "{app: *******"),
+        ("cleanup:\n  policies:\n    a:\n      hunter2\n      use: command", "      *******"),
+        ("cleanup:\n  policies:\n    a:\n      hunter2:x\n      use: command", "      *******:*"),
         ("cleanup: {}\nserver:\n  # of the proxy\n  listen: a: b", "  listen: a: b"),
     ],
 )  # fmt: skip
