@@ -1,6 +1,6 @@
-"""The kinds of values that are flaskd's own: durations, sizes, addresses, modes; each says what it expects.
+"""The kinds of values that flaskd adds: durations, sizes, addresses, modes; each says what it expects.
 
-A message here ends before ", got ...": what stands at the place is added by whoever knows the place.
+A message here ends before ", got ...", which the caller adds.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 _LONGEST = 366 * 86400.0
-"""Seconds; the operating system's timers overflow far above this, and nobody means it."""
+"""Seconds; more is surely not meant, and far above this the operating system's timers overflow."""
 
 
 def _parse_duration(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise ValueError("expected a duration such as 5s")  # noqa: TRY004 - how a kind refuses
+        raise ValueError("expected a duration such as 5s")  # noqa: TRY004 - kinds refuse with ValueError
     text = str(value)
     try:
         seconds = parse_duration(text)
@@ -64,7 +64,7 @@ def _parse_duration(value: object) -> float:
 
 def _parse_size(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise ValueError("expected a size such as 64MiB")  # noqa: TRY004 - how a kind refuses
+        raise ValueError("expected a size such as 64MiB")  # noqa: TRY004 - kinds refuse with ValueError
     try:
         return parse_size(str(value))
     except (ValueError, OverflowError):
@@ -72,13 +72,13 @@ def _parse_size(value: object) -> int:
 
 
 def write_duration(seconds: float) -> str:
-    """Write seconds so that reading them again gives the same number: ``1.5s``, ``2m``, ``61.25s``."""
+    """Seconds as text from which the same number is read again: ``1.5s``, ``2m``, ``61.25s``."""
     text = format_duration(seconds)
     return text if parse_duration(text) == seconds else f"{Decimal(repr(float(seconds))):f}s"
 
 
 def write_size(size: int) -> str:
-    """Write bytes in the largest binary unit that fits exactly: ``64MiB``, ``1000B``."""
+    """Bytes in the largest binary unit of which they are a multiple: ``64MiB``, ``1000B``."""
     for unit, length in (("GiB", 1024**3), ("MiB", 1024**2), ("KiB", 1024)):
         if size and size % length == 0:
             return f"{size // length}{unit}"
@@ -86,7 +86,7 @@ def write_size(size: int) -> str:
 
 
 class _Unit(Kind):
-    """A number that is written with its unit; for pydantic's models, too."""
+    """A number that is written with its unit; usable in pydantic models as well."""
 
     def __init__(self, parse: Callable[[object], Any], write: Callable[[Any], str], schema: Schema) -> None:
         self._parse, self._write, self._schema = parse, write, schema
@@ -104,10 +104,10 @@ class _Unit(Kind):
         return dict(self._schema)
 
     def __get_pydantic_core_schema__(self, source: Any, inner: GetCoreSchemaHandler) -> CoreSchema:
-        from pydantic_core import core_schema  # noqa: PLC0415 - there when a model of pydantic's is made
+        from pydantic_core import core_schema  # noqa: PLC0415 - loaded when a pydantic model is made
 
         def parse(value: Any, info: ValidationInfo) -> Any:
-            # Code that builds a model itself has seconds or bytes in hand.
+            # Code that builds a model gives seconds or bytes.
             return value if info.mode == "python" and not isinstance(value, str) else self._parse(value)
 
         written = core_schema.plain_serializer_function_ser_schema(
@@ -152,7 +152,7 @@ Size = Annotated[
         },
     ),
 ]
-"""Bytes, written ``64MiB``, ``10kB`` or as a bare number (flaskd.units)."""
+"""Bytes, written ``64MiB``, ``10kB`` or without a unit (flaskd.units)."""
 
 
 class _Workers(Kind):
@@ -183,14 +183,14 @@ Workers = Annotated[Any, _Workers()]
 
 
 class _OneOrMany:
-    """Lets a single entry of a list stand alone; for pydantic's models, too."""
+    """Lets a single entry stand in place of a list; usable in pydantic models as well."""
 
     def __call__(self, several: Kind) -> Kind:
         assert isinstance(several, ListOf)
         return ListOf(several.item, alone=True)
 
     def __get_pydantic_core_schema__(self, source: Any, inner: GetCoreSchemaHandler) -> CoreSchema:
-        from pydantic_core import core_schema  # noqa: PLC0415 - there when a model of pydantic's is made
+        from pydantic_core import core_schema  # noqa: PLC0415 - loaded when a pydantic model is made
 
         return core_schema.no_info_before_validator_function(self._as_list, inner(source))
 
@@ -232,9 +232,9 @@ Listen = Annotated[
     described(text_schema(f"{_ADDRESS}|{_FD}")),
     exampled("127.0.0.1:8000", ":8080", "[::1]:8000", "unix:/run/shop/http.sock", "fd:http"),
 ]
-"""An address to listen on, as flaskd.sockets.Address has it, or a socket that was passed in."""
+"""An address to listen on, in the form of flaskd.sockets.Address, or a passed socket by name."""
 OwnAddress = Annotated[str, checked(_own_address), described(text_schema(_ADDRESS)), exampled("127.0.0.1:9091")]
-"""An address that flaskd binds itself: a socket that was passed in is nobody's own."""
+"""An address that flaskd binds itself, and not a passed socket."""
 
 
 def _trusted_proxy(text: str) -> str:
@@ -258,11 +258,11 @@ TrustedProxy = Annotated[
     ),
     exampled("127.0.0.1", "10.0.0.0/8", "localhost", "*"),
 ]
-"""Who the peer of a connection is: an address or a network, or localhost, which is a Unix socket, too."""
+"""The peer of a connection: an address, a network, or localhost, which includes Unix sockets."""
 
 HostName = Annotated[
     str,
-    # What a client puts into its Host header: RFC 9110, section 7.2.
+    # The form of a client's Host header: RFC 9110, section 7.2.
     matching(
         r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?",
         "expected a Host header, such as 127.0.0.1:9090 or localhost:9090",
@@ -270,7 +270,7 @@ HostName = Annotated[
     exampled("localhost:9090"),
     checked(str.lower),
 ]
-"""A Host header, which is compared without regard to case."""
+"""A Host header; its case does not matter."""
 
 CredentialName = Annotated[
     str, matching(r"(?!\.{1,2}$)[^/]+", "expected the name of a systemd credential, without /"), exampled("stop-token")
@@ -292,13 +292,13 @@ def _mode(text: str) -> str:
 
 
 def _from_decimal(text: str) -> str:
-    """What a decimal number would be as a mode: PyYAML, and Python code, write 0660 as 432."""
+    """A hint if a decimal number is a likely mode: PyYAML and Python code write 0660 as 432."""
     mode = int(text) if re.fullmatch(r"[1-9][0-9]{2}", text) else 0
     return f" ({mode} is 0{mode:o} in decimal)" if stat.S_IRUSR | stat.S_IWUSR <= mode <= 0o777 else ""  # noqa: PLR2004
 
 
 _MODE = "(0o?)?[67](00|1[01]|2[02]|3[0-3]|4[04]|5[0145]|6[0246]|7[0-7])"
-"""What `_mode` allows: of each row the digit for the group, then what others may have with it."""
+"""The modes that `_mode` accepts: after each digit for the group, those that others may have with it."""
 
 _MODES = [mode for mode in range(600, 778) if re.fullmatch(_MODE, str(mode))]
 """Those that are written without a zero before them and without quotes: for YAML they are numbers."""
@@ -309,9 +309,9 @@ Mode = Annotated[
     described({"anyOf": [text_schema(_MODE) | {"type": "string"}, {"type": "integer", "enum": _MODES}]}),
     exampled("0660", "0600"),
 ]
-"""A file mode as octal text, brought to four digits; the owner may read and write, others no more than the group."""
+"""A file mode as octal text of four digits; its owner may read and write, others no more than the group."""
 
-_PATH = "/[!-~]*"  # it goes into a request line as it is (RFC 9112, section 3)
+_PATH = "/[!-~]*"  # it is put into a request line unchanged (RFC 9112, section 3)
 _NO_PATH = "expected a path that starts with / and holds no blanks"
 
 UrlPath = Annotated[str, matching(_PATH, _NO_PATH), exampled("/healthz")]
@@ -322,7 +322,7 @@ PathPattern = Annotated[
     described(text_schema("/[!-)+->@-~]*[*]?")),
     exampled("/export/*"),
 ]
-"""A path, or with ``*`` at its end all that begin so."""
+"""A path; with ``*`` at its end, all paths that begin with it."""
 UrlPrefix = Annotated[str, matching(f"({_PATH})?", _NO_PATH), exampled("/shop"), checked(lambda text: text.rstrip("/"))]
 HeaderText = Annotated[str, matching("[ -~]*", "expected printable ASCII text")]
 InstanceName = Annotated[
@@ -332,7 +332,7 @@ InstanceName = Annotated[
 ]
 SomeText = Annotated[str, matching(r"[\s\S]*\S[\s\S]*", "expected text that is not empty")]
 Hidden = Unshown
-"""For what is often a secret, though written in plain text: it is used, and never shown, in a fault neither."""
+"""For values that may be secret though they are written in plain text: never shown, not even in faults."""
 
 PolicyName = Annotated[
     str,
@@ -343,7 +343,7 @@ PolicyName = Annotated[
 
 Member = Annotated[
     str,
-    # What neither passwd(5) nor group(5) can have in a name.
+    # Without characters that names in passwd(5) and group(5) cannot have.
     matching(r"@?[^\s@:,]+", "expected a user's name or number, or a group's after an @"),
     exampled("alice", "1000", "@ops"),
 ]
@@ -360,7 +360,7 @@ VerbName = Annotated[str, checked(_verb_name), described({"enum": list(VERBS), "
 
 
 class LevelName(Around):
-    """A log level, in any case; ``warn`` is ``warning``."""
+    """A log level in upper or lower case; ``warn`` means ``warning``."""
 
     def read(self, node: Node, path: Path, faults: Faults) -> Any:
         """The level as flaskd writes it."""
@@ -369,5 +369,5 @@ class LevelName(Around):
         return self.inner.read(node, path, faults)
 
     def schema(self, definitions: dict[str, Schema]) -> Schema:
-        """The levels for an editor to propose; it takes them in any case."""
+        """The levels that an editor proposes; every case is accepted."""
         return in_any_case(super().schema(definitions), ["warn"])

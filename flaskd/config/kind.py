@@ -1,6 +1,6 @@
 """What a kind of value is: how it is read from a node, written for people, and described as JSON Schema.
 
-What an ``Annotated`` adds is called with the kind inside of it, and gives the kind around it: those are here, too. The
+What an ``Annotated`` adds is called with the kind inside, and returns the kind around it; those are here, too. The
 kinds themselves are in `flaskd.config.kinds`.
 """
 
@@ -23,7 +23,7 @@ INTERPOLATION = r"\$\{"
 """Pattern by which the schema lets an interpolation stand in place of any single value."""
 
 NOTHING: Final = object()
-"""What comes of a node that has its fault; a value may be None."""
+"""The result for a node with a fault, because None may be a value."""
 
 Schema = dict[str, Any]
 _BOUNDS: dict[str, tuple[str, str, Callable[[Any, float], bool]]] = {
@@ -32,30 +32,30 @@ _BOUNDS: dict[str, tuple[str, str, Callable[[Any, float], bool]]] = {
     "le": ("at most {:g}", "maximum", lambda value, limit: value <= limit),
     "min_length": ("a list of at least {:g}", "minItems", lambda value, limit: len(value) >= limit),
 }  # fmt: skip
-"""A bound's words, its name in JSON Schema, and whether a value keeps it."""
+"""The words of a bound, its name in JSON Schema, and the function that says whether a value keeps it."""
 
 
 class Kind:
-    """A kind of value; each of its own has a class below."""
+    """The base class of all kinds of values."""
 
     hides = False
-    """Whether no value of it is shown, in a fault neither."""
+    """Whether its values are never shown, not even in faults."""
 
     def read(self, node: Node, path: NodePath, faults: Faults) -> Any:
-        """Give the value that a node stands for; NOTHING when it is at fault, which is then noted."""
+        """The value of a node; NOTHING if it has a fault, which is noted."""
         raise NotImplementedError
 
     def write(self, value: Any) -> Any:
-        """Give what YAML and JSON can hold of a value, for people; never called for None."""
+        """The value as YAML and JSON can hold it, for people; never called for None."""
         return value
 
     def schema(self, definitions: dict[str, Schema]) -> Schema:
-        """Describe it as JSON Schema; what has a name of its own is put into `definitions`."""
+        """Its JSON Schema; a part that has a name is added to `definitions`."""
         raise NotImplementedError
 
 
 class Around(Kind):
-    """A kind that changes one thing of the kind inside of it."""
+    """A kind that changes one thing of the kind inside it."""
 
     def __init__(self, inner: Kind) -> None:
         self.inner = inner
@@ -83,7 +83,7 @@ class OrNull(Around):
 
 
 class Checked(Around):
-    """What a function takes, or changes; it raises ValueError with the words of the fault, "expected ..."."""
+    """A value that a function checks or changes; it raises ValueError with the words of the fault, "expected ..."."""
 
     def __init__(self, inner: Kind, check: Callable[[Any], Any]) -> None:
         super().__init__(inner)
@@ -95,7 +95,7 @@ class Checked(Around):
 
 
 class Bounded(Around):
-    """A number, or a length, within bounds: `ge`, `gt`, `le`, `min_length`."""
+    """A number or a length within bounds: `ge`, `gt`, `le`, `min_length`."""
 
     def __init__(self, inner: Kind, bounds: Mapping[str, float]) -> None:
         super().__init__(inner)
@@ -123,7 +123,7 @@ class Bounded(Around):
 
 
 class Unshown(Around):
-    """What is often a secret, though written in plain text: it is used and never shown, but for what `shown` gives."""
+    """A value that may be secret though it is written in plain text: it is used, and shown only as `shown` gives it."""
 
     def __init__(self, inner: Kind, shown: Callable[[Any], Any] = lambda _: MASK) -> None:
         super().__init__(inner)
@@ -134,14 +134,14 @@ class Unshown(Around):
 
 
 class LowerCase(Around):
-    """Names that HTTP does not distinguish by case (RFC 9110, section 5.1): they become lower case."""
+    """Names whose case does not matter in HTTP (RFC 9110, section 5.1); they become lower case."""
 
     def read(self, node: Node, path: NodePath, faults: Faults) -> Any:
         if isinstance(node, Scalar):
             found = self.inner.read(dataclasses.replace(node, text=node.text.lower()), path, Faults())
             if found is not NOTHING:
                 return found
-        return self.inner.read(node, path, faults)  # a fault shows what was written
+        return self.inner.read(node, path, faults)  # so that a fault shows what was written
 
     def schema(self, definitions: dict[str, Schema]) -> Schema:
         return in_any_case(super().schema(definitions), ())
@@ -165,7 +165,7 @@ class Matching(Around):
 
 
 def attempt(make: Callable[[], Any], node: Node, path: NodePath, faults: Faults) -> Any:
-    """Give what `make` gives; a ValueError of it is a fault of the node."""
+    """The result of `make`; if it raises ValueError, that is a fault of the node."""
     try:
         return make()
     except ValueError as error:
@@ -174,7 +174,7 @@ def attempt(make: Callable[[], Any], node: Node, path: NodePath, faults: Faults)
 
 
 def checked(check: Callable[[Any], Any]) -> Callable[[Kind], Kind]:
-    """Let a function see each value; it returns the one to take, or raises ValueError with the words of the fault."""
+    """Check each value with a function; it returns the value to use, or raises ValueError with the fault's words."""
     return lambda inner: Checked(inner, check)
 
 
@@ -218,7 +218,7 @@ def in_any_case(schema: Schema, more: Iterable[str]) -> Schema:
 
 
 def described(schema: Schema) -> Callable[[Kind], Kind]:
-    """Describe a kind otherwise than its type does."""
+    """Give a kind another JSON Schema."""
     return lambda inner: _Described(inner, schema)
 
 

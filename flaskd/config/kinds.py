@@ -40,7 +40,7 @@ class SecretText:
 
 
 class Text(Kind):
-    """Text, as it was written: also what YAML would read as a number."""
+    """Text as it was written, even if YAML would read it as a number."""
 
     def read(self, node: Node, path: NodePath, faults: Faults) -> Any:
         if isinstance(node, Scalar):
@@ -100,7 +100,7 @@ class Plain(Kind):
 
 
 class Anything(Kind):
-    """Whatever YAML can hold."""
+    """Any value that YAML can hold."""
 
     def read(self, node: Node, path: NodePath, faults: Faults) -> Any:
         return plain(node)
@@ -148,7 +148,7 @@ class Named(Choice):
 
 
 class ListOf(Kind):
-    """A list; `alone`: a single entry may be written without the brackets."""
+    """A list; with `alone` a single entry may be written without the brackets."""
 
     def __init__(self, item: Kind, *, alone: bool = False) -> None:
         self.item, self._alone = item, alone
@@ -158,7 +158,7 @@ class ListOf(Kind):
         if isinstance(node, Items):
             found = [self.item.read(each, (*path, i), faults) for i, each in enumerate(node.items)]
         elif isinstance(node, Scalar) and node.value is None:
-            return []  # a key whose entries are all commented out
+            return []  # all entries of the list are commented out
         elif isinstance(node, Scalar) and self._alone:
             found = [self.item.read(node, path, faults)]
         else:
@@ -180,7 +180,7 @@ class ListOf(Kind):
 
 
 class MappingOf(Kind):
-    """A mapping whose keys are chosen by who writes it."""
+    """A mapping whose keys the user chooses."""
 
     def __init__(self, key: Kind, value: Kind) -> None:
         self._key, self._value = key, value
@@ -221,7 +221,7 @@ _OF_TYPES: dict[Any, Callable[[], Kind]] = {
 
 
 def kind_of(annotation: Any) -> Kind:
-    """Make the kind of an annotation; a section of the configuration is one by its method `kind`."""
+    """Make the kind of an annotation; a section of the configuration has a method `kind` for this."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         kind = kind_of(parts[0])

@@ -1,8 +1,7 @@
-"""Reads YAML into nodes with their places, and refuses whatever a configuration has no use for.
+"""Reads YAML into nodes with their places, and refuses what a configuration does not need.
 
-Of PyYAML only the events of the pure Python parser are used. Its constructors read ``no`` as false and
-``22:22`` as 1342, let the last of two equal keys win and expand aliases without a bound; its C parser crashes
-on deep nesting.
+Only the events of PyYAML's pure Python parser are used. PyYAML's constructors read ``no`` as false and ``22:22`` as
+1342, let the last of two equal keys win and expand aliases without a limit; its C parser crashes on deep nesting.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
 
 class _Refused(Exception):  # noqa: N818 - leads out of the recursion; never leaves this file
-    """The fault that ends the reading is noted."""
+    """A fault that ends the reading is noted; this exception leaves the recursion and never leaves this file."""
 
 
 def parse(data: bytes, source: str, faults: Faults) -> Table:
-    """Turn the bytes of a file into a tree, those of an empty file into an empty one; ``source`` is its name.
+    """Turn the bytes of a file into a tree (an empty file into an empty tree); ``source`` is the file's name.
 
-    Duplicate keys are noted in ``faults`` and reading goes on; all else raises InvalidConfigError. Each fault shows its
-    line.
+    Duplicate keys are noted in ``faults`` and reading goes on; all other faults raise InvalidConfigError. Each fault
+    shows its line.
     """
     text = _decode(data, source, faults)
     loader = _Loader(text)
@@ -65,7 +64,7 @@ def _decode(data: bytes, source: str, faults: Faults) -> str:
         faults.add(top, "", "expected UTF-8, got UTF-16")
     faults.check()
     try:
-        # A UTF-8 byte order mark is harmless and some editors always write it.
+        # Some editors always write a UTF-8 byte order mark, which does no harm.
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line_start = data.rfind(b"\n", 0, error.start) + 1
@@ -85,7 +84,7 @@ def _decode(data: bytes, source: str, faults: Faults) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML, with tabs wherever YAML has them: they may separate and be text, and never indent (YAML 1.2.2, §6.1)."""
+    """PyYAML that allows tabs where YAML does: as separators and in text, but not as indentation (YAML 1.2.2, §6.1)."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -96,7 +95,7 @@ class _Loader(yaml.SafeLoader):
 
     def scan_to_next_token(self) -> None:
         super().scan_to_next_token()
-        # At the place of a block's key or entry, a tab would indent it; libyaml has the same rule.
+        # Before a key or an entry of a block, a tab would be indentation; libyaml has the same rule.
         while self.peek() == "\t" and (self.flow_level or not self.allow_simple_key or self._rest_is_blank()):
             self.forward(self._blanks())
             super().scan_to_next_token()
@@ -132,12 +131,12 @@ class _Loader(yaml.SafeLoader):
         return length
 
     def _rest_is_blank(self) -> bool:
-        """Whether nothing but blanks, and perhaps a comment, is left of the line."""
+        """Whether only blanks and maybe a comment follow on the line."""
         return self.peek(self._blanks()) in "\0#\r\n\x85\u2028\u2029"
 
 
 class _Reader:
-    """Builds the tree from the parser's events, one look at each."""
+    """Builds the tree from the parser's events, each of which is read once."""
 
     def __init__(self, text: str, source: str, faults: Faults, loader: _Loader) -> None:
         self._text, self._source, self._faults, self._loader = text, source, faults, loader
@@ -154,7 +153,7 @@ class _Reader:
         self._events = iter(self._loader.get_event, None)
         top = Place(self._source, 1, 1)
         tree: Node = Table(top, top, {})
-        next(self._events)  # the stream's start
+        next(self._events)  # the start of the stream
         event = next(self._events)
         if isinstance(event, yaml.DocumentStartEvent):
             first = next(self._events)
