@@ -258,7 +258,7 @@ def files(flaskd: Flaskd, name: str) -> dict[str, bytes]:
 def test_a_full_disk_costs_the_record_and_the_cache(kept: Flaskd) -> None:
     """Nothing can be written any more: the stop is clean and in time, says what is lost, and the old files are whole.
 
-    The mark stays, for who reads the old record.
+    The mark stays, so the old record is not taken for that of this stop.
     """
     flaskd = kept
     flaskd.write("full.sh", FULL)
