@@ -75,6 +75,7 @@ class Channel(OutputChannel):
         context: Context = acceptor.context
         self._flushing = False
         self._last_activity = time.monotonic()
+        self._bite = int(adj.recv_bytes)
         super().__init__(context, _ChannelServer(self, acceptor, sock), sock, addr, adj, map=map)
         if context.drains:
             context.timers.at(self.grace_from + context.keepalive_grace, self.look)
@@ -285,31 +286,38 @@ class Channel(OutputChannel):
         """Waitress' rule; nothing is sent after the half-close."""
         return not self.half_closed and bool(super().writable())
 
-    def handle_read(self) -> None:
-        """Read; what comes after the half-close is thrown away, because its answer could not be sent."""
+    def handle_read(self) -> bool:
+        """Read; whether a request is complete that this thread is to answer, because it has got a place for it.
+
+        What comes after the half-close is thrown away, because its answer could not be sent.
+        """
         try:
-            simple = self.request is None and not self.half_closed
-            data: bytes = self.socket.recv(self.adj.recv_bytes if simple else self._bite())
+            data: bytes = self.socket.recv(self._bite if self.request is None and not self.half_closed else self._big_bite)
         except BlockingIOError:
-            return  # the event was for the socket that had this number before
+            return False  # the event was for the socket that had this number before
         except OSError:
             data = b""
         if not data:
             self.handle_close()
-        elif self.half_closed:
+            return False
+        if self.half_closed:
             self._heard_at = time.monotonic()
-        else:
-            self._last_activity = time.monotonic()
-            self.received(data)
+            return False
+        self._last_activity = time.monotonic()
+        return self.received(data)
 
-    def _bite(self) -> int:
-        """How many bytes to read at once."""
+    @property
+    def _big_bite(self) -> int:
+        """How many bytes to read at once of what is not the beginning of a request."""
         if self.half_closed:
             return _DISCARD
-        return _BODY if self.request is not None and self.request.headers_finished else int(self.adj.recv_bytes)
+        return _BODY if self.request is not None and self.request.headers_finished else self._bite
 
     def received(self, data: bytes) -> bool:
-        """Take what has come: a common request in one pass, anything else by waitress' way."""
+        """Take what has come: a common request in one pass, anything else by waitress' way.
+
+        Gives whether a request is complete that this thread is to answer; all others are queued.
+        """
         if self.request is None:
             request = Request(self, self.adj)
             with self.requests_lock:
@@ -317,10 +325,18 @@ class Channel(OutputChannel):
                     return False
                 if request.take_common(data):
                     self.requests.append(request)
-                    if len(self.requests) == 1:
-                        self.begin_next()
-                    return True
-        return bool(super().received(data))
+                    return len(self.requests) == 1 and self._begin(request)
+        super().received(data)
+        return False
+
+    def _begin(self, request: Request) -> bool:
+        """Take a place for the only request in line, for this thread to answer it; else queue it: then False."""
+        context = self.context
+        if context.closing or context.refusing or self.here or request.path == context.health_path or not context.pool.take_place():
+            self.begin_next()
+            return False
+        self.keeper = request
+        return True
 
     def handle_write(self) -> None:
         """Flush and retire what is done."""

@@ -143,8 +143,8 @@ class Draining:
     def _turn(self, timeout: float) -> None:
         poller = self._context.poller
         poller.wait(timeout)
-        while poller.handle_next():
-            pass
+        while poller.events:
+            poller.handle()  # gives no connection: while answers close theirs, each request is queued
 
     def _let_in(self, acceptor: Any) -> None:
         """Take the backlog and close the listener; where the connections are at their limit, as soon as some end."""

@@ -25,7 +25,9 @@ _QUICK = 0.0005
 """Seconds that a quick request takes at most, the sending of its answer included. One that takes longer may be waiting
 for something, while another thread could read."""
 _TRUSTED = 16
-"""Quick requests of one kind after which its next one is expected to be quick; twice as many are remembered."""
+"""Quick requests of one kind after which its next one is expected to be quick."""
+_REMEMBERED = 2 * _TRUSTED
+"""How many of them are remembered."""
 _BETRAYED, _SLOW = 16, 2
 """How many of them one slow request outweighs: where the lead was kept for it, and where it was not."""
 _BUSY = 0.005
@@ -77,10 +79,12 @@ class Lead:
             self._want_watch()
         return False
 
-    def still_kept(self) -> bool:
-        """Whether this thread still leads, after it has run a request meanwhile."""
+    def still_kept(self, kind: str, seconds: float) -> bool:
+        """Whether this thread still leads, after it has run a request meanwhile, which took so many seconds."""
         with self._lock:
             kept, self._kept = self._kept, False
+        if seconds > _QUICK or self._quick.get(kind, 0) < _REMEMBERED:
+            self.note(kind, seconds, kept=True)
         return kept
 
     def note(self, kind: str, seconds: float, *, kept: bool) -> None:
@@ -92,7 +96,7 @@ class Lead:
                 self._quick[kind] = quick
             else:
                 self._quick.pop(kind, None)
-        elif quick < 2 * _TRUSTED:
+        elif quick < _REMEMBERED:
             if not quick and len(self._quick) >= _MOST_KINDS:
                 self._quick.clear()
             self._quick[kind] = quick + 1

@@ -129,21 +129,25 @@ class EventLoop:
 
     def _turn_until_task(self) -> Task | None:
         pool, poller = self.context.pool, self.context.poller
+        queue = pool.queue
         while not pool.ending:
-            if pool.queue and (task := pool.take()) is not None:
+            if queue and (task := pool.take()) is not None:
                 return task
-            if not poller.handle_next():
-                if pool.surplus:
-                    return None
-                self._attend()
-                if pool.queue and (task := pool.take()) is not None:
+            if poller.events:
+                if (task := poller.handle()) is not None:
                     return task
-                poller.wait(self._patience())
-                self.last_turn = now = time.monotonic()
-                if self._board is not None:
-                    self._board.turned(now)
-                if not self.turned.is_set():
-                    self.turned.set()
+                continue
+            if pool.surplus:
+                return None
+            self._attend()
+            if queue and (task := pool.take()) is not None:
+                return task
+            poller.wait(self._patience())
+            self.last_turn = now = time.monotonic()
+            if self._board is not None:
+                self._board.turned(now)
+            if not self.turned.is_set():
+                self.turned.set()
         return None
 
     def _attend(self) -> None:

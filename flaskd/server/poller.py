@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import select
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from waitress import wasyncore
 
 _BATCH = 512
 """Events taken from the kernel at once."""
+_READABLE = getattr(select, "EPOLLIN", 0)
 _NEXT_REQUEST = getattr(select, "EPOLLIN", 0) | getattr(select, "EPOLLONESHOT", 0)
 
 
@@ -28,8 +29,14 @@ class Poller(Protocol):
     def wait(self, timeout: float) -> None:
         """Wait at most `timeout` seconds for events, if all that have come are handled."""
 
-    def handle_next(self) -> bool:
-        """Handle the event that came first; False when none is left."""
+    events: Sequence[tuple[int, int]]
+    """What came and is not handled, the oldest first; the thread that leads next goes on with it."""
+
+    def handle(self) -> Any:
+        """Handle the event that came first.
+
+        Gives the connection, if a request on it is complete and has got a place: this thread is to answer it.
+        """
 
     def touch(self, channel: Any) -> None:
         """Ask a connection anew what it waits for, if it has something to send, or a drain is on (any thread)."""
@@ -58,8 +65,9 @@ class EpollMap(dict[int, Any]):
         super().__init__()
         self.wake: Callable[[], None] = lambda: None
         self._epoll = select.epoll()
-        self._events: deque[tuple[int, int]] = deque()
-        """What came and is not handled; the thread that leads next goes on with it."""
+        self._channels: dict[int, Any] = {}
+        """The connections in the map."""
+        self.events: deque[tuple[int, int]] = deque()
         self._put_off: set[int] = set()
         """The listeners for which that has been done, since the last wait."""
         self._touched: deque[int] = deque()
@@ -72,9 +80,12 @@ class EpollMap(dict[int, Any]):
         flags = select.EPOLLIN | select.EPOLLONESHOT if one_shot else 0 if listens else select.EPOLLIN
         self._epoll.register(fd, flags)  # first: what the kernel has no room for is not in the map either
         super().__setitem__(fd, obj)
+        if one_shot:
+            self._channels[fd] = obj
 
     def __delitem__(self, fd: int) -> None:
         super().__delitem__(fd)
+        self._channels.pop(fd, None)
         self._closed.add(fd)  # events of this turn that were meant for it are not for who gets its number next
         with contextlib.suppress(OSError):
             self._epoll.unregister(fd)
@@ -84,10 +95,10 @@ class EpollMap(dict[int, Any]):
 
     def put_off(self, acceptor: Any) -> bool:
         fd = acceptor._fileno  # noqa: SLF001 - waitress' own name
-        if fd in self._put_off or not self._events:
+        if fd in self._put_off or not self.events:
             return False
         self._put_off.add(fd)
-        self._events.append((fd, select.EPOLLIN))
+        self.events.append((fd, select.EPOLLIN))
         return True
 
     def touch(self, channel: Any) -> None:
@@ -107,35 +118,36 @@ class EpollMap(dict[int, Any]):
     def wait(self, timeout: float) -> None:
         while self._touched:
             fd = self._touched.popleft()
-            channel = self.get(fd)
-            if channel is not None and getattr(channel, "one_shot", False):
+            if (channel := self._channels.get(fd)) is not None:
                 self._arm(fd, channel)
         self._closed.clear()
         self._put_off.clear()
         self._asleep = True
         # A thread that touched before it saw us asleep has left word; one that comes later wakes us.
-        self._events.extend(self._epoll.poll(0 if self._touched else timeout, _BATCH))
+        self.events.extend(self._epoll.poll(0 if self._touched else timeout, _BATCH))
         self._asleep = False
 
-    def handle_next(self) -> bool:
-        if not self._events:
-            return False
-        fd, flags = self._events.popleft()
-        obj = self.get(fd)
-        if obj is None or fd in self._closed:
-            return True
-        if flags == select.EPOLLIN and getattr(obj, "one_shot", False):
+    def handle(self) -> Any:
+        fd, flags = self.events.popleft()
+        if self._closed and fd in self._closed:
+            return None
+        if (channel := self._channels.get(fd)) is None:
+            if (obj := self.get(fd)) is not None:
+                wasyncore.readwrite(obj, flags)
+            return None
+        if flags == _READABLE:
             try:
-                obj.handle_read()
+                if channel.handle_read():
+                    return channel
             except Exception:  # noqa: BLE001 - as wasyncore.read() does
-                obj.handle_error()
-            if obj.keeper is not None and not obj.context.drains:
-                return True  # a request is complete, and its thread has the connection from here on
+                channel.handle_error()
+            if channel.keeper is not None and not channel.context.drains:
+                return None  # a request is complete, and its thread has the connection from here on
         else:
-            wasyncore.readwrite(obj, flags)
-        if getattr(obj, "one_shot", False) and self.get(fd) is obj:
-            self._arm(fd, obj)
-        return True
+            wasyncore.readwrite(channel, flags)
+        if self._channels.get(fd) is channel:
+            self._arm(fd, channel)
+        return None
 
     def _arm(self, fd: int, channel: Any) -> None:
         if channel.context.drains:
@@ -160,6 +172,7 @@ class PollMap(dict[int, Any]):
     def __init__(self) -> None:
         super().__init__()
         self.wake: Callable[[], None] = lambda: None
+        self.events: tuple[tuple[int, int], ...] = ()
 
     def listen(self, acceptor: Any, *, on: bool) -> None:
         acceptor.paused = not on
@@ -180,8 +193,8 @@ class PollMap(dict[int, Any]):
             if getattr(channel, "one_shot", False):
                 channel.close_if_idle()
 
-    def handle_next(self) -> bool:
-        return False  # waitress' loop handles what it waited for
+    def handle(self) -> Any:
+        raise NotImplementedError  # waitress' loop handles what it waited for
 
     def close(self) -> None:
         """Nothing is held beside the map."""

@@ -34,6 +34,8 @@ class Places:
         """Held when one of the above, or of the next three, changes."""
         self._away = self._back = 0
         """How many threads have given their place up for a while, and how many of them want one again."""
+        self._room = 0
+        """How many requests may run at once as things are: some threads may be missing, and some places kept for others."""
         self._returns = threading.Condition(self._lock)
         """Is notified when a place has become free, for those that want one again."""
         self._wake: Callable[[], None] = lambda: None
@@ -52,8 +54,11 @@ class Places:
 
     @property
     def _free(self) -> int:
-        places = min(self._places, len(self._numbers) - self._away - 1)
-        return max(0, places - self._running - self._back)
+        return max(0, self._room - self._running)
+
+    def _measure(self) -> None:
+        """Compute `_room` anew, after what it depends on has changed; `_lock` is held."""
+        self._room = 0 if self.ending else min(self._places, len(self._numbers) - self._away - 1) - self._back
 
     @property
     def busy(self) -> int:
@@ -62,6 +67,7 @@ class Places:
 
     def _count_places(self) -> None:
         self._places = self.size + min(len(self.lost), self.size)
+        self._measure()
         self._returns.notify_all()
 
     @property
@@ -69,14 +75,10 @@ class Places:
         """How many of the threads that should be there are lost, and not replaced (any thread)."""
         return max(0, len(self.lost) - self.size)
 
-    def _leave(self) -> None:
-        """Give the place up, while leading."""
-        with self._lock:
-            self._give_up()
-
     def _give_up(self) -> None:
         self._running -= 1
-        self._returns.notify()
+        if self._back:
+            self._returns.notify()
         if self.on_place is not None:
             self.on_place()
 
@@ -87,6 +89,7 @@ class Places:
         """Leave the place of this thread to another request meanwhile; afterwards wait until one is free again."""
         with self._lock:
             self._away += 1
+            self._measure()
             self._give_up()
             self._replenish()
         try:
@@ -94,8 +97,10 @@ class Places:
         finally:
             with self._lock:
                 self._back += 1
+                self._measure()
                 self._returns.wait_for(lambda: self._running < self._places or self.ending)
                 self._back, self._away, self._running = self._back - 1, self._away - 1, self._running + 1
+                self._measure()
             self._wake()  # a place that was kept for this thread may be free, or a thread one too many
 
     def lose(self, request: Request) -> None:

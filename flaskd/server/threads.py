@@ -24,6 +24,7 @@ log = logging.getLogger("flaskd.server")
 _queue_log = logging.getLogger("waitress.queue")
 """Where Waitress tells of it, and where people filter it."""
 
+_INFINITE = float("inf")
 _LEAST_WAIT = 0.1
 """Seconds that even an end in a hurry leaves to idle threads, so that they are not taken for stuck ones."""
 
@@ -87,56 +88,67 @@ class ThreadPool(Places):
             except RuntimeError:  # no thread can be had
                 del self._numbers[thread]
                 raise
+            finally:
+                self._measure()
             self.started = [each for each in self.started if each.is_alive()]
             self.started.append(thread)
 
     # --- what each thread does ------------------------------------------------------------------------------------
 
     def _work(self, turn: Callable[[], Task | None]) -> None:
-        thread = threading.current_thread()
+        thread, lead, lock = threading.current_thread(), self._lead, self._lock
         leads = False
         try:
             while True:
                 if not leads:
-                    self._lead.take()
+                    lead.take()
                     leads, self.leader = True, thread
                 task = turn()
                 if task is None:
                     return
                 kind = task.kind
-                if kind and self._lead.keep(kind):
-                    self._run(task, kind, kept=True)
-                    leads = self._lead.still_kept()
+                if kind and lead.keep(kind):
+                    leads = lead.still_kept(kind, self._run(task))
                     if leads:
-                        self._leave()
+                        with lock:
+                            self._give_up()
                         continue
                     task = self._next()
                 else:
                     leads = False
-                    self._lead.pass_on()
+                    lead.pass_on()
                 while task is not None:
-                    self._run(task, task.kind, kept=False)
+                    kind = task.kind
+                    seconds = self._run(task)
+                    if kind:
+                        lead.note(kind, seconds, kept=False)
                     task = self._next()
         finally:
             last = self._forget(thread)  # before the next one leads, and counts whether it is one too many
             if leads:
-                self._lead.pass_on()
+                lead.pass_on()
             last()
 
-    def _run(self, task: Task, kind: str, *, kept: bool) -> None:
+    def _run(self, task: Task) -> float:
+        """Run a task; gives how many seconds it took, infinity where it failed."""
         try:
-            seconds = task.service()
+            return task.service()
         except BaseException:  # no request and no function ends a thread
             log.exception("a task of %s failed", threading.current_thread().name)
-        else:
-            if kind:
-                self._lead.note(kind, seconds, kept=kept)
+            return _INFINITE
+
+    def take_place(self) -> bool:
+        """Take a place, if one is free and no task waits for it (the thread that leads)."""
+        with self._lock:
+            if self._running >= self._room or self.queue:
+                return False
+            self._running += 1
+            return True
 
     def take(self) -> Task | None:
         """The oldest task, if there is a place for it (the thread that leads)."""
         with self._lock:
-            # Some of the threads may not be had, and one is needed to lead.
-            if self.queue and self._free > 0 and not self.ending:
+            if self.queue and self._running < self._room:
                 self._running += 1
                 task: Task = self.queue.popleft()
                 return task
@@ -238,6 +250,7 @@ class ThreadPool(Places):
         """Let all threads end, each when it is done with what it runs (any thread)."""
         with self._lock:
             self.ending = True
+            self._measure()
             self._returns.notify_all()
         self._lead.end()
         self._wake()
@@ -262,6 +275,7 @@ class ThreadPool(Places):
         """Count a thread no more; gives what it has to do as the last one."""
         with self._lock:
             del self._numbers[thread]
+            self._measure()
             if not self.ending:  # it may be missed: since it found that it was one too many, another left its place
                 self._replenish()
             return (None if self._numbers else self._last_ended) or (lambda: None)
@@ -271,7 +285,7 @@ class _FunctionTask:
     """A function in the shape of a task."""
 
     kind = ""
-    waits_since = float("inf")
+    waits_since = _INFINITE
 
     def __init__(self, function: Callable[[], None]) -> None:
         self._function = function

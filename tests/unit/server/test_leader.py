@@ -364,7 +364,7 @@ def test_the_lead_is_kept_for_what_has_been_quick(lead):
     assert not lead.keep("GET /")
     quick(lead, 1)
     assert kept(lead)
-    assert lead.still_kept()
+    assert lead.still_kept("GET /", 0.0)
     slow(lead, kept=True)
     assert not lead.keep("GET /")
     assert not lead.keep("GET /other")
@@ -407,7 +407,7 @@ def test_what_takes_long_after_all_loses_the_lead(lead):
     other.start()
     other.join(PATIENCE)
     assert not other.is_alive()
-    assert not lead.still_kept()
+    assert not lead.still_kept("GET /", 0.0)
 
 
 def test_an_end_leaves_the_lead_with_no_request(lead):
@@ -417,7 +417,7 @@ def test_an_end_leaves_the_lead_with_no_request(lead):
     lead.end()
     lead.join(PATIENCE)
     lead.take()
-    assert not lead.still_kept()
+    assert not lead.still_kept("GET /", 0.0)
     assert not lead.keep("GET /")
 
 
