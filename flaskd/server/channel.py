@@ -23,8 +23,6 @@ from flaskd.sockets import unread
 
 log = logging.getLogger("flaskd.server")
 
-_DISCARD = 1 << 16
-"""Bytes of a half-closed connection that are read and thrown away at once."""
 _BODY = 1 << 16
 """Bytes of a body read at once; waitress' 8 KiB would take a turn of the loop each. A head is still read in pieces of
 8 KiB, because hundreds of pipelined requests may follow it."""
@@ -75,7 +73,6 @@ class Channel(OutputChannel):
         context: Context = acceptor.context
         self._flushing = False
         self._last_activity = time.monotonic()
-        self._bite = int(adj.recv_bytes)
         super().__init__(context, _ChannelServer(self, acceptor, sock), sock, addr, adj, map=map)
         if context.drains:
             context.timers.at(self.grace_from + context.keepalive_grace, self.look)
@@ -169,12 +166,12 @@ class Channel(OutputChannel):
 
     def service(self) -> float:
         """Answer the first request, then hand on the connection; returns how many seconds the answer took."""
-        request = self.requests[0]
+        request, context = self.requests[0], self.context
         request.thread = threading.current_thread()
         request.began = began = time.monotonic()
         request.starts_at = request.ends_at = self.output_length() if self.total_outbufs_len else self.flushed
         self.serving = request
-        if (board := self.context.board) is not None:
+        if (board := context.board) is not None:
             board.begin(request)
         try:
             last = self._answer(request)
@@ -183,17 +180,20 @@ class Channel(OutputChannel):
             last = True
         ended = self.grace_from = self._last_activity = time.monotonic()
         request.answered = request.over = True
-        if self.unsettled or self.total_outbufs_len or self.account.streams or not self.connected:
+        account = self.account
+        if self.unsettled or self.total_outbufs_len or account.streams or not self.connected:
             with self.outbuf_lock:
                 if not self.stream_over:
                     self.unsettled.append(request)
                 if board is not None:
                     board.send(request)
                 self._settle()
+        elif request.whole and not request.rejected and self.flushed >= request.ends_at:
+            account.retire(request, "completed", None, ended)
         else:
             self._retire(request)
-        if self.account.streams or self.context.pool.lost:
-            self.account.answered(request)
+        if account.streams or context.pool.lost:
+            account.answered(request)
         self._go_on(last=last)
         if not self.connected:
             self._free_arriving()
@@ -211,7 +211,11 @@ class Channel(OutputChannel):
 
     def _answer(self, request: Request) -> bool:
         """Answer a request; returns whether the connection ends with this answer."""
-        task = self._task_for(request)
+        if request.at_once:
+            task: Recorded = AppTask(self, request)
+            self.task = task
+        else:
+            task = self._task_for(request)
         if not self.connected:
             return True
         try:
@@ -283,53 +287,54 @@ class Channel(OutputChannel):
         """Whether there is something to send: never after the half-close, else as waitress."""
         return not self.half_closed and bool(super().writable())
 
-    def handle_read(self) -> bool:
-        """Read from the client; returns whether a request is complete that this thread is to answer.
+    def handle_read(self) -> None:
+        """Read from the client; a request that is complete is queued."""
+        self.read(at_once=False)
 
-        After the half-close the bytes are thrown away, because no answer could be sent.
+    def read(self, *, at_once: bool = True) -> bool:
+        """Read from the client; returns whether a request is complete that this thread is to answer, having a place.
+
+        Without `at_once` it is queued instead. After the half-close the bytes are thrown away, because no answer could
+        be sent.
         """
         try:
-            data: bytes = self.socket.recv(
-                self._bite if self.request is None and not self.half_closed else self._big_bite
-            )
+            data: bytes = self.socket.recv(self._bite if self.request is None else self._bites())
         except BlockingIOError:
             return False  # the event belonged to a closed socket with the same descriptor number
         except OSError:
             data = b""
         if not data:
             self.handle_close()
-            return False
-        if self.half_closed:
+        elif self.half_closed:
             self._heard_at = time.monotonic()
-            return False
-        self._last_activity = time.monotonic()
-        return self.received(data)
+        else:
+            return self.received(data, at_once=at_once)
+        return False
 
-    @property
-    def _big_bite(self) -> int:
-        """How many bytes to read at once of what is not the beginning of a request."""
-        if self.half_closed:
-            return _DISCARD
+    def _bites(self) -> int:
+        """How many bytes to read at once of a request that has begun."""
         return _BODY if self.request is not None and self.request.headers_finished else self._bite
 
-    def received(self, data: bytes) -> bool:
+    def received(self, data: bytes, *, at_once: bool = False) -> bool:
         """Parse bytes from the client: a common request in one pass, all else with waitress' method.
 
         Returns whether a request is complete that this thread is to answer, having a place; all others are queued.
         """
-        if self.request is None:
-            request = Request(self, self.adj)
-            with self.requests_lock:
-                if self.will_close or self.close_when_flushed:
-                    return False
-                if request.take_common(data):
-                    self.requests.append(request)
-                    return len(self.requests) == 1 and self._begin(request)
+        self._last_activity = now = time.monotonic()
+        if self.request is None and not (self.requests or self.will_close or self.close_when_flushed):
+            request = Request(self, self.adj)  # no thread has the connection, so no lock is needed
+            if request.take_common(data, now):
+                self.requests.append(request)
+                if at_once and self._begin(request):
+                    return True
+                with self.requests_lock:
+                    self.begin_next()
+                return False
         super().received(data)
         return False
 
     def _begin(self, request: Request) -> bool:
-        """Take a place for the only request in line, so that this thread answers it; False if it is queued instead."""
+        """Take a place for a request, if the app is to answer it, and if one is free; this thread then answers it."""
         context = self.context
         if (
             context.closing
@@ -338,9 +343,9 @@ class Channel(OutputChannel):
             or request.path == context.health_path
             or not context.pool.take_place()
         ):
-            self.begin_next()
             return False
         self.keeper = request
+        request.at_once = True
         return True
 
     def handle_write(self) -> None:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from flaskd.process.forks import AppCode
 from flaskd.server.account import Account
 from flaskd.server.board import Board
 from flaskd.server.limits import NO_LIMITS
@@ -24,6 +25,8 @@ class Context:
     def __init__(self, app: Callable[..., Any], threads: int, board: Board | None = None) -> None:
         self.proxies = app if isinstance(app, BehindProxies) else None
         """Finds out who the client behind a proxy is; None where no proxy is trusted."""
+        self.code = AppCode()
+        """The context in which the app's code runs."""
         self.draining = threading.Event()
         self.drains = False
         """The same as a plain attribute, which is quicker to read at every event."""

@@ -34,6 +34,10 @@ class Line(NamedTuple):
     path: str
     query: str
     kind: str
+    environ: dict[str, str]
+    """What an environ has of it. All requests with this line share the dictionary, so it must not be changed."""
+    wants_body: bool
+    """Whether the answer may have a body: false for HEAD."""
 
 
 class Fields(NamedTuple):
@@ -44,6 +48,8 @@ class Fields(NamedTuple):
     """By their names in an environ. Requests with the same fields share this dictionary, so it must not be changed."""
     length: int
     """The length of the body in bytes."""
+    keeps: bool
+    """Whether the client does not ask for the connection to be closed."""
 
 
 def read(data: bytes, before: Fields | None) -> tuple[Line, Fields, int] | None:
@@ -71,7 +77,8 @@ def _line(line: bytes) -> Line | None:
         path = unquote_to_bytes(path).decode("latin-1")
         if "\0" in path:
             return None
-    return Line(method, target, path, query, kind_of(method, path))
+    environ = {"REQUEST_METHOD": method, "PATH_INFO": path, "REQUEST_URI": target, "QUERY_STRING": query}
+    return Line(method, target, path, query, kind_of(method, path), environ, method != "HEAD")
 
 
 def _fields(text: str) -> Fields | None:
@@ -90,7 +97,14 @@ def _fields(text: str) -> Fields | None:
     length = headers.get("CONTENT_LENGTH", "0")
     if LENGTH.fullmatch(length) is None:
         return None
-    return Fields(match[0].encode("latin-1"), headers, int(length))
+    keeps = "close" not in connection_options(headers.get("HTTP_CONNECTION", ""))
+    return Fields(match[0].encode("latin-1"), headers, int(length), keeps)
+
+
+@functools.lru_cache(maxsize=64)
+def connection_options(value: str) -> frozenset[str]:
+    """The options in a Connection header, in small letters (RFC 9110 §7.6.1)."""
+    return frozenset(option.strip().lower() for option in value.split(","))
 
 
 def kind_of(method: str, path: str) -> str:

@@ -130,11 +130,13 @@ class EventLoop:
     def _turn_until_task(self) -> Task | None:
         pool, poller = self.context.pool, self.context.poller
         queue = pool.queue
+        task: Task | None
         while not pool.ending:
             if queue and (task := pool.take()) is not None:
                 return task
             if poller.events:
-                if (task := poller.handle()) is not None:
+                task = poller.handle()
+                if task is not None:
                     return task
                 continue
             if pool.surplus:

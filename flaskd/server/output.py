@@ -22,6 +22,8 @@ from flaskd.sockets import unacknowledged
 
 _ROOM = 16
 """A thread that waits for its client goes on once one in `_ROOM` parts of ``outbuf_high_watermark`` is free."""
+_DISCARD = 1 << 16
+"""Bytes that are read at once, to be thrown away, after the half-close."""
 _LINGER = 0.2
 """Seconds after the half-close in which the client may close its side, before flaskd closes the connection."""
 _LINGER_LOOK = 0.05
@@ -70,6 +72,7 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
         self.flushed = 0
         self.unsettled: deque[Request] = deque()
         """The requests that the app has answered, but whose last byte the kernel has not taken yet."""
+        self._send_bytes, self._bite = int(adj.send_bytes), int(adj.recv_bytes)
         self.grace_from = time.monotonic()
         """When the last answer was given, or the connection was opened (time.monotonic())."""
         self._linger_until, self._unacknowledged = 0.0, 0
@@ -161,17 +164,17 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
         with self._sending:  # so that nothing follows the end of a stream
             if self.stream_over or not self.connected:
                 raise ClientDisconnected
-            if self.total_outbufs_len or type(data) is not bytes or len(data) < self.adj.send_bytes:
+            if self.total_outbufs_len or type(data) is not bytes or (size := len(data)) < self._send_bytes:
                 return self._buffer(data)
             try:
                 sent = self.socket.send(data)
             except OSError:  # waitress tries again below, and deals with the error
                 sent = 0
             self.flushed += sent
-            if sent < len(data):
+            if sent < size:
                 self._last_activity = time.monotonic()
                 self._buffer(data[sent:])
-            return len(data)
+        return size
 
     def _buffer(self, data: Any) -> int:
         """Let waitress buffer a part and send what it can; the caller holds `outbuf_lock`."""
@@ -308,6 +311,7 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
         if self.half_closed:
             return
         self.half_closed = True
+        self._bite = _DISCARD
         self.will_close = self.close_when_flushed = False
         try:
             self.socket.shutdown(socket.SHUT_WR)

@@ -137,7 +137,7 @@ class EpollMap(dict[int, Any]):
             return None
         if flags == _READABLE:
             try:
-                if channel.handle_read():
+                if channel.read():
                     return channel
             except Exception:  # noqa: BLE001 - as wasyncore.read() does
                 channel.handle_error()
@@ -193,9 +193,8 @@ class PollMap(dict[int, Any]):
             if getattr(channel, "one_shot", False):
                 channel.close_if_idle()
 
-                channel.handle_error()
-            if channel.keeper is not None and not channel.context.drains:
-                return  # a request is complete, and its thread owns the connection now
+    def handle(self) -> Any:
+        raise NotImplementedError  # waitress' poll has handled what it waited for
 
     def close(self) -> None:
         """Do nothing: this map holds only its sockets."""

@@ -12,6 +12,7 @@ from flaskd.server.request import Request
 
 BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Upper bounds of a histogram's buckets, in seconds; one more bucket counts all longer times."""
+_SHORTEST = BOUNDS[0]
 
 _OUTCOMES = ("completed", "rejected", "cut", "gone")
 _STATUSES = 6
@@ -112,11 +113,11 @@ class Counts:
         counts[_CLASS_AT.get(first, _STATUS_AT)] += 1
         if first:
             seconds = now - request.first_byte
-            counts[_TOOK_AT + bisect_left(BOUNDS, seconds)] += 1
+            counts[_TOOK_AT if seconds <= _SHORTEST else _TOOK_AT + bisect_left(BOUNDS, seconds)] += 1
             sums[0] += seconds
-        if request.began:
-            seconds = request.began - request.complete
-            counts[_WAITED_AT + bisect_left(BOUNDS, seconds)] += 1
+        if began := request.began:
+            seconds = began - request.complete
+            counts[_WAITED_AT if seconds <= _SHORTEST else _WAITED_AT + bisect_left(BOUNDS, seconds)] += 1
             sums[1] += seconds
 
     def limited(self, limit: str) -> None:

@@ -194,10 +194,8 @@ def test_places_can_change_before_the_start():
 
 def test_a_request_changes_no_thread(serve, connect, monkeypatch):
     """The thread that reads it runs the app."""
-    names, ran, real = [], [], Channel.handle_read
-    monkeypatch.setattr(
-        Channel, "handle_read", lambda self: names.append(threading.current_thread().name) or real(self)
-    )
+    names, ran, real = [], [], Channel.read
+    monkeypatch.setattr(Channel, "read", lambda self: names.append(threading.current_thread().name) or real(self))
 
     def app(environ, start_response):
         ran.append(threading.current_thread().name)
