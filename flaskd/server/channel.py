@@ -63,6 +63,9 @@ class Channel(OutputChannel):
     """A connection. With `here`, the loop itself answers all its requests, without the app."""
 
     one_shot = True
+    stays_armed = missed = False
+    """Whether the poller waits for the next request all the time, and whether something came while a thread had the
+    connection; see `EpollMap`."""
     here = False
     keeper: Request | None = None
     """The request for which a thread owns the connection, or will own it; meanwhile the loop does not read from it.
@@ -272,8 +275,7 @@ class Channel(OutputChannel):
                     self.send_continue()
                 writable = self.total_outbufs_len or self.will_close or self.close_when_flushed
                 if not (writable or self.context.drains):
-                    if (sock := self.socket) is not None:
-                        self.context.poller.expect(sock)  # without waking the loop
+                    self.context.poller.expect(self)  # without waking the loop
                     return
         self.context.poller.touch(self)
 
@@ -297,12 +299,15 @@ class Channel(OutputChannel):
         Without `at_once` it is queued instead. After the half-close the bytes are thrown away, because no answer could
         be sent.
         """
+        size = self._bite if self.request is None else self._bites()
         try:
-            data: bytes = self.socket.recv(self._bite if self.request is None else self._bites())
+            data: bytes = self.socket.recv(size)
         except BlockingIOError:
             return False  # the event belonged to a closed socket with the same descriptor number
         except OSError:
             data = b""
+        if len(data) == size:
+            self.missed = True  # there may be more, and epoll would not say so
         if not data:
             self.handle_close()
         elif self.half_closed:
