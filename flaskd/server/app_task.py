@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import time
@@ -31,36 +32,51 @@ class AppExitedError(RuntimeError):
 class AppTask(Recorded):
     """Runs the app for one request."""
 
-    _given: Given | None = None
-    """What the app said of its answer."""
     _is_noted = False
     response_headers: tuple[tuple[str, str], ...] = ()
 
     def __init__(self, channel: OutputChannel, request: Request) -> None:
         self.channel, self.request = channel, request
+        channel.task = self
+        self._given: Given | None = None
+        """What the app said of its answer."""
+        # On the class, where waitress has them, they are found less quickly.
+        self.complete = self.wrote_header = self.chunked_response = self.close_on_finish = False
         self.version = "1.1" if request.version == "1.1" else "1.0"  # as waitress does
 
-    def execute(self) -> None:
-        """Run the app; SystemExit and the like become an AppExitedError, so that they cannot end the thread."""
-        channel = self.channel
-        code = channel.context.code
+    def service(self) -> None:
+        """Run the app and write its answer; SystemExit and the like become an AppExitedError, which ends no thread."""
+        context = self.channel.context
+        app, code, ended = context.app, context.code, False
         try:
-            with code:
-                parts = channel.server.app(self._environ(), self.start_response)
-                given = self._given
-                if given is None or not (given.plain and self.request.plain) or isinstance(parts, _SENT_OTHERWISE):
-                    code.check()
-                    self._send(parts)
-                    return
+            parts = app(self._environ(), self.start_response)
+            given = self._given
+            if given is None or not (given.plain and self.request.plain) or isinstance(parts, _SENT_OTHERWISE):
+                code.check()
+                self._send(parts)
+                code.check()
+                self._complete()
+            else:
                 try:
-                    self._write_all(parts)
+                    for part in parts:
+                        if part:
+                            self.write(part)
+                    if self.content_bytes_written != self.content_length:
+                        self._tell_too_few()
                 finally:
                     if hasattr(parts, "close"):
                         parts.close()
-        except Exception:
-            raise
+                code.check()
+                if not self.wrote_header:
+                    self.write(b"")
+            ended = True
         except BaseException as error:
+            code.check(error)
+            if isinstance(error, Exception):
+                raise
             raise AppExitedError(f"the app raised {type(error).__name__} while answering") from error
+        finally:
+            self._note(ended=ended)
 
     def _send(self, parts: Any) -> None:
         """Send what the app returned, whatever it may be."""
@@ -100,12 +116,16 @@ class AppTask(Recorded):
                 self.write(part)
         length, written = self.content_length, self.content_bytes_written
         if length is not None and written != length and self.sends_body:
-            self.set_close_on_finish()
-            log.warning(
-                "application returned too few bytes (%s) for specified Content-Length (%s) via app_iter",
-                written,
-                length,
-            )
+            self._tell_too_few()
+
+    def _tell_too_few(self) -> None:
+        """Close the connection after an answer that is shorter than its Content-Length, and say so in the log."""
+        self.set_close_on_finish()
+        log.warning(
+            "application returned too few bytes (%s) for specified Content-Length (%s) via app_iter",
+            self.content_bytes_written,
+            self.content_length,
+        )
 
     # --- environ and headers --------------------------------------------------------------------------------------
 
@@ -115,21 +135,20 @@ class AppTask(Recorded):
         The path differs: waitress turns ``//admin`` into ``/admin``, flaskd does not.
         """
         request, channel = self.request, self.channel
-        environ = channel.environ.copy()
-        if request.line is None or channel.adj.url_prefix:
+        environ = channel.environ_with(request.headers)
+        if request.line is None or channel.context.url_prefix:
             self._describe(environ)
         else:
             environ.update(request.line)
         environ["wsgi.errors"] = sys.stderr
-        environ["wsgi.input"] = request.get_body_stream()
-        environ.update(request.headers)
-        if request.given_id:
+        environ["wsgi.input"] = request.get_body_stream() if request.line is None else io.BytesIO(request.short_body)
+        if not request.plain and request.given_id:
             environ["flaskd.request_id"] = request.given_id
         return environ
 
     def _describe(self, environ: dict[str, Any]) -> None:
         """Put into the environ what the request line says."""
-        request, prefix = self.request, self.channel.adj.url_prefix
+        request, prefix = self.request, self.channel.context.url_prefix
         path = request.path
         if prefix and not path.startswith("//"):
             if path == prefix:
@@ -148,11 +167,11 @@ class AppTask(Recorded):
         if exc_info or self.complete:
             self._start_again(exc_info)
         self.complete = True
-        channel, headers = self.channel, tuple(headers)
+        context, headers = self.channel.context, tuple(headers)
         try:
-            given = checked(status, headers, channel.adj.ident, channel.context.served_by)
+            given = checked(status, headers, context.ident, context.served_by)
         except TypeError:  # it cannot be kept, because it has parts that can change, or is wrong
-            given = checked.__wrapped__(status, headers, channel.adj.ident, channel.context.served_by)
+            given = checked.__wrapped__(status, headers, context.ident, context.served_by)
         self._given, self.status = given, given.status
         self.response_headers += given.headers
         if given.length is not None:

@@ -16,16 +16,12 @@ from waitress.channel import ClientDisconnected
 
 from flaskd.server.app_task import AppTask
 from flaskd.server.context import Context
-from flaskd.server.output import OutputChannel
+from flaskd.server.input import InputChannel
 from flaskd.server.request import Request
 from flaskd.server.tasks import HealthTask, Recorded, RefusalTask, RejectTask
 from flaskd.sockets import unread
 
 log = logging.getLogger("flaskd.server")
-
-_BODY = 1 << 16
-"""Bytes of a body read at once; waitress' 8 KiB would take a turn of the loop each. A head is still read in pieces of
-8 KiB, because hundreds of pipelined requests may follow it."""
 
 
 class _ChannelServer:
@@ -33,16 +29,11 @@ class _ChannelServer:
 
     def __init__(self, channel: Channel, acceptor: Any, sock: Any) -> None:
         self._channel = channel
-        self._acceptor = acceptor
         self.adj = acceptor.adj
         self.active_channels = acceptor.context.probes if channel.internal else acceptor.active_channels
         self.effective_port = acceptor.effective_port
         self.environ = acceptor.environ
         self.server_name = acceptor.server_name or ("localhost" if channel.internal else sock.getsockname()[0])
-
-    @property
-    def app(self) -> Any:
-        return self._acceptor.application
 
     def pull_trigger(self) -> None:
         channel = self._channel
@@ -59,18 +50,8 @@ def _named(request: Request) -> dict[str, Any]:
     return {"fields": {"id": request.id, **request.ids.fields()}}
 
 
-class Channel(OutputChannel):
-    """A connection. With `here`, the loop itself answers all its requests, without the app."""
-
-    one_shot = True
-    stays_armed = missed = False
-    """Whether the poller waits for the next request all the time, and whether something came while a thread had the
-    connection; see `EpollMap`."""
-    here = False
-    keeper: Request | None = None
-    """The request for which a thread owns the connection, or will own it; meanwhile the loop does not read from it.
-
-    `requests_lock` is held while this changes, and while what the poller waits for changes."""
+class Channel(InputChannel):
+    """A connection, and the answers to its requests."""
 
     def __init__(self, acceptor: Any, sock: Any, addr: Any, adj: Any, map: Any = None) -> None:  # noqa: A002 - waitress' name
         context: Context = acceptor.context
@@ -160,38 +141,33 @@ class Channel(OutputChannel):
             return RejectTask(self, request)
         if self.here or (request.path == self.context.health_path and request.command in {"GET", "HEAD"}):
             return HealthTask(self, request)
-        task = self.task = AppTask(self, request)
-        return task
-
-    def parser_class(self, adj: Any) -> Request:
-        """Make the object into which waitress reads the next request; waitress calls this attribute."""
-        return Request(self, adj)
+        return AppTask(self, request)
 
     def service(self) -> float:
         """Answer the first request, then hand on the connection; returns how many seconds the answer took."""
         request, context = self.requests[0], self.context
-        request.thread = threading.current_thread()
+        if request.thread is None:
+            request.thread = threading.current_thread()
         request.began = began = time.monotonic()
         request.starts_at = request.ends_at = self.output_length() if self.total_outbufs_len else self.flushed
         self.serving = request
         if (board := context.board) is not None:
             board.begin(request)
+        task: Recorded | None = None
+        last = True
         try:
-            last = self._answer(request)
-        except BaseException:  # whatever the task raises, the thread goes on
-            log.exception(f"cannot finish {request.snapshot()}: the connection is closed")
-            last = True
+            task = AppTask(self, request) if request.at_once else self._task_for(request)
+            if self.connected:
+                task.service()
+                last = task.close_on_finish
+        except BaseException as error:  # noqa: BLE001 - whatever the task raises, the thread goes on
+            self._failed(request, task, error)
         ended = self.grace_from = self._last_activity = time.monotonic()
         request.answered = request.over = True
         account = self.account
         if self.unsettled or self.total_outbufs_len or account.streams or not self.connected:
-            with self.outbuf_lock:
-                if not self.stream_over:
-                    self.unsettled.append(request)
-                if board is not None:
-                    board.send(request)
-                self._settle()
-        elif request.whole and not request.rejected and self.flushed >= request.ends_at:
+            self._settle_later(request)
+        elif request.at_once and request.whole and self.flushed >= request.ends_at:
             account.retire(request, "completed", None, ended)
         else:
             self._retire(request)
@@ -201,6 +177,15 @@ class Channel(OutputChannel):
         if not self.connected:
             self._free_arriving()
         return ended - began
+
+    def _settle_later(self, request: Request) -> None:
+        """Retire a request once the kernel has taken all of its answer, which may be at once."""
+        with self.outbuf_lock:
+            if not self.stream_over:
+                self.unsettled.append(request)
+            if (board := self.context.board) is not None:
+                board.send(request)
+            self._settle()
 
     def serve_here(self) -> None:
         """Answer the first request in the loop's thread; if the client has left, free all that it sent."""
@@ -212,28 +197,22 @@ class Channel(OutputChannel):
             for each in self.requests:
                 each.close()
 
-    def _answer(self, request: Request) -> bool:
-        """Answer a request; returns whether the connection ends with this answer."""
-        if request.at_once:
-            task: Recorded = AppTask(self, request)
-            self.task = task
-        else:
-            task = self._task_for(request)
-        if not self.connected:
-            return True
+    def _failed(self, request: Request, task: Recorded | None, error: BaseException) -> None:
+        """Say why the answer to a request ended early, and answer in its place if nothing of it was sent."""
         try:
-            task.service()
-        except ClientDisconnected:
-            if not self.stream_over:
-                which = f"{request.path}{request.ids}"
-                self.logger.info(f"Client disconnected while serving {which}", extra=_named(request))
-            return True
-        except Exception:
-            self.logger.exception(f"Exception while serving {request.path}{request.ids}", extra=_named(request))
-            if not task.wrote_header:
-                self.answer_instead(500, "The server encountered an unexpected internal server error")
-            return True
-        return bool(task.close_on_finish)
+            if isinstance(error, ClientDisconnected):
+                if not self.stream_over:
+                    which = f"{request.path}{request.ids}"
+                    self.logger.info(f"Client disconnected while serving {which}", extra=_named(request))
+            elif isinstance(error, Exception):
+                what = f"Exception while serving {request.path}{request.ids}"
+                self.logger.error(what, exc_info=error, extra=_named(request))
+                if task is None or not task.wrote_header:
+                    self.answer_instead(500, "The server encountered an unexpected internal server error")
+            else:
+                raise error
+        except BaseException:
+            log.exception(f"cannot finish {request.snapshot()}: the connection is closed")
 
     @property
     def _expects_continue(self) -> bool:
@@ -262,7 +241,7 @@ class Channel(OutputChannel):
                 self.requests = []
             else:
                 request = self.requests.pop(0)
-                if request.body_rcv is not None:
+                if request.line is None and request.body_rcv is not None:
                     request.close()
                 if self.current_outbuf_count > 0:
                     self.current_outbuf_count = self.adj.outbuf_high_watermark  # the next answer begins a new buffer
@@ -281,77 +260,9 @@ class Channel(OutputChannel):
 
     # --- input and output, in the loop's thread --------------------------------------------------------------------
 
-    def readable(self) -> bool:
-        """Whether to read: always after the half-close, never while a thread owns the connection, else as waitress."""
-        return self.half_closed or (self.keeper is None and bool(super().readable()))
-
     def writable(self) -> bool:
         """Whether there is something to send: never after the half-close, else as waitress."""
         return not self.half_closed and bool(super().writable())
-
-    def handle_read(self) -> None:
-        """Read from the client; a request that is complete is queued."""
-        self.read(at_once=False)
-
-    def read(self, *, at_once: bool = True) -> bool:
-        """Read from the client; returns whether a request is complete that this thread is to answer, having a place.
-
-        Without `at_once` it is queued instead. After the half-close the bytes are thrown away, because no answer could
-        be sent.
-        """
-        size = self._bite if self.request is None else self._bites()
-        try:
-            data: bytes = self.socket.recv(size)
-        except BlockingIOError:
-            return False  # the event belonged to a closed socket with the same descriptor number
-        except OSError:
-            data = b""
-        if len(data) == size:
-            self.missed = True  # there may be more, and epoll would not say so
-        if not data:
-            self.handle_close()
-        elif self.half_closed:
-            self._heard_at = time.monotonic()
-        else:
-            return self.received(data, at_once=at_once)
-        return False
-
-    def _bites(self) -> int:
-        """How many bytes to read at once of a request that has begun."""
-        return _BODY if self.request is not None and self.request.headers_finished else self._bite
-
-    def received(self, data: bytes, *, at_once: bool = False) -> bool:
-        """Parse bytes from the client: a common request in one pass, all else with waitress' method.
-
-        Returns whether a request is complete that this thread is to answer, having a place; all others are queued.
-        """
-        self._last_activity = now = time.monotonic()
-        if self.request is None and not (self.requests or self.will_close or self.close_when_flushed):
-            request = Request(self, self.adj)  # no thread has the connection, so no lock is needed
-            if request.take_common(data, now):
-                self.requests.append(request)
-                if at_once and self._begin(request):
-                    return True
-                with self.requests_lock:
-                    self.begin_next()
-                return False
-        super().received(data)
-        return False
-
-    def _begin(self, request: Request) -> bool:
-        """Take a place for a request, if the app is to answer it, and if one is free; this thread then answers it."""
-        context = self.context
-        if (
-            context.closing
-            or context.refusing
-            or self.here
-            or request.path == context.health_path
-            or not context.pool.take_place()
-        ):
-            return False
-        self.keeper = request
-        request.at_once = True
-        return True
 
     def handle_write(self) -> None:
         """Send waiting output, and retire the requests whose answers are completely sent."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import re
+from dataclasses import dataclass
 from typing import NamedTuple
 from urllib.parse import unquote_to_bytes
 
@@ -40,7 +41,8 @@ class Line(NamedTuple):
     """Whether the answer may have a body: false for HEAD."""
 
 
-class Fields(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Fields:
     """The fields of a head: their bytes, from the end of the request line to the blank line, and their meaning."""
 
     block: bytes

@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import operator
 import re
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from waitress.task import hop_by_hop
 from waitress.utilities import build_http_date
@@ -32,7 +33,8 @@ _DATE_LENGTH = len(build_http_date(0))
 _by_name = operator.itemgetter(0)
 
 
-class Given(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Given:
     """What an app said of its answer, checked; and the header of the answer, if that needs nothing but its date."""
 
     status: str

@@ -39,11 +39,11 @@ _MOST_KINDS = 1000
 class Lead:
     """The right to lead. All methods except those that say "any thread" are for a thread that has it or wants it."""
 
-    def __init__(self) -> None:
+    def __init__(self, lock: threading.Lock) -> None:
         self._token = threading.Lock()
         """Locked while a thread leads."""
-        self._lock = threading.Lock()
-        """Held while one of the following changes."""
+        self._lock = lock
+        """Held while one of the following changes; the caller's, which holds it for `keep` and `still_kept`."""
         self._kept = False
         """Whether the leading thread is running a request."""
         self._count = 0
@@ -68,11 +68,10 @@ class Lead:
         """Whether to keep the lead while running a request of this kind; if so, call `still_kept` afterwards."""
         if self._quick.get(kind, 0) < _TRUSTED:
             return False
-        with self._lock:
-            if self._watched:
-                self._count += 1
-                self._kept = True
-                return True
+        if self._watched:
+            self._count += 1
+            self._kept = True
+            return True
         now, before = time.monotonic(), self._last
         self._last = now
         if now - before < _BUSY:
@@ -81,8 +80,7 @@ class Lead:
 
     def still_kept(self, kind: str, seconds: float) -> bool:
         """Whether this thread still leads after it has run its request, which took so many seconds."""
-        with self._lock:
-            kept, self._kept = self._kept, False
+        kept, self._kept = self._kept, False
         if seconds > _QUICK or self._quick.get(kind, 0) < _MOST_COUNTED:
             self.note(kind, seconds, kept=True)
         return kept

@@ -127,8 +127,10 @@ class EpollMap(dict[int, Any]):
             fd = self._touched.popleft()
             if (channel := self._channels.get(fd)) is not None:
                 self._arm(fd, channel)
-        self._closed.clear()
-        self._put_off.clear()
+        if self._closed:
+            self._closed.clear()
+        if self._put_off:
+            self._put_off.clear()
         self._asleep = True
         # A thread that touched a channel before `_asleep` was set is found in `_touched`; a later one wakes this one.
         self.events.extend(self._epoll.poll(0 if self._touched else timeout, _BATCH))
@@ -142,11 +144,8 @@ class EpollMap(dict[int, Any]):
             if (obj := self.get(fd)) is not None:
                 wasyncore.readwrite(obj, flags)
             return None
-        if channel.stays_armed and channel.keeper is not None:
-            with channel.requests_lock:
-                if channel.keeper is not None:  # its thread has it asked about again when it has finished
-                    channel.missed = True
-                    return None
+        if channel.keeper is not None and channel.stays_armed and _note_missed(channel):
+            return None
         if flags == _READABLE:
             try:
                 if channel.read():
@@ -177,6 +176,14 @@ class EpollMap(dict[int, Any]):
 
     def close(self) -> None:
         self._epoll.close()
+
+
+def _note_missed(channel: Any) -> bool:
+    """Let the thread that has the connection arm it again when it has finished; False if it just has."""
+    with channel.requests_lock:
+        has_thread = channel.keeper is not None
+        channel.missed = channel.missed or has_thread
+    return has_thread
 
 
 class PollMap(dict[int, Any]):

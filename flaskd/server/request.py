@@ -52,6 +52,8 @@ class Connection(Protocol):
     total_outbufs_len: int
     """Bytes that wait to be sent."""
     internal: bool
+    most_head_bytes: int
+    """Most bytes that a request's head may have."""
     fields: Fields | None
     """The fields of the last common request on this connection."""
 
@@ -136,7 +138,7 @@ class Request(Parser):
         length = fields.length
         if (
             at + length != len(data)  # a part of it has not come yet, or more has come
-            or at > self.adj.max_request_header_size
+            or at > channel.most_head_bytes
             or (length and length > self.adj.max_request_body_size)
         ):
             return False
@@ -144,8 +146,7 @@ class Request(Parser):
             channel.fields = fields
         self.command, self.request_uri, self.path, self.query, self.kind, self.line, wants_body = line
         self.version, self.headers = "1.1", fields.headers
-        if length:
-            self.content_length, self.short_body = length, data[at:]
+        self.content_length, self.short_body = length, data[at:]
         self.begun = self.headers_finished = self.completed = True
         self.first_byte = self.complete = now
         account = channel.account

@@ -131,23 +131,33 @@ class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
 
     def service(self) -> None:
         """Write the answer, and note on the request whether it is whole."""
-        channel, serving, ended = self.channel, self.channel.serving, False
+        ended = False
         try:
             self.execute()
-            if not self.wrote_header:
-                self.write(b"")
-            if self.chunked_response:
-                channel.write_soon(b"0\r\n\r\n")
+            self._complete()
             ended = True
         finally:
-            ends_at = serving.ends_at = channel.output_length() if channel.total_outbufs_len else channel.flushed
-            whole = ended and ends_at - serving.starts_at - serving.header_length == self.content_length
-            fault = "" if whole else self._fault(serving, ended=ended)
-            # Asked last, because closing empties the buffers that were just measured.
-            if channel.connected and not channel.stream_over:
-                if fault:
-                    serving.fault = fault
-                serving.whole = self.wrote_header and not fault
+            self._note(ended=ended)
+
+    def _complete(self) -> None:
+        """Write what may still be missing of the answer: its header, or its last chunk."""
+        if not self.wrote_header:
+            self.write(b"")
+        if self.chunked_response:
+            self.channel.write_soon(b"0\r\n\r\n")
+
+    def _note(self, *, ended: bool) -> None:
+        """Note on the request whether its answer is whole; `ended` is false if something was raised meanwhile."""
+        channel = self.channel
+        serving = channel.serving
+        ends_at = serving.ends_at = channel.output_length() if channel.total_outbufs_len else channel.flushed
+        whole = ended and ends_at - serving.starts_at - serving.header_length == self.content_length
+        fault = "" if whole else self._fault(serving, ended=ended)
+        # Asked last, because closing empties the buffers that were just measured.
+        if channel.connected and not channel.stream_over:
+            if fault:
+                serving.fault = fault
+            serving.whole = self.wrote_header and not fault
 
     def execute(self) -> None:
         """Write the answer."""

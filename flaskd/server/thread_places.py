@@ -36,6 +36,8 @@ class Places:
         """How many threads have left their place for a while, and how many of these wait for one again."""
         self._room = 0
         """How many tasks may run at once now: fewer than `_places` if threads are missing, or wait to come back."""
+        self.surplus = False
+        """Whether there is a thread too many, so that the leading one has to end."""
         self._returns = threading.Condition(self._lock)
         """Notified when a place has become free; threads that want one again wait for it."""
         self._wake: Callable[[], None] = lambda: None
@@ -57,8 +59,14 @@ class Places:
         return max(0, self._room - self._running)
 
     def _measure(self) -> None:
-        """Compute `_room` anew, after what it depends on has changed; `_lock` is held."""
-        self._room = 0 if self.ending else min(self._places, len(self._numbers) - self._away - 1) - self._back
+        """Compute `_room` and `surplus` anew, after what they depend on has changed; the caller holds `_lock`."""
+        threads = len(self._numbers)
+        self._room = 0 if self.ending else min(self._places, threads - self._away - 1) - self._back
+        self.surplus = threads > self._wanted
+
+    @property
+    def _wanted(self) -> int:
+        return 0 if self.ending else self._places + self._away + 1
 
     @property
     def busy(self) -> int:

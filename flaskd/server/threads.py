@@ -57,7 +57,9 @@ class ThreadPool(Places):
         self._turn: Callable[[], Task | None] | None = None
         """The function that the leading thread calls; None before `start`."""
         self._name = ""
-        self._lead = Lead()
+        self._lead = Lead(self._lock)
+        self._keeps, self._kind = False, ""
+        """Whether the leading thread is to keep the lead while it runs the task that has just got a place; its kind."""
         self._last_ended: Callable[[], None] | None = None
 
     def start(self, turn: Callable[[], Task | None], wake: Callable[[], None], name: str) -> None:
@@ -106,13 +108,13 @@ class ThreadPool(Places):
                 task = turn()
                 if task is None:
                     return
-                kind = task.kind
-                if kind and lead.keep(kind):
-                    leads = lead.still_kept(kind, self._run(task))
-                    if leads:
-                        with lock:
+                if self._keeps:
+                    kind, seconds = self._kind, self._run(task)
+                    with lock:
+                        leads = lead.still_kept(kind, seconds)
+                        if leads:
                             self._give_up()
-                        continue
+                            continue
                     task = self._next()
                 else:
                     leads = False
@@ -137,12 +139,14 @@ class ThreadPool(Places):
             log.exception("a task of %s failed", threading.current_thread().name)
             return _INFINITE
 
-    def take_place(self) -> bool:
-        """Take a place, if one is free and no task waits for it (the thread that leads)."""
+    def take_place(self, kind: str) -> bool:
+        """Take a place for a task of this kind, if one is free and no other task waits for it (the leading thread)."""
         with self._lock:
             if self._running >= self._room or self.queue:
                 return False
             self._running += 1
+            self._kind = kind
+            self._keeps = self._lead.keep(kind)
             return True
 
     def take(self) -> Task | None:
@@ -151,6 +155,8 @@ class ThreadPool(Places):
             if self.queue and self._running < self._room:
                 self._running += 1
                 task: Task = self.queue.popleft()
+                self._kind = task.kind
+                self._keeps = bool(self._kind) and self._lead.keep(self._kind)
                 return task
         return None
 
@@ -164,15 +170,6 @@ class ThreadPool(Places):
         return None
 
     # --- how many -------------------------------------------------------------------------------------------------
-
-    @property
-    def _wanted(self) -> int:
-        return 0 if self.ending else self._places + self._away + 1
-
-    @property
-    def surplus(self) -> bool:
-        """Whether there is a thread too many, so that the leading one has to end."""
-        return len(self._numbers) > self._wanted
 
     def resize(self, size: int) -> None:
         """Change the number of places (any thread).

@@ -255,6 +255,22 @@ def test_who_waits_longest_is_served_first(serve, app, connect):
     assert seen == ["", "1", "2", "3", "4", "5"]
 
 
+@pytest.mark.parametrize("behind", [1, 400], ids=["one", "more than is read at once"])
+def test_what_comes_while_the_app_runs_is_answered_behind_it(behind, serve, app, connect):
+    """Although epoll, which tells of it once, told of it while a thread had the connection."""
+    server = serve(threads=2)
+    client = connect(server)
+    assert client.ask("/").status == client.ask("/").status == 200
+    [channel] = server.loop.connections.channels()
+    assert channel.stays_armed
+    client.send("/gate")
+    app.entered(1)
+    client.send(*["/"] * behind)
+    until(server, lambda: channel.missed)
+    app.released.set()
+    assert [client.response().status for _ in range(behind + 1)] == [200] * (behind + 1)
+
+
 def test_what_is_pipelined_is_answered_in_order(serve, connect):
     """One after the other, whichever threads run them."""
     client = connect(serve())
@@ -331,7 +347,7 @@ def test_a_kept_connection_asks_the_loop_for_nothing(serve, connect, monkeypatch
 @pytest.fixture
 def lead():
     """A lead that this thread has."""
-    made = Lead()
+    made = Lead(threading.Lock())
     made.take()
     yield made
     made.end()
