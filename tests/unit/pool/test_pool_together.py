@@ -11,7 +11,7 @@ import pool_kit
 import pytest
 from pool_kit import FakeWorker, World, configuration
 
-from flaskd.cleanup import Frame, Plan, overview
+from flaskd.cleanup import Fate, Frame, Plan, StepResult, overview
 from flaskd.errors import AppError, FlaskdError
 from flaskd.ledger import DrainReport
 from flaskd.lifecycle import StopReason
@@ -395,7 +395,7 @@ def test_a_configuration_that_a_drain_broke_off(world: World) -> None:
     pool.renew(config, only_configuration=True)
     world.run()
     pool.begin_drain(5.0, announce=0.0)
-    for each, error in zip(world.made, (None, FlaskdError("the reload was overtaken by a drain")), strict=True):
+    for each, error in zip(world.made, (None, FlaskdError("the reload was broken off by a drain")), strict=True):
         [order] = [each for each in each.told if isinstance(each, say.Renew)]
         each.to_do.clear()
         each.says(say.Answer(order.number, error=error))
@@ -446,6 +446,33 @@ def test_a_worker_that_dies_in_the_stop_is_in_its_record(world: World) -> None:
     assert not account.report.clean
     assert [each.get("died") for each in account.record["workers"]] == [None, "it was killed by SIGSEGV"]
     assert len(world.made) == 2
+
+
+def test_the_steps_of_all_workers_are_shown_until_the_end(world: World) -> None:
+    """Those that run, and those that are over, also of a worker that has ended before the others."""
+    pool = world.started(2)
+    first = world.worker(0)
+    shown: list[Any] = []
+
+    def cleans_up(message: Any) -> None:
+        if isinstance(message, say.StopNow):
+            result = StepResult("close-db", "close", "sqlalchemy.dispose", Fate.OK)
+            first.to_do[1:1] = [
+                lambda: first.says(say.StepBegins(5.0, ("close-db",))),
+                lambda: shown.append(pool.snapshot()),
+                lambda: first.says(say.StepOver(result)),
+                lambda: first.says(say.StepBegins(0.0)),
+            ]
+
+    send = first.send
+    first.send = lambda message, descriptors=(): (send(message, descriptors), cleans_up(message))[0]  # type: ignore[method-assign]
+    pool_kit.stop(world, pool, StopReason("signal", "SIGTERM"))
+    during, after = shown[0], pool.snapshot()
+    assert (during.cleanup, during.steps) == (("close-db (worker 0)",), {})
+    assert (after.cleanup, {name: step["fate"] for name, step in after.steps.items()}) == (
+        (),
+        {"close-db (worker 0)": "ok"},
+    )
 
 
 # --- questions ----------------------------------------------------------------------------------------------------------
