@@ -51,7 +51,7 @@ class Given:
     """Bytes of the header, with its date."""
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=512)
 def checked(status: Any, headers: tuple[Any, ...], ident: str | None, served_by: str) -> Given:
     """Check what an app gave to `start_response` (PEP 3333); raises TypeError or ValueError.
 
