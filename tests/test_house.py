@@ -163,6 +163,15 @@ def test_the_readme_has_its_two_commands():
     assert lines[1].endswith(".venv/bin/pytest -n 2 --dist loadfile")
 
 
+def test_the_short_run_of_the_readme_names_tests_that_are_there():
+    """One line, whose directories have tests; `.ci/run` takes the time of it."""
+    [line] = re.findall(r"^\.venv/bin/pytest .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    places = [word for word in line.split() if word.startswith("tests/")]
+    assert len(places) > 5
+    assert [place for place in places if not [*(ROOT / place).glob("test_*.py")]] == []
+    assert "quick=$(grep '^\\.venv/bin/pytest ' README.md)\n" in (ROOT / ".ci" / "run").read_text()
+
+
 def test_the_yaml_of_the_readme_is_valid(tmp_path):
     """The configuration that the README shows has no fault."""
     from flaskd.cleanup import action_specs

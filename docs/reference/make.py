@@ -14,7 +14,6 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -31,6 +30,8 @@ from flaskd.config.model import Config
 from flaskd.config.settings import Field, Settings
 from flaskd.lifecycle import State
 from flaskd.server import BOUNDS
+from flaskd.serving.api import ServingSnapshot
+from flaskd.snapshot import Counts, Held, Snapshot
 from flaskd.verbs import FLAGS, VERBS
 
 HERE = Path(__file__).resolve().parent
@@ -385,19 +386,13 @@ def exit_codes() -> str:
 # --- metrics ----------------------------------------------------------------------------------------------------------
 
 
-def a_moment() -> Any:
-    """What the metrics are made of, with nothing in it."""
-    histogram = SimpleNamespace(counts=[0] * (len(BOUNDS) + 1), total=0.0)
-    tally = SimpleNamespace(outcomes={}, limited={}, statuses=[0] * 6, took=histogram, waited=histogram)
-    serving = SimpleNamespace(
-        oldest=None, in_flight=(), queued=0, connections=0, tally=tally, wanted=1, workers=(), deaths=0, cut_by_deaths=0,
-        recycled={}, steps={},
+def a_moment() -> Snapshot:
+    """What the metrics are made of, of a daemon that has workers and has done nothing."""
+    last = {"completed": 0, "rejected": 0, "cut": [], "took": 1.0, "policies": {}}
+    return Snapshot(
+        name="flaskd", state=State.READY, since=0, age=0, started=0, uptime=0, reason=None, app=None, threads=4,
+        serving=ServingSnapshot(wanted=1), held=Held(last_stop=last), log_level="info", config=None, counts=Counts(),
     )  # fmt: skip
-    counts = SimpleNamespace(drains=0, reloads=0, failed_reloads=0)
-    held = SimpleNamespace(last_stop={"took": 0.0})
-    return SimpleNamespace(
-        instance="", state=State.READY, since=0.0, started=0.0, counts=counts, serving=serving, all_threads=0, held=held
-    )
 
 
 def prometheus() -> str:
