@@ -66,3 +66,9 @@ def test_the_sdist_has_what_its_tests_read() -> None:
     assert {"benchmarks", ".ci"} < read
     top = {path.name for path in ROOT.iterdir()} - {"pyproject.toml"}  # hatchling puts that in by itself
     assert read & top <= include
+
+
+def test_sentences_about_programs_have_a_program_as_their_subject() -> None:
+    """No page says somebody, nobody, whoever or anybody where a client, a user or a process is meant."""
+    for page in PAGES:
+        assert re.findall(r"\b(?:some|no|any)body\b|\bwhoever\b", page.read_text(), re.IGNORECASE) == [], page

@@ -239,7 +239,7 @@ class DrainConfig(Settings):
 
 
 class IdleConfig(Settings):
-    """Stopping by itself when nobody asks for anything."""
+    """Whether flaskd stops by itself when it is not used."""
 
     after: Duration | None = field(
         None, gt=0, description="Stop when nothing that counts was asked for so long; none: never."
