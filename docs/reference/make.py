@@ -13,8 +13,10 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
 
@@ -24,8 +26,21 @@ from flaskd.cleanup import ACTIONS
 from flaskd.cleanup.model import Action
 from flaskd.cli import cli
 from flaskd.cli.pages import GROUPS, examples
-from flaskd.config.fields import Duration, Size
-from flaskd.config.kinds import Kind, MappingOf, kind_of
+from flaskd.config.fields import (
+    MAX_WORKERS,
+    Duration,
+    Listen,
+    Member,
+    Mode,
+    OneOrMany,
+    OwnAddress,
+    PathPattern,
+    Size,
+    TrustedProxy,
+    UrlPath,
+    VerbName,
+    Workers,
+)
 from flaskd.config.model import Config
 from flaskd.config.settings import Field, Settings
 from flaskd.lifecycle import State
@@ -36,7 +51,6 @@ from flaskd.verbs import FLAGS, VERBS
 
 HERE = Path(__file__).resolve().parent
 NOTE = "<!-- Written by docs/reference/make.py; change the code, and run it. -->"
-_DURATION, _SIZE = (kind_of(each).schema({}) for each in (Duration, Size))
 _EXIT = re.compile(r" \(exit \d+\)")
 
 
@@ -119,47 +133,52 @@ _LABELS = """\
 # --- configuration ----------------------------------------------------------------------------------------------------
 
 
-def in_words(kind: Kind) -> str:
-    """What a value of a kind may be."""
-    definitions: dict[str, Any] = {}
-    schema = kind.schema(definitions)
-    return kind_in_words(definitions.get(schema.get("$ref", "").rpartition("/")[2], schema))
+_WORDS = (
+    (Duration, "duration"), (Size, "size"), (Workers, f"integer from 0 to {MAX_WORKERS}, or `auto`"), (Listen, "address"),
+    (OwnAddress, "address"), (UrlPath, "path of a URL"), (PathPattern, "path of a URL"), (Mode, "file mode"),
+    (Member, "user or `@group`"), (VerbName, "[control command](control.md)"), (TrustedProxy, "address or network"),
+)  # fmt: skip
+"""Kinds of the model's own, in words."""
+_ALONE = get_args(OneOrMany[str])[1]
+"""What marks a list whose single entry may be written without brackets."""
+_TYPES = {str: "text", Path: "path", int: "integer", float: "number", bool: "`true`, `false`", Any: "any value"}
 
 
-def kind_in_words(schema: dict[str, Any]) -> str:
-    """What a value may be, from its JSON Schema."""
-    if schema in (_DURATION, _SIZE):
-        return "duration" if schema == _DURATION else "size"
-    if "anyOf" in schema:
-        words = [kind_in_words(each) for each in schema["anyOf"] if not is_looser(each)]
-        words = ["a list" if each.removeprefix("list of ") in words and "list of" in each else each for each in words]
-        return ", or ".join(dict.fromkeys(words))
-    if schema.get("enum") == list(VERBS):
-        return "[control command](control.md)"
-    if choices := schema.get("enum") or [each for each in [schema.get("const")] if each is not None]:
-        return ", ".join(f"`{each}`" for each in choices)
-    if schema.get("type") == "array":
-        return f"list of {kind_in_words(schema['items'])}"
-    if schema.get("type") == "object":
-        inner = schema.get("additionalProperties") or next(iter(schema.get("patternProperties", {}).values()), {})
-        known = isinstance(inner, dict) and inner and "$ref" not in inner
-        return f"mapping to {kind_in_words(inner)}" if known else "mapping"
-    return _scalar_in_words(schema)
+def in_words(annotation: Any) -> str:
+    """What a value may be, from a field's annotation."""
+    for known, word in _WORDS:
+        if annotation == known:
+            return word
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        inner = in_words(parts[0])
+        return f"{inner.removeprefix('list of ')}, or a list" if _ALONE in parts else inner
+    if origin is Literal:
+        return ", ".join(f"`{each}`" for each in parts)
+    if origin in {Union, UnionType}:
+        return ", or ".join("`null`" if each is type(None) else in_words(each) for each in parts)
+    if origin is list:
+        return f"list of {in_words(parts[0])}"
+    if origin is dict:
+        return "mapping" if is_section(parts[1]) else f"mapping to {in_words(parts[1])}"
+    if isinstance(annotation, type) and issubclass(annotation, StrEnum):
+        return ", ".join(f"`{each}`" for each in annotation)
+    return _TYPES.get(annotation, "text, never shown")
 
 
-def is_looser(schema: dict[str, Any]) -> bool:
-    """Whether it is a pattern that only lets a word be written in capitals, too."""
-    return "pattern" in schema and schema not in (_DURATION, _SIZE)
+def is_section(annotation: Any) -> bool:
+    """Whether it is a section of the configuration."""
+    return isinstance(annotation, type) and issubclass(annotation, Settings)
 
 
-def _scalar_in_words(schema: dict[str, Any]) -> str:
-    least, most = schema.get("minimum"), schema.get("maximum")
-    bounds = f" from {least} to {most}" if most is not None else f" from {least}" if least is not None else ""
-    names = {"string": "text", "boolean": "`true`, `false`", "null": "`null`", "integer": "integer", "number": "number"}
-    given = schema.get("type", "")
-    if schema.get("format") == "path":
-        return "path"
-    return "text, or a number" if isinstance(given, list) else names.get(given, "any value") + bounds
+def value_in_words(each: Field) -> str:
+    """What the value of a key may be, within its bounds."""
+    bounds = each._bounds  # noqa: SLF001 - how it is read, and not told elsewhere
+    words = in_words(each.annotation)
+    if words.startswith("integer") and "ge" in bounds:
+        most = f" to {bounds['le']:g}" if bounds.get("le", 2**31) < 2**31 - 1 else ""
+        words = words.replace("integer", f"integer from {bounds['ge']:g}{most}", 1)
+    return words if each.key != "with" else "mapping, see [actions](actions.md)"
 
 
 def default_in_words(each: Field) -> str:
@@ -188,7 +207,7 @@ def sections(settings: type[Settings], path: str = "") -> Iterator[tuple[str, ty
     own, inner = [], []
     for each in settings.model_fields.values():
         found = each.annotation
-        if isinstance(found, type) and issubclass(found, Settings):
+        if is_section(found):
             inner.append((f"{path}.{each.key}" if path else each.key, found))
         else:
             own.append(each)
@@ -201,7 +220,7 @@ def sections(settings: type[Settings], path: str = "") -> Iterator[tuple[str, ty
 def keys_of(own: list[Field]) -> str:
     """The table of a section's own keys."""
     rows = (
-        [f"`{each.key}`", in_words(each.kind), default_in_words(each), at_a_reload(each), described(each)]
+        [f"`{each.key}`", value_in_words(each), default_in_words(each), at_a_reload(each), described(each)]
         for each in own
     )
     return table(["key", "value", "default", "a change takes", "meaning"], rows)
@@ -210,11 +229,8 @@ def keys_of(own: list[Field]) -> str:
 def policy_of(own: list[Field]) -> tuple[str, type[Settings]]:
     """The name of the mapping in which a section's keys are chosen by the user, and the section of each of them."""
     for each in own:
-        kind: Kind = each.kind
-        if isinstance(kind, MappingOf):
-            found = getattr(each.annotation, "__args__", (None, None))[1]
-            if isinstance(found, type) and issubclass(found, Settings):
-                return each.key, found
+        if get_origin(each.annotation) is dict and is_section(found := get_args(each.annotation)[1]):
+            return each.key, found
     return "", Settings
 
 
@@ -237,7 +253,7 @@ def fields_of(action: Action) -> str:
     """The table of the fields of an action; no text when it has none."""
     fields = action.fields.model_fields
     rows = [
-        [f"`{each.key}`", in_words(each.kind), default_in_words(each), described(each)]
+        [f"`{each.key}`", value_in_words(each), default_in_words(each), described(each)]
         for each in fields.values()
         if isinstance(each, Field)
     ]
