@@ -2,7 +2,7 @@
 
     .venv/bin/python docs/reference/make.py [DIRECTORY]
 
-DIRECTORY is where the pages go, this directory if none is given. `tests/test_reference.py` compares what it would write
+DIRECTORY is where the pages go, this directory if none is given. `tests/test_reference_pages.py` compares what it would write
 with the pages that are here.
 """
 
