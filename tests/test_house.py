@@ -155,6 +155,17 @@ print(*({"pydantic", "pydantic_core"} & set(sys.modules)))
     assert done.stdout.strip() == ""
 
 
+def test_no_pattern_has_a_possessive_quantifier_behind_a_group():
+    """Python 3.11.2, which Debian 12 has, gets `(?:ab)*+` wrong (fixed in 3.11.4); the atomic group `(?>(?:ab)*)` is right."""
+    wrong = re.compile(r"\)(?:[*+?]|\{\{?[0-9]*,?[0-9]*\}?\})\+")
+    assert wrong.search(r"(?:ab)*+")
+    assert wrong.search(r"(?:ab){1,2}+")
+    lines = (
+        f"{path.name}: {line}" for path in (ROOT / "flaskd").rglob("*.py") for line in path.read_text().splitlines()
+    )
+    assert [line for line in lines if wrong.search(line)] == []
+
+
 def test_the_readme_has_its_two_commands():
     """One line each: install and run the demo, install and run the tests."""
     lines = re.findall(r"^python3 -m venv .*$", (ROOT / "README.md").read_text(), re.MULTILINE)

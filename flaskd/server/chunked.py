@@ -8,8 +8,8 @@ from typing import Any
 
 from flaskd.server.lines import TOKEN, Lines, RefusedError, field
 
-_EXTENSION = rf'[ \t]*+;[ \t]*+{TOKEN}(?:[ \t]*+=[ \t]*+(?:{TOKEN}|"(?:[^"\\]|\\.)*+"))?+'
-_SIZE = re.compile(rf"([0-9A-Fa-f]{{1,16}}+)((?:{_EXTENSION})*+)".encode())
+_EXTENSION = rf'[ \t]*+;[ \t]*+{TOKEN}(?>(?:[ \t]*+=[ \t]*+(?:{TOKEN}|"(?>(?:[^"\\]|\\.)*)"))?)'
+_SIZE = re.compile(rf"([0-9A-Fa-f]{{1,16}}+)((?>(?:{_EXTENSION})*))".encode())
 _MOST_EXTENSIONS = 16 * 1024
 """Bytes of extensions in one body; nobody uses them, and without a limit each byte of it could bring thousands."""
 _LONGEST_LINE = 16 + _MOST_EXTENSIONS

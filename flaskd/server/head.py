@@ -17,7 +17,7 @@ from urllib.parse import unquote_to_bytes
 from flaskd.server.lines import LENGTH, TOKEN, is_host
 
 _LINE = re.compile(r"(GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS) (/[!\"$-~]*+) HTTP/1\.1")
-_FIELDS = re.compile(rf"((?:\r\n{TOKEN}: [!-~\x80-\xff][\t -~\x80-\xff]*+(?<![ \t]))++)\r\n\r\n")
+_FIELDS = re.compile(rf"((?>(?:\r\n{TOKEN}: [!-~\x80-\xff][\t -~\x80-\xff]*+(?<![ \t]))+))\r\n\r\n")
 """Each field has one blank behind its colon, and none at its end."""
 _UNCOMMON = frozenset({"HTTP_TRANSFER_ENCODING", "HTTP_EXPECT", "_"})
 _MOST_LINES = 256
