@@ -160,10 +160,9 @@ def test_no_pattern_has_a_possessive_quantifier_behind_a_group():
     wrong = re.compile(r"\)(?:[*+?]|\{\{?[0-9]*,?[0-9]*\}?\})\+")
     assert wrong.search(r"(?:ab)*+")
     assert wrong.search(r"(?:ab){1,2}+")
-    lines = (
-        f"{path.name}: {line}" for path in (ROOT / "flaskd").rglob("*.py") for line in path.read_text().splitlines()
-    )
-    assert [line for line in lines if wrong.search(line)] == []
+    for path in (ROOT / "flaskd").rglob("*.py"):
+        without_sets = re.sub(r"\[(?:\\.|[^\]\\\n])*\]", "[]", path.read_text())
+        assert [line for line in without_sets.splitlines() if wrong.search(line)] == [], path
 
 
 def test_the_readme_has_its_two_commands():
