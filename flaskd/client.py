@@ -1,4 +1,4 @@
-"""`ControlClient`: talks to a daemon over its control socket. It imports nothing heavy; the client verbs use it."""
+"""`ControlClient`: talks to a daemon over its control socket. It imports nothing large, so client verbs start fast."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from flaskd.errors import FlaskdError, ForbiddenError, NoDaemonError
 from flaskd.protocol import EXIT_CODES, FIFO, SOCKET, runtime_directories
 
 _OF_ALL_USERS = Path("/run/user/*/*")
-"""Where the runtime directories of all users are, for root to look."""
+"""The runtime directories of all users, where root looks for daemons."""
 _BRIEFLY = 2.0
-"""Seconds that each of several daemons may take to answer."""
+"""How many seconds each daemon has to answer when several are asked."""
 _ROOM = 60.0
 _AGAIN = 0.01
-"""Seconds in which a client that has no timeout waits for room in the backlog, and between two tries."""
+"""Seconds between two tries to connect while the backlog is full, and for a client without a timeout the first wait."""
 _NOBODY = 65534
-"""Owns the directories of a service with ``DynamicUser=`` from systemd 257 on; the service sees them as its own."""
+"""Owns the directories of a ``DynamicUser=`` service from systemd 257 on; the service itself sees its own uid."""
 _LONGEST = 16 << 20
-"""Bytes of one answer; that of ten thousand requests in flight has a quarter of it."""
+"""The longest answer in bytes; ten thousand requests in flight take a quarter of it."""
 _SHOWN = 200
-"""Characters of what is wrong with an answer."""
+"""How many characters of an unusable answer are shown."""
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class CommandError(FlaskdError):
-    """The daemon answered ERR; `code` is the reply's, the exit code follows from it."""
+    """The daemon answered ERR; `code` is the code of the reply, from which the exit code follows."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -44,11 +44,11 @@ class CommandError(FlaskdError):
 
 
 def find_socket(explicit: str | None, name: str, environ: Mapping[str, str]) -> Path:
-    """The control socket to talk to: the one named, else ``$FLASKD_CONTROL``, else the first that is there.
+    """The control socket to talk to: `explicit`, else ``$FLASKD_CONTROL``, else the first that exists.
 
-    One that a killed daemon left behind is passed over, unless there is no other: connecting to it tells what is wrong.
-    Raises NoDaemonError listing what was tried, or the daemons of other names; ForbiddenError when there may be one
-    where this user must not look, or one in a directory that another user has made where everybody may.
+    A socket that a killed daemon left is used only if there is no other: connecting to it then tells what is wrong.
+    Raises NoDaemonError, which lists the places that were tried, or the daemons of other names. Raises ForbiddenError
+    if a daemon may be in a directory that this user must not read, or in one that another user made in a public place.
     """
     if chosen := explicit or environ.get("FLASKD_CONTROL"):
         return _meant_by(Path(chosen))
@@ -66,7 +66,7 @@ def find_socket(explicit: str | None, name: str, environ: Mapping[str, str]) -> 
         except PermissionError:
             closed.append(directory)
             continue
-        except OSError:  # nothing there, a name too long
+        except OSError:  # no such file, or the name is too long
             continue
         if why := _not_ours(directory):
             foreign.append(f"cannot trust {path}: {why}; if it is meant, name it with --socket")
@@ -80,7 +80,7 @@ def find_socket(explicit: str | None, name: str, environ: Mapping[str, str]) -> 
 
 
 def _left_behind(name: str, environ: Mapping[str, str], tried: list[str], stale: list[Path]) -> Path:
-    """The socket that a killed daemon left; raises NoDaemonError where there is none, or others run."""
+    """The socket that a killed daemon left; raises NoDaemonError if there is none, or if other daemons run."""
     if others := _others(environ):
         why = f"{stale[0]} was left behind by one that was killed" if stale else f"there is no {', no '.join(tried)}"
         raise NoDaemonError(f"cannot find a daemon named {name}: {why}; running here: {others}")
@@ -90,18 +90,18 @@ def _left_behind(name: str, environ: Mapping[str, str], tried: list[str], stale:
 
 
 def _others(environ: Mapping[str, str]) -> str:
-    """The daemons that run under any name, each as the option that leads there; empty where there is none."""
+    """The daemons that run under any name, each as the option that leads to it; empty if there is none."""
     return ", ".join(
         way_to(path, environ, told) for path, told in running(environ) if not isinstance(told, NoDaemonError)
     )
 
 
 def running(environ: Mapping[str, str]) -> Iterator[tuple[Path, dict[str, Any] | FlaskdError]]:
-    """The control socket of each flaskd of this machine that this user can see, with its status, or why there is none.
+    """The control socket of each flaskd on this machine that this user can see, and its status or an error.
 
-    They are looked for where runtime directories are, under any name; root looks into those of all users.
+    The usual places of runtime directories are searched for any name; root searches those of all users.
     """
-    import glob  # noqa: PLC0415 - for a list, or where nothing was found
+    import glob  # noqa: PLC0415 - for a list, or if nothing was found
 
     places = [f"{glob.escape(str(each.parent))}/{each.name}" for each in runtime_directories("*", environ)]
     found = [path for each in [*places, _OF_ALL_USERS] for path in glob.glob(f"{each}/{SOCKET}")]  # noqa: PTH207 - whole
@@ -113,7 +113,7 @@ def running(environ: Mapping[str, str]) -> Iterator[tuple[Path, dict[str, Any] |
                 told: dict[str, Any] | FlaskdError = _in_short(client.request("status"))
         except FlaskdError as error:
             if isinstance(error, NoDaemonError) and not (path.parent / FIFO).exists():
-                continue  # it may be any program's
+                continue  # it may belong to any program
             told = error
         yield path, told
 
@@ -128,7 +128,7 @@ def _in_short(status: dict[str, Any]) -> dict[str, Any]:
 
 
 def way_to(path: Path, environ: Mapping[str, str], told: object = None) -> str:
-    """The option by which a client verb finds the daemon at a control socket; `told` is what `running` gives for it."""
+    """The option with which a client verb finds the daemon at a control socket; `told` is its value from `running`."""
     directory = path.parent
     own = str(told["name"]) if isinstance(told, dict) else ""
     for name in (own, directory.name, directory.name.rpartition("-")[0]):
@@ -138,7 +138,7 @@ def way_to(path: Path, environ: Mapping[str, str], told: object = None) -> str:
 
 
 def _refused(tried: list[str], closed: list[Path], foreign: list[str]) -> NoReturn:
-    """Raise ForbiddenError: there may be a daemon where this user must not look."""
+    """Raise ForbiddenError, because a daemon may be where this user must not look."""
     if foreign:
         raise ForbiddenError(foreign[0])
     tried.remove(str(closed[0] / SOCKET))
@@ -147,12 +147,12 @@ def _refused(tried: list[str], closed: list[Path], foreign: list[str]) -> NoRetu
 
 
 def _not_ours(directory: Path) -> str:
-    """Why a directory in a place where everybody may make one, such as /tmp, is not this user's; empty when it is."""
+    """Why a directory in a public place such as /tmp is not this user's; empty if it is."""
     if not hasattr(os, "geteuid"):
         return ""
     try:
         if not directory.parent.stat().st_mode & stat.S_IWOTH:
-            return ""  # made by who may: root, the service manager, or this user
+            return ""  # made by root, the service manager, or this user
         found = directory.lstat()
     except OSError as error:
         return error.strerror or "it cannot be looked at"
@@ -164,7 +164,7 @@ def _not_ours(directory: Path) -> str:
 
 
 def _user(number: int) -> str:
-    import pwd  # noqa: PLC0415 - for a refusal alone
+    import pwd  # noqa: PLC0415 - only for a refusal
 
     with contextlib.suppress(KeyError):
         return f"the user {pwd.getpwuid(number).pw_name}"
@@ -172,9 +172,9 @@ def _user(number: int) -> str:
 
 
 def _meant_by(path: Path) -> Path:
-    """The socket; the FIFO and the directory are what people have at hand, and it is beside the one, in the other."""
+    """The socket that is meant by its own path, by that of the FIFO beside it, or by that of its directory."""
     mode = 0
-    with contextlib.suppress(OSError):  # connecting to it will tell what is wrong
+    with contextlib.suppress(OSError):  # connecting to it then tells what is wrong
         mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
         return path / SOCKET
@@ -182,7 +182,7 @@ def _meant_by(path: Path) -> Path:
 
 
 def _is_stale(path: Path) -> bool:
-    """Whether its daemon, killed, left it behind: a socket where no process listens (ECONNREFUSED, connect(2))."""
+    """Whether a killed daemon left the socket: no process listens there (ECONNREFUSED, connect(2))."""
     try:
         with socket.socket(socket.AF_UNIX) as probe:
             probe.setblocking(False)
@@ -192,8 +192,8 @@ def _is_stale(path: Path) -> bool:
 
 
 def _whose(path: Path) -> str:
-    """Whom a node or directory is for, said to another user."""
-    import grp  # noqa: PLC0415 - for this refusal alone
+    """Which user and group a node or directory is for, as advice to another user."""
+    import grp  # noqa: PLC0415 - only for this refusal
 
     try:
         found = path.stat()
@@ -207,7 +207,7 @@ def _whose(path: Path) -> str:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Read fields of an answer: one that lacks some, or has others in their place, is not flaskd's (NoDaemonError)."""
+    """Wraps code that reads an answer's fields: missing or wrong ones mean that it is no flaskd (NoDaemonError)."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
@@ -216,18 +216,18 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def _not_flaskd(path: Path, why: str) -> NoDaemonError:
-    return NoDaemonError(f"cannot talk to {path}: who answers there is not flaskd: {why}")
+    return NoDaemonError(f"cannot talk to {path}: what answers there is not flaskd: {why}")
 
 
 def _finite(number: str) -> float:
-    """A number of JSON, which has neither NaN nor infinity (RFC 8259 §6), though Python reads and writes them."""
+    """A JSON number; rejects NaN and infinity, which JSON does not have (RFC 8259 §6), though Python reads them."""
     if math.isinf(found := float(number)) or math.isnan(found):
         raise ValueError(number)
     return found
 
 
 def _only_root_makes(directory: Path) -> bool:
-    """Whether root alone may have made the directory, and none but its owner puts anything into it."""
+    """Whether only root can have made the directory, and only its owner can put files into it."""
     real = directory.resolve()
     above = real.parent.stat()
     return above.st_uid == 0 and not (above.st_mode | real.stat().st_mode) & 0o022
@@ -259,12 +259,12 @@ class ControlClient:
             ) from error
         if why := self._not_trusted():
             self._socket.close()
-            raise ForbiddenError(f"cannot trust who listens at {self._path}: {why}")
+            raise ForbiddenError(f"cannot trust the process that listens at {self._path}: {why}")
         self._inbox = bytearray()
         return self
 
     def _not_trusted(self) -> str:
-        """Why who listens is neither root, nor this user, nor the owner of the socket's directory; empty when it is."""
+        """Why the listening process belongs neither to root, this user, nor the directory's owner; empty if it does."""
         if not hasattr(socket, "SO_PEERCRED"):
             return ""
         credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
@@ -273,14 +273,14 @@ class ControlClient:
             owner = self._path.parent.stat().st_uid
             if owner == _NOBODY and _only_root_makes(self._path.parent):
                 owner = uid
-        except OSError:  # it has been taken away since
+        except OSError:  # it was removed in the meantime
             owner = 0
         if uid in {0, os.geteuid(), owner}:
             return ""
         return f"it runs as {_user(uid)}, and the directory belongs to {_user(owner)}"
 
     def _connect(self) -> None:
-        # With a timeout, connect(2) does not wait for room in a Unix socket's backlog: it fails with EAGAIN at once.
+        # With a timeout, connect(2) fails with EAGAIN at once if a Unix socket's backlog is full, instead of waiting.
         until = time.monotonic() + (self._timeout or _ROOM)
         while True:
             try:
@@ -296,7 +296,7 @@ class ControlClient:
         self._socket.close()
 
     def _line(self, until: float | None) -> bytes:
-        """The next line, by the moment `until`; without its end where the daemon went away. Raises OSError."""
+        """The next line until the moment `until`; it has no newline if the daemon went away. Raises OSError."""
         begin = 0
         while (end := self._inbox.find(b"\n", begin)) < 0:
             begin = len(self._inbox)
@@ -321,7 +321,7 @@ class ControlClient:
         return None if self._timeout is None else time.monotonic() + self._timeout
 
     def _understood(self, line: bytes) -> dict[str, Any]:
-        """One line of an answer; raises NoDaemonError."""
+        """A line of an answer as fields; raises NoDaemonError if it is none."""
         try:
             answer = json.loads(line, parse_float=_finite, parse_constant=_finite)
         except (ValueError, RecursionError):
@@ -332,7 +332,7 @@ class ControlClient:
         if fine is False and isinstance(error, dict) and all(isinstance(error.get(key), str) for key in _FAULT):
             return answer
         if not (fine is True or (fine is None and answer.get("event") == "progress")):
-            raise _not_flaskd(self._path, "expected an outcome or how it goes")
+            raise _not_flaskd(self._path, "expected an outcome or progress")
         answer.pop("id", None)
         return answer
 
@@ -341,7 +341,7 @@ class ControlClient:
     ) -> dict[str, Any]:
         """Send a command with its flags and argument, and return the fields of its answer.
 
-        Raises CommandError for ERR, NoDaemonError if it dies, or is no flaskd.
+        Raises CommandError for ERR, and NoDaemonError if the daemon dies or is no flaskd.
         """
         self._tell(verb, json.dumps({"id": 1, "cmd": verb, **words}).encode() + b"\n")
         until = self._until()
@@ -351,7 +351,7 @@ class ControlClient:
                 if progress is not None:
                     with reading(self._path):
                         progress(answer)
-                until = self._until() if words.get("wait") else until  # the others wait for one answer alone
+                until = self._until() if words.get("wait") else until  # else one limit for all
             elif answer.pop("ok"):
                 return answer
             else:
@@ -376,7 +376,7 @@ class ControlClient:
             raise NoDaemonError(f'no answer to "{verb}": lost the daemon at {self._path}: {why}') from error
 
     def wait_closed(self) -> None:
-        """Wait until the daemon has closed the connection, which it does when it exits; raises NoDaemonError."""
+        """Wait until the daemon closes the connection, which it does when it exits; raises NoDaemonError."""
         until = self._until()
         try:
             while self._receive(until):
@@ -388,4 +388,4 @@ class ControlClient:
 
 
 _FAULT = ("code", "message")
-"""What an ERR has, in JSON."""
+"""The fields of an ERR answer in JSON."""

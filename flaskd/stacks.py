@@ -1,4 +1,4 @@
-"""Where a thread is at this moment: the whole stack for programs, folded for people."""
+"""Where a thread is at this moment: the whole stack for programs, a folded one for people."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 _MOST_FRAMES = 60
-"""The innermost frames that are shown of a stack; recursion may make it endless."""
+"""How many frames of a stack are shown, the innermost ones; recursion can make a stack very long."""
 
 _HERE = f"{Path(__file__).parent}/"
 _FRAME = re.compile(r'^  File "(.*)", line \d+', re.MULTILINE)
@@ -21,9 +21,9 @@ _INSTALLED = re.compile(
 
 
 def stack_of(thread: threading.Thread, below: str = "") -> str:
-    """The stack of a running thread, innermost call last; empty when the thread has ended.
+    """The stack of a running thread, the innermost call last; empty if the thread has ended.
 
-    With `below` only what comes after the last frame of that file, a path as in ``__file__``.
+    With `below` only the frames after the last frame of that file, a path as in ``__file__``.
     """
     frame = sys._current_frames().get(thread.ident or 0)  # noqa: SLF001 - the documented way to see another thread
     frames = traceback.extract_stack(frame, limit=_MOST_FRAMES) if frame else []
@@ -32,10 +32,10 @@ def stack_of(thread: threading.Thread, below: str = "") -> str:
 
 
 def folded(stack: str) -> str:
-    """A stack for people: the app's innermost call first, each one followed by its callers.
+    """A stack for people: the app's innermost call first, each call followed by its caller.
 
-    Calls of flaskd, Waitress, Werkzeug, Flask, Click and `threading` that follow each other are one line with their
-    number. Of a stack that has no others the innermost stays. Text that is no stack is left as it is.
+    Successive calls of flaskd, Waitress, Werkzeug, Flask, Click and `threading` become one line with their number. If
+    there are only such calls, the innermost one stays. Text that is no stack is left as it is.
     """
     starts = [each.start() for each in _FRAME.finditer(stack)]
     if not starts or starts[0]:
@@ -56,7 +56,7 @@ def _fold(how: str, frames: list[str]) -> list[str]:
 
 
 def _package(frame: str) -> str:
-    """The package that a frame is folded for; empty where it is the app's, or of a library that the app calls."""
+    """The package for which a frame is folded; empty if the frame is the app's, or of a library that the app calls."""
     found = _FRAME.match(frame)
     path = found[1] if found else ""
     if "/flaskd/demo/" in path:

@@ -1,4 +1,4 @@
-"""What is valid and surely not meant: values that contradict each other, or that have no effect."""
+"""Finds values that are valid but surely not meant: they contradict each other, or have no effect."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from flaskd.config.nodes import Path
 
 _Doubt = tuple[str, tuple[str, ...]]
-"""What is to be said, and the keys that it is about, the one to change first."""
+"""The message, and the keys that it is about, first the one to change."""
 
 
 def doubts(config: Config, tree: Table, secrets: frozenset[Path]) -> tuple[Fault, ...]:
-    """Each doubt at the place of the first of its keys that is written in `tree`; none about what is a secret."""
+    """The doubts, each at the place of the first of its keys that is written in `tree`; none about secrets."""
     places = {dotted(path): scalar.place for path, scalar in scalars(tree)}
     hidden = set(map(dotted, secrets))
     found = []

@@ -1,6 +1,6 @@
-"""What the shutdown endpoint may not be beside the rest of the configuration.
+"""Checks the shutdown endpoint against the rest of the configuration.
 
-Works on the tree, not on the model, so that the fault stands at its own place and together with all others.
+It works on the tree, not on the model, so that the fault has its own place and is reported together with all others.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from flaskd.config.nodes import Items, Node, Scalar, Table, child, shown
 
 
 def check_endpoint(tree: Table, faults: Faults) -> None:
-    """Note an endpoint under ``profile: production``, and one on an address of the app's."""
+    """Note an endpoint under ``profile: production``, and one on an address of the app."""
     endpoint = _at(tree, "shutdown", "endpoint")
     listen = child(endpoint, "listen") if endpoint else None
     if endpoint is None or not isinstance(listen, Scalar) or listen.value is None or listen.broken:
@@ -24,7 +24,7 @@ def check_endpoint(tree: Table, faults: Faults) -> None:
         )
     app = _at(tree, "server", "listen")
     theirs = app.items if isinstance(app, Items) else (app,)
-    # The kernel chooses another port each time it is asked for port 0.
+    # Each listener on port 0 gets another port from the kernel.
     if not listen.text.endswith(":0") and any(isinstance(each, Scalar) and each.text == listen.text for each in theirs):
         faults.add(
             listen.place, "shutdown.endpoint.listen", f"expected an address of its own, got {shown(listen)}, the app's"

@@ -1,4 +1,4 @@
-"""Faults of a configuration: where each stands, in plain words, all of them at once."""
+"""Faults of a configuration, with their places, in plain words, all at once."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 COMMAND_LINE = "command line"
 MAX_FAULTS = 50
-"""More than this nobody reads, and wording each one costs time."""
+"""More faults than this are only counted, because wording each one takes time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where something stands: line and column from 1, or 0 where the source has no lines."""
+    """A place in a source: line and column from 1, or 0 if the source has no lines."""
 
     source: str
     line: int = 0
@@ -26,16 +26,16 @@ class Place:
 
     @property
     def order(self) -> tuple[bool, int, int]:
-        """What faults are sorted by: the file from top to bottom, then the command line."""
+        """The key by which faults are sorted: the file from top to bottom, then the command line."""
         return (self.source == COMMAND_LINE, self.line, self.column)
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing wrong with a configuration.
+    """One fault of a configuration.
 
-    ``path`` is the file as it was named (or ``<mapping>``, or ``command line``). ``line`` and ``column``
-    count from 1, and are 0 where there are none. ``key`` is dotted, and empty for a fault of the whole file.
+    ``path`` is the file as it was named, or ``<mapping>`` or ``command line``. ``line`` and ``column`` count from 1,
+    and are 0 if there are none. ``key`` is dotted, and empty for a fault of the whole file.
     """
 
     path: str
@@ -56,9 +56,9 @@ class Fault:
 
 
 class InvalidConfigError(ConfigError):
-    """The configuration has faults: ``faults`` holds them sorted by place, the text is one line for each.
+    """The configuration has faults: ``faults`` are sorted by place, and the text has one line for each.
 
-    Where all of them are of the command line, the exit code is that of a wrong command line.
+    If all of them are on the command line, the exit code is that of a wrong command line.
     """
 
     def __init__(self, faults: tuple[Fault, ...], omitted: int = 0) -> None:
@@ -74,9 +74,9 @@ class InvalidConfigError(ConfigError):
 
 @dataclass(slots=True)
 class Faults:
-    """Collects faults; a message may be a function, called only for a fault that is going to be shown.
+    """Collects faults. A message may be a function, which is called only if the fault is shown.
 
-    `elsewhere` says where in the whole configuration keys of a name are, for one that stands in a wrong place.
+    `elsewhere` gives the places at which the configuration has keys of a name, for a key in a wrong place.
     """
 
     elsewhere: Callable[[str], Sequence[str]] = lambda _name: ()
@@ -99,7 +99,7 @@ class Faults:
 
 
 def dotted(path: Iterable[str | int]) -> str:
-    """Write a path for people: ``server.listen[1]``; names that could garble a line are quoted."""
+    """A path for people: ``server.listen[1]``; names that could garble a line are quoted."""
     text = ""
     for part in path:
         if isinstance(part, int):

@@ -1,6 +1,6 @@
-"""The kinds of values that are flaskd's own: durations, sizes, addresses, modes; each says what it expects.
+"""The kinds of values that flaskd adds: durations, sizes, addresses, modes; each says what it expects.
 
-A message here ends before ", got ...": what stands at the place is added by whoever knows the place.
+A message here ends before ", got ...", which the caller adds.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 INTERPOLATION = r"\$\{"
-"""Pattern by which the schema lets an interpolation stand in place of any single value."""
+"""The schema's pattern for an interpolation in place of a single value."""
 
 _LONGEST = 366 * 86400.0
-"""Seconds; the operating system's timers overflow far above this, and nobody means it."""
+"""Seconds; more is surely not meant, and far above this the operating system's timers overflow."""
 
 
 def _parse_duration(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise ValueError("expected a duration such as 5s")  # noqa: TRY004 - how a kind refuses
+        raise ValueError("expected a duration such as 5s")  # noqa: TRY004 - kinds refuse with ValueError
     text = str(value)
     try:
         seconds = parse_duration(text)
@@ -52,7 +52,7 @@ def _parse_duration(value: object) -> float:
 
 def _parse_size(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise ValueError("expected a size such as 64MiB")  # noqa: TRY004 - how a kind refuses
+        raise ValueError("expected a size such as 64MiB")  # noqa: TRY004 - kinds refuse with ValueError
     try:
         return parse_size(str(value))
     except (ValueError, OverflowError):
@@ -60,13 +60,13 @@ def _parse_size(value: object) -> int:
 
 
 def write_duration(seconds: float) -> str:
-    """Write seconds so that reading them again gives the same number: ``1.5s``, ``2m``, ``61.25s``."""
+    """Seconds as text from which the same number is read again: ``1.5s``, ``2m``, ``61.25s``."""
     text = format_duration(seconds)
     return text if parse_duration(text) == seconds else f"{Decimal(repr(float(seconds))):f}s"
 
 
 def write_size(size: int) -> str:
-    """Write bytes in the largest binary unit that fits exactly: ``64MiB``, ``1000B``."""
+    """Bytes in the largest binary unit of which they are a multiple: ``64MiB``, ``1000B``."""
     for unit, length in (("GiB", 1024**3), ("MiB", 1024**2), ("KiB", 1024)):
         if size and size % length == 0:
             return f"{size // length}{unit}"
@@ -74,7 +74,7 @@ def write_size(size: int) -> str:
 
 
 class _Unit(Kind):
-    """A number that is written with its unit; for pydantic's models, too."""
+    """A number that is written with its unit; usable in pydantic models as well."""
 
     def __init__(self, parse: Callable[[object], Any], write: Callable[[Any], str], schema: Schema) -> None:
         self._parse, self._write, self._schema = parse, write, schema
@@ -92,10 +92,10 @@ class _Unit(Kind):
         return dict(self._schema)
 
     def __get_pydantic_core_schema__(self, source: Any, inner: GetCoreSchemaHandler) -> CoreSchema:
-        from pydantic_core import core_schema  # noqa: PLC0415 - there when a model of pydantic's is made
+        from pydantic_core import core_schema  # noqa: PLC0415 - loaded when a pydantic model is made
 
         def parse(value: Any, info: ValidationInfo) -> Any:
-            # Code that builds a model itself has seconds or bytes in hand.
+            # Code that builds a model gives seconds or bytes.
             return value if info.mode == "python" and not isinstance(value, str) else self._parse(value)
 
         written = core_schema.plain_serializer_function_ser_schema(
@@ -125,7 +125,7 @@ Size = Annotated[
         {"type": ["string", "integer"], "pattern": rf"^[0-9]+(\.[0-9]+)?\s*(B|kB|MB|GB|KiB|MiB|GiB)?$|{INTERPOLATION}"},
     ),
 ]
-"""Bytes, written ``64MiB``, ``10kB`` or as a bare number (flaskd.units)."""
+"""Bytes, written ``64MiB``, ``10kB`` or without a unit (flaskd.units)."""
 
 
 class _Workers(Kind):
@@ -156,14 +156,14 @@ Workers = Annotated[Any, _Workers()]
 
 
 class _OneOrMany:
-    """Lets a single entry of a list stand alone; for pydantic's models, too."""
+    """Lets a single entry stand in place of a list; usable in pydantic models as well."""
 
     def __call__(self, several: Kind) -> Kind:
         assert isinstance(several, ListOf)
         return ListOf(several.item, alone=True)
 
     def __get_pydantic_core_schema__(self, source: Any, inner: GetCoreSchemaHandler) -> CoreSchema:
-        from pydantic_core import core_schema  # noqa: PLC0415 - there when a model of pydantic's is made
+        from pydantic_core import core_schema  # noqa: PLC0415 - loaded when a pydantic model is made
 
         return core_schema.no_info_before_validator_function(self._as_list, inner(source))
 
@@ -187,7 +187,7 @@ def _listen(text: str) -> str:
 
 
 Listen = Annotated[str, checked(_listen)]
-"""An address to listen on, as flaskd.sockets.Address has it."""
+"""An address to listen on, in the form of flaskd.sockets.Address, or a passed socket by name."""
 
 
 def _own_address(text: str) -> str:
@@ -196,7 +196,7 @@ def _own_address(text: str) -> str:
 
 
 OwnAddress = Annotated[str, checked(_own_address)]
-"""An address that flaskd binds itself: a socket that was passed in is nobody's own."""
+"""An address that flaskd binds itself, and not a passed socket."""
 
 
 def _trusted_proxy(text: str) -> str:
@@ -213,18 +213,18 @@ def _trusted_proxy(text: str) -> str:
 
 
 TrustedProxy = Annotated[str, checked(_trusted_proxy)]
-"""Who the peer of a connection is: an address or a network, or localhost, which is a Unix socket, too."""
+"""The peer of a connection: an address, a network, or localhost, which includes Unix sockets."""
 
 
 def _host_name(text: str) -> str:
-    # What a client puts into its Host header: RFC 9110, section 7.2.
+    # The form of a client's Host header: RFC 9110, section 7.2.
     if not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?", text):
         raise ValueError("expected a Host header, such as 127.0.0.1:9090 or localhost:9090")
     return text.lower()
 
 
 HostName = Annotated[str, checked(_host_name)]
-"""A Host header, which is compared without regard to case."""
+"""A Host header; its case does not matter."""
 
 
 def _credential_name(text: str) -> str:
@@ -251,20 +251,20 @@ def _mode(text: str) -> str:
 
 
 def _from_decimal(text: str) -> str:
-    """What a decimal number would be as a mode: PyYAML, and Python code, write 0660 as 432."""
+    """A hint if a decimal number is a likely mode: PyYAML and Python code write 0660 as 432."""
     mode = int(text) if re.fullmatch(r"[1-9][0-9]{2}", text) else 0
     return f" ({mode} is 0{mode:o} in decimal)" if stat.S_IRUSR | stat.S_IWUSR <= mode <= 0o777 else ""  # noqa: PLR2004
 
 
 _MODE = "^(0o?)?[67](00|1[01]|2[02]|3[0-3]|4[04]|5[0145]|6[0246]|7[0-7])$"
-"""What `_mode` allows: of each row the digit for the group, then what others may have with it."""
+"""The modes that `_mode` accepts: after each digit for the group, those that others may have with it."""
 
 Mode = Annotated[str, checked(_mode), described({"type": "string", "pattern": f"{_MODE}|{INTERPOLATION}"})]
-"""A file mode as octal text, brought to four digits; the owner may read and write, others no more than the group."""
+"""A file mode as octal text of four digits; its owner may read and write, others no more than the group."""
 
 
 def _url_path(text: str) -> str:
-    # It goes into a request line as it is (RFC 9112, section 3).
+    # It is put into a request line unchanged (RFC 9112, section 3).
     if not re.fullmatch(r"/[!-~]*", text):
         raise ValueError("expected a path that starts with / and holds no blanks")
     return text
@@ -300,13 +300,13 @@ def _some_text(text: str) -> str:
 
 UrlPath = Annotated[str, checked(_url_path)]
 PathPattern = Annotated[str, checked(_path_pattern)]
-"""A path, or with ``*`` at its end all that begin so."""
+"""A path; with ``*`` at its end, all paths that begin with it."""
 UrlPrefix = Annotated[str, checked(_url_prefix)]
 HeaderText = Annotated[str, checked(_header_text)]
 InstanceName = Annotated[str, checked(_instance_name)]
 SomeText = Annotated[str, checked(_some_text)]
 Hidden = Unshown
-"""For what is often a secret, though written in plain text: it is used, and never shown, in a fault neither."""
+"""For values that may be secret though they are written in plain text: never shown, not even in faults."""
 
 _POLICY_NAME = r"[a-z0-9][a-z0-9._-]*"
 
@@ -320,7 +320,7 @@ def _policy_name(text: str) -> str:
 PolicyName = Annotated[str, checked(_policy_name), described({"type": "string", "pattern": f"^{_POLICY_NAME}$"})]
 
 
-_MEMBER = r"@?[^\s@:,]+"  # what neither passwd(5) nor group(5) can have in a name
+_MEMBER = r"@?[^\s@:,]+"  # without characters that names in passwd(5) and group(5) cannot have
 
 
 def _member(text: str) -> str:
@@ -343,7 +343,7 @@ VerbName = Annotated[str, checked(_verb_name), described({"enum": list(VERBS)})]
 
 
 class LevelName(Around):
-    """A log level, in any case; ``warn`` is ``warning``."""
+    """A log level in upper or lower case; ``warn`` means ``warning``."""
 
     def read(self, node: Node, path: Path, faults: Faults) -> Any:
         """The level as flaskd writes it."""
@@ -352,6 +352,6 @@ class LevelName(Around):
         return self.inner.read(node, path, faults)
 
     def schema(self, definitions: dict[str, Schema]) -> Schema:
-        """The levels for an editor to propose; it takes them in any case."""
+        """The levels that an editor proposes; every case is accepted."""
         words = ("".join(f"[{letter.upper()}{letter}]" for letter in word) for word in (*LEVELS, "warn"))
         return {"anyOf": [super().schema(definitions), {"type": "string", "pattern": f"^({'|'.join(words)})$"}]}

@@ -1,7 +1,7 @@
-"""What a value may be: how each kind is read from a node, written for people, and described as JSON Schema.
+"""The kinds of values: how each is read from a node, written for people, and described as JSON Schema.
 
-`kind_of` makes a kind of an annotation: ``int``, ``Literal["a", "b"]``, ``list[str] | None``. Whatever an ``Annotated``
-adds is called with the kind inside of it, and gives the kind around it.
+`kind_of` makes a kind of an annotation: ``int``, ``Literal["a", "b"]``, ``list[str] | None``. What an ``Annotated``
+adds is called with the kind inside, and returns the kind around it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from flaskd.config.nodes import Path as NodePath
 
 NOTHING: Final = object()
-"""What comes of a node that has its fault; a value may be None."""
+"""The result for a node with a fault, because None may be a value."""
 
 Schema = dict[str, Any]
 _BOUNDS: dict[str, tuple[str, str, Callable[[Any, float], bool]]] = {
@@ -32,7 +32,7 @@ _BOUNDS: dict[str, tuple[str, str, Callable[[Any, float], bool]]] = {
     "le": ("at most {:g}", "maximum", lambda value, limit: value <= limit),
     "min_length": ("a list of at least {:g}", "minItems", lambda value, limit: len(value) >= limit),
 }  # fmt: skip
-"""A bound's words, its name in JSON Schema, and whether a value keeps it."""
+"""The words of a bound, its name in JSON Schema, and the function that says whether a value keeps it."""
 
 
 class SecretText:
@@ -56,26 +56,26 @@ class SecretText:
 
 
 class Kind:
-    """A kind of value; each of its own has a class below."""
+    """The base class of all kinds of values."""
 
     hides = False
-    """Whether no value of it is shown, in a fault neither."""
+    """Whether its values are never shown, not even in faults."""
 
     def read(self, node: Node, path: NodePath, faults: Faults) -> Any:
-        """Give the value that a node stands for; NOTHING when it is at fault, which is then noted."""
+        """The value of a node; NOTHING if it has a fault, which is noted."""
         raise NotImplementedError
 
     def write(self, value: Any) -> Any:
-        """Give what YAML and JSON can hold of a value, for people; never called for None."""
+        """The value as YAML and JSON can hold it, for people; never called for None."""
         return value
 
     def schema(self, definitions: dict[str, Schema]) -> Schema:
-        """Describe it as JSON Schema; what has a name of its own is put into `definitions`."""
+        """Its JSON Schema; a part that has a name is added to `definitions`."""
         raise NotImplementedError
 
 
 class Text(Kind):
-    """Text, as it was written: also what YAML would read as a number."""
+    """Text as it was written, even if YAML would read it as a number."""
 
     def read(self, node: Node, path: NodePath, faults: Faults) -> Any:
         if isinstance(node, Scalar):
@@ -135,7 +135,7 @@ class Plain(Kind):
 
 
 class Anything(Kind):
-    """Whatever YAML can hold."""
+    """Any value that YAML can hold."""
 
     def read(self, node: Node, path: NodePath, faults: Faults) -> Any:
         return plain(node)
@@ -183,7 +183,7 @@ class Named(Choice):
 
 
 class ListOf(Kind):
-    """A list; `alone`: a single entry may be written without the brackets."""
+    """A list; with `alone` a single entry may be written without the brackets."""
 
     def __init__(self, item: Kind, *, alone: bool = False) -> None:
         self.item, self._alone = item, alone
@@ -193,7 +193,7 @@ class ListOf(Kind):
         if isinstance(node, Items):
             found = [self.item.read(each, (*path, i), faults) for i, each in enumerate(node.items)]
         elif isinstance(node, Scalar) and node.value is None:
-            return []  # a key whose entries are all commented out
+            return []  # all entries of the list are commented out
         elif isinstance(node, Scalar) and self._alone:
             found = [self.item.read(node, path, faults)]
         else:
@@ -211,7 +211,7 @@ class ListOf(Kind):
 
 
 class MappingOf(Kind):
-    """A mapping whose keys are chosen by who writes it."""
+    """A mapping whose keys the user chooses."""
 
     def __init__(self, key: Kind, value: Kind) -> None:
         self._key, self._value = key, value
@@ -241,7 +241,7 @@ class MappingOf(Kind):
 
 
 class Around(Kind):
-    """A kind that changes one thing of the kind inside of it."""
+    """A kind that changes one thing of the kind inside it."""
 
     def __init__(self, inner: Kind) -> None:
         self.inner = inner
@@ -269,7 +269,7 @@ class OrNull(Around):
 
 
 class Checked(Around):
-    """What a function takes, or changes; it raises ValueError with the words of the fault, "expected ..."."""
+    """A value that a function checks or changes; it raises ValueError with the words of the fault, "expected ..."."""
 
     def __init__(self, inner: Kind, check: Callable[[Any], Any]) -> None:
         super().__init__(inner)
@@ -281,7 +281,7 @@ class Checked(Around):
 
 
 class Bounded(Around):
-    """A number, or a length, within bounds: `ge`, `gt`, `le`, `min_length`."""
+    """A number or a length within bounds: `ge`, `gt`, `le`, `min_length`."""
 
     def __init__(self, inner: Kind, bounds: Mapping[str, float]) -> None:
         super().__init__(inner)
@@ -299,13 +299,13 @@ class Bounded(Around):
     def schema(self, definitions: dict[str, Schema]) -> Schema:
         inner = super().schema(definitions)
         lists = [each for each in (inner, *inner.get("anyOf", ())) if each.get("type") == "array"]
-        for each in lists or ([inner] if inner.get("type") == "integer" else []):  # units are text there
+        for each in lists or ([inner] if inner.get("type") == "integer" else []):  # values with units are text
             each |= {_BOUNDS[name][1]: limit for name, limit in self._bounds.items()}
         return inner
 
 
 class Unshown(Around):
-    """What is often a secret, though written in plain text: it is used and never shown, but for what `shown` gives."""
+    """A value that may be secret though it is written in plain text: it is used, and shown only as `shown` gives it."""
 
     def __init__(self, inner: Kind, shown: Callable[[Any], Any] = lambda _: MASK) -> None:
         super().__init__(inner)
@@ -316,18 +316,18 @@ class Unshown(Around):
 
 
 class LowerCase(Around):
-    """Names that HTTP does not distinguish by case (RFC 9110, section 5.1): they become lower case."""
+    """Names whose case does not matter in HTTP (RFC 9110, section 5.1); they become lower case."""
 
     def read(self, node: Node, path: NodePath, faults: Faults) -> Any:
         if isinstance(node, Scalar):
             found = self.inner.read(dataclasses.replace(node, text=node.text.lower()), path, Faults())
             if found is not NOTHING:
                 return found
-        return self.inner.read(node, path, faults)  # a fault shows what was written
+        return self.inner.read(node, path, faults)  # so that a fault shows what was written
 
 
 def attempt(make: Callable[[], Any], node: Node, path: NodePath, faults: Faults) -> Any:
-    """Give what `make` gives; a ValueError of it is a fault of the node."""
+    """The result of `make`; if it raises ValueError, that is a fault of the node."""
     try:
         return make()
     except ValueError as error:
@@ -336,7 +336,7 @@ def attempt(make: Callable[[], Any], node: Node, path: NodePath, faults: Faults)
 
 
 def checked(check: Callable[[Any], Any]) -> Callable[[Kind], Kind]:
-    """Let a function see each value; it returns the one to take, or raises ValueError with the words of the fault."""
+    """Check each value with a function; it returns the value to use, or raises ValueError with the fault's words."""
     return lambda inner: Checked(inner, check)
 
 
@@ -346,7 +346,7 @@ def bounded(**bounds: float) -> Callable[[Kind], Kind]:
 
 
 def described(schema: Schema) -> Callable[[Kind], Kind]:
-    """Describe a kind otherwise than its type does."""
+    """Give a kind another JSON Schema."""
     return lambda inner: _Described(inner, schema)
 
 
@@ -368,7 +368,7 @@ _OF_TYPES: dict[Any, Callable[[], Kind]] = {
 
 
 def kind_of(annotation: Any) -> Kind:
-    """Make the kind of an annotation; a section of the configuration is one by its method `kind`."""
+    """Make the kind of an annotation; a section of the configuration has a method `kind` for this."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         kind = kind_of(parts[0])

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def schema(actions: Actions) -> dict[str, Any]:
-    """Return the JSON Schema (2020-12) of a configuration file, with descriptions, for these actions.
+    """The JSON Schema (2020-12) of a configuration file, with descriptions, for these actions.
 
-    A policy's ``with`` follows its ``use``; actions that cannot be used are left out. An interpolation is allowed
-    wherever a single value is.
+    A policy's ``with`` depends on its ``use``; actions that cannot be used are left out. An interpolation is allowed in
+    place of each single value.
     """
     fields = {name: spec.fields for name, spec in sorted(actions.items()) if not spec.fault}
     parts: dict[str, Any] = {}
@@ -25,7 +25,7 @@ def schema(actions: Actions) -> dict[str, Any]:
         each: definition(each, parts) for each in fields.values() if issubclass(each, Settings)
     }
     if theirs := [each for each in fields.values() if not issubclass(each, Settings)]:
-        from flaskd.config.pydantic_fields import definitions  # noqa: PLC0415 - who has such an action has pydantic
+        from flaskd.config.pydantic_fields import definitions  # noqa: PLC0415 - such an action brings pydantic
 
         of_theirs, more = definitions(theirs, parts)
         references |= dict(zip(theirs, of_theirs, strict=True))
@@ -48,9 +48,9 @@ def schema(actions: Actions) -> dict[str, Any]:
 
 
 def _interpolations_allowed(part: Any, *, name: bool = False) -> Any:
-    """Copy a schema so that numbers, booleans and choices may also be an interpolation; text may already be.
+    """Copy a schema so that numbers, booleans and choices may also be an interpolation; texts may be one anyway.
 
-    ``name``: the mapping's keys are the names of fields, not words of JSON Schema.
+    ``name``: the keys of the mapping are names of fields, not words of JSON Schema.
     """
     if isinstance(part, list):
         return [_interpolations_allowed(inner) for inner in part]

@@ -1,8 +1,7 @@
-"""Reads YAML into nodes with their places, and refuses whatever a configuration has no use for.
+"""Reads YAML into nodes with their places, and refuses what a configuration does not need.
 
-Of PyYAML only the events of the pure Python parser are used. Its constructors read ``no`` as false and
-``22:22`` as 1342, let the last of two equal keys win and expand aliases without a bound; its C parser crashes
-on deep nesting.
+Only the events of PyYAML's pure Python parser are used. PyYAML's constructors read ``no`` as false and ``22:22`` as
+1342, let the last of two equal keys win and expand aliases without a limit; its C parser crashes on deep nesting.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
 
 class _Refused(Exception):  # noqa: N818 - leads out of the recursion; never leaves this file
-    """The fault that ends the reading is noted."""
+    """A fault that ends the reading is noted; this exception leaves the recursion and never leaves this file."""
 
 
 def parse(data: bytes, source: str, faults: Faults) -> Table:
-    """Turn the bytes of a file into a tree, those of an empty file into an empty one; ``source`` is its name.
+    """Turn the bytes of a file into a tree (an empty file into an empty tree); ``source`` is the file's name.
 
-    Duplicate keys are noted in ``faults`` and reading goes on; all else raises InvalidConfigError.
+    Duplicate keys are noted in ``faults`` and reading goes on; all other faults raise InvalidConfigError.
     """
     text = _decode(data, source, faults)
     top = Place(source, 1, 1)
@@ -65,7 +64,7 @@ def _decode(data: bytes, source: str, faults: Faults) -> str:
         faults.add(top, "", "expected UTF-8, got UTF-16")
     faults.check()
     try:
-        # A UTF-8 byte order mark is harmless and some editors always write it.
+        # Some editors always write a UTF-8 byte order mark, which does no harm.
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line_start = data.rfind(b"\n", 0, error.start) + 1
@@ -81,11 +80,11 @@ def _decode(data: bytes, source: str, faults: Faults) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML, with tabs wherever YAML has them: they may separate and be text, and never indent (YAML 1.2.2, §6.1)."""
+    """PyYAML that allows tabs where YAML does: as separators and in text, but not as indentation (YAML 1.2.2, §6.1)."""
 
     def scan_to_next_token(self) -> None:
         super().scan_to_next_token()
-        # At the place of a block's key or entry, a tab would indent it; libyaml has the same rule.
+        # Before a key or an entry of a block, a tab would be indentation; libyaml has the same rule.
         while self.peek() == "\t" and (self.flow_level or not self.allow_simple_key or self._rest_is_blank()):
             self.forward(self._blanks())
             super().scan_to_next_token()
@@ -107,12 +106,12 @@ class _Loader(yaml.SafeLoader):
         return length
 
     def _rest_is_blank(self) -> bool:
-        """Whether nothing but blanks, and perhaps a comment, is left of the line."""
+        """Whether only blanks and maybe a comment follow on the line."""
         return self.peek(self._blanks()) in "\0#\r\n\x85\u2028\u2029"
 
 
 class _Reader:
-    """Builds the tree from the parser's events, one look at each."""
+    """Builds the tree from the parser's events, each of which is read once."""
 
     def __init__(self, source: str, faults: Faults) -> None:
         self._source = source
@@ -126,7 +125,7 @@ class _Reader:
         self._events = iter(yaml.parse(text, Loader=_Loader))
         top = Place(self._source, 1, 1)
         tree: Node = Table(top, top, {})
-        next(self._events)  # the stream's start
+        next(self._events)  # the start of the stream
         event = next(self._events)
         if isinstance(event, yaml.DocumentStartEvent):
             first = next(self._events)
@@ -137,7 +136,7 @@ class _Reader:
             elif not nothing:
                 what = "a list" if isinstance(node, Items) else "a single value"
                 self._refuse(top, (), f"expected a mapping at the top, got {what}")
-            next(self._events)  # the document's end
+            next(self._events)  # the end of the document
             event = next(self._events)
         if isinstance(event, yaml.DocumentStartEvent):
             self._refuse(self.place(event.start_mark), (), "expected one document, got a second")

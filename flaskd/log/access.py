@@ -15,17 +15,17 @@ from flaskd.units import timestamp
 Access = Literal["off", "common", "combined", "json"]
 access_log = logging.getLogger("flaskd.access")
 _QUOTES = '"\\'
-"""What could end a field of a line, beside what could end the line."""
+"""Characters that could end a quoted field of a line."""
 
 
 def log_access(access: Access, fields: Mapping[str, Any]) -> None:
-    """Log one line of `Request.access_fields`; what a client wrote is there up to a length."""
+    """Log one line of `Request.access_fields`; texts from the client are cut to a maximum length."""
     fields = _shortened(fields)
     access_log.info("%s", _line(access, fields), extra={"fields": fields})
 
 
 def access_line(access: Access, fields: Mapping[str, Any]) -> str:
-    """The line alone."""
+    """The line as text."""
     return _line(access, _shortened(fields))
 
 
@@ -42,7 +42,7 @@ def _line(access: Access, fields: Mapping[str, Any]) -> str:
     if access == "combined":
         line += f' "{escaped(fields["referer"] or "-", _QUOTES)}" "{escaped(fields["agent"] or "-", _QUOTES)}"'
     for name in ("request_id", "traceparent"):
-        if name in fields:  # behind what readers of these formats know, and not to be taken for a part of it
+        if name in fields:  # after the standard fields, so that parsers of these formats still work
             line += f" {name}={fields[name]}"
     return line
 

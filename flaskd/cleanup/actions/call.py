@@ -1,4 +1,4 @@
-"""``call``: a function of the app."""
+"""``call``: calls a function of the app."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class CallFields(Settings):
 
 
 def _resolve(target: str) -> Callable[[StepContext], object]:
-    """Import ``pkg.mod:function``; raises StepFailedError naming the target and what is wrong with it."""
+    """Import ``pkg.mod:function``; raises StepFailedError, which names the target and what is wrong with it."""
     found = look_up(target)
     if not callable(found) or inspect.iscoroutinefunction(found):
         kind = "coroutine function" if callable(found) else type(found).__name__
         raise StepFailedError(f'target "{target}": expected a plain function of one argument, got {kind}')
-    return found  # type: ignore[no-any-return]  # any callable will do
+    return found  # type: ignore[no-any-return]  # any callable is accepted
 
 
 def _prepare_call(fields: CallFields) -> None:

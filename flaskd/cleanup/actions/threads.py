@@ -1,4 +1,4 @@
-"""``threads.stop``: the app's own threads are asked to end, and waited for."""
+"""``threads.stop``: asks the app's own threads to end, and waits for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configuration files of gunicorn's of the kinds that people publish, and what each comes to."""
+"""gunicorn configuration files of the kinds that people publish, and the translation of each."""
 
 MINIMAL = 'bind = "0.0.0.0:8000"\nworkers = 3\n'
 
@@ -246,4 +246,4 @@ CONFIGS = {
         ["limit_request_line", "limit_request_fields", "statsd_host", "logger_class"],
     ),
 }
-"""By what is special: the file, the values that are written, and words that the notes have."""
+"""By what is special about them: the file, the values that are written, and words of the notes."""

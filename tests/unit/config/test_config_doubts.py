@@ -1,4 +1,4 @@
-"""What is valid and surely not meant is said, with its place, and nothing else is."""
+"""Warnings about values that are valid and surely not meant, with their places; and no other warnings."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def doubts(text, tmp_path, **more):
 
 
 def test_the_defaults_raise_none(tmp_path):
-    """Nor does a file in which nothing contradicts."""
+    """The defaults give no warning, and neither does a file without contradictions."""
     assert doubts("", tmp_path) == []
     assert doubts("server: {request_timeout: 15s, queue_timeout: 5s, max_queue: 100}", tmp_path) == []
 
@@ -33,7 +33,7 @@ def test_the_defaults_raise_none(tmp_path):
     ("server: {workers: 0}\npool: {max_age: 1d, surge: 2}\n", ":2:17 pool.max_age", ["a limit of workers"]),
 ])  # fmt: skip
 def test_a_contradiction(tmp_path, text, place, words):
-    """The place is that of what was written, and the words have both values."""
+    """The warning has the place of the written value, and names both values."""
     (found,) = doubts(text, tmp_path)
     assert found.startswith(f"{place}: ")
     assert all(each in found for each in words)
@@ -49,18 +49,18 @@ def test_a_contradiction(tmp_path, text, place, words):
     "server: {workers: auto}\npool: {max_memory: 150MiB, max_requests: 100}\n",
 ])  # fmt: skip
 def test_what_is_none(tmp_path, text):
-    """What a key means nothing for, and what just fits."""
+    """A key without effect on the others, and values that just fit, give no warning."""
     assert doubts(text, tmp_path) == []
 
 
 def test_one_from_the_command_line(tmp_path):
-    """It has no line, and says where it stands."""
+    """A warning about the command line has no line number, and names the command line."""
     (found,) = doubts("", tmp_path, overrides={"server.request_timeout": "30s"})
     assert found.startswith("command line server.request_timeout: a request may take 30s")
 
 
 def test_a_secret_is_not_shown():
-    """What was interpolated is in no warning."""
+    """No warning shows an interpolated value."""
     data = {"shutdown": {"deadline": "${env:DEADLINE}"}}
     configuration = load_mapping(data, actions={}, environ={"DEADLINE": "5s"})
     assert configuration.values.shutdown.deadline == 5
