@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from flaskd.admin import opened_by
 from flaskd.config import Configuration
 from flaskd.daemon import Daemon, own_holdings
-from flaskd.errors import EX_LOST, EX_OK, AppError, FlaskdError, NotNowError
+from flaskd.errors import EX_LOST, EX_OK, FlaskdError, NotNowError
 from flaskd.holdings import Holdings, Plane, put_away
 from flaskd.inbox import Asked, ExitBegan, ExitOver, IdleOver, Raised, ReloadAsked, StopAsked
 from flaskd.lifecycle import Event, State, StopReason
@@ -224,10 +224,10 @@ class Boot:
 
     def _failed(self, error: FlaskdError) -> int:
         """Log a failure, and tell systemd; returns its exit code."""
-        for line in str(error).split("\n"):  # not splitlines(): an app's text may have other line ends
-            log.error(line)
-        if isinstance(error, AppError) and error.traceback_text:
-            log.error(error.traceback_text)
+        *faults, last = str(error).split("\n")  # not splitlines(): an app's text may have other line ends
+        for each in faults:
+            log.error(each)
+        log.error(f"{last}\n{error.details}".rstrip())
         cause = error.__cause__
         number = cause.errno if isinstance(cause, OSError) and cause.errno else errno.EINVAL
         configuration = self.daemon.configuration

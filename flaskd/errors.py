@@ -24,6 +24,13 @@ class FlaskdError(Exception):
 
     exit_code = EX_LOST
     code = "failed"
+    details: str = ""
+    """What follows its text in a log and in an answer, but not in a status: a traceback, or the line of a file."""
+
+    @property
+    def whole(self) -> str:
+        """Its text and its details."""
+        return f"{self}\n{self.details}".rstrip()
 
 
 class UsageError(FlaskdError):
@@ -56,15 +63,15 @@ class UnsupportedError(FlaskdError):
 class AppError(FlaskdError):
     """The app's code raised while it was loaded, or its probe failed (exit 70).
 
-    ``traceback_text`` is the app's traceback, from the app's first frame on; empty if there is none.
+    ``details`` is the app's traceback, from the app's first frame on; empty if there is none.
     """
 
     exit_code = EX_SOFTWARE
     code = "app-failed"
 
-    def __init__(self, message: str, traceback_text: str = "") -> None:
+    def __init__(self, message: str, details: str = "") -> None:
         super().__init__(message)
-        self.traceback_text = traceback_text
+        self.details = details
 
 
 class CannotCreateError(FlaskdError):

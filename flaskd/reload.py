@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from flaskd.cleanup import Plan
 from flaskd.config import Configuration, FileWatch, load_again
-from flaskd.errors import AppError, ConfigError, FlaskdError, NotNowError, described
+from flaskd.errors import ConfigError, FlaskdError, NotNowError, described
 from flaskd.inbox import FileChanged, Inbox, ReadingLate, ReloadAsked
 from flaskd.lifecycle import Event, Lifecycle, State
 from flaskd.notices import Notices, Refused, ReloadBegan, ReloadEnded, SignalRefused
@@ -229,7 +229,7 @@ class Reload:
         kept = f"; keeping the old configuration{' and workers' * self._serving().renews}"
         kept = "; the new configuration is in force" if new_in_force else "" if self.is_workers else kept
         fault = f"{error if known else described(error)}{kept}"
-        trace = f"\n{error.traceback_text}".rstrip() if isinstance(error, AppError) else ""
+        trace = f"\n{error.details}".rstrip() if isinstance(error, FlaskdError) else ""
         if self._code is not None:
             self._code.add_those_of(trace)
         self._notices.tell(ReloadEnded(str(path), self._status(), fault, None if known else error, trace))

@@ -92,7 +92,7 @@ class SlowQuery(Generic[T]):
                 while (asked := self._take()) is not None:
                     asked.tell(asked.reply, found)
             except FlaskdError as error:
-                self._refuse(asked, error.code, str(error))
+                self._refuse(asked, error.code, error.whole)
             except BaseException as error:  # flaskd's or the app's; the client is told
                 log.exception(f"cannot {self._name}")
                 self._refuse(asked, FlaskdError.code, f"cannot {self._name}: {described(error)}; the log says more")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from flaskd import notices
-from flaskd.errors import AppError, FlaskdError, NotNowError
+from flaskd.errors import FlaskdError, NotNowError
 from flaskd.inbox import Asked, RestartAsked, ScaleAsked
 from flaskd.lifecycle import Lifecycle, State
 from flaskd.notices import Notices, Refused
@@ -69,7 +69,6 @@ class Workforce:
             if error is None:
                 reply.ok(word, fields)
             else:
-                trace = f"\n{error.traceback_text}".rstrip() if isinstance(error, AppError) else ""
-                reply.error(error.code, f"{error}{trace}")
+                reply.error(error.code, error.whole)
 
         return tell

@@ -11,8 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
+from flask.cli import NoAppException
 
 from flaskd import demo
+from flaskd.errors import ConfigError
+from flaskd.serving.loading import load_app
 
 
 @contextmanager
@@ -305,9 +308,14 @@ def test_boom_raises(app):
 
 @pytest.mark.parametrize("missing", ["flask_sqlalchemy", "flask_caching"])
 def test_missing_extra_is_one_clear_line(monkeypatch, missing):
-    """Without its extra, importing the demo raises with the command that installs it."""
+    """Without its extra, importing the demo raises with the command that installs it; `flaskd serve` shows no traceback."""
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.delitem(sys.modules, "flaskd.demo")
     with pytest.raises(ImportError) as caught:
         importlib.import_module("flaskd.demo")
-    assert str(caught.value) == 'the demo needs its extra: pip install "flaskd[demo]"'
+    said = 'the demo needs its extra: pip install "flaskd[demo]"'
+    assert caught.value.format_message() == said
+    assert isinstance(caught.value, NoAppException)
+    with pytest.raises(ConfigError) as told:
+        load_app("flaskd.demo:app")
+    assert str(told.value) == f"cannot load flaskd.demo:app: {said}"

@@ -281,32 +281,8 @@ def actions() -> str:
         table(["action", "phase", "scope", "at a replacement", "needs"], rows),
     ]
     for name, action in own.items():
-        parts += [f"## {name}", SAYS[name], fields_of(action)]
+        parts += [f"## {name}", action.summary, fields_of(action)]
     return "\n\n".join(parts)
-
-
-SAYS = {
-    "apscheduler.stop": "Pauses the schedulers of APScheduler at the start of the stop, so that no job begins, and shuts them down after\n"
-    "the drain.",
-    "cache.persist": "Writes what the app's caches in memory (Flask-Caching, cachelib) hold to a file, and reads it at the next start.",
-    "call": "Calls a function of the app.",
-    "command": "Runs a program, without a shell. The step fails when the program exits with anything but 0.",
-    "consul.deregister": "Takes the service out of Consul's catalogue.",
-    "executor.stop": "Lets the executors of `concurrent.futures` take no more jobs, and finishes those that they have; what has not\n"
-    "begun at the timeout is cancelled and counted.",
-    "files.remove": "Removes files by name or pattern. It removes no directories and follows no symbolic links.",
-    "http_client.close": "Closes the clients of httpx and the sessions of requests.",
-    "logging.flush": "Empties the queues of the app's logging, and flushes its handlers.",
-    "otel.shutdown": "Sends what OpenTelemetry's providers of traces, metrics and logs still hold, and shuts them down.",
-    "processes.stop": "Ends children of `multiprocessing` and `subprocess`: SIGTERM, and SIGKILL after a grace.",
-    "psycopg_pool.close": "Closes the pools of psycopg.",
-    "redis.close": "Closes the clients of Redis and their pools.",
-    "sentry.flush": "Sends what Sentry's client still holds.",
-    "sqlalchemy.dispose": "Closes the pools of SQLAlchemy's engines.",
-    "threads.stop": "Asks threads to end by an event or a function of the app, and waits for them.",
-    "webhook": "Makes an HTTP request. A status of 400 or more is a failure.",
-}
-"""What each action does."""
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------

@@ -46,12 +46,23 @@ def live_action(
     takes: str = "",
     needs: Mapping[str, str] = MappingProxyType({}),
     first: Action | None = None,
+    summary: str = "",
 ) -> Action:
     """Make an action of `end`, which ends one live object; `kinds` are those that discovery finds for it."""
     takes = takes or name
     run = partial(end_all, takes, end)
     return Action(
-        name, fields, phase, run, look_up_targets, no_grace, needs=needs, takes=takes, first=first, kinds=kinds
+        name,
+        fields,
+        phase,
+        run,
+        look_up_targets,
+        no_grace,
+        needs=needs,
+        takes=takes,
+        first=first,
+        kinds=kinds,
+        summary=summary,
     )
 
 

@@ -84,7 +84,8 @@ class Action:
     discovery finds for it. `scopes` say where it can run if there are worker processes; the first one is the default:
     "worker" is in each worker, "service" is once, in the daemon's own process. The daemon has not imported the app, so
     "service" is for actions that do not need it (the context's `app` is None). If `at_replacement` is false, a worker
-    that is replaced does not run it: it runs only when the service stops.
+    that is replaced does not run it: it runs only when the service stops. `summary`
+    says what it does, for people.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Action:
     kinds: tuple[Kind, ...] = ()
     scopes: tuple[Scope, ...] = ("worker",)
     at_replacement: bool = True
+    summary: str = ""
 
 
 ANYWHERE: tuple[Scope, ...] = ("service", "worker")

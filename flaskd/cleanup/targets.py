@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from flaskd.cleanup.context import StepFailedError
 from flaskd.config import Fields, OneOrMany, Settings
-from flaskd.config.kinds import checked
+from flaskd.config.kind import matching
 from flaskd.config.settings import field
 from flaskd.objects import contents_of
 from flaskd.process.forks import AppCode
@@ -19,13 +19,7 @@ TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 """How a target is written: MODULE:ATTRIBUTE."""
 
 
-def _target(text: str) -> str:
-    if not TARGET.fullmatch(text):
-        raise ValueError("expected MODULE:ATTRIBUTE, such as shop.db:pool")
-    return text
-
-
-Target = Annotated[str, checked(_target)]
+Target = Annotated[str, matching(TARGET.pattern, "expected MODULE:ATTRIBUTE, such as shop.db:pool")]
 """An object of the app, as MODULE:ATTRIBUTE; dots lead on to attributes of it."""
 
 

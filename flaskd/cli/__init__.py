@@ -68,7 +68,7 @@ def reported(run: Callable[[], object]) -> int:
         return EX_LOST
     except FlaskdError as error:
         prefix = "" if isinstance(error, ConfigError) else "flaskd: "
-        said = "\n".join(f"{prefix}{line}" for line in lines(str(error)))
+        said = "\n".join(f"{prefix}{line}" for line in lines(error.whole))
         _complain(lambda: click.echo(said, err=True))
         return error.exit_code
     except (OSError, RuntimeError, MemoryError) as error:

@@ -25,13 +25,17 @@ _VARIABLE = "_FLASKD_COMPLETE"
 @click.argument("shell", type=click.Choice(SHELLS))
 def shell_script(shell: str) -> None:
     """Print the script by which SHELL (bash, zsh or fish) completes verbs, options, log levels and names of daemons."""
+    show.say(script(shell))
+
+
+def script(shell: str) -> str:
+    """The script for a shell."""
     from click.shell_completion import ShellComplete, get_completion_class  # noqa: PLC0415 - only for this verb
 
     kind = get_completion_class(shell)
     assert kind is not None
-    root = click.get_current_context().find_root()
     # Not its method source(), which for bash looks for an installed bash and its version.
-    show.say(ShellComplete.source(kind(root.command, {}, "flaskd", _VARIABLE)).removesuffix("\n"))
+    return ShellComplete.source(kind(click.Command("flaskd"), {}, "flaskd", _VARIABLE)).removesuffix("\n")
 
 
 # --- values: only a shell asks for them -----------------------------------------------------------------------------

@@ -24,10 +24,14 @@ class Unread(Exception):  # noqa: N818 - why a value is not known
 
 
 class Setting(NamedTuple):
-    """A name that the file sets: the line, and its value, or an `Unread` that says why it is not known."""
+    """A name that the file sets: the line, and its value, or an `Unread` that says why it is not known.
+
+    `changed` says where the file may set it to another value, under a condition; empty if it does not.
+    """
 
     line: int
     value: Any
+    changed: str = ""
 
 
 class Found(NamedTuple):
@@ -50,7 +54,11 @@ def _read_block(block: list[ast.stmt], found: Found, condition: str) -> None:
             found.functions[node.name] = node.lineno
         elif isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
             for name, value in _assigned(node):
-                found.settings[name] = Setting(node.lineno, _value(value, found, condition))
+                before = found.settings.get(name)
+                if condition and before is not None and not isinstance(before.value, Unread):
+                    found.settings[name] = before._replace(changed=condition)
+                else:
+                    found.settings[name] = Setting(node.lineno, _value(value, found, condition))
         elif isinstance(node, ast.If | ast.Try | ast.For | ast.While | ast.With):
             kind = type(node).__name__.lower()
             for inner in _inner_blocks(node):

@@ -53,7 +53,7 @@ class ActionSpec:
     `fault` says why the action cannot be used; empty if it can. `needs` maps modules, one of which must be installed,
     to their names in the package index. `keeps` is the field with the path of its file under the state directory, empty
     if it has none. `scopes` are those in which it can run, its default first. `at_replacement` says whether it also
-    runs when a worker is replaced.
+    runs when a worker is replaced. `summary` says what it does, for people.
     """
 
     fields: type[Fields]
@@ -63,6 +63,7 @@ class ActionSpec:
     keeps: str = ""
     scopes: tuple[Scope, ...] = ("worker",)
     at_replacement: bool = True
+    summary: str = ""
 
     def missing(self) -> str:
         """The packages that would have to be installed, empty if none; imports nothing."""

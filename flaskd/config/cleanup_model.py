@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from flaskd.config.action_spec import Phase, Scope
 from flaskd.config.faults import Faults
 from flaskd.config.fields import Duration, OneOrMany, PolicyName, SomeText
-from flaskd.config.kinds import Around, Schema
+from flaskd.config.kind import Around, Schema
 from flaskd.config.nodes import Node
 from flaskd.config.nodes import Path as NodePath
 from flaskd.config.settings import Settings, field, section
@@ -47,7 +47,7 @@ class _OfTheAction(Around):
         return value.model_dump(mode="json", by_alias=True)
 
     def schema(self, definitions: dict[str, Schema]) -> Schema:  # noqa: ARG002 - likewise
-        return {"type": "object"}
+        return {"type": ["object", "null"]}
 
 
 class Policy(Settings):

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 COMMAND_LINE = "command line"
 MAX_FAULTS = 50
 """More faults than this are only counted, because wording each one takes time."""
+_MAX_SHOWN = 3
+"""If there are more faults than this, the lines that they are about are not shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +60,16 @@ class Fault:
 class InvalidConfigError(ConfigError):
     """The configuration has faults: ``faults`` are sorted by place, and the text has one line for each.
 
-    If all of them are on the command line, the exit code is that of a wrong command line.
+    ``details`` are the lines of the file that are no YAML, with a caret under the place. If all faults are on the
+    command line, the exit code is that of a wrong command line.
     """
 
-    def __init__(self, faults: tuple[Fault, ...], omitted: int = 0) -> None:
+    def __init__(self, faults: tuple[Fault, ...], omitted: int = 0, details: str = "") -> None:
         lines = [str(fault) for fault in faults]
         if omitted:
             lines.append(f"... and {omitted} more")
         super().__init__("\n".join(lines))
-        self.faults = faults
+        self.faults, self.details = faults, details
         if all(fault.path == COMMAND_LINE for fault in faults):
             self.exit_code = EX_USAGE
         self.omitted = omitted
@@ -80,11 +83,13 @@ class Faults:
     """
 
     elsewhere: Callable[[str], Sequence[str]] = lambda _name: ()
-    _found: list[tuple[Place, str, str | Callable[[], str]]] = field(default_factory=list)
+    _found: list[tuple[Place, str, str | Callable[[], str], Callable[[], str]]] = field(default_factory=list)
 
-    def add(self, place: Place, key: str, message: str | Callable[[], str]) -> None:
-        """Note one fault."""
-        self._found.append((place, key, message))
+    def add(
+        self, place: Place, key: str, message: str | Callable[[], str], details: Callable[[], str] = lambda: ""
+    ) -> None:
+        """Note one fault; `details` returns the line that it is about, and is called if there are few faults."""
+        self._found.append((place, key, message, details))
 
     def check(self) -> None:
         """Raise InvalidConfigError if there is any fault."""
@@ -93,9 +98,10 @@ class Faults:
         self._found.sort(key=lambda found: found[0].order)
         faults = tuple(
             Fault(place.source, place.line, place.column, key, message if isinstance(message, str) else message())
-            for place, key, message in self._found[:MAX_FAULTS]
+            for place, key, message, _ in self._found[:MAX_FAULTS]
         )
-        raise InvalidConfigError(faults, omitted=len(self._found) - len(faults))
+        details = [show() for *_, show in self._found] if len(self._found) <= _MAX_SHOWN else []
+        raise InvalidConfigError(faults, len(self._found) - len(faults), "\n".join(filter(None, details)))
 
 
 def dotted(path: Iterable[str | int]) -> str:

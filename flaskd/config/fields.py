@@ -14,12 +14,27 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from flaskd.config.faults import Faults
-from flaskd.config.kinds import NOTHING, Around, Kind, ListOf, Schema, Unshown, attempt, checked, described
+from flaskd.config.kind import (
+    INTERPOLATION,
+    NOTHING,
+    Around,
+    Kind,
+    Schema,
+    Unshown,
+    attempt,
+    checked,
+    described,
+    exampled,
+    in_any_case,
+    matching,
+    text_schema,
+)
+from flaskd.config.kinds import ListOf
 from flaskd.config.nodes import Scalar
 from flaskd.config.wording import hint, refuse
 from flaskd.sockets import Address
 from flaskd.units import format_duration, parse_duration, parse_size
-from flaskd.verbs import LEVELS, VERBS, log_level
+from flaskd.verbs import VERBS, log_level
 
 if TYPE_CHECKING:
     from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationInfo
@@ -28,9 +43,6 @@ if TYPE_CHECKING:
     from flaskd.config.nodes import Node, Path
 
 Item = TypeVar("Item")
-
-INTERPOLATION = r"\$\{"
-"""The schema's pattern for an interpolation in place of a single value."""
 
 _LONGEST = 366 * 86400.0
 """Seconds; more is surely not meant, and far above this the operating system's timers overflow."""
@@ -107,12 +119,21 @@ class _Unit(Kind):
         return dict(self._schema)
 
 
+_NUMBER = r"[0-9]+(\.[0-9]+)?"
+
 Duration = Annotated[
     float,
     _Unit(
         _parse_duration,
         write_duration,
-        {"type": "string", "pattern": rf"^(0|([0-9]+(\.[0-9]+)?(ms|s|m|h|d)\s*)+)$|{INTERPOLATION}"},
+        {
+            "unit": "duration",
+            "type": ["string", "integer"],
+            "pattern": rf"^(?:\s*(0|({_NUMBER}(ms|s|m|h|d)\s*)+)\s*)$|{INTERPOLATION}",
+            "minimum": 0,
+            "maximum": 0,
+            "examples": ["250ms", "1.5s", "2m", "1h30m"],
+        },
     ),
 ]
 """Seconds, written ``250ms``, ``1.5s``, ``2m`` (flaskd.units)."""
@@ -122,7 +143,13 @@ Size = Annotated[
     _Unit(
         _parse_size,
         write_size,
-        {"type": ["string", "integer"], "pattern": rf"^[0-9]+(\.[0-9]+)?\s*(B|kB|MB|GB|KiB|MiB|GiB)?$|{INTERPOLATION}"},
+        {
+            "unit": "size",
+            "type": ["string", "integer"],
+            "pattern": rf"^(?:\s*{_NUMBER}\s*(B|kB|MB|GB|KiB|MiB|GiB)?\s*)$|{INTERPOLATION}",
+            "minimum": 0,
+            "examples": ["64MiB", "10kB", 4096],
+        },
     ),
 ]
 """Bytes, written ``64MiB``, ``10kB`` or without a unit (flaskd.units)."""
@@ -180,14 +207,18 @@ OneOrMany = Annotated[list[Item], _OneOrMany()]
 """A list; a single entry may be written without the brackets."""
 
 
+# What flaskd.sockets.Address takes, as far as a pattern can say it: of IPv6 not how many digits there are.
+_PORT = "([0-9]{1,4}|[0-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
+_OCTET = "(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
+_HOST = r"(?![0-9.]+:)[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?"
+_ADDRESS = rf"({_OCTET}(\.{_OCTET}){{3}}|\[[0-9A-Fa-f:.]+(%[^\]%]+)?\]|{_HOST})?:{_PORT}|unix:/[^\0]*"
+_FD = "fd:[!-9;-~]+"  # a name has no colon: systemd.socket(5), FileDescriptorName=
+
+
 def _listen(text: str) -> str:
-    if not re.fullmatch(r"fd:[!-9;-~]+", text):  # a name has no colon: systemd.socket(5), FileDescriptorName=
+    if not re.fullmatch(_FD, text):
         Address.parse(text)
     return text
-
-
-Listen = Annotated[str, checked(_listen)]
-"""An address to listen on, in the form of flaskd.sockets.Address, or a passed socket by name."""
 
 
 def _own_address(text: str) -> str:
@@ -195,7 +226,14 @@ def _own_address(text: str) -> str:
     return text
 
 
-OwnAddress = Annotated[str, checked(_own_address)]
+Listen = Annotated[
+    str,
+    checked(_listen),
+    described(text_schema(f"{_ADDRESS}|{_FD}")),
+    exampled("127.0.0.1:8000", ":8080", "[::1]:8000", "unix:/run/shop/http.sock", "fd:http"),
+]
+"""An address to listen on, in the form of flaskd.sockets.Address, or a passed socket by name."""
+OwnAddress = Annotated[str, checked(_own_address), described(text_schema(_ADDRESS)), exampled("127.0.0.1:9091")]
 """An address that flaskd binds itself, and not a passed socket."""
 
 
@@ -212,28 +250,31 @@ def _trusted_proxy(text: str) -> str:
     return text
 
 
-TrustedProxy = Annotated[str, checked(_trusted_proxy)]
+TrustedProxy = Annotated[
+    str,
+    checked(_trusted_proxy),
+    described(
+        text_schema(r"\*|localhost|([0-9]+\.){3}[0-9]+(/[0-9.]+)?|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(%[^/%]+)?(/[0-9]+)?")
+    ),
+    exampled("127.0.0.1", "10.0.0.0/8", "localhost", "*"),
+]
 """The peer of a connection: an address, a network, or localhost, which includes Unix sockets."""
 
-
-def _host_name(text: str) -> str:
+HostName = Annotated[
+    str,
     # The form of a client's Host header: RFC 9110, section 7.2.
-    if not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?", text):
-        raise ValueError("expected a Host header, such as 127.0.0.1:9090 or localhost:9090")
-    return text.lower()
-
-
-HostName = Annotated[str, checked(_host_name)]
+    matching(
+        r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?",
+        "expected a Host header, such as 127.0.0.1:9090 or localhost:9090",
+    ),
+    exampled("localhost:9090"),
+    checked(str.lower),
+]
 """A Host header; its case does not matter."""
 
-
-def _credential_name(text: str) -> str:
-    if not text or "/" in text or text in {".", ".."}:
-        raise ValueError("expected the name of a systemd credential, without /")
-    return text
-
-
-CredentialName = Annotated[str, checked(_credential_name)]
+CredentialName = Annotated[
+    str, matching(r"(?!\.{1,2}$)[^/]+", "expected the name of a systemd credential, without /"), exampled("stop-token")
+]
 """A file's name in $CREDENTIALS_DIRECTORY (systemd.exec(5), LoadCredential=)."""
 
 
@@ -256,80 +297,56 @@ def _from_decimal(text: str) -> str:
     return f" ({mode} is 0{mode:o} in decimal)" if stat.S_IRUSR | stat.S_IWUSR <= mode <= 0o777 else ""  # noqa: PLR2004
 
 
-_MODE = "^(0o?)?[67](00|1[01]|2[02]|3[0-3]|4[04]|5[0145]|6[0246]|7[0-7])$"
+_MODE = "(0o?)?[67](00|1[01]|2[02]|3[0-3]|4[04]|5[0145]|6[0246]|7[0-7])"
 """The modes that `_mode` accepts: after each digit for the group, those that others may have with it."""
 
-Mode = Annotated[str, checked(_mode), described({"type": "string", "pattern": f"{_MODE}|{INTERPOLATION}"})]
+_MODES = [mode for mode in range(600, 778) if re.fullmatch(_MODE, str(mode))]
+"""Those that are written without a zero before them and without quotes: for YAML they are numbers."""
+
+Mode = Annotated[
+    str,
+    checked(_mode),
+    described({"anyOf": [text_schema(_MODE) | {"type": "string"}, {"type": "integer", "enum": _MODES}]}),
+    exampled("0660", "0600"),
+]
 """A file mode as octal text of four digits; its owner may read and write, others no more than the group."""
 
+_PATH = "/[!-~]*"  # it is put into a request line unchanged (RFC 9112, section 3)
+_NO_PATH = "expected a path that starts with / and holds no blanks"
 
-def _url_path(text: str) -> str:
-    # It is put into a request line unchanged (RFC 9112, section 3).
-    if not re.fullmatch(r"/[!-~]*", text):
-        raise ValueError("expected a path that starts with / and holds no blanks")
-    return text
-
-
-def _path_pattern(text: str) -> str:
-    if "*" in _url_path(text)[:-1] or "?" in text:
-        raise ValueError("expected a path without a query, with * at its end at most")
-    return text
-
-
-def _url_prefix(text: str) -> str:
-    return _url_path(text).rstrip("/") if text else text
-
-
-def _header_text(text: str) -> str:
-    if not re.fullmatch(r"[ -~]*", text):
-        raise ValueError("expected printable ASCII text")
-    return text
-
-
-def _instance_name(text: str) -> str:
-    if not re.fullmatch(r"[!-~]{1,128}", text):
-        raise ValueError("expected a name of 1 to 128 printable ASCII characters without blanks")
-    return text
-
-
-def _some_text(text: str) -> str:
-    if not text.strip():
-        raise ValueError("expected text that is not empty")
-    return text
-
-
-UrlPath = Annotated[str, checked(_url_path)]
-PathPattern = Annotated[str, checked(_path_pattern)]
+UrlPath = Annotated[str, matching(_PATH, _NO_PATH), exampled("/healthz")]
+PathPattern = Annotated[
+    str,
+    matching("/[!-)+->@-~]*[*]?", "expected a path without a query, with * at its end at most"),
+    matching(_PATH, _NO_PATH),
+    described(text_schema("/[!-)+->@-~]*[*]?")),
+    exampled("/export/*"),
+]
 """A path; with ``*`` at its end, all paths that begin with it."""
-UrlPrefix = Annotated[str, checked(_url_prefix)]
-HeaderText = Annotated[str, checked(_header_text)]
-InstanceName = Annotated[str, checked(_instance_name)]
-SomeText = Annotated[str, checked(_some_text)]
+UrlPrefix = Annotated[str, matching(f"({_PATH})?", _NO_PATH), exampled("/shop"), checked(lambda text: text.rstrip("/"))]
+HeaderText = Annotated[str, matching("[ -~]*", "expected printable ASCII text")]
+InstanceName = Annotated[
+    str,
+    matching("[!-~]{1,128}", "expected a name of 1 to 128 printable ASCII characters without blanks"),
+    exampled("web-1"),
+]
+SomeText = Annotated[str, matching(r"[\s\S]*\S[\s\S]*", "expected text that is not empty")]
 Hidden = Unshown
 """For values that may be secret though they are written in plain text: never shown, not even in faults."""
 
-_POLICY_NAME = r"[a-z0-9][a-z0-9._-]*"
+PolicyName = Annotated[
+    str,
+    matching(
+        r"[a-z0-9][a-z0-9._-]*", "expected a name of a-z, 0-9, dots, hyphens and underscores, a letter or digit first"
+    ),
+]
 
-
-def _policy_name(text: str) -> str:
-    if not re.fullmatch(_POLICY_NAME, text):
-        raise ValueError("expected a name of a-z, 0-9, dots, hyphens and underscores, a letter or digit first")
-    return text
-
-
-PolicyName = Annotated[str, checked(_policy_name), described({"type": "string", "pattern": f"^{_POLICY_NAME}$"})]
-
-
-_MEMBER = r"@?[^\s@:,]+"  # without characters that names in passwd(5) and group(5) cannot have
-
-
-def _member(text: str) -> str:
-    if not re.fullmatch(_MEMBER, text):
-        raise ValueError("expected a user's name or number, or a group's after an @")
-    return text
-
-
-Member = Annotated[str, checked(_member), described({"type": ["string", "integer"]})]
+Member = Annotated[
+    str,
+    # Without characters that names in passwd(5) and group(5) cannot have.
+    matching(r"@?[^\s@:,]+", "expected a user's name or number, or a group's after an @"),
+    exampled("alice", "1000", "@ops"),
+]
 
 
 def _verb_name(text: str) -> str:
@@ -338,7 +355,7 @@ def _verb_name(text: str) -> str:
     return text
 
 
-VerbName = Annotated[str, checked(_verb_name), described({"enum": list(VERBS)})]
+VerbName = Annotated[str, checked(_verb_name), described({"enum": list(VERBS), "type": "string"})]
 """A command of the control plane."""
 
 
@@ -353,5 +370,4 @@ class LevelName(Around):
 
     def schema(self, definitions: dict[str, Schema]) -> Schema:
         """The levels that an editor proposes; every case is accepted."""
-        words = ("".join(f"[{letter.upper()}{letter}]" for letter in word) for word in (*LEVELS, "warn"))
-        return {"anyOf": [super().schema(definitions), {"type": "string", "pattern": f"^({'|'.join(words)})$"}]}
+        return in_any_case(super().schema(definitions), ["warn"])

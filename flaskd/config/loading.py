@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 import re
@@ -12,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from flaskd.config.configuration import Configuration
 from flaskd.config.doubts import doubts
-from flaskd.config.endpoint import check_endpoint
 from flaskd.config.faults import COMMAND_LINE, Faults, Place, dotted
 from flaskd.config.interpolate import Sources, interpolated
+from flaskd.config.listeners import check_listeners
 from flaskd.config.model import Config
 from flaskd.config.nodes import Node, Scalar, Table, child, scalars
 from flaskd.config.nodes import Path as NodePath
@@ -48,7 +49,7 @@ def load(
     was not given. ``environ`` is used by interpolations; default: the process' environment. Raises ConfigError with one
     line if the file cannot be read, else InvalidConfigError with every fault.
     """
-    faults = Faults(_places_of)
+    faults = Faults(functools.partial(_places_of, actions))
     if path is None:
         top = Place("<defaults>")
         tree, base, source = Table(top, top, {}), Path.cwd(), b""
@@ -74,7 +75,7 @@ def load_mapping(
 
     Raises InvalidConfigError with every fault; their source is ``<mapping>``, and they have no lines.
     """
-    faults = Faults(_places_of)
+    faults = Faults(functools.partial(_places_of, actions))
     tree = from_python(data, Place("<mapping>"), faults)
     if not isinstance(tree, Table):
         raise ConfigError(f"expected the configuration as a mapping, got {type(data).__name__}")
@@ -102,14 +103,24 @@ def load_again(load: Callable[[], Configuration], old: Configuration) -> Configu
     return new
 
 
-_CALLED_ELSEWHERE = {"bind": "listen", "host": "listen", "port": "listen", "address": "listen", "loglevel": "level"}
-"""Names that other servers have for some keys."""
+_CALLED_ELSEWHERE = {
+    "bind": "listen", "host": "listen", "port": "listen", "address": "listen",
+    "loglevel": "level", "log_level": "log.level", "accesslog": "access", "access_log": "access",
+    "timeout": "request_timeout", "graceful_timeout": "shutdown.drain.timeout", "keepalive": "channel_timeout",
+    "wsgi_app": "target", "module": "target", "directory": "chdir", "preload_app": "preload",
+    "forwarded_allow_ips": "trusted_proxy", "root_path": "url_prefix",
+}  # fmt: skip
+"""Names that other servers, or people, have for some keys."""
 
 
-def _places_of(name: str) -> list[str]:
-    """The dotted keys of that name, or of flaskd's name for it, in all sections: ``server.listen``."""
-    wanted = _CALLED_ELSEWHERE.get(name, name)
-    return [dotted(path) for path in _keys(Config, ()) if path[-1] == wanted]
+def _places_of(actions: Actions, name: str) -> list[str]:
+    """The dotted keys of that name, or of flaskd's name for it, in all sections and actions: ``server.listen``."""
+    name = name.lower().replace("-", "_")
+    wanted = {name, _CALLED_ELSEWHERE.get(name, name)}
+    found = [dotted(path) for path in _keys(Config, ()) if not wanted.isdisjoint({path[-1], dotted(path)})]
+    fields = (field.key for each in actions.values() if issubclass(each.fields, Settings)
+              for field in each.fields.model_fields.values())  # fmt: skip
+    return found or ["cleanup.policies.NAME.with." + name] * (name in fields)
 
 
 def _keys(section: type[Settings], path: NodePath) -> Iterator[NodePath]:
@@ -192,7 +203,7 @@ def _validated(
 ) -> tuple[Config, frozenset[NodePath]]:
     config = Config.read(tree, (), faults)
     check_policies(tree, actions, faults)
-    check_endpoint(tree, faults)
+    check_listeners(tree, faults)
     fields = _action_fields(tree, actions, faults)
     check_state_paths(tree, fields, actions, os.environ if environ is None else environ, faults)
     faults.check()

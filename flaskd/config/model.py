@@ -29,7 +29,7 @@ from flaskd.config.fields import (
     VerbName,
     Workers,
 )
-from flaskd.config.kinds import LowerCase
+from flaskd.config.kind import LowerCase, exampled
 from flaskd.config.settings import Settings, field, section
 from flaskd.process.cpus import usable
 
@@ -52,7 +52,9 @@ def _host_name() -> str:
 class AppConfig(Settings):
     """The app to serve."""
 
-    target: SomeText | None = _renewal(None, "The app, as MODULE:NAME or MODULE:FACTORY(); none: Flask's own search.")
+    target: Annotated[SomeText, exampled("shop.wsgi:app", "shop:create_app()")] | None = _renewal(
+        None, "The app, as MODULE:NAME or MODULE:FACTORY(); none: Flask's own search."
+    )
     chdir: Path | None = _restart(None, "Directory to work in and import from; relative to this file.")
 
 

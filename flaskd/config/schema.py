@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from flaskd.config.fields import INTERPOLATION
+from flaskd.config.kind import INTERPOLATION
 from flaskd.config.model import Config
 from flaskd.config.settings import Settings, definition
 
 if TYPE_CHECKING:
     from flaskd.config.action_spec import Actions, Fields
+
+
+ID = "urn:flaskd:configuration:1"
+"""What the schema is called, with the version of the file's format; it is nowhere to be fetched from."""
+
+EXAMPLE = {
+    "version": 1,
+    "app": {"target": "shop.wsgi:app", "chdir": "/srv/shop"},
+    "profile": "production",
+    "server": {"listen": ["127.0.0.1:8000"], "workers": 2, "threads": 8, "request_timeout": "10s"},
+    "health": {"path": "/healthz"},
+    "admin": {"listen": "127.0.0.1:9090"},
+    "shutdown": {"deadline": "25s", "announce": "5s", "drain": {"timeout": "15s"}},
+    "cleanup": {"policies": {"warm-cache": {"use": "cache.persist", "with": {"path": "cache-{worker}.bin"}}}},
+}
+"""A whole file."""
 
 
 def schema(actions: Actions) -> dict[str, Any]:
@@ -31,7 +47,8 @@ def schema(actions: Actions) -> dict[str, Any]:
         references |= dict(zip(theirs, of_theirs, strict=True))
         parts |= more
     policy = parts["Policy"]
-    policy["properties"]["use"]["enum"] = list(fields)
+    summaries = ({"const": name, "description": actions[name].summary or f"The action {name}."} for name in fields)
+    policy["properties"]["use"] |= {"type": "string", "anyOf": [*summaries, {"pattern": INTERPOLATION}]}
     policy["allOf"] = [
         {
             "if": {"properties": {"use": {"const": name}}, "required": ["use"]},
@@ -41,8 +58,10 @@ def schema(actions: Actions) -> dict[str, Any]:
     ]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": ID,
         **_interpolations_allowed(parts.pop("Config")),
         "title": "flaskd configuration",
+        "examples": [EXAMPLE],
         "$defs": {name: _interpolations_allowed(parts[name]) for name in sorted(parts)},
     }
 

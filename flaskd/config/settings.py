@@ -9,19 +9,22 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping
+from pathlib import Path as FilePath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, dataclass_transform, get_type_hints
 
 from flaskd.config.faults import Faults, Place, dotted
-from flaskd.config.kinds import NOTHING, Bounded, Kind, OrNull, attempt, kind_of
-from flaskd.config.nodes import Node, Scalar, Table, shown
+from flaskd.config.kind import NOTHING, Bounded, Kind, OrNull, attempt
+from flaskd.config.kinds import Choice, kind_of
+from flaskd.config.nodes import Items, Node, Scalar, Table, scalars, shown
 from flaskd.config.python_source import from_python
 from flaskd.config.wording import NO_VALUE, hidden, refuse, unknown_key, without_secrets
 from flaskd.text import LONGEST_QUOTED
 
 if TYPE_CHECKING:
-    from flaskd.config.kinds import Schema
+    from flaskd.config.kind import Schema
     from flaskd.config.nodes import Path
 
 _REQUIRED = object()
@@ -211,13 +214,24 @@ class Settings:
 
     @classmethod
     def _as_mapping(cls, node: Node, path: Path) -> str:
-        """The mapping to write in place of a single value: one of the first keys that accepts it, with the value."""
-        if not isinstance(node, Scalar) or node.secret or not path or len(node.text) > LONGEST_QUOTED:
+        """The mapping to write in place of a value or a list: one of the usual keys that accepts it, with the value."""
+        if not path or any(each.secret or len(each.text) > LONGEST_QUOTED for _, each in scalars(node)):
             return ""
-        usual = [each for each in cls.model_fields.values() if not each.kind.hides][:2]
-        fitting = (each.key for each in usual if each.kind.read(node, (*path, each.key), Faults()) is not NOTHING)
+        if isinstance(node, Items) and any(isinstance(each, Table) for each in node.items):
+            return f"; write its keys under {path[-1]} without the dashes, each key once"
+        open_ = [each for each in cls.model_fields.values() if not each.kind.hides]
+        glued = re.match(r"([\w-]+):\S", node.text) if isinstance(node, Scalar) else None
+        if glued and any(each.key == glued[1] for each in open_):
+            return f'; write a blank behind the colon: "{glued[1]}: ..."'
+        # A word that a choice has is meant for that; keys that take any text are proposed where they are the first.
+        usual = [*open_[:2], *(each for each in open_[2:] if isinstance(each.kind, Choice))]
+        fitting = (
+            each.key
+            for each in usual
+            if each.annotation != FilePath | None and each.kind.read(node, (*path, each.key), Faults()) is not NOTHING
+        )
         key = next(fitting, "")
-        inside = f"{key}: {shown(node)}" if key else ", ".join(f"{each.key}: ..." for each in usual)
+        inside = f"{key}: {shown(node)}" if key else ", ".join(f"{each.key}: ..." for each in open_[:2])
         return f"; such as {path[-1]}: {{{inside}}}"
 
     @classmethod
@@ -282,7 +296,7 @@ def definition(settings: type[Settings], definitions: dict[str, Schema]) -> Sche
             "properties": {each.key: _property(each, definitions) for each in fields},
             **({"required": required} if required else {}),
             "title": name,
-            "type": "object",
+            "type": "object" if required else ["object", "null"],  # its keys may all be commented out
         }
     return {"$ref": f"#/$defs/{name}"}
 

@@ -56,6 +56,8 @@ def hint(node: Node, *, quotes: type | None = None, choices: Sequence[str] = ())
 
 def unknown_key(name: str, valid: Sequence[str], places: Sequence[str] = ()) -> str:
     """The fault of an unknown key; `places` are the places that have a key of that name."""
+    if name.lower().replace("-", "_") in valid:
+        return f"expected a known key, got {quoted(name)}{did_you_mean(name.lower(), valid)}"
     if places:
         there = " or ".join(places[:_PLACES])
         return f"expected a known key, got {quoted(name)}; write {there}{did_you_mean(name, valid)}"

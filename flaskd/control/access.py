@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import grp
-import logging
 import os
 import pwd
 from collections.abc import Iterable
@@ -17,15 +16,12 @@ if TYPE_CHECKING:
     from flaskd.config import ControlConfig
     from flaskd.control.commands import Command
 
-log = logging.getLogger("flaskd.control")
-
 
 class Access:
     """What `control.roles` and `control.fifo` mean on this machine.
 
-    A name that this machine does not know is a warning and has no effect, because a configuration may be written for
-    another machine. Without roles, every client that may open the socket is an admin. With roles, root and the daemon's
-    own user are admins all the same, because they may send it signals anyway.
+    A name that this machine does not know has no effect. Without roles, every client that may open the socket is an
+    admin. With roles, root and the daemon's own user are admins all the same, because they may send it signals anyway.
     """
 
     def __init__(self, control: ControlConfig) -> None:
@@ -44,9 +40,7 @@ class Access:
             try:
                 number = int(name) if name.isdecimal() else _number_of(name, group=known is self._groups)
             except KeyError:
-                kind = "group" if known is self._groups else "user"
-                log.warning(f'control.roles.{role}: this machine has no {kind} "{name}"; it has no effect')
-                continue
+                continue  # the check of the configuration warns of it
             known[number] = max(role, known.get(number, role))
 
     def role_of(self, peer: Peer) -> Role | None:

@@ -138,7 +138,8 @@ def fifo_node(directory: RuntimeDirectory) -> ControlNode:
 def mode_and_group(control: ControlConfig) -> tuple[int, int]:
     """The mode and the group of the nodes: `control.mode` and the number of `control.group`, -1 for the process' own.
 
-    A group that this machine does not know is a warning; the nodes then keep the process' own group.
+    If this machine does not know the group, the nodes keep the process' own group, which may then do no more than
+    others; the check of the configuration warns of it.
     """
     mode, group = control.mode_bits, control.group
     if group is None:
@@ -146,9 +147,7 @@ def mode_and_group(control: ControlConfig) -> tuple[int, int]:
     try:
         return mode, int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
     except KeyError:
-        mode = without_group(mode)
-        log.warning(f'control.group: there is no group "{group}"; the nodes keep the process\'s own, mode {mode:04o}')
-        return mode, -1
+        return without_group(mode), -1
 
 
 class Nodes:

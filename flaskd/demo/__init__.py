@@ -21,14 +21,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flask import Blueprint, Flask, Response, abort, current_app, render_template, request
+from flask.cli import NoAppException
 
 try:
     import sqlalchemy as sa
     from flask_caching import Cache
     from flask_sqlalchemy import SQLAlchemy
     from sqlalchemy.dialects.sqlite import insert
-except ImportError as error:
-    raise ImportError('the demo needs its extra: pip install "flaskd[demo]"', name=error.name) from error
+except ImportError:
+
+    class MissingExtraError(NoAppException, ImportError):
+        """What flaskd and `flask run` tell in one line, and any other program as an import that failed."""
+
+    raise MissingExtraError('the demo needs its extra: pip install "flaskd[demo]"') from None
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,7 +7,7 @@ import signal
 import time
 from pathlib import Path
 
-from flaskd.errors import AppError, FlaskdError
+from flaskd.errors import FlaskdError
 from flaskd.ledger import Cut
 from flaskd.pool.handle import Handle
 from flaskd.pool.spawn import how
@@ -67,8 +67,7 @@ class Deaths:
 
 def tell_failure(error: FlaskdError) -> None:
     """Log why a worker did not become ready, with the app's traceback."""
-    trace = error.traceback_text if isinstance(error, AppError) else ""
-    log.error(f"{error}\n{trace}".rstrip())
+    log.error(error.whole)
 
 
 def _memory_events() -> Path | None:

@@ -74,7 +74,7 @@ class Rollout:
         if not self._replaced:
             return error
         text = f"{error}; {self._replaced} had been replaced before, and the new ones stay"
-        return AppError(text, error.traceback_text) if isinstance(error, AppError) else type(error)(text)
+        return AppError(text, error.details) if isinstance(error, AppError) else type(error)(text)
 
     def break_off(self, why: FlaskdError) -> None:
         """End the rollout now: new workers that are ready stay, the others are ended."""

@@ -200,7 +200,7 @@ class Slots:
 
         def end() -> None:
             if waits():
-                if isinstance(coming.error, AppError) and not coming.error.traceback_text:
+                if isinstance(coming.error, AppError) and not coming.error.details:
                     coming.error = AppError(str(coming.error), coming.stacks())
                 coming.kill(why)
 

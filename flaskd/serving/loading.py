@@ -155,6 +155,8 @@ def _split(target: str) -> tuple[str, str]:
 
 
 def _import(name: str, target: str) -> ModuleType:
+    from flask.cli import NoAppException  # noqa: PLC0415 - see load_app
+
     try:
         with AppCode():
             return importlib.import_module(name)
@@ -166,6 +168,8 @@ def _import(name: str, target: str) -> ModuleType:
                 "check the name, or set app.chdir"
             ) from None
         raise _app_error(target, error) from error
+    except NoAppException as error:  # the module itself says that there is none, and why
+        raise ConfigError(f"cannot load {target}: {_sentence(error)}") from None
     except PatchingError:
         raise
     except (Exception, SystemExit) as error:

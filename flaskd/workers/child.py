@@ -12,7 +12,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from flaskd.errors import EX_OK, AppError, FlaskdError
+from flaskd.errors import EX_OK, FlaskdError
 from flaskd.lifecycle import StopReason
 from flaskd.process.bootstrap import undo_inherited
 from flaskd.process.exit import Ending, Unfinished, leave
@@ -51,7 +51,7 @@ class Child:
                 try:
                     server, config = self._start(orders, stack)
                 except FlaskdError as error:
-                    self._say({"failed": _whole(error), "exit_code": error.exit_code})
+                    self._say({"failed": error.whole, "exit_code": error.exit_code})
                     return error.exit_code
                 signals.reclaim()
                 self._say({"url": server.url, "deadline": config.shutdown.deadline})
@@ -142,11 +142,6 @@ class Child:
         with contextlib.suppress(OSError):  # the owner has ended
             self._words.write(json.dumps(words, default=str).encode() + b"\n")
             self._words.flush()
-
-
-def _whole(error: FlaskdError) -> str:
-    trace = error.traceback_text if isinstance(error, AppError) else ""
-    return "\n".join(filter(None, [str(error), trace]))
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ def test_a_reload_takes_what_can_change(flaskd: Flaskd) -> None:
         ("cleanup: {policies: {close-db: {use: sqlalchemy.dispose, timeout: soon}}}\n",
          "flaskd.yaml:1:67 cleanup.policies.close-db.timeout: expected a duration such as 5s"),
         ("server: {thread: 3}\n", "flaskd.yaml:1:10 server.thread: "),
-        ("server: [\n", "flaskd.yaml:2:1: expected YAML"),
+        ("server: [\n", 'flaskd.yaml:1:9: expected a closing "]"'),
         ("cleanup: {policies: {p: {use: call, with: {target: 'nosuch:f'}}}}\n", "cleanup.policies.p: "),
     ],
 )  # fmt: skip
@@ -44,7 +44,8 @@ def test_a_reload_at_fault_keeps_the_old_configuration(flaskd: Flaskd, text: str
     flaskd.start()
     flaskd.write("flaskd.yaml", text)
     answer = flaskd.command("reload")
-    assert answer.startswith("ERR config-invalid ")
+    shown = "    1 | server: [\n      |         ^\n" if "[" in text else ""
+    assert answer.startswith(f"{shown}ERR config-invalid ")
     assert fault in answer
     assert answer.endswith("; keeping the old configuration\n")
     code, out, err = flaskd.client("reload")

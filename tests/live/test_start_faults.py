@@ -21,7 +21,7 @@ FAULTS = {
                        "cannot load bad: the app raised SystemExit: not today"),
     "missing configuration file": ({}, ["gateapp", "-c", "no.yaml"], 78, "no.yaml"),
     "unknown key": ({"flaskd.yaml": "servr: {}\n"}, ["gateapp"], 78, "flaskd.yaml:1:1 servr: "),
-    "bad YAML": ({"flaskd.yaml": "a: [\n"}, ["gateapp"], 78, "flaskd.yaml:2:1"),
+    "bad YAML": ({"flaskd.yaml": "a: [\n"}, ["gateapp"], 78, "flaskd.yaml:1:4: expected a closing"),
     "bad threads": ({}, ["gateapp", "-t", "many"], 64, "command line server.threads: expected an integer"),
     "bad address": ({}, ["gateapp", "-l", "nowhere"], 64, "command line server.listen"),
     "unknown option": ({}, ["gateapp", "--frobnicate"], 64, 'has no option "--frobnicate"'),

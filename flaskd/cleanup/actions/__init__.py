@@ -48,7 +48,7 @@ def action_specs(actions: Mapping[str, Action] = ACTIONS) -> Mapping[str, Action
     def spec(action: Action) -> ActionSpec:
         return ActionSpec(
             action.fields, action.default_phase, action.fault, action.needs, action.keeps, action.scopes,
-            action.at_replacement,
+            action.at_replacement, action.summary,
         )  # fmt: skip
 
     return LazyMapping(actions, spec)

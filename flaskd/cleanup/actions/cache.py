@@ -33,7 +33,8 @@ from flaskd.cleanup.context import StepContext, StepFailedError
 from flaskd.cleanup.model import Action
 from flaskd.config import KEY_FILE, WORKER, Duration, Phase, Settings, Size
 from flaskd.config.fields import SomeText
-from flaskd.config.kinds import SecretText, checked
+from flaskd.config.kind import checked
+from flaskd.config.kinds import SecretText
 from flaskd.config.settings import field
 from flaskd.files import read_whole, write_once, write_whole
 
@@ -317,5 +318,9 @@ ACTIONS = (
         use_up=use_up_cache,
         keeps="path",
         at_replacement=False,
+        summary=(
+            "Writes what the app's caches in memory (Flask-Caching, cachelib) hold to a file, and "
+            "reads it at the next start."
+        ),
     ),
 )

@@ -10,20 +10,14 @@ from flaskd.cleanup.context import StepContext, StepFailedError, in_app_context
 from flaskd.cleanup.model import Action
 from flaskd.cleanup.targets import TARGET, look_up
 from flaskd.config import Phase, Settings
-from flaskd.config.kinds import checked
+from flaskd.config.kind import matching
 from flaskd.config.settings import field
-
-
-def _target(text: str) -> str:
-    if not TARGET.fullmatch(text):
-        raise ValueError("expected MODULE:FUNCTION, such as shop.jobs:stop")
-    return text
 
 
 class CallFields(Settings):
     """Fields of ``call``."""
 
-    target: Annotated[str, checked(_target)] = field(
+    target: Annotated[str, matching(TARGET.pattern, "expected MODULE:FUNCTION, such as shop.jobs:stop")] = field(
         description="The function to call, as MODULE:FUNCTION; it is given the step's context."
     )
 
@@ -48,4 +42,6 @@ def _call(context: StepContext, fields: CallFields) -> str | None:
     return said if isinstance(said, str) else None
 
 
-ACTIONS = (Action("call", CallFields, Phase.QUIESCE, _call, prepare=_prepare_call),)
+ACTIONS = (
+    Action("call", CallFields, Phase.QUIESCE, _call, prepare=_prepare_call, summary="Calls a function of the app."),
+)

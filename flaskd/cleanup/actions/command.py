@@ -21,7 +21,7 @@ from flaskd.cleanup.context import ENDING_PATIENCE, ENDING_SLACK, StepContext, S
 from flaskd.cleanup.model import ANYWHERE, Action
 from flaskd.config import Duration, Phase, Settings
 from flaskd.config.fields import Hidden
-from flaskd.config.kinds import bounded, checked
+from flaskd.config.kind import bounded, checked, matching
 from flaskd.config.settings import field
 from flaskd.text import printable
 
@@ -41,19 +41,13 @@ _NOT_INHERITED = frozenset({
 })  # fmt: skip
 
 
-def _variable(text: str) -> str:
-    if not text or "=" in text:
-        raise ValueError("expected the name of an environment variable")
-    return text
-
-
 def _with_a_program(argv: list[str]) -> list[str]:
     if not argv[0].strip():
         raise ValueError("expected the program as the first item")
     return argv
 
 
-Variable = Annotated[str, checked(_variable)]
+Variable = Annotated[str, matching("[^=]+", "expected the name of an environment variable")]
 
 
 class CommandFields(Settings):
@@ -307,5 +301,6 @@ ACTIONS = (
         prepare=prepare_command,
         grace=operator.attrgetter("kill_grace"),
         scopes=ANYWHERE,
+        summary=("Runs a program, without a shell. The step fails when the program exits with anything but 0."),
     ),
 )

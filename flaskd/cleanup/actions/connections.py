@@ -48,6 +48,7 @@ ACTIONS = (
                 left=lambda engine: ASYNCHRONOUS if engine.dialect.is_async else "",
             ),
         ),
+        summary="Closes the pools of SQLAlchemy's engines.",
     ),
     live_action(
         "psycopg_pool.close",
@@ -55,6 +56,7 @@ ACTIONS = (
         close_pool,
         needs={"psycopg_pool": "psycopg-pool"},
         kinds=(Kind(("psycopg_pool:ConnectionPool",), ended=lambda pool: pool.closed),),
+        summary="Closes the pools of psycopg.",
     ),
     live_action(
         "redis.close",
@@ -70,6 +72,7 @@ ACTIONS = (
                 owns=lambda cluster: [node.redis_connection for node in cluster.get_nodes()],
             ),
         ),
+        summary="Closes the clients of Redis and their pools.",
     ),
     # The last phase, because telemetry and policies may send through such a client.
     live_action(
@@ -80,5 +83,6 @@ ACTIONS = (
         kinds=(
             Kind(("httpx:Client", "requests:Session"), ended=lambda client: bool(getattr(client, "is_closed", False))),
         ),
+        summary="Closes the clients of httpx and the sessions of requests.",
     ),
 )

@@ -60,5 +60,9 @@ ACTIONS = (
                 ),
             ),
         ),
+        summary=(
+            "Lets the executors of concurrent.futures take no more jobs, and finishes those that they "
+            "have; what has not begun at the timeout is cancelled and counted."
+        ),
     ),
 )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
 from flaskd.cleanup.model import ANYWHERE, Action
 from flaskd.config import OneOrMany, Phase, Settings
-from flaskd.config.kinds import checked
+from flaskd.config.kind import checked
 from flaskd.config.settings import field
 
 if TYPE_CHECKING:
@@ -144,4 +144,13 @@ def _matching(directory: int, pattern: str) -> list[str]:
     return sorted(each for each in names if fnmatch.fnmatchcase(each, pattern) and (hidden or not each.startswith(".")))
 
 
-ACTIONS = (Action("files.remove", RemoveFields, Phase.FINAL, remove_files, scopes=ANYWHERE),)
+ACTIONS = (
+    Action(
+        "files.remove",
+        RemoveFields,
+        Phase.FINAL,
+        remove_files,
+        scopes=ANYWHERE,
+        summary=("Removes files by name or pattern. It removes no directories and follows no symbolic links."),
+    ),
+)

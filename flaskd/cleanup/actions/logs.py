@@ -116,4 +116,12 @@ def _take_the_rest(listener: QueueListener) -> None:
             listener.handle(record)
 
 
-ACTIONS = (Action("logging.flush", FlushFields, Phase.FLUSH, flush_logs),)
+ACTIONS = (
+    Action(
+        "logging.flush",
+        FlushFields,
+        Phase.FLUSH,
+        flush_logs,
+        summary="Empties the queues of the app's logging, and flushes its handlers.",
+    ),
+)

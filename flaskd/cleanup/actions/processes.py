@@ -52,4 +52,12 @@ def _over(process: Any, timeout: float) -> bool:
     return process.exitcode is not None
 
 
-ACTIONS = (live_action("processes.stop", Phase.QUIESCE, stop_process, ProcessesFields),)
+ACTIONS = (
+    live_action(
+        "processes.stop",
+        Phase.QUIESCE,
+        stop_process,
+        ProcessesFields,
+        summary="Ends children of multiprocessing and subprocess: SIGTERM, and SIGKILL after a grace.",
+    ),
+)

@@ -92,6 +92,10 @@ ACTIONS = (
                 ],
             ),
         ),
+        summary=(
+            "Pauses the schedulers of APScheduler at the start of the stop, so that no job begins, "
+            "and shuts them down after the drain."
+        ),
     ),
 )
 

@@ -30,7 +30,13 @@ def shut_down_telemetry(provider: Any, _context: StepContext, _fields: TargetFie
 
 
 ACTIONS = (
-    live_action("sentry.flush", Phase.FLUSH, flush_sentry, needs={"sentry_sdk": "sentry-sdk"}),
+    live_action(
+        "sentry.flush",
+        Phase.FLUSH,
+        flush_sentry,
+        needs={"sentry_sdk": "sentry-sdk"},
+        summary="Sends what Sentry's client still holds.",
+    ),
     live_action(
         "otel.shutdown",
         Phase.FLUSH,
@@ -45,5 +51,6 @@ ACTIONS = (
                 )
             ),
         ),
+        summary=("Sends what OpenTelemetry's providers of traces, metrics and logs still hold, and shuts them down."),
     ),
 )

@@ -48,5 +48,6 @@ ACTIONS = (
         prepare=look_up_targets,
         grace=no_grace,
         takes="threads.stop",
+        summary="Asks threads to end by an event or a function of the app, and waits for them.",
     ),
 )

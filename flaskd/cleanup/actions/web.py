@@ -20,7 +20,8 @@ from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutErr
 from flaskd.cleanup.model import ANYWHERE, Action
 from flaskd.config import Phase, Settings
 from flaskd.config.fields import HeaderText, Hidden, SomeText
-from flaskd.config.kinds import SecretText, checked
+from flaskd.config.kind import checked, described, exampled, matching, text_schema
+from flaskd.config.kinds import SecretText
 from flaskd.config.settings import field
 from flaskd.text import MASK, printable, quoted
 
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 _LARGEST_ANSWER = 4096
 """How many bytes of an answer are read."""
 _CONSUL = "http://127.0.0.1:8500"
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-"""The characters that the name of a header may have (RFC 9110 §5.6.2)."""
+_HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+"""The name of a header (RFC 9110 §5.6.2)."""
 
 
 def _url(text: str) -> str:
@@ -61,12 +62,6 @@ def _parts(url: str) -> SplitResult:
     return parts
 
 
-def _header_name(text: str) -> str:
-    if not _TOKEN.fullmatch(text):
-        raise ValueError("expected the name of an HTTP header")
-    return text
-
-
 def _sayable(value: Any) -> Any:
     try:
         json.dumps(value, allow_nan=False)
@@ -83,9 +78,15 @@ def _address(text: str) -> str:
     return text
 
 
-Url = Annotated[str, checked(_url), partial(Hidden, shown=_host_alone)]
+Url = Annotated[
+    str,
+    checked(_url),
+    described(text_schema("[Hh][Tt][Tt][Pp][Ss]?://[!-~]+")),
+    exampled("https://hooks.example.com/stopped"),
+    partial(Hidden, shown=_host_alone),
+]
 """The URL of many services is a secret: a fault shows nothing of it, and the configuration only its host."""
-HeaderName = Annotated[str, checked(_header_name)]
+HeaderName = Annotated[str, matching(_HEADER_NAME, "expected the name of an HTTP header")]
 
 
 class WebhookFields(Settings):
@@ -208,6 +209,22 @@ def _safe(reason: str) -> str:
 
 
 ACTIONS = (
-    Action("consul.deregister", ConsulFields, Phase.ANNOUNCE, deregister, prepare=prepare_web, scopes=ANYWHERE),
-    Action("webhook", WebhookFields, Phase.FINAL, call_webhook, prepare=prepare_web, scopes=ANYWHERE),
+    Action(
+        "consul.deregister",
+        ConsulFields,
+        Phase.ANNOUNCE,
+        deregister,
+        prepare=prepare_web,
+        scopes=ANYWHERE,
+        summary="Takes the service out of Consul's catalogue.",
+    ),
+    Action(
+        "webhook",
+        WebhookFields,
+        Phase.FINAL,
+        call_webhook,
+        prepare=prepare_web,
+        scopes=ANYWHERE,
+        summary="Makes an HTTP request. A status of 400 or more is a failure.",
+    ),
 )

@@ -231,7 +231,7 @@ CONFIGS = {
         ["daemon", "pidfile", "proc_name", "raw_env", "worker_tmp_dir", "reload"],
     ),
     "hooks": (HOOKS, {"server.workers": 2}, ["on_starting", "post_fork", "child_exit"]),
-    "conditions": (CONDITION, {"server.workers": 1}, ["workers", "reload", "bind", 'under "if"', 'under "try"']),
+    "conditions": (CONDITION, {"server.workers": 2}, ["workers", "reload", "bind", 'under "if"', 'under "try"']),
     "worked out": (WORKED_OUT, {"server.workers": "auto"}, ["chdir", "bind", "json.loads"]),
     "much": (
         SENTRY_STYLE,

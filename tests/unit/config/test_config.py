@@ -199,6 +199,18 @@ def test_faults_name_place_expectation_and_value(faults, text, lines):
     assert faults(text) == lines
 
 
+def test_a_field_of_an_action_that_stands_beside_with(tmp_path):
+    """A key of the actions that come with flaskd is answered with its place; a path is not proposed for any text."""
+    path = tmp_path / "flaskd.yaml"
+    path.write_text(policies("a: {use: command, argv: [ls]}", "b: {use: command, with: ls}"))
+    with pytest.raises(InvalidConfigError) as caught:
+        load(path, actions=action_specs())
+    assert [each.message for each in caught.value.faults][1:] == [
+        'expected a known key, got "argv"; write cleanup.policies.NAME.with.argv',
+        'expected a mapping, got "ls"; such as with: {argv: ..., cwd: ...}',
+    ]
+
+
 def test_all_faults_come_at_once_and_sorted(faults):
     """Faults of every kind are reported together, from the top of the file to its end."""
     text = "sever: {}\nserver: {threads: x}\nserver: {}\napp: {target: '${env:NO}', chdir: 1}\nlog: {level: x}\n"
@@ -269,7 +281,8 @@ def test_text_fields_take_what_was_written(read):
 
 def test_no_mode_shuts_the_owner_out_or_prefers_others_to_the_group(read):
     """A mode is accepted if its owner may read and write and others may do no more than the group."""
-    pattern = re.compile(schema(ACTIONS)["$defs"]["ControlConfig"]["properties"]["mode"]["pattern"])
+    text, _ = schema(ACTIONS)["$defs"]["ControlConfig"]["properties"]["mode"]["anyOf"]
+    pattern = re.compile(text["pattern"])
     for mode in range(0o1000):
         owner, group, others = mode >> 6, mode >> 3 & 7, mode & 7
         good = owner & 0o6 == 0o6 and others | group == group
@@ -480,7 +493,9 @@ def test_faults_show_nothing_that_the_configuration_hides(use, fields):
         load_mapping({"cleanup": {"policies": {"it": {"use": use, "with": fields}}}}, actions=action_specs())
     assert "s3cret" not in str(caught.value)
     assert "another value" not in str(caught.value)
-    assert re.search(r"with\.\S+: expected .*, got (\[?\*{8}\]?|a list)$", str(caught.value))
+    assert re.search(
+        r"with\.\S+: expected .*, got (\[?\*{8}\]?|a list)(; such as \w+: \{NAME: \.\.\.\})?$", str(caught.value)
+    )
 
 
 def test_faults_show_nothing_that_a_field_of_an_action_hides():
@@ -613,7 +628,7 @@ def test_the_schema_knows_every_key_and_describes_it():
     assert definitions["ShutdownConfig"]["properties"]["deadline"]["default"] == "25s"
     assert definitions["ServerConfig"]["properties"]["max_request_body_size"]["default"] == "1GiB"
     policy = definitions["Policy"]
-    assert policy["properties"]["use"]["anyOf"][0]["enum"] == sorted(ACTIONS)
+    assert [each["const"] for each in policy["properties"]["use"]["anyOf"][:-1]] == sorted(ACTIONS)
     assert {"if", "then"} == set(policy["allOf"][0])
     assert definitions["CallFields"]["additionalProperties"] is False
 
@@ -730,3 +745,29 @@ def test_a_state_path_may_be_written_in_full():
         load_mapping(data, actions=ACTIONS, environ={"STATE_DIRECTORY": "/state:/more"})
     named = {"use": "cache.persist", "with": {"path": "last-stop.json"}}
     load_mapping({"shutdown": {"record": None}, "cleanup": {"policies": {"a": named}}}, actions=ACTIONS, environ={})
+
+
+@pytest.mark.parametrize(("text", "owner"), [
+    ("server: {listen: [':8000', ':8001', ':8000']}", "server.listen[0]"),
+    ("server: {listen: ':8000'}\nadmin: {listen: ':8000'}", "server.listen"),
+    ("server: {listen: '127.0.0.1:8000'}\nadmin: {agent: ['0.0.0.0:8000']}", "server.listen"),
+    ("server: {listen: 'localhost:8000'}\nadmin: {listen: '127.0.0.1:8000'}", "server.listen"),
+    ("server: {listen: '[::]:8000'}\nadmin: {listen: '[::1]:8000'}", "server.listen"),
+    ("admin: {listen: 'unix:/run/a', agent: 'unix:/run/a'}", "admin.listen"),
+    ("server: {listen: 'fd:http'}\nadmin: {listen: 'fd:http'}", "server.listen"),
+    ("admin: {listen: 'a.example:1'}\nshutdown: {endpoint: {listen: 'a.example:1', token_file: t}}", "admin.listen"),
+])  # fmt: skip
+def test_two_listeners_on_one_address(faults, text, owner):
+    """The kernel gives it to one of them: the second is a fault, which names the first."""
+    (line,) = faults(text)
+    assert re.search(rf": expected an address of its own, got \S+, which is that of {re.escape(owner)}$", line)
+
+
+@pytest.mark.parametrize("text", [
+    "server: {listen: [':0', ':0', '127.0.0.1:0']}",
+    "server: {listen: ['0.0.0.0:8000', '[::]:8000']}",
+    "server: {listen: ['127.0.0.1:8000', '127.0.0.2:8000', '127.0.0.1:8001', 'unix:/run/a', 'unix:/run/b']}",
+])  # fmt: skip
+def test_addresses_that_do_not_meet(read, text):
+    """Port 0 is another one each time, IPv4 and IPv6 are listened on apart, and each loopback address is its own."""
+    assert read(text).values.server.listen

@@ -224,15 +224,6 @@ def test_the_highest_role_counts(roles, role, caplog):
     assert access(roles=roles).role_of(PEER) == role
 
 
-def test_names_that_this_machine_does_not_know_are_a_warning(caplog):
-    """Unknown names have no role, and one warning names them; the configuration is valid."""
-    access(roles={"operator": ["no-such-user", "@no-such-group"]})
-    assert [record.getMessage() for record in caplog.records] == [
-        'control.roles.operator: this machine has no user "no-such-user"; it has no effect',
-        'control.roles.operator: this machine has no group "no-such-group"; it has no effect',
-    ]
-
-
 def test_root_and_the_daemons_own_user_may_do_all():
     """Root and the daemon's own user are always admins, because they could send it signals anyway."""
     granted = access(roles={"viewer": [4242]})

@@ -349,7 +349,7 @@ def test_one_that_is_not_ready_in_time(world: World) -> None:
     [error] = told.all
     assert isinstance(error, AppError)
     assert "not ready after 5s (pool.start_timeout)" in str(error)
-    assert error.traceback_text == "File shop.py, line 1 in slow"
+    assert error.details == "File shop.py, line 1 in slow"
 
 
 def test_one_that_is_late_before_it_can_tell_its_stacks(world: World) -> None:

@@ -122,7 +122,7 @@ def test_a_start_that_is_late_says_where_its_workers_are(world: World) -> None:
     assert isinstance(failed, Failed)
     assert isinstance(failed.error, AppError)
     assert "it was not ready after 10s (pool.start_timeout)" in str(failed.error)
-    assert failed.error.traceback_text == "File shop.py, line 1 in slow"
+    assert failed.error.details == "File shop.py, line 1 in slow"
 
 
 def test_what_failed_in_a_start_that_succeeds_is_told(world: World, caplog: pytest.LogCaptureFixture) -> None:

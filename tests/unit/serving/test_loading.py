@@ -305,7 +305,7 @@ def app_fault(target, said):
     error = fault(target, AppError)
     assert error.exit_code == EX_SOFTWARE
     assert said in str(error)
-    lines = error.traceback_text.splitlines()
+    lines = error.details.splitlines()
     assert not [line for line in lines if "importlib" in line or "flaskd" in line or f"flask{os.sep}cli" in line]
     return lines
 
