@@ -18,7 +18,7 @@ from urllib.parse import unquote_to_bytes
 from flaskd.server.lines import LENGTH, TOKEN, is_host
 
 _LINE = re.compile(r"(GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS) (/[!\"$-~]*+) HTTP/1\.1")
-_FIELDS = re.compile(rf"((?:\r\n{TOKEN}: [!-~\x80-\xff][\t -~\x80-\xff]*+(?<![ \t]))++)\r\n\r\n")
+_FIELDS = re.compile(rf"((?>(?:\r\n{TOKEN}: [!-~\x80-\xff][\t -~\x80-\xff]*+(?<![ \t]))+))\r\n\r\n")
 """The field lines and the blank line; each field has one blank after its colon, and none at its end."""
 _UNCOMMON = frozenset({"HTTP_TRANSFER_ENCODING", "HTTP_EXPECT", "_"})
 _MOST_LINES = 256
