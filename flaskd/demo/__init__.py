@@ -1,7 +1,7 @@
-"""A small app that makes a drain worth watching: ``flaskd serve flaskd.demo:app``, then open it in a browser.
+"""A small app to watch a drain with: ``flaskd serve flaskd.demo:app``, then open it in a browser.
 
-It has what real apps have (a database, a cache, slow requests, a stream, uploads) and no code that closes them: flaskd
-finds them at the stop. Importing it opens nothing; the database file is made at the first visit.
+It has what many apps have: a database, a cache, slow requests, a stream, uploads. It has no code to shut them down: at
+a stop, flaskd finds and closes them. Importing it opens nothing; the database file is made at the first visit.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ visits = db.Table(
 )
 
 _started = datetime.now(UTC)
-# SQLite allows one writer at a time anyway, and all threads share one connection to the in-memory database.
+# SQLite allows one writer at a time anyway, and all threads share the one connection of the in-memory database.
 _one_writer = threading.Lock()
 _watching: set[object] = set()
 
@@ -88,11 +88,11 @@ def slow() -> dict[str, float]:
 
 @routes.get("/stream")
 def stream() -> Response:
-    """Send one event a second, ``events`` of them or for ever, and say goodbye when a drain begins."""
+    """Send one event a second, ``events`` of them or without end, and a last event ``bye`` when a drain begins."""
     text = request.args.get("events")
     if text is not None and not re.fullmatch(r"[0-9]{1,9}", text):
         abort(400, f'expected events as a whole number, got "{text}"')
-    # Only flaskd sets this event; under other servers waiting for it is a plain sleep.
+    # Under another server there is no such event; then this one is never set, and waiting for it is a plain sleep.
     draining = request.environ.get("flaskd.draining") or threading.Event()
     numbers = itertools.count(1) if text is None else range(1, int(text) + 1)
     unbuffered = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -101,7 +101,7 @@ def stream() -> Response:
 
 @routes.post("/upload")
 def upload() -> dict[str, int | str]:
-    """Read a body of any size, a block at a time; answer its length and SHA-256."""
+    """Read a body of any size, one block at a time; answer its length in bytes and its SHA-256."""
     digest, length = hashlib.sha256(), 0
     while block := request.stream.read(UPLOAD_BLOCK):
         digest.update(block)
@@ -111,7 +111,7 @@ def upload() -> dict[str, int | str]:
 
 @routes.get("/cached")
 def cached() -> dict[str, Any]:
-    """Answer a colour that is cached for 30 s, across a restart too where the cache is persisted."""
+    """Answer a colour that is cached for 30 s; it survives a restart if flaskd persists the cache."""
     entry = cache.get("colour")
     if entry is None:
         entry = {"hue": random.randrange(360), "created": time.time()}  # noqa: S311 - a colour, not a secret
@@ -133,15 +133,15 @@ def ping() -> Response:
 
 @routes.get("/boom")
 def boom() -> str:
-    """Raise, to show what an error in the app looks like."""
+    """Raise an error, to show how flaskd logs it."""
     raise RuntimeError("boom: this is what an error in the app looks like")
 
 
 def create_app() -> Flask:
-    """Make the app and choose the path of its database, without opening or writing it."""
+    """Make the app. This chooses the path of the database, but opens and writes nothing."""
     demo = Flask(__name__)
     place = _database_place()
-    # Without a file Flask-SQLAlchemy uses StaticPool, one connection for all; each connection has its own database.
+    # Without a file Flask-SQLAlchemy uses StaticPool, which has one connection: each one would see its own database.
     url = sa.URL.create("sqlite", database=None if place is None else str(place))
     demo.config.update(DEMO_DATABASE=place, SQLALCHEMY_DATABASE_URI=url, CACHE_TYPE="SimpleCache")
     db.init_app(demo)
@@ -181,7 +181,7 @@ def _events(numbers: Iterator[int] | range, draining: threading.Event) -> Iterat
 
 
 def _database_place() -> Path | None:
-    """The path of the SQLite file, or None (keep it in memory) if it could not be written."""
+    """Return the path of the SQLite file, or None if no file can be written: then the database is in memory."""
     if chosen := os.environ.get("FLASKD_DEMO_DB"):
         place = Path(chosen).absolute()
     elif state := os.environ.get("STATE_DIRECTORY", "").partition(":")[0]:
@@ -199,7 +199,7 @@ def _database_place() -> Path | None:
 
 
 def _control_path() -> str:
-    """The path of the FIFO, into which the page's example commands write; it is beside the control socket."""
+    """Return the path of the control FIFO; if the path of the socket is configured, the FIFO is beside it."""
     path = current_app.config.get("FLASKD_CONTROL") or os.environ.get("FLASKD_CONTROL") or "/run/flaskd/control"
     return str(path).removesuffix(".sock")
 

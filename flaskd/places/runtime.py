@@ -1,4 +1,4 @@
-"""The runtime directory: made if it does not exist, locked, and removed at the end if it was made."""
+"""The runtime directory: flaskd finds it, makes it if needed, locks it, and leaves it as it was."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from flaskd.protocol import runtime_directories, temporary_directory
 from flaskd.sockets import let_in
 
 _HIDDEN = re.compile(r"\.(control\.)?[0-9]+")
-"""Temporary names of nodes that are not complete: those of `flaskd.sockets.bind_unix` and of the FIFO."""
+"""Temporary names of control nodes, from `flaskd.sockets.bind_unix` and, for the FIFO, in the same way."""
 
 
 class RuntimeDirectory:
-    """The locked directory that holds the control nodes; removed at the end if it was made here."""
+    """The locked directory with the control nodes; it is removed at the end if it was made here."""
 
     def __init__(self, name: str, environ: Mapping[str, str]) -> None:
         self.path = next(runtime_directories(name, environ, client=False))
@@ -29,9 +29,10 @@ class RuntimeDirectory:
         self._made = False
 
     def acquire(self, gid: int = -1) -> None:
-        """Make the directory if needed and lock it with flock(2); a new one is open to the group `gid` (-1: none).
+        """Make the directory if needed, and lock it with flock(2); a new one may be entered by the group `gid`.
 
-        Raises NotNowError if another flaskd holds the lock, and CannotCreateError if the directory cannot be used.
+        `gid` -1 is the process' own group. Raises NotNowError if another flaskd has the lock, CannotCreateError if the
+        directory cannot be made or used.
         """
         try:
             while True:
@@ -55,7 +56,7 @@ class RuntimeDirectory:
                     ) from None
                 if _same_file(self._fd, self.path):
                     break
-                os.close(self._fd)  # it was removed, and maybe made again, since it was opened
+                os.close(self._fd)  # it was removed, and perhaps made anew, before it was locked
             if not os.access(self.path, os.W_OK | os.X_OK):
                 self.release()
                 raise CannotCreateError(f"cannot use {self.path}: it is not writable")
@@ -68,12 +69,12 @@ class RuntimeDirectory:
         found = os.fstat(self._fd)
         if found.st_uid != os.geteuid():
             return f"it belongs to uid {found.st_uid}, not {os.geteuid()}"
-        if self._private and found.st_mode & 0o022:  # a private one must not be open to others
-            return "others may write there"
-        return "every user may write there" if found.st_mode & 0o002 else ""
+        if self._private and found.st_mode & 0o022:  # inside of the temporary directory it is for its owner alone
+            return "other users may write to it"
+        return "all users may write to it" if found.st_mode & 0o002 else ""
 
     def tidy(self) -> list[str]:
-        """Remove incomplete nodes that a killed flaskd left; returns their names. Only while the lock is held."""
+        """Remove nodes with temporary names, left by a flaskd that was killed; returns their names. Needs the lock."""
         with contextlib.suppress(OSError):
             return remove_matching(self.path, _HIDDEN, kinds=(stat.S_IFSOCK, stat.S_IFIFO))
         return []
@@ -94,7 +95,7 @@ class RuntimeDirectory:
             self.forget()
 
     def forget(self) -> None:
-        """Close the lock, and do nothing else: in a forked child the directory belongs to the parent."""
+        """In a forked child, close its copy of the lock, and nothing else."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -108,7 +109,7 @@ def _same_file(fd: int, path: Path) -> bool:
 
 
 def _lock_holder(fd: int) -> int | None:
-    """The pid that holds the flock on an open file, from /proc/locks (proc(5)); None if it is not listed."""
+    """The pid that holds the flock on an open file, from /proc/locks (proc(5)); None if it is not known."""
     found = os.fstat(fd)
     wanted = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
     with contextlib.suppress(OSError):

@@ -1,4 +1,7 @@
-"""The state directory: its lock, the record of the last stop, the mark of a running flaskd, and repairs."""
+"""The state directory: its lock, the record of the last stop, the mark of the present run, and repairs after a crash.
+
+The mark is a file that exists while flaskd runs: if the next start finds it, the run before ended without a record.
+"""
 
 from __future__ import annotations
 
@@ -25,18 +28,18 @@ from flaskd.units import timestamp
 log = logging.getLogger("flaskd.state")
 
 _LARGEST_MARK = 16 * 1024
-"""How many bytes of a mark are read."""
+"""Most bytes of a mark that are read."""
 _PATIENCE = 0.5
-"""How many seconds the end waits for a disk that does not answer."""
+"""Most seconds for which a write waits for another one that may hang on a disk."""
 
 
 Prepared = tuple[Callable[[], object], Callable[[], object]]
 
 
 class StateDirectory:
-    """The directory of the record; if it cannot be written, there is no record, and flaskd serves all the same.
+    """The directory of the record. If it cannot be written, the stop is not recorded, but flaskd serves all the same.
 
-    `previous` says how the run before this one ended without a record; None if it has one, or left nothing.
+    `previous` says how the run before this one ended without a record; None if it has one, or nothing is known of it.
     """
 
     def __init__(self, name: str, environ: Mapping[str, str]) -> None:
@@ -46,7 +49,7 @@ class StateDirectory:
         self._environ = environ
         self._mark: Path | None = None
         self._record: Path | None = None
-        self._kept: Path | None = None  # where the last record is read, even if none can be written
+        self._kept: Path | None = None  # the file that is read, even if it cannot be written
         self._lock = -1
         self._mark_file = -1
         self._writing = threading.Lock()
@@ -57,9 +60,9 @@ class StateDirectory:
         return None if self._in_use else self.path
 
     def open(self, *, record: str | None) -> None:
-        """Lock the directory and write the mark of this run; if the last run died, log that and tidy up.
+        """Lock the directory and write this run's mark; if the run before left one, log that and repair.
 
-        With `record` None the stop is not recorded; the mark is written all the same.
+        `record` is the file for the record; None: the stop is not recorded, but the mark is written all the same.
         """
         self._record = self._kept = self.path / record if record is not None else None
         mark = self.path / MARK_FILE
@@ -76,7 +79,7 @@ class StateDirectory:
             self._mark_file = os.open(mark, os.O_RDWR)
         except BlockingIOError:
             self._in_use = True
-            log.warning(f"another flaskd works with {self.path}; {cost}")
+            log.warning(f"another flaskd uses {self.path}; {cost}")
             self._record = self._kept = None
         except OSError as error:
             log.warning(f"cannot write to {self.path}: {error.strerror}; {cost}")
@@ -84,11 +87,11 @@ class StateDirectory:
 
     @property
     def _directories(self) -> list[Path]:
-        """The directory, and that of the record, which may be a subdirectory."""
+        """The directory, and that of the record, which may be a directory below."""
         return list(dict.fromkeys([self.path, *([self._record.parent] if self._record else [])]))
 
     def _tell_of(self, before: Mapping[str, Any]) -> None:
-        if "unreadable" in before or "unrecorded" in before:  # it is not known whether there is anything to tidy up
+        if "unreadable" in before or "unrecorded" in before:  # it is not known whether there is anything to repair
             self.previous = died(before)
             log.warning(f"the flaskd before this one {self.previous}")
             return
@@ -100,7 +103,7 @@ class StateDirectory:
         self.previous = died(before) + tidied
 
     def _repair(self) -> list[str]:
-        """Remove flaskd's half-written files, and metric files of processes that have ended; returns their names."""
+        """Remove half-written files of flaskd, and metric files of processes that have ended; returns their names."""
         removed = []
         for directory in self._directories:
             try:
@@ -115,24 +118,24 @@ class StateDirectory:
         return removed
 
     def stopping(self, reason: str) -> None:
-        """Note in the mark that the stop has begun; not flushed to the disk, which may be slow."""
+        """Note in the mark that the stop has begun; not synced to the disk, which may be slow."""
         self._note({"stopping": shortened(reason)})
 
     def _note(self, news: Mapping[str, str]) -> None:
-        """Add fields to the mark in place, because the disk may have no room for a new file."""
+        """Add `news` to the mark by writing into the file: the disk may have no room for a new one."""
         if not self._writing.acquire(timeout=_PATIENCE):
             return
         try:
             if self._mark_file >= 0:
                 entry: dict[str, Any] = {"pid": os.getpid(), "started": timestamp(time.time())}
-                with contextlib.suppress(OSError, ValueError):  # then the next start learns less
+                with contextlib.suppress(OSError, ValueError):  # the next start only knows less
                     entry |= json.loads(os.pread(self._mark_file, _LARGEST_MARK, 0))
                     os.pwrite(self._mark_file, json.dumps({**entry, **news}).encode() + b"\n", 0)
         finally:
             self._writing.release()
 
     def record(self, entry: Mapping[str, Any]) -> None:
-        """Write the record of this stop; if that fails, the mark says so and is kept."""
+        """Write the record of this stop; if that fails, note it in the mark, which then stays."""
         if self._record is None:
             return
         try:
@@ -143,15 +146,15 @@ class StateDirectory:
             self._note({"unrecorded": str(error.strerror)})
 
     def prepare(self, entry: Mapping[str, Any], *, unless: Mapping[str, Any]) -> Prepared | None:
-        """Write the record `unless`, and prepare the record `entry`, which takes its place unless something is cut.
+        """Write the record `unless`, and prepare `entry`, which replaces it if nothing is cut any more.
 
-        Gives the functions that put it in place and that remove it; None if nothing is recorded.
+        Returns a function that replaces it, and one that drops `entry`; None if there is nothing to replace.
         """
         self.record(unless)
         if self._record is not None and not self._unrecorded:
             try:
                 return prepare_record(self._record, entry)
-            except OSError:  # no room for two records
+            except OSError:  # no room for two files
                 self.record(entry)
         return None
 
@@ -163,12 +166,12 @@ class StateDirectory:
         return {"damaged": f"{self._kept} is not a record: {why}"}
 
     def close(self) -> None:
-        """Remove the mark, unless it has something to report, and unlock the directory: this run has ended properly."""
+        """At the end of this run, remove the mark, unless the record could not be written, and unlock the directory."""
         if self._mark is not None and not self._unrecorded:
             with contextlib.suppress(OSError):
                 self._mark.unlink()
         self._mark = None
-        if self._writing.acquire(timeout=_PATIENCE):  # otherwise a thread uses the descriptor, which stays open
+        if self._writing.acquire(timeout=_PATIENCE):  # else a write hangs, and uses the descriptor
             if self._mark_file >= 0:
                 os.close(self._mark_file)
                 self._mark_file = -1
@@ -179,7 +182,7 @@ class StateDirectory:
         self.forget()
 
     def forget(self) -> None:
-        """Close the lock and never touch mark and record again: in a forked child they belong to the parent."""
+        """In a forked child, close its copy of the lock, and leave the mark and the record alone."""
         self._mark = self._record = None
         if self._lock >= 0:
             os.close(self._lock)
@@ -187,9 +190,9 @@ class StateDirectory:
 
 
 def _read_mark(path: Path) -> dict[str, Any] | None:
-    """The mark that the run before has left; None: no mark. ``{"unreadable": "<why>"}``: it cannot be read.
+    """The mark of the run before; None if there is none, ``{"unreadable": "<why>"}`` if it cannot be read.
 
-    A mark that can be read but is damaged is an empty mapping: the run died, and nothing more is known.
+    A damaged mark is returned as an empty one: it shows that the run before died, and nothing else.
     """
     try:
         mark = json.loads(read_whole(path, _LARGEST_MARK))
@@ -205,11 +208,11 @@ def _read_mark(path: Path) -> dict[str, Any] | None:
 
 
 _METRICS = re.compile(r"[a-z_]+_([0-9]+)\.db")
-"""How prometheus_client names the files of a process (prometheus_client.values.MultiProcessValue)."""
+"""The names of prometheus_client's files, with the pid of the process (prometheus_client.values.MultiProcessValue)."""
 
 
 def _of_the_dead(name: str) -> bool:
-    """Whether the process of a metric file has ended; a file with our own pid is from an earlier process."""
+    """Whether a metric file's process has ended; a file with this process' own pid is from an earlier process."""
     found = _METRICS.fullmatch(name)
     pid = int(found[1]) if found else 0
     return pid == os.getpid() or (pid > 0 and not Path(f"/proc/{pid}").exists())

@@ -1,4 +1,4 @@
-"""The account of requests: what is in flight, and what became of all others."""
+"""The account of requests: which are in flight, and how all others ended."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from flaskd.sockets import each_closed_by_peer
 log = logging.getLogger("flaskd.server")
 
 accounts: weakref.WeakSet[Account] = weakref.WeakSet()
-"""Those of all servers of this process."""
+"""The accounts of all servers in this process."""
 
 
 class Account:
-    """Counts each request twice: when it has come whole, and when it is over; all methods are for any thread."""
+    """Notes each request when all of it has been received, and counts it when it is over; for any thread."""
 
     def __init__(self, pool: ThreadPool, board: Board | None = None) -> None:
         self.completed = self.rejected = 0
         self.in_hand: dict[int, Request] = {}
-        """What is in flight, by its id, oldest first."""
+        """The requests in flight, by id, oldest first."""
         self.streams: set[Connection] = set()
-        """The connections on which a response without an end of its own is being sent."""
+        """The connections on which a stream (`flaskd.server.streams`) is being sent."""
         self.cut_in_drain: list[Cut] | None = None
-        """Where the drain under way wants to have what is cut; None without a drain."""
+        """The list to which the drain under way has cut requests added; None without a drain."""
         self.on_end: Callable[[Request], None] | None = None
-        """Is called with each request before it is out of flight."""
+        """Called with each request just before it leaves `in_hand`."""
         self.on_answer: Callable[[dict[str, Any]], None] | None = None
-        """Is called with what the access log tells of each request that was answered."""
+        """Called with the access log's fields of each request that was answered."""
         self.on_come: Callable[[Request], None] | None = None
-        """Is called with each request that has come whole, where there is a board."""
+        """Called with each request once all of it has been received; only where there is a board."""
         self.make_id: Callable[[], str] | None = None
-        """Makes the X-Request-ID of a request that comes without one; None where requests are given none."""
+        """Makes the X-Request-ID of a request that has none; None: requests are given no id."""
         self._pool = pool
         self._board = board
         self._counts = board.counts if board is not None else Counts()
@@ -60,15 +60,15 @@ class Account:
                 on_come(request)
 
     def answered(self, request: Request) -> None:
-        """Note that the app is done with a request; its output may still wait to be sent."""
+        """Note that the app has finished a request; some of its output may still wait to be sent."""
         self.streams.discard(request.channel)
         if self._pool.lost:
             self._pool.come_back(request)
 
     def retire(self, request: Request, outcome: Outcome, cut: Cut | None = None) -> bool:
-        """Take a request out of flight; whether it still was, because only the first outcome counts.
+        """Take a request out of flight; False if it was no longer in flight: only the first outcome counts.
 
-        `cut` is its entry in the account of a drain under way.
+        `cut` is added to the account of the drain under way, if there is one.
         """
         with self._lock:
             if request.id not in self.in_hand:
@@ -90,27 +90,27 @@ class Account:
         return True
 
     def limited(self, limit: str) -> None:
-        """Count what a limit did: a request that it refused or gave up, or a connection that it closed."""
+        """Count that a limit took effect: it refused or gave up a request, or closed a connection."""
         with self._lock:
             self._counts.limited(limit)
 
     def cut_one(self, request: Request, reason: str) -> bool:
-        """Count a request as cut, and name it in the log and in a drain's account, unless it is over: then False."""
+        """Count a request as cut, and write it to the log and to a drain's account; False if it was over already."""
         return self.cut_as(request, request.cut(reason))
 
     def cut_as(self, request: Request, cut: Cut) -> bool:
-        """The same, as it was in the moment in which it was broken off."""
+        """Do what `cut_one` does, with an entry that was made at the moment when the request was broken off."""
         if request.id:
             if not self.retire(request, "cut", cut):
                 return False
-        elif (cut_in_drain := self.cut_in_drain) is not None:  # it has not come whole, and so was never in flight
+        elif (cut_in_drain := self.cut_in_drain) is not None:  # only part of it was received, so it was never in flight
             cut_in_drain.append(cut)
         log.warning(cut.with_stack(), extra={"fields": cut.as_json()})
         if cut.phase == "running":
             self._pool.lose(request)
         return True
 
-    # --- what is shown of it --------------------------------------------------------------------------------------
+    # --- what others read -----------------------------------------------------------------------------------------
 
     @property
     def in_flight(self) -> int:
@@ -123,24 +123,25 @@ class Account:
         return self.completed, self.rejected
 
     def tally(self) -> Tally:
-        """What became of all requests so far; a copy."""
+        """How all requests so far ended; a copy."""
         with self._lock:
             return self._counts.tally()
 
     def requests(self, *, stacks: bool = False) -> list[InFlight]:
-        """What is in flight, oldest first, with the stacks of the threads on request."""
+        """The requests in flight, oldest first; with `stacks`, each with the stack of its thread."""
         requests = list(self.in_hand.values())
         gone = each_closed_by_peer([each.channel.socket for each in requests])
         return [each.snapshot(stack=stacks, gone=left) for each, left in zip(requests, gone, strict=True)]
 
     def cut(self, reason: str) -> tuple[Cut, ...]:
-        """What is in flight, as if it were cut now; nothing is counted."""
+        """Entries for all requests in flight, as if they were cut now; nothing is counted."""
         return tuple(request.cut(reason) for request in list(self.in_hand.values()))
 
     def all_are_at(self) -> Hashable | None:
-        """What all threads are at; None while one is free, or serves a stream, which is meant to last.
+        """A value that stays the same while all threads are busy and none of them makes progress.
 
-        Two answers differ when a request ended or began between them, or a byte of a response moved.
+        It changes when a request begins or ends, or when a byte of a response is written or sent. None while a thread
+        is free, or serves a stream, which is meant to last.
         """
         requests = [each for each in list(self.in_hand.values()) if each.phase == "running"]
         if len(requests) < max(1, self._pool.size) or any(each.channel in self.streams for each in requests):

@@ -1,4 +1,4 @@
-"""The app's own answer to a request (PEP 3333)."""
+"""Running the app for a request, and sending what it answers (PEP 3333)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flaskd.server.streams import STREAM_TYPES, Parts
 from flaskd.server.tasks import ID_HEADER, Recorded
 
 log = logging.getLogger("waitress")
-"""Where Waitress tells what is wrong with an answer."""
+"""The logger to which Waitress writes what is wrong with an answer."""
 
 
 _STATUS = re.compile(r"[1-9][0-9]{2} [^\x00-\x08\x0a-\x1f\x7f]*")
@@ -38,7 +38,7 @@ class AppTask(Recorded):
     _is_noted = False
 
     def execute(self) -> None:
-        """Run the app; whatever it raises becomes an Exception."""
+        """Run the app; SystemExit and the like become an AppExitedError, so that they cannot end the thread."""
         try:
             with AppCode() as self._code:
                 self._execute()
@@ -53,7 +53,7 @@ class AppTask(Recorded):
         if isinstance(parts, Pushed):
             self._begin_pushing(parts)
             return
-        if self.content_length is None and self._is_stream():  # its first event may be long in coming
+        if self.content_length is None and self._is_stream():  # its first event may come much later
             self._note_stream()
         closes = True
         try:
@@ -68,8 +68,8 @@ class AppTask(Recorded):
                 parts.close()
 
     def _begin_pushing(self, parts: Pushed) -> None:
-        """Send the first part; the loop goes on with the answer, so it has no last chunk, and the connection stays."""
-        self._is_noted = True  # a drain has no request to end
+        """Send the first part. The loop sends the others, so no last chunk follows, and the connection stays open."""
+        self._is_noted = True  # not counted as a stream: a drain closes its connection as an idle one
         self.write(parts.news())
         parts.go_on(self.channel, chunked=self.chunked_response)
         self.chunked_response = self.close_on_finish = False
@@ -79,7 +79,7 @@ class AppTask(Recorded):
         for part in parts:
             if first:
                 first = False
-                # It may have called start_response with its first part only.
+                # The app may have called start_response only just before it gave its first part.
                 if self.content_length is None and hasattr(parts, "__len__") and len(parts) == 1:
                     self.content_length = len(part)
             if part:
@@ -93,12 +93,12 @@ class AppTask(Recorded):
                 length,
             )
 
-    # --- what the app is given ------------------------------------------------------------------------------------
+    # --- environ and headers --------------------------------------------------------------------------------------
 
     def _environ(self) -> dict[str, Any]:
-        """Waitress' environ (waitress.task), made from a prepared one, and the event that tells of a drain.
+        """The environ as waitress makes it (waitress.task), from the connection's prepared one, with flaskd's keys.
 
-        Beside that it differs in the path: ``//admin`` is not ``/admin``, which waitress makes of it.
+        The path differs: waitress turns ``//admin`` into ``/admin``, flaskd does not.
         """
         request, channel = self.request, self.channel
         prefix, path = channel.adj.url_prefix, request.path
@@ -122,7 +122,7 @@ class AppTask(Recorded):
         return environ
 
     def start_response(self, status: Any, headers: Any, exc_info: Any = None) -> Any:
-        """Take status and headers, checked as waitress does; gives `write` (PEP 3333)."""
+        """Take and check status and headers; returns `write` (PEP 3333). Raises TypeError or ValueError."""
         if exc_info:
             try:
                 if self.wrote_header:
@@ -138,7 +138,7 @@ class AppTask(Recorded):
         return self.write
 
     def _given(self, headers: Any) -> list[tuple[str, str]]:
-        """The headers, but for Content-Length."""
+        """The checked headers without Content-Length, which is stored in `content_length`."""
         given: list[tuple[str, str]] = []
         for name, value in headers:
             if not (isinstance(name, str) and isinstance(value, str)):
@@ -152,7 +152,7 @@ class AppTask(Recorded):
         return given
 
     def write(self, data: bytes) -> None:
-        """Write a part of the response; here even an app that is itself a generator has said what it sends."""
+        """Write a part of the response. By now even an app that is a generator has called start_response."""
         self._code.check()
         first = not self.wrote_header
         super().write(data)
@@ -162,19 +162,19 @@ class AppTask(Recorded):
     # --- answers without a body, and files ------------------------------------------------------------------------
 
     def _asked_for_nothing(self, parts: Any) -> Any:
-        """What the app returned, where no body may follow, or nothing is known of the answer yet."""
+        """Prepare what the app returned, where no body may be sent, or where start_response was not called yet."""
         if isinstance(parts, ReadOnlyFileBasedBuffer):
             self._measure(parts)
             self.close_on_finish = self.close_on_finish or not self.has_body
             self.write(b"")
             return Parts(parts, lambda: True, self._code)
-        # What has no known length is asked for nothing behind the header: it may be endless.
+        # A body of unknown length may be endless, so no part of it is asked for after the header.
         if hasattr(parts, "__len__"):
             return parts
         return Parts(parts, lambda: self.wrote_header and not self.sends_body, self._code)
 
     def _write_file(self, file: Any) -> bool:
-        """Send a file (wsgi.file_wrapper), which the channel closes then; whether there was something in it."""
+        """Send a file (wsgi.file_wrapper), which the channel then closes; False where the file is empty."""
         if not self._measure(file):
             return False
         self.write(b"")
@@ -190,7 +190,7 @@ class AppTask(Recorded):
 
     @property
     def ends_with_connection(self) -> bool:
-        """A stream's connection is closed: it has been made for the stream alone, and ends with it in a drain."""
+        """True for a stream: browsers open a connection for it alone, and the end of the connection ends it."""
         return self._is_stream()
 
     def _note_stream(self) -> None:
@@ -198,8 +198,8 @@ class AppTask(Recorded):
         self.channel.context.stream_began(self.channel)
 
     def last_piece(self, *, begun: bool) -> bytes:
-        """What ends the stream: its last chunk, or, where nothing of it is out yet, a header with nothing behind it."""
-        if begun:  # an HTTP/1.0 client sees its end by that of the connection
+        """What ends the stream: its last chunk; if nothing of it was sent yet, a header without a body."""
+        if begun:  # for an HTTP/1.0 client the end of the connection is the end of the stream
             return b"0\r\n\r\n" if self.chunked_response else b""
         headers = [each for each in self.response_headers if each[0] not in {"Connection", "Transfer-Encoding"}]
         if self.request.given_id and "X-Request-Id" not in dict(headers):
@@ -208,7 +208,7 @@ class AppTask(Recorded):
         return "\r\n".join([*head, "", ""]).encode("latin-1")
 
     def _is_stream(self) -> bool:
-        """Whether it is to end by a chunk, or by the end of its connection, as an HTTP/1.0 proxy asks for it."""
+        """Whether the answer is a stream: of a type in `STREAM_TYPES`, and without a Content-Length."""
         return (
             self.content_length is None
             and self.sends_body
@@ -218,7 +218,7 @@ class AppTask(Recorded):
 
 @functools.lru_cache(maxsize=1024)
 def _written(name: str) -> str:
-    """A header's name as it is usually written, if an app may give it."""
+    """A header's name in its usual spelling; raises ValueError for one that an app may not set."""
     if not _NAME.fullmatch(name):
         raise ValueError(f"cannot answer with a header of the name {name!r} (RFC 9110 §5.1)")
     if name.lower() in hop_by_hop:
@@ -228,7 +228,7 @@ def _written(name: str) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _length(value: str) -> int:
-    """The number that a Content-Length gives."""
+    """The number of bytes in a Content-Length; raises ValueError."""
     if not _LENGTH.fullmatch(value):
         raise ValueError(f"cannot answer with the Content-Length {value!r}: expected a number of bytes")
     return int(value)
@@ -236,7 +236,7 @@ def _length(value: str) -> int:
 
 @functools.lru_cache(maxsize=256)
 def _status(status: str) -> str:
-    """A status of three digits and a reason, which may be empty (RFC 9112 §4), as may be the blank between them."""
+    """A status line's code and reason; the app may leave out the reason and the blank before it (RFC 9112 §4)."""
     if not isinstance(status, str):
         raise TypeError(f"cannot answer with the status {status!r}: an app gives a string (PEP 3333)")
     written = status + " " if re.fullmatch("[1-9][0-9]{2}", status) else status

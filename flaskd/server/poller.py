@@ -1,8 +1,8 @@
-"""Waitress' socket map, and what waits on it: epoll where there is one, waitress' own poll elsewhere.
+"""Waitress' map of sockets, which also waits for their events: with epoll, or with waitress' own poll without one.
 
-A turn of waitress' own loop asks every connection what it waits for and rebuilds the poll set. Here the map owns an
-epoll; a connection is armed for one event (EPOLLONESHOT, epoll_ctl(2)), and asked again only after something happened
-to it: an event, or output of another thread.
+At each turn, waitress' own loop asks every connection what it waits for, and rebuilds the poll set. Here the map owns
+an epoll: a connection is armed for one event (EPOLLONESHOT, epoll_ctl(2)), and is asked again only after an event, or
+after another thread has written output.
 """
 
 from __future__ import annotations
@@ -16,52 +16,52 @@ from typing import Any, Protocol
 from waitress import wasyncore
 
 _BATCH = 512
-"""Events taken from the kernel at once."""
+"""Most events taken from the kernel at once."""
 _NEXT_REQUEST = getattr(select, "EPOLLIN", 0) | getattr(select, "EPOLLONESHOT", 0)
 
 
 class Poller(Protocol):
-    """A socket map that can be turned; `wake` makes a sleeping turn return."""
+    """A map of sockets that waits for events and handles them; calling `wake` ends a wait."""
 
     wake: Callable[[], None]
 
     def wait(self, timeout: float) -> None:
-        """Wait at most `timeout` seconds for events, if all that have come are handled."""
+        """Wait at most `timeout` seconds for events; called when all earlier events are handled."""
 
     def handle_next(self) -> bool:
-        """Handle the event that came first; False when none is left."""
+        """Handle the oldest event; returns False if there is none."""
 
     def touch(self, channel: Any) -> None:
-        """Ask a connection anew what it waits for, if it has something to send, or a drain is on (any thread)."""
+        """Ask a connection again what it waits for, if it has output or a drain is under way (any thread)."""
 
     def expect(self, sock: Any) -> None:
-        """Wait for a connection's next request (any thread; its `requests_lock` is held)."""
+        """Wait for a connection's next request (any thread; the caller holds its `requests_lock`)."""
 
     def listen(self, acceptor: Any, *, on: bool) -> None:
-        """Wait for new connections, or do not."""
+        """Wait for new connections on a listener, or stop waiting for them."""
 
     def put_off(self, acceptor: Any) -> bool:
-        """Handle all else that has come before new connections; False when there is nothing, or that has been done."""
+        """Handle all other events before new connections; returns False if there are none, or this was done already."""
 
     def close(self) -> None:
-        """Give back what is not in the map."""
+        """Close what the map holds beside its sockets."""
 
 
-# What the methods mean is said once, in Poller.
+# The methods are described in Poller.
 # ruff: noqa: D102
 
 
 class EpollMap(dict[int, Any]):
-    """The map on epoll(7). Connections have `one_shot`; triggers and listeners are level-triggered."""
+    """The map with epoll(7). Connections have `one_shot` set; triggers and listeners are level-triggered."""
 
     def __init__(self) -> None:
         super().__init__()
         self.wake: Callable[[], None] = lambda: None
         self._epoll = select.epoll()
         self._events: deque[tuple[int, int]] = deque()
-        """What came and is not handled; the thread that leads next goes on with it."""
+        """Events that are not handled yet; the next thread that leads continues with them."""
         self._put_off: set[int] = set()
-        """The listeners for which that has been done, since the last wait."""
+        """The listeners whose connections have been put off since the last wait."""
         self._touched: deque[int] = deque()
         self._closed: set[int] = set()
         self._asleep = False
@@ -70,12 +70,12 @@ class EpollMap(dict[int, Any]):
         one_shot = getattr(obj, "one_shot", False)
         listens = hasattr(obj, "accept_connections")
         flags = select.EPOLLIN | select.EPOLLONESHOT if one_shot else 0 if listens else select.EPOLLIN
-        self._epoll.register(fd, flags)  # first: what the kernel has no room for is not in the map either
+        self._epoll.register(fd, flags)  # first, because it may raise: then the socket must not be in the map
         super().__setitem__(fd, obj)
 
     def __delitem__(self, fd: int) -> None:
         super().__delitem__(fd)
-        self._closed.add(fd)  # events of this turn that were meant for it are not for who gets its number next
+        self._closed.add(fd)  # so that its events of this turn do not go to a new socket with this number
         with contextlib.suppress(OSError):
             self._epoll.unregister(fd)
 
@@ -99,9 +99,9 @@ class EpollMap(dict[int, Any]):
                 self.wake()
 
     def expect(self, sock: Any) -> None:
-        try:  # noqa: SIM105 - contextlib.suppress costs what is saved here, at every request
+        try:  # noqa: SIM105 - contextlib.suppress is slower, and this runs at every request
             self._epoll.modify(sock, _NEXT_REQUEST)
-        except (OSError, ValueError):  # the loop closed it in this moment
+        except (OSError, ValueError):  # the loop has closed the socket just now
             pass
 
     def wait(self, timeout: float) -> None:
@@ -113,7 +113,7 @@ class EpollMap(dict[int, Any]):
         self._closed.clear()
         self._put_off.clear()
         self._asleep = True
-        # A thread that touched before it saw us asleep has left word; one that comes later wakes us.
+        # A thread that touched a channel before `_asleep` was set is found in `_touched`; a later one wakes this one.
         self._events.extend(self._epoll.poll(0 if self._touched else timeout, _BATCH))
         self._asleep = False
 
@@ -130,7 +130,7 @@ class EpollMap(dict[int, Any]):
             except Exception:  # noqa: BLE001 - as wasyncore.read() does
                 obj.handle_error()
             if obj.keeper is not None and not obj.context.drains:
-                return True  # a request is complete, and its thread has the connection from here on
+                return True  # a request is complete, and its thread owns the connection now
         else:
             wasyncore.readwrite(obj, flags)
         if getattr(obj, "one_shot", False) and self.get(fd) is obj:
@@ -141,13 +141,13 @@ class EpollMap(dict[int, Any]):
         if channel.context.drains:
             channel.close_if_idle()
             if fd not in self:
-                return  # that closed it
+                return  # it has closed the connection
         elif channel.requests and not channel.total_outbufs_len:
-            return  # a thread of the pool has it, and arms it when it is done
+            return  # a thread owns it, and arms it when it has finished
         with channel.requests_lock:
             flags = (select.EPOLLIN if channel.readable() else 0) | (select.EPOLLOUT if channel.writable() else 0)
             if flags or channel.context.drains:
-                # With no flags it still tells of a reset (EPOLLERR, EPOLLHUP): a drain does not wait for who is gone.
+                # Even without flags epoll reports a reset (EPOLLERR, EPOLLHUP): a drain need not wait for that client.
                 self._epoll.modify(fd, flags | select.EPOLLONESHOT)
 
     def close(self) -> None:
@@ -155,7 +155,7 @@ class EpollMap(dict[int, Any]):
 
 
 class PollMap(dict[int, Any]):
-    """The map on waitress' own loop, for systems without epoll; slower with many connections, otherwise the same."""
+    """The map with waitress' own poll, for systems without epoll; slower with many connections, otherwise equal."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class PollMap(dict[int, Any]):
     def put_off(self, acceptor: Any) -> bool:  # noqa: ARG002
         return False
 
-    def touch(self, channel: Any) -> None:  # noqa: ARG002 - all are asked at every turn
+    def touch(self, channel: Any) -> None:  # noqa: ARG002 - every turn asks all connections
         self.wake()
 
     def expect(self, sock: Any) -> None:  # noqa: ARG002
@@ -181,12 +181,12 @@ class PollMap(dict[int, Any]):
                 channel.close_if_idle()
 
     def handle_next(self) -> bool:
-        return False  # waitress' loop handles what it waited for
+        return False  # `wait` has handled the events already
 
     def close(self) -> None:
-        """Nothing is held beside the map."""
+        """Do nothing: this map holds only its sockets."""
 
 
 def make_poller() -> EpollMap | PollMap:
-    """The best that this system has."""
+    """Make the quickest map that this system supports."""
     return EpollMap() if hasattr(select, "epoll") else PollMap()

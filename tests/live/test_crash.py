@@ -307,7 +307,7 @@ def test_a_state_directory_in_use(flaskd: Flaskd, make_flaskd) -> None:
     other = make_flaskd()
     other.env["STATE_DIRECTORY"] = str(flaskd.state)
     other.start()
-    assert f"another flaskd works with {flaskd.state}; the last stop will not be recorded" in other.log
+    assert f"another flaskd uses {flaskd.state}; the last stop will not be recorded" in other.log
     assert other.stop() == 0
     assert not (flaskd.state / "last-stop.json").exists()
     assert flaskd.stop() == 0

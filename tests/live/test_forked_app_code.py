@@ -114,7 +114,7 @@ def test_a_child_that_returns_ends(flaskd: Flaskd, place: str) -> None:
     app(flaskd, place, end="returns")
     lives_on(flaskd, place)
     assert ends(flaskd) == [0]
-    assert flaskd.log.count("came back from the app's code, and ends here") == 1
+    assert flaskd.log.count("returned from the app's code, and is ended") == 1
 
 
 @pytest.mark.parametrize("end", ENDS)

@@ -98,7 +98,7 @@ def test_without_server_listen_all_passed_sockets_are_the_apps(flaskd: Flaskd) -
         assert [get(url) for url in app] == [(200, b"hello")] * 3
         assert get(admin, "/readyz") == (200, b"ready\n")
         assert flaskd.status()["listen"] == [url.removeprefix("http://").rstrip("/") for url in app]
-        assert "nobody listens on" not in flaskd.log
+        assert "flaskd does not listen on" not in flaskd.log
         assert flaskd.stop() == 0
 
 
@@ -110,10 +110,10 @@ def test_a_passed_socket_that_nobody_takes_is_told(flaskd: Flaskd) -> None:
         inherit(flaskd, first, "-l", "fd:web", name="web:flaskd.socket:admin", others=others)
         assert get(urls[0]) == (200, b"hello")
         places = [url.removeprefix("http://").rstrip("/") for url in urls]
-        told = [line for line in flaskd.log.splitlines() if "nobody listens on" in line]
+        told = [line for line in flaskd.log.splitlines() if "flaskd does not listen on" in line]
         assert ["fd:web" in line for line in told] == [False, False]
-        assert f"nobody listens on {places[1]}, which was passed as fd:flaskd.socket" in told[0]
-        assert f"nobody listens on {places[2]}, which was passed as fd:admin" in told[1]
+        assert f"flaskd does not listen on {places[1]}, which was passed as fd:flaskd.socket" in told[0]
+        assert f"flaskd does not listen on {places[2]}, which was passed as fd:admin" in told[1]
         assert flaskd.stop() == 0
 
 
@@ -127,7 +127,7 @@ def test_a_control_socket_that_was_passed(flaskd: Flaskd) -> None:
         for own in (str(flaskd.socket_path), str(path)):
             code, out, _ = flaskd.client("status", "--json", "--socket", own)
             assert (code, len(json.loads(out)["listen"])) == (0, 1)
-        assert "nobody listens on" not in flaskd.log
+        assert "flaskd does not listen on" not in flaskd.log
         assert flaskd.client("stop", "--wait", "--socket", str(path))[0] == 0
         assert flaskd.wait() == 0
         assert path.exists()
@@ -195,7 +195,7 @@ def test_a_drained_daemon_with_an_inherited_listener_says_503(flaskd: Flaskd) ->
 def test_a_socket_that_was_not_passed_is_named(flaskd: Flaskd) -> None:
     """`fd:NAME` without such a socket is a fault of the configuration."""
     code, log = flaskd.fails("-l", "fd:web", listen=None)
-    assert (code, "cannot listen on fd:web: no socket of that name was passed; none was passed" in log) == (78, True)
+    assert (code, "cannot listen on fd:web: no socket of that name was passed (passed: none)" in log) == (78, True)
 
 
 def test_who_waits_for_the_next_owner_is_counted(flaskd: Flaskd) -> None:

@@ -139,7 +139,7 @@ def test_a_reload_that_hangs_does_not_keep_a_stop_waiting(flaskd: Flaskd) -> Non
         before = time.monotonic()
         assert flaskd.stop() == 0
         assert time.monotonic() - before < 2
-        assert client.recv(1000) == b"ERR not-now the reload was overtaken by a stop\n"
+        assert client.recv(1000) == b"ERR not-now the reload was broken off by a stop\n"
 
 
 def test_reloads_in_a_storm_are_merged(flaskd: Flaskd) -> None:

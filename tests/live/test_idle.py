@@ -30,9 +30,9 @@ def test_it_stops_when_nobody_asks(flaskd: Flaskd) -> None:
     policy = "cleanup: {policies: {bye: {use: command, with: {argv: ['true']}, when: {reason: idle}}}}\n"
     flaskd.write("flaskd.yaml", CONFIG.format(after="300ms") + policy)
     flaskd.start()
-    assert "idle: nothing was asked for 300ms" in flaskd.wait_message("STOPPING=1")
+    assert "idle: no request for 300ms" in flaskd.wait_message("STOPPING=1")
     assert flaskd.wait() == 0
-    assert flaskd.record()["reason"] == "idle: nothing was asked for 300ms"
+    assert flaskd.record()["reason"] == "idle: no request for 300ms"
     assert flaskd.record()["policies"]["bye"]["fate"] == "ok"
 
 
@@ -81,7 +81,7 @@ def test_a_request_keeps_it(flaskd: Flaskd) -> None:
     flaskd.gate.open()
     assert held.result() == (200, b"held")
     assert flaskd.wait() == 0
-    assert flaskd.record()["reason"] == "idle: nothing was asked for 200ms"
+    assert flaskd.record()["reason"] == "idle: no request for 200ms"
 
 
 def test_a_drained_one_waits_for_its_operator(flaskd: Flaskd) -> None:

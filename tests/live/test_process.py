@@ -301,7 +301,7 @@ def test_it_dies_with_its_owner(shop, more):
         assert select.select([ended], [], [], PATIENCE)[0], "it still lives"
         os.close(ended)
         assert client.result() == (200, b"slow")
-        assert marks(shop) == ["control: the process that owns it is gone"]
+        assert marks(shop) == ["control: the process that started it has ended"]
     finally:
         os.killpg(owner.pid, signal.SIGKILL)  # its own session: the forked child is in it
         owner.wait()

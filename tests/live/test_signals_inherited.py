@@ -99,7 +99,7 @@ def test_a_handler_that_c_code_took_while_imported_is_taken_back(flaskd: Flaskd,
     flaskd.write("taking.py", f"{C}{TAKEN[how]}from gateapp import app\n")
     flaskd.start(app="taking")
     flaskd.stop_holding()
-    assert ("code in C took the handler for SIGTERM away; flaskd takes it back" in flaskd.log) is (how != "handled")
+    assert ("C code removed the handler for SIGTERM; flaskd sets it again" in flaskd.log) is (how != "handled")
 
 
 def test_a_handler_that_c_code_takes_later_is_taken_back(flaskd: Flaskd) -> None:
@@ -108,7 +108,7 @@ def test_a_handler_that_c_code_takes_later_is_taken_back(flaskd: Flaskd) -> None
                  "    return 'taken'\n")  # fmt: skip
     flaskd.start(app="taking")
     assert get(flaskd.url, "/take") == (200, b"taken")
-    flaskd.until(lambda: "code in C took the handler for SIGTERM away" in flaskd.log)
+    flaskd.until(lambda: "C code removed the handler for SIGTERM" in flaskd.log)
     assert flaskd.stop() == 0
 
 

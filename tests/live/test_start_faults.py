@@ -154,7 +154,7 @@ def test_a_runtime_directory_of_somebody_else_is_not_used(flaskd: Flaskd) -> Non
     flaskd.runtime.mkdir()
     flaskd.runtime.chmod(0o777)
     flaskd.start()
-    assert f"cannot use {flaskd.runtime}: every user may write there; serving" in flaskd.log
+    assert f"cannot use {flaskd.runtime}: all users may write to it; serving" in flaskd.log
     assert flaskd.stop() == 0
     assert list(Path(flaskd.runtime).iterdir()) == []
 

@@ -252,7 +252,7 @@ def test_a_drain_ends_a_reload(flaskd: Flaskd, second: bool) -> None:
     start(flaskd)
     reloading = begun(flaskd, second)
     assert "OK drained" in flaskd.command("drain wait")
-    assert reloading.answer() == "ERR not-now the reload was overtaken by a drain\n"
+    assert reloading.answer() == "ERR not-now the reload was broken off by a drain\n"
     assert flaskd.command("resume") == "OK ready\n"
     assert get(flaskd.url)[1] in {b"one", b"two"}
     code(flaskd, "three")
@@ -267,7 +267,7 @@ def test_a_stop_ends_a_reload(flaskd: Flaskd, second: bool) -> None:
     start(flaskd)
     reloading = begun(flaskd, second)
     assert flaskd.stop() == 0
-    assert reloading.answer() == "ERR not-now the reload was overtaken by a stop\n"
+    assert reloading.answer() == "ERR not-now the reload was broken off by a stop\n"
 
 
 def test_a_kill_of_the_worker_that_loads_ends_the_reload(flaskd: Flaskd) -> None:

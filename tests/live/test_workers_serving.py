@@ -361,13 +361,13 @@ def test_a_service_that_nobody_asks_stops(flaskd: Flaskd) -> None:
         flaskd.gate.open()
         assert held.result() == (200, b"held")
         assert "STOPPING=1" not in "".join(flaskd.drain_messages())
-        assert "idle: nothing was asked for 2s" in flaskd.wait_message("STOPPING=1")
+        assert "idle: no request for 2s" in flaskd.wait_message("STOPPING=1")
         assert flaskd.wait() == 0
     finally:
         ended.set()
         thread.join()
     assert len(polls) > 3
-    assert flaskd.record()["reason"] == "idle: nothing was asked for 2s"
+    assert flaskd.record()["reason"] == "idle: no request for 2s"
 
 
 def test_admin_and_roles(flaskd: Flaskd) -> None:

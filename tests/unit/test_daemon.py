@@ -315,7 +315,7 @@ def test_a_stop_overtakes_a_reload():
     """Who waits for the reload is told, and what is read late is not put into force."""
     living, reply = lead_to(State.RELOADING), Reply()
     living.on(ReloadAsked(reply=reply), StopAsked(REASON))
-    assert reply.all == ["not-now: the reload was overtaken by a stop"]
+    assert reply.all == ["not-now: the reload was broken off by a stop"]
     living.may_read.set()
     deadline = time.monotonic() + PATIENCE
     while not isinstance(event := living.daemon.inbox.take(), ReadingOver):
@@ -351,7 +351,7 @@ def test_an_idle_time_that_is_over_is_a_stop():
     living = lead_to(State.READY)
     living.serving.idle = (60.0, 0.0)
     living.on(IdleOver())
-    assert (living.state, living.daemon.snapshot().reason) == (State.STOPPING, "idle: nothing was asked for 1m")
+    assert (living.state, living.daemon.snapshot().reason) == (State.STOPPING, "idle: no request for 1m")
 
 
 def test_the_first_reason_of_a_stop_is_kept():
@@ -436,7 +436,7 @@ def test_a_drain_that_ends_a_reload_half_way_keeps_what_new_workers_have(replace
     """The configuration is in force where a worker serves by it, whatever the reply was."""
     living, configuration = renewing(reply := Reply())
     living.on(DrainAsked(), Renewed(configuration, NotNowError("a drain"), replaced))
-    assert (reply.all, living.state) == (["not-now: the reload was overtaken by a drain"], State.DRAINING)
+    assert (reply.all, living.state) == (["not-now: the reload was broken off by a drain"], State.DRAINING)
     assert living.serving.asked.count("apply") == applied
 
 

@@ -141,5 +141,5 @@ def test_a_directory_in_tmp_is_this_users_alone(tmp_path, monkeypatch):
     assert stat.S_IMODE(directory.path.stat().st_mode) == 0o700
     directory.path.chmod(0o770)
     directory.forget()
-    with pytest.raises(CannotCreateError, match="others may write there"):
+    with pytest.raises(CannotCreateError, match="other users may write to it"):
         directory.acquire()

@@ -199,7 +199,7 @@ def test_a_directory_that_another_works_with_is_left_alone(directory, caplog):
     second.record({"reason": "signal: SIGTERM"})
     second.close()
     assert (second.previous, second.writable) == (None, None)
-    assert messages(caplog) == [f"another flaskd works with {directory}; the last stop will not be recorded"]
+    assert messages(caplog) == [f"another flaskd uses {directory}; the last stop will not be recorded"]
     assert {each.name for each in directory.iterdir()} == {".x.flaskd-tmp", "running.json"}
     (directory / ".x.flaskd-tmp").unlink()
     first.close()
@@ -225,7 +225,7 @@ def test_without_a_record_a_crash_is_told_all_the_same(directory, caplog):
     assert state.previous.startswith(f"died without a complete stop (pid {os.getpid()}, ")
     assert messages(caplog)[0].endswith("died without a complete stop; removed what it left: .cache.bin.flaskd-tmp")
     assert opened(directory, record=None).writable is None
-    assert messages(caplog)[1:] == [f"another flaskd works with {directory}; a crash will not be noticed"]
+    assert messages(caplog)[1:] == [f"another flaskd uses {directory}; a crash will not be noticed"]
     state.record({"reason": "signal: SIGTERM"})
     assert state.last_stop() is None
     state.close()

@@ -130,8 +130,8 @@ def test_what_cannot_be_understood_ends_it(start: Callable[..., Started], caplog
     worker = start()
     worker.says(HELLO + struct.pack("!IB", 3, 0) + b"???")
     worker.ends()
-    assert "cannot understand worker 0" in caplog.text
-    assert worker.handle.killed_for == "what it said cannot be understood"
+    assert "cannot understand a message of worker 0" in caplog.text
+    assert worker.handle.killed_for == "it sent a message that cannot be understood"
 
 
 def test_one_that_does_not_read_is_killed(start: Callable[..., Started]) -> None:
@@ -143,7 +143,7 @@ def test_one_that_does_not_read_is_killed(start: Callable[..., Started]) -> None
         pass
     worker.handle.ask(lambda number: number, lambda value, error: answers.append(error))
     worker.ends()
-    assert worker.handle.killed_for == "it does not read what it is told"
+    assert worker.handle.killed_for == "it does not read its messages"
     assert isinstance(answers[0], FlaskdError)
 
 

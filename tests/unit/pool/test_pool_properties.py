@@ -198,7 +198,7 @@ class AnyPool(RuleBasedStateMachine):
     @invariant()
     def each_worker_has_a_place(self) -> None:
         if hasattr(self, "pool"):
-            assert set(self.slots.everybody) == set(self.world.alive)
+            assert set(self.slots.all_workers) == set(self.world.alive)
 
     @invariant()
     def each_request_is_accounted_for(self) -> None:

@@ -331,7 +331,7 @@ def test_a_replacement_that_fails_leaves_the_old_worker(world: World, caplog: py
 
 
 def test_a_limit_below_what_the_app_needs(world: World, memory: Memory, caplog: pytest.LogCaptureFixture) -> None:
-    """Each new worker has reached it when it was just loaded: it is said, and replacements become rare."""
+    """If each new worker reaches the limit right after its start, flaskd says so and replaces workers rarely."""
     memory.every = 200.0
     pool = world.started(2, pool={"max_memory": "150MiB"})
     for _ in range(600):
@@ -339,7 +339,7 @@ def test_a_limit_below_what_the_app_needs(world: World, memory: Memory, caplog: 
         world.advance(1.0)
         world.settle()
     assert 5 <= len(world.made) - 2 <= 10
-    assert "that is what the app needs when it was just loaded" in pool.snapshot().trouble
+    assert "the app needs that much right after its start" in pool.snapshot().trouble
     assert "pool.max_memory (150MiB)" in caplog.text
     assert "in 256s at the earliest" in caplog.text
     assert "and no other one is ready yet" not in caplog.text

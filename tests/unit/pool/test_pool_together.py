@@ -395,7 +395,7 @@ def test_a_configuration_that_a_drain_broke_off(world: World) -> None:
     pool.renew(config, only_configuration=True)
     world.run()
     pool.begin_drain(5.0, announce=0.0)
-    for each, error in zip(world.made, (None, FlaskdError("the reload was overtaken by a drain")), strict=True):
+    for each, error in zip(world.made, (None, FlaskdError("the reload was broken off by a drain")), strict=True):
         [order] = [each for each in each.told if isinstance(each, say.Renew)]
         each.to_do.clear()
         each.says(say.Answer(order.number, error=error))

@@ -145,7 +145,7 @@ def test_a_worker_whose_wire_has_ended(world: World) -> None:
     beat(world, 4)
     assert not worker.killed_for
     beat(world, 3)
-    assert "wire" in worker.killed_for
+    assert "connection to the supervisor" in worker.killed_for
 
 
 def test_nothing_is_replaced_in_a_stop(world: World, caplog: pytest.LogCaptureFixture) -> None:

@@ -127,7 +127,7 @@ def test_a_close_ends_who_waits(ends: tuple[Wire, socket.socket]) -> None:
         (b"flaskd 0.0.1 wire 1\n", f"it is flaskd 0.0.1, and this is {__version__}: restart flaskd"),
         (HELLO.replace(b"wire 1", b"wire 2"), "restart flaskd"),
         (b"hello\n", "restart flaskd"),
-        (b"x" * 1000, "it does not speak as a worker does"),
+        (b"x" * 1000, "it does not send a worker's greeting"),
     ],
 )
 def test_the_greeting(ends: tuple[Wire, socket.socket], said: bytes, fault: str) -> None:

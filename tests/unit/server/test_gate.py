@@ -96,7 +96,7 @@ print(json.dumps({"fates": fates, "gates": gates, "accounts": accounts, "complet
 @pytest.mark.parametrize("user", [0, NOBODY], ids=["root", "nobody"])
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_clients_that_connect_in_a_drain_are_answered_or_refused(host, user):
-    """Twelve clients that connect anew all the time, ten drains: each is answered whole or refused, none is reset."""
+    """Twelve clients reconnect all the time during ten drains: each is answered or refused, none is reset."""
     if user != os.geteuid() and os.geteuid() != 0:
         pytest.skip("only root can become somebody else")
     if host == "::1" and not HAS_IPV6:
