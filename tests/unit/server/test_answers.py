@@ -490,7 +490,7 @@ def test_date_and_server(serve, connect):
 
 
 def test_an_app_that_names_its_server_and_date_is_not_second_guessed(serve, connect):
-    """Because flaskd is no proxy, it adds no Via (RFC 9110 §7.6.3); Server and Date of the app are kept."""
+    """As flaskd is no proxy, it adds no Via (RFC 9110 §7.6.3); Server and Date of the app are kept."""
     named = [("server", "mine"), ("date", "today")]
     headers = connect(serve(_starting(headers=named))).ask("/").headers
     assert (headers.get_all("Server"), headers.get_all("Date"), headers["Via"]) == (["mine"], ["today"], None)
