@@ -45,9 +45,9 @@ def both_ways():
     """Let servers go the slow way that are told to, and count the requests that went the fast way."""
     take_common, write_soon = Request.take_common, OutputChannel.write_soon
 
-    def counted(request, data):
+    def counted(request, data, now):
         context = request.channel.context
-        taken = context not in _slow and take_common(request, data)
+        taken = context not in _slow and take_common(request, data, now)
         _fast[context] += taken
         return taken
 

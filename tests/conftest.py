@@ -1,6 +1,7 @@
 """Fixtures and settings for all tests."""
 
 import signal
+from collections import Counter
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -24,3 +25,13 @@ def _signal_handlers_stay():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     yield
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say what was not tested, and why: a line for each reason, however many tests were skipped for it."""
+    skipped = terminalreporter.stats.get("skipped", ())
+    if skipped:
+        reasons = Counter(" ".join(report.longrepr[2].removeprefix("Skipped: ").split()) for report in skipped)
+        terminalreporter.section("not tested here", "=")
+        for reason, count in reasons.most_common():
+            terminalreporter.line(f"SKIPPED [{count}] {reason}")

@@ -643,15 +643,14 @@ def test_a_pipelining_client_that_leaves_leaves_nothing_in_the_log(serve, app, c
     server = serve()
     real = EpollMap.expect
 
-    def expect(self, sock):
-        [channel] = server.loop.connections.channels()
+    def expect(self, channel):
         channel.requests_lock.release()  # a thread owns the connection; the loop does not wait for it
         try:
             server.loop.call(channel.handle_close)
             until(server, lambda: server.connections == 0)
         finally:
             channel.requests_lock.acquire()
-        real(self, sock)
+        real(self, channel)
 
     monkeypatch.setattr(EpollMap, "expect", expect)
     assert connect(server).send("/", "/").response().body == b"hello"

@@ -468,7 +468,7 @@ class _Environ(dict):
 def rejected(side):
     account = side.server.loop.account
     retire = account.retire
-    account.retire = lambda request, outcome, cut=None: retire(request, "rejected", cut)
+    account.retire = lambda request, outcome, *more: retire(request, "rejected", *more)
 
 
 DIFFERENCES = {
