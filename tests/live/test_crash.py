@@ -190,7 +190,7 @@ def test_a_start_that_fails_uses_nothing_up(flaskd: Flaskd) -> None:
     flaskd.write("flaskd.yaml", KEEPING + "health: {probe: /hold}\n")
     flaskd.launch(app="cached")
     flaskd.gate.entered()  # the probe runs: the caches are filled, and the start is not over
-    assert "restored 1 entry" in flaskd.log
+    flaskd.until(lambda: "restored 1 entry" in flaskd.log)  # the log has a thread of its own
     killed(flaskd)
     flaskd.write("flaskd.yaml", KEEPING)
     flaskd.start(app="cached")
