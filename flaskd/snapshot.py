@@ -23,6 +23,8 @@ class Counts:
         self.drains = self.reloads = self.failed_reloads = 0
         self.last_reload: dict[str, Any] | None = None
         """When the last reload ended, whether it succeeded, and its fault."""
+        self.trace = ""
+        """The app's traceback if its code made the last reload fail."""
         self.drain: dict[str, Any] | None = None
         """When the present drain began and who asked for it; None if there is none to undo."""
 
@@ -36,7 +38,8 @@ class Counts:
                 self.drains += 1
             case Resumed():
                 self.drain = None
-            case ReloadEnded(fault=fault):
+            case ReloadEnded(fault=fault, trace=trace):
+                self.trace = trace.strip("\n")
                 self.reloads, self.failed_reloads = self.reloads + (not fault), self.failed_reloads + bool(fault)
                 self.last_reload = {
                     "time": timestamp(time.time()),

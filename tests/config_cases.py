@@ -1,4 +1,4 @@
-"""For test_config.py: stand-in actions, and tables of what is written and the lines that answer it."""
+"""For test_config.py: actions for tests, and tables of configurations with the lines that answer them."""
 
 from pathlib import Path
 from typing import Annotated

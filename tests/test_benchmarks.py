@@ -548,3 +548,14 @@ def test_the_kubelet_kills_what_outlives_its_grace(instrument, at_sigterm, kille
         assert end_pod(process, lambda: told.append("out"), delay=0.1, grace=20 if not killed else 0.3) == killed
     assert told == ["out"]
     assert process.returncode == (-signal.SIGKILL if killed else 0)
+
+
+def test_a_server_whose_threads_hang_is_asked(tmp_path):
+    """One short run of flaskd: its health is told at once, the next request when the limit has ended those that hang."""
+    argv = [sys.executable, str(BENCHMARKS / "hang.py"), "--servers", "flaskd", "--runs", "1", "--limit", "1"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=80, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [row] = [line for line in done.stdout.splitlines() if line.startswith("| flaskd")]
+    _, health, after, hung = [cell.strip() for cell in row.strip("|").split("|")]
+    assert float(health.removesuffix(" s")) < float(after.removesuffix(" s"))
+    assert hung == "504 (4)"

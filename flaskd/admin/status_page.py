@@ -22,6 +22,8 @@ from flaskd.sockets import Listener
 
 _MOST_REQUESTS = 50
 """How many requests in flight the page lists, the oldest first; it also shows the number of all."""
+_LONGEST_TRACE = 8000
+"""How many characters of a traceback the page shows: the last ones, which have the fault."""
 
 SAFE = [
     ("Cross-Origin-Resource-Policy", "same-origin"),
@@ -87,7 +89,7 @@ def own_ports(listeners: Iterable[Listener]) -> set[str]:
 
 
 def page_data(now: Snapshot, *, details: bool) -> dict[str, Any]:
-    """The data that the page shows of one moment; with `details` it has the addresses of clients."""
+    """The data that the page shows of one moment; `details` adds clients' addresses and the app's traceback."""
     serving = now.serving
     oldest = sorted(serving.in_flight, key=lambda each: -each.age)[:_MOST_REQUESTS]
     return {
@@ -95,6 +97,7 @@ def page_data(now: Snapshot, *, details: bool) -> dict[str, Any]:
         "requests": [_request(each, details=details) for each in oldest],
         "workers": [{**each, "memory": resident(each["pid"])} for each in serving.workers],
         "steps": serving.steps,
+        "trace": now.counts.trace[-_LONGEST_TRACE:] if details else "",
         "details": details,
     }
 

@@ -116,7 +116,7 @@ DISCOVERED = "found:"
 
 
 Outcome = Literal["clean", "degraded"]
-"""Clean: the drain before the cleanup completed all requests. Degraded: it did not."""
+"""Clean: the drain before the cleanup lost nothing. Degraded: it lost something."""
 
 
 _MOST_NAMED = 4

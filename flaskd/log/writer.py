@@ -45,6 +45,8 @@ class Entry(NamedTuple):
 
 
 Line = str | Entry
+Later = Callable[[], Line]
+"""A line that the writing thread makes, when it is written."""
 
 
 class Writer:
@@ -56,7 +58,7 @@ class Writer:
     def __init__(self, as_line: Callable[[str], Line]) -> None:
         self.throttle = Throttle()
         self._as_line = as_line
-        self._lines: queue.SimpleQueue[Line | threading.Event | None] = queue.SimpleQueue()
+        self._lines: queue.SimpleQueue[Line | Later | threading.Event | None] = queue.SimpleQueue()
         self._hurry = threading.Event()
         """Set if the waiting lines are to be written at once."""
         self._written_at = 0.0
@@ -75,13 +77,13 @@ class Writer:
         except RuntimeError:
             self._thread = None
 
-    def put(self, line: Line, *, hurry: bool = True) -> None:
+    def put(self, line: Line | Later, *, hurry: bool = True) -> None:
         """Have a line or a journal entry written soon; if too many wait, it is dropped and counted.
 
         Without `hurry` it may wait `_GATHER` seconds, to be written together with others.
         """
         if self._thread is None:
-            self._write([line])
+            self._write([_made(line)])
         elif self._lines.qsize() < _MOST:
             self._lines.put(line)
             if hurry:
@@ -138,7 +140,7 @@ class Writer:
             self._asleep = False
         batch = self._next_batch(None if self._asleep else _LOOK)
         try:
-            self._write([each for each in batch if isinstance(each, str | Entry)])
+            self._write([_made(each) for each in batch if each is not None and not isinstance(each, threading.Event)])
             self._write([self._as_line(words) for words in self.throttle.take_over(time.monotonic())])
         finally:
             self._written_at = time.monotonic()
@@ -146,9 +148,9 @@ class Writer:
                 if isinstance(each, threading.Event):
                     each.set()
 
-    def _next_batch(self, timeout: float | None) -> list[Line | threading.Event | None]:
+    def _next_batch(self, timeout: float | None) -> list[Line | Later | threading.Event | None]:
         """The waiting lines, `_GATHER` seconds after the last write; empty if none comes within `timeout` seconds."""
-        batch: list[Line | threading.Event | None] = []
+        batch: list[Line | Later | threading.Event | None] = []
         with contextlib.suppress(queue.Empty):
             batch.append(self._lines.get(timeout=timeout))
             if (left := self._written_at + _GATHER - time.monotonic()) > 0:
@@ -235,6 +237,10 @@ class Writer:
                 room.register(fd, select.POLLOUT)
                 if not room.poll(None if threading.current_thread() is self._thread else _PATIENCE * 1000):
                     raise
+
+
+def _made(line: Line | Later) -> Line:
+    return line() if callable(line) else line
 
 
 def _never_strict(errors: str | None) -> str:

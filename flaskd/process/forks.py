@@ -78,13 +78,15 @@ class AppCode:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: TracebackType | None) -> None:
+        self.check(error)
+
+    def check(self, error: BaseException | None = None) -> None:
+        """End the process if it is such a child: for code of flaskd's that the app calls, or that runs in between.
+
+        `error` is what came out of the app's code, if anything did.
+        """
         if self._forks != _forks:
             end_child(error)
-
-    def check(self) -> None:
-        """End the process if it is such a child; for flaskd's code that the app calls, or that runs in between."""
-        if self._forks != _forks:
-            end_child()
 
 
 def end_child(error: BaseException | None = None) -> NoReturn:

@@ -52,7 +52,8 @@ class Account:
     def accepted(self, request: Request) -> None:
         """Count a request as in flight."""
         request.id = next(self._ids)
-        request.complete = time.monotonic()
+        if not request.complete:
+            request.complete = time.monotonic()
         self.in_hand[request.id] = request
         if self._board is not None:
             self._board.enter(request)
@@ -65,13 +66,14 @@ class Account:
         if self._pool.lost:
             self._pool.come_back(request)
 
-    def retire(self, request: Request, outcome: Outcome, cut: Cut | None = None) -> bool:
+    def retire(self, request: Request, outcome: Outcome, cut: Cut | None = None, now: float = 0.0) -> bool:
         """Take a request out of flight; False if it was no longer in flight: only the first outcome counts.
 
-        `cut` is added to the account of the drain under way, if there is one.
+        `cut` is added to the account of the drain under way, if there is one. `now` is the time.monotonic() moment, if
+        the caller knows it.
         """
         with self._lock:
-            if request.id not in self.in_hand:
+            if (ident := request.id) not in self.in_hand:
                 return False
             if (on_end := self.on_end) is not None:
                 on_end(request)
@@ -79,10 +81,10 @@ class Account:
                 self.completed += 1
             elif outcome == "rejected":
                 self.rejected += 1
-            self._counts.add(request, outcome, time.monotonic())
+            self._counts.add(request, outcome, now or time.monotonic())
             if cut is not None and (cut_in_drain := self.cut_in_drain) is not None:
                 cut_in_drain.append(cut)
-            del self.in_hand[request.id]
+            del self.in_hand[ident]
             if self._board is not None:
                 self._board.leave(request)
         if (on_answer := self.on_answer) is not None and request.status:

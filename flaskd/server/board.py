@@ -25,7 +25,7 @@ from flaskd.server.request import Request
 from flaskd.server.request_ids import NO_IDS, Ids
 from flaskd.server.tally import COUNTS, SUMS, Counts, Tally
 
-_MAGIC, _VERSION = int.from_bytes(b"flskdbrd", "little"), 2
+_MAGIC, _VERSION = int.from_bytes(b"flskdbrd", "little"), 3
 ROWS = 2048
 """How many requests in flight have a row that describes them; a row that was never used costs no memory."""
 

@@ -16,18 +16,12 @@ from waitress.channel import ClientDisconnected
 
 from flaskd.server.app_task import AppTask
 from flaskd.server.context import Context
-from flaskd.server.output import OutputChannel
+from flaskd.server.input import InputChannel
 from flaskd.server.request import Request
 from flaskd.server.tasks import HealthTask, Recorded, RefusalTask, RejectTask
 from flaskd.sockets import unread
 
 log = logging.getLogger("flaskd.server")
-
-_DISCARD = 1 << 16
-"""Bytes of a half-closed connection that are read and thrown away at once."""
-_BODY = 1 << 16
-"""Bytes of a body read at once; waitress' 8 KiB would take a turn of the loop each. A head is still read in pieces of
-8 KiB, because hundreds of pipelined requests may follow it."""
 
 
 class _ChannelServer:
@@ -35,16 +29,11 @@ class _ChannelServer:
 
     def __init__(self, channel: Channel, acceptor: Any, sock: Any) -> None:
         self._channel = channel
-        self._acceptor = acceptor
         self.adj = acceptor.adj
         self.active_channels = acceptor.context.probes if channel.internal else acceptor.active_channels
         self.effective_port = acceptor.effective_port
         self.environ = acceptor.environ
         self.server_name = acceptor.server_name or ("localhost" if channel.internal else sock.getsockname()[0])
-
-    @property
-    def app(self) -> Any:
-        return self._acceptor.application
 
     def pull_trigger(self) -> None:
         channel = self._channel
@@ -61,15 +50,8 @@ def _named(request: Request) -> dict[str, Any]:
     return {"fields": {"id": request.id, **request.ids.fields()}}
 
 
-class Channel(OutputChannel):
-    """A connection. With `here`, the loop itself answers all its requests, without the app."""
-
-    one_shot = True
-    here = False
-    keeper: Request | None = None
-    """The request for which a thread owns the connection, or will own it; meanwhile the loop does not read from it.
-
-    `requests_lock` is held while this changes, and while what the poller waits for changes."""
+class Channel(InputChannel):
+    """A connection, and the answers to its requests."""
 
     def __init__(self, acceptor: Any, sock: Any, addr: Any, adj: Any, map: Any = None) -> None:  # noqa: A002 - waitress' name
         context: Context = acceptor.context
@@ -159,44 +141,51 @@ class Channel(OutputChannel):
             return RejectTask(self, request)
         if self.here or (request.path == self.context.health_path and request.command in {"GET", "HEAD"}):
             return HealthTask(self, request)
-        task = self.task = AppTask(self, request)
-        return task
-
-    def parser_class(self, adj: Any) -> Request:
-        """Make the object into which waitress reads the next request; waitress calls this attribute."""
-        return Request(self, adj)
+        return AppTask(self, request)
 
     def service(self) -> float:
         """Answer the first request, then hand on the connection; returns how many seconds the answer took."""
-        request = self.requests[0]
-        request.thread = threading.current_thread()
+        request, context = self.requests[0], self.context
+        if request.thread is None:
+            request.thread = threading.current_thread()
         request.began = began = time.monotonic()
         request.starts_at = request.ends_at = self.output_length() if self.total_outbufs_len else self.flushed
         self.serving = request
-        if (board := self.context.board) is not None:
+        if (board := context.board) is not None:
             board.begin(request)
+        task: Recorded | None = None
+        last = True
         try:
-            last = self._answer(request)
-        except BaseException:  # whatever the task raises, the thread goes on
-            log.exception(f"cannot finish {request.snapshot()}: the connection is closed")
-            last = True
+            task = AppTask(self, request) if request.at_once else self._task_for(request)
+            if self.connected:
+                task.service()
+                last = task.close_on_finish
+        except BaseException as error:  # noqa: BLE001 - whatever the task raises, the thread goes on
+            self._failed(request, task, error)
         ended = self.grace_from = self._last_activity = time.monotonic()
         request.answered = request.over = True
-        if self.unsettled or self.total_outbufs_len or self.account.streams or not self.connected:
-            with self.outbuf_lock:
-                if not self.stream_over:
-                    self.unsettled.append(request)
-                if board is not None:
-                    board.send(request)
-                self._settle()
+        account = self.account
+        if self.unsettled or self.total_outbufs_len or account.streams or not self.connected:
+            self._settle_later(request)
+        elif request.at_once and request.whole and self.flushed >= request.ends_at:
+            account.retire(request, "completed", None, ended)
         else:
             self._retire(request)
-        if self.account.streams or self.context.pool.lost:
-            self.account.answered(request)
+        if account.streams or context.pool.lost:
+            account.answered(request)
         self._go_on(last=last)
         if not self.connected:
             self._free_arriving()
         return ended - began
+
+    def _settle_later(self, request: Request) -> None:
+        """Retire a request once the kernel has taken all of its answer, which may be at once."""
+        with self.outbuf_lock:
+            if not self.stream_over:
+                self.unsettled.append(request)
+            if (board := self.context.board) is not None:
+                board.send(request)
+            self._settle()
 
     def serve_here(self) -> None:
         """Answer the first request in the loop's thread; if the client has left, free all that it sent."""
@@ -208,24 +197,22 @@ class Channel(OutputChannel):
             for each in self.requests:
                 each.close()
 
-    def _answer(self, request: Request) -> bool:
-        """Answer a request; returns whether the connection ends with this answer."""
-        task = self._task_for(request)
-        if not self.connected:
-            return True
+    def _failed(self, request: Request, task: Recorded | None, error: BaseException) -> None:
+        """Say why the answer to a request ended early, and answer in its place if nothing of it was sent."""
         try:
-            task.service()
-        except ClientDisconnected:
-            if not self.stream_over:
-                which = f"{request.path}{request.ids}"
-                self.logger.info(f"Client disconnected while serving {which}", extra=_named(request))
-            return True
-        except Exception:
-            self.logger.exception(f"Exception while serving {request.path}{request.ids}", extra=_named(request))
-            if not task.wrote_header:
-                self.answer_instead(500, "The server encountered an unexpected internal server error")
-            return True
-        return bool(task.close_on_finish)
+            if isinstance(error, ClientDisconnected):
+                if not self.stream_over:
+                    which = f"{request.path}{request.ids}"
+                    self.logger.info(f"Client disconnected while serving {which}", extra=_named(request))
+            elif isinstance(error, Exception):
+                what = f"Exception while serving {request.path}{request.ids}"
+                self.logger.error(what, exc_info=error, extra=_named(request))
+                if task is None or not task.wrote_header:
+                    self.answer_instead(500, "The server encountered an unexpected internal server error")
+            else:
+                raise error
+        except BaseException:
+            log.exception(f"cannot finish {request.snapshot()}: the connection is closed")
 
     @property
     def _expects_continue(self) -> bool:
@@ -254,7 +241,7 @@ class Channel(OutputChannel):
                 self.requests = []
             else:
                 request = self.requests.pop(0)
-                if request.body_rcv is not None:
+                if request.line is None and request.body_rcv is not None:
                     request.close()
                 if self.current_outbuf_count > 0:
                     self.current_outbuf_count = self.adj.outbuf_high_watermark  # the next answer begins a new buffer
@@ -267,57 +254,15 @@ class Channel(OutputChannel):
                     self.send_continue()
                 writable = self.total_outbufs_len or self.will_close or self.close_when_flushed
                 if not (writable or self.context.drains):
-                    if (sock := self.socket) is not None:
-                        self.context.poller.expect(sock)  # without waking the loop
+                    self.context.poller.expect(self)  # without waking the loop
                     return
         self.context.poller.touch(self)
 
     # --- input and output, in the loop's thread --------------------------------------------------------------------
 
-    def readable(self) -> bool:
-        """Whether to read: always after the half-close, never while a thread owns the connection, else as waitress."""
-        return self.half_closed or (self.keeper is None and bool(super().readable()))
-
     def writable(self) -> bool:
         """Whether there is something to send: never after the half-close, else as waitress."""
         return not self.half_closed and bool(super().writable())
-
-    def handle_read(self) -> None:
-        """Read from the client; after the half-close the bytes are thrown away, as no answer could be sent."""
-        try:
-            simple = self.request is None and not self.half_closed
-            data: bytes = self.socket.recv(self.adj.recv_bytes if simple else self._bite())
-        except BlockingIOError:
-            return  # the event belonged to a closed socket with the same descriptor number
-        except OSError:
-            data = b""
-        if not data:
-            self.handle_close()
-        elif self.half_closed:
-            self._heard_at = time.monotonic()
-        else:
-            self._last_activity = time.monotonic()
-            self.received(data)
-
-    def _bite(self) -> int:
-        """How many bytes to read at once."""
-        if self.half_closed:
-            return _DISCARD
-        return _BODY if self.request is not None and self.request.headers_finished else int(self.adj.recv_bytes)
-
-    def received(self, data: bytes) -> bool:
-        """Parse bytes from the client: a common request in one pass, all else with waitress' method."""
-        if self.request is None:
-            request = Request(self, self.adj)
-            with self.requests_lock:
-                if self.will_close or self.close_when_flushed:
-                    return False
-                if request.take_common(data):
-                    self.requests.append(request)
-                    if len(self.requests) == 1:
-                        self.begin_next()
-                    return True
-        return bool(super().received(data))
 
     def handle_write(self) -> None:
         """Send waiting output, and retire the requests whose answers are completely sent."""

@@ -8,8 +8,8 @@ from typing import Any
 
 from flaskd.server.lines import TOKEN, Lines, RefusedError, field
 
-_EXTENSION = rf'[ \t]*+;[ \t]*+{TOKEN}(?:[ \t]*+=[ \t]*+(?:{TOKEN}|"(?:[^"\\]|\\.)*+"))?+'
-_SIZE = re.compile(rf"([0-9A-Fa-f]{{1,16}}+)((?:{_EXTENSION})*+)".encode())
+_EXTENSION = rf'[ \t]*+;[ \t]*+{TOKEN}(?>(?:[ \t]*+=[ \t]*+(?:{TOKEN}|"(?>(?:[^"\\]|\\.)*)"))?)'
+_SIZE = re.compile(rf"([0-9A-Fa-f]{{1,16}}+)((?>(?:{_EXTENSION})*))".encode())
 _MOST_EXTENSIONS = 16 * 1024
 """Most bytes of chunk extensions in one body. Clients do not use them in practice, and without a limit they could be
 thousands for each byte of the body."""

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from flaskd.process.forks import AppCode
 from flaskd.server.account import Account
 from flaskd.server.board import Board
 from flaskd.server.limits import NO_LIMITS
@@ -24,6 +25,11 @@ class Context:
     def __init__(self, app: Callable[..., Any], threads: int, board: Board | None = None) -> None:
         self.proxies = app if isinstance(app, BehindProxies) else None
         """Finds out who the client behind a proxy is; None where no proxy is trusted."""
+        self.app = app if self.proxies is None else self.proxies.__call__  # a method is called more quickly
+        self.ident = self.url_prefix = ""
+        """What each answer says of the server (Server), and the path under which the app is mounted; empty: nothing."""
+        self.code = AppCode()
+        """The context in which the app's code runs."""
         self.draining = threading.Event()
         self.drains = False
         """The same as a plain attribute, which is quicker to read at every event."""
@@ -62,15 +68,17 @@ class Context:
         """Called when a drain has closed all listeners that are not shared."""
         self._closed = False
         self._lock = threading.Lock()
-        self._calls: deque[Callable[[], None]] = deque()
-        self._answers: deque[Callable[[], None]] = deque()
+        self.calls: deque[Callable[[], None]] = deque()
+        """What the loop's thread is to run next."""
+        self.answers: deque[Callable[[], None]] = deque()
+        """What it is to answer by itself after that."""
         self.poller.wake = self.wake
 
     # --- any thread -----------------------------------------------------------------------------------------------
 
     def call(self, function: Callable[[], None]) -> None:
         """Run a function in the loop's thread at its next turn, which begins at once."""
-        self._calls.append(function)
+        self.calls.append(function)
         self.wake()
 
     def wake(self) -> None:
@@ -81,7 +89,7 @@ class Context:
 
     def answer_soon(self, answer: Callable[[], None]) -> None:
         """Call `answer`, which answers a request, in the loop's thread, after all functions that `call` was given."""
-        self._answers.append(answer)
+        self.answers.append(answer)
         self.wake()
 
     def stream_began(self, channel: Connection) -> None:
@@ -99,13 +107,13 @@ class Context:
 
     def run_calls(self) -> None:
         """Run the functions that `call` was given."""
-        while self._calls:
-            self._calls.popleft()()
+        while self.calls:
+            self.calls.popleft()()
 
     def answer(self) -> None:
         """Run the functions that `answer_soon` was given."""
-        while self._answers:
-            self._answers.popleft()()
+        while self.answers:
+            self.answers.popleft()()
 
     def close(self) -> None:
         """Wake the loop no more, because its descriptors are about to be closed (any thread)."""

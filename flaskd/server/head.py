@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import functools
 import re
+from dataclasses import dataclass
 from typing import NamedTuple
 from urllib.parse import unquote_to_bytes
 
 from flaskd.server.lines import LENGTH, TOKEN, is_host
 
 _LINE = re.compile(r"(GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS) (/[!\"$-~]*+) HTTP/1\.1")
-_FIELDS = re.compile(rf"((?:\r\n{TOKEN}: [!-~\x80-\xff][\t -~\x80-\xff]*+(?<![ \t]))++)\r\n\r\n")
+_FIELDS = re.compile(rf"((?>(?:\r\n{TOKEN}: [!-~\x80-\xff][\t -~\x80-\xff]*+(?<![ \t]))+))\r\n\r\n")
 """The field lines and the blank line; each field has one blank after its colon, and none at its end."""
 _UNCOMMON = frozenset({"HTTP_TRANSFER_ENCODING", "HTTP_EXPECT", "_"})
 _MOST_LINES = 256
@@ -34,9 +35,14 @@ class Line(NamedTuple):
     path: str
     query: str
     kind: str
+    environ: dict[str, str]
+    """What an environ has of it. All requests with this line share the dictionary, so it must not be changed."""
+    wants_body: bool
+    """Whether the answer may have a body: false for HEAD."""
 
 
-class Fields(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Fields:
     """The fields of a head: their bytes, from the end of the request line to the blank line, and their meaning."""
 
     block: bytes
@@ -44,6 +50,8 @@ class Fields(NamedTuple):
     """By their names in an environ. Requests with the same fields share this dictionary, so it must not be changed."""
     length: int
     """The length of the body in bytes."""
+    keeps: bool
+    """Whether the client does not ask for the connection to be closed."""
 
 
 def read(data: bytes, before: Fields | None) -> tuple[Line, Fields, int] | None:
@@ -71,7 +79,8 @@ def _line(line: bytes) -> Line | None:
         path = unquote_to_bytes(path).decode("latin-1")
         if "\0" in path:
             return None
-    return Line(method, target, path, query, kind_of(method, path))
+    environ = {"REQUEST_METHOD": method, "PATH_INFO": path, "REQUEST_URI": target, "QUERY_STRING": query}
+    return Line(method, target, path, query, kind_of(method, path), environ, method != "HEAD")
 
 
 def _fields(text: str) -> Fields | None:
@@ -90,7 +99,14 @@ def _fields(text: str) -> Fields | None:
     length = headers.get("CONTENT_LENGTH", "0")
     if LENGTH.fullmatch(length) is None:
         return None
-    return Fields(match[0].encode("latin-1"), headers, int(length))
+    keeps = "close" not in connection_options(headers.get("HTTP_CONNECTION", ""))
+    return Fields(match[0].encode("latin-1"), headers, int(length), keeps)
+
+
+@functools.lru_cache(maxsize=64)
+def connection_options(value: str) -> frozenset[str]:
+    """The options in a Connection header, in small letters (RFC 9110 §7.6.1)."""
+    return frozenset(option.strip().lower() for option in value.split(","))
 
 
 def kind_of(method: str, path: str) -> str:

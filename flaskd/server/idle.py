@@ -38,7 +38,7 @@ class IdleWatch:
         paths = [path_pattern(each) for each in ignore]
         self._exact = {path for begins, path in paths if not begins}
         self._beginnings = tuple(path for begins, path in paths if begins)
-        self.used = self.next_look = time.monotonic()
+        self.used = self.next_moment = time.monotonic()
         """When the last request that counts was answered, or the watch began; and when to look again."""
         self._board = connections.context.board
 
@@ -92,10 +92,10 @@ class IdleWatch:
         if self._board is not None:
             self._board.count_for_idle(in_use=self._in_use)
         if self._on_idle is None:
-            self.next_look = now + min(_AGAIN, self._after / _NOTES)
+            self.next_moment = now + min(_AGAIN, self._after / _NOTES)
             return
         left = self._after if self._context.drains else self.left()
         if left <= 0:
             self._on_idle()
             left = _AGAIN
-        self.next_look = now + left
+        self.next_moment = now + left

@@ -25,7 +25,9 @@ _QUICK = 0.0005
 """Most seconds that a quick request takes, including the sending of its answer. A longer one may be waiting for
 something, and another thread could read meanwhile."""
 _TRUSTED = 16
-"""Quick requests of one kind after which the next is expected to be quick; the count goes up to twice this number."""
+"""Quick requests of one kind after which the next is expected to be quick."""
+_MOST_COUNTED = 2 * _TRUSTED
+"""Up to which number the quick requests of one kind are counted."""
 _SLOW_IF_KEPT, _SLOW = 16, 2
 """By how much one slow request lowers that count: if the lead was kept for it, and if it was not."""
 _BUSY = 0.005
@@ -37,11 +39,11 @@ _MOST_KINDS = 1000
 class Lead:
     """The right to lead. All methods except those that say "any thread" are for a thread that has it or wants it."""
 
-    def __init__(self) -> None:
+    def __init__(self, lock: threading.Lock) -> None:
         self._token = threading.Lock()
         """Locked while a thread leads."""
-        self._lock = threading.Lock()
-        """Held while one of the following changes."""
+        self._lock = lock
+        """Held while one of the following changes; the caller's, which holds it for `keep` and `still_kept`."""
         self._kept = False
         """Whether the leading thread is running a request."""
         self._count = 0
@@ -66,21 +68,21 @@ class Lead:
         """Whether to keep the lead while running a request of this kind; if so, call `still_kept` afterwards."""
         if self._quick.get(kind, 0) < _TRUSTED:
             return False
-        with self._lock:
-            if self._watched:
-                self._count += 1
-                self._kept = True
-                return True
+        if self._watched:
+            self._count += 1
+            self._kept = True
+            return True
         now, before = time.monotonic(), self._last
         self._last = now
         if now - before < _BUSY:
             self._want_watch()
         return False
 
-    def still_kept(self) -> bool:
-        """Whether this thread still leads after it has run the request for which it kept the lead."""
-        with self._lock:
-            kept, self._kept = self._kept, False
+    def still_kept(self, kind: str, seconds: float) -> bool:
+        """Whether this thread still leads after it has run its request, which took so many seconds."""
+        kept, self._kept = self._kept, False
+        if seconds > _QUICK or self._quick.get(kind, 0) < _MOST_COUNTED:
+            self.note(kind, seconds, kept=True)
         return kept
 
     def note(self, kind: str, seconds: float, *, kept: bool) -> None:
@@ -92,7 +94,7 @@ class Lead:
                 self._quick[kind] = quick
             else:
                 self._quick.pop(kind, None)
-        elif quick < 2 * _TRUSTED:
+        elif quick < _MOST_COUNTED:
             if not quick and len(self._quick) >= _MOST_KINDS:
                 self._quick.clear()
             self._quick[kind] = quick + 1

@@ -43,15 +43,15 @@ class LimitWatch:
         """For requests whose answer has begun, by id: the bytes sent on the connection, and since when so many."""
         self._stood_until = self._stood_for = 0.0
         """When the process last stood still (until then), and for how many seconds."""
-        self.next_look = time.monotonic()
+        self.next_moment = time.monotonic()
         """The time.monotonic() moment at which the first request may be due."""
 
     def look(self, now: float) -> None:
-        """Give up and refuse the requests that are due, and set `next_look`."""
-        if (late := now - self.next_look) > _STOOD:
+        """Give up and refuse the requests that are due, and set `next_moment`."""
+        if (late := now - self.next_moment) > _STOOD:
             self._stood_until, self._stood_for = now, late
         moments = [now + self._limits.shortest, self._look_at_queue(now), self._look_at_requests(now)]
-        self.next_look = max(min(moments), now + _LEAST)
+        self.next_moment = max(min(moments), now + _LEAST)
 
     def _excuse(self, since: float) -> float:
         """Seconds for which the process has stood still since that moment."""

@@ -18,7 +18,7 @@ _TEXT = re.compile(rb"[\t\x20-\x7e\x80-\xff]*+\r?")
 _FIELD = re.compile(rf"({TOKEN}):[ \t]*+([\t -~\x80-\xff]*+)".encode("latin-1"))
 """A field line (RFC 9112 §5): no blank before the colon, no line folding."""
 _HOST = re.compile(
-    r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]++)\]|(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})++)(?::[0-9]{0,5}+)?"
+    r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]++)\]|(?>(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})+))(?::[0-9]{0,5}+)?"
 )
 """A host and perhaps a port (RFC 3986 §3.2.2 and §3.2.3)."""
 LENGTH = re.compile(r"[0-9]{1,18}")

@@ -74,7 +74,7 @@ class EventLoop:
         self._drain: Draining | None = None
         self._failed_at = -_PARDON
         self._board = board
-        self._next_noting = 0.0
+        self._next_noting = self._next_due = 0.0
 
     def call(self, function: Callable[[], None]) -> None:
         """Run a function in the loop's thread, soon (any thread)."""
@@ -86,6 +86,7 @@ class EventLoop:
         # Waitress looks up `listen`, which flaskd does not use; for "*" it needs no codec for host names.
         adjustments = Adjustments(**{"listen": "*:0", "threads": context.pool.size, **self._adjustments})
         self.admission.limit = adjustments.connection_limit
+        context.ident, context.url_prefix = adjustments.ident or "", adjustments.url_prefix
         for listener in self._listeners:
             context.acceptors.append(make_acceptor(self.admission, listener, self._app, adjustments))
         self.admission.held = not accepting
@@ -129,39 +130,50 @@ class EventLoop:
 
     def _turn_until_task(self) -> Task | None:
         pool, poller = self.context.pool, self.context.poller
+        queue = pool.queue
+        task: Task | None
         while not pool.ending:
-            if pool.queue and (task := pool.take()) is not None:
+            if queue and (task := pool.take()) is not None:
                 return task
-            if not poller.handle_next():
-                if pool.surplus:
-                    return None
-                self._attend()
-                if pool.queue and (task := pool.take()) is not None:
+            if poller.events:
+                task = poller.handle()
+                if task is not None:
                     return task
-                poller.wait(self._patience())
-                self.last_turn = now = time.monotonic()
-                if self._board is not None:
-                    self._board.turned(now)
-                if not self.turned.is_set():
-                    self.turned.set()
+                continue
+            if pool.surplus:
+                return None
+            patience = self._attend()
+            if queue and (task := pool.take()) is not None:
+                return task
+            poller.wait(patience)
+            self.last_turn = now = time.monotonic()
+            if self._board is not None:
+                self._board.turned(now)
+            if not self.turned.is_set():
+                self.turned.set()
         return None
 
-    def _attend(self) -> None:
-        """Run what is due: calls from other threads, answers, and all that depends on time."""
-        self.context.run_calls()
-        self.context.answer()
-        self._run_timed(time.monotonic())
+    def _attend(self) -> float:
+        """Run what is due: calls, answers, and all that depends on time; returns the seconds until more is due."""
+        context = self.context
+        if context.calls or context.answers:
+            context.run_calls()
+            context.answer()
+            self._next_due = 0.0  # whatever they changed
+        now = time.monotonic()
+        due = min(self._next_due, context.timers.next_moment)
+        if now < due and not self.admission.paused:
+            return due - now
+        self._run_timed(now)
+        patience = self._patience()
+        # Where requests and connections decide when something is due, each turn has to look.
+        each_turn = self._drain or self.idle or self.admission.aside
+        self._next_due = 0.0 if each_turn else now + patience
+        return patience
 
     def _patience(self) -> float:
-        moment = self.context.timers.next_moment
-        if self._drain is not None:
-            moment = min(moment, self._drain.next_moment)
-        if self.idle is not None:
-            moment = min(moment, self.idle.next_look)
-        if self._limit_watch is not None:
-            moment = min(moment, self._limit_watch.next_look)
-        if self.admission.aside is not None:
-            moment = min(moment, self.admission.aside.next_moment)
+        watches = (self.context.timers, self._drain, self.idle, self._limit_watch, self.admission.aside)
+        moment: float = min(each.next_moment for each in watches if each is not None)
         return _TURN if moment == NEVER else max(0.0, min(moment, self.last_turn + _TURN) - time.monotonic())
 
     def _run_timed(self, now: float) -> None:
@@ -173,9 +185,9 @@ class EventLoop:
             self.connections.reap(now)
         if self._drain is not None:
             self._drain.advance(now)
-        if self.idle is not None and now >= self.idle.next_look:
+        if self.idle is not None and now >= self.idle.next_moment:
             self.idle.look(now)
-        if self._limit_watch is not None and now >= self._limit_watch.next_look:
+        if self._limit_watch is not None and now >= self._limit_watch.next_moment:
             self._limit_watch.look(now)
         if self._board is not None and now >= self._next_noting:
             self._note(self._board, now)
@@ -185,8 +197,7 @@ class EventLoop:
     def _note(self, board: Board, now: float) -> None:
         """Write to the board, once a second, what would cost too much at each change."""
         self._next_noting = now + _TURN
-        stuck_at, moved = self.account.all_are_at(), self.connections.moved()
-        lost = len(self.context.pool.lost)
+        moved, stuck_at, lost = self.connections.moved(), self.account.all_are_at(), len(self.context.pool.lost)
         board.look(moved=moved, stuck_at=stuck_at, background=len(background_work()), lost=lost)
 
     def limit(self, limits: Limits) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import socket
 import threading
 import time
@@ -22,6 +21,8 @@ from flaskd.sockets import unacknowledged
 
 _ROOM = 16
 """A thread that waits for its client goes on once one in `_ROOM` parts of ``outbuf_high_watermark`` is free."""
+_DISCARD = 1 << 16
+"""Bytes that are read at once, to be thrown away, after the half-close."""
 _LINGER = 0.2
 """Seconds after the half-close in which the client may close its side, before flaskd closes the connection."""
 _LINGER_LOOK = 0.05
@@ -47,6 +48,8 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
 
     internal = False
     """Whether it is a probe's connection, which is in no count and no log."""
+    here = False
+    """Whether the loop itself answers all requests, without the app."""
     half_closed = False
     fault = ""
     """Why written output cannot be sent although the client is still connected."""
@@ -54,6 +57,8 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
     progress: Progress | None = None
     """How quickly the client sends or reads, while the server waits for it."""
     fields: Fields | None = None
+    _environ_has: dict[str, str] | None = None
+    _environ: dict[str, Any]
     serving: Request
     """The request that is being answered, or was answered last."""
     task: _Answering
@@ -70,12 +75,18 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
         self.flushed = 0
         self.unsettled: deque[Request] = deque()
         """The requests that the app has answered, but whose last byte the kernel has not taken yet."""
+        self._send_bytes, self._bite = int(adj.send_bytes), int(adj.recv_bytes)
         self.grace_from = time.monotonic()
         """When the last answer was given, or the connection was opened (time.monotonic())."""
         self._linger_until, self._unacknowledged = 0.0, 0
         self._half_closed_at = self._heard_at = 0.0
         super().__init__(server, sock, addr, adj, map=map)
         self.outbufs = [AnswerBuffer(adj.outbuf_overflow)]
+        # Waitress and this class have these on the class; on the connection they are found more quickly.
+        self.request, self.total_outbufs_len, self.current_outbuf_count = None, 0, 0
+        self.will_close = self.close_when_flushed = self.half_closed = self.stream_over = False
+        self.internal, self.here = self.internal, self.here
+        self._high_watermark, self.most_head_bytes = int(adj.outbuf_high_watermark), int(adj.max_request_header_size)
         self._sending = threading.RLock()
         self.outbuf_lock = threading.Condition(self._sending)
 
@@ -105,25 +116,14 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
         request = self.request  # read once: another thread may replace it
         return request if request is not None and request.begun else None
 
-    @functools.cached_property
-    def environ(self) -> dict[str, Any]:
-        """The part of the environ that all requests of this connection share; made for the first of them.
+    def environ_with(self, headers: dict[str, str]) -> dict[str, Any]:
+        """An environ for a request with these headers; what belongs to the request line and the body is still None.
 
-        The other keys are in it too, with None, so that a copy of it need not grow when they are set.
+        Requests of a client often have the same headers, and share the dictionary: the environ is then a mere copy.
         """
-        server, (host, port, *_) = self.server, self.addr
-        return {
-            **server.environ,
-            "SERVER_NAME": server.server_name,
-            "REMOTE_ADDR": host,
-            "REMOTE_HOST": host,
-            "REMOTE_PORT": str(port),
-            "SERVER_PROTOCOL": "HTTP/1.1",
-            "waitress.client_disconnected": self.check_client_disconnected,
-            **dict.fromkeys(
-                ("REQUEST_METHOD", "PATH_INFO", "REQUEST_URI", "QUERY_STRING", "wsgi.errors", "wsgi.input")
-            ),
-        }
+        if self._environ_has is not headers:
+            self._environ, self._environ_has = _environ(self, headers), headers
+        return self._environ.copy()
 
     @property
     def kind(self) -> str:
@@ -156,22 +156,22 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
 
         Waits while too much output is buffered. Raises ClientDisconnected if the stream was ended or the client left.
         """
-        if self.total_outbufs_len > self.adj.outbuf_high_watermark:
+        if self.total_outbufs_len > self._high_watermark:
             self.context.waiting.for_client(self)
         with self._sending:  # so that nothing follows the end of a stream
             if self.stream_over or not self.connected:
                 raise ClientDisconnected
-            if self.total_outbufs_len or type(data) is not bytes or len(data) < self.adj.send_bytes:
+            if self.total_outbufs_len or type(data) is not bytes or (size := len(data)) < self._send_bytes:
                 return self._buffer(data)
             try:
                 sent = self.socket.send(data)
             except OSError:  # waitress tries again below, and deals with the error
                 sent = 0
             self.flushed += sent
-            if sent < len(data):
+            if sent < size:
                 self._last_activity = time.monotonic()
                 self._buffer(data[sent:])
-            return len(data)
+        return size
 
     def _buffer(self, data: Any) -> int:
         """Let waitress buffer a part and send what it can; the caller holds `outbuf_lock`."""
@@ -308,6 +308,7 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
         if self.half_closed:
             return
         self.half_closed = True
+        self._bite = _DISCARD
         self.will_close = self.close_when_flushed = False
         try:
             self.socket.shutdown(socket.SHUT_WR)
@@ -340,3 +341,18 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
     def look(self, now: float) -> None:
         """Close the connection if its time is over; called at a moment that it gave to the loop's timers."""
         raise NotImplementedError
+
+
+def _environ(channel: OutputChannel, headers: dict[str, str]) -> dict[str, Any]:
+    server, (host, port, *_) = channel.server, channel.addr
+    return {
+        **server.environ,
+        "SERVER_NAME": server.server_name,
+        "REMOTE_ADDR": host,
+        "REMOTE_HOST": host,
+        "REMOTE_PORT": str(port),
+        "SERVER_PROTOCOL": "HTTP/1.1",
+        "waitress.client_disconnected": channel.check_client_disconnected,
+        **dict.fromkeys(("REQUEST_METHOD", "PATH_INFO", "REQUEST_URI", "QUERY_STRING", "wsgi.errors", "wsgi.input")),
+        **headers,
+    }

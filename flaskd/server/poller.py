@@ -10,14 +10,15 @@ from __future__ import annotations
 import contextlib
 import select
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from waitress import wasyncore
 
 _BATCH = 512
 """Most events taken from the kernel at once."""
-_NEXT_REQUEST = getattr(select, "EPOLLIN", 0) | getattr(select, "EPOLLONESHOT", 0)
+_READABLE = getattr(select, "EPOLLIN", 0)
+_NEXT_REQUEST = _READABLE | getattr(select, "EPOLLET", 0)
 
 
 class Poller(Protocol):
@@ -28,13 +29,19 @@ class Poller(Protocol):
     def wait(self, timeout: float) -> None:
         """Wait at most `timeout` seconds for events; called when all earlier events are handled."""
 
-    def handle_next(self) -> bool:
-        """Handle the oldest event; returns False if there is none."""
+    events: Sequence[tuple[int, int]]
+    """Events that are not handled yet, the oldest first; the next thread that leads continues with them."""
+
+    def handle(self) -> Any:
+        """Handle the oldest event.
+
+        Returns a connection if this thread is to answer the request that has come on it: it has a place for it.
+        """
 
     def touch(self, channel: Any) -> None:
         """Ask a connection again what it waits for, if it has output or a drain is under way (any thread)."""
 
-    def expect(self, sock: Any) -> None:
+    def expect(self, channel: Any) -> None:
         """Wait for a connection's next request (any thread; the caller holds its `requests_lock`)."""
 
     def listen(self, acceptor: Any, *, on: bool) -> None:
@@ -52,14 +59,20 @@ class Poller(Protocol):
 
 
 class EpollMap(dict[int, Any]):
-    """The map with epoll(7). Connections have `one_shot` set; triggers and listeners are level-triggered."""
+    """The map with epoll(7). Connections have `one_shot` set; triggers and listeners are level-triggered.
+
+    A connection is armed for one event, except while only its next request is waited for: then it stays armed from one
+    request to the next, edge-triggered, which saves a system call for each. An event that comes while a thread has the
+    connection is `missed`; the thread arms the connection again, and epoll reports what is still there.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.wake: Callable[[], None] = lambda: None
         self._epoll = select.epoll()
-        self._events: deque[tuple[int, int]] = deque()
-        """Events that are not handled yet; the next thread that leads continues with them."""
+        self._channels: dict[int, Any] = {}
+        """The connections in the map."""
+        self.events: deque[tuple[int, int]] = deque()
         self._put_off: set[int] = set()
         """The listeners whose connections have been put off since the last wait."""
         self._touched: deque[int] = deque()
@@ -72,9 +85,12 @@ class EpollMap(dict[int, Any]):
         flags = select.EPOLLIN | select.EPOLLONESHOT if one_shot else 0 if listens else select.EPOLLIN
         self._epoll.register(fd, flags)  # first, because it may raise: then the socket must not be in the map
         super().__setitem__(fd, obj)
+        if one_shot:
+            self._channels[fd] = obj
 
     def __delitem__(self, fd: int) -> None:
         super().__delitem__(fd)
+        self._channels.pop(fd, None)
         self._closed.add(fd)  # so that its events of this turn do not go to a new socket with this number
         with contextlib.suppress(OSError):
             self._epoll.unregister(fd)
@@ -84,10 +100,10 @@ class EpollMap(dict[int, Any]):
 
     def put_off(self, acceptor: Any) -> bool:
         fd = acceptor._fileno  # noqa: SLF001 - waitress' own name
-        if fd in self._put_off or not self._events:
+        if fd in self._put_off or not self.events:
             return False
         self._put_off.add(fd)
-        self._events.append((fd, select.EPOLLIN))
+        self.events.append((fd, select.EPOLLIN))
         return True
 
     def touch(self, channel: Any) -> None:
@@ -98,44 +114,51 @@ class EpollMap(dict[int, Any]):
                 self._asleep = False
                 self.wake()
 
-    def expect(self, sock: Any) -> None:
-        try:  # noqa: SIM105 - contextlib.suppress is slower, and this runs at every request
-            self._epoll.modify(sock, _NEXT_REQUEST)
-        except (OSError, ValueError):  # the loop has closed the socket just now
-            pass
+    def expect(self, channel: Any) -> None:
+        if channel.stays_armed and not channel.missed:
+            return
+        channel.stays_armed, channel.missed = True, False
+        if (sock := channel.socket) is not None:
+            with contextlib.suppress(OSError, ValueError):  # the loop has closed the socket just now
+                self._epoll.modify(sock, _NEXT_REQUEST)
 
     def wait(self, timeout: float) -> None:
         while self._touched:
             fd = self._touched.popleft()
-            channel = self.get(fd)
-            if channel is not None and getattr(channel, "one_shot", False):
+            if (channel := self._channels.get(fd)) is not None:
                 self._arm(fd, channel)
-        self._closed.clear()
-        self._put_off.clear()
+        if self._closed:
+            self._closed.clear()
+        if self._put_off:
+            self._put_off.clear()
         self._asleep = True
         # A thread that touched a channel before `_asleep` was set is found in `_touched`; a later one wakes this one.
-        self._events.extend(self._epoll.poll(0 if self._touched else timeout, _BATCH))
+        self.events.extend(self._epoll.poll(0 if self._touched else timeout, _BATCH))
         self._asleep = False
 
-    def handle_next(self) -> bool:
-        if not self._events:
-            return False
-        fd, flags = self._events.popleft()
-        obj = self.get(fd)
-        if obj is None or fd in self._closed:
-            return True
-        if flags == select.EPOLLIN and getattr(obj, "one_shot", False):
+    def handle(self) -> Any:
+        fd, flags = self.events.popleft()
+        if self._closed and fd in self._closed:
+            return None
+        if (channel := self._channels.get(fd)) is None:
+            if (obj := self.get(fd)) is not None:
+                wasyncore.readwrite(obj, flags)
+            return None
+        if channel.keeper is not None and channel.stays_armed and _note_missed(channel):
+            return None
+        if flags == _READABLE:
             try:
-                obj.handle_read()
+                if channel.read():
+                    return channel
             except Exception:  # noqa: BLE001 - as wasyncore.read() does
-                obj.handle_error()
-            if obj.keeper is not None and not obj.context.drains:
-                return True  # a request is complete, and its thread owns the connection now
+                channel.handle_error()
+            if channel.keeper is not None and not channel.context.drains:
+                return None  # a request is complete, and its thread has the connection from here on
         else:
-            wasyncore.readwrite(obj, flags)
-        if getattr(obj, "one_shot", False) and self.get(fd) is obj:
-            self._arm(fd, obj)
-        return True
+            wasyncore.readwrite(channel, flags)
+        if self._channels.get(fd) is channel:
+            self._arm(fd, channel)
+        return None
 
     def _arm(self, fd: int, channel: Any) -> None:
         if channel.context.drains:
@@ -148,10 +171,19 @@ class EpollMap(dict[int, Any]):
             flags = (select.EPOLLIN if channel.readable() else 0) | (select.EPOLLOUT if channel.writable() else 0)
             if flags or channel.context.drains:
                 # Even without flags epoll reports a reset (EPOLLERR, EPOLLHUP): a drain need not wait for that client.
+                channel.stays_armed = False
                 self._epoll.modify(fd, flags | select.EPOLLONESHOT)
 
     def close(self) -> None:
         self._epoll.close()
+
+
+def _note_missed(channel: Any) -> bool:
+    """Let the thread that has the connection arm it again when it has finished; False if it just has."""
+    with channel.requests_lock:
+        has_thread = channel.keeper is not None
+        channel.missed = channel.missed or has_thread
+    return has_thread
 
 
 class PollMap(dict[int, Any]):
@@ -160,6 +192,7 @@ class PollMap(dict[int, Any]):
     def __init__(self) -> None:
         super().__init__()
         self.wake: Callable[[], None] = lambda: None
+        self.events: tuple[tuple[int, int], ...] = ()
 
     def listen(self, acceptor: Any, *, on: bool) -> None:
         acceptor.paused = not on
@@ -170,7 +203,7 @@ class PollMap(dict[int, Any]):
     def touch(self, channel: Any) -> None:  # noqa: ARG002 - every turn asks all connections
         self.wake()
 
-    def expect(self, sock: Any) -> None:  # noqa: ARG002
+    def expect(self, channel: Any) -> None:  # noqa: ARG002
         self.wake()
 
     def wait(self, timeout: float) -> None:
@@ -180,8 +213,8 @@ class PollMap(dict[int, Any]):
             if getattr(channel, "one_shot", False):
                 channel.close_if_idle()
 
-    def handle_next(self) -> bool:
-        return False  # `wait` has handled the events already
+    def handle(self) -> Any:
+        raise NotImplementedError  # waitress' poll has handled what it waited for
 
     def close(self) -> None:
         """Do nothing: this map holds only its sockets."""

@@ -53,7 +53,8 @@ class BehindProxies:
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         """Run the app."""
         if environ.keys().isdisjoint(_HEADERS):  # nothing to apply or to remove
-            plain: Iterable[bytes] = self._app(environ, start_response)
+            app = self._app
+            plain: Iterable[bytes] = app(environ, start_response)
             return plain
         chosen = self._believing if self._trusted(environ["REMOTE_ADDR"]) else self._doubting
         answer: Iterable[bytes] = chosen(environ, start_response)

@@ -52,6 +52,8 @@ class Connection(Protocol):
     total_outbufs_len: int
     """Bytes that wait to be sent."""
     internal: bool
+    most_head_bytes: int
+    """Most bytes that a request's head may have."""
     fields: Fields | None
     """The fields of the last common request on this connection."""
 
@@ -92,8 +94,8 @@ class Request(Parser):
     id = 0
     row = 0
     """The number of its row on the worker's board (`flaskd.server.board`); 0 without a board, -1 without a row."""
-    first_byte = wall_clock = complete = began = 0.0
-    """When its first byte came (two clocks), when its last byte came, and when its answer was begun; 0 before."""
+    first_byte = complete = began = 0.0
+    """When its first and its last byte came, and when its answer was begun; time.monotonic() moments, 0 before."""
     its_turn = 0.0
     """When the last answer before it on its connection had been given; 0 if there was none."""
     more_until = 0.0
@@ -114,33 +116,44 @@ class Request(Parser):
     _ids: Ids | None = None
 
     kind = ""
+    line: dict[str, str] | None = None
+    """What an environ has of its request line; None unless it is a common request."""
+    plain = False
+    """Whether it is a common request after whose answer the connection stays open, and which is not HEAD."""
+    at_once = False
+    """Whether the thread that read it answers it: then nothing else is to be found out about it."""
 
     def __init__(self, channel: Connection, adj: Any) -> None:
         self.adj, self.headers, self.channel = adj, {}, channel  # instead of the base classes' slower __init__
 
-    def take_common(self, data: bytes) -> bool:
-        """If `data` is exactly one common request (`flaskd.server.head`), read it, and count it; else return False."""
-        channel, adj = self.channel, self.adj
-        if (head := read_head(data, channel.fields)) is None:
+    def take_common(self, data: bytes, now: float) -> bool:
+        """If `data`, received at `now`, is exactly one common request (`flaskd.server.head`), read and count it.
+
+        `now` is a time.monotonic() moment. Returns False, and does nothing, if it is anything else.
+        """
+        channel, before = self.channel, self.channel.fields
+        if (head := read_head(data, before)) is None:
             return False
         line, fields, at = head
         length = fields.length
         if (
             at + length != len(data)  # a part of it has not come yet, or more has come
-            or at > adj.max_request_header_size
-            or length > adj.max_request_body_size
+            or at > channel.most_head_bytes
+            or (length and length > self.adj.max_request_body_size)
         ):
             return False
-        channel.fields = fields
-        self.command, self.request_uri, self.path, self.query, self.kind = line
+        if fields is not before:
+            channel.fields = fields
+        self.command, self.request_uri, self.path, self.query, self.kind, self.line, wants_body = line
         self.version, self.headers = "1.1", fields.headers
-        if length:
-            self.content_length, self.short_body = length, data[at:]
+        self.content_length, self.short_body = length, data[at:]
         self.begun = self.headers_finished = self.completed = True
-        self.first_byte, self.wall_clock = time.monotonic(), time.time()
+        self.first_byte = self.complete = now
         account = channel.account
         if account.make_id is not None:
             self._take_id(account.make_id)
+        else:
+            self.plain = wants_body and fields.keeps
         if not channel.internal:
             account.accepted(self)
         return True
@@ -148,7 +161,7 @@ class Request(Parser):
     def received(self, data: bytes) -> int:
         """Parse on; returns how many bytes belong to this request. Once it is complete it is in flight."""
         if not self.begun:
-            self.first_byte, self.wall_clock = time.monotonic(), time.time()
+            self.first_byte = time.monotonic()
         try:
             consumed = super().received(data)
         except OSError as error:  # from the body's temporary file
@@ -278,7 +291,7 @@ class Request(Parser):
         fields: dict[str, Any] = {
             "id": self.id,
             "client": self.client,
-            "time": self.wall_clock,
+            "time": time.time() - self.age,
             "method": self.command or "-",
             "target": self.target or "-",
             "protocol": f"HTTP/{self.version}",

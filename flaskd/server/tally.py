@@ -12,6 +12,7 @@ from flaskd.server.request import Request
 
 BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Upper bounds of a histogram's buckets, in seconds; one more bucket counts all longer times."""
+_SHORTEST = BOUNDS[0]
 
 _OUTCOMES = ("completed", "rejected", "cut", "gone")
 _STATUSES = 6
@@ -29,7 +30,10 @@ LIMITS = (
     *("head_timeout", "min_rate", "channel_timeout", "connection_limit", "outbuf_high_watermark"),
 )
 """The limits whose effects are counted, by the names of their settings."""
-COUNTS = _LIMITED_AT + len(LIMITS)
+_COMMON_AT = _LIMITED_AT + len(LIMITS)
+"""Where the most common requests are counted, once instead of four times: completed, with a status 2xx, and both times
+in the first bucket."""
+COUNTS = _COMMON_AT + 1
 """How many counts a tally has."""
 SUMS = 2
 """How many sums of seconds a tally has: how long requests took, and how long they waited."""
@@ -106,18 +110,21 @@ class Counts:
 
     def add(self, request: Request, outcome: str, now: float) -> None:
         """Count a request that is over at `now`, a time.monotonic() moment; the caller holds a lock."""
-        counts, sums = self._counts, self._sums
+        counts, sums, first, began = self._counts, self._sums, request.status[:1], request.began
+        took, waited = now - request.first_byte, began - request.complete
+        if took <= _SHORTEST and waited <= _SHORTEST and began and first == "2" and outcome == "completed":
+            counts[_COMMON_AT] += 1
+            sums[0] += took
+            sums[1] += waited
+            return
         counts[_OUTCOME_AT[outcome]] += 1
-        first = request.status[:1]
         counts[_CLASS_AT.get(first, _STATUS_AT)] += 1
         if first:
-            seconds = now - request.first_byte
-            counts[_TOOK_AT + bisect_left(BOUNDS, seconds)] += 1
-            sums[0] += seconds
-        if request.began:
-            seconds = request.began - request.complete
-            counts[_WAITED_AT + bisect_left(BOUNDS, seconds)] += 1
-            sums[1] += seconds
+            counts[_TOOK_AT + bisect_left(BOUNDS, took)] += 1
+            sums[0] += took
+        if began:
+            counts[_WAITED_AT + bisect_left(BOUNDS, waited)] += 1
+            sums[1] += waited
 
     def limited(self, limit: str) -> None:
         """Count that a limit took effect; the caller holds a lock."""
@@ -126,6 +133,9 @@ class Counts:
     def tally(self) -> Tally:
         """The tally so far; a copy."""
         counts, (took, waited) = list(self._counts), self._sums
+        common = counts.pop()
+        for at in (_OUTCOME_AT["completed"], _CLASS_AT["2"], _TOOK_AT, _WAITED_AT):
+            counts[at] += common
         return Tally(
             dict(zip(_OUTCOMES, counts, strict=False)),
             counts[_STATUS_AT:_TOOK_AT],

@@ -4,64 +4,24 @@ from __future__ import annotations
 
 import functools
 import logging
-import operator
 import time
+from typing import Any
 
 from waitress.task import Task
 from waitress.utilities import build_http_date
 
+from flaskd.server.head import connection_options
+from flaskd.server.headers import ID_HEADER, SENT_TOGETHER, WITHOUT_BODY, template
 from flaskd.server.output import OutputChannel
 from flaskd.server.request import Request
 from flaskd.sockets import unread
 
 log = logging.getLogger("flaskd.server")
 
-_SENT_TOGETHER = 1 << 16
-"""Most bytes of a body that are copied in order to be sent together with the header."""
 RETRY_AFTER = 5
 """Seconds that a refused client is asked to wait before it tries again."""
 
-
-ID_HEADER = "X-Request-ID"
-"""flaskd's spelling; a header that the app sets is written X-Request-Id."""
-_WITHOUT_BODY = ("1", "204", "304")
 http_date = functools.lru_cache(maxsize=2)(build_http_date)
-_by_name = operator.itemgetter(0)
-
-
-@functools.lru_cache(maxsize=64)
-def _tokens(value: str) -> frozenset[str]:
-    """The options in a Connection header, in small letters (RFC 9110 §7.6.1)."""
-    return frozenset(token.strip().lower() for token in value.split(","))
-
-
-@functools.lru_cache(maxsize=256)
-def _header(  # noqa: PLR0917 - a cache is slower with keyword arguments
-    start: str,
-    given: tuple[tuple[str, str], ...],
-    framing: str,
-    connection: str,
-    ident: str | None,
-    served_by: str,
-    names_it: str,
-) -> str:
-    """A template of status line and headers, sorted by name, in which `length`, `date` and `id` are filled in later.
-
-    Most answers of an app have the same headers, except for their length, their id and the date. `names_it` is the
-    name of the header with the id; empty if the client is told none.
-    """
-    headers = [(name.replace("%", "%%"), value.replace("%", "%%")) for name, value in given]
-    names = dict(headers)
-    if framing:
-        headers.append((framing, "%(length)d" if framing == "Content-Length" else "chunked"))
-    own = {"Server": (ident or "").replace("%", "%%"), "X-Served-By": served_by.replace("%", "%%")}
-    for name, value in (("Connection", connection), *own.items(), ("Date", "%(date)s")):
-        if value and name not in names:
-            headers.append((name, value))
-    if names_it and "X-Request-Id" not in names:
-        headers.append((names_it, "%(id)s"))
-    headers.sort(key=_by_name)
-    return "\r\n".join([start.replace("%", "%%"), *map(": ".join, headers), "", ""])
 
 
 class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
@@ -73,19 +33,20 @@ class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
     complete: bool
     wrote_header: bool
     chunked_response: bool
-    response_headers: list[tuple[str, str]]
+    response_headers: Any
+    """Pairs of names and values: a list, or a tuple."""
     content_length: int | None
     close_on_finish: bool
 
     @property
     def has_body(self) -> bool:
         """Whether an answer with this status has a body: not with 1xx, 204 and 304."""
-        return not self.status.startswith(_WITHOUT_BODY)
+        return not self.status.startswith(WITHOUT_BODY)
 
     @property
     def sends_body(self) -> bool:
         """Whether bytes may follow the header: never to HEAD, nor with 1xx, 204 and 304 (RFC 9112 §6.3)."""
-        return self.channel.serving.command != "HEAD" and not self.status.startswith(_WITHOUT_BODY)
+        return self.channel.serving.command != "HEAD" and not self.status.startswith(WITHOUT_BODY)
 
     def build_response_header(self) -> bytes:
         """Status line and headers, sorted by name, with the header that frames the answer (RFC 9112 §6, §9.3).
@@ -95,7 +56,7 @@ class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
         `response_headers` has no Content-Length, and names in their usual spelling.
         """
         status, framing = self.status, ""
-        if not status.startswith(_WITHOUT_BODY):
+        if not status.startswith(WITHOUT_BODY):
             if self.content_length is not None:
                 framing = "Content-Length"
             elif self.version == "1.1":
@@ -104,7 +65,7 @@ class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
             self.close_on_finish = True
         channel = self.channel
         serving = channel.serving
-        template = _header(
+        text = template(
             f"HTTP/{self.version} {status}",
             tuple(self.response_headers),
             framing,
@@ -113,14 +74,14 @@ class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
             channel.context.served_by,
             ID_HEADER if serving.given_id else "",
         )
-        values = {"length": self.content_length, "date": http_date(int(self.start_time)), "id": serving.given_id}
-        header = (template % values).encode("latin-1")
+        values = {"length": self.content_length, "date": http_date(int(time.time())), "id": serving.given_id}
+        header = (text % values).encode("latin-1")
         serving.status, serving.header_length = status, len(header)
         return header
 
     def _closes(self, framing: str) -> bool:
         """Whether the connection closes after this answer; `framing` is the name of the header that frames it."""
-        asked = _tokens(self.request.headers.get("HTTP_CONNECTION", ""))
+        asked = connection_options(self.request.headers.get("HTTP_CONNECTION", ""))
         if "close" in asked or self.status.startswith("1"):  # after 1xx the client would wait for another answer
             return True
         if self.version == "1.0" and not ("keep-alive" in asked and framing == "Content-Length"):
@@ -156,7 +117,7 @@ class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
                 return
             data = b""
         length, size = self.content_length, len(data)
-        together = self.complete and 0 < size <= _SENT_TOGETHER and (length is None or size <= length)
+        together = self.complete and 0 < size <= SENT_TOGETHER and (length is None or size <= length)
         if self.wrote_header or not together:
             super().write(data)
             return
@@ -169,22 +130,34 @@ class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
         self.wrote_header = True
 
     def service(self) -> None:
-        """Write the answer, and note whether it is complete."""
-        channel, serving, ended = self.channel, self.channel.serving, False
-        self.start_time = time.time()
+        """Write the answer, and note on the request whether it is whole."""
+        ended = False
         try:
             self.execute()
-            if not self.wrote_header:
-                self.write(b"")
-            if self.chunked_response:
-                channel.write_soon(b"0\r\n\r\n")
+            self._complete()
             ended = True
         finally:
-            serving.ends_at = channel.output_length() if channel.total_outbufs_len else channel.flushed
-            fault = self._fault(serving, ended=ended)
-            # Checked last: closing the connection empties the buffers that were measured above.
-            if channel.connected and not channel.stream_over:
-                serving.fault, serving.whole = fault, self.wrote_header and not fault
+            self._note(ended=ended)
+
+    def _complete(self) -> None:
+        """Write what may still be missing of the answer: its header, or its last chunk."""
+        if not self.wrote_header:
+            self.write(b"")
+        if self.chunked_response:
+            self.channel.write_soon(b"0\r\n\r\n")
+
+    def _note(self, *, ended: bool) -> None:
+        """Note on the request whether its answer is whole; `ended` is false if something was raised meanwhile."""
+        channel = self.channel
+        serving = channel.serving
+        ends_at = serving.ends_at = channel.output_length() if channel.total_outbufs_len else channel.flushed
+        whole = ended and ends_at - serving.starts_at - serving.header_length == self.content_length
+        fault = "" if whole else self._fault(serving, ended=ended)
+        # Asked last, because closing empties the buffers that were just measured.
+        if channel.connected and not channel.stream_over:
+            if fault:
+                serving.fault = fault
+            serving.whole = self.wrote_header and not fault
 
     def execute(self) -> None:
         """Write the answer."""

@@ -34,6 +34,10 @@ class Places:
         """Held while one of the above, or of the next two, changes."""
         self._away = self._back = 0
         """How many threads have left their place for a while, and how many of these wait for one again."""
+        self._room = 0
+        """How many tasks may run at once now: fewer than `_places` if threads are missing, or wait to come back."""
+        self.surplus = False
+        """Whether there is a thread too many, so that the leading one has to end."""
         self._returns = threading.Condition(self._lock)
         """Notified when a place has become free; threads that want one again wait for it."""
         self._wake: Callable[[], None] = lambda: None
@@ -52,8 +56,17 @@ class Places:
 
     @property
     def _free(self) -> int:
-        places = min(self._places, len(self._numbers) - self._away - 1)
-        return max(0, places - self._running - self._back)
+        return max(0, self._room - self._running)
+
+    def _measure(self) -> None:
+        """Compute `_room` and `surplus` anew, after what they depend on has changed; the caller holds `_lock`."""
+        threads = len(self._numbers)
+        self._room = 0 if self.ending else min(self._places, threads - self._away - 1) - self._back
+        self.surplus = threads > self._wanted
+
+    @property
+    def _wanted(self) -> int:
+        return 0 if self.ending else self._places + self._away + 1
 
     @property
     def busy(self) -> int:
@@ -62,6 +75,7 @@ class Places:
 
     def _count_places(self) -> None:
         self._places = self.size + min(len(self.lost), self.size)
+        self._measure()
         self._returns.notify_all()
 
     @property
@@ -69,14 +83,10 @@ class Places:
         """How many threads are lost and not replaced (any thread)."""
         return max(0, len(self.lost) - self.size)
 
-    def _leave(self) -> None:
-        """Give up the place of a thread that kept the lead."""
-        with self._lock:
-            self._give_up()
-
     def _give_up(self) -> None:
         self._running -= 1
-        self._returns.notify()
+        if self._back:
+            self._returns.notify()
         if self.on_place is not None:
             self.on_place()
 
@@ -87,6 +97,7 @@ class Places:
         """Give up this thread's place while the block runs; afterwards wait until a place is free."""
         with self._lock:
             self._away += 1
+            self._measure()
             self._give_up()
             self._replenish()
         try:
@@ -94,8 +105,10 @@ class Places:
         finally:
             with self._lock:
                 self._back += 1
+                self._measure()
                 self._returns.wait_for(lambda: self._running < self._places or self.ending)
                 self._back, self._away, self._running = self._back - 1, self._away - 1, self._running + 1
+                self._measure()
             self._wake()  # another task may have a place now, or there may be a thread too many
 
     def lose(self, request: Request) -> None:

@@ -24,6 +24,7 @@ log = logging.getLogger("flaskd.server")
 _queue_log = logging.getLogger("waitress.queue")
 """Waitress' logger for its queue, whose lines existing log filters may name."""
 
+_INFINITE = float("inf")
 _LEAST_WAIT = 0.1
 """Least seconds that `join` waits, so that idle threads can end and are not taken for stuck ones."""
 
@@ -56,7 +57,9 @@ class ThreadPool(Places):
         self._turn: Callable[[], Task | None] | None = None
         """The function that the leading thread calls; None before `start`."""
         self._name = ""
-        self._lead = Lead()
+        self._lead = Lead(self._lock)
+        self._keeps, self._kind = False, ""
+        """Whether the leading thread is to keep the lead while it runs the task that has just got a place; its kind."""
         self._last_ended: Callable[[], None] | None = None
 
     def start(self, turn: Callable[[], Task | None], wake: Callable[[], None], name: str) -> None:
@@ -87,58 +90,73 @@ class ThreadPool(Places):
             except RuntimeError:  # no thread can be started
                 del self._numbers[thread]
                 raise
+            finally:
+                self._measure()
             self.started = [each for each in self.started if each.is_alive()]
             self.started.append(thread)
 
     # --- what each thread does ------------------------------------------------------------------------------------
 
     def _work(self, turn: Callable[[], Task | None]) -> None:
-        thread = threading.current_thread()
+        thread, lead, lock = threading.current_thread(), self._lead, self._lock
         leads = False
         try:
             while True:
                 if not leads:
-                    self._lead.take()
+                    lead.take()
                     leads, self.leader = True, thread
                 task = turn()
                 if task is None:
                     return
-                kind = task.kind
-                if kind and self._lead.keep(kind):
-                    self._run(task, kind, kept=True)
-                    leads = self._lead.still_kept()
-                    if leads:
-                        self._leave()
-                        continue
+                if self._keeps:
+                    kind, seconds = self._kind, self._run(task)
+                    with lock:
+                        leads = lead.still_kept(kind, seconds)
+                        if leads:
+                            self._give_up()
+                            continue
                     task = self._next()
                 else:
                     leads = False
-                    self._lead.pass_on()
+                    lead.pass_on()
                 while task is not None:
-                    self._run(task, task.kind, kept=False)
+                    kind = task.kind
+                    seconds = self._run(task)
+                    if kind:
+                        lead.note(kind, seconds, kept=False)
                     task = self._next()
         finally:
             last = self._forget(thread)  # before another thread leads, and checks `surplus`
             if leads:
-                self._lead.pass_on()
+                lead.pass_on()
             last()
 
-    def _run(self, task: Task, kind: str, *, kept: bool) -> None:
+    def _run(self, task: Task) -> float:
+        """Run a task; gives how many seconds it took, infinity where it failed."""
         try:
-            seconds = task.service()
+            return task.service()
         except BaseException:  # a task must not end its thread
             log.exception("a task of %s failed", threading.current_thread().name)
-        else:
-            if kind:
-                self._lead.note(kind, seconds, kept=kept)
+            return _INFINITE
+
+    def take_place(self, kind: str) -> bool:
+        """Take a place for a task of this kind, if one is free and no other task waits for it (the leading thread)."""
+        with self._lock:
+            if self._running >= self._room or self.queue:
+                return False
+            self._running += 1
+            self._kind = kind
+            self._keeps = self._lead.keep(kind)
+            return True
 
     def take(self) -> Task | None:
         """The oldest task, if there is a place for it (the leading thread)."""
         with self._lock:
-            # `_free` is less than the free places if threads could not be started: one thread must lead.
-            if self.queue and self._free > 0 and not self.ending:
+            if self.queue and self._running < self._room:
                 self._running += 1
                 task: Task = self.queue.popleft()
+                self._kind = task.kind
+                self._keeps = bool(self._kind) and self._lead.keep(self._kind)
                 return task
         return None
 
@@ -152,15 +170,6 @@ class ThreadPool(Places):
         return None
 
     # --- how many -------------------------------------------------------------------------------------------------
-
-    @property
-    def _wanted(self) -> int:
-        return 0 if self.ending else self._places + self._away + 1
-
-    @property
-    def surplus(self) -> bool:
-        """Whether there is a thread too many, so that the leading one has to end."""
-        return len(self._numbers) > self._wanted
 
     def resize(self, size: int) -> None:
         """Change the number of places (any thread).
@@ -238,6 +247,7 @@ class ThreadPool(Places):
         """Let all threads end, each after the task that it runs (any thread)."""
         with self._lock:
             self.ending = True
+            self._measure()
             self._returns.notify_all()
         self._lead.end()
         self._wake()
@@ -262,6 +272,7 @@ class ThreadPool(Places):
         """Remove a thread that ends; returns what it has to call: for the last thread, `_last_ended`."""
         with self._lock:
             del self._numbers[thread]
+            self._measure()
             if not self.ending:  # another thread may have left its place since this one found `surplus` true
                 self._replenish()
             return (None if self._numbers else self._last_ended) or (lambda: None)
@@ -271,7 +282,7 @@ class _FunctionTask:
     """A task that calls a function."""
 
     kind = ""
-    waits_since = float("inf")
+    waits_since = _INFINITE
 
     def __init__(self, function: Callable[[], None]) -> None:
         self._function = function

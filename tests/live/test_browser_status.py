@@ -92,7 +92,13 @@ def test_what_a_client_or_a_file_names_is_text(flaskd: Flaskd, tab: Any) -> None
         worker = {"slot": 0, "state": HOSTILE, "pid": 1, "generation": 1, "in_flight": 0, "answered": 0, "memory": 1}
         request |= {"thread": HOSTILE, "request_id": HOSTILE, "sent": 3, "worker": 0, "gone": True}
         step = {"fate": HOSTILE, "took": 1.0, "why": HOSTILE}
-        told |= {"status": status, "requests": [request], "workers": [worker], "steps": {f"a{HOSTILE}": step}}
+        told |= {
+            "status": status,
+            "requests": [request],
+            "workers": [worker],
+            "trace": HOSTILE,
+            "steps": {f"a{HOSTILE}": step},
+        }
         route.fulfill(json=told)
 
     states = iter(["ready", "drained", "stopping", *["drained"] * 1000])

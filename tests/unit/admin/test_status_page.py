@@ -17,7 +17,7 @@ from flaskd.admin.health import AdminApp
 from flaskd.admin.status_page import own_ports, page_data
 from flaskd.ledger import DrainReport, InFlight
 from flaskd.lifecycle import State, StopReason
-from flaskd.notices import DrainBegan, DrainEnded, Resumed, StopBegan
+from flaskd.notices import DrainBegan, DrainEnded, ReloadEnded, Resumed, StopBegan
 from flaskd.serving.api import ServingSnapshot
 from flaskd.snapshot import Counts, Held, Snapshot
 from flaskd.sockets import Address, Listener
@@ -256,6 +256,19 @@ def test_who_drained_is_told_until_it_is_undone():
     assert snapshot(counts=counts).as_json()["drain"] is None
     counts.heard(StopBegan(StopReason("signal", "SIGTERM"), 0, 25.0, 25.0, "x", drains=True))
     assert (counts.drains, counts.drain) == (2, None)
+
+
+def test_the_place_of_a_fault_in_code_is_told_to_this_machine_alone():
+    """After a reload that the app's code made fail, `details` adds its traceback; a later reload removes it."""
+    counts = Counts()
+    trace = f'Traceback (most recent call last):\n  File "shop.py", line 1, in <module>\n{"x" * 9000}NameError'
+    counts.heard(ReloadEnded("flaskd.yaml", "ready", "cannot load shop", trace=f"\n{trace}"))
+    told = page_data(snapshot(counts=counts), details=True)
+    assert (told["trace"], told["status"]["last_reload"]["fault"]) == (trace[-8000:], "cannot load shop")
+    assert page_data(snapshot(counts=counts), details=False)["trace"] == ""
+    assert "shop.py" not in json.dumps(snapshot(counts=counts).as_json())
+    counts.heard(ReloadEnded("flaskd.yaml", "ready"))
+    assert page_data(snapshot(counts=counts), details=True)["trace"] == ""
 
 
 def test_what_a_status_says_of_process_and_stop():

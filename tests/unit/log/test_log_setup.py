@@ -112,6 +112,8 @@ def test_an_instance_is_a_field_and_no_part_of_a_text():
         "protocol": "HTTP/1.1",
         "status": 200,
         "bytes": 1,
+        "referer": "",
+        "agent": "",
     }
     found = {}
     for log_format, access in (("json", "json"), ("text", "json"), ("json", "common"), ("text", "common")):

@@ -490,7 +490,7 @@ def test_date_and_server(serve, connect):
 
 
 def test_an_app_that_names_its_server_and_date_is_not_second_guessed(serve, connect):
-    """Because flaskd is no proxy, it adds no Via (RFC 9110 §7.6.3); Server and Date of the app are kept."""
+    """As flaskd is no proxy, it adds no Via (RFC 9110 §7.6.3); Server and Date of the app are kept."""
     named = [("server", "mine"), ("date", "today")]
     headers = connect(serve(_starting(headers=named))).ask("/").headers
     assert (headers.get_all("Server"), headers.get_all("Date"), headers["Via"]) == (["mine"], ["today"], None)
@@ -643,15 +643,14 @@ def test_a_pipelining_client_that_leaves_leaves_nothing_in_the_log(serve, app, c
     server = serve()
     real = EpollMap.expect
 
-    def expect(self, sock):
-        [channel] = server.loop.connections.channels()
+    def expect(self, channel):
         channel.requests_lock.release()  # a thread owns the connection; the loop does not wait for it
         try:
             server.loop.call(channel.handle_close)
             until(server, lambda: server.connections == 0)
         finally:
             channel.requests_lock.acquire()
-        real(self, sock)
+        real(self, channel)
 
     monkeypatch.setattr(EpollMap, "expect", expect)
     assert connect(server).send("/", "/").response().body == b"hello"

@@ -205,7 +205,7 @@ def test_the_trigger_may_be_pulled_without_a_thunk():
 
 
 def test_the_connection_limit_counts_the_whole_map(server):
-    """Waitress compares the limit with the size of the whole map, so flaskd must count listeners and triggers, too."""
+    """The limit is compared with the size of the whole map, so flaskd must add listeners and triggers."""
     server.accepting = True
     server.adj.connection_limit = len(server._map) + 1
     assert server.readable()
@@ -313,7 +313,7 @@ def test_an_expectation_is_met_by_the_channel(channel):
 
 
 def test_an_expectation_on_a_completed_request_would_be_met_all_the_same(channel):
-    """Waitress sends 100 for a completed request, and then waits for its body for ever, so flaskd clears the flag."""
+    """A completed request would get a 100, and waitress would wait for its body, so flaskd clears the flag."""
     channel.parser_class = Scripted
     Scripted.steps = [{"headers_finished": True, "completed": True, "expect_continue": True}]
     channel.received(b"head")
@@ -501,7 +501,7 @@ def test_nothing_is_read_while_a_request_is_in_line(channel):
 
 
 def test_a_hundred_continue_is_asked_for_once_the_headers_are_there(channel):
-    """Waitress itself sends 100; flaskd only prevents it where no body follows."""
+    """It is waitress that sends 100; flaskd only prevents it where no body follows."""
     channel.received(b"POST / HTTP/1.1\r\nHost: test\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n")
     assert channel.client.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
     assert channel.request.headers_finished
@@ -510,7 +510,7 @@ def test_a_hundred_continue_is_asked_for_once_the_headers_are_there(channel):
 
 
 def test_a_body_is_kept_in_the_receivers_buffer():
-    """A buffer of flaskd's is put into the receiver once the head is parsed, before any byte of the body."""
+    """A buffer of flaskd is put into the receiver once the head is parsed, before any byte of the body."""
     for head in (b"Content-Length: 5\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n"):
         request = HTTPRequestParser(Adjustments())
         request.received(b"POST / HTTP/1.1\r\nHost: test\r\n" + head)

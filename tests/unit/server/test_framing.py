@@ -232,7 +232,7 @@ def test_a_higher_minor_version_is_read_as_the_highest_known(protocol, version):
     ],
 )  # fmt: skip
 def test_the_connection_header_is_a_list(version, value, kept, serve, connect):
-    """The options close and keep-alive count among other options of Connection, too (RFC 9110 §7.6.1, RFC 9112 §9.3)."""
+    """In Connection, close and keep-alive count among other options, too (RFC 9110 §7.6.1, RFC 9112 §9.3)."""
     response = connect(serve()).ask(get("/", f"Connection: {value}", version=version))
     assert response.last is not kept
 

@@ -194,10 +194,8 @@ def test_places_can_change_before_the_start():
 
 def test_a_request_changes_no_thread(serve, connect, monkeypatch):
     """The thread that reads a request runs the app."""
-    names, ran, real = [], [], Channel.handle_read
-    monkeypatch.setattr(
-        Channel, "handle_read", lambda self: names.append(threading.current_thread().name) or real(self)
-    )
+    names, ran, real = [], [], Channel.read
+    monkeypatch.setattr(Channel, "read", lambda self: names.append(threading.current_thread().name) or real(self))
 
     def app(environ, start_response):
         ran.append(threading.current_thread().name)
@@ -255,6 +253,22 @@ def test_who_waits_longest_is_served_first(serve, app, connect):
     app.released.set()
     assert [client.response().status for client in clients] == [200] * 6
     assert seen == ["", "1", "2", "3", "4", "5"]
+
+
+@pytest.mark.parametrize("behind", [1, 400], ids=["one", "more than is read at once"])
+def test_what_comes_while_the_app_runs_is_answered_behind_it(behind, serve, app, connect):
+    """Although epoll, which tells of it once, told of it while a thread had the connection."""
+    server = serve(threads=2)
+    client = connect(server)
+    assert client.ask("/").status == client.ask("/").status == 200
+    [channel] = server.loop.connections.channels()
+    assert channel.stays_armed
+    client.send("/gate")
+    app.entered(1)
+    client.send(*["/"] * behind)
+    until(server, lambda: channel.missed)
+    app.released.set()
+    assert [client.response().status for _ in range(behind + 1)] == [200] * (behind + 1)
 
 
 def test_what_is_pipelined_is_answered_in_order(serve, connect):
@@ -333,7 +347,7 @@ def test_a_kept_connection_asks_the_loop_for_nothing(serve, connect, monkeypatch
 @pytest.fixture
 def lead():
     """A lead that this thread has taken."""
-    made = Lead()
+    made = Lead(threading.Lock())
     made.take()
     yield made
     made.end()
@@ -364,7 +378,7 @@ def test_the_lead_is_kept_for_what_has_been_quick(lead):
     assert not lead.keep("GET /")
     quick(lead, 1)
     assert kept(lead)
-    assert lead.still_kept()
+    assert lead.still_kept("GET /", 0.0)
     slow(lead, kept=True)
     assert not lead.keep("GET /")
     assert not lead.keep("GET /other")
@@ -407,7 +421,7 @@ def test_what_takes_long_after_all_loses_the_lead(lead):
     other.start()
     other.join(PATIENCE)
     assert not other.is_alive()
-    assert not lead.still_kept()
+    assert not lead.still_kept("GET /", 0.0)
 
 
 def test_an_end_leaves_the_lead_with_no_request(lead):
@@ -417,7 +431,7 @@ def test_an_end_leaves_the_lead_with_no_request(lead):
     lead.end()
     lead.join(PATIENCE)
     lead.take()
-    assert not lead.still_kept()
+    assert not lead.still_kept("GET /", 0.0)
     assert not lead.keep("GET /")
 
 

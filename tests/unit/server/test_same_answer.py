@@ -1,7 +1,7 @@
-"""The fast way and the slow way of answering, side by side: nobody can tell by what comes of it which one was gone.
+"""The fast way and the slow way of answering, side by side: nothing that can be observed tells which one was taken.
 
-$FLASKD_EXAMPLES sets how many conversations are tried; those of such a run are others each time. One that takes longer
-than pytest's `faulthandler_timeout` needs `-o faulthandler_timeout=3600` as well.
+$FLASKD_EXAMPLES sets how many conversations are tried, with new random ones in each run. A run that takes longer than
+pytest's `faulthandler_timeout` also needs `-o faulthandler_timeout=3600`.
 """
 
 import itertools
@@ -468,7 +468,7 @@ class _Environ(dict):
 def rejected(side):
     account = side.server.loop.account
     retire = account.retire
-    account.retire = lambda request, outcome, cut=None: retire(request, "rejected", cut)
+    account.retire = lambda request, outcome, *more: retire(request, "rejected", *more)
 
 
 DIFFERENCES = {

@@ -1,8 +1,8 @@
 """The traps of waitress, one scenario each, run twice: stock waitress falls into it, flaskd does not.
 
-A scenario returns what became of its clients; the line above it says what that is with either server. So each
-``trap(...)`` is a claim about waitress that fails here when a new version mends it, and a promise of flaskd's that
-would be broken without the code that keeps it. ``tests/live/test_stock.py`` has those that need a process.
+A scenario returns what happened to its clients; the line above it has the expected value for each server. So each
+``trap(...)`` is a claim about waitress, which fails here when a new version fixes it, and a promise of flaskd, which
+fails without the code that keeps it. ``tests/live/test_stock.py`` has the traps that need a process.
 """
 
 import contextlib
