@@ -247,7 +247,9 @@ def leave(code: int, ending: Ending) -> NoReturn:
         # must not kill the process and so change its exit code.
         _heed_signals(signal.SIG_IGN)
         late_code = code if ending.late_code is None else ending.late_code
-        if not _in_time(_flush):  # the interpreter would wait for this, and finalize nothing
+        # The interpreter would wait for the streams, too. And for the threads that are left it calls pthread_exit(3),
+        # for which the C library opens libgcc_s: without a descriptor for that the process would abort.
+        if not _in_time(_flush) or not _can_open_a_file():
             if ending.unsettle is not None:
                 ending.unsettle()
             os._exit(late_code)
@@ -258,6 +260,14 @@ def leave(code: int, ending: Ending) -> NoReturn:
         os._exit(code)
     sys.flaskd_end = _End(code, ending.settle)  # type: ignore[attr-defined]
     sys.exit(code)
+
+
+def _can_open_a_file() -> bool:
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        return False
+    return True
 
 
 class _End:
