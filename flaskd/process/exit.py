@@ -130,7 +130,7 @@ class Ending:
             self._thread.start()
 
     def hurry(self, seconds: float) -> None:
-        """Allow at most so many seconds from now on (any thread)."""
+        """Allow at most `seconds` from now on (any thread)."""
         before, now = self.left, _for_seconds(seconds)
         self.left = lambda: min(before(), now())
 
@@ -289,7 +289,7 @@ def _cut_short(cut: tuple[Unfinished, ...], code: int) -> NoReturn:
 
 
 def _end_in_time(seconds: float, code: int) -> None:
-    """End the process with `code` after so many seconds, whatever it does; by then no Python code can do it.
+    """End the process with `code` after `seconds`, whatever it does; by then no Python code can do it.
 
     Before that, the stacks are written to standard error. If the C library cannot set the timer, the code is 1.
     """
@@ -299,7 +299,7 @@ def _end_in_time(seconds: float, code: int) -> None:
 
 
 def _timer(seconds: float, code: int) -> bool:
-    """Have the C library call ``_exit(code)`` after so many seconds, in a thread of its own (timer_create(2))."""
+    """Have the C library call ``_exit(code)`` after `seconds`, in a thread of its own (timer_create(2))."""
     try:
         import ctypes  # noqa: PLC0415 - may be missing, or fail where memory must not be executable
 
