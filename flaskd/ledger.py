@@ -10,6 +10,7 @@ from flaskd.background_work import Background
 from flaskd.process.exit import Unfinished
 from flaskd.stacks import folded
 from flaskd.text import shortened
+from flaskd.units import format_duration
 
 _VISIBLE = bytes(range(0x21, 0x7F))
 """ASCII that is shown as it is; a client may put anything else into its request, escape sequences included."""
@@ -101,6 +102,9 @@ class Cut(InFlight):
 class DrainReport:
     """What a drain did: how many were completed and rejected, which were cut, and how long it took in seconds.
 
+    `took` counts from the moment that the drain was asked for, its announce included; in the account of a stop it is the
+    whole stop.
+
     `background` is the work outside any request that still ran when its deadline came; `unaccepted` how many
     connections were left in the backlog of a listener that could not be gated: they are reset, and nobody knows what
     they asked for; `unfinished` is what else was accepted and cut: jobs of an executor, and what the app left to the
@@ -128,7 +132,8 @@ class DrainReport:
         left = f" background={len(self.background)}" if self.background else ""
         left += f" unaccepted={self.unaccepted}" if self.unaccepted else ""
         left += f" unfinished={len(self.unfinished)}" if self.unfinished else ""
-        return f"completed={self.completed} rejected={self.rejected} cut={len(self.cut)}{left} took={self.took:.1f}s"
+        took = format_duration(round(self.took, 3))  # as answers and the record have it
+        return f"completed={self.completed} rejected={self.rejected} cut={len(self.cut)}{left} took={took}"
 
     def as_json(self) -> dict[str, Any]:
         """Stable keys for programs; `background`, `unaccepted` and `unfinished` are there when there is any."""

@@ -148,6 +148,6 @@ class Stopping:
     def tell_the_end(self, account: Account, *, failed: bool) -> None:
         """Tell the world and who waits."""
         self._notices.tell(Stopped(account, failed))
-        fields = {**account.report.as_json(), "took": round(account.took, 3), "policies": account.steps}
+        fields = {**account.report.as_json(), "policies": account.steps}
         for reply in self._waiters:
             reply.ok("stopped", fields, lines=account_lines(fields), hint=self._holdings.undone_by)

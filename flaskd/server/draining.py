@@ -56,7 +56,7 @@ class Draining:
         self._context = admission.context
         self._over = over
         self._counted_from = counted_from
-        self._began = time.monotonic()
+        self._asked = self._began = time.monotonic()
         self._gated: list[Any] = []
         """Acceptors whose backlog is still to be taken."""
         self._gate_until = self._gate_at_most = 0.0
@@ -230,7 +230,7 @@ class Draining:
                 completed=account.completed - completed,
                 rejected=account.rejected - rejected,
                 cut=tuple(self.cut),
-                took=time.monotonic() - self._began,
+                took=time.monotonic() - self._asked,
                 background=left_behind(),
                 unaccepted=self._unaccepted,
             )

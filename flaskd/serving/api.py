@@ -149,14 +149,12 @@ class ServingSnapshot:
 
 @dataclass(frozen=True)
 class Account:
-    """What a stop comes to: the drain's report, with all that was cut, and the record of it."""
+    """What a stop comes to: the report of its drain, with all that was cut and the seconds of the stop, and the record."""
 
     report: DrainReport
     record: dict[str, Any]
     late_record: dict[str, Any]
     """The record that is true where even finalizers are cut."""
-    took: float
-    """Seconds."""
     steps: dict[str, dict[str, Any]]
     """Each cleanup step's fate."""
 

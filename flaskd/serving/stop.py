@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -216,6 +217,10 @@ class Stop:
         """What became of the requests; nothing before the drain is over."""
         return (self._drain.report if self._drain is not None else None) or DrainReport()
 
+    def account(self, unfinished: tuple[Unfinished, ...]) -> DrainReport:
+        """What became of the requests and of other work, and how many seconds the stop has taken until now."""
+        return replace(self.report.with_unfinished(unfinished), took=self.took)
+
     def heed(self, results: Iterable[StepResult]) -> None:
         """Take to heart what became of steps that other processes ran; before the steps after the drain."""
         self._runner.heed(results)
@@ -249,7 +254,7 @@ class Stop:
         self._runner.hurry(HURRIED + others)
 
     def record(self, report: DrainReport) -> dict[str, Any]:
-        """The record of it, with what became of the requests; keys are stable."""
+        """The record of it, with its account; keys are stable."""
         return {
             "reason": str(self.reason),
             "plan": self.plan.id,
@@ -260,7 +265,7 @@ class Stop:
             **({"unaccepted": report.unaccepted} if report.unaccepted else {}),
             **({"unfinished": [each.as_json() for each in report.unfinished]} if report.unfinished else {}),
             "started": timestamp(time.time() - self.took),
-            "took": round(self.took, 3),
+            "took": round(report.took, 3),
             "policies": self.policies,
             "pid": os.getpid(),
         }
