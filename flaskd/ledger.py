@@ -64,7 +64,7 @@ class InFlight:
     def __str__(self) -> str:
         where = f" in {self.thread}" if self.thread else ""
         if self.worker is not None:
-            where += f" of worker {self.worker}"
+            where += f" {'of' if where else 'in'} worker {self.worker}"
         if self.request_id:
             where += f", request_id={self.request_id}"
         return f"{self.method} {self.path} ({self.phase} for {self.age:.1f}s{where})"
@@ -102,8 +102,8 @@ class Cut(InFlight):
 class DrainReport:
     """What a drain did: how many were completed and rejected, which were cut, and how long it took in seconds.
 
-    `took` counts from the moment that the drain was asked for, its announce included; in the account of a stop it is the
-    whole stop.
+    `took` counts from the moment that the drain was asked for, its announce included; in the account of a stop it is
+    that of the whole stop.
 
     `background` is the work outside any request that still ran when its deadline came; `unaccepted` how many
     connections were left in the backlog of a listener that could not be gated: they are reset, and nobody knows what

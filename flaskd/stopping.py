@@ -84,13 +84,13 @@ class Stopping:
         """Answer who asks for it, now or at its end; a hurry cuts it short."""
         if event.now:
             self._serving.hurry()
-        fields = {"in_flight": self._serving.in_flight}
+        in_flight, left = self._serving.in_flight, round(self._serving.left, 1)
         if event.wait:
             self._waiters.append(event.reply)
-            event.reply.progress(fields)
+            event.reply.progress({"in_flight": in_flight, "left": left})
         else:
-            more = {"deadline": round(self._serving.left, 1)}
-            event.reply.ok("stopping", {**fields, **more}, hint=self._holdings.undone_by)
+            fields = {"in_flight": in_flight, "deadline": left}
+            event.reply.ok("stopping", fields, hint=self._holdings.undone_by)
 
     def claim(self) -> None:
         """Tell the service manager what the drain and the steps under way may take: one of them began, or ended.

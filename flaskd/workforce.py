@@ -41,7 +41,7 @@ class Workforce:
         """Tell who waits for workers that are being started: the service manager, and people; `others` wait, too."""
         self._notices.tell(notices.WorkersStart(self._lifecycle.state))
         for reply in (*others, *self.waiters):
-            reply.progress({"starting": event.count, "age": round(event.age, 1)})
+            reply.progress({"starting": event.count, "age": round(event.age, 1), "left": round(event.left, 1)})
 
     def trouble_changed(self, status: str) -> None:
         """Tell the service manager what is not as it should be, unless it hears of other things just now."""

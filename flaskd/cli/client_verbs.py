@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from flaskd.cli import completion, show
+from flaskd.cli import answers, bar, completion, show
 from flaskd.cli.pages import no_such_verb
 from flaskd.client import ControlClient, find_socket, reading
 from flaskd.errors import (
@@ -141,7 +141,7 @@ def ask(path: Path, verb: str, words: dict[str, Any], *, as_json: bool = False) 
     open_still: NoDaemonError | None = None
     try:
         with (
-            show.progress(verb if wait else "", as_json=as_json) as progress,
+            bar.progress(verb if wait else "", as_json=as_json) as progress,
             ControlClient(path, timeout=_LONG if wait or VERBS[verb].lengthy else 10.0) as client,
         ):
             asked = True
@@ -164,7 +164,7 @@ def ask(path: Path, verb: str, words: dict[str, Any], *, as_json: bool = False) 
 
 
 def _say(verb: str, answer: dict[str, Any], as_json: bool) -> None:
-    show.say(show.for_programs({"ok": True, **answer}) if as_json else show.answer(verb, answer))
+    show.say(show.for_programs({"ok": True, **answer}) if as_json else answers.answer(verb, answer))
 
 
 def _read_record(name: str, no_daemon: FlaskdError) -> dict[str, Any]:

@@ -79,10 +79,14 @@ class Renewed:
 
 @dataclass(frozen=True)
 class WorkersStart:
-    """So many workers are being started, the first of them for `age` seconds; told every few seconds meanwhile."""
+    """So many workers are being started, the first of them for `age` seconds; told every few seconds meanwhile.
+
+    Each of them is ready within `left` seconds, or given up.
+    """
 
     count: int
     age: float
+    left: float
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,11 @@ class ServingSnapshot:
     """What is not as it should be while it serves, for people."""
 
     @property
+    def requests(self) -> list[InFlight]:
+        """What is in flight, oldest first."""
+        return sorted(self.in_flight, key=lambda each: -each.age)
+
+    @property
     def oldest(self) -> InFlight | None:
         """The request that has been in flight for the longest time."""
         return max(self.in_flight, key=lambda each: each.age, default=None)
@@ -149,7 +158,7 @@ class ServingSnapshot:
 
 @dataclass(frozen=True)
 class Account:
-    """What a stop comes to: the report of its drain, with all that was cut and the seconds of the stop, and the record."""
+    """What a stop comes to: the report of its drain, with all that was cut and what the stop took, and the record."""
 
     report: DrainReport
     record: dict[str, Any]

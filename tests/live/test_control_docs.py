@@ -78,7 +78,7 @@ def test_the_transcripts_of_the_design(flaskd: Flaskd) -> None:
     assert flaskd.command("drain") == "OK draining in_flight=12 deadline=15s (undo: resume)\n"
     with flaskd.control() as client, client.makefile("r") as lines:
         client.sendall(b"drain wait\n")
-        assert lines.readline() == ".. in_flight=12\n"
+        assert lines.readline() == ".. in_flight=12 left=15s\n"
         flaskd.gate.open()
         last = [line for line in lines if not line.startswith("..")]
     assert re.fullmatch(r"OK drained completed=12 rejected=0 cut=0 took=[\d.]+m?s\n", "".join(last))

@@ -200,7 +200,7 @@ def test_a_stop_with_a_bar(flaskd: Flaskd) -> None:
     flaskd.start()
     held = flaskd.hold()
     with terminal(flaskd, "stop", "--wait", columns=100) as stop:
-        stop.until(r"stopping ░+ [\d.]+m?s, 1 in flight, oldest [\d.]+m?s GET /hold")
+        stop.until(r"stopping ░+ [\d.]+m?s, at most 2\ds left, 1 in flight, oldest [\d.]+m?s GET /hold")
         flaskd.gate.open()
         stop.until(r"✓\x1b\[0m first: ok in ")
         stop.until(r"; cleanup: second")
@@ -239,8 +239,8 @@ def test_a_drain_where_there_is_no_terminal(flaskd: Flaskd) -> None:
         cwd=flaskd.directory, env=flaskd.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert drain.stderr is not None
-    assert drain.stderr.readline() == ".. in_flight=1\n"
-    assert re.fullmatch(r"\.\. in_flight=1 oldest=[\d.]+m?s GET /hold\n", drain.stderr.readline())
+    assert drain.stderr.readline() == ".. in_flight=1 left=15s\n"
+    assert re.fullmatch(r"\.\. in_flight=1 left=[\d.]+s oldest=[\d.]+m?s GET /hold\n", drain.stderr.readline())
     flaskd.gate.open()
     out, _ = drain.communicate(timeout=PATIENCE)
     assert out.startswith("drained completed=1 rejected=0 cut=0 took=")
