@@ -70,10 +70,15 @@ def status(fields: dict[str, Any]) -> str:
     return "\n".join([head, *text.table(shown, indent=2, gap=1, least=12), *in_flight, *_next_steps(fields)])
 
 
+def named(fields: dict[str, Any]) -> str:
+    """The option that a command needs to find the daemon whose status that is; nothing for the usual name."""
+    name = fields.get("name") or "flaskd"
+    return "" if name == "flaskd" else f" --name {name}"
+
+
 def _next_steps(fields: dict[str, Any]) -> list[str]:
     """What to do next: commands, each with what it is for; nothing where all is well."""
-    name = fields.get("name") or "flaskd"
-    which, config = "" if name == "flaskd" else f" --name {name}", fields.get("config")
+    which, config = named(fields), fields.get("config")
     state, workers, reload = fields["state"], fields.get("workers"), fields.get("last_reload")
     stop = (f"flaskd stop{which} --wait", "clean up, and end")
     steps: list[tuple[str, str]] = []

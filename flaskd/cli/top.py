@@ -120,7 +120,7 @@ def page(look: Look, measured: Rates, width: int, height: int, *, keys: bool = T
         extra.insert(0, f"reason: {status['reason']}")
     if status["queued"] or 0 < status["threads"] <= status["busy"]:
         waiting = f"{status['queued']} waiting for a thread" if status["queued"] else "every thread is busy"
-        extra.insert(0, f"{_QUEUE}{waiting}; see flaskd requests --stacks")
+        extra.insert(0, f"{_QUEUE}{waiting}; see flaskd requests{answers.named(status)} --stacks")
     lines += [f"  {each}" for each in extra]
     lines += ["", f"  {'AGE':>8}  {'PHASE':<8} " + ("REQUEST" if narrow else f"{'SENT':>9}  {'CLIENT':<15} REQUEST")]
     room = max(1, height - len(lines) - 1)
