@@ -154,6 +154,7 @@ def ask(path: Path, verb: str, words: dict[str, Any], *, as_json: bool = False) 
     except KeyboardInterrupt:
         if asked and VERBS[verb].changes:  # who interrupts may believe that it is undone
             click.echo(f"flaskd: not waiting any more; the {verb} goes on", err=True)
+            raise click.exceptions.Exit(130) from None  # of any other click makes an empty line
         raise
     with reading(path):
         _say(verb, answer, as_json)

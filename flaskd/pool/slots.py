@@ -208,11 +208,6 @@ class Slots:
 
         self._later(seconds, late)
 
-    @property
-    def start_left(self) -> float:
-        """Seconds within which each of those that come is ready, or given up."""
-        return max(0.0, max(each.late_at for each in self) - time.monotonic())
-
     def _drop_coming(self, slot: Slot, why: str) -> None:
         coming, slot.coming = slot.coming, None
         if coming is not None:

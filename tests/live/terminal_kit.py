@@ -30,6 +30,7 @@ class Terminal:
             [sys.executable, "-m", "flaskd", *args],
             cwd=flaskd.directory, env={**env, "TERM": "xterm"}, stdin=slave, stdout=slave, stderr=slave,
             start_new_session=not job, process_group=0 if job else None,
+            preexec_fn=None if job else lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )  # fmt: skip
         self.shown = ""
 

@@ -52,6 +52,40 @@ def test_an_answer_is_written_whatever_standard_output_can_say(flaskd: Flaskd) -
     assert (code, json.loads(out)["config"]) == (0, "日.yaml")
 
 
+def test_top_at_the_size_that_the_terminal_gets(flaskd: Flaskd) -> None:
+    """It is drawn again as soon as the terminal is made narrower, not with the next look; Ctrl-C typed there ends it."""
+    flaskd.start()
+    held = flaskd.hold()
+    with terminal(flaskd, "top", "--interval", "3600") as top:
+        top.until(r"running .*GET /hold")
+        top.shown = ""
+        top.resize(40, 12)
+        shown = top.until(r"q quits[\s\S]*threads busy[\s\S]*connections")
+        lines = [re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", line) for line in shown.split("\r\n")]
+        assert max(map(len, lines)) <= 40
+        assert len(lines) == 12
+        top.press("\x03")
+        assert top.wait() == 0
+        assert termios.tcgetattr(top.slave) == top.before
+    flaskd.gate.open()
+    assert held.result() == (200, b"held")
+    assert flaskd.stop() == 0
+
+
+def test_ctrl_c_typed_while_a_stop_is_waited_for(flaskd: Flaskd) -> None:
+    """It ends the waiting alone, and says so: the stop goes on, and loses nothing."""
+    flaskd.start()
+    held = flaskd.hold()
+    with terminal(flaskd, "stop", "--wait") as stop:
+        stop.until(r"stopping ░+ ")
+        stop.press("\x03")
+        assert stop.wait() == 130
+        assert stop.shown.replace("\r\n", "\n").endswith("flaskd: not waiting any more; the stop goes on\n")
+    flaskd.gate.open()
+    assert held.result() == (200, b"held")
+    assert flaskd.wait() == 0
+
+
 def test_top_outlives_the_daemon(flaskd: Flaskd) -> None:
     """It waits for one that went away, and goes on with the next; Ctrl-C leaves it in good order."""
     flaskd.start()
