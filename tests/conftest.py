@@ -6,7 +6,16 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 pytest.register_assert_rewrite(
-    "cleanup_kit", "daemon_kit", "http_client", "patience", "podman_kit", "server_kit", "services", "systemd_kit"
+    "cleanup_kit",
+    "daemon_kit",
+    "http_client",
+    "patience",
+    "podman_kit",
+    "screens",
+    "server_kit",
+    "services",
+    "systemd_kit",
+    "terminal_kit",
 )
 
 # The same examples everywhere, so that a fault shows where it was made; and no clock decides whether a test fails.

@@ -203,9 +203,11 @@ class _Names:
 
 
 def _attributes() -> Iterator[tuple[str, object]]:
-    for module_name, module in list(sys.modules.items()):
+    # Copies, which are made at once: to list the items makes a tuple for each, in which the garbage collection may run
+    # code of the app that imports something.
+    for module_name, module in sys.modules.copy().items():
         if issubclass(type(module), ModuleType):  # there may be anything in sys.modules
-            for name, value in list(attributes_of(module).items()):
+            for name, value in attributes_of(module).copy().items():
                 yield f"{module_name}:{name}", value
 
 

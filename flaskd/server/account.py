@@ -19,8 +19,9 @@ from flaskd.sockets import each_closed_by_peer
 
 log = logging.getLogger("flaskd.server")
 
-accounts: weakref.WeakSet[Account] = weakref.WeakSet()
-"""Those of all servers of this process."""
+accounts: list[weakref.ref[Account]] = []
+"""Those of all servers of this process. A list, because its copy is made at once: what goes through a WeakSet fails
+where another thread adds to it."""
 
 
 class Account:
@@ -47,7 +48,7 @@ class Account:
         self._counts = board.counts if board is not None else Counts()
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
-        accounts.add(self)
+        accounts.append(weakref.ref(self, accounts.remove))
 
     def accepted(self, request: Request) -> None:
         """Count a request as in flight."""

@@ -238,11 +238,11 @@ class WerkzeugThread:
             self._thread.join()
         with self._changed:
             self._wait_until(began + _GRACE)
-            for thread, sock in list(self._server.connections.items()):
+            for thread, sock in self._server.connections.copy().items():
                 if thread not in self.begun:  # what lies in the kernel is still read after this, and then comes the end
                     _shut(sock, socket.SHUT_RD)
             self._wait_until(None, background=True)
-            arriving = [each.cut(TOO_LATE) for each in self.begun.values() if each.phase == "receiving"]
+            arriving = [each.cut(TOO_LATE) for each in list(self.begun.values()) if each.phase == "receiving"]
             late = [*self.cut(TOO_LATE), *arriving]
             cut = (*self._cut, *late)
             for sock in list(self._server.connections.values()):
