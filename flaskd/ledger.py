@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import quote
@@ -92,6 +93,17 @@ class Cut(InFlight):
     def with_stack(self) -> str:
         """What was cut and why, and below it where it was, for people; `stack` itself is whole."""
         return "\n".join(filter(None, [f"cut {self}", folded(self.stack)]))
+
+    @staticmethod
+    def all_with_stacks(cuts: Iterable[Cut]) -> Iterator[tuple[Cut, str]]:
+        """Each with what the log says of it; those that were at the same place follow each other, with one stack."""
+        places: dict[str, list[Cut]] = {}
+        for each in cuts:
+            places.setdefault(folded(each.stack), []).append(each)
+        for place, (*others, last) in places.items():
+            yield from ((each, f"cut {each}") for each in others)
+            where = f"  {len(others) + 1} requests were here:\n{place}" if others else place
+            yield last, f"cut {last}\n{where}" if place else f"cut {last}"
 
     def as_json(self) -> dict[str, Any]:
         """Stable keys for programs."""

@@ -44,7 +44,7 @@ def record_lines(record: Fields) -> list[str]:
             f"cut={how_many(record, 'cut')}"
         ),
     ]
-    lines += [f"cut: {_cut(each)}: {each['reason']}" for each in record.get("cut", ())]
+    lines += _with_stacks(record.get("cut", ()), lambda each: f"cut: {_cut(each)}: {each['reason']}", "requests")
     lines += [background_line(each) for each in record.get("background", ())]
     lines += [unfinished_line(each) for each in record.get("unfinished", ())]
     if record.get("unaccepted"):

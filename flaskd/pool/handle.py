@@ -24,6 +24,7 @@ from flaskd.pool.template import Template
 from flaskd.pool.wire import Wire, WireClosedError
 from flaskd.server import Board
 from flaskd.serving.api import Account
+from flaskd.stacks import folded_dump
 
 log = logging.getLogger("flaskd.pool")
 
@@ -267,7 +268,7 @@ class Handle:
 
     def stacks(self) -> str:
         """What it has written."""
-        return self._stacks.read() if self._stacks is not None else ""
+        return folded_dump(self._stacks.read()) if self._stacks is not None else ""
 
     @property
     def alive(self) -> bool:

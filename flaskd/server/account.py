@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 from flaskd.ledger import Cut, InFlight
@@ -101,12 +101,24 @@ class Account:
 
     def cut_as(self, request: Request, cut: Cut) -> bool:
         """The same, as it was in the moment in which it was broken off."""
+        counted = self._count_as_cut(request, cut)
+        if counted:
+            log.warning(cut.with_stack(), extra={"fields": cut.as_json()})
+        return counted
+
+    def cut_together(self, requests: Iterable[Request], reason: str) -> None:
+        """Count several requests as cut at once: of those that are at the same place the log has one stack."""
+        cuts = [(each, each.cut(reason)) for each in requests]
+        counted = [cut for each, cut in cuts if self._count_as_cut(each, cut)]
+        for cut, told in Cut.all_with_stacks(counted):
+            log.warning(told, extra={"fields": cut.as_json()})
+
+    def _count_as_cut(self, request: Request, cut: Cut) -> bool:
         if request.id:
             if not self.retire(request, "cut", cut):
                 return False
         elif (cut_in_drain := self.cut_in_drain) is not None:  # it has not come whole, and so was never in flight
             cut_in_drain.append(cut)
-        log.warning(cut.with_stack(), extra={"fields": cut.as_json()})
         if cut.phase == "running":
             self._pool.lose(request)
         return True

@@ -247,8 +247,8 @@ class WerkzeugThread:
             cut = (*self._cut, *late)
             for sock in list(self._server.connections.values()):
                 _shut(sock, socket.SHUT_RDWR)
-        for each in late:
-            _tell(each)
+        for each, told in Cut.all_with_stacks(late):
+            log.warning(told, extra={"fields": each.as_json()})
         tell_no_more(self._look_again)
         self._drained = True
         return DrainReport(self.completed - completed, 0, cut, time.monotonic() - began, left_behind())
