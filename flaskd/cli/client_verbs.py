@@ -13,7 +13,7 @@ import click
 
 from flaskd.cli import answers, bar, completion, show
 from flaskd.cli.pages import no_such_verb
-from flaskd.client import ControlClient, find_socket, reading
+from flaskd.client import ControlClient, reading
 from flaskd.errors import (
     EX_LOST,
     CannotCreateError,
@@ -23,6 +23,7 @@ from flaskd.errors import (
     UnknownCommandError,
     UsageError,
 )
+from flaskd.finding import find_socket
 from flaskd.present import died
 from flaskd.protocol import MARK, RECORD, damage, state_directory
 from flaskd.verbs import FLAGS, VERBS, Role, Verb, find_verb

@@ -55,7 +55,7 @@ def test_junk_in_the_fifo_is_told_in_the_log(flaskd: Flaskd) -> None:
         ("xyzzy", 'ERR unknown-command "xyzzy"; try "help"\n'),
         ("", 'ERR usage expected a command; try "help"\n'),
         ("drain fast", 'ERR usage drain does not know "fast"; it knows wait\n'),
-        ("status wait", 'ERR usage status does not know "wait"; it takes none\n'),
+        ("health wait", 'ERR usage health does not know "wait"; it takes none\n'),
         ("health", "OK healthy\n"),
         ("ready", "OK ready\n"),
         ("resume", "OK ready\n"),
@@ -109,7 +109,7 @@ def test_json_lines(flaskd: Flaskd) -> None:
         assert ask('{"id":4,"cmd":"drain","fast":true}')["error"]["code"] == "usage"  # type: ignore[index]
         assert ask('{"cmd":"ready"}')["result"] == "ready"
         first = ask('{"id":7,"cmd":"drain","wait":true}')
-        assert first == {"id": 7, "event": "progress", "in_flight": 1}
+        assert first == {"id": 7, "event": "progress", "in_flight": 1, "left": first["left"]}
         flaskd.gate.open()
         while True:
             answer = dict(json.loads(stream.readline()))
@@ -205,7 +205,8 @@ def test_no_daemon_there(flaskd: Flaskd) -> None:
     """69, one line, and where it was looked for; the same for a node that nobody answers at."""
     code, _, err = flaskd.client("status", *NOBODY)
     assert code == 69
-    assert err.startswith(f"flaskd: cannot find a daemon: there is no {flaskd.runtime}/control.sock, no ")
+    none = rf"flaskd: cannot find a daemon( named nobody-runs-this)?: there is no {flaskd.runtime}/control\.sock, no "
+    assert re.match(none, err)  # others may run on this machine
     stale = flaskd.directory / "stale.sock"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(stale))
