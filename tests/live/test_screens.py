@@ -19,7 +19,7 @@ BUSY = 5
 
 def test_every_screen_of_the_documents_is_replayed() -> None:
     """A page that shows a command with its answer is one of those whose commands are typed; no other block has a prompt."""
-    pages = [*DOCS.glob("*.md"), DOCS.parent / "README.md"]
+    pages = [*DOCS.rglob("*.md"), DOCS.parent / "README.md"]
     assert {page.name for page in pages if screens(page)} == {*REPLAYED, *SAID}
     for page in pages:
         for kind, block in re.findall(r"^```([^\n]*)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
