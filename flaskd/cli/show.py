@@ -1,4 +1,4 @@
-"""How answers look to people: plain text, with colour and a bar where there is a terminal."""
+"""How text for people and programs is written: printable, with colour where there is a terminal, in its encoding."""
 
 from __future__ import annotations
 

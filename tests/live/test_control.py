@@ -102,6 +102,8 @@ def test_json_lines(flaskd: Flaskd) -> None:
         assert ask('{"id":1,"cmd":"health"}') == {"id": 1, "ok": True, "result": "healthy"}
         status = ask('{"id":"two","cmd":"status"}')
         assert (status["id"], status["state"], status["in_flight"]) == ("two", "ready", 1)
+        [request] = ask('{"cmd":"status","requests":true}')["requests"]  # type: ignore[misc]
+        assert (request["method"], request["path"], request["phase"]) == ("GET", "/hold", "running")
         for wrong in ["{", '{"id":3}', '{"id":3,"cmd":7}', '{"id":3,"cmd":"drain","wait":1}', "[1]" * 9, "{}" + "x"]:
             answer = ask(wrong)
             assert answer["ok"] is False
