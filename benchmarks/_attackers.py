@@ -1,8 +1,8 @@
-"""Clients that mean a server ill; run as a process of its own.
+"""Clients that attack a server; run as a process of its own.
 
-``python _attackers.py ORDERS`` takes its orders as JSON, says on standard output when all clients are connected and
-have sent what they begin with, goes on until its standard input ends, and writes how many connections the server has
-ended meanwhile: each is made anew at once.
+``python _attackers.py ORDERS`` takes its orders as JSON. It writes a line to standard output when all clients are
+connected and have sent their beginning, goes on until its standard input ends, and then writes how many connections the
+server has ended. Each ended connection is made again at once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LITTLE = 4096
 
 @dataclass(frozen=True)
 class Attack:
-    """So many clients that send `first`, and then `more` once a second, and read only where there is more to send."""
+    """A number of clients that send `first`, and then `more` once a second; clients without `more` read nothing."""
 
     name: str
     text: str
@@ -52,7 +52,7 @@ ATTACKS = [
 
 
 class Attackers:
-    """The clients of an attack, in a process of their own, from here on; all are connected before it is entered."""
+    """The clients of an attack in a process of their own; all are connected when the context is entered."""
 
     def __init__(self, address: tuple[str, int], attack: Attack) -> None:
         orders = {"host": address[0], "port": address[1], "attack": attack.name}
@@ -74,7 +74,7 @@ class Attackers:
 
 
 class _Clients:
-    """All of them, in one loop."""
+    """All clients, in one loop."""
 
     def __init__(self, address: tuple[str, int], attack: Attack) -> None:
         self._address, self._attack = address, attack
@@ -83,7 +83,7 @@ class _Clients:
         self.ended = 0
 
     def connect(self) -> None:
-        """Connect one, and send what it begins with."""
+        """Connect one client, and send its beginning."""
         each = socket.socket()
         each.settimeout(_PATIENCE)
         if not self._attack.more:
@@ -93,11 +93,11 @@ class _Clients:
         each.sendall(self._attack.first)
         each.setblocking(False)
         self._sockets[each.fileno()] = each
-        # What a server has to say to one that reads nothing is not heard, but its end is.
+        # A client that reads nothing does not read the server's answer, but notices when the server closes.
         self._poll.register(each, select.POLLIN if self._attack.more else select.POLLRDHUP)
 
     def go_on(self, until: float) -> None:
-        """Make those anew that the server has ended, until a moment."""
+        """Until a moment, make connections again that the server has ended."""
         while (left := until - time.monotonic()) > 0:
             for fd, _ in self._poll.poll(left * 1000):
                 if self._over(self._sockets[fd]):
@@ -107,7 +107,7 @@ class _Clients:
                     self.connect()
 
     def _over(self, each: socket.socket) -> bool:
-        """Whether the server has ended it; what it says is read, where something more is sent."""
+        """Whether the server has ended the connection; reads what the server sends if the client sends more."""
         if not self._attack.more:
             return True
         try:
@@ -120,17 +120,17 @@ class _Clients:
     def send(self) -> None:
         """Send the next byte on each connection."""
         for each in self._sockets.values():
-            with contextlib.suppress(OSError):  # its end is seen when it is read
+            with contextlib.suppress(OSError):  # reading notices the end
                 each.send(self._attack.more)
 
     def close(self) -> None:
-        """Leave."""
+        """Close all connections."""
         for each in self._sockets.values():
             each.close()
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Do as ordered."""
+    """Carry out the orders."""
     orders: dict[str, Any] = json.loads(arguments[0])
     attack = next(each for each in ATTACKS if each.name == orders["attack"])
     clients = _Clients((orders["host"], orders["port"]), attack)
@@ -138,7 +138,7 @@ def main(arguments: Sequence[str]) -> None:
         clients.connect()
     print(flush=True)
     while not select.select([sys.stdin], [], [], 0)[0]:
-        for _ in range(10):  # so that the end is heard soon
+        for _ in range(10):  # so that the end of standard input is noticed soon
             clients.go_on(time.monotonic() + 0.1)
             if select.select([sys.stdin], [], [], 0)[0]:
                 break

@@ -1,16 +1,16 @@
-"""HAProxy before several servers, in one process: a port for each way to learn that a server is leaving.
+"""HAProxy in front of several servers, in one process: one port for each way to learn that a server is leaving.
 
 ==============  ====================================================================================================
 agent           the server's own agent (``agent-check``) says drain, and up when it is back
-httpchk         HAProxy asks a path of the server
+httpchk         HAProxy requests a path of the server
 disable-on-404  the same, where 404 means that the server is leaving (``http-check disable-on-404``)
-runtime         who restarts a server tells HAProxy before and after (runtime API: ``set server``)
-kube            connections are passed on as they are and nothing is checked or tried again, as kube-proxy does; who
+runtime         the program that restarts a server tells HAProxy before and after (runtime API: ``set server``)
+kube            HAProxy passes connections on, and checks and retries nothing, as kube-proxy does; the program that
                 restarts a server tells HAProxy too late (`_kubelet.py`)
 ==============  ====================================================================================================
 
-Servers are checked each `INTER` milliseconds, and one that takes its time over a check, on a busy machine, is not taken
-for dead. Nothing but a refused connection is tried again.
+Servers are checked every `INTER` milliseconds; a slow check, on a busy machine, does not make a server count as dead.
+Only refused connections are tried again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Self
 INTER = 100
 _PATIENCE = 20.0
 _LOOK = 0.01
-"""Seconds between two looks at what HAProxy has found out."""
+"""Seconds between two looks at what HAProxy knows."""
 
 WAYS = ("agent", "httpchk", "disable-on-404", "runtime", "kube")
 _HEAD = """
@@ -67,12 +67,12 @@ _SERVER = {
 
 
 class BalancerError(Exception):
-    """HAProxy does not start, does not take a command, or never sees what it should; the message says what."""
+    """HAProxy does not start, refuses a command, or does not notice something in time; the message says what."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """A server behind HAProxy: its name, its port, and that of its agent if it has one."""
+    """A server behind HAProxy: its name, its port, and its agent's port if it has one."""
 
     name: str
     port: int
@@ -80,7 +80,7 @@ class Node:
 
 
 class Balancer:
-    """HAProxy, while it is open as a context manager; `ports` are those of the ways that clients may come."""
+    """HAProxy, while it is open as a context manager; `ports` has the client's port for each way."""
 
     def __init__(self, directory: Path, nodes: Sequence[Node], ports: dict[str, int], *, health: str) -> None:
         self.ports = ports
@@ -114,7 +114,7 @@ class Balancer:
         self._process.wait()
 
     def tell(self, command: str) -> str:
-        """Give a command to the runtime API; its answer."""
+        """Send a command to the runtime API, and return the answer."""
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(_PATIENCE)
             client.connect(str(self._socket))
@@ -122,12 +122,12 @@ class Balancer:
             return b"".join(iter(lambda: client.recv(65536), b"")).decode().strip()
 
     def put(self, way: str, name: str, state: str) -> None:
-        """Have a server of a way ready, in drain or in maint."""
+        """Set a server of a way to ready, drain or maint."""
         if said := self.tell(f"set server {way}/{name} state {state}"):
             raise BalancerError(f"HAProxy does not take {way}/{name} {state}: {said}")
 
     def states(self, column: str = "status") -> dict[tuple[str, str], str]:
-        """What HAProxy says of each server of each way: UP, DOWN, DRAIN, NOLB, MAINT or no check."""
+        """HAProxy's state of each server of each way: UP, DOWN, DRAIN, NOLB, MAINT or no check."""
         rows = csv.DictReader(self.tell("show stat").removeprefix("# ").splitlines())
         return {
             (row["pxname"], row["svname"]): row[column].partition(" (")[0]
@@ -136,7 +136,7 @@ class Balancer:
         }
 
     def wait(self, name: str, states: Collection[str], ways: Collection[str] = ()) -> float:
-        """Wait until a server is in one of the states, whichever way clients come; gives the seconds that it took."""
+        """Wait until a server is in one of the states for all `ways`; returns the seconds that it took."""
         began = time.monotonic()
         while True:
             found = self.states()
@@ -147,38 +147,38 @@ class Balancer:
             time.sleep(_LOOK)
 
     def wait_idle(self, way: str, name: str) -> None:
-        """Wait until a server of a way has no request in hand."""
+        """Wait until a server of a way has no running request."""
         until = time.monotonic() + _PATIENCE
         while self.states("scur")[way, name] != "0" and time.monotonic() < until:
             time.sleep(_LOOK)
 
 
 CHECKED = ("agent", "httpchk", "disable-on-404", "runtime")
-"""The ways in which HAProxy finds out by itself that a server is gone."""
+"""The ways in which HAProxy itself finds out that a server is gone."""
 READY = frozenset({"UP", "no check"})
-"""The states of a server that gets requests."""
+"""The states in which a server gets requests."""
 
 
 def wait_refused(port: int) -> None:
-    """Wait until nobody listens on a port: the last process that did is dead."""
+    """Wait until no process listens on a port any more."""
     until = time.monotonic() + _PATIENCE
     while time.monotonic() < until:
         try:
             socket.create_connection(("127.0.0.1", port), _PATIENCE).close()
         except ConnectionRefusedError:
             return
-        except OSError:  # it was accepted by the kernel, and died with its listener
+        except OSError:  # the kernel accepted it, and it ended with its listener
             pass
         time.sleep(_LOOK)
     raise BalancerError(f"something still listens on port {port}")
 
 
 def missing() -> list[str]:
-    """What is not installed."""
+    """The programs that are not installed."""
     return [] if shutil.which("haproxy") else ["haproxy"]
 
 
 def version() -> str:
-    """HAProxy's version, as it says it."""
+    """HAProxy's version."""
     said = subprocess.run(["haproxy", "-v"], capture_output=True, text=True, check=True).stdout
     return " ".join(said.split()[:3])

@@ -1,4 +1,4 @@
-"""What `speed.py` has measured, and the goals that flaskd is held to."""
+"""The results of `speed.py`, and the goals that flaskd must meet."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from _servers import median
 
 BASE = "waitress-serve"
 MOST_ACCEPTING = 2.0 / 5000
-"""Seconds for each of the idle connections, until all are accepted."""
+"""Seconds per idle connection, until all are accepted."""
 ACCEPTED_SOON = 2.0
-"""Seconds that may pass however few they are."""
+"""Seconds that are allowed for any number of idle connections."""
 LEAST_BESIDE = 0.95
-"""Of its throughput alone that one busy connection keeps beside the idle ones."""
+"""The part of its throughput that one busy connection keeps beside the idle ones."""
 MOST_MEMORY = 35.0
 """MiB after 256 busy connections."""
 MOST_SPREAD = 1.2
 """Jobs of the busiest of four workers ÷ those of the idlest."""
 MOST_JOB = 1.3
-"""Times its length within which 99 of 100 jobs are answered."""
+"""The time within which 99 of 100 jobs are answered ÷ the length of a job."""
 MOST_SUPERVISOR = 25.0
 """MiB of the supervisor."""
 MOST_SHARE = 0.01
-"""Of a core that an idle supervisor uses."""
+"""The part of a core that an idle supervisor uses."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure of a sample, and how it is shown: times `scale`, with so many digits."""
+    """A figure of a sample; it is shown multiplied by `scale`, with `digits` decimal places."""
 
     text: str
     title: str
@@ -46,7 +46,7 @@ P99 = Measure("p99", "99 of 100 requests are answered within, in ms", lambda eac
 
 @dataclass(frozen=True)
 class Goal:
-    """A ratio that is to be at least, or at most, so much: what `server` has under a load ÷ what `peer` has."""
+    """A limit for a ratio: the figure of `server` under a load ÷ that of `peer`."""
 
     load: str
     measure: Measure
@@ -57,7 +57,7 @@ class Goal:
 
     @property
     def text(self) -> str:
-        """As it is printed."""
+        """The goal as it is printed."""
         load = next(each for each in (*LOADS, COMPUTE) if each.name == self.load)
         whose = "" if self.server == "flaskd" else f" of {self.server}"
         return f"{load.text}: {self.measure.text}{whose} ÷ {self.peer}"
@@ -84,12 +84,12 @@ WORKER_GOALS = [
     Goal("compute", RATE, "gunicorn", least=1.0),
     Goal("16", RATE, "gunicorn", least=1.2),
 ]
-"""With two worker processes on two cores; they stand in the place of the others."""
+"""With two worker processes on two cores; they replace the other goals."""
 
 
 @dataclass
 class Results:
-    """What was measured, by load, or number of idle connections, and server, and then by run; and what could not be."""
+    """The figures by load or number of idle connections, server and run; and the measurements that failed."""
 
     samples: dict[tuple[str, str], dict[int, Sample]] = field(default_factory=dict)
     beside: dict[tuple[int, str], dict[int, Beside]] = field(default_factory=dict)
@@ -109,7 +109,7 @@ class Results:
         return round(median([one / other for one, other in both if other]), 2)
 
     def crowded(self, count: int, server: str, what: Callable[[Beside], float]) -> float:
-        """The median of the runs beside so many idle connections."""
+        """The median of the runs with this many idle connections."""
         return median([what(each) for each in self.beside.get((count, server), {}).values()])
 
     def of_balance(self, server: str, what: Callable[[Balance], float]) -> float:
@@ -122,7 +122,7 @@ class Results:
 
 
 def judge(results: Results, wanted: list[str], crowds: list[int], workers: int = 0) -> list[dict[str, Any]]:
-    """List flaskd's goals, each with its figure; what has no peer to be compared with is not judged."""
+    """The goals, each with its figure; a goal whose peer was not measured is left out."""
     goals: list[dict[str, Any]] = []
 
     def at(goal: str, figure: float, *, least: float | None = None, most: float | None = None) -> None:

@@ -1,24 +1,24 @@
-"""Clients that know exactly what became of each of their requests; run as a process of its own.
+"""Clients that record what became of each of their requests; run as a process of its own.
 
-``python _load.py ORDERS`` takes its orders as JSON, goes on until its standard input ends, lets each client finish what
-it has begun, and writes two lines to standard output: that it has begun, and its account as JSON. Raw sockets, so that
-nothing is retried or hidden:
+``python _load.py ORDERS`` takes its orders as JSON, goes on until its standard input ends, and lets each client finish
+its request. It writes two lines to standard output: that it has begun, and its account as JSON. It uses raw sockets, so
+that nothing is retried or hidden:
 
 ========  ==========================================================================================================
-answered  status 200, and the whole content that was expected
-refused   nobody listened (ECONNREFUSED); no connection was made
+answered  status 200, and the whole expected content
+refused   no process listened (ECONNREFUSED); no connection was made
 rejected  a whole 503: the client was told plainly
 raced     the request crossed the server's close on the wire (below)
 reset     the connection was made and ended before any byte of the response
-cut       it ended after the response had begun
-wrong     any other status, or content that was not what was expected
+cut       the connection ended after the response had begun
+wrong     any other status, or unexpected content
 ========  ==========================================================================================================
 
-``raced`` is narrow. The connection had carried a response before; it was open when the client looked, just before it
-sent; and the moment the send had returned, the server's FIN was there. On the loopback interface a send returns when
-the request lies in the server's socket, so a FIN that comes later was sent by a server that could have read it, and
-counts as ``reset``. So does every RST without a FIN before it: the kernel sends that when a server closes a connection
-whose request it has not read.
+``raced`` is narrow. The connection had carried a response before; it was open when the client checked, just before
+sending; and when the send had returned, the server's FIN was there. On the loopback interface a send returns when the
+request is in the server's socket. A FIN that comes later was therefore sent by a server that could have read the
+request, and counts as ``reset``. So does every RST without a FIN before it: the kernel sends it when a server closes a
+connection whose request it has not read.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ from app import PATTERN
 
 FATES = ("answered", "refused", "rejected", "raced", "reset", "cut", "wrong")
 LOST = ("reset", "cut", "wrong")
-"""What should not happen to a request whose connection was made; ``raced`` is shown beside it."""
+"""What should not happen to a request on an open connection; ``raced`` is shown in a column of its own."""
 
 PATIENCE = 30.0
-"""Seconds without progress after which a client gives up; silence counts as a reset or a cut."""
+"""Seconds without progress after which a client gives up; this counts as a reset or a cut."""
 _AFTER_REFUSAL = 0.02
 """Seconds until a refused client tries again."""
 _MOST_OPEN = 64
-"""Requests of the open loop that may wait at a time; arrivals beyond are left out, and counted."""
+"""How many requests of the open loop may wait at the same time; further arrivals are skipped and counted."""
 _RECEIVE = 65536
 _BIG = PATTERN * 3
 _MOST_LOSSES = 10_000
-"""Losses that are kept each with its moment."""
+"""How many losses are kept with their moments."""
 
 
 class Load:
-    """The clients, in a process of their own, from here on; `patience` replaces PATIENCE, `pause` is of paced ones."""
+    """The clients, in a process of their own; `patience` replaces PATIENCE, `pause` (seconds) is for paced ones."""
 
     def __init__(self, port: int, kind: str, clients: int, patience: float = PATIENCE, *, pause: float = 0.04) -> None:
         orders = {"host": "127.0.0.1", "port": port, "load": kind, "clients": clients, "patience": patience}
@@ -68,18 +68,18 @@ class Load:
         )
 
     def wait_begun(self) -> None:
-        """Wait until they are about to send."""
+        """Wait until the clients begin to send."""
         assert self._process.stdout is not None
         self._process.stdout.readline()
 
     def finish(self) -> dict[str, Any]:
-        """Let each client finish what it has begun, and return their account."""
+        """Let each client finish its request, and return the account."""
         out, _ = self._process.communicate(timeout=120)
         account: dict[str, Any] = json.loads(out.splitlines()[-1])
         return account
 
     def close(self) -> None:
-        """End it if it still lives."""
+        """End the process if it still runs."""
         if self._process.poll() is None:
             self._process.kill()
             self._process.communicate()
@@ -91,7 +91,7 @@ class BrokenOffError(Exception):
 
 @dataclass
 class Response:
-    """A response that came whole."""
+    """A complete response."""
 
     status: int
     headers: dict[str, str]
@@ -121,29 +121,29 @@ class Connection:
         self.keep = True
 
     async def open(self) -> None:
-        """Connect; raises what the kernel says."""
+        """Connect; raises the kernel's error."""
         async with asyncio.timeout(self._patience):
             from_own_address(self._socket)
             await self._loop.sock_connect(self._socket, self._address)
 
     def close(self) -> None:
-        """Close, without another look."""
+        """Close at once."""
         self._socket.close()
 
     def look(self) -> bool:
-        """Whether it is still open as far as this side knows; reads nothing."""
+        """Whether it is open as far as this side knows; reads nothing."""
         if not self._end:
             try:
                 if self._socket.recv(1, socket.MSG_PEEK) == b"":
                     self._end = "FIN"
             except BlockingIOError:
                 pass
-            except OSError:  # the kernel tells this once only, so it is kept
+            except OSError:  # the kernel reports it only once, so it is kept
                 self._end = "RST"
         return not self._end
 
     async def send(self, data: bytes, *, first: bool = False) -> None:
-        """Send; with `first`, see whether the server's close crossed. A failure shows when the response is read."""
+        """Send; `first` checks whether the server's close crossed. A failure shows when the response is read."""
         if first:
             self.begun = self.crossed = False
         try:
@@ -186,7 +186,7 @@ class Connection:
         return data
 
     async def response(self) -> Response:
-        """Read one response, interim ones included; raises BrokenOffError when it does not come whole."""
+        """Read one response and its interim ones; raises BrokenOffError if it does not come whole."""
         self.begun = bool(self._buffer)
         status_line = await self._line()
         if not status_line.startswith(b"HTTP/1."):
@@ -202,7 +202,7 @@ class Connection:
         elif "content-length" in headers:
             body = await self._exactly(int(headers["content-length"]))
         else:
-            raise ValueError("a response without a length")  # nothing could tell whether it came whole
+            raise ValueError("a response without a length")  # then it is not known whether it came whole
         self.responses += 1
         self.keep = "close" not in headers.get("connection", "").lower()
         return Response(status, headers, body)
@@ -220,7 +220,7 @@ class Connection:
 
 @dataclass
 class Account:
-    """What became of the requests; `requests` is counted before anything is sent, the fates afterwards."""
+    """What became of the requests; `requests` is counted before sending, the fates afterwards."""
 
     requests: int = 0
     fates: Counter[str] = field(default_factory=Counter)
@@ -247,7 +247,7 @@ class Account:
         self.silence, self._answered = max(self.silence, now - self._answered), now
 
     def as_json(self) -> dict[str, Any]:
-        """As it is handed over; `silence` is the longest time without an answer to any client, in seconds."""
+        """The account as JSON; `silence` is the longest time in which no client got an answer, in seconds."""
         self._end_silence()
         return {
             "requests": self.requests,
@@ -261,7 +261,7 @@ class Account:
 
 @dataclass
 class Exchange:
-    """What is sent on one connection at a time, and what must come back: one expected body for each request."""
+    """What is sent at once on one connection, and one expected body for each request in it."""
 
     parts: Sequence[bytes | float]
     expected: Sequence[bytes]
@@ -269,7 +269,7 @@ class Exchange:
 
     @property
     def targets(self) -> list[str]:
-        """What each request asks for."""
+        """The target of each request."""
         heads = self.parts[0]
         assert isinstance(heads, bytes)
         return [each.decode() for each in re.findall(rb"(?:GET|POST) (\S+) HTTP/1.1\r\n", heads)]
@@ -284,7 +284,7 @@ def _post(target: str, length: int, more: str = "") -> bytes:
 
 
 class Clients:
-    """Closed loops (each sends its next when the former is answered) and one open loop (Poisson arrivals)."""
+    """Closed loops (each sends its next request after the answer) and one open loop (Poisson arrivals)."""
 
     def __init__(self, address: tuple[str, int], patience: float = PATIENCE) -> None:
         self.account = Account()
@@ -339,7 +339,7 @@ class Clients:
     # --- how it is sent -----------------------------------------------------------------------------------------
 
     async def _connect(self, kind: str, **options: Any) -> Connection | None:
-        """Connect for one request, which is entered here when that fails."""
+        """Connect for one request; enters the request if that fails."""
         connection, began = Connection(self._address, patience=self._patience, **options), time.time()
         try:
             await connection.open()
@@ -349,7 +349,7 @@ class Clients:
             self._enter_unsent("reset", kind, "RST while connecting", began)
         except TimeoutError:
             self._enter_unsent("reset", kind, "silence while connecting", began)
-        except OSError:  # this machine's own limits: there is no request to account for
+        except OSError:  # a limit of this machine: there is no request to count
             pass
         else:
             return connection
@@ -394,7 +394,7 @@ class Clients:
         return False
 
     async def _send(self, connection: Connection, what: Exchange) -> Response | None:
-        """Send it all, or, where a 100 is waited for and another response comes, the head alone."""
+        """Send it all, or only the head, if a 100 is awaited and another response comes."""
         first = True
         for part in what.parts:
             if isinstance(part, float):
@@ -411,10 +411,10 @@ class Clients:
     async def closed_loop(
         self, kind: str, make: Callable[[], Exchange], *, keep: bool = True, pause: float = 0.0, **options: Any
     ) -> None:
-        """Send the next when the former is answered, until told to stop."""
+        """Send the next request after each answer, until told to stop."""
         connection: Connection | None = None
         while not self.stopping.is_set():
-            what = make()  # before the look: nothing must take time between that and the sending
+            what = make()  # before the check, so that sending follows the check at once
             if connection is None or not connection.look():
                 if connection is not None:
                     connection.close()
@@ -430,7 +430,7 @@ class Clients:
             connection.close()
 
     async def open_loop(self, rate: float, make: Callable[[], Exchange] | None = None) -> None:
-        """Send at `rate` requests a second whatever becomes of the former ones, on idle connections where there are."""
+        """Send `rate` requests a second, whatever becomes of earlier ones, on idle connections if there are any."""
         due = time.monotonic()
         while not self.stopping.is_set():
             due += self._random.expovariate(rate)
@@ -461,7 +461,7 @@ class Clients:
             connection.close()
 
     def mixed(self, count: int, *, plain: bool = False) -> list[Coroutine[Any, Any, None]]:
-        """Give `count` clients of eight kinds, in turn, and the open loop at two arrivals a second for each.
+        """Give `count` clients of eight kinds in turn, and the open loop with two arrivals a second for each.
 
         With `plain` there are six kinds, without what some servers never answer: pipelining, and Expect.
         """
@@ -480,7 +480,7 @@ class Clients:
         return [kinds[number % len(kinds)]() for number in range(count)] + [self.open_loop(2.0 * count)]
 
     def paced(self, count: int, pause: float) -> list[Coroutine[Any, Any, None]]:
-        """Give `count` clients that pause up to `pause` seconds: kept-alive, fresh, slow and posting ones, in turn."""
+        """Give `count` clients that pause up to `pause` seconds: kept-alive, fresh, slow and posting ones in turn."""
         kinds: list[tuple[str, Callable[[], Exchange], bool]] = [
             ("keep-alive", self._keepalive, True),
             ("fresh", self._hello, False),
@@ -491,7 +491,7 @@ class Clients:
         return [self.closed_loop(kind, make, keep=keep, pause=pause) for kind, make, keep in chosen]
 
     def leaking(self, rate: int) -> list[Coroutine[Any, Any, None]]:
-        """Give an open loop of so many requests a second, each of which leaks."""
+        """Give an open loop of `rate` requests a second, each of which leaks memory."""
         return [self.open_loop(rate, self._leak)]
 
     def connecting(self, count: int) -> list[Coroutine[Any, Any, None]]:

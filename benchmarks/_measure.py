@@ -1,4 +1,4 @@
-"""The loads that `speed.py` puts a server under, the clients that make them, and what is measured meanwhile."""
+"""The loads of `speed.py`, the clients that make them, and what is measured meanwhile."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ BROWSER = (
     "Accept-Language: en-GB,en;q=0.9,de;q=0.8",
     "Cookie: session=eyJ1c2VyIjo0Mn0.aB3dE5.q1W2e3R4t5Y6u7I8o9P0aSdFgHj; theme=dark",
 )
-"""What a browser sends, beside Host: 14 lines together."""
+"""The head that a browser sends, without Host: 14 lines together."""
 
 LOGGED = "flaskd+log"
 """The variant of flaskd that writes an access log."""
@@ -45,17 +45,17 @@ _ACCEPTED_WITHIN = 45.0
 _WARM_UP = 0.3
 """Seconds."""
 _IDLE_TIMES = 3
-"""Times the length of a load that a server is left alone."""
+"""A server is left alone for this many times the length of a load."""
 _SLEEPERS = 2
 _SLEEP = "/slow?seconds=0.05"
 
 
 @dataclass(frozen=True)
 class Load:
-    """So many busy connections, asking for `target`, with a body of so many bytes.
+    """A number of busy connections that request `target` with a body of `body` bytes.
 
-    `sleepers` are clients beside them that ask for 50 ms of sleep all the time and are not measured; `logged` is a load
-    that flaskd is measured under with its access log, too.
+    `sleepers` are further clients that constantly request 50 ms of sleep and are not measured. A `logged` load is also
+    measured with flaskd's access log.
     """
 
     name: str
@@ -85,21 +85,21 @@ LOADS = [
 ONE = "one worker"
 """The variant of flaskd with one worker process."""
 COMPUTE = Load("compute", "5 ms of computing, 16 connections", 16, "/compute?ms=5")
-"""Only with worker processes: so long that the client's share of the machine is small."""
+"""Only with worker processes. It takes so long that the client uses little of the machine."""
 JOB = 0.010
 """Seconds of sleep in each job of the balance."""
 BALANCED = Served(workers=4, threads=4)
 JOBS_AT_A_TIME = 14
 """Two less than there are threads."""
 _FULLEST = next(each for each in LOADS if each.name == "256")
-"""After it the memory is read."""
+"""The memory is read after it."""
 
 
 @dataclass
 class Sample:
-    """What one load gave: `cpu` is seconds of the server's, `p99` seconds until 99 of 100 requests were answered.
+    """The result of one load: `cpu` is CPU seconds of the server, `p99` the seconds for 99 of 100 answers.
 
-    `slept` counts the answers that the sleepers beside it had.
+    `slept` counts the answers that the sleepers got.
     """
 
     requests: int
@@ -133,21 +133,21 @@ class Beside:
 
 @dataclass
 class Balance:
-    """How four workers shared short jobs: how many each had, and the seconds in which 99 of 100 were answered."""
+    """How four workers shared short jobs: the number that each did, and the seconds for 99 of 100 answers."""
 
     jobs: dict[str, int]
     p99: float
 
     @property
     def spread(self) -> float:
-        """Of the busiest ÷ the idlest worker."""
+        """Jobs of the busiest worker ÷ those of the idlest."""
         shares = [*self.jobs.values(), *[0] * (BALANCED.workers - len(self.jobs))]
         return max(shares) / min(shares) if min(shares) else float("inf")
 
 
 @dataclass
 class Supervisor:
-    """The first process of an idle server with workers: its MiB (Pss), and its share of a core."""
+    """The first process of an idle server with workers: its MiB (Pss), and the part of a core that it uses."""
 
     memory: float
     share: float
@@ -159,12 +159,12 @@ def one_worker(flaskd: Server) -> Server:
 
 
 def logged(flaskd: Server) -> Server:
-    """Make the variant that writes an access log, to the file where its log goes."""
+    """Make the variant that writes an access log, to its log file."""
     return dataclasses.replace(flaskd, name=LOGGED, access="combined")
 
 
 def before(checkout: Path) -> Server:
-    """Make the variant of another commit, which is run from its checkout."""
+    """Make the variant of another commit, which runs from its checkout."""
     return dataclasses.replace(SERVERS["flaskd"], name="before", checkout=checkout)
 
 
@@ -183,7 +183,7 @@ def _wrk(port: int, load: Load, seconds: float) -> dict[str, Any]:
 
 
 def told(out: str, seconds: float) -> dict[str, Any]:
-    """Read what wrk says; raises ValueError when it says something else."""
+    """Read the output of wrk; raises ValueError if it has another form."""
     counted = re.search(r"(\d+) requests in ", out)
     rate = re.search(r"Requests/sec: +([0-9.]+)", out)
     p99 = re.search(r"^ +99% +([0-9.]+)(us|ms|s|m) *$", out, re.MULTILINE)
@@ -192,7 +192,7 @@ def told(out: str, seconds: float) -> dict[str, Any]:
     failed = re.search(r"Non-2xx or 3xx responses: (\d+)", out)
     broken = re.search(r"connect (\d+), read (\d+), write (\d+), timeout (\d+)", out)
     failures = (int(failed[1]) if failed else 0) + (sum(map(int, broken.groups())) if broken else 0)
-    # It is some milliseconds late at its end, and says in its rate by how much.
+    # wrk ends some milliseconds late; its rate is computed with the real length.
     took = int(counted[1]) / float(rate[1]) if float(rate[1]) else seconds
     latency = float(p99[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0}[p99[2]]
     return {"requests": int(counted[1]), "failed": failures, "seconds": took, "p99": latency}
@@ -210,12 +210,12 @@ CLIENTS = {"wrk": _wrk, "own": _own}
 
 
 def warm_up(server: Running) -> None:
-    """Have a server answer some requests that do not count; raises NotReadyError when it does not."""
+    """Send some requests that do not count; raises NotReadyError if the server does not answer."""
     _count(server, LOADS[0], "own", _WARM_UP)
 
 
 def sample(server: Running, load: Load, options: argparse.Namespace) -> Sample:
-    """Put a server under a load for some seconds; raises NotReadyError when that cannot be done."""
+    """Put a server under a load for some seconds; raises NotReadyError if that fails."""
     with contextlib.ExitStack() as stack:
         slept = []
         if load.sleepers:
@@ -239,7 +239,7 @@ def _count(server: Running, load: Load, client: str, seconds: float) -> dict[str
 
 
 def beside(server: Running, count: int, options: argparse.Namespace) -> Beside:
-    """Measure one busy connection alone, then beside so many that say nothing."""
+    """Measure one busy connection alone, then beside `count` connections that send nothing."""
     alone = sample(server, LOADS[0], options)
     with Crowd((HOST, server.port), count) as crowd:
         server.wait_connections(count, _ACCEPTED_WITHIN - crowd.age)
@@ -266,7 +266,7 @@ def balance(server: Server, options: argparse.Namespace) -> Balance:
 
 
 def supervisor(server: Server, options: argparse.Namespace) -> Supervisor:
-    """Leave a server with workers alone for some seconds, and see what its first process has and does."""
+    """Leave a server with workers alone for some seconds, and measure its first process."""
     with running(server, free_port(), served=Served(workers=options.workers)) as each:
         time.sleep(_WARM_UP)
         pid, began, used = each.process.pid, time.monotonic(), cpu_of(each.process.pid)
@@ -276,7 +276,7 @@ def supervisor(server: Server, options: argparse.Namespace) -> Supervisor:
 
 
 def memory(server: Server, options: argparse.Namespace) -> float:
-    """Measure the MiB that a server of its own has after 256 busy connections: no other shares its pages meanwhile."""
+    """MiB of a server after 256 busy connections; no other server runs meanwhile that could share its pages."""
     with running(server, free_port(), served=Served(workers=options.workers)) as each:
         sample(each, _FULLEST, options)
         return each.memory()

@@ -1,4 +1,4 @@
-"""What the kernel tells about processes and connections: proc(5)."""
+"""What the kernel says about processes and connections: proc(5)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def memory_of(pid: int) -> float:
-    """MiB of memory of a process, what it shares counted in parts: proc_pid_smaps_rollup(5)."""
+    """MiB of memory of a process, shared pages counted in parts: proc_pid_smaps_rollup(5)."""
     return int(Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").partition("\nPss:")[2].split()[0]) / 1024
 
 
@@ -19,12 +19,12 @@ def cpu_of(pid: int) -> float:
 
 
 def group(leader: int) -> list[int]:
-    """List the processes of a group in this session: what a server has started and left behind, too."""
+    """The processes of a group in this session, also those that a server has started and left behind."""
     found, session = [], os.getsid(0)
     for each in Path("/proc").iterdir():
         if each.name.isdecimal():
             with contextlib.suppress(OSError):
-                # The fields behind the name: state, parent, group, session.
+                # The fields after the name: state, parent, group, session.
                 words = (each / "stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
                 if (int(words[2]), int(words[3])) == (leader, session):
                     found.append(int(each.name))
@@ -38,7 +38,7 @@ def accepted(line: str) -> bool:
 
 
 def children(pid: int) -> list[int]:
-    """List the processes that a process has started and not reaped; none when it is gone."""
+    """The children of a process that it has not reaped; none if the process is gone."""
     with contextlib.suppress(OSError):
         tasks = list(Path(f"/proc/{pid}/task").iterdir())
         return [int(each) for task in tasks for each in (task / "children").read_text(encoding="ascii").split()]

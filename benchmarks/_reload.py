@@ -1,4 +1,4 @@
-"""New code, good and bad, for a server that goes on serving meanwhile, and how each server is told of it."""
+"""Good and bad new code for a server that goes on serving, and how each server is told to reload."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from _servers import TOUCHED, Running, Served
 
 MODULE = "served"
-"""The module that has the app's code in one version after another."""
+"""The module that contains the app's code, in one version after another."""
 EXIT_OF_BAD_CODE = 70
-"""What `flaskd reload` exits with, when the new workers did not become ready."""
+"""The exit code of `flaskd reload` if the new workers did not become ready."""
 
 
 @dataclass(frozen=True)
 class Code:
-    """A kind of new code: what it does before it has the app, and then; `says` is what the refusal has to name."""
+    """A kind of new code: what it does before and after it imports the app; the refusal must contain `says`."""
 
     name: str
     text: str
@@ -29,7 +29,7 @@ class Code:
     says: str = ""
 
     def version(self, version: str) -> str:
-        """Write it down as a module."""
+        """The source of the module with this version."""
         return "\n".join(
             [self.first, "import app as plain", f"plain.VERSION = '{version}'", "app = plain.app", self.then]
         )
@@ -49,30 +49,30 @@ BAD = [each for each in KINDS if not each.good]
 
 
 def serving(workers: int, threads: int) -> Served:
-    """Say how the module is served."""
+    """How the module is served."""
     return Served(module=MODULE, workers=workers, threads=threads)
 
 
 def config(start_timeout: float) -> str:
-    """Give flaskd's configuration: a worker is ready when it has answered, within some seconds."""
+    """The configuration of flaskd: a worker must answer a request within `start_timeout` seconds."""
     return f"health: {{probe: /version}}\npool: {{start_timeout: {start_timeout:g}s}}\n"
 
 
 def put(server: Running, code: Code, version: str) -> None:
-    """Put new code in the place of the old one, at once."""
+    """Replace the old code by new code, in one step."""
     beside = server.directory / "new"
     beside.write_text(code.version(version), encoding="utf-8")
     beside.replace(server.directory / f"{MODULE}.py")
 
 
 def versions(server: Running, times: int = 10, patience: float = 3.0) -> set[tuple[int, str]]:
-    """Tell the statuses and versions that so many connections get, one after the other; none when nothing answers."""
+    """The statuses and versions that `times` connections get, one after the other; none if nothing answers."""
     found: set[tuple[int, str]] = set()
     for _ in range(times):
         try:
             status, body = server.ask("/version", patience)
         except (OSError, ValueError):
-            if not found:  # one that does not answer at all need not be asked as often
+            if not found:  # a server that does not answer is asked less often
                 break
         else:
             found.add((status, body.decode(errors="replace")))
@@ -80,7 +80,7 @@ def versions(server: Running, times: int = 10, patience: float = 3.0) -> set[tup
 
 
 def taken_over(server: Running, old: list[int], version: str) -> bool:
-    """Whether no old worker is left, and all connections are answered by new code."""
+    """Whether no old worker is left, and new code answers all connections."""
     if len(server.workers) < server.served.workers or set(old) & set(server.workers):
         return False
     return {told for _, told in versions(server, 4)} == {version}
@@ -108,4 +108,4 @@ RELOADS: dict[str, Callable[[Running, float], subprocess.CompletedProcess[str] |
     "uvicorn": _signal,
     "uwsgi": _touch,
 }
-"""How each server is told; a command is waited for, within some seconds, and returned."""
+"""How each server is told to reload; a command is waited for, up to `patience` seconds, and returned."""

@@ -1,4 +1,4 @@
-"""The servers that are measured, each started as its users start it, and the tables that are printed."""
+"""The measured servers, each started as its users start it, and the printed tables."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from app import THREADS
 HERE = Path(__file__).resolve().parent
 HOST = "127.0.0.1"
 PATIENCE = 20.0
-"""Seconds that a server gets to become ready."""
+"""Seconds within which a server must become ready."""
 EXIT_PATIENCE = 60.0
-"""Seconds that a server gets to exit before it is killed, and the figure is wrong."""
+"""Seconds within which a server must exit; then it is killed, and the figure is wrong."""
 NOBODY = 65534
 TOUCHED = "touched"
-"""The file, in its directory, by which uWSGI is told to reload."""
+"""The file in uWSGI's directory that tells it to reload."""
 
 _INHERIT = (
     "import os, sys; fd = int(sys.argv[1]); os.dup2(fd, 3); fd == 3 or os.close(fd);"
     "os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid())); os.execv(sys.argv[2], sys.argv[2:])"
 )
-"""Becomes the server with the listener as descriptor 3: sd_listen_fds(3)."""
+"""Becomes the server, with the listener as descriptor 3: sd_listen_fds(3)."""
 _WAITRESS_ON_3 = (
     "import socket, waitress; from app import app;"
     f"waitress.serve(app, sockets=[socket.socket(fileno=3)], threads={THREADS}, connection_limit=20000, "
@@ -55,9 +55,9 @@ class NotReadyError(Exception):
 
 @dataclass(frozen=True)
 class Served:
-    """What a server serves: a callable of a module, by so many threads in each of so many worker processes.
+    """What a server serves: a callable of a module, with a number of threads in each of its worker processes.
 
-    With 0 workers flaskd serves in its own process, and each of the others as it does with one worker.
+    With 0 workers flaskd serves in its own process, and each other server with one worker.
     """
 
     app: str = "app"
@@ -67,12 +67,12 @@ class Served:
 
     @property
     def target(self) -> str:
-        """As servers are told."""
+        """The app as servers are told."""
         return f"{self.module}:{self.app}"
 
     @property
     def processes(self) -> int:
-        """How many processes run the app, in a server that can have several."""
+        """How many processes run the app in a server that can have several."""
         return max(1, self.workers)
 
 
@@ -83,9 +83,9 @@ FLASK = Served()
 class Server:
     """A server; `bound` gives its arguments for a port of its own, `inherited` those for an inherited listener.
 
-    `access` is the format of flaskd's access log; the others write none. `checkout` is where flaskd is imported from,
-    when that is not the one that is installed. `core` is the one that the server may run on, when not on all. `pooled`
-    is a server that can have several worker processes, `workers` how many it has whatever is asked for.
+    `access` is the format of flaskd's access log; the others write none. `checkout` is the directory from which flaskd
+    is imported, if it is not the installed one. `core` is the CPU on which the server runs, if it may not use all.
+    `pooled`: whether it can have several worker processes; `workers` is how many it has, whatever is asked for.
     """
 
     name: str
@@ -100,12 +100,12 @@ class Server:
 
     @property
     def path(self) -> str:
-        """PYTHONPATH, as it is started."""
+        """PYTHONPATH for its process."""
         return os.pathsep.join(map(str, (self.checkout, HERE) if self.checkout else (HERE,)))
 
     @property
     def missing(self) -> list[str]:
-        """What is not installed of it."""
+        """What of it is not installed."""
         return [each for each in self.modules if importlib.util.find_spec(each) is None]
 
 
@@ -115,7 +115,7 @@ def _flaskd(served: Served, *more: str) -> list[str]:
 
 
 def _waitress(port: int, served: Served) -> list[str]:
-    # Without the latter two it takes 100 connections and fails on descriptors above 1023.
+    # Without the latter two it accepts 100 connections and fails on descriptors above 1023.
     limits = ["--connection-limit=20000", "--asyncore-use-poll"]
     return ["-m", "waitress", f"--listen={HOST}:{port}", f"--threads={served.threads}", *limits, served.target]
 
@@ -128,7 +128,7 @@ def _gunicorn(served: Served, *more: str) -> list[str]:
 
 
 def _uvicorn(served: Served, *more: str) -> list[str]:
-    # What it serves is told to app:asgi by the environment.
+    # The environment tells app:asgi what to serve.
     options = ["--no-access-log", "--timeout-graceful-shutdown", "30", "--workers", str(served.processes)]
     return ["-m", "uvicorn", "--factory", "app:asgi", *options, *more]
 
@@ -136,16 +136,16 @@ def _uvicorn(served: Served, *more: str) -> list[str]:
 def _granian(port: int, served: Served) -> list[str]:
     options = ["--interface", "wsgi", "--workers", str(served.processes), "--no-ws"]
     options += ["--blocking-threads", str(served.threads)]
-    options += ["--backpressure", "20000"]  # it takes no more connections than that, else 1024
+    options += ["--backpressure", "20000"]  # the most connections; its default is 1024
     return ["-m", "granian", *options, "--host", HOST, "--port", str(port), served.target]
 
 
 def _uwsgi(port: int, served: Served) -> list[str]:
-    # Its router is what speaks HTTP to clients; the hook is its recipe for a SIGTERM that lets requests finish.
+    # uWSGI's router speaks HTTP to clients; the hook is its recipe for a SIGTERM that lets requests finish.
     options = ["--master", "--enable-threads", "--threads", str(served.threads), "--need-app", "--disable-logging"]
     options += ["--http-keepalive", "--http-auto-chunked", "--listen", "1024", "--virtualenv", sys.prefix]
     options += ["--hook-master-start", "unix_signal:15 gracefully_kill_them_all"]
-    if served.workers:  # as the others: each worker imports the app, so that new code can come by one after the other
+    if served.workers:  # like the others, each worker imports the app, so that a reload can replace them one by one
         options += ["--processes", str(served.workers), "--lazy-apps", "--touch-chain-reload", TOUCHED]
     program = str(Path(sys.executable).with_name("uwsgi"))
     become = "import os, sys; os.execv(sys.argv[1], sys.argv[1:])"
@@ -171,7 +171,7 @@ SERVERS = {
 
 
 def chosen(names: str) -> list[Server]:
-    """Find the servers named, separated by commas, and say which are left out because they are not installed."""
+    """The named servers, separated by commas; prints which are left out because they are not installed."""
     wanted = []
     for name in names.split(","):
         if name not in SERVERS:
@@ -184,7 +184,7 @@ def chosen(names: str) -> list[Server]:
 
 
 def take_workers(parser: argparse.ArgumentParser, default: int = 0) -> None:
-    """Have a command take ``--workers``."""
+    """Add the option ``--workers`` to a command."""
     parser.add_argument(
         "--workers",
         type=_count,
@@ -201,13 +201,13 @@ def _count(text: str) -> int:
 
 
 def open_many_files() -> None:
-    """Raise the limit of open files as far as it goes, for thousands of connections here and in the servers."""
+    """Raise the limit of open files to its maximum, for thousands of connections here and in the servers."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def free_port() -> int:
-    """Find a port that no client is given as its own: one of those could connect to itself while nobody listens."""
+    """A port outside of the range for clients: a client on it could connect to itself while no server listens."""
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
     while True:
         port = random.randrange(10_000, max(10_001, lowest))
@@ -217,10 +217,10 @@ def free_port() -> int:
 
 
 class Running:
-    """A server process in a directory of its own; `listener` is inherited, else it binds `port`.
+    """A server process in a directory of its own; it inherits `listener`, or binds `port`.
 
-    `config` is flaskd's configuration beyond the access log. `modules` are files of Python, by their names, that the
-    app may import.
+    `config` is flaskd's configuration apart from the access log. `modules` are Python files, by name, that the app may
+    import.
     """
 
     def __init__(
@@ -281,10 +281,10 @@ class Running:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    process_group=0,  # by which close() finds what outlives the first process
+                    process_group=0,  # with it close() finds processes that outlive the first one
                     **options,
                 )
-            if server.core is not None:  # soon enough: its threads, and all that it starts, have it from here
+            if server.core is not None:  # its threads and children inherit it
                 os.sched_setaffinity(self.process.pid, {server.core})
         except PermissionError as error:
             shutil.rmtree(self.directory)
@@ -294,23 +294,23 @@ class Running:
 
     @property
     def log(self) -> Path:
-        """What it has said, and flaskd's access log."""
+        """Its output, and flaskd's access log."""
         return self.directory / "log"
 
     @property
     def notes(self) -> Path:
-        """What `app:noted` notes."""
+        """The file that `app:noted` writes."""
         return self.directory / "notes"
 
     @property
     def control(self) -> Path:
-        """Where flaskd's control socket is."""
+        """The path of flaskd's control socket."""
         return self.directory / "run" / "control.sock"
 
     def wait_ready(self, look: float = 0.01) -> None:
         """Wait until it answers 200, asking every `look` seconds, and until each of its workers has the app.
 
-        Raises NotReadyError with what it logged.
+        Raises NotReadyError with its log.
         """
         until = time.monotonic() + PATIENCE
         while time.monotonic() < until and self.process.poll() is None:
@@ -328,7 +328,7 @@ class Running:
             raise NotReadyError(f"{self.name} did not become ready: {' | '.join(log) or 'it logged nothing'}")
 
     def wait_workers(self, count: int, until: float) -> bool:
-        """Wait until so many of its processes have imported the app; returns whether they have before a moment."""
+        """Wait until `count` of its processes have imported the app; False if that takes longer than `until`."""
         while time.monotonic() < until and self.process.poll() is None:
             if count == 1 or len(self.workers) >= count:
                 return True
@@ -337,20 +337,20 @@ class Running:
 
     @property
     def workers(self) -> list[int]:
-        """Its processes that have imported the app, beside the first one where there are several."""
+        """Its processes that have imported the app, without the first process if there are several."""
         alive = self.pids[1:] if self._processes > 1 else self.pids
         return [pid for pid in dict.fromkeys(self._importers()) if pid in alive]
 
     @property
     def imports(self) -> int:
-        """How often one of its processes has imported the app."""
+        """How many times one of its processes has imported the app."""
         return len(self._importers())
 
     def _importers(self) -> list[int]:
         return [int(pid) for pid in self._imported.read_text().split()] if self._imported.exists() else []
 
     def ask(self, target: str, patience: float) -> tuple[int, bytes]:
-        """Ask on a connection of its own; returns status and body, raises OSError or ValueError when none comes."""
+        """Send a request on a new connection; returns status and body, raises OSError or ValueError if none comes."""
         with socket.create_connection((HOST, self.port), timeout=patience) as client:
             client.sendall(f"GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
             head, end, body = b"".join(iter(lambda: client.recv(65536), b"")).partition(b"\r\n\r\n")
@@ -359,13 +359,13 @@ class Running:
         return int(head.split()[1]), body
 
     def flaskd(self, *arguments: str, patience: float = 120.0) -> subprocess.CompletedProcess[str]:
-        """Run a command of flaskd's that talks to it."""
+        """Run a flaskd command that talks to it."""
         argv = [sys.executable, "-m", "flaskd", *arguments, "--socket", str(self.control)]
         env = os.environ | {"PYTHONPATH": self._path, "PYTHONDONTWRITEBYTECODE": "1"}
         return subprocess.run(argv, env=env, cwd="/", capture_output=True, text=True, timeout=patience, check=False)
 
     def terminate(self) -> float:
-        """Send SIGTERM and return the moment; raises NotReadyError when it has exited already."""
+        """Send SIGTERM and return the moment; raises NotReadyError if it has exited already."""
         if self.process.poll() is not None:
             raise NotReadyError(f"{self.name} has exited before")
         moment = time.monotonic()
@@ -373,7 +373,7 @@ class Running:
         return moment
 
     def wait_exit(self, since: float, patience: float = EXIT_PATIENCE) -> float:
-        """Wait until it has exited and return the seconds since a moment; infinite when it had to be killed."""
+        """Wait until it has exited and return the seconds since a moment; infinite if it had to be killed."""
         exited = os.pidfd_open(self.process.pid)  # Popen.wait() with a timeout is up to 50 ms late
         try:
             watch = select.poll()
@@ -388,7 +388,7 @@ class Running:
 
     @property
     def pids(self) -> list[int]:
-        """Its process and all that descend from it."""
+        """Its process and all descendants."""
         found = [self.process.pid]
         for pid in found:
             found += children(pid)
@@ -403,18 +403,18 @@ class Running:
         return used / os.sysconf("SC_CLK_TCK")
 
     def memory(self) -> float:
-        """MiB of memory that it and its children have, what they share counted in parts: proc_pid_smaps_rollup(5)."""
+        """MiB of memory that it and its children have, shared pages counted in parts: proc_pid_smaps_rollup(5)."""
         return sum(memory_of(pid) for pid in self.pids)
 
     def connections(self) -> int:
-        """How many connections it has accepted and not closed: in proc_net(5), those in a backlog have inode 0."""
+        """How many open connections it has accepted: in proc_net(5), those in a backlog have inode 0."""
         where = f"{self.port:04X} "
         lines = Path("/proc/self/net/tcp").read_text(encoding="ascii").splitlines()[1:]
         # The fields: number, local address, remote address, state (01 is ESTABLISHED), five more, inode.
         return sum(line.partition(":")[2].partition(":")[2].startswith(where) and accepted(line) for line in lines)
 
     def wait_connections(self, count: int, patience: float) -> None:
-        """Wait until it has accepted so many connections that are still open; raises NotReadyError."""
+        """Wait until it has accepted `count` connections that are still open; raises NotReadyError."""
         until = time.monotonic() + patience
         while (now := self.connections()) < count:
             if time.monotonic() > until:
@@ -422,7 +422,7 @@ class Running:
             time.sleep(0.02)
 
     def close(self) -> None:
-        """Kill what still lives of it, and remove its directory."""
+        """Kill its remaining processes, and remove its directory."""
         if self.process.poll() is None:
             for child in self.pids[1:]:
                 with contextlib.suppress(ProcessLookupError):
@@ -440,7 +440,7 @@ class Running:
 
 @contextlib.contextmanager
 def running(server: Server, port: int, listener: socket.socket | None = None, **options: Any) -> Iterator[Running]:
-    """Start a server, wait until it is ready, and see to it that nothing is left of it; the options are Running's."""
+    """Start a server, wait until it is ready, and close it at the end; the options are those of Running."""
     each = Running(server, port, listener, **options)
     try:
         each.wait_ready()
@@ -450,17 +450,17 @@ def running(server: Server, port: int, listener: socket.socket | None = None, **
 
 
 def median(values: Sequence[float]) -> float:
-    """Compute the median; not a number when there is nothing."""
+    """The median; not a number if there are no values."""
     return statistics.median(values) if values else float("nan")
 
 
 def percentile(values: Sequence[float], hundredth: int) -> float:
-    """The value that so many hundredths of all do not exceed."""
+    """The value that this many hundredths of all values do not exceed."""
     return sorted(values)[max(0, -(-len(values) * hundredth // 100) - 1)]
 
 
 def environment() -> str:
-    """Say on what the figures were taken, in one line."""
+    """The versions and the machine on which the figures were taken, in one line."""
     versions = []
     for module in ("flaskd", "waitress", "gunicorn", "uvicorn", "a2wsgi", "granian", "uwsgi", "flask", "httptools"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -471,7 +471,7 @@ def environment() -> str:
 
 
 def table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out a table: the first column to the left, numbers to the right."""
+    """A table: the first column to the left, numbers to the right."""
     lines = [list(headers), *[list(row) for row in rows]]
     widths = [max(len(line[column]) for line in lines) for column in range(len(headers))]
 

@@ -1,8 +1,8 @@
-"""Plain connections for the benchmarks, and a generator of load; run as a process of its own it is the latter.
+"""Plain connections for the benchmarks, and a load generator; run as a process of its own it is the latter.
 
-``python _wire.py ORDERS`` takes its orders as JSON, drives the server for some seconds, each connection sending its
-next request when the former is answered, and writes what it counted as JSON to standard output. It spends some 15 µs
-on a request, which is little beside the servers, and less than nothing beside ``wrk``, which `speed.py` prefers.
+``python _wire.py ORDERS`` takes its orders as JSON, and drives the server for some seconds: each connection sends its
+next request after the answer to the former. It writes its counts as JSON to standard output. A request takes it some
+15 µs of CPU, which is little compared with the servers, but much more than ``wrk`` takes, which `speed.py` prefers.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ PATIENCE = 60.0
 """Seconds of silence after which a connection counts as lost."""
 _RECEIVE = 1 << 18
 _SHORT = 1024
-"""Bytes of an answer whose body is told, at least."""
+"""The body of an answer of at most this many bytes is kept."""
 
 
 def request(target: str, body: bytes = b"", *, host: str = "localhost", headers: Sequence[str] = ()) -> bytes:
-    """Lay out one request, with headers beside Host; with a body it is a POST."""
+    """One request, with further headers; with a body it is a POST."""
     lines = [f"{'POST' if body else 'GET'} {target} HTTP/1.1", f"Host: {host}", *headers]
     if body:
         lines.append(f"Content-Length: {len(body)}")
@@ -35,21 +35,21 @@ def request(target: str, body: bytes = b"", *, host: str = "localhost", headers:
 
 
 _IP_BIND_ADDRESS_NO_PORT = 24
-"""The port is chosen when the socket connects, and may be one that is taken to another address (ip(7), Linux 4.2)."""
+"""The port is chosen when the socket connects, and may be in use for another address (ip(7), Linux 4.2)."""
 _SOURCE = f"127.{1 + os.getpid() % 250}.{os.getpid() // 250 % 250}.1"
 
 
 def from_own_address(sock: socket.socket) -> None:
-    """Have a socket connect from an address of this process: after thousands of connections its ports are taken.
+    """Bind a socket to an address of this process, because thousands of connections use up an address' ports.
 
-    They are for a minute (TIME_WAIT), and other programs need some for themselves.
+    They stay used for a minute (TIME_WAIT), and other programs need ports, too.
     """
     sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
     sock.bind((_SOURCE, 0))
 
 
 class Connection:
-    """One connection, and the answer to the request it sent last; `receive_buffer` is SO_RCVBUF, in bytes."""
+    """One connection, and the answer to its last request; `receive_buffer` is SO_RCVBUF in bytes."""
 
     def __init__(self, address: tuple[str, int], *, receive_buffer: int = 0) -> None:
         self.socket = socket.socket()
@@ -71,13 +71,13 @@ class Connection:
         self.socket.close()
 
     def ask(self, target: str) -> Self:
-        """Send a request for `target`; whether that went well shows when the answer is read."""
+        """Send a request for `target`; a failure shows when the answer is read."""
         with contextlib.suppress(OSError):
             self.socket.sendall(request(target))
         return self
 
     def answered(self, *, pace: float = 0.0) -> bool:
-        """Whether a 200 comes whole, read at `pace` seconds between two parts."""
+        """Whether a 200 comes whole; `pace` is the pause between two reads in seconds."""
         head, wanted, status, got = b"", 0, b"", 0
         try:
             while not wanted or got < wanted:
@@ -95,7 +95,7 @@ class Connection:
 
 
 def _measured(head: bytes) -> tuple[bytes, int]:
-    """Tell the status of a response and how long all of it is; 0 while its head has not come whole."""
+    """The status of a response and its whole length; 0 until its head has come whole."""
     end = head.find(b"\r\n\r\n")
     if end < 0:
         return b"", 0
@@ -107,7 +107,7 @@ def _measured(head: bytes) -> tuple[bytes, int]:
 
 
 class Crowd:
-    """Many connections that say nothing; with `follow`, each is closed when the server ends it, as a client would."""
+    """Many connections that send nothing; after `follow`, each is closed when the server closes it, as clients do."""
 
     def __init__(self, address: tuple[str, int], count: int) -> None:
         self._sockets: dict[int, socket.socket] = {}
@@ -132,21 +132,21 @@ class Crowd:
 
     @property
     def age(self) -> float:
-        """Seconds since the first of them began to connect."""
+        """Seconds since the first connection began."""
         return time.monotonic() - self._began
 
     def follow(self) -> None:
-        """Close, from now on, what the server closes."""
+        """From now on, close what the server closes."""
         self._thread = threading.Thread(target=self._follow)
         self._thread.start()
 
     def _follow(self) -> None:
         while self._sockets and not self._leaving.is_set():
             for fd, _ in self._epoll.poll(0.1):
-                self._sockets.pop(fd).close()  # nothing else can have come: nothing was asked
+                self._sockets.pop(fd).close()  # only the end can have come, because nothing was requested
 
     def close(self) -> None:
-        """Close what is left."""
+        """Close the remaining connections."""
         self._leaving.set()
         if self._thread is not None:
             self._thread.join()
@@ -156,7 +156,7 @@ class Crowd:
 
 
 class Background:
-    """Clients that ask for `target` all the time, one connection each; all have an answer before it is entered."""
+    """Clients that request `target` all the time, on one connection each; all have an answer when it is entered."""
 
     def __init__(self, address: tuple[str, int], count: int, target: str) -> None:
         self._address, self._target = address, target
@@ -178,7 +178,7 @@ class Background:
             each.join()
 
     def _ask(self, first: threading.Event) -> None:
-        """Ask and ask; when the server ends the connection, on a new one."""
+        """Send one request after the other; when the server ends the connection, go on with a new one."""
         try:
             while not self._leaving.is_set():
                 with Connection(self._address) as connection:
@@ -187,14 +187,14 @@ class Background:
                         fine = connection.ask(self._target).answered()
                         self.answers.append(fine)
                         first.set()
-        except OSError:  # it does not listen any more
+        except OSError:  # the server does not listen any more
             self.answers.append(False)
         finally:
             first.set()
 
 
 class _Driven:
-    """A connection of the generator: what is still to be sent, and how much of the answer is still to come."""
+    """A connection of the generator: what is still to be sent, and how much of the answer is missing."""
 
     def __init__(self, address: tuple[str, int], what: bytes) -> None:
         self.socket = socket.create_connection(address, timeout=PATIENCE)
@@ -205,7 +205,7 @@ class _Driven:
         self._unsent, self._head, self._status, self._wanted, self._got = self._what[:0], b"", b"", 0, 0
 
     def send(self) -> bool:
-        """Send a new request, or go on with the last; returns whether all of it is sent."""
+        """Send a new request, or the rest of the last one; returns whether all of it is sent."""
         if not self._unsent:
             self.began = time.monotonic()
             self._unsent, self._head, self._status, self._wanted, self._got = self._what, b"", b"", 0, 0
@@ -216,11 +216,11 @@ class _Driven:
 
     @property
     def body(self) -> str:
-        """Of the answer that has come, when it is a short one."""
+        """The body of the last answer, if it is short."""
         return self._head.partition(b"\r\n\r\n")[2].decode(errors="replace")
 
     def receive(self) -> bool | None:
-        """Read on; whether the answer was a 200, or None when it has not come whole. Raises OSError at the end."""
+        """Read on; returns whether the answer was a 200, None if it is not complete. Raises OSError at the end."""
         try:
             data = self.socket.recv(_RECEIVE)
         except BlockingIOError:
@@ -237,7 +237,7 @@ class _Driven:
 
 
 class _Drive:
-    """The generator at work; with `fresh` each request has a connection of its own, and bodies are counted, too."""
+    """The generator; with `fresh` each request has a connection of its own, and bodies are counted, too."""
 
     def __init__(self, address: tuple[str, int], what: bytes, *, fresh: bool) -> None:
         self._address, self._what, self._fresh = address, what, fresh
@@ -247,7 +247,7 @@ class _Drive:
         self._bodies: Counter[str] = Counter()
 
     def begin(self) -> None:
-        """Make a connection, and send on it."""
+        """Make a connection, and send a request on it."""
         began = time.monotonic()
         each = _Driven(self._address, self._what)
         each.connecting = time.monotonic() - began
@@ -255,7 +255,7 @@ class _Drive:
         self._epoll.register(each.socket, select.EPOLLIN if each.send() else select.EPOLLIN | select.EPOLLOUT)
 
     def turn(self) -> None:
-        """Deal with what has come within a tenth of a second."""
+        """Process what comes within a tenth of a second."""
         for fd, event in self._epoll.poll(0.1):
             each = self._driven[fd]
             try:
@@ -281,7 +281,7 @@ class _Drive:
             self._epoll.modify(fd, select.EPOLLIN | select.EPOLLOUT)
 
     def finish(self, seconds: float) -> dict[str, Any]:
-        """Close all; returns what was counted in so many seconds."""
+        """Close all connections; returns the counts for `seconds`."""
         for each in self._driven.values():
             each.socket.close()
         self._epoll.close()
@@ -294,7 +294,7 @@ class _Drive:
 def drive(
     address: tuple[str, int], what: bytes, connections: int, seconds: float, *, fresh: bool = False
 ) -> dict[str, Any]:
-    """Send a request over and over on so many connections, and count the answers; a lost connection is made anew."""
+    """Repeat a request on a number of connections, and count the answers; lost connections are made again."""
     at_work = _Drive(address, what, fresh=fresh)
     for _ in range(connections):
         at_work.begin()
@@ -305,7 +305,7 @@ def drive(
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Do as ordered."""
+    """Carry out the orders."""
     orders = json.loads(arguments[0])
     what = request(orders["target"], b"x" * orders["body"], headers=orders.get("headers", ()))
     address, fresh = (orders["host"], orders["port"]), orders.get("fresh", False)

@@ -1,4 +1,4 @@
-"""What `loss.py` does to the workers of a server under load: new code, replacements, more and fewer, and kills."""
+"""What `loss.py` does to the workers of a server under load: new code, replacements, scaling, and kills."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from _servers import NotReadyError, Running, Served, Server, running
 from app import THREADS
 
 LOADED = 0.4
-"""Seconds of load between two stops, or what else is done, on average."""
+"""Average seconds of load between two stops or other steps."""
 _PATIENCE = 60.0
-"""Seconds that flaskd's commands have, and peers to serve the new code."""
+"""Seconds for flaskd's commands, and for peers to serve the new code."""
 _START_TIMEOUT = 6.0
-"""Seconds that flaskd gives a new worker, in the scenario of bad code."""
+"""Seconds that flaskd gives a new worker in the scenario of bad code."""
 _REFILLED = 45.0
-"""Seconds until there is more than one worker again: flaskd waits up to 30 s with a slot that fails over and over."""
+"""Seconds until there is more than one worker again: flaskd waits up to 30 s for a slot that fails repeatedly."""
 _SOON = 2.0
-"""Seconds after a kill within which all clients of that worker have noticed."""
+"""Seconds after a kill within which all clients of that worker have noticed it."""
 
 LEAKS = 20
 """Requests a second and worker, each of which leaks 1 MB."""
 LEAK_LIMIT = 150
 """MiB that a worker may have (pool.max_memory)."""
 MOST_GROWN = 1.3
-"""Times that limit which no worker may exceed."""
+"""No worker may exceed this many times the limit."""
 _LEAK_CYCLE = 6.0
 """Seconds of leaking that count as a cycle."""
 _SAMPLE = 0.1
@@ -43,12 +43,12 @@ _SAMPLE = 0.1
 
 
 def busy() -> None:
-    """Let the clients be answered for a while."""
+    """Let the clients get answers for a while."""
     time.sleep(LOADED * random.uniform(0.7, 1.3))
 
 
 class Story:
-    """A server under load, and what is found out: seconds that each step took, and what is not as promised."""
+    """A server under load, and the findings: the seconds of each step, and broken promises."""
 
     def __init__(self, server: Running, clients: Load, workers: int) -> None:
         self.server = server
@@ -59,12 +59,12 @@ class Story:
         self.account: dict[str, Any] | None = None
 
     def expect(self, kept: bool, fault: str) -> None:
-        """Note a fault when a promise was not kept."""
+        """Note a fault if a promise was not kept."""
         if not kept:
             self.faults.append(fault)
 
     def command(self, *arguments: str, wanted: int = 0) -> str:
-        """Run a command of flaskd's, time it, and see to its exit code; returns what it said."""
+        """Run a flaskd command, measure its time, and check its exit code; returns its output."""
         self.alive()
         began = time.monotonic()
         done = self.server.flaskd(*arguments, patience=_PATIENCE)
@@ -76,12 +76,12 @@ class Story:
         return said
 
     def alive(self) -> None:
-        """Raise NotReadyError when the server has exited."""
+        """Raise NotReadyError if the server has exited."""
         if (code := self.server.process.poll()) is not None:
             raise NotReadyError(f"{self.server.name} has exited with {code} under load")
 
     def finish(self) -> dict[str, Any]:
-        """Have the clients finish, once; returns their account."""
+        """Let the clients finish, once; returns their account."""
         if self.account is None:
             busy()
             self.account = self.clients.finish()
@@ -90,7 +90,7 @@ class Story:
 
     @contextlib.contextmanager
     def replacing(self, what: str, at_least: int = 1) -> Iterator[None]:
-        """See to it that so many processes import the app meanwhile."""
+        """Check that at least this many processes import the app meanwhile."""
         before = self.server.imports
         yield
         new = self.server.imports - before
@@ -98,7 +98,7 @@ class Story:
 
 
 def _reloads(story: Story, cycles: int) -> None:
-    """Good code, over and over: each reload takes all connections from then on to the new code."""
+    """Good code, repeatedly: after each reload new code answers all connections."""
     for cycle in range(cycles):
         busy()
         version = f"version {cycle}"
@@ -140,7 +140,7 @@ def _scales(story: Story, cycles: int) -> None:
 
 
 def _bad(story: Story, cycles: int) -> None:
-    """Bad code of each kind in turn: it is refused with its reason, and the old code goes on."""
+    """Bad code of each kind in turn: it is refused with its reason, and the old code serves on."""
     for cycle in range(cycles):
         busy()
         code = BAD[cycle % len(BAD)]
@@ -152,7 +152,7 @@ def _bad(story: Story, cycles: int) -> None:
 
 
 def _kills(story: Story, cycles: int) -> None:
-    """`kill -9` of a random worker, again and again, once there is another one."""
+    """`kill -9` of a random worker, repeatedly, each time when there is another one."""
     killed: dict[int, float] = {}
     named: dict[int, Counter[str]] = defaultdict(Counter)
     for _ in range(cycles):
@@ -179,7 +179,7 @@ def _kills(story: Story, cycles: int) -> None:
 
 
 def _leaks(story: Story, cycles: int) -> None:
-    """Workers that leak, each of which is replaced in time."""
+    """Workers that leak memory, each of which is replaced in time."""
     peaks: dict[int, float] = {}
     first: dict[int, float] = {}
     last: dict[int, float] = {}
@@ -187,7 +187,7 @@ def _leaks(story: Story, cycles: int) -> None:
     while (now := time.monotonic()) < until:
         story.alive()
         for pid in story.server.workers:
-            with contextlib.suppress(OSError, IndexError):  # it has ended
+            with contextlib.suppress(OSError, IndexError):  # the worker has ended
                 peaks[pid] = max(peaks.get(pid, 0.0), memory_of(pid))
                 first.setdefault(pid, now)
                 last[pid] = now
@@ -201,7 +201,7 @@ def _leaks(story: Story, cycles: int) -> None:
 
 
 def _read_named(story: Story, into: dict[int, Counter[str]]) -> None:
-    """Read which requests flaskd says that dead workers had; it may forget the oldest ones, so each is kept here."""
+    """Read which requests flaskd names for dead workers. It may forget the oldest ones, so each is kept here."""
     done = story.server.flaskd("workers", "--json", patience=_PATIENCE)
     if done.returncode:
         raise NotReadyError(f"flaskd workers --json exited with {done.returncode}: {done.stderr or done.stdout}")
@@ -210,7 +210,7 @@ def _read_named(story: Story, into: dict[int, Counter[str]]) -> None:
 
 
 def named_requests(told: Any, pid: int | None = None) -> dict[int, Counter[str]]:
-    """Find the requests in what `flaskd workers --json` tells: method and path, by the worker whose `pid` is around."""
+    """The requests in the output of `flaskd workers --json`: method and path, by the `pid` of the enclosing worker."""
     found: dict[int, Counter[str]] = defaultdict(Counter)
     if isinstance(told, dict):
         pid = told.get("pid", pid)
@@ -223,7 +223,7 @@ def named_requests(told: Any, pid: int | None = None) -> dict[int, Counter[str]]
 
 
 def strays(losses: list[dict[str, Any]], notes: list[str], killed: dict[int, float]) -> list[str]:
-    """Find losses that no kill explains: begun by another worker, or by none, and at another time."""
+    """Losses that no kill explains: begun by another worker, or by none and not at the time of a kill."""
     begun = {request.partition(" ")[2]: pid for sign, pid, request in map(_note, notes) if sign == "+"}
     found = []
     for each in losses:
@@ -243,7 +243,7 @@ def _note(line: str) -> tuple[str, int, str]:
 
 
 def unnamed(notes: list[str], killed: dict[int, float], named: dict[int, Counter[str]]) -> list[str]:
-    """Find what the killed workers had begun and not ended, and flaskd does not name."""
+    """Requests that the killed workers had begun and not ended, and that flaskd does not name."""
     held: dict[int, Counter[str]] = defaultdict(Counter)
     for sign, pid, request in map(_note, notes):
         if pid in killed:
@@ -267,7 +267,7 @@ STEPS: dict[str, Callable[[Story, int], None]] = {
     "leak": _leaks,
 }
 PEERS_TOO = {"reload", "kill"}
-"""What the peers that have workers can be asked for, too; all else is flaskd's alone."""
+"""Scenarios for peers with workers, too; all others are for flaskd alone."""
 
 
 def _load(port: int, scenario: str, options: argparse.Namespace) -> Load:

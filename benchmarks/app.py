@@ -13,12 +13,12 @@ from typing import Any
 from flask import Flask, Response, request
 
 PATTERN = bytes(range(256)) * 4096
-"""1 MiB of known content; what /big sends is made of it."""
+"""1 MiB of known content, of which /big sends copies."""
 THREADS = 4
-"""Worker threads, under every server, where nothing else is said."""
+"""Worker threads under every server, unless a benchmark chooses another number."""
 
 VERSION = ""
-"""Of the code that is served; a module that stands for a new version sets it."""
+"""The version of the served code; a module that stands for new code sets it."""
 
 if _imported := os.environ.get("BENCHMARKS_IMPORTED"):
     with Path(_imported).open("a", encoding="ascii") as _file:
@@ -30,19 +30,19 @@ _leaked: list[bytes] = []
 
 @app.get("/")
 def index() -> str:
-    """Answer with the token that the client sent, so that it knows the answer for its own."""
+    """Answer with the token that the client sent, so that it recognizes its answer."""
     return f"hello {request.args.get('token', '')}\n"
 
 
 @app.get("/version")
 def version() -> str:
-    """Tell which version of the code answers."""
+    """Answer with the version of the code."""
     return VERSION
 
 
 @app.get("/pid")
 def pid() -> str:
-    """Tell which process answers, after some seconds."""
+    """Answer with the pid of the process, after some seconds."""
     time.sleep(min(60.0, float(request.args.get("seconds", "0"))))
     return str(os.getpid())
 
@@ -65,14 +65,14 @@ def compute() -> str:
 
 @app.get("/slow")
 def slow() -> str:
-    """Take some seconds."""
+    """Sleep for some seconds."""
     time.sleep(min(60.0, float(request.args.get("seconds", "1"))))
     return f"slow {request.args.get('token', '')}\n"
 
 
 @app.get("/big")
 def big() -> bytes:
-    """Send some KiB, or else some MiB, 3 if not told otherwise."""
+    """Send some KiB or MiB; default: 3 MiB."""
     if kib := int(request.args.get("kib", "0")):
         return PATTERN[: kib * 1024]
     return PATTERN * min(64, int(request.args.get("mib", "3")))
@@ -104,13 +104,13 @@ def echo() -> bytes:
 
 
 def bare(_: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
-    """Greet without Flask: what a request costs then is the server's."""
+    """Answer without Flask, so that a request costs only what the server needs."""
     start_response("200 OK", [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", "6")])
     return [b"hello\n"]
 
 
 def noted(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterator[bytes]:
-    """Serve the app, and note in a file, which outlives a killed process, where each request begins and ends."""
+    """Serve the app, and write the begin and the end of each request to a file, which a killed process leaves."""
     request_line = f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}?{environ.get('QUERY_STRING', '')}"
     _note("+", request_line)
     answer = app(environ, start_response)
@@ -130,13 +130,13 @@ def _note(sign: str, what: str) -> None:
 
 
 def hang(_: object) -> None:
-    """Take a minute, which is for ever as far as a stop is concerned; a cleanup policy of flaskd's."""
+    """Take a minute, which is too long for any stop; a cleanup policy of flaskd's."""
     time.sleep(60)
 
 
 def asgi() -> Callable[..., Any]:
-    """Give what is served as uvicorn takes it."""
-    from a2wsgi import WSGIMiddleware  # noqa: PLC0415 - only where uvicorn is measured
+    """The served app in the form that uvicorn needs."""
+    from a2wsgi import WSGIMiddleware  # noqa: PLC0415 - only if uvicorn is measured
 
     served = getattr(importlib.import_module(os.environ["BENCHMARKS_MODULE"]), os.environ["BENCHMARKS_APP"])
     return WSGIMiddleware(served, workers=int(os.environ["BENCHMARKS_THREADS"]))

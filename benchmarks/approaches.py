@@ -1,22 +1,22 @@
-"""What the three ways to stop a Flask app from a program cost and keep, beside their textbook versions.
+"""Costs and results of the three ways to stop a Flask app from a program, compared with their textbook versions.
 
     python benchmarks/approaches.py [--runs 7] [--json FILE]
 
-Each way is run in a process of its own, all of them in turn, and medians are printed:
+Each way runs in a process of its own, all of them in turn. The medians are printed:
 
 =============  ====================================================================================================
 start          from the call that starts it to the first answer
-memory         what the start adds: to the process for a thread, the whole of the new process otherwise (VmRSS)
-stop, idle     from the call that stops it until it is gone
-stop, busy     the same with a request in hand that takes one second
+memory         what the start adds: to the process for a thread, else the whole new process (VmRSS)
+stop, idle     from the call that stops it until it has ended
+stop, busy     the same with a running request that takes one second
 answered       whether that request was answered
 cleanup        whether the app's cleanup had run by then
 =============  ====================================================================================================
 
-The textbook versions are what is usually written: a thread around ``make_server`` and its ``shutdown()``; a
-``multiprocessing.Process`` around ``app.run`` and its ``terminate()``; a route that sends its own process a SIGINT,
-since ``werkzeug.server.shutdown`` is gone from Werkzeug 2.1 on. Their cleanup is an ``atexit`` callback. The exit
-status is 1 when flaskd lost the request or the cleanup.
+The textbook versions are the usual ones: a thread around ``make_server`` and its ``shutdown()``; a
+``multiprocessing.Process`` around ``app.run`` and its ``terminate()``; a route that sends SIGINT to its own process,
+because Werkzeug 2.1 has removed ``werkzeug.server.shutdown``. Their cleanup is an ``atexit`` callback. The exit status
+is 1 if flaskd lost the request or the cleanup.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ import flaskd
 HOST = "127.0.0.1"
 PATIENCE = 30.0
 DIRECTORY = Path(os.environ.get("APPROACHES_DIRECTORY", tempfile.gettempdir()))
-"""Where the app tells that its request runs, and that its cleanup ran."""
+"""Where the app writes that its request runs, and that its cleanup has run."""
 
 
 def create_app() -> Flask:
-    """Make the app: the same for all."""
+    """Make the app, the same for all ways."""
     app = Flask("approaches")
 
     @app.get("/")
@@ -84,7 +84,7 @@ Started = tuple[str, int | None, Callable[[], None]]
 
 
 def server_thread(kind: Any) -> Started:
-    """Thread control, flaskd's."""
+    """A thread: flaskd's way."""
     app = create_app()
     flaskd.on_stop(app=app)(clean_up)
     server = flaskd.ServerThread(app, server=kind).start()
@@ -92,8 +92,8 @@ def server_thread(kind: Any) -> Started:
 
 
 def textbook_thread() -> Started:
-    """A thread around make_server."""
-    from werkzeug.serving import make_server  # noqa: PLC0415 - counts as a part of its start
+    """A thread around make_server: the textbook's way."""
+    from werkzeug.serving import make_server  # noqa: PLC0415 - it is part of the start
 
     server = make_server(HOST, 0, create_app(), threaded=True)
     thread = threading.Thread(target=server.serve_forever)
@@ -108,7 +108,7 @@ def textbook_thread() -> Started:
 
 
 def server_process() -> Started:
-    """Process management, flaskd's."""
+    """A process: flaskd's way."""
     process = flaskd.ServerProcess("approaches:with_cleanup()").start().wait_ready()
     return process.url, process.pid, lambda: void(process.stop())
 
@@ -127,7 +127,7 @@ def run_textbook(port: int) -> None:
 
 
 def textbook_process() -> Started:
-    """A multiprocessing.Process around app.run."""
+    """A multiprocessing.Process around app.run: the textbook's way."""
     port = free_port()
     process = multiprocessing.get_context("spawn").Process(target=run_textbook, args=(port,))
     process.start()
@@ -141,7 +141,7 @@ def textbook_process() -> Started:
 
 
 def endpoint() -> Started:
-    """The protected endpoint, under flaskd serve."""
+    """The protected endpoint under flaskd serve."""
     port, door, token = free_port(), free_port(), DIRECTORY / "token"
     with contextlib.suppress(FileNotFoundError):
         token.unlink()
@@ -174,12 +174,12 @@ def endpoint() -> Started:
 
 
 def textbook_endpoint() -> Started:
-    """A route that interrupts its own process."""
+    """A route that interrupts its own process: the textbook's way."""
     port = free_port()
     command = [sys.executable, "-c", f"import approaches; approaches.run_textbook({port})"]
 
     def ask() -> None:
-        with contextlib.suppress(OSError, http.client.HTTPException):  # at times it loses this very answer
+        with contextlib.suppress(OSError, http.client.HTTPException):  # sometimes this answer is lost, too
             request(f"http://{HOST}:{port}/shutdown", {})
 
     return _served(command, port, ask)
@@ -215,7 +215,7 @@ def void(_: object) -> None:
 
 
 def free_port() -> int:
-    """Find a port."""
+    """A free port."""
     with socket.create_server((HOST, 0)) as probe:
         return int(probe.getsockname()[1])
 
@@ -229,7 +229,7 @@ def request(url: str, headers: dict[str, str]) -> None:
 
 
 def answer(url: str, *, wait_for_it: bool = False) -> bytes | None:
-    """GET; None when no answer came. A server that is not there yet is tried again: these have no other readiness."""
+    """GET; None without an answer. `wait_for_it` retries until the server listens, because these have no readiness."""
     until = time.monotonic() + PATIENCE
     while True:
         try:
@@ -250,7 +250,7 @@ def resident(pid: int | str) -> float:
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Start it, stop it idle; start it again, stop it busy."""
+    """Start it and stop it idle; start it again and stop it busy."""
     figures: dict[str, Any] = {}
     before, began = resident("self"), time.monotonic()
     url, pid, stop = WAYS[name]()
@@ -267,7 +267,7 @@ def measure(name: str) -> dict[str, Any]:
         fifo.read(1)
     figures["busy"] = _timed(stop)
     figures["answered"] = False
-    # A thread's stop that has returned without the answer lets the process end, and the request is gone with it.
+    # If a thread's stop has returned before the answer, the process ends, and the request is lost.
     if pid or answers:
         client.join()
         figures["answered"] = answers == [b"a second\n"]
@@ -300,8 +300,8 @@ def one(name: str) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Measure, print, and tell whether flaskd lost anything."""
-    from _servers import environment, median, table  # noqa: PLC0415 - not for the measured process
+    """Measure, print, and return 1 if flaskd lost anything."""
+    from _servers import environment, median, table  # noqa: PLC0415 - the measured process does not need it
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=7, help="of each way, interleaved (%(default)s)")

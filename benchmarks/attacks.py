@@ -1,16 +1,16 @@
-"""What slow and silent clients leave for honest ones, flaskd beside its peers.
+"""How much slow and silent clients slow down honest ones, for flaskd and its peers.
 
     python benchmarks/attacks.py [--servers flaskd,gunicorn] [--only heads,bodies] [--workers N] [--runs 3] [--quick]
                                  [--json FILE]
 
-Four honest clients ask on one connection each, again and again, while others do a server ill, in a process of their
-own: `_attackers.py` has their numbers and what they send. What the server ends of theirs they begin anew. Once it has
-done what they make it do at first, and is quiet, the honest ones are measured. A figure is their requests a second as a
-share of what they had alone, right before and right after, from the same server process; the median of the runs. Each
-run and attack has a server process of its own, and the servers take turns. In brackets are the connections of attackers
-that the server has ended.
+Four honest clients send one request after the other, on one connection each. Meanwhile attackers, in a process of their
+own, hold other connections: `_attackers.py` says how many, and what they send. A connection that the server ends they
+make again. The honest clients are measured when the attack is under way and the server has finished its first work on
+it. A figure is their requests a second, divided by what they had alone right before and right after, with the same
+server process; the median of the runs. Each run and attack has a server process of its own, and the servers take turns.
+In brackets are the attackers' connections that the server has ended.
 
-The exit status is 1 when flaskd misses a goal: of their speed alone the honest clients keep at least nine tenths.
+The exit status is 1 if flaskd misses a goal: the honest clients keep at least nine tenths of their speed alone.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ from _servers import (
 )
 
 LEAST = 0.9
-"""Of the speed alone that honest clients keep."""
+"""The part of their speed alone that honest clients keep."""
 _HONEST = 4
 _BEGUN = 1.0
 """Seconds after which an attack is under way."""
 _QUIET = 0.2
-"""Of a core: what a server uses at most when it has done all that attackers make it do at first."""
+"""The part of a core that a server uses at most when it has finished its first work on the attack."""
 _QUIET_WITHIN = 15.0
-"""Seconds that it gets for that."""
+"""Seconds within which it must have finished that."""
 _LEAVING = 10.0
-"""Seconds in which a server gets rid of attackers that have left."""
+"""Seconds within which a server must have closed the connections of attackers that have left."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Requests a second of the honest clients: before, during, and after an attack; and what the server ended of it."""
+    """Requests a second of the honest clients before, during and after an attack; and the ended connections."""
 
     before: float
     during: float
@@ -66,13 +66,13 @@ class Sample:
 
     @property
     def share(self) -> float:
-        """Of their speed alone; a server that did not recover is measured by what they had before."""
+        """The part of their speed alone; for a server that does not recover, of their speed before."""
         alone = (self.before + self.after) / 2 if self.after else self.before
         return self.during / alone
 
 
 def measure(server: Server, attack: Attack, options: argparse.Namespace) -> Sample:
-    """Start a server, attack it, and see what honest clients have; NotReadyError where that is nothing, alone."""
+    """Start a server, attack it, and measure honest clients; raises NotReadyError if they get nothing alone."""
     with running(server, free_port(), served=Served(workers=options.workers)) as each:
         _rate(each, options.seconds / 4)
         before = _rate(each, options.seconds)
@@ -91,7 +91,7 @@ def measure(server: Server, attack: Attack, options: argparse.Namespace) -> Samp
 
 
 def _wait_quiet(server: Running, begun: float) -> None:
-    """Wait until an attack is under way, and the server has kept or refused what came of it at first."""
+    """Wait until an attack is under way, and the server has finished its first work on it."""
     until, used = time.monotonic() + _QUIET_WITHIN, float("inf")
     while used > _QUIET * begun and time.monotonic() < until:
         before = server.cpu()
@@ -110,7 +110,7 @@ def _rate(server: Running, seconds: float) -> float:
 
 
 class Results:
-    """The samples, by attack and server, and what could not be measured."""
+    """The samples by attack and server, and the measurements that failed."""
 
     def __init__(self) -> None:
         self.samples: dict[tuple[str, str], list[Sample]] = {}
@@ -121,7 +121,7 @@ class Results:
         return round(median([each.share for each in self.samples.get((attack, server), [])]), 2)
 
     def goals(self, attacks: list[Attack]) -> list[dict[str, Any]]:
-        """What flaskd is held to; what could not be measured is missed."""
+        """The goals; a goal that could not be measured is missed."""
         shares = {each.text: self.share(each.name, "flaskd") for each in attacks}
         return [
             {"goal": f"{text}: share of the speed alone", "least": LEAST, "figure": share, "met": share >= LEAST}
@@ -129,7 +129,7 @@ class Results:
         ]
 
     def cell(self, attack: str, server: str) -> str:
-        """What a table says of them."""
+        """The text of a cell of the table."""
         those = self.samples.get((attack, server))
         if not those:
             return "-"
@@ -156,7 +156,7 @@ def _options() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Measure, print, and tell whether flaskd missed a goal."""
+    """Measure, print, and return 1 if flaskd missed a goal."""
     options = _options()
     open_many_files()
     servers = chosen(options.servers)

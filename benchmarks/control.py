@@ -1,19 +1,18 @@
-"""How fast flaskd answers who asks about it: the control socket, the admin listener, and the commands.
+"""How fast flaskd answers questions about itself: on the control socket, the admin listener, and by its commands.
 
     python benchmarks/control.py [--only busy,verb,leak,stuck] [--workers N] [--runs 5] [--quick] [--json FILE]
 
-Each run has a daemon of its own. A row is one figure, with the goal it is held to where there is one, the median over
-the runs, and the worst run:
+Each run has a daemon of its own. A row is one figure: its goal if there is one, the median of the runs, and the worst:
 
-- ``busy``: `status` over the control socket now and then, on a connection of its own each time, while 64 connections
+- ``busy``: `status` over the control socket from time to time, on a new connection each time, while 64 connections
   keep the app busy;
-- ``verb``: how long `flaskd ready` takes from its start to its exit, beside ``python -c "import click"``, in turns;
+- ``verb``: how long `flaskd ready` takes from its start to its exit, in turns with ``python -c "import click"``;
 - ``leak``: what 10,000 times `status` leave behind in the daemon: memory, descriptors, threads;
 - ``stuck``: `/readyz`, `/livez` and `status` while every thread of the app is stuck, and more requests wait.
 
-With ``--workers`` the app is served by so many processes, and it is the supervisor that is asked and weighed.
+With ``--workers`` that many processes serve the app, and the supervisor is asked and measured.
 
-The exit status is 1 when a goal is missed. All but the leaks depend on what else the machine does meanwhile.
+The exit status is 1 if a goal is missed. All but the leaks depend on what else the machine does meanwhile.
 """
 
 from __future__ import annotations
@@ -49,16 +48,16 @@ from _servers import (
 from app import THREADS
 
 _PATIENCE = 30.0
-"""Seconds that one answer may take before the measurement is broken off."""
+"""How many seconds one answer may take before the measurement is broken off."""
 _LOAD_BEGUN = 0.5
-"""Seconds after which the load is at its height."""
+"""Seconds after which the load is at its full height."""
 _APART = 0.04
-"""Seconds between two questions at full load, at most: who asks again at once finds the daemon still at it."""
+"""The longest pause between two questions at full load, in seconds; without pauses they would disturb each other."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How often each is asked, how often a command is started, how many calls may leak."""
+    """The numbers of questions, of command starts, and of calls that may leak."""
 
     asked: int = 300
     verbs: int = 15
@@ -70,7 +69,7 @@ QUICK = Sizes(asked=20, verbs=2, calls=300)
 
 @dataclass
 class Figure:
-    """One row, a value for each run; `most` is the goal, in its unit."""
+    """One row, with a value for each run; `most` is the goal, in the same unit."""
 
     text: str
     unit: str
@@ -102,7 +101,7 @@ FIGURES = {
 
 
 def timed(ask: Callable[[], None], times: int) -> list[float]:
-    """Ask so often; milliseconds each."""
+    """Ask `times` times; the milliseconds of each."""
     taken = []
     for _ in range(times):
         began = time.perf_counter()
@@ -112,7 +111,7 @@ def timed(ask: Callable[[], None], times: int) -> list[float]:
 
 
 def status(server: Running) -> None:
-    """Ask for the status on a connection of its own, as `nc -U` does."""
+    """Ask for the status on a new connection, as `nc -U` does."""
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(server.control))
         client.settimeout(_PATIENCE)
@@ -123,7 +122,7 @@ def status(server: Running) -> None:
 
 
 def probe(port: int, path: str) -> None:
-    """Ask the admin listener as a probe does: a connection each time."""
+    """Ask the admin listener as a probe does: on a new connection each time."""
     with contextlib.closing(http.client.HTTPConnection(HOST, port, timeout=_PATIENCE)) as connection:
         connection.request("GET", path)
         if (answer := connection.getresponse()).status != http.client.OK:
@@ -133,7 +132,7 @@ def probe(port: int, path: str) -> None:
 
 @contextlib.contextmanager
 def busy(server: Running) -> Iterator[None]:
-    """The app at full load: 64 connections that ask without a pause."""
+    """The app at full load: 64 connections that send requests without a pause."""
     orders = {"host": HOST, "port": server.port, "target": "/", "body": 0, "connections": 64, "seconds": 120}
     load = subprocess.Popen([sys.executable, str(HERE / "_wire.py"), json.dumps(orders)], stdout=subprocess.DEVNULL)
     try:
@@ -148,7 +147,7 @@ def busy(server: Running) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stuck(server: Running) -> Iterator[None]:
-    """Every thread of the app in a request that does not end, and as many requests again in the queue."""
+    """Every thread of the app in a request that does not end, and the same number of requests in the queue."""
     wanted = 2 * THREADS * server.served.processes
     with contextlib.ExitStack() as stack:
         for _ in range(wanted):
@@ -163,7 +162,7 @@ def stuck(server: Running) -> Iterator[None]:
 
 
 def in_flight(server: Running) -> int:
-    """How many requests the daemon says are in flight."""
+    """How many requests the daemon reports as in flight."""
     with socket.socket(socket.AF_UNIX) as client, client.makefile("rb") as lines:
         client.connect(str(server.control))
         client.settimeout(_PATIENCE)
@@ -172,7 +171,7 @@ def in_flight(server: Running) -> int:
 
 
 def measure_busy(server: Running, _admin: int, sizes: Sizes) -> dict[str, float]:
-    """`status` at full load, asked at moments that have nothing to do with each other."""
+    """`status` at full load, asked at random moments."""
     taken = []
     with busy(server):
         for _ in range(sizes.asked):
@@ -192,31 +191,31 @@ def measure_stuck(server: Running, admin: int, sizes: Sizes) -> dict[str, float]
 
 
 def measure_verb(server: Running, _admin: int, sizes: Sizes) -> dict[str, float]:
-    """A command from its start to its exit, and what importing click alone takes, in turns."""
+    """A command from its start to its exit, in turns with importing only click."""
     verb = [sys.executable, "-m", "flaskd", "ready", "--socket", str(server.control)]
     bare = [sys.executable, "-c", "import click"]
     env = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
-    env["PYTHONPYCACHEPREFIX"] = str(server.directory / "bytecode")  # an installed flaskd has been compiled
+    env["PYTHONPYCACHEPREFIX"] = str(server.directory / "bytecode")  # an installed flaskd is compiled as well
     verbs, bares = [], []
     for _ in range(sizes.verbs + 1):
         verbs += timed(lambda: run(verb, env), 1)
         bares += timed(lambda: run(bare, env), 1)
-    verbs, bares = verbs[1:], bares[1:]  # the first ones compile what they import
+    verbs, bares = verbs[1:], bares[1:]  # the first runs compile what they import
     ratios = [ours / theirs for ours, theirs in zip(verbs, bares, strict=True)]
     return {"verb": median(verbs), "click": median(bares), "verb_ratio": median(ratios)}
 
 
 def run(argv: list[str], env: dict[str, str]) -> None:
-    """Run a command to its end; without a timeout, because that would look for the end in steps of up to 50 ms."""
+    """Run a command to its end; without a timeout, because with one Python notices the end up to 50 ms late."""
     subprocess.run(argv, env=env, stdout=subprocess.DEVNULL, check=True)
 
 
 def measure_leak(server: Running, _admin: int, sizes: Sizes) -> dict[str, float]:
-    """What many calls leave behind; a first tenth of them is not counted, for caches and arenas fill up."""
+    """What many calls leave behind; the first tenth is not counted, because it fills caches and arenas."""
     timed(lambda: status(server), sizes.calls // 10)
     before = held(server)
     timed(lambda: status(server), sizes.calls)
-    time.sleep(0.1)  # the last client may still be on its way out
+    time.sleep(0.1)  # the daemon may still close the last connection
     names = ("leak_memory", "leak_files", "leak_threads")
     return {name: float(now - then) for name, now, then in zip(names, held(server), before, strict=True)}
 
@@ -230,11 +229,11 @@ def held(server: Running) -> tuple[int, int, int]:
 
 
 PARTS = {"busy": measure_busy, "verb": measure_verb, "leak": measure_leak, "stuck": measure_stuck}
-"""In their order: the threads that are stuck stay so."""
+"""In this order, because the stuck threads stay stuck."""
 
 
 def report(figures: dict[str, Figure], runs: int) -> str:
-    """Lay out the table."""
+    """The table as text."""
     rows = [
         [
             each.text,
@@ -248,7 +247,7 @@ def report(figures: dict[str, Figure], runs: int) -> str:
 
 
 def main() -> int:
-    """Measure, print, and tell whether flaskd missed a goal."""
+    """Measure, print, and return 1 if flaskd missed a goal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas (%(default)s)")
     take_workers(parser)

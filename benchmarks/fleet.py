@@ -1,30 +1,31 @@
-"""Rolling restarts of three servers behind HAProxy, under load: what clients see, flaskd beside its peers.
+"""Rolling restarts of three servers behind HAProxy, under load: what clients notice, with flaskd and its peers.
 
     python benchmarks/fleet.py [--servers flaskd,gunicorn] [--rolls 20] [--peer-rolls 3] [--clients 4] [--json FILE]
 
-Three servers of two worker processes each serve the same app behind one HAProxy, which is reached by a port for each
-way to tell it that a server leaves (`_balancer.py`). On each port there are clients that keep their connection, that
-make one for each request, that ask for what takes 50 ms, and that post; each pauses for some 20 ms between two.
-Then one server after the other is restarted: SIGTERM, its exit, its start, and when HAProxy has it back everywhere, the
-next one. A roll is all three. flaskd announces a stop for 1 s before it refuses connections; its peers have no such
-thing, no agent, and no path that says no: HAProxy asks them for ``/``. The columns of the first table:
+Three servers of two worker processes each serve the same app behind one HAProxy, which has one port for each way to
+learn that a server leaves (`_balancer.py`). On each port there are clients that keep their connection, that make one
+for each request, that request something that takes 50 ms, and that post; each pauses for some 20 ms between two
+requests. Then the servers are restarted one after the other: SIGTERM, exit, start; the next one follows when HAProxy
+uses the restarted one again in all ways. A roll is all three restarts. flaskd announces a stop for 1 s before it
+refuses connections. Its peers have no announce, no agent, and no path that reports a stop: HAProxy checks them with
+``/``. The columns of the first table:
 
 - requests: of the clients of that way; failed: those that were not answered in full with 200;
 - how: refused (no connection), rejected (503 of HAProxy: no server left), reset (the connection ended before an
   answer), cut (within one), raced (the close crossed the request on the wire), wrong (another status, such as 502);
 - silence: the longest time in which no client of that way had an answer, in seconds.
 
-The second table is the race of Kubernetes (`_kubelet.py`): HAProxy passes connections on and checks nothing, and a
-server is taken out 0 to 5 s after its SIGTERM, for each restart another time. flaskd is there with ``announce: 6s``
-and with ``announce: 0s``. A peer that has exited, or has closed its listener, leaves the clients that still come to it
-refused: what it would need is a ``preStop`` that sleeps.
+The second table is the race in Kubernetes (`_kubelet.py`): HAProxy passes connections on and checks nothing, and a
+server is removed 0 to 5 s after its SIGTERM, after a different time at each restart. flaskd is measured with
+``announce: 6s`` and with ``announce: 0s``. Clients that still come to a peer that has exited or closed its listener are
+refused; to prevent that, it would need a ``preStop`` that sleeps.
 
-The third table is flaskd alone: a server is killed (SIGKILL to all of its processes). ``in hand`` are the requests that
-had begun when it was dead and failed; ``later`` are those that failed and began after that; ``out`` is how long after
-its death HAProxy had taken it out, in milliseconds, at most, with a check each 100 ms.
+The third table is flaskd alone: a server is killed (SIGKILL to all of its processes). ``in hand`` are the failed
+requests that had begun when it was dead; ``later`` are those that began after that; ``out`` is the longest time, in
+milliseconds, from its death until HAProxy had removed it, with a check every 100 ms.
 
-The exit status is 1 when flaskd failed a request in a rolling restart, or in the race with its announce, or one that
-began after a kill.
+The exit status is 1 if flaskd failed a request in a rolling restart, in the race with its announce, or one that began
+after a kill.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ FLASKD_WAYS = ("agent", "httpchk", "disable-on-404", "runtime")
 PEER_WAYS = ("httpchk", "runtime")
 _NAMES = ("one", "two", "three")
 _GRACE = 30.0
-"""Seconds that a server has to exit."""
+"""Seconds within which a server must exit."""
 _BETWEEN = 0.3
 """Seconds of load between two restarts."""
 _OUT = frozenset({"DOWN", "NOLB", "DRAIN", "MAINT"})
@@ -101,7 +102,7 @@ class Fleet:
         each.wait_ready()
 
     def restart(self, node: Node) -> None:
-        """Restart one in good order, and wait until HAProxy has it back; the way `runtime` is told before and after."""
+        """Stop one and start it; returns when HAProxy uses it again; the way `runtime` is told before and after."""
         told = "runtime" in self.balancer.ports
         if told:
             self.balancer.put("runtime", node.name, "drain")
@@ -115,7 +116,7 @@ class Fleet:
         self.balancer.wait(node.name, READY)
 
     def race(self, node: Node, delay: float) -> None:
-        """Restart one as Kubernetes does: it is out of the balancer `delay` seconds after its SIGTERM."""
+        """Restart one as Kubernetes does: it is removed from the balancer `delay` seconds after its SIGTERM."""
         old = self.running[node.name]
         end_pod(old.process, lambda: self.balancer.put("kube", node.name, "maint"), delay=delay, grace=_GRACE)
         old.close()
@@ -123,7 +124,7 @@ class Fleet:
         self.balancer.put("kube", node.name, "ready")
 
     def kill(self, node: Node) -> tuple[float, float]:
-        """Kill one and start it anew; gives the moment at which it was dead, and how long HAProxy took to see it."""
+        """Kill one and start it again; gives the moment at which it was dead, and how long HAProxy took to notice."""
         old = self.running[node.name]
         os.killpg(old.process.pid, signal.SIGKILL)
         old.process.wait()
@@ -181,7 +182,7 @@ def race(server: Server, announce: float, restarts: int, clients: int) -> dict[s
 
 
 def kill(server: Server, kills: int, clients: int) -> dict[str, Any]:
-    """Kills; how many requests failed of what was in hand and later, and how long HAProxy took."""
+    """Kills: how many requests failed that had begun before and after, and how long HAProxy took."""
     with Fleet(server, FLASKD_WAYS, 1.0) as fleet, loads(fleet, clients) as found:
         deaths = []
         for number in range(kills):
@@ -192,7 +193,7 @@ def kill(server: Server, kills: int, clients: int) -> dict[str, Any]:
     losses = [each for account in accounts for each in account["losses"]]
     begun = [loss["at"] - loss["age"] for loss in losses]
     in_hand = sum(any(-_GRACE < moment - dead <= 0 for dead, _ in deaths) for moment in begun)
-    # A refused connection is no loss with a moment, and it began after the kill.
+    # A refused connection is no loss with a moment, and always began after the kill.
     later = sum(map(failed, accounts)) - in_hand
     return {
         "kills": kills,
@@ -224,7 +225,7 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def faults_of(figures: dict[str, Any]) -> list[str]:
-    """What flaskd has promised and not kept."""
+    """The promises that flaskd has not kept."""
     ways = figures["rolls"].get("flaskd", {}).get("ways", {})
     found = [f"{way}: {failed(account)} failed" for way, account in ways.items() if failed(account)]
     raced = figures["race"].get("flaskd, announce: 6s")
@@ -260,7 +261,7 @@ def _show(title: str, headers: Sequence[str], rows: Sequence[Sequence[object]]) 
 
 
 def main() -> int:
-    """Run it."""
+    """Measure, print, and return 1 if flaskd broke a promise."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--servers", default="flaskd,gunicorn,granian,uvicorn,waitress-serve")
     parser.add_argument("--only", default="roll,race,kill", help="the tables: %(default)s")

@@ -1,15 +1,15 @@
-"""What flaskd's limits are worth: requests that hang beside others, and three times the load that it can bear.
+"""The effect of flaskd's limits: with requests that hang, and under three times the load that it can answer.
 
     python benchmarks/limits.py [--only hang,overload] [--workers N] [--runs 3] [--seconds 6]
 
-``hang``: of 6 threads (with workers: in each) 2 hang for good, under the load of clients that ask for a page each, and
-``server.request_timeout`` is 2 s. The others' answers are timed before and from then on; with workers also how long it
-takes until all threads are there again: as many requests of 0.3 s as there are threads, made at once, are then all
-answered within twice that time, and no worker has a thread that is lost.
+``hang``: of 6 threads (with workers: in each worker) 2 hang for good, under the load of clients that each request a
+page, and ``server.request_timeout`` is 2 s. The answers to these clients are timed before and after the threads hang;
+with workers also how long it takes until all threads are there again: as many requests of 0.3 s as there are threads,
+made at once, are then all answered within twice that time, and no worker has a lost thread.
 
-``overload``: requests of 50 ms each come three times as often as the threads can answer them, with and without
-``server.queue_timeout: 1s``. The answered ones are counted, beside those of clients that ask as often as they are
-answered, and it is noted how long each waited.
+``overload``: requests of 50 ms each come three times as fast as the threads can answer them, with and without
+``server.queue_timeout: 1s``. The table has the answers a second, compared with clients that send the next request after
+each answer, and how long the answered requests waited.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from _wire import request
 
 THREADS = 6
 HUNG = 2
-"""Of them, in each worker."""
+"""How many of them hang, in each worker."""
 LIMIT = 2.0
-"""Seconds that the app may take."""
+"""Seconds that the app may take for a request."""
 JOB = 0.05
 """Seconds that each request of an overload takes."""
 TIMES = 3
-"""How many times what the threads can answer comes in an overload."""
+"""An overload is this many times what the threads can answer."""
 QUEUE_TIMEOUT = 1.0
 PROBE = 0.3
-"""Seconds that each of the requests takes which show that all threads are there."""
+"""Seconds that each request takes that checks whether all threads are there."""
 CLIENTS = 4
 
 MOST_P99 = 3.0
@@ -52,7 +52,7 @@ _PATIENCE = 30.0
 
 @dataclass
 class Answers:
-    """The answers to some requests: how often each status came, 0 for none, and seconds that those with 200 took."""
+    """The answers to some requests: how often each status came (0: no answer), and the seconds of those with 200."""
 
     statuses: Counter[int] = field(default_factory=Counter)
     took: list[float] = field(default_factory=list)
@@ -64,7 +64,7 @@ class Answers:
 
 
 async def ask(port: int, target: str, answers: Answers) -> None:
-    """Make one request on a connection of its own."""
+    """Make one request on a new connection."""
     began, status = time.monotonic(), 0
     try:
         async with asyncio.timeout(_PATIENCE):
@@ -81,13 +81,13 @@ async def ask(port: int, target: str, answers: Answers) -> None:
 
 
 async def load(port: int, target: str, until: float, answers: Answers) -> None:
-    """Ask again and again."""
+    """Send one request after the other until a moment."""
     while time.monotonic() < until:
         await ask(port, target, answers)
 
 
 async def together(port: int, target: str, seconds: float, clients: int) -> Answers:
-    """Have so many clients ask for some seconds."""
+    """Let `clients` clients send requests for some seconds."""
     answers = Answers()
     until = time.monotonic() + seconds
     await asyncio.gather(*[load(port, target, until, answers) for _ in range(clients)])
@@ -99,7 +99,7 @@ async def together(port: int, target: str, seconds: float, clients: int) -> Answ
 
 @dataclass
 class Hang:
-    """What was found: p99 before and beside those that hang, what was no answer; seconds until all is whole."""
+    """The findings: p99 before and beside the hanging ones, failed requests, and seconds until all threads are back."""
 
     before: float
     beside: float
@@ -109,7 +109,7 @@ class Hang:
 
 
 async def hang(server: Running, seconds: float, workers: int) -> Hang:
-    """Measure it."""
+    """Measure requests that hang."""
     port, at_once = server.port, max(1, workers)
     before = await together(port, "/", seconds, CLIENTS)
     hung, beside = Answers(), Answers()
@@ -133,17 +133,17 @@ async def hang(server: Running, seconds: float, workers: int) -> Hang:
 
 @dataclass
 class Overload:
-    """What was found: answers a second of as many clients as threads, and in the overload; what the others got."""
+    """The findings: answers a second with as many clients as threads, and in the overload; and the other statuses."""
 
     capacity: float
     goodput: float
     longest: float
-    """Seconds that an answered request waited at most, all but one of a hundred."""
+    """The seconds that 99 of 100 answered requests waited at most."""
     statuses: dict[int, int]
 
 
 async def overload(server: Running, seconds: float, workers: int) -> Overload:
-    """Measure it."""
+    """Measure an overload."""
     port, threads = server.port, THREADS * max(1, workers)
     target = f"/slow?seconds={JOB}"
     alone = await together(port, target, seconds, threads)
@@ -156,7 +156,7 @@ async def overload(server: Running, seconds: float, workers: int) -> Overload:
         if (early := due - time.monotonic()) > 0:
             await asyncio.sleep(early)
         tasks.append(asyncio.create_task(ask(port, target, answers)))
-    # All that is answered while requests come: those that wait at the end would make it look better.
+    # Only answers while requests come; those to requests that wait at the end would improve the figure.
     good = len(answers.took)
     took = time.monotonic() - began
     await asyncio.gather(*tasks)
@@ -167,14 +167,14 @@ async def overload(server: Running, seconds: float, workers: int) -> Overload:
 
 
 def measured(what: str, config: str, options: argparse.Namespace) -> Any:
-    """Start flaskd with that configuration, and measure one of the two."""
+    """Start flaskd with that configuration, and make one of the two measurements."""
     served = Served(workers=options.workers, threads=THREADS)
     with running(SERVERS["flaskd"], free_port(), config=config, served=served) as server:
         return asyncio.run({"hang": hang, "overload": overload}[what](server, options.seconds, options.workers))
 
 
 def main() -> int:
-    """Measure, print a table and say which goals are missed; the exit status is 1 then."""
+    """Measure, print a table and the missed goals; returns 1 if there are any."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="hang,overload", help="what to measure (%(default)s)")
     take_workers(parser)

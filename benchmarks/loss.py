@@ -1,21 +1,21 @@
-"""What becomes of requests while a server is stopped, restarted or drained under load, request by request.
+"""What becomes of each request while a server is stopped, restarted or drained under load.
 
     python benchmarks/loss.py [--servers flaskd,gunicorn] [--scenario stop] [--workers N] [--cycles 20]
 
 Scenarios: ``stop`` starts and stops the server on a port of its own under mixed clients; ``connect`` does the same
 under clients that make a connection for each request; ``restart`` stops and starts it on a listener that this process
-holds and the server inherits (LISTEN_FDS), so that nothing need be refused; ``drain`` drains and resumes flaskd.
+holds and the server inherits (LISTEN_FDS), so that no client need be refused; ``drain`` drains and resumes flaskd.
 
-With ``--workers`` there are six more, in each of which one server serves on: ``reload`` brings new code, ``replace``
-gives one slot after the other a new worker (`flaskd restart SLOT`), ``scale`` takes two workers more and lets them go,
-``bad`` brings code that does not load, answers 500, exits or hangs, ``leak`` has each request leak 1 MB, so that
-workers are replaced for their memory (`pool.max_memory`), which none may exceed by more than 30 %, and ``kill`` sends
-SIGKILL to a worker. There a worker's own connections may be hurt and no others, and flaskd has to name (`flaskd workers
---json`) what the app had begun in it and not ended: the app notes both in a file. A kill waits until there is more than
-one worker again. A cycle of ``leak`` is 6 s.
+With ``--workers`` there are six more, in each of which one server serves all the time: ``reload`` brings new code,
+``replace`` gives the slots new workers one after the other (`flaskd restart SLOT`), ``scale`` adds two workers and
+removes them, ``bad`` brings code that does not load, answers 500, exits or hangs. In ``leak`` each request leaks 1 MB,
+so that workers are replaced for their memory (`pool.max_memory`), which none may exceed by more than 30 %. ``kill``
+sends SIGKILL to a worker: only its own connections may fail, and flaskd must name the requests that it had begun and
+not ended (`flaskd workers --json`); the app writes both to a file. A kill waits until there is more than one worker
+again. A cycle of ``leak`` is 6 s.
 
-``_load.py`` says what each column means. The exit status is 1 when flaskd lost a request (``kill``: of another worker),
-or, while its workers change, refused one or broke another promise that is named below the table.
+``_load.py`` explains the columns. The exit status is 1 if flaskd lost a request (``kill``: of another worker), or if
+it refused one while its workers change, or broke another promise that is named below the table.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ WITH_WORKERS = {
     "leak": f"{LEAKS} requests a second and worker, each of which leaks 1 MB, and pool.max_memory: {LEAK_LIMIT}MiB",
 }
 _MOST_FAULTS = 20
-"""Broken promises that are printed."""
+"""How many broken promises are printed."""
 TOOK = {
     "drain": "drain",
     "reload": "new code everywhere",
@@ -72,7 +72,7 @@ TOOK = {
     "kill": "wait",
     "leak": "life of a worker",
 }
-"""What the seconds in the last column are, where they are not those from a stop to the exit."""
+"""What the seconds in the last column are, if they are not those from a stop to the exit."""
 
 
 def _served(options: argparse.Namespace) -> Served:
@@ -100,7 +100,7 @@ def _restarts(server: Server, port: int, options: argparse.Namespace) -> tuple[d
                 busy()
                 if cycle < options.cycles:
                     took.append(each.wait_exit(each.terminate()))
-                else:  # the last one answers all that is left
+                else:  # the last server answers the remaining requests
                     return clients.finish(), took
     raise AssertionError
 
@@ -132,7 +132,7 @@ def _command(server: Running, line: str) -> None:
 
 
 def measure(server: Server, scenario: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Run one scenario with one server; the account has ``error`` when the server cannot do it."""
+    """Run one scenario with one server; the account has ``error`` if the server cannot do it."""
     port = free_port()
     try:
         if scenario == "restart":
@@ -157,7 +157,7 @@ def measure(server: Server, scenario: str, options: argparse.Namespace) -> dict[
 
 
 def failed(account: dict[str, Any]) -> bool:
-    """Whether a promise was broken: after a kill that worker's own requests are no fault."""
+    """Whether a promise was broken; after a kill the loss of that worker's own requests breaks none."""
     lost = account.get("lost", 0) if account["scenario"] != "kill" else account.get("fates", {}).get("wrong", 0)
     return bool("error" in account or lost or account.get("faults"))
 
@@ -201,7 +201,7 @@ def _can(server: Server, scenario: str) -> bool:
 
 
 def main() -> int:
-    """Measure, print, and tell whether flaskd lost anything."""
+    """Measure, print, and return 1 if flaskd lost anything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--servers", default=",".join(SERVERS), help="separated by commas (%(default)s)")
     parser.add_argument("--scenario", choices=[*SCENARIOS, *WITH_WORKERS, "all"], default="all")

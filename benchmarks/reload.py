@@ -1,25 +1,25 @@
-"""New code under load, good and bad: what becomes of the requests and of the server, flaskd beside its peers.
+"""Good and bad new code under load: what becomes of the requests and of the server, for flaskd and its peers.
 
     python benchmarks/reload.py [--servers flaskd,gunicorn] [--kinds good,syntax] [--workers 2] [--cycles 1]
                                 [--json FILE]
 
 Each server serves an app with two workers under mixed clients: those of `_load.py`, without pipelining and Expect,
-which not all servers answer. Then new code takes the place of the old one, and the server is told: flaskd by `flaskd
-reload`, gunicorn, granian and uvicorn by SIGHUP, uWSGI by its chain reload. A table is one kind of code: good; slow to
-import; broken (a syntax error, an exception); an app that answers 500, which flaskd finds out by `health.probe`; one
-that exits, and one that hangs while it is imported. For each reload a server is started anew, and the servers take
-turns. The columns:
+which not all servers answer. Then new code replaces the old one, and the server is told to reload: flaskd by `flaskd
+reload`, gunicorn, granian and uvicorn by SIGHUP, uWSGI by its chain reload. Each table is for one kind of code: good;
+slow to import; broken (a syntax error, an exception); an app that answers 500, which flaskd detects with
+`health.probe`; one that exits while it is imported, and one that hangs. For each reload a new server is started, and
+the servers take turns. The columns:
 
-- lost: requests that were sent and not answered, or not in full; raced: the server's close crossed them on the wire;
+- lost: requests that were sent and not answered in full; raced: the server's close crossed them on the wire;
 - wrong: answered with another status; rejected: answered 503; refused: connections, tried again after some 20 ms;
 - silence: the longest time in which no client had an answer, in seconds, the worst of the cycles;
-- survived: the first process of the server still lives some seconds afterwards; else its exit code;
+- survived: the first process of the server still runs some seconds afterwards; else its exit code;
 - answers: the code that new connections find at the end, ``new``, ``old``, both, or nothing;
-- told: the exit code of the command that asked for the reload. A signal tells nothing.
+- told: the exit code of the command that asked for the reload. A signal has none.
 
-The server is watched until its command has told the outcome, until no old worker is left and new ones answer, or for
-``--seconds``. The exit status is 1 when flaskd lost, refused or garbled a request, did not survive, has the wrong
-code at the end, or told something else than is true (0 for good code, 70 for bad).
+The server is watched until its command has returned, or until no old worker is left and new ones answer, at most for
+``--seconds``. The exit status is 1 if flaskd lost, refused or garbled a request, did not survive, has the wrong code at
+the end, or returned the wrong exit code (right is 0 for good code, 70 for bad).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _START_TIMEOUT = 8.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one reload gave; `exited` is the exit code of a server that did not survive."""
+    """The outcome of one reload; `exited` is the exit code of a server that did not survive."""
 
     server: str
     kind: str
@@ -72,7 +72,7 @@ class Outcome:
         return self.fates["reset"] + self.fates["cut"]
 
     def faults(self, code: Code) -> list[str]:
-        """Say what flaskd has promised and not kept."""
+        """The promises that flaskd has not kept."""
         if self.error:
             return [self.error]
         wanted = 0 if code.good else EXIT_OF_BAD_CODE
@@ -90,7 +90,7 @@ class Outcome:
 
 
 def measure(server: Server, code: Code, options: argparse.Namespace) -> Outcome:
-    """Start a server, bring new code under load, and see what becomes of all."""
+    """Start a server, reload new code under load, and record what becomes of both."""
     port, served = free_port(), serving(options.workers, THREADS)
     try:
         with (
@@ -128,7 +128,7 @@ def measure(server: Server, code: Code, options: argparse.Namespace) -> Outcome:
 
 
 def _watch(server: Running, old: list[int], until: float) -> None:
-    """Wait until a server that does not tell has only new workers, or has exited; at most until a moment."""
+    """Wait until a server whose reload has no command has only new workers, or has exited; at most until a moment."""
     while time.monotonic() < until and server.process.poll() is None:
         if taken_over(server, old, NEW):
             return
@@ -162,7 +162,7 @@ def _row(server: str, those: list[Outcome]) -> list[str]:
 
 
 def report(kind: Code, outcomes: dict[str, list[Outcome]], workers: int) -> str:
-    """Lay out the table of one kind of code."""
+    """The table of one kind of code."""
     headers = ["server", "requests", "lost", "raced", "wrong", "rejected", "refused", "silence", "survived"]
     rows = [_row(name, those) for name, those in outcomes.items()]
     laid = table(f"## New code: {kind.text} ({workers} workers)", [*headers, "answers", "told"], rows)
@@ -191,7 +191,7 @@ def _options() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Measure, print, and tell whether flaskd broke a promise."""
+    """Measure, print, and return 1 if flaskd broke a promise."""
     options = _options()
     kinds = [kind for kind in KINDS if kind.name in options.kinds.split(",")]
     servers = chosen(options.servers)

@@ -1,35 +1,36 @@
-"""How fast the demo app is served, flaskd beside its peers and beside an earlier flaskd.
+"""How fast the app is served by flaskd, by its peers, and by an earlier flaskd.
 
     python benchmarks/speed.py [--servers flaskd,waitress-serve] [--before DIR] [--only 16,up,idle] [--runs 5]
                                [--workers N] [--pin] [--quick] [--json FILE]
 
-In each run all servers are started, and take turns under each load, so that a pair of figures is taken seconds apart.
-The tables have a row for each load and a column for each server:
+In each run all servers are started, and take turns under each load, so that two figures to be compared are measured
+within seconds. The tables have a row for each load and a column for each server:
 
 - requests a second, and in brackets the ratio to waitress-serve: medians over the runs, the ratio that of the pairs;
 - CPU time for a request, in microseconds of all of the server's processes, with the ratio likewise;
 - the time within which 99 of 100 requests were answered, likewise;
-- connections that say nothing: how long until all are accepted, then the throughput of one busy connection beside
-  them, relative to what it was alone;
+- connections that send nothing: how long until all are accepted, then the throughput of one busy connection beside
+  them, divided by what it was alone;
 - the memory that each server, started alone, has after 256 busy connections (Pss of all of its processes).
 
-The last table has the goals that flaskd is held to, each with its figure.
+The last table has flaskd's goals, each with its figure.
 
-The loads are so many busy connections that get a greeting of some bytes (`head`: asked for as a browser does, in 14
-lines; `bare`: by an app without Flask), 16 that get (`down`) or send (`up`) 256 KiB or send 1 MiB (`post`), 32 whose
-app sleeps for 5 ms (`sleeps`), and 16 beside two others whose app sleeps for 50 ms (`sleepers`). ``flaskd+log`` is
-flaskd with its access log, which the others do not write; ``before`` is the flaskd in `DIR`, a checkout of another
-commit, under the same Python. ``-`` is what was not measured, or what a server cannot do, with the reason below.
+Loads that are a number are that many busy connections that get a greeting of some bytes (`head`: with a browser's head
+of 14 lines; `bare`: from an app without Flask). 16 connections get (`down`) or send (`up`) 256 KiB, or send 1 MiB
+(`post`), 32 request 5 ms of sleep (`sleeps`), and 16 run beside two others that request 50 ms of sleep (`sleepers`).
+``flaskd+log`` is flaskd with its access log, which the others do not write; ``before`` is the flaskd in `DIR`, a
+checkout of another commit, with the same Python. ``-`` is what was not measured, or what a server cannot do, with the
+reason below.
 
-With ``--workers`` each server that can have several worker processes has so many, and there are other goals. Beside
-flaskd one with a single worker is measured, ``one worker``, and there are three rows more: `compute`, whose app
+With ``--workers`` each server that can have several worker processes has that many, and the goals are others. There is
+a further column, ``one worker``, for flaskd with a single worker, and there are three more rows: `compute`, whose app
 computes for 5 ms; `balance`, jobs of 10 ms, 14 at a time, each on a connection of its own, for 4 workers of 4 threads,
-and how many each worker did; and `supervisor`, what the first process of each server has and uses when nothing is
-asked. What waitress-serve does in its one process is what all is compared with, as ever.
+and how many each worker did; and `supervisor`, memory and CPU of the first process of each server while it is idle.
+Everything is still compared with waitress-serve, which has one process.
 
-`wrk` is the client where it is installed, else `_wire.py`. With ``--pin`` the servers have one core to themselves and
-the client has the others: CPU time is best compared so, for Python's threads cost more where they run on several. The
-exit status is 1 when flaskd misses a goal. Ratios are rounded to two places before they are judged.
+`wrk` is the client if it is installed, else `_wire.py`. With ``--pin`` the servers have one core and the client the
+others; CPU times are best compared like that, because Python's threads cost more if they run on several cores. The exit
+status is 1 if flaskd misses a goal. Ratios are rounded to two places before they are compared with goals.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ WITH_WORKERS = [COMPUTE.name, "balance", "supervisor"]
 
 
 def columns(options: argparse.Namespace) -> list[Server]:
-    """Find what is measured: the servers asked for, and beside flaskd its variants."""
+    """What is measured: the named servers, and with flaskd its variants."""
     found = []
     for server in chosen(options.servers):
         found.append(server)
@@ -104,7 +105,7 @@ def columns(options: argparse.Namespace) -> list[Server]:
 
 
 def origin(server: Server) -> str:
-    """Say which flaskd that is: its directory, and in a checkout the commit."""
+    """Where that flaskd is: its directory, and in a checkout the commit."""
     code = "import flaskd, pathlib; print(pathlib.Path(flaskd.__file__).parent.parent)"
     argv, env = [sys.executable, "-c", code], os.environ | {"PYTHONPATH": server.path, "PYTHONDONTWRITEBYTECODE": "1"}
     where = subprocess.run(argv, env=env, cwd="/", capture_output=True, text=True, check=True).stdout.strip()
@@ -131,7 +132,7 @@ def _run(number: int, servers: list[Server], options: argparse.Namespace, result
             for count in crowds:
                 for each in plain:
                     what = f"{each.name}, {count} idle"
-                    if what not in results.errors:  # it takes long to find that out anew
+                    if what not in results.errors:  # it takes long to fail again
                         with _noting(results, what):
                             results.beside.setdefault((count, each.name), {})[number] = beside(each, count, options)
     for server in servers if "memory" in options.only else ():
@@ -178,7 +179,7 @@ def _noting(results: Results, what: str) -> Iterator[None]:
 
 
 def report(results: Results, names: list[str], goals: list[dict[str, Any]], options: argparse.Namespace) -> str:
-    """Lay out the tables."""
+    """The tables as text."""
     loads = _loads(options)
     plain = [name for name in names if name != LOGGED]
     parts = []
@@ -234,7 +235,7 @@ def _number(figure: float, digits: int) -> str:
 
 
 def _options() -> argparse.Namespace:
-    """Read the arguments: `only` and `crowd` as lists, and what ``--quick`` means."""
+    """Read the arguments; `only` and `crowd` become lists, and ``--quick`` sets other options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--servers", default=",".join(SERVERS), help="separated by commas (%(default)s)")
     parser.add_argument("--before", type=Path, metavar="DIR", help="a checkout of an earlier flaskd, measured too")
@@ -268,7 +269,7 @@ def _options() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Measure, print, and tell whether flaskd missed a goal."""
+    """Measure, print, and return 1 if flaskd missed a goal."""
     options = _options()
     open_many_files()
     told = f"{environment()}; client: {options.client}{', pinned' if options.pin else ''}"

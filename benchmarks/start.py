@@ -2,11 +2,11 @@
 
     python benchmarks/start.py [--servers flaskd,waitress-serve] [--workers N] [--runs 10] [--quick] [--json FILE]
 
-Each run starts every server once, and ``python -c "import flask"``, in turns; the time of the latter is the measure of
-the machine, and the ratio of the medians is what says something. The memory is the proportional set size of all of the
-server's processes (Pss in proc_pid_smaps_rollup(5)), right after the first answer. With ``--workers`` flaskd with so
-many worker processes is measured, too, as ``flaskd -w``, until all of them have the app. The exit status is 1 when
-flaskd misses a goal.
+Each run starts every server once, and ``python -c "import flask"``, in turns. The time of the latter depends only on
+the machine, so the ratio of the medians can be compared between machines. The memory is the proportional set size of
+all of the server's processes (Pss in proc_pid_smaps_rollup(5)), right after the first answer. With ``--workers`` flaskd
+with that many worker processes is measured, too, as ``flaskd -w``, until all of them have the app. The exit status is 1
+if flaskd misses a goal.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from _servers import (
 )
 
 MOST_RATIO = 1.7
-"""Times `import flask` that flaskd may take to its first answer."""
+"""flaskd's first answer may take this many times `import flask`."""
 MOST_MEMORY = 29.0
 """MiB that flaskd may have then."""
 MOST_RATIO_WORKERS = 1.3
-"""Times flaskd's time without workers that it may take with one."""
+"""With one worker flaskd may take this many times its time without workers."""
 WITH_WORKERS = "flaskd -w"
 """The variant of flaskd with worker processes."""
 _LOOK = 0.001
@@ -60,7 +60,7 @@ class Starts:
 
 
 def compiled() -> None:
-    """Compile flaskd as pip does when it installs; what is edited in a clone may not be."""
+    """Compile flaskd as pip does when it installs, because files edited in a clone may not be compiled."""
     spec = importlib.util.find_spec("flaskd")
     for place in spec.submodule_search_locations or () if spec else ():
         compileall.compile_dir(place, quiet=2)
@@ -74,7 +74,7 @@ def import_flask() -> float:
 
 
 def start(server: Server, into: Starts, workers: int = 0) -> None:
-    """Start a server, wait for its first answer, and weigh it."""
+    """Start a server, wait for its first answer, and measure its memory."""
     with contextlib.closing(Running(server, free_port(), served=Served(workers=workers))) as each:
         each.wait_ready(look=_LOOK)
         into.seconds.append(time.monotonic() - each.began)
@@ -82,7 +82,7 @@ def start(server: Server, into: Starts, workers: int = 0) -> None:
 
 
 def main() -> int:
-    """Measure, print, and tell whether flaskd keeps its goals."""
+    """Measure, print, and return 1 if flaskd missed a goal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--servers", default="flaskd,waitress-serve", help="of " + ", ".join(SERVERS) + " (%(default)s)"
@@ -99,7 +99,7 @@ def main() -> int:
     compiled()
     found = {name: Starts(name) for name, _, _ in servers}
     imports: list[float] = []
-    import_flask()  # once for nothing: files are read into the page cache
+    import_flask()  # not measured: it reads the files into the page cache
     for _ in range(2 if options.quick else options.runs):
         imports.append(import_flask())
         for name, server, workers in servers:

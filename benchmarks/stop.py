@@ -1,18 +1,18 @@
-"""How long stops take, and what becomes of the work in hand, flaskd beside its peers.
+"""How long stops take, and what becomes of running requests, for flaskd and its peers.
 
     python benchmarks/stop.py [--servers flaskd,gunicorn] [--only idle,backlog] [--workers N] [--runs 5] [--quick]
                               [--json FILE]
 
-A row is one kind of stop, with the goal that flaskd is held to; the columns are the goal and the servers. Each stop
-has a server process of its own, and the servers take turns. Seconds are the median over the runs, from the signal to
-the exit of the process unless the row says otherwise; ``6/8`` are requests answered whole, in the worst run; ``killed``
-is a server that had not exited after some time, and ``-`` one that cannot do it, with the reason below the table.
+A row is one kind of stop; the columns are flaskd's goal and the servers. Each stop has a server process of its own, and
+the servers take turns. Seconds are the median over the runs, from the signal to the exit of the process unless the row
+says otherwise. ``6/8`` are requests answered in full, in the worst run; ``killed`` is a server that had not exited
+after some time, and ``-`` one that cannot do it, with the reason below the table.
 
-With ``--workers`` each server that can have several worker processes has so many: the signal goes to the first process,
-and the goals are the same.
+With ``--workers`` each server that can have several worker processes has that many: the signal goes to the first
+process, and the goals are the same.
 
-The names of the rows, for ``--only``, are those of the functions in this file. The exit status is 1 when flaskd misses
-a goal. Seconds depend on what else the machine does meanwhile; requests do not.
+The names of the rows, for ``--only``, are those of the functions in this file. The exit status is 1 if flaskd misses a
+goal. Seconds depend on what else the machine does meanwhile; the numbers of requests do not.
 """
 
 from __future__ import annotations
@@ -51,17 +51,17 @@ from _wire import Connection, Crowd
 from app import THREADS
 
 _BEGUN = 0.3
-"""Seconds in which a request that was sent begins to be served."""
+"""Seconds within which a request that was sent begins to be served."""
 _BETWEEN = 0.4
-"""Seconds between two signals: flaskd takes what comes within 0.25 for the echo of one (docs/signals.md)."""
+"""Seconds between two signals: flaskd takes two within 0.25 s for one (docs/signals.md)."""
 _IMPATIENCE = 15.0
-"""Seconds that a server gets to exit after the last signal; longer than any stop here need take."""
+"""Seconds within which a server must exit after the last signal; longer than any stop here may take."""
 _ACCEPTED_WITHIN = 30.0
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How big it all is; `grace` is flaskd's own default."""
+    """The sizes of the measurement; `grace` is flaskd's default."""
 
     work: float = 2.0
     grace: float = 1.0
@@ -73,11 +73,11 @@ class Sizes:
 
     @property
     def threads(self) -> int:
-        """In all of the workers."""
+        """The threads of all workers."""
         return THREADS * max(1, self.workers)
 
     def describe(self, text: str) -> str:
-        """Put the sizes into a text."""
+        """Fill the sizes into a text."""
         return text.format(**asdict(self), threads=self.threads, queued=2 * self.threads)
 
 
@@ -87,7 +87,7 @@ _HANG = "cleanup: {policies: {hang: {use: call, with: {target: 'app:hang'}, time
 
 @dataclass(frozen=True)
 class Figure:
-    """What one stop gave: seconds, and how many `of` so many requests were answered whole."""
+    """The result of one stop: seconds, and how many of `of` requests were answered in full."""
 
     seconds: float
     answered: int = 0
@@ -104,7 +104,7 @@ def idle(server: Running, sizes: Sizes) -> Figure:  # noqa: ARG001 - all have th
 
 
 def in_flight(server: Running, sizes: Sizes) -> Figure:
-    """One request in flight; the seconds from the moment its answer was due to the exit."""
+    """One request in flight; the seconds from the moment when its answer was due to the exit."""
     with _asking(server, f"/slow?seconds={sizes.work}") as client:
         due = time.monotonic() + sizes.work
         time.sleep(min(_BEGUN, sizes.work / 2))
@@ -123,12 +123,12 @@ def kept_alive(server: Running, sizes: Sizes, pause: float = 1.3) -> Figure:
 
 
 def just_answered(server: Running, sizes: Sizes) -> Figure:
-    """Keep-alive connections whose answers have only just come."""
+    """Keep-alive connections that have just had an answer."""
     return kept_alive(server, sizes, pause=0)
 
 
 def refusal(server: Running, sizes: Sizes) -> Figure:
-    """From the signal to the first client that is refused, while a request in flight keeps the server."""
+    """The time from the signal to the first refused client, while a running request keeps the server alive."""
     with _asking(server, f"/slow?seconds={sizes.work}") as client:
         time.sleep(min(_BEGUN, sizes.work / 2))
         since = server.terminate()
@@ -138,7 +138,7 @@ def refusal(server: Running, sizes: Sizes) -> Figure:
                 socket.create_connection((HOST, server.port), timeout=_IMPATIENCE).close()
             except ConnectionRefusedError:
                 refused = time.monotonic() - since
-            except OSError:  # it was reset: somebody still listens
+            except OSError:  # it was reset, so a process still listens
                 pass
             time.sleep(0.001)
         answered = int(client.answered())
@@ -147,7 +147,7 @@ def refusal(server: Running, sizes: Sizes) -> Figure:
 
 
 def backlog(server: Running, sizes: Sizes) -> Figure:
-    """Requests of clients that the kernel has connected, and the server, held up meanwhile, has not accepted."""
+    """Requests on connections that the kernel has made and the server, held up meanwhile, has not accepted."""
     pids = server.pids
     with contextlib.ExitStack() as stack:
         for pid in pids:
@@ -161,9 +161,9 @@ def backlog(server: Running, sizes: Sizes) -> Figure:
 
 
 def queued(server: Running, sizes: Sizes) -> Figure:
-    """Twice as many requests in flight as there are threads; the seconds from when the last was due.
+    """Twice as many requests in flight as there are threads; the seconds from the moment when the last was due.
 
-    Where workers do not share them evenly the last one comes later.
+    If workers do not share them evenly, the last answer comes later.
     """
     with contextlib.ExitStack() as stack:
         clients = [
@@ -177,12 +177,12 @@ def queued(server: Running, sizes: Sizes) -> Figure:
 
 
 def slow_readers(server: Running, sizes: Sizes) -> Figure:
-    """Three clients that have begun to read a long answer, slowly; the seconds from the last one's last byte."""
+    """Three clients that read a long answer slowly; the seconds from the last byte of the last one."""
     with contextlib.ExitStack() as stack:
         clients = [
             stack.enter_context(_asking(server, f"/big?mib={sizes.mib}", receive_buffer=65536)) for _ in range(3)
         ]
-        for each in clients:  # until each answer has begun
+        for each in clients:  # wait until each answer has begun
             each.socket.recv(1, socket.MSG_PEEK)
         server.terminate()
         answered = _read_together(clients)
@@ -195,7 +195,7 @@ def _read_together(clients: list[Connection]) -> int:
 
 
 def second_signal(server: Running, sizes: Sizes) -> Figure:  # noqa: ARG001
-    """A second SIGTERM, with a request that takes half a minute and, in flaskd, a cleanup that hangs."""
+    """A second SIGTERM, while a request takes half a minute and, in flaskd, a cleanup step hangs."""
     with _asking(server, "/slow?seconds=30"):
         time.sleep(_BEGUN)
         server.terminate()
@@ -204,7 +204,7 @@ def second_signal(server: Running, sizes: Sizes) -> Figure:  # noqa: ARG001
 
 
 def third_signal(server: Running, sizes: Sizes) -> Figure:  # noqa: ARG001
-    """A third SIGTERM, in the same distress."""
+    """A third SIGTERM, in the same situation."""
     with _asking(server, "/slow?seconds=30"):
         time.sleep(_BEGUN)
         for _ in range(2):
@@ -263,12 +263,12 @@ KINDS = [
 
 
 def measure(server: Server, kind: Kind, sizes: Sizes) -> Figure:
-    """Start a server and stop it once; raises NotReadyError when it cannot do that."""
+    """Start a server and stop it once; raises NotReadyError if that fails."""
     config = f"shutdown: {{drain: {{keepalive_grace: {sizes.grace}s}}}}\n" + kind.config
     try:
         with running(server, free_port(), config=config, served=Served(workers=sizes.workers)) as each:
             return kind.take(each, sizes)
-    except (OSError, ValueError) as error:  # it broke off, or answered what cannot be read, before the stop
+    except (OSError, ValueError) as error:  # before the stop it closed, or its answer was unreadable
         raise NotReadyError(f"{server.name} broke off: {error}") from error
 
 
@@ -282,7 +282,7 @@ def _cell(figures: list[Figure]) -> str:
 
 
 def main() -> int:
-    """Measure, print, and tell whether flaskd missed a goal."""
+    """Measure, print, and return 1 if flaskd missed a goal."""
     names = [kind.name for kind in KINDS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--servers", default=",".join(SERVERS), help="separated by commas (%(default)s)")

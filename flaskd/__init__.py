@@ -1,12 +1,12 @@
-"""flaskd serves a Flask app and owns its life: it starts it, drains it, cleans up after it and stops it.
+"""flaskd serves a Flask app and manages its life: it starts, drains, cleans up and stops it.
 
 ::
 
-    flaskd.serve(app)                               # what ``flaskd serve`` does, for an app in hand; an exit code
+    flaskd.serve(app)                               # like ``flaskd serve``, for an app object; returns an exit code
     with flaskd.ServerThread(app) as server: ...    # the same server in a thread, for tests and scripts
     with flaskd.ServerProcess("shop:app") as it: ...    # in a process of its own
     with flaskd.background("export"): ...           # work outside a request, which a drain waits for
-    flaskd.more_time(60)                            # this request may take so many seconds more
+    flaskd.more_time(60)                            # this request may take 60 more seconds
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is asked for: a client verb needs none of the server."""
+    """Import an exported name when it is first used: a client verb needs nothing of the server."""
     if name not in _HOME:
         raise AttributeError(f"module 'flaskd' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)
@@ -72,10 +72,10 @@ def serve(
 ) -> int:
     """Serve a WSGI app until it is asked to stop, and return the exit code.
 
-    `config` is a mapping in the shape of the YAML file, or a path to one. Main thread only, Linux only; elsewhere
-    FlaskdError is raised and `ServerThread` is the way. Signal handlers are put back before it returns. The end of
-    the program is its own: exit callbacks and threads of the app are left to it, and ``shutdown.exit_wait`` means
-    nothing here.
+    `config` is a mapping in the shape of the YAML file, or a path to one. It works in the main thread and on Linux
+    only; elsewhere it raises FlaskdError, and `ServerThread` is the alternative. Before it returns, it restores the
+    signal handlers. The program then ends as usual: it runs exit callbacks and waits for threads itself, so
+    ``shutdown.exit_wait`` has no effect here.
     """
     from flaskd.serving.launch import check_system  # noqa: PLC0415 - see __getattr__
 

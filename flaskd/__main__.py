@@ -7,14 +7,14 @@ from flaskd.process.bootstrap import heed_signals, open_standard_streams
 
 
 def main() -> int:
-    """Run the command. A server heeds SIGTERM and SIGINT from here on, long before its own handlers are in place."""
+    """Run the command. From here on a server acts on SIGTERM and SIGINT, long before its own handlers are set."""
     open_standard_streams()
-    # Imports make no garbage, and looking for it would cost a twentieth of their time. A client is gone before there is
-    # any; a server looks for it again from `flaskd.cli.serve_app` on.
+    # Imports make no garbage, and looking for it takes a twentieth of their time. A client ends before it has any; a
+    # server switches the collector on again in `flaskd.cli.serve_app`.
     gc.disable()
     if sys.argv[1:2] == ["serve"]:
         heed_signals()
-    from flaskd.cli import main as run  # noqa: PLC0415 - after the handlers
+    from flaskd.cli import main as run  # noqa: PLC0415 - after the signal handlers are set
 
     return run()
 

@@ -1,6 +1,6 @@
-"""Work outside any request: who does it says so with `background`, and a drain waits for it.
+"""Work outside any request: the app marks it with `background`, and a drain waits for it.
 
-The account is the process', not a server's: a drain of any server waits for all of it.
+The account belongs to the process, not to a server: a drain of any server waits for all of the work.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True)
 class Background:
-    """Work in the background as it is shown; `age` is in seconds, `stack` where its thread is, if that was asked."""
+    """Work in the background; `age` is in seconds, `stack` is that of its thread, if it was asked for."""
 
     name: str
     age: float
@@ -40,7 +40,7 @@ class Background:
         return f"{self.name} (for {self.age:.1f}s in {self.thread})"
 
     def as_json(self) -> dict[str, Any]:
-        """Stable keys for programs; `stack` is there when it was asked for."""
+        """Stable keys for programs; `stack` only if it was asked for."""
         stack = {"stack": self.stack} if self.stack else {}
         return {"name": self.name, "age": round(self.age, 3), "thread": self.thread, **stack}
 
@@ -52,17 +52,17 @@ class _Entry:
     began: float = field(default_factory=time.monotonic)
 
 
-# Changed by single operations that the interpreter makes whole: no lock, so none that a fork could find held.
+# Changed only by single atomic operations, without a lock that a fork could copy while it is held.
 _entries: dict[int, _Entry] = {}
 _told: set[Callable[[], None]] = set()
 
 
 class background(contextlib.ContextDecorator):  # noqa: N801 - used like contextlib.suppress
-    """Mark work outside a request, from any thread: ``with flaskd.background("export"): …``, or as a decorator.
+    """Mark work outside a request, in any thread: ``with flaskd.background("export"): …``, or as a decorator.
 
-    A drain waits for it as for a request, until its deadline; what still runs then is named in the log with its stack,
-    and the drain is not clean. `flaskd status` shows what is under way. A function that is a coroutine or a generator
-    cannot be decorated (the mark would end before its work begins): TypeError.
+    A drain waits for the work as for a request, until its deadline. Work that still runs then is named in the log with
+    its stack, and the drain is not clean. `flaskd status` shows running work. Raises TypeError for a coroutine or
+    generator function as a decorated function, because the mark would end before its work begins.
     """
 
     def __init__(self, name: str) -> None:
@@ -79,7 +79,7 @@ class background(contextlib.ContextDecorator):  # noqa: N801 - used like context
         return super().__call__(function)
 
     def _recreate_cm(self) -> Self:
-        return type(self)(self.name)  # one for each call of a decorated function: calls overlap
+        return type(self)(self.name)  # each call of a decorated function has its own, because calls overlap
 
     def __enter__(self) -> Self:
         number = next(_numbers)
@@ -92,7 +92,7 @@ class background(contextlib.ContextDecorator):  # noqa: N801 - used like context
         mine = [number for number in self._open.copy() if (entry := _entries.get(number)) and entry.thread is here]
         if mine:
             self._open.remove(mine[-1])
-        # Else it is left by another thread than it was entered by, or a forked child: none of it is there.
+        # Otherwise another thread leaves it than entered it, or a forked child does, which has no entries.
         _entries.pop(mine[-1] if mine else self._open.pop(), None)
         for tell in _told.copy():
             tell()
@@ -102,17 +102,17 @@ _NOT_DONE_WHEN_CALLED = (inspect.iscoroutinefunction, inspect.isgeneratorfunctio
 
 
 def on_one_line(name: str) -> str:
-    """A name that the app chose, maybe of what a client sent, as it can stand in a log, an answer and a terminal."""
+    """A name from the app, which may contain a client's text, as one line that is safe in logs and terminals."""
     return printable(shortened(name), "?")
 
 
 def in_background() -> bool:
-    """Whether any work is under way in the background."""
+    """Whether any work runs in the background."""
     return bool(_entries)
 
 
 def background_work(*, stacks: bool = False) -> tuple[Background, ...]:
-    """What is under way, oldest first."""
+    """The running work, the oldest first."""
     now = time.monotonic()
     frames = sys._current_frames() if stacks else {}  # noqa: SLF001 - public in all but its name
     found = []
@@ -124,7 +124,7 @@ def background_work(*, stacks: bool = False) -> tuple[Background, ...]:
 
 
 def left_behind() -> tuple[Background, ...]:
-    """What is under way when a drain is over, with its stacks; each is named in the log."""
+    """The work that still runs when a drain is over, with its stacks; logs a warning for each."""
     found = background_work(stacks=True)
     for each in found:
         text = f"the drain is over, and in the background there is still: {each}"
@@ -143,7 +143,7 @@ def tell_no_more(tell: Callable[[], None]) -> None:
 
 
 def _forget() -> None:
-    """In a forked child: the threads that did it are not there."""
+    """To be called in a forked child, which does not have the threads that did the work."""
     _entries.clear()
     _told.clear()
 

@@ -1,4 +1,4 @@
-"""The frame of a daemon's run: its start, which can be broken off, its signals, and its exit code."""
+"""The run of a daemon: its start, which a stop can break off, its signals, and its exit code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from flaskd.admin import opened_by
 from flaskd.config import Configuration
 from flaskd.daemon import Daemon, own_holdings
-from flaskd.errors import EX_LOST, EX_OK, AppError, FlaskdError, NotNowError
+from flaskd.errors import EX_LOST, EX_OK, FlaskdError, NotNowError
 from flaskd.holdings import Holdings, Plane, put_away
 from flaskd.inbox import Asked, ExitBegan, ExitOver, IdleOver, Raised, ReloadAsked, StopAsked
 from flaskd.lifecycle import Event, State, StopReason
@@ -42,21 +42,21 @@ if TYPE_CHECKING:
 log = logging.getLogger("flaskd.daemon")
 
 _LAST_WORDS = 0.2
-"""Seconds for the log of a process that leaves in a hurry."""
+"""Seconds for the last log lines of a process that ends at once."""
 _SWITCH = 0.001
-"""Seconds after which a thread that computes lets another one run (sys.setswitchinterval; Python's own is 5 ms).
+"""Seconds after which a computing thread lets another one run (sys.setswitchinterval; Python's default is 5 ms).
 
-The serving, control and admin threads need the interpreter several times for one answer, and wait each time for every
-thread that computes: with four of them a probe took up to 190 ms, and takes up to 40.
+For one answer, the serving, control and admin threads take the GIL several times, and wait each time for all threads
+that compute: with four of these a probe took up to 190 ms with the default, and takes up to 40 ms with this.
 """
 
 
 class Boot:
     """Runs one daemon in this process.
 
-    `load` reads the configuration, at the start and at each reload. `app` is served as it is, or what `make_app` makes
-    when the time for it has come; without them the app named by the configuration is imported. `ending` is there where
-    the process ends with the stop: what the app has left to that has its time then.
+    `load` reads the configuration, at the start and at each reload. The app is `app`, or what `make_app` returns when
+    it is called at the start; without both, the app that the configuration names is imported. `ending` is given if the
+    process ends after the stop: it runs what the app has left to the process' end.
     """
 
     _is_worker = False
@@ -75,7 +75,7 @@ class Boot:
         self._load, self._ending, self._name = load, ending, name
         self._in_hand = app is not None or make_app is not None
         self._serving: InProcess | Pool
-        self._start = Start(asked=lambda: self._signals.poke())  # noqa: PLW0108 - there is no watch yet
+        self._start = Start(asked=lambda: self._signals.poke())  # noqa: PLW0108 - `_signals` is set later
 
         def serving(daemon: Daemon) -> InProcess:
             in_process = self._serving = InProcess(
@@ -107,9 +107,9 @@ class Boot:
         self._main = MainThread(self._serve, lambda error: daemon.inbox.post(Raised(error)), self._look)
 
     def run(self, *, last: bool = False) -> int:
-        """Serve until stopped, and return the exit code; faults of the start are logged, and told by the code.
+        """Serve until stopped, and return the exit code, which also says whether the start failed; errors are logged.
 
-        `last`: the process ends then, and the app's own signal handlers are not put back.
+        `last`: the process ends after this, so the app's own signal handlers are not restored.
         """
         if threading.current_thread() is not threading.main_thread():
             raise FlaskdError("cannot serve: flaskd needs the main thread for its signals; elsewhere use ServerThread")
@@ -126,13 +126,13 @@ class Boot:
             stack.callback(put_away, daemon.reload.close)
             stack.callback(sys.setswitchinterval, sys.getswitchinterval())
             sys.setswitchinterval(_SWITCH)
-            with AppCode():  # a child that the app forked in this thread undoes nothing of what the stack holds
+            with AppCode():  # a child that the app forks in this thread does not unwind the stack
                 try:
                     if self._ending is not None:
                         self._ending.start()
                     self._make(stack)
                     self._main.begin()
-                except BaseException as error:  # noqa: BLE001 - the app's code runs in this thread; told in either case
+                except BaseException as error:  # noqa: BLE001 - the app's code runs in this thread; reported below
                     if not self._main.begun:
                         return self._not_started(error)
                     daemon.inbox.post(Raised(error))
@@ -140,7 +140,7 @@ class Boot:
         raise AssertionError  # the stack suppresses nothing
 
     def _make(self, stack: ExitStack) -> None:
-        """Make all that serving needs; while the app is imported, a stop ends the process at once."""
+        """Make all that serving needs, import the app, and start to serve; until then a stop ends the process."""
         daemon, holdings = self.daemon, self.daemon.holdings
         configuration = self._load()
         config = configuration.values
@@ -149,7 +149,7 @@ class Boot:
                 configuration.refuse_given_app()
             daemon.serve_by(self._workers())
         elif not self._is_worker:
-            os.environ.update(FLASKD_WORKER="0", FLASKD_GENERATION="0")  # for an app that runs a part of it once
+            os.environ.update(FLASKD_WORKER="0", FLASKD_GENERATION="0")  # for apps that run a task in worker 0 alone
         serving = self._serving
         daemon.configured(configuration)
         self._start.breakable = True
@@ -176,8 +176,8 @@ class Boot:
         daemon.notices.tell(Loaded(config.health.probe_timeout if config.health.probe else 0.0))
 
     def _workers(self) -> Pool:
-        """What serves with workers."""
-        from flaskd.pool.pool import Pool  # noqa: PLC0415 - a daemon without workers is ready the sooner
+        """Make the pool, which serves with workers."""
+        from flaskd.pool.pool import Pool  # noqa: PLC0415 - a daemon without workers starts faster
 
         daemon = self.daemon
         pool = self._serving = Pool(
@@ -190,7 +190,7 @@ class Boot:
         )
         return pool
 
-    # --- what is different in a worker (`flaskd.workers.worker`) ------------------------------------------------------
+    # --- replaced in a worker (`flaskd.workers.worker`) ---------------------------------------------------------------
 
     def _holdings(self, daemon: Daemon, plane: Plane, name: str, environ: Mapping[str, str]) -> Holdings:
         return own_holdings(daemon, plane, name, environ)
@@ -199,53 +199,53 @@ class Boot:
         return None
 
     def _readiness(self, daemon: Daemon) -> tuple[str, str]:
-        """What `health.path` is answered with."""
+        """The answer on `health.path`: the status line and a text."""
         return daemon.readiness()
 
     def _late_code(self, code: int) -> int:
-        """The exit code where finalizers are cut."""
+        """The exit code if finalizers are cut."""
         return code
 
     def _heard(self, notice: Notice) -> None:
-        """Hear a notice of the daemon's."""
+        """Log a notice of the daemon."""
         log_it(notice)
 
     def _loaded(self, app: LoadedApp | Pool) -> None:
-        """The app is loaded, and is about to be served."""
+        """Log which app was loaded and will be served."""
         app.tell()
 
     def _not_started(self, error: BaseException) -> int:
-        """Tell why the start failed, and return the exit code."""
+        """Report why the start failed; returns the exit code."""
         self._start.end()
         self.daemon.lifecycle.handle(Event.START_FAILED)
         if self.daemon.configuration is None and not isinstance(error, Exception):
-            raise error  # Ctrl-C before that is the caller's
+            raise error  # a Ctrl-C before the configuration was read is for the caller
         return self._failed(launch.fault_of(error))
 
     def _failed(self, error: FlaskdError) -> int:
-        """Tell of a failure, and give its exit code."""
-        for line in str(error).split("\n"):  # at nothing else: an app's words may have other line ends
-            log.error(line)
-        if isinstance(error, AppError) and error.traceback_text:
-            log.error(error.traceback_text)
+        """Log a failure, and tell systemd; returns its exit code."""
+        *faults, last = str(error).split("\n")  # not splitlines(): an app's text may have other line ends
+        for each in faults:
+            log.error(each)
+        log.error(f"{last}\n{error.details}".rstrip())
         cause = error.__cause__
         number = cause.errno if isinstance(cause, OSError) and cause.errno else errno.EINVAL
         configuration = self.daemon.configuration
-        why = str(error).partition("\n")[0]  # a file may be what is at fault
+        why = str(error).partition("\n")[0]  # the errno of a file's error is passed on, too
         self.daemon.notices.tell(FailedFor(configuration.redact(why) if configuration is not None else why, number))
         return error.exit_code
 
     def _look(self) -> None:
-        """Once a second, in the main thread."""
-        self._signals.reclaim()  # code in C may take a handler at any time
+        """Take signals back, adjust limits and reap orphans; called once a second in the main thread."""
+        self._signals.reclaim()  # C code may replace a handler at any time
         open_files.adjust()
         orphans.reap()
 
     def _forget(self) -> None:
-        """In a child that the app forked: let go of all that is the daemon's."""
+        """In a child that the app forked, close the copies of all that belongs to the daemon."""
         self.daemon.holdings.forget()
         self.daemon.service.forget()
-        self._main.call(end_child)  # a signal handler of the app that forked comes back into the main thread
+        self._main.call(end_child)  # ends a child that a signal handler forked, when it returns to the main thread
 
     # --- signals, in their own thread -------------------------------------------------------------------------------
 
@@ -260,7 +260,7 @@ class Boot:
         elif self._escalation.another(time.monotonic()):
             if self._start.breakable:
                 self._break_off(name)
-            elif self._escalation.count <= 2:  # noqa: PLR2004 - the first asks, the second presses
+            elif self._escalation.count <= 2:  # noqa: PLR2004 - the first begins a stop, the second hurries it
                 self.daemon.ask(StopAsked(StopReason("signal", name), now=self._escalation.count > 1))
             else:
                 self._leave_at_once(name, 128 + number)
@@ -269,13 +269,13 @@ class Boot:
         try:
             self._serving.end_processes()
             self.daemon.holdings.remove_nodes()
-            log.warning(f"{name} once more: gone at once")
+            log.warning(f"{name} again: flaskd ends at once")
             self.daemon.logs.flush(_LAST_WORDS)
         finally:
             os._exit(code)
 
     def _break_off(self, why: str) -> None:
-        """End a start; what was asked for meanwhile is answered, and not carried out."""
+        """Break off the start and end the process; events in the inbox are answered, but not carried out."""
 
         def take_away() -> None:
             self.daemon.notices.tell(BrokenOff(why))
@@ -292,7 +292,7 @@ class Boot:
     # --- the end ----------------------------------------------------------------------------------------------------
 
     def _serve(self) -> int:
-        """Let the daemon live, and return the exit code; in the thread of the events."""
+        """Run the daemon to its end, in the thread of the events; returns the exit code."""
         daemon = self.daemon
         daemon.turn()
         if not daemon.stopping.main_is_lost:
@@ -305,7 +305,7 @@ class Boot:
             os._exit(code)
 
     def _concluded(self) -> int:
-        """Write the record, answer who waits, and choose the exit code."""
+        """Write the record, answer the callers that wait for the stop, and return the exit code."""
         daemon = self.daemon
         account = daemon.stopping.conclude()
         assert daemon.configuration is not None
@@ -329,7 +329,7 @@ class Boot:
                 self._ending.settle, self._ending.unsettle = prepared
 
     def _end_the_app(self) -> None:
-        """Give what the app has left to the end of the process its time (main thread); the events go on meanwhile."""
+        """Run what the app has left to the process' end, in the main thread; events are still handled meanwhile."""
         ending, inbox = self._ending, self.daemon.inbox
         assert ending is not None
         ending.left = self.daemon.serving.left_for_the_exit()

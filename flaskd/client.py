@@ -1,4 +1,4 @@
-"""`ControlClient`: talks to a daemon over its control socket. It imports nothing heavy; the client verbs use it."""
+"""`ControlClient`: talks to a daemon over its control socket. It imports nothing large, so client verbs start fast."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from flaskd.protocol import EXIT_CODES
 
 _ROOM = 60.0
 _AGAIN = 0.01
-"""Seconds in which a client that has no timeout waits for room in the backlog, and between two tries."""
+"""Seconds between two tries to connect while the backlog is full, and for a client without a timeout the first wait."""
 _NOBODY = 65534
-"""Owns the directories of a service with ``DynamicUser=`` from systemd 257 on; the service sees them as its own."""
+"""Owns the directories of a ``DynamicUser=`` service from systemd 257 on; the service itself sees its own uid."""
 _LONGEST = 16 << 20
-"""Bytes of one answer; that of ten thousand requests in flight has a quarter of it."""
+"""The longest answer in bytes; ten thousand requests in flight take a quarter of it."""
 _SHOWN = 200
-"""Characters of what is wrong with an answer."""
+"""How many characters of an unusable answer are shown."""
 
 
 class CommandError(FlaskdError):
-    """The daemon answered ERR; `code` is the reply's, the exit code follows from it."""
+    """The daemon answered ERR; `code` is the code of the reply, from which the exit code follows."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -39,7 +39,7 @@ class CommandError(FlaskdError):
 
 def user(number: int) -> str:
     """A user by name, for people."""
-    import pwd  # noqa: PLC0415 - for a refusal alone
+    import pwd  # noqa: PLC0415 - only for a refusal
 
     with contextlib.suppress(KeyError):
         return f"the user {pwd.getpwuid(number).pw_name}"
@@ -47,8 +47,8 @@ def user(number: int) -> str:
 
 
 def whose(path: Path) -> str:
-    """Whom a node or directory is for, said to another user."""
-    import grp  # noqa: PLC0415 - for this refusal alone
+    """Which user and group a node or directory is for, as advice to another user."""
+    import grp  # noqa: PLC0415 - only for this refusal
 
     try:
         found = path.stat()
@@ -62,7 +62,7 @@ def whose(path: Path) -> str:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Read fields of an answer: one that lacks some, or has others in their place, is not flaskd's (NoDaemonError)."""
+    """Wraps code that reads an answer's fields: missing or wrong ones mean that it is no flaskd (NoDaemonError)."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
@@ -71,18 +71,18 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def _not_flaskd(path: Path, why: str) -> NoDaemonError:
-    return NoDaemonError(f"cannot talk to {path}: who answers there is not flaskd: {why}")
+    return NoDaemonError(f"cannot talk to {path}: what answers there is not flaskd: {why}")
 
 
 def _finite(number: str) -> float:
-    """A number of JSON, which has neither NaN nor infinity (RFC 8259 §6), though Python reads and writes them."""
+    """A JSON number; rejects NaN and infinity, which JSON does not have (RFC 8259 §6), though Python reads them."""
     if math.isinf(found := float(number)) or math.isnan(found):
         raise ValueError(number)
     return found
 
 
 def _only_root_makes(directory: Path) -> bool:
-    """Whether root alone may have made the directory, and none but its owner puts anything into it."""
+    """Whether only root can have made the directory, and only its owner can put files into it."""
     real = directory.resolve()
     above = real.parent.stat()
     return above.st_uid == 0 and not (above.st_mode | real.stat().st_mode) & 0o022
@@ -114,12 +114,12 @@ class ControlClient:
             ) from error
         if why := self._not_trusted():
             self._socket.close()
-            raise ForbiddenError(f"cannot trust who listens at {self._path}: {why}")
+            raise ForbiddenError(f"cannot trust the process that listens at {self._path}: {why}")
         self._inbox = bytearray()
         return self
 
     def _not_trusted(self) -> str:
-        """Why who listens is neither root, nor this user, nor the owner of the socket's directory; empty when it is."""
+        """Why the listening process belongs neither to root, this user, nor the directory's owner; empty if it does."""
         if not hasattr(socket, "SO_PEERCRED"):
             return ""
         credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
@@ -128,14 +128,14 @@ class ControlClient:
             owner = self._path.parent.stat().st_uid
             if owner == _NOBODY and _only_root_makes(self._path.parent):
                 owner = uid
-        except OSError:  # it has been taken away since
+        except OSError:  # it was removed in the meantime
             owner = 0
         if uid in {0, os.geteuid(), owner}:
             return ""
         return f"it runs as {user(uid)}, and the directory belongs to {user(owner)}"
 
     def _connect(self) -> None:
-        # With a timeout, connect(2) does not wait for room in a Unix socket's backlog: it fails with EAGAIN at once.
+        # With a timeout, connect(2) fails with EAGAIN at once if a Unix socket's backlog is full, instead of waiting.
         until = time.monotonic() + (self._timeout or _ROOM)
         while True:
             try:
@@ -151,7 +151,7 @@ class ControlClient:
         self._socket.close()
 
     def _line(self, until: float | None) -> bytes:
-        """The next line, by the moment `until`; without its end where the daemon went away. Raises OSError."""
+        """The next line until the moment `until`; it has no newline if the daemon went away. Raises OSError."""
         begin = 0
         while (end := self._inbox.find(b"\n", begin)) < 0:
             begin = len(self._inbox)
@@ -176,7 +176,7 @@ class ControlClient:
         return None if self._timeout is None else time.monotonic() + self._timeout
 
     def _understood(self, line: bytes) -> dict[str, Any]:
-        """One line of an answer; raises NoDaemonError."""
+        """A line of an answer as fields; raises NoDaemonError if it is none."""
         try:
             answer = json.loads(line, parse_float=_finite, parse_constant=_finite)
         except (ValueError, RecursionError):
@@ -187,7 +187,7 @@ class ControlClient:
         if fine is False and isinstance(error, dict) and all(isinstance(error.get(key), str) for key in _FAULT):
             return answer
         if not (fine is True or (fine is None and answer.get("event") == "progress")):
-            raise _not_flaskd(self._path, "expected an outcome or how it goes")
+            raise _not_flaskd(self._path, "expected an outcome or progress")
         answer.pop("id", None)
         return answer
 
@@ -196,7 +196,7 @@ class ControlClient:
     ) -> dict[str, Any]:
         """Send a command with its flags and argument, and return the fields of its answer.
 
-        Raises CommandError for ERR, NoDaemonError if it dies, or is no flaskd.
+        Raises CommandError for ERR, and NoDaemonError if the daemon dies or is no flaskd.
         """
         self._tell(verb, json.dumps({"id": 1, "cmd": verb, **words}).encode() + b"\n")
         until = self._until()
@@ -206,7 +206,7 @@ class ControlClient:
                 if progress is not None:
                     with reading(self._path):
                         progress(answer)
-                until = self._until() if words.get("wait") else until  # the others wait for one answer alone
+                until = self._until() if words.get("wait") else until  # else one limit for all
             elif answer.pop("ok"):
                 return answer
             else:
@@ -231,7 +231,7 @@ class ControlClient:
             raise NoDaemonError(f'no answer to "{verb}": lost the daemon at {self._path}: {why}') from error
 
     def wait_closed(self) -> None:
-        """Wait until the daemon has closed the connection, which it does when it exits; raises NoDaemonError."""
+        """Wait until the daemon closes the connection, which it does when it exits; raises NoDaemonError."""
         until = self._until()
         try:
             while self._receive(until):
@@ -243,4 +243,4 @@ class ControlClient:
 
 
 _FAULT = ("code", "message")
-"""What an ERR has, in JSON."""
+"""The fields of an ERR answer in JSON."""

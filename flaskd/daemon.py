@@ -1,8 +1,8 @@
 """The daemon: its life cycle and its inbox.
 
-One thread makes every transition, with one method for each event. All others (signals, control, serving, cleanup) only
-post to the inbox. What serves the app stands behind `flaskd.serving.api`, and the world hears of the daemon's life by
-its notices. `flaskd.boot` starts it, hears signals for it, and ends the process.
+One thread makes every transition, with one method for each event. All other threads (signals, control, serving,
+cleanup) only post to the inbox. The app is served by an object with the interface `flaskd.serving.api`; notices tell
+the log, systemd and the counts what happens. `flaskd.boot` starts the daemon, handles signals, and ends the process.
 """
 
 from __future__ import annotations
@@ -70,30 +70,30 @@ from flaskd.workforce import Workforce
 log = logging.getLogger("flaskd.daemon")
 
 _WEDGED = 5.0
-"""Seconds without a turn after which the serving thread does not live any more; it turns once a second at least."""
+"""Seconds without a turn after which the serving thread counts as dead; one that is well turns every second."""
 _SERVING = {State.READY, State.RELOADING}
 _TICK = 1.0
 """Seconds between two progress reports of a drain or stop."""
 
 
 def own_holdings(daemon: Daemon, plane: Plane, name: str, environ: Mapping[str, str]) -> Holdings:
-    """What a daemon holds that is no worker."""
+    """Make the holdings of a daemon that is not a worker."""
     return Holdings(
         plane,
         daemon,
         name,
         environ,
-        describe_stop=lambda: daemon.serving.describe_stop(),  # noqa: PLW0108 - there is none yet
+        describe_stop=lambda: daemon.serving.describe_stop(),  # noqa: PLW0108 - `serving` is set later
         stop=lambda reason: daemon.ask(StopAsked(reason)),
     )
 
 
 class Daemon:
-    """One serving daemon, from READY to the end of its stop; for `load`, `plane` and `name` see `flaskd.boot.Boot`.
+    """One serving daemon, to the end of its stop; for `load`, `plane` and `name` see `flaskd.boot.Boot`.
 
-    `serving` makes what serves the app, and posts to the inbox. A stop during the `start` ends the process.
-    `end_the_app` gives what the app has left to the end of the process its time, in another thread, and posts ExitOver;
-    None where the process goes on.
+    `serving` makes the object that serves the app, which posts to the inbox. A stop during the `start` ends the
+    process. `end_the_app` runs what the app has left to the process' end, in another thread, and posts ExitOver; None
+    if the process goes on after the stop.
     """
 
     def __init__(
@@ -111,9 +111,9 @@ class Daemon:
     ) -> None:
         self.name = name
         self.configuration: Configuration | None = None
-        """The one in force; None before the first was read."""
+        """The configuration in force; None before the first one was read."""
         self.failure: FlaskdError | None = None
-        """What it stops for, where that is a failure."""
+        """The failure for which the daemon stops; None without one."""
         self.logs = logs.Logs()
         self.inbox = Inbox()
         self.lifecycle = Lifecycle()
@@ -125,7 +125,7 @@ class Daemon:
         self.notices = notices.Notices(heard, self.service.heard, self._counts.heard)
         self.reload = Reload(
             load,
-            prepare=lambda configuration: self.serving.prepare(configuration),  # noqa: PLW0108 - there is none yet
+            prepare=lambda configuration: self.serving.prepare(configuration),  # noqa: PLW0108 - `serving` is set later
             apply=self._apply,
             serving=lambda: self.serving,
             status=lambda: self._became_ready().status,
@@ -162,9 +162,9 @@ class Daemon:
         return self.configuration
 
     def ask(self, event: Wish) -> None:
-        """Ask for something; its reply is told of the outcome."""
+        """Ask for something; the event's reply is called with the outcome."""
         if self._start.breakable and not isinstance(event, StopAsked):
-            try:  # while the app is imported no event is taken
+            try:  # during the start no event is handled
                 self.lifecycle.check(_OF[type(event)])
             except NotNowError as error:
                 self.drains.refuse(event.reply, error)
@@ -174,7 +174,7 @@ class Daemon:
             self._start.asked()
 
     def snapshot(self) -> Snapshot:
-        """What there is to know now."""
+        """All figures at this moment."""
         life, configuration = self.lifecycle, self._config
         return Snapshot(
             name=self.name,
@@ -202,12 +202,12 @@ class Daemon:
 
     @property
     def wedged(self) -> str:
-        """Why flaskd does not live any more, as ``health`` and ``/livez`` say it; empty while it does, or starts."""
+        """Why flaskd counts as dead, for ``health`` and ``/livez``; empty while it is alive, or starts."""
         silent = self.serving.silent_for
         return f"the serving thread has not turned for {silent:.1f}s" if silent > _WEDGED else ""
 
     def readiness(self, state: State | None = None) -> tuple[str, str]:
-        """What `health.path` and the admin listener answer in a state, the present one: a status line and a word."""
+        """The answer on `health.path` and of the admin listener in a state, by default the present: status and text."""
         why = self.serving.unready if state is None and self.state in _SERVING else ""
         if (state := state or self.state) in _SERVING and not why:
             return "200 OK", "ready"
@@ -215,7 +215,7 @@ class Daemon:
         return f"{status} {reason_of(status, 'Not Ready')}", why or str(state)
 
     def serve_by(self, serving: Serving) -> None:
-        """Have `serving` serve the app; before anything is served."""
+        """Set the object that serves the app; before anything is served."""
         self.serving = serving
         self.service.attach(serving, self.holdings.listeners, lambda: self.state)
         self.stopping = Stopping(serving, self.holdings, self.notices, self._end_the_app)
@@ -232,20 +232,20 @@ class Daemon:
         self.reload.follow(configuration)
 
     def turn(self) -> None:
-        """Carry out events until the stop is over."""
+        """Handle events until the stop is over."""
         while self.state is not State.STOPPED:
             self.carry_out(self.inbox.take())
 
     def carry_out(self, event: InboxEvent) -> None:
-        """Carry out an event. One that raises is logged, and ends nothing.
+        """Handle an event. If its method raises, that is logged, and the daemon goes on.
 
-        Its reply then has an error, and the daemon goes on from the state that the event may have left. What is no
-        Exception, such as SystemExit, was meant to end the process: that is stopped in good order.
+        The event's reply then gets an error, and `_GO_ON` leads out of a state in which the event may have left the
+        daemon. SystemExit and the like are meant to end the process: the daemon stops in good order.
         """
         log.debug("%s", event)
         try:
             _METHODS[type(event)](self, event)
-        except BaseException as error:  # of the app's code, mostly: its objects, its sys.stderr, its registrations
+        except BaseException as error:  # mostly from the app's code: its objects, its sys.stderr, its registrations
             log.exception("cannot carry out an event")
             if isinstance(event, Asked):
                 event.reply.error(FlaskdError.code, f"cannot do that: {described(error)}; the log says more")
@@ -253,8 +253,8 @@ class Daemon:
             for go_on in filter(None, ways):
                 try:
                     go_on(self, error)
-                except BaseException:  # there is nothing behind this
-                    log.exception("cannot go on from an event that broke off")
+                except BaseException:  # the last line of defence
+                    log.exception("cannot recover from a failed event")
 
     def _ready(self, _event: Ready) -> None:
         if self.state is not State.STARTING:
@@ -279,7 +279,7 @@ class Daemon:
             self.serving.refuse()
 
     def _apply(self, configuration: Configuration, plan: Plan) -> None:
-        """Put a configuration into force; where a part of it cannot be, the one before is in force again."""
+        """Put a configuration into force; if a part of it fails, the old one is in force again."""
         before, policies = self._config, self.serving.policies
         try:
             self.serving.apply(configuration, plan)
@@ -294,10 +294,10 @@ class Daemon:
         self.reload.reading_over(event.reading)
 
     def _idle_over(self, _event: IdleOver) -> None:
-        """Stop, unless something came first: a request, or a drain that is to be gone on with."""
+        """Stop because of idleness, unless a request, or another event that changed the state, came first."""
         after, idle = self._config.values.shutdown.idle.after, self.serving.snapshot().idle
         if self.state is State.READY and after is not None and idle is not None and not idle[1]:
-            self._stop_asked(StopAsked(StopReason("idle", f"nothing was asked for {write_duration(after)}")))
+            self._stop_asked(StopAsked(StopReason("idle", f"no request for {write_duration(after)}")))
 
     def _stop_asked(self, event: StopAsked) -> None:
         self.lifecycle.handle(Event.STOP)
@@ -316,20 +316,20 @@ class Daemon:
         self.lifecycle.handle(Event.STOP_OVER)
 
     def _died(self, event: Died) -> None:
-        """Stop, for what serves died: what was in hand is lost, and told."""
+        """Stop, because the serving thread died; requests in hand are lost, and reported as cut."""
         why = f"the serving thread died: {event.error!r}"
         self.failure = self.failure or AppError(why)
         self._stop_asked(StopAsked(StopReason("failure", why)))
         self.serving.give_up(why)
 
     def _raised(self, event: Raised) -> None:
-        """SystemExit and the like, raised in the main thread, stop the daemon in good order; the rest is logged."""
+        """Log what the app's code raised in the main thread; SystemExit and the like stop the daemon in good order."""
         self._complaints.tell(event.error)
         if not isinstance(event.error, Exception):
             self._fail(event.error)
 
     def _fail(self, error: BaseException) -> None:
-        """Stop in good order, for something that cannot be mended; the exit code tells of it."""
+        """Stop in good order because of an error; the exit code says so."""
         why = str(error) if isinstance(error, FlaskdError) else f"{described(error)} was raised; the log says more"
         self.failure = self.failure or (error if isinstance(error, FlaskdError) else AppError(f"cannot go on: {why}"))
         self._stop_asked(StopAsked(StopReason("failure", self._config.redact(why))))
@@ -339,12 +339,12 @@ class Daemon:
         self.inbox.post_at(self._next_tick, Tick())
 
     def _tick(self, _event: Tick) -> None:
-        """Give up a drain whose server is gone, and tell how far it is."""
+        """Give up a drain whose server is dead or overdue; report progress."""
         drain = self.serving.drain
         if self.state not in {State.DRAINING, State.STOPPING} or (drain is not None and drain.look()):
             return
         if time.monotonic() < self._next_tick:
-            return  # that of an earlier drain, or the look at one that may be overdue
+            return  # a tick of an earlier drain, or one that only checks an overdue drain
         now = self.snapshot()
         waits = self.stopping.exit_waits_for
         text = f"{now}; the exit waits for {waits}" if waits else str(now)
@@ -384,14 +384,14 @@ _METHODS: dict[type[Any], Callable[[Daemon, Any], None]] = {
     PulseDue: lambda daemon, _: daemon.service.pulse(),
     Tick: Daemon._tick,
 }
-"""What is done for each event."""
+"""The method for each event."""
 
 _GO_ON: dict[type[Any], Callable[[Daemon, BaseException], None]] = {
     **dict.fromkeys((DrainAsked, Ready, Failed, Died), Daemon._fail),
     **dict.fromkeys((ReloadAsked, FileChanged, ReadingOver, Renewed), lambda daemon, error: daemon.reload.end(error)),
     **dict.fromkeys((CleanupOver, ExitBegan), lambda daemon, _: daemon._exit_over(ExitOver())),
 }
-"""How the daemon goes on where an event broke off, so that it leaves no state for ever."""
+"""What follows a failed event, so that the daemon does not stay in a state for ever."""
 
 _OF: dict[type[Any], Event] = {
     DrainAsked: Event.DRAIN,

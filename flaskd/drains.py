@@ -1,4 +1,4 @@
-"""A daemon's drains, from the event that asks for one to the account of it, and the resume that undoes it."""
+"""The drains of a daemon: from the event that asks for one to its account, and the resume that undoes it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from flaskd.reload import Reload
 from flaskd.serving.api import Drained, Serving
 
 _SOON = 0.01
-"""Seconds until something is tried again for which workers are not ready."""
+"""Seconds between two tries to resume while the workers are not ready."""
 
 
 class Drains:
-    """The drains of one daemon, in the thread of its events; `status` says that flaskd is ready, for people."""
+    """The drains of one daemon, in the events thread; `status` is the line for people that says flaskd is ready."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class Drains:
         self._serving, self._holdings, self._lifecycle = serving, holdings, lifecycle
         self._notices, self._inbox, self._reload, self._status = notices, inbox, reload, status
         self.waiters: list[Reply] = []
-        """Who waits for the end of the drain under way."""
+        """The replies that wait for the end of the running drain."""
         self._resuming = False
         """Whether a resume waits for workers."""
 
@@ -48,9 +48,9 @@ class Drains:
         return drain.left if drain is not None and self._lifecycle.state is State.DRAINING else None
 
     def asked(self, event: DrainAsked, configuration: Configuration, tick: Callable[[], None]) -> None:
-        """Begin a drain, or join the one that there is; `tick` has its progress told."""
+        """Begin a drain, or join the running one; `tick` begins to report its progress."""
         before, shutdown, serving = self._lifecycle.state, configuration.values.shutdown, self._serving()
-        if self._resuming:  # that was asked for before
+        if self._resuming:  # the resume was asked for before
             self._inbox.post_at(time.monotonic() + _SOON, event)
             return
         try:
@@ -66,7 +66,7 @@ class Drains:
             self._inbox.post_at(drain.looked_at, Tick())
             tick()
         present = serving.drain
-        assert present is not None  # in both of these states
+        assert present is not None  # in both states a drain is there
         if event.wait and state is State.DRAINING:
             self.waiters.append(event.reply)
             event.reply.progress({"in_flight": serving.in_flight, "left": round(present.left, 1)})
@@ -78,12 +78,12 @@ class Drains:
             event.reply.ok("drained", account, lines=account_lines(account), hint="undo: resume")
 
     def refuse(self, reply: Reply, error: FlaskdError) -> None:
-        """Tell that the present state does not allow what was asked for."""
+        """Reply that the present state does not allow what was asked for, and log it."""
         self._notices.tell(Refused(str(error)))
         reply.error(error.code, str(error))
 
     def over(self, event: Drained) -> State | None:
-        """Tell all who wait what came of it; gives the state after it, None where resume was faster."""
+        """Reply to all that wait for the drain; gives the state after it, or None if a resume came first."""
         if event.drain is not self._serving().drain:
             return None
         report = event.drain.report

@@ -1,6 +1,6 @@
-"""One tree of errors; each knows the exit code a process ends with and the code a control reply carries.
+"""The tree of errors. Each class has the exit code of a process that ends with it, and the code of a control reply.
 
-Exit codes follow ``sysexits.h`` (FreeBSD ``sysexits(3)``) where it has a word for the case.
+Exit codes follow ``sysexits.h`` (FreeBSD ``sysexits(3)``) where that has a fitting one.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import errno
 
 EX_OK = 0
 EX_LOST = 1
-"""A drain or stop that lost work, or an unexpected failure."""
+"""The exit code for a drain or stop that lost work, and for an unexpected failure."""
 EX_USAGE = 64
 EX_UNAVAILABLE = 69
 EX_SOFTWARE = 70
@@ -20,21 +20,28 @@ EX_CONFIG = 78
 
 
 class FlaskdError(Exception):
-    """Base of everything flaskd raises on purpose; its text is one clear line, or several of equal rank."""
+    """Base of all errors that flaskd raises on purpose; its text is one line, or several lines that are faults."""
 
     exit_code = EX_LOST
     code = "failed"
+    details: str = ""
+    """What follows its text in a log and in an answer, but not in a status: a traceback, or the line of a file."""
+
+    @property
+    def whole(self) -> str:
+        """Its text and its details."""
+        return f"{self}\n{self.details}".rstrip()
 
 
 class UsageError(FlaskdError):
-    """A command line or control command that cannot be understood (exit 64)."""
+    """A command line or control command is malformed (exit 64)."""
 
     exit_code = EX_USAGE
     code = "usage"
 
 
 class UnknownCommandError(UsageError):
-    """A control verb that does not exist (exit 64)."""
+    """A control verb does not exist (exit 64)."""
 
     code = "unknown-command"
 
@@ -47,49 +54,49 @@ class NoDaemonError(FlaskdError):
 
 
 class UnsupportedError(FlaskdError):
-    """This system has not got what the daemon needs (exit 69)."""
+    """This system lacks something that the daemon needs (exit 69)."""
 
     exit_code = EX_UNAVAILABLE
     code = "unsupported"
 
 
 class AppError(FlaskdError):
-    """The app's own code raised while it was loaded, or its probe failed (exit 70).
+    """The app's code raised while it was loaded, or its probe failed (exit 70).
 
-    ``traceback_text`` is the app's own traceback, from the app's first frame on; empty when there is none.
+    ``details`` is the app's traceback, from the app's first frame on; empty if there is none.
     """
 
     exit_code = EX_SOFTWARE
     code = "app-failed"
 
-    def __init__(self, message: str, traceback_text: str = "") -> None:
+    def __init__(self, message: str, details: str = "") -> None:
         super().__init__(message)
-        self.traceback_text = traceback_text
+        self.details = details
 
 
 class CannotCreateError(FlaskdError):
-    """A listener cannot be bound, or a node cannot be made (exit 73)."""
+    """A listener cannot be bound, or a file cannot be made (exit 73)."""
 
     exit_code = EX_CANTCREAT
     code = "cannot-bind"
 
 
 class NotNowError(FlaskdError):
-    """Right command, wrong moment: the state refuses it, or another flaskd is alive there (exit 75)."""
+    """The command is right, but the present state does not allow it, or another flaskd runs there (exit 75)."""
 
     exit_code = EX_TEMPFAIL
     code = "not-now"
 
 
 class ForbiddenError(FlaskdError):
-    """The peer may not do that (exit 77)."""
+    """The client has no permission for that (exit 77)."""
 
     exit_code = EX_NOPERM
     code = "forbidden"
 
 
 class ConfigError(FlaskdError):
-    """The configuration is at fault; one line per fault, all faults at once (exit 78)."""
+    """The configuration has faults: one line for each of them (exit 78)."""
 
     exit_code = EX_CONFIG
     code = "config-invalid"
@@ -103,7 +110,7 @@ _SHORT_OF = {
 
 
 def shortage(error: BaseException) -> CannotCreateError | None:
-    """The clear word for an error that tells of a lack of threads, files or memory; None for all others."""
+    """A clear error if `error` shows a lack of threads, files or memory, else None."""
     if isinstance(error, RuntimeError) and "start new thread" in str(error):
         return CannotCreateError(
             "no thread can be had; raise TasksMax= of its unit, pids.max of its container, or ulimit -u"
@@ -113,7 +120,7 @@ def shortage(error: BaseException) -> CannotCreateError | None:
 
 
 def described(error: BaseException) -> str:
-    """An exception in one word or a few; its own text is code of who made it, and may raise."""
+    """An exception in a few words; its text is made by code of its class, which may raise."""
     try:
         return repr(error)
     except BaseException:  # noqa: BLE001 - see above

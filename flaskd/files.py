@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, read within bounds, and tidied up after a crash."""
+"""Files: written whole or not at all, read up to a size, and removed when a crash left them."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ _MADE_BY_US = re.compile(r"\..+\.flaskd-tmp")
 
 
 def temporary_name(path: Path) -> Path:
-    """Where `write_whole` writes before it renames; a fixed name, so that a crash leaves one file at most."""
+    """Where `write_whole` writes before it renames; a fixed name, so that crashes leave at most one file."""
     return path.with_name(f".{path.name}.flaskd-tmp")
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write `content` to `path`, mode 0600; a reader sees the old file or the new one, a power cut too.
+    """Write `content` to `path`, mode 0600; a reader sees the old file or the new one, even after a power cut.
 
-    Raises OSError; the old file and nothing else is there then. The writer must be the only one: flaskd holds the lock
-    of the directory it writes to.
+    Raises OSError; then the old file is unchanged and no other is left. Only one process may write: flaskd holds the
+    lock of the directory.
     """
     _write(temporary_name(path), content, lambda temporary: temporary.replace(path))
     _sync_directory(path.parent)
 
 
 def write_once(path: Path, content: bytes) -> None:
-    """Write a file as `write_whole` does, unless there is one by then: several may do that at the same time.
+    """Write a file as `write_whole` does, unless it exists; several processes may do this at the same time.
 
-    Raises OSError. Whose content is there is known only by reading it.
+    Raises OSError. To know whose content is in the file, read it.
     """
 
     def take(temporary: Path) -> None:
@@ -41,7 +41,7 @@ def write_once(path: Path, content: bytes) -> None:
             path.hardlink_to(temporary)
         except FileExistsError:
             pass
-        except OSError:  # a file system that has no links
+        except OSError:  # a file system without hard links
             temporary.replace(path)
         temporary.unlink(missing_ok=True)
 
@@ -51,7 +51,7 @@ def write_once(path: Path, content: bytes) -> None:
 
 
 def _write(temporary: Path, content: bytes, take: Callable[[Path], object]) -> None:
-    """Write a new file and let `take` give it its name; where either fails, nothing is left of it."""
+    """Write a temporary file, and let `take` give it its name; if either fails, the file is removed."""
     temporary.unlink(missing_ok=True)
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NOT_FOLLOWED, 0o600)
@@ -67,7 +67,7 @@ def _write(temporary: Path, content: bytes, take: Callable[[Path], object]) -> N
 
 
 def _sync_directory(path: Path) -> None:
-    """Make the new name last (fsync(2)). Some file systems cannot; the file is there all the same."""
+    """Make the new name permanent (fsync(2)); some file systems cannot, and that is no error."""
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -77,8 +77,8 @@ def _sync_directory(path: Path) -> None:
 
 
 def read_whole(path: Path, largest: int) -> bytes:
-    """Read a regular file of at most `largest` bytes; raises OSError, and ValueError for what is no such file."""
-    # Without waiting: a FIFO in its place would hold up the reader for ever.
+    """Read a regular file of at most `largest` bytes; raises OSError, or ValueError if it is not such a file."""
+    # O_NONBLOCK, because opening a FIFO would wait for a writer.
     with os.fdopen(os.open(path, os.O_RDONLY | _NOT_WAITED_FOR), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ValueError("it is not a regular file")
@@ -89,10 +89,10 @@ def read_whole(path: Path, largest: int) -> bytes:
 
 
 def open_directory(path: Path) -> int:
-    """Open a directory, also through a link that root or this user has made; raises OSError.
+    """Open a directory, also through a symbolic link of root or of this user; raises OSError.
 
-    The directories of a service with ``DynamicUser=yes`` are such links (systemd.exec(5), StateDirectory=). A link that
-    another user has made is not followed.
+    The directories of a service with ``DynamicUser=yes`` are such links (systemd.exec(5), StateDirectory=). A link of
+    another user is not followed.
     """
     flags = os.O_RDONLY | os.O_DIRECTORY | _NOT_FOLLOWED
     try:
@@ -104,7 +104,7 @@ def open_directory(path: Path) -> int:
 
 
 def remove_leftovers(directory: Path) -> list[str]:
-    """Remove what a `write_whole` that was killed left in `directory`; returns the names. Raises OSError."""
+    """Remove the files that a killed `write_whole` left in `directory`; returns their names. Raises OSError."""
     return remove_matching(directory, _MADE_BY_US)
 
 
@@ -115,14 +115,14 @@ def remove_matching(
     kinds: tuple[int, ...] = (stat.S_IFREG,),
     which: Callable[[str], bool] = lambda _: True,
 ) -> list[str]:
-    """Remove the files of some kinds (stat.S_IFREG, S_IFSOCK, …) whose whole name fits; returns the names.
+    """Remove files of the given kinds (stat.S_IFREG, S_IFSOCK, …) whose whole name matches; returns the names.
 
-    A symbolic link is no such file, and a file that goes away meanwhile is none either. Raises OSError.
+    Symbolic links are not removed, and files that disappear meanwhile are skipped. Raises OSError.
     """
     removed = []
     descriptor = open_directory(directory)
     try:
-        for name in sorted(os.listdir(descriptor)):  # noqa: PTH208 - by descriptor, so that nobody can exchange the directory
+        for name in sorted(os.listdir(descriptor)):  # noqa: PTH208 - by descriptor, so that it stays the same directory
             if not pattern.fullmatch(name) or not which(name):
                 continue
             with contextlib.suppress(FileNotFoundError):

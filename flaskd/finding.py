@@ -16,20 +16,20 @@ from flaskd.errors import FlaskdError, ForbiddenError, NoDaemonError
 from flaskd.protocol import FIFO, SOCKET, runtime_directories
 
 _OF_ALL_USERS = Path("/run/user/*/*")
-"""Where the runtime directories of all users are, for root to look."""
+"""The runtime directories of all users, where root looks for daemons."""
 _BOUND = Path("/proc/net/unix")
-"""Where the kernel tells of all Unix sockets of this network namespace, by the name that each was bound to."""
+"""The list of all Unix sockets in this network namespace, each with the path to which it was bound."""
 _BRIEFLY = 2.0
-"""Seconds that each of several daemons may take to answer."""
+"""How many seconds each daemon has to answer when several are asked."""
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def find_socket(explicit: str | None, name: str, environ: Mapping[str, str]) -> Path:
-    """The control socket to talk to: the one named, else ``$FLASKD_CONTROL``, else the first that is there.
+    """The control socket to talk to: `explicit`, else ``$FLASKD_CONTROL``, else the first that exists.
 
-    One that a killed daemon left behind is passed over, unless there is no other: connecting to it tells what is wrong.
-    Raises NoDaemonError listing what was tried, or the daemons of other names; ForbiddenError when there may be one
-    where this user must not look, or one in a directory that another user has made where everybody may.
+    A socket that a killed daemon left is used only if there is no other: connecting to it then tells what is wrong.
+    Raises NoDaemonError, which lists the places that were tried, or the daemons of other names. Raises ForbiddenError
+    if a daemon may be in a directory that this user must not read, or in one that another user made in a public place.
     """
     if chosen := explicit or environ.get("FLASKD_CONTROL"):
         return _named(Path(chosen), environ)
@@ -47,7 +47,7 @@ def find_socket(explicit: str | None, name: str, environ: Mapping[str, str]) -> 
         except PermissionError:
             closed.append(directory)
             continue
-        except OSError:  # nothing there, a name too long
+        except OSError:  # no such file, or the name is too long
             continue
         if why := _not_ours(directory):
             foreign.append(f"cannot trust {path}: {why}; if it is meant, name it with --socket")
@@ -61,7 +61,7 @@ def find_socket(explicit: str | None, name: str, environ: Mapping[str, str]) -> 
 
 
 def _left_behind(name: str, environ: Mapping[str, str], tried: list[str], stale: list[Path]) -> Path:
-    """The socket that a killed daemon left; raises NoDaemonError where there is none, or others run."""
+    """The socket that a killed daemon left; raises NoDaemonError if there is none, or if other daemons run."""
     if others := _others(environ):
         why = f"{stale[0]} was left behind by one that was killed" if stale else f"there is no {', no '.join(tried)}"
         raise NoDaemonError(f"cannot find a daemon named {name}: {why}; running here: {others}")
@@ -71,19 +71,19 @@ def _left_behind(name: str, environ: Mapping[str, str], tried: list[str], stale:
 
 
 def _others(environ: Mapping[str, str]) -> str:
-    """The daemons that run under any name, each as the option that leads there; empty where there is none."""
+    """The daemons that run under any name, each as the option that leads to it; empty if there is none."""
     return ", ".join(
         way_to(path, environ, told) for path, told in running(environ) if not isinstance(told, NoDaemonError)
     )
 
 
 def running(environ: Mapping[str, str]) -> Iterator[tuple[Path, dict[str, Any] | FlaskdError]]:
-    """The control socket of each flaskd of this machine that this user can see, with its status, or why there is none.
+    """The control socket of each flaskd on this machine that this user can see, and its status or an error.
 
-    They are looked for where runtime directories are, under any name, and where a socket was bound as flaskd does it;
-    root looks into the directories of all users.
+    The usual places of runtime directories are searched for any name, and the directories where a socket was bound as
+    flaskd binds its own; root searches those of all users.
     """
-    import glob  # noqa: PLC0415 - for a list, or where nothing was found
+    import glob  # noqa: PLC0415 - for a list, or if nothing was found
 
     places = [f"{glob.escape(str(each.parent))}/{each.name}" for each in runtime_directories("*", environ)]
     found = [path for each in [*places, _OF_ALL_USERS] for path in glob.glob(f"{each}/{SOCKET}")]  # noqa: PTH207 - whole
@@ -95,7 +95,7 @@ def running(environ: Mapping[str, str]) -> Iterator[tuple[Path, dict[str, Any] |
                 told: dict[str, Any] | FlaskdError = _in_short(client.request("status"))
         except FlaskdError as error:
             if isinstance(error, NoDaemonError) and not (path.parent / FIFO).exists():
-                continue  # it may be any program's
+                continue  # it may belong to any program
             told = error
         yield path, told
 
@@ -103,7 +103,7 @@ def running(environ: Mapping[str, str]) -> Iterator[tuple[Path, dict[str, Any] |
 def _bound() -> Iterator[str]:
     """The control sockets in directories where a socket was bound, by this user or root; all of them for root.
 
-    A node of flaskd's is bound as ``.PID``, and then renamed.
+    flaskd binds a socket as ``.PID`` and then renames it; the kernel keeps the first name.
     """
     if not hasattr(os, "geteuid"):
         return
@@ -112,7 +112,7 @@ def _bound() -> Iterator[str]:
             directory, _, name = line.rpartition(" ")[2].rpartition("/")
             path = f"{directory}/{SOCKET}"
             if name == SOCKET or (name.startswith(".") and name[1:].isdecimal()):
-                with contextlib.suppress(OSError):  # it is not there, or not to be seen
+                with contextlib.suppress(OSError):  # it does not exist, or this user must not see it
                     if os.geteuid() in {0, os.stat(path).st_uid} or not os.stat(directory).st_uid:  # noqa: PTH116 - bytes of any kind
                         yield path
 
@@ -127,7 +127,7 @@ def _in_short(status: dict[str, Any]) -> dict[str, Any]:
 
 
 def way_to(path: Path, environ: Mapping[str, str], told: object = None) -> str:
-    """The option by which a client verb finds the daemon at a control socket; `told` is what `running` gives for it."""
+    """The option with which a client verb finds the daemon at a control socket; `told` is its value from `running`."""
     directory = path.parent
     own = str(told["name"]) if isinstance(told, dict) else ""
     for name in (own, directory.name, directory.name.rpartition("-")[0]):
@@ -137,7 +137,7 @@ def way_to(path: Path, environ: Mapping[str, str], told: object = None) -> str:
 
 
 def _refused(tried: list[str], closed: list[Path], foreign: list[str]) -> NoReturn:
-    """Raise ForbiddenError: there may be a daemon where this user must not look."""
+    """Raise ForbiddenError, because a daemon may be where this user must not look."""
     if foreign:
         raise ForbiddenError(foreign[0])
     tried.remove(str(closed[0] / SOCKET))
@@ -146,12 +146,12 @@ def _refused(tried: list[str], closed: list[Path], foreign: list[str]) -> NoRetu
 
 
 def _not_ours(directory: Path) -> str:
-    """Why a directory in a place where everybody may make one, such as /tmp, is not this user's; empty when it is."""
+    """Why a directory in a public place such as /tmp is not this user's; empty if it is."""
     if not hasattr(os, "geteuid"):
         return ""
     try:
         if not directory.parent.stat().st_mode & stat.S_IWOTH:
-            return ""  # made by who may: root, the service manager, or this user
+            return ""  # made by root, the service manager, or this user
         found = directory.lstat()
     except OSError as error:
         return error.strerror or "it cannot be looked at"
@@ -163,9 +163,9 @@ def _not_ours(directory: Path) -> str:
 
 
 def _named(named: Path, environ: Mapping[str, str]) -> Path:
-    """The socket at a path that was named; raises NoDaemonError where it is not there, and others run."""
+    """The socket at a path that was named; raises NoDaemonError if it does not exist, and other daemons run."""
     path = _meant_by(named)
-    with contextlib.suppress(PermissionError, NotADirectoryError):  # connecting to it tells what is wrong
+    with contextlib.suppress(PermissionError, NotADirectoryError):  # connecting to it then tells what is wrong
         try:
             path.lstat()
         except FileNotFoundError as error:
@@ -176,9 +176,9 @@ def _named(named: Path, environ: Mapping[str, str]) -> Path:
 
 
 def _meant_by(path: Path) -> Path:
-    """The socket; the FIFO and the directory are what people have at hand, and it is beside the one, in the other."""
+    """The socket that is meant by its own path, by that of the FIFO beside it, or by that of its directory."""
     mode = 0
-    with contextlib.suppress(OSError):  # connecting to it will tell what is wrong
+    with contextlib.suppress(OSError):  # connecting to it then tells what is wrong
         mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
         return path / SOCKET
@@ -186,7 +186,7 @@ def _meant_by(path: Path) -> Path:
 
 
 def _is_stale(path: Path) -> bool:
-    """Whether its daemon, killed, left it behind: a socket where no process listens (ECONNREFUSED, connect(2))."""
+    """Whether a killed daemon left the socket: no process listens there (ECONNREFUSED, connect(2))."""
     try:
         with socket.socket(socket.AF_UNIX) as probe:
             probe.setblocking(False)

@@ -1,4 +1,4 @@
-"""What the daemon holds beside the app: control nodes, listeners, admin server, agent, state directory, endpoints."""
+"""What the daemon has apart from the app: control nodes, listeners, admin server, agent, state directory, endpoints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flaskd.systemd.store import Store
 log = logging.getLogger("flaskd.daemon")
 
 _ENDPOINT_CLOSING = 0.3
-"""Seconds that a client of the shutdown endpoint gets to read its answer, at the very end."""
+"""Seconds that a client of the shutdown endpoint has to read its answer, at the end of the stop."""
 
 
 class Plane(Protocol):
@@ -33,20 +33,20 @@ class Plane(Protocol):
         """The paths of its nodes."""
 
     def open(self, config: Config, passed: Sequence[Listener]) -> None:
-        """Make the nodes and start answering, also on what was `passed`."""
+        """Make the nodes and start to answer, also on the `passed` listeners."""
 
     def close(self) -> None:
-        """Flush the answers and remove the nodes."""
+        """Send the answers and remove the nodes."""
 
     def remove_nodes(self) -> None:
-        """Remove the nodes, and nothing else."""
+        """Remove the nodes, and do nothing else."""
 
     def forget(self) -> None:
-        """Close all descriptors, and nothing else."""
+        """Close all descriptors, and do nothing else."""
 
 
 class Holdings:
-    """What the daemon holds beside the app: control nodes, listeners, admin server, agent, the state's directory."""
+    """What the daemon has apart from the app; see the module."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Holdings:
         self._environ = environ
 
     def open(self, config: Config, store: Store, stack: ExitStack) -> None:
-        """Make all of it; `stack` takes away what was made, also where more cannot be made."""
+        """Open all of it; `stack` closes what was opened, also if opening the rest fails."""
         passed = launch.take_passed(self._environ, config)
         stack.callback(put_away, self.plane.close)
         self.plane.open(config, launch.for_control(config, passed))
@@ -84,7 +84,7 @@ class Holdings:
         stack.callback(put_away, self.agent.close)
         self.agent.open(self._beside["agent"])
         self.state.open(record=config.shutdown.record)
-        self.last_stop = self.state.last_stop()  # once: it does not change, and a disk may hang
+        self.last_stop = self.state.last_stop()  # read once, because it does not change and a disk may hang
         stack.callback(put_away, self.state.close)
         stack.callback(put_away, self.close_endpoints, _ENDPOINT_CLOSING)
         self._production = config.profile == "production"
@@ -93,7 +93,7 @@ class Holdings:
             self.open_endpoint(Address.parse(endpoint.listen), token, endpoint.allowed_hosts)
 
     def snapshot(self) -> Held:
-        """What there is to know of it now (any thread)."""
+        """The present facts about it; any thread may call this."""
         return Held(
             listen=tuple(str(each.address) for each in self.listeners),
             url=self.listeners[0].address.url if self.listeners else None,
@@ -105,7 +105,7 @@ class Holdings:
         )
 
     def tell(self) -> None:
-        """Say where to reach it, in the log, and to what the app starts."""
+        """Log where flaskd can be reached, and put it into the environment of the app's children."""
         where = ", ".join(listener.address.announced for listener in self.listeners)
         nodes = self.plane.nodes
         more = {"admin": [each.announced for each in self.admin.addresses], "agent": map(str, self.agent.addresses)}
@@ -115,9 +115,9 @@ class Holdings:
             os.environ["FLASKD_CONTROL"] = nodes[0]
 
     def open_endpoint(self, address: Address, token: bytes, allowed_hosts: Sequence[str]) -> EndpointServer:
-        """Open a shutdown endpoint: the one of the configuration, or one that the app's code asks for.
+        """Open a shutdown endpoint: that of the configuration, or one that the app's code asks for.
 
-        Raises ConfigError under ``profile: production``, CannotCreateError when the address cannot be had.
+        Raises ConfigError under ``profile: production``, and CannotCreateError if the address cannot be bound.
         """
         if self._production:
             raise ConfigError("cannot open a shutdown endpoint: flaskd runs with profile: production")
@@ -132,25 +132,25 @@ class Holdings:
         return endpoint
 
     def endpoint_for(self, address: Address, token: bytes, allowed_hosts: Sequence[str]) -> EndpointServer:
-        """The endpoint that a worker's app asks for: opened once, for each of them asks."""
+        """The endpoint that a worker's app asks for; each worker asks, and it is opened once."""
         wanted = self._endpoints_of_workers.get(str(address))
         if wanted is None:
             wanted = self._endpoints_of_workers[str(address)] = self.open_endpoint(address, token, allowed_hosts)
         return wanted
 
     def close_endpoints(self, timeout: float) -> None:
-        """Close them; who reads an answer has `timeout` seconds for it."""
+        """Close the endpoints; a client has `timeout` seconds to read its answer."""
         for endpoint in self.endpoints:
             endpoint.close(min(timeout, _ENDPOINT_CLOSING))
 
     @property
     def undone_by(self) -> str:
-        """What would undo a stop, for who asked for it."""
+        """What would undo the stop, as a hint to the client that asked for it; empty if nothing would."""
         passed = any(listener.shared and not listener.stored for listener in self.listeners)
         return "the next connection starts it again, unless the .socket unit is stopped too" if passed else ""
 
     def tell_who_waits(self) -> None:
-        """Say how many connections wait on listeners that others share."""
+        """Log how many connections wait on listeners that other programs share."""
         for each in self.listeners:
             if each.shared and (waiting := each.waiting()):
                 log.info(f"{waiting} connections wait on {each.address} for who listens there next, or are reset")
@@ -161,29 +161,29 @@ class Holdings:
             listener.close()
 
     def remove_nodes(self) -> None:
-        """Take away what others could connect to."""
+        """Remove the nodes to which clients could connect."""
         self.plane.remove_nodes()
         for endpoint in self.endpoints:
             endpoint.withdraw()
         self.close_listeners()
 
     def leave_nothing(self) -> None:
-        """Take all away at once, for a process that leaves from another thread than the main one."""
+        """Remove everything at once, because the process ends from a thread other than the main one."""
         self.remove_nodes()
         self.state.close()
         self.plane.close()
 
     def forget(self) -> None:
-        """In a child that the app forked: let go of all of it, for it is not the child's."""
+        """To be called in a child that the app forked: close all descriptors; the files belong to the parent."""
         self.plane.forget()
         self.state.forget()
         self.agent.forget()
         for listener in (*self.listeners, *chain(*self._beside.values())):
-            listener.socket.close()  # the servers forget their own; these may not have one yet
+            listener.socket.close()  # for listeners that no server has yet
 
 
 def put_away(end: Callable[..., object], *args: object) -> None:
-    """End a part of the daemon when all is over; one that cannot be changes neither the others nor the exit code."""
+    """Close a part of the daemon at the end; if that fails, the other parts and the exit code stay as they are."""
     try:
         end(*args)
     except BaseException:  # see above

@@ -1,4 +1,4 @@
-"""The daemon's inbox: what happens or is asked for, as values that one thread takes one after the other."""
+"""The daemon's inbox: events and requests as values, which one thread takes one after the other."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from flaskd.serving.api import ServingEvent
 
 @dataclass(frozen=True)
 class Asked:
-    """Somebody waits for the outcome in `reply`."""
+    """A request whose outcome goes to `reply`."""
 
     reply: Reply = field(default_factory=Discard, kw_only=True, repr=False)
 
 
 @dataclass(frozen=True)
 class DrainAsked(Asked):
-    """Take no new work; with `wait` the reply comes when the drain is over. `by` is who asks, for people."""
+    """Drain; with `wait` the reply comes when the drain is over. `by` says who asked, as text for people."""
 
     wait: bool = False
     by: str = ""
@@ -33,15 +33,15 @@ class DrainAsked(Asked):
 
 @dataclass(frozen=True)
 class ResumeAsked(Asked):
-    """Serve again."""
+    """Serve again after a drain."""
 
 
 @dataclass(frozen=True)
 class ReloadAsked(Asked):
-    """Read the configuration anew; the reply comes after it.
+    """Read the configuration again; the reply comes after the reload.
 
-    `since` is the time.monotonic() moment at which it was asked for. `signalled`: by SIGHUP, for which a service
-    manager waits (Type=notify-reload). `only_configuration`: workers, where there are any, are not replaced.
+    `since` is the time.monotonic() moment at which it was asked for. `signalled`: by SIGHUP, on which a service manager
+    waits (Type=notify-reload). `only_configuration`: workers, if there are any, are not replaced.
     """
 
     since: float = field(default_factory=time.monotonic)
@@ -51,24 +51,24 @@ class ReloadAsked(Asked):
 
 @dataclass(frozen=True)
 class ScaleAsked(Asked):
-    """Have so many workers; the reply comes when the new ones are ready."""
+    """Run `count` workers; the reply comes when the new ones are ready."""
 
     count: int
 
 
 @dataclass(frozen=True)
 class RestartAsked(Asked):
-    """Replace the worker of one slot, or of all; the reply comes when the new ones are ready."""
+    """Replace the worker of one slot, or all workers; the reply comes when the new ones are ready."""
 
     slot: int | None = None
 
 
 @dataclass(frozen=True)
 class StopAsked(Asked):
-    """Stop; `now` cuts drain and cleanup short, with `wait` the reply comes at the very end.
+    """Stop; `now` cuts drain and cleanup short. With `wait` the reply comes at the very end.
 
-    `within`: it has so many seconds, so many of them in reserve, and is announced for so many, where that is less than
-    the configuration says.
+    `within` are the deadline, the reserve and the announce time in seconds, used if they are less than the
+    configuration's.
     """
 
     reason: StopReason
@@ -79,33 +79,33 @@ class StopAsked(Asked):
 
 @dataclass(frozen=True)
 class FileChanged:
-    """The configuration file has another content, of this digest."""
+    """The configuration file has new content, with this digest."""
 
     digest: str
 
 
 @dataclass(frozen=True)
 class IdleOver:
-    """Nothing that counts was asked for as long as `shutdown.idle.after` says."""
+    """For `shutdown.idle.after` there was no request that counts."""
 
 
 @dataclass(frozen=True)
 class Raised:
-    """Code of the app raised this in the main thread."""
+    """The app's code raised this exception in the main thread."""
 
     error: BaseException
 
 
 @dataclass(frozen=True)
 class ExitBegan:
-    """What the app has left to the end of the process has its time now; `left` gives the seconds of it."""
+    """The app's exit callbacks and threads have their time now; `left` gives the remaining seconds."""
 
     left: Callable[[], float]
 
 
 @dataclass(frozen=True)
 class ExitOver:
-    """That time is over; what is `unfinished` was cut, and then the main thread is in it for good."""
+    """That time is over. `unfinished` is what was not done; with `cut` the main thread still hangs in it."""
 
     unfinished: tuple[Unfinished, ...] = ()
     cut: bool = False
@@ -113,21 +113,21 @@ class ExitOver:
 
 @dataclass(frozen=True)
 class ReadingLate:
-    """A reading of the configuration has had its time, if it is not over."""
+    """The time for reading the configuration is over, in case that still runs."""
 
 
 @dataclass(frozen=True)
 class PulseDue:
-    """The service manager is to hear that the thread of the events turns."""
+    """The service manager is to be told that the events thread works."""
 
 
 @dataclass(frozen=True)
 class Tick:
-    """A second of a drain or stop is over."""
+    """Another second of a drain or stop has passed."""
 
 
 Wish = DrainAsked | ResumeAsked | ReloadAsked | StopAsked | ScaleAsked | RestartAsked
-"""What is asked for."""
+"""All requests."""
 
 InboxEvent = (
     Wish
@@ -145,7 +145,7 @@ InboxEvent = (
 
 
 class Inbox:
-    """Events from all threads, and those that its owner has put off."""
+    """Events from all threads, and events that the owner has scheduled."""
 
     def __init__(self) -> None:
         self._events: queue.SimpleQueue[InboxEvent] = queue.SimpleQueue()
@@ -153,26 +153,26 @@ class Inbox:
         self._numbers = itertools.count()
 
     def post(self, event: InboxEvent) -> None:
-        """Put an event in (any thread, any signal handler)."""
+        """Add an event; any thread and any signal handler may call this."""
         self._events.put(event)
 
     def post_at(self, moment: float, event: InboxEvent) -> None:
-        """Put an event in at a time.monotonic() moment; its owner alone."""
+        """Schedule an event for a time.monotonic() moment; only the owner may call this."""
         heapq.heappush(self._later, (moment, next(self._numbers), event))
 
     def take(self) -> InboxEvent:
-        """Wait for the next event; its owner alone."""
+        """Wait for the next event; only the owner may call this."""
         while True:
             left = self._later[0][0] - time.monotonic() if self._later else None
             if left is not None and left <= 0:
                 return heapq.heappop(self._later)[2]
             try:
                 return self._events.get(timeout=left)
-            except queue.Empty:  # what was put off is due
+            except queue.Empty:  # a scheduled event is due
                 continue
 
     def rest(self) -> list[InboxEvent]:
-        """Take all that is in it without waiting, for an owner that takes no more."""
+        """Take all events without waiting, because the owner ends."""
         found = []
         while True:
             try:

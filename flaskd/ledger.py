@@ -1,4 +1,4 @@
-"""The ledger: the account of every request that a drain or stop dealt with."""
+"""The ledger: what became of each request during a drain or stop."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from flaskd.text import shortened
 from flaskd.units import format_duration
 
 _VISIBLE = bytes(range(0x21, 0x7F))
-"""ASCII that is shown as it is; a client may put anything else into its request, escape sequences included."""
+"""The ASCII characters that are shown unchanged; a client may send any others, escape sequences included."""
 
 
 def visible(text: str) -> str:
-    """Write what a client sent (as WSGI and http.server give it: bytes as Latin-1) so that it can reach a terminal.
+    """Make a text from a client safe for a terminal; WSGI and http.server give bytes decoded as Latin-1.
 
-    What cannot be seen is percent-encoded (RFC 3986 §2.1), of a long text only the beginning is there, and ``?`` stands
-    where there is nothing.
+    Other characters are percent-encoded (RFC 3986 §2.1), a long text is cut, and an empty one becomes ``?``.
     """
     return quote(shortened(text).encode("latin-1", "replace"), safe=_VISIBLE) or "?"
 
@@ -34,13 +33,13 @@ _here = _Here()
 
 
 def be_worker(slot: int) -> None:
-    """Say that this process is the worker of a slot: what is in flight here is in that."""
+    """Note that this process is the worker of a slot; its requests in flight are shown with that slot."""
     _here.slot = slot
 
 
 @dataclass(frozen=True)
 class InFlight:
-    """A request in hand, as it is shown; `age` is in seconds."""
+    """A request in flight, as it is shown; `age` is in seconds."""
 
     id: int
     client: str
@@ -48,19 +47,19 @@ class InFlight:
     path: str
     age: float
     phase: str
-    """``queued``, ``running`` or ``sending`` (the app is done, output is not)."""
+    """``queued``, ``running`` or ``sending`` (the app is done, and output remains)."""
     thread: str = ""
     stack: str = ""
     gone: bool = False
-    """Whether its client has closed its side: nobody seems to wait for the answer any more."""
+    """Whether its client has closed the connection or its sending side, so probably nothing waits for the answer."""
     sent: int = 0
-    """Bytes of its answer that the kernel has taken."""
+    """How many bytes of its answer the kernel has accepted."""
     worker: int | None = field(default_factory=lambda: _here.slot)
-    """The slot of the worker that has it; None where there are no workers."""
+    """The slot of its worker; None if there are no workers."""
     request_id: str = ""
-    """Its X-Request-ID, as a trusted proxy or this server has it; empty where there is none."""
+    """Its X-Request-ID, from a trusted proxy or made by this server; empty if there is none."""
     traceparent: str = ""
-    """That of W3C Trace Context, likewise from a trusted proxy."""
+    """Its traceparent (W3C Trace Context), from a trusted proxy; empty if there is none."""
 
     def __str__(self) -> str:
         where = f" in {self.thread}" if self.thread else ""
@@ -71,7 +70,7 @@ class InFlight:
         return f"{self.method} {self.path} ({self.phase} for {self.age:.1f}s{where})"
 
     def as_json(self) -> dict[str, Any]:
-        """Stable keys for programs; `worker`, `request_id` and `traceparent` are there where there is one."""
+        """Stable keys for programs; `worker`, `request_id` and `traceparent` only if there is one."""
         return {
             "id": self.id, "client": self.client, "method": self.method, "path": self.path,
             "age": round(self.age, 3), "phase": self.phase, "thread": self.thread, "stack": self.stack,
@@ -83,7 +82,7 @@ class InFlight:
 
 @dataclass(frozen=True)
 class Cut(InFlight):
-    """A request that was broken off, and why."""
+    """A request that was broken off, and the reason."""
 
     reason: str = ""
 
@@ -91,7 +90,7 @@ class Cut(InFlight):
         return f"{super().__str__()}: {self.reason}"
 
     def with_stack(self) -> str:
-        """What was cut and why, and below it where it was, for people; `stack` itself is whole."""
+        """The request, the reason and its stack, folded, as text for people; `stack` itself is complete."""
         return "\n".join(filter(None, [f"cut {self}", folded(self.stack)]))
 
     @staticmethod
@@ -112,15 +111,14 @@ class Cut(InFlight):
 
 @dataclass(frozen=True)
 class DrainReport:
-    """What a drain did: how many were completed and rejected, which were cut, and how long it took in seconds.
+    """The result of a drain: how many requests were completed and rejected, which were cut, and `took` in seconds.
 
     `took` counts from the moment that the drain was asked for, its announce included; in the account of a stop it is
     that of the whole stop.
 
-    `background` is the work outside any request that still ran when its deadline came; `unaccepted` how many
-    connections were left in the backlog of a listener that could not be gated: they are reset, and nobody knows what
-    they asked for; `unfinished` is what else was accepted and cut: jobs of an executor, and what the app left to the
-    end of the process.
+    `background` is the work outside any request that still ran at the deadline. `unaccepted` is how many connections
+    were left in the backlog of a listener that could not be gated: they are reset, and their requests are not known.
+    `unfinished` is other accepted work that was cut: jobs of an executor, and the app's exit callbacks and threads.
     """
 
     completed: int = 0
@@ -133,11 +131,11 @@ class DrainReport:
 
     @property
     def clean(self) -> bool:
-        """Whether nothing was cut or left in a backlog, and nothing left running in the background or at the end."""
+        """Whether nothing was cut, left in a backlog, left running in the background, or unfinished."""
         return not (self.cut or self.background or self.unaccepted or self.unfinished)
 
     def with_unfinished(self, more: tuple[Unfinished, ...]) -> DrainReport:
-        """The same, and more that was not finished."""
+        """The same report with more unfinished work."""
         return replace(self, unfinished=self.unfinished + more) if more else self
 
     def __str__(self) -> str:
@@ -148,7 +146,7 @@ class DrainReport:
         return f"completed={self.completed} rejected={self.rejected} cut={len(self.cut)}{left} took={took}"
 
     def as_json(self) -> dict[str, Any]:
-        """Stable keys for programs; `background`, `unaccepted` and `unfinished` are there when there is any."""
+        """Stable keys for programs; `background`, `unaccepted` and `unfinished` only if there is any."""
         left: dict[str, Any] = {"background": [each.as_json() for each in self.background]} if self.background else {}
         if self.unaccepted:
             left["unaccepted"] = self.unaccepted

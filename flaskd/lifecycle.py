@@ -1,6 +1,6 @@
-"""The life cycle: its states, its events and the one table that says which event leads where.
+"""The life cycle: the states, the events, and the one table that says which event leads to which state.
 
-Only the thread of the daemon's events calls `Lifecycle.handle`; everything else posts events to it.
+Only the events thread calls `Lifecycle.handle`; all other threads post events to it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from flaskd.errors import NotNowError
 
 
 class State(StrEnum):
-    """Where the daemon is in its life."""
+    """The state of the daemon."""
 
     STARTING = "starting"
     READY = "ready"
@@ -27,7 +27,7 @@ class State(StrEnum):
 
 
 class Event(StrEnum):
-    """What can happen to the daemon; the first four are asked for, the others are found out."""
+    """What can happen to the daemon; the first four are asked for by a client or signal."""
 
     DRAIN = "drain"
     RESUME = "resume"
@@ -65,13 +65,13 @@ TABLE: dict[tuple[State, Event], State] = {
     (_S.STOPPING, _E.DRAIN_OVER): _S.STOPPING,
     (_S.STOPPING, _E.STOP_OVER): _S.STOPPED,
 }
-"""(state, event) → next state. What is not in it is refused by name."""
+"""(state, event) → next state. An event that has no entry for a state is refused."""
 
 
 class Lifecycle:
-    """The current state, since when, and the only way to change it.
+    """The current state and when it began; `handle` is the only way to change it.
 
-    `since` is what a calendar shows (Unix time); ages are from the monotonic clock, which nobody sets.
+    `since` is wall-clock time (Unix time) for people; ages come from the monotonic clock, which is never set.
     """
 
     def __init__(self) -> None:
@@ -90,14 +90,14 @@ class Lifecycle:
         return time.monotonic() - self._began
 
     def check(self, event: Event) -> State:
-        """Return the state an event would lead to; raises NotNowError "cannot X: flaskd is Y" for a refused one."""
+        """The state to which an event would lead; raises NotNowError "cannot X: flaskd is Y" if it is refused."""
         following = TABLE.get((self.state, event))
         if following is None:
             raise NotNowError(f"cannot {event}: flaskd is {self.state}")
         return following
 
     def handle(self, event: Event) -> State:
-        """Take an event and return the state after it; refuses like `check`."""
+        """Change the state for an event and return the new one; raises like `check`."""
         following = self.check(event)
         if following is not self.state:
             self.state, self.since, self._entered = following, time.time(), time.monotonic()
@@ -106,10 +106,10 @@ class Lifecycle:
 
 @dataclass(frozen=True)
 class StopReason:
-    """Why flaskd stops; the first reason wins and is kept.
+    """Why flaskd stops; the first reason is kept.
 
-    A worker also stops when another one takes its place, while the service goes on: with a `reload`, or for any other
-    cause (`recycle`).
+    A worker also stops when another one replaces it while the service goes on: after a `reload`, or for another cause
+    (`recycle`).
     """
 
     kind: Literal["signal", "control", "endpoint", "idle", "failure", "reload", "recycle"]

@@ -1,4 +1,4 @@
-"""What the daemon tells the world of its life; the log, the service manager and the counts hear it from here."""
+"""Notices: what the daemon tells of its life to the log, the service manager and the counters."""
 
 from __future__ import annotations
 
@@ -25,34 +25,34 @@ class Starting:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The app is loaded, and has `probe_timeout` seconds to answer a probe; 0 when there is none."""
+    """The app is loaded, and has `probe_timeout` seconds to answer the probe; 0 if there is no probe."""
 
     probe_timeout: float
 
 
 @dataclass(frozen=True)
 class BecameReady:
-    """It serves `app` on these addresses."""
+    """flaskd serves `app` on these addresses."""
 
     app: str
     addresses: Sequence[Address]
 
     @property
     def status(self) -> str:
-        """A line for people."""
+        """The notice as one line for people."""
         return f"ready: {self.app} on {', '.join(map(str, self.addresses))}"
 
 
 @dataclass(frozen=True)
 class BrokenOff:
-    """The start was broken off, and `why`."""
+    """The start was broken off; `why` is the reason."""
 
     why: str
 
 
 @dataclass(frozen=True)
 class FailedFor:
-    """Why flaskd ends with a failure: the first line, secrets masked, and an errno."""
+    """Why flaskd ends with a failure: the first line of the error, secrets masked, and an errno."""
 
     why: str
     number: int
@@ -60,14 +60,14 @@ class FailedFor:
 
 @dataclass(frozen=True)
 class Refused:
-    """What was asked for and the present state does not allow."""
+    """A request to the daemon that its present state does not allow."""
 
     why: str
 
 
 @dataclass(frozen=True)
 class DrainBegan:
-    """A drain of so many requests began, for at most `timeout` seconds; `by` is who asked for it, for people."""
+    """A drain began, with `in_flight` requests and at most `timeout` seconds; `by` says who asked, for people."""
 
     in_flight: int
     timeout: float
@@ -76,7 +76,7 @@ class DrainBegan:
 
 @dataclass(frozen=True)
 class DrainEnded:
-    """A drain is over; in `state` now."""
+    """A drain is over; `state` is the state now."""
 
     report: DrainReport
     state: State
@@ -84,7 +84,7 @@ class DrainEnded:
 
 @dataclass(frozen=True)
 class Resumed:
-    """It serves again, or still, as `status` says; `before` is the state before."""
+    """flaskd serves again, or still, as `status` says; `before` is the state before."""
 
     status: str
     before: State
@@ -92,14 +92,14 @@ class Resumed:
 
 @dataclass(frozen=True)
 class ReloadBegan:
-    """A reload that was asked for at the time.monotonic() moment `since` began, or began anew."""
+    """A reload began, or began again; it was asked for at the time.monotonic() moment `since`."""
 
     since: float
 
 
 @dataclass(frozen=True)
 class SignalRefused:
-    """A reload by SIGHUP, which a service manager waits for, is refused in this state."""
+    """A reload by SIGHUP is refused in this state; a service manager may wait for it."""
 
     since: float
     state: State
@@ -108,9 +108,9 @@ class SignalRefused:
 
 @dataclass(frozen=True)
 class ReloadEnded:
-    """A reload is over; with a `fault` the old configuration is in force.
+    """A reload is over; if there is a `fault`, the old configuration stays in force.
 
-    `error` has a traceback worth telling; `trace` is one that comes from a worker.
+    `error` is set if its traceback is to be logged; `trace` is a traceback that comes from a worker.
     """
 
     what: str
@@ -122,21 +122,21 @@ class ReloadEnded:
 
 @dataclass(frozen=True)
 class WorkersStart:
-    """Workers are being started in this state; told every few seconds until they are ready, or fail."""
+    """Workers start while flaskd is in this state; sent every few seconds until they are ready or fail."""
 
     state: State
 
 
 @dataclass(frozen=True)
 class StatusChanged:
-    """It serves as before, and there is something else to say of it."""
+    """flaskd serves as before, but its status line has changed."""
 
     status: str
 
 
 @dataclass(frozen=True)
 class StopBegan:
-    """A stop began, with `left` of the `deadline` in seconds; `drains` when nothing was drained before."""
+    """A stop began; it has `left` of `deadline` seconds. `drains` is false if a drain came before it."""
 
     reason: StopReason
     in_flight: int
@@ -147,13 +147,13 @@ class StopBegan:
 
     @property
     def status(self) -> str:
-        """A line for people."""
+        """The notice as one line for people."""
         return f"stopping ({self.reason}): {self.in_flight} in flight"
 
 
 @dataclass(frozen=True)
 class StepsTake:
-    """The steps of the stop that run now take `seconds` at most, of `left` to the deadline."""
+    """The running steps of the stop take at most `seconds`; `left` is the seconds to its deadline."""
 
     seconds: float
     left: float
@@ -161,14 +161,14 @@ class StepsTake:
 
 @dataclass(frozen=True)
 class StepDone:
-    """A step of the cleanup is over."""
+    """A cleanup step is over."""
 
     result: StepResult
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a drain or stop is, in words; `left` are the seconds to the deadline of a stop."""
+    """The progress of a drain or stop, in words; `left` is the seconds to the deadline of a stop."""
 
     text: str
     left: float | None
@@ -176,7 +176,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Stopped:
-    """The stop is over; `failed` when it was for a failure, which people need to see."""
+    """The stop is over; `failed` if flaskd ends because of a failure, which people must see."""
 
     account: Account
     failed: bool
@@ -206,22 +206,22 @@ Notice = (
 
 
 class Notices:
-    """Tells each notice to all who listen, in their order; one that fails keeps it from no other."""
+    """Passes each notice to all listeners in their order; if one raises, the others still get it."""
 
     def __init__(self, *listeners: Callable[[Notice], None]) -> None:
         self._listeners = listeners
 
     def tell(self, notice: Notice) -> None:
-        """Tell it."""
+        """Pass a notice to all listeners."""
         for listener in self._listeners:
             try:
                 listener(notice)
-            except BaseException:  # an app's sys.stderr or log handler, say; the daemon goes on
+            except BaseException:  # for example the app's log handler; the daemon goes on
                 log.exception(f"cannot tell of {type(notice).__name__}")
 
 
 def log_it(notice: Notice) -> None:  # noqa: C901 - one case for each
-    """Write it to the log."""
+    """Write a notice to the log."""
     match notice:
         case BecameReady():
             urls = ", ".join(each.announced for each in notice.addresses)

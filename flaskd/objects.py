@@ -1,7 +1,7 @@
-"""Looking at objects of others without asking them.
+"""Looks at objects of the app without running their code.
 
-An object may do anything when it is asked for an attribute: raise, load itself, make what it is asked for, or stand in
-for another one. So what it holds is read past its class.
+An object may do anything when an attribute is asked for: raise, load itself, make the attribute, or pretend to be
+another object. Therefore attributes are read from its dictionary, past its class.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from types import GetSetDescriptorType, MemberDescriptorType, ModuleType
 from typing import Any
 
 bases: Callable[[type], tuple[type, ...]] = vars(type)["__mro__"].__get__
-"""The bases of a class, itself first; its metaclass is not asked."""
+"""The bases of a class, itself first, without asking its metaclass."""
 
 
 def contents_of(module: str) -> dict[str, Any]:
-    """What an imported module holds; nothing where there is none, or something else in its place.
+    """The attributes of an imported module; empty if it is not imported, or is no module.
 
-    A lazy one stays unloaded (importlib.util.LazyLoader).
+    A lazy module stays unloaded (importlib.util.LazyLoader).
     """
-    loaded = sys.modules.get(module)  # None stands there for a module that may not be imported
+    loaded = sys.modules.get(module)  # it has None for a module that may not be imported
     return attributes_of(loaded) if issubclass(type(loaded), ModuleType) else {}
 
 
 def attributes_of(thing: Any) -> dict[str, Any]:
-    """An object's own attributes, a module's contents; nothing where it has no dictionary of them."""
+    """An object's own attributes, a module's contents; empty if it has no dictionary."""
     for base in bases(type(thing)):
         own: Any = vars(base).get("__dict__")
         if type(own) in {GetSetDescriptorType, MemberDescriptorType}:
             found = own.__get__(thing)
-            return found if type(found) is dict else {}  # that of a class is a mapping proxy
+            return found if type(found) is dict else {}  # a class has a mapping proxy
     return {}

@@ -1,4 +1,4 @@
-"""Fields of an answer as text for people: what the control plane's text replies and the client verbs both show."""
+"""Fields of answers as text for people; text replies of the control plane and the client verbs both use it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from flaskd.units import format_duration
 def died(mark: Fields) -> str:
     """How a run ended that left its mark behind, for people.
 
-    A mark that is there but cannot be read tells nothing: its run may have ended in any way.
+    A mark that exists but cannot be read says nothing about how the run ended.
     """
     if "unreadable" in mark:
-        return f"left a mark that cannot be read, and nobody knows how it ended: {mark['unreadable']}"
+        return f"left a mark that cannot be read, so it is not known how it ended: {mark['unreadable']}"
     if "unrecorded" in mark:
         pid, started, why = (mark.get(key, "unknown") for key in ("pid", "started", "unrecorded"))
         return f"came to its end, but its stop could not be recorded: {why} (pid {pid}, started {started})"
@@ -26,7 +26,7 @@ def died(mark: Fields) -> str:
 
 
 def record_lines(record: Fields) -> list[str]:
-    """The record of a stop, for people; before it `previous`, the run that died since without one."""
+    """The record of a stop, for people; first `previous`, a later run that died without a record."""
     lines = []
     if previous := record.get("previous"):
         lines.append(f"previous run: {previous}")
@@ -59,18 +59,18 @@ def record_lines(record: Fields) -> list[str]:
 
 
 def _cut(each: Fields) -> str:
-    """A request that was cut, in a few words."""
+    """A cut request in a few words."""
     worker = f" in worker {each['worker']}" if "worker" in each else ""
     return f"{each['method']} {each['path']} ({each['phase']} for {each['age']:.1f}s{worker}{_named(each)})"
 
 
 def _named(entry: Fields) -> str:
-    """The id of a request, where it has one."""
+    """The id of a request, if it has one."""
     return f", request_id={entry['request_id']}" if entry.get("request_id") else ""
 
 
 def account_lines(fields: Fields) -> list[str]:
-    """What a drain or stop lost, and each cleanup step that is not ok, for people: a line each."""
+    """What a drain or stop lost, and each cleanup step that is not ok, for people, one on each line."""
     background, unfinished, policies = (fields.get(key) for key in ("background", "unfinished", "policies"))
     lines = [f"cut {_cut(each)}: {each['reason']}" for each in fields.get("cut") or ()]
     lines += map(background_line, background) if isinstance(background, list) else ()
@@ -81,23 +81,23 @@ def account_lines(fields: Fields) -> list[str]:
 
 
 def step_line(name: str, entry: Fields) -> str:
-    """What became of a cleanup step, for people."""
+    """The result of a cleanup step, for people."""
     why = f", {printable(entry['why'], '?')}" if entry.get("why") else ""
     return f"{name}: {entry['fate']} in {format_duration(float(entry.get('took') or 0))}{why}"
 
 
 def background_line(entry: Fields) -> str:
-    """What was left running in the background, for people."""
+    """Work that was left running in the background, for people."""
     return f"background: {entry['name']} (for {entry['age']:.1f}s in {entry['thread']})"
 
 
 def unfinished_line(entry: Fields) -> str:
-    """What was accepted, or left to the end of the process, and cut, for people."""
+    """Accepted work, or work left to the end of the process, that was cut, for people."""
     return f"not finished: {printable(entry['name'], '?')}"
 
 
 def thread_line(entry: Fields) -> str:
-    """A thread, for people: what it serves, or that it could; or what is to be said in the place of threads."""
+    """A thread and the request that it serves, for people, or a line that stands in the place of threads."""
     if entry["id"] is None:
         return str(entry["name"])
     worker = f" of worker {entry['worker']}" if "worker" in entry else ""
@@ -118,17 +118,17 @@ def request_line(entry: Fields) -> str:
 
 
 def request_lines(entries: Iterable[Fields]) -> list[str]:
-    """Requests in flight, for people: a line each, and the stacks that were asked for, equal ones once."""
+    """Requests in flight, for people: a line each, with their stacks if asked for; equal stacks are shown once."""
     return _with_stacks(entries, request_line, "requests")
 
 
 def thread_lines(entries: Iterable[Fields]) -> list[str]:
-    """Threads, for people: a line each, and the stacks that were asked for, equal ones once."""
+    """Threads, for people: a line each, with their stacks if asked for; equal stacks are shown once."""
     return _with_stacks(entries, thread_line, "threads")
 
 
 def _with_stacks(entries: Iterable[Fields], line: Callable[[Fields], str], what: str) -> list[str]:
-    """A line for each entry; those that are at the same place stand together, with how many they are, above it."""
+    """A line for each entry; entries with equal stacks stand together, with their number, above the stack."""
     places: dict[object, tuple[str, list[str]]] = {}
     for number, each in enumerate(entries):
         place = folded(each.get("stack", ""))
@@ -149,9 +149,9 @@ def worker_lines(
     recycled: Mapping[str, int] | None = None,
     trouble: str | None = None,
 ) -> list[str]:
-    """Workers, for people: a table, how many reached a limit, what is wrong with that, and those that died.
+    """Workers, for people: a table, how many were recycled, what is wrong with that, and the workers that died.
 
-    `wanted` is how many there are to be.
+    `wanted` is the number of workers that there should be.
     """
     if not wanted:
         return ["there are no workers: the app runs in the daemon itself (server.workers is 0)"]
@@ -173,7 +173,7 @@ def worker_lines(
 
 
 def recycled_words(recycled: Mapping[str, int]) -> str:
-    """How many workers were replaced because they had reached a limit; nothing where none was."""
+    """How many workers were replaced because they had reached a limit; empty if none was."""
     kinds = ", ".join(f"{count} for {key}" for key, count in recycled.items() if count)
     return f"{sum(recycled.values())} recycled ({kinds})" if kinds else ""
 
@@ -188,12 +188,12 @@ def _indented(stack: str) -> list[str]:
 
 
 def outcome(*words: str, fields: Fields, hint: str = "") -> str:
-    """What came of a command, in one line for people: words, values, and what else there is to know."""
+    """The outcome of a command in one line for people: words, values and a hint."""
     return " ".join(filter(None, [*words, as_text(fields), f"({hint})" if hint else ""]))
 
 
 def status_lines(fields: Fields) -> list[str]:
-    """The status as ``key: value`` lines; what only programs want is left to JSON."""
+    """The status as ``key: value`` lines; values that only programs need are left to JSON."""
     return [
         f"{key}: {_shown(value)}" for key, value in fields.items() if key != "tally" and value not in (None, "", [])
     ]
@@ -208,9 +208,9 @@ def _shown(value: object) -> str:
 
 
 def as_text(fields: Fields) -> str:
-    """``key=value`` pairs for a text reply: seconds as durations, lists of what is no text as their length.
+    """``key=value`` pairs for a text reply: seconds as durations, a list of anything but text as its length.
 
-    What is nothing is left out, and nested values are left to JSON.
+    Empty values are left out, and nested values are left to JSON.
     """
     pairs = []
     for key, value in fields.items():

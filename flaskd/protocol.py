@@ -1,4 +1,4 @@
-"""What the daemon and its clients agree on: where the socket is, replies, error codes, the fields of a record."""
+"""What the daemon and its clients share: where the socket is, replies, error codes, the fields of a record."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from flaskd import errors
 SOCKET = "control.sock"
 FIFO = "control"
 RECORD = "last-stop.json"
-"""Default name of the record of the last stop, in the state directory."""
+"""The default file name of the record of the last stop, in the state directory."""
 MARK = "running.json"
-"""Name of the mark of a run, in the state directory: there from its start to its complete end."""
+"""The file name of the mark of a run, in the state directory; it exists from the run's start to its complete end."""
 MAX_LINE = 4096
-"""Bytes of one command; what a FIFO takes whole (PIPE_BUF, pipe(7))."""
+"""The longest command in bytes: what is written to a FIFO in one piece (PIPE_BUF, pipe(7))."""
 
 Fields = Mapping[str, Any]
 """Named values of an answer."""
@@ -39,9 +39,9 @@ EXIT_CODES: dict[str, int] = {
 
 
 def runtime_directories(name: str, environ: Mapping[str, str], *, client: bool = True) -> Iterator[Path]:
-    """Where a daemon of this name may have its runtime directory, most likely first.
+    """The possible runtime directories of a daemon with this name, the most likely first.
 
-    A daemon takes the first; a client tries them all, and root's as well.
+    A daemon takes the first; a client tries all of them, and those of root.
     """
     if first := environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]:
         yield Path(first)
@@ -58,8 +58,8 @@ def runtime_directories(name: str, environ: Mapping[str, str], *, client: bool =
 def temporary_directory(environ: Mapping[str, str]) -> Path:
     """Where temporary files go: ``tempfile.tempdir`` if the program has set it, else $TMPDIR, $TEMP, $TMP, else /tmp.
 
-    tempfile.gettempdir() raises where none of its places can be written to, and goes to another one, at last to the
-    working directory, while the usual one is full: there a daemon and its clients would not find each other.
+    tempfile.gettempdir() is not used, because it depends on what can be written at the moment: while /tmp is full it
+    gives another directory or raises, and a daemon and its clients would not find each other.
     """
     if chosen := getattr(sys.modules.get("tempfile"), "tempdir", None):
         return Path(os.fsdecode(chosen))
@@ -78,22 +78,22 @@ def state_directory(name: str, environ: Mapping[str, str]) -> Path:
 
 
 def _user_id() -> int:
-    return os.geteuid() if hasattr(os, "geteuid") else -1  # Windows has no numbers for users, and no daemon to find
+    return os.geteuid() if hasattr(os, "geteuid") else -1  # Windows has no user ids, and no daemon runs there
 
 
 def _has_home() -> bool:
     try:
         Path.home()
-    except RuntimeError:  # a user that the system does not know, as in containers
+    except RuntimeError:  # a user without an entry in passwd, as in containers
         return False
     return True
 
 
 class Reply(Protocol):
-    """Where the outcome of a command goes; every method may be called from any thread."""
+    """Receives the outcome of a command; any thread may call every method."""
 
     def progress(self, fields: Fields) -> None:
-        """Tell how far it is."""
+        """Report progress."""
 
     def ok(
         self,
@@ -104,19 +104,19 @@ class Reply(Protocol):
         lines: Sequence[str] = (),
         hint: str = "",
     ) -> None:
-        """It was done: a word for the outcome, values; `detail` is for programs, `lines` and `hint` for people."""
+        """Report success: a word and values; `detail` is for programs, `lines` and `hint` are for people."""
 
     def error(self, code: str, message: str) -> None:
-        """It was not done."""
+        """Report failure."""
 
 
 def reason_of(status: int, otherwise: str) -> str:
-    """The reason phrase of an HTTP status (RFC 9110 §15), or another where it has none."""
+    """The reason phrase of an HTTP status (RFC 9110 §15), or `otherwise` if it has none."""
     return HTTPStatus(status).phrase if status in _STATUSES else otherwise
 
 
 class Discard:
-    """The reply to what no client waits for."""
+    """The reply for commands whose outcome no client waits for; it drops everything."""
 
     def progress(self, fields: Fields) -> None:
         """Drop it."""
@@ -150,9 +150,9 @@ _SUMMARY = ("reason", "started", "took", "completed", "rejected", "cut", "failed
 
 
 def damage(record: object) -> str:
-    """Why what was read is no record of a stop that can be shown; empty when it is one.
+    """Why something that was read is no valid record of a stop; empty if it is one.
 
-    A state directory outlives versions of flaskd, and others may write there.
+    A state directory outlives versions of flaskd, and other programs may write to it.
     """
     if fault := _misfit(record, _RECORD, "", needed=("reason",)):
         return fault
@@ -176,9 +176,9 @@ def _misfit(entry: object, kinds: Mapping[str, Any], where: str, *, needed: Iter
 
 
 def summary(record: Fields | None) -> Fields | None:
-    """The record of a stop in a few words: nothing of its single requests and steps, only how many.
+    """The record of a stop in short: for its requests and steps only how many there are.
 
-    One that cannot be read says so as `damaged`, and nothing else.
+    A record that cannot be read gives only the key `damaged`.
     """
     if record is None:
         return None
@@ -194,5 +194,5 @@ def summary(record: Fields | None) -> Fields | None:
 
 
 def how_many(record: Fields, key: str) -> int:
-    """How many a record has of something, with those for which there was no room in it."""
+    """The number of entries under `key` in a record, including those that were left out for size."""
     return len(record.get(key, ())) + int(record.get("omitted", {}).get(key, 0))

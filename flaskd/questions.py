@@ -1,4 +1,4 @@
-"""Questions to a daemon whose answers may take a while: of a file, of the app's own objects, or of workers."""
+"""Questions to a daemon that may take a while, because a file, an object of the app or a worker is asked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flaskd.slow_query import SlowQuery
 
 
 class Questions:
-    """One of each kind; `read` gives the configuration that a reload would bring."""
+    """One `SlowQuery` for each kind of question; `read` gives the configuration that a reload would bring."""
 
     def __init__(
         self, read: Callable[[], Configuration], serving: Callable[[], Serving], present: Callable[[], Configuration]
@@ -27,6 +27,6 @@ class Questions:
         self.workers: SlowQuery[list[dict[str, Any]]] = SlowQuery("workers", lambda: serving().workers())
 
     def look(self) -> None:
-        """Answer those who have waited too long for an answer (the control thread)."""
+        """Answer clients that have waited too long; called in the control thread."""
         for each in (self.check, self.plan, self.stacks, self.threads, self.thread_stacks, self.workers):
             each.look()

@@ -1,4 +1,4 @@
-"""Reloads: a configuration is read, compared with the one in force, and put into force, or the old one is kept."""
+"""Reloads: flaskd reads a configuration, compares it with the one in force, and puts it into force or keeps the old."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from flaskd.cleanup import Plan
 from flaskd.config import Configuration, FileWatch, load_again
-from flaskd.errors import AppError, ConfigError, FlaskdError, NotNowError, described
+from flaskd.errors import ConfigError, FlaskdError, NotNowError, described
 from flaskd.inbox import FileChanged, Inbox, ReadingLate, ReloadAsked
 from flaskd.lifecycle import Event, Lifecycle, State
 from flaskd.notices import Notices, Refused, ReloadBegan, ReloadEnded, SignalRefused
@@ -24,23 +24,23 @@ Found = tuple[Configuration, Plan]
 
 
 class RestartNeededError(ConfigError):
-    """A reload that only a restart could carry out."""
+    """The new configuration changes keys that need a restart."""
 
     code = "restart-needed"
 
 
 def tell_doubts(configuration: Configuration) -> None:
-    """Warn of what the configuration says and surely does not mean."""
+    """Log a warning for each value that is valid but probably not meant."""
     for each in configuration.doubts:
         log.warning(str(each))
 
 
 class Reload:
-    """Reloads of one daemon, in the thread of its events; `read` may be called from any.
+    """The reloads of one daemon, in the thread of its events; only `read` is for any thread.
 
-    `load` reads the configuration, `prepare` makes what it needs, `apply` puts it into force or changes nothing and
-    raises; before, where there are workers, `serving` brings it to them, with new code unless only the configuration
-    is wanted. `status` says that flaskd is ready, for people.
+    `load` reads the configuration, `prepare` makes what it needs, `apply` puts it into force, or raises and changes
+    nothing. If there are workers, `serving` brings it to them before, with new code unless only the configuration is to
+    change. `status` returns the status line of a ready flaskd.
     """
 
     def __init__(
@@ -61,23 +61,26 @@ class Reload:
         self._present: Configuration
         self._readings: Readings[Found] = Readings(self._read_whole, lambda reading: inbox.post(ReadingOver(reading)))
         self.waiters: list[Reply] = []
-        """Who waits for the end of the reload under way."""
+        """The replies that wait for the end of the reload under way."""
         self._asked_again: float | None = None
         self._found: Found | None = None
-        """What the workers are getting."""
+        """The configuration and plan that are being brought to the workers."""
         self._only_configuration = True
         self._when_ready = False
         self._watch: FileWatch | None = None
         self.is_workers = False
-        """Whether it is a worker's, whose supervisor looks at the file, and says what is kept."""
+        """Whether this is in a worker, whose supervisor watches the file, and logs outcomes."""
         self.follows_code = False
-        """Whether a saved file of the app brings new code."""
+        """Whether a saved file of the app leads to a reload (``flaskd serve --reload``)."""
         self._code: CodeWatch | None = None
         self._made_at = time.time()
-        """Before the app was imported."""
+        """A time.time() before the app was imported."""
 
     def read(self) -> Configuration:
-        """What would be in force after a reload. Raises ConfigError (any thread; a file may hang)."""
+        """Read the configuration that a reload would put into force (any thread; reading may hang).
+
+        Raises ConfigError, RestartNeededError if it changes keys that need a restart.
+        """
         new = load_again(self._load, self._present)
         if keys := self._present.restart_keys(new):
             raise RestartNeededError(f"{', '.join(keys)}: cannot change without a restart")
@@ -90,14 +93,14 @@ class Reload:
     # --- the file ---
 
     def follow(self, configuration: Configuration) -> None:
-        """Take a configuration as the one in force."""
+        """Take a configuration as the one in force, and watch its file if it says so."""
         self._present = configuration
         if self._watch is not None:
             self._watch.known = configuration.digest
             (self._watch.start if configuration.values.watch else self._watch.stop)()
 
     def started(self) -> None:
-        """The start is over: look at the files that are to be watched, and reload where SIGHUP came meanwhile."""
+        """After the start, begin to watch files, and reload if a SIGHUP came during the start."""
         if self._present.path is not None and not self.is_workers:
             self._watch = FileWatch(
                 self._present.path,
@@ -117,14 +120,14 @@ class Reload:
             self.asked(ReloadAsked())
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop watching files."""
         if self._watch is not None:
             self._watch.stop()
         if self._code is not None:
             self._code.stop()
 
     def file_changed(self, event: FileChanged) -> None:
-        """Reload once for an edit that was seen, whatever comes of it."""
+        """Reload for an edit of the file, once, whatever the outcome."""
         if self._lifecycle.state is State.READY and self._watch is not None and self._watch.known != event.digest:
             self._watch.known = event.digest
             log.info(f"{self._present.path} has changed")
@@ -133,7 +136,7 @@ class Reload:
     # --- one reload ---
 
     def asked(self, event: ReloadAsked) -> None:
-        """Begin a reload; under Type=notify-reload the manager waits for an answer to each SIGHUP."""
+        """Begin a reload. With Type=notify-reload, systemd waits for an answer to each SIGHUP."""
         before = self._lifecycle.state
         if event.signalled and before is State.STARTING:
             self._when_ready = True
@@ -149,7 +152,7 @@ class Reload:
             return
         self.waiters.append(event.reply)
         if before is State.RELOADING:
-            self._asked_again = event.since  # what is being read may be older than this wish
+            self._asked_again = event.since  # the reading under way may have begun before an edit
             self._only_configuration &= event.only_configuration
             self._serving().break_off_renewal("another reload was asked for")
         else:
@@ -167,9 +170,9 @@ class Reload:
             self.end(FlaskdError(f"cannot read the configuration: {error}"))
 
     def reading_over(self, reading: Reading[Found]) -> None:
-        """Take over what was read, or read again where a wish came meanwhile."""
+        """Put what was read into force, or read again if another reload was asked for meanwhile."""
         if not self._readings.ended(reading) or self._lifecycle.state is not State.RELOADING:
-            return  # it came too late, or a stop came first; who waited was told
+            return  # it came too late, or a stop came first, and the replies were answered
         if reading.found is None or not self._serving().renews:
             self._take_over(reading.found, reading.error)
         elif self._asked_again is not None:
@@ -181,34 +184,34 @@ class Reload:
             self._serving().renew(new, only_configuration=only)
 
     def renewed(self, event: Renewed) -> None:
-        """The workers have what was read, or keep what they had."""
+        """Go on after the workers have taken what was read, or have kept the old configuration."""
         if self._found is None or self._found[0] is not event.configuration:
             return  # a stop came first, or another reload
         found, self._found = self._found if event.error is None or event.replaced else None, None
         if self._lifecycle.state is State.RELOADING:
             self._take_over(found, event.error)
-        elif found is not None:  # a drain came first; there are workers that have it
+        elif found is not None:  # a drain came first, but some workers have it
             self._apply(*found)
 
     def _take_over(self, found: Found | None, error: BaseException | None) -> None:
         if found is not None:
             try:
                 self._apply(*found)
-            except Exception as failure:  # noqa: BLE001 - told below; what was before is in force
+            except Exception as failure:  # noqa: BLE001 - reported below; the old configuration is in force
                 found, error = None, failure
         if self._asked_again is not None:
-            self._begin(self._asked_again)  # once for all that came meanwhile: a storm is not echoed
+            self._begin(self._asked_again)  # one more reload for all that were asked for meanwhile
         else:
             self.end(error, new_in_force=found is not None)
 
     def reading_late(self) -> None:
-        """Give a reading up that has had its time; the thread that hangs in it cannot be ended."""
+        """Give up a reading that takes longer than `LIMIT` seconds; its thread hangs, and cannot be ended."""
         if self._readings.late:
             what = f"{self._present.path or 'the configuration'}, and what its policies need"
             self.end(FlaskdError(f"reading {what}, took longer than {LIMIT:g}s; is it a file, on a disk that answers?"))
 
     def end(self, error: BaseException | None, *, new_in_force: bool = False) -> None:
-        """Be ready again, and tell all who wait what came of it; nothing when no reload is under way."""
+        """Be ready again, and answer all replies with the outcome; do nothing if no reload is under way."""
         if self._lifecycle.state is not State.RELOADING:
             return
         self._readings.give_up()
@@ -226,7 +229,7 @@ class Reload:
         kept = f"; keeping the old configuration{' and workers' * self._serving().renews}"
         kept = "; the new configuration is in force" if new_in_force else "" if self.is_workers else kept
         fault = f"{error if known else described(error)}{kept}"
-        trace = f"\n{error.traceback_text}".rstrip() if isinstance(error, AppError) else ""
+        trace = f"\n{error.details}".rstrip() if isinstance(error, FlaskdError) else ""
         if self._code is not None:
             self._code.add_those_of(trace)
         self._notices.tell(ReloadEnded(str(path), self._status(), fault, None if known else error, trace))
@@ -234,11 +237,11 @@ class Reload:
             reply.error(error.code if isinstance(error, FlaskdError) else FlaskdError.code, fault + trace)
 
     def overtaken(self, by: str) -> None:
-        """A stop or a drain came first: tell all who wait."""
+        """Answer all replies with an error, because a stop or a drain came first."""
         self._readings.give_up()
         self._asked_again = None
         waiters, self.waiters = self.waiters, []
         if self._code is not None:
             self._code.again()
         for reply in waiters:
-            reply.error(NotNowError.code, f"the reload was overtaken by a {by}")
+            reply.error(NotNowError.code, f"the reload was broken off by a {by}")

@@ -1,4 +1,4 @@
-"""Questions that may take a while: each kind is asked in a thread of its own, so that nobody else waits for it."""
+"""Questions that may take a while: a thread of its own answers each kind, so that no other question waits for it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ log = logging.getLogger("flaskd.slow_query")
 T = TypeVar("T")
 
 ASKED = "flaskd-asked-"
-"""How the names of the threads begin that find answers."""
+"""How the names of the answering threads begin."""
 LIMIT = 10.0
-"""Seconds that who asks waits for an answer: a file, or the app's own object, may hang."""
+"""How many seconds a client waits for an answer: a file or an object of the app may hang."""
 
 
 @dataclass(eq=False)
@@ -31,10 +31,11 @@ class _Asked(Generic[T]):
 
 
 class SlowQuery(Generic[T]):
-    """One kind of question; `find` has the answer, and may take its time or raise.
+    """One kind of question; `find` gives the answer, and may take long or raise.
 
-    Who asks while it is being found gets the next answer, together with all who asked meanwhile: an answer is never
-    older than its question, and there is never more than one thread. `look` answers those who have waited too long.
+    A question that comes while an answer is being found waits for the next answer, together with all others that come
+    meanwhile. So no answer is older than its question, and there is at most one thread. `look` answers clients that
+    have waited too long.
     """
 
     def __init__(self, name: str, find: Callable[[], T]) -> None:
@@ -42,15 +43,15 @@ class SlowQuery(Generic[T]):
         self._find = find
         self._lock = threading.Lock()
         self._waiting: list[_Asked[T]] = []
-        """Those who wait for the next answer."""
+        """The clients that wait for the next answer."""
         self._next: list[_Asked[T]] = []
-        """Those who wait for the one that is being found."""
+        """The clients that wait for the answer that is being found."""
         self._busy = False
 
     def ask(self, reply: Reply, tell: Callable[[Reply, T], None]) -> None:
-        """Have `tell` give the answer to `reply`, or the error that there was; returns at once (any thread).
+        """Have `tell` pass the answer to `reply`, or reply with the error; returns at once, any thread may call it.
 
-        Raises FlaskdError where no thread can be had.
+        Raises FlaskdError if no thread can be had.
         """
         with self._lock:
             if not self._busy:
@@ -63,7 +64,7 @@ class SlowQuery(Generic[T]):
             self._waiting.append(_Asked(reply, tell))
 
     def look(self) -> None:
-        """Answer those who have waited too long, and say so; to be called now and then (any thread)."""
+        """Send an error to clients that have waited too long; to be called regularly, in any thread."""
         now = time.monotonic()
         with self._lock:
             late = [each for each in (*self._next, *self._waiting) if each.until <= now]
@@ -73,7 +74,7 @@ class SlowQuery(Generic[T]):
             each.reply.error(FlaskdError.code, f"cannot {self._name}: no answer was found within {LIMIT:g}s")
 
     def _take(self) -> _Asked[T] | None:
-        """Take one of those who wait for what was just found: each is told once."""
+        """Take one of the clients that wait for the answer just found; each is answered once."""
         with self._lock:
             return self._next.pop(0) if self._next else None
 
@@ -91,13 +92,13 @@ class SlowQuery(Generic[T]):
                 while (asked := self._take()) is not None:
                     asked.tell(asked.reply, found)
             except FlaskdError as error:
-                self._refuse(asked, error.code, str(error))
-            except BaseException as error:  # of ours, or of the app's objects that were asked: whoever asked is told
+                self._refuse(asked, error.code, error.whole)
+            except BaseException as error:  # flaskd's or the app's; the client is told
                 log.exception(f"cannot {self._name}")
                 self._refuse(asked, FlaskdError.code, f"cannot {self._name}: {described(error)}; the log says more")
 
     def _refuse(self, asked: _Asked[T] | None, code: str, message: str) -> None:
-        """Give the error to the one who was just being told, and to those behind."""
+        """Send the error to the client that was being answered and to all that still wait."""
         while (asked := asked or self._take()) is not None:
             asked.reply.error(code, message)
             asked = None

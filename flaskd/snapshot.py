@@ -1,4 +1,4 @@
-"""What there is to know of the daemon at one moment; control, admin, ``top`` and STATUS read this and nothing else."""
+"""All facts about the daemon at one moment; control, admin, ``top`` and STATUS read only this."""
 
 from __future__ import annotations
 
@@ -24,18 +24,20 @@ _NOTED_EVERY = 10.0
 
 
 class Counts:
-    """What is counted of the life of the daemon; hears its notices."""
+    """Counts events of the daemon's life; it listens to notices."""
 
     def __init__(self) -> None:
         self.recent = Recent()
         self.drains = self.reloads = self.failed_reloads = 0
         self.last_reload: dict[str, Any] | None = None
-        """When the last reload was over, whether it succeeded, and its fault."""
+        """When the last reload ended, whether it succeeded, and its fault."""
+        self.trace = ""
+        """The app's traceback if its code made the last reload fail."""
         self.drain: dict[str, Any] | None = None
-        """When the drain began that is under way or over, and who asked for it; None where none is to be undone."""
+        """When the present drain began and who asked for it; None if there is none to undo."""
 
     def heard(self, notice: Notice) -> None:
-        """Count it."""
+        """Count a notice."""
         match notice:
             case DrainBegan(by=by):
                 self.drains += 1
@@ -44,7 +46,8 @@ class Counts:
                 self.drains += 1
             case Resumed():
                 self.drain = None
-            case ReloadEnded(fault=fault):
+            case ReloadEnded(fault=fault, trace=trace):
+                self.trace = trace.strip("\n")
                 self.reloads, self.failed_reloads = self.reloads + (not fault), self.failed_reloads + bool(fault)
                 self.last_reload = {
                     "time": timestamp(time.time()),
@@ -80,7 +83,7 @@ class Recent:
 
 @dataclass(frozen=True)
 class Held:
-    """What the daemon holds beside the app: addresses, and what is known of the run before this one."""
+    """What the daemon has apart from the app: addresses, and what is known of the run before this one."""
 
     listen: tuple[str, ...] = ()
     url: str | None = None
@@ -88,14 +91,14 @@ class Held:
     agent: tuple[str, ...] = ()
     shutdown_endpoints: tuple[str, ...] = ()
     previous: str | None = None
-    """How the run before this one died; None when it came to its end."""
+    """How the run before this one died; None if it ended properly."""
     last_stop: dict[str, Any] | None = None
     """The record of the stop before this run."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The daemon at one moment. `since` and `started` are times on the wall clock, `age` and `uptime` seconds."""
+    """The daemon at one moment. `since` and `started` are Unix times, `age` and `uptime` are seconds."""
 
     name: str
     state: State
@@ -112,13 +115,13 @@ class Snapshot:
     config: str | None
     counts: Counts = field(repr=False)
     left: float | None = None
-    """Seconds that the drain or the stop under way may take at most from now on; None where none is."""
+    """Seconds that the running drain or stop may still take at most; None if there is none."""
     instance: str = ""
-    """What this flaskd is called among others."""
+    """The name of this flaskd."""
 
     @property
     def progress(self) -> dict[str, Any]:
-        """How far a drain or stop is, for who waits for it."""
+        """The progress of a drain or stop, for clients that wait for it."""
         serving = self.serving
         progress: dict[str, Any] = {"in_flight": len(serving.in_flight)}
         if self.left is not None:
@@ -133,12 +136,12 @@ class Snapshot:
 
     @property
     def all_threads(self) -> int:
-        """How many requests can run at once."""
+        """How many requests can run at the same time."""
         return self.threads * max(1, self.serving.wanted)
 
     @property
     def workers(self) -> dict[str, Any] | None:
-        """The workers in a few numbers; None where the app runs in the daemon itself."""
+        """The workers in a few numbers; None if the app runs in the daemon itself."""
         serving = self.serving
         if not serving.wanted:
             return None
@@ -153,7 +156,7 @@ class Snapshot:
         }
 
     def __str__(self) -> str:
-        """A line for people, as ``systemctl status`` shows it."""
+        """One line for people, as ``systemctl status`` shows it."""
         serving, workers = self.serving, self.workers
         text = f"{self.state}: {len(serving.in_flight)} in flight"
         if workers is not None and self.state is State.READY:
@@ -169,7 +172,7 @@ class Snapshot:
         return text
 
     def as_json(self) -> dict[str, Any]:
-        """What ``status`` tells; keys are stable. `memory` is the RSS of this process alone, in bytes."""
+        """The fields of ``status`` under stable keys; `memory` is the RSS of this process alone, in bytes."""
         serving, idle = self.serving, self.serving.idle
         oldest, outcomes = serving.oldest, serving.tally.outcomes
         return {

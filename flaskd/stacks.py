@@ -1,4 +1,4 @@
-"""Where a thread is at this moment: the whole stack for programs, folded for people."""
+"""Where a thread is at this moment: the whole stack for programs, a folded one for people."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 
 _MOST_FRAMES = 60
-"""The innermost frames that are shown of a stack; recursion may make it endless."""
+"""How many frames of a stack are shown, the innermost ones; recursion can make a stack very long."""
 
 _HERE = f"{Path(__file__).parent}/"
 _FRAME = re.compile(r'^  File "(.*)", line \d+', re.MULTILINE)
@@ -28,9 +28,9 @@ _INSTALLED = re.compile(
 
 
 def stack_of(thread: threading.Thread, below: str = "") -> str:
-    """The stack of a running thread, innermost call last; empty when the thread has ended.
+    """The stack of a running thread, the innermost call last; empty if the thread has ended.
 
-    With `below` only what comes after the last frame of that file, a path as in ``__file__``.
+    With `below` only the frames after the last frame of that file, a path as in ``__file__``.
     """
     frame = sys._current_frames().get(thread.ident or 0)  # noqa: SLF001 - the documented way to see another thread
     frames = traceback.extract_stack(frame, limit=_MOST_FRAMES) if frame else []
@@ -39,12 +39,12 @@ def stack_of(thread: threading.Thread, below: str = "") -> str:
 
 
 def folded(stack: str) -> str:
-    """A stack for people: the app's innermost call first, each one followed by its callers.
+    """A stack for people: the app's innermost call first, each call followed by its caller.
 
-    What that calls, in the standard library or an installed package, is one line below it with the number of calls. So
-    are callers of flaskd, Waitress, Werkzeug, Flask, Click and `threading` that follow each other. Of a stack that has
-    nothing of the app the innermost call stays. Several stacks, with a blank line between them, are each shown so,
-    equal ones once. Text that is no stack is left as it is.
+    What the app calls in the standard library or in an installed package becomes one line with the number of calls. So
+    do successive calls of flaskd, Waitress, Werkzeug, Flask, Click and `threading`. If there is no call of the app, the
+    innermost call stays. Several stacks, with a blank line between them, are folded one by one; equal ones are shown
+    once. Text that is no stack is left as it is.
     """
     places = [_folded(_frames(each)[::-1]) for each in stack.split(_BETWEEN)]
     if not all(places):
@@ -112,7 +112,7 @@ def _path(frame: str) -> str:
 
 
 def _package(frame: str) -> str:
-    """The package that a frame is folded for; empty where it is the app's, or of a library that the app calls."""
+    """The package for which a frame is folded; empty if the frame is the app's, or of a library that the app calls."""
     path = _path(frame)
     if "/flaskd/demo/" in path:
         return ""

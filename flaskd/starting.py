@@ -1,4 +1,4 @@
-"""A start that can be broken off: the main thread may be anywhere in the app's import, and cannot be waited for."""
+"""A start that a stop can break off, although the main thread may hang in the app's import."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from flaskd.errors import EX_OK
 log = logging.getLogger("flaskd.daemon")
 
 _BREAK_OFF = 0.8
-"""Seconds in which a start that is broken off ends, whatever the app's import holds."""
+"""How many seconds a start that is broken off takes to end, whatever the app's import does."""
 
 
 class Start:
-    """Whether a stop ends the process at once, and how; `asked` is called when a stop was asked for meanwhile."""
+    """Whether a stop ends the process at once, and how; `asked` is called if a stop was asked for meanwhile."""
 
     def __init__(self, asked: Callable[[], None]) -> None:
         self.asked = asked
         self.breakable = False
-        """Whether a stop ends the process now; False before there is something to take away, and with a server."""
+        """Whether a stop ends the process at once: false until something must be cleaned up, and once a server runs."""
         self.making = threading.Lock()
-        """Held while the main thread makes what has to be taken away."""
+        """Held while the main thread makes things that must be cleaned up."""
 
     def end(self) -> None:
-        """From here on a stop finds a server to drain, or the start is over."""
+        """From now on a stop drains a server, or the start has failed."""
         with self.making:
             self.breakable = False
 
     def break_off(self, take_away: Callable[[], None]) -> bool:
-        """End the process, with all taken away; returns False when the main thread was faster.
+        """Clean up and end the process; returns False if the main thread has called `end` before.
 
-        Should `take_away` be held up by the import, the process ends all the same.
+        The process ends even if the import blocks `take_away`.
         """
         timer = threading.Timer(_BREAK_OFF, os._exit, [EX_OK])
         timer.daemon = True
         try:
             timer.start()
-            self.making.acquire(timeout=_BREAK_OFF)  # kept: the main thread makes nothing more
+            self.making.acquire(timeout=_BREAK_OFF)  # never released, so that the main thread makes nothing more
             if not self.breakable:
                 timer.cancel()
                 self.making.release()
                 return False
             take_away()
             os._exit(EX_OK)
-        except Exception:  # whatever it was, the start is over
+        except Exception:  # whatever it is, the start is over
             log.exception("cannot break off the start in good order")
             os._exit(EX_OK)

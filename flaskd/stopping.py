@@ -1,4 +1,4 @@
-"""A daemon's stop, from the first event that asks for it to the account of it."""
+"""The stop of a daemon: from the first event that asks for it to its account."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ log = logging.getLogger("flaskd.daemon")
 
 
 class Stopping:
-    """The stop of one daemon, in the thread of its events; the first reason wins, and is kept.
+    """The stop of one daemon, in the events thread; the first reason is kept.
 
-    `end_the_app` gives what the app has left to the end of the process its time, and has ExitBegan and ExitOver posted;
-    None where the process goes on.
+    `end_the_app` starts the time for the app's exit callbacks and threads, and makes ExitBegan and ExitOver be posted.
+    It is None if the process goes on after the stop.
     """
 
     def __init__(
@@ -38,30 +38,30 @@ class Stopping:
         self._exit_left: Callable[[], float] | None = None
         self._unfinished: tuple[Unfinished, ...] = ()
         self.main_is_lost = False
-        """Whether the main thread is for good in what the app has left to the end of the process, and was cut."""
+        """Whether the main thread hangs in the app's exit callbacks or threads, which were cut."""
 
     @property
     def begun(self) -> bool:
-        """Whether it has begun."""
+        """Whether the stop has begun."""
         return self._reason is not None
 
     @property
     def reason(self) -> str | None:
-        """Why; None before it has begun."""
+        """The reason; None before the stop has begun."""
         return str(self._reason) if self._reason is not None else None
 
     @property
     def left(self) -> float | None:
-        """Seconds to its deadline; None before it has begun."""
+        """Seconds to the deadline; None before the stop has begun."""
         return self._serving.left if self.begun else None
 
     @property
     def waiters(self) -> list[Reply]:
-        """Who waits for its end."""
+        """The replies that wait for the end of the stop."""
         return self._waiters
 
     def begin(self, reason: StopReason, configuration: Configuration, *, overtaken: Callable[[], None]) -> None:
-        """Begin it; whatever cannot be told, it goes on."""
+        """Begin the stop; it goes on even if telling of it fails."""
         deadline, drains = configuration.values.shutdown.deadline, self._serving.drain is None
         plan = self._serving.begin_stop(reason, configuration, self._holdings.state.writable)
         self._reason = reason
@@ -71,17 +71,17 @@ class Stopping:
             lambda: self._notices.tell(began),
             overtaken,
             self._serving.announce_stop,
-            # A disk that hangs must not keep the stop.
+            # In a thread, because a disk that hangs must not delay the stop.
             lambda: call_in_thread(lambda: self._holdings.state.stopping(str(reason))).close(0),
         ):
             try:
                 tell()
-            except BaseException:  # an app's objects, say
-                log.exception("cannot tell everybody of the stop")
+            except BaseException:  # for example objects of the app
+                log.exception("cannot report the stop to all")
         self._serving.run_stop()
 
     def join(self, event: StopAsked) -> None:
-        """Answer who asks for it, now or at its end; a hurry cuts it short."""
+        """Reply to another request to stop, now or at the end; `now` shortens the stop."""
         if event.now:
             self._serving.hurry()
         in_flight, left = self._serving.in_flight, round(self._serving.left, 1)
@@ -93,9 +93,9 @@ class Stopping:
             event.reply.ok("stopping", fields, hint=self._holdings.undone_by)
 
     def claim(self) -> None:
-        """Tell the service manager what the drain and the steps under way may take: one of them began, or ended.
+        """Tell the service manager how long the drain and the running steps may take, when one of them begins or ends.
 
-        Nothing where it is a worker's that is replaced, while the service goes on.
+        It tells nothing for a worker that is replaced while the service goes on.
         """
         if not self.begun:
             return
@@ -103,7 +103,7 @@ class Stopping:
         self._notices.tell(StepsTake(takes, self._serving.left))
 
     def step_ended(self, event: StepEnded) -> None:
-        """Tell who waits, unless it is a step of a worker that is replaced."""
+        """Report a step's end to clients that wait, unless it is a step of a worker that is replaced."""
         if not self.begun:
             return
         self.claim()
@@ -116,25 +116,25 @@ class Stopping:
             reply.progress(fields)
 
     def end_the_app(self) -> bool:
-        """Let the app's part of the end of the process begin; False where the process goes on."""
+        """Let the app's exit callbacks and threads have their time; False if the process goes on after the stop."""
         if self._end_the_app is None:
             return False
         self._end_the_app()
         return True
 
     def exit_began(self, event: ExitBegan) -> None:
-        """Claim its time."""
+        """Ask the service manager for that time."""
         self._exit_left = event.left
         self.claim()
 
     @property
     def exit_waits_for(self) -> str:
-        """What the end of the process, or of workers, waits for, for people; empty when it has not begun."""
+        """What the exit of the process, or of workers, waits for, for people; empty if it has not begun."""
         ours = (", ".join(at_exit()) or "the app") if self._exit_left is not None else ""
         return self._serving.exit_waits_for or ours
 
     def exit_over(self, event: ExitOver) -> None:
-        """Note what was cut at the exit, and name it."""
+        """Note and log what was cut at the exit."""
         self._unfinished, self.main_is_lost = event.unfinished, event.cut
         for each in event.unfinished:
             log.warning(f"cut at the exit: {each.name}\n{folded(each.stack)}".rstrip())
@@ -146,7 +146,7 @@ class Stopping:
         return self._serving.end(self._unfinished)
 
     def tell_the_end(self, account: Account, *, failed: bool) -> None:
-        """Tell the world and who waits."""
+        """Send the notice and the replies about the end."""
         self._notices.tell(Stopped(account, failed))
         fields = {**account.report.as_json(), "policies": account.steps}
         for reply in self._waiters:

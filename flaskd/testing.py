@@ -1,7 +1,7 @@
-"""The pytest plugin: the fixture ``flaskd_server`` serves the project's ``app``, and shows what a test leaves.
+"""The pytest plugin: the fixture ``flaskd_server`` serves the project's ``app``, and reports what a test leaves behind.
 
-pytest imports this file at every start, so nothing is imported here but pytest and the standard library; the server
-comes with the first test that asks for the fixture.
+pytest imports this file at every start, so it imports only pytest and the standard library. The server is imported when
+the first test asks for the fixture.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from flaskd.serving.embedded import ServerThread
 
 _OPTIONS = {"threads": int, "server": str, "config": str, "host": str, "port": int, "timeout": float, "leaks": str}
-"""What the marker and the ini option take, and how its text is read."""
+"""The options of the marker and the ini file, each with the function that reads its text."""
 _SCOPES: dict[str, Any] = {
     "class": pytest.Class,
     "module": pytest.Module,
@@ -33,9 +33,9 @@ _SCOPES: dict[str, Any] = {
     "session": pytest.Session,
 }
 _STOP = 5.0
-"""Seconds that a stop may take where no configuration says so: a test waits less patiently than production."""
+"""The time limit of a stop in seconds if no configuration sets one: shorter than in production."""
 _SETTLE = 0.5
-"""Seconds for what is nearly over: a client has its answer a moment before the server has it in its account."""
+"""Seconds to wait for requests that are nearly over: a client has its answer slightly before the account has it."""
 _LOOK = 0.01
 
 _FAILED = pytest.StashKey[bool]()
@@ -56,7 +56,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Declare the marker; a scope that does not exist is refused here, in one line."""
+    """Declare the marker; refuse a scope that does not exist with a message of one line."""
     scope = config.getini("flaskd_server_scope")
     if scope != "function" and scope not in _SCOPES:
         raise pytest.UsageError(
@@ -75,12 +75,12 @@ def _scope(fixture_name: str, config: pytest.Config) -> Any:  # noqa: ARG001 - p
 
 @pytest.fixture(scope=_scope)
 def flaskd_server(request: pytest.FixtureRequest, app: Any) -> Iterator[ServerThread]:
-    """The project's ``app``, served by a running `flaskd.ServerThread`; ``flaskd_server.url`` is where.
+    """The project's ``app``, served by a running `flaskd.ServerThread`; ``flaskd_server.url`` is its URL.
 
-    At the end what is in flight is answered, the cleanup steps run, and ``flaskd_server.report`` is the account, also
-    shown in the section "flaskd" of a test that failed. A request that was cut, a cleanup step that failed, and what
-    the test left behind (a request, a thread, a listener, a connection to the server) are failures of the test. For
-    the options see the marker ``flaskd_server``, and ``pytest --help``.
+    At the end the server answers the requests in flight and runs the cleanup steps. ``flaskd_server.report`` is the
+    account; a failed test shows it in its section "flaskd". The test fails if a request was cut, if a cleanup step
+    failed, or if it left something behind: a request, a thread, a listener, or a connection to the server. For the
+    options see the marker ``flaskd_server`` and ``pytest --help``.
     """
     from flaskd.errors import FlaskdError  # noqa: PLC0415 - see the module's docstring
     from flaskd.serving.embedded import ServerThread  # noqa: PLC0415
@@ -102,7 +102,7 @@ def flaskd_server(request: pytest.FixtureRequest, app: Any) -> Iterator[ServerTh
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Refuse a marker that comes too late: the server of a wider scope serves with the options it started with."""
+    """Refuse a marker on a test whose server, of a wider scope, has started with other options."""
     scope = item.config.getini("flaskd_server_scope")
     if scope == "function" or "flaskd_server" not in getattr(item, "fixturenames", ()):
         return
@@ -118,14 +118,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
-    """Remember that a test failed: its traceback holds what the test held, and that is then no leak."""
+    """Note that a test failed: its traceback keeps objects alive, which then are no leak."""
     if call.excinfo is not None:
         item.stash[_FAILED] = True
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
-    """After all fixtures are torn down, see what each server leaves, and the test at each that goes on."""
+    """After all fixtures are torn down, check what each server left, and what the test left at servers that run on."""
     try:
         result = yield
     except BaseException:
@@ -137,14 +137,14 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object
 
 
 def _settle(item: pytest.Item) -> list[str]:
-    """Write the accounts into the test's report; returns what it has to answer for, nothing where it failed anyway."""
+    """Add the accounts to the test's report; returns the test's faults, none if it has failed already."""
     watches = item.config.stash.get(_WATCHES, [])
     asked = "flaskd_server" in getattr(item, "fixturenames", ())
     problems: list[str] = []
     for watch in list(watches):
         if watch.stopped:
             watches.remove(watch)
-        elif not asked:  # what a test without the server leaves is its own affair
+        elif not asked:  # a test that does not use the server is not checked
             watch.look()
             continue
         found = watch.leaks()
@@ -158,7 +158,7 @@ def _settle(item: pytest.Item) -> list[str]:
 
 
 class _Watch:
-    """What was there before a server, and what is there after it."""
+    """Compares what exists after a server has run with what existed before it."""
 
     server: ServerThread
 
@@ -175,20 +175,20 @@ class _Watch:
         self.look()
 
     def start(self, server: ServerThread) -> None:
-        """Start the server; its threads are its own until it has stopped."""
+        """Start the server; its own threads are no leaks until it has stopped."""
         self.server = server
         server.start()
         self._own = set(threading.enumerate()) - self._threads
 
     def look(self) -> None:
-        """What is there now is not this test's."""
+        """Note everything that exists now, so that it is no leak of the next test."""
         self._threads = set(threading.enumerate()) - self._own
         self._sockets = set(_open_sockets())
 
     def stop(self, timeout: float | None) -> None:
-        """Stop the server, and keep the account."""
+        """Stop the server, and keep its account."""
         server = self.server
-        known = server.report  # a test that drained or stopped it has seen what was cut
+        known = server.report  # a test that drained or stopped it has handled the report
         self._left = self._in_flight()
         report: DrainReport = server.stop(timeout)
         self.stopped = True
@@ -207,7 +207,7 @@ class _Watch:
                 )
 
     def leaks(self) -> list[str]:
-        """What is there now and was not before, each as a sentence; told once."""
+        """What exists now and did not before, each as a sentence; each is reported once."""
         left = self._left if self.stopped else self._in_flight()
         found = [f"the test left a request in flight: {each}; wait for its answer, or close it" for each in left]
         found += [*self._new_threads(), *self._new_sockets()]
@@ -220,7 +220,7 @@ class _Watch:
         return any(fnmatchcase(name, pattern) for pattern in self._ignore)
 
     def _in_flight(self) -> list[InFlight]:
-        """Requests that are not over in a moment, and whose client still waits."""
+        """Requests that are not over within `_SETTLE` seconds and whose client still waits."""
         until = time.monotonic() + _SETTLE
         while True:
             left = [
@@ -247,14 +247,14 @@ class _Watch:
             where = f'"{thread.name}"\n{folded(stack_of(thread))}'.rstrip()
             if not ours:
                 yield f"the test left a thread running: {where}"
-            elif thread.name not in self._cut_in:  # else it was told with the request that it runs
+            elif thread.name not in self._cut_in:  # otherwise it was reported with its request
                 at = f" in {behind[thread].method} {behind[thread].path}, which is over" if thread in behind else ""
                 self.account.append(f"flaskd_server left a thread of its own behind{at}: {where}")
 
     def _new_sockets(self) -> Iterator[str]:
         if not set(_open_sockets()) - self._sockets:
             return
-        gc.collect()  # what nothing refers to any more is closed, with a ResourceWarning of its own
+        gc.collect()  # closes unreferenced sockets, which give a ResourceWarning
         server = {(address.host, address.port) for address in self.server.addresses}
         for key, descriptor in _open_sockets().items():
             name = _name_of(descriptor, server, listeners=self.stopped)
@@ -263,11 +263,11 @@ class _Watch:
 
 
 def _open_sockets() -> dict[tuple[int, int], int]:
-    """The open sockets of this process; none where the system does not show them (fd(4), proc_pid_fd(5))."""
+    """The open sockets of this process; none if the system does not show them (fd(4), proc_pid_fd(5))."""
     found = {}
     with contextlib.suppress(OSError):
-        for name in os.listdir("/dev/fd"):  # noqa: PTH208 - names are all that is wanted
-            with contextlib.suppress(OSError):  # closed meanwhile, like the listing's own
+        for name in os.listdir("/dev/fd"):  # noqa: PTH208 - only names are wanted
+            with contextlib.suppress(OSError):  # closed meanwhile, as is the listing's own descriptor
                 status = os.fstat(int(name))
                 if stat.S_ISSOCK(status.st_mode):
                     found[int(name), status.st_ino] = int(name)
@@ -277,8 +277,8 @@ def _open_sockets() -> dict[tuple[int, int], int]:
 def _name_of(descriptor: int, server: set[tuple[str, int]], *, listeners: bool) -> str:
     """What a socket is: a listener, or a connection to or from the server; empty for all others.
 
-    What the app itself is connected to (its database, say) may live as long as the app does. While the server serves
-    (`listeners` is False), its own listeners and its side of the connections are in order.
+    Other connections of the app, such as to its database, may live as long as the app. While the server runs
+    (`listeners` is False), its own listeners and its ends of connections are no leaks.
     """
     try:
         with socket.socket(fileno=os.dup(descriptor)) as sock:
@@ -304,7 +304,7 @@ def _shown(address: Any) -> str:
 
 
 def _options(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """The options in force: those of the ini file, then those of the markers, nearest last."""
+    """The options: those of the ini file, overridden by those of the markers, the nearest marker last."""
     options: dict[str, Any] = {}
     for line in request.config.getini("flaskd_server_options"):
         name, equals, text = line.partition("=")

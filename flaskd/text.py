@@ -1,7 +1,7 @@
-"""Text for people: text of others as it can stand in a log, an answer or a terminal; quoting, hints, and tables.
+"""Text for people: makes text from others safe for a log, an answer or a terminal; quoting, hints, and tables.
 
-What is not printable (`str.isprintable`: control, bidirectional and other invisible characters) is shown by its number,
-or another character stands for it: one line stays one, and a terminal acts upon nothing.
+Characters that are not printable (`str.isprintable`: control, bidirectional and other invisible ones) are replaced by
+their number or by another character, so that one line stays one line and a terminal acts on nothing.
 """
 
 from __future__ import annotations
@@ -13,25 +13,26 @@ from pathlib import PurePath
 from types import TracebackType
 
 MASK = "********"
-"""What stands where a secret is not shown."""
+"""Shown in the place of a secret."""
 _SHORTEST, _SHORT = 3, 8
-"""Characters of a secret below which it is in too many words by chance, and below which it is one as a whole word."""
+"""Secrets shorter than the first number are not masked, because they are parts of too many words; those shorter than
+the second are masked only as whole words."""
 _LONGEST = 64 * 1024
-"""Characters of one text that are shown."""
+"""How many characters of one text are shown."""
 _CONTINUED = "  "
-"""What a line begins with that goes on with an entry of the log: no text of others begins an entry."""
+"""The beginning of each further line of a log entry, so that text from others cannot begin an entry."""
 _USERINFO = re.compile(r"(?<=://)([^/?#@\s:]*):[^/?#\s]*@")
 LONGEST_TEXT = 1000
-"""Characters of what others wrote (a path, a header) that are kept and shown."""
+"""How many characters of a text from others (a path, a header) are kept and shown."""
 LONGEST_QUOTED = 60
-"""Characters of a value that a message quotes, and of a wrong name that is compared."""
+"""How many characters of a value a message quotes, and of a wrong name are compared."""
 _MAX_LISTED = 20
 _MAX_COMPARED = 200
-"""Names that a wrong one is compared with; enough for any file that was written by hand."""
+"""With how many names a wrong name is compared; enough for any file written by hand."""
 
 
 def escaped(text: str, also: str = "") -> str:
-    r"""Text on one line, with ``\x0A`` for a line feed, as nginx writes it; the characters in `also` likewise."""
+    r"""Text on one line, with ``\x0A`` for a line feed, as nginx writes it; `also` are more characters to escape."""
     if text.isprintable():
         for each in also:
             if each in text:
@@ -42,29 +43,29 @@ def escaped(text: str, also: str = "") -> str:
 
 
 def printable(text: str, instead: str) -> str:
-    """Text on one line, as long as it was: `instead`, one character, stands for each that is not printable."""
+    """Text on one line of the same length; the character `instead` replaces each that is not printable."""
     return text if text.isprintable() else "".join(char if char.isprintable() else instead for char in text)
 
 
 def lines(text: str) -> list[str]:
-    """Text in lines, which only line feeds part; tabs stay."""
+    """The lines of a text, which only line feeds separate; tabs stay."""
     if text.isprintable():
         return [text]
     return ["\t".join(map(escaped, line.split("\t"))) for line in text.split("\n")]
 
 
 def bounded(text: str) -> str:
-    """Text as far as it is shown, with how much more there is."""
+    """The beginning of a long text, and how many characters follow it."""
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text) - _LONGEST} more characters)"
 
 
 def shortened(text: str) -> str:
-    """Text of at most LONGEST_TEXT characters, which says so where it was longer."""
+    """Text of at most LONGEST_TEXT characters; one that was longer ends with a note about that."""
     return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}...({len(text)} characters)"
 
 
 def entry(text: str) -> str:
-    """Text as one entry of a log for people: a line of its own begins it, and all others are indented."""
+    """Text as one entry of a log for people: the first line begins the entry, and all others are indented."""
     if text.isprintable():
         return text
     first, *more = lines(text.rstrip("\n"))
@@ -72,9 +73,9 @@ def entry(text: str) -> str:
 
 
 def traceback_of(error: BaseException, trace: TracebackType | None, limit: int | None = None) -> str:
-    """A traceback, of `limit` frames as in `traceback.format_exception`, in which each exception's text is one line.
+    """A traceback of `limit` frames (as in `traceback.format_exception`); the text of each exception is one line.
 
-    The text is the app's, or what a client sent; with line feeds of its own it could pass for more of the log.
+    The text comes from the app or a client; with line feeds in it, it could look like further log entries.
     """
     whole = traceback.TracebackException(type(error), error, trace, limit=limit, compact=True)
     left: list[traceback.TracebackException | None] = [whole]
@@ -87,20 +88,20 @@ def traceback_of(error: BaseException, trace: TracebackType | None, limit: int |
 
 
 def text_of(error: BaseException) -> str:
-    """The text of an exception, in one line; that is code of the app's, which may raise itself."""
+    """The text of an exception in one line; the app's code makes it, and may raise."""
     try:
         return escaped(bounded(str(error)))
     except Exception:  # noqa: BLE001 - see above
-        return "its text cannot be had"
+        return "its text cannot be read"
 
 
 def _make_one_line(each: traceback.TracebackException) -> None:
-    for name in ("_str", "msg", "text"):  # the latter two are a SyntaxError's
+    for name in ("_str", "msg", "text"):  # a SyntaxError has the latter two
         found = getattr(each, name, None)
         if isinstance(found, str):
             setattr(each, name, escaped(bounded(found.rstrip("\n"))))
     notes = getattr(each, "__notes__", None)
-    if isinstance(notes, list | tuple):  # an exception may have anything there
+    if isinstance(notes, list | tuple):  # an exception may have any object there
         each.__notes__ = [escaped(bounded(note)) if isinstance(note, str) else note for note in notes]
 
 
@@ -113,7 +114,7 @@ def without_password(text: str) -> str:
 
 
 def quoted(text: str, limit: int = LONGEST_QUOTED) -> str:
-    """Quote a value on one line: shortened, and with nothing in it that a terminal would act upon, and no password."""
+    """Quote a value on one line: shortened, escaped, and without passwords."""
     text = without_password(text)
     short = text if len(text) <= limit else text[:limit] + "..."
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in short.replace("\\", "\\\\"))
@@ -121,16 +122,16 @@ def quoted(text: str, limit: int = LONGEST_QUOTED) -> str:
 
 
 def did_you_mean(wrong: str, names: Iterable[str], *, strict: bool = False) -> str:
-    """``; did you mean "threads"?`` or nothing; `strict`: only what differs by a letter or two."""
-    from difflib import get_close_matches  # noqa: PLC0415 - for a mistake alone
+    """``; did you mean "threads"?`` or an empty text; `strict`: only for names that differ by one or two letters."""
+    from difflib import get_close_matches  # noqa: PLC0415 - only for mistakes
 
     near = get_close_matches(wrong[:LONGEST_QUOTED], [*names][:_MAX_COMPARED], n=1, cutoff=0.8 if strict else 0.6)
     return f'; did you mean "{near[0]}"?' if near else ""
 
 
 def nearest_first(wrong: str, names: Sequence[str]) -> str:
-    """List names, those most like the wrong one first."""
-    from difflib import SequenceMatcher  # noqa: PLC0415 - for a mistake alone
+    """A list of names, those most similar to the wrong one first."""
+    from difflib import SequenceMatcher  # noqa: PLC0415 - only for mistakes
 
     ratio = SequenceMatcher(b=wrong[:LONGEST_QUOTED])
 
@@ -149,9 +150,9 @@ def listed(names: Sequence[str], most: int) -> str:
 
 
 def table(rows: Sequence[Sequence[str]], *, indent: int = 0, gap: int = 2, least: int = 0) -> list[str]:
-    """Rows in columns as wide as what stands in them, the first one `least` characters or more.
+    """Rows in columns that are as wide as their longest cell; the first is at least `least` characters wide.
 
-    `indent` blanks are before each line, `gap` between two columns, none at its end.
+    Each line begins with `indent` blanks, and `gap` blanks separate columns; no line ends with blanks.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     widths[:1] = [max(least, width) for width in widths[:1]]
@@ -165,9 +166,10 @@ def table(rows: Sequence[Sequence[str]], *, indent: int = 0, gap: int = 2, least
 
 
 class Redactor:
-    """Puts the mask over secrets, wherever one stands in a text: `Redactor(secrets)(text)`.
+    """Masks secrets wherever they are in a text: `Redactor(secrets)(text)`.
 
-    Of a path each directory above it is one, too; of a value of several lines or parts (``module:name``) each of these.
+    If a secret is a path, its parent directories are masked as well; if it has several lines or parts
+    (``module:name``), each of them is.
     """
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
@@ -179,7 +181,7 @@ class Redactor:
         self._pattern = re.compile("|".join(words)) if words else None
 
     def __call__(self, text: str) -> str:
-        """The text without the secrets."""
+        """The text with the secrets masked."""
         return self._pattern.sub(MASK, text) if self._pattern else text
 
 
@@ -188,6 +190,6 @@ def _parts(secret: str) -> Iterable[str]:
     yield from (line.strip() for line in secret.splitlines())
     if "/" in secret:
         path = PurePath(secret)
-        yield str(path)  # without what it has twice
-        yield from (str(each) for each in path.parents if len(each.parts) > 2)  # noqa: PLR2004 - the root, and one below
+        yield str(path)  # without doubled slashes
+        yield from (str(each) for each in path.parents if len(each.parts) > 2)  # noqa: PLR2004 - not / and its children
     yield from secret.split(":")

@@ -1,4 +1,4 @@
-"""Durations (seconds as float) and sizes (bytes as int), as people write them in YAML and on a command line."""
+"""Durations (float seconds) and sizes (int bytes) as people write them in YAML and on a command line."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SIZE_UNITS = {
     "B": 1, "kB": 1000, "MB": 1000**2, "GB": 1000**3, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3,
 }  # fmt: skip
-_TERM = r"(\d+(?:\.\d+)?)(ms|s|m|h|d)"
+_TERM = r"([0-9]+(?:\.[0-9]+)?)(ms|s|m|h|d)"
 _DURATION = re.compile(rf"(?:{_TERM}\s*)+")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|kB|MB|GB|KiB|MiB|GiB)?")
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(B|kB|MB|GB|KiB|MiB|GiB)?")
 
 
 def parse_duration(text: str) -> float:
-    """Turn ``"250ms"``, ``"1.5s"``, ``"2m"`` or ``"1h30m"`` into seconds; of bare numbers only ``"0"`` is allowed.
+    """Turn ``"250ms"``, ``"1.5s"``, ``"2m"`` or ``"1h30m"`` into seconds; only ``"0"`` is allowed without a unit.
 
     Raises ValueError with a message that starts "expected a duration such as 5s".
     """
@@ -48,7 +48,7 @@ def format_duration(seconds: float) -> str:
 
 
 def parse_size(text: str) -> int:
-    """Turn ``"64MiB"``, ``"10kB"`` or a bare number of bytes into bytes.
+    """Turn ``"64MiB"``, ``"10kB"`` or a number of bytes without a unit into bytes.
 
     Raises ValueError with a message that starts "expected a size such as 64MiB".
     """
@@ -60,5 +60,5 @@ def parse_size(text: str) -> int:
 
 
 def timestamp(moment: float) -> str:
-    """A wall-clock moment (seconds since the epoch) as RFC 3339 in UTC, with milliseconds."""
+    """A wall-clock moment (seconds since the epoch) as RFC 3339 in UTC with milliseconds."""
     return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,6 +1,6 @@
-"""The verbs of the control plane: one table of names, words they take, who may use them, and what they are for.
+"""The verbs of the control plane: one table with their names, words, roles and descriptions.
 
-The control plane, the command line, the configuration and the documentation all read it. It imports nothing heavy.
+The control plane, the command line, the configuration and the documentation read it. It imports nothing large.
 """
 
 from __future__ import annotations
@@ -14,43 +14,43 @@ from flaskd.text import did_you_mean
 Flags = frozenset[str]
 
 LEVELS = ("debug", "info", "warning", "error")
-"""The log levels, as flaskd writes them."""
+"""The log levels as flaskd writes them."""
 
 
 def log_level(written: str) -> str:
-    """The log level that is meant, in any case and with ``warn`` for ``warning``; what is none is left as it is."""
+    """The log level that is meant: in lower case, and ``warning`` for ``warn``; other words are left as they are."""
     lower = written.lower()
     return "warning" if lower == "warn" else lower if lower in LEVELS else written
 
 
 class Role(IntEnum):
-    """What a client of the control plane may do; each may do what those before it may."""
+    """What a client of the control plane may do; each role may do all that lower ones may."""
 
     VIEWER = 1
-    """Look."""
+    """May look."""
     OPERATOR = 2
-    """Drain, resume, reload, scale, restart workers, change the log level."""
+    """May drain, resume, reload, scale, restart workers and change the log level."""
     ADMIN = 3
-    """Stop."""
+    """May stop flaskd."""
 
     def __str__(self) -> str:
         return self.name.lower()
 
 
 class Verb(NamedTuple):  # a dataclass would cost every client verb the import of inspect
-    """A control command: what it is for, the flags and the one argument it knows, who may use it."""
+    """A control command: its description, its flags, its argument, and which role may use it."""
 
     summary: str
     role: Role = Role.VIEWER
     flags: Flags = frozenset()
     argument: str = ""
-    """Name of the argument, which may be left out; empty when it takes none."""
+    """The name of the argument, which is always optional; empty if the verb takes none."""
     changes: bool = False
-    """Whether it changes something: logged with who asked, and over HTTP only for POST."""
+    """Whether it changes something; then it is logged with its client, and HTTP allows only POST."""
     looks: bool = False
-    """Whether it changes nothing, and any role will do, where its argument is left out."""
+    """Whether it changes nothing without its argument, so that any role may use it."""
     lengthy: bool = False
-    """Whether its answer may take a while, also without the flag ``wait``: it hangs on a file, or on the app."""
+    """Whether its answer may take long even without the flag ``wait``, because a file or the app is asked."""
 
     def usage(self, name: str) -> str:
         """How it is written: ``stop [now] [wait]``, ``log-level [LEVEL]``."""
@@ -129,7 +129,7 @@ VERBS: dict[str, Verb] = {
 
 
 def find_verb(name: str) -> Verb:
-    """The verb of that name; raises UnknownCommandError with the nearest one."""
+    """The verb of that name; raises UnknownCommandError, which names the most similar one."""
     if verb := VERBS.get(name):
         return verb
     raise UnknownCommandError(f'"{name}"{did_you_mean(name.lower(), VERBS) or ";"} try "help"')

@@ -1,4 +1,4 @@
-"""Workers are asked for: another number of them, or new ones in the place of those that there are."""
+"""Changes of the workers that people ask for: another number of them, or new ones in place of the present ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from flaskd import notices
-from flaskd.errors import AppError, FlaskdError, NotNowError
+from flaskd.errors import FlaskdError, NotNowError
 from flaskd.inbox import Asked, RestartAsked, ScaleAsked
 from flaskd.lifecycle import Lifecycle, State
 from flaskd.notices import Notices, Refused
@@ -18,33 +18,33 @@ log = logging.getLogger("flaskd.daemon")
 
 
 class Workforce:
-    """What people ask of the workers of one daemon, in the thread of its events."""
+    """Carries out what people ask of the workers of one daemon, in the events thread."""
 
     def __init__(self, serving: Callable[[], Serving], lifecycle: Lifecycle, notices: Notices) -> None:
         self._serving, self._lifecycle, self._notices = serving, lifecycle, notices
         self.waiters: list[Reply] = []
-        """Who waits for workers to be ready."""
+        """The replies that wait until workers are ready."""
 
     def scale(self, event: ScaleAsked) -> None:
-        """Have so many workers."""
+        """Change the number of workers."""
         if self._may(event, "scale", {State.READY, State.RELOADING, State.DRAINING, State.DRAINED}):
             log.info(f"scaling to {event.count} workers")
             self._serving().scale(event.count, self._told(event, "scaled", {"workers": event.count}))
 
     def restart(self, event: RestartAsked) -> None:
-        """Replace workers."""
+        """Replace the worker of one slot, or all workers."""
         if self._may(event, "restart", {State.READY}):
             fields = {} if event.slot is None else {"slot": event.slot}
             self._serving().restart(event.slot, self._told(event, "restarted", fields))
 
     def starts(self, event: WorkersStart, others: Sequence[Reply]) -> None:
-        """Tell who waits for workers that are being started: the service manager, and people; `others` wait, too."""
+        """Tell the service manager and waiting clients that workers start; `others` are replies that wait as well."""
         self._notices.tell(notices.WorkersStart(self._lifecycle.state))
         for reply in (*others, *self.waiters):
             reply.progress({"starting": event.count, "age": round(event.age, 1), "left": round(event.left, 1)})
 
     def trouble_changed(self, status: str) -> None:
-        """Tell the service manager what is not as it should be, unless it hears of other things just now."""
+        """Tell the service manager what is wrong with the workers, unless it is being told of something else."""
         if self._lifecycle.state is State.READY:
             self._notices.tell(notices.StatusChanged(status))
 
@@ -69,7 +69,6 @@ class Workforce:
             if error is None:
                 reply.ok(word, fields)
             else:
-                trace = f"\n{error.traceback_text}".rstrip() if isinstance(error, AppError) else ""
-                reply.error(error.code, f"{error}{trace}")
+                reply.error(error.code, error.whole)
 
         return tell

@@ -1,7 +1,7 @@
-"""One server under observation: what its app, its client, its ledger and its logs were told of a conversation.
+"""One observed server: what its app, its client, its ledger and its logs see of a conversation.
 
-Two servers that were told the same things can then be compared. What a WSGI app does is a value here, `Answer`, so that
-a test can make it up at random; it is chosen before the request is sent, and no request says anything of it.
+So two servers can be compared. What the WSGI app does is a value, `Answer`, which a test may choose at random; it is
+chosen before the request is sent, and does not depend on the request.
 """
 
 import io
@@ -27,31 +27,31 @@ from flaskd.server.request import Request
 from flaskd.sockets import unread
 
 HEAD_LIMIT, BODY_LIMIT, IN_MEMORY = 2000, 3000, 1000
-"""Bytes: of a head and of a body at most, and of a body until it is kept in a file. Small, so that tests pass them."""
+"""Bytes: the most of a head and of a body, and of a body in memory. Small, so that tests exceed them."""
 LAST_PATH = "/the-last-request"
 LAST = f"GET {LAST_PATH} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n".encode()
-"""What is asked behind everything else: its answer is there where the connection was kept open."""
+"""A request behind all others: its answer comes if the connection was kept."""
 FILLER = b"\r\n" * (BODY_LIMIT // 2 + 100)
-"""More than any body may have, and more blank lines than any request may: ends whatever swallowed the last request."""
+"""More than any body and more blank lines than a request may have: ends an unfinished last request."""
 
 
 _slow: set[Any] = set()
-"""The servers whose requests go the slow way, by what their connections share."""
+"""The servers whose requests go the slow way, by their contexts."""
 _fast: Counter[Any] = Counter()
 
 
 @contextmanager
 def both_ways():
-    """Let servers go the slow way that are told to, and count who went the fast one."""
+    """Let servers go the slow way that are told to, and count the requests that went the fast way."""
     take_common, write_soon = Request.take_common, OutputChannel.write_soon
 
-    def counted(request, data):
+    def counted(request, data, now):
         context = request.channel.context
-        taken = context not in _slow and take_common(request, data)
+        taken = context not in _slow and take_common(request, data, now)
         _fast[context] += taken
         return taken
 
-    def buffered(channel, data):  # what is not bytes is put into waitress' buffers first
+    def buffered(channel, data):  # waitress' buffers take what is not bytes
         return write_soon(channel, bytearray(data) if channel.context in _slow and isinstance(data, bytes) else data)
 
     with mock.patch.object(Request, "take_common", counted), mock.patch.object(OutputChannel, "write_soon", buffered):
@@ -80,26 +80,26 @@ def frozen_date():
 
 @dataclass(frozen=True)
 class Xs:
-    """A part of so many bytes, which a failed test does not print."""
+    """A part of so many bytes, of which a failed test prints only the number."""
 
     size: int
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the app does with one request; the defaults are an answer like that of most apps."""
+    """What the app does with one request; the defaults are those of most apps."""
 
     status: Any = "200 OK"
     headers: Any = (("Content-Type", "text/plain"), ("Content-Length", "5"))
-    """A tuple is given to start_response as a list, anything else as it is."""
+    """A tuple is given to start_response as a list, all else unchanged."""
     parts: tuple[Any, ...] = (b"hello",)
     shape: str = "list"
-    """See `App`, which has a method of this name."""
+    """The name of a method of `App`, which makes the body."""
     start: str = "once"
     """How often start_response is called: ``never``, ``once``, ``twice``, ``twice and caught``, ``again`` (with exc_info,
     before the first part), ``again and late`` (behind it), ``with exc_info`` (once, at first)."""
     reads: str = "nothing"
-    """See `read`."""
+    """The way to read the body; see `read`."""
     fails: str = ""
     """Where `error` is raised: ``before`` or ``after`` start_response, behind the first ``part``, at the ``end``, in
     ``close``."""
@@ -107,7 +107,7 @@ class Answer:
 
 
 def read(how, body):
-    """What is read of a request's body in one of the ways in which apps do it, and then what is left of it."""
+    """Read a request's body in one of the ways of apps, and then the rest of it; returns both."""
     if how == "nothing":
         return None
     got = {
@@ -124,7 +124,7 @@ def read(how, body):
 
 
 class App:
-    """Gives one answer, and tells what it sees by `tell`."""
+    """Gives one answer, and notes by `tell` what it sees."""
 
     def __init__(self, answer, environ, start_response, tell):
         self.answer, self.environ, self.start_response, self.tell = answer, environ, start_response, tell
@@ -140,7 +140,7 @@ class App:
             raise self.answer.error("on purpose")
 
     def begin(self):
-        """Call start_response as often as the answer has it; gives its last result."""
+        """Call start_response as often as the answer says; returns its last result."""
         answer, write = self.answer, None
         headers = list(answer.headers) if isinstance(answer.headers, tuple) else answer.headers
         if answer.start == "with exc_info":
@@ -152,7 +152,7 @@ class App:
         elif answer.start == "twice":
             write = self.call(answer.status, headers)
         elif answer.start == "twice and caught":
-            with suppress(Exception):  # `call` has told it
+            with suppress(Exception):  # `call` has noted it
                 self.call("201 Twice", [("X-Twice", "1")])
         self.fail("after")
         return write
@@ -165,7 +165,7 @@ class App:
             raise
 
     def each(self):
-        """The parts, and what happens between them."""
+        """The parts, with what happens between them."""
         for number, part in enumerate(self.given):
             yield part
             if number == 0:
@@ -199,7 +199,7 @@ class App:
         return kind(self.given)
 
     def one_with_close(self):
-        """Says that it has one part, whatever it has."""
+        """An iterable whose length is 1, whatever it has."""
         self.begin()
         made = {"__iter__": lambda _: self.each(), "__len__": lambda _: 1, "close": lambda _: self.close()}
         return type("OneWithClose", (), made)()
@@ -209,7 +209,7 @@ class App:
         return self.each()
 
     def late_generator(self):
-        """Calls start_response when it is asked for its first part."""
+        """Calls start_response when its first part is asked for."""
         try:
             self.begin()
             yield from self.each()
@@ -245,7 +245,7 @@ class App:
         return self.environ["wsgi.file_wrapper"](file, 7)
 
     def pipe(self):
-        """A file that can only be read on."""
+        """A file that cannot seek."""
         self.begin()
         file = io.BytesIO(self.joined())
         made = {"read": lambda _, size=-1: file.read(size), "close": lambda _: self.close()}
@@ -267,7 +267,7 @@ class App:
 
 
 class _File(io.BytesIO):
-    """A file that says when it is closed, once."""
+    """A file that notes once that it was closed."""
 
     def __init__(self, data, closed):
         super().__init__(data)
@@ -288,7 +288,7 @@ def _exc_info():
 
 
 def _described(error):
-    """An exception and those that led to it, without their traces."""
+    """An exception and its causes, without tracebacks."""
     found = []
     while error is not None:
         found.append(f"{type(error).__name__}: {error}")
@@ -301,22 +301,22 @@ def _described(error):
 
 @dataclass
 class Told:
-    """What can be known of one conversation; two servers that do the same are told the same."""
+    """What can be observed of one conversation; it is equal for servers that behave alike."""
 
     app: list[Any] = field(default_factory=list)
-    """The environs, and what else the app saw, in order."""
+    """The environs, and all else that the app saw, in order."""
     wire: bytes = b""
     kept: bool = False
     """Whether the connection was still open for the last request."""
     ledger: dict[str, Any] = field(default_factory=dict)
     lines: list[dict[str, Any]] = field(default_factory=list)
-    """What the access log was told, without times."""
+    """The access log's records, without times."""
     log: list[Any] = field(default_factory=list)
-    """Warnings and errors."""
+    """Log lines of level warning and above."""
 
 
 class _Log(logging.Handler):
-    """Keeps what is the same whenever it is said: no times, no numbers of threads."""
+    """Keeps what does not vary: no times, no numbers of threads."""
 
     def __init__(self):
         super().__init__(logging.WARNING)
@@ -329,7 +329,7 @@ class _Log(logging.Handler):
 
 
 class Side:
-    """One of two servers that are compared; serves while it is open as a context manager."""
+    """One of two servers that are compared; serves while its block runs."""
 
     def __init__(
         self,
@@ -366,15 +366,15 @@ class Side:
         self.server.stop(PATIENCE)
 
     def converse(self, pieces, answers):
-        """Send the pieces, each when the one before was read, and let the app give the answers in turn."""
+        """Send the pieces, each after the one before was read, and let the app give the answers in turn."""
         told = self._told = Told()
         self._answers, self._lines, log = itertools.cycle(answers), [], _Log()
         account = self.server.loop.account
-        if account.make_id is not None:  # what is random would differ between the two
+        if account.make_id is not None:  # random values would differ between the two
             account.make_id = map("made-{}".format, itertools.count()).__next__
         before = self.server.tally()
         with ExitStack() as stack:
-            for name in ("flaskd", "waitress"):  # and not the test's own log, which would show that of every try
+            for name in ("flaskd", "waitress"):  # not in the test's own log, which would show every try
                 logger = logging.getLogger(name)
                 stack.enter_context(mock.patch.multiple(logger, handlers=[log], propagate=False))
             told.wire = self._talk([*pieces, LAST, FILLER])
@@ -382,21 +382,21 @@ class Side:
             after = self.server.tally()
             answered = sum(after.statuses[1:]) - sum(before.statuses[1:])
             self._until(lambda: len(self._lines) >= answered)
-            assert self.server.turns(PATIENCE)  # whatever the serving thread was at is over
-        told.app.sort(key=lambda each: each[0] == "file closed")  # when that is done is the server's business
+            assert self.server.turns(PATIENCE)  # the serving thread has finished with it
+        told.app.sort(key=lambda each: each[0] == "file closed")  # the server decides when that is done
         told.kept = any(what == "asked" and seen["PATH_INFO"] == LAST_PATH for what, seen in told.app)
-        told.log = sorted(log.said, key=repr)  # one thread reads a request while another one answers that before it
+        told.log = sorted(log.said, key=repr)  # one thread reads a request while another one answers the one before
         told.ledger = {name: after.outcomes[name] - before.outcomes[name] for name in after.outcomes}
         told.ledger["statuses"] = [now - then for now, then in zip(after.statuses, before.statuses, strict=True)]
         told.ledger["took"] = sum(after.took.counts) - sum(before.took.counts)
         told.ledger["waited"] = sum(after.waited.counts) - sum(before.waited.counts)
         ids = sum(before.outcomes.values())
         told.lines = [{**line, "id": line["id"] - ids, "time": "", "took": ""} for line in self._lines]
-        told.lines.sort(key=lambda line: line["id"])  # two threads may write those of two pipelined requests
+        told.lines.sort(key=lambda line: line["id"])  # pipelined requests may be logged in any order
         return told
 
     def _talk(self, pieces):
-        """Send the pieces until the server closes; what it sent."""
+        """Send the pieces until the server closes; returns what was sent."""
         client = _Connection(self.server.addresses[0])
         with client.socket:
             self._port = client.port
@@ -411,7 +411,7 @@ class Side:
             return client.got
 
     def _at_rest(self, sent):
-        """Whether the server has read the so many bytes that were sent, and answered what was whole of them."""
+        """Whether the server has read all bytes that were sent, and has answered all complete requests."""
         sockets = [each.socket for each in self.server.loop.connections.channels()]
         return not self.server.in_flight and all(_come(each) >= sent and not unread(each) for each in sockets)
 
@@ -429,7 +429,7 @@ class Side:
         last = environ["PATH_INFO"].endswith(LAST_PATH)
         answer = Answer() if last else next(self._answers)
         app = App(answer, environ, start_response, lambda *what: told.append((what[0], what[1:])))
-        # What an app does to its environ is nobody else's business, not even the next request's.
+        # What an app does to its environ must not affect others, not even its next request.
         for key in list(environ):
             if not key.startswith("wsgi."):
                 del environ[key]
@@ -437,7 +437,7 @@ class Side:
         return app.run()
 
     def _shown(self, environ):
-        """An environ as a value: objects are shown by what can be asked of them."""
+        """An environ as a value: objects are described by what can be read of them."""
         body = environ["wsgi.input"]
         server = self.server
         objects = {
@@ -456,22 +456,22 @@ class Side:
 
 
 def _typed(value):
-    """The value; with its type where that is none of those that all have (PEP 3333: strings are str, and no other)."""
+    """The value, with its type if that is not a usual one (PEP 3333: strings are str and no subclass)."""
     return value if type(value) in {str, bool, type} else (type(value), value)
 
 
 def _come(sock):
-    """How many bytes the kernel has taken for a server's socket; even on loopback that is some time after the send."""
-    if sock is None or sock.family == socket.AF_UNIX:  # closed, or one that has all at once
+    """How many bytes have reached a server's socket; even on loopback they do so some time after the send."""
+    if sock is None or sock.family == socket.AF_UNIX:  # a closed one has all
         return math.inf
     try:
         return struct.unpack_from("Q", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136), 128)[0]
-    except OSError:  # closed in this moment
+    except OSError:  # it was closed just now
         return math.inf
 
 
 class _Connection:
-    """A client that sends and reads by turns, so that neither side waits for the other."""
+    """A client that sends and reads in turns, so that neither side waits for the other."""
 
     def __init__(self, address):
         self.socket = socket.socket(socket.AF_UNIX if address.path else socket.AF_INET)
@@ -487,18 +487,18 @@ class _Connection:
     def send(self, piece):
         self.sent += len(piece)
         self.socket.settimeout(PATIENCE)
-        with suppress(BrokenPipeError, ConnectionResetError):  # what the server sent before is still to be read
+        with suppress(BrokenPipeError, ConnectionResetError):  # what the server sent before can still be read
             self.socket.sendall(piece)
 
     def read(self, patience=0.0):
-        """Read what is there, or what comes first; gives whether that was the end."""
+        """Read what is there, or wait for some bytes; returns whether the end came."""
         self.socket.settimeout(patience)
         while not self.ended:
             try:
                 data = self.socket.recv(1 << 20)
             except BlockingIOError:
                 break
-            except ConnectionResetError:  # the server closed while more was being sent to it
+            except ConnectionResetError:  # the server closed the connection while more was sent to it
                 data = b""
             self.got += data
             self.ended = not data

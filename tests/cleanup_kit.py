@@ -1,4 +1,4 @@
-"""What the cleanup tests share: steps made of plain functions, a runner around them, a wait for the dead."""
+"""What the cleanup tests share: steps made of functions, a runner for them, and waiting for processes to end."""
 
 import os
 import select
@@ -44,7 +44,7 @@ def runner(*steps, deadline=PATIENCE, reserve=0.0, max_parallel=8, clock=time.mo
 
 
 def run(*steps, **more):
-    """Run the steps through all phases and give their results by name, in the order they became known."""
+    """Run the steps through all phases and give their results by name, in the order in which they became known."""
     return {result.name: result for result in runner(*steps, **more).run(Phase)}
 
 
@@ -54,7 +54,7 @@ def fates(results):
 
 
 class Hang:
-    """An action that says when it is entered and stays until it is released."""
+    """An action that signals when it runs, and runs until it is released."""
 
     def __init__(self):
         self.entered = threading.Event()
@@ -67,7 +67,7 @@ class Hang:
 
 @contextmanager
 def hanging():
-    """Give a `Hang`; afterwards nothing of the cleanup is left running."""
+    """Give a `Hang`; afterwards no thread of the cleanup is left running."""
     hang = Hang()
     try:
         yield hang
@@ -81,7 +81,7 @@ def hanging():
 
 @contextmanager
 def in_background(call):
-    """Run `call` in a thread; gives a list that holds its result once the block is left."""
+    """Run `call` in a thread; gives a list that has its result when the block is left."""
     results = []
     thread = threading.Thread(target=lambda: results.append(call()))
     thread.start()
@@ -93,7 +93,7 @@ def in_background(call):
 
 
 def ended(pid):
-    """Whether the process ends in time (pidfd_open(2)); one that nobody has reaped yet has ended."""
+    """Whether the process ends in time (pidfd_open(2)); a zombie has ended."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:

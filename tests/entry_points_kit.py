@@ -1,4 +1,4 @@
-"""Installs packages with entry points into a directory, as a wheel is installed, without a network or a build."""
+"""Installs packages with entry points into a directory, as from a wheel, without a network or a build."""
 
 import shutil
 import tomllib

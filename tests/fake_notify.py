@@ -1,4 +1,4 @@
-"""A service manager's end of sd_notify(3), for tests: a datagram socket at NOTIFY_SOCKET."""
+"""The service manager's end of sd_notify(3) for tests: a datagram socket at NOTIFY_SOCKET."""
 
 import socket
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from patience import PATIENCE
 
 
 class Receiver:
-    """Receives whole messages, as bytes; `address` is what goes into NOTIFY_SOCKET."""
+    """Receives whole messages as bytes; `address` is the value for NOTIFY_SOCKET."""
 
     def __init__(self, address):
         self.address = str(address)
@@ -16,7 +16,7 @@ class Receiver:
         self._socket.settimeout(PATIENCE)
 
     def fileno(self):
-        """The socket's descriptor: it can be read when a message is there."""
+        """The socket's descriptor; it can be read when there is a message."""
         return self._socket.fileno()
 
     def message(self):
@@ -29,7 +29,7 @@ class Receiver:
         return message, descriptors
 
     def messages(self):
-        """Give every message that is there now."""
+        """Give all messages that are there now."""
         self._socket.setblocking(False)
         found = []
         try:
@@ -41,7 +41,7 @@ class Receiver:
             self._socket.settimeout(PATIENCE)
 
     def close(self):
-        """Close the socket; its node stays, as that of a manager that died."""
+        """Close the socket; its node stays, like that of a manager that died."""
         self._socket.close()
 
 

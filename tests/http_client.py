@@ -1,4 +1,4 @@
-"""A client of HTTP for tests: one request a connection, in the thread that asks or in one of its own."""
+"""An HTTP client for tests: one request per connection, in the calling thread or in one of its own."""
 
 import contextlib
 import http.client
@@ -36,7 +36,7 @@ def get(url: str, path: str = "/", **headers: str) -> Page:
 def outcome(
     url: str, path: str = "/", method: str = "GET", body: bytes | None = None
 ) -> Page | OSError | http.client.HTTPException:
-    """What comes of one request: the answer, or the error where there is none."""
+    """The result of a request: the answer, or the error."""
     try:
         return ask(url, path, method, body)
     except (OSError, http.client.HTTPException) as error:
@@ -44,7 +44,7 @@ def outcome(
 
 
 class Answer(threading.Thread):
-    """A GET made in a thread; its result is what `outcome` gives."""
+    """A GET made in a thread; its result is that of `outcome`."""
 
     def __init__(self, url: str, path: str) -> None:
         super().__init__(daemon=True)
@@ -55,7 +55,7 @@ class Answer(threading.Thread):
         self._outcome = outcome(self._url, self._path)
 
     def result(self) -> Any:
-        """Wait for it; most tests know which of the two it is."""
+        """Wait for the result; most tests know whether it is an answer or an error."""
         self.join(PATIENCE)
         assert not self.is_alive(), f"no answer to {self._path}"
         return self._outcome
@@ -68,12 +68,12 @@ def place_of(url: str) -> tuple[str, int]:
 
 
 def connect(url: str) -> socket.socket:
-    """A connection to where the URL leads, for what is no whole request."""
+    """A connection to the URL's place, for what is no complete request."""
     return socket.create_connection(place_of(url), timeout=PATIENCE)
 
 
 def refused(url: str) -> bool:
-    """Whether nobody listens at the URL."""
+    """Whether connecting to the URL is refused."""
     try:
         connect(url).close()
     except ConnectionRefusedError:

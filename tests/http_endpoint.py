@@ -1,4 +1,4 @@
-"""An HTTP endpoint that stands in for services: keeps what it is asked, and answers as it is told."""
+"""An HTTP endpoint in place of services: keeps the requests, and answers as the test says."""
 
 import ssl
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def make_certificate(path: Path) -> Path:
-    """Write a certificate of 127.0.0.1, signed by itself, with its key."""
+    """Write a self-signed certificate of 127.0.0.1, and its key."""
     subprocess.run(
         [
             "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
@@ -28,7 +28,7 @@ class Endpoint:
         self.asked: list[tuple[str, str, dict[str, str], bytes]] = []
         self.answer = (200, b"")
         self.silent = threading.Event()
-        """Set: a request is taken in and never answered, until `released`."""
+        """If it is set, a request is read and never answered, until `released`."""
         self.entered = threading.Event()
         self.released = threading.Event()
 

@@ -1,11 +1,11 @@
-"""How long tests wait, and how they wait for what only shows by looking."""
+"""How long tests wait, and how they wait for a condition that must be polled."""
 
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
 PATIENCE = 20.0
-"""Seconds after which a test gives up on something that should long have happened; none waits that long when all is well."""
+"""Seconds after which a test gives up; if all is well, no test waits that long."""
 _LOOK = 0.01
 """Seconds between two looks."""
 
@@ -13,7 +13,7 @@ Found = TypeVar("Found")
 
 
 def until(condition: Callable[[], Found], what: str | Callable[[], str] = "", *, patience: float = PATIENCE) -> Found:
-    """Wait until the condition gives something true, and give that; `what`, or what it gives, explains that it never does."""
+    """Wait until the condition gives a true value, and return it; `what`, or its result, is shown if it never does."""
     end = time.monotonic() + patience
     while not (found := condition()):
         assert time.monotonic() < end, f"it never became so: {what() if callable(what) else what}"

@@ -1,4 +1,4 @@
-"""A pool without processes: workers that say what a test lets them say, and a clock that goes as fast as it wants."""
+"""A pool without processes: workers whose messages the test sends, and a clock that the test sets."""
 
 # ruff: noqa: SLF001 - the kit of the room's own tests
 
@@ -28,7 +28,7 @@ from flaskd.serving.api import Account, CleanupOver, ServingEvent, Work, Workers
 from flaskd.sockets import Listener
 
 WITH_LISTENERS = {Phase.STARTING, Phase.READY, Phase.DRAINING, Phase.DRAINED}
-"""Phases in which a worker has listeners, and was not told to leave."""
+"""The phases of a worker that has listeners and was not told to stop."""
 
 
 def configuration(workers: int = 2, **keys: Any) -> Configuration:
@@ -37,13 +37,13 @@ def configuration(workers: int = 2, **keys: Any) -> Configuration:
 
 
 class FakeWorker(Handle):
-    """A worker without a process: a test says what it says, and what it does next by itself is done by `step`."""
+    """A worker without a process: the test sends its messages; `step` does what it would do next by itself."""
 
     def __init__(self, slot: int, generation: int, world: World) -> None:
         super().__init__(slot, generation)
         self._world = world
         self.told: list[Any] = []
-        """What it was told, in order."""
+        """The messages that it was sent, in order."""
         self.to_do: list[Callable[[], None]] = []
         self.asked_for_stacks = 0
         self._ids = itertools.count(1)
@@ -104,40 +104,40 @@ class FakeWorker(Handle):
     # --- what a test lets it do ---
 
     def is_made(self) -> None:
-        """It has its process."""
+        """Its process exists."""
         self._made(self)
 
     def says(self, message: Any) -> None:
-        """It says something."""
+        """Send a message as the worker."""
         self._heard(self, message, [])
 
     def dies(self, code: int = -signal.SIGKILL) -> None:
-        """Its process ends."""
+        """End its process."""
         if self.code is None:
             self.to_do.clear()
             self.code = code
             self._gone(self)
 
     def fails(self) -> None:
-        """It does not become ready, and ends."""
+        """Fail to become ready, and end."""
         self.says(say.NotReady(FlaskdError("cannot load shop:app")))
         self.dies(70)
 
     def stops_by_itself(self) -> None:
-        """Its app has raised SystemExit, say: it drains, and ends."""
+        """Stop by itself, as if the app had raised SystemExit: drain, and end."""
         self.to_do.clear()
         self.says(say.Leaves(StopReason("failure", "SystemExit")))
         self.to_do += [self._drained, self._stopped, lambda: self.dies(0)]
 
     def step(self) -> bool:
-        """Let it do the next thing that it does by itself; whether there was one."""
+        """Do the next thing that it does by itself; returns whether there was one."""
         if not self.to_do or self.code is not None:
             return False
         self.to_do.pop(0)()
         return True
 
     def takes(self, path: str = "/") -> None:
-        """It has read a request."""
+        """Read a request."""
         request = Request(Channel(), None)
         request.id, request.command, request.request_uri, request.headers_finished = next(self._ids), "GET", path, True
         request.first_byte = request.complete = time.monotonic()
@@ -145,13 +145,13 @@ class FakeWorker(Handle):
         self._on_board.append(request)
 
     def answers(self, count: int) -> None:
-        """It has answered so many requests more."""
+        """Answer so many more requests."""
         for _ in range(count):
             self.takes()
         self.finish_all()
 
     def finish_all(self) -> None:
-        """It has answered all requests."""
+        """Answer all requests."""
         for each in self._on_board:
             self.board.counts.add(each, "completed", time.monotonic())
             self.board.leave(each)
@@ -159,7 +159,7 @@ class FakeWorker(Handle):
 
 
 class Channel:
-    """As much of a connection as a request asks."""
+    """The part of a connection that a request uses."""
 
     internal, client, flushed = False, "127.0.0.1", 0
 
@@ -176,13 +176,13 @@ class World:
         self.no_more = False
         """Whether no worker can be started."""
         self.forks = True
-        """Whether a worker has its process at once; else it waits for a template, until a test says `is_made`."""
+        """Whether a worker has its process at once; else it waits for a template, until the test calls `is_made`."""
         self.events: list[ServingEvent] = []
-        """What the pool told its daemon, beside how starts get on."""
+        """The events that the pool posted to its daemon, except those on the progress of starts."""
         self.hung: set[FakeWorker] = set()
         """The workers whose loops do not turn."""
         self.stops: list[Any] = []
-        """Why its apps wanted the service to stop."""
+        """The reasons for which workers' apps asked for a stop of the service."""
         self._posted: queue.SimpleQueue[ServingEvent] = queue.SimpleQueue()
         self._later: list[tuple[float, int, ServingEvent]] = []
         self._numbers = itertools.count()
@@ -213,7 +213,7 @@ class World:
             self._do(heapq.heappop(self._later)[2])
 
     def advance(self, seconds: float) -> None:
-        """Let time pass, and all happen that is due meanwhile, each at its moment."""
+        """Let time pass, and carry out all that becomes due, each at its moment."""
         self.run()
         until = time.monotonic() + seconds
         while self._later and self._later[0][0] <= until:
@@ -223,18 +223,18 @@ class World:
         self.run()
 
     def sleep(self, seconds: float) -> None:
-        """Let time pass, and nothing happen: all processes are stopped."""
+        """Let time pass while all processes are stopped."""
         self._ahead += max(0.0, seconds)
 
     def settle(self) -> None:
-        """Let all workers do what they do by themselves, until there is nothing left."""
+        """Let all workers do what they do by themselves, until nothing is left."""
         self.run()
         while sum(each.step() for each in self.made):
             self.run()
 
     @property
     def alive(self) -> list[FakeWorker]:
-        """Those that are not gone."""
+        """The workers that are not gone."""
         return [each for each in self.made if each.code is None]
 
     def pool(self, listeners: Sequence[Listener] = ()) -> Pool:
@@ -261,13 +261,13 @@ class World:
         return pool
 
     def worker(self, slot: int) -> FakeWorker:
-        """The youngest one of a slot that is alive."""
+        """The newest living worker of a slot."""
         return [each for each in self.alive if each.slot == slot][-1]
 
 
 @contextlib.contextmanager
 def world() -> Iterator[World]:
-    """A world; time.monotonic() goes by its clock meanwhile, for threads, too."""
+    """A world whose clock replaces time.monotonic(), in threads, too."""
     made, monotonic = World(), time.monotonic
 
     def now() -> float:
@@ -287,9 +287,9 @@ def slots_of(pool: Pool) -> Slots:
 
 
 def stop(world: World, pool: Pool, reason: Any) -> None:
-    """Stop a pool to its end, and let its workers do what they do by themselves."""
+    """Stop a pool completely; its workers do what they do by themselves."""
     pool.make_threads()
-    with mock.patch("flaskd.serving.stop.Stop.arm"):  # the process of the tests does not end by that deadline
+    with mock.patch("flaskd.serving.stop.Stop.arm"):  # the tests' own process must not end at that deadline
         pool.begin_stop(reason, pool._crew.configuration, None)
     pool.announce_stop()
     pool.run_stop()

@@ -1,4 +1,4 @@
-"""A gate app, a client of raw bytes, and the fixtures that bring both together with a WaitressThread."""
+"""An app with a gate, a client that sends raw bytes, and fixtures that bring both together with a WaitressThread."""
 
 import gc
 import http.client
@@ -22,7 +22,7 @@ from flaskd.server import WaitressThread
 from flaskd.sockets import Listener
 
 BIG = 8 * 1024 * 1024
-"""Bytes; more than the kernel takes for a client that does not read, less than what would hold up a worker."""
+"""Bytes: more than the kernel takes for a client that does not read, less than what makes a thread wait."""
 
 
 def _has_ipv6():
@@ -34,14 +34,14 @@ def _has_ipv6():
 
 
 HAS_IPV6 = _has_ipv6()
-"""Whether this machine has the loopback address ::1; many containers have not."""
+"""Whether this machine has the loopback address ::1, which many containers lack."""
 
 
 needs_handshakes = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of handshakes under way")
 
 
 class App:
-    """A WSGI app whose requests say that they are entered; those for /gate stay until the test releases them."""
+    """A WSGI app that notes when requests are entered; those for /gate stay until the test releases them."""
 
     def __init__(self):
         self.arrived = queue.SimpleQueue()
@@ -55,7 +55,7 @@ class App:
         return getattr(self, name or "hello")(environ, start_response)
 
     def entered(self, count):
-        """Wait until so many requests are inside, and give their paths."""
+        """Wait until so many requests are inside; returns their paths."""
         return {self.arrived.get(timeout=PATIENCE) for _ in range(count)}
 
     def hello(self, environ, start_response, body=b"hello"):
@@ -135,17 +135,17 @@ class Response:
 
     @property
     def last(self):
-        """Whether the server said that it will close the connection."""
+        """Whether the server has said that it will close the connection."""
         return self.headers["Connection"] == "close"
 
 
 class Client:
-    """A connection, byte for byte."""
+    """A connection that sends and reads bytes as given."""
 
     server = None
 
     def __init__(self, address, receive_buffer=None, *, slow=False):
-        """`slow`: its handshake is done when it first sends something, or 200 ms later (TCP_QUICKACK, tcp(7); Linux)."""
+        """`slow`: its handshake completes at its first bytes, or after 200 ms (TCP_QUICKACK, tcp(7); Linux)."""
         family = socket.AF_UNIX if address.path else socket.AF_INET6 if ":" in address.host else socket.AF_INET
         self.socket = socket.socket(family, socket.SOCK_STREAM)
         self.socket.settimeout(PATIENCE)
@@ -166,14 +166,14 @@ class Client:
         return self
 
     def head(self):
-        """Read one response up to its body: the status and the headers; raises what http.client raises."""
+        """Read a response up to its body; returns status and headers; raises errors of http.client."""
         line = self.file.readline()
         if not line:
             raise http.client.RemoteDisconnected
         return int(line.split()[1]), http.client.parse_headers(self.file)
 
     def response(self):
-        """Read one response; raises what http.client raises when it is broken off."""
+        """Read one response; raises an error of http.client if it is incomplete."""
         status, headers = self.head()
         if status in {100, 204, 304}:
             return Response(status, headers, b"")
@@ -193,7 +193,7 @@ class Client:
         return data
 
     def ask(self, request):
-        """Send one request, read its response, and let the server count it: a client may be faster than the account."""
+        """Send a request, read its response, and wait until the server has counted it."""
         before = self.server.in_flight if self.server else 0
         response = self.send(request).response()
         while self.server and self.server.in_flight > before and self.server.turns(PATIENCE):
@@ -201,14 +201,14 @@ class Client:
         return response
 
     def ended(self):
-        """Whether the server closed the connection, in order or not."""
+        """Whether the server closed the connection, with a FIN or a reset."""
         try:
             return self.file.read(1) == b""
         except ConnectionResetError:
             return True
 
     def reset(self):
-        """Go away without a word."""
+        """Close the connection with a reset."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close()
 
@@ -236,7 +236,7 @@ def descriptors():
 
 
 def until(server, condition):
-    """Let the server turn until something is so."""
+    """Wait until a condition is true for the server."""
     patience = time.monotonic() + PATIENCE
     while not condition():
         assert server.turns(PATIENCE)
@@ -245,15 +245,15 @@ def until(server, condition):
 
 @contextmanager
 def draining(server, app, timeout=PATIENCE):
-    """Drain in the background; the block begins when the drain has begun, and gets the future report.
+    """Drain in another thread; the block begins when the drain has begun, and gets its report as a Future.
 
-    The app must have been asked for something before.
+    The app must have got a request before.
     """
     with ThreadPoolExecutor(1) as pool:
         report = pool.submit(server.drain, timeout)
         try:
             assert app.draining.wait(PATIENCE)
-            assert server.turns(PATIENCE)  # it has closed its listeners by then
+            assert server.turns(PATIENCE)  # by then it has closed its listeners
             yield report
         finally:
             app.released.set()
@@ -261,9 +261,9 @@ def draining(server, app, timeout=PATIENCE):
 
 @contextmanager
 def looks_at_the_gate():
-    """Gives what waits until a server has looked twice whether handshakes are under way, or found that none is.
+    """Gives a function that waits until a server has looked twice for handshakes under way, or has found none.
 
-    When it looks a second time, the least time behind the gate is over. On a busy machine a slow handshake may be, too.
+    At the second look the least time behind the gate is over; on a busy machine a slow handshake may be over, too.
     """
     looked, before = queue.SimpleQueue(), Listener.handshakes
 
@@ -295,7 +295,7 @@ def app():
 
 @pytest.fixture
 def answers():
-    """What the access log would be told, in order."""
+    """The records for the access log, in order."""
     return queue.SimpleQueue()
 
 

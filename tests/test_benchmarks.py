@@ -1,6 +1,6 @@
-"""The instruments: every request has a fate, what is lost is seen, and figures are what was measured.
+"""The benchmarks count correctly: every request has a fate, losses are noticed, and figures are what was measured.
 
-Nothing here says how long anything may take.
+No test here checks how long anything takes.
 """
 
 import argparse
@@ -24,7 +24,7 @@ LOSS = BENCHMARKS / "loss.py"
 
 @pytest.fixture
 def instrument(monkeypatch):
-    """Import a module of the benchmarks; they are forgotten afterwards, for they are not a package."""
+    """Import a module of the benchmarks; they are removed from sys.modules afterwards, because they are no package."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     yield importlib.import_module
     for file in BENCHMARKS.glob("*.py"):
@@ -49,7 +49,7 @@ def test_every_request_has_a_fate(scenario, tmp_path):
 
 
 def test_the_versions_of_all_peers_are_told(instrument, monkeypatch):
-    """A figure is worth nothing without what it was measured with: each package that a server needs is named."""
+    """Figures name the versions that they were measured with: each package that a server needs."""
     servers = instrument("_servers")
     monkeypatch.setattr(importlib.metadata, "version", lambda name: f"1.2.{len(name)}")
     told = servers.environment()
@@ -76,14 +76,14 @@ time.sleep(60)
 
 @pytest.fixture
 def prefork(instrument):
-    """The simplest server that has workers."""
+    """The simplest server with worker processes."""
     return instrument("_servers").Server(
         "prefork", (), lambda port, served: ["-c", PREFORK, str(port), str(served.processes)]
     )
 
 
 def find(value):
-    """All accounts in what was written."""
+    """All accounts in the written JSON."""
     if isinstance(value, dict):
         if "fates" in value:
             yield value
@@ -95,7 +95,7 @@ def find(value):
 
 
 def run(name, tmp_path, *arguments):
-    """Run a benchmark in its smallest form; returns what it printed, and what it wrote."""
+    """Run a benchmark in its smallest form; returns its output, and the JSON that it wrote."""
     file = tmp_path / "figures.json"
     argv = [sys.executable, str(BENCHMARKS / name), "--quick", "--json", str(file), *arguments]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=80, check=False)
@@ -108,7 +108,7 @@ def run(name, tmp_path, *arguments):
 
 
 def test_each_kind_of_stop_has_its_figure(tmp_path):
-    """One small stop of each kind: a row each, medians of what was measured, and every request answered."""
+    """One small stop of each kind gives a row each, medians of the measured values, and every request is answered."""
     printed, written = run("stop.py", tmp_path, "--servers", "flaskd")
     kinds = ["idle", "in_flight", "kept_alive", "just_answered", "refusal", "backlog", "queued", "slow_readers"]
     kinds += ["second_signal", "third_signal", "crowd"]
@@ -125,7 +125,7 @@ def test_each_kind_of_stop_has_its_figure(tmp_path):
 
 
 def test_speed_is_relative_to_waitress(tmp_path):
-    """One short run: requests, seconds and ratios agree, nothing failed, and each goal has its figure."""
+    """In one short run requests, seconds and ratios agree, nothing fails, and each goal has its figure."""
     printed, written = run("speed.py", tmp_path, "--servers", "flaskd,waitress-serve", "--client", "own")
     assert "| 256 connections" in printed
     assert list(written["origins"]) == ["flaskd"]
@@ -154,7 +154,7 @@ def test_speed_is_relative_to_waitress(tmp_path):
 
 
 def test_an_earlier_flaskd_has_a_column_of_its_own(tmp_path):
-    """A checkout is measured beside flaskd, its directory is told, and what is held against it is judged by the pair."""
+    """A checkout is measured beside flaskd, its directory is printed, and goals are compared with the pair."""
     before = tmp_path / "before"
     before.mkdir()
     (before / "flaskd").symlink_to(BENCHMARKS.parent / "flaskd")
@@ -175,7 +175,7 @@ def test_an_earlier_flaskd_has_a_column_of_its_own(tmp_path):
 
 
 def test_an_earlier_flaskd_is_a_checkout(tmp_path):
-    """A directory without a flaskd in it is refused: what is installed would be measured in its place."""
+    """A directory without a flaskd is refused, because the installed one would be measured instead."""
     argv = [sys.executable, str(BENCHMARKS / "speed.py"), "--before", str(tmp_path)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=80, check=False)
     assert done.returncode == 2
@@ -183,7 +183,7 @@ def test_an_earlier_flaskd_is_a_checkout(tmp_path):
 
 
 def test_a_browsers_head_has_14_lines(instrument):
-    """What a browser sends has 14 header lines in some 700 bytes, by the benchmarks' own client."""
+    """The browser's head of the benchmarks' own client has 14 lines and some 700 bytes."""
     head = instrument("_wire").request("/", headers=instrument("_measure").BROWSER)
     assert head.count(b"\r\n") == 1 + 14 + 1
     assert head.startswith(b"GET / HTTP/1.1\r\nHost: localhost\r\n")
@@ -192,11 +192,11 @@ def test_a_browsers_head_has_14_lines(instrument):
 
 
 def test_the_variant_with_a_log_writes_it(instrument):
-    """The variant of flaskd with its access log on writes each request there, in the combined format; flaskd none."""
+    """The variant with an access log writes each request in the combined format; plain flaskd writes none."""
     measure, servers = instrument("_measure"), instrument("_servers")
     flaskd = servers.SERVERS["flaskd"]
     for server, lines in ((flaskd, 0), (measure.logged(flaskd), 1)):
-        with servers.running(server, servers.free_port()) as each:  # that it is ready was asked for with one request
+        with servers.running(server, servers.free_port()) as each:  # waiting until it was ready took one request
             assert each.wait_exit(each.terminate()) < servers.EXIT_PATIENCE
             assert each.log.read_text().count('"GET / HTTP/1.1" 200 7 "-" "-"') == lines
 
@@ -212,7 +212,7 @@ def test_a_pinned_server_has_one_core(instrument):
 
 
 def test_what_wrk_says_is_read(instrument):
-    """Requests, failures, seconds and the 99th percentile are those that wrk prints, in seconds."""
+    """Requests, failures, seconds and the 99th percentile are read from the output of wrk, in seconds."""
     said = """Running 3s test @ http://127.0.0.1:1/
   Thread Stats   Avg      Stdev     Max   +/- Stdev
     Latency   509.81us  243.61us   5.26ms   88.06%
@@ -232,7 +232,7 @@ Requests/sec:   2092.00
 
 
 def test_a_start_is_relative_to_importing_flask(tmp_path):
-    """Two starts of each: a row for each server, ratios of what was measured, and each goal judged."""
+    """Two starts of each server give a row each, ratios of the measured values, and a result for each goal."""
     printed, written = run("start.py", tmp_path, "--servers", "flaskd,waitress-serve")
     flask = statistics.median(written["import_flask"])
     assert [each["server"] for each in written["starts"]] == ["flaskd", "waitress-serve"]
@@ -247,7 +247,7 @@ def test_a_start_is_relative_to_importing_flask(tmp_path):
 
 
 def test_what_attackers_leave_is_a_share_of_the_speed_alone(tmp_path):
-    """One short run of each attack: a row each, shares of what was measured before and after, and each goal judged."""
+    """One short run of each attack gives a row each, shares of the measured speeds, and a result for each goal."""
     printed, written = run("attacks.py", tmp_path, "--servers", "flaskd")
     names = ["heads", "bodies", "readers", "idle"]
     assert [each["attack"] for each in written["attacks"]] == names
@@ -261,14 +261,14 @@ def test_what_attackers_leave_is_a_share_of_the_speed_alone(tmp_path):
 
 
 def test_stopping_without_an_answer_is_seen(tmp_path):
-    """Under stock waitress, which answers nothing that is queued at the signal, the account says so."""
+    """The account shows that stock waitress answers nothing that is queued at the signal."""
     _, written = run("stop.py", tmp_path, "--servers", "waitress-serve", "--only", "queued")
     (stop,) = written["stops"]
     assert stop["figures"][0]["answered"] < stop["figures"][0]["of"]
 
 
 def test_whoever_asks_about_flaskd_has_a_figure(tmp_path):
-    """One short run of each part: a row for each figure, its median the one of what was measured, each goal judged."""
+    """One short run of each part gives a row for each figure, with the median of the values, and a result for each goal."""
     printed, written = run("control.py", tmp_path)
     figures = written["figures"]
     assert sum("| " in line for line in printed.splitlines()) == len(figures) + 1
@@ -284,7 +284,7 @@ def test_whoever_asks_about_flaskd_has_a_figure(tmp_path):
 
 @pytest.mark.parametrize("name", ["flaskd", "gunicorn", "granian", "uvicorn", "uwsgi"])
 def test_each_server_is_told_how_many_workers(name, instrument):
-    """With 3 workers each server's command line says 3; with none the peers' say one, and flaskd's nothing."""
+    """With 3 workers each server's command line says 3; with none the peers' say one, and flaskd's does not say any."""
     servers = instrument("_servers")
     option = {"flaskd": "-w", "gunicorn": "-w", "uwsgi": "--processes"}.get(name, "--workers")
     server = servers.SERVERS[name]
@@ -296,7 +296,7 @@ def test_each_server_is_told_how_many_workers(name, instrument):
 
 
 def test_a_server_is_ready_when_each_worker_has_the_app(instrument, prefork):
-    """Three workers are waited for and told apart from the process that started them; a variant has its own number."""
+    """Three workers are waited for and told apart from their parent; a variant may have its own number."""
     servers = instrument("_servers")
     with servers.running(prefork, servers.free_port(), served=servers.Served(workers=3)) as each:
         assert len(each.workers) == each.imports == 3
@@ -309,7 +309,7 @@ def test_a_server_is_ready_when_each_worker_has_the_app(instrument, prefork):
 
 
 def test_nothing_is_left_of_a_server_that_was_killed(instrument, prefork):
-    """Workers that outlive the process that started them are ended with it."""
+    """Workers that outlive their killed parent are ended with the server."""
     servers = instrument("_servers")
     with contextlib.ExitStack() as stack:
         with servers.running(prefork, servers.free_port(), served=servers.Served(workers=2)) as each:
@@ -330,7 +330,7 @@ def until_readable(fd):
 
 
 def test_a_killed_worker_hurts_its_own_connections_alone(instrument, prefork):
-    """One of three workers is killed under 24 clients: nothing is refused, and each loss is one of that worker's."""
+    """If one of three workers is killed under 24 clients, nothing is refused, and each loss is one of that worker's."""
     options = argparse.Namespace(workers=3, cycles=1, clients=24, unprivileged=False)
     account, took = instrument("_workers").tell(prefork, instrument("_servers").free_port(), "kill", options)
     assert account["requests"] == sum(account["fates"].values()) > 0
@@ -340,7 +340,7 @@ def test_a_killed_worker_hurts_its_own_connections_alone(instrument, prefork):
 
 
 def test_a_loss_that_no_kill_explains_is_seen(instrument):
-    """A request that another worker had begun is a stray, and one that none had begun unless one was just killed."""
+    """A loss of another worker's request is a stray; so is one of no worker's, unless a worker was just killed."""
     strays = instrument("_workers").strays
     notes = ["+ 7 GET /?token=1", "- 7 GET /?token=1", "+ 8 GET /?token=2"]
 
@@ -354,7 +354,7 @@ def test_a_loss_that_no_kill_explains_is_seen(instrument):
 
 
 def test_what_a_killed_worker_had_begun_has_to_be_named(instrument):
-    """Of its requests those that had ended need no name; of the others as many are named as there were, by their path."""
+    """Requests that the killed worker had ended need no name; of the others each must be named by its path."""
     workers = instrument("_workers")
     notes = ["+ 8 GET /?token=1", "- 8 GET /?token=1", "+ 8 GET /?token=2", "+ 8 POST /upload?token=3", "+ 7 GET /"]
     told = {
@@ -367,7 +367,7 @@ def test_what_a_killed_worker_had_begun_has_to_be_named(instrument):
 
 
 def test_work_that_workers_share_has_its_figures(instrument, prefork):
-    """Each of four workers' jobs are counted, and the first process is weighed without its workers."""
+    """The jobs of each of four workers are counted, and the first process is measured without its workers."""
     measure = instrument("_measure")
     options = argparse.Namespace(workers=2, seconds=0.3)
     shared = measure.balance(prefork, options)
@@ -380,7 +380,7 @@ def test_work_that_workers_share_has_its_figures(instrument, prefork):
 
 
 def test_a_worker_without_a_job_is_no_balance(instrument):
-    """Where one of four workers did nothing, the busiest is infinitely busier."""
+    """If one of four workers did nothing, the ratio of the busiest to it is infinite."""
     assert instrument("_measure").Balance({"1": 5, "2": 5, "3": 5}, 0.01).spread == float("inf")
 
 
@@ -407,7 +407,7 @@ def test_workers_have_goals_of_their_own(instrument):
 
 
 def test_new_code_is_of_the_kind_it_says(instrument):
-    """Good code has the app in its version, broken code raises what the refusal has to name, and 500 is answered."""
+    """Good code has the app in its version, broken code raises the words of the refusal, and 500 is answered."""
     kinds = {code.name: code for code in instrument("_reload").KINDS}
     app = instrument("app").app
     good = {}
@@ -418,14 +418,14 @@ def test_new_code_is_of_the_kind_it_says(instrument):
         with pytest.raises(error) as raised:
             exec(kinds[name].version("two"), {})
         assert kinds[name].says in f"{raised.type.__name__}: {raised.value}"
-    sys.modules.pop("app")  # a new worker has a new app
+    sys.modules.pop("app")  # a new worker imports the app anew
     exec(kinds["probe"].version("three"), {})
     answer = instrument("app").app.test_client().get("/version")
     assert (answer.status_code, answer.text) == (500, "three")
 
 
 def test_a_reload_that_breaks_a_promise_says_which(instrument):
-    """Lost, wrong and refused requests, a server that exited, the wrong code and the wrong outcome are faults each."""
+    """Lost, wrong and refused requests, an exited server, the wrong code and the wrong outcome are faults each."""
     reload = instrument("reload")
     kinds = {code.name: code for code in reload.KINDS}
     fates = dict.fromkeys(instrument("_load").FATES, 0)
@@ -448,7 +448,7 @@ def test_a_reload_that_breaks_a_promise_says_which(instrument):
 
 
 def test_the_longest_silence_is_told(instrument, monkeypatch):
-    """Silence is the longest time between two answers to any client, up to the end of the account."""
+    """Silence is the longest time between two answers to any clients, up to the end of the account."""
     load, now = instrument("_load"), [0.0]
     monkeypatch.setattr(load.time, "monotonic", lambda: now[0])
     account = load.Account()
@@ -473,7 +473,7 @@ def test_the_longest_silence_is_told(instrument, monkeypatch):
     ],
 )
 def test_what_makes_no_sense_with_workers_is_refused(arguments, said):
-    """A scenario without the workers it needs, and a server or kind that there is not, are named, with the next step."""
+    """A scenario without its workers, and an unknown server or kind, are refused by name, with the next step."""
     argv = [sys.executable, str(BENCHMARKS / arguments[0]), *arguments[1:]]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=80, check=False)
     assert done.returncode == 2
@@ -491,7 +491,7 @@ def test_what_makes_no_sense_with_workers_is_refused(arguments, said):
     ],
 )
 def test_an_unknown_row_is_refused(name, what, known):
-    """A misspelt row is named, with the ones there are."""
+    """An unknown row is refused by name, with the known ones."""
     argv = [sys.executable, str(BENCHMARKS / name), "--only", "nap"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=80, check=False)
     assert done.returncode == 2
@@ -500,7 +500,7 @@ def test_an_unknown_row_is_refused(name, what, known):
 
 
 def test_each_approach_keeps_what_its_textbook_version_loses(tmp_path):
-    """One run of each way to stop an app: flaskd's answer the request in hand and clean up, the others drop it."""
+    """In one run of each way, flaskd's ways answer the running request and clean up, and the textbook's do not."""
     file = tmp_path / "figures.json"
     argv = [sys.executable, str(BENCHMARKS / "approaches.py"), "--runs", "1", "--json", str(file)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=80, check=False)
@@ -512,7 +512,7 @@ def test_each_approach_keeps_what_its_textbook_version_loses(tmp_path):
 
 
 def test_a_fleet_that_fails_a_request_says_where(instrument):
-    """What failed in a rolling restart, in the announced race, and after a kill are faults; the unannounced race is none."""
+    """Failures in a rolling restart, in the announced race, and after a kill are faults; in the unannounced race not."""
     fleet = instrument("fleet")
 
     def account(**fates):
@@ -537,7 +537,7 @@ def test_a_fleet_that_fails_a_request_says_where(instrument):
 
 @pytest.mark.parametrize(("at_sigterm", "killed"), [("exit 0", False), ("true", True)])
 def test_the_kubelet_kills_what_outlives_its_grace(instrument, at_sigterm, killed):
-    """A pod that exits is not killed, one that does not is; the balancer is told in either case, once."""
+    """A pod that exits is not killed, one that does not is; in either case the balancer is told once."""
     script = f"trap '{at_sigterm}' TERM; echo ready; while :; do read line; done"
     told = []
     with subprocess.Popen(
@@ -548,3 +548,14 @@ def test_the_kubelet_kills_what_outlives_its_grace(instrument, at_sigterm, kille
         assert end_pod(process, lambda: told.append("out"), delay=0.1, grace=20 if not killed else 0.3) == killed
     assert told == ["out"]
     assert process.returncode == (-signal.SIGKILL if killed else 0)
+
+
+def test_a_server_whose_threads_hang_is_asked(tmp_path):
+    """One short run of flaskd: its health is told at once, the next request when the limit has ended those that hang."""
+    argv = [sys.executable, str(BENCHMARKS / "hang.py"), "--servers", "flaskd", "--runs", "1", "--limit", "1"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=80, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [row] = [line for line in done.stdout.splitlines() if line.startswith("| flaskd")]
+    _, health, after, hung = [cell.strip() for cell in row.strip("|").split("|")]
+    assert float(health.removesuffix(" s")) < float(after.removesuffix(" s"))
+    assert hung == "504 (4)"

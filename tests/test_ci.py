@@ -17,7 +17,7 @@ PUBLISHED = "99.0b1"
 
 
 def publish(index: Path) -> None:
-    """Make a wheel of the Waitress that is installed here, as a pre-release of a version yet to come."""
+    """Make a wheel of the installed Waitress, as a pre-release of a future version."""
     found = distribution("waitress")
     info = f"waitress-{PUBLISHED}.dist-info"
     with zipfile.ZipFile(index / f"waitress-{PUBLISHED}-py3-none-any.whl", "w") as wheel:
@@ -32,14 +32,14 @@ def publish(index: Path) -> None:
 
 
 def step(index: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    """Run the step with an index of its own."""
+    """Run the step with a package index of the test."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PYTEST_"))}
     env |= {"PYTHON": sys.executable, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(index), "PIP_CONFIG_FILE": os.devnull}
     return subprocess.run([STEP, *args], env=env, capture_output=True, text=True, check=False)
 
 
 def test_the_contract_is_tested_with_a_pre_release(tmp_path):
-    """A Waitress that is newer than the one here, and a pre-release, is the one that the contract tests import."""
+    """The contract tests import a newer Waitress from the index, even a pre-release."""
     publish(tmp_path)
     probe = tmp_path / "test_probe.py"
     probe.write_text(
@@ -55,7 +55,7 @@ def test_the_contract_is_tested_with_a_pre_release(tmp_path):
 
 
 def test_an_index_that_cannot_be_reached_is_a_failure_with_a_word(tmp_path):
-    """Nobody takes "could not be tested" for "has passed"."""
+    """An index that cannot be reached fails the step with a message."""
     done = step(tmp_path)
     assert done.returncode == 1
     assert "cannot test with the newest Waitress: pip could not get it" in done.stderr
@@ -63,7 +63,7 @@ def test_an_index_that_cannot_be_reached_is_a_failure_with_a_word(tmp_path):
 
 
 def test_who_is_not_root_is_told_what_was_not_tested():
-    """What takes root says so elsewhere, and nothing has failed."""
+    """Without root the script prints what was not tested, and does not fail."""
     if os.geteuid() == 0 and not shutil.which("setpriv"):
         pytest.skip("root cannot become somebody else without setpriv")
     prefix = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if os.geteuid() == 0 else []
@@ -76,7 +76,7 @@ def test_who_is_not_root_is_told_what_was_not_tested():
 
 
 def test_the_gate_takes_each_step():
-    """`.ci/run` runs all that stands beside it."""
+    """`.ci/run` runs all other scripts in its directory."""
     gate = (ROOT / ".ci" / "run").read_text()
     for step in (ROOT / ".ci").iterdir():
         assert step.name == "run" or f"\n.ci/{step.name}\n" in gate or f" .ci/{step.name}\n" in gate

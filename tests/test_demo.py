@@ -11,8 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
+from flask.cli import NoAppException
 
 from flaskd import demo
+from flaskd.errors import ConfigError
+from flaskd.serving.loading import load_app
 
 
 @contextmanager
@@ -28,7 +31,7 @@ def fresh_app():
 
 @pytest.fixture
 def clean_environment(monkeypatch):
-    """Take away what would choose a place for the database or the control path."""
+    """Remove the variables that would choose a place for the database or the control path."""
     for name in ("FLASKD_DEMO_DB", "STATE_DIRECTORY", "XDG_STATE_HOME", "FLASKD_CONTROL"):
         monkeypatch.delenv(name, raising=False)
 
@@ -48,7 +51,7 @@ def client(app):
 
 
 def test_page_shows_counter_process_and_default_control_path(client):
-    """The page shows the visit it counted, the process id and where to type "drain"."""
+    """The page shows the counted visit, the process id, and the path for `echo drain`."""
     page = client.get("/").get_data(as_text=True)
     assert '<span id="visits">1</span>' in page
     assert f'id="pid">{os.getpid()}<' in page
@@ -57,7 +60,7 @@ def test_page_shows_counter_process_and_default_control_path(client):
 
 
 def test_page_needs_nothing_from_elsewhere(client):
-    """No script, style or picture comes from another place."""
+    """The page loads no script, style or picture from another place."""
     page = client.get("/").get_data(as_text=True).replace("http://www.w3.org/2000/svg", "")
     assert "//" not in page.replace("// ", "")
     assert "<script src" not in page
@@ -89,7 +92,7 @@ def test_count_goes_up_by_one(client):
 
 
 def test_count_survives_a_new_app(client):
-    """The counter is in the file, not in the process."""
+    """A new app continues the count, because the counter is in the file."""
     client.get("/count")
     with fresh_app() as second:
         assert second.test_client().get("/count").json == {"visits": 2}
@@ -97,7 +100,7 @@ def test_count_survives_a_new_app(client):
 
 @pytest.mark.parametrize("kept", ["file", "memory"])
 def test_count_is_correct_under_eight_threads(app, tmp_path, monkeypatch, kept):
-    """Eight threads that count at once lose nothing, the first of all (which makes the table) included."""
+    """Eight threads that count at the same time lose no visit, even if the table has to be made."""
     if kept == "memory":
         monkeypatch.setenv("FLASKD_DEMO_DB", str(tmp_path))
     together = threading.Barrier(8)
@@ -113,7 +116,7 @@ def test_count_is_correct_under_eight_threads(app, tmp_path, monkeypatch, kept):
 
 
 def test_count_is_correct_under_several_processes(client, app):
-    """Processes that start at once on no database at all make one table and lose no visit."""
+    """Processes that start at the same time without a database make one table and lose no visit."""
     code = "from flaskd.demo import app; c = app.test_client(); [c.get('/count') for _ in range(20)]"
     running = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(4)]
     assert [process.wait(60) for process in running] == [0, 0, 0, 0]
@@ -138,7 +141,7 @@ def test_importing_opens_and_writes_nothing(tmp_path, clean_environment):
     ],
 )
 def test_database_place(tmp_path, monkeypatch, clean_environment, environment, expected):
-    """The database goes to the place named for it, else the state directory, else the user's own."""
+    """The database's place is the one named for it, else the state directory, else the user's own."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value.replace("{}", str(tmp_path)))
     with fresh_app() as app:
@@ -152,7 +155,7 @@ def test_database_place(tmp_path, monkeypatch, clean_environment, environment, e
     [{"FLASKD_DEMO_DB": "/dev/null/demo.db"}, {"FLASKD_DEMO_DB": "/"}, {"XDG_STATE_HOME": "not/absolute"}],
 )
 def test_unwritable_place_means_memory(monkeypatch, clean_environment, environment):
-    """Where no file can be, the counter lives in memory, works all the same, and the page says so."""
+    """If no file can be written, the counter is in memory, and the page says so."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with fresh_app() as app:
@@ -184,14 +187,14 @@ def test_slow_sleeps_once_for_the_time_asked(client, monkeypatch):
 
 @pytest.mark.parametrize("seconds", ["-1", "60.1", "nan", "inf", "soon", ""])
 def test_slow_refuses_a_bad_time(client, seconds):
-    """What is not a number from 0 to 60 is a 400 that quotes it."""
+    """A value that is not a number from 0 to 60 is a 400 that quotes it."""
     answer = client.get("/slow", query_string={"seconds": seconds})
     assert answer.status_code == 400
     assert f"expected seconds from 0 to 60, got &#34;{seconds}&#34;" in answer.get_data(as_text=True)
 
 
 class Clock(threading.Event):
-    """A draining event on which waiting costs no time; it is set when `rounds` waits are over."""
+    """A draining event on which waiting takes no time; it is set after `rounds` waits."""
 
     def __init__(self, rounds):
         super().__init__()
@@ -219,7 +222,7 @@ def test_stream_ends_when_the_drain_begins(client):
 
 
 def test_stream_wakes_from_its_wait(client):
-    """A stream that waits for its next second says goodbye at once, in another thread's drain."""
+    """A stream that waits for its next second ends at once when another thread begins a drain."""
     draining = threading.Event()
     chunks = client.get("/stream", environ_overrides={"flaskd.draining": draining}).response
     assert "id: 1\n" in next(chunks).decode()
@@ -231,18 +234,18 @@ def test_stream_wakes_from_its_wait(client):
 
 
 def test_stream_during_a_drain_is_only_a_goodbye(client):
-    """Who connects while a drain is under way is told so and nothing else."""
+    """A stream that begins during a drain is only the goodbye."""
     answer = client.get("/stream", environ_overrides={"flaskd.draining": Clock(rounds=0)})
     assert answer.get_data() == b'event: bye\ndata: {"why": "draining"}\n\n'
 
 
 def test_stream_works_without_flaskd(client):
-    """Under another server, which sets no draining event, a finite stream counts to its end."""
+    """Under another server, which sets no draining event, a finite stream runs to its end."""
     assert client.get("/stream?events=1").get_data(as_text=True).endswith('event: bye\ndata: {"why": "done"}\n\n')
 
 
 def test_stream_that_is_left_no_longer_counts_as_watching(client):
-    """A client that goes away in the middle leaves nothing behind."""
+    """A client that goes away during a stream is not counted as watching any more."""
     answers = []
     for _ in range(2):
         answers.append(client.get("/stream", environ_overrides={"flaskd.draining": Clock(rounds=9)}))
@@ -252,20 +255,20 @@ def test_stream_that_is_left_no_longer_counts_as_watching(client):
 
 @pytest.mark.parametrize("events", ["-1", "x", "1.5", "٣", "9" * 5000])
 def test_stream_refuses_a_bad_number(client, events):
-    """What is not a whole number is a 400."""
+    """A value that is not a whole number is a 400."""
     assert client.get("/stream", query_string={"events": events}).status_code == 400
 
 
 @pytest.mark.parametrize("length", [0, 1, 3 * demo.UPLOAD_BLOCK + 7])
 def test_upload_answers_length_and_hash(client, length):
-    """The answer to an upload is what arrived: how many bytes, and their SHA-256."""
+    """The answer to an upload has the number of its bytes, and their SHA-256."""
     body = os.urandom(length)
     answer = client.post("/upload", data=body).json
     assert answer == {"bytes": length, "sha256": hashlib.sha256(body).hexdigest()}
 
 
 def test_cached_colour_is_kept_and_ages(app, client, monkeypatch):
-    """The cached value stays the same and grows older; it is made anew once the cache has lost it."""
+    """The cached value stays and gets older; a new one is made after the cache has dropped it."""
     now, hues = 1_700_000_000.0, iter([12, 34])
     monkeypatch.setattr("time.time", lambda: now)
     monkeypatch.setattr("random.randrange", lambda _: next(hues))
@@ -279,7 +282,7 @@ def test_cached_colour_is_kept_and_ages(app, client, monkeypatch):
 
 
 def test_cached_colour_has_thirty_seconds(client, monkeypatch):
-    """The cache is told to forget the value after the time that the answer names."""
+    """The cache drops the value after the time that the answer names."""
     kept = {}
     monkeypatch.setattr(demo.cache, "set", lambda key, _, timeout: kept.update({key: timeout}))
     assert client.get("/cached").json["lifetime"] == 30
@@ -287,7 +290,7 @@ def test_cached_colour_has_thirty_seconds(client, monkeypatch):
 
 
 def test_ping_is_cheap(client, monkeypatch):
-    """The health probe's path answers without the database or the cache."""
+    """The health probe's path uses neither the database nor the cache."""
     with monkeypatch.context() as patch:
         patch.setattr(demo, "db", None)
         patch.setattr(demo, "cache", None)
@@ -296,7 +299,7 @@ def test_ping_is_cheap(client, monkeypatch):
 
 
 def test_boom_raises(app):
-    """The broken route raises in the app, and is a 500 outside."""
+    """The broken route raises in the app, and is a 500 for the client."""
     assert app.test_client().get("/boom").status_code == 500
     app.testing = True
     with pytest.raises(RuntimeError, match="boom"):
@@ -305,9 +308,14 @@ def test_boom_raises(app):
 
 @pytest.mark.parametrize("missing", ["flask_sqlalchemy", "flask_caching"])
 def test_missing_extra_is_one_clear_line(monkeypatch, missing):
-    """Without its extra, importing the demo says what to install."""
+    """Without its extra, importing the demo raises with the command that installs it; `flaskd serve` shows no traceback."""
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.delitem(sys.modules, "flaskd.demo")
     with pytest.raises(ImportError) as caught:
         importlib.import_module("flaskd.demo")
-    assert str(caught.value) == 'the demo needs its extra: pip install "flaskd[demo]"'
+    said = 'the demo needs its extra: pip install "flaskd[demo]"'
+    assert caught.value.format_message() == said
+    assert isinstance(caught.value, NoAppException)
+    with pytest.raises(ConfigError) as told:
+        load_app("flaskd.demo:app")
+    assert str(told.value) == f"cannot load flaskd.demo:app: {said}"

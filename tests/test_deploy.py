@@ -1,11 +1,12 @@
-"""Containerfile and deploy/: each file is valid to what reads it, and its times fit those of flaskd.
+"""Containerfile and deploy/: each file is valid for the program that reads it, and its times fit flaskd's.
 
-What takes a podman is in tests/live/test_image.py.
+Tests that need podman are in tests/live/test_image.py.
 """
 
 from __future__ import annotations
 
 import configparser
+import importlib.util
 import itertools
 import json
 import os
@@ -38,11 +39,11 @@ FLASKD = {
     "nginx": (DEPLOY / "nginx/flaskd.yaml").read_text(),
     "kubernetes": KUBERNETES["ConfigMap"]["data"]["flaskd.yaml"],
 }
-"""The configurations of flaskd in there."""
+"""The flaskd configurations in these files."""
 
 
 def written(name: str, directory: Path) -> Path:
-    """One of them as a file that stands alone: its secret is in the directory, and its app is anywhere."""
+    """One of them as a file of its own, with its secret in the directory and without its app's directory."""
     secret = directory / "webhook"
     secret.write_text("https://hooks.example.com/x\n")
     path = directory / "flaskd.yaml"
@@ -52,12 +53,12 @@ def written(name: str, directory: Path) -> Path:
 
 
 def config(name: str, directory: Path) -> Config:
-    """One of them as flaskd has it."""
+    """One of them as flaskd's values."""
     return load(written(name, directory), actions=action_specs()).values
 
 
 def quadlet() -> configparser.ConfigParser:
-    """The quadlet, which names each of its keys once."""
+    """The quadlet as a mapping; it has each of its keys once."""
     parser = configparser.ConfigParser(interpolation=None, delimiters="=", comment_prefixes="#")
     parser.optionxform = str  # type: ignore[assignment,method-assign]
     parser.read(DEPLOY / "quadlet/shop.container")
@@ -65,13 +66,13 @@ def quadlet() -> configparser.ConfigParser:
 
 
 def instruction(name: str) -> str:
-    """The last such line of the Containerfile, without its name: that of the image itself."""
+    """The last such instruction of the Containerfile, without its name; it applies to the final image."""
     return re.findall(rf"^{name}\s+(.*)$", CONTAINERFILE, re.MULTILINE)[-1]
 
 
 @pytest.mark.parametrize("name", FLASKD)
 def test_flaskd_takes_each_configuration_without_a_doubt(name: str, tmp_path: Path) -> None:
-    """`flaskd check` finds neither faults nor values that contradict each other."""
+    """`flaskd check` finds neither faults nor doubts in each configuration."""
     done = subprocess.run(
         [sys.executable, "-m", "flaskd", "check", str(written(name, tmp_path))],
         capture_output=True, text=True, check=False,
@@ -83,7 +84,7 @@ def test_flaskd_takes_each_configuration_without_a_doubt(name: str, tmp_path: Pa
 
 
 def test_the_image_needs_no_shell_and_no_root() -> None:
-    """Its commands are lists, its user is a number, and its check and its stop are what flaskd understands."""
+    """The image's commands are lists, its user is a number, and flaskd understands its check and its stop signal."""
     flaskd = "/opt/flaskd/bin/flaskd"
     assert (json.loads(instruction("ENTRYPOINT")), json.loads(instruction("CMD"))) == ([flaskd], ["serve"])
     assert json.loads(instruction("HEALTHCHECK").split(" CMD ")[1]) == [flaskd, "ready"]
@@ -94,7 +95,7 @@ def test_the_image_needs_no_shell_and_no_root() -> None:
 
 
 def test_the_image_listens_where_port_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """On all addresses, at 8080 unless PORT is another one."""
+    """The image listens on all addresses, on port 8080 unless PORT is set."""
     monkeypatch.delenv("PORT", raising=False)
     assert [str(each) for each in config("image", tmp_path).server.listen] == ["0.0.0.0:8080"]
     monkeypatch.setenv("PORT", "5000")
@@ -102,7 +103,7 @@ def test_the_image_listens_where_port_says(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_podman_keeps_the_health_check() -> None:
-    """Each command that builds the image asks for Docker's format: in the other one there is no HEALTHCHECK."""
+    """Each command that builds the image asks for Docker's format, because the other one has no HEALTHCHECK."""
     texts = [(ROOT / name).read_text() for name in ("README.md", "Containerfile", "docs/fleet.md")]
     commands = [line for text in texts for line in text.splitlines() if "podman build" in line]
     assert len(commands) >= 4
@@ -113,7 +114,7 @@ def test_podman_keeps_the_health_check() -> None:
 
 
 def test_no_engine_kills_before_the_deadline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What each waits after SIGTERM is longer than what flaskd may take; 10 s is what podman and docker wait by themselves."""
+    """Each engine waits longer after SIGTERM than flaskd may take; podman and docker wait 10 s by default."""
     monkeypatch.delenv("DEADLINE", raising=False)
     assert config("image", tmp_path).shutdown.deadline < 10
     monkeypatch.setenv("DEADLINE", COMPOSE["environment"]["DEADLINE"])
@@ -132,7 +133,7 @@ def test_no_engine_kills_before_the_deadline(monkeypatch: pytest.MonkeyPatch, tm
 
 @pytest.mark.parametrize("name", ["httpchk", "agent"])
 def test_haproxy_notices_within_the_announce(name: str, tmp_path: Path) -> None:
-    """The wait for its next check, and all that this may take, are shorter than flaskd serves on with a word of warning."""
+    """The announce is longer than HAProxy's check interval plus check timeout."""
     text = (DEPLOY / f"haproxy/{name}.cfg").read_text()
     (line,) = re.findall(r"^ *default-server (.*)$", text, re.MULTILINE)
     (patience,) = re.findall(r"^ *timeout check (\S+)", text, re.MULTILINE)
@@ -147,7 +148,7 @@ def test_haproxy_notices_within_the_announce(name: str, tmp_path: Path) -> None:
 
 
 def test_haproxy_asks_where_flaskd_answers(tmp_path: Path) -> None:
-    """The path of httpchk is health.path, and the servers' port is that of server.listen, in nginx too."""
+    """Httpchk requests health.path, and the servers' port is that of server.listen, in nginx's file, too."""
     path = config("haproxy", tmp_path).health.path
     assert f"option httpchk GET {path}\n" in (DEPLOY / "haproxy/httpchk.cfg").read_text()
     for path in ("haproxy/httpchk.cfg", "haproxy/agent.cfg", "nginx/nginx.conf"):
@@ -157,7 +158,7 @@ def test_haproxy_asks_where_flaskd_answers(tmp_path: Path) -> None:
 
 
 def test_the_pods_parts_fit_together(tmp_path: Path) -> None:
-    """Names that one document gives are those that others use, and the probes ask flaskd's admin listener."""
+    """Names in one Kubernetes document match those in the others, and the probes ask flaskd's admin listener."""
     names = {each["metadata"]["name"] for each in KUBERNETES.values()}
     assert set(KUBERNETES) == {"ConfigMap", "Secret", "Deployment", "Service", "PodDisruptionBudget"}
     assert names == {"shop"}
@@ -179,7 +180,7 @@ def test_the_pods_parts_fit_together(tmp_path: Path) -> None:
 
 
 def test_the_pod_may_write_where_it_has_to_and_nowhere_else() -> None:
-    """Its root is read-only, its user is no root; the ConfigMap is mounted as a directory, or no edit would arrive."""
+    """The pod has a read-only root and no root user; the ConfigMap is mounted as a directory, so that edits arrive."""
     assert POD["securityContext"]["runAsNonRoot"] is True
     user, group = map(int, instruction("USER").split(":"))
     assert (POD["securityContext"]["runAsUser"], POD["securityContext"]["runAsGroup"]) == (user, group)
@@ -204,7 +205,7 @@ def test_the_pod_may_write_where_it_has_to_and_nowhere_else() -> None:
 
 
 def test_the_other_containers_are_as_closed() -> None:
-    """A read-only root, no capabilities, no way to new ones, a check that needs no shell: compose and the quadlet."""
+    """Compose and the quadlet have a read-only root, no capabilities, no new privileges, and a check without a shell."""
     assert COMPOSE["read_only"] is True
     assert COMPOSE["cap_drop"] == ["ALL"]
     assert COMPOSE["security_opt"] == ["no-new-privileges:true"]
@@ -234,7 +235,7 @@ def test_haproxy_and_nginx_take_their_files(tmp_path: Path) -> None:
 
 
 def run(*command: str) -> None:
-    """Run what has to succeed; without the program the test is skipped, or fails where $FLASKD_REQUIRE names it."""
+    """Run a command that must succeed; without the program skip, or fail if $FLASKD_REQUIRE names it."""
     program = shutil.which(command[0], path="/usr/sbin:/usr/bin:/sbin:/bin")
     if program is None:
         required = command[0] in os.environ.get("FLASKD_REQUIRE", "").split(",")
@@ -244,24 +245,28 @@ def run(*command: str) -> None:
 
 
 def test_kubernetes_takes_the_manifests() -> None:
-    """Each document is valid by the API's own schema, unknown keys included; this takes kubernetes-validate."""
-    validate = pytest.importorskip("kubernetes_validate")
+    """Each document is valid by the API's schema, without unknown keys; .ci/run installs kubernetes-validate."""
+    if importlib.util.find_spec("kubernetes_validate") is None:
+        required = "kubernetes-validate" in os.environ.get("FLASKD_REQUIRE", "").split(",")
+        (pytest.fail if required else pytest.skip)("needs kubernetes-validate")
+    import kubernetes_validate
+
     for document in KUBERNETES.values():
-        validate.validate(document, "1.32", strict=True)
+        kubernetes_validate.validate(document, "1.32", strict=True)
 
 
 # --- docs/fleet.md ---
 
 
 def recipe(language: str, first: str) -> str:
-    """The block of that language in docs/fleet.md that has such a line."""
+    """The block of that language in docs/fleet.md that has this line."""
     blocks = re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs/fleet.md").read_text(), re.DOTALL)
     (block,) = (each for each in blocks if first in each)
     return block
 
 
 def test_the_recipes_have_times_that_fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Swarm's and Nomad's engines wait longer than flaskd takes, kamal's as long as docker does; kamal asks where it answers."""
+    """Swarm and Nomad wait longer than flaskd takes, kamal as long as docker; kamal asks flaskd's health path."""
     swarm = yaml.safe_load(recipe("yaml", "# swarm.yaml"))["services"]["shop"]
     environment = COMPOSE["environment"] | swarm["environment"]
     for name in ("DEADLINE", "ANNOUNCE"):
@@ -283,7 +288,7 @@ def test_the_recipes_have_times_that_fit(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_the_tables_defaults_are_those_of_the_image() -> None:
-    """Each variable that deploy/image.yaml takes stands in the documentation, with what it is when it is not set."""
+    """The documentation has each variable of deploy/image.yaml, with its default."""
     found = dict(re.findall(r"\$\{env:(\w+):-([^}]*)\}", FLASKD["image"]))
     rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", (ROOT / "docs/fleet.md").read_text(), re.MULTILINE)
     assert {name: default for name, default in rows if name != "FLASK_APP"} == found

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def without_code(text: str) -> str:
@@ -39,9 +39,21 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 def test_the_index_has_every_document() -> None:
     """docs/README.md links to each page of docs/ once, and README.md links to docs/README.md."""
     index = links(ROOT / "docs" / "README.md")
-    here = sorted(page.name for page in (ROOT / "docs").glob("*.md") if page.name != "README.md")
-    assert sorted(link for link in index if "/" not in link) == here
+    docs = ROOT / "docs"
+    here = sorted(page.relative_to(docs).as_posix() for page in docs.rglob("*.md") if page != docs / "README.md")
+    assert sorted(link for link in index if not link.startswith("../")) == here
     assert "docs/README.md" in links(ROOT / "README.md")
+
+
+def test_pictures_are_small_and_told_in_words() -> None:
+    """Each picture of a page has a text for readers who do not see it, and is no larger than 150 kB; none is unused."""
+    shown = set()
+    for page in PAGES:
+        for text, path in re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", page.read_text()):
+            assert len(text) > 40, path
+            shown.add((page.parent / path).resolve())
+    assert shown == set((ROOT / "docs" / "images").glob("*.png"))
+    assert [path.name for path in shown if path.stat().st_size > 150_000] == []
 
 
 def test_the_sdist_has_what_its_tests_read() -> None:
@@ -54,3 +66,9 @@ def test_the_sdist_has_what_its_tests_read() -> None:
     assert {"benchmarks", ".ci"} < read
     top = {path.name for path in ROOT.iterdir()} - {"pyproject.toml"}  # hatchling puts that in by itself
     assert read & top <= include
+
+
+def test_sentences_about_programs_have_a_program_as_their_subject() -> None:
+    """No page says somebody, nobody, whoever or anybody where a client, a user or a process is meant."""
+    for page in PAGES:
+        assert re.findall(r"\b(?:some|no|any)body\b|\bwhoever\b", page.read_text(), re.IGNORECASE) == [], page

@@ -155,12 +155,31 @@ print(*({"pydantic", "pydantic_core"} & set(sys.modules)))
     assert done.stdout.strip() == ""
 
 
+def test_no_pattern_has_a_possessive_quantifier_behind_a_group():
+    """Python 3.11.2, which Debian 12 has, gets `(?:ab)*+` wrong (fixed in 3.11.4); the atomic group `(?>(?:ab)*)` is right."""
+    wrong = re.compile(r"\)(?:[*+?]|\{\{?[0-9]*,?[0-9]*\}?\})\+")
+    assert wrong.search(r"(?:ab)*+")
+    assert wrong.search(r"(?:ab){1,2}+")
+    for path in (ROOT / "flaskd").rglob("*.py"):
+        without_sets = re.sub(r"\[(?:\\.|[^\]\\\n])*\]", "[]", path.read_text())
+        assert [line for line in without_sets.splitlines() if wrong.search(line)] == [], path
+
+
 def test_the_readme_has_its_two_commands():
     """One line each: install and run the demo, install and run the tests."""
     lines = re.findall(r"^python3 -m venv .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert len(lines) == 2
     assert lines[0].endswith(".venv/bin/flaskd serve flaskd.demo:app")
     assert lines[1].endswith(".venv/bin/pytest -n 2 --dist loadfile")
+
+
+def test_the_short_run_of_the_readme_names_tests_that_are_there():
+    """One line, whose directories have tests; `.ci/run` takes the time of it."""
+    [line] = re.findall(r"^\.venv/bin/pytest .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    places = [word for word in line.split() if word.startswith("tests/")]
+    assert len(places) > 5
+    assert [place for place in places if not [*(ROOT / place).glob("test_*.py")]] == []
+    assert "quick=$(grep '^\\.venv/bin/pytest ' README.md)\n" in (ROOT / ".ci" / "run").read_text()
 
 
 def test_the_yaml_of_the_readme_is_valid(tmp_path):

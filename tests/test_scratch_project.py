@@ -137,6 +137,19 @@ def run(python, project, *words):
     return done
 
 
+def test_man_and_the_shells_find_their_files(python):
+    """They are below the prefix, where man(1) looks for who has its bin in PATH; the annotated configuration is there, too."""
+    prefix = python.parent.parent
+    shared = ("man/man1/flaskd.1", "man/man5/flaskd.yaml.5", "bash-completion/completions/flaskd",
+              "zsh/site-functions/_flaskd", "fish/vendor_completions.d/flaskd.fish")  # fmt: skip
+    assert [
+        each for each in shared if (prefix / "share" / each).read_text() != (ROOT / "share" / each).read_text()
+    ] == []
+    (annotated,) = prefix.rglob("flaskd/config/flaskd.yaml")
+    assert annotated.read_text() == (ROOT / "config" / "flaskd.yaml").read_text()
+    assert not (prefix / "share" / "make.py").exists()
+
+
 @pytest.mark.parametrize("how", [(), ("-n", "2")], ids=["alone", "xdist"])
 def test_its_tests_pass(python, project, how):
     """The fixture, ServerThread and ServerProcess, with warnings as errors."""

@@ -1,4 +1,4 @@
-"""The smallest app that shows that the image works: another directory takes its place (see Containerfile)."""
+"""The smallest app that shows that the image works; to serve another one, see Containerfile."""
 
 import flask
 

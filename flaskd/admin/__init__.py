@@ -1,4 +1,4 @@
-"""What answers beside the app, on listeners of its own: health, metrics, status; the agent; the shutdown endpoint."""
+"""What answers on listeners other than the app's: health, metrics, status, agent checks, the shutdown endpoint."""
 
 from flaskd.admin.agent import Agent
 from flaskd.admin.endpoint.server import EndpointServer

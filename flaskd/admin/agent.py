@@ -1,7 +1,7 @@
-"""HAProxy's agent-check: to each connection one line that says whether requests are to come here, and then its end.
+"""HAProxy's agent-check: each connection gets one line that says whether flaskd wants requests, and is closed.
 
-The words are those of HAProxy's configuration manual (``agent-check``). What the agent has said stays in force until it
-says something else, so it goes on saying it.
+The words are those of HAProxy's configuration manual (``agent-check``). HAProxy keeps what the agent said last, so
+every answer says the whole state again.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from flaskd.sockets import Address, Listener
 log = logging.getLogger("flaskd.admin")
 
 _LEAVING = frozenset({State.DRAINING, State.DRAINED, State.STOPPING, State.STOPPED})
-"""The states in which what is in hand is finished, and nothing new is to come."""
+"""In these states flaskd finishes the requests that it has, and wants no new ones."""
 _BACKLOG = 128
 _MOST_CLIENTS = 64
-"""How many clients that have their answer may take their time to hang up; the oldest makes room for the next."""
+"""How many answered clients may stay connected; the oldest is closed for a new one."""
 _LINGER = 1.0
-"""Seconds that each may take. A close before that could reset the connection, and HAProxy might not read the line."""
+"""Seconds for which each may stay: closing earlier could reset the connection before HAProxy has read the line."""
 _MOST_HEARD = 4096
-"""Bytes that a client may say meanwhile (HAProxy's ``agent-send``); nothing of it is looked at."""
+"""How many bytes such a client may send (HAProxy's ``agent-send``); flaskd ignores them."""
 _PAUSE = 0.5
 """Seconds without accepting after a client could not be accepted."""
 _REASON = 100
-"""Characters of a reason."""
+"""How many characters of a reason are sent."""
 _JOIN = 1.0
-"""Seconds that its thread has to end."""
+"""How many seconds `close` waits for the thread to end."""
 
 
 class Ready(Protocol):
-    """What is told of: the daemon."""
+    """What the agent reports about: the daemon."""
 
     def readiness(self) -> tuple[str, str]:
-        """A status line, and a word: whether new requests are welcome; returns at once."""
+        """A status line and a word that say whether new requests are welcome; returns at once."""
 
 
 def words(readiness: tuple[str, str]) -> bytes:
-    """The line for what `Ready.readiness` gives.
+    """The line for the result of `Ready.readiness`.
 
-    ``up ready`` also takes back what an agent before this one said: that of the process before a restart, say.
+    ``up ready`` also takes back what an earlier agent said, for example that of the process before a restart.
     """
     status, why = readiness
     if status.startswith("200"):
@@ -61,7 +61,7 @@ def words(readiness: tuple[str, str]) -> bytes:
 
 
 class Agent:
-    """Answers agent checks from `open` to `close`, in a thread of its own; without listeners it does nothing."""
+    """Answers agent checks from `open` to `close` in a thread of its own; does nothing without listeners."""
 
     def __init__(self, source: Ready) -> None:
         self._source = source
@@ -71,7 +71,7 @@ class Agent:
         self._thread: threading.Thread | None = None
 
     def open(self, listeners: Sequence[Listener]) -> None:
-        """Listen and answer. Raises CannotCreateError."""
+        """Listen and answer; raises CannotCreateError."""
         if not listeners:
             return
         for each in listeners:
@@ -87,11 +87,11 @@ class Agent:
 
     @property
     def addresses(self) -> list[Address]:
-        """Where it answers."""
+        """The addresses on which it answers."""
         return [listener.address for listener in self._listeners]
 
     def close(self) -> None:
-        """Answer no more, and give the addresses back; a second call does nothing."""
+        """Stop answering and free the addresses; a second call does nothing."""
         thread, self._thread = self._thread, None
         if thread is None:
             return
@@ -104,7 +104,7 @@ class Agent:
         self._listeners = ()
 
     def forget(self) -> None:
-        """Close all descriptors but those of the listeners, and nothing else."""
+        """Close all descriptors except those of the listeners, and do nothing else; for a forked child."""
         if self._listeners:
             self._selector.close()
             for sock in (self._woken, self._wake, *(each.socket for each in self._answered)):
@@ -128,7 +128,7 @@ class Agent:
     def _accept(self, listening: socket.socket) -> None:
         try:
             sock, _ = open_files.open(listening.accept)
-        except (BlockingIOError, ConnectionAbortedError):  # another process was faster, or the client has gone
+        except (BlockingIOError, ConnectionAbortedError):  # another process was faster, or the client is gone
             return
         except OSError as error:
             why = f"cannot accept an agent check: {error.strerror}"
@@ -137,15 +137,15 @@ class Agent:
             return
         try:
             self._tell(sock)
-        except OSError:  # it has hung up
+        except OSError:  # the client has hung up
             sock.close()
-        except Exception:  # the next one is to be answered all the same
+        except Exception:  # the next client is answered all the same
             log.exception("cannot answer an agent check", extra=bounded_by("agent checks that cannot be answered"))
             sock.close()
 
     def _tell(self, sock: socket.socket) -> None:
         sock.setblocking(False)  # an app may have called socket.setdefaulttimeout()
-        sock.send(words(self._source.readiness()))  # an empty send buffer has room for a line
+        sock.send(words(self._source.readiness()))  # one line fits into an empty send buffer
         sock.shutdown(socket.SHUT_WR)
         client = _Client(sock)
         self._selector.register(sock, selectors.EVENT_READ, client)
@@ -158,7 +158,7 @@ class Agent:
 
 
 class _Client:
-    """One that has its answer, and has not hung up."""
+    """A client that has its answer, and has not hung up."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
@@ -166,7 +166,7 @@ class _Client:
         self._heard = 0
 
     def has_ended(self) -> bool:
-        """Whether it has hung up, or says too much."""
+        """Whether it has hung up, or has sent too much."""
         try:
             heard = len(self.socket.recv(_MOST_HEARD))
         except BlockingIOError:

@@ -1,7 +1,7 @@
-"""The admin listener: whether flaskd lives and is ready, what it counts and does, and a page for people that shows it.
+"""The admin listener: liveness, readiness, metrics and status, and a page for people that shows the status.
 
-Its thread is its own, too, and answers every request itself: it waits for no worker of the app, so a probe is
-answered when all of them are stuck.
+It has a thread of its own, which answers every request itself: a probe is answered even if all threads of the app are
+stuck.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ _LIMITS = {
     "cleanup_interval": 2,
     "max_request_body_size": 1024,
     "max_request_header_size": 16 * 1024,
-    # Few pipelined requests at once: their answers together stay far below what waitress would wait for to be read.
+    # Only few pipelined requests are read at once: all of their answers fit into waitress' output buffer.
     "recv_bytes": 2048,
     "ident": "flaskd",
 }
 _BACKLOG = 128
 _PATIENCE = 10.0
-"""Seconds that a client has for a request, however slowly it goes on with it."""
+"""How many seconds a client has to send a request."""
 _MOST_STREAMS = 8
-"""Pages that hear what is new; more of them ask for it."""
+"""How many pages may have a stream of events; further pages ask for the data at intervals."""
 _EVERY = 1.0
-"""Seconds between two of their events."""
+"""Seconds between two events of a stream."""
 _CLOSING = 0.2
-"""Seconds that answers under way get at the end."""
+"""How many seconds running answers have when the listener closes."""
 
 Headers = list[tuple[str, str]]
 Answer = tuple[str, str, bytes | Pushed, Headers]
@@ -49,28 +49,28 @@ Answer = tuple[str, str, bytes | Pushed, Headers]
 
 
 class Source(Protocol):
-    """What is told of: the daemon. Every method returns at once."""
+    """What the listener reports about: the daemon. Every method returns at once."""
 
     def readiness(self) -> tuple[str, str]:
-        """A status line, and a word: whether new requests are welcome."""
+        """A status line and a word that say whether new requests are welcome."""
 
     @property
     def wedged(self) -> str:
-        """Why it does not live any more; empty while it does."""
+        """Why flaskd is not alive any more; empty if it is."""
 
     def snapshot(self) -> Snapshot:
-        """What there is to know."""
+        """The daemon's whole status at this moment."""
 
 
 class AdminServer:
-    """Answers on the admin listeners from `open` to `close`; without listeners it does nothing."""
+    """Answers on the admin listeners from `open` to `close`; does nothing without listeners."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
         self._server: WaitressThread | None = None
 
     def open(self, listeners: Sequence[Listener], allowed_hosts: Iterable[str], *, details: bool = False) -> None:
-        """Listen and answer; with `details` clients' addresses are shown on all addresses. Raises CannotCreateError."""
+        """Listen and answer; with `details` all addresses show clients' addresses. Raises CannotCreateError."""
         if not listeners:
             return
         exports: Exporter | None = None
@@ -93,11 +93,11 @@ class AdminServer:
 
     @property
     def addresses(self) -> list[Address]:
-        """Where it answers."""
+        """The addresses on which it answers."""
         return [listener.address for listener in self._server.listeners] if self._server else []
 
     def close(self) -> None:
-        """Give the addresses back; a second call does nothing."""
+        """Free the addresses; a second call does nothing."""
         server, self._server = self._server, None
         if server is not None:
             server.stop(_CLOSING)
@@ -109,11 +109,12 @@ _NO_METRICS = "prometheus_client is not installed; pip install 'flaskd[metrics]'
 class AdminApp:
     """The pages, as a WSGI app that never waits.
 
-    ``/livez`` and ``/readyz`` are for everybody who can connect. The others tell more, so a page in a browser must not
-    get at them under a name that was made to lead here (DNS rebinding): over TCP, their Host is an address, localhost
-    or one of `allowed_hosts` (``*``: any). Nor are they answered where a browser says that another site asks.
+    Every client that can connect may ask for ``/livez`` and ``/readyz``. The others tell more, so web pages of other
+    sites must not read them. Therefore over TCP the Host must be an address, localhost or one of `allowed_hosts`
+    (``*``: any), which stops names that were made to lead here (DNS rebinding); and a request that a browser sends for
+    another site is refused.
 
-    Clients' addresses are shown on `own_ports`; None: on all.
+    Clients' addresses are shown on `own_ports` only; None: on all.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class AdminApp:
 
     def _host_is_allowed(self, environ: dict[str, Any]) -> bool:
         host = _without_port(environ.get("HTTP_HOST", ""))
-        # A browser cannot connect to a Unix socket, and a client of HTTP/1.0 without a Host is none.
+        # A browser cannot connect to a Unix socket, and an HTTP/1.0 client without a Host header is no browser.
         if environ.get("REMOTE_PORT") == "None" or host in {"", "localhost"} or self._hosts & {host, "*"}:
             return True
         try:
@@ -188,7 +189,7 @@ class AdminApp:
         return page_data(self._source.snapshot(), details=details)
 
     def _events(self, environ: dict[str, Any]) -> Answer:
-        """The same, once a second: server-sent events (HTML, §9.2), put out by the loop."""
+        """The data of the page once a second, as server-sent events (HTML, §9.2); the loop writes them."""
         self._streams = [each for each in self._streams if each.open]
         if len(self._streams) >= _MOST_STREAMS:
             why = f"cannot open one more stream: {_MOST_STREAMS} are open; ask for /page.json"
@@ -200,7 +201,7 @@ class AdminApp:
         return "200 OK", "text/event-stream", stream, SAFE
 
     def _event(self, port: str) -> bytes:
-        """One event, which all streams of that port get that ask within half the time to the next one."""
+        """One event; streams of the same port that ask within half of `_EVERY` get the same one."""
         now = time.monotonic()
         made, event = self._made.get(port, (-_EVERY, b""))
         if now - made > _EVERY / 2:

@@ -1,6 +1,6 @@
-"""What Prometheus is told: the daemon's own counts, written down when it asks and not before.
+"""The metrics for Prometheus: the daemon's counts, written out only when Prometheus asks.
 
-`prometheus_client` is imported late, by `exporter`; nothing here is in the path of a request.
+`exporter` imports `prometheus_client`, which is optional. No request of the app runs code of this module.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from flaskd.snapshot import Snapshot
 from flaskd.version import __version__
 
 Exporter = Callable[[str], tuple[bytes, str]]
-"""Takes the Accept header, gives the text and its content type."""
+"""Called with the Accept header; gives the text and its content type."""
 
 
 def exporter(measures: Callable[[], Snapshot]) -> Exporter:
-    """Make what writes the metrics; raises ImportError when prometheus_client is not installed."""
-    import prometheus_client.core  # noqa: F401, PLC0415 - in time: later there may be no descriptor for its file
-    from prometheus_client import CollectorRegistry  # noqa: PLC0415 - optional, and 20 to 90 ms
+    """Make the function that writes the metrics; raises ImportError if prometheus_client is not installed."""
+    import prometheus_client.core  # noqa: F401, PLC0415 - now: later there may be no free descriptor
+    from prometheus_client import CollectorRegistry  # noqa: PLC0415 - optional, and takes 20 to 90 ms
     from prometheus_client.exposition import choose_encoder  # noqa: PLC0415
     from prometheus_client.registry import Collector  # noqa: PLC0415
 
@@ -29,10 +29,10 @@ def exporter(measures: Callable[[], Snapshot]) -> Exporter:
         def collect(self) -> Iterator[Any]:
             return families(measures())
 
-        def describe(self) -> list[Any]:  # or the registry would collect once now, to learn the names
+        def describe(self) -> list[Any]:  # without it the registry would collect now to learn the names
             return []
 
-    # A registry of flaskd's own: what the app counts in the global one is the app's to show.
+    # A registry of flaskd's own, without the metrics that the app has in the global one.
     registry = CollectorRegistry()
     registry.register(Reader())
 
@@ -44,7 +44,7 @@ def exporter(measures: Callable[[], Snapshot]) -> Exporter:
 
 
 def families(now: Snapshot) -> Iterator[Any]:
-    """All metrics at one moment."""
+    """All metrics of one moment."""
     yield from _life(now)
     yield from _requests(now)
     if now.serving.wanted:
@@ -109,7 +109,7 @@ def _requests(now: Snapshot) -> Iterator[Any]:
 def _workers(now: Snapshot) -> Iterator[Any]:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily  # noqa: PLC0415
 
-    from flaskd.pool.handle import Phase  # noqa: PLC0415 - where there are workers it is there
+    from flaskd.pool.handle import Phase  # noqa: PLC0415 - loaded only if there are workers
 
     serving = now.serving
     yield GaugeMetricFamily("flaskd_workers_wanted", "Workers that there are to be.", serving.wanted)

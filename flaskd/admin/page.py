@@ -1,4 +1,4 @@
-"""How flaskd's own pages are answered: those of the admin listener, and the shutdown endpoint."""
+"""Sends flaskd's own answers: those of the admin listener and of the shutdown endpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Page = tuple[str, str, bytes | Pushed, list[tuple[str, str]]]
 
 
 def send_page(environ: dict[str, Any], start_response: Callable[..., Any], page: Page) -> Iterable[bytes]:
-    """Answer one request (PEP 3333): nothing keeps it, nothing takes it for another content type; HEAD gets no body."""
+    """Answer one request (PEP 3333). Headers forbid to cache it or to guess its type; HEAD gets no body."""
     status, kind, body, more = page
     headers = [
         ("Content-Type", kind),

@@ -1,7 +1,7 @@
-"""The page for people at the admin listener's ``/``, and the JSON that its script hears once a second.
+"""The page for people at the admin listener's ``/``, and the JSON that its script reads once a second.
 
-The page is one file, and is sent as it is: nothing is put into it here. All that it shows comes from the JSON, and its
-script inserts that as text.
+The page is one file, which is sent unchanged. Everything that it shows comes from the JSON, and its script inserts that
+as text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from flaskd.snapshot import Snapshot
 from flaskd.sockets import Listener
 
 _MOST_REQUESTS = 50
-"""How many requests in flight the page shows, the oldest; it says how many there are."""
+"""How many requests in flight the page lists, the oldest first; it also shows the number of all."""
+_LONGEST_TRACE = 8000
+"""How many characters of a traceback the page shows: the last ones, which have the fault."""
 
 SAFE = [
     ("Cross-Origin-Resource-Policy", "same-origin"),
@@ -29,11 +31,11 @@ SAFE = [
     ("Referrer-Policy", "no-referrer"),
     ("X-Frame-Options", "DENY"),
 ]
-"""Headers by which a browser lets no other site read, frame or follow what is answered here."""
+"""Headers with which a browser lets no other site read or frame the answer, and sends no Referer."""
 
 
 class StatusPage:
-    """The page, read once, and the policy under which a browser runs nothing but what is in it (CSP, level 3)."""
+    """The page, read once from its file, and the policy that lets a browser run only what is in it (CSP, level 3)."""
 
     def __init__(self) -> None:
         self.body = files("flaskd.admin").joinpath("status_page.html").read_bytes()
@@ -46,7 +48,7 @@ def _policy(page: bytes) -> str:
     return "; ".join([
         "default-src 'none'", f"script-src {_hash(script)}", f"style-src {_hash(style)}", "connect-src 'self'",
         "img-src data:", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
-        # Where the browser knows it, a script that inserts text as HTML fails.
+        # In browsers that support it, a script that inserts text as HTML fails.
         "require-trusted-types-for 'script'", "trusted-types 'none'",
     ])  # fmt: skip
 
@@ -56,7 +58,7 @@ def _hash(content: bytes) -> str:
 
 
 def wants_page(accept: str) -> bool:
-    """Whether an Accept header names HTML (RFC 9110 §12.5.1): browsers do, and ``*/*`` of curl does not."""
+    """Whether an Accept header names HTML (RFC 9110 §12.5.1): browsers' headers do, and curl's ``*/*`` does not."""
     for each in accept.lower().split(","):
         kind, *parameters = (part.strip() for part in each.split(";"))
         if kind == "text/html":
@@ -65,9 +67,9 @@ def wants_page(accept: str) -> bool:
 
 
 def is_foreign(environ: Mapping[str, Any], *, page: bool) -> bool:
-    """Whether a browser asks for another site (Fetch Metadata): then nothing is told.
+    """Whether a browser sends the request for another site (Fetch Metadata); such a request is refused.
 
-    A link to the `page` itself may stand anywhere, for who follows it alone sees what it shows.
+    A link to the `page` may stand on any site, because only the user who follows it sees the page.
     """
     site = environ.get("HTTP_SEC_FETCH_SITE", "same-origin")
     if page and environ.get("HTTP_SEC_FETCH_MODE") == "navigate" and environ.get("HTTP_SEC_FETCH_DEST") == "document":
@@ -76,7 +78,7 @@ def is_foreign(environ: Mapping[str, Any], *, page: bool) -> bool:
 
 
 def own_ports(listeners: Iterable[Listener]) -> set[str]:
-    """The ports, and paths of Unix sockets, that only this machine reaches, as SERVER_PORT has them."""
+    """The ports and Unix paths that only this machine can reach, as SERVER_PORT has them."""
     found: dict[str, bool] = {}
     for listener in listeners:
         sock, path = listener.socket, listener.address.path
@@ -87,7 +89,7 @@ def own_ports(listeners: Iterable[Listener]) -> set[str]:
 
 
 def page_data(now: Snapshot, *, details: bool) -> dict[str, Any]:
-    """What the page shows of one moment; with `details` the addresses of clients are in it."""
+    """The data that the page shows of one moment; `details` adds clients' addresses and the app's traceback."""
     serving = now.serving
     oldest = serving.requests[:_MOST_REQUESTS]
     return {
@@ -95,12 +97,13 @@ def page_data(now: Snapshot, *, details: bool) -> dict[str, Any]:
         "requests": [_request(each, details=details) for each in oldest],
         "workers": [{**each, "memory": resident(each["pid"])} for each in serving.workers],
         "steps": serving.steps,
+        "trace": now.counts.trace[-_LONGEST_TRACE:] if details else "",
         "details": details,
     }
 
 
 def _request(request: InFlight, *, details: bool) -> dict[str, Any]:
-    """A request without its stack, which the page never has."""
+    """A request without its stack: the page never shows stacks."""
     told = request.as_json()
     keys = ("id", "method", "path", "age", "phase", "thread", "sent", "gone", "worker", "request_id")
     return {key: told[key] for key in (*keys, *(("client",) if details else ())) if key in told}

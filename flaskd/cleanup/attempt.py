@@ -1,4 +1,4 @@
-"""One attempt at one step: its thread, what came of it, and its stack while it hangs."""
+"""One attempt at one step: its thread, its result, and its stack while it hangs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LONGEST_TRACE = 32_000
 
 
 class Spare:
-    """A thread made before it is needed, for the steps of a stop at which no other can be had; one after the other."""
+    """A thread made in advance that runs steps one after the other; for a stop at which no other can be started."""
 
     def __init__(self) -> None:
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -33,7 +33,7 @@ class Spare:
         self._user: Attempt | None = None
 
     def start(self) -> None:
-        """Start it; raises RuntimeError when no thread can be had."""
+        """Start the thread; raises RuntimeError if no thread can be had."""
         self.thread.start()
 
     @property
@@ -42,12 +42,12 @@ class Spare:
         return self.thread.is_alive() and (self._user is None or self._user.verdict is not None)
 
     def run(self, attempt: Attempt, work: Callable[[], None]) -> None:
-        """Run an attempt's work next."""
+        """Let the thread run an attempt's work next."""
         self._user = attempt
         self._work.put(work)
 
     def dismiss(self) -> None:
-        """Let it end when it is free."""
+        """Let the thread end as soon as it is free."""
         self._work.put(None)
 
     def _run(self) -> None:
@@ -56,9 +56,9 @@ class Spare:
 
 
 class Attempt:
-    """A step running in a daemon thread of its own; `over` is called there once `verdict` is known.
+    """A step that runs in a daemon thread of its own; `over` is called in that thread once `verdict` is known.
 
-    Where no thread can be had it runs in the `spare` one, if there is one and that is free.
+    If no thread can be had, it runs in the thread of `spare`, if that is given and free.
     """
 
     def __init__(self, step: Step, context: StepContext, over: Callable[[], None], spare: Spare | None = None) -> None:
@@ -70,7 +70,7 @@ class Attempt:
         self._grace = step.action.grace(step.fields) if step.action.grace else None
 
     def start(self) -> bool:
-        """Start it; False where no thread can be had."""
+        """Start it; False if no thread can be had."""
         try:
             self.thread.start()
         except RuntimeError:
@@ -81,57 +81,56 @@ class Attempt:
         return True
 
     def fail(self, why: str) -> None:
-        """Give the verdict on an attempt that could not be started."""
+        """Set the verdict of an attempt that could not be started."""
         self.verdict = Verdict(Fate.FAILED, why)
         self._over()
 
     def given_up_at(self) -> float:
-        """The moment to abandon it."""
+        """The moment at which the runner abandons it."""
         return self.context.given_up_at(self._grace)
 
     def abandoned(self) -> Verdict:
-        """Give the verdict on an attempt whose thread is left to run on alone."""
+        """The verdict on an attempt that is abandoned: its thread runs on, and nothing waits for it."""
         return Verdict(Fate.TIMED_OUT, f"{self.context.overrun()}; abandoned", trace=self.step.redact(self.stack()))
 
     def join(self, timeout: float) -> None:
-        """Wait up to `timeout` seconds for the thread of an attempt that is over; none for one that hangs."""
+        """Wait up to `timeout` seconds for the thread of an attempt that is over; do not wait for one that hangs."""
         if self.verdict is not None and self.thread.ident is not None and not self._in_spare:
             self.thread.join(max(0.0, timeout))
 
     @property
     def alive(self) -> bool:
-        """Whether a thread is at it, or at the end of it."""
+        """Whether a thread still works for it."""
         return self.verdict is None if self._in_spare else self.thread.is_alive()
 
     @property
     def _in_spare(self) -> bool:
-        """Whether it has run in the spare thread, which does not end with it."""
+        """Whether it runs in the spare thread, which does not end with it."""
         return self._spare is not None and self.thread is self._spare.thread
 
     def stack(self) -> str:
-        """Where its thread is now, from the action's first frame on; empty when the thread is over."""
+        """Where its thread is now, from the action's first frame on; empty if the thread has ended."""
         return stack_of(self.thread, below=__file__)
 
     def _work(self) -> None:
         try:
             verdict = self._judged()
-            redact = (
-                self.step.redact
-            )  # what goes into log, record, replies and STATUS shows nothing that was interpolated
+            # Log, record, replies and STATUS must not show what was interpolated.
+            redact = self.step.redact
             why, detail = (_line(redact(text)) for text in (verdict.why, verdict.detail))
             cut = tuple(_line(redact(each)) for each in verdict.cut)
             self.verdict = Verdict(verdict.fate, why, detail, redact(verdict.trace)[-_LONGEST_TRACE:], cut)
-        except BaseException as error:  # noqa: BLE001 - an exception whose own text raises, say
+        except BaseException as error:  # noqa: BLE001 - for example, the text of an exception may raise
             self.verdict = Verdict(Fate.FAILED, type(error).__name__)
         finally:
             self._over()
 
     def _judged(self) -> Verdict:
-        """Run the action. SystemExit and the like are faults of the step, and end nothing but it."""
+        """Run the action. SystemExit and the like fail the step, and end nothing else."""
         step = self.step
         try:
             with AppCode():
-                if step.takes and self.context.found is None:  # it was not looked for yet
+                if step.takes and self.context.found is None:  # discovery has not run
                     self.context.found = discover(self.context.app)
                 detail = step.action.run(self.context, step.fields)
         except StepTimedOutError as error:
@@ -139,7 +138,7 @@ class Attempt:
         except StepFailedError as error:
             return Verdict(Fate.FAILED, str(error))
         except BaseException as error:  # noqa: BLE001 - see above
-            # Made into text here, in the step's own time: an exception's text is code of the user as well.
+            # The text is made here, in the step's own time, because the text of an exception is the user's code, too.
             said = "".join(traceback.format_exception_only(error))
             inner = error.__traceback__.tb_next if error.__traceback__ else None
             return Verdict(Fate.FAILED, said, trace=traceback_of(error, inner, limit=-_MOST_FRAMES))
@@ -147,5 +146,5 @@ class Attempt:
 
 
 def _line(text: str) -> str:
-    """One line of bounded length, in which nothing is acted upon."""
+    """The text as one line of limited length, with control characters escaped."""
     return escaped(" | ".join(filter(None, map(str.strip, text.splitlines()))))[:_LONGEST_TEXT]

@@ -24,11 +24,11 @@ log = logging.getLogger("flaskd.cleanup")
 Function = TypeVar("Function", bound=Callable[..., object])
 
 _EXTENSION = "flaskd.on_stop"
-"""Where an app keeps the functions that are registered for it alone (flask.Flask.extensions)."""
+"""The key in flask.Flask.extensions under which an app keeps the functions that are registered for it alone."""
 
 
 class _NoFields(Settings):
-    """A function in hand needs no fields."""
+    """A function that is registered in code has no fields."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,14 @@ def on_stop(
     always: bool = False,
     app: Flask | None = None,
 ) -> Any:
-    """Let a function run at the stop: as a decorator, with or without arguments.
+    """Register a function to run at the stop; a decorator, with or without arguments.
 
-    It is called without arguments, or with the step's context if it takes one, in the app's context, in a thread of its
-    own. Within a `phase` the last registered runs first, as `contextlib.ExitStack` does it; `after` names policies or
-    functions of the same or an earlier phase that must have ended before. `timeout` is in seconds, default:
-    ``cleanup.defaults.timeout``. With `app`, only a stop of that app runs it: for what is registered in a factory.
-    Raises ValueError for a phase that does not exist, TypeError for what cannot be called like that.
+    The function is called in a thread of its own, in the app's context, without arguments, or with the step's context
+    if it takes one. Within a `phase` the function registered last runs first, as with `contextlib.ExitStack`. `after`
+    names policies or functions of the same or an earlier phase that must have ended before it runs. `timeout` is in
+    seconds, default: ``cleanup.defaults.timeout``. With `app`, the function runs only at a stop of that app; use it for
+    functions that an app factory registers. Raises ValueError if the phase does not exist or the timeout is not above
+    0, TypeError if the function cannot be called like that.
     """
     if function is None:
         return partial(on_stop, phase=phase, timeout=timeout, after=after, always=always, app=app)
@@ -89,9 +90,10 @@ def on_stop(
 
 
 def with_callbacks(plan: Plan, app: Flask | None, *, timeout: float, told: set[str] | None = None) -> Plan:
-    """Add the functions registered so far to a plan; `timeout` is for those that say nothing themselves.
+    """Add the functions registered so far to a plan; `timeout`, in seconds, is for those that have none of their own.
 
-    What they wish to come after and cannot is a warning; it is added to `told`, and what is in there is not told again.
+    A wish of `after` that cannot be kept is logged as a warning and added to `told`; what `told` has is not logged
+    again.
     """
     callbacks = [*_registered, *(app.extensions.get(_EXTENSION, ()) if app is not None else ())]
     taken = {step.name for step in plan.steps}
@@ -104,7 +106,7 @@ def with_callbacks(plan: Plan, app: Flask | None, *, timeout: float, told: set[s
     steps, lost = [], []
     for phase in Phase:
         done: list[str] = []
-        # Last in, first out, but for those that come after one which was registered before them.
+        # The last registered runs first, unless it comes `after` one that was registered before it.
         for name, circle in in_turn({name: each.after for name, each in wished.items() if each.phase is phase}):
             callback = wished[name]
             kept = done[-1:]
@@ -151,10 +153,10 @@ def _run(function: Callable[..., object], context: StepContext, _fields: _NoFiel
 
 
 def _takes(function: Callable[..., object]) -> int | None:
-    """How many arguments it can be called with: 0 if it can do without, else 1; None for neither."""
+    """How many arguments to call it with: 0 if that is possible, else 1; None if it takes neither."""
     try:
         signature = inspect.signature(function)
-    except (ValueError, TypeError):  # written in C, and does not tell
+    except (ValueError, TypeError):  # it is written in C and has no signature
         return 0
     for count in (0, 1):
         try:

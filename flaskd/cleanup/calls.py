@@ -1,6 +1,6 @@
 """Calls that might block, made in a thread of their own.
 
-A cleanup step may hang while it holds the lock of a log stream; a thread that logs directly then hangs with it.
+A cleanup step may hang while it holds the lock of a log stream; a thread that writes to that log hangs with it.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ _log = logging.getLogger("flaskd.cleanup")
 
 
 class CallThread:
-    """Makes calls in the order they were given, in one daemon thread from construction to `close`."""
+    """Makes calls in the order in which they were given, in one daemon thread that lives until `close`."""
 
     def __init__(self, name: str) -> None:
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = threading.Thread(target=self._work, name=name, daemon=True)
         try:
             self._thread.start()
-        except RuntimeError:  # no more threads; better said in place than not at all
+        except RuntimeError:  # no thread can be had: `add` makes the calls itself
             self._thread = None
 
     def add(self, call: Callable[[], None]) -> None:
-        """Have `call` made soon; returns at once."""
+        """Have the thread make `call` soon; returns at once."""
         if self._thread is None:
             _make(call)
         else:
             self._calls.put(call)
 
     def close(self, timeout: float) -> bool:
-        """Wait up to `timeout` seconds until all calls are made; False when they are stuck."""
+        """Wait up to `timeout` seconds until all calls are made; False if one of them hangs."""
         if self._thread is None:
             return True
         self._calls.put(None)
@@ -50,7 +50,7 @@ class CallThread:
 
 
 def call_in_thread(call: Callable[[], None]) -> CallThread:
-    """Have one call made in a thread of its own, which is there to be closed."""
+    """Make one call in a thread of its own; `close` the result to wait for it."""
     thread = CallThread("flaskd-cleanup-call")
     thread.add(call)
     return thread
@@ -60,5 +60,5 @@ def _make(call: Callable[[], None]) -> None:
     try:
         with AppCode():
             call()
-    except BaseException:  # noqa: BLE001 - it is logged, which is all that can be done
+    except BaseException:  # noqa: BLE001 - all that can be done is to log it
         _log.exception("a call out of the cleanup failed")

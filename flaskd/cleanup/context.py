@@ -1,6 +1,6 @@
 """The time that cleanup has, what a running step knows of it, and how a step says that it failed.
 
-All moments are on one monotonic clock, all lengths are float seconds.
+All moments are on one monotonic clock; all lengths of time are float seconds.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ if TYPE_CHECKING:
     from flaskd.config import Phase
 
 ENDING_SLACK = 0.1
-"""Seconds past the limit in which a step that ends itself may say so, and the last log lines get out."""
+"""Seconds past the limit in which a step that ends itself can report that, and the last log lines are written."""
 
 
 ENDING_PATIENCE = 1.0
-"""Seconds that a step which ends itself has to say so, where the limit is further away than that."""
+"""Seconds after its grace in which a step that ends itself can report that, if the limit is further away than that."""
 
 
 _ENDING = 0.5
-"""Seconds before the deadline of a stop at which its steps are over, for the record and the exit; never more than a
-tenth of the whole."""
+"""Seconds before the deadline of a stop at which its steps must be over, so that there is time for the record and the
+exit; at most a tenth of the deadline."""
 
 
 def for_steps(deadline: float, reserve: float) -> tuple[float, float]:
-    """The `deadline` and `reserve` of a stop, less what its end takes: that is out of the reserve, if there is any."""
+    """The `deadline` and `reserve` of the steps of a stop; the reserve, if any, gives the time for its end."""
     ending = min(_ENDING, deadline / 10)
     return deadline - ending, max(0.0, reserve - ending)
 
 
 def in_app_context(app: Any) -> AbstractContextManager[Any]:
-    """The app's own context, in which `current_app` and the extensions work; nothing where there is no Flask app."""
+    """The app's context, in which `current_app` and the extensions work; an empty one if there is no Flask app."""
     return nullcontext() if app is None else app.app_context()
 
 
 class StepFailedError(FlaskdError):
-    """Raised by an action whose message tells all there is to tell; no traceback is logged for it."""
+    """Raised by an action that failed; its message says everything, so no traceback is logged."""
 
 
 class StepTimedOutError(StepFailedError):
-    """Raised by an action that watches its own time (see `Action.grace`); `trace` is a stack of what hangs.
+    """Raised by an action that watches its own time (see `Action.grace`). `trace` is the stack of what hangs.
 
-    `cut` names the accepted work that was thrown away, as the account of the stop will have it.
+    `cut` names the accepted work that was thrown away; the account of the stop lists it.
     """
 
     def __init__(self, message: str, trace: str = "", cut: tuple[str, ...] = ()) -> None:
@@ -62,14 +62,14 @@ class StepTimedOutError(StepFailedError):
 
 
 _SHARE_OF_THE_DEADLINE, _SHARE_OF_A_HURRY = 1 / 5, 1 / 2
-"""What steps marked `always` have of all the time, where there is no reserve."""
+"""The share of all the time that steps marked `always` have if there is no reserve."""
 
 
 @dataclass(frozen=True)
 class Times:
-    """What one process has of a stop, in seconds: its `deadline`, its `reserve`, and what of that is its own.
+    """The time that one process has for a stop, in seconds: its `deadline`, its `reserve` and `kept`.
 
-    The latter is `kept`, or the whole reserve where that is 0.
+    `kept` is the part of the reserve that is its own; 0 means the whole reserve.
     """
 
     deadline: float
@@ -77,32 +77,32 @@ class Times:
     kept: float = 0.0
 
     def for_steps(self) -> Times:
-        """The same for its steps, less what its end takes."""
+        """The time that the steps have: the same, less the time that the end of the stop takes."""
         deadline, reserve = for_steps(self.deadline, self.reserve)
         return Times(deadline, reserve, max(0.0, self.kept - (self.deadline - deadline)))
 
 
 def divided(deadline: float, reserve: float, *, later: bool) -> tuple[Times, Times]:
-    """What the workers have of a stop, and what the daemon has for its own steps; `later`: it has some after the drain.
+    """Divide the time of a stop between the workers and the daemon's own steps, in this order.
 
-    Those begin when all workers have ended, and have half of the reserve whatever hangs there: so much earlier is the
-    workers' deadline. Steps of the daemon before the drain, for which workers wait, leave these their
-    reserve, unless they are marked `always` themselves.
+    `later` says whether the daemon has steps after the drain. These begin when all workers have ended, and have half of
+    the reserve whatever hangs in the workers: the workers' deadline is that much earlier. The workers wait for the
+    daemon's steps before the drain; those leave the workers their reserve, unless they are marked `always` themselves.
     """
     pot = reserve or deadline * _SHARE_OF_THE_DEADLINE
     if not later:
         return Times(deadline, reserve), Times(deadline, pot)
-    kept = max(pot / 2, 2 * min(_ENDING, deadline / 10))  # a worker's steps end before it does
+    kept = max(pot / 2, 2 * min(_ENDING, deadline / 10))  # the steps of a worker end before the worker
     workers = Times(deadline - kept, reserve / 2)
     return workers, Times(deadline, kept + (workers.reserve or workers.deadline * _SHARE_OF_THE_DEADLINE), kept)
 
 
 class Budget:
-    """The time all of cleanup has: an absolute `deadline`, and the `reserve` kept from ordinary steps.
+    """The time that all of the cleanup has: an absolute `deadline`, and the `reserve` that ordinary steps may not use.
 
-    `always` is the number of steps that are marked so. Whatever hangs, each has a share of the reserve for itself (of
-    `kept`, if that is above 0): all that runs before it ends early enough for that, flush, final and others marked
-    `always` too.
+    `always` is the number of steps that are marked so. Each of them has a share of the reserve for itself (of `kept`,
+    if that is above 0), whatever hangs: all other steps end early enough for it, those of the phases flush and final
+    and the others marked `always` too.
     """
 
     def __init__(
@@ -114,41 +114,41 @@ class Budget:
         left = max(0.0, deadline - clock())
         # One share more than there are steps, for flush and final.
         share = min(kept or reserve or left * _SHARE_OF_THE_DEADLINE, left) / (always + 1)
-        # One tuple, replaced as a whole: a reader without the lock never sees half a change.
+        # One tuple, replaced as a whole: so a reader needs no lock and never sees half a change.
         self._now_in_force = (deadline, reserve, clock(), share)
 
     def now(self) -> float:
-        """The present moment."""
+        """The present moment on the clock."""
         return self._clock()
 
     @property
     def deadline(self) -> float:
-        """The moment past which nothing may run."""
+        """The moment after which nothing may run."""
         return self._now_in_force[0]
 
     @property
     def since(self) -> float:
-        """The moment from which the present deadline is in force."""
+        """The moment at which the present deadline was set."""
         return self._now_in_force[2]
 
     def kept(self, *, reserved: bool, waiting: int) -> float:
-        """Seconds before the deadline that a step may not use; one that is `reserved` may use the reserve.
+        """How many seconds before the deadline a step must end; a `reserved` one may use the reserve.
 
-        `waiting` is how many steps marked `always` have not begun yet.
+        `waiting` is the number of steps marked `always` that have not begun.
         """
         _, reserve, _, share = self._now_in_force
         return max(0.0 if reserved else reserve, waiting * share)
 
     def limit(self, *, reserved: bool, waiting: int = 0) -> float:
-        """The last moment of a step; see `kept`."""
+        """The last moment at which a step may run; the arguments are those of `kept`."""
         return self.deadline - self.kept(reserved=reserved, waiting=waiting)
 
     def slack(self, waiting: int) -> float:
-        """Seconds past its limit that a step may use to end itself, when `waiting` steps still have their shares."""
+        """Seconds past its limit in which a step may end itself, while `waiting` steps still need their shares."""
         return min(ENDING_SLACK, self._now_in_force[3] / 2) if waiting else ENDING_SLACK
 
     def hurry(self, seconds: float) -> None:
-        """Leave `seconds` from now for everything, without a reserve; a deadline that is nearer stays."""
+        """Leave `seconds` from now for everything, without a reserve; an earlier deadline stays."""
         with self._lock:
             now = self._clock()
             deadline = min(self.deadline, now + max(0.0, seconds))
@@ -158,16 +158,16 @@ class Budget:
 
 @dataclass(eq=False)
 class StepContext:
-    """What an action, or the function of a ``call``, is given: who asks, why, for which app, for how long.
+    """What an action, or the function of a ``call``, is given.
 
-    `app` is the Flask app, or None; `reason` the kind of the stop ("signal", "control", …), `reason_text` the
-    whole of it; `attempt` counts from 1; `started` is the moment this attempt began and `timeout` its
-    seconds; `waiting` is how many steps marked `always` had not begun by then; `state` is the state directory,
-    None where there is none to write to; `found` what discovery found for it, None where discovery has not run;
-    `redact` hides in a text what was interpolated into its fields.
+    `app` is the Flask app, or None. `reason` is the kind of the stop ("signal", "control", …), `reason_text` the whole
+    reason. `attempt` counts from 1. `started` is the moment at which this attempt began, `timeout` how many seconds it
+    has, `waiting` how many steps marked `always` had not begun at that moment. `state` is the state directory, or None
+    if there is none to write to. `found` are the objects that discovery found for it, None if discovery has not run.
+    `redact` hides in a text what was interpolated into the fields.
 
-    An action that waits outside Python sets `on_hurry`, called when less time is left than before, and
-    `last_resort`, called when the runner abandons the step; each in a thread of its own.
+    An action that waits outside of Python sets `on_hurry`, which is called when less time is left than before, and
+    `last_resort`, which is called when the runner abandons the step; each in a thread of its own.
     """
 
     policy: str
@@ -189,40 +189,40 @@ class StepContext:
 
     @property
     def limit(self) -> float:
-        """The moment past which this step may do nothing, however long its own timeout."""
+        """The moment after which this step may not run, however long its own timeout is."""
         return self.budget.limit(reserved=self.reserved, waiting=self.waiting)
 
     @property
     def ends(self) -> float:
-        """The moment at which this attempt has timed out."""
+        """The moment at which this attempt times out."""
         return min(self.started + self.timeout, self.limit)
 
     @property
     def slack(self) -> float:
-        """Seconds past the limit in which a step that ends itself may say so; see `ENDING_SLACK`."""
+        """Seconds past the limit in which a step that ends itself can report that; see `ENDING_SLACK`."""
         return self.budget.slack(self.waiting)
 
     def remaining(self) -> float:
-        """Seconds until this attempt times out, never below 0; a hurried stop shrinks it at once."""
+        """Seconds until this attempt times out, never below 0; less as soon as the stop is hurried."""
         return max(0.0, self.ends - self.budget.now())
 
     def ends_with(self, grace: float) -> float:
-        """The moment to begin an ending that takes `grace` seconds.
+        """The moment at which an ending that takes `grace` seconds must begin.
 
-        That is the timeout; where the limit comes first, `grace` before the limit, so that the ending fits
-        too, but never before half of the time is used.
+        That is the moment of the timeout. If the limit comes first, it is `grace` seconds before the limit, so that
+        there is time for the ending, but never before half of the time is used.
         """
         since = max(self.started, self.budget.since)
         return min(self.started + self.timeout, max(self.limit - grace, (since + self.limit) / 2))
 
     def given_up_at(self, grace: float | None) -> float:
-        """The moment at which the runner abandons this attempt, `grace` being that of its action."""
+        """The moment at which the runner abandons this attempt; `grace` is that of its action, in seconds."""
         if grace is None:
             return self.ends
         return min(self.started + self.timeout + grace + ENDING_PATIENCE, self.limit + self.slack)
 
     def overrun(self) -> str:
-        """Say which of its limits the attempt met."""
+        """Which limit the attempt has reached: its timeout, or the end of the stop's time."""
         if self.started + self.timeout <= self.limit:
             return f"not done within its timeout of {format_duration(self.timeout)}"
         took = format_duration(self.budget.now() - self.started)

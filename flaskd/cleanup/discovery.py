@@ -1,11 +1,11 @@
-"""Discovery: what the app holds that a stop should close, found without a line of configuration.
+"""Discovery: finds what the app holds and a stop should close, without any configuration.
 
-`discover` asks the garbage collector once what refers to the known types, as all their objects do (gc.get_referrers;
-some 10 ms for 100,000 objects). To ask it for all objects (gc.get_objects) would do harm: among them are the tuples
-that other threads are just building, and one that is held elsewhere, too, cannot be finished: ``tuple(...)`` raises
-SystemError, in the middle of a request. The types are taken from sys.modules alone: a library that the app has not
-imported costs nothing and is not imported here. Nothing is called on what is found but attributes that tell whether it
-is open; modules are looked into past what they do when they are asked, for some load themselves then, and some raise.
+`discover` asks the garbage collector what refers to the known types, because all of their objects do
+(gc.get_referrers; about 10 ms for 100,000 objects). It does not ask for all objects (gc.get_objects), because among
+these are tuples that other threads are still building: holding one of them makes ``tuple(...)`` raise SystemError in
+the middle of a request. The types are looked up in sys.modules, so a library that the app has not imported is not
+imported here. Of a found object only attributes that tell whether it is open are read. Modules are read through their
+``__dict__``, because some load things or raise when an attribute is asked for.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ if TYPE_CHECKING:
 log = logging.getLogger("flaskd.cleanup")
 
 _COST = 20.0
-"""How many times its own length a look around is away from the one before, however often it is asked for."""
+"""A look around that took N seconds is followed by the next one after this many times N at the earliest."""
 _DEEPEST = 6
 _MOST_FOLLOWED = 20_000
-"""How far below an extension of the app its objects are looked for, and among how many."""
+"""How many objects below the extensions of the app are looked at at most."""
 _NOT_FOLLOWED = (type, ModuleType, FunctionType, MethodType, logging.Logger, str, bytes, int, float, type(None))
 
 
 def discover(app: Any, objects: Iterable[object] | None = None) -> tuple[Found, ...]:
-    """Find what the app holds, among `objects`; default: all objects that the garbage collector knows.
+    """Find what the app holds among `objects`; default: all objects that the garbage collector knows.
 
-    `app` is the Flask app, or None: its extensions give names to what is found. What belongs to something else that was
-    found is left to that. It takes some time and the interpreter's lock with it, so it has no place on a request's way.
+    `app` is the Flask app, or None; its extensions give names to what is found. An object that belongs to another found
+    object is left to that. This takes time and holds the interpreter's lock, so it must not run while a request waits.
     """
     picked = list(_picked(_candidates(app) if objects is None else objects))
     owned = {id(inner) for kind, each in picked for inner in _asked(kind.owns, each, ())}
@@ -63,15 +63,15 @@ def discover(app: Any, objects: Iterable[object] | None = None) -> tuple[Found, 
 
 
 def _asked(question: Callable[[Any], Any], thing: Any, otherwise: Any) -> Any:
-    """The answer of an object of the app's; one that raises is half built, or broken, and not ours to mend."""
+    """The answer of one of the app's objects, or `otherwise` if it raises, as half-built and broken objects may."""
     try:
         return question(thing)
-    except BaseException:  # noqa: BLE001 - see above; SystemExit would end the whole look without a word
+    except BaseException:  # noqa: BLE001 - see above; SystemExit would silently end discovery
         return otherwise
 
 
 def _candidates(app: Any) -> Iterable[object]:
-    """What holds all objects of known types; of those that count by their name alone, all that have one."""
+    """What refers to objects of known types; for kinds that count only if named, everything that has a name."""
     types = [
         each for kind in KINDS if not kind.named for known in kind.types for each in _with_subtypes(_loaded(known))
     ]
@@ -81,10 +81,10 @@ def _candidates(app: Any) -> Iterable[object]:
 
 
 def _referrers(types: list[type]) -> list[Any]:
-    """What refers to the types; objects that the app has frozen (gc.freeze) are among it, and are frozen again.
+    """What refers to the types. Objects that the app has frozen (gc.freeze) are included, and are frozen again.
 
-    The collector does not look at frozen objects. Those made since are frozen with them, so what is garbage among them
-    goes before.
+    The collector skips frozen objects, so they are unfrozen first. Freezing again also freezes objects made since then;
+    the garbage among those is collected before.
     """
     if not gc.get_freeze_count():
         return gc.get_referrers(*types)
@@ -105,9 +105,9 @@ def _with_subtypes(known: type | None) -> Iterator[type]:
 
 
 def _picked(objects: Iterable[object]) -> Iterator[tuple[Kind, Any]]:
-    """The objects of known types, each once. Only their types are looked at: a proxy may answer to isinstance().
+    """The objects of known types, each once. Their types are compared, not isinstance() asked: a proxy may lie to that.
 
-    Types by their id(): one whose metaclass has its own idea of equality may not be hashable.
+    The types are compared by id(), because a type whose metaclass defines equality may not be hashable.
     """
     kinds: dict[int, Kind | None] = {}
     for one in KINDS:
@@ -127,7 +127,7 @@ def _picked(objects: Iterable[object]) -> Iterator[tuple[Kind, Any]]:
 
 
 def _loaded(path: str) -> type | None:
-    """The type, if its module has been imported."""
+    """The type, if its module has been imported, else None."""
     module, _, name = path.partition(":")
     known = contents_of(module).get(name)
     return known if issubclass(type(known), type) else None
@@ -137,21 +137,21 @@ def _found(name: str, thing: Any, use: str, left: str = "") -> Found:
     its_type = type(thing)
     try:
         refer: Callable[[], Any] = weakref.ref(thing)
-    except TypeError:  # it has no place for one
-        refer = lambda: thing  # noqa: E731 - two words for one thing
+    except TypeError:  # it cannot have a weak reference
+        refer = lambda: thing  # noqa: E731 - the other branch assigns, too
     kind = _asked(lambda its_type: f"{its_type.__module__}.{its_type.__qualname__}", its_type, "an unknown type")
     return Found(name, kind, use, left, refer)
 
 
 def _sentry() -> list[Found]:
-    """The client of the global scope, if there is an active one (sentry_sdk.get_client)."""
+    """The active Sentry client of the global scope, if there is one (sentry_sdk.get_client)."""
     client = _asked(lambda sdk: sdk["get_client"](), contents_of("sentry_sdk"), None)
     active = _asked(lambda client: client.is_active(), client, False)
     return [_found("sentry", client, "sentry.flush")] if active else []
 
 
 def _threads() -> list[Found]:
-    """Threads that the exit waits for, but an executor's."""
+    """The threads that the exit of the process waits for, without those of executors."""
     executors = contents_of("concurrent.futures.thread").get("_threads_queues", {})
     left = "a thread cannot be ended from outside; threads.stop asks one to end"
     return [
@@ -162,7 +162,7 @@ def _threads() -> list[Found]:
 
 
 def _children(executors: list[Any]) -> list[Found]:
-    """Processes of multiprocessing that are alive, without those of an executor."""
+    """The living multiprocessing children, without those of executors."""
     theirs = {pid for each in executors for pid in vars(each).get("_processes", None) or ()}
     left = "a process is ended only by a policy that says so; processes.stop"
     return [
@@ -173,25 +173,25 @@ def _children(executors: list[Any]) -> list[Found]:
 
 
 class _Names:
-    """Names for the objects with these ids."""
+    """Gives names to the objects with these ids."""
 
     def __init__(self, ids: set[int], app: Any) -> None:
         self._names: dict[int, str] = {}
         self._counted: Counter[str] = Counter()
         if ids:
             for name, value in _attributes():
-                if id(value) in ids and ":_" in self._names.get(id(value), ":_"):  # a public name, if there is one
+                if id(value) in ids and ":_" in self._names.get(id(value), ":_"):  # a public name is preferred
                     self._names[id(value)] = name
             for name, value in _held(app):
                 if id(value) in ids and id(value) not in self._names:
                     self._names[id(value)] = self._numbered(name, first="")
 
     def knows(self, thing: Any) -> bool:
-        """Whether a module or an extension holds it."""
+        """Whether a module or an extension holds the object."""
         return id(thing) in self._names
 
     def of(self, thing: Any) -> str:
-        """Its name; nothing but a module or an extension that holds it makes a lasting one."""
+        """The object's name; only an object that a module or an extension holds has the same name at every look."""
         return self._names.get(id(thing)) or self._numbered(
             _asked(lambda it: type(it).__name__, thing, "object"), first="-1"
         )
@@ -203,18 +203,18 @@ class _Names:
 
 
 def _attributes() -> Iterator[tuple[str, object]]:
-    # Copies, which are made at once: to list the items makes a tuple for each, in which the garbage collection may run
-    # code of the app that imports something.
+    # Copies, which are made at once: listing the items makes a tuple for each, and at any of them the garbage collector
+    # may run code of the app that imports a module.
     for module_name, module in sys.modules.copy().items():
-        if issubclass(type(module), ModuleType):  # there may be anything in sys.modules
+        if issubclass(type(module), ModuleType):  # sys.modules may hold any object
             for name, value in attributes_of(module).copy().items():
                 yield f"{module_name}:{name}", value
 
 
 def _held(app: Any) -> Iterator[tuple[str, object]]:
-    """What the extensions of the app hold, each by its key; the nearest first.
+    """What the extensions of the app hold, each with the extension's key; the nearest first.
 
-    Followed by gc.get_referents, which asks nothing of the objects: a proxy stays a proxy.
+    gc.get_referents follows the references without calling the objects, so a proxy is not resolved.
     """
     level = [
         *_asked(lambda app: [(str(key), each) for key, each in list(app.extensions.items())], app, []),
@@ -234,7 +234,7 @@ def _held(app: Any) -> Iterator[tuple[str, object]]:
 
 
 class DiscoveryRun:
-    """One look around, in a thread of its own; it takes `took` seconds, and gives what it found to `then`."""
+    """One run of discovery in a thread of its own; `took` is its length in seconds, `then` gets the result."""
 
     def __init__(self, app: Any, then: Callable[[tuple[Found, ...]], None] = lambda _: None) -> None:
         self._app, self._then = app, then
@@ -244,7 +244,7 @@ class DiscoveryRun:
         self._thread = threading.Thread(target=self._work, name="flaskd-discovery", daemon=True)
         try:
             self._thread.start()
-        except RuntimeError as error:  # no more threads; the stop can do without
+        except RuntimeError as error:  # no thread can be had; a stop works without discovery
             log.warning(f"cannot look for what the app holds: {error}")
 
     def _work(self) -> None:
@@ -252,17 +252,17 @@ class DiscoveryRun:
             with AppCode():
                 self._found = discover(self._app)
             self._then(self._found)
-        except BaseException:  # whatever the app has done to its objects, the stop can do without
+        except BaseException:  # the app's objects may raise anything; a stop works without discovery
             log.exception("cannot look for what the app holds")
         self.took = time.monotonic() - self._began
 
     @property
     def stale(self) -> bool:
-        """Whether another may be made: however often it is asked for, looking around costs a small part of the time."""
+        """Whether discovery may run again: it uses a small part of the time only, however often it is asked for."""
         return not self._thread.is_alive() and time.monotonic() - self._began > _COST * self.took
 
     def found(self, timeout: float = 0.0) -> tuple[Found, ...] | None:
-        """What it found; waits up to `timeout` seconds, and None when it has not found anything out by then."""
+        """What it found, after waiting up to `timeout` seconds; None if it is not done by then, or failed."""
         if self._thread.ident is not None:
             self._thread.join(timeout)
         return self._found

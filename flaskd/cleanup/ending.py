@@ -1,7 +1,7 @@
 """What the actions on live objects share: each ends the objects that its policy names, else those that were found.
 
-Several are ended side by side, so that one that hangs keeps none of the others; every one may be ended twice. The calls
-are the libraries' own, found on the objects: nothing is imported here for them.
+Several objects are ended at the same time, so that one that hangs does not hold up the others. Ending an object twice
+does no harm. The calls are methods of the objects themselves: no library is imported for them.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from flaskd.config import Fields, Phase
 
 End = Callable[[Any, StepContext, Any], str | None]
-"""Ends one object within the time of the context; returns a detail or None, raises to fail."""
+"""Ends one object within the time of the context; returns a text for the log or None, raises to fail."""
 
 _AT_A_TIME = 8
-"""Objects of one step that are ended at the same time."""
+"""How many objects of one step are ended at the same time."""
 LOOK = 0.1
-"""Seconds after which a wait looks whether the stop is in a hurry."""
+"""Seconds after which a waiting step looks whether the stop was hurried."""
 _MOST_NAMED = 3
 
 
@@ -46,22 +46,33 @@ def live_action(
     takes: str = "",
     needs: Mapping[str, str] = MappingProxyType({}),
     first: Action | None = None,
+    summary: str = "",
 ) -> Action:
-    """An action on live objects, given what ends one of them; `kinds` are those that discovery finds for it."""
+    """Make an action of `end`, which ends one live object; `kinds` are those that discovery finds for it."""
     takes = takes or name
     run = partial(end_all, takes, end)
     return Action(
-        name, fields, phase, run, look_up_targets, no_grace, needs=needs, takes=takes, first=first, kinds=kinds
+        name,
+        fields,
+        phase,
+        run,
+        look_up_targets,
+        no_grace,
+        needs=needs,
+        takes=takes,
+        first=first,
+        kinds=kinds,
+        summary=summary,
     )
 
 
 def no_grace(_fields: object) -> float:
-    """Ask for no time beyond the timeout but the moment that it takes to say what hangs."""
+    """0: the action ends at its timeout, and only needs the moment in which it reports what hangs."""
     return 0.0
 
 
 def objects_of(step: Step) -> list[tuple[str, Any]]:
-    """The objects that a step ends, each with its name, as far as they were found by now."""
+    """The objects that a step ends and that exist now, each with its name."""
     return _wanted(step.action.takes, step.found, step.fields)
 
 
@@ -72,7 +83,7 @@ def _wanted(use: str, found: Sequence[Found] | None, fields: Fields) -> list[tup
 
 
 class _SideBySide:
-    """Several objects being ended side by side, in threads of their own."""
+    """Ends several objects at the same time, in threads of its own."""
 
     def __init__(self, end: End, things: list[tuple[str, Any]], context: StepContext, fields: Fields) -> None:
         self._end, self._context, self._fields = end, context, fields
@@ -93,12 +104,12 @@ class _SideBySide:
             try:
                 with AppCode():
                     outcome: str | BaseException | None = self._end(thing, self._context, self._fields)
-            except BaseException as error:  # noqa: BLE001 - a driver may raise anything; it is the step's failure
+            except BaseException as error:  # noqa: BLE001 - a driver may raise anything; the step fails with it
                 outcome = error
             self._over.put((place, outcome))
 
     def run(self) -> dict[int, str | BaseException | None]:
-        """Give what became of each that was over in time, by its place."""
+        """What became of each object that was ended in time, by its place in the list."""
         self._context.on_hurry = lambda: self._over.put(None)
         threads: list[threading.Thread] = []
         for number in range(min(len(self._names), _AT_A_TIME)):
@@ -107,29 +118,29 @@ class _SideBySide:
             try:
                 thread.start()
                 threads.append(thread)
-            except RuntimeError:  # no more threads: here, then
+            except RuntimeError:  # no thread can be had: this one does the work
                 self._work()
         ended: dict[int, str | BaseException | None] = {}
         while len(ended) < len(self._names):
-            try:  # who watches the time itself is given a moment to say so
+            try:  # an object that watches its own time has a moment to report
                 word = self._over.get(timeout=self._context.remaining() + self._context.slack / 2)
             except queue.Empty:
                 break
             if word is not None:
                 ended[word[0]] = word[1]
         if len(ended) == len(self._names):
-            for each in threads:  # their work is done, and they end
+            for each in threads:  # they have done their work and end at once
                 each.join(1)
         return ended
 
     def stacks(self, silent: list[int], late: list[StepTimedOutError]) -> str:
-        """Where those that hang are: the threads here, and what others have said of theirs."""
+        """The stacks of the threads here that hang, and those that timed-out objects have reported of theirs."""
         threads = [self._at[place] for place in silent if place in self._at]
         return together([*(stack_of(each, below=__file__) for each in threads), *(each.trace for each in late)])
 
 
 def end_all(use: str, end: End, context: StepContext, fields: Fields) -> str | None:
-    """End all that is wanted; one that fails or hangs is named, and the others are ended all the same."""
+    """End all objects. One that fails or hangs is named in the error; the others are ended all the same."""
     things = _wanted(use, context.found, fields)
     if not things:
         return "there is nothing to end"
@@ -163,7 +174,7 @@ def _words(outcome: str | BaseException) -> str:
 
 
 def joined(thread: threading.Thread, until: Callable[[], float]) -> bool:
-    """Wait for the thread while `until` gives seconds; whether it is over."""
+    """Wait for the thread as long as `until` gives seconds; True if it has ended."""
     while thread.is_alive() and (left := until()) > 0:
         thread.join(min(left, LOOK))
     return not thread.is_alive()

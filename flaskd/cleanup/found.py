@@ -1,4 +1,4 @@
-"""One thing that discovery found, and what is to become of it."""
+"""One object that discovery found, and what a stop does with it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 class Found:
     """A live object that the app holds.
 
-    `name` is MODULE:ATTRIBUTE where a module holds it, the extension's key where an extension of the app does, else its
-    type and a number; `kind` its type; `use` the action that closes it, empty when there is none; `left` why it is
-    closed by nothing but a policy that asks for it, empty for what a stop closes by itself.
+    `name` is MODULE:ATTRIBUTE if a module holds the object, the extension's key if one of the app's extensions does,
+    else its type and a number. `kind` is its type. `use` is the action that closes it, empty if there is none. `left`
+    says why only a policy that asks for it closes it; `left` is empty if a stop closes it by itself.
     """
 
     name: str
@@ -24,9 +24,9 @@ class Found:
 
     @property
     def object(self) -> Any:
-        """The object itself; None once the app has let go of it, for finding it keeps nothing alive."""
+        """The object itself, or None if the app has dropped it: only a weak reference is kept."""
         return self._refer()
 
     def describe(self) -> dict[str, str]:
-        """Stable keys for programs."""
+        """The fields as JSON-ready values under stable keys."""
         return {"name": self.name, "kind": self.kind, "use": self.use, "left": self.left}

@@ -1,4 +1,4 @@
-"""Kinds of objects that discovery knows; those that an action ends stand with the action."""
+"""The kinds of objects that discovery finds and no action ends. An action's own kinds stand in the action's file."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _NO_ACTION = "no action closes it; a function of your own can (use: call)"
 
 @dataclass(frozen=True)
 class Kind:
-    """Types by ``module:name`` whose objects discovery finds, and what is known of these.
+    """Object types, given as ``module:name``, that discovery finds.
 
-    `use` is the action that ends them, empty for none; for an action's own kinds it is filled in. `but` are subtypes
-    that are something else, `ended` tells an object that needs nothing any more, `left` why one is not closed by
-    itself, `owns` gives the objects that are ended along with it, and with `named` only those count that a module or an
-    extension holds.
+    `use` is the name of the action that ends such objects, empty if there is none; for the kinds of an action it is
+    filled in. Objects of the types in `but` are skipped. `ended(object)` is true when the object needs no ending any
+    more. `left(object)` says why a stop does not close it by itself; it is empty if a stop does. `owns(object)` gives
+    the objects that end together with it. With `named`, only objects that a module or an extension holds are found.
     """
 
     types: tuple[str, ...]
@@ -50,7 +50,7 @@ UNCLOSED = (
         ),
         ended=lambda connection: bool(getattr(connection, "closed", False)),
         left=lambda _: _NO_ACTION,
-        named=True,  # those of a pool have no name, and are its business
+        named=True,  # a pool's connections have no name; the pool closes them
     ),
 )
-"""Kinds that no action ends: what is found is told, and left alone."""
+"""Kinds that no action ends: the plan lists these objects, and a stop leaves them open."""

@@ -1,4 +1,4 @@
-"""What the cleanup is made of: actions, what is found, steps, and what becomes of them."""
+"""The data of the cleanup: actions, steps, and the results of steps."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Fate(StrEnum):
 
 @dataclass(frozen=True)
 class StepResult:
-    """A step's fate.
+    """The result of a step.
 
-    `why` is empty when it is ok; `started` is seconds after the runner was made, `took` seconds over all
-    `attempts`; `detail` is what the action said of itself; `trace` the traceback of what it raised, or the
-    stack of its thread when it was abandoned; `cut` names the work that it had to throw away.
+    `why` is empty if the fate is OK. `started` is in seconds after the runner was made; `took` is the seconds that all
+    `attempts` took together. `detail` is the text that the action returned. `trace` is the traceback of the exception,
+    or the stack of the step's thread if the step was abandoned. `cut` names the accepted work that the step threw away.
     """
 
     name: str
@@ -49,13 +49,13 @@ class StepResult:
 
     @property
     def broken(self) -> bool:
-        """Whether it was tried and did not succeed."""
+        """Whether the step ran and did not succeed."""
         return self.fate in (Fate.FAILED, Fate.TIMED_OUT)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of one attempt; the fields mean what they mean in `StepResult`."""
+    """The result of one attempt; the fields mean the same as in `StepResult`."""
 
     fate: Fate
     why: str = ""
@@ -68,24 +68,24 @@ class Verdict:
 class Action:
     """One thing a policy can do.
 
-    `run` is called in a thread of its own with the context and the validated fields; it returns a short
-    detail for the log, or None, and raises to fail. `prepare` imports what `run` will need, when the daemon
-    starts or reloads; it raises to refuse the configuration. `grace` is for an action that watches its own
-    time: the seconds it may need after its timeout to end what it started (without it, the runner abandons an
-    action at its timeout). `restore` is called at the start, before READY, with the Flask app, the state directory
-    (None: there is none to use) and the fields; it returns what it did, for the log, and raises to tell that it did
-    not. `use_up` is called with the latter two, if it did, once the start has succeeded: what was kept can then be
-    marked as used. `fault` is why it cannot be used at all, empty when it can; a policy that uses it is refused with
-    these words.
+    `run(context, fields)` is called in a thread of its own; it returns a short text for the log or None, and raises to
+    fail. `prepare(fields)` imports what `run` will need when the daemon starts or reloads; it raises to refuse the
+    configuration. `grace(fields)` is for an action that watches its own time: how many seconds after its timeout it may
+    need to end what it started (without `grace`, the runner abandons the step at its timeout). `restore(app, state
+    directory or None, fields)` is called at the start, before READY; it returns what it did, for the log, and raises if
+    it could not. `use_up(state directory or None, fields)` is called once the start has succeeded, if `restore` did, so
+    that it can mark what was restored as used. `fault` says why the action cannot be used; a policy that uses it is
+    refused with these words. It is empty if the action can be used.
 
-    `needs` are the modules of which one must be installed, with what they are called at the package index.
-    `takes` is set for an action on live objects: the action by which discovery finds what a policy without a
-    target takes. `first` is what it does in an earlier phase already. `keeps` is the field that names its file under
-    the state directory, which must be no other's. `kinds` are those of the objects that discovery finds for it.
-    `scopes` are where it can run when there are worker processes, by default in the first of them: "worker", in each,
-    and "service", once, in the daemon's own process, for what asks nothing of the app, which is not imported there
-    (the context's `app` is None). Without `at_replacement` a worker whose place another one takes does not run it:
-    only when the service stops.
+    `needs` maps modules, one of which must be installed, to their names in the package index. `takes` is set for an
+    action on live objects: the name of the action for which discovery finds objects if the policy names no target.
+    `first` is an action that runs before it, in an earlier phase. `keeps` is the name of the field that holds the path
+    of its file under the state directory; no two policies may use the same path. `kinds` are the kinds of objects that
+    discovery finds for it. `scopes` say where it can run if there are worker processes; the first one is the default:
+    "worker" is in each worker, "service" is once, in the daemon's own process. The daemon has not imported the app, so
+    "service" is for actions that do not need it (the context's `app` is None). If `at_replacement` is false, a worker
+    that is replaced does not run it: it runs only when the service stops. `summary`
+    says what it does, for people.
     """
 
     name: str
@@ -104,18 +104,19 @@ class Action:
     kinds: tuple[Kind, ...] = ()
     scopes: tuple[Scope, ...] = ("worker",)
     at_replacement: bool = True
+    summary: str = ""
 
 
 ANYWHERE: tuple[Scope, ...] = ("service", "worker")
-"""The scopes of an action that asks nothing of the app: once for the service, unless a policy says otherwise."""
+"""The scopes of an action that does not need the app: by default it runs once, for the service."""
 
 
 DISCOVERED = "found:"
-"""What the name of a step begins with that no policy asked for; a policy's name has no colon."""
+"""How the names of the steps begin that discovery added. A policy's name has no colon."""
 
 
 Outcome = Literal["clean", "degraded"]
-"""Whether the drain before the cleanup lost nothing."""
+"""Clean: the drain before the cleanup lost nothing. Degraded: it lost something."""
 
 
 _MOST_NAMED = 4
@@ -125,19 +126,19 @@ _RESERVED = frozenset({Phase.FLUSH, Phase.FINAL})
 
 
 class Reason(Protocol):
-    """Why the daemon stops: its `kind`, and the whole of it as text."""
+    """Why the daemon stops; ``str()`` gives the whole reason as text."""
 
     @property
     def kind(self) -> str:
-        """One word, as `when.reason` lists it."""
+        """One of the words that `when.reason` accepts."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One policy as it will run; `timeout` is in seconds, `reasons` empty for any reason.
+    """One policy, ready to run. `timeout` is in seconds; with empty `reasons` the step runs for any reason.
 
-    `found` is what discovery found for an action on live objects whose policy names no target; None where it names one,
-    or where discovery has not run.
+    `found` are the objects that discovery found for an action on live objects whose policy names no target. It is None
+    if the policy names a target, or if discovery has not run.
     """
 
     name: str
@@ -154,38 +155,38 @@ class Step:
     found: tuple[Found, ...] | None = None
     scope: Scope = "worker"
     redact: Redactor = field(default_factory=Redactor, repr=False, compare=False)
-    """Hides what was interpolated into its fields."""
+    """Hides the secrets that were interpolated into its fields."""
 
     @property
     def discovered(self) -> bool:
-        """Whether discovery added it: no policy asks for it."""
+        """Whether discovery added the step, and not a policy."""
         return self.name.startswith(DISCOVERED)
 
     @property
     def takes(self) -> str:
-        """The action by which discovery finds what it ends; empty when it takes nothing that is found."""
+        """The action for which discovery finds the objects that the step ends; empty if it takes no found ones."""
         return "" if getattr(self.fields, "target", None) else self.action.takes
 
     @property
     def reserved(self) -> bool:
-        """Whether it may use the time that is kept in reserve."""
+        """Whether the step may use the time that is kept in reserve."""
         return self.always or self.phase in _RESERVED
 
     def may_be_wanted(self, reason: str) -> bool:
-        """Whether it fits a stop for this reason, whatever comes of the drain."""
+        """Whether the step fits a stop for this reason; the outcome of the drain is not looked at."""
         return (not self.reasons or reason in self.reasons) and (self.at_replacement or reason not in REPLACEMENTS)
 
     @property
     def at_replacement(self) -> bool:
-        """Whether it runs, too, when a worker is replaced while the service goes on."""
+        """Whether the step also runs when a worker is replaced while the service goes on."""
         return self.scope == "worker" and self.action.at_replacement
 
     def wanted(self, reason: str, outcome: Outcome) -> bool:
-        """Whether it fits this stop."""
+        """Whether the step fits a stop for this reason, after a drain with this outcome."""
         return self.may_be_wanted(reason) and self.outcome in (None, outcome)
 
     def describe(self) -> dict[str, Any]:
-        """Stable keys for programs; the action's own fields stay out of it, for they may hold secrets."""
+        """Stable keys for programs. The action's own fields are left out, because they may hold secrets."""
         return {
             "name": self.name,
             "phase": str(self.phase),
@@ -202,7 +203,7 @@ class Step:
         }
 
     def notes(self, *, workers: bool = False) -> str:
-        """What of it differs from the defaults, for people, and where there are `workers`."""
+        """How the step differs from the defaults, for people; `workers` says whether there are worker processes."""
         return "; ".join(
             note
             for said, note in (
@@ -220,15 +221,14 @@ class Step:
 
 
 def names(found: Sequence[Found]) -> str:
-    """The first few names, and how many more."""
+    """The first few names, and how many more there are."""
     return listed([each.name for each in found], _MOST_NAMED)
 
 
 def results_as_json(results: Iterable[StepResult]) -> dict[str, dict[str, Any]]:
-    """Name → what became of the step.
+    """The result of each step by the step's name, under stable keys.
 
-    The keys are stable; `started` and `took` are float seconds; `why`, `detail` and `trace` are empty for
-    none.
+    `started` and `took` are in seconds; `why`, `detail` and `trace` are empty strings if there is nothing to say.
     """
     return {
         each.name: {

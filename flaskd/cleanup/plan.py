@@ -1,4 +1,4 @@
-"""The plan: which steps a stop takes, in which order; a snapshot that later edits do not change."""
+"""The plan: which steps a stop runs, in which order. A plan does not change when the configuration does."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ AFTER_THE_DRAIN = tuple(phase for phase in Phase if phase not in {*BEFORE_THE_DR
 
 _ORDER = {phase: place for place, phase in enumerate(Phase)}
 _IN_ORDER = ("apscheduler.stop", "executor.stop")
-"""Of what is found, what is ended one after the other: a job may still use an executor."""
+"""These actions end discovered objects one after the other, in this order: a job may still use an executor."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """The steps of a stop: ordered by phase, then by their `after` edges, then as they were given.
 
-    `left` is what was found and no step ends, each with the reason. `elsewhere` are the steps of the other scope, where
-    there are worker processes: another process runs them.
+    `left` are the objects that were found and that no step ends, each with the reason. `elsewhere` are the steps that
+    another process runs, if there are worker processes: the steps of the other scope.
     """
 
     steps: tuple[Step, ...] = ()
@@ -48,7 +48,7 @@ class Plan:
         object.__setattr__(self, "steps", _ordered(self.steps, {step.name for step in self.elsewhere}))
 
     def part(self, scope: Scope) -> Plan:
-        """What runs in each worker, or once for the service; see `elsewhere`."""
+        """The plan of one scope: the steps of each worker, or of the service; the others are in `elsewhere`."""
         mine, others = ([step for step in self.steps if (step.scope == scope) is here] for here in (True, False))
         return Plan(tuple(mine), self.left, tuple(others))
 
@@ -58,23 +58,23 @@ class Plan:
 
     @property
     def later(self) -> bool:
-        """Whether there is something to run after the drain."""
+        """Whether there are steps to run after the drain."""
         return any(step.phase in AFTER_THE_DRAIN for step in self.steps)
 
     @property
     def id(self) -> str:
-        """The same for plans of the same steps, another for others: 12 hexadecimal digits."""
+        """12 hexadecimal digits, the same for all plans with the same steps, and different for others."""
         return hashlib.sha256(json.dumps(self.describe()).encode()).hexdigest()[:12]
 
     def dependents(self, name: str) -> tuple[str, ...]:
-        """The names of all steps that come after `name`, directly or through others, as the policies say it."""
+        """The names of the policies' steps that come after `name`, directly or through other steps."""
         found = [name]
         steps = _ordered((*self.steps, *self.elsewhere))
         found += (step.name for step in steps if not step.discovered and any(before in found for before in step.after))
         return tuple(found[1:])
 
     def one_file(self) -> list[str]:
-        """The names of the steps that keep the same file in each worker, of which all but one would be lost."""
+        """The names of the steps that keep the same file in every worker: all but one worker's file would be lost."""
         return [
             step.name
             for step in self.steps
@@ -84,7 +84,7 @@ class Plan:
         ]
 
     def prepare(self) -> None:
-        """Import what the steps will need; raises ConfigError with one line for each policy at fault."""
+        """Import what the steps will need; raises ConfigError with one line for each policy that fails."""
         faults = []
         for step in self.steps:
             if step.action.prepare is None:
@@ -98,7 +98,7 @@ class Plan:
             raise ConfigError("\n".join(faults))
 
     def restore(self, app: Any, state: Path | None) -> list[tuple[Step, str, bool]]:
-        """Let the steps bring back what they kept at the last stop; each one with its words, and whether it did."""
+        """Let the steps restore what they kept; gives each step, its text for the log, and whether it succeeded."""
         said = []
         for step in self.steps:
             if step.action.restore is None:
@@ -108,7 +108,7 @@ class Plan:
                     words, done = step.action.restore(app, state, step.fields), True
             except FlaskdError as error:
                 words, done = str(error), False
-            except Exception as error:  # noqa: BLE001 - an action of another package: the app starts without it
+            except Exception as error:  # noqa: BLE001 - another package's action; the app starts all the same
                 words, done = f"cannot restore: {error!r}", False
             if words:
                 said.append((step, f"cleanup {step.phase}/{step.name}: {step.redact(words)}", done))
@@ -120,10 +120,10 @@ class Plan:
 
 
 def build_plan(cleanup: CleanupConfig, scope: Scope | None = None, *, actions: Mapping[str, Action] = ACTIONS) -> Plan:
-    """Take the enabled policies of a validated configuration: all, or where there are workers those of one `scope`.
+    """Make the plan of the enabled policies of a validated configuration; with workers, of those of one `scope`.
 
-    An edge to a disabled policy leads on to what that one came after. Raises ConfigError for an action that
-    `actions` does not have.
+    A step that comes after a disabled policy comes after that policy's own predecessors. Raises ConfigError for an
+    action that `actions` does not have.
     """
     policies = cleanup.policies
     steps = []
@@ -154,9 +154,9 @@ def build_plan(cleanup: CleanupConfig, scope: Scope | None = None, *, actions: M
 
 
 def _with_first(step: Step) -> list[Step]:
-    """The step, after one for what its action does in an earlier phase already: NAME:pause for apscheduler.pause.
+    """The step, and before it a step for what its action does in an earlier phase, for example NAME:pause.
 
-    None when the drain's outcome decides, which is not known by then.
+    There is no such step if `when.outcome` is set, because in that phase the outcome of the drain is not known.
     """
     first = step.action.first
     if first is None or _ORDER[first.default_phase] >= _ORDER[step.phase] or step.outcome is not None:
@@ -168,13 +168,13 @@ def _with_first(step: Step) -> list[Step]:
 def with_found(
     plan: Plan, found: Iterable[Found], cleanup: CleanupConfig, actions: Mapping[str, Action] = ACTIONS
 ) -> Plan:
-    """Give a plan in which policies without a target have what was found, and with `auto` a step for each other kind.
+    """Add what was found to a plan: to policies without a target, and in mode `auto` as one step per other action.
 
-    A policy beats discovery: what it names, or all of its action when it names nothing, is left to it. What is excluded
-    is left alone. Steps for what was found take the defaults for time and retries, and go on when one fails.
+    A policy has precedence: the object that it names is left to it, or all objects of its action if it names none. What
+    is excluded is left alone. The added steps have the default timeout and retries; if one fails, the others still run.
     """
     mode, excluded = cleanup.discovery.mode, set(cleanup.discovery.exclude)
-    # By identity as well: what two modules hold has two names, and goes by one of them.
+    # Compared by identity as well: an object that two modules hold has two names, but discovery reports only one.
     excluded_ids = {id(thing) for name in excluded for thing in loaded(name)}
     named = {
         id(thing): step.name
@@ -205,7 +205,7 @@ def with_found(
 
 
 def _discovered(action: Action, found: tuple[Found, ...], cleanup: CleanupConfig, before: list[Step]) -> list[Step]:
-    """The step for what no policy ends: after the policies of its phase, for they may still use it."""
+    """The step for objects that no policy ends; it runs after the policies of its phase, which may still use them."""
     phase = action.default_phase
     ordered = {DISCOVERED + use for use in _IN_ORDER}
     after = [step.name for step in before if step.phase is phase and (not step.discovered or step.name in ordered)]
@@ -224,7 +224,7 @@ def _discovered(action: Action, found: tuple[Found, ...], cleanup: CleanupConfig
 
 
 def _enabled_before(name: str, cleanup: CleanupConfig) -> tuple[str, ...]:
-    """The enabled policies that `name` comes after, looking through disabled ones."""
+    """The enabled policies that `name` comes after; in place of a disabled one, those that it comes after."""
     policies = cleanup.policies
     found: list[str] = []
     seen = {name}
@@ -242,9 +242,9 @@ def _enabled_before(name: str, cleanup: CleanupConfig) -> tuple[str, ...]:
 
 
 def _ordered(steps: Iterable[Step], elsewhere: Collection[str] = ()) -> tuple[Step, ...]:
-    """Sort; an edge to a later or unknown step is dropped, so that no step ever waits for nothing.
+    """Sort the steps. An `after` that names a later or an unknown step is dropped, so no step waits in vain.
 
-    Edges to steps that another process runs stay. Here they wait for nothing, and say what depends on those.
+    An `after` that names a step of another process is kept: nothing waits for it here, but `dependents` needs it.
     """
     steps = tuple(steps)
     done: dict[str, Step] = {}

@@ -1,6 +1,6 @@
-"""What a plan comes to, before it runs: the latest moments of each step, and what one that hangs does to the others.
+"""What a plan means before it runs: the latest moments of each step, and the effect of a step that hangs.
 
-Both come from the runner itself, on a clock that is moved on by hand, with steps that do nothing or never end.
+Both are computed by the runner itself, with a clock that is set by hand and steps that end at once or never.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Frame:
-    """The time around a plan, in seconds: what `shutdown` and `cleanup` say of it."""
+    """The time around a plan, in seconds, from the sections `shutdown` and `cleanup`."""
 
     deadline: float
     reserve: float
@@ -51,7 +51,7 @@ class Frame:
         )
 
     def text(self) -> str:
-        """One line for people."""
+        """The frame as one line for people."""
         said = f"deadline {format_duration(self.deadline)}"
         if self.reserve:
             said += f", of which {format_duration(self.reserve)} are kept for flush, final and what is marked always"
@@ -64,13 +64,13 @@ class _Reason:
 
 
 class _Clock:
-    """Seconds since the stop began."""
+    """A clock that is set by hand: seconds since the stop began."""
 
     def __init__(self) -> None:
         self.now = 0.0
 
     def until(self, moment: float) -> None:
-        """Move on to a moment, never back."""
+        """Move the clock forward to a moment; it never goes back."""
         self.now = max(self.now, moment)
 
     def __call__(self) -> float:
@@ -78,14 +78,14 @@ class _Clock:
 
 
 class _Silent:
-    """Where the words of a rehearsal go: nowhere."""
+    """Takes the place of a thread that logs: a rehearsal logs nothing."""
 
     def add(self, call: Callable[[], None]) -> None:
-        """Do not."""
+        """Drop the call."""
 
 
 class _Rehearsal(Runner):
-    """A runner whose steps end at once, except those that hang; its clock moves on only while it waits for these."""
+    """A runner whose steps end at once, except those that hang; its clock moves only while it waits for those."""
 
     def __init__(self, plan: Plan, times: Times, frame: Frame, hang: Collection[str], clock: _Clock) -> None:
         self._by_hand = clock
@@ -104,12 +104,12 @@ class _Rehearsal(Runner):
 
     @property
     def drained_by(self) -> float:
-        """The moment at which the drain is over at the latest, for the steps after it."""
+        """The moment at which the drain must be over, so that the steps after it have their time."""
         return self._budget.deadline - self.kept
 
     @contextmanager
     def _reporting(self) -> Iterator[None]:
-        self._log = self._progress = _Silent()  # type: ignore[assignment]  # all that is asked of either
+        self._log = self._progress = _Silent()  # type: ignore[assignment]  # a rehearsal calls no other method of them
         self._call_threads = []
         yield
 
@@ -124,10 +124,10 @@ class _Rehearsal(Runner):
 
 
 def rehearse(plan: Plan, frame: Frame, hang: Collection[str], *, exit_wait: float = 0.0) -> list[StepResult]:
-    """What would become of each step if those named in `hang` never ended, after a drain that takes all of its time.
+    """The result of each step if the steps named in `hang` never end, after a drain that uses all of its time.
 
-    Where there are workers all of them are at the same step at the same time, as if they were one; `exit_wait` is how
-    many seconds they take from their last step to their end.
+    All workers count as one, because they run the same steps at the same time. `exit_wait` is how many seconds they
+    take from their last step to their end.
     """
     still = Action("rehearsed", Settings, Phase.FINAL, lambda _context, _fields: None)
     plan = Plan(tuple(replace(step, action=replace(still, name=step.action.name)) for step in plan.steps))
@@ -137,7 +137,7 @@ def rehearse(plan: Plan, frame: Frame, hang: Collection[str], *, exit_wait: floa
     results: list[StepResult] = []
 
     def run(phases: Sequence[Phase]) -> None:
-        """Where there are workers, they and the service are at these phases at the same time."""
+        """Run these phases in each process; the workers and the service begin them at the same moment."""
         begin, end = clock.now, clock.now
         for runner in runners:
             clock.now = begin
@@ -153,7 +153,7 @@ def rehearse(plan: Plan, frame: Frame, hang: Collection[str], *, exit_wait: floa
     run(BESIDE_THE_DRAIN)
     clock.until(min(drained, frame.deadline))
     for place, runner in enumerate(runners):
-        if place:  # the service, when the workers have ended
+        if place:  # the service goes on when the workers have ended
             clock.until(min(clock.now + exit_wait, parts[0][1].deadline))
             runner.heed(results)
         results += runner.run(AFTER_THE_DRAIN)
@@ -161,7 +161,7 @@ def rehearse(plan: Plan, frame: Frame, hang: Collection[str], *, exit_wait: floa
 
 
 def _parts(plan: Plan, frame: Frame) -> list[tuple[Plan, Times]]:
-    """What each process runs of a plan, and the time that it has for it: first the workers, then the service."""
+    """The part of the plan that each process runs, and its time: first the workers, then the service."""
     if not frame.workers:
         return [(plan, Times(frame.deadline, frame.reserve))]
     workers, service = plan.part("worker"), plan.part("service")
@@ -169,9 +169,9 @@ def _parts(plan: Plan, frame: Frame) -> list[tuple[Plan, Times]]:
 
 
 def latest(plan: Plan, frame: Frame) -> dict[str, tuple[float, float] | None]:
-    """The latest moments at which each step begins and is given up, in seconds after the stop began.
+    """The latest moments at which each step begins and is abandoned, in seconds after the stop began.
 
-    That is when all before it take all of their time and retries. None: there may be no time left for it.
+    They are reached if all steps before it use all of their time and retries. None: there may be no time left for it.
     """
     slowest = [
         replace(
@@ -191,10 +191,10 @@ def latest(plan: Plan, frame: Frame) -> dict[str, tuple[float, float] | None]:
 
 
 def overview(plan: Plan, frame: Frame, at_exit: Sequence[str] = ()) -> dict[str, Any]:
-    """What there is to know of a plan, with stable keys; `text` is a table for people.
+    """A plan under stable keys; `text` is a table for people.
 
-    `at_exit` names what the exit waits for, as far as it is known.
-    Of each step `begins_by` and `ends_by` are seconds after the stop began, or None where there may be no time for it.
+    `at_exit` names the threads and processes that the exit waits for, as far as they are known. `begins_by` and
+    `ends_by` of a step are seconds after the stop began, or None if there may be no time for it.
     """
     moments = latest(plan, frame)
     steps = _in_turn(plan.steps) if frame.workers else plan.steps
@@ -213,9 +213,9 @@ def overview(plan: Plan, frame: Frame, at_exit: Sequence[str] = ()) -> dict[str,
 
 
 def _in_turn(steps: Iterable[Step]) -> list[Step]:
-    """The steps as they follow each other: after the drain, those of the service wait until all workers have ended.
+    """The steps in the order in which they run: after the drain the service's steps wait until all workers have ended.
 
-    Before and beside it both run at the same time.
+    Before and during the drain the steps of both run at the same time.
     """
     stages = (*BEFORE_THE_DRAIN, *BESIDE_THE_DRAIN)
     return sorted(steps, key=lambda each: (min(each.phase.position, len(stages)), each.scope == "service"))
@@ -256,7 +256,7 @@ def _at_exit(frame: Frame, names: Sequence[str]) -> list[str]:
 
 
 def simulated(plan: Plan, frame: Frame, hang: Iterable[str]) -> tuple[list[StepResult], str]:
-    """What would become of each step if those named hung, for programs and for people.
+    """What would become of each step if those named in `hang` hung: the results, and a table for people.
 
     Raises UsageError for a name that no step has.
     """
@@ -288,7 +288,7 @@ def simulated(plan: Plan, frame: Frame, hang: Iterable[str]) -> tuple[list[StepR
 
 
 def with_service(workers: Mapping[str, Any], service: Plan, frame: Frame) -> dict[str, Any]:
-    """The overview of a whole service: of what a worker says of its own plan, and of what runs once.
+    """The overview of a service with workers: what a worker says of its plan, and the steps that run once.
 
     `workers` is the `overview` of one worker.
     """
@@ -301,7 +301,7 @@ def with_service(workers: Mapping[str, Any], service: Plan, frame: Frame) -> dic
 
 
 def plan_from(steps: Iterable[Mapping[str, Any]], found: Iterable[Found] = ()) -> Plan:
-    """The plan that `overview` described, good for rehearsals alone: what its steps do is not in there."""
+    """The plan that `overview` described, for rehearsals only: the description has no fields to run it with."""
     known = {each.name: each for each in found}
     return Plan(
         tuple(

@@ -1,11 +1,11 @@
-"""The registry of actions: flaskd's own, and what other packages bring as entry points, loaded when it is looked up.
+"""The registry of actions: flaskd's own, and those that other packages bring as entry points.
 
 A package brings an action with::
 
     [project.entry-points."flaskd.cleanup"]
     "shop.receipts" = "shop.cleanup:receipts"       # a flaskd.cleanup.Action
 
-Looking up one of flaskd's own looks at no other package.
+An entry point is loaded when its name is first looked up. Looking up one of flaskd's own actions loads none.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ GROUP = "flaskd.cleanup"
 
 
 class Registry(Mapping[str, _Item]):
-    """Name → item; `load` makes one of an entry point, when it is first looked up, and never raises."""
+    """A mapping of names to items; `load` makes an item of an entry point at its first look-up and never raises."""
 
     def __init__(self, own: Mapping[str, _Item], load: Callable[[EntryPoint], _Item]) -> None:
         self._items = dict(own)
@@ -55,7 +55,7 @@ class Registry(Mapping[str, _Item]):
 
     @functools.cached_property
     def _found(self) -> dict[str, EntryPoint]:
-        from importlib.metadata import entry_points  # noqa: PLC0415 - 20 ms, for those who use such an action
+        from importlib.metadata import entry_points  # noqa: PLC0415 - 20 ms, for such an action alone
 
         found: dict[str, EntryPoint] = {}
         for each in entry_points(group=GROUP):
@@ -70,7 +70,7 @@ class Registry(Mapping[str, _Item]):
 
 
 class LazyMapping(Mapping[str, _Other]):
-    """What a function makes of the values of a mapping; what is not looked up is not touched."""
+    """A mapping whose values a function makes from the values of another mapping, each when it is looked up."""
 
     def __init__(self, mapping: Mapping[str, _Item], make: Callable[[_Item], _Other]) -> None:
         self._mapping: Mapping[str, Any] = mapping
@@ -90,12 +90,12 @@ class LazyMapping(Mapping[str, _Other]):
 
 
 def origin(entry_point: EntryPoint) -> str:
-    """Say where an entry point comes from."""
+    """The package and the object of an entry point, as text for messages."""
     return f"{entry_point.dist.name if entry_point.dist else 'a package'} ({entry_point.value})"
 
 
 def brought(entry_point: EntryPoint) -> Action:
-    """The action that another package brings; one that cannot be loaded becomes one with a fault."""
+    """The action of an entry point; if it cannot be loaded, an action with a `fault` that says why."""
     try:
         with AppCode():
             action = entry_point.load()

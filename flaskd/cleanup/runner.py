@@ -1,7 +1,7 @@
-"""The runner: takes the steps of a plan, phase by phase, within one absolute budget of time.
+"""The runner: runs the steps of a plan, phase by phase, within one absolute budget of time.
 
-`Runner.run` belongs to one thread; `Runner.hurry` and the properties may be used from any. The runner's own
-thread calls nothing that may block (actions, the log, `on_progress`), so that nothing can keep it past the deadline.
+`Runner.run` belongs to one thread; `Runner.hurry` and the properties may be used from any. The thread in `run` calls
+nothing that may block (actions, the log, `on_progress`), so that nothing can keep it past the deadline.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ _LONGEST_FAREWELL = 1.0
 class Runner:
     """Runs the steps of `plan` for one stop.
 
-    `app` is the Flask app or None; `deadline` a moment on `clock`; `reserve` the seconds before it that are
-    kept for flush, final and `always`, of which each has a share for itself; `max_parallel` how many steps of a
-    phase run at a time; `state` the state directory. `on_progress` is given each result as it is known,
-    `on_begin` is called when a step has begun, both in a thread of their own. `spare` is a thread for steps where no
-    other can be had.
+    `app` is the Flask app or None. `deadline` is a moment on `clock`. `reserve` is the seconds before it that are kept
+    for the phases flush and final and for steps marked `always`, each of which has a share of its own; see `Budget` for
+    `kept`. `max_parallel` is how many steps of a phase run at the same time. `state` is the state directory.
+    `on_progress` is called with each result, `on_begin` when a step has begun, both in a thread of their own. `spare`
+    runs steps if no other thread can be had.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Runner:
 
     @property
     def results(self) -> tuple[StepResult, ...]:
-        """What is known so far, in the order it became known."""
+        """The results so far, in the order in which they became known."""
         with self._lock:
             return tuple(self._results.values())
 
@@ -100,33 +100,33 @@ class Runner:
 
     @property
     def kept(self) -> float:
-        """Seconds before the deadline that are not for the drain, nor for ordinary steps."""
+        """Seconds before the deadline that neither the drain nor ordinary steps may use."""
         return self._budget.kept(reserved=False, waiting=self._waiting())
 
     @property
     def left(self) -> float:
-        """Seconds until the last of the steps that run now is given up; 0 when none runs."""
+        """Seconds until the last of the running steps is abandoned; 0 if none runs."""
         with self._lock:
             running = tuple(self._running.values())
         return max((attempt.given_up_at() - self._budget.now() for attempt in running), default=0.0)
 
     @property
     def abandoned(self) -> tuple[str, ...]:
-        """The names of the steps that were left to themselves when their time was up."""
+        """The names of the steps that were abandoned when their time was up."""
         return self._abandoned
 
     def runs_in(self, thread: threading.Thread) -> bool:
-        """Whether a step runs in that thread."""
+        """Whether one of the steps runs, or ran, in that thread."""
         with self._lock:
             return any(attempt.thread is thread for attempt in self._attempts)
 
     def finished(self) -> bool:
-        """Whether no thread of a step is alive."""
+        """Whether the threads of all steps have ended."""
         with self._lock:
             return not any(attempt.alive for attempt in self._attempts)
 
     def hurry(self, seconds: float) -> None:
-        """Leave `seconds` from now for all that is still to do, running steps included, and no reserve."""
+        """Leave `seconds` from now for all that is still to do, running steps included, without a reserve."""
         self._budget.hurry(seconds)
         self._wake.put(None)
         with self._lock:
@@ -136,13 +136,14 @@ class Runner:
                 call_in_thread(call).close(0)
 
     def replan(self, plan: Plan) -> None:
-        """Take the steps of the phases to come from another plan; between two runs."""
+        """Run the steps of another plan in the phases to come; to be called between two runs."""
         self._plan = plan
 
     def heed(self, results: Iterable[StepResult]) -> None:
-        """Take to heart what became of steps that another process ran (`Plan.elsewhere`); between two runs.
+        """Take into account the results of steps that another process ran (`Plan.elsewhere`); call it between two runs.
 
-        What depends on one that did not succeed is skipped, or all the rest, as that one's `on_failure` says.
+        If such a step did not succeed, its `on_failure` says what is skipped: nothing, its dependents, or all that
+        remains.
         """
         elsewhere = {step.name: step for step in self._plan.elsewhere}
         for result in results:
@@ -152,8 +153,8 @@ class Runner:
     def run(self, phases: Iterable[Phase], outcome: Outcome = "clean") -> list[StepResult]:
         """Run the steps of `phases`, in the order of the phases.
 
-        Returns their results in the order they became known. Steps that have run before are not run again.
-        Returns at the deadline at the latest, whatever the steps do.
+        Returns their results in the order in which they became known. A step that has run is not run again. Returns at
+        the deadline at the latest, whatever the steps do.
         """
         wanted = set(phases)
         known = len(self._results)
@@ -186,7 +187,7 @@ class Runner:
                 self._settle()
 
     def _start_free(self, pending: list[Step], outcome: Outcome) -> None:
-        """Start or skip every step that need not wait; the plan is sorted, so one pass is enough."""
+        """Start or skip each step that need not wait for another; one pass is enough because the plan is sorted."""
         waiting = {step.name for step in pending} | self._running.keys()
         for step in tuple(pending):
             if not waiting.isdisjoint(step.after):
@@ -195,13 +196,15 @@ class Runner:
                 waiting.discard(step.name)
                 self._conclude(step, Verdict(Fate.SKIPPED, why), attempts=0)
             elif len(self._running) >= self._max_parallel or not self._start(step, attempt=1):
-                continue  # another one must end first
+                continue  # a running step must end first
             pending.remove(step)
 
     def _why_not(self, step: Step, outcome: Outcome) -> str:
-        """Why the step is skipped; empty when it is to run."""
+        """Why the step is skipped; empty if it is to run."""
         if not step.wanted(self._reason.kind, outcome):
-            return "when" if step.at_replacement or self._reason.kind not in REPLACEMENTS else "the service goes on"
+            if step.at_replacement or self._reason.kind not in REPLACEMENTS:
+                return "its `when` does not fit this stop"
+            return "it runs only when the service stops"
         if not step.always and (why := self._skip_why.get(step.name) or self._aborted):
             return why
         if self._limit(step) <= self._budget.now():
@@ -209,11 +212,11 @@ class Runner:
         return ""
 
     def _limit(self, step: Step) -> float:
-        """The last moment of a step that would begin now."""
+        """The last moment at which a step that begins now may run."""
         return self._budget.limit(reserved=step.reserved, waiting=self._waiting(step))
 
     def _waiting(self, but: Step | None = None) -> int:
-        """How many steps marked `always` have not begun yet."""
+        """The number of steps marked `always` that have not begun, `but` left out."""
         return sum(
             step.always
             for step in self._plan.steps
@@ -223,7 +226,7 @@ class Runner:
         )
 
     def _start(self, step: Step, attempt: int) -> bool:
-        """Start an attempt at a step; False where it must wait for the one thread that there is."""
+        """Start an attempt at a step; False if it must wait until a running step frees the spare thread."""
         context = StepContext(
             policy=step.name,
             phase=step.phase,
@@ -241,7 +244,7 @@ class Runner:
             redact=step.redact,
         )
         started = Attempt(step, context, over=partial(self._wake.put, None), spare=self._spare)
-        with self._lock:  # before it begins: who it is may be asked in it
+        with self._lock:  # before it begins, because the step may ask which one it is
             self._running[step.name] = started
             self._attempts = [each for each in self._attempts if each.alive] + [started]
         if not self._begin(started):
@@ -265,23 +268,23 @@ class Runner:
         with suppress(queue.Empty):
             if left > 0:
                 self._wake.get(timeout=min(left, _LONGEST_WAIT))
-            while True:  # one look at all steps answers every wake-up so far
+            while True:  # `_settle` looks at all steps, so one wake-up is enough
                 self._wake.get_nowait()
 
     def _settle(self) -> None:
-        """Deal with each running step that is over or has no time left."""
+        """Conclude each running step that is over or has no time left."""
         for attempt in tuple(self._running.values()):
             if attempt.verdict is not None:
                 self._judge(attempt, attempt.verdict)
             elif attempt.given_up_at() <= self._budget.now():
-                # Never retried: it still runs, and must not run twice at a time.
+                # It is not retried: it still runs, and two attempts must not run at the same time.
                 self._abandoned += (attempt.step.name,)
                 if call := attempt.context.last_resort:
                     self._call_threads.append(call_in_thread(call))
                 self._conclude(attempt.step, attempt.abandoned(), attempt.context.attempt)
 
     def _judge(self, attempt: Attempt, verdict: Verdict) -> None:
-        """Take the verdict, or try again while retries and time are left."""
+        """Accept the verdict, or try again if it is no success and retries and time are left."""
         step, count = attempt.step, attempt.context.attempt
         time_left = self._limit(step) > self._budget.now()
         if verdict.fate is Fate.OK or count > step.retries or not time_left:
@@ -318,7 +321,7 @@ class Runner:
         self._log.add(partial(_write_line, result))
 
     def _mark_skipped(self, step: Step, result: StepResult) -> None:
-        """Note which steps will not run because this one did not succeed."""
+        """Note which steps will be skipped because this one did not succeed."""
         if step.on_failure == "skip_dependents":
             how = "failed" if result.fate is Fate.FAILED else "timed out"
             for name in self._plan.dependents(step.name):

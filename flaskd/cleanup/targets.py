@@ -10,22 +10,16 @@ from typing import Annotated, Any
 
 from flaskd.cleanup.context import StepFailedError
 from flaskd.config import Fields, OneOrMany, Settings
-from flaskd.config.kinds import checked
+from flaskd.config.kind import matching
 from flaskd.config.settings import field
 from flaskd.objects import contents_of
 from flaskd.process.forks import AppCode
 
 TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
-"""An object of the app, as a target is written."""
+"""How a target is written: MODULE:ATTRIBUTE."""
 
 
-def _target(text: str) -> str:
-    if not TARGET.fullmatch(text):
-        raise ValueError("expected MODULE:ATTRIBUTE, such as shop.db:pool")
-    return text
-
-
-Target = Annotated[str, checked(_target)]
+Target = Annotated[str, matching(TARGET.pattern, "expected MODULE:ATTRIBUTE, such as shop.db:pool")]
 """An object of the app, as MODULE:ATTRIBUTE; dots lead on to attributes of it."""
 
 
@@ -38,7 +32,7 @@ class TargetFields(Settings):
 
 
 def look_up(target: str) -> Any:
-    """Import ``pkg.mod:attribute``; raises StepFailedError naming the target and what is wrong with it."""
+    """Import ``pkg.mod:attribute``; raises StepFailedError, which names the target and what is wrong with it."""
     module, _, attribute = target.partition(":")
     try:
         with AppCode():
@@ -48,18 +42,18 @@ def look_up(target: str) -> Any:
 
 
 def look_up_targets(fields: Fields) -> None:
-    """Make sure, before the stop, that what a policy names is there; what it is may still change."""
+    """Raise StepFailedError if an object that a policy names does not exist now; it may change until the stop."""
     for target in [*getattr(fields, "target", []), *filter(None, [getattr(fields, "stop", None)])]:
         look_up(target)
 
 
 def targets(fields: Fields) -> list[tuple[str, Any]]:
-    """The objects that a policy names, each with its name; a collection stands for what is in it, None for nothing."""
+    """The objects that a policy names, each with its name. A collection stands for its items, None for no object."""
     return [(name, each) for name in getattr(fields, "target", []) for each in _each_in(look_up(name))]
 
 
 def loaded(name: str) -> list[Any]:
-    """The objects at MODULE:ATTRIBUTE, as far as it is one and they are there; imports and loads nothing."""
+    """The objects at MODULE:ATTRIBUTE if the module is loaded and has the attribute, else none; imports nothing."""
     if not TARGET.fullmatch(name):
         return []
     module, _, attributes = name.partition(":")

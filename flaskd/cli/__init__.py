@@ -1,6 +1,6 @@
-"""The ``flaskd`` command: its verbs, each as arguments and one call.
+"""The ``flaskd`` command: each verb takes its arguments and makes one call.
 
-What a client verb does not need (Flask, waitress, pydantic, PyYAML) is imported by the verbs that need it.
+Large imports (Flask, waitress, pydantic, PyYAML) are made only by the verbs that need them, so client verbs start fast.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> int:
 
 
 def reported(run: Callable[[], object]) -> int:
-    """Run a verb and return the exit code; every fault is one clear line on standard error, if that can be written."""
+    """Run a verb and return the exit code; every fault is written to standard error as one clear line, if possible."""
     try:
         result = run()
     except click.UsageError as error:
@@ -64,12 +64,12 @@ def reported(run: Callable[[], object]) -> int:
     except (click.Abort, KeyboardInterrupt):
         return 130
     except BrokenPipeError:
-        # What read our output has closed it; nothing more can be said there, at the exit either.
+        # The reader of the output has closed it. Nothing more can be written there, also not at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EX_LOST
     except FlaskdError as error:
         prefix = "" if isinstance(error, ConfigError) else "flaskd: "
-        said = "\n".join(f"{prefix}{line}" for line in lines(str(error)))
+        said = "\n".join(f"{prefix}{line}" for line in lines(error.whole))
         _complain(lambda: click.echo(said, err=True))
         return error.exit_code
     except (OSError, RuntimeError, MemoryError) as error:
@@ -85,9 +85,9 @@ def reported(run: Callable[[], object]) -> int:
 
 
 def show_usage_fault(error: click.UsageError) -> None:
-    """Say what is wrong with a command line; of an option that a verb has not, what there is instead, in one line."""
+    """Write what is wrong with a command line; for an unknown option, what to use instead, in one line."""
     if isinstance(error, click.NoSuchOption) and error.ctx is not None:
-        from flaskd.cli.foreign import advice  # noqa: PLC0415 - for a mistake alone
+        from flaskd.cli.foreign import advice  # noqa: PLC0415 - only for mistakes
 
         command = error.ctx.command
         known = [name for each in command.get_params(error.ctx) for name in each.opts if name.startswith("-")]
@@ -101,7 +101,7 @@ def _see(context: click.Context | None) -> str:
 
 
 def _complain(say: Callable[[], object]) -> None:
-    with contextlib.suppress(OSError):  # it cannot be said; the exit code tells
+    with contextlib.suppress(OSError):  # the message cannot be written, but there is the exit code
         say()
 
 
@@ -155,7 +155,7 @@ def serve_app(
     name: str,
     make_app: Callable[[], Any] | None = None,
 ) -> NoReturn:
-    """Serve what the options of ``flaskd serve`` ask for, or what `make_app` makes, and leave with the exit code."""
+    """Serve with the options of ``flaskd serve``, or what `make_app` makes, and exit with the exit code."""
     from flaskd.process.pid1 import stand_in_front  # noqa: PLC0415
 
     stand_in_front()
@@ -167,9 +167,9 @@ def serve_app(
     from flaskd.process.exit import Ending, leave  # noqa: PLC0415
     from flaskd.serving.configuration import reader  # noqa: PLC0415
 
-    if not gc.isenabled():  # `flaskd.__main__` has put it off for the imports
+    if not gc.isenabled():  # `flaskd.__main__` has switched it off for the imports
         gc.freeze()
-        gc.unfreeze()  # what was imported is old from now on, and is not looked through at once
+        gc.unfreeze()  # imported objects count as old, and are not searched soon
         gc.enable()
     if not name or "/" in name or name.startswith("."):
         raise click.BadParameter(f'expected a plain name, got "{name}"', param_hint="--name")
@@ -218,7 +218,7 @@ def check(config: str | None, unit: str | None, as_json: bool, file: str | None)
     """Check a configuration file, importing nothing of the app."""
     from flaskd.config import Fault, InvalidConfigError  # noqa: PLC0415
 
-    if config and file:  # the answer would be of one of them alone
+    if config and file:  # only one of them could be checked
         raise click.UsageError(f'expected one file, got "{config}" and "{file}"')
     path = _config_path(config or file)
     answer: dict[str, Any] = {"ok": True, "config": str(path) if path else None, "faults": [], "omitted": 0}
@@ -232,7 +232,7 @@ def check(config: str | None, unit: str | None, as_json: bool, file: str | None)
         if isinstance(error, InvalidConfigError):
             answer["faults"] = [fault.as_json() for fault in error.faults]
             answer["omitted"] = error.omitted
-        else:  # of the whole file, or of a unit that does not go with it
+        else:  # a fault of the whole file, or of a unit that does not fit it
             faults = [Fault(unit or str(path or ""), 0, 0, "", line) for line in str(error).splitlines()]
             answer["faults"] = [fault.as_json() for fault in faults]
     if as_json:
@@ -245,7 +245,7 @@ def check(config: str | None, unit: str | None, as_json: bool, file: str | None)
 
 
 def _check(path: Path | None, unit: str | None) -> tuple[Fault, ...]:
-    """What is valid and surely not meant; raises ConfigError."""
+    """The doubts about a valid configuration; raises ConfigError for an invalid one."""
     from flaskd.serving.configuration import read  # noqa: PLC0415
 
     configuration = read(path)
@@ -280,7 +280,7 @@ def init_(source: str | None, force: bool, file: str) -> None:
     With --from it says what a gunicorn.conf.py says, which is read and never run, or a command line of gunicorn,
     waitress-serve or flask run. What has no equivalent is told line by line.
     """
-    from flaskd.cli.init import init  # noqa: PLC0415 - for this verb alone
+    from flaskd.cli.init import init  # noqa: PLC0415 - only for this verb
 
     init(source, file, force=force)
 

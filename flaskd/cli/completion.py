@@ -1,4 +1,4 @@
-"""``flaskd completion``: the script by which a shell completes verbs, options and their values."""
+"""``flaskd completion``: prints the script with which a shell completes verbs, options and their values."""
 
 from __future__ import annotations
 
@@ -19,50 +19,54 @@ if TYPE_CHECKING:
 
 SHELLS = ("bash", "zsh", "fish")
 _VARIABLE = "_FLASKD_COMPLETE"
-"""The variable by which the script asks the command for what may come next; click has the name from the program's."""
+"""The environment variable with which the script asks the command for completions; click makes it of the name."""
 
 
 @click.command("completion", short_help="The script for a shell to complete flaskd's commands.")
 @click.argument("shell", type=click.Choice(SHELLS))
 def shell_script(shell: str) -> None:
     """Print the script by which SHELL (bash, zsh or fish) completes verbs, options, log levels and names of daemons."""
-    from click.shell_completion import ShellComplete, get_completion_class  # noqa: PLC0415 - for this verb alone
+    show.say(script(shell))
+
+
+def script(shell: str) -> str:
+    """The script for a shell."""
+    from click.shell_completion import ShellComplete, get_completion_class  # noqa: PLC0415 - only for this verb
 
     kind = get_completion_class(shell)
     assert kind is not None
-    root = click.get_current_context().find_root()
-    # Not its own source(): that of bash looks for a bash, of which version, where the script is printed.
-    show.say(ShellComplete.source(kind(root.command, {}, "flaskd", _VARIABLE)).removesuffix("\n"))
+    # Not its method source(), which for bash looks for an installed bash and its version.
+    return ShellComplete.source(kind(click.Command("flaskd"), {}, "flaskd", _VARIABLE)).removesuffix("\n")
 
 
-# --- values: each is asked by a shell only ------------------------------------------------------------------------
+# --- values: only a shell asks for them -----------------------------------------------------------------------------
 
 
 def levels(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
-    """Log levels."""
+    """The log levels."""
     return [each for each in LEVELS if each.startswith(incomplete.lower())]
 
 
 def counts(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
-    """The one number of workers that is a word."""
+    """The only number of workers that is a word."""
     return [each for each in ("auto",) if each.startswith(incomplete)]
 
 
 def verbs(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
-    """Verbs of the command."""
+    """The verbs of the command."""
     command = context.find_root().command
     return [name for name in getattr(command, "commands", VERBS) if name.startswith(incomplete)]
 
 
 def names(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
-    """Names of the daemons that run."""
+    """The names of the running daemons."""
     ways = (way_to(path, os.environ) for path, _ in running(os.environ))
     found = {way.removeprefix("--name ") for way in ways if way.startswith("--name ")}
     return sorted(name for name in found if name.startswith(incomplete))
 
 
 def policies(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
-    """Names of the cleanup policies of the daemon that is meant."""
+    """The names of the daemon's cleanup policies; the daemon is that of the other options."""
     asked = context.params
     with contextlib.suppress(FlaskdError):
         path = find_socket(asked.get("socket"), asked.get("name") or "flaskd", os.environ)
@@ -73,7 +77,7 @@ def policies(context: click.Context, _parameter: click.Parameter, incomplete: st
 
 
 def files(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Files: the shell finds them by itself."""
+    """Files: the shell completes them itself."""
     from click.shell_completion import CompletionItem  # noqa: PLC0415 - see above
 
     return [CompletionItem(incomplete, type="file")]

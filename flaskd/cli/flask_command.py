@@ -1,4 +1,4 @@
-"""``flask daemon``: what ``flaskd serve`` does, for the app that Flask's own command line names."""
+"""``flask daemon``: like ``flaskd serve``, for the app of Flask's own command line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flaskd.process.bootstrap import heed_signals, open_standard_streams
 
 
 class _Daemon(click.Command):
-    """The command; faults of its command line have flaskd's exit code, as after ``flaskd serve``."""
+    """The command; faults of its command line have flaskd's exit code, as with ``flaskd serve``."""
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
@@ -29,7 +29,7 @@ class _Daemon(click.Command):
 def _daemon(context: click.Context, /, **options: Any) -> None:
     open_standard_streams()
     heed_signals()
-    # A process that runs this command has imported flask.cli: nothing is loaded here, and no app either.
+    # This command runs in a process that has imported flask.cli, so the import loads nothing, and no app.
     from flask.cli import ScriptInfo  # noqa: PLC0415 - `flask` reads this file for each of its commands
     from flask.helpers import get_debug_flag  # noqa: PLC0415
 
@@ -39,7 +39,7 @@ def _daemon(context: click.Context, /, **options: Any) -> None:
             'flaskd: debug mode has no debugger here, "flask run --debug" has; --reload brings new code', err=True
         )
     make_app = None
-    if info.create_app is not None:  # a command line of the app's own: FlaskGroup(create_app=…)
+    if info.create_app is not None:  # the app's own command line: FlaskGroup(create_app=…)
 
         @functools.wraps(info.create_app)
         def make_app() -> Any:

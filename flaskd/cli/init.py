@@ -1,4 +1,4 @@
-"""``flaskd init``: a commented flaskd.yaml, for the app that is here, or from what another server was told."""
+"""``flaskd init``: writes a commented flaskd.yaml for the app in this directory, or from another server's settings."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _SHOWN = (
     "server.trusted_proxy_headers", "pool.max_requests", "log.level", "log.access", "health.path", "admin.listen",
     "shutdown.deadline", "shutdown.drain.timeout",
 )  # fmt: skip
-"""Keys that are shown with their defaults where nothing else is written."""
+"""Keys that are shown as comments with their defaults if they have no value."""
 _HEAD = """\
 # flaskd.yaml: how flaskd serves this app. "flaskd check" finds faults, "flaskd serve" starts it.
 # A key behind a # has the value that is shown there; "flaskd schema" tells all others.
 """
 _LONGEST = 1 << 20
-"""Bytes of a module in which the app is looked for."""
+"""How many bytes of a module are searched for the app."""
 
 
 def init(source: str | None, place: str, *, force: bool) -> None:
-    """Write a configuration to a file, or to standard output where it is ``-``."""
+    """Write a configuration to a file, or to standard output if the file is ``-``."""
     done = translated(source) if source else _found_app()
     text = valid(done)
     if place == "-":
@@ -74,7 +74,7 @@ def _found_app() -> Translation:
 
 
 def _modules() -> Iterator[Path]:
-    """Files in which an app may be, those that flaskd finds by itself first."""
+    """The files that may contain an app, first those that flaskd itself looks for."""
     yield from (
         path for path in map(Path, ("wsgi.py", "app.py", "application.py", "main.py", "server.py")) if path.is_file()
     )
@@ -83,7 +83,7 @@ def _modules() -> Iterator[Path]:
 
 
 def _app_in(path: Path) -> str:
-    """What a module calls its app, or its factory; empty where it has none."""
+    """The name of a module's app or factory; empty if it has none."""
     try:
         if path.stat().st_size > _LONGEST:
             return ""
@@ -97,7 +97,7 @@ def _app_in(path: Path) -> str:
 
 
 def translated(source: str) -> Translation:
-    """What a configuration file of gunicorn's, or a command line of a server's, comes to."""
+    """The settings of a gunicorn configuration file, or of a server's command line, translated."""
     if os.path.isfile(source) or source.endswith(".py"):  # noqa: PTH113 - Path raises for a line that is too long
         return _from_file(Path(source), {})
     try:
@@ -162,7 +162,7 @@ _WAITRESS_FLAGS = {
 
 
 def _option(name: str, _line: int) -> str:
-    """The option of a command line that gives a setting of gunicorn's."""
+    """The command line option for a setting of gunicorn."""
     options = {setting: option for option, setting in _GUNICORN_NAMES.items()}
     return "the app" if name == "wsgi_app" else f"--{options.get(name, name.replace('_', '-'))}"
 
@@ -175,7 +175,7 @@ def _from_gunicorn(words: list[str]) -> Translation:
         if name != "config"
     }
     path = Path(str(options.get("config", "gunicorn.conf.py")).removeprefix("file:"))
-    if "config" in options or path.is_file():  # gunicorn reads the latter by itself
+    if "config" in options or path.is_file():  # gunicorn reads that file by itself
         return _from_file(path, settings)
     return gunicorn(settings, _option, {})
 
@@ -183,7 +183,7 @@ def _from_gunicorn(words: list[str]) -> Translation:
 def _options(
     words: list[str], flags: set[str], *, short: dict[str, str] | None = None, several: set[str] | None = None
 ) -> dict[str, Any]:
-    """The options of a command line by their names without dashes, ``app`` for what is none."""
+    """The options of a command line by their names without dashes; other words are the ``app``."""
     short, several = short or {"h": "host", "p": "port", "A": "app"}, several or set()
     found: dict[str, Any] = {}
     left = list(words)
@@ -215,8 +215,8 @@ def _options(
 
 
 def valid(done: Translation) -> str:
-    """The configuration file, which passes a check: what does not is left out, and told."""
-    from flaskd.config import InvalidConfigError, load  # noqa: PLC0415 - for this alone
+    """The configuration file as text that passes a check; values that fail are left out and noted."""
+    from flaskd.config import InvalidConfigError, load  # noqa: PLC0415 - only here
 
     while True:
         text = rendered(done)
@@ -236,8 +236,8 @@ def valid(done: Translation) -> str:
 
 
 def rendered(done: Translation) -> str:
-    """The configuration file: what was found or translated, and the usual keys with their defaults behind a ``#``."""
-    from flaskd.config.model import Config  # noqa: PLC0415 - for this alone
+    """The configuration file as text: found or translated values, and usual keys with their defaults as comments."""
+    from flaskd.config.model import Config  # noqa: PLC0415 - only here
 
     lines = [*_HEAD.splitlines(), "", "version: 1"]
     for name, each in Config.model_fields.items():
@@ -270,17 +270,21 @@ def _section(kind: type[Settings], path: tuple[str, ...], done: Translation) -> 
 
 
 def written(value: Any) -> str:
-    """A value as YAML has it."""
+    """A value as YAML."""
     if isinstance(value, list):
-        return (
-            "[" + ", ".join(written(each) if not isinstance(each, Filled) else json.dumps(each) for each in value) + "]"
-        )
-    if isinstance(value, Filled):  # without quotes where they are not needed, so that a number is one
+        return "[" + ", ".join(written(each) if not isinstance(each, Filled) else _quoted(each) for each in value) + "]"
+    if isinstance(value, Filled):  # without quotes if possible, so that a number stays one
         plain = value.isprintable() and re.match(r"[\w./$]", value) and not re.search(r": | #|[\s:]$", value)
-        return str(value) if plain else json.dumps(value, ensure_ascii=False)
+        return str(value) if plain else _quoted(value)
     if isinstance(value, str):
         plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", value) and not re.fullmatch(
             r"null|true|false|yes|no|on|[0-9.e_-]+|0[xo].*", value, re.IGNORECASE
         )
-        return value if plain else json.dumps(value.replace("${", "$${"), ensure_ascii=False)
+        return value if plain else _quoted(value.replace("${", "$${"))
     return json.dumps(value)
+
+
+def _quoted(text: str) -> str:
+    """Text in YAML's double quotes, with escapes for what YAML takes for a line break or does not take at all."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return re.sub("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff]", lambda each: f"\\u{ord(each[0]):04x}", quoted)

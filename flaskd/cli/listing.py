@@ -1,4 +1,4 @@
-"""``flaskd list``: every flaskd of this machine that this user can see."""
+"""``flaskd list``: shows every flaskd of this machine that this user can see."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def list_daemons(as_json: bool) -> None:
 
 
 def page(found: Sequence[tuple[str, dict[str, Any] | FlaskdError]]) -> str:
-    """A line for each: its name, or ``--socket PATH`` where no name leads there, and how it is."""
+    """A line for each daemon: its name, or ``--socket PATH`` if no name leads to it, and its state."""
     rows = [("NAME", "STATE", "APP", "PID", "UPTIME", "LISTEN")]
     for way, told in found:
         name = show.made_printable(way)

@@ -1,4 +1,4 @@
-"""What a configuration file written in Python sets, read from its syntax tree: none of its code is run."""
+"""Reads what a Python configuration file sets from its syntax tree; none of its code is run."""
 
 from __future__ import annotations
 
@@ -8,37 +8,41 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 CPUS = "auto"
-"""Stands for a number that follows from how many CPUs there are."""
+"""Stands for a number that depends on the number of CPUs."""
 _LONGEST = 1 << 20
-"""Bytes of a file that is read."""
+"""How many bytes of a file are read."""
 
 
 class Filled(str):
-    """Text with interpolations in it, as flaskd's configuration writes them: ``${env:PORT:-8000}``."""
+    """Text with interpolations in the form of flaskd's configuration: ``${env:PORT:-8000}``."""
 
     __slots__ = ()
 
 
 class Unread(Exception):  # noqa: N818 - why a value is not known
-    """A value that is known only to who runs the file."""
+    """A value that is known only if the file is run; the text says why."""
 
 
 class Setting(NamedTuple):
-    """A name that the file sets: the line, and its value, or why that is not known (an `Unread`)."""
+    """A name that the file sets: the line, and its value, or an `Unread` that says why it is not known.
+
+    `changed` says where the file may set it to another value, under a condition; empty if it does not.
+    """
 
     line: int
     value: Any
+    changed: str = ""
 
 
 class Found(NamedTuple):
-    """What a file sets, the last one of each name; and its functions, which may be hooks, with their lines."""
+    """What a file sets, for each name the last value; and its functions, which may be hooks, with their lines."""
 
     settings: dict[str, Setting]
     functions: dict[str, int]
 
 
 def read(source: str) -> Found:
-    """What the source sets at its top level; raises SyntaxError, with its line, and ValueError."""
+    """What the source sets at its top level; raises SyntaxError, which has the line, and ValueError."""
     found = Found({}, {})
     _read_block(ast.parse(source[:_LONGEST]).body, found, "")
     return found
@@ -50,7 +54,11 @@ def _read_block(block: list[ast.stmt], found: Found, condition: str) -> None:
             found.functions[node.name] = node.lineno
         elif isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
             for name, value in _assigned(node):
-                found.settings[name] = Setting(node.lineno, _value(value, found, condition))
+                before = found.settings.get(name)
+                if condition and before is not None and not isinstance(before.value, Unread):
+                    found.settings[name] = before._replace(changed=condition)
+                else:
+                    found.settings[name] = Setting(node.lineno, _value(value, found, condition))
         elif isinstance(node, ast.If | ast.Try | ast.For | ast.While | ast.With):
             kind = type(node).__name__.lower()
             for inner in _inner_blocks(node):
@@ -88,13 +96,13 @@ def _value(node: ast.expr | None, found: Found, condition: str) -> Any:
 
 
 class _Reader:
-    """Works out an expression from constants, names set before, the environment and the number of CPUs."""
+    """Computes an expression from constants, names set before, the environment and the number of CPUs."""
 
     def __init__(self, names: dict[str, Setting]) -> None:
         self._names = names
 
     def value_of(self, node: ast.expr) -> Any:
-        """The value; raises Unread, and what the same operation raises in Python."""
+        """The value; raises Unread, or what the same operation raises in Python."""
         kind = type(node).__name__
         read: Callable[[Any], Any] | None = getattr(self, f"_of_{kind.lower()}", None)
         if read is None:

@@ -49,10 +49,12 @@ def gunicorn(
 ) -> Translation:
     """Translate gunicorn's settings, by their names in its configuration file; `where` words a place."""
     done = Translation()
-    for name, (line, value) in settings.items():
+    for name, (line, value, changed) in settings.items():
         origin = where(name, line)
         if name in _GUNICORN or _advice(name):
             _translate(done, name, value, origin)
+        if changed and name in _GUNICORN:
+            done.note(origin, f"{changed}, too, perhaps to another value")
     for name, line in hooks.items():
         if name in _HOOKS:
             done.note(where(name, line), _HOOKS[name])
@@ -67,12 +69,12 @@ _ONE_AT_A_TIME = (
 
 
 def _translate(done: Translation, name: str, value: Any, origin: str) -> None:
-    if isinstance(value, Unread):
-        key = _GUNICORN[name][0] if name in _GUNICORN else ""
-        done.note(origin, f"{value}" + (f"; it would be {key}" if key else f"; {_advice(name)}"))
-    elif name not in _GUNICORN:
+    if name not in _GUNICORN:
         if value not in (None, False, "", [], 0):
             done.note(origin, _advice(name))
+    elif isinstance(value, Unread):
+        key = _GUNICORN[name][0]
+        done.note(origin, f"{value}; it would be {key}" if key else f"{value}")
     elif value is not None:
         key, convert = _GUNICORN[name]
         try:
@@ -96,8 +98,10 @@ def _complete(done: Translation, settings: Mapping[str, Setting]) -> None:
             "server.trusted_proxy_headers", ["x-forwarded-proto"], "what gunicorn heeds; x-forwarded-for tells clients"
         )
     if "server.workers" not in values:
-        done.put("server.workers", 1, "gunicorn has one worker where none is said")
-    if "server.threads" not in values:
+        said = "workers" in settings and settings["workers"].value is not None
+        why = "how many gunicorn had is not known: see below" if said else "gunicorn has one worker where none is said"
+        done.put("server.workers", 1, why)
+    if "threads" not in settings and any(each in kind for each in ("sync", "thread")):
         done.note("threads", _ONE_AT_A_TIME)
     if isinstance(drain := values.get("shutdown.drain.timeout"), str) and not isinstance(drain, Filled):
         deadline = format_duration(parse_duration(drain) + _AFTER_THE_DRAIN)
@@ -135,7 +139,7 @@ def flask_run(options: Mapping[str, Any], where: Callable[[str], str]) -> Transl
     for name, value in options.items():
         if name == "app":
             done.put("app.target", value, "the app")
-        elif name not in {"host", "port"}:
+        elif name not in {"host", "port"} and not name.startswith("no-"):
             done.note(where(name), _SAID.get(name) or FOR_SERVE.get(f"--{name}", NOTHING))
     return done
 
@@ -229,8 +233,8 @@ def _worker_class(value: Any) -> None:
     name = str(value).lower()
     if "gevent" in name or "eventlet" in name or "tornado" in name:
         raise Untranslatable(
-            f"flaskd runs threads, not {value}: write server.threads, as many as there are requests that wait at once; "
-            "an app that needs greenlets is not for flaskd (docs/limits.md)"
+            f"flaskd runs threads, not {value}: server.threads has to be as many as there are requests that wait at "
+            "once; an app that needs greenlets is not for flaskd (docs/limits.md)"
         )
     if "uvicorn" in name or "asgi" in name:
         raise Untranslatable("flaskd serves WSGI apps; an ASGI app is for uvicorn or hypercorn")
@@ -295,6 +299,11 @@ _HOOKS = {
     "ssl_context": FOR_SERVE["--certfile"],
 }
 
+_STATSD = "no statsd: with admin.listen there is /metrics, for Prometheus"
+_CHECK = '"flaskd check" finds faults of a file, "flaskd config" says what is in force in a daemon'
+_RELOAD = "while you develop, flaskd serve --reload takes new code at each saved file that the app has imported"
+_HEAD = "server.max_request_header_size is for the head of a request as a whole"
+
 _SAID = {
     "keepalive": "an idle connection is kept for server.channel_timeout (120s), and needs no thread",
     "pidfile": FOR_SERVE["--pid"],
@@ -304,22 +313,27 @@ _SAID = {
     "logconfig": FOR_SERVE["--log-config"], "logconfig_dict": FOR_SERVE["--log-config"],
     "logconfig_json": FOR_SERVE["--log-config"],
     "secure_scheme_headers": "server.trusted_proxy_headers: [x-forwarded-proto] says the scheme of a trusted proxy",
-    "reload": FOR_SERVE["--reload-engine"], "reload_extra_files": FOR_SERVE["--reload-engine"],
-    "limit_request_field_size": FOR_SERVE["--limit-request-line"],
-    "limit_request_fields": FOR_SERVE["--limit-request-line"],
+    "reload": _RELOAD, "reload_engine": _RELOAD, "reload_extra_files": _RELOAD,
+    "limit_request_line": _HEAD, "limit_request_field_size": _HEAD, "limit_request_fields": _HEAD,
     "tmp_upload_dir": "set TMPDIR in the environment: uploads that are large wait there",
     "syslog": FOR_SERVE["--log-file"], "syslog_addr": FOR_SERVE["--log-file"],
     "sendfile": FOR_SERVE["--no-sendfile"],
     "spew": FOR_SERVE["--spew"],
+    "worker_connections": "server.threads says how many requests a worker runs at once; a connection needs no thread",
+    "max_requests_jitter": (
+        "not needed: workers reach pool.max_requests and pool.max_age at different times, and are replaced one by one"
+    ),
+    "pythonpath": "app.chdir is a directory to import from; others: set PYTHONPATH in the environment",
+    "proxy_protocol": "flaskd reads the headers of proxies (server.trusted_proxy), not the PROXY protocol",
+    "statsd_host": _STATSD, "statsd_prefix": _STATSD,
+    "paste": "app.target names the app, as MODULE:NAME or MODULE:FACTORY(); there is no paste.ini",
+    "check_config": _CHECK, "print_config": _CHECK,
 }  # fmt: skip
 
 
 _OTHERS = {
-    "daemon", "user", "group", "umask", "initgroups", "worker_tmp_dir", "worker_connections", "max_requests_jitter",
-    "reload_engine", "logger_class", "capture_output",
-    "enable_stdio_inheritance", "certfile", "keyfile", "ca_certs", "ciphers", "cert_reqs", "ssl_version",
-    "proxy_protocol", "limit_request_line", "pythonpath", "statsd_host", "statsd_prefix", "reuse_port", "check_config",
-    "print_config", "paste",
+    "daemon", "user", "group", "umask", "initgroups", "worker_tmp_dir", "logger_class", "capture_output",
+    "enable_stdio_inheritance", "certfile", "keyfile", "ca_certs", "ciphers", "cert_reqs", "ssl_version", "reuse_port",
 }  # fmt: skip
 """Settings of gunicorn's of which the same is said as of the options of these names."""
 

@@ -1,4 +1,4 @@
-"""``flaskd units``: the unit files, filled in for this installation."""
+"""``flaskd units``: prints or installs the unit files, filled in for this installation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flaskd.cli import show
 )
 def units(instance: str | None, venv: str | None, socket_activated: bool, root: str | None) -> None:
     """Print the systemd units, filled in for this installation, or install them."""
-    import sysconfig  # noqa: PLC0415 - neither is for the verbs that talk to a daemon
+    import sysconfig  # noqa: PLC0415 - verbs that talk to a daemon need neither import
 
     from flaskd.systemd.unitfiles import hidden_by, install, left_over, unit_files  # noqa: PLC0415
 

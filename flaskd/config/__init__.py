@@ -1,11 +1,11 @@
 """The configuration: YAML with places, interpolation, a typed model, and all faults at once in plain words.
 
-What the others need::
+Other packages use::
 
     configuration = load(path, actions=actions, overrides={"server.threads": 8})
     configuration.values.shutdown.deadline      # seconds
-    configuration.restart_keys(newer)           # what a reload cannot change
-    configuration.renewal_keys(newer)           # what only new workers can have
+    configuration.restart_keys(newer)           # keys that a reload cannot change
+    configuration.renewal_keys(newer)           # keys that only new workers can have
 """
 
 from importlib import import_module
@@ -52,7 +52,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import pydantic for who asks for its `Section`: an action of another package."""
+    """Import pydantic when `Section` is asked for, as actions of other packages do."""
     if name != "Section":
         raise AttributeError(f"module 'flaskd.config' has no attribute {name!r}")
     return import_module("flaskd.config.pydantic_fields").Section

@@ -1,4 +1,4 @@
-"""What the configuration needs to know of the cleanup: the phases of a stop, and each action's fields."""
+"""What the configuration must know of the cleanup: the phases of a stop, and each action's fields."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 Fields: TypeAlias = Union[Settings, "BaseModel"]
-"""The fields of an action: flaskd's own are Settings, those of other packages pydantic's models."""
+"""The fields of an action: flaskd's own actions have Settings, those of other packages pydantic models."""
 
 
 class Phase(StrEnum):
@@ -32,28 +32,28 @@ class Phase(StrEnum):
 
     @property
     def position(self) -> int:
-        """Position in the order, from 0."""
+        """The position in the order, from 0."""
         return list(Phase).index(self)
 
 
 REPLACEMENTS = ("reload", "recycle")
-"""The reasons for which a worker stops while the service goes on: new code or configuration, or any other one."""
+"""The reasons for which a worker stops while the service goes on: new code or configuration, and all others."""
 
 Scope = Literal["worker", "service"]
-"""Where a policy runs when there are worker processes: in each of them, or once, in the daemon's own process.
+"""Where a policy runs if there are worker processes: in each worker, or once, in the daemon's own process.
 
-That process never imports the app. Without workers the two are one.
+The daemon's process never imports the app. Without workers both are the same process.
 """
 
 
 @dataclass(frozen=True)
 class ActionSpec:
-    """What the configuration needs to know of a cleanup action: its fields, and the phase it belongs in.
+    """What the configuration must know of a cleanup action: its fields, its phase, and more.
 
-    `fault` is why it cannot be used, empty when it can. `needs` are the modules of which one must be installed, each
-    with its name at the package index. `keeps` is the field that names its file under the state directory,
-    empty when it has none. `scopes` are those that it can run in, its default first. `at_replacement`: whether it runs,
-    too, when a worker is replaced.
+    `fault` says why the action cannot be used; empty if it can. `needs` maps modules, one of which must be installed,
+    to their names in the package index. `keeps` is the field with the path of its file under the state directory, empty
+    if it has none. `scopes` are those in which it can run, its default first. `at_replacement` says whether it also
+    runs when a worker is replaced. `summary` says what it does, for people.
     """
 
     fields: type[Fields]
@@ -63,16 +63,17 @@ class ActionSpec:
     keeps: str = ""
     scopes: tuple[Scope, ...] = ("worker",)
     at_replacement: bool = True
+    summary: str = ""
 
     def missing(self) -> str:
-        """What would have to be installed; empty when the action can do its work. Imports none of it."""
+        """The packages that would have to be installed, empty if none; imports nothing."""
         return "" if not self.needs or any(map(_installed, self.needs)) else " or ".join(self.needs.values())
 
 
 def _installed(module: str) -> bool:
     try:
         return module in sys.modules or importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):  # its parent is not there, or is no package
+    except (ImportError, ValueError):  # its parent package is missing, or is no package
         return False
 
 

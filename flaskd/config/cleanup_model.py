@@ -1,4 +1,4 @@
-"""The keys of ``cleanup``: its policies, what they get where they say nothing themselves, and discovery."""
+"""The keys of ``cleanup``: policies, their defaults, and discovery."""
 
 from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -6,14 +6,14 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from flaskd.config.action_spec import Phase, Scope
 from flaskd.config.faults import Faults
 from flaskd.config.fields import Duration, OneOrMany, PolicyName, SomeText
-from flaskd.config.kinds import Around, Schema
+from flaskd.config.kind import Around, Schema
 from flaskd.config.nodes import Node
 from flaskd.config.nodes import Path as NodePath
 from flaskd.config.settings import Settings, field, section
 
 
 def _filled_in(description: str, **more: Any) -> Any:
-    """Make a field that may be left out and is filled in from elsewhere once the whole file is read."""
+    """Make a field that may be left out; it is filled in from elsewhere once the whole file is read."""
     return field(None, description=description, told=False, **more)
 
 
@@ -21,7 +21,7 @@ OnFailure = Literal["continue", "skip_dependents", "abort"]
 
 
 class PolicyDefaults(Settings):
-    """What a policy gets where it says nothing itself."""
+    """The values of policies that do not set these keys."""
 
     timeout: Duration = field(5.0, gt=0, description="How long a policy may take.")
     on_failure: OnFailure = field("continue", description="What a failed policy means for the others.")
@@ -29,16 +29,16 @@ class PolicyDefaults(Settings):
 
 
 class When(Settings):
-    """On which stops a policy runs; what is left out does not matter."""
+    """On which stops a policy runs; a condition that is left out is always met."""
 
     reason: OneOrMany[Literal["signal", "control", "endpoint", "idle", "failure", "reload", "recycle"]] = field(
         [], description="Only on stops for one of these reasons; a worker is replaced at a reload, or is recycled."
     )
-    outcome: Literal["clean", "degraded"] | None = field(None, description="Only after a drain that ended so.")
+    outcome: Literal["clean", "degraded"] | None = field(None, description="Only after a drain with this outcome.")
 
 
 class _OfTheAction(Around):
-    """The fields of an action, which are read apart: only with the action it is known what they are."""
+    """The fields of an action; they are read later, because their kinds depend on the action."""
 
     def read(self, node: Node, path: NodePath, faults: Faults) -> None:  # noqa: ARG002 - see above
         return None
@@ -47,7 +47,7 @@ class _OfTheAction(Around):
         return value.model_dump(mode="json", by_alias=True)
 
     def schema(self, definitions: dict[str, Schema]) -> Schema:  # noqa: ARG002 - likewise
-        return {"type": "object"}
+        return {"type": ["object", "null"]}
 
 
 class Policy(Settings):
@@ -59,27 +59,27 @@ class Policy(Settings):
     timeout: Duration = _filled_in("How long it may take; default: cleanup.defaults.timeout.", gt=0)
     retries: int = _filled_in("How often it is tried again; default: cleanup.defaults.retries.", ge=0, le=10)
     on_failure: OnFailure = _filled_in("What its failure means for others; default: as in cleanup.defaults.")
-    scope: Scope = _filled_in("With workers: whether each runs it, or the daemon, once; default: the action's own.")
+    scope: Scope = _filled_in("With workers: each worker runs it, or the daemon once; default: the action's own.")
     after: OneOrMany[str] = field([], description="Policies that must have ended before; same phase or earlier.")
     when: When = section(When)
-    always: bool = field(False, description="Runs even after an abort, in a share of the reserve that is its own.")
+    always: bool = field(False, description="Runs even after an abort, and has a share of the reserve of its own.")
     enabled: bool = field(
-        True, description="false: as if it were not written; what it would end is still found, and closed by discovery."
+        True, description="false: as if it were not written; discovery still closes what the policy would end."
     )
 
     @property
     def hidden(self) -> tuple[str, ...]:
-        """What was interpolated into the action's fields: no message of it may show that."""
+        """The texts that were interpolated into the action's fields; no message may show them."""
         hidden: tuple[str, ...] = self.__dict__.get("hidden", ())
         return hidden
 
     def hiding(self, texts: Iterable[str]) -> Self:
-        """The same, with what was interpolated."""
+        """The same policy with these texts as interpolated ones."""
         return self._with(hidden=tuple(texts))
 
 
 class DiscoveryConfig(Settings):
-    """What is done with what the app holds open, where no policy says it; the mode may stand alone, as one word."""
+    """What happens to open objects of the app that no policy names; the mode may stand alone, as one word."""
 
     alone: ClassVar[str] = "mode"
     mode: Literal["auto", "report", "off"] = field(

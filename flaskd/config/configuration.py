@@ -25,30 +25,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Configuration:
-    """The validated values, the file they came from (None: no file), and the digest of what stood there."""
+    """The validated values, the file that they came from (None: no file), and the digest of its content."""
 
-    # Neither is in the repr, which ends up in logs and tracebacks: values may be secret.
+    # Neither is in the repr, which ends up in logs and tracebacks, because values may be secret.
     values: Config = field(repr=False)
     path: Path | None
     _secrets: frozenset[NodePath] = field(default=frozenset(), repr=False)
     digest: str = field(default="", repr=False)
     _origins: Mapping[NodePath, str] = field(default_factory=dict, repr=False)
     empty: bool = False
-    """Whether its source held no value at all, beside what the command line says."""
+    """Whether its source held no value at all, apart from the command line."""
     redact: Redactor = field(default_factory=Redactor, repr=False, compare=False)
-    """Hides what was interpolated, in any text."""
+    """Hides in any text what was interpolated."""
     doubts: tuple[Fault, ...] = field(default=(), repr=False)
-    """What is valid and surely not meant, with its places."""
+    """Values that are valid but surely not meant, with their places."""
 
     def describe(self) -> str:
-        """Write the effective configuration as YAML: every key, units for people, secrets masked."""
+        """The configuration in force as YAML: every key, units for people, secrets masked."""
         tree = self.values.model_dump()
         for path in self._secrets:
             _mask(tree, path)
         return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**31)
 
     def annotated(self) -> str:
-        """Write it like `describe`, with where each value came from that is not a default."""
+        """The same as `describe`, with a remark where each value came from that is not a default."""
         text = self.describe()
         lines, marks = text.splitlines(), dict[int, str]()
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -61,7 +61,7 @@ class Configuration:
         )
 
     def _origin_of(self, path: NodePath) -> str:
-        # A single value may stand where a list is meant: then its entry is written at the list's own place.
+        # A single value may be written in place of a list; then its entry is written at the list's own place.
         return self._origins.get(path) or (self._origins.get(path[:-1], "") if path[-1:] == (0,) else "")
 
     @property
@@ -70,9 +70,9 @@ class Configuration:
         return {dotted(path): origin for path, origin in self._origins.items()}
 
     def within(self, times: tuple[float, float, float] | None) -> Configuration:
-        """The same, whose stop has so many seconds, so many of them in reserve, and is announced for so many at most.
+        """The same configuration with at most these seconds for a stop: deadline, reserve and announce.
 
-        None: what it says itself.
+        None: unchanged.
         """
         shutdown = self.values.shutdown
         if times is None:
@@ -84,9 +84,9 @@ class Configuration:
         return replace(self, values=self.values.model_copy(update={"shutdown": shutdown.model_copy(update=less)}))
 
     def restart_keys(self, new: Configuration) -> list[str]:
-        """Name the dotted keys in which ``new`` differs and that only a restart of the daemon can change.
+        """The dotted keys that differ in ``new`` and that only a restart of the daemon can change.
 
-        Where there are workers, and shall be some, these are the keys of the daemon alone; see `renewal_keys`.
+        If there are workers before and after, these are only the keys of the daemon itself; see `renewal_keys`.
         """
         workers = self._keeps_workers(new)
         return [
@@ -96,14 +96,14 @@ class Configuration:
         ]
 
     def renewal_keys(self, new: Configuration) -> list[str]:
-        """Name the dotted keys in which ``new`` differs and that only new workers can have; none without workers."""
+        """The dotted keys that differ in ``new`` and that only new workers can have; none without workers."""
         return [key for key, each in _changed(self.values, new.values) if each.renewal and self._keeps_workers(new)]
 
     def _keeps_workers(self, new: Configuration) -> bool:
         return 0 not in {self.values.server.workers, new.values.server.workers}
 
     def refuse_given_app(self) -> None:
-        """Raise ConfigError where there are to be workers, for an app that is an object: they could not import it."""
+        """Raise ConfigError for an app given as an object if there are to be workers, which could not import it."""
         if workers := self.values.server.workers:
             place = " ".join(filter(None, (self.origins.get(_WORKERS), _WORKERS)))
             shown = MASK if tuple(_WORKERS.split(".")) in self._secrets else workers

@@ -1,4 +1,4 @@
-"""Faults of a configuration: where each stands, in plain words, all of them at once."""
+"""Faults of a configuration, with their places, in plain words, all at once."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ if TYPE_CHECKING:
 
 COMMAND_LINE = "command line"
 MAX_FAULTS = 50
-"""More than this nobody reads, and wording each one costs time."""
+"""More faults than this are only counted, because wording each one takes time."""
+_MAX_SHOWN = 3
+"""If there are more faults than this, the lines that they are about are not shown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where something stands: line and column from 1, or 0 where the source has no lines."""
+    """A place in a source: line and column from 1, or 0 if the source has no lines."""
 
     source: str
     line: int = 0
@@ -26,16 +28,16 @@ class Place:
 
     @property
     def order(self) -> tuple[bool, int, int]:
-        """What faults are sorted by: the file from top to bottom, then the command line."""
+        """The key by which faults are sorted: the file from top to bottom, then the command line."""
         return (self.source == COMMAND_LINE, self.line, self.column)
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing wrong with a configuration.
+    """One fault of a configuration.
 
-    ``path`` is the file as it was named (or ``<mapping>``, or ``command line``). ``line`` and ``column``
-    count from 1, and are 0 where there are none. ``key`` is dotted, and empty for a fault of the whole file.
+    ``path`` is the file as it was named, or ``<mapping>`` or ``command line``. ``line`` and ``column`` count from 1,
+    and are 0 if there are none. ``key`` is dotted, and empty for a fault of the whole file.
     """
 
     path: str
@@ -56,17 +58,18 @@ class Fault:
 
 
 class InvalidConfigError(ConfigError):
-    """The configuration has faults: ``faults`` holds them sorted by place, the text is one line for each.
+    """The configuration has faults: ``faults`` are sorted by place, and the text has one line for each.
 
-    Where all of them are of the command line, the exit code is that of a wrong command line.
+    ``details`` are the lines of the file that are no YAML, with a caret under the place. If all faults are on the
+    command line, the exit code is that of a wrong command line.
     """
 
-    def __init__(self, faults: tuple[Fault, ...], omitted: int = 0) -> None:
+    def __init__(self, faults: tuple[Fault, ...], omitted: int = 0, details: str = "") -> None:
         lines = [str(fault) for fault in faults]
         if omitted:
             lines.append(f"... and {omitted} more")
         super().__init__("\n".join(lines))
-        self.faults = faults
+        self.faults, self.details = faults, details
         if all(fault.path == COMMAND_LINE for fault in faults):
             self.exit_code = EX_USAGE
         self.omitted = omitted
@@ -74,17 +77,19 @@ class InvalidConfigError(ConfigError):
 
 @dataclass(slots=True)
 class Faults:
-    """Collects faults; a message may be a function, called only for a fault that is going to be shown.
+    """Collects faults. A message may be a function, which is called only if the fault is shown.
 
-    `elsewhere` says where in the whole configuration keys of a name are, for one that stands in a wrong place.
+    `elsewhere` gives the places at which the configuration has keys of a name, for a key in a wrong place.
     """
 
     elsewhere: Callable[[str], Sequence[str]] = lambda _name: ()
-    _found: list[tuple[Place, str, str | Callable[[], str]]] = field(default_factory=list)
+    _found: list[tuple[Place, str, str | Callable[[], str], Callable[[], str]]] = field(default_factory=list)
 
-    def add(self, place: Place, key: str, message: str | Callable[[], str]) -> None:
-        """Note one fault."""
-        self._found.append((place, key, message))
+    def add(
+        self, place: Place, key: str, message: str | Callable[[], str], details: Callable[[], str] = lambda: ""
+    ) -> None:
+        """Note one fault; `details` returns the line that it is about, and is called if there are few faults."""
+        self._found.append((place, key, message, details))
 
     def check(self) -> None:
         """Raise InvalidConfigError if there is any fault."""
@@ -93,13 +98,14 @@ class Faults:
         self._found.sort(key=lambda found: found[0].order)
         faults = tuple(
             Fault(place.source, place.line, place.column, key, message if isinstance(message, str) else message())
-            for place, key, message in self._found[:MAX_FAULTS]
+            for place, key, message, _ in self._found[:MAX_FAULTS]
         )
-        raise InvalidConfigError(faults, omitted=len(self._found) - len(faults))
+        details = [show() for *_, show in self._found] if len(self._found) <= _MAX_SHOWN else []
+        raise InvalidConfigError(faults, len(self._found) - len(faults), "\n".join(filter(None, details)))
 
 
 def dotted(path: Iterable[str | int]) -> str:
-    """Write a path for people: ``server.listen[1]``; names that could garble a line are quoted."""
+    """A path for people: ``server.listen[1]``; names that could garble a line are quoted."""
     text = ""
     for part in path:
         if isinstance(part, int):

@@ -1,7 +1,7 @@
 """Fills in ``${env:NAME}``, ``${env:NAME:-default}``, ``${file:path}`` and ``${cred:name}``.
 
-``$${`` is a plain ``${``. This works on the parsed tree, so what is filled in can never change the file's
-structure. A scalar that was filled in, even in part, is secret from then on.
+``$${`` is a plain ``${``. It works on the parsed tree, so what is filled in cannot change the file's structure. A
+scalar that was filled in, even in part, is secret from then on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 MAX_SECRET_BYTES = 64 * 1024
 _MAX_PATH = 4096
-"""Characters of a path that a fault shows: all of it (PATH_MAX)."""
+"""A fault shows a path up to this length: all of it (PATH_MAX)."""
 
 _TOKEN = re.compile(r"\$\$\{|\$\{([^}]*)(\}?)")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -28,24 +28,24 @@ _FORMS = "${env:NAME}, ${env:NAME:-default}, ${file:PATH} or ${cred:NAME} (a pla
 
 
 class _Missing(Exception):  # noqa: N818 - carries the fault's message out of a replacement function
-    """What an interpolation names is not there."""
+    """What an interpolation names does not exist; the text is the fault's message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Where interpolations are looked up: the environment, and the directory of relative files."""
+    """Where interpolations are looked up: the environment, and the directory for relative files."""
 
     environ: Mapping[str, str]
     base: FilePath
 
     def look_up(self, token: str) -> str:
-        """Return the text for what stands between the braces; raise _Missing with the fault's words."""
+        """The text for what stands between the braces; raises _Missing with the fault's words."""
         kind, _, rest = token.partition(":")
         if kind == "env":
             name, has_default, default = rest.partition(":-")
             if _NAME.fullmatch(name):
                 found = self.environ.get(name)
-                # As in the shell, ":-" also stands in for a variable that is set but empty.
+                # As in the shell, the default of ":-" also replaces a variable that is set but empty.
                 if has_default and not found:
                     return default
                 if found is None:
@@ -78,7 +78,7 @@ def _read(path: FilePath) -> str:
 
 
 def interpolated(node: Node, sources: Sources, faults: Faults, path: Path = ()) -> Node:
-    """Return the tree with every interpolation filled in; one that cannot be is a fault at its scalar."""
+    """The tree with every interpolation filled in; one that cannot be filled in is a fault at its scalar."""
     if isinstance(node, Table):
         entries = {k: interpolated(v, sources, faults, (*path, k)) for k, v in node.entries.items()}
         return replace(node, entries=entries)
@@ -104,7 +104,7 @@ def _filled(node: Scalar, sources: Sources, faults: Faults, path: Path) -> Scala
             if wrong := unfit(text):
                 raise _Missing(f"expected text from {quoted(match[0])}, got {wrong}")
         except _Missing as missing:
-            if not broken:  # one fault for one scalar
+            if not broken:  # only one fault for each scalar
                 faults.add(node.place, dotted(path), str(missing))
             broken = True
             return ""

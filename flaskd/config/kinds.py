@@ -1,38 +1,22 @@
-"""What a value may be: how each kind is read from a node, written for people, and described as JSON Schema.
-
-`kind_of` makes a kind of an annotation: ``int``, ``Literal["a", "b"]``, ``list[str] | None``. Whatever an ``Annotated``
-adds is called with the kind inside of it, and gives the kind around it.
-"""
+"""The kinds of values; `kind_of` makes one of an annotation, such as ``int``, ``Literal["a", "b"]``, ``list[str]``."""
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from flaskd.config.faults import Faults
+from flaskd.config.kind import INTERPOLATION, NOTHING, Kind, OrNull, Schema, text_schema
 from flaskd.config.nodes import Items, Node, Scalar, Table, plain
-from flaskd.config.wording import hint, one_of, refuse, without_secrets
+from flaskd.config.wording import hint, one_of, refuse
 from flaskd.text import MASK
 
 if TYPE_CHECKING:
     from flaskd.config.nodes import Path as NodePath
-
-NOTHING: Final = object()
-"""What comes of a node that has its fault; a value may be None."""
-
-Schema = dict[str, Any]
-_BOUNDS: dict[str, tuple[str, str, Callable[[Any, float], bool]]] = {
-    "ge": ("at least {:g}", "minimum", lambda value, limit: value >= limit),
-    "gt": ("more than {:g}", "exclusiveMinimum", lambda value, limit: value > limit),
-    "le": ("at most {:g}", "maximum", lambda value, limit: value <= limit),
-    "min_length": ("a list of at least {:g}", "minItems", lambda value, limit: len(value) >= limit),
-}  # fmt: skip
-"""A bound's words, its name in JSON Schema, and whether a value keeps it."""
 
 
 class SecretText:
@@ -55,27 +39,8 @@ class SecretText:
         return hash(self._text)
 
 
-class Kind:
-    """A kind of value; each of its own has a class below."""
-
-    hides = False
-    """Whether no value of it is shown, in a fault neither."""
-
-    def read(self, node: Node, path: NodePath, faults: Faults) -> Any:
-        """Give the value that a node stands for; NOTHING when it is at fault, which is then noted."""
-        raise NotImplementedError
-
-    def write(self, value: Any) -> Any:
-        """Give what YAML and JSON can hold of a value, for people; never called for None."""
-        return value
-
-    def schema(self, definitions: dict[str, Schema]) -> Schema:
-        """Describe it as JSON Schema; what has a name of its own is put into `definitions`."""
-        raise NotImplementedError
-
-
 class Text(Kind):
-    """Text, as it was written: also what YAML would read as a number."""
+    """Text as it was written, even if YAML would read it as a number."""
 
     def read(self, node: Node, path: NodePath, faults: Faults) -> Any:
         if isinstance(node, Scalar):
@@ -87,7 +52,7 @@ class Text(Kind):
         return text
 
     def schema(self, definitions: dict[str, Schema]) -> Schema:
-        return {"type": "string"}
+        return text_schema()
 
 
 class FilePath(Text):
@@ -135,7 +100,7 @@ class Plain(Kind):
 
 
 class Anything(Kind):
-    """Whatever YAML can hold."""
+    """Any value that YAML can hold."""
 
     def read(self, node: Node, path: NodePath, faults: Faults) -> Any:
         return plain(node)
@@ -183,7 +148,7 @@ class Named(Choice):
 
 
 class ListOf(Kind):
-    """A list; `alone`: a single entry may be written without the brackets."""
+    """A list; with `alone` a single entry may be written without the brackets."""
 
     def __init__(self, item: Kind, *, alone: bool = False) -> None:
         self.item, self._alone = item, alone
@@ -193,7 +158,7 @@ class ListOf(Kind):
         if isinstance(node, Items):
             found = [self.item.read(each, (*path, i), faults) for i, each in enumerate(node.items)]
         elif isinstance(node, Scalar) and node.value is None:
-            return []  # a key whose entries are all commented out
+            return []  # all entries of the list are commented out
         elif isinstance(node, Scalar) and self._alone:
             found = [self.item.read(node, path, faults)]
         else:
@@ -206,12 +171,16 @@ class ListOf(Kind):
 
     def schema(self, definitions: dict[str, Schema]) -> Schema:
         item = self.item.schema(definitions)
-        several = {"items": item, "type": "array"}
-        return {"anyOf": [item, several]} if self._alone else several
+        several = {"items": item, "type": ["array", "null"]}
+        if not self._alone:
+            return several
+        given = item.get("type")
+        alone = {**item, "type": [each for each in given if each != "null"]} if isinstance(given, list) else item
+        return {"anyOf": [alone, several]}
 
 
 class MappingOf(Kind):
-    """A mapping whose keys are chosen by who writes it."""
+    """A mapping whose keys the user chooses."""
 
     def __init__(self, key: Kind, value: Kind) -> None:
         self._key, self._value = key, value
@@ -221,7 +190,7 @@ class MappingOf(Kind):
         if isinstance(node, Scalar) and node.value is None:
             return {}
         if not isinstance(node, Table):
-            refuse(node, path, faults, "expected a mapping")
+            refuse(node, path, faults, "expected a mapping", lambda: f"; such as {path[-1]}: {{NAME: ...}}")
             return NOTHING
         found = {}
         for name, inner in node.entries.items():
@@ -234,129 +203,13 @@ class MappingOf(Kind):
         return {self._key.write(name): self._value.write(each) for name, each in value.items()}
 
     def schema(self, definitions: dict[str, Schema]) -> Schema:
-        inner, pattern = self._value.schema(definitions), self._key.schema(definitions).get("pattern")
-        return {"patternProperties": {pattern: inner}, "type": "object"} if pattern else {
-            "additionalProperties": inner, "type": "object",
-        }  # fmt: skip
-
-
-class Around(Kind):
-    """A kind that changes one thing of the kind inside of it."""
-
-    def __init__(self, inner: Kind) -> None:
-        self.inner = inner
-        self.hides = inner.hides
-
-    def read(self, node: Node, path: NodePath, faults: Faults) -> Any:
-        return self.inner.read(node, path, faults)
-
-    def write(self, value: Any) -> Any:
-        return self.inner.write(value)
-
-    def schema(self, definitions: dict[str, Schema]) -> Schema:
-        return self.inner.schema(definitions)
-
-
-class OrNull(Around):
-    """A value that may be null."""
-
-    def read(self, node: Node, path: NodePath, faults: Faults) -> Any:
-        return None if isinstance(node, Scalar) and node.value is None else self.inner.read(node, path, faults)
-
-    def schema(self, definitions: dict[str, Schema]) -> Schema:
-        inner = self.inner.schema(definitions)
-        return {"anyOf": [*(inner["anyOf"] if inner.keys() == {"anyOf"} else [inner]), {"type": "null"}]}
-
-
-class Checked(Around):
-    """What a function takes, or changes; it raises ValueError with the words of the fault, "expected ..."."""
-
-    def __init__(self, inner: Kind, check: Callable[[Any], Any]) -> None:
-        super().__init__(inner)
-        self._check = check
-
-    def read(self, node: Node, path: NodePath, faults: Faults) -> Any:
-        value = self.inner.read(node, path, faults)
-        return value if value is NOTHING else attempt(lambda: self._check(value), node, path, faults)
-
-
-class Bounded(Around):
-    """A number, or a length, within bounds: `ge`, `gt`, `le`, `min_length`."""
-
-    def __init__(self, inner: Kind, bounds: Mapping[str, float]) -> None:
-        super().__init__(inner)
-        self._bounds = bounds
-
-    def read(self, node: Node, path: NodePath, faults: Faults) -> Any:
-        value = self.inner.read(node, path, faults)
-        for name, limit in self._bounds.items():
-            words, _, keeps = _BOUNDS[name]
-            if value is not NOTHING and not keeps(value, limit):
-                refuse(node, path, faults, f"expected {words.format(limit)}")
-                return NOTHING
-        return value
-
-    def schema(self, definitions: dict[str, Schema]) -> Schema:
-        inner = super().schema(definitions)
-        lists = [each for each in (inner, *inner.get("anyOf", ())) if each.get("type") == "array"]
-        for each in lists or ([inner] if inner.get("type") == "integer" else []):  # units are text there
-            each |= {_BOUNDS[name][1]: limit for name, limit in self._bounds.items()}
-        return inner
-
-
-class Unshown(Around):
-    """What is often a secret, though written in plain text: it is used and never shown, but for what `shown` gives."""
-
-    def __init__(self, inner: Kind, shown: Callable[[Any], Any] = lambda _: MASK) -> None:
-        super().__init__(inner)
-        self._shown, self.hides = shown, True
-
-    def write(self, value: Any) -> Any:
-        return self._shown(value)
-
-
-class LowerCase(Around):
-    """Names that HTTP does not distinguish by case (RFC 9110, section 5.1): they become lower case."""
-
-    def read(self, node: Node, path: NodePath, faults: Faults) -> Any:
-        if isinstance(node, Scalar):
-            found = self.inner.read(dataclasses.replace(node, text=node.text.lower()), path, Faults())
-            if found is not NOTHING:
-                return found
-        return self.inner.read(node, path, faults)  # a fault shows what was written
-
-
-def attempt(make: Callable[[], Any], node: Node, path: NodePath, faults: Faults) -> Any:
-    """Give what `make` gives; a ValueError of it is a fault of the node."""
-    try:
-        return make()
-    except ValueError as error:
-        refuse(node, path, faults, without_secrets(str(error), node), whole=isinstance(node, Table))
-        return NOTHING
-
-
-def checked(check: Callable[[Any], Any]) -> Callable[[Kind], Kind]:
-    """Let a function see each value; it returns the one to take, or raises ValueError with the words of the fault."""
-    return lambda inner: Checked(inner, check)
-
-
-def bounded(**bounds: float) -> Callable[[Kind], Kind]:
-    """Keep a value within bounds; see `Bounded`."""
-    return lambda inner: Bounded(inner, bounds)
-
-
-def described(schema: Schema) -> Callable[[Kind], Kind]:
-    """Describe a kind otherwise than its type does."""
-    return lambda inner: _Described(inner, schema)
-
-
-class _Described(Around):
-    def __init__(self, inner: Kind, schema: Schema) -> None:
-        super().__init__(inner)
-        self._schema = schema
-
-    def schema(self, definitions: dict[str, Schema]) -> Schema:
-        return dict(self._schema)
+        inner, pattern = self._value.schema(definitions), self._key.schema(definitions).get("pattern", "")
+        of_keys = {pattern.removesuffix(f"|{INTERPOLATION}"): inner}
+        return {
+            **({"patternProperties": of_keys} if pattern else {}),
+            "additionalProperties": False if pattern else inner,
+            "type": ["object", "null"],
+        }
 
 
 _OF_TYPES: dict[Any, Callable[[], Kind]] = {
@@ -368,7 +221,7 @@ _OF_TYPES: dict[Any, Callable[[], Kind]] = {
 
 
 def kind_of(annotation: Any) -> Kind:
-    """Make the kind of an annotation; a section of the configuration is one by its method `kind`."""
+    """Make the kind of an annotation; a section of the configuration has a method `kind` for this."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         kind = kind_of(parts[0])

@@ -1,8 +1,9 @@
-"""The one way in: source, command line, interpolation, model, policies; then all faults, or a result."""
+"""Loads a configuration: source, command line, interpolation, model, policies; gives a result or all faults."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 import re
@@ -12,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from flaskd.config.configuration import Configuration
 from flaskd.config.doubts import doubts
-from flaskd.config.endpoint import check_endpoint
 from flaskd.config.faults import COMMAND_LINE, Faults, Place, dotted
 from flaskd.config.interpolate import Sources, interpolated
+from flaskd.config.listeners import check_listeners
 from flaskd.config.model import Config
 from flaskd.config.nodes import Node, Scalar, Table, child, scalars
 from flaskd.config.nodes import Path as NodePath
@@ -42,18 +43,18 @@ def load(
     overrides: Mapping[str, object] | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> Configuration:
-    """Read a configuration file; without one, all defaults.
+    """Read a configuration file; without a path, all defaults.
 
-    ``overrides`` are dotted keys from the command line; they win over the file, and one whose value is None
-    was not given. ``environ`` is what interpolations see, by default the process' own. Raises ConfigError:
-    one line when the file cannot be read, else InvalidConfigError with every fault.
+    ``overrides`` are dotted keys from the command line. They override the file; a value of None means that the option
+    was not given. ``environ`` is used by interpolations; default: the process' environment. Raises ConfigError with one
+    line if the file cannot be read, else InvalidConfigError with every fault.
     """
-    faults = Faults(_places_of)
+    faults = Faults(functools.partial(_places_of, actions))
     if path is None:
         top = Place("<defaults>")
         tree, base, source = Table(top, top, {}), Path.cwd(), b""
     else:
-        # Not resolved: in a Kubernetes ConfigMap the file is a link, and its neighbours are links beside it.
+        # The path is not resolved: in a Kubernetes ConfigMap the file and its neighbours are links.
         source = read_source(path)
         tree, base = parse(source, str(path), faults), path.absolute().parent
     empty = _says_nothing(tree)
@@ -70,11 +71,11 @@ def load_mapping(
     overrides: Mapping[str, object] | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> Configuration:
-    """Read a configuration from a Python mapping, just as from a file; relative to the working directory.
+    """Read a configuration from a Python mapping like from a file; its paths are relative to the working directory.
 
-    Raises InvalidConfigError with every fault; their source is ``<mapping>`` and they have no lines.
+    Raises InvalidConfigError with every fault; their source is ``<mapping>``, and they have no lines.
     """
-    faults = Faults(_places_of)
+    faults = Faults(functools.partial(_places_of, actions))
     tree = from_python(data, Place("<mapping>"), faults)
     if not isinstance(tree, Table):
         raise ConfigError(f"expected the configuration as a mapping, got {type(data).__name__}")
@@ -86,10 +87,10 @@ def load_mapping(
 
 
 def load_again(load: Callable[[], Configuration], old: Configuration) -> Configuration:
-    """Read by `load` what shall take the place of `old`, which is in force; raises ConfigError as `load` does.
+    """Load a configuration that is to replace `old`, which is in force; raises ConfigError like `load`.
 
-    Also for a source that can be read only once, such as a pipe, and for one that has lost all its values: it is being
-    written, was truncated, or its content is gone. At a start an empty file means the defaults.
+    It refuses a source that can be read only once, such as a pipe, and one that has lost all its values: the file is
+    being written or was truncated. At a start an empty file means the defaults.
     """
     if old.path is not None and (kind := _read_once(old.path)):
         raise ConfigError(f"cannot reload {old.path}: it is {kind}, which can be read only once; give a file with -c")
@@ -102,14 +103,24 @@ def load_again(load: Callable[[], Configuration], old: Configuration) -> Configu
     return new
 
 
-_CALLED_ELSEWHERE = {"bind": "listen", "host": "listen", "port": "listen", "address": "listen", "loglevel": "level"}
-"""What other servers call a key of ours."""
+_CALLED_ELSEWHERE = {
+    "bind": "listen", "host": "listen", "port": "listen", "address": "listen",
+    "loglevel": "level", "log_level": "log.level", "accesslog": "access", "access_log": "access",
+    "timeout": "request_timeout", "graceful_timeout": "shutdown.drain.timeout", "keepalive": "channel_timeout",
+    "wsgi_app": "target", "module": "target", "directory": "chdir", "preload_app": "preload",
+    "forwarded_allow_ips": "trusted_proxy", "root_path": "url_prefix",
+}  # fmt: skip
+"""Names that other servers, or people, have for some keys."""
 
 
-def _places_of(name: str) -> list[str]:
-    """The keys of a name, or of what it is called here, in all sections: ``server.listen``."""
-    wanted = _CALLED_ELSEWHERE.get(name, name)
-    return [dotted(path) for path in _keys(Config, ()) if path[-1] == wanted]
+def _places_of(actions: Actions, name: str) -> list[str]:
+    """The dotted keys of that name, or of flaskd's name for it, in all sections and actions: ``server.listen``."""
+    name = name.lower().replace("-", "_")
+    wanted = {name, _CALLED_ELSEWHERE.get(name, name)}
+    found = [dotted(path) for path in _keys(Config, ()) if not wanted.isdisjoint({path[-1], dotted(path)})]
+    fields = (field.key for each in actions.values() if issubclass(each.fields, Settings)
+              for field in each.fields.model_fields.values())  # fmt: skip
+    return found or ["cleanup.policies.NAME.with." + name] * (name in fields)
 
 
 def _keys(section: type[Settings], path: NodePath) -> Iterator[NodePath]:
@@ -124,11 +135,11 @@ def _says_nothing(tree: Table) -> bool:
 
 
 def _read_once(path: Path) -> str:
-    """What stands at a path, if it gives its content to the first reader only; empty if it does not, or is nothing."""
+    """What is at a path if only the first reader gets its content, such as a pipe; else empty."""
     try:
         found = path.stat()
         if stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode) or path.samefile(os.devnull):
-            return ""  # a directory cannot be read, which `read_source` says
+            return ""  # `read_source` refuses a directory
     except (OSError, ValueError):
         return ""
     return "a pipe" if stat.S_ISFIFO(found.st_mode) else "a socket" if stat.S_ISSOCK(found.st_mode) else "a device"
@@ -139,22 +150,22 @@ _SAID: tuple[NodePath, ...] = (
     ("health", "probe"), ("shutdown", "record"), ("shutdown", "endpoint", "token_file"),
     ("shutdown", "endpoint", "credential"),
 )  # fmt: skip
-"""What messages may quote, except for what flaskd has to tell: where it listens, and which app it serves."""
+"""Keys whose values messages may quote, so that interpolated ones are masked; not the addresses and the app."""
 
 
 def _redactor(tree: Table) -> Redactor:
-    """What hides all that was interpolated and that a message may quote."""
+    """The redactor for all interpolated values that a message may quote."""
     policies = [(*_POLICIES, name, "with") for name in policy_tables(tree)]
     return Redactor(text for path in (*_SAID, *policies) for text in interpolated_in(tree, path))
 
 
 def digest(source: bytes) -> str:
-    """Give what tells one content of a file from another."""
+    """A digest that differs between two contents of a file."""
     return hashlib.sha256(source).hexdigest()
 
 
 def read_source(path: Path) -> bytes:
-    """Read a configuration file as far as one may be long, and a byte more; raises ConfigError."""
+    """Read a configuration file, at most one byte more than its allowed length; raises ConfigError."""
     try:
         with path.open("rb") as file:
             return file.read(MAX_BYTES + 1)
@@ -166,7 +177,7 @@ def read_source(path: Path) -> bytes:
 def _filled(
     tree: Table, base: Path, faults: Faults, overrides: Mapping[str, object] | None, environ: Mapping[str, str] | None
 ) -> tuple[Table, dict[NodePath, str]]:
-    """Put in what the command line says and interpolations give; also, where each value came from."""
+    """Put in command line values and interpolations; also gives where each value came from."""
     for key, value in (overrides or {}).items():
         if value is not None:
             parts = tuple(key.split("."))
@@ -181,7 +192,7 @@ _SOURCE = re.compile(r"(?<!\$)\$\{[a-z]+:[^}:]*")
 
 
 def _origin(scalar: Scalar) -> str:
-    """Where a value was written, and what was interpolated there; never what that gave."""
+    """Where a value was written, and which interpolation, but never its result."""
     place = scalar.place
     at = f"{place.source}:{place.line}:{place.column}" if place.line else place.source
     return ", ".join([at, *(f"{found}}}" for found in _SOURCE.findall(scalar.text))])
@@ -192,7 +203,7 @@ def _validated(
 ) -> tuple[Config, frozenset[NodePath]]:
     config = Config.read(tree, (), faults)
     check_policies(tree, actions, faults)
-    check_endpoint(tree, faults)
+    check_listeners(tree, faults)
     fields = _action_fields(tree, actions, faults)
     check_state_paths(tree, fields, actions, os.environ if environ is None else environ, faults)
     faults.check()
@@ -224,13 +235,13 @@ def _action_fields(tree: Table, actions: Actions, faults: Faults) -> dict[str, F
 def _read_fields(fields: type[Fields], written: Node, path: NodePath, faults: Faults) -> Fields | None:
     if issubclass(fields, Settings):
         return fields.read(written, path, faults)
-    from flaskd.config.pydantic_fields import read  # noqa: PLC0415 - who brings such an action has imported pydantic
+    from flaskd.config.pydantic_fields import read  # noqa: PLC0415 - the action's package has imported pydantic
 
     return read(fields, written, path, faults)
 
 
 def interpolated_in(tree: Table, path: NodePath) -> list[str]:
-    """What was filled in under a path: the values as they are now, and each piece of them."""
+    """What was filled in under a path: the present values, and each piece of them."""
     node: Node | None = tree
     for part in path:
         node = node and child(node, part)
@@ -239,7 +250,7 @@ def interpolated_in(tree: Table, path: NodePath) -> list[str]:
 
 
 def _complete(config: Config, tree: Table, fields: Mapping[str, Fields | None], actions: Actions, base: Path) -> Config:
-    """Fill in what depends on the rest: each policy's defaults, phase and fields, absolute paths."""
+    """Fill in what depends on other values: each policy's defaults, phase and fields, absolute paths."""
     policies = {}
     for name, policy in config.cleanup.policies.items():
         update = {key: getattr(config.cleanup.defaults, key) for key in _INHERITED}
@@ -258,7 +269,7 @@ def _complete(config: Config, tree: Table, fields: Mapping[str, Fields | None], 
 
 
 def _secrets(tree: Table) -> frozenset[NodePath]:
-    """Collect the paths of all secrets, and of what was filled in from one."""
+    """The paths of all secrets, and of values that were filled in from a secret."""
     secrets: set[NodePath] = {path for path, scalar in scalars(tree) if scalar.secret}
     for key in _INHERITED:
         if ("cleanup", "defaults", key) in secrets:

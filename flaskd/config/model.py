@@ -1,4 +1,4 @@
-"""The configuration's keys, their kinds and defaults. A key is spelled here and nowhere else."""
+"""The configuration's keys with their kinds, defaults and descriptions. Each key is spelled only here."""
 
 import re
 import socket
@@ -29,7 +29,7 @@ from flaskd.config.fields import (
     VerbName,
     Workers,
 )
-from flaskd.config.kinds import LowerCase
+from flaskd.config.kind import LowerCase, exampled
 from flaskd.config.settings import Settings, field, section
 from flaskd.process.cpus import usable
 
@@ -40,19 +40,21 @@ def _restart(default: Any, description: str, **more: Any) -> Any:
 
 
 def _renewal(default: Any, description: str, **more: Any) -> Any:
-    """Make a field of what serves the app: new workers can have another value, a daemon without workers cannot."""
+    """Make a field about serving the app: a reload changes it in new workers, but not in a daemon without workers."""
     return field(default, description=description, restart=True, renewal=True, **more)
 
 
 def _host_name() -> str:
-    """The host's name, as it may stand in a header."""
+    """The host's name, if a header may contain it."""
     return re.sub(r"[^!-~]", "?", socket.gethostname())[:128] or "localhost"
 
 
 class AppConfig(Settings):
     """The app to serve."""
 
-    target: SomeText | None = _renewal(None, "The app, as MODULE:NAME or MODULE:FACTORY(); none: Flask's own search.")
+    target: Annotated[SomeText, exampled("shop.wsgi:app", "shop:create_app()")] | None = _renewal(
+        None, "The app, as MODULE:NAME or MODULE:FACTORY(); none: Flask's own search."
+    )
     chdir: Path | None = _restart(None, "Directory to work in and import from; relative to this file.")
 
 
@@ -61,8 +63,8 @@ ProxyHeader = Literal[
 ]
 
 
-# What waitress would refuse at start, refused here with a place. `trusted_proxy` stands before both in its section, so
-# its value is in hand; it is missing from `before` only when it has its own fault.
+# Waitress would refuse these values at start; here the fault has its place. `before` has the earlier fields of the
+# section, so `trusted_proxy` is missing only if it has a fault itself.
 def _proxy_is_named(value: Any, before: Mapping[str, Any]) -> Any:
     if value and before.get("trusted_proxy") == []:
         raise ValueError("expected server.trusted_proxy to be set along with this")
@@ -77,7 +79,7 @@ def _one_kind_of_header(headers: list[str], before: Mapping[str, Any]) -> list[s
 
 
 class ServerConfig(Settings):
-    """How requests are accepted and served; names and meanings are waitress' own (waitress.adjustments)."""
+    """How requests are accepted and served; most names and meanings are those of waitress (waitress.adjustments)."""
 
     listen: OneOrMany[Listen] = _restart([], "Addresses to listen on; none: sockets passed in, else 127.0.0.1:8000.")
     threads: int = field(4, ge=1, le=1024, description="Threads per worker; each runs one request at a time.")
@@ -88,18 +90,16 @@ class ServerConfig(Settings):
         None, "Connections at once, per worker; none: as many as open files allow.", ge=1
     )
     request_timeout: Duration | None = field(
-        None,
-        gt=0,
-        description="How long the app may take for a request until it is given up; none: as long as it likes.",
+        None, gt=0, description="How long the app may work on a request before it is given up; none: no limit."
     )
     request_timeouts: dict[PathPattern, Duration | None] = field(
-        {}, description="The same for some paths, exact or with * at the end; null: as long as it likes."
+        {}, description="The same for single paths, exact or with * at the end; null: no limit."
     )
     queue_timeout: Duration | None = field(
-        None, gt=0, description="A request that waited so long for a thread is refused with 503; none: it waits on."
+        None, gt=0, description="A request that has waited this long for a thread is refused with 503; none: never."
     )
     max_queue: int | None = field(
-        None, ge=0, description="Requests that may wait for a thread, per worker; more get 503; none: any number."
+        None, ge=0, description="How many requests may wait for a thread, per worker; others get 503; none: no limit."
     )
     trusted_proxy: OneOrMany[TrustedProxy] = _renewal(
         [], "Addresses or networks of the proxies whose headers are believed; localhost, Unix sockets too; or *."
@@ -115,21 +115,21 @@ class ServerConfig(Settings):
     channel_timeout: Duration = _renewal(120.0, "An idle connection is closed after this.", gt=0)
     head_timeout: Duration = field(10.0, gt=0, description="A request whose head takes longer is refused.")
     min_rate: Size = field(
-        240, description="Bytes a second that a client has to send of a body, or read of an answer, at least; 0: any."
+        240, description="Least bytes per second that a client must send of a body or read of an answer; 0: no limit."
     )
     outbuf_high_watermark: Size = _renewal(
-        16 * 1024**2, "How much of an answer waits for a client that reads slowly.", ge=1
+        16 * 1024**2, "How much of an answer is kept for a client that reads slowly.", ge=1
     )
     backlog: int = _restart(1024, "Connections that the kernel holds until they are accepted.", ge=1, le=2**31 - 1)
     ident: HeaderText = _renewal("flaskd", "Value of the Server header; empty: no such header.")
     instance: InstanceName | None = field(
-        None, description="What this flaskd is called among others, in logs, status and metrics; none: the host's name."
+        None, description="The name of this flaskd in logs, status and metrics; none: the host's name."
     )
-    served_by: bool = field(False, description="Whether each answer says X-Served-By and the instance.")
+    served_by: bool = field(False, description="Whether each answer has the header X-Served-By with the instance.")
 
 
 class PoolConfig(Settings):
-    """How worker processes are started and replaced; means nothing with server.workers: 0."""
+    """How worker processes are started and replaced; without effect if server.workers is 0."""
 
     start_timeout: Duration = field(60.0, gt=0, description="How long a new worker may take until it is ready.")
     surge: int = field(1, ge=1, description="How many workers are replaced at the same time.")
@@ -142,14 +142,12 @@ class PoolConfig(Settings):
         None, gt=0, description="How long the first new worker of a reload must live before the others are replaced."
     )
     stuck_after: Duration | None = field(
-        None, gt=0, description="Replace a worker when all of its threads hang for so long; none: never."
+        None, gt=0, description="Replace a worker when all of its threads have hung for this long; none: never."
     )
-    max_requests: int | None = field(
-        None, ge=1, description="Replace a worker that has dealt with so many requests; none: never."
-    )
-    max_age: Duration | None = field(None, gt=0, description="Replace a worker that is so old; none: never.")
+    max_requests: int | None = field(None, ge=1, description="Replace a worker after this many requests; none: never.")
+    max_age: Duration | None = field(None, gt=0, description="Replace a worker that is this old; none: never.")
     max_memory: Size | None = field(
-        None, ge=1, description="Replace a worker that uses so much memory (PSS); none: never."
+        None, ge=1, description="Replace a worker that uses this much memory (PSS); none: never."
     )
 
 
@@ -157,19 +155,19 @@ class LogConfig(Settings):
     """flaskd's own log; the app's logging is left alone."""
 
     level: Annotated[Literal["debug", "info", "warning", "error"], LevelName] = field(
-        "info", description="Least severity that is logged, in any case; warn is warning."
+        "info", description="Lowest level that is logged, in upper or lower case; warn means warning."
     )
     format: Literal["auto", "text", "json", "journal"] = field(
         "auto", description="auto: fields in the journal, colour on a terminal, plain text otherwise."
     )
     access: Literal["off", "common", "combined", "json"] = field("combined", description="Access log format.")
     request_id: bool = field(
-        False, description="Whether each request has an X-Request-ID, which the app and the client are told."
+        False, description="Whether each request gets an X-Request-ID, for the app and the client."
     )
 
 
 class HealthConfig(Settings):
-    """How flaskd makes sure that the app answers."""
+    """How flaskd checks that the app answers, and answers health checks itself."""
 
     probe: UrlPath | None = field(None, description="Path of the app asked for before READY; below 500 passes.")
     probe_timeout: Duration = field(5.0, gt=0, description="How long the probe may take.")
@@ -189,7 +187,7 @@ class RolesConfig(Settings):
     admin: OneOrMany[Member] = field([], description="May stop, too. Root and the daemon's own user always may.")
 
     def members(self) -> dict[str, list[str]]:
-        """Who has which role; empty when nobody is named: then whoever may open the socket is admin."""
+        """The users and groups with each role; empty if there are none, and every client of the socket is admin."""
         return {role: members for role in type(self).model_fields if (members := getattr(self, role))}
 
 
@@ -201,30 +199,30 @@ class ControlConfig(Settings):
     required: bool = _restart(False, "Refuse to start when neither node can be made.")
     roles: RolesConfig = section(RolesConfig)
     fifo: OneOrMany[VerbName] | None = field(
-        None, description="Verbs that the FIFO takes, for it tells nothing of who writes; none: all without roles."
+        None, description="Verbs that the FIFO accepts, whose writer is not known; none: all if there are no roles."
     )
 
     @property
     def mode_bits(self) -> int:
-        """The mode as a number, for chmod(2)."""
+        """The mode as a number for chmod(2)."""
         return int(self.mode, 8)
 
 
 class AdminConfig(Settings):
-    """On own addresses: / (a page) /livez /readyz /metrics /status.json over HTTP, and the agent."""
+    """On addresses of its own: / (a page) /livez /readyz /metrics /status.json over HTTP, and the agent."""
 
     listen: OneOrMany[Listen] = _restart([], "Addresses; none: a socket passed in as admin, else there is no listener.")
     allowed_hosts: OneOrMany[SomeText] = _restart(
         [], "Host names, beside addresses and localhost, by which page, metrics and status may be asked for; *: any."
     )
-    details: bool = _restart(False, "Show clients' addresses on the page, also where it is not of this machine alone.")
+    details: bool = _restart(False, "Show clients' addresses on the page, also on addresses that other machines reach.")
     agent: OneOrMany[Listen] = _restart(
         [], "Addresses for HAProxy's agent-check; none: a socket passed in as agent, else there is no agent."
     )
 
 
 class DrainConfig(Settings):
-    """How work in hand is finished."""
+    """How requests in flight are finished."""
 
     timeout: Duration = field(15.0, description="How long requests in flight may take to finish.")
     keepalive_grace: Duration = field(
@@ -239,10 +237,10 @@ class DrainConfig(Settings):
 
 
 class IdleConfig(Settings):
-    """Stopping by itself when nobody asks for anything."""
+    """Whether flaskd stops by itself when it is not used."""
 
     after: Duration | None = field(
-        None, gt=0, description="Stop when nothing that counts was asked for so long; none: never."
+        None, gt=0, description="Stop after this long without a request that counts; none: never."
     )
     ignore: OneOrMany[PathPattern] = field(
         [], description="Paths that do not count, exact or with * at the end; health.path never does."
@@ -262,7 +260,7 @@ class EndpointConfig(Settings):
     )
 
     def check_whole(self) -> None:
-        """The token comes from one place, and nothing is said for no endpoint."""
+        """Raise ValueError unless the token has one source, and the other keys are set only together with `listen`."""
         if self.listen is not None and (self.token_file is None) == (self.credential is None):
             raise ValueError("expected either token_file or credential along with listen")
         if self.listen is None and (self.token_file or self.credential or self.allowed_hosts):
@@ -282,7 +280,7 @@ def _less_than_the_deadline(reserve: float, before: Mapping[str, Any]) -> float:
 
 
 class ShutdownConfig(Settings):
-    """The stop: one budget for everything in it."""
+    """The stop; everything in it shares one time limit."""
 
     deadline: Duration = field(25.0, gt=0, description="The whole stop takes no longer than this.")
     reserve: Duration = field(
@@ -294,7 +292,7 @@ class ShutdownConfig(Settings):
         5.0, description="How long the app's exit callbacks, threads and children may take, within the deadline."
     )
     announce: Duration = field(
-        0.0, description="How long readiness says no while requests are still accepted, before a drain."
+        0.0, description="How long flaskd says that it is not ready, and still accepts requests, before a drain."
     )
     drain: DrainConfig = section(DrainConfig)
     idle: IdleConfig = section(IdleConfig)
@@ -306,17 +304,17 @@ class ShutdownConfig(Settings):
     exit_codes: ExitCodes = section(ExitCodes)
 
     def check_whole(self) -> None:
-        """A reserve that nobody wrote is no fault: it shrinks with the deadline."""
+        """Shrink the reserve with the deadline if it was not written in the file."""
         if "reserve" not in self.model_fields_set and self.reserve >= self.deadline:
             self.__dict__["reserve"] = self.deadline / 5
 
 
 class SystemdConfig(Settings):
-    """What flaskd does for systemd beyond telling it how things are."""
+    """What flaskd does for systemd apart from reporting its state."""
 
     fdstore: bool = _restart(False, "Keep the listeners in systemd's store, so that they survive a restart or crash.")
     stuck_after: Duration | None = field(
-        None, gt=0, description="With WatchdogSec=: be restarted when all threads hang for so long; none: never."
+        None, gt=0, description="With WatchdogSec=: be restarted when all threads have hung for this long; none: never."
     )
 
 
@@ -324,7 +322,7 @@ class Config(Settings):
     """The whole configuration. Durations are seconds, sizes are bytes."""
 
     version: Literal[1] = field(1, description="Version of this file's format.")
-    watch: bool = field(False, description="Whether an edit of this file is picked up by itself, as by a reload.")
+    watch: bool = field(False, description="Whether flaskd reloads by itself when this file has changed.")
     app: AppConfig = section(AppConfig)
     profile: Literal["development", "production"] = _restart("development", "How strict flaskd is.")
     server: ServerConfig = section(ServerConfig)
@@ -339,14 +337,14 @@ class Config(Settings):
 
     @property
     def instance(self) -> str:
-        """What this flaskd is called."""
+        """The name of this flaskd."""
         return self.server.instance or _host_name()
 
     @property
     def served_by(self) -> str:
-        """What each answer says of who served it; empty: nothing."""
+        """The value of X-Served-By in each answer; empty: no such header."""
         return self.instance if self.server.served_by else ""
 
     def count_workers(self) -> int:
-        """How many workers there are to be; with auto, the CPUs that this process may use now."""
+        """The number of workers that there should be; with auto, the CPUs that this process may use now."""
         return usable() if self.server.workers == AUTO else int(self.server.workers)

@@ -1,4 +1,4 @@
-"""The tree between a source (file, mapping, command line) and the model: values that know their places."""
+"""The tree between a source (file, mapping, command line) and the model: values with their places."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ Plain = str | int | float | bool | None
 class Scalar:
     """A single value: ``text`` as it was written, ``value`` as YAML 1.2 reads it.
 
-    Both are kept because only the field knows which it wants: an integer field takes the value of ``0660``, a
-    text field the text. ``secret`` marks what came from an interpolation, with the ``pieces`` that were filled in;
-    ``broken`` what has its fault.
+    Both are kept because it depends on the field which one it needs: an integer field takes the value of ``0660``, a
+    text field its text. ``secret`` marks a value that came from an interpolation; ``pieces`` are the texts that were
+    filled in. ``broken`` marks a value whose fault is noted already.
     """
 
     key: Place
@@ -49,7 +49,7 @@ class Items:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A mapping; ``key`` of each node in it is the place of its own key."""
+    """A mapping; each node in it has the place of its key as ``key``."""
 
     key: Place
     place: Place
@@ -60,12 +60,12 @@ Node = Scalar | Items | Table
 
 
 def broken(key: Place, place: Place) -> Scalar:
-    """Stand in for a value that already has its fault, so that it gets no second one."""
+    """A node in place of a value whose fault is noted already, so that it gets no second one."""
     return Scalar(key, place, "", "", broken=True)
 
 
 _MAX_DIGITS = 400
-"""Python refuses integers of more than 4300 digits with a bare ValueError; nobody means one of 400."""
+"""More digits than any meant integer has; Python refuses more than 4300 with a bare ValueError."""
 
 # YAML 1.2.2, section 10.3.2 (core schema).
 _CORE: tuple[tuple[re.Pattern[str], Callable[[str], Plain]], ...] = (
@@ -88,13 +88,13 @@ def core(text: str) -> Plain:
 
 
 def core_not_null(text: str) -> Plain:
-    """Read text from outside the file: numbers and booleans count, but empty text does not mean "not set"."""
+    """Read text from outside the file: numbers and booleans are recognized, but empty text is not null."""
     value = core(text)
     return text if value is None else value
 
 
 def unfit(text: str) -> str | None:
-    """Name what no scalar may contain: NUL ends a C string, a lone surrogate can be written nowhere."""
+    """Name what no scalar may contain: NUL ends a C string, and a lone surrogate cannot be encoded."""
     if "\0" in text:
         return "a NUL character"
     if any("\ud800" <= character <= "\udfff" for character in text):
@@ -103,7 +103,7 @@ def unfit(text: str) -> str | None:
 
 
 def child(node: Node, part: str | int) -> Node | None:
-    """Return what stands in a node at one key or position, None if nothing does."""
+    """The node at one key or position of a node, or None."""
     if isinstance(node, Table) and isinstance(part, str):
         return node.entries.get(part)
     if isinstance(node, Items) and isinstance(part, int) and part < len(node.items):
@@ -124,7 +124,7 @@ def scalars(node: Node, path: Path = ()) -> Iterator[tuple[Path, Scalar]]:
 
 
 def plain(node: Node) -> Any:
-    """Give the value of a node without its places: what JSON would hold of it."""
+    """The value of a node without places, as JSON would hold it."""
     if isinstance(node, Table):
         return {key: plain(inner) for key, inner in node.entries.items()}
     if isinstance(node, Items):
@@ -133,7 +133,7 @@ def plain(node: Node) -> Any:
 
 
 def shown(node: Node) -> str:
-    """Say what stands at a node, for a fault: text in quotes, secrets masked, mappings by kind only."""
+    """What a fault says of a node's value: text in quotes, secrets masked, mappings only by their kind."""
     if isinstance(node, Table):
         return "a mapping"
     if isinstance(node, Items):
@@ -145,5 +145,5 @@ def shown(node: Node) -> str:
     if node.value is None:
         return "null" if node.text else "nothing"
     if not isinstance(node.value, str):
-        return node.text if len(node.text) <= 40 else node.text[:40] + "..."  # noqa: PLR2004 - one line's worth
+        return node.text if len(node.text) <= 40 else node.text[:40] + "..."  # noqa: PLR2004 - what fits on a line
     return quoted(node.text)

@@ -1,4 +1,4 @@
-"""Names in an order in which each comes after those that it waits for, and the circles in which there is none."""
+"""Sorts names so that each comes after those that it waits for, and finds circles."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ if TYPE_CHECKING:
 
 
 def circle_in(after: Mapping[str, Iterable[str]]) -> list[str]:
-    """A circle, read as "a after b after a"; empty when there is none.
+    """A circle, read as "a after b after a"; empty if there is none.
 
-    `after` has what each name waits for. The circle begins and ends with that of its names that stands first there.
+    `after` maps each name to those that it waits for. The circle begins and ends with its name that comes first in
+    `after`.
     """
     return _prepared(after)[1]
 
 
 def in_turn(after: Mapping[str, Iterable[str]]) -> Iterator[tuple[str, list[str]]]:
-    """Give every name in turn, in the order of `after` as far as what each waits for allows; other names do not count.
+    """Yield every name in the order of `after`, but each after those that it waits for; unknown names are ignored.
 
-    Where names wait for each other in a circle, the first of them goes first; it comes with the circle (see
-    `circle_in`), and every other name with an empty one.
+    If names wait for each other in a circle, the first of them comes first, with the circle (see `circle_in`); all
+    other names come with an empty list.
     """
     place = {name: number for number, name in enumerate(after)}
     names = list(after)
@@ -46,7 +47,7 @@ def in_turn(after: Mapping[str, Iterable[str]]) -> Iterator[tuple[str, list[str]
 
 
 def _prepared(after: Mapping[str, Iterable[str]]) -> tuple[graphlib.TopologicalSorter[str], list[str]]:
-    """A sorter that gives what no circle keeps, and a circle if there is one."""
+    """A sorter that gives all names that no circle blocks, and one circle if there is any."""
     place = {name: number for number, name in enumerate(after)}
     sorter: graphlib.TopologicalSorter[str] = graphlib.TopologicalSorter()
     for name in reversed(place):
@@ -54,7 +55,7 @@ def _prepared(after: Mapping[str, Iterable[str]]) -> tuple[graphlib.TopologicalS
     try:
         sorter.prepare()
     except graphlib.CycleError as error:
-        # Each name stands before the one that waits for it, and the last is the first again.
+        # Each name comes before the one that waits for it, and the last is the first again.
         circle: list[str] = error.args[1][:0:-1]
         start = circle.index(min(circle, key=place.__getitem__))
         return sorter, [*circle[start:], *circle[: start + 1]]

@@ -1,6 +1,6 @@
-"""What only the policies together can get wrong: unknown actions, and ``after`` edges that lead nowhere.
+"""Checks the policies together: unknown actions, and ``after`` edges that lead nowhere.
 
-Works on the tree, not on the model, so that these faults come together with all others.
+It works on the tree, not on the model, so that these faults are reported together with all others.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SHOWN = 12
 
 
 def policy_tables(tree: Table) -> dict[str, Table]:
-    """Return the policies of a tree, those that are not mappings left out."""
+    """The policies of a tree, without those that are not mappings."""
     cleanup = child(tree, "cleanup")
     policies = child(cleanup, "policies") if cleanup else None
     entries = policies.entries if isinstance(policies, Table) else {}
@@ -34,13 +34,13 @@ def policy_tables(tree: Table) -> dict[str, Table]:
 
 
 def action_of(policy: Table, actions: Actions) -> ActionSpec | None:
-    """Return the action that a policy uses, None if it names none that is known."""
+    """The action that a policy uses; None if it names no known one."""
     use = policy.entries.get("use")
     return actions.get(use.text) if isinstance(use, Scalar) else None
 
 
 def enabled(policy: Table) -> bool:
-    """Whether a policy counts."""
+    """Whether a policy is enabled."""
     written = policy.entries.get("enabled")
     return not (isinstance(written, Scalar) and written.value is False)
 
@@ -48,8 +48,8 @@ def enabled(policy: Table) -> bool:
 def check_policies(tree: Table, actions: Actions, faults: Faults) -> None:
     """Note unknown and unusable actions, and ``after`` edges to unknown or later policies, or in a circle.
 
-    Where there are workers, what each of them runs cannot come after what the daemon runs once, outside of them; nor,
-    until the drain is over, the other way round: up to then both run at the same time.
+    If there are workers, a policy of the workers cannot come after one that the daemon runs once. Until the drain is
+    over, the other way round is not possible either, because both run at the same time then.
     """
     policies = policy_tables(tree)
     workers = workers_of(tree) != 0
@@ -94,7 +94,7 @@ def _check_use(use: Scalar, name: str, actions: Actions, faults: Faults, *, enab
 
 
 def workers_of(tree: Table) -> int | None:
-    """How many worker processes there are to be; None for as many as there are CPUs, 0 where that has its fault."""
+    """How many worker processes there should be; None: one for each CPU, 0: the value has a fault."""
     server = child(tree, "server")
     written = child(server, "workers") if server else None
     if not isinstance(written, Scalar) or written.broken:
@@ -103,7 +103,7 @@ def workers_of(tree: Table) -> int | None:
 
 
 def scope_of(policy: Table, actions: Actions) -> Scope | None:
-    """Where a policy runs; None if that has its fault."""
+    """Where a policy runs; None if the value has a fault."""
     written, spec = policy.entries.get("scope"), action_of(policy, actions)
     if isinstance(written, Scalar):
         return next((each for each in get_args(Scope) if each == written.text), None)
@@ -120,7 +120,7 @@ def _check_scope(policy: Table, name: str, actions: Actions, faults: Faults) -> 
 
 
 def _check_reasons(policy: Table, name: str, actions: Actions, faults: Faults) -> None:
-    """Note reasons for which a worker is replaced where the policy never runs then."""
+    """Note reasons for which a worker is replaced in policies that never run then."""
     once = scope_of(policy, actions) == "service"
     spec, when = action_of(policy, actions), child(policy, "when")
     if when is None or spec is None or (spec.at_replacement and not once):
@@ -133,7 +133,7 @@ def _check_reasons(policy: Table, name: str, actions: Actions, faults: Faults) -
 
 
 def _across(item: Scalar, name: str, its: Table, mine: Table, actions: Actions) -> str:
-    """The fault of an edge between what each worker runs and what runs once; empty for one that can be kept."""
+    """The fault of an edge between a policy of the workers and one that runs once; empty if it is possible."""
     phase, scopes = _phase(mine, actions), (scope_of(mine, actions), scope_of(its, actions))
     if scopes == ("worker", "service"):
         mine_runs, its_run = "each worker process runs", "once, outside of the workers"
@@ -152,7 +152,7 @@ def _across(item: Scalar, name: str, its: Table, mine: Table, actions: Actions) 
 
 
 def _entries(table: Node, key: str) -> list[tuple[Path, Scalar]]:
-    """The texts of a list, each with its path, or the one that stands alone."""
+    """The texts of a list, or a single text in place of a list, each with its path."""
     written = child(table, key)
     found: list[tuple[Path, Node]] = []
     if isinstance(written, Items):

@@ -1,6 +1,6 @@
-"""The fields of actions that other packages bring: pydantic's models, read like flaskd's own sections.
+"""The fields of actions from other packages: pydantic models, read like flaskd's own sections.
 
-Nothing else of flaskd imports pydantic: a daemon that has no such action does without.
+No other module of flaskd imports pydantic, so a daemon without such an action does not load it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Section(BaseModel):
-    """Base of the fields of an action of another package: unknown keys are refused, values never change."""
+    """Base class for the fields of an action from another package: unknown keys are refused, values never change."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -42,7 +42,7 @@ _KINDS = {
 }  # fmt: skip
 _UNQUOTED = {"int_type": int, "float_type": float, "bool_type": bool}
 _NOT_SHOWN = (SecretStr, SecretBytes)
-"""What the kind of a field is made of whose value is not for everybody's eyes."""
+"""Types of fields whose values are never shown."""
 _BOUNDS = {
     "greater_than_equal": "at least {ge:g}", "greater_than": "more than {gt:g}",
     "less_than_equal": "at most {le:g}",
@@ -55,17 +55,17 @@ _BOUNDS = {
 
 @functools.lru_cache(maxsize=256)
 def _closed(model: type[BaseModel]) -> type[BaseModel]:
-    """The model, refusing unknown keys also where its author did not say whether to."""
+    """The model, changed to refuse unknown keys if its author did not choose."""
     if "extra" in model.model_config:
         return model
     return create_model(model.__name__, __base__=model, __cls_kwargs__={"extra": "forbid"})
 
 
 def read(model: type[BaseModel], node: Node, prefix: Path, faults: Faults) -> BaseModel | None:
-    """Build the model from a tree, or note why not; ``prefix`` is the path of the tree's top.
+    """Build the model from a tree, or note the faults; ``prefix`` is the path of the tree's top.
 
-    The tree goes in as JSON under strict rules: text is no number and 1 is not true, yet paths, enums and
-    tuples may be written. What a field refuses as a number but wants as text it then gets as it was written.
+    The tree goes in as JSON under strict rules: text is no number and 1 is not true, but paths, enums and tuples may be
+    written. A field that refuses a number because it wants text then gets the number's text as it was written.
     """
     model = _closed(model)
     instead: dict[Path, Any] = {}
@@ -82,7 +82,7 @@ def read(model: type[BaseModel], node: Node, prefix: Path, faults: Faults) -> Ba
 
 
 def _plain(node: Node, instead: Mapping[Path, Any], path: Path = ()) -> Any:
-    """Give what JSON would hold of a node, except for the paths that have something `instead`."""
+    """The value of a node as JSON would hold it; paths in `instead` have another value."""
     if not instead:
         return plain(node)
     if path in instead:
@@ -100,7 +100,7 @@ def _second_try(node: Node, errors: list[ErrorDetails]) -> Iterator[tuple[Path, 
         if not isinstance(found, Scalar) or isinstance(found.value, str):
             continue
         if found.value is None and error["type"] in _WANTS_MAPPING:
-            yield path, {}  # a section whose keys are all commented out
+            yield path, {}  # all keys of the section are commented out
         elif found.value is None and error["type"] == "list_type":
             yield path, []
         elif error["type"] in _WANTS_TEXT:
@@ -108,7 +108,7 @@ def _second_try(node: Node, errors: list[ErrorDetails]) -> Iterator[tuple[Path, 
 
 
 def _find(node: Node, loc: Path) -> tuple[Path, Node, Path]:
-    """Follow pydantic's location; parts that the tree does not have (union tags and the like) are skipped."""
+    """Follow the location that pydantic gives; parts that the tree does not have (such as union tags) are skipped."""
     path: Path = ()
     skipped: Path = ()
     for part in loc:
@@ -132,7 +132,7 @@ def _word(model: type[BaseModel], node: Node, prefix: Path, errors: list[ErrorDe
             key = dotted((*prefix, *path, error["loc"][-1]))
             faults.add(found.key, key, NO_VALUE)
         elif skipped[-1:] == ("[key]",):
-            expected = _expectation(error, Table(found.key, found.key, {}))  # of the key, whatever the value is
+            expected = _expectation(error, Table(found.key, found.key, {}))  # the fault is in the key, not in the value
             faults.add(found.key, key, f"{expected}, got {quoted(str(path[-1]))}")
         elif path in wrong:
             wrong[path].append(error)
@@ -142,7 +142,7 @@ def _word(model: type[BaseModel], node: Node, prefix: Path, errors: list[ErrorDe
 
 
 def _veiled(model: type[BaseModel], node: Node) -> Node:
-    """Mark what the model does not show either as secret: faults go into logs, and to all who may see the status."""
+    """Mark as secret what the model does not show, because faults go into logs and into the status."""
     if not isinstance(node, Table):
         return node
     entries = dict(node.entries)
@@ -160,14 +160,14 @@ def _veiled(model: type[BaseModel], node: Node) -> Node:
 
 
 def _kinds(annotation: object) -> Iterator[object]:
-    """An annotation, and all that it is made of."""
+    """An annotation and all its parts."""
     yield annotation
     for part in get_args(annotation):
         yield from _kinds(part)
 
 
 def _wrong(node: Node, errors: list[ErrorDetails]) -> str:
-    # A union reports each of its members; together they are one expectation.
+    # A union reports an error for each member; they are joined to one expectation.
     expected = list(dict.fromkeys(_expectation(error, node) for error in errors))
     text = " or ".join([expected[0], *(other.removeprefix("expected ") for other in expected[1:])])
     of_the_whole = isinstance(node, Table) and errors[0]["type"] in {"value_error", "assertion_error"}
@@ -202,7 +202,7 @@ def _unknown(model: type[BaseModel], path: Path) -> str:
 
 
 def keys_at(model: type[BaseModel], path: Path) -> list[str]:
-    """List the keys that a model knows at a path, through its JSON Schema: that is where unions are flat."""
+    """The keys that a model has at a path; taken from its JSON Schema, in which unions are flat."""
     schema = _schema(model)
     here = _alternatives(schema, schema)
     for part in path:
@@ -224,7 +224,7 @@ def _schema(model: type[BaseModel]) -> dict[str, Any]:
         return model.model_json_schema()
     except PydanticInvalidForJsonSchema:  # a field that JSON Schema cannot express
         return {}
-    except ImportError:  # pydantic imports late, and the packages of a running daemon may have been replaced
+    except ImportError:  # pydantic imports late, and its files may have been replaced
         return {}
 
 
@@ -236,7 +236,7 @@ def _alternatives(option: dict[str, Any], schema: dict[str, Any]) -> list[dict[s
 
 
 class _Generator(GenerateJsonSchema):
-    """Writes defaults as people do: ``5s``, where the model has 5.0."""
+    """Writes defaults as people do: ``5s`` for 5.0."""
 
     def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
         written = super().default_schema(schema)
@@ -250,7 +250,7 @@ class _Generator(GenerateJsonSchema):
 
 
 def definitions(models: Sequence[type[BaseModel]], taken: Iterable[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Give a reference to each model's JSON Schema, and the definitions by name, none of which is `taken`."""
+    """A reference to each model's JSON Schema, and the definitions by names that are not in `taken`."""
     inputs: list[tuple[type[BaseModel], Literal["validation"]]] = [(_closed(each), "validation") for each in models]
     for prefix in ("", "action."):
         references, whole = models_json_schema(

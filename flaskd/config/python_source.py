@@ -13,13 +13,13 @@ _MAX_BITS = 1024
 
 
 def from_python(value: object, place: Place, faults: Faults, path: Path = ()) -> Node:
-    """Build the tree of a Python value; what YAML could not hold is a fault.
+    """Build the tree of a Python value; a value that YAML cannot have is a fault.
 
-    Text from a mapping is text; text from the command line, where there is nothing else, is read like an
-    unquoted scalar and never interpolated.
+    Text from a mapping stays text. Text from the command line, where every value is text, is read like an unquoted
+    scalar, and never interpolated.
     """
     if isinstance(value, (Mapping, list, tuple)):
-        if len(path) >= MAX_DEPTH:  # it may well contain itself
+        if len(path) >= MAX_DEPTH:  # a value may contain itself
             faults.add(place, dotted(path[:3]), f"expected at most {MAX_DEPTH} levels, got more")
             return broken(place, place)
         if isinstance(value, Mapping):
@@ -44,7 +44,7 @@ def _entries(value: Mapping[object, object], place: Place, faults: Faults, path:
 
 
 def _scalar(value: object, place: Place) -> Scalar | str:
-    """Return the scalar, or the words of its fault."""
+    """The scalar, or the words of its fault."""
     if value is None or isinstance(value, bool):
         return Scalar(place, place, _WORDS[value], value)
     if isinstance(value, int) and value.bit_length() <= _MAX_BITS:

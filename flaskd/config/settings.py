@@ -1,6 +1,6 @@
-"""The base of the configuration's sections: fields with kinds, values that never change.
+"""The base class of the configuration's sections: fields with kinds, and values that never change.
 
-Fields of the actions of other packages are pydantic's models; what is used of both kinds goes by pydantic's names here:
+The fields of actions from other packages are pydantic models. For what both have in common pydantic's names are used:
 `model_fields`, `model_fields_set`, `model_copy`, `model_dump`, `model_validate`.
 """
 
@@ -9,31 +9,34 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping
+from pathlib import Path as FilePath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, dataclass_transform, get_type_hints
 
 from flaskd.config.faults import Faults, Place, dotted
-from flaskd.config.kinds import NOTHING, Bounded, Kind, OrNull, attempt, kind_of
-from flaskd.config.nodes import Node, Scalar, Table, shown
+from flaskd.config.kind import NOTHING, Bounded, Kind, OrNull, attempt
+from flaskd.config.kinds import Choice, kind_of
+from flaskd.config.nodes import Items, Node, Scalar, Table, scalars, shown
 from flaskd.config.python_source import from_python
 from flaskd.config.wording import NO_VALUE, hidden, refuse, unknown_key, without_secrets
 from flaskd.text import LONGEST_QUOTED
 
 if TYPE_CHECKING:
-    from flaskd.config.kinds import Schema
+    from flaskd.config.kind import Schema
     from flaskd.config.nodes import Path
 
 _REQUIRED = object()
 
 
 class Field:
-    """A key of a section: what its value may be, its default, and what it is for.
+    """A key of a section: its kind, its default and its description.
 
-    `alias` is how it is written where that cannot be its name in Python. `restart`: a reload cannot change it where the
-    app runs in the daemon itself. `renewal`: where there are workers, only new ones can have another value. `check` is
-    given the value and those of the fields before it, as far as they have no fault; it returns the value to take, or
-    raises ValueError. `told`: the schema tells its default. `bounds`: see `flaskd.config.kinds.Bounded`.
+    `alias` is its name in the file if Python cannot have that name. `restart`: a reload cannot change it if the app
+    runs in the daemon itself. `renewal`: if there are workers, only new ones can have another value. `check` is called
+    with the value and with those earlier fields that have no fault; it returns the value to use, or raises ValueError.
+    `told`: whether the schema has its default. `bounds`: see `flaskd.config.kinds.Bounded`.
     """
 
     def __init__(
@@ -68,12 +71,12 @@ class Field:
         return self.default is _REQUIRED and self._factory is None
 
     def make_default(self) -> Any:
-        """The default, of its own for each section."""
+        """The default, a new object for each section."""
         return copy.copy(self.default) if self._factory is None else self._factory()
 
     @functools.cached_property
     def kind(self) -> Kind:
-        """What its value may be; made when it is first needed."""
+        """The kind of its value; made when it is first needed."""
         kind = kind_of(self.annotation)
         if not self._bounds:
             return kind
@@ -92,24 +95,24 @@ def field(
 
 
 def section(kind: type[Settings]) -> Any:
-    """Make a field that holds a section; what is not written there has its defaults."""
+    """Make a field that holds a section; keys that are not written have their defaults."""
     return Field(factory=kind, description=inspect.cleandoc(kind.__doc__ or ""))
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 class Settings:
-    """A section of the configuration, or the fields of a cleanup action: unknown keys are refused, values never change.
+    """A section of the configuration, or the fields of a cleanup action; unknown keys are refused, values never change.
 
-    Code that makes one gives values as they are used (seconds, bytes); they are checked only together.
+    Code that makes one gives values in seconds and bytes; `check_whole` alone checks these.
     """
 
     __slots__ = ("__dict__", "model_fields_set")
     model_fields: ClassVar[dict[str, Field]] = {}
     model_fields_set: set[str]
-    """The fields that were given, and have not their default."""
+    """The names of the fields that were given a value."""
 
     alone: ClassVar[str] = ""
-    """The field whose value may stand in the place of the whole section, as one word."""
+    """The field whose value may be written in place of the whole section, as one word."""
 
     def __init_subclass__(cls) -> None:
         cls.model_fields = {}
@@ -130,7 +133,7 @@ class Settings:
         self.check_whole()
 
     def check_whole(self) -> None:
-        """Raise ValueError for what its fields cannot be together; fill in what depends on several."""
+        """Raise ValueError for values that exclude each other; set values that depend on several fields."""
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"cannot set {name}: the values of a configuration never change")
@@ -139,41 +142,41 @@ class Settings:
         raise AttributeError(f"cannot delete {name}: the values of a configuration never change")
 
     def __setstate__(self, state: tuple[dict[str, Any] | None, dict[str, Any]]) -> None:
-        """Take what pickle has of another one: a configuration goes to worker processes so."""
+        """Restore it from pickle, with which a configuration goes to worker processes."""
         values, slots = state
-        self.__dict__.update(values or {})  # pickle has None for one without fields
+        self.__dict__.update(values or {})  # pickle gives None if there are no fields
         object.__setattr__(self, "model_fields_set", slots["model_fields_set"])
 
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self) and self.__dict__ == other.__dict__
 
-    __hash__ = None  # type: ignore[assignment]  # lists are in it
+    __hash__ = None  # type: ignore[assignment]  # it contains lists
 
     def __repr__(self) -> str:
         shown = (f"{name}={getattr(self, name)!r}" for name, each in self.model_fields.items() if not each.kind.hides)
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def model_copy(self, *, update: Mapping[str, Any]) -> Self:
-        """Give a copy with other values in some fields, unchecked."""
+        """A copy with other values in some fields, which are not checked."""
         new = self._with(**update)
         object.__setattr__(new, "model_fields_set", self.model_fields_set | update.keys())
         return new
 
     def _with(self, **more: Any) -> Self:
-        """Give a copy that holds something else, beside what was given."""
+        """A copy with further attributes that are no fields."""
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__, **more)
         object.__setattr__(new, "model_fields_set", self.model_fields_set)
         return new
 
     def model_dump(self, *, mode: str = "json", by_alias: bool = True) -> dict[str, Any]:  # noqa: ARG002 - pydantic's
-        """What YAML and JSON can hold of it, as it is written in a file; secrets masked."""
+        """Its values as YAML and JSON can hold them, named as in a file; secrets masked."""
         values = ((each, getattr(self, name)) for name, each in self.model_fields.items())
         return {each.key: None if value is None else each.kind.write(value) for each, value in values}
 
     @classmethod
     def model_validate(cls, data: Mapping[str, object]) -> Self:
-        """Read it from Python values, written as in a file; raises InvalidConfigError."""
+        """Read it from Python values that are written as in a file; raises InvalidConfigError."""
         faults = Faults()
         read = cls.read(from_python(data, Place(f"<{cls.__name__}>"), faults), (), faults)
         faults.check()
@@ -182,9 +185,9 @@ class Settings:
 
     @classmethod
     def read(cls, node: Node, path: Path, faults: Faults) -> Self | None:
-        """Read it from a node whose dotted key is `path`; None when something is wrong, which is then noted."""
+        """Read it from a node at the dotted key `path`; None if there is a fault, which is noted."""
         if isinstance(node, Scalar) and node.value is None:
-            node = Table(node.key, node.place, {})  # a section whose keys are all commented out
+            node = Table(node.key, node.place, {})  # all keys of the section are commented out
         if cls.alone and isinstance(node, Scalar) and isinstance(node.value, str):
             value = cls.model_fields[cls.alone].kind.read(node, path, faults)
             return None if value is NOTHING else cls(**{cls.alone: value})
@@ -211,18 +214,29 @@ class Settings:
 
     @classmethod
     def _as_mapping(cls, node: Node, path: Path) -> str:
-        """The mapping to write in the place of a single value: that value under one of the first keys, if it fits."""
-        if not isinstance(node, Scalar) or node.secret or not path or len(node.text) > LONGEST_QUOTED:
+        """The mapping to write in place of a value or a list: one of the usual keys that accepts it, with the value."""
+        if not path or any(each.secret or len(each.text) > LONGEST_QUOTED for _, each in scalars(node)):
             return ""
-        usual = [each for each in cls.model_fields.values() if not each.kind.hides][:2]
-        fitting = (each.key for each in usual if each.kind.read(node, (*path, each.key), Faults()) is not NOTHING)
+        if isinstance(node, Items) and any(isinstance(each, Table) for each in node.items):
+            return f"; write its keys under {path[-1]} without the dashes, each key once"
+        open_ = [each for each in cls.model_fields.values() if not each.kind.hides]
+        glued = re.match(r"([\w-]+):\S", node.text) if isinstance(node, Scalar) else None
+        if glued and any(each.key == glued[1] for each in open_):
+            return f'; write a blank behind the colon: "{glued[1]}: ..."'
+        # A word that a choice has is meant for that; keys that take any text are proposed where they are the first.
+        usual = [*open_[:2], *(each for each in open_[2:] if isinstance(each.kind, Choice))]
+        fitting = (
+            each.key
+            for each in usual
+            if each.annotation != FilePath | None and each.kind.read(node, (*path, each.key), Faults()) is not NOTHING
+        )
         key = next(fitting, "")
-        inside = f"{key}: {shown(node)}" if key else ", ".join(f"{each.key}: ..." for each in usual)
+        inside = f"{key}: {shown(node)}" if key else ", ".join(f"{each.key}: ..." for each in open_[:2])
         return f"; such as {path[-1]}: {{{inside}}}"
 
     @classmethod
     def _read_fields(cls, node: Table, path: Path, faults: Faults) -> tuple[dict[str, Any], bool]:
-        """The values of what is written, and whether nothing is wrong with any."""
+        """The values that are written, and whether none of them has a fault."""
         written: dict[str, Any] = {}
         before: dict[str, Any] = {}
         good = True
@@ -270,10 +284,10 @@ class _SectionKind(Kind):
 
 
 def definition(settings: type[Settings], definitions: dict[str, Schema]) -> Schema:
-    """Put the JSON Schema of a section into `definitions`, if it is not there, and return the reference to it."""
+    """Add the JSON Schema of a section to `definitions` if it is missing, and return a reference to it."""
     name = settings.__name__
     if name not in definitions:
-        definitions[name] = {}  # its place, before those it consists of
+        definitions[name] = {}  # its place, before those of its parts
         fields = settings.model_fields.values()
         required = [each.key for each in fields if each.is_required()]
         definitions[name] = {
@@ -282,7 +296,7 @@ def definition(settings: type[Settings], definitions: dict[str, Schema]) -> Sche
             "properties": {each.key: _property(each, definitions) for each in fields},
             **({"required": required} if required else {}),
             "title": name,
-            "type": "object",
+            "type": "object" if required else ["object", "null"],  # its keys may all be commented out
         }
     return {"$ref": f"#/$defs/{name}"}
 

@@ -1,6 +1,6 @@
-"""Files under the state directory: each has a writer of its own, or one would overwrite what another has kept.
+"""Checks that no two writers use the same file under the state directory, where one would overwrite the other's.
 
-Works on the tree, not on the model, so that these faults come together with all others.
+It works on the tree, not on the model, so that these faults are reported together with all others.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     from flaskd.config.action_spec import Actions, Fields
 
 MARK_FILE, KEY_FILE = "running.json", "cache.key"
-"""What flaskd itself keeps there, beside what the configuration names."""
+"""Files that flaskd itself keeps there, apart from those that the configuration names."""
 
 WORKER = "{worker}"
-"""What stands for the number of a worker's place in the pool, in the path of a file that each worker keeps."""
+"""Stands for the number of a worker's slot in the path of a file that each worker keeps."""
 
 
 def check_state_paths(
     tree: Table, fields: Mapping[str, Fields | None], actions: Actions, environ: Mapping[str, str], faults: Faults
 ) -> None:
-    """Note each path that is another's already, in whatever spelling.
+    """Note each path that another writer has already, however it is spelled.
 
-    `fields` are the validated fields of each policy. A relative path is under the state directory; where that is, the
-    service manager says (``$STATE_DIRECTORY``), or nobody knows yet: then it is none of the absolute ones. Where there
-    is more than one worker, a file that each of them keeps has its number in its path.
+    `fields` are the validated fields of each policy. A relative path is under the state directory, which the service
+    manager may name (``$STATE_DIRECTORY``); if it is not known yet, relative and absolute paths count as different. If
+    there are several workers, a file that each of them keeps must have the worker's number in its path.
     """
     kept = list(_kept(tree, fields, actions))
     if workers_of(tree) not in {0, 1}:
@@ -54,19 +54,19 @@ def check_state_paths(
 
 
 def _numbered(path: str) -> str:
-    root, suffix = os.path.splitext(path)  # noqa: PTH122 - text for people
+    root, suffix = os.path.splitext(path)  # noqa: PTH122 - only text
     return f"{root}-{WORKER}{suffix}"
 
 
 def _meet(one: str, other: str) -> bool:
-    """Whether two paths can be those of one file, whatever the number of the worker."""
+    """Whether two paths may be the same file for some number of a worker."""
     first, second = ("[0-9]+".join(map(re.escape, path.split(WORKER))) for path in (one, other))
     return one == other or bool(re.fullmatch(first, other) or re.fullmatch(second, one))
 
 
 def _place(path: str, state: str) -> str:
-    place = os.path.normpath(os.path.join(state, path))  # noqa: PTH118 - pathlib does not take out ".."
-    directory, name = os.path.split(place)  # a directory of state may be a link (DynamicUser= in systemd.exec(5))
+    place = os.path.normpath(os.path.join(state, path))  # noqa: PTH118 - pathlib does not remove ".."
+    directory, name = os.path.split(place)  # a state directory may be a link (DynamicUser= in systemd.exec(5))
     return os.path.join(os.path.realpath(directory), name)  # noqa: PTH118
 
 

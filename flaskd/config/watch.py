@@ -1,8 +1,9 @@
-"""A configuration file that is watched: an edit is noticed however it is made.
+"""Watches a configuration file; it notices an edit however it is made.
 
-Polled are where the path leads, and the modification time, inode and size of what is there; when they have changed and
-keep still, the content is compared. That sees an edit in place, an editor's rename, and the ``..data`` link that
-Kubernetes exchanges beside a mounted ConfigMap; a notification for the file itself (inotify(7)) misses the second swap.
+It polls where the path leads, and the modification time, inode and size of the file. When these have changed and then
+stay the same, it compares the content. That notices an edit in place, an editor's rename, and the exchange of the link
+``..data`` of a mounted Kubernetes ConfigMap; a notification for the file itself (inotify(7)) misses the second
+exchange.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ log = logging.getLogger("flaskd.config")
 _INTERVAL = 0.5
 """Seconds between two looks."""
 _GONE = ""
-"""Stands for the digest of a file that cannot be read."""
+"""The digest of a file that cannot be read."""
 
 
 class FileWatch:
-    """Watches `path` in a thread of its own, and calls `changed` with the digest of what is new.
+    """Watches `path` in a thread of its own, and calls `changed` with the digest of new content.
 
-    `known` is the digest of what its owner has dealt with, to be set by the owner: `changed` is called until it is.
-    While `wanted` is false the watch rests, and what it then missed it sees afterwards.
+    The owner sets `known` to the digest that it has processed; `changed` is called until then. While `wanted()` is
+    false nothing is reported; changes that happen meanwhile are reported afterwards.
     """
 
     def __init__(self, path: Path, *, changed: Callable[[str], None], wanted: Callable[[], bool]) -> None:
@@ -46,9 +47,9 @@ class FileWatch:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Start watching, if it is not done already."""
+        """Start watching, unless it has started."""
         if self._thread is None:
-            self._ended = threading.Event()  # the old one ends the old thread, whenever that wakes up
+            self._ended = threading.Event()  # the old thread ends at the old event, whenever it wakes up
             self._thread = threading.Thread(target=self._run, name="flaskd-watch", daemon=True)
             try:
                 self._thread.start()
@@ -57,7 +58,7 @@ class FileWatch:
                 log.warning(f"cannot watch {self._path}: {error}; reload by hand after an edit")
 
     def stop(self) -> None:
-        """Stop watching; the thread is not waited for, because a file system may hang."""
+        """Stop watching, without waiting for the thread, because a file system may hang."""
         self._ended.set()
         self._thread = None
 
@@ -68,7 +69,7 @@ class FileWatch:
                 self.look()
 
     def look(self) -> None:
-        """Look once; a change is told when two looks in a row see the same, so that no half of an edit is read."""
+        """Look once; a change is reported when two looks in a row find the same, not while the file is written."""
         found = _signature(self._path)
         if found is None or found == self._seen:
             return
@@ -86,10 +87,10 @@ class FileWatch:
 
 
 def _signature(path: Path) -> tuple[object, ...] | None:
-    """What changes when the file does; empty when there is none, None for what cannot be read twice, such as a pipe."""
+    """What changes when the file does; empty if there is no file, None if it cannot be read twice, such as a pipe."""
     try:
         real = os.path.realpath(path)
-        found = os.stat(real)  # noqa: PTH116 - what `real` names, and not what the path may name by now
+        found = os.stat(real)  # noqa: PTH116 - `real`, because the path may lead elsewhere by now
     except (OSError, ValueError):
         return ()
     return (real, found.st_mtime_ns, found.st_ino, found.st_size) if stat.S_ISREG(found.st_mode) else None

@@ -1,4 +1,4 @@
-"""The words of a fault: what was expected, what stands there, and a hint; nothing of a secret."""
+"""The words of a fault: what was expected, what was written, and a hint; never a secret."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 def refuse(
     node: Node, path: Path, faults: Faults, expected: str, hint: Callable[[], str] = str, *, whole: bool = False
 ) -> None:
-    """Note that a value is not what was `expected`, unless it has its fault already.
+    """Note that a value is not what was `expected`, unless its fault is noted already.
 
-    `hint` is asked only if the fault is shown. `whole`: the fault is of a mapping as a whole, and what stands there is
+    `hint` is called only if the fault is shown. With `whole` the fault concerns a mapping as a whole, whose content is
     not repeated.
     """
     if isinstance(node, Scalar) and node.broken:
@@ -32,7 +32,7 @@ def _fault(node: Node, expected: str, hint: Callable[[], str], *, whole: bool) -
 
 
 def without_secrets(expected: str, node: Node) -> str:
-    """Words that a function chose, on one line: they may quote the value, whole or in parts."""
+    """Words from a function, on one line and without the value, which they may quote in whole or in part."""
     text = expected.partition(", got ")[0]
     secrets = [scalar.text for _, scalar in scalars(node) if scalar.secret and scalar.text]
     if secrets and (not text.startswith("expected ") or any(secret in text for secret in secrets)):
@@ -46,7 +46,7 @@ def one_of(choices: Sequence[str]) -> str:
 
 
 def hint(node: Node, *, quotes: type | None = None, choices: Sequence[str] = ()) -> str:
-    """What may have been meant: the same without quotes, where it is then of type `quotes`, or one of the `choices`."""
+    """What may have been meant: the same without quotes, if its type is then `quotes`, or one of the `choices`."""
     if not isinstance(node, Scalar) or node.secret:
         return ""
     if quotes and isinstance(node.value, str) and isinstance(core(node.text), quotes):
@@ -55,7 +55,9 @@ def hint(node: Node, *, quotes: type | None = None, choices: Sequence[str] = ())
 
 
 def unknown_key(name: str, valid: Sequence[str], places: Sequence[str] = ()) -> str:
-    """The fault of a key that is not there; `places` are where there are keys of that name."""
+    """The fault of an unknown key; `places` are the places that have a key of that name."""
+    if name.lower().replace("-", "_") in valid:
+        return f"expected a known key, got {quoted(name)}{did_you_mean(name.lower(), valid)}"
     if places:
         there = " or ".join(places[:_PLACES])
         return f"expected a known key, got {quoted(name)}; write {there}{did_you_mean(name, valid)}"
@@ -69,7 +71,7 @@ NO_VALUE = "expected a value (it has no default), got nothing"
 
 
 def hidden(node: Node) -> Node:
-    """Mark every value under a node as secret: faults go into logs, and to all who may see the status."""
+    """Mark every value under a node as secret, because faults go into logs and into the status."""
     if isinstance(node, Scalar):
         return dataclasses.replace(node, secret=True)
     if isinstance(node, Items):

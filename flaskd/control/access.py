@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import grp
-import logging
 import os
 import pwd
 from collections.abc import Iterable
@@ -17,15 +16,12 @@ if TYPE_CHECKING:
     from flaskd.config import ControlConfig
     from flaskd.control.commands import Command
 
-log = logging.getLogger("flaskd.control")
-
 
 class Access:
-    """What `control.roles` and `control.fifo` come to on this machine.
+    """What `control.roles` and `control.fifo` mean on this machine.
 
-    Names that this machine does not know give nothing, and are a warning: a configuration may be written for another
-    one. Without roles, all who may open the socket are admin. With them, root and the daemon's own user still are:
-    they may send it signals anyway.
+    A name that this machine does not know has no effect. Without roles, every client that may open the socket is an
+    admin. With roles, root and the daemon's own user are admins all the same, because they may send it signals anyway.
     """
 
     def __init__(self, control: ControlConfig) -> None:
@@ -36,7 +32,7 @@ class Access:
         for role, members in self._roles.items():
             self._admit(Role[role.upper()], members)
         self.fifo = frozenset(([] if self._roles else VERBS) if control.fifo is None else control.fifo)
-        """The verbs that the FIFO takes."""
+        """The verbs that the FIFO accepts."""
 
     def _admit(self, role: Role, members: Iterable[str]) -> None:
         for member in members:
@@ -44,13 +40,11 @@ class Access:
             try:
                 number = int(name) if name.isdecimal() else _number_of(name, group=known is self._groups)
             except KeyError:
-                kind = "group" if known is self._groups else "user"
-                log.warning(f'control.roles.{role}: this machine has no {kind} "{name}"; it gives nobody a role')
-                continue
+                continue  # the check of the configuration warns of it
             known[number] = max(role, known.get(number, role))
 
     def role_of(self, peer: Peer) -> Role | None:
-        """The highest role that a client has; None for none."""
+        """The highest role that a client has, or None."""
         if not self._roles:
             return Role.ADMIN
         roles = [self._groups[group] for group in peer.groups if group in self._groups]
@@ -59,7 +53,7 @@ class Access:
         return max(roles, default=None)
 
     def check(self, command: Command) -> None:
-        """Raise ForbiddenError when the peer may not say that; "help" is for everybody."""
+        """Raise ForbiddenError if the peer may not give this command; every client may say "help"."""
         name, peer = command.name, command.peer
         if peer is FIFO_PEER:
             if name not in self.fifo:

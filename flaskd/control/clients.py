@@ -1,4 +1,4 @@
-"""The clients of the control socket: how many there may be, which make room for others, and when one is let go."""
+"""The clients of the control socket: how many there may be, and when a client is dropped."""
 
 from __future__ import annotations
 
@@ -21,39 +21,41 @@ log = logging.getLogger("flaskd.control")
 
 _MAX_CLIENTS = 64
 _RESERVE = 16
-"""Of these, those that wait for no outcome, so that who asks something short always gets in."""
+"""How many places of these are for clients that wait for no outcome, so that a short question is always answered."""
 _STOP_RESERVE = 8
-"""How far into the reserve a stop that waits may go."""
+"""How many places of the reserve a waiting stop may use."""
 _IDLE_TIMEOUT = 60.0
-"""Seconds a client may leave a command unfinished, or an answer unread."""
+"""Seconds for which a client may leave a command unfinished or an answer unread."""
 
 
 class Clients:
-    """The connections that there are; all of it is the control thread's.
+    """The open connections; only the control thread uses this object.
 
-    `execute` gets their commands, `wake` lets the control thread have another turn, `pause` accepts none for a while.
+    `execute` is called with their commands, `wake` makes the control thread run its loop again, `pause` stops accepting
+    clients for a while.
     """
 
     def __init__(
         self, selector: selectors.BaseSelector, *, execute: Execute, wake: Callable[[], None], pause: Callable[[], None]
     ) -> None:
         self.ending = False
-        """Whether no more are admitted; may be set by any thread."""
+        """Whether no more clients are admitted; any thread may set it."""
         self._selector = selector
         self._execute, self._wake, self._pause = execute, wake, pause
         self._all: set[Connection] = set()
 
     @property
     def have_output(self) -> bool:
-        """Whether something is still to be sent to any of them."""
+        """Whether some client has output that is not sent."""
         return any(client.has_output for client in self._all)
 
-    # --- who gets in ---
+    # --- accepting clients ---
 
     def accept(self, fd: int) -> None:
-        """Accept one client, and hear what it has said already; where more wait, the selector says so again.
+        """Accept one client and read what it has sent; if more clients wait, the selector reports the listener again.
 
-        So few system calls because each lets go of the interpreter, and waits for it again where the app is busy.
+        It makes few system calls, because each releases the interpreter's lock and waits for it again while the app is
+        busy.
         """
         try:
             self._admit(open_files.open(lambda: _accepted(fd)))
@@ -68,7 +70,7 @@ class Clients:
             self.drop_hung_up()
         if len(self._all) >= _MAX_CLIENTS:
             silent = [each for each in self._all if not each.pending]
-            if silent:  # who says nothing makes room for who may
+            if silent:  # a client without a command is dropped for the new one
                 self._drop(min(silent, key=lambda each: each.last_heard))
         if self.ending or len(self._all) >= _MAX_CLIENTS:
             sock.close()
@@ -78,11 +80,11 @@ class Clients:
         client.read()
 
     def check_room(self, command: Command) -> None:
-        """Raise NotNowError where too many wait for an outcome already: who asks something short must find room."""
+        """Raise NotNowError if too many clients wait for an outcome, so that short questions find a place."""
         if not command.waits or command.peer is FIFO_PEER:
             return
         most = _MAX_CLIENTS - _RESERVE + (_STOP_RESERVE if command.name == "stop" else 0)
-        if self._waiting > most:  # who asks is one of them
+        if self._waiting > most:  # the client that asks is one of them
             self.drop_hung_up()
         if (waiting := self._waiting) > most:
             instead = ", or leave out wait" if not command.verb.lengthy else ""
@@ -94,17 +96,17 @@ class Clients:
     def _waiting(self) -> int:
         return sum(bool(client.pending) for client in self._all)
 
-    # --- who is served, and let go ---
+    # --- serving and dropping clients ---
 
     def settle(self) -> None:
-        """Carry out and flush what there is, watch for more, and let go of who is done, idle or too slow."""
+        """Carry out commands, send answers, choose what to watch, and drop clients that are done, idle or too slow."""
         now = time.monotonic()
         for client in list(self._all):
-            if client not in self._all:  # it made room for another one
+            if client not in self._all:  # it was dropped for a new one
                 continue
             try:
                 more = client.work()
-            except Exception:  # a command with a fault in it is no reason to leave the others alone
+            except Exception:  # a fault of one command must not harm the others
                 log.exception("cannot carry out a control command", extra=BROKEN_OFF)
                 more = False
                 client.closing = True
@@ -117,11 +119,11 @@ class Clients:
             if client.done or client.overflowed or idle:
                 self._drop(client)
                 continue
-            # A client that shut its side down would be readable for ever.
+            # The socket of a client that has shut down its sending side is readable for ever.
             events = selectors.EVENT_READ if client.wants_to_read else 0
             try:
                 self._watch(client, events | (selectors.EVENT_WRITE if client.has_output else 0))
-            except OSError as error:  # no memory, no more watches: epoll_ctl(2)
+            except OSError as error:  # out of memory or of watches: epoll_ctl(2)
                 why = f"cannot listen to a control client: {error.strerror}"
                 log.warning(why, extra=bounded_by("control clients that cannot be listened to"))
                 self._drop(client)
@@ -136,7 +138,7 @@ class Clients:
             self._selector.modify(client.sock, events, known.data)
 
     def drop_hung_up(self) -> None:
-        """Drop who waits for an outcome and has hung up; they are not read from, so it does not show by itself."""
+        """Drop clients that have hung up while they wait for an outcome; the selector does not report those."""
         for client in [each for each in self._all if each.pending and each.gone]:
             self._drop(client)
 
@@ -147,12 +149,12 @@ class Clients:
         client.sock.close()
 
     def close(self) -> None:
-        """Drop them all."""
+        """Drop all clients."""
         for client in list(self._all):
             self._drop(client)
 
     def forget(self) -> None:
-        """Close their descriptors, and nothing else: in a forked child they are not ours."""
+        """Close their descriptors, and do nothing else: in a forked child the connections belong to the parent."""
         for client in self._all:
             client.sock.close()
 
@@ -164,9 +166,9 @@ def _serve(client: Connection) -> None:
 
 
 def _accepted(fd: int) -> socket.socket:
-    """Accept a client from a listening descriptor that does not block. Raises OSError.
+    """Accept a client from a non-blocking listening descriptor; raises OSError.
 
-    An app may have called socket.setdefaulttimeout(), and Python would wait so long, for a client and for its words.
+    After an app's socket.setdefaulttimeout() Python would wait in accept() and in later calls; both timeouts are reset.
     """
     listening = socket.socket(fileno=fd)
     try:

@@ -1,4 +1,4 @@
-"""A command, however it was written: as words, as JSON, as a request line of HTTP."""
+"""A command, made from words, from JSON or from an HTTP request."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from flaskd.verbs import Flags, Role, Verb, find_verb
 _BOOLEANS = {"": True, "1": True, "true": True, "0": False, "false": False}
 _AUTHORITY = re.compile(r"\Ahttps?://[^/]*", re.IGNORECASE)
 _LOOKING = ("GET", "HEAD", "POST")
-"""Methods by which one may ask for what changes nothing."""
+"""The HTTP methods for commands that change nothing."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """A verb with its words, and who says it."""
+    """A verb with its words, and the client that gave it."""
 
     name: str
     verb: Verb
@@ -31,17 +31,17 @@ class Command:
 
     @property
     def changes(self) -> bool:
-        """Whether it changes something; some verbs only look where their argument is left out."""
+        """Whether it changes something; some verbs only do with an argument."""
         return self.verb.changes and (not self.verb.looks or bool(self.argument))
 
     @property
     def role(self) -> Role:
-        """The role that it needs."""
+        """The role that the client needs."""
         return self.verb.role if self.changes or not self.verb.changes else Role.VIEWER
 
     @property
     def waits(self) -> bool:
-        """Whether its outcome may be long in coming."""
+        """Whether its outcome may take long."""
         return self.verb.lengthy or "wait" in self.flags
 
     def __str__(self) -> str:
@@ -49,7 +49,7 @@ class Command:
 
 
 def from_words(words: Sequence[str], peer: Peer) -> Command:
-    """``log-level debug``; raises UsageError and UnknownCommandError."""
+    """Make a command of words such as ``log-level debug``; raises UsageError and UnknownCommandError."""
     if not words:
         raise UsageError('expected a command; try "help"')
     _check_printable(*words)
@@ -67,7 +67,7 @@ def from_words(words: Sequence[str], peer: Peer) -> Command:
 
 
 def _check_printable(*words: str) -> None:
-    """Refuse what could forge a line of the log, or paint a terminal."""
+    """Raise UsageError for characters that could forge a log line or control a terminal."""
     if not all(word.isprintable() for word in words):
         raise UsageError("expected a command of printable characters")
 
@@ -78,7 +78,7 @@ def _unknown(name: str, verb: Verb, word: str) -> str:
 
 
 def from_fields(name: Any, fields: Mapping[str, Any], peer: Peer) -> Command:
-    """``{"wait": true}`` of a verb, as JSON and HTTP have it; raises UsageError and UnknownCommandError."""
+    """Make a command of a verb and fields such as ``{"wait": true}``; raises UsageError and UnknownCommandError."""
     if not isinstance(name, str):
         raise UsageError('expected "cmd" with a verb; try {"cmd":"help"}')
     _check_printable(name, *fields, *(value for value in fields.values() if isinstance(value, str)))
@@ -90,7 +90,7 @@ def from_fields(name: Any, fields: Mapping[str, Any], peer: Peer) -> Command:
                 raise UsageError(f'{name}: "{key}" must be true or false')
             flags |= {key} if value else set()
         elif key == verb.argument and key:
-            argument = str(value) if type(value) is int else value  # no bool, which is an int, too
+            argument = str(value) if type(value) is int else value  # excludes bool, a subclass of int
             if not isinstance(argument, str) or not argument:
                 raise UsageError(f'{name}: "{key}" must be text or a whole number')
         else:
@@ -99,12 +99,13 @@ def from_fields(name: Any, fields: Mapping[str, Any], peer: Peer) -> Command:
 
 
 def from_http(method: str, target: str, body: bytes, peer: Peer) -> Command:
-    """``POST /drain?wait`` or a JSON object as the body; raises UsageError and UnknownCommandError.
+    """Make a command of ``POST /drain?wait``, or of a JSON object as the body.
 
-    Flags are ``?wait``, ``?wait=true`` or ``?wait=1``; GET is for what changes nothing.
+    Flags are ``?wait``, ``?wait=true`` or ``?wait=1``. GET is allowed for what changes nothing. Raises UsageError and
+    UnknownCommandError.
     """
     path, _, query = target.partition("?")
-    path = _AUTHORITY.sub("", path)  # as one writes to a proxy: RFC 9112 §3.2.2
+    path = _AUTHORITY.sub("", path)  # the form for proxies: RFC 9112 §3.2.2
     name = unquote(path).strip("/") or "help"
     fields: dict[str, Any] = {}
     for key, text in parse_qsl(query, keep_blank_values=True):
@@ -126,7 +127,7 @@ def from_http(method: str, target: str, body: bytes, peer: Peer) -> Command:
 
 
 class MethodError(UsageError):
-    """A command that changes something in a request that must not, or a method that means nothing here."""
+    """The request's method is unknown, or does not allow a command that changes something."""
 
     code = "method"
 

@@ -1,4 +1,4 @@
-"""A connection to the control socket: its bytes in, its commands, its bytes out."""
+"""A connection to the control socket: reads bytes and commands, sends bytes."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from flaskd.server.lines import RefusedError, field, is_host
 log = logging.getLogger("flaskd.control")
 
 MAX_OUTPUT = 1 << 20
-"""Bytes of unread answers after which a client is given up."""
+"""How many bytes of unread answers a client may have before it is dropped."""
 MAX_PENDING = 32
-"""Commands of one client that may wait for their outcome."""
+"""How many commands of one client may wait for their outcome."""
 _MAX_HEAD = 16 * 1024
 _MAX_FIELDS = 100
 _HTTP = re.compile(rb"([A-Z]+) (\S+) HTTP/1\.([0-9])\r?\n")
@@ -34,18 +34,18 @@ Execute = Callable[[Command, Reply], None]
 
 
 class Connection:
-    """A client; `execute` gets its commands. Output may be queued from any thread, all else is the control thread's."""
+    """One client; `execute` gets its commands. Any thread may queue output; only the control thread does the rest."""
 
     def __init__(self, sock: socket.socket, execute: Execute, wake: Callable[[], None]) -> None:
         self.sock = sock
-        """Never waited for (MSG_DONTWAIT); set to non-blocking it would cost a system call."""
+        """Calls on it do not block because of MSG_DONTWAIT; making it non-blocking would take another system call."""
         self.peer = Peer.of(sock)
         self.pending = 0
-        """Commands without an outcome yet."""
+        """How many commands have no outcome yet."""
         self.ended = False
-        """Whether it said all that it will."""
+        """Whether the client sends no more commands."""
         self.closing = False
-        """Whether it is not listened to any more."""
+        """Whether nothing more is read from it."""
         self.last_heard = time.monotonic()
         self._execute, self._wake = execute, wake
         self._inbox = bytearray()
@@ -54,14 +54,14 @@ class Connection:
         self._overflowed = False
         self._json = False
         self._head: tuple[str, str, int, int] | None = None
-        """Of an HTTP request whose head has come: method, target, length of the body and where that begins."""
+        """Of an HTTP request whose head has come: method, target, length of the body, and where the body begins."""
         self._looked = 0
-        """Up to where its end was looked for."""
+        """How many bytes were searched for the end of the head."""
 
     # --- in ---
 
     def read(self) -> None:
-        """Take what has come."""
+        """Read what has come."""
         try:
             data = self.sock.recv(65536, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -74,7 +74,7 @@ class Connection:
         self.ended = not data
 
     def work(self) -> bool:
-        """Carry out some of the commands that have come whole; True when others should have their turn before more."""
+        """Carry out some of the complete commands; True if there may be more, and other clients come first."""
         for _ in range(MAX_PENDING):
             if not self._inbox or self.closing or self.has_output or self.pending >= MAX_PENDING or not self._take():
                 return False
@@ -82,15 +82,15 @@ class Connection:
 
     @property
     def wants_to_read(self) -> bool:
-        """Whether more commands are welcome."""
-        full = len(self._inbox) > _MAX_HEAD + MAX_LINE  # what has come is carried out first
+        """Whether more commands may be read."""
+        full = len(self._inbox) > _MAX_HEAD + MAX_LINE  # first carry out what has come
         return not (full or self.ended or self.closing or self.pending >= MAX_PENDING or self.has_output)
 
     def _take(self) -> bool:
-        """Carry out the next command, if it has come whole; False when there is none."""
+        """Carry out the next command if it is complete; False if there is none."""
         if not self._json and self._inbox[:1].isupper() and not self._is_a_line():
             return self._take_http()
-        if self.ended and self._inbox and not self._inbox.endswith(b"\n"):  # a last line needs no newline
+        if self.ended and self._inbox and not self._inbox.endswith(b"\n"):  # the last line needs no newline
             self._inbox += b"\n"
         newline = self._inbox.find(b"\n")
         if (len(self._inbox) if newline < 0 else newline) > MAX_LINE:
@@ -105,7 +105,7 @@ class Connection:
         return newline >= 0
 
     def _is_a_line(self) -> bool:
-        """Whether what begins like HTTP is a line after all, such as ``STATUS``."""
+        """Whether it is a command line that only looks like HTTP at first, such as ``STATUS``."""
         line, newline, _ = bytes(self._inbox[: MAX_LINE * 2]).partition(b"\n")
         return (bool(newline) or self.ended) and not _HTTP.match(line + b"\n")
 
@@ -124,11 +124,11 @@ class Connection:
             )
 
     def _begin(self) -> None:
-        with self._lock:  # outcomes come from other threads
+        with self._lock:  # other threads give outcomes
             self.pending += 1
 
     def _say_no_more(self) -> None:
-        """Listen no more: these dialects have one command in a connection. It is open until that has its outcome."""
+        """Read no more: text and HTTP have one command per connection, which stays open until the outcome is sent."""
         self.ended = True
         self._inbox.clear()
 
@@ -140,13 +140,13 @@ class Connection:
         if not isinstance(request, dict):
             raise UsageError("expected a JSON object on one line")
         request_id = request.pop("id", None)
-        if isinstance(request_id, bool) or not isinstance(request_id, int | str | None):  # NaN is no JSON to others
+        if isinstance(request_id, bool) or not isinstance(request_id, int | str | None):  # NaN is not JSON
             raise UsageError('expected "id" to be text, a whole number or null')
         reply.id = request_id
         return from_fields(request.pop("cmd", None), request, self.peer)
 
     def _take_http(self) -> bool:
-        """Answer one HTTP request, once its head and body are here; then the connection closes."""
+        """Answer one HTTP request once its head and body have come; then the connection closes."""
         reply = HttpReply(self._one_answer(), head=self._inbox.startswith(b"HEAD "))
         try:
             command = self._http_command()
@@ -164,9 +164,9 @@ class Connection:
         return False
 
     def _http_command(self) -> Command | None:
-        """The command of the HTTP request that has come; None while there is more to come. Raises UsageError."""
+        """The command of the HTTP request; None until it is complete. Raises UsageError."""
         if self._head is None:
-            end = _END_OF_HEAD.search(self._inbox, max(0, self._looked - 3))  # which may have come in part
+            end = _END_OF_HEAD.search(self._inbox, max(0, self._looked - 3))  # a part of it may have come before
             self._looked = len(self._inbox)
             if end is None and not self.ended and len(self._inbox) <= _MAX_HEAD:
                 return None
@@ -186,14 +186,14 @@ class Connection:
             self._execute(read(), reply)
         except FlaskdError as error:
             reply.error(error.code, str(error))
-        except BaseException as error:  # a fault of ours, or of the app's objects that were asked; an answer is owed
+        except BaseException as error:  # whatever failed, the client gets an answer
             log.exception("cannot carry out a control command", extra=BROKEN_OFF)
             reply.error(FlaskdError.code, f"cannot carry out the command: {type(error).__name__}; the log says more")
 
     # --- out ---
 
     def _one_answer(self) -> Send:
-        """A way out for one answer: what is said after its end is dropped, for its client does not wait any more."""
+        """A function that sends one answer; what is given to it after the answer's end is dropped."""
         over = False
 
         def send(data: bytes, *, last: bool) -> None:
@@ -205,7 +205,7 @@ class Connection:
         return send
 
     def _send(self, data: bytes, *, last: bool) -> None:
-        """Queue output (any thread); a client that does not read it is given up, so it is bounded."""
+        """Queue output; any thread may call it. A client that does not read is dropped, so the queue has a limit."""
         with self._lock:
             if len(self._out) <= MAX_OUTPUT:
                 self._out += data
@@ -218,16 +218,16 @@ class Connection:
 
     @property
     def has_output(self) -> bool:
-        """Whether something is still to be sent."""
+        """Whether there is output that is not sent."""
         return bool(self._out)
 
     @property
     def overflowed(self) -> bool:
-        """Whether it left so much unread that something could not be told any more."""
+        """Whether output was dropped because the client left too much unread."""
         return self._overflowed
 
     def flush(self) -> None:
-        """Send what the kernel takes."""
+        """Send what the kernel accepts now."""
         with self._lock:
             if self._out:
                 try:
@@ -241,19 +241,19 @@ class Connection:
 
     @property
     def gone(self) -> bool:
-        """Whether it has hung up altogether (POLLHUP, poll(2)), and not only said all that it will."""
+        """Whether the client has closed its connection (POLLHUP, poll(2)), and not only its sending side."""
         poll = select.poll()
         poll.register(self.sock, 0)
         return bool(poll.poll(0))
 
     @property
     def done(self) -> bool:
-        """Whether nothing more is to be expected from either side."""
+        """Whether neither side has anything more to send."""
         return not self._out and (self.closing or (self.ended and not self.pending and not self._inbox))
 
 
 def _read_head(head: bytes) -> tuple[str, str, int]:
-    """Method, target and length of the body. Raises UsageError."""
+    """The method, the target and the length of the body; raises UsageError."""
     first = _HTTP.match(head)
     if first is None:
         raise UsageError("expected a request line such as GET /status HTTP/1.1")
@@ -268,7 +268,7 @@ def _read_head(head: bytes) -> tuple[str, str, int]:
             raise UsageError(error.why) from error
         fields.setdefault(name.lower(), []).append(value.decode("latin-1"))
     for key, shown in ((b"host", "Host"), (b"content-length", "Content-Length")):
-        if len(fields.get(key, ())) > 1:  # it cannot be known which one is meant: RFC 9112 §3.2, RFC 9110 §8.6
+        if len(fields.get(key, ())) > 1:  # it is not clear which one is meant: RFC 9112 §3.2, RFC 9110 §8.6
             raise UsageError(f"expected one {shown} header, got several")
     (host,) = fields.get(b"host", [""])
     if (first[3] != b"0" and b"host" not in fields) or (host and not is_host(host)):  # RFC 9112 §3.2

@@ -1,4 +1,4 @@
-"""What comes out of the FIFO: lines, and the commands that they are."""
+"""Reads lines from the FIFO and carries out the commands in them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from flaskd.protocol import MAX_LINE
 log = logging.getLogger("flaskd.control")
 
 _AT_ONCE = 65536
-"""Bytes of one read: all that a FIFO holds (F_SETPIPE_SZ, fcntl(2)), unless it was enlarged."""
+"""How many bytes are read at a time: the size of a FIFO, unless it was enlarged (F_SETPIPE_SZ, fcntl(2))."""
 _JUNK = bounded_by("pieces of no command in the FIFO")
 _TURNS = 4
-"""Reads before the others have their turn."""
+"""How many reads are made before the control thread serves other clients."""
 
 
 class Lines:
-    """Reads lines from a descriptor and gives each to `take`; one that is too long is dropped up to its newline.
+    """Reads lines from a descriptor and calls `take` with each; a line that is too long is dropped up to its newline.
 
-    A line that its writer left unfinished is not the next writer's.
+    A line that its writer left unfinished is dropped; it is not joined with the next writer's.
     """
 
     def __init__(self, take: Callable[[str], None]) -> None:
@@ -36,9 +36,9 @@ class Lines:
         self._dropping = False
 
     def read(self, fd: int) -> bool:
-        """Take what has come; False when no writer is left (read(2) gives nothing, once all that they wrote is read).
+        """Read what has come; False if the FIFO has no writer and is empty.
 
-        Those who write at the same time, or in the same moment, are told apart by their newlines alone.
+        Only newlines separate the lines of writers that write at the same time.
         """
         with contextlib.suppress(BlockingIOError):
             for _ in range(_TURNS):
@@ -76,9 +76,9 @@ class Lines:
 
 
 class FifoCommands:
-    """Carries out the commands in the FIFO; their outcome goes to the log.
+    """Carries out the commands from the FIFO; their outcomes go to the log.
 
-    `reopen` is called with the descriptor once no writer is left.
+    `reopen` is called with the descriptor when the FIFO has no writer any more.
     """
 
     def __init__(self, execute: Execute, reopen: Callable[[int], None]) -> None:
@@ -86,7 +86,7 @@ class FifoCommands:
         self._lines = Lines(self._take)
 
     def read(self, fd: int) -> None:
-        """Carry out what has come."""
+        """Carry out the commands that have come."""
         if not self._lines.read(fd):
             self._reopen(fd)
 
@@ -96,6 +96,6 @@ class FifoCommands:
             self._execute(from_words(line.split(), FIFO_PEER), reply)
         except FlaskdError as error:
             reply.error(error.code, str(error))
-        except Exception as error:  # as for a socket's client (Connection._run); the lines behind it are carried out
+        except Exception as error:  # as in Connection._run; the next lines go on
             log.exception("cannot carry out a control command", extra=BROKEN_OFF)
             reply.error(FlaskdError.code, f"cannot carry out the command: {type(error).__name__}")

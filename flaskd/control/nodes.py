@@ -1,4 +1,4 @@
-"""What the control plane listens on: two nodes in the runtime directory, made and put back, and passed sockets."""
+"""What the control plane listens on: two nodes in the runtime directory, remade when lost, and passed sockets."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("flaskd.control")
 
 Read = Callable[[int], None]
-"""What is done when a descriptor, the argument, has something to read."""
+"""Called with a descriptor when that has something to read."""
 
 PAUSE = 1.0
-"""Seconds between two looks at the nodes, and without new clients after the process ran out of files."""
+"""Seconds between two checks of the nodes, and without new clients after the process ran out of files."""
 
 
 class ControlNode:
-    """One node, and the descriptor behind it; `make` gives both, or raises CannotCreateError or OSError."""
+    """One node and its descriptor; `make` gives both, or raises CannotCreateError or OSError."""
 
     def __init__(self, what: str, make: Callable[[int, int], tuple[int, Node]]) -> None:
         self.what = what
@@ -41,7 +41,7 @@ class ControlNode:
         self._told = ""
 
     def open(self, mode: int, gid: int) -> None:
-        """Make it; where that fails, `keep` goes on trying."""
+        """Make the node; if that fails, `keep` tries again later."""
         try:
             self.fd, self.node = self._make(mode, gid)
         except (CannotCreateError, OSError) as error:
@@ -49,9 +49,9 @@ class ControlNode:
             raise
 
     def keep(self, mode: int, gid: int) -> int | None:
-        """Make it if it is not there, or not ours any more; then returns the descriptor before, -1 for none.
+        """Make the node if it is missing, or another file stands there; returns the old descriptor, -1 for none.
 
-        What stands in its place and is no stale node stays, with one warning, until it is gone.
+        A file in its place that is no stale node stays, and there is one warning until it has gone.
         """
         if self.node is not None and self.node.is_ours():
             return None
@@ -60,24 +60,25 @@ class ControlNode:
             self.open(mode, gid)
         except (CannotCreateError, OSError) as error:
             if str(error) != told:
-                lost = "was taken away, and cannot be put back" if missed else "still cannot be made"
-                log.warning(f"the {self.what} {lost}: {error}; it is tried again")
+                lost = "was removed, and cannot be made again" if missed else "still cannot be made"
+                log.warning(f"the {self.what} {lost}: {error}; flaskd tries again")
             return None
         self._told = ""
-        log.warning(f"the {self.what} {'had been taken away: it is back' if missed else 'could be made now'}")
+        log.warning(f"the {self.what} {'had been removed; it was made again' if missed else 'was made now'}")
         return before
 
     def anew(self) -> int | None:
-        """Open the node once more; returns the descriptor before, None where that fails: `keep` makes another.
+        """Open the node again; returns the descriptor before, or None if that fails (`keep` then makes a new node).
 
-        A FIFO whose writers have all gone says POLLHUP for ever (poll(2)), but not to a descriptor opened since then
-        (Linux, fs/pipe.c). The one before is still open, so that who writes meanwhile finds a reader.
+        After all writers of a FIFO have closed it, its descriptor reports POLLHUP for ever (poll(2)); a descriptor that
+        is opened after that does not (Linux, fs/pipe.c). The old one is closed later, so that the FIFO always has a
+        reader.
         """
         before = self.fd
         try:
             self.fd = os.open(f"/proc/self/fd/{before}", os.O_RDONLY | os.O_NONBLOCK)
         except OSError as error:
-            log.warning(f"cannot open the {self.what} once more: {error.strerror}; it is made anew")
+            log.warning(f"cannot open the {self.what} again: {error.strerror}; flaskd makes a new one")
             self.node = None
             return None
         return before
@@ -135,9 +136,10 @@ def fifo_node(directory: RuntimeDirectory) -> ControlNode:
 
 
 def mode_and_group(control: ControlConfig) -> tuple[int, int]:
-    """What the nodes get: `control.mode`, and the number of `control.group`, -1 for the process' own.
+    """The mode and the group of the nodes: `control.mode` and the number of `control.group`, -1 for the process' own.
 
-    A group that this machine does not know costs a warning, and what the mode gives a group.
+    If this machine does not know the group, the nodes keep the process' own group, which may then do no more than
+    others; the check of the configuration warns of it.
     """
     mode, group = control.mode_bits, control.group
     if group is None:
@@ -145,45 +147,43 @@ def mode_and_group(control: ControlConfig) -> tuple[int, int]:
     try:
         return mode, int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid
     except KeyError:
-        mode = without_group(mode)
-        log.warning(f'control.group: there is no group "{group}"; the nodes keep the process\'s own, mode {mode:04o}')
-        return mode, -1
+        return without_group(mode), -1
 
 
 class Nodes:
-    """The control socket, the FIFO and the passed sockets: opened, looked after, and closed.
+    """The control socket, the FIFO and the passed sockets: opens, checks and closes them.
 
-    What is ready to be read is told by the `selector`. Once the control thread runs, all but `paths` and `remove` is
-    its own.
+    The `selector` tells which are ready to be read. Once the control thread runs, only that thread may use this object,
+    except for `paths` and `remove`.
     """
 
     def __init__(self, name: str, environ: Mapping[str, str], selector: selectors.BaseSelector) -> None:
         self._directory = RuntimeDirectory(name, environ)
         self._socket, self._fifo = socket_node(self._directory), fifo_node(self._directory)
         self._wanted: dict[ControlNode, Read] = {}
-        """Each with what reads from it."""
+        """The nodes that there should be, each with the function that reads from it."""
         self._passed: list[Listener] = []
         self._selector = selector
         self._accept: Read
         self._mode, self._gid = 0o600, -1
         self._accepting_again = 0.0
-        """When (time.monotonic) the pause without new clients is over; 0 while there is none."""
+        """The time.monotonic() at which the pause without new clients ends; 0 if there is no pause."""
         self._told = ""
-        """Why there is no runtime directory, as the log has it."""
+        """The last logged reason why there is no runtime directory."""
 
     @property
     def paths(self) -> list[str]:
-        """The paths of what was made, and of what was passed."""
+        """The paths of the nodes that were made, and of the sockets that were passed."""
         made = [str(each.node.path) for each in self._wanted if each.node is not None]
         return made + [each.address.path for each in self._passed]
 
     def open(
         self, control: ControlConfig, passed: Sequence[Listener], *, accept: Read, read_fifo: Read | None
     ) -> list[str]:
-        """Lock the runtime directory, make the nodes, and listen, also to passed sockets; returns what is wrong.
+        """Lock the runtime directory, make the nodes and listen, also on passed sockets; returns a list of faults.
 
-        Without `read_fifo` there is no FIFO. What cannot be made now is tried again. Raises NotNowError when another
-        flaskd lives in the directory.
+        Without `read_fifo` there is no FIFO. A node that cannot be made now is tried again later. Raises NotNowError if
+        another flaskd uses the directory.
         """
         self._accept = accept
         self._mode, self._gid = mode_and_group(control)
@@ -224,12 +224,12 @@ class Nodes:
             else:
                 listener.close()
                 faults.append(
-                    f"cannot take commands on {listener.address}: expected a Unix socket, which tells who speaks"
+                    f"cannot take commands on {listener.address}: expected a Unix socket, which names its client's user"
                 )
         return faults
 
     def look_after(self, now: float) -> None:
-        """Put back what was taken away; begin to accept again after a pause."""
+        """Make missing nodes again; accept clients again after a pause."""
         if self._accepting_again and now >= self._accepting_again:
             self._accepting_again = 0.0
             for fd in self._listening():
@@ -241,7 +241,7 @@ class Nodes:
             except FlaskdError as error:
                 if str(error) != self._told:
                     self._told = str(error)
-                    log.warning(f"there is no runtime directory: {error}; it is tried again")
+                    log.warning(f"there is no runtime directory: {error}; flaskd tries again")
                 return
             self._told = ""
         for each in self._wanted:
@@ -250,26 +250,26 @@ class Nodes:
                 self._replace(before, each)
 
     def pause(self) -> None:
-        """Accept no clients for a while: the process has no descriptors for them."""
+        """Accept no clients for `PAUSE` seconds, because the process has no descriptors for them."""
         for each in self._listening():
-            with contextlib.suppress(KeyError):  # in this very turn another one could not be accepted, either
+            with contextlib.suppress(KeyError):  # the pause has already begun in this turn
                 self._selector.unregister(each)
         self._accepting_again = time.monotonic() + PAUSE
 
     def reopen_fifo(self, fd: int) -> None:
-        """Go on with the FIFO after its writers have all gone; `fd` would be readable for ever."""
+        """Read on from the FIFO after all its writers have closed it; `fd` would be reported as readable for ever."""
         if (before := self._fifo.anew()) is not None:
             self._replace(before, self._fifo)
-        else:  # it is made anew at the next look
+        else:  # `look_after` makes a new one
             self._selector.unregister(fd)
 
     def _replace(self, before: int, node: ControlNode) -> None:
-        """Listen to the new descriptor of a node, and close the one before; -1 for none."""
+        """Listen to the new descriptor of a node, and close the one `before`; -1 for none."""
         if before >= 0:
-            with contextlib.suppress(KeyError):  # no client is accepted for a moment
+            with contextlib.suppress(KeyError):  # it is not registered during a pause
                 self._selector.unregister(before)
             os.close(before)
-        if node is not self._socket or not self._accepting_again:  # else with the others, after the pause
+        if node is not self._socket or not self._accepting_again:  # else it is registered after the pause
             self._selector.register(node.fd, selectors.EVENT_READ, self._wanted[node])
 
     def _listening(self) -> list[int]:
@@ -277,12 +277,12 @@ class Nodes:
         return own + [each.socket.fileno() for each in self._passed]
 
     def remove(self) -> None:
-        """Remove our own nodes (any thread); the descriptors stay open."""
+        """Remove our own nodes; any thread may call it. The descriptors stay open."""
         for each in self._wanted:
             each.remove()
 
     def close(self) -> None:
-        """Close all descriptors, and let go of the runtime directory."""
+        """Close all descriptors and unlock the runtime directory."""
         for each in self._wanted:
             each.close()
         for listener in self._passed:
@@ -290,7 +290,7 @@ class Nodes:
         self._directory.release()
 
     def forget(self) -> None:
-        """Close all descriptors, and nothing else: in a forked child they are not ours."""
+        """Close all descriptors, and do nothing else: in a forked child the nodes belong to the parent."""
         for each in self._wanted:
             each.close()
             each.node = None

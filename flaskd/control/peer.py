@@ -1,4 +1,4 @@
-"""Who is at the other end of the control socket."""
+"""The process at the other end of a control connection: its user, groups and program."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from functools import cached_property
 from pathlib import Path
 
 _SO_PEERGROUPS = 59
-"""unix(7) does not name it yet: include/uapi/asm-generic/socket.h, Linux 4.13."""
+"""Python's socket module has no SO_PEERGROUPS (unix(7)): include/uapi/asm-generic/socket.h, Linux 4.13."""
 
 
 _MOST_GROUPS = 256
-"""What fits into the 1024 bytes that Python's getsockopt takes; of who is in more, the first group alone counts."""
+"""Python's getsockopt reads at most 1024 bytes; of a user in more groups, only the first group counts."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A client: its credentials at the moment it connected (SO_PEERCRED, unix(7)); uid -1 when there are none."""
+    """A client's credentials when it connected (SO_PEERCRED, unix(7)); uid -1 if there are none."""
 
     uid: int = -1
     pid: int = 0
@@ -32,16 +32,16 @@ class Peer:
         size = struct.calcsize("3i")
         pid, uid, gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
         groups = {gid}
-        with contextlib.suppress(OSError):  # an older kernel, or too many
+        with contextlib.suppress(OSError):  # an older kernel, or too many groups
             more = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * _MOST_GROUPS)
             groups |= {number for (number,) in struct.iter_unpack("I", more)}
         return cls(uid, pid, frozenset(groups))
 
     @cached_property
     def command(self) -> str:
-        """The name of its program (proc_pid_comm(5)), which it may choose, in plain characters; "" when it is gone.
+        """The name of its program (proc_pid_comm(5)), which the program may choose, escaped; "" if it has ended.
 
-        Looked for when it is first asked for: few commands are logged, and the look takes ten system calls.
+        It is read when first asked for, because few commands are logged and reading it takes ten system calls.
         """
         with contextlib.suppress(OSError):
             name = Path(f"/proc/{self.pid}/comm").read_text(errors="replace").rstrip("\n")
@@ -50,7 +50,7 @@ class Peer:
 
     @property
     def user(self) -> str:
-        """Whose it is, without what changes from one connection to the next."""
+        """Its user as text; the same for all connections of a user."""
         return f"uid={self.uid}" if self.uid >= 0 else "the FIFO"
 
     def __str__(self) -> str:
@@ -60,4 +60,4 @@ class Peer:
 
 
 FIFO_PEER = Peer()
-"""Who writes into the FIFO, of whom it tells nothing."""
+"""Stands for the writer of the FIFO, about whom the kernel says nothing."""

@@ -1,4 +1,4 @@
-"""The control thread: it reads commands from the sockets and the FIFO, and has them carried out."""
+"""The control thread: it reads commands from the sockets and the FIFO and carries them out."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("flaskd.control")
 
 _FLUSH_TIMEOUT = 1.0
-"""Seconds that answers have to get out at the end."""
+"""How many seconds `close` waits until the answers are sent."""
 
 
 class ControlPlane:
-    """Opens the nodes, answers until closed; `open` and `close` are the daemon's, the rest runs in its own thread."""
+    """Opens the nodes and answers until closed; the daemon calls `open` and `close`, its own thread does the rest."""
 
     def __init__(self, daemon: Daemon, name: str, environ: Mapping[str, str]) -> None:
         self._daemon = daemon
@@ -45,21 +45,21 @@ class ControlPlane:
         self._thread = threading.Thread(target=self._run, name="flaskd-control", daemon=True)
         self._ending = False
         self._again = False
-        """Whether another turn is wanted at once; the control thread's."""
+        """Whether the control thread is to run its loop again at once; only the control thread uses it."""
         self._next_look = 0.0
         self._access: Access
         self._access_of: ControlConfig
 
     @property
     def nodes(self) -> list[str]:
-        """The paths of what was made, and of what was passed."""
+        """The paths of the nodes that were made, and of the sockets that were passed."""
         return self._nodes.paths
 
     def open(self, config: Config, passed: Sequence[Listener] = ()) -> None:
-        """Lock the runtime directory, make both nodes, start answering, also on sockets that the manager has passed.
+        """Lock the runtime directory, make both nodes and start to answer, also on sockets that the manager has passed.
 
-        Raises NotNowError when another flaskd lives there, and CannotCreateError if `control.required`; otherwise what
-        cannot be made is told in the log.
+        Raises NotNowError if another flaskd uses the directory, and CannotCreateError if `control.required` is set and
+        a node cannot be made; without it, what cannot be made is logged.
         """
         self._access, self._access_of = Access(config.control), config.control
         read_fifo = self._fifo.read if self._access.fifo else None
@@ -76,12 +76,12 @@ class ControlPlane:
         self._thread.start()
 
     def close(self) -> None:
-        """Take no more commands, flush the answers (bounded), remove our own nodes; a second call does nothing."""
+        """Accept no more commands, send the answers (at most a second), remove our own nodes; again it does nothing."""
         self.remove_nodes()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._wake()
             self._thread.join(_FLUSH_TIMEOUT + 1)
-        self.remove_nodes()  # once more: the thread may have put one back in this moment
+        self.remove_nodes()  # once more, because the thread may just have made one again
         self._clients.close()
         self._selector.close()
         if hasattr(self, "_reader"):
@@ -90,13 +90,13 @@ class ControlPlane:
         self._nodes.close()
 
     def forget(self) -> None:
-        """Close all descriptors, and nothing else: in a forked child they are not ours."""
+        """Close all descriptors, and do nothing else: in a forked child the nodes belong to the parent."""
         self._selector.close()
         self._clients.forget()
         self._nodes.forget()
 
     def remove_nodes(self) -> None:
-        """Remove our own nodes now (any thread; the last thing before an exit in a hurry)."""
+        """Remove our own nodes now; any thread may call it; also the last call before an immediate exit."""
         self._ending = self._clients.ending = True
         self._nodes.remove()
 
@@ -119,7 +119,7 @@ class ControlPlane:
         configuration = self._daemon.configuration
         assert configuration is not None
         control = configuration.values.control
-        if control is not self._access_of:  # reloaded
+        if control is not self._access_of:  # after a reload
             self._access, self._access_of = Access(control), control
         return self._access
 
@@ -137,7 +137,7 @@ class ControlPlane:
             for key, _ in self._selector.select(pause):
                 try:
                     key.data(key.fd)
-                except Exception:  # one client's trouble is not the next one's
+                except Exception:  # a fault with one client must not harm the others
                     log.exception("cannot answer a control client", extra=BROKEN_OFF)
             self._clients.settle()
             if (now := time.monotonic()) >= self._next_look and not self._ending:
@@ -146,15 +146,15 @@ class ControlPlane:
                     self._clients.drop_hung_up()
                     self._daemon.look()
                     self._nodes.look_after(now)
-                except Exception:  # the clients that there are can do without
+                except Exception:  # the connected clients are still answered
                     log.exception("cannot look after the control nodes")
 
     def _wake(self) -> None:
-        """Let the control thread have another turn (any thread)."""
+        """Make the control thread run its loop again; any thread may call it."""
         if threading.current_thread() is self._thread:
             self._again = True
             return
-        with contextlib.suppress(OSError):  # full: it is awake anyway; closed: there is no thread to wake
+        with contextlib.suppress(OSError):  # full: it is awake; closed: there is no thread
             self._writer.send(b"x")
 
     def _woken(self, _fd: int) -> None:

@@ -1,4 +1,4 @@
-"""How the outcome of a command is told, in each dialect."""
+"""Sends the outcome of a command in each dialect: text, JSON, HTTP, log."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from flaskd.present import as_text, outcome
 from flaskd.protocol import Fields, reason_of
 from flaskd.text import escaped
 
-# What the methods mean is said once, in flaskd.protocol.Reply.
+# flaskd.protocol.Reply describes the methods.
 # ruff: noqa: ARG002, D102
 
 log = logging.getLogger("flaskd.control")
 
 BROKEN_OFF = bounded_by("control commands that broke off")
-"""For the log (`extra`): what commands with a fault of ours are called, where there are too many to list them."""
+"""For the log (`extra`): the kind of log lines about commands that failed with a fault of flaskd's own."""
 
 Send = Callable[..., None]
-"""``send(data, last=…)``: puts bytes on their way to the client; `last` ends the answer."""
+"""``send(data, last=…)`` queues bytes for the client; `last` marks the end of the answer."""
 
 
 class TextReply:
-    """Lines for people; the last one starts with OK or ERR, then the connection closes."""
+    """Lines for people. The last one starts with OK or ERR; then the connection closes."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -48,13 +48,13 @@ class TextReply:
         self._line("\n".join(map(escaped, [*lines, last])), last=True)
 
     def error(self, code: str, message: str) -> None:
-        # The last line starts with ERR; further faults go before it.
+        # The last line starts with ERR; all further faults are written before it.
         first, *more = message.split("\n")
         self._line("\n".join(map(escaped, [*more, f"ERR {code} {first}"])), last=True)
 
 
 class JsonReply:
-    """One JSON object a line; the connection is kept."""
+    """JSON objects, one on each line; the connection stays open."""
 
     def __init__(self, send: Send, request_id: object) -> None:
         self._send, self.id = send, request_id
@@ -88,18 +88,18 @@ STATUSES = {
     "usage": 400, "forbidden": 403, "unknown-command": 404, "no-record": 404, "method": 405, "not-now": 409,
     "config-invalid": 422, "restart-needed": 422, "not-ready": 503, "unhealthy": 503,
 }  # fmt: skip
-"""Error code of a reply → status of an HTTP answer (RFC 9110 §15); 500 for all others."""
+"""The status of an HTTP answer for an error code (RFC 9110 §15); 500 for all others."""
 
 
 class HttpReply:
-    """One HTTP answer with the JSON object that JSON clients get, then the connection closes.
+    """One HTTP answer with the JSON object that JSON clients get; then the connection closes.
 
-    Its status tells the outcome, so it comes when the outcome is known; there is no progress.
+    Its status tells the outcome, so it is sent when the outcome is known, and there is no progress.
     """
 
     def __init__(self, send: Send, *, head: bool = False) -> None:
         self.allow: Sequence[str] = ()
-        """The methods that what was asked for knows, where it was asked with another."""
+        """The methods that are allowed, if the request used another one."""
         self._send, self._head = send, head
 
     def _answer(self, status: int, entry: Fields, *more: str) -> None:
@@ -137,10 +137,10 @@ class HttpReply:
 
 
 class LogReply:
-    """A FIFO gives no reply, so the outcome goes to the log."""
+    """Writes the outcome to the log, because a FIFO cannot reply."""
 
     def __init__(self, command: str) -> None:
-        self._command = " ".join(command.split())  # the words that are carried out; other blanks could forge a line
+        self._command = " ".join(command.split())  # other blanks, such as newlines, could forge a log line
         self._bounded = bounded_by("outcomes of control commands of the FIFO")
 
     def progress(self, fields: Fields) -> None:
@@ -156,7 +156,7 @@ class LogReply:
         hint: str = "",
     ) -> None:
         said = outcome(f"control: {self._command}: OK", word, fields=fields or {}, hint=hint)
-        # One entry, however long: what is bounded is how many answers there are.
+        # One entry for the whole answer, because the log limits the number of entries.
         log.info("\n".join([said, *(f"control: {line}" for line in lines)]), extra=self._bounded)
 
     def error(self, code: str, message: str) -> None:

@@ -1,6 +1,6 @@
-"""What stands behind each verb of the table in `flaskd.verbs`.
+"""What each verb of the table in `flaskd.verbs` does.
 
-They run in the control thread, and never wait: what may take a while is asked elsewhere.
+The functions run in the control thread and never wait: questions that take a while are passed to another thread.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _config(daemon: Daemon, _command: Command, reply: Reply) -> None:
 
 def _last_stop(daemon: Daemon, _command: Command, reply: Reply) -> None:
     record, previous = daemon.holdings.last_stop, daemon.holdings.state.previous
-    if previous is not None:  # else the stop before it would look like the last thing that happened
+    if previous is not None:  # otherwise the stop before it would look like the latest one
         record = {**(record or {}), "previous": previous}
     if record is None:
         reply.error("no-record", "no stop has been recorded yet")

@@ -1,7 +1,7 @@
-"""A small app that makes a drain worth watching: ``flaskd serve flaskd.demo:app``, then open it in a browser.
+"""A small app to watch a drain with: ``flaskd serve flaskd.demo:app``, then open it in a browser.
 
-It has what apps have (a database, a cache, slow requests, a stream, uploads) and no code of its own to shut
-them down: a stop finds them. Importing it opens nothing; the database file is made at the first visit.
+It has what many apps have: a database, a cache, slow requests, a stream, uploads. It has no code to shut them down: at
+a stop, flaskd finds and closes them. Importing it opens nothing; the database file is made at the first visit.
 """
 
 from __future__ import annotations
@@ -21,14 +21,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flask import Blueprint, Flask, Response, abort, current_app, render_template, request
+from flask.cli import NoAppException
 
 try:
     import sqlalchemy as sa
     from flask_caching import Cache
     from flask_sqlalchemy import SQLAlchemy
     from sqlalchemy.dialects.sqlite import insert
-except ImportError as error:
-    raise ImportError('the demo needs its extra: pip install "flaskd[demo]"', name=error.name) from error
+except ImportError:
+
+    class MissingExtraError(NoAppException, ImportError):
+        """What flaskd and `flask run` tell in one line, and any other program as an import that failed."""
+
+    raise MissingExtraError('the demo needs its extra: pip install "flaskd[demo]"') from None
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,7 +52,7 @@ visits = db.Table(
 )
 
 _started = datetime.now(UTC)
-# SQLite takes one writer at a time anyway, and the in-memory database is one connection for all threads.
+# SQLite allows one writer at a time anyway, and all threads share the one connection of the in-memory database.
 _one_writer = threading.Lock()
 _watching: set[object] = set()
 
@@ -88,11 +93,11 @@ def slow() -> dict[str, float]:
 
 @routes.get("/stream")
 def stream() -> Response:
-    """Send one event a second, ``events`` of them or for ever, and say goodbye when a drain begins."""
+    """Send one event a second, ``events`` of them or without end, and a last event ``bye`` when a drain begins."""
     text = request.args.get("events")
     if text is not None and not re.fullmatch(r"[0-9]{1,9}", text):
         abort(400, f'expected events as a whole number, got "{text}"')
-    # Elsewhere than under flaskd nobody sets this event, and waiting for it is a plain sleep.
+    # Under another server there is no such event; then this one is never set, and waiting for it is a plain sleep.
     draining = request.environ.get("flaskd.draining") or threading.Event()
     numbers = itertools.count(1) if text is None else range(1, int(text) + 1)
     unbuffered = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -101,7 +106,7 @@ def stream() -> Response:
 
 @routes.post("/upload")
 def upload() -> dict[str, int | str]:
-    """Read a body of any size, a block at a time; answer its length and SHA-256."""
+    """Read a body of any size, one block at a time; answer its length in bytes and its SHA-256."""
     digest, length = hashlib.sha256(), 0
     while block := request.stream.read(UPLOAD_BLOCK):
         digest.update(block)
@@ -111,7 +116,7 @@ def upload() -> dict[str, int | str]:
 
 @routes.get("/cached")
 def cached() -> dict[str, Any]:
-    """Answer a colour that is cached for 30 s, across a restart too where the cache is persisted."""
+    """Answer a colour that is cached for 30 s; it survives a restart if flaskd persists the cache."""
     entry = cache.get("colour")
     if entry is None:
         entry = {"hue": random.randrange(360), "created": time.time()}  # noqa: S311 - a colour, not a secret
@@ -127,21 +132,21 @@ def cached() -> dict[str, Any]:
 
 @routes.get("/ping")
 def ping() -> Response:
-    """Answer ``ok`` and touch nothing: for ``health.probe``."""
+    """Answer ``ok`` without using database or cache; for ``health.probe``."""
     return Response("ok\n", mimetype="text/plain")
 
 
 @routes.get("/boom")
 def boom() -> str:
-    """Raise, to show what an error in the app looks like."""
+    """Raise an error, to show how flaskd logs it."""
     raise RuntimeError("boom: this is what an error in the app looks like")
 
 
 def create_app() -> Flask:
-    """Make the app. Where its database will be is decided here; nothing is opened or written yet."""
+    """Make the app. This chooses the path of the database, but opens and writes nothing."""
     demo = Flask(__name__)
     place = _database_place()
-    # Without a file Flask-SQLAlchemy chooses StaticPool: one connection, or each would see its own database.
+    # Without a file Flask-SQLAlchemy uses StaticPool, which has one connection: each one would see its own database.
     url = sa.URL.create("sqlite", database=None if place is None else str(place))
     demo.config.update(DEMO_DATABASE=place, SQLALCHEMY_DATABASE_URI=url, CACHE_TYPE="SimpleCache")
     db.init_app(demo)
@@ -181,7 +186,7 @@ def _events(numbers: Iterator[int] | range, draining: threading.Event) -> Iterat
 
 
 def _database_place() -> Path | None:
-    """Return the path of the SQLite file, or None (keep it in memory) where it could not be written."""
+    """Return the path of the SQLite file, or None if no file can be written: then the database is in memory."""
     if chosen := os.environ.get("FLASKD_DEMO_DB"):
         place = Path(chosen).absolute()
     elif state := os.environ.get("STATE_DIRECTORY", "").partition(":")[0]:
@@ -199,7 +204,7 @@ def _database_place() -> Path | None:
 
 
 def _control_path() -> str:
-    """Return the FIFO to type into; where the socket is configured, the FIFO is the node beside it."""
+    """Return the path of the control FIFO; if the path of the socket is configured, the FIFO is beside it."""
     path = current_app.config.get("FLASKD_CONTROL") or os.environ.get("FLASKD_CONTROL") or "/run/flaskd/control"
     return str(path).removesuffix(".sock")
 

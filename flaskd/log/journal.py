@@ -1,8 +1,8 @@
-"""The journal's native protocol: one datagram an entry, fields with names, values with newlines.
+"""The journal's native protocol: each entry is one datagram; fields have names, and values may have newlines.
 
-https://systemd.io/JOURNAL_NATIVE_PROTOCOL/: `KEY=value` and a newline, or for a value that has newlines itself `KEY`, a
-newline, its length as 64 bits little-endian, the value and a newline. What is too large for a datagram goes as a
-sealed memory file.
+https://systemd.io/JOURNAL_NATIVE_PROTOCOL/: a field is `KEY=value` and a newline; if the value has newlines, it is
+`KEY`, a newline, the length as 64 bits little-endian, the value and a newline. An entry that is too large for a
+datagram is sent as a sealed memory file.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from collections.abc import Mapping
 
 SOCKET = "/run/systemd/journal/socket"
 _MOST = 1 << 20
-"""Bytes of one value; the journal itself takes more, but nobody reads it."""
+"""The longest value, in bytes; the journal accepts more, but such an entry is not readable."""
 _NOT_IN_NAMES = re.compile(r"[^A-Z0-9_]")
 _LONGEST_NAME = 64
 
 
 @functools.lru_cache(maxsize=256)
 def field_name(key: str) -> str:
-    """The name of a field for a key of ours: ``FLASKD_`` and the key in capitals (A-Z, 0-9 and _, at most 64)."""
+    """The journal's name for one of flaskd's keys: ``FLASKD_`` and the key in capitals (A-Z, 0-9, _; at most 64)."""
     return ("FLASKD_" + _NOT_IN_NAMES.sub("_", key.upper()))[:_LONGEST_NAME]
 
 
 def encode(fields: Mapping[str, str]) -> bytes:
-    """One entry."""
+    """One entry as bytes."""
     plain, rest = [], []
     for name, text in fields.items():
         if "\n" in text or len(text) > _MOST:
@@ -41,14 +41,14 @@ def encode(fields: Mapping[str, str]) -> bytes:
 
 
 class Journal:
-    """The way to the journal; connects to nothing, so that a journal that was restarted is found again."""
+    """Sends entries to the journal, without connecting the socket, so that it also works when that has restarted."""
 
     def __init__(self, path: str = SOCKET) -> None:
         self._path = path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 
     def send(self, entry: bytes) -> None:
-        """Send what `encode` made; raises OSError when nobody takes it."""
+        """Send what `encode` made; raises OSError if the journal does not receive it."""
         try:
             self._socket.sendto(entry, self._path)
         except OSError as error:
@@ -57,7 +57,7 @@ class Journal:
             self._send_as_file(entry)
 
     def _send_as_file(self, entry: bytes) -> None:
-        import fcntl  # noqa: PLC0415 - not on Windows, where there is no journal either
+        import fcntl  # noqa: PLC0415 - Windows has neither this module nor a journal
 
         fd = os.memfd_create("flaskd-journal", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:

@@ -1,6 +1,6 @@
-"""What flaskd writes to standard error: its own log and the access log, in text, JSON or for the journal.
+"""What flaskd writes to standard error: its own log and the access log, as text, as JSON or for the journal.
 
-Only the ``flaskd`` and ``waitress`` loggers are set up; the root logger and the app's own logging are left alone.
+Only the loggers ``flaskd`` and ``waitress`` are set up; the root logger and the app's own logging stay as they are.
 Log records may carry ``extra={"fields": {...}}``: named values for JSON and the journal.
 """
 
@@ -22,19 +22,19 @@ from flaskd.text import bounded, entry, escaped, lines, traceback_of
 from flaskd.units import timestamp
 
 _OURS = {"flaskd", "waitress"}
-"""The loggers that flaskd sets up, with all below them."""
+"""The loggers that flaskd sets up, together with all loggers below them."""
 _LAST_FLUSH = 1.0
-"""Seconds that the last lines may take to be written."""
+"""How many seconds the last lines may take to be written."""
 
 Format = Literal["auto", "text", "json", "journal"]
 
 _queue_log = logging.getLogger("waitress.queue")
-"""Warns at every request that waits for a thread; that is no news to a daemon, and `status` shows how many wait."""
+"""Waitress warns here about each request that waits for a thread. flaskd drops this: `status` shows how many wait."""
 
 _IN_JOURNAL = {"id": "request_id", "request_id": "x_request_id"}
-"""Keys that have another name in the journal: an id alone would be anybody's."""
+"""Keys that have another name in the journal, because its fields are shared by all programs."""
 _PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
-"""syslog(3) priorities, as sd-daemon(3) prefixes."""
+"""syslog(3) priorities, used as prefixes (sd-daemon(3))."""
 _COLOURS = {
     logging.DEBUG: "\x1b[2m",
     logging.WARNING: "\x1b[33m",
@@ -46,11 +46,11 @@ _COLOURS = {
 _CALL_HANDLERS = logging.Logger.callHandlers
 
 Hide = Callable[[str], str]
-"""Puts a mask over what no log may show; see `flaskd.text.Redactor`."""
+"""Masks secrets in a text; see `flaskd.text.Redactor`."""
 
 
 class _ForPeople(logging.Formatter):
-    """A record as text that is one entry, whatever stands in it: nothing in it begins another, or paints a terminal."""
+    """Formats a record as text that is one entry: no text in it can begin another entry or control a terminal."""
 
     def __init__(self, hide: Hide, always: Mapping[str, Any]) -> None:
         super().__init__()
@@ -58,18 +58,18 @@ class _ForPeople(logging.Formatter):
 
     @property
     def _who(self) -> str:
-        """Which worker says it, where there are some and one log has the words of all."""
+        """A prefix that names the worker, if all workers write to one log."""
         return f"worker {self._always['worker']}: " if "worker" in self._always else ""
 
     def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's own name
-        """The traceback, in which the exceptions' own texts are a line each."""
+        """The traceback; the text of each exception in it is one line."""
         _, error, trace = ei
         return traceback_of(error, trace) if isinstance(error, BaseException) else ""
 
     def whole(self, record: logging.LogRecord, *, indented: bool = True) -> str:
-        """The message with its traceback; the message's further lines are `indented`."""
+        """The message with its traceback; further lines of the message are `indented`."""
         message = bounded(self._hide(record.getMessage()))
-        if record.name.startswith("waitress"):  # it names paths as they decode, and %0A decodes to a line feed
+        if record.name.startswith("waitress"):  # it logs decoded paths, and %0A decodes to a line feed
             message = escaped(message)
         else:
             message = entry(message) if indented else "\n".join(lines(message))
@@ -89,14 +89,14 @@ class _Text(_ForPeople):
 
 
 class _Prefixed(_ForPeople):
-    """For what reads standard error and knows the journal's prefixes."""
+    """For a reader of standard error that knows the journal's prefixes."""
 
     def format(self, record: logging.LogRecord) -> str:
         return Entry(b"", _PRIORITIES.get(record.levelno, 6), f"{self._who}{self.whole(record)}").prefixed()
 
 
 class _Json(logging.Formatter):
-    """One JSON object a line, in ASCII whatever the encoding of standard error; keys are stable."""
+    """One JSON object on each line, in ASCII whatever the encoding of standard error is; the keys are stable."""
 
     def __init__(self, hide: Hide, always: Mapping[str, Any]) -> None:
         super().__init__()
@@ -116,10 +116,10 @@ class _Json(logging.Formatter):
 
 
 class _Native(_ForPeople):
-    """Entries of the journal with fields (systemd.journal-fields(7)); the message stays whole, newlines and all."""
+    """Journal entries with fields (systemd.journal-fields(7)); the message keeps its newlines."""
 
     def entry(self, record: logging.LogRecord) -> Entry:
-        """The entry for a record."""
+        """The journal entry for a record."""
         priority = _PRIORITIES.get(record.levelno, 6)
         fields = {
             "MESSAGE": self.whole(record, indented=False),
@@ -135,56 +135,56 @@ class _Native(_ForPeople):
 
 
 class _Bare(logging.Formatter):
-    """Just the message: access lines are in formats of their own."""
+    """Only the message: access lines have formats of their own."""
 
     def format(self, record: logging.LogRecord) -> str:
         return record.getMessage()
 
 
 class _StderrHandler(logging.Handler):
-    """Formats, and leaves the writing to the writer."""
+    """Formats records and passes the lines to the writer."""
 
     def __init__(self, writer: Writer) -> None:
         super().__init__()
         self._writer = writer
         self.adopted: set[str] = set()
-        """The loggers that write here by themselves: what logging passes on of them has been written."""
+        """The names of adopted loggers: their records are written directly, so those that arrive here are dropped."""
 
     def handle(self, record: logging.LogRecord) -> Any:
-        """Take what a logger that was made since the last look passes on to its parent."""
+        """Write the record of a logger that was made after the last `reclaim`, unless it is adopted."""
         if record.name not in self.adopted:
             self.emit(record)
         return True
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Without the handler's lock, which is not needed here: who hangs with it must not keep us."""
+        """Write a record without taking the handler's lock, because a thread may hang while it holds the lock."""
         try:
             kind = getattr(record, "bounded", "")
             if not kind or self._writer.admits(kind):
                 self._writer.put(self.line(record))
-        except Exception:  # noqa: BLE001 - logging's own way to tell of a bad log call
-            with contextlib.suppress(Exception):  # which writes to the app's standard error itself
+        except Exception:  # noqa: BLE001 - logging reports a bad log call with handleError
+            with contextlib.suppress(Exception):  # it writes to the app's standard error, which may raise
                 self.handleError(record)
 
     def line(self, record: logging.LogRecord) -> Line:
-        """What is written of a record."""
+        """The line for a record."""
         form = self.formatter
         return form.entry(record) if isinstance(form, _Native) else self.format(record)
 
 
 def bounded_by(kind: str) -> dict[str, str]:
-    """The `extra` of a line that others can cause at will: of each `kind` so many a minute are written, others counted.
+    """The `extra` of a line that clients can cause at will: of each `kind` a number is written, the rest is counted.
 
-    The kind is what they are called in the count, such as "commands of uid=7".
+    The kind is a plural that the count is shown with, such as "commands of uid=7". See `flaskd.log.throttle`.
     """
     return {"bounded": kind}
 
 
 class _Adopted:
-    """One of flaskd's loggers while flaskd runs: what it writes is for flaskd's configuration alone to say.
+    """One of flaskd's loggers while flaskd runs: only flaskd's configuration decides what it writes.
 
-    An app may configure all loggers there are: disable them, raise their levels, take their handlers away. That changes
-    what its own handlers get of flaskd's lines, and not what flaskd writes. It takes none of logging's locks.
+    An app may reconfigure all loggers: disable them, raise their levels, remove their handlers. That changes what the
+    app's handlers get of flaskd's lines, but not what flaskd writes. None of logging's locks is taken.
     """
 
     _PATCHED = ("isEnabledFor", "handle", "makeRecord")
@@ -199,12 +199,12 @@ class _Adopted:
         logger.handle = self._handle  # type: ignore[method-assign]
 
     def release(self) -> None:
-        """Give the logger back to logging."""
+        """Undo the adoption."""
         for name in self._PATCHED:
             vars(self.logger).pop(name, None)
 
     def set_level(self, level: int) -> None:
-        """Choose the least severity that is written."""
+        """Set the lowest level that is written."""
         self.level = max(level, self._least)
 
     def _is_enabled_for(self, level: int) -> bool:
@@ -216,17 +216,17 @@ class _Adopted:
             try:
                 if type(self.logger).isEnabledFor(self.logger, record.levelno):
                     type(self.logger).handle(self.logger, record)
-            except BaseException as error:  # noqa: BLE001 - the app's own; SystemExit would end the thread that logs
+            except BaseException as error:  # noqa: BLE001 - code of the app; SystemExit would end the logging thread
                 self._tell(f"a log handler or filter of the app's raised {type(error).__name__}")
 
     @property
     def is_ours_alone(self) -> bool:
-        """Whether no part of the app's logging is to have its records."""
-        patched = type(self.logger).callHandlers is not _CALL_HANDLERS  # as Sentry's integration does it
+        """Whether no handler of the app is to get its records."""
+        patched = type(self.logger).callHandlers is not _CALL_HANDLERS  # Sentry's integration does this
         return not patched and all(isinstance(each, _StderrHandler) for each in _handlers_of(self.logger))
 
     def _make_record(self, *args: Any, **kwargs: Any) -> logging.LogRecord:
-        """Make the record as the app has it made (logging.setLogRecordFactory), else as Python does by itself."""
+        """Make the record with the app's factory (logging.setLogRecordFactory); if that fails, with Python's own."""
         try:
             record: object = type(self.logger).makeRecord(self.logger, *args, **kwargs)
             if isinstance(record, logging.LogRecord):
@@ -239,7 +239,7 @@ class _Adopted:
         return plain
 
     def _tell(self, fault: str) -> None:
-        """Tell once what raises, maybe at every line, in the app's part of logging."""
+        """Log once that the app's part of logging fails, because it may fail at each line."""
         if fault not in self._told:
             self._told.add(fault)
             self._handler.emit(
@@ -250,7 +250,7 @@ class _Adopted:
 
 
 def _plain_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
-    """The record that Python makes by itself, of what `logging.Logger.makeRecord` is given."""
+    """Make a record with Python's own factory; the arguments are those of `logging.Logger.makeRecord`."""
     name, level, file, line, message, arguments, exc_info, *rest = args
     given = dict(zip(("func", "extra", "sinfo"), rest, strict=False)) | kwargs
     record = logging.LogRecord(
@@ -270,21 +270,21 @@ def _handlers_of(logger: logging.Logger | None) -> Iterator[logging.Handler]:
 def _on_terminal() -> bool:
     try:
         return bool(sys.stderr.isatty())
-    except BaseException:  # noqa: BLE001 - closed, None, or an object of the app's
+    except BaseException:  # noqa: BLE001 - it may be closed, None, or an object of the app
         return False
 
 
 def in_journal(environ: Mapping[str, str]) -> bool:
-    """Whether standard error is the journal: $JOURNAL_STREAM names its device and inode (systemd.exec(5))."""
+    """Whether standard error is the journal: $JOURNAL_STREAM has its device and inode (systemd.exec(5))."""
     try:
         found = os.fstat(sys.stderr.fileno())
-    except BaseException:  # noqa: BLE001 - closed, None, or an object of the app's
+    except BaseException:  # noqa: BLE001 - it may be closed, None, or an object of the app
         return False
     return environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
 
 class Logs:
-    """The set-up of flaskd's loggers, as a context manager that puts everything back."""
+    """The set-up of flaskd's loggers; as a context manager, it undoes everything at the end."""
 
     def __init__(self) -> None:
         self._writer = Writer(self._said)
@@ -295,7 +295,7 @@ class Logs:
         self._level = logging.WARNING
         self.access: Access = "off"
         self.always: dict[str, Any] = {}
-        """Fields of each line; where the format has none, a worker is named; set before an `apply`."""
+        """Fields of each line; formats without fields only name the worker. To be set before `apply`."""
 
     def __enter__(self) -> Self:
         self._before = [(logger.level, logger.propagate) for logger in self._loggers]
@@ -321,11 +321,11 @@ class Logs:
         self._forgotten.__exit__(None, None, None)
 
     def flush(self, timeout: float) -> None:
-        """Wait at most `timeout` seconds until all is written."""
+        """Wait at most `timeout` seconds until all lines are written."""
         self._writer.flush(timeout)
 
     def reclaim(self) -> None:
-        """Adopt the loggers of ours that have been made since the last time: an app's import may bring some."""
+        """Adopt flaskd's loggers that were made since the last call; importing the app may make some."""
         for name, logger in list(logging.root.manager.loggerDict.items()):
             if name.partition(".")[0] in _OURS and isinstance(logger, logging.Logger) and name not in self._adopted:
                 handler = self._access if logger is access_log else self._daemon
@@ -337,25 +337,25 @@ class Logs:
         for logger in self._loggers:
             logger.disabled = False
             if logger is not access_log:
-                logger.addHandler(self._daemon)  # for those that are made later
+                logger.addHandler(self._daemon)  # for loggers that are made later
 
     def set_level(self, level: str) -> None:
-        """Choose the least severity that is logged, until the next `apply`."""
+        """Set the lowest level that is logged, until the next `apply`."""
         self._level = logging.getLevelNamesMapping()[level.upper()]
         for adopted in list(self._adopted.values()):  # any thread sets a level, and another one may adopt
             if adopted.logger is not access_log:
                 adopted.set_level(self._level)
         for logger in self._loggers:
             if logger is not access_log:
-                logger.setLevel(self._level)  # for those that are made later, and for the app's own handlers
+                logger.setLevel(self._level)  # for loggers made later, and for the app's handlers
 
     @property
     def level(self) -> str:
-        """The least severity that is logged."""
+        """The lowest level that is logged."""
         return logging.getLevelName(self._level).lower()
 
     def apply(self, *, level: str, log_format: Format, access: Access, hide: Hide = str) -> None:
-        """Choose level and formats; at the start, and again at each reload. `hide` masks what is secret in messages."""
+        """Set level and formats, at the start and at each reload; `hide` masks secrets in messages."""
         self.set_level(level)
         least = logging.CRITICAL + 1 if access == "off" else logging.INFO
         self._adopted[access_log.name].set_level(least)
@@ -363,23 +363,23 @@ class Logs:
         self.access = access
         self._daemon.setFormatter(_formatter(log_format, hide, self.always))
         chosen = _formatter(log_format, str, self.always)
-        # A JSON access line is already whole; a text one has its own date. Only containers around it differ.
+        # A JSON access line is complete, and a text line has its own date: the log's text and JSON formats add nothing.
         bare = isinstance(chosen, _Text) or (access == "json" and not isinstance(chosen, _Native))
         self._access.setFormatter(_Bare() if bare else chosen)
 
     def write_access(self, fields: Mapping[str, Any]) -> None:
-        """Write one access line of `Request.access_fields`; what a client wrote is there up to a length."""
+        """Write one access line of `Request.access_fields`; texts from the client are cut to a maximum length."""
         if self.access == "off":
             return
-        if self.access == "json" and (instance := self.always.get("instance")):  # nothing else is added to such a line
+        if self.access == "json" and (instance := self.always.get("instance")):  # the format adds nothing here
             fields = {**fields, "instance": instance}
         if type(self._access.formatter) is _Bare and self._adopted[access_log.name].is_ours_alone:
-            self._writer.put(access_line(self.access, fields), hurry=False)  # for which no record is needed
+            self._writer.put(access_line(self.access, fields), hurry=False)  # without a log record
         else:
             log_access(self.access, fields)
 
     def _said(self, words: str) -> Line:
-        """What the writer itself has to say, in the format of the log."""
+        """A message of the writer itself, in the format of the log."""
         return self._daemon.line(logging.LogRecord("flaskd.log.setup", logging.WARNING, "", 0, words, None, None))
 
 

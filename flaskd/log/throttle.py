@@ -1,4 +1,4 @@
-"""Bounds the lines of a log that others can cause at will: so many in a window of time, the others are counted."""
+"""Limits log lines that clients can cause at will: a number in each window of time is written, the rest is counted."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import threading
 from dataclasses import dataclass
 
 BURST = 50
-"""Lines of one kind that are written in one window."""
+"""How many lines of one kind are written in one window."""
 WINDOW = 10.0
-"""Seconds."""
+"""The length of a window in seconds."""
 _KINDS = 256
-"""Kinds that have a window at a time; those that come then share one."""
+"""How many kinds have a window of their own; all further kinds share one."""
 _OTHERS = "lines"
 
 
@@ -22,14 +22,14 @@ class _Window:
 
 
 class Throttle:
-    """Lets the first `BURST` lines of a kind through in each window; any thread may ask, a signal's handler too."""
+    """Admits the first `BURST` lines of a kind in each window; any thread and signal handler may call it."""
 
     def __init__(self) -> None:
         self._windows: dict[str, _Window] = {}
         self._lock = threading.RLock()
 
     def admits(self, kind: str, now: float) -> bool:
-        """Whether one more line of this kind is written, `now` on the monotonic clock; else it is counted."""
+        """Whether one more line of this kind is to be written (else it is counted); `now` is monotonic."""
         with self._lock:
             window = self._windows.get(kind)
             if window is None:
@@ -46,11 +46,11 @@ class Throttle:
 
     @property
     def counting(self) -> bool:
-        """Whether something was left out that `take_over` has not told yet."""
+        """Whether `take_over` has lines to report that were left out."""
         return any(window.left_out for window in list(self._windows.values()))
 
     def take_over(self, now: float, *, all_of_them: bool = False) -> list[str]:
-        """What was left out in windows that are over, or in all of them: a line for each; it begins anew."""
+        """One line for each kind that was left out in windows that are over, or in all; the counts begin anew."""
         with self._lock:
             over = [kind for kind, each in self._windows.items() if all_of_them or now - each.begin >= WINDOW]
             ended = {kind: self._windows.pop(kind) for kind in over}
@@ -61,5 +61,5 @@ class Throttle:
         ]
 
     def forget(self) -> None:
-        """In a forked child: another thread may hold the lock, and what was counted is the parent's."""
+        """To be called in a forked child: another thread may hold the lock, and the counts belong to the parent."""
         self._windows, self._lock = {}, threading.RLock()

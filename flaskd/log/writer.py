@@ -1,7 +1,7 @@
 """Writes the lines of the log to standard error or the journal, and counts those that cannot be written.
 
-Standard error is the app's as much as flaskd's: an object that raises may stand for it, who shares it may make it
-non-blocking, and who reads it may stall. None of that ends the log.
+Standard error belongs to the app as well: the app may replace it with an object that raises, a process that shares it
+may make it non-blocking, and its reader may stall. None of that stops the log.
 """
 
 from __future__ import annotations
@@ -21,44 +21,46 @@ from flaskd.log.journal import Journal
 from flaskd.log.throttle import Throttle
 
 _MOST = 10_000
-"""Lines that may wait."""
+"""How many lines may wait."""
 _BATCH = 500
-"""Lines that are written at once."""
+"""How many lines are written at once."""
 _GATHER = 0.01
-"""Seconds between two writes of access lines: to wake the thread for each under load would cost more than the lines."""
+"""Seconds between two writes of access lines: under load, waking the thread costs more than writing the lines."""
 _LOOK = 1.0
-"""Seconds between two looks at what was only counted."""
+"""Seconds between two checks for counted lines that are to be reported."""
 _PATIENCE = 1.0
-"""Seconds that a line written in place waits for a standard error that takes no more now; in the thread it waits on."""
+"""How long, in seconds, a thread other than the writer's waits while standard error is full."""
 
 
 class Entry(NamedTuple):
-    """An entry for the journal, and what becomes a line on standard error where the journal does not take it."""
+    """A journal entry, and the text and priority for standard error if the journal does not accept it."""
 
     data: bytes
     priority: int
     message: str
 
     def prefixed(self) -> str:
-        """Lines with ``<N>`` prefixes, because what reads them splits at newlines (sd-daemon(3))."""
+        """The text with a prefix ``<N>`` on each line, because its reader splits it at newlines (sd-daemon(3))."""
         return "\n".join(f"<{self.priority}>{line}" for line in self.message.split("\n"))
 
 
 Line = str | Entry
+Later = Callable[[], Line]
+"""A line that the writing thread makes, when it is written."""
 
 
 class Writer:
-    """Writes lines in a thread of its own, so that a reader who stalls costs only lines.
+    """Writes lines in a thread of its own, so that a stalled reader costs lines, and does not block the program.
 
-    `as_line` makes a line, in the format of the log, of what the writer itself has to say.
+    `as_line` puts a message of the writer itself into the format of the log.
     """
 
     def __init__(self, as_line: Callable[[str], Line]) -> None:
         self.throttle = Throttle()
         self._as_line = as_line
-        self._lines: queue.SimpleQueue[Line | threading.Event | None] = queue.SimpleQueue()
+        self._lines: queue.SimpleQueue[Line | Later | threading.Event | None] = queue.SimpleQueue()
         self._hurry = threading.Event()
-        """Is set when what waits is to be written at once."""
+        """Set if the waiting lines are to be written at once."""
         self._written_at = 0.0
         self._journal: Journal | None = None
         self._thread: threading.Thread | None = None
@@ -67,7 +69,7 @@ class Writer:
         self._standard: tuple[int, int] | None = None
 
     def start(self) -> None:
-        """Start the thread; where none can be had, lines are written in place."""
+        """Start the thread; if no thread can be had, `put` writes the lines itself."""
         self._standard = _identity(2)
         self._thread = threading.Thread(target=self._run, name="flaskd-log", daemon=True)
         try:
@@ -75,13 +77,13 @@ class Writer:
         except RuntimeError:
             self._thread = None
 
-    def put(self, line: Line, *, hurry: bool = True) -> None:
-        """Have a line, or an entry for the journal, written soon; when too many wait, it is dropped and counted.
+    def put(self, line: Line | Later, *, hurry: bool = True) -> None:
+        """Have a line or a journal entry written soon; if too many wait, it is dropped and counted.
 
-        Without `hurry` it may wait `_GATHER` seconds for others.
+        Without `hurry` it may wait `_GATHER` seconds, to be written together with others.
         """
         if self._thread is None:
-            self._write([line])
+            self._write([_made(line)])
         elif self._lines.qsize() < _MOST:
             self._lines.put(line)
             if hurry:
@@ -90,10 +92,10 @@ class Writer:
             self._lost += 1
 
     def admits(self, kind: str) -> bool:
-        """Whether one more line of a kind that is bounded is written; see `Throttle`."""
+        """Whether one more line of a limited kind is to be written; see `Throttle`."""
         if self.throttle.admits(kind, time.monotonic()):
             return True
-        if self._asleep:  # the thread has to look again when the window is over
+        if self._asleep:  # the thread must report the count when the window ends
             self._asleep = False
             self._lines.put(None)
         return False
@@ -108,17 +110,17 @@ class Writer:
         written.wait(timeout)
 
     def tell_all(self) -> None:
-        """Have written what was only counted, though its time is not over."""
+        """Report all counted lines now, before their windows end."""
         for words in self.throttle.take_over(time.monotonic(), all_of_them=True):
             self.put(self._as_line(words))
 
     def forget(self) -> None:
-        """In a forked child there is no thread: write in place."""
+        """To be called in a forked child, which has no writing thread: from now on `put` writes the lines itself."""
         self._thread = None
         self.throttle.forget()
 
     def close(self) -> None:
-        """Close the way to the journal."""
+        """Close the socket to the journal."""
         if self._journal is not None:
             self._journal.close()
             self._journal = None
@@ -129,16 +131,16 @@ class Writer:
         while True:
             try:
                 self._turn()
-            except BaseException:  # noqa: BLE001 - whatever the app's standard error raises, the log goes on
+            except BaseException:  # noqa: BLE001 - the app's standard error may raise anything; the log goes on
                 self._lost += 1
 
     def _turn(self) -> None:
-        self._asleep = True  # before the look at what is counted: what is counted after it wakes this thread
+        self._asleep = True  # set first: what is counted from now on wakes this thread
         if self.throttle.counting:
             self._asleep = False
         batch = self._next_batch(None if self._asleep else _LOOK)
         try:
-            self._write([each for each in batch if isinstance(each, str | Entry)])
+            self._write([_made(each) for each in batch if each is not None and not isinstance(each, threading.Event)])
             self._write([self._as_line(words) for words in self.throttle.take_over(time.monotonic())])
         finally:
             self._written_at = time.monotonic()
@@ -146,9 +148,9 @@ class Writer:
                 if isinstance(each, threading.Event):
                     each.set()
 
-    def _next_batch(self, timeout: float | None) -> list[Line | threading.Event | None]:
-        """What waits, some time after the last write; empty when nothing comes within `timeout` seconds."""
-        batch: list[Line | threading.Event | None] = []
+    def _next_batch(self, timeout: float | None) -> list[Line | Later | threading.Event | None]:
+        """The waiting lines, `_GATHER` seconds after the last write; empty if none comes within `timeout` seconds."""
+        batch: list[Line | Later | threading.Event | None] = []
         with contextlib.suppress(queue.Empty):
             batch.append(self._lines.get(timeout=timeout))
             if (left := self._written_at + _GATHER - time.monotonic()) > 0:
@@ -165,7 +167,7 @@ class Writer:
                 texts.append(line)
             elif not self._is_sent(line):
                 texts.append(line.prefixed())
-        # An object of the app's gets one line at a time: it may raise at one and take the next.
+        # An object of the app gets one line at a time, because it may raise at one and accept the next.
         at_once = len(texts) if type(sys.stderr) is io.TextIOWrapper else 1
         lost = 0
         while texts:
@@ -186,37 +188,37 @@ class Writer:
         return self._is_sent(line) or self._to_standard_error(line.prefixed() + "\n")
 
     def _is_sent(self, entry: Entry) -> bool:
-        """Send an entry to the journal; where that fails, standard error leads there, too."""
+        """Send an entry to the journal; if that fails, write it to standard error, which leads there, too."""
         try:
             if self._journal is None:
                 self._journal = Journal()
             self._journal.send(entry.data)
-        except Exception:  # noqa: BLE001 - the manager keeps the other way open
+        except Exception:  # noqa: BLE001 - the manager reads standard error
             return False
         return True
 
     def _to_standard_error(self, text: str) -> bool:
-        """Write to what stands for standard error now; where that fails, to the descriptor that was so at the start."""
+        """Write to the present standard error; if that fails, to the descriptor that was it at the start."""
         stream, fd = sys.stderr, -1
         try:
             if type(stream) is io.TextIOWrapper:
-                with contextlib.suppress(io.UnsupportedOperation):  # in memory
+                with contextlib.suppress(io.UnsupportedOperation):  # an in-memory stream has no descriptor
                     fd = stream.fileno()
             if fd < 0:
                 stream.write(text)
                 stream.flush()
             else:
-                with contextlib.suppress(OSError):  # what the app has left there is the app's
+                with contextlib.suppress(OSError):  # the app's own text may not be writable
                     stream.flush()
                 self._to_descriptor(fd, text.encode(stream.encoding, _never_strict(stream.errors)))
-        except BaseException as error:  # the app's own object, or None
+        except BaseException as error:  # an object of the app, or None
             if isinstance(error, KeyboardInterrupt) and threading.current_thread() is not self._thread:
-                raise  # that is Ctrl-C, in the main thread
+                raise  # Ctrl-C in the main thread
             return fd != 2 and self._past_the_app(text)  # noqa: PLR2004 - standard error's descriptor
         return True
 
     def _past_the_app(self, text: str) -> bool:
-        if self._standard is None or _identity(2) != self._standard:  # something else has that number now
+        if self._standard is None or _identity(2) != self._standard:  # the number now belongs to another file
             return False
         try:
             self._to_descriptor(2, text.encode("utf-8", "backslashreplace"))
@@ -225,7 +227,7 @@ class Writer:
         return True
 
     def _to_descriptor(self, fd: int, data: bytes) -> None:
-        """Write all of it, though the description may be non-blocking (O_NONBLOCK, open(2)): others share it."""
+        """Write all data; the descriptor may be non-blocking, because others share it (O_NONBLOCK, open(2))."""
         view = memoryview(data)
         while view:
             try:
@@ -237,8 +239,12 @@ class Writer:
                     raise
 
 
+def _made(line: Line | Later) -> Line:
+    return line() if callable(line) else line
+
+
 def _never_strict(errors: str | None) -> str:
-    """How what an encoding lacks is written (codecs): as the stream was told, but never by an exception."""
+    """The error policy of a stream (codecs) for characters that its encoding lacks, but never one that raises."""
     return "backslashreplace" if errors in {None, "strict"} else str(errors)
 
 

@@ -1,1 +1,1 @@
-"""Directories and the files in them: the runtime directory, the state directory, the record of the last stop."""
+"""flaskd's directories and their files: the runtime directory, the state directory, the record of the last stop."""

@@ -1,4 +1,4 @@
-"""The record of the last stop: written whole or not at all."""
+"""The record of the last stop: a JSON file that is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
 
 LARGEST_RECORD = 4 * 1024 * 1024
-"""Bytes of a record that are read; a larger one is damaged."""
+"""Most bytes of a record; a larger file counts as damaged."""
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Write `record` as JSON to `path`, as `flaskd.files.write_whole` does; raises OSError.
 
-    What JSON has no word for is written as its text. One too large to be read loses its stacks first, then the end of
-    its longest list, whose key stands in `omitted` with how many.
+    Values that JSON cannot express are written as text. A record that is too large loses its stacks first, then the
+    ends of its longest lists; `omitted` says how many entries of which key are missing.
     """
     write_whole(path, encoded(record))
 
 
 def encoded(record: Mapping[str, Any]) -> bytes:
-    """The record as `write_record` writes it."""
+    """The bytes that `write_record` writes."""
     content = _dumped(record)
     if len(content) > LARGEST_RECORD:
         record = _without_stacks(record)
@@ -57,10 +57,10 @@ def _without_stacks(record: Any) -> Any:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """Read what `write_record` wrote; None when there is no such file.
+    """Read what `write_record` wrote; None if there is no such file.
 
-    A file that cannot be read, or is no JSON object, gives ``{"damaged": "<why>"}``: for who asks about the
-    last stop that is an answer like any other, never an error.
+    For a file that cannot be read or is not a JSON object, returns ``{"damaged": "<why>"}``: a question for the last
+    stop is answered, and does not fail.
     """
     try:
         record = json.loads(read_whole(path, LARGEST_RECORD))
@@ -76,7 +76,10 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 
 def prepare_record(path: Path, record: Mapping[str, Any]) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Lay a record beside `path`; give what puts it in its place, a built-in function, and what takes it away again."""
+    """Write a record to a temporary file beside `path`; raises OSError.
+
+    Returns two functions, both built-in ones: the first renames the file to `path`, the second removes it.
+    """
     prepared = temporary_name(path)
     prepared.unlink(missing_ok=True)
     descriptor = os.open(prepared, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -1,4 +1,4 @@
-"""The runtime directory: found, made if needed, locked, and left as it was found."""
+"""The runtime directory: flaskd finds it, makes it if needed, locks it, and leaves it as it was."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from flaskd.protocol import runtime_directories, temporary_directory
 from flaskd.sockets import let_in
 
 _HIDDEN = re.compile(r"\.(control\.)?[0-9]+")
-"""Names under which nodes are made before they are shown: `flaskd.sockets.bind_unix`, and the FIFO likewise."""
+"""Temporary names of control nodes, from `flaskd.sockets.bind_unix` and, for the FIFO, in the same way."""
 
 
 class RuntimeDirectory:
-    """The locked directory that holds the control nodes; removed at the end if it was made here."""
+    """The locked directory with the control nodes; it is removed at the end if it was made here."""
 
     def __init__(self, name: str, environ: Mapping[str, str]) -> None:
         self.path = next(runtime_directories(name, environ, client=False))
@@ -29,9 +29,10 @@ class RuntimeDirectory:
         self._made = False
 
     def acquire(self, gid: int = -1) -> None:
-        """Make it if needed and lock it with flock(2); made here, it lets the group `gid` in, -1 for the process' own.
+        """Make the directory if needed, and lock it with flock(2); a new one may be entered by the group `gid`.
 
-        Raises NotNowError when another flaskd holds it, CannotCreateError when it cannot be had.
+        `gid` -1 is the process' own group. Raises NotNowError if another flaskd has the lock, CannotCreateError if the
+        directory cannot be made or used.
         """
         try:
             while True:
@@ -41,7 +42,7 @@ class RuntimeDirectory:
                     if gid != -1:
                         let_in(self.path, mode=0o750, gid=gid)
                 self._fd = open_directory(self.path)
-                if why := self._not_to_be_used():  # before the lock: who owns it may hold that
+                if why := self._not_to_be_used():  # before the lock, which its owner may hold
                     self.release()
                     raise CannotCreateError(f"cannot use {self.path}: {why}")
                 try:
@@ -55,7 +56,7 @@ class RuntimeDirectory:
                     ) from None
                 if _same_file(self._fd, self.path):
                     break
-                os.close(self._fd)  # it was removed and perhaps made anew while we waited for nobody
+                os.close(self._fd)  # it was removed, and perhaps made anew, before it was locked
             if not os.access(self.path, os.W_OK | os.X_OK):
                 self.release()
                 raise CannotCreateError(f"cannot use {self.path}: it is not writable")
@@ -64,23 +65,23 @@ class RuntimeDirectory:
             raise CannotCreateError(f"cannot use {self.path}: {error.strerror}") from error
 
     def _not_to_be_used(self) -> str:
-        """Why the directory that is open is not safe to be used; empty when it is."""
+        """Why the open directory is not safe to use; empty if it is."""
         found = os.fstat(self._fd)
         if found.st_uid != os.geteuid():
             return f"it belongs to uid {found.st_uid}, not {os.geteuid()}"
-        if self._private and found.st_mode & 0o022:  # in the temporary directory nobody is let in on purpose
-            return "others may write there"
-        return "anybody may write there" if found.st_mode & 0o002 else ""
+        if self._private and found.st_mode & 0o022:  # inside of the temporary directory it is for its owner alone
+            return "other users may write to it"
+        return "all users may write to it" if found.st_mode & 0o002 else ""
 
     def tidy(self) -> list[str]:
-        """Remove nodes that a flaskd which was killed had made and not yet shown; returns their names. Locked only."""
+        """Remove nodes with temporary names, left by a flaskd that was killed; returns their names. Needs the lock."""
         with contextlib.suppress(OSError):
             return remove_matching(self.path, _HIDDEN, kinds=(stat.S_IFSOCK, stat.S_IFIFO))
         return []
 
     @property
     def stands(self) -> bool:
-        """Whether the directory that is locked still stands at its path."""
+        """Whether the locked directory is still the one at its path."""
         return self._fd >= 0 and _same_file(self._fd, self.path)
 
     def release(self) -> None:
@@ -90,11 +91,11 @@ class RuntimeDirectory:
                 with contextlib.suppress(OSError):
                     self.path.rmdir()
             with contextlib.suppress(OSError):
-                fcntl.flock(self._fd, fcntl.LOCK_UN)  # also for a forked child that may hold a copy
+                fcntl.flock(self._fd, fcntl.LOCK_UN)  # also if a forked child holds a copy of the descriptor
             self.forget()
 
     def forget(self) -> None:
-        """Close the lock, and nothing else: in a forked child it is not ours."""
+        """In a forked child, close its copy of the lock, and nothing else."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -108,7 +109,7 @@ def _same_file(fd: int, path: Path) -> bool:
 
 
 def _lock_holder(fd: int) -> int | None:
-    """The pid that holds the flock on an open file, from /proc/locks (proc(5)); None where that is not told."""
+    """The pid that holds the flock on an open file, from /proc/locks (proc(5)); None if it is not known."""
     found = os.fstat(fd)
     wanted = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
     with contextlib.suppress(OSError):

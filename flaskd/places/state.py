@@ -1,4 +1,7 @@
-"""The state directory: its lock, the record of the last stop, the mark of a run that has not ended yet, and repairs."""
+"""The state directory: its lock, the record of the last stop, the mark of the present run, and repairs after a crash.
+
+The mark is a file that exists while flaskd runs: if the next start finds it, the run before ended without a record.
+"""
 
 from __future__ import annotations
 
@@ -25,18 +28,18 @@ from flaskd.units import timestamp
 log = logging.getLogger("flaskd.state")
 
 _LARGEST_MARK = 16 * 1024
-"""Bytes of a mark that are read."""
+"""Most bytes of a mark that are read."""
 _PATIENCE = 0.5
-"""Seconds that the end waits for a disk that does not answer."""
+"""Most seconds for which a write waits for another one that may hang on a disk."""
 
 
 Prepared = tuple[Callable[[], object], Callable[[], object]]
 
 
 class StateDirectory:
-    """Where the record goes; one that cannot be written costs the record, never the service.
+    """The directory of the record. If it cannot be written, the stop is not recorded, but flaskd serves all the same.
 
-    `previous` is how the run before this one ended without a record; None when it has one, or nothing is known of it.
+    `previous` says how the run before this one ended without a record; None if it has one, or nothing is known of it.
     """
 
     def __init__(self, name: str, environ: Mapping[str, str]) -> None:
@@ -46,20 +49,20 @@ class StateDirectory:
         self._environ = environ
         self._mark: Path | None = None
         self._record: Path | None = None
-        self._kept: Path | None = None  # where the last record is read, also where none can be written
+        self._kept: Path | None = None  # the file that is read, even if it cannot be written
         self._lock = -1
         self._mark_file = -1
         self._writing = threading.Lock()
 
     @property
     def writable(self) -> Path | None:
-        """The directory; None while another flaskd, alive, works with it."""
+        """The directory; None while another running flaskd uses it."""
         return None if self._in_use else self.path
 
     def open(self, *, record: str | None) -> None:
-        """Lock the directory and mark this run as begun; if the one before never came to its end, say so and tidy up.
+        """Lock the directory and write this run's mark; if the run before left one, log that and repair.
 
-        `record` None: the stop is not recorded; the mark is made all the same.
+        `record` is the file for the record; None: the stop is not recorded, but the mark is written all the same.
         """
         self._record = self._kept = self.path / record if record is not None else None
         mark = self.path / MARK_FILE
@@ -78,7 +81,7 @@ class StateDirectory:
             self._mark_file = os.open(mark, os.O_RDWR)
         except BlockingIOError:
             self._in_use = True
-            log.warning(f"another flaskd works with {self.path}; {cost}")
+            log.warning(f"another flaskd uses {self.path}; {cost}")
             self._record = self._kept = None
         except OSError as error:
             log.warning(f"cannot write to {self.path}: {error.strerror}; {cost}")
@@ -86,11 +89,11 @@ class StateDirectory:
 
     @property
     def _directories(self) -> list[Path]:
-        """The directory, and that of the record, which may be one below."""
+        """The directory, and that of the record, which may be a directory below."""
         return list(dict.fromkeys([self.path, *([self._record.parent] if self._record else [])]))
 
     def _tell_of(self, before: Mapping[str, Any]) -> None:
-        if "unreadable" in before or "unrecorded" in before:  # whether anything is left to tidy up, nobody knows
+        if "unreadable" in before or "unrecorded" in before:  # it is not known whether there is anything to repair
             self.previous = died(before)
             log.warning(f"the flaskd before this one {self.previous}")
             return
@@ -102,7 +105,7 @@ class StateDirectory:
         self.previous = died(before) + tidied
 
     def _repair(self) -> list[str]:
-        """Remove half-written files of ours, and metric files of processes that are gone; returns their names."""
+        """Remove half-written files of flaskd, and metric files of processes that have ended; returns their names."""
         removed = []
         for directory in self._directories:
             try:
@@ -117,24 +120,24 @@ class StateDirectory:
         return removed
 
     def stopping(self, reason: str) -> None:
-        """Note in the mark that the stop has begun, for who finds it; not flushed to the disk, which may be slow."""
+        """Note in the mark that the stop has begun; not synced to the disk, which may be slow."""
         self._note({"stopping": shortened(reason)})
 
     def _note(self, news: Mapping[str, str]) -> None:
-        """Add something to the mark, in its place: there may be no room for a new one."""
+        """Add `news` to the mark by writing into the file: the disk may have no room for a new one."""
         if not self._writing.acquire(timeout=_PATIENCE):
             return
         try:
             if self._mark_file >= 0:
                 entry: dict[str, Any] = {"pid": os.getpid(), "started": timestamp(time.time())}
-                with contextlib.suppress(OSError, ValueError):  # then the next start knows less
+                with contextlib.suppress(OSError, ValueError):  # the next start only knows less
                     entry |= json.loads(os.pread(self._mark_file, _LARGEST_MARK, 0))
                     os.pwrite(self._mark_file, json.dumps({**entry, **news}).encode() + b"\n", 0)
         finally:
             self._writing.release()
 
     def record(self, entry: Mapping[str, Any]) -> None:
-        """Write the record of this stop; where that cannot be done, the mark says so, and stays."""
+        """Write the record of this stop; if that fails, note it in the mark, which then stays."""
         if self._record is None:
             return
         try:
@@ -145,43 +148,43 @@ class StateDirectory:
             self._note({"unrecorded": str(error.strerror)})
 
     def prepare(self, entry: Mapping[str, Any], *, unless: Mapping[str, Any]) -> Prepared | None:
-        """Record `unless`, and lay the record ready that is to be there in its place unless something is cut.
+        """Write the record `unless`, and prepare `entry`, which replaces it if nothing is cut any more.
 
-        Gives what puts it there, and what takes it away; None where nothing is recorded.
+        Returns a function that replaces it, and one that drops `entry`; None if there is nothing to replace.
         """
         self.record(unless)
         if self._record is not None and not self._unrecorded:
             try:
                 return prepare_record(self._record, entry)
-            except OSError:  # no room for two
+            except OSError:  # no room for two files
                 self.record(entry)
         return None
 
     def last_stop(self) -> dict[str, Any] | None:
-        """The record of the last stop; None when there is none, ``{"damaged": "<why>"}`` when it cannot be shown."""
+        """The record of the last stop; None if there is none, ``{"damaged": "<why>"}`` if it cannot be shown."""
         record = read_record(self._kept) if self._kept is not None else None
         if record is None or "damaged" in record or not (why := damage(record)):
             return record
         return {"damaged": f"{self._kept} is not a record: {why}"}
 
     def close(self) -> None:
-        """Take the mark away, unless it has something to tell, and unlock the directory: this run came to its end."""
+        """At the end of this run, remove the mark, unless the record could not be written, and unlock the directory."""
         if self._mark is not None and not self._unrecorded:
             with contextlib.suppress(OSError):
                 self._mark.unlink()
         self._mark = None
-        if self._writing.acquire(timeout=_PATIENCE):  # else the descriptor is in use, and left to the process' end
+        if self._writing.acquire(timeout=_PATIENCE):  # else a write hangs, and uses the descriptor
             if self._mark_file >= 0:
                 os.close(self._mark_file)
                 self._mark_file = -1
             self._writing.release()
         if self._lock >= 0:
             with contextlib.suppress(OSError):
-                fcntl.flock(self._lock, fcntl.LOCK_UN)  # also for a forked child that may hold a copy
+                fcntl.flock(self._lock, fcntl.LOCK_UN)  # also if a forked child holds a copy of the descriptor
         self.forget()
 
     def forget(self) -> None:
-        """Close the lock, and have no more to do with mark and record: in a forked child they are not ours."""
+        """In a forked child, close its copy of the lock, and leave the mark and the record alone."""
         self._mark = self._record = None
         if self._lock >= 0:
             os.close(self._lock)
@@ -189,9 +192,9 @@ class StateDirectory:
 
 
 def _read_mark(path: Path) -> dict[str, Any] | None:
-    """What the run before has left there; None: nothing, and ``{"unreadable": "<why>"}`` for what cannot be read.
+    """The mark of the run before; None if there is none, ``{"unreadable": "<why>"}`` if it cannot be read.
 
-    One that was read and is damaged was there all the same: it tells of a death, and of nothing else.
+    A damaged mark is returned as an empty one: it shows that the run before died, and nothing else.
     """
     try:
         mark = json.loads(read_whole(path, _LARGEST_MARK))
@@ -207,11 +210,11 @@ def _read_mark(path: Path) -> dict[str, Any] | None:
 
 
 _METRICS = re.compile(r"[a-z_]+_([0-9]+)\.db")
-"""How prometheus_client names the files of a process (prometheus_client.values.MultiProcessValue)."""
+"""The names of prometheus_client's files, with the pid of the process (prometheus_client.values.MultiProcessValue)."""
 
 
 def _of_the_dead(name: str) -> bool:
-    """Whether a metric file's process is gone; our own pid was somebody else's when the file was made."""
+    """Whether a metric file's process has ended; a file with this process' own pid is from an earlier process."""
     found = _METRICS.fullmatch(name)
     pid = int(found[1]) if found else 0
     return pid == os.getpid() or (pid > 0 and not Path(f"/proc/{pid}").exists())

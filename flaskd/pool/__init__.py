@@ -1,1 +1,1 @@
-"""Worker processes, as the supervisor has them: how they are started, told, watched and replaced."""
+"""Worker processes as the supervisor sees them: how it starts, directs, watches and replaces them."""

@@ -10,16 +10,16 @@ from flaskd.pool.deaths import tell_failure
 from flaskd.serving.api import Failed, Ready, ServingEvent
 
 _TOLD_AFTER = 1.0
-"""Seconds past the time of the start in which workers that are late tell their stacks, and end."""
+"""Seconds after `pool.start_timeout` in which late workers still write their stacks and end."""
 
 
 class Beginning:
-    """In the thread of the daemon's events. Posts Ready or Failed, once."""
+    """Posts Ready or Failed, once; all methods run in the thread of the daemon's events."""
 
     def __init__(self, crew: Crew, post: Callable[[ServingEvent], None]) -> None:
         self._crew, self._post = crew, post
         self._error: FlaskdError | None = None
-        """The first one that kept a worker from being ready."""
+        """The first error with which a worker did not become ready."""
 
     def begin(self) -> None:
         """Start the workers that the configuration in force wants."""
@@ -28,7 +28,7 @@ class Beginning:
         self._crew.later(config.pool.start_timeout + _TOLD_AFTER, lambda: self.look(late=True))
 
     def look(self, *, late: bool = False) -> None:
-        """Be ready when all of the first generation are, or time is over and one is; fail where none can be."""
+        """Post Ready once all workers are ready, or one is when the time is over; post Failed if none can be ready."""
         crew, slots = self._crew, self._crew.slots
         if slots.proven and self._error is not None:
             tell_failure(self._error)
@@ -48,7 +48,7 @@ class Beginning:
             self._post(Failed(self._error or late_error))
 
     def not_filled(self, error: FlaskdError) -> None:
-        """A worker did not become ready; the first error is told where the start fails for it, or once it does not."""
+        """Note that a worker did not become ready: log the error, or keep the first one until the start is decided."""
         if self._crew.slots.proven:
             tell_failure(error)
         else:

@@ -1,4 +1,4 @@
-"""The crew: all workers of the service, how they are started, what they say, how they die and are replaced."""
+"""The crew: all workers of the service. It starts them, receives their messages, and deals with their deaths."""
 
 from __future__ import annotations
 
@@ -30,39 +30,39 @@ from flaskd.sockets import Address, Listener
 log = logging.getLogger("flaskd.pool")
 
 _KILLED_AFTER = 0.7
-"""Seconds past the deadline of its stop after which a worker is killed."""
+"""Seconds after the deadline of its stop at which a worker is killed."""
 _AGAIN = 5.0
-"""Seconds after which it is told again that workers are being started."""
+"""Seconds after which the log says again that workers are being started."""
 _READERS = 5.0
-"""Seconds until the board of a worker that is gone is given back; another thread may be reading it."""
+"""Seconds until the board of a dead worker is closed; another thread may still be reading it."""
 
 
 class Owner(Protocol):
-    """What the pool wants to know of its workers."""
+    """What the crew reports to: the pool."""
 
     def ready(self) -> None:
-        """One is ready, or gone."""
+        """Note that a worker has become ready."""
 
     def not_filled(self, error: FlaskdError) -> None:
-        """An empty slot could not be filled."""
+        """Note that an empty slot could not be filled."""
 
     def closed(self, worker: Handle) -> None:
-        """It has closed its copies of the listeners that are the service's alone."""
+        """Note that a worker has closed its copies of the listeners that no other process shares."""
 
     def reported(self, worker: Handle, report: DrainReport) -> None:
-        """Its drain is over."""
+        """Note that the drain of a worker is over."""
 
     def ended(self, worker: Handle) -> None:
-        """Its stop is over."""
+        """Note that the stop of a worker is over."""
 
     def gone(self, worker: Handle, cut: tuple[Cut, ...]) -> None:
-        """Its process has ended; `cut` is what was in flight in it."""
+        """Note that the process of a worker has ended; `cut` are the requests that were in flight in it."""
 
 
 class Crew:
-    """All workers, in the thread of the daemon's events, where `post` and `post_at` bring what happens.
+    """All workers; methods run in the thread of the daemon's events, to which `post` and `post_at` bring events.
 
-    `stop` asks for a stop of the service, `open_endpoint` opens a shutdown endpoint, both for an app that wants it.
+    `stop` asks for a stop of the service, and `open_endpoint` opens a shutdown endpoint, both for a worker's app.
     """
 
     def __init__(
@@ -97,9 +97,9 @@ class Crew:
         self.templates = Templates(self.later)
         self.renewals = Renewals(self.slots, post, self.do, self.later, settled=self.templates.keep_only)
         self.log_level = ""
-        """The one that was asked for since the configuration in force was taken; empty for what that says."""
+        """The level that was asked for since the last configuration was taken; empty: the configuration's."""
         self._tells = False
-        """Whether it is told now and then that workers are being started."""
+        """Whether a repetition of the log line on starting workers is planned."""
         self._deaths, self._schedulers = Deaths(), Schedulers()
         self.watch = Watch(self.slots, config=lambda: self.configuration.values, later=self.later, replace=self.replace)
         self.recycling = Recycling(
@@ -114,22 +114,22 @@ class Crew:
         )
 
     def do(self, work: Callable[[], None]) -> None:
-        """Do something in the thread of the events, soon (any thread)."""
+        """Call `work` soon, in the thread of the events (any thread)."""
         self._post(Work(work))
 
     def later(self, seconds: float, work: Callable[[], None]) -> None:
-        """Do something after so many seconds."""
+        """Call `work` after `seconds`, in the thread of the events."""
         self._post_at(time.monotonic() + seconds, Work(work))
 
     # --- one worker ---------------------------------------------------------------------------------------------------
 
     @property
     def configuration(self) -> Configuration:
-        """The one in force."""
+        """The configuration in force."""
         return self.renewals.configuration
 
     def _tell_of_starts(self) -> None:
-        """Tell that workers are being started, now and every few seconds until they are ready, or fail."""
+        """Post that workers are being started: now, and every `_AGAIN` seconds until they are ready or fail."""
         coming = [each.coming for each in self.slots if each.coming is not None]
         if coming:
             left = max(0.0, max(each.late_at for each in self.slots) - time.monotonic())
@@ -170,7 +170,7 @@ class Crew:
         return worker
 
     def end(self) -> None:
-        """Start no worker any more, and end what is only there for that."""
+        """Start no more workers, and end the templates."""
         self.slots.end()
         self.templates.end()
 
@@ -178,12 +178,12 @@ class Crew:
         worker.send(say.Serve(self._passed()), [each.socket.fileno() for each in self.listeners])
 
     def resume(self, worker: Handle) -> None:
-        """Have a drained worker serve again, on the listeners that there are now."""
+        """Have a drained worker serve again, on the present listeners."""
         worker.phase, worker.closed, worker.report = Phase.READY, False, None
         worker.send(say.Resume(self._passed()), [each.socket.fileno() for each in self.listeners])
 
     def drain(self, worker: Handle) -> None:
-        """Have a worker drain that serves."""
+        """Tell a serving worker to drain."""
         worker.phase, worker.report = Phase.DRAINING, None
         worker.send(say.DrainNow())
 
@@ -191,8 +191,8 @@ class Crew:
         return tuple(say.Passed.of(each) for each in self.listeners)
 
     def _heard(self, worker: Handle, message: Any, descriptors: Sequence[int]) -> None:  # noqa: C901, PLR0912 - cases
-        """A worker has said something."""
-        for each in descriptors:  # workers have none to give
+        """Deal with a message from a worker."""
+        for each in descriptors:  # workers should not send any
             os.close(each)
         match message:
             case say.Loaded(target):
@@ -212,19 +212,19 @@ class Crew:
                 self.slots.left(worker)
                 self._owner.closed(worker)
             case say.DrainOver() if not worker.closed:
-                pass  # it was over when resume undid it: the end of one comes after the listeners are closed
+                pass  # from a drain that resume has undone: a current one ends after the listeners are closed
             case say.DrainOver(report):
                 worker.report = report
                 if worker.phase is Phase.DRAINING:
                     worker.phase = Phase.DRAINED
                 self._owner.reported(worker, report)
-            case say.StepBegins(left):
-                worker.step_until = time.monotonic() + left
+            case say.StepBegins(left, running):
+                worker.step_until, worker.running = time.monotonic() + left, running
                 if self.slots.ending:
                     self._post(StepBegan())
             case say.StepOver(result):
                 worker.results.append(result)
-                if self.slots.ending:  # else it is replaced, and has logged it
+                if self.slots.ending:  # a worker that is replaced logs its own steps
                     self._post(StepEnded(result))
             case say.ExitWaits(what):
                 worker.exit_waits_for = what
@@ -243,7 +243,7 @@ class Crew:
                 self._owner.ended(worker)
 
     def _stops_by_itself(self, worker: Handle, reason: StopReason) -> None:
-        """Fill the slot of a worker that stops and was not told to, as if it were gone by now."""
+        """Fill the slot of a worker that stops without being told to, as if its process had ended."""
         if worker.serves:
             log.warning(f"{worker} stops by itself ({reason}): its slot is filled again")
             why = f"it stopped by itself: {reason}"
@@ -251,7 +251,7 @@ class Crew:
             self.slots.lost(worker, why)
 
     def _open_for(self, worker: Handle, asked: say.OpenEndpoint) -> None:
-        """Open a shutdown endpoint that a worker's app asks for."""
+        """Open a shutdown endpoint for a worker's app, and answer with its address or the error."""
         try:
             there = self._open_endpoint(asked.address, asked.token, asked.allowed_hosts)
         except FlaskdError as error:
@@ -260,7 +260,7 @@ class Crew:
             worker.send(say.Answer(asked.number, there))
 
     def _gone(self, worker: Handle) -> None:
-        """The process of a worker has ended, and was reaped."""
+        """Deal with the end of a worker's process, which was reaped."""
         how = worker.how = self._deaths.how(worker)
         cut = worker.cut = self._sums.gone(worker, f"its worker is gone: {how}")
         if cut or (worker.ready_at and worker.phase is not Phase.LEAVING):
@@ -277,10 +277,10 @@ class Crew:
         self.later(_READERS, worker.close)
 
     def replace(self, worker: Handle, reason: StopReason, outcome: Outcome = lambda _: None) -> bool:
-        """Replace one worker that serves; whether that was begun now: then `outcome` is told what came of it."""
+        """Begin to replace a serving worker, and call `outcome` at the end; returns False if it cannot begin now."""
         slot = self.slots.slots.get(worker.slot)
         if slot is None or slot.worker is not worker or slot.coming is not None or self.slots.ending:
-            return False  # it is done already, or not needed any more
+            return False  # it is being replaced already, or has lost its place, or flaskd stops
         log.info(f"{worker} is replaced ({reason})")
 
         def told(error: FlaskdError | None) -> None:
@@ -294,13 +294,13 @@ class Crew:
         return True
 
     def _leave(self, worker: Handle, reason: StopReason) -> None:
-        """Have a worker stop whose slot has another one now."""
+        """Tell a worker to stop whose slot has another worker now."""
         shutdown = self.configuration.values.shutdown
-        within = shutdown.deadline, shutdown.reserve, 0.0  # not announced: the service goes on
+        within = shutdown.deadline, shutdown.reserve, 0.0  # no announce: the service goes on
         self.stop(worker, say.StopNow(reason, within, leave=True))
 
     def stop(self, worker: Handle, order: say.StopNow) -> None:
-        """Tell a worker to stop; one that has not ended when its time is over is killed."""
+        """Tell a worker to stop; if it has not ended when its time is over, kill it."""
         worker.phase = Phase.LEAVING
         worker.send(order)
 

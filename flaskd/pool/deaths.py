@@ -1,4 +1,4 @@
-"""Why a worker died, and how that is told."""
+"""Why a worker died, and the log lines that say so."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import time
 from pathlib import Path
 
-from flaskd.errors import AppError, FlaskdError
+from flaskd.errors import FlaskdError
 from flaskd.ledger import Cut
 from flaskd.pool.handle import Handle
 from flaskd.pool.spawn import how
@@ -20,13 +20,13 @@ _TOGETHER = 2.0
 
 
 class Deaths:
-    """Tells of workers that died; knows what the kernel's OOM killer did (cgroup v2, memory.events)."""
+    """Logs the deaths of workers, and finds out whether the kernel's OOM killer did it (cgroup v2, memory.events)."""
 
     def __init__(self, events: Path | None = None) -> None:
         self._events = events if events is not None else _memory_events()
         self._oom_kills = self._read()
         self._unexplained = 0
-        """OOM kills that no worker's death was put down to yet."""
+        """OOM kills that do not explain any worker's death yet."""
         self._seen_at = 0.0
 
     def _read(self) -> int:
@@ -37,7 +37,7 @@ class Deaths:
         return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 
     def how(self, worker: Handle) -> str:
-        """How it ended, in words."""
+        """How a worker's process ended, in words."""
         assert worker.code is not None
         text = f"flaskd killed it ({worker.killed_for})" if worker.killed_for else how(worker.code)
         if worker.code == -signal.SIGKILL and not worker.killed_for and self._oom_killed():
@@ -45,7 +45,7 @@ class Deaths:
         return text
 
     def _oom_killed(self) -> bool:
-        """Whether the kernel has killed one more process for want of memory."""
+        """Whether the kernel has killed one more process because there was no memory left."""
         before, self._oom_kills, now = self._oom_kills, self._read(), time.monotonic()
         if self._oom_kills > before:
             left = self._unexplained if now - self._seen_at < _TOGETHER else 0
@@ -56,7 +56,7 @@ class Deaths:
         return True
 
     def tell(self, worker: Handle, how: str, cut: tuple[Cut, ...]) -> None:
-        """Say that it died, and name each request that it had read whole."""
+        """Log that a worker died, and each request that it had completely read."""
         board = worker.board
         lost = f"; it held {board.connections} connections, and had read {len(cut)} requests"
         more = f" and {board.unnamed} more" if board.unnamed else ""
@@ -66,9 +66,8 @@ class Deaths:
 
 
 def tell_failure(error: FlaskdError) -> None:
-    """Say why a worker did not become ready, with the app's traceback."""
-    trace = error.traceback_text if isinstance(error, AppError) else ""
-    log.error(f"{error}\n{trace}".rstrip())
+    """Log why a worker did not become ready, with the app's traceback."""
+    log.error(error.whole)
 
 
 def _memory_events() -> Path | None:

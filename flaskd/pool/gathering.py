@@ -1,4 +1,4 @@
-"""One drain of all workers: who still has to report, what they reported, and when the listeners can be closed."""
+"""One drain of all workers: it collects their reports, and finds out when the listeners can be closed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from flaskd.pool.sums import Sums, as_cut
 
 
 class Gathering:
-    """In the thread of the daemon's events. `over` is called once, with the report of all.
+    """Collects the reports of `workers`, in the thread of the daemon's events; calls `over` once, with their sum.
 
-    `closed` is called once no worker has an own copy of the listeners any more.
+    `closed` is called once no worker has a copy of the listeners any more; it returns how many connections were reset.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class Gathering:
         return self._is_closed
 
     def end_the_late(self) -> None:
-        """Kill the workers that have not reported in time: they hang, and would keep the drain from being undone."""
+        """Kill the workers that have not reported in time: they hang, and the drain could not be undone."""
         for each in () if self.is_over else tuple(self._expected):
             each.kill("its drain did not end in time")
 
     def look(self) -> None:
-        """Go on where nothing is left to wait for."""
+        """Call `closed` and `over`, as soon as there is nothing left to wait for."""
         if not self._open and not self._is_closed:
             self._is_closed = True
             self._unaccepted += self._closed()
@@ -67,12 +67,12 @@ class Gathering:
             )
 
     def closed(self, worker: Handle) -> None:
-        """It has closed its copies."""
+        """Note that a worker has closed its copies of the listeners."""
         self._open.discard(worker)
         self.look()
 
     def reported(self, worker: Handle, report: DrainReport) -> None:
-        """Its drain is over."""
+        """Note the report of a worker, whose drain is over."""
         if worker in self._expected:
             self._expected.discard(worker)
             self._cut += report.cut
@@ -81,21 +81,21 @@ class Gathering:
         self.closed(worker)
 
     def gone(self, worker: Handle, cut: tuple[Cut, ...]) -> None:
-        """Its process has ended; `cut` is what was in flight in it."""
+        """Note that the process of a worker has ended; `cut` are the requests that were in flight in it."""
         self._cut += cut
         self._expected.discard(worker)
         self.closed(worker)
 
 
 class AllWorkers:
-    """What a `flaskd.server.Drain` drains: all workers; each method is for any thread.
+    """All workers as one server that a `flaskd.server.Drain` drains; each method is for any thread.
 
-    `begin` begins the drain in the thread of the events; it is given the seconds that the drain has, what is called
-    with the report, and how many requests had been completed and rejected before.
+    `begin` begins the drain in the thread of the events. Its arguments are the seconds that the drain has, the function
+    to call with the report, and how many requests had been completed and rejected before.
     """
 
     dead = ""
-    """A worker that dies is counted, and another one comes."""
+    """Always empty: the death of a worker is counted, and another worker takes its place."""
 
     def __init__(
         self, sums: Sums, begin: Callable[[float, Callable[[DrainReport], object], tuple[int, int]], None]
@@ -104,7 +104,7 @@ class AllWorkers:
 
     @property
     def counted(self) -> tuple[int, int]:
-        """How many requests have been completed and rejected."""
+        """How many requests all workers have completed and rejected."""
         return self._sums.counted
 
     def begin_drain(
@@ -115,12 +115,12 @@ class AllWorkers:
         announce: float = 0.0,
         counted_from: tuple[int, int] | None = None,
     ) -> None:
-        """Have all workers drain by their configuration, which says the same; see `flaskd.server.Drainable`."""
+        """Have all workers drain by their configuration, which has the same times; see `flaskd.server.Drainable`."""
         self._begin(announce + timeout, over, counted_from or self.counted)
 
     def hasten_drain(self, timeout: float) -> None:
-        """Nothing here: a stop, which alone hastens a drain, is told to each worker."""
+        """Do nothing: only a stop hastens a drain, and each worker is told of that."""
 
     def cut(self, reason: str) -> tuple[Cut, ...]:
-        """What is in flight, as cut."""
+        """Entries for all requests in flight, as cut for this reason."""
         return tuple(as_cut(each, reason) for each in self._sums.in_flight())

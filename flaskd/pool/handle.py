@@ -1,4 +1,4 @@
-"""One worker as the supervisor has it: its process, its wire, its board, and where it is in its life."""
+"""One worker as the supervisor sees it: its process, its wire, its board, and the phase of its life."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ from flaskd.stacks import folded_dump
 log = logging.getLogger("flaskd.pool")
 
 _MOST_QUESTIONS = 16
-"""Questions that a worker may owe an answer to; one that owes so many is not asked again."""
+"""Most questions that a worker has not answered yet; with so many, it is not asked another one."""
 
 
 class Phase(StrEnum):
-    """Where a worker is in its life."""
+    """The phases of a worker's life."""
 
     LOADING = "loading"
     LOADED = "loaded"
-    """The app is loaded; it has no listeners yet."""
+    """It has loaded the app, and has no listeners yet."""
     STARTING = "starting"
-    """It has listeners, accepts from none, and has its probe to answer."""
+    """It has listeners, does not accept yet, and has not answered its probe."""
     READY = "ready"
     DRAINING = "draining"
     DRAINED = "drained"
     LEAVING = "leaving"
-    """It stops."""
+    """It was told to stop."""
     GONE = "gone"
 
 
 class Handle:
-    """One worker. What it says, and its end, are handed to `heard` and `gone` in a thread of its own.
+    """One worker. A thread of its own passes the worker's messages to `heard`, and its end to `gone`.
 
-    All methods are for the thread of the daemon's events, except those that say "any thread".
+    All methods are for the thread of the daemon's events, except those under "any thread".
     """
 
     def __init__(self, slot: int, generation: int) -> None:
@@ -66,37 +66,39 @@ class Handle:
             raise CannotCreateError(f"cannot start worker {slot}: {shortage(error) or error}") from error
         self.target: str | None = None
         self.configuration: Configuration | None = None
-        """The one that it serves by."""
+        """The configuration that is in force in the worker."""
         self.error: FlaskdError | None = None
         """Why it did not become ready."""
         self.report: DrainReport | None = None
-        """What came of its drain; None before that is over, or once it was undone."""
+        """The report of its drain; None before the drain is over, and after it was undone."""
         self.closed = False
-        """Whether it has closed its copies of the listeners that are the service's alone."""
+        """Whether it has closed its copies of the listeners that no other process shares."""
         self.account: Account | None = None
-        """What its stop came to."""
+        """The account of its stop."""
         self.code: int | None = None
-        """Its exit code, once it is gone."""
+        """Its exit code, once its process has ended."""
         self.results: list[StepResult] = []
-        """The fates of its cleanup steps so far."""
+        """The results of its cleanup steps so far."""
+        self.running: tuple[str, ...] = ()
+        """The names of its cleanup steps that run now."""
         self.step_until = 0.0
-        """The time.monotonic() moment by which what it does in its stop is over."""
+        """The time.monotonic() moment by which the present step of its stop is over."""
         self.exit_waits_for = ""
-        """What the end of its process waits for, for people."""
+        """What the end of its process waits for, in words."""
         self.killed_for = ""
-        """Why flaskd killed it."""
+        """Why flaskd killed it; empty if it did not."""
         self.how = ""
-        """How its process ended, in words, once that is known."""
+        """How its process ended, in words; empty before."""
         self.cut: tuple[Cut, ...] = ()
-        """What was in flight in it when its process ended."""
+        """The requests that were in flight in it when its process ended."""
         self.death: dict[str, Any] = {}
-        """What is shown of its death, where it was not told to end."""
+        """The description of its death, if it was not told to end."""
         self.deaf_since = 0.0
-        """When its wire ended; 0 before that."""
+        """The time.monotonic() moment at which its wire ended; 0 before that."""
         self._stacks: Stacks | None = None
         self._pidfd = -1
         self._template: Template | None = None
-        """From which its process is forked; None once that is done, and where it is not."""
+        """The template that will fork its process; None without a template, and after the fork."""
         self._wire: Wire | None = None
         self._numbers: dict[int, Callable[[Any, FlaskdError | None], None]] = {}
         self._number = 0
@@ -116,10 +118,10 @@ class Handle:
         gone: Callable[[Handle], None],
         template: Template | None = None,
     ) -> None:
-        """Start its process, and tell it what `first` gives; raises FlaskdError where none can be had.
+        """Start the worker's process, and send it the message that `first` returns; raises FlaskdError if it cannot.
 
-        In the handle's own thread `made` is told that there is a process, and `first` is called once that has greeted;
-        it may wait. With a template the process is forked in that thread, too: the app may still have to be imported.
+        In the handle's own thread, `made` is called when the process exists, and `first`, which may wait, when it has
+        sent its greeting. With a template, that thread also waits for the fork, before which the app is imported.
         """
         name = f"flaskd-worker-{self.slot}.{self.generation}"
         mine = {"FLASKD_WORKER": str(self.slot), "FLASKD_GENERATION": str(self.generation)}
@@ -139,7 +141,7 @@ class Handle:
 
                 threading.Thread(target=live, name=name, daemon=True).start()
                 if template is not None:
-                    stack.pop_all()  # that thread closes it
+                    stack.pop_all()  # that thread closes `theirs`
         except (OSError, RuntimeError, FlaskdError) as error:  # no descriptor, no memory, no process, no thread
             if self._pidfd >= 0:
                 send_signal(self._pidfd, signal.SIGKILL)
@@ -150,7 +152,7 @@ class Handle:
             raise CannotCreateError(f"cannot start worker {self.slot}: {shortage(error) or error}") from error
 
     def _make(self, theirs: socket.socket, stacks: Stacks, environ: Mapping[str, str]) -> None:
-        """Make its process, by its template where there is one; raises FlaskdError."""
+        """Make the process: fork it from the template, or else start it; raises FlaskdError."""
         descriptors = [theirs.fileno(), self.board.fd, stacks.fileno()]
         made = None
         if self._template is not None:
@@ -158,7 +160,7 @@ class Handle:
         self.pid, self._pidfd = made or spawn(self.slot, self.generation, descriptors, environ)
 
     def _fork(self, theirs: socket.socket, environ: Mapping[str, str], gone: Callable[[Handle], None]) -> bool:
-        """Make its process in its own thread; where there is none it is gone."""
+        """In the handle's thread, fork the process; if that fails, call `gone` and return False."""
         assert self._stacks is not None
         try:
             with theirs:
@@ -169,7 +171,7 @@ class Handle:
             return False
         finally:
             self._template = None
-        if self.killed_for:  # meanwhile
+        if self.killed_for:  # `kill` was called meanwhile
             send_signal(self._pidfd, signal.SIGKILL)
         return True
 
@@ -179,7 +181,7 @@ class Handle:
         heard: Callable[[Handle, Any, list[int]], None],
         gone: Callable[[Handle], None],
     ) -> None:
-        """Hear what it says, to its end (a thread of its own)."""
+        """Pass its messages to `heard` until its process has ended (a thread of its own)."""
         wire = self._wire
         assert wire is not None
         try:
@@ -191,7 +193,7 @@ class Handle:
             poll = select.poll()
             poll.register(wire, select.POLLIN)
             poll.register(self._pidfd, select.POLLIN)
-            # A process that the app forked may hold the wire open when the worker is gone, in the middle of a message.
+            # After the worker's end, a process that its app forked may hold the wire open, even inside of a message.
             while wire.has_message or wire.fileno() in dict(poll.poll()):
                 if wire.has_message:
                     heard(self, *wire.receive())
@@ -199,12 +201,12 @@ class Handle:
                     wire.read()
         except WireClosedError:
             pass
-        except Exception:  # no message that this flaskd knows: the wire cannot be read on
-            log.exception(f"cannot understand {self}: it is killed")
-            self.kill("what it said cannot be understood")
+        except Exception:  # not a message of this flaskd: the wire cannot be read any further
+            log.exception(f"cannot understand a message of {self}: it is killed")
+            self.kill("it sent a message that cannot be understood")
         self.deaf_since = time.monotonic()
         code = reap(self._pidfd)
-        if code != -signal.SIGKILL:  # it was faster, and what ended it is to be told
+        if code != -signal.SIGKILL:  # it ended in another way before it was killed
             self.killed_for = ""
         self.code = code
         gone(self)
@@ -212,18 +214,18 @@ class Handle:
     # --- any thread ---------------------------------------------------------------------------------------------------
 
     def send(self, message: object, descriptors: Sequence[int] = ()) -> bool:
-        """Tell it something; one that does not read is killed, one whose wire has ended ends. Whether it was told."""
+        """Send it a message; False if it could not be sent. A worker that does not read its messages is killed."""
         assert self._wire is not None
         try:
             self._wire.send(message, descriptors, wait=False)
         except WireClosedError as error:
             if isinstance(error.__cause__, BlockingIOError):
-                self.kill("it does not read what it is told")
+                self.kill("it does not read its messages")
             return False
         return True
 
     def ask(self, question: Callable[[int], object], answered: Callable[[Any, FlaskdError | None], None]) -> None:
-        """Ask it something: `question` makes the message of a number; `answered` gets a value, or an error."""
+        """Ask it a question: `question` makes the message with a number; `answered` gets a value or an error."""
         with self._lock:
             room = len(self._numbers) < _MOST_QUESTIONS and self.code is None
             if room:
@@ -236,18 +238,18 @@ class Handle:
             answered(None, FlaskdError(f"{self} does not answer"))
 
     def ask_for(self, what: str, answered: Callable[[Any, FlaskdError | None], None], *, stacks: bool = False) -> None:
-        """Ask it for its requests, its threads, its plan, or what it says of its stop."""
+        """Ask it for one of the things that `messages.Ask` names; `answered` gets a value or an error."""
         self.ask(lambda number: Ask(number, what, stacks), answered)
 
     def answer(self, number: int, value: Any, error: FlaskdError | None) -> None:
-        """It has answered."""
+        """Pass its answer to the function that waits for it."""
         with self._lock:
             answered = self._numbers.pop(number, None)
         if answered is not None:
             answered(value, error)
 
     def give_up_questions(self) -> None:
-        """It is gone, and answers none of them."""
+        """Answer all open questions with an error, because the process has ended."""
         with self._lock:
             left, self._numbers = list(self._numbers.values()), {}
         for answered in left:
@@ -261,18 +263,18 @@ class Handle:
             template.wake()
 
     def ask_for_stacks(self) -> None:
-        """Have it write the stacks of its threads, whatever it does; `stacks` has them a moment later."""
+        """Have it write the stacks of its threads, even if it hangs; `stacks` returns them a moment later."""
         if self._stacks is not None:
             self._stacks.clear()
             send_signal(self._pidfd, STACKS)
 
     def stacks(self) -> str:
-        """What it has written."""
+        """The stacks that it has written, folded for people; empty if there are none."""
         return folded_dump(self._stacks.read()) if self._stacks is not None else ""
 
     @property
     def alive(self) -> bool:
-        """Whether its process has not been reaped."""
+        """Whether its process exists and has not been reaped."""
         return self.code is None and self.pid > 0
 
     @property
@@ -292,11 +294,11 @@ class Handle:
 
     @property
     def silent_for(self) -> float:
-        """Seconds since its loop last turned; it turns once a second at least."""
+        """Seconds since its event loop last turned; a loop that is well turns every second."""
         return time.monotonic() - self.board.last_turn
 
     def why_gone(self) -> FlaskdError:
-        """Why it did not become ready, or did not live long enough, for one that is gone."""
+        """Why a worker whose process has ended did not become ready, or died within `pool.canary`."""
         assert self.code is not None
         how_ = self.how or how(self.code)
         if self.ready_at:
@@ -305,12 +307,12 @@ class Handle:
         return self.error or AppError(f"cannot start {self}: {how_} before it was ready")
 
     def hang_up(self) -> None:
-        """Close the wire: nothing more is said or heard."""
+        """Close the wire: no more messages are sent or received."""
         if self._wire is not None:
             self._wire.close()
 
     def close(self) -> None:
-        """Give its descriptors back; it is gone."""
+        """Close its descriptors, after its process has ended."""
         self.hang_up()
         self.board.close()
         if self._stacks is not None:
@@ -320,6 +322,6 @@ class Handle:
             os.close(pidfd)
 
     def forget(self) -> None:
-        """In a forked child: let go of it, for it is not the child's."""
+        """In a forked child, close its copy of the wire."""
         if self._wire is not None:
             self._wire.forget()

@@ -1,4 +1,4 @@
-"""Whether nothing was asked of the whole service for as long as `shutdown.idle.after` says."""
+"""Whether no request has come to any worker for as long as `shutdown.idle.after` says."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable
 from flaskd.pool.sums import Sums
 
 _AGAIN = 1.0
-"""Seconds until `over` is called again, where the first call changed nothing."""
+"""Seconds until `over` is called again if the service still runs."""
 
 
 class Idleness:
-    """Calls `over` when time is up, unless it is not `wanted` at that moment; in the thread of the daemon's events."""
+    """Calls `over` when the idle time is over and `wanted` is true; in the thread of the daemon's events."""
 
     def __init__(
         self,
@@ -23,12 +23,12 @@ class Idleness:
     ) -> None:
         self._sums, self._later, self._over, self._wanted = sums, later, over, wanted
         self._watch = 0
-        """How often it was set anew."""
+        """How often `watch` was called."""
         self.after: float | None = None
-        """Seconds; None while it is not watched (any thread may look)."""
+        """The idle time in seconds; None while idleness is not watched (any thread may read it)."""
 
     def watch(self, after: float | None) -> None:
-        """Look for so many seconds without a request that counts from now on; None: no more."""
+        """Watch from now on for `after` seconds without a request that counts; None: stop watching."""
         self._watch += 1
         self.after = after
         self._look(self._watch)

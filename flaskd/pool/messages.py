@@ -1,4 +1,4 @@
-"""What the supervisor and a worker tell each other."""
+"""The messages between the supervisor and its workers and templates."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flaskd.sockets import Address, Listener
 
 @dataclass(frozen=True)
 class Begin:
-    """Load the app; the first message. `path` is the supervisor's sys.path, `state` the state directory."""
+    """Load the app: the first message to a worker. `path` is the supervisor's sys.path, `state` the state directory."""
 
     configuration: Configuration
     slot: int
@@ -29,12 +29,12 @@ class Begin:
     path: Sequence[str]
     state: Path | None
     first: bool
-    """Whether it is of the generation that the service began with, which brings back what the last stop kept."""
+    """Whether the worker is of the service's first generation, which restores what the last stop kept."""
 
 
 @dataclass(frozen=True)
 class Preload:
-    """Import the app, and be the template of a generation; the first message to one. `path` is the supervisor's."""
+    """Import the app: the first message to the template of a generation. `path` is the supervisor's sys.path."""
 
     configuration: Configuration
     generation: int
@@ -43,17 +43,17 @@ class Preload:
 
 @dataclass(frozen=True)
 class Fork:
-    """Fork a worker (to a template), whose wire, board and stacks come along."""
+    """Fork a worker (to a template); the descriptors of its wire, board and stacks come with the message."""
 
     slot: int
 
 
 @dataclass(frozen=True)
 class Passed:
-    """A listener whose descriptor comes along.
+    """A listener, whose descriptor comes with the message.
 
-    `kept`: clients that wait in its backlog are for who listens there next, outside of flaskd; `stored` is its name in
-    the service manager's store.
+    `kept`: the socket is also held outside of flaskd, so clients in its backlog can wait for the next process that
+    listens there. `stored` is its name in the service manager's store.
     """
 
     address: Address
@@ -62,7 +62,7 @@ class Passed:
 
     @classmethod
     def of(cls, listener: Listener) -> Passed:
-        """What a worker has to know of it."""
+        """Describe a listener for a worker."""
         return cls(listener.address, listener.shared, listener.stored)
 
 
@@ -75,12 +75,12 @@ class Serve:
 
 @dataclass(frozen=True)
 class DrainNow:
-    """Drain, by the times of the configuration."""
+    """Drain, within the times of the configuration."""
 
 
 @dataclass(frozen=True)
 class CloseListeners:
-    """Close the listeners as soon as their backlog is empty; the drain under way is to be undone."""
+    """Close the listeners once their backlog is empty, because the drain under way is to be undone."""
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,14 @@ class Resume:
 
 @dataclass(frozen=True)
 class Announce:
-    """The service stops, though this worker does not yet: it is not ready any more."""
+    """The service is about to stop: show that it is not ready, but go on serving."""
 
 
 @dataclass(frozen=True)
 class StopNow:
-    """Stop within so many seconds, so many of them in reserve, and announced for so many.
+    """Stop. `within` has three lengths of time in seconds: the deadline, the reserve in it, and the announce.
 
-    `leave`: other workers go on with the listeners.
+    `leave`: other workers go on accepting from the listeners.
     """
 
     reason: StopReason
@@ -116,7 +116,7 @@ class Hurry:
 
 @dataclass(frozen=True)
 class Renew:
-    """Serve by this configuration from now on; `Answer` says what came of it."""
+    """Put this configuration into force; the worker sends an `Answer`."""
 
     number: int
     configuration: Configuration
@@ -124,9 +124,9 @@ class Renew:
 
 @dataclass(frozen=True)
 class PauseSchedulers:
-    """Let the app's schedulers begin no more jobs: another worker of the slot is about to import the app.
+    """Let the app's schedulers begin no more jobs, because another worker of the slot is about to import the app.
 
-    `Answer` says that it is done.
+    The worker sends an `Answer` when that is done.
     """
 
     number: int
@@ -134,19 +134,19 @@ class PauseSchedulers:
 
 @dataclass(frozen=True)
 class ResumeSchedulers:
-    """Let the app's schedulers go on: that other worker is gone."""
+    """Let the app's schedulers go on, because that other worker is gone."""
 
 
 @dataclass(frozen=True)
 class LogLevel:
-    """Log from this level on."""
+    """Log at this level from now on."""
 
     level: str
 
 
 @dataclass(frozen=True)
 class Ask:
-    """Tell `what` (requests, threads, files, plan or stop); `Answer` has it."""
+    """Send an `Answer` with `what`: requests, threads, files, plan or stop; `stacks`: with those of the threads."""
 
     number: int
     what: str
@@ -158,9 +158,9 @@ class Ask:
 
 @dataclass(frozen=True)
 class Preloaded:
-    """The app is imported. `told` says which one, and why, for the log; `doubt` what else may have been meant.
+    """The app is imported. For the log, `told` says which app, and why; `doubt` says what else may have been meant.
 
-    `keeps` has what the app did on import that no fork can take along; where there is any, none is forked.
+    `keeps` lists what the app did on import that a fork cannot take along; if there is any, no worker is forked.
     """
 
     told: str
@@ -170,7 +170,7 @@ class Preloaded:
 
 @dataclass(frozen=True)
 class Forked:
-    """A worker was forked, and is the supervisor's child; or, without a pid, why not."""
+    """A worker was forked, and is the supervisor's child; if `pid` is 0, `why` says why it was not."""
 
     pid: int
     why: str = ""
@@ -181,59 +181,60 @@ class Forked:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The app is loaded; it waits for `Serve`."""
+    """The worker has loaded the app, and waits for `Serve`."""
 
     target: str
 
 
 @dataclass(frozen=True)
 class IsReady:
-    """It serves, and its probe was answered."""
+    """The worker can serve, and has answered its probe."""
 
 
 @dataclass(frozen=True)
 class NotReady:
-    """It does not become ready, and ends."""
+    """The worker does not become ready, and ends."""
 
     error: FlaskdError
 
 
 @dataclass(frozen=True)
 class Closed:
-    """It has emptied the backlog of the listeners that are the service's alone, and closed its copies of them."""
+    """The worker has emptied the backlog of the listeners that are not `kept`, and closed its copies of them."""
 
 
 @dataclass(frozen=True)
 class DrainOver:
-    """Its drain is over."""
+    """The drain of the worker is over."""
 
     report: DrainReport
 
 
 @dataclass(frozen=True)
 class StepBegins:
-    """A step of its cleanup began."""
+    """A step of the worker's cleanup began or ended; `running` names those that run now, for at most `left` seconds."""
 
     left: float
+    running: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class StepOver:
-    """A step of its cleanup is over."""
+    """A step of the worker's cleanup is over."""
 
     result: StepResult
 
 
 @dataclass(frozen=True)
 class ExitWaits:
-    """What the end of its process waits for, for people."""
+    """What the end of the worker's process waits for, in words."""
 
     what: str
 
 
 @dataclass(frozen=True)
 class Wants:
-    """Its app, or a signal that it got, asks the supervisor for something: ``stop`` or ``replace``."""
+    """The worker's app, or a signal, asks for `what`: ``stop`` (the service) or ``replace`` (this worker)."""
 
     what: str
     reason: StopReason
@@ -241,14 +242,14 @@ class Wants:
 
 @dataclass(frozen=True)
 class Leaves:
-    """It stops though it was not told to: its serving thread died, say, or its app raised SystemExit."""
+    """The worker stops without being told to; for example, its serving thread died, or its app raised SystemExit."""
 
     reason: StopReason
 
 
 @dataclass(frozen=True)
 class OpenEndpoint:
-    """Its app opens a shutdown endpoint; `Answer` goes the other way here."""
+    """The worker's app wants a shutdown endpoint; here the supervisor sends the `Answer`."""
 
     number: int
     address: Address
@@ -258,7 +259,7 @@ class OpenEndpoint:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a message with a number: a value, or an error."""
+    """The answer to the message with this number: a value or an error."""
 
     number: int
     value: Any = None
@@ -267,6 +268,6 @@ class Answer:
 
 @dataclass(frozen=True)
 class Ended:
-    """Its stop is over; what is left is the end of its process."""
+    """The worker's stop is over; only the end of its process remains."""
 
     account: Account

@@ -1,7 +1,7 @@
-"""The app served by worker processes: the port `flaskd.serving.api.Serving` in the supervisor.
+"""The app served by worker processes: the supervisor's implementation of `flaskd.serving.api.Serving`.
 
-What is decided here happens in the thread of the daemon's events. What workers say is brought there by `Work`; nothing
-waits for a worker.
+Methods run in the thread of the daemon's events, to which `Work` brings the messages of workers. None of them waits
+for a worker.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from flaskd.sockets import Address, Listener, bound_anew
 log = logging.getLogger("flaskd.pool")
 
 _DRAINED_AFTER = 1.5
-"""Seconds past its time after which a worker is killed that has not ended its drain."""
+"""Seconds after its deadline at which a worker that has not ended its drain is killed."""
 _DRAIN_GUARD = 2.5
-"""Seconds past its time after which a drain is over without a word of all workers."""
+"""Seconds after its deadline at which a drain is given up, even if workers have not reported."""
 
 
 class Pool(View):
-    """Serves with workers; see `flaskd.serving.api.Serving` for what its methods do, `Crew` for what it is given.
+    """Serves with workers; `flaskd.serving.api.Serving` describes its methods, and `Crew` its arguments.
 
-    `idle_over` is called when nothing was asked for as long as `shutdown.idle.after` says.
+    `idle_over` is called when no request that counts has come for `shutdown.idle.after`.
     """
 
     renews = True
@@ -63,8 +63,9 @@ class Pool(View):
         self._slots = self._crew.slots
         self.wanted, self.templates = lambda: self._slots.wanted, self._crew.templates.shown
         self._service_stop = ServiceStop(self._pipeline, self._crew, self.sums, post)
+        self.stopped = lambda: self._service_stop.workers
         self._over: Callable[[DrainReport], object] = lambda _: None
-        """Is told of the drain that was begun last."""
+        """The function to call at the end of the drain that was begun last."""
         self._gathering: Gathering | None = None
         self._closing = False  # whether workers have been told to close the listeners, for a resume
         self._beginning = Beginning(self._crew, post)
@@ -79,7 +80,7 @@ class Pool(View):
     # --- start ---
 
     def make_threads(self) -> None:
-        """Start the thread of the stop while one can be had; raises RuntimeError."""
+        """Start the thread of the stop now, because later no thread may be available; raises RuntimeError."""
         self._service_stop.make_threads()
 
     def load(self, config: Config, state: Path | None) -> Pool:
@@ -90,7 +91,7 @@ class Pool(View):
         return self
 
     def tell(self) -> None:
-        """Nothing is loaded here."""
+        """Do nothing: the supervisor loads no app."""
 
     def make_server(self, config: Config, listeners: Sequence[Listener]) -> None:
         """Take the listeners, which outlive every worker."""
@@ -99,51 +100,51 @@ class Pool(View):
             each.listen(config.server.backlog)
 
     def start(self, configuration: Configuration) -> None:
-        """Start the first generation; posts Ready or Failed."""
+        """Start the first generation of workers; posts Ready or Failed."""
         self._crew.renewals.configuration = configuration
         self._crew.do(self._beginning.begin)
 
     def started(self, configuration: Configuration) -> None:
-        """The start has succeeded."""
+        """Begin to watch the workers, because the start has succeeded."""
         self._crew.starting = False
         self._crew.watch.begin()
         self._crew.recycling.begin()
         self.sums.used()
         self.idleness.watch(configuration.values.shutdown.idle.after)
 
-    # --- what the crew tells ---
+    # --- called by the crew ----
 
     def ready(self) -> None:
-        """A worker is ready."""
+        """Note that a worker has become ready."""
         self._beginning.look()
 
     def not_filled(self, error: FlaskdError) -> None:
-        """An empty slot could not be filled."""
+        """Note that an empty slot could not be filled."""
         self._beginning.not_filled(error)
 
     def closed(self, worker: Handle) -> None:
-        """A worker has closed its copies of the listeners."""
+        """Note that a worker has closed its copies of the listeners."""
         if self._gathering is not None:
             self._gathering.closed(worker)
 
     def reported(self, worker: Handle, report: DrainReport) -> None:
-        """The drain of a worker is over."""
+        """Note that the drain of a worker is over."""
         if self._gathering is not None:
             self._gathering.reported(worker, report)
 
     def ended(self, worker: Handle) -> None:
-        """The stop of a worker is over."""
+        """Note that the stop of a worker is over."""
         self._service_stop.ended(worker)
 
     def gone(self, worker: Handle, cut: tuple[Cut, ...]) -> None:
-        """The process of a worker has ended."""
+        """Note that the process of a worker has ended."""
         if self._gathering is not None:
             self._gathering.gone(worker, cut)
         self._service_stop.gone(worker)
         self._beginning.look()
 
     def abandon(self) -> None:
-        """End without a drain what has not ended."""
+        """Kill all workers that have not ended, without a drain."""
         self.end_processes()
         for each in self.sums.alive:
             each.hang_up()
@@ -159,20 +160,20 @@ class Pool(View):
     # --- drain and resume ---
 
     def begin_drain(self, timeout: float, *, announce: float) -> Drain:
-        """Begin a drain."""
+        """Begin a drain of all workers, after `announce` seconds."""
         return self._pipeline.begin_drain(timeout, announce=announce)
 
     def _begin_drain(
         self, timeout: float, over: Callable[[DrainReport], object], counted_from: tuple[int, int]
     ) -> None:
-        """Begin the drain of all workers, soon (any thread)."""
+        """Begin the drain of all workers soon, in the thread of the events (any thread)."""
         self._over = over
         self._crew.do(lambda: self._gather(timeout, over, counted_from))
 
     def _gather(self, timeout: float, over: Callable[[DrainReport], object], counted_from: tuple[int, int]) -> None:
-        """Have all workers drain; in a stop they are told to stop instead, which drains them, too."""
+        """Tell all workers to drain; not in a stop, in which they are told to stop, which also drains them."""
         if over != self._over or (self._pipeline.drain is None and self._pipeline.stop is None):
-            return  # resume was faster, and another drain may have begun since
+            return  # resume came first, and another drain may have begun since
         self.break_off_renewal("a drain was asked for")
         self._slots.break_off("flaskd drains")
         self._slots.hold(on=True)
@@ -186,12 +187,12 @@ class Pool(View):
         )
         for worker in workers if self._pipeline.stop is None else ():
             self._crew.drain(worker)
-        if self._pipeline.stop is None:  # else each has the deadline of its stop
+        if self._pipeline.stop is None:  # in a stop each worker has its own deadline
             self._crew.later(timeout + _DRAINED_AFTER, self._gathering.end_the_late)
         self._gathering.look()
 
     def _close_listeners(self) -> int:
-        """Close the listeners that are ours alone; how many connections that resets."""
+        """Close the listeners that no other process shares; returns how many connections that resets."""
         left = 0
         for each in self._crew.listeners:
             if not each.shared:
@@ -202,14 +203,14 @@ class Pool(View):
         return left
 
     def give_up(self, why: str) -> None:
-        """Nothing of this process serves; see `dead`."""
+        """Do nothing: this process does not serve (`AllWorkers.dead`)."""
 
     def refuse(self) -> None:
-        """The workers do so by themselves."""
+        """Do nothing: the workers answer 503 by themselves."""
 
     @property
     def may_resume(self) -> bool:
-        """Whether all workers have closed their copies of the listeners, which are bound anew then."""
+        """Whether all workers have closed their copies of the listeners; if not, tell them to."""
         if self._gathering is None or self._gathering.is_closed:
             return True
         if not self._closing:
@@ -219,8 +220,8 @@ class Pool(View):
         return False
 
     def resume(self) -> Sequence[Listener]:
-        """Bind anew what was closed, and have all workers serve again."""
-        if self._gathering is not None:  # else the drain was undone before it was told, and they are open
+        """Bind the closed listeners anew, and have all workers serve again."""
+        if self._gathering is not None:  # else no worker was told to drain yet, and the listeners are open
             backlog = self._crew.configuration.values.server.backlog
             self._crew.listeners = bound_anew(self._crew.listeners, backlog)
             self._gathering.is_over = True
@@ -229,87 +230,87 @@ class Pool(View):
         self.sums.used()
         self._pipeline.undo_drain()
         for worker in self._slots.workers:
-            if not worker.serves:  # else it was not told, either
+            if not worker.serves:  # it was told to drain
                 self._crew.resume(worker)
-                self._crew.renewals.keep_up(worker)  # the drain may have broken off what brought it a configuration
+                self._crew.renewals.keep_up(worker)  # the drain may have broken off a reload
         self._slots.hold(on=False)
         return again
 
     # --- reload, scale, restart ---
 
     def prepare(self, configuration: Configuration) -> Plan:
-        """Make the plan of the service's own steps, and import what it needs; the workers' is checked, too."""
+        """Make the plan of the service's own steps, and import what it needs; check the plan of the workers, too."""
         build_plan(configuration.values.cleanup, scope="worker")
         plan = build_plan(configuration.values.cleanup, scope="service")
         plan.prepare()
         return plan
 
     def apply(self, configuration: Configuration, plan: Plan) -> None:
-        """Take it as the one in force here; workers have it already."""
+        """Put a configuration into force in the supervisor; the workers have it already."""
         self._crew.log_level = ""
         self._crew.renewals.take(configuration)
         self._policies = plan
         self.idleness.watch(configuration.values.shutdown.idle.after)
 
     def renew(self, configuration: Configuration, *, only_configuration: bool) -> None:
-        """Bring a configuration to the workers."""
+        """Bring a configuration to the workers; posts Renewed."""
         self._crew.renewals.renew(configuration, only_configuration=only_configuration)
 
     def break_off_renewal(self, why: str) -> None:
-        """End the reload or restart under way."""
+        """End the reload or restart under way, if there is one."""
         self._crew.renewals.break_off(why)
 
     def set_log_level(self, level: str) -> None:
-        """Let the workers log from this level on, also those to come, until a configuration says otherwise."""
-        self._crew.log_level = level  # first: one that loads is told when it has
+        """Set the log level of all workers, also of future ones, until a configuration sets another one."""
+        self._crew.log_level = level  # set first: a worker that is loading is told later
         for worker in self.sums.alive:
             if worker.phase is not Phase.LOADING:
                 worker.send(say.LogLevel(level))
 
     def scale(self, count: int, told: Outcome) -> None:
-        """Have so many workers."""
+        """Change the number of workers; `told` is called when the new ones are ready, or with an error."""
         self._crew.renewals.scale(count, told)
 
     def restart(self, number: int | None, told: Outcome) -> None:
-        """Replace workers."""
+        """Replace the worker of one slot, or all (None); `told` is called at the end."""
         self._crew.renewals.restart(number, told)
 
     # --- stop ---
 
     def begin_stop(self, reason: StopReason, configuration: Configuration, state: Path | None) -> str:
-        """Make the stop."""
+        """Begin the stop; returns the id of its plan."""
         plan = self._service_stop.begin(reason, configuration, self._policies, state)
         self._crew.end()
         self.break_off_renewal("a stop was asked for")
         return plan
 
     def announce_stop(self) -> None:
-        """Have workers be ready no more; the service's first steps may take a while."""
+        """Have all workers show that they are not ready, because the service's first steps may take a while."""
         for worker in self._slots.workers:
             worker.send(say.Announce())
 
     def run_stop(self) -> None:
-        """Carry it out in the thread that was made in time."""
+        """Carry out the stop, in the thread that `make_threads` has started."""
         self._service_stop.run()
 
     def hurry(self) -> None:
-        """Cut it short."""
+        """Cut the stop short."""
         self._service_stop.hurry()
 
     @property
     def left(self) -> float:
-        """Seconds until the deadline."""
+        """Seconds until the deadline of the stop."""
         return self._service_stop.stop.left
 
     def left_for_the_exit(self) -> Callable[[], float]:
-        """What gives, from now on, the seconds for the end of this process, where no app is."""
+        """A function that returns how many seconds the end of this process still has."""
         return self._service_stop.stop.left_for_the_exit()
 
     @property
     def step_left(self) -> float:
-        """Seconds that the drain and the steps that run now may still take."""
+        """Seconds that the drain and the present steps may still take."""
         return self._service_stop.step_left
 
     def end(self, unfinished: tuple[Unfinished, ...]) -> Account:
-        """Give the account."""
+        """The account of the stop; `unfinished` is what was cut at the end of this process."""
         return self._service_stop.account(unfinished)

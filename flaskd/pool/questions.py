@@ -1,4 +1,4 @@
-"""A question to several workers at once, whose answers come when they come; one that does not answer is named."""
+"""A question to several workers at once; a worker that does not answer gets an error in the place of its answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Answered = Callable[[Any, FlaskdError | None], None]
 
 
 class Reply(NamedTuple):
-    """What one worker has answered."""
+    """The answer of one worker: a value or an error."""
 
     worker: Handle
     value: Any
@@ -21,7 +21,7 @@ class Reply(NamedTuple):
 
 
 class Round:
-    """One question; `over` is called once, with the answers of all, in the thread that brings the last (any thread)."""
+    """One question to all `workers`; the thread that brings the last answer calls `over` with all (any thread)."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Round:
             self.give_up()
 
     def give_up(self) -> None:
-        """Wait no more; who has not answered has an error for that."""
+        """Stop waiting, and call `over`; workers that have not answered count as errors."""
         with self._lock:
             over, self._over = self._over, None
         if over is not None:
@@ -56,13 +56,13 @@ class Round:
 
     @property
     def replies(self) -> list[Reply]:
-        """Those that there are, and an error for each one that is missing."""
+        """The answers so far, and an error for each missing one."""
         return [
             self._replies.get(each) or Reply(each, None, FlaskdError(f"{each} does not answer"))
             for each in self._workers
         ]
 
     def wait(self, timeout: float) -> list[Reply]:
-        """Wait for the answers, at most `timeout` seconds."""
+        """Wait at most `timeout` seconds for all answers."""
         self._done.wait(timeout)
         return self.replies

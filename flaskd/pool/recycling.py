@@ -1,7 +1,7 @@
-"""Workers that reached a limit: another one comes, one at a time.
+"""Replacing workers that have reached a limit, one at a time.
 
-The limits are `pool.max_requests`, `max_age`, `max_memory`; and that none of its threads is lost in a request that was
-given up (`server.request_timeout`).
+The limits are `pool.max_requests`, `max_age` and `max_memory`. A worker is also replaced if one of its threads hangs in
+a request that was given up (`server.request_timeout`).
 """
 
 from __future__ import annotations
@@ -28,39 +28,40 @@ from flaskd.units import format_duration
 log = logging.getLogger("flaskd.pool")
 
 _LOOK, _LOOK_CLOSELY = 0.5, 0.1
-"""Seconds between two looks, and while a worker has half of the memory that it may have: so long it grows unseen."""
+"""Seconds between two looks; the second while a worker uses more than half of `max_memory`."""
 _JITTER = 0.1
-"""The share of a limit by which a worker may stay below it, at most."""
+"""The largest part of a limit by which a worker's own limit is lower."""
 _GROWTH_OVER, _STARTS = 5.0, 3.0
-"""Seconds, and times what its start took, over which the growth of a worker is reckoned, at least: what it loads at
-first is no leak. So it is never expected to grow by more than a third of that until another one is ready."""
+"""The growth of a worker is averaged over at least so many seconds, and over at least so many times the length of its
+start, because what it loads at first is not a leak. So at most a third of its growth so far is expected to come while
+another worker starts."""
 _READING = 50.0
-"""Times what the last reading of its memory took, until that of the same worker is read again: 2 % of a core."""
+"""A worker's memory is read again after so many times the length of the last reading: it takes 2 % of a core."""
 _OVERGROWN = 1.3
-"""Times `max_memory` at which it is said that a worker grows faster than it can be replaced."""
+"""At so many times `max_memory`, the log says that a worker grows faster than it can be replaced."""
 _SOON = 2.0
-"""Seconds after it was ready within which a worker that reaches a limit has done so too soon."""
+"""A worker that reaches a limit within so many seconds after it was ready has reached it too soon."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 300.0
-"""Seconds without another replacement after one that was needed too soon, or failed; each such one doubles them."""
+"""Seconds without a replacement after one that came too soon or failed; each further one doubles them."""
 _MIB = 1024**2
 _CALM = 60.0
-"""Seconds in which no worker reached a limit; then the trouble is over."""
+"""Seconds without a worker at a limit after which the trouble is over."""
 
 
 @dataclass
 class _Seen:
-    """What was seen of a worker that serves; moments of time.monotonic()."""
+    """What was seen of a serving worker; all moments are those of time.monotonic()."""
 
     share: float = field(default_factory=lambda: random.uniform(1 - _JITTER, 1))  # noqa: S311 - no secret
-    """Of each limit, at which it is replaced: workers that began together do not reach it together."""
+    """The part of each limit that is its own: so workers that began together do not reach a limit together."""
     memory: int = 0
-    """Bytes, by the last reading; 0 where it was certainly below its limit."""
+    """Its memory in bytes at the last reading; 0 if it was certainly below the limit."""
     resident_then: int | None = None
-    """Its resident set when it was first looked at."""
+    """Its resident set in bytes at the first look."""
     half_full: bool = False
-    """Whether it has half of the memory that it may have."""
+    """Whether it may use more than half of `max_memory`."""
     ahead: float = 0.0
-    """Bytes that it will have grown by when another worker is ready, if it goes on as it did so far."""
+    """Bytes by which it will have grown when another worker is ready, if it grows as it has so far."""
     read_again_at: float = 0.0
     reading: bool = False
     reached_at: float = 0.0
@@ -71,7 +72,7 @@ class _Seen:
 
 @dataclass(frozen=True)
 class _Reached:
-    """A limit that a worker has reached: its key, how far that is beyond, and what people are told."""
+    """A limit that a worker has reached: its key, the worker's value divided by the limit, and a text for the log."""
 
     key: str
     times: float
@@ -79,13 +80,13 @@ class _Reached:
 
 
 class Recycling:
-    """Looks at all workers all the time, in the thread of the events, once it has begun.
+    """Looks at all workers every `_LOOK` seconds, in the thread of the events, once it has begun.
 
-    Memory is PSS, which costs the kernel a walk through the pages of the worker, and may have to wait for it: it is
-    read in another thread, and only where the resident set, which is no smaller and can be had at once, has reached the
-    limit. `replace` starts another worker in the place of one, unless flaskd stops; its outcome is told when the new
-    one has its place, or did not become ready. While `busy` workers are replaced for another reason. `changed` is
-    called when what is wrong (`Sums.trouble`) has changed.
+    Memory is PSS. To read it the kernel walks through the worker's pages, and may have to wait for the worker: so it is
+    read in another thread, and only if the resident set, which is never smaller and quick to read, has reached the
+    limit. `replace` begins to replace a worker, unless flaskd stops, and calls the outcome when the new worker has its
+    place, or did not become ready. `busy` says whether workers are being replaced for another reason. `changed` is
+    called when `Sums.trouble` has changed.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class Recycling:
         self._told_unreadable = False
 
     def begin(self) -> None:
-        """Begin to look."""
+        """Begin to look at the workers."""
         self._later(_LOOK, self._look)
 
     def _look(self) -> None:
@@ -129,7 +130,7 @@ class Recycling:
             self._later(_LOOK_CLOSELY if closely else _LOOK, self._look)
 
     def _judge(self) -> None:
-        """Replace the worker that is farthest beyond a limit, if one has reached any and it may be now."""
+        """Replace the worker that is farthest beyond a limit, if a replacement may begin now."""
         due, now = [], time.monotonic()
         for worker, seen in self._seen.items():
             if worker.serves and (reached := self._reached(worker, seen)) is not None:
@@ -145,7 +146,7 @@ class Recycling:
             self._recycle(*max(due, key=lambda each: each[1].times), now)
 
     def _reached(self, worker: Handle, seen: _Seen) -> _Reached | None:
-        """The limit that a worker has reached, or the one that it is farthest beyond."""
+        """The limit that a worker has reached; of several, the one that it is farthest beyond."""
         requests, age, memory = self._limits
         found: list[_Reached] = []
 
@@ -170,7 +171,7 @@ class Recycling:
         return max(found, key=lambda each: each.times, default=None)
 
     def _may(self, now: float) -> bool:
-        """Whether a worker may be replaced now: nothing else is done to any, and not too many still leave."""
+        """Whether a replacement may begin now: no other is under way, and not too many workers are still stopping."""
         return not (
             now < self._not_before
             or self._busy()
@@ -184,12 +185,12 @@ class Recycling:
 
         def told(error: FlaskdError | None) -> None:
             if isinstance(error, NotNowError):
-                return  # something else came first: a drain, a reload, another number of workers
+                return  # a drain, a reload or another number of workers came first
             if error is not None:
                 self._slow_down(f"{worker} has reached {_named(reached.key)}, and its replacement did not become ready")
                 return
             if worker.death:
-                return  # it died meanwhile, and its place was filled again
+                return  # it died meanwhile, and its slot was filled again
             self._sums.recycled[reached.key] += 1
             took = time.monotonic() - now
             if lived < max(_SOON, took * self._slots.wanted):
@@ -199,27 +200,27 @@ class Recycling:
 
         self._replace(worker, StopReason("recycle", reached.text), told)
 
-    # --- what is wrong ------------------------------------------------------------------------------------------------
+    # --- trouble ------------------------------------------------------------------------------------------------------
 
     def _too_soon(self, worker: Handle, key: str, lived: float, took: float) -> None:
         if key != "max_memory":
             why = "workers cannot be replaced so often"
         elif lived < _SOON:
-            why = "that is what the app needs when it was just loaded, or it grows faster than workers can be replaced"
+            why = "the app needs that much right after its start, or it grows faster than workers can be replaced"
         else:
             why = "it grows faster than workers can be replaced"
         after = f"{lived:.1f}s after it was ready, and it took {took:.1f}s to replace it"
         advice = "the log has the stacks of what hangs" if key == "request_timeout" else "raise the limit"
         said = f"{worker} reached {_named(key)}{self._written(key)} {after}: {why}; {advice}"
         if key == "max_memory" and lived >= _SOON:
-            self._pause = 0.0  # it would grow meanwhile, and there is one start at a time anyway
+            self._pause = 0.0  # workers would grow during a pause, and only one starts at a time anyway
             log.warning(said)
             self._say(said)
         else:
             self._slow_down(said)
 
     def _tell_overgrown(self, worker: Handle, seen: _Seen) -> None:
-        """Say once of a worker that it has grown while its replacement was due; why that waits in a pause is said."""
+        """Log, once for a worker, that it grows while its replacement is due; a pause has a log line of its own."""
         limit = self._limits[-1]
         grows = limit is not None and seen.memory >= limit * _OVERGROWN and seen.memory > seen.memory_then
         if limit and grows and not seen.overgrown and not self._pause:
@@ -266,7 +267,7 @@ class Recycling:
             seen.reading = True
             try:
                 aside(f"flaskd-memory-{worker.slot}", lambda: self._read(worker, seen))
-            except RuntimeError as error:  # no thread
+            except RuntimeError as error:  # no thread can be started
                 seen.reading = False
                 self._tell_unreadable(worker, str(shortage(error) or error))
 
@@ -293,13 +294,11 @@ class Recycling:
     def _tell_unreadable(self, worker: Handle, why: str) -> None:
         if not self._told_unreadable:
             self._told_unreadable = True
-            log.error(
-                f"cannot read the memory of {worker}: {why}; as long as that is so, pool.max_memory has no effect"
-            )
+            log.error(f"cannot read the memory of {worker}: {why}; until that changes, pool.max_memory has no effect")
 
 
 def aside(name: str, work: Callable[[], None]) -> None:
-    """Do something that may take its time in a thread of its own."""
+    """Call `work`, which may take long, in a thread of its own."""
     threading.Thread(target=work, name=name, daemon=True).start()
 
 

@@ -1,4 +1,4 @@
-"""What becomes of workers when they are asked for: a reload, a restart, a configuration, another number of them."""
+"""Changes to workers that are asked for: a reload, a restart, a new configuration, another number of workers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from flaskd.pool.slots import Slots
 from flaskd.serving.api import Outcome, Renewed, ServingEvent
 
 _RENEWAL = 10.0
-"""Seconds that workers have to take a new configuration."""
+"""Seconds that workers have to put a new configuration into force."""
 
 
 class Renewals:
-    """In the thread of the daemon's events; `do` has something done there, `later` after so many seconds.
+    """Carries them out, in the thread of the daemon's events; `do` calls a function there, `later` after a time.
 
-    `settled` is told of the one generation of which workers may be started from then on.
+    `settled` is called with the generation of which all workers are started from then on.
     """
 
     def __init__(
@@ -39,14 +39,14 @@ class Renewals:
         self._settled = settled
         self._slots, self._post, self._do, self._later = slots, post, do, later
         self._generation = 1
-        """The last one that was begun."""
+        """The last generation that was begun."""
         self._configurations: dict[int, Configuration] = {}
-        """Of the generations that may be started."""
+        """The configurations of the generations of which workers may be started."""
         self._rollout: Rollout | None = None
 
     @property
     def configuration(self) -> Configuration:
-        """The one in force, which a worker gets that fills an empty slot."""
+        """The configuration in force, which a worker gets that fills an empty slot."""
         return self._configurations[self._slots.generation]
 
     @configuration.setter
@@ -54,17 +54,17 @@ class Renewals:
         self._configurations[self._slots.generation] = configuration
 
     def configuration_of(self, generation: int) -> Configuration:
-        """That of the workers of a generation which may be started."""
+        """The configuration of a generation of which workers may be started."""
         return self._configurations[generation]
 
     def take(self, configuration: Configuration) -> None:
-        """Take a configuration as the one in force, which all workers get that have it not yet."""
+        """Take a configuration as the one in force, and bring it to the workers that do not have it."""
         self.configuration = configuration
         for each in self._slots.workers:
             self.keep_up(each)
 
     def keep_up(self, worker: Handle) -> None:
-        """Bring it the configuration in force, where it was started with another one, or could not take this."""
+        """Bring a worker the configuration in force, if it was started with another one or could not take this one."""
         configuration = self.configuration
         if worker.serves and worker.configuration is not configuration and worker.generation == self._slots.generation:
             self._bring(worker, configuration, lambda _, error: tell_failure(error) if error is not None else None)
@@ -81,11 +81,11 @@ class Renewals:
 
     @property
     def under_way(self) -> bool:
-        """Whether a reload or a restart is."""
+        """Whether a reload or a restart is under way."""
         return self._rollout is not None
 
     def renew(self, configuration: Configuration, *, only_configuration: bool) -> None:
-        """Bring a configuration to the workers: with new ones, or to those that there are; posts Renewed."""
+        """Replace all workers by new ones with this configuration, or bring it to the present ones; posts Renewed."""
         if only_configuration:
             self._tell_all(configuration)
             return
@@ -95,7 +95,7 @@ class Renewals:
         self._configurations[generation] = configuration
         before = self.configuration.values.count_workers()
 
-        def proven() -> None:  # from now on an empty slot has the new code, too
+        def proven() -> None:  # from now on empty slots are filled with the new generation, too
             self._slots.generation = generation
             if configuration.values.count_workers() != before:
                 self._slots.resize(configuration.values.count_workers())
@@ -135,20 +135,20 @@ class Renewals:
         self._rollout.begin()
 
     def break_off(self, why: str) -> None:
-        """End the reload or restart under way, if there is one; who waits for it is told why."""
+        """End the reload or restart under way, if there is one; its callers get `why` in an error."""
         if self._rollout is not None:
             self._rollout.break_off(NotNowError(f"cannot go on replacing workers: {why}"))
 
     def _tell_all(self, configuration: Configuration) -> None:
-        """Bring a configuration to the workers that there are; where one cannot take it all have the old one again."""
+        """Bring a configuration to the present workers; if one cannot take it, bring all of them the old one again."""
         before = self.configuration
 
-        def over(replies: list[Reply]) -> None:  # in any thread
+        def over(replies: list[Reply]) -> None:  # may run in any thread
             self._do(
                 lambda: decide(next((each.error for each in replies if each.error and not left(each.worker)), None))
             )
 
-        def left(worker: Handle) -> bool:  # it was replaced meanwhile, and the new one has the configuration in force
+        def left(worker: Handle) -> bool:  # replaced meanwhile by a worker with the configuration in force
             return worker.phase in {Phase.LEAVING, Phase.GONE} and not worker.death
 
         def decide(error: FlaskdError | None) -> None:
@@ -174,7 +174,7 @@ class Renewals:
         self._later(_RENEWAL, asked.give_up)
 
     def scale(self, count: int, told: Outcome) -> None:
-        """Have so many workers; `told` hears when the new ones are ready."""
+        """Change the number of workers; `told` is called when the new ones are ready, or with an error."""
         plan = build_plan(self.configuration.values.cleanup, scope="worker")
         if count > 1 and (names := plan.one_file()):
             told(ConfigError(f"cannot scale: {', '.join(names)}: more than one worker needs {{worker}} in the path"))
@@ -182,7 +182,7 @@ class Renewals:
             self._slots.scale(count, told)
 
     def restart(self, number: int | None, told: Outcome) -> None:
-        """Replace the worker of one slot, or of all, one after the other."""
+        """Replace the worker of one slot, or of all (None), one after the other; `told` is called at the end."""
         if number is not None and number not in self._slots.slots:
             told(UsageError(f"restart: expected a slot from 0 to {self._slots.wanted - 1}, got {number}"))
             return

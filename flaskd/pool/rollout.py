@@ -1,4 +1,4 @@
-"""A rollout: the workers of some slots are replaced, first one alone, then several at a time."""
+"""A rollout: replacing the workers of some slots, first one alone, then several at a time."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from flaskd.pool.slots import Slot, Slots
 
 
 class Rollout:
-    """Replaces the workers of some slots; `over` is told once, with how many are new, in the thread of the events.
+    """Replaces the workers of some slots, in the thread of the events; calls `over` once, with how many are new.
 
-    `numbers` gives the slots whose turn is still to come; it is asked again and again, for slots come and go meanwhile.
-    The first new one has to become ready, and to live for `canary` seconds, before another one is started; if it does
-    not, all old ones stay as they are. Then `surge` slots are replaced at a time. Where one of these does not become
-    ready the rollout ends, too, and what was replaced stays so.
+    `numbers` returns the slots that are to be replaced; it is called before each step, because slots come and go. The
+    first new worker has to become ready, and to live for `canary` seconds, before another one is started; otherwise all
+    old workers stay. After that, `surge` slots are replaced at a time, and `proven` was called. If one of these new
+    workers does not become ready, the rollout ends, and the workers replaced so far stay.
     """
 
     def __init__(
@@ -66,18 +66,18 @@ class Rollout:
             self._replaced += 1
             if self._replaced == 1:
                 self._proven()
-        elif slot in self._slots:  # else there are fewer by now
+        elif slot in self._slots:  # it is not, if there are fewer workers now
             self._end(self._told(error))
         self._next()
 
     def _told(self, error: FlaskdError) -> FlaskdError:
         if not self._replaced:
             return error
-        text = f"{error}; {self._replaced} had been replaced before, and stay"
-        return AppError(text, error.traceback_text) if isinstance(error, AppError) else type(error)(text)
+        text = f"{error}; {self._replaced} had been replaced before, and the new ones stay"
+        return AppError(text, error.details) if isinstance(error, AppError) else type(error)(text)
 
     def break_off(self, why: FlaskdError) -> None:
-        """End it now; what is ready stays, what is not is ended."""
+        """End the rollout now: new workers that are ready stay, the others are ended."""
         if not self._ended:
             self._end(self._told(why))
 

@@ -1,4 +1,4 @@
-"""Two workers of one slot overlap: the schedulers of the old one are paused before the new one imports the app."""
+"""Pausing the schedulers (such as APScheduler's) of an old worker before a new one of its slot imports the app."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from flaskd.pool.messages import PauseSchedulers, ResumeSchedulers
 log = logging.getLogger("flaskd.pool")
 
 _PAUSE = 2.0
-"""Seconds that a worker has to pause the schedulers of its app; then the new one imports the app all the same."""
+"""Seconds that a worker has to pause its app's schedulers; after that the new one imports the app all the same."""
 
 
 class Schedulers:
-    """Whose are paused, and for which worker."""
+    """Knows which workers' schedulers are paused, and for which new workers."""
 
     def __init__(self) -> None:
         self._paused_for: dict[Handle, Handle] = {}
         self._lock = threading.Lock()
-        """Held when one is told: what it was told last is what holds."""
+        """Held while a message is sent, so that messages to a worker keep their order."""
 
     def pause(self, old: Handle, new: Handle) -> None:
-        """Pause those of a worker that has a successor now, and wait for that (a thread of the new one's own)."""
+        """Have the old worker pause its schedulers, and wait for at most `_PAUSE` seconds (the new worker's thread)."""
         said: list[FlaskdError | None] = []
         over = threading.Event()
 
@@ -41,7 +41,7 @@ class Schedulers:
             log.warning(f"{new} may run jobs beside {old}, which did not pause its schedulers: {error}")
 
     def gone(self, worker: Handle) -> None:
-        """A worker is gone: those that were paused for it go on, where the old worker keeps its place."""
+        """A worker is gone: schedulers that were paused for it go on, if the old worker keeps its place."""
         with self._lock:
             self._paused_for.pop(worker, None)
             for old in [old for old, new in self._paused_for.items() if new is worker]:

@@ -1,4 +1,4 @@
-"""The stop of a service with workers: its own steps around the stops of all workers, and one account of both."""
+"""The stop of a service with workers: the service's own steps, the stops of all workers, and one account of both."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from flaskd.serving.pipeline import Pipeline
 from flaskd.serving.stop import HURRIED, CleanupThread, Stop
 
 _MARGIN = 0.7
-"""Seconds of the deadline that are the supervisor's own: a worker that has not ended by then is killed."""
+"""Seconds of the deadline that the supervisor keeps for itself: a worker that has not ended before is killed."""
 _LAST = 0.4
-"""Seconds that killed processes have to be reaped."""
+"""Seconds in which killed processes are reaped."""
 _LOOK = 0.5
-"""Seconds after which a wait looks whether the stop is in a hurry."""
+"""Seconds after which the wait for workers checks again whether the stop was cut short."""
 
 
 class ServiceStop:
-    """The one stop of a service, in the thread of the daemon's events except where it says otherwise."""
+    """The stop of a service. Methods run in the thread of the daemon's events, except where they say otherwise."""
 
     def __init__(self, pipeline: Pipeline, crew: Crew, sums: Sums, post: Callable[[ServingEvent], None]) -> None:
         self._pipeline, self._crew, self._sums, self._post = pipeline, crew, sums, post
@@ -40,14 +40,19 @@ class ServiceStop:
         self._all_gone = threading.Event()
         self._workers_until = self._reserve = self._announce = 0.0
         self._ended: list[Handle] = []
-        """The workers that have stopped with the service, or died meanwhile."""
+        """The workers that have stopped with the service, or died during its stop."""
+
+    @property
+    def workers(self) -> list[Handle]:
+        """The workers that have stopped with the service, or died meanwhile (any thread)."""
+        return list(self._ended)
 
     def make_threads(self) -> None:
-        """Start the thread of the stop while one can be had; raises RuntimeError."""
+        """Start the thread of the stop now, because later no thread may be available; raises RuntimeError."""
         self._thread.start()
 
     def dismiss(self) -> None:
-        """Let the thread end without a stop."""
+        """Let the thread of the stop end without a stop."""
         self._thread.dismiss()
 
     @property
@@ -58,7 +63,7 @@ class ServiceStop:
         return stop
 
     def begin(self, reason: StopReason, configuration: Configuration, plan: Plan, state: Path | None) -> str:
-        """Make the stop, and give the id of its plan."""
+        """Begin the stop; returns the id of its plan."""
         config = configuration.values
         workers, own = divided(config.shutdown.deadline, config.shutdown.reserve, later=plan.later)
         self._workers_until, self._reserve = time.monotonic() + workers.deadline, workers.reserve
@@ -83,7 +88,7 @@ class ServiceStop:
         return stop.plan.id
 
     def run(self) -> None:
-        """Carry it out in the thread that was made in time."""
+        """Carry out the stop, in the thread that `make_threads` has started."""
 
         def run() -> None:
             try:
@@ -94,7 +99,7 @@ class ServiceStop:
         self._thread.run(run)
 
     def _stop_workers(self) -> None:
-        """Tell all workers to stop that were not told yet."""
+        """Tell all workers to stop that have not been told yet."""
         for worker in self._crew.slots.workers:
             if worker.phase is not Phase.LEAVING:
                 stop = self.stop
@@ -106,11 +111,11 @@ class ServiceStop:
 
     @property
     def _left(self) -> float:
-        """Seconds that workers may still take."""
+        """Seconds that the workers may still take."""
         return max(0.0, self._workers_until - time.monotonic())
 
     def _wait_for_workers(self) -> None:
-        """Wait for the end of all workers (the thread of the stop); those that have not ended in time are killed."""
+        """Wait for the end of all workers, and kill those that have not ended in time (thread of the stop)."""
         while self._sums.alive and (seconds := self._left - _LAST) > 0:
             self._all_gone.wait(min(seconds, _LOOK))
         for worker in self._sums.alive:
@@ -120,32 +125,34 @@ class ServiceStop:
         self.stop.heed([each for worker in self._ended for each in worker.results])
 
     def gone(self, worker: Handle) -> None:
-        """The process of a worker has ended."""
+        """Note that the process of a worker has ended."""
         if self._pipeline.stop is None:
             return
-        if worker not in self._ended and (worker.ready_at or worker.cut):  # it was killed, or died
+        if worker not in self._ended and (
+            worker.ready_at or worker.cut
+        ):  # it was killed or died before its stop was over
             self._ended.append(worker)
         if not self._sums.alive:
             self._all_gone.set()
 
     def ended(self, worker: Handle) -> None:
-        """The stop of a worker is over."""
+        """Note that the stop of a worker is over."""
         if self._pipeline.stop is not None:
             self._ended.append(worker)
 
     def hurry(self) -> None:
-        """Cut it short."""
-        others = _MARGIN + _LAST  # workers have the second
+        """Cut the stop short: the workers have one second, and the supervisor `_MARGIN` and `_LAST` after that."""
+        others = _MARGIN + _LAST
         self._pipeline.hurry(others=others)
         workers, _ = divided(HURRIED + others, 0.0, later=self.stop.plan.later)
         self._workers_until = min(self._workers_until, time.monotonic() + workers.deadline)
         for worker in self._sums.alive:
-            if worker.phase is Phase.LEAVING:  # the others hear it when they are told to stop
+            if worker.phase is Phase.LEAVING:  # the others are told together with their stop
                 worker.send(Hurry(self.stop.reason))
 
     @property
     def step_left(self) -> float:
-        """Seconds that the drain and the steps that run now, here and in workers, may still take."""
+        """Seconds that the drain and the present steps, here and in workers, may still take."""
         drain, now = self._pipeline.drain, time.monotonic()
         steps = max((each.step_until - now for each in self._sums.alive), default=0.0)
         return max(drain.left if drain is not None else 0.0, self.stop.step_left, steps)
@@ -163,22 +170,22 @@ class ServiceStop:
 
 
 def _whole(report: DrainReport, workers: Sequence[Handle]) -> DrainReport:
-    """The report of a drain that was over before the stop, with what workers had to leave since then."""
+    """The report of the drain, with what workers had to cut since then."""
     accounts = [each.account.report for each in workers if each.account is not None]
     cut = [each for account in accounts for each in account.cut if each not in report.cut]
     last = [each for account in accounts for each in account.background]
-    known = {(each.name, each.thread) for each in last}  # it has gone on since the drain
+    known = {(each.name, each.thread) for each in last}  # work that has gone on since the drain
     before = [each for each in report.background if (each.name, each.thread) not in known]
     return replace(report, cut=(*report.cut, *cut), background=(*before, *last))
 
 
 def _unfinished(worker: Handle) -> tuple[Unfinished, ...]:
-    """What a worker could not finish; one that is gone without an account may have had anything."""
+    """What a worker could not finish; for a worker that ended without an account, how it ended."""
     where, code = f"worker {worker.slot}", worker.code
     if worker.account is None:
         return (Unfinished(f"{where}: {worker.how or 'it has not ended'}"),)
     left = worker.account.report.unfinished
-    if code is None or code < 0 or code == EX_LATE:  # it was gone before the interpreter's end was over
+    if code is None or code < 0 or code == EX_LATE:  # it ended before its finalizers had run
         left = (*left, Unfinished("finalizers"))
     return tuple(replace(each, name=f"{where}: {each.name}") for each in left)
 

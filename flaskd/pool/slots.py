@@ -1,7 +1,7 @@
-"""The places of the workers: which worker has which one, who comes in its stead, and how an empty one is filled again.
+"""The slots: the places of the workers, the workers that are being started for them, and how empty ones are filled.
 
-To replace is the one thing that is done to a place: a new worker is started, the old one leaves when that is ready. A
-replacement that does not become ready leaves the old worker where it is.
+There is one operation on a slot, `replace`: a new worker is started, and the old one stops when the new one is ready.
+If the new one does not become ready, the old one stays.
 """
 
 from __future__ import annotations
@@ -21,52 +21,52 @@ from flaskd.serving.api import Outcome
 log = logging.getLogger("flaskd.pool")
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
-"""Seconds until an empty slot is tried again; each failure doubles them."""
+"""Seconds until another worker is started for an empty slot; each failure doubles them."""
 _LEAVES = 1.0
-"""Seconds that a worker which is replaced has to close its copies of the listeners; then it is done all the same."""
+"""Seconds that a replaced worker has to close its copies of the listeners; then the replacement counts as done."""
 _GOOD_LIFE = 30.0
-"""Seconds after which a worker that dies is no failure of its slot: the next one is started at once."""
+"""A worker that dies after so many seconds is not a failure of its slot: the next one is started at once."""
 
 CRASHED = StopReason("recycle", "its slot has another worker")
 
 
 @dataclass
 class Slot:
-    """One place. `worker` serves in it, `coming` is started for it."""
+    """One place: `worker` serves in it, `coming` is being started for it."""
 
     number: int
     worker: Handle | None = None
     coming: Handle | None = None
     failures: int = 0
-    """How often in a row a worker of it has failed."""
+    """How many workers of this slot have failed in a row."""
     again_at: float = 0.0
-    """The time.monotonic() moment before which it stays empty."""
+    """The time.monotonic() moment before which no other worker is started for it."""
     reason: StopReason = CRASHED
-    """What its worker will be told when the one that comes is ready."""
+    """The reason of the old worker's stop, once the new one is ready."""
     canary: float = 0.0
-    """Seconds that the one that comes has to live beside the old one, once it is ready."""
+    """Seconds that the new worker has to live beside the old one after it is ready."""
     outcomes: list[Outcome] = field(default_factory=list, repr=False)
-    """Wait for the one that comes."""
+    """The functions to call with the outcome of the replacement."""
     late_at: float = 0.0
-    """The time.monotonic() moment at which the one that comes has to be ready."""
+    """The time.monotonic() moment by which the new worker has to be ready."""
 
     def not_now(self, why: str) -> NotNowError:
-        """Why no worker is started for it."""
+        """Make the error that says why no worker is started for this slot now."""
         return NotNowError(f"cannot {'start' if self.worker is None else 'replace'} worker {self.number}: {why}")
 
     def tell(self, error: FlaskdError | None) -> None:
-        """Tell who waits for the replacement."""
+        """Call all functions that wait for the replacement; None: it is done."""
         outcomes, self.outcomes = self.outcomes, []
         for each in outcomes:
             each(error)
 
 
 class Slots:
-    """All places; in the thread of the daemon's events alone.
+    """All slots, in the thread of the daemon's events alone.
 
-    `launch` starts a worker for a slot and a generation (FlaskdError where that cannot be), `serve` gives one its
-    listeners, `leave` tells one to stop, `later` calls a function after so many seconds, `failed` is told why an empty
-    slot could not be filled.
+    `launch` starts a worker for a slot and a generation (or raises FlaskdError), `serve` gives a worker its listeners,
+    `leave` tells a worker to stop, `later` calls a function after a time in seconds, `failed` is called with the reason
+    if an empty slot could not be filled.
     """
 
     def __init__(
@@ -84,17 +84,17 @@ class Slots:
         self._start_timeout = start_timeout
         self.slots: dict[int, Slot] = {}
         self._until_left: dict[Handle, list[Outcome]] = {}
-        """Who waits until a worker that is replaced accepts no connection any more."""
+        """The functions to call once a replaced worker accepts no more connections."""
         self.leaving: dict[Handle, None] = {}
-        """Workers that stop, and have no place any more."""
+        """Workers that are stopping and have no slot any more."""
         self.generation = 1
-        """Of the workers that are started to fill an empty slot."""
+        """The generation of workers that fill empty slots."""
         self.proven = False
-        """Whether any worker was ready so far; before that one that fails is not started again, for the start fails."""
+        """Whether any worker has been ready; before that a failed worker is not started again: the start fails."""
         self.held = False
-        """Whether workers get no listeners: it is drained."""
+        """Whether new workers get no listeners, because the service is drained."""
         self.ending = False
-        """Whether no worker is started any more."""
+        """Whether no more workers are started."""
 
     def __iter__(self) -> Iterator[Slot]:
         return iter(list(self.slots.values()))
@@ -109,25 +109,25 @@ class Slots:
 
     @property
     def workers(self) -> list[Handle]:
-        """Those that serve, or have served, and stop with the service."""
+        """The workers that serve or have served, and that stop with the service."""
         tried = [each.coming for each in self if each.coming is not None and each.coming.ready_at]
         return [*(each.worker for each in self if each.worker is not None), *tried]
 
     @property
-    def everybody(self) -> list[Handle]:
-        """All processes that are not gone."""
+    def all_workers(self) -> list[Handle]:
+        """All workers whose processes have not ended."""
         coming = [each.coming for each in self if each.coming is not None and not each.coming.ready_at]
         return [*self.workers, *coming, *self.leaving]
 
     def not_of(self, generation: int) -> list[int]:
-        """The slots that have no worker of a generation, and none of it coming."""
+        """The slots that have no worker of a generation, and for which none is being started."""
         present = ((each.number, each.coming or each.worker) for each in self)
         return [number for number, worker in present if worker is None or worker.generation != generation]
 
-    # --- what is done to them -----------------------------------------------------------------------------------------
+    # --- changes ------------------------------------------------------------------------------------------------------
 
     def resize(self, count: int) -> list[Slot]:
-        """Have so many slots, and give the new ones, which are empty; workers of those that are too many leave."""
+        """Change the number of slots; workers of removed slots stop. Returns the new slots, which are empty."""
         for number in [each for each in self.slots if each >= count]:
             slot = self.slots.pop(number)
             self._drop_coming(slot, "there are fewer workers now")
@@ -138,7 +138,7 @@ class Slots:
         return added
 
     def scale(self, count: int, told: Outcome = lambda _: None) -> None:
-        """Have so many slots, and fill the new ones; `told` hears once all of them are, or why one is not."""
+        """Change the number of slots, and fill the new ones; `told` is called when all are filled, or one failed."""
         added = self.resize(count)
         left = set(map(id, added))
 
@@ -155,17 +155,18 @@ class Slots:
             told(None)
 
     def fill(self, slot: Slot) -> None:
-        """Start a worker for an empty slot, unless one is being started."""
+        """Start a worker for a slot, if it is empty and none is being started."""
         if slot.worker is None and slot.coming is None and not self.ending and slot in self:
             self.replace(slot, self.generation, CRASHED)
 
     def replace(
         self, slot: Slot, generation: int, reason: StopReason, outcome: Outcome | None = None, *, canary: float = 0.0
     ) -> None:
-        """Start a worker of a generation for a slot; when it is ready, the old one is told to leave for that reason.
+        """Start a worker of a generation for a slot; when it is ready, tell the old one to stop for this reason.
 
-        With `canary` both serve for so many seconds; should the new one die meanwhile, the old one stays. One that is
-        being started there is ended first, and who waits for it is told; for an empty slot, when that is filled.
+        With `canary` both serve for so many seconds; if the new one dies in that time, the old one stays. A worker that
+        is being started for the slot already is ended first, and its outcomes get an error; if the slot is empty, they
+        wait for the new worker instead.
         """
         if self.ending:
             if outcome is not None:
@@ -183,23 +184,23 @@ class Slots:
             self._failed(slot, error)
 
     def _give_time(self, slot: Slot, coming: Handle) -> None:
-        """Let the one that comes have the time of a start, from now on."""
+        """Give a worker that is being started its start timeout, counted from now."""
         seconds = self._start_timeout(coming)
         why = f"it was not ready after {seconds:g}s (pool.start_timeout)"
         slot.late_at = time.monotonic() + seconds
 
         def late() -> None:
-            if waits() and (left := slot.late_at - time.monotonic()) > 0:  # it has more time by now
+            if waits() and (left := slot.late_at - time.monotonic()) > 0:  # the time was extended
                 self._later(left, late)
             elif waits():
-                # The signal ends one that is not yet so far that it could answer: it was late all the same.
+                # The signal kills a worker that has no handler for it yet, so the error is set before.
                 coming.error = coming.error or AppError(f"cannot start {coming}: {why}")
                 coming.ask_for_stacks()
                 self._later(STACKS_WITHIN, end)
 
         def end() -> None:
             if waits():
-                if isinstance(coming.error, AppError) and not coming.error.traceback_text:
+                if isinstance(coming.error, AppError) and not coming.error.details:
                     coming.error = AppError(str(coming.error), coming.stacks())
                 coming.kill(why)
 
@@ -216,7 +217,7 @@ class Slots:
             else:
                 coming.phase = Phase.LEAVING
                 self.leaving[coming] = None
-                coming.kill(why)  # it serves no client yet
+                coming.kill(why)  # it does not serve yet
             slot.tell(slot.not_now(why))
 
     def _let_go(self, worker: Handle, reason: StopReason) -> None:
@@ -225,10 +226,9 @@ class Slots:
         self._leave(worker, reason)
 
     def break_off(self, why: str) -> None:
-        """End all that is being started in the place of a worker that serves; who waits for it is told.
+        """End all workers that are being started to replace a serving one, and call their outcomes with an error.
 
-        So does what is being started of a generation that has not proven itself. Slots that are empty then, and those
-        whose turn was still to come, are filled otherwise.
+        Also end workers that are being started of a generation other than `generation`. Then fill the empty slots.
         """
         for slot in self:
             coming = slot.coming
@@ -238,9 +238,9 @@ class Slots:
                 self.fill(slot)
 
     def hold(self, *, on: bool) -> None:
-        """Give no more listeners to workers, or give them to those that wait.
+        """Stop giving listeners to new workers (`on`), or give them to those that wait for them.
 
-        One that has listeners, and is not ready, is ended, and another one started that has none.
+        With `on`, a worker that has listeners but is not ready is ended, and another one is started without listeners.
         """
         self.held = on
         for slot in self:
@@ -252,37 +252,37 @@ class Slots:
                 self.replace(slot, self.generation, slot.reason)
 
     def end(self) -> None:
-        """Start no worker any more, and end those that do not serve yet."""
+        """Start no more workers, and end those that do not serve yet."""
         self.ending = True
         for slot in self:
             self._drop_coming(slot, "flaskd stops")
 
-    # --- what they do -------------------------------------------------------------------------------------------------
+    # --- what workers report ------------------------------------------------------------------------------------------
 
     def made(self, worker: Handle) -> None:
-        """Its process exists, and its time begins; before, it waited for its template, which has a time of its own."""
+        """Begin a worker's start timeout, because its process exists. Its template has had a timeout of its own."""
         slot = self.slots.get(worker.slot)
         if slot is not None and slot.coming is worker:
             self._give_time(slot, worker)
 
     def loaded(self, worker: Handle) -> None:
-        """Its app is loaded."""
+        """Note that a worker has loaded the app, and give it its listeners."""
         if worker.phase is Phase.LOADING:
             worker.phase = Phase.LOADED
             if not self.held:
                 self._let_serve(worker)
             elif (slot := self.slots.get(worker.slot)) is not None and slot.coming is worker:
-                slot.tell(None)  # it serves when flaskd does, and who waits need not wait for that
+                slot.tell(None)  # it serves once flaskd resumes; the outcomes do not wait for that
 
     def _let_serve(self, worker: Handle) -> None:
         worker.phase = Phase.STARTING
         self._serve(worker)
 
     def ready(self, worker: Handle) -> bool:
-        """It has answered its probe; whether it has its place now."""
+        """Note that a worker has answered its probe; False if it was given up before."""
         slot = self.slots.get(worker.slot)
         if slot is None or slot.coming is not worker:
-            return False  # it was given up in this moment
+            return False  # it was given up just before
         worker.phase, worker.ready_at = Phase.READY, time.monotonic()
         if slot.canary and slot.worker is not None:
             self._later(slot.canary, lambda: self._take_place(slot, worker))
@@ -306,12 +306,12 @@ class Slots:
                 self._later(_LEAVES, lambda: self.left(before))
 
     def left(self, worker: Handle) -> None:
-        """It accepts no connection any more: who waits for its replacement is answered by the new one alone."""
+        """A replaced worker accepts no more connections: its replacement is complete, so call the outcomes."""
         for each in self._until_left.pop(worker, ()):
             each(None)
 
     def lost(self, worker: Handle, why: str) -> None:
-        """It leaves its place, and was not told to."""
+        """Take a worker out of its slot that stops without being told to."""
         slot = self.slots.get(worker.slot)
         if slot is None or worker not in {slot.worker, slot.coming}:
             return
@@ -325,7 +325,7 @@ class Slots:
             self._failed(slot, AppError(f"{worker} was ready, and stopped within pool.canary: {why}"))
 
     def gone(self, worker: Handle) -> None:
-        """Its process has ended."""
+        """Take a worker out of its slot whose process has ended."""
         self.left(worker)
         worker.phase = Phase.GONE
         slot = self.slots.get(worker.slot)
@@ -347,11 +347,11 @@ class Slots:
         slot.tell(error)
         if slot.worker is None and not self.ending:
             self._tell_failure(error)
-            slot.failures += slot.failures == 0  # the first pause is that of a failure
+            slot.failures += slot.failures == 0  # not 0, so that there is a pause
             self._try_again(slot)
 
     def _try_again(self, slot: Slot) -> None:
-        """Fill an empty slot: at once, and after a pause that grows where it has failed before."""
+        """Fill an empty slot: at once, or after failures, after a pause that grows with their number."""
         if not self.proven:
             return
         pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(slot.failures - 1, 10)) if slot.failures else 0.0

@@ -1,4 +1,4 @@
-"""Starting the process of a worker or a template: a fresh interpreter that has the standard streams, and its wire."""
+"""Starting the process of a worker or a template: a new interpreter with the standard streams and its wire."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ _BOOT = (
     "import gc, sys; gc.disable(); sys.path[:] = [*filter(None, sys.path), sys.argv[1]]; "
     "from flaskd.workers.{0} import main; main(*map(int, sys.argv[4:]))"
 )
-"""Imports make no garbage to look for. The working directory, which is the app's, is not looked in before the app is: a
-file there may be called json.py."""
+"""The program of the new process. Garbage collection is off, because imports make no garbage. The working directory is
+not on sys.path yet: a file of the app there may be called json.py."""
 STACKS = signal.SIGRTMAX - 2
-"""A process that gets it writes the stacks of its threads to the descriptor that it was given for that; its Python may
-hang (faulthandler.register). The highest real-time signals are used by nothing that is known."""
+"""The signal at which a process writes the stacks of its threads to its descriptor for them, even if its Python code
+hangs (faulthandler.register). No program is known that uses the highest real-time signals."""
 STACKS_WITHIN = 0.5
-"""Seconds that a process has for that, before it is killed for being late."""
+"""Seconds that a late process has to write its stacks before it is killed."""
 _MOST_STACKS = 1 << 18
-"""Bytes of stacks that are read."""
+"""Most bytes of stacks that are read."""
 EX_LATE = 99
-"""The exit code of a worker whose end was cut at last: of finalizers nothing can be told in another way."""
+"""The exit code of a worker whose finalizers were cut; by then it cannot say so in another way."""
 _HELD = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, STACKS)
-"""Blocked until the worker has handlers for them: a Ctrl-C in the terminal goes to all processes there."""
+"""Signals that stay blocked until the worker has handlers for them: a Ctrl-C goes to all processes of a terminal."""
 
 
 _spawning = threading.Lock()
-"""A descriptor that is given to one process is inherited by no other one."""
+"""Held while a process is started, so that no other new process inherits the descriptors that are meant for it."""
 
 
 def spawn(slot: int | None, generation: int, descriptors: Sequence[int], environ: Mapping[str, str]) -> tuple[int, int]:
-    """Start a worker, or without a slot a template; its pid and a pidfd. Raises CannotCreateError (any thread).
+    """Start a worker, or a template if `slot` is None; returns its pid and a pidfd (any thread).
 
-    `descriptors` are given to it.
+    The process inherits `descriptors`. Raises CannotCreateError.
     """
     with _spawning:
         return _spawn(slot, generation, descriptors, environ)
@@ -48,7 +48,7 @@ def spawn(slot: int | None, generation: int, descriptors: Sequence[int], environ
 def _spawn(
     slot: int | None, generation: int, descriptors: Sequence[int], environ: Mapping[str, str]
 ) -> tuple[int, int]:
-    place = str(Path(__file__).parents[2])  # where this flaskd is, should it be found by no other way
+    place = str(Path(__file__).parents[2])  # the directory of this flaskd, for sys.path
     what, name = ("template", "template") if slot is None else ("worker", f"worker={slot}")
     whom = "a template" if slot is None else f"worker {slot}"
     words = [place, name, f"generation={generation}", *map(str, descriptors)]
@@ -66,37 +66,37 @@ def _spawn(
     try:
         return pid, os.pidfd_open(pid)
     except OSError as error:
-        os.kill(pid, signal.SIGKILL)  # it is not reaped, so the pid is its own
+        os.kill(pid, signal.SIGKILL)  # it was not reaped, so no other process has this pid
         os.waitpid(pid, 0)
         raise CannotCreateError(f"cannot start {whom}: {shortage(error) or error.strerror}") from error
 
 
 class Stacks:
-    """Where a process writes the stacks of its threads when it is asked to (any thread)."""
+    """The memory to which a process writes the stacks of its threads at the signal `STACKS` (any thread)."""
 
     def __init__(self) -> None:
         self._fd = os.memfd_create("flaskd-stacks", os.MFD_CLOEXEC)
         self._lock = threading.Lock()
 
     def fileno(self) -> int:
-        """The descriptor, to be given to the process."""
+        """The descriptor, which the process is to inherit."""
         return self._fd
 
     def clear(self) -> None:
-        """Forget what was written."""
+        """Delete what was written."""
         with self._lock:
             if self._fd >= 0:
                 os.ftruncate(self._fd, 0)
-                os.lseek(self._fd, 0, os.SEEK_SET)  # it is where the process writes, too
+                os.lseek(self._fd, 0, os.SEEK_SET)  # the process shares this position
 
     def read(self) -> str:
-        """What was written; nothing once it is given back."""
+        """What was written, at most `_MOST_STACKS` bytes; empty after `close`."""
         with self._lock:
             data = os.pread(self._fd, _MOST_STACKS, 0) if self._fd >= 0 else b""
         return data.decode("utf-8", "backslashreplace")
 
     def close(self) -> None:
-        """Give it back."""
+        """Close the descriptor."""
         with self._lock:
             if self._fd >= 0:
                 os.close(self._fd)
@@ -104,7 +104,7 @@ class Stacks:
 
 
 def reap(pidfd: int) -> int:
-    """Wait for the end of a process, and give its exit code; a signal's number is negative."""
+    """Wait for the end of a process; returns its exit code, or the negative number of the signal that killed it."""
     ended = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
     assert ended is not None
     orphans.forget(ended.si_pid)
@@ -112,10 +112,10 @@ def reap(pidfd: int) -> int:
 
 
 def send_signal(pidfd: int, number: int) -> None:
-    """Send a signal to a process that may be gone."""
+    """Send a signal to a process; do nothing if it has ended."""
     try:
         signal.pidfd_send_signal(pidfd, number)
-    except OSError:  # it is
+    except OSError:  # it has ended
         return
 
 

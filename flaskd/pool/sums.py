@@ -1,4 +1,4 @@
-"""What there is to know of all workers together, read from their boards; nothing of it asks a worker."""
+"""Figures of all workers together, read from their boards, without asking the workers."""
 
 from __future__ import annotations
 
@@ -19,43 +19,42 @@ from flaskd.units import timestamp
 log = logging.getLogger("flaskd.pool")
 
 _REMEMBERED = 20
-"""Deaths of workers that `workers` tells of."""
+"""How many deaths of workers are kept for the verb `workers`."""
 
 
 class Sums:
-    """The boards of all workers that are alive, and what those of the dead had counted; all for any thread."""
+    """Sums over the boards of all living workers, and over the last counts of dead ones; for any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._alive: list[Handle] = []
         self._past = Tally()
         self._used = time.monotonic()
-        """When the last answer was given that counts for the idle stop, by a worker that is gone; or since when
-        that is asked."""
+        """When a dead worker gave its last answer that counts for the idle stop, or when the count began anew."""
         self.deaths: deque[dict[str, Any]] = deque(maxlen=_REMEMBERED)
-        """The last workers that died and were not told to, each with the requests that died with it."""
+        """The last workers that died without being told to end, each with the requests that died with it."""
         self.died = 0
-        """How many did."""
+        """How many workers died so."""
         self.lost = 0
-        """How many requests, read whole, died with them."""
+        """How many requests that were completely read died with them."""
         self.recycled = dict.fromkeys(("max_requests", "max_age", "max_memory", "request_timeout"), 0)
-        """How many workers were replaced because they had reached a limit, by its key."""
+        """How many workers were replaced because they had reached a limit, by the limit's key."""
         self.trouble = ""
-        """Why limits cannot be kept, for people; empty while they are."""
+        """Why the limits of workers cannot be kept, in words; empty while they can."""
 
     def add(self, worker: Handle) -> None:
-        """A worker was started."""
+        """Add a worker that was started."""
         with self._lock:
             self._alive.append(worker)
 
     @property
     def alive(self) -> list[Handle]:
-        """All that are not gone."""
+        """All workers that have not ended."""
         with self._lock:
             return list(self._alive)
 
     def gone(self, worker: Handle, reason: str) -> tuple[Cut, ...]:
-        """A worker is gone: its counts are kept, and what was in flight in it counts as cut; gives that."""
+        """Keep the counts of a worker that has ended; its requests in flight count as cut, and are returned."""
         cut = tuple(as_cut(each, reason) for each in requests_of(worker))
         with self._lock:
             self._past += worker.board.tally()
@@ -68,7 +67,7 @@ class Sums:
         return cut
 
     def note_death(self, worker: Handle, how: str, cut: tuple[Cut, ...]) -> None:
-        """Keep what is known of a worker that was not told to end: when it stops by itself, and when it is gone."""
+        """Describe the death of a worker that was not told to end: when it stops by itself, and when it has ended."""
         known = {
             "time": timestamp(time.time()), "slot": worker.slot, "generation": worker.generation, "pid": worker.pid,
             "how": how, "connections": worker.board.connections, "unnamed": worker.board.unnamed,
@@ -82,7 +81,7 @@ class Sums:
             self.deaths.append(known)
 
     def tally(self) -> Tally:
-        """What became of all requests of this service."""
+        """How all requests of this service ended."""
         with self._lock:
             whole = self._past
             for each in self._alive:
@@ -101,41 +100,41 @@ class Sums:
         return sorted(found, key=lambda each: -each.age)
 
     def total(self, what: str) -> int:
-        """The sum of one of the numbers on the boards."""
+        """The sum of one number over all boards; `what` is its name in `Board`."""
         return sum(getattr(each.board, what) for each in self.alive)
 
     @property
     def silent_for(self) -> float:
-        """Seconds since the loop of any worker that serves last turned; 0 where none serves."""
+        """Seconds since any serving worker's event loop last turned; 0 if no worker serves."""
         beats = [each.board.last_turn for each in self.alive if each.ready_at]
         return max(0.0, time.monotonic() - max(beats)) if beats else 0.0
 
     def used(self) -> None:
-        """Count idleness from now."""
+        """Count idleness from now on."""
         self._used = time.monotonic()
 
     @property
     def idle_for(self) -> float:
-        """Seconds since any worker gave the last answer that counts; 0 while something that counts is in hand."""
+        """Seconds since the last answer that counts for the idle stop; 0 while a request that counts is in hand."""
         now = time.monotonic()
         with self._lock:
             last = max([self._used, *filter(None, (_used_at(each) for each in self._alive))])
         return max(0.0, now - last)
 
     def moved(self) -> Hashable:
-        """Something that is not the same when a request has begun, ended or moved a byte."""
+        """A value that changes when a request begins or ends, or a byte of one is received or sent."""
         return tuple((each.pid, each.board.moved()) for each in self.alive)
 
     def workers(self) -> list[dict[str, Any]]:
-        """Each worker, in the order of the slots; keys are stable."""
+        """A description of each worker, in the order of the slots; keys are stable."""
         return sorted(map(_shown, self.alive), key=lambda each: (each["slot"], each["generation"]))
 
 
 def _used_at(worker: Handle) -> float | None:
-    """When a worker last had something that counts for the idle stop; None for one that had nothing to do so far.
+    """When a worker last had a request that counts for the idle stop; None for a worker that has had none so far.
 
-    That one was started in the place of another is no use of the service. One that leaves may note late, by a
-    configuration that is not in force any more, that something is in hand: all that it has in hand counts.
+    The start of a replacement does not count as use. A worker that is stopping may follow an old configuration, and so
+    may note late that a request is in hand: all its requests count.
     """
     if worker.phase is Phase.LEAVING and worker.board.in_flight():
         return time.monotonic()
@@ -146,12 +145,12 @@ def _used_at(worker: Handle) -> float | None:
 
 
 def requests_of(worker: Handle) -> list[InFlight]:
-    """What one worker has in flight."""
+    """The requests that are in flight in one worker."""
     return [replace(each, worker=worker.slot) for each in worker.board.in_flight()]
 
 
 def all_steps(workers: Iterable[Handle]) -> dict[str, Any]:
-    """The fates of the cleanup steps of all workers: ``NAME (worker SLOT)``."""
+    """The results of all workers' cleanup steps, by ``NAME (worker SLOT)``."""
     return {
         f"{name} (worker {each.slot})": fate
         for each in workers
@@ -160,7 +159,7 @@ def all_steps(workers: Iterable[Handle]) -> dict[str, Any]:
 
 
 def as_cut(request: InFlight, reason: str) -> Cut:
-    """A request in flight, as cut."""
+    """The ledger's entry for cutting a request."""
     return Cut(**vars(request), reason=reason)
 
 

@@ -1,7 +1,7 @@
-"""Templates: one process for each generation, which has imported the app, and from which its workers are forked.
+"""Templates as the supervisor sees them: for each generation, one process that imports the app and forks the workers.
 
-A template does nothing else, and has one thread, so that a fork takes all along. It forks twice, so that a worker is
-the supervisor's child (`flaskd.process.orphans`), and lives on when the template has ended.
+A template does nothing else, and has one thread, so a fork copies it completely. It forks twice, so that a worker is a
+child of the supervisor (`flaskd.process.orphans`), and lives on after the template's end.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from flaskd.process.usage import cpu_seconds, pss
 log = logging.getLogger("flaskd.pool")
 
 _FORK = 10.0
-"""Seconds that a template has for a fork, which takes some milliseconds."""
+"""Most seconds that a template may take for a fork, which usually takes some milliseconds."""
 
 
 class Template:
-    """One of them, as the supervisor has it; for any thread, except `start`."""
+    """One template; all methods except `start` are for any thread."""
 
     def __init__(self, generation: int) -> None:
         self.generation = generation
         self.pid = 0
         self.born = time.monotonic()
         self.code: int | None = None
-        """Its exit code, once it is gone."""
+        """Its exit code, once its process has ended."""
         self.loaded: Preloaded | None = None
-        """What it has imported; None before that, and where it could not."""
+        """What it has imported; None before that, and if the import failed."""
         self._error: FlaskdError | None = None
-        """Why it could not."""
+        """Why the import failed."""
         self._killed_for = ""
         self._pidfd = -1
         self._stacks: Stacks
@@ -50,13 +50,13 @@ class Template:
         self._changed = threading.Condition()
         self._forking = threading.Lock()
         self._closing = threading.Lock()
-        """Held when the process is signalled, or its pidfd closed, whose number may be another one's then."""
+        """Held while the process is sent a signal, and while its pidfd is closed: the number may be reused then."""
 
     def __str__(self) -> str:
         return f"the template of generation {self.generation} (pid {self.pid})"
 
     def start(self, environ: Mapping[str, str], order: Preload) -> None:
-        """Start its process (in a thread that lives as long as flaskd); raises FlaskdError where none can be had."""
+        """Start its process; raises FlaskdError. Call this in a thread that lives as long as flaskd."""
         thread = threading.Thread(
             target=self._listen, args=(order,), name=f"flaskd-template-{self.generation}", daemon=True
         )
@@ -79,17 +79,17 @@ class Template:
             raise CannotCreateError(f"cannot start a template: {shortage(error) or error}") from error
 
     def _listen(self, order: Preload) -> None:
-        """Hear what came of the import, and wait for the end of the process (a thread of its own)."""
+        """Wait for the outcome of the import, and for the end of the process (a thread of its own)."""
         loaded: Preloaded | None = None
         try:
             loaded = self._load(order)
         except WireClosedError:
             pass
-        except Exception:  # no message that this flaskd knows
-            log.exception(f"cannot understand {self}: it is killed")
+        except Exception:  # not a message of this flaskd
+            log.exception(f"cannot understand a message of {self}: it is killed")
         if loaded is not None:
             self._tell(loaded)
-        if loaded is None or loaded.keeps:  # its end comes first: what it has bound is free then
+        if loaded is None or loaded.keeps:  # it ends before workers start, so that its ports are free
             send_signal(self._pidfd, signal.SIGKILL)
         else:
             self._set(loaded)
@@ -116,7 +116,7 @@ class Template:
         poll.register(self._pidfd, select.POLLIN)
         while not self._wire.has_message:
             if self._wire.fileno() not in dict(poll.poll()):
-                return None  # it is gone, and what it forked holds the wire
+                return None  # it has ended, while a process that the app forked holds the wire
             self._wire.read()
         message, _ = self._wire.receive()
         if isinstance(message, NotReady):
@@ -133,8 +133,8 @@ class Template:
             log.warning(loaded.doubt)
         if loaded.keeps:
             log.warning(
-                f"pool.preload: the app cannot be forked, for on import it {'; it '.join(loaded.keeps)}: "
-                "each worker imports it anew; start and open such things when they are first needed"
+                f"pool.preload: the app cannot be forked, because on import it {'; it '.join(loaded.keeps)}: "
+                "each worker imports the app itself; let the app start and open such things at their first use"
             )
 
     def _set(self, loaded: Preloaded | None) -> None:
@@ -155,13 +155,13 @@ class Template:
 
     @property
     def usable(self) -> bool:
-        """Whether workers can be had from it, or it says that they cannot be forked at all."""
+        """Whether it can fork workers, or has found out that this app cannot be forked."""
         return (self.code is None and not self._killed_for) or (self.loaded is not None and bool(self.loaded.keeps))
 
     def fork(self, slot: int, descriptors: Sequence[int], *, wanted: Callable[[], bool]) -> tuple[int, int] | None:
-        """Fork a worker, once the app is imported; its pid and a pidfd. None where this app cannot be forked.
+        """Fork a worker, once the app is imported; returns its pid and a pidfd, or None if the app cannot be forked.
 
-        Raises FlaskdError where the app cannot be imported, the template is gone, or the worker is not wanted any more.
+        Raises FlaskdError if the import failed, the template has ended, or the worker is not `wanted` any more.
         """
         with self._changed:
             self._changed.wait_for(lambda: self.loaded is not None or self._error is not None or not wanted())
@@ -184,7 +184,7 @@ class Template:
                 return answer.pid, os.pidfd_open(answer.pid)
             except OSError as error:
                 known.discard(answer.pid)
-                os.kill(answer.pid, signal.SIGKILL)  # it is not reaped, so the pid is its own
+                os.kill(answer.pid, signal.SIGKILL)  # it was not reaped, so no other process has this pid
                 raise CannotCreateError(f"cannot watch worker {slot}: {error.strerror}") from error
 
     def _answer(self) -> Forked:
@@ -198,29 +198,29 @@ class Template:
         return answer
 
     def wake(self) -> None:
-        """Have those who wait in `fork` look whether their worker is wanted."""
+        """Have the threads that wait in `fork` check again whether their worker is wanted."""
         with self._changed:
             self._changed.notify_all()
 
     def kill(self, why: str) -> None:
-        """End its process at once; it has nothing to end in order."""
+        """Kill its process, which has nothing to clean up."""
         self._killed_for = self._killed_for or why
         with self._closing:
             send_signal(self._pidfd, signal.SIGKILL)
 
     @property
     def loads(self) -> bool:
-        """Whether it is at the import."""
+        """Whether it is importing the app."""
         return self.loaded is None and self.code is None
 
     def ask_for_stacks(self) -> None:
-        """Have it write where it is; the error of its end will have that."""
+        """Have it write its stack, which becomes part of the error at its end."""
         self._stacks.clear()
         with self._closing:
             send_signal(self._pidfd, STACKS)
 
     def shown(self) -> dict[str, Any]:
-        """As a worker is shown, with stable keys."""
+        """Its description, with the stable keys of a worker's."""
         return {
             "slot": None, "pid": self.pid, "generation": self.generation, "state": "template",
             "age": round(time.monotonic() - self.born, 3), "in_flight": 0, "answered": 0, "busy": 0, "queued": 0,
@@ -229,9 +229,9 @@ class Template:
 
 
 class Templates:
-    """Those of the generations that may be started; in the thread of the daemon's events, except `shown` and `end`.
+    """The templates of all generations of which workers may be started.
 
-    `later` calls a function after so many seconds.
+    Methods run in the thread of the daemon's events, except `shown` and `end`. `later` calls a function after a time.
     """
 
     def __init__(self, later: Callable[[float, Callable[[], None]], None]) -> None:
@@ -242,9 +242,9 @@ class Templates:
     def of(
         self, generation: int, configuration: Configuration, environ: Mapping[str, str], path: Sequence[str]
     ) -> Template | None:
-        """The template of a generation, which may be at its import; None where workers are not forked.
+        """The template of a generation, which may still import the app; None if workers are not forked.
 
-        Raises CannotCreateError where none can be started.
+        Starts it if needed; raises CannotCreateError if it cannot be started.
         """
         pool = configuration.values.pool
         if not pool.preload or self._ended:
@@ -254,7 +254,7 @@ class Templates:
             if not orphans.adopt():
                 if not self._told:
                     log.warning(
-                        "pool.preload: each worker imports the app anew: this system, or this Python without ctypes, "
+                        "pool.preload: each worker imports the app itself: this system, or this Python without ctypes, "
                         "cannot make one process the parent of what another one forks (PR_SET_CHILD_SUBREAPER)"
                     )
                 self._told = True
@@ -278,16 +278,16 @@ class Templates:
         self._later(seconds, late)
 
     def keep_only(self, generation: int) -> None:
-        """End those of all other generations: they are over, or did not come up."""
+        """End the templates of all other generations, which are over, or did not become ready."""
         for each in [each for each in self._all if each != generation]:
             self._all.pop(each).kill("its generation is over")
 
     def end(self) -> None:
-        """End all; no worker is started any more (any thread)."""
+        """End all templates, because no more workers are started (any thread)."""
         self._ended = True
         for each in list(self._all.values()):
             each.kill("flaskd stops")
 
     def shown(self) -> list[dict[str, Any]]:
-        """Those that are alive (any thread)."""
+        """The descriptions of the templates that are alive (any thread)."""
         return [each.shown() for each in list(self._all.values()) if each.code is None]

@@ -1,4 +1,4 @@
-"""What the supervisor shows of its workers: for any thread; of it only plan, threads and stacks wait for a worker."""
+"""What the supervisor shows of its workers, for any thread. Most is read from boards; some methods ask the workers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from flaskd.background_work import Background
 from flaskd.cleanup import Frame, Plan, overview, with_service
 from flaskd.config import Configuration
 from flaskd.ledger import InFlight
+from flaskd.pool.handle import Handle
 from flaskd.pool.idleness import Idleness
 from flaskd.pool.questions import Reply, Round
 from flaskd.pool.sums import Sums, all_steps, requests_of
@@ -20,13 +21,13 @@ from flaskd.serving.api import ServingSnapshot
 from flaskd.serving.pipeline import Pipeline
 
 _PATIENCE = 1.0
-"""Seconds that a question waits for a worker."""
+"""Most seconds that a question waits for the answers of workers."""
 _BEATS = 5.0
-"""Seconds after which a worker whose loop has not turned does not beat."""
+"""Seconds without a turn after which a worker's event loop counts as standing still."""
 
 
 class View:
-    """One pool as it is shown."""
+    """The part of `Pool` that shows workers and changes nothing."""
 
     def __init__(self, pipeline: Callable[[Sums], Pipeline]) -> None:
         self.sums = Sums()
@@ -34,24 +35,26 @@ class View:
         self._policies = Plan()
         self.idleness: Idleness
         self.wanted: Callable[[], int] = lambda: 0
-        """How many workers there are to be."""
+        """How many workers there should be."""
         self.templates: Callable[[], list[dict[str, Any]]] = list
-        """The processes from which they are forked."""
+        """The descriptions of the templates from which workers are forked."""
+        self.stopped: Callable[[], list[Handle]] = list
+        """The workers that have stopped with the service."""
 
     @property
     def target(self) -> str | None:
-        """What the app is called that is served, or else that a worker has; None before one has loaded it."""
+        """The name of the app, from a serving worker if there is one; None before any worker has loaded it."""
         those_that_serve_first = sorted(self.sums.alive, key=lambda each: not each.serves)
         return next((each.target for each in those_that_serve_first if each.target), None)
 
     @property
     def drain(self) -> Drain | None:
-        """The drain under way, or the last one."""
+        """The drain under way, or the last one that was not undone."""
         return self._pipeline.drain
 
     @property
     def policies(self) -> Plan:
-        """The plan of the configuration in force."""
+        """The service's plan of the configuration in force."""
         return self._policies
 
     @property
@@ -61,19 +64,22 @@ class View:
 
     @property
     def unready(self) -> str:
-        """Why no request can be answered now."""
+        """Why no request can be answered now; empty while one can."""
         return "" if any(each.serves for each in self.sums.alive) else "no worker is ready"
 
     @property
     def silent_for(self) -> float:
-        """Seconds since the loop of any worker last turned."""
+        """Seconds since any serving worker's event loop last turned; 0 if no worker serves."""
         return self.sums.silent_for
 
     def snapshot(self) -> ServingSnapshot:
-        """What there is to know."""
+        """All figures at this moment."""
         stop, sums = self._pipeline.stop, self.sums
         workers = sums.alive
-        steps = {**all_steps(workers), **(stop.policies if stop is not None else {})}
+        steps, running = all_steps(sorted([*self.stopped(), *workers], key=lambda each: each.slot)), []
+        if stop is not None:
+            steps |= stop.policies
+            running = [f"{name} (worker {each.slot})" for each in workers for name in each.running] + [*stop.running]
         after, idle_for = self.idleness.after, sums.idle_for
         idle = None if after is None else (idle_for, max(0.0, after - idle_for))
         return ServingSnapshot(
@@ -86,7 +92,7 @@ class View:
             busy=sums.total("busy"),
             tally=sums.tally(),
             idle=idle,
-            cleanup=stop.running if stop is not None else (),
+            cleanup=tuple(running),
             steps=steps,
             workers=tuple(self.sums.workers()),
             wanted=self.wanted(),
@@ -97,9 +103,9 @@ class View:
         )
 
     def requests(self, *, stacks: bool = False) -> list[InFlight]:
-        """What is in flight, oldest first; with their stacks the workers are asked, and have a second.
+        """The requests in flight, oldest first; for `stacks` the workers are asked, and have a second to answer.
 
-        What a worker has in flight that does not answer is known all the same; it stands in the place of the stack.
+        If a worker does not answer, its requests come from its board, with the error in the place of the stack.
         """
         found = self.sums.in_flight()
         if not stacks or not found:
@@ -113,7 +119,7 @@ class View:
         return sorted(found, key=lambda each: -each.age)
 
     def threads(self, *, stacks: bool = False) -> list[dict[str, Any]]:
-        """The threads of all workers; one that does not answer within a second is named."""
+        """The threads of all workers; for a worker that does not answer within a second, one entry that says so."""
         found: list[dict[str, Any]] = []
         for reply in self._ask("threads", stacks=stacks):
             if reply.error is not None:
@@ -131,27 +137,27 @@ class View:
         return asked.wait(_PATIENCE)
 
     def workers(self) -> list[dict[str, Any]]:
-        """Each worker, and each template of workers, with the memory and the processor time that it uses."""
+        """Descriptions of all workers and templates, with their memory (bytes) and processor time (seconds)."""
         found = [{**each, "memory": pss(each["pid"]), "cpu": cpu_seconds(each["pid"])} for each in self.sums.workers()]
         return [*found, *self.templates()]
 
     def source_files(self) -> set[str]:
-        """The app's own files that the workers have imported; of those that answer within a second."""
+        """The app's own files that workers have imported; only from workers that answer within a second."""
         return {file for each in self._ask("files") if each.error is None for file in each.value}
 
     def deaths(self) -> list[dict[str, Any]]:
-        """The last workers that died and were not told to."""
+        """The last workers that died without being told to end."""
         return list(self.sums.deaths)
 
     def left_behind(self) -> dict[threading.Thread, InFlight]:
-        """The threads here that go on with a request that is over: none."""
+        """No threads: the supervisor runs no requests."""
         return {}
 
     def plan(self, configuration: Configuration) -> dict[str, Any]:
-        """The plan as it stands now: of the service, and of the workers, which have one app, as one of them says it.
+        """The cleanup plan at this moment: the service's steps, and the workers' steps as one worker reports them.
 
-        All are asked; those that do not answer within a second, or say something else, are named. What the exit waits
-        for is that of each.
+        All workers are asked; notes name those that do not answer within a second, or have another plan. What the exit
+        waits for is listed for each worker.
         """
         config = configuration.values
         replies = self._ask("plan")
@@ -164,14 +170,14 @@ class View:
             policies = said[0].value["policies"]
             others = [str(each.worker) for each in said if each.value["policies"] != policies]
             if others:
-                notes.append(f"as {said[0].worker} has it; others have another plan: {', '.join(others)}")
+                notes.append(f"this is the plan of {said[0].worker}; these have another plan: {', '.join(others)}")
         elif not replies:
             notes.append("no worker is ready: what workers do at the stop is not known")
         answer["text"] = "\n".join([answer["text"], *notes])
         return answer
 
     def describe_stop(self) -> dict[str, Any]:
-        """What a shutdown endpoint's answer tells: the steps of a worker, which all have, and those of the service."""
+        """The answer of a shutdown endpoint: the steps of one worker (all have the same), and those of the service."""
         plan = self._pipeline.stop.plan if self._pipeline.stop is not None else self._policies
         ready = [each for each in self.sums.alive if each.ready_at][:1]
         replies = Round(ready, lambda worker, told: worker.ask_for("stop", told)).wait(_PATIENCE)
@@ -180,25 +186,25 @@ class View:
 
     @property
     def exit_waits_for(self) -> str:
-        """What the ends of the workers wait for."""
+        """What the ends of the workers' processes wait for, in words."""
         waiting = [each for each in self.sums.alive if each.exit_waits_for]
         return "; ".join(f"{each.exit_waits_for} of worker {each.slot}" for each in waiting)
 
-    def turns(self, timeout: float) -> bool:  # noqa: ARG002 - a board says it at once
-        """Whether any worker's loop turns, or none is there that could."""
+    def turns(self, timeout: float) -> bool:  # noqa: ARG002 - the boards are read at once
+        """Whether any serving worker's event loop turns; True if no worker serves."""
         return self.sums.silent_for < _BEATS
 
     def answers(self, timeout: float) -> bool:  # noqa: ARG002
-        """Whether at least one worker serves, and its loop turns, or one is being started."""
+        """Whether a worker serves and its event loop turns, or one is being started."""
         return any(each.is_coming or (each.serves and each.silent_for < _BEATS) for each in self.sums.alive)
 
     def all_are_at(self) -> Hashable | None:
-        """Nothing: workers that hang are replaced one by one."""
+        """Always None: workers that hang are replaced one by one."""
         return None
 
     def moved(self) -> Hashable:
-        """Something that is not the same when a request has begun, ended or moved a byte."""
+        """A value that changes when a request begins or ends, or a byte of one is received or sent."""
         return self.sums.moved()
 
     def close_gates(self) -> None:
-        """Nothing: the workers deal with listeners that are not shared any more when they are told to stop."""
+        """Do nothing: workers deal with listeners that are no longer shared when they are told to stop."""

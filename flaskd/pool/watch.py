@@ -1,4 +1,4 @@
-"""Workers that hang: what each thread was at is logged, another worker comes, and the one that hangs is killed last."""
+"""Workers that hang: their stacks are logged, they are replaced, and killed if they do not stop."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ log = logging.getLogger("flaskd.pool")
 _LOOK = 1.0
 """Seconds between two looks."""
 _LATE = 2.0
-"""Seconds that a look may be late; later ones show that the whole service had stopped, or the machine."""
+"""Seconds that a look may be late; a later one shows that the whole service or the machine stood still."""
 _SILENT = 10.0
-"""Seconds without a turn after which the loop of a worker hangs; it turns once a second at least."""
+"""Seconds after which a worker whose event loop has not turned counts as hanging; a good loop turns every second."""
 _STACKS = 1.0
 """Seconds that a worker has to write the stacks of its threads."""
 _AGAIN = 30.0
-"""Seconds until a replacement is tried again that did not become ready."""
+"""Seconds until a hanging worker is replaced again if its replacement did not become ready."""
 
 
 @dataclass
 class _Seen:
-    """What was seen of a worker; moments of time.monotonic()."""
+    """What was seen of a worker; all moments are those of time.monotonic()."""
 
     at: Hashable | None
-    """What all of its threads are at; None while one is free."""
+    """The last value of `Board.all_are_at`, which changes when any thread makes progress; None while one is free."""
     since: float
     told: bool = False
-    """Whether it was told that it hangs; it may come to itself, and hang again."""
+    """Whether the log says that it hangs; it may recover, and hang again."""
     replaced_at: float = 0.0
 
 
 class Watch:
     """Looks at all workers once a second, in the thread of the events, once it has begun.
 
-    `replace` starts another worker in the place of one, and says whether it does.
+    `replace` begins to replace a worker, and returns whether it does.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Watch:
         self._seen: dict[Handle, _Seen] = {}
 
     def begin(self) -> None:
-        """Begin to look."""
+        """Begin to look at the workers."""
         self._well_since = time.monotonic()
         self._look_later()
 
@@ -67,22 +67,22 @@ class Watch:
 
     def _look(self) -> None:
         now = time.monotonic()
-        if now - self._due > _LATE:  # a beat that is late for everybody is the fault of none
+        if now - self._due > _LATE:  # no worker is to blame for a look that is late
             self._well_since = now
             for slot in self._slots:
                 slot.late_at += now - self._due
         try:
-            everybody = self._slots.everybody
-            self._seen = {each: seen for each, seen in self._seen.items() if each in everybody}
-            for each in everybody:
+            workers = self._slots.all_workers
+            self._seen = {each: seen for each, seen in self._seen.items() if each in workers}
+            for each in workers:
                 self._look_at(each, now)
         finally:
             self._look_later()
 
     def _look_at(self, worker: Handle, now: float) -> None:
         if worker.deaf_since and now - worker.deaf_since > self._config().shutdown.deadline:
-            worker.kill("its wire had ended long before")
-        if worker.phase is not Phase.READY:  # others have a deadline, or nothing in hand
+            worker.kill("it had closed its connection to the supervisor long before")
+        if worker.phase is not Phase.READY:  # all others have a deadline, or no requests
             self._seen.pop(worker, None)
             return
         seen, at = self._seen.get(worker), worker.board.all_are_at()
@@ -102,7 +102,7 @@ class Watch:
             seen.replaced_at = now
 
     def _hangs(self, worker: Handle, seen: _Seen, now: float) -> str:
-        """Why a worker hangs, in words; empty where it does not."""
+        """Why a worker counts as hanging, in words; empty if it does not."""
         silent = now - max(worker.board.last_turn, worker.ready_at, self._well_since)
         if silent >= _SILENT:
             return f"its loop has not turned for {silent:.0f}s"
@@ -115,4 +115,4 @@ class Watch:
 def _tell_stacks(worker: Handle) -> None:
     if worker.alive:
         stacks = worker.stacks().rstrip()
-        log.error(f"what the threads of {worker} are at:\n{stacks}" if stacks else f"{worker} does not tell its stacks")
+        log.error(f"the stacks of {worker}:\n{stacks}" if stacks else f"{worker} did not write its stacks")

@@ -1,1 +1,1 @@
-"""What concerns the process as the kernel has it: its first steps, PID 1, forked children, signals, the exit."""
+"""The process from the kernel's point of view: its first steps, PID 1, forked children, signals, the exit."""

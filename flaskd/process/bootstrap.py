@@ -1,4 +1,4 @@
-"""What a serving process does before anything else, its imports included."""
+"""What a serving process does first, before its other imports."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ from typing import Any
 STOP = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGQUIT") if hasattr(signal, name))
 """The signals that ask for a stop."""
 NOTED = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2", "SIGTTIN", "SIGTTOU") if hasattr(signal, name))
-"""The signals that other servers heed: they must not end this one without a word, or hold it up (signal(7))."""
+"""Signals that have a meaning for other servers: they must not end flaskd silently, or suspend it (signal(7))."""
 HANG_UP = tuple(getattr(signal, name) for name in ("SIGHUP",) if hasattr(signal, name))
 OURS = (*STOP, *HANG_UP, *NOTED)
-"""The signals that flaskd heeds, where the app has no handler of its own for one that is not `ALWAYS` flaskd's."""
+"""The signals that flaskd handles; those that are not in `ALWAYS` only if the app has no handler for them."""
 ALWAYS = frozenset(each for each in (*STOP, *HANG_UP) if each.name != "SIGQUIT")
 
 
 def open_standard_streams() -> None:
-    """Open /dev/null where who started us closed a standard descriptor: what is opened next must not get its number."""
+    """Open /dev/null in the place of closed standard descriptors, so that no other file gets their numbers."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
     for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:  # as Python leaves it then
+        if getattr(sys, name) is None:  # Python's value for a closed descriptor
             setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
 
 
 def heed_signals() -> None:
-    """Let SIGTERM, SIGINT and SIGQUIT end the process at once, with 0, until the daemon's own handlers are in place.
+    """Let SIGTERM, SIGINT and SIGQUIT end the process at once, with exit code 0, until the daemon sets its handlers.
 
-    A SIGHUP does nothing yet, for the configuration is still to be read, unless the terminal hung up.
+    A SIGHUP does nothing, because the configuration is read after it anyway; but it ends the process if the terminal
+    hung up.
     """
     undo_inherited()
     for number in filter(can_be_heeded, OURS):
@@ -44,9 +45,9 @@ def heed_signals() -> None:
 
 
 def heed_as_worker() -> None:
-    """Let signals that go to all processes of a terminal do nothing: the supervisor heeds them, and tells its workers.
+    """Let signals that a terminal sends to all its processes do nothing: the supervisor handles them for its workers.
 
-    By functions of Python's, because children of the app would inherit that a signal is ignored (signal(7)).
+    The handlers are Python functions that do nothing: children of the app would inherit SIG_IGN (signal(7)).
     """
     for number in (*STOP, *HANG_UP):
         if number != signal.SIGTERM:
@@ -55,16 +56,16 @@ def heed_as_worker() -> None:
 
 
 def heed_as_template() -> None:
-    """Let all signals that ask for something do nothing: a template ends when its supervisor wants it to."""
+    """Let all signals that flaskd handles do nothing: the supervisor ends its templates."""
     for number in (*STOP, *HANG_UP):
         signal.signal(number, _wait_and_see)
     undo_inherited()
 
 
 def undo_inherited() -> None:
-    """Undo what the parent may have set, and exec(2) kept: signals blocked that flaskd heeds, children not waited for.
+    """Undo what exec(2) keeps of the parent's settings: unblock flaskd's signals, and stop ignoring SIGCHLD.
 
-    Where SIGCHLD is ignored the kernel throws exit codes away (wait(2)), and `subprocess` says 0 for each.
+    While SIGCHLD is ignored the kernel drops exit codes (wait(2)), and `subprocess` reports 0 for all children.
     """
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (*OURS, signal.SIGCHLD))
@@ -73,10 +74,10 @@ def undo_inherited() -> None:
 
 
 def can_be_heeded(number: int) -> bool:
-    """Whether flaskd may have this signal for its own now.
+    """Whether flaskd may set a handler for this signal now.
 
-    SIGTERM always: without it no service manager can stop us. What was ignored when we were started stays so: SIGHUP
-    under nohup(1), SIGINT and SIGQUIT behind a script's `&`.
+    For SIGTERM always: a service manager needs it for a stop. A signal that was ignored when flaskd was started stays
+    ignored: SIGHUP under nohup(1), SIGINT and SIGQUIT after a script's `&`.
     """
     now = signal.getsignal(number)
     if number == signal.SIGTERM:
@@ -87,14 +88,14 @@ def can_be_heeded(number: int) -> bool:
 
 
 def plain(number: int, disposition: Any) -> Any:
-    """A disposition as it would be without flaskd: Python's own in the place of those that `heed_signals` set."""
+    """A signal's disposition without flaskd: Python's default in the place of a handler from `heed_signals`."""
     if disposition is None or disposition in _EARLY:
         return signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
     return disposition
 
 
 def _leave_at_once(_number: int, _frame: object) -> None:
-    """Leave: nothing has been made yet, or all has been put away."""
+    """End the process: nothing that needs cleanup exists yet, or any more."""
     os._exit(0)
 
 
@@ -104,7 +105,7 @@ def _leave_if_hung_up(_number: int, _frame: object) -> None:
 
 
 def _hung_up(number: int) -> bool:
-    """Whether a standard stream is a terminal that is gone: EIO is all that it answers then (Linux, tty_io.c)."""
+    """Whether a standard stream is a terminal that hung up: then the kernel answers EIO (Linux, tty_io.c)."""
     try:
         os.tcgetpgrp(number)
     except OSError as error:
@@ -113,7 +114,7 @@ def _hung_up(number: int) -> bool:
 
 
 def _wait_and_see(_number: int, _frame: object) -> None:
-    """Do nothing: what it asks for there is not yet."""
+    """Do nothing: the signal has no effect at this time."""
 
 
 _EARLY = (_leave_at_once, _leave_if_hung_up, _wait_and_see)

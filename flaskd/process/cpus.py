@@ -14,10 +14,10 @@ _PROC = Path("/proc/self")
 
 
 def usable(proc: Path = _PROC) -> int:
-    """The CPUs that this process may use at the same time, at least 1.
+    """How many CPUs this process may use at the same time, at least 1.
 
-    That is the smallest of its affinity and of the quotas of its control group and of those above, a part of a CPU
-    counting as a whole one. `proc` is the process' directory in proc(5).
+    That is the smallest of its affinity, the quota of its control group, and the quotas of the groups above; a part of
+    a CPU counts as a whole one. `proc` is the process' directory in proc(5).
     """
     affinity = getattr(os, "sched_getaffinity", None)
     count = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
@@ -25,7 +25,7 @@ def usable(proc: Path = _PROC) -> int:
 
 
 def _quotas(proc: Path) -> Iterator[float]:
-    """The quota of each control group that holds the process, in CPUs, where it has one."""
+    """The quotas of all control groups that contain the process, in CPUs; groups without a quota are left out."""
     for top, version, inside in _groups(proc):
         for directory in (inside, *inside.parents):
             if quota := _quota_v2(directory) if version == 2 else _quota_v1(directory):  # noqa: PLR2004
@@ -35,7 +35,7 @@ def _quotas(proc: Path) -> Iterator[float]:
 
 
 def _groups(proc: Path) -> Iterator[tuple[Path, int, Path]]:
-    """For each hierarchy that can limit CPUs: where it is mounted, its version, and the group of the process."""
+    """For each hierarchy that can limit CPUs: its mount point, its version, and the directory of the process' group."""
     paths = {}
     for line in _lines(proc / "cgroup"):  # cgroups(7): ID:CONTROLLERS:PATH, in version 2 without controllers
         _, controllers, path = line.split(":", 2)
@@ -51,18 +51,18 @@ def _groups(proc: Path) -> Iterator[tuple[Path, int, Path]]:
         if version not in paths:
             continue
         path, top = paths[version], Path(mount)
-        # What is mounted may be a group below the root; its path is then seen from the root all the same.
+        # The mounted directory may be a group below the root; the path of the process still begins at the root.
         below = path.removeprefix(root.rstrip("/")) if f"{path}/".startswith(f"{root.rstrip('/')}/") else ""
         yield top, version, top if ".." in below.split("/") else top / below.strip("/")
 
 
 def _plain(text: str) -> str:
-    """A path out of mountinfo, where blanks are written as octal numbers."""
+    """A path from mountinfo, in which blanks are written as octal numbers."""
     return text.encode().decode("unicode_escape").encode("latin-1").decode(errors="surrogateescape")
 
 
 def _quota_v2(group: Path) -> float | None:
-    match "".join(_lines(group / "cpu.max")).split():  # "max 100000" where there is no quota
+    match "".join(_lines(group / "cpu.max")).split():  # "max 100000" means no quota
         case [quota, period] if quota.isdigit() and int(period):
             return int(quota) / int(period)
     return None
@@ -70,11 +70,13 @@ def _quota_v2(group: Path) -> float | None:
 
 def _quota_v1(group: Path) -> float | None:
     quota, period = ("".join(_lines(group / f"cpu.cfs_{name}_us")) for name in ("quota", "period"))
-    return int(quota) / int(period) if quota.isdigit() and period.isdigit() and int(period) else None  # -1: none
+    return (
+        int(quota) / int(period) if quota.isdigit() and period.isdigit() and int(period) else None
+    )  # -1 means no quota
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a file; none where it is not there, or not for us: its group limits nothing that can be known."""
+    """The lines of a file; none if it cannot be read: then its group counts as one without a quota."""
     try:
         return path.read_text(errors="surrogateescape").splitlines()
     except OSError:

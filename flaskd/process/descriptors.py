@@ -1,12 +1,12 @@
-"""How many descriptors this process may have open (RLIMIT_NOFILE, getrlimit(2)), and those that an app cannot use up.
+"""How many descriptors this process may have open (RLIMIT_NOFILE, getrlimit(2)), and a reserve that the app cannot use.
 
-The soft limit bounds the numbers of new descriptors. Programs that the app starts inherit it, and some cannot do with a
-large one: what uses select(2), or closes each number up to the limit. So it stays as it was until descriptors come near
-it, is raised then, and falls back when they do not.
+The soft limit bounds the numbers of new descriptors. Programs that the app starts inherit it, and some cannot deal with
+a large one: those that use select(2), or close each number up to the limit. So the soft limit stays as it was until
+the open descriptors come near it; then it is raised, and lowered again when there are fewer.
 
-Below the hard limit some are kept for flaskd: control, health and the stop work when the app has leaked all that there
-are. The soft limit is raised over them for the moment in which flaskd opens one. What was opened keeps its number,
-above the app's limit; when it is closed, that number is free again, and the app cannot have it.
+Some descriptors below the hard limit are reserved for flaskd, so that control, health and the stop work when the app
+has leaked all others. The soft limit is raised above them only for the moment in which flaskd opens one. A descriptor
+that is opened then has a number above the app's limit; when it is closed, the app cannot get that number.
 """
 
 from __future__ import annotations
@@ -24,42 +24,43 @@ T = TypeVar("T")
 _WITHOUT_A_LIMIT = 512
 _KEPT = 48
 _SHARE = 8
-"""Of few descriptors, one in so many is kept."""
+"""If the hard limit is low, one in so many descriptors is reserved."""
 _LAST = 8
-"""How many are kept from the cleanup, too: for the record, and who asks how it goes."""
+"""How many are reserved during the cleanup: for the record, and for questions about its progress."""
 
 
 class OpenFiles:
-    """The soft limit of this process: raised while it is needed, with some descriptors kept below the hard one.
+    """The soft limit of this process: raised while that is needed, with a reserve below the hard limit.
 
-    Until `limit` is asked for the raised one, or `reserve` is entered, nothing here changes it.
+    Nothing here changes the limit before `limit(raised=True)` is called or `reserve` is entered.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._own = self._given = 0
-        """The soft limit without what is done here, and the one that was set here last; 0 before anything is."""
+        """The soft limit apart from this object, and the one that this object set last; 0 before it changed any."""
         self._may_be_raised = self._raised = False
         self._kept = self._users = 0
 
     def limit(self, *, raised: bool = False) -> int:
-        """The soft limit; with `raised` the hard one, which may be set from now on; 512 where there is none."""
+        """The soft limit; with `raised` the hard one, to which it may be raised from now on; 512 if there is none."""
         soft, hard = _limits()
         if not soft:
             return _WITHOUT_A_LIMIT
         if not raised:
             return soft
         with self._lock:
-            # Tried once: a number that it says can be had must be one that can.
+            # Raising it is tried once, so that the number returned is one that can be reached.
             if not self._may_be_raised and soft != hard and _set(hard):
                 self._may_be_raised = _set(soft)
                 self._begin(soft)
         return hard if self._may_be_raised else soft
 
     def make_room(self, fd: int | None = None) -> bool:
-        """Raise the limit when the descriptor that was just opened is near it, or none could be (None); whether it was.
+        """Raise the limit if `fd`, which was just opened, is near it, or none could be opened (None).
 
-        The kernel gives the lowest free number (open(2)), so there are at least as many open as the number says.
+        Returns whether it was raised. The kernel gives the lowest free number (open(2)), so at least `fd` descriptors
+        are open.
         """
         if self._raised or not self._may_be_raised or (fd is not None and fd < self._own - self._own // 4):
             return False
@@ -69,7 +70,7 @@ class OpenFiles:
         return self._raised
 
     def adjust(self) -> None:
-        """Look how many are open, once in a while: raise the limit for what the app has opened, or take it back."""
+        """Raise the limit if the app has opened many descriptors, or lower it again; to be called now and then."""
         if not self._may_be_raised:
             return
         try:
@@ -89,7 +90,7 @@ class OpenFiles:
 
     @contextlib.contextmanager
     def reserve(self) -> Iterator[None]:
-        """While open, some of the descriptors that the process may have are kept for flaskd."""
+        """Reserve some of the process' descriptors for flaskd while the block runs."""
         soft, hard = _limits()
         with self._lock:
             if soft:
@@ -104,14 +105,14 @@ class OpenFiles:
                 self._apply()
 
     def share(self) -> None:
-        """Let the whole process have all but the last of them: the cleanup needs descriptors, too."""
+        """Reduce the reserve to `_LAST` descriptors, because the app's cleanup needs descriptors, too."""
         with self._lock:
             self._kept = min(self._kept, _LAST)
             self._apply()
 
     @contextlib.contextmanager
     def used(self) -> Iterator[None]:
-        """While open, descriptors of the reserve are given; to be held for a moment only (any thread)."""
+        """Let this process open descriptors of the reserve while the block runs, for a moment only (any thread)."""
         with self._lock:
             self._users += 1
             self._apply()
@@ -123,7 +124,7 @@ class OpenFiles:
                 self._apply()
 
     def open(self, make: Callable[[], T]) -> T:
-        """What `make` opens, also when only the reserve has descriptors left; raises what it raises (any thread)."""
+        """Return what `make` opens, from the reserve if no other descriptor is free; raises its errors (any thread)."""
         try:
             return make()
         except OSError as error:
@@ -133,7 +134,7 @@ class OpenFiles:
             return make()
 
     def forget(self) -> None:
-        """In a forked child: the limit is what it was before, whoever held the lock."""
+        """In a forked child, restore the limit; the lock is made anew, because another thread may have held it."""
         own, given = self._own, self._given
         self._lock = threading.Lock()
         self._own = self._given = self._kept = self._users = 0
@@ -146,11 +147,11 @@ class OpenFiles:
             self._own = self._given = soft
 
     def _apply(self) -> bool:
-        """Set the limit that is to be in force now; whether it is. The lock is held."""
+        """Set the limit that should be in force now; returns whether that worked. The caller holds the lock."""
         soft, hard = _limits()
         if not self._own or not soft:
             return False
-        if soft != self._given:  # others may set it, too (prlimit(1))
+        if soft != self._given:  # another program has set it (prlimit(1))
             self._own = soft
         wanted = min(hard if self._raised else self._own, hard - self._kept)
         if self._users:
@@ -160,7 +161,7 @@ class OpenFiles:
 
 
 def _limits() -> tuple[int, int]:
-    """The soft and the hard limit; 0 where there is none."""
+    """The soft and the hard limit; both 0 if one of them is unlimited, or the system has none."""
     try:
         import resource  # noqa: PLC0415 - not on Windows
     except ImportError:
@@ -170,7 +171,7 @@ def _limits() -> tuple[int, int]:
 
 
 def _set(soft: int) -> bool:
-    import resource  # noqa: PLC0415 - there is a limit
+    import resource  # noqa: PLC0415 - not on Windows
 
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
@@ -181,7 +182,7 @@ def _set(soft: int) -> bool:
 
 
 open_files = OpenFiles()
-"""The limit is the process'."""
+"""The one object for this process."""
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=open_files.forget)

@@ -1,4 +1,4 @@
-"""The end of a process that is flaskd's own: what the app has left to it is done while there is time."""
+"""The end of a process that belongs to flaskd: what the app has left to the end runs first, within a time limit."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ from flaskd.process.threads import name_of, waited_for
 log = logging.getLogger("flaskd.leave")
 
 _EXIT_WAIT = 5.0
-"""Seconds that the app has where no stop says how long; the default of `shutdown.exit_wait`."""
+"""Seconds for what the app has left to the end, if there was no stop; the default of `shutdown.exit_wait`."""
 _LAST_WORDS = 0.2
-"""Seconds that standard output and standard error get; who reads them may have stalled."""
+"""Seconds for the last output on standard output and standard error, whose reader may have stalled."""
 _LEAST = 0.1
-"""Seconds that even an end in a hurry has: what needs no time at all is not cut."""
+"""Least seconds for the end, so that what needs almost no time is not cut."""
 _FINALIZING = 0.4
-"""Seconds that finalizers have, even at the deadline: an interpreter with many modules takes some of it for itself."""
+"""Least seconds for finalizers, even at the deadline: an interpreter with many modules needs a part of it itself."""
 _LOOK = 0.05
-"""Seconds after which who watches looks again."""
+"""Seconds between two looks of the thread that watches the time."""
 _MOST_FRAMES = 30
 _OTHERS = {"flaskd", "logging", "multiprocessing", "weakref"}
-"""Packages whose own exit callbacks are no news: they do something if the app has given them something to do."""
+"""Packages whose own exit callbacks are not listed: they matter only if the app has given them something to do."""
 
 
 @dataclass(frozen=True)
 class Unfinished:
-    """Work that was accepted, or left to the end of the process, and cut; `stack` is where it was."""
+    """Work that was cut: accepted by the app, or left to the process' end; `stack` is the thread's stack."""
 
     name: str
     stack: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """Stable keys for programs; `stack` is there when it is known."""
+        """Stable keys for programs; `stack` is left out if it is not known."""
         return {"name": self.name, **({"stack": self.stack} if self.stack else {})}
 
 
 def at_exit() -> list[str]:
     """What the end of the process would wait for now: the app's threads and children, and its exit callbacks.
 
-    But no executor's: those are ended by a step of the cleanup.
+    Threads and children of executors are left out: a step of the cleanup ends them.
     """
     executors = vars(sys.modules.get("concurrent.futures.thread", object)).get("_threads_queues", {})
     threads = waited_for()
@@ -67,14 +67,14 @@ def at_exit() -> list[str]:
 
 
 def _exit_callbacks() -> list[str]:
-    """The functions that the app has registered with `atexit`, in the order in which they will be called."""
+    """The names of the functions that the app has registered with `atexit`, in the order of their calls."""
     return [f"atexit/{_called(each)}" for each in _registered() if not _of_others(each)]
 
 
 def _registered() -> list[Callable[..., object]]:
-    """All registered functions, in the order in which they will be called: the last one first.
+    """All functions that are registered with `atexit`, in the order of their calls: the last one first.
 
-    `atexit.unregister` compares each with what it is given, and is given something here that is equal to none.
+    `atexit.unregister` compares each function with its argument. The argument here notes them, and is equal to none.
     """
     seen: list[Callable[..., object]] = []
 
@@ -82,12 +82,12 @@ def _registered() -> list[Callable[..., object]]:
         __hash__ = object.__hash__
 
         def __eq__(self, other: object) -> bool:
-            seen.append(other)  # type: ignore[arg-type]  # it can be called, or atexit would not have taken it
+            seen.append(other)  # type: ignore[arg-type]  # callable, or atexit would have refused it
             return False
 
-    with contextlib.suppress(Exception):  # an object of the app's that cannot be compared: those before it are known
+    with contextlib.suppress(Exception):  # an object of the app that cannot be compared
         atexit.unregister(Onlooker())  # type: ignore[arg-type]
-    return seen if sys.version_info >= (3, 14) else seen[::-1]  # where they are kept the other way round
+    return seen if sys.version_info >= (3, 14) else seen[::-1]  # 3.14 keeps them in the other order
 
 
 def _called(function: Any) -> str:
@@ -102,21 +102,21 @@ def _of_others(function: Any) -> bool:
 
 
 class Ending:
-    """What the app has left to the interpreter's end: threads that are no daemons, exit callbacks, children, `__del__`.
+    """Runs what the app has left to the interpreter's end: non-daemon threads, exit callbacks, children, `__del__`.
 
-    The first three have their time while all of flaskd still works, in `run`, and the last in `leave`. What takes
-    longer than `left` gives seconds is cut.
+    The first three run in `run`, while all of flaskd still works, and the last in `leave`. What takes longer than the
+    seconds that `left` returns is cut.
     """
 
     def __init__(self) -> None:
         self.left: Callable[[], float] = _for_seconds(_EXIT_WAIT)
-        """Seconds that there still are for it."""
+        """Returns how many seconds are left for it."""
         self.late_code: int | None = None
-        """The exit code where finalizers are cut; None: the same as without."""
+        """The exit code if finalizers are cut; None: the same code as otherwise."""
         self.settle: Callable[[], object] | None = None
-        """Called at the very end, if nothing is cut; it must use nothing but built-in functions that it holds."""
+        """Called as the last action, if nothing is cut; it may use only built-in functions that it refers to."""
         self.unsettle: Callable[[], object] | None = None
-        """Called instead where finalizers are cut while Python still runs."""
+        """Called in its place if finalizers are cut while Python still runs."""
         self.begun = False
         self._done = threading.Event()
         self._deciding = threading.Lock()
@@ -125,29 +125,29 @@ class Ending:
         self._thread = threading.Thread(target=self._watch, name="flaskd-exit", daemon=True)
 
     def start(self) -> None:
-        """Start the thread that keeps the time; at the end there may be none to be had. Raises RuntimeError."""
+        """Start the thread that watches the time; at the end it may be too late for that. Raises RuntimeError."""
         if self._thread.ident is None:
             self._thread.start()
 
     def hurry(self, seconds: float) -> None:
-        """Leave it at most so many seconds from now (any thread)."""
+        """Allow at most so many seconds from now on (any thread)."""
         before, now = self.left, _for_seconds(seconds)
         self.left = lambda: min(before(), now())
 
     def run(self, *, cut: Callable[[tuple[Unfinished, ...]], object]) -> None:
         """Wait for the app's threads and call its exit callbacks, as the interpreter would; main thread only.
 
-        When time is up, `cut` is called in a thread of its own with what is not over, and has to end the process: this
-        does not return then.
+        When the time is over, `cut` is called in another thread with what has not finished. It has to end the process:
+        this method does not return then.
         """
         self.begun = True
         self._orders.put(cut)
-        # Threads once more: begun by an exit callback, or left by what failed.
+        # Threads are joined again at the end: an exit callback may have started some, or a failure left some.
         for each in (threading._shutdown, _run_exit_callbacks, _join_threads):  # type: ignore[attr-defined]  # noqa: SLF001 - as multiprocessing does
             try:
                 each()
-            except BaseException:  # code of the app; what is left of it has its turn all the same
-                log.exception("what the app has left to the process' end has failed")
+            except BaseException:  # from code of the app; the rest still runs
+                log.exception("the app's threads or exit callbacks failed at the end of the process")
         with self._deciding:
             if not self._cut:
                 self._done.set()
@@ -182,8 +182,8 @@ def _run_exit_callbacks() -> None:
 
 
 def unfinished() -> tuple[Unfinished, ...]:
-    """What the end of the process would still wait for: threads, children, exit callbacks; for who cuts it."""
-    frames = sys._current_frames()  # noqa: SLF001 - public in all but its name
+    """What the end of the process would still wait for: threads, jobs, children, exit callbacks. To be cut now."""
+    frames = sys._current_frames()  # noqa: SLF001 - a documented function
 
     def stack(thread: threading.Thread) -> str:
         return "".join(traceback.format_stack(frames.get(thread.ident or 0), limit=_MOST_FRAMES))
@@ -200,33 +200,33 @@ def unfinished() -> tuple[Unfinished, ...]:
 
 
 def _children() -> list[Any]:
-    """The processes of multiprocessing that are alive."""
+    """The living child processes of multiprocessing."""
     module = sys.modules.get("multiprocessing")
     return list(module.active_children()) if module is not None else []
 
 
 def _waiting_jobs() -> Iterator[str]:
-    """Jobs that no thread of their executor has begun; taken out of its queue, so that none begins any more."""
+    """Jobs that no thread of their executor has begun; takes them out of its queue, so that they cannot begin."""
     executors: Any = vars(sys.modules.get("concurrent.futures.thread", object)).get("_threads_queues")
-    # The references are had at once, while the app may start threads of executors: items() would fail then.
+    # keyrefs() is one step, and the app may start threads of executors meanwhile: items() would fail then.
     threads = [thread for each in executors.keyrefs() if (thread := each()) is not None] if executors else []
     found = {id(jobs): (thread, jobs) for thread in threads if (jobs := executors.get(thread)) is not None}
     for thread, jobs in found.values():
         count = 0
         with contextlib.suppress(queue.Empty):
             while True:
-                count += jobs.get_nowait() is not None  # which is how it is told to end
+                count += jobs.get_nowait() is not None  # None tells a thread to end
         if count:
             yield f"executor/{thread.name.rpartition('_')[0]}: {count} {'job' if count == 1 else 'jobs'} not begun"
 
 
 def _callbacks(frame: Any) -> tuple[str, list[str]]:
-    """The exit callback that the main thread is in, if it is in one, and those of the app that come after it."""
+    """The exit callback that the main thread is running ("" if none), and the app's callbacks that come after it."""
     inner = None
     while frame is not None and frame.f_code is not _run_exit_callbacks.__code__:
         inner, frame = frame, frame.f_back
     ours = [(_called(each), _of_others(each)) for each in _registered()]
-    if frame is None:  # the threads come first
+    if frame is None:  # threads are still being joined
         return "", [f"atexit/{name}" for name, others in ours if not others]
     running = f"{inner.f_globals.get('__name__', '?')}.{inner.f_code.co_qualname}" if inner is not None else ""
     names = [name for name, _ in ours]
@@ -235,10 +235,10 @@ def _callbacks(frame: Any) -> tuple[str, list[str]]:
 
 
 def leave(code: int, ending: Ending) -> NoReturn:
-    """End the process with `code`, once the app's objects are finalized, or the time of `ending` is up.
+    """End the process with `code`, after the app's objects were finalized, or when the time of `ending` is over.
 
-    The end is ``os._exit``: what cannot be written to the standard streams does not change the exit code then, as it
-    does at the interpreter's own end (120, Py_FinalizeEx).
+    The last call is ``os._exit``. The interpreter's own end would change the exit code to 120 if the standard streams
+    cannot be written (Py_FinalizeEx).
     """
     _heed_signals(lambda *_: os._exit(code))
     try:
@@ -246,16 +246,16 @@ def leave(code: int, ending: Ending) -> NoReturn:
             ending.start()
             ending.left = _for_seconds(_EXIT_WAIT)
             ending.run(cut=lambda cut: _cut_short(cut, code))
-        # From here on no handler of Python's is called, and what is ignored stays so: a second Ctrl-C that a wrapper
-        # forwarded must not turn the exit code into a signal's.
+        # From here on Python calls no signal handlers, so signals are ignored: a second Ctrl-C, forwarded by a wrapper,
+        # must not kill the process and so change its exit code.
         _heed_signals(signal.SIG_IGN)
         late_code = code if ending.late_code is None else ending.late_code
-        if not _in_time(_flush):  # the interpreter would wait for it, and finalize nothing
+        if not _in_time(_flush):  # the interpreter would wait for this, and finalize nothing
             if ending.unsettle is not None:
                 ending.unsettle()
             os._exit(late_code)
         _end_in_time(max(_FINALIZING, ending.left()), late_code)
-    except RuntimeError:  # no thread can be had that keeps the time: nothing is waited for, finalizers neither
+    except RuntimeError:  # no thread can be started to watch the time: wait for nothing, and run no finalizers
         if ending.settle is not None:
             ending.settle()
         os._exit(code)
@@ -264,7 +264,7 @@ def leave(code: int, ending: Ending) -> NoReturn:
 
 
 class _End:
-    """Kept where the interpreter looks last; when it is dropped, all modules of the app have been."""
+    """Ends the process in its `__del__`. The interpreter drops it last, after all modules of the app."""
 
     def __init__(self, code: int, settle: Callable[[], object] | None) -> None:
         self._code, self._settle, self._exit = code, settle, os._exit
@@ -292,9 +292,9 @@ def _cut_short(cut: tuple[Unfinished, ...], code: int) -> NoReturn:
 
 
 def _end_in_time(seconds: float, code: int) -> None:
-    """End the process with `code` after so many seconds, whatever it does: no Python runs any more by then.
+    """End the process with `code` after so many seconds, whatever it does; by then no Python code can do it.
 
-    The stacks are written to standard error before. Where the C library cannot be asked, the code is 1.
+    Before that, the stacks are written to standard error. If the C library cannot set the timer, the code is 1.
     """
     by_the_library = _timer(seconds + _LOOK, code)
     with contextlib.suppress(OSError, ValueError, AttributeError):  # no standard error
@@ -304,7 +304,7 @@ def _end_in_time(seconds: float, code: int) -> None:
 def _timer(seconds: float, code: int) -> bool:
     """Have the C library call ``_exit(code)`` after so many seconds, in a thread of its own (timer_create(2))."""
     try:
-        import ctypes  # noqa: PLC0415 - not everywhere; where memory cannot be made executable it may not load
+        import ctypes  # noqa: PLC0415 - may be missing, or fail where memory must not be executable
 
         class SigEvent(ctypes.Structure):
             _fields_ = (
@@ -330,12 +330,12 @@ def _timer(seconds: float, code: int) -> bool:
 
 
 _SIGEV_THREAD = 2
-"""<bits/sigevent-consts.h>, the same in musl; for others `_timer` finds no such call."""
+"""From <bits/sigevent-consts.h>; musl has the same value, and on other systems `_timer` fails before it is used."""
 
 
 @functools.cache
 def stacks_go_to() -> int:
-    """A descriptor for the last stacks that cannot block: standard error opened anew, where that can be done."""
+    """A descriptor for the last stacks: standard error, opened again without blocking if that is possible."""
     with contextlib.suppress(OSError, AttributeError):  # a socket, as in the journal; no /proc; Windows
         return os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_APPEND | os.O_CLOEXEC)
     return 2
@@ -343,14 +343,14 @@ def stacks_go_to() -> int:
 
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # gone, closed, or never there
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or never open
             stream.flush()
 
 
 def renew_standard_error() -> None:
-    """Give the program a new standard error, on the same file, where what is in the old one's buffer cannot be written.
+    """Replace standard error by a new object on the same file, if the buffer of the old one cannot be written.
 
-    That would fail once more at the program's end, and make its exit code 120 (Py_FinalizeEx).
+    Otherwise the write would fail again at the program's end, and change its exit code to 120 (Py_FinalizeEx).
     """
     old, failed = sys.stderr, []
 
@@ -365,7 +365,7 @@ def renew_standard_error() -> None:
 
 
 def _in_time(words: Callable[[], object]) -> bool:
-    """Say something that may block, in a thread of its own; whether it was over within its time."""
+    """Call `words`, which may block, in a thread of its own; returns whether it ended within `_LAST_WORDS` seconds."""
     thread = threading.Thread(target=words, name="flaskd-last-words", daemon=True)
     thread.start()
     thread.join(_LAST_WORDS)

@@ -1,9 +1,9 @@
-"""What a child that the app forks must not keep, and how it ends where it comes back from the app's code.
+"""What a child that the app forks must not keep, and how it ends when it returns from the app's code.
 
-``subprocess`` closes flaskd's sockets and pipes, its lock and its ears for signals by itself; ``os.fork``, ``pty.fork``
-and multiprocessing's fork method do not. A child that kept a listener would keep clients waiting on it, and one that
-kept the signals would stop the daemon when it is terminated. A child that came back into flaskd's code would be a
-second daemon: it would answer requests twice, and remove the nodes of the first one.
+``subprocess`` closes flaskd's sockets, pipes, lock and signal descriptors in its children by itself; ``os.fork``,
+``pty.fork`` and multiprocessing's fork method do not. A child that kept a listener would keep clients waiting on it,
+and one that kept the signal descriptors would stop the daemon when it is terminated. A child that returned into
+flaskd's code would be a second daemon: it would answer requests twice, and remove the nodes of the first one.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _in_child: list[Callable[[], None]] = []
 _mask = threading.local()
 _EVERY = signal.valid_signals()
 _forks = 0
-"""How many forks lie between this process and the one that began."""
+"""How many forks there were between the first process and this one."""
 
 
 def _hold_signals() -> None:
-    """Before the fork: a signal that comes to the child before it has forgotten us would still be heard by us."""
+    """Block all signals before the fork: one that the child gets before `_forget` would still reach the parent."""
     _mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, _EVERY)
 
 
@@ -36,8 +36,8 @@ def _release_signals() -> None:
 
 
 def _forget() -> None:
-    """Run in the child, in the only thread it has."""
-    global _forks  # noqa: PLW0603 - of the process, as its number is, which costs a system call
+    """Call all functions of `forgotten_by_children`; runs in the child, in its only thread."""
+    global _forks  # noqa: PLW0603 - a count of the process; os.getpid() would cost a system call
     _forks += 1
     try:
         while _in_child:
@@ -53,7 +53,7 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def forgotten_by_children(forget: Callable[[], None]) -> Iterator[None]:
-    """While open, a forked child calls `forget` before anything else."""
+    """Have every child that is forked while the block runs call `forget` first."""
     _in_child.append(forget)
     try:
         yield
@@ -63,10 +63,10 @@ def forgotten_by_children(forget: Callable[[], None]) -> Iterator[None]:
 
 
 class AppCode:
-    """A context in which code of the app runs: a child that is forked there ends where it would leave the context.
+    """A context in which code of the app runs: a child that is forked inside of it ends where it would leave it.
 
-    It ends as it would without flaskd: by the exception that comes out of the app's code, with the exit code of
-    SystemExit, else with 0. Its exit callbacks run, and nothing of flaskd's does.
+    The child ends as it would without flaskd: with the exception that leaves the app's code, with the exit code of
+    SystemExit, else with 0. Its exit callbacks run, but no code of flaskd does.
     """
 
     __slots__ = ("_forks",)
@@ -78,28 +78,30 @@ class AppCode:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: TracebackType | None) -> None:
+        self.check(error)
+
+    def check(self, error: BaseException | None = None) -> None:
+        """End the process if it is such a child: for code of flaskd's that the app calls, or that runs in between.
+
+        `error` is what came out of the app's code, if anything did.
+        """
         if self._forks != _forks:
             end_child(error)
 
-    def check(self) -> None:
-        """End the process if it is such a child: for code of flaskd's that the app calls, or that runs in between."""
-        if self._forks != _forks:
-            end_child()
-
 
 def end_child(error: BaseException | None = None) -> NoReturn:
-    """End a forked child as the interpreter ends: last words, the threads it started, exit callbacks, its streams."""
+    """End a forked child as the interpreter would: write the error, join threads, run exit callbacks, flush streams."""
     code, words = _outcome(error)
     try:
         if words:
-            with contextlib.suppress(OSError, ValueError, AttributeError):  # gone, closed, or never there
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or never open
                 sys.stderr.write(words)
         threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001 - as Py_FinalizeEx, in this order
         atexit._run_exitfuncs()  # noqa: SLF001 - as multiprocessing does it in its children
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 stream.flush()
-        if isinstance(error, KeyboardInterrupt):  # who waits for it is to see that it was interrupted
+        if isinstance(error, KeyboardInterrupt):  # its parent should see that it was interrupted
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
     finally:
@@ -107,7 +109,7 @@ def end_child(error: BaseException | None = None) -> NoReturn:
 
 
 def _outcome(error: BaseException | None) -> tuple[int, str]:
-    """The exit code of what came out of the app's code, and what is to be said of it (sys.exit, sys.excepthook)."""
+    """The exit code for the exception that left the app's code, and the text to write (sys.exit, sys.excepthook)."""
     if isinstance(error, SystemExit):
         if error.code is None or isinstance(error.code, int):
             return (error.code or 0) & 0xFF, ""
@@ -115,6 +117,6 @@ def _outcome(error: BaseException | None) -> tuple[int, str]:
     if error is not None:
         return 1, "".join(traceback.format_exception(error))
     return 0, (
-        f"flaskd: the child {os.getpid()} that the app forked came back from the app's code, and ends here: it is not "
-        "the daemon; end it with os._exit or sys.exit\n"
+        f"flaskd: the child process {os.getpid()}, which the app forked, returned from the app's code, and is ended: "
+        "it is not the daemon; let the app end it with os._exit or sys.exit\n"
     )

@@ -1,8 +1,8 @@
-"""The main thread while the daemon serves: nothing of flaskd's runs in it that code of the app could break off.
+"""The main thread while the daemon serves: it only waits, so that code of the app cannot interrupt flaskd there.
 
-Python runs an app's signal handlers in the main thread, between any two instructions of what runs there, and what they
-raise is raised there (the signal module, "Execution of Python signal handlers"). So the daemon carries out its events
-in a thread of their own, and the main thread only waits for the end.
+Python runs an app's signal handlers in the main thread, between any two instructions, and their exceptions are raised
+there (the signal module, "Execution of Python signal handlers"). So the daemon handles its events in another thread,
+and the main thread waits for its end.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from flaskd.process.signals import SignalWatch
 log = logging.getLogger("flaskd.daemon")
 
 _QUIET = 1.0
-"""Seconds between two lines on what is raised."""
+"""Least seconds between two log lines on exceptions."""
 _TURN = 1.0
-"""Seconds between two looks."""
+"""Seconds between two calls of `look`."""
 
 
 class MainThread:
-    """Runs `work` in a thread of its own, and waits in the main one for the exit code that it returns.
+    """Runs `work` in a thread of its own, and waits in the main thread for the exit code that it returns.
 
-    `raised` is given what the app's code raises in the main thread meanwhile; it is called there, and must not block.
-    `look` is called there once a second: only there can signal handlers be set.
-    After the end no signal handler of the app runs any more, until they are put back.
+    `raised` is called in the main thread with each exception that the app's code raises there; it must not block.
+    `look` is called in the main thread once a second: signal handlers can be set only there. After the end, no signal
+    handler of the app runs until `put_handlers_back`.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class MainThread:
         self._handlers: dict[int, Any] = {}
 
     def put_handlers_back(self) -> None:
-        """Let the app's signal handlers run again."""
+        """Restore the app's signal handlers."""
         for number, before in self._handlers.items():
             signal.signal(number, before)
 
@@ -55,32 +55,32 @@ class MainThread:
         return self._thread.ident is not None
 
     def begin(self) -> None:
-        """Begin the work; raises RuntimeError when no thread can be had."""
+        """Begin the work; raises RuntimeError if no thread can be started."""
         self._thread.start()
 
     def _run(self) -> None:
         try:
             self._outcome.append(self._work())
-        except BaseException as error:  # noqa: BLE001 - raised again where its end is waited for
+        except BaseException as error:  # noqa: BLE001 - raised again in `wait`
             self._outcome.append(error)
         finally:
             self._ended = True
             self._calls.put(None)
 
     def call(self, function: Callable[[], None]) -> None:
-        """Have a function called in the main thread, soon (any thread)."""
+        """Have a function called soon, in the main thread (any thread)."""
         self._calls.put(function)
 
     def wait(self) -> int:
-        """Wait for the end, and return the exit code, or raise what ended the work."""
+        """Wait for the end of the work; returns its exit code, or raises its exception."""
         over = False
         while not over:
             try:
                 over = self._wait()
-            except BaseException as error:  # noqa: BLE001 - raised while one before it was dealt with
+            except BaseException as error:  # noqa: BLE001 - raised while another one was handled
                 self._raised(error)
         self._put_handlers_away()
-        if not self._outcome:  # the thread has died before its first line, of a profile function, say
+        if not self._outcome:  # the thread died before its first line, for example in a profile function
             return self._work()
         outcome = self._outcome[0]
         if isinstance(outcome, BaseException):
@@ -88,8 +88,8 @@ class MainThread:
         return outcome
 
     def _wait(self) -> bool:
-        """Wait for the end, and do what must be done in this thread; returns True."""
-        while not (self._ended and self._calls.empty()):  # a handler that raises may have lost the None
+        """Wait for the end, and call what must run in this thread; returns True."""
+        while not (self._ended and self._calls.empty()):  # a handler's exception may have lost the None
             try:
                 try:
                     call = self._calls.get(timeout=_TURN)
@@ -101,15 +101,15 @@ class MainThread:
                 if call is None:
                     return True
                 call()
-            except BaseException as error:  # noqa: BLE001 - the app's own code, whatever it raises
+            except BaseException as error:  # noqa: BLE001 - code of the app may raise anything
                 self._raised(error)
         return True
 
     def _put_handlers_away(self) -> None:
-        """Let signals that the app handles do nothing."""
+        """Replace the app's signal handlers by one that does nothing."""
         left = [each for each in signal.valid_signals() if _is_of_the_app(signal.getsignal(each))]
         while left:
-            with contextlib.suppress(BaseException):  # those that are left may still raise
+            with contextlib.suppress(BaseException):  # handlers that are still in place may raise
                 while left:
                     self._handlers.setdefault(left[-1], signal.getsignal(left[-1]))
                     signal.signal(left[-1], _nothing)
@@ -117,13 +117,13 @@ class MainThread:
 
 
 class Complaints:
-    """Tells of what the app's code raises in the main thread; exceptions at most once a second, the others counted."""
+    """Logs what the app's code raises in the main thread, at most one Exception a second; others are counted."""
 
     def __init__(self) -> None:
         self._unsaid, self._say_again = 0, 0.0
 
     def tell(self, error: BaseException) -> None:
-        """Log it."""
+        """Log an exception, or only count it. SystemExit and the like are always logged."""
         what = f"{type(error).__name__} was raised in the main thread, as by a signal handler of the app"
         if not isinstance(error, Exception):
             log.error(what, exc_info=error)

@@ -1,7 +1,7 @@
-"""What PID 1 owes to the other processes of its container: to pass signals on, and to reap orphans.
+"""The duties of PID 1 in a container: to pass signals on, and to reap orphans.
 
-The daemon cannot reap by itself: a `waitpid(-1)` would take the exit statuses of the app's own children from under
-`subprocess`. So where flaskd is PID 1, a small parent does it, and the daemon is its child.
+The daemon cannot reap orphans itself: `waitpid(-1)` would also take the exit statuses of the app's own children, for
+which `subprocess` waits. So if flaskd is PID 1, a small parent process does it, and the daemon is its child.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ import signal
 from types import FrameType
 
 _KEPT = (
-    *("SIGKILL", "SIGSTOP", "SIGCHLD"),  # the first two cannot be caught, the third is PID 1's own
+    *("SIGKILL", "SIGSTOP", "SIGCHLD"),  # the first two cannot be caught, the third is for PID 1
     *("SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGTRAP", "SIGSYS"),  # a fault of PID 1 itself
     *("SIGPIPE", "SIGXFSZ"),  # ignored by every Python
 )
-"""All others are passed on: to PID 1 the kernel gives only what it has a handler for (pid_namespaces(7)), and which
-ones the app handles is not known here."""
+"""The signals that are not passed on. All others are: the kernel gives PID 1 only signals for which it has a handler
+(pid_namespaces(7)), and which ones the app handles is not known here."""
 
 
 def stand_in_front() -> None:
-    """As PID 1: fork; the child returns and is the daemon, the parent never returns and exits as the child did.
+    """As PID 1, fork: the child returns and becomes the daemon; the parent never returns, and exits as the child did.
 
-    Elsewhere: nothing. To be called before there are threads.
+    In another process, do nothing. To be called before threads are started.
     """
     if os.getpid() != 1:
         return
     numbers = signal.valid_signals() - {getattr(signal, name) for name in _KEPT}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # a signal that comes now is passed on in a moment
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # a signal that comes now is passed on later
     child = os.fork()
     if child == 0:
         if os.environ.get("LISTEN_PID") == "1":
@@ -38,13 +38,13 @@ def stand_in_front() -> None:
         return
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
-        os.kill(child, number)  # it is not reaped yet, so the pid is its own
+        os.kill(child, number)  # it was not reaped, so no other process has this pid
 
     for number in numbers:
         signal.signal(number, pass_on)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
     while True:
-        # Look first: once the daemon is reaped, nothing may be passed on to its pid.
+        # Look before reaping: after the daemon was reaped, no signal may be sent to its pid.
         ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
         if ended is not None and ended.si_pid == child:
             signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
@@ -56,13 +56,13 @@ def stand_in_front() -> None:
 
 
 def _be_alone_at_the_terminal() -> None:
-    """Take the daemon out of PID 1's process group: what is sent to that, a Ctrl-C for one, came twice otherwise.
+    """Move the daemon to a process group of its own; otherwise a Ctrl-C would reach it twice.
 
-    Once from the terminal, and once more when PID 1, which may be slow, passes it on. The new group is given the
-    terminal where PID 1's had it; SIGTTOU, which that would send, is blocked here.
+    The terminal would send it to the whole group, and PID 1, which may be slow, would pass it on. If the group of PID 1
+    has the terminal, the new group gets it; SIGTTOU, which the kernel sends for that, is blocked here.
     """
     os.setpgid(0, 0)
-    with contextlib.suppress(OSError):  # there is none (tty(4)), or it has hung up
+    with contextlib.suppress(OSError):  # there is no terminal (tty(4)), or it hung up
         terminal = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
         if os.tcgetpgrp(terminal) == os.getpgid(os.getppid()):
             os.tcsetpgrp(terminal, os.getpgrp())

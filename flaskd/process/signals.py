@@ -1,8 +1,8 @@
-"""Signals, recorded by the C-level wakeup descriptor and handed on by a thread of their own.
+"""Signals: the interpreter writes them to its wakeup descriptor, and a thread of flaskd reads them from there.
 
-The thread sees a signal within microseconds even while the main thread sleeps in an import or in C code; only code that
-holds the GIL can keep it waiting. Only the signals of `flaskd.process.bootstrap.OURS` are flaskd's: the descriptor
-tells of every signal that Python has a handler for, the app's own ones included.
+The thread sees a signal within microseconds, even while the main thread sleeps in an import or in C code; only code
+that holds the GIL can delay it. The descriptor reports every signal for which Python has a handler, including the
+app's; flaskd handles only those of `flaskd.process.bootstrap.OURS`.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ log = logging.getLogger("flaskd.signals")
 
 _REMARKS = {
     "SIGUSR1": "there are no log files to reopen, flaskd writes to standard error",
-    "SIGUSR2": "flaskd starts no successor of itself; restart it to run new code",
+    "SIGUSR2": "flaskd does not start a new flaskd by itself; restart it to run new code",
     "SIGTTIN": "the number of threads is server.threads in the configuration; reload after a change",
     "SIGTTOU": "the number of threads is server.threads in the configuration; reload after a change",
 }
-"""What is said to a signal that other servers heed, and that does nothing here."""
+"""What the log says at a signal that has a meaning for other servers, and does nothing here."""
 
 
 class SignalWatch:
-    """While open, the signals that ask for something call `receive(number)` in a thread of their own; main thread only.
+    """While the block runs, signals call `receive(number)` in a thread of their own; to be entered in the main thread.
 
-    Those are SIGTERM, SIGINT, SIGHUP, and SIGQUIT where the app has no handler of its own for it. To SIGUSR1, SIGUSR2,
-    SIGTTIN and SIGTTOU it is only said that they do nothing. At one that the app handles `wake` is called, which is to
-    wake the main thread: Python runs the handler there, and the kernel may have interrupted another thread. Leaving
-    puts back what was there before.
+    These signals are SIGTERM, SIGINT, SIGHUP, and SIGQUIT if the app has no handler for it. At SIGUSR1, SIGUSR2,
+    SIGTTIN and SIGTTOU, the log says that they do nothing. At a signal that the app handles, `wake` is called, which
+    has to wake the main thread: Python runs the handler there, but the kernel may have interrupted another thread.
+    Leaving the block restores the handlers that were there before.
     """
 
     def __init__(self, receive: Callable[[int], None], wake: Callable[[], None]) -> None:
@@ -54,7 +54,7 @@ class SignalWatch:
     def __enter__(self) -> Self:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        self._thread.start()  # first: where none can be had, nothing has changed
+        self._thread.start()  # first: if it fails, nothing has been changed
         self.terminal = Terminal()
         undo_inherited()
         self._wakeup_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
@@ -68,19 +68,19 @@ class SignalWatch:
         return self
 
     def _recorded(self, number: int, _frame: FrameType | None) -> None:
-        """Do nothing: the wakeup descriptor has got the number already, unless the app has taken that away."""
+        """Write the number to the descriptor, unless the interpreter has done so; the app may have replaced that."""
         if self._wakes_us():
             return
         with contextlib.suppress(OSError):
             self._writer.send(bytes([number]))
 
     def _wakes_us(self) -> bool:
-        """Make sure that the wakeup descriptor is ours, and tell whether it was."""
+        """Make sure that the wakeup descriptor is flaskd's; returns whether it was already."""
         ours = self._writer.fileno()
         return signal.set_wakeup_fd(ours, warn_on_full_buffer=False) == ours
 
     def _forget(self) -> None:
-        """In a forked child: signals sent to it are its own, and have the effect that they would have without us."""
+        """In a forked child, restore the dispositions without flaskd, so that its signals do not reach this process."""
         signal.set_wakeup_fd(-1)
         for number, before in self._before.items():
             if number in ALWAYS or signal.getsignal(number) == self._handler:
@@ -91,21 +91,21 @@ class SignalWatch:
     def __exit__(self, *_: object) -> None:
         for number, before in self._before.items():
             if number in ALWAYS or signal.getsignal(number) == self._handler:
-                # None: installed by C code, and Python cannot put that back; the default is the honest choice.
+                # None means a handler of C code, which Python cannot restore; the default is set instead.
                 signal.signal(number, signal.SIG_DFL if before is None else before)
         signal.set_wakeup_fd(self._wakeup_before)
         self._forgotten.__exit__(None, None, None)
-        self._writer.shutdown(socket.SHUT_RDWR)  # the thread reads the end, whoever else may hold a copy
+        self._writer.shutdown(socket.SHUT_RDWR)  # the thread reads the end, even if a forked child has a copy
         self._writer.close()
         if self._thread is not threading.current_thread():
             self._thread.join()
         self._reader.close()
 
     def reclaim(self) -> None:
-        """Take SIGTERM, SIGINT and SIGHUP back from the app's code, or a C library of it, and say so.
+        """Take SIGTERM, SIGINT and SIGHUP back from handlers of the app or of its C libraries, and log that.
 
-        What C code has put in the place of a handler Python does not see: the handlers are installed again without
-        asking. The kernel tells whether one was there at all (SigCgt: proc_pid_status(5)).
+        Python does not see a handler that C code has set, so flaskd's handlers are set again in any case. The kernel
+        tells whether there was a handler at all (SigCgt: proc_pid_status(5)).
         """
         self.terminal.look()
         caught = _caught()
@@ -114,7 +114,7 @@ class SignalWatch:
             if signal.signal(number, self._handler) != self._handler:
                 log.warning(f"the app installed its own handler for {name}; flaskd takes it back")
             elif not caught >> (number - 1) & 1:
-                log.warning(f"code in C took the handler for {name} away; flaskd takes it back")
+                log.warning(f"C code removed the handler for {name}; flaskd sets it again")
         if not self._wakes_us():
             log.warning("the app set a signal wakeup descriptor of its own; flaskd takes it back")
 
@@ -125,17 +125,17 @@ class SignalWatch:
 
     def _listen(self) -> None:
         if hasattr(signal, "pthread_sigmask"):
-            # The app may block signals in its threads: here they arrive all the same (signal(7), "Signal mask").
+            # The app may block signals in its threads: in this one they still arrive (signal(7), "Signal mask").
             signal.pthread_sigmask(signal.SIG_UNBLOCK, OURS)
         while numbers := self._reader.recv(64):
             for number in numbers:
                 try:
                     self._heed(number)
-                except Exception:  # the next signal must be heard all the same
+                except Exception:  # the next signal must still be handled
                     log.exception(f"cannot deal with signal {number}")
 
     def _heed(self, number: int) -> None:
-        """Hand on what is flaskd's; a number that is not is that of a signal which the app handles."""
+        """Pass on a signal of flaskd; for a signal that the app handles, call `wake`."""
         if number == 0 or number in ALWAYS:
             self._receive(number)
         elif number not in self._before or signal.getsignal(number) != self._handler:
@@ -148,7 +148,7 @@ class SignalWatch:
     def _remark(self, number: int) -> None:
         name = signal.Signals(number).name
         if name.startswith("SIGTT") and self.terminal.keeps_us_in_the_background():
-            # The kernel sent it for a read or write there, which begins again, and sends another one, without an end.
+            # The kernel sent it for a read or write on the terminal, which is repeated, and would send it for ever.
             log.warning(f"{name}: the terminal belongs to another job; stopped until the shell's fg, or SIGCONT")
             os.kill(os.getpid(), signal.SIGSTOP)
         else:
@@ -156,7 +156,7 @@ class SignalWatch:
 
 
 def _caught() -> int:
-    """The signals that this process has a handler for, a bit for each; where the kernel does not tell, all."""
+    """The signals for which this process has a handler, one bit each; all bits if the kernel does not tell."""
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("SigCgt:"):
@@ -165,12 +165,12 @@ def _caught() -> int:
 
 
 def interrupt() -> None:
-    """Send this process what Ctrl-C sends; SIGTERM where a shell that started it in the background lets it ignore that.
+    """Send this process the signal of Ctrl-C; SIGTERM if that is ignored, as after a shell's `&`.
 
-    It goes to the main thread, so that it interrupts what that waits in: a signal to the process may go to any thread.
+    It is sent to the main thread, to interrupt its waiting: a signal to the process may go to any thread.
     """
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # closed, or not read any more
+        with contextlib.suppress(OSError, ValueError):  # closed, or without a reader
             stream.flush()
     number = signal.SIGTERM if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else signal.SIGINT
     if hasattr(signal, "pthread_kill"):
@@ -180,17 +180,17 @@ def interrupt() -> None:
 
 
 class Escalation:
-    """Counts requests to end: the first asks, the second presses, from the third on there is no waiting."""
+    """Counts signals that ask for the end: the first begins a stop, the second cuts it short, the third ends all."""
 
     _ONE = 0.25
-    """Seconds; signals closer together count as one, because wrappers forward Ctrl-C a second time."""
+    """Signals within so many seconds count as one, because wrappers forward Ctrl-C a second time."""
 
     def __init__(self) -> None:
         self.count = 0
         self._last = 0.0
 
     def another(self, moment: float) -> bool:
-        """Count a signal that came at `moment` (seconds, monotonic); False when it is an echo of the one before."""
+        """Count a signal that came at `moment` (time.monotonic()); False if it counts as one with the signal before."""
         if self.count and moment - self._last < self._ONE:
             return False
         self.count, self._last = self.count + 1, moment
@@ -198,43 +198,43 @@ class Escalation:
 
 
 class Terminal:
-    """Remembers whether there was a controlling terminal, and since when it is gone."""
+    """Remembers whether there was a controlling terminal, and when it was lost."""
 
     _HANG_UP = 1.0
-    """Seconds after the loss of the terminal in which a SIGHUP tells of it: the kernel's, or that of the shell."""
+    """A SIGHUP within so many seconds after the loss of the terminal is a hang-up, from the kernel or the shell."""
 
     def __init__(self) -> None:
         self._is_there = _terminal() is not None
         self._lost: float | None = None
 
     def look(self) -> None:
-        """Note when it is lost; to be called about once a second."""
+        """Note when the terminal is lost; to be called about once a second."""
         if self._is_there and _terminal() is None:
             self._is_there, self._lost = False, time.monotonic()
 
     def hung_up(self) -> bool:
-        """Whether a SIGHUP that has just come is a hang-up, which meant the end in 1979 and means it now.
+        """Whether a SIGHUP that has just come is a hang-up of the terminal, which asks for a stop.
 
-        It is not where the terminal was lost a while ago, and the process lived on, in the background of its shell.
+        It is not if the terminal was lost a while ago, and the process went on in the background; then it is a reload.
         """
         self.look()
         return self._lost is not None and time.monotonic() - self._lost < self._HANG_UP
 
     @staticmethod
     def keeps_us_in_the_background() -> bool:
-        """Whether there is a terminal, and it is another job's at present."""
+        """Whether there is a terminal that belongs to another job at present."""
         return _terminal() not in {None, os.getpgrp()}
 
 
 def _terminal() -> int | None:
-    """The process group that the controlling terminal is given to at present; None where there is no terminal."""
+    """The foreground process group of the controlling terminal; None if there is no terminal."""
     try:
-        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)  # ENXIO without a controlling terminal: tty(4)
+        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)  # ENXIO: no controlling terminal (tty(4))
     except (OSError, AttributeError):  # the latter on Windows
         return None
     try:
         return os.tcgetpgrp(terminal)
-    except OSError:  # hung up in this moment
+    except OSError:  # it hung up just now
         return None
     finally:
         os.close(terminal)

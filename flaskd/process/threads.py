@@ -1,4 +1,4 @@
-"""Threads of flaskd's in which code of the app runs."""
+"""Threads of flaskd in which code of the app runs."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from flaskd.objects import attributes_of
 
 
 class AppThread(threading.Thread):
-    """A thread that the process' end does not wait for, while it does for those that the app starts in it.
+    """A thread for which the end of the process does not wait, although it waits for threads that the app starts in it.
 
-    A new thread takes `daemon` from the one that starts it. Under other servers an app's threads are no daemons,
-    therefore, unless it says so, and what they do is finished before the process ends (threading.Thread.daemon).
+    A new thread inherits `daemon` from the thread that starts it (threading.Thread.daemon). Under other servers an
+    app's threads are therefore no daemon threads unless it asks for that, and the process waits for them at its end.
     """
 
     _begun = False
 
     @property
-    def daemon(self) -> bool:  # type: ignore[override]  # nobody else may change it
-        """True when it starts, which is when the interpreter asks for itself; then False, for who inherits it."""
+    def daemon(self) -> bool:  # type: ignore[override]  # it must not be changed
+        """True at the start, when the interpreter reads it for this thread; then False, for threads that inherit it."""
         return not self._begun
 
     def run(self) -> None:
-        """Do its work."""
+        """Run the thread's target."""
         self._begun = True
         super().run()
 
 
 def waited_for() -> list[threading.Thread]:
-    """The threads that the interpreter waits for at its end (threading._shutdown), beside the main one."""
+    """The threads for which the interpreter waits at its end (threading._shutdown), without the main thread."""
     ours = {threading.main_thread(), threading.current_thread()}
     return [
         each for each in threading.enumerate() if not (_is_daemon(each) or isinstance(each, AppThread) or each in ours)
@@ -36,7 +36,7 @@ def waited_for() -> list[threading.Thread]:
 
 
 def name_of(thread: threading.Thread) -> str:
-    """A thread's name; the object, which may be of a class of the app's, is not asked."""
+    """A thread's name, read without running code of its class, which may be the app's."""
     return str(attributes_of(thread).get("_name", "?"))
 
 

@@ -1,4 +1,4 @@
-"""What a process uses, as the kernel tells it (proc(5))."""
+"""The memory and processor time that a process uses, from proc(5)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def pss(pid: int) -> int | None:
-    """Bytes of memory that are a process' own, with its share of what it has in common with others (PSS).
+    """Bytes of memory that a process uses, with its part of the memory that it shares with others (PSS).
 
-    None where the kernel does not tell, as of a process that is gone.
+    None if the kernel does not tell, for example because the process has ended.
     """
     try:
         return read_pss(pid)
@@ -18,10 +18,10 @@ def pss(pid: int) -> int | None:
 
 
 def read_pss(pid: int) -> int:
-    """The same; raises OSError where the kernel does not tell, ValueError where it tells something else.
+    """The same as `pss`; raises OSError if it cannot be read, ValueError if it cannot be understood.
 
-    The kernel walks through all pages for that: 0.3 ms for 100 MiB, 2.5 ms for 1 GiB. It waits for the process where
-    that is just changing its mappings.
+    The kernel walks through all pages: that takes 0.3 ms for 100 MiB, 2.5 ms for 1 GiB. It waits for the process while
+    that changes its mappings.
     """
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
     for line in lines:
@@ -31,9 +31,9 @@ def read_pss(pid: int) -> int:
 
 
 def resident(pid: int) -> int | None:
-    """Bytes of memory that a process has in hand, all that it shares counted in full (RSS): never less than its PSS.
+    """Bytes of memory that a process uses, with all shared memory counted in full (RSS); never less than its PSS.
 
-    Some microseconds, for the kernel counts that anyway. None where it does not tell.
+    Reading it takes some microseconds. None if the kernel does not tell.
     """
     try:
         text = Path(f"/proc/{pid}/statm").read_text(encoding="ascii")
@@ -43,16 +43,16 @@ def resident(pid: int) -> int | None:
 
 
 def exists(pid: int) -> bool:
-    """Whether there is such a process, one that has ended and was not reaped included."""
+    """Whether there is a process with this pid, even if it has ended and was not reaped."""
     return Path(f"/proc/{pid}").exists()
 
 
 def cpu_seconds(pid: int) -> float | None:
-    """Seconds of processor time that a process has used; None where the kernel does not tell."""
+    """Seconds of processor time that a process has used; None if the kernel does not tell."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    fields = text.rpartition(")")[2].split()  # the name in front of it may hold anything
+    fields = text.rpartition(")")[2].split()  # the process' name before it may have any characters
     user, system = int(fields[11]), int(fields[12])
     return round((user + system) / os.sysconf("SC_CLK_TCK"), 2)

@@ -1,4 +1,4 @@
-"""Waitress made drainable. Every internal of waitress that flaskd relies on is touched in this package alone."""
+"""Serving with Waitress, so that it can be drained. Only this package uses internals of waitress."""
 
 from flaskd.server.board import Board
 from flaskd.server.drain import DRAIN_GUARD, Drain, Drainable, in_thread_of_its_own

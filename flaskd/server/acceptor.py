@@ -1,4 +1,4 @@
-"""Acceptors: waitress' servers on flaskd's listeners, which can be paused, gated, closed and opened again."""
+"""Acceptors: waitress' server objects on flaskd's listeners. They can be paused, gated, closed and reopened."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ except ImportError:  # Windows
 log = logging.getLogger("flaskd.server")
 
 _BATCH = 64
-"""Connections accepted in one turn; accepting until there are no more never ends under load."""
+"""Most connections accepted in one turn of the loop; under load, accepting until none is left would never end."""
 _NO_MORE = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC}
-"""accept(2), epoll_ctl(2): not the connection's fault but ours."""
+"""Errors of accept(2) and epoll_ctl(2) that say that this process or the machine has no more descriptors or memory."""
 
 
 class _Noted(dict[int, Channel]):
-    """Waitress' map of the open connections; how many there are is noted on the board at each change."""
+    """Waitress' map of the open connections, by descriptor; each change writes their number to the board."""
 
     def __init__(self, context: Context, board: Board) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class _Noted(dict[int, Channel]):
 
 
 class Acceptor:
-    """What TCP and Unix acceptors share; one outlives its listener, because channels wake the loop through it."""
+    """What TCP and Unix acceptors share. An acceptor outlives its listener: channels wake the loop through it."""
 
     channel_class = Channel
     admission: Admission
@@ -58,14 +58,17 @@ class Acceptor:
     paused = False
 
     def readable(self) -> bool:
-        """Whether it accepts; waitress' own method reaps idle connections by the way, which the loop does itself."""
+        """Whether it accepts. Waitress' own method also closes idle connections; flaskd's loop does that elsewhere."""
         return bool(self.accepting) and not self.paused
 
     def handle_accept(self) -> None:
-        """Accept a bounded batch; where other workers accept, too, one connection, or leave it to one that is idle."""
+        """Accept up to `_BATCH` connections.
+
+        Where other workers accept from the same listener, accept one connection, or leave it to a worker that is idle.
+        """
         if (aside := self.admission.aside) is None or not self.listener.copied or self.context.drains:
             self.accept_some(_BATCH)
-        elif self.admission.paused:  # in the moment in which a thread found that a place is free
+        elif self.admission.paused:  # another thread found a free place and switched the listener on just now
             self.context.poller.listen(self, on=False)
         elif not self.context.poller.put_off(self) and not aside.steps():
             self.accept_some(1)
@@ -77,7 +80,7 @@ class Acceptor:
             if self.admission.full:
                 return count
             try:
-                # In a drain those who wait have been let in by the gate, and are the last.
+                # In a drain, those that the gate let through are the last connections: they may use the reserve.
                 conn, addr = open_files.open(accept) if self.admission.reserved or self.context.drains else accept()
             except OSError as error:
                 if error.errno == errno.EMFILE and open_files.make_room():
@@ -97,7 +100,7 @@ class Acceptor:
                 if error.errno in _NO_MORE:
                     self.admission.out_of_files(error)
                     return count
-                # else it is gone already
+                # Any other error means that the client has closed the connection already.
         return most
 
     def reopen(self, listener: Listener) -> None:
@@ -108,7 +111,7 @@ class Acceptor:
         self.accepting = True
 
     def close_listener(self) -> None:
-        """Close the listener, and only that: threads of the pool still pull the trigger."""
+        """Close the listener alone: threads of the pool still use the trigger to wake the loop."""
         if self.accepting:
             self.accepting = False
             wasyncore.dispatcher.close(self)
@@ -126,14 +129,14 @@ if UnixWSGIServer is not None:
 
 
 def _name(address: Address) -> str:
-    """SERVER_NAME, where a request's Host says nothing; empty where it is the address that the client came to."""
+    """SERVER_NAME of the environ; empty for a wildcard address, where each connection's own local address is used."""
     if address.path:
         return "localhost"
     return "" if address.host in {"0.0.0.0", "::"} else address.host  # noqa: S104 - compared
 
 
 def _environ(acceptor: Any, listener: Listener, context: Context) -> dict[str, Any]:
-    """What is the same in the environ of each request (PEP 3333; waitress.task)."""
+    """The part of the environ that is the same for every request of a listener (PEP 3333; waitress.task)."""
     return {
         "SERVER_PORT": str(acceptor.effective_port),
         "SERVER_SOFTWARE": acceptor.adj.ident,
@@ -150,7 +153,7 @@ def _environ(acceptor: Any, listener: Listener, context: Context) -> dict[str, A
 
 
 def make_acceptor(admission: Admission, listener: Listener, app: Any, adjustments: Adjustments) -> Any:
-    """Waitress' server for a listener: its fields, its trigger, its address for the environ."""
+    """Make waitress' server object for a listener, which is bound already."""
     context, sock = admission.context, listener.socket
     kind = _UnixAcceptor if listener.address.path else _TcpAcceptor
     acceptor = kind(
@@ -163,9 +166,9 @@ def make_acceptor(admission: Admission, listener: Listener, app: Any, adjustment
         sockinfo=(sock.family, sock.type, sock.proto, sock.getsockname()),
         bind_socket=False,
     )
-    if acceptor.server_name == Adjustments.server_name:  # a name that means "none was given"
+    if acceptor.server_name == Adjustments.server_name:  # waitress' default: no name was configured
         acceptor.server_name = _name(listener.address)
-    if listener.address.path:  # the socket knows only the name under which it was bound
+    if listener.address.path:  # the socket knows only the path at which it was bound
         acceptor.effective_port = listener.address.path
     acceptor.environ = _environ(acceptor, listener, context)
     acceptor.admission, acceptor.context = admission, context

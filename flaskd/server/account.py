@@ -1,4 +1,4 @@
-"""The account of requests: what is in flight, and what became of all others."""
+"""The account of requests: which are in flight, and how all others ended."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from flaskd.sockets import each_closed_by_peer
 log = logging.getLogger("flaskd.server")
 
 accounts: list[weakref.ref[Account]] = []
-"""Those of all servers of this process. A list, because its copy is made at once: what goes through a WeakSet fails
-where another thread adds to it."""
+"""The accounts of all servers in this process. It is a list because copying it is one step: a loop over a WeakSet fails
+when another thread adds to it."""
 
 
 class Account:
-    """Counts each request twice: when it has come whole, and when it is over; all methods are for any thread."""
+    """Notes each request when all of it has been received, and counts it when it is over; for any thread."""
 
     def __init__(self, pool: ThreadPool, board: Board | None = None) -> None:
         self.completed = self.rejected = 0
         self.in_hand: dict[int, Request] = {}
-        """What is in flight, by its id, oldest first."""
+        """The requests in flight, by id, oldest first."""
         self.streams: set[Connection] = set()
-        """The connections on which a response without an end of its own is being sent."""
+        """The connections on which a stream (`flaskd.server.streams`) is being sent."""
         self.cut_in_drain: list[Cut] | None = None
-        """Where the drain under way wants to have what is cut; None without a drain."""
+        """The list to which the drain under way has cut requests added; None without a drain."""
         self.on_end: Callable[[Request], None] | None = None
-        """Is called with each request before it is out of flight."""
+        """Called with each request just before it leaves `in_hand`."""
         self.on_answer: Callable[[dict[str, Any]], None] | None = None
-        """Is called with what the access log tells of each request that was answered."""
+        """Called with the access log's fields of each request that was answered."""
         self.on_come: Callable[[Request], None] | None = None
-        """Is called with each request that has come whole, where there is a board."""
+        """Called with each request once all of it has been received; only where there is a board."""
         self.make_id: Callable[[], str] | None = None
-        """Makes the X-Request-ID of a request that comes without one; None where requests are given none."""
+        """Makes the X-Request-ID of a request that has none; None: requests are given no id."""
         self._pool = pool
         self._board = board
         self._counts = board.counts if board is not None else Counts()
@@ -53,7 +53,8 @@ class Account:
     def accepted(self, request: Request) -> None:
         """Count a request as in flight."""
         request.id = next(self._ids)
-        request.complete = time.monotonic()
+        if not request.complete:
+            request.complete = time.monotonic()
         self.in_hand[request.id] = request
         if self._board is not None:
             self._board.enter(request)
@@ -61,18 +62,19 @@ class Account:
                 on_come(request)
 
     def answered(self, request: Request) -> None:
-        """Note that the app is done with a request; its output may still wait to be sent."""
+        """Note that the app has finished a request; some of its output may still wait to be sent."""
         self.streams.discard(request.channel)
         if self._pool.lost:
             self._pool.come_back(request)
 
-    def retire(self, request: Request, outcome: Outcome, cut: Cut | None = None) -> bool:
-        """Take a request out of flight; whether it still was, because only the first outcome counts.
+    def retire(self, request: Request, outcome: Outcome, cut: Cut | None = None, now: float = 0.0) -> bool:
+        """Take a request out of flight; False if it was no longer in flight: only the first outcome counts.
 
-        `cut` is its entry in the account of a drain under way.
+        `cut` is added to the account of the drain under way, if there is one. `now` is the time.monotonic() moment, if
+        the caller knows it.
         """
         with self._lock:
-            if request.id not in self.in_hand:
+            if (ident := request.id) not in self.in_hand:
                 return False
             if (on_end := self.on_end) is not None:
                 on_end(request)
@@ -80,10 +82,10 @@ class Account:
                 self.completed += 1
             elif outcome == "rejected":
                 self.rejected += 1
-            self._counts.add(request, outcome, time.monotonic())
+            self._counts.add(request, outcome, now or time.monotonic())
             if cut is not None and (cut_in_drain := self.cut_in_drain) is not None:
                 cut_in_drain.append(cut)
-            del self.in_hand[request.id]
+            del self.in_hand[ident]
             if self._board is not None:
                 self._board.leave(request)
         if (on_answer := self.on_answer) is not None and request.status:
@@ -91,23 +93,23 @@ class Account:
         return True
 
     def limited(self, limit: str) -> None:
-        """Count what a limit did: a request that it refused or gave up, or a connection that it closed."""
+        """Count that a limit took effect: it refused or gave up a request, or closed a connection."""
         with self._lock:
             self._counts.limited(limit)
 
     def cut_one(self, request: Request, reason: str) -> bool:
-        """Count a request as cut, and name it in the log and in a drain's account, unless it is over: then False."""
+        """Count a request as cut, and write it to the log and to a drain's account; False if it was over already."""
         return self.cut_as(request, request.cut(reason))
 
     def cut_as(self, request: Request, cut: Cut) -> bool:
-        """The same, as it was in the moment in which it was broken off."""
+        """Do what `cut_one` does, with an entry that was made at the moment when the request was broken off."""
         counted = self._count_as_cut(request, cut)
         if counted:
             log.warning(cut.with_stack(), extra={"fields": cut.as_json()})
         return counted
 
     def cut_together(self, requests: Iterable[Request], reason: str) -> None:
-        """Count several requests as cut at once: of those that are at the same place the log has one stack."""
+        """Count several requests as cut; the log has one stack for those that are at the same place."""
         cuts = [(each, each.cut(reason)) for each in requests]
         counted = [cut for each, cut in cuts if self._count_as_cut(each, cut)]
         for cut, told in Cut.all_with_stacks(counted):
@@ -117,13 +119,13 @@ class Account:
         if request.id:
             if not self.retire(request, "cut", cut):
                 return False
-        elif (cut_in_drain := self.cut_in_drain) is not None:  # it has not come whole, and so was never in flight
+        elif (cut_in_drain := self.cut_in_drain) is not None:  # only part of it was received, so it was never in flight
             cut_in_drain.append(cut)
         if cut.phase == "running":
             self._pool.lose(request)
         return True
 
-    # --- what is shown of it --------------------------------------------------------------------------------------
+    # --- what others read -----------------------------------------------------------------------------------------
 
     @property
     def in_flight(self) -> int:
@@ -136,24 +138,25 @@ class Account:
         return self.completed, self.rejected
 
     def tally(self) -> Tally:
-        """What became of all requests so far; a copy."""
+        """How all requests so far ended; a copy."""
         with self._lock:
             return self._counts.tally()
 
     def requests(self, *, stacks: bool = False) -> list[InFlight]:
-        """What is in flight, oldest first, with the stacks of the threads on request."""
+        """The requests in flight, oldest first; with `stacks`, each with the stack of its thread."""
         requests = list(self.in_hand.values())
         gone = each_closed_by_peer([each.channel.socket for each in requests])
         return [each.snapshot(stack=stacks, gone=left) for each, left in zip(requests, gone, strict=True)]
 
     def cut(self, reason: str) -> tuple[Cut, ...]:
-        """What is in flight, as if it were cut now; nothing is counted."""
+        """Entries for all requests in flight, as if they were cut now; nothing is counted."""
         return tuple(request.cut(reason) for request in list(self.in_hand.values()))
 
     def all_are_at(self) -> Hashable | None:
-        """What all threads are at; None while one is free, or serves a stream, which is meant to last.
+        """A value that stays the same while all threads are busy and none of them makes progress.
 
-        Two answers differ when a request ended or began between them, or a byte of a response moved.
+        It changes when a request begins or ends, or when a byte of a response is written or sent. None while a thread
+        is free, or serves a stream, which is meant to last.
         """
         requests = [each for each in list(self.in_hand.values()) if each.phase == "running"]
         if len(requests) < max(1, self._pool.size) or any(each.channel in self.streams for each in requests):

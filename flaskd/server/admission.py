@@ -1,4 +1,4 @@
-"""Which new connections are let in: from which listeners, and how many at a time."""
+"""Which new connections are accepted: from which listeners, and how many may be open at once."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from flaskd.sockets import Listener
 log = logging.getLogger("flaskd.server")
 
 _FILES_PAUSE = 0.5
-"""Seconds without accepting after the process ran out of files."""
+"""Seconds for which nothing is accepted after the process ran out of file descriptors."""
 _LIMIT_PAUSE = 0.1
-"""Seconds in which clients wait until others leave, or other workers let them in, before room is made for them."""
+"""Seconds that new clients wait at the connection limit before other connections are closed to make room for them.
+
+Meanwhile other clients may leave, or other workers may accept the new ones."""
 _MOST_ROOM = 64
-"""Connections that are closed at once to make room."""
+"""Most connections that are closed at once to make room."""
 
 
 class Admission:
-    """Opens and closes the way in, in the loop's thread."""
+    """Starts, pauses and ends accepting on all listeners; all methods run in the loop's thread."""
 
     reserved = False
-    """Whether new connections may have descriptors of the reserve (`flaskd.process.descriptors`)."""
+    """Whether new connections may use the reserve of descriptors (`flaskd.process.descriptors`)."""
 
     def __init__(self, connections: Connections) -> None:
         self.connections = connections
@@ -34,14 +36,14 @@ class Admission:
         self.limit = 0
         """How many connections may be open."""
         self.paused = False
-        """Whether new connections wait until there is room for them."""
+        """Whether accepting has stopped until there is room for new connections."""
         self._pause_until = 0.0
         self._said = False
-        """Whether the log says that clients wait, and not yet that they do so no more."""
+        """Whether the log says that new connections wait, and does not yet say that this is over."""
         self.held = False
-        """Whether nothing is accepted before `accept` is called: the server is not ready."""
+        """Whether nothing is accepted until `accept` is called, because the server is not ready."""
         self.aside: Aside | None = None
-        """How connections are left to other workers; None where none accepts from the same listeners."""
+        """Leaves connections to other workers; None where no other worker accepts from the same listeners."""
 
     def share(self) -> None:
         """Leave connections to other workers from now on, if they accept from the same listeners."""
@@ -50,9 +52,10 @@ class Admission:
             self.context.pool.on_place = self.aside.place_free
 
     def accept(self, *, on: bool) -> None:
-        """Wait for new connections on all open listeners, or leave them to wait.
+        """Start or stop accepting on all open listeners.
 
-        In a drain those that others share stay closed, except while it is over and they answer with 503.
+        During a drain, nothing is accepted from listeners that are shared with other processes; once the drain is
+        over, connections are accepted from them if they are to be answered with 503.
         """
         context = self.context
         self.held &= not on
@@ -62,7 +65,7 @@ class Admission:
 
     @property
     def full(self) -> bool:
-        """Whether there are as many connections as there may be; then accepting pauses until there are fewer."""
+        """Whether the connection limit is reached; if so, accepting pauses until there are fewer connections."""
         if not self.paused and self.connections.count >= self.limit:
             self.paused = True
             self.accept(on=False)
@@ -71,11 +74,11 @@ class Admission:
 
     def _pause(self, seconds: float) -> None:
         self._pause_until = max(self._pause_until, time.monotonic() + seconds)
-        self.context.timers.at(self._pause_until, lambda _: None)  # it wakes the loop, which looks for room then
+        self.context.timers.at(self._pause_until, lambda _: None)  # wakes the loop, which then calls look_for_room
 
     @contextlib.contextmanager
     def beyond_the_limit(self) -> Iterator[None]:
-        """While open, all are let in who wait: the listener is about to be closed, which would reset them."""
+        """Accept all waiting connections, whatever the limit: closing their listener, which comes next, resets them."""
         limit, paused = self.limit, self.paused
         self.limit, self.paused = sys.maxsize, False
         try:
@@ -84,15 +87,15 @@ class Admission:
             self.limit, self.paused = limit, self.paused or paused
 
     def out_of_files(self, error: OSError) -> None:
-        """Stop accepting for a moment: the process or the machine has no more files to give."""
+        """Stop accepting for `_FILES_PAUSE` seconds: the process or the machine has no more descriptors or memory."""
         if not self.paused:
             self._said = True
-            log.error(f"cannot accept connections: {error.strerror}; new ones wait")
+            log.error(f"cannot accept connections: {error.strerror}; new connections wait")
         self.paused, self._pause_until = True, time.monotonic() + _FILES_PAUSE
         self.accept(on=False)
 
     def look_for_room(self, now: float) -> None:
-        """End a pause, once there is room; where clients wait, it is made (`Connections.make_room`)."""
+        """End a pause once there is room; if clients wait, make room for them (`Connections.make_room`)."""
         if now < self._pause_until:
             return
         if self.connections.count >= self.limit and not self._make_room():
@@ -105,35 +108,35 @@ class Admission:
         self.accept(on=True)
 
     def _make_room(self) -> int:
-        """Close as many connections as are needed by those that wait, if so many can be; returns how many."""
+        """Close up to as many connections as clients wait for; returns how many were closed."""
         waiting = sum(each.listener.callers() for each in self.context.acceptors if each.accepting)
         closed = self.connections.make_room(min(waiting, _MOST_ROOM))
         if waiting and not closed and not self._said:
             self._said = True
-            log.warning(f"{self.limit} connections are open, the most there may be; new ones wait")
+            log.warning(f"{self.limit} connections are open, which is the limit; new connections wait")
         return closed
 
     def refuse(self, *, on: bool) -> None:
-        """Answer 503 on the listeners that others share, or leave them alone again."""
+        """Answer 503 on the listeners that other processes share, or stop accepting from them again."""
         self.context.refusing = on
         for acceptor in self.context.acceptors:
             if acceptor.accepting and acceptor.listener.shared:
                 self.context.poller.listen(acceptor, on=on)
 
     def close_gates(self) -> None:
-        """Take no new connections on the listeners that are ours alone, after a drain: what waited was answered."""
+        """After a drain, take no new connections on the listeners of this process alone; what waited was answered."""
         for acceptor in self.context.acceptors:
             if acceptor.accepting and not acceptor.listener.shared and not acceptor.listener.gate():
                 acceptor.close_listener()
 
     def close_listeners(self) -> None:
-        """Close the listeners that are ours alone."""
+        """Close the listeners that no other process shares."""
         for acceptor in self.context.acceptors:
             if not acceptor.listener.shared:
                 acceptor.close_listener()
 
     def reopen(self, listeners: Sequence[Listener]) -> None:
-        """Accept again, from listeners that stand where the closed ones stood; shared ones were never closed."""
+        """Accept again, from new listeners in the order of the closed ones; shared ones were never closed."""
         for acceptor, listener in zip(self.context.acceptors, listeners, strict=True):
             if not acceptor.listener.shared:
                 acceptor.reopen(listener)

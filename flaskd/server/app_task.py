@@ -1,30 +1,28 @@
-"""The app's own answer to a request (PEP 3333)."""
+"""Running the app for a request, and sending what it answers (PEP 3333)."""
 
 from __future__ import annotations
 
-import functools
+import io
 import logging
-import re
 import sys
+import time
 from typing import Any
 
 from waitress.buffers import ReadOnlyFileBasedBuffer
-from waitress.task import hop_by_hop
 
-from flaskd.process.forks import AppCode
-from flaskd.server.lines import TOKEN
+from flaskd.server import tasks
+from flaskd.server.headers import ID_HEADER, Given, checked
+from flaskd.server.output import OutputChannel
 from flaskd.server.pushed import Pushed
+from flaskd.server.request import Request
 from flaskd.server.streams import STREAM_TYPES, Parts
-from flaskd.server.tasks import ID_HEADER, Recorded
+from flaskd.server.tasks import Recorded
 
 log = logging.getLogger("waitress")
-"""Where Waitress tells what is wrong with an answer."""
+"""The logger to which Waitress writes what is wrong with an answer."""
 
 
-_STATUS = re.compile(r"[1-9][0-9]{2} [^\x00-\x08\x0a-\x1f\x7f]*")
-_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
-_NAME = re.compile(TOKEN)
-_LENGTH = re.compile(r" *[0-9]{1,18} *")
+_SENT_OTHERWISE = (Pushed, ReadOnlyFileBasedBuffer)
 
 
 class AppExitedError(RuntimeError):
@@ -34,26 +32,58 @@ class AppExitedError(RuntimeError):
 class AppTask(Recorded):
     """Runs the app for one request."""
 
-    _code: AppCode
     _is_noted = False
+    response_headers: tuple[tuple[str, str], ...] = ()
 
-    def execute(self) -> None:
-        """Run the app; whatever it raises becomes an Exception."""
+    def __init__(self, channel: OutputChannel, request: Request) -> None:
+        self.channel, self.request = channel, request
+        channel.task = self
+        self._given: Given | None = None
+        """What the app said of its answer."""
+        # On the class, where waitress has them, they are found less quickly.
+        self.complete = self.wrote_header = self.chunked_response = self.close_on_finish = False
+        self.version = "1.1" if request.version == "1.1" else "1.0"  # as waitress does
+
+    def service(self) -> None:
+        """Run the app and write its answer; SystemExit and the like become an AppExitedError, which ends no thread."""
+        context = self.channel.context
+        app, code, ended = context.app, context.code, False
         try:
-            with AppCode() as self._code:
-                self._execute()
-        except Exception:
-            raise
+            parts = app(self._environ(), self.start_response)
+            given = self._given
+            if given is None or not (given.plain and self.request.plain) or isinstance(parts, _SENT_OTHERWISE):
+                code.check()
+                self._send(parts)
+                code.check()
+                self._complete()
+            else:
+                try:
+                    for part in parts:
+                        if part:
+                            self.write(part)
+                    if self.content_bytes_written != self.content_length:
+                        self._tell_too_few()
+                finally:
+                    if hasattr(parts, "close"):
+                        parts.close()
+                code.check()
+                if not self.wrote_header:
+                    self.write(b"")
+            ended = True
         except BaseException as error:
+            code.check(error)
+            if isinstance(error, Exception):
+                raise
             raise AppExitedError(f"the app raised {type(error).__name__} while answering") from error
+        finally:
+            self._note(ended=ended)
 
-    def _execute(self) -> None:
-        parts = self.channel.server.app(self._environ(), self.start_response)
-        self._code.check()
+    def _send(self, parts: Any) -> None:
+        """Send what the app returned, whatever it may be."""
         if isinstance(parts, Pushed):
             self._begin_pushing(parts)
             return
-        if self.content_length is None and self._is_stream():  # its first event may be long in coming
+        if self.content_length is None and self._is_stream():  # its first event may come much later
             self._note_stream()
         closes = True
         try:
@@ -68,8 +98,8 @@ class AppTask(Recorded):
                 parts.close()
 
     def _begin_pushing(self, parts: Pushed) -> None:
-        """Send the first part; the loop goes on with the answer, so it has no last chunk, and the connection stays."""
-        self._is_noted = True  # a drain has no request to end
+        """Send the first part. The loop sends the others, so no last chunk follows, and the connection stays open."""
+        self._is_noted = True  # not counted as a stream: a drain closes its connection as an idle one
         self.write(parts.news())
         parts.go_on(self.channel, chunked=self.chunked_response)
         self.chunked_response = self.close_on_finish = False
@@ -79,81 +109,103 @@ class AppTask(Recorded):
         for part in parts:
             if first:
                 first = False
-                # It may have called start_response with its first part only.
+                # The app may have called start_response only just before it gave its first part.
                 if self.content_length is None and hasattr(parts, "__len__") and len(parts) == 1:
                     self.content_length = len(part)
             if part:
                 self.write(part)
         length, written = self.content_length, self.content_bytes_written
         if length is not None and written != length and self.sends_body:
-            self.set_close_on_finish()
-            log.warning(
-                "application returned too few bytes (%s) for specified Content-Length (%s) via app_iter",
-                written,
-                length,
-            )
+            self._tell_too_few()
 
-    # --- what the app is given ------------------------------------------------------------------------------------
+    def _tell_too_few(self) -> None:
+        """Close the connection after an answer that is shorter than its Content-Length, and say so in the log."""
+        self.set_close_on_finish()
+        log.warning(
+            "application returned too few bytes (%s) for specified Content-Length (%s) via app_iter",
+            self.content_bytes_written,
+            self.content_length,
+        )
+
+    # --- environ and headers --------------------------------------------------------------------------------------
 
     def _environ(self) -> dict[str, Any]:
-        """Waitress' environ (waitress.task), made from a prepared one, and the event that tells of a drain.
+        """The environ as waitress makes it (waitress.task), from the connection's prepared one, with flaskd's keys.
 
-        Beside that it differs in the path: ``//admin`` is not ``/admin``, which waitress makes of it.
+        The path differs: waitress turns ``//admin`` into ``/admin``, flaskd does not.
         """
         request, channel = self.request, self.channel
-        prefix, path = channel.adj.url_prefix, request.path
+        environ = channel.environ_with(request.headers)
+        if request.line is None or channel.context.url_prefix:
+            self._describe(environ)
+        else:
+            environ.update(request.line)
+        environ["wsgi.errors"] = sys.stderr
+        environ["wsgi.input"] = request.get_body_stream() if request.line is None else io.BytesIO(request.short_body)
+        if not request.plain and request.given_id:
+            environ["flaskd.request_id"] = request.given_id
+        return environ
+
+    def _describe(self, environ: dict[str, Any]) -> None:
+        """Put into the environ what the request line says."""
+        request, prefix = self.request, self.channel.context.url_prefix
+        path = request.path
         if prefix and not path.startswith("//"):
             if path == prefix:
                 path = ""
             elif path.startswith(prefix + "/"):
                 path = path[len(prefix) :]
-        environ = channel.environ.copy()
         environ["REQUEST_METHOD"] = request.command
         if self.version != "1.1":
             environ["SERVER_PROTOCOL"] = "HTTP/1.0"
         environ["PATH_INFO"] = path
         environ["REQUEST_URI"] = request.request_uri
         environ["QUERY_STRING"] = request.query
-        environ["wsgi.errors"] = sys.stderr
-        environ["wsgi.input"] = request.get_body_stream()
-        environ.update(request.headers)
-        if request.given_id:
-            environ["flaskd.request_id"] = request.given_id
-        return environ
 
     def start_response(self, status: Any, headers: Any, exc_info: Any = None) -> Any:
-        """Take status and headers, checked as waitress does; gives `write` (PEP 3333)."""
-        if exc_info:
-            try:
-                if self.wrote_header:
-                    raise exc_info[1]
-                self.response_headers, self.content_length = [], None
-            finally:
-                exc_info = None
-        elif self.complete:
-            raise ValueError("cannot call start_response a second time without exc_info (PEP 3333)")
+        """Take and check status and headers; returns `write` (PEP 3333). Raises TypeError or ValueError."""
+        if exc_info or self.complete:
+            self._start_again(exc_info)
         self.complete = True
-        self.status = _status(status)
-        self.response_headers += self._given(headers)
+        context, headers = self.channel.context, tuple(headers)
+        try:
+            given = checked(status, headers, context.ident, context.served_by)
+        except TypeError:  # it cannot be kept, because it has parts that can change, or is wrong
+            given = checked.__wrapped__(status, headers, context.ident, context.served_by)
+        self._given, self.status = given, given.status
+        self.response_headers += given.headers
+        if given.length is not None:
+            self.content_length = given.length
         return self.write
 
-    def _given(self, headers: Any) -> list[tuple[str, str]]:
-        """The headers, but for Content-Length."""
-        given: list[tuple[str, str]] = []
-        for name, value in headers:
-            if not (isinstance(name, str) and isinstance(value, str)):
-                raise TypeError(f"cannot answer with the header {(name, value)!r}: an app gives strings (PEP 3333)")
-            if not value.isprintable() and _CONTROL.search(value):
-                raise ValueError(f"cannot answer with the header {name}: {value!r} has a control character")
-            if (written := _written(name)) == "Content-Length":
-                self.content_length = _length(value)
-            else:
-                given.append((written, value))
-        return given
+    def _start_again(self, exc_info: Any) -> None:
+        """Forget what `start_response` was told before, if its caller has an error to report, and may do so."""
+        if not exc_info:
+            raise ValueError("cannot call start_response a second time without exc_info (PEP 3333)")
+        try:
+            if self.wrote_header:
+                raise exc_info[1]
+            self.response_headers, self.content_length, self._given = (), None, None
+        finally:
+            exc_info = None
 
     def write(self, data: bytes) -> None:
-        """Write a part of the response; here even an app that is itself a generator has said what it sends."""
-        self._code.check()
+        """Write a part of the response. By now even an app that is a generator has called start_response."""
+        channel, given, request = self.channel, self._given, self.request
+        channel.context.code.check()
+        if (
+            given is not None
+            and given.plain
+            and request.plain
+            and type(data) is bytes
+            and given.length == len(data) == self.content_length
+            and not (self.wrote_header or channel.context.closing)
+        ):
+            date = tasks.http_date(int(time.time())).encode()
+            channel.write_soon(b"".join((given.before, date, given.after, data)))
+            request.status, request.header_length = given.status, given.header_length
+            self.content_bytes_written, self.wrote_header = given.length, True
+            return
         first = not self.wrote_header
         super().write(data)
         if first and self.content_length is None and not self._is_noted and self._is_stream():
@@ -162,19 +214,19 @@ class AppTask(Recorded):
     # --- answers without a body, and files ------------------------------------------------------------------------
 
     def _asked_for_nothing(self, parts: Any) -> Any:
-        """What the app returned, where no body may follow, or nothing is known of the answer yet."""
+        """Prepare what the app returned, where no body may be sent, or where start_response was not called yet."""
         if isinstance(parts, ReadOnlyFileBasedBuffer):
             self._measure(parts)
             self.close_on_finish = self.close_on_finish or not self.has_body
             self.write(b"")
-            return Parts(parts, lambda: True, self._code)
-        # What has no known length is asked for nothing behind the header: it may be endless.
+            return Parts(parts, lambda: True, self.channel.context.code)
+        # A body of unknown length may be endless, so no part of it is asked for after the header.
         if hasattr(parts, "__len__"):
             return parts
-        return Parts(parts, lambda: self.wrote_header and not self.sends_body, self._code)
+        return Parts(parts, lambda: self.wrote_header and not self.sends_body, self.channel.context.code)
 
     def _write_file(self, file: Any) -> bool:
-        """Send a file (wsgi.file_wrapper), which the channel closes then; whether there was something in it."""
+        """Send a file (wsgi.file_wrapper), which the channel then closes; False where the file is empty."""
         if not self._measure(file):
             return False
         self.write(b"")
@@ -190,7 +242,7 @@ class AppTask(Recorded):
 
     @property
     def ends_with_connection(self) -> bool:
-        """A stream's connection is closed: it has been made for the stream alone, and ends with it in a drain."""
+        """True for a stream: browsers open a connection for it alone, and the end of the connection ends it."""
         return self._is_stream()
 
     def _note_stream(self) -> None:
@@ -198,8 +250,8 @@ class AppTask(Recorded):
         self.channel.context.stream_began(self.channel)
 
     def last_piece(self, *, begun: bool) -> bytes:
-        """What ends the stream: its last chunk, or, where nothing of it is out yet, a header with nothing behind it."""
-        if begun:  # an HTTP/1.0 client sees its end by that of the connection
+        """What ends the stream: its last chunk; if nothing of it was sent yet, a header without a body."""
+        if begun:  # for an HTTP/1.0 client the end of the connection is the end of the stream
             return b"0\r\n\r\n" if self.chunked_response else b""
         headers = [each for each in self.response_headers if each[0] not in {"Connection", "Transfer-Encoding"}]
         if self.request.given_id and "X-Request-Id" not in dict(headers):
@@ -208,38 +260,9 @@ class AppTask(Recorded):
         return "\r\n".join([*head, "", ""]).encode("latin-1")
 
     def _is_stream(self) -> bool:
-        """Whether it is to end by a chunk, or by the end of its connection, as an HTTP/1.0 proxy asks for it."""
+        """Whether the answer is a stream: of a type in `STREAM_TYPES`, and without a Content-Length."""
         return (
             self.content_length is None
             and self.sends_body
             and any(name == "Content-Type" and value.startswith(STREAM_TYPES) for name, value in self.response_headers)
         )
-
-
-@functools.lru_cache(maxsize=1024)
-def _written(name: str) -> str:
-    """A header's name as it is usually written, if an app may give it."""
-    if not _NAME.fullmatch(name):
-        raise ValueError(f"cannot answer with a header of the name {name!r} (RFC 9110 §5.1)")
-    if name.lower() in hop_by_hop:
-        raise ValueError(f"cannot answer with the header {name}: it is the server's to give (PEP 3333)")
-    return "-".join(map(str.capitalize, name.split("-")))
-
-
-@functools.lru_cache(maxsize=1024)
-def _length(value: str) -> int:
-    """The number that a Content-Length gives."""
-    if not _LENGTH.fullmatch(value):
-        raise ValueError(f"cannot answer with the Content-Length {value!r}: expected a number of bytes")
-    return int(value)
-
-
-@functools.lru_cache(maxsize=256)
-def _status(status: str) -> str:
-    """A status of three digits and a reason, which may be empty (RFC 9112 §4), as may be the blank between them."""
-    if not isinstance(status, str):
-        raise TypeError(f"cannot answer with the status {status!r}: an app gives a string (PEP 3333)")
-    written = status + " " if re.fullmatch("[1-9][0-9]{2}", status) else status
-    if not _STATUS.fullmatch(written):
-        raise ValueError(f"cannot answer with the status {status!r}: expected one such as 200 OK")
-    return written

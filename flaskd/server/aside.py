@@ -1,4 +1,4 @@
-"""How workers share a listener: each takes one connection at a time, and leaves it to others while it is busy."""
+"""How workers share a listener: each accepts one connection at a time, and none while all its places are taken."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from flaskd.server.context import Context
 from flaskd.server.timers import NEVER
 
 ASIDE = 0.02
-"""Seconds in which a worker that is idle may take a connection, before one that is busy does."""
+"""Seconds that a busy worker leaves new connections to idle workers, before it accepts them itself."""
 _MORE = 0.002
-"""The same while more wait than one that is busy takes at once: no worker is idle then."""
+"""The same after a busy worker has found more waiting connections than it takes at once: then no worker is idle."""
 
 
 class Aside:
-    """Leaves the listeners that other workers accept from, too, while all places of this one are taken.
+    """Stops accepting from shared listeners while all places of this worker are taken, so that other workers do.
 
-    After `ASIDE` seconds it takes what waits there, at most as many connections as there are places: their requests
-    wait for a place here, as all other workers are busy, too; and the health path is answered. When there were more, it
-    comes back soon: how long they wait can be limited here, and not in the kernel. Is nothing there, it waits for
-    connections again, and when one comes, an idle worker has the same time to take it. As soon as a place is free,
-    connections are accepted at once.
+    `ASIDE` seconds later this worker accepts the connections that still wait, at most as many as it has places: all
+    other workers are busy, too, so the requests wait for a place here, where `queue_timeout` limits their wait, which
+    nothing does in the kernel; and the health path is answered. If there were more, it looks again after `_MORE`
+    seconds. If there were none, it listens again, and leaves the next connection to idle workers for `ASIDE` seconds.
+    As soon as one of its places is free, it accepts connections at once.
     """
 
     def __init__(self, context: Context, paused: Callable[[], bool]) -> None:
@@ -32,20 +32,20 @@ class Aside:
         self._context = context
         self._pool = context.pool
         self._paused = paused
-        """Whether no connections are accepted, for another reason."""
+        """Whether accepting has stopped for another reason (`Admission`)."""
         self._away = False
-        """Whether the listeners are left alone."""
+        """Whether this worker does not accept at the moment."""
         self._watches = False
-        """Whether they are not, though all places are taken."""
+        """Whether this worker listens although all its places are taken."""
         self._lock = threading.Lock()
-        """Held when the poller is told."""
+        """Held while the two above and the poller's listeners change."""
 
     @property
     def _acceptors(self) -> list[Any]:
         return [each for each in self._context.acceptors if each.listener.copied and each.accepting]
 
     def look(self, now: float) -> None:
-        """Step aside where all places are taken, or end that (the thread that leads, before it waits)."""
+        """Stop accepting if all places are taken, or accept again when it is time (leading thread, before a wait)."""
         if self._away:
             if now < self.next_moment:
                 return
@@ -59,13 +59,13 @@ class Aside:
             self.step(now, ASIDE)
 
     def steps(self) -> bool:
-        """Whether it leaves the connection that has come to others first (the thread that leads)."""
+        """Stop accepting if all places are taken, and return whether it does (the leading thread)."""
         return self._pool.full and self.step(time.monotonic(), ASIDE)
 
     def step(self, now: float, seconds: float) -> bool:
-        """Leave the listeners alone for so long, unless a place is free by now; whether it does."""
+        """Accept nothing for `seconds`, unless a place has become free; returns whether it stops accepting."""
         with self._lock:
-            self._away, self._watches = True, False  # first: a place may become free in this moment
+            self._away, self._watches = True, False  # set first, so that place_free sees it if a place becomes free now
             if not self._pool.full:
                 self._away = False
                 return False
@@ -75,7 +75,7 @@ class Aside:
         return True
 
     def end(self) -> None:
-        """Accept as if the listeners were not copied, until the next `look` (the thread that leads)."""
+        """Accept as if no other worker did, until the next `look` (the leading thread)."""
         self._come_back(watches=False)
 
     def place_free(self) -> None:

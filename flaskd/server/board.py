@@ -1,11 +1,11 @@
-"""A worker's board: memory in which its server notes what it does, and which the supervisor reads at any time.
+"""A worker's board: shared memory to which its server writes what it does, and which the supervisor reads at any time.
 
-It outlives the worker: what was in flight is there to be read, too, when the worker was killed with SIGKILL.
+The board outlives the worker: after a SIGKILL the supervisor can still read which requests were in flight.
 
-The two share no lock. What is relied on: the memory is a memfd mapped shared; CPython stores and loads an aligned word
-of 8 bytes through a memoryview in one piece; and stores become visible to other processes in the order in which they
-are made. x86 promises that; on arm64 a store may be seen some nanoseconds before an earlier one, which is why a row is
-believed only when two copies of it, made one after the other, are the same.
+Worker and supervisor share no lock. The board relies on three things: the memory is a memfd mapped shared; CPython
+stores and loads an aligned word of 8 bytes through a memoryview in one piece; and other processes see stores in the
+order in which they are made. x86 guarantees the last one; on arm64 a store may be seen some nanoseconds before an
+earlier one, so the reader copies a row twice, and uses it only when both copies are equal.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from flaskd.server.request import Request
 from flaskd.server.request_ids import NO_IDS, Ids
 from flaskd.server.tally import COUNTS, SUMS, Counts, Tally
 
-_MAGIC, _VERSION = int.from_bytes(b"flskdbrd", "little"), 2
+_MAGIC, _VERSION = int.from_bytes(b"flskdbrd", "little"), 3
 ROWS = 2048
-"""How many requests in flight are named; a row that was never used costs no memory."""
+"""How many requests in flight have a row that describes them; a row that was never used costs no memory."""
 
 _WORD = 8
-# Words at the beginning; those of moments and sums are floats, all others integers.
+# Positions of single words at the beginning of the memory: moments and sums are floats, all others integers.
 _LAST_TURN, _CONNECTIONS, _UNNAMED, _MOVED, _STUCK_AT, _BACKGROUND, _USED, _IN_USE, _LOST = range(2, 11)
 _COUNTS = 11
 _SUMS = _COUNTS + COUNTS
@@ -38,51 +38,51 @@ _IDS = 64
 assert _SUMS + SUMS <= _IDS
 _ROWS_AT = (_IDS + ROWS) * _WORD
 
-# A row: first byte, complete, begun (moments), whether it is sending; the thread's name; client, method, path; ids.
+# A row: three moments (first byte, complete, begun); sending or not; thread name; client, method and path; ids.
 _ROW = struct.Struct("@dddq32s256s192s")
 _NAME = struct.Struct("@32s")
 _BEGUN_AT, _SENDING_AT, _NAME_AT = 2, 3, 4 * _WORD
-"""Words and bytes from the beginning of a row."""
+"""Offsets from the beginning of a row: two in words, the last one in bytes."""
 _ROW_WORDS = _ROW.size // _WORD
 _PATH_LENGTH = 200
 _SIZE = _ROWS_AT + ROWS * _ROW.size
 _TRIES = 1000
-"""Copies made of one row that changes all the time; a request takes as long as many of them."""
+"""Most attempts to copy one row while it changes; a request takes as long as many attempts."""
 
 
 class Board:
-    """A worker's server writes it, each figure in one thread at a time; the supervisor reads it.
+    """The worker's server writes it, each figure from one thread at a time; the supervisor reads it.
 
-    A request in flight has a row, which is published by its id, stored last, and taken back by a 0 in its place. Ids
-    do not repeat, so an id that is still there after a row was copied says that it is all of one request. A worker
-    that is killed while it writes leaves a row without an id.
+    A request in flight has a row. Its id is stored last, which publishes the row; a 0 in its place withdraws it. Ids
+    do not repeat: if the id is still the same after a row was copied, all of the copy belongs to one request. A worker
+    that is killed while it writes a row leaves that row without an id.
     """
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-        """Of the memory; close-on-exec, and closed by `close`."""
+        """The descriptor of the memory; close-on-exec. `close` closes it."""
         self._map = mmap.mmap(fd, _SIZE)
         self._bytes = memoryview(self._map)
         self._words, self._floats = self._bytes.cast("q"), self._bytes.cast("d")
         self._ids = self._words[_IDS : _IDS + ROWS]
         counts, sums = self._words[_COUNTS : _COUNTS + COUNTS], self._floats[_SUMS : _SUMS + SUMS]
         self.counts = Counts(counts, sums)
-        """What became of all requests so far."""
+        """How all requests so far ended."""
         self._views: list[memoryview[Any]] = [counts, sums, self._ids, self._words, self._floats, self._bytes]
         self._free = list(range(ROWS, 0, -1))
-        """Rows for requests to come, by number from 1; the last one is taken next."""
+        """Free rows, numbered from 1; the last of the list is used next."""
         self._lock = threading.Lock()
-        """Held when a row changes hands, or its request changes it: it may be over, and the row another one's."""
+        """Held while a row is given out, given back or changed: after its request is over, another may have the row."""
 
     @classmethod
     def make(cls) -> Self:
-        """A new board; raises OSError where there is no memory or no descriptor for it."""
+        """Make a new board; raises OSError when no memory or no descriptor is left."""
         import fcntl  # noqa: PLC0415 - not on Windows, where there are no workers
 
         fd = os.memfd_create("flaskd-board", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, _SIZE)
-            # A file that was cut short under its reader would end the reader with SIGBUS.
+            # If the file were shortened, SIGBUS would kill the process that reads it.
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
             board = cls(fd)
         except BaseException:
@@ -94,7 +94,7 @@ class Board:
 
     @classmethod
     def attach(cls, fd: int) -> Self:
-        """The board behind a descriptor, which it takes over; raises FlaskdError where that is none of this layout."""
+        """Open the board behind a descriptor and own that; raises FlaskdError for a board of another layout."""
         head = os.pread(fd, 2 * _WORD, 0)
         if os.fstat(fd).st_size != _SIZE or head != struct.pack("@qq", _MAGIC, _VERSION):
             raise FlaskdError(f"cannot use the board at descriptor {fd}: it is of another version; restart flaskd")
@@ -102,7 +102,7 @@ class Board:
         return cls(fd)
 
     def close(self) -> None:
-        """Give memory and descriptor back; nothing may be read or written any more."""
+        """Release memory and descriptor; the board cannot be used after that."""
         if self._map.closed:
             return
         for view in self._views:
@@ -113,7 +113,7 @@ class Board:
     # --- what the worker's server writes ----------------------------------------------------------------------------
 
     def enter(self, request: Request) -> None:
-        """Note a request that has come whole (one thread at a time)."""
+        """Note a request of which all has been received (one thread at a time)."""
         try:
             row = self._free.pop()
         except IndexError:
@@ -132,7 +132,7 @@ class Board:
         self._ids[row - 1] = request.id
 
     def begin(self, request: Request) -> None:
-        """Note that a thread begins to answer a request."""
+        """Note that a thread begins to run the app for a request."""
         name = _encoded(request.thread.name) if request.thread is not None else b""
         with self._lock:
             if (row := request.row - 1) >= 0:
@@ -140,13 +140,13 @@ class Board:
                 self._floats[_ROWS_AT // _WORD + row * _ROW_WORDS + _BEGUN_AT] = request.began
 
     def send(self, request: Request, *, sending: bool = True) -> None:
-        """Note that an answer waits to be sent, or that its thread, which waited for that, goes on."""
+        """Note that an answer waits to be sent or, with `sending=False`, that its thread no longer waits for that."""
         with self._lock:
             if (row := request.row - 1) >= 0:
                 self._words[_ROWS_AT // _WORD + row * _ROW_WORDS + _SENDING_AT] = sending
 
     def leave(self, request: Request) -> None:
-        """Note that a request is over, once for each that entered; it has been counted by then."""
+        """Note that a request is over; called once for each `enter`, after the request was counted."""
         with self._lock:
             row, request.row = request.row, 0
             if row > 0:
@@ -156,7 +156,7 @@ class Board:
                 self._words[_UNNAMED] -= 1
 
     def turned(self, now: float) -> None:
-        """Note that the loop has turned."""
+        """Note that the loop has turned at `now`, a time.monotonic() moment."""
         self._floats[_LAST_TURN] = now
 
     def connect(self, count: int) -> None:
@@ -164,44 +164,47 @@ class Board:
         self._words[_CONNECTIONS] = count
 
     def look(self, *, moved: Hashable, stuck_at: Hashable | None, background: int, lost: int) -> None:
-        """Note what costs too much to be noted at each change; `stuck_at` is what `Account.all_are_at` gives."""
+        """Note what is written once a second, because each change would cost too much.
+
+        `stuck_at` is the value of `Account.all_are_at`.
+        """
         self._words[_MOVED] = hash(moved)
         self._words[_STUCK_AT] = (hash(stuck_at) or 1) if stuck_at is not None else 0
         self._words[_BACKGROUND] = background
         self._words[_LOST] = lost
 
     def use(self, now: float) -> None:
-        """Note that a request came, or was answered, which counts for the idle stop."""
+        """Note that a request that counts for the idle stop came or was answered at `now`."""
         self._floats[_USED] = now
 
     def count_for_idle(self, *, in_use: bool) -> None:
-        """Note whether something is in hand that counts for the idle stop."""
+        """Note whether a request or background work is under way that counts for the idle stop."""
         self._words[_IN_USE] = in_use
 
     # --- what the supervisor reads ----------------------------------------------------------------------------------
 
     def tally(self) -> Tally:
-        """What became of all requests so far, as `Account.tally` gives it in the worker."""
+        """How all requests so far ended: the worker's `Account.tally`."""
         return self.counts.tally()
 
     @property
     def last_turn(self) -> float:
-        """When the loop last turned (time.monotonic(), one clock for all processes); 0 before it first did."""
+        """When the loop last turned (time.monotonic(), the same clock in all processes); 0 before its first turn."""
         return self._floats[_LAST_TURN]
 
     @property
     def connections(self) -> int:
-        """Open connections."""
+        """How many connections are open."""
         return self._words[_CONNECTIONS]
 
     @property
     def queued(self) -> int:
-        """Requests that wait for a place; those without a row count as such."""
+        """How many requests wait for a place; requests without a row are counted as waiting."""
         return sum(each.phase == "queued" for each in self.in_flight()) + self.unnamed
 
     @property
     def busy(self) -> int:
-        """Requests that are run, each by a thread."""
+        """How many requests are being run, each by a thread."""
         return sum(each.phase == "running" for each in self.in_flight())
 
     @property
@@ -211,32 +214,33 @@ class Board:
 
     @property
     def background(self) -> int:
-        """How much work was under way in the background when the loop last looked, which it does every second."""
+        """How many pieces of background work were under way when the loop last looked, which it does every second."""
         return self._words[_BACKGROUND]
 
     @property
     def lost(self) -> int:
-        """How many threads went on with requests that are over when the loop last looked."""
+        """How many threads still ran a request that was over, when the loop last looked (every second)."""
         return self._words[_LOST]
 
     def moved(self) -> Hashable:
-        """How far the requests are: two answers a second apart differ when one began or ended, or a byte moved."""
+        """A value that changes, within a second, when a request begins or ends or a byte of one is received or sent."""
         return *self.tally().outcomes.values(), self._words[_MOVED]
 
     def all_are_at(self) -> Hashable | None:
-        """What `Account.all_are_at` gave when the loop last looked, which it does every second; comparable, no more."""
+        """A hash of `Account.all_are_at` when the loop last looked (every second); it can only be compared."""
         return self._words[_STUCK_AT] or None
 
     def idle_for(self) -> float:
         """Seconds since a request that counts for the idle stop came or was answered; 0 while one is in hand.
 
-        Those of a worker that watches for idleness (`WaitressThread.watch_idle`), since its watch began. That something
-        is in hand is noted a quarter of the time later that makes idle: then the number is small, because it came.
+        Only for a worker that watches for idleness (`WaitressThread.watch_idle`); counted from the begin of its watch.
+        That a request is in hand may be noted late, by a quarter of the idle time at most; the number is small
+        meanwhile, because the request's coming was noted at once.
         """
         return 0.0 if self._words[_IN_USE] else time.monotonic() - self._floats[_USED]
 
     def in_flight(self) -> list[InFlight]:
-        """What is in flight, oldest first, without stacks; up to `ROWS` requests, `unnamed` are more."""
+        """The requests in flight, oldest first, without stacks: at most `ROWS`; `unnamed` is the number of others."""
         found = [self._read(row) for row, number in enumerate(self._ids.tolist()) if number]
         return sorted(filter(None, found), key=lambda each: each.id)
 
@@ -245,7 +249,7 @@ class Board:
         for _ in range(_TRIES):
             number = self._ids[row]
             if not number:
-                return None  # it is over meanwhile
+                return None  # the request has ended meanwhile
             copy, again = self._map[place], self._map[place]
             if copy == again and self._ids[row] == number:
                 return _in_flight(number, copy)

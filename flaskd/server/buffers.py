@@ -1,6 +1,6 @@
-"""Bodies and answers that wait: in memory at first, in a temporary file when they are long.
+"""Buffers for request bodies and answers: in memory at first, in a temporary file once they are long.
 
-Waitress' own buffers lose count where a temporary file cannot be made or written (a full /tmp, none at all).
+Waitress' own buffers count wrongly when a temporary file cannot be made or written (/tmp is full or missing).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from waitress.buffers import OverflowableBuffer, TempfileBasedBuffer
 log = logging.getLogger("flaskd.server")
 
 FREE_SPACE = "make room in the directory for temporary files, or name another one in $TMPDIR"
-"""What to do where a temporary file cannot be had."""
+"""The advice in the log when a temporary file cannot be made or written."""
 
 
 class _TemporaryFile(TempfileBasedBuffer):  # type: ignore[misc]  # waitress is untyped
-    """A buffer in a temporary file. Unbuffered: what there is no room for is known at once, and nothing of it stays."""
+    """A buffer in a temporary file. The file is unbuffered, so that a full disk is noticed at once, and undone."""
 
     def __init__(self, before: Any) -> None:
-        self.file = tempfile.TemporaryFile("w+b", buffering=0)  # noqa: SIM115 - it lives as long as the buffer
+        self.file = tempfile.TemporaryFile("w+b", buffering=0)  # noqa: SIM115 - open as long as the buffer lives
         if before is not None:
             try:
                 self.append(before.get())
@@ -47,7 +47,7 @@ class _TemporaryFile(TempfileBasedBuffer):  # type: ignore[misc]  # waitress is 
 
 
 class BodyBuffer(OverflowableBuffer):  # type: ignore[misc]
-    """A request's body; raises OSError where it cannot be kept."""
+    """A request's body; raises OSError when it cannot be stored."""
 
     buf: Any
 
@@ -57,22 +57,22 @@ class BodyBuffer(OverflowableBuffer):  # type: ignore[misc]
             before.close()
 
     def getfile(self) -> Any:
-        """What the app reads from; lines of a file come out of a buffer."""
+        """The file that the app reads the body from; with a read buffer, so that reading lines is quick."""
         file = super().getfile()
         if not isinstance(file, io.RawIOBase):
             return file
-        self._reader = io.BufferedReader(file)  # kept: it closes the file when it goes
+        self._reader = io.BufferedReader(file)  # kept here, because it closes the file when it is collected
         return self._reader
 
 
 class AnswerBuffer(BodyBuffer):
-    """A part of an answer, which has begun by then: where it cannot be kept in a file, it stays in memory.
+    """A part of an answer. When it cannot be stored in a file it stays in memory, because the answer has begun.
 
-    How much that may be is waitress' ``outbuf_high_watermark``, above which the app waits for its client.
+    It grows up to waitress' ``outbuf_high_watermark`` in bytes; above that the app waits for its client.
     """
 
     def append(self, data: bytes) -> None:
-        """Add `data`."""
+        """Add `data`; where the temporary file cannot take it, go on in memory."""
         try:
             super().append(data)
         except OSError as error:  # nothing of it was added

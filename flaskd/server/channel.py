@@ -1,7 +1,7 @@
-"""A connection and its requests, on waitress' own channel.
+"""A connection and its requests, built on waitress' own channel.
 
-What is taken from waitress 3, or overrides it, has a contract test in ``tests/unit/server/test_contract.py``, so that a
-new waitress fails a test and not a user.
+All that this class uses or overrides of waitress 3 has a contract test in ``tests/unit/server/test_contract.py``: a
+change in a newer waitress fails a test, and does not surprise a user.
 """
 
 from __future__ import annotations
@@ -16,60 +16,42 @@ from waitress.channel import ClientDisconnected
 
 from flaskd.server.app_task import AppTask
 from flaskd.server.context import Context
-from flaskd.server.output import OutputChannel
+from flaskd.server.input import InputChannel
 from flaskd.server.request import Request
 from flaskd.server.tasks import HealthTask, Recorded, RefusalTask, RejectTask
 from flaskd.sockets import unread
 
 log = logging.getLogger("flaskd.server")
 
-_DISCARD = 1 << 16
-"""Bytes thrown away at once."""
-_BODY = 1 << 16
-"""Bytes of a body read at once; waitress' 8 KiB are a turn of the loop for each. A head is read in its small bites,
-because what lies behind it may be hundreds of requests more."""
-
 
 class _ChannelServer:
-    """What a channel knows as its server: the acceptor, but it wakes the loop for this one channel."""
+    """What waitress' channel uses as its server: the acceptor, except that it wakes the loop for this one channel."""
 
     def __init__(self, channel: Channel, acceptor: Any, sock: Any) -> None:
         self._channel = channel
-        self._acceptor = acceptor
         self.adj = acceptor.adj
         self.active_channels = acceptor.context.probes if channel.internal else acceptor.active_channels
         self.effective_port = acceptor.effective_port
         self.environ = acceptor.environ
         self.server_name = acceptor.server_name or ("localhost" if channel.internal else sock.getsockname()[0])
 
-    @property
-    def app(self) -> Any:
-        return self._acceptor.application
-
     def pull_trigger(self) -> None:
         channel = self._channel
         if channel.requests and channel.requests[0] is channel.serving:
             channel.context.poller.touch(channel)
-        # Else the request is answered, and service() touches when it leaves the connection.
+        # Otherwise the request has been answered, and service() touches the channel when it leaves it.
 
     def add_task(self, channel: Channel) -> None:
         channel.begin_next()
 
 
 def _named(request: Request) -> dict[str, Any]:
-    """The `extra` of a line of the log about a request that is answered."""
+    """The `extra` of a log line about a request that is being answered."""
     return {"fields": {"id": request.id, **request.ids.fields()}}
 
 
-class Channel(OutputChannel):
-    """A connection; `here`: all is answered by the loop."""
-
-    one_shot = True
-    here = False
-    keeper: Request | None = None
-    """The request for which a thread has the connection, or will have it; meanwhile the loop does not read from it.
-
-    Changed under `requests_lock`, and so is what the poller waits for: the connection is the loop's or a thread's."""
+class Channel(InputChannel):
+    """A connection, and the answers to its requests."""
 
     def __init__(self, acceptor: Any, sock: Any, addr: Any, adj: Any, map: Any = None) -> None:  # noqa: A002 - waitress' name
         context: Context = acceptor.context
@@ -81,18 +63,18 @@ class Channel(OutputChannel):
 
     @property
     def last_activity(self) -> float:
-        """The time.monotonic() moment at which it last received or sent something."""
+        """The time.monotonic() moment at which it last received or sent bytes."""
         return self._last_activity
 
     @last_activity.setter
     def last_activity(self, _wall_clock: float) -> None:
-        # Waitress sets it to time.time(), by which a clock that is set forward would make every connection look idle.
+        # Waitress sets this to time.time(): if that clock were set forward, every connection would look idle.
         self._last_activity = time.monotonic()
 
     def stalled(self, since: float) -> bool:
-        """Whether nothing has come or gone since that time.monotonic() moment, though it was the client's turn."""
+        """Whether the client has sent and read nothing since that time.monotonic() moment, though it was its turn."""
         if self.last_activity >= since or not self.outbuf_lock.acquire(blocking=False):
-            return False  # a thread that holds the lock is about to send
+            return False  # the thread that holds the lock is about to send
         try:
             return not self.requests or self.total_outbufs_len > 0
         finally:
@@ -100,21 +82,21 @@ class Channel(OutputChannel):
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is in hand: no request, no part of one, no output."""
+        """Whether there is no request, no part of one, and no unsent output."""
         return not (self.keeper or self.requests or self.arriving or self.total_outbufs_len or self.unsettled)
 
     @property
     def grace_left(self) -> float:
-        """Seconds in which the client of a drained connection may still send a request, since its last answer."""
+        """Seconds for which the client may still send a request during a drain (negative: the time is over)."""
         return self.grace_from + self.context.keepalive_grace - time.monotonic()
 
     @property
     def too_late(self) -> bool:
-        """Whether a request that wants to be told to continue comes after the connection's grace."""
+        """Whether a request that expects "100 Continue" comes too late, because the connection's grace is over."""
         return self.context.draining.is_set() and self.grace_left <= 0
 
     def close_if_idle(self) -> None:
-        """While draining: half-close when nothing is in hand, once the grace is over (loop's thread)."""
+        """During a drain, half-close a connection that is idle, once its grace is over (loop's thread)."""
         context = self.context
         if not context.drains or self.internal or self.half_closed or not self.idle:
             return
@@ -127,8 +109,8 @@ class Channel(OutputChannel):
             context.timers.at(time.monotonic() + left, self.look)
 
     def look(self, now: float) -> None:
-        """Close what had its time: a connection that is half-closed, or one that is idle in a drain (loop's thread)."""
-        if self._fileno is None:  # closed meanwhile
+        """Close the connection if its time is over: half-closed, or idle during a drain (loop's thread)."""
+        if self._fileno is None:  # it was closed meanwhile
             return
         if self.half_closed:
             self.linger(now)
@@ -138,7 +120,7 @@ class Channel(OutputChannel):
     # --- one request ---------------------------------------------------------------------------------------------
 
     def begin_next(self) -> None:
-        """Let the first request in line be answered, by a thread or by the loop itself; `requests_lock` is held."""
+        """Have the first request in `requests` answered, by a thread or the loop; the caller holds `requests_lock`."""
         request, context = self.requests[0], self.context
         here = self.here or context.alone or context.refusing or request.rejected or request.error
         if not here and not (request.path == context.health_path and request.command in {"GET", "HEAD"}):
@@ -159,50 +141,54 @@ class Channel(OutputChannel):
             return RejectTask(self, request)
         if self.here or (request.path == self.context.health_path and request.command in {"GET", "HEAD"}):
             return HealthTask(self, request)
-        task = self.task = AppTask(self, request)
-        return task
-
-    def parser_class(self, adj: Any) -> Request:
-        """What waitress reads a request into."""
-        return Request(self, adj)
+        return AppTask(self, request)
 
     def service(self) -> float:
-        """Answer the first request in line, and leave the connection to the next one, or to the loop (its thread).
-
-        Gives the seconds from the begin to the last byte that was put out.
-        """
-        request = self.requests[0]
-        request.thread = threading.current_thread()
+        """Answer the first request, then hand on the connection; returns how many seconds the answer took."""
+        request, context = self.requests[0], self.context
+        if request.thread is None:
+            request.thread = threading.current_thread()
         request.began = began = time.monotonic()
         request.starts_at = request.ends_at = self.output_length() if self.total_outbufs_len else self.flushed
         self.serving = request
-        if (board := self.context.board) is not None:
+        if (board := context.board) is not None:
             board.begin(request)
+        task: Recorded | None = None
+        last = True
         try:
-            last = self._answer(request)
-        except BaseException:  # lets no thread and no connection go missing, whatever kills the task
-            log.exception(f"cannot finish {request.snapshot()}: the connection is closed")
-            last = True
+            task = AppTask(self, request) if request.at_once else self._task_for(request)
+            if self.connected:
+                task.service()
+                last = task.close_on_finish
+        except BaseException as error:  # noqa: BLE001 - whatever the task raises, the thread goes on
+            self._failed(request, task, error)
         ended = self.grace_from = self._last_activity = time.monotonic()
         request.answered = request.over = True
-        if self.unsettled or self.total_outbufs_len or self.account.streams or not self.connected:
-            with self.outbuf_lock:
-                if not self.stream_over:
-                    self.unsettled.append(request)
-                if board is not None:
-                    board.send(request)
-                self._settle()
+        account = self.account
+        if self.unsettled or self.total_outbufs_len or account.streams or not self.connected:
+            self._settle_later(request)
+        elif request.at_once and request.whole and self.flushed >= request.ends_at:
+            account.retire(request, "completed", None, ended)
         else:
             self._retire(request)
-        if self.account.streams or self.context.pool.lost:
-            self.account.answered(request)
+        if account.streams or context.pool.lost:
+            account.answered(request)
         self._go_on(last=last)
         if not self.connected:
             self._free_arriving()
         return ended - began
 
+    def _settle_later(self, request: Request) -> None:
+        """Retire a request once the kernel has taken all of its answer, which may be at once."""
+        with self.outbuf_lock:
+            if not self.stream_over:
+                self.unsettled.append(request)
+            if (board := self.context.board) is not None:
+                board.send(request)
+            self._settle()
+
     def serve_here(self) -> None:
-        """Answer the first request in line in the loop's thread; of a client that has gone, free what it sent."""
+        """Answer the first request in the loop's thread; if the client has left, free all that it sent."""
         if self.requests and self.connected:
             self.keeper = self.requests[0]
             self.keeper.here = True
@@ -211,33 +197,31 @@ class Channel(OutputChannel):
             for each in self.requests:
                 each.close()
 
-    def _answer(self, request: Request) -> bool:
-        """Give the answer; whether it is the last one on the connection."""
-        task = self._task_for(request)
-        if not self.connected:
-            return True
+    def _failed(self, request: Request, task: Recorded | None, error: BaseException) -> None:
+        """Say why the answer to a request ended early, and answer in its place if nothing of it was sent."""
         try:
-            task.service()
-        except ClientDisconnected:
-            if not self.stream_over:
-                which = f"{request.path}{request.ids}"
-                self.logger.info(f"Client disconnected while serving {which}", extra=_named(request))
-            return True
-        except Exception:
-            self.logger.exception(f"Exception while serving {request.path}{request.ids}", extra=_named(request))
-            if not task.wrote_header:
-                self.answer_instead(500, "The server encountered an unexpected internal server error")
-            return True
-        return bool(task.close_on_finish)
+            if isinstance(error, ClientDisconnected):
+                if not self.stream_over:
+                    which = f"{request.path}{request.ids}"
+                    self.logger.info(f"Client disconnected while serving {which}", extra=_named(request))
+            elif isinstance(error, Exception):
+                what = f"Exception while serving {request.path}{request.ids}"
+                self.logger.error(what, exc_info=error, extra=_named(request))
+                if task is None or not task.wrote_header:
+                    self.answer_instead(500, "The server encountered an unexpected internal server error")
+            else:
+                raise error
+        except BaseException:
+            log.exception(f"cannot finish {request.snapshot()}: the connection is closed")
 
     @property
     def _expects_continue(self) -> bool:
-        """Whether the next request waits for a word to continue, which could not be given before (RFC 9110 §10.1.1)."""
+        """Whether the next request still waits for "100 Continue" (RFC 9110 §10.1.1)."""
         arriving = self.request
         return bool(arriving and arriving.expect_continue and arriving.headers_finished and not self.sent_continue)
 
     def answer_instead(self, status: int, why: str) -> None:
-        """Answer the request that is being served in the place of the app, and close the connection."""
+        """Answer the current request with an error in the place of the app, and close the connection."""
         failed = Request(self, self.adj)
         failed.refuse(status, why)
         failed.version = self.serving.version
@@ -246,9 +230,9 @@ class Channel(OutputChannel):
             RefusalTask(self, failed).service()
 
     def _go_on(self, *, last: bool) -> None:
-        """Leave the connection, whose first request is answered; `last`: what was pipelined behind is not."""
+        """Hand on the connection once its first request was answered; with `last`, drop the requests behind it."""
         if not last and len(self.requests) > 1 and self.total_outbufs_len > self.adj.outbuf_high_watermark:
-            self.context.waiting.for_client(self)  # what is pipelined behind would be put out on top
+            self.context.waiting.for_client(self)  # the next pipelined answer would come on top of it
         with self.requests_lock:
             if last:
                 self.close_when_flushed = True
@@ -257,10 +241,10 @@ class Channel(OutputChannel):
                 self.requests = []
             else:
                 request = self.requests.pop(0)
-                if request.body_rcv is not None:
+                if request.line is None and request.body_rcv is not None:
                     request.close()
                 if self.current_outbuf_count > 0:
-                    self.current_outbuf_count = self.adj.outbuf_high_watermark  # the next answer has buffers of its own
+                    self.current_outbuf_count = self.adj.outbuf_high_watermark  # the next answer begins a new buffer
             self.keeper = None
             if self.connected and self.requests:
                 self.requests[0].its_turn = time.monotonic()
@@ -270,60 +254,18 @@ class Channel(OutputChannel):
                     self.send_continue()
                 writable = self.total_outbufs_len or self.will_close or self.close_when_flushed
                 if not (writable or self.context.drains):
-                    if (sock := self.socket) is not None:
-                        self.context.poller.expect(sock)  # without a word to the loop
+                    self.context.poller.expect(self)  # without waking the loop
                     return
         self.context.poller.touch(self)
 
     # --- input and output, in the loop's thread --------------------------------------------------------------------
 
-    def readable(self) -> bool:
-        """Waitress' rule, unless a thread has the connection; a half-closed one is read to its end."""
-        return self.half_closed or (self.keeper is None and bool(super().readable()))
-
     def writable(self) -> bool:
-        """Waitress' rule; nothing is sent after the half-close."""
+        """Whether there is something to send: never after the half-close, else as waitress."""
         return not self.half_closed and bool(super().writable())
 
-    def handle_read(self) -> None:
-        """Read; what comes after the half-close is thrown away, because its answer could not be sent."""
-        try:
-            simple = self.request is None and not self.half_closed
-            data: bytes = self.socket.recv(self.adj.recv_bytes if simple else self._bite())
-        except BlockingIOError:
-            return  # the event was for the socket that had this number before
-        except OSError:
-            data = b""
-        if not data:
-            self.handle_close()
-        elif self.half_closed:
-            self._heard_at = time.monotonic()
-        else:
-            self._last_activity = time.monotonic()
-            self.received(data)
-
-    def _bite(self) -> int:
-        """How many bytes to read at once."""
-        if self.half_closed:
-            return _DISCARD
-        return _BODY if self.request is not None and self.request.headers_finished else int(self.adj.recv_bytes)
-
-    def received(self, data: bytes) -> bool:
-        """Take what has come: a common request in one pass, anything else by waitress' way."""
-        if self.request is None:
-            request = Request(self, self.adj)
-            with self.requests_lock:
-                if self.will_close or self.close_when_flushed:
-                    return False
-                if request.take_common(data):
-                    self.requests.append(request)
-                    if len(self.requests) == 1:
-                        self.begin_next()
-                    return True
-        return bool(super().received(data))
-
     def handle_write(self) -> None:
-        """Flush and retire what is done."""
+        """Send waiting output, and retire the requests whose answers are completely sent."""
         self._flushing = True
         try:
             super().handle_write()
@@ -334,7 +276,11 @@ class Channel(OutputChannel):
                 self._settle()
 
     def handle_close(self) -> None:
-        """Close; what was in hand is over. After an answer the close is lingering, so that nothing of it is reset."""
+        """Close the connection; its requests are over.
+
+        If an answer has just been sent and the client may still be sending, half-close first: closing at once would
+        reset the connection, and the client could lose the answer.
+        """
         if self._flushing and self.connected and not self.total_outbufs_len and self._client_may_be_sending():
             self.half_close()
             return
@@ -344,9 +290,9 @@ class Channel(OutputChannel):
         self._free_arriving()
 
     def _free_arriving(self) -> None:
-        """Free what has come of a closed connection's next request: it may be a file, and would stay until collected.
+        """Free the part of the next request that a closed connection has received; it may be in a temporary file.
 
-        A thread that is just reading it, and so has the lock, does this when it has done so.
+        If another thread holds the lock because it reads that request, that thread frees it when it has finished.
         """
         if self.requests_lock.acquire(blocking=False):
             try:
@@ -357,11 +303,11 @@ class Channel(OutputChannel):
                 request.close()
 
     def _client_may_be_sending(self) -> bool:
-        """Whether closing now could reset the connection, and destroy an answer that is under way (RFC 9112 §9.6)."""
+        """Whether closing now could reset the connection and so destroy an answer on its way (RFC 9112 §9.6)."""
         return self.context.closing or self.serving_was_refused or unread(self.socket) > 0
 
 
 class Probe(Channel):
-    """A connection of one's own, which came through no listener."""
+    """A connection that this process makes to itself, without a listener; it is in no count and no log."""
 
     internal = True

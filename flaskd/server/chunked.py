@@ -1,4 +1,4 @@
-"""A body in chunks (RFC 9112 §7.1), read strictly: another reading of its framing would be another request."""
+"""Reading a chunked body (RFC 9112 §7.1), strictly: a proxy that frames it otherwise would see other requests."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from typing import Any
 
 from flaskd.server.lines import TOKEN, Lines, RefusedError, field
 
-_EXTENSION = rf'[ \t]*+;[ \t]*+{TOKEN}(?:[ \t]*+=[ \t]*+(?:{TOKEN}|"(?:[^"\\]|\\.)*+"))?+'
-_SIZE = re.compile(rf"([0-9A-Fa-f]{{1,16}}+)((?:{_EXTENSION})*+)".encode())
+_EXTENSION = rf'[ \t]*+;[ \t]*+{TOKEN}(?>(?:[ \t]*+=[ \t]*+(?:{TOKEN}|"(?>(?:[^"\\]|\\.)*)"))?)'
+_SIZE = re.compile(rf"([0-9A-Fa-f]{{1,16}}+)((?>(?:{_EXTENSION})*))".encode())
 _MOST_EXTENSIONS = 16 * 1024
-"""Bytes of extensions in one body; nobody uses them, and without a limit each byte of it could bring thousands."""
+"""Most bytes of chunk extensions in one body. Clients do not use them in practice, and without a limit they could be
+thousands for each byte of the body."""
 _LONGEST_LINE = 16 + _MOST_EXTENSIONS
 
 
 class ChunkedBody:
-    """Takes the chunks apart and keeps what was in them in `buffer`, at most `most` bytes; trailers are read over.
+    """Reads chunks and appends their contents to `buffer`, at most `most` bytes; trailers are checked and dropped.
 
-    It stands where waitress has its ChunkedReceiver. Framing does not count as body.
+    It replaces waitress' ChunkedReceiver. Framing does not count towards `most`.
     """
 
     completed = False
@@ -30,14 +31,14 @@ class ChunkedBody:
         self._take_line: Callable[[bytes], None] = self._take_size
         self._longest = _LONGEST_LINE
         self._left = 0
-        """Bytes of the chunk that are still to come."""
+        """Bytes of the current chunk that have not come yet."""
         self._size = self._extensions = 0
 
     def __len__(self) -> int:
         return self._size
 
     def received(self, data: bytes) -> int:
-        """Take a piece; how much of it was the body's. Raises RefusedError."""
+        """Read a piece of data; returns how many of its bytes belong to this body. Raises RefusedError."""
         at, pieces = 0, []
         while at < len(data) and not self.completed:
             if self._left:
@@ -46,7 +47,7 @@ class ChunkedBody:
                 self._left -= len(pieces[-1])
                 continue
             line, at = self._lines.take(data, at)
-            if len(self._lines.begun if line is None else line) > self._longest + (line is None):  # perhaps its CR
+            if len(self._lines.begun if line is None else line) > self._longest + (line is None):  # + its CR
                 raise self._too_long()
             if line is not None:
                 self._take_line(line)
@@ -70,7 +71,7 @@ class ChunkedBody:
         else:
             self._take_line, self._longest = self._take_trailer, self._most_trailers
 
-    def _take_end(self, _line: bytes) -> None:  # empty, as it may not be longer
+    def _take_end(self, _line: bytes) -> None:  # always empty: `_longest` is 0
         self._take_line, self._longest = self._take_size, _LONGEST_LINE
 
     def _take_trailer(self, line: bytes) -> None:
@@ -89,9 +90,9 @@ class ChunkedBody:
         return RefusedError(400, "expected shorter lines between the chunks of the body")
 
     def getfile(self) -> Any:
-        """What the app reads the body from (waitress.parser)."""
+        """The file that the app reads the body from (called by waitress.parser)."""
         return self._buffer.getfile()
 
     def getbuf(self) -> Any:
-        """What is closed when the request is over (waitress.parser)."""
+        """The buffer, which waitress.parser closes when the request is over."""
         return self._buffer

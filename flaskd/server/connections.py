@@ -1,4 +1,4 @@
-"""The open connections: those that say nothing for too long are closed, and at a deadline all are."""
+"""The open connections: silent and slow ones are closed in time, and at a deadline all are."""
 
 from __future__ import annotations
 
@@ -20,63 +20,63 @@ from flaskd.sockets import unread
 log = logging.getLogger("flaskd.server")
 
 _LOOKS = 10
-"""How often connections are looked at within the time that they have, which is so kept to a tenth, or to a turn."""
+"""How often connections are looked at within the shortest timeout, so a timeout may be exceeded by a tenth of it."""
 _AT_ONCE = 64
-"""How many connections are found at once that may be closed to make room."""
+"""How many connections that may be closed to make room are looked for at once."""
 
 
 class Connections:
-    """All open connections of a loop, in its thread, except where it says "any thread"."""
+    """All open connections of a loop. Methods run in the loop's thread, except where they say "any thread"."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
         self.patience = float("inf")
-        """Seconds that a client has for a request, since it connected or had its last answer."""
+        """Seconds in which a client must complete a request, counted from its connecting or its last answer."""
         self._restful: deque[tuple[tuple[bool, float], Channel]] = deque()
-        """Those that may be closed to make room, the first one first."""
+        """Connections that may be closed to make room, in the order in which they are to be closed."""
         context.waiting.close = lambda channel, why: context.call(
             lambda: self._close_slow(channel, "outbuf_high_watermark", why)
         )
         self.next_reaping = 0.0
-        """The time.monotonic() moment at which to look again for those that say nothing."""
+        """The time.monotonic() moment at which to look for silent and slow connections again."""
 
     @property
     def count(self) -> int:
-        """How many are open, without those of probes (any thread)."""
+        """How many connections are open, without those of probes (any thread)."""
         return self.context.connections
 
     def channels(self) -> Iterator[Channel]:
-        """All of them, those of probes too (any thread)."""
+        """All connections, including those of probes (any thread)."""
         for acceptor in self.context.acceptors:
             yield from list(acceptor.active_channels.values())
         yield from list(self.context.probes.values())
 
     def in_hand(self) -> list[Request]:
-        """The requests in flight, and those still coming whose head is complete (any thread)."""
-        # First those still coming: one that has come meanwhile is then among the others.
+        """The requests in flight, and those with a complete head whose body is still coming (any thread)."""
+        # The arriving ones are read first: one that is completed meanwhile is then among those in flight.
         arriving = [channel.arriving for channel in self.channels() if not channel.internal]
         in_flight = self.context.account.in_hand
         return [each for each in arriving if each is not None and each.headers_finished] + list(in_flight.values())
 
     def moved(self) -> Hashable:
-        """How far the requests are: two answers differ when one began or ended, or a byte moved (any thread)."""
+        """A value that changes when a request begins or ends, or a byte is received or sent (any thread)."""
         at = tuple((each.id, each.channel.flushed, each.channel.last_activity) for each in self.in_hand())
         return *self.context.account.counted, at
 
     def attach(self, sock: Any, *, here: bool = False) -> None:
-        """Serve a connection that came through no listener, such as a probe's; it is in no count and no log.
+        """Serve a connection that did not come through a listener, such as a probe's; it is in no count and no log.
 
-        With `here` the loop itself answers it, and no thread of the pool.
+        With `here` the loop itself answers, without the app and without a thread of the pool.
         """
         acceptor = self.context.acceptors[0]
         sock.setblocking(False)
         Probe(acceptor, sock, ("probe", None), acceptor.adj, map=self.context.poller).here = here
 
     def reap(self, now: float) -> None:
-        """Close connections that were idle for too long, as waitress' maintenance does, accepting or not.
+        """Close connections that were idle for too long (`channel_timeout`), whether accepting is paused or not.
 
-        Clients that stopped reading, too: waitress would let them keep the thread that waits for them for ever.
-        And those that take longer than `patience` over a request, or are slower than they may be.
+        Also close those whose client stopped reading (in waitress they would keep a thread for ever), took longer than
+        `patience` to send a request, or is slower than `head_timeout` and `min_rate` allow.
         """
         for acceptor in self.context.acceptors:
             shortest = min(acceptor.adj.channel_timeout, self.patience, self.context.limits.head_timeout)
@@ -103,7 +103,7 @@ class Connections:
         elif arriving is not None:
             progress = channel.progress = channel.progress or Progress()
             if progress.too_slow(now, arriving, arriving.body_bytes_received, timeout=timeout, least=least):
-                self._time_out(channel, arriving, "min_rate", f"of its body came less than {rate} bytes a second")
+                self._time_out(channel, arriving, "min_rate", f"its client sent less than {rate} bytes a second")
         elif owed := channel.total_outbufs_len:
             progress, moved = channel.progress or Progress(), channel.flushed
             channel.progress = progress
@@ -123,14 +123,14 @@ class Connections:
 
     def _close_slow(self, channel: Any, limit: str, why: str) -> None:
         if channel.connected:
-            self._limited(limit, f"{channel.serving.snapshot()}: {why}: closed")
+            self._limited(limit, f"closed the connection of {channel.serving.snapshot()}: {why}")
             channel.handle_close()
 
     def make_room(self, count: int) -> int:
-        """Close up to `count` connections whose clients are waited for; returns how many.
+        """Close up to `count` connections that wait for their clients; returns how many were closed.
 
-        At first those on which there is no request, or no more than a part of its head, the oldest first; then those
-        whose client sends a body or reads an answer more slowly than `SLOW`. None whose client had no time to speak.
+        First those without a request, or with only a part of its head, the oldest first; then those whose client sends
+        a body or reads an answer more slowly than `SLOW`. Every client has at least `PATIENCE` seconds before that.
         """
         closed, searched = 0, False
         while closed < count:
@@ -143,39 +143,40 @@ class Connections:
             found, channel = self._restful.popleft()
             rest = _rest(channel) if channel.connected else None
             if rest is not None and rest <= found and not unread(channel.socket):
-                what = f"closed the connection of {channel.client}: another one has its place (server.connection_limit)"
+                what = f"closed the connection of {channel.client} to make room for another (server.connection_limit)"
                 self._limited("connection_limit", what)
                 channel.handle_close()
                 closed += 1
         return closed
 
     def _limited(self, limit: str, what: str) -> None:
-        """Count and tell what a limit has done to a client."""
+        """Count and log what a limit has done to a client."""
         self.context.account.limited(limit)
         log.warning(what, extra=bounded_by(f"clients that met {limit}"))
 
     def cut_all(self, reason: str, *, but: Callable[[Connection], bool] = lambda _: False) -> None:
-        """Break off whatever is in hand on all connections `but` some, and close them."""
+        """Cut all requests on all connections, except those for which `but` is true, and close them."""
         account = self.context.account
         channels = [channel for channel in self.channels() if not channel.internal and not but(channel)]
         arriving = [channel.arriving for channel in channels]
         in_hand = [request for request in list(account.in_hand.values()) if not but(request.channel)]
-        # A thread may be reading: what still arrived a moment ago may be in hand by now, or over.
+        # Another thread may be reading: a request that was arriving a moment ago may be in flight or over by now.
         account.cut_together(dict.fromkeys([*in_hand, *filter(None, arriving)]), reason)
         for channel in channels:
             channel.handle_close()
 
     def forget(self) -> None:
-        """Close the sockets of all connections, and nothing else: in a forked child they are not ours."""
+        """In a forked child, close its copies of the sockets of all connections, and nothing else."""
         for channel in self.channels():
             channel.socket.close()
 
 
 def _rest(channel: Channel) -> tuple[bool, float] | None:
-    """How a connection may be closed to make room for another one, the least first; None where it may not.
+    """The rank of a connection among those that may be closed to make room, the least first; None if it may not.
 
-    First those with no request in hand, by the time.monotonic() moment since when that is so; then those whose client
-    sends a body or reads an answer, by its bytes a second. It had time to speak, and is slow.
+    First come connections without a request, by the time.monotonic() moment since which they have none; then those
+    whose client sends a body or reads an answer more slowly than `SLOW`, by its bytes a second. A connection younger
+    than `PATIENCE` seconds is not closed.
     """
     if channel.keeper or channel.requests:
         return None

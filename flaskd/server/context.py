@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from flaskd.process.forks import AppCode
 from flaskd.server.account import Account
 from flaskd.server.board import Board
 from flaskd.server.limits import NO_LIMITS
@@ -19,58 +20,65 @@ from flaskd.server.timers import Timers
 
 
 class Context:
-    """How to serve at the moment, and the parts that every connection uses; it outlives each of them."""
+    """The current settings of a server, and the objects that all its connections use; it outlives every connection."""
 
     def __init__(self, app: Callable[..., Any], threads: int, board: Board | None = None) -> None:
         self.proxies = app if isinstance(app, BehindProxies) else None
-        """Tells who the client is behind a proxy; None where no proxy is believed."""
+        """Finds out who the client behind a proxy is; None where no proxy is trusted."""
+        self.app = app if self.proxies is None else self.proxies.__call__  # a method is called more quickly
+        self.ident = self.url_prefix = ""
+        """What each answer says of the server (Server), and the path under which the app is mounted; empty: nothing."""
+        self.code = AppCode()
+        """The context in which the app's code runs."""
         self.draining = threading.Event()
         self.drains = False
-        """The same as a plain attribute, for where it is asked at every event."""
+        """The same as a plain attribute, which is quicker to read at every event."""
         self.closing = False
-        """Whether responses close their connections: while draining, and while a drain is announced."""
+        """Whether each response closes its connection: during a drain, and while one is announced."""
         self.refusing = False
-        """Whether requests are answered with 503 (drained, on listeners that others share)."""
+        """Whether requests are answered with 503: when drained, on listeners that other processes share."""
         self.keepalive_grace = self.stream_grace = 0.0
-        """Seconds that a drained connection may still send a request, and that a stream may go on."""
+        """Seconds during a drain in which a client may send one more request, and in which a stream may go on."""
         self.alone = threads == 0
-        """Whether the loop runs the app itself; for apps that never wait."""
+        """Whether the loop's thread runs the app itself, which must then never wait."""
         self.names_limits = True
-        """Whether the log names the setting that a request goes beyond; not where no setting could change that."""
+        """Whether the log names the setting whose limit a request exceeds; False where the limit is fixed."""
         self.limits = NO_LIMITS
-        """The limits in force; `flaskd.server.limit_watch` keeps those of time."""
+        """The limits in force; `flaskd.server.limit_watch` enforces those of time."""
         self.served_by = ""
-        """What each answer says of who served it (X-Served-By); empty: nothing."""
+        """The value of X-Served-By in each answer; empty: no such header."""
         self.health_path = ""
         self.health: Callable[[], tuple[str, str]] = lambda: ("200 OK", "ready")
-        """What is answered on that path: the status line and a text."""
+        """Gives the answer on `health_path`: the status line and a text."""
         self.poller = make_poller()
         self.board = board
-        """Where a worker notes what it does, for its supervisor; None in a process that serves alone."""
+        """The memory in which a worker notes what it does, for its supervisor; None without workers."""
         self.pool = ThreadPool(threads)
         self.account = Account(self.pool, board)
         self.waiting = Waiting(self.pool)
-        """The threads that wait for clients that read slowly."""
+        """The threads that wait for clients which read slowly."""
         self.timers = Timers()
         self.acceptors: list[Any] = []
-        """Waitress' servers, one for each listener."""
+        """Waitress' server objects, one for each listener."""
         self.probes: dict[int, Any] = {}
-        """Open connections that came through no listener, by their descriptors."""
+        """Open connections that did not come through a listener, by their descriptors."""
         self.on_stream: Callable[[Connection], None] = lambda _: None
-        """Is called in the loop's thread when a stream began after a drain did."""
+        """Called in the loop's thread for a stream that began after the drain."""
         self.on_closed: Callable[[], None] = lambda: None
-        """Is called when a drain has closed all listeners that are not shared."""
+        """Called when a drain has closed all listeners that are not shared."""
         self._closed = False
         self._lock = threading.Lock()
-        self._calls: deque[Callable[[], None]] = deque()
-        self._answers: deque[Callable[[], None]] = deque()
+        self.calls: deque[Callable[[], None]] = deque()
+        """What the loop's thread is to run next."""
+        self.answers: deque[Callable[[], None]] = deque()
+        """What it is to answer by itself after that."""
         self.poller.wake = self.wake
 
     # --- any thread -----------------------------------------------------------------------------------------------
 
     def call(self, function: Callable[[], None]) -> None:
-        """Run a function in the loop's thread, soon."""
-        self._calls.append(function)
+        """Run a function in the loop's thread at its next turn, which begins at once."""
+        self.calls.append(function)
         self.wake()
 
     def wake(self) -> None:
@@ -80,12 +88,12 @@ class Context:
                 self.acceptors[0].trigger.pull_trigger()
 
     def answer_soon(self, answer: Callable[[], None]) -> None:
-        """Call what answers a connection's next request in the loop's thread, once that has run all that was called."""
-        self._answers.append(answer)
+        """Call `answer`, which answers a request, in the loop's thread, after all functions that `call` was given."""
+        self.answers.append(answer)
         self.wake()
 
     def stream_began(self, channel: Connection) -> None:
-        """Note a response that has no end of its own."""
+        """Note that a stream has begun on a connection."""
         self.account.streams.add(channel)
         if self.drains:
             self.call(lambda: self.on_stream(channel))
@@ -98,16 +106,16 @@ class Context:
     # --- the loop's thread ----------------------------------------------------------------------------------------
 
     def run_calls(self) -> None:
-        """Run what `call` was given."""
-        while self._calls:
-            self._calls.popleft()()
+        """Run the functions that `call` was given."""
+        while self.calls:
+            self.calls.popleft()()
 
     def answer(self) -> None:
-        """Give the answers that need no thread of the pool."""
-        while self._answers:
-            self._answers.popleft()()
+        """Run the functions that `answer_soon` was given."""
+        while self.answers:
+            self.answers.popleft()()
 
     def close(self) -> None:
-        """Wake nothing from now on, because the descriptors are about to be given back (any thread)."""
+        """Wake the loop no more, because its descriptors are about to be closed (any thread)."""
         with self._lock:
             self._closed = True

@@ -1,4 +1,4 @@
-"""One drain as its owner sees it: begun once, joined by all who want it, over once, with a report."""
+"""One drain as its owner sees it: it begins once, several callers may wait for it, and it ends once, with a report."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from flaskd.ledger import Cut, DrainReport
 log = logging.getLogger("flaskd.server")
 
 DRAIN_GUARD = 0.5
-"""Seconds past its deadline after which a drain is over without a word of the server, where it is in this process."""
+"""Seconds after its deadline at which a drain is given up, if a server in this process has not reported its end."""
 _LOOK = 0.5
-"""Seconds between two looks of a thread that waits for a drain whether the server is still there to end it."""
+"""Seconds after which a thread that waits for a drain checks again whether the server is still alive."""
 
 
 class Drainable(Protocol):
@@ -31,7 +31,7 @@ class Drainable(Protocol):
 
     @property
     def dead(self) -> str:
-        """Why no word of it will come any more; empty while it is there."""
+        """Why the server cannot report the end of a drain any more; empty while it can."""
 
     def begin_drain(
         self,
@@ -41,24 +41,25 @@ class Drainable(Protocol):
         announce: float = 0.0,
         counted_from: tuple[int, int] | None = None,
     ) -> None:
-        """Finish what is in hand within `timeout` seconds; `announce` seconds before, new clients are still welcome.
+        """Announce a drain for `announce` seconds, then take no new work and finish what is in hand within `timeout`.
 
-        Returns at once; `over` is called with the report from a thread of the server.
+        While the drain is announced, new connections are accepted. Returns at once; `over` is called with the report
+        from a thread of the server. `counted_from` is the value of `counted` from which the report counts.
         """
 
     def hasten_drain(self, timeout: float) -> None:
         """End the announce now, and leave the drain at most `timeout` seconds more."""
 
     def cut(self, reason: str) -> tuple[Cut, ...]:
-        """What is in flight, as cut."""
+        """Entries for all requests in flight, as cut for this reason."""
 
 
 class Drain:
-    """A drain of `server` within `timeout` seconds, announced for `announce` seconds before; all from any thread.
+    """A drain of `server` within `timeout` seconds, after `announce` seconds of announce; for any thread.
 
-    `over` is called once, with it, in the thread that found out that it is over. Its account has what was answered
-    since `counted_from` (see `Drainable.counted`), by default since now. One that follows an `earlier` drain goes on
-    with its account.
+    When the drain is over, `over` is called once with this object, in the thread that found it out. The account has
+    what was answered since `counted_from` (see `Drainable.counted`), by default since now. A drain that follows an
+    `earlier` one continues the account of that.
     """
 
     def __init__(
@@ -85,21 +86,21 @@ class Drain:
         self._done = threading.Event()
         self._undone = False
         self.report: DrainReport | None = None
-        """What came of it; None until it is over."""
+        """What became of the requests; None until the drain is over."""
 
     def begin(self) -> Self:
-        """Begin it, and return at once; one that cannot be begun is over, and what is in flight counts as cut."""
+        """Begin the drain and return at once. If it cannot begin it is over, and requests in flight count as cut."""
         try:
             self._server.begin_drain(
                 self._timeout, self._conclude, announce=self._announce, counted_from=self._counted_from
             )
-        except Exception as error:  # whatever it was, a stop goes on
+        except Exception as error:  # whatever was raised, a stop must go on
             log.exception("the drain broke off")
             self.give_up(f"the drain broke off: {error}")
         return self
 
     def shorten(self, timeout: float) -> None:
-        """End its announce, and leave it at most `timeout` seconds more."""
+        """End its announce now, and let it take at most `timeout` more seconds."""
         if self.report is None:
             self._until = min(self._until, time.monotonic() + timeout)
             self._server.hasten_drain(timeout)
@@ -111,32 +112,32 @@ class Drain:
 
     @property
     def looked_at(self) -> float:
-        """The time.monotonic() moment at which `look` may find that it is over without a word of the server."""
+        """The time.monotonic() moment from which on `look` gives the drain up, even if its server has not reported."""
         return self._until + self._guard
 
     def look(self) -> bool:
-        """Give it up, if its server is dead or has let its time pass; whether it did."""
+        """Give the drain up if its server is dead or overdue; returns whether it did."""
         overdue = time.monotonic() >= self._until + self._guard
-        why = self._server.dead or ("the serving thread does not turn" if overdue else "")
+        why = self._server.dead or ("the serving thread does not respond" if overdue else "")
         return self.report is None and bool(why) and self.give_up(why)
 
     def give_up(self, why: str) -> bool:
-        """End it without a word of the server: all that is in flight counts as cut; whether it was not over by now."""
+        """End the drain without the server's report: requests in flight count as cut. False if it was over before."""
         return self._conclude(DrainReport(cut=self._server.cut(why), background=left_behind()))
 
     def account(self) -> dict[str, Any]:
-        """What came of it, for an answer."""
+        """The report as JSON, for an answer; an empty one until the drain is over."""
         return (self.report or DrainReport()).as_json()
 
     def undo(self) -> None:
-        """Tell all who wait for it that it was undone."""
+        """End the waiting of all callers of `wait`: the drain was undone."""
         self._undone = True
         self._done.set()
 
     def wait(self, timeout: float = math.inf) -> DrainReport | None:
-        """Wait until it is over, at most `timeout` seconds; None when it is not over by then.
+        """Wait at most `timeout` seconds until the drain is over; returns its report, or None if it is not over.
 
-        Raises NotNowError when it was undone.
+        Raises NotNowError if the drain was undone.
         """
         until = time.monotonic() + timeout
         while not self._done.wait(max(0.0, min(_LOOK, until - time.monotonic()))) and time.monotonic() < until:
@@ -159,12 +160,12 @@ class Drain:
 def in_thread_of_its_own(
     server: Drainable, drain: Callable[[], DrainReport], over: Callable[[DrainReport], object]
 ) -> threading.Thread:
-    """Carry out a drain that waits in a thread of its own; where no thread can be had, in this one."""
+    """Run `drain`, which waits, in a thread of its own, or in this one if none can be started; then call `over`."""
 
     def run() -> None:
         try:
             report = drain()
-        except Exception as error:  # whatever it was, its owner waits for a word
+        except Exception as error:  # whatever was raised, the drain's owner waits for a report
             log.exception("the drain broke off")
             report = DrainReport(cut=server.cut(f"the drain broke off: {error}"))
         over(report)

@@ -1,4 +1,7 @@
-"""A drain in the loop: the gate, the backlog, what is in hand, the deadline, the report."""
+"""A drain as the loop carries it out: it closes the gate, empties the backlog, finishes requests, and reports.
+
+The gate is what refuses new connections on a listener while those whose handshake is under way can still complete.
+"""
 
 from __future__ import annotations
 
@@ -15,26 +18,26 @@ from flaskd.server.request import Connection
 log = logging.getLogger("flaskd.server")
 
 GATE = 0.03
-"""Seconds in which handshakes under way complete behind a closed gate, where the kernel does not tell of them."""
+"""Seconds that handshakes under way have to complete behind a closed gate, where the kernel does not report them."""
 GATE_MOST = 1.0
-"""Seconds in which they complete where it does: to a client far away it is a long way, and a busy one is slow. Bounded,
-because some never complete, as those of who only looks for open ports."""
+"""The same in seconds, at most, where the kernel does report them: a client may be far away or busy. Bounded, because
+some handshakes never complete, such as a port scanner's."""
 GATE_AGAIN = 0.01
-"""Seconds until the kernel is asked again whether some are under way."""
+"""Seconds until the kernel is asked again whether handshakes are under way."""
 BACKLOG = 4096
-"""Connections taken from the backlog of a listener that could not be gated. Bounded, because clients come back."""
+"""Most connections accepted from the backlog of a listener without a gate. Bounded, because clients come back."""
 TOO_LATE = "the deadline came"
 _ROOM_AGAIN = 0.05
-"""Seconds until a backlog is tried again for which there was no room."""
+"""Seconds until a backlog that met the connection limit is tried again."""
 _LAST_FLUSH = 0.25
-"""Seconds past the deadline in which the refusals of what never started get out."""
+"""Seconds after the deadline in which requests that never began still get their 503."""
 
 
 class Draining:
     """One drain, in the loop's thread; `begins` and `deadline` are time.monotonic() moments.
 
-    Until it begins, the loop goes on accepting, and each response closes its connection. `began` is called when it
-    begins, and gives the connections on which a response without an end of its own is being sent.
+    Until it begins, it is announced: the loop goes on accepting, and each response closes its connection. When it
+    begins it calls `began`, which returns the connections on which a stream is being sent; when it is over, `over`.
     """
 
     def __init__(
@@ -58,18 +61,18 @@ class Draining:
         self._counted_from = counted_from
         self._asked = self._began = time.monotonic()
         self._gated: list[Any] = []
-        """Acceptors whose backlog is still to be taken."""
+        """Acceptors whose backlog has not been emptied yet."""
         self._gate_until = self._gate_at_most = 0.0
         self._last_batch_taken = self._told_closed = False
         self._streams: list[tuple[float, Connection]] = []
         self.cut: list[Cut] = []
-        """What was broken off so far."""
+        """The requests that were cut so far."""
         self._last_moment = 0.0
         self._unaccepted = 0
 
     @property
     def next_moment(self) -> float:
-        """The time.monotonic() moment at which `advance` has something to do whatever happens."""
+        """The time.monotonic() moment at which `advance` must be called, even if nothing else happens."""
         if not self._begun:
             return self._begins
         moments = [self._last_moment or self.deadline]
@@ -94,7 +97,7 @@ class Draining:
         self.deadline = min(self.deadline, deadline)
 
     def close_gates(self) -> None:
-        """Take no new connections; again when a listener that somebody shared is ours alone by now."""
+        """Take no new connections; called again when another process has stopped sharing a listener."""
         now = time.monotonic()
         self._gate_until, self._gate_at_most = now + GATE, now + GATE_MOST
         for acceptor in self._context.acceptors:
@@ -102,9 +105,9 @@ class Draining:
             if not acceptor.accepting or acceptor in self._gated:
                 continue
             if listener.shared and listener.copied and not listener.kept:
-                acceptor.close_listener()  # other workers go on accepting; it keeps no place and no client
+                acceptor.close_listener()  # other workers go on accepting from their copies
             elif listener.shared:
-                self._context.poller.listen(acceptor, on=False)  # its backlog belongs to the next owner
+                self._context.poller.listen(acceptor, on=False)  # another process accepts its backlog
             elif listener.gate():
                 self._gated.append(acceptor)
             else:
@@ -118,7 +121,7 @@ class Draining:
             self._context.on_closed()
 
     def pass_the_gate(self, *, patient: bool = True) -> None:
-        """Wait until handshakes under way are done, or had their time behind the gate, and let all of them in."""
+        """Wait until the handshakes under way have completed, or their time is over; then accept all connections."""
         while self._gated and ((left := self._gate_until - time.monotonic()) > 0 or (patient and self._connecting())):
             self._turn(max(left, GATE_AGAIN))
         self._let_all_in()
@@ -130,7 +133,7 @@ class Draining:
             self._let_all_in()
 
     def _connecting(self) -> bool:
-        """Whether a client is still on its way through the gate, and has time left."""
+        """Whether a handshake is under way behind a gate and still has time."""
         return time.monotonic() < self._gate_at_most and any(each.listener.handshakes() for each in self._gated)
 
     def _let_all_in(self) -> None:
@@ -143,11 +146,11 @@ class Draining:
     def _turn(self, timeout: float) -> None:
         poller = self._context.poller
         poller.wait(timeout)
-        while poller.handle_next():
-            pass
+        while poller.events:
+            poller.handle()  # gives no connection: while answers close theirs, each request is queued
 
     def _let_in(self, acceptor: Any) -> None:
-        """Take the backlog and close the listener; where the connections are at their limit, as soon as some end."""
+        """Empty the backlog and close the listener; at the connection limit, do so once some connections have ended."""
         acceptor.accept_some(BACKLOG)
         if self._admission.full:
             self._gated.append(acceptor)
@@ -155,19 +158,19 @@ class Draining:
             self._close(acceptor)
 
     def _close(self, acceptor: Any) -> None:
-        """Close the listener, and count whom that resets: no client, where other workers have copies of it."""
+        """Close the listener, and count the connections that this resets: none where other workers have copies."""
         if not acceptor.listener.copied and (left := acceptor.listener.waiting()):
             log.warning(f"{left} connections in the backlog of {acceptor.listener.address} are reset")
             self._unaccepted += left
         acceptor.close_listener()
 
     def end_streams(self, channels: Sequence[Connection]) -> None:
-        """End streams at a chunk boundary once their grace, counted from the begin of the drain, is over."""
+        """End these streams between two parts, `stream_grace` seconds after the begin of the drain."""
         moment = self._began + self._context.stream_grace
         self._streams += [(moment, channel) for channel in channels]
 
     def advance(self, now: float) -> None:
-        """Do what is due; report when nothing is open or in the background any more, or the deadline came."""
+        """Do what is due; report once no connection is open and no background work is left, or the deadline came."""
         if not self._begun:
             if now < self._begins:
                 return
@@ -190,7 +193,7 @@ class Draining:
                 self._report()
 
     def _last_batch(self) -> bool:
-        """Take once what waits where nobody knows whether a successor comes; whether there was something."""
+        """Accept, once, what waits on shared listeners that may have no next owner; returns whether there was any."""
         if self._last_batch_taken:
             return False
         self._last_batch_taken = True
@@ -206,11 +209,11 @@ class Draining:
         )
 
     def _refuse_what_never_started(self) -> None:
-        """Answer 503 to what waits in the queue, or before the gate: nobody has begun it, and another server may."""
+        """Answer 503 to requests that wait in the queue or at the gate: none has begun, so a retry is safe."""
         self._context.refusing = True
         if self._gated:
             self.pass_the_gate(patient=False)
-            self._turn(0)  # read what those have sent
+            self._turn(0)  # read what the accepted connections have sent
         self._context.answer()
         for acceptor in self._gated:
             self._close(acceptor)
@@ -220,7 +223,7 @@ class Draining:
             for request in channel.requests:
                 request.rejected = True
             channel.serve_here()
-        self._context.answer()  # to what was pipelined behind
+        self._context.answer()  # to the requests that were pipelined behind these
 
     def _report(self) -> None:
         completed, rejected = self._counted_from

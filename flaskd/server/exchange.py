@@ -1,4 +1,4 @@
-"""Werkzeug's development server on a listener of ours: its connections, and the one request on each."""
+"""Werkzeug's development server on a listener of flaskd: its connections, and the one request on each."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ log = logging.getLogger("flaskd.server")
 _OK = 200
 """The first status of an answer that is not interim (RFC 9110 §15.2)."""
 _REST = 1 << 16
-"""Bytes that are thrown away at once."""
+"""Most bytes of a request's rest that are thrown away at once."""
 
 
 class _Rest:
-    """What a client sends behind its request: Werkzeug throws it away by 10 MB, and would wait for all of them."""
+    """A request's input. Werkzeug discards the rest of it in reads of 10 MB; here a read does not wait for so much."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
 
     def read(self, _: int = -1) -> bytes:
-        """What is there; Werkzeug asks when there is something."""
+        """Return what has come; Werkzeug calls this when the socket is readable."""
         return bytes(self._file.read1(_REST))
 
     def __getattr__(self, name: str) -> Any:
@@ -41,14 +41,14 @@ class _Rest:
 
 
 class _Out:
-    """Where an answer is written to, counted; `mute`: no more of it may be sent."""
+    """The output for an answer; it counts the bytes written. With `mute`, further bytes are dropped."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
         self.count, self.mute = 0, False
 
     def write(self, data: bytes) -> None:
-        """Send all of it."""
+        """Send and count all of `data`, unless `mute` is set."""
         if not self.mute:
             self._file.write(data)
             self.count += len(data)
@@ -58,20 +58,20 @@ class _Out:
 
 
 class ServingThread(Protocol):
-    """What the server tells of its connections and requests, and to what it belongs."""
+    """The object that owns the server, to which it reports its connections and requests."""
 
     draining: threading.Event
     begun: dict[threading.Thread, Request]
-    """The requests that have begun to come, by the thread of their connection."""
+    """The requests whose first line has come, by the thread of their connection."""
 
     def accepted(self, request: Request) -> None:
         """Count a request as in flight."""
 
     def retire(self, request: Request, fault: str) -> None:
-        """Take it out of flight; `fault` is why its client did not get it whole, though it did not leave."""
+        """Take a request out of flight; `fault` says why a client that stayed did not get all of the answer, or ""."""
 
     def ended(self, thread: threading.Thread) -> None:
-        """Note that the connection of this thread is closed."""
+        """Note that the connection of a thread is closed."""
 
 
 class Request(WSGIRequestHandler):
@@ -90,12 +90,12 @@ class Request(WSGIRequestHandler):
     _broke_off = False
 
     def setup(self) -> None:
-        """Count what is written."""
+        """Prepare the connection, with an output that counts."""
         super().setup()
         self.wfile = _Out(self.wfile)
 
     def parse_request(self) -> bool:
-        """Parse the head, whose first line has come: a drain reads on from here."""
+        """Parse the head, whose first line has come; from here on a drain waits for the rest."""
         self.began, self.thread = time.monotonic(), threading.current_thread()
         self.server.thread.begun[self.thread] = self
         return super().parse_request()
@@ -111,12 +111,12 @@ class Request(WSGIRequestHandler):
                 self._fail()
             fault = self._fault()
         finally:
-            self.close_connection = True  # Werkzeug says so with the header, to which it may not have come
+            self.close_connection = True  # Werkzeug sets it with the header, which may not have been sent
             self.phase = "over"
             self.server.thread.retire(self, "" if self.gone else fault)
 
     def _fail(self) -> None:
-        """Answer 500: what the app gave was no header, and Werkzeug has sent nothing."""
+        """Answer 500: the app gave no valid header, and Werkzeug has sent nothing."""
         self._headers_buffer: list[bytes] = []
         try:
             self.send_error(500)
@@ -124,30 +124,30 @@ class Request(WSGIRequestHandler):
             self.gone = True
 
     def send_response(self, code: int, message: str | None = None) -> None:
-        """Note the status."""
+        """Note the status code, and send the status line."""
         self._code = code
         super().send_response(code, message)
 
     def send_header(self, keyword: str, value: str) -> None:
-        """Note what says where the answer ends."""
+        """Send a header; note the Content-Length."""
         if keyword.lower() == "content-length":
             self._length = int(value)
         super().send_header(keyword, value)
 
     def end_headers(self) -> None:
-        """Send the header, and nothing behind it where no body may follow (RFC 9112 §6.3)."""
+        """Send the header; after it, drop the body where none is allowed (RFC 9112 §6.3)."""
         super().end_headers()
         self._body_at = self.wfile.count
         self.wfile.mute = self.command == "HEAD" or self._code in {204, 304} or self._code < _OK
 
     def break_off(self) -> None:
-        """Note that the app raised; Werkzeug would send its page for that behind what is out of the answer."""
+        """Note that the app raised, and send no more: Werkzeug would append its error page to the unfinished answer."""
         if self._body_at is not None:
             self._broke_off = not self.wfile.mute
             self.wfile.mute = True
 
     def _fault(self) -> str:
-        """Why the client sees that the answer is not whole; empty where it is."""
+        """How the client can see that the answer is incomplete; empty if it is complete."""
         if self.wfile.mute and not self._broke_off:  # no body may follow
             return ""
         if self._length is None:
@@ -156,7 +156,7 @@ class Request(WSGIRequestHandler):
         return f"its answer is {missing} bytes shorter than its Content-Length says" if missing > 0 else ""
 
     def connection_dropped(self, error: BaseException, environ: Any = None) -> None:  # noqa: ARG002 - Werkzeug's names
-        """Note that the client is gone; Werkzeug calls this instead of raising."""
+        """Note that the client has left; Werkzeug calls this instead of raising."""
         self.gone = True
 
     def make_environ(self) -> Any:
@@ -167,22 +167,22 @@ class Request(WSGIRequestHandler):
         return environ
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        """Say nothing: one line of each request belongs to a log that somebody asked for."""
+        """Write no line for each request: flaskd's access log does that where it is configured."""
 
     def snapshot(self) -> InFlight:
-        """What can be shown of it."""
+        """A description of the request at this moment."""
         age = time.monotonic() - self.began
         method, path = visible(self.command or ""), visible(getattr(self, "path", "").partition("?")[0])
         client, gone = str(self.client_address[0]), closed_by_peer(self.connection)
         return InFlight(self.id, client, method, path, age, self.phase, self.thread.name, gone=gone)
 
     def cut(self, reason: str) -> Cut:
-        """The ledger's entry for breaking it off now."""
+        """The ledger's entry for cutting the request now."""
         return Cut(**{**vars(self.snapshot()), "stack": stack_of(self.thread)}, reason=reason)
 
 
 class Server(ThreadedWSGIServer):
-    """Werkzeug's server on a listener of ours; it knows the threads of its connections."""
+    """Werkzeug's server on a listener of flaskd; it keeps the threads of its connections."""
 
     thread: ServingThread
 
@@ -195,11 +195,11 @@ class Server(ThreadedWSGIServer):
         self.socket.setblocking(False)
 
     def accept_one(self) -> None:
-        """Accept a connection that waits; what ``socketserver.BaseServer.serve_forever`` calls."""
+        """Accept one waiting connection, as ``socketserver.BaseServer.serve_forever`` does."""
         self._handle_request_noblock()  # type: ignore[attr-defined]  # typeshed leaves it out
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve a connection in a thread of its own, which keeps no interpreter alive if it hangs."""
+        """Serve a connection in a thread of its own; if that hangs, the interpreter can exit all the same."""
         thread = AppThread(target=self._serve, args=(request, client_address), name=f"flaskd-werkzeug-{next(self.ids)}")
         self.connections[thread] = request
         try:
@@ -211,28 +211,28 @@ class Server(ThreadedWSGIServer):
     def _serve(self, request: Any, client_address: Any) -> None:
         try:
             self.process_request_thread(request, client_address)
-        except SystemExit as leaving:  # it ends nothing but this connection
+        except SystemExit as leaving:  # it ends this connection alone
             log.error(f"the app raised {leaving!r} while answering")  # noqa: TRY400 - its traceback says nothing more
         finally:
             self.thread.ended(threading.current_thread())
 
 
 class _AppFailedError(RuntimeError):
-    """The app raised what Werkzeug does not answer: it takes some errors for those of a client that left."""
+    """The app raised an error that Werkzeug would take for the sign of a client that left."""
 
 
 class OwnErrors:
-    """A WSGI app whose own TimeoutError or ConnectionError, such as its database's, is answered like any other error.
+    """A WSGI app around another: a TimeoutError or ConnectionError of the app is answered like any other error.
 
-    So is SystemExit, which would leave the client without an answer. What breaks PEP 3333 is found before Werkzeug has
-    begun to send it. `broke_off` is called when the app raised.
+    Such an error may come from the app's database; Werkzeug would take it for the client's leaving. SystemExit, too, is
+    answered. What violates PEP 3333 is found before Werkzeug sends it. `broke_off` is called when the app raised.
     """
 
     def __init__(self, app: Callable[..., Any], broke_off: Callable[[], None]) -> None:
         self._app, self._broke_off = app, broke_off
 
     def __call__(self, environ: Any, start_response: Any) -> Any:
-        """Run the app."""
+        """Run the app; errors come out as Werkzeug answers them."""
 
         def started(status: str, headers: list[tuple[str, str]], *more: Any) -> Any:
             int(status.split(None, 1)[0])
@@ -255,7 +255,7 @@ class OwnErrors:
 
 
 class _Told:
-    """What such an app returned."""
+    """The body that the app of `OwnErrors` returned; errors while it is read are treated in the same way."""
 
     def __init__(self, parts: Any, told: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
         self._parts, self._told = parts, told
@@ -274,7 +274,7 @@ class _Told:
             yield part
 
     def close(self) -> None:
-        """Close it as the server should (PEP 3333)."""
+        """Close the app's body, if it has a `close` (PEP 3333)."""
         if hasattr(self._parts, "close"):
             with self._told():
                 self._parts.close()

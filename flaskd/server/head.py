@@ -1,55 +1,64 @@
-"""The head of a common request, read in one pass by two expressions of the same grammar as `flaskd.server.lines`.
+"""Reading the head of a common request in one pass, with two regular expressions of `flaskd.server.lines`' grammar.
 
-Common is what has come whole and alone: HTTP/1.1, a path as its target, well-formed fields, each of them once, no body
-or one that came with the head. Whatever is not common, and whatever is wrong, goes to `flaskd.server.parser` with the
-same bytes.
+A common request has come complete and alone: HTTP/1.1, a path as its target, well-formed fields, each of them once, no
+body or one that came with the head. All other requests, and all faulty ones, are read by `flaskd.server.parser` from
+the same bytes.
 
-A client says the same in the fields of one request after another, and asks for few paths: neither is read twice.
+A client often repeats the same fields in all its requests, and asks for few paths, so both are cached.
 """
 
 from __future__ import annotations
 
 import functools
 import re
+from dataclasses import dataclass
 from typing import NamedTuple
 from urllib.parse import unquote_to_bytes
 
 from flaskd.server.lines import LENGTH, TOKEN, is_host
 
 _LINE = re.compile(r"(GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS) (/[!\"$-~]*+) HTTP/1\.1")
-_FIELDS = re.compile(rf"((?:\r\n{TOKEN}: [!-~\x80-\xff][\t -~\x80-\xff]*+(?<![ \t]))++)\r\n\r\n")
-"""Each field has one blank behind its colon, and none at its end."""
+_FIELDS = re.compile(rf"((?>(?:\r\n{TOKEN}: [!-~\x80-\xff][\t -~\x80-\xff]*+(?<![ \t]))+))\r\n\r\n")
+"""The field lines and the blank line; each field has one blank after its colon, and none at its end."""
 _UNCOMMON = frozenset({"HTTP_TRANSFER_ENCODING", "HTTP_EXPECT", "_"})
 _MOST_LINES = 256
-"""Request lines that are remembered."""
+"""How many request lines are cached."""
 
 _is_host = functools.lru_cache(maxsize=1024)(is_host)
 
 
 class Line(NamedTuple):
-    """A request line: what an environ has of it, and the kind of request that it asks for."""
+    """A request line, as an environ has it, and the kind of the request (`kind_of`)."""
 
     method: str
     target: str
     path: str
     query: str
     kind: str
+    environ: dict[str, str]
+    """What an environ has of it. All requests with this line share the dictionary, so it must not be changed."""
+    wants_body: bool
+    """Whether the answer may have a body: false for HEAD."""
 
 
-class Fields(NamedTuple):
-    """The fields of a head: from the end of the request line to the blank line, and what they say."""
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """The fields of a head: their bytes, from the end of the request line to the blank line, and their meaning."""
 
     block: bytes
     headers: dict[str, str]
-    """By their names in an environ; nobody changes them, because the requests that have the same fields share them."""
+    """By their names in an environ. Requests with the same fields share this dictionary, so it must not be changed."""
     length: int
-    """That of the body."""
+    """The length of the body in bytes."""
+    keeps: bool
+    """Whether the client does not ask for the connection to be closed."""
 
 
 def read(data: bytes, before: Fields | None) -> tuple[Line, Fields, int] | None:
-    """The head of a common request at the beginning of `data`; None where the request is not common.
+    """Read the head of a common request at the beginning of `data`; None if the request is not common.
 
-    Gives where the body begins, too. `before` are the fields of the last request on the connection.
+    Returns the request line, the fields, and the offset at which the body begins. `before` are the fields of the last
+    common request on the connection.
     """
     end = data.find(b"\r\n")
     if end < 0 or (line := _line(data[:end])) is None:
@@ -70,14 +79,15 @@ def _line(line: bytes) -> Line | None:
         path = unquote_to_bytes(path).decode("latin-1")
         if "\0" in path:
             return None
-    return Line(method, target, path, query, kind_of(method, path))
+    environ = {"REQUEST_METHOD": method, "PATH_INFO": path, "REQUEST_URI": target, "QUERY_STRING": query}
+    return Line(method, target, path, query, kind_of(method, path), environ, method != "HEAD")
 
 
 def _fields(text: str) -> Fields | None:
     if (match := _FIELDS.match(text)) is None:
         return None
     lines = match[1].split("\r\n")
-    del lines[0]  # what is before the first line end
+    del lines[0]  # the empty text before the first line end
     headers: dict[str, str] = {}
     for line in lines:
         name, _, value = line.partition(": ")
@@ -89,20 +99,27 @@ def _fields(text: str) -> Fields | None:
     length = headers.get("CONTENT_LENGTH", "0")
     if LENGTH.fullmatch(length) is None:
         return None
-    return Fields(match[0].encode("latin-1"), headers, int(length))
+    keeps = "close" not in connection_options(headers.get("HTTP_CONNECTION", ""))
+    return Fields(match[0].encode("latin-1"), headers, int(length), keeps)
+
+
+@functools.lru_cache(maxsize=64)
+def connection_options(value: str) -> frozenset[str]:
+    """The options in a Connection header, in small letters (RFC 9110 §7.6.1)."""
+    return frozenset(option.strip().lower() for option in value.split(","))
 
 
 def kind_of(method: str, path: str) -> str:
-    """The method, and the beginning of the path: requests that have both in common often take as long."""
+    """The method and the first segment of the path: requests of one kind often take equally long."""
     end = path.find("/", 1)
     return f"{method} {path if end < 0 else path[:end]}"
 
 
 @functools.lru_cache(maxsize=1000)
 def environ_key(name: str) -> str:
-    """The name in an environ of a field (PEP 3333); "_" for one with an underscore in it, which is left out.
+    """A field's name in an environ (PEP 3333); "_" for a field with an underscore, which must be left out.
 
-    It would be the name with a hyphen, which a proxy in front has checked.
+    In the environ it could not be told from the field with a hyphen, which a proxy in front may have checked.
     """
     key = "_" if "_" in name else name.upper().replace("-", "_")
     return key if key in {"_", "CONTENT_LENGTH", "CONTENT_TYPE"} else "HTTP_" + key

@@ -1,4 +1,4 @@
-"""Keeps the limits of time: what hangs is given up, and what waited too long for a thread is refused."""
+"""Enforces the time limits: a request that hangs is given up, one that waits too long for a thread is refused."""
 
 from __future__ import annotations
 
@@ -17,47 +17,47 @@ from flaskd.units import format_duration
 log = logging.getLogger("flaskd.server")
 
 _LOOKS = 10
-"""How often at least the queue, and requests whose answer has begun, are looked at within the time that they have."""
+"""How often at least, within their limit, the queue and the requests whose answer has begun are looked at."""
 _LEAST = 0.02
-"""Seconds that are left between two looks."""
+"""Least seconds between two looks."""
 _STOOD = 1.0
-"""Seconds that a look may be late; a later one shows that the process stood still, which no request is to blame for."""
+"""Seconds that a look may be late. A later one shows that the process stood still; requests get that time back."""
 
 
 class LimitWatch:
     """Gives up requests that hang, and refuses those that waited too long for a thread, in the loop's thread.
 
-    A request hangs when the app has had its time since a thread began to run it, or since the kernel last took some of
-    its answer: what moves on is a long answer, and what waits for the client to read is not the app's fault. A stream
-    is meant to last (`flaskd.server.streams`). The loop looks when the first of them may be due, and not before: while
-    nothing takes long, a request costs nothing.
+    A request hangs if its time limit has passed since a thread began to run it, or since the kernel last took a part of
+    its answer: a long answer that is being sent does not hang, nor does one that waits for its client to read. Streams
+    are exempt (`flaskd.server.streams`). The loop looks only when the first request may be due, so a quick request
+    costs nothing.
     """
 
     def __init__(self, connections: Connections, limits: Limits) -> None:
         self._context = connections.context
         self._limits = limits
         patterns = [(*path_pattern(written), written, seconds) for written, seconds in limits.timeouts.items()]
-        # An exact path before all others, then the longest beginning.
+        # Exact paths come first, then patterns with ``*``, the longest first.
         self._patterns = sorted(patterns, key=lambda each: (each[0], -len(each[1])))
         self._moved: dict[int, tuple[int, float]] = {}
-        """How much was sent of the answers that have begun, by the request's id, and since when it is so much."""
+        """For requests whose answer has begun, by id: the bytes sent on the connection, and since when so many."""
         self._stood_until = self._stood_for = 0.0
-        """When the process last stood still, and for how many seconds."""
-        self.next_look = time.monotonic()
-        """The time.monotonic() moment at which something may be due."""
+        """When the process last stood still (until then), and for how many seconds."""
+        self.next_moment = time.monotonic()
+        """The time.monotonic() moment at which the first request may be due."""
 
     def look(self, now: float) -> None:
-        """Give up and refuse what is due, and find out when to look again."""
-        if (late := now - self.next_look) > _STOOD:
+        """Give up and refuse the requests that are due, and set `next_moment`."""
+        if (late := now - self.next_moment) > _STOOD:
             self._stood_until, self._stood_for = now, late
         moments = [now + self._limits.shortest, self._look_at_queue(now), self._look_at_requests(now)]
-        self.next_look = max(min(moments), now + _LEAST)
+        self.next_moment = max(min(moments), now + _LEAST)
 
     def _excuse(self, since: float) -> float:
-        """Seconds that the process has stood still since that moment."""
+        """Seconds for which the process has stood still since that moment."""
         return self._stood_for if since < self._stood_until else 0.0
 
-    # --- who waits for a thread -----------------------------------------------------------------------------------
+    # --- requests that wait ---------------------------------------------------------------------------------------
 
     def _look_at_queue(self, now: float) -> float:
         if (limit := self._limits.queue_timeout) is None:
@@ -77,7 +77,7 @@ class LimitWatch:
             )
         channel.serve_here()
 
-    # --- what hangs -----------------------------------------------------------------------------------------------
+    # --- requests that hang ---------------------------------------------------------------------------------------
 
     def _look_at_requests(self, now: float) -> float:
         moved, self._moved = self._moved, {}
@@ -95,13 +95,13 @@ class LimitWatch:
             due = max(since + limit + self._excuse(since), request.more_until)
             if due <= now:
                 request.channel.give_up(request, f"the app takes longer than {name} allows", sent)
-                moment = min(moment, now + limit / _LOOKS)  # where it could not be done in this moment
+                moment = min(moment, now + limit / _LOOKS)  # in case it could not be given up now
             else:
                 moment = min(moment, due, now + limit / _LOOKS if request.id in self._moved else due)
         return moment
 
     def _moved_at(self, request: Request, before: dict[int, tuple[int, float]], now: float) -> tuple[float, int]:
-        """When the app began, or some of its answer was last seen to go out; and what is out on the connection."""
+        """When the app began, or its answer was last seen to move; and the bytes sent on the connection."""
         sent, waits = request.channel.flushed, request.channel.total_outbufs_len
         if sent <= request.starts_at and not waits:
             return request.began, sent
@@ -111,7 +111,7 @@ class LimitWatch:
         return since, sent
 
     def _limit_of(self, request: Request) -> tuple[float | None, str]:
-        """How long the app may take for a request, and what says so."""
+        """How many seconds the app may take for a request (None: no limit), and the setting that says so."""
         for begins, path, written, seconds in self._patterns:
             if request.path == path or (begins and request.path.startswith(path)):
                 return seconds, f"server.request_timeouts ({written}: {format_duration(seconds or 0)})"

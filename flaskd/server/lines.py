@@ -1,7 +1,7 @@
-"""Lines of HTTP out of the pieces in which they come, and what may stand in them.
+"""Putting the lines of HTTP together from pieces, and the grammar of lines.
 
-Every byte is looked at a fixed number of times, however the pieces are cut: no pattern here can go back over what it
-has matched (possessive quantifiers), because what a client sends must not decide how long it takes to be read.
+A client must not be able to make reading slow. So each byte is looked at a fixed number of times, however the pieces
+are cut, and the patterns use possessive quantifiers, which never go back over what they have matched.
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ import re
 from urllib.parse import unquote_to_bytes
 
 TOKEN = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"  # noqa: S105 - of a grammar
-"""RFC 9110 §5.6.2."""
+"""A token (RFC 9110 §5.6.2)."""
 
 _TEXT = re.compile(rb"[\t\x20-\x7e\x80-\xff]*+\r?")
-"""What may stand in a line, and the CR of its end."""
+"""The characters that a line may have, and the CR of its end."""
 _FIELD = re.compile(rf"({TOKEN}):[ \t]*+([\t -~\x80-\xff]*+)".encode("latin-1"))
 """A field line (RFC 9112 §5): no blank before the colon, no line folding."""
 _HOST = re.compile(
-    r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]++)\]|(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})++)(?::[0-9]{0,5}+)?"
+    r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]++)\]|(?>(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})+))(?::[0-9]{0,5}+)?"
 )
-"""RFC 3986 §3.2.2 and §3.2.3."""
+"""A host and perhaps a port (RFC 3986 §3.2.2 and §3.2.3)."""
 LENGTH = re.compile(r"[0-9]{1,18}")
-"""A Content-Length (RFC 9110 §8.6), as far as a number of bytes can be meant."""
+"""A Content-Length (RFC 9110 §8.6); longer numbers cannot be meant."""
 _CR = 0x0D
 
 
 class RefusedError(Exception):
-    """What was read is no request that can be answered otherwise than with this status and reason.
+    """The request is malformed or too large, and is answered with `status` and the reason `why`.
 
-    `limit` names the setting that it goes beyond.
+    `limit` names the setting whose limit it exceeds; empty if it is malformed.
     """
 
     def __init__(self, status: int, why: str, limit: str = "") -> None:
@@ -38,15 +38,16 @@ class RefusedError(Exception):
 
 
 class Lines:
-    """Puts lines together; `begun` is what has come of the next one."""
+    """Puts lines together from pieces; `begun` is the part of the next line that has come."""
 
     def __init__(self) -> None:
         self.begun = bytearray()
 
     def take(self, data: bytes, at: int) -> tuple[bytes | None, int]:
-        """The next line without its CRLF, or None while it is not whole; and where in the data the next one begins.
+        """Read a line from `data` at offset `at`; returns it and the offset of the one after it.
 
-        Raises RefusedError for a control character, and for a CR or an LF that stands alone, as soon as it has come.
+        The line comes without its CRLF; it is None while it is incomplete. Raises RefusedError for a control character,
+        and for a CR or an LF that stands alone, as soon as it has come.
         """
         end = data.find(b"\n", at)
         part = data[at:] if end < 0 else data[at:end]
@@ -65,7 +66,7 @@ class Lines:
 
 
 def field(line: bytes) -> tuple[bytes, bytes]:
-    """Name and value of a field line; raises RefusedError."""
+    """Split a field line into its name and its value; raises RefusedError."""
     match = _FIELD.fullmatch(line)
     if match is None:
         raise RefusedError(400, "expected header lines such as Name: value, each on a line of its own")
@@ -74,12 +75,12 @@ def field(line: bytes) -> tuple[bytes, bytes]:
 
 
 def path_pattern(written: str) -> tuple[bool, str]:
-    """Whether a pattern of the configuration stands for all paths that begin so, and the path as an environ has it."""
+    """Read a path of the configuration: whether it ends with ``*``, and the path before that as an environ has it."""
     return written.endswith("*"), unquote_to_bytes(written.removesuffix("*")).decode("latin-1")
 
 
 def is_host(host: str) -> bool:
-    """Whether it is a host and perhaps a port, as an http URL has them (RFC 9110 §4.2.1)."""
+    """Whether the text is a host, perhaps with a port, as an http URL has them (RFC 9110 §4.2.1)."""
     match = _HOST.fullmatch(host)
     if match is None:
         return False

@@ -1,7 +1,7 @@
-"""The event loop: waitress' channels, turned by flaskd, so that it can be drained and watched.
+"""The event loop: flaskd runs waitress' channels in a loop of its own, which can be drained and watched.
 
-The thread that leads turns it (`flaskd.server.threads`), and this is what "the loop's thread" means: one at a time, but
-not always the same one. All methods run there, except those that say "any thread".
+"The loop's thread" is the thread that leads at the moment (`flaskd.server.threads`): one at a time, but not always the
+same one. All methods run there, except those that say "any thread".
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from flaskd.sockets import Listener
 log = logging.getLogger("flaskd.server")
 
 _TURN = 1.0
-"""Seconds; the longest the loop waits when nothing happens."""
+"""Most seconds for which the loop waits when nothing happens."""
 _PARDON = 1.0
-"""Seconds after an error in which another one ends the loop."""
+"""Seconds after an error within which a second error ends the loop."""
 
 
 class EventLoop:
-    """Serves an app on listeners with a pool of threads; waitress' settings come as `Adjustments` arguments."""
+    """Serves an app on listeners with a pool of threads; `adjustments` are arguments of waitress' `Adjustments`."""
 
     def __init__(
         self,
@@ -61,31 +61,32 @@ class EventLoop:
         self._limit_watch: LimitWatch | None = None
         self.turned = threading.Event()
         self.ended = threading.Event()
-        """Whether the loop turns no more: it was told to end, or failed."""
+        """Set once the loop has ended: it was told to, or failed."""
         self.last_turn = time.monotonic()
-        """When the loop last turned, which it does every second when all is well."""
+        """The time.monotonic() moment at which the loop last turned; a loop that is well turns every second."""
         self.error: BaseException | None = None
-        """Why it failed."""
+        """The error that ended the loop."""
         self.on_death: Callable[[BaseException], None] = lambda _: None
-        """Is called when it failed, in the thread that led."""
+        """Called with `error` in the thread that led, when the loop has failed."""
         self._app = app
         self._listeners = list(listeners)
         self._adjustments = adjustments
         self._drain: Draining | None = None
         self._failed_at = -_PARDON
         self._board = board
-        self._next_noting = 0.0
+        self._next_noting = self._next_due = 0.0
 
     def call(self, function: Callable[[], None]) -> None:
         """Run a function in the loop's thread, soon (any thread)."""
         self.context.call(function)
 
     def open(self, *, accepting: bool = True) -> None:
-        """Build waitress' servers on the listeners, and accept from them or not; called before the threads start."""
+        """Make waitress' server objects for the listeners, and begin to accept if `accepting`; before `start`."""
         context = self.context
-        # Waitress looks its own address up, which nobody uses; for this one no codec of names has to be loaded.
+        # Waitress looks up `listen`, which flaskd does not use; for "*" it needs no codec for host names.
         adjustments = Adjustments(**{"listen": "*:0", "threads": context.pool.size, **self._adjustments})
         self.admission.limit = adjustments.connection_limit
+        context.ident, context.url_prefix = adjustments.ident or "", adjustments.url_prefix
         for listener in self._listeners:
             context.acceptors.append(make_acceptor(self.admission, listener, self._app, adjustments))
         self.admission.held = not accepting
@@ -93,19 +94,19 @@ class EventLoop:
         self.admission.share()
 
     def start(self, name: str) -> None:
-        """Start the threads; `name` is that of the only one where the loop runs the app itself."""
+        """Start the threads; `name` is the name of the only thread, where the loop runs the app itself."""
         self.context.pool.start(self._lead, self.context.wake, name)
 
     @property
     def alive(self) -> bool:
-        """Whether it turns: it was started, and has not ended (any thread)."""
+        """Whether the loop was started and has not ended (any thread)."""
         return self.context.pool.leader is not None and not self.ended.is_set()
 
     def _lead(self) -> Task | None:
-        """Turn until a request is complete that has a place, and return what runs it; None when the thread is to end.
+        """Turn the loop until a request can be run, and return its task; None when this thread is to end.
 
-        An error that leaves the loop ends it, and is kept in `error`. The first one is pardoned: in a thread that
-        runs the app, too, it may be the app's, which can raise in any thread (PyThreadState_SetAsyncExc).
+        A second error within `_PARDON` seconds ends the loop, and is stored in `error`. A first one is only logged: the
+        app may have caused it, as it can raise errors in any thread (PyThreadState_SetAsyncExc).
         """
         while True:
             try:
@@ -129,42 +130,53 @@ class EventLoop:
 
     def _turn_until_task(self) -> Task | None:
         pool, poller = self.context.pool, self.context.poller
+        queue = pool.queue
+        task: Task | None
         while not pool.ending:
-            if pool.queue and (task := pool.take()) is not None:
+            if queue and (task := pool.take()) is not None:
                 return task
-            if not poller.handle_next():
-                if pool.surplus:
-                    return None
-                self._attend()
-                if pool.queue and (task := pool.take()) is not None:
+            if poller.events:
+                task = poller.handle()
+                if task is not None:
                     return task
-                poller.wait(self._patience())
-                self.last_turn = now = time.monotonic()
-                if self._board is not None:
-                    self._board.turned(now)
-                if not self.turned.is_set():
-                    self.turned.set()
+                continue
+            if pool.surplus:
+                return None
+            patience = self._attend()
+            if queue and (task := pool.take()) is not None:
+                return task
+            poller.wait(patience)
+            self.last_turn = now = time.monotonic()
+            if self._board is not None:
+                self._board.turned(now)
+            if not self.turned.is_set():
+                self.turned.set()
         return None
 
-    def _attend(self) -> None:
-        """Do what is due beside events."""
-        self.context.run_calls()
-        self.context.answer()
-        self._keep_house(time.monotonic())
+    def _attend(self) -> float:
+        """Run what is due: calls, answers, and all that depends on time; returns the seconds until more is due."""
+        context = self.context
+        if context.calls or context.answers:
+            context.run_calls()
+            context.answer()
+            self._next_due = 0.0  # whatever they changed
+        now = time.monotonic()
+        due = min(self._next_due, context.timers.next_moment)
+        if now < due and not self.admission.paused:
+            return due - now
+        self._run_timed(now)
+        patience = self._patience()
+        # Where requests and connections decide when something is due, each turn has to look.
+        each_turn = self._drain or self.idle or self.admission.aside
+        self._next_due = 0.0 if each_turn else now + patience
+        return patience
 
     def _patience(self) -> float:
-        moment = self.context.timers.next_moment
-        if self._drain is not None:
-            moment = min(moment, self._drain.next_moment)
-        if self.idle is not None:
-            moment = min(moment, self.idle.next_look)
-        if self._limit_watch is not None:
-            moment = min(moment, self._limit_watch.next_look)
-        if self.admission.aside is not None:
-            moment = min(moment, self.admission.aside.next_moment)
+        watches = (self.context.timers, self._drain, self.idle, self._limit_watch, self.admission.aside)
+        moment: float = min(each.next_moment for each in watches if each is not None)
         return _TURN if moment == NEVER else max(0.0, min(moment, self.last_turn + _TURN) - time.monotonic())
 
-    def _keep_house(self, now: float) -> None:
+    def _run_timed(self, now: float) -> None:
         if now >= self.context.timers.next_moment:
             self.context.timers.run(now)
         if self.admission.paused:
@@ -173,9 +185,9 @@ class EventLoop:
             self.connections.reap(now)
         if self._drain is not None:
             self._drain.advance(now)
-        if self.idle is not None and now >= self.idle.next_look:
+        if self.idle is not None and now >= self.idle.next_moment:
             self.idle.look(now)
-        if self._limit_watch is not None and now >= self._limit_watch.next_look:
+        if self._limit_watch is not None and now >= self._limit_watch.next_moment:
             self._limit_watch.look(now)
         if self._board is not None and now >= self._next_noting:
             self._note(self._board, now)
@@ -183,20 +195,19 @@ class EventLoop:
             self.admission.aside.look(now)
 
     def _note(self, board: Board, now: float) -> None:
-        """Note on the board, once a second, what costs too much to be noted at each change."""
+        """Write to the board, once a second, what would cost too much at each change."""
         self._next_noting = now + _TURN
-        stuck_at, moved = self.account.all_are_at(), self.connections.moved()
-        lost = len(self.context.pool.lost)
+        moved, stuck_at, lost = self.connections.moved(), self.account.all_are_at(), len(self.context.pool.lost)
         board.look(moved=moved, stuck_at=stuck_at, background=len(background_work()), lost=lost)
 
     def limit(self, limits: Limits) -> None:
-        """Keep these limits from now on."""
+        """Enforce these limits from now on."""
         self.context.limits = limits
         self.connections.next_reaping = 0.0
         self._limit_watch = LimitWatch(self.connections, limits) if limits.shortest < NEVER else None
 
     def watch_idle(self, after: float | None, ignore: Sequence[str], on_idle: Callable[[], None] | None) -> None:
-        """Watch for idleness, see `IdleWatch`; None for never. A new watch goes on where the one before was."""
+        """Watch for idleness (`IdleWatch`); `after` None: do not. A new watch continues the count of the old one."""
         before, watch = self.idle, None
         if after is not None:
             watch = IdleWatch(self.connections, after, ignore, on_idle)
@@ -207,16 +218,16 @@ class EventLoop:
     # --- drain ----------------------------------------------------------------------------------------------------
 
     def announce(self) -> None:
-        """Go on accepting, but let each response close its connection."""
+        """Go on accepting, but close each connection after its next response."""
         self.context.closing = True
 
     def begin_drain(
         self, begins: float, deadline: float, over: Callable[[DrainReport], object], counted_from: tuple[int, int]
     ) -> None:
-        """Stop accepting and finish what is in hand; `over` is called once, when that is done or the deadline came.
+        """Begin a drain at `begins`, announced until then; call `over` once, when it is done or the deadline came.
 
-        `begins` and `deadline` are time.monotonic() moments; until it begins it is announced. `counted_from` is how
-        many requests had been completed and rejected when the account began.
+        `begins` and `deadline` are time.monotonic() moments. `counted_from` is how many requests had been completed
+        and rejected when the drain's account began.
         """
 
         def reported(report: DrainReport) -> None:
@@ -231,7 +242,7 @@ class EventLoop:
         self._drain.advance(time.monotonic())
 
     def _drain_began(self) -> list[Connection]:
-        """From now on connections are let go of."""
+        """Let idle connections close from now on, and tell streams and background work; returns the open streams."""
         self.context.drains = True
         if self.admission.aside is not None:
             self.admission.aside.end()
@@ -240,22 +251,22 @@ class EventLoop:
         return list(self.account.streams)
 
     def hasten_drain(self, deadline: float) -> None:
-        """Bring the begin of the drain under way forward to now, and its deadline to `deadline`."""
+        """Let the drain under way begin now, and end at `deadline`, a time.monotonic() moment, at the latest."""
         if self._drain is not None:
             self._drain.hasten(deadline)
 
     def end_announce(self) -> None:
-        """Let the drain under way begin, if it is only announced."""
+        """Let the drain under way begin now, if it is still announced."""
         if self._drain is not None:
             self._drain.hasten(self._drain.deadline)
 
     def undo_announce(self) -> None:
-        """Go on as before: a drain that was announced does not begin."""
+        """Cancel a drain that is still announced, and serve as before."""
         self._drain_over()
         self.context.closing = False
 
     def _drain_over(self) -> None:
-        """Forget the drain: it has ended, or was undone."""
+        """Forget the drain, which has ended or was undone."""
         self._drain = self.account.cut_in_drain = None
         self.context.refusing = False
         tell_no_more(self.context.wake)
@@ -265,7 +276,7 @@ class EventLoop:
             self._drain.end_streams([channel])
 
     def close_listeners(self) -> None:
-        """Close those that are ours, in a drain or after it; who waits behind a gate is let in before."""
+        """During or after a drain, close the listeners that are not shared; accept connections at the gate first."""
         if not self.context.drains:
             raise NotNowError("cannot close the listeners: no drain has begun")
         if self._drain is not None:
@@ -274,14 +285,14 @@ class EventLoop:
         self.admission.close_listeners()
 
     def close_gates(self) -> None:
-        """Deal with listeners that became ours alone after a drain began."""
+        """Close the gates of listeners that other processes have stopped sharing since a drain began."""
         if self._drain is not None:
             self._drain.close_gates()
         elif self.context.drains:
             self.admission.close_gates()
 
     def resume(self, listeners: Sequence[Listener]) -> None:
-        """Accept again, from listeners that stand where the closed ones stood; shared ones were never closed."""
+        """Accept again, from new listeners in the order of the closed ones; shared ones were never closed."""
         self._drain_over()
         self.context.closing = self.context.drains = False
         if self.idle is not None:
@@ -289,18 +300,19 @@ class EventLoop:
         self.context.draining.clear()
         self.admission.reopen(listeners)
         self.admission.share()
-        self.context.pool.replenish()  # a thread that still runs a request that was cut is missing
+        self.context.pool.replenish()  # replaces a thread that still runs a cut request
 
-    # --- the end, in the thread that ends it ----------------------------------------------------------------------
+    # --- the end, in the thread that ends all ---------------------------------------------------------------------
 
     def end(self) -> None:
-        """Turn no more, and let the threads end (any thread)."""
+        """Stop turning, and let the threads end (any thread)."""
         self.context.pool.end()
 
     def close(self, timeout: float) -> list[threading.Thread]:
         """Join the threads, then close everything; returns the threads that did not end within `timeout` seconds.
 
-        While one of them lives, the trigger stays open: it would write to a closed and perhaps reused descriptor.
+        The trigger stays open until the last of them ends: the thread would write to a descriptor that may belong to
+        another file by then.
         """
         pool = self.context.pool
         stuck = pool.join(timeout)
@@ -313,17 +325,17 @@ class EventLoop:
         return stuck
 
     def _release(self) -> None:
-        """Give all descriptors back, once nothing writes to them any more."""
+        """Close all descriptors; by now no thread writes to them."""
         self.context.close()
         for channel in self.connections.channels():
-            channel.handle_close()  # waitress' own close would leave what waits in temporary files
+            channel.handle_close()  # waitress' close_all would leave temporary files of unsent output open
         wasyncore.close_all(self.context.poller)
         for acceptor in self.context.acceptors:
             acceptor.trigger.close()
         self.context.poller.close()
 
     def forget(self) -> None:
-        """Close all sockets, and nothing else: in a forked child they are not ours."""
+        """In a forked child, close its copies of all sockets, and nothing else."""
         self.connections.forget()
         for acceptor in self.context.acceptors:
             acceptor.listener.socket.close()

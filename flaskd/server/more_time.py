@@ -1,4 +1,4 @@
-"""More time for a request: the app knows at times that one takes long, and that it is well all the same."""
+"""More time for one request, for an app that knows that it will take long."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from flaskd.server.account import accounts
 
 
 def more_time(seconds: float) -> bool:
-    """Let the request that this thread runs go on for at least so many seconds from now, whatever its limit says.
+    """Let the request that this thread runs take at least `seconds` more from now on, whatever its limit says.
 
-    It is about ``server.request_timeout`` and no other limit: a drain, say, has its own. Several calls do not add up:
-    the one that reaches farthest counts. False where there is nothing to extend: outside a request, in a thread that
-    the request started, and under another server. Raises ValueError for what is no number of seconds.
+    This extends ``server.request_timeout`` and ``server.request_timeouts`` alone, not the deadline of a drain, for
+    example. Several calls do not add up: the latest moment counts. Returns False where there is nothing to extend:
+    outside a request, in a thread that the request started, and under another server. Raises ValueError if `seconds`
+    is not a number of seconds.
     """
     given: object = seconds
     if isinstance(given, bool) or not isinstance(given, int | float) or not (0 <= given < math.inf):

@@ -1,4 +1,4 @@
-"""What can be seen of a server from outside: addresses, figures, what is in hand, and whether it answers."""
+"""What others can ask of a server: addresses, figures, requests and threads, and whether it answers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from flaskd.sockets import Address, Listener
 
 
 class ObservedServer:
-    """The part of `WaitressThread` that changes nothing; all of it may be asked from any thread, and at any time."""
+    """The part of `WaitressThread` that only reads; for any thread, at any time."""
 
     loop: EventLoop | None = None
-    """What serves, once it was started."""
+    """The event loop; None before the start."""
     _serves = False
-    """Whether it was started, and has not been told to end."""
+    """Whether the server was started, and has not been told to end."""
     _addresses: Sequence[Address]
     _listeners: list[Listener] | None
 
@@ -38,12 +38,12 @@ class ObservedServer:
 
     @property
     def addresses(self) -> list[Address]:
-        """Where it listens; ports are real ones after the start."""
+        """The addresses that it listens on; after the start, port 0 is replaced by the real port."""
         return list(self._addresses)
 
     @property
     def listeners(self) -> list[Listener]:
-        """The listeners themselves; new ones after a resume."""
+        """The listeners; after a resume they are new ones."""
         return list(self._listeners or ())
 
     @property
@@ -55,22 +55,22 @@ class ObservedServer:
 
     @property
     def in_flight(self) -> int:
-        """Requests accepted and not yet completely answered."""
+        """How many requests were accepted and are not yet completely answered."""
         return self.loop.account.in_flight if self.loop else 0
 
     @property
     def connections(self) -> int:
-        """Open connections."""
+        """How many connections are open."""
         return self.loop.connections.count if self.loop else 0
 
     @property
     def queued(self) -> int:
-        """Requests that wait for a thread."""
+        """How many requests wait for a thread."""
         return len(self.loop.context.pool.queue) if self.loop else 0
 
     @property
     def completed(self) -> int:
-        """Requests answered in full since the start."""
+        """How many requests were answered in full since the start."""
         return self.counted[0]
 
     @property
@@ -84,18 +84,18 @@ class ObservedServer:
 
     @property
     def idle(self) -> tuple[float, float] | None:
-        """Seconds without anything that counts, and until `on_idle`; None where idleness is not watched."""
+        """For how many seconds it has been idle, and seconds until `on_idle`; None if idleness is not watched."""
         watch = self.loop.idle if self.loop else None
         return (watch.idle_for, watch.left()) if watch else None
 
     # --- requests and threads -------------------------------------------------------------------------------------
 
     def requests(self, *, stacks: bool = False) -> list[InFlight]:
-        """What is in flight, oldest first; with the stacks of the threads on request."""
+        """The requests in flight, oldest first; with `stacks`, each with the stack of its thread."""
         return self.loop.account.requests(stacks=stacks) if self.loop else []
 
     def cut(self, reason: str) -> tuple[Cut, ...]:
-        """What is in flight, as cut: for when the serving thread cannot do it any more."""
+        """Entries for all requests in flight, as cut; for when the serving thread is dead or hangs."""
         return self.loop.account.cut(reason) if self.loop else ()
 
     def app_threads(self) -> list[threading.Thread]:
@@ -103,27 +103,27 @@ class ObservedServer:
         return [each for each in self.loop.context.pool.started if each.is_alive()] if self.loop else []
 
     def left_behind(self) -> dict[threading.Thread, InFlight]:
-        """The threads that go on with a request that is over: it was cut, or its stream was ended."""
+        """The threads that still run a request that is over (it was cut, or its stream ended), and that request."""
         return self.loop.context.pool.left_behind() if self.loop else {}
 
     @property
     def short(self) -> int:
-        """How many threads are missing, because they go on with requests that are over."""
+        """How many threads are missing, because they still run requests that are over and were not replaced."""
         return self.loop.context.pool.short if self.loop else 0
 
     def all_are_at(self) -> Hashable | None:
-        """What all threads that run the app are at; see `Account.all_are_at`."""
+        """A value that stays the same while all threads are busy and none moves on; see `Account.all_are_at`."""
         return self.loop.account.all_are_at() if self.loop else None
 
     def moved(self) -> Hashable:
-        """How far the requests are; see `Connections.moved`."""
+        """A value that changes when any request moves on; see `Connections.moved`."""
         return self.loop.connections.moved() if self.loop else None
 
     # --- does it answer? ------------------------------------------------------------------------------------------
 
     @property
     def silent_for(self) -> float:
-        """Seconds since the serving thread last turned, which it does every second when all is well."""
+        """Seconds since the serving thread last turned; one that is well turns every second."""
         return time.monotonic() - self.loop.last_turn if self.loop else 0.0
 
     def turns(self, timeout: float) -> bool:
@@ -135,9 +135,9 @@ class ObservedServer:
         return turned.wait(timeout)
 
     def probe(self, path: str, timeout: float) -> int:
-        """Ask the app for `path` over a connection of one's own, needing no listener; returns the status code.
+        """Ask the app for `path` over a connection inside this process, without a listener; returns the status code.
 
-        Raises AppError when no answer came within `timeout` seconds.
+        Raises AppError if no answer came within `timeout` seconds.
         """
         status = self._ask(path, timeout, here=False)
         if isinstance(status, str):
@@ -145,11 +145,11 @@ class ObservedServer:
         return status
 
     def answers(self, timeout: float) -> bool:
-        """Whether the loop accepts a connection of one's own and answers a request on it within `timeout` seconds."""
+        """Whether the loop itself answers a request from inside this process within `timeout` seconds."""
         return self._turning and isinstance(self._ask("/", timeout, here=True), int)
 
     def _ask(self, path: str, timeout: float, *, here: bool) -> int | str:
-        """Send a request on a connection of one's own; gives the status code, or what was wrong."""
+        """Send a request from inside this process; returns the status code, or a text that says what went wrong."""
         loop = self._serving
         until = time.monotonic() + timeout
         ours, theirs = open_files.open(socket.socketpair)

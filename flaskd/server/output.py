@@ -1,8 +1,7 @@
-"""What goes out on a connection: counted, settled once the kernel has it, and ended in order."""
+"""The output of a connection: it is counted, its requests are retired once the kernel has it, and it ends in order."""
 
 from __future__ import annotations
 
-import functools
 import socket
 import threading
 import time
@@ -21,43 +20,49 @@ from flaskd.server.slow import Progress
 from flaskd.sockets import unacknowledged
 
 _ROOM = 16
-"""Which part of all output that may wait has to be free before a thread that waits for its client goes on."""
+"""A thread that waits for its client goes on once one in `_ROOM` parts of ``outbuf_high_watermark`` is free."""
+_DISCARD = 1 << 16
+"""Bytes that are read at once, to be thrown away, after the half-close."""
 _LINGER = 0.2
-"""Seconds in which a half-closed client may close its side, before the connection is closed under it."""
+"""Seconds after the half-close in which the client may close its side, before flaskd closes the connection."""
 _LINGER_LOOK = 0.05
-"""Seconds between two looks at what the client has not acknowledged yet."""
+"""Seconds between two checks of how many bytes the client has not acknowledged."""
 _LINGER_MOST = 2.0
-"""Seconds without a sign of life from a client that has not acknowledged all output, until it is not waited for."""
+"""Seconds without a sign of life after which a client that has not acknowledged all output is closed."""
 _LINGER_SENDING = 30.0
-"""Seconds in which a half-closed client may go on sending, unless a drain waits for it: a body that was refused."""
+"""Seconds in which a client may go on sending after the half-close, such as a refused body; not during a drain."""
 
 
 class _Answering(Protocol):
-    """What the channel asks of the task that answers with the app."""
+    """What the channel needs of the task that runs the app."""
 
     def run(self, environ: dict[str, Any], start_response: Any) -> Any:
         """Call the app (PEP 3333)."""
 
     def last_piece(self, *, begun: bool) -> bytes:
-        """What ends a stream, of which something is out already or not."""
+        """The bytes that end a stream; `begun`: some of it was written already."""
 
 
 class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
-    """A connection, as far as tasks know it: its requests, and the way out for their answers."""
+    """A connection, as far as tasks use it: its requests, and the output for their answers."""
 
     internal = False
-    """Whether it is a probe's, which appears in no count and no log."""
+    """Whether it is a probe's connection, which is in no count and no log."""
+    here = False
+    """Whether the loop itself answers all requests, without the app."""
     half_closed = False
     fault = ""
-    """Why what was put out cannot be sent, though the client is there."""
+    """Why written output cannot be sent although the client is still connected."""
     stream_over = False
     progress: Progress | None = None
-    """Of its client, while that is waited for."""
+    """How quickly the client sends or reads, while the server waits for it."""
     fields: Fields | None = None
+    _environ_has: dict[str, str] | None = None
+    _environ: dict[str, Any]
     serving: Request
-    """The request that is answered, or was answered last."""
+    """The request that is being answered, or was answered last."""
     task: _Answering
-    """What the app answers with, or last answered with."""
+    """The task that runs the app, or ran it last."""
     requests: list[Request]
     request: Request | None
     current_outbuf_count: int
@@ -69,13 +74,19 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
         self.account = context.account
         self.flushed = 0
         self.unsettled: deque[Request] = deque()
-        """The requests that are answered, but not with the last byte in the kernel."""
+        """The requests that the app has answered, but whose last byte the kernel has not taken yet."""
+        self._send_bytes, self._bite = int(adj.send_bytes), int(adj.recv_bytes)
         self.grace_from = time.monotonic()
-        """When the last answer was given, or the connection opened."""
+        """When the last answer was given, or the connection was opened (time.monotonic())."""
         self._linger_until, self._unacknowledged = 0.0, 0
         self._half_closed_at = self._heard_at = 0.0
         super().__init__(server, sock, addr, adj, map=map)
         self.outbufs = [AnswerBuffer(adj.outbuf_overflow)]
+        # Waitress and this class have these on the class; on the connection they are found more quickly.
+        self.request, self.total_outbufs_len, self.current_outbuf_count = None, 0, 0
+        self.will_close = self.close_when_flushed = self.half_closed = self.stream_over = False
+        self.internal, self.here = self.internal, self.here
+        self._high_watermark, self.most_head_bytes = int(adj.outbuf_high_watermark), int(adj.max_request_header_size)
         self._sending = threading.RLock()
         self.outbuf_lock = threading.Condition(self._sending)
 
@@ -85,66 +96,55 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
         return "unix" if self.addr[1] is None else str(self.addr[0])
 
     def client_told_by(self, headers: Mapping[str, str]) -> str:
-        """The client's address as a trusted proxy tells it in a request's headers; empty without one (any thread)."""
+        """The client's address from a trusted proxy's headers; empty without such a proxy (any thread)."""
         proxies = self.context.proxies
         return proxies.client(self.addr[0], headers) if proxies is not None else ""
 
     def ids_told_by(self, headers: Mapping[str, str]) -> Ids:
-        """What a trusted proxy calls a request, in its headers (any thread)."""
+        """The ids that a trusted proxy gave a request in its headers (any thread)."""
         proxies = self.context.proxies
         return proxies.ids(self.addr[0], headers) if proxies is not None else NO_IDS
 
     @property
     def names_limits(self) -> bool:
-        """Whether the log names the setting that a request goes beyond."""
+        """Whether the log names the setting whose limit a request exceeds."""
         return self.context.names_limits
 
     @property
     def arriving(self) -> Request | None:
-        """The request that has come in part."""
-        request = self.request  # a thread may be done with it in this moment
+        """The request of which only a part has come."""
+        request = self.request  # read once: another thread may replace it
         return request if request is not None and request.begun else None
 
-    @functools.cached_property
-    def environ(self) -> dict[str, Any]:
-        """What is the same in the environ of each of its requests, made for the first of them.
+    def environ_with(self, headers: dict[str, str]) -> dict[str, Any]:
+        """An environ for a request with these headers; what belongs to the request line and the body is still None.
 
-        What is not the same is in it, too: a copy would have to grow for it.
+        Requests of a client often have the same headers, and share the dictionary: the environ is then a mere copy.
         """
-        server, (host, port, *_) = self.server, self.addr
-        return {
-            **server.environ,
-            "SERVER_NAME": server.server_name,
-            "REMOTE_ADDR": host,
-            "REMOTE_HOST": host,
-            "REMOTE_PORT": str(port),
-            "SERVER_PROTOCOL": "HTTP/1.1",
-            "waitress.client_disconnected": self.check_client_disconnected,
-            **dict.fromkeys(
-                ("REQUEST_METHOD", "PATH_INFO", "REQUEST_URI", "QUERY_STRING", "wsgi.errors", "wsgi.input")
-            ),
-        }
+        if self._environ_has is not headers:
+            self._environ, self._environ_has = _environ(self, headers), headers
+        return self._environ.copy()
 
     @property
     def kind(self) -> str:
-        """Which requests often take as long."""
+        """The kind of the first request (`flaskd.server.head.kind_of`)."""
         return self.requests[0].kind
 
     @property
     def waits_since(self) -> float:
-        """Since when its first request waits for a thread; a probe waits as long as it takes."""
+        """Since when its first request waits for a thread (time.monotonic()); infinity for a probe: it has no limit."""
         if self.internal or not self.requests:
             return float("inf")
         return self.requests[0].its_turn or self.requests[0].complete
 
     @property
     def serving_was_refused(self) -> bool:
-        """Whether the last request was answered without being read to its end, or the app."""
+        """Whether the last request was refused or rejected, without the app, and perhaps before all of it had come."""
         serving: Request | None = getattr(self, "serving", None)
         return serving is not None and (bool(serving.error) or serving.rejected)
 
     def refuse(self, limit: str) -> None:
-        """Let the first request in line be answered with 503, unbegun, for a limit."""
+        """Let the first request be answered with 503 because of a limit; the app has not begun it."""
         request = self.requests[0]
         request.rejected, request.refused_by = True, limit
         self.account.limited(limit)
@@ -152,43 +152,46 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
     # --- an answer, in a pool's thread or the loop's ----------------------------------------------------------------
 
     def write_soon(self, data: Any) -> int:
-        """Put out a part of a response, at once where nothing waits; a stream that was ended takes no more."""
-        if self.total_outbufs_len > self.adj.outbuf_high_watermark:
+        """Write a part of a response: send it now if no other output waits, else buffer it.
+
+        Waits while too much output is buffered. Raises ClientDisconnected if the stream was ended or the client left.
+        """
+        if self.total_outbufs_len > self._high_watermark:
             self.context.waiting.for_client(self)
-        with self._sending:  # so that it comes before the end of a stream, or not at all
+        with self._sending:  # so that nothing follows the end of a stream
             if self.stream_over or not self.connected:
                 raise ClientDisconnected
-            if self.total_outbufs_len or type(data) is not bytes or len(data) < self.adj.send_bytes:
+            if self.total_outbufs_len or type(data) is not bytes or (size := len(data)) < self._send_bytes:
                 return self._buffer(data)
             try:
                 sent = self.socket.send(data)
-            except OSError:  # waitress' way finds out why
+            except OSError:  # waitress tries again below, and deals with the error
                 sent = 0
             self.flushed += sent
-            if sent < len(data):
+            if sent < size:
                 self._last_activity = time.monotonic()
                 self._buffer(data[sent:])
-            return len(data)
+        return size
 
     def _buffer(self, data: Any) -> int:
-        """Let waitress keep a part, and send what can be sent; `outbuf_lock` is held."""
-        # Where waitress would begin a buffer of its own kind, or has (behind a file), one of ours is begun instead.
+        """Let waitress buffer a part and send what it can; the caller holds `outbuf_lock`."""
+        # Begin an AnswerBuffer where waitress would begin a buffer of its own class, or has done so after a file.
         if self.current_outbuf_count >= self.adj.outbuf_high_watermark or type(self.outbufs[-1]) is not AnswerBuffer:
             self.outbufs.append(AnswerBuffer(self.adj.outbuf_overflow))
             self.current_outbuf_count = 0
         return int(super().write_soon(data))
 
     def _flush_outbufs_below_high_watermark(self) -> None:
-        """Nothing: waitress waits for the client here, in a place and with the lock."""
+        """Do nothing: waitress would wait for the client here, holding the lock and the thread's place."""
 
     @property
     def backed_up(self) -> bool:
-        """Whether its thread is still to wait: until there is room for some more, lest it waits at every part."""
+        """Whether its thread must still wait for the client: until there is room for several parts, not just one."""
         most = self.adj.outbuf_high_watermark
         return bool(self.connected) and self.total_outbufs_len > most - most // _ROOM
 
     def end_stream(self) -> None:
-        """End the stream being sent, between two parts (loop's thread); its thread learns at its next write."""
+        """End the stream that is being sent, between two parts (loop's thread); its thread notices when it writes."""
         request = self.serving
         with self.outbuf_lock:
             if self.stream_over or not self.connected or request.answered:
@@ -204,17 +207,17 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
             self.close_when_flushed = True
             self._flush_exception(self._flush_some, do_close=False)
             self._settle()
-        if not request.waits:  # else its thread has no place
+        if not request.waits:  # a thread that waits for its client has no place to lose
             self.context.pool.lose(request)
-        self.context.poller.touch(self)  # its thread, which would do that, may sleep on
+        self.context.poller.touch(self)  # its thread, which would do this, may sleep for long
 
     def _settle(self) -> None:
-        """Retire the requests whose answers the kernel has taken, or nobody waits for; `outbuf_lock` is held."""
+        """Retire the requests whose answers the kernel has taken, or whose client left; under `outbuf_lock`."""
         while self.unsettled and (not self.connected or self.flushed >= self.unsettled[0].ends_at):
             self._retire(self.unsettled.popleft())
-        if not self.connected:  # waitress may leave what is queued lying there, and who is gone is not waited for
+        if not self.connected:  # waitress may leave queued requests there; no client waits for them
             for request in list(self.requests):
-                self._retire(request)  # its thread may be about to say that the answer is whole
+                self._retire(request)  # its thread may be about to note that the answer is complete
 
     def _retire(self, request: Request) -> None:
         if request.whole and self.flushed >= request.ends_at:
@@ -227,40 +230,44 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
     # --- to the kernel --------------------------------------------------------------------------------------------
 
     def send(self, data: bytes, do_close: bool = True) -> int:
-        """Send, and count what the kernel took; waitress calls it while there should be something to send."""
+        """Send `data` and count the bytes that the kernel took; waitress calls this while output waits.
+
+        Raises EOFError if a file ended too early: then `data` is empty.
+        """
         if not data:
             raise EOFError(f"its file ended {self.outbufs[0].__len__()} bytes before the length that was announced")
         try:
             sent: int = super().send(data, do_close=do_close)
-        except OSError:  # what waitress does not know as a client that left: no way leads to it any more
+        except OSError:  # an error that waitress does not take for a client that left, such as no route to it
             self.will_close = True
             return 0
         self.flushed += sent or 0
         return sent
 
     def _flush_some(self, do_close: bool = True) -> bool:
-        """Waitress locks only while a task runs; here one may begin, having read the next request, in any moment."""
+        """Flush under the lock. Waitress locks only while a task runs; here another thread may begin one any time."""
         with self.outbuf_lock:
             return bool(super()._flush_some(do_close=do_close))
 
     def _flush_exception(self, flush: Any, do_close: bool = True) -> tuple[bool, bool] | None:
-        """Flush as waitress does; but what cannot be read or sent any more ends the connection at once, and is cut."""
+        """Flush as waitress does; after an error, close the connection at once, and count its request as cut."""
         if not flush:
             return None
         try:
             return flush(do_close=do_close), False
-        except Exception as error:  # noqa: BLE001 - files are the app's own, and may raise anything
+        except Exception as error:  # noqa: BLE001 - the app's own file objects may raise anything
             self.fault = self.fault or str(error) or type(error).__name__
             self.will_close = True
             return False, True
 
     def give_up(self, request: Request, why: str, sent: int) -> None:
-        """Wait no more for the app to answer a request, of which nothing has moved (loop's thread).
+        """Give up waiting for the app to answer a request that hangs (loop's thread).
 
-        Where nothing is out of its answer the client gets 504, else the connection is closed. `sent` is what was out
-        on the connection; if it is more by now, nothing is done. The thread goes on, and learns at its next write.
+        If nothing of the answer was written the client gets 504, else the connection is closed. `sent` is how many
+        bytes had been written on the connection when the request was found to hang; if it is more by now, nothing is
+        done. The request's thread goes on, and notices at its next write.
         """
-        if not self.outbuf_lock.acquire(blocking=False):  # its thread is about to send
+        if not self.outbuf_lock.acquire(blocking=False):  # the request's thread is about to send
             return
         try:
             out = self.flushed + self.total_outbufs_len
@@ -280,31 +287,32 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
             self.handle_close()
         else:
             self.close_when_flushed = True
-            self.handle_write()  # the poller leaves a connection alone whose thread has nothing to send
+            self.handle_write()  # sends the 504: the poller does not watch a connection that a thread owns
             self.context.poller.touch(self)
 
     def answer_instead(self, status: int, why: str) -> None:
-        """Answer the request that is being served in the place of the app, and close the connection."""
+        """Answer the current request with an error in the place of the app, and close the connection."""
         raise NotImplementedError
 
     def output_length(self) -> int:
-        """All bytes ever put out on this connection, sent or not."""
-        if not self.total_outbufs_len:  # nothing is being sent, so nobody else counts at this moment
+        """All bytes ever written on this connection, sent or not."""
+        if not self.total_outbufs_len:  # nothing is being sent, so no other thread changes the counts
             return self.flushed
         with self.outbuf_lock:
             return int(self.flushed + self.total_outbufs_len)
 
-    # --- the end of our side, in the loop's thread --------------------------------------------------------------------
+    # --- the end of the connection, in the loop's thread--------------------------------------------------------------
 
     def half_close(self) -> None:
-        """Send the end of our side, and read on until the client sends its own; bounded by the loop's clock."""
+        """Send no more, and read on until the client closes its side or its time is over (`linger`)."""
         if self.half_closed:
             return
         self.half_closed = True
+        self._bite = _DISCARD
         self.will_close = self.close_when_flushed = False
         try:
             self.socket.shutdown(socket.SHUT_WR)
-        except OSError:  # it is gone already
+        except OSError:  # the client has left already
             self.handle_close()
             return
         with self.outbuf_lock:
@@ -315,10 +323,10 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
         self.context.timers.at(now + _LINGER, self.look)
 
     def linger(self, now: float) -> None:
-        """Close a half-closed connection whose client had its time, unless it still acknowledges our output.
+        """Close a half-closed connection, unless its client still acknowledges output or sends a body.
 
-        The kernel would go on sending, but not where the network goes away with the process, as in a container. And a
-        client that still sends a body would be reset, and might never read the answer that it is not wanted.
+        After the close the kernel would go on sending, but not in a container, whose network ends with the process. And
+        a client that still sends a body would be reset, and might never read the answer that refuses it.
         """
         left = unacknowledged(self.socket)
         if left < self._unacknowledged:
@@ -331,5 +339,20 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
             self.handle_close()
 
     def look(self, now: float) -> None:
-        """Do what is due at a moment that the connection asked for."""
+        """Close the connection if its time is over; called at a moment that it gave to the loop's timers."""
         raise NotImplementedError
+
+
+def _environ(channel: OutputChannel, headers: dict[str, str]) -> dict[str, Any]:
+    server, (host, port, *_) = channel.server, channel.addr
+    return {
+        **server.environ,
+        "SERVER_NAME": server.server_name,
+        "REMOTE_ADDR": host,
+        "REMOTE_HOST": host,
+        "REMOTE_PORT": str(port),
+        "SERVER_PROTOCOL": "HTTP/1.1",
+        "waitress.client_disconnected": channel.check_client_disconnected,
+        **dict.fromkeys(("REQUEST_METHOD", "PATH_INFO", "REQUEST_URI", "QUERY_STRING", "wsgi.errors", "wsgi.input")),
+        **headers,
+    }

@@ -1,8 +1,8 @@
-"""Reading a request strictly (RFC 9112), where waitress' parser stands.
+"""Reading a request strictly (RFC 9112), in the place of waitress' parser.
 
 What could be read in two ways is refused, so that a proxy in front and this server never see different requests in the
-same bytes; after a refusal the connection closes, and nothing behind it is read. A request is refused with the first
-line that is wrong: bytes that can never become one, such as a TLS handshake, keep nobody waiting.
+same bytes. After a refusal the connection closes, and nothing behind the request is read. A request is refused at its
+first wrong line; bytes that can never become a request, such as a TLS handshake, are answered at once.
 """
 
 from __future__ import annotations
@@ -27,46 +27,49 @@ log = logging.getLogger("flaskd.server")
 
 _LONGEST_METHOD = 64
 _METHOD = rf"[!#$%&'*+\-.^_`|~0-9A-Z]{{1,{_LONGEST_METHOD}}}+"
-"""A token without small letters: methods have case, and so get is not GET."""
+"""A token without small letters: methods are case-sensitive, so "get" is not GET."""
 _BEGINNING = re.compile(rf"\r?\Z|{_METHOD}(?: |\Z)".encode())
-"""What the bytes of a request line that have come so far look like, or those of a blank line."""
+"""The first bytes of an unfinished request line or blank line."""
 _TARGET = re.compile(r"[!\"$-~]++")
-"""Visible characters; a fragment is no part of a target (RFC 9112 §3.2)."""
+"""Visible ASCII characters without ``#``: a target has no fragment (RFC 9112 §3.2)."""
 _VERSION = re.compile(r"HTTP/([0-9])\.([0-9])")
 _ABSOLUTE = re.compile(r"https?://([^/?]*+)(.*)", re.IGNORECASE)
 _MOST_BLANK_LINES = 10
-"""Before a request, as Apache has it; RFC 9112 §2.2 asks for one at least."""
+"""Most blank lines before a request, as in Apache; RFC 9112 §2.2 asks for at least one."""
 _SINGLE = {"HTTP_HOST": "Host", "CONTENT_LENGTH": "Content-Length", "CONTENT_TYPE": "Content-Type"}
-"""Headers of which there may be one: nobody could say which of two is meant."""
+"""Headers that may come once only: of two, it would not be clear which one is meant."""
 
 
 class Parser(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
-    """One request, read piece by piece; its attributes are those of waitress' parser, which tasks rely on.
+    """One request, read piece by piece; its attributes are those of waitress' parser, which tasks use.
 
-    What its body's buffer raises, an OSError, comes out of `received`.
+    `received` raises OSError if the body cannot be stored.
     """
 
     command = path = query = request_uri = proxy_netloc = ""
     exceeded = ""
-    """The setting whose limit it goes beyond."""
+    """The setting whose limit the request exceeds; empty if none."""
     begun = False
-    """Whether more of it has come than the blank lines that may stand before it."""
+    """Whether more has come than the blank lines that may stand before a request."""
     _lines: Lines | None = None
     _fields: dict[str, list[str]]
     _blank_lines = 0
     short_body = b""
-    """The body, where `body_rcv` has none."""
+    """The body of a common request; used where `body_rcv` is None."""
 
     headers: dict[str, str]
-    """By their names in an environ (PEP 3333), where waitress leaves out ``HTTP_``."""
+    """By their names in an environ (PEP 3333); waitress' own parser leaves out ``HTTP_``."""
 
     def get_body_stream(self) -> Any:
-        """What the app reads the body from."""
+        """The file that the app reads the body from."""
         body: Any = self.body_rcv
         return io.BytesIO(self.short_body) if body is None else body.getfile()
 
     def received(self, data: bytes) -> int:
-        """Read on; how much of the data was this request's. `completed` tells when that is all, `error` a refusal."""
+        """Read on; returns how many bytes of the data belong to this request.
+
+        Afterwards `completed` says whether the request is complete, and `error` whether it is refused.
+        """
         if self.completed:
             return 0
         try:
@@ -74,15 +77,15 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
         except RefusedError as refused:
             self.exceeded = refused.limit
             self.refuse(refused.status, refused.why)
-        except OSError:  # of the body's temporary file
+        except OSError:  # from the body's temporary file
             raise
         except Exception:
             log.exception("cannot read a request: it is refused")
             self.refuse(400, "cannot read this request")
-        return len(data)  # nobody knows where another request would begin
+        return len(data)  # after a refusal it is not known where another request would begin
 
     def refuse(self, status: int, why: str) -> None:
-        """Answer this, and close the connection."""
+        """Have the request answered with this status and reason; the connection then closes."""
         self.error = Error(why)
         self.error.code, self.error.reason = status, HTTPStatus(status).phrase
         self.completed = True
@@ -139,19 +142,19 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
             raise RefusedError(400, "expected a request line that ends with HTTP/1.1 or HTTP/1.0")
         if version[1] != "1":
             raise RefusedError(505, "expected HTTP/1.1 or HTTP/1.0")
-        self.version = "1.0" if version[2] == "0" else "1.1"  # RFC 9110 §2.5: the highest minor version there is
+        self.version = "1.0" if version[2] == "0" else "1.1"  # RFC 9110 §2.5: a higher minor version is read as 1.1
         self._take_target(target)
 
     def _take_target(self, target: str) -> None:
-        """RFC 9112 §3.2; whatever its form is, the path begins with a slash."""
+        """Read the request target in any of its forms (RFC 9112 §3.2); the path always begins with a slash."""
         if self.command == "OPTIONS" and target == "*":
-            target = "/"  # the server as a whole, for which WSGI has no word
+            target = "/"  # means the server as a whole, which a WSGI environ cannot say
         elif absolute := _ABSOLUTE.fullmatch(target):
             if not is_host(absolute[1]):
                 raise RefusedError(400, "expected a valid host in the request target")
             self.proxy_netloc = absolute[1]
             target = absolute[2] if absolute[2].startswith("/") else "/" + absolute[2]
-        if not target.startswith("/") or self.command == "CONNECT":  # its target is an authority, and this no proxy
+        if not target.startswith("/") or self.command == "CONNECT":  # CONNECT is for proxies
             raise RefusedError(400, "expected a request target that begins with a slash, or an http URL")
         path, _, self.query = target.partition("?")
         self.path = unquote_to_bytes(path).decode("latin-1")
@@ -160,7 +163,7 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
 
     def _take_field(self, line: bytes) -> None:
         name, value = field(line)
-        if b"_" not in name:  # in an environ it would be the name with a hyphen, which a proxy has checked
+        if b"_" not in name:  # the environ could not tell it from the name with a hyphen
             key = environ_key(name.decode("latin-1"))
             self._fields.setdefault(key, []).append(value.decode("latin-1"))
 
@@ -189,7 +192,7 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
             self.headers["HTTP_HOST"] = self.proxy_netloc  # RFC 9112 §3.2.2
 
     def _begin_body(self) -> None:
-        """RFC 9112 §6.3, where every message whose end could be disputed is refused."""
+        """Find out where the body ends (RFC 9112 §6.3); refuse a request in which that is ambiguous."""
         adj, length = self.adj, self.headers.get("CONTENT_LENGTH")
         coding = self.headers.pop("HTTP_TRANSFER_ENCODING", None)
         if coding is not None:
@@ -223,7 +226,7 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]  # waitress is untyped
         if body.completed:
             self.completed = True
             if self.chunked:
-                self.headers["CONTENT_LENGTH"] = str(len(body))  # for an app that knows nothing of chunks
+                self.headers["CONTENT_LENGTH"] = str(len(body))  # for an app that does not know chunked bodies
         return consumed
 
 

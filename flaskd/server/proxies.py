@@ -1,6 +1,7 @@
-"""The proxies whose headers are believed; the headers of everybody else are taken out before the app sees them.
+"""Which proxies' headers are trusted; from all other peers, these headers are removed before the app sees them.
 
-Waitress' own middleware reads and takes out; which peers it believes is decided here, because it compares one address.
+Waitress' middleware reads and removes the headers. It knows a single trusted address, so which peers are trusted is
+decided here.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ if TYPE_CHECKING:
     from flaskd.config import ServerConfig
 
 _USUAL = frozenset({"x-forwarded-for", "x-forwarded-proto"})
-"""Believed when a trusted proxy is named without headers: what every proxy sets, and none passes on from a client."""
+"""Trusted if `trusted_proxy_headers` is not set: every proxy sets these, and none passes them on from a client."""
 _HEADERS = tuple(f"HTTP_{name}" for name in sorted(PROXY_HEADERS))
 _LOCAL = ("127.0.0.0/8", "::1")
-"""What `localhost` stands for, beside the peers on a Unix socket, which Waitress calls so."""
+"""The networks that `localhost` means, beside the peers on a Unix socket, for which Waitress uses that name."""
 _MOST = 200
-"""Objects in which middleware is looked for."""
+"""Most objects that are searched for middleware."""
 _LONGEST = 100
-"""Characters of an address that are shown; a proxy may pass on whatever a client sent."""
-_nobody = logging.Logger(__name__, logging.CRITICAL + 1)  # noqa: LOG001 - outside of the tree, where it is never heard
-"""Waitress says in its own log what is wrong with a header, when the app is asked."""
+"""Most characters of a client's address that are shown; a proxy may pass on anything that a client sent."""
+_silent = logging.Logger(__name__, logging.CRITICAL + 1)  # noqa: LOG001 - outside of the tree of loggers, so it writes nothing
+"""A silent logger: Waitress itself logs what is wrong with a header, when the app is called."""
 
 
 class BehindProxies:
-    """The app as clients reach it: with what `server.trusted_proxy` says of them, without what all others say."""
+    """A WSGI app around the app: it applies the headers of `server.trusted_proxy`, and removes those of other peers."""
 
     def __init__(self, app: Callable[..., Any], server: ServerConfig) -> None:
         self._trusted = peers(server.trusted_proxy)
@@ -51,31 +52,32 @@ class BehindProxies:
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         """Run the app."""
-        if environ.keys().isdisjoint(_HEADERS):  # nothing to believe or to take out
-            plain: Iterable[bytes] = self._app(environ, start_response)
+        if environ.keys().isdisjoint(_HEADERS):  # nothing to apply or to remove
+            app = self._app
+            plain: Iterable[bytes] = app(environ, start_response)
             return plain
         chosen = self._believing if self._trusted(environ["REMOTE_ADDR"]) else self._doubting
         answer: Iterable[bytes] = chosen(environ, start_response)
         return answer
 
     def client(self, peer: str, headers: Mapping[str, str]) -> str:
-        """The client's address, as the app is told it; empty where `peer` says nothing of it, or is not believed.
+        """The client's address for the log, as the app gets it; empty if `peer` is not trusted or does not give it.
 
-        `headers` are a request's, by their names in an environ. For the log: of requests that the app never sees, too.
+        `headers` are those of a request, by their names in an environ; the app may never see that request.
         """
         if not self._trusted(peer):
             return ""
         environ = {name: headers[name] for name in _HEADERS if name in headers}
         environ |= {"REMOTE_ADDR": "", "wsgi.url_scheme": "http"}
         try:
-            parse_proxy_headers(environ, **self._told, logger=_nobody)
+            parse_proxy_headers(environ, **self._told, logger=_silent)
         except MalformedProxyHeader:  # answered with 400
             return ""
         address = environ["REMOTE_ADDR"]
         return visible(address[:_LONGEST]) if address else ""
 
     def ids(self, peer: str, headers: Mapping[str, str]) -> Ids:
-        """What `peer` calls a request that has these headers; nothing where it is not believed."""
+        """The ids that `peer` gave a request in these headers; none if it is not trusted."""
         return read_ids(headers) if self._trusted(peer) else NO_IDS
 
 
@@ -84,7 +86,7 @@ def _believed(server: ServerConfig) -> frozenset[str]:
 
 
 def peers(trusted: Sequence[str]) -> Callable[[str], bool]:
-    """What tells whether a peer's address, as Waitress has it, is one of those that `server.trusted_proxy` names."""
+    """Make a function that tells whether a peer's address, as Waitress has it, is among the `trusted` ones."""
     everybody, local = "*" in trusted, "localhost" in trusted
     named = [each for each in trusted if each not in {"*", "localhost"}]
     networks = [ipaddress.ip_network(each) for each in (*named, *(_LOCAL if local else ()))]
@@ -95,9 +97,9 @@ def peers(trusted: Sequence[str]) -> Callable[[str], bool]:
             return True
         try:
             address = ipaddress.ip_address(peer.partition("%")[0])  # without the interface of a link-local address
-        except ValueError:  # a Unix socket's
+        except ValueError:  # a peer on a Unix socket
             return local
-        # A listener for both families shows IPv4 addresses within IPv6 ones (ipv6(7)).
+        # A listener for both families shows IPv4 addresses as IPv6 ones, such as ::ffff:192.0.2.1 (ipv6(7)).
         mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
         return any(address in network or (mapped and mapped in network) for network in networks)
 
@@ -105,7 +107,7 @@ def peers(trusted: Sequence[str]) -> Callable[[str], bool]:
 
 
 def missed_by_proxy_fix(app: object, server: ServerConfig) -> str:
-    """What to do so that Werkzeug's ProxyFix in the app sees the headers it is there for; empty when it does."""
+    """Advice if flaskd removes headers that Werkzeug's ProxyFix in the app reads; empty if it removes none."""
     if (module := sys.modules.get("werkzeug.middleware.proxy_fix")) is None:
         return ""
     kind: type[Any] = module.ProxyFix
@@ -121,11 +123,11 @@ def missed_by_proxy_fix(app: object, server: ServerConfig) -> str:
         if server.trusted_proxy
         else "set server.trusted_proxy to the address of your proxy"
     )
-    return f"the app's ProxyFix never sees {', '.join(missed)}, which flaskd takes out: {key}"
+    return f"the app's ProxyFix never sees {', '.join(missed)}, which flaskd removes: {key}"
 
 
 def _within(app: object) -> Iterator[object]:
-    """The app, and the callables that it is made of: what middleware wraps, in attributes and closures."""
+    """The app, and the callables inside of it: those that middleware holds in attributes and closures."""
     queue, seen = [app], set[int]()
     while queue and len(seen) < _MOST:
         here = queue.pop(0)
@@ -141,7 +143,7 @@ def _held(thing: object) -> Iterator[object]:
         yield thing.__self__
     if isinstance(thing, types.FunctionType):
         for cell in thing.__closure__ or ():
-            with contextlib.suppress(ValueError):  # not filled yet
+            with contextlib.suppress(ValueError):  # the cell is empty
                 yield cell.cell_contents
     with contextlib.suppress(AttributeError):
         yield from object.__getattribute__(thing, "__dict__").copy().values()  # runs no code of the app's

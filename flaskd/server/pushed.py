@@ -1,4 +1,4 @@
-"""Answers that the loop goes on with by itself: it puts out a part every second, say, and no thread waits meanwhile."""
+"""Answers that the loop continues by itself, with a part every second, for example, and without a waiting thread."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ log = logging.getLogger("flaskd.server")
 
 
 class Pushed:
-    """What an app may return where the loop runs it (`threads=0`): an answer that goes on until its client leaves.
+    """What an app may return if the loop runs it (`threads=0`): an answer that goes on until its client leaves.
 
-    `news` gives a part, at once, and is called every `every` seconds. For the server the answer is over with its first
-    part: the connection counts as idle, so a drain closes it and waits for nothing. A client that has not read the part
-    before gets no other one, and is closed like any that reads too slowly.
+    `news` is called every `every` seconds and returns the next part; it must not wait. For the server the answer is
+    over after its first part: the connection counts as idle, so a drain closes it without waiting. While a client has
+    not read the last part it gets no other one, and it is closed like any client that reads too slowly.
     """
 
     _channel: Any = None
@@ -28,29 +28,29 @@ class Pushed:
         self._every = every
 
     def __iter__(self) -> Iterator[bytes]:
-        """The first part alone, for a server that does not know of this."""
+        """The first part alone, for a server that does not support this class."""
         yield self.news()
 
     @property
     def open(self) -> bool:
-        """Whether its client is there."""
+        """Whether its client is still connected."""
         channel = self._channel
         return channel is not None and bool(channel.connected) and not channel.half_closed
 
     def go_on(self, channel: Any, *, chunked: bool) -> None:
-        """Put out more from now on (loop's thread)."""
+        """Send a part every `every` seconds from now on (loop's thread)."""
         self._channel, self._chunked = channel, chunked
         channel.context.timers.at(time.monotonic() + self._every, self._push)
 
     def _push(self, now: float) -> None:
         channel = self._channel
-        if not self.open or channel.context.drains:  # then it is closed like an idle one
+        if not self.open or channel.context.drains:  # a drain closes it as an idle connection
             return
         try:
             if not channel.total_outbufs_len:
                 part = self.news()
                 channel.write_soon(b"%X\r\n%b\r\n" % (len(part), part) if self._chunked else part)
-                channel.grace_from = channel.last_activity = time.monotonic()  # it is not idle
+                channel.grace_from = channel.last_activity = time.monotonic()  # so that it is not closed as idle
                 channel.context.poller.touch(channel)
         except ClientDisconnected:
             return

@@ -1,4 +1,4 @@
-"""A request, from its first byte until the kernel has taken its answer, and what it asks of its connection."""
+"""A request, from its first byte until the kernel has taken its answer, and what it needs of its connection."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ log = logging.getLogger("flaskd.server")
 Outcome = Literal["completed", "rejected", "cut", "gone"]
 
 
-# What the properties mean is said in the channel, which has them.
+# The properties are described in the channel, which implements them.
 # ruff: noqa: D102
 
 
 class CountsRequests(Protocol):
-    """The account, as far as a request itself has something to tell it."""
+    """The part of the account that requests use."""
 
     make_id: Callable[[], str] | None
-    """Makes the X-Request-ID of a request that comes without one; None where requests are given none."""
+    """Makes the X-Request-ID of a request that has none; None: requests are given no id."""
 
     def accepted(self, request: Request) -> None:
-        """Count a request as in flight: it has come whole."""
+        """Count a request as in flight: all of it has been received."""
 
     def retire(self, request: Request, outcome: Outcome) -> bool:
-        """Take a request out of flight; whether it still was."""
+        """Take a request out of flight; False if it was no longer in flight."""
 
 
 class Connection(Protocol):
-    """What a request, and the account of requests, ask of the connection that a request came on."""
+    """The part of a connection that its requests, and the account of requests, use."""
 
     account: CountsRequests
     socket: Any
@@ -52,8 +52,10 @@ class Connection(Protocol):
     total_outbufs_len: int
     """Bytes that wait to be sent."""
     internal: bool
+    most_head_bytes: int
+    """Most bytes that a request's head may have."""
     fields: Fields | None
-    """Those of the last common request."""
+    """The fields of the last common request on this connection."""
 
     @property
     def client(self) -> str: ...
@@ -71,86 +73,98 @@ class Connection(Protocol):
     def serving_was_refused(self) -> bool: ...
 
     def client_told_by(self, headers: Mapping[str, str]) -> str:
-        """The client's address as a trusted proxy tells it in a request's headers; empty without one."""
+        """The client's address from a trusted proxy's headers; empty without such a proxy."""
 
     def ids_told_by(self, headers: Mapping[str, str]) -> Ids:
-        """What a trusted proxy calls a request, in its headers."""
+        """The ids that a trusted proxy gave a request in its headers."""
 
     def end_stream(self) -> None:
         """End the stream that is being sent."""
 
     def give_up(self, request: Request, why: str, sent: int) -> None:
-        """Wait no more for the app to answer a request, unless more than `sent` bytes are out by now."""
+        """Give up waiting for the app to answer a request, unless more than `sent` bytes were written by now."""
 
 
 class Request(Parser):
-    """One request, from its first byte until its answer has been handed to the kernel."""
+    """One request, from its first byte until the kernel has taken its answer."""
 
     error: Any
     expect_continue: bool
-    # Where all requests begin; on the class, because a request is made for every answer.
+    # The initial values are on the class, because that is quicker than setting them for each request.
     id = 0
     row = 0
-    """Where it is on the worker's board (`flaskd.server.board`); 0 without one."""
-    first_byte = wall_clock = complete = began = 0.0
-    """When its first and its last byte came, and when its answer was begun; 0 before."""
+    """The number of its row on the worker's board (`flaskd.server.board`); 0 without a board, -1 without a row."""
+    first_byte = complete = began = 0.0
+    """When its first and its last byte came, and when its answer was begun; time.monotonic() moments, 0 before."""
     its_turn = 0.0
-    """When the answers before it on its connection had been given; 0 where there were none."""
+    """When the last answer before it on its connection had been given; 0 if there was none."""
     more_until = 0.0
-    """Up to when the app has asked for time (`flaskd.more_time`); a time.monotonic() moment."""
+    """The time.monotonic() moment until which the app has asked for time (`flaskd.more_time`)."""
     refused_by = ""
-    """The limit for which it is refused, unbegun."""
+    """The limit because of which it is refused before it began; empty if none."""
     thread: threading.Thread | None = None
     answered = over = rejected = whole = here = waits = False
-    """`here`: the loop answers it itself. `waits`: its thread waits for the client to read on."""
+    """`answered`: the app has finished, or the answer was ended; `over`: its thread has finished, too. `whole`: all of
+    the answer was written. `here`: the loop itself answers it. `waits`: its thread waits for the client to read on."""
     status = ""
     fault = ""
-    """Why its client sees that the answer is not whole, though it did not leave."""
+    """How a client that stays connected can see that the answer is incomplete; empty if it is complete."""
     header_length = starts_at = ends_at = 0
     _client: str | None = None
     given_id = ""
-    """The id by which the app and the client know it, too (`log.request_id`); empty where they are told none."""
+    """The id that the app and the client are told (`log.request_id`); empty if they are told none."""
     _ids: Ids | None = None
 
     kind = ""
+    line: dict[str, str] | None = None
+    """What an environ has of its request line; None unless it is a common request."""
+    plain = False
+    """Whether it is a common request after whose answer the connection stays open, and which is not HEAD."""
+    at_once = False
+    """Whether the thread that read it answers it: then nothing else is to be found out about it."""
 
     def __init__(self, channel: Connection, adj: Any) -> None:
-        self.adj, self.headers, self.channel = adj, {}, channel  # all that the classes above would do
+        self.adj, self.headers, self.channel = adj, {}, channel  # instead of the base classes' slower __init__
 
-    def take_common(self, data: bytes) -> bool:
-        """Take a common request (`flaskd.server.head`) that is all of `data`, and is then in flight; else False."""
-        channel, adj = self.channel, self.adj
-        if (head := read_head(data, channel.fields)) is None:
+    def take_common(self, data: bytes, now: float) -> bool:
+        """If `data`, received at `now`, is exactly one common request (`flaskd.server.head`), read and count it.
+
+        `now` is a time.monotonic() moment. Returns False, and does nothing, if it is anything else.
+        """
+        channel, before = self.channel, self.channel.fields
+        if (head := read_head(data, before)) is None:
             return False
         line, fields, at = head
         length = fields.length
         if (
-            at + length != len(data)  # some of it is still to come, or more has come
-            or at > adj.max_request_header_size
-            or length > adj.max_request_body_size
+            at + length != len(data)  # a part of it has not come yet, or more has come
+            or at > channel.most_head_bytes
+            or (length and length > self.adj.max_request_body_size)
         ):
             return False
-        channel.fields = fields
-        self.command, self.request_uri, self.path, self.query, self.kind = line
+        if fields is not before:
+            channel.fields = fields
+        self.command, self.request_uri, self.path, self.query, self.kind, self.line, wants_body = line
         self.version, self.headers = "1.1", fields.headers
-        if length:
-            self.content_length, self.short_body = length, data[at:]
+        self.content_length, self.short_body = length, data[at:]
         self.begun = self.headers_finished = self.completed = True
-        self.first_byte, self.wall_clock = time.monotonic(), time.time()
+        self.first_byte = self.complete = now
         account = channel.account
         if account.make_id is not None:
             self._take_id(account.make_id)
+        else:
+            self.plain = wants_body and fields.keeps
         if not channel.internal:
             account.accepted(self)
         return True
 
     def received(self, data: bytes) -> int:
-        """Parse on; a request that is complete is from then on in flight."""
+        """Parse on; returns how many bytes belong to this request. Once it is complete it is in flight."""
         if not self.begun:
-            self.first_byte, self.wall_clock = time.monotonic(), time.time()
+            self.first_byte = time.monotonic()
         try:
             consumed = super().received(data)
-        except OSError as error:  # of the body's temporary file
+        except OSError as error:  # from the body's temporary file
             consumed = len(data)
             log.error(f"cannot keep the body of {self.snapshot()}: {error}; answered with 507: {FREE_SPACE}")  # noqa: TRY400
             self.refuse(507, "there is no room for the body of the request")
@@ -159,14 +173,14 @@ class Request(Parser):
         if self.headers_finished and self.expect_continue and not self.completed and self.channel.too_late:
             # Refused before the client sends the body for nothing (RFC 9110 §10.1.1).
             self.rejected = self.completed = True
-            self.headers["HTTP_CONNECTION"] = "close"  # the body may follow all the same
+            self.headers["HTTP_CONNECTION"] = "close"  # the client may send the body all the same
         if self.completed:
             self._complete()
         return consumed
 
     def _complete(self) -> None:
-        # Nothing more is expected, so the client must not be told to continue: waitress would wait for ever for the
-        # body of a request that has none, or ask for one that it already refused.
+        # The client must not be told to continue: waitress would wait for ever for the body of a request that has none,
+        # or ask for a body that was refused already.
         self.expect_continue = False
         self.kind = kind_of(self.command, self.path)
         account = self.channel.account
@@ -176,19 +190,19 @@ class Request(Parser):
             account.accepted(self)
 
     def time_out(self, why: str) -> None:
-        """Refuse it, because the rest of it is too long in coming (RFC 9110 §15.5.9)."""
+        """Refuse it with 408, because it comes too slowly (RFC 9110 §15.5.9)."""
         self.refuse(408, why)
         self._complete()
 
     def _take_id(self, make: Callable[[], str]) -> None:
-        """Be called from now on as a trusted proxy calls it, or by an id that is made for it."""
+        """Set the request's id: the one from a trusted proxy, or else a new one from `make`."""
         ids = self.ids
         if not ids.request_id:
             self._ids = ids = Ids(make(), ids.traceparent)
         self.given_id = ids.request_id
 
     def _name_limit(self) -> None:
-        """Say which setting it goes beyond."""
+        """Write to the log which setting's limit the request exceeds."""
         what = f"{self.command} {visible(self.target.partition('?')[0])}" if self.command else "a request line"
         setting = f"server.{self.exceeded} ({write_size(getattr(self.adj, self.exceeded))})"
         log.warning(
@@ -197,19 +211,19 @@ class Request(Parser):
         )
 
     def close(self) -> None:
-        """Free the body. A request that never ran waited behind one that ended the connection: it is over, too."""
+        """Free the body. If no thread has run the request, it is over: the one before it has ended the connection."""
         super().close()
         if self.thread is None:
             self.channel.account.retire(self, "gone")
 
     @property
     def age(self) -> float:
-        """Seconds since the first byte."""
+        """Seconds since its first byte came."""
         return time.monotonic() - self.first_byte
 
     @property
     def client(self) -> str:
-        """The address of who sent it: the peer's, or what a trusted proxy says."""
+        """The client's address: from a trusted proxy's headers, or else the peer's."""
         if self._client is None and self.headers_finished:
             channel = self.channel
             self._client = channel.client_told_by(self.headers) or channel.client
@@ -217,7 +231,7 @@ class Request(Parser):
 
     @property
     def ids(self) -> Ids:
-        """What it is called: by a trusted proxy, or by an id that was made for it."""
+        """Its ids: from a trusted proxy, or made by flaskd."""
         if self._ids is not None:
             return self._ids
         headers = self.headers
@@ -228,7 +242,7 @@ class Request(Parser):
 
     @property
     def sent(self) -> int:
-        """Bytes of its answer that the kernel has taken, header and all."""
+        """Bytes of its answer that the kernel has taken, including the header."""
         flushed = self.channel.flushed
         return max(0, (min(flushed, self.ends_at) if self.answered else flushed) - self.starts_at) if self.began else 0
 
@@ -247,15 +261,15 @@ class Request(Parser):
         return self.request_uri
 
     def snapshot(self, *, stack: bool = False, gone: bool | None = None) -> InFlight:
-        """What can be shown of it, from any thread; with the stack of the thread that runs it when asked for.
+        """A description of the request at this moment (any thread); with `stack`, with the stack of its thread.
 
-        `gone` is for who has looked already whether its client has.
+        `gone` says whether the client has left; None: look now.
         """
         thread = None if self.answered or self.waits else self.thread
         return InFlight(
             id=self.id,
             client=self.client,
-            method=self.command or "?",  # a token: all else is refused
+            method=self.command or "?",  # the parser accepts a token only
             path=visible(self.target.partition("?")[0]),
             age=self.age,
             phase=self.phase,
@@ -268,16 +282,16 @@ class Request(Parser):
         )
 
     def cut(self, reason: str) -> Cut:
-        """The ledger's entry for breaking it off now."""
+        """The ledger's entry for cutting the request now."""
         gone = None if self.channel.connected else False
         return Cut(**vars(self.snapshot(stack=True, gone=gone)), reason=reason)
 
     def access_fields(self) -> dict[str, Any]:
-        """What the access log tells about it."""
+        """The fields of its line in the access log; `took` in seconds, `bytes` without the header."""
         fields: dict[str, Any] = {
             "id": self.id,
             "client": self.client,
-            "time": self.wall_clock,
+            "time": time.time() - self.age,
             "method": self.command or "-",
             "target": self.target or "-",
             "protocol": f"HTTP/{self.version}",

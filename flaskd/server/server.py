@@ -1,4 +1,4 @@
-"""`WaitressThread`: waitress in a thread that can be started, drained, resumed and stopped; nothing of cleanup."""
+"""`WaitressThread`: waitress in threads that can be started, drained, resumed and stopped; without cleanup."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ _JOIN_TIMEOUT = 1.0
 
 
 class WaitressThread(ObservedServer):
-    """Serves a WSGI app with threads of its own, of which one leads and the others run the app.
+    """Serves a WSGI app with threads of its own: one leads, the others run the app.
 
-    ``start()`` returns when requests are served or raises what went wrong; ``stop()`` answers what is in flight and
-    joins every thread. As a context manager it does both. Port 0 takes a free port, shown by ``url``. With 0 threads
-    the one that leads runs the app itself, which must never wait. With `fixed_limits` the log names no setting for a
-    request that is too large. A worker notes on its `board` what its supervisor reads; the caller closes it.
+    ``start()`` returns once requests are served, or raises; ``stop()`` answers the requests in flight and joins every
+    thread. As a context manager it does both. Port 0 takes a free port, which ``url`` shows. With 0 threads the leading
+    thread runs the app itself, which must never wait. With `fixed_limits` the log names no setting for a request that
+    is too large. A worker writes to its `board`, which its supervisor reads; the caller closes the board.
     """
 
     def __init__(
@@ -90,12 +90,11 @@ class WaitressThread(ObservedServer):
         self.stop()
 
     def start(self, first: Callable[[], None] = lambda: None, *, accepting: bool = True) -> Self:
-        """Bind if needed, listen and serve; returns once the loop turned and a thread of the pool ran.
+        """Bind if needed, listen and serve; returns once the loop has turned and a thread of the pool has run.
 
-        Unless `accepting`, connections wait until `accept` is called; those of probes are served.
-
-        `first` is called before anything is served, when the server can be told how to: clients may wait already.
-        Raises CannotCreateError when the address cannot be had, and whatever kept the thread from serving.
+        Without `accepting`, connections wait until `accept` is called, except probes. `first` is called before any
+        request is served, when the server's settings can be changed; clients may wait by then. Raises CannotCreateError
+        if an address cannot be bound, and any error that keeps the threads from serving.
         """
         if self.loop is not None:
             raise FlaskdError("cannot start: this server has been started before; make a new one")
@@ -128,7 +127,7 @@ class WaitressThread(ObservedServer):
             if self._on_death is not None:
                 loop.on_death = self._on_death
             loop.start(self._name)
-        except BaseException:  # no more threads to be had, say
+        except BaseException:  # for example, no thread can be started
             if self.loop is not None:
                 self.loop.end()
                 self.loop.close(_JOIN_TIMEOUT)
@@ -142,7 +141,7 @@ class WaitressThread(ObservedServer):
         if not started or loop.error is not None:
             error = loop.error
             self.end()
-            raise FlaskdError(f"cannot serve: {error or 'the serving thread does not turn'}") from error
+            raise FlaskdError(f"cannot serve: {error or 'the serving thread does not respond'}") from error
         return self
 
     def accept(self) -> None:
@@ -150,64 +149,64 @@ class WaitressThread(ObservedServer):
         self._serving.call(lambda: self._serving.admission.accept(on=True))
 
     def set_threads(self, threads: int) -> None:
-        """Change the number of threads that run the app; CannotCreateError where so many cannot be had."""
+        """Change the number of threads that run the app; raises CannotCreateError if they cannot be started."""
         self._serving.context.pool.resize(threads)
         self._threads = threads
 
     def set_graces(self, keepalive_grace: float, stream_grace: float) -> None:
-        """How long, in seconds, a drained connection may send one more request, and a stream may go on."""
+        """Set for how many seconds of a drain a client may send one more request, and a stream may go on."""
         self._serving.context.keepalive_grace = keepalive_grace
         self._serving.context.stream_grace = stream_grace
 
     def limit(self, limits: Limits) -> None:
-        """Keep these limits from now on."""
+        """Enforce these limits from now on."""
         self._serving.call(lambda: self._serving.limit(limits))
 
     def tell_answers(self, on_answer: Callable[[dict[str, Any]], None] | None) -> None:
-        """Give what the access log tells of each answered request to `on_answer` from now on; None: to nobody."""
+        """Call `on_answer` with the access log's fields of each answered request from now on; None: no call."""
         self._serving.account.on_answer = on_answer
 
     def give_ids(self, *, on: bool) -> None:
-        """Give each request an X-Request-ID from now on, its trusted proxy's or a new one, or none any more."""
+        """Give each request an X-Request-ID from now on, its trusted proxy's or a new one; with `on` False, none."""
         self._serving.account.make_id = IdSource() if on else None
 
     def name_itself(self, served_by: str) -> None:
-        """Have each answer say so from now on in X-Served-By, unless the app does; empty: none says it."""
+        """Send this X-Served-By in each answer from now on, unless the app sets one; empty: none."""
         self._serving.context.served_by = served_by
 
     def answer_health(self, path: str, health: Callable[[], tuple[str, str]]) -> None:
-        """Let the loop answer GET and HEAD of `path` with the status line and text that `health` returns."""
+        """Let the loop itself answer GET and HEAD of `path` with the status line and the text that `health` returns."""
         self._serving.context.health = health
         self._serving.context.health_path = path
 
     def watch_idle(self, after: float | None, ignore: Sequence[str], on_idle: Callable[[], None] | None) -> None:
-        """Call `on_idle`, from the serving thread, once nothing that counts was asked for `after` seconds; None: never.
+        """Call `on_idle` in the serving thread once no request that counts has come for `after` seconds; None: never.
 
-        Without `on_idle` it is only noted on the board (`Board.idle_for`). `flaskd.server.idle.IdleWatch` says what
-        counts. Time begins now, or where a watch before this one had it.
+        Without `on_idle` the time is only noted on the board (`Board.idle_for`). `flaskd.server.idle.IdleWatch` says
+        which requests count. The time is counted from now, or from where an earlier watch counted.
         """
         loop = self._serving
         loop.call(lambda: loop.watch_idle(after, ignore, on_idle))
 
     def announce(self) -> None:
-        """Go on accepting, but let each response close its connection."""
+        """Go on accepting, but close each connection after its next response."""
         self._serving.call(self._serving.announce)
 
     def refuse(self, *, on: bool) -> None:
-        """While drained: answer 503 on listeners that others share; off again before a stop."""
+        """While drained, answer 503 on listeners that other processes share, or stop doing so, as before a stop."""
         self._serving.call(lambda: self._serving.admission.refuse(on=on))
 
     def close_listeners(self) -> None:
-        """End the announce of the drain under way: the listeners are closed when their backlog is empty."""
+        """End the announce of the drain under way; the listeners are closed once their backlog is empty."""
         self._serving.call(self._serving.end_announce)
 
     def close_gates(self) -> None:
-        """Deal with listeners that are not shared any more while a drain is under way, or over."""
+        """During or after a drain, close the gates of listeners that other processes have stopped sharing."""
         self._serving.call(self._serving.close_gates)
 
     @property
     def dead(self) -> str:
-        """Why no word of it will come any more; empty while its thread is there."""
+        """Why the server cannot report the end of a drain any more; empty while its loop is alive."""
         if self._serves and self.loop is not None and self.loop.alive:
             return ""
         return f"the serving thread died: {self.loop.error if self.loop else None}"
@@ -220,31 +219,33 @@ class WaitressThread(ObservedServer):
         announce: float = 0.0,
         counted_from: tuple[int, int] | None = None,
     ) -> None:
-        """Start a drain and return at once; `over` is called from the serving thread with the report.
+        """Start a drain and return at once; `over` is called with the report in the serving thread.
 
-        For `announce` seconds before, new connections are still accepted, and each response closes its connection. The
-        report counts from now on, or since `counted` was `counted_from`.
+        At first, for `announce` seconds, new connections are still accepted, and each response closes its connection.
+        After that the drain takes at most `timeout` seconds. The report counts from now on, or from `counted_from`, an
+        earlier value of `counted`.
         """
         begins = time.monotonic() + announce
         before = self.counted if counted_from is None else counted_from
         self._serving.call(lambda: self._serving.begin_drain(begins, begins + timeout, over, before))
 
     def hasten_drain(self, timeout: float) -> None:
-        """End the announce now, and leave the drain under way at most `timeout` seconds more."""
+        """End the announce now, and let the drain under way take at most `timeout` more seconds."""
         deadline = time.monotonic() + timeout
         self._serving.call(lambda: self._serving.hasten_drain(deadline))
 
     def drain(self, timeout: float = _DEFAULT_TIMEOUT) -> DrainReport:
-        """Take no new work, finish what is in hand within `timeout` seconds, and tell what became of it.
+        """Take no new work, finish the requests in hand within `timeout` seconds, and report how they ended.
 
-        A second call joins the first. Raises FlaskdError when the serving thread is dead, or resume undid the drain.
+        A second call waits for the same drain. Raises FlaskdError if the serving thread is dead, or resume undid the
+        drain.
         """
         with self._lock:
             if self._serving.turned.is_set() and self._drain is None and (dead := self.dead):
                 raise FlaskdError(f"cannot drain: {dead}")
             if self._drain is None:
                 self._drain = Drain(self, timeout).begin()
-            else:  # under way or over: this one joins it
+            else:  # a drain is under way or over
                 self._drain.shorten(timeout)
             drain = self._drain
         report = drain.wait()
@@ -252,14 +253,14 @@ class WaitressThread(ObservedServer):
         return report
 
     def resume(self, listeners: Sequence[Listener] | None = None) -> None:
-        """Serve again after a drain, on the same addresses and port numbers.
+        """Serve again after a drain, on the same addresses and port numbers; also undoes a drain that is under way.
 
-        Raises CannotCreateError when one of them cannot be had any more; the server then stays drained. Undoes a drain
-        that is under way; a server that serves goes on serving. A worker is given its `listeners`, one for each that
-        it has, and owns them from then on; those that stand for shared ones, which it never closed, are closed.
+        Raises CannotCreateError if an address cannot be bound any more; the server then stays drained. A server that
+        already serves goes on. A worker is given `listeners`, one for each that it has, and owns them from then on; it
+        closes those that replace shared ones, which it has never closed.
         """
 
-        def reopen() -> None:  # in the loop's thread, so that it follows the closing of the old listeners
+        def reopen() -> None:  # runs in the loop's thread, so that the old listeners are closed before
             opened: list[Listener] = []
             loop = self._serving
             try:
@@ -286,7 +287,7 @@ class WaitressThread(ObservedServer):
         _in_loop(self._serving, reopen, "resume")
 
     def stop(self, timeout: float = _DEFAULT_TIMEOUT) -> DrainReport:
-        """Drain within `timeout` seconds, then end and join every thread; a second call returns the same report."""
+        """Drain within `timeout` seconds, then end and join all threads; a second call returns the same report."""
         if not self._serves or self.loop is None:
             self._close_listeners()
         else:
@@ -302,21 +303,20 @@ class WaitressThread(ObservedServer):
             return
         self._serves = False
         loop.end()
-        if not loop.ended.wait(timeout + _JOIN_TIMEOUT):  # what it uses cannot be closed under it
+        if not loop.ended.wait(timeout + _JOIN_TIMEOUT):  # the sockets that it uses cannot be closed
             leader = loop.context.pool.leader
             stack = folded(stack_of(leader)) if leader is not None else ""
             log.error(f"the serving thread does not end, and is abandoned:\n{stack}")
             self._close_listeners()
             return
         if stuck := loop.close(timeout):
-            stacks = folded(together(map(stack_of, stuck)))
             names = listed([each.name for each in stuck], _MOST_NAMED)
             how = "do not end, and are" if stuck[1:] else "does not end, and is"
-            log.warning(f"{names} {how} abandoned:\n{stacks}")
+            log.warning(f"{names} {how} abandoned:\n{folded(together(map(stack_of, stuck)))}")
         self._known_to_forks.close()
 
     def _forget(self) -> None:
-        """In a forked child: close the copies of all sockets, which would keep clients waiting."""
+        """In a forked child, close its copies of all sockets, which would keep clients waiting."""
         for listener in self._listeners or ():
             listener.socket.close()
         if self.loop is not None:
@@ -325,7 +325,7 @@ class WaitressThread(ObservedServer):
             self._board.close()
 
     def abandon(self) -> None:
-        """End without a drain, if it has not ended yet: for a start that failed half-way."""
+        """End without a drain, unless it has ended already; for a start that failed half-way."""
         if self._serves:
             self.end(0)
         self._close_listeners()
@@ -336,7 +336,7 @@ class WaitressThread(ObservedServer):
 
 
 def _in_loop(loop: EventLoop, function: Callable[[], None], what: str) -> None:
-    """Run a function in the loop's thread, and raise what it raises."""
+    """Run a function in the loop's thread, wait for it, and raise what it raises; `what` is for messages."""
     done, errors = threading.Event(), list[Exception]()
 
     def run() -> None:
@@ -349,13 +349,13 @@ def _in_loop(loop: EventLoop, function: Callable[[], None], what: str) -> None:
 
     loop.call(run)
     if not done.wait(_START_TIMEOUT):
-        raise FlaskdError(f"cannot {what}: the serving thread does not turn")
+        raise FlaskdError(f"cannot {what}: the serving thread does not respond")
     if errors:
         raise errors[0]
 
 
 def _opened_again(before: Sequence[Listener], given: Sequence[Listener] | None, backlog: int) -> Iterator[Listener]:
-    """What to accept from again: what was given, or is bound anew; shared listeners were never closed."""
+    """The listeners to accept from after a resume: the `given` ones or newly bound ones; shared ones are kept."""
     for listener, other in zip(before, given or before, strict=True):
         if listener.shared:
             yield listener

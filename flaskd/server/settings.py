@@ -1,4 +1,4 @@
-"""From the configuration's ``server`` section to waitress' own settings (waitress.adjustments.Adjustments)."""
+"""The configuration's ``server`` section, translated to waitress' settings (waitress.adjustments.Adjustments)."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ if TYPE_CHECKING:
     from flaskd.config import ServerConfig
 
 _RESERVED_FILES = 128
-"""Open files kept from connections: the app's own, listeners, control clients."""
+"""Open files that connections may not use: for the app, listeners and control clients."""
 
 
 def most_connections(open_files: int) -> int:
-    """How many connections so many open files allow, less a reserve."""
+    """How many connections are allowed if the process may have `open_files` descriptors."""
     return max(16, open_files - _RESERVED_FILES)
 
 
 def limits(server: ServerConfig) -> Limits:
-    """The limits of requests."""
+    """The limits of requests, from the configuration."""
     return Limits(
         server.request_timeout,
         server.request_timeouts,
@@ -31,7 +31,7 @@ def limits(server: ServerConfig) -> Limits:
 
 
 def adjustments(server: ServerConfig, open_files: int) -> dict[str, Any]:
-    """Waitress' settings; `open_files` is what RLIMIT_NOFILE allows, which bounds the connections."""
+    """Waitress' settings; `open_files` is the process' limit of descriptors, which bounds the connections."""
     most = most_connections(open_files)
     return {
         "connection_limit": min(most, server.connection_limit or most),
@@ -43,5 +43,5 @@ def adjustments(server: ServerConfig, open_files: int) -> dict[str, Any]:
         "outbuf_high_watermark": server.outbuf_high_watermark,
         "backlog": server.backlog,
         "ident": server.ident,
-        "clear_untrusted_proxy_headers": False,  # flaskd.server.proxies does
+        "clear_untrusted_proxy_headers": False,  # flaskd.server.proxies does this
     }

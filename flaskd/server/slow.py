@@ -1,9 +1,9 @@
-"""Clients that are slow: how long they are waited for, and what waits for them.
+"""Slow clients: how long the server waits for them, and which threads do.
 
-A client has a thread to itself only while the app runs for it. A request is read before a thread takes it; an answer
-that its client does not take is kept, at most `server.outbuf_high_watermark` of it, and the thread that has more
-gives its place up until there is room (`Waiting`). What a connection itself costs is bounded by `Progress`, by
-`server.head_timeout`, and by the connection limit, at which those whose client is waited for are closed
+A client keeps a thread only while the app runs for it. A request is read completely before a thread takes it. Of an
+answer that the client does not read, up to `server.outbuf_high_watermark` bytes are buffered; a thread that has more
+gives up its place until there is room (`Waiting`). The cost of a connection itself is bounded by `Progress`, by
+`server.head_timeout`, and by the connection limit, at which connections that wait for their clients are closed
 (`flaskd.server.connections`).
 """
 
@@ -20,15 +20,15 @@ from flaskd.server.request import Request
 from flaskd.server.threads import ThreadPool
 
 MOST_WAITING = 64
-"""Threads that wait for clients at a time, without a place; beyond it the client that is slowest is closed."""
+"""Most threads that wait for clients without a place; for one more, the connection of the slowest client is closed."""
 SLOW = 32 * 1024
-"""Bytes a second: a client that is slower than this may be closed to make room for others."""
+"""Bytes a second; the connection of a client that is slower may be closed to make room for others."""
 PATIENCE = 1.0
-"""Seconds that each client has before it is closed to make room for others."""
+"""Seconds that each client has before its connection may be closed to make room for others."""
 
 
 class Progress:
-    """Whether a client moves at least so many bytes in each length of time, while it is waited for."""
+    """Tells whether a client for which the server waits moves enough bytes in each period of time."""
 
     __slots__ = ("_moved", "_owed", "_since", "_what")
 
@@ -37,9 +37,11 @@ class Progress:
         self._since, self._moved, self._owed = 0.0, 0, 0
 
     def too_slow(self, now: float, what: object, moved: int, *, owed: int = 0, timeout: float, least: float) -> bool:
-        """Whether it has moved less than `least` bytes in `timeout` seconds.
+        """Whether the client has moved less than `least` bytes in the last `timeout` seconds.
 
-        `what` it is waited for, `moved` counts the bytes, and at `owed` of them it has done all that it can by now.
+        `what` is the request or answer that the server waits for; a new one starts a new period. `moved` counts the
+        bytes so far. Once `moved` reaches `owed` (if not 0), the client has done all that it can, and a new period
+        starts.
         """
         if what is not self._what or (self._owed and moved >= self._owed):
             self._what, self._since, self._moved, self._owed = what, now, moved, owed
@@ -54,26 +56,26 @@ class Progress:
 class Waiting:
     """The threads that wait for clients which read more slowly than the app writes.
 
-    None of them has a place: another request is run meanwhile, and the thread goes on when its client has read on and a
-    place is free. At most `MOST_WAITING` do so. With one more, the client that reads most slowly is closed, if it is
-    `SLOW`; else the thread waits in its place.
+    Such a thread gives up its place, in which another request runs, and goes on when its client has read enough and a
+    place is free. At most `MOST_WAITING` threads do so. For one more, the connection of the slowest client is closed,
+    if that reads more slowly than `SLOW`; otherwise the thread keeps its place while it waits.
     """
 
     def __init__(self, pool: ThreadPool) -> None:
         self._pool = pool
         self.close: Callable[[Any, str], None] = lambda _channel, _why: None
-        """Closes the connection of a client that is too slow, and says why; called by any thread."""
+        """Closes the connection of a client that is too slow, for the given reason; called by any thread."""
         self._clients: dict[Any, tuple[float, int]] = {}
-        """The connections, since when they are waited for, and what the kernel had taken on them by then."""
+        """The connections, with the moment at which the wait began, and the bytes the kernel had taken by then."""
         self._lock = threading.Lock()
 
     def __contains__(self, channel: object) -> bool:
         return channel in self._clients
 
     def for_client(self, channel: Any) -> None:
-        """Wait until the client of a connection has taken so much of its answer that there is room, or is gone.
+        """Wait until the client has read so much that there is room for more output, or has left.
 
-        The loop never waits: what it answers itself is short.
+        The loop's thread never waits here: the answers that it gives itself are short.
         """
         if channel.serving.here:
             return
@@ -92,7 +94,7 @@ class Waiting:
                     channel.outbuf_lock.wait(None if left else PATIENCE)
 
     def _enter(self, channel: Any) -> bool:
-        """Whether its thread may leave its place."""
+        """Add a connection to those that are waited for; False if its thread must keep its place."""
         now = time.monotonic()
         with self._lock:
             slowest = None if len(self._clients) < MOST_WAITING else self._slowest(now)
@@ -102,7 +104,7 @@ class Waiting:
                 del self._clients[slowest]
             self._clients[channel] = now, channel.flushed
         if slowest is not None:
-            self.close(slowest, f"{MOST_WAITING} others wait for clients that read slowly, and it reads most slowly")
+            self.close(slowest, f"{MOST_WAITING} threads wait for slow clients, and this one is the slowest")
         return True
 
     def _slowest(self, now: float) -> Any | None:

@@ -1,6 +1,7 @@
-"""Streams that end in time, for the servers that run the app in their own way: Werkzeug's, in a thread or under Flask.
+"""Streams: responses without an end, such as server-sent events, which flaskd ends when a drain wants them to.
 
-(Waitress' channel does it better: it ends a stream whose next part never comes, too.)
+`EndingStreams` is for Werkzeug's server, in a thread or under ``flask run``. With Waitress the channel ends streams
+(`OutputChannel.end_stream`), even one whose next part never comes.
 """
 
 from __future__ import annotations
@@ -11,21 +12,21 @@ from typing import Any
 from flaskd.process.forks import AppCode
 
 STREAM_TYPES = ("text/event-stream", "multipart/x-mixed-replace")
-"""Responses without an end of their own, which may be ended between two parts. Any other chunked response is somebody's
-data, and ending it early with a proper last chunk would make half of it look whole."""
+"""The content types of streams, which may be ended between two parts. Any other chunked response may be data: ended
+early with a proper last chunk, half of it would look complete."""
 STREAM_GRACE = 1.0
 """Seconds that a stream may go on after a drain began."""
 
 
 class EndingStreams:
-    """A WSGI app around another; a response without an end of its own ends between two parts once it is `over()`."""
+    """A WSGI app around another; it ends a stream between two parts once `over()` is true."""
 
     def __init__(self, app: Callable[..., Iterable[bytes]], over: Callable[[], bool]) -> None:
         self._app = app
         self._over = over
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        """Run the app, which says by its headers whether it is such a response (at the latest with the first part)."""
+        """Run the app. Its headers, which come with its first part at the latest, say whether it sends a stream."""
         endless = False
 
         def started(status: str, headers: list[tuple[str, str]], *more: Any) -> Any:
@@ -39,7 +40,7 @@ class EndingStreams:
 
 
 class Parts:
-    """What an app returned, until it is over."""
+    """The parts that an app returned, up to the moment when `over()` is true."""
 
     def __init__(self, parts: Iterable[bytes], over: Callable[[], bool], code: AppCode) -> None:
         self._parts = parts
@@ -57,7 +58,7 @@ class Parts:
                     return
 
     def close(self) -> None:
-        """Close it as the server should (PEP 3333), though it may not have been begun."""
+        """Close what the app returned (PEP 3333), even if no part was asked for."""
         if hasattr(self._parts, "close"):
             with self._code:
                 self._parts.close()

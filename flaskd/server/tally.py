@@ -1,4 +1,4 @@
-"""What became of all requests since the start, and how long they took; counted where a request is over."""
+"""How all requests since the start ended, and how long they took; each is counted when it is over."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Any
 from flaskd.server.request import Request
 
 BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-"""Upper bounds of the buckets of a histogram, in seconds; one more bucket holds what is above."""
+"""Upper bounds of a histogram's buckets, in seconds; one more bucket counts all longer times."""
+_SHORTEST = BOUNDS[0]
 
 _OUTCOMES = ("completed", "rejected", "cut", "gone")
 _STATUSES = 6
 _BUCKETS = len(BOUNDS) + 1
 
-# Where they are counted, in the order of a tally: the outcomes first.
+# The positions of the counts in `Counts`, in the order of a tally: the outcomes come first.
 _OUTCOME_AT = {outcome: index for index, outcome in enumerate(_OUTCOMES)}
 _STATUS_AT = len(_OUTCOMES)
 _CLASS_AT = {str(digit): _STATUS_AT + digit for digit in range(1, _STATUSES)}
@@ -28,11 +29,14 @@ LIMITS = (
     *("request_timeout", "queue_timeout", "max_queue"),
     *("head_timeout", "min_rate", "channel_timeout", "connection_limit", "outbuf_high_watermark"),
 )
-"""The limits that are counted, by the names of their settings."""
-COUNTS = _LIMITED_AT + len(LIMITS)
-"""How many counts there are of a tally."""
+"""The limits whose effects are counted, by the names of their settings."""
+_COMMON_AT = _LIMITED_AT + len(LIMITS)
+"""Where the most common requests are counted, once instead of four times: completed, with a status 2xx, and both times
+in the first bucket."""
+COUNTS = _COMMON_AT + 1
+"""How many counts a tally has."""
 SUMS = 2
-"""How many sums of seconds: how long requests took, and how long they waited."""
+"""How many sums of seconds a tally has: how long requests took, and how long they waited."""
 
 
 def _sums(some: Sequence[int], others: Sequence[int]) -> list[int]:
@@ -41,18 +45,18 @@ def _sums(some: Sequence[int], others: Sequence[int]) -> list[int]:
 
 @dataclass(slots=True)
 class Histogram:
-    """How many lengths of time fell into which bucket, and their sum in seconds."""
+    """How many times fell into each bucket, and their sum in seconds."""
 
     counts: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS) + 1))
     total: float = 0.0
 
     def add(self, seconds: float) -> None:
-        """Count one; a value on a bound belongs to the bucket below it, as Prometheus has it."""
+        """Count one time; a value equal to a bound belongs to the bucket below it, as in Prometheus."""
         self.counts[bisect_left(BOUNDS, seconds)] += 1
         self.total += seconds
 
     def __add__(self, other: Histogram) -> Histogram:
-        """Both together."""
+        """The sum of two histograms."""
         return Histogram(_sums(self.counts, other.counts), self.total + other.total)
 
 
@@ -61,8 +65,8 @@ class Tally:
     """Requests by outcome and by class of their status; how long they took, and how long they waited for a thread.
 
     `outcomes` has ``completed``, ``rejected``, ``cut`` and ``gone`` (the client left). `statuses` is indexed by the
-    first digit of the status; 0 is for those without an answer. `limited` has how often each limit did something.
-    Times run from a request's first byte to the moment that the kernel took the last of its answer.
+    first digit of the status; 0 is for requests without an answer. `limited` says how often each limit took effect.
+    `took` runs from a request's first byte to the moment when the kernel took the last byte of its answer.
     """
 
     outcomes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_OUTCOMES, 0))
@@ -72,7 +76,7 @@ class Tally:
     limited: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LIMITS, 0))
 
     def __add__(self, other: Tally) -> Tally:
-        """Both together, as for two workers."""
+        """The sum of two tallies, for example of two workers."""
         return Tally(
             {outcome: count + other.outcomes[outcome] for outcome, count in self.outcomes.items()},
             _sums(self.statuses, other.statuses),
@@ -82,7 +86,7 @@ class Tally:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Stable keys for programs; `took` and `waited` have the count of each bucket, and the sum in seconds."""
+        """Stable keys for programs; `took` and `waited` have a count for each bucket, and the sum in seconds."""
         return {
             "outcomes": dict(self.outcomes),
             "statuses": {f"{digit}xx": self.statuses[digit] for digit in range(1, 6)},
@@ -94,7 +98,7 @@ class Tally:
 
 
 class Counts:
-    """A tally that is being counted, in lists or in memory that another process reads; never copied, so always true."""
+    """The counts behind a tally, in lists or in memory that another process reads while they change."""
 
     __slots__ = ("_counts", "_sums")
 
@@ -105,27 +109,33 @@ class Counts:
         self._sums = [0.0] * SUMS if sums is None else sums
 
     def add(self, request: Request, outcome: str, now: float) -> None:
-        """Count a request that is over at `now`, a time.monotonic() moment; some microseconds (callers hold a lock)."""
-        counts, sums = self._counts, self._sums
+        """Count a request that is over at `now`, a time.monotonic() moment; the caller holds a lock."""
+        counts, sums, first, began = self._counts, self._sums, request.status[:1], request.began
+        took, waited = now - request.first_byte, began - request.complete
+        if took <= _SHORTEST and waited <= _SHORTEST and began and first == "2" and outcome == "completed":
+            counts[_COMMON_AT] += 1
+            sums[0] += took
+            sums[1] += waited
+            return
         counts[_OUTCOME_AT[outcome]] += 1
-        first = request.status[:1]
         counts[_CLASS_AT.get(first, _STATUS_AT)] += 1
         if first:
-            seconds = now - request.first_byte
-            counts[_TOOK_AT + bisect_left(BOUNDS, seconds)] += 1
-            sums[0] += seconds
-        if request.began:
-            seconds = request.began - request.complete
-            counts[_WAITED_AT + bisect_left(BOUNDS, seconds)] += 1
-            sums[1] += seconds
+            counts[_TOOK_AT + bisect_left(BOUNDS, took)] += 1
+            sums[0] += took
+        if began:
+            counts[_WAITED_AT + bisect_left(BOUNDS, waited)] += 1
+            sums[1] += waited
 
     def limited(self, limit: str) -> None:
-        """Count what a limit did (callers hold a lock)."""
+        """Count that a limit took effect; the caller holds a lock."""
         self._counts[_LIMITED_AT + LIMITS.index(limit)] += 1
 
     def tally(self) -> Tally:
-        """What has been counted so far; a copy."""
+        """The tally so far; a copy."""
         counts, (took, waited) = list(self._counts), self._sums
+        common = counts.pop()
+        for at in (_OUTCOME_AT["completed"], _CLASS_AT["2"], _TOOK_AT, _WAITED_AT):
+            counts[at] += common
         return Tally(
             dict(zip(_OUTCOMES, counts, strict=False)),
             counts[_STATUS_AT:_TOOK_AT],

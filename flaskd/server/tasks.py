@@ -1,71 +1,31 @@
-"""What all answers have in common, and those that flaskd gives without the app."""
+"""Tasks write answers: what all of them have in common, and those that answer without the app."""
 
 from __future__ import annotations
 
 import functools
 import logging
-import operator
 import time
+from typing import Any
 
 from waitress.task import Task
 from waitress.utilities import build_http_date
 
+from flaskd.server.head import connection_options
+from flaskd.server.headers import ID_HEADER, SENT_TOGETHER, WITHOUT_BODY, template
 from flaskd.server.output import OutputChannel
 from flaskd.server.request import Request
 from flaskd.sockets import unread
 
 log = logging.getLogger("flaskd.server")
 
-_SENT_TOGETHER = 1 << 16
-"""Bytes of body that are worth copying, so that they go out with the header in one piece."""
 RETRY_AFTER = 5
-"""Seconds that a refused client is asked to wait."""
+"""Seconds that a refused client is asked to wait before it tries again."""
 
-
-ID_HEADER = "X-Request-ID"
-"""A header of the app's own is written X-Request-Id."""
-_WITHOUT_BODY = ("1", "204", "304")
 http_date = functools.lru_cache(maxsize=2)(build_http_date)
-_by_name = operator.itemgetter(0)
-
-
-@functools.lru_cache(maxsize=64)
-def _tokens(value: str) -> frozenset[str]:
-    """What a Connection header lists (RFC 9110 §7.6.1)."""
-    return frozenset(token.strip().lower() for token in value.split(","))
-
-
-@functools.lru_cache(maxsize=256)
-def _header(  # noqa: PLR0917 - a cache takes longer to find what has names
-    start: str,
-    given: tuple[tuple[str, str], ...],
-    framing: str,
-    connection: str,
-    ident: str | None,
-    served_by: str,
-    names_it: str,
-) -> str:
-    """Status line and headers, sorted by name, where `length`, `date` and `id` are still to be filled in.
-
-    Most answers of an app have their headers in common, but for their length, their id and the time. `names_it` is
-    what the header with the id is called; empty where the client is told none.
-    """
-    headers = [(name.replace("%", "%%"), value.replace("%", "%%")) for name, value in given]
-    names = dict(headers)
-    if framing:
-        headers.append((framing, "%(length)d" if framing == "Content-Length" else "chunked"))
-    own = {"Server": (ident or "").replace("%", "%%"), "X-Served-By": served_by.replace("%", "%%")}
-    for name, value in (("Connection", connection), *own.items(), ("Date", "%(date)s")):
-        if value and name not in names:
-            headers.append((name, value))
-    if names_it and "X-Request-Id" not in names:
-        headers.append((names_it, "%(id)s"))
-    headers.sort(key=_by_name)
-    return "\r\n".join([start.replace("%", "%%"), *map(": ".join, headers), "", ""])
 
 
 class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
-    """What all tasks have in common: they close the connection while draining, and record the answer."""
+    """What all tasks have in common: they build the header, close connections during a drain, and record the answer."""
 
     channel: OutputChannel
     request: Request
@@ -73,29 +33,30 @@ class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
     complete: bool
     wrote_header: bool
     chunked_response: bool
-    response_headers: list[tuple[str, str]]
+    response_headers: Any
+    """Pairs of names and values: a list, or a tuple."""
     content_length: int | None
     close_on_finish: bool
 
     @property
     def has_body(self) -> bool:
-        """Whether there is a body to speak of: not with 1xx, 204 and 304."""
-        return not self.status.startswith(_WITHOUT_BODY)
+        """Whether an answer with this status has a body: not with 1xx, 204 and 304."""
+        return not self.status.startswith(WITHOUT_BODY)
 
     @property
     def sends_body(self) -> bool:
         """Whether bytes may follow the header: never to HEAD, nor with 1xx, 204 and 304 (RFC 9112 §6.3)."""
-        return self.channel.serving.command != "HEAD" and not self.status.startswith(_WITHOUT_BODY)
+        return self.channel.serving.command != "HEAD" and not self.status.startswith(WITHOUT_BODY)
 
     def build_response_header(self) -> bytes:
-        """Status line and headers, sorted by name, with what says where the answer ends (RFC 9112 §6, §9.3).
+        """Status line and headers, sorted by name, with the header that frames the answer (RFC 9112 §6, §9.3).
 
-        Waitress' own closes after every answer without a Content-Length, drops what was pipelined behind it, sends a
-        last chunk to HEAD, and adds ``Via: waitress`` where the app names its server. `response_headers` has no
-        Content-Length, and names as they are usually written.
+        Waitress' own method closes the connection after every answer without a Content-Length, drops the requests that
+        were pipelined behind it, sends a last chunk to HEAD, and adds ``Via: waitress`` if the app sets Server.
+        `response_headers` has no Content-Length, and names in their usual spelling.
         """
         status, framing = self.status, ""
-        if not status.startswith(_WITHOUT_BODY):
+        if not status.startswith(WITHOUT_BODY):
             if self.content_length is not None:
                 framing = "Content-Length"
             elif self.version == "1.1":
@@ -104,7 +65,7 @@ class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
             self.close_on_finish = True
         channel = self.channel
         serving = channel.serving
-        template = _header(
+        text = template(
             f"HTTP/{self.version} {status}",
             tuple(self.response_headers),
             framing,
@@ -113,15 +74,15 @@ class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
             channel.context.served_by,
             ID_HEADER if serving.given_id else "",
         )
-        values = {"length": self.content_length, "date": http_date(int(self.start_time)), "id": serving.given_id}
-        header = (template % values).encode("latin-1")
+        values = {"length": self.content_length, "date": http_date(int(time.time())), "id": serving.given_id}
+        header = (text % values).encode("latin-1")
         serving.status, serving.header_length = status, len(header)
         return header
 
     def _closes(self, framing: str) -> bool:
-        """Whether the connection ends with this answer; `framing` names the header that says where it ends itself."""
-        asked = _tokens(self.request.headers.get("HTTP_CONNECTION", ""))
-        if "close" in asked or self.status.startswith("1"):  # an interim answer, behind which the client waits for more
+        """Whether the connection closes after this answer; `framing` is the name of the header that frames it."""
+        asked = connection_options(self.request.headers.get("HTTP_CONNECTION", ""))
+        if "close" in asked or self.status.startswith("1"):  # after 1xx the client would wait for another answer
             return True
         if self.version == "1.0" and not ("keep-alive" in asked and framing == "Content-Length"):
             return True
@@ -130,33 +91,33 @@ class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
         channel = self.channel
         if not channel.context.closing:
             return False
-        # Waitress does not read while a request runs: the next one may lie in the kernel already.
+        # The server does not read while a request runs: the next request may be in the kernel already.
         last = len(channel.requests) <= 1 and channel.arriving is None
         return last and not (channel.connected and unread(channel.socket))
 
     @property
     def ends_with_connection(self) -> bool:
-        """Whether the connection ends with the answer, whose length is not known."""
+        """Whether the connection closes after an answer whose length is not known."""
         return False
 
     def write(self, data: bytes) -> None:
-        """Write a part of the response, the first one in one piece with the header.
+        """Write a part of the response; the first part is sent together with the header.
 
-        Waitress sends each for itself, which costs a system call more, in which the GIL changes hands, and wakes the
-        client for a header alone. Where no body may follow, `data` is dropped.
+        Waitress sends both separately, which costs another system call, in which the GIL is released, and wakes the
+        client for the header alone. If no body may follow, `data` is dropped. Raises TypeError if it is not bytes.
         """
         if type(data) is not bytes:
-            if not isinstance(data, bytes | bytearray | memoryview):  # before the header is out
+            if not isinstance(data, bytes | bytearray | memoryview):  # checked before the header is sent
                 raise TypeError(f"cannot answer with {type(data).__name__}: an app gives bytes (PEP 3333)")
             data = bytes(data)
         if data and not self.sends_body:
-            if not self.has_body:  # an app that gets this wrong may get more wrong
+            if not self.has_body:  # an app with this fault may have others
                 self.close_on_finish = True
-                super().write(data)  # says so in the log, and sends the header alone
+                super().write(data)  # logs a warning, and sends the header alone
                 return
             data = b""
         length, size = self.content_length, len(data)
-        together = self.complete and 0 < size <= _SENT_TOGETHER and (length is None or size <= length)
+        together = self.complete and 0 < size <= SENT_TOGETHER and (length is None or size <= length)
         if self.wrote_header or not together:
             super().write(data)
             return
@@ -169,29 +130,41 @@ class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
         self.wrote_header = True
 
     def service(self) -> None:
-        """Give the answer, and note whether it is whole."""
-        channel, serving, ended = self.channel, self.channel.serving, False
-        self.start_time = time.time()
+        """Write the answer, and note on the request whether it is whole."""
+        ended = False
         try:
             self.execute()
-            if not self.wrote_header:
-                self.write(b"")
-            if self.chunked_response:
-                channel.write_soon(b"0\r\n\r\n")
+            self._complete()
             ended = True
         finally:
-            serving.ends_at = channel.output_length() if channel.total_outbufs_len else channel.flushed
-            fault = self._fault(serving, ended=ended)
-            # Asked last: a close empties the buffers that were just measured.
-            if channel.connected and not channel.stream_over:
-                serving.fault, serving.whole = fault, self.wrote_header and not fault
+            self._note(ended=ended)
+
+    def _complete(self) -> None:
+        """Write what may still be missing of the answer: its header, or its last chunk."""
+        if not self.wrote_header:
+            self.write(b"")
+        if self.chunked_response:
+            self.channel.write_soon(b"0\r\n\r\n")
+
+    def _note(self, *, ended: bool) -> None:
+        """Note on the request whether its answer is whole; `ended` is false if something was raised meanwhile."""
+        channel = self.channel
+        serving = channel.serving
+        ends_at = serving.ends_at = channel.output_length() if channel.total_outbufs_len else channel.flushed
+        whole = ended and ends_at - serving.starts_at - serving.header_length == self.content_length
+        fault = "" if whole else self._fault(serving, ended=ended)
+        # Asked last, because closing empties the buffers that were just measured.
+        if channel.connected and not channel.stream_over:
+            if fault:
+                serving.fault = fault
+            serving.whole = self.wrote_header and not fault
 
     def execute(self) -> None:
         """Write the answer."""
         raise NotImplementedError
 
     def _fault(self, serving: Request, *, ended: bool) -> str:
-        """Why the client sees that the answer is not whole; empty where it is."""
+        """How the client can see that the answer is incomplete; empty if it is complete."""
         length, missing = self.content_length, 0
         if length is not None:
             missing = length - (serving.ends_at - serving.starts_at - serving.header_length)
@@ -210,7 +183,7 @@ class RefusalTask(Recorded):
     complete = True
 
     def execute(self) -> None:
-        """Say what is wrong, as waitress does (waitress.utilities.Error)."""
+        """Write the error in waitress' form (waitress.utilities.Error)."""
         self.status, headers, body = self.request.error.to_response(self.channel.adj.ident)
         self.response_headers += headers
         self.set_close_on_finish()
@@ -219,16 +192,16 @@ class RefusalTask(Recorded):
 
 
 class PlainTask(Recorded):
-    """A short answer in text, without the app."""
+    """A short answer in plain text, without the app."""
 
     complete = True
 
     def answer(self) -> tuple[str, list[tuple[str, str]], str]:
-        """Status, headers, body."""
+        """Status line, headers and body."""
         raise NotImplementedError
 
     def execute(self) -> None:
-        """Give it."""
+        """Write what `answer` returns, as UTF-8."""
         self.status, headers, text = self.answer()
         body = text.encode()
         self.response_headers += [("Content-Type", "text/plain; charset=utf-8"), *headers]
@@ -237,10 +210,10 @@ class PlainTask(Recorded):
 
 
 class RejectTask(PlainTask):
-    """503: flaskd cannot take the request any more, or not now; another instance, or a later try, may."""
+    """Answers 503: flaskd does not take the request now; another instance may, or this one later."""
 
     def answer(self) -> tuple[str, list[tuple[str, str]], str]:
-        """Say when to try again."""
+        """Say why, and in Retry-After when to try again."""
         why = (
             "too many requests wait for this server"
             if self.request.refused_by
@@ -250,9 +223,9 @@ class RejectTask(PlainTask):
 
 
 class HealthTask(PlainTask):
-    """Whether new requests are welcome, answered by the loop itself, however busy the threads are."""
+    """Answers whether new requests are welcome; the loop itself answers, however busy the threads are."""
 
     def answer(self) -> tuple[str, list[tuple[str, str]], str]:
-        """Say what the owner of the loop says."""
+        """The answer of `Context.health`, not to be cached."""
         status, text = self.channel.context.health()
         return status, [("Cache-Control", "no-store")], text + "\n"

@@ -1,4 +1,4 @@
-"""The places in which requests run: how many there are, and the threads that have left theirs."""
+"""The places in which requests run: how many there are, and which threads have left theirs."""
 
 from __future__ import annotations
 
@@ -11,38 +11,42 @@ from flaskd.server.request import Request
 
 
 class Places:
-    """The places of a pool of threads, each of which runs one request at a time.
+    """The places of a pool of threads; one request at a time runs in each.
 
-    A thread that goes on with a request that is over (cut, given up, or a stream that was ended) is lost: there is one
-    place more in exchange, until it comes back; but at most twice as many as there should be. A thread that waits for a
-    client leaves its place for a while, and comes back to one that is free.
+    A thread that still runs a request that is over (cut, given up, or a stream that was ended) is lost: until it comes
+    back there is an extra place, but at most `size` extra ones. A thread that waits for a client leaves its place
+    meanwhile, and afterwards waits for a free one.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
-        """How many requests may run at once; without those that are lost."""
+        """How many requests may run at once, without those of lost threads."""
         self.lost: set[Request] = set()
-        """What the threads that are lost go on with; changed under a lock, looked at without."""
+        """The requests that lost threads still run; changed under the lock, read without it."""
         self.ending = False
-        """Whether all threads are to end, and nothing more is begun."""
+        """Whether all threads are to end; no task begins any more."""
         self._places = size
-        """How many requests may run at once, with those that are lost."""
+        """How many requests may run at once, with those of lost threads."""
         self._running = 0
         self._numbers: dict[threading.Thread, int] = {}
-        """The threads that have not ended, with the numbers in their names."""
+        """The threads that have not ended, and the numbers in their names."""
         self._lock = threading.Lock()
-        """Held when one of the above, or of the next three, changes."""
+        """Held while one of the above, or of the next two, changes."""
         self._away = self._back = 0
-        """How many threads have given their place up for a while, and how many of them want one again."""
+        """How many threads have left their place for a while, and how many of these wait for one again."""
+        self._room = 0
+        """How many tasks may run at once now: fewer than `_places` if threads are missing, or wait to come back."""
+        self.surplus = False
+        """Whether there is a thread too many, so that the leading one has to end."""
         self._returns = threading.Condition(self._lock)
-        """Is notified when a place has become free, for those that want one again."""
+        """Notified when a place has become free; threads that want one again wait for it."""
         self._wake: Callable[[], None] = lambda: None
-        """Makes the thread that leads look at what has changed."""
+        """Makes the leading thread look at the queue and at `surplus`."""
         self.on_place: Callable[[], None] | None = None
-        """Is called when a place has become free."""
+        """Called when a place has become free."""
 
     def _replenish(self) -> None:
-        """Have as many threads as there should be, or as many of them as can be had; `_lock` is held."""
+        """Start the threads that are missing, or as many as can be started; the caller holds `_lock`."""
         raise NotImplementedError
 
     @property
@@ -52,31 +56,37 @@ class Places:
 
     @property
     def _free(self) -> int:
-        places = min(self._places, len(self._numbers) - self._away - 1)
-        return max(0, places - self._running - self._back)
+        return max(0, self._room - self._running)
+
+    def _measure(self) -> None:
+        """Compute `_room` and `surplus` anew, after what they depend on has changed; the caller holds `_lock`."""
+        threads = len(self._numbers)
+        self._room = 0 if self.ending else min(self._places, threads - self._away - 1) - self._back
+        self.surplus = threads > self._wanted
+
+    @property
+    def _wanted(self) -> int:
+        return 0 if self.ending else self._places + self._away + 1
 
     @property
     def busy(self) -> int:
-        """How many threads run something."""
+        """How many threads run a task."""
         return self._running
 
     def _count_places(self) -> None:
         self._places = self.size + min(len(self.lost), self.size)
+        self._measure()
         self._returns.notify_all()
 
     @property
     def short(self) -> int:
-        """How many of the threads that should be there are lost, and not replaced (any thread)."""
+        """How many threads are lost and not replaced (any thread)."""
         return max(0, len(self.lost) - self.size)
-
-    def _leave(self) -> None:
-        """Give the place up, while leading."""
-        with self._lock:
-            self._give_up()
 
     def _give_up(self) -> None:
         self._running -= 1
-        self._returns.notify()
+        if self._back:
+            self._returns.notify()
         if self.on_place is not None:
             self.on_place()
 
@@ -84,9 +94,10 @@ class Places:
 
     @contextlib.contextmanager
     def without_place(self) -> Iterator[None]:
-        """Leave the place of this thread to another request meanwhile; afterwards wait until one is free again."""
+        """Give up this thread's place while the block runs; afterwards wait until a place is free."""
         with self._lock:
             self._away += 1
+            self._measure()
             self._give_up()
             self._replenish()
         try:
@@ -94,20 +105,22 @@ class Places:
         finally:
             with self._lock:
                 self._back += 1
+                self._measure()
                 self._returns.wait_for(lambda: self._running < self._places or self.ending)
                 self._back, self._away, self._running = self._back - 1, self._away - 1, self._running + 1
-            self._wake()  # a place that was kept for this thread may be free, or a thread one too many
+                self._measure()
+            self._wake()  # another task may have a place now, or there may be a thread too many
 
     def lose(self, request: Request) -> None:
-        """Note that a thread goes on with a request that is over; it is missing until it comes back (any thread)."""
+        """Note that a thread still runs a request that is over; it is lost until it comes back (any thread)."""
         with self._lock:
             self.lost.add(request)
-            if request.over:  # in this moment, and so `come_back` did not see it among the lost
+            if request.over:  # it has just ended, and `come_back` did not find it here
                 self.lost.discard(request)
             self._count_places()
 
     def come_back(self, request: Request) -> None:
-        """Note that the app is done with a request; its thread may have been lost (any thread)."""
+        """Note that the app has finished a request, whose thread may have been lost (any thread)."""
         with self._lock:
             if request in self.lost:
                 self.lost.discard(request)
@@ -116,6 +129,6 @@ class Places:
                     self._replenish()
 
     def left_behind(self) -> dict[threading.Thread, InFlight]:
-        """The threads that are lost, and what they go on with (any thread)."""
+        """The lost threads, and the requests that they still run (any thread)."""
         with self._lock:
             return {each.thread: each.snapshot() for each in self.lost if each.thread is not None}

@@ -1,9 +1,9 @@
-"""The threads that serve: one leads, at most so many run the app, the others wait until they are to lead.
+"""The threads that serve: one leads, others run the app, one in each place, and the rest wait for the lead.
 
-This is the pattern leader/followers (Schmidt and others, Pattern-Oriented Software Architecture 2). The thread that
-leads waits for events, reads and parses. When a request is complete and a place is free, it lets another thread lead
-and runs the app itself: the request changes no thread. There is one thread more than places, so that one always leads.
-While quick requests are run the thread keeps the lead (`flaskd.server.lead`).
+This is the leader/followers pattern (Schmidt and others, Pattern-Oriented Software Architecture 2). The leading thread
+waits for events, reads and parses. When a request is complete and a place is free, it passes the lead on to another
+thread and runs the app itself, so a request stays in one thread. There is one more thread than places, so that one can
+always lead. A thread keeps the lead while it runs a quick request (`flaskd.server.lead`).
 """
 
 from __future__ import annotations
@@ -22,56 +22,59 @@ from flaskd.server.thread_places import Places
 
 log = logging.getLogger("flaskd.server")
 _queue_log = logging.getLogger("waitress.queue")
-"""Where Waitress tells of it, and where people filter it."""
+"""Waitress' logger for its queue, whose lines existing log filters may name."""
 
+_INFINITE = float("inf")
 _LEAST_WAIT = 0.1
-"""Seconds that even an end in a hurry leaves to idle threads, so that they are not taken for stuck ones."""
+"""Least seconds that `join` waits, so that idle threads can end and are not taken for stuck ones."""
 
 
 class Task(Protocol):
-    """What is run in a place of its own: a connection whose request is complete, or a function."""
+    """What runs in a place: a connection whose request is complete, or a function."""
 
     @property
     def kind(self) -> str:
-        """What takes about as long as this one, by name; empty where nobody can say."""
+        """The name of all tasks that take about as long as this one; empty if that is not known."""
 
     @property
     def waits_since(self) -> float:
-        """Since when it waits, a time.monotonic() moment; infinity for what may wait as long as it takes."""
+        """Since when it waits, a time.monotonic() moment; infinity for a task that may wait without limit."""
 
     def service(self) -> float:
-        """Run it; gives how many seconds that took."""
+        """Run it; returns how many seconds that took."""
 
 
 class ThreadPool(Places):
-    """The threads of one server, and the queue of what is complete and has no place yet, the oldest first."""
+    """The threads of one server, and the queue of tasks that wait for a place, the oldest first."""
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
         self.queue: deque[Any] = deque()
-        """What waits for a place; while something does, all places are taken."""
+        """The tasks that wait for a place; while there are any, all places are taken."""
         self.started: list[threading.Thread] = []
         self.leader: threading.Thread | None = None
-        """The thread that leads, or led last."""
+        """The thread that leads or led last."""
         self._turn: Callable[[], Task | None] | None = None
-        """What the thread that leads does; None before `start`."""
+        """The function that the leading thread calls; None before `start`."""
         self._name = ""
-        self._lead = Lead()
+        self._lead = Lead(self._lock)
+        self._keeps, self._kind = False, ""
+        """Whether the leading thread is to keep the lead while it runs the task that has just got a place; its kind."""
         self._last_ended: Callable[[], None] | None = None
 
     def start(self, turn: Callable[[], Task | None], wake: Callable[[], None], name: str) -> None:
-        """Start the threads; RuntimeError where they cannot be had.
+        """Start the threads; raises RuntimeError if they cannot be started.
 
-        `turn` handles events and returns what is to be run next, or None when the thread is to end; it is called by
-        one thread at a time. `wake` makes it look at `queue` and `surplus` (any thread). `name` is that of the only
-        thread where there are no places.
+        `turn` handles events and returns the next task to run, or None when the thread is to end; one thread at a time
+        calls it. `wake` makes it look at `queue` and `surplus` (any thread). `name` is the name of the only thread, if
+        there are no places.
         """
         self._turn, self._wake, self._name = turn, wake, name
         with self._lock:
             self._fill()
 
     def _fill(self) -> None:
-        if self._turn is None:  # the number changes before the start, too
+        if self._turn is None:  # `resize` may be called before `start`
             return
         while len(self._numbers) < self._wanted:
             taken = set(self._numbers.values())
@@ -84,66 +87,81 @@ class ThreadPool(Places):
             self._numbers[thread] = number
             try:
                 thread.start()
-            except RuntimeError:  # no thread can be had
+            except RuntimeError:  # no thread can be started
                 del self._numbers[thread]
                 raise
+            finally:
+                self._measure()
             self.started = [each for each in self.started if each.is_alive()]
             self.started.append(thread)
 
     # --- what each thread does ------------------------------------------------------------------------------------
 
     def _work(self, turn: Callable[[], Task | None]) -> None:
-        thread = threading.current_thread()
+        thread, lead, lock = threading.current_thread(), self._lead, self._lock
         leads = False
         try:
             while True:
                 if not leads:
-                    self._lead.take()
+                    lead.take()
                     leads, self.leader = True, thread
                 task = turn()
                 if task is None:
                     return
-                kind = task.kind
-                if kind and self._lead.keep(kind):
-                    self._run(task, kind, kept=True)
-                    leads = self._lead.still_kept()
-                    if leads:
-                        self._leave()
-                        continue
+                if self._keeps:
+                    kind, seconds = self._kind, self._run(task)
+                    with lock:
+                        leads = lead.still_kept(kind, seconds)
+                        if leads:
+                            self._give_up()
+                            continue
                     task = self._next()
                 else:
                     leads = False
-                    self._lead.pass_on()
+                    lead.pass_on()
                 while task is not None:
-                    self._run(task, task.kind, kept=False)
+                    kind = task.kind
+                    seconds = self._run(task)
+                    if kind:
+                        lead.note(kind, seconds, kept=False)
                     task = self._next()
         finally:
-            last = self._forget(thread)  # before the next one leads, and counts whether it is one too many
+            last = self._forget(thread)  # before another thread leads, and checks `surplus`
             if leads:
-                self._lead.pass_on()
+                lead.pass_on()
             last()
 
-    def _run(self, task: Task, kind: str, *, kept: bool) -> None:
+    def _run(self, task: Task) -> float:
+        """Run a task; gives how many seconds it took, infinity where it failed."""
         try:
-            seconds = task.service()
-        except BaseException:  # no request and no function ends a thread
+            return task.service()
+        except BaseException:  # a task must not end its thread
             log.exception("a task of %s failed", threading.current_thread().name)
-        else:
-            if kind:
-                self._lead.note(kind, seconds, kept=kept)
+            return _INFINITE
+
+    def take_place(self, kind: str) -> bool:
+        """Take a place for a task of this kind, if one is free and no other task waits for it (the leading thread)."""
+        with self._lock:
+            if self._running >= self._room or self.queue:
+                return False
+            self._running += 1
+            self._kind = kind
+            self._keeps = self._lead.keep(kind)
+            return True
 
     def take(self) -> Task | None:
-        """The oldest task, if there is a place for it (the thread that leads)."""
+        """The oldest task, if there is a place for it (the leading thread)."""
         with self._lock:
-            # Some of the threads may not be had, and one is needed to lead.
-            if self.queue and self._free > 0 and not self.ending:
+            if self.queue and self._running < self._room:
                 self._running += 1
                 task: Task = self.queue.popleft()
+                self._kind = task.kind
+                self._keeps = bool(self._kind) and self._lead.keep(self._kind)
                 return task
         return None
 
     def _next(self) -> Task | None:
-        """The oldest task for the place that has become free, or None: then the place is given up."""
+        """The oldest task for this thread's place; if there is none, give up the place and return None."""
         with self._lock:
             if self.queue and self._running + self._back <= self._places and not self.ending:
                 task: Task = self.queue.popleft()
@@ -153,19 +171,10 @@ class ThreadPool(Places):
 
     # --- how many -------------------------------------------------------------------------------------------------
 
-    @property
-    def _wanted(self) -> int:
-        return 0 if self.ending else self._places + self._away + 1
-
-    @property
-    def surplus(self) -> bool:
-        """Whether the thread that leads is one too many, and has to end."""
-        return len(self._numbers) > self._wanted
-
     def resize(self, size: int) -> None:
-        """Change how many places there are (any thread).
+        """Change the number of places (any thread).
 
-        Raises CannotCreateError where the threads for them cannot be had; the number is then what it was.
+        Raises CannotCreateError if the threads for them cannot be started; the number then stays as it was.
         """
         with self._lock:
             before = self.size
@@ -185,7 +194,7 @@ class ThreadPool(Places):
         self._count_places()
 
     def replenish(self) -> None:
-        """Have as many free threads as there should be, or as many of them as can be had."""
+        """Start the threads that are missing, or as many as can be started (any thread)."""
         with self._lock:
             self._replenish()
 
@@ -194,15 +203,15 @@ class ThreadPool(Places):
             self._fill()
         except RuntimeError as error:
             had = len(self._numbers) - 1 - len(self.lost) - self._away
-            log.warning(f"{had} of {self.size} threads: {shortage(error)}")
+            log.warning(f"only {had} of {self.size} threads run the app: {shortage(error)}")
         self._wake()
 
     # --- tasks ----------------------------------------------------------------------------------------------------
 
     def add_task(self, task: Task) -> None:
-        """Queue a task, and warn as Waitress does when it has to wait.
+        """Queue a task; if it has to wait, warn as Waitress does.
 
-        For the thread that leads, and for those that run something: each of them looks at the queue afterwards.
+        For the leading thread and for threads that run a task: each of them looks at the queue afterwards.
         """
         with self._lock:
             self.queue.append(task)
@@ -211,11 +220,11 @@ class ThreadPool(Places):
             _queue_log.warning("Task queue depth is %d", depth)
 
     def crowded(self, most: int) -> bool:
-        """Whether so many tasks wait for a place already, while none is free (any thread)."""
+        """Whether at least `most` tasks wait, and no place is free (any thread)."""
         return len(self.queue) - self._free >= most
 
     def take_late(self, late: Callable[[float], bool]) -> Any:
-        """Take the oldest connection out of the queue, if it is late, by when it came there, and no place is free."""
+        """Take the oldest task out of the queue, if no place is free and `late` is true for its `waits_since`."""
         with self._lock:
             return self.queue.popleft() if self.queue and self.full and late(self.queue[0].waits_since) else None
 
@@ -225,7 +234,7 @@ class ThreadPool(Places):
         self._wake()
 
     def take_back(self) -> list[Any]:
-        """Take every connection whose request has not been begun out of the queue."""
+        """Take all connections out of the queue; their requests have not begun."""
         with self._lock:
             tasks = [task for task in self.queue if not isinstance(task, _FunctionTask)]
             for task in tasks:
@@ -235,15 +244,16 @@ class ThreadPool(Places):
     # --- the end --------------------------------------------------------------------------------------------------
 
     def end(self) -> None:
-        """Let all threads end, each when it is done with what it runs (any thread)."""
+        """Let all threads end, each after the task that it runs (any thread)."""
         with self._lock:
             self.ending = True
+            self._measure()
             self._returns.notify_all()
         self._lead.end()
         self._wake()
 
     def join(self, timeout: float) -> list[threading.Thread]:
-        """After `end`, wait at most `timeout` seconds for all threads; those that have not ended."""
+        """After `end`, wait at most `timeout` seconds for all threads; returns those that have not ended."""
         until = time.monotonic() + max(timeout, _LEAST_WAIT)
         for thread in self.started:
             thread.join(max(0.0, until - time.monotonic()))
@@ -251,7 +261,7 @@ class ThreadPool(Places):
         return [thread for thread in self.started if thread.is_alive()]
 
     def when_the_last_ends(self, function: Callable[[], None]) -> None:
-        """Call `function` once, in the last of the threads that `join` left behind; at once if that is over by now."""
+        """Call `function` in the last thread when that ends; now, if all threads have ended."""
         with self._lock:
             if self._numbers:
                 self._last_ended = function
@@ -259,24 +269,25 @@ class ThreadPool(Places):
         function()
 
     def _forget(self, thread: threading.Thread) -> Callable[[], None]:
-        """Count a thread no more; gives what it has to do as the last one."""
+        """Remove a thread that ends; returns what it has to call: for the last thread, `_last_ended`."""
         with self._lock:
             del self._numbers[thread]
-            if not self.ending:  # it may be missed: since it found that it was one too many, another left its place
+            self._measure()
+            if not self.ending:  # another thread may have left its place since this one found `surplus` true
                 self._replenish()
             return (None if self._numbers else self._last_ended) or (lambda: None)
 
 
 class _FunctionTask:
-    """A function in the shape of a task."""
+    """A task that calls a function."""
 
     kind = ""
-    waits_since = float("inf")
+    waits_since = _INFINITE
 
     def __init__(self, function: Callable[[], None]) -> None:
         self._function = function
 
     def service(self) -> float:
-        """Run it."""
+        """Call the function."""
         self._function()
         return 0.0

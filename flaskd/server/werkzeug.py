@@ -1,8 +1,8 @@
 """`WerkzeugThread`: an app on Werkzeug's development server, in a thread that can be drained and stopped.
 
-What ``werkzeug.serving.make_server(threaded=True)`` gives, made safe to stop: there, ``shutdown()`` returns with
-requests unfinished, ``server_close()`` waits for ever for a client that says nothing, or for none, and the backlog is
-reset. Werkzeug closes each connection after its response, so there is no keep-alive to end.
+It is ``werkzeug.serving.make_server(threaded=True)``, made safe to stop. Werkzeug's own ``shutdown()`` returns while
+requests are unfinished; its ``server_close()`` either waits for ever for a silent client, or waits for none; and it
+resets the backlog. Werkzeug closes each connection after its response, so a drain has no keep-alive to end.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from flaskd.sockets import Address, Listener
 log = logging.getLogger("flaskd.server")
 
 _LISTEN = 128
-"""Connections that the kernel holds; Werkzeug's own number (werkzeug.serving.LISTEN_QUEUE)."""
+"""The backlog: connections that the kernel holds; the same as Werkzeug's (werkzeug.serving.LISTEN_QUEUE)."""
 _GRACE = 0.2
-"""Seconds in which a client that has connected before a drain may begin its request."""
+"""Seconds of a drain in which a client that had connected before may still begin its request."""
 
 
 class WerkzeugThread:
     """Serves a WSGI app with Werkzeug's development server: a thread for each connection, tracebacks in the log.
 
-    The same methods as `WaitressThread`, as far as `flaskd.ServerThread` needs them.
+    It has the methods of `WaitressThread` that `flaskd.ServerThread` uses.
     """
 
     def __init__(self, app: Callable[..., Any], address: Address) -> None:
@@ -47,26 +47,26 @@ class WerkzeugThread:
         self.draining = threading.Event()
         self.completed = 0
         self.begun: dict[threading.Thread, Request] = {}
-        """The requests that have begun to come, by the thread of their connection."""
+        """The requests whose first line has come, by the thread of their connection."""
         self._listener: Listener
         self._server: Server
         self._opened: contextlib.ExitStack
         self._thread: threading.Thread | None = None
         self._in_hand: dict[int, Request] = {}
         self._cut: list[Cut] = []
-        """What was broken off since a drain began."""
+        """The requests that were cut since a drain began."""
         self._leaving: list[threading.Thread] = []
-        """The threads of connections that are closed, which have only to end."""
+        """The threads whose connection is closed, and which are about to end."""
         self._changed = threading.Condition()
         self._drained = False
         self._drainer: threading.Thread | None = None
         self._deadline = self._streams_until = float("inf")
 
     def start(self) -> Self:
-        """Bind, listen and serve; raises CannotCreateError when the address cannot be had."""
+        """Bind, listen and serve; raises CannotCreateError if the address cannot be bound."""
         if self._thread is not None:
             raise FlaskdError("cannot start: this server has been started before; make a new one")
-        with contextlib.ExitStack() as opened:  # closed again if anything fails
+        with contextlib.ExitStack() as opened:  # closes everything if a step fails
             self._listener = Listener.bind(self._address)
             opened.callback(self._listener.close)
             self._listener.listen(_LISTEN)
@@ -81,14 +81,14 @@ class WerkzeugThread:
         self._thread = threading.Thread(target=self._run, name="flaskd-server", daemon=True)
         try:
             self._thread.start()
-        except RuntimeError:  # no more threads to be had
+        except RuntimeError:  # no thread can be started
             self._thread = None
             self._opened.close()
             raise
         return self
 
     def _forget(self) -> None:
-        """In a forked child: close the copies of all sockets, whatever else refers to them there."""
+        """In a forked child, close its copies of all sockets, even those to which other objects refer."""
         ours = (self._listener.socket, self._server.socket, self._waker, self._woken)
         for sock in (*ours, *self._server.connections.values()):
             with contextlib.suppress(OSError):  # it is closed already
@@ -96,16 +96,16 @@ class WerkzeugThread:
 
     @property
     def addresses(self) -> list[Address]:
-        """Where it listens; ports are real ones after the start."""
+        """The address that it listens on; after the start, port 0 is replaced by the real port."""
         return [self._address]
 
     @property
     def in_flight(self) -> int:
-        """Requests that the app has begun and that are not completely answered."""
+        """How many requests the app has begun and not completely answered."""
         return len(self._in_hand)
 
     def requests(self) -> list[InFlight]:
-        """What is in flight, oldest first."""
+        """The requests in flight, oldest first."""
         return [each.snapshot() for each in list(self._in_hand.values())]
 
     def app_threads(self) -> list[threading.Thread]:
@@ -113,15 +113,15 @@ class WerkzeugThread:
         return list(self._server.connections)
 
     def left_behind(self) -> dict[threading.Thread, InFlight]:
-        """The threads that go on with a request that was cut."""
+        """After a drain, the threads that still run a request that was cut, and that request."""
         return {each.thread: each.snapshot() for each in list(self._in_hand.values())} if self._drained else {}
 
     dead = ""
-    """A connection's thread that dies takes nothing with it but its connection."""
+    """Always empty: a thread that dies ends only its own connection."""
 
     @property
     def counted(self) -> tuple[int, int]:
-        """How many requests have been completed since the start; it rejects none."""
+        """How many requests have been completed since the start, and 0, because it rejects none."""
         return self.completed, 0
 
     def begin_drain(
@@ -129,25 +129,25 @@ class WerkzeugThread:
         timeout: float,
         over: Callable[[DrainReport], object],
         *,
-        announce: float = 0.0,  # noqa: ARG002 - each response closes its connection as it is
+        announce: float = 0.0,  # noqa: ARG002 - each response closes its connection anyway
         counted_from: tuple[int, int] | None = None,  # noqa: ARG002
     ) -> None:
-        """Take no new work, finish what is in hand within `timeout` seconds; `over` gets what became of it."""
+        """Take no new work, finish the requests in hand within `timeout` seconds, and call `over` with the report."""
         began = time.monotonic()
         self._drainer = in_thread_of_its_own(self, lambda: self._drain(began, timeout), over)
 
     def hasten_drain(self, timeout: float) -> None:
-        """Leave the drain under way at most `timeout` seconds more."""
+        """Let the drain under way take at most `timeout` more seconds."""
         with self._changed:
             self._deadline = min(self._deadline, time.monotonic() + timeout)
             self._changed.notify_all()
 
     def cut(self, reason: str) -> tuple[Cut, ...]:
-        """What is in flight, as cut."""
+        """Entries for all requests in flight, as cut for this reason."""
         return tuple(each.cut(reason) for each in list(self._in_hand.values()))
 
     def resume(self) -> None:
-        """Refuse: Werkzeug's server cannot be opened again."""
+        """Raise FlaskdError: Werkzeug's server cannot be opened again."""
         raise FlaskdError('cannot resume: Werkzeug\'s server serves once; start a new one, or use server="waitress"')
 
     def end(self, timeout: float) -> None:
@@ -157,7 +157,7 @@ class WerkzeugThread:
             return
         self._wake()
         thread.join()
-        if self._drainer is not None and self._drainer.ident is not None:  # it has said its word, and ends
+        if self._drainer is not None and self._drainer.ident is not None:  # it has called `over`, and ends
             self._drainer.join(timeout)
         until = time.monotonic() + timeout
         for each in [*self._server.connections, *self._leaving]:
@@ -165,7 +165,7 @@ class WerkzeugThread:
         self._opened.close()
 
     def _wake(self) -> None:
-        """Let the serving thread end; said like this it arrives even when a forked child has a copy of the socket."""
+        """Let the serving thread end. Unlike a close, a shutdown works even if a forked child has a copy."""
         _shut(self._waker, socket.SHUT_RDWR)
 
     # --- the serving thread and the connections' threads ------------------------------------------------------------
@@ -177,7 +177,7 @@ class WerkzeugThread:
             while not any(key.fileobj is self._woken for key, _ in selector.select()):
                 self._accept()
             selector.unregister(self._woken)
-            # The gate: new clients are refused, those whose handshake is done are served. Bounded: clients come back.
+            # The gate refuses new clients; those whose handshake is done are served. Bounded: clients come back.
             began, gated, through = time.monotonic(), self._listener.gate(), False
             until, at_most = (began + GATE, began + GATE_MOST) if gated else (began, began)
             self._listener.withdraw()
@@ -201,7 +201,7 @@ class WerkzeugThread:
             self._in_hand[request.id] = request
 
     def retire(self, request: Request, fault: str) -> None:
-        """Take it out of flight; `fault` is why its client did not get it whole, though it did not leave."""
+        """Take a request out of flight; `fault` says why a client that stayed did not get all of the answer, or ""."""
         cut = request.cut(fault) if fault else None
         with self._changed:
             del self._in_hand[request.id]
@@ -215,7 +215,7 @@ class WerkzeugThread:
         self.begun[threading.current_thread()].break_off()
 
     def ended(self, thread: threading.Thread) -> None:
-        """Note that the connection of this thread is closed."""
+        """Note that the connection of a thread is closed."""
         with self._changed:
             self.begun.pop(thread, None)
             self._leaving = [each for each in self._leaving if each.is_alive()] + [thread]
@@ -225,11 +225,11 @@ class WerkzeugThread:
     def _streams_are_over(self) -> bool:
         return self.draining.is_set() and time.monotonic() >= self._streams_until
 
-    # --- drain, in the thread that asked for it ---------------------------------------------------------------------
+    # --- drain, in a thread of its own ------------------------------------------------------------------------------
 
     def _drain(self, began: float, timeout: float) -> DrainReport:
         completed = self.completed
-        self.hasten_drain(timeout)  # what somebody else has said in this moment counts, too
+        self.hasten_drain(timeout)  # does not extend a deadline that another thread has set just now
         self._streams_until = began + STREAM_GRACE
         self.draining.set()
         self._wake()
@@ -239,7 +239,7 @@ class WerkzeugThread:
         with self._changed:
             self._wait_until(began + _GRACE)
             for thread, sock in self._server.connections.copy().items():
-                if thread not in self.begun:  # what lies in the kernel is still read after this, and then comes the end
+                if thread not in self.begun:  # bytes in the kernel can still be read, then comes the end
                     _shut(sock, socket.SHUT_RD)
             self._wait_until(None, background=True)
             arriving = [each.cut(TOO_LATE) for each in list(self.begun.values()) if each.phase == "receiving"]
@@ -258,9 +258,9 @@ class WerkzeugThread:
             self._changed.notify_all()
 
     def _wait_until(self, moment: float | None, *, background: bool = False) -> None:
-        """Wait until all connections are closed, or a moment came, or the deadline, which may come nearer meanwhile.
+        """Wait until all connections are closed, or `moment` or the deadline came; the deadline may change meanwhile.
 
-        With `background` what is under way there is waited for, too.
+        With `background`, wait for background work, too.
         """
         while self._server.connections or (background and in_background()):
             left = min(self._deadline, moment or self._deadline) - time.monotonic()

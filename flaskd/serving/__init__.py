@@ -1,1 +1,1 @@
-"""What serves the app, and how it comes to its end: launch, drain, stop; in the daemon and embedded in a program."""
+"""Serving the app, from its launch to its drain and stop, in the daemon and embedded in a program."""

@@ -1,4 +1,4 @@
-"""The port behind which the app is served, in this process or elsewhere, and what the daemon hears from there."""
+"""The interface of what serves the app, in this process or in workers, and the events that it posts to the daemon."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from flaskd.server import Drain, Tally
 from flaskd.sockets import Listener
 
 Outcome = Callable[[FlaskdError | None], None]
-"""Is told of something that was asked for: None where it was done."""
+"""A function to be called with the outcome of something that was asked for: None if it was done, else the error."""
 
 
 @dataclass(frozen=True)
 class Ready:
-    """The app is loaded, the loop turns, and the probe was answered, if there is one."""
+    """The app is loaded, the event loop turns, and the probe was answered, if there is one."""
 
 
 @dataclass(frozen=True)
 class Failed:
-    """It does not become ready."""
+    """The start failed."""
 
     error: FlaskdError
 
@@ -60,16 +60,16 @@ class CleanupOver:
 
 @dataclass(frozen=True)
 class Died:
-    """What serves died: what was in hand is lost."""
+    """The serving thread died: requests in hand are lost."""
 
     error: BaseException | None
 
 
 @dataclass(frozen=True)
 class Renewed:
-    """The workers have that configuration, and where it was asked for new code; or the old one, and why.
+    """The workers have a new configuration and, if that was asked for, new code; or they keep the old ones (`error`).
 
-    `replaced` workers are new all the same where there is an error, and the configuration is theirs.
+    With an error, `replaced` is the number of workers that are new all the same, and have the new configuration.
     """
 
     configuration: Configuration
@@ -79,9 +79,9 @@ class Renewed:
 
 @dataclass(frozen=True)
 class WorkersStart:
-    """So many workers are being started, the first of them for `age` seconds; told every few seconds meanwhile.
+    """`count` workers are being started, the first of them for `age` seconds; posted every few seconds.
 
-    Each of them is ready within `left` seconds, or given up.
+    Each of them is ready within `left` seconds, or is given up.
     """
 
     count: int
@@ -91,12 +91,12 @@ class WorkersStart:
 
 @dataclass(frozen=True)
 class TroubleChanged:
-    """What `ServingSnapshot.trouble` says has changed."""
+    """`ServingSnapshot.trouble` has changed."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Something of what serves is to be done in the thread of the events."""
+    """A function that is to run in the thread of the events."""
 
     run: Callable[[], None]
 
@@ -118,7 +118,7 @@ ServingEvent = (
 
 @dataclass(frozen=True)
 class ServingSnapshot:
-    """What there is to know of what serves, at one moment."""
+    """The figures of what serves, at one moment."""
 
     in_flight: tuple[InFlight, ...] = ()
     background: tuple[Background, ...] = ()
@@ -127,23 +127,23 @@ class ServingSnapshot:
     busy: int = 0
     tally: Tally = field(default_factory=Tally)
     idle: tuple[float, float] | None = None
-    """Seconds without a request that counts, and until the idle stop; None while that is not watched."""
+    """Seconds without a request that counts, and seconds until the idle stop; None if idleness is not watched."""
     cleanup: tuple[str, ...] = ()
     """The cleanup steps that run now."""
     steps: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Each cleanup step's fate so far."""
+    """The result of each cleanup step so far, by name."""
     workers: tuple[dict[str, Any], ...] = ()
-    """Each worker, with stable keys for programs."""
+    """A description of each worker, with stable keys for programs."""
     wanted: int = 0
-    """How many workers there are to be; 0 where the app runs in the daemon itself."""
+    """How many workers there should be; 0 if the app runs in the daemon itself."""
     deaths: int = 0
-    """How many workers died that were not told to."""
+    """How many workers died without being told to end."""
     cut_by_deaths: int = 0
-    """How many requests, read whole, died with them."""
+    """How many requests that were completely read died with them."""
     recycled: dict[str, int] = field(default_factory=dict)
-    """How many workers were replaced because they had reached a limit, by its key in `pool`."""
+    """How many workers were replaced because they had reached a limit, by the limit's key in `pool`."""
     trouble: str = ""
-    """What is not as it should be while it serves, for people."""
+    """A problem that does not keep it from serving, in words; empty if there is none."""
 
     @property
     def requests(self) -> list[InFlight]:
@@ -158,25 +158,25 @@ class ServingSnapshot:
 
 @dataclass(frozen=True)
 class Account:
-    """What a stop comes to: the report of its drain, with all that was cut and what the stop took, and the record."""
+    """The account of a stop: the drain's report with all that was cut and the stop's length, and the record."""
 
     report: DrainReport
     record: dict[str, Any]
     late_record: dict[str, Any]
-    """The record that is true where even finalizers are cut."""
+    """The record to write if finalizers are cut, too."""
     steps: dict[str, dict[str, Any]]
-    """Each cleanup step's fate."""
+    """The result of each cleanup step, by name."""
 
 
 class Serving(Protocol):
-    """What serves the app. It posts a `ServingEvent` to its owner, in whose thread the methods are called.
+    """What serves the app. It posts each `ServingEvent` to its owner, the daemon.
 
-    Those that say "any thread" may be called from any.
+    The methods are called in the thread of the daemon's events; those that say "any thread", in any thread.
     """
 
     @property
     def target(self) -> str | None:
-        """What the app is called; None before it is loaded (any thread)."""
+        """The app's name; None before it is loaded (any thread)."""
 
     @property
     def in_flight(self) -> int:
@@ -187,71 +187,71 @@ class Serving(Protocol):
         """The drain under way, or the last one that was not undone (any thread)."""
 
     def begin_drain(self, timeout: float, *, announce: float) -> Drain:
-        """Begin a drain within `timeout` seconds, announced for `announce` seconds before."""
+        """Begin a drain: it is announced for `announce` seconds, and then takes at most `timeout` seconds."""
 
     def give_up(self, why: str) -> None:
-        """What serves is dead: all that is in flight counts as cut, and a drain is over."""
+        """End a drain, because the serving thread is dead: all requests in flight count as cut."""
 
     def refuse(self) -> None:
-        """Answer 503 on listeners that others share: it is drained."""
+        """After a drain, answer 503 on listeners that other processes share."""
 
     @property
     def may_resume(self) -> bool:
-        """Whether `resume` can be called now; where it cannot, what it waits for is begun."""
+        """Whether `resume` can be called now; if not, begin what it waits for."""
 
     def resume(self) -> Sequence[Listener]:
-        """Serve again, and give the listeners, some of which may be new. Raises CannotCreateError."""
+        """Serve again; returns the listeners, some of which may be new. Raises CannotCreateError."""
 
     def prepare(self, configuration: Configuration) -> Plan:
-        """Make what a configuration needs, in a thread that may take its time; raises ConfigError."""
+        """Make what a configuration needs, in a thread that may wait; returns its plan. Raises ConfigError."""
 
     def apply(self, configuration: Configuration, plan: Plan) -> None:
-        """Serve by a configuration that was prepared from now on; where that cannot be, raises and changes nothing."""
+        """Put a prepared configuration into force; if that fails, raise and change nothing."""
 
     renews: bool
-    """Whether a reload brings new code, by new workers: `renew` then goes before `apply`."""
+    """Whether a reload brings new code, by new workers; then `renew` is called before `apply`."""
 
     def renew(self, configuration: Configuration, *, only_configuration: bool) -> None:
-        """Bring a configuration that was prepared to the workers; posts `Renewed`."""
+        """Bring a prepared configuration to the workers; posts `Renewed`."""
 
     def break_off_renewal(self, why: str) -> None:
-        """End the reload or restart under way, if there is one; who waits for it is told why."""
+        """End the reload or restart under way, if there is one; its callers get `why` in an error."""
 
     def scale(self, count: int, told: Outcome) -> None:
-        """Have so many workers; `told` hears when the new ones are ready, or why one is not."""
+        """Change the number of workers; `told` is called when the new ones are ready, or with an error."""
 
     def restart(self, number: int | None, told: Outcome) -> None:
-        """Replace the worker of one slot, or of all."""
+        """Replace the worker of one slot, or of all (None); `told` is called at the end."""
 
     def threads(self, *, stacks: bool = False) -> list[dict[str, Any]]:
-        """The threads of the process that serves, or of all workers; may take its time (any thread)."""
+        """The threads of the process that serves, or of all workers; may wait (any thread)."""
 
     def workers(self) -> list[dict[str, Any]]:
-        """Each worker, with what it uses; may take its time (any thread)."""
+        """Each worker, with the memory and processor time that it uses; may wait (any thread)."""
 
     def deaths(self) -> list[dict[str, Any]]:
-        """The last workers that died and were not told to (any thread)."""
+        """The last workers that died without being told to end (any thread)."""
 
     def source_files(self) -> set[str]:
-        """The app's own files that it has imported; may take its time (any thread)."""
+        """The app's own files that were imported; may wait (any thread)."""
 
     def set_log_level(self, level: str) -> None:
-        """Let the workers log from this level on (any thread)."""
+        """Set the log level of the workers (any thread)."""
 
     def started(self, configuration: Configuration) -> None:
-        """The start has succeeded."""
+        """Begin what is only done once the start has succeeded."""
 
     def begin_stop(self, reason: StopReason, configuration: Configuration, state: Path | None) -> str:
-        """Begin the stop, and give the id of its plan; the deadline counts from now. `state` is the state directory."""
+        """Begin the stop; returns the id of its plan. The deadline counts from now; `state` is the state directory."""
 
     def announce_stop(self) -> None:
-        """From now on each response closes its connection, and a shared backlog is left to its next owner."""
+        """From now on, close each connection after its next response, and leave a shared backlog to its next owner."""
 
     def run_stop(self) -> None:
-        """Carry out the stop that was begun; returns at once."""
+        """Carry out the stop that has begun, in another thread; returns at once."""
 
     def hurry(self) -> None:
-        """End the drain now, and give all remaining cleanup a second in total."""
+        """End the drain now, and give all remaining cleanup one second in total."""
 
     @property
     def policies(self) -> Plan:
@@ -262,44 +262,44 @@ class Serving(Protocol):
         """Seconds until the deadline of the stop."""
 
     def left_for_the_exit(self) -> Callable[[], float]:
-        """What gives, from now on, the seconds for what the app has left to the end of its process."""
+        """A function that returns how many seconds are left for what the app has left to the process' end."""
 
     @property
     def step_left(self) -> float:
-        """Seconds that the drain, and the steps that run now, may still take at most."""
+        """Seconds that the drain and the present steps may still take at most."""
 
     @property
     def exit_waits_for(self) -> str:
-        """What the ends of other processes wait for, for people; empty where none is at its end."""
+        """What the ends of other processes wait for, in words; empty if none is ending."""
 
     def end(self, unfinished: tuple[Unfinished, ...]) -> Account:
-        """End all threads after the stop; `unfinished` is what was cut at the end of the process."""
+        """End all threads after the stop; returns its account. `unfinished` was cut at the end of the process."""
 
     def end_processes(self) -> None:
-        """End at once what runs in other processes: this one leaves without waiting (any thread)."""
+        """Kill the other processes, because this one ends without waiting (any thread)."""
 
     @property
     def unready(self) -> str:
-        """Why no request can be answered now, though it was ready; empty while one can (any thread)."""
+        """Why requests cannot be answered now, although it was ready; empty while they can (any thread)."""
 
     @property
     def silent_for(self) -> float:
-        """Seconds since the serving thread last turned; it turns once a second at least (any thread)."""
+        """Seconds since the serving thread last turned; one that is well turns every second (any thread)."""
 
     def snapshot(self) -> ServingSnapshot:
-        """What there is to know now (any thread)."""
+        """All figures at this moment (any thread)."""
 
     def requests(self, *, stacks: bool = False) -> list[InFlight]:
-        """What is in flight, oldest first (any thread)."""
+        """The requests in flight, oldest first (any thread)."""
 
     def left_behind(self) -> dict[threading.Thread, InFlight]:
-        """The threads that go on with a request that is over (any thread)."""
+        """The threads that still run a request that is over, and that request (any thread)."""
 
     def plan(self, configuration: Configuration) -> dict[str, Any]:
-        """The cleanup plan as it stands now; may take its time (any thread)."""
+        """The cleanup plan at this moment; may wait (any thread)."""
 
     def describe_stop(self) -> dict[str, Any]:
-        """What a shutdown endpoint tells of the stop to come, or under way (any thread)."""
+        """The answer of a shutdown endpoint: the stop to come or under way (any thread)."""
 
     def turns(self, timeout: float) -> bool:
         """Whether the serving thread turns within `timeout` seconds (any thread)."""
@@ -308,10 +308,10 @@ class Serving(Protocol):
         """Whether it answers a request within `timeout` seconds (any thread)."""
 
     def all_are_at(self) -> Hashable | None:
-        """What all threads are at; None while one is free (any thread)."""
+        """A value that stays the same while all threads are busy and none moves on; else None (any thread)."""
 
     def moved(self) -> Hashable:
-        """Something that is not the same when a request has begun, ended or moved a byte (any thread)."""
+        """A value that changes when a request begins or ends, or a byte is received or sent (any thread)."""
 
     def close_gates(self) -> None:
-        """Deal with listeners that are not shared any more."""
+        """During or after a drain, close the gates of listeners that other processes have stopped sharing."""

@@ -1,4 +1,4 @@
-"""Which object of a module is served: the one that a target names, or the one that is the module's app."""
+"""Choosing the object of a module that is served: the one that the target names, or the module's app."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from flaskd.serving.wsgi import (
 )
 
 _USUAL = ("application", "app")
-"""What WSGI servers look for (PEP 3333 calls it so), and what Flask's users call it; in this order."""
+"""The name that WSGI servers look for (PEP 3333), and the name that is usual with Flask; in this order."""
 _FACTORIES = ("create_app", "make_app")
-"""Which functions Flask's own loader calls where a module has no app (flask.cli.find_best_app)."""
+"""The functions that Flask's own loader calls if a module has no app (flask.cli.find_best_app)."""
 
 
 class NoAppError(Exception):
-    """Why nothing is served; becomes a ConfigError that names the target."""
+    """Why no app was chosen; the caller turns it into a ConfigError that names the target."""
 
 
 def why_not(thing: Any) -> str:
-    """Why it cannot be served, and what can be done about it."""
+    """Why an object cannot be served, and what to do about it."""
     if kind_of(thing) is Kind.ASGI:
         return (
             "it is an ASGI app, and flaskd serves WSGI apps; serve it with an ASGI server (uvicorn, hypercorn), or "
@@ -46,7 +46,7 @@ def why_not(thing: Any) -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """An object, how the target would name it, why it was taken, and what speaks against it."""
+    """The chosen object, its name as a target, why it was chosen, and what else may have been meant (`doubt`)."""
 
     wsgi: WSGIApp
     name: str
@@ -55,24 +55,24 @@ class Choice:
 
 
 class Named:
-    """The object of a module that a target names. It stands in for the module before Flask's loader.
+    """The object of a module that a target names. Flask's loader gets this object in the place of the module.
 
-    Flask's loader calls functions, and refuses what is not a Flask app then. So it is given a function for each
-    callable, and what that function chose is had, whatever the loader says of it.
+    Flask's loader calls functions, and refuses the result if it is not a Flask app. So it gets a function for each
+    callable; that function notes what it chose, and this is served even if the loader refuses it.
     """
 
     def __init__(self, module: ModuleType, name: str, asked: str) -> None:
         self._module = module
-        self.__name__ = name  # what Flask's loader calls it
+        self.__name__ = name  # Flask's loader uses it in messages
         self._asked = asked.strip()
         self._chosen: Any = None
 
     def find(self) -> Choice:
-        """What is served; raises as Flask's loader does, NoAppError, and what the app's own code raises."""
+        """Choose; raises the errors of Flask's loader, NoAppError, and errors of the app's own code."""
         from flask.cli import NoAppException, find_app_by_string  # noqa: PLC0415 - see load_app
 
         try:
-            found = find_app_by_string(self, self._asked)  # type: ignore[arg-type]  # it asks for attributes alone
+            found = find_app_by_string(self, self._asked)  # type: ignore[arg-type]  # it only reads attributes
         except NoAppException:
             if (found := self._chosen) is None:
                 raise
@@ -99,7 +99,7 @@ class Named:
         return self._asked.endswith(")")
 
     def _is_itself_meant(self, name: str, found: Any, *, given: bool) -> bool:
-        """Whether the object is the app, and not a factory of it; Flask's loader takes each function for a factory."""
+        """Whether the object itself is the app, not a factory; Flask's loader takes every function for a factory."""
         place, kind, function = f"{self.__name__}:{name}", kind_of(found), is_function(found)
         if given or (self._is_call and function):
             return False
@@ -115,18 +115,18 @@ class Named:
 
 
 class Unnamed:
-    """The object of a module that is served when none is named.
+    """The object of a module that is served if the target does not name one.
 
-    The module's own WSGI callable, else its only Flask app, else what the factory makes that Flask's loader would call.
-    Each attribute is asked for once: a module may make what it is asked for (PEP 562).
+    It is the module's own WSGI callable, else its only Flask app, else what a factory returns that Flask's loader would
+    call. Each attribute is read once: a module may create it when it is read (PEP 562).
     """
 
     def __init__(self, module: ModuleType, name: str) -> None:
         self._module = module
-        self._name = name  # there may be another object in the module's place
+        self._name = name  # not module.__name__: sys.modules may have another object
         there = list(attributes_of(module).items())
         self._flask_apps = [(name, value) for name, value in there if is_flask(value)]
-        # Beside a Flask app, what takes anything may be a task or a command of it; without one it is the app itself.
+        # Next to a Flask app, a callable with open arguments may be a task or a command; without one it is the app.
         kinds = (Kind.WSGI,) if self._flask_apps else (Kind.WSGI, Kind.OPEN)
         own = {id(value) for _, value in self._flask_apps}
         self._wrappers = [
@@ -136,7 +136,7 @@ class Unnamed:
         ]
 
     def find(self) -> Choice:
-        """What is served; raises NoAppError, and what the app's own code raises."""
+        """Choose; raises NoAppError, and errors of the app's own code."""
         return self._usual() or self._only() or self._made()
 
     def _usual(self) -> Choice | None:
@@ -148,7 +148,7 @@ class Unnamed:
         return None
 
     def _check(self, name: str, found: Any) -> None:
-        """Refuse what is not a WSGI app: to serve another object of the module instead would be a guess."""
+        """Raise NoAppError for what is not a WSGI app: to serve another object of the module would be a guess."""
         place, others = f"{self._name}:{name}", [f"{self._name}:{each}" for each, _ in self._flask_apps]
         kind = kind_of(found)
         unsure = (
@@ -174,7 +174,7 @@ class Unnamed:
         return f'the module has "{name}", and no "{_USUAL[0]}"'
 
     def _doubt(self, name: str, found: Any) -> str:
-        """What is wrapped around it under another name, and is not served, though it may have been meant."""
+        """A warning if other names of the module wrap the chosen object: one of them may have been meant."""
         around = [each for each, value in self._wrappers if value is not found and holds(value, found)]
         if not around:
             return ""
@@ -215,7 +215,7 @@ class Unnamed:
 
 
 def _called(place: str, factory: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What a factory makes; called once, and refused where it cannot be called like that or makes no WSGI app."""
+    """Call a factory; raises NoAppError if the arguments do not fit, it is asynchronous, or it makes an ASGI app."""
     if why := binds(factory, *args, **kwargs):
         raise NoAppError(f'the factory "{place.partition(":")[2]}" cannot be called like that: {why}')
     made = factory(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""The app's source files, and their watch: new code at a saved file (``flaskd serve --reload``)."""
+"""The app's source files, and a watch on them for ``flaskd serve --reload``: new code when a file is saved."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger("flaskd.daemon")
 _INTERVAL = 0.25
 """Seconds between two looks."""
 _TOLD = 3
-"""How many saved files are named in the log."""
+"""Most saved files that the log names."""
 _PYTHON, _FLASKD = f"{Path(os.__file__).parent}/", f"{Path(__file__).parents[1]}/"
 _INSTALLED = re.compile(r"/(?:site|dist)-packages/")
 _FRAME = re.compile(r'^ *File "(.+?)", line \d+', re.MULTILINE)
@@ -28,7 +28,7 @@ _Signature = tuple[int, int, int] | None
 
 
 def source_files() -> set[str]:
-    """The files of what this process has imported, without Python's own, installed packages and flaskd."""
+    """The files of all modules that this process has imported, except Python's, installed packages and flaskd."""
     found = (contents_of(name).get("__file__") for name in list(sys.modules))
     return {each for each in found if isinstance(each, str) and _is_apps(each)}
 
@@ -38,11 +38,11 @@ def _is_apps(file: str) -> bool:
 
 
 class CodeWatch:
-    """Watches files in a thread of its own, and calls `changed` once for all that were saved together.
+    """Watches files in a thread of its own, and calls `changed` once for all files that were saved together.
 
-    `files` gives those that the app has imported by now; it may take its time. While `wanted` is false the watch rests,
-    and what it then missed it sees afterwards. `since`, a time.time(), is when the app was about to be imported: a file
-    that was saved later counts as one that has changed.
+    `files` returns the files that the app has imported so far; it may wait. While `wanted` is false the watch rests; it
+    sees afterwards what was saved meanwhile. `since` is the time.time() before the app was imported: a file that was
+    saved later counts as changed.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class CodeWatch:
         self._known: dict[str, _Signature] = {}
         self._settling: dict[str, _Signature] = {}
         self._told: dict[str, _Signature] = {}
-        """What was saved when `changed` was called last."""
+        """The saved files of the last call of `changed`."""
         self._ended = threading.Event()
 
     def start(self) -> None:
@@ -69,7 +69,7 @@ class CodeWatch:
             log.warning(f"cannot watch the app's files: {error}; reload by hand after an edit")
 
     def stop(self) -> None:
-        """Stop watching; the thread is not waited for, because a file system may hang."""
+        """Stop watching, without waiting for the thread, because a file system may hang."""
         self._ended.set()
 
     def _run(self) -> None:
@@ -80,25 +80,25 @@ class CodeWatch:
                 return
 
     def add(self, files: Iterable[str]) -> None:
-        """Watch these files, too, from now on (any thread)."""
+        """Also watch these files from now on (any thread)."""
         for each in files:
             if each not in self._known:
                 there = _signature(each)
                 self._known[each] = None if there and there[0] > self.since * 1e9 else there
 
     def add_those_of(self, trace: str) -> None:
-        """Watch the app's files that a traceback names, and their neighbours: no worker that lives has them."""
+        """Watch the app's files in a traceback, and the modules next to them: no living worker has imported them."""
         named = set(filter(_is_apps, _FRAME.findall(trace)))
         self.add(named)
         with contextlib.suppress(OSError):
             self.add(str(each) for place in {Path(file).parent for file in named} for each in place.glob("*.py"))
 
     def again(self) -> None:
-        """Take what was told last for saved once more: nothing came of it (any thread)."""
+        """Count the files of the last call of `changed` as saved again, because no reload followed (any thread)."""
         self._known.update(dict.fromkeys(self._told))
 
     def look(self) -> None:
-        """Look once; a change is told when two looks in a row see the same, so that no half of a file is imported."""
+        """Look once. A change counts when two looks in a row see the same, so that no half-written file is imported."""
         self.add(self._files())
         now = {each: _signature(each) for each in list(self._known)}
         saved = {each: there for each, there in now.items() if there != self._known[each]}
@@ -112,9 +112,9 @@ class CodeWatch:
 
 
 def _signature(file: str) -> _Signature:
-    """What changes when the file does; None when there is none."""
+    """Values that change when the file does; None if there is no file."""
     try:
-        found = os.stat(file)  # noqa: PTH116 - of many, often
+        found = os.stat(file)  # noqa: PTH116 - quicker than Path.stat, and called often
     except (OSError, ValueError):
         return None
     return found.st_mtime_ns, found.st_ino, found.st_size

@@ -1,4 +1,4 @@
-"""The one reader of a configuration: for ``flaskd check``, a start, a reload, and servers in code."""
+"""The one way to read a configuration: for ``flaskd check``, a start, a reload, and servers in code."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from flaskd.config import Configuration
 
     Source = Mapping[str, object] | str | os.PathLike[str] | None
-    """A file, or a mapping in the shape of one; None: all defaults."""
+    """The path of a file, or a mapping in the shape of one; None: all defaults."""
 
 
 def read(source: Source, overrides: Mapping[str, object] | None = None) -> Configuration:
-    """Read it, knowing all cleanup actions; `overrides` are dotted keys that win. Raises ConfigError (`load`)."""
+    """Read a configuration with all cleanup actions; `overrides` are dotted keys that win. Raises ConfigError."""
     if source is None or isinstance(source, str | os.PathLike):
         return load(None if source is None else Path(source), actions=action_specs(), overrides=overrides)
     return load_mapping(source, actions=action_specs(), overrides=overrides)
@@ -31,9 +31,10 @@ def read(source: Source, overrides: Mapping[str, object] | None = None) -> Confi
 def reader(
     source: Source, overrides: Mapping[str, object] | None = None, *, follows_code: bool = False
 ) -> Callable[[], Configuration]:
-    """Give what reads it now and at each reload; the working directory may change in between, to `app.chdir`.
+    """Make a function that reads the configuration, at the start and at each reload.
 
-    `follows_code`: as ``flaskd serve --reload`` needs it, with a worker at least; raises UsageError in production.
+    It works even after the working directory has changed to `app.chdir`. `follows_code` is for
+    ``flaskd serve --reload``: then there is at least one worker, and it raises UsageError under profile: production.
     """
     if isinstance(source, str | os.PathLike):
         source = Path(source).absolute()
@@ -47,5 +48,5 @@ def _read_to_follow_code(source: Source, overrides: Mapping[str, object] | None)
         raise UsageError("cannot serve with --reload under profile: production; there, flaskd reload brings new code")
     if values.server.workers:
         return configuration
-    server = values.server.model_copy(update={"workers": 1})  # not read again: a pipe gives its content once
+    server = values.server.model_copy(update={"workers": 1})  # not by reading it again: a pipe gives its content once
     return dataclasses.replace(configuration, values=values.model_copy(update={"server": server}))

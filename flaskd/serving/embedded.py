@@ -1,4 +1,4 @@
-"""`ServerThread`: an app in a managed thread, with the daemon's own pipeline behind its stop."""
+"""`ServerThread`: an app served by threads of this process, with the daemon's own pipeline for its stop."""
 
 from __future__ import annotations
 
@@ -33,28 +33,28 @@ if TYPE_CHECKING:
 log = logging.getLogger("flaskd.thread")
 
 _WORKERS_END, _STUCK_END = 1.0, 0.2
-"""Seconds in which the threads that run the app end, all idle, or one of them stuck in a request that was cut."""
+"""Seconds that the app's threads have to end: if all are idle, and if one is stuck in a request that was cut."""
 _TURN = 0.2
-"""Seconds of one turn of a wait that signals are to be heard in."""
+"""Most seconds for which a wait does not let Python handle signals."""
 _GRACES = {"keepalive_grace", "stream_grace"}
 _ASKED = StopReason("control", "ServerThread.stop()")
 
 
 class ServerThread:
-    """Serves a WSGI app on its own threads, for tests, scripts and embedding.
+    """Serves a WSGI app with threads of its own, for tests, scripts and embedding.
 
-    ``start()`` returns when requests are served, or raises what went wrong. ``stop()`` answers what is in flight, runs
+    ``start()`` returns once requests are served, or raises an error. ``stop()`` answers the requests in flight, runs
     the cleanup policies and the functions of `flaskd.on_stop`, and joins every thread. What else the app holds is left
     alone, unless ``cleanup.discovery`` is set. As a context manager it does both; it can be started again afterwards.
-    ``join()`` waits until somebody else has stopped it. Port 0 takes a free port, shown by ``url``.
+    ``join()`` waits until another thread has stopped it. Port 0 takes a free port, which ``url`` shows.
 
     `server` is ``waitress``, or ``werkzeug`` for Werkzeug's development server, which makes a thread for each
     connection whatever `threads` says. `config` is a mapping in the shape of the YAML file, or a path to one; its
-    sections ``server``, ``shutdown`` and ``cleanup`` count here, and on Waitress ``log.request_id``. `on_step` is given
-    each cleanup step's result. With `own_process` the process is this server's own: at the stop, what the app holds is
-    looked for and closed (as in the daemon), and the process ends half a second after the deadline, should it hang
-    beyond the reach of Python. Raises ConfigError when the configuration is at fault, ValueError or TypeError for
-    another argument that cannot be.
+    sections ``server``, ``shutdown`` and ``cleanup`` are used here, and with Waitress ``log.request_id``. `on_step` is
+    called with each cleanup step's result. With `own_process` the whole process belongs to this server: at the stop,
+    what the app holds is looked for and closed (as in the daemon), and if Python code cannot end the process, it is
+    killed half a second after the deadline. Raises ConfigError for a wrong configuration, ValueError or TypeError for
+    another wrong argument.
     """
 
     def __init__(
@@ -95,10 +95,10 @@ class ServerThread:
         self.stop()
 
     def start(self) -> Self:
-        """Bind, listen and serve; returns once requests are accepted and a thread of the pool ran.
+        """Bind, listen and serve; returns once requests are accepted and a thread of the pool has run.
 
-        Raises CannotCreateError when the address cannot be had, ConfigError when a policy cannot be prepared or the app
-        cannot be served, and whatever else kept it from serving.
+        Raises CannotCreateError if the address cannot be bound, ConfigError if a policy cannot be prepared or the app
+        cannot be served, and any other error that keeps it from serving.
         """
         check_servable(self._app)
         with self._lock:
@@ -125,14 +125,14 @@ class ServerThread:
 
     @property
     def _is_ours(self) -> bool:
-        """Whether it was started, and not by the process that forked this one."""
+        """Whether it was started by this process, not by the one that forked this one."""
         return self._server is not None and self._pid == os.getpid()
 
     def _new_server(self) -> WaitressThread | WerkzeugThread:
         if self._kind == "werkzeug":
             return _werkzeug_thread(self._app, self._address)
         drain, server = self._config.shutdown.drain, self._config.server
-        # In a test nobody waits as long as in production for clients that could still say something.
+        # The graces of clients are shorter than in production, unless configured: tests should not wait.
         more = {"limits": limits(server)} | {name: getattr(drain, name) for name in drain.model_fields_set & _GRACES}
         return WaitressThread(
             BehindProxies(self._app, server),
@@ -158,51 +158,51 @@ class ServerThread:
 
     @property
     def addresses(self) -> list[Address]:
-        """Where it listens; the port is the real one after the start."""
+        """The address that it listens on; after the start, port 0 is replaced by the real port."""
         return self._server.addresses if self._server is not None else [self._address]
 
     @property
     def url(self) -> str:
-        """The URL it answers at, ending in a slash."""
+        """The URL that it serves, ending in a slash."""
         return self.addresses[0].url
 
     @property
     def port(self) -> int:
-        """The port it listens on; 0 for one that is still to be chosen."""
+        """The port that it listens on; 0 if it is chosen at the start."""
         return self.addresses[0].port
 
     @property
     def in_flight(self) -> int:
-        """Requests accepted and not yet completely answered."""
+        """How many requests were accepted and are not yet completely answered."""
         return self._server.in_flight if self._server is not None else 0
 
     def requests(self) -> list[InFlight]:
-        """What is in flight, oldest first."""
+        """The requests in flight, oldest first."""
         return self._server.requests() if self._server is not None else []
 
     def app_threads(self) -> list[threading.Thread]:
-        """The threads that run the app and have not ended; after a stop, those that it could not wait for."""
+        """The threads that run the app and have not ended; after a stop, those that did not end in time."""
         return self._server.app_threads() if self._server is not None else []
 
     def left_behind(self) -> dict[threading.Thread, InFlight]:
-        """The threads that go on with a request that is over: a drain cut it, or ended its stream."""
+        """The threads that still run a request that is over, because a drain cut it or ended its stream."""
         return self._server.left_behind() if self._server is not None else {}
 
     @property
     def report(self) -> DrainReport | None:
-        """The account of the last drain or stop since the start; None when there was none."""
+        """The report of the last drain or stop since the start; None if there was none."""
         return self._report
 
     @property
     def policies(self) -> dict[str, dict[str, Any]]:
-        """What became of each cleanup step at the last stop, by name."""
+        """The result of each cleanup step of the last stop, by name."""
         return self._stop.policies if self._stop is not None else {}
 
     def drain(self, timeout: float | None = None) -> DrainReport:
-        """Take no new work, finish what is in hand within `timeout` seconds, and tell what became of it.
+        """Take no new work, finish the requests in hand within `timeout` seconds, and report how they ended.
 
         The default is ``shutdown.drain.timeout`` (15 s unless configured). The threads stay; `resume` undoes it. Raises
-        FlaskdError inside a request, which the drain would wait for.
+        FlaskdError inside of a request of this server, because the drain would wait for that request.
         """
         serving = self._serving
         if threading.current_thread() in self.app_threads():
@@ -216,19 +216,19 @@ class ServerThread:
         return report
 
     def resume(self) -> None:
-        """Serve again after a drain, at the same address; raises CannotCreateError when that cannot be had any more."""
+        """Serve again after a drain, at the same address; raises CannotCreateError if that cannot be bound again."""
         serving = self._serving
         if self._server is not None:
             self._server.resume()
         serving.undo_drain()
 
     def stop(self, timeout: float | None = None, *, reason: StopReason = _ASKED) -> DrainReport:
-        """Drain, run the cleanup steps, join every thread; a second call joins the first, and returns the same report.
+        """Drain, run the cleanup steps, join every thread; a second call waits for the first, and returns its report.
 
-        All of it takes no longer than `timeout` seconds, by default ``shutdown.deadline`` (25 s unless configured).
-        Inside a request of this server, and inside a cleanup step of its stop, it begins the stop and returns at once,
-        with what is known by then: what the stop waits for cannot wait for the stop. An interrupted wait, by Ctrl-C for
-        one, cuts the stop short as `hurry` does. In a forked child it does nothing, for the server is not there.
+        The stop takes at most `timeout` seconds, by default ``shutdown.deadline`` (25 s unless configured). Inside of a
+        request of this server or a cleanup step of its stop, for which the stop waits, this begins the stop and returns
+        at once, with the report so far. If the wait is interrupted, for example by Ctrl-C, the stop is cut short as by
+        `hurry`. In a forked child it does nothing, because the child does not have the server's threads.
         """
         server = self._server
         if server is None or not self._is_ours:
@@ -240,7 +240,7 @@ class ServerThread:
                 return self._stop.report if self._stop is not None else DrainReport()
             self._wait()
         except BaseException:
-            self._cleanup_thread.run(end)  # it may not have come to that
+            self._cleanup_thread.run(end)  # the first call may have been interrupted
             self.hurry()
             self._wait()
             raise
@@ -248,15 +248,15 @@ class ServerThread:
         return self._stopped.result()
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait at most `timeout` seconds, or as long as it takes, until somebody has stopped it."""
+        """Wait at most `timeout` seconds (None: without limit) until another thread has stopped it."""
         if self._is_ours and self._wait(timeout):
             self._cleanup_thread.join()
 
     def _wait(self, timeout: float | None = None) -> bool:
-        """Whether the stop is over within `timeout` seconds.
+        """Wait at most `timeout` seconds for the end of the stop; returns whether it is over.
 
-        In turns, because a signal that comes just before the main thread waits for a lock is heard only after that
-        wait; on Windows, every signal.
+        The wait is in turns of `_TURN` seconds: Python handles a signal that came just before the wait for a lock only
+        after that wait, and on Windows this is so for every signal.
         """
         until = math.inf if timeout is None else time.monotonic() + timeout
         while not self._stopped.done() and (left := until - time.monotonic()) > 0:
@@ -274,16 +274,16 @@ class ServerThread:
         return True
 
     def describe_stop(self) -> dict[str, Any]:
-        """What a shutdown endpoint of the app tells of the stop to come."""
+        """The answer of a shutdown endpoint of the app: the stop to come or under way."""
         plan = self._stop.plan if self._stop is not None else self._whole_plan()
         return {"plan": plan.id, "steps": plan.describe(), "in_flight": self.in_flight}
 
     def left_for_the_exit(self) -> Callable[[], float]:
-        """What gives the seconds that the app has for its own end, once it is stopped in a process of its own."""
+        """A function that returns how many seconds are left for what the app has left to the process' end."""
         return self._stop.left_for_the_exit() if self._stop is not None else lambda: 0.0
 
     def hurry(self) -> None:
-        """Cut a stop under way short: its drain ends now, all remaining cleanup has a second (any thread)."""
+        """Cut a stop under way short: its drain ends now, all remaining cleanup has one second (any thread)."""
         if self._when_over is None:
             return
         self._pressed = True
@@ -291,12 +291,12 @@ class ServerThread:
             self._pipeline.hurry()
 
     def _end(self, server: WaitressThread | WerkzeugThread, timeout: float | None, reason: StopReason) -> None:
-        """Stop in a thread of its own: whoever asks for it, and gives up waiting, leaves it running."""
+        """Carry out the stop, in a thread of its own: it goes on even if its caller stops waiting."""
         with contextlib.ExitStack() as after:
             try:
                 self._report = self._run_stop(server, timeout, reason)
                 after.callback(self._stopped.set_result, self._report)
-            except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+            except BaseException as error:  # noqa: BLE001 - raised in the waiting thread
                 after.callback(self._stopped.set_exception, error)
             with self._over_lock:
                 when_over, self._when_over = self._when_over or [], None
@@ -312,7 +312,7 @@ class ServerThread:
     ) -> DrainReport:
         cleanup, app = self._config.cleanup, find_flask(self._app)
         plan = self._whole_plan()
-        # The app outlives a server in a thread: what it holds is left alone unless somebody says otherwise.
+        # The app outlives a server in a thread, so what it holds is left alone unless that was asked for.
         asked = (self._own_process or "discovery" in cleanup.model_fields_set) and cleanup.discovery.mode == "auto"
         discovery = DiscoveryRun(app) if asked or any(each.takes for each in plan.steps) else None
         if not asked:
@@ -332,21 +332,21 @@ class ServerThread:
             stop.arm()
         if self._pressed:
             self.hurry()
-        if isinstance(server, WaitressThread):  # of the other, each response closes its connection as it is
+        if isinstance(server, WaitressThread):  # Werkzeug's closes each connection anyway
             server.announce()
         try:
             stop.run()
         finally:
-            # What was cut may never end, and is not waited for; the others are done in a moment.
+            # Threads of cut requests may never end, and are not waited for; all others end soon.
             server.end(_WORKERS_END if stop.report.clean else _STUCK_END)
         return stop.report.with_unfinished(stop.cut_work())
 
 
 def _shutdown(shutdown: ShutdownConfig, timeout: float | None, *, cleanup: bool) -> ShutdownConfig:
-    """The stop's budget: what is configured, or `timeout` for all of it.
+    """The times of the stop: as configured, or `timeout` seconds for the whole stop.
 
-    Of a `timeout` the drain has all but what the configuration leaves to the cleanup; in a short one the cleanup has
-    two fifths, as by default, and with nothing to clean up, nothing.
+    Of `timeout`, the cleanup has as much as the configuration leaves for it, at most two fifths (as by default), and
+    nothing if there is nothing to clean up; the drain has the rest.
     """
     if timeout is None:
         return shutdown if cleanup else shutdown.model_copy(update={"reserve": 0.0})
@@ -361,6 +361,6 @@ def _shutdown(shutdown: ShutdownConfig, timeout: float | None, *, cleanup: bool)
 
 
 def _werkzeug_thread(app: Callable[..., Any], address: Address) -> WerkzeugThread:
-    from flaskd.server.werkzeug import WerkzeugThread  # noqa: PLC0415 - 4 MiB, which a supervisor goes without
+    from flaskd.server.werkzeug import WerkzeugThread  # noqa: PLC0415 - 4 MiB of memory, which a supervisor does not need
 
     return WerkzeugThread(app, address)

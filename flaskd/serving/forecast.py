@@ -1,4 +1,4 @@
-"""What a stop would do now: the policies, what the app registered in code, and what it was last found to hold."""
+"""The plan of a stop at this moment: the policies, functions that the app registered, and what it was found to hold."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ if TYPE_CHECKING:
 log = logging.getLogger("flaskd.forecast")
 
 _LOOK_AROUND = 1.0
-"""Seconds that a question for the plan waits to hear what the app holds."""
+"""Most seconds that a question for the plan waits for the search of what the app holds."""
 
 
 class Forecast:
-    """Kept while the daemon serves; a stop takes its `plan` and its `discovery`, and goes on by itself."""
+    """Kept up to date while the daemon serves; a stop takes `plan` and `discovery` from it."""
 
     def __init__(self, *, leaves: bool = False) -> None:
         self._leaves = leaves  # whether the process ends with the stop
         self.policies = Plan()
-        """Those of the configuration."""
+        """The policies of the configuration."""
         self._cleanup = Config.model_validate({}).cleanup
         self._loaded: LoadedApp | None = None
         self._discovery: DiscoveryRun | None = None
         self._paused: list[Any] = []
-        self._told: set[str] = set()  # the plan is asked for again and again
+        self._told: set[str] = set()  # warnings that were logged: `plan` is read again and again
 
     def set(self, policies: Plan, cleanup: CleanupConfig, app: LoadedApp) -> None:
-        """Take over what a start or a reload has prepared."""
+        """Set what a start or a reload has prepared."""
         self.policies, self._cleanup, self._loaded = policies, cleanup, app
 
     @property
@@ -55,29 +55,29 @@ class Forecast:
 
     @property
     def plan(self) -> Plan:
-        """The policies, and what the app registered in code until now; without that where it cannot be planned."""
+        """The policies, and the functions that the app has registered so far; if that fails, the policies alone."""
         try:
             timeout = self._cleanup.defaults.timeout
             return with_callbacks(self.policies, self._app, timeout=timeout, told=self._told)
-        except BaseException:  # whatever the app has registered, a stop goes on
+        except BaseException:  # whatever the app has registered, a stop must go on
             log.exception("cannot plan all of the cleanup: the policies alone are run")
             return self.policies
 
     def look_around(self) -> None:
-        """Find out what the app holds, beside the requests, and say so in the log."""
+        """Begin to find out what the app holds, in another thread, which logs it."""
         self._discovery = DiscoveryRun(self._app, _tell) if self._wanted("auto", "report") else None
 
     @property
     def discovery(self) -> DiscoveryRun | None:
-        """What a stop takes into its plan; None where nothing that is found is to be closed."""
+        """The search whose results a stop adds to its plan; None if found objects are not to be closed."""
         return (self._discovery or DiscoveryRun(self._app)) if self._wanted("auto") else None
 
     def pause_schedulers(self) -> None:
-        """Pause the schedulers that a stop would end, until `resume_schedulers`; may take its time.
+        """Pause the schedulers that a stop would end, until `resume_schedulers`; may wait.
 
-        One at a time with that.
+        The two methods must not run at the same time.
         """
-        if "apscheduler" in sys.modules:  # else there are none, and a search would take the interpreter's time
+        if "apscheduler" in sys.modules:  # without it there are no schedulers, and a search takes time
             run = DiscoveryRun(self._app) if self._wanted("auto") else None
             found = run.found(_LOOK_AROUND) if run is not None else None
             if found is None and self._discovery is not None:
@@ -85,23 +85,23 @@ class Forecast:
             pause_all(with_found(self.policies, found or (), self._cleanup).steps, self._paused)
 
     def resume_schedulers(self) -> None:
-        """Let those that were paused go on."""
+        """Let the paused schedulers go on."""
         paused, self._paused = self._paused, []
         resume_all(paused)
 
     def _wanted(self, *modes: str) -> bool:
-        """Whether anybody wants to know what the app holds: discovery in one of these modes, or a policy."""
+        """Whether to find out what the app holds: for discovery in one of these modes, or for a policy."""
         return self._cleanup.discovery.mode in modes or any(each.takes for each in self.policies.steps)
 
     def steps(self, plan: Plan) -> list[dict[str, Any]]:
-        """The steps of a plan, with those for what is known to be held; asks nobody."""
+        """The steps of a plan, with steps for objects that are known already; does not search."""
         found = self._discovery.found() if self._discovery is not None else None
         return with_found(plan, found or (), self._cleanup).describe()
 
     def overview(self, config: Config, *, fresh: bool) -> dict[str, Any]:
-        """The plan as it stands now, for programs and for people; with `fresh` what the app holds is looked for anew.
+        """The plan at this moment, for programs and for people (`flaskd.cleanup.overview`).
 
-        See `flaskd.cleanup.overview`.
+        With `fresh`, the app's objects are searched again if the last search is old.
         """
         discovery = self._discovery
         found = () if discovery is None else discovery.found(_LOOK_AROUND)

@@ -1,4 +1,4 @@
-"""The app served in the daemon's own process: loaded in the main thread, run by the threads of one server."""
+"""The app served in the daemon's own process: the main thread loads it, the threads of one server run it."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ from flaskd.sockets import Listener
 log = logging.getLogger("flaskd.daemon")
 
 _LAST_END = 0.2
-"""Seconds that the threads of the server have to end when the stop is over."""
+"""Seconds that the threads of the server have to end after the stop."""
 
 
 @dataclass(frozen=True)
 class AsWorker:
-    """What is different where this process is a worker, whose supervisor has the listeners.
+    """What is different if this process is a worker: its supervisor owns the listeners.
 
-    `board` is read by the supervisor; `listeners` gives those to go on with after a drain; `closed` is called when the
-    copies of those that are the service's alone are closed. With `first` what the last stop kept is brought back.
+    The supervisor reads `board`; `listeners` returns the listeners to serve on after a drain; `closed` is called when
+    this worker has closed its copies of the listeners that are not shared outside of the service. With `first`, what
+    the last stop kept is restored.
     """
 
     board: Board
@@ -44,12 +45,12 @@ class AsWorker:
 
 
 class InProcess(Shown):
-    """Serves the app here; see `flaskd.serving.api.Serving` for what its methods do.
+    """Serves the app in this process; `flaskd.serving.api.Serving` describes its methods.
 
-    `post` takes what happens. `given` is the app in hand, or makes it when its time has come; without it the app that
-    the configuration names is imported. `readiness` is what `health.path` is answered with, `answered` is given what
-    the access log tells of each request, `idle_over` is called when nothing was asked for as long as
-    `shutdown.idle.after` says. With `leaves` the process ends with the stop.
+    `post` takes the events. The app is `app`, or what `make_app` returns when it is called at the start, or else the
+    one that the configuration names. `readiness` gives the answer on `health.path`, `answered` is called with the
+    access log's fields of each request, `idle_over` when no request that counts has come for `shutdown.idle.after`.
+    With `leaves` the process ends after the stop.
     """
 
     def __init__(
@@ -78,11 +79,11 @@ class InProcess(Shown):
     # --- start ---
 
     def make_threads(self) -> None:
-        """Start the thread of the stop while one can be had; raises RuntimeError."""
+        """Start the thread of the stop now, because later no thread may be available; raises RuntimeError."""
         self._cleanup_thread.start()
 
     def load(self, config: Config, state: Path | None) -> LoadedApp:
-        """Import the app, prepare the cleanup, and bring back what the last stop kept in `state` (main thread)."""
+        """Import the app, prepare the cleanup, and restore what the last stop kept in `state` (main thread)."""
         given = loading.make_app(self._make_app) if self._make_app is not None else self._given
         app = self._app = launch.find_app(config.app, given, self._environ)
         plan = self._plan(config)
@@ -93,7 +94,7 @@ class InProcess(Shown):
         return app
 
     def make_server(self, config: Config, listeners: Sequence[Listener]) -> None:
-        """Make the server, which is not started yet; from here on there is something to drain."""
+        """Make the server, without starting it; from now on it can be drained."""
         assert self._app is not None
         server = self._server = launch.make_server(
             config.server,
@@ -115,11 +116,11 @@ class InProcess(Shown):
             self._post(Ready() if error is None else Failed(error))
 
         server.start(first=lambda: self._set_server(configuration.values), accepting=self._worker is None)
-        # In a thread of its own, so that a signal need not wait for the app.
+        # In a thread of its own, so that the daemon can handle a stop while the app answers the probe.
         threading.Thread(target=probe, name="flaskd-probe", daemon=True).start()
 
     def started(self, configuration: Configuration) -> None:
-        """The start has succeeded: what was brought back is used up, and what the app holds is looked for."""
+        """After a successful start, mark what was restored as used, watch for idleness, search the app's objects."""
         self._use_up()
         if self._worker is not None:
             self._running.accept()
@@ -127,7 +128,7 @@ class InProcess(Shown):
         self._forecast.look_around()
 
     def abandon(self) -> None:
-        """End without a drain what has not ended."""
+        """End the server without a drain, if it has not ended."""
         if self._server is not None:
             self._server.abandon()
         self._cleanup_thread.dismiss()
@@ -135,50 +136,50 @@ class InProcess(Shown):
     exit_waits_for = ""
 
     def end_processes(self) -> None:
-        """There are none."""
+        """Do nothing: there are no other processes."""
 
     # --- drain, resume, reload ---
 
     @property
     def target(self) -> str | None:
-        """What the app is called."""
+        """The app's name; None before it is loaded."""
         return self._app.target if self._app is not None else None
 
     @property
     def drain(self) -> Drain | None:
-        """The drain under way, or the last one."""
+        """The drain under way, or the last one that was not undone."""
         return self._pipeline.drain if self._pipeline is not None else None
 
     def begin_drain(self, timeout: float, *, announce: float) -> Drain:
-        """Begin a drain."""
+        """Begin a drain, which is announced for `announce` seconds first."""
         return self._pipe.begin_drain(timeout, announce=announce)
 
     def give_up(self, why: str) -> None:
-        """What serves is dead: all that is in flight counts as cut."""
+        """End a drain, because the serving thread is dead: all requests in flight count as cut."""
         self._pipe.give_up(why)
 
     def refuse(self) -> None:
-        """Answer 503 on listeners that others share."""
+        """Answer 503 on listeners that other processes share."""
         self._running.refuse(on=True)
 
     def resume(self) -> Sequence[Listener]:
-        """Serve again."""
+        """Serve again; returns the listeners."""
         self._running.resume(self._worker.listeners() if self._worker is not None else None)
         self._pipe.undo_drain()
         return self._running.listeners
 
     def prepare(self, configuration: Configuration) -> Plan:
-        """Make the plan, and import what it needs."""
+        """Make the cleanup plan, and import what it needs."""
         plan = self._plan(configuration.values)
         plan.prepare()
         return plan
 
     def close_listeners(self) -> None:
-        """End the announce of the drain under way, so that the listeners are closed."""
+        """End the announce of the drain under way; then the listeners are closed."""
         self._running.close_listeners()
 
     def pause_schedulers(self, *, on: bool) -> None:
-        """Pause the app's schedulers, which another worker has from now on, or let them go on; may take its time."""
+        """Pause the app's schedulers, because another worker runs them from now on, or let them go on; may wait."""
         if on:
             self._forecast.pause_schedulers()
         else:
@@ -190,9 +191,9 @@ class InProcess(Shown):
         return self._forecast.policies
 
     def apply(self, configuration: Configuration, plan: Plan) -> None:
-        """Put it into force."""
+        """Put a configuration and its plan into force."""
         assert self._app is not None
-        self._set_server(configuration.values)  # first: there may be no threads for it
+        self._set_server(configuration.values)  # first, because it may fail for lack of threads
         self._forecast.set(plan, configuration.values.cleanup, self._app)
         self._forecast.look_around()
         self._watch_idle(configuration.values)
@@ -220,7 +221,7 @@ class InProcess(Shown):
         return stop
 
     def begin_stop(self, reason: StopReason, configuration: Configuration, state: Path | None) -> str:
-        """Make the stop."""
+        """Begin the stop; returns the id of its plan."""
         config = configuration.values
         stop = self._pipe.begin_stop(
             reason,
@@ -235,16 +236,16 @@ class InProcess(Shown):
             on_step=lambda result: self._post(StepEnded(result)),
             on_begin=lambda: self._post(StepBegan()),
         )
-        stop.arm()  # before another line of Python: the app may take the GIL and never give it back
+        stop.arm()  # at once: the app may take the GIL and never release it
         return stop.plan.id
 
     def announce_stop(self) -> None:
-        """Tell clients, and leave a shared backlog to its next owner."""
+        """Close each connection after its next response, and leave a shared backlog to its next owner."""
         self._running.refuse(on=False)
         self._running.announce()
 
     def run_stop(self) -> None:
-        """Carry it out in the thread that was made in time."""
+        """Carry out the stop, in the thread that `make_threads` has started."""
         stop = self._stopping
 
         def run() -> None:
@@ -256,26 +257,26 @@ class InProcess(Shown):
         self._cleanup_thread.run(run)
 
     def hurry(self) -> None:
-        """Cut it short."""
+        """Cut the stop short."""
         self._pipe.hurry()
 
     @property
     def left(self) -> float:
-        """Seconds until the deadline."""
+        """Seconds until the deadline of the stop."""
         return self._stopping.left
 
     def left_for_the_exit(self) -> Callable[[], float]:
-        """What gives, from now on, the seconds for what the app has left to the end of its process."""
+        """A function that returns how many seconds are left for what the app has left to the process' end."""
         return self._stopping.left_for_the_exit()
 
     @property
     def step_left(self) -> float:
-        """Seconds that the drain and the steps that run now may still take."""
+        """Seconds that the drain and the present steps may still take."""
         drain = self.drain
         return max(drain.left if drain is not None else 0.0, self._stopping.step_left)
 
     def end(self, unfinished: tuple[Unfinished, ...]) -> Account:
-        """End the threads, and give the account."""
+        """End the threads; returns the account of the stop."""
         stop = self._stopping
         self._running.end(timeout=min(_LAST_END, stop.left))
         report = stop.account(stop.cut_work() + unfinished)
@@ -283,5 +284,5 @@ class InProcess(Shown):
         return Account(report, stop.record(report), stop.record(late), stop.policies)
 
     def close_gates(self) -> None:
-        """Deal with listeners that are not shared any more."""
+        """During or after a drain, close the gates of listeners that other processes have stopped sharing."""
         self._running.close_gates()

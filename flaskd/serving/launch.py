@@ -1,4 +1,4 @@
-"""The steps of a start: the system, the directory, the listeners, the app and its caches, the server, the probe."""
+"""The steps of a start: check the system, change the directory, bind listeners, find the app, make the server."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ log = logging.getLogger("flaskd.launch")
 
 DEFAULT_LISTEN = "127.0.0.1:8000"
 _OTHERS = {"admin", "agent", "control"}
-"""FileDescriptorName= of sockets that are not the app's (systemd.socket(5)); any other name, given or not, may be."""
+"""Names (FileDescriptorName=, systemd.socket(5)) of passed sockets that are not for the app; all others may be."""
 
 
 def check_system() -> None:
-    """Raise UnsupportedError where no daemon can be had.
+    """Raise UnsupportedError on a system on which the daemon cannot run, and ConfigError after monkey patching.
 
-    Its loop, its gate, and the lock and the peers of its control plane are Linux's (epoll(7), socket(7), unix(7)).
-    To be called before the control plane is imported, which is made of modules that Windows has not got. ConfigError
-    where gevent or eventlet has been there before: they take epoll away, too.
+    The daemon uses features of Linux: epoll(7), socket(7), and the lock and peer credentials of unix(7). To be called
+    before the control plane is imported, whose modules Windows does not have. Patching by gevent or eventlet is checked
+    first, because it removes epoll, too.
     """
     check_unpatched()
     if not (hasattr(select, "epoll") and hasattr(socket, "SO_PEERCRED")):
@@ -47,7 +47,7 @@ def check_system() -> None:
 
 
 def fault_of(error: BaseException) -> FlaskdError:
-    """What kept a start from its end, as it is told: one clear line, and a traceback only for what was not foreseen."""
+    """The error to report for a failed start: one clear line, with a traceback only if the error was not expected."""
     if isinstance(error, FlaskdError):
         return error
     if (lack := shortage(error)) is not None:
@@ -57,7 +57,7 @@ def fault_of(error: BaseException) -> FlaskdError:
 
 
 def change_directory(app: AppConfig) -> None:
-    """Work in `app.chdir`; raises ConfigError when that cannot be."""
+    """Change into `app.chdir`, if it is set; raises ConfigError if that fails."""
     if app.chdir is not None:
         try:
             os.chdir(app.chdir)
@@ -66,10 +66,10 @@ def change_directory(app: AppConfig) -> None:
 
 
 def take_passed(environ: Mapping[str, str], config: Config) -> dict[str, list[Listener]]:
-    """The sockets that the service manager passed, by name; what tells of them in the environment is for us alone.
+    """The sockets that the service manager passed, by name; removes the environment variables that describe them.
 
-    Raises ConfigError when they were passed to another process and `server.listen` names no address: flaskd would serve
-    on its default one, and clients of these would wait in vain.
+    Raises ConfigError if they were passed to another process and `server.listen` names no address: flaskd would serve
+    on its default address, and clients of these sockets would wait in vain.
     """
     passed = inherited(environ)
     if amiss := passed_to_another(environ):
@@ -82,7 +82,7 @@ def take_passed(environ: Mapping[str, str], config: Config) -> dict[str, list[Li
 
 
 def for_control(config: Config, passed: Mapping[str, Sequence[Listener]]) -> Sequence[Listener]:
-    """Those of the passed sockets that are the control plane's, unless another listener is told to take them."""
+    """The passed sockets for the control plane: those called "control", unless another listener is to take them."""
     named = (*config.server.listen, *config.admin.listen, *config.admin.agent)
     return [] if "fd:control" in named else passed.get("control", [])
 
@@ -94,9 +94,9 @@ def bind_all(
     passed: dict[str, list[Listener]],
     store: Store,
 ) -> None:
-    """Bind or take over the listeners of the app and, `beside` it, of ``admin`` and ``agent``, adding each at once.
+    """Bind or take over the listeners of the app, and those of ``admin`` and ``agent`` (`beside`); add each at once.
 
-    A passed socket that is then nobody's is closed, with a warning. Raises CannotCreateError, and ConfigError for an
+    A passed socket that has no use is closed, with a warning. Raises CannotCreateError, and ConfigError for an
     `fd:NAME` that was not passed.
     """
     _bind(config, app, passed, store)
@@ -107,11 +107,11 @@ def bind_all(
 
 
 def _bind(config: Config, listeners: list[Listener], passed: dict[str, list[Listener]], store: Store) -> None:
-    """Bind or take over what `server.listen` names.
+    """Bind or take over the listeners that `server.listen` names.
 
-    Without `server.listen`, all sockets that the service manager passed are taken, except those of the admin listener,
-    the agent and the control plane, else the default address is bound. A socket unit without FileDescriptorName= gives
-    its own name (sd_listen_fds_with_names(3)), so no name says that a socket is the app's.
+    Without `server.listen`, take all sockets that the service manager passed, except those of the admin listener, the
+    agent and the control plane; if there are none, bind the default address. A socket unit without FileDescriptorName=
+    passes its own name (sd_listen_fds_with_names(3)), so a socket for the app may have any name.
     """
     listen = config.server.listen
     if not listen:
@@ -125,13 +125,13 @@ def _bind(config: Config, listeners: list[Listener], passed: dict[str, list[List
 
 
 def _let_go(passed: Mapping[str, Sequence[Listener]], taken: Sequence[Listener]) -> None:
-    """Close the passed sockets that nobody has taken, and say so: whoever connects there waits."""
+    """Close the passed sockets that have no use, with a warning: clients that connect there would wait in vain."""
     for name, listeners in passed.items():
         for each in listeners:
             if each not in taken:
                 log.warning(
-                    f"nobody listens on {each.address}, which was passed as fd:{name}: clients wait there in vain; "
-                    f"name it in server.listen or admin.listen, or stop its socket unit"
+                    f"flaskd does not listen on {each.address}, which was passed as fd:{name}: clients would wait "
+                    f"there in vain; name it in server.listen or admin.listen, or stop its socket unit"
                 )
                 each.close()
 
@@ -148,21 +148,21 @@ def _listeners(where: str, passed: Mapping[str, Sequence[Listener]]) -> Sequence
         return [Listener.bind(address)]
     if name in passed:
         return passed[name]
-    there = ", ".join(f"fd:{name}" for name in passed) or "none was passed"
-    raise ConfigError(f"cannot listen on {where}: no socket of that name was passed; {there}")
+    there = ", ".join(f"fd:{name}" for name in passed) or "none"
+    raise ConfigError(f"cannot listen on {where}: no socket of that name was passed (passed: {there})")
 
 
 def keep(config: Config, listeners: Sequence[Listener], store: Store) -> None:
-    """Store the listeners that `bind` bound, if that is wanted; they are in the order of `server.listen`."""
+    """Store copies of the bound listeners in the service manager, if configured; in the order of `server.listen`."""
     if config.systemd.fdstore:
         own = [each for each in listeners if each.stored or not each.shared]
         listen = [each for each in config.server.listen or [DEFAULT_LISTEN] if not each.startswith("fd:")]
-        store.keep(zip(listen, own, strict=False))  # none is own when sockets were passed and none is named
+        store.keep(zip(listen, own, strict=False))  # `own` is empty if sockets were passed and none is named
 
 
 def find_app(app: AppConfig, given: Callable[..., Any] | LoadedApp | None, environ: Mapping[str, str]) -> LoadedApp:
-    """The app in hand, or the one that is named; raises as `flaskd.serving.loading.load_app` does."""
-    if isinstance(given, LoadedApp):  # it was found before this process was forked
+    """The `given` app, or the one that the configuration names; raises as `flaskd.serving.loading.load_app` does."""
+    if isinstance(given, LoadedApp):  # a template has loaded it before the fork
         return given
     if given is None:
         found = loading.load_app(loading.choose_target(app.target, environ, Path.cwd()))
@@ -172,9 +172,9 @@ def find_app(app: AppConfig, given: Callable[..., Any] | LoadedApp | None, envir
 
 
 def restore(plan: Plan, app: LoadedApp, state: Path | None) -> Callable[[], None]:
-    """Bring back what the last stop kept, and say so; what cannot be is a warning.
+    """Restore what the last stop kept, and log it; a failure is a warning.
 
-    Returns what notes, once the start has succeeded, that it is used.
+    Returns a function to call after a successful start: it marks what was restored as used.
     """
     said = plan.restore(app.flask, state)
     for _, words, done in said:
@@ -187,7 +187,7 @@ def _use_up(steps: Iterable[Step], state: Path | None) -> None:
         if step.action.use_up is not None:
             try:
                 step.action.use_up(state, step.fields)
-            except Exception as error:  # noqa: BLE001 - an action of another package: the app serves all the same
+            except Exception as error:  # noqa: BLE001 - from an action of another package; the app serves all the same
                 log.warning(f"cleanup {step.phase}/{step.name}: {step.redact(str(error))}")
 
 
@@ -199,9 +199,9 @@ def make_server(
     on_death: Callable[[BaseException | None], None],
     board: Board | None = None,
 ) -> WaitressThread:
-    """A server for the app on bound listeners, not started yet; RLIMIT_NOFILE is raised when they need it.
+    """Make a server for the app on bound listeners, without starting it; RLIMIT_NOFILE may be raised when needed.
 
-    Raises ConfigError where what was imported since the app has replaced threads and sockets.
+    Raises ConfigError if a module that was imported after the app has replaced threads or sockets.
     """
     check_unpatched()
     if missed := missed_by_proxy_fix(app.wsgi, server):
@@ -218,7 +218,7 @@ def make_server(
 
 
 def probe(server: WaitressThread, health: HealthConfig) -> FlaskdError | None:
-    """Ask the app for `health.probe`, if there is one; returns what is wrong with the answer, None when it is good."""
+    """Ask the app for `health.probe`, if it is set; returns the error, or None if the answer is good."""
     if health.probe is None:
         return None
     try:

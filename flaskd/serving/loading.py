@@ -1,4 +1,4 @@
-"""Finding the app: Flask's own grammar through Flask's own loader, and any other WSGI callable too."""
+"""Loading the app: a target in Flask's own syntax, read by Flask's own loader; any WSGI callable can be served."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ log = logging.getLogger("flaskd.loading")
 
 @dataclass(frozen=True)
 class LoadedApp:
-    """What is served, the Flask app that was found inside it if one was, and what it was asked for as.
+    """The WSGI callable that is served, the Flask app that was found inside of it, and the target that named it.
 
-    `chosen` says for the log which object it is, and why; `doubt` what else may have been meant.
+    For the log, `chosen` says which object it is, and why; `doubt` says what else may have been meant.
     """
 
     wsgi: WSGIApp
@@ -43,11 +43,11 @@ class LoadedApp:
 
     @property
     def flask(self) -> Flask | None:
-        """The Flask app inside; a wrapper may have made it for its first request."""
+        """The Flask app inside; searched again if there was none, as a wrapper may make it at the first request."""
         return self.inside or find_flask(self.wsgi)
 
     def tell(self) -> None:
-        """Say in the log what is served, and why."""
+        """Log what is served, and why."""
         if self.chosen:
             log.info(self.chosen)
         if self.doubt:
@@ -55,7 +55,7 @@ class LoadedApp:
 
 
 def choose_target(configured: str | None, environ: Mapping[str, str], directory: Path) -> str:
-    """The app to load: what was asked for, else ``FLASK_APP``, else ``wsgi.py`` or ``app.py``; ConfigError if none."""
+    """The target: `configured`, else ``FLASK_APP``, else ``wsgi.py`` or ``app.py``; raises ConfigError if none."""
     if target := configured or environ.get("FLASK_APP"):
         return target
     for name in ("wsgi.py", "app.py"):
@@ -73,14 +73,14 @@ def choose_target(configured: str | None, environ: Mapping[str, str], directory:
 def load_app(target: str) -> LoadedApp:
     """Import the app named by `target` (``module``, ``module:name``, ``module:create_app("x")`` or a file).
 
-    The working directory is on ``sys.path``. Raises ConfigError for a module or attribute that is not there, and for
-    what cannot be served; AppError for app code that raises; SystemExit raised by a module counts as that,
-    KeyboardInterrupt is passed on.
+    The working directory is put on ``sys.path``. Raises ConfigError for a missing module or attribute, and for an
+    object that cannot be served; AppError if the app's code raises an error or SystemExit. KeyboardInterrupt is passed
+    on.
     """
-    # flask.cli has click in it, and both take their time: imported by those who serve, not by client verbs.
+    # Imported here, because flask.cli and click take long to import, and client verbs do not need them.
     from flask.cli import NoAppException, prepare_import  # noqa: PLC0415
 
-    os.environ["FLASK_RUN_FROM_CLI"] = "true"  # a stray app.run() does nothing: flask.Flask.run
+    os.environ["FLASK_RUN_FROM_CLI"] = "true"  # makes app.run() in the module do nothing (flask.Flask.run)
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     path, name = _split(target)
@@ -101,16 +101,16 @@ def load_app(target: str) -> LoadedApp:
 
 
 def given_app(app: WSGIApp) -> LoadedApp:
-    """An app in hand; ConfigError when it cannot be served."""
+    """Describe an app object; raises ConfigError if it cannot be served."""
     check_servable(app)
     name = type(app).__name__
-    with contextlib.suppress(Exception):  # it may be any object, and raise when it is asked
+    with contextlib.suppress(Exception):  # any object may raise when its attributes are read
         name = str(getattr(app, "__name__", "") or getattr(app, "import_name", "") or name)
     return LoadedApp(app, find_flask(app), name)
 
 
 def make_app(make: Callable[[], WSGIApp]) -> WSGIApp:
-    """The app that Flask's own command line makes (``FlaskGroup(create_app=…)``); raises as `load_app` does."""
+    """Call the factory of Flask's own command line (``FlaskGroup(create_app=…)``); raises as `load_app` does."""
     from flask.cli import NoAppException  # noqa: PLC0415 - see load_app
 
     target = getattr(make, "__qualname__", "the app")
@@ -129,14 +129,14 @@ def make_app(make: Callable[[], WSGIApp]) -> WSGIApp:
 
 
 def check_servable(app: Any) -> None:
-    """Raise ConfigError for an app in hand that is no WSGI app, and where threads and sockets are not the system's."""
+    """Raise ConfigError for an object that is not a WSGI app, and after monkey patching of threads and sockets."""
     if not is_app(app):
         raise ConfigError(f"cannot serve {type(app).__name__}: {why_not(app)}")
     check_unpatched()
 
 
 def described(wsgi: Any, inside: Flask | None) -> str:
-    """What is served, in a few words for the log."""
+    """A short description of what is served, for the log."""
     kind = type(wsgi).__name__
     if is_flask(wsgi):
         return f'the Flask app "{wsgi.import_name}"'
@@ -144,7 +144,7 @@ def described(wsgi: Any, inside: Flask | None) -> str:
 
 
 def _only_flask_app(module: ModuleType) -> Flask | None:
-    """The module's only Flask app: the one that is served through a wrapper which shows nothing of itself."""
+    """The module's only Flask app, for a wrapper in which no Flask app was found; None if there are several or none."""
     apps = {id(value): value for value in attributes_of(module).values() if is_flask(value)}
     return next(iter(apps.values())) if len(apps) == 1 else None
 
@@ -155,6 +155,8 @@ def _split(target: str) -> tuple[str, str]:
 
 
 def _import(name: str, target: str) -> ModuleType:
+    from flask.cli import NoAppException  # noqa: PLC0415 - see load_app
+
     try:
         with AppCode():
             return importlib.import_module(name)
@@ -166,6 +168,8 @@ def _import(name: str, target: str) -> ModuleType:
                 "check the name, or set app.chdir"
             ) from None
         raise _app_error(target, error) from error
+    except NoAppException as error:  # the module itself says that there is none, and why
+        raise ConfigError(f"cannot load {target}: {_sentence(error)}") from None
     except PatchingError:
         raise
     except (Exception, SystemExit) as error:
@@ -178,7 +182,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _app_error(target: str, error: BaseException) -> AppError:
-    """An error of the app's own, with its traceback from the app's first frame on."""
+    """The error for an exception of the app, with its traceback from the app's first frame on."""
     kept = error.__traceback__
     while kept is not None and _is_machinery(kept):
         kept = kept.tb_next

@@ -1,7 +1,7 @@
-"""Monkey patching by gevent and eventlet, which replaces the threads, sockets and signals that flaskd stands on.
+"""Monkey patching by gevent and eventlet, which replaces the threads, sockets and signals that flaskd uses.
 
-A thread that is a greenlet runs only when another one waits by the library's own means: flaskd would say that it is
-ready, and answer nothing.
+A greenlet in the place of a thread runs only while another one waits with the library's own functions: flaskd would say
+that it is ready, and answer no request.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from flaskd.objects import contents_of
 from flaskd.process.forks import forgotten_by_children
 
 _QUESTIONS = {"gevent.monkey": "is_module_patched", "eventlet.patcher": "is_monkey_patched"}
-"""The modules that patch, and how each is asked what it has replaced."""
+"""The modules that patch, and the function of each that tells whether a module was replaced."""
 _NEEDED = ("os", "queue", "select", "signal", "socket", "subprocess", "thread", "threading", "time")
-"""What must not have been replaced."""
+"""The modules that must not have been replaced."""
 _TOOLS = {"patch_item", "patch_module"}
-"""Functions that replace what their caller names, in a module of its own maybe."""
+"""Functions of these modules that are allowed: they replace what their caller names, perhaps in a module of its own."""
 
 
 class PatchingError(ConfigError):
-    """The app, or what it imports, would replace Python's own threads and sockets (exit 78)."""
+    """The app or a module that it imports replaces Python's own threads and sockets (exit code 78)."""
 
 
 def check_unpatched() -> None:
-    """Raise PatchingError where threads, sockets or signals are not Python's own any more."""
+    """Raise PatchingError if threads, sockets or signals were replaced."""
     for name, question in _QUESTIONS.items():
         is_patched = contents_of(name).get(question)
         if is_patched is not None and (replaced := [each for each in _NEEDED if is_patched(each)]):
@@ -41,7 +41,7 @@ def check_unpatched() -> None:
 
 @contextlib.contextmanager
 def patching_refused() -> Iterator[None]:
-    """Make what patches raise PatchingError instead, before it has done anything, whenever it is imported."""
+    """While the block runs, make the patching functions raise PatchingError before they change anything."""
     finder = _Finder()
     for name in _QUESTIONS:
         finder.replace_functions(name)
@@ -54,7 +54,7 @@ def patching_refused() -> Iterator[None]:
 
 
 class _Finder(MetaPathFinder):
-    """Finds the modules that patch where they are, and changes them once they are imported."""
+    """Replaces the patching functions, in modules that are imported already, and in others right after their import."""
 
     def __init__(self) -> None:
         self._replaced: list[tuple[dict[str, Any], str, Callable[..., Any]]] = []
@@ -71,7 +71,7 @@ class _Finder(MetaPathFinder):
                 execute(module)
                 self.replace_functions(fullname)
 
-            loader.exec_module = exec_module  # type: ignore[method-assign]  # this loader is this module's alone
+            loader.exec_module = exec_module  # type: ignore[method-assign]  # only this module has this loader
         return spec
 
     def replace_functions(self, module: str) -> None:
@@ -82,7 +82,7 @@ class _Finder(MetaPathFinder):
                 there[name] = _refusing(module, name)
 
     def put_back(self) -> None:
-        with contextlib.suppress(ValueError):  # the app may have made itself a list of its own
+        with contextlib.suppress(ValueError):  # the app may have replaced sys.meta_path
             sys.meta_path.remove(self)
         for there, name, function in self._replaced:
             there[name] = function
@@ -90,7 +90,7 @@ class _Finder(MetaPathFinder):
 
 def _refusing(module: str, name: str) -> Callable[..., NoReturn]:
     def refuse(*_args: Any, **_kwargs: Any) -> NoReturn:
-        caller = sys._getframe(1)  # noqa: SLF001 - the only way to say where the call stands
+        caller = sys._getframe(1)  # noqa: SLF001 - the only way to name the place of the call
         place = f"{caller.f_code.co_filename}:{caller.f_lineno}"
         raise _error(f"{module}.{name}() was called ({place})", module.partition(".")[0])
 

@@ -1,6 +1,6 @@
-"""The one stop pipeline: a server's drain, and its stop around it.
+"""The pipeline: the drain of a server, and its stop, which contains a drain.
 
-The daemon, `ServerThread` and the shutdown endpoint of an app drain and stop what they serve through it.
+The daemon, `ServerThread` and the shutdown endpoint of an app all drain and stop their server with it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ log = logging.getLogger("flaskd.stop")
 class Pipeline:
     """Drains a server, and stops it once (any thread).
 
-    `drained` is called with each drain that is over, in the thread that found out. With `waits_again`, a stop after a
-    drain waits for the work in the background that is there by then, begun since or left behind.
+    `drained` is called with each drain that is over, in the thread that found it out. With `waits_again`, a stop after
+    a drain waits for the background work that is under way by then.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Pipeline:
         guard: float = DRAIN_GUARD,
     ) -> None:
         self.drain: Drain | None = None
-        """The drain that was begun last; None while there was none, or it was undone."""
+        """The drain that was begun last; None if there was none, or it was undone."""
         self.stop: Stop | None = None
         """The stop, once it has begun."""
         self._server = server
@@ -58,7 +58,7 @@ class Pipeline:
         counted_from: tuple[int, int] | None = None,
         earlier: Drain | None = None,
     ) -> Drain:
-        """Begin a drain, or join the one under way, which is then shortened to `timeout` seconds; see `Drain`."""
+        """Begin a drain, or shorten the one under way to `timeout` more seconds; returns it (see `Drain`)."""
         with self._lock:
             if self.drain is not None and earlier is None:
                 self.drain.shorten(timeout)
@@ -72,18 +72,18 @@ class Pipeline:
                 guard=self._guard,
                 over=self._drained,
             ).begin()
-            self.drain = drain  # not before: one that could not begin is none
+            self.drain = drain  # set only now: a drain that could not begin does not count
             return drain
 
     def give_up(self, why: str) -> None:
-        """End the drain, or one that would begin now: its server is dead, and all that is in flight counts as cut."""
+        """End the drain, which is made if there is none: the server is dead, all requests in flight count as cut."""
         with self._lock:
             if self.drain is None:
                 self.drain = Drain(self._server, 0, over=self._drained)
         self.drain.give_up(why)
 
     def undo_drain(self) -> None:
-        """Forget the drain, after the server serves again; who waits for it is told."""
+        """Forget the drain, because the server serves again; threads that wait for it get an error."""
         with self._lock:
             drain, self.drain = self.drain, None
         if drain is not None:
@@ -107,10 +107,10 @@ class Pipeline:
         after_drain: Callable[[], None] = lambda: None,
         times: Times | None = None,
     ) -> Stop:
-        """Make the stop; `Stop.run` carries it out, in a thread that may take its time.
+        """Make the stop; `Stop.run` carries it out, in a thread that may wait.
 
-        Its drain is announced until `announce` seconds after this; its account begins now. `drain_began` is called when
-        the drain has begun, or is over by then, `on_begin` also when a step has begun.
+        Its drain is announced until `announce` seconds from now; its account begins now. `drain_began` is called when
+        the drain has begun, or was over before; `on_begin` then, too, and when a step has begun.
         """
         counted = self._server.counted
         with self._lock:
@@ -138,10 +138,10 @@ class Pipeline:
         on_begin: Callable[[], None] | None,
         drain_began: Callable[[], None],
     ) -> Drain:
-        """The drain of a stop; where none can begin, what is in hand is given up, and told."""
+        """Begin the drain of a stop; if it cannot begin, requests in flight count as cut, and the error is logged."""
         try:
             return self._drain_to_stop(announce, counted_from)
-        except BaseException as error:  # whatever it was, the stop goes on
+        except BaseException as error:  # whatever was raised, the stop must go on
             log.exception("the drain cannot begin")
             self.give_up(f"the drain could not begin: {described(error)}")
             assert self.drain is not None
@@ -152,7 +152,7 @@ class Pipeline:
                 on_begin()
 
     def hurry(self, *, others: float = 0.0) -> None:
-        """End the drain now, and give all remaining cleanup a second in total; `others` have so much time to end."""
+        """End the drain now; all remaining cleanup has one second in total, and other processes have `others` more."""
         with self._lock:
             if self.stop is not None and not self.stop.hurried:
                 self.stop.hurry(others=others)
@@ -160,9 +160,9 @@ class Pipeline:
                     self.drain.shorten(0)
 
     def _drain_to_stop(self, announce: float, counted_from: tuple[int, int]) -> Drain:
-        """The drain of a stop: a new one, the one under way within the stop's time, or the one that is over.
+        """The drain of a stop: a new one, or the one under way, limited to the stop's time, or the one that is over.
 
-        One that waits again for what is in the background goes on with the account of the one that is over.
+        If background work is under way after a drain, a new drain waits for it, and continues the earlier account.
         """
         with self._lock:
             assert self.stop is not None

@@ -1,4 +1,4 @@
-"""What is shown of an app that is served in this process; all of it for any thread."""
+"""What flaskd shows of an app that is served in this process; for any thread."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flaskd.stacks import stack_of
 
 
 class Alone:
-    """What a `Serving` without workers says of them."""
+    """The methods of `Serving` that are about workers, for an app that is served without them."""
 
     renews = False
     may_resume = True
@@ -32,7 +32,7 @@ class Alone:
         raise NotImplementedError
 
     def break_off_renewal(self, why: str) -> None:
-        """There is none."""
+        """Do nothing: without workers there is no renewal."""
 
     def scale(self, count: int, told: Outcome) -> None:
         """Never called: see `renews`."""
@@ -43,19 +43,19 @@ class Alone:
         raise NotImplementedError
 
     def workers(self) -> list[dict[str, Any]]:
-        """There are none."""
+        """No workers."""
         return []
 
     def deaths(self) -> list[dict[str, Any]]:
-        """Of workers: none."""
+        """No deaths of workers."""
         return []
 
     def set_log_level(self, level: str) -> None:
-        """There are no workers to tell."""
+        """Do nothing: there are no workers."""
 
 
 class Shown(Alone):
-    """One served app; `scope` says whose cleanup steps are run here."""
+    """The part of `InProcess` that shows and changes nothing; `scope` says whose cleanup steps run in this process."""
 
     def __init__(self, forecast: Forecast, scope: Scope | None) -> None:
         self._forecast, self._scope = forecast, scope
@@ -69,17 +69,17 @@ class Shown(Alone):
 
     @property
     def silent_for(self) -> float:
-        """Seconds since the loop last turned."""
+        """Seconds since the serving thread last turned."""
         return self._server.silent_for if self._server is not None else 0.0
 
     @property
     def unready(self) -> str:
-        """Why requests cannot be answered as they should be: threads are missing."""
+        """Why requests cannot be answered as they should: threads are missing; empty if none is."""
         short = self._server.short if self._server is not None else 0
         return f"{short} of its threads {'are' if short > 1 else 'is'} lost in requests that hang" if short else ""
 
     def snapshot(self) -> ServingSnapshot:
-        """What there is to know."""
+        """All figures at this moment."""
         server, stop = self._server, self._stop
         if server is None:
             return ServingSnapshot(background=background_work())
@@ -98,15 +98,15 @@ class Shown(Alone):
         )
 
     def requests(self, *, stacks: bool = False) -> list[InFlight]:
-        """What is in flight."""
+        """The requests in flight, oldest first."""
         return self._server.requests(stacks=stacks) if self._server is not None else []
 
     def left_behind(self) -> dict[threading.Thread, InFlight]:
-        """The threads that go on with a request that is over."""
+        """The threads that still run a request that is over, and that request."""
         return self._server.left_behind() if self._server is not None else {}
 
     def threads(self, *, stacks: bool = False) -> list[dict[str, Any]]:
-        """Each thread of this process, and what it does; without the one that was made to find out (`SlowQuery`)."""
+        """Each thread of this process, with its request; without the thread that asks this (`SlowQuery`)."""
         doing = {each.thread: str(each) for each in self.requests()}
         over = {each.name: f"{request}; it is over, its thread goes on" for each, request in self.left_behind().items()}
         return [
@@ -126,7 +126,7 @@ class Shown(Alone):
         return source_files()
 
     def plan(self, configuration: Configuration) -> dict[str, Any]:
-        """The plan as it stands now, with what the app holds."""
+        """The cleanup plan at this moment, with what the app holds."""
         config = configuration.values
         if self._server is not None:
             return self._forecast.overview(config, fresh=self._stop is None)
@@ -135,24 +135,24 @@ class Shown(Alone):
         return answer
 
     def describe_stop(self) -> dict[str, Any]:
-        """What a shutdown endpoint's answer tells."""
+        """The answer of a shutdown endpoint: the stop to come or under way."""
         plan = self._stop.plan if self._stop is not None else self._forecast.plan
         return {"plan": plan.id, "steps": self._forecast.steps(plan), "in_flight": self.in_flight}
 
     def turns(self, timeout: float) -> bool:
-        """Whether the loop turns."""
+        """Whether the serving thread turns within `timeout` seconds."""
         return self._running.turns(timeout)
 
     def answers(self, timeout: float) -> bool:
-        """Whether it answers."""
+        """Whether the serving thread answers a request within `timeout` seconds."""
         return self._running.answers(timeout)
 
     def all_are_at(self) -> Hashable | None:
-        """What all threads are at."""
+        """A value that stays the same while all threads are busy and none moves on; else None."""
         return self._running.all_are_at()
 
     def moved(self) -> Hashable:
-        """How far the requests are."""
+        """A value that changes when any request moves on."""
         return self._server.moved() if self._server is not None else None
 
     @property

@@ -41,27 +41,27 @@ if TYPE_CHECKING:
 log = logging.getLogger("flaskd.stop")
 
 HURRIED = 1.0
-"""Seconds that all remaining cleanup gets when somebody asks a second time."""
+"""Seconds that all remaining cleanup gets after a second request to stop."""
 _LAST_RESORT = 0.5
-"""Seconds past the deadline at which faulthandler ends the process, even one whose app holds the GIL."""
+"""Seconds after the deadline at which faulthandler ends the process, even if the app holds the GIL."""
 _FAREWELL = 0.25
-"""Seconds before the deadline at which all that the app does is over, for the record and the last log lines."""
+"""Seconds before the deadline that are kept for the record and the last log lines: the app must have ended before."""
 _HEAD_START = 0.02
-"""Seconds in which the gate is closed, before the search for what the app holds may slow that down."""
+"""Seconds that the drain has to close the gates, before the search for what the app holds takes the GIL."""
 _FIRST_LOOK = 0.1
 _SECOND_LOOK = 1.0
-"""Seconds that a search for what the app holds may keep the stop waiting at its beginning, where one is still going on
-just after the start, and once the drain is over."""
+"""Seconds for which the stop waits for a search of what the app holds: at its begin, when a search of the start may
+still run, and after the drain."""
 
 
 class CleanupThread:
-    """Waits for the one stop; made before READY, because at the stop there may be no more threads to be had."""
+    """The thread that runs the stop; started before READY, because at the stop no thread may be available."""
 
     def __init__(self) -> None:
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._wait, name="flaskd-cleanup", daemon=True)
         self.spare = Spare()
-        """For the steps; what waits for a step must not be what runs it."""
+        """Another thread, for a step: the thread that waits for a step cannot run it."""
 
     def _wait(self) -> None:
         work = self._work.get()
@@ -69,7 +69,7 @@ class CleanupThread:
             work()
 
     def start(self) -> None:
-        """Start it, and its spare."""
+        """Start the thread and its spare; raises RuntimeError."""
         self.spare.start()
         try:
             self._thread.start()
@@ -78,16 +78,16 @@ class CleanupThread:
             raise
 
     def run(self, work: Callable[[], None]) -> None:
-        """Give it what to do, from any thread and any signal handler; only what is given first is done."""
+        """Give the thread its work, from any thread and any signal handler; only the first work given is done."""
         self._work.put(work)
 
     def dismiss(self) -> None:
-        """Let it end without a stop."""
+        """Let the thread end without a stop."""
         self._work.put(lambda: None)
         self.join()
 
     def join(self) -> None:
-        """Wait a moment for its end, after its work."""
+        """Wait at most a second each for the threads to end, after their work."""
         self.spare.dismiss()
         for thread, wait in ((self._thread, True), (self.spare.thread, self.spare.free)):
             if thread.ident is not None and wait:
@@ -95,15 +95,15 @@ class CleanupThread:
 
 
 class Serves(Protocol):
-    """What serves an app in this process, beside the daemon, and can be asked to stop."""
+    """A server of an app in this process other than the daemon, which can be asked to stop."""
 
     def describe_stop(self) -> dict[str, Any]:
-        """What a shutdown endpoint's answer tells of the stop to come."""
+        """The answer of a shutdown endpoint: the stop to come or under way."""
 
     def stop_for(self, reason: StopReason, over: Callable[[], None]) -> bool:
-        """Begin the stop, or join the one under way, and return at once; `over` is called at its end.
+        """Begin the stop, unless it has begun, and return at once; `over` is called at its end.
 
-        False when it is over already, and `over` is not called.
+        Returns False, and does not call `over`, if the stop is over already.
         """
 
 
@@ -112,7 +112,7 @@ _serving: list[tuple[Flask, Serves]] = []
 
 @contextlib.contextmanager
 def serving(app: Flask, server: Serves) -> Iterator[None]:
-    """While open, that server serves the app, and a shutdown endpoint of the app stops it."""
+    """While the block runs, a shutdown endpoint of the app stops this server."""
     _serving.append((app, server))
     try:
         yield
@@ -121,18 +121,18 @@ def serving(app: Flask, server: Serves) -> Iterator[None]:
 
 
 def who_serves(app: Flask) -> Serves | None:
-    """The server that serves an app, the last one if there are several; None where nobody has said so."""
+    """The server in whose `serving` block the app is, the last one if there are several; None if there is none."""
     return next((server for each, server in reversed(_serving) if each is app), None)
 
 
 class Stop:
-    """Runs the plan as it stands now, around a drain, in the thread that calls `run`.
+    """Runs a cleanup plan and a drain, in the thread that calls `run`.
 
-    `begin_drain` is called when it is time to drain, and gives the drain that it began, or that was begun or over
-    before; `after_drain` when it is over, and may take its time. What breaks the cleanup off is logged, and the drain
-    goes on to its end all the same. `on_step` gets each step's result, `on_begin` is called when one has begun.
-    `discovery` has what the app was last known to hold; what it holds now is looked for beside the drain, and taken
-    into the plan after it. None: it is not asked for. `spare` is a thread for steps where no other can be had.
+    `begin_drain` is called when it is time to drain; it returns the drain that it began, or one that had begun before.
+    `after_drain` is called after the drain, and may wait. If the cleanup fails, that is logged, and the drain goes on
+    to its end. `on_step` is called with each step's result, `on_begin` when a step has begun. `discovery` is the last
+    search of what the app holds; a new search runs during the drain, and its results are added to the plan after it.
+    Without `discovery` there is no search. `spare` is a thread for a step if no other thread is available.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class Stop:
     ) -> None:
         self.reason = reason
         self.plan = plan
-        """Of the policies and registered functions; what the app is found to hold is taken into it on the way."""
+        """The plan of the policies and registered functions; the runner adds what the app is found to hold."""
         self.hurried = self._armed = False
         self._shutdown = shutdown
         self._discovery, self._app, self._cleanup = discovery, app, cleanup
@@ -179,12 +179,12 @@ class Stop:
         )
 
     def arm(self) -> None:
-        """Make sure that the process ends by the deadline, whatever happens from here on."""
+        """Make sure that the process ends `_LAST_RESORT` seconds after the deadline, whatever happens from now on."""
         self._armed = True
         try:
             faulthandler.dump_traceback_later(self.left + _LAST_RESORT, exit=True, file=stacks_go_to())
-        except (RuntimeError, OSError) as error:  # no thread can be had: the deadline hangs on Python alone
-            log.warning(f"cannot arm the last resort: {error}")
+        except (RuntimeError, OSError) as error:  # no thread can be started: the deadline depends on Python code
+            log.warning(f"cannot make sure that the process ends at the deadline: {error}")
 
     @property
     def left(self) -> float:
@@ -192,29 +192,32 @@ class Stop:
         return max(0.0, self._deadline - time.monotonic())
 
     def left_for_the_exit(self) -> Callable[[], float]:
-        """What gives, from now on, the seconds for what the app has left to the end of its process."""
+        """A function that returns how many seconds are left for what the app has left to the process' end."""
         until = time.monotonic() + self._shutdown.exit_wait
         return lambda: min(until, self._deadline - _FAREWELL) - time.monotonic()
 
     def cut_work(self) -> tuple[Unfinished, ...]:
-        """The accepted work that its steps had to throw away."""
+        """The accepted work that its steps had to cut."""
         return tuple(Unfinished(f"{each.name}: {work}") for each in self._runner.results for work in each.cut)
 
     @property
     def took(self) -> float:
-        """Seconds since it began."""
+        """Seconds since the stop began."""
         return time.monotonic() - self._began
 
     @property
     def drain_time(self) -> float:
-        """Seconds a drain beginning now may take: its own timeout, what the deadline allows, nothing in a hurry."""
+        """Seconds that a drain which begins now may take: its own timeout, at most what the deadline leaves for it.
+
+        0 after `hurry`.
+        """
         if self.hurried:
             return 0.0
         return max(0.0, min(self._shutdown.drain.timeout, self.left - self._ending - self._runner.kept))
 
     @property
     def report(self) -> DrainReport:
-        """What became of the requests; nothing before the drain is over."""
+        """The report of the drain; an empty one before the drain is over."""
         return (self._drain.report if self._drain is not None else None) or DrainReport()
 
     def account(self, unfinished: tuple[Unfinished, ...]) -> DrainReport:
@@ -222,12 +225,12 @@ class Stop:
         return replace(self.report.with_unfinished(unfinished), took=self.took)
 
     def heed(self, results: Iterable[StepResult]) -> None:
-        """Take to heart what became of steps that other processes ran; before the steps after the drain."""
+        """Take the results of steps in other processes into account; call this before the steps after the drain."""
         self._runner.heed(results)
 
     @property
     def step_left(self) -> float:
-        """Seconds that the cleanup steps which run now may still take; 0 when none runs."""
+        """Seconds that the present cleanup steps may still take; 0 if none runs."""
         return self._runner.left
 
     @property
@@ -236,25 +239,25 @@ class Stop:
         return self._runner.running
 
     def runs_in(self, thread: threading.Thread) -> bool:
-        """Whether that is the thread of one of its cleanup steps."""
+        """Whether one of its cleanup steps runs in this thread."""
         return self._runner.runs_in(thread)
 
     @property
     def policies(self) -> dict[str, dict[str, Any]]:
-        """Each policy's fate so far."""
+        """The result of each policy so far, by name."""
         return results_as_json(self._runner.results)
 
     def hurry(self, *, others: float = 0.0) -> None:
-        """End the drain now and give all remaining cleanup a second in total, and `others` so many seconds to end."""
+        """Give all remaining cleanup one second in total, other processes `others` more; the caller ends the drain."""
         log.warning(f"asked again: the drain ends now, and all remaining cleanup has {HURRIED:g}s")
         self.hurried = True
         self._deadline = min(self._deadline, time.monotonic() + HURRIED + others)
-        if self._armed:  # else the process is not the stop's to end
+        if self._armed:  # the stop may end the process
             self.arm()
         self._runner.hurry(HURRIED + others)
 
     def record(self, report: DrainReport) -> dict[str, Any]:
-        """The record of it, with its account; keys are stable."""
+        """The record of the stop, with this report; keys are stable."""
         return {
             "reason": str(self.reason),
             "plan": self.plan.id,
@@ -271,7 +274,7 @@ class Stop:
         }
 
     def run(self) -> None:
-        """Go through the phases; returns when the last is over, by the deadline at the latest."""
+        """Run all phases; returns when the last one is over, at the deadline at the latest."""
         try:
             self._take(self._discovery, _FIRST_LOOK)
             self._runner.run(BEFORE_THE_DRAIN)
@@ -283,26 +286,26 @@ class Stop:
             self._after_drain()
             self._take(discovery, _SECOND_LOOK)
             self._runner.run(AFTER_THE_DRAIN, "clean" if report.clean else "degraded")
-        except BaseException as error:  # whatever it was, what is in hand is finished, and the process exits
+        except BaseException as error:  # whatever was raised, requests are finished, and the process exits
             log.error(f"cleanup broke off: {error}", exc_info=error)  # noqa: TRY400 - the text is part of the line
             self._finish_drain()
 
     def _finish_drain(self) -> None:
-        """Let a drain end, which the cleanup does not wait for any more; one that cannot begin is told."""
+        """After a failure of the cleanup, wait for the end of the drain; an error is logged."""
         try:
             drain = self._drain = self._drain or self._begin_drain()
             if drain.wait(self.left) is None:
                 drain.give_up("the cleanup broke off")
-        except BaseException:  # there is nothing behind this
+        except BaseException:  # the last line of defence
             log.exception("the drain broke off")
 
     def _look_around(self, drain: Drain) -> DiscoveryRun:
-        """Look for what the app holds, a moment after the drain has begun, for it takes the interpreter's lock."""
+        """Begin the search of what the app holds, `_HEAD_START` seconds after the drain, because it takes the GIL."""
         drain.wait(_HEAD_START)
         return DiscoveryRun(self._app)
 
     def _take(self, discovery: DiscoveryRun | None, patience: float) -> None:
-        """Take what it found into the plan for the phases to come; without its word, what was known before stays."""
+        """Add what a search found to the plan of the remaining phases; if it is not ready, the plan stays."""
         if discovery is None:
             return
         found = discovery.found(min(patience, max(0.0, self.left - self._runner.kept) / 2))
@@ -311,5 +314,5 @@ class Stop:
             return
         try:
             self._runner.replan(with_found(self.plan, found, self._cleanup))
-        except BaseException:  # the app's own objects were asked; whatever they did, the drain and the cleanup go on
+        except BaseException:  # from the app's own objects; the drain and the cleanup go on
             log.exception("cannot take what the app holds into the plan: the stop goes on with what was planned before")

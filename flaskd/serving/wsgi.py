@@ -1,7 +1,7 @@
 """What kind of callable an object is, by its signature, and which Flask app it holds.
 
-Nothing is called here, and no object is asked for an attribute of its own: a proxy stays a proxy, and what an object
-loads when it is asked for it stays unloaded.
+Objects are not called here, and none of their own code runs to read an attribute: a proxy is not resolved, and what an
+object loads on access is not loaded.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 WSGIApp = Callable[..., Any]
 
 _MAX_WRAPPERS = 32
-"""How many wrappers around each other are taken off by their attributes' names."""
+"""Most nested wrappers that are followed by the names of their attributes."""
 _MAX_LOOKED_AT = 20_000
-"""Among how many objects that a wrapper holds a Flask app is looked for otherwise."""
+"""Most objects held by a wrapper that are searched for a Flask app."""
 _INSIDE = ("app", "wsgi_app", "application", "wsgi", "wsgi_application", "_app", "__wrapped__")
-"""Under which attribute middleware keeps what it wraps, the most usual first."""
+"""The attributes in which middleware keeps the app that it wraps, the most usual ones first."""
 _HEAP_TYPE = 1 << 9
-"""Py_TPFLAGS_HEAPTYPE: the type is made by Python code, so that its objects may do anything when they are asked."""
+"""Py_TPFLAGS_HEAPTYPE: Python code has made the type, so its objects may run any code when an attribute is read."""
 _FLAGS = type.__dict__["__flags__"].__get__
 _METHODS = (FunctionType, classmethod, staticmethod, property)
 _NOT_FOLLOWED = (type, ModuleType, str, bytes, int, float, type(None))
 
 
 class Kind(enum.Enum):
-    """What a callable's signature says of it."""
+    """The kinds of callables, by their signatures."""
 
     WSGI = "can be called with (environ, start_response), and not without"
     OPEN = "takes anything, or does not say what it takes"
@@ -44,9 +44,9 @@ class Kind(enum.Enum):
 
 
 def kind_of(thing: Any) -> Kind:
-    """The kind of a callable; OTHER for what cannot be called at all.
+    """The kind of an object; OTHER if it cannot be called at all.
 
-    A class is a WSGI app where its instances are iterable (PEP 3333, "The Application/Framework Side").
+    A class is a WSGI app if its instances are iterable (PEP 3333, "The Application/Framework Side").
     """
     if not callable(thing):
         return Kind.OTHER
@@ -55,13 +55,13 @@ def kind_of(thing: Any) -> Kind:
     if is_class(thing):
         wsgi = _takes(thing, 2) is True and _takes(thing, 0) is False and hasattr(thing, "__iter__")
         return Kind.WSGI if wsgi else Kind.OTHER
-    if _is_asynchronous(thing):  # it takes anything, or nothing: a factory
+    if _is_asynchronous(thing):  # its arguments are open; without any it is a factory
         return Kind.ASGI if _takes(thing, 3) else Kind.OTHER
     match _takes(thing, 2), _takes(thing, 0):
         case True, False:
             return Kind.WSGI
         case True, True:
-            # Arguments with defaults are those of a factory, unless a class of its own says what a call means.
+            # Arguments with defaults are typical of a factory, unless the object's class defines __call__.
             return Kind.OPEN if _is_variadic(thing) or _call_of(thing) is not None else Kind.OTHER
         case False, _:
             return Kind.OTHER
@@ -69,32 +69,32 @@ def kind_of(thing: Any) -> Kind:
 
 
 def is_app(thing: Any) -> bool:
-    """Whether it can be served, as far as its signature tells."""
+    """Whether an object can be served, as far as its signature tells."""
     return kind_of(thing) in {Kind.WSGI, Kind.OPEN}
 
 
 def is_flask(thing: Any) -> bool:
-    """Whether it is a Flask app itself, and no proxy to one."""
-    from flask import Flask  # noqa: PLC0415 - it takes its time: imported by those who serve, not by client verbs
+    """Whether an object is a Flask app itself, not a proxy to one."""
+    from flask import Flask  # noqa: PLC0415 - slow to import, and client verbs do not need it
 
     return issubclass(type(thing), Flask)
 
 
 def is_class(thing: Any) -> bool:
-    """Whether it is a class, and nothing that pretends to be one."""
+    """Whether an object is a class, not a proxy that pretends to be one."""
     return issubclass(type(thing), type)
 
 
 def is_function(thing: Any) -> bool:
-    """Whether Flask's loader takes it for a function: one, or what says of itself that it is one."""
+    """Whether Flask's loader takes an object for a function: it is one, or its `__class__` says so."""
     try:
         return isinstance(thing, FunctionType)
-    except Exception:  # noqa: BLE001 - an object that raises when it is asked for its class
+    except Exception:  # noqa: BLE001 - an object may raise when its __class__ is read
         return False
 
 
 def binds(thing: Any, *args: Any, **kwargs: Any) -> str:
-    """Why a call with these arguments cannot be; empty when it can, or when the callable does not say what it takes."""
+    """Why an object cannot be called with these arguments; empty if it can, or if its signature is not known."""
     if (known := _signature(thing)) is not None:
         signature, first, more = known
         try:
@@ -105,11 +105,11 @@ def binds(thing: Any, *args: Any, **kwargs: Any) -> str:
 
 
 _Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
-"""What a call comes to in the end, with the arguments that it is given beside those of the call."""
+"""The function that a call runs in the end, and the arguments that it gets in addition to those of the call."""
 
 
 def _made_of(thing: Any) -> _Call | None:
-    """What is called with what, through methods, partials and functools.wraps; None where a proxy had to be asked."""
+    """Resolve methods, partials and functools.wraps to a `_Call`; None if that would run code of a proxy."""
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     for _ in range(_MAX_WRAPPERS):
@@ -129,7 +129,7 @@ def _made_of(thing: Any) -> _Call | None:
 
 
 def _call_of(thing: Any) -> FunctionType | None:
-    """What its class says that a call of it does, where that is written in Python."""
+    """The `__call__` of an object's class, if it is a Python function."""
     call = next((vars(base)["__call__"] for base in bases(type(thing)) if "__call__" in vars(base)), None)
     return call if isinstance(call, FunctionType) else None
 
@@ -140,12 +140,12 @@ def _signature(thing: Any) -> tuple[inspect.Signature, tuple[Any, ...], dict[str
     called, args, kwargs = made
     try:
         return inspect.signature(called, follow_wrapped=type(called) is not FunctionType), args, kwargs
-    except Exception:  # noqa: BLE001 - written in C without one, or of a class that raises
+    except Exception:  # noqa: BLE001 - C code without a signature, or a class that raises
         return None
 
 
 def _takes(thing: Any, count: int) -> bool | None:
-    """Whether it can be called with so many arguments; None when it does not say."""
+    """Whether an object can be called with `count` arguments; None if its signature is not known."""
     return None if _signature(thing) is None else not binds(thing, *range(count))
 
 
@@ -161,7 +161,7 @@ def _is_asynchronous(thing: Any) -> bool:
 
 
 def _takes_scope(thing: Any) -> bool:
-    """Whether it takes what an ASGI server gives: three arguments, or (ASGI 2) the scope alone."""
+    """Whether an object takes the arguments of an ASGI app: three, or (ASGI 2) the scope alone."""
     if _takes(thing, 2) is False and _takes(thing, 3):
         return True
     known = _signature(thing)
@@ -169,11 +169,11 @@ def _takes_scope(thing: Any) -> bool:
 
 
 def find_flask(wsgi: Any, *, by_name: bool = True) -> Flask | None:
-    """The Flask app in a WSGI callable: itself, else what its middleware holds in any way, the nearest.
+    """The Flask app in a WSGI callable: the callable itself, or the nearest one that its middleware holds.
 
-    Middleware is taken off by the usual attributes first. Then all that the innermost holds is looked through, and all
-    that the outermost does: attributes, closures, arguments of partials, containers, and with `by_name` the globals
-    that functions name.
+    Wrappers are followed by their usual attributes first. Then all that the innermost wrapper holds is searched, and
+    after that all that the outermost holds: attributes, closures, arguments of partials, containers, and with `by_name`
+    the globals that functions use.
     """
     innermost = wsgi
     for _ in range(_MAX_WRAPPERS):
@@ -185,12 +185,12 @@ def find_flask(wsgi: Any, *, by_name: bool = True) -> Flask | None:
 
 
 def holds(wsgi: Any, other: Any) -> bool:
-    """Whether a WSGI callable holds another one, in any of the ways in which middleware does."""
+    """Whether a WSGI callable holds another one, in any of the ways that `find_flask` searches, except by name."""
     return _nearest(lambda each: each is other, wsgi, by_name=False) is not None
 
 
 def _nearest(wanted: Callable[[Any], bool], thing: Any, *, by_name: bool) -> Any:
-    """What is wanted, to which the fewest references lead; None where there is none."""
+    """The nearest object, by the number of references, for which `wanted` is true; None if there is none."""
     seen, level = {id(thing)}, [thing]
     while level and len(seen) < _MAX_LOOKED_AT:
         for each in level:
@@ -203,7 +203,7 @@ def _nearest(wanted: Callable[[Any], bool], thing: Any, *, by_name: bool) -> Any
 
 
 def wraps_flask(thing: Any, kinds: Collection[Kind] = (Kind.WSGI,)) -> bool:
-    """Whether it is made around a Flask app: an object of one of these kinds, or a function that closes over it."""
+    """Whether an object wraps a Flask app: it is of one of these kinds, or is a function that closes over one."""
     if is_flask(thing) or is_class(thing):
         return False
     if issubclass(type(thing), FunctionType):
@@ -212,7 +212,7 @@ def wraps_flask(thing: Any, kinds: Collection[Kind] = (Kind.WSGI,)) -> bool:
 
 
 def closes_over_app(function: Any, depth: int = _MAX_WRAPPERS) -> bool:
-    """Whether a function was made around an app: it closes over one, or over a function that does."""
+    """Whether a function wraps an app: it closes over one, or over a function that does."""
     if depth and issubclass(type(function), FunctionType):
         for each in _contents(function.__closure__ or ()):
             if issubclass(type(each), FunctionType):
@@ -225,11 +225,11 @@ def closes_over_app(function: Any, depth: int = _MAX_WRAPPERS) -> bool:
 
 def _contents(cells: Iterable[CellType]) -> Iterator[Any]:
     for cell in cells:
-        yield from gc.get_referents(cell)  # one that is empty yet has none
+        yield from gc.get_referents(cell)  # an empty cell refers to nothing
 
 
 def _wrapped_in(thing: Any) -> Any:
-    """What an object keeps under one of the usual names; what a bound method or a partial is made of."""
+    """What an object keeps in one of the usual attributes; for a bound method or a partial, what it is made of."""
     if issubclass(type(thing), MethodType):
         return thing.__self__
     if type(thing) is functools.partial:
@@ -239,7 +239,7 @@ def _wrapped_in(thing: Any) -> Any:
 
 
 def _held_by(thing: Any, *, by_name: bool) -> Iterator[Any]:
-    """What an object refers to; of a class of callables also what it keeps, and what a call does."""
+    """What an object refers to; if its class defines `__call__`, also that function and the attributes of the class."""
     if issubclass(type(thing), FunctionType):
         yield from _held_by_function(thing, by_name=by_name)
         return
@@ -248,7 +248,7 @@ def _held_by(thing: Any, *, by_name: bool) -> Iterator[Any]:
             yield each
     if (call := _call_of(thing)) is not None:
         yield call
-        for base in bases(type(thing)):  # middleware may keep it in its class
+        for base in bases(type(thing)):  # middleware may keep the app in its class
             yield from (each for each in vars(base).values() if not issubclass(type(each), _NOT_FOLLOWED + _METHODS))
 
 

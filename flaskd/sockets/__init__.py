@@ -1,4 +1,4 @@
-"""Sockets: where to listen, listeners, Unix nodes, sockets that were passed, what the kernel tells of connections."""
+"""Sockets: addresses, listeners, Unix nodes, passed sockets, and what the kernel knows of connections."""
 
 from flaskd.sockets.address import Address, check_serving
 from flaskd.sockets.connections import closed_by_peer, each_closed_by_peer, unacknowledged, unread

@@ -1,4 +1,4 @@
-"""Addresses: where a listener stands, as people write it."""
+"""Addresses of listeners, as people write them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from urllib.parse import quote
 _EXPECTED = "expected HOST:PORT, [IPv6]:PORT, :PORT or unix:/path"
 _MAX_PORT = 65535
 MAX_UNIX_PATH = 107
-"""``sun_path`` is 108 bytes with its terminating NUL: unix(7)."""
+"""The longest path in bytes: ``sun_path`` has 108 with its terminating NUL (unix(7))."""
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a listener stands: ``HOST:PORT``, ``[IPv6]:PORT``, ``:PORT`` (every IPv4 address) or ``unix:/path``."""
+    """The address of a listener: ``HOST:PORT``, ``[IPv6]:PORT``, ``:PORT`` (every IPv4 address) or ``unix:/path``."""
 
     host: str = ""
     port: int = 0
@@ -44,7 +44,7 @@ class Address:
             return cls(_ip(host, 4), int(port))
         if host and not re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?", host):
             raise ValueError(_EXPECTED)
-        return cls(host or "0.0.0.0", int(port))  # noqa: S104 - asked for
+        return cls(host or "0.0.0.0", int(port))  # noqa: S104 - the user asked for it
 
     def __str__(self) -> str:
         if self.path:
@@ -53,18 +53,18 @@ class Address:
 
     @property
     def url(self) -> str:
-        """The URL that a client on this machine can use: for a wildcard address, the loopback address it includes."""
+        """The URL for clients on this machine; a wildcard address becomes the loopback address."""
         loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104 - compared
         return replace(self, host=loopback).announced
 
     @property
     def announced(self) -> str:
-        """The URL for people: a wildcard address stays one, for it is not of this machine alone."""
+        """The URL for people; a wildcard address stays as it is, because other machines reach it, too."""
         return f"http+unix://{quote(self.path, safe='')}/" if self.path else f"http://{self}/"
 
 
 def check_serving(host: object, port: object, threads: object) -> None:
-    """Check what code asks a server for; raises TypeError for a wrong type, ValueError for a number out of range."""
+    """Check the arguments of a server; raises TypeError for a wrong type, ValueError for a number out of range."""
     if not isinstance(host, str):
         raise TypeError(f"cannot serve on host {host!r}: expected a string, got {type(host).__name__}")
     for name, number, least, most in (("port", port, 0, _MAX_PORT), ("threads", threads, 1, None)):

@@ -1,4 +1,4 @@
-"""Questions to the kernel about a connection: whether its peer has closed it, and what is on its way."""
+"""What the kernel knows of a connection: whether its peer has closed it, and how many bytes are under way."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 
 def closed_by_peer(sock: socket.socket | None) -> bool:
-    """Whether the peer has closed its side and all that it sent was read; False where that cannot be looked at."""
+    """Whether the peer has closed its side and all that it sent was read; False if that is not known."""
     if sock is None or not hasattr(socket, "MSG_DONTWAIT"):
         return False
     try:
@@ -21,9 +21,9 @@ def closed_by_peer(sock: socket.socket | None) -> bool:
 
 
 def each_closed_by_peer(socks: Sequence[socket.socket | None]) -> list[bool]:
-    """`closed_by_peer` of each, for one system call where no peer has closed anything (POLLRDHUP: poll(2)).
+    """`closed_by_peer` for each; only one system call if no peer has closed anything (POLLRDHUP: poll(2)).
 
-    Each one lets go of the interpreter, and waits for it again where the app is busy.
+    Each system call releases the interpreter's lock, and waits for it again while the app is busy.
     """
     if not hasattr(select, "POLLRDHUP"):
         return [closed_by_peer(sock) for sock in socks]
@@ -37,12 +37,12 @@ def each_closed_by_peer(socks: Sequence[socket.socket | None]) -> list[bool]:
 
 
 def unread(sock: socket.socket | None) -> int:
-    """Bytes received and not read yet (FIONREAD, ioctl_tty(2))."""
+    """How many bytes were received and not read (FIONREAD, ioctl_tty(2))."""
     return _ask(sock, "FIONREAD")
 
 
 def unacknowledged(sock: socket.socket | None) -> int:
-    """Bytes sent that the peer has not acknowledged; on a Unix socket, not read (SIOCOUTQ, tcp(7), unix(7))."""
+    """How many sent bytes the peer has not acknowledged; on a Unix socket, not read (SIOCOUTQ, tcp(7), unix(7))."""
     return _ask(sock, "TIOCOUTQ")
 
 
@@ -50,12 +50,12 @@ def _ask(sock: socket.socket | None, what: str) -> int:
     if sock is None:
         return 0
     try:
-        import fcntl  # noqa: PLC0415 - neither is on Windows
+        import fcntl  # noqa: PLC0415 - Windows has neither module
         import termios  # noqa: PLC0415
     except ImportError:
         return 0
     try:
         answer = fcntl.ioctl(sock.fileno(), getattr(termios, what), b"\0\0\0\0")
-    except (OSError, ValueError):  # it was closed meanwhile
+    except (OSError, ValueError):  # the socket was closed meanwhile
         return 0
     return int.from_bytes(answer, sys.byteorder)

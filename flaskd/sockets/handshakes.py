@@ -1,4 +1,4 @@
-"""How many handshakes are under way at a listener: clients that connect, whom it cannot accept yet (sock_diag(7))."""
+"""How many handshakes are under way at a listener: clients that connect and cannot be accepted yet (sock_diag(7))."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import struct
 from flaskd.process.descriptors import open_files
 
 _SOCK_DIAG = 4
-"""NETLINK_SOCK_DIAG, and SOCK_DIAG_BY_FAMILY is 20: what Python has no names for."""
+"""NETLINK_SOCK_DIAG; SOCK_DIAG_BY_FAMILY is 20. Python has no names for them."""
 _BY_FAMILY = 20
 _REQUEST, _DUMP = 0x1, 0x300
 _ERROR, _DONE = 2, 3
 _SYN_RECV = 3
-"""TCP_SYN_RECV: the first segment has come and was answered, the last one of the handshake has not."""
+"""TCP_SYN_RECV: the first segment of the handshake was answered, and the last one has not come."""
 _HEADER = struct.Struct("=IHHII")
 """struct nlmsghdr: length, type, flags, sequence number, port."""
 _WANTED = struct.Struct("=BBBxI")
@@ -25,10 +25,10 @@ _TIMEOUT = 1.0
 
 
 def under_way(listener: socket.socket) -> int:
-    """How many clients have begun to connect to a listener, and their handshakes are not done; 0 where nothing tells.
+    """How many clients have begun to connect to a listener and have not finished the handshake; 0 if that is not known.
 
-    The kernel is asked for them over netlink, in about a millisecond. It does not tell where AF_NETLINK may not be
-    used (RestrictAddressFamilies=), and on systems other than Linux.
+    The kernel is asked over netlink, which takes about a millisecond. It is not known if AF_NETLINK is forbidden
+    (RestrictAddressFamilies=), and on systems other than Linux.
     """
     if listener.family not in {socket.AF_INET, getattr(socket, "AF_INET6", None)} or not hasattr(socket, "AF_NETLINK"):
         return 0
@@ -36,13 +36,13 @@ def under_way(listener: socket.socket) -> int:
         where, port, *_ = listener.getsockname()
         ours = socket.inet_pton(listener.family, where.partition("%")[0]).ljust(16, b"\0")
         found = _ask(listener.family, port)
-    except OSError:  # it is not to be had, or the listener is closed
+    except OSError:  # netlink is forbidden, or the listener is closed
         return 0
     return sum(1 for address in found if address == ours or not any(ours))
 
 
 def _ask(family: int, port: int) -> list[bytes]:
-    """Our addresses of all connections to a port whose handshakes are under way; OSError where that is not told."""
+    """Our address of each connection to a port whose handshake is under way; raises OSError if that is not known."""
     wanted = _WANTED.pack(family, socket.IPPROTO_TCP, 0, 1 << _SYN_RECV) + _ID.pack(port, 0, b"").ljust(48, b"\0")
     message = _HEADER.pack(_HEADER.size + len(wanted), _BY_FAMILY, _REQUEST | _DUMP, 1, 0) + wanted
     found: list[bytes] = []
@@ -57,7 +57,7 @@ def _ask(family: int, port: int) -> list[bytes]:
                     return found
                 if kind == _ERROR:
                     raise OSError(-struct.unpack_from("=i", answer, at + _HEADER.size)[0], "cannot ask for sockets")
-                source, _, address = _ID.unpack_from(answer, at + _HEADER.size + 4)  # behind family, state, two more
+                source, _, address = _ID.unpack_from(answer, at + _HEADER.size + 4)  # after 4 other bytes
                 if source == port:
                     found.append(address)
                 at += (length + 3) & ~3

@@ -1,4 +1,4 @@
-"""Listeners: binding without taking the place of another process, the gate, and giving the place back."""
+"""Listeners: bind without taking the address of another process, close the gate, free the address."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NO_SUCH_INTERFACE = 0x7FFFFFF0
 
 
 class Listener:
-    """A bound socket that this process owns; `listen()` opens it, `close()` gives the place back."""
+    """A bound socket that this process owns; `listen()` opens it, `close()` frees the address."""
 
     def __init__(
         self,
@@ -37,37 +37,36 @@ class Listener:
         self.address = address
         self.socket = sock
         self.shared = shared
-        """Whether another process holds it, too: its backlog is the next owner's, and closing it refuses no client."""
+        """Whether another process holds it, too; that one serves its backlog, so closing it here refuses no client."""
         self.copied = copied
-        """Whether other workers have copies of it and accept from it, too, as this process does. Its gate is closed for
-        all of them at once; it is closed when the last copy is, and who waits in its backlog then is the supervisor's
-        to count."""
+        """Whether other workers have copies of it and accept from it as well. Closing the gate closes it for all of
+        them. The listener is closed when the last copy is; the supervisor then counts the clients in its backlog."""
         self.stored = ""
-        """Its name in the service manager's store, which alone shares it; empty when it is not there."""
+        """Its name in the service manager's store, if only the store shares it; empty if it is not stored."""
         self.kept = shared
-        """Whether another program shares it; where it is `shared` and not this, other workers of this flaskd do."""
+        """Whether another program shares it. If it is `shared` but not `kept`, only workers of this flaskd share it."""
         self.last_batch = False
-        """Whether its backlog is served at the end of a drain, because a next owner may or may not come."""
+        """Whether its backlog is served at the end of a drain, because another process may not serve it."""
         self._node = node
 
     @classmethod
     def bind(cls, address: Address) -> Self:
-        """Bind without listening yet; raises CannotCreateError when the place cannot be had.
+        """Bind without listening yet; raises CannotCreateError if the address cannot be bound.
 
-        Port 0 becomes the port the kernel chose. IPv6 listeners take IPv6 only (RFC 3493 §5.3).
+        With port 0 the kernel chooses the port. IPv6 listeners accept only IPv6 (RFC 3493 §5.3).
         """
         if address.path:
             sock, node = bind_unix(Path(address.path), mode=0o660)
             return cls(address, sock, node)
-        # For a str the codec of internationalized names is imported (0.3 MiB), which only such names need.
+        # A str makes Python import the codec of internationalized names (0.3 MiB), which only such names need.
         host = address.host.encode() if address.host.isascii() else address.host
         try:
             infos = socket.getaddrinfo(
                 host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | socket.AI_NUMERICSERV
             )
-        except (OSError, UnicodeError) as error:  # the latter from names that no DNS could have
+        except (OSError, UnicodeError) as error:  # UnicodeError: a name that DNS cannot have
             raise CannotCreateError(f"cannot listen on {address}: {getattr(error, 'strerror', error)}") from error
-        # A name may stand for several addresses; IPv4 first, because that is what clients of "localhost" try.
+        # A name may have several addresses; IPv4 comes first, because clients of "localhost" try that first.
         family, kind, proto, _, where = min(infos, key=lambda info: info[0] != socket.AF_INET)
         try:
             sock = socket.socket(family, kind, proto)
@@ -92,10 +91,10 @@ class Listener:
             raise CannotCreateError(_why_not(self.address, error)) from error
 
     def gate(self) -> bool:
-        """Refuse new connections from now on, while handshakes under way complete; False where that cannot be had.
+        """Refuse new connections from now on, while handshakes under way complete; False if that is not possible.
 
-        Bound to a network interface that does not exist (SO_BINDTOIFINDEX, socket(7); Linux 5.7, no privilege needed),
-        the listener matches no new SYN. The way back is to close it and bind anew.
+        A listener that is bound to a network interface that does not exist matches no new SYN (SO_BINDTOIFINDEX,
+        socket(7); Linux 5.7, no privilege needed). To accept again, close it and bind a new one.
         """
         if self.shared or self.address.path or sys.platform != "linux":
             return False
@@ -106,18 +105,18 @@ class Listener:
         return True
 
     def waiting(self) -> int:
-        """How many connections wait to be accepted, where the system tells: for TCP on Linux; else 0."""
+        """How many connections wait to be accepted, if the system tells (TCP on Linux); else 0."""
         if self.address.path or sys.platform != "linux":
             return 0
         try:
             info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)
-        except OSError:  # not TCP (an inherited listener may be anything), or closed
+        except OSError:  # not TCP, as an inherited listener may be, or closed
             return 0
-        # tcpi_unacked of a listener is the length of its backlog (tcp_get_info() in Linux' net/ipv4/tcp.c).
+        # The tcpi_unacked of a listener is the length of its backlog (tcp_get_info() in Linux' net/ipv4/tcp.c).
         return int(struct.unpack_from("=I", info, 24)[0])
 
     def callers(self) -> int:
-        """How many connections wait to be accepted; 1 where the system tells only that some do, 0 where it is dumb."""
+        """How many connections wait to be accepted; 1 if only some are known to wait, 0 if nothing is known."""
         if not hasattr(select, "poll"):
             return 0
         poll = select.poll()
@@ -125,29 +124,29 @@ class Listener:
         return max(1, self.waiting()) if poll.poll(0) else 0
 
     def handshakes(self) -> int:
-        """How many clients are connecting and cannot be accepted yet, where the system tells; closing resets them."""
+        """How many clients connect and cannot be accepted yet, if the system tells; closing it resets them."""
         return under_way(self.socket)
 
     def withdraw(self) -> None:
-        """Remove a Unix listener's node if it is still ours, so that no new client comes; connections made stay.
+        """Remove a Unix listener's node if it is still ours, so that no new client comes; open connections stay.
 
-        The node of a stored listener stays for the next owner; where none comes, it is stale, and replaced some day.
+        The node of a stored listener stays for the next flaskd; if none comes, it is stale, and is replaced later.
         """
         if self._node is not None and not self.stored:
             self._node.remove()
-            self._node = None  # once: a successor's node may get the same inode
+            self._node = None  # only once, because a later node may get the same inode
 
     def reached_at(self, path: str) -> bool:
-        """Whether clients that connect at a path come to this listener; its node may be gone, or of another by now."""
+        """Whether clients that connect to a path reach this listener; the node may be removed or replaced by now."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)
             try:
                 probe.connect(path)
             except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
                 return False
-            except OSError:  # a full backlog or a denied connect: nothing speaks against it
+            except OSError:  # a full backlog or a denied connect is no proof that they do not
                 return True
-            # Both are the credentials of who called listen(2) (SO_PEERCRED in unix(7)).
+            # Both are the credentials of the process that called listen(2) (SO_PEERCRED in unix(7)).
             theirs, ours = (
                 each.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
                 for each in (probe, self.socket)
@@ -155,10 +154,10 @@ class Listener:
             return theirs == ours
 
     def come_back(self, address: Address, name: str) -> None:
-        """Be the listener on `address` again, which came from the store under `name`."""
+        """Be the listener on `address` again; it came from the store under `name`."""
         self.address, self.stored = address, name
         if self.address.path:
-            with contextlib.suppress(OSError):  # it was removed: then there is nothing to own
+            with contextlib.suppress(OSError):  # the node was removed
                 self._node = Node.of(Path(self.address.path))
 
     def close(self) -> None:
@@ -168,7 +167,7 @@ class Listener:
 
 
 def bound_anew(listeners: Sequence[Listener], backlog: int) -> list[Listener]:
-    """Listeners where those were that are closed, listening; those that are shared stay. Raises CannotCreateError."""
+    """New listeners in place of closed ones, listening; shared ones stay as they are. Raises CannotCreateError."""
     again: list[Listener] = []
     try:
         for each in listeners:

@@ -15,10 +15,10 @@ from flaskd.sockets.listener import Listener
 
 
 def inherited(environ: Mapping[str, str]) -> dict[str, list[Listener]]:
-    """The listeners that the service manager passed, by name (sd_listen_fds(3)); none when they are not for us.
+    """The listeners that the service manager passed, by name (sd_listen_fds(3)); none if they are for another process.
 
-    They are marked close-on-exec, and shared: the manager holds them, too. A name that was not given is ``unknown``.
-    Raises CannotCreateError for what is not a listening stream socket.
+    They are marked close-on-exec, and as shared, because the manager holds them, too. One without a name is
+    ``unknown``. Raises CannotCreateError for a descriptor that is not a listening stream socket.
     """
     if environ.get("LISTEN_PID") != str(os.getpid()):
         return {}
@@ -49,15 +49,15 @@ def inherited(environ: Mapping[str, str]) -> dict[str, list[Listener]]:
 
 
 def _passed(environ: Mapping[str, str]) -> int:
-    """How many descriptors were passed; -1 where that cannot be read."""
+    """How many descriptors were passed; -1 if LISTEN_FDS is no number."""
     text = environ.get("LISTEN_FDS", "0")
     return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else -1
 
 
 def passed_to_another(environ: Mapping[str, str]) -> str:
-    """For which other process sockets were passed (sd_listen_fds(3)), and what to do; empty when for none.
+    """A message about sockets that were passed to another process (sd_listen_fds(3)); empty if none were.
 
-    A shell that starts flaskd and stays is such a process: what is in the environment is for it alone.
+    This happens if a shell starts flaskd and stays: the sockets were passed to the shell.
     """
     count, pid = _passed(environ), environ.get("LISTEN_PID", "")
     if count <= 0 or pid == str(os.getpid()):

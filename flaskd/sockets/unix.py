@@ -1,4 +1,4 @@
-"""Unix sockets: the nodes of the file system that stand for them."""
+"""Unix sockets and their nodes in the file system."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger("flaskd.sockets")
 
 @dataclass(frozen=True)
 class Node:
-    """A file system node that this process made, known again by device and inode."""
+    """A file system node that this process made, recognized by device and inode."""
 
     path: Path
     device: int
@@ -27,7 +27,7 @@ class Node:
 
     @classmethod
     def of(cls, path: Path) -> Self:
-        """Remember the node that stands at `path` now."""
+        """Remember the node that is at `path` now."""
         found = path.lstat()
         return cls(path, found.st_dev, found.st_ino)
 
@@ -40,23 +40,23 @@ class Node:
         return (found.st_dev, found.st_ino) == (self.device, self.inode)
 
     def remove(self) -> None:
-        """Unlink the node, if it is still ours; one that cannot be is stale, which is no reason to lose a request."""
+        """Remove the node if it is still ours; if that fails, it is only stale, and a warning is logged."""
         if self.is_ours():
             try:
                 self.path.unlink(missing_ok=True)
-            except OSError as error:  # the directory was given to another user meanwhile, or is read-only by now
+            except OSError as error:  # another owner, or a read-only file system
                 log.warning(f"cannot remove {self.path}: {error.strerror}; remove it by hand")
 
 
 def let_in(path: Path, *, mode: int, gid: int = -1) -> None:
-    """Give a node that is still hidden its group and its mode; `gid` -1 leaves it the process' own. Raises OSError.
+    """Set the group and the mode of a node that clients cannot see yet; `gid` -1 keeps the group. Raises OSError.
 
-    A group that this process may not give (chown(2)) costs a warning, and then the mode is `without_group`.
+    If this process may not set that group (chown(2)), it logs a warning, and the mode is `without_group`.
     """
     if gid != -1:
         try:
             os.chown(path, -1, gid)
-        except (OSError, OverflowError) as error:  # the latter from a number that is none of a group's
+        except (OSError, OverflowError) as error:  # OverflowError: the number is no gid
             mode = without_group(mode)
             why = error.strerror if isinstance(error, OSError) else error
             log.warning(f"cannot give a node in {path.parent} to group {gid}: {why}; it keeps its own, mode {mode:04o}")
@@ -64,18 +64,18 @@ def let_in(path: Path, *, mode: int, gid: int = -1) -> None:
 
 
 def without_group(mode: int) -> int:
-    """A mode in which the group may do no more than everybody: what was meant for one group is not another's."""
+    """The mode without the rights that only the group has, because they were meant for another group."""
     return mode & ~0o070 | mode & (mode & 0o007) << 3
 
 
 def bind_unix(path: Path, *, mode: int, gid: int = -1) -> tuple[socket.socket, Node]:
-    """Bind a listening Unix stream socket at `path` with its final mode and group, and only then show it there.
+    """Bind a listening Unix stream socket at `path` with its mode and group.
 
-    A stale socket is replaced; a live one, or anything that is not a socket, is refused with CannotCreateError.
-    A group that cannot be given costs a warning; see `let_in`.
-    The socket is bound under a temporary name and renamed, so it is never seen with the wrong mode or not listening.
+    A stale socket is replaced; a live one, or a file that is no socket, is refused with CannotCreateError. A group that
+    cannot be set costs a warning; see `let_in`. The socket is bound under a temporary name and renamed, so that clients
+    never see it with a wrong mode or not listening.
     """
-    if len(os.fsencode(path)) > MAX_UNIX_PATH:  # the hidden name might do, but no client could connect to the final one
+    if len(os.fsencode(path)) > MAX_UNIX_PATH:  # no client could connect to it
         raise CannotCreateError(f"cannot listen on unix:{path}: AF_UNIX path too long")
     try:
         if stat.S_ISSOCK(path.lstat().st_mode):
@@ -88,7 +88,7 @@ def bind_unix(path: Path, *, mode: int, gid: int = -1) -> tuple[socket.socket, N
     except OSError as error:
         raise CannotCreateError(f"cannot listen on unix:{path}: {error.strerror}") from error
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    hidden = path.with_name(f".{os.getpid()}")  # short, for a path that is nearly as long as one can be
+    hidden = path.with_name(f".{os.getpid()}")  # short, because the path may have nearly the longest length
     try:
         with contextlib.suppress(FileNotFoundError):
             hidden.unlink()
@@ -105,7 +105,7 @@ def bind_unix(path: Path, *, mode: int, gid: int = -1) -> tuple[socket.socket, N
 
 
 def _answers(path: Path) -> bool:
-    """Whether a process listens at a Unix socket path."""
+    """Whether a process listens at the path of a Unix socket."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1)
         try:
@@ -113,5 +113,5 @@ def _answers(path: Path) -> bool:
         except ConnectionRefusedError:
             return False
         except OSError:
-            return True  # a full backlog or a denied connect: a process is there
+            return True  # the backlog is full or connecting is denied: a process listens
         return True

@@ -1,1 +1,1 @@
-"""What flaskd says to its service manager, what that keeps for it, and the unit files."""
+"""What flaskd tells its service manager, the listeners that the manager keeps for it, and the unit files."""

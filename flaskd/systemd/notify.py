@@ -1,7 +1,7 @@
-"""sd_notify(3) through the sdnotify package, in one place.
+"""sd_notify(3) through the package sdnotify.
 
-sdnotify connects once, encodes as latin-1, blocks without a timeout and hides errors; this wrapper reconnects, sends
-UTF-8, bounds the wait and says once when nobody listens. Without NOTIFY_SOCKET every call does nothing.
+sdnotify connects once, encodes as latin-1, blocks without a timeout and hides errors. This wrapper reconnects, sends
+UTF-8, limits the wait, and logs once if no manager listens. Without NOTIFY_SOCKET every call does nothing.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from flaskd.text import printable
 log = logging.getLogger("flaskd.notify")
 
 _SEND_TIMEOUT = 1.0
-"""Seconds; the manager's socket holds about 11 unread datagrams, then a send would block."""
+"""Seconds. The manager's socket holds about 11 unread datagrams; after that, a send blocks."""
 _MAX_STATUS = 1024
-"""Bytes; a datagram over 4096 bytes is ignored whole (systemd, manager_dispatch_notify_fd)."""
+"""Bytes. systemd ignores a datagram of more than 4096 bytes (manager_dispatch_notify_fd)."""
 
 
 class Notifier:
-    """Tells the service manager about state; made from an environment, cheap and harmless without a manager."""
+    """Tells the service manager about the state; made from an environment. Without a manager it does nothing."""
 
     def __init__(self, environ: Mapping[str, str] | None = None) -> None:
         self.address = (os.environ if environ is None else environ).get("NOTIFY_SOCKET", "")
@@ -34,42 +34,42 @@ class Notifier:
         self._lock = threading.Lock()
 
     def ready(self, status: str) -> None:
-        """Service start-up, or a reload, is over."""
+        """Tell that the start, or a reload, is over (READY=1)."""
         self._send("READY=1", _status(status))
 
     def status(self, status: str) -> None:
-        """A line worth reading in ``systemctl status``; dropped when the manager is behind: a newer one follows."""
+        """Set the status line of ``systemctl status``; dropped if the manager is behind, because newer ones follow."""
         self._send(_status(status), wait=False)
 
     def extend(self, seconds: float) -> bool:
-        """Ask that the start or stop under way gets at least `seconds` from now (EXTEND_TIMEOUT_USEC).
+        """Ask that the running start or stop gets at least `seconds` from now (EXTEND_TIMEOUT_USEC).
 
-        False when the manager is behind, and was not told.
+        False if it was not sent because the manager is behind.
         """
         return self._send(*_extension(seconds), wait=False)
 
     def alive(self) -> None:
-        """All is well (WATCHDOG=1)."""
+        """Tell that all is well (WATCHDOG=1)."""
         self._send("WATCHDOG=1", wait=False)
 
     def reloading(self, since: float) -> None:
-        """Tell that a reload began; `since` is a time.monotonic() moment taken after the request arrived."""
+        """Tell that a reload began; `since` is a time.monotonic() moment after the request arrived."""
         self._send("RELOADING=1", f"MONOTONIC_USEC={int(since * 1_000_000)}", _status("reloading"))
 
     def stopping(self, status: str, *, extend: float = 0.0) -> None:
-        """Tell that the stop began, and that it takes at least `extend` seconds; it cannot be taken back."""
+        """Tell that the stop began and takes at least `extend` seconds; this cannot be taken back."""
         self._send("STOPPING=1", _status(status), *_extension(extend))
 
     def failed(self, status: str, error_number: int) -> None:
-        """Say why the start failed; `error_number` is an errno."""
+        """Tell why the start failed; `error_number` is an errno."""
         self._send(_status(status), f"ERRNO={error_number}")
 
     def store(self, name: str, fd: int) -> None:
-        """Give a descriptor into the manager's store (FDSTORE); it comes back as an inherited one at the next start."""
+        """Put a descriptor into the manager's store (FDSTORE); the next start inherits it."""
         self._send("FDSTORE=1", f"FDNAME={name}", fd=fd)
 
     def remove(self, name: str) -> None:
-        """Take all descriptors of that name out of the store."""
+        """Remove all descriptors of that name from the store."""
         self._send("FDSTOREREMOVE=1", f"FDNAME={name}")
 
     def close(self) -> None:
@@ -79,7 +79,7 @@ class Notifier:
         self._connection = None
 
     def forget(self) -> None:
-        """In a forked child: tell nobody anything; it is not the service."""
+        """To be called in a forked child: from now on nothing is sent, because the child is not the service."""
         self.address = ""
         self.close()
 
@@ -90,15 +90,15 @@ class Notifier:
         return True
 
     def _send_one(self, message: str, wait: bool, fd: int | None) -> bool:
-        """False when there was no room for it."""
+        """Send one message; False if the manager's socket has no room for it."""
         try:
             try:
                 self._connected(wait).give(message, fd)
-            except ConnectionError:  # the receiver was made anew: connect again, once
+            except ConnectionError:  # the manager has restarted: connect again, once
                 self.close()
                 self._connected(wait).give(message, fd)
         except BlockingIOError:
-            return False  # there is no room, and no wish to wait for it
+            return False  # the socket is full, and `wait` is false
         except OSError as error:
             self.close()
             if not self._complained:
@@ -116,10 +116,10 @@ class Notifier:
 
 
 class _Connection(sdnotify.SystemdNotifier):  # type: ignore[misc]  # sdnotify is untyped
-    """sdnotify's notifier on a socket of ours: its own constructor knows os.environ only, and leaks when it fails."""
+    """sdnotify's notifier with a socket made here: its constructor reads only os.environ, and leaks if it fails."""
 
     def __init__(self, address: str) -> None:
-        self.debug = True  # raise what goes wrong
+        self.debug = True  # raise errors
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         try:
             self.socket.connect("\0" + address[1:] if address.startswith("@") else address)
@@ -128,7 +128,7 @@ class _Connection(sdnotify.SystemdNotifier):  # type: ignore[misc]  # sdnotify i
             raise
 
     def give(self, message: str, fd: int | None) -> None:
-        """Send a message, with a descriptor if there is one (SCM_RIGHTS, unix(7); sdnotify has no word for that)."""
+        """Send a message, and a descriptor if there is one (SCM_RIGHTS, unix(7)), which sdnotify cannot send."""
         if fd is None:
             self.notify(message)
         else:
@@ -140,6 +140,6 @@ def _extension(seconds: float) -> list[str]:
 
 
 def _status(text: str) -> str:
-    """One STATUS line: no control characters, bounded, and in an encoding that survives sdnotify's latin-1."""
+    """One STATUS line without control characters, cut to a length, encoded so that sdnotify's latin-1 gives UTF-8."""
     whole = printable(text, " ").encode("utf-8", "replace")[:_MAX_STATUS].decode("utf-8", "ignore")
     return "STATUS=" + whole.encode("utf-8").decode("latin-1")

@@ -1,7 +1,7 @@
-"""What this daemon owes to its service manager, beside plain words: a pulse, and requests for more time.
+"""What this daemon does for its service manager, apart from status lines: the watchdog's pulse, and asking for time.
 
-The pulse (watchdog) is tied to the serving thread and to that of the events: a thread of its own asks the loop, over a
-connection of its own, and has the thread of the daemon's events send the word. Nothing here runs without a manager.
+The pulse shows that the serving thread and the events thread work: a thread of its own asks the loop over a connection
+of its own, and lets the events thread send the word. Without a manager nothing here runs.
 """
 
 from __future__ import annotations
@@ -45,51 +45,51 @@ from flaskd.systemd.store import Store
 log = logging.getLogger("flaskd.service")
 
 _LOOK = 1.0
-"""Seconds between two looks at a start that takes long."""
+"""Seconds between two checks of a start that takes long."""
 _MORE = 5.0
-"""Seconds that a start at work gets; it asks again long before they are over."""
+"""How many seconds a working start asks for; it asks again long before they are over."""
 _START_OF_WORKERS = 20.0
-"""Seconds that a start or a reload gets while workers are being started, which is told every few seconds; flaskd itself
-gives one up that takes longer than `pool.start_timeout`."""
+"""How many seconds a start or a reload asks for while workers start, which is reported every few seconds. flaskd itself
+gives up a worker's start that takes longer than `pool.start_timeout`."""
 _LONGEST_START = 900.0
-"""Seconds after which a start is not helped any more, however busy it looks."""
+"""Seconds after which a start asks for no more time, even if it works."""
 _MARGIN = 1.0
-"""Seconds of more time that is asked for than a step may take, so that flaskd gives it up before the manager does."""
+"""How many seconds more than a step's limit are asked for, so that flaskd gives it up before the manager does."""
 _PATIENCE = 5.0
-"""Seconds of more time that a stop asks for when something has moved, as long as its deadline is not nearer."""
+"""How many seconds a stop asks for when a request has moved, but never past its deadline."""
 _SUCCEEDED = {"failure", "reload", "recycle"}
-"""Kinds of stops after which the stored listeners are served on: a new flaskd is better than a broken one, and a worker
-that is replaced leaves them to the others."""
+"""Kinds of stops after which other processes serve the stored listeners: the next flaskd, or the other workers when one
+is replaced."""
 _OURS = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
-"""Variables meant for this process alone (sd_notify(3), sd_watchdog_enabled(3))."""
+"""Variables that are meant for this process alone (sd_notify(3), sd_watchdog_enabled(3))."""
 
 
 class Server(Protocol):
     """What is asked of the server."""
 
     def turns(self, timeout: float) -> bool:
-        """Whether its thread turns."""
+        """Whether its thread runs its loop, within `timeout` seconds."""
 
     def answers(self, timeout: float) -> bool:
-        """Whether its thread answers a request."""
+        """Whether its thread answers a request within `timeout` seconds."""
 
     def all_are_at(self) -> Hashable | None:
-        """What all of its workers are at; None while one is free."""
+        """A value that stays the same while all of its threads do the same work; None if one is free."""
 
     def moved(self) -> Hashable:
-        """Something that is not the same when a request has begun, ended or moved a byte."""
+        """A value that changes when a request begins, ends or moves a byte."""
 
     def close_gates(self) -> None:
-        """Deal with listeners that are not shared any more."""
+        """Stop accepting on listeners that are no longer shared."""
 
 
 class Service:
-    """One daemon as its service manager has it; `pulse_due` has `pulse` called in the thread of the events, soon."""
+    """The daemon's side towards its service manager; `pulse_due` makes the events thread call `pulse` soon."""
 
     def __init__(self, notifier: Notifier, environ: Mapping[str, str], pulse_due: Callable[[], None]) -> None:
         self.store = Store(notifier)
         self.stuck_after: float | None = None
-        """Seconds without any progress in any thread, after which the pulse stops; None: never."""
+        """Seconds without progress in any thread after which the pulse stops; None: never."""
         self._notifier = notifier
         self._pulse_due = pulse_due
         self._server: Server
@@ -100,19 +100,19 @@ class Service:
         self._ended = threading.Event()
         self._last_seen: tuple[Hashable, float] = (None, 0.0)
         self._complained = False
-        self._given = threading.Event()  # what was posted last
+        self._given = threading.Event()  # set when the events thread has sent the pulse
         self._given.set()
         self._moved: Hashable = None
         self._owed = 0.0
 
     @contextlib.contextmanager
     def attended(self) -> Iterator[None]:
-        """Look after a run: dump all stacks on SIGABRT, which a late pulse brings; leave no thread behind."""
+        """Wraps a run: dumps all stacks at SIGABRT, which a missing pulse causes, and ends its threads."""
         for name in _OURS:
             os.environ.pop(name, None)
         ours = not faulthandler.is_enabled()
         if ours:
-            with contextlib.suppress(OSError, ValueError, AttributeError, RuntimeError):  # there is no standard error
+            with contextlib.suppress(OSError, ValueError, AttributeError, RuntimeError):  # no standard error
                 faulthandler.enable(sys.stderr)
         try:
             yield
@@ -124,11 +124,11 @@ class Service:
                 faulthandler.disable()
 
     def attach(self, server: Server, listeners: Sequence[Listener], state: Callable[[], State]) -> None:
-        """Say what the notices are about: what serves, on which listeners, and in which state it is."""
+        """Set what the notices are about: the server, its listeners, and the function that gives the state."""
         self._server, self._listeners, self._state = server, listeners, state
 
     def heard(self, notice: Notice) -> None:  # noqa: C901, PLR0912 - one case for each
-        """Tell the manager what concerns it."""
+        """Tell the manager about a notice, if it concerns the manager."""
         tell = self._notifier
         match notice:
             case Starting():
@@ -157,7 +157,7 @@ class Service:
             case WorkersStart(state) if state in {
                 State.STARTING,
                 State.RELOADING,
-            }:  # else the manager waits for nothing
+            }:  # otherwise the manager does not wait for anything
                 tell.extend(_START_OF_WORKERS)
             case StopBegan(left=left):
                 self.stopping(notice.status, left, notice.reason, self._listeners, self._server)
@@ -165,7 +165,7 @@ class Service:
                 self.step(seconds, left)
             case Progress(text, left):
                 self.progress(text, self._server, left)
-            case Stopped(account, failed=False):  # else the STATUS of the failure is what people need to see
+            case Stopped(account, failed=False):  # after a failure its STATUS stays to be seen
                 tell.status(f"stopped: {account.report}")
 
     def close(self) -> None:
@@ -173,13 +173,13 @@ class Service:
         self._notifier.close()
 
     def forget(self) -> None:
-        """In a forked child: the manager is not to be told anything by it."""
+        """To be called in a forked child, which must not tell the manager anything."""
         self._notifier.forget()
 
     # --- start ---
 
     def starting(self) -> None:
-        """Say so, and ask for more time while the start is at work (main thread)."""
+        """Tell that flaskd starts, and ask for more time while the start works; called in the main thread."""
         self._notifier.status("starting")
         if self._notifier.address and hasattr(time, "pthread_getcpuclockid"):
             clock = time.pthread_getcpuclockid(threading.get_ident())
@@ -187,7 +187,7 @@ class Service:
                 threading.Thread(target=self._help_start, args=[clock], name="flaskd-starting", daemon=True).start()
 
     def _help_start(self, clock: int) -> None:
-        """A start that hangs does not use its thread's clock, and is left to TimeoutStartSec."""
+        """Ask for time while the main thread uses its CPU clock; a start that hangs is left to TimeoutStartSec."""
         until, used = time.monotonic() + _LONGEST_START, time.clock_gettime_ns(clock)
         while not self._started.wait(_LOOK) and time.monotonic() < until:
             before, used = used, time.clock_gettime_ns(clock)
@@ -195,13 +195,13 @@ class Service:
                 self._notifier.extend(_MORE)
 
     def probing(self, timeout: float) -> None:
-        """The app is loaded, and has `timeout` seconds to answer a probe; 0 when there is none."""
+        """The app is loaded and has `timeout` seconds to answer the probe; 0 if there is no probe."""
         self._started.set()
         if timeout:
             self._notifier.extend(timeout + 1)
 
     def ready(self, status: str, server: Server, state: Callable[[], State]) -> None:
-        """The start is over; from now on the pulse is given."""
+        """Tell that the start is over, and begin to give the pulse."""
         self._started.set()
         self._notifier.ready(status)
         if self._period:
@@ -214,9 +214,9 @@ class Service:
     # --- pulse ---
 
     def watch(self, server: Server, state: Callable[[], State], ended: Callable[[float], bool]) -> None:
-        """Give the pulse, until `ended`, which waits so many seconds for the end of the run, says that it has come.
+        """Give the pulse until `ended(seconds)`, which waits that long for the end of the run, is true.
 
-        One that fails is tried again before the manager's time, two of our periods, is over.
+        The period is half of the manager's time, so a pulse that fails is tried again in time.
         """
         pause = self._period
         while not ended(pause):
@@ -226,20 +226,20 @@ class Service:
                 self._complained = False
                 self._given.clear()
                 self._pulse_due()
-                if not self._given.wait(self._period / 2) and state() is not State.STOPPED:  # then it has left its loop
+                if not self._given.wait(self._period / 2) and state() is not State.STOPPED:  # then it has ended
                     self._complain("the thread of the events does not turn")
                     self._given.wait()
             pause = self._period if well else self._period / 10
 
     def pulse(self) -> None:
-        """The thread of the events turns: all is well."""
+        """Send the pulse; called in the events thread, which shows that it works."""
         self._given.set()
         self._notifier.alive()
 
     def _well(self, server: Server, state: State) -> bool:
         if state not in {State.READY, State.RELOADING}:
-            return server.turns(self._period / 2)  # drained or stopping: it need not answer, only turn
-        if not server.answers(self._period / 2):  # half of it, so that what is wrong is told before the end
+            return server.turns(self._period / 2)  # drained or stopping: it need not answer requests
+        if not server.answers(self._period / 2):  # half of it, so that the log tells the reason in time
             self._complain("the serving thread does not answer")
             return False
         at, now = server.all_are_at(), time.monotonic()
@@ -261,15 +261,15 @@ class Service:
     def stopping(
         self, status: str, left: float, reason: StopReason, listeners: Sequence[Listener], server: Server | None
     ) -> None:
-        """The stop began, and has `left` seconds; its `reason` says what becomes of stored listeners."""
+        """Tell that the stop began; it has `left` seconds. Its `reason` decides what becomes of stored listeners."""
         self._started.set()
         self._moved = server.moved() if server is not None else None
         self._notifier.stopping(status, extend=min(_PATIENCE, left))
         stored = [each for each in listeners if each.stored]
         if reason.kind in _SUCCEEDED:
-            pass  # a successor, or another worker, serves who waits in the backlog
+            pass  # the next flaskd, or another worker, serves the backlog
         elif reason.kind == "signal" and reason.detail == "SIGTERM":
-            for each in stored:  # a stop or a restart of the manager's: nobody knows who comes
+            for each in stored:  # the manager stops or restarts it: maybe nothing follows
                 each.last_batch = True
         elif stored:
             self.store.let_go(stored)
@@ -277,15 +277,15 @@ class Service:
                 server.close_gates()
 
     def step(self, takes: float, left: float) -> None:
-        """A step of the stop began, which `takes` so many seconds at most, or one ended; `left` to the deadline.
+        """A step of the stop began that takes at most `takes` seconds, or a step ended; `left` seconds to the deadline.
 
-        A step that hangs is given up by flaskd before the time is over that it is given here, and nothing is asked for
-        past the deadline, which is flaskd's own: it leaves some of it for its end (`flaskd.cleanup.for_steps`).
+        flaskd abandons a hanging step before the time asked for here is over. Nothing is asked for past the deadline:
+        flaskd's own end has its time before the deadline (`flaskd.cleanup.for_steps`).
         """
         self._ask(min(max(_PATIENCE, takes + _MARGIN), left))
 
     def progress(self, status: str, server: Server, left: float | None) -> None:
-        """A line for people; and in a stop, `left` seconds before its deadline, time where a request has moved."""
+        """Set the status line; in a stop, `left` seconds before its deadline, ask for time if a request has moved."""
         self._notifier.status(status)
         moved = server.moved()
         if left is not None and moved != self._moved:
@@ -295,23 +295,23 @@ class Service:
         self._moved = moved
 
     def _ask(self, seconds: float) -> None:
-        """Ask for more time; where the manager is behind, again at the next moment."""
+        """Ask for more time; if the manager is behind, ask again at the next call."""
         until = time.monotonic() + seconds
         self._owed = 0.0 if self._notifier.extend(seconds) else max(until, self._owed)
 
 
 def _watchdog(environ: Mapping[str, str]) -> float:
-    """How often, in seconds, the manager wants a pulse; 0 when it wants none of this process."""
+    """How often, in seconds, the manager wants a pulse; 0 if it wants none from this process."""
     usec, pid = environ.get("WATCHDOG_USEC", ""), environ.get("WATCHDOG_PID", "")
     if not usec.isdecimal() or (pid and pid != str(os.getpid())):
         return 0.0
     seconds = int(usec) / 1_000_000
-    return seconds if seconds <= threading.TIMEOUT_MAX else 0.0  # WatchdogSec=infinity is passed on as a number
+    return seconds if seconds <= threading.TIMEOUT_MAX else 0.0  # WatchdogSec=infinity comes as a large number
 
 
 @contextlib.contextmanager
 def _told_if_short(effect: str) -> Iterator[None]:
-    """Log what it means when no thread can be had, and go on without it."""
+    """If no thread can be had, log the `effect` and go on without it."""
     try:
         yield
     except RuntimeError as error:

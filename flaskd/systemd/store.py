@@ -1,7 +1,7 @@
 """The listeners that the service manager keeps for the next flaskd (FDSTORE in sd_notify(3), systemd 236).
 
-With ``systemd.fdstore`` each listener of one's own is stored under a name made of its address. After a restart, or a
-crash, it comes back like a socket of a socket unit, with the clients that wait in its backlog.
+With ``systemd.fdstore`` each of flaskd's own listeners is stored under a name made of its address. After a restart or a
+crash the next flaskd inherits it like the socket of a socket unit, together with the clients in its backlog.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ log = logging.getLogger("flaskd.store")
 
 _PREFIX = "listen-"
 _LONGEST = 255
-"""Bytes of a name (FDNAME in sd_notify(3))."""
+"""The longest name, in bytes (FDNAME in sd_notify(3))."""
 
 
 def name_of(address: str) -> str:
-    """The name in the store of what `server.listen` calls `address`; no colon in it, which separates names."""
+    """The name in the store for an address of `server.listen`; without colons, which separate names."""
     name = _PREFIX + quote(address, safe="/[]")
     return name if len(name) <= _LONGEST else _PREFIX + hashlib.sha256(address.encode()).hexdigest()
 
 
 def stored(name: str) -> bool:
-    """Whether a passed socket of that name comes from the store, and from no socket unit."""
+    """Whether a passed socket of that name comes from the store, and not from a socket unit."""
     return name.startswith(_PREFIX)
 
 
 class Store:
-    """Our listeners in the service manager's store."""
+    """flaskd's listeners in the service manager's store."""
 
     def __init__(self, notifier: Notifier) -> None:
         self._notifier = notifier
         self._found: dict[str, Listener] = {}
 
     def open(self, passed: dict[str, list[Listener]], wanted: Collection[str]) -> None:
-        """Move what came from the store out of `passed`, and drop what is not among the `wanted` addresses any more."""
+        """Take stored listeners out of `passed`; those for addresses that are not `wanted` any more are dropped."""
         names = {name_of(address) for address in wanted}
         for name in list(filter(stored, passed)):
             first, *others = passed.pop(name)
@@ -55,15 +55,15 @@ class Store:
                 log.info(f"{address} is not listened on any more: taken out of the store")
                 self._notifier.remove(name)
                 if address.path and first.reached_at(address.path):
-                    first.come_back(address, "")  # so that its node goes, too
+                    first.come_back(address, "")  # so that its node is removed as well
                 _close([first, *others])
 
     def take(self, address: str) -> Listener | None:
-        """The listener that was kept for `address`; None when there is none, or none that clients could reach."""
+        """The listener kept for `address`; None if there is none, or if clients could not reach it."""
         listener = self._found.pop(name_of(address), None)
         if listener is None:
             return None
-        # What getsockname(2) says of a Unix socket is the hidden name under which it was bound.
+        # getsockname(2) of a Unix socket gives the temporary name under which it was bound.
         where = replace(Address.parse(address), port=listener.address.port)
         if where.path and not listener.reached_at(where.path):
             log.warning(
@@ -77,9 +77,9 @@ class Store:
         return listener
 
     def keep(self, listeners: Iterable[tuple[str, Listener]]) -> None:
-        """Store listeners, each with the address that `server.listen` has for it; they must be listening by now.
+        """Store listeners, each with its address in `server.listen`; they must listen already.
 
-        Without a manager to keep them they stay ours alone.
+        Without a manager that stores them, nothing happens.
         """
         if not self._notifier.address:
             return
@@ -89,7 +89,7 @@ class Store:
                 self._notifier.store(listener.stored, listener.socket.fileno())
 
     def let_go(self, listeners: Iterable[Listener]) -> None:
-        """Take listeners out of the store: nobody is to come after us, so they are ours alone."""
+        """Remove listeners from the store, because no flaskd follows; from then on only this process has them."""
         for listener in listeners:
             if listener.stored:
                 self._notifier.remove(listener.stored)
@@ -97,13 +97,13 @@ class Store:
 
 
 def _unix_address(name: str) -> Address | None:
-    """The Unix address that a name in the store is made of; None when it is another, or was too long."""
+    """The Unix address from which a stored name was made; None if it is another address, or was too long."""
     text = unquote(name.removeprefix(_PREFIX))
     return Address.parse(text) if text.startswith("unix:") else None
 
 
 def _close(listeners: Iterable[Listener]) -> None:
-    """Close listeners for whoever holds them: the manager may take its time with its copy, and the place be needed."""
+    """Shut listeners down, because the manager may still hold a copy while the address is needed again."""
     for each in listeners:
         with contextlib.suppress(OSError):
             each.socket.shutdown(socket.SHUT_RDWR)

@@ -1,6 +1,6 @@
-"""The unit files that come with flaskd: filled in for an installation, and compared with a configuration.
+"""The unit files that come with flaskd: fills them in for an installation, and compares a unit with a configuration.
 
-Their one source is the directory ``systemd/`` of the repository, which a wheel carries as ``flaskd/systemd/files/``.
+Their source is the directory ``systemd/`` of the repository, which the wheel has as ``flaskd/systemd/files/``.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from flaskd.errors import CannotCreateError, ConfigError, UsageError
 from flaskd.units import format_duration
 
 _INSTANCE = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*")
-"""What an instance may be called; systemd would escape the rest (systemd.unit(5)), and ":" asks for a symlink in
-RuntimeDirectory= (systemd.exec(5))."""
+"""The allowed names of an instance: systemd would escape other characters (systemd.unit(5)), and ":" in
+RuntimeDirectory= asks for a symlink (systemd.exec(5))."""
 _EXIT = 1.0
-"""Seconds past the deadline in which a stop is over, whatever happens."""
+"""Seconds past the deadline within which a stop ends, whatever happens."""
 _HIDDEN = ("/home", "/root", "/run/user")
-"""What ProtectHome= hides (systemd.exec(5))."""
+"""The directories that ProtectHome= hides (systemd.exec(5))."""
 _DEFAULT_TIMEOUT = 90.0
-"""DefaultTimeoutStopSec= of systemd-system.conf(5)."""
+"""The default of DefaultTimeoutStopSec= (systemd-system.conf(5)), in seconds."""
 _UNITS = {
     "us": 1e-6, "usec": 1e-6, "µs": 1e-6, "ms": 1e-3, "msec": 1e-3,
     "": 1, "s": 1, "sec": 1, "second": 1, "seconds": 1, "m": 60, "min": 60, "minute": 60, "minutes": 60,
@@ -36,9 +36,9 @@ def _source() -> Path:
 
 
 def unit_files(*, venv: Path, instance: str | None = None, socket_activated: bool = False) -> dict[Path, str]:
-    """The files to install, by their place, for flaskd in `venv`; hardened and with its socket if that is wanted.
+    """The files to install for flaskd in `venv`, by their path: hardened, and with a socket unit if that is wanted.
 
-    `instance` fills in the template for one name. Raises UsageError for a name that no unit could have.
+    `instance` fills in the template for one name. Raises UsageError for a name that no unit can have.
     """
     if re.search(r"[\s%$;\"'\\]", str(venv)):
         raise UsageError(f'cannot write units for "{venv}": expected a path without spaces, quotes, ";", "%" and "$"')
@@ -66,14 +66,14 @@ def unit_files(*, venv: Path, instance: str | None = None, socket_activated: boo
 
 
 def hidden_by(venv: Path) -> str | None:
-    """The directory that hides a virtual environment from the services; None when they can read it."""
+    """The directory that ProtectHome= hides and the virtual environment is in; None if services can read it."""
     return next((each for each in _HIDDEN if venv.is_relative_to(each)), None)
 
 
 def install(files: dict[Path, str], root: Path) -> list[Path]:
     """Write the files below `root`, and return their paths; raises CannotCreateError.
 
-    Nothing is written where a link stands: that of a unit that is masked leads to /dev/null (systemctl(1)).
+    A symbolic link is not written through, because that of a masked unit leads to /dev/null (systemctl(1)).
     """
     written = []
     places = {root / place.relative_to("/"): text for place, text in files.items()}
@@ -95,7 +95,7 @@ def install(files: dict[Path, str], root: Path) -> list[Path]:
 
 
 def left_over(files: dict[Path, str], root: Path) -> list[Path]:
-    """What stands below `root` of the socket-activated form, and in force though these files are of the plain one."""
+    """Files of the socket-activated form below `root` that would still apply although `files` are the plain form."""
     service = next(place for place in files if place.suffix == ".service")
     others = (service.with_suffix(".socket"), service.with_name(f"{service.name}.d") / "hardened.conf")
     return [
@@ -104,11 +104,11 @@ def left_over(files: dict[Path, str], root: Path) -> list[Path]:
 
 
 _PLACES = ("etc/systemd/system", "run/systemd/system", "usr/local/lib/systemd/system", "usr/lib/systemd/system")
-"""Where systemd looks for units and their drop-ins, the strongest first (systemd.unit(5))."""
+"""Where systemd looks for units and their drop-ins; earlier ones override later ones (systemd.unit(5))."""
 
 
 def _directories(path: Path) -> list[Path]:
-    """Where a unit and its drop-ins may lie: beside the file, and if that is a place of systemd's in its others."""
+    """Where a unit and its drop-ins may be: beside the file, and in all of systemd's places if that is one of them."""
     here = path.absolute().parent
     for place in _PLACES:
         if here.as_posix().endswith(f"/{place}"):
@@ -118,14 +118,14 @@ def _directories(path: Path) -> list[Path]:
 
 
 def _drop_ins(path: Path) -> list[Path]:
-    """The drop-ins of a unit, in the order in which they apply: that of their names, wherever they lie.
+    """The drop-ins of a unit in the order in which they apply: sorted by file name, whatever directory they are in.
 
-    Of two with one name that of the instance hides that of the template, which hides that of all services; then that in
-    /etc the others (systemd.unit(5)).
+    Of two with the same name, that of the instance overrides that of the template, which overrides that of all
+    services; after that, the one in /etc overrides the others (systemd.unit(5)).
     """
     stem, at, _ = path.stem.partition("@")
     names = dict.fromkeys([path.name, f"{stem}@{path.suffix}" if at else path.name])
-    if not at:  # of a name with dashes those of its beginnings, too
+    if not at:  # for a name with dashes also those of its prefixes
         parts = stem.split("-")
         names |= dict.fromkeys(f"{'-'.join(parts[:count])}-{path.suffix}" for count in range(len(parts) - 1, 0, -1))
     found: dict[str, Path] = {}
@@ -137,7 +137,7 @@ def _drop_ins(path: Path) -> list[Path]:
 
 
 def _fragment(path: Path) -> Path:
-    """The file of a unit: that of an instance may be its template's."""
+    """The file of a unit; an instance may have its template's file."""
     stem, at, _ = path.stem.partition("@")
     if at and not path.exists():
         template = f"{stem}@{path.suffix}"
@@ -168,7 +168,7 @@ def _settings(path: Path) -> dict[str, _Setting]:
                     section = line
                 elif section == "[Service]" and "=" in line:
                     key, _, value = line.partition("=")
-                    found.pop(key.strip(), None)  # the order is that of the last assignments
+                    found.pop(key.strip(), None)  # so that the order is that of the last assignments
                     found[key.strip()] = _Setting(value.strip(), f"{file}:{number}")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the unit {path}: {getattr(error, 'strerror', None) or error}") from error
@@ -176,9 +176,9 @@ def _settings(path: Path) -> dict[str, _Setting]:
 
 
 def _seconds(setting: _Setting, key: str) -> float:
-    """A time span of systemd.time(7)."""
+    """The seconds of a time span (systemd.time(7))."""
     text = setting.value
-    if text in {"infinity", "0"}:  # for timeouts of a service, 0 is infinity, too: systemd.service(5)
+    if text in {"infinity", "0"}:  # 0 means infinity for timeouts of a service: systemd.service(5)
         return float("inf")
     parts = re.findall(r"(\d+(?:\.\d+)?)\s*([A-Za-zµ]*)\s*", text)
     known = re.fullmatch(r"(\d+(\.\d+)?\s*[A-Za-zµ]*\s*)+", text) and all(unit in _UNITS for _, unit in parts)
@@ -188,11 +188,11 @@ def _seconds(setting: _Setting, key: str) -> float:
 
 
 def compare(path: Path, *, deadline: float, fdstore: bool, workers: bool = False) -> list[str]:
-    """What a unit and a configuration (`deadline` in seconds) have that do not go together, and what to change."""
+    """Messages about settings of a unit and a configuration (`deadline` in seconds) that do not fit together."""
     settings = _settings(path)
     faults = []
     timeout, place = _DEFAULT_TIMEOUT, str(path)
-    for key, setting in settings.items():  # TimeoutSec= sets TimeoutStopSec=, too: the later one wins
+    for key, setting in settings.items():  # TimeoutSec= sets TimeoutStopSec=, too; the later one applies
         if key in {"TimeoutSec", "TimeoutStopSec"} and setting.value:
             timeout, place = _seconds(setting, key), setting.place
     needed = deadline + _EXIT

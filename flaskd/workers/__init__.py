@@ -1,1 +1,1 @@
-"""What runs inside of a worker, and of a template. `process`: an app in a process of its own, as its owner sees it."""
+"""What runs inside of workers, templates and a `ServerProcess`; `process` is how its owner sees the last one."""

@@ -1,4 +1,4 @@
-"""What runs inside a `ServerProcess`: an app on a `ServerThread`, and the pipes to its owner."""
+"""What runs inside of a `ServerProcess`: an app on a `ServerThread`, and two pipes to the process that started it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from flaskd.errors import EX_OK, AppError, FlaskdError
+from flaskd.errors import EX_OK, FlaskdError
 from flaskd.lifecycle import StopReason
 from flaskd.process.bootstrap import undo_inherited
 from flaskd.process.exit import Ending, Unfinished, leave
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 _ASKED = StopReason("control", "ServerProcess.stop()")
 _HURRIED = 1.0
-"""Seconds that the app's end has when somebody asks a second time."""
-_ALONE = StopReason("control", "the process that owns it is gone")
+"""Seconds that what the app left to the process' end still has after a second request to stop."""
+_ALONE = StopReason("control", "the process that started it has ended")
 
 
 class Child:
-    """The process as a whole: it serves until it is asked to stop by a signal, by its owner, or by its owner's end."""
+    """The whole process: it serves until a signal, its owner (which started it) or the owner's end stops it."""
 
     def __init__(self, orders: BinaryIO, words: BinaryIO, ending: Ending) -> None:
         self._orders, self._words = orders, words
@@ -47,11 +47,11 @@ class Child:
             stack.enter_context(forgotten_by_children(self._forget))
             signals = stack.enter_context(SignalWatch(self._on_signal, wake=lambda: self._asked.put(None)))
             threading.Thread(target=self._listen, name="flaskd-owner", daemon=True).start()
-            with AppCode() as code:  # a child that the app forked in this thread says and stops nothing
+            with AppCode() as code:  # a child that the app forks in this thread ends there, and sends nothing
                 try:
                     server, config = self._start(orders, stack)
                 except FlaskdError as error:
-                    self._say({"failed": _whole(error), "exit_code": error.exit_code})
+                    self._say({"failed": error.whole, "exit_code": error.exit_code})
                     return error.exit_code
                 signals.reclaim()
                 self._say({"url": server.url, "deadline": config.shutdown.deadline})
@@ -78,7 +78,7 @@ class Child:
         raise AssertionError  # the stack suppresses nothing
 
     def _start(self, orders: dict[str, Any], stack: contextlib.ExitStack) -> tuple[ServerThread, Config]:
-        # Imported here, so that a signal and the owner's end are heeded meanwhile.
+        # Imported here, because from now on a signal or the owner's end stops the process.
         from flaskd.log.setup import Logs  # noqa: PLC0415
         from flaskd.serving import launch  # noqa: PLC0415
         from flaskd.serving.configuration import read  # noqa: PLC0415
@@ -101,25 +101,26 @@ class Child:
         return server, config
 
     def _forget(self) -> None:
-        """In a forked child: have nothing of the pipes, whose ends are this process's beginning and end.
+        """In a forked child: put /dev/null in the place of both pipes, which belong to this process and its owner.
 
-        They are not closed: that takes the lock of a reader that a thread held which is not there in the child.
+        The file objects are not closed: `close` takes a lock that another thread of this process may hold, and that
+        thread does not exist in the child.
         """
         nothing = os.open(os.devnull, os.O_RDWR)
         for pipe in (self._orders, self._words):
             os.dup2(nothing, pipe.fileno(), inheritable=False)
         os.close(nothing)
-        self._asked.put(None)  # a signal handler of the app that forked comes back to who waits for this
+        self._asked.put(None)  # wakes the main thread of a child that a signal handler forked: see run()
 
     def _listen(self) -> None:
-        """Hear what the owner says, in a thread; the end of its pipe is the owner's own end."""
+        """Read what the owner asks for, in a thread of its own; the pipe ends when the owner does."""
         for line in self._orders:
             order = json.loads(line)
             self._ask(_ASKED, order.get("stop"), press="hurry" in order)
         self._ask(_ALONE)
 
     def _on_signal(self, number: int) -> None:
-        """Heed a signal, in the signals' own thread: the first asks, the second presses, the third ends it."""
+        """In the signals' thread: the first signal begins the stop, the second cuts it short, the third ends all."""
         if not self._escalation.another(time.monotonic()):
             return
         if self._escalation.count > 2:  # noqa: PLR2004 - as said above
@@ -129,27 +130,22 @@ class Child:
     def _ask(self, reason: StopReason, timeout: float | None = None, *, press: bool = False) -> None:
         with self._lock:
             if self._server is None:
-                os._exit(EX_OK)  # nothing is served yet, and the main thread may be anywhere in the app's import
+                os._exit(EX_OK)  # nothing is served yet, and the main thread may still import the app
             server = self._server
         if press:
             server.hurry()
-            self._ending.hurry(_HURRIED)  # which has begun, if the stop is over
+            self._ending.hurry(_HURRIED)  # in case the stop is over already
         else:
             self._asked.put((reason, timeout))
 
     def _say(self, words: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # nobody is there to hear it
+        with contextlib.suppress(OSError):  # the owner has ended
             self._words.write(json.dumps(words, default=str).encode() + b"\n")
             self._words.flush()
 
 
-def _whole(error: FlaskdError) -> str:
-    trace = error.traceback_text if isinstance(error, AppError) else ""
-    return "\n".join(filter(None, [str(error), trace]))
-
-
 def main() -> None:
-    """Run as a process of its own; the pipes are the last two words of the command line."""
+    """Run this process; the last two arguments of the command line are the descriptors of its pipes."""
     undo_inherited()
     orders, words = (_opened(name) for name in sys.argv[2:4])
     ending = Ending()

@@ -1,4 +1,4 @@
-"""A worker's end of the wire: it hears the supervisor, and tells it what happens here."""
+"""A worker's end of the wire: it carries out what the supervisor asks for, and reports what happens here."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _ALONE = StopReason("failure", "the supervisor is gone")
 
 
 class Link:
-    """The plane of a worker's daemon (`flaskd.holdings.Plane`): what it is asked comes over the wire.
+    """The control plane of a worker's daemon (`flaskd.holdings.Plane`): what it is asked for comes over the wire.
 
-    `configuration` is the one that the supervisor sent last; `listeners` what it passed, once `passed` is set.
+    `configuration` is the last one from the supervisor; `listeners` are those that it passed, once `passed` is set.
     """
 
     def __init__(self, wire: Wire, begin: say.Begin) -> None:
@@ -54,25 +54,25 @@ class Link:
         self._lock = threading.Lock()
         self._ending = False
         self._over = os.eventfd(0)
-        """Can be read from when nothing more is to be heard."""
+        """Readable once `close` was called: the listening thread is to end."""
         self._schedulers: threading.Thread | None = None
-        """What paused the app's schedulers last, or let them go on."""
+        """The thread that last paused the app's schedulers or let them go on."""
         self._thread = threading.Thread(target=self._listen, name="flaskd-supervisor", daemon=True)
 
     def serve(self, daemon: Daemon) -> None:
-        """Know whom it all concerns."""
+        """Set the daemon that the messages are for."""
         self._daemon = daemon
 
     # --- the plane ----------------------------------------------------------------------------------------------------
 
     def open(self, config: Config, passed: Sequence[Listener]) -> None:  # noqa: ARG002 - of a plane
-        """Begin to hear the supervisor."""
+        """Begin to listen to the supervisor."""
         self._thread.start()
 
     def close(self) -> None:
-        """Hear nothing more: a thread that did would keep the app's objects from being finalized.
+        """Stop listening: the listening thread would keep the app's objects from being finalized.
 
-        The wire is open until the process ends, which is how that is noticed.
+        The wire itself stays open until the process ends: its end tells the supervisor so.
         """
         self._ending = True
         if self._thread.ident is not None:
@@ -80,34 +80,34 @@ class Link:
             self._thread.join()
 
     def remove_nodes(self) -> None:
-        """There are none."""
+        """Do nothing: a worker has no control nodes."""
 
     def forget(self) -> None:
-        """In a forked child: the wire is not its own."""
+        """In a forked child, close its copy of the wire."""
         self._wire.forget()
         os.close(self._over)
 
     # --- to the supervisor (any thread) -------------------------------------------------------------------------------
 
     def tell(self, message: object) -> None:
-        """Tell it something; where it is gone that is found out by who listens."""
+        """Send a message; if the supervisor is gone, do nothing: the listening thread notices that."""
         with contextlib.suppress(WireClosedError):
             self._wire.send(message)
 
     def want(self, what: str, reason: StopReason) -> None:
-        """Ask for something that only the supervisor can do; where it is gone this worker stops by itself."""
+        """Ask for something that only the supervisor can do; if it is gone, stop this worker."""
         try:
             self._wire.send(say.Wants(what, reason))
         except WireClosedError:
             self._daemon.ask(StopAsked(reason))
 
     def stops(self, reason: StopReason) -> None:
-        """Tell it that this worker stops, where that was not its wish: another one can come already."""
+        """If the supervisor did not ask for this worker's stop, tell it, so that it can start another worker now."""
         if not self._told_to_stop:
             self.tell(say.Leaves(reason))
 
     def open_endpoint(self, address: Address, token: bytes, allowed_hosts: tuple[str, ...], timeout: float) -> Address:
-        """Have the supervisor open a shutdown endpoint, and give its address; raises what kept it from that."""
+        """Have the supervisor open a shutdown endpoint; returns its address, or raises the supervisor's error."""
         event, answers = threading.Event(), list[say.Answer]()
         with self._lock:
             self._numbers += 1
@@ -132,23 +132,23 @@ class Link:
                 message, descriptors = self._wire.receive()
                 try:
                     self._heard(message, descriptors)
-                except BaseException:  # an app's objects, say; one message's trouble is not the next one's
+                except BaseException:  # for example from the app's objects; the next message must be read
                     log.exception("cannot do what the supervisor asks for")
         except WireClosedError:
             if not self._ending:
                 self._alone()
 
     def _alone(self) -> None:
-        """The supervisor is gone: finish what is in hand, and end."""
-        log.error("the supervisor is gone: this worker finishes what is in hand, and ends")
+        """Finish the requests in hand and end, because the supervisor is gone."""
+        log.error("the supervisor is gone: this worker finishes its requests, and ends")
         self._told_to_stop = True
         self._share(leave=False)
         self._daemon.ask(StopAsked(_ALONE))
 
     def _share(self, *, leave: bool) -> None:
-        """Say whether other workers go on accepting from the listeners, before what is asked for next is done.
+        """Note whether other workers go on accepting from the listeners (`leave`), before the next event is handled.
 
-        Those that are kept outside of flaskd are shared in any case.
+        Listeners that are kept outside of flaskd are shared in any case.
         """
 
         def share() -> None:
@@ -170,7 +170,7 @@ class Link:
             case say.CloseListeners():
                 serving = daemon.serving
                 assert isinstance(serving, InProcess)
-                daemon.inbox.post(Work(serving.close_listeners))  # after a drain that was asked for before
+                daemon.inbox.post(Work(serving.close_listeners))  # runs after the drain that was asked for before
             case say.Resume(listeners):
                 self.listeners = _listeners(listeners, descriptors)
                 self.drains = False
@@ -178,7 +178,7 @@ class Link:
             case say.Announce():
                 self.announced = True
                 self._share(leave=False)
-                daemon.inbox.post(Work(daemon.serving.announce_stop))  # else it would leave the listeners alone
+                daemon.inbox.post(Work(daemon.serving.announce_stop))  # after that: shared ones would be left
             case say.StopNow(reason, within, leave):
                 self.leaves, self._told_to_stop = leave, True
                 self._share(leave=leave)
@@ -202,7 +202,7 @@ class Link:
                 event.set()
 
     def _at_schedulers(self, number: int = 0) -> None:
-        """Pause the app's schedulers, and answer; without a number let them go on. Either may take a while."""
+        """Pause the app's schedulers and answer; with number 0, let them go on. In a thread, because both may wait."""
         before, serving = self._schedulers, self._daemon.serving
         assert isinstance(serving, InProcess)
 
@@ -211,9 +211,9 @@ class Link:
                 before.join()
             error = None
             try:
-                if number or not self._told_to_stop:  # else the stop pauses them
+                if number or not self._told_to_stop:  # a stop under way has paused them itself
                     serving.pause_schedulers(on=number > 0)
-            except BaseException as failure:  # of the app's own objects
+            except BaseException as failure:  # raised by the app's own objects
                 log.exception(f"cannot {'pause' if number else 'resume'} the app's schedulers")
                 error = FlaskdError(described(failure))
             if number:
@@ -240,31 +240,31 @@ class Link:
                         value = serving.describe_stop()
                     case "plan":
                         value = serving.plan(self._daemon.configuration or self.configuration)
-            except BaseException as failure:  # noqa: BLE001 - told; of the app's own objects
+            except BaseException as failure:  # noqa: BLE001 - from the app's own objects; sent as the answer
                 error = failure if isinstance(failure, FlaskdError) else FlaskdError(described(failure))
             self.tell(say.Answer(number, value, error))
 
-        if what == "plan":  # it may take its time
+        if what == "plan":  # it may take long
             threading.Thread(target=answer, name="flaskd-plan", daemon=True).start()
         else:
             answer()
 
 
 class _Renewed:
-    """The reply to a configuration that the supervisor has sent."""
+    """The reply to a reload that the supervisor asked for with `Renew`; it is sent as an `Answer`."""
 
     def __init__(self, link: Link, number: int) -> None:
         self._link, self._number = link, number
 
     def progress(self, fields: object) -> None:
-        """Nothing is told before the end."""
+        """Do nothing: only the outcome is sent."""
 
     def ok(self, *_: object, **__: object) -> None:
-        """It is in force."""
+        """Tell the supervisor that the configuration is in force."""
         self._link.tell(say.Answer(self._number))
 
     def error(self, code: str, message: str) -> None:
-        """It is not."""
+        """Tell the supervisor why the configuration is not in force."""
         kind = ConfigError if code == ConfigError.code else FlaskdError
         self._link.tell(say.Answer(self._number, error=kind(f"worker {self._link.begin.slot}: {message}")))
 
@@ -272,7 +272,7 @@ class _Renewed:
 def _listeners(passed: Sequence[say.Passed], descriptors: Sequence[int]) -> list[Listener]:
     found = []
     for each, descriptor in zip(passed, descriptors, strict=True):
-        # Whatever ends this worker, others go on accepting there, unless the supervisor says that they do not.
+        # Shared: if this worker ends, others go on accepting there, unless the supervisor says that they do not.
         listener = Listener(each.address, socket.socket(fileno=descriptor), shared=True, copied=True)
         listener.kept, listener.stored = each.kept, each.stored
         found.append(listener)

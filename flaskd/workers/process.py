@@ -1,9 +1,9 @@
-"""`ServerProcess`: an app served in a process of its own, as its owner sees it.
+"""`ServerProcess`: an app served in a process of its own, as its owner (the program that starts it) sees it.
 
-The process is started anew (never forked: threads and locks do not survive that), and is told everything over a pipe.
-A second pipe brings its word: one line when it is ready, one when it has stopped; its end is the process's end. When
-the owner dies, the first pipe ends, and the process stops in good order. No signal is needed, so it is the same on
-every system.
+The process is a new interpreter, never a fork: threads and locks do not survive a fork. The owner tells it everything
+over one pipe. Over a second pipe the process sends one line when it is ready, and one when it has stopped; the pipe
+ends with the process. When the owner ends, the first pipe ends, and the process stops in good order. No signal is
+needed, so this works in the same way on every system.
 """
 
 from __future__ import annotations
@@ -29,23 +29,24 @@ from flaskd.sockets import check_serving
 
 _START_TIMEOUT = 30.0
 _LOOK = 0.1
-"""Seconds between two looks whether a process that does not say that it is ready is still there."""
+"""Seconds after which `wait_ready` checks again whether the process is alive."""
 _PATIENCE = 1.0
-"""Seconds past its own deadline after which a process that does not end is terminated, and then killed."""
+"""Seconds after its own deadline at which a process that has not ended is terminated; as long again until a kill."""
 _HURRIED = 3.0
-"""Seconds for a stop that is cut short: its cleanup has one, and threads that do not end another."""
+"""Seconds for a stop that is cut short: one for the cleanup, one for threads that do not end, and a reserve."""
 _BOOT = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from flaskd.workers.child import main; main()"
 
 
 class ServerProcess:
     """Serves the app named by `target` (``shop.wsgi:app``, ``shop:create_app()``) in a process of its own.
 
-    ``start()`` starts it, ``wait_ready()`` waits until it serves, ``stop()`` lets it finish what is in flight and run
-    its cleanup; as a context manager it does all three. It dies with its owner. After its end it can be started again.
+    ``start()`` starts the process, ``wait_ready()`` waits until it serves, ``stop()`` lets it finish the requests in
+    flight and run its cleanup; as a context manager it does all three. It stops when the program that started it ends.
+    After its end it can be started again.
 
-    `host`, `port`, `threads`, `server` and `config` mean what they mean for `flaskd.ServerThread`; a mapping must be of
-    what YAML can hold, and its ``app.chdir`` and ``log`` count here, too. Without a ``log`` only warnings are written.
-    `env` replaces the environment, and `chdir` is the working directory, where the app is looked for first.
+    `host`, `port`, `threads`, `server` and `config` mean the same as for `flaskd.ServerThread`. A mapping may hold only
+    what YAML can express; its ``app.chdir`` and ``log`` are used here, too. Without ``log``, only warnings are logged.
+    `env` replaces the environment, and `chdir` is the working directory, in which the app is looked for first.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class ServerProcess:
         if not isinstance(target, str):
             raise TypeError(
                 f'cannot serve {target!r} in another process: expected its name, such as "shop.wsgi:app"; '
-                "an app in hand can be served by ServerThread"
+                "use ServerThread for an app object"
             )
         check_serving(host, port, threads)
         self._orders = {
@@ -90,7 +91,7 @@ class ServerProcess:
         self.stop()
 
     def start(self) -> Self:
-        """Start the process and return at once; raises FlaskdError when it runs already, OSError when it cannot be."""
+        """Start the process and return at once; raises FlaskdError if it runs already, OSError if it cannot start."""
         if self.is_alive():
             raise FlaskdError(
                 f"cannot start: this process runs already, pid {self.pid}; stop it first, or make another"
@@ -108,7 +109,7 @@ class ServerProcess:
             words_in, words_out = os.pipe()
             theirs.callback(os.close, words_out)
             words = os.fdopen(words_in, "rb")
-            # A forked child of ours that kept a copy would keep the process alive after we are gone.
+            # If a child that this program forks kept a copy, the process would live on after this program.
             self._resources.enter_context(forgotten_by_children(self._orders_out.close))
             try:
                 self._process = _spawn([orders_in, words_out], cwd=self._chdir, env=self._env)
@@ -123,11 +124,11 @@ class ServerProcess:
     def wait_ready(self, timeout: float = _START_TIMEOUT) -> Self:
         """Wait at most `timeout` seconds until it serves.
 
-        Raises what kept it from serving, with its own words (ConfigError, AppError, CannotCreateError …), and
-        FlaskdError when it ended without a word or is not ready in time.
+        Raises the error with which its start failed (ConfigError, AppError, CannotCreateError …), and FlaskdError if it
+        ended without a message or is not ready in time.
         """
         words, until = self._heard, time.monotonic() + timeout
-        # The end of its pipe comes a moment after its own end; or never, where a child of it has a copy.
+        # Its pipe ends a moment after the process, or later, if a child of the process has a copy.
         while not words.first.wait(max(0.0, min(_LOOK, until - time.monotonic()))):
             if not self.is_alive():
                 words.first.wait(_PATIENCE)
@@ -146,7 +147,7 @@ class ServerProcess:
 
     @property
     def url(self) -> str:
-        """The URL it answers at, ending in a slash; raises FlaskdError while it is not ready."""
+        """The URL that it serves, ending in a slash; raises FlaskdError while it is not ready."""
         url = self._words.said.get("url") if self._words is not None else None
         if url is None:
             raise FlaskdError("cannot tell the URL: the process is not ready; wait_ready() waits for that")
@@ -164,25 +165,25 @@ class ServerProcess:
 
     @property
     def policies(self) -> dict[str, dict[str, Any]]:
-        """What became of each cleanup step, by name, once it has stopped."""
+        """The outcome of each cleanup step, by name, once the process has stopped."""
         return dict(self._words.said.get("policies", {})) if self._words is not None else {}
 
     def is_alive(self) -> bool:
-        """Whether it runs."""
+        """Whether the process runs."""
         return self._process is not None and self._process.poll() is None
 
     def stop(self, timeout: float | None = None) -> DrainReport | None:
         """Let it drain, clean up and exit within `timeout` seconds, default ``shutdown.deadline`` of its configuration.
 
-        One that does not is terminated, and then killed. Returns its account; None when it left without giving one. A
-        second call changes nothing. An interrupted wait, by Ctrl-C for one, cuts the stop short: what is in flight is
-        cut, and all remaining cleanup has a second.
+        If it does not, it is terminated, and then killed. Returns its report; None if it ended without one. A second
+        call changes nothing. If the wait is interrupted, for example by Ctrl-C, the stop is cut short: requests in
+        flight are cut, and all remaining cleanup has one second.
         """
         if self._process is None:
             return None
         if self.is_alive():
             try:
-                # EOF says the same, and comes by itself when there is nobody left to say it.
+                # The end of the pipe means the same to the process; it comes by itself when this program ends.
                 self._send(json.dumps({"stop": timeout}).encode() + b"\n")
                 self._end_within(None if timeout is None else timeout + _PATIENCE)
             except BaseException:
@@ -197,7 +198,7 @@ class ServerProcess:
         return _report(report) if report is not None else None
 
     def _end_within(self, seconds: float | None) -> None:
-        """Wait, then terminate, then kill; None: as long as the process itself says that its deadline is."""
+        """Wait for the end, then terminate, then kill; `seconds` None: wait for the deadline that the process named."""
         process, words = self._process, self._heard
         assert process is not None
         if seconds is None and words.first.wait(_START_TIMEOUT):
@@ -212,19 +213,19 @@ class ServerProcess:
                 return
 
     def terminate(self) -> None:
-        """Send SIGTERM, at which it drains and cleans up, too; a second one cuts that short. Windows kills it."""
+        """Send SIGTERM, which also drains and cleans up; a second one cuts that short. On Windows this kills it."""
         if self.is_alive():
             assert self._process is not None
             self._process.terminate()
 
     def kill(self) -> None:
-        """Kill it: what is in flight is lost and nothing is cleaned up."""
+        """Kill it: requests in flight are lost, and nothing is cleaned up."""
         if self.is_alive():
             assert self._process is not None
             self._process.kill()
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait at most `timeout` seconds for its end, or as long as it takes; `exitcode` tells what came of it."""
+        """Wait at most `timeout` seconds for its end (None: without limit); then `exitcode` is set if it has ended."""
         if self._process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout)
@@ -237,7 +238,7 @@ class ServerProcess:
 
     def _send(self, line: bytes) -> None:
         assert self._orders_out is not None
-        with contextlib.suppress(BrokenPipeError, ValueError):  # it has gone already; its end is seen elsewhere
+        with contextlib.suppress(BrokenPipeError, ValueError):  # it has ended already, which its owner sees elsewhere
             self._orders_out.write(line)
 
     def _close(self) -> None:
@@ -247,7 +248,7 @@ class ServerProcess:
 
 
 class _Words:
-    """What the process says, read by a thread: readiness first, its account last, and then its end."""
+    """The messages of the process, read by a thread: that it is ready, then its report, then the end of the pipe."""
 
     def __init__(self, pipe: BinaryIO) -> None:
         self.said: dict[str, Any] = {}
@@ -269,7 +270,7 @@ class _Words:
             self.last.set()
 
     def close(self) -> None:
-        """Join the thread, once the process has ended; what it left running may hold the pipe: no wait for that."""
+        """Join the thread after the end of the process; not for long, because a child of that may hold the pipe."""
         self._thread.join(_PATIENCE)
         if not self._thread.is_alive():
             self._pipe.close()
@@ -277,7 +278,7 @@ class _Words:
 
 @contextlib.contextmanager
 def _inheritable(fds: Sequence[int]) -> Iterator[tuple[dict[str, Any], list[int]]]:
-    """What `Popen` needs to pass these descriptors on and no others, and what they are called on the other side."""
+    """The options with which `Popen` passes on these descriptors alone, and their numbers in the new process."""
     if sys.platform == "win32":
         import msvcrt  # noqa: PLC0415 - Windows only
 

@@ -1,7 +1,7 @@
-"""A template: it imports the app with one thread, and is forked into the workers of its generation.
+"""A template: a process that imports the app with one thread, and is forked into the workers of its generation.
 
-It does nothing else. What its one thread cannot take along into a fork, other threads and connections, it looks for
-after the import; where there is some, workers are started anew.
+It does nothing else. After the import it looks for what a fork cannot take along: other threads, and connections. If
+it finds any, it forks no workers, and each worker is started as a new process that imports the app itself.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from flaskd.serving.patching import patching_refused
 from flaskd.workers.worker import look_for_garbage, serve
 
 _ENDING = 0.5
-"""Seconds that threads have to end which the app has started on import: some are there for the import alone."""
+"""Seconds that threads which the app has started on import have to end; some exist for the import alone."""
 _LOOK = 0.01
 _SQLITE = b"SQLite format 3\0"
-"""How the file of a database begins."""
+"""The first bytes of a database file."""
 _OF_WORKERS = "FLASKD_WORKER"
-"""The variable that a template has not got."""
+"""The variable with a worker's slot, which a template does not have."""
 
 
 class _Environ(dict[bytes, bytes]):
-    """What `os.environ` keeps its variables in: notes whether the app asks which worker it is."""
+    """The dictionary behind `os.environ`; it notes whether the app asks for its worker's slot."""
 
     asked = False
 
@@ -54,13 +54,13 @@ class _Environ(dict[bytes, bytes]):
 
 
 def main(wire: int, stacks: int) -> NoReturn:
-    """Run one as a process of its own, on the descriptors that it was started with."""
+    """Run a template in this process, on the descriptors that it was started with."""
     open_standard_streams()
     heed_as_template()
     look_for_garbage()
     for each in (wire, stacks):
         os.set_inheritable(each, False)
-    end_with_parent()  # where the kernel does not do it, the end of the wire tells after the import
+    end_with_parent()  # if the kernel does not do it, the end of the wire ends the template after the import
     faulthandler.register(STACKS, file=stacks, chain=False)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (STACKS,))
     with contextlib.suppress(OSError):
@@ -68,7 +68,7 @@ def main(wire: int, stacks: int) -> NoReturn:
     end = Wire(socket.socket(fileno=wire))
 
     def forget() -> None:
-        """In a forked child: what is shared with the supervisor is not its own."""
+        """In a forked child, close what the template shares with the supervisor."""
         faulthandler.unregister(STACKS)
         os.close(stacks)
         end.forget()
@@ -80,34 +80,34 @@ def main(wire: int, stacks: int) -> NoReturn:
             stack.enter_context(forgotten_by_children(forget))
             app = _imported(order, end, stack)
             descriptors = _be_forked(end)
-    except WireClosedError:  # which is how a template ends
+    except WireClosedError:  # the supervisor is gone, or ends the template
         os._exit(0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     serve(*descriptors, app=app)
 
 
 def _imported(order: say.Preload, end: Wire, stack: ExitStack) -> LoadedApp:
-    """Import the app, and say what came of it; where that is an error, or a fork cannot be, wait for the end."""
+    """Import the app and report the outcome; after an error, wait until the supervisor ends this process."""
     config = order.configuration.values
     before = _open_files()
     sys.path[:] = order.path
     stack.enter_context(patching_refused())
-    environ = os.environ._data = _Environ(os.environ._data)  # type: ignore[attr-defined]  # noqa: SLF001 - where it looks
+    environ = os.environ._data = _Environ(os.environ._data)  # type: ignore[attr-defined]  # noqa: SLF001 - its variables
     try:
         launch.change_directory(config.app)
         app = launch.find_app(config.app, None, os.environ)
-    except BaseException as error:  # noqa: BLE001 - the app's code; told
+    except BaseException as error:  # noqa: BLE001 - from the app's code; reported
         end.send(say.NotReady(launch.fault_of(error)))
         _wait_for_end(end)
     finally:
         os.environ._data = dict(environ)  # type: ignore[attr-defined]  # noqa: SLF001
-    heed_as_template()  # whatever the app has made of flaskd's signals
+    heed_as_template()  # again, because the app may have set signal handlers
     keeps = [*(["asked for FLASKD_WORKER"] if environ.asked else []), *_threads(), *_connections(before)]
     for each in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # else each worker would say it once more
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # otherwise each worker would write it again
             each.flush()
     gc.collect()
-    gc.freeze()  # so that no worker's collector writes to what is there, and the memory stays shared
+    gc.freeze()  # the collectors of workers do not write to these objects, so their memory stays shared
     end.send(say.Preloaded(app.chosen, app.doubt, tuple(keeps)))
     return app
 
@@ -118,10 +118,10 @@ def _wait_for_end(end: Wire) -> NoReturn:
 
 
 def _be_forked(end: Wire) -> tuple[int, int, int]:
-    """Fork whenever that is asked for; returns in each worker, with its descriptors."""
+    """Fork whenever the supervisor asks for it; returns in each worker, with the worker's descriptors."""
     while True:
         order, descriptors = end.receive()
-        os.environ[_OF_WORKERS] = str(order.slot)  # for what the app wants called after a fork
+        os.environ[_OF_WORKERS] = str(order.slot)  # for functions of the app that run after a fork
         answer = _fork()
         if answer is None:
             wire, board, stacks = descriptors
@@ -132,7 +132,7 @@ def _be_forked(end: Wire) -> tuple[int, int, int]:
 
 
 def _fork() -> say.Forked | None:
-    """Fork twice, so that the second child is the supervisor's once the first has ended; None in that child."""
+    """Fork twice: the first child ends, and so the second becomes the supervisor's child. Returns None in that one."""
     reader, writer = os.pipe()
     try:
         between = os.fork()
@@ -143,7 +143,7 @@ def _fork() -> say.Forked | None:
             os._exit(0)
         os.waitpid(between, 0)
         os.set_blocking(reader, False)
-        pid, _, why = os.read(reader, 256).decode().partition(" ")  # it was written before that ended
+        pid, _, why = os.read(reader, 256).decode().partition(" ")  # the first child has written it before it ended
         return say.Forked(int(pid or 0), why)
     except OSError as error:
         return say.Forked(0, f"the template cannot fork: {error.strerror}")
@@ -154,7 +154,7 @@ def _fork() -> say.Forked | None:
 
 
 def _fork_again(writer: int) -> bool:
-    """In the first child: fork, and write the second one's pid; whether this is the second."""
+    """In the first child: fork, and write the second child's pid; returns True in the second child."""
     try:
         pid = os.fork()
     except OSError as error:
@@ -169,7 +169,7 @@ def _fork_again(writer: int) -> bool:
 
 
 def _threads() -> Iterator[str]:
-    """The threads that go on."""
+    """The threads that still run beside this one, described for the log."""
     until = time.monotonic() + _ENDING
     while len(tasks := _tasks()) > 1 and time.monotonic() < until:
         time.sleep(_LOOK)
@@ -193,16 +193,16 @@ def _comm(task: int) -> str:
 
 
 def _open_files() -> dict[int, str]:
-    """What the descriptors of this process stand for."""
+    """What each descriptor of this process refers to."""
     found = {}
     for each in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):  # that of the directory itself
+        with contextlib.suppress(OSError):  # the descriptor with which the directory is read
             found[int(each.name)] = str(each.readlink())
     return found
 
 
 def _connections(before: dict[int, str]) -> Iterator[str]:
-    """The connections that were opened since, and what event loops are made of."""
+    """The connections, databases and event loops that were opened since `before`, described for the log."""
     for number, what in _open_files().items():
         if before.get(number) == what:
             continue
@@ -215,14 +215,14 @@ def _connections(before: dict[int, str]) -> Iterator[str]:
 
 
 def _is_sqlite(number: int) -> bool:
-    """Whether an open file is a database of SQLite's, whose connections must not be taken into a fork."""
+    """Whether an open file is an SQLite database, whose connections must not be used after a fork."""
     with contextlib.suppress(OSError):
         return os.pread(number, len(_SQLITE), 0) == _SQLITE
     return False
 
 
 def _peer(number: int) -> str:
-    """Whom a socket is connected to, in words; empty where it is not, or each datagram stands for itself."""
+    """What a socket is connected to, described for the log; empty if it is not connected, or sends datagrams."""
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as copy:
         peer = copy.getpeername()
         if copy.type == socket.SOCK_DGRAM:

@@ -1,4 +1,4 @@
-"""A worker of the pool: a daemon of its own, without nodes and listeners of its own, whose supervisor is at a wire."""
+"""A worker of the pool: a daemon without control nodes and listeners of its own, which a supervisor directs by wire."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _NOT_OURS = (
     "LISTEN_FDNAMES",
     "LISTEN_PIDFDID",
 )
-"""Variables that concern the supervisor alone."""
+"""Environment variables that are meant for the supervisor alone."""
 _ENDPOINT = 5.0
 """Seconds that the supervisor has to open a shutdown endpoint."""
 
@@ -87,7 +87,7 @@ class WorkerBoot(Boot):
         )
 
     def _readiness(self, daemon: Daemon) -> tuple[str, str]:
-        """The service's: that a worker is replaced is no news to who asks."""
+        """The readiness of the service, which does not change when this worker alone drains or stops."""
         if self._link.announced:
             return daemon.readiness(State.STOPPING)
         match daemon.state:
@@ -100,22 +100,22 @@ class WorkerBoot(Boot):
         return daemon.readiness()
 
     def _signalled(self, number: int) -> None:
-        """SIGTERM replaces this worker; Ctrl-C in a terminal comes to all processes there, and is the supervisor's."""
+        """Have this worker replaced at SIGTERM. A terminal sends Ctrl-C to all processes; the supervisor handles it."""
         if number == signal.SIGTERM:
             self._link.want("replace", StopReason("recycle", "SIGTERM"))
         elif number == 0 and self._start.breakable:
             self._break_off("asked to stop")
 
     def _loaded(self, app: LoadedApp | Pool) -> None:
-        """Wait for the listeners; a stop meanwhile ends the process."""
-        if self._link.begin.slot == 0 and self._preloaded is None:  # else it was told when it was imported
+        """Report that the app is loaded, and wait for the listeners; a stop meanwhile ends the process."""
+        if self._link.begin.slot == 0 and self._preloaded is None:  # a template has logged it already
             app.tell()
         self._link.tell(say.Loaded(str(self.daemon.serving.target)))
         self._link.passed.wait()
         self.daemon.holdings.listeners[:] = self._link.listeners
 
     def _heard(self, notice: Notice) -> None:
-        """Tell the supervisor; the log is for what people have not asked for."""
+        """Send a notice to the supervisor, which logs it; here it is logged at level debug only."""
         log.debug("%s", notice)
         match notice:
             case BecameReady():
@@ -128,26 +128,26 @@ class WorkerBoot(Boot):
                 if waits := self.daemon.stopping.exit_waits_for:
                     self._link.tell(say.ExitWaits(waits))
             case StepsTake(seconds):
-                self._link.tell(say.StepBegins(seconds))
+                self._link.tell(say.StepBegins(seconds, self.daemon.serving.snapshot().cleanup))
             case StepDone(result):
                 self._link.tell(say.StepOver(result))
 
     def _late_code(self, code: int) -> int:  # noqa: ARG002
-        """The supervisor is told by a code of its own."""
+        """The exit code that tells the supervisor that finalizers were cut."""
         return EX_LATE
 
     def _failed(self, error: FlaskdError) -> int:
-        """The supervisor tells of it, and decides what becomes of the service."""
+        """Send a failure to the supervisor, which logs it and decides whether the service goes on."""
         self._link.tell(say.NotReady(error))
         return error.exit_code
 
     def _record(self, account: Account) -> None:
-        """The supervisor has the record."""
+        """Send the account of the stop to the supervisor, which writes the record."""
         self._link.tell(say.Ended(account))
 
 
 class WorkerHoldings(Holdings):
-    """What a worker holds: the listeners that it was given."""
+    """What a worker holds beside the app: the listeners that it was given."""
 
     def __init__(
         self, plane: Plane, link: Link, daemon: Daemon, name: str, environ: Mapping[str, str], *, forked: bool
@@ -157,7 +157,7 @@ class WorkerHoldings(Holdings):
             daemon,
             name,
             environ,
-            describe_stop=lambda: daemon.serving.describe_stop(),  # noqa: PLW0108 - there is none yet
+            describe_stop=lambda: daemon.serving.describe_stop(),  # noqa: PLW0108 - `serving` is set later
             stop=self._ask,
         )
         self._link, self._forked = link, forked
@@ -167,28 +167,28 @@ class WorkerHoldings(Holdings):
         self._link.want("stop", reason)
 
     def open(self, config: Config, store: Store, stack: ExitStack) -> None:  # noqa: ARG002 - it stores nothing
-        """Begin to hear the supervisor; the listeners come when the app is loaded."""
+        """Begin to listen to the supervisor; it passes the listeners once the app is loaded."""
         stack.callback(put_away, self.plane.close)
         self.plane.open(config, [])
         stack.callback(put_away, self.close_listeners)
-        if not self._forked:  # else it is where the app wants to be, which it may have said on import
+        if not self._forked:  # a forked worker is where the template was; the app may have changed that on import
             launch.change_directory(config.app)
 
     def snapshot(self) -> Held:
-        """Nothing: only the supervisor is asked what it holds."""
+        """An empty snapshot: only the supervisor shows what flaskd holds."""
         return Held()
 
     def tell(self) -> None:
-        """The supervisor says where it serves."""
+        """Do nothing: the supervisor logs the addresses."""
 
     def open_endpoint(self, address: Address, token: bytes, allowed_hosts: Sequence[str]) -> EndpointServer:
-        """Have the supervisor open it, once for all workers; raises as that does."""
+        """Have the supervisor open the endpoint, once for all workers; raises the supervisor's error."""
         there = self._link.open_endpoint(address, token, tuple(allowed_hosts), _ENDPOINT)
         return EndpointServer(there, token, allowed_hosts=allowed_hosts, plan=dict, stop=lambda _: None)
 
 
 class WorkerState:
-    """The service's state directory, where a worker keeps its cache; the record and the mark are the supervisor's."""
+    """The service's state directory, in which a worker keeps its cache; the supervisor writes record and mark."""
 
     previous = None
 
@@ -196,20 +196,20 @@ class WorkerState:
         self.writable = path
 
     def stopping(self, reason: str) -> None:
-        """The supervisor notes it."""
+        """Do nothing: the supervisor notes the stop."""
 
     def record(self, entry: Mapping[str, Any]) -> None:
-        """The supervisor does it."""
+        """Do nothing: the supervisor writes the record."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: a worker holds no lock."""
 
     def forget(self) -> None:
-        """Nothing is held."""
+        """Do nothing: a worker holds no lock."""
 
 
 def main(wire: int, board: int, stacks: int) -> None:
-    """Run one as a process of its own, on the descriptors that it was started with."""
+    """Run a worker in this process, on the descriptors that it was started with."""
     open_standard_streams()
     heed_as_worker()
     look_for_garbage()
@@ -217,14 +217,14 @@ def main(wire: int, board: int, stacks: int) -> None:
 
 
 def look_for_garbage() -> None:
-    """Look for garbage again, which was put off for flaskd's own imports; what they have made is taken for old."""
+    """Switch garbage collection on, which was off for flaskd's imports; their objects count as old ones."""
     gc.freeze()
     gc.unfreeze()
     gc.enable()
 
 
 def serve(wire: int, board: int, stacks: int, app: LoadedApp | None = None) -> NoReturn:
-    """Be a worker to the end of the process; `app` was imported before this process was forked, if it was."""
+    """Be a worker until the process ends; `app` is given if a template imported it before the fork."""
     for each in (wire, board, stacks):
         os.set_inheritable(each, False)
     faulthandler.register(STACKS, file=stacks, all_threads=True, chain=False)
@@ -232,7 +232,7 @@ def serve(wire: int, board: int, stacks: int, app: LoadedApp | None = None) -> N
     mine = Board.attach(board)
 
     def forget() -> None:
-        """In a child that the app forked: what is shared with the supervisor is not its own."""
+        """In a child that the app forked, close what the worker shares with the supervisor."""
         faulthandler.unregister(STACKS)
         os.close(stacks)
         mine.close()

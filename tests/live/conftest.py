@@ -13,8 +13,8 @@ import pytest
 from daemon_kit import Flaskd, requires
 from systemd_kit import LONG, Managers, Systemd, or_skipped, root_of, why_not
 
-# Where the tests run in the background of a shell, or under nohup, SIGQUIT and SIGHUP are ignored, as SIGINT is, and flaskd would respect
-# that. What it is to do with them is tested as in a terminal of its own.
+# In the background of a shell, or under nohup, SIGQUIT and SIGHUP are ignored, as SIGINT is, and flaskd would leave them
+# ignored. The tests of these signals need the defaults, as in a terminal.
 for _number in (signal.SIGQUIT, signal.SIGHUP):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, signal.SIG_DFL)
@@ -22,7 +22,7 @@ for _number in (signal.SIGQUIT, signal.SIGHUP):
 
 @pytest.fixture
 def make_flaskd() -> Iterator[Callable[[], Flaskd]]:
-    """Makes flaskd processes, each with a short-pathed directory of its own (a Unix socket's path has 107 bytes)."""
+    """Makes flaskd processes, each with a directory of its own with a short path (a Unix socket's has 107 bytes)."""
     made: list[Flaskd] = []
 
     def make() -> Flaskd:
@@ -39,7 +39,7 @@ def make_flaskd() -> Iterator[Callable[[], Flaskd]]:
 
 @pytest.fixture
 def flaskd(make_flaskd: Callable[[], Flaskd]) -> Iterator[Flaskd]:
-    """One flaskd; a test that ended it in good order must find nothing left of it."""
+    """One flaskd; after a stop in good order, it must have left nothing."""
     each = make_flaskd()
     yield each
     ended = each.process is not None and each.process.poll() is not None
@@ -51,20 +51,20 @@ managers = Managers()
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """End the service managers when the next test needs none: others look for children that were left behind."""
+    """End the service managers when the next test needs none, because others look for remaining children."""
     if nextitem is None or "systemd" not in nextitem.path.name:
         managers.end()
 
 
 @pytest.fixture(params=["machine", "debian-13"])
 def each_systemd(request: pytest.FixtureRequest) -> Systemd:
-    """This machine's service manager, and that of Debian 13."""
+    """This machine's service manager, and Debian 13's."""
     return managers.boot(request.param)
 
 
 @pytest.fixture(params=["machine", "debian-13"])
 def bare_systemd(request: pytest.FixtureRequest) -> Iterator[Systemd]:
-    """Like each_systemd, but with nothing of flaskd, with a network of its own, and for one test alone."""
+    """Like each_systemd, but without flaskd, with a network of its own, and for one test alone."""
     requires("systemd", why_not())
     with contextlib.ExitStack() as ends:
         with or_skipped(request.param):
@@ -76,5 +76,5 @@ def bare_systemd(request: pytest.FixtureRequest) -> Iterator[Systemd]:
 
 @pytest.fixture(params=["machine", "debian-13"] if LONG else ["machine"])
 def systemd(request: pytest.FixtureRequest) -> Systemd:
-    """This machine's service manager; with $FLASKD_LONG that of Debian 13, too."""
+    """This machine's service manager; with $FLASKD_LONG also Debian 13's."""
     return managers.boot(request.param)

@@ -67,7 +67,7 @@ def finalizer(seconds):
 
 
 class Gate:
-    """Where requests to ``/hold`` announce themselves and wait to be let go."""
+    """The requests to ``/hold``: each signals that it runs, and waits until the test releases it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -78,7 +78,7 @@ class Gate:
         self._held: list[socket.socket] = []
 
     def is_called(self, seconds: float = 0.0) -> bool:
-        """Whether one more request is running, or will be within so many seconds."""
+        """Whether one more request runs within `timeout` seconds."""
         return bool(select.select([self._listener], [], [], seconds)[0])
 
     def entered(self) -> None:
@@ -89,7 +89,7 @@ class Gate:
         self._held.append(held)
 
     def open(self, most: int | None = None) -> None:
-        """Let all of them go on, or as many as may at `most`, those first that came first."""
+        """Release all requests, or at most `most`, the first ones first."""
         for held in self._held[:most]:
             with contextlib.suppress(OSError):
                 held.sendall(b"x")
@@ -102,7 +102,7 @@ class Gate:
 
 
 NOBODY = ("--name", "nobody-runs-this")
-"""For a client that is to find no daemon, where one of the usual name may run on this machine."""
+"""An environment in which a client finds no daemon, even if this machine runs one with the usual name."""
 
 
 class Flaskd:
@@ -145,7 +145,7 @@ class Flaskd:
         prefix: Sequence[str] = (),
         **popen: Any,
     ) -> None:
-        """Start it, and wait for nothing; `prefix` is a command that runs it."""
+        """Start it without waiting; `prefix` is a command that runs it."""
         argv = [*prefix, sys.executable, "-m", "flaskd", "serve", *([app] if app else []), *args]
         argv += ["-l", listen] if listen else []
         self.log_file.touch()
@@ -162,12 +162,12 @@ class Flaskd:
         return self
 
     def fails(self, *args: str, app: str | None = "gateapp", listen: str | None = "127.0.0.1:0") -> tuple[int, str]:
-        """Start what cannot start; returns the exit code and all that was said."""
+        """Start it, although the start must fail; returns the exit code and its output."""
         self.launch(*args, app=app, listen=listen)
         return self.wait(), self.log
 
     def wait_message(self, wanted: str) -> str:
-        """Wait for a notification with that text in it, keeping those before it."""
+        """Wait for a notification that contains a text, and keep those before it."""
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
             if select.select([self._manager], [], [], 0.2)[0]:
@@ -201,7 +201,7 @@ class Flaskd:
     def control(self) -> socket.socket:
         """A connection to the control socket."""
         client = socket.socket(socket.AF_UNIX)
-        client.connect(str(self.socket_path))  # waits for room in the backlog, which it would not with a timeout
+        client.connect(str(self.socket_path))  # without a timeout it waits for room in the backlog
         client.settimeout(PATIENCE)
         return client
 
@@ -235,17 +235,17 @@ class Flaskd:
         return self.process.pid
 
     def settle(self) -> None:
-        """Wait until all is counted: a client may have its answer a moment before the daemon has it in its account."""
+        """Wait until all requests are counted: a client may have its answer slightly before the daemon counts it."""
         self.until(lambda: "in_flight: 0" in self.command("status").splitlines())
 
     def hold(self, url: str | None = None) -> Answer:
-        """Make a request that runs until the gate opens; it is running when this returns."""
+        """Make a request that runs until the gate opens; returns when it runs."""
         answer = Answer(url or self.url, "/hold")
         self.gate.entered()
         return answer
 
     def stop_holding(self, url: str | None = None) -> None:
-        """SIGTERM with a request in hand: it is answered, and the exit code is 0."""
+        """Send SIGTERM while a request runs: it is answered, and the exit code is 0."""
         held = self.hold(url)
         self.kill(signal.SIGTERM)
         self.wait_message("STOPPING=1")
@@ -254,7 +254,7 @@ class Flaskd:
         assert self.wait() == 0
 
     def until(self, condition: Callable[[], bool]) -> None:
-        """Wait for something that only shows by looking; the log explains that it never does."""
+        """Wait for a condition that must be polled; if it fails, the log is shown."""
         until(condition, lambda: f"\n{self.log}")
 
     # --- ending ---
@@ -274,7 +274,7 @@ class Flaskd:
         return self.wait()
 
     def leftovers(self) -> list[str]:
-        """What it left in its directories that should not be there."""
+        """Files in its directories that it should have removed."""
         found = [str(path) for path in self.runtime.glob("*")] + [str(path) for path in self.runtime.glob(".*")]
         return found + [str(path) for path in self.state.glob("*") if path.name != "last-stop.json"]
 
@@ -304,7 +304,7 @@ class Terminal:
         os.close(slave)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # a test may have hung it up
+        with contextlib.suppress(OSError):  # a test may have closed it
             os.close(self.master)
 
     def type(self, keys: bytes) -> None:
@@ -322,7 +322,7 @@ class Terminal:
 
 
 def children(pid: int) -> list[int]:
-    """The pids of a process' children, whichever of its threads started them."""
+    """The pids of a process' children, whichever thread started them."""
     found = []
     for each in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
@@ -331,7 +331,7 @@ def children(pid: int) -> list[int]:
 
 
 def handles_sigterm(pid: int) -> bool:
-    """Whether a process has a handler for SIGTERM (SigCgt, proc_pid_status(5)), which Python has none for."""
+    """Whether a process handles SIGTERM (SigCgt, proc_pid_status(5)); a fresh Python does not."""
     status = Path(f"/proc/{pid}/status").read_text()
     return bool(int(re.findall(r"SigCgt:\s*(\w+)", status)[0], 16) >> (signal.SIGTERM - 1) & 1)
 
@@ -366,7 +366,7 @@ def inherit(
 
 
 def no_pid_namespace() -> list[str]:
-    """What is missing for a PID namespace of one's own; empty when one can be had."""
+    """What is missing for a PID namespace; empty if nothing is."""
     done = subprocess.run(
         ["unshare", "--pid", "--fork", "--mount-proc", "true"], capture_output=True, text=True, check=False
     )
@@ -374,7 +374,7 @@ def no_pid_namespace() -> list[str]:
 
 
 def requires(name: str, missing: Sequence[str]) -> None:
-    """Skip with the reason when something is missing, unless $FLASKD_REQUIRE says that it must be there."""
+    """Skip the test with the reason if something is missing, or fail if $FLASKD_REQUIRE names it."""
     if missing:
         reason = f"{name} is not available: {', '.join(missing)}"
         if name in os.environ.get("FLASKD_REQUIRE", "").split(","):

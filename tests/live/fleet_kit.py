@@ -1,4 +1,4 @@
-"""Several flaskds behind a balancer, and clients of all of them; the balancer and the clients are the benchmarks'."""
+"""Several flaskds behind a balancer, and their clients; balancer and clients are those of the benchmarks."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ sys.path.remove(str(BENCHMARKS))
 WAYS = ("agent", "httpchk", "disable-on-404", "runtime", "kube")
 NAMES = ("one", "two", "three")
 CLIENTS = 4
-"""Of each way: one that keeps its connection, one that does not, one that asks for what takes 50 ms, one that posts."""
+"""The clients of each way: one keeps its connection, one does not, one requests 50 ms of sleep, one posts."""
 _PAUSE = 0.2
-"""Seconds that each pauses at most between two requests."""
+"""The longest pause of a client between two requests, in seconds."""
 OUT = {"agent": "DRAIN", "httpchk": "DOWN", "disable-on-404": "NOLB"}
-"""What HAProxy calls a server that says that it drains."""
+"""HAProxy's state of a server that says that it drains."""
 _NGINX = """user root;
 pid {0}/pid;
 error_log stderr;
@@ -56,7 +56,7 @@ http {{
 
 
 def agent_says(address: str) -> str:
-    """The line that an agent has for who connects now; empty when nobody listens there."""
+    """The line that an agent sends to a new connection; empty if nothing listens there."""
     host, _, port = address.rpartition(":")
     with contextlib.suppress(ConnectionRefusedError), socket.create_connection((host, int(port)), PATIENCE) as client:
         return b"".join(iter(lambda: client.recv(100), b"")).decode().rstrip("\n")
@@ -65,7 +65,7 @@ def agent_says(address: str) -> str:
 
 @contextlib.contextmanager
 def nginx(directory: Path, ports: Sequence[int]) -> Iterator[int]:
-    """The nginx of docs/proxy.md before servers on these ports; gives its own port."""
+    """The nginx of docs/proxy.md in front of servers on these ports; gives its own port."""
     port, servers = free_port(), "".join(f"        server 127.0.0.1:{each} max_fails=0;\n" for each in ports)
     file, log = directory / "nginx.conf", directory / "nginx.log"
     file.write_text(_NGINX.format(directory, servers, port))
@@ -82,7 +82,7 @@ def nginx(directory: Path, ports: Sequence[int]) -> Iterator[int]:
 
 
 class Fleet:
-    """Three flaskds of two workers each behind HAProxy, reached by each of the ways, and nginx."""
+    """Three flaskds of two workers each behind HAProxy, which has a port for each way, and nginx."""
 
     def __init__(self, ends: contextlib.ExitStack) -> None:
         requires("haproxy", balancer.missing())
@@ -112,7 +112,7 @@ class Fleet:
         return flaskd
 
     def configure(self, flaskd: Flaskd, node: Any, announce: str) -> None:
-        """Write its configuration; `announce` is longer than HAProxy takes to see that it drains."""
+        """Write its configuration; `announce` is longer than HAProxy takes to notice the drain."""
         flaskd.write(
             "flaskd.yaml",
             f"server: {{listen: '127.0.0.1:{node.port}', workers: 2, instance: {node.name}, served_by: true}}\n"
@@ -121,11 +121,11 @@ class Fleet:
         )
 
     def code(self, flaskd: Flaskd, version: str, more: str = "") -> None:
-        """Put code on the disk that says its version."""
+        """Write the app's code with a version."""
         flaskd.write("served.py", f"import app as base\nbase.VERSION = {version!r}\napp = base.app\n{more}")
 
     def start(self, name: str) -> None:
-        """Start one anew, and wait until HAProxy has it back."""
+        """Start one again, and wait until HAProxy uses it."""
         flaskd = self.flaskds[name]
         flaskd.messages.clear()
         flaskd.start(app="served:app", listen=None, start_new_session=True)
@@ -134,7 +134,7 @@ class Fleet:
         self.haproxy.wait(name, balancer.READY)
 
     def restart(self, name: str) -> None:
-        """Restart one in good order; where HAProxy checks nothing, it is told before."""
+        """Stop one and start it; a way in which HAProxy checks nothing is told before."""
         for way in ("runtime", "kube"):
             self.haproxy.put(way, name, "drain")
         self.haproxy.wait_idle("runtime", name)
@@ -142,8 +142,8 @@ class Fleet:
         self.start(name)
 
     def kill(self, name: str) -> tuple[float, float]:
-        """Kill all of its processes; the moment at which they were dead, and how long HAProxy took to see it."""
-        self.haproxy.put("kube", name, "maint")  # nothing is checked there
+        """Kill all of its processes; gives the moment at which they were dead, and how long HAProxy took to notice."""
+        self.haproxy.put("kube", name, "maint")  # HAProxy checks nothing there
         flaskd = self.flaskds[name]
         os.killpg(flaskd.pid, signal.SIGKILL)
         flaskd.wait()
@@ -152,7 +152,7 @@ class Fleet:
 
     @contextlib.contextmanager
     def load(self, *ways: str) -> Iterator[dict[str, Any]]:
-        """Clients of these ways, or of all, while it is open; their accounts are there afterwards, by the way."""
+        """Clients of these ways, or of all, while it is open; it has their accounts by way afterwards."""
         accounts: dict[str, Any] = {}
         with contextlib.ExitStack() as stack:
             found = {
@@ -166,7 +166,7 @@ class Fleet:
             accounts.update({way: each.finish() for way, each in found.items()})
 
     def explain(self, accounts: dict[str, Any]) -> str:
-        """All that is known of what went wrong."""
+        """All facts about a failure."""
         logs = "\n".join(f"--- {name}\n{each.log}" for name, each in self.flaskds.items())
         return f"{json.dumps(accounts, indent=1)}\n{self.haproxy.log.read_text()}\n{logs}"
 

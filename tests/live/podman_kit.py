@@ -1,6 +1,6 @@
-"""Podman for tests, inside of a service manager with namespaces of its own: all that it makes is gone with that.
+"""Podman for tests, inside of a service manager with namespaces of its own; all that it makes ends with that.
 
-Its network has nothing but a loopback, so that no network of the machine is touched whatever podman is told.
+Its network has only a loopback, so that no network of the machine is changed, whatever podman is told.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _PIP = "[global]\nno-index = true\nfind-links = /wheels\n"
 
 
 def why_no_podman() -> list[str]:
-    """What is missing for containers; empty when they can be run."""
+    """What is missing for containers; empty if nothing is."""
     return why_not() + [tool for tool in _TOOLS if not shutil.which(tool)]
 
 
 def quadlet() -> Path:
-    """Podman's generator of units as it is in Debian 13, kept in the cache: that of Debian 12 is older than quadlets."""
+    """The generator of units from Debian 13's podman, kept in the cache; Debian 12's podman has no quadlets."""
     kept = CACHE / "quadlet-debian-13"
     if not kept.exists():
         place = CACHE / "apt-debian-13"
@@ -66,8 +66,8 @@ def quadlet() -> Path:
 class Podman:
     """The machine's podman, with containers and images of its own.
 
-    Containers get no cgroups. Limits take controllers, which the kernel of a test machine may keep in its older hierarchy; and
-    crun would raise a limit of memory that root in a container of its own may not raise.
+    Containers get no cgroups. Limits take controllers, which the kernel of a test machine may keep in its older
+    hierarchy; and crun would raise a limit of memory that root in a container of its own may not raise.
     """
 
     def __init__(self, systemd: Systemd) -> None:
@@ -77,19 +77,21 @@ class Podman:
             for each in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC)
         )
         systemd.run("mkdir", "/srv/containers")
-        systemd.run("mount", "-t", "tmpfs", "tmpfs", "/srv/containers")  # gone at once, while many files take long
+        systemd.run(
+            "mount", "-t", "tmpfs", "tmpfs", "/srv/containers"
+        )  # removed at once; removing many files takes long
         systemd.write("/etc/containers/containers.conf", _CONTAINERS.format(files=files, processes=processes))
         systemd.write("/etc/containers/storage.conf", _STORAGE)
         systemd.write("/srv/crun", _CRUN)
         systemd.run("chmod", "755", "/srv/crun")
-        systemd.run("bash", "-ec", _NO_CONTROLLERS)  # what podman turns on for a pod is written to a file
+        systemd.run("bash", "-ec", _NO_CONTROLLERS)  # what podman enables for a pod goes to a file
 
     def __call__(self, *args: str, timeout: float = 60) -> str:
-        """What podman says; it must succeed."""
+        """Run podman, which must succeed; returns its output."""
         return self.systemd.run("podman", *args, timeout=timeout).stdout.strip()
 
     def import_base(self) -> None:
-        """Make the base image of the root file system of a Debian 13, which has Python 3.13."""
+        """Import the base image from a Debian 13 root file system, which has Python 3.13."""
         self.systemd.run("bash", "-c", f"tar -C {debian_13()} -c . | podman import -q - {BASE}", timeout=120)
 
     def build(self, tag: str, *args: str) -> None:
@@ -102,7 +104,7 @@ class Podman:
         )  # fmt: skip
 
     def size(self, image: str) -> int:
-        """How many bytes an image has, with the layers of its base."""
+        """The size of an image in bytes, with the layers of its base."""
         return int(self("image", "inspect", "-f", "{{.Size}}", image))
 
     def logs(self, name: str) -> str:
@@ -111,10 +113,10 @@ class Podman:
         return done.stdout + done.stderr
 
     def until_healthy(self, name: str) -> None:
-        """Wait until the image's own check says so."""
+        """Wait until the image's own check succeeds."""
         until(lambda: self.systemd.run("podman", "healthcheck", "run", name, check=False).returncode == 0,
               lambda: self.logs(name))  # fmt: skip
 
     def ask(self, url: str) -> str:
-        """GET a URL where the containers run; the body and the status, which is 000 when there is no answer."""
+        """GET a URL where the containers run; gives body and status, 000 without an answer."""
         return self.systemd.run("curl", "-sS", "-w", " %{http_code}", url, check=False).stdout

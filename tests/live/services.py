@@ -20,7 +20,7 @@ from patience import PATIENCE, until
 
 
 def _unprivileged() -> dict[str, Any]:
-    """What to give Popen so that a server that refuses to be root can run; nothing where we are not root."""
+    """Options of Popen for servers that refuse to run as root; empty if this is not root."""
     if os.geteuid() != 0:
         return {}
     user = pwd.getpwnam("nobody")
@@ -29,7 +29,7 @@ def _unprivileged() -> dict[str, Any]:
 
 @contextmanager
 def _directory() -> Iterator[Path]:
-    """A directory with a short path that belongs to whom the server runs as."""
+    """A directory with a short path that belongs to the server's user."""
     path = Path(tempfile.mkdtemp(prefix="flaskd-srv-"))
     if who := _unprivileged():
         os.chown(path, who["user"], who["group"])
@@ -40,13 +40,13 @@ def _directory() -> Iterator[Path]:
 
 
 class Postgres:
-    """A PostgreSQL server of its own."""
+    """A PostgreSQL server."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     def url(self, name: str) -> str:
-        """A URL for SQLAlchemy and psycopg (without the +psycopg), by which the server knows the client as `name`."""
+        """A URL for SQLAlchemy and psycopg (without the +psycopg), with which the server knows the client as `name`."""
         return f"postgresql+psycopg://shop@/postgres?host={self.directory}&application_name={name}"
 
     def connections(self, name: str) -> int:
@@ -69,7 +69,7 @@ def postgres_server() -> Iterator[Postgres]:
     with _directory() as directory:
 
         def call(*argv: str) -> None:
-            # Into a file: a server that inherits a pipe would keep whoever reads it waiting.
+            # Into a file, because the reader of a pipe that a server inherits would wait for ever.
             with (directory / "said").open("ab") as said:
                 done = subprocess.run(
                     argv, stdin=subprocess.DEVNULL, stdout=said, stderr=said, cwd=directory, check=False, timeout=120, **_unprivileged()
@@ -87,7 +87,7 @@ def postgres_server() -> Iterator[Postgres]:
 
 
 class Redis:
-    """A Redis server of its own."""
+    """A Redis server."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -120,7 +120,7 @@ def redis_server() -> Iterator[Redis]:
 
 
 class RedisCluster:
-    """A Redis cluster of one node that has all the slots; cluster mode knows no Unix socket, so it listens on loopback."""
+    """A Redis cluster of one node that has all slots; it listens on loopback, because it cannot use a Unix socket."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -136,7 +136,7 @@ def redis_cluster() -> Iterator[RedisCluster]:
     """Start a node in cluster mode on free ports, give it all slots, and end it."""
     requires("redis", [] if shutil.which("redis-server") else ["redis-server"])
     with _directory() as directory, socket.socket() as one, socket.socket() as other:
-        for each in (one, other):  # they stay bound, so that nobody else gets the ports; the server may listen there
+        for each in (one, other):  # they stay bound, so that other processes cannot get the ports
             each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             each.bind(("127.0.0.1", 0))
         port, bus = (each.getsockname()[1] for each in (one, other))
@@ -159,7 +159,7 @@ def redis_cluster() -> Iterator[RedisCluster]:
 
 
 def _answers(server: Redis | RedisCluster, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait until it does: it has no other way to say that it is ready."""
+    """Wait until it answers, which is the only sign that it is ready."""
 
     def answers() -> bool:
         assert process.poll() is None, log.read_text()

@@ -34,7 +34,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flas
 VENV = "/opt/flaskd"
 """Where the service managers see flaskd's virtual environment."""
 LONG = bool(os.environ.get("FLASKD_LONG"))
-"""Whether to take the time for as many cycles as are promised, on every version."""
+"""Whether to run the full number of cycles, on every version."""
 _BOOTED_IN = 30.0
 _PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "-q")
 _TOOLS = ("setpriv", "unshare", "nsenter", "systemctl", "journalctl")
@@ -113,11 +113,11 @@ _JOURNAL = "[Journal]\nStorage=volatile\nReadKMsg=no\nAudit=no\nRateLimitBurst=0
 
 
 class UnavailableError(Exception):
-    """No service manager can be had here; the text says why."""
+    """No service manager can be started here; the text says why."""
 
 
 def cgroup2() -> Path | None:
-    """Where the unified hierarchy is mounted."""
+    """The mount point of the unified hierarchy."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         mount, _, kind = line.partition(" - ")
         if kind.split()[0] == "cgroup2":
@@ -126,7 +126,7 @@ def cgroup2() -> Path | None:
 
 
 def why_not() -> list[str]:
-    """What is missing for a service manager of one's own; empty when one can be booted."""
+    """What is missing to boot a service manager; empty if nothing is."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return ["root on Linux"]
     missing = [tool for tool in _TOOLS if not shutil.which(tool)]
@@ -150,7 +150,7 @@ def why_not() -> list[str]:
 
 
 def debian_13() -> Path:
-    """The root file system of a Debian 13, built once (about 40 s); raises UnavailableError with what is missing."""
+    """The root file system of a Debian 13, made once (about 40 s); raises UnavailableError with what is missing."""
     root = CACHE / "debian-13"
     if not root.exists():
         if not shutil.which("mmdebstrap"):
@@ -174,7 +174,7 @@ def debian_13() -> Path:
 
 
 def installed(root: Path | None, into: Path) -> None:
-    """Make a virtual environment with this very flaskd, for the Python of a root file system; to be seen at `VENV`."""
+    """Make a virtual environment with this flaskd for the Python of a root file system; services see it at `VENV`."""
     version = _python(root)
     _run(*_PIP, "wheel", "--no-deps", "-w", into / "wheel", PROJECT)
     site = into / "lib" / f"python{version}" / "site-packages"
@@ -186,7 +186,7 @@ def installed(root: Path | None, into: Path) -> None:
     (into / "bin").mkdir()
     (into / "bin/python3").symlink_to("/usr/bin/python3")
     (into / "pyvenv.cfg").write_text("home = /usr/bin\ninclude-system-site-packages = false\n")
-    script = into / "bin/flaskd"  # what pip would write
+    script = into / "bin/flaskd"  # the script that pip would write
     script.write_text(f"#!{VENV}/bin/python3\nimport sys\nfrom flaskd.__main__ import main\nsys.exit(main())\n")
     script.chmod(0o755)
 
@@ -199,7 +199,7 @@ def _python(root: Path | None) -> str:
 
 
 def _dependencies(version: str) -> Path:
-    """What flaskd needs, for one version of Python; kept in the cache."""
+    """The packages that flaskd needs, for one version of Python; kept in the cache."""
     wanted = _wanted()[:-1]
 
     def make(place: Path) -> None:
@@ -210,11 +210,11 @@ def _dependencies(version: str) -> Path:
 
 
 def wheels(version: str) -> Path:
-    """A directory of wheels, all that flaskd needs to be built and to run, for one version of Python; kept."""
+    """A directory of wheels with all that flaskd needs to build and to run, for one version of Python; kept."""
     wanted = _wanted()
 
     def make(place: Path) -> None:
-        _run(*_PIP, "wheel", "--no-deps", "-w", place, "sdnotify")  # it comes as source only
+        _run(*_PIP, "wheel", "--no-deps", "-w", place, "sdnotify")  # it is published as source only
         only = ("--python-version", version, "--only-binary=:all:", "--find-links", place)
         _run(*_PIP, "download", "-d", place, *only, *wanted)
 
@@ -222,7 +222,7 @@ def wheels(version: str) -> Path:
 
 
 def _wanted() -> list[str]:
-    """What pyproject.toml asks for: to run, and last what it is built with."""
+    """The requirements in pyproject.toml, those for building last."""
     text = tomllib.loads((PROJECT / "pyproject.toml").read_text())
     (build,) = text["build-system"]["requires"]
     return [*text["project"]["dependencies"], build]
@@ -233,7 +233,7 @@ def _digest(wanted: list[str]) -> str:
 
 
 def _kept(name: str, make: Callable[[Path], None]) -> Path:
-    """A directory of the cache, made now if it is not there yet."""
+    """A directory of the cache; made if it does not exist."""
     kept = CACHE / name
     if not kept.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -261,12 +261,14 @@ class Systemd:
         self.root = root
         self.bare = bare
         self.pid = 0
-        """PID 1 of the namespaces, by its number outside; 0 until it is a systemd that sees a /run of its own."""
+        """The pid of PID 1 of the namespaces, as seen outside; 0 until it is a systemd that sees a /run of its own."""
         self._ends = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as ends:
-            self.directory = Path(tempfile.mkdtemp(prefix="flaskd-systemd-", dir="/tmp"))  # short, for Unix sockets
+            self.directory = Path(
+                tempfile.mkdtemp(prefix="flaskd-systemd-", dir="/tmp")
+            )  # short, because of Unix sockets
             ends.callback(shutil.rmtree, self.directory, ignore_errors=True)
             self.directory.chmod(0o755)
             self.srv = self.directory / "srv"
@@ -326,7 +328,7 @@ class Systemd:
             time.sleep(0.02)
 
     def _first_child(self) -> int:
-        """What is to be PID 1 of the namespaces, by its number outside; 0 while there is none."""
+        """The pid, as seen outside, of the process that becomes PID 1 of the namespaces; 0 until there is one."""
         return next(iter(children(self._outer.pid)), 0)
 
     def _find(self) -> int:
@@ -354,7 +356,7 @@ class Systemd:
             try:
                 self._outer.wait(5)
             except subprocess.TimeoutExpired:
-                self._outer.kill()  # --kill-child: PID 1 goes with it, and with PID 1 the whole namespace
+                self._outer.kill()  # --kill-child also kills PID 1, and with that the whole namespace
                 self._outer.wait()
 
     def _remove_cgroup(self) -> None:
@@ -376,7 +378,7 @@ class Systemd:
         return _python(self.root)
 
     def seen(self, path: str) -> Path:
-        """Where a path below /srv, as the services see it, is outside."""
+        """The path, as seen outside, of a path below /srv as the services see it."""
         return self.srv / Path(path).relative_to("/srv")
 
     def command(self, *command: str) -> list[str]:
@@ -396,7 +398,7 @@ class Systemd:
         return done
 
     def ctl(self, *args: str, check: bool = True, timeout: float = 60) -> str:
-        """What systemctl says."""
+        """The output of systemctl."""
         done = self.run("systemctl", "--no-pager", "--no-ask-password", *args, check=False, timeout=timeout)
         if check and done.returncode:
             about = [self.journal(arg) for arg in args[1:] if "." in arg]
@@ -408,7 +410,7 @@ class Systemd:
         return self.ctl("show", "-P", name, unit)
 
     def journal(self, unit: str, *args: str) -> str:
-        """What the journal has of a unit."""
+        """The journal of a unit."""
         self.run("journalctl", "--sync", check=False)
         return self.run("journalctl", "--no-pager", "-o", "cat", "-u", unit, *args, check=False).stdout
 
@@ -421,7 +423,7 @@ class Systemd:
     # --- flaskd as a service ---
 
     def prepare(self) -> None:
-        """Install the units as they are shipped, make the user, and an app for the services to serve."""
+        """Install the shipped units, make the user, and write an app for the services to serve."""
         self.run(f"{VENV}/bin/flaskd", "units", "--install", "/")
         for name in ("flaskd@.service", "flaskd@.socket"):
             self.write(f"/etc/systemd/system/{name}", (PROJECT / "systemd" / name).read_text())
@@ -451,7 +453,7 @@ class Instance:
         return f"http://127.0.0.1:{self.port}/"
 
     def configure(self, text: str) -> None:
-        """Write its configuration; the app is there already, PORT stands for the port."""
+        """Write its configuration; PORT stands for the port; its app is written already."""
         whole = "app: {target: shop, chdir: /srv/app}\n" + textwrap.dedent(text).replace("PORT", str(self.port))
         self.systemd.write(f"/etc/flaskd/{self.name}.yaml", whole)
 
@@ -464,7 +466,7 @@ class Instance:
 
     @property
     def pid(self) -> int:
-        """Its main process, by its number where the services run."""
+        """The pid of its main process where the services run."""
         return int(self.show("MainPID"))
 
     def signal(self, number: str) -> None:
@@ -480,9 +482,9 @@ class Instance:
         return dict(json.loads(self.client("status", "--json")))
 
     def fates(self) -> dict[str, str]:
-        """What became of each policy at the last stop.
+        """The fate of each policy at the last stop, from the record.
 
-        From the record: the journal may have the last lines of a process that is gone without its unit's name.
+        The journal may have lost the unit's name of the last lines of a process that has ended.
         """
         record = json.loads(self.systemd.run("cat", f"/var/lib/flaskd-{self.name}/last-stop.json").stdout)
         return {name: policy["fate"] for name, policy in record["policies"].items()}
@@ -510,14 +512,14 @@ class Managers:
         self._ends = contextlib.ExitStack()
 
     def boot(self, kind: str) -> Systemd:
-        """The one of a kind; it is booted when it is not there."""
+        """The service manager of a kind; booted if it does not run."""
         requires("systemd", why_not())
         if kind not in self.booted:
             with or_skipped(kind), contextlib.ExitStack() as ends:
                 manager = ends.enter_context(Systemd(root_of(kind)))
                 manager.prepare()
                 self._ends.enter_context(ends.pop_all())
-            self.booted[kind] = manager  # one that could not be prepared is of no use to the next test
+            self.booted[kind] = manager  # only one that is prepared is kept for the next test
         return self.booted[kind]
 
     def end(self) -> None:
@@ -533,7 +535,7 @@ def root_of(kind: str) -> Path | None:
 
 @contextlib.contextmanager
 def or_skipped(kind: str) -> Iterator[None]:
-    """What is missing for a service manager, or for podman, is a reason to skip the test, unless it has to be there."""
+    """Skip the test if a service manager, or podman, cannot be had; fail if it is required."""
     try:
         yield
     except UnavailableError as error:
@@ -596,7 +598,7 @@ def tidy(_app):
 
 
 def free_port() -> int:
-    """A port that nobody has now, nor is given as a client's own: it may be bound, left and bound again."""
+    """A free port outside of the range for clients: it can be bound, freed and bound again."""
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
     while True:
         port = random.randrange(10_000, max(10_001, lowest))

@@ -1,4 +1,4 @@
-"""Clients of a service that is restarted or reloaded meanwhile, and the forms of it whose listeners outlive it."""
+"""Clients of a service that is restarted or reloaded, and forms of the service whose listeners outlive it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HARDENED = (PROJECT / "systemd/drop-ins/hardened.conf").read_text()
 
 
 class Load:
-    """Clients that ask all the time: two with a new connection each time, two that keep theirs."""
+    """Clients that send requests all the time: two with a new connection each time, two that keep theirs."""
 
     def __init__(self, instance: Instance, path: str = "/") -> None:
         self._address = ("127.0.0.1", instance.port)
@@ -27,7 +27,7 @@ class Load:
         self._threads = [threading.Thread(target=self._ask, args=[kept]) for kept in (False, False, True, True)]
         self.outcomes: collections.Counter[str] = collections.Counter()
         self.longest = 0.0
-        """The longest time in which no client got an answer."""
+        """The longest time, in seconds, in which no client got an answer."""
         self._lock = threading.Lock()
         self._last = time.monotonic()
 
@@ -65,13 +65,13 @@ class Load:
         connection.close()
 
     def until_more(self, count: int = 8) -> None:
-        """Wait until so many more requests are over."""
+        """Wait until this many more requests are over."""
         goal = self.outcomes.total() + count
         until(lambda: self.outcomes.total() >= goal, lambda: str(self.outcomes))
 
 
 def activated(systemd: Systemd, name: str) -> Instance:
-    """An instance in the hardened, socket-activated form, its socket listening."""
+    """An instance in the hardened, socket-activated form, whose socket listens."""
     instance = systemd.flaskd(name, service=HARDENED, socket_unit=PORT_UNIT)
     systemd.ctl("start", instance.socket)
     return instance

@@ -35,7 +35,7 @@ class Terminal:
         self.shown = ""
 
     def until(self, pattern: str) -> str:
-        """Wait until the terminal was sent something that matches."""
+        """Wait until the terminal shows something that matches."""
         end = time.monotonic() + PATIENCE
         while not re.search(pattern, self.shown):
             assert time.monotonic() < end, f"no {pattern} in:\n{self.shown}"
@@ -53,7 +53,7 @@ class Terminal:
         fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("4H", lines, columns, 0, 0))
 
     def wait(self) -> int:
-        """The exit code; all that was shown is then read."""
+        """Wait for the end; returns the exit code, after all output was read."""
         end = time.monotonic() + PATIENCE
         while self.process.poll() is None:
             assert time.monotonic() < end, self.shown
@@ -72,7 +72,7 @@ class Terminal:
 
 @contextlib.contextmanager
 def terminal(flaskd: Flaskd, *args: str, columns: int = 80, job: bool = False) -> Iterator[Terminal]:
-    """With `job` it is one of ours, as a shell has them; without, it has nobody who could continue it."""
+    """With `job` it is a job of this process, as in a shell; without, no process can continue it."""
     opened = Terminal(flaskd, *args, columns=columns, job=job)
     try:
         yield opened

@@ -1,4 +1,4 @@
-"""The account of a stop is one: what clients saw, the log, the reply, the record, and last-stop agree."""
+"""What clients saw, the log, the reply, the record and last-stop agree about a stop."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from flaskd.units import format_duration
 
 
 def test_the_account_is_everywhere_the_same(flaskd: Flaskd) -> None:
-    """One answered, one running that is cut, three queued that are refused, one uploading that is cut: all places agree."""
+    """One answered, one running and cut, three queued and refused, one uploading and cut: all places agree."""
     flaskd.write("flaskd.yaml", "shutdown: {drain: {timeout: 1s}}\n")
     flaskd.start("-t", "2")
     url = flaskd.url
@@ -32,7 +32,7 @@ def test_the_account_is_everywhere_the_same(flaskd: Flaskd) -> None:
         flaskd.wait_message("STOPPING=1")
         with flaskd.control() as control:
             control.sendall(b'{"id": 1, "cmd": "stop", "wait": true}\n')
-            flaskd.gate.open(1)  # the first one ends; a queued one takes its thread, and is cut there
+            flaskd.gate.open(1)  # the first one ends; its thread takes a queued one, which is cut
             flaskd.gate.entered()
             with control.makefile("rb") as lines:
                 client = [answer for line in lines if "ok" in (answer := json.loads(line))][0]  # noqa: RUF015
@@ -56,7 +56,7 @@ def test_the_account_is_everywhere_the_same(flaskd: Flaskd) -> None:
 
 
 def test_a_stop_leaves_the_shared_backlog_to_its_next_owner(flaskd: Flaskd) -> None:
-    """A drained daemon answers 503 on an inherited listener; a stopping one leaves who comes to its successor."""
+    """A drained daemon answers 503 on an inherited listener; a stopping one leaves new clients to its successor."""
     flaskd.write(
         "flaskd.yaml",
         "cleanup: {policies: {slow: {use: command, with: {argv: [sh, -c, 'read x < go']}, timeout: 20s}}}\n",
@@ -72,8 +72,8 @@ def test_a_stop_leaves_the_shared_backlog_to_its_next_owner(flaskd: Flaskd) -> N
         flaskd.wait_message("STOPPING=1")
         with go.open("w") as word, socket.create_connection(sock.getsockname(), timeout=PATIENCE) as late:
             late.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-            assert flaskd.command("health") == "OK healthy\n"  # its loop has turned, and left that alone
-            word.write("x\n")  # the command ran until now: the drain is over, the stop was not
+            assert flaskd.command("health") == "OK healthy\n"  # its loop has run, and has not accepted it
+            word.write("x\n")  # the command ran until now: the drain is over, but not the stop
             word.flush()
             assert flaskd.wait() == 0
             flaskd.write("flaskd.yaml", "")
@@ -83,7 +83,7 @@ def test_a_stop_leaves_the_shared_backlog_to_its_next_owner(flaskd: Flaskd) -> N
 
 
 def test_a_waiting_stop_that_lost_nothing_exits_with_0(flaskd: Flaskd) -> None:
-    """When everything in hand was answered, the client that waits exits with 0, and shows the account."""
+    """If all requests were answered, the waiting client exits with 0, and shows the account."""
     flaskd.start()
     held = flaskd.hold()
     outcome: list[tuple[int, str, str]] = []

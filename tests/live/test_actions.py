@@ -1,4 +1,4 @@
-"""The built-in actions on a real stop: a cache that is kept, a queue of log records, Consul, a webhook, files, a package's own."""
+"""The built-in actions in a real stop: cache, log queue, Consul, webhook, files, and another package's action."""
 
 import json
 import signal
@@ -15,7 +15,7 @@ from http_endpoint import endpoint
 
 
 def test_the_demo_keeps_its_cache(make_flaskd) -> None:
-    """`flaskd serve flaskd.demo:app` shows the same colour after a restart; a file that was tampered with is refused."""
+    """`flaskd serve flaskd.demo:app` shows the same colour after a restart; a file that was changed is refused."""
     flaskd = make_flaskd()
     flaskd.env["FLASKD_DEMO_DB"] = str(flaskd.directory / "demo.db")
     flaskd.write("flaskd.yaml", "cleanup: {policies: {warm-cache: {use: cache.persist}}}\n")
@@ -69,7 +69,7 @@ def late(context):
 
 
 def test_no_record_of_a_queue_handler_is_lost(flaskd: Flaskd) -> None:
-    """What waits in the queue at the stop, what comes after the flush, and flaskd's own last words are all written."""
+    """Records in the queue at the stop, records after the flush, and flaskd's own last lines are all written."""
     flaskd.write("queued.py", QUEUED)
     flaskd.write(
         "flaskd.yaml",
@@ -86,14 +86,14 @@ def test_no_record_of_a_queue_handler_is_lost(flaskd: Flaskd) -> None:
 
 
 def test_consul_is_told_before_the_drain_and_the_team_after_it(flaskd: Flaskd) -> None:
-    """The service is deregistered while requests still run, the webhook says goodbye, and its secret stays one."""
+    """The service is deregistered while requests still run, the webhook is sent at the end, and its secret is not shown."""
     secret = "T0P-SECRET-TOKEN"
     credentials = flaskd.directory / "credentials"
     credentials.mkdir()
     (credentials / "hook").write_text(secret)
     flaskd.env["CREDENTIALS_DIRECTORY"] = str(credentials)
     with endpoint() as consul, endpoint() as hook:
-        with endpoint() as gone:  # its port is free from here on, and none of the others can have it
+        with endpoint() as gone:  # its port is free afterwards, and differs from the others
             closed = gone.url
         flaskd.env["CONSUL_HTTP_ADDR"] = consul.url
         flaskd.write(
@@ -127,7 +127,7 @@ cleanup:
 
 
 def test_a_service_that_does_not_answer_keeps_nobody(flaskd: Flaskd) -> None:
-    """A webhook whose receiver is silent is given up after its timeout."""
+    """A webhook whose receiver does not answer is given up at its timeout."""
     with endpoint() as hook:
         hook.silent.set()
         flaskd.write(
@@ -142,7 +142,7 @@ def test_a_service_that_does_not_answer_keeps_nobody(flaskd: Flaskd) -> None:
 
 
 def test_files_are_removed(flaskd: Flaskd) -> None:
-    """Relative patterns are under the working directory."""
+    """Relative patterns are relative to the working directory."""
     for name in ("tmp/a.pid", "tmp/b.pid", "tmp/c.txt"):
         flaskd.write(name, "")
     flaskd.write("flaskd.yaml", "cleanup: {policies: {tidy: {use: files.remove, with: {paths: 'tmp/*.pid'}}}}\n")
@@ -152,7 +152,7 @@ def test_files_are_removed(flaskd: Flaskd) -> None:
 
 
 def test_an_action_of_another_package(flaskd: Flaskd) -> None:
-    """A package that is installed brings its action: checked, planned, run, recorded."""
+    """The action of an installed package is checked, planned, run and recorded."""
     flaskd.env["PYTHONPATH"] = str(install_example(flaskd.directory / "site"))
     policy = "cleanup: {policies: {receipt: {use: receipts.print, with: {path: receipts.txt%s}}}}\n"
     flaskd.write("flaskd.yaml", policy % ", copies: ten")
@@ -170,7 +170,7 @@ def test_an_action_of_another_package(flaskd: Flaskd) -> None:
 
 @pytest.mark.parametrize("used", [True, False])
 def test_a_broken_package(flaskd: Flaskd, used: bool) -> None:
-    """It is a fault, with its place, of the policy that uses it, and of nobody else; the schema leaves it out."""
+    """A broken package is a fault, with its place, of the policy that uses it only; the schema leaves it out."""
     flaskd.env["PYTHONPATH"] = str(install(flaskd.directory / "site", "broken", {"broken.it": "flaskd_nowhere:it"}))
     flaskd.write("flaskd.yaml", "cleanup: {policies: {it: {use: broken.it}}}\n" if used else "")
     if used:

@@ -20,7 +20,7 @@ def admin(flaskd: Flaskd, path: str) -> tuple[int, bytes]:
 
 
 def test_readiness_through_the_life_of_a_daemon(flaskd: Flaskd) -> None:
-    """200 while ready, `health.unready_status` while draining and drained, 200 again after a resume; always alive."""
+    """/readyz is 200 while ready, `health.unready_status` while draining and drained, and 200 after a resume."""
     configure(flaskd, "health: {unready_status: 429}\n")
     flaskd.start()
     assert admin(flaskd, "/readyz") == (200, b"ready\n")
@@ -41,7 +41,7 @@ def test_readiness_through_the_life_of_a_daemon(flaskd: Flaskd) -> None:
 
 
 def test_it_answers_while_the_app_is_imported(flaskd: Flaskd) -> None:
-    """A start that takes its time is alive and not ready yet; a stop in it leaves no node behind."""
+    """During a slow start flaskd is alive and not ready; a stop in it leaves no node behind."""
     configure(flaskd)
     flaskd.write("slowapp.py", "import os, socket\nwith socket.socket(socket.AF_UNIX) as gate:\n"
                  "    gate.connect(os.environ['GATE']); gate.sendall(b'entered'); gate.recv(1)\n")  # fmt: skip
@@ -56,7 +56,7 @@ def test_it_answers_while_the_app_is_imported(flaskd: Flaskd) -> None:
 
 
 def test_it_answers_when_every_thread_is_stuck(flaskd: Flaskd) -> None:
-    """All worker threads busy and more waiting: probes, metrics and status are answered all the same."""
+    """With all threads busy and more requests waiting, probes, metrics and status are answered."""
     configure(flaskd)
     flaskd.start("-t", "2")
     held = [flaskd.hold() for _ in range(2)]
@@ -77,7 +77,7 @@ def test_it_answers_when_every_thread_is_stuck(flaskd: Flaskd) -> None:
 
 
 def test_it_tells_of_the_stop_until_the_end(flaskd: Flaskd) -> None:
-    """While a cleanup step runs, readiness says no and the metrics show the steps that are over."""
+    """While a cleanup step runs, /readyz fails and the metrics show the finished steps."""
     configure(
         flaskd,
         "cleanup: {policies: {first: {use: command, phase: quiesce, with: {argv: ['true']}},"
@@ -86,7 +86,7 @@ def test_it_tells_of_the_stop_until_the_end(flaskd: Flaskd) -> None:
     os.mkfifo(flaskd.directory / "hold")
     flaskd.start()
     flaskd.kill(signal.SIGTERM)
-    with (flaskd.directory / "hold").open("w"):  # opens when the second step reads
+    with (flaskd.directory / "hold").open("w"):  # returns when the second step reads
         assert admin(flaskd, "/readyz") == (503, b"stopping\n")
         steps = admin(flaskd, "/metrics")[1].decode()
         assert 'flaskd_cleanup_seconds{fate="ok",policy="first",stop="current"}' in steps
@@ -99,7 +99,7 @@ def test_it_tells_of_the_stop_until_the_end(flaskd: Flaskd) -> None:
 
 
 def test_a_socket_that_was_passed_as_admin(flaskd: Flaskd) -> None:
-    """LISTEN_FDNAMES=admin gives the admin listener without a line of configuration; the app has its own address."""
+    """LISTEN_FDNAMES=admin makes an admin listener without configuration; the app has its own address."""
     with socket.create_server(("127.0.0.1", 0)) as passed:
         passing = (
             "import os, sys; os.dup2(int(sys.argv[1]), 3); "
@@ -114,7 +114,7 @@ def test_a_socket_that_was_passed_as_admin(flaskd: Flaskd) -> None:
 
 
 def test_an_address_that_cannot_be_had(flaskd: Flaskd) -> None:
-    """A start whose admin address is taken, or was not passed, says so and ends."""
+    """If the admin address is in use, or was not passed, the start fails with a message."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         flaskd.write("flaskd.yaml", f"admin: {{listen: '127.0.0.1:{taken.getsockname()[1]}'}}\n")
         code, log = flaskd.fails()
@@ -123,11 +123,11 @@ def test_an_address_that_cannot_be_had(flaskd: Flaskd) -> None:
     flaskd.write("flaskd.yaml", "admin: {listen: 'fd:admin'}\n")
     code, log = flaskd.fails()
     assert code == 78
-    assert "cannot listen on fd:admin: no socket of that name was passed; none was passed" in log
+    assert "cannot listen on fd:admin: no socket of that name was passed (passed: none)" in log
 
 
 def test_silent_clients_are_shown_the_door(flaskd: Flaskd) -> None:
-    """More half-open clients than there may be delay a probe at most until their time is up."""
+    """Many half-open clients delay a probe only until their time is up."""
     configure(flaskd)
     flaskd.start()
     silent = [socket.socket(socket.AF_UNIX) for _ in range(100)]

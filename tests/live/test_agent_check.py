@@ -1,4 +1,4 @@
-"""HAProxy's agent-check, answered by a real daemon: alone, and as the supervisor of workers."""
+"""HAProxy's agent-check, answered by a real daemon without workers, and by a supervisor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BOTH = pytest.mark.parametrize("workers", [0, 2])
 
 
 def configure(flaskd: Flaskd, workers: int, more: str = "") -> str:
-    """Code and a configuration with an agent; gives the agent's address."""
+    """Write an app and a configuration with an agent; gives the agent's address."""
     address = f"127.0.0.1:{free_port()}"
     code(flaskd, "one")
     flaskd.write("flaskd.yaml", f"server: {{workers: {workers}}}\nadmin: {{agent: '{address}'}}\n{more}")
@@ -27,7 +27,7 @@ def configure(flaskd: Flaskd, workers: int, more: str = "") -> str:
 
 @BOTH
 def test_it_answers_through_the_whole_life(flaskd: Flaskd, workers: int) -> None:
-    """Down while the app is imported, ready, out while draining, drained and stopping, and in again after a resume."""
+    """The agent says down during the import, ready, drain while draining, drained and stopping, and ready after resume."""
     address = configure(flaskd, workers)
     code(flaskd, "one", WAITS)
     flaskd.launch(app="shop:app")
@@ -61,7 +61,7 @@ def test_it_answers_through_the_whole_life(flaskd: Flaskd, workers: int) -> None
 
 @BOTH
 def test_readiness_says_no_first_and_the_gate_closes_last(flaskd: Flaskd, workers: int) -> None:
-    """In a stop the agent, /readyz and health.path say no at once, and clients are served to the announce's end."""
+    """In a stop the agent, /readyz and health.path fail at once, and clients are served until the announce's end."""
     admin = f"127.0.0.1:{free_port()}"
     more = f"  listen: '{admin}'\nhealth: {{path: /healthz}}\nshutdown: {{announce: 700ms}}\n"
     address = configure(flaskd, workers)
@@ -73,7 +73,7 @@ def test_readiness_says_no_first_and_the_gate_closes_last(flaskd: Flaskd, worker
     assert flaskd.command("stop").startswith("OK stopping")
     assert agent_says(address) == "drain"
     assert ask(admin, "/readyz") == (503, b"stopping\n")
-    flaskd.until(lambda: ask(url, "/healthz")[0] == 503)  # workers hear of it a moment later
+    flaskd.until(lambda: ask(url, "/healthz")[0] == 503)  # workers learn of it a moment later
     served = 0
     while not isinstance(answer := outcome(url), ConnectionRefusedError):
         assert answer == (200, b"one"), "a request was lost while it was announced"
@@ -84,7 +84,7 @@ def test_readiness_says_no_first_and_the_gate_closes_last(flaskd: Flaskd, worker
 
 
 def test_it_says_why_no_worker_serves(flaskd: Flaskd) -> None:
-    """When all workers have died it is down with the reason, and up again when one is ready."""
+    """When all workers have died the agent says down with the reason, and up again when one is ready."""
     address = configure(flaskd, 2)
     flaskd.start(app="shop:app")
     code(flaskd, "one", WAITS)
@@ -100,7 +100,7 @@ def test_it_says_why_no_worker_serves(flaskd: Flaskd) -> None:
 
 
 def test_it_answers_while_the_app_computes(flaskd: Flaskd) -> None:
-    """With all threads computing it answers each time within a second, half of what HAProxy waits between checks."""
+    """With all threads computing it answers within a second, half of HAProxy's time for a check."""
     address = configure(flaskd, 0)
     spin = "\n@app.get('/spin')\ndef spin():\n    import time\n    until = time.monotonic() + 2\n"
     code(flaskd, "one", f"{spin}    while time.monotonic() < until:\n        pass\n    return 'spun'\n")
@@ -122,7 +122,7 @@ def test_it_answers_while_the_app_computes(flaskd: Flaskd) -> None:
 
 
 def test_a_socket_that_was_passed_as_agent(flaskd: Flaskd) -> None:
-    """LISTEN_FDNAMES=agent gives the agent without a line of configuration; the app is not served there."""
+    """LISTEN_FDNAMES=agent makes an agent without configuration; the app is not served there."""
     with socket.create_server(("127.0.0.1", 0)) as app, socket.create_server(("127.0.0.1", 0)) as passed:
         inherit(flaskd, app, others=[passed], name="http:agent")
         where = f"127.0.0.1:{passed.getsockname()[1]}"

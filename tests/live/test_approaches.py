@@ -1,4 +1,4 @@
-"""What docs/approaches.md shows works as it stands there."""
+"""The examples of docs/approaches.md work."""
 
 import os
 import re
@@ -20,7 +20,7 @@ TOKEN = DAEMON.splitlines()[0]
 
 @pytest.fixture
 def scratch(tmp_path):
-    """A directory with all the files that the page shows, on free ports; runs commands there."""
+    """A directory with all files of the page, on free ports; runs commands there."""
     with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
         ports = {"8000": str(one.getsockname()[1]), "8001": str(other.getsockname()[1])}
 
@@ -47,7 +47,7 @@ def scratch(tmp_path):
 
 @pytest.mark.parametrize("name", ["in_a_thread.py", "in_a_process.py", "stops_itself.py"])
 def test_the_scripts_run(scratch, name):
-    """Each script ends well: the order is answered, and the books are closed after it, once."""
+    """Each script exits with 0: the order is answered, and after that its on_stop function runs once."""
     assert scratch(sys.executable, name) == "the books are closed\n"
 
 
@@ -58,7 +58,7 @@ def test_the_pytest_example_passes(scratch):
 
 @pytest.mark.parametrize("commands", [DAEMON, f"{TOKEN}\n{FLASK_RUN}"], ids=["daemon", "flask-run"])
 def test_the_shell_examples_stop_what_serves(scratch, commands):
-    """The token is made, the server is asked, answers with its plan, closes the books, and ends as the page says."""
+    """The commands make the token, ask the server, which answers with its plan, cleans up, and ends as the page says."""
     requires("curl", [] if shutil.which("curl") else ["curl"])
     out = scratch("bash", "-e", "-c", commands)
     assert "hello\n" in out

@@ -1,4 +1,4 @@
-"""Work outside any request: waited for, shown, and named when it is left behind."""
+"""Background work: a drain waits for it, status shows it, and the account names it if it is left behind."""
 
 import signal
 
@@ -26,7 +26,7 @@ def begin():
 
 
 def exporting(flaskd: Flaskd, configuration: str = "") -> Flaskd:
-    """Start it, and have it do work in the background that ends when the gate opens."""
+    """Start flaskd, and background work that ends when the gate opens."""
     flaskd.write("exporting.py", EXPORTING)
     flaskd.write("flaskd.yaml", configuration)
     flaskd.start(app="exporting")
@@ -40,7 +40,7 @@ def export(flaskd: Flaskd) -> None:
 
 
 def test_a_stop_waits_for_work_in_the_background(flaskd: Flaskd) -> None:
-    """With no request in flight, the stop goes on only when the work has ended, and is clean."""
+    """Without a request in flight the stop goes on when the work has ended, and is clean."""
     exporting(flaskd, "shutdown: {exit_codes: {degraded: 9}}\n")
     (shown,) = flaskd.status()["background"]
     assert (shown["name"], shown["thread"]) == ("export", "exporter")
@@ -55,9 +55,9 @@ def test_a_stop_waits_for_work_in_the_background(flaskd: Flaskd) -> None:
 
 
 def test_a_drain_is_over_when_the_work_is(flaskd: Flaskd) -> None:
-    """`drain wait` answers after the work; `status` no longer shows it."""
+    """`drain wait` answers after the work has ended; then `status` does not show it any more."""
     exporting(flaskd)
-    flaskd.until(lambda: flaskd.status()["in_flight"] == 0)  # its client may have the answer a moment before
+    flaskd.until(lambda: flaskd.status()["in_flight"] == 0)  # its client may have the answer slightly earlier
     assert flaskd.command("drain").startswith("OK draining in_flight=0")
     assert flaskd.status()["state"] == "draining"
     flaskd.gate.open()
@@ -67,7 +67,7 @@ def test_a_drain_is_over_when_the_work_is(flaskd: Flaskd) -> None:
 
 
 def test_what_the_deadline_leaves_behind_is_told(flaskd: Flaskd) -> None:
-    """Reply, log and record name it, the exit code says that the stop was not clean, and so does the client's."""
+    """Reply, log and record name the work, and the exit codes of flaskd and its client are not 0."""
     exporting(flaskd, "shutdown: {drain: {timeout: 100ms}, exit_codes: {degraded: 9}}\n")
     code, out, _ = flaskd.client("stop", "--wait")
     assert code == 1
@@ -81,7 +81,7 @@ def test_what_the_deadline_leaves_behind_is_told(flaskd: Flaskd) -> None:
 
 
 def test_work_that_begins_while_drained_is_waited_for(flaskd: Flaskd) -> None:
-    """A stop after a drain that is over waits for what has begun since."""
+    """A stop waits for work that began while flaskd was drained."""
     flaskd.write("late.py", EXPORTING + "\nimport signal\nsignal.signal(signal.SIGUSR1, lambda *_: begin())\n")
     flaskd.start(app="late")
     assert get(flaskd.url)[0] == 200

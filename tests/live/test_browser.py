@@ -1,4 +1,4 @@
-"""Ctrl-C with a real browser: a tab that streams, that was closed, that was never opened, that comes back again and again."""
+"""Ctrl-C with a real browser: with a tab that streams, was closed, was never opened, or reconnects repeatedly."""
 
 import importlib.util
 import shutil
@@ -56,7 +56,7 @@ def endless():
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """A headless Chromium; Playwright gives it a profile directory of its own, and removes that afterwards."""
+    """A headless Chromium; Playwright makes its profile directory, and removes it afterwards."""
     missing = [] if CHROMIUM else ["the command chromium"]
     missing += [] if importlib.util.find_spec("playwright") else ["the Python package playwright"]
     requires("chromium", missing)
@@ -70,7 +70,7 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture
 def tab(chromium: Any) -> Iterator[Any]:
-    """A tab in a window of its own, with nothing remembered."""
+    """A tab in a window with a new session."""
     context = chromium.new_context()
     page = context.new_page()
     page.set_default_timeout(1000 * PATIENCE)
@@ -97,7 +97,7 @@ def serve(flaskd: Flaskd) -> Iterator[Callable[[str], Terminal]]:
 
 
 def ctrl_c(terminal: Terminal, within: float) -> None:
-    """Type Ctrl-C once; it ends with 0 within that many seconds, and has cut nothing."""
+    """Type Ctrl-C once; flaskd exits with 0 within that many seconds, and has cut nothing."""
     url = terminal.flaskd.url
     before = time.monotonic()
     terminal.type(b"\x03")
@@ -116,7 +116,7 @@ def streams(tab: Any, url: str) -> None:
 
 @pytest.mark.parametrize("how", ["never opened", "open", "closed", "left"])
 def test_one_ctrl_c_is_enough(serve: Callable[[str], Terminal], tab: Any, how: str) -> None:
-    """Whatever became of the tab, one Ctrl-C stops flaskd; an open tab's stream ends with a goodbye."""
+    """One Ctrl-C stops flaskd in every case; an open tab's stream ends with a goodbye."""
     terminal = serve("flaskd.demo:app")
     url = terminal.flaskd.url
     if how != "never opened":
@@ -135,7 +135,7 @@ def test_one_ctrl_c_is_enough(serve: Callable[[str], Terminal], tab: Any, how: s
 
 
 def test_the_stream_alone(serve: Callable[[str], Terminal], tab: Any) -> None:
-    """A script that reads ``/stream`` by itself has it whole, down to the goodbye and a proper end."""
+    """A script that reads ``/stream`` gets it whole, with the goodbye and a proper end."""
     terminal = serve("flaskd.demo:app")
     url = terminal.flaskd.url
     tab.goto(url)
@@ -162,7 +162,7 @@ def test_what_the_page_waits_for_is_answered(serve: Callable[[str], Terminal], t
 
 @pytest.mark.parametrize("page", ["reconnects", "ignores", "polls"])
 def test_a_tab_that_does_not_let_go(serve: Callable[[str], Terminal], tab: Any, page: str) -> None:
-    """A tab that comes back every 20 ms, or whose stream never ends, keeps nothing alive, and is still trying afterwards."""
+    """A tab that reconnects every 20 ms, or whose stream never ends, does not keep flaskd running."""
     terminal = serve("tabs:app")
     tab.goto(f"{terminal.flaskd.url}{page}")
     tab.wait_for_function("heard > 5")
@@ -172,7 +172,7 @@ def test_a_tab_that_does_not_let_go(serve: Callable[[str], Terminal], tab: Any, 
 
 
 def test_the_page_follows_a_drain_and_a_resume(serve: Callable[[str], Terminal], tab: Any) -> None:
-    """It says draining, then closed while its request is still in hand, and serving again by itself."""
+    """The page shows draining, then closed while its request still runs, and after a resume serving again."""
     terminal = serve("flaskd.demo:app")
     streams(tab, terminal.flaskd.url)
     tab.fill("#slow input", "60")
@@ -187,7 +187,7 @@ def test_the_page_follows_a_drain_and_a_resume(serve: Callable[[str], Terminal],
 
 @pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844), (320, 640)])
 def test_the_page_fits(serve: Callable[[str], Terminal], tab: Any, width: int, height: int) -> None:
-    """On a desktop and on a phone nothing reaches over the edge, and no script fails."""
+    """On a desktop and on a phone nothing is wider than the screen, and no script fails."""
     terminal = serve("flaskd.demo:app")
     errors: list[str] = []
     tab.on("pageerror", lambda error: errors.append(str(error)))

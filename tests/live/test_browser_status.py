@@ -1,5 +1,6 @@
-"""The page at the admin listener in a real browser: what it shows through the life of a daemon, and where it fits."""
+"""The admin listener's page in a real browser: what it shows during the life of a daemon, and its layout."""
 
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +26,7 @@ app.name = app.import_name = "<script>window.hurt=1</script>"
 
 @pytest.fixture
 def errors(tab: Any) -> Iterator[None]:
-    """What the browser complains of in the tab (failures of the script, what the policy forbids) fails the test."""
+    """Fails the test if the browser reports errors in the tab (script errors, violations of the policy)."""
     found: list[str] = []
     tab.on("pageerror", lambda error: found.append(str(error)))
     tab.on("console", lambda message: found.append(message.text) if message.type in {"error", "warning"} else None)
@@ -34,7 +35,7 @@ def errors(tab: Any) -> Iterator[None]:
 
 
 def serve(flaskd: Flaskd, more: str = "", *arguments: str) -> str:
-    """Serve an app of two threads with an admin listener; gives the address of the page."""
+    """Serve an app with two threads and an admin listener; gives the address of the page."""
     flaskd.write("flaskd.yaml", f"admin: {{listen: '127.0.0.1:0'}}\n{more}")
     flaskd.write("hostileapp.py", APP)
     flaskd.start("-t", "2", *arguments, app="hostileapp:app")
@@ -42,7 +43,7 @@ def serve(flaskd: Flaskd, more: str = "", *arguments: str) -> str:
 
 
 def test_the_page_tells_what_is_in_flight_while_every_thread_is_busy(flaskd: Flaskd, tab: Any) -> None:
-    """It comes up while all threads are busy, says so and what to do, and shows hostile paths as the text that they are."""
+    """The page loads while all threads are busy, says that and what to do, and shows hostile paths as text."""
     url = serve(flaskd)
     held = [Answer(flaskd.url, f"/hold/{quote(HOSTILE)}") for _ in range(2)]
     flaskd.gate.entered()
@@ -52,7 +53,7 @@ def test_the_page_tells_what_is_in_flight_while_every_thread_is_busy(flaskd: Fla
     tab.goto(url)
     tab.wait_for_selector("body[data-state=ready][data-look=wait]")
     assert tab.inner_text("#headline") == "Serving; every thread is busy"
-    assert tab.inner_text("#next") == "flaskd requests --stacks\nwhere they are in the code of the app"
+    assert tab.inner_text("#next") == "flaskd requests --stacks\nwhere the requests are in the app's code"
     assert [tab.inner_text(f"#tile-{each} .fact") for each in ("flight", "queue", "threads")] == ["3", "1", "2 of 2"]
     rows = tab.locator("#requests tbody tr")
     assert rows.count() == 3
@@ -69,7 +70,7 @@ def test_the_page_tells_what_is_in_flight_while_every_thread_is_busy(flaskd: Fla
 
 
 def test_what_a_client_or_a_file_names_is_text(flaskd: Flaskd, tab: Any) -> None:
-    """Whatever stands in the JSON, in any of its texts, becomes text of the page, and no element of it."""
+    """Every text in the JSON becomes text of the page, and never an element."""
     url = serve(flaskd)
 
     def spoil(value: Any, key: str = "") -> Any:
@@ -91,7 +92,13 @@ def test_what_a_client_or_a_file_names_is_text(flaskd: Flaskd, tab: Any) -> None
         worker = {"slot": 0, "state": HOSTILE, "pid": 1, "generation": 1, "in_flight": 0, "answered": 0, "memory": 1}
         request |= {"thread": HOSTILE, "request_id": HOSTILE, "sent": 3, "worker": 0, "gone": True}
         step = {"fate": HOSTILE, "took": 1.0, "why": HOSTILE}
-        told |= {"status": status, "requests": [request], "workers": [worker], "steps": {f"a{HOSTILE}": step}}
+        told |= {
+            "status": status,
+            "requests": [request],
+            "workers": [worker],
+            "trace": HOSTILE,
+            "steps": {f"a{HOSTILE}": step},
+        }
         route.fulfill(json=told)
 
     states = iter(["ready", "drained", "stopping", *["drained"] * 1000])
@@ -109,7 +116,7 @@ def test_what_a_client_or_a_file_names_is_text(flaskd: Flaskd, tab: Any) -> None
 
 
 def test_the_page_says_who_drained_and_how_to_undo_it(flaskd: Flaskd, tab: Any) -> None:
-    """Through a failed reload, a drain, a resume and a stop: what is, by whom, what to do; and that no answer came."""
+    """Through a failed reload, a drain, a resume and a stop the page shows the state, who asked, and what to do."""
     url = serve(flaskd, "server: {threads: 2}\n", "-c", "flaskd.yaml")
     tab.goto(url)
     tab.wait_for_selector("body[data-state=ready][data-look=good]")
@@ -132,12 +139,36 @@ def test_the_page_says_who_drained_and_how_to_undo_it(flaskd: Flaskd, tab: Any) 
     tab.wait_for_selector("body[data-state=ready]")
     assert flaskd.stop() == 0
     tab.wait_for_selector("body[data-state=silent]")
-    assert tab.inner_text("#sentence").startswith("Nothing was heard since ")
+    assert re.match(r"flaskd (was stopping, and )?has not answered since ", tab.inner_text("#sentence"))
+
+
+def test_the_page_shows_a_stop_as_it_goes(flaskd: Flaskd, tab: Any) -> None:
+    """It shows the steps that are over and that run, then that the stop has ended, and where its result is."""
+    steps = {"first": "'exit 3'", "second": "'cat hold'"}
+    policies = [
+        f"{name}: {{use: command, phase: close, timeout: 20s, with: {{argv: [sh, -c, {command}]}}}}"
+        for name, command in steps.items()
+    ]
+    url = serve(flaskd, f"cleanup: {{max_parallel: 1, policies: {{{', '.join(policies)}}}}}\n", "-c", "flaskd.yaml")
+    os.mkfifo(flaskd.directory / "hold")
+    tab.goto(url)
+    tab.wait_for_selector("body[data-state=ready]")
+    assert flaskd.client("stop")[0] == 0
+    with (flaskd.directory / "hold").open("w"):  # returns when the second step reads
+        tab.wait_for_selector("#steps .runs")
+        assert re.match(r"first\nfailed, .* s, .*exit code 3", tab.inner_text("#steps li >> nth=0"))
+        assert tab.inner_text("#steps li >> nth=1") == "second\nrunning"
+        assert tab.inner_text("#sentence").startswith("Reason: control: uid=")
+        assert re.match(r"stopping for .* s; .* left at most", tab.inner_text("#since"))
+    flaskd.wait()
+    tab.wait_for_selector("body[data-state=silent]")
+    assert tab.inner_text("#headline") == "Stopped, as far as this page can tell"
+    assert tab.inner_text("#next dt").startswith("flaskd last-stop")
 
 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_status_page_fits(flaskd: Flaskd, tab: Any, width: int) -> None:
-    """On a desktop and on a phone, with workers and a very long path, nothing reaches over the edge; in the dark it is dark."""
+    """On a desktop and a phone, with workers and a long path, nothing is wider than the screen; it has a dark mode."""
     url = serve(flaskd, "server: {workers: 1}\n")
     held = Answer(flaskd.url, "/hold/" + 300 * "x")
     flaskd.gate.entered()

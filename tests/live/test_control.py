@@ -16,7 +16,7 @@ from patience import PATIENCE
 
 
 def test_echo_in_a_shell(flaskd: Flaskd) -> None:
-    """`echo drain > control`, typed in a shell, drains; `echo resume` undoes it; `echo stop` ends it."""
+    """In a shell `echo drain > control` drains, `echo resume` undoes it, and `echo stop` ends flaskd."""
     flaskd.start()
     subprocess.run(["sh", "-c", f"echo drain > {flaskd.fifo_path}"], check=True, timeout=PATIENCE)
     flaskd.wait_message("drained")
@@ -29,7 +29,7 @@ def test_echo_in_a_shell(flaskd: Flaskd) -> None:
 
 
 def test_an_unfinished_line_is_not_the_next_writers(flaskd: Flaskd) -> None:
-    """`printf drai > control`, and nothing more, is dropped with a warning; the next `echo` is heard as it was typed."""
+    """`printf drai > control` alone is dropped with a warning; the next `echo` is carried out."""
     flaskd.start()
     subprocess.run(["sh", "-c", f"printf drai > {flaskd.fifo_path}"], check=True, timeout=PATIENCE)
     flaskd.until(lambda: "4 bytes without a newline, and their writer left" in flaskd.log)
@@ -39,7 +39,7 @@ def test_an_unfinished_line_is_not_the_next_writers(flaskd: Flaskd) -> None:
 
 
 def test_junk_in_the_fifo_is_told_in_the_log(flaskd: Flaskd) -> None:
-    """A FIFO gives no answer, so a typing mistake stands in the log; empty lines are nothing."""
+    """A mistyped command in the FIFO is logged, because a FIFO gives no answer; empty lines are ignored."""
     flaskd.start()
     with flaskd.fifo_path.open("wb") as fifo:
         fifo.write(b"\n\ndrian\n\xff\xfe\n")
@@ -63,7 +63,7 @@ def test_junk_in_the_fifo_is_told_in_the_log(flaskd: Flaskd) -> None:
     ],
 )
 def test_text_answers(flaskd: Flaskd, line: str, answer: str) -> None:
-    """Each line gets its answer, and the connection is closed after it; nothing changes."""
+    """Each line gets its answer, then the connection closes; these commands change nothing."""
     flaskd.start()
     assert flaskd.command(line) == answer
     assert flaskd.status()["state"] == "ready"
@@ -71,7 +71,7 @@ def test_text_answers(flaskd: Flaskd, line: str, answer: str) -> None:
 
 
 def test_answers_of_many_lines(flaskd: Flaskd) -> None:
-    """help, status, plan, config and version show what they have and end with OK."""
+    """The answers of help, status, plan, config and version end with OK."""
     flaskd.write("flaskd.yaml", "cleanup: {policies: {bye: {use: command, with: {argv: ['true']}}}}\n")
     flaskd.start()
     helped = flaskd.command("help")
@@ -89,7 +89,7 @@ def test_answers_of_many_lines(flaskd: Flaskd) -> None:
 
 
 def test_json_lines(flaskd: Flaskd) -> None:
-    """Several JSON requests on one connection get JSON answers with their ids; faults are told, and change nothing."""
+    """Several JSON requests on one connection get JSON answers with their ids; faulty ones change nothing."""
     flaskd.start()
     held = flaskd.hold()
     with flaskd.control() as client, client.makefile("rwb") as stream:
@@ -125,7 +125,7 @@ def test_json_lines(flaskd: Flaskd) -> None:
 
 
 def test_a_waiting_client_that_leaves_changes_nothing(flaskd: Flaskd) -> None:
-    """The drain goes on when the one who asked for it has gone."""
+    """The drain goes on when the client that asked for it has gone."""
     flaskd.start()
     held = flaskd.hold()
     with flaskd.control() as client:
@@ -139,7 +139,7 @@ def test_a_waiting_client_that_leaves_changes_nothing(flaskd: Flaskd) -> None:
 
 
 def test_half_open_clients_do_not_hinder_others(flaskd: Flaskd) -> None:
-    """Clients that say nothing, or never read, leave control and serving alone."""
+    """Clients that are silent, or never read, do not affect control and serving."""
     flaskd.start()
     silent = [flaskd.control() for _ in range(20)]
     for each in silent:
@@ -152,7 +152,7 @@ def test_half_open_clients_do_not_hinder_others(flaskd: Flaskd) -> None:
 
 
 def test_modes_and_group_of_the_nodes(flaskd: Flaskd) -> None:
-    """Both nodes have `control.mode`; the directory was made for this run and is gone after it."""
+    """Both nodes have `control.mode`; the directory was made for this run, and is removed after it."""
     flaskd.write("flaskd.yaml", "control: {mode: 0600}\n")
     flaskd.start()
     assert stat.S_IMODE(flaskd.socket_path.stat().st_mode) == 0o600
@@ -163,7 +163,7 @@ def test_modes_and_group_of_the_nodes(flaskd: Flaskd) -> None:
 
 
 def test_nodes_that_are_not_ours_any_more_stay(flaskd: Flaskd) -> None:
-    """What somebody put in the place of a node is not removed at the exit."""
+    """A file that replaced a node is not removed at the exit."""
     flaskd.start()
     flaskd.fifo_path.unlink()
     flaskd.fifo_path.write_text("mine")
@@ -176,7 +176,7 @@ def test_nodes_that_are_not_ours_any_more_stay(flaskd: Flaskd) -> None:
 
 
 def test_client_verbs(flaskd: Flaskd) -> None:
-    """Every verb exits with what its answer means; --json is one object; the socket is found in three ways."""
+    """Every verb's exit code fits its answer; --json is one object; the socket is found in three ways."""
     flaskd.start()
     code, out, _ = flaskd.client("status")
     assert (code, out.split()[:2]) == (0, ["ready", "for"])
@@ -204,7 +204,7 @@ def test_client_verbs(flaskd: Flaskd) -> None:
 
 
 def test_no_daemon_there(flaskd: Flaskd) -> None:
-    """69, one line, and where it was looked for; the same for a node that nobody answers at."""
+    """Without a daemon, or if nothing answers at the node, a client exits with 69 and one line with the places."""
     code, _, err = flaskd.client("status", *NOBODY)
     assert code == 69
     none = rf"flaskd: cannot find a daemon( named nobody-runs-this)?: there is no {flaskd.runtime}/control\.sock, no "
@@ -220,7 +220,7 @@ def test_no_daemon_there(flaskd: Flaskd) -> None:
 
 
 def test_an_answer_that_cannot_be_written(flaskd: Flaskd) -> None:
-    """Where the disk is full, that is said in one line, and it is no success; closed streams are no fault at all."""
+    """On a full disk the client writes one line of error and fails; closed streams are no fault."""
     flaskd.start()
     for name in [name for name in flaskd.env if name.startswith("PYTHON")]:
         del flaskd.env[name]
@@ -257,7 +257,7 @@ def test_an_answer_that_cannot_be_written(flaskd: Flaskd) -> None:
 
 
 def test_usage_faults(flaskd: Flaskd) -> None:
-    """What cannot be understood is exit code 64."""
+    """A malformed command line has exit code 64."""
     assert flaskd.client("drian")[0] == 64
     assert flaskd.client("drain", "--now")[0] == 64
     assert flaskd.client("serve", "gateapp", "--name", "a/b")[0] == 64
@@ -266,7 +266,7 @@ def test_usage_faults(flaskd: Flaskd) -> None:
 
 
 def test_a_check_for_programs(flaskd: Flaskd) -> None:
-    """`check --json` has each fault with its place, on standard output; the exit code is the same as for people."""
+    """`check --json` has each fault with its place on standard output; the exit code is the same as for people."""
     good = flaskd.write("good.yaml", "version: 1\n")
     bad = flaskd.write("bad.yaml", "server:\n  threads: many\n  thraeds: 3\n")
     unit = flaskd.write("short.service", "[Service]\nTimeoutStopSec=3\n")
@@ -293,7 +293,7 @@ def test_a_check_for_programs(flaskd: Flaskd) -> None:
 
 
 def test_the_list_tells_of_a_daemon_what_its_status_tells(flaskd: Flaskd) -> None:
-    """With its control socket for programs, and by the name that leads there for people."""
+    """`flaskd list` has each daemon's status, with its socket for programs, and with its name for people."""
     flaskd.start()
     code, out, _ = flaskd.client("list", "--json")
     [listed] = [each for each in json.loads(out)["daemons"] if each.get("pid") == flaskd.pid]
@@ -325,7 +325,7 @@ def test_offline_verbs(flaskd: Flaskd) -> None:
 
 
 def test_what_was_lost_is_named_in_the_answer(flaskd: Flaskd) -> None:
-    """A drain names each request that it cut, a stop each step that failed and why, to people and in the progress, too."""
+    """A drain names each request that it cut, a stop each step that failed and why, for people and in the progress."""
     flaskd.write(
         "flaskd.yaml",
         "shutdown: {drain: {timeout: 100ms}}\n"
@@ -350,7 +350,7 @@ def test_what_was_lost_is_named_in_the_answer(flaskd: Flaskd) -> None:
 
 
 def test_programs_are_told_faults_as_they_are_told_answers(flaskd: Flaskd) -> None:
-    """With --json, what there is to know is one object on standard output, and nothing stands beside it."""
+    """With --json a fault is one object on standard output, and there is no other output."""
 
     def told(*args: str) -> tuple[int, dict[str, Any]]:
         code, out, err = flaskd.client(*args, "--json")
@@ -371,7 +371,7 @@ def test_programs_are_told_faults_as_they_are_told_answers(flaskd: Flaskd) -> No
 
 
 def test_a_thread_that_cannot_stop_is_not_idle(flaskd: Flaskd) -> None:
-    """A worker whose request was cut goes on with it, and `threads` says so, with its stack."""
+    """A thread that still works on a cut request is shown with its stack by `threads`."""
     flaskd.write("flaskd.yaml", "shutdown: {drain: {timeout: 100ms}}\n")
     flaskd.start("-t", "1")
     flaskd.hold()
@@ -388,7 +388,7 @@ def test_a_thread_that_cannot_stop_is_not_idle(flaskd: Flaskd) -> None:
 
 
 def test_a_name_that_the_app_gave_a_thread_forges_no_answer(flaskd: Flaskd) -> None:
-    """It stays on its line, so that the last one is flaskd's, and paints no terminal."""
+    """A thread's name stays on its line, so that the last line is flaskd's; it cannot control a terminal."""
     flaskd.write(
         "naming.py",
         "import threading\nthreading.current_thread().name = 'a\\x1b[31m\\nOK b'\nfrom gateapp import app\n",
@@ -400,7 +400,7 @@ def test_a_name_that_the_app_gave_a_thread_forges_no_answer(flaskd: Flaskd) -> N
 
 
 def test_words_that_are_read_once(flaskd: Flaskd) -> None:
-    """Nothing is cut off, said twice or left without its verb, and 1 is kept for lost work."""
+    """No help text is cut off, repeated or without its verb, and exit code 1 is only for lost work."""
     code, out, _ = flaskd.client("--help")
     assert code == 0
     assert "..." not in out.replace("[ARGS]...", "")
@@ -413,7 +413,7 @@ def test_words_that_are_read_once(flaskd: Flaskd) -> None:
 
 
 def test_the_plan_while_flaskd_starts(flaskd: Flaskd) -> None:
-    """It has the policies of the configuration, and says that a stop would run none of them yet."""
+    """While flaskd starts, `plan` has the policies of the configuration, and says that a stop would run none of them."""
     flaskd.write("flaskd.yaml", "cleanup: {policies: {bye: {use: command, with: {argv: ['true']}}}}\n")
     flaskd.write("slow.py", "open('go').read()\nfrom gateapp import app\n")
     os.mkfifo(flaskd.directory / "go")

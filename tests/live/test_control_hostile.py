@@ -1,4 +1,4 @@
-"""Clients that mean ill, or know no better: HTTP serving and the other control clients go on as if they were not there."""
+"""Hostile and careless control clients: HTTP serving and the other control clients are not affected."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ from patience import PATIENCE
 
 
 def memory(flaskd: Flaskd) -> int:
-    """Resident kilobytes."""
+    """Resident memory in kilobytes."""
     status = Path(f"/proc/{flaskd.pid}/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
 
@@ -29,7 +29,7 @@ def descriptors(flaskd: Flaskd) -> int:
 
 
 def test_300_half_open_clients(flaskd: Flaskd) -> None:
-    """More silent clients than there may be: who has something to say comes through, and is waited for while it runs."""
+    """With more silent clients than there may be, a client with a command is answered, and kept while it waits."""
     flaskd.start()
     with contextlib.ExitStack() as stack:
         held = flaskd.hold()
@@ -53,7 +53,7 @@ def test_300_half_open_clients(flaskd: Flaskd) -> None:
     "unit", [b"x", b"X", b"{", b"\x00\xff\xfe", b"\n", b'{"cmd":"status"}\n', b"GET / HTTP/1.1\r\n"]
 )
 def test_megabytes_of_junk(flaskd: Flaskd, unit: bytes) -> None:
-    """Five megabytes of whatever, in one breath, cost no memory and change nothing."""
+    """Five megabytes of random bytes in one piece cost no memory and change nothing."""
     flaskd.start()
     flaskd.command("status")
     before = memory(flaskd)
@@ -71,7 +71,7 @@ def test_megabytes_of_junk(flaskd: Flaskd, unit: bytes) -> None:
 
 @pytest.mark.parametrize("unit", [b"\n", b'{"cmd":"version"}\n'])
 def test_a_flood_after_a_command_waits_outside(flaskd: Flaskd, unit: bytes) -> None:
-    """Who sends faster than commands are carried out is made to wait, and what waits is not kept here."""
+    """A client that sends commands faster than they are carried out must wait, and flaskd does not store its bytes."""
     flaskd.start()
     flaskd.command("status")
     before = memory(flaskd)
@@ -80,9 +80,9 @@ def test_a_flood_after_a_command_waits_outside(flaskd: Flaskd, unit: bytes) -> N
     with flaskd.control() as client:
         client.sendall(b'{"cmd":"version"}\n')
         client.setblocking(False)
-        end = time.monotonic() + 3  # some 300 MB where nothing bounds them
+        end = time.monotonic() + 3  # some 300 MB if there were no limit
         while time.monotonic() < end:
-            with contextlib.suppress(BlockingIOError):  # all answers are read, so that nothing but the inbox bounds it
+            with contextlib.suppress(BlockingIOError):  # all answers are read, so that only the inbox limits it
                 while client.recv(1 << 20):
                     pass
             if select.select([], [client], [], 0.02)[1]:
@@ -94,7 +94,7 @@ def test_a_flood_after_a_command_waits_outside(flaskd: Flaskd, unit: bytes) -> N
 
 
 def test_junk_in_the_fifo(flaskd: Flaskd) -> None:
-    """Megabytes without a newline, and of nothing but newlines, are dropped; the next command is heard."""
+    """Megabytes without a newline, and of newlines alone, are dropped; the next command is carried out."""
     flaskd.start()
     before = memory(flaskd)
     for unit in (b"x", b"\n", b"\xff\n"):
@@ -105,12 +105,12 @@ def test_junk_in_the_fifo(flaskd: Flaskd) -> None:
     with flaskd.fifo_path.open("wb") as fifo:
         fifo.write(b"\ndrain\n")
     flaskd.wait_message("drained")
-    assert memory(flaskd) - before < 20_000  # the log of it
+    assert memory(flaskd) - before < 20_000  # what the log takes
     assert flaskd.stop() == 0
 
 
 def test_who_asks_without_end_and_never_reads(flaskd: Flaskd) -> None:
-    """A client that only asks is heard no more once its answers lie there unread; others are."""
+    """A client that sends commands and never reads is not read from once its answers are unread; others are."""
     flaskd.start()
     flaskd.command("status")
     before = memory(flaskd)
@@ -130,7 +130,7 @@ def test_who_asks_without_end_and_never_reads(flaskd: Flaskd) -> None:
 
 
 def test_waiting_clients_that_never_read_their_progress(flaskd: Flaskd) -> None:
-    """They are told how it goes, whether they read it or not; the drain is over when it is over."""
+    """Clients that never read their progress do not delay the drain."""
     flaskd.start()
     held = flaskd.hold()
     with contextlib.ExitStack() as stack:
@@ -146,9 +146,9 @@ def test_waiting_clients_that_never_read_their_progress(flaskd: Flaskd) -> None:
 
 
 def test_random_bytes_on_a_live_socket(flaskd: Flaskd) -> None:
-    """A thousand small pieces of commands, JSON and HTTP gone wrong: it is ready afterwards, and answers."""
+    """After a thousand random pieces of commands, JSON and HTTP flaskd is ready, and answers."""
     flaskd.start()
-    generator = random.Random(7)  # the same ones every time
+    generator = random.Random(7)  # the same pieces every time
     words = [b"status", b"help", b"{", b"}", b'{"id":', b'"cmd":"ready"}', b"\n", b"\r\n\r\n", b"GET /", b" HTTP/1.1\r\n",
              b"Content-Length: 99\r\n", b"\x00", b"\xff", b"POST /check", b"Host: x\r\n", b"log-level"]  # fmt: skip
     for _ in range(1000):
@@ -164,7 +164,7 @@ def test_random_bytes_on_a_live_socket(flaskd: Flaskd) -> None:
 
 
 def test_ten_thousand_questions_leave_nothing_behind(flaskd: Flaskd) -> None:
-    """10,000 calls of status, each on its own connection or all on one, cost no memory, descriptor or thread."""
+    """10,000 calls of status, each on its own connection or all on one, leave no memory, descriptor or thread."""
     flaskd.start()
     threads = Path(f"/proc/{flaskd.pid}/task")
 
@@ -186,11 +186,11 @@ def test_ten_thousand_questions_leave_nothing_behind(flaskd: Flaskd) -> None:
     assert flaskd.stop() == 0
 
 
-# --- nodes that somebody took away ------------------------------------------------------------------------------------
+# --- nodes that were removed ------------------------------------------------------------------------------------------
 
 
 def test_a_socket_that_was_deleted_is_put_back(flaskd: Flaskd) -> None:
-    """It answers again at the same path, with the same mode; who was connected stays so."""
+    """A deleted socket is made again at the same path, with the same mode; connected clients stay."""
     flaskd.start()
     with flaskd.control() as client, client.makefile("rwb") as stream:
         flaskd.socket_path.unlink()
@@ -200,12 +200,12 @@ def test_a_socket_that_was_deleted_is_put_back(flaskd: Flaskd) -> None:
         stream.flush()
         assert json.loads(stream.readline())["ok"]
     assert flaskd.socket_path.stat().st_mode & 0o777 == 0o660
-    assert "the control socket had been taken away: it is back" in flaskd.log
+    assert "the control socket had been removed; it was made again" in flaskd.log
     assert flaskd.stop() == 0
 
 
 def test_a_fifo_that_was_replaced_is_put_back(flaskd: Flaskd) -> None:
-    """Another FIFO in its place is replaced, and commands written into the new one are heard."""
+    """If another FIFO replaces flaskd's, that is replaced, and commands written to the new one are carried out."""
     flaskd.start()
     ours = flaskd.fifo_path.stat().st_ino
     other = flaskd.directory / "other"
@@ -219,7 +219,7 @@ def test_a_fifo_that_was_replaced_is_put_back(flaskd: Flaskd) -> None:
 
 
 def test_a_file_in_the_place_of_a_node_stays_until_it_is_gone(flaskd: Flaskd) -> None:
-    """What a shell made by mistake is not touched, and is told once; when it is gone, the FIFO comes back."""
+    """A file that a shell made in place of the FIFO is left alone, with one warning; when it is gone, the FIFO is made."""
     flaskd.start()
     mistake = flaskd.directory / "mistake"
     mistake.write_text("drain\n")
@@ -233,7 +233,7 @@ def test_a_file_in_the_place_of_a_node_stays_until_it_is_gone(flaskd: Flaskd) ->
 
 
 def test_a_file_that_lies_there_at_the_start_stays_until_it_is_gone(flaskd: Flaskd) -> None:
-    """A node whose place is taken is made when the place is free; until then the other one answers."""
+    """If a file is in place of a node at the start, the node is made when the file is gone; the other node works."""
     flaskd.runtime.mkdir()
     flaskd.fifo_path.write_text("precious")
     flaskd.start()
@@ -245,12 +245,12 @@ def test_a_file_that_lies_there_at_the_start_stays_until_it_is_gone(flaskd: Flas
         fifo.write(b"drain\n")
     flaskd.wait_message("drained")
     assert flaskd.log.count("a file that is not a FIFO stands there") == 1
-    assert "the FIFO could be made now" in flaskd.log
+    assert "the FIFO was made now" in flaskd.log
     assert flaskd.stop() == 0
 
 
 def test_a_socket_whose_place_was_taken_at_the_start_answers_later(flaskd: Flaskd) -> None:
-    """The FIFO alone is enough to serve and to stop; the socket comes when its place is free."""
+    """If the socket's place is taken at the start, the FIFO serves and stops alone; the socket comes later."""
     flaskd.runtime.mkdir()
     flaskd.socket_path.mkdir()
     flaskd.start()
@@ -263,7 +263,7 @@ def test_a_socket_whose_place_was_taken_at_the_start_answers_later(flaskd: Flask
 
 
 def test_a_directory_that_was_deleted_is_made_again(flaskd: Flaskd) -> None:
-    """The runtime directory and both nodes come back, and no second flaskd can start there."""
+    """A deleted runtime directory is made again with both nodes, and no second flaskd can start there."""
     flaskd.start()
     flaskd.fifo_path.unlink()
     flaskd.socket_path.unlink()
@@ -280,12 +280,12 @@ def test_a_directory_that_was_deleted_is_made_again(flaskd: Flaskd) -> None:
 
 
 def test_a_link_in_the_place_of_the_socket(flaskd: Flaskd) -> None:
-    """A symbolic link is not followed, not replaced, and not removed at the end."""
+    """A symbolic link in place of the socket is not followed, replaced or removed."""
     flaskd.start()
     link = flaskd.directory / "link"
     link.symlink_to(flaskd.directory / "gate")
     link.rename(flaskd.socket_path)
-    flaskd.until(lambda: "the control socket was taken away, and cannot be put back" in flaskd.log)
+    flaskd.until(lambda: "the control socket was removed, and cannot be made again" in flaskd.log)
     flaskd.kill(signal.SIGTERM)
     assert flaskd.wait() == 0
     assert flaskd.socket_path.is_symlink()
@@ -294,12 +294,12 @@ def test_a_link_in_the_place_of_the_socket(flaskd: Flaskd) -> None:
 
 
 def test_a_crowd_that_comes_at_once(flaskd: Flaskd) -> None:
-    """Of a hundred clients that connect and ask in the same moment, every one is answered."""
+    """A hundred clients that connect and ask at the same moment are all answered."""
     flaskd.start()
-    flaskd.kill(signal.SIGSTOP)  # nobody is accepted until all are there
+    flaskd.kill(signal.SIGSTOP)  # no client is accepted until all have connected
     with contextlib.ExitStack() as stack:
         crowd = []
-        for _ in range(120):  # the backlog has room for so many
+        for _ in range(120):  # the backlog has room for them
             client = stack.enter_context(flaskd.control())
             client.sendall(b"ready\n")
             crowd.append(client)
@@ -310,7 +310,7 @@ def test_a_crowd_that_comes_at_once(flaskd: Flaskd) -> None:
 
 
 def test_those_who_wait_leave_room_for_those_who_ask(flaskd: Flaskd) -> None:
-    """With as many waiting as may, another one is refused by name; short questions, and a stop, always get in."""
+    """With the most waiting clients another one is refused by name; short questions, and a stop, are answered."""
     flaskd.start()
     held = flaskd.hold()
 
@@ -328,11 +328,11 @@ def test_those_who_wait_leave_room_for_those_who_ask(flaskd: Flaskd) -> None:
             refused = "clients wait for an outcome already; come back later"
             assert flaskd.command("drain wait") == f"ERR not-now cannot drain: 48 {refused}, or leave out wait\n"
             assert flaskd.command("check") == f"ERR not-now cannot check: 48 {refused}\n"
-            for _ in range(40):  # and a crowd that says nothing
+            for _ in range(40):  # and many silent clients
                 stack.enter_context(flaskd.control())
             assert flaskd.command("status").endswith("OK draining\n")
             assert flaskd.command("drain").startswith("OK draining in_flight=1 ")
-        # Ten have hung up, which makes room for ten.
+        # Ten have hung up, so ten more may wait.
         waiting += [wait(stack, b"drain wait\n", b".. in_flight=1 left=") for _ in range(10)]
         assert flaskd.command("drain wait").startswith("ERR not-now ")
         stopping = wait(stack, b"stop wait\n", b".. in_flight=1")
@@ -346,7 +346,7 @@ def test_those_who_wait_leave_room_for_those_who_ask(flaskd: Flaskd) -> None:
 
 
 def test_who_waits_and_hangs_up_is_let_go(flaskd: Flaskd) -> None:
-    """Its descriptor is not kept until the outcome comes; who only said all that it will is waited for."""
+    """A waiting client that hangs up is dropped at once; one that only ends its sending side gets its outcome."""
     flaskd.start()
     held = flaskd.hold()
     flaskd.command("status")
@@ -370,7 +370,7 @@ def test_who_waits_and_hangs_up_is_let_go(flaskd: Flaskd) -> None:
 
 
 def test_refused_commands_are_bounded_in_the_log_and_counted(flaskd: Flaskd) -> None:
-    """Thousands of them, through the socket and the FIFO, are some fifty lines each, and how many more there were."""
+    """Thousands of refused commands, from the socket and the FIFO, give some fifty lines each, and their number."""
     flaskd.write("flaskd.yaml", "control: {roles: {viewer: [nobody]}, fifo: [status]}\n")
     flaskd.start()
     with flaskd.control() as client, client.makefile("rwb") as stream:
@@ -394,7 +394,7 @@ def test_refused_commands_are_bounded_in_the_log_and_counted(flaskd: Flaskd) -> 
 
 
 def test_what_a_command_prints_and_an_app_raises_is_text_in_the_log(flaskd: Flaskd) -> None:
-    """Nothing of it begins a line of the log, or reaches a terminal as more than text."""
+    """Output of a command and texts of exceptions cannot begin a log line, or control a terminal."""
     forged = "x\\n2026-01-01T00:00:00.000Z error   forged\\x1b[31m\\u202e"
     flaskd.write(
         "rude.py",
@@ -417,11 +417,11 @@ def test_what_a_command_prints_and_an_app_raises_is_text_in_the_log(flaskd: Flas
     assert not [line for line in flaskd.log.splitlines() if line.startswith("2026-01-01")]
 
 
-# --- places that cannot be had at the start ---------------------------------------------------------------------------
+# --- runtime directories that cannot be used at the start -------------------------------------------------------------
 
 
 def test_a_runtime_directory_that_is_repaired_is_used(flaskd: Flaskd) -> None:
-    """What stood in its place is told once; when it is gone, both nodes come, and nothing had to be started anew."""
+    """If a file is in place of the runtime directory, that is logged once; when it is gone, both nodes are made."""
     flaskd.runtime.write_text("in the way")
     flaskd.launch()
     flaskd.wait_message("READY=1")
@@ -445,7 +445,7 @@ tempfile.gettempdir = tempfile._get_default_tempdir = none
 
 
 def test_control_needs_no_temporary_directory(flaskd: Flaskd) -> None:
-    """Where no temporary directory can be written to, as on a read-only root, the runtime directory is all it takes."""
+    """Without a writable temporary directory, as on a read-only root, the runtime directory is enough."""
     flaskd.write("no-tmp/sitecustomize.py", NO_TEMPORARY)
     flaskd.env["PYTHONPATH"] = f"{flaskd.directory / 'no-tmp'}:{os.environ.get('PYTHONPATH', '')}"
     flaskd.start()
@@ -456,7 +456,7 @@ def test_control_needs_no_temporary_directory(flaskd: Flaskd) -> None:
 
 
 def test_serving_needs_no_place_for_control(flaskd: Flaskd) -> None:
-    """Without a directory of its own anywhere, flaskd says so and serves; a client says where there is no daemon."""
+    """Without any usable runtime directory flaskd logs that and serves; a client says that there is no daemon."""
     flaskd.write("no-tmp/sitecustomize.py", NO_TEMPORARY)
     flaskd.env |= {
         "PYTHONPATH": f"{flaskd.directory / 'no-tmp'}:{os.environ.get('PYTHONPATH', '')}",

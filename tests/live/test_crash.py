@@ -1,4 +1,4 @@
-"""What kill -9 leaves behind, disks that are full or read-only: the next start tells, repairs, and serves."""
+"""After kill -9, and with full or read-only disks: the next start says what happened, repairs, and serves."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def hold(context):
 
 
 def killed(flaskd: Flaskd) -> int:
-    """Kill -9; gives the pid that it had."""
+    """Kill it with SIGKILL; returns its pid."""
     pid = flaskd.pid
     flaskd.kill(signal.SIGKILL)
     assert flaskd.wait() == -signal.SIGKILL
@@ -48,10 +48,10 @@ def killed(flaskd: Flaskd) -> int:
 
 
 def test_the_last_stop_is_not_shown_as_if_nothing_had_come_after_it(flaskd: Flaskd) -> None:
-    """After a kill, `last-stop` says first who died, with a daemon and without, and then what was recorded before."""
+    """After a kill, `last-stop` says first which flaskd died, with a daemon and without, and then shows the record."""
     flaskd.start()
     pid = killed(flaskd)
-    assert flaskd.socket_path.exists()  # nobody answers there
+    assert flaskd.socket_path.exists()  # no daemon answers
     died = f"previous run: died without a complete stop (pid {pid}, started "
     code, out, err = flaskd.client("last-stop", *NOBODY)
     assert (code, err) == (0, "")
@@ -77,7 +77,7 @@ def test_the_last_stop_is_not_shown_as_if_nothing_had_come_after_it(flaskd: Flas
 
 
 def test_a_record_of_another_shape_is_told_as_damaged(flaskd: Flaskd) -> None:
-    """JSON that no stop has written: whoever asks is told so, and `status` answers as ever."""
+    """JSON that no stop has written is reported as damaged by `last-stop`, and `status` works."""
     flaskd.state.mkdir(exist_ok=True)
     (flaskd.state / "last-stop.json").write_text('{"reason": "x", "cut": 5, "policies": []}')
     why = '"cut" is not what a stop writes there'
@@ -94,7 +94,7 @@ def test_a_record_of_another_shape_is_told_as_damaged(flaskd: Flaskd) -> None:
 
 
 def test_killed_while_serving(flaskd: Flaskd) -> None:
-    """The next start says who died, replaces the nodes, removes what was half made, and `status` shows it."""
+    """The next start says which pid died, replaces nodes, removes half-written files, and `status` shows it."""
     metrics = flaskd.directory / "metrics"
     metrics.mkdir()
     flaskd.env["PROMETHEUS_MULTIPROC_DIR"] = str(metrics)
@@ -126,7 +126,7 @@ def test_killed_while_serving(flaskd: Flaskd) -> None:
 
 
 def test_killed_while_its_child_lives(flaskd: Flaskd) -> None:
-    """What the app forked keeps neither directory locked: the next start is let in, and knows what it takes over."""
+    """A child of the app holds neither directory's lock: the next start works, and says what it found."""
     flaskd.write("forking.py", "import os, time\nfrom gateapp import app\n@app.get('/fork')\ndef fork():\n"
                  "    child = os.fork()\n    if child == 0:\n        time.sleep(60)\n        os._exit(0)\n    return str(child)\n")  # fmt: skip
     flaskd.start(app="forking")
@@ -142,7 +142,7 @@ def test_killed_while_its_child_lives(flaskd: Flaskd) -> None:
 
 
 def test_killed_in_the_middle_of_the_cleanup(flaskd: Flaskd) -> None:
-    """The next start knows that a stop was under way and why; the record of the stop before stays as it was."""
+    """The next start says that a stop was under way, and why; the record of the stop before stays."""
     flaskd.write("cached.py", CACHED)
     flaskd.write("flaskd.yaml", "cleanup: {policies: {hold: {use: call, with: {target: 'cached:hold'}}}}\n")
     flaskd.start(app="cached")
@@ -164,7 +164,7 @@ def test_killed_in_the_middle_of_the_cleanup(flaskd: Flaskd) -> None:
 
 
 def test_what_a_crash_lies_behind_does_not_come_back(flaskd: Flaskd) -> None:
-    """A kept cache is restored once: after a crash the app starts with an empty one, and not with that of long ago."""
+    """A kept cache is restored once: after a crash the app starts with an empty cache, not with an old one."""
     flaskd.write("cached.py", CACHED)
     flaskd.write("flaskd.yaml", KEEPING)
     flaskd.start(app="cached")
@@ -177,11 +177,11 @@ def test_what_a_crash_lies_behind_does_not_come_back(flaskd: Flaskd) -> None:
     flaskd.start(app="cached")
     assert get(flaskd.url, "/get") == (200, b"None")
     assert "it was restored before" in flaskd.log
-    killed(flaskd)  # the cache file stays, which is no good order
+    killed(flaskd)  # the cache file stays, as after a crash
 
 
 def test_a_start_that_fails_uses_nothing_up(flaskd: Flaskd) -> None:
-    """A kept cache that was restored by a start that came to nothing is there for the next one."""
+    """A cache that a failed start has restored is restored again at the next start."""
     flaskd.write("cached.py", CACHED)
     flaskd.write("flaskd.yaml", KEEPING)
     flaskd.start(app="cached")
@@ -189,7 +189,7 @@ def test_a_start_that_fails_uses_nothing_up(flaskd: Flaskd) -> None:
     assert flaskd.stop() == 0
     flaskd.write("flaskd.yaml", KEEPING + "health: {probe: /hold}\n")
     flaskd.launch(app="cached")
-    flaskd.gate.entered()  # the probe: the caches are filled, and the start is not over
+    flaskd.gate.entered()  # the probe runs: the caches are filled, and the start is not over
     assert "restored 1 entry" in flaskd.log
     killed(flaskd)
     flaskd.write("flaskd.yaml", KEEPING)
@@ -200,7 +200,7 @@ def test_a_start_that_fails_uses_nothing_up(flaskd: Flaskd) -> None:
 
 
 def mount_namespace() -> None:
-    """Skip where no file system can be mounted that only the test sees."""
+    """Skip if no file system can be mounted in a namespace of the test."""
     done = subprocess.run(
         ["unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True, text=True, check=False
     )
@@ -236,7 +236,7 @@ def fill():
 
 @pytest.fixture
 def kept(flaskd: Flaskd) -> Flaskd:
-    """One that has stopped before, with a record and a cache; its state is what the next start finds."""
+    """A flaskd that has stopped before, with a record and a cache, which the next start finds."""
     mount_namespace()
     flaskd.write("cached.py", CACHED)
     flaskd.write("filled.py", FILLED)
@@ -286,7 +286,7 @@ exec "$@"
 
 
 def test_a_read_only_disk_costs_the_record_and_the_cache(kept: Flaskd) -> None:
-    """It starts, with a warning and an empty cache, serves, and stops in good order; the old files stay."""
+    """With a read-only disk flaskd starts with a warning and an empty cache, serves, and stops; old files stay."""
     flaskd = kept
     before = files(flaskd, "kept")
     flaskd.write("read_only.sh", READ_ONLY)
@@ -302,12 +302,12 @@ def test_a_read_only_disk_costs_the_record_and_the_cache(kept: Flaskd) -> None:
 
 
 def test_a_state_directory_in_use(flaskd: Flaskd, make_flaskd) -> None:
-    """A second flaskd with the same state directory serves without touching it."""
+    """A second flaskd with the same state directory serves without changing it."""
     flaskd.start()
     other = make_flaskd()
     other.env["STATE_DIRECTORY"] = str(flaskd.state)
     other.start()
-    assert f"another flaskd works with {flaskd.state}; the last stop will not be recorded" in other.log
+    assert f"another flaskd uses {flaskd.state}; the last stop will not be recorded" in other.log
     assert other.stop() == 0
     assert not (flaskd.state / "last-stop.json").exists()
     assert flaskd.stop() == 0

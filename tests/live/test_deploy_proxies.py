@@ -1,4 +1,4 @@
-"""deploy/haproxy and deploy/nginx as they stand, before two real flaskds with the files beside them; addresses apart."""
+"""The files in deploy/haproxy and deploy/nginx work with two real flaskds; only addresses are changed."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ COMMANDS = {"haproxy": ["-db", "-f"], "nginx": ["-g", "daemon off; user root; er
 
 
 class Addresses:
-    """Loopback addresses in the place of a network's: each machine has its own, and all of them the same ports."""
+    """Loopback addresses in place of network ones: each machine has its own, and all have the same ports."""
 
     def __init__(self) -> None:
         self.ports = {port: str(free_port()) for port in ("80", "8000", "9091")}
         self.url = f"http://127.0.0.1:{self.ports['80']}/"
 
     def local(self, path: str, machine: str = "0.0.0.0") -> str:
-        """A file of deploy/ on these; what listens everywhere does on one machine alone."""
+        """A file of deploy/ with these addresses; wildcard addresses become one machine's own."""
         text = (PROJECT / "deploy" / path).read_text().replace("0.0.0.0", machine)
         text = re.sub(r"192\.0\.2\.(\d+)", r"127.0.0.\1", text)
         return re.sub(r"(?<=[: ])(80|8000|9091)\b", lambda found: self.ports[found[1]], text)
@@ -67,13 +67,13 @@ def running(path: str, addresses: Addresses, directory: Path) -> Iterator[None]:
 
 @pytest.mark.parametrize("path", ["haproxy/httpchk.cfg", "haproxy/agent.cfg", "nginx/nginx.conf"])
 def test_one_of_two_is_drained_and_comes_back(path: str, make_flaskd: Callable[[], Flaskd], tmp_path: Path) -> None:
-    """Every request is answered, by the other one before the announce is over; the app is told who the client is."""
+    """One of two is drained: every request is answered, by the other one before the announce ends; the app sees clients."""
     addresses = Addresses()
     both = [make_flaskd(), make_flaskd()]
     for each, machine in zip(both, ("127.0.0.11", "127.0.0.12"), strict=True):
         each.write("whoapp.py", APP)
         text = addresses.local(f"{path.partition('/')[0]}/flaskd.yaml", machine)
-        each.write("flaskd.yaml", text.replace("announce: 3s", "announce: 6s"))  # so much longer on a busy machine
+        each.write("flaskd.yaml", text.replace("announce: 3s", "announce: 6s"))  # longer, for a busy machine
         each.start(app="whoapp", listen=None)
     seen = []
 
@@ -88,7 +88,9 @@ def test_one_of_two_is_drained_and_comes_back(path: str, make_flaskd: Callable[[
         if "haproxy" in path:
             assert one.command("drain").startswith("OK draining")
             until(lambda: [answered_by(other) for _ in range(10)] == [True] * 10)
-            assert not refused(f"http://127.0.0.11:{addresses.ports['8000']}/")  # HAProxy was quicker than the announce
+            assert not refused(
+                f"http://127.0.0.11:{addresses.ports['8000']}/"
+            )  # HAProxy has noticed before the end of the announce
         else:
             assert one.command("drain wait").splitlines()[-1].startswith("OK drained")
             assert [answered_by(other) for _ in range(10)] == [True] * 10

@@ -1,4 +1,4 @@
-"""What the app holds is closed: against a real PostgreSQL, a real Redis, a scheduler at work, an exporter that hangs."""
+"""What the app holds is closed: with a real PostgreSQL and Redis, a running scheduler, and an exporter that hangs."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def redis() -> Iterator[Redis]:
 
 
 def fates(flaskd: Flaskd) -> dict[str, str]:
-    """Each step's fate, by the record."""
+    """The fate of each step, from the record."""
     return {name: entry["fate"] for name, entry in flaskd.record()["policies"].items()}
 
 
 def test_no_connection_to_postgres_is_left(flaskd: Flaskd, postgres: Postgres) -> None:
-    """Without a line of YAML, every connection of the app is closed before the process ends, whoever made it and when."""
+    """Without configuration, every PostgreSQL connection of the app is closed before the process ends."""
     flaskd.write(
         "shop.py",
         f"""
@@ -80,7 +80,7 @@ def index():
     assert postgres.connections("shop") >= 4
     flaskd.command("stop")
     flaskd.gate.entered()
-    flaskd.until(lambda: postgres.connections("shop") == 0)  # while the process still lives
+    flaskd.until(lambda: postgres.connections("shop") == 0)  # while the process still runs
     flaskd.gate.open()
     assert flaskd.wait() == 0
     assert fates(flaskd) == {
@@ -93,7 +93,7 @@ def index():
 
 
 def test_no_connection_to_redis_is_left(flaskd: Flaskd, redis: Redis) -> None:
-    """Clients of extensions, clients on a shared pool and the pool itself are closed before the process ends."""
+    """Redis clients of extensions, clients on a shared pool and the pool itself are closed before the process ends."""
     flaskd.write(
         "shop.py",
         f"""
@@ -123,14 +123,14 @@ def index():
     assert redis.connections("shop") == 3
     flaskd.command("stop")
     flaskd.gate.entered()
-    flaskd.until(lambda: redis.connections("shop") == 0)  # while the process still lives
+    flaskd.until(lambda: redis.connections("shop") == 0)  # while the process still runs
     flaskd.gate.open()
     assert flaskd.wait() == 0
     assert fates(flaskd) == {"found:redis.close": "ok", "found:otel.shutdown": "ok"}
 
 
 def test_no_connection_to_a_cluster_is_left(flaskd: Flaskd) -> None:
-    """A client of a Redis cluster is one thing that is found; its connections to all nodes are closed."""
+    """A client of a Redis cluster is found once; its connections to all nodes are closed."""
     with redis_cluster() as cluster:
         flaskd.write(
             "shop.py",
@@ -153,7 +153,7 @@ def index():
         assert cluster.connections("shop") >= 1
         flaskd.command("stop")
         flaskd.gate.entered()
-        flaskd.until(lambda: cluster.connections("shop") == 0)  # while the process still lives
+        flaskd.until(lambda: cluster.connections("shop") == 0)  # while the process still runs
         flaskd.gate.open()
         assert flaskd.wait() == 0
     assert fates(flaskd) == {"found:redis.close": "ok", "found:otel.shutdown": "ok"}
@@ -161,7 +161,7 @@ def index():
 
 
 def test_no_connection_of_sessions_or_stored_jobs_is_left(flaskd: Flaskd, postgres: Postgres, redis: Redis) -> None:
-    """Flask-Session on Redis and on a database, Flask-APScheduler with its jobs in one: all is closed, the jobs first."""
+    """Flask-Session's and Flask-APScheduler's connections are closed, after the jobs have ended."""
     flaskd.write(
         "shop.py",
         f"""
@@ -207,9 +207,7 @@ app.add_url_rule("/other", "other", lambda: other.test_client().get("/").data)
     flaskd.until(lambda: "found:apscheduler.stop" in flaskd.status()["cleanup"])
     flaskd.gate.open()
     flaskd.gate.entered()
-    flaskd.until(
-        lambda: postgres.connections("shop") == redis.connections("shop") == 0
-    )  # while the process still lives
+    flaskd.until(lambda: postgres.connections("shop") == redis.connections("shop") == 0)  # while the process still runs
     flaskd.gate.open()
     assert flaskd.wait() == 0
     assert set(fates(flaskd).values()) == {"ok"}
@@ -252,7 +250,7 @@ scheduler.start()
 
 
 def test_a_job_that_runs_is_waited_for_before_its_database_is_closed(flaskd: Flaskd) -> None:
-    """The scheduler is paused at once and begins no other job; what runs ends, and only then is the database closed."""
+    """The scheduler is paused at once and begins no job; the running one ends, and then the database is closed."""
     flaskd.write("shop.py", SCHEDULED)
     flaskd.start(app="shop")
     flaskd.gate.entered()
@@ -268,7 +266,7 @@ def test_a_job_that_runs_is_waited_for_before_its_database_is_closed(flaskd: Fla
 
 
 def test_a_paused_scheduler_begins_no_job(flaskd: Flaskd) -> None:
-    """What becomes due while the stop drains does not run any more."""
+    """A job that becomes due while the stop drains does not run."""
     flaskd.write("shop.py", SCHEDULED)
     flaskd.write("flaskd.yaml", "shutdown: {announce: 10s}\n")
     flaskd.start(app="shop")
@@ -285,7 +283,7 @@ def test_a_paused_scheduler_begins_no_job(flaskd: Flaskd) -> None:
 
 
 def test_an_exporter_that_hangs_does_not_hold_the_exit(flaskd: Flaskd) -> None:
-    """Its step is given up at its timeout with its stack in the log, and the process leaves in spite of it."""
+    """The step of an exporter that hangs is abandoned at its timeout with its stack in the log, and the process ends."""
     flaskd.write("shop.py", f"import os, socket\nfrom flask import Flask\napp = Flask(__name__)\n{AT_FLUSH}".replace(
         "shutdown_on_exit=False", "shutdown_on_exit=True"))  # fmt: skip
     flaskd.write("flaskd.yaml", "cleanup: {defaults: {timeout: 300ms}}\n")
@@ -298,7 +296,7 @@ def test_an_exporter_that_hangs_does_not_hold_the_exit(flaskd: Flaskd) -> None:
 
 
 def test_a_search_that_hangs_does_not_hold_the_stop(flaskd: Flaskd) -> None:
-    """An object that never says whether it is open costs the stop a moment, is told, and keeps no policy from running."""
+    """An object that hangs when discovery looks at it delays the stop for a moment, is logged, and stops no policy."""
     flaskd.write(
         "shop.py",
         """
@@ -353,7 +351,7 @@ def test_what_is_not_to_be_touched_is_not(flaskd: Flaskd, discovery: str) -> Non
 
 
 def test_the_plan_shows_what_was_found_and_what_would_suffer(flaskd: Flaskd) -> None:
-    """`flaskd plan` shows found steps with their moments; --simulate-hang asks the daemon for its plan, or reads the file."""
+    """`flaskd plan` shows found steps with their moments; --simulate-hang uses the daemon's plan, or the file's."""
     flaskd.write("shop.py", HOLDER)
     flaskd.write("flaskd.yaml", "shutdown: {drain: {timeout: 1s}}\n"
                  "cleanup: {policies: {bye: {use: command, with: {argv: ['true']}, after: x}, x: {use: executor.stop}}}\n")  # fmt: skip
@@ -380,7 +378,7 @@ def test_the_plan_shows_what_was_found_and_what_would_suffer(flaskd: Flaskd) -> 
 
 
 def test_a_reload_may_switch_discovery(flaskd: Flaskd) -> None:
-    """What is in force at the first moment of the stop counts."""
+    """A stop uses the mode of discovery that is in force when it begins."""
     flaskd.write("shop.py", HOLDER)
     flaskd.write("flaskd.yaml", "cleanup: {discovery: off}\n")
     flaskd.start(app="shop")
@@ -392,7 +390,7 @@ def test_a_reload_may_switch_discovery(flaskd: Flaskd) -> None:
 
 
 def test_a_check_names_the_library_that_is_missing(flaskd: Flaskd) -> None:
-    """`flaskd check` points at the action whose library is not installed, and serve refuses to start."""
+    """`flaskd check` reports an action whose library is not installed, and serve refuses to start."""
     flaskd.write("hidden/sitecustomize.py", "import sys\nclass Hide:\n    def find_spec(self, name, *_):\n"
                  "        if name == 'redis':\n            raise ModuleNotFoundError(name)\nsys.meta_path.insert(0, Hide())\n")  # fmt: skip
     flaskd.env["PYTHONPATH"] = str(flaskd.directory / "hidden")
@@ -405,7 +403,7 @@ def test_a_check_names_the_library_that_is_missing(flaskd: Flaskd) -> None:
 
 
 def test_a_scheduler_that_its_app_shuts_down_at_exit(flaskd: Flaskd) -> None:
-    """However the app does it, at exit or in a function of its own, the stop ends without a traceback, and its code runs on."""
+    """If the app shuts its schedulers down at exit or in a function, the stop has no traceback, and its code goes on."""
     flaskd.write(
         "shop.py",
         """
@@ -439,7 +437,7 @@ def end():
 
 
 def test_what_an_app_has_frozen_is_closed(flaskd: Flaskd) -> None:
-    """`gc.freeze()` at the end of an import hides nothing from the stop; nor does a module that raises when it is asked."""
+    """After `gc.freeze()` the app's objects are still closed, also with a module that raises at every attribute."""
     flaskd.write(
         "shop.py",
         HOLDER

@@ -1,4 +1,4 @@
-"""Drain, resume and stop of a real daemon: what is in hand is answered."""
+"""Drain, resume and stop of a real daemon: requests in hand are answered."""
 
 import http.client
 import re
@@ -13,7 +13,7 @@ from patience import PATIENCE
 
 
 def test_the_whole_path(flaskd: Flaskd) -> None:
-    """A request in flight survives `echo drain`, the daemon says drained, resumes, and stops with exit code 0."""
+    """A request in flight is answered during `echo drain`; flaskd is drained, resumes, and stops with exit code 0."""
     flaskd.start()
     url = flaskd.url
     held = flaskd.hold(url)
@@ -36,7 +36,7 @@ def test_the_whole_path(flaskd: Flaskd) -> None:
 
 
 def test_stop_answers_what_is_running_and_what_is_queued(flaskd: Flaskd) -> None:
-    """With one thread, the running request and those queued behind it are all answered before the exit."""
+    """With one thread, the running request and the queued ones are all answered before the exit."""
     flaskd.start("-t", "1")
     url = flaskd.url
     held = flaskd.hold(url)
@@ -53,7 +53,7 @@ def test_stop_answers_what_is_running_and_what_is_queued(flaskd: Flaskd) -> None
 
 
 def test_output_that_is_not_sent_is_waited_for(flaskd: Flaskd) -> None:
-    """A client that reads a large response slowly gets all of it, though the app was done long ago."""
+    """A client that reads a large response slowly gets all of it, long after the app has finished."""
     flaskd.write("big.py", "def app(environ, start_response):\n"
                  "    start_response('200 OK', [('Content-Length', '8000000')])\n    return [b'x' * 8000000]\n")  # fmt: skip
     flaskd.start(app="big:app")
@@ -72,7 +72,7 @@ def test_output_that_is_not_sent_is_waited_for(flaskd: Flaskd) -> None:
 
 
 def test_the_deadline_is_kept_and_what_is_cut_is_named(flaskd: Flaskd) -> None:
-    """A request that never ends is cut at the deadline, and told by method, path, age and stack; exit code as chosen."""
+    """A request that never ends is cut at the deadline; the report has method, path, age, stack, exit code."""
     config = "shutdown: {deadline: 2s, reserve: 500ms, exit_codes: {degraded: 9}}\n"
     flaskd.write("flaskd.yaml", config)
     flaskd.start()
@@ -89,7 +89,7 @@ def test_the_deadline_is_kept_and_what_is_cut_is_named(flaskd: Flaskd) -> None:
 
 
 def test_an_app_that_holds_the_interpreter_is_ended_at_the_deadline(flaskd: Flaskd) -> None:
-    """Even code that never lets go of the GIL cannot keep the process past its deadline by more than a second."""
+    """Code that never releases the GIL keeps the process at most a second beyond its deadline."""
     flaskd.write("hog.py", "import ctypes, os, socket\n"
                  "def app(environ, start_response):\n"
                  "    with socket.socket(socket.AF_UNIX) as gate:\n"
@@ -106,12 +106,12 @@ def test_an_app_that_holds_the_interpreter_is_ended_at_the_deadline(flaskd: Flas
     assert time.monotonic() - before < 2.0
     assert "Timeout" in flaskd.log
     for path in flaskd.runtime.glob("*"):
-        path.unlink()  # nothing could run any more that would have removed them
+        path.unlink()  # no code could run any more that would have removed them
     (flaskd.state / "running.json").unlink()
 
 
 def test_drain_wait_tells_the_account(flaskd: Flaskd) -> None:
-    """`drain --wait` shows progress, answers when it is over, and a later one reports the same account."""
+    """`drain --wait` shows progress, answers at the end, and a later one reports the same account."""
     flaskd.start()
     held = flaskd.hold()
     assert flaskd.command("drain").startswith("OK draining in_flight=1 deadline=15s")
@@ -125,7 +125,7 @@ def test_drain_wait_tells_the_account(flaskd: Flaskd) -> None:
 
 
 def test_drain_wait_exits_with_1_when_work_was_lost(flaskd: Flaskd) -> None:
-    """A drain that cut a request is told by the client's exit code, and the daemon serves on after a resume."""
+    """The client exits with 1 if the drain cut a request, and the daemon serves after a resume."""
     flaskd.write("flaskd.yaml", "shutdown: {drain: {timeout: 300ms}}\n")
     flaskd.start("-t", "2")
     url = flaskd.url
@@ -135,7 +135,7 @@ def test_drain_wait_exits_with_1_when_work_was_lost(flaskd: Flaskd) -> None:
     assert "cut GET /hold" in out
     assert "cut=1" in out
     assert flaskd.command("resume") == "OK ready\n"
-    # Both threads are there again, although one of them still runs the request that was cut.
+    # Both threads are there again, although one of the old ones still runs the cut request.
     first, second = Answer(url, "/hold"), Answer(url, "/hold")
     flaskd.gate.entered()
     flaskd.gate.entered()
@@ -144,7 +144,7 @@ def test_drain_wait_exits_with_1_when_work_was_lost(flaskd: Flaskd) -> None:
 
 
 def test_resume_undoes_a_drain_that_is_still_under_way(flaskd: Flaskd) -> None:
-    """Resuming while requests drain serves again at once, and tells those who waited for the drain."""
+    """A resume during a drain serves again at once, and the waiting `drain` gets an error."""
     flaskd.start()
     url = flaskd.url
     held = flaskd.hold(url)
@@ -157,7 +157,7 @@ def test_resume_undoes_a_drain_that_is_still_under_way(flaskd: Flaskd) -> None:
 
 
 def test_resume_that_cannot_bind_stays_drained(flaskd: Flaskd) -> None:
-    """When somebody took the port meanwhile, resume says so and may be tried again."""
+    """If another process took the port, resume fails with a message, and can be tried again."""
     flaskd.start()
     url = flaskd.url
     _, port = place_of(url)
@@ -172,7 +172,7 @@ def test_resume_that_cannot_bind_stays_drained(flaskd: Flaskd) -> None:
 
 
 def test_a_stop_after_a_drain_keeps_the_account(flaskd: Flaskd) -> None:
-    """What was answered during an earlier drain stands in the record of the stop."""
+    """The record of a stop includes the requests that an earlier drain has answered."""
     flaskd.start()
     held = flaskd.hold()
     flaskd.command("drain")
@@ -188,14 +188,14 @@ def test_a_stop_after_a_drain_keeps_the_account(flaskd: Flaskd) -> None:
 
 
 def extensions(messages: Sequence[str]) -> list[int]:
-    """The seconds of more time that were asked for."""
+    """The seconds of each request for more time."""
     return [
         int(each) // 1_000_000 for message in messages for each in re.findall(r"EXTEND_TIMEOUT_USEC=(\d+)", message)
     ]
 
 
 def test_more_time_is_asked_for_where_something_moves(flaskd: Flaskd) -> None:
-    """A drain gets its whole time when it begins, and nothing more while it hangs; then a step gets its own."""
+    """More time is requested for a drain at its begin, not while it hangs; then for each step."""
     policies = "{last: {use: command, phase: final, with: {argv: [sleep, '600']}, timeout: 10s}}"
     flaskd.write(
         "flaskd.yaml",
@@ -206,14 +206,14 @@ def test_more_time_is_asked_for_where_something_moves(flaskd: Flaskd) -> None:
     flaskd.kill(signal.SIGTERM)
     assert "\nEXTEND_TIMEOUT_USEC=5000000" in flaskd.wait_message("STOPPING=1")
     (drain,) = extensions([flaskd.wait_message("EXTEND_TIMEOUT_USEC=")])
-    assert 20 < drain <= 31  # as long as it may take, and a second
+    assert 20 < drain <= 31  # as long as it may take, plus a second
     before = len(flaskd.messages)
     for _ in range(3):
         flaskd.wait_message("STATUS=stopping: 1 in flight")
     assert extensions(flaskd.messages[before:]) == []
     flaskd.gate.open()
     assert answer.result() == (200, b"held")
-    while extensions([flaskd.wait_message("EXTEND_TIMEOUT_USEC=")]) < [10]:  # the step begins, after the drain ended
+    while extensions([flaskd.wait_message("EXTEND_TIMEOUT_USEC=")]) < [10]:  # the step begins after the drain
         pass
     flaskd.kill(signal.SIGTERM)
     assert flaskd.wait() == 0

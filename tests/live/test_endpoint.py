@@ -1,4 +1,4 @@
-"""The shutdown endpoint of real processes: flaskd, and Flask's own development server; and what a browser can do to it."""
+"""The shutdown endpoint of real processes: of flaskd and Flask's development server, and what a browser can do."""
 
 import contextlib
 import http.client
@@ -51,7 +51,7 @@ CONFIG = "shutdown: {endpoint: {listen: '127.0.0.1:0', token_file: token}}\n"
 
 @pytest.fixture
 def token(flaskd: Flaskd) -> str:
-    """A token, in a file where the daemon works."""
+    """A token, in a file in the daemon's directory."""
     return package.ShutdownEndpoint.make_token(flaskd.directory / "token").read_text().strip()
 
 
@@ -66,7 +66,7 @@ def post(url: str, token: str, **headers: str) -> tuple[int, bytes]:
 
 
 def test_a_post_stops_the_daemon(flaskd: Flaskd, token: str) -> None:
-    """202 first, then the stop: what is in flight is answered, and the record has the reason and the plan told."""
+    """After the 202 the stop begins: running requests are answered, and the record has the reason and the plan's id."""
     flaskd.write("flaskd.yaml", CONFIG + "cleanup: {policies: {bye: {use: command, with: {argv: ['true']}}}}\n")
     flaskd.start()
     [url] = flaskd.status()["shutdown_endpoint"]
@@ -88,7 +88,7 @@ def test_a_post_stops_the_daemon(flaskd: Flaskd, token: str) -> None:
 
 
 def test_the_answer_has_what_the_app_holds(flaskd: Flaskd, token: str) -> None:
-    """What was found is among the steps; the id is that of the policies, which the record has, too."""
+    """Found objects are among the steps of the answer; the id is that of the policies, as in the record."""
     flaskd.write("flaskd.yaml", CONFIG)
     flaskd.write("holding.py", (
         "from concurrent.futures import ThreadPoolExecutor\nfrom gateapp import app\n"
@@ -104,7 +104,7 @@ def test_the_answer_has_what_the_app_holds(flaskd: Flaskd, token: str) -> None:
 
 
 def test_a_credential_is_a_token(flaskd: Flaskd, token: str) -> None:
-    """What LoadCredential= of a unit puts into a directory of its own is taken."""
+    """A token from the directory of LoadCredential= is used."""
     flaskd.env["CREDENTIALS_DIRECTORY"] = str(flaskd.directory)
     flaskd.write("flaskd.yaml", CONFIG.replace("token_file", "credential"))
     flaskd.start()
@@ -114,7 +114,7 @@ def test_a_credential_is_a_token(flaskd: Flaskd, token: str) -> None:
 
 
 def test_the_shell_can_do_it(flaskd: Flaskd) -> None:
-    """What the reference configuration says makes a token, and what it says posts it; neither shows it to ps(1)."""
+    """The reference configuration's commands make a token and use it, without showing it to ps(1)."""
     requires("curl", [] if shutil.which("curl") else ["curl"])
     said = " ".join(line.strip().lstrip("# ") for line in REFERENCE.read_text().splitlines())
     make, ask = (
@@ -134,7 +134,7 @@ def test_the_shell_can_do_it(flaskd: Flaskd) -> None:
 
 
 def test_a_refused_post_stops_nothing(flaskd: Flaskd, token: str) -> None:
-    """A wrong token, a wrong method, a browser's header; the app's own port knows nothing of it; the log has the peer."""
+    """A wrong token, a wrong method or a browser's header is refused and logged; the app's port has no endpoint."""
     flaskd.write("flaskd.yaml", CONFIG)
     flaskd.start()
     [url] = flaskd.status()["shutdown_endpoint"]
@@ -148,7 +148,7 @@ def test_a_refused_post_stops_nothing(flaskd: Flaskd, token: str) -> None:
 
 
 def test_there_is_none_unless_configured(flaskd: Flaskd) -> None:
-    """Off by default, and not shown."""
+    """The endpoint is off by default, and then not shown."""
     flaskd.start()
     assert flaskd.status()["shutdown_endpoint"] == []
     assert "shutdown_endpoint" not in flaskd.command("status")
@@ -165,7 +165,7 @@ def test_there_is_none_unless_configured(flaskd: Flaskd) -> None:
     ],
 )  # fmt: skip
 def test_no_token_no_route(flaskd: Flaskd, token: str, config: str, fault: str) -> None:
-    """In production, or without its token, flaskd does not start, and says why."""
+    """In production, or without its token, flaskd refuses to start, and says why."""
     flaskd.write("flaskd.yaml", config)
     code, said = flaskd.fails()
     assert code == 78
@@ -174,7 +174,7 @@ def test_no_token_no_route(flaskd: Flaskd, token: str, config: str, fault: str) 
 
 
 def test_a_busy_address_is_a_fault_of_the_start(flaskd: Flaskd, token: str) -> None:
-    """Exit 73, naming it, before the app is imported."""
+    """If the endpoint's address is in use, the start fails with 73 before the app is imported."""
     with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as other:
         flaskd.write("flaskd.yaml", CONFIG.replace(":0", f":{other.server_port}"))
         code, said = flaskd.fails()
@@ -193,7 +193,7 @@ def test_it_is_there_before_the_app_is(flaskd: Flaskd, token: str) -> None:
 
 
 def test_opened_in_code_it_is_the_daemons(flaskd: Flaskd, token: str) -> None:
-    """The same stop, the same record, the same place in the status; registered functions run once."""
+    """An endpoint opened in code gives the same stop, record and status; registered functions run once."""
     flaskd.write("shop.py", SHOP)
     flaskd.start(app="shop")
     [url] = flaskd.status()["shutdown_endpoint"]
@@ -207,7 +207,7 @@ def test_opened_in_code_it_is_the_daemons(flaskd: Flaskd, token: str) -> None:
 
 
 def test_in_production_code_opens_none(flaskd: Flaskd, token: str) -> None:
-    """The profile counts for the app's own code, too."""
+    """Under profile: production the app's code cannot open an endpoint."""
     flaskd.write("flaskd.yaml", "profile: production\n")
     flaskd.write("shop.py", SHOP)
     code, said = flaskd.fails(app="shop")
@@ -216,7 +216,7 @@ def test_in_production_code_opens_none(flaskd: Flaskd, token: str) -> None:
 
 
 def test_a_forked_child_does_not_keep_it(flaskd: Flaskd, token: str) -> None:
-    """After the stop nobody listens there, though a process that the app forked lives on."""
+    """After the stop nothing listens there, although a process that the app forked still runs."""
     flaskd.write("flaskd.yaml", CONFIG)
     flaskd.write("forking.py", (
         "import os, signal\nfrom gateapp import app\n@app.get('/fork')\ndef fork():\n    pid = os.fork()\n"
@@ -248,13 +248,13 @@ def program(flaskd: Flaskd, source: str) -> subprocess.Popen[bytes]:
 
 
 def endpoint_of(flaskd: Flaskd) -> str:
-    """Where the app has opened it."""
+    """The address at which the app has opened it."""
     flaskd.until((flaskd.directory / "url").exists)
     return (flaskd.directory / "url").read_text()
 
 
 def test_serve_takes_it_over(flaskd: Flaskd, token: str) -> None:
-    """flaskd.serve() of an app that is there before it: the endpoint is the daemon's, and the functions run once."""
+    """flaskd.serve() takes over the endpoint of an app that was imported before; functions run once."""
     flaskd.process = program(
         flaskd, "import sys, flaskd, shop\nsys.exit(flaskd.serve(shop.app, {'server': {'listen': '127.0.0.1:0'}}))\n"
     )
@@ -267,7 +267,7 @@ def test_serve_takes_it_over(flaskd: Flaskd, token: str) -> None:
 
 
 def test_serve_in_production_refuses_it(flaskd: Flaskd, token: str) -> None:
-    """The profile counts for one that was open before, too."""
+    """flaskd.serve() under profile: production refuses to start with an endpoint that is open already."""
     flaskd.process = program(
         flaskd, "import sys, flaskd, shop\nsys.exit(flaskd.serve(shop.app, {'profile': 'production'}))\n"
     )
@@ -277,7 +277,7 @@ def test_serve_in_production_refuses_it(flaskd: Flaskd, token: str) -> None:
 
 @pytest.mark.parametrize("how", ["threading.Event().wait()", "server.join()"])
 def test_a_server_in_a_thread_stops_once(flaskd: Flaskd, token: str, how: str) -> None:
-    """The main thread is interrupted, wherever it waits, once all is done: what is in hand answered, the functions run."""
+    """The main thread is interrupted after the stop: requests are answered, and functions have run."""
     process = program(flaskd, (
         "import threading, flaskd, shop\nfrom pathlib import Path\ntry:\n"
         f"    with flaskd.ServerThread(shop.app) as server:\n        Path('at').write_text(server.url)\n        {how}\n"
@@ -291,14 +291,14 @@ def test_a_server_in_a_thread_stops_once(flaskd: Flaskd, token: str, how: str) -
         flaskd.gate.open()
         assert held.result() == (200, b"held")
         assert process.wait(PATIENCE) == 0
-        assert flaskd.log.endswith("True closed\n")  # waitress may say that somebody waited
+        assert flaskd.log.endswith("True closed\n")  # waitress may log that a request waited
     finally:
         process.kill()
         process.wait()
 
 
 def test_a_server_process_stops_once(flaskd: Flaskd, token: str) -> None:
-    """Its owner sees an end in good order, with the steps of one stop."""
+    """The owner of a ServerProcess sees a proper end, with the steps of one stop."""
     flaskd.write("shop.py", SHOP)
     with package.ServerProcess("shop:app", chdir=flaskd.directory, env=flaskd.env) as process:
         held = flaskd.hold(process.url)
@@ -318,7 +318,7 @@ def test_a_server_process_stops_once(flaskd: Flaskd, token: str) -> None:
 
 
 class FlaskRun:
-    """`flask run` in a flaskd fixture's directory, on a port of the kernel's."""
+    """`flask run` in a flaskd fixture's directory, on a port that the kernel chooses."""
 
     def __init__(self, place: Flaskd, *args: str, **popen: Any) -> None:
         self._place = place
@@ -336,7 +336,7 @@ class FlaskRun:
         assert found, place.log
         self.url = found[1] + "/"
         self.endpoint = (place.directory / "url").read_text()
-        assert get(self.url)[0] == 200  # the parent of a reloader binds before its child serves, and watches files
+        assert get(self.url)[0] == 200  # a reloader's parent binds before its child serves
 
     def until(self, condition: Any) -> None:
         self._place.until(condition)
@@ -361,7 +361,7 @@ def running(place: Flaskd, *args: str, **popen: Any) -> Iterator[FlaskRun]:
 
 @pytest.mark.parametrize("option", ["--no-reload", "--reload"])
 def test_a_post_stops_flask_run(flaskd: Flaskd, token: str, option: str) -> None:
-    """What is in flight is answered, the functions run, and every process ends; with the reloader its parent, too."""
+    """Under `flask run` requests are answered, functions run, and every process ends, the reloader's parent, too."""
     flaskd.log_file.touch()
     with running(flaskd, option) as server:
         below = children(server.process.pid)
@@ -373,7 +373,7 @@ def test_a_post_stops_flask_run(flaskd: Flaskd, token: str, option: str) -> None
         assert [status for status, _ in told] == [202, 202]
         first, second = (json.loads(body) for _, body in told)
         assert (first["plan"], first["steps"]) == (second["plan"], second["steps"])
-        assert first["in_flight"] >= 1  # a client may have its answer a moment before its request is over
+        assert first["in_flight"] >= 1  # a client may have its answer slightly before its request is over
         assert not (flaskd.directory / "closed").exists()
         flaskd.gate.open()
         assert held.result() == (200, b"held")
@@ -386,7 +386,7 @@ def test_a_post_stops_flask_run(flaskd: Flaskd, token: str, option: str) -> None
 
 
 def test_an_open_stream_does_not_keep_flask_run(flaskd: Flaskd, token: str) -> None:
-    """It ends between two events once its grace is over, and is not cut."""
+    """An event stream ends between two events after its grace, and is not cut."""
     flaskd.log_file.touch()
     with (flaskd.directory / "gateapp.py").open("a") as file:
         file.write(
@@ -406,7 +406,7 @@ def test_an_open_stream_does_not_keep_flask_run(flaskd: Flaskd, token: str) -> N
 
 
 def test_the_reloader_takes_the_endpoint_along(flaskd: Flaskd, token: str) -> None:
-    """After an edit the new child has an endpoint, and it stops parent and child."""
+    """After an edit the reloader's new child has an endpoint, which stops parent and child."""
     flaskd.log_file.touch()
     with running(flaskd, "--reload") as server:
         [before] = children(server.process.pid)
@@ -420,7 +420,7 @@ def test_the_reloader_takes_the_endpoint_along(flaskd: Flaskd, token: str) -> No
 
 
 def test_a_process_that_ignores_ctrl_c_ends(flaskd: Flaskd, token: str) -> None:
-    """A script that runs it in its background has SIGINT ignored there: it is terminated, after its work is done."""
+    """A process that ignores SIGINT, as in a script's background, is terminated after its work is done."""
     flaskd.log_file.touch()
     ignore = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
     with running(flaskd, "--no-reload", preexec_fn=ignore) as server:
@@ -430,7 +430,7 @@ def test_a_process_that_ignores_ctrl_c_ends(flaskd: Flaskd, token: str) -> None:
 
 
 def test_other_commands_of_flask_open_nothing(flaskd: Flaskd, token: str) -> None:
-    """`flask routes` imports the app, and goes on while it is served elsewhere."""
+    """`flask routes` imports the app without opening the endpoint, even while it is served elsewhere."""
     flaskd.write("shop.py", SHOP)
     argv = [sys.executable, "-m", "flask", "--app", "shop", "routes"]
     done = subprocess.run(argv, cwd=flaskd.directory, env=flaskd.env, capture_output=True, text=True, check=True)
@@ -469,7 +469,7 @@ window.attempt = async () => {{
 
 @contextlib.contextmanager
 def site(page: str) -> Iterator[str]:
-    """A site of somebody else's; its origin."""
+    """Another site; gives its origin."""
 
     class Site(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -495,7 +495,7 @@ def site(page: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def chromium() -> Iterator[Any]:
-    """A page of a browser with a profile of its own."""
+    """A browser page with a profile of its own."""
     from playwright.sync_api import sync_playwright
 
     profile = tempfile.mkdtemp(prefix="flaskd-chromium-")
@@ -513,7 +513,7 @@ def chromium() -> Iterator[Any]:
 
 
 def test_a_page_in_a_browser_cannot_stop_it(flaskd: Flaskd, token: str) -> None:
-    """Whatever a page of another origin sends, though it knew the token: the server goes on, and has refused each."""
+    """Whatever a page of another origin sends, even with the token, is refused, and the server goes on."""
     missing = [] if CHROMIUM.exists() else [str(CHROMIUM)]
     try:
         import playwright  # noqa: F401

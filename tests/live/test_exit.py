@@ -1,4 +1,4 @@
-"""What the app leaves to the end of its process: it is finished while there is time, and what is cut is told."""
+"""What the app has left to the end of its process is finished within a time limit; what is cut is reported."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ CONFIG = "shutdown: {{deadline: {deadline}, exit_wait: {wait}, exit_codes: {{deg
 
 
 def serve(flaskd: Flaskd, *asked: str, deadline: str = "15s", wait: str = "8s") -> None:
-    """Serve the app, and have it take on what was asked for."""
+    """Serve the app, and have it start the given kinds of work."""
     flaskd.write("exits.py", APP)
     flaskd.write("flaskd.yaml", CONFIG.format(deadline=deadline, wait=wait))
     flaskd.start(app="exits")
@@ -65,18 +65,18 @@ def serve(flaskd: Flaskd, *asked: str, deadline: str = "15s", wait: str = "8s") 
 
 
 def done(flaskd: Flaskd) -> list[str]:
-    """What has been finished."""
+    """The work that was finished."""
     path = flaskd.directory / "done"
     return path.read_text().splitlines() if path.exists() else []
 
 
 def unfinished(flaskd: Flaskd) -> list[str]:
-    """What the record tells of what was not."""
+    """What was not finished, from the record."""
     return [each["name"] for each in flaskd.record().get("unfinished", [])]
 
 
 def test_what_was_accepted_is_finished(flaskd: Flaskd) -> None:
-    """Queued jobs, threads that a request started, children and slow exit callbacks are done before the process ends."""
+    """Queued jobs, threads, children and slow exit callbacks are finished before the process ends."""
     serve(flaskd, "/jobs/8", "/thread/3.0", "/child/1.0", "/callback/0.8", "/finalizer/0.0")
     assert flaskd.stop() == 0
     assert sorted(done(flaskd)) == sorted(["callback", "child", *(f"job {number}" for number in range(8)), "thread"])
@@ -89,7 +89,7 @@ def test_what_was_accepted_is_finished(flaskd: Flaskd) -> None:
     [("/thread/60.0", "thread/mailer"), ("/callback/60.0", "atexit/exits.wait"), ("/child/60.0", "process/report")],
 )
 def test_what_takes_longer_than_exit_wait_is_cut_and_told(flaskd: Flaskd, asked: str, name: str) -> None:
-    """The plan names it before, log and record after; the stop is degraded, and ends when the time is up."""
+    """The plan lists it before, log and record after the cut; the stop is degraded, and ends at the limit."""
     serve(flaskd, asked, wait="500ms")
     (line,) = [each for each in flaskd.command("plan").splitlines() if each.startswith("the exit waits")]
     assert line.startswith("the exit waits at most 500ms for: ")
@@ -108,7 +108,7 @@ def test_what_takes_longer_than_exit_wait_is_cut_and_told(flaskd: Flaskd, asked:
 
 
 def test_jobs_beyond_the_steps_timeout_are_cut_and_told(flaskd: Flaskd) -> None:
-    """An executor has its step's timeout for its queue; what is not begun then makes the stop degraded."""
+    """A thread pool has its step's timeout for its queue; jobs that have not begun then make the stop degraded."""
     serve(flaskd)
     flaskd.write(
         "flaskd.yaml",
@@ -121,11 +121,11 @@ def test_jobs_beyond_the_steps_timeout_are_cut_and_told(flaskd: Flaskd) -> None:
     assert told.startswith("found:executor.stop: exits:pool: ")
     assert told.endswith(" jobs not begun")
     assert flaskd.record()["policies"]["found:executor.stop"]["fate"] == "timed_out"
-    assert len(done(flaskd)) + int(told.split()[2]) == 100  # what ran was finished
+    assert len(done(flaskd)) + int(told.split()[2]) == 100  # the running job was finished
 
 
 def test_a_finalizer_cannot_outlast_the_exit(flaskd: Flaskd) -> None:
-    """An object whose ``__del__`` never ends is cut with its stack in the log, within the deadline."""
+    """An object whose ``__del__`` never ends is cut before the deadline, with its stack in the log."""
     serve(flaskd, "/finalizer/600.0", deadline="3s", wait="60s")
     before = time.monotonic()
     assert flaskd.stop() == 9
@@ -136,7 +136,7 @@ def test_a_finalizer_cannot_outlast_the_exit(flaskd: Flaskd) -> None:
 
 
 def test_the_deadline_holds_for_the_exit(flaskd: Flaskd) -> None:
-    """However long exit_wait is, the stop takes no longer than its deadline."""
+    """However long exit_wait is, the stop ends at its deadline."""
     serve(flaskd, "/callback/60.0", deadline="2s", wait="60s")
     before = time.monotonic()
     assert flaskd.stop() == 9
@@ -145,13 +145,13 @@ def test_the_deadline_holds_for_the_exit(flaskd: Flaskd) -> None:
 
 
 def exiting(flaskd: Flaskd) -> None:
-    """Ask for the stop, and wait until the process is at its exit."""
+    """Ask for the stop, and wait until the process has reached its exit."""
     flaskd.kill(signal.SIGTERM)
     flaskd.wait_message("the exit waits for atexit/")
 
 
 def test_a_second_signal_hurries_the_exit(flaskd: Flaskd) -> None:
-    """Who asks again waits a second more, also where the app's own callbacks are what keeps the process."""
+    """A second signal leaves one more second, also while the app's exit callbacks run."""
     serve(flaskd, "/callback/60.0", deadline="60s", wait="60s")
     exiting(flaskd)
     before = time.monotonic()
@@ -162,19 +162,19 @@ def test_a_second_signal_hurries_the_exit(flaskd: Flaskd) -> None:
 
 
 def test_a_third_signal_ends_the_exit_at_once(flaskd: Flaskd) -> None:
-    """Nothing is waited for then."""
+    """A third signal ends the process at once."""
     serve(flaskd, "/callback/60.0", deadline="60s", wait="60s")
     exiting(flaskd)
     flaskd.kill(signal.SIGTERM)
     flaskd.until(lambda: "asked again" in flaskd.log)
-    time.sleep(0.3)  # two that come within 250 ms count as one
+    time.sleep(0.3)  # two signals within 250 ms count as one
     flaskd.kill(signal.SIGTERM)
     assert flaskd.wait() == 128 + signal.SIGTERM
     (flaskd.state / "running.json").unlink()
 
 
 def test_who_waits_for_the_stop_hears_what_was_cut(flaskd: Flaskd) -> None:
-    """The reply comes when the exit is over, names what was not finished, and the client's exit code says so."""
+    """The reply comes after the exit, names what was not finished, and the client's exit code says so."""
     serve(flaskd, "/thread/60.0", wait="300ms")
     code, out, _ = flaskd.client("stop", "--wait")
     assert code == 1
@@ -183,7 +183,7 @@ def test_who_waits_for_the_stop_hears_what_was_cut(flaskd: Flaskd) -> None:
 
 
 def test_a_start_that_fails_is_over_in_time(flaskd: Flaskd) -> None:
-    """The app has started a thread and failed: the thread has its time, and no more; the exit code is the failure's."""
+    """After a failed start, a thread of the app has its time; the exit code is that of the failure."""
     flaskd.write("broken.py", "import threading\nthreading.Thread(target=threading.Event().wait, name='stray').start()\n"
                  "raise RuntimeError('broken')\n")  # fmt: skip
     code, log = flaskd.fails(app="broken")
@@ -193,7 +193,7 @@ def test_a_start_that_fails_is_over_in_time(flaskd: Flaskd) -> None:
 
 @pytest.mark.parametrize("how", ["full", "closed pipe", "closed", "standard output full"])
 def test_standard_streams_that_cannot_be_written(flaskd: Flaskd, how: str) -> None:
-    """A clean stop ends with 0 where nothing can be said on standard error or output, and the app prints."""
+    """A stop ends with 0 even if standard output and error cannot be written and the app prints."""
     flaskd.write("prints.py", "import sys\nfrom gateapp import app\n"
                  "@app.get('/print')\ndef say():\n    print('x' * 100, end='')\n    return 'said'\n")  # fmt: skip
     for name in [name for name in flaskd.env if name.startswith("PYTHON")]:
@@ -213,7 +213,7 @@ def test_standard_streams_that_cannot_be_written(flaskd: Flaskd, how: str) -> No
 
 
 def test_a_terminal_that_hung_up(flaskd: Flaskd) -> None:
-    """The log has nowhere to go, and the stop is as clean as ever."""
+    """If the terminal hung up, nothing can be logged, and the stop ends as usual."""
     for name in [name for name in flaskd.env if name.startswith("PYTHON")]:
         del flaskd.env[name]
     terminal = Terminal(flaskd)
@@ -223,7 +223,7 @@ def test_a_terminal_that_hung_up(flaskd: Flaskd) -> None:
 
 
 def test_the_end_of_a_program_is_its_own(flaskd: Flaskd) -> None:
-    """flaskd.serve() returns when the stop is over; exit callbacks and threads are left to the program, which goes on."""
+    """flaskd.serve() returns after the stop, and leaves exit callbacks and threads to the program."""
     flaskd.write("exits.py", APP)
     flaskd.write("program.py", "import flaskd, exits\nexits.finish(0, 'callback')\n"
                  "code = flaskd.serve(exits.app, {'server': {'listen': '127.0.0.1:0'}})\n"
@@ -237,7 +237,7 @@ def test_the_end_of_a_program_is_its_own(flaskd: Flaskd) -> None:
 
 
 def test_a_program_that_cannot_write_ends_with_its_own_code(flaskd: Flaskd) -> None:
-    """What flaskd could not log does not fail once more at the end of the program that called it."""
+    """What flaskd could not log does not change the exit code of the program that called it."""
     flaskd.write("program.py", "import flaskd\nfrom gateapp import app\n"
                  "raise SystemExit(flaskd.serve(app, {'server': {'listen': '127.0.0.1:0'}}))\n")  # fmt: skip
     env = {name: value for name, value in flaskd.env.items() if not name.startswith("PYTHON")}

@@ -1,4 +1,4 @@
-"""``flask daemon`` is ``flaskd serve`` for the app that Flask's own command line names."""
+"""``flask daemon`` works as ``flaskd serve`` for the app that Flask's own command line names."""
 
 import signal
 import subprocess
@@ -14,7 +14,7 @@ OTHER = "from flask import Flask\napp = Flask('other')\napp.add_url_rule('/', vi
 
 
 def launch(flaskd: Flaskd, *words: str, program: tuple[str, ...] = ("-m", "flask")) -> None:
-    """Run `flask` with these words, and wait for nothing."""
+    """Run `flask` with these arguments, without waiting."""
     with flaskd.log_file.open("ab") as log:
         flaskd.process = subprocess.Popen(
             [sys.executable, *program, *words],
@@ -28,7 +28,7 @@ def start(flaskd: Flaskd, *words: str, **how: tuple[str, ...]) -> None:
 
 
 def test_it_serves_drains_and_stops(flaskd: Flaskd) -> None:
-    """A request in hand when SIGTERM comes is answered; the control plane, the log and the exit code are as elsewhere."""
+    """A request in hand at SIGTERM is answered; control nodes, log and exit code are those of flaskd."""
     start(flaskd, "--app", "gateapp")
     assert flaskd.status()["app"] == "gateapp"
     flaskd.stop_holding()
@@ -49,7 +49,7 @@ NAMED = {
 
 @pytest.mark.parametrize("name", NAMED)
 def test_which_app(flaskd: Flaskd, name: str) -> None:
-    """--app and FLASK_APP go before the configuration file, and that before wsgi.py and app.py."""
+    """--app and FLASK_APP come before the configuration file, and that before wsgi.py and app.py."""
     files, environ, words, body = NAMED[name]
     for path, text in files.items():
         flaskd.write(path, text)
@@ -63,7 +63,7 @@ OWN = "import click\nfrom flask.cli import FlaskGroup\ndef create():\n{body}\n@c
 
 
 def test_a_command_line_of_the_apps_own(flaskd: Flaskd) -> None:
-    """A FlaskGroup with a factory has the command too; the factory is called once signals are heeded."""
+    """A FlaskGroup with a factory has the command, too; flaskd sets its signal handlers, then calls the factory."""
     flaskd.write("shop.py", OWN.format(body="    from gateapp import app\n    return app"))
     start(flaskd, program=("shop.py",))
     assert get(flaskd.url) == (200, b"hello")
@@ -76,7 +76,7 @@ def test_a_command_line_of_the_apps_own(flaskd: Flaskd) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_an_import_at_once(flaskd: Flaskd, number: int) -> None:
-    """An app that sleeps while it is imported is left within a second, cleanly."""
+    """SIGTERM during an import that sleeps ends the process within a second, with 0."""
     flaskd.write("sleeper.py", ENTER + "import time\ntime.sleep(5)\n")
     launch(flaskd, "--app", "sleeper", "daemon", "-l", "127.0.0.1:0")
     flaskd.gate.entered()
@@ -105,7 +105,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_have_the_same_exit_codes(flaskd: Flaskd, name: str) -> None:
-    """One line and the exit code that ``flaskd serve`` has."""
+    """Errors have one line and the same exit codes as in ``flaskd serve``."""
     files, words, code, line = FAULTS[name]
     for path, text in files.items():
         flaskd.write(path, text)
@@ -115,7 +115,7 @@ def test_faults_have_the_same_exit_codes(flaskd: Flaskd, name: str) -> None:
 
 
 def test_debug_mode_is_no_more_than_a_word(flaskd: Flaskd) -> None:
-    """``--debug`` serves all the same: no debugger, no reloader by itself, and one line that says so."""
+    """``--debug`` serves without debugger and reloader, with one line that says so."""
     start(flaskd, "--app", "gateapp", "--debug")
     status, body = get(flaskd.url, "/boom")
     assert status == 500
@@ -125,7 +125,7 @@ def test_debug_mode_is_no_more_than_a_word(flaskd: Flaskd) -> None:
 
 
 def test_both_commands_have_the_same_options() -> None:
-    """Every option of ``flaskd serve`` is one of ``flask daemon``, and the app is no argument there."""
+    """Every option of ``flaskd serve`` is one of ``flask daemon``, which has no argument for the app."""
     from flaskd.cli import serve
     from flaskd.cli.flask_command import daemon
 
@@ -134,7 +134,7 @@ def test_both_commands_have_the_same_options() -> None:
 
 
 def test_flask_reads_little_for_it() -> None:
-    """What each ``flask`` command imports because of it holds none of waitress, pydantic and PyYAML."""
+    """Other ``flask`` commands import neither waitress nor pydantic nor PyYAML because of it."""
     code = (
         "import sys, flaskd.cli.flask_command; print(*({'waitress', 'pydantic', 'yaml', 'flask'} & set(sys.modules)))"
     )

@@ -17,18 +17,18 @@ from workers_kit import Asking
 
 ROLLS = 20 if LONG else 1
 RACES = [("6s", 0), ("6s", 5), ("0s", 2)] if LONG else [("1500ms", 1.2), ("0s", 0.5)]
-"""How long a pod announces its stop, and how many seconds after its SIGTERM the balancer hears of it."""
+"""How long a pod announces its stop, and how many seconds after its SIGTERM the balancer learns of it."""
 
 
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[Fleet]:
-    """Three that serve; each test leaves them so."""
+    """Three servers that serve; each test leaves them like that."""
     with contextlib.ExitStack() as ends:
         yield Fleet(ends)
 
 
 def test_rolling_restarts_fail_no_request(fleet: Fleet) -> None:
-    """One after the other is restarted under load, and whichever way clients come, each request is answered."""
+    """While one after the other is restarted under load, all clients get all answers in all ways."""
     with fleet.load() as accounts:
         for _ in range(ROLLS):
             for name in NAMES:
@@ -38,7 +38,7 @@ def test_rolling_restarts_fail_no_request(fleet: Fleet) -> None:
 
 
 def test_a_killed_node_fails_what_it_had_in_hand(fleet: Fleet) -> None:
-    """No request fails that began when it was dead, and HAProxy takes it out with the next check."""
+    """Requests that begin after the kill do not fail, and HAProxy removes the server with the next check."""
     with fleet.load() as accounts:
         dead, took = fleet.kill("two")
         fleet.start("two")
@@ -46,25 +46,25 @@ def test_a_killed_node_fails_what_it_had_in_hand(fleet: Fleet) -> None:
     losses = [each for account in accounts.values() for each in account["losses"]]
     assert len(losses) == sum(map(failed, accounts.values()))
     assert [each for each in losses if each["at"] - each["age"] > dead] == [], fleet.explain(accounts)
-    assert took < 10 * balancer.INTER / 1000  # a check takes its time on a busy machine
+    assert took < 10 * balancer.INTER / 1000  # a check may take long on a busy machine
 
 
 def test_a_drain_and_a_resume_are_seen_each_in_its_way(fleet: Fleet) -> None:
-    """HAProxy calls a drained server DRAIN, DOWN or NOLB, has it back after a resume, and no request fails."""
+    """A drained server is DRAIN, DOWN or NOLB, HAProxy uses it after a resume, and no request fails."""
     flaskd = fleet.flaskds["one"]
     with fleet.load(*balancer.CHECKED, "nginx") as accounts:
         draining = Asking(flaskd, "drain wait")
         for way, state in OUT.items():
             fleet.haproxy.wait("one", {state}, [way])
         assert "OK drained" in draining.answer()
-        assert fleet.haproxy.states()["agent", "one"] in {"DRAIN", "DOWN"}  # nobody listens: the plain check sees it
+        assert fleet.haproxy.states()["agent", "one"] in {"DRAIN", "DOWN"}  # nothing listens: the plain check fails
         assert flaskd.command("resume") == "OK ready\n"
         fleet.haproxy.wait("one", balancer.READY)
     assert sum(map(failed, accounts.values())) == 0, fleet.explain(accounts)
 
 
 def test_a_reload_is_no_news_to_the_balancer(fleet: Fleet) -> None:
-    """Bad code is refused, good code comes, HAProxy sees nothing of either, and no request fails."""
+    """Bad code is refused, good code comes, HAProxy notices neither, and no request fails."""
     flaskd = fleet.flaskds["one"]
     with fleet.load() as accounts:
         fleet.code(flaskd, "bad", "raise RuntimeError('no database there')\n")
@@ -77,7 +77,7 @@ def test_a_reload_is_no_news_to_the_balancer(fleet: Fleet) -> None:
 
 
 def test_the_agent_takes_back_what_the_runtime_api_said(fleet: Fleet) -> None:
-    """HAProxy's own drain holds where there is no agent, or while the agent is disabled; else the next check ends it."""
+    """HAProxy's own drain stays without an agent, or while that is disabled; else the agent's next answer ends it."""
     haproxy = fleet.haproxy
     haproxy.put("runtime", "three", "drain")
     haproxy.put("agent", "three", "drain")
@@ -94,7 +94,7 @@ def test_the_agent_takes_back_what_the_runtime_api_said(fleet: Fleet) -> None:
 
 
 def test_the_race_of_kubernetes(fleet: Fleet) -> None:
-    """A pod that announces its stop for longer than the balancer takes to hear of it fails nothing; another one does."""
+    """A pod that announces its stop for longer than the balancer takes to learn of it fails no request; others do."""
     lost = {}
     for node, (announce, delay) in zip(fleet.nodes, RACES, strict=False):
         flaskd, name = fleet.flaskds[node.name], node.name

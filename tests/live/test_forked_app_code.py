@@ -22,7 +22,7 @@ ENDS = {
     "is interrupted": ("os.kill(os.getpid(), signal.SIGINT); signal.pause()", -signal.SIGINT),
     "is terminated": ("os.kill(os.getpid(), signal.SIGTERM); signal.pause()", -signal.SIGTERM),
 }
-"""What the child does, and how it ends: exit code, or minus the signal's number."""
+"""What the child does, and how it ends: an exit code, or minus a signal's number."""
 
 FORKS = {"os": "child = os.fork()", "pty": "child, _ = pty.fork()"}
 
@@ -65,19 +65,19 @@ PLACES = {
 
 
 def app(flaskd: Flaskd, place: str, *, fork: str = "os", end: str = "leaves") -> None:
-    """Write an app that forks a child in some place, and the configuration that goes with it."""
+    """Write an app that forks a child at some place, and its configuration."""
     text = APP.replace("FORK", FORKS[fork]).replace("END", ENDS[end][0])
     flaskd.write("forking.py", text + PLACES[place])
-    if place == "call":  # at the stop
+    if place == "call":  # during the stop
         flaskd.write("target.py", "import forking\ndef step(context):\n    forking.fork()\n")
-    if place == "target":  # when a step's module is imported
+    if place == "target":  # during the import of a step's module
         flaskd.write("target.py", "import forking\nforking.fork()\ndef step(context):\n    pass\n")
     if place in {"call", "target"}:
         flaskd.write("flaskd.yaml", "cleanup: {policies: {p: {use: call, with: {target: 'target:step'}}}}\n")
 
 
 def lives_on(flaskd: Flaskd, place: str) -> None:
-    """Let the app fork; the daemon still serves, has its nodes, and stops by SIGTERM, having told it all itself."""
+    """Let the app fork; then the daemon serves, has its nodes, and stops by SIGTERM, with all log lines from itself."""
     flaskd.start(app="forking")
     if place in {"view", "stream", "close", "thread", "signal"}:
         assert get(flaskd.url, "/fork") == (200, b"parent")
@@ -101,7 +101,7 @@ def ends(flaskd: Flaskd) -> list[int]:
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_child_ends_where_the_app_forks_it(flaskd: Flaskd, place: str) -> None:
-    """Wherever it was forked: sys.exit() ends the child with 0, and the daemon goes on as if there had been none."""
+    """Wherever it was forked, sys.exit() ends the child with 0, and the daemon goes on undisturbed."""
     app(flaskd, place)
     lives_on(flaskd, place)
     assert ends(flaskd) == [0]
@@ -110,20 +110,20 @@ def test_a_child_ends_where_the_app_forks_it(flaskd: Flaskd, place: str) -> None
 
 @pytest.mark.parametrize("place", ["import", "view", "signal", "call"])
 def test_a_child_that_returns_ends(flaskd: Flaskd, place: str) -> None:
-    """One that comes back from the app's code is no second daemon: it says so, and ends with 0."""
+    """A child that returns from the app's code is ended with 0 and a message, and is no second daemon."""
     app(flaskd, place, end="returns")
     lives_on(flaskd, place)
     assert ends(flaskd) == [0]
-    assert flaskd.log.count("came back from the app's code, and ends here") == 1
+    assert flaskd.log.count("returned from the app's code, and is ended") == 1
 
 
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("place", ["import", "view"])
 def test_a_child_ends_as_it_would_without_flaskd(flaskd: Flaskd, place: str, end: str) -> None:
-    """The exit code, or the signal, is that of a plain child: SIGINT is a KeyboardInterrupt there, SIGTERM ends it."""
+    """The exit code or signal is that of a plain child: SIGINT is a KeyboardInterrupt, SIGTERM ends it."""
     app(flaskd, place, end=end)
     lives_on(flaskd, place)
-    answered = place == "view" and end == "fails"  # by Flask, with a 500 that the child then does not send
+    answered = place == "view" and end == "fails"  # Flask catches it, and makes a 500 that the child does not send
     assert ends(flaskd) == [0 if answered else ENDS[end][1]]
     assert ("lost its way" in flaskd.log) is (end == "fails")
     assert ("that is all" in flaskd.log) is (end == "leaves with words")
@@ -131,14 +131,14 @@ def test_a_child_ends_as_it_would_without_flaskd(flaskd: Flaskd, place: str, end
 
 @pytest.mark.parametrize("place", ["import", "view", "stop"])
 def test_a_child_of_a_terminal_of_its_own_ends(flaskd: Flaskd, place: str) -> None:
-    """So does one that pty.fork() made."""
+    """A child of pty.fork() ends in the same way."""
     app(flaskd, place, fork="pty")
     lives_on(flaskd, place)
     assert ends(flaskd) == [0]
 
 
 def test_exit_callbacks_of_the_app_run_in_the_child(flaskd: Flaskd) -> None:
-    """As in every child that ends by sys.exit(): once in the child, and once in the daemon."""
+    """An exit callback runs once in a child that ends by sys.exit(), and once in the daemon."""
     app(flaskd, "exit callback")
     lives_on(flaskd, "exit callback")
     assert (flaskd.directory / "called").read_text() == "xx"
@@ -147,7 +147,7 @@ def test_exit_callbacks_of_the_app_run_in_the_child(flaskd: Flaskd) -> None:
 @pytest.mark.parametrize("server", ["waitress", "werkzeug"])
 @pytest.mark.parametrize("place", ["view", "stream", "import"])
 def test_a_child_of_a_server_in_a_process_ends(tmp_path: Path, place: str, server: str) -> None:
-    """In a ServerProcess, too, on either server, and its owner sees nothing of it."""
+    """In a ServerProcess, with either server, a child ends in the same way, and its owner does not notice it."""
     import flaskd
 
     text = APP.replace("from gateapp import app", "from flask import Flask\napp = Flask(__name__)")
@@ -163,7 +163,7 @@ def test_a_child_of_a_server_in_a_process_ends(tmp_path: Path, place: str, serve
 
 
 def test_a_child_of_a_server_in_a_thread_ends(tmp_path: Path) -> None:
-    """A view of an embedded server that forks: what the program does after the server is done once, not twice."""
+    """If a view of a ServerThread forks, the program's code after the server runs once, not twice."""
     import subprocess
 
     (tmp_path / "program.py").write_text("""

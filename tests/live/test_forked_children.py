@@ -1,4 +1,4 @@
-"""What a child that the app forks keeps of a server in a thread or in a process: nothing, so that nobody waits for it."""
+"""A child that the app forks keeps nothing of a ServerThread or a ServerProcess, so that it blocks nothing."""
 
 import contextlib
 import gc
@@ -105,7 +105,7 @@ def shop(tmp_path):
 
 @pytest.fixture
 def forked():
-    """The pids of the forked children, which end with the test."""
+    """The pids of the forked children, which are killed after the test."""
     pids = []
     yield pids
     for pid in pids:
@@ -115,7 +115,7 @@ def forked():
 
 @pytest.fixture(autouse=True)
 def nothing_left():
-    """After each test there is no thread that was not there before: one that waits for a pipe's end, say."""
+    """After each test there is no new thread, for example one that waits for a pipe."""
     before = set(threading.enumerate())
     yield
     gc.collect()
@@ -123,9 +123,9 @@ def nothing_left():
 
 
 def script(place, source, *words):
-    """Run it in a session of its own, with all that it forks; returns what it wrote."""
+    """Run a script in a session of its own, with all that it forks; returns its output."""
     with subprocess.Popen(
-        # Since Python 3.12 a fork in a process with threads is warned of.
+        # Since Python 3.12 a fork in a process with threads causes a warning.
         [sys.executable, "-Wignore::DeprecationWarning", "-c", source, *words],
         cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     ) as process:  # fmt: skip
@@ -140,20 +140,20 @@ def script(place, source, *words):
 @pytest.mark.parametrize("where", ["request", "owner"])
 @pytest.mark.parametrize("kind", ["waitress", "werkzeug"])
 def test_a_server_in_a_thread_is_forgotten(shop, kind, where, how):
-    """While the child lives, the stop is clean, a client sees its connection end, and the port can be had again."""
+    """While the child lives, the stop is clean, a client sees its connection end, and the port is free."""
     assert script(shop, IN_A_THREAD, kind, where, how).endswith("nothing is kept\n")
 
 
 @pytest.mark.parametrize("kind", ["waitress", "werkzeug"])
 def test_a_child_cleans_nothing_up(shop, kind):
-    """A child that leaves the block, too, stops nothing and runs no cleanup step: that is for who started the server."""
+    """A child that leaves the block of a server stops nothing and runs no cleanup step."""
     assert script(shop, IN_A_CHILD, kind) == "cleaned up\n"
 
 
 @pytest.mark.parametrize("server", ["waitress", "werkzeug"])
 @pytest.mark.parametrize("how", ["os", "multiprocessing"])
 def test_the_end_of_a_process_is_seen(shop, forked, server, how):
-    """While a child of it lives, a killed process is known to be gone, and its port can be had again."""
+    """While a child of a killed process lives, the process counts as ended, and its port is free."""
     with flaskd.ServerProcess("shop:app", chdir=shop, server=server) as process:
         _, port = place_of(process.url)
         forked.append(int(get(process.url, f"/{how}")[1]))
@@ -165,7 +165,7 @@ def test_the_end_of_a_process_is_seen(shop, forked, server, how):
 
 
 def test_an_end_before_it_serves_is_seen_though_its_pipe_is_held(tmp_path, forked):
-    """The app starts a program with all its files, the pipe's end among them: the process is looked at, too."""
+    """The process' end is noticed even if a program that the app started holds its pipe open."""
     (tmp_path / "shop.py").write_text("""
 import contextlib, os, pathlib, subprocess
 for number in os.listdir("/proc/self/fd"):
@@ -181,12 +181,12 @@ os._exit(7)
         process.wait_ready(3 * PATIENCE)
     assert time.monotonic() - before < 2 * PATIENCE
     forked.append(int(Path(tmp_path, "pid").read_text()))
-    os.kill(forked.pop(), signal.SIGKILL)  # and now the pipe ends, and the thread that reads it
+    os.kill(forked.pop(), signal.SIGKILL)  # and now the pipe ends, and the thread that reads it, too
     process.stop()
 
 
 def test_an_end_before_it_serves_is_seen(tmp_path, forked):
-    """The app forks while it is imported, and exits: `wait_ready` says so, though the child lives."""
+    """If the app forks on import and exits, `wait_ready` raises, although the child lives."""
     (tmp_path / "shop.py").write_text("""
 import os, pathlib, signal
 child = os.fork()

@@ -1,4 +1,4 @@
-"""Listeners that are inherited, readiness that is announced, the record that is shown."""
+"""Inherited listeners, an announced drain, and the record of the last stop."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from patience import PATIENCE
 
 
 def test_a_restart_with_an_inherited_listener_loses_and_refuses_nothing(make_flaskd) -> None:
-    """Clients that connect all the time notice nothing of ten restarts."""
+    """Clients that connect all the time lose no request in ten restarts."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
         url = f"http://127.0.0.1:{sock.getsockname()[1]}/"
         ended = threading.Event()
@@ -55,7 +55,7 @@ WaitressThread.start = late
 
 
 def test_who_waits_for_the_start_is_served_as_configured(flaskd: Flaskd) -> None:
-    """The first of an inherited backlog, answered before the start is over, have health path and access log already."""
+    """The first requests of an inherited backlog already have the health path and the access log."""
     flaskd.write("early.py", EARLY)
     flaskd.write("flaskd.yaml", "health: {path: /healthz}\nlog: {access: common}\n")
     with socket.create_server(("127.0.0.1", 0)) as sock:
@@ -71,7 +71,7 @@ def test_who_waits_for_the_start_is_served_as_configured(flaskd: Flaskd) -> None
 
 
 def test_an_inherited_listener_by_name(flaskd: Flaskd) -> None:
-    """`fd:NAME` takes the socket of that name; the variables are not passed on to what the app starts."""
+    """`fd:NAME` takes the socket with that name; the app's children do not get the variables."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
         url = f"http://127.0.0.1:{sock.getsockname()[1]}/"
         flaskd.write("flaskd.yaml", "server: {listen: 'fd:web'}\n")
@@ -82,13 +82,13 @@ def test_an_inherited_listener_by_name(flaskd: Flaskd) -> None:
 
 
 def listening(stack: ExitStack, count: int) -> tuple[list[socket.socket], list[str]]:
-    """So many listening sockets, and their URLs."""
+    """Some listening sockets, and their URLs."""
     socks = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
     return socks, [f"http://127.0.0.1:{each.getsockname()[1]}/" for each in socks]
 
 
 def test_without_server_listen_all_passed_sockets_are_the_apps(flaskd: Flaskd) -> None:
-    """Whatever their names, such as a socket unit's own; those of the admin listener and of the store are not."""
+    """Whatever the sockets' names, they are the app's, except those of the admin listener and of the store."""
     flaskd.write("flaskd.yaml", "admin: {listen: 'fd:probes'}\n")
     with ExitStack() as stack:
         (first, *others), urls = listening(stack, 5)
@@ -98,27 +98,27 @@ def test_without_server_listen_all_passed_sockets_are_the_apps(flaskd: Flaskd) -
         assert [get(url) for url in app] == [(200, b"hello")] * 3
         assert get(admin, "/readyz") == (200, b"ready\n")
         assert flaskd.status()["listen"] == [url.removeprefix("http://").rstrip("/") for url in app]
-        assert "nobody listens on" not in flaskd.log
+        assert "flaskd does not listen on" not in flaskd.log
         assert flaskd.stop() == 0
 
 
 def test_a_passed_socket_that_nobody_takes_is_told(flaskd: Flaskd) -> None:
-    """One that `server.listen` does not name, and the admin listener's where that listens elsewhere."""
+    """A passed socket without a use is reported, also the admin listener's if that listens elsewhere."""
     flaskd.write("flaskd.yaml", f"admin: {{listen: 'unix:{flaskd.directory}/admin.sock'}}\n")
     with ExitStack() as stack:
         (first, *others), urls = listening(stack, 3)
         inherit(flaskd, first, "-l", "fd:web", name="web:flaskd.socket:admin", others=others)
         assert get(urls[0]) == (200, b"hello")
         places = [url.removeprefix("http://").rstrip("/") for url in urls]
-        told = [line for line in flaskd.log.splitlines() if "nobody listens on" in line]
+        told = [line for line in flaskd.log.splitlines() if "flaskd does not listen on" in line]
         assert ["fd:web" in line for line in told] == [False, False]
-        assert f"nobody listens on {places[1]}, which was passed as fd:flaskd.socket" in told[0]
-        assert f"nobody listens on {places[2]}, which was passed as fd:admin" in told[1]
+        assert f"flaskd does not listen on {places[1]}, which was passed as fd:flaskd.socket" in told[0]
+        assert f"flaskd does not listen on {places[2]}, which was passed as fd:admin" in told[1]
         assert flaskd.stop() == 0
 
 
 def test_a_control_socket_that_was_passed(flaskd: Flaskd) -> None:
-    """It takes commands beside the nodes of flaskd's own, is not the app's, and stays when flaskd goes."""
+    """A passed control socket takes commands next to flaskd's own nodes, and stays after flaskd's end."""
     path = flaskd.directory / "passed.sock"
     with socket.create_server(("127.0.0.1", 0)) as sock, socket.socket(socket.AF_UNIX) as control:
         control.bind(str(path))
@@ -127,14 +127,14 @@ def test_a_control_socket_that_was_passed(flaskd: Flaskd) -> None:
         for own in (str(flaskd.socket_path), str(path)):
             code, out, _ = flaskd.client("status", "--json", "--socket", own)
             assert (code, len(json.loads(out)["listen"])) == (0, 1)
-        assert "nobody listens on" not in flaskd.log
+        assert "flaskd does not listen on" not in flaskd.log
         assert flaskd.client("stop", "--wait", "--socket", str(path))[0] == 0
         assert flaskd.wait() == 0
         assert path.exists()
 
 
 def test_a_passed_control_socket_may_stand_where_flaskds_own_would(flaskd: Flaskd) -> None:
-    """Then it is the one."""
+    """If its path is that of flaskd's own socket, it is used in the place of that."""
     flaskd.runtime.mkdir(exist_ok=True)
     flaskd.write("flaskd.yaml", "control: {required: true}\nserver: {listen: '127.0.0.1:0'}\n")
     with socket.socket(socket.AF_UNIX) as control:
@@ -147,16 +147,16 @@ def test_a_passed_control_socket_may_stand_where_flaskds_own_would(flaskd: Flask
 
 
 def test_commands_are_taken_from_unix_sockets_alone(flaskd: Flaskd) -> None:
-    """Elsewhere nobody could tell who speaks: with `control.required` the start fails, naming what was expected."""
+    """With a TCP socket for control, the start fails if `control.required`: only Unix sockets tell which user asks."""
     flaskd.write("flaskd.yaml", "control: {required: true}\n")
     with socket.create_server(("127.0.0.1", 0)) as sock:
         inherit(flaskd, sock, name="control", wait="")
         assert flaskd.wait() == 73
-    assert "expected a Unix socket, which tells who speaks" in flaskd.log
+    assert "expected a Unix socket, which names its client's user" in flaskd.log
 
 
 def test_listeners_of_all_kinds_at_once(flaskd: Flaskd) -> None:
-    """An inherited, a TCP and a Unix listener serve together; a drain closes ours and answers 503 on the other's."""
+    """Inherited, TCP and Unix listeners serve together; a drain closes its own, the inherited one answers 503."""
     path = flaskd.directory / "http.sock"
     with socket.create_server(("127.0.0.1", 0)) as sock:
         inherit(flaskd, sock, "-l", "fd:web", "-l", "127.0.0.1:0", "-l", f"unix:{path}", name="web")
@@ -166,7 +166,7 @@ def test_listeners_of_all_kinds_at_once(flaskd: Flaskd) -> None:
             held = [Answer(url, "/hold") for url in (web, ours, unix)]
             for _ in held:
                 flaskd.gate.entered()
-            flaskd.until(lambda: flaskd.status()["in_flight"] == 3)  # the last answers from before are counted by then
+            flaskd.until(lambda: flaskd.status()["in_flight"] == 3)  # by then all earlier answers are counted
             assert flaskd.command("drain").startswith("OK draining in_flight=3")
             flaskd.gate.open()
             assert [each.result() for each in held] == [(200, b"held")] * 3
@@ -181,7 +181,7 @@ def test_listeners_of_all_kinds_at_once(flaskd: Flaskd) -> None:
 
 
 def test_a_drained_daemon_with_an_inherited_listener_says_503(flaskd: Flaskd) -> None:
-    """Who comes while drained is told to come back; resume serves again."""
+    """A client of a drained flaskd with an inherited listener gets 503; after a resume it is served."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
         url = f"http://127.0.0.1:{sock.getsockname()[1]}/"
         inherit(flaskd, sock)
@@ -195,11 +195,11 @@ def test_a_drained_daemon_with_an_inherited_listener_says_503(flaskd: Flaskd) ->
 def test_a_socket_that_was_not_passed_is_named(flaskd: Flaskd) -> None:
     """`fd:NAME` without such a socket is a fault of the configuration."""
     code, log = flaskd.fails("-l", "fd:web", listen=None)
-    assert (code, "cannot listen on fd:web: no socket of that name was passed; none was passed" in log) == (78, True)
+    assert (code, "cannot listen on fd:web: no socket of that name was passed (passed: none)" in log) == (78, True)
 
 
 def test_who_waits_for_the_next_owner_is_counted(flaskd: Flaskd) -> None:
-    """Who connects during the cleanup is left to who listens there next; the log tells how many these were."""
+    """Clients that connect during the cleanup wait for the next process that listens; the log has their number."""
     fifo = flaskd.directory / "fifo"
     os.mkfifo(fifo)
     flaskd.write("flaskd.yaml", f"cleanup: {{policies: {{w: {{use: command, with: {{argv: [cat, '{fifo}']}}}}}}}}\n")
@@ -215,7 +215,7 @@ def test_who_waits_for_the_next_owner_is_counted(flaskd: Flaskd) -> None:
 
 
 def test_the_address_of_a_passed_socket_is_no_stranger_s(flaskd: Flaskd) -> None:
-    """`server.listen` names the port of the socket unit: a fault of the configuration, which says what to write instead."""
+    """If `server.listen` has the port of a passed socket, the error says what to write."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
         where = f"127.0.0.1:{sock.getsockname()[1]}"
         inherit(flaskd, sock, "-l", where, name="http", wait="")
@@ -225,7 +225,7 @@ def test_the_address_of_a_passed_socket_is_no_stranger_s(flaskd: Flaskd) -> None
 
 
 def test_an_announced_drain(flaskd: Flaskd) -> None:
-    """While it is announced, readiness says no, to the verb and at health.path, and requests are served as before."""
+    """While a drain is announced, readiness says no, in the verb and at health.path, and requests are served."""
     flaskd.write("flaskd.yaml", "health: {path: /healthz, unready_status: 404}\nshutdown: {announce: 60s}\n")
     flaskd.start()
     url = flaskd.url
@@ -245,7 +245,7 @@ def test_an_announced_drain(flaskd: Flaskd) -> None:
 
 
 def test_the_last_stop_is_shown(flaskd: Flaskd) -> None:
-    """`flaskd last-stop` shows the record: from the file when nothing runs, from the daemon when one does."""
+    """`flaskd last-stop` shows the record, from the file or from a running daemon."""
     code, _, err = flaskd.client("last-stop", *NOBODY)
     assert (code, "there is no record in" in err) == (69, True)
     flaskd.write("flaskd.yaml", "shutdown: {drain: {timeout: 100ms}}\n")
@@ -264,7 +264,7 @@ def test_the_last_stop_is_shown(flaskd: Flaskd) -> None:
 
 
 def test_queued_requests_are_refused_in_words_at_the_deadline(flaskd: Flaskd) -> None:
-    """With one thread that hangs, those who waited behind it get a 503, and the account says so."""
+    """With one thread that hangs, queued requests get a 503 at the deadline, and the account says so."""
     flaskd.write("flaskd.yaml", "shutdown: {drain: {timeout: 200ms}}\n")
     flaskd.start("-t", "1")
     url = flaskd.url
@@ -282,7 +282,7 @@ SHELL = ["sh", "-c", 'export LISTEN_FDS=1 LISTEN_PID=$$; "$@"; exit $?', "sh"]
 
 
 def test_sockets_that_a_shell_was_given_are_not_replaced_by_the_default_address(flaskd: Flaskd) -> None:
-    """LISTEN_PID names the shell around flaskd: it is told, with what to do, and nothing is bound in their place."""
+    """If LISTEN_PID names the shell around flaskd, the start fails with advice, and nothing is bound."""
     flaskd.launch(listen=None, prefix=SHELL)
     assert flaskd.process is not None
     assert flaskd.wait() == 78
@@ -292,7 +292,7 @@ def test_sockets_that_a_shell_was_given_are_not_replaced_by_the_default_address(
 
 
 def test_sockets_that_a_shell_was_given_do_not_stop_who_listens_elsewhere(flaskd: Flaskd) -> None:
-    """With addresses of its own flaskd serves, warns, and tells the app nothing of sockets that are not its own."""
+    """With own addresses flaskd serves, warns about the sockets, and the app does not get the variables."""
     flaskd.start(prefix=SHELL)
     assert "1 socket was passed to pid " in flaskd.log
     assert get(flaskd.url) == (200, b"hello")

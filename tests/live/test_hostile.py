@@ -1,4 +1,4 @@
-"""What apps, wrappers, operators and pipes do to a daemon; it stops in good order all the same."""
+"""Apps, wrappers, operators and pipes that misbehave: flaskd still stops in good order."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def forked():
 
 
 def test_a_terminated_child_ends_and_the_daemon_does_not(flaskd: Flaskd) -> None:
-    """SIGTERM sent to a forked child is the child's: it dies of it, and flaskd hears nothing."""
+    """SIGTERM to a forked child ends the child, and the daemon does not notice it."""
     flaskd.write("forking.py", FORKING)
     flaskd.start(app="forking")
     assert get(flaskd.url, "/terminated") == (200, b"-15")
@@ -44,7 +44,7 @@ def test_a_terminated_child_ends_and_the_daemon_does_not(flaskd: Flaskd) -> None
 
 
 def test_a_forked_child_keeps_nothing(flaskd: Flaskd) -> None:
-    """While a forked child lives on: drain refuses, resume binds again, the stop is quick, the next start is let in."""
+    """While a forked child lives, a drain refuses clients, a resume binds, and a stop and the next start work."""
     flaskd.write("forking.py", FORKING)
     flaskd.start(app="forking")
     url = flaskd.url
@@ -65,11 +65,11 @@ def test_a_forked_child_keeps_nothing(flaskd: Flaskd) -> None:
 
 
 def test_echoes_of_a_signal_do_not_change_the_exit_code(flaskd: Flaskd) -> None:
-    """Two SIGINTs some milliseconds apart, as wrappers send them, end an idle flaskd with 0, whenever the second comes."""
+    """Two SIGINTs within milliseconds, as wrappers send them, end an idle flaskd with 0."""
     for pause in (0.001, 0.01, 0.02, 0.03, 0.045):
         flaskd.start()
         flaskd.kill(signal.SIGINT)
-        time.sleep(pause)  # not a wait for anything: the moment of the echo is what is tried
+        time.sleep(pause)  # the moment of the second signal is what is tested
         if flaskd.process is not None and flaskd.process.poll() is None:
             flaskd.kill(signal.SIGINT)
         assert flaskd.wait() == 0
@@ -77,12 +77,12 @@ def test_echoes_of_a_signal_do_not_change_the_exit_code(flaskd: Flaskd) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_at_any_moment_of_the_start(flaskd: Flaskd, number: int) -> None:
-    """From the first line of the command on, SIGTERM and Ctrl-C end it with 0, no traceback and no node."""
+    """From the first line of the command on, SIGTERM and Ctrl-C end it with 0, without a traceback or a node."""
     for step in range(10):
         flaskd.drain_messages()
         flaskd.launch()
-        flaskd.until(lambda: handles_sigterm(flaskd.pid))  # before that it is Python that starts
-        time.sleep(step * 0.04)  # not a wait for anything: the moment of the signal is what is tried
+        flaskd.until(lambda: handles_sigterm(flaskd.pid))  # before that Python itself starts
+        time.sleep(step * 0.04)  # the moment of the signal is what is tested
         flaskd.kill(number)
         assert flaskd.wait() == 0, step
         assert flaskd.leftovers() == [], step
@@ -90,7 +90,7 @@ def test_a_signal_at_any_moment_of_the_start(flaskd: Flaskd, number: int) -> Non
 
 
 def test_standard_error_that_nobody_reads(flaskd: Flaskd) -> None:
-    """A full pipe costs log lines; requests are answered, and SIGTERM ends it in good order."""
+    """With a full pipe log lines are lost; requests are answered, and SIGTERM stops flaskd."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     try:
@@ -110,7 +110,7 @@ def test_standard_error_that_nobody_reads(flaskd: Flaskd) -> None:
 
 
 def test_standard_error_that_is_closed(flaskd: Flaskd) -> None:
-    """Without a reader flaskd serves and stops, with three signals too, and with a stray thread."""
+    """With standard error closed, flaskd serves and stops, also with three signals, and with a stray thread."""
     flaskd.write("stray.py", "import threading, time\nfrom gateapp import app\n"
                  "threading.Thread(target=time.sleep, args=(60,)).start()\n")  # fmt: skip
     flaskd.write("flaskd.yaml", "shutdown: {exit_wait: 500ms}\n")
@@ -125,7 +125,7 @@ def test_standard_error_that_is_closed(flaskd: Flaskd) -> None:
 
 
 def test_a_reload_that_hangs_does_not_keep_a_stop_waiting(flaskd: Flaskd) -> None:
-    """A module that sleeps while it is imported for a reload is left alone; the one who waits for the reload is told."""
+    """A module that sleeps during a reload does not delay a stop, and the reload gets an error."""
     flaskd.write("flaskd.yaml", "server: {threads: 2}\n")
     flaskd.start()
     flaskd.write("sleeper.py", "import os, socket, time\ngate = socket.socket(socket.AF_UNIX)\n"
@@ -139,11 +139,11 @@ def test_a_reload_that_hangs_does_not_keep_a_stop_waiting(flaskd: Flaskd) -> Non
         before = time.monotonic()
         assert flaskd.stop() == 0
         assert time.monotonic() - before < 2
-        assert client.recv(1000) == b"ERR not-now the reload was overtaken by a stop\n"
+        assert client.recv(1000) == b"ERR not-now the reload was broken off by a stop\n"
 
 
 def test_reloads_in_a_storm_are_merged(flaskd: Flaskd) -> None:
-    """Hundreds of SIGHUPs cost a few reloads, the last of which read the newest file, and a stop comes through at once."""
+    """Hundreds of SIGHUPs lead to a few reloads, the last of which reads the newest file; a stop comes at once."""
     flaskd.write("flaskd.yaml", "server: {threads: 2}\n")
     flaskd.start()
     for _ in range(300):
@@ -157,7 +157,7 @@ def test_reloads_in_a_storm_are_merged(flaskd: Flaskd) -> None:
 
 
 def test_ids_that_are_no_text_lose_nothing(flaskd: Flaskd) -> None:
-    """A JSON client with a lone surrogate for an id gets its answers, and a stop that it waits for is whole."""
+    """A JSON client with a lone surrogate as id gets its answers, and its stop is complete."""
     flaskd.start()
     with flaskd.control() as client:
         client.sendall(rb'{"id":"\ud800","cmd":"stop","wait":true}' + b"\n")
@@ -168,7 +168,7 @@ def test_ids_that_are_no_text_lose_nothing(flaskd: Flaskd) -> None:
 
 
 def test_logging_set_up_by_the_app_does_not_silence_flaskd(flaskd: Flaskd) -> None:
-    """logging.config disables all loggers that it does not name; flaskd's are switched on again."""
+    """logging.config disables all loggers that it does not name; flaskd enables its own again."""
     flaskd.write(
         "logged.py", "import logging.config\nlogging.config.dictConfig({'version': 1})\nfrom gateapp import app\n"
     )
@@ -180,7 +180,7 @@ def test_logging_set_up_by_the_app_does_not_silence_flaskd(flaskd: Flaskd) -> No
 
 
 def test_a_policy_module_does_not_take_the_signals(flaskd: Flaskd) -> None:
-    """Handlers that a `call` target installs while it is imported are taken back, at the start and at a reload."""
+    """Signal handlers that a `call` target sets on import are replaced again, at the start and at a reload."""
     flaskd.write("greedy.py", "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ndef step(context): pass\n")
     flaskd.write("flaskd.yaml", "cleanup: {policies: {p: {use: call, with: {target: 'greedy:step'}}}}\n")
     flaskd.start()
@@ -189,7 +189,7 @@ def test_a_policy_module_does_not_take_the_signals(flaskd: Flaskd) -> None:
 
 
 def test_nohup_is_respected(flaskd: Flaskd) -> None:
-    """A flaskd started with SIGHUP ignored goes on ignoring it."""
+    """A flaskd that was started with SIGHUP ignored goes on ignoring it."""
     flaskd.start(prefix=["nohup"])
     flaskd.kill(signal.SIGHUP)
     assert flaskd.command("health") == "OK healthy\n"
@@ -198,7 +198,7 @@ def test_nohup_is_respected(flaskd: Flaskd) -> None:
 
 
 def test_a_pipelined_request_in_the_kernel_is_answered(flaskd: Flaskd) -> None:
-    """A request that arrived behind a running one, unread, before the stop, is answered like those that were read."""
+    """A pipelined request that was unread when the stop came is answered."""
     flaskd.start()
     with connect(flaskd.url) as client:
         client.sendall(b"GET /hold HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -222,7 +222,7 @@ def answer_of(client: socket.socket) -> bytes:
 
 
 def test_running_out_of_files_costs_no_core(flaskd: Flaskd) -> None:
-    """With no descriptor left, accepting pauses: a line in the log, not a million; it goes on when there are some."""
+    """Without a free descriptor accepting pauses, with one log line; it goes on when descriptors are free."""
     flaskd.write("eater.py", "import os\nfrom gateapp import app\nheld = []\n@app.get('/eat')\ndef eat():\n"
                  "    try:\n        while True: held.append(os.open('/dev/null', os.O_RDONLY))\n"
                  "    except OSError: return 'full'\n@app.get('/spit')\ndef spit():\n"
@@ -242,7 +242,7 @@ def test_running_out_of_files_costs_no_core(flaskd: Flaskd) -> None:
 
 
 def test_silent_clients_make_room_for_the_operator(flaskd: Flaskd) -> None:
-    """With more idle control clients than there is room for, a command still comes through."""
+    """With more idle control clients than are allowed, a command is still answered."""
     flaskd.start()
     silent = [flaskd.control() for _ in range(100)]
     assert flaskd.command("health") == "OK healthy\n"
@@ -253,7 +253,7 @@ def test_silent_clients_make_room_for_the_operator(flaskd: Flaskd) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 def test_somebody_without_a_home(flaskd: Flaskd) -> None:
-    """A user that the system does not know, without runtime and state directories: it serves, with nodes in /tmp."""
+    """A user without a home, runtime and state directory can run flaskd, with nodes in /tmp."""
     for name in ("HOME", "RUNTIME_DIRECTORY", "STATE_DIRECTORY"):
         flaskd.env.pop(name, None)
     temporary = flaskd.directory / "tmp"
@@ -274,7 +274,7 @@ def test_somebody_without_a_home(flaskd: Flaskd) -> None:
 
 @pytest.mark.skipif(bool(no_pid_namespace()), reason=f"no PID namespace: {no_pid_namespace()}")
 def test_as_pid_1(flaskd: Flaskd) -> None:
-    """As in a container: SIGTERM to PID 1 answers what is in hand and exits with 0; orphans are reaped."""
+    """As PID 1, flaskd answers requests at SIGTERM, exits with 0, and reaps orphans."""
     flaskd.write("orphans.py", "import subprocess\nfrom gateapp import app\n@app.get('/orphan')\ndef orphan():\n"
                  "    subprocess.run(['sh', '-c', 'sleep 0.01 &'])\n    return subprocess.run(['sh', '-c', 'exit 7']).returncode.__str__()\n")  # fmt: skip
     flaskd.start(app="orphans", prefix=["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"])
@@ -294,7 +294,7 @@ def test_as_pid_1(flaskd: Flaskd) -> None:
 
 @pytest.mark.skipif(bool(no_pid_namespace()), reason=f"no PID namespace: {no_pid_namespace()}")
 def test_as_pid_1_while_starting(flaskd: Flaskd) -> None:
-    """SIGTERM in the middle of an import ends a container's only process within a second."""
+    """SIGTERM during an import ends flaskd as PID 1 within a second."""
     flaskd.write("sleeper.py", "import os, socket, time\ngate = socket.socket(socket.AF_UNIX)\n"
                  "gate.connect(os.environ['GATE'])\ngate.sendall(b'entered')\ntime.sleep(30)\n")  # fmt: skip
     flaskd.launch(app="sleeper", prefix=["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"])

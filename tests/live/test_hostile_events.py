@@ -1,4 +1,4 @@
-"""Events that fail, hang, or find no thread: the state is left again, who waits is answered, the manager is told."""
+"""Events that fail, hang, or find no thread: flaskd leaves the state, answers, and tells systemd."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def plenty():
     threading.stack_size(0)
     return "plenty"
 """
-"""Views that make a shortage of threads in this process, and end it."""
+"""Views that use up the threads of this process, and release them."""
 
 
 STREAMS = {
@@ -36,7 +36,7 @@ STREAMS = {
 
 @pytest.mark.parametrize("stream", STREAMS)
 def test_a_reload_under_a_standard_error_of_the_app_s(flaskd: Flaskd, stream: str) -> None:
-    """An object that is hardly a stream costs the reload nothing."""
+    """If the app replaces standard error by a strange object, a reload works."""
     flaskd.write("streams.py", f"import sys\n{STREAMS[stream]}sys.stderr = Stream()\n{GATE_APP}")
     flaskd.start(app="streams")
     assert flaskd.command("reload") == "OK reloaded\n"
@@ -65,7 +65,7 @@ def arm():
 
 
 def broken_part(what: str, error: str) -> str:
-    """An app in which that function of flaskd raises from the moment that ``/break`` was asked for."""
+    """An app in which a function of flaskd raises after a request for ``/break``."""
     module, _, name = what.partition(":")
     return GATE_APP + BROKEN_PART.format(module=module, what=name, error=error, exceptions="builtins")
 
@@ -74,7 +74,7 @@ def broken_part(what: str, error: str) -> str:
     "what", ["log.setup:Logs.apply", "config.watch:FileWatch.stop", "serving.forecast:Forecast.look_around"]
 )
 def test_a_reload_that_breaks_is_over(flaskd: Flaskd, what: str) -> None:
-    """Whatever raises in it: who waits has an error, the manager has READY, the old configuration is in force."""
+    """Whatever raises in a reload: its reply is an error, systemd gets READY, the old configuration is in force."""
     flaskd.write("broken.py", broken_part(what, "LookupError"))
     flaskd.write("flaskd.yaml", "server: {threads: 2}\n")
     flaskd.start(app="broken")
@@ -103,7 +103,7 @@ def test_a_reload_that_breaks_is_over(flaskd: Flaskd, what: str) -> None:
 def test_a_drain_that_breaks_is_answered_and_ends_in_good_order(
     flaskd: Flaskd, what: str, command: str, error: str
 ) -> None:
-    """Who asked has an error; a drain that never began is no state to stay in: flaskd stops, and says so with 70."""
+    """If a drain cannot begin, its reply is an error, and flaskd stops with exit code 70."""
     flaskd.write("broken.py", broken_part(what, error))
     flaskd.start(app="broken")
     assert get(flaskd.url, "/break") == (200, b"armed")
@@ -132,7 +132,7 @@ STOPS = [
 @pytest.mark.parametrize("error", ["LookupError", "SystemExit"])
 @pytest.mark.parametrize("what", STOPS)
 def test_a_stop_whose_parts_break_is_over_all_the_same(flaskd: Flaskd, what: str, error: str) -> None:
-    """Whatever raises in the events of a stop: it runs its steps, writes its record, and ends long before the deadline."""
+    """Whatever raises in a stop: its steps run, the record is written, and it ends long before the deadline."""
     flaskd.write("broken.py", broken_part(what, error))
     flaskd.write("flaskd.yaml", "cleanup: {policies: {mark: {use: command, with: {argv: [touch, mark]}}}}\n")
     flaskd.start(app="broken")
@@ -143,7 +143,7 @@ def test_a_stop_whose_parts_break_is_over_all_the_same(flaskd: Flaskd, what: str
 
 
 def test_a_reload_without_a_thread_is_refused(flaskd: Flaskd) -> None:
-    """Where no thread can be had to read the file: one clear answer, READY, and the old configuration."""
+    """If no thread can be started for reading, the reply is an error, and the old configuration is in force."""
     flaskd.write("short.py", GATE_APP + SHORT)
     flaskd.write("flaskd.yaml", "server: {threads: 2}\n")
     flaskd.start(app="short")
@@ -177,7 +177,7 @@ AppThread.start = limited
 
 
 def test_more_threads_than_can_be_had_are_no_valid_reload(flaskd: Flaskd) -> None:
-    """`threads` past the limit of the process: the key is named, the old number goes on, and all is kept as it was."""
+    """If more `threads` cannot be started, the error names the key, and all stays as it was."""
     flaskd.write("limited.py", GATE_APP + LIMITED)
     flaskd.write("flaskd.yaml", "server: {threads: 2}\n")
     flaskd.start(app="limited")
@@ -185,7 +185,7 @@ def test_more_threads_than_can_be_had_are_no_valid_reload(flaskd: Flaskd) -> Non
     answer = flaskd.command("reload")
     assert answer.startswith("ERR cannot-bind server.threads: 6 of 50: no thread can be had; raise TasksMax=")
     assert flaskd.status()["threads"] == 2
-    flaskd.until(lambda: flaskd.command("threads").count("flaskd-thread") == 3)  # one leads
+    flaskd.until(lambda: flaskd.command("threads").count("flaskd-thread") == 3)  # one thread leads
     assert get(flaskd.url, "/healthz")[0] == 404
     flaskd.write("flaskd.yaml", "server: {threads: 5}\n")
     assert flaskd.command("reload").startswith("OK reloaded")
@@ -197,7 +197,7 @@ def test_more_threads_than_can_be_had_are_no_valid_reload(flaskd: Flaskd) -> Non
 
 
 def test_a_configuration_that_cannot_be_read_to_its_end_is_given_up(flaskd: Flaskd) -> None:
-    """A module of a policy whose import hangs: `reload` is answered after a while, and flaskd is ready again."""
+    """If the import of a policy's module hangs, `reload` gets an error after a while, and flaskd is ready again."""
     flaskd.write("flaskd.yaml", "server: {threads: 2}\n")
     flaskd.start()
     flaskd.write("hanging.py", "import threading\nthreading.Event().wait()\n")

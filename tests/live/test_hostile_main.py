@@ -1,4 +1,4 @@
-"""What an app raises in the main thread and in logging: what is in hand is answered, and the stop is whole."""
+"""Exceptions of the app in the main thread and in logging: requests are answered, and the stop is complete."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ signal.signal(signal.SIGUSR1, raising)
 
 @pytest.mark.parametrize("error", ["ValueError('not now')", "SystemExit", "SystemExit(3)", "KeyboardInterrupt"])
 def test_a_signal_handler_that_raises_cuts_nothing(flaskd: Flaskd, error: str) -> None:
-    """An exception costs a line in the log; what is meant to end a process stops it in good order, not with 0."""
+    """An Exception of a signal handler is logged; SystemExit and the like stop flaskd; its exit code is not 0."""
     flaskd.write("raising.py", GATE_APP + RAISING.format(error=error))
     flaskd.start(app="raising")
     answer = flaskd.hold()
@@ -53,7 +53,7 @@ signal.signal(signal.SIGURG, raising)
 
 
 def test_a_handler_that_raises_all_the_time_breaks_nothing_off(flaskd: Flaskd) -> None:
-    """Hundreds of exceptions a second in the main thread: reload, drain, resume and the stop are whole all the same."""
+    """With hundreds of exceptions a second in the main thread, reload, drain, resume and stop work."""
     flaskd.write("storm.py", GATE_APP + STORM)
     flaskd.write("flaskd.yaml", "cleanup: {policies: {mark: {use: command, with: {argv: [touch, mark]}}}}\n")
     flaskd.start(app="storm")
@@ -62,7 +62,7 @@ def test_a_handler_that_raises_all_the_time_breaks_nothing_off(flaskd: Flaskd) -
 
     def storm() -> None:
         while not calm.wait(0.002):
-            flaskd.kill(signal.SIGURG)  # ignored by default: one that comes in the last moment does nothing
+            flaskd.kill(signal.SIGURG)  # ignored by default, so a late one has no effect
 
     with ThreadPoolExecutor() as threads:
         threads.submit(storm)
@@ -104,7 +104,7 @@ class Raising(logging.Handler):
 @pytest.mark.parametrize("error", ["ValueError", "SystemExit"])
 @pytest.mark.parametrize("what", LOGGING)
 def test_what_raises_in_logging_costs_nothing(flaskd: Flaskd, what: str, error: str) -> None:
-    """Requests are answered, commands carried out, the drain and the stop are whole, and flaskd's lines are written."""
+    """If logging raises, requests and commands are answered, and flaskd's own lines are written."""
     flaskd.write("logging_app.py", GATE_APP + RAISING_LOG.format(what=LOGGING[what], error=error))
     flaskd.start(app="logging_app")
     url = flaskd.url
@@ -116,7 +116,7 @@ def test_what_raises_in_logging_costs_nothing(flaskd: Flaskd, what: str, error: 
     assert (flaskd.record()["completed"], flaskd.record()["cut"]) == (1, [])
     assert "ready: logging_app" in flaskd.log
     assert "stopped: completed=1" in flaskd.log
-    # A filter of flaskd's loggers is asked for the app's own handlers alone, and there are none.
+    # A filter on flaskd's loggers would apply to the app's handlers, of which there are none.
     assert ("flaskd's lines go on without it" in flaskd.log) == ("filter" not in what)
 
 
@@ -131,7 +131,7 @@ sys.excepthook = threading.excepthook = sys.unraisablehook = raising
 
 
 def test_hooks_that_raise_cost_nothing(flaskd: Flaskd) -> None:
-    """Hooks for uncaught exceptions that raise themselves: it serves, and stops whole."""
+    """With hooks for uncaught exceptions that raise, flaskd serves and stops."""
     flaskd.write("hooks.py", GATE_APP + HOOKS)
     flaskd.start(app="hooks")
     flaskd.stop_holding()
@@ -140,7 +140,7 @@ def test_hooks_that_raise_cost_nothing(flaskd: Flaskd) -> None:
 
 @pytest.mark.parametrize("error", ["ValueError", "SystemExit", "KeyboardInterrupt"])
 def test_what_raises_at_the_end_of_the_import_fails_the_start(flaskd: Flaskd, error: str) -> None:
-    """A profile function that raises in the main thread, after the app is loaded: 70, one line, and nothing is left."""
+    """If a profile function raises in the main thread after the import, the start fails with 70 and one line."""
     profile = f"import sys\ndef raising(*args):\n    raise {error}\n"
     flaskd.write("profiled.py", profile + GATE_APP + "sys.setprofile(raising)\n")
     code, log = flaskd.fails(app="profiled")

@@ -1,4 +1,4 @@
-"""An app that uses up the threads or descriptors of its process: it is drained, cleaned up, asked and stopped all the same."""
+"""An app that uses up all threads or descriptors: flaskd can still be asked, drained, cleaned up and stopped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STEPS = "cleanup: {policies: {mark: {use: command, with: {argv: [touch, mark]}}}
 @pytest.mark.parametrize("limit", [128, 1024])
 @pytest.mark.parametrize("way", ["stop", "drain wait"])
 def test_an_app_that_has_leaked_all_descriptors(flaskd: Flaskd, limit: int, way: str) -> None:
-    """Commands, health and metrics are answered again and again; drain and stop are quick, steps run, the record is there."""
+    """Commands, health and metrics are answered; drain and stop are quick, steps run, the record is written."""
     flaskd.write("eater.py", GATE_APP + EATER)
     flaskd.write("flaskd.yaml", ADMIN.format(flaskd.directory) + STEPS)
     flaskd.start(app="eater", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit)))
@@ -71,7 +71,7 @@ pool = Pool()
 
 
 def test_an_app_that_has_used_up_all_threads(flaskd: Flaskd) -> None:
-    """The steps run in the thread that was made in time: commands, live objects and functions, each ok, in their order."""
+    """Without threads the steps run in the thread that was started early, in their order."""
     flaskd.write(
         "short.py", GATE_APP + SHORT + "import flaskd\n@flaskd.on_stop\ndef bye():\n    print('bye', flush=True)\n"
     )
@@ -101,7 +101,7 @@ def test_an_app_that_has_used_up_all_threads(flaskd: Flaskd) -> None:
 
 
 def test_the_pulse_goes_on_without_descriptors(flaskd: Flaskd) -> None:
-    """The watchdog's question needs a connection of its own: a process without descriptors is not taken for a dead one."""
+    """Without descriptors the watchdog's check, which needs a connection, still works."""
     flaskd.env["WATCHDOG_USEC"] = "400000"
     flaskd.write("eater.py", GATE_APP + EATER)
     flaskd.start(app="eater", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200)))

@@ -1,4 +1,4 @@
-"""Cleanup steps that hang, raise, exit, fork, start threads and fill pipes: the stop goes on without them."""
+"""Cleanup steps that hang, raise, exit, fork, start threads and fill pipes do not hold up the stop."""
 
 import os
 import signal
@@ -57,7 +57,7 @@ TIMED_OUT = "timed_out"
 
 @pytest.fixture
 def orphan(flaskd: Flaskd):
-    """Ends the process whose pid a step wrote down."""
+    """Kills the process whose pid a step has written."""
     yield flaskd.directory / "child"
     if (flaskd.directory / "child").exists():
         pid = int((flaskd.directory / "child").read_text())
@@ -68,7 +68,7 @@ def orphan(flaskd: Flaskd):
 
 
 def stop_with(flaskd: Flaskd, hostile: str, **popen) -> dict:
-    """Start, stop, and check what must be true whatever the hostile step does; gives its entry in the record."""
+    """Start, stop, and check what must hold whatever the step does; returns the step's entry in the record."""
     flaskd.write("steps.py", STEPS)
     flaskd.write("flaskd.yaml", POLICIES.format(hostile=hostile))
     flaskd.start(**popen)
@@ -98,20 +98,20 @@ def stop_with(flaskd: Flaskd, hostile: str, **popen) -> dict:
     ],
 )
 def test_a_hostile_function(flaskd: Flaskd, function: str, fate: str, logged: str) -> None:
-    """It has its fate, its stack or its words are in the log, the others run, and the exit is in time."""
+    """The step's result, its stack or output are in the log, other steps run, and the exit is in time."""
     entry = stop_with(flaskd, f'use: call, with: {{target: "steps:{function}"}}')
     assert entry["fate"] == fate
     assert logged in flaskd.log
 
 
 def test_a_function_that_keeps_the_log(flaskd: Flaskd) -> None:
-    """A step that hangs with the locks of the log costs log lines; record, exit code and deadline hold."""
+    """A step that hangs with the log's locks costs log lines; record, exit code and deadline are right."""
     assert stop_with(flaskd, 'use: call, with: {target: "steps:lock_log"}')["fate"] == TIMED_OUT
 
 
 @pytest.mark.parametrize(("function", "fate"), [("fork", "ok"), ("fork_and_return", "ok")])
 def test_a_function_that_forks(flaskd: Flaskd, orphan, function: str, fate: str) -> None:
-    """Whether its child lives on or ends, the daemon stops, and the child keeps neither its lock nor its listener."""
+    """Whether a step's child lives on or ends, the daemon stops, and the child has neither lock nor listener."""
     assert stop_with(flaskd, f'use: call, with: {{target: "steps:{function}"}}')["fate"] == fate
     child = int(orphan.read_text())
     if function == "fork":
@@ -123,7 +123,7 @@ def test_a_function_that_forks(flaskd: Flaskd, orphan, function: str, fate: str)
 
 
 def test_a_function_that_fills_its_pipe(flaskd: Flaskd) -> None:
-    """Standard output that nobody reads keeps the step that floods it, and nobody else."""
+    """A step that floods an unread standard output hangs alone."""
     reader, writer = os.pipe()
     try:
         entry = stop_with(flaskd, 'use: call, with: {target: "steps:flood"}', stdout=writer)
@@ -146,7 +146,7 @@ def test_a_function_that_fills_its_pipe(flaskd: Flaskd) -> None:
     ids=["waits", "ignores SIGTERM", "floods its pipe", "is stopped", "leaves a child behind"],
 )
 def test_a_hostile_command(flaskd: Flaskd, script: str) -> None:
-    """The whole process group of a command is gone when flaskd is, whatever it does."""
+    """The whole process group of a command has ended when flaskd has."""
     flaskd.write("hostile.sh", script)
     entry = stop_with(flaskd, "use: command, with: {argv: [sh, hostile.sh], kill_grace: 200ms}")
     assert entry["fate"] == ("ok" if "exit 0" in script else TIMED_OUT)
@@ -155,7 +155,7 @@ def test_a_hostile_command(flaskd: Flaskd, script: str) -> None:
 
 
 def gone(pid: int) -> bool:
-    """Whether a process has ended; an orphan that nobody reaps has."""
+    """Whether a process has ended; a zombie has."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z")
     except FileNotFoundError:
@@ -163,7 +163,7 @@ def gone(pid: int) -> bool:
 
 
 def test_everything_at_once(flaskd: Flaskd) -> None:
-    """With a hostile step of each kind in every phase, the deadline holds and what is marked always has run."""
+    """With a hostile step of each kind in every phase the deadline holds, and `always` steps have run."""
     flaskd.write("steps.py", STEPS)
     lines = ["shutdown: {deadline: 3s, reserve: 1s}", "cleanup:", "  policies:"]
     for phase in ("announce", "drain", "quiesce", "persist", "close", "flush"):

@@ -1,4 +1,4 @@
-"""A daemon that stops by itself when nobody asks for anything: real processes."""
+"""A daemon that stops by itself when it is not used, with real processes."""
 
 import http.client
 import threading
@@ -26,18 +26,18 @@ def stream():
 
 
 def test_it_stops_when_nobody_asks(flaskd: Flaskd) -> None:
-    """Through the same pipeline: announced, cleaned up, recorded with its reason; exit 0."""
+    """Without requests it stops like other stops: announced, cleaned up, recorded with its reason, exit code 0."""
     policy = "cleanup: {policies: {bye: {use: command, with: {argv: ['true']}, when: {reason: idle}}}}\n"
     flaskd.write("flaskd.yaml", CONFIG.format(after="300ms") + policy)
     flaskd.start()
-    assert "idle: nothing was asked for 300ms" in flaskd.wait_message("STOPPING=1")
+    assert "idle: no request for 300ms" in flaskd.wait_message("STOPPING=1")
     assert flaskd.wait() == 0
-    assert flaskd.record()["reason"] == "idle: nothing was asked for 300ms"
+    assert flaskd.record()["reason"] == "idle: no request for 300ms"
     assert flaskd.record()["policies"]["bye"]["fate"] == "ok"
 
 
 def test_an_open_tab_does_not_keep_it(flaskd: Flaskd) -> None:
-    """One that polls ignored paths and the health path, and holds an ignored stream open."""
+    """A tab that polls ignored paths and the health path, and holds an ignored stream open, does not prevent the stop."""
     flaskd.write("flaskd.yaml", CONFIG.format(after="1s"))
     flaskd.write("streaming.py", STREAMING)
     flaskd.start(app="streaming")
@@ -48,7 +48,7 @@ def test_an_open_tab_does_not_keep_it(flaskd: Flaskd) -> None:
         while not ended.wait(0.02):
             try:
                 polls.extend(get(url, path)[0] for path in ("/", "/poll/x", "/healthz"))
-            except (OSError, http.client.HTTPException):  # it has stopped
+            except (OSError, http.client.HTTPException):  # flaskd has stopped
                 return
 
     tab = threading.Thread(target=poll)
@@ -69,23 +69,23 @@ def test_an_open_tab_does_not_keep_it(flaskd: Flaskd) -> None:
 
 
 def test_a_request_keeps_it(flaskd: Flaskd) -> None:
-    """As long as it runs; then its answer is where time begins."""
+    """While a request runs flaskd does not stop; the time begins after its answer."""
     flaskd.write("flaskd.yaml", CONFIG.format(after="1h"))
     flaskd.start()
     held = flaskd.hold()
     flaskd.write("flaskd.yaml", CONFIG.format(after="200ms"))
     assert flaskd.command("reload").startswith("OK reloaded")
-    for _ in range(3):  # clients of the control socket are nobody's requests
+    for _ in range(3):  # commands on the control socket do not count
         status = flaskd.status()
         assert (status["state"], status["idle_for"]) == ("ready", 0.0)
     flaskd.gate.open()
     assert held.result() == (200, b"held")
     assert flaskd.wait() == 0
-    assert flaskd.record()["reason"] == "idle: nothing was asked for 200ms"
+    assert flaskd.record()["reason"] == "idle: no request for 200ms"
 
 
 def test_a_drained_one_waits_for_its_operator(flaskd: Flaskd) -> None:
-    """Who drained it goes on with it; after resume time begins anew."""
+    """A drained flaskd does not stop by itself; after a resume the time begins again."""
     flaskd.write("flaskd.yaml", CONFIG.format(after="1s"))
     flaskd.start()
     assert flaskd.command("drain wait").splitlines()[-1].startswith("OK drained")
@@ -101,7 +101,7 @@ def test_a_drained_one_waits_for_its_operator(flaskd: Flaskd) -> None:
 
 
 def test_status_says_when(flaskd: Flaskd) -> None:
-    """How long nobody has asked, and when it will stop; a reload turns it off and on."""
+    """The status has the seconds without requests, and the moment of the stop; a reload switches it off and on."""
     flaskd.write("flaskd.yaml", CONFIG.format(after="1h"))
     flaskd.start()
     status = flaskd.status()

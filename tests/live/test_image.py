@@ -1,4 +1,4 @@
-"""Containerfile and deploy/ as they stand, with a real podman: built, started, healthy, stopped."""
+"""Containerfile and deploy/ with a real podman: built, started, healthy, stopped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from podman_kit import BASE, IMAGE, Podman, quadlet, why_no_podman
 from systemd_kit import PROJECT, Systemd, or_skipped
 
 ADDED = 40_000_000
-"""Bytes that an image may add to its base."""
+"""How many bytes an image may add to its base."""
 NOWHERE_TO_WRITE = ("--read-only", "--read-only-tmpfs=false")
 NO_PRIVILEGES = ("--cap-drop=all", "--security-opt=no-new-privileges")
 SHOP = """
@@ -32,7 +32,7 @@ def create_app():
 
 @pytest.fixture(scope="module")
 def podman() -> Iterator[Podman]:
-    """One podman for all tests, which has the image of Containerfile already."""
+    """One podman for all tests; it has the image of Containerfile."""
     requires("podman", why_no_podman())
     with or_skipped("podman"), Systemd(bare=True) as systemd:
         podman = Podman(systemd)
@@ -63,7 +63,7 @@ def test_the_image_is_small(podman: Podman) -> None:
 
 @pytest.mark.parametrize("tmpfs", [("--tmpfs=/run:rw,mode=1777",), ()], ids=["tmpfs", "nothing"])
 def test_a_read_only_root_is_enough(podman: Podman, tmpfs: tuple[str, ...]) -> None:
-    """Without /tmp, privileges or a name for its user: it serves, healthy where /run is a tmpfs, and else without control."""
+    """With a read-only root, no /tmp, no privileges and an unknown user it serves; a tmpfs at /run gives it control."""
     podman("run", "-d", "--name=ro", *NOWHERE_TO_WRITE, *NO_PRIVILEGES, *tmpfs, IMAGE)
     try:
         if tmpfs:
@@ -82,7 +82,7 @@ def test_a_read_only_root_is_enough(podman: Podman, tmpfs: tuple[str, ...]) -> N
 
 
 def test_a_stop_takes_as_long_as_the_work_in_hand(podman: Podman) -> None:
-    """What `podman stop` finds running is answered; the record of it outlives the container, in a volume."""
+    """Requests that run at `podman stop` are answered; the record stays in a volume."""
     gate = gate_app(podman.systemd)
     try:
         podman("run", "-d", "--name=slow", "--read-only", "--env=FLASK_APP=gateapp", "--env=GATE=/app/gate",
@@ -105,7 +105,7 @@ def test_a_stop_takes_as_long_as_the_work_in_hand(podman: Podman) -> None:
 
 
 def test_an_app_from_another_directory_has_its_requirements(podman: Podman) -> None:
-    """--build-context app= takes the place of the hello, and its requirements.txt is installed; so does --build-arg APP=."""
+    """--build-context app= and --build-arg APP= replace the hello app, and install its requirements.txt."""
     podman.systemd.write("/srv/shop/shop.py", SHOP)
     podman.systemd.write("/srv/shop/requirements.txt", "tomlkit\n")
     podman.build("localhost/other", "--build-context", f"app={podman.systemd.seen('/srv/shop')}")
@@ -119,15 +119,15 @@ def test_an_app_from_another_directory_has_its_requirements(podman: Podman) -> N
 
 
 def test_the_quadlet_is_a_service(podman: Podman) -> None:
-    """`systemctl start` returns when flaskd is ready, `reload` when it has reloaded, and a stop is a clean one."""
+    """`systemctl start` returns when flaskd is ready, `reload` after the reload, and a stop is clean."""
     systemd = podman.systemd
     directory = PROJECT / "deploy/quadlet"
     systemd.run("env", f"QUADLET_UNIT_DIRS={directory}", str(quadlet()), "/run/systemd/system")
     unit = systemd.run("cat", "/run/systemd/system/shop.service").stdout
     assert "--sdnotify=container" in unit
-    # Cgroups of its own cannot be had here, nor a bridge; all else is as it was generated.
+    # Here are neither cgroups nor a bridge; all else is as it was generated.
     unit = unit.replace("--cgroups=split", "--cgroups=disabled --network=host")
-    # The Debian 12 podman wants the file gone that names the container; newer ones do not mind.
+    # Debian 12's podman wants the file removed that names the container; newer ones do not need that.
     unit = unit.replace("[Service]\n", "[Service]\nExecStartPre=-/bin/rm -f %t/%N.cid\n")
     systemd.write("/run/systemd/system/shop.service", unit)
     systemd.run("bash", "-c", "printf s3cret | podman secret create shop-secret-key -")
@@ -147,7 +147,7 @@ def test_the_quadlet_is_a_service(podman: Podman) -> None:
 
 
 def test_the_manifests_make_a_pod(podman: Podman) -> None:
-    """`podman kube play`: with the ConfigMap's flaskd.yaml and its Secret, as the user and with the root that they say."""
+    """`podman kube play` runs the pod with the ConfigMap's flaskd.yaml, its Secret, its user and its read-only root."""
     documents = list(yaml.safe_load_all((PROJECT / "deploy/kubernetes.yaml").read_text()))
     (deployment,) = (each for each in documents if each["kind"] == "Deployment")
     pod = deployment["spec"]["template"]["spec"]
@@ -155,7 +155,7 @@ def test_the_manifests_make_a_pod(podman: Podman) -> None:
     ports = {each["name"]: each["containerPort"] for each in container.pop("ports")}
     probes = {name: container.pop(name)["httpGet"] for name in list(container) if name.endswith("Probe")}
     del container["resources"]
-    # What the podman of Debian 12 cannot do: ports and limits in these namespaces, and a secret as Kubernetes has it.
+    # Debian 12's podman cannot do these: ports and limits in these namespaces, and a secret in Kubernetes' form.
     deployment["spec"]["replicas"] = 1
     pod["hostNetwork"] = True
     (secret,) = (each for each in documents if each["kind"] == "Secret")
@@ -183,7 +183,7 @@ def test_the_manifests_make_a_pod(podman: Podman) -> None:
 
 
 def test_the_compose_file_makes_a_container(podman: Podman) -> None:
-    """podman-compose: up, healthy by the file's own check, and down with what a stop may take."""
+    """podman-compose starts the container, its check succeeds, and it stops within its grace."""
     podman.systemd.write("/srv/host.yaml", "services: {shop: {network_mode: host}}\n")
     files = ("-f", str(PROJECT / "deploy/compose.yaml"), "-f", "/srv/host.yaml")
     compose = (sys.executable, "-m", "podman_compose", *files)

@@ -1,4 +1,4 @@
-"""What a flaskd among others is called, wherever it says so."""
+"""The name of a flaskd instance, in all places that show it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from workers_kit import code
 
 
 def served_by(url: str, path: str = "/", method: str = "GET") -> tuple[int, list[str]]:
-    """The status of an answer, and who it says has given it."""
+    """The status of an answer, and its X-Served-By."""
     with closing(HTTPConnection(*place_of(url), timeout=PATIENCE)) as client:
         client.request(method, path)
         answer = client.getresponse()
@@ -23,7 +23,7 @@ def served_by(url: str, path: str = "/", method: str = "GET") -> tuple[int, list
 
 
 def configure(flaskd: Flaskd, workers: int, server: str) -> None:
-    """Say what there is of the server's section beside its workers."""
+    """Write keys of the section server, in addition to its workers."""
     flaskd.write(
         "flaskd.yaml",
         f"server: {{workers: {workers}, max_request_header_size: 8kB{server}}}\nlog: {{format: json, access: json}}\n"
@@ -33,7 +33,7 @@ def configure(flaskd: Flaskd, workers: int, server: str) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_each_place_says_the_same(flaskd: Flaskd, workers: int) -> None:
-    """The host's name, then what a reload says: in status, metrics and logs, and in each answer where it is asked for."""
+    """Status, metrics and logs have the host's name, then the name of a reload; answers have it if configured."""
     configure(flaskd, workers, "")
     own = "\n@app.get('/own')\ndef own():\n    return 'own', 200, {'x-served-by': 'the app'}\n"
     code(flaskd, "one", own)

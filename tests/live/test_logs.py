@@ -1,4 +1,4 @@
-"""The log of a real daemon, whatever the app in it does to logging and to standard error."""
+"""The log of a real daemon, whatever the app does to logging and to standard error."""
 
 import fcntl
 import os
@@ -23,7 +23,7 @@ SILENCERS = {
 @pytest.mark.parametrize("where", ["import", "view"])
 @pytest.mark.parametrize("silence", SILENCERS.values(), ids=SILENCERS)
 def test_no_app_silences_the_log(flaskd: Flaskd, silence: str, where: str) -> None:
-    """On import or in a view: the access log, the cut request and the last line are written all the same."""
+    """Whatever the app does on import or in a view, access log, cut request and last line are written."""
     flaskd.write(
         "silent.py",
         "import logging, logging.config, sys\nfrom gateapp import app\n"
@@ -47,7 +47,7 @@ def test_no_app_silences_the_log(flaskd: Flaskd, silence: str, where: str) -> No
 
 
 def test_a_non_blocking_stderr_loses_nothing(flaskd: Flaskd) -> None:
-    """A program that shares it may have made it so (O_NONBLOCK, open(2)); who reads it late gets each line, whole."""
+    """If standard error is non-blocking (O_NONBLOCK, open(2)), a late reader gets every line whole."""
     reading, writing = os.pipe()
     fcntl.fcntl(reading, fcntl.F_SETPIPE_SZ, 4096)
     os.set_blocking(writing, False)
@@ -55,7 +55,7 @@ def test_a_non_blocking_stderr_loses_nothing(flaskd: Flaskd) -> None:
     flaskd.start(stderr=writing)
     os.close(writing)
     url = flaskd.url
-    for number in range(300):  # five times what the pipe takes
+    for number in range(300):  # five times the size of the pipe
         assert get(url, f"/{number}")[0] == 404
     flaskd.kill(signal.SIGTERM)
     with os.fdopen(reading) as log:

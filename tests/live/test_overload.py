@@ -1,4 +1,4 @@
-"""Requests that hang and queues that grow, against real flaskds: who is refused, who goes on, and how it is told."""
+"""Hanging requests and growing queues in real flaskds: what is refused, what goes on, and what is reported."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ CONFIG = "server: {threads: 1, request_timeout: 500ms, request_timeouts: {/held/
 
 
 def hang(flaskd: Flaskd, url: str) -> tuple[int, bytes]:
-    """Make a request that is given up, and give its answer."""
+    """Make a request that is given up; returns its answer."""
     answer = Answer(url, "/hold")
     flaskd.gate.entered()
     return answer.result()
 
 
 def test_a_request_that_hangs(flaskd: Flaskd) -> None:
-    """504 for its client, the next one is served, status and top say what was done, and the stop does not wait."""
+    """Its client gets 504, the next one is served, status and top show it, and the stop does not wait."""
     flaskd.write("flaskd.yaml", CONFIG)
     url = flaskd.start().url
     assert hang(flaskd, url)[0] == 504
@@ -40,7 +40,7 @@ def test_a_request_that_hangs(flaskd: Flaskd) -> None:
 
 
 def test_too_many_that_hang(flaskd: Flaskd) -> None:
-    """When threads are missing for good it is not ready, and says why; when they come back, it is again."""
+    """While threads are missing, readiness says no and why; when they are back, it says ready."""
     flaskd.write("flaskd.yaml", CONFIG)
     url = flaskd.start().url
     assert [hang(flaskd, url)[0] for _ in range(2)] == [504, 504]
@@ -56,7 +56,7 @@ def test_too_many_that_hang(flaskd: Flaskd) -> None:
 
 
 def test_a_worker_that_has_lost_a_thread_is_replaced(flaskd: Flaskd) -> None:
-    """The new one is ready first; what else the old one has in hand is finished; the log says why."""
+    """The new worker is ready first, other requests of the old one are finished, and the log has the reason."""
     config = "server: {threads: 2, request_timeouts: {/hold: 500ms}}\n"
     url = start(flaskd, config=config).url
     before = {each["slot"]: each["pid"] for each in shown(flaskd)}

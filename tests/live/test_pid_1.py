@@ -1,4 +1,4 @@
-"""As a container's only process: SIGTERM at every moment, a second and a third one, and nobody's child left over."""
+"""As a container's only process: SIGTERM at every moment, second and third signals, and orphans."""
 
 import os
 import signal
@@ -21,13 +21,13 @@ def first_process(flaskd: Flaskd) -> int:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_at_any_moment_of_the_start(flaskd: Flaskd, number: int) -> None:
-    """From the first line of the command on, it ends with 0; before that the kernel drops what PID 1 does not handle."""
+    """From the first line on SIGTERM ends it with 0; before that the kernel drops signals without a handler."""
     for step in range(10):
         flaskd.drain_messages()
         flaskd.launch(prefix=AS_PID_1)
         first = first_process(flaskd)
         flaskd.until(lambda first=first: handles_sigterm(first))
-        time.sleep(step * 0.04)  # not a wait for anything: the moment of the signal is what is tried
+        time.sleep(step * 0.04)  # the moment of the signal is what is tested
         os.kill(first, number)
         assert flaskd.wait() == 0, step
         assert flaskd.leftovers() == [], step
@@ -35,7 +35,7 @@ def test_a_signal_at_any_moment_of_the_start(flaskd: Flaskd, number: int) -> Non
 
 
 def test_a_signal_while_draining(flaskd: Flaskd) -> None:
-    """SIGTERM after `drain` is a stop that joins it: what is in hand is answered, and the exit code is 0."""
+    """SIGTERM after `drain` continues the drain: requests in hand are answered, exit code 0."""
     flaskd.start(prefix=AS_PID_1)
     held = flaskd.hold()
     assert flaskd.command("drain").startswith("OK draining in_flight=1")
@@ -48,7 +48,7 @@ def test_a_signal_while_draining(flaskd: Flaskd) -> None:
 
 
 def test_the_second_and_the_third_signal(flaskd: Flaskd) -> None:
-    """The second cuts the drain short; the third leaves at once, with 128 and its number, which PID 1 passes on."""
+    """The second signal cuts the drain short; the third ends at once, with 128 plus its number, also of PID 1."""
     flaskd.write(
         "flaskd.yaml", "cleanup: {policies: {slow: {use: command, with: {argv: [sleep, '30']}, timeout: 40s}}}\n"
     )
@@ -63,11 +63,11 @@ def test_the_second_and_the_third_signal(flaskd: Flaskd) -> None:
     time.sleep(0.3)
     os.kill(first, signal.SIGTERM)
     assert flaskd.wait() == 128 + signal.SIGTERM
-    (flaskd.state / "running.json").unlink()  # the next start is to know that this one did not end well
+    (flaskd.state / "running.json").unlink()  # the next start must know that this run did not end well
 
 
 def test_children_of_commands_are_reaped(flaskd: Flaskd) -> None:
-    """What a cleanup command leaves behind is PID 1's to bury, while the stop goes on."""
+    """PID 1 reaps what a cleanup command leaves behind, while the stop goes on."""
     flaskd.write("flaskd.yaml", "cleanup: {policies: {\n"
                  "  orphans: {use: command, with: {argv: [sh, -c, '(exit 0) & (exit 0) & :']}, phase: quiesce},\n"
                  "  wait: {use: command, with: {argv: [sh, -c, 'echo x > told; read x < go']}, phase: final, timeout: 20s}}}\n")  # fmt: skip
@@ -86,7 +86,7 @@ def test_children_of_commands_are_reaped(flaskd: Flaskd) -> None:
 
 
 def test_every_signal_of_the_app_is_passed_on(flaskd: Flaskd) -> None:
-    """Also those that flaskd knows nothing of: which ones the app handles, PID 1 cannot know."""
+    """All signals are passed on, because PID 1 cannot know which ones the app handles."""
     flaskd.write("handling.py", "import signal\nfrom pathlib import Path\nfrom gateapp import app\n"
                  "here = Path(__file__).parent\nfor each in (signal.SIGALRM, signal.SIGRTMAX, signal.SIGTTIN):\n"
                  "    signal.signal(each, lambda number, _: here.joinpath(f'got-{number}').touch())\n")  # fmt: skip
@@ -100,7 +100,7 @@ def test_every_signal_of_the_app_is_passed_on(flaskd: Flaskd) -> None:
 
 
 def test_a_ctrl_c_comes_once_however_slow_pid_1_is(flaskd: Flaskd) -> None:
-    """The terminal sends it to the daemon's process group alone: PID 1, stopped meanwhile, has none to pass on."""
+    """A Ctrl-C comes once: the terminal sends it to the daemon's process group alone, even if PID 1 is stopped."""
     terminal = Terminal(flaskd, prefix=AS_PID_1)
     try:
         flaskd.wait_message("READY=1")
@@ -109,7 +109,7 @@ def test_a_ctrl_c_comes_once_however_slow_pid_1_is(flaskd: Flaskd) -> None:
         os.kill(first, signal.SIGSTOP)
         terminal.type(b"\x03")
         terminal.read_until(b"stopping (signal: SIGINT): 1 in flight")
-        time.sleep(0.3)  # not a wait for anything: what comes sooner would count as one with the first
+        time.sleep(0.3)  # closer together they would count as one
         os.kill(first, signal.SIGCONT)
         flaskd.gate.open()
         assert held.result() == (200, b"held")

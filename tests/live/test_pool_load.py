@@ -1,4 +1,4 @@
-"""Worker processes under load, often enough to be believed; with $FLASKD_LONG several times as often."""
+"""Workers under load; with $FLASKD_LONG several times as often."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ from flaskd.cli import serve
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 ROUNDS = range(10 if LONG else 1)
-"""In each of which there are as many steps as fit into the time that one test has."""
+"""Runs, each with as many steps as fit into a test's time."""
 
 pytestmark = pytest.mark.skipif(
     not any("-w" in each.opts for each in serve.params), reason="this flaskd has no worker processes"
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def account_of(scenario: str, cycles: int, workers: int, directory: Path) -> dict:
-    """Run a scenario of loss.py; returns what its clients and the supervisor tell."""
+    """Run a scenario of loss.py; returns what clients and the supervisor report."""
     file = directory / "account.json"
     argv = [sys.executable, str(BENCHMARKS / "loss.py"), "--servers", "flaskd", "--scenario", scenario]
     argv += ["--cycles", str(cycles), "--workers", str(workers), "--json", str(file)]
@@ -44,7 +44,7 @@ def account_of(scenario: str, cycles: int, workers: int, directory: Path) -> dic
     ],
 )
 def test_no_change_of_workers_loses_a_request(scenario, cycles, _round, tmp_path) -> None:
-    """Clients of all kinds while workers come and go, or bad code is refused: no request is lost or refused."""
+    """While workers come and go, or faulty code is refused, no request of any kind of client is lost or refused."""
     account = account_of(scenario, cycles, 2, tmp_path)
     assert account["lost"] == 0
     assert account["fates"]["answered"] > 24 * cycles
@@ -52,7 +52,7 @@ def test_no_change_of_workers_loses_a_request(scenario, cycles, _round, tmp_path
 
 @pytest.mark.parametrize("_round", range(2 * len(ROUNDS)))
 def test_a_kill_hurts_one_worker_alone(_round, tmp_path) -> None:
-    """Five times `kill -9`: hurt are that worker's connections only, what it had begun is named, nobody is refused."""
+    """Five times `kill -9`: only that worker's connections end, its requests are named, no client is refused."""
     account = account_of("kill", 5, 4, tmp_path)
     assert account["named"] > 0
     assert account["fates"]["wrong"] == 0

@@ -1,4 +1,4 @@
-"""`ServerProcess`: an app in a process of its own, started, asked, stopped, left alone and killed."""
+"""`ServerProcess`: an app in a process of its own, from start to stop, kill, and the end of its owner."""
 
 import contextlib
 import gc
@@ -59,7 +59,7 @@ def shop(tmp_path):
 
 @pytest.fixture(autouse=True)
 def nothing_left():
-    """After each test there is no thread, no child and no open file that was not there before."""
+    """After each test there is no new thread, child or open file."""
     threads, files = set(threading.enumerate()), files_open()
     yield
     assert not [each.name for each in threading.enumerate() if each not in threads]
@@ -68,7 +68,7 @@ def nothing_left():
 
 
 def files_open():
-    """What the descriptors of this process are, less the one that looks, which is gone by then."""
+    """What the descriptors of this process refer to, without the one that lists them."""
     found = set()
     for number in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):
@@ -84,7 +84,7 @@ def page(process):
 
 
 def serves(process):
-    """Whether a new request is still taken."""
+    """Whether a new request is accepted."""
     found = outcome(process.url)
     return isinstance(found, tuple) and found[0] == 200
 
@@ -102,7 +102,7 @@ def entered(shop):
 @pytest.mark.parametrize("target", ["shop:app", "shop:create_app()", "shop"])
 @pytest.mark.parametrize("server", ["waitress", "werkzeug"])
 def test_it_serves_in_a_process_of_its_own(shop, target, server):
-    """It is ready when it says so, its pid is not ours, and it ends with 0 and its cleanup done."""
+    """It is ready, its pid is not the test's, and it ends with 0 after its cleanup."""
     with flaskd.ServerProcess(target, server=server, chdir=shop) as process:
         assert process.url.startswith("http://127.0.0.1:")
         assert page(process) == str(process.pid) != str(os.getpid())
@@ -126,7 +126,7 @@ def test_it_can_be_started_again(shop):
 
 @pytest.mark.parametrize("how", ["stop", "SIGTERM", "SIGINT", "SIGHUP"])
 def test_what_is_in_flight_is_answered_however_it_is_stopped(shop, how):
-    """A request of one second is answered, the cleanup runs, and the exit code is 0: terminate() loses nothing here."""
+    """A request of one second is answered, the cleanup runs, exit code 0; terminate() loses nothing either."""
     with flaskd.ServerProcess("shop:app", chdir=shop) as process:
         client = Answer(process.url, "/slow")
         while not (shop / "entered").exists():
@@ -145,7 +145,7 @@ def test_what_is_in_flight_is_answered_however_it_is_stopped(shop, how):
 
 
 def test_what_is_not_done_in_time_is_cut_and_named(shop):
-    """`stop` returns within its timeout, with an account of what was lost, and the cleanup still ran."""
+    """`stop` returns within its timeout with a report of what was cut, and the cleanup has run."""
     process = flaskd.ServerProcess("shop:app", chdir=shop, config={"shutdown": {"exit_codes": {"degraded": 9}}})
     process.start().wait_ready()
     client = Answer(process.url, "/stuck")
@@ -161,14 +161,14 @@ def test_what_is_not_done_in_time_is_cut_and_named(shop):
 
 
 def test_a_second_sigterm_cuts_it_short(shop):
-    """The first waits for the request that is stuck, the second does not."""
+    """The first SIGTERM waits for the stuck request, the second does not."""
     process = flaskd.ServerProcess("shop:app", chdir=shop).start().wait_ready()
     client = Answer(process.url, "/stuck")
     entered(shop)
     process.terminate()
-    while serves(process):  # until it has heard the first: then it takes no new work
+    while serves(process):  # until it has got the first signal: then it takes no new work
         pass
-    time.sleep(0.3)  # signals less than 250 ms apart count as one: that is how long it takes, not a wait for anything
+    time.sleep(0.3)  # signals less than 250 ms apart count as one
     process.terminate()
     process.join(PATIENCE)
     assert process.exitcode == 0
@@ -177,13 +177,13 @@ def test_a_second_sigterm_cuts_it_short(shop):
 
 
 def test_an_interrupted_stop_is_cut_short(shop):
-    """Ctrl-C while `stop` waits: what is stuck is cut, the cleanup runs, and the process is gone when it is raised."""
+    """Ctrl-C during `stop` cuts the stuck request, the cleanup runs, and the process has ended when it is raised."""
     process = flaskd.ServerProcess("shop:app", chdir=shop).start().wait_ready()
     client = Answer(process.url, "/stuck")
     entered(shop)
 
     def interrupt():
-        while serves(process):  # until it has heard of the stop: then it takes no new work
+        while serves(process):  # until it has got the order to stop: then it takes no new work
             pass
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
@@ -193,13 +193,13 @@ def test_an_interrupted_stop_is_cut_short(shop):
         process.stop()
     pressing.join()
     assert process.exitcode == 0
-    assert "/stuck" in [each.path for each in process.stop().cut]  # and perhaps an answer that its client has already
+    assert "/stuck" in [each.path for each in process.stop().cut]  # perhaps also an answer that has arrived
     assert marks(shop) == ["control: ServerProcess.stop()"]
     assert isinstance(client.result(), Exception)
 
 
 def test_kill_cleans_nothing_up(shop):
-    """The exit code is the signal's, and the account is not there."""
+    """After a kill the exit code is the signal's, and there is no report."""
     process = flaskd.ServerProcess("shop:app", chdir=shop).start().wait_ready()
     process.kill()
     process.join()
@@ -219,7 +219,7 @@ def test_kill_cleans_nothing_up(shop):
     ],
 )
 def test_what_keeps_it_from_serving_is_raised(tmp_path, source, error, message):
-    """`wait_ready` raises the child's own message, in the class that it has there."""
+    """`wait_ready` raises the child's message, with the class of the child's error."""
     (tmp_path / "shop.py").write_text(source)
     process = flaskd.ServerProcess("shop:app", chdir=tmp_path).start()
     with pytest.raises(error, match=message):
@@ -229,7 +229,7 @@ def test_what_keeps_it_from_serving_is_raised(tmp_path, source, error, message):
 
 
 def test_a_busy_port_and_a_wrong_configuration_are_raised(shop):
-    """So are faults of the address and of the configuration; as a context manager, too."""
+    """Wrong addresses and configurations are raised, also by the context manager."""
     with flaskd.ServerThread(lambda _environ, _start: []) as taken:
         process = flaskd.ServerProcess("shop:app", port=taken.port, chdir=shop)
         with pytest.raises(CannotCreateError, match=f"^cannot listen on 127.0.0.1:{taken.port}"), process:
@@ -250,7 +250,7 @@ def test_a_busy_port_and_a_wrong_configuration_are_raised(shop):
 
 
 def test_an_import_that_takes_long_is_waited_for_and_no_longer(tmp_path):
-    """`wait_ready` gives up in time and says so; `stop` ends the process in the midst of its import."""
+    """`wait_ready` raises after its timeout; `stop` ends the process during its import."""
     (tmp_path / "shop.py").write_text("import time; time.sleep(60)")
     process = flaskd.ServerProcess("shop:app", chdir=tmp_path).start()
     with pytest.raises(FlaskdError, match=r"^cannot get ready: pid \d+ does not serve within 0.2s"):
@@ -262,7 +262,7 @@ def test_an_import_that_takes_long_is_waited_for_and_no_longer(tmp_path):
 
 
 def test_it_finds_what_its_owner_finds(tmp_path, monkeypatch):
-    """A module on the owner's sys.path is found, without the working directory."""
+    """A module on the owner's sys.path is found, even outside of the working directory."""
     (tmp_path / "only_here.py").write_text(SHOP)
     monkeypatch.syspath_prepend(tmp_path)
     with flaskd.ServerProcess("only_here:app") as process:
@@ -284,7 +284,7 @@ signal.pause()
 
 @pytest.mark.parametrize("more", ["alone", "fork"])
 def test_it_dies_with_its_owner(shop, more):
-    """Its owner is killed: what is in flight is answered, the cleanup runs, and it is gone."""
+    """When its owner is killed, requests are answered, the cleanup runs, and the process ends."""
     owner = subprocess.Popen(
         [sys.executable, "-c", OWNER, str(shop), more], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -301,15 +301,15 @@ def test_it_dies_with_its_owner(shop, more):
         assert select.select([ended], [], [], PATIENCE)[0], "it still lives"
         os.close(ended)
         assert client.result() == (200, b"slow")
-        assert marks(shop) == ["control: the process that owns it is gone"]
+        assert marks(shop) == ["control: the process that started it has ended"]
     finally:
-        os.killpg(owner.pid, signal.SIGKILL)  # its own session: the forked child is in it
+        os.killpg(owner.pid, signal.SIGKILL)  # a session of its own, with the forked child
         owner.wait()
         owner.stdout.close()
 
 
 def test_ctrl_c_reaches_both_and_loses_nothing(shop):
-    """SIGINT to the whole group, as a terminal sends it: the owner leaves its block, the process finishes its request."""
+    """With SIGINT to the whole group, the owner leaves its block and the process finishes its request."""
     script = """
 import sys, threading, urllib.request
 import flaskd
@@ -336,7 +336,7 @@ except KeyboardInterrupt:
 
 
 def test_what_the_app_writes_goes_where_the_owner_writes(shop, capfd):
-    """Standard output and error are the owner's; flaskd itself says nothing unless a log is configured."""
+    """Standard output and error are the owner's; flaskd writes nothing there unless a log is configured."""
     (shop / "loud.py").write_text("print('from the app', flush=True)\n" + SHOP)
     with flaskd.ServerProcess("loud:app", chdir=shop):
         pass
@@ -369,7 +369,7 @@ def thread(seconds):
 
 
 def test_what_the_app_left_to_its_end_is_finished(tmp_path):
-    """A thread that a request started is waited for, and the account is clean."""
+    """A thread that a request has started is waited for, and the report is clean."""
     (tmp_path / "exits.py").write_text(EXITS)
     with flaskd.ServerProcess("exits:app", chdir=tmp_path) as process:
         assert get(process.url, "/thread/1.0")[0] == 200
@@ -379,7 +379,7 @@ def test_what_the_app_left_to_its_end_is_finished(tmp_path):
 
 
 def test_what_the_app_left_to_its_end_is_cut_in_time(tmp_path):
-    """What takes longer than `shutdown.exit_wait` is in the account, which comes back whole; the exit code tells, too."""
+    """What takes longer than `shutdown.exit_wait` is in the report, and the exit code says so."""
     (tmp_path / "exits.py").write_text(EXITS)
     config = {"shutdown": {"exit_wait": "300ms", "exit_codes": {"degraded": 9}}}
     with flaskd.ServerProcess("exits:app", chdir=tmp_path, config=config) as process:

@@ -1,4 +1,4 @@
-"""docs/proxy.md as it stands: its configurations before two real flaskds, which are restarted one after the other."""
+"""The configurations of docs/proxy.md with HAProxy and nginx, in front of two flaskds, which restart in turn."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ FRAMES = {
     "scgi_temp_path {1}/e;\n{0}}}\n",
 }
 BEFORE = {"haproxy": "    default_backend", "nginx": "    location / {"}
-"""Before which line of the configuration a rule for a path stands."""
+"""The line of the configuration before which a rule for a path is inserted."""
 COMMANDS = {"haproxy": ["-db", "-f"], "nginx": ["-g", "daemon off;", "-c"]}
 
 
 def block(kind: str, ports: dict[str, int]) -> str:
-    """A block of the documentation, on free ports."""
+    """The block of this kind in docs/proxy.md; `ports` maps its ports to free ones."""
     (text,) = re.findall(rf"```{kind}\n(.*?)```", (PROJECT / "docs/proxy.md").read_text(), re.DOTALL)
     for port, free in ports.items():
         text = re.sub(rf"127\.0\.0\.1:{port}\b", f"127.0.0.1:{free}", text)
@@ -58,9 +58,9 @@ def block(kind: str, ports: dict[str, int]) -> str:
 
 
 def ask(port: int, path: str = "/", source: str = "127.0.0.1") -> str:
-    """GET a path as a client at that address; the status and the body.
+    """GET a path from the address `source`; return the status and the body.
 
-    Many from another one than 127.0.0.1 would leave ports behind that nobody could bind on all addresses for a minute.
+    Many requests from another address than 127.0.0.1 would block their ports for sockets on all addresses for a minute.
     """
     with closing(http.client.HTTPConnection("127.0.0.1", port, PATIENCE, source_address=(source, 0))) as connection:
         connection.request("GET", path, headers={"X-Forwarded-For": "192.0.2.1"})
@@ -70,7 +70,7 @@ def ask(port: int, path: str = "/", source: str = "127.0.0.1") -> str:
 
 @contextmanager
 def running(kind: str, ports: dict[str, int], directory: Path, rule: str = "") -> Iterator[None]:
-    """The proxy, with the documentation's configuration, and a rule for paths; it listens."""
+    """Run the proxy with the configuration of docs/proxy.md and this rule for paths; it listens on entry."""
     requires(kind, [] if shutil.which(kind) else [kind])
     path = directory / "proxy.conf"
     configuration = block(kind, ports)
@@ -90,7 +90,7 @@ def running(kind: str, ports: dict[str, int], directory: Path, rule: str = "") -
 
 
 def test_haproxy_takes_the_other_ways_to_tell_it(tmp_path: Path) -> None:
-    """`agent-check` and `disable-on-404` as the page has them are put into its configuration, and HAProxy finds no fault."""
+    """HAProxy accepts the configuration with `agent-check` and `disable-on-404` as docs/proxy.md shows them."""
     requires("haproxy", [] if shutil.which("haproxy") else ["haproxy"])
     page = (PROJECT / "docs/proxy.md").read_text()
     [agent], [code] = (
@@ -105,7 +105,7 @@ def test_haproxy_takes_the_other_ways_to_tell_it(tmp_path: Path) -> None:
 
 
 class Clients:
-    """Three who ask all the time."""
+    """Three threads that send requests without a pause, and count the outcomes."""
 
     def __init__(self, port: int) -> None:
         self.outcomes: collections.Counter[str] = collections.Counter()
@@ -125,12 +125,12 @@ class Clients:
                 self._changed.notify_all()
 
     def until_answered_by(self, flaskd: Flaskd) -> None:
-        """Wait until the proxy has it among those it asks."""
+        """Wait until the proxy has sent a request to this flaskd, and it has answered."""
         with self._changed:
             assert self._changed.wait_for(lambda: self.outcomes[f"200 {flaskd.pid}"], PATIENCE), self.outcomes
 
     def end(self) -> None:
-        """Let them end."""
+        """End the threads."""
         self._ended.set()
         for each in self._threads:
             each.join(PATIENCE)
@@ -140,7 +140,7 @@ class Clients:
 def test_a_rolling_restart_behind_a_proxy_loses_nothing(
     kind: str, make_flaskd: Callable[[], Flaskd], tmp_path: Path
 ) -> None:
-    """Each of two is restarted under load, and every request is answered; the app sees the client, not the proxy."""
+    """Two flaskds restart in turn under load, and every request is answered; the app sees the client's address."""
     ports = {port: free_port() for port in ("80", "8001", "8002")}
     both = [make_flaskd(), make_flaskd()]
     for each, port in zip(both, ("8001", "8002"), strict=True):
@@ -168,7 +168,7 @@ def test_a_rolling_restart_behind_a_proxy_loses_nothing(
 
 
 class Backend(http.server.ThreadingHTTPServer):
-    """A server that is well, and answers nothing else or, `mute`, nothing at all to what it has read."""
+    """A server that counts requests by method and answers 200; if `mute`, it answers the health check only."""
 
     def __init__(self, port: int, *, mute: bool = False) -> None:
         self.mute, self.got = mute, collections.Counter[str]()
@@ -177,7 +177,7 @@ class Backend(http.server.ThreadingHTTPServer):
         self.thread.start()
 
     def close(self) -> None:
-        """Stop it."""
+        """Stop the server and its thread."""
         self.shutdown()
         self.server_close()
         self.thread.join(PATIENCE)
@@ -187,7 +187,7 @@ class _Reading(http.server.BaseHTTPRequestHandler):
     server: Backend
 
     def answer(self) -> None:
-        """Answer, or close the connection on what was sent."""
+        """Read the request, then answer it, or close the connection if the server is mute."""
         if self.path != "/healthz":
             self.rfile.read(int(self.headers["Content-Length"] or 0))
             self.server.got[self.command] += 1
@@ -200,11 +200,11 @@ class _Reading(http.server.BaseHTTPRequestHandler):
     do_GET = do_POST = answer  # noqa: N815 - http.server's names
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Write no access log."""
 
 
 def tell(port: int, method: str) -> int:
-    """Ask the proxy for something that is sent once; the status."""
+    """Send one request to the proxy (a POST has a body); return the status."""
     with closing(http.client.HTTPConnection("127.0.0.1", port, PATIENCE)) as connection:
         connection.request(method, "/", b"order=1" if method == "POST" else None)
         return connection.getresponse().status
@@ -212,7 +212,7 @@ def tell(port: int, method: str) -> int:
 
 @pytest.mark.parametrize("kind", ["haproxy", "nginx"])
 def test_a_refused_connection_goes_elsewhere(kind: str, tmp_path: Path) -> None:
-    """Whatever the method: nothing was sent."""
+    """If one server refuses the connection, the other gets the request, also a POST: nothing was sent yet."""
     ports = {port: free_port() for port in ("80", "8001", "8002")}
     with closing(Backend(ports["8002"])) as well, running(kind, ports, tmp_path):
         assert [tell(ports["80"], "POST") for _ in range(6)] == [200] * 6
@@ -221,7 +221,7 @@ def test_a_refused_connection_goes_elsewhere(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "sent"), [("haproxy", {"GET": 1, "POST": 1}), ("nginx", {"GET": 2, "POST": 1})])
 def test_what_was_sent_is_not_sent_again_unless_it_may_be(kind: str, sent: dict[str, int], tmp_path: Path) -> None:
-    """A POST that was read, and whose connection then closed, may have been done."""
+    """A POST is not repeated when the server has read it and closed the connection: the app may have run it."""
     ports = {port: free_port() for port in ("80", "8001", "8002")}
     with (
         closing(Backend(ports["8001"], mute=True)) as one,
@@ -233,7 +233,7 @@ def test_what_was_sent_is_not_sent_again_unless_it_may_be(kind: str, sent: dict[
 
 
 def test_a_proxy_on_a_unix_socket_is_localhost(flaskd: Flaskd) -> None:
-    """`trusted_proxy: localhost` believes whoever may connect to the socket; another address believes nobody there."""
+    """On a Unix socket `trusted_proxy: localhost` trusts each client, and another address trusts none."""
     for trusted, seen in (("localhost", b"192.0.2.1 http"), ("127.0.0.1", b"localhost http")):
         flaskd.write("whoapp.py", APP)
         path = flaskd.directory / "http.sock"
@@ -248,7 +248,7 @@ def test_a_proxy_on_a_unix_socket_is_localhost(flaskd: Flaskd) -> None:
 def test_a_rule_for_a_path_holds_however_it_is_written(
     kind: str, make_flaskd: Callable[[], Flaskd], tmp_path: Path
 ) -> None:
-    """What Flask takes for /admin, the documentation's rule takes for it, too; the proxy lets the rest through."""
+    """The rule of docs/proxy.md refuses each path that Flask routes to /admin, and lets the others through."""
     ports = {port: free_port() for port in ("80", "8001", "8002")}
     flaskd = make_flaskd()
     flaskd.write("whoapp.py", APP)

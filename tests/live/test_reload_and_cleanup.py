@@ -1,4 +1,4 @@
-"""Reload: validated, swapped or kept. Cleanup policies: run at the stop, within the deadline, and recorded."""
+"""Reloads are validated and applied or refused. Policies run at the stop, within the deadline, and are recorded."""
 
 import signal
 import time
@@ -10,7 +10,7 @@ from http_client import get
 
 
 def test_a_reload_takes_what_can_change(flaskd: Flaskd) -> None:
-    """Threads, log and policies change with a reload, and the running daemon shows them."""
+    """A reload changes threads, log and policies, and the running daemon shows them."""
     path = flaskd.write("flaskd.yaml", "server: {threads: 2}\n")
     flaskd.start()
     pid = flaskd.pid
@@ -34,17 +34,18 @@ def test_a_reload_takes_what_can_change(flaskd: Flaskd) -> None:
         ("cleanup: {policies: {close-db: {use: sqlalchemy.dispose, timeout: soon}}}\n",
          "flaskd.yaml:1:67 cleanup.policies.close-db.timeout: expected a duration such as 5s"),
         ("server: {thread: 3}\n", "flaskd.yaml:1:10 server.thread: "),
-        ("server: [\n", "flaskd.yaml:2:1: expected YAML"),
+        ("server: [\n", 'flaskd.yaml:1:9: expected a closing "]"'),
         ("cleanup: {policies: {p: {use: call, with: {target: 'nosuch:f'}}}}\n", "cleanup.policies.p: "),
     ],
 )  # fmt: skip
 def test_a_reload_at_fault_keeps_the_old_configuration(flaskd: Flaskd, text: str, fault: str) -> None:
-    """The fault is answered with its place, told in the log and to the manager, and nothing changes."""
+    """A faulty configuration is reported with its place in reply, log and STATUS, and nothing changes."""
     flaskd.write("flaskd.yaml", "server: {threads: 2}\n")
     flaskd.start()
     flaskd.write("flaskd.yaml", text)
     answer = flaskd.command("reload")
-    assert answer.startswith("ERR config-invalid ")
+    shown = "    1 | server: [\n      |         ^\n" if "[" in text else ""
+    assert answer.startswith(f"{shown}ERR config-invalid ")
     assert fault in answer
     assert answer.endswith("; keeping the old configuration\n")
     code, out, err = flaskd.client("reload")
@@ -57,7 +58,7 @@ def test_a_reload_at_fault_keeps_the_old_configuration(flaskd: Flaskd, text: str
 
 
 def test_a_reload_that_needs_a_restart_is_refused_as_a_whole(flaskd: Flaskd) -> None:
-    """The keys are named, and what could have changed does not either."""
+    """A reload that needs a restart names the keys, and changes nothing."""
     flaskd.write("flaskd.yaml", "server: {threads: 2}\n")
     flaskd.start()
     flaskd.write("flaskd.yaml", "server: {threads: 3, backlog: 7}\ncontrol: {required: true}\n")
@@ -70,7 +71,7 @@ def test_a_reload_that_needs_a_restart_is_refused_as_a_whole(flaskd: Flaskd) -> 
 
 
 def test_command_line_options_win_at_a_reload_too(flaskd: Flaskd) -> None:
-    """-t stays in force whatever the file says."""
+    """The option -t wins over the file at a reload, too."""
     flaskd.write("flaskd.yaml", "server: {threads: 2}\n")
     flaskd.start("-t", "5")
     assert flaskd.status()["threads"] == 5
@@ -81,7 +82,7 @@ def test_command_line_options_win_at_a_reload_too(flaskd: Flaskd) -> None:
 
 
 def test_policies_run_in_their_order_and_are_recorded(flaskd: Flaskd) -> None:
-    """Phases in order, `after` within them, failures do not stop the rest, and the record tells every fate."""
+    """Policies run by phase and `after`, a failure does not stop the others, and the record has every fate."""
     flaskd.write("steps.py", "import pathlib\ndef note(context):\n    with open('order', 'a') as file:\n"
                  "        file.write(context.policy + '\\n')\ndef fail(context):\n    note(context)\n    raise ValueError('no')\n")  # fmt: skip
     flaskd.write(
@@ -108,7 +109,7 @@ cleanup:
 
 
 def test_cleanup_comes_after_the_drain(flaskd: Flaskd) -> None:
-    """A policy of a later phase starts when the last request has been answered."""
+    """A policy of a phase after the drain begins when the last request has been answered."""
     flaskd.write("steps.py", "import os\ndef note(context):\n    open('cleaned', 'w').close()\n")
     flaskd.write("flaskd.yaml", "cleanup: {policies: {n: {use: call, with: {target: 'steps:note'}}}}\n")
     flaskd.start()
@@ -124,7 +125,7 @@ def test_cleanup_comes_after_the_drain(flaskd: Flaskd) -> None:
 
 
 def test_cleanup_that_hangs_keeps_the_deadline(flaskd: Flaskd) -> None:
-    """A step that never returns is abandoned with its stack, and what is kept in reserve still runs."""
+    """A step that never returns is abandoned with its stack, and steps in the reserve still run."""
     flaskd.write("steps.py", "import time\ndef hang(context):\n    time.sleep(60)\n")
     flaskd.write(
         "flaskd.yaml",
@@ -147,7 +148,7 @@ cleanup:
 
 
 def test_the_plan_of_a_running_stop_does_not_change(flaskd: Flaskd) -> None:
-    """During a stop all else is refused, in the log as well; what was planned at its first moment runs."""
+    """During a stop reloads are refused and logged; the plan of its first moment runs."""
     flaskd.write("flaskd.yaml", "cleanup: {policies: {one: {use: command, with: {argv: [touch, one]}}}}\n")
     flaskd.start()
     held = flaskd.hold()
@@ -157,7 +158,7 @@ def test_the_plan_of_a_running_stop_does_not_change(flaskd: Flaskd) -> None:
     for verb in ("resume", "drain"):
         fault = f"cannot {verb}: flaskd is stopping"
         assert flaskd.command(verb) == f"ERR not-now {fault}\n"
-        flaskd.until(lambda: fault in flaskd.log)  # noqa: B023 - called in this turn
+        flaskd.until(lambda: fault in flaskd.log)  # noqa: B023 - called in this iteration
     assert flaskd.command("stop").startswith("OK stopping")
     flaskd.gate.open()
     held.result()
@@ -167,7 +168,7 @@ def test_the_plan_of_a_running_stop_does_not_change(flaskd: Flaskd) -> None:
 
 
 def test_databases_are_closed(flaskd: Flaskd) -> None:
-    """sqlalchemy.dispose closes the pooled connections of a Flask-SQLAlchemy app: no connection is open at the end."""
+    """sqlalchemy.dispose closes the pooled connections of a Flask-SQLAlchemy app."""
     flaskd.write(
         "shop.py",
         """
@@ -194,7 +195,7 @@ def index():
 
 
 def test_what_was_interpolated_is_shown_nowhere(flaskd: Flaskd) -> None:
-    """Neither log, record, replies, STATUS nor process titles have it, when the steps that hold it fail."""
+    """Interpolated values are not in log, record, replies, STATUS and process titles when the steps with them fail."""
     secret = "hunter2-s3cret"
     flaskd.env |= {"SECRET": secret, "FILE": f"/nowhere/{secret}/x"}
     flaskd.write(

@@ -1,4 +1,4 @@
-"""Roles, tried by other users: real processes of theirs at the other end of the socket."""
+"""Roles, with real client processes of other users."""
 
 import json
 import os
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def serve(flaskd: Flaskd, control: str, mode: str = "0666") -> None:
-    """A daemon in a directory that anybody may search, whose socket anybody may open unless its mode says otherwise."""
+    """A daemon in a public directory, whose socket every user may open unless its mode forbids it."""
     flaskd.directory.chmod(0o755)
     flaskd.runtime.mkdir()
     flaskd.runtime.chmod(0o755)
@@ -34,7 +34,7 @@ def serve(flaskd: Flaskd, control: str, mode: str = "0666") -> None:
 
 
 def post(flaskd: Flaskd, verb: str, user: int, group: int = NOBODY, groups: tuple[int, ...] = ()) -> tuple[int, str]:
-    """What a user gets for a verb: the status, and the result or what was refused."""
+    """A user's answer to a verb: the status, and the result or the refusal."""
     done = subprocess.run(
         ["curl", "-s", "-X", "POST", "-w", "\n%{http_code}", "--unix-socket", str(flaskd.socket_path), f"http://x/{verb}"],
         user=user, group=group, extra_groups=groups, cwd="/", capture_output=True, text=True, timeout=PATIENCE, check=True,
@@ -45,7 +45,7 @@ def post(flaskd: Flaskd, verb: str, user: int, group: int = NOBODY, groups: tupl
 
 
 def test_users_have_the_roles_of_the_configuration(flaskd: Flaskd) -> None:
-    """A viewer looks, an operator drains, an admin stops; each refusal names the role it takes and is logged."""
+    """A viewer looks, an operator drains, an admin stops; each refusal names the needed role and is logged."""
     serve(flaskd, "roles: {viewer: [nobody], operator: ['@daemon'], admin: [daemon]}")
     assert post(flaskd, "status", NOBODY) == (200, "ready")
     assert post(flaskd, "drain", NOBODY) == (
@@ -66,7 +66,7 @@ def test_users_have_the_roles_of_the_configuration(flaskd: Flaskd) -> None:
 
 
 def test_roles_change_with_a_reload(flaskd: Flaskd) -> None:
-    """Who was nobody may stop after a reload."""
+    """A user without a role may stop flaskd after a reload that makes the user admin."""
     serve(flaskd, "roles: {admin: [root]}")
     assert post(flaskd, "stop", NOBODY)[0] == 403
     flaskd.write("flaskd.yaml", "control: {mode: 0666, roles: {admin: [nobody]}}\n")
@@ -76,7 +76,7 @@ def test_roles_change_with_a_reload(flaskd: Flaskd) -> None:
 
 
 def test_who_may_not_open_the_socket_has_no_role_to_ask_for(flaskd: Flaskd) -> None:
-    """The mode of the socket comes first."""
+    """A user who may not open the socket is refused by its mode, whatever the roles are."""
     serve(flaskd, "roles: {admin: [nobody]}", mode="0600")
     with pytest.raises(subprocess.CalledProcessError):
         post(flaskd, "status", NOBODY)
@@ -84,7 +84,7 @@ def test_who_may_not_open_the_socket_has_no_role_to_ask_for(flaskd: Flaskd) -> N
 
 
 def test_the_command_says_who_may_and_exits_with_77(flaskd: Flaskd) -> None:
-    """Where the socket is not to be opened, and where its directory is not even to be searched: never a traceback."""
+    """If socket or directory cannot be opened, the client names the users who may, exits with 77, without a traceback."""
 
     def run(*args: str) -> subprocess.CompletedProcess[str]:
         argv = [sys.executable, "-c", AS_NOBODY, *args]
@@ -107,13 +107,15 @@ def test_the_command_says_who_may_and_exits_with_77(flaskd: Flaskd) -> None:
         assert named.returncode == 77, named.stderr
         assert "Traceback" not in named.stderr
         listed = run("list")
-        assert ("not told" in listed.stdout) is (mode == 0o755), listed.stderr  # where it may look it sees a socket
+        assert ("not told" in listed.stdout) is (mode == 0o755), (
+            listed.stderr
+        )  # if it may read the directory, it sees a socket
         assert "Traceback" not in listed.stderr
     assert flaskd.stop() == 0
 
 
 def test_the_fifo_takes_what_it_was_told_to_take(flaskd: Flaskd) -> None:
-    """With roles it is made for the verbs of `control.fifo` alone, and the log says who was refused what."""
+    """With roles the FIFO accepts only the verbs of `control.fifo`, and refusals are logged."""
     serve(flaskd, "roles: {admin: [root]}, fifo: [drain, resume]")
     subprocess.run(["sh", "-c", f"echo stop > {flaskd.fifo_path}"], check=True, timeout=PATIENCE)
     flaskd.until(lambda: "stop is not for the FIFO, which takes drain, resume" in flaskd.log)
@@ -123,14 +125,14 @@ def test_the_fifo_takes_what_it_was_told_to_take(flaskd: Flaskd) -> None:
 
 
 def test_with_roles_alone_there_is_no_fifo(flaskd: Flaskd) -> None:
-    """It tells nothing of who writes, so it is not made."""
+    """With roles and without `control.fifo` there is no FIFO, because its writer is not known."""
     serve(flaskd, "roles: {admin: [root]}")
     assert not flaskd.fifo_path.exists()
     assert flaskd.stop() == 0
 
 
 def test_a_directory_made_for_this_run_lets_the_group_in(flaskd: Flaskd) -> None:
-    """Who is in `control.group` reaches the socket, also in a directory that had to be made again."""
+    """Members of `control.group` reach the socket, also in a directory that was made again."""
     flaskd.directory.chmod(0o755)
     flaskd.write("flaskd.yaml", "control: {group: daemon}\n")
     flaskd.start()

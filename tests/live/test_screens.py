@@ -1,4 +1,4 @@
-"""Every screen in the documents is replayed: those of docs/terminal.md here, the others where their pages are tested."""
+"""Every screen in the documents is replayed, those of docs/terminal.md and docs/drain.md here."""
 
 import re
 import subprocess
@@ -10,11 +10,20 @@ from patience import PATIENCE
 from screens import DOCS, check, check_frames, screens
 from terminal_kit import terminal
 
-REPLAYED = {"terminal.md": "here", "control.md": "test_control_docs", "first-steps.md": "test_first_steps"}
+REPLAYED = {
+    "terminal.md": "here",
+    "drain.md": "here",
+    "control.md": "test_control_docs",
+    "first-steps.md": "test_first_steps",
+}
 SAID = {"migrating.md": "test_migrating_docs"}
 """Pages whose screens are compared with what the command says, and by which test."""
 ADDRESS = "127.0.0.1:8000"
 BUSY = 5
+SHOP = GATE_APP.replace('@app.get("/hold")\ndef hold', '@app.get("/export")\ndef export').replace(
+    '"held"', '"exported"'
+)
+"""An app whose exports end when the test lets them."""
 
 
 def test_every_screen_of_the_documents_is_replayed() -> None:
@@ -72,10 +81,7 @@ class Operator:
 
 def test_the_screens_of_the_terminal(flaskd: Flaskd) -> None:
     """In the order of the page, on a terminal where it says so: what is drawn is what the page shows."""
-    app = GATE_APP.replace('@app.get("/hold")\ndef hold', '@app.get("/export")\ndef export').replace(
-        '"held"', '"exported"'
-    )
-    flaskd.write("shop.py", app)
+    flaskd.write("shop.py", SHOP)
     flaskd.write(
         "flaskd.yaml",
         "server: {threads: 3}\nlog: {access: off}\n"
@@ -97,4 +103,27 @@ def test_the_screens_of_the_terminal(flaskd: Flaskd) -> None:
             (check_frames if some else check)(command, answer, expected)
             typed += 1
     assert typed >= 12
+    assert flaskd.wait() == 0
+
+
+def test_the_screen_of_a_stop_that_cuts_a_request(flaskd: Flaskd) -> None:
+    """Of two exports one ends in time; what the command prints and its exit code are those of docs/drain.md."""
+    flaskd.write("shop.py", SHOP)
+    flaskd.write("flaskd.yaml", "shutdown: {drain: {timeout: 2s}}\n")
+    flaskd.start(app="shop")
+    exports = []
+    for _ in range(2):
+        exports.append(Answer(flaskd.url, "/export"))
+        flaskd.gate.entered()
+    [(_, [(stop, expected), (_, code)])] = screens(DOCS / "drain.md")
+    with subprocess.Popen(
+        [sys.executable, "-m", *stop.split()], cwd=flaskd.directory, env=flaskd.env, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout
+        first = process.stdout.readline()
+        flaskd.gate.open(1)
+        check_frames(stop, first + process.stdout.read(), expected)
+    assert f"{process.returncode}\n" == code
+    assert exports[0].result() == (200, b"exported")
     assert flaskd.wait() == 0

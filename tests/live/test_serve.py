@@ -1,4 +1,4 @@
-"""What a client of the app sees, and what the log and the service manager are told."""
+"""What clients of the app see, and what the log and systemd are told."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from http_client import connect, get
 
 
 def test_the_log_of_a_life(flaskd: Flaskd) -> None:
-    """The first line says where, with the URL and the control nodes, the second what; then ready, access, stopping, stopped."""
+    """The log begins with the URL and the control nodes, then the app; then ready, access, stopping, stopped."""
     flaskd.start()
     get(flaskd.url, "/?a=b", Referer="http://x/", **{"User-Agent": 'say "hi"'})
     url = flaskd.url
@@ -37,12 +37,12 @@ def test_the_log_of_a_life(flaskd: Flaskd) -> None:
 
 
 def test_json_logs(flaskd: Flaskd) -> None:
-    """With `log.format: json` every line is an object, the access lines too; the app's traceback is in one of them."""
+    """With `log.format: json` every line is an object, also access lines; one has the app's traceback."""
     flaskd.write("flaskd.yaml", "log: {format: json, access: json}\n")
     flaskd.start()
     assert get(flaskd.url, "/boom")[0] == 500
     assert flaskd.stop() == 0
-    # Flask's own logging goes its own way (to stderr, as text): the app's set-up is left alone.
+    # Flask's own logging is left alone: text on standard error.
     entries = [json.loads(line) for line in flaskd.log.splitlines() if line.startswith("{")]
     [access] = [entry for entry in entries if entry.get("target") == "/boom"]
     assert (access["status"], access["method"], access["client"]) == (500, "GET", "127.0.0.1")
@@ -51,7 +51,7 @@ def test_json_logs(flaskd: Flaskd) -> None:
 
 
 def test_journal_prefixes(flaskd: Flaskd) -> None:
-    """With `log.format: journal` every line carries its priority."""
+    """With `log.format: journal` every line has a priority."""
     flaskd.write("flaskd.yaml", "log: {format: journal}\n")
     flaskd.start()
     get(flaskd.url)
@@ -60,7 +60,7 @@ def test_journal_prefixes(flaskd: Flaskd) -> None:
 
 
 def test_quiet_logs(flaskd: Flaskd) -> None:
-    """With `level: error` and `access: off` nothing is said while nothing is wrong."""
+    """With `level: error` and `access: off` nothing is logged while nothing is wrong."""
     flaskd.write("flaskd.yaml", "log: {level: error, access: off}\n")
     flaskd.start()
     get(flaskd.url)
@@ -69,7 +69,7 @@ def test_quiet_logs(flaskd: Flaskd) -> None:
 
 
 def test_a_unix_listener(flaskd: Flaskd) -> None:
-    """unix:/path serves, has its URL, mode 0660, and is gone afterwards."""
+    """unix:/path serves, has its URL and mode 0660, and is removed afterwards."""
     path = flaskd.directory / "app.sock"
     flaskd.start(listen=f"unix:{path}")
     assert get(f"unix:{path}") == (200, b"hello")
@@ -102,7 +102,7 @@ def test_an_ipv6_listener(flaskd: Flaskd) -> None:
 
 
 def test_several_listeners(flaskd: Flaskd) -> None:
-    """-l may be repeated; all of them serve, drain and resume."""
+    """-l can be repeated; all listeners serve, drain and resume."""
     path = flaskd.directory / "app.sock"
     flaskd.start("-l", f"unix:{path}")
     assert get(flaskd.status()["url"] if not flaskd.url.startswith("http+unix") else f"unix:{path}")[0] == 200
@@ -114,7 +114,7 @@ def test_several_listeners(flaskd: Flaskd) -> None:
 
 
 def test_settings_reach_the_app(flaskd: Flaskd) -> None:
-    """Proxy headers of a trusted proxy, scheme, prefix, limits and the Server header do what Waitress says."""
+    """Headers of a trusted proxy, scheme, prefix, limits and the Server header reach the app as in Waitress."""
     flaskd.write("flaskd.yaml", "server: {trusted_proxy: 127.0.0.1, trusted_proxy_headers: [x-forwarded-for, x-forwarded-proto],"
                  " url_prefix: /shop, max_request_body_size: 1KiB, ident: corner shop}\n")  # fmt: skip
     flaskd.start()
@@ -134,13 +134,11 @@ def test_settings_reach_the_app(flaskd: Flaskd) -> None:
 
 
 def test_an_app_that_waits_for_proxy_headers_in_vain_is_told(flaskd: Flaskd) -> None:
-    """ProxyFix without `trusted_proxy` is a warning with the key; with a network that has the proxy, headers arrive."""
+    """ProxyFix without `trusted_proxy` causes a warning with the key; with the proxy's network, headers arrive."""
     flaskd.write("fixed.py", "from gateapp import app\nfrom werkzeug.middleware.proxy_fix import ProxyFix\n"
                  "app.wsgi_app = ProxyFix(app.wsgi_app)\n")  # fmt: skip
     flaskd.start(app="fixed")
-    assert (
-        "never sees x-forwarded-for, x-forwarded-proto, which flaskd takes out: set server.trusted_proxy" in flaskd.log
-    )
+    assert "never sees x-forwarded-for, x-forwarded-proto, which flaskd removes: set server.trusted_proxy" in flaskd.log
     assert json.loads(get(flaskd.url, "/environ", **{"X-Forwarded-For": "192.0.2.7"})[1])["REMOTE_ADDR"] == "127.0.0.1"
     assert flaskd.stop() == 0
     before = len(flaskd.log)
@@ -152,7 +150,7 @@ def test_an_app_that_waits_for_proxy_headers_in_vain_is_told(flaskd: Flaskd) -> 
 
 
 def test_garbage_is_collected_from_the_apps_import_on(flaskd: Flaskd) -> None:
-    """The imports of flaskd itself go without the collector; the app has it, and nothing is frozen."""
+    """Garbage collection is off during flaskd's imports, and on for the app; no object is frozen."""
     flaskd.write("collected.py", "import gc\nfrom gateapp import app\n"
                  "at_import = [gc.isenabled(), gc.get_freeze_count()]\n"
                  "app.add_url_rule('/gc', 'gc', lambda: repr([*at_import, gc.isenabled()]))\n")  # fmt: skip
@@ -162,7 +160,7 @@ def test_garbage_is_collected_from_the_apps_import_on(flaskd: Flaskd) -> None:
 
 
 def test_a_wildcard_address_is_announced_as_one(flaskd: Flaskd) -> None:
-    """The log says that every machine may connect; the status' URL is one that works here."""
+    """The log says that every machine may connect; the URL in the status works on this machine."""
     flaskd.start(listen="0.0.0.0:0")
     port = flaskd.status()["listen"][0].rpartition(":")[2]
     assert flaskd.log.count(f" on http://0.0.0.0:{port}/") == 2
@@ -188,7 +186,7 @@ APPS = {
 
 @pytest.mark.parametrize("name", APPS)
 def test_apps_of_all_kinds(flaskd: Flaskd, name: str) -> None:
-    """Flask's grammar, wrapped apps and any WSGI callable."""
+    """Flask's syntax, wrapped apps and any WSGI callable are served."""
     file, text, target, body = APPS[name]
     flaskd.write(file, text)
     flaskd.start(app=target)
@@ -197,7 +195,7 @@ def test_apps_of_all_kinds(flaskd: Flaskd, name: str) -> None:
 
 
 def test_ready_comes_after_the_probe(flaskd: Flaskd) -> None:
-    """With `health.probe` the app has answered before READY, over a connection that no log and no count shows."""
+    """With `health.probe` the app answers before READY, on a connection that no log and no count shows."""
     flaskd.write(
         "probed.py",
         "from gateapp import app\n@app.get('/ping')\ndef ping():\n    print('pinged', flush=True)\n    return 'pong'\n",
@@ -211,7 +209,7 @@ def test_ready_comes_after_the_probe(flaskd: Flaskd) -> None:
 
 
 def test_a_probe_that_is_not_answered_in_time(flaskd: Flaskd) -> None:
-    """An app that does not answer its probe is a failed start, with exit code 70."""
+    """If the app does not answer its probe, the start fails with exit code 70."""
     flaskd.write("flaskd.yaml", "health: {probe: /hold, probe_timeout: 200ms}\nshutdown: {drain: {timeout: 200ms}}\n")
     code, log = flaskd.fails()
     assert code == 70
@@ -220,7 +218,7 @@ def test_a_probe_that_is_not_answered_in_time(flaskd: Flaskd) -> None:
 
 
 def test_the_service_manager_is_told_in_order(flaskd: Flaskd) -> None:
-    """STATUS, then READY with STATUS in one datagram, then STOPPING, and the account at the end."""
+    """The messages to systemd: STATUS, then READY with STATUS in one datagram, then STOPPING, at the end the report."""
     flaskd.start()
     assert flaskd.stop() == 0
     messages = [each for each in flaskd.drain_messages() if not each.startswith("EXTEND_TIMEOUT_USEC=")]  # it is slow
@@ -231,7 +229,7 @@ def test_the_service_manager_is_told_in_order(flaskd: Flaskd) -> None:
 
 
 def test_nothing_breaks_without_a_service_manager(flaskd: Flaskd) -> None:
-    """Without NOTIFY_SOCKET, or with one that nobody reads, flaskd serves and stops."""
+    """Without NOTIFY_SOCKET, or with one that is not read, flaskd serves and stops."""
     for address in (None, str(flaskd.directory / "nobody")):
         flaskd.env.pop("NOTIFY_SOCKET", None)
         if address:
@@ -244,7 +242,7 @@ def test_nothing_breaks_without_a_service_manager(flaskd: Flaskd) -> None:
 
 
 def test_serve_in_a_program(flaskd: Flaskd) -> None:
-    """flaskd.serve(app, mapping) is the same daemon for an app in hand; it returns the code and puts the handlers back."""
+    """flaskd.serve(app, mapping) serves an app object, returns the exit code, and restores signal handlers."""
     flaskd.write("program.py", "import signal, sys, flaskd\nfrom gateapp import app\nbefore = signal.getsignal(signal.SIGTERM)\n"
                  "code = flaskd.serve(app, {'server': {'listen': '127.0.0.1:0'}})\n"
                  "assert signal.getsignal(signal.SIGTERM) is before\nprint('returned', code)\nsys.exit(code)\n")  # fmt: skip

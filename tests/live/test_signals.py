@@ -1,4 +1,4 @@
-"""Signals at every moment: during the import, while serving, again and again, and from a real terminal."""
+"""Signals at every moment: during the import, while serving, repeated, and from a real terminal."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ SLEEPERS = {
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("sleeper", SLEEPERS)
 def test_a_signal_ends_an_import_at_once(flaskd: Flaskd, sleeper: str, number: int) -> None:
-    """An app that sleeps 5 s while it is imported is left within a second, cleanly, with no node."""
+    """SIGTERM during an import that sleeps 5 s ends flaskd within a second, with 0, without a node."""
     flaskd.write("sleeper.py", SLEEPERS[sleeper])
     flaskd.launch(app="sleeper", listen=f"unix:{flaskd.directory}/app.sock")
     flaskd.gate.entered()
@@ -41,7 +41,7 @@ def test_a_signal_ends_an_import_at_once(flaskd: Flaskd, sleeper: str, number: i
 
 
 def test_stop_ends_an_import_and_answers(flaskd: Flaskd) -> None:
-    """The control plane is there before the app is; a stop asked there ends the start and is answered."""
+    """The control nodes exist before the app is imported; a stop there ends the start, and is answered."""
     flaskd.write("sleeper.py", SLEEPERS["python"])
     flaskd.launch(app="sleeper")
     flaskd.gate.entered()
@@ -53,7 +53,7 @@ def test_stop_ends_an_import_and_answers(flaskd: Flaskd) -> None:
 
 
 def test_the_second_signal_cuts_the_drain_short(flaskd: Flaskd) -> None:
-    """After the second SIGTERM the request is cut and cleanup has one second in total."""
+    """After the second SIGTERM the request is cut, and all cleanup has one second in total."""
     flaskd.write("slow_cleanup.py", "import time\ndef step(context):\n    time.sleep(30)\n")
     flaskd.write("flaskd.yaml", "shutdown: {deadline: 60s, drain: {timeout: 50s}}\n"
                  "cleanup: {policies: {slow: {use: call, with: {target: 'slow_cleanup:step'}, timeout: 20s}}}\n")  # fmt: skip
@@ -62,7 +62,7 @@ def test_the_second_signal_cuts_the_drain_short(flaskd: Flaskd) -> None:
     flaskd.kill(signal.SIGTERM)
     flaskd.wait_message("STOPPING=1")
     before = time.monotonic()
-    time.sleep(0.3)  # not a wait for anything: signals closer together than 250 ms are one signal
+    time.sleep(0.3)  # signals closer together than 250 ms count as one
     flaskd.kill(signal.SIGTERM)
     assert flaskd.wait() == 0
     assert time.monotonic() - before < 2.0
@@ -72,7 +72,7 @@ def test_the_second_signal_cuts_the_drain_short(flaskd: Flaskd) -> None:
 
 
 def test_the_third_signal_ends_it_at_once(flaskd: Flaskd) -> None:
-    """The third SIGINT leaves at once with 128 + its number, and no node stays behind."""
+    """The third SIGINT ends flaskd at once with 128 plus its number, and no node is left."""
     flaskd.write("stubborn.py", "import time\ndef step(context):\n    time.sleep(30)\n")
     flaskd.write("flaskd.yaml", "cleanup: {policies: {slow: {use: call, phase: announce, with: {target: 'stubborn:step'},"
                  " timeout: 20s}}}\n")  # fmt: skip
@@ -81,7 +81,7 @@ def test_the_third_signal_ends_it_at_once(flaskd: Flaskd) -> None:
     flaskd.kill(signal.SIGINT)
     flaskd.wait_message("STOPPING=1")
     for _ in range(2):
-        time.sleep(0.3)  # not a wait for anything: signals closer together than 250 ms are one signal
+        time.sleep(0.3)  # signals closer together than 250 ms count as one
         flaskd.kill(signal.SIGINT)
     assert flaskd.wait() == 128 + signal.SIGINT
     assert list(flaskd.runtime.glob("*")) == []
@@ -89,7 +89,7 @@ def test_the_third_signal_ends_it_at_once(flaskd: Flaskd) -> None:
 
 
 def test_signals_close_together_are_one(flaskd: Flaskd) -> None:
-    """A Ctrl-C that a wrapper forwards a second time does not cut anything short."""
+    """A Ctrl-C that a wrapper forwards a second time does not cut the stop short."""
     flaskd.start()
     held = flaskd.hold()
     flaskd.kill(signal.SIGINT)
@@ -103,7 +103,7 @@ def test_signals_close_together_are_one(flaskd: Flaskd) -> None:
 
 
 def test_handlers_of_the_app_are_taken_back(flaskd: Flaskd) -> None:
-    """An app that installs its own SIGTERM handler while it is imported is told so, and SIGTERM still stops flaskd."""
+    """If the app sets a SIGTERM handler on import, flaskd takes it back with a warning, and stops at SIGTERM."""
     flaskd.write("greedy.py", "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nfrom gateapp import app\n")
     flaskd.start(app="greedy")
     assert "the app installed its own handler for SIGTERM; flaskd takes it back" in flaskd.log
@@ -120,7 +120,7 @@ def terminal(flaskd: Flaskd) -> Iterator[Terminal]:
 
 
 def test_ctrl_c_in_a_terminal(terminal: Terminal) -> None:
-    """One Ctrl-C answers what is in hand, and exits with 0."""
+    """One Ctrl-C stops flaskd: requests are answered, exit code 0."""
     held = terminal.flaskd.hold()
     terminal.type(b"\x03")
     terminal.read_until(b"stopping (signal: SIGINT): 1 in flight")
@@ -134,17 +134,17 @@ def test_three_ctrl_c_in_a_terminal(terminal: Terminal) -> None:
     terminal.flaskd.hold()
     terminal.type(b"\x03")
     terminal.read_until(b"stopping")
-    time.sleep(0.3)  # not a wait for anything: signals closer together than 250 ms are one signal
+    time.sleep(0.3)  # signals closer together than 250 ms count as one
     terminal.type(b"\x03")
     terminal.read_until(b"asked again")
     time.sleep(0.3)
     terminal.type(b"\x03")
-    assert terminal.flaskd.wait() in {0, 130}  # the second may have been enough
+    assert terminal.flaskd.wait() in {0, 130}  # the second one may have been enough
     (terminal.flaskd.state / "running.json").unlink(missing_ok=True)
 
 
 def test_a_terminal_that_hangs_up_is_a_stop(terminal: Terminal) -> None:
-    """SIGHUP means stop when the terminal is gone."""
+    """When the terminal hangs up, SIGHUP stops flaskd."""
     held = terminal.flaskd.hold()
     os.close(terminal.master)
     terminal.flaskd.wait_message("STOPPING=1")
@@ -154,7 +154,7 @@ def test_a_terminal_that_hangs_up_is_a_stop(terminal: Terminal) -> None:
 
 
 def test_sighup_without_a_terminal_is_a_reload(flaskd: Flaskd) -> None:
-    """SIGHUP reloads: RELOADING with its moment, then READY."""
+    """SIGHUP reloads: systemd gets RELOADING with its moment, then READY."""
     flaskd.start()
     flaskd.kill(signal.SIGHUP)
     reloading = flaskd.wait_message("RELOADING=1")
@@ -164,7 +164,7 @@ def test_sighup_without_a_terminal_is_a_reload(flaskd: Flaskd) -> None:
 
 
 def test_sighup_while_drained_is_answered(flaskd: Flaskd) -> None:
-    """A reload that is refused is told to the manager as one that began and ended, with the reason."""
+    """If a reload is refused, systemd gets its begin, its end and the reason."""
     flaskd.start()
     assert "OK drained" in flaskd.command("drain wait")
     flaskd.kill(signal.SIGHUP)
@@ -175,7 +175,7 @@ def test_sighup_while_drained_is_answered(flaskd: Flaskd) -> None:
 
 
 def test_sighup_during_a_reload_is_answered(flaskd: Flaskd) -> None:
-    """A second SIGHUP while the first is being read has a RELOADING with a moment of its own."""
+    """A second SIGHUP during a reload gets a RELOADING with a moment of its own."""
     go = flaskd.directory / "go"
     os.mkfifo(go)
     flaskd.write("flaskd.yaml", "version: 1\n")
@@ -195,11 +195,11 @@ def test_sighup_during_a_reload_is_answered(flaskd: Flaskd) -> None:
 
 
 def test_nothing_keeps_the_exit(flaskd: Flaskd) -> None:
-    """A stray thread, a busy executor and an idle browser's connection delay the exit by no more than they are given."""
+    """A stray thread, a busy executor and an idle connection delay the exit by no more than their limits."""
     flaskd.write("stray.py", "import threading, time, concurrent.futures\nfrom gateapp import app\n"
                  "threading.Thread(target=time.sleep, args=(60,), name='stray').start()\n"
                  "pool = concurrent.futures.ThreadPoolExecutor(1)\npool.submit(time.sleep, 60)\n")  # fmt: skip
-    # What the executor has for its job, and what the exit waits for both.
+    # the executor's time for its job, and the exit's
     flaskd.write("flaskd.yaml", "cleanup: {defaults: {timeout: 200ms}}\nshutdown: {exit_wait: 200ms}\n")
     flaskd.start(app="stray")
     with connect(flaskd.url):

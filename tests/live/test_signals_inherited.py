@@ -35,7 +35,7 @@ def state_of(pid: int) -> str:
 
 
 def threads(flaskd: Flaskd, number: int) -> None:
-    """Write a configuration that a reload is seen by."""
+    """Write a configuration with this number of threads, by which a reload can be seen."""
     flaskd.write("flaskd.yaml", f"server: {{threads: {number}}}\n")
 
 
@@ -44,14 +44,14 @@ def threads(flaskd: Flaskd, number: int) -> None:
 
 @pytest.mark.parametrize("how", ["--block-signal", "--ignore-signal"])
 def test_sigterm_stops_whatever_the_parent_did(flaskd: Flaskd, how: str) -> None:
-    """Blocked or ignored when flaskd is started, SIGTERM drains and stops it all the same."""
+    """SIGTERM drains and stops flaskd, even if it was blocked or ignored at the start."""
     flaskd.start(prefix=["env", f"{how}=TERM"])
     flaskd.stop_holding()
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGQUIT])
 def test_signals_that_were_blocked_are_heard(flaskd: Flaskd, number: int) -> None:
-    """So do the others: SIGHUP reloads, SIGINT and SIGQUIT stop."""
+    """The other signals work if they were blocked: SIGHUP reloads, SIGINT and SIGQUIT stop."""
     flaskd.start(prefix=["env", "--block-signal=HUP,INT,QUIT"])
     flaskd.kill(number)
     if number == signal.SIGHUP:
@@ -62,7 +62,7 @@ def test_signals_that_were_blocked_are_heard(flaskd: Flaskd, number: int) -> Non
 
 
 def test_what_nohup_and_scripts_ignore_stays_ignored_and_is_told(flaskd: Flaskd) -> None:
-    """SIGHUP under nohup, SIGINT and SIGQUIT of what a script starts in the background: the log says so once."""
+    """SIGHUP under nohup, and SIGINT and SIGQUIT after a script's `&`, stay ignored, and the log says so once."""
     flaskd.start(prefix=["env", "--ignore-signal=HUP,INT,QUIT"])
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
         flaskd.kill(number)
@@ -73,7 +73,7 @@ def test_what_nohup_and_scripts_ignore_stays_ignored_and_is_told(flaskd: Flaskd)
 
 
 def test_exit_codes_are_known_whoever_ignored_sigchld(flaskd: Flaskd) -> None:
-    """SIGCHLD ignored by the parent: the kernel would keep no exit code, and subprocess would say 0 for each."""
+    """If the parent ignored SIGCHLD, exit codes of children are right all the same."""
     flaskd.write("asking.py", "import subprocess\nfrom gateapp import app\n@app.get('/code')\ndef code():\n"
                  "    return str(subprocess.run(['sh', '-c', 'exit 3']).returncode)\n")  # fmt: skip
     flaskd.write("flaskd.yaml", "cleanup: {policies: {p: {use: command, with: {argv: [sh, -c, 'exit 4']}}}}\n")
@@ -95,25 +95,25 @@ TAKEN = {
 
 @pytest.mark.parametrize("how", TAKEN)
 def test_a_handler_that_c_code_took_while_imported_is_taken_back(flaskd: Flaskd, how: str) -> None:
-    """Python does not see it; SIGTERM drains all the same."""
+    """A handler of C code, which Python does not see, is replaced after the import: SIGTERM drains."""
     flaskd.write("taking.py", f"{C}{TAKEN[how]}from gateapp import app\n")
     flaskd.start(app="taking")
     flaskd.stop_holding()
-    assert ("code in C took the handler for SIGTERM away; flaskd takes it back" in flaskd.log) is (how != "handled")
+    assert ("C code removed the handler for SIGTERM; flaskd sets it again" in flaskd.log) is (how != "handled")
 
 
 def test_a_handler_that_c_code_takes_later_is_taken_back(flaskd: Flaskd) -> None:
-    """A library that is loaded by the first request: within a second or two SIGTERM is flaskd's again."""
+    """If a library replaces the handler later, flaskd's own is back within a second or two."""
     flaskd.write("taking.py", f"{C}from gateapp import app\n@app.get('/take')\ndef take():\n    {TAKEN['ignored']}"
                  "    return 'taken'\n")  # fmt: skip
     flaskd.start(app="taking")
     assert get(flaskd.url, "/take") == (200, b"taken")
-    flaskd.until(lambda: "code in C took the handler for SIGTERM away" in flaskd.log)
+    flaskd.until(lambda: "C code removed the handler for SIGTERM" in flaskd.log)
     assert flaskd.stop() == 0
 
 
 def test_signals_that_the_app_blocks_are_heard(flaskd: Flaskd) -> None:
-    """In the main thread and all that it starts from then on: flaskd's own thread hears them."""
+    """If the app blocks signals in all its threads, flaskd's own thread still gets them."""
     flaskd.write("blocking.py", "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())\n"
                  "from gateapp import app\n")  # fmt: skip
     flaskd.start(app="blocking")
@@ -123,7 +123,7 @@ def test_signals_that_the_app_blocks_are_heard(flaskd: Flaskd) -> None:
 
 
 def test_a_wakeup_descriptor_that_the_app_takes_away_costs_nothing(flaskd: Flaskd) -> None:
-    """The app takes it while it is imported, as asyncio does, and goes on importing: SIGTERM ends that at once."""
+    """If the app replaces the wakeup descriptor on import, as asyncio does, SIGTERM still ends the import."""
     flaskd.write("waking.py", "import os, signal, socket, time\nsignal.set_wakeup_fd(-1)\n"
                  "gate = socket.socket(socket.AF_UNIX)\ngate.connect(os.environ['GATE'])\ngate.sendall(b'entered')\n"
                  "time.sleep(60)\n")  # fmt: skip
@@ -155,7 +155,7 @@ def child():
     "name", ["SIGUSR1", "SIGUSR2", "SIGQUIT", "SIGCHLD", "SIGALRM", "SIGTTIN", "SIGTTOU", "SIGWINCH", "SIGRTMIN"]
 )
 def test_a_signal_that_the_app_handles_is_the_apps(flaskd: Flaskd, name: str) -> None:
-    """Its handler is called, again after a reload, and flaskd does nothing and says nothing."""
+    """The app's own handler is called, also after a reload, and flaskd does nothing and logs nothing."""
     number = getattr(signal, name)
     flaskd.write("handling.py", OWN)
     flaskd.write("flaskd.yaml", "")
@@ -174,7 +174,7 @@ def test_a_signal_that_the_app_handles_is_the_apps(flaskd: Flaskd, name: str) ->
 
 
 def test_children_that_end_stop_nothing(flaskd: Flaskd) -> None:
-    """An app with a SIGCHLD handler starts programs: their ends are its own affair."""
+    """An app with a SIGCHLD handler can start programs, and flaskd does not stop at their ends."""
     flaskd.write("handling.py", OWN)
     flaskd.start(app="handling")
     for _ in range(3):
@@ -185,7 +185,7 @@ def test_children_that_end_stop_nothing(flaskd: Flaskd) -> None:
 
 
 def test_a_handler_of_faulthandler_is_the_apps(flaskd: Flaskd) -> None:
-    """faulthandler.register() is in C, and Python does not see it: it is not taken back."""
+    """A handler of faulthandler.register(), which Python does not see, is not replaced."""
     flaskd.write(
         "handling.py", "import faulthandler, signal\nfaulthandler.register(signal.SIGUSR1)\nfrom gateapp import app\n"
     )
@@ -201,7 +201,7 @@ def test_a_handler_of_faulthandler_is_the_apps(flaskd: Flaskd) -> None:
 
 
 def test_what_other_servers_heed_is_answered_in_the_log(flaskd: Flaskd) -> None:
-    """Logrotate's SIGUSR1, gunicorn's SIGUSR2, SIGTTIN and SIGTTOU do nothing, and the log says what does; SIGWINCH nothing."""
+    """SIGUSR1, SIGUSR2, SIGTTIN and SIGTTOU do nothing, and the log says what to do; SIGWINCH does nothing."""
     flaskd.start()
     for name in (*OTHERS, "SIGWINCH"):
         flaskd.kill(getattr(signal, name))
@@ -215,7 +215,7 @@ def test_what_other_servers_heed_is_answered_in_the_log(flaskd: Flaskd) -> None:
 
 @pytest.mark.parametrize("name", [*OTHERS, "SIGHUP"])
 def test_no_signal_ends_a_start_without_a_word(flaskd: Flaskd, name: str) -> None:
-    """From the first handlers on, at every moment of the start, and during the import: it gets ready all the same."""
+    """No such signal ends a start, at any moment from the first handlers on: flaskd becomes ready."""
     number = getattr(signal, name)
     flaskd.write("importing.py", "import os, socket\ngate = socket.socket(socket.AF_UNIX)\ngate.connect(os.environ['GATE'])\n"
                  "gate.sendall(b'entered')\ngate.recv(1)\nfrom gateapp import app\n")  # fmt: skip
@@ -234,7 +234,7 @@ def test_no_signal_ends_a_start_without_a_word(flaskd: Flaskd, name: str) -> Non
 
 
 def test_sighup_during_the_import_is_a_reload_once_it_is_over(flaskd: Flaskd) -> None:
-    """What was edited since the configuration was read is in force soon after READY."""
+    """After a SIGHUP during the import, an edited configuration is in force soon after READY."""
     threads(flaskd, 3)
     flaskd.write("importing.py", "import os, socket\ngate = socket.socket(socket.AF_UNIX)\ngate.connect(os.environ['GATE'])\n"
                  "gate.sendall(b'entered')\ngate.recv(1)\nfrom gateapp import app\n")  # fmt: skip
@@ -251,7 +251,7 @@ def test_sighup_during_the_import_is_a_reload_once_it_is_over(flaskd: Flaskd) ->
 
 
 def test_sigquit_is_a_stop(flaskd: Flaskd) -> None:
-    """What is in hand is answered; the exit code is 0."""
+    """SIGQUIT is a stop: requests are answered, exit code 0."""
     flaskd.start()
     held = flaskd.hold()
     flaskd.kill(signal.SIGQUIT)
@@ -266,7 +266,7 @@ def test_sigquit_is_a_stop(flaskd: Flaskd) -> None:
 
 
 class Shell:
-    """A shell with job control on a terminal of its own, and flaskd in its background."""
+    """A shell with job control on a terminal of its own, with flaskd in its background."""
 
     def __init__(self, flaskd: Flaskd) -> None:
         argv = f"{sys.executable} -m flaskd serve gateapp -l 127.0.0.1:0"
@@ -283,7 +283,7 @@ class Shell:
         [self.pid] = children(self.process.pid)
 
     def close(self) -> None:
-        """End both."""
+        """End the shell and flaskd."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         self.process.kill()
@@ -293,7 +293,7 @@ class Shell:
 
 @pytest.fixture
 def shell(make_flaskd):
-    """A flaskd in the background of a shell; its own process is `shell.pid`."""
+    """A flaskd in the background of a shell; its pid is `shell.pid`."""
     made = make_flaskd()
     each = Shell(made)
     each.flaskd = made
@@ -302,10 +302,10 @@ def shell(make_flaskd):
 
 
 def test_a_later_sighup_of_what_outlived_its_terminal_is_a_reload(shell: Shell) -> None:
-    """The shell is gone and its terminal with it, without a SIGHUP for its background: the next one is an operator's."""
+    """After the terminal was lost without a SIGHUP, a later SIGHUP is a reload."""
     shell.process.kill()
     shell.process.wait()
-    time.sleep(2.5)  # the time in which a SIGHUP would still tell of the hang-up
+    time.sleep(2.5)  # the time in which a SIGHUP would still mean a hang-up
     os.kill(shell.pid, signal.SIGHUP)
     shell.flaskd.wait_message("RELOADING=1")
     shell.flaskd.wait_message("READY=1")
@@ -313,7 +313,7 @@ def test_a_later_sighup_of_what_outlived_its_terminal_is_a_reload(shell: Shell) 
 
 
 def test_a_sighup_with_the_hang_up_is_a_stop(shell: Shell) -> None:
-    """A shell that hangs up on its jobs, as bash does: within a moment of the loss of the terminal, SIGHUP is a stop."""
+    """A SIGHUP within a moment of the loss of the terminal, as bash sends it, is a stop."""
     shell.process.kill()
     shell.process.wait()
     os.kill(shell.pid, signal.SIGHUP)
@@ -321,7 +321,7 @@ def test_a_sighup_with_the_hang_up_is_a_stop(shell: Shell) -> None:
 
 
 def test_job_control_stops_what_is_in_the_background(shell: Shell) -> None:
-    """SIGTTIN tells a background job that it may not read the terminal: it is stopped, as ever, with a word."""
+    """At SIGTTIN a background flaskd is suspended, as usual, with a log line."""
     os.kill(shell.pid, signal.SIGTTIN)
     shell.flaskd.until(lambda: state_of(shell.pid) == "T")
     os.kill(shell.pid, signal.SIGCONT)

@@ -1,4 +1,4 @@
-"""What cannot start says why in one clear line, with the right exit code and no traceback of flaskd's own."""
+"""A start that fails gives one clear line, the right exit code, and no traceback of flaskd's own."""
 
 import os
 import resource
@@ -21,7 +21,7 @@ FAULTS = {
                        "cannot load bad: the app raised SystemExit: not today"),
     "missing configuration file": ({}, ["gateapp", "-c", "no.yaml"], 78, "no.yaml"),
     "unknown key": ({"flaskd.yaml": "servr: {}\n"}, ["gateapp"], 78, "flaskd.yaml:1:1 servr: "),
-    "bad YAML": ({"flaskd.yaml": "a: [\n"}, ["gateapp"], 78, "flaskd.yaml:2:1"),
+    "bad YAML": ({"flaskd.yaml": "a: [\n"}, ["gateapp"], 78, "flaskd.yaml:1:4: expected a closing"),
     "bad threads": ({}, ["gateapp", "-t", "many"], 64, "command line server.threads: expected an integer"),
     "bad address": ({}, ["gateapp", "-l", "nowhere"], 64, "command line server.listen"),
     "unknown option": ({}, ["gateapp", "--frobnicate"], 64, 'has no option "--frobnicate"'),
@@ -36,7 +36,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_of_the_start(flaskd: Flaskd, name: str) -> None:
-    """Each fault has its one line and its exit code; nothing is left behind, and the manager is told."""
+    """Each fault has its line and its exit code; nothing is left behind, and the manager is told."""
     files, args, code, line = FAULTS[name]
     for path, text in files.items():
         flaskd.write(path, text)
@@ -57,7 +57,7 @@ def test_faults_of_the_start(flaskd: Flaskd, name: str) -> None:
 
 
 def test_a_busy_port(flaskd: Flaskd) -> None:
-    """A port that another process has is named, with a next step; exit code 73."""
+    """A port that another process uses is named, with a next step; the exit code is 73."""
     with socket.create_server(("127.0.0.1", 0)) as busy:
         port = busy.getsockname()[1]
         code, log = flaskd.fails(listen=f"127.0.0.1:{port}")
@@ -67,7 +67,7 @@ def test_a_busy_port(flaskd: Flaskd) -> None:
 
 
 def test_a_working_directory_that_is_gone(flaskd: Flaskd) -> None:
-    """Started in a directory that was removed, flaskd says so: 78, one line."""
+    """In a working directory that was removed, the start fails with 78 and one line."""
     gone = flaskd.directory / "gone"
     gone.mkdir()
     flaskd.launch(preexec_fn=lambda: (os.chdir(gone), gone.rmdir()))
@@ -76,7 +76,7 @@ def test_a_working_directory_that_is_gone(flaskd: Flaskd) -> None:
 
 
 def test_running_twice(flaskd: Flaskd) -> None:
-    """A second flaskd in the same runtime directory is refused, naming the first one's pid, and harms nothing."""
+    """A second flaskd in the same runtime directory is refused with the first one's pid, and harms nothing."""
     flaskd.start()
     url = flaskd.url
     code, out, err = flaskd.client("serve", "gateapp", "-l", "127.0.0.1:0")
@@ -88,7 +88,7 @@ def test_running_twice(flaskd: Flaskd) -> None:
 
 
 def test_two_names_live_side_by_side(make_flaskd) -> None:
-    """Two daemons with runtime directories of their own do not touch each other's nodes."""
+    """Two daemons with different runtime directories do not affect each other's nodes."""
     one, two = make_flaskd().start(), make_flaskd().start()
     assert one.stop() == 0
     assert two.command("health") == "OK healthy\n"
@@ -96,7 +96,7 @@ def test_two_names_live_side_by_side(make_flaskd) -> None:
 
 
 def test_an_unusable_runtime_directory_costs_the_nodes_only(flaskd: Flaskd) -> None:
-    """Without a runtime directory flaskd says so loudly and serves all the same."""
+    """Without a usable runtime directory flaskd logs that, and serves without nodes."""
     flaskd.runtime.write_text("a file stands here")
     flaskd.start(listen=f"unix:{flaskd.directory}/app.sock")
     assert f"control is not complete: cannot use {flaskd.runtime}: Not a directory; serving all the same" in flaskd.log
@@ -107,7 +107,7 @@ def test_an_unusable_runtime_directory_costs_the_nodes_only(flaskd: Flaskd) -> N
 
 
 def test_an_unusable_runtime_directory_is_fatal_when_control_is_required(flaskd: Flaskd) -> None:
-    """With `control.required` the same is exit code 73."""
+    """Without a usable runtime directory and with `control.required` the exit code is 73."""
     flaskd.runtime.write_text("a file stands here")
     flaskd.write("flaskd.yaml", "control: {required: true}\n")
     code, log = flaskd.fails()
@@ -116,7 +116,7 @@ def test_an_unusable_runtime_directory_is_fatal_when_control_is_required(flaskd:
 
 
 def test_a_file_at_the_fifo_is_not_touched(flaskd: Flaskd) -> None:
-    """`echo drain > control` without a daemon makes a file there; it is left alone, and the socket serves."""
+    """A file that `echo drain > control` made while no daemon ran is left alone, and the socket works."""
     flaskd.runtime.mkdir()
     flaskd.fifo_path.write_text("drain\n")
     flaskd.start()
@@ -128,7 +128,7 @@ def test_a_file_at_the_fifo_is_not_touched(flaskd: Flaskd) -> None:
 
 
 def test_stale_nodes_are_taken_over(flaskd: Flaskd) -> None:
-    """What a killed flaskd left behind does not hinder the next one, which tells of it."""
+    """Nodes that a killed flaskd left are replaced, and the log says so."""
     flaskd.start(listen=f"unix:{flaskd.directory}/app.sock")
     flaskd.kill(signal.SIGKILL)
     flaskd.wait()
@@ -140,7 +140,7 @@ def test_stale_nodes_are_taken_over(flaskd: Flaskd) -> None:
 
 
 def test_an_unwritable_state_directory_costs_the_record_only(flaskd: Flaskd) -> None:
-    """Without a state directory flaskd serves and stops all the same, and says what is missing."""
+    """Without a usable state directory flaskd serves and stops, and logs what is missing."""
     flaskd.state.write_text("a file stands here")
     flaskd.start()
     assert "the last stop will not be recorded" in flaskd.log
@@ -150,17 +150,17 @@ def test_an_unwritable_state_directory_costs_the_record_only(flaskd: Flaskd) -> 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a directory that somebody else owns")
 def test_a_runtime_directory_of_somebody_else_is_not_used(flaskd: Flaskd) -> None:
-    """A directory that anybody may write to is refused: nodes in it could be anybody's."""
+    """A runtime directory that every user may write to is refused, because other users could have made its nodes."""
     flaskd.runtime.mkdir()
     flaskd.runtime.chmod(0o777)
     flaskd.start()
-    assert f"cannot use {flaskd.runtime}: anybody may write there; serving" in flaskd.log
+    assert f"cannot use {flaskd.runtime}: all users may write to it; serving" in flaskd.log
     assert flaskd.stop() == 0
     assert list(Path(flaskd.runtime).iterdir()) == []
 
 
 def test_an_app_that_fails_to_load_forges_no_line_of_the_log(flaskd: Flaskd) -> None:
-    """Whatever line ends its exception has, and though its text raises."""
+    """Newlines in an exception's text, or a text that raises, cannot forge a log line."""
     flaskd.write(
         "rude.py", "raise RuntimeError('x\\n2026 forged\\r2026 forged\\u20282026 forged\\x0b2026 forged\\x1b[31m')\n"
     )
@@ -172,7 +172,7 @@ def test_an_app_that_fails_to_load_forges_no_line_of_the_log(flaskd: Flaskd) -> 
     ]
     assert not set("\r\u2028\x0b\x1b") & set(log)
     code, log = flaskd.fails(app="ruder")
-    assert (code, "cannot load ruder: the app raised Rude: its text cannot be had" in log) == (70, True)
+    assert (code, "cannot load ruder: the app raised Rude: its text cannot be read" in log) == (70, True)
 
 
 SHORT_OF_THREADS = """
@@ -191,7 +191,7 @@ threading.Thread.start = limited
 
 
 def test_no_thread_to_be_had_at_the_start(flaskd: Flaskd) -> None:
-    """Whichever of the start's threads cannot be had: one clear line and 73, or it serves and stops; nothing is left."""
+    """If a thread of the start cannot be had, there is a clear line and 73, or flaskd works; nothing is left behind."""
     flaskd.write("sitecustomize.py", SHORT_OF_THREADS)
     flaskd.env["PYTHONPATH"] = str(flaskd.directory)
     failed = 0
@@ -216,7 +216,7 @@ def test_no_thread_to_be_had_at_the_start(flaskd: Flaskd) -> None:
 
 
 def test_no_descriptor_to_be_had_at_the_start(flaskd: Flaskd) -> None:
-    """Whatever cannot be opened for want of descriptors: a clear line and a code, or it serves; nothing is left."""
+    """Without enough descriptors there is a clear line and an exit code, or flaskd works; nothing is left behind."""
     served = failed = 0
     for limit in range(5, 60):
         flaskd.log_file.write_text("")
@@ -224,7 +224,7 @@ def test_no_descriptor_to_be_had_at_the_start(flaskd: Flaskd) -> None:
         try:
             flaskd.wait_message("READY=1")
         except AssertionError:
-            assert flaskd.wait() in {70, 73}, flaskd.log  # 70: it was the app that could not open its files
+            assert flaskd.wait() in {70, 73}, flaskd.log  # 70: the app could not open its files
             assert "Too many open files" in flaskd.log or "more open files than this process may have" in flaskd.log
             assert "flaskd/" not in flaskd.log.partition("Traceback")[2], flaskd.log
             failed += 1

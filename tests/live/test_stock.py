@@ -1,4 +1,4 @@
-"""What SIGTERM does to stock waitress; what it does to flaskd is in test_drain.py and test_hostile.py (as PID 1)."""
+"""What SIGTERM does to stock waitress; for flaskd see test_drain.py and test_hostile.py (as PID 1)."""
 
 import http.client
 import os
@@ -19,7 +19,7 @@ STOCK = "import socket, sys, gateapp, waitress; waitress.serve(gateapp.app, sock
 
 @contextmanager
 def waitress(flaskd: Flaskd, *prefix: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """Waitress with the gate app, on a listener that is there before it: who comes early waits."""
+    """Waitress with the gate app, on a listener that exists before it, so that early clients wait."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         process = subprocess.Popen(
             [*prefix, sys.executable, "-c", STOCK, str(listener.fileno())],
@@ -45,7 +45,7 @@ def test_sigterm_without_a_handler_loses_everything(flaskd: Flaskd) -> None:
 
 @pytest.mark.skipif(bool(no_pid_namespace()), reason=f"no PID namespace: {no_pid_namespace()}")
 def test_sigterm_to_pid_1_is_ignored(flaskd: Flaskd) -> None:
-    """A container's only process that sets no handler hears nothing of SIGTERM, and is killed after its manager's patience."""
+    """Stock waitress as PID 1 ignores SIGTERM, and is killed later."""
     with waitress(flaskd, "unshare", "--pid", "--fork", "--mount-proc", "--kill-child") as (process, url):
         held = Answer(url, "/hold")
         flaskd.gate.entered()

@@ -1,4 +1,4 @@
-"""Faults while a stop is planned and under way: it ends all the same, in time and with its record."""
+"""Failures while a stop is planned or under way: it ends all the same, in time and with its record."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ MARK = "cleanup: {policies: {mark: {use: command, with: {argv: [touch, mark]}}}}
 
 
 def test_what_cannot_be_planned_or_told_does_not_keep_the_stop(flaskd: Flaskd) -> None:
-    """A registration at which planning raises, and a manager that cannot be told: the stop drains and runs policies."""
+    """If planning raises and systemd cannot be told, the stop drains and runs its policies."""
     flaskd.write("badapp.py", GATE_APP + ODD_NAME + UNTOLD)
     flaskd.start("-c", str(flaskd.write("flaskd.yaml", MARK)), app="badapp")
     answer = flaskd.hold()
@@ -64,7 +64,7 @@ def test_what_cannot_be_planned_or_told_does_not_keep_the_stop(flaskd: Flaskd) -
 
 
 def test_the_app_s_objects_do_not_keep_the_drain(flaskd: Flaskd) -> None:
-    """A target that raises when it is looked at fails its step alone: what is in flight is answered."""
+    """An object that raises when it is looked at fails its step alone, and requests in flight are answered."""
     flaskd.write("badapp.py", GATE_APP + POOLS)
     policy = "cleanup: {policies: {pools: {use: redis.close, with: {target: 'badapp:pools'}}}}\n"
     flaskd.start("-c", str(flaskd.write("flaskd.yaml", policy)), app="badapp")
@@ -78,7 +78,7 @@ def test_the_app_s_objects_do_not_keep_the_drain(flaskd: Flaskd) -> None:
 
 
 def test_a_cleanup_that_breaks_off_leaves_the_drain(flaskd: Flaskd) -> None:
-    """A fault of flaskd's own before the drain: what is in flight is answered, and all of it recorded."""
+    """If the cleanup fails before the drain, requests in flight are answered and recorded."""
     flaskd.write("badapp.py", GATE_APP + BROKEN)
     flaskd.start(app="badapp")
     answer = flaskd.hold()
@@ -86,7 +86,7 @@ def test_a_cleanup_that_breaks_off_leaves_the_drain(flaskd: Flaskd) -> None:
         stopping.sendall(b"stop wait\n")
         assert [told.readline()[:14] for _ in "12"] == [
             ".. in_flight=1"
-        ] * 2  # the second comes a second after it broke off
+        ] * 2  # the second one comes a second after the failure
         flaskd.gate.open()
         assert told.read().splitlines()[-1].startswith("OK stopped completed=1 rejected=0 cut=0")
     assert answer.result()[0] == 200

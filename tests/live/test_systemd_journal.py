@@ -1,4 +1,4 @@
-"""What a real journal has of flaskd."""
+"""flaskd's entries in a real journal."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_entries_have_fields(each_systemd: Systemd) -> None:
 
 
 def test_logs_survive_a_restart_of_the_journal(each_systemd: Systemd) -> None:
-    """Entries go to whoever listens at the journal's socket at the time."""
+    """Entries go to the process that listens on the journal's socket at that time."""
     systemd = each_systemd
     noted = systemd.flaskd("journal-restarts", LISTEN).start()
     systemd.ctl("restart", "systemd-journald.service")

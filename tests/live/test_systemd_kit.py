@@ -1,4 +1,4 @@
-"""The kit that boots service managers must never speak to the machine's own."""
+"""The kit that boots service managers never talks to the machine's own one."""
 
 import re
 import subprocess
@@ -11,7 +11,7 @@ import systemd_kit
 from patience import until
 from systemd_kit import PROJECT, Managers, Systemd, UnavailableError
 
-# What unshare is at a boot: a process whose child becomes a systemd when it is told to.
+# Takes the place of unshare at a boot: a process whose child becomes a systemd when the test says so.
 STUB = """
 bash -c 'echo there; read line; printf systemd > /proc/$$/comm; echo renamed; read line' <&0 &
 wait
@@ -30,19 +30,19 @@ class Stub(Systemd):
         self.says("there")
 
     def says(self, line: str) -> None:
-        """Wait for a line of the child's."""
+        """Wait for a line from the child."""
         assert self._outer.stdout is not None
         assert self._outer.stdout.readline() == f"{line}\n".encode()
 
     def becomes_systemd(self) -> None:
-        """Have the child do what the exec at the end of a boot does to its name."""
+        """Let the child change its name as the exec at the end of a boot does."""
         assert self._outer.stdin is not None
         self._outer.stdin.write(b"go on\n")
         self._outer.stdin.flush()
         self.says("renamed")
 
     def ctl(self, *args: str, check: bool = True, timeout: float = 60) -> str:
-        """Note it; an exit ends the child."""
+        """Note the call; an exit ends the child."""
         del check, timeout
         self.sent.append(args)
         assert self._outer.stdin is not None
@@ -66,7 +66,7 @@ class Stub(Systemd):
 
 @pytest.fixture
 def stub() -> Iterator[Stub]:
-    """A boot that has got as far as its child."""
+    """A boot that has started its child."""
     each = Stub()
     yield each
     if each.outer.poll() is None:
@@ -78,7 +78,7 @@ def stub() -> Iterator[Stub]:
 
 
 def test_a_child_that_is_no_systemd_yet_is_not_spoken_to(stub: Stub) -> None:
-    """It still sees the machine's /run: it has no pid to send to, and is ended by its number."""
+    """A child that still sees the machine's /run has no pid to talk to, and is ended by its number."""
     child = stub.child
     assert child
     assert stub.find() == 0
@@ -91,7 +91,7 @@ def test_a_child_that_is_no_systemd_yet_is_not_spoken_to(stub: Stub) -> None:
 
 
 def test_a_child_that_is_systemd_is_asked_to_exit(stub: Stub) -> None:
-    """Once it has executed systemd, its /run is its own, and it is spoken to."""
+    """Once the child has executed systemd, its /run is its own, and it is asked to exit."""
     child = stub.child
     stub.becomes_systemd()
     assert stub.find() == child
@@ -132,7 +132,7 @@ class Unprepared:
 def test_a_manager_that_cannot_be_prepared_is_not_kept(
     monkeypatch: pytest.MonkeyPatch, error: Exception, require: str, outcome: type[BaseException]
 ) -> None:
-    """What is missing for it is a reason to skip, or to fail where it is required; a fault is one; it ends at once."""
+    """If something is missing for a manager, tests skip, or fail where it is required; it ends at once."""
     monkeypatch.setattr(systemd_kit, "why_not", list)
     monkeypatch.setattr(systemd_kit, "Systemd", Unprepared)
     monkeypatch.setattr(Unprepared, "error", error, raising=False)
@@ -144,12 +144,12 @@ def test_a_manager_that_cannot_be_prepared_is_not_kept(
 
 
 def test_two_runs_may_make_the_root_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who is second takes what the first has made, and leaves nothing behind."""
+    """If two runs make the root at the same time, the second uses the first one's, and leaves nothing behind."""
     made = tmp_path / "debian-13"
 
     def make(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         Path(command[-1]).mkdir()
-        (made / "etc").mkdir(parents=True)  # the other run is done in this moment
+        (made / "etc").mkdir(parents=True)  # the other run finishes at this moment
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(systemd_kit, "CACHE", tmp_path)
@@ -164,7 +164,7 @@ def test_two_runs_may_make_the_root_at_once(tmp_path: Path, monkeypatch: pytest.
     ("uid", "mounts", "required"), [("0", "true", True), ("0", "false", False), ("1000", "true", False)]
 )
 def test_the_gate_says_what_it_cannot_test(uid: str, mounts: str, required: bool) -> None:
-    """Where no service manager can be had, it says on standard error what stays untested, and does not require it."""
+    """Where no service manager can be had, the gate prints what is not tested, and does not require it."""
     (block,) = re.findall(r"^if \[ \"\$\(id -u\).*?^fi$", (PROJECT / ".ci/run").read_text(), re.DOTALL | re.MULTILINE)
     script = (
         f"id() {{ echo {uid}; }}; findmnt() {{ {mounts}; }}; FLASKD_REQUIRE=postgres\n{block}\necho $FLASKD_REQUIRE"

@@ -1,4 +1,4 @@
-"""What flaskd and a real service manager say to each other: readiness, reloads, more time, the pulse."""
+"""What flaskd and a real service manager tell each other: readiness, reloads, more time, the pulse."""
 
 import http.client
 import re
@@ -17,7 +17,7 @@ LISTEN = "server: {listen: '127.0.0.1:PORT', threads: 2}\n"
 
 @contextmanager
 def streams(instance: Instance, count: int):
-    """So many event streams under way."""
+    """This many event streams, all running."""
     with ExitStack() as stack:
         for _ in range(count):
             connection = http.client.HTTPConnection("127.0.0.1", instance.port, timeout=PATIENCE)
@@ -28,7 +28,7 @@ def streams(instance: Instance, count: int):
 
 
 def restarted_at(instance: Instance, before: int) -> float:
-    """Wait until another process is ready in its place; when that was, on the monotonic clock, by the manager's word."""
+    """Wait until another process is ready; gives that moment on the monotonic clock, as the manager has it."""
     until(
         lambda: instance.show("MainPID") not in {str(before), "0"} and instance.show("ActiveState") == "active",
         lambda: f"a restart:\n{instance.journal()}",
@@ -37,7 +37,7 @@ def restarted_at(instance: Instance, before: int) -> float:
 
 
 def test_a_life_as_it_is_shipped(each_systemd: Systemd) -> None:
-    """The service is active when it is ready, tells what it does, reloads with a true exit code, and stops cleanly."""
+    """The service is active when it is ready, shows its status, reloads with a correct exit code, and stops cleanly."""
     systemd = each_systemd
     life = systemd.flaskd("life", LISTEN).start()
     assert get(life.url) == (200, b"hello")
@@ -64,7 +64,7 @@ def test_a_life_as_it_is_shipped(each_systemd: Systemd) -> None:
 
 
 def test_children_do_not_inherit_what_is_meant_for_flaskd(each_systemd: Systemd) -> None:
-    """What the app starts cannot speak to the service manager in flaskd's name."""
+    """The app's children cannot talk to the service manager in flaskd's name."""
     systemd = each_systemd
     child = systemd.flaskd("child", LISTEN).start()
     environ = get(child.url, "/environ")[1].decode()
@@ -74,7 +74,7 @@ def test_children_do_not_inherit_what_is_meant_for_flaskd(each_systemd: Systemd)
 
 
 def test_a_reload_by_signal_is_waited_for(each_systemd: Systemd) -> None:
-    """With Type=notify-reload, `systemctl reload` returns after the reload, also after one that failed."""
+    """With Type=notify-reload, `systemctl reload` returns after the reload, also if that failed."""
     systemd = each_systemd
     if int(systemd.run("systemctl", "--version").stdout.split()[1]) < 253:
         pytest.skip("Type=notify-reload is of systemd 253")
@@ -96,7 +96,7 @@ def test_a_reload_by_signal_is_waited_for(each_systemd: Systemd) -> None:
     ids=["configuration", "app"],
 )
 def test_a_failed_start_tells_why(each_systemd: Systemd, fault: str, code: str, restarts: bool) -> None:
-    """STATUS, ERRNO and the exit code tell the fault; a configuration at fault is not tried again."""
+    """STATUS, ERRNO and the exit code tell the fault; a start with a faulty configuration is not repeated."""
     systemd = each_systemd
     name = f"fault{code}"
     service = "[Unit]\nStartLimitIntervalSec=60\nStartLimitBurst=2\n"
@@ -115,7 +115,7 @@ def test_a_failed_start_tells_why(each_systemd: Systemd, fault: str, code: str, 
 
 
 def test_a_slow_start_gets_time_while_it_is_at_work(each_systemd: Systemd) -> None:
-    """An import longer than TimeoutStartSec succeeds while it does something, and is ended when it hangs."""
+    """An import longer than TimeoutStartSec succeeds while it works, and is ended when it hangs."""
     systemd = each_systemd
     text = (
         "import time\nfrom shop import app\nend = time.monotonic() + {}\nwhile time.monotonic() < end: time.sleep({})\n"
@@ -137,7 +137,7 @@ def test_a_slow_start_gets_time_while_it_is_at_work(each_systemd: Systemd) -> No
 
 
 def test_a_stop_gets_time_up_to_its_deadline(each_systemd: Systemd) -> None:
-    """With TimeoutStopSec=2, a cleanup that the deadline allows ends well, asked by whomever, and so does one that hangs."""
+    """With TimeoutStopSec=2, a cleanup within the deadline ends well, whoever asked for the stop; a hanging one, too."""
     systemd = each_systemd
 
     def serving(name: str, seconds: str, more: str = "") -> Instance:
@@ -159,7 +159,7 @@ def test_a_stop_gets_time_up_to_its_deadline(each_systemd: Systemd) -> None:
 
 
 def test_a_stopped_process_is_restarted(each_systemd: Systemd) -> None:
-    """A daemon that got SIGSTOP gives no pulse; within two watchdog periods another one is ready."""
+    """A daemon that got SIGSTOP sends no pulse; within two watchdog periods a new one is ready."""
     systemd = each_systemd
     frozen = systemd.flaskd("frozen", LISTEN, service="[Service]\nWatchdogSec=2\n").start()
     pid = frozen.pid
@@ -171,7 +171,7 @@ def test_a_stopped_process_is_restarted(each_systemd: Systemd) -> None:
 
 
 def test_a_wedged_loop_is_restarted_with_its_stacks_in_the_journal(each_systemd: Systemd) -> None:
-    """A serving thread that does not turn gives no pulse; what each thread was at is in the journal."""
+    """A serving thread that hangs sends no pulse, and the stacks of all threads are in the journal."""
     systemd = each_systemd
     wedged = systemd.flaskd("wedged", LISTEN, service="[Service]\nWatchdogSec=2\n").start()
     pid = wedged.pid
@@ -183,7 +183,7 @@ def test_a_wedged_loop_is_restarted_with_its_stacks_in_the_journal(each_systemd:
     assert restarted - float(at) < 4, journal
     assert "the serving thread does not answer" in journal
     assert "Fatal Python error: Aborted" in journal
-    # Of the thread that is stuck: what it waits in, and that it is the loop's.
+    # Of the thread that hangs: the call in which it waits, and that it runs the loop.
     assert re.search(r'threading\.py", line \d+ in wait\n(  File .*\n)*?  File ".*/server/loop\.py", line', journal), (
         journal
     )
@@ -192,7 +192,7 @@ def test_a_wedged_loop_is_restarted_with_its_stacks_in_the_journal(each_systemd:
 
 
 def test_hanging_threads_are_a_wedge_only_when_asked_for(each_systemd: Systemd) -> None:
-    """All threads stuck: nothing happens by default; with `stuck_after`, a restart soon after it."""
+    """If all threads hang, nothing happens by default; with `stuck_after` the service is restarted soon after that time."""
     systemd = each_systemd
     config, service = LISTEN + "shutdown: {deadline: 3s}\n", "[Service]\nWatchdogSec=2\n"
     stuck = systemd.flaskd("stuck", config, service=service).start()
@@ -200,22 +200,22 @@ def test_hanging_threads_are_a_wedge_only_when_asked_for(each_systemd: Systemd) 
     hanging = [Answer(stuck.url, "/hang") for _ in range(2)]
     until(lambda: stuck.status()["in_flight"] == 2)
     stays = time.monotonic() + 5
-    until(lambda: time.monotonic() > stays)  # that nothing happens shows only with time
+    until(lambda: time.monotonic() > stays)  # only time shows that nothing happens
     assert stuck.pid == pid
     stuck.configure(config + "systemd: {stuck_after: 1s}\n")
     systemd.ctl("reload", stuck.unit)
     reloaded = time.monotonic()
-    assert restarted_at(stuck, pid) - reloaded < 5  # noticed after one second, and two watchdog periods
+    assert restarted_at(stuck, pid) - reloaded < 5  # one second until it is noticed, and two watchdog periods
     journal = stuck.journal()
     assert "all threads have hung for" in journal
     stacks = journal.partition("Fatal Python error: Aborted")[2]
-    assert len(re.findall(r'File ".*/shop\.py", line \d+ in hang\n', stacks)) == 2, journal  # both that are stuck
+    assert len(re.findall(r'File ".*/shop\.py", line \d+ in hang\n', stacks)) == 2, journal  # both threads that hang
     del hanging
     systemd.ctl("stop", stuck.unit)
 
 
 def test_busy_or_drained_is_not_wedged(each_systemd: Systemd) -> None:
-    """Threads that all serve streams, or clients that upload for long, bring no restart; a drain brings none either."""
+    """Threads that all serve streams, clients that upload for long, and a drain cause no restart."""
     systemd = each_systemd
     config = LISTEN + "systemd: {stuck_after: 500ms}\nshutdown: {drain: {stream_grace: 100ms}}\n"
     busy = systemd.flaskd("busy", config, service="[Service]\nWatchdogSec=1\n").start()

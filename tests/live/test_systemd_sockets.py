@@ -1,4 +1,4 @@
-"""Listeners under a real service manager: passed by socket units, kept in the store, through restarts and crashes."""
+"""Listeners under a real service manager: from socket units and the store, through restarts and crashes."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def end(instance: Instance) -> None:
 
 
 def restart_under_load(instance: Instance) -> str:
-    """Restart many times under load, of which nobody may notice anything but a pause; gives the figures."""
+    """Restart many times under load; clients may notice only a pause. Gives the figures."""
     get(instance.url)
     with Load(instance) as load:
         for _ in range(RESTARTS):
-            instance.systemd.ctl("reset-failed", instance.unit)  # or it starts too often
+            instance.systemd.ctl("reset-failed", instance.unit)  # otherwise systemd counts too many starts
             instance.systemd.ctl("restart", instance.unit)
             load.until_more()
     print(f"{RESTARTS} restarts: {dict(load.outcomes)}, longest pause {load.longest:.2f}s")
@@ -34,7 +34,7 @@ def restart_under_load(instance: Instance) -> str:
 
 
 def test_activated_restarts_lose_nothing(each_systemd: Systemd) -> None:
-    """The first connection starts the hardened service; restarts under load fail no request of any kind."""
+    """The first connection starts the hardened service; restarts under load fail no request."""
     instance = activated(each_systemd, "restarts")
     assert instance.show("ActiveState") == "inactive"
     restart_under_load(instance)
@@ -42,7 +42,7 @@ def test_activated_restarts_lose_nothing(each_systemd: Systemd) -> None:
 
 
 def test_restarts_with_the_store_lose_nothing(each_systemd: Systemd) -> None:
-    """Without a socket unit, a listener in the store makes restarts under load as harmless."""
+    """Without a socket unit, restarts under load fail no request if the store keeps the listener."""
     instance = each_systemd.flaskd("stored", STORED).start()
     assert instance.show("NFileDescriptorStore") == "1"
     restart_under_load(instance)
@@ -53,7 +53,7 @@ def test_restarts_with_the_store_lose_nothing(each_systemd: Systemd) -> None:
 
 @pytest.mark.parametrize("form", ["activated", "stored"])
 def test_a_killed_process_loses_only_what_it_had(each_systemd: Systemd, form: str) -> None:
-    """After `kill -9` only requests in flight fail; connecting never does."""
+    """After `kill -9` only requests in flight fail; connecting never fails."""
     systemd = each_systemd
     instance = activated(systemd, "killed") if form == "activated" else systemd.flaskd("killed-s", STORED).start()
     get(instance.url)
@@ -68,13 +68,13 @@ def test_a_killed_process_loses_only_what_it_had(each_systemd: Systemd, form: st
     failed = {outcome: count for outcome, count in load.outcomes.items() if outcome != "200 slept"}
     print(f"{KILLS} kills: {dict(load.outcomes)}, longest pause {load.longest:.2f}s")
     assert not any("connecting" in outcome for outcome in failed), load.outcomes
-    assert sum(failed.values()) <= 4 * KILLS, load.outcomes  # at most the one of each client, each time
+    assert sum(failed.values()) <= 4 * KILLS, load.outcomes  # at most one of each client, each time
     assert instance.show("NRestarts") != "0"
     end(instance)
 
 
 def test_a_listener_that_nobody_wants_any_more_leaves_the_store(each_systemd: Systemd) -> None:
-    """A new address is bound, also a wildcard over the old one; the old one is refused, and the store keeps one."""
+    """A new address is bound, even a wildcard over the old one; the old one is refused, and the store keeps only one."""
     systemd = each_systemd
     instance = systemd.flaskd("moves", STORED).start()
     old = instance.url
@@ -95,7 +95,7 @@ def test_a_listener_that_nobody_wants_any_more_leaves_the_store(each_systemd: Sy
 
 
 def test_a_stop_asked_of_flaskd_refuses_and_empties_the_store(each_systemd: Systemd) -> None:
-    """After `flaskd stop` nobody is to come: who connects during it is refused at once, and the store is empty."""
+    """After `flaskd stop` new clients are refused at once, and the store is empty."""
     systemd = each_systemd
     config = STORED + "cleanup: {policies: {w: {use: command, with: {argv: [sleep, '4']}}}}\n"
     instance = systemd.flaskd("asked-stored", config).start()
@@ -107,7 +107,7 @@ def test_a_stop_asked_of_flaskd_refuses_and_empties_the_store(each_systemd: Syst
 
 
 def test_a_drained_listener_of_the_store_is_refused_once_a_stop_is_asked_for(each_systemd: Systemd) -> None:
-    """Drained, it answers 503; `flaskd stop` then ends it for good."""
+    """A drained listener answers 503; after `flaskd stop` clients are refused."""
     systemd = each_systemd
     config = STORED + "cleanup: {policies: {w: {use: command, with: {argv: [sleep, '4']}}}}\n"
     instance = systemd.flaskd("drained-stored", config).start()
@@ -123,7 +123,7 @@ def test_a_drained_listener_of_the_store_is_refused_once_a_stop_is_asked_for(eac
 
 
 def test_who_came_during_a_stop_of_the_manager_is_answered(each_systemd: Systemd) -> None:
-    """`systemctl stop` does not say whether a restart follows: who waits at the end of the drain is served."""
+    """After `systemctl stop`, of which flaskd cannot know whether it is a restart, waiting clients are served."""
     systemd = each_systemd
     instance = systemd.flaskd("late", STORED).start()
     first = socket.create_connection(("127.0.0.1", instance.port), timeout=PATIENCE)
@@ -141,7 +141,7 @@ def test_who_came_during_a_stop_of_the_manager_is_answered(each_systemd: Systemd
 
 
 def test_a_unix_listener_in_the_store_keeps_its_node(each_systemd: Systemd) -> None:
-    """Its node stays over a restart and serves again; `flaskd stop` removes it."""
+    """The node of a stored Unix listener stays over a restart and serves again; `flaskd stop` removes it."""
     systemd = each_systemd
     config = "server: {listen: 'unix:/run/unix-stored/http'}\nsystemd: {fdstore: true}\n"
     service = "[Service]\nRuntimeDirectory=unix-stored\nRuntimeDirectoryPreserve=yes\n"
@@ -160,10 +160,10 @@ def test_a_unix_listener_in_the_store_keeps_its_node(each_systemd: Systemd) -> N
 
 
 def test_a_unix_listener_in_the_store_whose_node_is_gone_is_bound_anew(each_systemd: Systemd) -> None:
-    """Its node went with the RuntimeDirectory= at a restart: clients reach flaskd again, and a warning tells why."""
+    """If the node of a stored listener is removed with RuntimeDirectory=, it is made again, with a warning."""
     systemd = each_systemd
     systemd.run("mkdir", "-p", "/run/real")
-    systemd.run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", "/run/real")  # elsewhere systemd deletes nothing
+    systemd.run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", "/run/real")  # systemd only deletes here
     config = "server: {listen: 'unix:/run/real/gone/http'}\nsystemd: {fdstore: true}\n"
     service = "[Service]\nRuntimeDirectory=\nRuntimeDirectory=real/gone\n"
     instance = systemd.flaskd("gone", config, service=service).start()
@@ -187,7 +187,7 @@ print(connection.getresponse().status, end="")
 
 
 def test_sockets_by_name_and_kind_beside_listeners_of_ones_own(each_systemd: Systemd) -> None:
-    """TCP, IPv6 and Unix sockets of units, by their names, and a port that flaskd binds itself, all at once."""
+    """TCP, IPv6 and Unix sockets of units, found by name, and a port that flaskd binds, work together."""
     systemd = each_systemd
     own, six = free_port(), free_port()
     config = f"server: {{listen: ['fd:http', 'fd:inner', '127.0.0.1:{own}']}}\nsystemd: {{fdstore: true}}\n"
@@ -208,7 +208,7 @@ def test_sockets_by_name_and_kind_beside_listeners_of_ones_own(each_systemd: Sys
 
 
 def test_a_credential_is_read(each_systemd: Systemd) -> None:
-    """`${cred:name}` is what LoadCredential= or SetCredential= gave, in the hardened form, too."""
+    """`${cred:name}` is the content of LoadCredential= or SetCredential=, in the hardened form, too."""
     systemd = each_systemd
     instance = systemd.flaskd(
         "cred", service=HARDENED + "SetCredential=ident:from-a-credential\n", socket_unit=PORT_UNIT
@@ -223,7 +223,7 @@ def test_a_credential_is_read(each_systemd: Systemd) -> None:
 
 
 def test_a_stop_of_an_activated_service_says_that_it_is_undone(each_systemd: Systemd) -> None:
-    """`flaskd stop` tells that the socket unit starts it again, and so it is; stopping both is for good."""
+    """`flaskd stop` says that the socket unit starts flaskd again, which is true; stopping both is final."""
     systemd = each_systemd
     instance = activated(systemd, "again")
     get(instance.url)

@@ -1,4 +1,4 @@
-"""The units as people use them: several side by side, an upgrade under way, and the documentation, literally."""
+"""The units as people use them: several instances, an upgrade under a running daemon, and the documentation."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_dynamic_user(each_systemd: Systemd) -> None:
     dynamic.until_state("active")
     systemd.ctl("restart", dynamic.unit)
     assert dynamic.fates() == {"tidy": "ok"}
-    assert systemd.run("ls", "/var/cache/flaskd-dynamic").stdout == "1.tmp\n"  # of this start
+    assert systemd.run("ls", "/var/cache/flaskd-dynamic").stdout == "1.tmp\n"  # made at this start
     systemd.ctl("stop", dynamic.unit)
     assert systemd.run("ls", "/var/cache/flaskd-dynamic/").stdout == ""
     said = dynamic.journal()
@@ -85,7 +85,7 @@ def test_a_dynamic_user(each_systemd: Systemd) -> None:
 
 
 def test_a_virtual_environment_may_go_away_under_the_daemon(each_systemd: Systemd) -> None:
-    """All that it needs is in memory by READY: with its packages deleted it reloads, drains, cleans up and exits with 0."""
+    """With its packages deleted after READY it reloads, drains, cleans up and exits with 0: all it needs is loaded."""
     systemd = each_systemd
     systemd.run("cp", "-a", "/opt/flaskd", "/opt/doomed")
     systemd.run("sed", "-i", "s,/opt/flaskd,/opt/doomed,", "/opt/doomed/bin/flaskd")
@@ -116,13 +116,13 @@ def test_a_virtual_environment_may_go_away_under_the_daemon(each_systemd: System
 
 @dataclass
 class Shell:
-    """A shell of somebody who follows the documentation, in a copy of the project."""
+    """A shell in a copy of the project, in which the documentation's commands are run."""
 
     systemd: Systemd
     environ: Mapping[str, str]
 
     def run(self, script: str) -> str:
-        """Run it as it stands, up to what fails first; gives what it wrote to standard output."""
+        """Run a command until the first failure; gives its standard output."""
         done = self.systemd.run(
             "bash", "-euxo", "pipefail", "-c", f"cd {CLONE}\n{script}", environ=self.environ, check=False, timeout=80
         )
@@ -132,7 +132,7 @@ class Shell:
 
 @pytest.fixture
 def shell(bare_systemd: Systemd) -> Shell:
-    """On a machine with nothing of flaskd: what pip would load stands in a directory, because no index can be asked."""
+    """A shell on a machine without flaskd; the packages for pip are in a directory, because no index can be used."""
     systemd = bare_systemd
     shutil.copytree(
         PROJECT, systemd.seen(CLONE), ignore=shutil.ignore_patterns(".git", ".venv", "dist", "__pycache__", ".*_cache")
@@ -145,7 +145,7 @@ def shell(bare_systemd: Systemd) -> Shell:
 
 
 def test_the_documentation_is_true(shell: Shell) -> None:
-    """The blocks of docs/systemd.md and its other commands, as they stand, give what it says, and take it away again."""
+    """The commands of docs/systemd.md give what the page says, and remove it again."""
     systemd = shell.systemd
     text = (PROJECT / "docs/systemd.md").read_text()
     install, journal, upgrade, uninstall = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
@@ -157,7 +157,7 @@ def test_the_documentation_is_true(shell: Shell) -> None:
     assert len(install.strip().splitlines()) <= 10
     assert shell.run(install).endswith("Hello from flaskd\n")
     assert systemd.show("flaskd.service", "PrivateNetwork") == "yes"
-    # An answer may come before READY=1 has arrived, and its line in the journal comes after it.
+    # An answer may come before READY=1 has arrived, and its line in the journal after that.
     until(lambda: "ready: hello:app" in said("systemctl status flaskd"))
     until(lambda: "FLASKD_REQUEST_ID=1\n" in said("journalctl -u flaskd -o verbose"))
     shell.run(journal)

@@ -1,4 +1,4 @@
-"""Worker processes under a real service manager: what it sees of them, what it waits for, and what it takes for dead."""
+"""Worker processes under a real service manager: what it sees, what it waits for, and when it restarts the service."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from systemd_load import Load, activated
 TIMES = 30 if LONG else 3
 KILLS = 10 if LONG else 2
 SLOW = 90.0
-"""Seconds within which a service with workers has come or gone on a busy machine; none takes that long when all is well."""
+"""Seconds within which a service with workers starts or stops on a busy machine; usually it is much quicker."""
 WORKERS = "server: {listen: '127.0.0.1:PORT', workers: 2, threads: 2}\n"
-PATIENT = "shutdown: {drain: {keepalive_grace: 5s}}\n"  # on a busy machine a client may be slow to ask again
+PATIENT = (
+    "shutdown: {drain: {keepalive_grace: 5s}}\n"  # on a busy machine a client may take long until its next request
+)
 STORED_WORKERS = WORKERS + "systemd: {fdstore: true}\n"
 QUICK_TO_BITE = "[Service]\nWatchdogSec=2\n"
 SLOW_APP = """
@@ -30,17 +32,17 @@ time.sleep(float(pathlib.Path("/srv/NAME/import").read_text()))
 
 
 def workers(instance: Instance) -> list[dict[str, Any]]:
-    """The workers, as programs see them."""
+    """The workers as shown to programs."""
     return list(json.loads(instance.client("workers", "--json"))["list"])
 
 
 def pids(instance: Instance) -> set[int]:
-    """The processes of all workers, by their numbers where the service runs."""
+    """The pids of all workers where the service runs."""
     return {each["pid"] for each in workers(instance)}
 
 
 def processes(instance: Instance) -> set[int]:
-    """All processes of the service, as the kernel's control group has them."""
+    """All processes of the service, from its control group."""
     group = f"/sys/fs/cgroup{instance.show('ControlGroup')}/cgroup.procs"
     return set(map(int, instance.systemd.run("cat", group).stdout.split()))
 
@@ -51,7 +53,7 @@ def kill(systemd: Systemd, number: str, found: set[int]) -> None:
 
 
 def alive(systemd: Systemd, found: set[int]) -> list[str]:
-    """Those that are there still."""
+    """Those of the processes that still run."""
     return systemd.run("bash", "-c", f"ls -d {' '.join(f'/proc/{each}' for each in found)}", check=False).stdout.split()
 
 
@@ -61,7 +63,7 @@ def end(instance: Instance) -> None:
 
 
 def slow_app(systemd: Systemd, name: str, config: str, *, service: str = "") -> Instance:
-    """An instance whose app takes as long to import as a file says: `takes` writes it."""
+    """An instance whose app's import takes as long as a file says, which `takes` writes."""
     instance = systemd.flaskd(name, service=service)
     systemd.write(f"/srv/{name}/slow.py", SLOW_APP.replace("NAME", name))
     whole = f"app: {{target: 'slow:app', chdir: /srv/{name}}}\n"
@@ -71,12 +73,12 @@ def slow_app(systemd: Systemd, name: str, config: str, *, service: str = "") -> 
 
 
 def takes(instance: Instance, seconds: float) -> None:
-    """How long the app of a `slow_app` takes to import from now on."""
+    """Set how long the import of a `slow_app` takes from now on."""
     instance.systemd.write(f"/srv/{instance.name}/import", str(seconds))
 
 
 def stays(instance: Instance, seconds: float) -> None:
-    """That nothing happens to a service shows only with time."""
+    """Check for some time that the service does not restart; only time can show that."""
     before, ended = (instance.pid, instance.show("NRestarts")), time.monotonic() + seconds
     until(lambda: time.monotonic() > ended, patience=seconds + 1)
     assert (instance.pid, instance.show("NRestarts")) == before, instance.journal()
@@ -84,7 +86,7 @@ def stays(instance: Instance, seconds: float) -> None:
 
 @pytest.mark.parametrize("preload", [False, True], ids=["started", "forked"])
 def test_a_life_with_workers_as_it_is_shipped(each_systemd: Systemd, preload: bool) -> None:
-    """Under the shipped sandbox workers serve and tell what they use, a reload brings new ones, a stop leaves none behind."""
+    """In the shipped sandbox workers serve and report their memory, a reload replaces them, a stop leaves none."""
     systemd = each_systemd
     life = systemd.flaskd(f"life-w{preload:d}", WORKERS + "pool: {preload: true}\n" * preload).start()
     assert life.show("StatusText") == f"ready: shop on 127.0.0.1:{life.port}"
@@ -111,17 +113,17 @@ def test_a_life_with_workers_as_it_is_shipped(each_systemd: Systemd, preload: bo
     assert life.show("StatusText").startswith("ready: shop")
     everybody = processes(life)
     assert {life.pid} | new <= everybody
-    assert len(everybody) == 3 + preload  # a template beside them
+    assert len(everybody) == 3 + preload  # and a template
     systemd.ctl("stop", life.unit)
     assert (life.show("Result"), life.show("ExecMainStatus")) == ("success", "0")
     assert alive(systemd, everybody) == []
     journal = life.journal()
     assert "stopped: completed=0 rejected=0 cut=0" in journal
-    assert "Killing process" not in journal  # the manager found none that was left
+    assert "Killing process" not in journal  # the manager found no process left
 
 
 def test_a_worker_that_is_killed_does_not_end_the_service(each_systemd: Systemd) -> None:
-    """As by the OOM killer: another one comes, the service stays active, and the journal names what was lost."""
+    """A worker killed as by the OOM killer is replaced, the service stays active, the journal names what was lost."""
     systemd = each_systemd
     killed = systemd.flaskd("killed-w", WORKERS).start()
     assert killed.show("OOMPolicy") == "continue"
@@ -165,7 +167,7 @@ def test_workers_that_take_longer_than_the_manager_waits(each_systemd: Systemd) 
 
 
 def test_a_stop_of_workers_gets_time_up_to_its_deadline(each_systemd: Systemd) -> None:
-    """With TimeoutStopSec=2, requests and cleanup of workers and of the service that the deadline allows end well."""
+    """With TimeoutStopSec=2, requests and cleanup of workers and service end well if the deadline allows it."""
     systemd = each_systemd
 
     def serving(name: str, seconds: int, more: str = "") -> Instance:
@@ -189,7 +191,7 @@ def test_a_stop_of_workers_gets_time_up_to_its_deadline(each_systemd: Systemd) -
 
 
 def test_workers_that_never_come_fail_the_start(each_systemd: Systemd) -> None:
-    """However long the manager would wait: after `pool.start_timeout` the start fails, and STATUS says why."""
+    """After `pool.start_timeout` the start fails, although the manager would wait longer, and STATUS says why."""
     systemd = each_systemd
     config = WORKERS + "pool: {start_timeout: 3s}\n"
     never = slow_app(systemd, "never-w", config, service="[Service]\nRestart=no\n")
@@ -202,7 +204,7 @@ def test_workers_that_never_come_fail_the_start(each_systemd: Systemd) -> None:
 
 
 def test_a_reload_with_broken_code_fails_and_is_explained(each_systemd: Systemd) -> None:
-    """`systemctl reload` exits with an error, STATUS has the reason, and the old workers serve on."""
+    """`systemctl reload` with broken code fails, STATUS has the reason, and the old workers serve on."""
     systemd = each_systemd
     broken = slow_app(systemd, "broken-w", WORKERS).start()
     before = pids(broken)
@@ -221,7 +223,7 @@ def test_a_reload_with_broken_code_fails_and_is_explained(each_systemd: Systemd)
 
 
 def test_stopped_workers_are_a_wedge_only_when_all_are(each_systemd: Systemd) -> None:
-    """Both of two that got SIGSTOP bring a restart, though the supervisor itself is well; one of them does not."""
+    """If all workers got SIGSTOP, the manager restarts the service; if only one of two did, it does not."""
     systemd = each_systemd
     frozen = systemd.flaskd("frozen-w", WORKERS, service=QUICK_TO_BITE).start()
     main, both = frozen.pid, pids(frozen)
@@ -241,7 +243,7 @@ def test_stopped_workers_are_a_wedge_only_when_all_are(each_systemd: Systemd) ->
 
 
 def test_a_service_without_a_ready_worker_is_no_wedge(each_systemd: Systemd) -> None:
-    """Drained, reloading slowly, and while the only worker is started again after a crash: no restart by the manager."""
+    """Drained, reloading slowly, and while the only worker restarts after a crash, the manager does not restart it."""
     systemd = each_systemd
     config = WORKERS.replace("workers: 2", "workers: 1")
     quiet = slow_app(systemd, "quiet-w", config, service=QUICK_TO_BITE).start()
@@ -252,17 +254,17 @@ def test_a_service_without_a_ready_worker_is_no_wedge(each_systemd: Systemd) -> 
     systemd.ctl("reload", quiet.unit, timeout=SLOW)
     kill(systemd, "KILL", pids(quiet))
     stays(quiet, 5)
-    assert get(quiet.url) == (200, b"hello")  # it waited in the backlog
+    assert get(quiet.url) == (200, b"hello")  # the request waited in the backlog
     end(quiet)
 
 
 def under_load(instance: Instance, what: str, times: int = TIMES) -> None:
-    """Restart or reload many times under load, of which no client may notice anything but a pause."""
+    """Restart or reload many times under load; clients may notice only a pause."""
     get(instance.url)
     before = instance.pid
     with Load(instance) as load:
         for _ in range(times):
-            instance.systemd.ctl("reset-failed", instance.unit)  # or it starts too often
+            instance.systemd.ctl("reset-failed", instance.unit)  # otherwise systemd counts too many starts
             instance.systemd.ctl(what, instance.unit, timeout=SLOW)
             load.until_more()
     print(f"{times} times {what}: {dict(load.outcomes)}, longest pause {load.longest:.2f}s")
@@ -272,7 +274,7 @@ def under_load(instance: Instance, what: str, times: int = TIMES) -> None:
 
 @pytest.mark.parametrize("form", ["plain", "stored", "activated"])
 def test_reloads_lose_nothing(each_systemd: Systemd, form: str) -> None:
-    """New workers take the place of old ones under load, whoever holds the listener, and no request is lost or refused."""
+    """Reloads under load lose and refuse no request, whichever process holds the listener."""
     instance = serving(each_systemd, form, f"reloads-{form}")
     under_load(instance, "reload")
     end(instance)
@@ -280,7 +282,7 @@ def test_reloads_lose_nothing(each_systemd: Systemd, form: str) -> None:
 
 @pytest.mark.parametrize("form", ["stored", "activated"])
 def test_restarts_with_workers_lose_nothing(each_systemd: Systemd, form: str) -> None:
-    """A listener that outlives the service makes restarts under load harmless, with workers, too."""
+    """With a listener that outlives the service, restarts under load lose no request, with workers, too."""
     instance = serving(each_systemd, form, f"restarts-{form}")
     under_load(instance, "restart")
     end(instance)
@@ -292,14 +294,14 @@ def serving(systemd: Systemd, form: str, name: str) -> Instance:
         instance = activated(systemd, name)
         instance.configure("server: {listen: 'fd:http', workers: 2, threads: 2}\n" + PATIENT)
         get(instance.url)
-        instance.until_state("active", SLOW)  # the first worker has answered, before the other one was ready
+        instance.until_state("active", SLOW)  # the first worker may have answered before the other was ready
         return instance
     return systemd.flaskd(name, (STORED_WORKERS if form == "stored" else WORKERS) + PATIENT).start()
 
 
 @pytest.mark.parametrize("form", ["stored", "activated"])
 def test_a_killed_supervisor_loses_only_what_was_in_hand(each_systemd: Systemd, form: str) -> None:
-    """After `kill -9` its workers end with it, only requests in flight fail, and connecting never does."""
+    """After `kill -9` of the supervisor its workers end, only requests in flight fail, and connecting never fails."""
     systemd = each_systemd
     instance = serving(systemd, form, f"killed-{form}")
     with Load(instance, "/sleep/0.01") as load:
@@ -314,12 +316,12 @@ def test_a_killed_supervisor_loses_only_what_was_in_hand(each_systemd: Systemd, 
     failed = {outcome: count for outcome, count in load.outcomes.items() if outcome != "200 slept"}
     print(f"{KILLS} kills: {dict(load.outcomes)}, longest pause {load.longest:.2f}s")
     assert not any("connecting" in outcome for outcome in failed), load.outcomes
-    assert sum(failed.values()) <= 4 * KILLS, load.outcomes  # at most the one of each client, each time
+    assert sum(failed.values()) <= 4 * KILLS, load.outcomes  # at most one of each client, each time
     end(instance)
 
 
 def test_a_stored_listener_drained_by_workers(each_systemd: Systemd) -> None:
-    """Drained it answers 503, resumed it serves, `flaskd stop` takes it out of the store and ends it for good."""
+    """With a stored listener a drained flaskd answers 503, serves after resume, and `flaskd stop` removes it."""
     systemd = each_systemd
     config = STORED_WORKERS + "cleanup: {policies: {w: {use: command, with: {argv: [sleep, '4']}}}}\n"
     for name, drained in (("asked-w", False), ("drained-w", True)):
@@ -339,7 +341,7 @@ def test_a_stored_listener_drained_by_workers(each_systemd: Systemd) -> None:
 
 
 def test_an_inherited_listener_drained_by_workers(each_systemd: Systemd) -> None:
-    """In the hardened form the listener of a socket unit answers 503 while drained; forked workers serve it again."""
+    """In the hardened form the listener answers 503 while drained; after resume forked workers serve it again."""
     instance = serving(each_systemd, "activated", "drained-activated")
     instance.configure("server: {listen: 'fd:http', workers: 2}\npool: {preload: true}\n")
     each_systemd.ctl("restart", instance.unit, timeout=SLOW)
@@ -353,7 +355,7 @@ def test_an_inherited_listener_drained_by_workers(each_systemd: Systemd) -> None
 
 
 def test_who_came_during_a_stop_of_the_manager_is_answered_by_workers(each_systemd: Systemd) -> None:
-    """`systemctl stop` does not say whether a restart follows: who waits at the end of the workers' drain is served."""
+    """After `systemctl stop`, of which flaskd cannot know whether it is a restart, waiting clients are served."""
     systemd = each_systemd
     instance = systemd.flaskd("late-w", STORED_WORKERS).start()
     held = [Answer(instance.url, "/sleep/2") for _ in range(3)]
@@ -372,7 +374,7 @@ def test_who_came_during_a_stop_of_the_manager_is_answered_by_workers(each_syste
 
 
 def test_entries_name_their_worker(each_systemd: Systemd) -> None:
-    """What a worker writes has its slot as a field, access lines too; what the supervisor writes of itself has none."""
+    """What a worker logs has its slot as a field, access lines too; what the supervisor logs has none."""
     systemd = each_systemd
     noted = systemd.flaskd("noted-w", WORKERS).start()
     of = {str(each["pid"]): str(each["slot"]) for each in workers(noted)}
@@ -387,7 +389,7 @@ def test_entries_name_their_worker(each_systemd: Systemd) -> None:
 
 
 def test_a_virtual_environment_may_go_away_under_workers(each_systemd: Systemd) -> None:
-    """With its packages deleted no new worker comes, which a reload says; the old ones serve on and stop with all cleanup."""
+    """With the packages deleted a reload fails; the old workers serve on and stop with all cleanup."""
     systemd = each_systemd
     systemd.run("cp", "-a", "/opt/flaskd", "/opt/gone")
     systemd.run("sed", "-i", "s,/opt/flaskd,/opt/gone,", "/opt/gone/bin/flaskd")

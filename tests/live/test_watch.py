@@ -1,4 +1,4 @@
-"""watch: true and --reload. Edits of the configuration file, or of the app, are picked up by themselves."""
+"""watch: true and --reload: flaskd notices edits of the configuration file, or of the app, by itself."""
 
 import signal
 
@@ -25,7 +25,7 @@ def renamed(flaskd: Flaskd, text: str) -> None:
 
 
 def swapped(flaskd: Flaskd, text: str) -> None:
-    """As the kubelet updates a mounted ConfigMap: a new directory, and the ..data link exchanged."""
+    """Update a mounted ConfigMap as the kubelet does: make a new directory, and exchange the ..data link."""
     number = str(len(list(flaskd.directory.glob("..20*"))))
     flaskd.write(f"..20{number}/flaskd.yaml", text)
     (flaskd.directory / "..data_tmp").symlink_to(f"..20{number}")
@@ -36,7 +36,7 @@ def swapped(flaskd: Flaskd, text: str) -> None:
 
 @pytest.mark.parametrize("edit", [in_place, renamed, swapped])
 def test_an_edit_is_picked_up(flaskd: Flaskd, edit) -> None:
-    """Once for each edit, the good ones in force and the bad one told with its place and not repeated."""
+    """Each edit gives one reload: good ones are applied, a bad one is reported once with its place."""
     edit(flaskd, ONE)
     flaskd.start()
     edit(flaskd, TWO)
@@ -59,7 +59,7 @@ def test_an_edit_is_picked_up(flaskd: Flaskd, edit) -> None:
 
 @pytest.mark.parametrize("lose", ["truncate", "comment", "delete"])
 def test_a_source_that_is_lost_changes_nothing(flaskd: Flaskd, lose: str) -> None:
-    """An empty or deleted file is a reload that failed, told once; the watch goes on, and sees the file come back."""
+    """An empty or deleted file is one failed reload; the watch goes on, and notices when the file is back."""
     in_place(flaskd, ONE)
     flaskd.start()
     if lose == "delete":
@@ -76,7 +76,7 @@ def test_a_source_that_is_lost_changes_nothing(flaskd: Flaskd, lose: str) -> Non
 
 
 def test_during_a_stop_nothing_changes(flaskd: Flaskd) -> None:
-    """An edit while flaskd stops is not even read; what was planned runs."""
+    """An edit during a stop is not read; the plan stays."""
     in_place(flaskd, TWO)
     flaskd.start()
     held = flaskd.hold()
@@ -95,7 +95,7 @@ def test_during_a_stop_nothing_changes(flaskd: Flaskd) -> None:
 
 
 def test_an_edit_while_drained_waits_for_resume(flaskd: Flaskd) -> None:
-    """A drained flaskd does not reload; once it serves again, the edit is picked up."""
+    """A drained flaskd does not reload; after a resume the edit is applied."""
     in_place(flaskd, ONE)
     flaskd.start()
     flaskd.command("drain wait")
@@ -108,7 +108,7 @@ def test_an_edit_while_drained_waits_for_resume(flaskd: Flaskd) -> None:
 
 
 def test_a_watch_begins_and_ends_with_a_reload(flaskd: Flaskd) -> None:
-    """Without watch: true nothing is watched, and `reload` takes an edit once, whether it is watched or not."""
+    """Without watch: true only `reload` applies an edit; with it, `reload` and the watch apply it once."""
     path = flaskd.write("flaskd.yaml", "server: {threads: 2}\n")
     flaskd.start()
     in_place(flaskd, TWO)
@@ -123,11 +123,11 @@ def test_a_watch_begins_and_ends_with_a_reload(flaskd: Flaskd) -> None:
     in_place(flaskd, ONE)
     flaskd.until(lambda: flaskd.status()["threads"] == 2)
     assert flaskd.stop() == 0
-    assert reloads(flaskd) == 5  # the fourth was asked for, and not repeated by the watch
+    assert reloads(flaskd) == 5  # the fourth was asked for; the watch did not repeat it
 
 
 def test_a_saved_file_of_the_app_brings_new_code(flaskd: Flaskd) -> None:
-    """With --reload: by a new worker; code that fails leaves the old one, with the traceback in the terminal."""
+    """With --reload a saved file brings a new worker; failing code leaves the old one, with a traceback in the terminal."""
     flaskd.write("prices.py", "")
     code(flaskd, "one", "import prices\n")
     flaskd.start("--reload", app="shop:app")

@@ -56,7 +56,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("how", COMMANDS)
 def test_an_app_keeps_its_authentication(flaskd: Flaskd, how: str) -> None:
-    """However it is named, the wrapped app is served, its factory is called once, and `on_stop` runs in the app inside."""
+    """However the app is named, its wrapper is served, its factory is called once, and `on_stop` runs."""
     words, environ = COMMANDS[how]
     flaskd.write("shop.py", SHOP)
     flaskd.write("wsgi.py", WSGI)
@@ -77,7 +77,7 @@ def test_an_app_keeps_its_authentication(flaskd: Flaskd, how: str) -> None:
 
 
 def test_the_log_says_what_is_not_served(flaskd: Flaskd) -> None:
-    """Of an app and its wrapper the one of the usual name is served, with a warning that names the other."""
+    """Of an app and its wrapper, the one with the usual name is served, with a warning that names the other."""
     flaskd.write("shop.py", SHOP)
     flaskd.write("wsgi.py", WSGI.replace("application =", "app = create_app()\nsecured =").replace("BasicAuth(create_app())", "BasicAuth(app)"))  # fmt: skip
     flaskd.start(app="wsgi")
@@ -88,7 +88,7 @@ def test_the_log_says_what_is_not_served(flaskd: Flaskd) -> None:
 
 
 def test_an_app_that_is_made_for_the_first_request(flaskd: Flaskd) -> None:
-    """The Flask app of a wrapper that makes it late is found for the stop: its own `on_stop` functions run in its context."""
+    """A Flask app that its wrapper makes at the first request is found for the stop."""
     flaskd.write("shop.py", SHOP.replace("@flaskd.on_stop\n", "@flaskd.on_stop(app=app)\n"))
     flaskd.write(
         "wsgi.py",
@@ -111,7 +111,7 @@ application = Late()
 
 
 def refused(flaskd: Flaskd, source: str) -> str:
-    """Serve an app that is to be refused: with one line, with 78, and with nothing left behind; give the log."""
+    """Serve an app that must be refused: one line, exit code 78, nothing left; returns the log."""
     flaskd.write("app.py", source)
     code, log = flaskd.fails(app=None)
     assert code == 78, log
@@ -121,7 +121,7 @@ def refused(flaskd: Flaskd, source: str) -> str:
 
 
 def test_an_asgi_app_is_refused(flaskd: Flaskd) -> None:
-    """It is said what it is, and what serves it."""
+    """The error says that it is an ASGI app, and what can serve it."""
     source = "class FastAPI:\n    async def __call__(self, scope, receive, send): pass\napp = FastAPI()\n"
     assert (
         "cannot load app.py: app:app: it is an ASGI app, and flaskd serves WSGI apps; serve it with an ASGI server "
@@ -138,7 +138,7 @@ PATCHERS = {
 @pytest.mark.parametrize("library", PATCHERS)
 @pytest.mark.parametrize("where", ["on import", "in the factory"])
 def test_a_process_that_would_be_patched_is_refused(flaskd: Flaskd, library: str, where: str) -> None:
-    """The real libraries are stopped before they have replaced anything: the process ends in good order."""
+    """An app that patches with gevent or eventlet is refused before they have replaced anything."""
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed")
     flaskd.env["PYTHONWARNINGS"] = "ignore"
@@ -170,7 +170,7 @@ def test_what_patches_later_is_refused_later(flaskd: Flaskd) -> None:
 
 
 def test_a_process_that_is_patched_before_flaskd_is_refused(flaskd: Flaskd) -> None:
-    """What patches at the interpreter's start is told the same, before anything is made."""
+    """A process that was patched at the interpreter's start is refused before anything is made."""
     if importlib.util.find_spec("gevent") is None:
         pytest.skip("gevent is not installed")
     flaskd.write("early/sitecustomize.py", "from gevent import monkey\nmonkey.patch_all()\n")
@@ -182,7 +182,7 @@ def test_a_process_that_is_patched_before_flaskd_is_refused(flaskd: Flaskd) -> N
 
 
 def test_a_dotenv_file_is_read_by_flasks_own_command_alone(flaskd: Flaskd) -> None:
-    """`.flaskenv` names the app of `flask daemon`, as it does that of `flask run`; `flaskd serve` says that it does not."""
+    """`.flaskenv` names the app of `flask daemon`, as for `flask run`; `flaskd serve` says that it does not read it."""
     if importlib.util.find_spec("dotenv") is None:
         pytest.skip("python-dotenv is not installed")
     flaskd.write(".flaskenv", "FLASK_APP=gateapp\n")

@@ -1,4 +1,4 @@
-"""Workers that are killed, crash or hang, and supervisors that are killed: what is lost is told, all else goes on."""
+"""Workers that are killed, crash or hang, and a supervisor that is killed: losses are reported, the rest goes on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from workers_kit import Asking, asked, shown
 
 LONG = bool(os.environ.get("FLASKD_LONG"))
 PATIENCE = 60.0
-"""Seconds for a new worker to be ready on a machine that has other things to do."""
+"""Seconds in which a new worker must be ready on a busy machine."""
 
 APP = """
 import ctypes, os, re, signal, threading, time
@@ -60,12 +60,12 @@ def gil():
 """
 
 LATE = "import os, time\nwhile os.path.exists('wait'):\n    time.sleep(0.02)\nfrom deadly import app\n"
-"""Its import takes as long as there is a file called wait."""
+"""An app whose import lasts as long as there is a file called wait."""
 
 
 @pytest.fixture
 def served(flaskd: Flaskd) -> Flaskd:
-    """A flaskd whose app does what workers die of; `start` starts it."""
+    """A flaskd whose app can kill its worker in several ways; `start` starts it."""
     flaskd.write("deadly.py", APP)
     return flaskd
 
@@ -76,22 +76,22 @@ def start(flaskd: Flaskd, *, workers: int = 2, **how: Any) -> Flaskd:
 
 
 def deaths(flaskd: Flaskd) -> list[dict[str, Any]]:
-    """The workers that died."""
+    """The deaths of workers."""
     return list(asked(flaskd, "workers")["deaths"])
 
 
 def pids_of(flaskd: Flaskd, *states: str) -> list[int]:
-    """Those of the workers in these states."""
+    """The pids of the workers in these states."""
     return [each["pid"] for each in shown(flaskd) if each["state"] in states]
 
 
 def pids(flaskd: Flaskd) -> set[int]:
-    """Those of the workers that are ready."""
+    """The pids of the ready workers."""
     return set(pids_of(flaskd, "ready"))
 
 
 def whole(flaskd: Flaskd, count: int, *, without: int = 0) -> set[int]:
-    """Wait until so many workers are ready, none of them `without`; their pids."""
+    """Wait until so many workers are ready, none of them `without`; returns their pids."""
     found: set[int] = set()
 
     def look() -> bool:
@@ -110,7 +110,7 @@ def who_holds(flaskd: Flaskd) -> int:
 
 
 def is_gone(pid: int) -> bool:
-    """Whether a process has ended; a child of none is reaped by init, perhaps later."""
+    """Whether a process has ended; init may reap an orphan late."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -118,14 +118,14 @@ def is_gone(pid: int) -> bool:
 
 
 def kill_supervisor(flaskd: Flaskd) -> None:
-    """Kill it, and nothing else."""
+    """Kill the supervisor alone."""
     flaskd.kill(signal.SIGKILL)
     flaskd.wait()
 
 
 @contextlib.contextmanager
 def clients(url: str, count: int, path: str = "/?{}") -> Iterator[dict[str, Any]]:
-    """So many clients that ask on and on, one request a connection; what came of each path is there at the end."""
+    """Clients that send requests in a loop, one for each connection; returns the outcomes of each path at the end."""
     found: dict[str, Any] = {}
     over = threading.Event()
     numbers = itertools.count()
@@ -155,11 +155,11 @@ def clients(url: str, count: int, path: str = "/?{}") -> Iterator[dict[str, Any]
     ],
 )
 def test_a_request_that_ends_its_worker_is_named(served: Flaskd, path: str, how: str) -> None:
-    """So is all else that the worker had read; its connections are counted, its slot is filled, others notice nothing."""
+    """The request that kills its worker is named, and all others that it had read; the slot is filled again."""
     served.write("flaskd.yaml", "log: {request_id: true}\n")
     start(served)
     before, url = whole(served, 2), served.url
-    # Its slot alone: one worker takes both, because it is found out which one has the first.
+    # One slot alone: otherwise it is not known which of the workers has the first request.
     held = served.hold()
     victim = who_holds(served)
     with clients(url, 2) as others:
@@ -188,7 +188,7 @@ def test_a_request_that_ends_its_worker_is_named(served: Flaskd, path: str, how:
 
 
 def test_down_to_no_worker(served: Flaskd) -> None:
-    """It is not ready then, and says so; clients wait in the backlog, and are served by the next worker."""
+    """Without workers flaskd is not ready and says so; clients wait in the backlog for the next worker."""
     served.write("late.py", LATE)
     served.write("flaskd.yaml", "admin: {listen: ['127.0.0.1:0']}\n")
     served.start("-w", "1", app="late")
@@ -214,7 +214,7 @@ def test_down_to_no_worker(served: Flaskd) -> None:
 
 
 def test_a_worker_that_dies_in_a_drain(served: Flaskd) -> None:
-    """The drain ends, and its account names what was cut; while drained the slot is filled, and serves after resume."""
+    """The drain ends, its account has the cut requests; the slot is filled while drained, and serves after resume."""
     start(served)
     whole(served, 2)
     held = served.hold()
@@ -238,7 +238,7 @@ def test_a_worker_that_dies_in_a_drain(served: Flaskd) -> None:
 
 
 def test_a_worker_that_dies_in_the_stop(served: Flaskd) -> None:
-    """The stop ends at once, and its record has what was cut, and how the worker died."""
+    """The stop ends at once, and its record has the cut requests, and how the worker died."""
     start(served)
     whole(served, 2)
     held = served.hold()
@@ -247,7 +247,7 @@ def test_a_worker_that_dies_in_the_stop(served: Flaskd) -> None:
     served.wait_message("STOPPING=1")
     served.until(lambda: len([each for each in shown(served) if each["pid"] != victim]) == 0)
     os.kill(victim, signal.SIGKILL)
-    assert served.wait() == 0  # shutdown.exit_codes.degraded says otherwise where that is wanted
+    assert served.wait() == 0  # shutdown.exit_codes.degraded can change that
     record = served.record()
     assert len(record["unfinished"]) == 1
     assert [each["path"] for each in record["cut"]] == ["/hold"]
@@ -256,7 +256,7 @@ def test_a_worker_that_dies_in_the_stop(served: Flaskd) -> None:
 
 
 def test_an_old_worker_that_dies_while_another_comes(served: Flaskd) -> None:
-    """The reload goes on, and is done when the new one is ready."""
+    """The reload goes on, and is done when the new worker is ready."""
     served.write("late.py", LATE)
     served.start("-w", "1", app="late")
     [old] = whole(served, 1)
@@ -273,7 +273,7 @@ def test_an_old_worker_that_dies_while_another_comes(served: Flaskd) -> None:
 
 
 def test_a_new_worker_that_dies_ends_the_reload(served: Flaskd) -> None:
-    """The old one goes on; who asked is told why."""
+    """The old worker goes on, and the reply to the reload says why it failed."""
     served.write("late.py", LATE)
     served.start("-w", "1", app="late")
     [old] = whole(served, 1)
@@ -290,7 +290,7 @@ def test_a_new_worker_that_dies_ends_the_reload(served: Flaskd) -> None:
 
 
 def test_a_supervisor_that_is_killed(served: Flaskd) -> None:
-    """Its workers finish what is in hand, end, and leave nothing; the next start on that port has it, and all else."""
+    """The workers finish their requests and end; the next start on that port works, and finds nothing left."""
     start(served)
     whole(served, 2)
     url, held, all_pids = served.url, served.hold(), pids(served)
@@ -307,7 +307,7 @@ def test_a_supervisor_that_is_killed(served: Flaskd) -> None:
 
 
 def test_the_next_start_while_workers_of_the_one_before_still_finish(served: Flaskd) -> None:
-    """They have closed their copies of the listener by then: the port is free, and both serve their clients."""
+    """The old workers have closed their copies of the listener: the port is free, and both serve their clients."""
     start(served)
     whole(served, 2)
     url, held, all_pids = served.url, served.hold(), pids(served)
@@ -324,7 +324,7 @@ def test_the_next_start_while_workers_of_the_one_before_still_finish(served: Fla
 
 
 def test_a_supervisor_that_is_killed_while_workers_are_started(served: Flaskd) -> None:
-    """One that imports the app ends at once, and so does one that has no listeners yet; nothing of them is left."""
+    """Workers that import the app or have no listeners yet end at once, and leave nothing."""
     served.write("late.py", LATE)
     served.start("-w", "1", app="late")
     whole(served, 1)
@@ -341,7 +341,7 @@ def test_a_supervisor_that_is_killed_while_workers_are_started(served: Flaskd) -
 
 
 def test_a_supervisor_that_is_killed_with_a_unix_socket(served: Flaskd) -> None:
-    """The node is taken over by the next start."""
+    """The next start takes over the socket's node."""
     node = served.directory / "http.sock"
     start(served, listen=f"unix:{node}")
     left = whole(served, 2)
@@ -354,7 +354,7 @@ def test_a_supervisor_that_is_killed_with_a_unix_socket(served: Flaskd) -> None:
 
 
 def test_no_descriptor_for_a_new_worker(served: Flaskd) -> None:
-    """A slot that cannot be filled for that is told, and filled when there are some again; the others serve on."""
+    """A slot that cannot be filled is reported, and filled when descriptors are free; other workers serve."""
     start(served)
     victim = min(whole(served, 2))
     limits = resource.prlimit(served.pid, resource.RLIMIT_NOFILE)
@@ -368,7 +368,7 @@ def test_no_descriptor_for_a_new_worker(served: Flaskd) -> None:
 
 
 def test_a_supervisor_that_is_killed_with_an_inherited_socket(served: Flaskd) -> None:
-    """Clients that come meanwhile wait in the backlog for the next start; none is refused, and none is lost."""
+    """Clients that come meanwhile wait in the backlog for the next start; none is refused or lost."""
     with socket.create_server(("127.0.0.1", 0), backlog=64) as sock:
         url = f"http://127.0.0.1:{sock.getsockname()[1]}"
         inherit(served, sock, "-w", "2", app="deadly")
@@ -382,7 +382,7 @@ def test_a_supervisor_that_is_killed_with_an_inherited_socket(served: Flaskd) ->
 
 
 def test_a_worker_whose_loop_does_not_turn(served: Flaskd) -> None:
-    """It is found out, asked for its stacks, and replaced; it ends when it comes to itself."""
+    """The worker is noticed, writes its stacks, and is replaced; it ends when its loop turns again."""
     start(served, workers=1)
     [old] = whole(served, 1)
     stuck = Answer(served.url, "/gil?seconds=15")
@@ -396,7 +396,7 @@ def test_a_worker_whose_loop_does_not_turn(served: Flaskd) -> None:
 
 
 def test_a_worker_that_was_stopped_alone(served: Flaskd) -> None:
-    """It is replaced, and killed when its stop has had its time; clients are served by the others meanwhile."""
+    """The stopped worker is replaced, and killed at its stop's deadline; others serve meanwhile."""
     served.write("flaskd.yaml", "shutdown: {deadline: 3s}\n")
     start(served)
     old = min(whole(served, 2))
@@ -404,12 +404,12 @@ def test_a_worker_that_was_stopped_alone(served: Flaskd) -> None:
     until(lambda: "its loop has not turned" in served.log, lambda: served.log, patience=PATIENCE)
     whole(served, 2, without=old)
     until(lambda: is_gone(old), lambda: served.log, patience=PATIENCE)
-    assert "does not tell its stacks" in served.log
+    assert "did not write its stacks" in served.log
     assert served.stop() == 0
 
 
 def test_threads_that_all_hang(served: Flaskd) -> None:
-    """Beyond pool.stuck_after the worker is replaced, the new one ready first; its stacks are in the log."""
+    """Beyond pool.stuck_after the worker is replaced, once the new one is ready; its stacks are in the log."""
     served.write("flaskd.yaml", "{pool: {stuck_after: 2s}, server: {threads: 2}, shutdown: {deadline: 3s}}\n")
     start(served, workers=1)
     [old] = whole(served, 1)
@@ -426,21 +426,21 @@ def test_threads_that_all_hang(served: Flaskd) -> None:
 
 
 def test_a_service_that_was_stopped_as_a_whole(served: Flaskd) -> None:
-    """Suspended and resumed, for longer than a worker may be silent: none of its processes is at fault."""
+    """If the whole service was stopped for longer than a worker may be silent, no worker is replaced."""
     start(served)
     all_pids = whole(served, 2)
     held = served.hold()
     everybody = [served.pid, *all_pids]
     for each in everybody:
         os.kill(each, signal.SIGSTOP)
-    time.sleep(13)  # this is what is tested
+    time.sleep(13)  # the time is what is tested
     for each in everybody:
         os.kill(each, signal.SIGCONT)
     for _ in range(5):
         assert get(served.url) == (200, b"hello")
     served.gate.open()
     assert held.result() == (200, b"held")
-    silent = time.monotonic() + 3  # some looks later
+    silent = time.monotonic() + 3  # long enough for some looks
     served.until(lambda: time.monotonic() > silent)
     assert "hangs" not in served.log
     assert pids(served) == all_pids
@@ -449,11 +449,11 @@ def test_a_service_that_was_stopped_as_a_whole(served: Flaskd) -> None:
 
 @pytest.mark.parametrize("seed", range(25 if LONG else 1))
 def test_kills_of_random_workers_under_load(served: Flaskd, seed: int) -> None:
-    """Again and again: hurt are only connections of that worker, each request that it had read is named, none is refused."""
+    """Only connections of a killed worker end, each of its read requests is named, and no client is refused."""
     start(served)
     url = served.url
     named: set[str] = set()
-    chance, times = random.Random(seed), 4  # a slot that has failed waits twice as long each time
+    chance, times = random.Random(seed), 4  # the pause of a failed slot doubles each time
     with clients(url, 8, "/note/{}") as answers:
         for _ in range(times):
             victim = chance.choice(sorted(whole(served, 2)))

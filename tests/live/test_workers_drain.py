@@ -1,4 +1,4 @@
-"""Drains of a service with worker processes: what is in hand in any of them is finished, or told with its worker."""
+"""Drains of a service with workers: requests in all workers are finished, or reported with their worker."""
 
 import http.client
 import signal
@@ -43,7 +43,7 @@ def begin():
 
 
 def start(flaskd: Flaskd, configuration: str = "", threads: str = "16") -> str:
-    """Start it with two workers, and give its URL."""
+    """Start it with two workers; returns its URL."""
     flaskd.write("drainapp.py", APP)
     flaskd.write("flaskd.yaml", configuration)
     flaskd.start("-w", "2", "-t", threads, app="drainapp")
@@ -51,14 +51,14 @@ def start(flaskd: Flaskd, configuration: str = "", threads: str = "16") -> str:
 
 
 def read_answer(client: socket.socket, method: str = "GET") -> tuple[int, bytes, bool]:
-    """The next answer on a connection: status, body, and whether the server closes it."""
+    """The next answer on a connection: status, body, and whether the server closes the connection."""
     with http.client.HTTPResponse(client, method=method) as response:
         response.begin()
         return response.status, response.read(), response.will_close
 
 
 def test_all_that_is_in_hand_is_finished(flaskd: Flaskd) -> None:
-    """Requests in both workers, half-sent ones, pipelined ones, streams and background work: `drain --wait` tells of all."""
+    """`drain --wait` finishes running, half-sent and pipelined requests, streams and background work of all workers."""
     url = start(flaskd, "shutdown: {drain: {stream_grace: 200ms, keepalive_grace: 5s}}\n", threads="32")
     held = hold_in_both(flaskd, url)
     assert get(url, "/export") == (200, b"begun")
@@ -78,14 +78,14 @@ def test_all_that_is_in_hand_is_finished(flaskd: Flaskd) -> None:
         half.sendall(b"cde")
         assert read_answer(half)[0] == 405
         answer: tuple[int, bytes, bool] = (200, b"hello", False)
-        while answer == (200, b"hello", False):  # what a client sends before it hears of the drain
+        while answer == (200, b"hello", False):  # the client sends this before it hears of the drain
             idle.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
             answer = read_answer(idle)
         assert answer == (200, b"hello", True)
         lines.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 3)
         answers = [read_answer(lines)]
         assert answers[0][:2] == (200, b"hello")
-        while streaming.recv(65536):  # it ends at a chunk
+        while streaming.recv(65536):  # it ends between two chunks
             pass
         flaskd.until(lambda: refused(url))
         assert flaskd.status()["state"] == "draining"
@@ -101,7 +101,7 @@ def test_all_that_is_in_hand_is_finished(flaskd: Flaskd) -> None:
 
 
 def test_what_is_cut_is_named_with_its_worker(flaskd: Flaskd) -> None:
-    """At the deadline what never started is answered with 503, what runs is cut and named, with the worker it ran in."""
+    """At the deadline requests that never began get 503, running ones are cut and named with their worker."""
     url = start(flaskd, "shutdown: {drain: {timeout: 1s}}\n", threads="1")
     running = [flaskd.hold(url) for _ in range(2)]
     queued = [Answer(url, "/pid") for _ in range(3)]
@@ -121,7 +121,7 @@ def test_what_is_cut_is_named_with_its_worker(flaskd: Flaskd) -> None:
 
 
 def test_resume_at_any_moment(flaskd: Flaskd) -> None:
-    """After a drain, in the middle of one and in its announce: the same port, in both workers, and those in hand go on."""
+    """A resume after, during or in the announce of a drain serves on the same port, and requests in hand go on."""
     url = start(flaskd, "shutdown: {announce: 0s}\nhealth: {path: /healthz}\n")
     assert flaskd.command("drain wait").splitlines()[-1].startswith("OK drained")
     assert refused(url)
@@ -138,7 +138,7 @@ def test_resume_at_any_moment(flaskd: Flaskd) -> None:
     assert flaskd.command("reload config").splitlines()[-1].startswith("OK reloaded")
     assert flaskd.command("drain").startswith("OK draining")
     flaskd.until(lambda: get(url, "/healthz") == (503, b"draining\n"))
-    with connect(url) as client:  # announced: new clients are served, and sent away
+    with connect(url) as client:  # announced: new clients are served, and their connections closed
         client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         assert read_answer(client) == (200, b"hello", True)
     before = time.monotonic()
@@ -148,14 +148,14 @@ def test_resume_at_any_moment(flaskd: Flaskd) -> None:
     held = flaskd.hold(url)
     flaskd.gate.open()
     assert held.result() == (200, b"held")
-    assert "OK restarted" in flaskd.command("restart")  # new workers have the listeners that there are now
+    assert "OK restarted" in flaskd.command("restart")  # new workers get the present listeners
     assert get(url) == (200, b"hello")
     assert flaskd.client("stop", "--now")[0] == 0
     assert flaskd.wait() == 0
 
 
 def test_resume_that_cannot_bind_stays_drained(flaskd: Flaskd) -> None:
-    """When another process took the port meanwhile, resume says so and may be tried again."""
+    """If another process took the port, resume fails with a message, and can be tried again."""
     url = start(flaskd)
     _, port = place_of(url)
     assert flaskd.command("drain wait").splitlines()[-1].startswith("OK drained")
@@ -171,7 +171,7 @@ def test_resume_that_cannot_bind_stays_drained(flaskd: Flaskd) -> None:
 
 
 def test_a_drain_with_a_worker_that_leaves(flaskd: Flaskd) -> None:
-    """A worker that was replaced and still has a request in hand belongs to the drain, and keeps no place from a resume."""
+    """A replaced worker that still has a request belongs to the drain, and does not block a resume."""
     url = start(flaskd, threads="1")
     held = flaskd.hold(url)
     [busy] = [each for each in shown(flaskd) if each["in_flight"]]
@@ -180,7 +180,7 @@ def test_a_drain_with_a_worker_that_leaves(flaskd: Flaskd) -> None:
     flaskd.until(lambda: refused(url))
     assert flaskd.command("resume") == "OK ready\n"
     assert get(url) == (200, b"hello")
-    flaskd.until(lambda: flaskd.status()["in_flight"] == 1)  # its client may have the answer a moment before
+    flaskd.until(lambda: flaskd.status()["in_flight"] == 1)  # its client may have the answer a moment earlier
     assert flaskd.command("drain").startswith("OK draining in_flight=1")
     assert flaskd.status()["state"] == "draining"
     flaskd.gate.open()
@@ -192,7 +192,7 @@ def test_a_drain_with_a_worker_that_leaves(flaskd: Flaskd) -> None:
 
 
 def test_work_in_the_background(flaskd: Flaskd) -> None:
-    """A stop waits for what began while drained; what the deadline leaves is in log, record and exit code, with its name."""
+    """A stop waits for background work; what is cut is named in log and record, and shows in the exit code."""
     url = start(flaskd, "shutdown: {drain: {timeout: 500ms}, exit_codes: {degraded: 9}}\n")
     assert get(url, "/export") == (200, b"begun")
     flaskd.gate.entered()

@@ -1,4 +1,4 @@
-"""Workers that reach a limit of `pool`: another one comes first, nothing is lost, and a limit too low does no harm."""
+"""Workers that reach a limit of `pool`: they are replaced without loss, and a limit that is too low does no harm."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def grow():
 
 
 def recycled(flaskd: Flaskd, limit: str) -> int:
-    """How many workers had reached a limit, and have left their place."""
+    """How many workers have reached a limit and were replaced."""
     return int(asked(flaskd, "workers")["recycled"][limit])
 
 
 def test_max_requests_loses_nothing(flaskd: Flaskd) -> None:
-    """Under load workers come and go; a request that takes long is finished in the one that leaves."""
+    """Under load workers are replaced; a long request is finished in the worker that stops."""
     start(flaskd, config="pool: {max_requests: 100}\n")
     held = flaskd.hold(flaskd.url)
     with Clients(flaskd.url) as clients:
@@ -52,7 +52,7 @@ def test_max_memory_with_a_template(flaskd: Flaskd) -> None:
 
 
 def test_a_limit_below_what_the_app_needs(flaskd: Flaskd) -> None:
-    """It is said in log and status, and workers are replaced ever more rarely; the service serves."""
+    """Log and status name the limit, and workers are replaced more and more rarely; the service serves."""
     start(flaskd, config="pool: {max_memory: 10MiB}\n")
     with Clients(flaskd.url, 1) as clients:
         flaskd.until(lambda: recycled(flaskd, "max_memory") == 2)

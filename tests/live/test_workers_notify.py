@@ -1,4 +1,4 @@
-"""What a service manager hears of workers: when all of them are ready, that they are being started, why one is not."""
+"""What systemd is told of workers: that they are being started, that all are ready, and why one is not."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ exec(pathlib.Path("on_import").read_text())
 
 
 def heard(flaskd: Flaskd) -> list[str]:
-    """What it has said since the last look."""
+    """The messages since the last look."""
     flaskd.drain_messages()
     said, flaskd.messages = flaskd.messages, []
     return [each for each in said if not each.startswith(("WATCHDOG=1", "FDSTORE"))]
 
 
 def test_a_start_and_reloads_of_workers(flaskd: Flaskd) -> None:
-    """More time while workers are started, READY once and after the last of them, and why a reload failed."""
+    """The start time is extended while workers start, READY comes after the last, STATUS has a reload's error."""
     flaskd.write("slow.py", APP)
     flaskd.write("on_import", "")
     flaskd.start("-w", "3", app="slow")

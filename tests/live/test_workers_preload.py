@@ -1,4 +1,4 @@
-"""Workers that are forked from a template (`pool.preload`): memory, new and broken code, and what cannot be forked."""
+"""Workers that are forked from a template (`pool.preload`): memory, new and broken code, and apps that cannot fork."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ CONFIG = "pool: {preload: true}\nlog: {access: 'off'}\n"
 
 
 def code(flaskd: Flaskd, name: str, more: str = "") -> None:
-    """Put code on the disk which answers with that name; `more` comes after it."""
+    """Write code that answers with that name; `more` comes after it."""
     flaskd.write("shop.py", APP.format(code=name) + more)
 
 
 def start(flaskd: Flaskd, more: str = "", *, count: int = 2, config: str = CONFIG) -> Flaskd:
-    """Workers that serve the code "one"."""
+    """Start workers that serve the code "one"."""
     code(flaskd, "one", more)
     flaskd.write("flaskd.yaml", config)
     return flaskd.start("-w", str(count), app="shop:app")
@@ -59,7 +59,7 @@ def imports(flaskd: Flaskd) -> int:
 
 
 def templates(flaskd: Flaskd) -> list[dict[str, Any]]:
-    """Those that are alive."""
+    """The templates that are alive."""
     return list(asked(flaskd, "workers")["templates"])
 
 
@@ -69,36 +69,36 @@ def processes(flaskd: Flaskd) -> list[dict[str, Any]]:
 
 
 def pids(flaskd: Flaskd) -> dict[int, int]:
-    """The pid of the worker of each slot that is ready."""
+    """The pids of the ready workers, by slot."""
     return dict(workers(flaskd))
 
 
 def kill_worker(flaskd: Flaskd, slot: int = 1) -> None:
-    """Kill the worker of a slot, and wait until there is another one."""
+    """Kill the worker of a slot, and wait for another one."""
     before = pids(flaskd)[slot]
     os.kill(before, signal.SIGKILL)
     flaskd.until(lambda: pids(flaskd).get(slot, before) != before)
 
 
 def is_there(pid: int) -> bool:
-    """Whether there is such a process, if only as a zombie."""
+    """Whether there is a process with that pid, if only as a zombie."""
     return Path(f"/proc/{pid}").exists()
 
 
 def runs(pid: int) -> bool:
-    """Whether it still runs; an orphan's zombie is left to the machine's init, which takes its time."""
+    """Whether a process still runs; an orphan's zombie, which init reaps later, does not."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in {"Z", "X"}
     return False
 
 
 def made_by_each(flaskd: Flaskd, what: str) -> set[int]:
-    """The pids of those that have made a file of that name, with their pid behind it."""
+    """The pids of the processes that have made a file with that name and their pid."""
     return {int(each.name.rpartition("-")[2]) for each in flaskd.directory.glob(f"{what}-*")}
 
 
 def zombies(flaskd: Flaskd) -> list[int]:
-    """The supervisor's children that nobody has reaped."""
+    """The supervisor's children that were not reaped."""
     found = []
     for each in children(flaskd.pid):
         with contextlib.suppress(OSError):
@@ -108,7 +108,7 @@ def zombies(flaskd: Flaskd) -> list[int]:
 
 
 def test_workers_share_the_memory_of_the_app(make_flaskd: Any) -> None:
-    """Four workers and their template need at most 2.2 times what one needs, of an app with 60 MB, in spite of gc.collect."""
+    """Four workers and their template use at most 2.2 times the memory of one, for an app of 60 MB, with gc.collect."""
     big = (
         "BIG = [[str(number)] for number in range(450_000)]\n"
         "import gc\n@app.before_request\ndef collect():\n    gc.collect()\n"
@@ -128,7 +128,7 @@ def test_workers_share_the_memory_of_the_app(make_flaskd: Any) -> None:
 
 
 def test_workers_of_one_template_make_other_ids(flaskd: Flaskd) -> None:
-    """Random numbers that were seeded before the fork would name the requests of both alike."""
+    """Workers of one template do not make the same ids from random numbers seeded before the fork."""
     more = (
         "from flask import request\n"
         "@app.get('/id')\ndef name():\n    return f\"{os.getpid()} {request.environ['flaskd.request_id']}\"\n"
@@ -145,7 +145,7 @@ def test_workers_of_one_template_make_other_ids(flaskd: Flaskd) -> None:
 
 
 def test_a_slot_is_filled_again_without_an_import(flaskd: Flaskd) -> None:
-    """However long the import takes, the worker that comes after a crash is there at once."""
+    """However long the import takes, the worker after a crash is ready at once."""
     start(flaskd, "time.sleep(3)\n")
     kill_worker(flaskd)
     took = re.findall(r"worker 1 .* is ready after ([\d.]+)s", flaskd.log)
@@ -157,7 +157,7 @@ def test_a_slot_is_filled_again_without_an_import(flaskd: Flaskd) -> None:
 
 
 def test_a_reload_brings_new_code(flaskd: Flaskd) -> None:
-    """Each generation imports the app once; its template ends when it is over, and one generation has one."""
+    """Each generation imports the app once, with one template, which ends with the generation."""
     start(flaskd)
     [before] = templates(flaskd)
     code(flaskd, "two")
@@ -175,7 +175,7 @@ def test_a_reload_brings_new_code(flaskd: Flaskd) -> None:
 
 
 def test_it_can_be_switched_on_and_off(flaskd: Flaskd) -> None:
-    """By a reload, which brings new workers in any case."""
+    """A reload switches pool.preload on or off, with new workers."""
     start(flaskd, config="pool: {preload: false}\n")
     assert (imports(flaskd), templates(flaskd)) == (2, [])
     flaskd.write("flaskd.yaml", CONFIG)
@@ -196,7 +196,7 @@ def test_it_can_be_switched_on_and_off(flaskd: Flaskd) -> None:
     ],
 )
 def test_broken_code_changes_nothing(flaskd: Flaskd, broken: str, why: str) -> None:
-    """The reload says why, and 70; the workers go on, and one that comes later has the code of its generation."""
+    """The reload fails with the reason and exit code 70; the old workers stay, and later ones have their code."""
     start(flaskd)
     [before] = templates(flaskd)
     served = pids(flaskd)
@@ -212,7 +212,7 @@ def test_broken_code_changes_nothing(flaskd: Flaskd, broken: str, why: str) -> N
 
 
 def test_an_import_that_hangs_is_a_failed_reload(flaskd: Flaskd) -> None:
-    """After `pool.start_timeout` the reload fails with the place where the import hangs, and its template is gone."""
+    """After `pool.start_timeout` the reload fails, names where the import hangs, and the template has ended."""
     start(flaskd, config="pool: {preload: true, start_timeout: 30s}\n")
     flaskd.write("flaskd.yaml", "pool: {preload: true, start_timeout: 6s}\n")
     code(flaskd, "two", "def hangs():\n    time.sleep(1000)\nhangs()\n")
@@ -227,7 +227,7 @@ def test_an_import_that_hangs_is_a_failed_reload(flaskd: Flaskd) -> None:
 
 
 def test_a_start_that_fails_says_why(flaskd: Flaskd) -> None:
-    """As without a template: the traceback, and 70; nothing is left."""
+    """A failed start logs the traceback and exits with 70, as without a template; nothing is left."""
     code(flaskd, "one", "raise RuntimeError('broken')\n")
     flaskd.write("flaskd.yaml", CONFIG)
     status, said = flaskd.fails("-w", "2", app="shop:app")
@@ -258,21 +258,21 @@ def test_a_start_that_fails_says_why(flaskd: Flaskd) -> None:
     ids=["thread", "another", "loop", "connection", "sqlite", "slot"],
 )
 def test_what_cannot_be_forked_is_told(flaskd: Flaskd, holds: str, told: str) -> None:
-    """An app that starts threads, opens connections or wants to know its slot on import is imported by each worker."""
+    """Each worker imports an app that starts threads, opens connections or reads its slot on import."""
     start(flaskd, f"{holds}\n")
     assert told in flaskd.log
-    assert "each worker imports it anew" in flaskd.log
+    assert "each worker imports the app itself" in flaskd.log
     assert get(flaskd.url, "/") == (200, b"one")
-    assert imports(flaskd) == 3  # the template, and two workers
+    assert imports(flaskd) == 3  # the template and two workers
     assert templates(flaskd) == []
     kill_worker(flaskd)
     assert imports(flaskd) == 4
-    assert flaskd.log.count("each worker imports it anew") == 1
+    assert flaskd.log.count("each worker imports the app itself") == 1
     assert flaskd.stop() == 0
 
 
 def test_a_thread_that_has_ended_is_none(flaskd: Flaskd) -> None:
-    """An app that lets threads help with its import, and sends datagrams, is forked."""
+    """An app whose threads have ended after the import, or that sends datagrams, is forked."""
     start(
         flaskd,
         "threading.Thread(target=time.sleep, args=(0.1,)).start()\n"
@@ -283,7 +283,7 @@ def test_a_thread_that_has_ended_is_none(flaskd: Flaskd) -> None:
 
 
 def test_a_template_that_is_killed_harms_no_worker(flaskd: Flaskd) -> None:
-    """It is told, and the next worker has a new template, which has the code that is on disk then."""
+    """The template's end is logged, workers stay, and the next worker gets a new template with the code on the disk."""
     start(flaskd)
     served = pids(flaskd)
     [template] = templates(flaskd)
@@ -297,7 +297,7 @@ def test_a_template_that_is_killed_harms_no_worker(flaskd: Flaskd) -> None:
 
 
 def test_signals_do_not_end_a_template(flaskd: Flaskd) -> None:
-    """SIGTERM, SIGINT, SIGQUIT and SIGHUP do nothing to it, also where the app has put handlers in their place."""
+    """SIGTERM, SIGINT, SIGQUIT and SIGHUP do not end a template, even if the app has set handlers for them."""
     start(flaskd, "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))\n")
     [template] = templates(flaskd)
     for each in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
@@ -309,7 +309,7 @@ def test_signals_do_not_end_a_template(flaskd: Flaskd) -> None:
 
 
 def test_sigterm_replaces_a_worker_that_was_forked(flaskd: Flaskd) -> None:
-    """As it does with any other worker: the next one is ready before the old one ends."""
+    """SIGTERM to a forked worker replaces it: the next one is ready before it ends."""
     start(flaskd)
     before = pids(flaskd)
     os.kill(before[1], signal.SIGTERM)
@@ -321,7 +321,7 @@ def test_sigterm_replaces_a_worker_that_was_forked(flaskd: Flaskd) -> None:
 
 
 def test_orphans_of_the_app_are_reaped(flaskd: Flaskd) -> None:
-    """A process whose parent, a child of the app, has ended leaves no zombie behind, and its pid is given back."""
+    """An orphan of a child of the app is reaped by the supervisor."""
     start(
         flaskd,
         "@app.get('/orphan')\n"
@@ -336,7 +336,7 @@ def test_orphans_of_the_app_are_reaped(flaskd: Flaskd) -> None:
 
 
 def test_a_step_of_the_service_has_its_exit_code(flaskd: Flaskd) -> None:
-    """The supervisor, which reaps orphans, takes the exit code of no command of its own."""
+    """The supervisor, which reaps orphans, gets the exit code of a cleanup command all the same."""
     step = "cleanup: {policies: {say: {use: command, with: {argv: [sh, -c, 'sleep 1.5; exit 7']}}}}\n"
     start(flaskd, config=CONFIG + step)
     flaskd.stop()
@@ -345,7 +345,7 @@ def test_a_step_of_the_service_has_its_exit_code(flaskd: Flaskd) -> None:
 
 
 def test_nothing_is_left_when_the_supervisor_is_killed(flaskd: Flaskd) -> None:
-    """The template ends with it, at once, and the workers when they have finished what is in hand."""
+    """When the supervisor is killed, the template ends at once, and workers when they have finished their requests."""
     start(flaskd)
     there = [each["pid"] for each in processes(flaskd)]
     flaskd.kill(signal.SIGKILL)
@@ -354,7 +354,7 @@ def test_nothing_is_left_when_the_supervisor_is_killed(flaskd: Flaskd) -> None:
 
 
 def test_a_stop_leaves_no_process(flaskd: Flaskd) -> None:
-    """Workers and template are gone when flaskd is, and no import is waited for."""
+    """A stop ends workers and template, and waits for no import."""
     start(flaskd)
     there = [each["pid"] for each in processes(flaskd)]
     assert flaskd.stop() == 0
@@ -362,7 +362,7 @@ def test_a_stop_leaves_no_process(flaskd: Flaskd) -> None:
 
 
 def test_a_stop_in_the_middle_of_an_import(flaskd: Flaskd) -> None:
-    """A stop during a reload whose template is at its import waits for nothing, and leaves nothing."""
+    """A stop during a reload whose template imports the app ends at once, and leaves nothing."""
     start(flaskd)
     flaskd.write("shop.py", "import os, time; open('began', 'w').write(str(os.getpid())); time.sleep(1000)\n")
     with flaskd.control() as control:
@@ -373,7 +373,7 @@ def test_a_stop_in_the_middle_of_an_import(flaskd: Flaskd) -> None:
 
 
 def test_a_template_ends_with_the_supervisor_in_the_middle_of_an_import(flaskd: Flaskd) -> None:
-    """However long that would still take."""
+    """When the supervisor is killed during an import, the template ends at once."""
     flaskd.write("shop.py", "import os, time; open('began', 'w').write(str(os.getpid())); time.sleep(1000)\n")
     flaskd.write("flaskd.yaml", CONFIG)
     flaskd.launch("-w", "2", app="shop:app")
@@ -385,7 +385,7 @@ def test_a_template_ends_with_the_supervisor_in_the_middle_of_an_import(flaskd: 
 
 
 def test_a_worker_is_where_the_app_wants_to_be(flaskd: Flaskd) -> None:
-    """What the app has changed on import stays: the directory it works in, its path, its handlers of signals."""
+    """Working directory, path and signal handlers that the app sets on import are the same in its workers."""
     start(
         flaskd,
         "import signal, sys\nos.mkdir('deeper'); os.chdir('deeper'); sys.path.append('/mine')\n"
@@ -406,7 +406,7 @@ def test_a_worker_is_where_the_app_wants_to_be(flaskd: Flaskd) -> None:
 
 
 def test_discovery_finds_what_was_made_before_the_fork(flaskd: Flaskd) -> None:
-    """An engine that the app has made on import, and the collector does not see, is closed by each worker."""
+    """Each worker closes an engine that the app made on import, although the garbage collector does not see it."""
     start(
         flaskd,
         "import sqlalchemy\nengine = sqlalchemy.create_engine('sqlite:///:memory:')\n"
@@ -425,7 +425,7 @@ def test_discovery_finds_what_was_made_before_the_fork(flaskd: Flaskd) -> None:
 
 
 def test_words_and_on_stop_of_the_import_are_not_lost(flaskd: Flaskd) -> None:
-    """What the app says on import stands in the log once; what it registers then runs in each worker."""
+    """What the app logs on import is in the log once; functions that it registers run in each worker."""
     start(
         flaskd,
         "import atexit, flaskd\nprint('imported now')\n"

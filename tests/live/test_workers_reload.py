@@ -1,4 +1,4 @@
-"""Reload with worker processes: new code slot by slot, and bad code that does no harm."""
+"""Reloads with workers: new code slot by slot, and faulty code that does no harm."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import flaskd as package
 
 
 def test_a_reload_brings_new_code_and_loses_nothing(flaskd: Flaskd) -> None:
-    """All slots have new workers, the daemon is the same, and no request is lost or refused meanwhile."""
+    """All slots get new workers in the same daemon, and no request is lost or refused."""
     start(flaskd)
     before = workers(flaskd)
     code(flaskd, "two")
@@ -36,7 +36,7 @@ def test_a_reload_brings_new_code_and_loses_nothing(flaskd: Flaskd) -> None:
 
 
 def test_requests_under_way_are_finished_by_the_old_workers(flaskd: Flaskd) -> None:
-    """The reply comes though a request still runs in an old worker; its answer comes, from the old code."""
+    """The reload is answered while a request runs in an old worker, which then answers with the old code."""
     start(flaskd)
     held = flaskd.hold()
     code(flaskd, "two")
@@ -50,7 +50,7 @@ def test_requests_under_way_are_finished_by_the_old_workers(flaskd: Flaskd) -> N
 
 
 def test_what_an_old_worker_cannot_finish_in_time_is_cut(flaskd: Flaskd) -> None:
-    """Old workers drain for shutdown.drain.timeout, then what is left is cut, named in the log, and they end."""
+    """Old workers drain for shutdown.drain.timeout; after that their requests are cut and logged."""
     start(flaskd, config="shutdown: {deadline: 5s, reserve: 1s, drain: {timeout: 100ms}}\n")
     held = flaskd.hold()
     assert flaskd.command("reload").endswith(f"OK reloaded config={flaskd.directory}/flaskd.yaml\n")
@@ -61,7 +61,7 @@ def test_what_an_old_worker_cannot_finish_in_time_is_cut(flaskd: Flaskd) -> None
 
 
 def test_the_old_worker_leaves_when_the_new_one_is_ready(flaskd: Flaskd) -> None:
-    """Slot by slot: while the first new worker loads both old ones serve, while the second loads one of each."""
+    """While the first new worker loads both old ones serve; while the second loads, one of each."""
     start(flaskd)
     code(flaskd, "two", "with socket.socket(socket.AF_UNIX) as gate:\n"
          "    gate.connect(os.environ['GATE'])\n    gate.sendall(b'entered')\n    gate.recv(1)\n")  # fmt: skip
@@ -78,7 +78,7 @@ def test_the_old_worker_leaves_when_the_new_one_is_ready(flaskd: Flaskd) -> None
 
 
 def test_surge_is_how_many_slots_are_replaced_at_once(flaskd: Flaskd) -> None:
-    """With pool.surge: 2 the first new worker is alone, and then two are started at a time."""
+    """With pool.surge: 2 the first new worker is started alone, and then two at a time."""
     code(flaskd, "one")
     flaskd.write("flaskd.yaml", "pool: {surge: 2}\n")
     flaskd.start("-w", "4", app="shop:app")
@@ -114,7 +114,7 @@ BAD = {
 
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_code_changes_nothing(flaskd: Flaskd, kind: str) -> None:
-    """Client, STATUS, status and log say why; the old workers go on untouched, and what is mended is taken next time."""
+    """Reply, STATUS, status and log have the error; the old workers stay, and mended code is loaded next time."""
     more, word, exit_code, why = BAD[kind]
     start(flaskd)
     before = workers(flaskd)
@@ -137,7 +137,7 @@ def test_bad_code_changes_nothing(flaskd: Flaskd, kind: str) -> None:
 
 
 def test_the_traceback_of_bad_code_is_told(flaskd: Flaskd) -> None:
-    """From the app's first frame on, to who asked and in the log, once."""
+    """The reply and the log have the traceback, from the app's first frame on, once."""
     start(flaskd)
     code(flaskd, "bad", "def open_shop():\n    raise ValueError('no shop today')\nopen_shop()\n")
     err = flaskd.client("reload")[2]
@@ -148,7 +148,7 @@ def test_the_traceback_of_bad_code_is_told(flaskd: Flaskd) -> None:
 
 
 def test_a_probe_that_fails_changes_nothing(flaskd: Flaskd) -> None:
-    """A new worker whose health.probe is answered with 500 gets no connection, and no slot."""
+    """A new worker whose health.probe is answered with 500 gets no connection and no slot."""
     start(flaskd, config="health: {probe: /}\n")
     before = workers(flaskd)
     code(flaskd, "bad", "@app.before_request\ndef broken():\n    raise ValueError('no shop today')\n")
@@ -162,7 +162,7 @@ def test_a_probe_that_fails_changes_nothing(flaskd: Flaskd) -> None:
 
 
 def test_an_import_that_hangs_is_given_up(flaskd: Flaskd) -> None:
-    """A new worker that is not ready after pool.start_timeout is killed, and the old ones serve on."""
+    """A new worker that is not ready after pool.start_timeout is killed, and the old ones serve."""
     start(flaskd, config="pool: {start_timeout: 20s}\n")
     before = workers(flaskd)
     flaskd.write("flaskd.yaml", "pool: {start_timeout: 500ms}\n")
@@ -176,7 +176,7 @@ def test_an_import_that_hangs_is_given_up(flaskd: Flaskd) -> None:
 
 
 def test_one_that_dies_within_its_canary_changes_nothing(flaskd: Flaskd) -> None:
-    """Within pool.canary old and new serve the slot; should the new one die then, the old one has never left."""
+    """If the new worker dies within pool.canary, the old one has served all the time, and stays."""
     start(flaskd, config="pool: {canary: 60s}\n")
     before = workers(flaskd)
     code(flaskd, "two")
@@ -192,7 +192,7 @@ def test_one_that_dies_within_its_canary_changes_nothing(flaskd: Flaskd) -> None
 
 
 def test_a_canary_that_lives_is_followed(flaskd: Flaskd) -> None:
-    """When pool.canary is over all slots are replaced."""
+    """After pool.canary all slots are replaced."""
     start(flaskd, config="pool: {canary: 200ms}\n")
     code(flaskd, "two")
     assert "OK reloaded" in flaskd.command("reload")
@@ -201,7 +201,7 @@ def test_a_canary_that_lives_is_followed(flaskd: Flaskd) -> None:
 
 
 def test_a_later_worker_that_fails_is_told_and_the_new_configuration_is_in_force(flaskd: Flaskd) -> None:
-    """Once one new worker has proven itself there is no way back: what could not be replaced stays, and that is said."""
+    """If a later worker fails, the new ones stay, the new configuration is in force, and the reply says so."""
     start(flaskd, config="server: {threads: 2}\n")
     flaskd.write("flaskd.yaml", "server: {threads: 3}\n")
     code(flaskd, "two", "if os.environ['FLASKD_WORKER'] == '1':\n    raise ValueError('only one')\n")
@@ -222,7 +222,7 @@ def test_a_later_worker_that_fails_is_told_and_the_new_configuration_is_in_force
 
 
 def begun(flaskd: Flaskd, second: bool = False) -> Asking:
-    """A reload whose first new worker, or its second, is being imported."""
+    """A reload whose first or second new worker is importing the app."""
     code(flaskd, "two", WAITS)
     reloading = Asking(flaskd)
     flaskd.gate.entered()
@@ -234,7 +234,7 @@ def begun(flaskd: Flaskd, second: bool = False) -> Asking:
 
 @pytest.mark.parametrize("second", [False, True])
 def test_a_second_reload_is_taken_at_once(flaskd: Flaskd, second: bool) -> None:
-    """It ends the first, whose import hangs; both are answered with what came of the second."""
+    """A second reload ends the first, whose import hangs; both are answered with the outcome of the second."""
     start(flaskd)
     first = begun(flaskd, second)
     code(flaskd, "three")
@@ -248,11 +248,11 @@ def test_a_second_reload_is_taken_at_once(flaskd: Flaskd, second: bool) -> None:
 
 @pytest.mark.parametrize("second", [False, True])
 def test_a_drain_ends_a_reload(flaskd: Flaskd, second: bool) -> None:
-    """It is carried out at once, who waits for the reload is told, and after resume all goes on."""
+    """A drain ends a reload at once; the reload gets an error, and after a resume all is as before."""
     start(flaskd)
     reloading = begun(flaskd, second)
     assert "OK drained" in flaskd.command("drain wait")
-    assert reloading.answer() == "ERR not-now the reload was overtaken by a drain\n"
+    assert reloading.answer() == "ERR not-now the reload was broken off by a drain\n"
     assert flaskd.command("resume") == "OK ready\n"
     assert get(flaskd.url)[1] in {b"one", b"two"}
     code(flaskd, "three")
@@ -263,15 +263,15 @@ def test_a_drain_ends_a_reload(flaskd: Flaskd, second: bool) -> None:
 
 @pytest.mark.parametrize("second", [False, True])
 def test_a_stop_ends_a_reload(flaskd: Flaskd, second: bool) -> None:
-    """SIGTERM while a new worker is imported: flaskd ends in good order, with 0, and who waits is told."""
+    """SIGTERM during a new worker's import ends flaskd with exit code 0, and the reload gets an error."""
     start(flaskd)
     reloading = begun(flaskd, second)
     assert flaskd.stop() == 0
-    assert reloading.answer() == "ERR not-now the reload was overtaken by a stop\n"
+    assert reloading.answer() == "ERR not-now the reload was broken off by a stop\n"
 
 
 def test_a_kill_of_the_worker_that_loads_ends_the_reload(flaskd: Flaskd) -> None:
-    """Kill -9 while it imports: told, and nothing else changes."""
+    """If the importing worker is killed, the reload fails, and nothing else changes."""
     start(flaskd)
     before = workers(flaskd)
     reloading = begun(flaskd)
@@ -284,7 +284,7 @@ def test_a_kill_of_the_worker_that_loads_ends_the_reload(flaskd: Flaskd) -> None
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_scale_is_taken_in_the_middle_of_a_reload(flaskd: Flaskd, count: int) -> None:
-    """It is carried out at once; the reload goes on with the slots that there are then."""
+    """A scale during a reload is carried out at once; the reload goes on with the present slots."""
     start(flaskd)
     reloading = begun(flaskd)
     code(flaskd, "two")
@@ -296,7 +296,7 @@ def test_a_scale_is_taken_in_the_middle_of_a_reload(flaskd: Flaskd, count: int) 
 
 
 def test_an_old_worker_that_dies_meanwhile_is_replaced_by_the_new_one(flaskd: Flaskd) -> None:
-    """Kill -9 of the worker whose replacement loads: that takes the slot, and the other one serves until then."""
+    """If the old worker dies while its replacement loads, that takes the slot."""
     start(flaskd)
     reloading = begun(flaskd)
     code(flaskd, "two")
@@ -313,7 +313,7 @@ def test_an_old_worker_that_dies_meanwhile_is_replaced_by_the_new_one(flaskd: Fl
 
 
 def test_sighup_brings_new_code(flaskd: Flaskd) -> None:
-    """The manager is told RELOADING=1, asked for more time while workers start, and told READY=1 at the end."""
+    """A SIGHUP tells systemd RELOADING=1, extends its time while workers start, and ends with READY=1."""
     start(flaskd)
     code(flaskd, "two")
     flaskd.kill(signal.SIGHUP)
@@ -325,7 +325,7 @@ def test_sighup_brings_new_code(flaskd: Flaskd) -> None:
 
 
 def test_who_waits_for_a_reload_hears_that_it_goes_on(flaskd: Flaskd) -> None:
-    """A client waits for as long as flaskd says how it goes: a line now and then while workers are started."""
+    """A client that waits for a reload gets a line of progress every few seconds."""
     start(flaskd)
     code(flaskd, "two")
     exit_code, out, err = flaskd.client("reload")
@@ -335,7 +335,7 @@ def test_who_waits_for_a_reload_hears_that_it_goes_on(flaskd: Flaskd) -> None:
 
 
 def test_what_only_new_workers_can_have_comes_with_a_reload(flaskd: Flaskd) -> None:
-    """app.target, proxies and limits may change; what is the daemon's own is refused as a whole, with the keys."""
+    """app.target, proxies and limits may change; keys of the daemon itself are refused, all together."""
     start(flaskd, config="server: {ident: before}\n")
     before = workers(flaskd)
     flaskd.write("flaskd.yaml", "server: {ident: after, backlog: 7}\ncontrol: {required: true}\n")
@@ -352,14 +352,14 @@ def test_what_only_new_workers_can_have_comes_with_a_reload(flaskd: Flaskd) -> N
 
 
 def server_header(url: str) -> str | None:
-    """What a response calls the server."""
+    """The Server header of a response."""
     with contextlib.closing(http.client.HTTPConnection(*place_of(url))) as connection:
         connection.request("GET", "/")
         return connection.getresponse().getheader("Server")
 
 
 def test_the_app_may_be_another_one(flaskd: Flaskd) -> None:
-    """app.target changes by a reload: new workers load it; one that is not there is refused."""
+    """A reload with another app.target starts workers with that app; a missing one is refused."""
     code(flaskd, "one")
     flaskd.write("other.py", APP.format(code="other"))
     flaskd.write("flaskd.yaml", "app: {target: 'shop:app'}\n")
@@ -376,7 +376,7 @@ def test_the_app_may_be_another_one(flaskd: Flaskd) -> None:
 
 @pytest.mark.parametrize(("before", "after"), [("2", "0"), ("0", "2")])
 def test_no_reload_leads_from_workers_to_none(flaskd: Flaskd, before: str, after: str) -> None:
-    """server.workers between 0 and some needs a restart, in both directions."""
+    """A change of server.workers between 0 and a number needs a restart, in both directions."""
     code(flaskd, "one")
     flaskd.write("flaskd.yaml", f"server: {{workers: {before}}}\n")
     flaskd.start(app="shop:app")
@@ -387,7 +387,7 @@ def test_no_reload_leads_from_workers_to_none(flaskd: Flaskd, before: str, after
 
 @pytest.mark.parametrize("verb", ["reload", "reload config"])
 def test_another_number_of_workers_comes_with_a_reload(flaskd: Flaskd, verb: str) -> None:
-    """server.workers: 2, then 3, then 1; the reply comes when the new ones are ready."""
+    """server.workers can change from 2 to 3 to 1; the reply comes when the new ones are ready."""
     code(flaskd, "one")
     flaskd.write("flaskd.yaml", "server: {workers: 2}\n")
     flaskd.start(app="shop:app")
@@ -402,7 +402,7 @@ def test_another_number_of_workers_comes_with_a_reload(flaskd: Flaskd, verb: str
 
 
 def test_the_command_line_wins_at_a_reload_too(flaskd: Flaskd) -> None:
-    """-w stays in force whatever the file says, even where that would need a restart."""
+    """-w wins over the file at a reload, too, even over a value that would need a restart."""
     start(flaskd, config="server: {workers: 4}\n")
     for count in (3, 0):
         flaskd.write("flaskd.yaml", f"server: {{workers: {count}}}\n")
@@ -415,7 +415,7 @@ def test_the_command_line_wins_at_a_reload_too(flaskd: Flaskd) -> None:
 
 
 def test_a_reload_of_the_configuration_alone_keeps_the_workers(flaskd: Flaskd) -> None:
-    """Threads, log and policies reach each worker; the code stays as it is, whatever is on the disk."""
+    """A reload of the configuration alone changes threads, log and policies in each worker, but not the code."""
     start(flaskd, config="server: {threads: 2}\n")
     before, count = workers(flaskd), len(threads(flaskd))
     code(flaskd, "two")
@@ -442,7 +442,7 @@ def threads(flaskd: Flaskd) -> list[dict]:
 
 
 def test_a_configuration_that_a_worker_cannot_take_is_refused_by_all(flaskd: Flaskd) -> None:
-    """Where one worker cannot take it the reply says which and why, and all have the old one."""
+    """If one worker cannot take the configuration, the reply says which and why, and all keep the old one."""
     start(flaskd, config="server: {threads: 2}\n")
     before = len(threads(flaskd))
     flaskd.write(
@@ -462,7 +462,7 @@ def test_a_configuration_that_a_worker_cannot_take_is_refused_by_all(flaskd: Fla
 
 
 def test_a_watched_edit_is_the_configuration_alone_where_that_is_enough(flaskd: Flaskd) -> None:
-    """watch: true: threads come without new workers, and what only new workers can have brings them."""
+    """With watch: true a change of threads needs no new workers; other changes start new ones."""
     start(flaskd, config="watch: true\nserver: {threads: 2}\n")
     before = workers(flaskd)
     flaskd.write("flaskd.yaml", "watch: true\nserver: {threads: 3}\n")
@@ -478,7 +478,7 @@ def test_a_watched_edit_is_the_configuration_alone_where_that_is_enough(flaskd: 
 
 
 def test_a_package_that_is_swapped_by_a_rename_is_taken(flaskd: Flaskd) -> None:
-    """A directory on the path, exchanged between two generations by its link, is what the new workers import."""
+    """New workers import a package from a directory that was exchanged by renaming its link."""
     for name in ("one", "two"):
         flaskd.write(f"release-{name}/lib.py", f"NAME = {name!r}\n")
     current = flaskd.directory / "current"
@@ -497,7 +497,7 @@ def test_a_package_that_is_swapped_by_a_rename_is_taken(flaskd: Flaskd) -> None:
 
 
 def environment(flaskd: Flaskd, name: str, lib: str) -> Path:
-    """A virtual environment that has a library, beside all that this one has."""
+    """A virtual environment with one more library than this one."""
     place = flaskd.directory / name
     venv.create(place, symlinks=True)
     [site] = place.glob("lib/python*/site-packages")
@@ -508,7 +508,7 @@ def environment(flaskd: Flaskd, name: str, lib: str) -> Path:
 
 
 def test_a_virtual_environment_is_replaced_between_two_generations(flaskd: Flaskd) -> None:
-    """New workers run in the new environment; where that has another flaskd they are refused, and the old ones serve on."""
+    """New workers run in an exchanged virtual environment; if it has another flaskd, they are refused."""
     environment(flaskd, "venv-one", "one")
     environment(flaskd, "venv-two", "two")
     other = environment(flaskd, "venv-three", "three")
@@ -566,10 +566,10 @@ while scheduler.running and open("jobs").read().split().count(str(os.getpid())) 
 
 
 def test_one_worker_alone_runs_the_jobs(flaskd: Flaskd) -> None:
-    """Over a reload that fails, one that does not, and a stop no job of one worker begins after one of its successor."""
+    """During reloads and a stop, no job of an old worker begins after one of the new worker."""
 
     def turns() -> list[str]:
-        """Whose jobs have run, in turns."""
+        """The workers whose jobs have run, in order, without repetitions."""
         return [pid for pid, _ in itertools.groupby((flaskd.directory / "jobs").read_text().split())]
 
     config = "log: {access: 'off'}\ncleanup: {discovery: {mode: auto}}\n"

@@ -1,4 +1,4 @@
-"""Workers that are asked for: another number of them, or new ones in the place of those that there are."""
+"""Changing the number of workers, and replacing them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from flaskd.process.cpus import usable
 
 
 def slots(flaskd: Flaskd) -> list[int]:
-    """The slots with a worker that serves."""
+    """The slots with a serving worker."""
     return [slot for slot, _ in workers(flaskd)]
 
 
 def test_more_and_fewer_workers_lose_nothing(flaskd: Flaskd) -> None:
-    """The reply comes when all are ready; those that are too many leave, and no request is lost or refused."""
+    """The reply comes when all workers are ready; removed ones stop, and no request is lost or refused."""
     start(flaskd)
     before = workers(flaskd)
     with Clients(flaskd.url) as clients:
@@ -33,7 +33,7 @@ def test_more_and_fewer_workers_lose_nothing(flaskd: Flaskd) -> None:
 
 
 def test_those_that_leave_finish_their_requests(flaskd: Flaskd) -> None:
-    """`scale 1` is answered though a request still runs in the worker that leaves; its answer comes."""
+    """`scale 1` is answered while a removed worker still runs a request, which is answered."""
     start(flaskd, "-t", "16")
     url = flaskd.url
     held = hold_in_both(flaskd, url)
@@ -46,7 +46,7 @@ def test_those_that_leave_finish_their_requests(flaskd: Flaskd) -> None:
 
 
 def test_auto_is_what_the_cpus_are(flaskd: Flaskd) -> None:
-    """`scale auto` has as many workers as `server.workers: auto`."""
+    """`scale auto` makes as many workers as `server.workers: auto`."""
     start(flaskd)
     assert flaskd.command("scale auto").endswith(f"OK scaled workers={usable()}\n")
     assert slots(flaskd) == list(range(usable()))
@@ -55,7 +55,7 @@ def test_auto_is_what_the_cpus_are(flaskd: Flaskd) -> None:
 
 @pytest.mark.parametrize("wrong", ["", "0", "-1", "many", "1.5", "100000"])
 def test_a_number_that_cannot_be_is_refused(flaskd: Flaskd, wrong: str) -> None:
-    """With what was expected, and what was given."""
+    """A wrong number is refused, with what was expected and what was given."""
     start(flaskd)
     assert flaskd.command(f"scale {wrong}".strip()).startswith("ERR usage scale: expected a number from 1 to ")
     assert slots(flaskd) == [0, 1]
@@ -63,7 +63,7 @@ def test_a_number_that_cannot_be_is_refused(flaskd: Flaskd, wrong: str) -> None:
 
 
 def test_a_reload_keeps_the_number_unless_it_changes_the_configuration(flaskd: Flaskd) -> None:
-    """`scale` holds until a reload changes server.workers."""
+    """The number of `scale` stays until a reload changes server.workers."""
     code(flaskd, "one")
     flaskd.write("flaskd.yaml", "server: {workers: 2}\n")
     flaskd.start(app="shop:app")
@@ -77,7 +77,7 @@ def test_a_reload_keeps_the_number_unless_it_changes_the_configuration(flaskd: F
 
 
 def test_more_workers_that_do_not_start_are_told(flaskd: Flaskd) -> None:
-    """The reply has the traceback; the slot is tried again until it is filled, or there are fewer."""
+    """If new workers fail, the reply has the traceback, and the slot is tried again until it is filled or removed."""
     start(flaskd)
     code(flaskd, "bad", "raise ValueError('no shop today')\n")
     exit_code, _, err = flaskd.client("scale", "3")
@@ -90,7 +90,7 @@ def test_more_workers_that_do_not_start_are_told(flaskd: Flaskd) -> None:
 
 
 def test_the_last_scale_wins_and_each_who_waits_is_told_the_truth(flaskd: Flaskd) -> None:
-    """`scale 1` while the workers of `scale 3` load: done at once, and the first is told that there are fewer now."""
+    """`scale 1` during `scale 3` is done at once, and the first one's reply says that there are fewer workers now."""
     start(flaskd)
     code(flaskd, "two", WAITS)
     first = Asking(flaskd, "scale 3")
@@ -102,7 +102,7 @@ def test_the_last_scale_wins_and_each_who_waits_is_told_the_truth(flaskd: Flaskd
 
 
 def test_a_drained_flaskd_can_be_scaled(flaskd: Flaskd) -> None:
-    """New workers load the app, and serve after resume; those that leave do so; nothing is accepted meanwhile."""
+    """New workers load the app and serve after the resume; removed ones stop; nothing is accepted meanwhile."""
     start(flaskd)
     url = flaskd.url
     flaskd.command("drain wait")
@@ -121,7 +121,7 @@ def test_a_drained_flaskd_can_be_scaled(flaskd: Flaskd) -> None:
 
 
 def test_a_drain_while_workers_are_added_takes_them_in(flaskd: Flaskd) -> None:
-    """`drain` while the worker of `scale 3` loads: it accepts nothing, and serves after resume."""
+    """If a drain comes while a worker of `scale 3` loads, it accepts nothing, and serves after the resume."""
     start(flaskd)
     url = flaskd.url
     code(flaskd, "two", WAITS)
@@ -137,7 +137,7 @@ def test_a_drain_while_workers_are_added_takes_them_in(flaskd: Flaskd) -> None:
 
 
 def test_a_drain_while_an_added_worker_answers_its_probe_starts_it_anew(flaskd: Flaskd) -> None:
-    """It has the listeners already, and must not accept: another one is started, without, and serves after resume."""
+    """If a drain comes when a new worker has listeners already, another one is started without them."""
     start(flaskd, config="health: {probe: /, probe_timeout: 60s}\n")
     url = flaskd.url
     code(flaskd, "two", WAITS.replace("with", "@app.before_request\ndef wait():\n  with").replace("\n    ", "\n      "))
@@ -153,7 +153,7 @@ def test_a_drain_while_an_added_worker_answers_its_probe_starts_it_anew(flaskd: 
 
 
 def test_a_stop_ends_a_scale(flaskd: Flaskd) -> None:
-    """SIGTERM while a new worker loads: flaskd ends with 0, and who waits is told."""
+    """SIGTERM while a new worker loads ends flaskd with 0, and the scale gets an error."""
     start(flaskd)
     code(flaskd, "two", WAITS)
     scaling = Asking(flaskd, "scale 3")
@@ -166,7 +166,7 @@ def test_a_stop_ends_a_scale(flaskd: Flaskd) -> None:
 
 
 def test_a_restart_replaces_all_workers_one_by_one(flaskd: Flaskd) -> None:
-    """Each slot has a new worker of the same generation, and no request is lost or refused."""
+    """Each slot gets a new worker of the same generation, and no request is lost or refused."""
     start(flaskd)
     before = workers(flaskd)
     with Clients(flaskd.url) as clients:
@@ -189,7 +189,7 @@ def test_a_restart_of_one_slot_leaves_the_others(flaskd: Flaskd) -> None:
 
 
 def test_a_slot_that_there_is_not_is_refused(flaskd: Flaskd) -> None:
-    """With the slots that there are."""
+    """A wrong slot is refused, with the slots that there are."""
     start(flaskd)
     assert flaskd.command("restart 7") == "ERR usage restart: expected a slot from 0 to 1, got 7\n"
     assert flaskd.command("restart x") == 'ERR usage restart: expected the number of a slot, got "x"; see workers\n'
@@ -197,7 +197,7 @@ def test_a_slot_that_there_is_not_is_refused(flaskd: Flaskd) -> None:
 
 
 def test_a_restart_into_bad_code_changes_nothing(flaskd: Flaskd) -> None:
-    """The old workers stay, and the reply has the traceback."""
+    """With faulty code the old workers stay, and the reply has the traceback."""
     start(flaskd)
     before = workers(flaskd)
     code(flaskd, "bad", "raise ValueError('no shop today')\n")
@@ -210,7 +210,7 @@ def test_a_restart_into_bad_code_changes_nothing(flaskd: Flaskd) -> None:
 
 
 def test_a_reload_ends_a_restart(flaskd: Flaskd) -> None:
-    """It is taken at once; who waits for the restart is told."""
+    """A reload ends a restart at once, and the restart gets an error."""
     start(flaskd)
     code(flaskd, "two", WAITS)
     restarting = Asking(flaskd, "restart")
@@ -225,7 +225,7 @@ def test_a_reload_ends_a_restart(flaskd: Flaskd) -> None:
 
 
 def test_the_slot_that_is_restarted_may_be_scaled_away(flaskd: Flaskd) -> None:
-    """Who waits for the restart is told that it is not there any more."""
+    """If the slot is removed meanwhile, the restart's reply says so."""
     start(flaskd)
     code(flaskd, "two", WAITS)
     restarting = Asking(flaskd, "restart 1")
@@ -236,7 +236,7 @@ def test_the_slot_that_is_restarted_may_be_scaled_away(flaskd: Flaskd) -> None:
 
 
 def test_a_drain_ends_a_restart(flaskd: Flaskd) -> None:
-    """Who waits is told, and the old workers serve after resume."""
+    """A drain ends a restart, which gets an error, and the old workers serve after the resume."""
     start(flaskd)
     before = workers(flaskd)
     code(flaskd, "two", WAITS)
@@ -251,7 +251,7 @@ def test_a_drain_ends_a_restart(flaskd: Flaskd) -> None:
 
 
 def test_sigterm_replaces_a_worker(flaskd: Flaskd) -> None:
-    """One that gets SIGTERM from whom ever finishes what it has, while another one takes its slot; nothing is lost."""
+    """A worker that gets SIGTERM finishes its requests while another one takes its slot; nothing is lost."""
     start(flaskd)
     before = workers(flaskd)
     with Clients(flaskd.url) as clients:
@@ -265,7 +265,7 @@ def test_sigterm_replaces_a_worker(flaskd: Flaskd) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
 def test_other_signals_do_nothing_to_a_worker(flaskd: Flaskd, number: int) -> None:
-    """SIGINT, SIGHUP and SIGQUIT, which a terminal sends to all, are the supervisor's."""
+    """SIGINT, SIGHUP and SIGQUIT, which a terminal sends to all processes, do nothing to a worker."""
     start(flaskd)
     before = workers(flaskd)
     for _, pid in before:
@@ -280,7 +280,7 @@ def test_other_signals_do_nothing_to_a_worker(flaskd: Flaskd, number: int) -> No
 
 
 def test_verbs_of_workers_answer_where_there_are_none(flaskd: Flaskd) -> None:
-    """With server.workers: 0 they say that the app runs in the daemon itself; reload is that of the configuration."""
+    """With server.workers: 0, verbs for workers say that the app runs in the daemon itself."""
     code(flaskd, "one")
     flaskd.start(app="shop:app")
     none = "there are no workers (server.workers is 0): the app runs in the daemon itself"
@@ -311,7 +311,7 @@ def fill():
 
 
 def test_a_cache_is_kept_by_the_stop_and_brought_back_at_the_start_alone(flaskd: Flaskd) -> None:
-    """cache.persist: a replacement neither keeps nor brings back; each worker of the next start has its own again."""
+    """cache.persist acts at the stop and the next start, each worker with its own cache; not at a replacement."""
     path = "{use: cache.persist, with: {path: 'cache-{worker}.bin'}}"
     flaskd.write("flaskd.yaml", f"cleanup: {{policies: {{warm: {path}}}}}\n")
     code(flaskd, "one", CACHE)

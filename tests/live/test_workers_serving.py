@@ -1,4 +1,4 @@
-"""An app served by worker processes, as it would be without them: where it listens, what it is told, what it inherits."""
+"""An app served by workers behaves as without them: listeners, environ, and what child processes inherit."""
 
 import contextlib
 import json
@@ -41,14 +41,14 @@ def fork():
 
 
 def who(url: str) -> dict[str, Any]:
-    """What a worker tells of itself."""
+    """What a worker tells of itself in an answer."""
     status, body = get(url, "/who")
     assert status == 200
     return dict(json.loads(body))
 
 
 def both(flaskd: Flaskd) -> list[dict[str, Any]]:
-    """What each of two workers tells of itself: the second one is asked while the first one is busy."""
+    """What each of two workers tells of itself: the second is asked while the first is busy."""
     url = flaskd.url
     held = flaskd.hold(url)
     found = [who(url)]
@@ -61,7 +61,7 @@ def both(flaskd: Flaskd) -> list[dict[str, Any]]:
 
 
 def workers(flaskd: Flaskd) -> dict[int, int]:
-    """The pid of the worker in each slot; of the last one where there are two."""
+    """The pid of the worker in each slot; of the newest one if there are two."""
     return {int(each["slot"]): int(each["pid"]) for each in shown(flaskd)}
 
 
@@ -72,7 +72,7 @@ def start(flaskd: Flaskd, *args: str, **how: str) -> Flaskd:
 
 
 def test_all_kinds_of_listeners(flaskd: Flaskd) -> None:
-    """Both workers accept on TCP, IPv6 and a Unix socket; each is told its slot and generation, and works in app.chdir."""
+    """Both workers accept on TCP, IPv6 and a Unix socket, know their slot and generation, and work in app.chdir."""
     there = flaskd.directory / "there"
     there.mkdir()
     flaskd.write("flaskd.yaml", f"app: {{chdir: {there}}}\n")
@@ -100,7 +100,7 @@ def test_all_kinds_of_listeners(flaskd: Flaskd) -> None:
 
 
 def test_without_workers_it_is_slot_0(flaskd: Flaskd) -> None:
-    """An app that runs its scheduler in slot 0 alone runs it without workers, too."""
+    """Without workers FLASKD_WORKER is 0, so an app that runs its scheduler in slot 0 runs it."""
     flaskd.write("whoapp.py", APP)
     flaskd.start(app="whoapp")
     told = who(flaskd.url)
@@ -108,7 +108,7 @@ def test_without_workers_it_is_slot_0(flaskd: Flaskd) -> None:
 
 
 def test_an_inherited_listener(flaskd: Flaskd) -> None:
-    """`fd:NAME` is served by the workers; while drained they answer 503 there, and resume serves again."""
+    """Workers serve a listener fd:NAME, answer 503 there while drained, and serve again after a resume."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
         url = f"http://127.0.0.1:{sock.getsockname()[1]}/"
         flaskd.write("whoapp.py", APP)
@@ -125,7 +125,7 @@ def test_an_inherited_listener(flaskd: Flaskd) -> None:
             assert flaskd.command("resume") == "OK ready\n"
         assert get(url) == (200, b"hello")
         assert flaskd.stop() == 0
-        waiting = Answer(url, "/")  # in the backlog, for who listens there next
+        waiting = Answer(url, "/")  # they wait in the backlog for the next process that listens
         del flaskd.env["LISTEN_FDNAMES"]
         flaskd.write("flaskd.yaml", "server: {workers: 2}\n")
         inherit(flaskd, sock, app="whoapp")
@@ -134,7 +134,7 @@ def test_an_inherited_listener(flaskd: Flaskd) -> None:
 
 
 def test_the_health_path_tells_of_the_service(flaskd: Flaskd) -> None:
-    """It is ready while a worker is replaced, by the worker that leaves as well; not while the service drains."""
+    """The health path says ready while a worker is replaced, in the old worker, too; not while the service drains."""
     flaskd.write("flaskd.yaml", "health: {path: /healthz}\nshutdown: {drain: {keepalive_grace: 20s}}\n")
     start(flaskd)
     url = flaskd.url
@@ -159,7 +159,7 @@ def test_the_health_path_tells_of_the_service(flaskd: Flaskd) -> None:
             client.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
             return b" 503 " in client.recv(65536)
 
-        flaskd.until(unready)  # each worker is told of the drain a moment after the reply
+        flaskd.until(unready)  # workers are told of the drain a moment after the reply
     flaskd.gate.open()
     assert held.result() == (200, b"held")
     assert flaskd.stop() == 0
@@ -175,7 +175,7 @@ FAILURES = {
 
 @pytest.mark.parametrize("how", FAILURES)
 def test_a_first_generation_that_does_not_load(flaskd: Flaskd, how: str) -> None:
-    """The start fails with the exit code that it has without workers, and says why once, not once for each worker."""
+    """The start fails with the same exit code as without workers, and logs the reason once."""
     text, code, why = FAILURES[how]
     if text is not None:
         flaskd.write("broken.py", text)
@@ -189,7 +189,7 @@ def test_a_first_generation_that_does_not_load(flaskd: Flaskd, how: str) -> None
 
 
 def test_an_app_in_hand_needs_a_name(flaskd: Flaskd) -> None:
-    """flaskd.serve(app), and a factory that only Flask's command line has, cannot be imported by workers: 78."""
+    """Workers cannot import an app object, or a factory of Flask's command line: exit code 78."""
     serve = "import flaskd\nfrom gateapp import app\nraise SystemExit(flaskd.serve(app, {'server': {'workers': 2}}))\n"
     group = (
         "import click\nfrom flask.cli import FlaskGroup\ndef create():\n    from gateapp import app\n    return app\n"
@@ -205,7 +205,7 @@ def test_an_app_in_hand_needs_a_name(flaskd: Flaskd) -> None:
 
 
 def test_flask_daemon_serves_with_workers(flaskd: Flaskd) -> None:
-    """`flask --app NAME daemon -w 2` has each worker import the app by that name."""
+    """With `flask --app NAME daemon -w 2` each worker imports the app by that name."""
     with flaskd.log_file.open("ab") as log:
         flaskd.process = subprocess.Popen(
             [sys.executable, "-m", "flask", "--app", "gateapp:app", "daemon", "-w", "2", "-l", "127.0.0.1:0"],
@@ -219,7 +219,7 @@ def test_flask_daemon_serves_with_workers(flaskd: Flaskd) -> None:
 
 
 def test_logs_and_proxies(flaskd: Flaskd) -> None:
-    """Access lines of both workers are whole, with what a trusted proxy says of a request; log-level reaches workers."""
+    """Access lines of both workers are complete, with the client's address from a proxy; log-level reaches workers."""
     flaskd.write(
         "flaskd.yaml",
         "server: {workers: 2, trusted_proxy: 127.0.0.1, trusted_proxy_headers: x-forwarded-for}\n"
@@ -275,16 +275,16 @@ def test_logs_and_proxies(flaskd: Flaskd) -> None:
 
 
 def shared_with_the_supervisor(pid: int) -> list[str]:
-    """What a process has open of a worker's: its sockets, and the memory that it shares with the supervisor."""
+    """The worker's sockets that a process has open, and the memory shared with the supervisor."""
     found = []
     for each in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # closed in this moment
+        with contextlib.suppress(FileNotFoundError):  # it was closed just now
             found.append(str(each.readlink()))
     return [where for where in found if where.startswith("socket:") or "memfd" in where]
 
 
 def test_a_forked_child_keeps_nothing(flaskd: Flaskd) -> None:
-    """A child that the app forks has neither wire, listeners nor board, at import or in a request, and outlives all."""
+    """A child that the app forks has neither wire nor listeners nor board, at import or in a request."""
     flaskd.write("whoapp.py", APP + "\nwith app.test_request_context():\n    app.forked = fork()\n"
                  "@app.get('/forked')\ndef forked():\n    return app.forked\n")  # fmt: skip
     flaskd.start("-w", "2", "-t", "1", app="whoapp")
@@ -294,7 +294,7 @@ def test_a_forked_child_keeps_nothing(flaskd: Flaskd) -> None:
     try:
         assert len(shared_with_the_supervisor(int(worker))) >= 3
         for pid in pids:
-            flaskd.until(lambda pid=pid: shared_with_the_supervisor(pid) == [])  # its parent may be the faster one
+            flaskd.until(lambda pid=pid: shared_with_the_supervisor(pid) == [])  # its parent may be faster
         pids += [pid for each in workers(flaskd).values() for pid in children(each)]
         url = flaskd.url
         assert flaskd.stop() == 0
@@ -315,7 +315,7 @@ with open("urls", "a") as file:
 
 
 def test_a_shutdown_endpoint_of_the_app(flaskd: Flaskd) -> None:
-    """Each worker's code opens it, and it is there once, in the supervisor; what is posted there stops the service."""
+    """Each worker's code opens a shutdown endpoint; there is one, in the supervisor, and it stops the service."""
     import flaskd as package
 
     token = package.ShutdownEndpoint.make_token(flaskd.directory / "token").read_text().strip()
@@ -338,7 +338,7 @@ def test_a_shutdown_endpoint_of_the_app(flaskd: Flaskd) -> None:
 
 
 def test_a_service_that_nobody_asks_stops(flaskd: Flaskd) -> None:
-    """shutdown.idle counts for both workers together: requests to either keep it, and what is in hand in one."""
+    """shutdown.idle counts for both workers together: a request to either, and one in hand, keeps the service."""
     flaskd.write("flaskd.yaml", "shutdown: {idle: {after: 2s, ignore: [/poll]}}\n")
     start(flaskd)
     url = flaskd.url
@@ -361,17 +361,17 @@ def test_a_service_that_nobody_asks_stops(flaskd: Flaskd) -> None:
         flaskd.gate.open()
         assert held.result() == (200, b"held")
         assert "STOPPING=1" not in "".join(flaskd.drain_messages())
-        assert "idle: nothing was asked for 2s" in flaskd.wait_message("STOPPING=1")
+        assert "idle: no request for 2s" in flaskd.wait_message("STOPPING=1")
         assert flaskd.wait() == 0
     finally:
         ended.set()
         thread.join()
     assert len(polls) > 3
-    assert flaskd.record()["reason"] == "idle: nothing was asked for 2s"
+    assert flaskd.record()["reason"] == "idle: no request for 2s"
 
 
 def test_admin_and_roles(flaskd: Flaskd) -> None:
-    """The admin listener and the control socket are the supervisor's: probes and status need no worker to answer."""
+    """The supervisor has the admin listener and the control socket: probes and status need no worker."""
     flaskd.write("flaskd.yaml", "admin: {listen: '127.0.0.1:0'}\n")
     start(flaskd)
     admin = "http://" + flaskd.status()["admin"][0] + "/"

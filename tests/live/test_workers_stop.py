@@ -1,4 +1,4 @@
-"""Stops of a service with worker processes: in order, by the deadline, with one account; and workers that leave alone."""
+"""Stops of a service with workers: the order, the deadline, one account; and single workers that stop."""
 
 import json
 import os
@@ -63,7 +63,7 @@ signal.signal(signal.SIGUSR2, leave)
 
 
 def start(flaskd: Flaskd, configuration: str = "", *, app: str = "stopapp") -> str:
-    """Start it with two workers, and give its URL."""
+    """Start it with two workers; returns its URL."""
     flaskd.write("stopapp.py", APP)
     flaskd.write("leaving.py", LEAVING)
     flaskd.write("cleaning.py", CLEANING)
@@ -73,7 +73,7 @@ def start(flaskd: Flaskd, configuration: str = "", *, app: str = "stopapp") -> s
 
 
 def unfinished(flaskd: Flaskd) -> list[str]:
-    """What the record tells of what was not finished."""
+    """What was not finished, from the record."""
     return [each["name"] for each in flaskd.record().get("unfinished", [])]
 
 
@@ -93,14 +93,14 @@ cleanup:
 
 
 def test_the_order_of_steps(flaskd: Flaskd) -> None:
-    """A worker's steps run in each, the service's once: to announce before all workers, its later ones after the last."""
+    """A worker's steps run in each worker; the service's run once, before all workers or after the last one."""
     url = start(flaskd, POLICIES, app="cleaning")
     assert flaskd.command("restart 1").splitlines()[-1].startswith("OK restarted")
     flaskd.until(lambda: len(shown(flaskd)) == 2)
     replaced = (flaskd.directory / "order").read_text().split("\n")
     assert "never" not in replaced
     assert "tell" not in replaced
-    assert "on_stop 1" in replaced  # as at each end of a worker
+    assert "on_stop 1" in replaced  # as at the end of each worker
     (flaskd.directory / "order").unlink()
     pids = worker_pids(flaskd)
     held = flaskd.hold(url)
@@ -133,14 +133,14 @@ def test_the_order_of_steps(flaskd: Flaskd) -> None:
 
 
 def test_signals_again_and_again(flaskd: Flaskd) -> None:
-    """The second SIGTERM cuts what is in hand in all workers; the third leaves at once, and no worker stays behind."""
+    """The second SIGTERM cuts the requests of all workers; the third ends at once, and no worker is left."""
     slow = "cleanup: {policies: {slow: {use: command, scope: worker, with: {argv: [sleep, '60']}, timeout: 60s}}}\n"
     url = start(flaskd, "shutdown: {deadline: 90s, drain: {timeout: 80s}}\n")
     pids = worker_pids(flaskd)
     held = hold_in_both(flaskd, url)
     flaskd.kill(signal.SIGTERM)
     flaskd.wait_message("STOPPING=1")
-    time.sleep(0.3)  # not a wait for anything: signals closer together than 250 ms are one signal
+    time.sleep(0.3)  # signals closer together than 250 ms count as one
     before = time.monotonic()
     flaskd.kill(signal.SIGTERM)
     assert flaskd.wait() == 0
@@ -183,7 +183,7 @@ def terminal(flaskd: Flaskd) -> Iterator[Terminal]:
 
 
 def test_ctrl_c_in_a_terminal(terminal: Terminal) -> None:
-    """It comes to all processes, and is the supervisor's alone: what is in hand is answered, and the exit code is 0."""
+    """Ctrl-C reaches all processes, and the supervisor alone acts: requests are answered, exit code 0."""
     held = hold_in_both(terminal.flaskd, terminal.flaskd.url)
     pids = worker_pids(terminal.flaskd)
     terminal.type(b"\x03")
@@ -196,23 +196,23 @@ def test_ctrl_c_in_a_terminal(terminal: Terminal) -> None:
 
 
 def test_three_ctrl_c_in_a_terminal(terminal: Terminal) -> None:
-    """The second one cuts short, the third ends all processes at once."""
+    """The second Ctrl-C cuts the stop short, the third ends all processes at once."""
     terminal.flaskd.hold()
     pids = worker_pids(terminal.flaskd)
     terminal.type(b"\x03")
     terminal.read_until(b"stopping")
-    time.sleep(0.3)  # not a wait for anything: signals closer together than 250 ms are one signal
+    time.sleep(0.3)  # signals closer together than 250 ms count as one
     terminal.type(b"\x03")
     terminal.read_until(b"asked again")
     time.sleep(0.3)
     terminal.type(b"\x03")
-    assert terminal.flaskd.wait() in {0, 130}  # the second may have been enough
+    assert terminal.flaskd.wait() in {0, 130}  # the second one may have been enough
     all_gone(terminal.flaskd, pids)
     (terminal.flaskd.state / "running.json").unlink(missing_ok=True)
 
 
 def test_a_signal_ends_the_import_in_workers(flaskd: Flaskd) -> None:
-    """While workers import the app, a SIGTERM ends all of it within moments, with 0 and nothing left behind."""
+    """SIGTERM while workers import the app ends all processes soon, with 0, and nothing is left."""
     flaskd.write("sleeper.py", "import os, socket, time\ngate = socket.socket(socket.AF_UNIX)\n"
                  "gate.connect(os.environ['GATE'])\ngate.sendall(b'entered')\ntime.sleep(60)\n")  # fmt: skip
     flaskd.launch("-w", "2", app="sleeper")
@@ -231,7 +231,7 @@ def test_a_signal_ends_the_import_in_workers(flaskd: Flaskd) -> None:
 
 @pytest.mark.parametrize("how", ["SIGTERM", "SystemExit"])
 def test_a_worker_that_leaves_alone(flaskd: Flaskd, how: str) -> None:
-    """SIGTERM replaces that worker, SystemExit in its main thread ends it: what it has in hand is finished, all serve."""
+    """SIGTERM to a worker, or SystemExit in its main thread, ends it after its requests; other workers serve."""
     url = start(flaskd, "health: {path: /healthz}\n", app="leaving")
     held = hold_in_both(flaskd, url)
     before = worker_pids(flaskd)
@@ -242,7 +242,7 @@ def test_a_worker_that_leaves_alone(flaskd: Flaskd, how: str) -> None:
     for _ in range(10):
         assert get(url, "/healthz") == (200, b"ready\n")
         assert get(url, "/pid")[0] == 200
-    with connect(url) as client:  # the listener's gate is open
+    with connect(url) as client:  # the gate of the listener is open
         client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         assert b"200 OK" in client.recv(65536)
     flaskd.gate.open()
@@ -260,7 +260,7 @@ def test_a_worker_that_leaves_alone(flaskd: Flaskd, how: str) -> None:
 
 
 def test_a_signal_to_the_whole_process_group(flaskd: Flaskd) -> None:
-    """SIGTERM to supervisor and workers at once is one stop: no worker is started for one that would be replaced."""
+    """SIGTERM to supervisor and workers at once is one stop: no worker is started."""
     url = start(flaskd)
     held = hold_in_both(flaskd, url)
     for pid in (*worker_pids(flaskd), flaskd.pid):
@@ -275,7 +275,7 @@ def test_a_signal_to_the_whole_process_group(flaskd: Flaskd) -> None:
 
 
 def test_what_the_app_leaves_to_the_end_of_its_process(flaskd: Flaskd) -> None:
-    """Exit callbacks and finalizers run in workers; what takes longer than exit_wait is cut, and told with its worker."""
+    """Exit callbacks and finalizers run in workers; what exceeds exit_wait is cut, and named with its worker."""
     config = "shutdown: {deadline: 40s, exit_wait: 8s, exit_codes: {degraded: 9}}\n"
     url = start(flaskd, config)
     assert get(url, "/callback/0.1") == (200, b"registered")
@@ -301,7 +301,7 @@ def test_what_the_app_leaves_to_the_end_of_its_process(flaskd: Flaskd) -> None:
 
 
 def test_the_stop_tells_what_it_waits_for(flaskd: Flaskd) -> None:
-    """While a worker waits for an exit callback STATUS names it; who asks again has that cut."""
+    """While a worker waits for an exit callback, STATUS names that; a second request to stop cuts it."""
     url = start(flaskd, "shutdown: {deadline: 90s, exit_wait: 80s, exit_codes: {degraded: 9}}\n")
     assert get(url, "/callback/80.0") == (200, b"registered")
     flaskd.kill(signal.SIGTERM)
@@ -314,7 +314,7 @@ def test_the_stop_tells_what_it_waits_for(flaskd: Flaskd) -> None:
 
 
 def test_the_deadline_holds(flaskd: Flaskd) -> None:
-    """An app that never lets go of the interpreter is killed with its worker by the deadline, and its request is named."""
+    """An app that never releases the GIL is killed with its worker at the deadline, and its request is named."""
     flaskd.write("hog.py", "import ctypes, os, socket\nfrom gateapp import app\n@app.get('/hog')\ndef hog():\n"
                  "    with socket.socket(socket.AF_UNIX) as gate:\n"
                  "        gate.connect(os.environ['GATE']); gate.sendall(b'entered'); gate.recv(1)\n"
@@ -338,7 +338,7 @@ def test_the_deadline_holds(flaskd: Flaskd) -> None:
 
 @pytest.mark.skipif(bool(no_pid_namespace()), reason=f"no PID namespace: {no_pid_namespace()}")
 def test_as_pid_1(flaskd: Flaskd) -> None:
-    """As a container's first process: what is in hand in workers is answered at SIGTERM, and strangers are reaped."""
+    """As a container's first process, flaskd answers requests in workers at SIGTERM, and reaps orphans."""
     flaskd.write("flaskd.yaml", "cleanup: {policies: {\n"
                  "  orphans: {use: command, with: {argv: [sh, -c, '(exit 0) & (exit 0) & :']}, phase: quiesce}}}\n")  # fmt: skip
     flaskd.start("-w", "2", "-t", "16", prefix=["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"])
@@ -358,7 +358,7 @@ def test_as_pid_1(flaskd: Flaskd) -> None:
 
 
 def test_a_stop_while_workers_are_replaced(flaskd: Flaskd) -> None:
-    """A stop ends a `restart` under way: who waits for it is told, the new workers go, and the old ones finish."""
+    """A stop during a `restart` ends it with an error, new workers end, and old ones finish their requests."""
     url = start(flaskd)
     held = hold_in_both(flaskd, url)
     with flaskd.control() as client:

@@ -1,4 +1,4 @@
-"""Worker processes in live tests: an app of which there is another version, what is asked of them, and clients."""
+"""Workers in live tests: an app with two versions, questions to flaskd, and clients."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ WAITS = (
 
 
 def code(flaskd: Flaskd, name: str, more: str = "") -> None:
-    """Put code on the disk which answers with that name; `more` comes after it."""
+    """Write code that answers with that name; `more` comes after it."""
     flaskd.write("shop.py", APP.format(code=name) + more)
 
 
 def start(flaskd: Flaskd, *args: str, config: str = "") -> Flaskd:
-    """Two workers that serve the code "one"."""
+    """Start two workers that serve the code "one"."""
     code(flaskd, "one")
     if config:
         flaskd.write("flaskd.yaml", config)
@@ -56,7 +56,7 @@ def start(flaskd: Flaskd, *args: str, config: str = "") -> Flaskd:
 
 
 def asked(flaskd: Flaskd, verb: str) -> dict[str, Any]:
-    """What programs are answered."""
+    """The answer of a client verb, as JSON for programs."""
     with flaskd.control() as client:
         client.sendall(json.dumps({"id": 1, "cmd": verb}).encode() + b"\n")
         with client.makefile("rb") as answers:
@@ -64,12 +64,12 @@ def asked(flaskd: Flaskd, verb: str) -> dict[str, Any]:
 
 
 def shown(flaskd: Flaskd) -> list[dict[str, Any]]:
-    """Each worker, as programs see it."""
+    """The description of each worker, as JSON for programs."""
     return list(asked(flaskd, "workers")["list"])
 
 
 def workers(flaskd: Flaskd) -> list[tuple[int, int]]:
-    """Slot and pid of each worker that serves."""
+    """Slot and pid of each serving worker."""
     return [(each["slot"], each["pid"]) for each in shown(flaskd) if each["state"] == "ready"]
 
 
@@ -79,7 +79,7 @@ def generations(flaskd: Flaskd) -> list[int]:
 
 
 class Clients:
-    """Clients that ask without a pause, and note what became of each request."""
+    """Clients that send requests without a pause, and note the outcome of each."""
 
     def __init__(self, url: str, count: int = 4) -> None:
         self._url, self._ended = url, threading.Event()
@@ -102,7 +102,7 @@ class Clients:
 
     @property
     def lost(self) -> list[object]:
-        """What was no answer of the app."""
+        """The outcomes that were no answer of the app."""
         return [each for each in self.answers if not isinstance(each, tuple) or each[0] != 200]
 
     @property
@@ -112,7 +112,7 @@ class Clients:
 
 
 class Asking(threading.Thread):
-    """A command that is carried out while the test goes on."""
+    """A command that runs while the test goes on."""
 
     def __init__(self, flaskd: Flaskd, line: str = "reload") -> None:
         super().__init__(daemon=True)
@@ -127,7 +127,7 @@ class Asking(threading.Thread):
             self._said = b"".join(iter(lambda: self._control.recv(65536), b""))
 
     def answer(self) -> str:
-        """All that was said, without the progress."""
+        """All output, without the progress."""
         self.join(60)
         assert not self.is_alive(), self._flaskd.log
         return "".join(each for each in self._said.decode().splitlines(keepends=True) if not each.startswith(".. "))
@@ -139,9 +139,9 @@ def worker_pids(flaskd: Flaskd) -> set[int]:
 
 
 def hold_in_both(flaskd: Flaskd, url: str, least: int = 3) -> list[Answer]:
-    """Make requests that run until the gate opens, until both workers have some; each has 16 threads.
+    """Make requests that run until the gate opens, until both workers have some; each worker has 16 threads.
 
-    On a busy machine one may take more than it has places for, before the other is awake.
+    On a busy machine one worker may take more requests than it has places for, before the other one is awake.
     """
     held: list[Answer] = []
     while len(held) < least or not all(each["in_flight"] for each in shown(flaskd)):
@@ -154,7 +154,7 @@ def hold_in_both(flaskd: Flaskd, url: str, least: int = 3) -> list[Answer]:
 
 
 def all_gone(flaskd: Flaskd, pids: set[int]) -> None:
-    """Wait until none of these processes is there any more, or only as one that was not reaped."""
+    """Wait until all of these processes have ended, reaped or not."""
 
     def gone(pid: int) -> bool:
         try:

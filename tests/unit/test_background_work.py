@@ -35,7 +35,7 @@ def worker():
 
 @pytest.fixture
 def export(worker):
-    """Work in the background of another thread: has begun; `set` lets it end."""
+    """Work in the background of another thread: `begun` says that it runs; `set` lets it end."""
     begun, may_end = threading.Event(), threading.Event()
 
     def work():
@@ -50,7 +50,7 @@ def export(worker):
 
 
 def test_what_is_marked_is_shown(export):
-    """Name, age and thread of what is under way; its stack where that is asked for."""
+    """Running work is shown with name, age and thread, and with its stack if asked for."""
     (found,) = background_work(stacks=True)
     assert (found.name, found.thread) == ("export", "exporter")
     assert 0 <= found.age < PATIENCE
@@ -60,14 +60,14 @@ def test_what_is_marked_is_shown(export):
 
 
 def test_a_name_stays_on_its_line():
-    """What a client chose for a name forges no line of a log or an answer, and paints no terminal."""
+    """A name that a client chose cannot forge a line of a log or an answer, or control a terminal."""
     with flaskd.background("export \x1b[31m\nOK ready é"):
         (found,) = background_work()
     assert found.name == "export ?[31m?OK ready é"
 
 
 def test_a_decorated_function_is_marked_while_it_runs():
-    """Each call is work of its own, nested ones too; its result comes back, and its exception."""
+    """Each call, nested ones included, is work of its own; its result or exception is passed on."""
 
     @flaskd.background("job")
     def job(depth):
@@ -82,7 +82,7 @@ def test_a_decorated_function_is_marked_while_it_runs():
 
 
 def test_one_mark_can_be_used_again_and_within_itself():
-    """A mark in hand counts as often as it is entered."""
+    """One mark object may be entered several times, also nested; each entry counts."""
     mark = flaskd.background("again")
     for _ in range(2):
         with mark, mark:
@@ -91,7 +91,7 @@ def test_one_mark_can_be_used_again_and_within_itself():
 
 
 def test_threads_share_a_mark(worker):
-    """Each thread that uses one mark takes away its own entry, whichever ends first."""
+    """If threads share a mark, each removes its own entry, whichever ends first."""
     mark, begun, may_end = flaskd.background("shared"), threading.Event(), threading.Event()
 
     def work():
@@ -111,7 +111,7 @@ def test_threads_share_a_mark(worker):
 
 
 def test_what_is_not_done_when_it_returns_is_refused():
-    """A coroutine or generator function would lose its mark before its work begins."""
+    """A coroutine or generator function cannot be decorated, because its mark would end before its work begins."""
 
     async def later():
         pass
@@ -126,12 +126,12 @@ def test_what_is_not_done_when_it_returns_is_refused():
 
 @pytest.mark.parametrize("server", ["waitress", "werkzeug"])
 def test_a_drain_waits_for_it(export, server):
-    """With nothing else in hand, the drain is over the moment the work ends, and clean."""
+    """Without requests a drain is over, and clean, at the moment when the work ends."""
     with flaskd.ServerThread(app, server=server) as serving:
         reports = []
         draining = threading.Thread(target=lambda: reports.append(serving.drain(PATIENCE)))
         draining.start()
-        draining.join(0.2)  # nothing in hand would be drained by now
+        draining.join(0.2)  # without the work it would be over by now
         assert draining.is_alive()
         before = time.monotonic()
         export.set()
@@ -142,7 +142,7 @@ def test_a_drain_waits_for_it(export, server):
 
 @pytest.mark.parametrize("server", ["waitress", "werkzeug"])
 def test_the_deadline_leaves_it_behind(export, caplog, server):
-    """What still runs at the deadline is in the report and, with its stack, in the log; the drain is not clean."""
+    """Work that still runs at the deadline is in the report and, with its stack, in the log; the drain is not clean."""
     with flaskd.ServerThread(app, server=server) as serving:
         report = serving.drain(0.1)
         (left,) = report.background
@@ -156,7 +156,7 @@ def test_the_deadline_leaves_it_behind(export, caplog, server):
 
 
 def test_resume_forgets_the_wait(export):
-    """A drain that is undone waits no more, and the next one waits anew."""
+    """A drain that is undone stops waiting, and the next one waits again."""
     with WaitressThread(app) as server:
         server.begin_drain(PATIENCE, lambda _report: None)
         assert server.turns(PATIENCE)
@@ -166,16 +166,16 @@ def test_resume_forgets_the_wait(export):
 
 
 def test_a_report_without_it_is_as_ever():
-    """Nothing in the background, no word of it."""
+    """Without background work the report does not mention any."""
     assert str(DrainReport()) == "completed=0 rejected=0 cut=0 took=0s"
     assert "background" not in DrainReport().as_json()
 
 
 @pytest.mark.filterwarnings(
     "ignore:.*fork.*:DeprecationWarning"
-)  # from 3.12 on: there are threads, and that is the point
+)  # from 3.12 on: forking with threads is what is tested
 def test_a_forked_child_has_none_of_it(export):
-    """The threads that do the work are not in the child, so neither is the work."""
+    """A forked child has no background work, because it does not have the threads."""
     child = os.fork()
     if child == 0:
         os._exit(1 if in_background() else 0)

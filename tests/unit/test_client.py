@@ -1,4 +1,4 @@
-"""Where a client looks for a daemon, and what it says when it may not."""
+"""Where a client looks for a daemon, and what it says if it may not look."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ ENVIRON = {"RUNTIME_DIRECTORY": "/nowhere/one", "XDG_RUNTIME_DIR": "/nowhere"}
 
 @contextlib.contextmanager
 def answering(path, answer):
-    """Somebody who gives one client that answer, whatever it asks for."""
+    """A process' thread that gives one client that answer, whatever it asks for."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
@@ -45,7 +45,7 @@ def answering(path, answer):
 
 @pytest.fixture
 def closed(monkeypatch):
-    """A directory that others may not search: root, as whom the tests may run, may search all."""
+    """A directory that others may not search; simulated, because root may search all."""
     real = os.stat
 
     def look(path, *args, **kwargs):
@@ -60,7 +60,7 @@ def closed(monkeypatch):
 
 @pytest.mark.usefixtures("closed")
 def test_a_place_where_one_must_not_look_is_no_empty_place():
-    """It is named, with whom it is for, before the places where there is nothing."""
+    """A directory that this user may not search is named, with its owner, before the places without a daemon."""
     with pytest.raises(ForbiddenError) as caught:
         find_socket(None, NAME, ENVIRON)
     said = str(caught.value)
@@ -74,19 +74,19 @@ def test_a_place_where_one_must_not_look_is_no_empty_place():
 
 @pytest.mark.usefixtures("closed")
 def test_a_place_named_is_taken_as_the_socket_where_one_must_not_look():
-    """Connecting to it says what is wrong."""
+    """A path given by name is used as the socket even if the directory cannot be searched; connecting tells the fault."""
     assert find_socket("/nowhere/one/control.sock", NAME, {}) == Path("/nowhere/one/control.sock")
 
 
 def test_a_place_is_named_once():
-    """Though two of the variables lead there."""
+    """A place is named once, even if two variables lead to it."""
     with pytest.raises(NoDaemonError) as caught:
         find_socket(None, NAME, {"RUNTIME_DIRECTORY": "/nowhere/nobody-runs-this", "XDG_RUNTIME_DIR": "/nowhere"})
     assert str(caught.value).count("/nowhere/nobody-runs-this/control.sock") == 1
 
 
 def test_a_stale_socket_hides_no_daemon_in_a_later_place(tmp_path):
-    """It is passed over for one that answers; where there is no other, connecting to it tells what is wrong."""
+    """A stale socket is skipped for one that answers; if there is no other, connecting to it tells what is wrong."""
     environ = {"RUNTIME_DIRECTORY": str(tmp_path / "one"), "XDG_RUNTIME_DIR": str(tmp_path)}
     places = [tmp_path / "one" / "control.sock", tmp_path / NAME / "control.sock"]
     listeners = []
@@ -118,18 +118,18 @@ def _no_others(monkeypatch):
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """A machine with no daemon but those that a test puts there: `machine(place, answer)` gives the control socket."""
+    """A machine without daemons, except those that the test adds: `machine(place, answer)` gives the control socket."""
     listeners = []
 
     def places(name, _environ):
         return iter([tmp_path / "run" / name, tmp_path / "tmp" / f"{name}-7"])
 
     def serve(listener, answer):
-        with contextlib.suppress(OSError):  # it is shut down at the end
+        with contextlib.suppress(OSError):  # the test shuts it down at the end
             while True:
                 sock, _ = listener.accept()
                 with sock:
-                    if sock.recv(100):  # else it only looked whether there is one
+                    if sock.recv(100):  # otherwise the client only looked whether one listens
                         sock.sendall(answer)
 
     def put(place, answer):
@@ -157,7 +157,7 @@ def machine(monkeypatch, tmp_path):
     ("place", "way"), [("run/shop", "--name shop"), ("tmp/shop-7", "--name shop"), ("user/9/shop", "--socket {}")]
 )
 def test_where_no_daemon_of_a_name_runs_those_of_other_names_are_told(machine, tmp_path, place, way):
-    """By the option that leads to each of them, wherever it is."""
+    """Daemons of other names are named with the options that lead to them."""
     path = machine(place, STATUS)
     with pytest.raises(NoDaemonError) as caught:
         find_socket(None, NAME, {})
@@ -180,7 +180,7 @@ def test_a_daemon_in_another_directory_is_found_by_the_socket_that_it_bound(mach
 
 
 def test_a_socket_that_was_left_behind_hides_no_daemon_of_another_name(machine, tmp_path):
-    """It is not said that none runs."""
+    """With a stale socket of one name, daemons of other names are still named."""
     machine("run/shop", STATUS)
     stale = tmp_path / "run" / NAME / "control.sock"
     stale.parent.mkdir()
@@ -191,7 +191,7 @@ def test_a_socket_that_was_left_behind_hides_no_daemon_of_another_name(machine, 
 
 
 def test_every_daemon_is_listed(machine):
-    """How each is, one that does not answer or refuses, too; a socket where another program answers is none."""
+    """The list has each daemon's state, also of those that do not answer or refuse; sockets of other programs are left out."""
     machine("run/shop", STATUS)
     machine("run/others", b"220 mail\n")
     machine("run/strange", STATUS.replace(b"61.5", b'"long"'))
@@ -213,13 +213,13 @@ def test_every_daemon_is_listed(machine):
 
 @pytest.mark.usefixtures("machine")
 def test_where_no_daemon_runs_the_list_says_so():
-    """On standard error: the list itself is empty."""
+    """Without a daemon the list is empty, and standard error says so."""
     listed = CliRunner().invoke(cli, ["list"], standalone_mode=False)
     assert (listed.stdout, listed.stderr) == ("", "flaskd: no daemon is running that this user can see\n")
 
 
 def test_a_socket_that_one_may_not_open(monkeypatch, tmp_path):
-    """The refusal says for whom it is, with exit code 77, and nothing of a daemon that is not there."""
+    """The refusal names the users whom the socket is for, with exit code 77, and does not say that no daemon runs."""
     path = tmp_path / "control.sock"
     path.touch(0o600)
 
@@ -237,7 +237,7 @@ def test_a_socket_that_one_may_not_open(monkeypatch, tmp_path):
 
 @pytest.mark.usefixtures("closed")
 def test_what_needs_no_daemon_is_told_though_a_place_is_closed(monkeypatch, tmp_path):
-    """One's own record, and a plan of the file."""
+    """last-stop and an offline plan work without a daemon, even if a directory cannot be searched."""
     for name, value in {**ENVIRON, "STATE_DIRECTORY": str(tmp_path), "FLASKD_CONFIG": str(tmp_path / "c.yaml")}.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "last-stop.json").write_text(json.dumps({"reason": "signal: SIGTERM"}))
@@ -268,11 +268,11 @@ ANSWERS = {
 
 @pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
 def test_who_is_not_flaskd_is_named(tmp_path, answer):
-    """An answer in other words is a fault in one line."""
+    """An answer in another format is a fault in one line."""
     path = tmp_path / "other.sock"
     with answering(path, answer), ControlClient(path) as client, pytest.raises(NoDaemonError) as caught:
         client.request("status")
-    assert str(caught.value).startswith(f"cannot talk to {path}: who answers")
+    assert str(caught.value).startswith(f"cannot talk to {path}: what answers")
 
 
 FIELDS = {
@@ -287,7 +287,7 @@ FIELDS = {
 @pytest.mark.parametrize("verb", ["status", "requests", "threads", "config", "last-stop", "plan", "top", "log-level"])
 @pytest.mark.parametrize("answer", FIELDS.values(), ids=FIELDS)
 def test_fields_that_are_not_flaskds_are_no_traceback(tmp_path, monkeypatch, answer, verb):
-    """Each verb ends with one line and its exit code, or shows what there is."""
+    """An answer with unknown fields ends each verb with one line and its exit code, or is shown as far as possible."""
     path = tmp_path / "control.sock"
     monkeypatch.setenv("FLASKD_CONTROL", str(path))
     more = ["--simulate-hang", "x"] if verb == "plan" else []
@@ -297,7 +297,7 @@ def test_fields_that_are_not_flaskds_are_no_traceback(tmp_path, monkeypatch, ans
     if done.exception is None:
         assert done.return_value in {0, None}
     else:
-        assert str(done.exception).startswith(f"cannot talk to {path}: who answers there is not flaskd")
+        assert str(done.exception).startswith(f"cannot talk to {path}: what answers there is not flaskd")
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_fields_that_are_not_flaskds_are_no_traceback(tmp_path, monkeypatch, ans
 )  # fmt: skip
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_that_is_not_flaskds_is_no_traceback(tmp_path, monkeypatch, capfd, progress, terminal):
-    """Neither in the client nor in the thread that draws the bar."""
+    """Malformed progress raises neither in the client nor in the thread that draws the bar."""
     path = tmp_path / "control.sock"
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
     with answering(path, progress), pytest.raises(NoDaemonError):
@@ -317,7 +317,7 @@ def test_progress_that_is_not_flaskds_is_no_traceback(tmp_path, monkeypatch, cap
 
 @contextlib.contextmanager
 def pouring(path, piece, pause=0.0):
-    """Answers one client without end."""
+    """Sends one client an endless answer."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
@@ -340,7 +340,7 @@ def pouring(path, piece, pause=0.0):
 
 @pytest.mark.parametrize(("piece", "pause"), [(b" ", 0.01), (PROGRESS, 0.01), (PROGRESS, 0.0)])
 def test_an_answer_without_end_is_given_up(tmp_path, piece, pause):
-    """Its time is that of the whole answer, not of each silence; nobody who does not wait is held by progress."""
+    """The timeout is for the whole answer, not for each silence; without wait, progress does not extend it."""
     path = tmp_path / "control.sock"
     with (
         pouring(path, piece, pause),
@@ -351,7 +351,7 @@ def test_an_answer_without_end_is_given_up(tmp_path, piece, pause):
 
 
 def test_a_stop_whose_daemon_never_goes_is_told(tmp_path, monkeypatch, capfd):
-    """What it said is shown; that it does not close its end is a fault, after a while."""
+    """If the daemon says that it stops and never closes the connection, that is a fault after a while."""
     monkeypatch.setattr(client_verbs, "_LONG", 0.3)
     path = tmp_path / "control.sock"
     with (
@@ -363,19 +363,19 @@ def test_a_stop_whose_daemon_never_goes_is_told(tmp_path, monkeypatch, capfd):
 
 
 def test_an_answer_of_any_size_is_given_up(tmp_path, monkeypatch):
-    """What is no line yet is not read without a limit."""
+    """A line without end is read only up to a limit."""
     monkeypatch.setattr(flaskd_client, "_LONGEST", 1 << 20)
     path = tmp_path / "control.sock"
     with (
         pouring(path, b"x" * 65536),
         ControlClient(path) as client,
-        pytest.raises(NoDaemonError, match="who answers there is not flaskd: it says more than 1 MiB at a time"),
+        pytest.raises(NoDaemonError, match="what answers there is not flaskd: it says more than 1 MiB at a time"),
     ):
         client.request("status")
 
 
 def test_what_others_named_paints_no_terminal(tmp_path, monkeypatch):
-    """Paths and names that a client or the app chose are shown as text, each on its line."""
+    """Paths and names from a client or the app are shown as escaped text, on one line each."""
     path = tmp_path / "control.sock"
     entry = {"id": 1, "method": "GET", "path": "/\x1b[2J\n1: forged\u202e", "client": "a", "phase": "running", "age": 1,
              "sent": 0, "stack": "one\n\x1b[31mtwo"}  # fmt: skip
@@ -394,14 +394,14 @@ def test_what_others_named_paints_no_terminal(tmp_path, monkeypatch):
 
 @pytest.fixture
 def short_directory():
-    """A directory with a short name: the path of a Unix socket has at most 107 bytes (unix(7))."""
+    """A directory with a short name, because the path of a Unix socket has at most 107 bytes (unix(7))."""
     with tempfile.TemporaryDirectory(prefix="flaskd-") as path:
         yield Path(path).resolve()
 
 
 @pytest.fixture
 def temporary(short_directory, monkeypatch):
-    """A directory in which everybody may make one, as /tmp is."""
+    """A public directory, like /tmp."""
     path = short_directory / "tmp"
     path.mkdir()
     path.chmod(0o1777)
@@ -410,7 +410,7 @@ def temporary(short_directory, monkeypatch):
 
 
 def owned_by(monkeypatch, place, uid):
-    """Let a directory belong to another user: what runs as root could give it away, but the tests may not."""
+    """Make a directory appear to belong to another user, because tests without root cannot change the owner."""
     for name in ("stat", "lstat"):
         real = getattr(os, name)
 
@@ -422,7 +422,7 @@ def owned_by(monkeypatch, place, uid):
 
 
 def test_a_directory_that_another_user_made_in_tmp_is_not_trusted(temporary, monkeypatch):
-    """Whoever listens there would be told commands, and believed."""
+    """A directory of another user in /tmp is not trusted, because its daemon would get the commands."""
     temporary.mkdir(mode=0o700)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(temporary / "control.sock"))
@@ -435,7 +435,7 @@ def test_a_directory_that_another_user_made_in_tmp_is_not_trusted(temporary, mon
 
 @pytest.mark.parametrize("mode", [0o770, 0o702, 0o777])
 def test_a_directory_in_tmp_that_others_may_write_to_is_not_trusted(temporary, mode):
-    """They could have put the socket there."""
+    """A directory in /tmp that others may write to is not trusted, because they could have put the socket there."""
     temporary.mkdir()
     temporary.chmod(mode)
     (temporary / "control.sock").touch()
@@ -444,7 +444,7 @@ def test_a_directory_in_tmp_that_others_may_write_to_is_not_trusted(temporary, m
 
 
 def test_a_link_in_tmp_is_not_trusted(temporary, tmp_path):
-    """Who made it chose where it leads, and may choose again."""
+    """A link in /tmp is not trusted, because its maker chooses where it leads."""
     (tmp_path / "mine").mkdir(mode=0o700)
     (tmp_path / "mine" / "control.sock").touch()
     temporary.symlink_to(tmp_path / "mine")
@@ -453,17 +453,17 @@ def test_a_link_in_tmp_is_not_trusted(temporary, tmp_path):
 
 
 def test_who_listens_must_be_this_user_root_or_the_directorys_owner(tmp_path, monkeypatch):
-    """A process of somebody else that got hold of the place is told nothing (SO_PEERCRED, unix(7))."""
+    """A listening process of another user gets no command (SO_PEERCRED, unix(7))."""
     path = tmp_path / "control.sock"
     monkeypatch.setattr(os, "geteuid", lambda: 54321)
     with answering(path, b'{"ok": true, "result": "fine"}\n'), ControlClient(path) as client:
-        assert client.request("ready") == {"result": "fine"}  # of the owner
+        assert client.request("ready") == {"result": "fine"}  # the owner's
     path.unlink()
     monkeypatch.setattr(struct, "unpack", lambda *_: (1, 54322, 54322))
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
-        with pytest.raises(ForbiddenError, match="cannot trust who listens at .*: it runs as uid 54322"):
+        with pytest.raises(ForbiddenError, match="cannot trust the process that listens at .*: it runs as uid 54322"):
             ControlClient(path).__enter__()
 
 
@@ -471,7 +471,7 @@ def test_who_listens_must_be_this_user_root_or_the_directorys_owner(tmp_path, mo
     ("above", "mode", "trusted"), [(0, 0o755, True), (54323, 0o755, False), (0, 0o775, False), (0, 0o757, False)]
 )
 def test_the_directory_of_a_dynamic_user_is_nobodys(short_directory, monkeypatch, above, mode, trusted):
-    """Systemd 257 and later give it to nobody, and show it to the service as its own: one that root alone can make."""
+    """The directory of a DynamicUser= service, owned by nobody from systemd 257 on, is trusted if only root can make it."""
     directory = short_directory / "shop"
     directory.mkdir()
     directory.chmod(mode)
@@ -493,7 +493,7 @@ def test_the_directory_of_a_dynamic_user_is_nobodys(short_directory, monkeypatch
 
 
 def test_places_are_found_where_no_temporary_directory_can_be_written_to(monkeypatch):
-    """As on a read-only root: there is no daemon, and that is all."""
+    """On a read-only root the client only says that there is no daemon."""
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.setattr("tempfile._candidate_tempdir_list", list)
     with pytest.raises(NoDaemonError, match=f"no /tmp/{NAME}-"):

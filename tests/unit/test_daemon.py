@@ -1,4 +1,4 @@
-"""The daemon's events, one by one, in each of its states, with something that only seems to serve."""
+"""The daemon's events in each of its states, with an object that only pretends to serve."""
 
 import itertools
 import queue
@@ -66,7 +66,7 @@ class Drain:
 
 
 class Serving:
-    """Notes what is asked of it."""
+    """Notes the calls of its methods."""
 
     target, in_flight, left, step_left, policies, silent_for = "shop:app", 2, 25.0, 5.0, Plan(), 0.0
     unready = ""
@@ -108,7 +108,7 @@ class Serving:
 
 
 class Reply:
-    """Keeps what it is told."""
+    """Keeps what it was called with."""
 
     def __init__(self):
         self.said = queue.SimpleQueue()
@@ -182,7 +182,7 @@ def lead_to(state):
 STATES = [State.STARTING, State.READY, State.RELOADING, State.DRAINING, State.DRAINED, State.STOPPING]
 STEP = StepResult("mark", "close", "command", Fate.OK)
 EVENTS = {
-    # What happens, and the event of the life cycle that it is; None: it leads nowhere by itself.
+    # Each event, and the life cycle's event that it causes; None: none by itself.
     "drain": (DrainAsked, Event.DRAIN),
     "resume": (ResumeAsked, Event.RESUME),
     "reload": (ReloadAsked, Event.RELOAD),
@@ -205,7 +205,7 @@ EVENTS = {
     "a pulse": (lambda _: PulseDue(), None),
     "a tick": (lambda _: Tick(), None),
 }
-# These come from a stop alone.
+# These events come in a stop alone.
 ONLY_STOPPING = {"a step began", "a step ended", "the exit began"}
 
 
@@ -218,7 +218,7 @@ CELLS = [
 
 @pytest.mark.parametrize(("state", "name"), CELLS)
 def test_each_event_in_each_state(state, name, caplog):
-    """Leads where the table says, or is refused by name; nothing breaks off, and who asked is answered."""
+    """Each event leads where the table says or is refused, its method does not raise, and its reply is called."""
     living, reply = lead_to(state), Reply()
     make, event = EVENTS[name]
     made = make(reply=reply) if isinstance(make, type) else make(reply)
@@ -241,14 +241,14 @@ def test_each_event_in_each_state(state, name, caplog):
 
 
 def test_every_event_is_known():
-    """The inbox takes no event for which nothing is done."""
+    """The inbox takes only events that have a method."""
     from flaskd.daemon import _METHODS
 
     assert set(InboxEvent.__args__) == set(_METHODS)
 
 
 def test_who_waits_for_a_drain_hears_of_its_end():
-    """Progress first, then the account; who asks again is told at once."""
+    """A drain's replies get progress first, then the account; a second request is answered at once."""
     living, first, second = lead_to(State.READY), Reply(), Reply()
     living.on(DrainAsked(wait=True, reply=first))
     living.serving.drain.report = DrainReport(completed=2)
@@ -257,7 +257,7 @@ def test_who_waits_for_a_drain_hears_of_its_end():
 
 
 def test_progress_is_told_once_a_second_however_often_it_drained(monkeypatch):
-    """What an earlier drain has put off is no progress of a later one."""
+    """Progress is reported once a second; a tick of an earlier drain does not count."""
     now = [100.0]
     monkeypatch.setattr("flaskd.daemon.time", SimpleNamespace(monotonic=lambda: now[0], time=lambda: 0.0))
     living, reply = lead_to(State.READY), Reply()
@@ -266,14 +266,14 @@ def test_progress_is_told_once_a_second_however_often_it_drained(monkeypatch):
         now[0] += 0.25
     living.on(DrainAsked(wait=True, reply=reply))
     living.on(Tick(), Tick())
-    assert reply.all == ["progress"]  # the answer itself
+    assert reply.all == ["progress"]  # the answer
     now[0] += 1.0
     living.on(Tick(), Tick())
     assert reply.all == ["progress"]
 
 
 def test_a_resume_tells_who_waits_for_the_drain():
-    """The drain that they wait for will not be over."""
+    """A resume answers the replies that wait for the drain with an error."""
     living, waiting, asking = lead_to(State.READY), Reply(), Reply()
     living.on(DrainAsked(wait=True, reply=waiting), ResumeAsked(reply=asking))
     assert waiting.all == ["progress", "not-now: the drain was undone by resume"]
@@ -281,7 +281,7 @@ def test_a_resume_tells_who_waits_for_the_drain():
 
 
 def test_a_drain_comes_after_a_resume_that_waits_for_workers():
-    """As they were asked for: the resume undoes the drain before, and the service drains again."""
+    """A drain after a resume that waits for workers comes after it, and the service drains again."""
     living, resuming, draining = lead_to(State.DRAINING), Reply(), Reply()
     living.serving.may_resume = False
     living.on(ResumeAsked(reply=resuming), DrainAsked(reply=draining))
@@ -295,7 +295,7 @@ def test_a_drain_comes_after_a_resume_that_waits_for_workers():
 
 @pytest.mark.parametrize("end", [StopAsked(REASON), Tick()], ids=["by a stop", "by an error"])
 def test_a_resume_that_waits_may_be_refused(end, monkeypatch):
-    """What was asked for behind it goes on then."""
+    """If a waiting resume is refused, the requests behind it are carried out."""
     living, resuming, draining = lead_to(State.DRAINING), Reply(), Reply()
     living.serving.may_resume = False
     living.on(ResumeAsked(reply=resuming), DrainAsked(reply=draining), end)
@@ -312,10 +312,10 @@ def test_a_resume_that_waits_may_be_refused(end, monkeypatch):
 
 
 def test_a_stop_overtakes_a_reload():
-    """Who waits for the reload is told, and what is read late is not put into force."""
+    """A stop answers the replies of a reload with an error, and a late reading is not put into force."""
     living, reply = lead_to(State.RELOADING), Reply()
     living.on(ReloadAsked(reply=reply), StopAsked(REASON))
-    assert reply.all == ["not-now: the reload was overtaken by a stop"]
+    assert reply.all == ["not-now: the reload was broken off by a stop"]
     living.may_read.set()
     deadline = time.monotonic() + PATIENCE
     while not isinstance(event := living.daemon.inbox.take(), ReadingOver):
@@ -325,7 +325,7 @@ def test_a_stop_overtakes_a_reload():
 
 
 def test_a_reload_that_was_asked_for_meanwhile_reads_again():
-    """What is being read may be older than the wish: all who asked are told after the second reading."""
+    """If a reload is asked for during a reading, it reads again, and all replies are answered after that."""
     living, reply = lead_to(State.RELOADING), Reply()
     living.on(ReloadAsked(reply=reply))
     living.may_read.set()
@@ -338,7 +338,7 @@ def test_a_reload_that_was_asked_for_meanwhile_reads_again():
 
 
 def test_sighup_during_the_start_is_a_reload_after_it():
-    """It is not lost, and does not disturb the start."""
+    """A SIGHUP during the start leads to a reload after it."""
     living = lead_to(State.STARTING)
     living.on(ReloadAsked(signalled=True))
     assert living.state is State.STARTING
@@ -347,15 +347,15 @@ def test_sighup_during_the_start_is_a_reload_after_it():
 
 
 def test_an_idle_time_that_is_over_is_a_stop():
-    """Once nothing that counts was asked for."""
+    """When no request that counts has come for the idle time, flaskd stops."""
     living = lead_to(State.READY)
     living.serving.idle = (60.0, 0.0)
     living.on(IdleOver())
-    assert (living.state, living.daemon.snapshot().reason) == (State.STOPPING, "idle: nothing was asked for 1m")
+    assert (living.state, living.daemon.snapshot().reason) == (State.STOPPING, "idle: no request for 1m")
 
 
 def test_the_first_reason_of_a_stop_is_kept():
-    """A second request joins the first, and `now` cuts it short."""
+    """A second request to stop keeps the first reason; with `now`, it cuts the stop short."""
     living = lead_to(State.READY)
     living.on(StopAsked(REASON), StopAsked(StopReason("signal", "SIGTERM"), now=True))
     assert living.daemon.snapshot().reason == "control: a test"
@@ -364,7 +364,7 @@ def test_the_first_reason_of_a_stop_is_kept():
 
 @pytest.mark.parametrize("cut", [False, True])
 def test_the_stop_is_over_with_its_last_step(cut):
-    """Then the daemon turns no more; what was cut at the exit is kept for the account."""
+    """After the last step the daemon handles no more events; what was cut at the exit is in the account."""
     living = lead_to(State.STOPPING)
     living.on(ExitOver(cut=True) if cut else CleanupOver())
     assert (living.state, living.daemon.stopping.main_is_lost) == (State.STOPPED, cut)
@@ -373,7 +373,7 @@ def test_the_stop_is_over_with_its_last_step(cut):
 
 @pytest.mark.parametrize("error", [LookupError, SystemExit])
 def test_an_event_that_breaks_off_leaves_no_state_for_ever(error, caplog):
-    """Who asked is answered; a drain that could not begin ends in a stop, and a reload in the old configuration."""
+    """A failed event is answered; a drain that cannot begin leads to a stop, a failed reload changes nothing."""
     living, reply = lead_to(State.READY), Reply()
 
     def broken(*_, **__):
@@ -390,7 +390,7 @@ def test_an_event_that_breaks_off_leaves_no_state_for_ever(error, caplog):
 
 
 def renewing(reply=None):
-    """A daemon with workers which are getting what a reload has read; gives it, and that configuration."""
+    """A daemon whose workers are getting a new configuration; returns it and that configuration."""
     living, got = lead_to(State.READY), []
     living.serving.renews = True
     living.serving.renew = lambda configuration, **_: got.append(configuration)
@@ -400,14 +400,14 @@ def renewing(reply=None):
 
 
 def reading_over(living):
-    """The event with which a reading ends."""
+    """The event at the end of a reading."""
     while not isinstance(event := living.daemon.inbox.take(), ReadingOver):
         pass
     return event
 
 
 def test_what_workers_have_is_in_force_when_they_say_so():
-    """The reply comes when the workers have it, and not before."""
+    """A reload is answered when all workers have the configuration, not before."""
     living, configuration = renewing(reply := Reply())
     assert (living.state, reply.all, living.serving.asked.count("apply")) == (State.RELOADING, [], 0)
     living.on(Renewed(configuration, None, 2))
@@ -415,7 +415,7 @@ def test_what_workers_have_is_in_force_when_they_say_so():
 
 
 def test_workers_that_do_not_come_up_change_nothing():
-    """The old configuration stays in force, and the reply has the app's traceback."""
+    """If workers do not become ready, the old configuration stays, and the reply has the app's traceback."""
     living, configuration = renewing(reply := Reply())
     living.on(Renewed(configuration, AppError("cannot load it", "ValueError: no")))
     assert reply.all == ["app-failed: cannot load it; keeping the old configuration and workers\nValueError: no"]
@@ -423,7 +423,7 @@ def test_workers_that_do_not_come_up_change_nothing():
 
 
 def test_where_some_workers_are_new_the_new_configuration_is_in_force():
-    """A reload that ends half way is told as such; who reads the configuration finds what the new workers have."""
+    """If some workers are new, the new configuration is in force, and the reply says that the reload failed."""
     living, configuration = renewing(reply := Reply())
     living.on(Renewed(configuration, AppError("cannot load it"), 1))
     assert reply.all == ["app-failed: cannot load it; the new configuration is in force"]
@@ -433,15 +433,15 @@ def test_where_some_workers_are_new_the_new_configuration_is_in_force():
 
 @pytest.mark.parametrize(("replaced", "applied"), [(0, 0), (1, 1)])
 def test_a_drain_that_ends_a_reload_half_way_keeps_what_new_workers_have(replaced, applied):
-    """The configuration is in force where a worker serves by it, whatever the reply was."""
+    """If a drain ends such a reload, the configuration of the new workers is in force."""
     living, configuration = renewing(reply := Reply())
     living.on(DrainAsked(), Renewed(configuration, NotNowError("a drain"), replaced))
-    assert (reply.all, living.state) == (["not-now: the reload was overtaken by a drain"], State.DRAINING)
+    assert (reply.all, living.state) == (["not-now: the reload was broken off by a drain"], State.DRAINING)
     assert living.serving.asked.count("apply") == applied
 
 
 def test_code_whose_reload_was_overtaken_is_brought_after_the_resume(tmp_path):
-    """What was saved is not forgotten because a drain came first."""
+    """Code that was saved before a drain broke its reload off is loaded after the resume."""
     file = tmp_path / "shop.py"
     file.write_text("one")
     living, looked = Living(), threading.Event()
@@ -474,14 +474,14 @@ def test_code_whose_reload_was_overtaken_is_brought_after_the_resume(tmp_path):
 
 
 def test_what_an_earlier_reload_came_to_does_not_end_the_next():
-    """Workers tell of the configuration that they got; a reload that is still being read waits for its own."""
+    """The outcome of an earlier reload does not end the next one, which is still being read."""
     living, configuration = renewing()
     living.on(DrainAsked(), ResumeAsked(), ReloadAsked(reply=(reply := Reply())), Renewed(configuration, None, 2))
     assert (living.state, reply.all) == (State.RELOADING, [])
 
 
 def test_who_waits_for_workers_hears_that_they_start():
-    """Who asked for a reload or for more workers hears it every few seconds, until there is an answer."""
+    """Replies to a reload or a scale get progress every few seconds until there is an answer."""
     living, configuration = renewing(reloading := Reply())
     living.serving.scale = lambda count, told: scaled.append(told)
     scaled = []
@@ -493,7 +493,7 @@ def test_who_waits_for_workers_hears_that_they_start():
 
 
 def test_what_is_wrong_while_it_serves_is_told_at_once():
-    """The service manager hears it, and that it is over; not while a drain or a stop has other things to say."""
+    """Trouble is reported to systemd at once, and its end, too; not during a drain or a stop."""
     living, _ = renewing()
     living.on(Renewed(living.daemon.configuration, None))
     said = []

@@ -136,7 +136,7 @@ SYSTEMS = pytest.mark.parametrize("system", ["darwin", "win32"])
 
 @pytest.fixture
 def python(tmp_path):
-    """Runs Python with these arguments on a system that is not this one."""
+    """Runs Python with these arguments on a simulated other system."""
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(SITECUSTOMIZE)
@@ -153,13 +153,13 @@ def python(tmp_path):
 
 @SYSTEMS
 def test_a_server_thread_serves_drains_resumes_and_stops(system, python):
-    """On waitress' own loop, without the gate: what is in flight is answered, who comes is refused, and all comes back."""
+    """It uses waitress' own loop, without the gate: running requests are answered, new clients refused, and it resumes."""
     done = python(system, "-c", THREAD)
     assert (done.stdout, done.stderr) == ("well\n", "")
 
 
 def test_a_server_process_serves_and_stops(python, tmp_path):
-    """Pipes, and no signal, are all that it takes; how Windows hands them on cannot be tried here."""
+    """It needs only pipes and no signals; how Windows inherits the pipes cannot be tested here."""
     tmp_path.joinpath("shop.py").write_text(
         "from flask import Flask\napp = Flask('shop')\napp.route('/')(lambda: 'hello')\n"
     )
@@ -169,7 +169,7 @@ def test_a_server_process_serves_and_stops(python, tmp_path):
 
 @SYSTEMS
 def test_serve_says_that_it_cannot(system, python):
-    """The daemon needs Linux, and says so in a word: raised from Python, exit code 69 from the command."""
+    """The daemon needs Linux: from Python an error is raised, the command exits with 69."""
     word = f"cannot serve: the daemon needs Linux, and this is {system}; "
     done = python(system, "-c", DAEMON)
     assert (done.stdout[: 3 + len(word)], done.stderr) == (f"69 {word}", "")
@@ -181,7 +181,7 @@ def test_serve_says_that_it_cannot(system, python):
 @SYSTEMS
 @pytest.mark.parametrize("arguments", [["status", "--name", "nobody-runs-this"], ["status", "--socket", "site"]])
 def test_a_client_says_that_nobody_is_there(system, arguments, python):
-    """Where no daemon can run, client verbs find none, and say so as they do everywhere."""
+    """Client verbs say that there is no daemon, as on other systems."""
     done = python(system, "-m", "flaskd", *arguments)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (69, "", 1)
     assert done.stderr.startswith("flaskd: cannot ")
@@ -189,6 +189,6 @@ def test_a_client_says_that_nobody_is_there(system, arguments, python):
 
 @SYSTEMS
 def test_what_needs_no_daemon_works(system, python):
-    """A configuration can be checked where it is written."""
+    """A configuration can be checked on any system."""
     done = python(system, "-m", "flaskd", "check")
     assert (done.returncode, done.stdout, done.stderr) == (0, "no configuration file: the defaults are in force\n", "")

@@ -29,7 +29,7 @@ def clock(monkeypatch):
 @pytest.mark.parametrize("event", Event)
 @pytest.mark.parametrize("state", State)
 def test_every_event_in_every_state(state, event, clock):
-    """An event leads where the table says, or is refused by name and changes nothing; `since` follows the state."""
+    """In each state an event leads where the table says, or is refused and changes nothing; `since` follows the state."""
     life = in_state(state)
     since = life.since
     if (state, event) in TABLE:
@@ -48,7 +48,7 @@ def test_every_event_in_every_state(state, event, clock):
 
 
 def test_every_state_is_reached():
-    """Nothing in the list of states is there in vain."""
+    """Every state can be reached."""
     reached = {Lifecycle().state}
     while more := {after for (before, _), after in TABLE.items() if before in reached} - reached:
         reached |= more
@@ -56,24 +56,24 @@ def test_every_state_is_reached():
 
 
 def test_every_event_leads_somewhere():
-    """Each event is taken by at least one state."""
+    """Every event is accepted in at least one state."""
     assert {event for _, event in TABLE} == set(Event)
 
 
 @pytest.mark.parametrize("state", [STOPPED, FAILED])
 def test_the_end_is_the_end(state):
-    """Nothing leads out of stopped and failed."""
+    """No event leads out of stopped and failed."""
     assert not [event for before, event in TABLE if before is state]
 
 
 @pytest.mark.parametrize("state", [STARTING, READY, DRAINING, DRAINED, STOPPING])
 def test_a_stop_is_taken_wherever_events_are_handled(state):
-    """A stop is never refused before the end; reloading is over before the next event is looked at."""
+    """A stop is accepted in every state before the end in which events are handled."""
     assert in_state(state).handle(Event.STOP) is STOPPING
 
 
 def test_resume_while_stopping_is_refused_by_its_words():
-    """A stop cannot be undone, and says so."""
+    """A resume during a stop is refused with words that say so."""
     with pytest.raises(NotNowError, match=r"^cannot resume: flaskd is stopping$"):
         in_state(STOPPING).handle(Event.RESUME)
 
@@ -91,14 +91,14 @@ def test_resume_while_stopping_is_refused_by_its_words():
     ids=lambda way: ", ".join(event for event, _ in way),
 )
 def test_a_life(way):
-    """The ways through a life that the design names."""
+    """The usual sequences of states are possible."""
     life = Lifecycle()
     assert life.state is STARTING
     assert [(event, life.handle(event)) for event, _ in way] == way
 
 
 def test_a_clock_that_is_set_back_makes_no_age_negative(monkeypatch):
-    """Ages are lengths of time (time.monotonic()); only `since` is a date, which a set clock moves."""
+    """Ages come from the monotonic clock and are never negative; only `since` is a date."""
     life = Lifecycle()
     before, now = time.monotonic(), time.time()
     monkeypatch.setattr(lifecycle.time, "time", lambda: now - 3600)
@@ -108,7 +108,7 @@ def test_a_clock_that_is_set_back_makes_no_age_negative(monkeypatch):
 
 
 def test_no_length_of_time_is_computed_from_the_wall_clock():
-    """`time.time() - x` is an age by a clock that can be set: only what outlives the process may be aged so."""
+    """No code computes a length of time from `time.time()`, unless the begin outlives the process."""
     found = {
         str(path.relative_to(PACKAGE)): ast.unparse(node)
         for path in PACKAGE.rglob("*.py")
@@ -116,7 +116,7 @@ def test_no_length_of_time_is_computed_from_the_wall_clock():
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub) and "time.time()" in ast.unparse(node)
     }
     assert found == {
-        "cleanup/actions/cache.py": "time.time() - index['saved']",  # written by the process before
+        "cleanup/actions/cache.py": "time.time() - index['saved']",  # written by an earlier process
         "demo/__init__.py": "time.time() - created",  # in a cache that is kept over a restart
         "serving/stop.py": "time.time() - self.took",  # a date
     }

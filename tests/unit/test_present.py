@@ -1,4 +1,4 @@
-"""Fields of an answer, as people read them."""
+"""Fields of answers as text for people."""
 
 import pytest
 
@@ -29,18 +29,18 @@ from flaskd.protocol import damage, summary
     ],
 )
 def test_fields_as_text(fields, text):
-    """Lists of text are joined, others shown as their length, seconds as durations, and nested values not at all."""
+    """Lists of text are joined, other lists become their length, seconds become durations, nested values are left out."""
     assert as_text(fields) == text
 
 
 def test_an_outcome_is_one_line():
-    """Words, values, and what else there is to know; what is empty leaves no gap."""
+    """An outcome is one line of words, values and hint, without gaps for empty ones."""
     assert outcome("OK", "drained", fields={"cut": []}, hint="undo: resume") == "OK drained cut=0 (undo: resume)"
     assert outcome("OK", "", fields={}) == "OK"
 
 
 def test_stacks_stand_indented_below_their_threads():
-    """Those that were asked for."""
+    """A stack that was asked for is indented below its thread."""
     idle = {"name": "flaskd-thread-0", "id": 7, "request": None}
     busy = {"name": "flaskd-thread-1", "id": 8, "request": "GET /slow", "stack": "here\nthere\n"}
     assert thread_lines([idle, busy]) == [
@@ -49,7 +49,7 @@ def test_stacks_stand_indented_below_their_threads():
 
 
 def test_threads_and_requests_say_which_worker_has_them():
-    """Where there are workers; one that does not answer is named in the place of its threads."""
+    """With workers each line names the worker; a worker that does not answer is named in place of its threads."""
     thread = {"name": "flaskd-thread-0", "id": 7, "request": None, "worker": 1}
     silent = {"name": "worker 0 (pid 5) does not answer", "id": None, "daemon": False, "request": None, "worker": 0}
     assert thread_lines([thread, silent]) == [
@@ -66,7 +66,7 @@ def test_threads_and_requests_say_which_worker_has_them():
 
 
 def test_what_a_request_is_called_is_shown_with_it():
-    """While it is in flight, and where it was cut: in an account, a record, and of a worker that died."""
+    """A request's id is shown while it is in flight, and where it was cut: in accounts, records, and of dead workers."""
     cut = {"method": "GET", "path": "/a", "phase": "running", "age": 1.0, "request_id": "4bf9", "reason": "late"}
     request = {**cut, "id": 3, "client": "::1", "sent": 0, "stack": ""}
     assert request_lines([request]) == ["3: GET /a from ::1, running for 1s, 0 bytes sent, request_id=4bf9"]
@@ -76,7 +76,7 @@ def test_what_a_request_is_called_is_shown_with_it():
 
 
 def test_that_all_workers_died_is_not_that_there_are_none():
-    """Those that died are told, and how many are missing; without workers it is said where the app runs."""
+    """If all workers died, the text names them and how many are missing; without workers it says where the app runs."""
     death = {
         "time": "2026-01-01T00:00:00Z", "slot": 0, "pid": 5, "generation": 1, "how": "it was killed by SIGKILL",
         "connections": 0, "cut": [],
@@ -90,7 +90,7 @@ def test_that_all_workers_died_is_not_that_there_are_none():
 
 
 def test_workers_that_reached_a_limit_are_counted():
-    """By the key of the limit, and what is wrong with one is said below; nothing where none did."""
+    """Recycled workers are counted by the key of the limit, with what is wrong below; nothing if there are none."""
     recycled = {"max_requests": 2, "max_age": 0, "max_memory": 1}
     lines = worker_lines([], [], wanted=2, recycled=recycled, trouble="worker 0 grows")
     assert lines[1:] == ["3 recycled (2 for max_requests, 1 for max_memory)", "worker 0 grows"]
@@ -98,7 +98,7 @@ def test_workers_that_reached_a_limit_are_counted():
 
 
 def test_a_record_that_is_not_whole_is_told_as_it_is():
-    """Damaged, with nothing in it, or with the escape sequences of an error's text."""
+    """A damaged or empty record is shown as such, and escape sequences in an error's text are removed."""
     assert record_lines({"previous": "died", "damaged": "no JSON"}) == [
         "previous run: died",
         "the record of the last stop cannot be read: no JSON",
@@ -109,7 +109,7 @@ def test_a_record_that_is_not_whole_is_told_as_it_is():
 
 
 def test_what_was_not_finished_is_named_in_record_and_account():
-    """A stop that cut what the app had left to its end says so to who asks for the last stop, and to who waits."""
+    """Unfinished work is named in the record of the last stop, and in the reply to a client that waits."""
     left = [{"name": "thread/mailer\x1b", "stack": "where it was"}]
     record = {"reason": "signal: SIGTERM", "unfinished": left}
     assert damage(record) == ""
@@ -120,7 +120,7 @@ def test_what_was_not_finished_is_named_in_record_and_account():
 
 
 def test_what_a_record_had_no_room_for_is_counted():
-    """The number of requests that were cut is the whole one."""
+    """The number of cut requests includes those that were left out of the record for size."""
     record = {"reason": "signal: SIGTERM", "cut": [], "omitted": {"cut": 7000}}
     assert summary(record)["cut"] == 7000
     assert "requests: completed=0 rejected=0 cut=7000" in record_lines(record)

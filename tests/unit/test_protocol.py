@@ -40,17 +40,17 @@ def test_the_order_of_runtime_directories(uid, environ, expected, monkeypatch, t
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
 def test_every_error_has_its_exit_code(error):
-    """A client that got an error's code ends with the code that the error itself would end with."""
+    """A client that got an error's code exits like a process that ends with that error."""
     assert EXIT_CODES[error.code] == error.exit_code
 
 
 def test_lost_work_alone_is_exit_code_1():
-    """What is not ready, not alive or not there yet is told as such, and so is all else that a client may be refused."""
+    """Only lost work gives exit code 1; not ready, not alive and other refusals have other codes."""
     assert [code for code in STATUSES.keys() - {"method"} if EXIT_CODES.get(code, 1) == 1] == []
 
 
 def test_every_error_has_a_code_of_its_own():
-    """No two kinds of error look the same to a client."""
+    """Each kind of error has a different code."""
     assert len({error.code for error in ERRORS}) == len(ERRORS)
 
 
@@ -68,7 +68,7 @@ def test_exit_codes_as_they_are_documented(code, exit_code):
 
 
 def test_nobody_hears_a_discarded_reply():
-    """A reply that nobody waits for takes all that a reply takes."""
+    """A discarded reply accepts every call."""
     reply = Discard()
     reply.progress({"in_flight": 1})
     reply.ok("drained", {"cut": []}, lines=["cut GET /"], hint="undo: resume")
@@ -92,7 +92,7 @@ WHOLE = {
     ],
 )  # fmt: skip
 def test_what_cannot_be_shown_is_no_record(record):
-    """JSON that no stop has written is damaged, says why, and tells of no stop in which nothing was lost."""
+    """JSON that no stop has written counts as damaged, with a reason, and is never shown as a stop without losses."""
     why = damage(record)
     assert why
     assert summary({"damaged": why}) == {
@@ -101,7 +101,7 @@ def test_what_cannot_be_shown_is_no_record(record):
 
 
 def test_what_can_be_shown_is_a_record():
-    """A whole record is none that is damaged, and one of which some is missing is shown as it is."""
+    """A whole record, and one with missing optional parts, can be shown."""
     for record in (WHOLE, {"reason": "x"}):
         assert damage(record) == ""
         assert record_lines(record)[0] == f"reason: {record['reason']}"

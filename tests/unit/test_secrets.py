@@ -1,4 +1,4 @@
-"""What was interpolated into a configuration is shown nowhere: no message of any action, and no line of the log."""
+"""What was interpolated into a configuration is never shown: not in an action's message, not in the log."""
 
 import io
 import json
@@ -50,7 +50,7 @@ CASES = {
 
 @pytest.mark.parametrize(("use", "fields", "words"), CASES.values(), ids=CASES)
 def test_no_failed_step_shows_what_was_interpolated(use, fields, words):
-    """Its reason says what went wrong; in the place of the value stands a mask."""
+    """The reason of a failed step has a mask in place of the value."""
     result = perform(use, **fields)
     assert result.fate is Fate.FAILED
     assert words in result.why
@@ -58,14 +58,14 @@ def test_no_failed_step_shows_what_was_interpolated(use, fields, words):
 
 
 def test_a_secret_that_is_cut_with_the_output_is_not_shown_in_part():
-    """It is masked before the output of a program is shortened."""
+    """A secret in a program's output is masked before the output is cut."""
     script = 'printf "%s" "$0"; head -c 1990 /dev/zero | tr "\\0" x; exit 1'
     result = perform("command", argv=["sh", "-c", script, "${env:S}"])
     assert "s3cret" not in result.why
 
 
 def test_what_a_step_says_of_its_success_shows_it_neither():
-    """As Consul's service, whose ID is told, where it stands in the file itself."""
+    """A successful step does not show it either; a value written in the file itself is shown."""
     with endpoint() as place:
         shown = perform("consul.deregister", service_id="shop-1", address=place.url)
         hidden = perform("consul.deregister", service_id="${env:S}", address=place.url)
@@ -73,7 +73,7 @@ def test_what_a_step_says_of_its_success_shows_it_neither():
 
 
 def test_a_target_that_cannot_be_imported_is_not_shown():
-    """Neither as a whole, nor its module, when the plan is prepared."""
+    """A target that cannot be imported is shown neither whole nor as its module."""
     with pytest.raises(ConfigError) as caught:
         plan("call", {"T": "hunter2_s3cret:stop"}, target="${env:T}").prepare()
     assert "cleanup.policies.it: cannot import" in str(caught.value)
@@ -81,13 +81,13 @@ def test_a_target_that_cannot_be_imported_is_not_shown():
 
 
 def test_the_plan_shows_no_field():
-    """Neither for people nor for programs."""
+    """The plan shows no fields, neither for people nor for programs."""
     assert SECRET not in json.dumps(plan("command", {}, argv=["${env:S}"]).describe())
 
 
 @pytest.mark.parametrize("log_format", ["text", "json", "journal"])
 def test_the_log_shows_nothing_that_was_interpolated(log_format, monkeypatch):
-    """Whatever message quotes it; an address that flaskd listens on, and the app it serves, have to be told."""
+    """No message shows it, except addresses that flaskd listens on and the app that it serves."""
     data = {
         "app": {"target": "${env:APP}", "chdir": "/srv/${env:S}"},
         "health": {"probe": "/${env:S}"},
@@ -112,7 +112,7 @@ def test_the_log_shows_nothing_that_was_interpolated(log_format, monkeypatch):
 
 
 def test_what_is_too_short_is_no_secret():
-    """A short one is masked as a word of its own, and one or two characters not at all."""
+    """A short secret is masked only as a word of its own; one or two characters are not masked."""
     redact = Redactor(["8", "no", "shop", "hunter2-s3cret", "/srv/shop/run/x", "a\nlonger line"])
     assert redact("8 no shop shopping xhunter2-s3cretx /srv/shop/run: longer line") == (
         f"8 no {MASK} shopping x{MASK}x {MASK}: {MASK}"

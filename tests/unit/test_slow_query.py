@@ -32,7 +32,7 @@ class Reply:
 
 
 class Slow:
-    """Finds a number each time it is let."""
+    """Finds a number each time the test allows it."""
 
     def __init__(self):
         self.count = 0
@@ -51,7 +51,7 @@ def tell(reply, found):
 
 
 def test_an_answer_is_never_older_than_its_question():
-    """Who asks while an answer is being found gets the next one, all of them the same; asking itself never waits."""
+    """Clients that ask while an answer is being found share the next answer; asking never waits."""
     slow = Slow()
     inquiry = SlowQuery("look", slow)
     first, *others = [Reply() for _ in range(4)]
@@ -68,7 +68,7 @@ def test_an_answer_is_never_older_than_its_question():
 
 
 def test_its_thread_ends_when_nobody_asks():
-    """Each kind of question has one thread at most, and it is asked again when it has ended."""
+    """Each kind of question has at most one thread, which ends, and is started again when needed."""
     found = []
     inquiry = SlowQuery("look", lambda: found.append(threading.current_thread()))
     for _ in range(3):
@@ -81,7 +81,7 @@ def test_its_thread_ends_when_nobody_asks():
 
 
 def test_an_answer_that_cannot_be_told_is_a_fault():
-    """Who was told already is not told twice, the others are told of the fault, and the next question is answered."""
+    """If telling one client raises, it is not told twice, the others get an error, and the next question works."""
 
     def refuse(_reply, _found):
         raise ValueError("circular")
@@ -111,7 +111,7 @@ def test_an_answer_that_cannot_be_told_is_a_fault():
     ],
 )
 def test_a_fault_is_told_to_all_who_ask(error, told):
-    """An error is an answer, too, and the next question is asked all the same."""
+    """If finding raises, all clients get the error, and the next question works."""
 
     def find():
         raise error
@@ -124,7 +124,7 @@ def test_a_fault_is_told_to_all_who_ask(error, told):
 
 
 def test_who_has_waited_too_long_is_told_so_once(monkeypatch):
-    """An answer that does not come is an error for all who wait; who asks later gets the next one."""
+    """If an answer does not come, all waiting clients get an error once; later ones get the next answer."""
     monkeypatch.setattr("flaskd.slow_query.LIMIT", 0.0)
     slow = Slow()
     inquiry = SlowQuery("look", slow)
@@ -145,7 +145,7 @@ def test_who_has_waited_too_long_is_told_so_once(monkeypatch):
 
 
 def test_without_a_thread_the_question_is_refused(monkeypatch):
-    """Where no thread can be had, who asks hears why; the next question finds one."""
+    """Without a thread the client gets an error; the next question starts one."""
 
     def no_thread(_self):
         raise RuntimeError("can't start new thread")

@@ -1,4 +1,4 @@
-"""Stacks as people read them."""
+"""Stacks as they are shown to people."""
 
 import threading
 
@@ -26,7 +26,7 @@ VIEW = ("/srv/shop/views.py", 12, "report")
 
 
 def test_the_apps_innermost_call_is_first():
-    """Its callers follow, and what calls the app is one line with the number of frames."""
+    """The app's innermost call comes first, then its callers; the frames that call the app are one line."""
     helper = ("/srv/shop/prices.py", 3, "prices")
     assert folded(_stack(*OUTER, VIEW, helper)).splitlines() == [
         '  File "/srv/shop/prices.py", line 3, in prices',
@@ -38,7 +38,7 @@ def test_the_apps_innermost_call_is_first():
 
 
 def test_what_the_app_calls_is_folded_below_it():
-    """An app that waits for a lock, or reads its request, is named by its own line; frames between are folded too."""
+    """If the app waits for a lock, or reads its request, its own line comes first, and library frames are folded."""
     wrapper = (f"{SITE}/flask_login/utils.py", 290, "decorated_view")
     inner = ("/usr/lib/python3.12/threading.py", 359, "wait")
     between = (f"{SITE}/flask/app.py", 1488, "ensure_sync")
@@ -84,7 +84,7 @@ def test_what_faulthandler_writes_is_folded():
 
 
 def test_of_a_stack_without_the_app_the_innermost_call_stays():
-    """An idle thread shows where it waits."""
+    """Without frames of the app the innermost call stays: an idle thread shows where it waits."""
     assert folded(_stack(*OUTER)).splitlines() == [
         f'  File "{SITE}/flask/app.py", line 1536, in __call__',
         "    __call__()",
@@ -103,7 +103,7 @@ def test_of_a_stack_without_the_app_the_innermost_call_stays():
     ],
 )
 def test_what_is_only_called_like_a_package_is_not_folded(path):
-    """An app in a folder of such a name, an extension of Flask, the demo app."""
+    """The app's folder named like a package, an extension of Flask, and the demo app are not folded."""
     frame = (path, 1, "view")
     assert _stack(frame) in folded(_stack(*OUTER, frame, VIEW))
 
@@ -112,12 +112,12 @@ def test_what_is_only_called_like_a_package_is_not_folded(path):
     "text", ["", "worker 1 does not answer", "Traceback (most recent call last):\n" + _stack(VIEW)]
 )
 def test_what_is_no_stack_is_left_as_it_is(text):
-    """What is said in the place of a stack, and a traceback, which ends in its error."""
+    """A text in place of a stack, and a traceback, are left as they are."""
     assert folded(text) == text
 
 
 def test_a_real_stack_is_folded():
-    """Of a thread that waits, this file's line is first; a line feed at its end changes nothing."""
+    """The first line of a waiting thread's stack is in this file; a final newline does not matter."""
     may_end, waits = threading.Event(), threading.Event()
 
     def work():
@@ -137,7 +137,7 @@ def test_a_real_stack_is_folded():
 
 
 def test_equal_stacks_are_shown_once():
-    """With how many requests are there, and which; one that is elsewhere, or has no stack, stands alone."""
+    """Requests with equal stacks stand together with their number; one with another stack, or none, stands alone."""
     request = {"method": "GET", "path": "/", "client": "::1", "phase": "running", "age": 1.0, "sent": 0, "stack": ""}
     stacks = [_stack(*OUTER, VIEW), "", _stack(*OUTER, VIEW), _stack(VIEW), ""]
     told = ": GET / from ::1, running for 1s, 0 bytes sent"
@@ -156,13 +156,13 @@ def test_equal_stacks_are_shown_once():
 
 
 def test_threads_at_the_same_place_stand_together():
-    """Idle ones, say."""
+    """Threads with equal stacks, such as idle ones, stand together."""
     idle = [{"name": f"flaskd-thread-{number}", "id": number, "request": None, "stack": "here"} for number in (1, 2)]
     assert thread_lines(idle) == ["2 threads:", "  flaskd-thread-1 (1) idle", "  flaskd-thread-2 (2) idle", "    here"]
 
 
 def test_what_was_cut_is_told_with_its_stack_folded():
-    """For people; programs get it whole."""
+    """A cut request has its folded stack for people; programs get the whole stack."""
     stack = _stack(*OUTER, VIEW)
     cut = Cut(1, "::1", "GET", "/", 1.0, "running", stack=stack, reason="late")
     assert cut.with_stack() == f"cut {cut}\n{folded(stack)}"

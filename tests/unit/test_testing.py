@@ -1,4 +1,4 @@
-"""The pytest plugin, in pytest runs of its own: every run is a process, with warnings as errors."""
+"""The pytest plugin, tested in pytest runs of its own: each is a process, with warnings as errors."""
 
 import os
 import subprocess
@@ -79,7 +79,7 @@ def app():
 
 @pytest.fixture
 def project(pytester, monkeypatch):
-    """A project with an app that has a page which waits, and a way to run its tests."""
+    """A project with an app that has a page which waits, and a way to run the project's tests."""
     pytester.makeconftest(CONFTEST)
     for name in [name for name in os.environ if name.startswith(("PYTEST_", "FLASK"))]:
         monkeypatch.delenv(name)
@@ -98,7 +98,7 @@ def project(pytester, monkeypatch):
 
 
 def test_a_server_for_each_test(project):
-    """Each test has a server of its own around the same app, and the account of it in ``report`` afterwards."""
+    """Each test has a server of its own for the same app, and afterwards its account in ``report``."""
     run = project("""
 servers = []
 
@@ -125,7 +125,7 @@ def test_they_are_gone():
 
 @pytest.mark.parametrize(("scope", "servers"), [("function", 4), ("class", 3), ("module", 1), ("session", 1)])
 def test_the_scope_is_an_ini_option(project, scope, servers):
-    """One server for what the ini file says; it is stopped at the end of it."""
+    """The ini file sets the scope of the server, which is stopped at the end of that scope."""
     run = project(
         """
 seen = set()
@@ -150,7 +150,7 @@ def count():
 
 
 def test_options(project):
-    """Markers go before the ini file, the nearest one last; both are in the words of ServerThread."""
+    """Markers override the ini file, the nearest one last; the options are named like ServerThread's."""
     run = project(
         """
 pytestmark = pytest.mark.flaskd_server(threads=2)
@@ -197,7 +197,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_options_are_refused(project, name):
-    """One line that says what was expected; no traceback."""
+    """A wrong option is one line that says what was expected, without a traceback."""
     marker, ini, line = WRONG[name]
     run = project(f"{marker}\ndef test_it(flaskd_server):\n    pass\n", ini=ini)
     run.assert_outcomes(errors=1)
@@ -207,14 +207,14 @@ def test_wrong_options_are_refused(project, name):
 
 
 def test_a_wrong_scope_is_refused(project):
-    """No test runs with a scope that does not exist."""
+    """With an unknown scope no test runs."""
     run = project("def test_it():\n    pass\n", ini="flaskd_server_scope = forever\n")
     assert run.ret == pytest.ExitCode.USAGE_ERROR
     run.stderr.fnmatch_lines(['ERROR: cannot take flaskd_server_scope "forever": expected function, class, module, *'])
 
 
 def test_without_an_app(pytester, project):
-    """A project that has no ``app`` fixture is told so by pytest."""
+    """In a project without a fixture ``app`` pytest says so."""
     pytester.makeconftest("def get(): pass\nAsking = get\n")
     run = project("def test_it(flaskd_server):\n    pass\n")
     run.assert_outcomes(errors=1)
@@ -268,7 +268,7 @@ def test_innocent(flaskd_server):
 @pytest.mark.parametrize("scope", ["function", "module"])
 @pytest.mark.parametrize("name", LEAKS)
 def test_leaks_are_failures(project, name, scope):
-    """What a test leaves is named, a thread with its stack, at the test that left it and at no other."""
+    """What a test leaves is named, a thread with its stack, in the test that left it and in no other."""
     statement, lines, _ = LEAKS[name]
     run = project(LEAKY.format(marker="", statement=statement), ini=f"flaskd_server_scope = {scope}\n")
     run.assert_outcomes(passed=2, errors=1)
@@ -278,14 +278,14 @@ def test_leaks_are_failures(project, name, scope):
 
 @pytest.mark.parametrize("name", LEAKS)
 def test_what_is_meant_to_stay(project, name):
-    """Patterns in the ini file say what a test may leave."""
+    """Patterns in the ini file allow tests to leave things."""
     statement, _, pattern = LEAKS[name]
     run = project(LEAKY.format(marker="", statement=statement), ini=f"flaskd_server_ignore = {pattern}\n")
     run.assert_outcomes(passed=2)
 
 
 def test_leaks_can_be_reported_alone(project):
-    """With ``leaks="report"`` they stand in the section of the test, which passes."""
+    """With ``leaks="report"`` the test passes, and its section names the leaks."""
     statement, lines, _ = LEAKS["thread"]
     run = project(LEAKY.format(marker="@pytest.mark.flaskd_server(leaks='report')", statement=statement), "-rP")
     run.assert_outcomes(passed=2)
@@ -293,7 +293,7 @@ def test_leaks_can_be_reported_alone(project):
 
 
 def test_what_is_no_leak(project):
-    """What was there before, what another fixture puts away afterwards, and what is over in a moment."""
+    """What existed before, what another fixture closes afterwards, and what ends within a moment is no leak."""
     run = project("""
 @pytest.fixture
 def later(app):
@@ -330,7 +330,7 @@ def test_the_end(app):
 
 @pytest.mark.parametrize("kind", ["waitress", "werkzeug"])
 def test_an_app_that_hangs(project, kind):
-    """A request that does not end is cut when the time is over, and named with its stack; the run goes on."""
+    """A request that does not end is cut at the timeout, and named with its stack; the run goes on."""
     run = project(
         f"""
 @pytest.mark.flaskd_server(timeout=0.3, server={kind!r})
@@ -351,7 +351,7 @@ def test_goes_on(flaskd_server, app):
 
 
 def test_a_stream_that_hears_of_no_drain(project):
-    """Its client has it in good order; the thread that the app keeps is named, and is no leak of the test's."""
+    """The client of a stream that ignores the drain gets a proper end; the kept thread is named, but is no leak."""
     run = project(
         """
 @pytest.mark.flaskd_server(config={"shutdown": {"drain": {"stream_grace": "0s"}}})
@@ -375,7 +375,7 @@ def test_goes_on(flaskd_server):
 
 
 def test_a_thread_more_after_a_resume(project):
-    """Where a stream keeps a thread, resume makes another, and that is the server's own."""
+    """If a stream keeps a thread, resume makes another one, which is no leak."""
     run = project(
         """
 def test_resumes(flaskd_server, app):
@@ -397,7 +397,7 @@ def test_goes_on(flaskd_server):
 
 
 def test_a_test_that_cuts_on_purpose(project):
-    """A test that drains or stops the server itself has seen the account; it is not told again."""
+    """If a test drains or stops the server itself, its report is not repeated as a failure."""
     run = project("""
 @pytest.mark.parametrize("how", ["drain", "stop"])
 def test_cut(flaskd_server, app, how):
@@ -414,7 +414,7 @@ def test_cut(flaskd_server, app, how):
 
 
 def test_a_failed_test_fails_once(project):
-    """Its traceback may hold what it did not put away: that is shown in a section, and is no second failure."""
+    """What a failed test leaves is shown in a section, and is no second failure."""
     run = project("""
 @pytest.mark.flaskd_server(timeout=0.3)
 def test_fails(flaskd_server, app):
@@ -430,7 +430,7 @@ def test_fails(flaskd_server, app):
 
 
 def test_cleanup_runs_and_is_held_to_account(project):
-    """Functions and policies run at the end of the test, as they do in production; one that fails, fails the test."""
+    """Functions and policies run at the end of the test, as in production; if one fails, the test fails."""
     run = project("""
 import flaskd
 said = []
@@ -457,7 +457,7 @@ def test_three(flaskd_server):
 
 
 def test_the_app_is_not_closed(project):
-    """Discovery is off: what the app holds outlives each server, because the app does."""
+    """Discovery is off, because the app, and what it holds, outlives each server."""
     run = project("""
 from flask_sqlalchemy import SQLAlchemy
 import sqlalchemy as sa
@@ -482,7 +482,7 @@ def test_it(db, flaskd_server, time):
 
 
 def test_next_to_pytest_flask(project):
-    """pytest-flask's client, context and live_server, and flaskd_server, in one test and one after another."""
+    """pytest-flask's client, context and live_server work with flaskd_server, in one test and in successive ones."""
     run = project(
         """
 def test_context(flaskd_server, client):
@@ -501,11 +501,11 @@ def test_options(app, flaskd_server):
 
 
 def test_next_to_a_live_server_of_pytest_flask(project):
-    """Its server is a forked process: it neither inherits flaskd's listener's place nor keeps its clients waiting."""
+    """pytest-flask's forked server neither inherits flaskd's listener nor delays its clients."""
     run = project(
         """
-import multiprocessing
-multiprocessing.set_start_method("fork", force=True)  # since Python 3.14 it has to be asked for, and pytest-flask does not
+import multiprocessing multiprocessing.set_start_method("fork", force=True)  # since Python 3.14 it has to be asked for,
+and pytest-flask does not
 
 def test_both(live_server, flaskd_server):
     assert get(live_server._server.url if hasattr(live_server, "_server") else f"http://localhost:{live_server.port}/") == b"hello"
@@ -524,7 +524,7 @@ def test_flaskd_alone(flaskd_server):
 
 @pytest.mark.parametrize("scope", ["function", "session"])
 def test_under_xdist(project, scope):
-    """In two processes at once; a failure's account comes to the terminal from there."""
+    """It works in two processes at once; a failure's account is shown in the terminal."""
     run = project(
         """
 @pytest.mark.parametrize("number", range(10))
@@ -543,7 +543,7 @@ def test_leaky(flaskd_server):
 
 
 def test_it_costs_nothing_where_it_is_not_used():
-    """At pytest's start nothing is imported but the plugin itself."""
+    """At its start pytest imports only the plugin itself."""
     code = (
         "import sys, pytest; code = pytest.main(['-q', '-pno:cacheprovider', '--co', sys.argv[1]]);"
         "print(*({'flask', 'waitress', 'werkzeug', 'pydantic', 'yaml', 'click', 'logging.handlers'} & set(sys.modules)));"

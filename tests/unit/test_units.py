@@ -29,14 +29,14 @@ def test_durations_are_read(text, seconds):
     "text", ["", "s", "soon", "-1s", "1 s", "1S", "1.s", ".5s", "5 minutes", "1e3s", "5s!", "9" * 400 + "d"]
 )
 def test_other_durations_are_refused(text):
-    """What is no duration is refused with an example of one."""
+    """A malformed duration is refused with an example of one."""
     with pytest.raises(ValueError, match=r"^expected a duration such as 5s"):
         parse_duration(text)
 
 
 @pytest.mark.parametrize("text", ["5", "1.5", "00"])
 def test_a_missing_unit_is_named(text):
-    """A bare number says what is missing."""
+    """The error for a number without a unit says that the unit is missing."""
     with pytest.raises(ValueError, match="a unit is missing"):
         parse_duration(text)
 
@@ -46,7 +46,7 @@ def test_a_missing_unit_is_named(text):
     [(0, "0s"), (0.25, "250ms"), (4.1, "4.1s"), (5, "5s"), (120, "2m"), (5400, "1h30m"), (90061, "1d1h1m1s")],
 )
 def test_durations_are_written(seconds, text):
-    """Seconds are written with the units that people use."""
+    """Seconds are written in the units that people use."""
     assert format_duration(seconds) == text
 
 
@@ -71,18 +71,18 @@ def test_sizes_are_read(text, size):
 
 @pytest.mark.parametrize("text", ["", "MiB", "-1", "1mib", "64M", "1e3", "1 2", "64MiB/s"])
 def test_other_sizes_are_refused(text):
-    """What is no size is refused with an example of one."""
+    """A malformed size is refused with an example of one."""
     with pytest.raises(ValueError, match=r"^expected a size such as 64MiB"):
         parse_size(text)
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.0001, 0.25, 0.9996, 1.0, 1.2345, 59.96, 61.25, 90.5, 3600.0, 86400.0])
 def test_exact_durations_survive_writing(seconds):
-    """What `flaskd config` writes is read back as the very same number."""
+    """A duration that `flaskd config` writes is read back as the same number."""
     assert parse_duration(write_duration(seconds)) == seconds
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000, 1024, 1536, 65536, 64 * 1024**2, 3 * 1024**3, 10**9 + 1])
 def test_exact_sizes_survive_writing(size):
-    """What `flaskd config` writes is read back as the very same number."""
+    """A size that `flaskd config` writes is read back as the same number."""
     assert parse_size(write_size(size)) == size

@@ -1,1 +1,1 @@
-"""The shutdown endpoint: its rules, its token, its listener, and the one that an app opens in its own code."""
+"""The shutdown endpoint: its rules, its token, its listener, and the class that an app opens it with."""

@@ -1,4 +1,4 @@
-"""The requests an app has in hand, counted around the app itself: for a server that does not tell."""
+"""Counts the requests that an app works on, for servers that do not tell: it wraps the app."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flaskd.stacks import stack_of
 log = logging.getLogger("flaskd.endpoint")
 
 RETRY_AFTER = "5"
-"""Seconds that a refused client is asked to wait."""
+"""How many seconds a refused client is asked to wait."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +37,9 @@ class _Request:
 
 
 class Requests:
-    """A WSGI app around another, which can be drained: new requests get a 503, and those in hand are waited for.
+    """A WSGI app around another one that can be drained: new requests get a 503, and running ones are waited for.
 
-    Streams end at their first part past their grace. `clock` gives seconds that only grow.
+    A stream ends at the first part that it gives after its grace. `clock` gives monotonic seconds.
     """
 
     def __init__(self, app: Callable[..., Iterable[bytes]], *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -54,7 +54,7 @@ class Requests:
         self._deadline = float("inf")
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        """Run the app; the request is over when the server closes what the app returned (PEP 3333)."""
+        """Run the app. The request is over when the server closes what the app returned (PEP 3333)."""
         with self._changed:
             if self._draining.is_set():
                 self._rejected += 1
@@ -68,13 +68,13 @@ class Requests:
                 threading.current_thread(),
             )
             self._in_hand[request.id] = request
-        environ.setdefault("flaskd.draining", self._draining)  # a server of flaskd's own knows better
+        environ.setdefault("flaskd.draining", self._draining)  # flaskd's own server has set it
         try:
             answer = self._app(environ, start_response)
         except BaseException:
             self._over(request)
             raise
-        from werkzeug.wsgi import ClosingIterator  # noqa: PLC0415 - it is there, where Werkzeug serves
+        from werkzeug.wsgi import ClosingIterator  # noqa: PLC0415 - loaded already, because Werkzeug serves
 
         return ClosingIterator(answer, lambda: self._over(request))
 
@@ -90,35 +90,35 @@ class Requests:
 
     @property
     def in_flight(self) -> int:
-        """Requests that the app has in hand."""
+        """How many requests the app works on."""
         return len(self._in_hand)
 
     dead = ""
     counted = (0, 0)
-    """It counts from the drain on."""
+    """Completed and rejected requests before the drain: none, because counting begins with the drain."""
 
     def begin_drain(
         self,
         timeout: float,
         over: Callable[[DrainReport], object],
         *,
-        announce: float = 0.0,  # noqa: ARG002 - the server itself goes on accepting
+        announce: float = 0.0,  # noqa: ARG002 - the server accepts connections all the same
         counted_from: tuple[int, int] | None = None,  # noqa: ARG002
     ) -> None:
-        """Refuse what is new, wait for what is in hand at most `timeout` seconds; `over` is told what became of it.
+        """Refuse new requests and wait at most `timeout` seconds for running ones; `over` is called with the report.
 
-        Work in the background is waited for, too (`flaskd.background`).
+        Work in the background (`flaskd.background`) is waited for, too.
         """
         in_thread_of_its_own(self, lambda: self.drain(timeout), over)
 
     def hasten_drain(self, timeout: float) -> None:
-        """Leave the drain under way at most `timeout` seconds more."""
+        """Give the running drain at most `timeout` more seconds."""
         with self._changed:
             self._deadline = min(self._deadline, self._clock() + timeout)
             self._changed.notify_all()
 
     def drain(self, timeout: float) -> DrainReport:
-        """What `begin_drain` does, in this thread."""
+        """Do what `begin_drain` does in the calling thread, and return the report."""
         began = self._clock()
         self._deadline = began + timeout
         tell_of_ends(self._notify)
@@ -138,7 +138,7 @@ class Requests:
         return report
 
     def cut(self, reason: str) -> tuple[Cut, ...]:
-        """What is in hand, as cut."""
+        """The running requests, as cut for `reason`."""
         with self._changed:
             now = self._clock()
             return tuple(

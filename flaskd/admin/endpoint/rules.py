@@ -1,16 +1,16 @@
 """The rules of the shutdown endpoint, as a small WSGI app.
 
-The order of the rules is one of them. Who does not show the token learns two things only, whatever else is right or
-wrong with the request: that ``/shutdown`` takes POST (405 to all else), and 404, the same one for every other path, for
-a query string, for no token and for each wrong one. (What is no HTTP, or too large, waitress refuses before.) Only who
-shows the token is told what else is wrong:
+The rules are checked in a fixed order. A client without the right token learns only two things, whatever else is right
+or wrong in its request: ``/shutdown`` takes POST (405 for other methods), and 404, the same answer for every other
+path, for a query string, for no token and for a wrong one. (Waitress refuses earlier what is no HTTP or too large.)
+Only a client with the right token learns what else is wrong:
 
-403  an `Origin` or `Sec-Fetch-Site` header (a browser sent it, for some page), or a `Host` that is not allowed
-     (a name that was made to lead here: DNS rebinding)
-415  a content type that a form or a page could send without asking first (Fetch standard, "CORS-safelisted")
-400  a body that asks for something: there is nothing to be asked for
+403  the request has an `Origin` or `Sec-Fetch-Site` header, so a browser sent it for some web page; or its `Host` is
+     not allowed (another name was made to lead to this address: DNS rebinding)
+415  a content type that a form or a page may send without a preflight (Fetch standard, "CORS-safelisted")
+400  a body with content, although there is nothing to choose
 
-Wrong tokens are limited in number; while there are too many, none is compared, the right one neither.
+The number of wrong tokens is limited: above the limit no token is compared, not even the right one.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ log = logging.getLogger("flaskd.endpoint")
 PATH = "/shutdown"
 
 _GUESSES = 10
-"""Wrong tokens at once; then one a second."""
+"""How many wrong tokens are compared at once; after that, one each second."""
 _LINES = 20
-"""Refusals logged at once; then one a second."""
+"""How many refusals are logged at once; after that, one each second."""
 
 _NOT_FOUND = b"not found\n"
 _ONLY_POST = b"method not allowed\n"
 
 
 class _RateLimit:
-    """So many at once, then one a second (a token bucket)."""
+    """Permits a number at once, then one each second (a token bucket)."""
 
     def __init__(self, most: int, clock: Callable[[], float]) -> None:
         self._most = float(most)
@@ -56,7 +56,7 @@ class _RateLimit:
         return self._left >= 1
 
     def take(self) -> bool:
-        """Take one; False when there is none."""
+        """Use one permit; False if there is none."""
         if self:
             self._left -= 1
             return True
@@ -64,9 +64,9 @@ class _RateLimit:
 
 
 class EndpointRules:
-    """Lets who has the token ask for the stop, and answers with the plan; the stop itself is begun by its server.
+    """Lets a client with the token ask for the stop, and answers with the plan; its server then begins the stop.
 
-    `plan` gives what the 202 tells. One thread calls it.
+    `plan` gives the content of the 202 answer. Only one thread calls it.
     """
 
     def __init__(
@@ -114,17 +114,17 @@ class EndpointRules:
         if not self._guesses:
             return "too many wrong tokens; none is compared now"
         scheme, _, given = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
-        # Bytes: of text, compare_digest takes ASCII only.
+        # Bytes, because compare_digest accepts only ASCII text.
         right = hmac.compare_digest(given.strip(" ").encode("latin-1", "replace"), self._token)
-        if right and scheme.lower() == "bearer":  # RFC 9110 §11.1: without regard to case
+        if right and scheme.lower() == "bearer":  # RFC 9110 §11.1: case does not matter
             return None
         if not given:
-            return "no token"  # and so no guess: a web page can send this, and must not use up what guesses are allowed
+            return "no token"  # no guess: a web page can send this, and must not use up the permitted guesses
         self._guesses.take()
         return "a wrong token"
 
     def _wrong_request(self, environ: dict[str, Any]) -> tuple[str, str]:
-        """The status, and what is wrong; nothing is for 202."""
+        """The status and what is wrong with the request; two empty texts if nothing is."""
         for header, name in (("HTTP_ORIGIN", "Origin"), ("HTTP_SEC_FETCH_SITE", "Sec-Fetch-Site")):
             if header in environ:
                 return "403 Forbidden", f"the request has a header {name}, as browsers send it; expected a program"
@@ -138,7 +138,7 @@ class EndpointRules:
         return "202 Accepted", ""
 
     def _tell(self, environ: dict[str, Any], why: str) -> None:
-        """Log a refusal; never what was in the request, for the token may be anywhere in it."""
+        """Log a refusal, without anything from the request, because the token may be anywhere in it."""
         if not self._lines.take():
             self._unsaid += 1
             return

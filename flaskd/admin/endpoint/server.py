@@ -1,4 +1,4 @@
-"""The endpoint's own listener: the rules behind a bare server of one thread."""
+"""The endpoint's own listener: the rules, served by a bare server of one thread."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _LIMITS = {
     "channel_timeout": 10,
     "cleanup_interval": 2,
 }
-"""Bounds for clients that mean no good (waitress.adjustments); times in seconds."""
+"""Limits against hostile clients (names of waitress.adjustments); times in seconds."""
 _PATIENCE = 10.0
-"""Seconds for a whole request, however slowly it comes."""
+"""How many seconds a client has to send a whole request."""
 
 
 class EndpointServer:
     """Serves the rules on `address`; `stop` is called with the peer once an accepted request has been answered.
 
-    `plan` gives what the answer tells of the stop to come. Both are called in the server's threads.
+    `plan` gives the content of the answer. Both are called in the server's threads.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class EndpointServer:
         self._listener: Listener | None = None
 
     def open(self) -> Self:
-        """Bind, listen and answer; raises CannotCreateError when the address cannot be had."""
+        """Bind, listen and answer; raises CannotCreateError if the address cannot be bound."""
         listener = Listener.bind(self.address)
         self.address = listener.address
         server = WaitressThread(
@@ -63,46 +63,46 @@ class EndpointServer:
             reserved=True,
             on_answer=self._answered,
         ).start()
-        server.announce()  # each connection ends with its answer
+        server.announce()  # each connection closes after its answer
         self._listener, self._server = listener, server
         log.info(f"shutdown endpoint: POST {self.address.announced.removesuffix('/')}{PATH}")
         return self
 
     @property
     def url(self) -> str:
-        """Where to POST to."""
+        """The URL to POST to."""
         return self.address.url.removesuffix("/") + PATH
 
     def _answered(self, fields: Mapping[str, Any]) -> None:
-        """Begin the stop: the kernel has the answer by now, or the client went away without waiting for it."""
+        """Begin the stop. By now the kernel has the whole answer, or the client has gone away."""
         if fields["status"] == _ACCEPTED:
             self._stop(fields["client"])
 
     def close(self, timeout: float) -> None:
-        """Answer what is in hand within `timeout` seconds, and give the address back; a second call does nothing."""
+        """Answer running requests within `timeout` seconds, and free the address; a second call does nothing."""
         server, self._server = self._server, None
         if server is None:
             return
-        if in_background():  # a drain would wait for it, and name it; that is the app's drain's affair, and over
+        if in_background():  # this drain must not wait for the app's background work
             server.abandon()
         else:
             server.stop(timeout)
 
     def withdraw(self) -> None:
-        """Remove the node of a Unix socket: the last thing before an exit in a hurry."""
+        """Remove the node of a Unix socket: the last call before an immediate exit."""
         if self._listener is not None:
             self._listener.withdraw()
 
 
 def usual_hosts(address: Address) -> list[str]:
-    """The Host headers that mean an address: itself, and the names of this machine where it listens for itself."""
+    """The Host headers that mean an address: itself, and this machine's names if it listens on a local address."""
     if address.path:
         return ["localhost"]
     host = f"[{address.host}]" if ":" in address.host else address.host
     names = {host}
     if host in {"localhost", "[::1]", "[::]", "0.0.0.0"} or host.startswith("127."):  # noqa: S104 - compared
         names |= {"localhost", "[::1]" if host.startswith("[") else "127.0.0.1"}
-    names -= {"0.0.0.0", "[::]"}  # noqa: S104 - names for "every address", which is none of its own
+    names -= {"0.0.0.0", "[::]"}  # noqa: S104 - these mean "every address", and no client sends them
     hosts = [f"{name}:{address.port}" for name in sorted(names)]
-    # A client leaves the port out where it is the scheme's own: RFC 9110 §7.2.
+    # A client leaves out the port if it is the default of the scheme: RFC 9110 §7.2.
     return hosts + (sorted(names) if address.port == 80 else [])  # noqa: PLR2004

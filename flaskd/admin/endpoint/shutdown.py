@@ -1,4 +1,4 @@
-"""`ShutdownEndpoint`: the endpoint opened in an app's own code, for development."""
+"""`ShutdownEndpoint`: the shutdown endpoint that an app opens in its own code, for development."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
 log = logging.getLogger("flaskd.endpoint")
 
 _CLOSING = 0.5
-"""Seconds that a client which asks a second time gets to read the answer."""
+"""How many seconds a client that asks a second time has to read the answer."""
 
 Opener = Callable[[Address, bytes, Sequence[str]], EndpointServer]
 """Opens an endpoint that stops the daemon of this process."""
 
 _openers: list[Opener] = []
 _open: list[ShutdownEndpoint] = []
-"""Those that have opened themselves."""
+"""The open endpoints."""
 
 
 @contextlib.contextmanager
 def opened_by(opener: Opener) -> Iterator[None]:
-    """While open, endpoints of this process stop the daemon that `opener` belongs to; those that are open already, too.
+    """As long as this is open, the endpoints of this process stop the daemon that `opener` belongs to.
 
-    Raises what `opener` raises for those.
+    Endpoints that are open already are handed over to `opener`; what it raises for them is raised here.
     """
     for endpoint in _open.copy():
         endpoint.hand_over(opener)
@@ -55,22 +55,23 @@ def opened_by(opener: Opener) -> Iterator[None]:
 
 
 class ShutdownEndpoint:
-    """Stops the process when it is asked to by ``POST /shutdown`` with the token, for development and scripts.
+    """Stops the process at a ``POST /shutdown`` with the token, for development and scripts.
 
     ::
 
         flaskd.ShutdownEndpoint(app, listen="127.0.0.1:9090", token_file="shutdown.token").start()
 
-    The 202 tells the id and the steps of the plan; then the stop begins. Under flaskd it is the daemon's, as if
-    ``shutdown.endpoint`` had been configured, and refused under ``profile: production`` likewise. Where the app is
-    served by a `ServerThread` or `ServerProcess` it is that server's, and then the process gets SIGINT. Under ``flask
-    run`` new requests get a 503, those in flight are answered, streams end at their next part, the functions of
-    `flaskd.on_stop` run, and the process gets SIGINT; `timeout` is how many seconds all of that may take.
+    The 202 answer has the id and the steps of the plan; then the stop begins. What stops depends on the server:
 
-    `listen` is an address of its own, as ``HOST:PORT`` or ``unix:/path``. The token is in a `token_file` of mode 0600
-    (see `make_token`), or in the systemd `credential` of that name. `allowed_hosts` are the exact Host headers that are
-    accepted; by default the address itself, and localhost if it is one. Raises ValueError for an address that is none,
-    ConfigError for a time that is none.
+    Under flaskd the daemon stops, as with ``shutdown.endpoint``, and the endpoint is refused under ``profile:
+    production`` as well. If a `ServerThread` or `ServerProcess` serves the app, that server stops, and then the process
+    gets SIGINT. Under ``flask run`` new requests get a 503, running requests are answered, streams end at their next
+    part, the functions of `flaskd.on_stop` run, and the process gets SIGINT; all of that may take `timeout` seconds.
+
+    `listen` is an address that nothing else listens on, as ``HOST:PORT`` or ``unix:/path``. The token is in a
+    `token_file` of mode 0600 (see `make_token`), or in the systemd `credential` of that name. `allowed_hosts` are the
+    exact Host headers that are accepted; by default the address itself, and localhost if the address is this machine.
+    Raises ValueError for a malformed address and ConfigError for a malformed `timeout`.
     """
 
     make_token = staticmethod(make_token)
@@ -104,16 +105,16 @@ class ShutdownEndpoint:
 
     @property
     def url(self) -> str | None:
-        """Where to POST to; None while it is not open."""
+        """The URL to POST to; None if the endpoint is not open."""
         return self._server.url if self._server is not None else None
 
     def start(self) -> Self:
-        """Open the endpoint, where there is something to stop.
+        """Open the endpoint if this process serves the app.
 
-        It stays closed in Flask's other commands, and in the parent of Werkzeug's reloader, which ends with its child.
-        (For ``app.run(use_reloader=True)``, which cannot be told from here, call it only in the child: see
-        ``werkzeug.serving.is_running_from_reloader``.) Raises ConfigError when there is no good token, and
-        CannotCreateError when the address cannot be had.
+        It stays closed in Flask's other commands, and in the parent process of Werkzeug's reloader, which ends with its
+        child. (With ``app.run(use_reloader=True)`` flaskd cannot tell parent and child apart: call this in the child
+        only, see ``werkzeug.serving.is_running_from_reloader``.) Raises ConfigError if there is no acceptable token,
+        and CannotCreateError if the address cannot be bound.
         """
         if self._server is not None:
             raise FlaskdError("cannot start: this shutdown endpoint is open")
@@ -130,7 +131,7 @@ class ShutdownEndpoint:
         self._token = token
         self._around = self._app.wsgi_app
         self._requests = Requests(self._around)
-        self._app.wsgi_app = self._requests  # type: ignore[method-assign]  # Flask's own way to put something around an app
+        self._app.wsgi_app = self._requests  # type: ignore[method-assign]  # Flask's documented way to wrap an app
         _open.append(self)
         return self
 
@@ -143,7 +144,7 @@ class ShutdownEndpoint:
             self._server = None
 
     def hand_over(self, opener: Opener) -> None:
-        """Be the daemon's that is about to serve this process, on the same address."""
+        """Close this endpoint, and let the daemon that is about to serve this process open it on the same address."""
         assert self._server is not None
         address = self._server.address
         self.close()
@@ -166,7 +167,7 @@ class ShutdownEndpoint:
         return {"plan": plan.id, "steps": plan.describe(), "in_flight": self._requests.in_flight}
 
     def _asked(self, peer: str) -> None:
-        """Begin the stop, once, in a thread that it may take its time in."""
+        """Begin the stop in a thread of its own; a second call does nothing."""
         reason = StopReason("endpoint", peer)
         with self._lock:
             if self._begun:
@@ -198,8 +199,8 @@ class ShutdownEndpoint:
 
 
 def _serves_here() -> bool:
-    """Whether this process serves requests, as far as Flask's command line tells."""
-    from click import get_current_context  # noqa: PLC0415 - an app brings Flask, and Flask brings click
+    """Whether this process serves requests, as far as Flask's command line shows that."""
+    from click import get_current_context  # noqa: PLC0415 - Flask has imported click
     from flask.cli import ScriptInfo  # noqa: PLC0415
     from flask.helpers import get_debug_flag  # noqa: PLC0415
     from werkzeug.serving import is_running_from_reloader  # noqa: PLC0415
@@ -209,5 +210,5 @@ def _serves_here() -> bool:
         return True
     if context.info_name != "run":
         return False
-    reload = context.params.get("reload")  # None: as the debug flag says (flask.cli.run_command)
+    reload = context.params.get("reload")  # None: the debug flag decides (flask.cli.run_command)
     return is_running_from_reloader() or not (get_debug_flag() if reload is None else reload)

@@ -1,4 +1,4 @@
-"""The endpoint's token: made, and read from where its owner alone can read it."""
+"""Makes the endpoint's token, and reads it from a file that only its owner can read."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from flaskd.errors import CannotCreateError, ConfigError
 _RANDOM_BYTES = 32
 _MAX_BYTES = 4096
 _FEWEST_CHARACTERS = 8
-"""Different characters; 32 random bytes have twice as many even in hex, a placeholder has fewer."""
+"""How many different characters a token needs: 32 random bytes have twice as many, placeholders have fewer."""
 _OTHERS = 0o077
 
 _MAKE_ONE = "make one with: (umask 077; head -c 32 /dev/urandom | base64 > FILE)"
 
 
 def make_token(path: str | os.PathLike[str]) -> Path:
-    """Write a new token into a new file that only its owner can read, and return the path.
+    """Write a new token to a new file that only its owner can read, and return the path.
 
-    Raises CannotCreateError when the file is there already, or cannot be made.
+    Raises CannotCreateError if the file exists or cannot be made.
     """
     path = Path(path)
     try:
@@ -40,7 +40,7 @@ def make_token(path: str | os.PathLike[str]) -> Path:
 def configured_token(token_file: Path | None, credential: str | None, environ: Mapping[str, str]) -> bytes:
     """Read the token from the file, or from the systemd credential of that name.
 
-    Raises ConfigError for what cannot be read, others may read, or is too little to be a secret.
+    Raises ConfigError if it cannot be read, if others may read it, or if it is too short to be a secret.
     """
     if (token_file is None) == (credential is None):
         raise ConfigError("cannot open the shutdown endpoint: it needs either a token file or a credential")
@@ -53,12 +53,12 @@ def configured_token(token_file: Path | None, credential: str | None, environ: M
             "the unit needs LoadCredential= (systemd.exec(5))"
         )
     path = Path(directory, str(credential))
-    # The directory is systemd's. What an access control list gives to the unit's user looks like a wider mode.
+    # systemd owns the directory; an access control list for the unit's user shows as a wider mode.
     return _token(_read(path, private=False), path)
 
 
 def _read(path: Path, *, private: bool) -> bytes:
-    """The content of a file; what is looked at is the file that was opened, wherever a link led to."""
+    """The content of a file; the checks apply to the file that was opened, even if a link led to it."""
     try:
         # Without O_NONBLOCK, opening a FIFO would wait for a writer (fifo(7)).
         number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
@@ -91,7 +91,7 @@ def _check_private(found: os.stat_result, path: Path) -> None:
 
 def _token(content: bytes, path: Path) -> bytes:
     token = content.strip(b"\r\n")
-    # What can be said in a header: RFC 6750 §2.1, b64token.
+    # The characters that a header may have here: RFC 6750 §2.1, b64token.
     if len(content) > _MAX_BYTES or not re.fullmatch(rb"[A-Za-z0-9._~+/-]+=*", token):
         raise ConfigError(f'cannot use the token file "{path}": expected one line of base64 or hex; {_MAKE_ONE}')
     characters = token.rstrip(b"=")

@@ -1,6 +1,6 @@
-"""The actions that a policy can `use`: each family has its file, and is registered here.
+"""The actions that a policy can `use`. Each family has a file, which is registered here.
 
-Those of other packages join them as entry points.
+Other packages add actions as entry points; see `flaskd.cleanup.registry`.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ _FAMILIES = (
 _OWN = tuple(action for family in _FAMILIES for action in family.ACTIONS)
 
 ACTIONS: Mapping[str, Action] = Registry({action.name: action for action in _OWN}, brought)
-"""Name → action, for everything that a policy can `use`."""
+"""All actions by the name that a policy gives in `use`."""
 
 KINDS = (*(replace(kind, use=action.name) for action in _OWN for kind in action.kinds), *UNCLOSED)
-"""The kinds of objects that discovery looks for."""
+"""The kinds of objects that discovery finds."""
 
 
 def action_specs(actions: Mapping[str, Action] = ACTIONS) -> Mapping[str, ActionSpec]:
-    """What `flaskd.config` needs to know of each action: its fields, its phase, its fault, its needs, its scopes."""
+    """What `flaskd.config` must know of each action, by the action's name."""
 
     def spec(action: Action) -> ActionSpec:
         return ActionSpec(
             action.fields, action.default_phase, action.fault, action.needs, action.keeps, action.scopes,
-            action.at_replacement,
+            action.at_replacement, action.summary,
         )  # fmt: skip
 
     return LazyMapping(actions, spec)

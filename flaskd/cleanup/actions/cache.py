@@ -1,16 +1,17 @@
-"""``cache.persist``: what is in the app's memory caches outlives a restart.
+"""``cache.persist``: the app's memory caches keep their entries over a restart.
 
-Kept are the caches of cachelib's ``SimpleCache`` (Flask-Caching's is one): their entries are pickled already, and stay
-so; restoring needs no unpickling and keeps each entry's own expiry. The app unpickles an entry when it reads it, so a
-file that another user could have written would be that user's code: nothing is restored whose HMAC is not right.
+It keeps the caches of cachelib's ``SimpleCache``, on which Flask-Caching's is based. Their entries are pickled values,
+and are written as they are; restoring does not unpickle them, and each keeps its own expiry. The app unpickles an entry
+when it reads it, so a file that another user could write would run that user's code in the app. Therefore the file is
+signed, and nothing is restored if the HMAC is wrong.
 
-A file is restored by one start that succeeds. What the app deleted or changed since would come back otherwise, when the
-next life ended in a crash or its file could not be written. That a file is used shows in its modification time, the
-epoch: its content stays whole, and a full disk can note that too.
+A file is restored by only one successful start. If it were restored again, for example after a crash, entries that the
+app has changed or deleted since would come back. A file that was restored has the epoch as its modification time: its
+content stays whole, and setting the time works on a full disk, too.
 
-Where there are workers, each keeps a file of its own when the service stops; one that is replaced keeps nothing.
+With workers, each worker writes a file of its own when the service stops; a worker that is replaced writes none.
 
-The file: a line that names the format, the HMAC-SHA256 of all the rest, the length of the index (8 bytes, big-endian),
+The format: a line that names the format, the HMAC-SHA256 of the rest, the length of the index (8 bytes, big-endian),
 the index as JSON, and the values one after the other.
 """
 
@@ -32,7 +33,8 @@ from flaskd.cleanup.context import StepContext, StepFailedError
 from flaskd.cleanup.model import Action
 from flaskd.config import KEY_FILE, WORKER, Duration, Phase, Settings, Size
 from flaskd.config.fields import SomeText
-from flaskd.config.kinds import SecretText, checked
+from flaskd.config.kind import checked
+from flaskd.config.kinds import SecretText
 from flaskd.config.settings import field
 from flaskd.files import read_whole, write_once, write_whole
 
@@ -45,7 +47,7 @@ _MAC = hashlib.sha256().digest_size
 _KEY_BYTES = 32
 _SHORTEST_KEY = 16
 _CLOCKS_DIFFER = 60.0
-"""Seconds by which a file may come from the future: clocks are set."""
+"""How many seconds in the future a file's time may be, because clocks are corrected."""
 _Entry = tuple[str, float, bytes]
 """Key, moment of expiry (seconds since the epoch; 0: never), pickled value."""
 
@@ -75,7 +77,7 @@ class PersistFields(Settings):
 
 
 def persist_cache(context: StepContext, fields: PersistFields) -> str:
-    """Write the entries of the app's caches that have not expired; raises StepFailedError."""
+    """Write those entries of the app's caches that have not expired; raises StepFailedError."""
     caches = _caches(context.app)
     if not caches:
         return "nothing to keep: no cache is in memory"
@@ -94,9 +96,9 @@ def persist_cache(context: StepContext, fields: PersistFields) -> str:
 
 
 def restore_cache(app: Any, state: Path | None, fields: PersistFields) -> str:
-    """Fill the app's caches from the file; raises StepFailedError for one that is not to be trusted.
+    """Fill the app's caches from the file; raises StepFailedError if the file cannot be read or trusted.
 
-    What the app has put there itself is newer, and stays. Returns what was done, empty when there is no file.
+    An entry that the app has already put there is newer, and stays. Returns what was done, empty if there is no file.
     """
     if not fields.restore:
         return ""
@@ -117,9 +119,9 @@ def restore_cache(app: Any, state: Path | None, fields: PersistFields) -> str:
 
 
 def use_up_cache(state: Path | None, fields: PersistFields) -> None:
-    """Note that the file is restored, now that the start has succeeded: one that fails leaves it to the next.
+    """Mark the file as restored. Called once the start has succeeded: a start that fails leaves it to the next one.
 
-    Raises StepFailedError when that cannot be noted.
+    Raises StepFailedError if the file cannot be marked.
     """
     path = _path(state, fields)
     try:
@@ -149,10 +151,11 @@ def _name(app: Any) -> str:
 
 
 def _caches(app: Any) -> dict[str, Any]:
-    """The app's SimpleCache objects by a name that the next start finds again.
+    """The app's SimpleCache objects by names that are the same at the next start.
 
-    Flask-Caching's are in ``app.extensions["cache"]``, an extension → backend mapping in the order of ``init_app``;
-    Flask-Session has one as its interface's ``client`` or ``cache``. Others are found as an extension by themselves.
+    Flask-Caching has them in ``app.extensions["cache"]``, a mapping of extension to backend in the order of
+    ``init_app``; Flask-Session has one as ``client`` or ``cache`` of its session interface. Others are extensions
+    themselves.
     """
     extensions: dict[str, Any] = getattr(app, "extensions", {})
     found: dict[str, Any] = {}
@@ -163,14 +166,14 @@ def _caches(app: Any) -> dict[str, Any]:
             found[f"extension {name}"] = extension
     interface = getattr(app, "session_interface", None)
     found |= {f"session {name}": getattr(interface, name, None) for name in ("client", "cache")}
-    # Who uses it has imported it: flaskd itself never does.
+    # flaskd never imports cachelib: an app that uses it has imported it.
     module = sys.modules.get("cachelib.simple")
     names = {id(cache): name for name, cache in found.items() if module and isinstance(cache, module.SimpleCache)}
-    return {name: found[name] for name in names.values()}  # each once, whatever holds it
+    return {name: found[name] for name in names.values()}  # each once, even if several objects hold it
 
 
 def _entries(name: str, cache: Any) -> list[_Entry]:
-    """Copy what a cache holds and has not expired; its private shape is tested first (cachelib 0.17)."""
+    """Copy the entries of a cache that have not expired; first check its private attributes (cachelib 0.17)."""
     lock, held = getattr(cache, "_lock", None), getattr(cache, "_cache", None)
     if not (hasattr(lock, "__enter__") and isinstance(held, dict)):
         raise StepFailedError(f"cannot keep {name}: this version of cachelib keeps its entries in another way")
@@ -192,8 +195,8 @@ def _lives(entry: _Entry, now: float) -> bool:
 
 
 def _fill(name: str, cache: Any, entries: Iterable[_Entry]) -> int:
-    """Put entries into a cache as it would itself, except for what is there; returns how many."""
-    _entries(name, cache)  # its shape
+    """Put entries into a cache as cachelib would, but leave existing keys alone; returns how many were put in."""
+    _entries(name, cache)  # raises if the cache has other attributes
     now, count = time.time(), 0
     with cache._lock:  # noqa: SLF001 - see _entries
         held = cache._cache  # noqa: SLF001
@@ -210,7 +213,7 @@ def _fill(name: str, cache: Any, entries: Iterable[_Entry]) -> int:
 
 
 def _fitting(caches: dict[str, list[_Entry]], size: int) -> tuple[dict[str, list[_Entry]], int]:
-    """Choose the entries that `size` bytes have room for, those that live longest first, and count the others."""
+    """Choose entries that fit into `size` bytes, those with the latest expiry first, and count the others."""
     left = size - 2048 - sum(len(json.dumps(name)) + 8 for name in caches)
     kept: dict[str, list[_Entry]] = {name: [] for name in caches}
     left_out = 0
@@ -226,7 +229,7 @@ def _fitting(caches: dict[str, list[_Entry]], size: int) -> tuple[dict[str, list
 
 
 def _check_unused(path: Path) -> None:
-    """Raise ValueError if the file was restored before, OSError if it could not be noted that it is now."""
+    """Raise ValueError if the file was restored before, OSError if it could not be marked as restored."""
     found = path.stat()
     if found.st_mtime_ns == 0:
         raise ValueError("it was restored before, and what has changed since is not in it")
@@ -234,7 +237,7 @@ def _check_unused(path: Path) -> None:
 
 
 def _written(caches: dict[str, list[_Entry]], app: str, signature: bytes) -> bytes:
-    """The file's content."""
+    """The content of the file."""
     listed = {name: [[key, expires, len(value)] for key, expires, value in entries] for name, entries in caches.items()}
     index = json.dumps({"saved": time.time(), "app": app[:256], "caches": listed}).encode()
     values = b"".join(value for entries in caches.values() for _, _, value in entries)
@@ -243,13 +246,13 @@ def _written(caches: dict[str, list[_Entry]], app: str, signature: bytes) -> byt
 
 
 def _read(content: bytes, app: str, max_age: float, signature: bytes) -> dict[str, list[_Entry]]:
-    """What `_written` wrote; raises ValueError saying why it is not taken."""
+    """The entries in what `_written` wrote; raises ValueError, which says why they are not used."""
     if not content.startswith(_FORMAT):
         raise ValueError("it is no cache file of this version")
     mac, body = content[len(_FORMAT) :][:_MAC], content[len(_FORMAT) + _MAC :]
     if not hmac.compare_digest(mac, _mac(body, signature)):
         raise ValueError("it was changed, is not whole, or was signed with another key")
-    # From here on it is what we wrote ourselves.
+    # The signature is right, so flaskd has written the rest itself.
     begin = 8 + int.from_bytes(body[:8], "big")
     index = json.loads(body[8:begin])
     if index["app"] != app[:256]:
@@ -284,14 +287,14 @@ def _key(app: Any, state: Path | None, fields: PersistFields, *, make: bool) -> 
 
 
 def _key_of_our_own(state: Path | None, *, make: bool) -> bytes:
-    """A random key in the state directory, which its owner alone may read; made if there is none and `make` is set."""
+    """The random key in the state directory that only its owner may read; `make` makes it if there is none."""
     if state is None:
         raise StepFailedError("cannot sign the cache: no state directory is ours to keep a key in; give with.key")
     path = state / KEY_FILE
     try:
         if make and not path.exists():
             state.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_once(path, secrets.token_bytes(_KEY_BYTES))  # each worker may need it, all at the same time
+            write_once(path, secrets.token_bytes(_KEY_BYTES))  # several workers may make it at the same time
         found = path.lstat()
         if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
             raise StepFailedError(f"cannot use the key {path}: expected a file of our own with mode 0600; remove it")
@@ -315,5 +318,9 @@ ACTIONS = (
         use_up=use_up_cache,
         keeps="path",
         at_replacement=False,
+        summary=(
+            "Writes what the app's caches in memory (Flask-Caching, cachelib) hold to a file, and "
+            "reads it at the next start."
+        ),
     ),
 )

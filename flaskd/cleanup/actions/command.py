@@ -1,7 +1,7 @@
-"""The ``command`` action: a program in a process group of its own, which is ended as a whole.
+"""``command``: runs a program in a process group of its own, and ends the whole group.
 
-POSIX only. Nothing here waits without a limit: neither for the program, nor for a pipe that a grandchild
-keeps open, nor for a group that ignores SIGTERM.
+POSIX only. Every wait has a limit: for the program, for a pipe that a grandchild keeps open, and for a group that
+ignores SIGTERM.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flaskd.cleanup.context import ENDING_PATIENCE, ENDING_SLACK, StepContext, S
 from flaskd.cleanup.model import ANYWHERE, Action
 from flaskd.config import Duration, Phase, Settings
 from flaskd.config.fields import Hidden
-from flaskd.config.kinds import bounded, checked
+from flaskd.config.kind import bounded, checked, matching
 from flaskd.config.settings import field
 from flaskd.text import printable
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 KEPT_OUTPUT = 8 * 1024
-"""Bytes of output that are kept, the last ones."""
+"""How many bytes of output are kept: the last ones."""
 _SHOWN_OUTPUT = 2000
 _CHUNK = 64 * 1024
 _LAST_CHUNKS = 4
@@ -41,19 +41,13 @@ _NOT_INHERITED = frozenset({
 })  # fmt: skip
 
 
-def _variable(text: str) -> str:
-    if not text or "=" in text:
-        raise ValueError("expected the name of an environment variable")
-    return text
-
-
 def _with_a_program(argv: list[str]) -> list[str]:
     if not argv[0].strip():
         raise ValueError("expected the program as the first item")
     return argv
 
 
-Variable = Annotated[str, checked(_variable)]
+Variable = Annotated[str, matching("[^=]+", "expected the name of an environment variable")]
 
 
 class CommandFields(Settings):
@@ -72,9 +66,9 @@ class CommandFields(Settings):
 
 
 def environment(context: StepContext, extra: dict[str, str]) -> dict[str, str]:
-    """The environment of a command: flaskd's own, without what systemd meant for flaskd alone.
+    """The environment of a command: flaskd's own, without the variables that systemd set for flaskd alone.
 
-    Which that is: sd_notify(3), sd_listen_fds(3), sd_watchdog_enabled(3).
+    They are listed in sd_notify(3), sd_listen_fds(3) and sd_watchdog_enabled(3).
     """
     inherited = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
     about = {"FLASKD_REASON": context.reason, "FLASKD_PHASE": str(context.phase), "FLASKD_POLICY": context.policy}
@@ -82,15 +76,15 @@ def environment(context: StepContext, extra: dict[str, str]) -> dict[str, str]:
 
 
 def prepare_command(_fields: object) -> None:
-    """Load what starts a program, while it is still there: a deploy may replace it under a running daemon."""
-    import subprocess  # noqa: F401, PLC0415 - 0.3 MiB, for those who run one
+    """Import what starts a program now, because a deploy may replace the files under a running daemon."""
+    import subprocess  # noqa: F401, PLC0415 - 0.3 MiB, for this action alone
 
 
 def run_command(context: StepContext, fields: CommandFields) -> str | None:
-    """Run the command; returns the last line it wrote.
+    """Run the command; returns the last line that it wrote.
 
-    Raises StepFailedError when it cannot be started or exits with anything but 0, and StepTimedOutError when
-    it had to be ended; both messages end with the tail of its output.
+    Raises StepFailedError if it cannot be started or its exit code is not 0, and StepTimedOutError if it had to be
+    ended; both messages end with the last lines of its output.
     """
     if sys.platform == "win32":
         raise StepFailedError("cannot run a command: this platform has no process groups")
@@ -119,15 +113,14 @@ def _join(between: str, *parts: str) -> str:
 
 
 def _anyone_in(group: int) -> bool:
-    """Whether a process group has a member that runs, and does not only wait for PID 1 to reap it.
+    """Whether a process group has a member that is not a zombie.
 
-    What stands after the name in brackets: state, parent, group (proc_pid_stat(5)). Where there are no such
-    files, a group is taken to be at work.
+    The fields after the name in brackets are state, parent and group (proc_pid_stat(5)). True if there is no /proc.
     """
     found = False
     for entry in _PROC.glob("[0-9]*/stat"):
         found = True
-        with suppress(OSError, ValueError):  # gone in the meantime
+        with suppress(OSError, ValueError):  # the process has ended in the meantime
             state, _, its_group = entry.read_bytes().rpartition(b")")[2].split()[:3]
             if int(its_group) == group and state not in {b"Z", b"X"}:
                 return True
@@ -135,7 +128,7 @@ def _anyone_in(group: int) -> bool:
 
 
 class _Child:
-    """The running program, its process group and its output."""
+    """The running program with its process group and its output."""
 
     def __init__(
         self, context: StepContext, fields: CommandFields, selector: selectors.BaseSelector, alarm: socket.socket
@@ -171,7 +164,7 @@ class _Child:
         self._polled = False
         try:
             self._reaper.start()
-        except RuntimeError:  # no thread can be had: it is looked after now and then
+        except RuntimeError:  # no thread can be had: `watch` polls
             self._polled = True
 
     def has_exited(self) -> bool:
@@ -181,7 +174,7 @@ class _Child:
         return self.exited.is_set()
 
     def _reap(self, how: int = 0) -> None:
-        # os.waitpid and not Popen.wait, which reports exit code 0 when other code of this process has reaped the child.
+        # os.waitpid, because Popen.wait reports exit code 0 if other code of this process has reaped the child.
         try:
             pid, status = os.waitpid(self._process.pid, how)
             if not pid:
@@ -194,14 +187,14 @@ class _Child:
         self.ring()
 
     def ring(self) -> None:
-        """Wake `watch`, from any thread."""
-        with suppress(OSError):  # already full of wake-ups, or over
+        """Wake `watch`; may be called in any thread."""
+        with suppress(OSError):  # the socket is full of wake-ups, or closed
             self._alarm.send(b"!")
 
     def watch(self, until: Callable[[], float], done: Callable[[], bool], poll: float = 3600.0) -> bool:
-        """Take in output until `done()`, which gives True, or the moment `until()`, which gives False.
+        """Read output until `done()` is true (returns True) or the moment `until()` has come (returns False).
 
-        Both are asked again at each wake-up and at least every `poll` seconds.
+        Both are called again at each wake-up and at least every `poll` seconds.
         """
         while not done():
             left = until() - self._context.budget.now()
@@ -216,7 +209,7 @@ class _Child:
         return True
 
     def _read(self) -> bool:
-        """Take in one piece of output; False when there is none now, or none to come."""
+        """Read one piece of output; False if there is none now, or none will come."""
         try:
             piece = self._pipe.read(_CHUNK)
         except OSError:
@@ -230,16 +223,16 @@ class _Child:
         return bool(piece)
 
     def end_group(self, grace: float) -> str:
-        """End what is left of the process group: SIGTERM, and SIGKILL `grace` seconds later or at the limit.
+        """End the rest of the process group: SIGTERM, then SIGKILL `grace` seconds later or at the limit.
 
-        Returns what was done, empty when nothing was left.
+        Returns what was done, empty if no process was left.
         """
         if self._over():
             return ""
         left_behind = "processes it left behind were " if self.exited.is_set() else ""
         now = self._context.budget.now
         self._signal(signal.SIGTERM)
-        self._signal(signal.SIGCONT)  # a stopped process acts on SIGTERM only once it goes on
+        self._signal(signal.SIGCONT)  # a stopped process acts on SIGTERM only when it continues
         kill_at = now() + grace
         if self.watch(lambda: min(kill_at, self._context.limit), self._over, _GROUP_POLL):
             return f"{left_behind}ended by SIGTERM"
@@ -250,7 +243,7 @@ class _Child:
         return f"{left_behind}sent SIGKILL and not seen to end"
 
     def kill(self) -> None:
-        """SIGKILL for the whole group."""
+        """Send SIGKILL to the whole group."""
         if not self._group_gone:
             self._signal(signal.SIGKILL)
 
@@ -261,17 +254,17 @@ class _Child:
         return self._group_gone
 
     def _signal(self, number: int) -> bool:
-        """Signal the group; False when there is none any more."""
+        """Send a signal to the group; False if it has no process any more."""
         try:
             os.killpg(self._process.pid, number)
         except ProcessLookupError:
             return False
-        except PermissionError:  # they run as another user now
+        except PermissionError:  # the processes run as another user now
             return True
         return True
 
     def close(self) -> None:
-        """Take in what is still in the pipe, without waiting for the processes that keep it open, and let go of it."""
+        """Read what is still in the pipe, without waiting for processes that keep it open, and close it."""
         for _ in range(_LAST_CHUNKS):
             if self._pipe.closed or not self._read():
                 break
@@ -280,10 +273,10 @@ class _Child:
             self._reaper.join(ENDING_SLACK)
 
     def fault(self) -> str:
-        """Why the exit of the program is a failure; empty when it is none."""
+        """Why the program's exit is a failure; empty if it is none."""
         code = self._process.returncode
         if self._stolen:
-            if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:  # wait(2): the kernel keeps none then
+            if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:  # wait(2): then the kernel keeps no exit code
                 return "its exit code is not known: SIGCHLD is ignored in this process"
             return "its exit code is not known: something else in this process has reaped it"
         if code < 0:
@@ -293,8 +286,8 @@ class _Child:
         return f"exit code {code}" if code else ""
 
     def tail(self, lines: int = 20) -> str:
-        """The last lines of its output as one, without what a terminal would take for more than text."""
-        text = self._context.redact(self._output.decode(errors="replace"))  # before it is cut
+        """The last lines of its output as one line, without control characters."""
+        text = self._context.redact(self._output.decode(errors="replace"))  # before the text is cut
         shown = (printable(line, " ").strip() for line in text.splitlines())
         return " | ".join([line for line in shown if line][-lines:])[-_SHOWN_OUTPUT:]
 
@@ -308,5 +301,6 @@ ACTIONS = (
         prepare=prepare_command,
         grace=operator.attrgetter("kill_grace"),
         scopes=ANYWHERE,
+        summary=("Runs a program, without a shell. The step fails when the program exits with anything but 0."),
     ),
 )

@@ -1,4 +1,4 @@
-"""Pools and clients: what keeps connections to databases and services closes them."""
+"""``sqlalchemy.dispose`` and the like: close pools and clients that keep connections to databases and services."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from flaskd.config import Phase
 
 
 def dispose(engine: Any, _context: StepContext, _fields: TargetFields) -> None:
-    """Close the engine's connections that are checked in (sqlalchemy.engine.Engine.dispose)."""
+    """Close the connections that are checked in to the engine's pool (sqlalchemy.engine.Engine.dispose)."""
     engine.dispose()
 
 
 def close_pool(pool: Any, context: StepContext, _fields: TargetFields) -> None:
-    """Close a psycopg pool (psycopg_pool.ConnectionPool.close); it waits for its own threads at most so long."""
+    """Close a psycopg pool (psycopg_pool.ConnectionPool.close); it waits for its threads until the timeout."""
     pool.close(timeout=max(LOOK, context.remaining() * 0.9))
 
 
 def close_redis(client: Any, _context: StepContext, _fields: TargetFields) -> None:
-    """Close a client, and its pool, which a client that was given one leaves open (redis.Redis.close); or a pool."""
+    """Close a pool, or a client and its pool; redis.Redis.close alone leaves a pool open that it was given."""
     if hasattr(client, "close"):
         client.close()
     pool = getattr(client, "connection_pool", client)
@@ -31,7 +31,7 @@ def close_redis(client: Any, _context: StepContext, _fields: TargetFields) -> No
 
 
 def close_http(client: Any, _context: StepContext, _fields: TargetFields) -> None:
-    """Close the connections that it keeps (httpx.Client.close, requests.Session.close)."""
+    """Close the connections that the client keeps (httpx.Client.close, requests.Session.close)."""
     client.close()
 
 
@@ -44,10 +44,11 @@ ACTIONS = (
         kinds=(
             Kind(
                 ("sqlalchemy.engine:Engine",),
-                but=("sqlalchemy.engine.base:OptionEngine",),  # another face of an engine, on the same pool
+                but=("sqlalchemy.engine.base:OptionEngine",),  # a view of another engine, on the same pool
                 left=lambda engine: ASYNCHRONOUS if engine.dialect.is_async else "",
             ),
         ),
+        summary="Closes the pools of SQLAlchemy's engines.",
     ),
     live_action(
         "psycopg_pool.close",
@@ -55,6 +56,7 @@ ACTIONS = (
         close_pool,
         needs={"psycopg_pool": "psycopg-pool"},
         kinds=(Kind(("psycopg_pool:ConnectionPool",), ended=lambda pool: pool.closed),),
+        summary="Closes the pools of psycopg.",
     ),
     live_action(
         "redis.close",
@@ -70,8 +72,9 @@ ACTIONS = (
                 owns=lambda cluster: [node.redis_connection for node in cluster.get_nodes()],
             ),
         ),
+        summary="Closes the clients of Redis and their pools.",
     ),
-    # Last: telemetry and policies may go over such a client, and a closed one is of no use to them.
+    # The last phase, because telemetry and policies may send through such a client.
     live_action(
         "http_client.close",
         Phase.FINAL,
@@ -80,5 +83,6 @@ ACTIONS = (
         kinds=(
             Kind(("httpx:Client", "requests:Session"), ended=lambda client: bool(getattr(client, "is_closed", False))),
         ),
+        summary="Closes the clients of httpx and the sessions of requests.",
     ),
 )

@@ -1,4 +1,4 @@
-"""``executor.stop``: the jobs of thread and process pools are finished, or cancelled and counted."""
+"""``executor.stop``: finishes the jobs of thread and process pools, and counts those that it must cancel."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from flaskd.stacks import stack_of, together
 
 
 def stop_executor(executor: Any, context: StepContext, _fields: TargetFields) -> str | None:
-    """Take no more jobs, and finish those it has until the timeout; then cancel what has not begun.
+    """Take no more jobs and finish those there are until the timeout; then cancel those that have not begun.
 
-    (concurrent.futures.Executor.shutdown.) Its threads and its queue are private (Python 3.11 to 3.14); without a look
-    at them there is no waiting with a timeout, and no telling what was cancelled.
+    It calls concurrent.futures.Executor.shutdown. That has no timeout and does not count what it cancels, so the
+    threads and the queue are looked at, which are private (Python 3.11 to 3.14).
     """
     inside = vars(executor)
-    pending = dict(inside.get("_pending_work_items") or {})  # of processes; forgotten by the shutdown
-    threads = [*filter(None, [inside.get("_executor_manager_thread")])]  # likewise
+    pending = dict(inside.get("_pending_work_items") or {})  # of a process pool; the shutdown drops them
+    threads = [*filter(None, [inside.get("_executor_manager_thread")])]  # the shutdown drops it, too
     executor.shutdown(wait=False)
-    threads += inside.get("_threads", ())  # none is added any more
+    threads += inside.get("_threads", ())  # after the shutdown none is added
     busy = [thread for thread in threads if not joined(thread, context.remaining)]
     if not busy:
         return None
@@ -35,11 +35,11 @@ def stop_executor(executor: Any, context: StepContext, _fields: TargetFields) ->
 
 
 def _cancel_waiting(jobs: queue.SimpleQueue[Any] | None) -> int:
-    """Cancel the jobs in the queue of an executor of threads, as its shutdown does, but count them."""
+    """Cancel the jobs in the queue of a thread pool, as its shutdown does, and count them."""
     count = 0
     with contextlib.suppress(queue.Empty):
         while jobs is not None:
-            if (job := jobs.get_nowait()) is not None:  # which is the word to end
+            if (job := jobs.get_nowait()) is not None:  # None tells a thread of the pool to end
                 count += job.future.cancel()
     if jobs is not None:
         jobs.put(None)
@@ -54,11 +54,15 @@ ACTIONS = (
         kinds=(
             Kind(
                 ("concurrent.futures.thread:ThreadPoolExecutor", "concurrent.futures.process:ProcessPoolExecutor"),
-                # Private (Python 3.11 to 3.14): there is no public way to ask.
+                # These attributes are private (Python 3.11 to 3.14); there are no public ones.
                 ended=lambda executor: bool(
                     vars(executor).get("_shutdown", False) or vars(executor).get("_shutdown_thread", False)
                 ),
             ),
+        ),
+        summary=(
+            "Lets the executors of concurrent.futures take no more jobs, and finishes those that they "
+            "have; what has not begun at the timeout is cancelled and counted."
         ),
     ),
 )

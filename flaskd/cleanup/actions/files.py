@@ -1,7 +1,7 @@
-"""``files.remove``: files that match patterns, and nothing else.
+"""``files.remove``: removes files that match patterns, never directories.
 
-Each directory on the way is opened relative to the one before and without following symbolic links (openat(2),
-O_NOFOLLOW), so that a user who may write in one of them cannot lead the removal elsewhere.
+Each directory of a path is opened relative to the one before, without following symbolic links (openat(2),
+O_NOFOLLOW), so that a user who may write in one of them cannot redirect the removal to another place.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutError
 from flaskd.cleanup.model import ANYWHERE, Action
 from flaskd.config import OneOrMany, Phase, Settings
-from flaskd.config.kinds import checked
+from flaskd.config.kind import checked
 from flaskd.config.settings import field
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def _pattern(text: str) -> str:
     if not parts[-1] or any(part in {".", ".."} for part in parts):
         raise ValueError("expected a path of files without . and .., such as /run/shop/*.pid")
     if "**" in text:
-        raise ValueError("expected one directory a star, not **")
+        raise ValueError("expected * once for each directory level, not **")
     return text
 
 
@@ -41,12 +41,12 @@ class RemoveFields(Settings):
 
     paths: OneOrMany[Annotated[str, checked(_pattern)]] = field(
         min_length=1,
-        description="Files to remove, with * ? [a-z] if need be; relative to the working directory. Never directories.",
+        description="Files to remove, may contain * ? [a-z]; relative to the working directory. Never directories.",
     )
 
 
 def remove_files(context: StepContext, fields: RemoveFields) -> str:
-    """Remove the files that match; none is fine. Raises StepFailedError naming what could not be removed, and why."""
+    """Remove the files that match, if any; raises StepFailedError naming what could not be removed, and why."""
     removal = _Removal(context)
     for path in fields.paths:
         removal.take(path)
@@ -57,7 +57,7 @@ def remove_files(context: StepContext, fields: RemoveFields) -> str:
 
 
 class _Removal:
-    """One run of the action: how many files are gone, and what went wrong."""
+    """One run of the action: counts the removed files and collects faults."""
 
     def __init__(self, context: StepContext) -> None:
         self.count = 0
@@ -65,7 +65,7 @@ class _Removal:
         self._context = context
 
     def take(self, path: str) -> None:
-        """Remove what matches one pattern."""
+        """Remove the files that match one pattern."""
         path = _without_managers_links(path)
         parts = [part for part in path.split("/") if part]
         top = "/" if path.startswith("/") else "."
@@ -76,7 +76,7 @@ class _Removal:
             self._fault(top, error)
 
     def _descend(self, directory: int, shown: str, parts: list[str], *, certain: bool) -> None:
-        """Go on in an open directory; `certain` while no pattern has been met: what is named must be there."""
+        """Continue in an open directory; `certain` until a part with a star: a directory named exactly must exist."""
         first, *rest = parts
         pattern = bool(_GLOB.search(first))
         for name in _matching(directory, first) if pattern else [first]:
@@ -89,7 +89,7 @@ class _Removal:
                 with _opened(name, directory) as deeper:
                     self._descend(deeper, f"{shown}{name}/", rest, certain=certain and not pattern)
             except OSError as error:
-                # Among what a pattern finds, files and links are not meant, and what goes away meanwhile is gone.
+                # A pattern may match files and links, which are skipped, and directories that disappear meanwhile.
                 if (certain and not pattern) or error.errno not in {errno.ENOTDIR, errno.ELOOP, errno.ENOENT}:
                     self._fault(shown + name, error)
 
@@ -102,13 +102,13 @@ class _Removal:
             os.unlink(name, dir_fd=directory)
             self.count += 1
         except FileNotFoundError:
-            return  # removed before, or by another process
+            return  # it was removed before, or by another process
         except OSError as error:
             self._fault(shown, error)
 
     def _fault(self, shown: str, error: OSError) -> None:
-        # O_DIRECTORY | O_NOFOLLOW on a link: ELOOP or ENOTDIR, as the kernel pleases (open(2)).
-        linked = error.errno in {errno.ELOOP, errno.ENOTDIR} and os.path.islink(shown)  # noqa: PTH114 - only for words
+        # O_DIRECTORY | O_NOFOLLOW on a link fails with ELOOP or ENOTDIR, depending on the kernel (open(2)).
+        linked = error.errno in {errno.ELOOP, errno.ENOTDIR} and os.path.islink(shown)  # noqa: PTH114 - for words
         why = "a symbolic link, and those are not followed" if linked else error.strerror
         self.faults.append(f'cannot remove "{shown}": {why}')
 
@@ -117,9 +117,9 @@ _MANAGED = ("RUNTIME", "STATE", "CACHE", "LOGS", "CONFIGURATION")
 
 
 def _without_managers_links(path: str) -> str:
-    """The path with the service manager's own link resolved: under DynamicUser= each of its directories is one.
+    """The path with the service manager's own link resolved: with DynamicUser= each of its directories is a link.
 
-    The manager names them in ``$STATE_DIRECTORY`` and the like (systemd.exec(5)), and no one else can write there.
+    The manager names them in ``$STATE_DIRECTORY`` and the like (systemd.exec(5)); no other user can write there.
     """
     for kind in _MANAGED:
         for directory in filter(None, os.environ.get(f"{kind}_DIRECTORY", "").split(":")):
@@ -138,10 +138,19 @@ def _opened(name: str, directory: int | None) -> Iterator[int]:
 
 
 def _matching(directory: int, pattern: str) -> list[str]:
-    """The names that match; as in a shell, those that begin with a dot only where the pattern does."""
+    """The names that match; as in a shell, names with a dot in front match only patterns with a dot in front."""
     hidden = pattern.startswith(".")
     names = os.listdir(directory)
     return sorted(each for each in names if fnmatch.fnmatchcase(each, pattern) and (hidden or not each.startswith(".")))
 
 
-ACTIONS = (Action("files.remove", RemoveFields, Phase.FINAL, remove_files, scopes=ANYWHERE),)
+ACTIONS = (
+    Action(
+        "files.remove",
+        RemoveFields,
+        Phase.FINAL,
+        remove_files,
+        scopes=ANYWHERE,
+        summary=("Removes files by name or pattern. It removes no directories and follows no symbolic links."),
+    ),
+)

@@ -1,8 +1,9 @@
-"""``logging.flush``: what the app has logged reaches where it goes.
+"""``logging.flush``: writes out what the app has logged.
 
-A QueueHandler hands records to a QueueListener, whose thread is a daemon thread: what is still in the queue when the
-process ends is lost. The listener is found as the handler's ``listener``, where logging.config puts it from Python 3.12
-on, and where apps put it before. ``logging.shutdown`` is not called: it closes handlers, flaskd's own too.
+A QueueHandler passes records to a QueueListener, whose thread is a daemon thread: records that are in the queue when
+the process ends are lost. The listener is the handler's attribute ``listener``, which logging.config sets from Python
+3.12 on, and which apps set themselves before that. ``logging.shutdown`` is not called, because it would also close
+flaskd's own handlers.
 """
 
 from __future__ import annotations
@@ -22,23 +23,23 @@ if TYPE_CHECKING:
     from logging.handlers import QueueListener
 
 _PAUSE = 0.01
-"""Seconds between two looks at a queue that is full."""
+"""Seconds between two tries to put the end marker into a full queue."""
 
 
 class FlushFields(Settings):
-    """Fields of ``logging.flush``: none."""
+    """``logging.flush`` has no fields."""
 
 
 def flush_logs(context: StepContext, _fields: FlushFields) -> str:
-    """Empty the queues of queue handlers, and flush every handler of every logger.
+    """Empty the queues of all queue handlers, and flush every handler of every logger.
 
-    Records that come later are dealt with at once, in the thread that logs them, so none is lost after this either.
+    Later records are written at once by the thread that logs them, so these are not lost either.
     """
     listeners, handlers, faults = 0, list(_handlers()), []
     for handler in handlers:
         try:
             listeners += _end_listener(handler, context)
-        except Exception as error:  # noqa: BLE001 - the app's own class; the others are flushed all the same
+        except Exception as error:  # noqa: BLE001 - the app's own class may raise; the others are flushed
             faults.append(f"{_named(handler)}: {error!r}")
     for handler in handlers:
         try:
@@ -55,7 +56,7 @@ def _named(handler: logging.Handler) -> str:
 
 
 def _handlers() -> Iterator[logging.Handler]:
-    """Every handler that a logger has or that another handler passes records on to, those at the front first."""
+    """Every handler that a logger has or that another handler passes records to; each before those it passes to."""
     loggers = [logging.getLogger(), *logging.root.manager.loggerDict.values()]
     waiting = [handler for logger in loggers if isinstance(logger, logging.Logger) for handler in logger.handlers]
     seen: set[int] = set()
@@ -69,29 +70,29 @@ def _handlers() -> Iterator[logging.Handler]:
 
 
 def _end_listener(handler: Any, context: StepContext) -> bool:
-    """End the listener of a queue handler once its queue is empty; False when the handler has none that runs."""
+    """End the listener of a queue handler once its queue is empty; False if the handler has none that runs."""
     listener = getattr(handler, "listener", None)
-    library = sys.modules.get("logging.handlers")  # whose classes only an app has that has imported them
+    library = sys.modules.get("logging.handlers")  # an app that uses its classes has imported it
     if library is None or not isinstance(listener, library.QueueListener):
         stop = getattr(listener, "stop", None)
-        if stop is not None:  # one of the app's own
+        if stop is not None:  # a listener of the app's own class
             stop()
         return stop is not None
     if isinstance(handler, library.QueueHandler):
-        handler.enqueue = listener.handle  # from now on there is nobody behind the queue
+        handler.enqueue = listener.handle  # from now on no thread reads the queue
     thread = getattr(listener, "_thread", None)
     running = thread is not None and thread.is_alive()
     if running:
         _retry_while_full(listener.stop, context)
         if sys.version_info < (3, 12, 2):
-            # gh-114706: there the app's own stop() after this one, in atexit, raises where it finds no thread.
+            # gh-114706: in these versions the app's own stop(), at exit, raises if it finds no thread.
             listener._thread = thread  # noqa: SLF001
     _take_the_rest(listener)
     return running
 
 
 def _retry_while_full(stop: Callable[[], None], context: StepContext) -> None:
-    """Stop a listener; its sentinel has to wait for room in a queue of limited length (put_nowait)."""
+    """Stop a listener; retries while its queue is full, because stop() does not wait for room (put_nowait)."""
     while True:
         try:
             stop()
@@ -104,7 +105,7 @@ def _retry_while_full(stop: Callable[[], None], context: StepContext) -> None:
 
 
 def _take_the_rest(listener: QueueListener) -> None:
-    """Deal with what came into the queue behind the sentinel, in the moment of the change."""
+    """Write the records that came into the queue behind the end marker while the listener ended."""
     sentinel = getattr(listener, "_sentinel", None)
     while True:
         try:
@@ -115,4 +116,12 @@ def _take_the_rest(listener: QueueListener) -> None:
             listener.handle(record)
 
 
-ACTIONS = (Action("logging.flush", FlushFields, Phase.FLUSH, flush_logs),)
+ACTIONS = (
+    Action(
+        "logging.flush",
+        FlushFields,
+        Phase.FLUSH,
+        flush_logs,
+        summary="Empties the queues of the app's logging, and flushes its handlers.",
+    ),
+)

@@ -1,4 +1,4 @@
-"""``processes.stop``: children of the app are terminated, and killed if they do not end."""
+"""``processes.stop``: terminates child processes of the app, and kills those that do not end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ProcessesFields(TargetFields):
 
 
 def stop_process(process: Any, context: StepContext, fields: ProcessesFields) -> str | None:
-    """Terminate, wait, kill, wait: a multiprocessing.Process or a subprocess.Popen."""
+    """End a multiprocessing.Process or a subprocess.Popen: SIGTERM, and SIGKILL after `kill_grace` seconds."""
     if _over(process, 0):
         return None
     process.terminate()
@@ -34,14 +34,14 @@ def stop_process(process: Any, context: StepContext, fields: ProcessesFields) ->
 
 
 def _ends(process: Any, until: Callable[[], float]) -> bool:
-    """Wait for the process while `until` gives seconds; whether it is over."""
+    """Wait for the process as long as `until` gives seconds; True if it has ended."""
     while not (over := _over(process, max(0.0, min(until(), LOOK)))) and until() > 0:
         pass
     return over
 
 
 def _over(process: Any, timeout: float) -> bool:
-    library = sys.modules.get("subprocess")  # whose Popen only an app has that has imported it
+    library = sys.modules.get("subprocess")  # an app that uses Popen has imported it
     if library is not None and isinstance(process, library.Popen):
         try:
             process.wait(timeout)
@@ -52,4 +52,12 @@ def _over(process: Any, timeout: float) -> bool:
     return process.exitcode is not None
 
 
-ACTIONS = (live_action("processes.stop", Phase.QUIESCE, stop_process, ProcessesFields),)
+ACTIONS = (
+    live_action(
+        "processes.stop",
+        Phase.QUIESCE,
+        stop_process,
+        ProcessesFields,
+        summary="Ends children of multiprocessing and subprocess: SIGTERM, and SIGKILL after a grace.",
+    ),
+)

@@ -1,4 +1,4 @@
-"""Telemetry: what is queued for Sentry and OpenTelemetry is sent."""
+"""``sentry.flush`` and ``otel.shutdown``: what is queued for Sentry and OpenTelemetry is sent."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flaskd.config import Phase
 
 
 def flush_sentry(client: Any, context: StepContext, _fields: TargetFields) -> None:
-    """Send what is queued (sentry_sdk.Client.flush); it keeps its timeout, and does not say whether that was enough."""
+    """Send what is queued (sentry_sdk.Client.flush); a call that used its timeout may have lost events."""
     timeout = context.remaining()
     began = time.monotonic()
     client.flush(timeout=timeout)
@@ -24,13 +24,19 @@ def flush_sentry(client: Any, context: StepContext, _fields: TargetFields) -> No
 def shut_down_telemetry(provider: Any, _context: StepContext, _fields: TargetFields) -> None:
     """Export what is buffered, and end (OpenTelemetry: TracerProvider, MeterProvider, LoggerProvider .shutdown).
 
-    It knows no timeout that it keeps, so the step's own is the one that counts.
+    None of them keeps a timeout reliably, so only the step's own timeout limits this.
     """
     provider.shutdown()
 
 
 ACTIONS = (
-    live_action("sentry.flush", Phase.FLUSH, flush_sentry, needs={"sentry_sdk": "sentry-sdk"}),
+    live_action(
+        "sentry.flush",
+        Phase.FLUSH,
+        flush_sentry,
+        needs={"sentry_sdk": "sentry-sdk"},
+        summary="Sends what Sentry's client still holds.",
+    ),
     live_action(
         "otel.shutdown",
         Phase.FLUSH,
@@ -45,5 +51,6 @@ ACTIONS = (
                 )
             ),
         ),
+        summary=("Sends what OpenTelemetry's providers of traces, metrics and logs still hold, and shuts them down."),
     ),
 )

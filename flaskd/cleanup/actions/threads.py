@@ -1,4 +1,4 @@
-"""``threads.stop``: the app's own threads are asked to end, and waited for."""
+"""``threads.stop``: asks the app's own threads to end, and waits for them."""
 
 from __future__ import annotations
 
@@ -48,5 +48,6 @@ ACTIONS = (
         prepare=look_up_targets,
         grace=no_grace,
         takes="threads.stop",
+        summary="Asks threads to end by an event or a function of the app, and waits for them.",
     ),
 )

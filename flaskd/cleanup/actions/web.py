@@ -1,7 +1,7 @@
 """``webhook`` and ``consul.deregister``: one HTTP request each, within the step's time.
 
-Proxies of the environment are not used, and redirections not followed. What was sent is never logged, the URL neither:
-for many services it is the secret.
+Proxies from the environment are not used, and redirections are not followed. Neither what was sent nor the URL is
+logged, because the URL of many services is a secret.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from flaskd.cleanup.context import StepContext, StepFailedError, StepTimedOutErr
 from flaskd.cleanup.model import ANYWHERE, Action
 from flaskd.config import Phase, Settings
 from flaskd.config.fields import HeaderText, Hidden, SomeText
-from flaskd.config.kinds import SecretText, checked
+from flaskd.config.kind import checked, described, exampled, matching, text_schema
+from flaskd.config.kinds import SecretText
 from flaskd.config.settings import field
 from flaskd.text import MASK, printable, quoted
 
@@ -30,10 +31,10 @@ if TYPE_CHECKING:
     from urllib.parse import SplitResult
 
 _LARGEST_ANSWER = 4096
-"""Bytes of an answer that are looked at."""
+"""How many bytes of an answer are read."""
 _CONSUL = "http://127.0.0.1:8500"
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-"""RFC 9110 §5.6.2: what the name of a header is made of."""
+_HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+"""The name of a header (RFC 9110 §5.6.2)."""
 
 
 def _url(text: str) -> str:
@@ -47,7 +48,7 @@ def _url(text: str) -> str:
 
 
 def _host_alone(url: str) -> str:
-    """A URL as it is shown."""
+    """A URL as it may be shown: without path and query."""
     parts = _parts(url)
     return f"{parts.scheme}://{parts.netloc}/{MASK if parts.path.strip('/') or parts.query else ''}"
 
@@ -56,22 +57,16 @@ def _parts(url: str) -> SplitResult:
     parts = urlsplit(url)
     if not re.fullmatch(r"[!-~]+", url) or parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ValueError("not an HTTP URL")
-    if parts.username is not None or parts.port == 0:  # `port` raises for what is no port
+    if parts.username is not None or parts.port == 0:  # `port` raises ValueError if it is not a number
         raise ValueError("neither userinfo nor port 0 can be used")
     return parts
-
-
-def _header_name(text: str) -> str:
-    if not _TOKEN.fullmatch(text):
-        raise ValueError("expected the name of an HTTP header")
-    return text
 
 
 def _sayable(value: Any) -> Any:
     try:
         json.dumps(value, allow_nan=False)
     except ValueError:
-        raise ValueError("expected what JSON can say, so neither .nan nor .inf") from None  # RFC 8259 §6
+        raise ValueError("expected a value that JSON has, so neither .nan nor .inf") from None  # RFC 8259 §6
     return value
 
 
@@ -83,9 +78,15 @@ def _address(text: str) -> str:
     return text
 
 
-Url = Annotated[str, checked(_url), partial(Hidden, shown=_host_alone)]
-"""For many services the URL is the secret: a fault shows nothing of it, and the configuration its host."""
-HeaderName = Annotated[str, checked(_header_name)]
+Url = Annotated[
+    str,
+    checked(_url),
+    described(text_schema("[Hh][Tt][Tt][Pp][Ss]?://[!-~]+")),
+    exampled("https://hooks.example.com/stopped"),
+    partial(Hidden, shown=_host_alone),
+]
+"""The URL of many services is a secret: a fault shows nothing of it, and the configuration only its host."""
+HeaderName = Annotated[str, matching(_HEADER_NAME, "expected the name of an HTTP header")]
 
 
 class WebhookFields(Settings):
@@ -112,17 +113,17 @@ class ConsulFields(Settings):
 
 
 def prepare_web(_fields: object) -> None:
-    """Load what a request needs, while it is still there: a deploy may replace it under a running daemon."""
-    import http.client  # noqa: F401, PLC0415 - 3 MiB, with ssl and email, which no other part of flaskd needs
+    """Import what a request needs now, because a deploy may replace the files under a running daemon."""
+    import http.client  # noqa: F401, PLC0415 - 3 MiB with ssl and email; only web actions need it
 
-    "localhost".encode("idna")  # its codec is imported at the first use, by http.client
+    "localhost".encode("idna")  # http.client would import this codec at its first use
 
 
 def call_webhook(context: StepContext, fields: WebhookFields) -> str:
-    """Make the request; returns the status. Raises StepFailedError for a status of 400 and above, and for none."""
+    """Make the request; returns the status. Raises StepFailedError for a status of 400 and above or no answer."""
     body = b"" if fields.json_ is None else json.dumps(fields.json_).encode()
     headers = {"Content-Type": "application/json"} if body else {}
-    # Names of headers are the same in any case (RFC 9110 §5.1); what is configured comes instead of what is usual.
+    # Names of headers are the same in any case (RFC 9110 §5.1); configured headers replace the usual ones.
     given = {name.title(): value for name, value in fields.headers.items()}
     status, reason, _ = _ask(context, fields.method, _parts(fields.url), body, {**headers, **given})
     if status >= 400:  # noqa: PLR2004 - RFC 9110 §15.5: client errors, and server errors above
@@ -132,9 +133,9 @@ def call_webhook(context: StepContext, fields: WebhookFields) -> str:
 
 
 def deregister(context: StepContext, fields: ConsulFields) -> str:
-    """Take the service out of the catalogue: ``PUT /v1/agent/service/deregister/<id>`` (Consul's HTTP API).
+    """Remove the service from the catalogue: ``PUT /v1/agent/service/deregister/<id>`` (Consul's HTTP API).
 
-    A service that the agent does not know, as at the second time, is as good as deregistered.
+    It is no failure if the agent does not know the service, for example when this runs a second time.
     """
     given = fields.address or os.environ.get("CONSUL_HTTP_ADDR") or _CONSUL
     try:
@@ -155,7 +156,7 @@ def deregister(context: StepContext, fields: ConsulFields) -> str:
 
 
 def _consul_url(address: str) -> SplitResult:
-    """An agent's address as the consul command takes it: without a scheme, $CONSUL_HTTP_SSL decides."""
+    """An agent's address as the consul command takes it; if it has no scheme, $CONSUL_HTTP_SSL chooses one."""
     if "://" not in address:
         secure = os.environ.get("CONSUL_HTTP_SSL", "").lower() in {"1", "true"}
         address = f"{'https' if secure else 'http'}://{address}"
@@ -165,10 +166,10 @@ def _consul_url(address: str) -> SplitResult:
 def _ask(
     context: StepContext, method: str, url: SplitResult, body: bytes, headers: Mapping[str, str]
 ) -> tuple[int, str, bytes]:
-    """Make a request and return status, reason and the beginning of the answer.
+    """Make a request; returns the status, the reason and the beginning of the answer.
 
-    Raises StepFailedError without a word of what was asked. The socket's own timeout ends it when nothing moves; one
-    that trickles is abandoned by the runner, which closes it.
+    The messages of a StepFailedError show nothing of the request. The socket's timeout ends a connection on which
+    nothing moves; if an answer keeps coming slowly, the runner abandons the step and closes the connection.
     """
     import http.client  # noqa: PLC0415 - see prepare_web
     import ssl  # noqa: PLC0415
@@ -192,22 +193,38 @@ def _ask(
             if context.remaining() <= 0:
                 raise StepTimedOutError(f"no answer; {context.overrun()}") from error
             raise StepFailedError(f"cannot reach it: {error.strerror or type(error).__name__}") from error
-        except (http.client.HTTPException, ValueError) as error:  # a host name that cannot be one is a ValueError
+        except (http.client.HTTPException, ValueError) as error:  # an impossible host name is a ValueError
             raise StepFailedError(f"got no HTTP answer: {type(error).__name__}") from error
         return answer.status, _safe(answer.reason), beginning
 
 
 def _break_off(connection: http.client.HTTPConnection) -> None:
-    with suppress(OSError, AttributeError):  # it is over, or has not begun
+    with suppress(OSError, AttributeError):  # the connection is closed, or has not been made
         connection.sock.shutdown(socket.SHUT_RDWR)
 
 
 def _safe(reason: str) -> str:
-    """The reason phrase as far as it can be shown; a server may put anything there."""
+    """The reason phrase without control characters and cut to 100, because a server may send anything."""
     return printable(reason, " ")[:100]
 
 
 ACTIONS = (
-    Action("consul.deregister", ConsulFields, Phase.ANNOUNCE, deregister, prepare=prepare_web, scopes=ANYWHERE),
-    Action("webhook", WebhookFields, Phase.FINAL, call_webhook, prepare=prepare_web, scopes=ANYWHERE),
+    Action(
+        "consul.deregister",
+        ConsulFields,
+        Phase.ANNOUNCE,
+        deregister,
+        prepare=prepare_web,
+        scopes=ANYWHERE,
+        summary="Takes the service out of Consul's catalogue.",
+    ),
+    Action(
+        "webhook",
+        WebhookFields,
+        Phase.FINAL,
+        call_webhook,
+        prepare=prepare_web,
+        scopes=ANYWHERE,
+        summary="Makes an HTTP request. A status of 400 or more is a failure.",
+    ),
 )

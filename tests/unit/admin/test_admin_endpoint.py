@@ -1,4 +1,4 @@
-"""The shutdown endpoint's rules over real connections, its token, and the requests it waits for."""
+"""The shutdown endpoint's rules over real connections, its token, and the requests that it waits for."""
 
 import base64
 import http.client
@@ -35,7 +35,7 @@ PLAN = {"plan": "0123456789ab", "steps": [{"name": "close-db"}], "in_flight": 3}
 
 
 class Endpoint:
-    """An endpoint with a plan, and who asked it for a stop."""
+    """An endpoint with a plan, and a note of the clients that asked it for a stop."""
 
     def __init__(self, address="127.0.0.1:0", **more):
         self.asked = queue.SimpleQueue()
@@ -44,7 +44,7 @@ class Endpoint:
         self.address = self.server.address
 
     def ask(self, method="POST", path="/shutdown", body=b"{}", **headers):
-        """One request, right in everything that is not said otherwise; None leaves a header out."""
+        """Send one request with valid defaults; None leaves a header out."""
         usual = {
             "Host": str(self.address),
             "Authorization": f"Bearer {TOKEN.decode()}",
@@ -67,7 +67,7 @@ class Endpoint:
 
     @property
     def stops(self):
-        """Whether somebody was allowed to ask for a stop."""
+        """Whether a client was allowed to ask for a stop."""
         return not self.asked.empty()
 
 
@@ -98,7 +98,7 @@ def token_file(tmp_path):
 
 
 def test_the_answer_comes_first_then_the_stop(make):
-    """202 tells the id and the steps of the plan; who asked is told only after the answer is on its way."""
+    """202 has the id and the steps of the plan; the stop begins after the answer was sent."""
     seen = []
     door = make(plan=lambda: seen.append(door.stops) or PLAN)
     response = door.ask()
@@ -108,7 +108,7 @@ def test_the_answer_comes_first_then_the_stop(make):
 
 
 def test_a_client_that_does_not_wait_is_obeyed_all_the_same(door):
-    """A script may send its request and go."""
+    """The stop begins even if the client does not wait for the answer."""
     client = Client(door.address)
     client.send(
         get("/shutdown", f"Authorization: Bearer {TOKEN.decode()}", "Content-Type: application/json",
@@ -120,7 +120,7 @@ def test_a_client_that_does_not_wait_is_obeyed_all_the_same(door):
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH"])
 def test_only_post_is_taken(door, method):
-    """Any other method is 405, whatever token it shows, and says nothing of CORS."""
+    """Every method but POST is 405, even with a token, and without CORS headers."""
     client = Client(door.address)
     client.send(get("/shutdown", f"Authorization: Bearer {TOKEN.decode()}", "Origin: http://x", method=method))
     status, headers = client.head()
@@ -146,7 +146,7 @@ WRONG_TOKENS = [
 
 @pytest.mark.parametrize("given", WRONG_TOKENS)
 def test_every_wrong_token_gets_the_same_answer(door, given):
-    """No token, half a token, another scheme, no ASCII: the same 404 to the byte, which is that of any other path."""
+    """No token, half a token, another scheme, no ASCII: all get the same 404 as any other path, to the byte."""
     there, elsewhere = door.ask(Authorization=given), door.ask(path="/nothing")
     for response in (there, elsewhere):
         del response.headers["Date"]
@@ -161,7 +161,7 @@ def test_every_wrong_token_gets_the_same_answer(door, given):
 
 @pytest.mark.parametrize("path", ["/", "/shutdown/", "/shutdown/x", "/Shutdown", f"/{TOKEN.decode()}"])
 def test_other_paths_are_not_found(door, path):
-    """With the right token, too."""
+    """Other paths are 404 even with the right token."""
     assert door.ask(path=path).status == 404
     assert not door.stops
 
@@ -175,20 +175,20 @@ def test_nothing_is_taken_from_a_query_string(door, query):
 
 
 def test_two_tokens_are_none(door):
-    """A second Authorization header is no second try."""
+    """A request with two Authorization headers is refused."""
     assert door.ask(Authorization="Bearer x", authorization=f"Bearer {TOKEN.decode()}").status == 404
 
 
 @pytest.mark.parametrize("scheme", ["bearer", "BEARER", "Bearer "])
 def test_the_scheme_has_no_case(door, scheme):
-    """RFC 9110 §11.1."""
+    """The case of the scheme does not matter (RFC 9110 §11.1)."""
     assert door.ask(Authorization=f"{scheme} {TOKEN.decode()}").status == 202
 
 
 @pytest.mark.parametrize("header", [{"Origin": "http://127.0.0.1"}, {"Origin": "null"}, {"Origin": ""},
                                     {"Sec_Fetch_Site": "same-origin"}, {"Sec_Fetch_Site": "none"}])  # fmt: skip
 def test_what_a_browser_sends_is_refused(door, header):
-    """Any Origin, any Sec-Fetch-Site; who has no token is not even told that."""
+    """A request with an Origin or Sec-Fetch-Site header is refused; without a token the answer is still 404."""
     response = door.ask(**header)
     assert (response.status, door.stops) == (403, False)
     assert json.loads(response.body)["error"].startswith("cannot stop: the request has a header ")
@@ -198,7 +198,7 @@ def test_what_a_browser_sends_is_refused(door, header):
 @pytest.mark.parametrize("host", ["evil.example", "127.0.0.1", "localhost", "127.0.0.1:1", "localhost.evil.example:{port}",
                                   "evil.example:{port}", "localhost,x:{port}", "127.1:{port}"])  # fmt: skip
 def test_only_names_on_the_list_are_its_own(door, host):
-    """A name that somebody made to lead here is refused, near as it may be."""
+    """A Host that is not on the list is refused, however similar it is."""
     response = door.ask(Host=host.format(port=door.address.port))
     assert (response.status, door.stops) == (403, False)
     assert f"expected a Host header of 127.0.0.1:{door.address.port}, localhost:" in json.loads(response.body)["error"]
@@ -208,13 +208,13 @@ def test_only_names_on_the_list_are_its_own(door, host):
     "host", ["localhost:{port}.evil.example", "localhost:{port}, x", "user@localhost:{port}", "[::1"]
 )
 def test_what_is_no_name_is_refused_before(door, host):
-    """RFC 9112 §3.2 demands a 400 for a Host that is none; nobody is told what else would be wrong."""
+    """A malformed Host is a 400 (RFC 9112 §3.2), which says nothing about the token."""
     response = door.ask(Host=host.format(port=door.address.port))
     assert (response.status, door.stops) == (400, False)
 
 
 def test_names_can_be_allowed(make):
-    """The list replaces the usual names, and knows no case."""
+    """`allowed_hosts` replaces the usual names; case does not matter."""
     door = make(allowed_hosts=["shop.internal:9090"])
     assert door.ask(Host="Shop.Internal:9090").status == 202
     assert door.ask().status == 403
@@ -234,14 +234,14 @@ def test_names_can_be_allowed(make):
     ],
 )
 def test_the_usual_names(address, hosts):
-    """An address is called by itself; by this machine's names for itself only where it listens for itself."""
+    """The usual names are the address, and this machine's local names if it listens on a local address."""
     assert usual_hosts(address) == hosts
 
 
 @pytest.mark.parametrize("kind", [None, "", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data",
                                   "text/plain; application/json", "application/jsonx"])  # fmt: skip
 def test_only_json_is_taken(door, kind):
-    """What a form can send, or a page without asking first, is refused."""
+    """A content type that a form can send, or a page without a preflight, is refused."""
     response = door.ask(Content_Type=kind)
     assert (response.status, door.stops) == (415, False)
 
@@ -249,7 +249,7 @@ def test_only_json_is_taken(door, kind):
 @pytest.mark.parametrize(("body", "status"), [(b"", 202), (b"{}", 202), (b"{}\n", 202), (b'{"now": true}', 400),
                                               (b"[]", 400), (b"{", 400), (b"x" * 1024, 400), (b"x" * 1025, 413)])  # fmt: skip
 def test_the_body_asks_for_nothing(door, body, status):
-    """What is not known is refused, nothing is done by halves, and a large body is not even read."""
+    """A body with any content is refused, without a stop, and a large one is not read."""
     assert door.ask(body=body, Content_Type="application/json; charset=utf-8").status == status
     if status == 202:
         assert door.asked.get(timeout=PATIENCE)
@@ -260,7 +260,7 @@ def test_the_body_asks_for_nothing(door, body, status):
 
 
 def ask_plainly(door, token, **more):
-    """Call the rules as a WSGI server would; returns the status."""
+    """Call the rules as a WSGI server does; returns the status."""
     said = []
     body = door(
         {"REQUEST_METHOD": "POST", "PATH_INFO": "/shutdown", "HTTP_AUTHORIZATION": f"Bearer {token}", "HTTP_HOST": "here",
@@ -272,7 +272,7 @@ def ask_plainly(door, token, **more):
 
 
 def test_wrong_tokens_are_limited(caplog):
-    """After ten, none is compared, the right one neither, until time has passed; the answer stays the same."""
+    """After ten wrong tokens no token is compared for a time, not even the right one; the answer stays the same."""
     now = [0.0]
     door = EndpointRules(TOKEN, ["here"], lambda: PLAN, clock=lambda: now[0])
     assert {ask_plainly(door, f"guess {i}") for i in range(10)} == {"404"}
@@ -287,7 +287,7 @@ def test_wrong_tokens_are_limited(caplog):
 
 
 def test_other_refusals_do_not_lock_the_door():
-    """Who asks for other paths, with GET or without a token uses up nothing of what wrong tokens are allowed."""
+    """Requests for other paths, with GET or without a token do not count as wrong tokens."""
     door = EndpointRules(TOKEN, ["here"], lambda: PLAN, clock=lambda: 0.0)
     for _ in range(50):
         assert ask_plainly(door, TOKEN.decode(), PATH_INFO="/x") == "404"
@@ -297,7 +297,7 @@ def test_other_refusals_do_not_lock_the_door():
 
 
 def test_refusals_are_logged_with_the_peer_and_never_the_token(caplog):
-    """The peer and the reason, in a bounded number of lines; nothing that the client sent."""
+    """A limited number of log lines has the client's address and the reason, and nothing that it sent."""
     now = [0.0]
     door = EndpointRules(TOKEN, ["here"], lambda: PLAN, clock=lambda: now[0])
     secret = "S3cretS3cret"
@@ -317,7 +317,7 @@ def test_refusals_are_logged_with_the_peer_and_never_the_token(caplog):
 
 
 def test_tokens_are_compared_in_constant_time(monkeypatch):
-    """As bytes, by hmac.compare_digest."""
+    """Tokens are compared as bytes with hmac.compare_digest, in constant time."""
     compared = []
     monkeypatch.setattr("hmac.compare_digest", lambda a, b: compared.append((a, b)) or a == b)
     door = EndpointRules(TOKEN, ["here"], lambda: PLAN)
@@ -327,7 +327,7 @@ def test_tokens_are_compared_in_constant_time(monkeypatch):
 
 
 def test_a_slow_client_is_sent_away(make, monkeypatch):
-    """However slowly a request drips in, its connection ends in bounded time."""
+    """A client that sends its request very slowly is disconnected after a limited time."""
     monkeypatch.setattr("flaskd.admin.endpoint.server._PATIENCE", 0.3)
     monkeypatch.setitem(endpoint.EndpointServer.open.__globals__["_LIMITS"], "cleanup_interval", 0.1)
     door = make()
@@ -335,7 +335,7 @@ def test_a_slow_client_is_sent_away(make, monkeypatch):
     client.socket.settimeout(0.02)
     drip = iter(b"\r\n" + b"POST /shutdown HTTP/1.1\r\n" * 10_000)
     ended = False
-    while not ended:  # bounded by the drip
+    while not ended:  # ends, because the bytes run out
         try:
             client.socket.sendall(bytes([next(drip)]))
             ended = client.socket.recv(1) == b""
@@ -348,12 +348,12 @@ def test_a_slow_client_is_sent_away(make, monkeypatch):
 
 
 def test_it_says_nothing_of_itself(door):
-    """No Server header, no word about the app."""
+    """The answer has no Server header and does not mention the app."""
     assert door.ask(Authorization=None).headers["Server"] is None
 
 
 def test_it_closes_with_the_last_answer_given(door):
-    """Closing answers what is in hand; afterwards nobody listens there, and a second close does nothing."""
+    """`close` answers running requests and frees the address; a second call does nothing."""
     door.server.close(PATIENCE)
     door.server.close(PATIENCE)
     with pytest.raises(ConnectionRefusedError):
@@ -361,7 +361,7 @@ def test_it_closes_with_the_last_answer_given(door):
 
 
 def test_a_unix_socket_will_do(make, tmp_path):
-    """Its Host is localhost, its mode keeps others out, and its node goes with it."""
+    """On a Unix socket the Host is localhost, the mode keeps other users out, and `close` removes the node."""
     door = make(f"unix:{tmp_path}/s")
     assert stat.S_IMODE((tmp_path / "s").stat().st_mode) == 0o660
     assert door.ask(Host="localhost").status == 202
@@ -375,7 +375,7 @@ def test_a_unix_socket_will_do(make, tmp_path):
 
 
 def test_a_made_token_is_good(token_file):
-    """It is new each time, its owner's alone, and read back."""
+    """A token that was made is new each time, readable by its owner alone, and can be read back."""
     assert stat.S_IMODE(token_file.stat().st_mode) == 0o600
     token = configured_token(token_file, None, {})
     assert len(base64.urlsafe_b64decode(token + b"=")) == 32
@@ -385,7 +385,7 @@ def test_a_made_token_is_good(token_file):
 
 
 def test_a_made_token_replaces_nothing(token_file, tmp_path):
-    """A file or link that is there is left alone; a directory that is not there is named."""
+    """An existing file or link is not replaced; a missing directory is named."""
     before = token_file.read_bytes()
     (tmp_path / "link").symlink_to(tmp_path / "victim")
     for path in (token_file, tmp_path / "link"):
@@ -399,7 +399,7 @@ def test_a_made_token_replaces_nothing(token_file, tmp_path):
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o644, 0o610, 0o601, 0o777])
 def test_a_token_that_others_may_reach_is_refused(token_file, mode):
-    """Nothing wider than 0600; not through a link either."""
+    """A token file with a mode wider than 0600 is refused, also behind a link."""
     token_file.chmod(mode)
     link = token_file.with_name("link")
     link.symlink_to(token_file)
@@ -409,7 +409,7 @@ def test_a_token_that_others_may_reach_is_refused(token_file, mode):
 
 
 def test_a_link_to_a_good_token_is_followed(token_file):
-    """What is looked at is the file that was opened; narrower than 0600 is good."""
+    """A link is followed, and the opened file is checked; a mode narrower than 0600 is accepted."""
     token_file.chmod(0o400)
     link = token_file.with_name("link")
     link.symlink_to(token_file)
@@ -417,14 +417,14 @@ def test_a_link_to_a_good_token_is_followed(token_file):
 
 
 def test_a_token_of_somebody_else_is_refused(token_file, monkeypatch):
-    """Who owns the file can change it, and its mode."""
+    """A token file of another user is refused, because its owner can change it."""
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     with pytest.raises(ConfigError, match=f"it belongs to uid {os.getuid()}, and flaskd runs as uid {os.getuid() + 1}"):
         configured_token(token_file, None, {})
 
 
 def test_what_is_no_regular_file_is_refused(tmp_path):
-    """A FIFO is not waited for, a directory not read, and a device not believed."""
+    """A FIFO, a directory or a device is refused without waiting."""
     os.mkfifo(tmp_path / "fifo", 0o600)
     (tmp_path / "directory").mkdir(0o700)
     for path in (tmp_path / "fifo", tmp_path / "directory", "/dev/null"):
@@ -433,7 +433,7 @@ def test_what_is_no_regular_file_is_refused(tmp_path):
 
 
 def test_a_missing_token_is_named_with_the_next_step(tmp_path):
-    """The message has the command that makes one."""
+    """The message about a missing token has the command that makes one."""
     with pytest.raises(ConfigError, match=r"No such file or directory; make one with: \(umask 077; head -c 32"):
         configured_token(tmp_path / "no", None, {})
 
@@ -441,7 +441,7 @@ def test_a_missing_token_is_named_with_the_next_step(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"\n", b"changeme\n", b"a" * 64, b"ab" * 32, TOKEN[:42], TOKEN[:31].hex().encode(),
                                      TOKEN + b"\n" + TOKEN, TOKEN + b" x", b"\0" * 64, b"\xff" * 64, TOKEN * 200])  # fmt: skip
 def test_what_is_no_secret_is_refused(tmp_path, content):
-    """Less than 32 bytes, a placeholder, two lines, what no header can say: refused, and not shown."""
+    """A token that is too short, a placeholder, on two lines, or with other characters is refused, and not shown."""
     path = tmp_path / "token"
     path.write_bytes(content)
     path.chmod(0o600)
@@ -461,7 +461,7 @@ def test_what_is_no_secret_is_refused(tmp_path, content):
     ids=["hex", "base64", "urlsafe base64", "with an end of line"],
 )
 def test_hex_and_base64_are_good(tmp_path, content):
-    """With padding or without, with an end of the line or without."""
+    """Hex and base64 tokens are accepted, with padding or without, with a newline or without."""
     path = tmp_path / "token"
     path.write_bytes(content)
     path.chmod(0o600)
@@ -469,7 +469,7 @@ def test_hex_and_base64_are_good(tmp_path, content):
 
 
 def test_a_credential_is_good(tmp_path):
-    """What systemd gave is taken as it is: an access control list makes its mode look wider."""
+    """A systemd credential is accepted with the mode that an access control list makes it show."""
     (tmp_path / "shutdown-token").write_bytes(TOKEN)
     (tmp_path / "shutdown-token").chmod(0o440)
     assert configured_token(None, "shutdown-token", {"CREDENTIALS_DIRECTORY": str(tmp_path)}) == TOKEN
@@ -479,7 +479,7 @@ def test_a_credential_is_good(tmp_path):
 
 @pytest.mark.parametrize("given", [{}, {"token_file": "x", "credential": "y"}])
 def test_no_token_no_endpoint(given):
-    """Without a token, or with two, nothing is opened."""
+    """Without a token, or with two sources of one, no endpoint is opened."""
     stopper = flaskd.ShutdownEndpoint(flask_app(), listen="127.0.0.1:0", **given)
     with pytest.raises(ConfigError, match="it needs either a token file or a credential"):
         stopper.start()
@@ -503,13 +503,13 @@ def flask_app():
     ],
 )
 def test_a_wrong_argument_is_told_at_once(wrong):
-    """Not when it is started."""
+    """A wrong argument raises when the endpoint is made, not when it is started."""
     with pytest.raises((ValueError, ConfigError), match="expected"):
         flaskd.ShutdownEndpoint(flask_app(), **wrong)
 
 
 def test_under_a_daemon_it_is_the_daemons(token_file):
-    """What opens it is the daemon's; the app is not touched, for the daemon knows what is in flight."""
+    """Under a daemon the endpoint is the daemon's, which counts the requests itself, so the app is not wrapped."""
     app, opened = flask_app(), []
     before = app.wsgi_app
     with opened_by(lambda *args: opened.append(args)):
@@ -519,7 +519,7 @@ def test_under_a_daemon_it_is_the_daemons(token_file):
 
 
 def test_a_daemon_that_starts_later_takes_it_over(token_file, no_thread_left):
-    """It has the same address from then on, the app is as it was, and the daemon may refuse."""
+    """A daemon that starts later takes over the address and unwraps the app; it may also refuse."""
     app, opened = flask_app(), []
     before = app.wsgi_app
     stopper = flaskd.ShutdownEndpoint(app, listen="127.0.0.1:0", token_file=token_file).start()
@@ -541,7 +541,7 @@ def test_a_daemon_that_starts_later_takes_it_over(token_file, no_thread_left):
 @pytest.mark.parametrize("kind", ["waitress", "werkzeug"])
 @pytest.mark.parametrize("first", ["endpoint", "server"])
 def test_with_a_server_in_a_thread_it_is_the_servers(token_file, monkeypatch, no_thread_left, kind, first):
-    """The server's own stop answers what is in flight and runs each function once; then the process is ended."""
+    """With a ServerThread, its stop answers requests and runs each function once; then the process is ended."""
     app, entered, ran, ended = flask_app(), threading.Event(), [], threading.Event()
 
     @app.get("/held")
@@ -601,7 +601,7 @@ def test_a_stop_under_way_is_joined(token_file, monkeypatch, no_thread_left):
 
 
 def test_elsewhere_it_stops_the_process(token_file, monkeypatch, no_thread_left):
-    """What is in flight is answered, new requests get a 503, registered functions run, and then comes SIGINT."""
+    """Elsewhere running requests are answered, new ones get a 503, the functions run, and then comes SIGINT."""
     app, entered, released, ended, ran = flask_app(), queue.SimpleQueue(), threading.Event(), threading.Event(), []
 
     @app.get("/held")
@@ -634,7 +634,7 @@ def test_elsewhere_it_stops_the_process(token_file, monkeypatch, no_thread_left)
 
 
 def address_of(stopper):
-    """Where a ShutdownEndpoint listens."""
+    """The address of a ShutdownEndpoint."""
     return Address.parse(stopper.url.removeprefix("http://").removesuffix("/shutdown"))
 
 
@@ -647,7 +647,7 @@ def post(stopper, token_file):
 
 
 def test_a_stuck_request_does_not_keep_it(token_file, monkeypatch, caplog, no_thread_left):
-    """After `timeout` seconds the process ends whatever runs, and the log names it."""
+    """After `timeout` seconds the process ends although a request runs, and the log names the request."""
     caplog.set_level(logging.INFO)
     app, entered, released, ended = flask_app(), threading.Event(), threading.Event(), threading.Event()
 
@@ -671,7 +671,7 @@ def test_a_stuck_request_does_not_keep_it(token_file, monkeypatch, caplog, no_th
 
 
 def test_it_can_be_closed_without_a_stop(token_file, no_thread_left):
-    """Nothing listens afterwards, and it can be opened again."""
+    """After `close` the address is free, and the endpoint can be opened again."""
     stopper = flaskd.ShutdownEndpoint(flask_app(), listen="127.0.0.1:0", token_file=token_file)
     stopper.close()
     for _ in range(2):
@@ -682,7 +682,7 @@ def test_it_can_be_closed_without_a_stop(token_file, no_thread_left):
 
 
 def opens(app, token_file):
-    """Whether an endpoint of the app opens where it is started; it is closed again."""
+    """Whether an endpoint of the app opens in this process; it is closed again."""
     stopper = flaskd.ShutdownEndpoint(app, listen="127.0.0.1:0", token_file=token_file).start()
     opened = stopper.url is not None
     stopper.close()
@@ -702,9 +702,9 @@ def opens(app, token_file):
     ],
 )
 def test_it_opens_where_there_is_something_to_stop(monkeypatch, token_file, no_thread_left, argv, environ, serves):
-    """In `flask run` and in the reloader's child; not in the reloader's parent, nor in Flask's other commands."""
+    """It opens in `flask run` and in the reloader's child; not in the reloader's parent and in other Flask commands."""
     for name in ("FLASK_DEBUG", "WERKZEUG_RUN_MAIN", "FLASK_RUN_FROM_CLI"):
-        monkeypatch.setenv(name, "")  # so that what the command line sets is taken back
+        monkeypatch.setenv(name, "")  # so that values set by the command line are undone
         monkeypatch.delenv(name)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
@@ -723,12 +723,12 @@ def test_it_opens_where_there_is_something_to_stop(monkeypatch, token_file, no_t
 
 
 def test_outside_of_flasks_commands_it_opens(token_file, no_thread_left):
-    """A program of one's own knows what it does."""
+    """Outside of Flask's commands it always opens."""
     assert opens(flask_app(), token_file)
 
 
 def test_a_request_is_over_when_its_answer_is_closed():
-    """A stream is in flight to its end, and is told of the drain; an app that raises is in flight no more."""
+    """A stream is in flight to its end and notices the drain; if the app raises, the request is over."""
     environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/a\x1b", "SCRIPT_NAME": "", "REMOTE_ADDR": "10.0.0.7"}
     requests = Requests(lambda environ, start_response: iter([b"a", b"b"]))
     answer = requests(environ, None)
@@ -748,7 +748,7 @@ def test_a_request_is_over_when_its_answer_is_closed():
 
 
 def test_a_stream_ends_in_the_drain():
-    """It ends between two parts, and is closed; a response with an end of its own goes on to that."""
+    """A stream ends between two parts in a drain, and is closed; a response of known length is completed."""
     closed = []
 
     class Parts:
@@ -781,7 +781,7 @@ def test_a_stream_ends_in_the_drain():
 
 
 def test_work_in_the_background_is_waited_for():
-    """The drain of an app is over when that is; what is left when time is up makes it unclean."""
+    """The app's drain waits for background work; what remains at the deadline makes it unclean."""
     requests = Requests(lambda environ, start_response: [])
     with flaskd.background("export"):
         [left] = requests.drain(0).background
@@ -797,7 +797,7 @@ def test_work_in_the_background_is_waited_for():
 
 
 def test_closing_waits_for_no_work_in_the_background(door, caplog):
-    """That is the affair of the app's drain, which was before, and has named it."""
+    """`close` does not wait for background work; the app's drain before it has waited for that."""
     with flaskd.background("export"):
         door.server.close(PATIENCE)
     assert "export" not in caplog.text

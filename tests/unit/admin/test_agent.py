@@ -1,4 +1,4 @@
-"""The agent that answers HAProxy's agent-check, without a daemon behind it."""
+"""The agent that answers HAProxy's agent-check, without a daemon."""
 
 import contextlib
 import errno
@@ -48,12 +48,12 @@ def connect(agent):
 
 
 def line(client):
-    """All that it is told."""
+    """All that the agent sends."""
     return b"".join(iter(lambda: client.recv(100), b""))
 
 
 def is_closed(client):
-    """Whether the agent has closed its side for good: what is sent there then is answered with a reset."""
+    """Whether the agent has closed its connection: what is sent then is answered with a reset."""
     try:
         client.send(b"x")
     except OSError:
@@ -77,12 +77,12 @@ def is_closed(client):
     ],
 )
 def test_each_readiness_has_its_word(readiness, said):
-    """Ready, on its way out, or down with the reason: one short line of printable ASCII, whatever the reason is."""
+    """The line is ready, draining, or down with the reason: short and printable ASCII, whatever the reason is."""
     assert words(readiness) == said
 
 
 def test_each_connection_is_told_what_is_true_now(connect, source):
-    """The line is that of the moment of the connection, and the connection's end follows without a word of the client."""
+    """Each connection gets the line for its moment and is closed, although the client says nothing."""
     assert line(connect()) == b"up ready\n"
     source.answer = "503 Service Unavailable", "draining"
     assert line(connect()) == b"drain\n"
@@ -91,14 +91,14 @@ def test_each_connection_is_told_what_is_true_now(connect, source):
 
 
 def test_what_a_client_says_does_not_reset_its_answer(connect):
-    """One that sends a string (agent-send) reads the line and the end, and no error."""
+    """A client that sends a string (agent-send) reads the line and the end, and no error."""
     client = connect()
     client.sendall(b"who are you?\n")
     assert line(client) == b"up ready\n"
 
 
 def test_clients_that_do_not_hang_up_make_room(connect, monkeypatch):
-    """Of 200 that read nothing and stay, 64 are kept for their time, the oldest go first, and all who ask are answered."""
+    """Of 200 clients that stay, at most 64 are kept, the oldest are closed first, and all get their answer."""
     monkeypatch.setattr(module, "_LINGER", PATIENCE)
     silent = [connect() for _ in range(200)]
     assert line(connect()) == b"up ready\n"
@@ -107,7 +107,7 @@ def test_clients_that_do_not_hang_up_make_room(connect, monkeypatch):
 
 
 def test_a_client_that_stays_is_closed(connect, monkeypatch):
-    """One that does not hang up has its time, and one that says more than 4096 bytes has less."""
+    """A client that does not hang up is closed after its time, or after 4096 bytes."""
     monkeypatch.setattr(module, "_LINGER", PATIENCE)
     loud = connect()
     loud.sendall(b"x" * 5000)
@@ -119,7 +119,7 @@ def test_a_client_that_stays_is_closed(connect, monkeypatch):
 
 
 def test_a_client_that_cannot_be_accepted_is_answered_later(agent, connect, monkeypatch, caplog):
-    """Where there is no descriptor for a client, it waits for the next try, and the log says so."""
+    """Without a descriptor for a client, the agent accepts it later, and logs that."""
 
     class Full:
         def open(self, make):
@@ -135,7 +135,7 @@ def test_a_client_that_cannot_be_accepted_is_answered_later(agent, connect, monk
 
 
 def test_a_fault_leaves_the_agent_alive(connect, source, caplog):
-    """A check that cannot be answered is told of in the log, and the next one is answered."""
+    """A check that cannot be answered is logged, and the next one is answered."""
     source.answer = None
     with caplog.at_level(logging.ERROR, "flaskd.admin"):
         assert line(connect()) == b""
@@ -145,7 +145,7 @@ def test_a_fault_leaves_the_agent_alive(connect, source, caplog):
 
 
 def test_a_default_timeout_of_the_app_changes_nothing(connect, monkeypatch):
-    """Where the app has called socket.setdefaulttimeout(), a client is answered as ever."""
+    """After the app calls socket.setdefaulttimeout(), clients are answered as before."""
     client = connect()
     try:
         socket.setdefaulttimeout(0.0)
@@ -157,7 +157,7 @@ def test_a_default_timeout_of_the_app_changes_nothing(connect, monkeypatch):
 
 
 def test_it_gives_its_address_back(agent, source):
-    """After its close the address is free, and nobody answers there."""
+    """After `close` the address is free, and nothing answers there."""
     where = agent.addresses[0]
     agent.close()
     assert agent.addresses == []
@@ -168,7 +168,7 @@ def test_it_gives_its_address_back(agent, source):
 
 
 def test_without_an_address_there_is_none(source):
-    """Nothing is started where nothing is to be listened on, and its end is no error."""
+    """Without an address nothing is started, and `close` does nothing."""
     before = threading.active_count()
     none = Agent(source)
     none.open([])

@@ -1,4 +1,4 @@
-"""The admin listener's pages, without a daemon behind them."""
+"""The admin listener's pages, without a daemon."""
 
 import contextlib
 import http.client
@@ -47,7 +47,7 @@ class Source:
 
 
 def snapshot(**given):
-    """A snapshot of a daemon, with what is given."""
+    """A snapshot of a daemon with the given values."""
     plain = {
         "name": "flaskd", "state": State.READY, "since": 5.0, "age": 1.0, "started": 1.0, "uptime": 5.0, "reason": None,
         "app": None, "threads": 4, "serving": ServingSnapshot(), "held": Held(), "log_level": "info", "config": None,
@@ -63,7 +63,7 @@ def source():
 
 @pytest.fixture
 def ask(source):
-    """Asks the admin listener; returns status, headers and body."""
+    """Send a request to the admin listener; returns status, headers and body."""
     before = threading.active_count()
     server = AdminServer(source)
     server.open([Listener.bind(Address("127.0.0.1", 0))], ["shop.internal"])
@@ -84,7 +84,7 @@ def ask(source):
 
 
 def test_alive_while_the_serving_thread_turns(ask, source):
-    """/livez is 200 until the daemon says why it does not live any more, whatever the state."""
+    """/livez is 200, in any state, unless the daemon says why it is not alive."""
     source.state = "draining"
     assert ask("/livez")[::2] == (200, "alive\n")
     source.wedged = "the serving thread has not turned for 6.2s"
@@ -92,7 +92,7 @@ def test_alive_while_the_serving_thread_turns(ask, source):
 
 
 def test_ready_or_the_status_that_was_chosen(ask, source):
-    """/readyz answers what the source says, in a status and a word; HEAD is the same without the word."""
+    """/readyz answers with the status and the word of the source; HEAD is the same without the word."""
     assert ask("/readyz")[::2] == (200, "ready\n")
     source.state = "draining"
     assert ask("/readyz")[::2] == (429, "draining\n")
@@ -101,7 +101,7 @@ def test_ready_or_the_status_that_was_chosen(ask, source):
 
 
 def test_status_is_json_and_never_stored(ask):
-    """/status.json is what the verb tells, and no cache keeps it."""
+    """/status.json has what the verb `status` has, and is never cached."""
     status, headers, body = ask("/status.json")
     told = json.loads(body)
     assert (status, told["state"], told["in_flight"]) == (200, "ready", 2)
@@ -121,7 +121,7 @@ def test_status_is_json_and_never_stored(ask):
     ],
 )
 def test_what_is_refused(ask, path, method, body, status):
-    """Only what is there, only GET and HEAD, only small bodies."""
+    """Other paths, methods other than GET and HEAD, and large bodies are refused."""
     assert ask(path, method, body)[0] == status
 
 
@@ -134,14 +134,14 @@ def test_what_is_refused(ask, path, method, body, status):
     ],
 )  # fmt: skip
 def test_names_that_were_not_allowed_learn_nothing(ask, host, status):
-    """A page in a browser that was made to ask here under a foreign name gets no page, metrics or status; probes do."""
+    """Under a host name that is not allowed, page, metrics and status are refused, and probes are answered."""
     for path in ("/metrics", "/status.json", "/page.json", "/"):
         assert ask(path, Host=host, Accept="text/html")[0] == status
     assert ask("/readyz", Host=host)[0] == 200
 
 
 def test_a_unix_socket_asks_for_no_host(source, tmp_path):
-    """Over a Unix socket any Host is good, because no browser can connect to it."""
+    """Over a Unix socket any Host is accepted, because browsers cannot connect to one."""
     server = AdminServer(source)
     server.open([Listener.bind(Address(path=str(tmp_path / "a.sock")))], [])
     with socket.socket(socket.AF_UNIX) as client:
@@ -167,7 +167,7 @@ def value_of(families, name, **labels):
     ("accept", "parser"), [("text/plain", parse), ("application/openmetrics-text; version=1.0.0", parse_openmetrics)]
 )
 def test_metrics_are_read_by_prometheus_own_parser(ask, accept, parser):
-    """Both formats parse, and hold what the source counted; odd names of policies are escaped."""
+    """Prometheus' own parser reads both formats, with the source's counts; odd names of policies are escaped."""
     status, headers, body = ask("/metrics", Accept=accept)
     assert status == 200
     assert headers["Content-Type"].startswith(accept.partition(";")[0])
@@ -201,7 +201,7 @@ def test_metrics_are_read_by_prometheus_own_parser(ask, accept, parser):
 
 
 def test_workers_that_reached_a_limit_are_counted():
-    """By the key of the limit; the counters are there from the start on."""
+    """The metrics count recycled workers by the key of their limit, from the start on."""
     serving = ServingSnapshot(wanted=2, recycled={"max_requests": 0, "max_memory": 4})
     [family] = [each for each in families(snapshot(serving=serving)) if each.name == "flaskd_workers_recycled"]
     found = {sample.labels["limit"]: sample.value for sample in family.samples if sample.name.endswith("_total")}
@@ -209,14 +209,14 @@ def test_workers_that_reached_a_limit_are_counted():
 
 
 def test_a_damaged_record_leaves_the_metrics_as_they_are():
-    """Nothing is told of a last stop of which nothing can be read, and all else is."""
+    """If the record of the last stop is damaged, only its metrics are missing."""
     names = {family.name for family in families(snapshot(held=Held(last_stop={"damaged": "no JSON"})))}
     assert "flaskd_requests" in names
     assert not {name for name in names if "last_stop" in name}
 
 
 def test_without_prometheus_client_the_next_step_is_said(source, monkeypatch):
-    """/metrics is 501 and says what to install; all else answers."""
+    """Without prometheus_client /metrics is 501 and says what to install; the other pages work."""
 
     def missing(_snapshot):
         raise ImportError
@@ -236,7 +236,7 @@ def test_without_prometheus_client_the_next_step_is_said(source, monkeypatch):
 
 
 def test_many_requests_at_once_on_one_connection_do_not_wedge_it(ask):
-    """Who asks for the metrics over and over and reads nothing keeps nobody else waiting."""
+    """A client that asks for the metrics repeatedly and reads nothing does not delay other clients."""
     host, port = ask.url.removeprefix("http://").rstrip("/").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as greedy:
         greedy.setblocking(False)
@@ -247,7 +247,7 @@ def test_many_requests_at_once_on_one_connection_do_not_wedge_it(ask):
 
 
 def test_without_listeners_there_is_nothing(source):
-    """No listener, no thread."""
+    """Without listeners there is no thread."""
     before = threading.active_count()
     server = AdminServer(source)
     server.open([], [])
@@ -259,7 +259,7 @@ def test_without_listeners_there_is_nothing(source):
 
 
 def test_a_histogram_counts_what_is_on_a_bound_below_it():
-    """As Prometheus has it: le means less or equal."""
+    """A value that equals a bound is counted below it, as Prometheus' "le" requires."""
     histogram = Histogram()
     for seconds in (0.0, 0.005, 0.0051, 60.0, 61.0):
         histogram.add(seconds)
@@ -268,7 +268,7 @@ def test_a_histogram_counts_what_is_on_a_bound_below_it():
 
 
 def test_the_tally_of_a_server():
-    """Each request is counted once: by outcome, by status, with its time and its wait."""
+    """Each request is counted once: by outcome and status, with its time and its wait."""
 
     def app(environ, start_response):
         start_response(environ["PATH_INFO"][1:] + " X", [("Content-Length", "2")])
@@ -290,7 +290,7 @@ def test_the_tally_of_a_server():
 
 
 def test_without_threads_the_serving_thread_runs_the_app():
-    """A server with 0 threads answers in its one thread."""
+    """A server with 0 threads runs the app in its serving thread."""
 
     def app(environ, start_response):
         name = threading.current_thread().name.encode()

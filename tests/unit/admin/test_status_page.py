@@ -1,4 +1,4 @@
-"""The page for people at the admin listener: who gets it, by which headers it is kept to itself, and what it is told."""
+"""The page for people on the admin listener: which clients get it, its security headers, and its data."""
 
 import base64
 import contextlib
@@ -17,7 +17,7 @@ from flaskd.admin.health import AdminApp
 from flaskd.admin.status_page import own_ports, page_data
 from flaskd.ledger import DrainReport, InFlight
 from flaskd.lifecycle import State, StopReason
-from flaskd.notices import DrainBegan, DrainEnded, Resumed, StopBegan
+from flaskd.notices import DrainBegan, DrainEnded, ReloadEnded, Resumed, StopBegan
 from flaskd.serving.api import ServingSnapshot
 from flaskd.snapshot import Counts, Held, Snapshot
 from flaskd.sockets import Address, Listener
@@ -28,7 +28,7 @@ HOSTILE = "</script><script>alert(1)</script>"
 
 
 def snapshot(**given):
-    """What there is to know of a daemon with two requests in flight, and what is given."""
+    """A snapshot of a daemon with two requests in flight and the given values."""
     requests = tuple(
         InFlight(number, "192.0.2.7", "GET", HOSTILE, age, "running", stack="File app.py")
         for number, age in enumerate((0.5, 9.5))
@@ -55,7 +55,7 @@ class Source:
 
 @pytest.fixture(scope="module")
 def ask():
-    """Asks the admin listener for a path; returns status, headers and body."""
+    """Request a path of the admin listener; returns status, headers and body."""
     server = AdminServer(Source())
     server.open([Listener.bind(Address("127.0.0.1", 0))], [])
 
@@ -81,14 +81,14 @@ def ask():
     ],
 )  # fmt: skip
 def test_who_gets_the_page(ask, accept, kind):
-    """Who names HTML has the page; curl has the list of what there is, as ever; caches are told what it depends on."""
+    """A client whose Accept header names HTML gets the page; curl gets the list of paths; caches learn of Vary."""
     status, headers, body = ask(Accept=accept)
     assert (status, headers["Content-Type"], headers["Vary"]) == (200, f"{kind}; charset=utf-8", "Accept")
     assert body.startswith("<!doctype html>" if kind == "text/html" else "/livez\n")
 
 
 def test_the_page_runs_nothing_but_what_is_in_it(ask):
-    """The policy has the hashes of the one style and the one script, and allows to load and to send nothing else."""
+    """The policy has the hashes of the one style and the one script, and forbids all other code and connections."""
     _, headers, body = ask(Accept=BROWSER)
     policy = dict(each.strip().split(" ", 1) for each in headers["Content-Security-Policy"].split(";"))
     for tag in ("script", "style"):
@@ -104,7 +104,7 @@ def test_the_page_runs_nothing_but_what_is_in_it(ask):
 
 @pytest.mark.parametrize("path", ["/", "/page.json", "/events", "/status.json", "/metrics"])
 def test_what_is_told_is_for_this_site_alone(ask, path):
-    """No other site may read, frame or follow it, and no cache keeps it."""
+    """No other site may read or frame the page, its links send no Referer, and it is never cached."""
     headers = ask(path, Accept=BROWSER)[1]
     assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
     assert headers["X-Content-Type-Options"] == "nosniff"
@@ -123,7 +123,7 @@ def test_what_is_told_is_for_this_site_alone(ask, path):
     ],
 )  # fmt: skip
 def test_another_site_that_asks_is_refused(ask, path, site, mode, destination, answered):
-    """Where a browser says that another site asks, nothing is told; a link to the page may be followed."""
+    """A request that a browser sends for another site is refused; a link to the page may be followed."""
     sent = {"Sec_Fetch_Site": site, "Sec_Fetch_Mode": mode, "Sec_Fetch_Dest": destination}
     expected = 200 if answered == "all" or (answered == "page" and path == "/") else 403
     assert ask(path, Accept=BROWSER, **sent)[0] == expected
@@ -131,7 +131,7 @@ def test_another_site_that_asks_is_refused(ask, path, site, mode, destination, a
 
 
 def test_the_page_changes_nothing(ask):
-    """It answers GET and HEAD alone, and has nothing that could be sent."""
+    """The page answers only GET and HEAD, and has no form."""
     assert ask(method="POST", Accept=BROWSER)[0] == 405
     status, headers, body = ask(method="HEAD", Accept=BROWSER)
     assert (status, body) == (200, "")
@@ -143,7 +143,7 @@ def test_the_page_changes_nothing(ask):
 
 
 class Loads(html.parser.HTMLParser):
-    """Collects what a page has loaded or linked to."""
+    """Collects what a page loads or links to."""
 
     def __init__(self):
         super().__init__()
@@ -157,14 +157,14 @@ class Loads(html.parser.HTMLParser):
 
 
 def test_nothing_is_loaded_from_elsewhere(ask):
-    """The page is one file."""
+    """The page loads nothing: it is one file."""
     loads = Loads()
     loads.feed(ask(Accept=BROWSER)[2])
     assert loads.found == []
 
 
 def test_nothing_from_outside_becomes_html(ask):
-    """The script has none of the ways by which text becomes HTML or code, and nothing is put into the page here."""
+    """The script uses no function that turns text into HTML or code, and the server puts nothing into the page."""
     page = ask(Accept=BROWSER)[2]
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|Function\(|DOMParser", page)
     assert HOSTILE not in page
@@ -173,7 +173,7 @@ def test_nothing_from_outside_becomes_html(ask):
 
 
 def test_what_the_page_is_told_of_requests(ask):
-    """The oldest first, without their stacks."""
+    """The page's data has the requests, the oldest first, without their stacks."""
     told = json.loads(ask("/page.json")[2])
     assert [each["age"] for each in told["requests"]] == [9.5, 0.5]
     assert "stack" not in told["requests"][0]
@@ -181,7 +181,7 @@ def test_what_the_page_is_told_of_requests(ask):
 
 
 def test_of_many_requests_the_oldest_are_told():
-    """Ten thousand in flight make no page of ten thousand lines."""
+    """With ten thousand requests in flight the data has only the oldest."""
     many = tuple(InFlight(number, "", "GET", "/", float(number), "running") for number in range(10_000))
     told = page_data(snapshot(serving=ServingSnapshot(in_flight=many)), details=True)
     assert [each["id"] for each in told["requests"]] == list(range(9_999, 9_949, -1))
@@ -192,7 +192,7 @@ def test_of_many_requests_the_oldest_are_told():
     ("hosts", "own"), [(["127.0.0.1"], True), (["127.0.0.2", "127.0.0.1"], True), (["0.0.0.0"], False)]
 )
 def test_clients_are_shown_to_this_machine_alone(hosts, own):
-    """Clients' addresses are told on ports that only this machine reaches, or where the configuration says so."""
+    """Clients' addresses are shown on ports that only this machine reaches, or if the configuration allows it."""
     listeners = [Listener.bind(Address(host, 0)) for host in hosts]
     ports = own_ports(listeners)
     for allowed, expected in ((ports, own), (None, True)):
@@ -210,7 +210,7 @@ def test_clients_are_shown_to_this_machine_alone(hosts, own):
 
 
 def test_a_port_that_others_reach_too_is_not_this_machines_own():
-    """One port on loopback and on another address counts as reached by others: a request does not tell which it took."""
+    """A port on loopback and on another address counts as public, because a request does not tell which it used."""
     first = Listener.bind(Address("127.0.0.1", 0))
     port = first.socket.getsockname()[1]
 
@@ -230,7 +230,7 @@ def test_a_port_that_others_reach_too_is_not_this_machines_own():
 
 
 def test_a_unix_socket_is_this_machines_own(tmp_path):
-    """Over a Unix socket clients' addresses are told."""
+    """Over a Unix socket clients' addresses are shown."""
     server = AdminServer(Source())
     server.open([Listener.bind(Address(path=str(tmp_path / "a.sock")))], [])
     with socket.socket(socket.AF_UNIX) as client:
@@ -244,7 +244,7 @@ def test_a_unix_socket_is_this_machines_own(tmp_path):
 
 
 def test_who_drained_is_told_until_it_is_undone():
-    """The one who asked, and when, from the begin of the drain to the resume."""
+    """The data names who asked for a drain, and when, from its begin to the resume."""
     counts = Counts()
     assert snapshot(counts=counts).as_json()["drain"] is None
     counts.heard(DrainBegan(1, 15.0, "uid=7 pid=8 command=flaskd"))
@@ -258,8 +258,21 @@ def test_who_drained_is_told_until_it_is_undone():
     assert (counts.drains, counts.drain) == (2, None)
 
 
+def test_the_place_of_a_fault_in_code_is_told_to_this_machine_alone():
+    """After a reload that the app's code made fail, `details` adds its traceback; a later reload removes it."""
+    counts = Counts()
+    trace = f'Traceback (most recent call last):\n  File "shop.py", line 1, in <module>\n{"x" * 9000}NameError'
+    counts.heard(ReloadEnded("flaskd.yaml", "ready", "cannot load shop", trace=f"\n{trace}"))
+    told = page_data(snapshot(counts=counts), details=True)
+    assert (told["trace"], told["status"]["last_reload"]["fault"]) == (trace[-8000:], "cannot load shop")
+    assert page_data(snapshot(counts=counts), details=False)["trace"] == ""
+    assert "shop.py" not in json.dumps(snapshot(counts=counts).as_json())
+    counts.heard(ReloadEnded("flaskd.yaml", "ready"))
+    assert page_data(snapshot(counts=counts), details=True)["trace"] == ""
+
+
 def test_what_a_status_says_of_process_and_stop():
-    """The version, the memory of this process in bytes, and how long a stop may still take."""
+    """The data has the version, the memory of this process in bytes, and how long a stop may still take."""
     told = snapshot().as_json()
     assert (told["version"], told["left"]) == (__version__, None)
     assert told["memory"] > 1_000_000
@@ -271,7 +284,7 @@ def test_what_a_status_says_of_process_and_stop():
 
 @pytest.fixture
 def hear(monkeypatch):
-    """Opens streams of events, one every 20 ms; returns the connection and the answer."""
+    """Open streams of events with one event every 20 ms; returns the connection and the answer."""
     monkeypatch.setattr(health, "_EVERY", 0.02)
     server = AdminServer(Source())
     server.open([Listener.bind(Address("127.0.0.1", 0))], [])
@@ -287,7 +300,7 @@ def hear(monkeypatch):
 
 
 def test_a_stream_tells_what_the_page_would_ask_for(hear):
-    """Each event is what /page.json answers at that moment."""
+    """Each event has the content of /page.json at that moment."""
     connection, answer = hear()
     assert (answer.status, answer.getheader("Content-Type")) == (200, "text/event-stream")
     assert answer.getheader("Cross-Origin-Resource-Policy") == "same-origin"
@@ -302,7 +315,7 @@ def test_a_stream_tells_what_the_page_would_ask_for(hear):
 
 
 def test_streams_are_bounded_and_in_no_way_of_others(hear):
-    """A ninth stream is refused with what to do instead, while probes are answered; a place is free when one ends."""
+    """A ninth stream is refused with advice, probes are still answered, and a place is free when a stream ends."""
     streams = [hear() for _ in range(8)]
     assert [answer.status for _, answer in streams] == [200] * 8
     connection, answer = hear()
@@ -329,7 +342,7 @@ def test_streams_are_bounded_and_in_no_way_of_others(hear):
 
 
 def test_a_head_of_the_stream_takes_no_place(hear):
-    """HEAD is answered with the header alone, however often."""
+    """HEAD on the stream is answered with the header alone, and uses no place."""
     for _ in range(10):
         connection, answer = hear(method="HEAD")
         assert (answer.status, answer.read()) == (200, b"")
@@ -340,7 +353,7 @@ def test_a_head_of_the_stream_takes_no_place(hear):
 
 
 def test_many_streams_cost_what_one_costs():
-    """Streams that ask at about the same time share one look at the daemon."""
+    """Streams that ask at about the same time share one snapshot of the daemon."""
     source = Source()
     app = AdminApp(source, None, [])
     environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/events", "SERVER_PORT": "80"}

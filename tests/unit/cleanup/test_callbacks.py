@@ -1,4 +1,4 @@
-"""In which order functions that an app registers run at the stop."""
+"""The order in which functions that an app registers run at the stop."""
 
 import itertools
 
@@ -19,7 +19,7 @@ def app():
 
 
 def registered(app, *wishes):
-    """Register a function for each wish: its name, then perhaps what it comes after and its phase."""
+    """Register a function for each wish: its name, then maybe what it comes after and its phase."""
     for wish in wishes:
         register(app, *wish)
 
@@ -33,7 +33,7 @@ def register(app, name, after=(), phase=Phase.QUIESCE):
 
 
 def order(app, *policies):
-    """Run what is registered and give the names in the order in which they began."""
+    """Run the registered functions and give their names in the order in which they began."""
     plan = with_callbacks(Plan(policies), app, timeout=PATIENCE)
     results = run(*plan.steps).values()
     return [each.name for each in sorted(results, key=lambda each: each.started)]
@@ -44,7 +44,7 @@ def order(app, *policies):
     [
         ([("a",), ("b",), ("c",)], "c b a"),
         ([("a",), ("b", "a"), ("c",)], "c a b"),
-        # a is awaited from a later phase alone: that is no reason to give its own order up
+        # only a later phase waits for a: that is no reason to change a's own order
         ([("a",), ("b",), ("z", "b", "close")], "b a z"),
         # through another: d waits for b and so for a, while c stays where it was
         ([("a",), ("b", "a"), ("c",), ("d", "b")], "c a b d"),
@@ -53,7 +53,7 @@ def order(app, *policies):
     ],
 )
 def test_last_in_first_out_but_for_what_somebody_said(app, caplog, wishes, expected):
-    """What `after` says holds; among all others the last registered goes first, one at a time."""
+    """What `after` says is kept; of all others the last registered runs first, one at a time."""
     registered(app, *wishes)
     assert order(app) == expected.split()
     assert caplog.messages == []
@@ -85,21 +85,21 @@ def test_last_in_first_out_but_for_what_somebody_said(app, caplog, wishes, expec
     ],
 )
 def test_what_cannot_be_kept_is_told_as_what_it_is(app, caplog, wishes, expected, words):
-    """A circle is told as one and broken once; a name that nobody has is told as such."""
+    """A circle is reported as a circle and broken at one place; an unknown name is reported as unknown."""
     registered(app, *wishes)
     assert order(app) == expected.split()
     assert caplog.messages == words
 
 
 def test_functions_come_after_policies(app, caplog):
-    """A policy of the same phase can be waited for, and of one that has the name of a function, the policy is meant."""
+    """A function can wait for a policy of its phase; if a policy and a function have the same name, the policy is meant."""
     registered(app, ("a", "jobs"), ("jobs", ()))
     assert order(app, step("jobs")) == ["jobs", "jobs-2", "a"]
     assert caplog.messages == []
 
 
 def test_a_wish_that_cannot_be_kept_is_told_once(app, caplog):
-    """However often the plan is asked for."""
+    """A wish that cannot be kept is reported only once, however often the plan is asked for."""
     registered(app, ("a", "nope"))
     outlook = Forecast()
     outlook.set(Plan(), Config.model_validate({}).cleanup, LoadedApp(app, app, "shop"))

@@ -51,14 +51,14 @@ def test_call_fails_with_the_function(module):
 
 
 def test_call_without_its_target():
-    """A target that has gone since the start fails the step by name."""
+    """A target that has disappeared since the start fails the step, with the target's name."""
     result = perform("call", target="cleanup_nowhere:stop")
     assert result.fate is Fate.FAILED
     assert result.why.startswith('cannot import target "cleanup_nowhere:stop": ModuleNotFoundError')
 
 
 def test_the_reference_shows_the_fields_with_their_defaults():
-    """For each action that the annotated reference has, it shows every field, and its default if it has one."""
+    """For each of its actions the annotated reference shows every field, with its default if it has one."""
     path = Path(__file__).parents[3] / "config" / "flaskd.yaml"
     written = yaml.safe_load(path.read_text())["cleanup"]["policies"]
     policies = load(path, actions=action_specs(), environ={"CREDENTIALS_DIRECTORY": ""}).values.cleanup.policies

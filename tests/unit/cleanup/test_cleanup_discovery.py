@@ -1,4 +1,4 @@
-"""What discovery finds, what it calls it, what it leaves alone, and what becomes of it in a plan."""
+"""What discovery finds, how it names it, what it leaves alone, and what a plan does with it."""
 
 import asyncio
 import concurrent.futures
@@ -47,7 +47,7 @@ def cleanup_of(**more):
 
 
 def planned(found, **more):
-    """Give what a plan with this cleanup section and these finds comes to: step → names of what it ends."""
+    """Give the steps of a plan with this cleanup section and these found objects: step → names of what it ends."""
     cleanup = cleanup_of(**more)
     plan = with_found(build_plan(cleanup), found, cleanup)
     return {step.name: [each.name for each in step.found] if step.found is not None else None for step in plan.steps}
@@ -69,7 +69,7 @@ def engine():
 
 
 def test_what_extensions_hold_goes_by_their_key():
-    """Engines, redis clients and schedulers of Flask's extensions are found, and named by the extension."""
+    """Engines, redis clients and schedulers of Flask's extensions are found, and named after the extension."""
     app = Flask("shop")
     app.config |= {
         "SQLALCHEMY_DATABASE_URI": "sqlite://",
@@ -97,7 +97,7 @@ def test_what_extensions_hold_goes_by_their_key():
 
 
 def test_what_a_module_holds_goes_by_its_place(module, engine):
-    """A name is what a target would be; what nothing names goes by its type and a number."""
+    """An object in a module is named as a target would name it; one that nothing names has its type and a number."""
     module.engine, other = engine, sqlalchemy.create_engine("sqlite://")
     found = discover(None, [engine, other, engine])
     assert names(found) == {"shop_module:engine": "sqlalchemy.dispose", "Engine-1": "sqlalchemy.dispose"}
@@ -130,7 +130,7 @@ def test_raw_objects_are_found(engine):
 
 
 def test_what_is_closed_already_is_not_listed():
-    """Closed clients and pools, executors that were shut down and schedulers that do not run need nothing."""
+    """Closed clients and pools, shut-down executors and schedulers that do not run are not listed."""
     with httpx.Client() as client, concurrent.futures.ThreadPoolExecutor() as executor:
         pass
     pool = psycopg_pool.ConnectionPool(open=False, min_size=0, max_size=1)
@@ -138,14 +138,14 @@ def test_what_is_closed_already_is_not_listed():
 
 
 class ExecutorAround(BasePoolExecutor):
-    """A scheduler's executor around one of the standard library's."""
+    """A scheduler's executor that wraps one of the standard library."""
 
     def __init__(self, executor):
         super().__init__(executor)
 
 
 def test_what_belongs_to_something_found_is_left_to_it(engine):
-    """A scheduler's executor, a client's pool, an engine's other face and a loop's executor are not listed."""
+    """A scheduler's executor, a client's pool, a second view of an engine and a loop's executor are not listed."""
     theirs, loops = (concurrent.futures.ThreadPoolExecutor() for _ in range(2))
     scheduler, client, loop = BackgroundScheduler(), redis.Redis(), asyncio.new_event_loop()
     scheduler.add_executor(ExecutorAround(theirs))
@@ -168,7 +168,7 @@ def test_what_belongs_to_something_found_is_left_to_it(engine):
 
 
 def test_what_no_step_can_end_is_listed_with_the_reason():
-    """Asynchronous clients and pools are known, listed and never ended."""
+    """Asynchronous clients and pools are recognized and listed, and never ended."""
     things = [
         httpx.AsyncClient(),
         redis.asyncio.Redis(),
@@ -181,7 +181,7 @@ def test_what_no_step_can_end_is_listed_with_the_reason():
 
 
 def test_connections_of_their_own_are_listed(module, engine):
-    """A connection that a module holds is listed; those of a pool are the pool's business."""
+    """A connection that a module holds is listed; the connections of a pool are not, because the pool closes them."""
     module.connection, unnamed = sqlite3.connect(":memory:"), sqlite3.connect(":memory:")
     try:
         found = discover(None, [module.connection, unnamed])
@@ -193,7 +193,7 @@ def test_connections_of_their_own_are_listed(module, engine):
 
 
 def test_survivors_are_listed_and_not_touched():
-    """A thread that is no daemon is listed with what would end it; no step does unless a policy says so."""
+    """A thread that is no daemon thread is listed with the action that could end it; only a policy does end it."""
     stop = threading.Event()
     threads = [threading.Thread(target=stop.wait, name="mailer"), AppThread(target=stop.wait, name="own")]
     for thread in threads:
@@ -211,7 +211,7 @@ def test_survivors_are_listed_and_not_touched():
 
 
 def test_nothing_is_asked_of_a_stranger(monkeypatch, engine):
-    """Objects that lie about their class, or raise at every question, do no harm and are not taken for anything."""
+    """Objects that lie about their class, or raise at every attribute, do no harm and are not listed."""
 
     class Liar:
         @property
@@ -239,7 +239,7 @@ def test_nothing_is_asked_of_a_stranger(monkeypatch, engine):
 
 
 def test_what_other_threads_are_building_is_left_alone():
-    """A tuple under construction that somebody else holds cannot be finished: the thread gets a SystemError for it."""
+    """Discovery holds no tuple under construction, because that makes the building thread raise SystemError."""
     over, faults, interval = threading.Event(), [], sys.getswitchinterval()
 
     def build():
@@ -266,7 +266,7 @@ def test_what_other_threads_are_building_is_left_alone():
 
 
 def test_an_object_that_is_half_built_does_no_harm():
-    """An object of a known type whose attributes are not there yet is passed over."""
+    """An object of a known type that lacks its attributes, because it is half built, is skipped."""
     half = [
         redis.Redis.__new__(redis.Redis),
         httpx.Client.__new__(httpx.Client),
@@ -278,7 +278,7 @@ def test_an_object_that_is_half_built_does_no_harm():
 
 
 def test_finding_keeps_nothing_alive():
-    """What was found goes when the app lets go of it."""
+    """Discovery keeps no object alive after the app has dropped it."""
     session = requests.Session()
     [found] = discover(None, [session])
     assert found.object is session
@@ -288,7 +288,7 @@ def test_finding_keeps_nothing_alive():
 
 
 def test_nothing_that_writes_or_deletes_is_ever_automatic():
-    """The actions that discovery may choose close, stop and flush; there is no other among them."""
+    """The actions that discovery may choose only close, stop and flush."""
     automatic = {
         "sqlalchemy.dispose", "psycopg_pool.close", "redis.close", "http_client.close", "apscheduler.stop", "executor.stop",
         "sentry.flush", "otel.shutdown",
@@ -319,7 +319,7 @@ def test_a_step_for_each_kind(engine):
 
 
 def test_a_policy_beats_discovery(module, engine):
-    """A policy without a target takes all of its kind; one with a target takes that alone, and is the only one to."""
+    """A policy without a target takes all of its kind; an object that a policy's target names is left to that policy."""
     module.engine, other = engine, sqlalchemy.create_engine("sqlite://")
     found = discover(None, [engine, other])
     dispose = {"use": "sqlalchemy.dispose"}
@@ -332,7 +332,7 @@ def test_a_policy_beats_discovery(module, engine):
 
 
 def test_what_nobody_asked_to_end_comes_last_in_its_phase(engine):
-    """Policies of a phase may still use what is found; a scheduler's jobs may use executors. Failures skip none of it."""
+    """Steps for found objects run after their phase's policies, which may use them, and even if those fail."""
     scheduler = BackgroundScheduler()
     scheduler.start()
     with concurrent.futures.ThreadPoolExecutor() as executor:
@@ -351,7 +351,7 @@ def test_what_nobody_asked_to_end_comes_last_in_its_phase(engine):
 
 
 def test_report_and_off_end_nothing_by_themselves(engine):
-    """With report and off only policies end anything; they still take what is found."""
+    """With report and off only policies end anything; they still end what is found."""
     found = discover(None, [engine])
     for mode in ("report", "off"):
         assert planned(found, discovery=mode) == {}
@@ -361,7 +361,7 @@ def test_report_and_off_end_nothing_by_themselves(engine):
 
 
 def test_excludes(module, engine):
-    """By name or by action, what is excluded is left alone, by policies without a target too."""
+    """What is excluded, by name or by action, is left alone, even by policies without a target."""
     module.engine, other = engine, sqlalchemy.create_engine("sqlite://")
     found = discover(None, [engine, other, redis.Redis()])
     by_name = {"exclude": "shop_module:engine"}
@@ -388,7 +388,7 @@ def test_excludes(module, engine):
     ],
 )
 def test_the_shape_of_discovery(discovery, words):
-    """One word, or a mapping of mode and exclude; all else is a fault at its place."""
+    """Discovery is one word, or a mapping of mode and exclude; anything else is a fault at its place."""
     assert cleanup_of().discovery.mode == "auto"
     assert cleanup_of(discovery="off").discovery.mode == "off"
     with pytest.raises(ConfigError) as caught:
@@ -397,7 +397,7 @@ def test_the_shape_of_discovery(discovery, words):
 
 
 def test_a_sweep_tells_what_it_found_and_when_to_look_again(engine):
-    """It runs in a thread of its own; another one may be made only after many times its length."""
+    """Discovery runs in a thread of its own; after a run another may begin only after many times its length."""
     told = []
     sweep = DiscoveryRun(None, told.append)
     found = sweep.found(PATIENCE)
@@ -409,7 +409,7 @@ def test_a_sweep_tells_what_it_found_and_when_to_look_again(engine):
 
 
 def test_a_sweep_that_fails_is_told_and_no_more(monkeypatch, caplog):
-    """Whatever breaks a look around, the stop goes on without it."""
+    """If discovery fails, it is logged, and the stop goes on without it."""
 
     def fail(_app):
         raise RuntimeError("no look")

@@ -1,4 +1,4 @@
-"""docs/cleanup.md is true: its examples are configurations, and its table of scopes is that of the actions."""
+"""docs/cleanup.md is true: its examples are valid configurations, and its table of scopes is that of the actions."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ TEXT = (Path(__file__).parents[3] / "docs" / "cleanup.md").read_text()
 
 
 def test_the_examples_are_configurations():
-    """Each block is one, with workers and without."""
+    """Each YAML block is a valid configuration, with workers and without."""
     (example,) = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
     for workers in (0, 4):
         data = {**yaml.safe_load(example), "server": {"workers": workers}}
@@ -27,12 +27,12 @@ def test_the_examples_are_configurations():
 
 
 def test_the_phases_are_the_phases():
-    """In their order."""
+    """The document lists the phases in their order."""
     assert f"`{' '.join(Phase)}`" in TEXT
 
 
 def test_the_table_of_scopes_is_that_of_the_actions():
-    """What runs once by default stands there by name."""
+    """The document names all actions that run once by default."""
     (row,) = re.findall(r"^\| `service` .*$", TEXT, re.MULTILINE)
     named = set(re.findall(r"`([a-z.]+)`", row.rpartition("process |")[2]))
     assert named == {name for name, action in ACTIONS.items() if action.scopes[0] == "service"}

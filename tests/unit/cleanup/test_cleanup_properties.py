@@ -13,7 +13,7 @@ from flaskd.config import Phase
 MARGIN = 0.5
 PLENTY = 10.0
 FOREVER = 100.0
-"""Seconds that a hanging step would take if nothing but its own timeout ended it."""
+"""Seconds that a hanging step would take if only its own timeout ended it."""
 
 
 @st.composite
@@ -48,7 +48,7 @@ class Log:
         self.ran = set()
 
     def steps(self, drawn, timeout):
-        """Steps in which only those that hang have a short time: on a busy machine any other may wait for its turn."""
+        """Steps of which only those that hang have a short timeout, because others may wait long on a busy machine."""
         return [
             step(
                 each["name"],
@@ -63,7 +63,7 @@ class Log:
         def act(context):
             with self.lock:
                 self.ran.add(context.policy)
-                self.inside += does != "hang"  # who hangs gives its place away without leaving
+                self.inside += does != "hang"  # a hanging step loses its place without ending
                 self.most = max(self.most, self.inside)
             try:
                 if does == "hang":
@@ -80,7 +80,7 @@ class Log:
 @settings(max_examples=60, deadline=None)
 @given(drawn=plans(), max_parallel=st.integers(1, 3))
 def test_order_and_account(drawn, max_parallel):
-    """With time enough: each step has one result, phases and edges hold, always runs, and the bound is kept."""
+    """With enough time each step has one result, phases and edges are kept, `always` runs, and the bound is kept."""
     with hanging() as hang:
         log = Log(hang)
         stop = runner(*log.steps(drawn, timeout=0.02), deadline=PLENTY, max_parallel=max_parallel)
@@ -97,7 +97,7 @@ def test_order_and_account(drawn, max_parallel):
             assert by_name[before].started + by_name[before].took <= result.started + 1e-9
         if (
             each["does"] != "hang" or result.fate is Fate.SKIPPED
-        ):  # one that hangs may be given up before its first line
+        ):  # a hanging step may be abandoned before its first line
             assert (each["name"] in log.ran) == (result.fate is not Fate.SKIPPED)
         if each["always"]:
             assert result.fate is not Fate.SKIPPED
@@ -112,7 +112,7 @@ def test_order_and_account(drawn, max_parallel):
 @settings(max_examples=25, deadline=None)
 @given(drawn=plans(), hurried=st.booleans())
 def test_never_past_the_deadline(drawn, hurried):
-    """With time for next to nothing, the run still ends with an account of every step."""
+    """With almost no time the run ends by the deadline, with a result for every step."""
     with hanging() as hang:
         stop = runner(*Log(hang).steps(drawn, timeout=FOREVER), deadline=0.15, reserve=0.05, max_parallel=1)
         begun = time.monotonic()
@@ -125,7 +125,7 @@ def test_never_past_the_deadline(drawn, hurried):
 
 @given(drawn=plans())
 def test_a_plan_is_ordered(drawn):
-    """A plan lists its steps by phase, each after all that it comes after, and keeps every edge."""
+    """A plan lists its steps by phase, each after all steps that it comes after, and keeps every edge."""
     with hanging() as hang:
         plan = Plan(tuple(Log(hang).steps(drawn, timeout=1.0)))
     names = [each.name for each in plan.steps]
@@ -140,7 +140,7 @@ def test_a_plan_is_ordered(drawn):
 @settings(max_examples=30, deadline=None)
 @given(drawn=plans(), max_parallel=st.integers(1, 3))
 def test_a_rehearsal_tells_what_would_happen(drawn, max_parallel):
-    """What is said of a plan in which steps hang is what becomes of them when it runs."""
+    """The rehearsal of a plan in which steps hang gives the same results as the run."""
     drawn = [{**each, "does": "pass" if each["does"] == "fail" else each["does"]} for each in drawn]
     with hanging() as hang:
         steps = Log(hang).steps(drawn, timeout=0.02)
@@ -160,7 +160,7 @@ def test_a_rehearsal_tells_what_would_happen(drawn, max_parallel):
     max_parallel=st.integers(1, 3),
 )
 def test_budgets_never_exceed_the_deadline(drawn, hangs, timeout, deadline, reserve, drain, max_parallel):
-    """Whatever hangs, no step goes past its limit, none goes past its latest moments, and `always` always runs."""
+    """Whatever hangs, no step exceeds its limit or its latest moments, and `always` always runs."""
     with hanging() as hang:
         plan = Plan(tuple(Log(hang).steps([{**each, "does": "hang"} for each in drawn], timeout)))
     frame = Frame(deadline, reserve, announce=0.0, drain=drain, max_parallel=max_parallel)
@@ -193,9 +193,9 @@ def test_budgets_never_exceed_the_deadline(drawn, hangs, timeout, deadline, rese
 def test_workers_leave_time_for_what_runs_after_them(
     drawn, services, hangs, timeout, deadline, reserve, exit_wait, max_parallel
 ):
-    """Whatever hangs in them, `always` always runs, in them and after them, and the deadline is that of all.
+    """Whatever hangs, steps marked `always` run in the workers and after them, before the common deadline.
 
-    What is marked so and runs once, before the drain, may take from the workers what it takes from all others.
+    Those that run once, before the drain, may take time from the workers as from all others.
     """
     before = {Phase.ANNOUNCE, Phase.DRAIN}
     drawn = [
@@ -220,7 +220,7 @@ def test_workers_leave_time_for_what_runs_after_them(
 
 
 def assert_always_ran(results, plan, pot):
-    """Whatever hangs, each `always` step had its timeout, or at least its share of what is kept for all of them."""
+    """Check that each `always` step had its timeout, or at least its share of the time kept for all of them."""
     always = {each.name: each for each in plan.steps if each.always}
     for result in results:
         if step := always.get(result.name):
@@ -250,7 +250,7 @@ class Hurried(_Rehearsal):
     at=st.integers(-1, 3),
 )
 def test_always_has_time_in_a_hurry(drawn, timeout, reserve, max_parallel, at):
-    """Each `always` step that a hurry finds still to do begins, and has a share of the little that is left."""
+    """Each `always` step that is left when the stop is hurried begins, and has a share of the remaining time."""
     with hanging() as hang:
         plan = Plan(tuple(Log(hang).steps([{**each, "does": "hang"} for each in drawn], timeout)))
     names = {each.name for each in plan.steps}

@@ -1,4 +1,4 @@
-"""What an app's modules, objects and collector may do to a look around, and what a look around must not do to them."""
+"""What an app's modules and objects may do to discovery, and what discovery must not do to them."""
 
 import atexit
 import contextlib
@@ -28,7 +28,7 @@ def engine():
 
 
 def found_in(app=None):
-    """The objects that a look around finds."""
+    """The objects that discovery finds."""
     return [each.object for each in discover(app)]
 
 
@@ -46,7 +46,7 @@ class Lying(types.ModuleType):
 @pytest.mark.parametrize("kind", [Raising, Lying])
 @pytest.mark.parametrize("name", ["trap", "sentry_sdk", "multiprocessing", "redis", "concurrent.futures.thread"])
 def test_a_module_that_raises_when_it_is_asked(kind, name, engine, monkeypatch):
-    """Neither a module of the app nor one that stands in a known library's place ends the look, and what it holds is named."""
+    """A module that raises at every attribute, or stands in for a known library, does not end discovery."""
     module = kind(name)
     types.ModuleType.__dict__["__dict__"].__get__(module)["pool"] = engine
     monkeypatch.setitem(sys.modules, name, module)
@@ -55,7 +55,7 @@ def test_a_module_that_raises_when_it_is_asked(kind, name, engine, monkeypatch):
 
 @pytest.fixture
 def lazy(tmp_path, monkeypatch):
-    """Gives modules that load when they are asked for the first time (importlib.util.LazyLoader), and fail then."""
+    """Makes modules that load at the first attribute (importlib.util.LazyLoader), and then fail."""
 
     def make(name):
         path = tmp_path / f"{name.rpartition('.')[2]}.py"
@@ -71,7 +71,7 @@ def lazy(tmp_path, monkeypatch):
 
 
 def is_unloaded(module):
-    """Whether nothing has asked a lazy module for anything yet."""
+    """Whether a lazy module is still unloaded."""
     return type(module).__name__ == "_LazyModule"
 
 
@@ -79,7 +79,7 @@ def is_unloaded(module):
     "name", ["ldlazy", "sentry_sdk", "multiprocessing", "psycopg_pool", "concurrent.futures.thread"]
 )
 def test_a_lazy_module_stays_unloaded(name, lazy, engine):
-    """What the app has not loaded yet is not loaded by looking around, nor by leaving something of it alone."""
+    """Neither discovery nor an exclude loads a lazy module."""
     module = lazy(name)
     assert engine in found_in()
     cleanup = load_mapping(
@@ -90,7 +90,7 @@ def test_a_lazy_module_stays_unloaded(name, lazy, engine):
 
 
 def test_what_a_module_makes_when_it_is_asked_is_not_made(engine, monkeypatch):
-    """PEP 562: an exclude of what a module would make makes nothing."""
+    """An excluded name does not make a module create the object of that name (PEP 562)."""
     module, made = types.ModuleType("ldmaking"), []
     module.__getattr__ = made.append
     monkeypatch.setitem(sys.modules, "ldmaking", module)
@@ -102,7 +102,7 @@ def test_what_a_module_makes_when_it_is_asked_is_not_made(engine, monkeypatch):
 
 
 def test_frozen_objects_are_found_and_stay_frozen():
-    """`gc.freeze()` hides objects from the collector, not from flaskd; what the app has frozen is frozen afterwards, too."""
+    """Discovery finds objects that `gc.freeze()` hides from the collector, and leaves them frozen."""
 
     def hidden():
         engine = sqlalchemy.create_engine("sqlite://")
@@ -126,7 +126,7 @@ def test_frozen_objects_are_found_and_stay_frozen():
 
 
 def test_objects_that_raise_at_every_question(engine):
-    """An object, a class or a thread that raises what it likes ends no look."""
+    """An object, a class or a thread that raises at every attribute does not end discovery."""
 
     class Meta(type):
         def __getattribute__(cls, name):
@@ -185,7 +185,7 @@ def stop(scheduler):
 
 
 def at_exit():
-    """What is registered to run at exit: atexit compares each callback with what it is to forget."""
+    """The registered exit callbacks; atexit compares each of them with the one to unregister."""
     seen = []
 
     class Looking:
@@ -201,7 +201,7 @@ def at_exit():
 
 @pytest.mark.parametrize("made", [lambda it: it.shutdown, lambda it: functools.partial(it.shutdown, wait=False)])
 def test_a_schedulers_own_shutdown_at_exit_is_forgotten(made, scheduler):
-    """`atexit.register(scheduler.shutdown)`, as its documentation has it, would raise at exit: it is stopped already."""
+    """After a stop, `atexit.register(scheduler.shutdown)` does not raise at exit, because it is unregistered."""
 
     def other():
         raise NotImplementedError
@@ -218,7 +218,7 @@ def test_a_schedulers_own_shutdown_at_exit_is_forgotten(made, scheduler):
 
 
 def test_a_scheduler_that_was_stopped_may_be_stopped_again(scheduler):
-    """Functions of the app that shut it down go on behind that; one that is started anew can be shut down."""
+    """After a stop the app's own functions may shut the scheduler down again, and one that is restarted shuts down."""
     stop(scheduler)
     scheduler.shutdown()
     scheduler.shutdown(wait=False)

@@ -1,4 +1,4 @@
-"""The actions on live objects, on the real libraries where no server is needed; tests/live/ has those with one."""
+"""The actions on live objects, with the real libraries where no server is needed; tests/live/ has the others."""
 
 import concurrent.futures
 import multiprocessing
@@ -29,7 +29,7 @@ from flaskd.errors import ConfigError
 
 
 def perform(use, *things, timeout=PATIENCE, deadline=PATIENCE, **fields):
-    """Run one action on what discovery finds among these things, or on its target; fields are written as in a file."""
+    """Run one action on what discovery finds among these objects, or on its target; fields are written as in a file."""
     action = ACTIONS[use]
     step = Step(
         "it", action, action.fields.model_validate(fields), action.default_phase, timeout, found=discover(None, things)
@@ -58,7 +58,7 @@ def engines(tmp_path):
 
 
 def test_dispose_closes_every_engine(engines):
-    """The pooled connections of all engines are closed; a second time there is nothing wrong."""
+    """The pooled connections of all engines are closed; doing it again does no harm."""
     for _ in range(2):
         result = perform("sqlalchemy.dispose", *engines)
         assert (result.fate, result.detail) == (Fate.OK, "Engine-1, Engine-2")
@@ -66,7 +66,7 @@ def test_dispose_closes_every_engine(engines):
 
 
 def test_one_that_cannot_keeps_none_of_the_others(engines, monkeypatch):
-    """One engine that raises is named, and the others are closed all the same."""
+    """An engine that raises is named, and the others are closed all the same."""
 
     def refuse():
         raise RuntimeError("in use")
@@ -78,7 +78,7 @@ def test_one_that_cannot_keeps_none_of_the_others(engines, monkeypatch):
 
 
 def test_the_only_one_that_cannot_shows_its_traceback(engines, monkeypatch):
-    """Where there is one object, its own exception is the step's."""
+    """If there is one object, the step's error is that object's own exception."""
 
     def refuse():
         raise RuntimeError("in use")
@@ -90,7 +90,7 @@ def test_the_only_one_that_cannot_shows_its_traceback(engines, monkeypatch):
 
 
 def test_one_that_hangs_keeps_none_of_the_others(engines, monkeypatch):
-    """One engine that hangs is named with its stack, and the others are closed all the same."""
+    """An engine that hangs is named with its stack, and the others are closed all the same."""
     with hanging() as hang:
 
         def dispose_for_ever():
@@ -105,7 +105,7 @@ def test_one_that_hangs_keeps_none_of_the_others(engines, monkeypatch):
 
 
 def test_a_target_is_what_is_ended_and_nothing_else(module, engines):
-    """With a target, what discovery finds is left alone; a collection stands for what is in it, None for nothing."""
+    """With a target, found objects are left alone; a collection stands for its items, None for no object."""
     module.db = types.SimpleNamespace(engine=engines[0], later=None)
     assert perform("sqlalchemy.dispose", *engines, target="live_module:db.engine").detail == "live_module:db.engine"
     assert [engine.pool.checkedin() for engine in engines] == [0, 1]
@@ -116,21 +116,21 @@ def test_a_target_is_what_is_ended_and_nothing_else(module, engines):
 
 
 def test_a_target_that_is_something_else_fails(module):
-    """What does not have the call fails the step by its name."""
+    """An object without the needed method fails the step, with the object's name."""
     module.db = "not an engine"
     result = perform("sqlalchemy.dispose", target="live_module:db")
     assert (result.fate, result.why) == (Fate.FAILED, "AttributeError: 'str' object has no attribute 'dispose'")
 
 
 def test_nothing_to_end_is_no_failure():
-    """Where discovery finds nothing, the step has done what it was to do."""
+    """If discovery finds nothing, the step succeeds."""
     for use, action in ACTIONS.items():
         if action.takes and use != "threads.stop":
             assert (use, perform(use).why, perform(use).detail) == (use, "", "there is nothing to end")
 
 
 def test_where_discovery_has_not_run_the_step_looks_itself(monkeypatch):
-    """In its own thread and time; a step whose policy names its target does not look."""
+    """If discovery has not run, the step runs it itself; a step whose policy names its target does not."""
     looked = []
     executor = concurrent.futures.ThreadPoolExecutor()
 
@@ -153,7 +153,7 @@ def test_where_discovery_has_not_run_the_step_looks_itself(monkeypatch):
 
 
 def test_targets_are_looked_up_before_the_stop(module):
-    """A plan whose targets are not there is refused when the daemon starts, with each policy's name."""
+    """The daemon does not start if targets do not exist; the fault names each policy."""
     policies = {
         "gone": {"use": "redis.close", "with": {"target": ["live_module:here", "live_nowhere:client"]}},
         "asks": {"use": "threads.stop", "with": {"stop": "live_module:nobody"}},
@@ -168,7 +168,7 @@ def test_targets_are_looked_up_before_the_stop(module):
 
 
 def test_psycopg_pool_close_is_final():
-    """The pool is closed, and closing it again is nothing."""
+    """The pool is closed, and closing it again does no harm."""
     pool = psycopg_pool.ConnectionPool("host=/nonexistent", min_size=0, max_size=1, open=True)
     try:
         assert perform("psycopg_pool.close", pool).fate is Fate.OK
@@ -179,7 +179,7 @@ def test_psycopg_pool_close_is_final():
 
 
 class Connection(redis.Connection):
-    """A redis connection to no server, which notes that it was closed."""
+    """A redis connection without a server, which notes that it was closed."""
 
     closed = False
 
@@ -194,7 +194,7 @@ class Connection(redis.Connection):
 
 
 def test_redis_close_takes_a_shared_pool_along():
-    """A client that was given its pool leaves it open; the action closes it, and a pool that stands alone too."""
+    """The action also closes a pool that a client was given, which the client leaves open, and a pool alone."""
     pools = [redis.ConnectionPool(connection_class=Connection) for _ in range(2)]
     connections = [pool.get_connection() for pool in pools]
     for pool, connection in zip(pools, connections, strict=True):
@@ -217,7 +217,7 @@ def test_http_clients_are_closed():
 
 
 class Job:
-    """A job of a scheduler that says when it runs and stays until it is released."""
+    """A job of a scheduler that signals that it runs, and runs until it is released."""
 
     def __init__(self):
         self.entered = threading.Event()
@@ -244,7 +244,7 @@ def scheduler():
 
 
 def test_apscheduler_pauses_first_and_waits_for_its_job(scheduler, module):
-    """The policy pauses the scheduler at announce, and at quiesce waits for the job that runs, then shuts down."""
+    """The policy pauses the scheduler in the phase announce; in quiesce it waits for running jobs and shuts it down."""
     made, job = scheduler
     module.scheduler = made
     policies = {"jobs": {"use": "apscheduler.stop", "with": {"target": "live_module:scheduler"}}}
@@ -265,7 +265,7 @@ def test_apscheduler_pauses_first_and_waits_for_its_job(scheduler, module):
 
 
 def test_a_scheduler_in_the_middle_of_a_round():
-    """A scheduler whose thread is about to begin a job and forget it ends without a fault in that thread."""
+    """Stopping a scheduler whose thread is about to start a job raises nothing in that thread."""
     entered, going, released = threading.Event(), threading.Event(), threading.Event()
 
     class Store(MemoryJobStore):
@@ -300,7 +300,7 @@ def test_a_scheduler_in_the_middle_of_a_round():
 
 
 def test_a_job_that_never_ends_does_not_hold_the_stop(scheduler):
-    """shutdown(wait=True) has no timeout; the step's own ends the wait, and its stack tells where it hangs."""
+    """shutdown(wait=True) has no timeout: the step's timeout ends the wait, and the stack shows where it hangs."""
     made, job = scheduler
     result = perform("apscheduler.stop", made, timeout=0.2)
     assert result.fate is Fate.TIMED_OUT
@@ -309,7 +309,7 @@ def test_a_job_that_never_ends_does_not_hold_the_stop(scheduler):
 
 
 def test_an_executor_finishes_what_it_has_taken():
-    """Jobs that wait are run as those that run are waited for, and no more is taken."""
+    """Waiting jobs run and are waited for like running ones, and new jobs are refused."""
     job, pool, done = Job(), concurrent.futures.ThreadPoolExecutor(1), []
     pool.submit(job)
     waiting = [pool.submit(done.append, number) for number in range(7)]
@@ -326,7 +326,7 @@ def test_an_executor_finishes_what_it_has_taken():
 
 
 def test_an_executor_that_runs_out_of_time_tells_how_much_was_not_begun():
-    """At the step's timeout what waits is cancelled, counted exactly, and told as work that was cut."""
+    """At the step's timeout the waiting jobs are cancelled, counted exactly, and reported as cut work."""
     job, pool = Job(), concurrent.futures.ThreadPoolExecutor(1)
     pool.submit(job)
     waiting = [pool.submit(int) for _ in range(3)]
@@ -340,7 +340,7 @@ def test_an_executor_that_runs_out_of_time_tells_how_much_was_not_begun():
 
 
 def test_an_executor_of_processes_finishes_what_it_has_taken():
-    """Its queue is worked off before its processes end."""
+    """The queue of a process pool is finished before its processes end."""
     pool = concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
     jobs = [pool.submit(os.getpid) for _ in range(5)]
     assert perform("executor.stop", pool).fate is Fate.OK
@@ -348,7 +348,7 @@ def test_an_executor_of_processes_finishes_what_it_has_taken():
 
 
 def test_an_executor_that_stays_busy_is_told_with_the_stack_of_its_job():
-    """A job that never ends does not keep the stop, and the log shows where the job is."""
+    """A job that never ends does not hold up the stop, and the log shows the job's stack."""
     job, pool = Job(), concurrent.futures.ThreadPoolExecutor(1)
     pool.submit(job)
     pool.submit(int)
@@ -373,7 +373,7 @@ def test_an_executor_of_processes_is_ended():
 
 @pytest.mark.parametrize("ask", ["event", "function"])
 def test_threads_are_asked_and_joined(module, ask):
-    """The event is set, or the function called, and the thread is over when the step is."""
+    """The event is set, or the function called, and the thread has ended when the step has."""
     module.stop = threading.Event()
     module.ask = module.stop.set
     module.thread = threading.Thread(target=module.stop.wait, args=(PATIENCE,))
@@ -384,7 +384,7 @@ def test_threads_are_asked_and_joined(module, ask):
 
 
 def test_a_thread_that_does_not_listen_is_told_with_its_stack(module):
-    """Threads cannot be killed: the stack is what there is to tell."""
+    """A thread that does not end is reported with its stack, because threads cannot be killed."""
     module.stop = threading.Event()
     job = Job()
     module.threads = [threading.Thread(target=job, daemon=True)]
@@ -398,7 +398,7 @@ def test_a_thread_that_does_not_listen_is_told_with_its_stack(module):
 
 
 def test_what_asks_must_be_able_to(module):
-    """Neither an Event nor a function: the step says what it got."""
+    """If `stop` is neither an Event nor a function, the error says what it is."""
     module.stop = 3
     result = perform("threads.stop", stop="live_module:stop")
     assert result.why == 'target "live_module:stop": expected an Event or a function, got int'
@@ -406,7 +406,7 @@ def test_what_asks_must_be_able_to(module):
 
 @pytest.mark.parametrize("deaf", [False, True])
 def test_processes_are_terminated_then_killed(module, deaf):
-    """SIGTERM first; a process that ignores it is killed after its grace, within the timeout, and it is said."""
+    """A process gets SIGTERM; one that ignores it is killed after its grace, within the timeout, and reported."""
     code = "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN if %r else signal.SIG_DFL); print('up', flush=True); sys.stdin.read()"
     process = subprocess.Popen(
         [sys.executable, "-c", code % deaf], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -434,7 +434,7 @@ def test_a_child_of_multiprocessing_is_ended(module):
 
 
 class Transport(sentry_sdk.transport.Transport):
-    """Takes events and notes how long it was given for a flush."""
+    """Takes events and notes how long a flush may take."""
 
     flushed: list[float]
 
@@ -446,7 +446,7 @@ class Transport(sentry_sdk.transport.Transport):
 
 
 def test_sentry_is_flushed_within_the_timeout():
-    """The client of the global scope is found, and its flush is given the step's time."""
+    """The client of the global scope is found, and its flush has the step's time."""
     Transport.flushed = []
     sentry_sdk.init("http://key@localhost/1", transport=Transport, default_integrations=False)
     try:
@@ -460,7 +460,7 @@ def test_sentry_is_flushed_within_the_timeout():
 
 
 class Exporter(SpanExporter):
-    """An exporter whose shutdown does what it is told."""
+    """An exporter whose shutdown calls a function of the test."""
 
     def __init__(self, shutdown):
         self._shutdown = shutdown
@@ -480,7 +480,7 @@ def provider(shutdown):
 
 
 def test_an_exporter_that_hangs_is_left_at_the_timeout():
-    """OpenTelemetry's shutdown knows no timeout; the step's own counts, the others are shut down, the stack is told."""
+    """OpenTelemetry's shutdown has no timeout: the step's ends it, other providers are shut down, the stack is told."""
     calls = []
     with hanging() as hang:
 
@@ -496,7 +496,7 @@ def test_an_exporter_that_hangs_is_left_at_the_timeout():
 
 
 def test_a_library_that_is_not_there_is_a_fault_of_the_policy(monkeypatch):
-    """A policy that names its action is refused at the place of the name; disabled or not named, it is nothing."""
+    """A missing library is a fault at the action's name; if the policy is disabled, it is none."""
     monkeypatch.setitem(ACTIONS["redis.close"].needs, "nosuch_redis", "nosuch-redis")
     monkeypatch.delitem(ACTIONS["redis.close"].needs, "redis")
     policy = {"use": "redis.close"}
@@ -511,7 +511,7 @@ def test_a_library_that_is_not_there_is_a_fault_of_the_policy(monkeypatch):
 
 
 def test_looking_for_a_library_does_not_import_it():
-    """A check of a file that uses every action imports none of their libraries."""
+    """Checking a file that uses every action imports none of their libraries."""
     code = """
 import sys
 from flaskd.cleanup import ACTIONS, action_specs, build_plan, discover, with_found
@@ -539,14 +539,14 @@ print(*({"sqlalchemy", "psycopg_pool", "redis", "httpx", "requests", "apschedule
     ],
 )
 def test_fields_refuse_what_makes_no_sense(policy, words):
-    """What an action cannot use is a configuration fault with the field's name."""
+    """A value that an action cannot use is a configuration fault with the field's name."""
     with pytest.raises(ConfigError) as caught:
         load_mapping({"cleanup": {"policies": {"x": policy}}}, actions=action_specs())
     assert words in str(caught.value)
 
 
 def test_hurry_reaches_what_is_being_ended():
-    """A stop in a hurry leaves an object that hangs at once, however long its timeout was."""
+    """A hurried stop abandons a hanging object at once, however long its timeout is."""
     asked = threading.Event()
 
     class Pool(concurrent.futures.ThreadPoolExecutor):
@@ -571,7 +571,7 @@ def test_hurry_reaches_what_is_being_ended():
 
 
 def test_schedulers_are_paused_and_go_on(module):
-    """Those that run, of those that a policy names; one that the app has paused stays so, and a broken one harms no other."""
+    """Running schedulers that a policy names are paused and resumed; one paused by the app stays; one may fail."""
     module.schedulers = first, paused, broken, last = [BackgroundScheduler() for _ in range(4)]
     for each in module.schedulers:
         each.start()

@@ -12,7 +12,7 @@ from flaskd.cleanup.context import Budget
 from flaskd.config import Phase
 
 MARGIN = 0.5
-"""Seconds by which a run may be late on a busy machine; what it is measured against would hang for ever."""
+"""Seconds by which a run may be late on a busy machine; what it must not do would hang for ever."""
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def at(moment):
 
 
 def test_a_hanging_step_is_abandoned_and_its_stack_logged(caplog):
-    """A step past its timeout is left to its daemon thread; the log and the result show where it hangs."""
+    """A step past its timeout is abandoned; the log and the result show where its thread hangs."""
     with hanging() as hang:
         stop = runner(step("stuck", hang, timeout=0.05), step("next", after=("stuck",)))
         stuck, following = stop.run(Phase)
@@ -42,14 +42,14 @@ def test_a_hanging_step_is_abandoned_and_its_stack_logged(caplog):
 
 @pytest.mark.parametrize(("policy", "fate"), [("skip_dependents", "skipped"), ("abort", "skipped"), ("continue", "ok")])
 def test_a_timeout_is_a_failure_to_others(policy, fate):
-    """`on_failure` covers a step that timed out as well as one that failed."""
+    """`on_failure` applies to a step that timed out as to one that failed."""
     with hanging() as hang:
         results = run(step("a", hang, timeout=0.02, on_failure=policy), step("b", after=("a",)))
     assert fates(results) == {"a": "timed_out", "b": fate}
 
 
 def test_an_abandoned_attempt_is_not_repeated():
-    """A step that still runs in its thread is not started a second time, whatever its retries."""
+    """A step that still runs in its thread is not started again, whatever its retries are."""
     with hanging() as hang:
         result = run(step("a", hang, timeout=0.02, retries=3))["a"]
     assert (result.fate, result.attempts) == (Fate.TIMED_OUT, 1)
@@ -63,7 +63,7 @@ def test_an_abandoned_step_makes_room():
 
 
 def test_a_late_end_changes_nothing():
-    """What an abandoned step says in the end is not heard."""
+    """The result of a step that was abandoned before does not change."""
     with hanging() as hang:
         stop = runner(step("a", hang, timeout=0.02, phase=Phase.CLOSE), step("b", phase=Phase.FINAL))
         stop.run([Phase.CLOSE])
@@ -72,7 +72,7 @@ def test_a_late_end_changes_nothing():
 
 
 def test_the_reserve_is_kept_for_those_it_is_for():
-    """Inside the reserve, ordinary steps find no time left, while flush, final and always still run."""
+    """Within the reserve ordinary steps find no time left, while flush, final and always still run."""
     results = run(
         step("ordinary"),
         step("always", always=True),
@@ -87,7 +87,7 @@ def test_the_reserve_is_kept_for_those_it_is_for():
 
 
 def test_a_hanging_flush_leaves_always_its_share():
-    """A step of flush that hangs may use the reserve, but for the shares of the steps marked always; so may one of these."""
+    """A step of flush that hangs may use the reserve, except the shares of `always` steps, which may use it as well."""
     limits = {}
 
     def look(context):
@@ -105,13 +105,13 @@ def test_a_hanging_flush_leaves_always_its_share():
 
 
 def test_past_the_deadline_nothing_begins():
-    """With the deadline gone, not even a step marked always begins."""
+    """After the deadline not even a step marked always begins."""
     results = run(step("a", always=True), step("b", phase=Phase.FINAL), deadline=0.0, clock=at(100.0))
     assert {result.why for result in results.values()} == {"no time left"}
 
 
 def test_a_hanging_step_leaves_the_reserve_alone():
-    """An ordinary step with a long timeout is ended where the reserve begins, and final has it whole."""
+    """An ordinary step with a long timeout ends where the reserve begins, so final has all of the reserve."""
     left = []
     with hanging() as hang:
         results = run(
@@ -126,7 +126,7 @@ def test_a_hanging_step_leaves_the_reserve_alone():
 
 
 def test_nothing_is_retried_without_time():
-    """A failure when the time is up is final, whatever the retries."""
+    """A step that fails when the time is up is not retried."""
     clock = [100.0]
 
     def fail_late(_context):
@@ -140,7 +140,7 @@ def test_nothing_is_retried_without_time():
 
 
 def test_hurry_ends_what_hangs():
-    """A hurried stop gives up a running step at once; what is still to do shares the little that is left."""
+    """A hurried stop abandons a running step at once; the remaining steps share the remaining time."""
     with hanging() as hang:
         stop = runner(step("stuck", hang), step("bye", phase=Phase.FINAL), reserve=5.0)
         begun = time.monotonic()
@@ -154,7 +154,7 @@ def test_hurry_ends_what_hangs():
 
 
 def test_hurry_shrinks_what_a_step_has_left():
-    """A running step sees its own remaining time shrink."""
+    """The remaining time of a running step shrinks when the stop is hurried."""
     entered, hurried, left = threading.Event(), threading.Event(), []
 
     def look(context):
@@ -173,7 +173,7 @@ def test_hurry_shrinks_what_a_step_has_left():
 
 
 def test_hurry_never_gives_more_time():
-    """A deadline that is nearer than the hurry stays, while the reserve falls away."""
+    """A deadline that is nearer than the hurry stays; the reserve is given up."""
     stop = runner(step("a"), deadline=2.0, reserve=3.0, clock=at(100.0))
     stop.hurry(60.0)
     assert [result.why for result in stop.run(Phase)] == [""]
@@ -184,7 +184,7 @@ def test_hurry_never_gives_more_time():
 
 
 def test_the_lock_of_the_log_is_no_way_to_stay():
-    """A step that hangs with the lock of the log's output keeps nobody past the deadline."""
+    """A step that hangs while it holds the lock of the log does not delay the run past the deadline."""
     logger = logging.getLogger("flaskd.cleanup")
     output = logging.Handler()
     output.emit = lambda _record: None
@@ -205,7 +205,7 @@ def test_the_lock_of_the_log_is_no_way_to_stay():
 
 
 def test_a_stray_thread_of_a_step_is_not_waited_for():
-    """A step that leaves a non-daemon thread behind is over when it returns."""
+    """A step that leaves a non-daemon thread running is over when it returns."""
     with hanging() as hang:
         stray = threading.Thread(target=hang, args=(None,), daemon=False)
         stop = runner(step("a", lambda _context: stray.start()))
@@ -217,7 +217,7 @@ def test_a_stray_thread_of_a_step_is_not_waited_for():
 
 
 def test_everything_hangs_and_the_run_returns():
-    """With a hanging step in every phase the run ends at the deadline, every step accounted for."""
+    """With a hanging step in every phase the run ends at the deadline, with a result for every step."""
     with hanging() as hang:
         begun = time.monotonic()
         steps = [step(str(phase), hang, phase=phase, timeout=0.1, always=phase is Phase.CLOSE) for phase in Phase]
@@ -228,7 +228,7 @@ def test_everything_hangs_and_the_run_returns():
 
 
 def test_what_a_step_leaves_to_be_called_holds_nobody_up():
-    """A step's `on_hurry` and `last_resort` are called, and keep neither the hurry nor the run when they block."""
+    """A step's `on_hurry` and `last_resort` are called, and delay neither hurry nor run if they block."""
     with hanging() as hang:
         asked = threading.Semaphore(0)
 
@@ -267,13 +267,13 @@ def context_of(clock, *, started=100.0, timeout=5.0, reserved=False, deadline=11
         ({"timeout": 20.0}, 60.0, 108.0, 104.0, 108.1),  # a long grace leaves half of the time for the work
         ({"timeout": 7.5}, 2.0, 107.5, 106.0, 108.1),
         ({}, 0.0, 105.0, 105.0, 106.0),
-        # Where others wait for their shares of 1 s, and of 0.02 s: a late ending leaves them half of it at least.
+        # Other steps wait for shares of 1 s and of 0.02 s: a late ending leaves them at least half.
         ({"timeout": 20.0, "reserved": True, "waiting": 1}, 1.0, 109.0, 108.0, 109.1),
         ({"timeout": 20.0, "reserved": True, "waiting": 99}, 0.0, 108.02, 108.02, 108.03),
     ],
 )
 def test_the_moments_of_a_step(more, grace, ends, ending_begins, given_up):
-    """When a step times out, when an ending with a grace begins, and when the runner gives it up."""
+    """The moments at which a step times out, an ending with a grace begins, and the runner abandons it."""
     context = context_of([0.0], **more)
     assert context.ends == pytest.approx(ends)
     assert context.ends_with(grace) == pytest.approx(ending_begins)
@@ -282,7 +282,7 @@ def test_the_moments_of_a_step(more, grace, ends, ending_begins, given_up):
 
 
 def test_the_moments_after_a_hurry():
-    """A hurry counts from its own moment: half of what it leaves is for the work, the rest for the ending."""
+    """After a hurry half of the remaining time is for the work, and the rest for the ending."""
     clock = [0.0]
     context = context_of(clock, timeout=60.0)
     clock[0] = 104.0

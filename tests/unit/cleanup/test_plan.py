@@ -25,7 +25,7 @@ def plan_of(policies, **defaults):
 
 
 def test_the_specs_cover_the_registry():
-    """The configuration is told each action's fields and default phase."""
+    """The configuration knows each action's fields and default phase."""
     specs = action_specs()
     phases = {name: str(spec.default_phase) for name, spec in specs.items()}
     assert specs.keys() == ACTIONS.keys() >= PHASES.keys()
@@ -33,14 +33,14 @@ def test_the_specs_cover_the_registry():
 
 
 def test_every_field_is_described():
-    """Each field of each action says what it is for."""
+    """Each field of each action has a description."""
     for action in ACTIONS.values():
         for name, field in action.fields.model_fields.items():
             assert field.description, f"{action.name}.{name}"
 
 
 def test_a_policy_becomes_a_step():
-    """What the configuration says of a policy, defaults included, is what the plan shows."""
+    """The plan shows what the configuration says of a policy, defaults included."""
     plan = plan_of(
         {
             "bye": {
@@ -76,39 +76,39 @@ def test_a_policy_becomes_a_step():
 
 
 def test_disabled_policies_are_left_out_but_lead_on():
-    """A disabled policy is not in the plan; what came after it comes after what it came after."""
+    """A disabled policy is not in the plan; steps that came after it come after its predecessors."""
     plan = plan_of({"a": DISPOSE, "b": {**DISPOSE, "after": ["a"], "enabled": False}, "c": {**DISPOSE, "after": ["b"]}})
     assert [(each.name, each.after) for each in plan.steps] == [("a", ()), ("c", ("a",))]
 
 
 def test_file_order_where_nothing_else_decides():
-    """Steps that no phase and no edge sets apart stay in the order of the file."""
+    """Steps that neither phase nor edges order stay in the order of the file."""
     names = ["d", "b", "a", "c"]
     assert [each.name for each in plan_of(dict.fromkeys(names, DISPOSE)).steps] == names
 
 
 def test_impossible_edges_do_not_hold_a_plan_up():
-    """Circles and edges to later or unknown steps lose an edge and no step."""
+    """A plan with circles and edges to later or unknown steps loses these edges, but no step."""
     plan = Plan((step("a", after=("b", "nobody", "late")), step("b", after=("a",)), step("late", phase=Phase.FINAL)))
     assert [(each.name, each.after) for each in plan.steps] == [("a", ()), ("b", ("a",)), ("late", ())]
 
 
 def test_dependents_are_all_that_come_after():
-    """Dependents are found through others and across phases."""
+    """Dependents are found through other steps and across phases."""
     plan = Plan((step("a"), step("b", after=("a",)), step("c", after=("b",), phase=Phase.FINAL), step("d")))
     assert plan.dependents("a") == ("b", "c")
     assert plan.dependents("d") == ()
 
 
 def test_an_action_that_is_not_there_is_a_configuration_error():
-    """A registry without the action, as with a package removed since the check, is told by name."""
+    """An action that the registry lacks, as after a package was removed, is reported by name."""
     cleanup = load_mapping({"cleanup": {"policies": {"x": DISPOSE}}}, actions=action_specs()).values.cleanup
     with pytest.raises(ConfigError, match=r'cleanup\.policies\.x\.use: there is no action "sqlalchemy\.dispose"'):
         build_plan(cleanup, actions={})
 
 
 def test_prepare_names_every_policy_at_fault(tmp_path, monkeypatch):
-    """All targets that cannot be imported are told at once, each with its policy."""
+    """All targets that cannot be imported are reported together, each with its policy."""
     (tmp_path / "cleanup_targets.py").write_text(
         "import sys\nnumber = 3\ndef stop(context): ...\nasync def wait(c): ...\n"
     )
@@ -138,7 +138,7 @@ def test_prepare_names_every_policy_at_fault(tmp_path, monkeypatch):
 
 
 def test_building_a_plan_imports_nothing():
-    """Neither the check nor the plan imports what a call will need."""
+    """Neither the check nor the plan imports the module of a call."""
     plan_of({"x": {"use": "call", "with": {"target": "cleanup_nowhere:stop"}}})
 
 
@@ -152,8 +152,11 @@ def test_building_a_plan_imports_nothing():
         ({"use": "command", "with": {"argv": [""]}}, 'argv: expected the program as the first item, got [""]'),
         ({"use": "command", "with": {"argv": [" ", "a"]}}, "argv: expected the program as the first item"),
         ({"use": "webhook", "timeout": math.nan, "with": {"url": "http://x"}}, "timeout: expected a duration"),
-        ({"use": "webhook", "with": {"url": "http://x", "json": math.nan}}, "json: expected what JSON can say"),
-        ({"use": "webhook", "with": {"url": "http://x", "json": {"a": [math.inf]}}}, "json: expected what JSON can"),
+        ({"use": "webhook", "with": {"url": "http://x", "json": math.nan}}, "json: expected a value that JSON has"),
+        (
+            {"use": "webhook", "with": {"url": "http://x", "json": {"a": [math.inf]}}},
+            "json: expected a value that JSON has",
+        ),
         ({"use": "command", "with": {"argv": ["a"], "env": {"A=B": "c"}}}, "name of an environment variable"),
         ({"use": "command", "with": {"argv": ["a"], "kill_grace": "soon"}}, "kill_grace: expected a duration"),
         ({"use": "command", "with": {"argv": ["a"], "shell": True}}, 'got "shell"'),
@@ -161,14 +164,14 @@ def test_building_a_plan_imports_nothing():
     ],
 )
 def test_fields_refuse_what_makes_no_sense(policy, words):
-    """What an action cannot use is a configuration error with the field's name."""
+    """A value that an action cannot use is a configuration error with the field's name."""
     with pytest.raises(ConfigError) as caught:
         plan_of({"x": policy})
     assert words in str(caught.value)
 
 
 def test_what_was_kept_is_restored_step_by_step(tmp_path):
-    """Each action that can is asked with the app and the state directory; one that cannot keeps nobody."""
+    """Each action that can restore is called with app and state directory; one that fails does not stop the others."""
     asked = []
 
     def restores(app, state, fields):

@@ -1,4 +1,4 @@
-"""What a plan is said to come to, before it runs."""
+"""What is said of a plan before it runs."""
 
 import pytest
 from cleanup_kit import step
@@ -30,7 +30,7 @@ PLAN = Plan(
 
 
 def test_a_step_that_hangs_takes_its_time_and_its_dependents():
-    """After a drain that takes all of its time, each step begins when those before it are over or given up."""
+    """After a drain that uses all of its time, each step begins when those before it are over or abandoned."""
     said = "not done within its timeout of 2s; abandoned"
     assert fates(PLAN, {"db"}) == {
         "jobs": ("ok", 15.0, 15.0, ""),
@@ -41,7 +41,7 @@ def test_a_step_that_hangs_takes_its_time_and_its_dependents():
 
 
 def test_what_the_deadline_leaves():
-    """Where the time is used up, ordinary steps are cut short or skipped, and the reserve is there for the rest."""
+    """When the time is used up, ordinary steps are cut short or skipped, and the others still have the reserve."""
     tight = Frame(deadline=18.0, reserve=2.0, announce=0.0, drain=15.0, max_parallel=8)
     result = fates(PLAN, {"jobs", "bye"}, tight)
     assert result["jobs"] == ("timed_out", 15.0, 16.0, "not done after 1s, when the stop's time was used up; abandoned")
@@ -50,7 +50,7 @@ def test_what_the_deadline_leaves():
 
 
 def test_the_drain_is_cut_by_what_is_kept_in_reserve():
-    """A drain never takes what the reserve keeps, and an announce comes before it."""
+    """A drain never uses the reserve, and begins after the announce."""
     frame = Frame(deadline=10.0, reserve=3.0, announce=2.0, drain=15.0, max_parallel=8)
     assert fates(PLAN, set(), frame)["bye"][1] == 9.0
     short = Frame(deadline=10.0, reserve=3.0, announce=2.0, drain=1.0, max_parallel=8)
@@ -58,12 +58,12 @@ def test_the_drain_is_cut_by_what_is_kept_in_reserve():
 
 
 def test_what_is_said_of_the_drain_is_what_it_may_take():
-    """A deadline that leaves less than the drain's own timeout is what counts."""
+    """If the deadline leaves less than the drain's timeout, the text says the lower value."""
     assert Frame(6.0, 2.0, 0.0, 15.0, 8).text().endswith("; the drain may take 4s")
 
 
 def test_the_latest_moments():
-    """A step's latest moments are those when all before it take all of their time, retries and graces included."""
+    """A step's latest moments are reached if all steps before it use all their time, retries and graces."""
     assert latest(PLAN, FRAME) == {"jobs": (15.0, 19.0), "db": (19.0, 21.0), "files": (21.0, 22.0), "bye": (22.0, 24.5)}
     retried = Plan((step("jobs", timeout=2.0, retries=1), step("db", phase=Phase.CLOSE, timeout=1.0)))
     assert latest(retried, FRAME) == {"jobs": (15.0, 19.0), "db": (19.0, 20.0)}
@@ -73,7 +73,7 @@ def test_the_latest_moments():
 
 
 def test_conditions_and_aborts_do_not_shorten_the_latest_moments():
-    """That a step might be skipped is no reason to call the others early."""
+    """A step that may be skipped still counts for the latest moments of the others."""
     plan = Plan(
         (
             step("a", timeout=1.0, on_failure="abort"),
@@ -84,7 +84,7 @@ def test_conditions_and_aborts_do_not_shorten_the_latest_moments():
 
 
 def test_the_table_says_what_matters():
-    """The text lists each step in order, with its moments and what is unusual about it, under the budget."""
+    """The table lists the steps in order, with their moments and settings that are no defaults, below the budget."""
     plan = Plan(
         (
             step("a", timeout=1.5),
@@ -116,7 +116,7 @@ def test_an_empty_plan_says_so():
 
 
 def test_what_was_described_can_be_rehearsed():
-    """A plan that came over the control socket is rehearsed like the one that it describes."""
+    """A plan that came over the control socket is rehearsed like the original."""
     again = plan_from(overview(PLAN, FRAME)["policies"])
     for hang in (set(), {"db"}, {"jobs", "bye"}):
         assert fates(again, hang) == fates(PLAN, hang)
@@ -132,7 +132,7 @@ def test_what_was_described_can_be_rehearsed():
 
 
 def test_a_name_that_no_step_has():
-    """The fault lists the names that there are, the nearest first."""
+    """The fault lists the steps' names, the most similar first."""
     with pytest.raises(UsageError, match=r'there is no step "dbb"; did you mean "db"\?; the plan has db, '):
         simulated(PLAN, FRAME, ["dbb"])
     with pytest.raises(UsageError, match="the plan has no steps"):
@@ -140,7 +140,7 @@ def test_a_name_that_no_step_has():
 
 
 def test_what_the_exit_waits_for_is_named():
-    """The plan says for what, and for how long at most; for programs as a list of names."""
+    """The plan says what the exit waits for, and how long at most; for programs as a list of names."""
     told = overview(Plan(), Frame(25, 3, 0, 15, 8, exit_wait=5), ["thread/mailer", "atexit/shop.bye"])
     assert told["exit"] == ["thread/mailer", "atexit/shop.bye"]
     assert told["budget"]["exit_wait"] == 5

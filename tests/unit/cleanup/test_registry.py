@@ -15,7 +15,7 @@ from flaskd.errors import ConfigError
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
-    """Give a directory on sys.path with the example package, and a few that are broken."""
+    """Give a directory on sys.path with the example package and some broken ones."""
     target = install_example(tmp_path / "site")
     install(target, "broken", {
         "broken.gone": "flaskd_nowhere:action",
@@ -32,7 +32,7 @@ def installed(tmp_path, monkeypatch):
 
 
 def registry():
-    """Give flaskd's own actions with those that are installed now."""
+    """Give flaskd's own actions and those that are installed now."""
     return Registry({"command": ACTIONS["command"]}, brought)
 
 
@@ -43,7 +43,7 @@ def checked(tmp_path, text):
 
 
 def test_a_package_brings_an_action(installed, tmp_path):
-    """Its fields are validated, its phase is known, and it runs like one of flaskd's own."""
+    """Another package's action has its fields validated and its phase known, and runs like one of flaskd's own."""
     text = "cleanup: {policies: {bye: {use: receipts.print, with: {path: %s, copies: 2}}}}\n" % (tmp_path / "out")
     policy = checked(tmp_path, text).values.cleanup.policies["bye"]
     action = registry()["receipts.print"]
@@ -54,7 +54,7 @@ def test_a_package_brings_an_action(installed, tmp_path):
 
 
 def test_its_fields_have_faults_with_a_place(installed, tmp_path):
-    """Unknown and wrong fields are named with line and column."""
+    """Unknown and wrong fields are reported with line and column."""
     with pytest.raises(ConfigError) as caught:
         checked(tmp_path, "cleanup:\n  policies:\n    bye: {use: receipts.print, with: {pth: x, copies: 10}}\n")
     text = str(caught.value)
@@ -72,7 +72,7 @@ def test_its_fields_have_faults_with_a_place(installed, tmp_path):
     ],
 )
 def test_a_broken_one_is_a_fault_of_the_policy_that_uses_it(installed, tmp_path, name, why):
-    """The fault has its place and says what is broken where; its fields are not blamed."""
+    """The fault has its place and says which package is broken and how; the policy's fields are not reported."""
     with pytest.raises(ConfigError) as caught:
         checked(tmp_path, f"cleanup: {{policies: {{bye: {{use: {name}, with: {{a: 1}}}}}}}}\n")
     (fault,) = str(caught.value).splitlines()
@@ -81,7 +81,7 @@ def test_a_broken_one_is_a_fault_of_the_policy_that_uses_it(installed, tmp_path,
 
 
 def test_what_nobody_uses_is_not_loaded(installed, tmp_path):
-    """A broken package is no trouble for who does not use it, nor is any package imported for nothing."""
+    """A broken package does no harm if no policy uses it, and no package is imported without need."""
     checked(tmp_path, "cleanup: {policies: {bye: {use: command, with: {argv: ['true']}}}}\n")
     with pytest.raises(ConfigError, match='expected an action, got "receipts.prin"; did you mean "receipts.print"'):
         checked(tmp_path, "cleanup: {policies: {bye: {use: receipts.prin}}}\n")
@@ -89,7 +89,7 @@ def test_what_nobody_uses_is_not_loaded(installed, tmp_path):
 
 
 def test_flaskds_own_actions_cannot_be_taken(installed, caplog):
-    """A package that brings an action of the same name is left out, with a warning."""
+    """A package's action with the name of one of flaskd's is ignored, with a warning."""
     found = registry()
     assert "receipts.print" in found
     assert found["command"] is ACTIONS["command"]
@@ -98,7 +98,7 @@ def test_flaskds_own_actions_cannot_be_taken(installed, caplog):
 
 
 def test_the_first_of_two_packages_wins(installed, caplog):
-    """Two packages with one name: the second is left out by name."""
+    """If two packages have an action of the same name, the second is ignored, with a warning."""
     install(installed / "more", "other", {"receipts.print": "flaskd_other:action"})
     sys.path.append(str(installed / "more"))
     try:
@@ -112,15 +112,15 @@ def test_the_first_of_two_packages_wins(installed, caplog):
 
 
 def test_the_schema_has_those_that_can_be_used(installed):
-    """Editors learn the fields of the package's action; broken ones are left out."""
+    """The schema has the fields of a package's action; broken actions are left out."""
     written = schema(action_specs(registry()))
-    names = written["$defs"]["Policy"]["properties"]["use"]["anyOf"][0]["enum"]
-    assert names == ["command", "receipts.print"]
+    *uses, _ = written["$defs"]["Policy"]["properties"]["use"]["anyOf"]
+    assert [each["const"] for each in uses] == ["command", "receipts.print"]
     assert "copies" in written["$defs"]["ReceiptFields"]["properties"]
 
 
 def test_own_actions_are_found_without_looking_elsewhere(monkeypatch):
-    """Who uses flaskd's own actions alone does not pay for the search through what is installed."""
+    """Using only flaskd's own actions does not search the installed packages."""
 
     def never(**_group):
         raise AssertionError("searched")

@@ -25,7 +25,7 @@ def _log_everything(caplog):
 
 
 def test_ok_carries_the_detail(caplog):
-    """A step that returns is ok; what it says of itself is in its result and in one line of the log."""
+    """A step that returns is ok; its text is in the result and in one line of the log."""
     result = run(step("tidy", lambda _context: "3 things"))["tidy"]
     assert (result.fate, result.why, result.detail, result.attempts) == (Fate.OK, "", "3 things", 1)
     assert result.took >= 0
@@ -36,7 +36,7 @@ def test_ok_carries_the_detail(caplog):
 
 
 def test_an_exception_is_a_failure_with_its_traceback(caplog):
-    """An exception becomes type and message in the result, and its traceback is logged at error."""
+    """An exception becomes type and message in the result, and its traceback is logged as an error."""
     result = run(step("tidy", raising(LookupError("no such thing"))))["tidy"]
     assert (result.fate, result.why) == (Fate.FAILED, "LookupError: no such thing")
     assert "raise error" in result.trace
@@ -48,7 +48,7 @@ def test_an_exception_is_a_failure_with_its_traceback(caplog):
 
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()])
 def test_nothing_that_a_step_raises_gets_out(error):
-    """SystemExit and its like fail the step and end nothing else."""
+    """SystemExit and the like fail the step and end nothing else."""
     results = run(step("a", raising(error)), step("b", phase=Phase.FINAL))
     assert fates(results) == {"a": "failed", "b": "ok"}
     assert type(error).__name__ in results["a"].why
@@ -68,20 +68,20 @@ def test_an_exception_that_cannot_be_shown_is_a_failure():
     ("error", "fate"), [(StepFailedError("no app"), Fate.FAILED), (StepTimedOutError("too slow"), Fate.TIMED_OUT)]
 )
 def test_an_action_words_its_own_failure(error, fate):
-    """What an action raises on purpose is taken word by word, without a traceback."""
+    """A StepFailedError is reported with its own words, without a traceback."""
     result = run(step("a", raising(error)))["a"]
     assert (result.fate, result.why, result.trace) == (fate, str(error), "")
 
 
 def test_words_of_many_lines_become_one_line():
-    """Neither a detail nor an error can break the log into lines of its own."""
+    """Details and errors with several lines are logged as one line."""
     results = run(step("a", lambda _context: "x\ny\r\n"), step("b", raising(ValueError("x\n\ny"))))
     assert results["a"].detail == "x | y"
     assert results["b"].why == "ValueError: x | y"
 
 
 def test_the_step_knows_who_asks():
-    """The context names policy, phase, reason and app, and the thread carries the policy's name."""
+    """The context has policy, phase, reason and app, and the thread is named after the policy."""
     seen = []
 
     def look(context):
@@ -105,14 +105,14 @@ def test_the_step_knows_who_asks():
     ],
 )
 def test_when_filters(more, fate):
-    """A step whose `when` does not fit the reason or the outcome is skipped, even one marked always."""
+    """A step whose `when` does not fit the reason or the outcome is skipped, even if it is marked always."""
     stop = runner(step("a", **more), reason=Reason("signal"))
     (result,) = stop.run(Phase, "degraded")
-    assert (str(result.fate), result.why) == (fate, "" if fate == "ok" else "when")
+    assert (str(result.fate), result.why) == (fate, "" if fate == "ok" else "its `when` does not fit this stop")
 
 
 def test_phases_and_edges_make_the_order():
-    """Steps run by phase, within a phase by their edges, whatever the order in the file."""
+    """Steps run by phase, and within a phase by their edges, whatever their order in the file."""
     order = []
     results = run(
         step("last", lambda _context: order.append("last"), phase=Phase.FINAL),
@@ -125,7 +125,7 @@ def test_phases_and_edges_make_the_order():
 
 
 def test_steps_of_a_phase_run_in_parallel_up_to_the_bound():
-    """With a bound of two, pairs of steps meet in the middle and a third is never there."""
+    """With a bound of two, two steps of a phase run at the same time, and never three."""
     meeting = threading.Barrier(2, timeout=PATIENCE)
     lock = threading.Lock()
     inside, most = 0, 0
@@ -138,7 +138,7 @@ def test_steps_of_a_phase_run_in_parallel_up_to_the_bound():
         meeting.wait()
         with lock:
             inside -= 1
-        meeting.wait()  # both have left before either makes room for a next one
+        meeting.wait()  # both are counted out before either ends and lets another begin
 
     results = run(*(step(f"s{number}", meet) for number in range(6)), max_parallel=2)
     assert set(fates(results).values()) == {"ok"}
@@ -146,13 +146,13 @@ def test_steps_of_a_phase_run_in_parallel_up_to_the_bound():
 
 
 def test_continue_lets_dependents_run():
-    """With on_failure continue, those that come after a failed step run all the same."""
+    """With on_failure continue, steps that come after a failed one still run."""
     results = run(step("a", raising(ValueError())), step("b", after=("a",)))
     assert fates(results) == {"a": "failed", "b": "ok"}
 
 
 def test_skip_dependents_skips_all_that_come_after():
-    """Those after the failed step are skipped, through others and across phases; unrelated and always ones run."""
+    """All steps that come after the failed one are skipped, also indirectly and in later phases; others run."""
     results = run(
         step("a", raising(ValueError()), on_failure="skip_dependents"),
         step("b", after=("a",)),
@@ -165,7 +165,7 @@ def test_skip_dependents_skips_all_that_come_after():
 
 
 def test_abort_skips_everything_but_always():
-    """After an abort, nothing that has not begun runs, in this phase or a later one, unless it is marked always."""
+    """After an abort no further step begins, in this or a later phase, unless it is marked always."""
     results = run(
         step("a", raising(ValueError()), on_failure="abort"),
         step("b", after=("a",)),
@@ -177,7 +177,7 @@ def test_abort_skips_everything_but_always():
 
 
 def test_retries_until_it_works(caplog):
-    """A step that fails is tried again as often as it may be, and each failure on the way is logged."""
+    """A failed step is retried as often as `retries` allows, and each failure is logged."""
     attempts = []
 
     def third_time_lucky(context):
@@ -191,13 +191,13 @@ def test_retries_until_it_works(caplog):
 
 
 def test_retries_end():
-    """A step that always fails has failed once its retries are used up, for the last reason."""
+    """A step that fails in all its attempts has failed with the reason of the last one."""
     result = run(step("a", lambda context: raising(ValueError(context.attempt))(context), retries=2))["a"]
     assert (result.fate, result.attempts, result.why) == (Fate.FAILED, 3, "ValueError: 3")
 
 
 def test_runs_in_parts():
-    """Several calls share one account: each step runs once, and what failed before still counts."""
+    """Several calls of `run` share their results: each step runs once, and an earlier failure still counts."""
     ran = []
     stop = runner(
         step("a", raising(ValueError()), phase=Phase.ANNOUNCE, on_failure="skip_dependents"),
@@ -214,7 +214,7 @@ def test_runs_in_parts():
 
 
 def test_progress_is_told_of_each_result():
-    """`on_progress` is given each result once; that it raises is logged and harms nothing."""
+    """`on_progress` gets each result once; if it raises, that is logged and does no harm."""
     told = []
 
     def progress(result):
@@ -226,7 +226,7 @@ def test_progress_is_told_of_each_result():
 
 
 def test_progress_that_blocks_holds_nobody_up():
-    """A listener that never returns does not keep the runner."""
+    """An `on_progress` that never returns does not hold up the runner."""
     with hanging() as hang:
         stop = runner(step("a"), step("b", phase=Phase.FINAL), deadline=0.3, on_progress=hang)
         assert [str(result.fate) for result in stop.run(Phase)] == ["ok", "ok"]
@@ -234,7 +234,7 @@ def test_progress_that_blocks_holds_nobody_up():
 
 
 def test_without_threads_steps_fail_and_the_stop_goes_on(monkeypatch, caplog):
-    """Where no thread can be started, each step says so, the log is still written, and the run ends."""
+    """If no thread can be started, each step reports that, the log is written, and the run ends."""
 
     def refuse(_thread):
         raise RuntimeError("can't start new thread")
@@ -249,7 +249,7 @@ def test_without_threads_steps_fail_and_the_stop_goes_on(monkeypatch, caplog):
 
 @pytest.fixture
 def spare():
-    """A thread made in time."""
+    """A thread that was made in advance."""
     spare = Spare()
     spare.start()
     yield spare
@@ -260,7 +260,7 @@ def spare():
 
 @pytest.fixture
 def no_threads(monkeypatch, spare):
-    """No thread can be had any more."""
+    """From now on no thread can be started."""
 
     def refuse(_thread):
         raise RuntimeError("can't start new thread")
@@ -272,7 +272,7 @@ def no_threads(monkeypatch, spare):
 
 @pytest.mark.usefixtures("no_threads")
 def test_without_threads_the_spare_one_runs_them_all(spare):
-    """Steps that may run side by side run one after the other, each in the thread that was made in time."""
+    """Without new threads, steps run one after the other in the spare thread."""
     seen = []
 
     def note(_context):
@@ -287,7 +287,7 @@ def test_without_threads_the_spare_one_runs_them_all(spare):
 
 @pytest.mark.usefixtures("no_threads")
 def test_the_spare_thread_tries_again_and_survives_what_a_step_raises(spare):
-    """A retry finds it free, and SystemExit ends nothing but its step."""
+    """A retry uses the spare thread again, and SystemExit ends only its step."""
     results = {
         each.name: each
         for each in runner(step("a", raising(SystemExit()), retries=2), step("b", phase=Phase.FINAL), spare=spare).run(
@@ -300,7 +300,7 @@ def test_the_spare_thread_tries_again_and_survives_what_a_step_raises(spare):
 
 @pytest.mark.usefixtures("no_threads")
 def test_a_step_that_hangs_in_the_spare_thread_is_abandoned(spare):
-    """Its time is kept, and those behind it say that there is no thread for them: nothing hangs with it."""
+    """A step that hangs in the spare thread is abandoned in time; later steps report that they have no thread."""
     with hanging() as hang:
         found = runner(step("a", hang, timeout=0.1), step("b", phase=Phase.FINAL), spare=spare).run(Phase)
         assert [(each.name, str(each.fate)) for each in found] == [("a", "timed_out"), ("b", "failed")]
@@ -309,17 +309,21 @@ def test_a_step_that_hangs_in_the_spare_thread_is_abandoned(spare):
 
 
 def test_results_as_json():
-    """The record's form of the results has the same plain keys for every fate."""
+    """In the record all fates have the same plain keys."""
     results = run(step("a", lambda _context: "done"), step("b", reasons=("idle",))).values()
     shown = results_as_json(results)
     assert shown.keys() == {"a", "b"}
     assert shown["a"].keys() == shown["b"].keys()
     assert (shown["a"]["fate"], shown["a"]["detail"], shown["a"]["attempts"]) == ("ok", "done", 1)
-    assert (shown["b"]["fate"], shown["b"]["why"], shown["b"]["took"]) == ("skipped", "when", 0.0)
+    assert (shown["b"]["fate"], shown["b"]["why"], shown["b"]["took"]) == (
+        "skipped",
+        "its `when` does not fit this stop",
+        0.0,
+    )
 
 
 def test_a_detail_that_cannot_be_shown_is_a_failure():
-    """A result of a step whose text raises fails that step, and ends nothing else."""
+    """A step whose result raises when it is made text has failed, and ends nothing else."""
 
     class Nasty:
         def __str__(self):

@@ -1,4 +1,4 @@
-"""Where there are worker processes: what each of them runs at a stop, and what the daemon runs once."""
+"""With worker processes: what each worker runs at a stop, and what the daemon runs once."""
 
 import pytest
 from cleanup_kit import NoFields, Reason, fates, runner, step
@@ -36,7 +36,7 @@ def cleanup_of(policies, workers=2, actions=None):
 
 
 def faults(policies, workers=2, actions=None):
-    """Give the faults of such a configuration."""
+    """Give the faults of a configuration with these policies and workers."""
     with pytest.raises(ConfigError) as caught:
         cleanup_of(policies, workers, actions)
     return [f"{fault.key}: {fault.message}" for fault in caught.value.faults]
@@ -47,16 +47,16 @@ def names(plan):
 
 
 def test_what_asks_nothing_of_the_app_runs_once():
-    """Commands, webhooks, deregistering and removing files are the service's, all else is each worker's."""
+    """Commands, webhooks, deregistering and removing files run once, for the service; all others in each worker."""
     service = {name for name, action in ACTIONS.items() if action.scopes[0] == "service"}
     assert service == {"command", "webhook", "consul.deregister", "files.remove"}
     assert {ACTIONS[name].scopes for name in service} == {("service", "worker")}
     assert {action.scopes for name, action in ACTIONS.items() if name not in service} == {("worker",)}
-    assert Action("mine", NoFields, Phase.FINAL, lambda *_: None).scopes == ("worker",)  # one of another package
+    assert Action("mine", NoFields, Phase.FINAL, lambda *_: None).scopes == ("worker",)  # an action of another package
 
 
 def test_a_plan_is_that_of_a_scope_or_all():
-    """Each process takes what is its own; without workers one takes all, in the order of the phases."""
+    """Each process runs the steps of its scope; without workers one process runs all, in the order of the phases."""
     policies = {"tell": {**TELL, "phase": "announce"}, "close": CLOSE, "each": {**TELL, "scope": "worker"}}
     cleanup = cleanup_of(policies)
     assert names(build_plan(cleanup)) == ["tell", "close", "each"]
@@ -71,14 +71,14 @@ def test_a_plan_is_that_of_a_scope_or_all():
 
 @pytest.mark.parametrize("use", ["call", "cache.persist", "sqlalchemy.dispose", "logging.flush", "executor.stop"])
 def test_what_uses_the_app_cannot_be_the_services(use):
-    """The daemon's own process never imports the app; that is a fault without workers, too."""
+    """An action that needs the app cannot have scope service, with workers and without."""
     policy = {"use": use, "scope": "service", **({"with": {"target": "a:b"}} if use == "call" else {})}
     expected = "expected worker, for this action uses the app, which only workers import"
     assert faults({"x": policy}, 0) == [f'cleanup.policies.x.scope: {expected}, got "service"']
 
 
 def test_a_scope_has_its_names():
-    """Others are refused, with a guess."""
+    """An unknown scope is refused, with a suggestion."""
     assert faults({"x": {**TELL, "scope": "servce"}}) == [
         'cleanup.policies.x.scope: expected one of worker, service, got "servce"; did you mean "service"?'
     ]
@@ -86,7 +86,7 @@ def test_a_scope_has_its_names():
 
 @pytest.mark.parametrize("workers", [1, 4, "auto"])
 def test_a_worker_cannot_wait_for_what_runs_once(workers):
-    """The fault says what the two are, and what to do, to who has never heard of a scope."""
+    """The fault explains both scopes and what to do."""
     assert faults({"tell": TELL, "close": {**TELL, "scope": "worker", "after": ["tell"]}}, workers) == [
         f'cleanup.policies.close.after[0]: {AFTER.format("close")}, got "tell", which runs once, outside of the workers; '
         'give "tell" "scope: worker", or leave this out'
@@ -95,7 +95,7 @@ def test_a_worker_cannot_wait_for_what_runs_once(workers):
 
 @pytest.mark.parametrize("phase", ["announce", "drain"])
 def test_until_the_drain_is_over_neither_waits_for_the_other(phase):
-    """Workers and daemon are at the same phase at the same time then, and the fault says so."""
+    """Before the drain is over, steps of workers and daemon cannot wait for each other, and the fault says why."""
     policies = {"pause": {**CLOSE, "phase": "announce"}, "tell": {**TELL, "phase": phase, "after": ["pause"]}}
     assert faults(policies) == [
         'cleanup.policies.tell.after[0]: expected a policy that runs once, as "tell" is run, got "pause", which runs in each '
@@ -106,7 +106,7 @@ def test_until_the_drain_is_over_neither_waits_for_the_other(phase):
 
 
 def test_the_fault_tells_what_can_be_done():
-    """An action that can only run once is not said to be able to run in each worker."""
+    """The fault does not suggest scope worker for an action that can only run once."""
     actions = {
         "once": ActionSpec(NoFields, Phase.CLOSE, scopes=("service",)),
         "each": ActionSpec(NoFields, Phase.CLOSE),
@@ -122,20 +122,20 @@ def test_the_fault_tells_what_can_be_done():
 
 
 def test_without_workers_any_step_may_wait_for_any():
-    """One process runs them all."""
+    """Without workers one process runs all steps, so any edge is allowed."""
     plan = build_plan(cleanup_of({"tell": TELL, "close": {**CLOSE, "phase": "final", "after": ["tell"]}}, 0))
     assert [(each.name, each.after) for each in plan.steps] == [("tell", ()), ("close", ("tell",))]
 
 
 def test_what_runs_once_may_come_after_what_each_worker_runs():
-    """Its own phase or an earlier one; by then all workers have ended, and nothing is waited for."""
+    """A step that runs once may come after the workers' steps of its phase or before: all workers have ended by then."""
     cleanup = cleanup_of({"close": CLOSE, "tell": {**TELL, "after": ["close"]}})
     service = build_plan(cleanup, "service")
     assert (names(service), service.steps[0].after) == (["tell"], ("close",))
 
 
 def test_a_step_waits_for_none_of_another_process():
-    """An edge that leads to one is no reason to wait."""
+    """An edge to a step of another process does not make a step wait."""
     plan = Plan((step("close", scope="worker"), step("tell", scope="service", after=("close",)))).part("service")
     running = runner()
     running.replan(plan)
@@ -151,7 +151,7 @@ def test_a_step_waits_for_none_of_another_process():
     ],
 )
 def test_what_failed_in_a_worker_counts_for_what_runs_once(on_failure, expected):
-    """Its dependents are skipped, through other workers' steps, too, or all the rest is, as its policy says."""
+    """If a step failed in a worker, its dependents outside of the workers are skipped, or all, as `on_failure` says."""
     plan = Plan(
         (
             step("close", on_failure=on_failure),
@@ -169,7 +169,7 @@ def test_what_failed_in_a_worker_counts_for_what_runs_once(on_failure, expected)
 
 
 def test_a_step_of_another_process_that_succeeded_skips_nothing():
-    """Only what is broken counts."""
+    """A step that succeeded in a worker skips nothing outside of the workers."""
     plan = Plan((step("close", on_failure="abort"), step("tell", scope="service"))).part("service")
     running = runner()
     running.replan(plan)
@@ -178,7 +178,7 @@ def test_a_step_of_another_process_that_succeeded_skips_nothing():
 
 
 def test_functions_of_the_app_are_the_workers(caplog, monkeypatch):
-    """They join the workers' plan; one that wishes to come after what runs once is told why it cannot."""
+    """Functions of the app are part of the workers' plan; a wish to come after a step that runs once is refused."""
     plan = build_plan(cleanup_of({"tell": TELL}), "worker")
     monkeypatch.setattr("flaskd.cleanup.callbacks._registered", [_Callback(print, Phase.FINAL, None, ("tell",), False)])
     found = with_found(with_callbacks(plan, None, timeout=1.0), (), cleanup_of({}))
@@ -199,17 +199,17 @@ def test_functions_of_the_app_are_the_workers(caplog, monkeypatch):
     ],
 )
 def test_what_is_kept_over_a_restart_is_not_kept_at_a_replacement(reason, expected):
-    """Its action says so; of all others the policies say when they run, and for a replacement there are two reasons."""
+    """cache.persist does not run at a replacement; other policies may choose with two reasons of their own."""
     keep = Action("keep", NoFields, Phase.PERSIST, lambda *_: None, at_replacement=False)
     steps = (step("jobs"), Step("keep", keep, NoFields(), Phase.PERSIST, 5.0), step("only", reasons=("reload",)))
     results = {each.name: each for each in runner(*steps, reason=Reason(reason)).run(Phase)}
     assert fates(results) == expected
     if reason != "signal":
-        assert results["keep"].why == "the service goes on"
+        assert results["keep"].why == "it runs only when the service stops"
 
 
 def test_a_cache_is_not_kept_at_a_replacement():
-    """The plan of workers says so, for programs, too; without workers there is nothing to say."""
+    """The plan of workers says that a cache is not kept at a replacement; without workers it does not."""
     policy = {"use": "cache.persist", "with": {"path": "{worker}"}}
     plan = build_plan(cleanup_of({"keep": policy, "tell": TELL}))
     told = overview(plan, FRAME)
@@ -221,7 +221,7 @@ def test_a_cache_is_not_kept_at_a_replacement():
 
 
 def test_a_plan_for_one_worker_may_be_none_for_two():
-    """Where workers are added while flaskd runs, the plan tells which of its steps keep one file for all."""
+    """If workers are added at run time, the plan reports steps that keep one file for all of them."""
     keep = {"use": "cache.persist"}
     policies = {"a": keep, "b": {**keep, "with": {"path": "{worker}"}}, "tell": TELL}
     assert build_plan(cleanup_of(policies, 1)).one_file() == ["a"]
@@ -238,7 +238,7 @@ def test_a_plan_for_one_worker_may_be_none_for_two():
     ],
 )
 def test_a_reason_for_which_a_policy_never_runs_is_a_fault(policy, why):
-    """It would wait for ever; without workers neither reason ever comes, and the file is good for both."""
+    """With workers, a reason for which a policy never runs is a fault; without workers it is none."""
     expected = f"expected a reason to stop the service, for {why}"
     assert faults({"x": policy}) == [f'cleanup.policies.x.when.reason[1]: {expected}, got "reload"']
     cleanup_of({"x": policy}, 0)
@@ -249,7 +249,7 @@ def test_a_reason_for_which_a_policy_never_runs_is_a_fault(policy, why):
 
 
 def test_the_reserve_is_divided_between_workers_and_service():
-    """What runs once has half of it whatever hangs in a worker, and leaves the workers theirs before the drain."""
+    """What runs once has half of the reserve, whatever hangs in a worker, and leaves the workers theirs before the drain."""
     assert divided(25.0, 3.0, later=True) == (Times(23.5, 1.5), Times(25.0, 3.0, 1.5))
     assert divided(25.0, 0.5, later=True) == (Times(24.0, 0.25), Times(25.0, 1.25, 1.0))
     assert divided(10.0, 0.0, later=True) == (Times(9.0, 0.0), Times(10.0, 2.8, 1.0))
@@ -271,27 +271,27 @@ PLAN = Plan(
 
 
 def test_the_service_waits_for_the_workers():
-    """Until the drain is over both are at the same phase; later steps of the service come when all workers have ended."""
+    """Later steps of the service begin when all workers have ended; before that both run the same phases."""
     frame = Frame(deadline=25.0, reserve=3.0, announce=0.0, drain=5.0, max_parallel=8, workers=True)
     moments = latest(PLAN, frame)
     assert moments["pause"] == (0.0, 2.0)
     assert moments["leave"] == (0.0, 1.0)
     assert moments["jobs"] == (7.0, 9.0)
     assert moments["bye"] == (9.0, 23.0)
-    assert moments["save"] is None  # only flush, final and `always` have a part in the reserve
+    assert moments["save"] is None  # only flush, final and `always` may use the reserve
     assert moments["tell"] == (23.0, 24.5)
     brief = Plan(tuple(each for each in PLAN.steps if each.name != "bye"))  # the app's own exit comes before it, too
     assert latest(brief, Frame(25.0, 3.0, 0.0, 5.0, 8, 1.5, workers=True))["save"] == (10.5, 11.5)
 
 
 def test_workers_have_all_of_the_time_where_nothing_comes_after_them():
-    """Nothing is kept for what there is not."""
+    """If nothing comes after the workers, they have all of the time."""
     moments = latest(Plan((step("bye", phase=Phase.FINAL, timeout=60.0),)), FRAME)
     assert moments == {"bye": (15.0, 24.5)}
 
 
 def test_a_step_that_hangs_in_a_worker_is_rehearsed_with_what_depends_on_it():
-    """What comes after it elsewhere is skipped there."""
+    """If a step hangs in a worker, the rehearsal skips what comes after it outside of the workers."""
     plan = Plan(
         (step("jobs", timeout=2.0, on_failure="skip_dependents"), step("tell", scope="service", after=("jobs",)))
     )
@@ -304,7 +304,7 @@ def test_a_step_that_hangs_in_a_worker_is_rehearsed_with_what_depends_on_it():
 
 
 def test_the_table_has_the_scope_where_there_are_workers():
-    """In the order in which they run; without workers, a scope means nothing and is not shown."""
+    """With workers the table has the scope of each step, in the order in which they run; without them it has none."""
     lines = overview(PLAN, FRAME)["text"].splitlines()
     assert lines[1].split() == ["PHASE", "POLICY", "ACTION", "TIMEOUT", "BEGINS", "BY", "ENDS", "BY", "SCOPE", "NOTES"]
     assert [line.split()[1] for line in lines[2:]] == ["pause", "leave", "jobs", "bye", "save", "tell"]
@@ -315,7 +315,7 @@ def test_the_table_has_the_scope_where_there_are_workers():
 
 
 def test_what_workers_say_is_shown_with_what_runs_once():
-    """The whole service's overview is made of a worker's, with what was found there, and of the service's plan."""
+    """The service's overview is made of a worker's overview and of the steps that run once."""
     told = overview(Plan(PLAN.part("worker").steps), FRAME, ["thread-1"])
     told["found"] = [{"name": "shop.db:pool", "kind": "Pool", "use": "", "left": "excluded"}]
     whole = with_service(told, PLAN.part("service"), FRAME)
@@ -327,7 +327,7 @@ def test_what_workers_say_is_shown_with_what_runs_once():
 
 
 def test_a_described_plan_keeps_its_scopes():
-    """It may come from a daemon of before, which knew of none."""
+    """A plan described by an older daemon, without scopes, can be read."""
     described = overview(PLAN, FRAME)["policies"]
     assert {each.name: each.scope for each in plan_from(described).steps} == {
         each.name: each.scope for each in PLAN.steps

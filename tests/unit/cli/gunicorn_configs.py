@@ -1,4 +1,4 @@
-"""Configuration files of gunicorn's of the kinds that people publish, and what each comes to."""
+"""gunicorn configuration files of the kinds that people publish, and the translation of each."""
 
 MINIMAL = 'bind = "0.0.0.0:8000"\nworkers = 3\n'
 
@@ -231,7 +231,7 @@ CONFIGS = {
         ["daemon", "pidfile", "proc_name", "raw_env", "worker_tmp_dir", "reload"],
     ),
     "hooks": (HOOKS, {"server.workers": 2}, ["on_starting", "post_fork", "child_exit"]),
-    "conditions": (CONDITION, {"server.workers": 1}, ["workers", "reload", "bind", 'under "if"', 'under "try"']),
+    "conditions": (CONDITION, {"server.workers": 2}, ["workers", "reload", "bind", 'under "if"', 'under "try"']),
     "worked out": (WORKED_OUT, {"server.workers": "auto"}, ["chdir", "bind", "json.loads"]),
     "much": (
         SENTRY_STYLE,
@@ -246,4 +246,4 @@ CONFIGS = {
         ["limit_request_line", "limit_request_fields", "statsd_host", "logger_class"],
     ),
 }
-"""By what is special: the file, the values that are written, and words that the notes have."""
+"""By what is special about them: the file, the values that are written, and words of the notes."""

@@ -1,4 +1,4 @@
-"""What a shell completes: verbs, options and values; and the script by which it asks."""
+"""What a shell completes: verbs, options and values; and the script with which it asks."""
 
 import contextlib
 import shutil
@@ -11,7 +11,7 @@ from flaskd.cli import cli, completion, reported
 
 
 def completed(*words):
-    """What may stand in the place of the last word."""
+    """The completions of the last word."""
     *before, incomplete = words
     return [each.value for each in ShellComplete(cli, {}, "flaskd", "X").get_completions(before, incomplete)]
 
@@ -29,12 +29,12 @@ def completed(*words):
     ],
 )
 def test_values(words, values):
-    """Verbs, options, log levels and shells."""
+    """Verbs, options, log levels and shells are completed."""
     assert sorted(completed(*words)) == sorted(values)
 
 
 def test_names_are_those_of_the_daemons_that_run(monkeypatch, tmp_path):
-    """And of no other."""
+    """The names of running daemons are completed, and no others."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     here = [(tmp_path / name / "control.sock", {}) for name in ("shop", "shelf", "blog")]
     monkeypatch.setattr(completion, "running", lambda _environ: iter(here))
@@ -42,7 +42,7 @@ def test_names_are_those_of_the_daemons_that_run(monkeypatch, tmp_path):
 
 
 def test_policies_are_those_of_the_daemon_that_is_meant(monkeypatch, tmp_path):
-    """Or none, where no daemon answers."""
+    """The policies of the meant daemon are completed; none if no daemon answers."""
     asked = []
 
     class Client:
@@ -59,14 +59,14 @@ def test_policies_are_those_of_the_daemon_that_is_meant(monkeypatch, tmp_path):
 
 
 def test_files_are_left_to_the_shell():
-    """It completes them by itself."""
+    """File names are left to the shell, which completes them itself."""
     (found,) = ShellComplete(cli, {}, "flaskd", "X").get_completions(["serve", "-c"], "fl")
     assert (found.value, found.type) == ("fl", "file")
 
 
 @pytest.mark.parametrize("shell", completion.SHELLS)
 def test_the_script_is_one_of_its_shell(capsys, shell):
-    """It asks the command by the variable that the command heeds; where the shell is there, it reads the script."""
+    """The script asks the command with the right variable; an installed shell can read it."""
     assert reported(lambda: cli.main(["completion", shell], prog_name="flaskd", standalone_mode=False)) == 0
     script = capsys.readouterr().out
     assert f"_FLASKD_COMPLETE={shell}_complete" in script

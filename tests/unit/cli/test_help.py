@@ -13,19 +13,19 @@ EXAMPLES = [line for verb in ("", *cli.commands) for line in examples(verb)]
 
 
 def out(*words):
-    """What a command line prints."""
+    """The output of a command line."""
     done = CliRunner().invoke(cli, [*words], standalone_mode=False, prog_name="flaskd")
     assert done.exception is None, done.exc_info
     return done.output
 
 
 def test_each_verb_is_in_one_group():
-    """None is missing from the help, and none is there twice."""
+    """Each verb is in exactly one group of the help."""
     assert sorted(name for names in GROUPS.values() for name in names) == sorted(cli.commands)
 
 
 def test_the_command_alone_prints_its_help():
-    """In groups; the first example runs the demo and names what it needs."""
+    """The help has groups; its first example runs the demo and names the extra that it needs."""
     text = out()
     assert text == out("--help") == out("help")
     for title in GROUPS:
@@ -37,7 +37,7 @@ def test_the_command_alone_prints_its_help():
 
 @pytest.mark.parametrize("verb", sorted(cli.commands))
 def test_the_help_of_a_verb_is_as_it_is_typed_in_a_shell(verb):
-    """The same after ``help`` and with ``--help``, with an example of this verb at least."""
+    """``help VERB`` and ``VERB --help`` are the same, with at least one example of the verb."""
     text = out("help", verb)
     assert text == out(verb, "--help")
     assert text.startswith(f"Usage: flaskd {verb} [OPTIONS]")
@@ -46,7 +46,7 @@ def test_the_help_of_a_verb_is_as_it_is_typed_in_a_shell(verb):
 
 @pytest.mark.parametrize("line", EXAMPLES)
 def test_an_example_can_be_typed(line):
-    """Its verb takes its options and arguments."""
+    """Each example has options and arguments that its verb accepts."""
     words = shlex.split(line.partition(" && ")[0].partition(" > ")[0].partition(" | ")[0].removeprefix("sudo "))
     assert words[0] == "flaskd"
     with click.Context(cli, info_name="flaskd") as above:
@@ -58,7 +58,7 @@ def test_an_example_can_be_typed(line):
 )
 @pytest.mark.parametrize("before", [[], ["help"]])
 def test_a_verb_that_is_not_there_is_answered_with_one_that_is(capsys, before, word, meant):
-    """In one line, with exit code 64."""
+    """An unknown verb is answered with a similar one, in one line, with exit code 64."""
     code = reported(lambda: cli.main([*before, word], prog_name="flaskd", standalone_mode=False))
     assert (code, capsys.readouterr().err) == (
         64,

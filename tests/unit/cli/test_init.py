@@ -1,20 +1,20 @@
-"""``flaskd init``: what it writes passes ``flaskd check``, and says what an app or another server was told."""
+"""``flaskd init`` writes a file that passes ``flaskd check``, for an app or from another server's settings."""
 
 import re
 
 import pytest
 from gunicorn_configs import CONFIGS
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from flaskd.cli import cli, reported
-from flaskd.cli.init import init, rendered, translated, valid
+from flaskd.cli.init import init, rendered, translated, valid, written
 from flaskd.cli.translation import Translation
 from flaskd.config import load
 
 
 def checked(text, tmp_path):
-    """What a configuration says that is written to a file."""
+    """The values of a configuration that is written to a file."""
     file = tmp_path / "written.yaml"
     file.write_text(text)
     return load(file, actions={})
@@ -22,7 +22,7 @@ def checked(text, tmp_path):
 
 @pytest.fixture(autouse=True)
 def directory(monkeypatch, tmp_path):
-    """A directory to work in, with nothing in it, and an environment without what the files ask for."""
+    """An empty working directory, and an environment without the variables that the files use."""
     for name in ("PORT", "WEB_CONCURRENCY", "DEBUG", "GUNICORN_BIND", "GUNICORN_PROCESSES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -31,7 +31,7 @@ def directory(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_configuration_of_gunicorns(directory, name):
-    """Each value is in its place, what has no equivalent is told, and the file passes a check."""
+    """Each value is in its place, settings without an equivalent are noted, and the file passes a check."""
     source, values, words = CONFIGS[name]
     (directory / "gunicorn.conf.py").write_text(source)
     done = translated("gunicorn.conf.py")
@@ -51,7 +51,7 @@ def test_a_configuration_of_gunicorns(directory, name):
 
 
 def test_what_flaskd_would_refuse_is_left_out_and_told(directory):
-    """So what is written passes a check, whatever another server takes."""
+    """Values that flaskd would refuse are left out and noted, so the file passes a check."""
     (directory / "gunicorn.conf.py").write_text("bind = ':80, not an address'\nthreads = 5000\nworkers = 2\n")
     done = translated("gunicorn.conf.py")
     assert checked(valid(done), directory).values.server.workers == 2
@@ -92,15 +92,54 @@ VALUES = st.recursive(
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(pairs=st.lists(st.tuples(st.sampled_from(NAMES), VALUES), max_size=4))
+@example(pairs=[("bind", repr("\x7f")), ("accesslog", repr("\ud800")), ("loglevel", repr("\uffff"))])
 def test_whatever_is_set_what_is_written_passes_a_check(directory, pairs):
-    """Each value is taken over or told; none ends in a traceback."""
+    """Whatever gunicorn setting is set, it is translated or noted, without a traceback, and the file passes a check."""
     (directory / "gunicorn.conf.py").write_text("".join(f"{name} = {value}\n" for name, value in pairs))
     done = translated("gunicorn.conf.py")
     checked(valid(done), directory)
 
 
+def test_what_a_condition_changes_keeps_its_first_value(directory):
+    """Such as a file that is for production, unless it is told otherwise; the place where it is changed is told."""
+    (directory / "gunicorn.conf.py").write_text("import os\nworkers = 8\nif os.getenv('DEV'):\n    workers = 1\n")
+    done = translated("gunicorn.conf.py")
+    assert done.values["server.workers"] == 8
+    assert 'gunicorn.conf.py:2 workers: it is set under "if", line 3, too, perhaps to another value' in done.notes
+
+
+def test_a_number_of_workers_that_is_not_known_is_not_said_to_be_gunicorns(directory):
+    """One is written, with a word that it was another; nothing is said of threads whose number is not known either."""
+    (directory / "gunicorn.conf.py").write_text(
+        "def n(x): return x\nworkers = n(8)\nthreads = n(2)\nerrorlog = n('-') or None\n"
+    )
+    done = translated("gunicorn.conf.py")
+    assert (done.values, done.origins["server.workers"]) == (
+        {"server.workers": 1}, "how many gunicorn had is not known: see below",
+    )  # fmt: skip
+    assert [each.partition(" ")[2].partition(": ")[0] for each in done.notes] == ["workers", "threads", "errorlog"]
+    assert done.notes[-1].endswith("it is worked out when the file is run (n('-'))")
+
+
+def test_a_note_does_not_ask_for_what_was_translated(directory):
+    """What is said beside a value that was taken over is not to write that value."""
+    (directory / "gunicorn.conf.py").write_text(
+        "max_requests = 9\nmax_requests_jitter = 2\nthreads = 2\nworker_connections = 5\nchdir = '/'\npythonpath = '/'\n"
+        "forwarded_allow_ips = '*'\nproxy_protocol = True\nworker_class = 'gevent'\n"
+    )
+    done = translated("gunicorn.conf.py")
+    assert done.values.keys() > {"pool.max_requests", "server.threads", "app.chdir", "server.trusted_proxy"}
+    assert [each for each in done.notes if "write " in each] == []
+
+
+def test_text_is_read_back_as_it_was(directory):
+    """What YAML takes for a line break, or takes only with an escape, stays a part of the text."""
+    odd = "a \x85b\u2028c\x7f\U0001f600 ${d}"
+    assert checked(f"version: 1\napp: {{chdir: {written(odd)}}}\n", directory).values.app.chdir == directory / odd
+
+
 def test_every_note_has_its_line(directory):
-    """The file and the line, so that what is told can be found."""
+    """Every note has the file and the line."""
     (directory / "gunicorn.conf.py").write_text("\npidfile = 'x'\nbind = len(x)\n")
     first, second, *_ = translated("gunicorn.conf.py").notes
     assert first.startswith("gunicorn.conf.py:2 pidfile: ")
@@ -108,7 +147,7 @@ def test_every_note_has_its_line(directory):
 
 
 def test_a_file_is_read_and_never_run(directory):
-    """Also where it would do something at once."""
+    """The file is read and never run, even if it would do something at once."""
     (directory / "gunicorn.conf.py").write_text("open('was_run', 'w')\nworkers = open('was_run', 'w') and 2\n")
     translated("gunicorn.conf.py")
     assert not (directory / "was_run").exists()
@@ -151,33 +190,33 @@ def test_a_file_is_read_and_never_run(directory):
     ],
 )
 def test_a_command_line(directory, line, values):
-    """Its options are keys of the configuration, which passes a check."""
+    """The options of a command line become keys of a configuration that passes a check."""
     done = translated(line)
     assert done.values == values
     checked(rendered(done), directory)
 
 
 def test_a_long_command_line(directory):
-    """It may be longer than any file's name."""
+    """A command line may be longer than a file's name can be."""
     done = translated(f"gunicorn {'--env NAME=value ' * 400} -w 3 shop:app")
     assert (done.values["server.workers"], done.values["app.target"]) == (3, "shop:app")
 
 
 def test_a_note_about_an_option_names_it_as_it_is_typed(directory):
-    """With the dashes, and by the name that gunicorn has for it on its command line."""
+    """A note about an option names it with its dashes, as on gunicorn's command line."""
     notes = translated("gunicorn -k gevent -p x.pid --access-logfile x.log app:app").notes
-    assert [note.partition(":")[0] for note in notes] == ["--worker-class", "--pid", "--access-logfile", "threads"]
+    assert [note.partition(":")[0] for note in notes] == ["--worker-class", "--pid", "--access-logfile"]
 
 
 @pytest.mark.parametrize("line", ["gunicorn --reload app:app", "flask --app app run --reload"])
 def test_a_reloader_is_answered_with_flaskds_own(directory, line):
-    """It is an option of flaskd serve, and no key of the configuration."""
+    """--reload is answered with the option of flaskd serve, and sets no key."""
     notes = [note for note in translated(line).notes if note.startswith("--reload: ")]
-    assert [note.partition(", ")[2].partition(" takes")[0] for note in notes] == ["--reload"]
+    assert [note.partition(", ")[2].partition(" takes")[0] for note in notes] == ["flaskd serve --reload"]
 
 
 def test_a_command_line_wins_over_the_file_that_gunicorn_reads(directory):
-    """Which is gunicorn.conf.py, or the one that it names."""
+    """A command line wins over gunicorn.conf.py, or over the file that it names."""
     (directory / "gunicorn.conf.py").write_text("workers = 2\nthreads = 3\n")
     (directory / "other.py").write_text("workers = 5\n")
     assert translated("gunicorn -w 7 app:app").values == {
@@ -198,7 +237,7 @@ def test_a_command_line_wins_over_the_file_that_gunicorn_reads(directory):
     ],
 )
 def test_the_app_that_is_here_is_found_and_not_imported(directory, files, target):
-    """Where flaskd finds it by itself, nothing is written for it."""
+    """If flaskd finds the app by itself, no target is written, and the app is not imported."""
     for name, source in files.items():
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_text(source)
@@ -207,7 +246,7 @@ def test_the_app_that_is_here_is_found_and_not_imported(directory, files, target
 
 
 def test_what_stands_behind_a_hash_is_the_default(directory):
-    """Each such line, taken in, changes nothing."""
+    """Each commented key, if its # is removed, changes nothing."""
     text = rendered(Translation())
     shown = re.sub(r"^( +)# (\w+: )", r"\1\2", text, flags=re.MULTILINE)
     assert shown.count("\n  ") > 10
@@ -216,13 +255,13 @@ def test_what_stands_behind_a_hash_is_the_default(directory):
 
 
 def said(capsys, *words):
-    """The exit code of a command line, what it prints, and what it says on standard error."""
+    """The exit code, the output and the standard error of a command line."""
     code = reported(lambda: cli.main(["init", *words], prog_name="flaskd", standalone_mode=False))
     return code, *capsys.readouterr()
 
 
 def test_a_file_that_is_there_is_not_overwritten(directory, capsys):
-    """Unless that is asked for; with - nothing is written at all."""
+    """An existing file is overwritten only with --force; with - no file is written."""
     (directory / "flaskd.yaml").write_text("mine")
     code, out, err = said(capsys)
     assert (code, out) == (64, "")
@@ -248,7 +287,7 @@ def test_a_file_that_is_there_is_not_overwritten(directory, capsys):
     ],
 )
 def test_what_cannot_be_translated_is_one_line(directory, capsys, source, why):
-    """And nothing is written."""
+    """A source that cannot be translated is one line of error, and no file is written."""
     (directory / "broken.py").write_text("\nworkers = = 2\n")
     code, out, err = said(capsys, "--from", source)
     assert (code, out) == (64, "")
@@ -258,14 +297,14 @@ def test_what_cannot_be_translated_is_one_line(directory, capsys, source, why):
 
 
 def test_a_configuration_in_python_is_answered_with_what_translates_it(directory, capsys):
-    """``flaskd serve -c gunicorn.conf.py``, as gunicorn takes it."""
+    """``flaskd serve -c gunicorn.conf.py`` is answered with the command that translates it."""
     code = reported(lambda: cli.main(["check", "-c", "gunicorn.conf.py"], prog_name="flaskd", standalone_mode=False))
     assert code == 64
     assert '"flaskd init --from gunicorn.conf.py" makes a flaskd.yaml of it' in capsys.readouterr().err
 
 
 def test_options_that_flaskd_would_refuse_are_left_out_and_told(directory):
-    """A command line's, likewise."""
+    """Options of a command line that flaskd would refuse are left out and noted."""
     done = translated("waitress-serve --channel-timeout=long --threads=none --asyncore-use-poll --listen=:80 shop:app")
     assert checked(valid(done), directory).values.app.target == "shop:app"
     assert done.values == {"server.listen": ":80", "app.target": "shop:app"}

@@ -1,4 +1,4 @@
-"""docs/migrating.md is true: its tables are what the command knows of other servers, its keys are flaskd's."""
+"""docs/migrating.md is true: its tables are those of the command, and its keys are flaskd's."""
 
 import re
 from pathlib import Path
@@ -36,7 +36,7 @@ def names(cell):
 
 
 def by_words(settings, words):
-    """Rows as they have to be: settings of which the same is said stand in one."""
+    """The rows that the table must have: settings with the same text are in one row."""
     found = {}
     for each in settings:
         found.setdefault(words(each), []).append(each)
@@ -44,33 +44,33 @@ def by_words(settings, words):
 
 
 def test_gunicorns_settings_with_an_equivalent_are_those_of_the_command():
-    """Each has its row, with the key that ``flaskd init --from`` writes."""
+    """Each such setting has its row, with the key that ``flaskd init --from`` writes."""
     shown = {names(row[0])[0]: "".join(names(row[1])) for row in rows("gunicorn")[1:] if len(row) == 3}
     assert shown == {name: key for name, (key, _) in translation._GUNICORN.items()}  # noqa: SLF001 - it is the table
 
 
 def test_what_is_said_of_gunicorns_other_settings_is_what_the_command_says():
-    """The rows are those of the command, word by word."""
+    """The rows have the command's text, word by word."""
     others = [*translation._SAID, *sorted(translation._OTHERS)]  # noqa: SLF001 - see above
     assert [row for row in rows("gunicorn") if len(row) == 2][1:] == by_words(others, translation._advice)  # noqa: SLF001
 
 
 def test_the_hooks_are_those_of_the_command():
-    """Word by word, too."""
+    """The rows about hooks have the command's text, word by word."""
     hooks = translation._HOOKS  # noqa: SLF001 - see above
     assert rows("Hooks")[1:] == by_words(hooks, hooks.get)
 
 
 @pytest.mark.parametrize("setting", [*translation._SAID, *sorted(translation._OTHERS)])  # noqa: SLF001 - see above
 def test_each_setting_of_the_tables_is_told_when_it_is_met(setting):
-    """With the words of its row, in whatever file of gunicorn's it stands."""
+    """In a gunicorn file the setting is reported with the words of its row."""
     done = translation.gunicorn({setting: Setting(3, "x")}, "{}:{}".format, {})
     [row] = [right for left, right in (r for r in rows("gunicorn") if len(r) == 2) if setting in names(left)]
     assert f"{setting}:3: {row}" in done.notes
 
 
 def test_waitress_settings_are_all_there_and_go_where_the_table_says():
-    """Each setting of the Waitress that is installed has a row; what the row names is what the command writes."""
+    """Each setting of the installed Waitress has a row, and the command writes what the row names."""
     shown = {name: right for left, right in rows("waitress-serve") for name in names(left)}
     assert {name.replace("_", "-") for name, _ in Adjustments._params} | {"call"} <= set(shown)  # noqa: SLF001
     for name, right in shown.items():
@@ -83,14 +83,14 @@ def test_waitress_settings_are_all_there_and_go_where_the_table_says():
 
 
 def test_flasks_options_are_all_there():
-    """Each option of ``flask run`` has its place in the table."""
+    """Each option of ``flask run`` is in the table."""
     shown = "\n".join(left for left, _ in rows("flask run"))
     options = [option for each in flask.cli.run_command.params for option in each.opts if option.startswith("--")]
     assert [each for each in options if each not in shown] == []
 
 
 def test_every_key_that_is_named_is_there():
-    """What the page calls a key of the configuration is one of the model."""
+    """Each key that the page names is in the model."""
     keys = re.findall(rf"`((?:{'|'.join(Config.model_fields)})(?:\.[a-z_]+)+)\b(?!\()", PAGE)
     assert len(set(keys)) > 30
     for key in keys:
@@ -101,7 +101,7 @@ def test_every_key_that_is_named_is_there():
 
 
 def test_the_yaml_is_valid():
-    """Each block is a configuration without a fault; so is what stands in the tables."""
+    """Each YAML block, and the YAML in the tables, is a valid configuration."""
     blocks = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     assert len(blocks) == 2
     for block in blocks:
@@ -109,7 +109,7 @@ def test_the_yaml_is_valid():
 
 
 def test_the_commands_are_understood(monkeypatch, tmp_path):
-    """Each ``flaskd init --from`` of the page translates; the answer that is shown is the one that is given."""
+    """Each ``flaskd init --from`` of the page translates; the shown answer is the real one."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gunicorn.conf.py").write_text("workers = 4\n")
     sources = re.findall(r"flaskd init --from (?:'([^…']+)'|(\S+\.py))", PAGE)
@@ -121,7 +121,7 @@ def test_the_commands_are_understood(monkeypatch, tmp_path):
 
 
 def test_the_python_is_python(monkeypatch):
-    """Each block compiles, and registers its function in a phase that there is."""
+    """Each Python block compiles, and registers its function in a phase that exists."""
     from flaskd.cleanup import callbacks
 
     registered = []

@@ -1,4 +1,4 @@
-"""What the options of ``flaskd serve`` become: values that win over the file, at a reload, too."""
+"""The options of ``flaskd serve`` become values that win over the file, also at a reload."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ from flaskd.process import pid1
 
 @pytest.fixture
 def readers(monkeypatch, tmp_path):
-    """Run no daemon; give what reads the configuration of each that was to be made."""
+    """Runs no daemon; gives the functions that read the configuration of each daemon that would run."""
     made = []
 
     class Boot:
@@ -36,7 +36,7 @@ def readers(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("option", "workers"), [("-w", 3), ("--workers", "auto"), ("-w", 0)])
 def test_workers_of_the_command_line_win(readers, tmp_path, option, workers):
-    """Over what the file says when flaskd starts, and over what it says at a reload."""
+    """--workers wins over the file at the start and at a reload."""
     file = tmp_path / "flaskd.yaml"
     file.write_text("server: {workers: 2, threads: 7}\n")
     with pytest.raises(SystemExit):
@@ -48,7 +48,7 @@ def test_workers_of_the_command_line_win(readers, tmp_path, option, workers):
 
 
 def test_without_the_option_the_file_says_how_many_workers(readers, tmp_path):
-    """An option that is not given hides nothing."""
+    """Without --workers the file's number is used."""
     (tmp_path / "flaskd.yaml").write_text("server: {workers: 2}\n")
     with pytest.raises(SystemExit):
         cli.cli(["serve", "shop:app"], standalone_mode=False)
@@ -57,14 +57,14 @@ def test_without_the_option_the_file_says_how_many_workers(readers, tmp_path):
 
 @pytest.mark.parametrize(("words", "workers"), [((), 1), (("-w", "0"), 1), (("-w", "3"), 3)])
 def test_reload_has_a_worker_at_least(readers, words, workers):
-    """New code needs another process; as many as are asked for, where that is."""
+    """With --reload there is at least one worker, or as many as asked for."""
     with pytest.raises(SystemExit):
         cli.cli(["serve", "shop:app", "--reload", *words], standalone_mode=False)
     assert readers[0]().values.server.workers == workers
 
 
 def test_reload_is_for_development(readers, tmp_path):
-    """Under profile: production it is a usage fault, which names what to do there."""
+    """--reload under profile: production is a usage fault, which names the alternative."""
     (tmp_path / "flaskd.yaml").write_text("profile: production\n")
     with pytest.raises(SystemExit):
         cli.cli(["serve", "shop:app", "--reload"], standalone_mode=False)

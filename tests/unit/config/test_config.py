@@ -1,4 +1,4 @@
-"""The configuration: reading, refusing, filling in, showing."""
+"""The configuration: reading, refusing, interpolating, showing."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def read(tmp_path, monkeypatch):
     [("web-1.example", "web-1.example"), ("w\u00fcb\n", "w?b?"), ("", "localhost"), ("x" * 200, "x" * 128)],
 )
 def test_an_instance_is_called_like_its_host(read, monkeypatch, host, name):
-    """Without a name of its own it has the host's, as far as that may stand in a header; answers say it if asked to."""
+    """The default instance is the host's name, if a header may contain it; answers name it only if configured."""
     monkeypatch.setattr(model.socket, "gethostname", lambda: host)
     config = read("server: {served_by: true}").values
     assert (config.instance, config.served_by) == (name, name)
@@ -93,13 +93,13 @@ def faults(read):
     ],
 )
 def test_tabs_where_yaml_has_them(read, text, target):
-    """In comments, block scalars and text, and between values, a tab is what YAML 1.2.2 (sections 5.5, 6.1) has it as."""
+    """In comments, block scalars, text and between values, tabs are accepted as in YAML 1.2.2 (sections 5.5, 6.1)."""
     assert read(text).values.app.target == target
 
 
 @pytest.mark.parametrize(("text", "line"), REFUSED)
 def test_refused_files(faults, text, line):
-    """What a configuration has no use for is refused at its place, and quickly."""
+    """YAML that a configuration does not need is refused at its place, and quickly."""
     start = time.monotonic()
     assert faults(text) == [line]
     assert time.monotonic() - start < 5
@@ -112,7 +112,7 @@ def test_empty_files_are_all_defaults(read, text):
 
 
 def test_a_byte_order_mark_moves_nothing(faults):
-    """A UTF-8 byte order mark is skipped, and places stay what an editor shows."""
+    """A UTF-8 byte order mark is skipped, and places are those that an editor shows."""
     assert faults("\ufefflog: {level: x}")[0].startswith("1:14 log.level: ")
 
 
@@ -126,7 +126,7 @@ def test_a_missing_file_is_one_clear_line(tmp_path):
 
 @pytest.fixture
 def again(tmp_path, monkeypatch):
-    """Start from a file with a value, write another text there, and read it again."""
+    """Start with a file that has a value, write another text to it, and read it again."""
     monkeypatch.chdir(tmp_path)
 
     def again(text: str, first: str = "watch: true\n") -> Configuration:
@@ -147,7 +147,7 @@ def again(tmp_path, monkeypatch):
     "text", ["", "\n", "# nothing\n", "---\n", "---\n...\n", "\ufeff", "server:\ncleanup: ~\n", "{}"]
 )
 def test_a_source_that_lost_its_values_is_no_reload(again, text):
-    """A file that was truncated, or has only comments left, takes the place of no configuration, but of an empty one."""
+    """A reload refuses a file that was truncated, or has only comments left, unless it was empty at the start."""
     with pytest.raises(ConfigError, match=r"cannot reload flaskd\.yaml: there is no value in it, .* version: 1"):
         again(text)
     assert again(text, first="# to be written\n").values.server.threads == 3
@@ -155,7 +155,7 @@ def test_a_source_that_lost_its_values_is_no_reload(again, text):
 
 
 def test_a_source_that_vanished_is_no_reload(again, tmp_path):
-    """A file that was deleted is told as one that cannot be read."""
+    """A reload of a deleted file says that it cannot be read."""
     path = tmp_path / "gone.yaml"
     path.write_text("watch: true")
     old = load(path, actions=ACTIONS)
@@ -165,7 +165,7 @@ def test_a_source_that_vanished_is_no_reload(again, tmp_path):
 
 
 def test_a_source_that_can_be_read_once_is_no_reload(tmp_path):
-    """A pipe has given its content to the start: a reload neither waits for another writer nor reads nothing from it."""
+    """A reload from a pipe is refused without waiting, because its content was read at the start."""
     path = tmp_path / "pipe"
     os.mkfifo(path)
     writer = threading.Thread(target=path.write_text, args=["watch: true"])
@@ -177,7 +177,7 @@ def test_a_source_that_can_be_read_once_is_no_reload(tmp_path):
     reader, writing = os.pipe()
     os.write(writing, b"watch: true")
     os.close(writing)
-    path = Path(f"/dev/fd/{reader}")  # as /dev/stdin is, and what a shell gives for <(command)
+    path = Path(f"/dev/fd/{reader}")  # like /dev/stdin, and like a shell's <(command)
     old = load(path, actions=ACTIONS)
     with pytest.raises(ConfigError, match="it is a pipe"):
         load_again(lambda: load(path, actions=ACTIONS), old)
@@ -185,7 +185,7 @@ def test_a_source_that_can_be_read_once_is_no_reload(tmp_path):
 
 
 def test_dev_null_can_be_read_again():
-    """Who says that there is no file gets the defaults at a reload, too."""
+    """A reload of /dev/null gives the defaults again."""
     old = load(Path(os.devnull), actions=ACTIONS)
     assert load_again(lambda: load(Path(os.devnull), actions=ACTIONS), old).values == old.values
 
@@ -195,8 +195,20 @@ def test_dev_null_can_be_read_again():
 
 @pytest.mark.parametrize(("text", "lines"), WRONG)
 def test_faults_name_place_expectation_and_value(faults, text, lines):
-    """Each fault is one line: the place, the key, what was expected, what stands there."""
+    """Each fault is one line: the place, the key, what was expected, what was written."""
     assert faults(text) == lines
+
+
+def test_a_field_of_an_action_that_stands_beside_with(tmp_path):
+    """A key of the actions that come with flaskd is answered with its place; a path is not proposed for any text."""
+    path = tmp_path / "flaskd.yaml"
+    path.write_text(policies("a: {use: command, argv: [ls]}", "b: {use: command, with: ls}"))
+    with pytest.raises(InvalidConfigError) as caught:
+        load(path, actions=action_specs())
+    assert [each.message for each in caught.value.faults][1:] == [
+        'expected a known key, got "argv"; write cleanup.policies.NAME.with.argv',
+        'expected a mapping, got "ls"; such as with: {argv: ..., cwd: ...}',
+    ]
 
 
 def test_all_faults_come_at_once_and_sorted(faults):
@@ -207,7 +219,7 @@ def test_all_faults_come_at_once_and_sorted(faults):
 
 
 def test_a_flood_of_faults_is_cut(read):
-    """A file with thousands of faults is answered quickly, with the first ones and a count."""
+    """A file with thousands of faults is answered quickly, with the first ones and their number."""
     start = time.monotonic()
     with pytest.raises(ConfigError) as caught:
         read(policies(*(f"p{i}: {{use: command, after: q{i}, z: 1}}" for i in range(5000))))
@@ -217,7 +229,7 @@ def test_a_flood_of_faults_is_cut(read):
 
 
 def test_garbage_is_never_anything_but_a_fault(read):
-    """Whatever the bytes, the outcome is a configuration or a ConfigError."""
+    """Any bytes give a configuration or a ConfigError."""
     chance = random.Random(7)
     good = REFERENCE.read_bytes()
     for _ in range(300):
@@ -253,7 +265,7 @@ def test_garbage_is_never_anything_but_a_fault(read):
 
 
 def test_text_fields_take_what_was_written(read):
-    """A field that is text sees 3.10 and 0660, not numbers; one that is not sees YAML 1.2's values."""
+    """A text field has 3.10 and 0660 as text; other fields have YAML 1.2's values."""
     values = read(
         "app: {target: 1e3, chdir: 2024}\nserver: {ident: no, threads: 0x10, url_prefix: /}\n"
         "control: {mode: 0o640, group: 010}\nlog: {access: off}\n"
@@ -268,8 +280,9 @@ def test_text_fields_take_what_was_written(read):
 
 
 def test_no_mode_shuts_the_owner_out_or_prefers_others_to_the_group(read):
-    """Of all modes, those are taken whose owner may read and write and where others may do no more than the group."""
-    pattern = re.compile(schema(ACTIONS)["$defs"]["ControlConfig"]["properties"]["mode"]["pattern"])
+    """A mode is accepted if its owner may read and write and others may do no more than the group."""
+    text, _ = schema(ACTIONS)["$defs"]["ControlConfig"]["properties"]["mode"]["anyOf"]
+    pattern = re.compile(text["pattern"])
     for mode in range(0o1000):
         owner, group, others = mode >> 6, mode >> 3 & 7, mode & 7
         good = owner & 0o6 == 0o6 and others | group == group
@@ -285,7 +298,7 @@ def test_no_mode_shuts_the_owner_out_or_prefers_others_to_the_group(read):
 
 @pytest.mark.parametrize("bits", [0o600, 0o640, 0o660, 0o644, 0o666, 0o700, 0o770, 0o777])
 def test_a_mode_that_became_decimal_is_refused(read, bits):
-    """What a program writes in decimal for a mode (PyYAML, or 0o660 in a mapping) is never read as another one."""
+    """A mode written in decimal (by PyYAML, or 0o660 in a mapping) is refused and not read as another mode."""
     for written in (yaml.safe_dump({"control": {"mode": bits}}), {"control": {"mode": bits}}):
         with pytest.raises(InvalidConfigError, match=re.escape(f"({bits} is 0{bits:o} in decimal), got {bits}")):
             read(written) if isinstance(written, str) else load_mapping(written, actions=ACTIONS)
@@ -307,13 +320,13 @@ def test_units_become_seconds_and_bytes(read):
     [("{}", 25, 3), ("{deadline: 2s}", 2, 0.4), ("{deadline: 3s}", 3, 0.6), ("{deadline: 4s}", 4, 3)],
 )
 def test_the_default_reserve_fits_the_deadline(read, text, deadline, reserve):
-    """Who writes a short deadline alone gets a reserve that fits in."""
+    """With a short deadline alone the default reserve is shorter, too."""
     shutdown = read(f"shutdown: {text}").values.shutdown
     assert (shutdown.deadline, shutdown.reserve) == pytest.approx((deadline, reserve))
 
 
 def test_policies_are_complete_and_in_order(read):
-    """Each policy has its phase, its fields and what the defaults give it; the file's order is kept."""
+    """Each policy has its phase, fields and defaults; the file's order is kept."""
     text = "  defaults: {timeout: 9s, retries: 2}\n  policies:"
     found = read(
         policies("z: {use: sqlalchemy.dispose, timeout: 1s}", "a: {use: command, phase: flush, with: {argv: [x]}}",
@@ -332,7 +345,7 @@ def test_policies_are_complete_and_in_order(read):
 
 
 def test_chdir_is_relative_to_the_file(tmp_path):
-    """A relative directory starts at the configuration file, wherever flaskd is started."""
+    """A relative directory is relative to the configuration file, wherever flaskd is started."""
     (tmp_path / "flaskd.yaml").write_text("app: {chdir: shop}")
     assert load(tmp_path / "flaskd.yaml", actions=ACTIONS).values.app.chdir == tmp_path / "shop"
 
@@ -341,7 +354,7 @@ def test_chdir_is_relative_to_the_file(tmp_path):
 
 
 def test_interpolation_fills_in_text_numbers_and_units(read, tmp_path):
-    """Environment, files and credentials can stand in any value, whole or in part; $${ is a plain ${."""
+    """Environment, files and credentials can be interpolated in any value, whole or in part; $${ is a plain ${."""
     (tmp_path / "token").write_text("s3cret\n")
     (tmp_path / "cred").mkdir()
     (tmp_path / "cred" / "pw").write_bytes(b"hunter2\r\n")
@@ -370,13 +383,13 @@ def test_interpolation_fills_in_text_numbers_and_units(read, tmp_path):
     ],
 )  # fmt: skip
 def test_an_interpolation_that_fails_is_a_fault(faults, value, message):
-    """What cannot be filled in is one fault at its place."""
+    """An interpolation that fails is one fault at its place."""
     lines = faults(f"app: {{target: x}}\nserver: {{threads: '{value}'}}", environ={"BAD": "\udc80"})
     assert lines == [f"2:19 server.threads: {message}"]
 
 
 def test_a_missing_secret_file_is_named(faults, tmp_path):
-    """The file that cannot be read is named, and credentials cannot lead out of their directory."""
+    """The fault names the file that cannot be read; a credential's name cannot lead out of the directory."""
     lines = faults("app: {target: '${file:no}', chdir: '${cred:../x}'}", environ={"CREDENTIALS_DIRECTORY": "/"})
     assert lines[0] == f'1:15 app.target: expected a readable file, got "{tmp_path}/no": No such file or directory'
     assert '"${cred:../x}"' in lines[1]
@@ -397,7 +410,7 @@ SECRET = "tr0ub4dor"
     ],
 )
 def test_faults_never_show_secrets(faults, text):
-    """No fault quotes what an interpolation gave, not even in words that others chose."""
+    """No fault shows an interpolated value, not even in the words of another package."""
     lines = faults(text, environ={"S": SECRET, "P": "tr0"})
     assert lines
     assert not any("tr0" in line.replace("tr0ub4do,", "").replace("known: tr0ub4do", "") for line in lines)
@@ -405,7 +418,7 @@ def test_faults_never_show_secrets(faults, text):
 
 
 def test_describe_never_shows_secrets(read):
-    """Whatever came from an interpolation is masked, and so is what was derived from it."""
+    """`describe` masks interpolated values, and values derived from them."""
     configuration = read(
         "server: {ident: 'x-${env:S}', listen: '${env:L}'}\nshutdown: {deadline: '${env:D}'}\n"
         "cleanup:\n  defaults: {timeout: '${env:D}'}\n  policies:\n"
@@ -425,7 +438,7 @@ def test_describe_never_shows_secrets(read):
 
 
 def test_describe_hides_what_is_often_a_secret_in_plain_text():
-    """Headers, a webhook's path and query, a command's environment, passwords in URLs; where they stand is still told."""
+    """Headers, a webhook's path and query, a command's environment and URL passwords are masked, but not their places."""
     configuration = load_mapping(
         {"cleanup": {"policies": {
             "hook": {"use": "webhook", "with": {"url": "https://hooks.example:8443/s3cret?t=s3cret", "headers": {"Authorization": "s3cret"}}},
@@ -448,7 +461,7 @@ def test_describe_hides_what_is_often_a_secret_in_plain_text():
 
 
 def test_faults_never_show_the_password_of_a_url():
-    """A webhook takes none, and says what to do instead without repeating it."""
+    """A webhook's URL may have no password; the fault says what to do without repeating it."""
     hook = {"use": "webhook", "with": {"url": "https://bob:s3cret@hooks.example/x"}}
     with pytest.raises(ConfigError) as caught:
         load_mapping({"cleanup": {"policies": {"hook": hook}}}, actions=action_specs())
@@ -475,16 +488,18 @@ def test_faults_never_show_the_password_of_a_url():
     ],
 )
 def test_faults_show_nothing_that_the_configuration_hides(use, fields):
-    """They end up in the log, the status and the answer to a reload; what is wrong there is said without the value."""
+    """A fault does not show values that are hidden, because faults go into the log, the status and answers."""
     with pytest.raises(ConfigError) as caught:
         load_mapping({"cleanup": {"policies": {"it": {"use": use, "with": fields}}}}, actions=action_specs())
     assert "s3cret" not in str(caught.value)
     assert "another value" not in str(caught.value)
-    assert re.search(r"with\.\S+: expected .*, got (\[?\*{8}\]?|a list)$", str(caught.value))
+    assert re.search(
+        r"with\.\S+: expected .*, got (\[?\*{8}\]?|a list)(; such as \w+: \{NAME: \.\.\.\})?$", str(caught.value)
+    )
 
 
 def test_faults_show_nothing_that_a_field_of_an_action_hides():
-    """Whatever an action's author calls a secret is one, also inside of a field."""
+    """What an action's author marks as secret is not shown, also inside of a field."""
 
     class Inner(BaseModel):
         pin: SecretStr
@@ -507,7 +522,7 @@ def test_faults_show_nothing_that_a_field_of_an_action_hides():
 
 
 def test_the_command_line_wins(read):
-    """Overrides beat the file, also where it has no such section; None means not given."""
+    """Overrides win over the file, even if it has no such section; None means not given."""
     overrides = {"server.listen": ["0.0.0.0:80"], "server.threads": "8", "app.target": "${x}:y", "log.level": None}
     values = read("server: {threads: x}\napp:\nlog: {level: error}", overrides=overrides).values
     assert (values.server.listen, values.server.threads) == (["0.0.0.0:80"], 8)
@@ -516,7 +531,7 @@ def test_the_command_line_wins(read):
 
 
 def test_faults_of_the_command_line_say_so(faults):
-    """A fault in an override names the command line, after those of the file."""
+    """A fault in an override names the command line, and comes after those of the file."""
     lines = faults("log: {level: x}\nserver: 5", overrides={"app.target": "", "server.threads": 0, "log.x": 1})
     assert lines[1] == "2:9 server: expected a mapping, got 5; such as server: {threads: 5}"
     assert lines[2] == 'command line app.target: expected text that is not empty, got ""'
@@ -525,7 +540,7 @@ def test_faults_of_the_command_line_say_so(faults):
 
 
 def test_a_mapping_is_read_like_a_file(tmp_path, monkeypatch):
-    """Code may give a mapping, with paths and tuples; its text is text."""
+    """Code may give a mapping, with paths and tuples; its text stays text."""
     monkeypatch.chdir(tmp_path)
     data = {"app": {"chdir": Path("x")}, "server": {"listen": (":80",), "threads": 2}, "control": {"required": True}}
     configuration = load_mapping(data, actions={}, overrides={"server.threads": 3})
@@ -534,7 +549,7 @@ def test_a_mapping_is_read_like_a_file(tmp_path, monkeypatch):
 
 
 def test_faults_of_a_mapping_have_no_lines():
-    """A mapping's faults name the key; what YAML cannot hold, or what contains itself, is one of them."""
+    """A mapping's faults name the key; values that YAML cannot hold, or that contain themselves, are faults."""
     data = {"server": {"threads": "8", 1: 2, "ident": {3}}, "health": {"probe_timeout": 5}, "log": {}}
     data["log"]["level"] = data
     with pytest.raises(ConfigError) as caught:
@@ -546,7 +561,7 @@ def test_faults_of_a_mapping_have_no_lines():
 
 
 def test_restart_keys_are_those_a_reload_cannot_change(read):
-    """Only differing keys that need a restart are named; the rest is live."""
+    """`restart_keys` names only keys that differ and need a restart."""
     old = read("")
     live = "server: {threads: 9}\nlog: {level: error}\nhealth: {probe: /}\nshutdown: {deadline: 9s}\n"
     assert old.restart_keys(read(live + policies("a: {use: login}"))) == []
@@ -559,7 +574,7 @@ def test_restart_keys_are_those_a_reload_cannot_change(read):
 
 
 def test_the_endpoint_can_change_with_a_restart_only(read):
-    """Its keys are named one by one; the idle stop is live."""
+    """A change of the endpoint needs a restart, and names each key; the idle stop changes at a reload."""
     old = read("")
     new = read("shutdown: {idle: {after: 1s, ignore: /x}, endpoint: {listen: ':1', token_file: t, allowed_hosts: x}}")
     keys = [f"shutdown.endpoint.{name}" for name in ("listen", "token_file", "allowed_hosts")]
@@ -567,7 +582,7 @@ def test_the_endpoint_can_change_with_a_restart_only(read):
 
 
 def test_the_token_file_is_relative_to_the_configuration(read, tmp_path):
-    """As key files are; an endpoint on port 0, or a profile without an endpoint, is no fault."""
+    """The token file is relative to the configuration file; port 0 and a profile without an endpoint are no faults."""
     endpoint = "{listen: '127.0.0.1:0', token_file: t, allowed_hosts: LocalHost:1}"
     values = read(f"server: {{listen: '127.0.0.1:0'}}\nshutdown: {{endpoint: {endpoint}}}").values.shutdown.endpoint
     assert (values.token_file, values.allowed_hosts) == (tmp_path / "t", ["localhost:1"])
@@ -578,7 +593,7 @@ def test_the_token_file_is_relative_to_the_configuration(read, tmp_path):
 
 
 def leaves(tree, prefix=()):
-    """Walk to the path of every value."""
+    """The path of every value."""
     for key, value in tree.items():
         if isinstance(value, dict) and value:
             yield from leaves(value, (*prefix, key))
@@ -587,7 +602,7 @@ def leaves(tree, prefix=()):
 
 
 def test_describe_reads_back_the_same(read):
-    """What `flaskd config` prints is a valid file with the same meaning, odd texts included."""
+    """`flaskd config` prints a valid file with the same values, odd texts included."""
     odd = ["no", "1e3", "0o17", "$${env:X}", "a: b", "x\ty", "é\u2028", "", "~", "********", "- x", "#", "'\""]
     first = read(
         "app: {chdir: .}\nshutdown: {deadline: 61.25s, reserve: 1ms}\nserver: {max_request_body_size: 1000}\n"
@@ -599,7 +614,7 @@ def test_describe_reads_back_the_same(read):
 
 
 def test_the_schema_knows_every_key_and_describes_it():
-    """The JSON Schema is plain JSON, has each key with a description, and writes defaults as people do."""
+    """The JSON Schema is plain JSON, describes every key, and writes defaults as people do."""
     found = schema(ACTIONS)
     assert json.loads(json.dumps(found)) == found
     definitions = found["$defs"]
@@ -613,13 +628,13 @@ def test_the_schema_knows_every_key_and_describes_it():
     assert definitions["ShutdownConfig"]["properties"]["deadline"]["default"] == "25s"
     assert definitions["ServerConfig"]["properties"]["max_request_body_size"]["default"] == "1GiB"
     policy = definitions["Policy"]
-    assert policy["properties"]["use"]["anyOf"][0]["enum"] == sorted(ACTIONS)
+    assert [each["const"] for each in policy["properties"]["use"]["anyOf"][:-1]] == sorted(ACTIONS)
     assert {"if", "then"} == set(policy["allOf"][0])
     assert definitions["CallFields"]["additionalProperties"] is False
 
 
 def test_actions_of_other_packages_declare_their_fields_with_pydantic():
-    """Its models, with flaskd's units and lists, are read, refused, shown and described like flaskd's own sections."""
+    """Pydantic models with flaskd's units and lists are read, refused, shown and described like flaskd's sections."""
 
     class Fields(Section):
         wait: Duration = Field(default=2.0, gt=0, description="How long.")
@@ -650,7 +665,7 @@ def test_actions_of_other_packages_declare_their_fields_with_pydantic():
 
 
 def test_the_schema_confuses_no_two_models_of_one_name():
-    """A model of another package may be called as a section of flaskd's."""
+    """A model of another package may have the name of one of flaskd's sections in the schema."""
 
     class DrainConfig(BaseModel):
         mine: int
@@ -663,7 +678,7 @@ def test_the_schema_confuses_no_two_models_of_one_name():
 
 
 def test_the_values_of_a_section_never_change():
-    """A copy may have other values; it compares by value, and knows what was given."""
+    """Values never change; a copy may have others, compares by value, and knows which were given."""
     drain = Config().shutdown.drain
     for change in (lambda: setattr(drain, "timeout", 1.0), lambda: delattr(drain, "timeout")):
         with pytest.raises(AttributeError, match="the values of a configuration never change"):
@@ -676,7 +691,7 @@ def test_the_values_of_a_section_never_change():
 
 
 def test_the_schema_takes_what_is_taken():
-    """The mode of discovery may stand alone, as it may in the file."""
+    """The schema accepts the mode of discovery alone, as the file does."""
     discovery = schema(ACTIONS)["$defs"]["CleanupConfig"]["properties"]["discovery"]
     words, whole = discovery["anyOf"]
     assert words["anyOf"][0]["enum"] == ["auto", "report", "off"]
@@ -684,7 +699,7 @@ def test_the_schema_takes_what_is_taken():
 
 
 def test_the_reference_shows_every_key_with_its_default():
-    """config/flaskd.yaml is valid, misses no key and invents none, and shows the defaults."""
+    """config/flaskd.yaml is valid, has every key and no other, and shows the defaults."""
     configuration = load(REFERENCE, actions=action_specs(), environ={})
     shown, defaults = (set(leaves(yaml.safe_load(text))) for text in (
         REFERENCE.read_text(), load(None, actions=ACTIONS).describe()))  # fmt: skip
@@ -702,7 +717,7 @@ def test_the_reference_shows_every_key_with_its_default():
 
 
 def test_where_each_value_came_from(tmp_path):
-    """What is written is shown with its place, what the command line gave with that; secrets stay hidden."""
+    """Each written value is shown with its place, and those of the command line as such; secrets stay hidden."""
     path = tmp_path / "f.yaml"
     path.write_text("server:\n  listen: ':1'\n  threads: ${env:N}\nlog: {level: debug}\n")
     found = load(path, actions={}, overrides={"app.target": "shop:app"}, environ={"N": "7"})
@@ -722,7 +737,7 @@ def test_where_each_value_came_from(tmp_path):
 
 
 def test_a_state_path_may_be_written_in_full():
-    """Where the service manager says where state is kept, a path under it is the same in full; no record, no file of it."""
+    """If $STATE_DIRECTORY is known, an absolute path under it counts as the relative one; without a record it is free."""
     kept = {"a": {"use": "cache.persist", "with": {"path": "/state/cache.bin"}}, "b": {"use": "cache.persist"}}
     data = {"cleanup": {"policies": kept}}
     load_mapping(data, actions=ACTIONS, environ={})
@@ -730,3 +745,29 @@ def test_a_state_path_may_be_written_in_full():
         load_mapping(data, actions=ACTIONS, environ={"STATE_DIRECTORY": "/state:/more"})
     named = {"use": "cache.persist", "with": {"path": "last-stop.json"}}
     load_mapping({"shutdown": {"record": None}, "cleanup": {"policies": {"a": named}}}, actions=ACTIONS, environ={})
+
+
+@pytest.mark.parametrize(("text", "owner"), [
+    ("server: {listen: [':8000', ':8001', ':8000']}", "server.listen[0]"),
+    ("server: {listen: ':8000'}\nadmin: {listen: ':8000'}", "server.listen"),
+    ("server: {listen: '127.0.0.1:8000'}\nadmin: {agent: ['0.0.0.0:8000']}", "server.listen"),
+    ("server: {listen: 'localhost:8000'}\nadmin: {listen: '127.0.0.1:8000'}", "server.listen"),
+    ("server: {listen: '[::]:8000'}\nadmin: {listen: '[::1]:8000'}", "server.listen"),
+    ("admin: {listen: 'unix:/run/a', agent: 'unix:/run/a'}", "admin.listen"),
+    ("server: {listen: 'fd:http'}\nadmin: {listen: 'fd:http'}", "server.listen"),
+    ("admin: {listen: 'a.example:1'}\nshutdown: {endpoint: {listen: 'a.example:1', token_file: t}}", "admin.listen"),
+])  # fmt: skip
+def test_two_listeners_on_one_address(faults, text, owner):
+    """The kernel gives it to one of them: the second is a fault, which names the first."""
+    (line,) = faults(text)
+    assert re.search(rf": expected an address of its own, got \S+, which is that of {re.escape(owner)}$", line)
+
+
+@pytest.mark.parametrize("text", [
+    "server: {listen: [':0', ':0', '127.0.0.1:0']}",
+    "server: {listen: ['0.0.0.0:8000', '[::]:8000']}",
+    "server: {listen: ['127.0.0.1:8000', '127.0.0.2:8000', '127.0.0.1:8001', 'unix:/run/a', 'unix:/run/b']}",
+])  # fmt: skip
+def test_addresses_that_do_not_meet(read, text):
+    """Port 0 is another one each time, IPv4 and IPv6 are listened on apart, and each loopback address is its own."""
+    assert read(text).values.server.listen

@@ -7,7 +7,7 @@ from flaskd.config.loading import digest
 
 
 class Owner:
-    """Notes what the watch tells, and deals with it or not."""
+    """Notes the reported digests, and accepts them or not."""
 
     def __init__(self, path):
         self.told = []
@@ -21,7 +21,7 @@ class Owner:
             self.watch.known = what
 
     def looks(self, count=2):
-        """Look some times, and give what was told meanwhile."""
+        """Look several times, and give what was reported meanwhile."""
         self.told.clear()
         for _ in range(count):
             self.watch.look()
@@ -30,7 +30,7 @@ class Owner:
 
 @pytest.fixture
 def path(tmp_path):
-    """A configuration file as Kubernetes mounts a ConfigMap: a link, through a link that is exchanged."""
+    """A configuration file as in a mounted Kubernetes ConfigMap: a link through a link that is exchanged."""
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "flaskd.yaml").write_text("one")
     (tmp_path / "..data").symlink_to("1")
@@ -48,7 +48,7 @@ def swap(path, number, text):
 
 
 def test_without_an_edit_nothing_is_told(path):
-    """Neither the first look nor a touch is a change."""
+    """Neither the first look nor a touch is reported."""
     owner = Owner(path)
     assert owner.looks() == []
     os.utime(path, ns=(1, 1))
@@ -57,7 +57,7 @@ def test_without_an_edit_nothing_is_told(path):
 
 @pytest.mark.parametrize("how", ["in place", "rename", "swap", "swap of the same size"])
 def test_each_kind_of_edit_is_told_once(path, how):
-    """However the file is edited, and again; what was dealt with is not told again."""
+    """Every way to edit the file is reported once, and not again after it was accepted."""
     owner = Owner(path)
     owner.looks()
     for number in ("2", "3"):
@@ -74,7 +74,7 @@ def test_each_kind_of_edit_is_told_once(path, how):
 
 
 def test_a_file_with_the_old_date_is_an_edit(path):
-    """A rename that keeps size and modification time, as rsync and cp -p make them, is seen."""
+    """A rename that keeps size and modification time, as rsync and cp -p make them, is noticed."""
     owner = Owner(path)
     owner.looks()
     (path.parent / "new").write_text("two")
@@ -85,14 +85,14 @@ def test_a_file_with_the_old_date_is_an_edit(path):
 
 
 def test_an_edit_before_the_first_look_is_seen(path):
-    """What was edited after it had been read and before the watch began is no secret."""
+    """An edit after the file was read and before the watch began is noticed."""
     owner = Owner(path)
     path.write_text("two")
     assert owner.looks() == [digest(b"two")]
 
 
 def test_half_of_an_edit_is_not_read(path):
-    """While the file changes from look to look, nothing is told."""
+    """While the file changes from look to look, nothing is reported."""
     owner = Owner(path)
     owner.looks()
     for number in range(3):
@@ -102,7 +102,7 @@ def test_half_of_an_edit_is_not_read(path):
 
 
 def test_what_was_not_dealt_with_is_told_again(path):
-    """An owner that could not deal with a change just then hears of it at the next look."""
+    """A change that the owner could not process is reported again at the next look."""
     owner = Owner(path)
     owner.looks()
     owner.deals = False
@@ -114,7 +114,7 @@ def test_what_was_not_dealt_with_is_told_again(path):
 
 
 def test_a_file_that_goes_away_is_a_change(path):
-    """Gone is told once, and so is its return."""
+    """A file's disappearance is reported once, and so is its return."""
     owner = Owner(path)
     owner.looks()
     path.resolve().unlink()
@@ -124,7 +124,7 @@ def test_a_file_that_goes_away_is_a_change(path):
 
 
 def test_an_edit_that_is_taken_back_is_a_change(path):
-    """Back to what was in force is told, so that a fault does not stay on show."""
+    """A return to the content in force is reported, so that a shown fault disappears."""
     owner = Owner(path)
     owner.looks()
     path.write_text("[")
@@ -134,7 +134,7 @@ def test_an_edit_that_is_taken_back_is_a_change(path):
 
 
 def test_a_pipe_is_not_watched(tmp_path):
-    """What cannot be read twice is never read."""
+    """A pipe is never read, because it cannot be read twice."""
     (tmp_path / "file").write_text("x")
     owner = Owner(tmp_path / "file")
     (tmp_path / "file").unlink()

@@ -1,4 +1,4 @@
-"""What the configuration has to say of worker processes: how many, and what a reload changes with them."""
+"""The configuration of worker processes: how many there are, and what a reload changes."""
 
 import pickle
 
@@ -37,21 +37,21 @@ def configured(workers, **sections):
 
 @pytest.mark.parametrize("workers", [0, 1, 512, "auto"])
 def test_workers_are_a_number_or_auto(workers):
-    """They are read from a file and from the command line alike, and shown as they were written."""
+    """A number or auto is read from a file and from the command line, and shown as it was written."""
     configuration = load_mapping({"server": {"workers": 3}}, actions={}, overrides={"server.workers": str(workers)})
     assert configuration.values.server.workers == workers
     assert f"workers: {workers}\n" in configuration.describe()
 
 
 def test_auto_is_a_worker_for_each_cpu(monkeypatch):
-    """A number is what it is; auto asks how many CPUs may be used."""
+    """Auto is one worker for each CPU that may be used; a number is used as it is."""
     monkeypatch.setattr(model, "usable", lambda: 7)
     assert [configured(workers).values.count_workers() for workers in (0, 3, "auto")] == [0, 3, 7]
     assert Config().count_workers() == 0
 
 
 def test_the_schema_takes_numbers_and_auto():
-    """An editor knows both, and what only new workers can have."""
+    """The schema accepts numbers and auto, and says which keys need new workers."""
     definitions = schema({})["$defs"]
     found = definitions["ServerConfig"]["properties"]
     number, word = found["workers"]["anyOf"]
@@ -61,7 +61,7 @@ def test_the_schema_takes_numbers_and_auto():
 
 
 def test_without_workers_every_such_key_needs_a_restart():
-    """What serves the app is in the daemon's own process then; what is said of a pool means nothing."""
+    """Without workers all keys about serving the app need a restart, and those of the pool have no effect."""
     old, new = configured(0), configured(0, **EVERY_KEY)
     assert old.restart_keys(new) == [
         "app.target", "app.chdir", "profile", "server.listen", "server.connection_limit", "server.trusted_proxy",
@@ -74,7 +74,7 @@ def test_without_workers_every_such_key_needs_a_restart():
 
 
 def test_new_workers_can_have_what_serves_the_app():
-    """With workers on both sides only the daemon's own keys need a restart, and the others are named apart."""
+    """With workers before and after, only the daemon's own keys need a restart; keys for new workers are named apart."""
     old, new = configured("auto"), configured(2, **EVERY_KEY)
     assert old.restart_keys(new) == [
         "app.chdir", "profile", "server.listen", "server.backlog", "control.mode", "control.group", "control.required",
@@ -89,21 +89,21 @@ def test_new_workers_can_have_what_serves_the_app():
 
 @pytest.mark.parametrize(("before", "after"), [(2, 4), (2, "auto"), ("auto", 1)])
 def test_a_reload_changes_how_many_workers_there_are(before, after):
-    """One number of workers may follow another; no worker need be new for that."""
+    """A reload can change the number of workers, without replacing any."""
     old, new = configured(before), configured(after)
     assert (old.restart_keys(new), old.renewal_keys(new)) == ([], [])
 
 
 @pytest.mark.parametrize(("before", "after"), [(0, 2), ("auto", 0)])
 def test_between_workers_and_none_there_is_a_restart(before, after):
-    """Whether there are workers at all is known from the start on, and nothing is renewed by such a change."""
+    """A change between workers and none needs a restart, and no worker is replaced for it."""
     old, new = configured(before), configured(after, app={"target": "x:y"})
     assert old.restart_keys(new) == ["app.target", "server.workers"]
     assert old.renewal_keys(new) == []
 
 
 def test_a_configuration_goes_to_workers_as_it_is():
-    """Also the fields of an action that has none, and which of them were given."""
+    """A configuration is the same after pickling, even with fields of actions, and knows which fields were given."""
     policies = {"logs": {"use": "logging.flush"}, "bye": {"use": "call", "with": {"target": "shop:bye"}}}
     here = load_mapping(
         {"server": {"workers": 2}, "cleanup": {"policies": policies}}, actions=action_specs(), environ={}
@@ -115,7 +115,7 @@ def test_a_configuration_goes_to_workers_as_it_is():
 
 
 def test_an_app_in_hand_cannot_have_workers():
-    """Workers import the app by its name; the fault says where workers were asked for, and what to do."""
+    """An app given as an object with workers is a fault: it says where workers were asked for, and what to do."""
     configured(0).refuse_given_app()
     with pytest.raises(ConfigError, match="<mapping> server.workers: expected 0 .* got auto: .*app.target") as caught:
         configured("auto").refuse_given_app()
@@ -138,7 +138,7 @@ def kept(workers, *paths, **environ):
 
 @pytest.mark.parametrize("workers", [2, 512, "auto"])
 def test_more_than_one_worker_keep_more_than_one_file(workers):
-    """Its path has the worker's number in it, or each would overwrite what another one has kept."""
+    """With several workers the path must contain the worker's number, because each would overwrite the file."""
     kept(workers, "cache-{worker}.bin", "{worker}/other", "/abs/{worker}")
     with pytest.raises(InvalidConfigError) as caught:
         kept(workers, "a/cache.bin", "cache-{wroker}")
@@ -153,12 +153,12 @@ def test_more_than_one_worker_keep_more_than_one_file(workers):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_one_worker_needs_no_number(workers):
-    """It may have it."""
+    """With one worker the path may contain the number."""
     kept(workers, "cache.bin", "cache-{worker}")
 
 
 def test_a_path_that_is_a_secret_is_not_shown():
-    """Not even as part of what would be right."""
+    """A path that is a secret is not shown, and neither is a suggestion made from it."""
     path = "${env:P}"
     with pytest.raises(InvalidConfigError) as caught:
         load_mapping(
@@ -186,7 +186,7 @@ def test_a_path_that_is_a_secret_is_not_shown():
     ],
 )
 def test_a_number_may_be_any(one, other, meet):
-    """Two policies keep one file where any worker's number makes their paths the same."""
+    """Two policies keep the same file if their paths are equal for the number of any worker."""
     if meet:
         with pytest.raises(ConfigError, match="expected a file of its own, .* which is that of cleanup.policies.p0"):
             kept(0, one, other)

@@ -1,4 +1,4 @@
-"""What a line, a JSON object or a request line means, and who may say it."""
+"""What a line, a JSON object or an HTTP request means, and which client may give which command."""
 
 import contextlib
 import errno
@@ -35,19 +35,19 @@ PEER = Peer(uid=4242, pid=1, groups=frozenset({77}))
 
 
 def a_daemon(app=None):
-    """One that is not started."""
+    """A daemon that is not started."""
     return Boot(lambda: None, plane=lambda _: None, name="flaskd", environ={}, app=app).daemon
 
 
 def test_every_verb_of_the_table_does_something():
-    """The table and what stands behind it have the same verbs, and each flag is explained."""
+    """The table of verbs and the functions behind it have the same verbs, and each flag is explained."""
     assert list(RUN) == list(VERBS)
     assert {flag for verb in VERBS.values() for flag in verb.flags} == set(FLAGS)
 
 
 @pytest.mark.parametrize(("silent", "why"), [(4.9, ""), (6.25, "the serving thread has not turned for 6.2s")])
 def test_one_word_on_whether_it_lives(silent, why, monkeypatch):
-    """`health` and `/livez` ask the daemon, which is wedged when its serving thread has not turned for five seconds."""
+    """`health` and `/livez` fail if the serving thread has not run its loop for five seconds."""
     daemon, config = a_daemon(app=lambda environ, start_response: []), Config()
     assert daemon.wedged == ""  # starting
     monkeypatch.setattr(launch, "make_server", lambda *_, **__: SimpleNamespace(silent_for=silent))
@@ -68,7 +68,7 @@ def test_one_word_on_whether_it_lives(silent, why, monkeypatch):
 
 @pytest.mark.parametrize(("verb", "what"), [("plan", {"text": "one\ntwo"}), ("check", SimpleNamespace(path=None))])
 def test_a_slow_answer_keeps_nobody_waiting(verb, what, monkeypatch):
-    """What the app holds, or a file says, may be long in coming: the verb returns at once, and the answer follows."""
+    """A verb that asks the app or a file returns at once, and its answer follows later."""
     gate, answers = threading.Event(), queue.SimpleQueue()
     asked = {"plan": (InProcess, "plan"), "check": (Reload, "read")}[verb]
     monkeypatch.setattr(*asked, lambda *_: what if gate.wait(20) else None)
@@ -98,13 +98,13 @@ def test_a_slow_answer_keeps_nobody_waiting(verb, what, monkeypatch):
     ],
 )
 def test_words(line, text, changes, role):
-    """A verb, its flags in any order, its argument; who only asks for the log level changes nothing."""
+    """A verb may have flags in any order and an argument; `log-level` without an argument changes nothing."""
     command = from_words(line.split(), PEER)
     assert (str(command), command.changes, command.role) == (text, changes, role)
 
 
 def test_nothing_that_could_forge_a_line_of_the_log():
-    """Control characters are refused, in whichever dialect they come."""
+    """Control characters are refused in every dialect."""
     for speak in (
         lambda: from_words(["log-level", "x\x1b[2J"], PEER),
         lambda: from_fields("log-level", {"level": "x\ncontrol: stop from uid=0"}, PEER),
@@ -128,14 +128,14 @@ def test_nothing_that_could_forge_a_line_of_the_log():
     ],
 )
 def test_words_that_mean_nothing(line, error, message):
-    """The answer says what is wrong and what there is; nothing is carried out."""
+    """The error says what is wrong and what is known; no command is carried out."""
     with pytest.raises(error) as caught:
         from_words(line.split(), PEER)
     assert str(caught.value) == message
 
 
 def test_fields():
-    """JSON has flags as booleans and the argument as text or a whole number; a flag that is false is as if not there."""
+    """In JSON flags are booleans and the argument is text or a whole number; a false flag is like a missing one."""
     assert str(from_fields("stop", {"wait": True, "now": False}, PEER)) == "stop wait"
     assert str(from_fields("log-level", {"level": "debug"}, PEER)) == "log-level debug"
     assert str(from_fields("restart", {"slot": 0}, PEER)) == "restart 0"
@@ -169,7 +169,7 @@ def test_fields():
     ],
 )
 def test_http(method, target, body, text):
-    """The path is the verb; flags and the argument are in the query or in a JSON body."""
+    """The path is the verb; flags and argument are in the query or in a JSON body."""
     assert str(from_http(method, target, body, PEER)) == text
 
 
@@ -191,7 +191,7 @@ def test_http(method, target, body, text):
     ],
 )
 def test_http_that_is_refused(method, target, body, code):
-    """What changes something needs POST; the rest is as in the other dialects."""
+    """What changes something needs POST; all else is as in the other dialects."""
     with pytest.raises(UsageError) as caught:
         from_http(method, target, body, PEER)
     assert caught.value.code == code
@@ -220,21 +220,12 @@ def access(**control):
     ],
 )
 def test_the_highest_role_counts(roles, role, caplog):
-    """A user has the highest of their own and their groups' roles; without any roles everybody is admin."""
+    """A user has the highest of their own and their groups' roles; without any roles every user is admin."""
     assert access(roles=roles).role_of(PEER) == role
 
 
-def test_names_that_this_machine_does_not_know_are_a_warning(caplog):
-    """They give nobody a role, and are told once by name; the configuration itself is valid."""
-    access(roles={"operator": ["no-such-user", "@no-such-group"]})
-    assert [record.getMessage() for record in caplog.records] == [
-        'control.roles.operator: this machine has no user "no-such-user"; it gives nobody a role',
-        'control.roles.operator: this machine has no group "no-such-group"; it gives nobody a role',
-    ]
-
-
 def test_root_and_the_daemons_own_user_may_do_all():
-    """They could send it signals anyway, and so nobody is locked out."""
+    """Root and the daemon's own user are always admins, because they could send it signals anyway."""
     granted = access(roles={"viewer": [4242]})
     assert granted.role_of(Peer(uid=0)) == granted.role_of(Peer(uid=os.geteuid())) == Role.ADMIN
 
@@ -256,7 +247,7 @@ def test_root_and_the_daemons_own_user_may_do_all():
     ],
 )
 def test_a_refusal_names_the_role_that_is_needed(role, line, message):
-    """Who has a role may do what it says, and who has not is told which one it takes."""
+    """A client may do what its role allows; a refusal names the role that is needed."""
     command = from_words(line.split(), PEER)
     granted = access(roles={role: [4242]})
     if message is None:
@@ -268,7 +259,7 @@ def test_a_refusal_names_the_role_that_is_needed(role, line, message):
 
 
 def test_nobody_gets_help_only():
-    """Who has no role learns what there is, and nothing else."""
+    """A client without a role may only ask for help."""
     granted = access(roles={"admin": [1]})
     granted.check(from_words(["help"], PEER))
     with pytest.raises(ForbiddenError, match="status needs the role viewer; uid 4242 has no role"):
@@ -286,7 +277,7 @@ def test_nobody_gets_help_only():
     ],
 )
 def test_what_the_fifo_takes(control, takes):
-    """All without roles, nothing with them, and what `control.fifo` lists in either case."""
+    """The FIFO accepts all verbs without roles, none with roles, and in either case what `control.fifo` lists."""
     granted = access(**control)
     assert granted.fifo == takes
     for name in VERBS:
@@ -308,7 +299,7 @@ def connect(execute):
 
 
 def turn(client):
-    """What the control thread does with a client until nothing happens any more."""
+    """Do what the control thread does with a client, until nothing more happens."""
     while True:
         heard = client.last_heard
         if client.wants_to_read:
@@ -322,7 +313,7 @@ def turn(client):
 @given(st.lists(st.binary(max_size=300), max_size=8))
 @settings(max_examples=150, deadline=None)
 def test_no_bytes_hurt_a_connection(pieces):
-    """Whatever comes, in whatever pieces, there is no exception, and nothing but commands is carried out."""
+    """Any bytes in any pieces raise no exception, and only commands are carried out."""
     done = []
 
     def execute(command, reply):
@@ -351,7 +342,7 @@ LINES = st.one_of(
 @given(st.lists(LINES, max_size=12), st.integers(1, 50))
 @settings(max_examples=100, deadline=None)
 def test_how_lines_are_cut_into_pieces_does_not_matter(lines, size):
-    """The same bytes mean the same commands, however they arrive."""
+    """The same bytes mean the same commands, however they are split."""
     data = b"".join(line + b"\r\n" for line in lines)
     meant = []
     for step in (size, len(data) or 1):
@@ -423,7 +414,7 @@ def test_how_lines_are_cut_into_pieces_does_not_matter(lines, size):
     ],
 )
 def test_http_requests_whole_and_broken(request_bytes, answer):
-    """What is whole is carried out, once; what is broken, cut short or too long is refused and does nothing."""
+    """A complete request is carried out once; one that is broken, cut short or too long is refused."""
     done = []
 
     def execute(command, reply):
@@ -441,7 +432,7 @@ def test_http_requests_whole_and_broken(request_bytes, answer):
 
 
 def test_an_http_request_is_looked_at_once_however_it_is_cut(monkeypatch):
-    """A head is read when it is whole, and not again with each byte of a body."""
+    """A head is parsed once when it is complete, and not again with each byte of the body."""
     fields, done = [], []
 
     def execute(command, reply):
@@ -463,7 +454,7 @@ def test_an_http_request_is_looked_at_once_however_it_is_cut(monkeypatch):
     ("asked", "allowed"), [("GET /drain", b"POST"), ("PUT /status", b"GET, HEAD, POST"), ("GET /drian", None)]
 )
 def test_the_methods_that_are_allowed_are_named(asked, allowed):
-    """RFC 9110 §15.5.6: with a 405, and with no other answer."""
+    """A 405 has an Allow header with the methods (RFC 9110 §15.5.6); no other answer has one."""
     ours, client = connect(lambda *_: None)
     with ours, client.sock:
         ours.sendall(f"{asked} HTTP/1.0\r\n\r\n".encode())
@@ -475,7 +466,7 @@ def test_the_methods_that_are_allowed_are_named(asked, allowed):
 
 @pytest.mark.parametrize("line", [b"plan\n", b'{"cmd": "plan"}\n', b"GET /plan HTTP/1.0\r\n\r\n"])
 def test_a_fault_in_a_verb_is_an_answer(line, caplog):
-    """Who asked is told what was wrong, in the dialect of the question."""
+    """If a verb raises, the client gets an error in its own dialect."""
 
     def execute(_command, _reply):
         raise RuntimeError("no name")
@@ -492,7 +483,7 @@ def test_a_fault_in_a_verb_is_an_answer(line, caplog):
 
 
 def test_a_fault_in_a_verb_costs_the_fifo_that_line_alone(tmp_path, caplog, monkeypatch):
-    """It is told in the log, and what stands behind it is carried out."""
+    """If a command from the FIFO raises, that is logged, and the next line is carried out."""
     reached = threading.Event()
 
     def broken(_daemon, _command, _reply):
@@ -516,7 +507,7 @@ def test_a_fault_in_a_verb_costs_the_fifo_that_line_alone(tmp_path, caplog, monk
 
 @pytest.mark.parametrize("given", ["7", "-1", '"seven"', '""', "null"])
 def test_an_id_comes_back(given):
-    """Text, a whole number and null are given back as they came; no id is null."""
+    """An id that is text, a whole number or null comes back unchanged; a missing one is null."""
     ours, client = connect(lambda _, reply: reply.ok("done"))
     with ours, client.sock:
         ours.sendall(f'{{"id": {given}, "cmd": "status"}}\n{{"cmd": "status"}}\n'.encode())
@@ -527,7 +518,7 @@ def test_an_id_comes_back(given):
 
 @pytest.mark.parametrize("given", ["NaN", "Infinity", "1.5", "true", "{}", "[7]", "[" * 900 + "]" * 900])
 def test_an_id_that_could_not_come_back_is_refused(given):
-    """What is no JSON to others, or deep enough to break what reads or writes it, is an error; nothing is carried out."""
+    """An id that is no valid JSON, or nested too deeply, is an error; the command is not carried out."""
     done = []
     ours, client = connect(lambda command, _: done.append(command))
     with ours, client.sock:
@@ -542,7 +533,7 @@ def test_an_id_that_could_not_come_back_is_refused(given):
 
 @pytest.mark.parametrize("end", [b"", b"\n", b"\n\n"])
 def test_who_has_said_all_is_let_go(end):
-    """Commands that lie there when a client ends are all carried out, once, and then there is nothing more to do."""
+    """The commands that a client has sent before it closes are all carried out, once; then it is dropped."""
     done = []
 
     def execute(command, reply):
@@ -554,7 +545,7 @@ def test_who_has_said_all_is_let_go(end):
         ours.sendall(b'{"cmd": "status"}\n{"cmd": "health"}\n{"cmd": "ready"}' + end)
         ours.shutdown(socket.SHUT_WR)
         client.read()
-        client.read()  # it has ended before the first is carried out
+        client.read()  # the client has closed before the first is carried out
         assert client.ended
         for _ in range(4):
             assert not client.work()
@@ -564,7 +555,7 @@ def test_who_has_said_all_is_let_go(end):
 
 
 def test_who_does_not_read_is_given_up():
-    """Output that nobody takes is bounded, and the client then given up."""
+    """The unread output of a client is limited; above the limit it is dropped."""
     replies = []
     ours, client = connect(lambda _, reply: replies.append(reply))
     with ours, client.sock:
@@ -583,7 +574,7 @@ def test_who_does_not_read_is_given_up():
 
 
 def test_a_client_with_many_commands_waits_for_its_turn():
-    """More commands than may wait at once are not read before there are outcomes."""
+    """No more commands are read from a client than may wait, until there are outcomes."""
     replies = []
     ours, client = connect(lambda _, reply: replies.append(reply))
     with ours, client.sock:
@@ -598,14 +589,14 @@ def test_a_client_with_many_commands_waits_for_its_turn():
 
 
 def test_blanks_of_all_kinds_stay_out_of_the_log(caplog):
-    """What separates the words of a line in the FIFO is a blank in the log, whatever it was."""
+    """The words of a FIFO line are separated by blanks in the log, whatever separated them in the line."""
     caplog.set_level("INFO", "flaskd.control")
     LogReply("log-level\x1cinfo\r\x85").ok("info")
     assert caplog.messages == ["control: log-level info: OK info"]
 
 
 def test_a_client_has_the_name_of_its_program_while_that_runs():
-    """It is told with what it changed; of one that is gone there is none, and of whoever wrote into the FIFO."""
+    """The log names the client's program while it runs; there is no name for ended ones and for writers of the FIFO."""
     ours, theirs = socket.socketpair(socket.AF_UNIX)
     with ours, theirs:
         peer = Peer.of(theirs)
@@ -616,7 +607,7 @@ def test_a_client_has_the_name_of_its_program_while_that_runs():
 
 
 def test_many_who_come_at_once_are_all_answered(tmp_path, monkeypatch):
-    """One is accepted in each turn; the others are not forgotten."""
+    """One client is accepted in each turn, and all that connect at once are answered."""
     monkeypatch.setattr(plane, "RUN", {"health": lambda _daemon, _command, reply: reply.ok("healthy")})
     config = Config.model_validate({})
     daemon = SimpleNamespace(configuration=SimpleNamespace(values=config))
@@ -636,7 +627,7 @@ def test_many_who_come_at_once_are_all_answered(tmp_path, monkeypatch):
 
 
 def test_an_app_s_timeout_for_sockets_is_none_of_the_control_plane_s(tmp_path, monkeypatch):
-    """After socket.setdefaulttimeout() in the app, a client that says nothing keeps nobody waiting."""
+    """After the app calls socket.setdefaulttimeout(), a silent client still delays no other."""
     monkeypatch.setattr(plane, "RUN", {"health": lambda _daemon, _command, reply: reply.ok("healthy")})
     config = Config.model_validate({})
     daemon = SimpleNamespace(configuration=SimpleNamespace(values=config))
@@ -657,7 +648,7 @@ def test_an_app_s_timeout_for_sockets_is_none_of_the_control_plane_s(tmp_path, m
 
 
 def test_a_client_that_cannot_be_listened_to_is_dropped(tmp_path, monkeypatch, caplog):
-    """Where the system has no room to watch it, the others are served all the same."""
+    """If the system cannot watch a client, that one is dropped and the others are served."""
     full = []
 
     class Selector(selectors.DefaultSelector):

@@ -1,4 +1,4 @@
-"""What a FIFO gives, cut into lines: real ones, without a daemon."""
+"""The lines that are read from real FIFOs, without a daemon."""
 
 import os
 import select
@@ -12,7 +12,7 @@ from flaskd.protocol import MAX_LINE
 
 
 class Fifo:
-    """A place with its lines, read when asked to."""
+    """A FIFO and its lines, read when the test asks for it."""
 
     def __init__(self, directory):
         self.place = fifo_node(directory)
@@ -26,7 +26,7 @@ class Fifo:
         return writer
 
     def read(self):
-        """Read once, as the plane does; whether writers are left."""
+        """Read once, as the control thread does; returns whether there are writers."""
         if self.lines.read(self.place.fd):
             return True
         os.close(self.place.anew())
@@ -34,7 +34,7 @@ class Fifo:
 
     @property
     def calls(self):
-        """Whether it would be read from now (poll(2))."""
+        """Whether poll(2) reports it as readable."""
         poll = select.poll()
         poll.register(self.place.fd, select.POLLIN)
         return bool(poll.poll(0))
@@ -52,7 +52,7 @@ def fifo(tmp_path):
 
 
 def test_an_unfinished_line_is_not_the_next_writers(fifo, caplog):
-    """What a writer left without a newline is dropped with a warning; the next one's command is heard whole."""
+    """An unfinished line is dropped with a warning when its writer leaves; the next writer's command is read whole."""
     fifo.writer(b"status\ndra").close()
     assert not fifo.read()
     fifo.writer(b"stop\n").close()
@@ -62,7 +62,7 @@ def test_an_unfinished_line_is_not_the_next_writers(fifo, caplog):
 
 
 def test_a_line_may_come_in_pieces(fifo, caplog):
-    """As long as its writer is there, the rest is waited for."""
+    """A line may come in pieces as long as its writer has the FIFO open."""
     with fifo.writer(b"dra") as writer:
         assert fifo.read()
         writer.write(b"in\n")
@@ -73,7 +73,7 @@ def test_a_line_may_come_in_pieces(fifo, caplog):
 
 
 def test_a_fifo_without_writers_is_quiet(fifo):
-    """It calls when somebody writes, and not any more after they have gone, however often they come."""
+    """The FIFO is reported as readable after a write, and not after its writers have left."""
     assert not fifo.calls
     for _ in range(3):
         with fifo.writer():
@@ -89,7 +89,7 @@ def test_a_fifo_without_writers_is_quiet(fifo):
 
 
 def test_a_writer_that_comes_while_it_is_opened_once_more_is_heard(fifo):
-    """There is always a reader, and nothing that was written is lost."""
+    """While the FIFO is opened again it always has a reader, and nothing that was written is lost."""
     fifo.writer(b"status\n").close()
     assert not fifo.lines.read(fifo.place.fd)
     with fifo.writer(b"drain\n"):
@@ -101,7 +101,7 @@ def test_a_writer_that_comes_while_it_is_opened_once_more_is_heard(fifo):
 
 
 def test_the_end_of_a_line_that_is_too_long_is_no_command(fifo, caplog):
-    """All of it is dropped up to its newline, or to its writer's end; what follows is heard."""
+    """A line that is too long is dropped up to its newline or its writer's end; the next one is read."""
     for end in (b" stop\n", b""):
         with fifo.writer(b"x" * (MAX_LINE + 1)) as writer:
             assert fifo.read()
@@ -117,7 +117,7 @@ def test_the_end_of_a_line_that_is_too_long_is_no_command(fifo, caplog):
 
 
 def test_where_it_cannot_be_opened_once_more_it_is_made_anew(fifo, monkeypatch, caplog):
-    """Without a descriptor to spare it is given up, and the next look makes another."""
+    """If the FIFO cannot be opened again, the next look makes a new one."""
 
     def refuse(*_):
         raise OSError(24, "Too many open files")
@@ -125,7 +125,7 @@ def test_where_it_cannot_be_opened_once_more_it_is_made_anew(fifo, monkeypatch, 
     with monkeypatch.context() as patched:
         patched.setattr(os, "open", refuse)
         assert fifo.place.anew() is None
-    assert caplog.messages == ["cannot open the FIFO once more: Too many open files; it is made anew"]
+    assert caplog.messages == ["cannot open the FIFO again: Too many open files; flaskd makes a new one"]
     before = fifo.place.keep(0o600, -1)
     assert before is not None
     os.close(before)

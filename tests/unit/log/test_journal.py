@@ -1,4 +1,4 @@
-"""The journal's native protocol, byte for byte, and what happens when nobody listens."""
+"""The journal's native protocol, byte for byte, and what happens if no journal listens."""
 
 import array
 import io
@@ -17,7 +17,7 @@ from flaskd.log.setup import Logs
 
 @pytest.fixture
 def listening(tmp_path):
-    """A journal's socket; gives its path and a function that takes one entry, in a file or not."""
+    """A journal's socket; gives its path and a function that receives one entry, from a file or a datagram."""
     path = tmp_path / "journal"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(str(path))
@@ -58,12 +58,12 @@ def test_names_are_what_the_journal_takes(key, name):
 
 
 def test_a_value_is_bounded():
-    """What nobody reads is not sent."""
+    """A value is cut at a maximum length."""
     assert len(encode({"MESSAGE": "x" * (1 << 21)})) < (1 << 20) + 50
 
 
 def test_an_entry_goes_as_a_datagram_or_as_a_file(listening, sender):
-    """A large one comes as a sealed memory file; both are whole."""
+    """A large entry is sent as a sealed memory file; large and small ones arrive whole."""
     for size, as_file in ((10, False), (900_000, True)):
         entry = encode({"MESSAGE": "x" * size})
         sender.send(entry)
@@ -71,7 +71,7 @@ def test_an_entry_goes_as_a_datagram_or_as_a_file(listening, sender):
 
 
 def test_logs_go_there_with_their_fields(listening, monkeypatch):
-    """When standard error is the journal, records come with their fields, the access log with id and duration."""
+    """If standard error is the journal, records arrive with their fields, access lines with id and duration."""
     path, take = listening
     monkeypatch.setattr(Journal.__init__, "__defaults__", (path,))
     monkeypatch.setattr("flaskd.log.setup.in_journal", lambda _: True)
@@ -105,7 +105,7 @@ def test_logs_go_there_with_their_fields(listening, monkeypatch):
 
 
 def test_a_worker_is_named_in_each_of_its_entries(listening, monkeypatch):
-    """`always` is in each entry, unless that has a field of the same name itself."""
+    """The fields of `always` are in each entry, unless the entry has a field of that name."""
     path, take = listening
     monkeypatch.setattr(Journal.__init__, "__defaults__", (path,))
     monkeypatch.setattr("flaskd.log.setup.in_journal", lambda _: True)
@@ -119,7 +119,7 @@ def test_a_worker_is_named_in_each_of_its_entries(listening, monkeypatch):
 
 
 def test_a_journal_that_is_gone_costs_only_the_fields(tmp_path, monkeypatch):
-    """Standard error leads there as well: the line goes that way, with its priority."""
+    """If the journal does not answer, the line goes to standard error with its priority."""
     stream = io.StringIO()
     monkeypatch.setattr(Journal.__init__, "__defaults__", (str(tmp_path / "gone"),))
     monkeypatch.setattr("flaskd.log.setup.in_journal", lambda _: True)
@@ -131,5 +131,5 @@ def test_a_journal_that_is_gone_costs_only_the_fields(tmp_path, monkeypatch):
 
 
 def test_the_socket_is_where_the_journal_has_it():
-    """The path is a part of the protocol."""
+    """The path of the socket is the journal's."""
     assert journal.SOCKET == "/run/systemd/journal/socket"

@@ -34,9 +34,9 @@ class Terminal(Stream):
 
 @contextmanager
 def logging_to(stream, log_format="text", *, level="info", access="off"):
-    """Set the logs up on a standard error of one's own; gives what configures them anew.
+    """Set the logs up on a standard error of the test; gives a function that configures them again.
 
-    Not a fixture: before each test pytest puts its own standard error in place, and its handlers on quiet loggers.
+    It is no fixture, because before each test pytest sets its own standard error and adds handlers to quiet loggers.
     """
     with pytest.MonkeyPatch.context() as patch, Logs() as logs:
         patch.setattr(sys, "stderr", stream)
@@ -77,7 +77,7 @@ def test_times_are_rfc_3339_in_utc():
 
 
 def test_text_is_time_level_and_message():
-    """Text is for people: one line a record, from flaskd and waitress alike; a queue of requests is no news."""
+    """Text has one line for each record of flaskd and waitress; waitress' warning about its queue is dropped."""
     with logging_to(stderr := Stream()):
         log.info("ready: %s", "shop")
         log.warning("late")
@@ -91,7 +91,7 @@ def test_text_is_time_level_and_message():
     ("log_format", "line"), [("text", "info    worker 3: ready"), ("journal", "<6>worker 3: ready")]
 )
 def test_text_of_a_worker_says_which_one_it_is(log_format, line):
-    """One log has the words of all; with two lines in a record, it is said once."""
+    """Text of a worker names the worker, once for a record with several lines."""
     with pytest.MonkeyPatch.context() as patch, Logs() as logs:
         patch.setattr(sys, "stderr", stderr := Stream())
         logs.always = {"worker": 3}
@@ -103,7 +103,7 @@ def test_text_of_a_worker_says_which_one_it_is(log_format, line):
 
 
 def test_an_instance_is_a_field_and_no_part_of_a_text():
-    """It is a field of each line of JSON, an access line in JSON too, and is not in lines for people."""
+    """The instance is a field in JSON, also of JSON access lines, and is not in text."""
     fields = {
         "time": 0.0,
         "client": "c",
@@ -112,6 +112,8 @@ def test_an_instance_is_a_field_and_no_part_of_a_text():
         "protocol": "HTTP/1.1",
         "status": 200,
         "bytes": 1,
+        "referer": "",
+        "agent": "",
     }
     found = {}
     for log_format, access in (("json", "json"), ("text", "json"), ("json", "common"), ("text", "common")):
@@ -141,7 +143,7 @@ def test_text_shows_exceptions():
 
 
 def test_json_is_one_object_a_line():
-    """JSON has stable keys, the record's fields and its exception, on one line whatever is in them."""
+    """JSON has stable keys, the record's fields and its exception, always on one line."""
     with logging_to(stderr := Stream(), "json"):
         log.warning("cut\nthis", extra={"fields": {"path": "/é\n\u2028", "id": 7, "odd": {1}}})
         fail()
@@ -156,7 +158,7 @@ def test_json_is_one_object_a_line():
 
 
 def test_the_journal_gets_a_priority_on_each_line():
-    """Each line carries its record's priority, because the journal makes an entry of each: sd-daemon(3)."""
+    """Each line has its record's priority, because the journal makes an entry of each line: sd-daemon(3)."""
     with logging_to(stderr := Stream(), "journal", level="debug"):
         for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL, 25):
             log.log(level, "one\ntwo")
@@ -164,7 +166,7 @@ def test_the_journal_gets_a_priority_on_each_line():
 
 
 def test_the_journal_gets_tracebacks_line_by_line():
-    """No line of a traceback loses its priority."""
+    """Each line of a traceback has a priority."""
     with logging_to(stderr := Stream(), "journal"):
         fail()
     assert len(stderr.lines()) > 3
@@ -172,7 +174,7 @@ def test_the_journal_gets_tracebacks_line_by_line():
 
 
 def test_auto_is_the_journal_when_stderr_is_the_journal(monkeypatch, tmp_path):
-    """JOURNAL_STREAM is believed only when it names what standard error is: systemd.exec(5)."""
+    """JOURNAL_STREAM counts only if it names standard error: systemd.exec(5)."""
     with (tmp_path / "journal").open("w+") as stream:
         found = os.fstat(stream.fileno())
         monkeypatch.setenv("JOURNAL_STREAM", f"{found.st_dev}:{found.st_ino}")
@@ -187,13 +189,13 @@ def test_auto_is_the_journal_when_stderr_is_the_journal(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("stream", [None, io.StringIO(), object()], ids=["none", "memory", "no file"])
 def test_a_stderr_without_a_descriptor_is_not_the_journal(stream, monkeypatch):
-    """Where standard error is no file, the journal is not looked for."""
+    """If standard error has no descriptor, it is not the journal."""
     monkeypatch.setattr(sys, "stderr", stream)
     assert not in_journal({"JOURNAL_STREAM": "1:2"})
 
 
 def test_auto_is_text_elsewhere():
-    """Neither journal nor terminal: plain text."""
+    """Without journal and terminal the format is text."""
     with logging_to(stderr := Stream(), "auto"):
         log.error("failed")
     assert without_times(stderr.lines()) == ["error   failed"]
@@ -201,7 +203,7 @@ def test_auto_is_text_elsewhere():
 
 @pytest.mark.parametrize("log_format", ["text", "auto"])
 def test_colours_are_for_terminals(log_format):
-    """On a terminal what matters is coloured, and each line ends its own colour."""
+    """On a terminal important parts are coloured, and each line ends its colour."""
     with logging_to(terminal := Terminal(), log_format, level="debug"):
         for level in ("debug", "info", "warning", "error", "critical"):
             getattr(log, level)("x")
@@ -211,7 +213,7 @@ def test_colours_are_for_terminals(log_format):
 
 
 def test_no_colour_where_none_is_wanted(monkeypatch):
-    """NO_COLOR means no colour: no-color.org."""
+    """With NO_COLOR there is no colour: no-color.org."""
     monkeypatch.setenv("NO_COLOR", "1")
     with logging_to(terminal := Terminal()):
         log.error("failed")
@@ -219,7 +221,7 @@ def test_no_colour_where_none_is_wanted(monkeypatch):
 
 
 def test_a_reload_changes_level_and_format():
-    """Applying another configuration is enough."""
+    """`apply` with another configuration changes level and format."""
     with logging_to(stderr := Stream(), level="error") as apply:
         log.info("not shown")
         apply(log_format="journal", level="debug", access="off")
@@ -228,7 +230,7 @@ def test_a_reload_changes_level_and_format():
 
 
 def test_a_level_that_is_none_is_an_error():
-    """The configuration has checked the level; anything else is a mistake in the code."""
+    """An unknown level raises, because the configuration has checked it."""
     with pytest.raises(KeyError), logging_to(Stream(), level="loud"):
         pass
 
@@ -256,7 +258,7 @@ def test_a_level_that_is_none_is_an_error():
     ],
 )
 def test_access_lines(access, more, line):
-    """Common and combined are what every log reader knows; what a request is called stands behind that."""
+    """Common and combined lines have the standard form; the request's id follows after it."""
     with logging_to(stderr := Stream(), access=access):
         log_access(access, fields(**more))
     assert stderr.lines() == [line]
@@ -264,7 +266,7 @@ def test_access_lines(access, more, line):
 
 @contextmanager
 def access_logging_to(stream, log_format="text", access="combined"):
-    """Give what the server's answers are told to."""
+    """Give the function that gets the server's answers."""
     with pytest.MonkeyPatch.context() as patch, Logs() as logs:
         patch.setattr(sys, "stderr", stream)
         logs.apply(log_format=log_format, level="info", access=access)
@@ -274,7 +276,7 @@ def access_logging_to(stream, log_format="text", access="combined"):
 @pytest.mark.parametrize("log_format", ["text", "json", "journal"])
 @pytest.mark.parametrize("access", ["common", "combined", "json"])
 def test_an_answers_line_is_that_of_the_logger(log_format, access):
-    """Where no record is needed none is made, and the line is the same."""
+    """An access line that is written without a log record is the same as with one."""
     written = []
     for write in (False, True):
         stderr = Stream()
@@ -286,7 +288,7 @@ def test_an_answers_line_is_that_of_the_logger(log_format, access):
 
 
 def test_a_handler_of_the_apps_gets_the_record_of_an_answer():
-    """A line goes past logging only where nobody else is to have it."""
+    """If the app has a handler for access lines, a log record is made for it."""
     records = []
     handler = logging.Handler()
     handler.emit = records.append
@@ -303,7 +305,7 @@ def test_a_handler_of_the_apps_gets_the_record_of_an_answer():
 
 
 def test_no_answer_is_told_while_the_access_log_is_off():
-    """One may be under way when a reload turns it off."""
+    """With access: off no line is written, even for a request that began before the reload."""
     stderr = Stream()
     with access_logging_to(stderr, access="off") as write_access:
         write_access(fields())
@@ -312,7 +314,7 @@ def test_no_answer_is_told_while_the_access_log_is_off():
 
 @pytest.mark.parametrize("access", ["combined", "json"])
 def test_access_lines_are_of_bounded_length(access, caplog):
-    """A client cannot fill a disk with one request: of what it sent the beginning is there, and how long it was."""
+    """The client's texts in an access line are cut, with a note of their length."""
     with caplog.at_level("INFO", logger="flaskd.access"):
         log_access(access, fields(target="/" + "x" * 200_000, agent="y" * 200_000, referer="z" * 200_000))
     line = caplog.records[-1].getMessage()
@@ -322,7 +324,7 @@ def test_access_lines_are_of_bounded_length(access, caplog):
 
 
 def test_access_lines_in_json():
-    """In JSON the values are named, and the time is RFC 3339."""
+    """JSON access lines have named values, and the time as RFC 3339."""
     with logging_to(stderr := Stream(), access="json"):
         log_access("json", fields(agent='"\n\x85\u2028é'))
     (line,) = stderr.lines()
@@ -341,7 +343,7 @@ def test_access_lines_in_json():
     ],
 )
 def test_no_client_can_forge_an_access_line(sent, shown):
-    """Quotes, backslashes and whatever could end a line or paint a terminal are escaped as nginx does it."""
+    """Quotes, backslashes and control characters from a client are escaped as nginx does it."""
     with logging_to(stderr := Stream(), access="combined"):
         log_access("combined", fields(target=f"/{sent}", referer=sent, agent=sent, client=sent))
     (line,) = stderr.lines()
@@ -351,7 +353,7 @@ def test_no_client_can_forge_an_access_line(sent, shown):
 
 @pytest.mark.parametrize("log_format", ["text", "journal"])
 def test_no_client_can_forge_a_line_through_waitress(log_format):
-    """Waitress names decoded paths in its messages, and %0A decodes to a line feed."""
+    """Waitress logs decoded paths, in which %0A is a line feed; this cannot forge a line."""
     with logging_to(stderr := Stream(), log_format):
         logging.getLogger("waitress").error("Exception while serving %s", '/\nERROR "forged"\x1b[0m')
     (line,) = stderr.lines()
@@ -361,7 +363,7 @@ def test_no_client_can_forge_a_line_through_waitress(log_format):
 @pytest.mark.parametrize(("log_format", "start"), [("text", ""), ("journal", "<6>")])
 @pytest.mark.parametrize("access", ["common", "combined"])
 def test_access_lines_in_a_log_for_people(log_format, start, access):
-    """An access line has its own date; the journal gets its priority as for every line."""
+    """An access line has its own date; for the journal it has its priority, like every line."""
     with logging_to(stderr := Stream(), log_format, access=access):
         log_access(access, fields())
     (line,) = stderr.lines()
@@ -370,7 +372,7 @@ def test_access_lines_in_a_log_for_people(log_format, start, access):
 
 @pytest.mark.parametrize("access", ["common", "combined"])
 def test_access_lines_in_a_json_log(access):
-    """A JSON log holds nothing but JSON: the line as its message, the values by name."""
+    """In a JSON log an access line is a JSON object with the line as its message, and the values by name."""
     with logging_to(stderr := Stream(), "json", access=access):
         log_access(access, fields())
     (line,) = stderr.lines()
@@ -381,7 +383,7 @@ def test_access_lines_in_a_json_log(access):
 
 @pytest.mark.parametrize("log_format", ["text", "json", "journal"])
 def test_json_access_lines_are_never_wrapped(log_format):
-    """A JSON access line is whole as it is, in every log."""
+    """A JSON access line is the same in every log."""
     with logging_to(stderr := Stream(), log_format, access="json"):
         log_access("json", fields())
     (line,) = stderr.lines()
@@ -389,21 +391,21 @@ def test_json_access_lines_are_never_wrapped(log_format):
 
 
 def test_access_off_writes_nothing():
-    """Off is off, at every level."""
+    """With access: off there are no access lines at any level."""
     with logging_to(stderr := Stream(), level="debug"):
         log_access("common", fields())
     assert stderr.lines() == []
 
 
 def test_access_lines_do_not_depend_on_the_level():
-    """Who asks for errors only still gets the access log that was asked for, and each line once."""
+    """With level error access lines are still written, each once."""
     with logging_to(stderr := Stream(), level="error", access="common"):
         log_access("common", fields())
     assert len(stderr.lines()) == 1
 
 
 def test_everything_is_put_back():
-    """Afterwards levels, propagation and handlers are what they were; the root logger never changed."""
+    """At the end levels, propagation and handlers are restored; the root logger is never changed."""
     loggers = [logging.getLogger(name) for name in ("flaskd", "waitress", "flaskd.access", None)]
 
     def seen():
@@ -418,7 +420,7 @@ def test_everything_is_put_back():
 
 
 def test_the_apps_own_log_is_left_alone(caplog):
-    """What the app logs goes where the app wants it, and what flaskd logs does not go there."""
+    """The app's records go to the app's handlers, and flaskd's records do not."""
     with logging_to(stderr := Stream()):
         logging.getLogger("shop").warning("from the app")
         log.warning("from flaskd")
@@ -464,7 +466,7 @@ SILENCERS = {
 
 @pytest.fixture
 def _put_back():
-    """What an app does to all loggers is undone: the other tests have loggers, too."""
+    """Undo what an app does to all loggers, because the other tests need them."""
     loggers = [logging.getLogger(), *logging.root.manager.loggerDict.values()]
     loggers = [each for each in loggers if isinstance(each, logging.Logger)]
     before = [(each, each.level, each.propagate, each.disabled, each.handlers[:], each.filters[:]) for each in loggers]
@@ -478,7 +480,7 @@ def _put_back():
 @pytest.mark.usefixtures("_put_back")
 @pytest.mark.parametrize("silence", SILENCERS.values(), ids=SILENCERS)
 def test_no_logging_set_up_of_the_app_silences_flaskd(silence):
-    """Whatever an app does to all loggers there are, flaskd, its access log and waitress go on, each line once."""
+    """Whatever an app does to all loggers, flaskd, its access log and waitress go on, each line once."""
     with logging_to(stderr := Stream(), access="common"):
         silence()
         log.info("what was cut")
@@ -491,7 +493,7 @@ def test_no_logging_set_up_of_the_app_silences_flaskd(silence):
 
 
 def test_handlers_that_the_app_gives_to_flaskd_get_its_lines_too():
-    """By the app's own rules, and after flaskd has written them; one that raises harms nothing."""
+    """A handler that the app adds to flaskd's logger gets the records after flaskd; if it raises, nothing else fails."""
 
     class Kept(logging.Handler):
         def emit(self, record):
@@ -517,7 +519,7 @@ def test_handlers_that_the_app_gives_to_flaskd_get_its_lines_too():
 
 
 def test_what_listens_to_all_logging_hears_flaskd_too(monkeypatch):
-    """Sentry's integration takes the place of Logger.callHandlers; it gets each record once, and so does the log."""
+    """If the app replaces Logger.callHandlers, as Sentry does, it gets each record once, and the log as well."""
     real, seen = logging.Logger.callHandlers, []
 
     def listening(self, record):
@@ -532,7 +534,7 @@ def test_what_listens_to_all_logging_hears_flaskd_too(monkeypatch):
 
 
 def test_what_is_made_late_is_logged_as_well():
-    """A logger below ours that a module makes when flaskd runs already writes by way of ours, and by itself later."""
+    """A logger that is made below flaskd's while flaskd runs writes to flaskd's log, and to its own afterwards."""
     late = f"flaskd.late{id(object())}"
     with pytest.MonkeyPatch.context() as patch, Logs() as logs:
         patch.setattr(sys, "stderr", stderr := Stream())
@@ -544,7 +546,7 @@ def test_what_is_made_late_is_logged_as_well():
 
 
 class Moody(Stream):
-    """What an app may put in the place of standard error: it knows nothing of files, and raises when it is written to."""
+    """An object in place of standard error that has no descriptor, and raises when written to."""
 
     def __init__(self, error):
         super().__init__()
@@ -566,7 +568,7 @@ class Moody(Stream):
 @pytest.mark.parametrize("log_format", ["auto", "json", "journal"])
 @pytest.mark.parametrize("error", [RuntimeError("no"), SystemExit(3), KeyboardInterrupt()], ids=repr)
 def test_a_stderr_that_raises_anything_does_not_end_the_log(error, log_format, capfd):
-    """That line goes to the descriptor that was standard error at the start, the next one where they went before."""
+    """If standard error raises, that line goes to the original descriptor, and the next one is tried as before."""
     with logging_to(moody := Moody(error), log_format):
         log.error("one")
         log.error("two")
@@ -580,7 +582,7 @@ SHOWN = r"gone\x0A2026-01-01T00:00:00.000Z error   forged\x1B[31m\x202E\x2028\x0
 
 @pytest.mark.parametrize("log_format", ["text", "journal"])
 def test_the_text_of_an_exception_is_one_line(log_format):
-    """Neither it nor its causes, notes and groups begin a line of the log, or paint a terminal."""
+    """The text of an exception, its causes, notes and groups is one line each, with control characters escaped."""
     with logging_to(stderr := Stream(), log_format):
         try:
             try:
@@ -598,7 +600,7 @@ def test_the_text_of_an_exception_is_one_line(log_format):
 
 @pytest.mark.parametrize("log_format", ["text", "journal"])
 def test_a_message_is_one_entry(log_format):
-    """Its further lines are indented, so that none of them passes for an entry of its own; nothing paints a terminal."""
+    """Further lines of a message are indented, so that none looks like another entry; control characters are escaped."""
     with logging_to(stderr := Stream(), log_format):
         log.error(f"cannot run it: {FORGED}")
     _, second = stderr.lines()
@@ -606,7 +608,7 @@ def test_a_message_is_one_entry(log_format):
 
 
 def test_a_message_without_end_is_cut():
-    """Of what is longer than anybody reads the beginning is shown, and how much more there is."""
+    """A very long message is cut, with a note of how much is missing."""
     with logging_to(stderr := Stream()):
         log.error("x" * 10_000_000)
     (line,) = stderr.lines()
@@ -615,7 +617,7 @@ def test_a_message_without_end_is_cut():
 
 
 def test_lines_that_others_cause_at_will_are_bounded_and_counted():
-    """Fifty of a kind are written in ten seconds, the rest is counted; another kind is not held up."""
+    """Fifty lines of a kind are written in ten seconds, the rest is counted; other kinds are not affected."""
     with logging_to(stderr := Stream()):
         for number in range(1000):
             log.warning(f"refused {number}", extra=bounded_by("refusals"))
@@ -631,7 +633,7 @@ def test_lines_that_others_cause_at_will_are_bounded_and_counted():
 
 
 def test_what_was_counted_is_told_though_nothing_more_is_logged(monkeypatch):
-    """When its window is over, and not only at the end."""
+    """The count is logged when its window is over, even if nothing else is logged."""
     monkeypatch.setattr(throttle, "WINDOW", 0.0)
     monkeypatch.setattr(throttle, "BURST", 0)
     told = threading.Event()
@@ -661,7 +663,7 @@ def closed():
 @pytest.mark.parametrize("log_format", ["auto", "json", "journal"])
 @pytest.mark.parametrize("stream", [None, closed(), Broken()], ids=["none", "closed", "broken"])
 def test_a_stderr_that_went_away_costs_the_line(stream, log_format):
-    """Where nobody reads any more, nothing is raised: neither by a line, nor by a choice of format."""
+    """If the reader of standard error is gone, neither a line nor `apply` raises."""
     with logging_to(stream, log_format, access="common"):
         log.error("anybody?")
         log_access("common", fields())
@@ -669,7 +671,7 @@ def test_a_stderr_that_went_away_costs_the_line(stream, log_format):
 
 
 def test_a_pipe_that_nobody_reads_costs_the_line():
-    """A log reader that died takes the lines with it, and not the daemon."""
+    """If a log reader dies, its lines are lost, and nothing else."""
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w", buffering=1) as stream:
@@ -677,19 +679,19 @@ def test_a_pipe_that_nobody_reads_costs_the_line():
             log.error("anybody?")
             log.error("anybody?")
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, writer)  # what is still in the stream's buffer goes there
+        os.dup2(null, writer)  # the rest of the stream's buffer goes there
         os.close(null)
 
 
 def test_a_mistake_in_a_log_call_is_shown():
-    """Only what the stream does wrong is passed over: a wrong log call is told as logging tells it."""
+    """A wrong log call is reported by logging; only errors of the stream are ignored."""
     with logging_to(stderr := Stream()):
         log.error("%d", "no number")
     assert stderr.lines()[0] == "--- Logging error ---"
 
 
 def test_json_is_json_whatever_the_encoding():
-    """A standard error that knows no accents is no reason for a line that no program can read."""
+    """If standard error's encoding lacks characters, JSON lines are still valid JSON."""
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii", errors="backslashreplace", write_through=True)
     with logging_to(stream, "json", access="json"):
@@ -714,7 +716,7 @@ class _Raising(logging.Handler):
 )
 @pytest.mark.parametrize("where", ["factory", "no record", "filter", "handler"])
 def test_what_raises_in_the_app_s_part_of_logging_costs_no_line(capfd, error, where):
-    """Each line is written, and the fault is told once, whatever a factory, a filter or a handler of the app raises."""
+    """Whatever a factory, filter or handler of the app raises, each line is written, and the fault is logged once."""
 
     def raising(*_args, **_kwargs):
         raise error

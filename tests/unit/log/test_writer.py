@@ -1,4 +1,4 @@
-"""The writer of the log, on descriptors as other programs leave them."""
+"""The writer of the log, with file descriptors in the states in which other programs leave them."""
 
 import os
 import sys
@@ -37,7 +37,7 @@ def read(fd, size):
 
 
 def test_a_non_blocking_stderr_loses_no_line(pipe, monkeypatch):
-    """What does not fit now is written when there is room, each line whole and in order."""
+    """Lines that do not fit now are written when there is room, each whole and in order."""
     reading, writing = pipe
     lines = [f"{number} {'x' * 3000}" for number in range(100)]
     with os.fdopen(writing, "w", closefd=False) as stream:
@@ -54,7 +54,7 @@ def test_a_non_blocking_stderr_loses_no_line(pipe, monkeypatch):
 
 
 def test_what_is_lost_is_counted(pipe, monkeypatch):
-    """Without a thread a full standard error costs the line after a moment; how many were lost is said when it is read."""
+    """Without a thread a full standard error costs the line after a second; later the number of lost lines is logged."""
     reading, writing = pipe
     monkeypatch.setattr(logwriter, "_PATIENCE", 0.0)
     with os.fdopen(writing, "w", closefd=False) as stream:
@@ -71,7 +71,7 @@ def test_what_is_lost_is_counted(pipe, monkeypatch):
 
 
 def test_a_descriptor_that_is_something_else_now_is_not_written_to(monkeypatch, tmp_path):
-    """Where the app closed standard error and its number went to a file, no line of the log gets into that file."""
+    """If the app closed standard error and its number belongs to another file, no line is written to that file."""
     monkeypatch.setattr(sys, "stderr", None)
     kept = os.dup(2)
     try:
@@ -89,7 +89,7 @@ def test_a_descriptor_that_is_something_else_now_is_not_written_to(monkeypatch, 
 
 
 def test_a_flush_comes_back_though_a_line_raises(monkeypatch):
-    """Whatever a line's way raises, the thread goes on, and who waits for it is told."""
+    """If writing a line raises, the thread goes on, and `flush` returns."""
     writer = Writer(str)
     monkeypatch.setattr(writer, "_is_written", lambda _line: exec("raise KeyboardInterrupt"))
     writer.start()

@@ -15,7 +15,7 @@ def names(directory):
 
 
 def test_what_is_written_is_read(tmp_path):
-    """A record comes back as it went in, from a file that only its owner may read."""
+    """A record is read back as it was written, from a file that only its owner may read."""
     path = tmp_path / "last-stop.json"
     write_record(path, {"reason": "signal: SIGTERM", "cut": [], "took": 1.5})
     assert read_record(path) == {"reason": "signal: SIGTERM", "cut": [], "took": 1.5}
@@ -24,20 +24,20 @@ def test_what_is_written_is_read(tmp_path):
 
 
 def test_keys_keep_their_order_and_strangers_become_text(tmp_path):
-    """Keys stand in the caller's order; a value that JSON does not know is written as its text."""
+    """Keys keep the caller's order; a value that JSON does not have is written as its text."""
     path = tmp_path / "record"
     write_record(path, {"z": Path("/x"), "a": 1})
     assert list(json.loads(path.read_text()).items()) == [("z", "/x"), ("a", 1)]
 
 
 def test_no_record_is_none(tmp_path):
-    """A file that is not there is no record, and no error."""
+    """A missing file is no record, and no error."""
     assert read_record(tmp_path / "none" / "at-all.json") is None
 
 
 @pytest.mark.parametrize("content", [b"", b'{"reason": "sig', b"[1]", b"\xff\xfe", b"[" * 100_000, b" " * 5_000_000])
 def test_a_damaged_record_says_so(tmp_path, content):
-    """What is no complete JSON object gives a record that says only that it is damaged."""
+    """A file that is no complete JSON object gives a record that only says that it is damaged."""
     path = tmp_path / "last-stop.json"
     path.write_bytes(content)
     record = read_record(path)
@@ -46,14 +46,14 @@ def test_a_damaged_record_says_so(tmp_path, content):
 
 
 def test_a_fifo_in_its_place_is_damage(tmp_path):
-    """A FIFO where the record should be does not hold up the reader."""
+    """A FIFO in place of the record does not block the reader."""
     path = tmp_path / "last-stop.json"
     os.mkfifo(path)
     assert "not a regular file" in read_record(path)["damaged"]
 
 
 def test_a_directory_in_its_place_is_damage(tmp_path):
-    """A record that cannot be read as a file is damaged, and cannot be written: both without harm."""
+    """A directory in place of the record is damage, and writing there is an error."""
     assert list(read_record(tmp_path)) == ["damaged"]
     (tmp_path / "record").mkdir()
     with pytest.raises(OSError, match="directory"):
@@ -63,7 +63,7 @@ def test_a_directory_in_its_place_is_damage(tmp_path):
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_full_disk_costs_the_new_record_only(tmp_path, monkeypatch, call):
-    """When the disk is full the caller is told, the previous record stays, and nothing else is left."""
+    """On a full disk writing raises, the previous record stays, and no other file is left."""
     path = tmp_path / "last-stop.json"
     write_record(path, {"number": 1})
 
@@ -79,7 +79,7 @@ def test_a_full_disk_costs_the_new_record_only(tmp_path, monkeypatch, call):
 
 
 def test_a_really_full_device_is_an_error(tmp_path):
-    """A write that the kernel refuses with ENOSPC leaves nothing behind."""
+    """If the kernel refuses a write with ENOSPC, no file is left."""
     path = tmp_path / "record"
     temporary = tmp_path / ".record.flaskd-tmp"
     real = os.open
@@ -95,7 +95,7 @@ def test_a_really_full_device_is_an_error(tmp_path):
 
 
 def test_a_leftover_of_a_crash_is_replaced(tmp_path):
-    """A temporary file of an earlier crash, even a link, is neither followed nor in the way."""
+    """A temporary file left by a crash, even a link, is replaced and not followed."""
     target = tmp_path / "precious"
     target.write_text("keep")
     (tmp_path / ".record.flaskd-tmp").symlink_to(target)
@@ -105,13 +105,13 @@ def test_a_leftover_of_a_crash_is_replaced(tmp_path):
 
 
 def test_no_directory_is_an_error(tmp_path):
-    """A directory that is not there is the caller's trouble."""
+    """A missing directory raises an error."""
     with pytest.raises(FileNotFoundError):
         write_record(tmp_path / "none" / "record", {})
 
 
 def test_a_record_that_would_be_too_large_can_be_read(tmp_path):
-    """It loses its stacks first, and then the end of its longest list, of which it tells how much."""
+    """A record that is too large loses its stacks, then the end of its longest list, and says how many entries."""
     path = tmp_path / "record"
     cut = [{"path": "/x", "stack": "x" * 1000} for _ in range(10_000)]
     write_record(path, {"reason": "signal: SIGTERM", "cut": cut})

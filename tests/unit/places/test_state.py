@@ -13,7 +13,7 @@ from flaskd.present import record_lines
 
 @pytest.fixture
 def directory(tmp_path):
-    """A state directory that is not there yet."""
+    """A state directory that does not exist yet."""
     return tmp_path / "state"
 
 
@@ -40,14 +40,14 @@ def messages(caplog):
     ],
 )
 def test_where_state_is_kept(uid, environ, expected, monkeypatch, tmp_path):
-    """The service manager's word comes first, then root's place, then the user's own."""
+    """The service manager's directory comes first, then root's, then the user's own."""
     monkeypatch.setattr(os, "geteuid", lambda: uid)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert state_directory("shop", environ) == Path(expected.replace("HOME", str(tmp_path)))
 
 
 def test_a_record_is_written_where_it_was_asked_for(directory, caplog):
-    """The record of a stop can be read back, and only its owner may."""
+    """The record of a stop can be read back, and only its owner may read the file."""
     state = opened(directory)
     state.record({"reason": "signal: SIGTERM", "completed": 3})
     state.close()
@@ -59,7 +59,7 @@ def test_a_record_is_written_where_it_was_asked_for(directory, caplog):
 
 
 def test_the_mark_stands_while_the_run_lasts(directory):
-    """The mark names the running process, and its end takes it away."""
+    """The mark names the running process, and is removed at its end."""
     state = opened(directory)
     mark = read_record(directory / "running.json")
     assert mark["pid"] == os.getpid()
@@ -70,19 +70,19 @@ def test_the_mark_stands_while_the_run_lasts(directory):
 
 
 def test_a_complete_stop_is_followed_by_a_quiet_start(directory, caplog):
-    """A run that came to its end is no reason to warn."""
+    """After a complete stop the next start logs no warning."""
     opened(directory).close()
     opened(directory).close()
     assert messages(caplog) == []
 
 
 def killed(state):
-    """Leave the directory as a process does that is killed: the kernel takes its lock, and nothing else."""
+    """Leave the directory like a killed process: the kernel releases its lock, and nothing else changes."""
     state.forget()
 
 
 def test_a_crash_is_told_by_the_next_start(directory, caplog):
-    """A mark that was left behind names the process that died, in the log and for who asks."""
+    """A left mark names the process that died, in the log and in answers."""
     killed(opened(directory))
     state = opened(directory)
     assert messages(caplog) == [f"the flaskd before this one (pid {os.getpid()}) died without a complete stop"]
@@ -94,7 +94,7 @@ def test_a_crash_is_told_by_the_next_start(directory, caplog):
 
 
 def test_a_crash_in_the_middle_of_a_stop(directory, caplog):
-    """The mark knows that the stop had begun, and why."""
+    """The mark says that the stop had begun, and why."""
     state = opened(directory)
     began = read_record(directory / "running.json")["started"]
     state.stopping("signal: SIGTERM")
@@ -110,7 +110,7 @@ def test_a_crash_in_the_middle_of_a_stop(directory, caplog):
 
 
 def test_a_stop_that_is_noted_too_late_harms_nothing(directory):
-    """Noting the stop after the end makes no mark anew."""
+    """Noting the stop after the end makes no new mark."""
     state = opened(directory)
     state.close()
     state.stopping("signal: SIGTERM")
@@ -118,7 +118,7 @@ def test_a_stop_that_is_noted_too_late_harms_nothing(directory):
 
 
 def test_a_damaged_mark_is_a_crash_too(directory, caplog):
-    """A mark that cannot be read is told like any other, and replaced."""
+    """A mark that cannot be parsed counts as a crash, and is replaced."""
     directory.mkdir()
     (directory / "running.json").write_text("{")
     state = opened(directory)
@@ -129,14 +129,14 @@ def test_a_damaged_mark_is_a_crash_too(directory, caplog):
 
 @pytest.fixture
 def gone():
-    """The pid of a process that is no more."""
+    """The pid of a process that has ended."""
     child = subprocess.Popen(["true"])
     child.wait()
     return child.pid
 
 
 def test_after_a_crash_what_was_left_is_tidied_up(directory, tmp_path, caplog, monkeypatch, gone):
-    """Half-written files of ours and metric files of the dead are removed; what is another's, or a link, stays."""
+    """Flaskd's half-written files and metric files of ended processes are removed; other files and links stay."""
     metrics = tmp_path / "metrics"
     metrics.mkdir()
     ours = [f"counter_{gone}.db", f"gauge_livesum_{os.getpid()}.db"]
@@ -161,7 +161,7 @@ def test_after_a_crash_what_was_left_is_tidied_up(directory, tmp_path, caplog, m
 
 
 def test_a_state_directory_may_be_a_link_of_the_service_manager(tmp_path, caplog):
-    """Under DynamicUser= the state directory is a link to a private one (systemd.exec(5)): it is tidied up like any."""
+    """With DynamicUser= the state directory is a link to a private one (systemd.exec(5)), and is tidied up all the same."""
     (tmp_path / "private" / "flaskd").mkdir(parents=True)
     (tmp_path / "flaskd").symlink_to("private/flaskd")
     killed(opened(tmp_path / "flaskd"))
@@ -174,7 +174,7 @@ def test_a_state_directory_may_be_a_link_of_the_service_manager(tmp_path, caplog
 
 
 def test_without_a_crash_nothing_is_tidied_up(directory):
-    """A run that came to its end left nothing that would be ours to remove."""
+    """After a complete stop nothing is tidied up."""
     opened(directory).close()
     (directory / ".x.flaskd-tmp").touch()
     opened(directory).close()
@@ -195,7 +195,7 @@ def test_a_record_that_was_laid_ready_and_not_taken_is_removed(directory):
 
 
 def test_metrics_that_cannot_be_tidied_up_are_a_warning(directory, tmp_path, caplog):
-    """A directory of metrics that is not there costs a line."""
+    """A missing directory of metrics costs one warning."""
     state = StateDirectory("shop", {"STATE_DIRECTORY": str(directory), "PROMETHEUS_MULTIPROC_DIR": "/nowhere"})
     state.open(record="last-stop.json")
     killed(state)
@@ -205,21 +205,21 @@ def test_metrics_that_cannot_be_tidied_up_are_a_warning(directory, tmp_path, cap
 
 
 def test_a_directory_that_another_works_with_is_left_alone(directory, caplog):
-    """The mark of a flaskd that is alive is no crash: nothing is touched, and the record is not ours to write."""
+    """The mark of a running flaskd is no crash: nothing is changed, and no record is written."""
     first = opened(directory)
     (directory / ".x.flaskd-tmp").touch()
     second = opened(directory)
     second.record({"reason": "signal: SIGTERM"})
     second.close()
     assert (second.previous, second.writable) == (None, None)
-    assert messages(caplog) == [f"another flaskd works with {directory}; the last stop will not be recorded"]
+    assert messages(caplog) == [f"another flaskd uses {directory}; the last stop will not be recorded"]
     assert {each.name for each in directory.iterdir()} == {".x.flaskd-tmp", "running.json"}
     (directory / ".x.flaskd-tmp").unlink()
     first.close()
 
 
 def test_the_lock_ends_with_the_run(directory):
-    """A child that still holds a copy of the lock does not keep the next start out."""
+    """The next start gets the lock although a forked child still holds a copy."""
     state = opened(directory)
     [lock] = [each for each in Path("/proc/self/fd").iterdir() if each.resolve() == directory]
     kept = os.dup(int(lock.name))
@@ -231,14 +231,14 @@ def test_the_lock_ends_with_the_run(directory):
 
 
 def test_without_a_record_a_crash_is_told_all_the_same(directory, caplog):
-    """No record asked for: none is written, while the mark, the lock and the repair are as ever."""
+    """Without a record none is written, while mark, lock and repair work as usual."""
     killed(opened(directory, record=None))
     (directory / ".cache.bin.flaskd-tmp").touch()
     state = opened(directory, record=None)
     assert state.previous.startswith(f"died without a complete stop (pid {os.getpid()}, ")
     assert messages(caplog)[0].endswith("died without a complete stop; removed what it left: .cache.bin.flaskd-tmp")
     assert opened(directory, record=None).writable is None
-    assert messages(caplog)[1:] == [f"another flaskd works with {directory}; a crash will not be noticed"]
+    assert messages(caplog)[1:] == [f"another flaskd uses {directory}; a crash will not be noticed"]
     state.record({"reason": "signal: SIGTERM"})
     assert state.last_stop() is None
     state.close()
@@ -246,7 +246,7 @@ def test_without_a_record_a_crash_is_told_all_the_same(directory, caplog):
 
 
 def test_an_unwritable_directory_costs_only_the_record(tmp_path, caplog):
-    """A state directory that cannot be made is one warning, and the life goes on."""
+    """If the state directory cannot be made, there is one warning, and flaskd serves."""
     (tmp_path / "file").touch()
     state = opened(tmp_path / "file" / "state")
     state.record({"reason": "signal: SIGTERM"})
@@ -257,11 +257,11 @@ def test_an_unwritable_directory_costs_only_the_record(tmp_path, caplog):
 
 
 def test_an_unwritable_directory_does_not_hide_the_last_stop(directory, caplog):
-    """What was recorded before can be read where nothing can be written any more."""
+    """An old record can be read where nothing can be written any more."""
     before = opened(directory)
     before.record({"reason": "signal: SIGTERM"})
     before.close()
-    (directory / "running.json").mkdir()  # in the way of the mark, also for root
+    (directory / "running.json").mkdir()  # prevents the mark, even for root
     state = opened(directory)
     state.record({"reason": "control: stop"})
     assert state.last_stop() == {"reason": "signal: SIGTERM"}
@@ -270,7 +270,7 @@ def test_an_unwritable_directory_does_not_hide_the_last_stop(directory, caplog):
 
 
 def test_a_record_that_no_stop_has_written_is_damaged(directory):
-    """JSON of another shape says so for who asks about the last stop, who could not show it."""
+    """JSON of another form counts as damaged when the last stop is asked for."""
     state = opened(directory)
     state.record({"reason": "signal: SIGTERM", "cut": 5})
     told = state.last_stop()
@@ -279,7 +279,7 @@ def test_a_record_that_no_stop_has_written_is_damaged(directory):
 
 
 def test_a_directory_that_goes_away_costs_only_the_record(directory, caplog):
-    """What cannot be recorded at the end is one warning."""
+    """If the record cannot be written at the end, there is one warning."""
     state = opened(directory)
     (directory / "running.json").unlink()
     directory.rmdir()
@@ -294,7 +294,7 @@ def full(*_args):
 
 
 def test_a_stop_that_could_not_be_recorded_is_told(directory, caplog, monkeypatch):
-    """The record before it stays, and who reads it learns that there was another stop since, and why it is not there."""
+    """The older record stays, and its reader learns of the later stop and why it has no record."""
     before = opened(directory)
     before.record({"reason": "signal: SIGTERM", "cut": []})
     before.close()
@@ -318,7 +318,7 @@ def test_a_stop_that_could_not_be_recorded_is_told(directory, caplog, monkeypatc
 
 
 def test_a_record_is_laid_ready_for_the_very_end(directory):
-    """Until it is put in its place, the other one stands there: whenever the process ends, the truth is told."""
+    """Until the prepared record is put in place, the other one is there, so the truth is told at any moment."""
     state = opened(directory)
     settle, _ = state.prepare({"reason": "signal: SIGTERM"}, unless={"reason": "signal: SIGTERM", "unfinished": []})
     state.close()
@@ -330,7 +330,7 @@ def test_a_record_is_laid_ready_for_the_very_end(directory):
 
 @pytest.mark.parametrize("mark", ["directory", "FIFO", "huge"])
 def test_a_mark_that_cannot_be_read_tells_of_no_death(directory, caplog, mark):
-    """What is there but cannot be read says nothing of how the run before ended."""
+    """A mark that cannot be read says nothing about the end of the run before."""
     directory.mkdir()
     path = directory / "running.json"
     if mark == "directory":
@@ -341,12 +341,12 @@ def test_a_mark_that_cannot_be_read_tells_of_no_death(directory, caplog, mark):
         path.write_bytes(b" " * 100_000)
     state = opened(directory)
     assert "died" not in caplog.text
-    assert state.previous.startswith("left a mark that cannot be read, and nobody knows how it ended: ")
+    assert state.previous.startswith("left a mark that cannot be read, so it is not known how it ended: ")
     state.close()
 
 
 def test_a_mark_that_may_not_be_read_tells_of_no_death(directory, caplog, monkeypatch):
-    """A permission that is missing is no crash."""
+    """A mark that may not be read for lack of permission is no crash."""
 
     def refuse(*_args):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))

@@ -1,4 +1,4 @@
-"""One worker as the supervisor has it, with a process that is no worker, and no process at all."""
+"""A worker's handle in the supervisor, tested with a process that is no worker, and with none."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HELLO = f"flaskd {__version__} wire 1\n".encode()
 
 
 class Started:
-    """A handle whose process is `cat`, or what was given; the test speaks for it."""
+    """A handle whose process is `cat`, or another program; the test sends messages for it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
         self.heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -88,7 +88,7 @@ def packed(message: object) -> bytes:
 
 
 def test_what_it_says_is_heard_to_its_end(start: Callable[..., Started]) -> None:
-    """In order, with all that it had said before it was killed; then its end, with how it ended."""
+    """All messages of a worker are received in order, also those before a kill; then its end, and how it ended."""
     worker = start()
     worker.says(HELLO)
     worker.says(packed("one") + packed("two"))
@@ -105,7 +105,7 @@ def test_what_it_says_is_heard_to_its_end(start: Callable[..., Started]) -> None
 
 
 def test_a_wire_that_a_forked_process_holds_open(start: Callable[..., Started]) -> None:
-    """The worker is gone when its process is, also in the middle of a message."""
+    """When the process ends, the worker is gone, even if a child holds the wire open in the middle of a message."""
     worker = start()
     worker.says(HELLO)
     worker.says(packed("whole") + packed("half")[:-1])
@@ -117,7 +117,7 @@ def test_a_wire_that_a_forked_process_holds_open(start: Callable[..., Started]) 
 
 
 def test_another_flaskd_is_killed(start: Callable[..., Started]) -> None:
-    """It is not told anything, and why it did not become ready says what to do."""
+    """A worker of another flaskd gets no message, and its error says what to do."""
     worker = start()
     worker.says(b"flaskd 0.0.1 wire 1\n")
     worker.ends()
@@ -126,16 +126,16 @@ def test_another_flaskd_is_killed(start: Callable[..., Started]) -> None:
 
 
 def test_what_cannot_be_understood_ends_it(start: Callable[..., Started], caplog: pytest.LogCaptureFixture) -> None:
-    """It is killed, and the log says why."""
+    """A worker that sends an unknown message is killed, and the log says why."""
     worker = start()
     worker.says(HELLO + struct.pack("!IB", 3, 0) + b"???")
     worker.ends()
-    assert "cannot understand worker 0" in caplog.text
-    assert worker.handle.killed_for == "what it said cannot be understood"
+    assert "cannot understand a message of worker 0" in caplog.text
+    assert worker.handle.killed_for == "it sent a message that cannot be understood"
 
 
 def test_one_that_does_not_read_is_killed(start: Callable[..., Started]) -> None:
-    """What it is told waits for it no longer than the kernel has room; questions have an answer all the same."""
+    """A worker that does not read is killed once the kernel has no room for messages; questions get an error."""
     worker = start()
     worker.says(HELLO)
     answers: list[Any] = []
@@ -143,12 +143,12 @@ def test_one_that_does_not_read_is_killed(start: Callable[..., Started]) -> None
         pass
     worker.handle.ask(lambda number: number, lambda value, error: answers.append(error))
     worker.ends()
-    assert worker.handle.killed_for == "it does not read what it is told"
+    assert worker.handle.killed_for == "it does not read its messages"
     assert isinstance(answers[0], FlaskdError)
 
 
 def test_who_killed_it_is_told_as_it_was(start: Callable[..., Started]) -> None:
-    """Not that flaskd did, where its wire had ended, or where flaskd came too late."""
+    """The cause of death is the real one: not "flaskd killed it" if the process had ended before."""
     worker = start()
     worker.says(HELLO)
     worker.end.shutdown(socket.SHUT_RDWR)
@@ -162,7 +162,7 @@ def test_who_killed_it_is_told_as_it_was(start: Callable[..., Started]) -> None:
 
 
 def test_questions(start: Callable[..., Started]) -> None:
-    """Each has one answer: its own, or that it is gone; who owes too many answers is not asked."""
+    """Each question gets one answer, or an error when the worker is gone; at most 16 may be open."""
     worker = start()
     worker.says(HELLO)
     answers: list[tuple[int, Any, Any]] = []
@@ -189,7 +189,7 @@ def test_questions(start: Callable[..., Started]) -> None:
 
 @pytest.mark.parametrize("what", ["socketpair", "memfd_create", "spawn", "thread"])
 def test_where_there_is_nothing_for_it(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    """No socket, no memory, no process, no thread: one kind of error says so, and nothing is left of it."""
+    """If there is no socket, memory, process or thread, CannotCreateError says so, and nothing is left open."""
 
     def no_more(*_: object, **__: object) -> Any:
         raise OSError(24, "Too many open files") if what != "thread" else RuntimeError("can't start new thread")
@@ -221,7 +221,7 @@ def test_where_there_is_nothing_for_it(monkeypatch: pytest.MonkeyPatch, what: st
 
 
 def test_stacks_are_the_last_ones(start: Callable[..., Started]) -> None:
-    """A second dump takes the place of the first, wherever the worker's own end of it stands."""
+    """A second dump of stacks replaces the first, wherever the worker's file position is."""
     script = (
         "import faulthandler, os, signal, sys, time\n"
         "faulthandler.register(int(sys.argv[1]), file=int(sys.argv[2]), all_threads=True)\n"
@@ -241,7 +241,7 @@ def test_stacks_are_the_last_ones(start: Callable[..., Started]) -> None:
     assert child.stdout is not None
     assert child.stdout.readline() == b"armed\n"
     for _ in range(2):
-        worker.handle.ask_for_stacks()  # `sleep` is ended by it; the child is what answers
+        worker.handle.ask_for_stacks()  # the signal kills `sleep`; the child is what answers
         os.kill(child.pid, module.STACKS)
         until = 0
         while "in <module>" not in worker.handle.stacks():
@@ -257,7 +257,7 @@ def test_stacks_are_the_last_ones(start: Callable[..., Started]) -> None:
 
 
 class Dead(Handle):
-    """A worker that ended with a code."""
+    """A worker that has ended with a given code."""
 
     def __init__(self, code: int, killed_for: str = "") -> None:
         super().__init__(1, 1)
@@ -267,7 +267,7 @@ class Dead(Handle):
 
 @pytest.fixture
 def events(tmp_path: Path) -> Path:
-    """A memory.events in which the kernel has killed two processes before."""
+    """A memory.events file that shows two OOM kills from before."""
     path = tmp_path / "memory.events"
     path.write_text("low 0\nhigh 0\nmax 7\noom 2\noom_kill 2\noom_group_kill 0\n")
     return path
@@ -288,12 +288,12 @@ def kills(path: Path, count: int) -> None:
     ],
 )
 def test_how_it_died(events: Path, code: int, text: str) -> None:
-    """By which code, or which signal; what the kernel had killed before is no explanation."""
+    """The exit code or the signal is named; OOM kills from before explain nothing."""
     assert Deaths(events).how(Dead(code)) == text
 
 
 def test_for_want_of_memory(events: Path) -> None:
-    """Only SIGKILL is explained by an OOM kill, and one kill explains one death; two may come at once."""
+    """Only SIGKILL is explained by an OOM kill, one kill explains one death, and two may come at once."""
     deaths = Deaths(events)
     kills(events, 3)
     assert "no memory" not in deaths.how(Dead(-11))
@@ -305,14 +305,14 @@ def test_for_want_of_memory(events: Path) -> None:
 
 
 def test_what_flaskd_killed_was_not_killed_for_want_of_memory(events: Path) -> None:
-    """The reason is its own."""
+    """If flaskd killed the worker, its reason is named, not an OOM kill."""
     deaths = Deaths(events)
     kills(events, 3)
     assert deaths.how(Dead(-9, killed_for="it hung")) == "flaskd killed it (it hung)"
 
 
 def test_an_oom_kill_of_long_ago_explains_nothing(events: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A child of the app may have been killed: the next worker that dies by SIGKILL does not die of that."""
+    """An OOM kill that no worker's death followed, perhaps of the app's child, does not explain a later death."""
     deaths, ahead = Deaths(events), 0.0
     kills(events, 4)
     assert "no memory left" in deaths.how(Dead(-9))
@@ -324,7 +324,7 @@ def test_an_oom_kill_of_long_ago_explains_nothing(events: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("text", [None, "", "oom_kill"])
 def test_without_memory_events(tmp_path: Path, text: str | None) -> None:
-    """No such file, or nothing in it: the signal is what is known."""
+    """Without a memory.events file, or with an empty one, the signal alone is named."""
     path = tmp_path / "memory.events"
     if text is not None:
         path.write_text(text)

@@ -1,4 +1,4 @@
-"""Whatever happens to workers, and whatever is asked for meanwhile: no slot is forgotten, and everyone is told once."""
+"""Random events in a pool: no slot stays empty for ever, and every outcome is called once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LONG = bool(os.environ.get("FLASKD_LONG"))
 
 
 class Told:
-    """An outcome that counts how often it was told."""
+    """An outcome that counts how often it was called."""
 
     def __init__(self) -> None:
         self.times = 0
@@ -29,7 +29,7 @@ class Told:
 
 
 class AnyPool(RuleBasedStateMachine):
-    """A pool, asked for all that a daemon may ask for in the state that it is in, while its workers live and die."""
+    """A pool to which random requests of a daemon come, while its workers live and die."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class AnyPool(RuleBasedStateMachine):
         return self.told[-1]
 
     def _look(self) -> None:
-        """See whether the reload under way is over, as the daemon does."""
+        """Check whether the reload under way is over, as the daemon does."""
         over = [each for each in self.world.events if isinstance(each, Renewed)]
         if self.reloading and len(over) == self.reloads:
             self.reloading = False
@@ -156,7 +156,7 @@ class AnyPool(RuleBasedStateMachine):
     def drain_and_resume_at_once(self, again: bool) -> None:
         self.undone.append(self.pool.begin_drain(20.0, announce=0.0))
         self.drains.append(self.undone[-1])
-        if self.pool.may_resume:  # the workers know of no drain yet
+        if self.pool.may_resume:  # the workers have not been told of the drain yet
             self.pool.resume()
         else:
             self.undone.pop()
@@ -198,7 +198,7 @@ class AnyPool(RuleBasedStateMachine):
     @invariant()
     def each_worker_has_a_place(self) -> None:
         if hasattr(self, "pool"):
-            assert set(self.slots.everybody) == set(self.world.alive)
+            assert set(self.slots.all_workers) == set(self.world.alive)
 
     @invariant()
     def each_request_is_accounted_for(self) -> None:
@@ -216,7 +216,7 @@ class AnyPool(RuleBasedStateMachine):
             self._context.__exit__(None, None, None)
 
     def _end(self) -> None:
-        """Once all is well again, and time passes, everything comes to its end."""
+        """When nothing fails any more and time passes, every request comes to its end."""
         self.world.no_more = False
         for _ in range(8):
             self.world.settle()

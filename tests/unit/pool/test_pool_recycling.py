@@ -1,4 +1,4 @@
-"""Workers that reach a limit: which one is replaced, when, by what it is said, and when none is."""
+"""Workers that reach a limit: which one is replaced, when, what the log says, and when none is replaced."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MIB = 1024**2
 
 
 class Memory:
-    """What the kernel tells of the memory of each process, in MiB; a process that is not named has 30."""
+    """The memory of each process in MiB, as the kernel would report it; 30 for processes that are not named."""
 
     def __init__(self) -> None:
         self.pss: dict[int, float] = {}
@@ -48,7 +48,7 @@ def world() -> Iterator[World]:
 
 @pytest.fixture(autouse=True)
 def shares(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The shares of the limits that workers draw, in their order; then 1."""
+    """The parts of the limits that workers draw, in their order; then 1."""
     drawn: list[float] = []
     monkeypatch.setattr(recycling.random, "uniform", lambda _low, high: drawn.pop(0) if drawn else high)
     return drawn
@@ -65,25 +65,25 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
 
 
 def started(world: World, workers: int = 2, **limits: object) -> Pool:
-    """A pool with limits, whose workers have lived for a while; no look is due just now."""
+    """A pool with limits, whose workers have lived for a while; no look is due now."""
     pool = world.started(workers, pool=limits)
     world.advance(20.25)
     return pool
 
 
 def phases(world: World) -> list[Phase]:
-    """Of all workers that are alive, in the order of their starts."""
+    """The phases of all living workers, in the order of their starts."""
     return [each.phase for each in world.alive]
 
 
 def reason_of(worker: FakeWorker) -> StopReason:
-    """Why a worker was told to stop."""
+    """The reason that a worker was given for its stop."""
     assert isinstance(worker.told[-1], say.StopNow)
     return worker.told[-1].reason
 
 
 def test_so_many_requests(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    """Another worker is started, the old one leaves when that is ready; limit, value and worker are in the log."""
+    """A worker at max_requests is replaced; limit, value and worker are in the log."""
     caplog.set_level(logging.INFO)
     pool = started(world, max_requests=100)
     old = world.worker(1)
@@ -110,7 +110,7 @@ def test_so_many_requests(world: World, caplog: pytest.LogCaptureFixture) -> Non
 
 
 def test_an_age(world: World) -> None:
-    """Counted from the start of the worker, as `flaskd workers` shows it."""
+    """The age counts from the start of the worker, as `flaskd workers` shows it."""
     pool = started(world, 1, max_age="1m")
     world.advance(37.0)
     assert len(world.made) == 1
@@ -121,7 +121,7 @@ def test_an_age(world: World) -> None:
 
 
 def test_a_thread_that_is_lost(world: World) -> None:
-    """A worker is replaced that has lost a thread in a request that was given up; one whose thread is back is not."""
+    """A worker is replaced if one of its threads is lost in a given-up request; not if the thread is back."""
     pool = started(world)
     hung, back = world.worker(0), world.worker(1)
     back.board.look(moved=0, stuck_at=None, background=0, lost=1)
@@ -135,7 +135,7 @@ def test_a_thread_that_is_lost(world: World) -> None:
 
 
 def test_workers_that_lose_threads_all_the_time(world: World) -> None:
-    """Workers are not replaced as often as requests hang: the pauses grow, and what is wrong is said."""
+    """If workers lose threads all the time, the pauses between replacements grow, and flaskd says so."""
     pool = started(world)
     for _ in range(5):
         for each in world.alive:
@@ -148,7 +148,7 @@ def test_workers_that_lose_threads_all_the_time(world: World) -> None:
 
 
 def test_memory(world: World, memory: Memory) -> None:
-    """By what is the worker's own of it: what it shares with others counts in part."""
+    """Memory is the PSS: what a worker shares with others counts in part."""
     pool = started(world, max_memory="150MiB")
     grown, shares_much = world.worker(0), world.worker(1)
     memory.pss |= {grown.pid: 151, shares_much.pid: 60}
@@ -164,7 +164,7 @@ def test_memory(world: World, memory: Memory) -> None:
 
 
 def test_memory_is_read_only_where_it_may_have_reached_the_limit(world: World, memory: Memory) -> None:
-    """The resident set is no smaller and costs nothing: only where that is large the kernel has to walk the pages."""
+    """PSS is read only if the resident set, which is never smaller and quick to read, has reached the limit."""
     started(world, max_memory="150MiB")
     world.advance(60.0)
     assert memory.readings == 0
@@ -178,7 +178,7 @@ def test_memory_is_read_only_where_it_may_have_reached_the_limit(world: World, m
 
 
 def test_a_small_worker_is_looked_at_rarely(world: World, memory: Memory) -> None:
-    """Twice a second, and closely once it has half of what it may have."""
+    """A worker is looked at twice a second, and more often once it uses half of max_memory."""
     asked = []
     started(world, 1, max_memory="100MiB")
     with mock.patch.object(recycling, "resident", lambda pid: asked.append(pid) or memory.read_resident(pid)):
@@ -191,11 +191,11 @@ def test_a_small_worker_is_looked_at_rarely(world: World, memory: Memory) -> Non
 
 
 def test_one_that_grows_is_replaced_before_it_is_there(world: World, memory: Memory) -> None:
-    """By what it grows until another one is ready, as it did so far and as long as its own start took."""
+    """A growing worker is replaced early, by the growth that is expected while another one starts."""
     pool = world.pool()
     config = pool_kit.configuration(1, pool={"max_memory": "100MiB"})
     pool.start(config)
-    world.advance(5.0)  # its start
+    world.advance(5.0)  # the length of its start
     world.settle()
     pool.started(config)
     old = world.worker(0)
@@ -212,7 +212,7 @@ def test_one_that_grows_is_replaced_before_it_is_there(world: World, memory: Mem
 
 @pytest.mark.parametrize(("start", "loaded"), [(1.0, 87), (50.0, 80)])
 def test_what_is_loaded_at_first_is_no_growth(world: World, memory: Memory, start: float, loaded: int) -> None:
-    """The first request may load much in a moment: that is reckoned over 5 s, or three times its start."""
+    """What the first request loads is averaged over 5 s, or three times the length of the start."""
     pool = world.pool()
     config = pool_kit.configuration(1, pool={"max_memory": "100MiB"})
     pool.start(config)
@@ -226,7 +226,7 @@ def test_what_is_loaded_at_first_is_no_growth(world: World, memory: Memory, star
 
 
 def test_a_large_worker_is_read_rarely(world: World, memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a reading took is at most 2 % of the time: here 0.1 s."""
+    """Reading PSS takes at most 2 % of the time: here a reading takes 0.1 s."""
     started(world, 1, max_memory="150MiB")
 
     def slow(pid: int) -> int:
@@ -240,7 +240,7 @@ def test_a_large_worker_is_read_rarely(world: World, memory: Memory, monkeypatch
 
 
 def test_each_worker_draws_its_own_limit(world: World, shares: list[float], memory: Memory) -> None:
-    """Workers that began together and have done the same do not end together."""
+    """Workers that began together and have done the same work do not reach a limit together."""
     shares += [0.95, 0.9]
     started(world, max_requests=1000, max_memory="100MiB")
     for each in world.alive:
@@ -258,7 +258,7 @@ def test_each_worker_draws_its_own_limit(world: World, shares: list[float], memo
 
 
 def test_what_is_drawn_is_up_to_a_tenth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Never above the limit."""
+    """A worker's own limit is up to a tenth below the limit, and never above it."""
     monkeypatch.undo()
     drawn = [recycling._Seen().share for _ in range(1000)]  # noqa: SLF001 - the room's own test
     assert 0.9 <= min(drawn) < 0.92
@@ -266,7 +266,7 @@ def test_what_is_drawn_is_up_to_a_tenth(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_one_at_a_time_over_the_whole_pool(world: World) -> None:
-    """All have reached it: the next one begins when the one before has its place, whoever is farthest beyond first."""
+    """If all workers have reached a limit, they are replaced one after the other, the farthest beyond first."""
     pool = started(world, 3, max_requests=10)
     for number, each in enumerate(world.alive):
         each.answers(20 + number)
@@ -286,7 +286,7 @@ def test_one_at_a_time_over_the_whole_pool(world: World) -> None:
 
 
 def test_not_more_leave_than_there_are_to_be(world: World) -> None:
-    """Old workers with streams may take long: memory is bounded, as is the number of processes."""
+    """At most as many workers as there should be are stopping at a time, so memory is bounded."""
     started(world, 1, max_requests=10)
     old = world.worker(0)
     old.answers(10)
@@ -305,7 +305,7 @@ def test_not_more_leave_than_there_are_to_be(world: World) -> None:
 
 
 def test_a_replacement_that_fails_leaves_the_old_worker(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    """It is tried again, after pauses that double; it is said, and it is over when one succeeds."""
+    """A failed replacement leaves the old worker; it is tried again after pauses that double, until one succeeds."""
     pool = started(world, 1, max_requests=10)
     old = world.worker(0)
     old.answers(10)
@@ -331,7 +331,7 @@ def test_a_replacement_that_fails_leaves_the_old_worker(world: World, caplog: py
 
 
 def test_a_limit_below_what_the_app_needs(world: World, memory: Memory, caplog: pytest.LogCaptureFixture) -> None:
-    """Each new worker has reached it when it was just loaded: it is said, and replacements become rare."""
+    """If each new worker reaches the limit right after its start, flaskd says so and replaces workers rarely."""
     memory.every = 200.0
     pool = world.started(2, pool={"max_memory": "150MiB"})
     for _ in range(600):
@@ -339,7 +339,7 @@ def test_a_limit_below_what_the_app_needs(world: World, memory: Memory, caplog: 
         world.advance(1.0)
         world.settle()
     assert 5 <= len(world.made) - 2 <= 10
-    assert "that is what the app needs when it was just loaded" in pool.snapshot().trouble
+    assert "the app needs that much right after its start" in pool.snapshot().trouble
     assert "pool.max_memory (150MiB)" in caplog.text
     assert "in 256s at the earliest" in caplog.text
     assert "and no other one is ready yet" not in caplog.text
@@ -347,7 +347,7 @@ def test_a_limit_below_what_the_app_needs(world: World, memory: Memory, caplog: 
 
 
 def test_a_limit_that_is_reached_at_once(world: World) -> None:
-    """So for requests: a handful a second must not become as many new processes."""
+    """If workers reach max_requests at once, a few requests a second do not become as many new processes."""
     pool = world.started(2, pool={"max_requests": 5})
     for _ in range(60):
         for each in world.alive:
@@ -359,7 +359,7 @@ def test_a_limit_that_is_reached_at_once(world: World) -> None:
 
 
 def test_lives_that_are_shorter_than_it_takes_to_replace_all(world: World, memory: Memory) -> None:
-    """A new worker needs 6 s until it is ready, two of them 12 s: they must not reach the limit within 10 s."""
+    """A new worker takes 6 s to be ready, two take 12 s: workers must not reach a limit within 10 s."""
     pool = world.started(2, pool={"max_memory": "150MiB"})
     world.advance(10.0)
     memory.pss[world.worker(0).pid] = 151
@@ -380,7 +380,7 @@ def test_lives_that_are_shorter_than_it_takes_to_replace_all(world: World, memor
 def test_one_that_grows_faster_than_it_can_be_replaced(
     world: World, memory: Memory, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its replacement takes long: at 1.3 times the limit it is said, once, in log and status."""
+    """A worker at 1.3 times the limit, whose replacement takes long, is named once in log and status."""
     pool = started(world, 1, max_memory="100MiB")
     old = world.worker(0)
     for grown in range(100, 180, 5):
@@ -398,7 +398,7 @@ def test_one_that_grows_faster_than_it_can_be_replaced(
 
 
 def test_new_limits_begin_anew(world: World, memory: Memory) -> None:
-    """A reload of the configuration with a limit that can be kept ends the pauses, and what was said."""
+    """A reload with other limits ends the pauses and the warning."""
     memory.every = 200.0
     pool = started(world, 1, max_memory="150MiB")
     for _ in range(20):
@@ -420,7 +420,7 @@ def test_new_limits_begin_anew(world: World, memory: Memory) -> None:
 def test_memory_that_cannot_be_read(
     world: World, memory: Memory, caplog: pytest.LogCaptureFixture, fault: OSError
 ) -> None:
-    """It is said once that the limit has no effect; the other limits hold."""
+    """If memory cannot be read, the log says once that max_memory has no effect; other limits hold."""
     memory.every, memory.fault = 200.0, fault
     started(world, max_memory="150MiB", max_requests=10)
     assert caplog.text.count("cannot read the memory of worker") == 1
@@ -434,7 +434,7 @@ def test_memory_that_cannot_be_read(
 def test_a_worker_that_has_just_ended_has_no_memory(
     world: World, memory: Memory, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """That is no fault of the kernel's, and nothing is said."""
+    """If a worker ends while its memory is read, nothing is logged."""
     memory.every, memory.fault = 200.0, ProcessLookupError(3, "No such process")
     started(world, max_memory="150MiB")
     assert "cannot read" not in caplog.text
@@ -443,7 +443,7 @@ def test_a_worker_that_has_just_ended_has_no_memory(
 def test_no_thread_for_a_reading(
     world: World, memory: Memory, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is said, and tried again."""
+    """If no thread can be started for a reading, the log says so, and it is tried again."""
 
     def none(_name: str, _work: object) -> None:
         raise RuntimeError("can't start new thread")
@@ -468,7 +468,7 @@ def due(world: World, pool: Pool) -> None:
 
 
 def test_none_while_drained(world: World) -> None:
-    """What is under way is broken off, for nothing serves; after the resume it is gone on with."""
+    """A drain breaks off a replacement; after the resume it begins again."""
     pool = started(world, max_requests=10)
     due(world, pool)
     world.advance(1.0)
@@ -484,7 +484,7 @@ def test_none_while_drained(world: World) -> None:
 
 
 def test_none_during_a_reload_which_breaks_off_one(world: World) -> None:
-    """All workers get new anyway; no more are started than the reload may start."""
+    """A reload breaks off a replacement, and no other worker is started for a limit."""
     pool = started(world, 2, max_requests=10)
     world.worker(1).answers(10)
     world.advance(1.0)
@@ -499,9 +499,9 @@ def test_none_during_a_reload_which_breaks_off_one(world: World) -> None:
 
 
 def test_none_between_two_steps_of_a_reload(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the first old worker still accepts, none is started, and the next step is the reload's."""
+    """Between two steps of a reload, no worker is replaced for a limit."""
     pool = started(world, 2, max_requests=10)
-    monkeypatch.setattr(world.worker(0), "send", lambda *_: True)  # it does not say that it has closed its listeners
+    monkeypatch.setattr(world.worker(0), "send", lambda *_: True)  # it does not report that it has closed its listeners
     world.worker(1).answers(10)
     pool.renew(pool_kit.configuration(2, pool={"max_requests": 10}), only_configuration=False)
     world.settle()
@@ -512,7 +512,7 @@ def test_none_between_two_steps_of_a_reload(world: World, monkeypatch: pytest.Mo
 
 
 def test_a_worker_that_leaves_while_a_configuration_comes(world: World) -> None:
-    """It need not take that any more: the reload succeeds, and the one in its place has it."""
+    """A worker that is stopping need not take a new configuration; its replacement has it, and the reload succeeds."""
     pool = started(world, 1, max_requests=10)
     old = world.worker(0)
     due(world, pool)
@@ -533,7 +533,7 @@ def test_a_worker_that_leaves_while_a_configuration_comes(world: World) -> None:
 
 
 def test_a_worker_that_dies_of_a_configuration(world: World) -> None:
-    """That is a fault of the reload, as ever."""
+    """If a worker dies when it gets a new configuration, the reload fails."""
     pool = started(world, 1, max_requests=10)
     pool.renew(pool_kit.configuration(1), only_configuration=True)
     world.worker(0).dies()
@@ -543,7 +543,7 @@ def test_a_worker_that_dies_of_a_configuration(world: World) -> None:
 
 
 def test_a_canary_is_waited_for(world: World) -> None:
-    """While the first new worker of a reload has to live, none is replaced for a limit."""
+    """While the first new worker of a reload has its canary time, no worker is replaced for a limit."""
     pool = started(world, 2, max_requests=10, canary="9s")
     keys = {"max_requests": 10, "canary": "9s"}
     pool.renew(pool_kit.configuration(2, pool=keys), only_configuration=False)
@@ -557,7 +557,7 @@ def test_a_canary_is_waited_for(world: World) -> None:
 
 
 def test_a_limit_takes_no_canary(world: World) -> None:
-    """Without new code the old worker leaves as soon as the new one is ready."""
+    """A replacement for a limit has no canary time: the old worker stops as soon as the new one is ready."""
     pool = started(world, 1, max_requests=10, canary="9s")
     due(world, pool)
     world.advance(1.0)
@@ -566,7 +566,7 @@ def test_a_limit_takes_no_canary(world: World) -> None:
 
 
 def test_none_while_a_place_is_empty(world: World) -> None:
-    """A crash is mended first: an app that does not load must not cost a worker that serves."""
+    """While a slot is empty, no worker is replaced for a limit: one that serves might be lost for a broken app."""
     pool = started(world, 2, max_requests=10)
     world.worker(0).dies()
     world.run()
@@ -580,7 +580,7 @@ def test_none_while_a_place_is_empty(world: World) -> None:
 
 
 def test_the_old_worker_dies_meanwhile(world: World) -> None:
-    """The one that was to replace it has its place; that was a death, and no recycling."""
+    """If the old worker dies before it is replaced, the new one takes the slot; that counts as a death."""
     pool = started(world, 1, max_requests=10)
     due(world, pool)
     world.advance(1.0)
@@ -594,7 +594,7 @@ def test_the_old_worker_dies_meanwhile(world: World) -> None:
 
 
 def test_fewer_workers_meanwhile(world: World) -> None:
-    """The slot is gone, with both of its workers; the others go on."""
+    """If the slot is removed meanwhile, both of its workers stop, and the others go on."""
     pool = started(world, 2, max_requests=10)
     world.worker(1).answers(10)
     world.advance(1.0)
@@ -607,7 +607,7 @@ def test_fewer_workers_meanwhile(world: World) -> None:
 
 
 def test_more_workers_come_first(world: World) -> None:
-    """While `scale` starts workers none is replaced for a limit."""
+    """While `scale` starts workers, no worker is replaced for a limit."""
     pool = started(world, 1, max_requests=10)
     pool.scale(2, lambda _: None)
     due(world, pool)
@@ -619,7 +619,7 @@ def test_more_workers_come_first(world: World) -> None:
 
 
 def test_none_in_a_stop(world: World) -> None:
-    """One that is under way ends with the stop, and no other is begun."""
+    """A stop ends a replacement, and no other one begins."""
     pool = started(world, 1, max_requests=10)
     due(world, pool)
     world.advance(1.0)

@@ -1,4 +1,4 @@
-"""Slots: each state that one can be in, and each thing that can happen to it there."""
+"""Slots: each event in each state of a slot."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def world() -> Iterator[World]:
 
 
 class Told:
-    """An outcome that keeps what it is told."""
+    """An outcome that keeps what it was called with."""
 
     def __init__(self) -> None:
         self.all: list[FlaskdError | None] = []
@@ -43,7 +43,7 @@ def only(pool: Pool) -> tuple[Slots, Slot]:
 
 
 def go(world: World, worker: FakeWorker, phase: Phase) -> None:
-    """Let one that was started go on until it is in a phase."""
+    """Lead a worker that was started to a phase."""
     while worker.phase is not phase:
         assert worker.step(), f"it stays {worker.phase}"
         world.run()
@@ -53,37 +53,37 @@ def go(world: World, worker: FakeWorker, phase: Phase) -> None:
 
 
 def empty(world: World, pool: Pool) -> None:
-    """Nobody is in it, and it is tried again later."""
-    for _ in range(2):  # the first time it is filled again at once
+    """The slot is empty, and will be filled again later."""
+    for _ in range(2):  # the first time it is filled at once
         world.worker(0).dies()
         world.run()
 
 
 def filled(world: World, pool: Pool) -> None:
-    """A worker serves in it."""
+    """A worker serves in the slot."""
 
 
 def filling(world: World, pool: Pool) -> None:
-    """A worker is started for it, and there is no other."""
+    """A worker is started for the empty slot."""
     world.worker(0).dies()
     world.run()
 
 
 def replacing(world: World, pool: Pool) -> None:
-    """A worker serves, and another one is started."""
+    """A worker serves, and another one is started to replace it."""
     slots, slot = only(pool)
     slots.replace(slot, 1, WHY)
 
 
 def in_canary(world: World, pool: Pool) -> None:
-    """Both are ready, and the new one has to live for a while."""
+    """Both workers are ready, and the new one has its canary time."""
     slots, slot = only(pool)
     slots.replace(slot, 1, WHY, canary=5.0)
     go(world, world.worker(0), Phase.READY)
 
 
 def held(world: World, pool: Pool) -> None:
-    """It is drained, and its worker died: the next one waits for listeners."""
+    """The service is drained, and the slot's worker died: the next one waits for listeners."""
     pool.begin_drain(5.0, announce=0.0)
     world.run()
     world.worker(0).dies()
@@ -148,7 +148,7 @@ EVENTS = [old_dies, new_dies, new_fails, both_die, replaced, replaced_without_me
 def test_each_event_in_each_state(
     world: World, state: Callable[[World, Pool], None], event: Callable[[World, Pool], None]
 ) -> None:
-    """Whatever happens where: who waits is told once, and in the end there is one worker in each slot, which serves."""
+    """After any event in any state, each outcome is called once, and each slot has one serving worker in the end."""
     pool = world.started(1)
     slots, slot = only(pool)
     told = Told()
@@ -173,7 +173,7 @@ def test_each_event_in_each_state(
 
 
 def wait_for(slot: Any, told: Told) -> None:
-    """Have somebody wait for the worker that is started for a slot."""
+    """Add an outcome for the worker that is started for a slot."""
     if hasattr(slot, "outcomes"):
         slot.outcomes.append(told)
     else:
@@ -184,7 +184,7 @@ def wait_for(slot: Any, told: Told) -> None:
 
 
 def test_a_replacement_is_ready_before_the_old_one_leaves(world: World) -> None:
-    """The old one is told the reason when the new one has its place; who waits is told then."""
+    """The old worker is told to stop when the new one has its place; then the outcome is called."""
     pool = world.started(1)
     slots, slot = only(pool)
     old, told = world.worker(0), Told()
@@ -199,7 +199,7 @@ def test_a_replacement_is_ready_before_the_old_one_leaves(world: World) -> None:
 
 
 def test_the_app_is_that_of_the_worker_that_serves(world: World) -> None:
-    """A reload may have brought another one: not that of an old worker, which still has requests in hand."""
+    """The name of the app is that of a serving worker, not of an old one that is stopping."""
     pool = world.started(1)
     slots, slot = only(pool)
     old = world.worker(0)
@@ -214,7 +214,7 @@ def test_the_app_is_that_of_the_worker_that_serves(world: World) -> None:
 
 @pytest.mark.parametrize("end", [FakeWorker.fails, FakeWorker.dies])
 def test_a_replacement_that_fails_leaves_the_old_one(world: World, end: Callable[[FakeWorker], None]) -> None:
-    """Who waits is told why, and nothing is tried again."""
+    """If the new worker fails, the old one stays, the outcome gets the error, and it is not tried again."""
     pool = world.started(1)
     slots, slot = only(pool)
     old, told = world.worker(0), Told()
@@ -230,12 +230,12 @@ def test_a_replacement_that_fails_leaves_the_old_one(world: World, end: Callable
 
 
 def schedulers(worker: FakeWorker) -> list[str]:
-    """What a worker was told about the schedulers of its app."""
+    """The messages about schedulers that a worker got."""
     return [type(each).__name__ for each in worker.told if "Schedulers" in type(each).__name__]
 
 
 def test_the_schedulers_of_the_old_one_are_paused_first(world: World) -> None:
-    """They are when the new one is told to load the app, and stay so when that has its place, also should it die then."""
+    """The old worker's schedulers are paused before the new one loads the app, and stay so when that has its place."""
     pool = world.started(1)
     slots, slot = only(pool)
     old = world.worker(0)
@@ -250,7 +250,7 @@ def test_the_schedulers_of_the_old_one_are_paused_first(world: World) -> None:
 
 @pytest.mark.parametrize("canary", [False, True])
 def test_the_schedulers_go_on_where_the_old_one_stays(world: World, canary: bool) -> None:
-    """Once the process of the new one is gone, and not before; one that was given up for another one changes nothing."""
+    """If the new worker fails, the old one's schedulers go on once the new one's process has ended."""
     pool = world.started(1)
     slots, slot = only(pool)
     old = world.worker(0)
@@ -273,7 +273,7 @@ def test_the_schedulers_go_on_where_the_old_one_stays(world: World, canary: bool
 
 
 def test_a_canary_that_dies(world: World) -> None:
-    """The old one stays where it is, and serves all the time."""
+    """If the new worker dies in its canary time, the old one stays, and has served all the time."""
     pool = world.started(1)
     slots, slot = only(pool)
     old, told = world.worker(0), Told()
@@ -289,7 +289,7 @@ def test_a_canary_that_dies(world: World) -> None:
 
 
 def test_an_empty_slot_is_filled_at_once_and_then_later_and_later(world: World) -> None:
-    """At once; then after 0.5 s, each time doubled, up to 30 s; after 30 s of good life at once again."""
+    """An empty slot is filled at once, then after 0.5 s, doubled up to 30 s; at once again after 30 s of life."""
     pool = world.started(1)
     pauses = []
     for _ in range(10):
@@ -309,7 +309,7 @@ def test_an_empty_slot_is_filled_at_once_and_then_later_and_later(world: World) 
 
 
 def test_a_slot_whose_worker_never_starts_is_tried_for_ever(world: World) -> None:
-    """After two thousand failures the pause is what it was after ten."""
+    """After two thousand failures the pause is the same as after ten."""
     pool = world.started(1)
     _, slot = only(pool)
     world.worker(0).dies()
@@ -323,7 +323,7 @@ def test_a_slot_whose_worker_never_starts_is_tried_for_ever(world: World) -> Non
 
 
 def test_without_memory_for_a_worker_the_slot_is_tried_again(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    """That no process can be had is told, and is no reason to leave the slot empty for ever."""
+    """If no process can be started for lack of memory, the log says so, and the slot is tried again."""
     world.started(1)
     world.no_more = True
     world.worker(0).dies()
@@ -335,7 +335,7 @@ def test_without_memory_for_a_worker_the_slot_is_tried_again(world: World, caplo
 
 
 def test_one_that_is_not_ready_in_time(world: World) -> None:
-    """Its stacks are taken first; then it is killed, and who waits is told, with what its threads were at."""
+    """A late worker writes its stacks and is killed; the outcome gets an error with the stacks."""
     pool = world.started(1, pool={"start_timeout": "5s"})
     slots, slot = only(pool)
     told = Told()
@@ -349,11 +349,11 @@ def test_one_that_is_not_ready_in_time(world: World) -> None:
     [error] = told.all
     assert isinstance(error, AppError)
     assert "not ready after 5s (pool.start_timeout)" in str(error)
-    assert error.traceback_text == "File shop.py, line 1 in slow"
+    assert error.details == "File shop.py, line 1 in slow"
 
 
 def test_one_that_is_late_before_it_can_tell_its_stacks(world: World) -> None:
-    """The signal that asks for them ends it then: who waits is told that it was late, not of that signal."""
+    """If the signal for stacks kills a late worker, the outcome still says that it was late."""
     pool = world.started(1, pool={"start_timeout": "5s"})
     slots, slot = only(pool)
     told = Told()
@@ -365,7 +365,7 @@ def test_one_that_is_late_before_it_can_tell_its_stacks(world: World) -> None:
 
 
 def test_one_that_waits_while_it_is_drained_has_its_time_after_the_resume(world: World) -> None:
-    """A worker without listeners cannot be ready; its time to be so begins when it has them."""
+    """The start timeout of a worker that waits for a resume begins when it gets its listeners."""
     pool = world.started(1, pool={"start_timeout": "5s"})
     held(world, pool)
     waiting = world.worker(0)
@@ -379,7 +379,7 @@ def test_one_that_waits_while_it_is_drained_has_its_time_after_the_resume(world:
 
 
 def test_one_that_waits_for_its_template_has_its_time_once_it_is_forked(world: World) -> None:
-    """The template has a time of its own, so that one clock alone says what was late, and where."""
+    """The start timeout of a worker begins after its fork; the template has a timeout of its own."""
     pool = world.started(1, pool={"start_timeout": "5s"})
     slots, slot = only(pool)
     world.forks = False
@@ -395,7 +395,7 @@ def test_one_that_waits_for_its_template_has_its_time_once_it_is_forked(world: W
 
 
 def test_one_that_is_started_while_the_whole_service_is_stopped(world: World) -> None:
-    """The time in which nothing could run is not counted."""
+    """Time in which the whole service stood still does not count for the start timeout."""
     pool = world.started(1, pool={"start_timeout": "5s"})
     slots, slot = only(pool)
     slots.replace(slot, 1, WHY)
@@ -410,7 +410,7 @@ def test_one_that_is_started_while_the_whole_service_is_stopped(world: World) ->
 
 
 def test_a_canary_that_stops_by_itself(world: World) -> None:
-    """As one that dies: the old worker stays, also where what the new one has in hand lasts longer than its time."""
+    """If the new worker stops in its canary time, the old one stays."""
     pool = world.started(1)
     slots, slot = only(pool)
     old, told = world.worker(0), Told()
@@ -425,7 +425,7 @@ def test_a_canary_that_stops_by_itself(world: World) -> None:
 
 
 def test_nothing_is_started_once_it_ends(world: World) -> None:
-    """Who asks for a replacement then is told so; an empty slot stays empty."""
+    """After the end, a replacement gets an error, and an empty slot stays empty."""
     pool = world.started(1)
     slots, slot = only(pool)
     told = Told()
@@ -439,7 +439,7 @@ def test_nothing_is_started_once_it_ends(world: World) -> None:
 
 
 def test_who_waits_for_more_workers_is_told_that_there_are_fewer(world: World) -> None:
-    """That they cannot be started: there was none to be replaced."""
+    """If a new slot is removed before its worker is ready, the outcome says that the worker cannot be started."""
     pool, told = world.started(1), Told()
     pool.scale(2, told)
     pool.scale(1, Told())
@@ -447,7 +447,7 @@ def test_who_waits_for_more_workers_is_told_that_there_are_fewer(world: World) -
 
 
 def test_sigterm_replaces_one_worker(world: World) -> None:
-    """It asks for that by its wire; a second one meanwhile changes nothing."""
+    """SIGTERM makes a worker ask for its replacement; a second one meanwhile changes nothing."""
     world.started(2)
     old = world.worker(1)
     for _ in range(2):
@@ -459,7 +459,7 @@ def test_sigterm_replaces_one_worker(world: World) -> None:
 
 
 def test_who_waits_for_a_replacement_is_told_when_the_old_one_accepts_no_more(world: World) -> None:
-    """After the reply new connections meet the new one alone; an old one that hangs is waited for a second at most."""
+    """The outcome is called when the old worker has closed its listeners, or after a second at most."""
     pool = world.started(1)
     slots, slot = only(pool)
     old, told = world.worker(0), Told()
@@ -479,7 +479,7 @@ def renewed(world: World) -> list[Any]:
 
 
 def test_a_rollout_begins_with_one_and_goes_on_with_as_many_as_may(world: World) -> None:
-    """The first alone; then `pool.surge` at a time; who asked is told when the last is ready."""
+    """A rollout replaces one worker first, then `pool.surge` at a time; its outcome comes with the last."""
     pool = world.started(5, pool={"surge": 2})
     pool.renew(pool_kit.configuration(5, pool={"surge": 2}), only_configuration=False)
     at_a_time = []
@@ -494,7 +494,7 @@ def test_a_rollout_begins_with_one_and_goes_on_with_as_many_as_may(world: World)
 
 
 def test_a_stop_overtakes_another_number_of_workers(world: World) -> None:
-    """Those that would be too many are told to stop as all others, with the time that the stop has."""
+    """If a stop comes while workers are to be removed, they are told to stop as all others."""
     pool = world.started(2)
     pool.renew(pool_kit.configuration(1), only_configuration=True)
     pool_kit.slots_of(pool).end()
@@ -504,7 +504,7 @@ def test_a_stop_overtakes_another_number_of_workers(world: World) -> None:
 
 
 def test_a_rollout_ends_with_the_first_failure(world: World) -> None:
-    """Nothing of the new generation stays, and the next empty slot has the old one."""
+    """If the first new worker fails, no new one stays, and empty slots get the old generation."""
     pool = world.started(3)
     pool.renew(pool_kit.configuration(3), only_configuration=False)
     world.alive[-1].fails()
@@ -517,7 +517,7 @@ def test_a_rollout_ends_with_the_first_failure(world: World) -> None:
 
 @pytest.mark.parametrize("how", ["fails", "drained", "broken off"])
 def test_a_rollout_that_was_to_bring_more_workers(world: World, how: str) -> None:
-    """Where it ends after the first, slots whose turn had not come are filled all the same."""
+    """If a rollout ends after its first worker, the new slots are filled all the same."""
     pool = world.started(1)
     pool.renew(pool_kit.configuration(4), only_configuration=False)
     go(world, world.alive[-1], Phase.READY)
@@ -539,7 +539,7 @@ def test_a_rollout_that_was_to_bring_more_workers(world: World, how: str) -> Non
 
 
 def test_a_rollout_that_fails_half_way(world: World) -> None:
-    """What was replaced stays, and the error says how many; an empty slot has the new generation."""
+    """If a later one fails, the new workers stay, the error has their number, and empty slots get new ones."""
     pool = world.started(3)
     pool.renew(pool_kit.configuration(3), only_configuration=False)
     go(world, world.alive[-1], Phase.READY)
@@ -554,7 +554,7 @@ def test_a_rollout_that_fails_half_way(world: World) -> None:
 
 
 def test_a_reload_while_a_restart_is_under_way(world: World) -> None:
-    """The restart ends, and who asked for it is told; the reload comes to its end."""
+    """A reload ends a restart, whose outcome gets an error; the reload comes to its end."""
     pool = world.started(2)
     told = Told()
     pool.restart(None, told)

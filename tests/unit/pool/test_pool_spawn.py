@@ -1,4 +1,4 @@
-"""Processes of workers that cannot be watched."""
+"""Processes of workers for which no pidfd can be opened."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ from flaskd.pool.handle import Handle
 
 
 def test_no_descriptor_to_watch_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is told which worker it is, what there is too little of, and where to raise that; its process is gone by then."""
+    """The error names the worker, what is missing, and where to raise the limit; the process has ended."""
 
     def fail(_: int) -> NoReturn:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))

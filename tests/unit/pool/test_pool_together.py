@@ -11,7 +11,7 @@ import pool_kit
 import pytest
 from pool_kit import FakeWorker, World, configuration
 
-from flaskd.cleanup import Frame, Plan, overview
+from flaskd.cleanup import Fate, Frame, Plan, StepResult, overview
 from flaskd.errors import AppError, FlaskdError
 from flaskd.ledger import DrainReport
 from flaskd.lifecycle import StopReason
@@ -49,7 +49,7 @@ def begun(world: World, workers: int = 2, **keys: Any) -> Any:
 
 
 def test_ready_when_all_are(world: World) -> None:
-    """Not with the first of them."""
+    """The service is ready when all workers are, not with the first one."""
     begun(world)
     for _ in range(2):
         world.worker(0).step()
@@ -60,7 +60,7 @@ def test_ready_when_all_are(world: World) -> None:
 
 
 def test_ready_when_time_is_over_and_one_is(world: World) -> None:
-    """The other goes on to be started."""
+    """At the start timeout the service is ready if one worker is; the other one is still started."""
     begun(world, pool={"start_timeout": "10s"})
     for _ in range(2):
         world.worker(1).step()
@@ -72,7 +72,7 @@ def test_ready_when_time_is_over_and_one_is(world: World) -> None:
 
 
 def test_none_of_the_first_generation(world: World) -> None:
-    """The start fails with the first error, at once when none is left that could become ready."""
+    """If no worker can become ready, the start fails with the first error, and at once."""
     begun(world)
     world.worker(0).fails()
     world.run()
@@ -88,7 +88,7 @@ def test_none_of_the_first_generation(world: World) -> None:
 
 @pytest.mark.parametrize("first_fails", [True, False])
 def test_one_of_the_first_generation_fails(world: World, caplog: pytest.LogCaptureFixture, first_fails: bool) -> None:
-    """The log says why, once each time, whether it failed before another one was ready or after that."""
+    """The log has the error of a failed worker once, whether another one was ready before or not."""
     begun(world, pool={"start_timeout": "60s"})
     if first_fails:
         world.worker(0).fails()
@@ -105,7 +105,7 @@ def test_one_of_the_first_generation_fails(world: World, caplog: pytest.LogCaptu
 
 
 def test_no_process_for_the_first_generation(world: World) -> None:
-    """The start fails, and says what there is none of."""
+    """If no process can be started, the start fails, and says what is missing."""
     world.no_more = True
     begun(world)
     [failed] = world.events
@@ -114,7 +114,7 @@ def test_no_process_for_the_first_generation(world: World) -> None:
 
 
 def test_a_start_that_is_late_says_where_its_workers_are(world: World) -> None:
-    """The first one that hangs, with the stacks of its threads."""
+    """At the start timeout, the error names the first hanging worker and has its stacks."""
     begun(world, pool={"start_timeout": "10s"})
     world.advance(10.6)
     world.settle()
@@ -122,11 +122,11 @@ def test_a_start_that_is_late_says_where_its_workers_are(world: World) -> None:
     assert isinstance(failed, Failed)
     assert isinstance(failed.error, AppError)
     assert "it was not ready after 10s (pool.start_timeout)" in str(failed.error)
-    assert failed.error.traceback_text == "File shop.py, line 1 in slow"
+    assert failed.error.details == "File shop.py, line 1 in slow"
 
 
 def test_what_failed_in_a_start_that_succeeds_is_told(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    """Each failure once: the first when it is known that the start does not fail for it, others at once."""
+    """In a start that succeeds, each failure is logged once: the first one when success is certain, others at once."""
     begun(world, pool={"start_timeout": "10s"})
     world.worker(0).fails()
     for _ in range(2):
@@ -147,7 +147,7 @@ def test_what_failed_in_a_start_that_succeeds_is_told(world: World, caplog: pyte
 
 
 def test_without_a_worker_it_is_not_ready(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    """Which the log says once, when the last one is gone; with the next one it is ready."""
+    """When the last worker is gone the service is not ready, and the log says so once; a new worker ends that."""
     pool = world.started(2)
     assert (pool.unready, pool.answers(0)) == ("", True)
     world.worker(0).dies()
@@ -169,7 +169,7 @@ def test_without_a_worker_it_is_not_ready(world: World, caplog: pytest.LogCaptur
 
 
 def test_the_watchdog_wants_one_worker_that_beats(world: World) -> None:
-    """One is enough; without any the service does not answer, nor does it turn."""
+    """One worker whose loop turns is enough for the watchdog; without any the service does not answer."""
     pool = world.started(2)
     world.hung = {world.worker(0)}
     world.advance(3.0)
@@ -182,7 +182,7 @@ def test_the_watchdog_wants_one_worker_that_beats(world: World) -> None:
 
 
 def test_a_death_is_told(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    """Each request that it had read is named, its connections are counted, and counts do not fall."""
+    """A death is logged with each request that was read and the number of connections; counts do not fall."""
     pool = world.started(2)
     victim = world.worker(1)
     victim.takes("/done")
@@ -203,7 +203,7 @@ def test_a_death_is_told(world: World, caplog: pytest.LogCaptureFixture) -> None
 
 
 def test_one_that_stops_by_itself_dies_once(world: World) -> None:
-    """It is told when it begins, with what died with it when it is gone."""
+    """A worker that stops by itself counts as one death, with its requests once it is gone."""
     pool = world.started(1)
     worker = world.worker(0)
     worker.takes("/lost")
@@ -220,7 +220,7 @@ def test_one_that_stops_by_itself_dies_once(world: World) -> None:
 
 
 def test_a_log_level_waits_for_what_a_worker_hears_first(world: World) -> None:
-    """One that is being started is told once its app is loaded: its first message says what it is."""
+    """A worker that is loading gets a new log level once its app is loaded."""
     pool = world.started(1)
     pool.restart(None, lambda _: None)
     world.run()
@@ -233,7 +233,7 @@ def test_a_log_level_waits_for_what_a_worker_hears_first(world: World) -> None:
 
 
 def test_one_that_was_told_to_leave_does_not_die(world: World) -> None:
-    """Its end is no accident; one that ends by itself is one, whatever its exit code."""
+    """The end of a worker that was told to stop is not a death; any other end is, whatever its exit code."""
     pool = world.started(2)
     pool.restart(None, lambda _: None)
     world.settle()
@@ -253,7 +253,7 @@ def report_of(world: World) -> DrainReport:
 
 
 def test_a_drain_is_over_when_the_last_worker_has_reported(world: World, listener: Listener) -> None:
-    """The listeners are closed when no worker has a copy, its report is that of all."""
+    """A drain is over when the last worker has reported and the listeners are closed; the reports are added."""
     pool = world.started(2, [listener])
     one, other = world.made
     one.takes()
@@ -276,7 +276,7 @@ def test_a_drain_is_over_when_the_last_worker_has_reported(world: World, listene
 
 
 def test_a_worker_that_dies_in_a_drain_is_in_its_account(world: World) -> None:
-    """What it had read is cut, with the reason; the drain does not wait for it."""
+    """A worker that dies in a drain counts its requests as cut, with the reason; the drain does not wait for it."""
     pool = world.started(2)
     one, other = world.made
     one.takes("/lost")
@@ -292,7 +292,7 @@ def test_a_worker_that_dies_in_a_drain_is_in_its_account(world: World) -> None:
 
 
 def test_a_worker_that_hangs_in_a_drain_is_killed(world: World) -> None:
-    """Soon after the time that the drain has; what it had read is in the account, and resume is not held up."""
+    """A worker that hangs in a drain is killed soon after the deadline, and does not delay a resume."""
     pool = world.started(2, shutdown={"drain": {"timeout": "5s"}})
     hung, other = world.made
     hung.takes("/hangs")
@@ -312,7 +312,7 @@ def test_a_worker_that_hangs_in_a_drain_is_killed(world: World) -> None:
 
 
 def test_a_resume_ends_the_time_of_a_drain(world: World) -> None:
-    """A worker that had not reported when the drain was undone is not killed for it."""
+    """After a resume, a worker that had not reported is not killed."""
     pool = world.started(1)
     pool.begin_drain(5.0, announce=0.0)
     world.run()
@@ -327,7 +327,7 @@ def test_a_resume_ends_the_time_of_a_drain(world: World) -> None:
 
 
 def test_a_resume_at_once_after_a_drain(world: World) -> None:
-    """Before the workers were told: they are not told to drain any more."""
+    """If a resume comes before the workers were told of a drain, they are not told to drain."""
     pool = world.started(1)
     drain = pool.begin_drain(5.0, announce=0.0)
     assert pool.may_resume
@@ -339,7 +339,7 @@ def test_a_resume_at_once_after_a_drain(world: World) -> None:
 
 
 def test_a_drain_a_resume_and_a_drain_at_once(world: World) -> None:
-    """Before the workers were told of the first: they drain once, and none is killed for that one's time."""
+    """A drain, a resume and a drain before the workers are told lead to one drain, with the second one's time."""
     pool = world.started(2)
     pool.begin_drain(5.0, announce=0.0)
     pool.resume()
@@ -354,7 +354,7 @@ def test_a_drain_a_resume_and_a_drain_at_once(world: World) -> None:
 
 
 def test_no_listeners_for_workers_that_have_them(world: World, listener: Listener) -> None:
-    """Copies that no worker accepts from would keep the listeners, which are open, from being closed later."""
+    """Workers whose listeners are open do not get copies again, which would keep listeners open later."""
     pool = world.started(1, [listener])
     pool.begin_drain(5.0, announce=0.0)
     assert list(pool.resume()) == [listener]
@@ -364,7 +364,7 @@ def test_no_listeners_for_workers_that_have_them(world: World, listener: Listene
 
 
 def test_the_end_of_a_drain_that_was_undone_is_not_that_of_the_next(world: World) -> None:
-    """What a worker says before it has closed its listeners anew is late; the next drain waits for what is in hand."""
+    """A report that comes before a worker has closed its new listeners belongs to an old drain, and is ignored."""
     pool = world.started(1)
     worker = world.worker(0)
     for over_at_once in (False, True):
@@ -389,13 +389,13 @@ def test_the_end_of_a_drain_that_was_undone_is_not_that_of_the_next(world: World
 
 
 def test_a_configuration_that_a_drain_broke_off(world: World) -> None:
-    """Where a worker has it not yet, or had another one, it gets the one in force with the resume."""
+    """After a resume, a worker without the configuration in force gets it."""
     pool = world.started(2)
     config = configuration(2)
     pool.renew(config, only_configuration=True)
     world.run()
     pool.begin_drain(5.0, announce=0.0)
-    for each, error in zip(world.made, (None, FlaskdError("the reload was overtaken by a drain")), strict=True):
+    for each, error in zip(world.made, (None, FlaskdError("the reload was broken off by a drain")), strict=True):
         [order] = [each for each in each.told if isinstance(each, say.Renew)]
         each.to_do.clear()
         each.says(say.Answer(order.number, error=error))
@@ -410,7 +410,7 @@ def test_a_configuration_that_a_drain_broke_off(world: World) -> None:
 
 
 def test_a_crash_while_drained(world: World) -> None:
-    """The slot is filled again; the new worker has no listeners before the resume."""
+    """A worker that dies while the service is drained is replaced by one without listeners, until the resume."""
     pool = world.started(1)
     pool.begin_drain(5.0, announce=0.0)
     world.settle()
@@ -429,7 +429,7 @@ def test_a_crash_while_drained(world: World) -> None:
 
 
 def test_a_worker_that_dies_in_the_stop_is_in_its_record(world: World) -> None:
-    """With how it died, what it had read is cut; nothing is started in its place."""
+    """A worker that dies in a stop is in the record, with how it died; its requests are cut, and it is not replaced."""
     pool = world.started(2)
     victim = world.worker(1)
     victim.takes("/lost")
@@ -448,6 +448,33 @@ def test_a_worker_that_dies_in_the_stop_is_in_its_record(world: World) -> None:
     assert len(world.made) == 2
 
 
+def test_the_steps_of_all_workers_are_shown_until_the_end(world: World) -> None:
+    """Those that run, and those that are over, also of a worker that has ended before the others."""
+    pool = world.started(2)
+    first = world.worker(0)
+    shown: list[Any] = []
+
+    def cleans_up(message: Any) -> None:
+        if isinstance(message, say.StopNow):
+            result = StepResult("close-db", "close", "sqlalchemy.dispose", Fate.OK)
+            first.to_do[1:1] = [
+                lambda: first.says(say.StepBegins(5.0, ("close-db",))),
+                lambda: shown.append(pool.snapshot()),
+                lambda: first.says(say.StepOver(result)),
+                lambda: first.says(say.StepBegins(0.0)),
+            ]
+
+    send = first.send
+    first.send = lambda message, descriptors=(): (send(message, descriptors), cleans_up(message))[0]  # type: ignore[method-assign]
+    pool_kit.stop(world, pool, StopReason("signal", "SIGTERM"))
+    during, after = shown[0], pool.snapshot()
+    assert (during.cleanup, during.steps) == (("close-db (worker 0)",), {})
+    assert (after.cleanup, {name: step["fate"] for name, step in after.steps.items()}) == (
+        (),
+        {"close-db (worker 0)": "ok"},
+    )
+
+
 # --- questions ----------------------------------------------------------------------------------------------------------
 
 
@@ -458,7 +485,7 @@ def asked(workers: list[FakeWorker]) -> tuple[Round, list[Any], list[list[Reply]
 
 
 def test_a_round_is_over_with_the_last_answer(world: World) -> None:
-    """Once, with one reply for each worker, in the order in which they were asked."""
+    """A round calls `over` once, with one reply for each worker, in the order in which they were asked."""
     world.started(2)
     made, told, over = asked(world.made)
     told[1]("second", None)
@@ -471,7 +498,7 @@ def test_a_round_is_over_with_the_last_answer(world: World) -> None:
 
 
 def test_who_does_not_answer_is_named(world: World) -> None:
-    """A round that is given up has an error for it; what comes later changes nothing."""
+    """If a round is given up, missing answers are errors that name the worker; later answers are ignored."""
     world.started(2)
     made, told, over = asked(world.made)
     told[0]("first", None)
@@ -483,7 +510,7 @@ def test_who_does_not_answer_is_named(world: World) -> None:
 
 
 def test_what_a_worker_has_in_flight_that_does_not_answer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is shown with the others, oldest first, and why it has no stack; so is the worker in the place of its threads."""
+    """Requests of a worker that does not answer are shown with the others, and why they have no stack."""
     monkeypatch.setattr(view, "_PATIENCE", 0.0)
     pool = world.started(2)
     silent, other = world.worker(0), world.worker(1)
@@ -509,7 +536,7 @@ def test_what_a_worker_has_in_flight_that_does_not_answer(world: World, monkeypa
 
 
 def test_the_plan_has_what_the_exit_of_each_worker_waits_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread that one worker has started is in it, whichever worker is asked first."""
+    """The plan lists what the exit of each worker waits for, whichever worker is asked first."""
     pool = world.started(2)
     for worker, waits in (world.worker(0), []), (world.worker(1), ["thread/mailer"]):
 
@@ -523,7 +550,7 @@ def test_the_plan_has_what_the_exit_of_each_worker_waits_for(world: World, monke
 
 
 def test_a_round_without_workers_is_over(world: World) -> None:
-    """Nobody is asked, and nobody waits."""
+    """A round without workers is over at once."""
     made, _, over = asked([])
     assert over == [[]]
     assert made.wait(0) == []
@@ -533,7 +560,7 @@ def test_a_round_without_workers_is_over(world: World) -> None:
 
 
 def test_the_youngest_beat_counts(world: World) -> None:
-    """A service is as silent as the worker that turned last."""
+    """`silent_for` is that of the worker that turned last."""
     pool = world.started(2)
     world.hung = set(world.alive)
     world.advance(3.0)
@@ -544,7 +571,7 @@ def test_the_youngest_beat_counts(world: World) -> None:
 
 
 def test_a_request_in_a_worker_that_leaves_keeps_the_service_from_being_idle(world: World) -> None:
-    """However late that worker notes it; from its end on the service is idle."""
+    """A request in a worker that is stopping keeps the service from being idle until that worker's end."""
     pool = world.started(1)
     old = world.worker(0)
     old.takes("/export")

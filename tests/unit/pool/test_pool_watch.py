@@ -1,4 +1,4 @@
-"""Workers that hang: found out, told of with their stacks, replaced; and when nothing is at fault."""
+"""Workers that hang: they are noticed, logged with their stacks, and replaced; and what is not their fault."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def world() -> Iterator[World]:
 
 
 def beat(world: World, seconds: float, *, without: FakeWorker | None = None, at: Hashable | None = None) -> None:
-    """Let time pass, second by second, while the loops of all workers turn but one."""
+    """Let seconds pass in which the loops of all workers turn, except one."""
     world.hung = {without} if without is not None else set()
     for _ in range(int(seconds)):
         for each in set(world.alive) - world.hung:
@@ -30,7 +30,7 @@ def beat(world: World, seconds: float, *, without: FakeWorker | None = None, at:
 
 
 def test_a_loop_that_does_not_turn(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    """After ten seconds its stacks are in the log, and another worker is started; it leaves when that is ready."""
+    """After ten seconds without a turn its stacks are logged, and it is replaced."""
     world.started(2)
     hung = world.worker(0)
     beat(world, 8, without=hung)
@@ -52,7 +52,7 @@ def test_a_loop_that_does_not_turn(world: World, caplog: pytest.LogCaptureFixtur
 
 
 def test_one_that_does_not_leave_is_killed_last(world: World) -> None:
-    """When its stop has had its time: until then what is in hand may be finished."""
+    """A hanging worker that was replaced is killed only after its stop's deadline."""
     world.started(1, shutdown={"deadline": "5s"})
     hung = world.worker(0)
     beat(world, 12, without=hung)
@@ -68,7 +68,7 @@ def test_one_that_does_not_leave_is_killed_last(world: World) -> None:
 
 
 def test_a_replacement_that_fails_is_tried_again(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    """Every half a minute, as long as the worker hangs; it is told of once."""
+    """A failed replacement is tried again every 30 seconds; the log names the hanging worker once."""
     world.started(1)
     hung = world.worker(0)
     beat(world, 12, without=hung)
@@ -93,14 +93,14 @@ def test_threads_that_are_all_in_the_same_requests(world: World, caplog: pytest.
 
 
 def test_without_stuck_after_threads_may_hang(world: World) -> None:
-    """Nothing is known of how long requests of this app take."""
+    """Without pool.stuck_after, busy threads never count as hanging."""
     world.started(1)
     beat(world, 100, at="one")
     assert len(world.made) == 1
 
 
 def test_a_service_that_was_stopped_as_a_whole(world: World) -> None:
-    """The supervisor's own look is late, too: a worker has its time from then on."""
+    """If the supervisor's own look is late, the time of all workers begins anew."""
     world.started(2, pool={"stuck_after": "5s"})
     beat(world, 3, at="one")
     world.hung = set(world.alive)  # the supervisor looks before they turn
@@ -113,7 +113,7 @@ def test_a_service_that_was_stopped_as_a_whole(world: World) -> None:
 
 
 def test_one_that_comes_to_itself_may_hang_again(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    """Each time is told; where its replacement is under way no other one is begun."""
+    """Each time a worker hangs is logged; while its replacement is under way, no other one is begun."""
     world.started(1)
     hung = world.worker(0)
     beat(world, 12, without=hung)
@@ -124,7 +124,7 @@ def test_one_that_comes_to_itself_may_hang_again(world: World, caplog: pytest.Lo
 
 
 def test_a_drained_worker_is_looked_at_when_it_serves_again(world: World) -> None:
-    """Drained, nothing of it is missed; after the resume it has to turn."""
+    """A drained worker does not count as hanging; after the resume its time begins anew."""
     pool = world.started(1)
     pool.begin_drain(5.0, announce=0.0)
     world.settle()
@@ -138,18 +138,18 @@ def test_a_drained_worker_is_looked_at_when_it_serves_again(world: World) -> Non
 
 
 def test_a_worker_whose_wire_has_ended(world: World) -> None:
-    """It has the deadline of a stop to end, and is killed then: nothing more can be said to it."""
+    """A worker that has closed its wire has the deadline of a stop to end, and is killed then."""
     world.started(1, shutdown={"deadline": "5s"})
     worker = world.worker(0)
     worker.deaf_since = time.monotonic()
     beat(world, 4)
     assert not worker.killed_for
     beat(world, 3)
-    assert "wire" in worker.killed_for
+    assert "connection to the supervisor" in worker.killed_for
 
 
 def test_nothing_is_replaced_in_a_stop(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    """A stop has its own deadline for each worker."""
+    """In a stop no worker is replaced, because each has a deadline."""
     pool = world.started(1)
     hung = world.worker(0)
     caplog.set_level(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The wire: messages and descriptors in order, whatever the pieces that they come in; and its ends."""
+"""The wire: messages and descriptors arrive in order, however they are cut into pieces; and its ends."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_messages_with_descriptors(ends: tuple[Wire, socket.socket]) -> None:
 
 
 def test_a_message_in_pieces(ends: tuple[Wire, socket.socket]) -> None:
-    """It is there when its last byte has come; two in one piece are two."""
+    """A message in pieces is complete with its last byte; two messages may come in one piece."""
     wire, raw = ends
     data = packed("whole")
     for at, byte in enumerate(data):
@@ -67,7 +67,7 @@ def test_a_message_in_pieces(ends: tuple[Wire, socket.socket]) -> None:
 
 
 def test_a_large_message(ends: tuple[Wire, socket.socket]) -> None:
-    """One that is longer than what the kernel holds of it is sent while the other end reads."""
+    """A message that is larger than the kernel's buffer is sent while the other end reads."""
     wire, raw = ends
     other = Wire(raw)
     message = b"x" * (5 << 20)
@@ -78,7 +78,7 @@ def test_a_large_message(ends: tuple[Wire, socket.socket]) -> None:
 
 
 def test_an_end_that_does_not_read(ends: tuple[Wire, socket.socket]) -> None:
-    """Who may not wait is told so in the end, and the wire is over: half a message may lie in it."""
+    """If the other end does not read, `send` without waiting raises, and the wire is closed."""
     wire, raw = ends
     sends = iter(lambda: wire.send("x" * 1000, wait=False), 0)
     with pytest.raises(WireClosedError):
@@ -92,7 +92,7 @@ def test_an_end_that_does_not_read(ends: tuple[Wire, socket.socket]) -> None:
 
 
 def test_an_end_that_is_gone(ends: tuple[Wire, socket.socket]) -> None:
-    """Who sends is told so by an exception, not by SIGPIPE; who receives gets what was said before."""
+    """If the other end is closed, `send` raises without SIGPIPE, and `receive` first returns earlier messages."""
     wire, raw = ends
     raw.sendall(packed("last") + packed("half")[:-1])
     raw.close()
@@ -104,7 +104,7 @@ def test_an_end_that_is_gone(ends: tuple[Wire, socket.socket]) -> None:
 
 
 def test_a_close_ends_who_waits(ends: tuple[Wire, socket.socket]) -> None:
-    """A thread that waits for a message finds the end of the wire."""
+    """After `close`, a thread that waits for a message gets WireClosedError."""
     wire, _ = ends
     ended = threading.Event()
 
@@ -127,11 +127,11 @@ def test_a_close_ends_who_waits(ends: tuple[Wire, socket.socket]) -> None:
         (b"flaskd 0.0.1 wire 1\n", f"it is flaskd 0.0.1, and this is {__version__}: restart flaskd"),
         (HELLO.replace(b"wire 1", b"wire 2"), "restart flaskd"),
         (b"hello\n", "restart flaskd"),
-        (b"x" * 1000, "it does not speak as a worker does"),
+        (b"x" * 1000, "it does not send a worker's greeting"),
     ],
 )
 def test_the_greeting(ends: tuple[Wire, socket.socket], said: bytes, fault: str) -> None:
-    """Another flaskd than this one is found out by it, before anything is unpickled."""
+    """The greeting shows another version of flaskd before anything is unpickled."""
     wire, raw = ends
     raw.sendall(said)
     found = wire.greeted()
@@ -140,7 +140,7 @@ def test_the_greeting(ends: tuple[Wire, socket.socket], said: bytes, fault: str)
 
 
 def test_what_follows_the_greeting_is_kept(ends: tuple[Wire, socket.socket]) -> None:
-    """A message may come in one piece with it."""
+    """A message that comes in one piece with the greeting is kept."""
     wire, raw = ends
     raw.sendall(HELLO + packed("at once"))
     assert wire.greeted() == ""
@@ -149,7 +149,7 @@ def test_what_follows_the_greeting_is_kept(ends: tuple[Wire, socket.socket]) -> 
 
 @pytest.mark.parametrize("data", [struct.pack("!IB", 1 << 30, 0), packed("x", descriptors=2)])
 def test_what_is_no_message(ends: tuple[Wire, socket.socket], data: bytes) -> None:
-    """One that is too long to be true, or lacks its descriptors, ends the wire; nobody waits for the rest of it."""
+    """A message that is too long, or lacks its descriptors, ends the wire at once."""
     wire, raw = ends
     raw.sendall(data)
     wire.read()
@@ -159,7 +159,7 @@ def test_what_is_no_message(ends: tuple[Wire, socket.socket], data: bytes) -> No
 
 
 def test_a_forked_child_lets_go_of_it(ends: tuple[Wire, socket.socket]) -> None:
-    """Its copy is closed, and the wire of its parent goes on."""
+    """A forked child closes its copy, and the wire of its parent works on."""
     wire, raw = ends
     copy = Wire(socket.socket(fileno=os.dup(wire.fileno())))
     copy.forget()

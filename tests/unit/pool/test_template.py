@@ -1,4 +1,4 @@
-"""Templates as the supervisor has them; the test says what their process says."""
+"""Templates in the supervisor; the test sends the messages of their processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def sleeper() -> int:
 
 
 class Process:
-    """What a template's process says: the other end of its wire, and a process that can be killed."""
+    """A template's process: the other end of its wire, and a process that can be killed."""
 
     def __init__(self) -> None:
         self.wires: list[Wire] = []
@@ -40,7 +40,7 @@ class Process:
 
     @property
     def wire(self) -> Wire:
-        """That of the last one."""
+        """The wire of the last one."""
         return self.wires[-1]
 
     def spawn(self, _slot: Any, _generation: int, descriptors: list[int], _environ: Any) -> tuple[int, int]:
@@ -50,19 +50,19 @@ class Process:
         return self.pid, os.pidfd_open(self.pid)
 
     def loads(self, answer: object = FREE) -> None:
-        """It has imported the app, or could not."""
+        """Report that the app was imported, or the error."""
         assert self.wire.receive()[0] == ORDER
         self.wire.send(answer)
 
     def forks(self, answer: say.Forked) -> list[int]:
-        """It answers the order to fork; the descriptors that it was given."""
+        """Answer an order to fork; returns the descriptors that came with it."""
         order, descriptors = self.wire.receive()
         assert order == say.Fork(3)
         self.wire.send(answer)
         return descriptors
 
     def dies(self) -> None:
-        """It is killed."""
+        """Kill the process."""
         os.kill(self.pid, signal.SIGKILL)
 
 
@@ -77,7 +77,7 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Process]:
 
 @pytest.fixture(autouse=True)
 def _adopts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process of the tests is not asked to adopt orphans: it would for good, and other tests have some."""
+    """The tests' own process does not adopt orphans, which could not be undone, and other tests have orphans."""
     monkeypatch.setattr(module.orphans, "adopt", lambda: True)
 
 
@@ -94,7 +94,7 @@ def template(process: Process) -> Iterator[Template]:
 def test_one_that_cannot_be_started_leaves_nothing(
     process: Process, lacks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither a process nor a descriptor; the next worker tries it again."""
+    """A failed start leaves no process and no descriptor; the next worker tries again."""
 
     def fails(*_: Any) -> None:
         raise OSError("there is no memory") if lacks == "process" else RuntimeError("can't start new thread")
@@ -137,7 +137,7 @@ class Forking(threading.Thread):
 
 
 def test_a_worker_waits_for_the_import(process: Process, template: Template) -> None:
-    """When the app is imported its process is made, with the descriptors that it is to have."""
+    """A worker's process is forked when the app is imported, with the worker's descriptors."""
     with Path(os.devnull).open("rb") as file:
         forking = Forking(template, [file.fileno()])
         process.loads()
@@ -154,7 +154,7 @@ def test_a_worker_waits_for_the_import(process: Process, template: Template) -> 
 
 
 def test_one_that_is_not_wanted_any_more_waits_no_longer(process: Process, template: Template) -> None:
-    """Nothing is forked for it, before and after the import."""
+    """Nothing is forked for a worker that is not wanted any more, before or after the import."""
     forking = Forking(template)
     forking.wanted = False
     template.wake()
@@ -166,7 +166,7 @@ def test_one_that_is_not_wanted_any_more_waits_no_longer(process: Process, templ
 
 
 def test_an_app_that_is_not_imported_fails_all_workers(process: Process, template: Template) -> None:
-    """Each has the app's error, and the template is gone."""
+    """If the import fails, all workers get its error, and the template ends."""
     waiting = [Forking(template), Forking(template)]
     error = AppError("cannot load shop:app", "Traceback")
     process.loads(say.NotReady(error))
@@ -175,7 +175,7 @@ def test_an_app_that_is_not_imported_fails_all_workers(process: Process, templat
 
 
 def test_one_that_dies_at_the_import_says_how(process: Process, template: Template) -> None:
-    """By a signal, or by flaskd, and then why."""
+    """A template that dies during the import is reported with its signal, or with why flaskd killed it."""
     forking = Forking(template)
     process.dies()
     assert "it was killed by SIGKILL" in str(forking.over().error)
@@ -183,7 +183,7 @@ def test_one_that_dies_at_the_import_says_how(process: Process, template: Templa
 
 
 def test_one_that_is_killed_at_the_import_says_why(process: Process, template: Template) -> None:
-    """As after pool.start_timeout."""
+    """A template that flaskd kills during the import is reported with the reason, such as pool.start_timeout."""
     forking = Forking(template)
     template.kill("it was late")
     assert "flaskd killed it (it was late)" in str(forking.over().error)
@@ -192,7 +192,7 @@ def test_one_that_is_killed_at_the_import_says_why(process: Process, template: T
 def test_an_app_that_cannot_be_forked_has_no_template(
     process: Process, template: Template, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What it holds is told, and it is gone before a worker imports the app: what it has bound is free then."""
+    """If the app cannot be forked, the log says why, and the template ends before workers import the app."""
     forking = Forking(template)
     process.loads(say.Preloaded("serving shop:app", "", ("made an event loop", "started a thread")))
     assert forking.over().made is None
@@ -203,7 +203,7 @@ def test_an_app_that_cannot_be_forked_has_no_template(
 
 
 def test_a_fork_that_fails_says_why(process: Process, template: Template) -> None:
-    """As where there is no memory; the template goes on."""
+    """A failed fork is an error with its reason, and the template goes on."""
     forking = Forking(template)
     process.loads()
     process.forks(say.Forked(0, "there is no memory"))
@@ -214,7 +214,7 @@ def test_a_fork_that_fails_says_why(process: Process, template: Template) -> Non
 def test_one_that_does_not_fork_in_time_is_killed(
     process: Process, template: Template, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is stopped, or hangs: the next worker has another one."""
+    """A template that does not fork in time is killed, and the next worker gets another one."""
     monkeypatch.setattr(module, "_FORK", 0.01)
     process.loads()
     with pytest.raises(CannotCreateError, match="does not answer"):
@@ -224,7 +224,7 @@ def test_one_that_does_not_fork_in_time_is_killed(
 
 
 def test_one_that_dies_later_is_told(process: Process, template: Template, caplog: pytest.LogCaptureFixture) -> None:
-    """Its workers go on; the next one imports the code that is on disk then."""
+    """If a template dies later, its workers go on, and the next worker imports the code on the disk."""
     process.loads()
     until(lambda: template.loaded)
     process.dies()
@@ -233,7 +233,7 @@ def test_one_that_dies_later_is_told(process: Process, template: Template, caplo
 
 
 class Later:
-    """What is to be done later, by a test."""
+    """Functions that the test calls later."""
 
     def __init__(self) -> None:
         self.works: list[Callable[[], None]] = []
@@ -243,7 +243,7 @@ class Later:
 
 
 def test_a_generation_has_one(process: Process) -> None:
-    """It is started for the first worker, and ended when its generation is over."""
+    """A generation has one template, started for its first worker and ended with the generation."""
     templates = Templates(Later())
     first = templates.of(1, PRELOAD, {}, [])
     assert first is not None
@@ -257,7 +257,7 @@ def test_a_generation_has_one(process: Process) -> None:
 
 
 def test_one_that_died_has_a_successor(process: Process) -> None:
-    """The next worker starts it; after the end none does."""
+    """After a template's death the next worker starts another one; after the end none is started."""
     templates = Templates(Later())
     first = templates.of(1, PRELOAD, {}, [])
     assert first is not None
@@ -272,7 +272,7 @@ def test_one_that_died_has_a_successor(process: Process) -> None:
 
 
 def test_an_import_has_the_time_of_a_start(process: Process) -> None:
-    """Then it is asked for its stack, and killed; one that has imported the app by then is left alone."""
+    """At pool.start_timeout a template is asked for its stack and killed, unless it has imported the app."""
     later = Later()
     templates = Templates(later)
     made = templates.of(1, PRELOAD, {}, [])
@@ -291,7 +291,7 @@ def test_an_import_has_the_time_of_a_start(process: Process) -> None:
 
 
 def test_without_preload_there_is_none(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Nor where orphans cannot be had, which is told once."""
+    """Without pool.preload there is no template; also not where orphans are not supported, which is logged once."""
     templates = Templates(Later())
     assert templates.of(1, configuration(), {}, []) is None
     monkeypatch.setattr(module.orphans, "adopt", lambda: False)

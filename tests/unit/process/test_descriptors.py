@@ -1,4 +1,4 @@
-"""The limit of open files: raised when it is needed, and not handed on before."""
+"""The limit of open files: raised when needed, and programs that the app starts keep the old one."""
 
 import contextlib
 import os
@@ -34,7 +34,7 @@ def fill(most): return [os.open(os.devnull, os.O_RDONLY) for _ in range(most)]
 
 
 def test_the_hard_limit_is_what_can_be_had():
-    """It is told at once, and the soft one stays as it was, for programs that are started."""
+    """The hard limit is returned at once, and the soft limit stays, for programs that are started."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     code = "print(open_files.limit(), open_files.limit(raised=True), soft(), ulimit())"
     assert in_a_process(HEAD + code) == [str(SOFT), str(hard), str(SOFT), str(SOFT)]
@@ -46,13 +46,13 @@ def test_the_hard_limit_is_what_can_be_had():
     ids=["as one is opened", "as they are looked at"],
 )
 def test_it_is_raised_when_they_run_short(how):
-    """Three quarters of the soft limit are open: it is raised, and that many more can be opened."""
+    """When three quarters of the soft limit are open it is raised, and more files can be opened."""
     code = f"open_files.limit(raised=True)\n{how}\nfill(SOFT)\nprint(soft() > SOFT)"
     assert in_a_process(f"{HEAD}SOFT = {SOFT}\n{code}") == ["True"]
 
 
 def test_it_is_raised_when_there_are_none():
-    """The app took all of them meanwhile: the next look raises it."""
+    """If the app has taken all descriptors, the next look raises the limit."""
     code = """
 open_files.limit(raised=True)
 try:
@@ -67,7 +67,7 @@ print("more")
 
 
 def test_it_falls_back():
-    """Once they are closed, programs that are started have the old limit again."""
+    """When the descriptors are closed, the limit falls back, and programs get the old one."""
     code = """
 open_files.limit(raised=True)
 some = fill(SOFT * 3 // 4)
@@ -81,7 +81,7 @@ print(soft(), ulimit())
 
 
 def test_a_forked_child_has_the_old_one():
-    """However many are open in its parent."""
+    """A forked child has the old limit, however many descriptors are open in its parent."""
     code = """
 open_files.limit(raised=True)
 open_files.make_room(fill(SOFT * 3 // 4)[-1])
@@ -95,13 +95,13 @@ print(soft() > SOFT)
 
 
 def test_a_limit_that_is_nobodys_stays():
-    """A process whose limit was not asked to be raised, with a server in a thread, keeps it."""
+    """A process that did not ask for the raised limit keeps its own."""
     code = "open_files.make_room(fill(SOFT * 3 // 4)[-1]); open_files.adjust(); print(soft())"
     assert in_a_process(f"{HEAD}SOFT = {SOFT}\n{code}") == [str(SOFT)]
 
 
 def test_a_limit_that_cannot_be_raised_is_told_as_it_is(monkeypatch):
-    """Where the limit cannot be changed the present one is given."""
+    """If the limit cannot be raised, the present one is returned."""
 
     def refuse(*_):
         raise ValueError("not allowed to raise maximum limit")
@@ -134,7 +134,7 @@ def full():
 
 @pytest.fixture(params=[False, True], ids=["below the hard limit", "at the hard limit"])
 def kept(request):
-    """Runs code in a process with few descriptors, whose soft limit is the hard one or not."""
+    """Runs code in a process with few descriptors, whose soft limit is the hard one or lower."""
 
     def run(code):
         limits = "resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))\n" if request.param else ""
@@ -145,7 +145,7 @@ def kept(request):
 
 
 def test_what_is_kept_can_be_used_again_and_again(kept):
-    """The app gets none of it, also not after flaskd has closed what it opened."""
+    """The app cannot use the reserve, not even after flaskd has closed what it opened there."""
     code = """
 resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft(), 256), 256))
 with open_files.reserve():
@@ -164,7 +164,7 @@ with open_files.reserve():
 
 
 def test_the_cleanup_has_a_share_and_the_record_the_rest(kept):
-    """After `share` most of it is everybody's; the last of it is still flaskd's."""
+    """After `share` the app can use most of the reserve, and flaskd the rest."""
     code = """
 resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft(), 256), 256))
 with open_files.reserve():
@@ -179,7 +179,7 @@ with open_files.reserve():
 
 
 def test_programs_have_the_limit_that_flaskd_was_started_with_while_some_are_kept():
-    """Where the hard limit is higher, what is kept is out of that."""
+    """If the hard limit is higher, the reserve is above the soft limit, and programs get that unchanged."""
     code = """
 open_files.limit(raised=True)
 with open_files.reserve():
@@ -192,7 +192,7 @@ with open_files.reserve():
 
 
 def test_uses_may_overlap_and_others_may_set_the_limit():
-    """It is raised while there is one use, lowered with the last, and follows who moves it meanwhile (prlimit(1))."""
+    """Overlapping uses raise the limit until the last one ends, and it follows a change from outside (prlimit(1))."""
     code = """
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 with open_files.reserve():
@@ -213,7 +213,7 @@ print(soft())
 
 @pytest.mark.parametrize("use", ["open_files.used()", "open('/dev/null')"])
 def test_a_forked_child_has_the_whole_limit(use):
-    """Nothing is kept from a child, whatever was under way when it was forked."""
+    """A forked child has no reserve, whatever its parent was doing."""
     code = f"""
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 with open_files.reserve(), {use}:
@@ -226,7 +226,7 @@ with open_files.reserve(), {use}:
 
 
 def test_without_a_reserve_what_cannot_be_opened_is_raised():
-    """In a process that keeps none, nothing changes."""
+    """Without a reserve, an error of open is raised unchanged."""
     code = """
 leak()
 try:

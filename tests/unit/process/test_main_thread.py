@@ -1,4 +1,4 @@
-"""The main thread while another one works."""
+"""The main thread while another thread does the work."""
 
 import contextlib
 import signal
@@ -13,7 +13,7 @@ from flaskd.process.main_thread import MainThread
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    """Waits are short, and what a main thread puts away is back after the test."""
+    """Waits are short, and signal handlers are restored after the test."""
     monkeypatch.setattr(main_thread, "_TURN", 0.01)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     yield
@@ -31,7 +31,7 @@ def handled(number, handler):
 
 
 def test_the_exit_code_is_that_of_the_work():
-    """The work runs in another thread, and its code comes back."""
+    """The work runs in another thread, and its exit code is returned."""
     threads = []
     main = MainThread(lambda: threads.append(threading.current_thread()) or 7, print, lambda: None)
     main.begin()
@@ -40,7 +40,7 @@ def test_the_exit_code_is_that_of_the_work():
 
 
 def test_what_ends_the_work_is_raised():
-    """A fault of the work is no exit code."""
+    """An exception of the work is raised in the main thread."""
 
     def work():
         raise LookupError
@@ -53,7 +53,7 @@ def test_what_ends_the_work_is_raised():
 
 @pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
 def test_what_a_signal_handler_raises_is_told_and_ends_nothing(error):
-    """The work goes on to its end, and hears of each exception."""
+    """Exceptions of signal handlers are reported, and the work goes on to its end."""
     raised, heard, waits = [], threading.Event(), threading.Event()
 
     def handler(_number, _frame):
@@ -77,7 +77,7 @@ def test_what_a_signal_handler_raises_is_told_and_ends_nothing(error):
 
 
 def test_handlers_rest_from_the_end_on():
-    """When the work is over no handler runs, until they are put back."""
+    """After the end no handler of the app runs, until the handlers are put back."""
     called = []
 
     def handler(number, _frame):
@@ -95,7 +95,7 @@ def test_handlers_rest_from_the_end_on():
 
 
 def test_it_looks_and_calls_in_the_main_thread():
-    """What only the main thread may do is done there: a look at each turn, and what is asked for."""
+    """`look` and requested calls run in the main thread."""
     looked, called = threading.Event(), []
 
     def work():
@@ -111,7 +111,7 @@ def test_it_looks_and_calls_in_the_main_thread():
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_thread_that_dies_before_its_first_line_is_stood_in_for():
-    """A profile function that raises in each new thread keeps the work from no end: it is done in the main thread."""
+    """If the thread dies before its first line, as by a profile function, the main thread does the work."""
 
     def raising(*_):
         raise SystemExit
@@ -127,7 +127,7 @@ def test_a_thread_that_dies_before_its_first_line_is_stood_in_for():
 
 
 def test_an_end_whose_word_is_lost_is_seen(monkeypatch):
-    """A handler that raises all the time may do so between a call's return and its result being kept."""
+    """The end is noticed even if a handler's exception lost the message about it."""
 
     class Storm:
         def __init__(self):

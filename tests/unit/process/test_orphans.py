@@ -1,4 +1,4 @@
-"""Orphans, in a process of their own: whoever has adopted them has all that come."""
+"""Orphans, in a process of their own, because a process that adopts them gets all."""
 
 import subprocess
 import sys
@@ -40,7 +40,7 @@ def check(code: str) -> None:
 
 
 def test_one_that_has_ended_is_reaped() -> None:
-    """All of them are, at the next look; one that lives is left alone."""
+    """All orphans that have ended are reaped at the next look; living ones are left alone."""
     check(
         """
 lives, *others = orphan(), orphan(), orphan()
@@ -54,7 +54,7 @@ end(*lives)
 
 
 def test_one_that_is_known_is_left() -> None:
-    """Who forked it reaps it; once that is done its pid is no more than any other."""
+    """A known orphan is not reaped here, until it was reaped elsewhere."""
     check(
         """
 with orphans.expected() as known:
@@ -73,7 +73,7 @@ assert not is_there(pid)
 
 
 def test_a_child_of_another_thread_keeps_its_status() -> None:
-    """What `subprocess` has started there is no orphan, though nobody may have asked for its exit code yet."""
+    """A child of `subprocess` in another thread keeps its exit status."""
     check(
         """
 begun, go_on = threading.Event(), threading.Event()
@@ -96,7 +96,7 @@ assert child.returncode == 7
 
 
 def test_without_ctypes_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is told that the kernel does not give them."""
+    """Without ctypes `adopt` returns False."""
     monkeypatch.setitem(sys.modules, "ctypes", None)
     there = orphans.Orphans()
     assert not there.adopt()

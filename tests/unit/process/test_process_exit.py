@@ -1,4 +1,4 @@
-"""The end of a process, in one of its own."""
+"""The end of a process, tested in processes of their own."""
 
 import atexit
 import concurrent.futures
@@ -47,7 +47,7 @@ def keep_writing():
     ids=["something to say", "a thread that writes", "nothing to say"],
 )
 def test_nobody_who_reads_keeps_the_exit(app):
-    """Standard error is full and not read: the process ends with its own code all the same."""
+    """If standard error is full and not read, the process ends with its own exit code all the same."""
     with subprocess.Popen(
         [sys.executable, "-E", "-c", f"{FULL}\n{app}\nleave(7, Ending())"],
         stdout=subprocess.PIPE,
@@ -84,7 +84,7 @@ leave(3, ending)
 
 
 def ended(app, wait=15.0):
-    """Let a process end that runs this code of an app's; give its exit code and what it has said."""
+    """Run code of an app in a process to its end; returns its exit code and output."""
     code = f"WAIT, APP = {wait}, {app!r}\n{END}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=False)
     return done.returncode, done.stdout.splitlines(), done.stderr
@@ -101,7 +101,7 @@ PAUSE = "import threading, time, atexit, concurrent.futures, multiprocessing\npa
         ("pool = concurrent.futures.ThreadPoolExecutor(1)\nfor each in range(8): pool.submit(print, each)", "7"),
         (
             "def bye(): threading.Thread(target=lambda: pause(0.3) or print('over', flush=True)).start()\n"
-            + ("atexit.register(bye)" if sys.version_info < (3, 12) else "bye()"),  # no new threads at the exit there
+            + ("atexit.register(bye)" if sys.version_info < (3, 12) else "bye()"),  # no threads can be started there
             "over",
         ),
         (
@@ -113,7 +113,7 @@ PAUSE = "import threading, time, atexit, concurrent.futures, multiprocessing\npa
     ids=["callback", "thread", "executor", "thread of a callback", "child", "a callback that raises"],
 )
 def test_what_is_left_to_the_end_is_done(app, said):
-    """Exit callbacks, threads, queued jobs and children are finished, and the exit code is the stop's own."""
+    """Exit callbacks, threads, queued jobs and children are finished, and the exit code is that of the stop."""
     code, lines, _ = ended(PAUSE + app)
     assert code == 3
     assert lines[-2:] == [said, "in time"]
@@ -135,21 +135,21 @@ def test_what_is_left_to_the_end_is_done(app, said):
     ids=["callback", "thread", "executor"],
 )
 def test_what_takes_too_long_is_cut_and_named(app, cut):
-    """When the time is up what is not over is named, callbacks that had no turn as well."""
+    """What is unfinished at the time limit is cut and named, also callbacks that were not called yet."""
     code, lines, _ = ended(PAUSE + app, wait=0.5)
     assert code == 8
     assert [line.removeprefix("atexit/") for line in lines] == cut
 
 
 def test_finalizers_run_and_files_are_written():
-    """What modules hold is finalized as at any interpreter's end: an object's last words, a file's buffer."""
+    """Objects of modules are finalized: `__del__` runs, and buffers of files are written."""
     code, lines, _ = ended("class Last:\n    def __del__(self, say=print): say('over', flush=True)\nlast = Last()")
     assert (code, lines) == (3, ["in time", "over"])
 
 
 @pytest.mark.parametrize("hang", ["pause()", "[0 for _ in iter(int, 1)]"], ids=["sleeps", "computes"])
 def test_a_finalizer_cannot_keep_the_process(hang):
-    """One that never ends is cut in time, with its stack and the exit code that was asked for."""
+    """A finalizer that never ends is cut in time, with its stack; the exit code is the one asked for."""
     app = f"{PAUSE}class Last:\n    def __del__(self, pause=pause):\n        {hang}\nlast = Last()"
     code, lines, errors = ended(app, wait=0.5)
     assert (code, lines) == (9, ["in time"])
@@ -159,7 +159,7 @@ def test_a_finalizer_cannot_keep_the_process(hang):
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
 @pytest.mark.parametrize("how", ["full", "closed pipe", "closed"])
 def test_streams_that_cannot_be_written_do_not_change_the_exit_code(how):
-    """Python's own exit code would be 120 (Py_FinalizeEx)."""
+    """The exit code stays, where Python's own would be 120 (Py_FinalizeEx)."""
     app = "import sys\nfor stream in (sys.stdout, sys.stderr):\n    print('x' * 100, end='', file=stream)"
     quiet = END.replace('print("in time", flush=True)', "")
     code = f"WAIT, APP = 15, {app!r}\n{quiet}"
@@ -176,7 +176,7 @@ def test_streams_that_cannot_be_written_do_not_change_the_exit_code(how):
 
 
 def test_what_the_exit_would_wait_for():
-    """The app's threads, its children and its exit callbacks, the last registered first; not those of libraries."""
+    """The list has the app's threads, children and exit callbacks, the last registered first, without libraries'."""
     stop = threading.Event()
     thread = threading.Thread(target=stop.wait, name="mailer")
     thread.start()
@@ -194,14 +194,14 @@ def test_what_the_exit_would_wait_for():
 
 
 def test_an_executor_of_processes_is_no_business_of_the_exit():
-    """Its thread and its processes are ended by a step of the cleanup, and are not named beside it."""
+    """Thread and processes of a process pool are ended by a cleanup step, and not listed here."""
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         pool.submit(int).result(20)
         assert [name for name in at_exit() if name.startswith(("thread/", "process/"))] == []
 
 
 def bye(number):
-    """Stands for an exit callback."""
+    """An exit callback."""
 
 
 STARTS_THREADS = """
@@ -228,7 +228,7 @@ os._exit(0)
 
 
 def test_what_is_unfinished_while_the_app_starts_threads():
-    """It is told all the same: the threads of executors that begin in that moment change nothing under it."""
+    """Threads of executors that begin in that moment make no list of waiting jobs fail."""
     done = subprocess.run(
         [sys.executable, "-c", STARTS_THREADS], capture_output=True, text=True, timeout=60, check=False
     )

@@ -1,4 +1,4 @@
-"""Threads that run the app's code, and what the interpreter makes of them at its end."""
+"""Threads that run the app's code, and which of them the interpreter waits for at its end."""
 
 import subprocess
 import sys
@@ -10,21 +10,21 @@ from flaskd.process.threads import AppThread, waited_for
 
 
 def test_a_thread_of_the_apps_is_no_daemon():
-    """What the app starts in one of our threads is waited for at the exit, unless it says otherwise."""
+    """A thread that the app starts in a thread of flaskd is waited for at the exit, unless it is a daemon."""
     made = []
 
     def app():
         made.extend([threading.Thread(), threading.Thread(daemon=True)])
 
     thread = AppThread(target=app)
-    assert thread.daemon  # when the interpreter asks, which is when it starts
+    assert thread.daemon  # when the interpreter reads it, at the start
     thread.start()
     thread.join(PATIENCE)
     assert [each.daemon for each in made] == [False, True]
 
 
 def test_our_own_thread_is_not_waited_for():
-    """The exit waits for threads that are no daemons, and for none of ours."""
+    """The exit waits for threads that are no daemons, but not for those of flaskd."""
     stop = threading.Event()
     theirs = threading.Thread(target=stop.wait)
     threads = [theirs, AppThread(target=stop.wait), threading.Thread(target=stop.wait, daemon=True)]
@@ -39,7 +39,7 @@ def test_our_own_thread_is_not_waited_for():
 
 
 def test_the_interpreter_ends_without_it():
-    """A thread of ours that never ends keeps no interpreter alive; one that the app started in it is finished."""
+    """A thread of flaskd that never ends does not delay the exit; one that the app started in it does."""
     code = """
 import threading
 from flaskd.process.threads import AppThread

@@ -1,4 +1,4 @@
-"""What the kernel tells of the memory of a process."""
+"""The memory of a process, from the kernel."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ GROWN = "held = b'x' * (64 << 20); print(len(held), flush=True); input()"
 
 
 def test_memory_of_a_process():
-    """64 MiB in hand are seen in both figures, and what is shared counts in part in the one."""
+    """64 MiB show in both figures; shared memory counts in part in one of them."""
     with subprocess.Popen([sys.executable, "-c", GROWN], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         assert 64 * MIB < read_pss(process.pid) <= resident(process.pid) < 128 * MIB
@@ -22,7 +22,7 @@ def test_memory_of_a_process():
 
 
 def test_a_process_that_has_ended():
-    """As long as it was not reaped it is there, and has no memory; then it is not there."""
+    """A process that has ended exists, without memory, until it is reaped."""
     pid = os.posix_spawn(sys.executable, [sys.executable, "-c", "input()"], os.environ)
     os.kill(pid, signal.SIGKILL)
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)

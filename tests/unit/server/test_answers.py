@@ -1,4 +1,4 @@
-"""Answers of every shape that an app may give, as a client reads them: RFC 9110, RFC 9112, PEP 3333."""
+"""Answers of every kind that an app may give, as a client reads them: RFC 9110, RFC 9112, PEP 3333."""
 
 import errno
 import io
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("no_thread_left")
 
 
 def raw(client):
-    """All that comes until the server ends the connection."""
+    """Everything that the server sends until it ends the connection."""
     return client.file.read()
 
 
@@ -33,7 +33,7 @@ def split(answer):
 
 
 def answering(status, headers, parts):
-    """A WSGI app that gives one answer; `parts` makes what it returns from environ and write()."""
+    """A WSGI app that gives one answer; `parts` returns its body, and is called with environ and write()."""
 
     def app(environ, start_response):
         if environ["PATH_INFO"] == "/next":
@@ -63,7 +63,7 @@ class Endless:
 
 
 def wrapped(environ, data):
-    """`data` as a file, given to the server to send."""
+    """`data` as a file, which the app gives to the server to send."""
     return environ["wsgi.file_wrapper"](io.BytesIO(data))
 
 
@@ -105,7 +105,7 @@ class _Pipe(io.RawIOBase):
 @pytest.mark.parametrize("announced", [True, False], ids=["with a length", "without"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_body_arrives_whole_and_its_end_is_told(shape, announced, version, serve, connect):
-    """By its Content-Length, by its last chunk, or, to HTTP/1.0 without a length, by the end of the connection."""
+    """A body ends by its Content-Length, by its last chunk or, in HTTP/1.0 without a length, with the connection."""
     app = answering("200 OK", [("Content-Length", "5")] if announced else [], SHAPES[shape])
     server = serve(app)
     line, headers, body = split(raw(connect(server).send(get("/", "Connection: close", version=version))))
@@ -125,7 +125,7 @@ def test_a_body_arrives_whole_and_its_end_is_told(shape, announced, version, ser
 
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "file without seek"])
 def test_a_connection_is_kept_behind_an_answer_of_known_length(shape, serve, connect):
-    """What was sent behind it is answered on the same connection, in HTTP/1.0 too where it was asked for."""
+    """Requests sent behind it are answered on the same connection, in HTTP/1.0 too if the client asked for that."""
     client = connect(serve(answering("200 OK", [("Content-Length", "5")], SHAPES[shape])))
     client.send("/", "/next")
     assert [client.response().body for _ in range(2)] == [b"hello", b"next"]
@@ -136,7 +136,7 @@ def test_a_connection_is_kept_behind_an_answer_of_known_length(shape, serve, con
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_what_is_longer_than_its_length_ends_there(shape, serve, connect):
-    """Not a byte of the body can be taken for the next answer."""
+    """No byte beyond the Content-Length is sent, which a client would take for the next answer."""
     client = connect(serve(answering("200 OK", [("Content-Length", "3")], SHAPES[shape]))).send("/", "/next")
     assert client.response().body == b"hel"
     assert client.response().body == b"next"
@@ -148,7 +148,7 @@ def test_what_is_longer_than_its_length_ends_there(shape, serve, connect):
 @pytest.mark.parametrize("announced", [True, False], ids=["with a length", "without"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_head_is_answered_without_a_body(shape, announced, serve, connect):
-    """A client takes whatever follows the header for the next answer (RFC 9110 §9.3.2)."""
+    """An answer to HEAD has no body, which the client would take for the next answer (RFC 9110 §9.3.2)."""
     server = serve(answering("200 OK", [("Content-Length", "5")] if announced else [], SHAPES[shape]))
     client = connect(server).send(get("/", method="HEAD"), get("/next", "Connection: close"))
     first, _, rest = raw(client).partition(b"\r\n\r\n")
@@ -161,13 +161,13 @@ def test_head_is_answered_without_a_body(shape, announced, serve, connect):
 
 @pytest.mark.parametrize("path", ["/boom", "/nowhere", "/half", "/exit", "/short", "/file", "/big", "/chunks"])
 def test_head_has_no_body_when_the_app_fails_either(path, serve, connect):
-    """An error's answer to HEAD ends with its header, too."""
+    """The answer to HEAD ends with its header, also when the app fails."""
     assert split(raw(connect(serve()).send(get(path, "Connection: close", method="HEAD"))))[2] == b""
 
 
 @pytest.mark.parametrize("method", ["HEAD", "GET"])
 def test_head_and_refusals_of_the_server_itself(method, serve, connect):
-    """What flaskd answers without the app has a body for GET, and none for HEAD."""
+    """Answers that flaskd gives without the app have a body for GET, and none for HEAD."""
     request = f"{method} / HTTP/1.1\r\n\r\n".encode()  # without Host
     line, headers, body = split(raw(connect(serve()).send(request)))
     assert line.startswith("HTTP/1.1 400 ")
@@ -179,7 +179,7 @@ def test_head_and_refusals_of_the_server_itself(method, serve, connect):
     ("method", "status"), [("HEAD", "200 OK"), ("GET", "304 Not Modified"), ("GET", "204 No Content")]
 )
 def test_an_endless_body_that_nobody_may_see_is_not_asked_for(method, status, serve, connect):
-    """The app's iterable is closed as soon as the header is out, instead of running for ever."""
+    """The app's endless iterable is closed as soon as the header is sent."""
     body = Endless()
     client = connect(serve(answering(status, [], lambda environ, write: body)))
     client.send(get("/", "Connection: close", method=method))
@@ -191,7 +191,7 @@ def test_an_endless_body_that_nobody_may_see_is_not_asked_for(method, status, se
 @pytest.mark.parametrize("status", ["204 No Content", "304 Not Modified", "100 Continue", "101 Switching Protocols"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_an_answer_that_may_have_no_body_and_is_given_one_closes(shape, status, serve, connect):
-    """The header is sent alone, it says that the connection ends, and what was sent behind it is not answered."""
+    """Only the header is sent; it says that the connection ends, and requests sent behind it are not answered."""
     server = serve(answering(status, [("Content-Length", "5")], SHAPES[shape]))
     line, headers, body = split(raw(connect(server).send("/", "/next")))
     assert (line, headers["connection"], body) == (f"HTTP/1.1 {status}", "close", b"")
@@ -200,14 +200,14 @@ def test_an_answer_that_may_have_no_body_and_is_given_one_closes(shape, status, 
 
 
 def test_a_final_1xx_closes(serve, connect):
-    """A client goes on waiting for the final answer (RFC 9110 §15.2): without the end it would wait for ever."""
+    """After a 1xx answer the connection ends, because the client would wait for a final answer (RFC 9110 §15.2)."""
     client = connect(serve(answering("102 Processing", [], lambda environ, write: []))).send("/")
     assert raw(client).startswith(b"HTTP/1.1 102 Processing\r\nConnection: close\r\n")
 
 
 @pytest.mark.parametrize("status", ["204 No Content", "304 Not Modified"])
 def test_an_answer_without_a_body_keeps_its_connection(status, serve, connect):
-    """As long as the app gives none."""
+    """The connection is kept after a 204 or 304 if the app gives no body."""
     client = connect(serve(answering(status, [], lambda environ, write: []))).send("/", "/next")
     assert client.response().headers["Connection"] is None
     assert client.response().body == b"next"
@@ -217,7 +217,7 @@ def test_an_answer_without_a_body_keeps_its_connection(status, serve, connect):
 
 
 def test_a_file_that_shrinks_while_it_is_sent(serve, connect, tmp_path, caplog, answers):
-    """The connection ends at once, the log says why, and the answer counts as cut; the loop goes on."""
+    """The connection ends at once, the log says why, the answer counts as cut, and the loop goes on."""
     path = tmp_path / "file"
     path.write_bytes(b"x" * BIG)
 
@@ -238,7 +238,7 @@ def test_a_file_that_shrinks_while_it_is_sent(serve, connect, tmp_path, caplog, 
 
 
 class _Bad(io.BytesIO):
-    """A file whose end cannot be read; `told` is when."""
+    """A file that raises when it is read; `told` is the moment at which it does."""
 
     def __init__(self, error):
         super().__init__(b"x" * BIG)
@@ -252,7 +252,7 @@ class _Bad(io.BytesIO):
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), ValueError("closed"), RuntimeError()])
 def test_a_file_that_cannot_be_read_to_its_end(error, serve, connect, caplog):
-    """Whatever it raises, the answer is cut, and said to be."""
+    """Whatever error the file raises, the answer counts as cut, and the log says so."""
 
     def app(environ, start_response):
         start_response("200 OK", [])
@@ -275,7 +275,7 @@ def test_a_file_that_cannot_be_read_to_its_end(error, serve, connect, caplog):
 )
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 def test_an_answer_that_the_app_leaves_short_is_cut(version, path, why, serve, connect, caplog):
-    """Its connection ends with it, it is named in the log, and it does not count as completed."""
+    """The connection ends, the log names the request, and it does not count as completed."""
     server = serve()
     client = connect(server).send(get(path, "Connection: keep-alive", version=version), get("/", version=version))
     answer = raw(client)
@@ -287,7 +287,7 @@ def test_an_answer_that_the_app_leaves_short_is_cut(version, path, why, serve, c
 
 
 def test_an_app_that_fails_behind_its_whole_answer_has_answered(serve, connect):
-    """What the client got is what was announced: it counts as completed."""
+    """The client has got all that was announced, so the request counts as completed."""
 
     def app(environ, start_response):
         start_response("200 OK", [("Content-Length", "5")])
@@ -301,7 +301,7 @@ def test_an_app_that_fails_behind_its_whole_answer_has_answered(serve, connect):
 
 
 def test_a_short_answer_is_in_a_drains_account(serve, app, connect):
-    """A stop that broke an answer off says so, though it was the app's fault."""
+    """The account of a drain lists an answer that the app broke off."""
     gate, entered = threading.Event(), threading.Event()
 
     def short(environ, start_response):
@@ -325,7 +325,7 @@ def test_a_short_answer_is_in_a_drains_account(serve, app, connect):
 
 
 def test_a_client_that_leaves_is_not_cut(serve, app, connect):
-    """It left; nothing was broken off."""
+    """A request whose client left does not count as cut."""
     server = serve()
     client = connect(server, receive_buffer=4096).send("/big")
     app.entered(1)
@@ -335,7 +335,7 @@ def test_a_client_that_leaves_is_not_cut(serve, app, connect):
 
 
 def test_a_client_to_whom_no_way_leads_is_not_cut(serve, app, connect, monkeypatch, caplog):
-    """What send(2) says of the network is nobody's fault here: the client is gone, and its connection closed."""
+    """If send(2) reports an error of the network, the client counts as gone, and its connection is closed."""
     server = serve()
 
     def send(*_, **__):
@@ -361,7 +361,7 @@ def _twice(environ, start_response):
 
 
 def _again(environ, start_response):
-    """PEP 3333: with exc_info, and nothing sent yet, the second call replaces the first."""
+    """PEP 3333: with exc_info, and nothing sent yet, a second call of start_response replaces the first."""
     start_response("200 OK", [("X-First", "1")])
     try:
         raise LookupError("on purpose")
@@ -407,7 +407,7 @@ BAD = {
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 @pytest.mark.parametrize("broken", BAD.values(), ids=BAD)
 def test_an_app_that_breaks_the_rules_is_a_500(broken, version, serve, connect, caplog):
-    """PEP 3333 is not met, so nothing of it is sent; the traceback is in the log, and none of it in the answer."""
+    """Nothing of an answer that violates PEP 3333 is sent; the traceback is in the log, and not in the 500."""
     line, headers, body = split(raw(connect(serve(broken)).send(get("/", version=version))))
     assert line.startswith(f"HTTP/{version} 500 ")
     assert headers["connection"] == "close"
@@ -423,7 +423,7 @@ def test_an_app_may_change_its_mind_before_its_first_byte(serve, connect):
 
 
 def test_a_changed_mind_has_the_length_of_its_own(serve, connect):
-    """The headers that start_response clears include Content-Length: else the page of an error would be cut to it."""
+    """start_response with exc_info also clears Content-Length, so the page of an error is not cut to the old one."""
 
     def app(environ, start_response):
         start_response("200 OK", [("Content-Length", "2")])
@@ -440,14 +440,14 @@ def test_a_changed_mind_has_the_length_of_its_own(serve, connect):
 
 
 def test_a_status_without_a_reason_has_its_blank(serve, connect):
-    """RFC 9112 §4: the blank stands there though the reason is empty."""
+    """RFC 9112 §4: a status line has the blank after its code even if the reason is empty."""
     assert split(raw(connect(serve(_starting("200"))).send(get("/", "Connection: close"))))[0] == "HTTP/1.1 200 "
 
 
 @pytest.mark.parametrize("headers", [[], [("Content-Length", "10")]])
 @pytest.mark.parametrize("kind", [bytearray, memoryview])
 def test_parts_that_are_bytes_in_another_shape(kind, headers, serve, connect):
-    """They are sent as bytes, in chunks too."""
+    """A bytearray or memoryview is sent as bytes, in chunks too."""
 
     def app(environ, start_response):
         start_response("200 OK", headers)
@@ -457,7 +457,7 @@ def test_parts_that_are_bytes_in_another_shape(kind, headers, serve, connect):
 
 
 def test_a_304_may_tell_a_length(serve, connect, caplog):
-    """RFC 9110 §8.6 allows it: nothing is missing, and the connection stays."""
+    """A 304 may have a Content-Length (RFC 9110 §8.6): nothing is missing, and the connection is kept."""
 
     def app(environ, start_response):
         start_response("304 Not Modified", [("Content-Length", "10"), ("ETag", '"a"')])
@@ -471,7 +471,7 @@ def test_a_304_may_tell_a_length(serve, connect, caplog):
 
 
 def test_two_lengths_are_one(serve, connect):
-    """Of two Content-Lengths that an app gives, a client sees one, the one that is kept."""
+    """If an app gives two Content-Lengths, the client sees one, and the body has that length."""
     app = _starting(headers=[("Content-Length", "5"), ("content-length", "3")])
     _, headers, body = split(raw(connect(serve(app)).send(get("/", "Connection: close"))))
     assert int(headers["content-length"]) == len(body)
@@ -481,7 +481,7 @@ def test_two_lengths_are_one(serve, connect):
 
 
 def test_date_and_server(serve, connect):
-    """Every answer is dated in the format of RFC 9110 §5.6.7, and names its server unless the app or nobody does."""
+    """Every answer has a Date (RFC 9110 §5.6.7), and a Server unless the app sets one or none is configured."""
     response = connect(serve(_starting())).ask("/")
     date = r"\w{3}, \d{2} \w{3} \d{4} \d{2}:\d{2}:\d{2} GMT"
     assert re.fullmatch(date, response.headers["Date"])
@@ -490,7 +490,7 @@ def test_date_and_server(serve, connect):
 
 
 def test_an_app_that_names_its_server_and_date_is_not_second_guessed(serve, connect):
-    """Flaskd is no proxy, so it adds no Via (RFC 9110 §7.6.3); the app's own stays."""
+    """As flaskd is no proxy, it adds no Via (RFC 9110 §7.6.3); Server and Date of the app are kept."""
     named = [("server", "mine"), ("date", "today")]
     headers = connect(serve(_starting(headers=named))).ask("/").headers
     assert (headers.get_all("Server"), headers.get_all("Date"), headers["Via"]) == (["mine"], ["today"], None)
@@ -499,7 +499,7 @@ def test_an_app_that_names_its_server_and_date_is_not_second_guessed(serve, conn
 
 
 def test_headers_of_one_name_stay_in_their_order(serve, connect):
-    """Set-Cookie may come several times, and is never joined (RFC 9110 §5.3)."""
+    """Several Set-Cookie headers stay separate and in their order (RFC 9110 §5.3)."""
     cookies = [("Set-Cookie", "b=1"), ("X", "y"), ("set-cookie", "a=2")]
     assert connect(serve(_starting(headers=cookies))).ask("/").headers.get_all("Set-Cookie") == ["b=1", "a=2"]
 
@@ -508,7 +508,7 @@ def test_headers_of_one_name_stay_in_their_order(serve, connect):
 
 
 def environ_of(server, client, request=None):
-    """What the app was told."""
+    """The environ that the app got."""
     return dict(line.split("=", 1) for line in client.ask(request or get("/")).body.decode().splitlines())
 
 
@@ -523,7 +523,7 @@ def telling(environ, start_response):
     ("host", "name"), [("127.0.0.1", "127.0.0.1"), ("localhost", "localhost"), ("0.0.0.0", "127.0.0.1")]
 )
 def test_the_server_has_the_name_of_its_listener(host, name, serve, connect):
-    """A wildcard is no name: there it is the address that the client came to."""
+    """SERVER_NAME is the listener's host; for a wildcard address, it is the address to which the client connected."""
     server = serve(telling, listeners=[Listener.bind(Address(host))])
     client = connect_to(server, connect)
     told = environ_of(server, client)
@@ -531,13 +531,13 @@ def test_the_server_has_the_name_of_its_listener(host, name, serve, connect):
 
 
 def connect_to(server, connect):
-    """Connect over 127.0.0.1, wherever it listens."""
+    """Connect over 127.0.0.1 to the server's port."""
     server._addresses = [Address("127.0.0.1", server.addresses[0].port)]
     return connect(server)
 
 
 def test_a_unix_listener_has_its_path_for_a_port(serve, connect, tmp_path):
-    """The path at which it can be reached, not the one under which it was bound; after a resume, too."""
+    """SERVER_PORT is the socket's path, not the temporary name under which it was bound; after a resume, too."""
     path = str(tmp_path / "s")
     server = serve(telling, listeners=[Listener.bind(Address(path=path))])
     for _ in range(2):
@@ -548,13 +548,13 @@ def test_a_unix_listener_has_its_path_for_a_port(serve, connect, tmp_path):
 
 
 def test_a_name_that_was_given_stays(serve, connect):
-    """Whoever sets waitress' server_name is told it back."""
+    """A server_name in waitress' settings becomes SERVER_NAME."""
     server = serve(telling, adjustments={"server_name": "shop.test"})
     assert environ_of(server, connect(server))["SERVER_NAME"] == "shop.test"
 
 
 def test_a_probe_has_a_name_too(serve):
-    """A listener on every address serves requests that came through none."""
+    """A probe, which has no listener, has a SERVER_NAME too."""
     server = serve(telling, listeners=[Listener.bind(Address("0.0.0.0"))])
     assert server.probe("/", PATIENCE) == 200
 
@@ -563,7 +563,7 @@ PROXIED = {"trusted_proxy": "127.0.0.1", "trusted_proxy_headers": "x-forwarded-f
 
 
 def serve_behind(serve, app, settings):
-    """As launch.py and thread.py have it: the app behind the proxies of a configuration."""
+    """Serve the app with a configuration's proxies, as launch.py and embedded.py do."""
     server = ServerConfig.model_validate(settings)
     return serve(BehindProxies(app, server), adjustments=adjustments(server, open_files.limit()))
 
@@ -583,14 +583,14 @@ def serve_behind(serve, app, settings):
     ],
 )
 def test_the_clients_address_is_what_a_trusted_proxy_says(settings, header, client, serve, connect, answers):
-    """The access log names the same address as the app is told; from anybody else the header is not believed."""
+    """Access log and app get the same client address; a header from an untrusted peer is ignored."""
     server = serve_behind(serve, telling, settings)
     assert environ_of(server, connect(server), get("/", header))["REMOTE_ADDR"] == client
     assert answers.get(timeout=PATIENCE)["client"] == client
 
 
 def test_requests_that_the_app_never_sees_have_their_clients_address_too(serve, app, connect, answers):
-    """Refusals, the health path, and what is shown as in flight."""
+    """Refused requests, the health path, and requests in flight are shown with the client's address from the proxy."""
     server = serve_behind(serve, app, PROXIED)
     server.answer_health("/healthz", lambda: ("200 OK", "ready"))
     header = "X-Forwarded-For: 192.0.2.7"
@@ -603,7 +603,7 @@ def test_requests_that_the_app_never_sees_have_their_clients_address_too(serve, 
 
 
 def test_an_address_cannot_forge_a_line(serve, app, connect, answers):
-    """A proxy may pass on what a client made up."""
+    """A client's address from a proxy cannot forge a log line, even if the client made it up."""
     server = serve_behind(serve, app, PROXIED)
     connect(server).ask(get("/", 'X-Forwarded-For: a "b\xe9' + "c" * 1000))
     client = answers.get(timeout=PATIENCE)["client"]
@@ -615,7 +615,7 @@ def test_an_address_cannot_forge_a_line(serve, app, connect, answers):
 
 
 def test_the_access_log_tells_what_was_sent(serve, app, connect, answers):
-    """Not what was announced: the client left, and the rest was thrown away."""
+    """If the client leaves, the access log has the bytes that were sent, not the length that was announced."""
     server = serve()
     client = connect(server, receive_buffer=4096).send("/big")
     app.entered(1)
@@ -625,7 +625,7 @@ def test_the_access_log_tells_what_was_sent(serve, app, connect, answers):
 
 
 def test_the_access_log_tells_what_was_sent_before_a_cut(serve, app, connect, answers):
-    """A request that the deadline breaks off has sent what it has sent."""
+    """For a request that is cut at the deadline, the access log has the bytes that were sent before."""
     server = serve()
     client = connect(server).send("/stream")
     assert b"first" in client.file.read1()
@@ -639,19 +639,18 @@ def test_the_access_log_tells_what_was_sent_before_a_cut(serve, app, connect, an
 
 
 def test_a_pipelining_client_that_leaves_leaves_nothing_in_the_log(serve, app, connect, caplog, monkeypatch):
-    """The thread was about to wait for its next request, when the loop closed the connection."""
+    """The client leaves while its thread hands the connection on; the log has no error."""
     server = serve()
     real = EpollMap.expect
 
-    def expect(self, sock):
-        [channel] = server.loop.connections.channels()
-        channel.requests_lock.release()  # the thread has it here; the loop does not wait for it
+    def expect(self, channel):
+        channel.requests_lock.release()  # a thread owns the connection; the loop does not wait for it
         try:
             server.loop.call(channel.handle_close)
             until(server, lambda: server.connections == 0)
         finally:
             channel.requests_lock.acquire()
-        real(self, sock)
+        real(self, channel)
 
     monkeypatch.setattr(EpollMap, "expect", expect)
     assert connect(server).send("/", "/").response().body == b"hello"
@@ -662,7 +661,7 @@ def test_a_pipelining_client_that_leaves_leaves_nothing_in_the_log(serve, app, c
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HT"], ids=["silent", "slow"])
 def test_the_time_without_activity_is_kept(sent, serve, connect):
-    """`channel_timeout` is kept to a tenth or a second, whatever waitress' interval is."""
+    """`channel_timeout` is kept to a tenth of it or a second, whatever waitress' interval is."""
     server = serve(adjustments={"channel_timeout": 1})
     loop = server.loop
     client = connect(server)
@@ -674,7 +673,7 @@ def test_the_time_without_activity_is_kept(sent, serve, connect):
 
 
 def test_uploads_that_are_broken_off_leave_no_file(serve, connect):
-    """What had come is freed when the connection closes, and not when it is collected."""
+    """The received part of an upload is freed when its connection closes, not only at garbage collection."""
     server = serve()
     before = descriptors()
     clients = [connect(server) for _ in range(3)]
@@ -693,7 +692,7 @@ def test_uploads_that_are_broken_off_leave_no_file(serve, connect):
 
 
 def test_the_end_of_a_server_frees_what_had_come(serve, connect):
-    """Also without a drain, which would have cut it."""
+    """The end of a server without a drain also frees the received parts of uploads."""
     server = serve()
     connect(server).send(get("/echo", f"Content-Length: {BIG}", method="POST") + b"x" * (BIG // 4))
     until(server, lambda: len(_files(server)) == 1)

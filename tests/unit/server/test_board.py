@@ -1,4 +1,4 @@
-"""The board: what a worker's server notes, and its supervisor reads, while it is written and after its death."""
+"""The board: what a worker writes and its supervisor reads, while the worker writes and after its death."""
 
 import fcntl
 import os
@@ -48,7 +48,7 @@ def server(board, serve):
 
 
 class Channel:
-    """As much of a connection as a request asks."""
+    """The part of a connection that a request uses."""
 
     internal = False
     client = "127.0.0.1"
@@ -76,7 +76,7 @@ def shown(entries):
 
 
 def test_a_request_in_flight_is_on_it(server, board, read, app, connect):
-    """With what is shown of it in the worker, thread and all; when it is answered it is there no more."""
+    """The board shows the same as the worker itself, with the thread; after the answer the request is gone from it."""
     client = connect(server).send("/gate/one?secret=1")
     app.entered(1)
     [there], [here] = read.in_flight(), server.requests()
@@ -91,7 +91,7 @@ def test_a_request_in_flight_is_on_it(server, board, read, app, connect):
 
 
 def test_who_waits_is_queued_and_the_oldest_comes_first(server, read, app, connect):
-    """Places that are taken and requests that wait are counted, and count no more when they are over."""
+    """Running and waiting requests are counted, and no longer when they are over; the oldest comes first."""
     clients = [connect(server).send(f"/gate/{number}") for number in range(2)]
     app.entered(2)
     clients += [connect(server).send(f"/gate/{number}") for number in (2, 3)]
@@ -109,7 +109,7 @@ def test_who_waits_is_queued_and_the_oldest_comes_first(server, read, app, conne
 
 
 def test_an_answer_that_waits_to_be_sent_is_sending(server, read, connect):
-    """The app is done with it, so no thread is named."""
+    """After the app has finished, the request is shown as sending, without a thread."""
     client = connect(server, receive_buffer=4096).send("/big")
     until(server, lambda: [each.phase for each in read.in_flight()] == ["sending"])
     assert read.in_flight()[0].thread == ""
@@ -118,7 +118,7 @@ def test_an_answer_that_waits_to_be_sent_is_sending(server, read, connect):
 
 
 def test_the_tally_is_the_same(server, read, app, connect):
-    """Outcomes, statuses and both histograms, at any moment."""
+    """The board's tally has the worker's outcomes, statuses and histograms, at any moment."""
     client = connect(server)
     for path in ("/hello", "/chunks", "/boom"):
         client = client if client.ask(path).status == 200 else connect(server)
@@ -137,7 +137,7 @@ def test_the_tally_is_the_same(server, read, app, connect):
 
 
 def test_connections_are_counted(server, read, connect):
-    """Where they are accepted and closed; those of probes are not."""
+    """Connections are counted when they are accepted and closed; those of probes are not."""
     clients = [connect(server) for _ in range(3)]
     until(server, lambda: read.connections == 3)
     assert server.probe("/hello", PATIENCE) == 200
@@ -148,14 +148,14 @@ def test_connections_are_counted(server, read, connect):
 
 
 def test_the_loop_notes_when_it_turned(server, read):
-    """On the one monotonic clock."""
+    """The board has the time.monotonic() moment of the loop's last turn."""
     before = time.monotonic()
     assert server.turns(PATIENCE)
     until(server, lambda: before < read.last_turn <= time.monotonic())
 
 
 def test_what_moved_and_what_hangs_is_looked_at_every_second(server, read, app, connect):
-    """A request that begins or ends moves it; while all threads hang on one and the same, that stays the same."""
+    """`moved` changes when a request begins or ends; `all_are_at` stays the same while all threads hang."""
     assert read.all_are_at() is None
     before = read.moved()
     clients = [connect(server).send("/gate") for _ in range(2)]
@@ -171,7 +171,7 @@ def test_what_moved_and_what_hangs_is_looked_at_every_second(server, read, app, 
 
 
 def test_a_stream_that_sends_moves(server, read, connect):
-    """Each byte that goes out does, and a thread that serves a stream does not hang."""
+    """`moved` changes with each byte of a stream that is sent, and a thread that serves a stream does not hang."""
     client = connect(server).send("/flood")
     client.head()
     before = read.moved()
@@ -179,14 +179,14 @@ def test_a_stream_that_sends_moves(server, read, connect):
 
 
 def test_work_in_the_background_is_counted(server, read):
-    """When the loop looks, every second."""
+    """Background work is counted when the loop looks, every second."""
     with flaskd.background("one"), flaskd.background("two"):
         patience.until(lambda: read.background == 2)
     patience.until(lambda: read.background == 0)
 
 
 def test_probes_are_not_on_it(server, read, app):
-    """They are in no count."""
+    """Probes are in no count of the board."""
     asked = threading.Thread(target=server.probe, args=("/gate", PATIENCE))
     asked.start()
     app.entered(1)
@@ -199,7 +199,7 @@ def test_probes_are_not_on_it(server, read, app):
 
 
 def test_without_a_free_row_a_request_is_counted(board, read):
-    """It has no name, and the next one has, once a row is free."""
+    """A request without a row is only counted; the next one gets a row once one is free."""
     requests = [request(number) for number in range(1, ROWS + 3)]
     for each in requests:
         board.enter(each)
@@ -215,7 +215,7 @@ def test_without_a_free_row_a_request_is_counted(board, read):
 
 
 def test_a_request_that_is_over_changes_no_row(board, read):
-    """Its row may be another one's by now."""
+    """A request that is over does not change its old row, which may belong to another request."""
     first, second = request(1, "/first"), request(2, "/second")
     board.enter(first)
     board.leave(first)
@@ -227,12 +227,12 @@ def test_a_request_that_is_over_changes_no_row(board, read):
 
 
 def test_a_row_that_changes_hands_while_it_is_read_is_read_again(board, read, monkeypatch):
-    """What is shown is all of one request."""
+    """A row that changes while it is read is read again, so that all shown values belong to one request."""
     first, second = request(1, "/first"), request(2, "/second")
     board.enter(first)
 
     class Memory:
-        """Changes in the moment in which it is read first."""
+        """Memory that changes while it is read for the first time."""
 
         def __init__(self, memory):
             self.memory, self.changes = memory, [lambda: board.leave(first), lambda: board.enter(second)]
@@ -252,13 +252,13 @@ def test_a_row_that_changes_hands_while_it_is_read_is_read_again(board, read, mo
     [("/%1b" + "x" * 1000, "/%1b" + "x" * 196 + "..."), ("/\x1b[31m\xff\n2", "/%1B[31m%FF%0A2"), ("", "?")],
 )
 def test_a_path_is_short_and_can_be_seen(board, read, path, expected):
-    """Whatever a client wrote."""
+    """A path on the board is short and printable, whatever the client sent."""
     board.enter(request(1, path))
     assert [each.path for each in read.in_flight()] == [expected]
 
 
 def test_a_method_without_end_leaves_room_for_other_rows(board, read):
-    """It is cut short in its row, with what follows it."""
+    """A very long method is cut to its row's size, together with what follows it in the row."""
     board.enter(long := request(1))
     board.leave(long)
     long.command = "M" * 5000
@@ -273,7 +273,7 @@ def test_a_method_without_end_leaves_room_for_other_rows(board, read):
 
 
 def test_a_child_gets_the_descriptor_only_where_it_is_passed(board):
-    """It is close-on-exec, and stays so in the process that attached to it."""
+    """The descriptor is close-on-exec, and stays so in the process that attached to it."""
     assert not os.get_inheritable(board.fd)
     copy = os.dup(board.fd)
     os.set_inheritable(copy, True)
@@ -283,14 +283,14 @@ def test_a_child_gets_the_descriptor_only_where_it_is_passed(board):
 
 
 def test_its_size_cannot_be_changed(board):
-    """A worker's app could otherwise end the supervisor (SIGBUS)."""
+    """The memory cannot be resized: otherwise a worker's app could end the supervisor (SIGBUS)."""
     with pytest.raises(PermissionError):
         os.ftruncate(board.fd, 0)
 
 
 @pytest.mark.parametrize("size", [0, 4096, 672_256])
 def test_another_layout_is_refused(size):
-    """A worker of another version than its supervisor says what to do."""
+    """A board with another layout is refused, with advice."""
     fd = os.memfd_create("other")
     os.ftruncate(fd, size)
     with pytest.raises(FlaskdError, match=r"cannot use the board .* another version; restart flaskd"):
@@ -299,7 +299,7 @@ def test_another_layout_is_refused(size):
 
 
 def test_closing_it_twice_closes_it_once(board):
-    """The number of its descriptor may be another one's by then."""
+    """A second close does nothing: by then the descriptor's number may belong to another file."""
     other = Board.attach(os.dup(board.fd))
     other.close()
     again = os.dup(board.fd)
@@ -309,7 +309,7 @@ def test_closing_it_twice_closes_it_once(board):
 
 
 def test_tallies_add_up():
-    """Those of two workers, and of one that is dead."""
+    """Tallies of two living workers and a dead one can be added."""
     some = Tally({"completed": 7, "rejected": 1, "cut": 2, "gone": 3}, [1, 0, 5, 1, 1, 1], Histogram([1] * 14, 2.5))
     both = some + some + Tally()
     assert both.outcomes == {"completed": 14, "rejected": 2, "cut": 4, "gone": 6}
@@ -317,7 +317,7 @@ def test_tallies_add_up():
 
 
 def test_what_requests_are_called_is_on_it(board, read):
-    """X-Request-ID and traceparent, as long as they may be; a row that had them before has them no more."""
+    """The board has X-Request-ID and traceparent of the greatest length; a reused row does not show old ones."""
     names = {"HTTP_X_REQUEST_ID": "x" * 128, "HTTP_TRACEPARENT": f"00-{'a' * 32}-{'b' * 16}-01"}
     for headers in (names, {}, {"HTTP_TRACEPARENT": names["HTTP_TRACEPARENT"]}, {"HTTP_X_REQUEST_ID": "abc"}):
         made = request(1)
@@ -372,7 +372,7 @@ for fd in map(int, sys.argv[1:]):
 
 
 def test_a_killed_writer_leaves_no_torn_row_and_no_count_falls():
-    """Read all the time while it writes as fast as it can, and after it was killed in the middle of anything."""
+    """A reader of a board never sees a torn row, while it is written and after the writer was killed."""
     boards, seen = [Board.make() for _ in range(KILLS)], 0
     fds = [board.fd for board in boards]
     argv = [sys.executable, "-c", WRITERS, *map(str, fds)]
@@ -388,14 +388,14 @@ def test_a_killed_writer_leaves_no_torn_row_and_no_count_falls():
                 os.kill(pid, signal.SIGKILL)
             assert int(writers.stdout.readline()) == signal.SIGKILL
             after, rows = _read(board, before)
-            assert 2 <= rows <= 4  # one more than three is held for a moment, and one may be in the making
+            assert 2 <= rows <= 4  # there may be one request more than three, and one in the making
             assert _read(board, after) == (after, rows)
             board.close()
     assert seen > KILLS
 
 
 def _read(board, before):
-    """Check all that a board says, and give its tally, and how many rows there are."""
+    """Check all figures of a board; returns its tally and its number of rows."""
     now = board.tally()
     assert now.outcomes["completed"] >= before.outcomes["completed"]
     assert all(count >= then for count, then in zip(now.took.counts, before.took.counts, strict=True))

@@ -1,4 +1,4 @@
-"""What flaskd.server takes for granted in waitress; each test says what of flaskd breaks with it."""
+"""What flaskd.server relies on in waitress; each test says what of flaskd depends on it."""
 
 import inspect
 import io
@@ -33,7 +33,7 @@ def hello(environ, start_response):
 
 
 class Server:
-    """As much of a waitress server as a channel needs; tasks run when the test says so."""
+    """The part of a waitress server that a channel needs; tasks run when the test says so."""
 
     def __init__(self, application=hello):
         self.adj = Adjustments()
@@ -78,7 +78,7 @@ def listener():
 
 @pytest.fixture
 def server(listener):
-    """A server built as flaskd builds its acceptors, on a listener of ours."""
+    """A server built as flaskd builds its acceptors, on a listener of flaskd."""
     made = acceptor(TcpWSGIServer, listener)
     yield made
     made.close()
@@ -102,7 +102,7 @@ def parsed(data):
 
 @pytest.mark.parametrize("kind", [TcpWSGIServer, UnixWSGIServer])
 def test_the_servers_constructors(kind):
-    """Acceptors are built on listeners of our own: these parameters make waitress neither bind nor start anything."""
+    """Acceptors get bound listeners: with these parameters, waitress neither binds nor starts anything."""
     parameters = inspect.signature(kind).bind(
         hello, {}, False, None, dispatcher=None, adj=None, sockinfo=None, bind_socket=False
     )
@@ -111,7 +111,7 @@ def test_the_servers_constructors(kind):
 
 
 def test_a_server_takes_the_listener_as_it_is(listener, server):
-    """An acceptor serves the very socket it was given, and does nothing with it until it is told to accept."""
+    """An acceptor uses the socket that it was given, and does nothing with it until it is told to accept."""
     assert server.socket is listener
     assert server.accepting is False
     assert not server.readable()
@@ -122,7 +122,7 @@ def test_a_server_takes_the_listener_as_it_is(listener, server):
 
 
 def test_handle_accept_accepts_one_and_never_raises(listener, server):
-    """A backlog is emptied by calling `handle_accept` until nothing comes: it takes one, with `channel_class`, or none."""
+    """`handle_accept` accepts one connection as a `channel_class`, or none; calling it empties a backlog."""
     made = []
     server.channel_class = lambda *args, **more: made.append((args, more))
     server.handle_accept()
@@ -140,7 +140,7 @@ def test_handle_accept_accepts_one_and_never_raises(listener, server):
 
 
 def test_a_unix_client_has_no_port(tmp_path):
-    """Clients of a Unix socket are shown as "unix": their address must come without a port."""
+    """Clients of a Unix socket are shown as "unix", because their address has no port."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.bind(str(tmp_path / "s"))
         made = acceptor(UnixWSGIServer, sock)
@@ -149,7 +149,7 @@ def test_a_unix_client_has_no_port(tmp_path):
 
 
 def test_closing_the_dispatcher_closes_the_listener_only(listener, server):
-    """A drain closes listeners with `dispatcher.close`: the trigger and the channels must stay, `accepting` must end."""
+    """`dispatcher.close` closes the listener and ends `accepting`; trigger and channels stay. A drain uses it."""
     server.accepting = True
     wasyncore.dispatcher.close(server)
     assert listener.fileno() == -1
@@ -159,7 +159,7 @@ def test_closing_the_dispatcher_closes_the_listener_only(listener, server):
 
 
 def test_set_socket_gives_a_closed_server_a_new_listener(listener, server):
-    """A resume puts a new listener into the old acceptor: `set_socket` must register it in the map."""
+    """`set_socket` registers a new listener in the map. A resume uses it."""
     wasyncore.dispatcher.close(server)
     with socket.create_server(("127.0.0.1", 0)) as another:
         another.setblocking(False)
@@ -170,23 +170,23 @@ def test_set_socket_gives_a_closed_server_a_new_listener(listener, server):
 
 
 def test_poll2_waits_in_seconds_and_is_woken_by_the_trigger(listener, server):
-    """The loop sleeps in `poll2(seconds, map)` and every other thread wakes it with `pull_trigger`."""
+    """The loop waits in `poll2(seconds, map)`, and `pull_trigger` from another thread ends the wait."""
     wasyncore.poll2(0.0, server._map)
     wasyncore.poll2(0.001, server._map)
     waker = threading.Thread(target=server.pull_trigger)
     waker.start()
-    wasyncore.poll2(PATIENCE, server._map)  # returns at once, and not only after its patience
+    wasyncore.poll2(PATIENCE, server._map)  # returns at once, not only after the timeout
     waker.join(PATIENCE)
     assert inspect.signature(wasyncore.poll2).parameters.keys() == {"timeout", "map"}
 
 
 def test_poll2_takes_handles_above_1023():
-    """Connections are limited by RLIMIT_NOFILE alone: `poll2` must be the one that polls, not the one that selects."""
+    """`poll2` uses poll(2), not select(2), so only RLIMIT_NOFILE limits the connections."""
     assert "select.poll()" in inspect.getsource(wasyncore.poll2)
 
 
 def test_close_all_closes_everything_in_the_map(listener, server):
-    """A stop ends with `close_all`, which must reach listeners, triggers and channels."""
+    """`close_all` closes listeners, triggers and channels. A stop ends with it."""
     wasyncore.close_all(server._map)
     assert server._map == {}
     assert listener.fileno() == -1
@@ -195,7 +195,7 @@ def test_close_all_closes_everything_in_the_map(listener, server):
 
 
 def test_the_trigger_may_be_pulled_without_a_thunk():
-    """Waking is all that is asked of a trigger: with a thunk it takes a lock that deadlocks in the loop's thread."""
+    """`pull_trigger` works without a thunk; with one it takes a lock that can deadlock in the loop's thread."""
     map_ = {}
     pulled = trigger.trigger(map_)
     pulled.pull_trigger()
@@ -205,7 +205,7 @@ def test_the_trigger_may_be_pulled_without_a_thunk():
 
 
 def test_the_connection_limit_counts_the_whole_map(server):
-    """The limit is raised by the triggers and listeners: it must be compared with the size of the map."""
+    """The limit is compared with the size of the whole map, so flaskd must add listeners and triggers."""
     server.accepting = True
     server.adj.connection_limit = len(server._map) + 1
     assert server.readable()
@@ -214,7 +214,7 @@ def test_the_connection_limit_counts_the_whole_map(server):
 
 
 def test_idle_connections_are_reaped_by_the_acceptor(server):
-    """`channel_timeout` is kept by `maintenance`, which marks channels with `will_close` unless they have requests."""
+    """`maintenance` sets `will_close` on idle channels without requests, which keeps `channel_timeout`."""
     idle, busy = (SimpleNamespace(requests=requests, last_activity=0, will_close=False) for requests in ([], [1]))
     server.active_channels = {1: idle, 2: busy}
     server.maintenance(server.adj.channel_timeout + 1)
@@ -222,7 +222,7 @@ def test_idle_connections_are_reaped_by_the_acceptor(server):
 
 
 def test_waitress_takes_every_setting():
-    """Each setting that flaskd passes on must have a name that waitress knows, and arrive."""
+    """Each setting that flaskd passes on has a name that waitress knows, and takes effect."""
     config = ServerConfig(url_prefix="/shop", url_scheme="https", ident="shop")
     settings = adjustments(config, 1000)
     made = Adjustments(threads=3, asyncore_use_poll=True, **settings)
@@ -234,7 +234,7 @@ def test_waitress_takes_every_setting():
     ("limit", "open_files", "expected"), [(None, 1000, 872), (100, 1000, 100), (5000, 1000, 872), (None, 64, 16)]
 )
 def test_connections_are_limited_by_open_files(limit, open_files, expected):
-    """Whatever is asked for, some open files are kept for the rest of the daemon."""
+    """Some open files are kept for the rest of the daemon, whatever limit is configured."""
     config = ServerConfig(connection_limit=limit)
     assert adjustments(config, open_files)["connection_limit"] == expected
 
@@ -243,7 +243,7 @@ def test_connections_are_limited_by_open_files(limit, open_files, expected):
 
 
 class Scripted(HTTPRequestParser):
-    """A parser that says what the test wants, as flaskd's own does: its `received` is the only one that is called."""
+    """A parser that does what the test says, in the place of flaskd's own; waitress calls its `received` alone."""
 
     steps = ()
 
@@ -255,7 +255,7 @@ class Scripted(HTTPRequestParser):
 
 
 def test_what_a_parser_starts_with(pair):
-    """Flaskd's parser sets what it has read, and leaves the rest as it is here."""
+    """These are the initial values of a parser; flaskd's parser sets what it reads, and leaves the rest."""
     request = HTTPRequestParser(Adjustments())
     assert (request.completed, request.headers_finished, request.empty, request.error) == (False, False, False, None)
     assert (request.expect_continue, request.chunked, request.content_length, request.body_rcv) == (
@@ -270,7 +270,7 @@ def test_what_a_parser_starts_with(pair):
 
 
 def test_a_parser_is_asked_for_body_and_end():
-    """The body is what `body_rcv` has: `getfile` is read by the app, and `getbuf` closed with the request."""
+    """The app reads the body from `body_rcv.getfile`, and `getbuf` is closed with the request."""
     request, buffer = HTTPRequestParser(Adjustments()), OverflowableBuffer(2)
     request.body_rcv = FixedStreamReceiver(5, buffer)
     assert request.body_rcv.received(b"123") == 3
@@ -284,7 +284,7 @@ def test_a_parser_is_asked_for_body_and_end():
 
 
 def test_small_bodies_stay_in_memory():
-    """A buffer takes pieces one by one, of any size, and overflows into a file."""
+    """A buffer takes pieces of any size, and continues in a file when it is too long for memory."""
     buffer = OverflowableBuffer(10)
     for _ in range(3):
         buffer.append(b"xxxxx")
@@ -293,7 +293,7 @@ def test_small_bodies_stay_in_memory():
 
 
 def test_a_refusal_is_an_error_with_its_own_status():
-    """Every status can be refused with: `Error` answers with the `code` and `reason` that it is given."""
+    """`Error` answers with the `code` and `reason` that it is given, for every status."""
     error = Error("why")
     error.code, error.reason = 505, "Sorry"
     status, headers, body = error.to_response("ident")
@@ -302,7 +302,7 @@ def test_a_refusal_is_an_error_with_its_own_status():
 
 
 def test_an_expectation_is_met_by_the_channel(channel):
-    """Who sets `expect_continue` on a finished head, and is not completed, gets one 100; then the body is read on."""
+    """If `expect_continue` is set on an unfinished request with a finished head, one 100 is sent."""
     channel.parser_class = Scripted
     Scripted.steps = [{"headers_finished": True, "expect_continue": True}, {"completed": True}]
     channel.received(b"head")
@@ -313,7 +313,7 @@ def test_an_expectation_is_met_by_the_channel(channel):
 
 
 def test_an_expectation_on_a_completed_request_would_be_met_all_the_same(channel):
-    """Why flaskd clears `expect_continue` on a request that is completed: waitress would wait for ever for its body."""
+    """A completed request would get a 100, and waitress would wait for its body, so flaskd clears the flag."""
     channel.parser_class = Scripted
     Scripted.steps = [{"headers_finished": True, "completed": True, "expect_continue": True}]
     channel.received(b"head")
@@ -321,7 +321,7 @@ def test_an_expectation_on_a_completed_request_would_be_met_all_the_same(channel
 
 
 def test_a_refused_request_stands_in_line(channel):
-    """What cannot be parsed is answered all the same: it must be completed, with its `error`, and takes all data."""
+    """A request that cannot be parsed is answered if it is completed, has an `error`, and takes all data."""
     channel.parser_class = Scripted
     Scripted.steps = [{"completed": True, "error": Error("why")}]
     channel.received(b"GARBAGE" + GET)
@@ -335,7 +335,7 @@ def test_a_refused_request_stands_in_line(channel):
 
 
 class Recording(SimpleNamespace):
-    """As much of a channel as a task needs."""
+    """The part of a channel that a task needs."""
 
     def __init__(self, application=hello):
         super().__init__(server=Server(application), adj=Adjustments(), addr=("192.0.2.7", 1), written=b"")
@@ -349,7 +349,7 @@ class Recording(SimpleNamespace):
 
 @pytest.mark.parametrize("chunked", [True, False])
 def test_a_task_may_build_its_own_header(chunked):
-    """Where an answer ends is told by flaskd's own: it is sent as it is, and its decisions hold to the last chunk."""
+    """A task sends the header that flaskd's method builds, and keeps to its decision on chunks."""
 
     class Own(WSGITask):
         def build_response_header(self):
@@ -369,7 +369,7 @@ def test_a_task_may_build_its_own_header(chunked):
 
 
 def test_what_a_proxy_says_is_read_from_an_environ():
-    """The client's address for the log comes from the same function as the app's REMOTE_ADDR."""
+    """The client's address in the log comes from the same function as the app's REMOTE_ADDR."""
     request = parsed(GET[:-2] + b"X-Forwarded-For: 192.0.2.9\r\n\r\n")
     assert request.headers.keys() & PROXY_HEADERS == {"X_FORWARDED_FOR"}
     environ = {"REMOTE_ADDR": "", "wsgi.url_scheme": "http", "HTTP_X_FORWARDED_FOR": "192.0.2.9"}
@@ -383,7 +383,7 @@ def test_what_a_proxy_says_is_read_from_an_environ():
 
 
 def test_a_new_channel(channel):
-    """Whether a connection is idle is read from these attributes; the server knows it by its descriptor."""
+    """These attributes tell whether a connection is idle; the server finds a channel by its descriptor."""
     assert (channel.requests, channel.request, channel.total_outbufs_len) == ([], None, 0)
     assert (channel.connected, channel.will_close, channel.close_when_flushed) == (True, False, False)
     assert channel.addr == ("192.0.2.7", 1)
@@ -391,7 +391,7 @@ def test_a_new_channel(channel):
 
 
 def test_received_requests_stand_in_line(channel):
-    """Complete requests are in `requests`, the partial one in `request`, and one task at a time serves a channel."""
+    """`requests` has the complete requests, `request` the partial one, and one task at a time serves a channel."""
     channel.received(GET + GET + GET[:-9])
     assert [each.completed for each in channel.requests] == [True, True]
     assert not channel.request.completed
@@ -402,13 +402,13 @@ def test_received_requests_stand_in_line(channel):
 
 
 def test_the_locks_can_be_taken_again(channel):
-    """Output is measured and settled under `outbuf_lock`, which its owner must be able to take again."""
+    """`outbuf_lock` can be taken again by the thread that holds it."""
     with channel.outbuf_lock, channel.outbuf_lock, channel.requests_lock:
         pass
 
 
 def test_all_output_passes_through_send(channel):
-    """What the kernel took is counted in `send`: every byte must go that way, and `total_outbufs_len` tell the rest."""
+    """Every byte of output goes through `send`, and `total_outbufs_len` is the number of those still to send."""
     sent = []
     original = channel.send
     channel.send = lambda data, do_close=True: sent.append(original(data, do_close=do_close)) or sent[-1]
@@ -427,7 +427,7 @@ def test_all_output_passes_through_send(channel):
 
 
 def test_sending_to_nobody_takes_nothing(channel):
-    """A send that fails counts for nothing: it must give 0, and leave the close to the loop when asked."""
+    """A `send` that fails returns 0, and leaves the close to the loop if it is told to."""
     channel.client.close()
     assert channel.send(b"x", do_close=False) == 0
     assert channel.connected
@@ -436,18 +436,18 @@ def test_sending_to_nobody_takes_nothing(channel):
 
 
 def test_what_is_sent_is_activity(channel):
-    """Connections whose client stalls are told by `last_activity`, which must be set whenever something could be sent."""
+    """`last_activity` is set whenever output could be sent; connections whose client stalls are found by it."""
     channel.last_activity = 0
     channel.write_soon(b"x")
     assert channel.last_activity > 0
     channel.write_soon(b"x" * 8_000_000)
     channel.last_activity = 0
     channel.handle_write()
-    assert channel.last_activity == 0  # the kernel took nothing
+    assert channel.last_activity == 0  # the kernel took no bytes
 
 
 def test_tasks_are_added_under_the_requests_lock(channel):
-    """Who has the connection is decided there, in one step with what stands in line."""
+    """Tasks are added under `requests_lock`, so it can be decided there which thread owns the connection."""
     held = []
 
     def add_task(_):
@@ -461,7 +461,7 @@ def test_tasks_are_added_under_the_requests_lock(channel):
 
 
 def test_a_body_arrives_where_its_head_is_finished(channel):
-    """Bodies are read in larger bites than heads: a request in part must say which of both it is in."""
+    """A partial request says whether its head is finished: bodies are read in larger pieces than heads."""
     channel.received(b"POST / HTTP/1.1\r\nHost: test\r\nContent-Length: 9\r\n")
     assert not channel.request.headers_finished
     channel.received(b"\r\n1234")
@@ -471,7 +471,7 @@ def test_a_body_arrives_where_its_head_is_finished(channel):
 
 
 def test_will_close_and_close_when_flushed(channel):
-    """A drain ends idle connections with `will_close`; a failed one is flushed first with `close_when_flushed`."""
+    """`will_close` ends a connection at once, `close_when_flushed` after its output."""
     channel.write_soon(b"x" * 8_000_000)
     channel.close_when_flushed = True
     channel.handle_write()
@@ -483,7 +483,7 @@ def test_will_close_and_close_when_flushed(channel):
 
 
 def test_handle_close_empties_the_output(channel):
-    """A close is final: nothing is connected, pending or registered, and a blocked worker is let go."""
+    """After `handle_close` nothing is connected, pending or registered, and a waiting thread goes on."""
     descriptor = channel.socket.fileno()
     channel.write_soon(b"x" * 8_000_000)
     channel.handle_close()
@@ -493,7 +493,7 @@ def test_handle_close_empties_the_output(channel):
 
 
 def test_nothing_is_read_while_a_request_is_in_line(channel):
-    """Requests do not come while others are served: without lookahead `readable` must say no, so that none is lost."""
+    """Without lookahead, `readable` is False while requests are served, so no request is read and lost."""
     assert channel.readable()
     channel.received(GET)
     assert not channel.readable()
@@ -501,7 +501,7 @@ def test_nothing_is_read_while_a_request_is_in_line(channel):
 
 
 def test_a_hundred_continue_is_asked_for_once_the_headers_are_there(channel):
-    """An expectation is met by waitress itself, and flaskd only keeps it from being met without a body."""
+    """It is waitress that sends 100; flaskd only prevents it where no body follows."""
     channel.received(b"POST / HTTP/1.1\r\nHost: test\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n")
     assert channel.client.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
     assert channel.request.headers_finished
@@ -510,7 +510,7 @@ def test_a_hundred_continue_is_asked_for_once_the_headers_are_there(channel):
 
 
 def test_a_body_is_kept_in_the_receivers_buffer():
-    """One of flaskd's own is put there once the head is parsed, when nothing of the body has come."""
+    """A buffer of flaskd is put into the receiver once the head is parsed, before any byte of the body."""
     for head in (b"Content-Length: 5\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n"):
         request = HTTPRequestParser(Adjustments())
         request.received(b"POST / HTTP/1.1\r\nHost: test\r\n" + head)
@@ -523,7 +523,7 @@ def test_a_body_is_kept_in_the_receivers_buffer():
 
 
 def test_output_goes_into_the_last_buffer(channel):
-    """One of flaskd's own is put there; waitress begins another at the high watermark, and behind a file."""
+    """Output goes into the last buffer; waitress begins another one at the watermark and after a file."""
     buffer = channel.outbufs[-1]
     channel.connected, channel._flush_some = True, lambda **_: True
     channel.write_soon(b"hello")
@@ -538,7 +538,7 @@ def test_output_goes_into_the_last_buffer(channel):
 
 
 def test_a_file_that_ended_early_is_sent_as_nothing(channel, monkeypatch):
-    """By an empty `send`, which never happens otherwise, flaskd knows it."""
+    """For a file that ended early waitress calls `send` with no data, which never happens otherwise."""
     file = ReadOnlyFileBasedBuffer(io.BytesIO(b"hello"))
     file.prepare()
     file.file.truncate(0)
@@ -551,7 +551,7 @@ def test_a_file_that_ended_early_is_sent_as_nothing(channel, monkeypatch):
 
 @pytest.mark.parametrize("running", [True, False])
 def test_every_flush_goes_through_one_method(running, channel, monkeypatch):
-    """`_flush_exception` is where flaskd learns what cannot be sent; its second result ends a worker's wait."""
+    """All flushes go through `_flush_exception`; its second result ends a thread's wait."""
     flushed = []
     channel.requests = [parsed(GET)] if running else []
     channel.total_outbufs_len = 5
@@ -566,7 +566,7 @@ def test_every_flush_goes_through_one_method(running, channel, monkeypatch):
 
 
 def test_the_environ_is_waitress():
-    """Apps find what waitress gives them, value by value, and beside it what tells them of a drain."""
+    """The environ has waitress' values, and flaskd's event for drains."""
     lines = (
         b"POST /a%20b?c=d HTTP/1.1\r\nHost: shop:80\r\nX-Two: 1\r\nContent-Type: text/plain\r\nContent-Length: 4\r\n"
     )

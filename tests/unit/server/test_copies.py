@@ -1,4 +1,4 @@
-"""A listener of which several workers have copies: who accepts, and who leaves it to others; drains and resumes."""
+"""A listener of which several workers have copies: which worker accepts, and how they drain and resume."""
 
 import http.client
 import os
@@ -56,12 +56,12 @@ def busy(worker, app, connect):
 
 @pytest.fixture
 def patient(monkeypatch):
-    """Whoever steps aside does so for longer than a test takes."""
+    """A worker that steps aside does so for longer than a test takes."""
     monkeypatch.setattr(aside, "ASIDE", 3600.0)
 
 
 def test_the_app_is_told_that_other_processes_run_it(worker, serve, connect):
-    """`wsgi.multiprocess` (PEP 3333) is true in a worker, and elsewhere it is not."""
+    """`wsgi.multiprocess` (PEP 3333) is true in a worker, and false without workers."""
 
     def app(environ, start_response):
         start_response("200 OK", [])
@@ -74,7 +74,7 @@ def test_the_app_is_told_that_other_processes_run_it(worker, serve, connect):
 
 
 def test_an_idle_worker_takes_what_comes(patient, busy, worker, connect):
-    """The one whose places are all taken leaves it to it."""
+    """A worker whose places are all taken leaves connections to an idle worker."""
     assert busy.turns(PATIENCE)
     idle = worker(App())
     for _ in range(20):
@@ -83,7 +83,7 @@ def test_an_idle_worker_takes_what_comes(patient, busy, worker, connect):
 
 
 def test_a_place_that_becomes_free_lets_connections_in_at_once(patient, busy, connect, app):
-    """No time has to pass for that."""
+    """As soon as a place becomes free, the worker accepts, without waiting for its time aside to pass."""
     client = connect(busy).send("/hello")
     assert busy.turns(PATIENCE)
     assert (busy.connections, busy.in_flight) == (1, 1)
@@ -92,7 +92,7 @@ def test_a_place_that_becomes_free_lets_connections_in_at_once(patient, busy, co
 
 
 def test_where_all_are_busy_requests_wait_for_a_place(busy, worker, connect, app):
-    """The kernel has them for a moment only, and none of them is lost; each worker has some."""
+    """Requests soon leave the kernel to wait for a place, none of them is lost, and each worker gets some."""
     other = worker(app)
     connect(other).send("/gate")
     app.entered(1)
@@ -103,7 +103,7 @@ def test_where_all_are_busy_requests_wait_for_a_place(busy, worker, connect, app
 
 
 def test_a_long_backlog_is_taken_soon(busy, connect, app):
-    """Where all are busy, and more wait than there are places, they are not left in the kernel for 20 ms each."""
+    """If all workers are busy and many clients wait, connections do not wait 20 ms each in the kernel."""
     began = time.monotonic()
     clients = [connect(busy).send("/hello") for _ in range(60)]
     patience.until(lambda: busy.queued == len(clients))
@@ -113,7 +113,7 @@ def test_a_long_backlog_is_taken_soon(busy, connect, app):
 
 
 def test_the_health_path_is_answered_while_all_are_busy(busy, connect):
-    """In less time than a probe waits."""
+    """The health path is answered in less time than a probe waits."""
     busy.answer_health("/up", lambda: ("200 OK", "ready"))
     for _ in range(3):
         began = time.monotonic()
@@ -124,11 +124,11 @@ def test_the_health_path_is_answered_while_all_are_busy(busy, connect):
 def wait_for_its_return(busy):
     """Wait until a busy worker has stepped aside for the first time, and waits for connections again."""
     until(busy, lambda: busy.loop.admission.aside._watches)  # noqa: SLF001 - from outside it looks as before its step
-    assert busy.turns(PATIENCE)  # it looks once more then for connections that have come meanwhile
+    assert busy.turns(PATIENCE)  # it looks once more for connections that have come meanwhile
 
 
 def test_a_connection_that_comes_to_a_busy_worker_is_left_to_others_first(monkeypatch, busy, connect):
-    """Also when nothing came while it stepped aside for the first time."""
+    """It is left to other workers first, also if no connection came while the worker stepped aside before."""
     wait_for_its_return(busy)
     monkeypatch.setattr(aside, "ASIDE", 3600.0)
     connect(busy).send("/hello")
@@ -137,7 +137,7 @@ def test_a_connection_that_comes_to_a_busy_worker_is_left_to_others_first(monkey
 
 
 def test_a_busy_worker_to_which_nobody_comes_is_left_asleep(monkeypatch, busy):
-    """It steps aside once, not again and again."""
+    """A busy worker without new connections steps aside once, not again and again."""
     wait_for_its_return(busy)
     waits = []
     wait = EpollMap.wait
@@ -149,7 +149,7 @@ def test_a_busy_worker_to_which_nobody_comes_is_left_asleep(monkeypatch, busy):
 
 
 def test_one_connection_is_accepted_a_turn(monkeypatch, worker, connect, original, app):
-    """So that who is idle, too, gets the next one; a listener of one's own is emptied."""
+    """A worker accepts one connection in a turn, so that idle workers get the next one; an own listener is emptied."""
     server, taken = worker(app, threads=4), []
     [acceptor] = server.loop.context.acceptors
     accept = acceptor.accept_some
@@ -162,7 +162,7 @@ def test_one_connection_is_accepted_a_turn(monkeypatch, worker, connect, origina
 def test_a_request_that_has_come_is_read_before_the_next_connection_is_accepted(
     monkeypatch, serve, original, app, connect
 ):
-    """Its thread may take the last place; the listeners, of which there may be several, have their turn then."""
+    """A received request is read first, because it may take the last place; then all listeners have their turn."""
     other = Listener.bind(Address("127.0.0.1", 0))
     server = serve(app, listeners=[copy(original), copy(other)], threads=1)
     client, taken = connect(server), []
@@ -177,7 +177,7 @@ def test_a_request_that_has_come_is_read_before_the_next_connection_is_accepted(
         assert go_on.wait(PATIENCE)
 
     monkeypatch.setattr(aside, "ASIDE", 3600.0)
-    server.loop.call(hold)  # so that all that follows comes at once
+    server.loop.call(hold)  # so that all connections come at once
     assert held.wait(PATIENCE)
     new = [connect(server), connect(server, 1)]
     client.send("/gate")
@@ -192,7 +192,7 @@ def test_a_request_that_has_come_is_read_before_the_next_connection_is_accepted(
 
 
 def test_a_busy_worker_at_its_limit_of_connections_is_not_woken_by_more(monkeypatch, worker, connect, app):
-    """They wait in the backlog until there is room, whatever places become free."""
+    """At the connection limit, connections wait in the backlog until there is room, even if places become free."""
     server = worker(app, threads=2, adjustments={"connection_limit": 3})
     busy = [connect(server).send("/gate") for _ in range(2)]
     app.entered(2)
@@ -214,7 +214,7 @@ def test_a_busy_worker_at_its_limit_of_connections_is_not_woken_by_more(monkeypa
 
 
 def test_quick_requests_do_not_make_busy(worker, connect, app):
-    """While the thread that leads runs them itself, nothing is left to others afterwards."""
+    """After the leading thread has run quick requests itself, the worker does not step aside."""
     server = worker(app)
     client = connect(server)
     for _ in range(100):
@@ -226,7 +226,7 @@ def test_quick_requests_do_not_make_busy(worker, connect, app):
 
 
 def test_each_worker_drains_and_the_last_of_them_leaves_nothing_open(worker, original, connect):
-    """New clients are refused as soon as the first one drains; all who came before are answered."""
+    """New clients are refused as soon as the first worker drains; clients that came before are all answered."""
     apps = [App(), App()]
     servers = [worker(each, threads=2) for each in apps]
     clients = [connect(servers[0]).send("/hello") for _ in range(8)]
@@ -242,7 +242,7 @@ def test_each_worker_drains_and_the_last_of_them_leaves_nothing_open(worker, ori
 
 
 def test_a_drain_that_begins_while_it_steps_aside_takes_the_backlog(patient, busy, connect, app):
-    """Who waits there has been let in by the gate."""
+    """A drain that begins while the worker steps aside accepts the backlog, which the gate has let in."""
     waiting = [connect(busy).send("/hello") for _ in range(3)]
     assert busy.turns(PATIENCE)
     assert busy.connections == 1
@@ -254,7 +254,7 @@ def test_a_drain_that_begins_while_it_steps_aside_takes_the_backlog(patient, bus
 
 
 def test_closing_a_copy_resets_no_client(monkeypatch, caplog, worker, serve, app):
-    """Who waits then is another worker's to accept; where there is no copy it is counted."""
+    """Clients that wait when a copy is closed are accepted by another worker; without copies they count as reset."""
     monkeypatch.setattr(Listener, "waiting", lambda self: 3)
     server = worker(app)
     assert server.drain(PATIENCE).unaccepted == 0
@@ -263,7 +263,7 @@ def test_closing_a_copy_resets_no_client(monkeypatch, caplog, worker, serve, app
 
 
 def test_a_worker_that_is_replaced_leaves_its_listeners_to_the_others(worker, connect, original):
-    """Its drain closes no gate: nobody is refused, and the backlog is the others'."""
+    """The drain of one worker closes no gate: no client is refused, and other workers accept the backlog."""
     old, new = worker(App()), worker(App())
     for listener in old.listeners:
         listener.shared = True
@@ -275,7 +275,7 @@ def test_a_worker_that_is_replaced_leaves_its_listeners_to_the_others(worker, co
 
 
 def test_a_resume_with_listeners_accepts_from_them(worker, connect, original):
-    """The supervisor has bound anew, once all copies were closed; places are shared as before."""
+    """A resume serves on listeners that the supervisor has bound anew, and shares connections as before."""
     app = App()
     server = worker(app)
     server.drain(PATIENCE)
@@ -294,7 +294,7 @@ def test_a_resume_with_listeners_accepts_from_them(worker, connect, original):
 
 
 def test_copies_are_closed_before_the_place_is_bound_anew(busy, connect, app, original):
-    """In the middle of a drain, too, when the gate was closed in this moment; who waits behind it is let in."""
+    """Copies are closed even in the middle of a drain; clients behind the gate are accepted first."""
     client = connect(busy).send("/hello")
     closed = threading.Event()
     busy.loop.context.on_closed = closed.set
@@ -312,7 +312,7 @@ def test_copies_are_closed_before_the_place_is_bound_anew(busy, connect, app, or
 
 
 def test_without_a_drain_no_copy_is_closed(worker, app, connect):
-    """What was asked for too early does no harm."""
+    """A request to close copies without a drain does nothing."""
     server = worker(app)
     server.close_listeners()
     assert server.turns(PATIENCE)
@@ -320,7 +320,7 @@ def test_without_a_drain_no_copy_is_closed(worker, app, connect):
 
 
 def test_listeners_that_are_not_needed_are_closed(worker, original, app):
-    """By a server that serves already, and in place of a listener that was never closed."""
+    """A server that serves already closes listeners that it is given; so it does for those that were never closed."""
     server = worker(app)
     server.resume([unused := copy(original)])
     assert unused.socket.fileno() == -1
@@ -371,7 +371,7 @@ def pool(original):
 
 @pytest.mark.parametrize("keep", [False, True], ids=["a connection each", "kept connections"])
 def test_workers_have_equal_shares(pool, original, keep):
-    """14 clients and 16 places: nobody waits for a place while another worker has a free one."""
+    """14 clients and 16 places: no client waits for a place while another worker has a free one."""
     until, address = time.monotonic() + SECONDS, original.address
 
     def client(_):
@@ -394,5 +394,5 @@ def test_workers_have_equal_shares(pool, original, keep):
     if LONG:
         # A client that keeps its connection stays with its worker: 14 are 4, 4, 3 and 3.
         assert (len(served), ratio <= (1.4 if keep else 1.2), p99 <= 1.3 * JOB) == (4, True, True)
-    elif not keep:  # where other tests have the machine, a worker may come too late for any of 14 connections
+    elif not keep:  # if other tests use the machine, a worker may come too late for all of the 14 connections
         assert (len(served), ratio <= 4) == (4, True)

@@ -1,4 +1,4 @@
-"""Werkzeug's development server in a thread: whatever the app gives or the client sends, a stop is quick and tells."""
+"""Werkzeug's development server in a thread: whatever the app or the client does, a stop is quick, and reports."""
 
 import socket
 import sys
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("no_thread_left")
 
 
 class Broken:
-    """An iterable that raises: behind `parts`, or when it is closed."""
+    """An iterable that raises after `parts`, or when it is closed."""
 
     def __init__(self, *parts, error=None, closing=None):
         self._parts, self._error, self._closing = parts, error, closing
@@ -58,7 +58,7 @@ def serving(app):
 
 
 def answer(client):
-    """All that comes until the server ends the connection."""
+    """Everything that the server sends until it ends the connection."""
     return b"".join(iter(lambda: client.recv(65536), b""))
 
 
@@ -80,7 +80,7 @@ FAILING = {
 
 @pytest.mark.parametrize("app", FAILING.values(), ids=FAILING)
 def test_an_app_that_fails_is_answered(app):
-    """500 and the end of the connection, though Werkzeug takes some of it for a client that left; and a quick stop."""
+    """The client gets 500, even for errors that Werkzeug takes for a client that left; and the stop is quick."""
     with serving(app) as (server, client):
         client.sendall(get("/"))
         assert answer(client).split(b" ", 2)[1] == b"500"
@@ -100,7 +100,7 @@ SHORT = {
 
 @pytest.mark.parametrize("app", SHORT.values(), ids=SHORT)
 def test_an_answer_that_ends_short_is_cut(app, caplog):
-    """It is named in the log and does not count as completed."""
+    """The log names the request, and it does not count as completed."""
     with serving(app) as (server, client):
         client.sendall(get("/part"))
         told = answer(client)
@@ -113,7 +113,7 @@ def test_an_answer_that_ends_short_is_cut(app, caplog):
 
 @pytest.mark.parametrize("more", [b"x", get("/again"), b"x" * 100_000], ids=["a byte", "a request", "many"])
 def test_more_bytes_while_a_request_runs(more):
-    """The answer is not followed by waiting for what a client may send behind its request."""
+    """The server does not wait for bytes that a client sends after its request."""
     entered, released = threading.Event(), threading.Event()
 
     def app(environ, start_response):
@@ -136,7 +136,7 @@ def test_more_bytes_while_a_request_runs(more):
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of handshakes under way")
 @needs_handshakes
 def test_a_client_that_is_still_connecting_is_served():
-    """A stop waits for handshakes under way, and answers who comes through the gate."""
+    """A stop waits for handshakes under way, and answers clients that come through the gate."""
     app = app_of("200 OK", [], lambda: [b"hello"])
     with serving(app) as (server, _), looks_at_the_gate() as looked_twice, ThreadPoolExecutor(1) as pool:
         far = Client(Address("127.0.0.1", server.port), slow=True)
@@ -148,12 +148,12 @@ def test_a_client_that_is_still_connecting_is_served():
 
 
 def test_a_request_that_never_comes_whole_is_in_the_account():
-    """Its connection is closed at the deadline, and the stop does not claim that nothing was lost."""
+    """An incomplete request is closed at the deadline, and the report lists it as cut."""
     with serving(app_of("200 OK", [], lambda: [b"hello"])) as (server, client):
         client.sendall(b"GET /slow HTTP/1.1\r\nHost:")
         with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE) as other:
             other.sendall(get("/"))
-            answer(other)  # behind it, so the first line of the other one was read
+            answer(other)  # it connected later, so the first line of the other one was read
         report = server.stop(timeout=0.5)
         assert [(each.method, each.path, each.phase) for each in report.cut] == [("GET", "/slow", "receiving")]
         assert not report.clean
@@ -161,7 +161,7 @@ def test_a_request_that_never_comes_whole_is_in_the_account():
 
 @pytest.mark.parametrize("status", ["200 OK", "204 No Content", "304 Not Modified"])
 def test_an_answer_that_may_have_no_body_has_none(status):
-    """Whatever the app gives (RFC 9112 §6.3)."""
+    """An answer that may have no body has none, whatever the app gives (RFC 9112 §6.3)."""
     with serving(app_of(status, [("X", "y")], lambda: [b"hello"])) as (server, client):
         client.sendall(get("/", method="HEAD" if status == "200 OK" else "GET"))
         told = answer(client)

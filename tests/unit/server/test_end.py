@@ -1,4 +1,4 @@
-"""The end of connections and of drains: what is waited for, how it ends on the wire, and what a resume takes back."""
+"""The end of connections and of drains: what is waited for, the bytes at the end, and what a resume undoes."""
 
 import queue
 import socket
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("no_thread_left")
 
 
 def test_a_drain_that_was_undone_while_it_was_announced_does_not_begin(serve, connect):
-    """Also when its time has come: the server goes on serving."""
+    """A drain that was undone while it was announced does not begin later: the server goes on serving."""
     server, over = serve(), []
     server.begin_drain(PATIENCE, over.append, announce=0.1)
     begins = time.monotonic() + 0.1
@@ -33,7 +33,7 @@ def test_a_drain_that_was_undone_while_it_was_announced_does_not_begin(serve, co
 
 
 def test_resume_takes_an_announcement_back(serve, connect):
-    """After a resume connections are kept again, whether the drain that was announced had begun or not."""
+    """After a resume connections are kept again, whether the announced drain had begun or not."""
     server = serve()
     server.announce()
     assert turn(server) or connect(server).ask("/").last
@@ -43,7 +43,7 @@ def test_resume_takes_an_announcement_back(serve, connect):
 
 
 def test_resume_right_after_a_drain_resets_nobody(serve, connect):
-    """Who stood in the backlog when a drain began is answered, even if it is undone in the same moment."""
+    """Clients in the backlog when a drain began are answered, even if the drain is undone at once."""
     server = serve()
     resumed = threading.Thread(target=server.resume)
     with busy(server.loop) as release:
@@ -63,7 +63,7 @@ def test_resume_right_after_a_drain_resets_nobody(serve, connect):
 
 
 def test_a_deadline_that_has_come_refuses_the_backlog_in_words(serve, connect):
-    """A drain without time resets nobody who stood in the backlog: each gets a 503, and is counted."""
+    """A drain without time resets no client in the backlog: each gets a 503, and is counted."""
     server, reports = serve(), queue.SimpleQueue()
     with busy(server.loop) as release:
         clients = [connect(server).send("/") for _ in range(10)]
@@ -76,7 +76,7 @@ def test_a_deadline_that_has_come_refuses_the_backlog_in_words(serve, connect):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how long a backlog is")
 def test_who_is_left_in_a_backlog_without_a_gate_is_counted(serve, connect, monkeypatch):
-    """Where no gate can be had, a bounded number is let in; the others are reset, and the report says how many."""
+    """Without a gate a bounded number of clients is accepted; the others are reset, and the report has their number."""
     monkeypatch.setattr(Listener, "gate", lambda _: False)
     monkeypatch.setattr(draining_module, "BACKLOG", 3)
     server, reports = serve(), queue.SimpleQueue()
@@ -92,7 +92,7 @@ def test_who_is_left_in_a_backlog_without_a_gate_is_counted(serve, connect, monk
 
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
 def test_a_backlog_beyond_the_limit_of_connections_is_served(kind, serve, app, connect, tmp_path):
-    """When a drain begins at the limit, those who wait outside are let in as the others leave."""
+    """In a drain at the connection limit, waiting clients are accepted as others leave."""
     address = Address("127.0.0.1") if kind == "tcp" else Address(path=str(tmp_path / "s"))
     server = serve(listeners=[Listener.bind(address)], adjustments={"connection_limit": 2})
     running = [connect(server).send("/gate") for _ in range(2)]
@@ -106,7 +106,7 @@ def test_a_backlog_beyond_the_limit_of_connections_is_served(kind, serve, app, c
 
 
 def test_a_backlog_beyond_the_limit_of_connections_is_served_by_a_resume(serve, app, connect):
-    """A resume closes the listener at which they wait, and so lets them all in first, however many there are."""
+    """A resume closes the old listener, so it first accepts all clients that wait there, however many."""
     server = serve(adjustments={"connection_limit": 2}, keepalive_grace=PATIENCE)
     running = [connect(server).send("/gate") for _ in range(2)]
     app.entered(2)
@@ -126,7 +126,7 @@ def test_a_backlog_beyond_the_limit_of_connections_is_served_by_a_resume(serve, 
 
 
 def test_room_for_connections_does_not_open_a_shared_listener_in_a_drain(serve, app, connect):
-    """When the limit is not reached any more, a draining server still leaves the next owner's clients alone."""
+    """A draining server below its connection limit still leaves clients of a shared listener to its next owner."""
     with socket.create_server(("127.0.0.1", 0)) as kept:
         shared = Listener(Address(*kept.getsockname()), kept.dup(), shared=True)
         server = serve(listeners=[shared], adjustments={"connection_limit": 1})
@@ -148,7 +148,7 @@ def test_room_for_connections_does_not_open_a_shared_listener_in_a_drain(serve, 
 
 
 def test_listeners_of_all_kinds_at_once(serve, app, connect, tmp_path):
-    """TCP, IPv6, Unix and inherited ones drain together: ours are closed, the shared one is left, a resume opens all."""
+    """TCP, IPv6, Unix and inherited listeners drain together: own ones close, shared ones stay, a resume opens all."""
     kept = socket.create_server(("127.0.0.1", 0))
     shared = Listener(Address(*kept.getsockname()), kept.dup(), shared=True)
     path = Address(path=str(tmp_path / "s"))
@@ -159,7 +159,7 @@ def test_listeners_of_all_kinds_at_once(serve, app, connect, tmp_path):
             clients = [connect(server, index).send("/gate") for index in range(4)]
             assert app.entered(4) == {"/gate"}
             with draining(server, app) as report:
-                late = connect(server, 3).send("/")  # waits for whoever accepts next
+                late = connect(server, 3).send("/")  # waits for the next process that accepts
                 until(server, lambda: all(not each.accepting for each in server.loop.context.acceptors[:3]))
                 for index in range(3):
                     with pytest.raises((ConnectionRefusedError, FileNotFoundError)):
@@ -174,7 +174,7 @@ def test_listeners_of_all_kinds_at_once(serve, app, connect, tmp_path):
 
 
 def test_the_backlog_of_a_unix_listener_is_served(serve, connect, tmp_path):
-    """Its node goes first, so that nobody new comes; then whoever had connected is let in."""
+    """A Unix listener's node is removed first, so that no new client comes; then all waiting clients are accepted."""
     server = serve(listeners=[Listener.bind(Address(path=str(tmp_path / "s")))])
     with busy(server.loop) as release:
         clients = [connect(server).send("/") for _ in range(10)]
@@ -189,7 +189,7 @@ def test_the_backlog_of_a_unix_listener_is_served(serve, connect, tmp_path):
 
 
 def test_who_has_just_connected_may_still_ask(serve, app, connect):
-    """The grace of a connection without a request counts from its beginning."""
+    """The grace of a connection without a request counts from when it was opened."""
     server = serve(keepalive_grace=PATIENCE)
     fresh, gate = connect(server), connect(server).send("/gate")
     app.entered(1)
@@ -202,7 +202,7 @@ def test_who_has_just_connected_may_still_ask(serve, app, connect):
 
 
 def test_the_grace_of_a_chunked_answer_counts_from_its_end(serve, app, connect):
-    """It promised to keep the connection before the drain began, and the client may have believed it."""
+    """After a chunked answer that promised to keep the connection, the client has its grace."""
     server = serve(keepalive_grace=PATIENCE)
     client = connect(server).send("/stream")
     app.entered(1)
@@ -219,7 +219,7 @@ def test_the_grace_of_a_chunked_answer_counts_from_its_end(serve, app, connect):
 
 @pytest.mark.parametrize("before", [[], ["/"]], ids=["fresh", "kept"])
 def test_an_idle_connection_ends_in_order(before, serve, connect):
-    """Its client reads the end, not a reset; what it sends in that moment is thrown away, and resets nothing either."""
+    """The client of an idle connection reads its end, not a reset; what it sends meanwhile is thrown away."""
     server = serve(keepalive_grace=0)
     client = connect(server)
     for path in before:
@@ -233,7 +233,7 @@ def test_an_idle_connection_ends_in_order(before, serve, connect):
 
 
 def test_a_keepalive_client_of_http_1_0_is_told(serve, app, connect):
-    """A drain ends its connection without having confirmed in the same breath that it is kept."""
+    """An HTTP/1.0 client whose connection ends in a drain is not told that it is kept."""
     server = serve(keepalive_grace=PATIENCE)
     client = connect(server)
     request = get("/", "Connection: keep-alive", version="1.0")
@@ -247,7 +247,7 @@ def test_a_keepalive_client_of_http_1_0_is_told(serve, app, connect):
 
 
 def linger(server, monkeypatch, unacknowledged, **clock):
-    """Let a connection end whose client acknowledges as told; gives how often that was looked at."""
+    """Let a connection end whose client acknowledges as given; returns how often the server looked."""
     looks = []
 
     def look(sock):
@@ -262,7 +262,7 @@ def linger(server, monkeypatch, unacknowledged, **clock):
 
 
 def test_output_that_is_still_being_acknowledged_is_waited_for(serve, connect, monkeypatch):
-    """As long as the client acknowledges more, however slowly, the drain is not over."""
+    """A drain waits as long as the client acknowledges more bytes, however slowly."""
     server = serve(keepalive_grace=0)
     connect(server).ask("/")
     clock = {"_LINGER": 0, "_LINGER_LOOK": 0.001, "_LINGER_MOST": 0.0001}
@@ -270,7 +270,7 @@ def test_output_that_is_still_being_acknowledged_is_waited_for(serve, connect, m
 
 
 def test_a_client_that_acknowledges_nothing_more_is_not_waited_for(serve, connect, monkeypatch):
-    """One that has vanished costs a drain no more than its bound."""
+    """A client that acknowledges nothing more delays a drain by a bounded time."""
     server = serve(keepalive_grace=0)
     connect(server).ask("/")
     assert linger(server, monkeypatch, lambda _: 1000, _LINGER=0, _LINGER_LOOK=0.001, _LINGER_MOST=0.1) > 2
@@ -287,14 +287,14 @@ def brief(environ, start_response):
 
 
 def test_requests_behind_a_chunked_answer_are_answered(serve, connect):
-    """Its end is known without the end of the connection, which is kept, and what was sent ahead is served."""
+    """A chunked answer does not end the connection, and requests that were pipelined behind it are served."""
     client = connect(serve(brief)).send("/", "/", "/")
     assert [(each.body, each.last) for each in (client.response() for _ in range(3))] == [(b"ab", False)] * 3
 
 
 @pytest.mark.parametrize("status", ["204 No Content", "304 Not Modified"])
 def test_requests_behind_an_answer_without_a_body_are_answered(status, serve, connect):
-    """It ends with its header, and says nothing of the end of the connection."""
+    """An answer without a body does not end the connection, and requests behind it are answered."""
     client = connect(serve(brief)).send(f"/{status.replace(' ', '%20')}", "/")
     response = client.response()
     assert (response.status, response.headers["Connection"], response.headers["Transfer-Encoding"]) == (
@@ -311,7 +311,7 @@ def test_requests_behind_an_answer_without_a_body_are_answered(status, serve, co
     ids=["asked for", "1.0", "stream"],
 )
 def test_what_ends_with_its_connection(request_bytes, serve, connect):
-    """An answer that nothing else delimits, that was the last one asked for, or that is a stream, is the last."""
+    """An answer of unknown length, one whose client asked for it, and a stream end the connection."""
     client = connect(serve(brief)).send(request_bytes)
     assert b"Connection: close\r\n" in client.file.read()
 
@@ -320,7 +320,7 @@ def test_what_ends_with_its_connection(request_bytes, serve, connect):
 
 
 def test_a_slow_upload_is_read_on_byte_by_byte(serve, app, connect):
-    """However small the pieces, a request that has begun is served, and one that waits behind it, too."""
+    """However small its pieces, a request that has begun is served, and so is one that waits behind it."""
     server = serve(keepalive_grace=0)
     client = connect(server).send(b"P")
     connect(server).ask("/")

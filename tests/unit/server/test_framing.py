@@ -1,4 +1,4 @@
-"""What is a request and where it ends (RFC 9112): all that could be read in two ways is refused, and ends the connection."""
+"""What is a request, and where it ends (RFC 9112); what could be read in two ways is refused."""
 
 import contextlib
 import socket
@@ -19,7 +19,7 @@ def head(*lines):
 
 
 def read(data, *, bite=None, **settings):
-    """A request after all data came, in pieces of so many bytes; and how much of the data was its own."""
+    """A request after all data came in pieces of a given size, and the number of bytes that belong to it."""
     request, at = Parser(Adjustments(**settings)), 0
     while at < len(data) and not request.completed:
         at += request.received(data[at : at + (bite or len(data))])
@@ -31,7 +31,7 @@ def body_of(request):
 
 
 def refusal(data, **settings):
-    """The status of the refusal, the same in one piece and byte by byte; None where there is none."""
+    """The status of the refusal, which is the same in one piece and byte by byte; None if it is not refused."""
     statuses = set()
     for bite in (None, 1):
         request, _ = read(data, bite=bite, **settings)
@@ -102,7 +102,7 @@ def refusal(data, **settings):
     ],
 )  # fmt: skip
 def test_what_could_be_read_in_two_ways_is_refused(lines, status):
-    """Each of these is a fault by RFC 9112, and answered with the status that it asks for."""
+    """Each of these violates RFC 9112, and is answered with the status that it demands."""
     assert refusal(head(*lines)) == status
 
 
@@ -111,21 +111,21 @@ def test_what_could_be_read_in_two_ways_is_refused(lines, status):
              "Name: a\x01b", "Name: a\rb", "Name: a\nb", "Name: a\r\r\n b", "Na\x0bme: value", "(Name): value"]
 )  # fmt: skip
 def test_a_header_line_that_is_none_is_refused(line):
-    """RFC 9112 §5.1, RFC 9110 §5.5 and §5.6.2."""
+    """A malformed header line is refused (RFC 9112 §5.1, RFC 9110 §5.5 and §5.6.2)."""
     assert refusal(head("GET / HTTP/1.1", HOST, line)) == 400
     assert refusal(head("GET / HTTP/1.1", line, HOST)) == 400
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r", b"\n\r", b"\r\r\n"])
 def test_lines_end_with_cr_lf(end):
-    """A CR or an LF alone ends no line, whatever other readers make of it."""
+    """A CR or an LF alone does not end a line; the request is refused."""
     assert refusal(head("GET / HTTP/1.1", HOST, "A: b").replace(b"\r\n", end)) == 400
     assert refusal(b"GET / HTTP/1.1" + end + head(HOST)) == 400
     assert refusal(head("GET / HTTP/1.1", HOST)[:-2] + end + b"\r\n") == 400
 
 
 def test_what_is_refused_says_nothing_of_what_comes_behind():
-    """All that came with it is taken as its own, so that nothing of it is read as another request."""
+    """A refused request takes all data that came with it, so nothing of that is read as another request."""
     data = head("POST / HTTP/1.1", HOST, CHUNKED, "Content-Length: 5") + get("/admin")
     request, taken = read(data)
     assert (request.completed, taken) == (True, len(data))
@@ -141,13 +141,13 @@ def test_what_is_refused_says_nothing_of_what_comes_behind():
      "http:/a", "//h\\\x01", "https://?q", "http://h#f", "javascript:1"],
 )  # fmt: skip
 def test_a_target_that_is_none_is_refused(target):
-    """RFC 9112 §3.2 knows origin and absolute form, and * for OPTIONS; a NUL has no place in a path (RFC 3986 §7.3)."""
+    """RFC 9112 §3.2 has origin and absolute form, and * for OPTIONS; a path must not have a NUL (RFC 3986 §7.3)."""
     assert refusal(head(f"GET {target} HTTP/1.1", HOST)) == 400
 
 
 @pytest.mark.parametrize("target", ["example.com:80", "/", "*", "http://a/"])
 def test_nobody_connects_through_this_server(target):
-    """It is no proxy, and CONNECT has a target of its own form (RFC 9112 §3.2.3)."""
+    """CONNECT is refused: flaskd is not a proxy (RFC 9112 §3.2.3)."""
     assert refusal(head(f"CONNECT {target} HTTP/1.1", HOST)) == 400
 
 
@@ -173,14 +173,14 @@ def test_nobody_connects_through_this_server(target):
     ],
 )  # fmt: skip
 def test_a_target_is_taken_apart(method, target, path, query, host):
-    """The path begins with a slash whatever form the target has, and an absolute one says which host is meant (§3.2.2)."""
+    """The path begins with a slash in every form of the target; an absolute target also gives the host (§3.2.2)."""
     request, _ = read(head(f"{method} {target} HTTP/1.1", HOST))
     assert (request.error, request.path, request.query, request.headers["HTTP_HOST"]) == (None, path, query, host)
     assert request.request_uri == target
 
 
 def test_the_app_sees_a_path_as_it_was_sent(serve, connect):
-    """//admin is not /admin: what a proxy allowed is what the app is asked for."""
+    """//admin stays //admin: the app gets the path that a proxy has allowed."""
     seen = []
 
     def app(environ, start_response):
@@ -201,13 +201,13 @@ def test_the_app_sees_a_path_as_it_was_sent(serve, connect):
     "host", ["", "a", "a.b:80", "a_b", "127.0.0.1:8080", "[::1]", "[::ffff:1.2.3.4]:1", "a:", "xn--4ca", "a%20b", "a!$&'()*+,;=~"]
 )  # fmt: skip
 def test_a_host_as_rfc_3986_has_it(host):
-    """A name, an address, a port that may be empty; and an empty one, which RFC 9112 §3.2 asks for where there is none."""
+    """A Host is a name or an address, with a port that may be empty; an empty Host is allowed (RFC 9112 §3.2)."""
     request, _ = read(head("GET / HTTP/1.1", f"Host:{host}"))
     assert (request.error, request.headers["HTTP_HOST"]) == (None, host)
 
 
 def test_headers_as_an_app_gets_them():
-    """Blanks around a value go, several lines are one list, and a name with an underscore is nobody's (it would hide one)."""
+    """Blanks around a value are removed, several lines are one list, and names with an underscore are left out."""
     lines = [HOST, "A-b:  c d\t", "A-B: e", "A_B: f", "Empty:", "Latin: \xe4", "Colon: a:b", "Content_Length: 7"]
     request, _ = read(head("GET / HTTP/1.1", *lines), bite=3)
     assert request.error is None
@@ -218,7 +218,7 @@ def test_headers_as_an_app_gets_them():
 
 @pytest.mark.parametrize(("protocol", "version"), [("1.0", "1.0"), ("1.1", "1.1"), ("1.2", "1.1"), ("1.9", "1.1")])
 def test_a_higher_minor_version_is_read_as_the_highest_known(protocol, version):
-    """RFC 9110 §2.5."""
+    """A higher minor version is read as HTTP/1.1 (RFC 9110 §2.5)."""
     request, _ = read(head(f"GET / HTTP/{protocol}", HOST))
     assert (request.error, request.version) == (None, version)
 
@@ -232,13 +232,13 @@ def test_a_higher_minor_version_is_read_as_the_highest_known(protocol, version):
     ],
 )  # fmt: skip
 def test_the_connection_header_is_a_list(version, value, kept, serve, connect):
-    """RFC 9110 §7.6.1 and RFC 9112 §9.3: close among other options closes, and keep-alive among others keeps."""
+    """In Connection, close and keep-alive count among other options, too (RFC 9110 §7.6.1, RFC 9112 §9.3)."""
     response = connect(serve()).ask(get("/", f"Connection: {value}", version=version))
     assert response.last is not kept
 
 
 def test_two_connection_lines_are_one_list(serve, connect):
-    """RFC 9110 §5.3."""
+    """Two Connection lines are read as one list (RFC 9110 §5.3)."""
     client = connect(serve())
     assert client.ask(get("/", "Connection: TE", "Connection: close")).last
     assert client.ended()
@@ -246,14 +246,14 @@ def test_two_connection_lines_are_one_list(serve, connect):
 
 @pytest.mark.parametrize("value", ["100-continue", "100-Continue, other", "other,100-continue", "100-continue;a=b"])
 def test_an_expectation_is_met_among_others(value, serve, connect):
-    """Expect is a list (RFC 9110 §10.1.1): who waits for 100 gets it."""
+    """Expect is a list (RFC 9110 §10.1.1): 100-continue counts among other members."""
     client = connect(serve()).send(get("/echo", f"Expect: {value}", "Content-Length: 5", method="POST"))
     assert client.response().status == 100
     assert client.ask(b"12345").body == b"12345"
 
 
 def test_an_expectation_of_http_1_0_is_ignored(serve, connect):
-    """RFC 9110 §10.1.1: such a client does not know interim responses."""
+    """Expect is ignored in HTTP/1.0, whose clients do not know interim responses (RFC 9110 §10.1.1)."""
     client = connect(serve()).send(post("/echo", b"12345", "Expect: 100-continue").replace(b"HTTP/1.1", b"HTTP/1.0"))
     assert client.response().body == b"12345"
 
@@ -278,7 +278,7 @@ def chunked(data):
     ],
 )  # fmt: skip
 def test_a_body_in_chunks(data, body):
-    """The app gets what is in the chunks, with its length; the next request begins behind the trailers (RFC 9112 §7.1)."""
+    """The app gets the contents of the chunks, with their length; the next request begins after the trailers."""
     for bite in (None, 1, 2, 3, 7):
         request, taken = read(chunked(data) + get("/next"), bite=bite)
         assert (request.completed, request.error, taken) == (True, None, len(chunked(data)))
@@ -300,19 +300,19 @@ def test_a_body_in_chunks(data, body):
     ],
 )  # fmt: skip
 def test_chunks_that_are_none_are_refused(data):
-    """No byte of framing is guessed at (RFC 9112 §7.1)."""
+    """Malformed chunks are refused (RFC 9112 §7.1)."""
     assert refusal(chunked(data)) == 400
 
 
 def test_exactly_the_limit_is_allowed():
-    """`max_request_body_size` is the largest body that is taken; one byte more is refused before it is read."""
+    """A body of `max_request_body_size` is accepted; one byte more is refused before it is read."""
     assert refusal(post("/", b"x" * 10), max_request_body_size=10) is None
     assert refusal(post("/", b"x" * 11), max_request_body_size=10) == 413
     assert refusal(head("POST / HTTP/1.1", HOST, "Content-Length: 11"), max_request_body_size=10) == 413
 
 
 def test_chunk_framing_does_not_count():
-    """Ten chunks of one byte are a body of ten bytes; a chunk that goes beyond is refused at its first line."""
+    """Ten chunks of one byte are a body of ten bytes; a chunk that exceeds the limit is refused at its first line."""
     assert refusal(chunked(b"1;extension=value\r\nx\r\n" * 10 + b"0\r\nT: x\r\n\r\n"), max_request_body_size=10) is None
     assert refusal(chunked(b"1\r\nx\r\n" * 10 + b"1\r\n"), max_request_body_size=10) == 413
     assert refusal(chunked(b"b\r\n"), max_request_body_size=10) == 413
@@ -320,7 +320,7 @@ def test_chunk_framing_does_not_count():
 
 
 def test_the_heads_limit():
-    """Exactly `max_request_header_size` is allowed; more is 431 (RFC 6585 §5), and 414 where the target alone is too long."""
+    """A head of `max_request_header_size` is accepted; more is 431 (RFC 6585 §5), or 414 for a long target."""
     whole = head("GET / HTTP/1.1", HOST, "A: b")
     assert refusal(whole, max_request_header_size=len(whole)) is None
     assert refusal(whole, max_request_header_size=len(whole) - 1) == 431
@@ -329,7 +329,7 @@ def test_the_heads_limit():
 
 
 def test_framing_has_limits():
-    """What nobody reads, extensions and trailers, is bounded for a whole body."""
+    """Extensions and trailers, which the app does not get, are bounded for a whole body."""
     extension = b"1;" + b"e" * 1000 + b"\r\nx\r\n"
     assert refusal(chunked(extension * 16)) is None
     assert refusal(chunked(extension * 17)) == 400
@@ -342,7 +342,7 @@ def test_framing_has_limits():
 
 
 def test_whatever_a_parser_raises_is_a_400(monkeypatch, caplog, serve, connect):
-    """A fault of ours is said in the log, and what was pipelined before it is answered."""
+    """An unexpected error of the parser is logged, and requests that were pipelined before it are answered."""
 
     def broken(*_args):
         raise LookupError("on purpose")
@@ -358,7 +358,7 @@ def test_whatever_a_parser_raises_is_a_400(monkeypatch, caplog, serve, connect):
 
 
 def test_blank_lines_before_a_request():
-    """RFC 9112 §2.2 asks to ignore one; ten are, and no more, for they keep a connection open and are no request."""
+    """Ten blank lines before a request are ignored (RFC 9112 §2.2 asks for one); more are refused."""
     for bite in (None, 1):
         request, _ = read(b"\r\n" * 10 + get("/"), bite=bite)
         assert (request.error, request.completed, request.path) == (None, True, "/")
@@ -367,7 +367,7 @@ def test_blank_lines_before_a_request():
 
 @pytest.mark.parametrize("data", [b"", b"\r", b"\r\n", b"\r\n\r\n\r"])
 def test_blank_lines_are_no_beginning(data):
-    """They are in flight in no drain."""
+    """A client that has sent only blank lines has no request in a drain."""
     request, _ = read(data)
     assert (request.begun, request.completed) == (False, False)
     assert read(data.removesuffix(b"\r") + b"G")[0].begun
@@ -397,12 +397,12 @@ def test_blank_lines_are_no_beginning(data):
     ],
 )  # fmt: skip
 def test_what_can_never_be_a_request_is_refused_at_once(data):
-    """Nothing more is waited for, nor in a drain."""
+    """Bytes that cannot become a request are refused at once, also in a drain."""
     assert refusal(data) in {400, 505}
 
 
 def test_a_handshake_keeps_no_drain_waiting(serve, connect, app):
-    """A client that speaks TLS is answered and closed, while all threads are busy; it is not cut."""
+    """A TLS client is answered and closed while all threads are busy, and its connection does not count as cut."""
     server = serve(threads=1)
     running = connect(server).send("/gate")
     app.entered(1)
@@ -435,7 +435,7 @@ def test_a_handshake_keeps_no_drain_waiting(serve, connect, app):
     ],
 )
 def test_what_was_before_is_answered_and_what_is_behind_is_never_run(refused, serve, connect, app):
-    """A refusal ends the connection in order: nobody can say where the next request begins."""
+    """Earlier requests are answered, later ones are not run, because it is unclear where the next one begins."""
     server = serve()
     client = connect(server).send(get("/"), refused, get("/admin"))
     assert (client.response().body, client.response().status >= 400) == (b"hello", True)
@@ -446,7 +446,7 @@ def test_what_was_before_is_answered_and_what_is_behind_is_never_run(refused, se
 
 
 def test_what_was_before_runs_on_while_the_refused_one_waits(serve, connect, app):
-    """Answers keep the order of their requests, though a refusal needs no worker."""
+    """Answers keep the order of their requests, even if a refusal needs no thread."""
     client = connect(serve(threads=1)).send(get("/gate"), b"\x16\x03\x01")
     app.entered(1)
     app.released.set()
@@ -455,7 +455,7 @@ def test_what_was_before_runs_on_while_the_refused_one_waits(serve, connect, app
 
 
 def test_a_limit_names_its_key(serve, connect, caplog):
-    """The log tells which key to set; its lines are bounded, because clients decide how many there would be."""
+    """The log names the key of the exceeded limit; its lines are bounded, because clients decide how many there are."""
     server = serve(adjustments={"max_request_body_size": 4096, "max_request_header_size": 2048})
     assert connect(server).send(get("/up?load", "Content-Length: 4097", method="POST")).response().status == 413
     assert connect(server).send(get("/", "A: " + "a" * 2048)).response().status == 431
@@ -470,14 +470,14 @@ def test_a_limit_names_its_key(serve, connect, caplog):
 
 
 def test_a_limit_that_is_no_setting_names_none(serve, connect, caplog):
-    """The admin listener and the shutdown endpoint have limits of their own."""
+    """The limits of the admin listener and the shutdown endpoint are fixed, so the log names no key."""
     server = serve(adjustments={"max_request_body_size": 4}, fixed_limits=True)
     assert connect(server).send(get("/", "Content-Length: 5", method="POST")).response().status == 413
     assert "max_request_body_size" not in caplog.text
 
 
 def test_a_body_of_exactly_the_limit_arrives(serve, connect):
-    """Of one length and in chunks; one byte more is refused, and the connection closes."""
+    """A body of exactly the limit arrives, in one piece and in chunks; one byte more is refused."""
     server = serve(adjustments={"max_request_body_size": 100_000})
     client = connect(server)
     assert client.ask(post("/echo", b"x" * 100_000)).body == b"x" * 100_000
@@ -492,7 +492,7 @@ def test_a_body_of_exactly_the_limit_arrives(serve, connect):
 @pytest.mark.parametrize("more", [[], ["Connection: close"]], ids=["1.0", "close"])
 @pytest.mark.parametrize("path", ["/echo", "/chunks"])
 def test_what_follows_the_last_request_is_thrown_away(path, more, serve, connect, app):
-    """A body longer than its Content-Length is no request, where the connection ends with the answer."""
+    """Bytes beyond the Content-Length are thrown away if the connection ends with the answer."""
     request = get(path, "Content-Length: 5", *more, method="POST", version="1.1" if more else "1.0")
     client = connect(serve()).send(request + b"a" * 5 + b"b" * 300_000)
     answer = client.file.read()
@@ -504,7 +504,7 @@ def test_what_follows_the_last_request_is_thrown_away(path, more, serve, connect
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 def test_what_follows_a_body_is_the_next_request(version, serve, connect, app):
-    """Where the connection is kept, it has to be one; letters without end are none."""
+    """Bytes after the body are read as the next request if the connection is kept; endless letters are refused."""
     kept = ["Connection: keep-alive"] if version == "1.0" else []
     client = connect(serve()).send(
         get("/echo", "Content-Length: 5", *kept, method="POST", version=version) + b"12345" + b"x" * 300_000
@@ -519,14 +519,14 @@ def test_a_body_that_comes_without_being_asked_for(serve, connect):
     """A client may send its body without waiting for 100 (RFC 9110 §10.1.1)."""
     client = connect(serve()).send(post("/echo", b"I have expectations", "Expect: 100-continue", "Connection: close"))
     response = client.response()
-    if response.status == 100:  # which may be left out then
+    if response.status == 100:  # the 100, which may be left out then
         response = client.response()
     assert (response.status, response.body, response.last) == (200, b"I have expectations", True)
     assert client.ended()
 
 
 def test_chunks_in_pieces_of_their_own(serve, connect):
-    """However they come, the app reads them as one body, whose length it is told."""
+    """However the chunks are cut into pieces, the app reads one body, and gets its length."""
     seen = []
 
     def app(environ, start_response):
@@ -549,7 +549,7 @@ def test_chunks_in_pieces_of_their_own(serve, connect):
 
 @pytest.mark.parametrize("data", [b"20;invalid=\r\n", b"0x20\r\n", b"5\r\nhellogarbage", b"5\r\nhello\r\ngarbage\r\n"])
 def test_a_refusal_is_a_plain_answer(data, serve, connect):
-    """In text, with its length, and said to be the last; the app is not asked."""
+    """A refusal is a text with its length, and says that the connection ends; the app does not run."""
     client = connect(serve(adjustments={"ident": "shop"})).send(chunked(data))
     response = client.response()
     assert (response.status, response.last, response.headers["Server"]) == (400, True, "shop")
@@ -558,7 +558,7 @@ def test_a_refusal_is_a_plain_answer(data, serve, connect):
 
 
 def test_a_refusal_of_head_has_no_body(serve, connect):
-    """RFC 9110 §9.3.2, as far as it can be told that HEAD was meant."""
+    """A refusal of HEAD has no body (RFC 9110 §9.3.2), if the method could be read."""
     client = connect(serve()).send(get("http://[::1/a", method="HEAD"))
     answer = client.file.read()
     assert answer.startswith((b"HTTP/1.0 400", b"HTTP/1.1 400"))

@@ -1,12 +1,12 @@
-"""The gate (SO_BINDTOIFINDEX): nobody whose handshake was done is reset, as root and without privileges, IPv4 and IPv6.
+"""The gate (SO_BINDTOIFINDEX) resets no client whose handshake is done: as root and without privileges, IPv4 and IPv6.
 
-Each case runs in a process of its own, because privileges that were given up do not come back.
+Each case runs in a process of its own, because dropped privileges cannot be regained.
 
-Clients that are refused wait for a moment. Were they to come back at once, they would soon come from each port of the
-machine, also from those of connections that are over, and in TIME_WAIT here. Behind a gate such a one is not refused: its
-kernel tries again 8 ms later, from a timer, which does the handshakes of several clients in one go. A client whose request
-comes from another CPU meanwhile may then be reset by kernels (6.18 is one) that look a connection up while they move it
-from the half-open to the open ones, and find the listener: whatever serves there, and though its request is answered.
+Refused clients pause before they connect again. Without a pause they would soon use every port of the machine, including
+ports of old connections that are in TIME_WAIT here. Behind a gate, a client from such a port is not refused: its kernel
+tries again 8 ms later, from a timer that does the handshakes of several clients together. If the request of such a client
+comes from another CPU at that moment, some kernels (such as 6.18) reset it: they look the connection up while they move it
+from the half-open to the open ones, and find the listener. This happens with any server, even if it answers the request.
 """
 
 import json
@@ -96,7 +96,7 @@ print(json.dumps({"fates": fates, "gates": gates, "accounts": accounts, "complet
 @pytest.mark.parametrize("user", [0, NOBODY], ids=["root", "nobody"])
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_clients_that_connect_in_a_drain_are_answered_or_refused(host, user):
-    """Twelve clients that connect anew all the time, ten drains: each is answered whole or refused, none is reset."""
+    """Twelve clients reconnect all the time during ten drains: each is answered or refused, none is reset."""
     if user != os.geteuid() and os.geteuid() != 0:
         pytest.skip("only root can become somebody else")
     if host == "::1" and not HAS_IPV6:

@@ -1,4 +1,4 @@
-"""The threads: one leads, at most so many run the app, and a request is read, run and answered by one of them."""
+"""The threads: one leads, others run the app, and one thread reads, runs and answers a request."""
 
 import contextlib
 import select
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("no_thread_left")
 
 
 class Task:
-    """A task that says where it ran, and may wait or raise."""
+    """A task that notes in which thread it ran, and may wait or raise."""
 
     def __init__(self, *, waits=False, error=None):
         self.begun, self.ran, self.may_end = threading.Event(), threading.Event(), threading.Event()
@@ -34,7 +34,7 @@ class Task:
 
 @pytest.fixture
 def pool_of():
-    """Starts pools whose leader does nothing but look for tasks when it is woken."""
+    """Starts pools whose leading thread only looks for tasks when it is woken."""
     pools = []
 
     def start(size):
@@ -68,13 +68,13 @@ def alive(pool):
 
 
 def test_there_is_one_thread_more_than_places(pool_of):
-    """So that one can lead whatever the app does; with no place there is one, which has its own name."""
+    """There is one more thread than places, to lead; without places there is one, with a name of its own."""
     assert [len(pool_of(size).started) for size in (1, 4)] == [2, 5]
     assert [each.name for each in pool_of(0).started] == ["lonely"]
 
 
 def test_no_more_run_than_there_are_places(pool_of):
-    """What finds no place waits, the oldest first."""
+    """Tasks without a place wait, the oldest first."""
     pool, order = pool_of(2), []
     held = [Task(waits=True), Task(waits=True)]
     run(pool, *held)
@@ -91,7 +91,7 @@ def test_no_more_run_than_there_are_places(pool_of):
 
 
 def test_a_place_that_is_left_is_taken_by_another(pool_of):
-    """Meanwhile there is one thread more; afterwards it waits until a place is free, before what came later."""
+    """Meanwhile there is one more thread; afterwards it waits for a free place, before tasks that came later."""
     pool, left, may_return, back = pool_of(1), threading.Event(), threading.Event(), Task(waits=True)
 
     def leave():
@@ -118,7 +118,7 @@ def test_a_place_that_is_left_is_taken_by_another(pool_of):
 
 
 def test_the_first_request_of_a_life_is_no_reason_to_warn(pool_of, caplog):
-    """One for which no place is free is, as with waitress."""
+    """The first request causes no warning; a request without a free place does, as in waitress."""
     pool = pool_of(2)
     held = [Task(waits=True), Task(waits=True)]
     run(pool, *held)
@@ -133,7 +133,7 @@ def test_the_first_request_of_a_life_is_no_reason_to_warn(pool_of, caplog):
 
 
 def test_a_task_that_raises_ends_no_thread(pool_of, caplog):
-    """A fault in a connection costs the connection at most: else there would be fewer places, unnoticed."""
+    """A task that raises does not end its thread, so the number of places stays the same."""
     pool = pool_of(1)
     threads = set(pool.started)
     for error in (ValueError("on purpose"), SystemExit(1)):
@@ -149,7 +149,7 @@ def test_a_task_that_raises_ends_no_thread(pool_of, caplog):
 
 
 def test_places_come_and_go(pool_of):
-    """More of them take at once what waits; fewer let threads end when they are done."""
+    """New places take waiting tasks at once; when there are fewer, threads end after their tasks."""
     pool = pool_of(1)
     held = [Task(waits=True) for _ in range(3)]
     run(pool, *held)
@@ -170,7 +170,7 @@ def test_places_come_and_go(pool_of):
 
 
 def test_only_those_end_that_are_too_many(pool_of, monkeypatch):
-    """A thread that ends is counted no more when it passes the lead on: else the next one would find itself too many."""
+    """A thread that ends is not counted when it passes the lead on, so that the next one does not end, too."""
     pool, real, seen = pool_of(4), Lead.pass_on, []
     monkeypatch.setattr(Lead, "pass_on", lambda self: seen.append(pool.surplus) or real(self))
     before = list(pool.started)
@@ -182,7 +182,7 @@ def test_only_those_end_that_are_too_many(pool_of, monkeypatch):
 
 
 def test_places_can_change_before_the_start():
-    """No thread is started before there is something to lead."""
+    """If the number of places changes before the start, no thread is started."""
     pool = ThreadPool(4)
     pool.resize(2)
     assert (pool.started, pool.size) == ([], 2)
@@ -193,11 +193,9 @@ def test_places_can_change_before_the_start():
 
 
 def test_a_request_changes_no_thread(serve, connect, monkeypatch):
-    """The thread that reads it runs the app."""
-    names, ran, real = [], [], Channel.handle_read
-    monkeypatch.setattr(
-        Channel, "handle_read", lambda self: names.append(threading.current_thread().name) or real(self)
-    )
+    """The thread that reads a request runs the app."""
+    names, ran, real = [], [], Channel.read
+    monkeypatch.setattr(Channel, "read", lambda self: names.append(threading.current_thread().name) or real(self))
 
     def app(environ, start_response):
         ran.append(threading.current_thread().name)
@@ -207,13 +205,13 @@ def test_a_request_changes_no_thread(serve, connect, monkeypatch):
     server = serve(app)
     client = connect(server)
     for _ in range(20):
-        until(server, lambda: server.loop.context.pool.busy == 0)  # else the thread before may take it
+        until(server, lambda: server.loop.context.pool.busy == 0)  # else the thread of the request before may take it
         client.send("/").response()
     assert names == ran
 
 
 def test_another_thread_leads_while_the_app_runs(serve, app, connect):
-    """Whoever comes meanwhile is served, whatever the first one does."""
+    """Another thread leads while the app runs, so other clients are served."""
     server = serve(threads=2)
     slow = connect(server).send("/gate")
     app.entered(1)
@@ -224,7 +222,7 @@ def test_another_thread_leads_while_the_app_runs(serve, app, connect):
 
 
 def test_the_loop_goes_on_while_all_threads_are_busy(serve, app, connect):
-    """Connections are accepted, health is answered, timers are kept, and a complete request waits in line."""
+    """While all threads are busy, connections are accepted, health is answered, timers run, and requests queue."""
     server = serve(threads=2)
     server.answer_health("/healthz", lambda: ("200 OK", "ready"))
     held = [connect(server).send("/gate") for _ in range(2)]
@@ -238,7 +236,7 @@ def test_the_loop_goes_on_while_all_threads_are_busy(serve, app, connect):
 
 
 def test_who_waits_longest_is_served_first(serve, app, connect):
-    """Requests that find no place are run in the order in which they came."""
+    """Requests without a place are run in the order in which they came."""
     seen = []
 
     def ordered(environ, start_response):
@@ -257,8 +255,24 @@ def test_who_waits_longest_is_served_first(serve, app, connect):
     assert seen == ["", "1", "2", "3", "4", "5"]
 
 
+@pytest.mark.parametrize("behind", [1, 400], ids=["one", "more than is read at once"])
+def test_what_comes_while_the_app_runs_is_answered_behind_it(behind, serve, app, connect):
+    """Although epoll, which tells of it once, told of it while a thread had the connection."""
+    server = serve(threads=2)
+    client = connect(server)
+    assert client.ask("/").status == client.ask("/").status == 200
+    [channel] = server.loop.connections.channels()
+    assert channel.stays_armed
+    client.send("/gate")
+    app.entered(1)
+    client.send(*["/"] * behind)
+    until(server, lambda: channel.missed)
+    app.released.set()
+    assert [client.response().status for _ in range(behind + 1)] == [200] * (behind + 1)
+
+
 def test_what_is_pipelined_is_answered_in_order(serve, connect):
-    """One after the other, whichever threads run them."""
+    """Pipelined requests are answered in order, whichever threads run them."""
     client = connect(serve())
     for _ in range(3):
         client.send(*[post("/echo", b"%d" % number) for number in range(4)])
@@ -266,7 +280,7 @@ def test_what_is_pipelined_is_answered_in_order(serve, connect):
 
 
 def test_a_client_that_leaves_is_closed(serve, connect):
-    """Its end is seen by the thread that leads, in order or not."""
+    """The leading thread notices that a client left, with a FIN or a reset."""
     server = serve()
     for leave in (lambda client: client.close(), lambda client: client.reset()):
         client = connect(server)
@@ -276,7 +290,7 @@ def test_a_client_that_leaves_is_closed(serve, connect):
 
 
 def test_a_connection_that_is_closed_under_its_client(serve, connect, caplog):
-    """Whatever closes it, such as a deadline, nothing is said of the client's next request."""
+    """If the server closes a connection, nothing of the client's next request is logged."""
     server = serve()
     client = connect(server)
     client.ask("/")
@@ -290,7 +304,7 @@ def test_a_connection_that_is_closed_under_its_client(serve, connect, caplog):
 
 
 def test_a_drain_answers_a_kept_connections_next_request(serve, app, connect):
-    """Within its grace; it is the last."""
+    """In a drain, a kept connection's next request is answered within its grace; it is the last one."""
     server = serve(keepalive_grace=PATIENCE)
     client = connect(server)
     client.ask("/")
@@ -301,7 +315,7 @@ def test_a_drain_answers_a_kept_connections_next_request(serve, app, connect):
 
 
 def test_a_fault_while_reading_costs_the_connection_alone(serve, connect, monkeypatch):
-    """It is logged, and the connection closed."""
+    """An error while reading is logged, and closes that connection alone."""
     server = serve()
     client = connect(server)
     client.ask("/")
@@ -315,7 +329,7 @@ def test_a_fault_while_reading_costs_the_connection_alone(serve, connect, monkey
 
 @pytest.mark.skipif(not hasattr(select, "epoll"), reason="a gain on epoll alone")
 def test_a_kept_connection_asks_the_loop_for_nothing(serve, connect, monkeypatch):
-    """Between two requests of a quick client the loop is not woken, and the connection not asked what it waits for."""
+    """Between two requests of a quick client, the loop is not woken, and the connection is not asked again."""
     server = serve()
     client = connect(server)
     client.ask("/")
@@ -332,8 +346,8 @@ def test_a_kept_connection_asks_the_loop_for_nothing(serve, connect, monkeypatch
 
 @pytest.fixture
 def lead():
-    """A lead that this thread has."""
-    made = Lead()
+    """A lead that this thread has taken."""
+    made = Lead(threading.Lock())
     made.take()
     yield made
     made.end()
@@ -351,7 +365,7 @@ def slow(lead, times=1, kind="GET /", *, kept=False):
 
 
 def kept(lead, kind="GET /"):
-    """Ask until the lead may be kept, as under load; it is watched from soon on."""
+    """Ask until the lead may be kept, as under load, when the watching thread is awake."""
     end = time.monotonic() + PATIENCE
     while not lead.keep(kind):
         assert time.monotonic() < end
@@ -359,19 +373,19 @@ def kept(lead, kind="GET /"):
 
 
 def test_the_lead_is_kept_for_what_has_been_quick(lead):
-    """Sixteen times, and under a load for which it is worth while to watch."""
+    """The lead is kept after sixteen quick requests of a kind, under a load that wakes the watching thread."""
     quick(lead, 15)
     assert not lead.keep("GET /")
     quick(lead, 1)
     assert kept(lead)
-    assert lead.still_kept()
+    assert lead.still_kept("GET /", 0.0)
     slow(lead, kept=True)
     assert not lead.keep("GET /")
     assert not lead.keep("GET /other")
 
 
 def test_one_slow_request_in_many_is_pardoned(lead):
-    """The second one within sixteen is not: others waited for both of them."""
+    """One slow request in many is forgiven; a second one within sixteen is not, because other requests waited."""
     quick(lead, 1000)
     slow(lead, kept=True)
     assert kept(lead)
@@ -380,7 +394,7 @@ def test_one_slow_request_in_many_is_pardoned(lead):
 
 
 def test_a_request_that_had_to_share_the_interpreter_is_hardly_held_to_be_slow(lead):
-    """Where several threads run, some seem slow that are not; those that wait for something all are."""
+    """Without the lead kept, a slow request counts for little, because threads share the GIL."""
     for _ in range(16):
         quick(lead, 4)
         slow(lead)
@@ -392,7 +406,7 @@ def test_a_request_that_had_to_share_the_interpreter_is_hardly_held_to_be_slow(l
 
 
 def test_one_request_now_and_then_is_not_watched(lead, monkeypatch):
-    """The lead is passed on, and no thread is started."""
+    """For rare requests the lead is passed on, and the watching thread is not started."""
     quick(lead)
     monkeypatch.setattr("flaskd.server.lead._BUSY", -1.0)
     assert not any(lead.keep("GET /") for _ in range(100))
@@ -400,29 +414,29 @@ def test_one_request_now_and_then_is_not_watched(lead, monkeypatch):
 
 
 def test_what_takes_long_after_all_loses_the_lead(lead):
-    """Another thread leads while it goes on."""
+    """If a request takes long after all, another thread takes the lead."""
     quick(lead)
     assert kept(lead)
     other = threading.Thread(target=lead.take)
     other.start()
     other.join(PATIENCE)
     assert not other.is_alive()
-    assert not lead.still_kept()
+    assert not lead.still_kept("GET /", 0.0)
 
 
 def test_an_end_leaves_the_lead_with_no_request(lead):
-    """Whatever is run then, another thread can lead, and the one that runs it hears so."""
+    """After `end`, another thread can lead whatever runs, and the running thread learns that it lost the lead."""
     quick(lead)
     assert kept(lead)
     lead.end()
     lead.join(PATIENCE)
     lead.take()
-    assert not lead.still_kept()
+    assert not lead.still_kept("GET /", 0.0)
     assert not lead.keep("GET /")
 
 
 def test_kinds_are_remembered_up_to_a_number(lead):
-    """Clients make them up."""
+    """The number of kinds is bounded, because clients choose the paths."""
     for number in range(5000):
         lead.note(f"GET /{number}", 0.0, kept=False)
     quick(lead)
@@ -430,7 +444,7 @@ def test_kinds_are_remembered_up_to_a_number(lead):
 
 
 def test_no_request_waits_for_one_that_was_expected_to_be_quick(serve, connect):
-    """A page that has always been quick hangs: the others are served, and it is answered when it goes on."""
+    """When a page that was always quick hangs, other requests are served, and it is answered later."""
     hangs, entered, go_on = threading.Event(), threading.Semaphore(0), threading.Event()
 
     def app(environ, start_response):

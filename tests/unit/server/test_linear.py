@@ -1,4 +1,4 @@
-"""However a request is made, twice as many bytes take about twice as long to read."""
+"""However a request is made up, reading twice as many bytes takes about twice as long."""
 
 import time
 
@@ -49,7 +49,7 @@ SHAPES = {
 
 
 def seconds(data, bite):
-    """CPU time that reading takes, the least of some tries."""
+    """The CPU time that reading takes in seconds, the least of some tries."""
     least = float("inf")
     for _ in range(4):
         request, at = Parser(Adjustments(max_request_header_size=4 * SIZE)), 0
@@ -63,7 +63,7 @@ def seconds(data, bite):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_twice_the_bytes_take_twice_the_time(shape):
-    """No pattern goes back over what it read: a quadratic one would take four times as long, and seconds."""
+    """No pattern goes back over what it has read: a quadratic one would take four times as long."""
     once, twice = (seconds(SHAPES[shape](size), BITE) for size in (SIZE, 2 * SIZE))
     assert twice < 3 * once + 0.005
     assert twice < 1
@@ -73,6 +73,6 @@ def test_twice_the_bytes_take_twice_the_time(shape):
     "shape", ["a target", "a name", "blanks after a value", "one name again and again", "a trailer"]
 )
 def test_byte_by_byte_as_well(shape):
-    """What has come of a line is not looked at again with each byte of it."""
+    """A partial line is not read again with each new byte."""
     once, twice = (seconds(SHAPES[shape](size), 1) for size in (SIZE // 4, SIZE // 2))
     assert twice < 3 * once + 0.005

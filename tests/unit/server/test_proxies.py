@@ -1,4 +1,4 @@
-"""Whose headers are believed: peers by address, network and name, and the app that waits for headers in vain."""
+"""Whose headers are trusted: peers by address, network and name; and an app whose ProxyFix gets no headers."""
 
 import pytest
 from flask import Flask, request
@@ -17,7 +17,7 @@ def app(environ, start_response):
 
 
 def seen(server, peer):
-    """What the app sees of a client of that peer."""
+    """What the app sees of a client of this peer."""
     environ = {"REMOTE_ADDR": peer, "wsgi.url_scheme": "http", "HTTP_X_FORWARDED_FOR": "192.0.2.7",
                "HTTP_X_FORWARDED_PROTO": "https", "HTTP_X_FORWARDED_HOST": "evil.example",
                "SERVER_NAME": "x", "SERVER_PORT": "80"}  # fmt: skip
@@ -38,13 +38,13 @@ def seen(server, peer):
     ],
 )
 def test_peers_that_are_believed(trusted, believed, doubted):
-    """A peer is believed whose address is one of those named, or in one of the networks, however it is written."""
+    """A peer is trusted if its address is named or in a named network, however it is written."""
     contains = peers(trusted)
     assert [peer for peer in (*believed, *doubted) if contains(peer)] == believed
 
 
 def test_only_a_trusted_proxy_speaks_for_its_clients():
-    """What a trusted proxy says counts, as far as its headers are believed; all other headers are taken out."""
+    """The configured headers of a trusted proxy count; all other such headers are removed."""
     server = ServerConfig(trusted_proxy=["10.0.0.0/8", "192.0.2.0/24"])
     assert seen(server, "10.9.9.9") == ("192.0.2.7", "https", None)
     assert seen(server, "11.9.9.9") == ("11.9.9.9", "http", None)
@@ -74,26 +74,22 @@ def by_closure(made, **reads):
 @pytest.mark.parametrize(
     ("reads", "server", "missed"),
     [
-        ({}, {}, "x-forwarded-for, x-forwarded-proto, which flaskd takes out: set server.trusted_proxy "),
+        ({}, {}, "x-forwarded-for, x-forwarded-proto, which flaskd removes: set server.trusted_proxy "),
         ({"x_for": 0, "x_proto": 0, "x_host": 1}, {}, "x-forwarded-host, which"),
-        (
-            {"x_host": 1},
-            {"trusted_proxy": ["*"]},
-            "x-forwarded-host, which flaskd takes out: set server.trusted_proxy_",
-        ),
+        ({"x_host": 1}, {"trusted_proxy": ["*"]}, "x-forwarded-host, which flaskd removes: set server.trusted_proxy_"),
         ({}, {"trusted_proxy": ["*"], "trusted_proxy_headers": ["forwarded"]}, "x-forwarded-for, x-forwarded-proto, w"),
         ({}, {"trusted_proxy": ["*"]}, ""),
         ({"x_for": 0, "x_proto": 0, "x_prefix": 1}, {}, ""),
     ],
 )
 def test_what_proxy_fix_never_sees_is_told(wrap, reads, server, missed):
-    """An app's ProxyFix that reads headers which are taken out is told with the key to set; any other is not."""
+    """If an app's ProxyFix reads removed headers, the log names the key to set; otherwise it says nothing."""
     said = missed_by_proxy_fix(wrap(Flask("shop"), **reads), ServerConfig(**server))
     assert (missed in said) if missed else said == ""
 
 
 def test_an_app_without_proxy_fix_is_not_looked_through_for_long():
-    """No code of the app runs while ProxyFix is looked for, and an app without one has nothing to be told."""
+    """The search for ProxyFix runs no code of the app; an app without one causes no warning."""
 
     class Trap:
         def __call__(self, *_):
@@ -104,6 +100,6 @@ def test_an_app_without_proxy_fix_is_not_looked_through_for_long():
 
     made = Flask("shop")
     made.trap = Trap()
-    made.me = request  # a proxy that is bound to nothing raises for every attribute
+    made.me = request  # an unbound proxy object raises for every attribute
     made.wsgi_app = made.me_again = made
     assert missed_by_proxy_fix(made, ServerConfig()) == ""

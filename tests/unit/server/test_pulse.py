@@ -1,4 +1,4 @@
-"""What the watchdog asks of a server: whether its loop answers, and what its threads are at."""
+"""What the watchdog asks a server: whether its loop answers, and whether its threads make progress."""
 
 import threading
 
@@ -8,7 +8,7 @@ from flaskd.server.loop import EventLoop
 
 
 def test_a_loop_answers_by_itself(serve, app, connect):
-    """With all threads busy, it answers a connection of one's own; nobody ever hears of it, and the app is not asked."""
+    """With all threads busy, the loop answers a request from inside; it is in no count, and the app does not run."""
     server = serve(threads=1)
     client = connect(server)
     client.send(get("/gate"))
@@ -21,14 +21,14 @@ def test_a_loop_answers_by_itself(serve, app, connect):
 
 
 def test_a_drained_server_answers_too(serve):
-    """It needs no listener."""
+    """A drained server answers without a listener."""
     server = serve()
     server.drain()
     assert server.answers(PATIENCE)
 
 
 def test_a_loop_that_hangs_does_not_answer(serve):
-    """Within the time it has; once it turns again, it does."""
+    """A loop that hangs does not answer in time; once it turns again, it does."""
     server, hold = serve(), threading.Event()
     server.loop.call(lambda: hold.wait(PATIENCE))
     assert not server.answers(0.05)
@@ -39,7 +39,7 @@ def test_a_loop_that_hangs_does_not_answer(serve):
 
 
 def test_what_all_workers_are_at(serve, app, connect):
-    """Nothing while one is free; then a value that is the same as long as nothing moves."""
+    """None while a thread is free; otherwise a value that stays the same while nothing moves."""
     server = serve(threads=2)
     clients = [connect(server) for _ in range(3)]
     assert server.all_are_at() is None
@@ -49,7 +49,7 @@ def test_what_all_workers_are_at(serve, app, connect):
         app.entered(1)
     at = server.all_are_at()
     assert at is not None
-    clients[2].send(get("/gate"))  # it waits: that is no progress
+    clients[2].send(get("/gate"))  # a waiting request is no progress
     assert server.answers(PATIENCE)
     assert server.all_are_at() == at
     app.released.set()
@@ -58,12 +58,12 @@ def test_what_all_workers_are_at(serve, app, connect):
 
 
 def test_a_loop_without_workers_is_never_taken_for_stuck(serve):
-    """With no threads the loop runs the app itself: whether it hangs shows in whether it answers."""
+    """Without threads the loop runs the app itself, so a hang shows in that the loop does not answer."""
     server = serve(threads=0)
     assert server.all_are_at() is None
     assert server.answers(PATIENCE)
 
 
 def test_the_names_that_the_pulse_leans_on():
-    """The loop keeps the streams that are under way; a worker that serves one is never taken for stuck."""
+    """The account has the streams under way; a thread that serves one never counts as stuck."""
     assert isinstance(EventLoop(lambda *_: [], [], threads=1, adjustments={}).account.streams, set)

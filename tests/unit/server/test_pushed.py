@@ -1,4 +1,4 @@
-"""Answers that the loop goes on with by itself, while it answers all others."""
+"""Answers that the loop continues by itself, while it answers other requests."""
 
 import contextlib
 import http.client
@@ -13,7 +13,7 @@ from flaskd.server import Pushed, WaitressThread
 
 
 class App:
-    """Answers /pushed with what `news` gives, every 10 ms, and all else with ok."""
+    """Answers /pushed with what `news` gives, every 10 ms, and all other paths with ok."""
 
     def __init__(self, news):
         self.news, self.given = news, []
@@ -47,7 +47,7 @@ def raw(server, request):
 
 
 def test_it_goes_on_until_its_client_leaves():
-    """Parts come one after the other without a thread of their own; it is in flight no more, and over with its client."""
+    """Parts follow without a thread; the request is not in flight, and the answer ends when its client leaves."""
     numbers = iter(range(10_000))
     app = App(lambda: b"%d\n" % next(numbers))
     with WaitressThread(app, threads=0) as server:
@@ -67,7 +67,7 @@ def test_it_goes_on_until_its_client_leaves():
 
 
 def test_it_is_not_idle():
-    """It outlives the time after which a connection is closed on which nothing moves, and that for a request."""
+    """The connection outlives the timeouts for idle connections and for requests."""
     limits = {"channel_timeout": 1, "cleanup_interval": 1}
     with WaitressThread(App(lambda: b"x"), threads=0, patience=0.5, adjustments=limits) as server:
         connection, answer = ask(server, "/pushed")
@@ -79,7 +79,7 @@ def test_it_is_not_idle():
 
 
 def test_an_http_1_0_client_gets_no_chunks():
-    """Its answer ends with the connection."""
+    """For an HTTP/1.0 client the answer ends with the connection."""
     with WaitressThread(App(lambda: b"x"), threads=0) as server, raw(server, b"GET /pushed HTTP/1.0\r\n\r\n") as client:
         got = b""
         while not got.endswith(b"\r\n\r\nxxx"):
@@ -88,7 +88,7 @@ def test_an_http_1_0_client_gets_no_chunks():
 
 
 def test_who_does_not_read_gets_no_more():
-    """What was put out waits for its client, and nothing is added; all others are answered."""
+    """A part waits until its client has read the last one; other clients are answered."""
     calls = []
 
     def news():
@@ -103,7 +103,7 @@ def test_who_does_not_read_gets_no_more():
 
 
 def test_a_drain_waits_for_none():
-    """The connection is closed like an idle one; nothing is cut."""
+    """A drain closes the connection as an idle one, and nothing counts as cut."""
     with WaitressThread(App(lambda: b"x"), threads=0) as server:
         connection, answer = ask(server, "/pushed")
         assert answer.read(3) == b"xxx"
@@ -116,7 +116,7 @@ def test_a_drain_waits_for_none():
 
 
 def test_news_that_fail_close_the_connection_alone(caplog):
-    """The loop goes on, and the log has the traceback."""
+    """An error in `news` closes this connection alone; the log has the traceback."""
     parts = iter([b"x"])
     with WaitressThread(App(lambda: next(parts)), threads=0) as server:
         connection, answer = ask(server, "/pushed")

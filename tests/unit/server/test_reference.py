@@ -1,4 +1,4 @@
-"""The parser beside a strict reference, h11: what that calls invalid is refused, and what both take they read alike."""
+"""The parser beside a strict reference, h11: it refuses what h11 calls invalid, and reads all else as h11 does."""
 
 import h11
 from hypothesis import example, given, settings
@@ -9,7 +9,7 @@ from flaskd.server.parser import Parser
 
 
 def mostly(good, *odd):
-    """One of the good ones, and now and then an odd one."""
+    """Usually one of the good values, sometimes an odd one."""
     return st.integers(0, 11).flatmap(lambda number: st.sampled_from(odd if number == 0 else good))
 
 
@@ -56,7 +56,7 @@ CHUNK = mostly([b"abc"], b"ab", b"abcd", b"")
 
 @st.composite
 def streams(draw):
-    """What is a request, or nearly: here and there a byte too many, or a part that is none."""
+    """Requests or nearly requests: sometimes with an extra byte, or with a malformed part."""
     framing = draw(FRAMING)
     lines = [
         b" ".join([draw(METHOD), draw(TARGET), draw(PROTOCOL)]),
@@ -79,7 +79,7 @@ def streams(draw):
 
 
 def by_reference(data):
-    """Method, target, body and rest as h11 reads them; "invalid", or None where there is more to come."""
+    """Method, target, body and rest as h11 reads them; "invalid", or None if it waits for more."""
     connection = h11.Connection(h11.SERVER, max_incomplete_event_size=1 << 20)
     connection.receive_data(data)
     request, body = None, b""
@@ -99,7 +99,7 @@ def by_reference(data):
 
 
 def by_parser(data, bite):
-    """The same as this server reads it."""
+    """The same as flaskd reads it."""
     request, at = Parser(Adjustments()), 0
     while at < len(data) and not request.completed:
         at += request.received(data[at : at + bite])
@@ -118,14 +118,14 @@ def by_parser(data, bite):
 @example(b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 1)
 @example(b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n3;a\r\nabc\r\n0\r\nA: b\r\n\r\nGET", 3)
 def test_what_the_reference_calls_invalid_is_refused(data, bite):
-    """Never a request that another reader would end elsewhere. This server refuses more, and sooner."""
+    """What h11 calls invalid is refused. flaskd refuses more than h11, and earlier."""
     ours, theirs = by_parser(data, bite), by_reference(data)
     if ours != "invalid":
         assert ours == theirs
 
 
 def test_the_generator_makes_both():
-    """Enough of what is made up is read as requests, with bodies, or nothing would be compared."""
+    """Enough of the generated data is read as requests with bodies."""
     found = set()
 
     @settings(max_examples=1000, deadline=None, derandomize=True, database=None)

@@ -1,4 +1,4 @@
-"""What is remembered from one request to the next: fields, request lines, headers of answers; and that it is not seen."""
+"""What is cached between requests: fields, request lines, headers of answers; clients see no difference."""
 
 import pytest
 from server_kit import answers, app, connect, get, no_thread_left, post, serve
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.usefixtures("no_thread_left")
 
 
 def echo(environ, start_response):
-    """Answer with what the app is given of the request; and change all of it."""
+    """Answer with what the app gets of the request, and change all of it."""
     names = ("REQUEST_METHOD", "PATH_INFO", "QUERY_STRING", "HTTP_X_A", "HTTP_X_B", "CONTENT_LENGTH")
     body = "|".join(environ.get(name, "-") for name in names) + "|" + environ["wsgi.input"].read().decode()
     environ.update(dict.fromkeys(names, "changed"))
@@ -22,12 +22,12 @@ def echo(environ, start_response):
 def fast(monkeypatch):
     """Which requests were common."""
     told, real = [], Request.take_common
-    monkeypatch.setattr(Request, "take_common", lambda self, data: told.append(real(self, data)) or told[-1])
+    monkeypatch.setattr(Request, "take_common", lambda self, *data: told.append(real(self, *data)) or told[-1])
     return told
 
 
 def test_each_request_of_a_connection_has_its_own_fields(serve, connect, fast):
-    """Whether they are those of the one before, begin as those do, or have one line less."""
+    """Each request has its own fields: the same as those before, an extension of them, or one line less."""
     client = connect(serve(echo))
     for lines, seen in [
         (("X-A: 1", "X-B: 2"), b"GET|/a||1|2|-|"),
@@ -42,7 +42,7 @@ def test_each_request_of_a_connection_has_its_own_fields(serve, connect, fast):
 
 
 def test_the_same_fields_have_bodies_of_their_own(serve, connect, fast):
-    """A body that has only half come with the head is waited for."""
+    """With the same fields as before, a body that has come only in part is waited for."""
     client = connect(serve(echo))
     for body in (b"abc", b"def"):
         assert client.send(post("/", body)).response().body == b"POST|/||-|-|3|" + body
@@ -54,7 +54,7 @@ def test_the_same_fields_have_bodies_of_their_own(serve, connect, fast):
 
 
 def test_a_path_is_told_from_its_query_each_time(serve, connect):
-    """Also where the same line comes from another connection."""
+    """Path and query are told apart, also if the same line comes on another connection."""
     server = serve(echo)
     for _ in range(2):
         client = connect(server)
@@ -63,7 +63,7 @@ def test_a_path_is_told_from_its_query_each_time(serve, connect):
 
 
 def test_answers_with_the_same_headers_differ_in_length_and_date(serve, connect, monkeypatch):
-    """And a header that looks like a place for one of them is sent as it is."""
+    """Cached headers get the new length and date; a header that looks like a placeholder is sent unchanged."""
     dates = iter(["one", "two"])
     monkeypatch.setattr(tasks, "http_date", lambda _: next(dates))
     bodies = iter([b"a", b"bcd"])

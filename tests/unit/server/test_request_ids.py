@@ -1,4 +1,4 @@
-"""What a request is called: the ids of a trusted proxy, those that are made, and who is told them."""
+"""Ids of requests: from a trusted proxy or made by flaskd, and where they are shown."""
 
 import logging
 import os
@@ -31,7 +31,7 @@ def behind(app, *trusted):
 
 @pytest.fixture
 def told():
-    """What the apps of `telling` were told of their requests."""
+    """What the apps of `telling` got as ids."""
     return []
 
 
@@ -50,7 +50,7 @@ def telling(told):
 
 @pytest.mark.parametrize("given", ["a", "A-z_0.9", "x" * 128, "-", "4bf92f35-77b3-4da6-a3ce-929d0e0e4736"])
 def test_an_id_is_taken_as_it_is(given):
-    """Up to 128 letters, digits, dots, hyphens and underscores."""
+    """An id may have up to 128 letters, digits, dots, hyphens and underscores."""
     assert read_ids({"HTTP_X_REQUEST_ID": given}) == Ids(given)
 
 
@@ -58,7 +58,7 @@ def test_an_id_is_taken_as_it_is(given):
     "given", ["", "x" * 129, "a b", "a,b", "a, b", "a/b", "\xe4", "a\n", 'a"', "a=b", "a;b", "a:b"]
 )
 def test_no_other_id_is_taken(given):
-    """Nothing that could mean more than a name in a log, and not two ids at once."""
+    """An id with other characters, or one of two ids, is ignored."""
     assert read_ids({"HTTP_X_REQUEST_ID": given, "HTTP_TRACEPARENT": TRACEPARENT}) == Ids("", TRACEPARENT)
 
 
@@ -88,7 +88,7 @@ def test_no_other_id_is_taken(given):
     ],
 )
 def test_a_traceparent_is_taken_by_its_own_grammar(given, taken):
-    """W3C Trace Context: lower-case hex, no ids of zeros, no version ff; of later versions what all have in common."""
+    """W3C Trace Context: small hex digits, no ids of zeros, no version ff; later versions by their common part."""
     assert read_ids({"HTTP_TRACEPARENT": given}) == Ids("", taken)
 
 
@@ -97,7 +97,7 @@ def test_a_traceparent_is_taken_by_its_own_grammar(given, taken):
     [(["127.0.0.1"], True), (["localhost"], True), (["*"], True), (["192.0.2.1"], False), ([], False)],
 )
 def test_only_a_trusted_proxy_names_requests(serve, connect, answers, telling, trusted, taken):
-    """What anybody else says is left out of the log, though nothing is made."""
+    """Ids from an untrusted peer are not logged, and none is made in their place."""
     server = serve(behind(telling, *trusted))
     connect(server).ask(get("/", "X-Request-ID: abc", f"traceparent: {TRACEPARENT}"))
     line = answers.get(timeout=PATIENCE)
@@ -109,7 +109,7 @@ def test_only_a_trusted_proxy_names_requests(serve, connect, answers, telling, t
 
 
 def test_nothing_is_made_unless_it_is_asked_for(serve, connect, answers, telling, told):
-    """Then the app and the client are told no id, not even that of a trusted proxy, and the log has no field for it."""
+    """Without `log.request_id` app and client get no id, not even a trusted proxy's, and the log has no field."""
     server = serve(behind(telling, "*"))
     for header in ("X-Request-ID: abc", "X-Other: 1"):
         assert connect(server).ask(get("/", header)).headers["X-Request-ID"] is None
@@ -133,7 +133,7 @@ def test_nothing_is_made_unless_it_is_asked_for(serve, connect, answers, telling
     ],
 )
 def test_app_client_and_log_are_told_the_same(serve, connect, answers, telling, told, trusted, headers, taken):
-    """A trusted proxy's id, or a new one where there is none that is well-formed."""
+    """App, client and log get the trusted proxy's id, or a new one if that is missing or malformed."""
     server = serve(behind(telling, trusted), ids=True)
     answer = connect(server).ask(get("/", *headers))
     [name] = told
@@ -143,7 +143,7 @@ def test_app_client_and_log_are_told_the_same(serve, connect, answers, telling, 
 
 
 def test_ids_are_made_without_proxies_too(serve, connect, telling, told):
-    """Each request has its own, those on one connection too."""
+    """Each request has an id of its own, also several on one connection."""
     server = serve(telling, ids=True)
     client = connect(server)
     names = [client.ask("/").headers["X-Request-ID"] for _ in range(3)]
@@ -152,13 +152,13 @@ def test_ids_are_made_without_proxies_too(serve, connect, telling, told):
 
 
 def test_a_probe_has_an_id(serve, telling, told):
-    """An app that relies on it is asked by `health.probe` as by anybody."""
+    """The probe of `health.probe` has an id, too, for apps that rely on it."""
     assert serve(telling, ids=True).probe("/", PATIENCE) == 200
     assert MADE.fullmatch(told[0])
 
 
 def test_an_id_of_the_apps_own_stays(serve, connect):
-    """What the app says of its answer is not said twice; its own is written as other headers are."""
+    """An id that the app sets in its answer is kept, and not sent twice."""
 
     def own(environ, start_response):
         start_response("200 OK", [("x-request-id", "mine"), ("Content-Length", "0")])
@@ -183,7 +183,7 @@ def test_an_id_of_the_apps_own_stays(serve, connect):
     ],
 )
 def test_every_answer_has_it(serve, app, connect, answers, request_, status):
-    """Those that the app does not give, too, and those for what is no request; it is the one in the log."""
+    """Every answer has the id that is in the log, also refusals and answers without the app."""
     server = serve(behind(app, "192.0.2.1"), ids=True)
     server.answer_health("/healthz", lambda: ("200 OK", "ready"))
     found, headers = connect(server).send(request_).head()
@@ -194,14 +194,14 @@ def test_every_answer_has_it(serve, app, connect, answers, request_, status):
 
 
 def test_a_refusal_has_the_proxys_id(serve, app, connect):
-    """Where its head could be read, a request is refused under the id by which the proxy knows it."""
+    """A refused request whose head could be read has its proxy's id."""
     server = serve(behind(app, "*"), ids=True)
     _, headers = connect(server).send(get("/", "X-Request-ID: abc", "Content-Length: 99999999999")).head()
     assert headers["X-Request-ID"] == "abc"
 
 
 def test_a_503_has_it(serve, app, connect):
-    """What was never begun is rejected under its id, so that it can be asked for."""
+    """A 503 for a request that never began has its id."""
     server = serve(behind(app, "*"), threads=1, ids=True)
     connect(server).send("/gate")
     app.entered(1)
@@ -216,7 +216,7 @@ def test_a_503_has_it(serve, app, connect):
     ("limits", "request_", "status"), [(Limits(timeout=0.1), "/gate", 504), (Limits(max_queue=0), "/hello", 503)]
 )
 def test_what_a_limit_refuses_or_gives_up_has_it(serve, app, connect, answers, limits, request_, status):
-    """The app does not answer, and the client is told under which id it is in the log all the same."""
+    """An answer that a limit causes in the place of the app has the request's id."""
     server = serve(behind(app, "*"), threads=1, ids=True)
     if status == 503:
         connect(server).send("/gate")
@@ -230,7 +230,7 @@ def test_what_a_limit_refuses_or_gives_up_has_it(serve, app, connect, answers, l
 
 
 def test_a_stream_that_is_ended_before_it_began_has_it(serve, connect):
-    """A drain ends it with a header of its own."""
+    """A stream that a drain ends before its first part has the id in its header."""
     entered, release = threading.Event(), threading.Event()
 
     def silent(environ, start_response):
@@ -255,7 +255,7 @@ def test_a_stream_that_is_ended_before_it_began_has_it(serve, connect):
 
 
 def test_what_is_in_flight_or_cut_is_named(serve, app, connect, caplog):
-    """`requests`, the account of a drain, its line in the log and the fields of that line."""
+    """`requests`, a drain's account, its log line and the line's fields have the id."""
     server = serve(behind(app, "*"))
     connect(server).send(get("/gate", "X-Request-ID: abc", f"traceparent: {TRACEPARENT}"))
     app.entered(1)
@@ -271,7 +271,7 @@ def test_what_is_in_flight_or_cut_is_named(serve, app, connect, caplog):
 
 
 def test_a_body_that_is_cut_is_named(serve, app, connect):
-    """A request that has not come whole has what its proxy says of it; nothing is made for it, for none was told."""
+    """An incomplete request has its proxy's id; none is made for it."""
     server = serve(behind(app, "*"), ids=True)
     connect(server).ask("/hello")
     connect(server).send(get("/", "X-Request-ID: abc", "Content-Length: 5", method="POST"))
@@ -281,7 +281,7 @@ def test_a_body_that_is_cut_is_named(serve, app, connect):
 
 
 def test_what_is_said_of_a_request_names_it(serve, app, connect, caplog):
-    """The traceback of an app that fails can be found by the id that the client was told."""
+    """The traceback of a failed app is logged with the id that the client got."""
     server = serve(app, ids=True)
     with caplog.at_level("ERROR", logger="waitress"):
         name = connect(server).ask("/boom").headers["X-Request-ID"]
@@ -291,7 +291,7 @@ def test_what_is_said_of_a_request_names_it(serve, app, connect, caplog):
 
 
 def test_a_change_holds_for_requests_that_come_behind_it(serve, app, connect, answers):
-    """One that is in flight keeps what its app was told, and is told nothing more."""
+    """A change of the setting does not affect a request in flight."""
     server = serve(app, threads=2)
     without = connect(server).send("/gate/without")
     app.entered(1)
@@ -307,7 +307,7 @@ def test_a_change_holds_for_requests_that_come_behind_it(serve, app, connect, an
 
 
 def test_a_server_thread_gives_ids(telling, told):
-    """As its configuration has it; Werkzeug's server gives none."""
+    """A ServerThread gives ids if it is configured; with Werkzeug's server it does not."""
     for kind in ("waitress", "werkzeug"):
         with ServerThread(telling, server=kind, config={"log": {"request_id": True}}) as server:
             assert http_client.get(server.url)[0] == 200
@@ -316,7 +316,7 @@ def test_a_server_thread_gives_ids(telling, told):
 
 
 def test_the_apps_log_can_have_it(serve, connect, caplog):
-    """By the filter that docs/proxy.md shows; lines outside of a request have none."""
+    """The filter in docs/proxy.md adds the id to the app's log lines; lines outside of requests have none."""
     [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/proxy.md").read_text(), re.DOTALL)
     made = {}
     exec(code, made)
@@ -342,7 +342,7 @@ def test_the_apps_log_can_have_it(serve, connect, caplog):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is nothing to fork")
 def test_forked_processes_make_other_ids():
-    """Workers of one template share all that it had at the fork: each makes a source of its own after it."""
+    """Workers of one template make different ids, because each makes its source after the fork."""
     reader, writer = os.pipe()
     for _ in range(2):
         if not (pid := os.fork()):
@@ -360,7 +360,7 @@ def test_forked_processes_make_other_ids():
 
 
 def test_an_app_that_seeds_its_random_numbers_changes_no_ids():
-    """Two workers whose apps call random.seed(1) in each request make other ids all the same."""
+    """Two workers whose apps call random.seed(1) in each request still make different ids."""
     state = random.getstate()
     try:
         names = set()

@@ -1,4 +1,4 @@
-"""Limits of requests: what hangs is given up, what waits too long or beside too many is refused, and nothing else is."""
+"""Limits of requests: hanging ones are given up, those that wait too long or in too long a queue are refused."""
 
 import contextlib
 import http.client
@@ -45,7 +45,7 @@ def stream(environ, start_response, kind, released):
 
 
 def test_a_request_that_hangs_is_answered_with_504(limited, connect, app, answers):
-    """Its client gets 504 in time, its connection is closed, and the access log has it."""
+    """The client gets 504 in time, its connection is closed, and the access log has a line."""
     server = limited(timeout=AFTER)
     began = time.monotonic()
     client = connect(server).send("/gate")
@@ -57,7 +57,7 @@ def test_a_request_that_hangs_is_answered_with_504(limited, connect, app, answer
 
 
 def test_head_is_answered_without_a_body(limited, connect):
-    """A HEAD that hangs gets the header of the 504 alone (RFC 9110 §9.3.2)."""
+    """A hanging HEAD gets the header of the 504 alone (RFC 9110 §9.3.2)."""
     client = connect(limited(timeout=AFTER)).send(get("/gate", method="HEAD"))
     status, _ = client.head()
     assert status == 504
@@ -65,7 +65,7 @@ def test_head_is_answered_without_a_body(limited, connect):
 
 
 def test_its_thread_is_replaced(limited, connect, app):
-    """With one thread, others are served while that one goes on."""
+    """With one thread, other requests are served while the given-up one goes on."""
     server = limited(timeout=AFTER)
     assert connect(server).send("/gate").response().status == 504
     assert connect(server).ask("/hello").body == b"hello"
@@ -73,7 +73,7 @@ def test_its_thread_is_replaced(limited, connect, app):
 
 
 def test_it_is_told_with_its_stack(limited, connect, caplog):
-    """The log names request, setting and place; the account has it once, as cut and by its limit."""
+    """The log has the request, the setting and the stack; the account has it once as cut, and counts the limit."""
     server = limited(timeout=AFTER)
     with caplog.at_level(logging.WARNING, "flaskd.server"):
         connect(server).send("/gate?secret").response()
@@ -90,7 +90,7 @@ def test_it_is_told_with_its_stack(limited, connect, caplog):
 
 
 def test_what_it_says_later_is_not_sent(limited, connect, app):
-    """The app comes to its end after the 504: its client reads no more, and the thread serves again."""
+    """What the app writes after the 504 is not sent, and its thread serves again."""
     server = limited(timeout=AFTER)
     client = connect(server).send("/gate")
     client.response()
@@ -102,14 +102,14 @@ def test_what_it_says_later_is_not_sent(limited, connect, app):
 
 
 def test_an_answer_that_has_begun_is_broken_off(limited, connect):
-    """Something was sent: the connection is closed, so that the client sees an answer that is not whole."""
+    """If a part of the answer was sent, the connection is closed, so the client sees an incomplete answer."""
     client = connect(limited(timeout=AFTER)).send("/stream")
     with pytest.raises((http.client.IncompleteRead, ValueError)):
         client.response()
 
 
 def test_an_answer_that_goes_on_is_not_broken_off(limited, connect, serve):
-    """Each part begins the time anew: what moves does not hang."""
+    """Each part of an answer begins the time anew: an answer that moves does not hang."""
 
     def app(environ, start_response):
         start_response("200 OK", [("Content-Type", "text/plain")])
@@ -123,7 +123,7 @@ def test_an_answer_that_goes_on_is_not_broken_off(limited, connect, serve):
 
 
 def test_a_client_that_does_not_read_is_not_a_fault_of_the_app(limited, connect):
-    """While an answer waits to be read, the app is not given up."""
+    """While an answer waits for its client to read, the app is not given up."""
     server = limited(timeout=AFTER)
     client = connect(server, receive_buffer=4096).send("/flood")
     until(server, lambda: server.requests() and server.requests()[0].age > 4 * AFTER)
@@ -132,7 +132,7 @@ def test_a_client_that_does_not_read_is_not_a_fault_of_the_app(limited, connect)
 
 
 def test_a_stream_does_not_hang(limited, connect, serve, app):
-    """Events may be as far apart as they like."""
+    """A stream never hangs, however far apart its events are."""
     server = serve(lambda environ, start: stream(environ, start, "text/event-stream", app.released))
     server.limit(Limits(timeout=AFTER))
     client = connect(server).send("/")
@@ -147,7 +147,7 @@ def test_a_stream_does_not_hang(limited, connect, serve, app):
     ("/gate/export/now", True), ("/gate/%65xport", False),
 ])  # fmt: skip
 def test_a_path_has_a_limit_of_its_own(limited, connect, app, path, given_up):
-    """An exact path goes before the longest beginning, and that before the limit of all; null is no limit."""
+    """An exact path comes before the longest pattern, and that before the general limit; null is no limit."""
     timeouts = {"/gate/export": None, "/gate/export/*": None, "/gate/export/now": AFTER, "/gate/exp*": AFTER}
     server = limited(timeout=AFTER, timeouts=timeouts)
     client = connect(server).send(path)
@@ -159,7 +159,7 @@ def test_a_path_has_a_limit_of_its_own(limited, connect, app, path, given_up):
 
 
 def test_pipelined_behind_it(limited, connect, app):
-    """What came behind a request that is given up is not begun, and its client sees the end."""
+    """A request pipelined behind a given-up one is not begun, and its client sees the end."""
     client = connect(limited(timeout=AFTER)).send("/gate", "/hello")
     assert client.response().status == 504
     assert client.ended()
@@ -167,7 +167,7 @@ def test_pipelined_behind_it(limited, connect, app):
 
 
 def test_so_many_threads_are_replaced(limited, connect):
-    """As many as there should be, and no more; who asks for readiness is told."""
+    """At most as many lost threads are replaced as are configured; readiness shows the others as missing."""
     server = limited(threads=2, timeout=AFTER)
     assert [each.response().status for each in [connect(server).send("/gate") for _ in range(2)]] == [504] * 2
     assert server.short == 0
@@ -179,7 +179,7 @@ def test_so_many_threads_are_replaced(limited, connect):
 
 
 def test_they_come_back(limited, connect, app):
-    """When what hung is over, all threads are there again."""
+    """After the hanging requests have ended, all threads are there again."""
     server = limited(timeout=AFTER)
     for _ in range(2):
         connect(server).send("/gate").response()
@@ -190,7 +190,7 @@ def test_they_come_back(limited, connect, app):
 
 
 def test_a_drain_does_not_wait_for_it(limited, connect, app):
-    """Its account has nothing of a request that was given up before."""
+    """A drain does not wait for a request that was given up before, and its account does not have it."""
     server = limited(timeout=AFTER)
     connect(server).send("/gate").response()
     report = server.drain(PATIENCE)
@@ -199,7 +199,7 @@ def test_a_drain_does_not_wait_for_it(limited, connect, app):
 
 
 def test_given_up_in_a_drain(limited, connect, app):
-    """The account of a drain has what is given up meanwhile, once."""
+    """A drain's account has a request that is given up during the drain, once."""
     server = limited(timeout=AFTER)
     client = connect(server).send("/gate")
     app.entered(1)
@@ -209,7 +209,7 @@ def test_given_up_in_a_drain(limited, connect, app):
 
 
 def test_a_process_that_stood_still(limited, connect, app):
-    """Time in which nothing was done at all is no request's fault."""
+    """Time in which the whole process stood still is not counted against requests."""
     server = limited(timeout=0.5)
     client = connect(server).send("/gate")
     app.entered(1)
@@ -221,7 +221,7 @@ def test_a_process_that_stood_still(limited, connect, app):
 
 
 def test_what_moves_in_this_moment_is_not_given_up():
-    """A request is given up for what was seen when its time was reckoned: more may be out a moment later."""
+    """A request is not given up if its answer has moved since it was looked at."""
 
     class Connection:
         sent = iter([0, 5])
@@ -243,7 +243,7 @@ def test_what_moves_in_this_moment_is_not_given_up():
 
 
 def test_limits_change(limited, connect, app):
-    """Those of a reload count at once, for what runs already, too."""
+    """Changed limits take effect at once, also for running requests."""
     server = limited()
     client = connect(server).send("/gate")
     app.entered(1)
@@ -265,14 +265,14 @@ def more(seconds, sleeps):
 
 
 def test_an_app_asks_for_more_time(serve, connect):
-    """A request that says so takes longer than its limit."""
+    """A request that asks for more time may take longer than its limit."""
     server = serve(more(PATIENCE, 2 * AFTER))
     server.limit(Limits(timeout=AFTER))
     assert connect(server).send("/").response().body == b"True"
 
 
 def test_more_time_ends(serve, connect):
-    """It is as much as was asked for, from then on."""
+    """The extra time is the number of seconds asked for, from the call on."""
     server = serve(more(2 * AFTER, PATIENCE / 10))
     server.limit(Limits(timeout=AFTER))
     began = time.monotonic()
@@ -281,14 +281,14 @@ def test_more_time_ends(serve, connect):
 
 
 def test_less_time_is_not_asked_for(serve, connect):
-    """The limit counts where it allows more."""
+    """The limit still counts if it allows more than was asked for."""
     server = serve(more(0, 2 * AFTER))
     server.limit(Limits(timeout=4 * AFTER))
     assert connect(server).send("/").response().status == 200
 
 
 def test_outside_a_request():
-    """There is nothing to extend, and nothing is raised: the app runs under other servers, too."""
+    """Outside of a request `more_time` returns False and does not raise: the app may run under another server."""
     assert flaskd.more_time(5) is False
 
 
@@ -323,7 +323,7 @@ def test_more_time_while_servers_come_and_go(restless):
 
 @pytest.mark.parametrize("seconds", [-1, float("inf"), float("nan"), "5", None, True])
 def test_what_is_no_time(seconds):
-    """The fault names what was given."""
+    """The ValueError names the value that was given."""
     with pytest.raises(ValueError, match="cannot give a request more time: expected a number of seconds, got"):
         flaskd.more_time(seconds)
 
@@ -332,7 +332,7 @@ def test_what_is_no_time(seconds):
 
 
 def test_who_waits_too_long_is_refused(limited, connect, app, answers, caplog):
-    """503 with Retry-After, and the app does not see it; the connection goes on."""
+    """The client gets 503 with Retry-After, the app does not run, and the connection is kept."""
     server = limited(queue_timeout=AFTER)
     connect(server).send("/gate")
     app.entered(1)
@@ -352,7 +352,7 @@ def test_who_waits_too_long_is_refused(limited, connect, app, answers, caplog):
 
 
 def test_the_oldest_go_first(limited, connect, app):
-    """Who waits for less is still served."""
+    """Requests that have waited less are still served."""
     server = limited(queue_timeout=4 * AFTER)
     connect(server).send("/gate")
     app.entered(1)
@@ -366,7 +366,7 @@ def test_the_oldest_go_first(limited, connect, app):
 
 
 def test_a_client_that_left_the_queue(limited, connect, app):
-    """Who has gone is not answered, and does no harm."""
+    """A request whose client left the queue is not answered, and causes no error."""
     server = limited(queue_timeout=AFTER)
     connect(server).send("/gate")
     app.entered(1)
@@ -377,7 +377,7 @@ def test_a_client_that_left_the_queue(limited, connect, app):
 
 
 def test_pipelined_requests_wait_since_their_turn(limited, connect, app):
-    """One that waited for the answer before it on its connection has not waited for a thread."""
+    """A pipelined request waits for a thread only since the answer before it was given."""
     server = limited(queue_timeout=AFTER)
     client = connect(server).send("/gate", "/hello")
     app.entered(1)
@@ -387,7 +387,7 @@ def test_pipelined_requests_wait_since_their_turn(limited, connect, app):
 
 
 def test_so_many_may_wait(limited, connect, app):
-    """One more than `max_queue` is refused at once; what waits is served."""
+    """One request more than `max_queue` is refused at once; those in the queue are served."""
     server = limited(max_queue=1)
     first = connect(server).send("/gate")
     app.entered(1)
@@ -401,14 +401,14 @@ def test_so_many_may_wait(limited, connect, app):
 
 
 def test_nothing_is_refused_while_threads_are_free(limited, connect):
-    """With no queue at all, many requests one after the other are all served."""
+    """With `max_queue` 0, many requests one after the other are all served."""
     server = limited(threads=2, max_queue=0, queue_timeout=0.001)
     client = connect(server)
     assert {client.ask("/hello").status for _ in range(300)} == {200}
 
 
 def test_a_burst_within_the_threads(limited, connect, app):
-    """As many at once as there are threads are no queue."""
+    """As many requests at once as there are threads do not count as a queue."""
     server = limited(threads=4, max_queue=0)
     clients = [connect(server).send("/gate") for _ in range(4)]
     app.entered(4)
@@ -417,7 +417,7 @@ def test_a_burst_within_the_threads(limited, connect, app):
 
 
 def test_a_probe_waits(limited, connect, app):
-    """What asks from inside is not refused for a limit of the clients'."""
+    """A probe from inside is not refused because of a limit for clients."""
     server = limited(max_queue=0, queue_timeout=AFTER)
     connect(server).send("/gate")
     app.entered(1)
@@ -433,7 +433,7 @@ def test_a_probe_waits(limited, connect, app):
 
 
 def test_health_is_answered_while_all_hang(limited, connect, app):
-    """The health path needs no thread, and no place in the queue."""
+    """The health path needs neither a thread nor a place in the queue."""
     server = limited(max_queue=0)
     server.answer_health("/healthz", lambda: ("200 OK", "ready"))
     connect(server).send("/gate")

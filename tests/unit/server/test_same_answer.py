@@ -1,7 +1,7 @@
-"""The fast way and the slow way of answering, side by side: nobody can tell by what comes of it which one was gone.
+"""The fast way and the slow way of answering, side by side: nothing that can be observed tells which one was taken.
 
-$FLASKD_EXAMPLES sets how many conversations are tried; those of such a run are others each time. One that takes longer
-than pytest's `faulthandler_timeout` needs `-o faulthandler_timeout=3600` as well.
+$FLASKD_EXAMPLES sets how many conversations are tried, with new random ones in each run. A run that takes longer than
+pytest's `faulthandler_timeout` also needs `-o faulthandler_timeout=3600`.
 """
 
 import itertools
@@ -35,11 +35,11 @@ from flaskd.sockets import Address, Listener
 EXAMPLES = int(os.environ.get("FLASKD_EXAMPLES", "0"))
 CI_EXAMPLES = 600
 LEAST_FAST = 0.8
-"""The share of the common requests that must go the fast way."""
+"""The least part of the common requests that must go the fast way."""
 
 
 def mostly(good, *odd, times=8):
-    """One of the good ones, and now and then an odd one; that many times as often a good one."""
+    """Usually one of the good values, sometimes an odd one; a good one is so many times as likely."""
     return st.sampled_from([*good * max(1, times * len(odd) // len(good)), *odd])
 
 
@@ -68,7 +68,7 @@ HOSTS = [b"Host: localhost:8000", b"Host: example.org", b"host: 127.0.0.1"]
 
 @st.composite
 def common_requests(draw):
-    """A browser's GET or HEAD, or a form or JSON that is posted, in one piece with its head."""
+    """A browser's GET or HEAD, or a posted form or JSON, in one piece with its head."""
     method = draw(st.sampled_from([b"GET", b"GET", b"GET", b"POST", b"HEAD"]))
     lines = [method + b" " + draw(st.sampled_from(PATHS)) + b" HTTP/1.1", draw(st.sampled_from(HOSTS))]
     lines += draw(st.lists(st.sampled_from(BROWSER), unique=True))
@@ -97,7 +97,7 @@ UNUSUAL_FIELDS = [
 
 @st.composite
 def unusual_requests(draw):
-    """What any server must take, and few are asked for."""
+    """Correct requests that are rare."""
     method = draw(st.sampled_from([b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"OPTIONS", b"PATCH", b"X-Y!"]))
     version = draw(st.sampled_from([b"1.1", b"1.1", b"1.0", b"1.2"]))
     lines = [b"%s %s HTTP/%s" % (method, draw(st.sampled_from(UNUSUAL_TARGETS)), version)]
@@ -148,7 +148,7 @@ AROUND = st.integers(-2, 2)
 
 @st.composite
 def odd_requests(draw):
-    """What is a request, or nearly: here and there a byte too many, or a part that is none."""
+    """Requests or nearly requests: sometimes with an extra byte, or with a malformed part."""
     lines = [b" ".join([draw(METHOD), draw(TARGET), draw(PROTOCOL)]), draw(HOST)]
     lines += draw(st.lists(FIELD, max_size=4))
     body = []
@@ -225,7 +225,7 @@ ERROR = st.sampled_from([LookupError, LookupError, OSError, ConnectionResetError
 
 
 def lengths(kind, size):
-    """The Content-Length headers of a kind of answer that has so many bytes."""
+    """The Content-Length headers of a kind of answer with so many bytes."""
     values = {
         "absent": [], "exact": [size], "short": [size - 1], "long": [size + 3], "zero": [0], "twice": [size, size],
         "twice, unlike": [size, size + 1],
@@ -235,14 +235,14 @@ def lengths(kind, size):
 
 
 def size_of(parts):
-    """How many bytes they have together, as far as they have any."""
+    """The number of bytes in all parts that have a length."""
     sizes = (each.size if isinstance(each, Xs) else len(each) for each in parts if not isinstance(each, int | None))
     return sum(sizes)
 
 
 @st.composite
 def common_answers(draw):
-    """What a Flask app answers with, most of the time."""
+    """Answers as most Flask apps give them."""
     parts = tuple(draw(st.lists(st.sampled_from([b"hello", b"a" * 200, b"", Xs(10_000)]), min_size=1, max_size=2)))
     headers = draw(st.lists(st.sampled_from(COMMON_HEADERS), unique=True))
     given = draw(st.sampled_from(["exact", "exact", "absent"]))
@@ -257,7 +257,7 @@ def common_answers(draw):
 
 @st.composite
 def odd_answers(draw):
-    """What an app may do wrong, or as few do it."""
+    """Answers that violate a rule, or are rare."""
     parts = tuple(draw(st.lists(PART, max_size=3)))
     headers = [*draw(st.lists(HEADER, max_size=3)), *lengths(draw(CONTENT_LENGTH), size_of(parts))]
     return Answer(
@@ -277,11 +277,11 @@ def odd_answers(draw):
 
 @dataclass
 class Talk:
-    """What a client sends, and what the app answers in turn."""
+    """What a client sends, and what the app answers to each request."""
 
     requests: list[bytes]
     pieces: list[bytes]
-    """The requests as they are sent."""
+    """The requests, as bytes."""
     answers: list[Answer]
     common: bool
     """Whether all of it is what most clients and apps do."""
@@ -309,7 +309,7 @@ def behind_a_proxy(app):
 
 
 def sides(directory):
-    """Of each kind of settings two servers, not started."""
+    """Two servers for each kind of settings, not started."""
     for kind in ("usual", "alone", "all else"):
         for name in "fast", "slow":
             listener = [Listener.bind(Address(path=str(directory / name)))] if kind == "all else" else None
@@ -334,7 +334,7 @@ def sides(directory):
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """Of each kind of settings two servers: one as it is, and one that knows the slow way alone."""
+    """Two servers for each kind of settings: a normal one, and one with the slow way alone."""
     made = {}
     with ExitStack() as stack:
         stack.enter_context(frozen_date())
@@ -347,7 +347,7 @@ def pairs(tmp_path_factory):
 
 
 def talk(*pieces, kind="usual", **answer):
-    """What is too seldom made at random."""
+    """A conversation that random ones contain too rarely."""
     return example(Talk([b"".join(pieces)], list(pieces), [Answer(**answer)], common=False), kind)
 
 
@@ -387,13 +387,13 @@ PROFILE = settings(max_examples=EXAMPLES or CI_EXAMPLES, derandomize=not EXAMPLE
 @talk(POST + b"\r\n", kind="all else", headers=(("X-Served-By", "own"), ("Content-Length", "5")))
 @talk(POST + b"\r\n", parts=(Xs(65536), Xs(65537)), headers=(("Content-Length", "131073"),))
 def test_both_ways_give_the_same_answer(pairs, talk, kind):
-    """The app sees the same, and so do the client, the ledger, the access log and who reads the warnings."""
+    """App, client, ledger, access log and warnings are the same with both ways."""
     fast, slow = (side.converse(talk.pieces, talk.answers) for side in pairs[kind])
     assert fast == slow
 
 
 def test_common_requests_go_the_fast_way(pairs):
-    """Those of browsers do, as far as `LEAST_FAST` says; and no request does where there is the slow way alone."""
+    """At least `LEAST_FAST` of the browsers' requests go the fast way; no request does where it is switched off."""
     (fast, slow), asked = pairs["usual"], []
     before = went_fast(fast.server)
 
@@ -409,7 +409,7 @@ def test_common_requests_go_the_fast_way(pairs):
 
 
 def test_the_generator_makes_all_sorts(pairs):
-    """At least every second conversation is a common one; and all that is not seldom happens in them."""
+    """At least every second conversation is a common one, and all frequent features occur in them."""
     side, shares, statuses, found = pairs["usual"][1], [], set(), set()
 
     @settings(max_examples=CI_EXAMPLES, database=None)
@@ -434,7 +434,7 @@ def test_the_generator_makes_all_sorts(pairs):
 
 
 def other_environ(change):
-    """Middleware that gives the app another environ; `change` may give it a new one."""
+    """Middleware that changes the app's environ with `change`."""
     return lambda app: lambda environ, start_response: app(change(environ) or environ, start_response)
 
 
@@ -468,7 +468,7 @@ class _Environ(dict):
 def rejected(side):
     account = side.server.loop.account
     retire = account.retire
-    account.retire = lambda request, outcome, cut=None: retire(request, "rejected", cut)
+    account.retire = lambda request, outcome, *more: retire(request, "rejected", *more)
 
 
 DIFFERENCES = {
@@ -493,7 +493,7 @@ DIFFERENCES = {
 
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_a_difference_is_seen(pairs, name):
-    """What one of two servers does otherwise shows in what is compared, and nowhere else."""
+    """If one of two servers behaves differently, the comparison shows it in these places alone."""
     shows_in, options, *then = DIFFERENCES[name]
     request = b"POST /a HTTP/1.1\r\nHost: h\r\nAccept: */*\r\nContent-Length: 3\r\n\r\nabc"
     with Side(**options) as other:

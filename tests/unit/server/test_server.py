@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("no_thread_left")
 
 
 def test_a_started_server_serves(serve, connect):
-    """Start returns when requests are answered; port 0 became a real one, which the URL shows."""
+    """Start returns once requests are answered; port 0 is replaced by a real one, which the URL shows."""
     server = serve()
     assert server.url == f"http://127.0.0.1:{server.addresses[0].port}/"
     assert server.addresses[0].port
@@ -59,7 +59,7 @@ def test_as_a_context_manager(app):
 
 
 def test_a_busy_port_raises_at_once(serve, app):
-    """The error of a place that is taken comes out of start, and leaves nothing behind."""
+    """If the port is taken, start raises, and leaves nothing open."""
     taken = serve().addresses[0].port
     before = descriptors()
     server = WaitressThread(app, port=taken)
@@ -70,13 +70,13 @@ def test_a_busy_port_raises_at_once(serve, app):
 
 
 def test_a_second_start_is_refused(serve):
-    """A server is started once."""
+    """A second start of the same server is refused."""
     with pytest.raises(FlaskdError, match="^cannot start: this server has been started before; make a new one$"):
         serve().start()
 
 
 def test_before_the_start_there_is_nothing(app):
-    """A server that was not started counts nothing, can be stopped, and refuses the rest by name."""
+    """A server before its start counts nothing and can be stopped; other calls raise an error that says so."""
     server = WaitressThread(app)
     assert (server.in_flight, server.connections, server.queued, server.completed) == (0, 0, 0, 0)
     assert (server.requests(), server.listeners, server.cut("no reason"), server.turns(0)) == ([], [], (), False)
@@ -88,14 +88,14 @@ def test_before_the_start_there_is_nothing(app):
 
 
 def test_stopping_before_the_start_closes_the_listeners(app):
-    """Listeners that were handed over are the server's to close, even if it never served."""
+    """A server that never served closes the listeners that it was given."""
     listener = Listener.bind(Address("127.0.0.1"))
     WaitressThread(app, listeners=[listener]).stop()
     assert listener.socket.fileno() == -1
 
 
 def test_the_serving_threads_own_error_comes_out_of_start(app, monkeypatch):
-    """A serving thread that dies at its first step is an error of the start, and leaves nothing behind."""
+    """If the serving thread dies at its first step, start raises its error, and leaves nothing open."""
 
     def fail(*_):
         raise RuntimeError("on purpose")
@@ -109,7 +109,7 @@ def test_the_serving_threads_own_error_comes_out_of_start(app, monkeypatch):
 
 
 def test_a_setting_that_waitress_refuses_leaves_nothing_behind(app):
-    """A start that fails before its thread runs closes what it had bound."""
+    """A start that fails before its threads run closes what it had bound."""
     before = descriptors()
     with pytest.raises(ValueError, match="Unknown adjustment"):
         WaitressThread(app, adjustments={"no_such_setting": 1}).start()
@@ -117,7 +117,7 @@ def test_a_setting_that_waitress_refuses_leaves_nothing_behind(app):
 
 
 def test_settings_reach_waitress(serve, connect):
-    """What is set for waitress holds: here its name, and the largest body."""
+    """Settings for waitress take effect: here its name, and the largest body."""
     server = serve(adjustments={"ident": "shop", "max_request_body_size": 4})
     response = connect(server).ask(post("/echo", b"12345"))
     assert (response.status, response.headers["Server"]) == (413, "shop")
@@ -127,7 +127,7 @@ def test_settings_reach_waitress(serve, connect):
 
 
 def test_a_drain_with_nothing_in_hand_is_over_at_once(serve, connect):
-    """Idle connections hold up nothing: they are closed."""
+    """Idle connections do not delay a drain: they are closed."""
     server = serve()
     client = connect(server)
     client.ask("/")
@@ -139,7 +139,7 @@ def test_a_drain_with_nothing_in_hand_is_over_at_once(serve, connect):
 
 
 def test_a_drain_waits_for_a_running_request(serve, app, connect):
-    """A request that runs is answered in full, with word that the connection ends; then the server is quiet."""
+    """A running request is answered completely, the answer says that the connection ends, and the server is quiet."""
     server = serve()
     client = connect(server).send("/gate")
     app.entered(1)
@@ -170,7 +170,7 @@ def test_a_drain_waits_for_queued_requests(serve, app, connect):
 
 @pytest.mark.parametrize("path", ["/big", "/file"])
 def test_a_drain_waits_for_unsent_output(path, serve, app, connect):
-    """A slow reader gets its response to the last byte, though the app was done with it before the drain."""
+    """A slow reader gets its response to the last byte, even if the app had finished before the drain."""
     server = serve()
     client = connect(server, receive_buffer=16384).send(path)
     app.entered(1)
@@ -184,7 +184,7 @@ def test_a_drain_waits_for_unsent_output(path, serve, app, connect):
 
 
 def test_a_drain_waits_for_a_stream(serve, app, connect):
-    """A response that is being streamed ends with its last chunk."""
+    """A chunked response that is being sent ends with its last chunk."""
     server = serve()
     client = connect(server).send("/stream")
     app.entered(1)
@@ -196,10 +196,10 @@ def test_a_drain_waits_for_a_stream(serve, app, connect):
 
 
 def test_a_drain_waits_for_a_partial_upload(serve, app, connect, answers):
-    """A request whose body is on its way is read on, and answered."""
+    """A request whose body is coming is read completely, and answered."""
     server = serve()
     client = connect(server).send("/", post("/echo", b"0123456789")[:-6])
-    assert client.response().status == 200  # and so the part behind it is read, too
+    assert client.response().status == 200  # and so the part after it is read, too
     answers.get(timeout=PATIENCE)
     with draining(server, app) as report:
         assert not report.done()
@@ -210,7 +210,7 @@ def test_a_drain_waits_for_a_partial_upload(serve, app, connect, answers):
 
 
 def test_a_drain_waits_for_partial_headers(serve, app, connect, answers):
-    """A request of which only some bytes have come is a request."""
+    """A request of which only some bytes have come is answered."""
     server = serve()
     client = connect(server).send("/", get("/echo")[:-9])
     client.response()
@@ -222,7 +222,7 @@ def test_a_drain_waits_for_partial_headers(serve, app, connect, answers):
 
 
 def test_a_drain_answers_all_pipelined_requests(serve, app, connect):
-    """All requests that were sent ahead are answered in order; only the last response ends the connection."""
+    """All pipelined requests are answered in order; only the last response ends the connection."""
     server = serve()
     client = connect(server).send("/gate/1", "/gate/2", "/gate/3")
     app.entered(1)
@@ -236,10 +236,10 @@ def test_a_drain_answers_all_pipelined_requests(serve, app, connect):
 
 
 def test_a_drain_serves_what_had_connected(serve, connect):
-    """Clients that stand in the backlog when the drain begins have been let in, and are answered."""
+    """Clients in the backlog when the drain begins are answered."""
     server = serve()
     reports, drain_asked = queue.SimpleQueue(), threading.Event()
-    server.loop.call(drain_asked.wait)  # the serving thread accepts nothing meanwhile
+    server.loop.call(drain_asked.wait)  # meanwhile the serving thread accepts nothing
     late = [connect(server).send("/") for _ in range(5)]
     server.begin_drain(PATIENCE, reports.put)
     drain_asked.set()
@@ -249,7 +249,7 @@ def test_a_drain_serves_what_had_connected(serve, connect):
 
 
 def test_connections_are_refused_while_drained(serve, app, connect):
-    """A drained server is not there for new clients."""
+    """A drained server refuses connections."""
     server = serve()
     client = connect(server).send("/gate")
     app.entered(1)
@@ -263,7 +263,7 @@ def test_connections_are_refused_while_drained(serve, app, connect):
 
 
 def test_an_app_can_see_the_drain(serve, app, connect):
-    """Streams learn of the drain by an event in their environ, which a resume takes back."""
+    """An event in the environ is set by a drain, and cleared by a resume."""
     server = serve()
     connect(server).ask("/")
     event = app.draining
@@ -277,7 +277,7 @@ def test_an_app_can_see_the_drain(serve, app, connect):
 @pytest.mark.parametrize("keep", ["Connection: keep-alive", "Connection: close", "X-Nothing: x"])
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 def test_the_last_response_says_so_once(version, keep, serve, app, connect):
-    """A drain's last response says that the connection ends, whatever was asked for, and nothing that contradicts it."""
+    """A drain's last response says once that the connection ends, whatever the client asked for."""
     server = serve()
     client = connect(server).send(get("/gate", keep, version=version))
     app.entered(1)
@@ -288,14 +288,14 @@ def test_the_last_response_says_so_once(version, keep, serve, app, connect):
 
 
 def test_a_second_drain_gives_the_same_report(serve, connect):
-    """Draining what is drained is no work, and tells the same."""
+    """A second drain of a drained server returns the same report."""
     server = serve()
     connect(server).ask("/")
     assert server.drain() is server.drain()
 
 
 def test_two_who_drain_at_once(serve, app, connect):
-    """Two threads may ask for the same drain, and both are told its end."""
+    """Two threads can ask for the same drain, and both get its report."""
     server = serve()
     client = connect(server).send("/gate")
     app.entered(1)
@@ -306,7 +306,7 @@ def test_two_who_drain_at_once(serve, app, connect):
 
 
 def test_a_hastened_drain_is_over_sooner(serve, app, connect):
-    """A deadline can be brought forward, not put off."""
+    """A drain's deadline can be brought forward, but not put off."""
     server = serve()
     connect(server).send("/gate")
     app.entered(1)
@@ -323,7 +323,7 @@ def test_a_hastened_drain_is_over_sooner(serve, app, connect):
 
 
 def test_resume_serves_on_the_same_port(serve, connect):
-    """After a resume everything is as before: port, answers, and connections that are kept."""
+    """After a resume the port is the same, requests are answered, and connections are kept."""
     server = serve()
     url = server.url
     for _ in range(3):
@@ -336,7 +336,7 @@ def test_resume_serves_on_the_same_port(serve, connect):
 
 
 def test_resume_of_a_taken_port_stays_drained(serve, connect, app):
-    """Where the port is somebody else's by now, resume says so, and can be tried again."""
+    """If the port is taken, resume raises, the server stays drained, and resume can be tried again."""
     server = serve()
     server.drain()
     with WaitressThread(app, port=server.addresses[0].port), pytest.raises(CannotCreateError):
@@ -346,7 +346,7 @@ def test_resume_of_a_taken_port_stays_drained(serve, connect, app):
 
 
 def test_resume_while_draining(serve, app, connect):
-    """A drain under way can be undone: its requests go on, and who waits for its end is told that there is none."""
+    """A resume undoes a drain under way: its requests go on, and threads that wait for the drain get an error."""
     server = serve()
     running = connect(server).send("/gate")
     app.entered(1)
@@ -360,7 +360,7 @@ def test_resume_while_draining(serve, app, connect):
 
 
 def test_resume_of_a_server_that_serves_changes_nothing(serve, connect):
-    """There is nothing to undo where nothing was drained."""
+    """A resume of a server that serves changes nothing."""
     server = serve()
     client = connect(server)
     client.ask("/")
@@ -372,7 +372,7 @@ def test_resume_of_a_server_that_serves_changes_nothing(serve, connect):
 
 
 def test_the_deadline_cuts_and_tells_what(serve, app, connect, caplog):
-    """What is cut is told by method, path, age and stack, in the report and in the log; its client sees a broken end."""
+    """Report and log have method, path, age and stack of a cut request; its client sees an incomplete answer."""
     server = serve()
     client = connect(server).send(get("/gate/export?secret=1", method="PUT"))
     app.entered(1)
@@ -396,7 +396,7 @@ def test_the_deadline_cuts_and_tells_what(serve, app, connect, caplog):
 
 
 def test_the_deadline_deals_with_every_phase(serve, app, connect):
-    """Whatever stage a request is at, a drain that may not wait accounts for it; what never began is refused in words."""
+    """At the deadline requests in every phase are accounted for; those that never began get a 503."""
     server = serve(threads=1)
     sending = connect(server, receive_buffer=16384).send("/big")
     until(server, lambda: [each.phase for each in server.requests()] == ["sending"])
@@ -424,7 +424,7 @@ def test_the_deadline_deals_with_every_phase(serve, app, connect):
 
 
 def test_a_cut_lets_go_of_a_worker_that_waits_for_a_reader(serve, app, connect):
-    """A response too large to be kept holds its worker up until it is read; the cut frees that worker at once."""
+    """A thread that waits for its client to read a large response is freed at once by a cut."""
     server = serve(threads=1, adjustments={"outbuf_high_watermark": 65536})
     client = connect(server, receive_buffer=16384).send("/flood")
     app.entered(1)
@@ -437,7 +437,7 @@ def test_a_cut_lets_go_of_a_worker_that_waits_for_a_reader(serve, app, connect):
 
 
 def test_after_a_cut_all_threads_are_there_again(serve, app, connect):
-    """Workers that hang in requests that were cut are replaced at a resume, and not missed when they come back."""
+    """Threads that hang in cut requests are replaced at a resume; there are not too many when they come back."""
     server = serve(threads=2)
     for _ in range(2):
         connect(server).send("/gate/stuck")
@@ -447,7 +447,7 @@ def test_after_a_cut_all_threads_are_there_again(serve, app, connect):
     server.resume()
     clients = [connect(server).send(f"/gate/{number}") for number in range(2)]
     assert app.entered(2) == {"/gate/0", "/gate/1"}
-    assert len(app_threads()) == 5  # one leads
+    assert len(app_threads()) == 5  # one thread leads
     stuck.set()
     until(server, lambda: len(app_threads()) == 3)
     app.released.set()
@@ -457,7 +457,7 @@ def test_after_a_cut_all_threads_are_there_again(serve, app, connect):
 
 
 def test_a_worker_that_never_ends_is_abandoned(serve, app, connect, caplog):
-    """A stop does not wait for ever for a request that was cut; the log shows where it hangs."""
+    """A stop does not wait for ever for the thread of a cut request; the log has its stack."""
     server = serve()
     connect(server).send("/gate")
     app.entered(1)
@@ -471,7 +471,7 @@ def test_a_worker_that_never_ends_is_abandoned(serve, app, connect, caplog):
     app.released.set()
     stuck.join(PATIENCE)
     assert not stuck.is_alive()
-    server.loop.close(PATIENCE)  # nothing but the trigger that the worker might still have pulled
+    server.loop.close(PATIENCE)  # only the trigger, which the thread may still use
 
 
 def _stack(thread):
@@ -484,7 +484,7 @@ def _stack(thread):
 
 
 def test_in_flight_counts_from_the_last_byte_to_the_last_byte(serve, app, connect, answers):
-    """A request is in flight from its complete arrival until its answer is out, and then it is completed."""
+    """A request is in flight from its last byte until the last byte of its answer is sent, then it is completed."""
     server = serve()
     assert (server.in_flight, server.completed) == (0, 0)
     client = connect(server).send("/gate/a")
@@ -503,7 +503,7 @@ def test_in_flight_counts_from_the_last_byte_to_the_last_byte(serve, app, connec
 
 
 def test_what_the_access_log_is_told(serve, app, connect, answers):
-    """One answer is one record: client, request, status, the body's size, and how long it took."""
+    """One answer is one record: client, request, status, bytes of the body, and seconds."""
     server = serve()
     began = time.time()
     connect(server).ask(get("/echo?q=%22", "Referer: http://a/", 'User-Agent: me "it"', method="POST"))
@@ -531,7 +531,7 @@ def test_what_the_access_log_is_told(serve, app, connect, answers):
     ],
 )
 def test_every_answer_is_told_with_its_status_and_size(request_bytes, status, size, serve, connect, answers):
-    """Whoever made the answer, its status and its body's size are known."""
+    """Every answer is recorded with its status and the size of its body, whether the app made it or not."""
     connect(serve()).send(request_bytes)
     fields = answers.get(timeout=PATIENCE)
     assert fields["status"] == status
@@ -539,7 +539,7 @@ def test_every_answer_is_told_with_its_status_and_size(request_bytes, status, si
 
 
 def test_answers_are_told_once(serve, connect, answers):
-    """Pipelined requests are told as often as they were answered."""
+    """Pipelined requests are recorded once for each answer."""
     paths = [f"/hello/{number}" for number in range(4)]
     client = connect(serve()).send(*paths)
     for _ in paths:
@@ -549,7 +549,7 @@ def test_answers_are_told_once(serve, connect, answers):
 
 
 def test_a_probe_is_in_no_count_and_no_record(serve, app, connect, answers):
-    """A probe asks the app through a worker, and nobody else ever hears of it."""
+    """A probe runs the app in a thread, and is in no count and no record."""
     server = serve()
     assert server.probe("/", PATIENCE) == 200
     assert server.probe("/boom", PATIENCE) == 500
@@ -567,21 +567,21 @@ def test_a_probe_is_in_no_count_and_no_record(serve, app, connect, answers):
 
 
 def test_a_probe_needs_no_listener(serve):
-    """A drained server still answers for its app."""
+    """A drained server still answers a probe."""
     server = serve()
     server.drain()
     assert server.probe("/", PATIENCE) == 200
 
 
 def test_a_probe_that_is_not_answered_in_time(serve, app):
-    """A probe waits no longer than it may."""
+    """A probe waits at most its timeout."""
     server = serve()
     with pytest.raises(AppError, match=r"^cannot get ready: /gate did not answer the probe within 0\.05s$"):
         server.probe("/gate", 0.05)
 
 
 def test_a_probe_that_is_broken_off(serve, monkeypatch):
-    """A probe that gets no answer at all is an error by name."""
+    """A probe that gets no answer raises an error that says so."""
     server = serve()
     monkeypatch.setattr("flaskd.server.connections.Connections.attach", lambda _, sock, **__: sock.close())
     with pytest.raises(AppError, match="^cannot get ready: the probe of / was broken off"):
@@ -589,7 +589,7 @@ def test_a_probe_that_is_broken_off(serve, monkeypatch):
 
 
 def test_a_probe_whose_answer_trickles_has_one_deadline(serve, monkeypatch):
-    """The timeout is for the whole answer, not for each byte of it."""
+    """A probe's timeout is for the whole answer, not for each byte of it."""
     held = []
 
     def trickle(_, sock, **__):
@@ -616,7 +616,7 @@ def test_a_probe_whose_answer_trickles_has_one_deadline(serve, monkeypatch):
 
 
 def test_a_path_is_shown_without_what_could_paint_a_terminal(serve, app, connect):
-    """Bytes that cannot be seen stay as RFC 3986 writes them; bare ones are refused (RFC 9112 §3.2)."""
+    """Invisible characters stay percent-encoded as in RFC 3986; raw ones are refused (RFC 9112 §3.2)."""
     server = serve()
     connect(server).send("/gate/%1B[2J%07%0A")
     app.entered(1)
@@ -626,7 +626,7 @@ def test_a_path_is_shown_without_what_could_paint_a_terminal(serve, app, connect
 
 
 def test_connections_are_limited_as_asked(serve, connect):
-    """The limit counts connections, and who waits outside is served when somebody leaves."""
+    """The connection limit is kept; a client that waits is served when another one leaves."""
     server = serve(adjustments={"connection_limit": 2})
     clients = [connect(server).send("/") for _ in range(3)]
     clients[1].response()
@@ -639,14 +639,14 @@ def test_connections_are_limited_as_asked(serve, connect):
 
 
 def test_the_number_of_threads_can_change(serve, app, connect):
-    """More threads take what is queued at once; fewer let the rest go."""
+    """New threads take queued requests at once; when the number is lowered, threads end after their requests."""
     server = serve(threads=1)
     clients = [connect(server).send(f"/gate/{number}") for number in range(3)]
     app.entered(1)
     until(server, lambda: server.queued == 2)
     server.set_threads(3)
     app.entered(2)
-    assert len(app_threads()) == 4  # one leads
+    assert len(app_threads()) == 4  # one thread leads
     server.set_threads(1)
     app.released.set()
     assert [client.response().status for client in clients] == [200, 200, 200]
@@ -659,7 +659,7 @@ def test_the_number_of_threads_can_change(serve, app, connect):
 
 @pytest.mark.parametrize("path", ["/boom", "/exit", "/exit?3", "/interrupt"])
 def test_whatever_an_app_raises_is_a_500(path, serve, connect, answers, caplog):
-    """Also what is no Exception is answered, logged with its traceback, and keeps no thread and no connection."""
+    """SystemExit and the like are answered with 500 and logged with a traceback; thread and connection are freed."""
     server = serve(threads=1)
     for _ in range(3):
         client = connect(server)
@@ -674,7 +674,7 @@ def test_whatever_an_app_raises_is_a_500(path, serve, connect, answers, caplog):
 
 @pytest.mark.parametrize("path", ["/half", "/half_exit", "/short"])
 def test_a_response_that_breaks_off_is_seen_to_break_off(path, serve, connect):
-    """What an app could not finish does not look finished to the client, and leaves nothing in flight."""
+    """The client can see that an answer is incomplete, and the request is not in flight any more."""
     server = serve(threads=1)
     for _ in range(3):
         client = connect(server).send(path)
@@ -687,7 +687,7 @@ def test_a_response_that_breaks_off_is_seen_to_break_off(path, serve, connect):
 
 @pytest.mark.parametrize("path", ["/gate", "/stream", "/big"])
 def test_a_client_that_went_away_is_not_in_flight(path, serve, app, connect, answers):
-    """Who did not wait for the answer holds up no drain, and is not counted as answered."""
+    """A client that left before its answer does not delay a drain, and does not count as answered."""
     server = serve(threads=1)
     client = connect(server, receive_buffer=16384).send(path)
     app.entered(1)
@@ -701,7 +701,7 @@ def test_a_client_that_went_away_is_not_in_flight(path, serve, app, connect, ans
 
 
 def test_a_client_that_went_away_while_queued_is_not_in_flight(serve, app, connect):
-    """A request that nobody waits for any more passes through its worker, pipelined ones behind it too."""
+    """A queued request whose client left is dropped, together with those pipelined behind it."""
     server = serve(threads=1)
     running = connect(server).send("/gate")
     app.entered(1)
@@ -726,7 +726,7 @@ def test_a_client_that_went_away_while_queued_is_not_in_flight(serve, app, conne
     ids=["close", "1.0", "error", "broken", "exit", "garbage"],
 )
 def test_what_was_pipelined_behind_the_end_is_not_in_flight(requests, serve, connect):
-    """Requests behind a response that ends the connection will never be answered, and hold up nothing."""
+    """Requests pipelined behind a response that ends the connection are not in flight, and delay nothing."""
     server = serve()
     client = connect(server).send(*requests)
     client.file.read()
@@ -737,7 +737,7 @@ def test_what_was_pipelined_behind_the_end_is_not_in_flight(requests, serve, con
 
 @pytest.mark.parametrize("more", [b"\r\n", b"\r\n\r\n", b"\r"])
 def test_blank_lines_are_no_request(more, serve, connect, answers):
-    """Blank lines after a request, as RFC 9112 §2.2 foresees them, hold up no drain."""
+    """Blank lines after a request (RFC 9112 §2.2) do not delay a drain."""
     server = serve()
     client = connect(server).send(get("/") + more)
     client.response()
@@ -747,7 +747,7 @@ def test_blank_lines_are_no_request(more, serve, connect, answers):
 
 
 def test_a_client_that_expects_to_continue(serve, connect):
-    """A body is asked for before it is sent, and the answer follows it."""
+    """The client gets 100 before it sends the body, and then the answer."""
     client = connect(serve()).send(get("/echo", "Expect: 100-continue", "Content-Length: 5", method="POST"))
     assert client.response().status == 100
     assert client.ask(b"12345").body == b"12345"
@@ -756,7 +756,7 @@ def test_a_client_that_expects_to_continue(serve, connect):
 
 @pytest.mark.parametrize("headers", [[], ["Content-Length: 0"]], ids=["no length", "no body"])
 def test_an_expectation_without_a_body_is_answered_at_once(headers, serve, connect):
-    """There is nothing to wait for, so there is no 100, and no connection that waits for ever."""
+    """A request without a body gets no 100, and is answered at once."""
     server = serve()
     client = connect(server)
     assert client.ask(get("/echo", "Expect: 100-continue", *headers, method="POST")).status == 200
@@ -765,7 +765,7 @@ def test_an_expectation_without_a_body_is_answered_at_once(headers, serve, conne
 
 
 def test_an_expectation_that_is_refused_is_refused_at_once(serve, connect):
-    """A body that is too large is refused before it is sent."""
+    """A body that is too large is refused before the client sends it."""
     server = serve(adjustments={"max_request_body_size": 4})
     request = get("/echo", "Expect: 100-continue", "Content-Length: 5", method="POST")
     client = connect(server)
@@ -775,7 +775,7 @@ def test_an_expectation_that_is_refused_is_refused_at_once(serve, connect):
 
 
 def test_an_expectation_is_met_during_a_drain(serve, app, connect):
-    """A client that asked before the drain may send its body in it."""
+    """A client that asked for 100 before the drain may send its body during the drain."""
     server = serve()
     client = connect(server)
     client.ask("/")
@@ -789,7 +789,7 @@ def test_an_expectation_is_met_during_a_drain(serve, app, connect):
 
 @pytest.mark.parametrize("body", [b"", b"12345"])
 def test_http_1_1_without_a_host_is_refused(body, serve, app, connect, answers):
-    """RFC 9112 §3.2 demands a 400, and the app hears nothing of it."""
+    """HTTP/1.1 without Host gets a 400 (RFC 9112 §3.2), and the app does not run."""
     client = connect(serve())
     assert client.ask(b"POST /echo HTTP/1.1\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)).status == 400
     assert client.ended()
@@ -798,7 +798,7 @@ def test_http_1_1_without_a_host_is_refused(body, serve, app, connect, answers):
 
 
 def test_http_1_0_needs_no_host(serve, connect):
-    """An older client never heard of it."""
+    """HTTP/1.0 without Host is served."""
     assert connect(serve()).ask(get("/", version="1.0")).status == 200
 
 
@@ -835,7 +835,7 @@ def test_an_ipv6_listener(serve, connect, answers):
 
 
 def test_several_listeners_at_once(serve, app, connect, answers, tmp_path):
-    """All listeners lead to the same app and the same threads, and are drained and resumed together."""
+    """All listeners serve the same app with the same threads, and drain and resume together."""
     addresses = [Address("127.0.0.1"), Address("127.0.0.1"), Address(path=str(tmp_path / "s"))]
     server = serve(listeners=[Listener.bind(address) for address in addresses])
     for _ in range(2):
@@ -863,7 +863,7 @@ def test_several_listeners_at_once(serve, app, connect, answers, tmp_path):
 
 
 def test_stop_answers_what_is_in_flight(app, connect):
-    """A stop is a drain first."""
+    """A stop answers requests in flight, as a drain does."""
     server = WaitressThread(app).start()
     client = connect(server).send("/gate")
     app.entered(1)
@@ -877,7 +877,7 @@ def test_stop_answers_what_is_in_flight(app, connect):
 
 
 def test_a_second_stop_gives_the_same_report(app, connect):
-    """Stopping twice does no harm and tells the same; after a drain it tells what the drain told."""
+    """A second stop returns the same report; after a drain, a stop returns the drain's report."""
     server = WaitressThread(app).start()
     connect(server).ask("/")
     drained = server.drain()
@@ -887,7 +887,7 @@ def test_a_second_stop_gives_the_same_report(app, connect):
 
 
 def test_a_stop_cuts_at_its_timeout(app, connect):
-    """A stop waits no longer than it may, and says what it broke off."""
+    """A stop takes no longer than its timeout, and reports what it cut."""
     server = WaitressThread(app, threads=1).start()
     connect(server).send("/gate")
     app.entered(1)
@@ -903,7 +903,7 @@ def test_a_stop_cuts_at_its_timeout(app, connect):
 
 
 def test_stop_leaves_no_thread(app):
-    """When stop returns every thread has ended, so that a test's tear-down is over when it is over."""
+    """When stop returns, every thread has ended."""
     before = threading.enumerate()
     server = WaitressThread(app).start()
     assert len(threading.enumerate()) == len(before) + 5
@@ -925,7 +925,7 @@ def test_cycles_leave_nothing_behind(app, connect):
 
 
 def test_an_abandoned_start_leaves_nothing_behind(app, connect):
-    """Abandoning ends without a drain, open connections and all."""
+    """`abandon` ends a server without a drain, and closes open connections."""
     before = descriptors()
     server = WaitressThread(app).start()
     client = Client(server.addresses[0])
@@ -938,7 +938,7 @@ def test_an_abandoned_start_leaves_nothing_behind(app, connect):
 
 
 def test_an_unstopped_server_keeps_no_interpreter_alive(tmp_path):
-    """A script that forgets to stop its server ends all the same, even with a request that hangs."""
+    """A script that does not stop its server ends all the same, even while a request hangs."""
     script = """
 import socket, threading
 from flaskd import ServerThread
@@ -962,7 +962,7 @@ print("over", flush=True)
 
 
 def test_a_dead_serving_thread_is_told(app, connect, caplog):
-    """What kills the serving thread is logged and handed to who asked; a drain says so, and a stop still stops."""
+    """The error that killed the serving thread is logged and passed to `on_death`; a drain raises, a stop works."""
     died = queue.SimpleQueue()
     server = WaitressThread(app, on_death=died.put).start()
     error = LookupError("on purpose")
@@ -982,7 +982,7 @@ def test_a_dead_serving_thread_is_told(app, connect, caplog):
 
 
 def test_one_error_in_the_serving_thread_is_pardoned(serve, connect, caplog):
-    """The thread that leads runs the app, too, and an app may raise in any thread; it is told, and another one leads."""
+    """A first error in the leading thread, which also runs the app, is logged, and another thread leads."""
     server = serve()
     server.loop.call(lambda: 1 / 0)
     until(server, lambda: "the serving thread failed, and goes on" in caplog.messages)

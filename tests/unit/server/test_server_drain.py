@@ -1,4 +1,4 @@
-"""What a drain owes to each connection: graces, half-closes, refusals in words, ended streams, shared listeners."""
+"""What a drain does for each connection: graces, half-closes, refusals, ended streams, shared listeners."""
 
 import errno
 import socket
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("no_thread_left")
 
 
 def test_a_busy_keepalive_client_gets_its_next_request_answered(serve, app, connect):
-    """Within its grace a connection may send one more request, and learns from the answer that it is the last."""
+    """Within its grace a kept connection may send one more request; the answer says that it is the last one."""
     server = serve(keepalive_grace=PATIENCE)
     client = connect(server)
     client.ask("/")
@@ -51,7 +51,7 @@ def test_a_busy_keepalive_client_gets_its_next_request_answered(serve, app, conn
 
 
 def test_a_connection_that_is_idle_longer_than_its_grace_is_closed_at_once(serve, app, connect):
-    """Clients with nothing to say do not hold a drain up."""
+    """Idle connections whose grace is over do not delay a drain."""
     server = serve(keepalive_grace=0)
     clients = [connect(server) for _ in range(20)]
     for client in clients:
@@ -65,18 +65,18 @@ def test_a_connection_that_is_idle_longer_than_its_grace_is_closed_at_once(serve
 
 
 def test_the_half_close_waits_for_the_client_and_never_resets(serve, app, connect):
-    """A client that is still sending when the answer is out reads all of it; nothing is reset under it."""
+    """A client that is still sending reads all of its answer, and is not reset."""
     server = serve()
     client = connect(server)
     client.send(post("/echo", b"x" * 100, "Connection: close"))
-    client.socket.sendall(b"y" * 50_000)  # more than was announced: unread input would make a plain close a reset
+    client.socket.sendall(b"y" * 50_000)  # more than the Content-Length: a plain close would reset unread input
     response = client.response()
     assert response.body == b"x" * 100
     assert client.ended()
 
 
 def test_a_refused_upload_reads_its_refusal(serve, connect):
-    """A body that is too large is refused before it is read; the client that goes on sending gets the 413."""
+    """A body that is too large is refused before it is read, and the client that goes on sending reads the 413."""
     server = serve(adjustments={"max_request_body_size": 1000})
     client = connect(server)
     client.send(get("/echo", "Content-Length: 1000000", method="POST"))
@@ -87,7 +87,7 @@ def test_a_refused_upload_reads_its_refusal(serve, connect):
 
 
 def test_what_waits_in_the_queue_at_the_deadline_is_refused_in_words(serve, app, connect):
-    """503 and Retry-After for each request that no thread had begun; they are counted as rejected."""
+    """At the deadline each request that no thread has begun gets 503 with Retry-After, and counts as rejected."""
     server = serve(threads=1)
     running = connect(server).send("/gate")
     app.entered(1)
@@ -103,7 +103,7 @@ def test_what_waits_in_the_queue_at_the_deadline_is_refused_in_words(serve, app,
 
 
 def test_expect_within_the_grace_is_served_and_after_it_refused(serve, app, connect):
-    """100-continue is said to who is in time; who is late gets a 503 before sending the body."""
+    """100-continue is sent within the grace; after it, a client gets a 503 before it sends the body."""
     server = serve(keepalive_grace=PATIENCE)
     client, late = connect(server), connect(server)
     client.ask("/")
@@ -114,7 +114,7 @@ def test_expect_within_the_grace_is_served_and_after_it_refused(serve, app, conn
         assert client.response().status == 100
         assert client.send(b"body").response().body == b"body"
         head = get("/echo", "Content-Length: 4", "Expect: 100-continue", method="POST")
-        late.send(head[:-2])  # an idle connection would be closed as soon as its grace is over
+        late.send(head[:-2])  # an idle connection would be closed once its grace is over
         until(server, lambda: any(channel.arriving for channel in server.loop.connections.channels()))
         server.set_graces(0, 0)
         late.send(head[-2:])
@@ -125,17 +125,14 @@ def test_expect_within_the_grace_is_served_and_after_it_refused(serve, app, conn
 
 
 def test_whoever_closes_an_answered_connection_first_the_answer_was_whole(serve, app, connect, monkeypatch):
-    """The client read it all and went, the loop saw that, and only then does the worker come to say that it is done.
-
-    On epoll the loop asks for a lock that the worker has in this moment.
-    """
+    """The answer counts as completed, even if the client leaves before the thread notes that it has finished."""
     monkeypatch.setattr("flaskd.server.context.make_poller", PollMap)
     server = serve()
     real = Request.close
 
     def close(request):
         channel = request.channel
-        if threading.current_thread() is request.thread:  # waitress forgets the request after this
+        if threading.current_thread() is request.thread:  # after that, waitress forgets the request
             until(server, lambda: not channel.connected)
         real(request)
 
@@ -160,7 +157,7 @@ def events(environ, start_response, entered=threading.Event(), release=threading
 
 @pytest.mark.parametrize("grace", [0, 0.1])
 def test_an_event_stream_ends_between_two_events_after_its_grace(grace, serve, connect):
-    """A stream whose generator sleeps on is ended with a proper last chunk; it counts as completed, and holds nobody."""
+    """A stream whose generator sleeps ends with a last chunk, counts as completed, and does not delay the drain."""
     entered, release = threading.Event(), threading.Event()
     server = serve(lambda environ, start: events(environ, start, entered, release), stream_grace=grace)
     client = connect(server).send("/")
@@ -175,7 +172,7 @@ def test_an_event_stream_ends_between_two_events_after_its_grace(grace, serve, c
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 def test_a_stream_that_has_sent_nothing_yet_is_ended_too(version, serve, connect):
-    """Its client reads the app's header and an empty stream, not a reset; the drain does not wait for the first event."""
+    """The client reads the app's header and an empty stream, not a reset; the drain does not wait for an event."""
     entered, release = threading.Event(), threading.Event()
 
     def silent(environ, start_response):
@@ -202,7 +199,7 @@ def test_a_stream_that_has_sent_nothing_yet_is_ended_too(version, serve, connect
 
 
 def test_what_waits_in_a_pipeline_at_the_deadline_is_refused_whole(serve, app, connect):
-    """Each request behind one another gets its own 503; only the last of them closes the connection."""
+    """Each pipelined request gets a 503 of its own; only the last of them closes the connection."""
     server = serve(threads=1)
     running = connect(server).send("/gate")
     app.entered(1)
@@ -220,7 +217,7 @@ def test_what_waits_in_a_pipeline_at_the_deadline_is_refused_whole(serve, app, c
 
 
 def test_while_drained_a_pipeline_is_refused_whole(serve, connect):
-    """Nothing that was accepted goes without an answer."""
+    """On a drained server each pipelined request gets a 503."""
     listener, kept = shared_listener()
     with kept:
         server = serve(listeners=[listener])
@@ -234,7 +231,7 @@ def test_while_drained_a_pipeline_is_refused_whole(serve, connect):
 
 
 def test_a_chunked_download_is_not_ended_early(serve, app, connect):
-    """Half of somebody's data never looks whole: a chunked response that is no event stream runs on, or is cut."""
+    """A chunked response that is not a stream is sent to its end or cut: it never looks complete too early."""
     server = serve(stream_grace=0)
     client = connect(server).send("/stream")
     app.entered(1)
@@ -246,7 +243,7 @@ def test_a_chunked_download_is_not_ended_early(serve, app, connect):
 
 
 def test_a_reset_client_is_not_waited_for(serve, app, connect):
-    """Whose connection was reset gets no answer any more, so the drain does not wait for it."""
+    """A drain does not wait for a client that has reset its connection."""
     server = serve()
     client = connect(server).send("/gate")
     app.entered(1)
@@ -257,7 +254,7 @@ def test_a_reset_client_is_not_waited_for(serve, app, connect):
 
 
 def test_a_half_closing_client_gets_its_answer(serve, app, connect):
-    """A client that has said all it has to say still reads its response, in a drain too."""
+    """A client that has half-closed its connection gets its answer, during a drain, too."""
     server = serve()
     client = connect(server).send("/gate")
     app.entered(1)
@@ -268,7 +265,7 @@ def test_a_half_closing_client_gets_its_answer(serve, app, connect):
 
 
 def test_new_clients_are_refused_while_handshakes_complete(serve, app, connect):
-    """The gate: connections already made are served, new ones are refused while the listener still drains."""
+    """The gate: connections made before are served, new ones are refused while the listener drains."""
     server = serve(threads=1)
     early = connect(server).send("/gate")
     app.entered(1)
@@ -287,7 +284,7 @@ needs_ipv6 = pytest.mark.skipif(not HAS_IPV6, reason="this machine has no ::1")
 @needs_handshakes
 @pytest.mark.parametrize("host", ["127.0.0.1", pytest.param("::1", marks=needs_ipv6), "0.0.0.0"])
 def test_a_handshake_that_takes_long_is_waited_for(host, serve, app, connect):
-    """A drain closes no listener to which a client is still connecting; the client is answered, whatever its distance."""
+    """A drain waits for a handshake under way before it closes the listener; the client is answered."""
     with looks_at_the_gate() as looked_twice:
         server = serve(host=host, keepalive_grace=PATIENCE)
         first = connect(server).send("/gate")
@@ -304,7 +301,7 @@ def test_a_handshake_that_takes_long_is_waited_for(host, serve, app, connect):
 
 @needs_handshakes
 def test_a_handshake_that_takes_long_is_waited_for_by_a_resume(serve, connect):
-    """Who was connecting when a drain began is served, even if the drain is undone in the same moment."""
+    """A client in a handshake when a drain began is served, even if the drain is undone at once."""
     server = serve()
     with busy(server.loop) as release, looks_at_the_gate() as looked_twice, ThreadPoolExecutor(1) as pool:
         far = connect(server, slow=True)
@@ -320,7 +317,7 @@ def test_a_handshake_that_takes_long_is_waited_for_by_a_resume(serve, connect):
 
 
 def test_a_handshake_that_is_never_done_ends_no_drain_late(serve, monkeypatch):
-    """Who connects and does not go on holds a drain up for a bounded time, and none that has come to its deadline."""
+    """A handshake that never completes delays a drain for a bounded time, and not beyond its deadline."""
     monkeypatch.setattr(Listener, "handshakes", lambda _: 1)
     monkeypatch.setattr(draining_module, "GATE_MOST", PATIENCE)
     assert serve().drain(0.1).took < PATIENCE / 2
@@ -329,7 +326,7 @@ def test_a_handshake_that_is_never_done_ends_no_drain_late(serve, monkeypatch):
 
 
 def test_a_gate_is_passed_where_nothing_tells_of_handshakes(serve, app, connect, monkeypatch):
-    """Without netlink, as under some sandboxes, those who wait are served after a moment, and the listener is closed."""
+    """Without netlink, as in some sandboxes, waiting clients are served after a moment, and the listener is closed."""
     before = socket.socket
 
     def sandboxed(family=-1, *args, **options):
@@ -355,7 +352,7 @@ def shared_listener():
 
 
 def test_a_shared_listener_is_left_to_its_next_owner(serve, app, connect):
-    """A drain does not accept from what somebody else holds, too; the next owner answers who waits in the backlog."""
+    """A drain does not accept from a shared listener; its next owner answers the clients in the backlog."""
     listener, kept = shared_listener()
     with kept:
         first = serve(listeners=[listener])
@@ -369,7 +366,7 @@ def test_a_shared_listener_is_left_to_its_next_owner(serve, app, connect):
 
 
 def test_a_listener_that_nobody_shares_any_more_is_gated_in_the_drain(serve, app, connect):
-    """Whoever connected before is served, nobody comes after."""
+    """Clients that connected before are served; none can connect after that."""
     listener, kept = shared_listener()
     with kept:
         server = serve(listeners=[listener])
@@ -390,7 +387,7 @@ def test_a_listener_that_nobody_shares_any_more_is_gated_in_the_drain(serve, app
 
 
 def test_the_last_batch_is_served_at_the_end_of_a_drain(serve, app, connect):
-    """Where nobody knows whether a successor comes, who waits in the backlog is served once the rest is done."""
+    """If it is not known whether a next owner comes, the backlog is served at the end of the drain."""
     listener, kept = shared_listener()
     with kept:
         server = serve(listeners=[listener])
@@ -408,7 +405,7 @@ def test_the_last_batch_is_served_at_the_end_of_a_drain(serve, app, connect):
 
 
 def test_while_drained_a_shared_listener_answers_503(serve, app, connect):
-    """Who comes to a drained server is told plainly, until it resumes."""
+    """Clients of a drained server get a 503 until it resumes."""
     listener, kept = shared_listener()
     with kept:
         server = serve(listeners=[listener])
@@ -422,7 +419,7 @@ def test_while_drained_a_shared_listener_answers_503(serve, app, connect):
 
 
 def test_announcing_closes_each_connection_after_its_answer(serve, app, connect):
-    """While a drain is announced, requests are served as before, and each response is the connection's last."""
+    """While a drain is announced, requests are served, and each response is the last one of its connection."""
     server = serve()
     client = connect(server)
     assert not client.ask("/").last
@@ -433,7 +430,7 @@ def test_announcing_closes_each_connection_after_its_answer(serve, app, connect)
 
 
 def test_health_is_answered_by_the_loop(serve, app, answers, connect):
-    """With every worker stuck, the health path answers, and the app never sees it."""
+    """While every thread is stuck, the loop answers the health path, without the app."""
     server = serve(threads=1)
     server.answer_health("/healthz", lambda: ("503 Service Unavailable", "draining"))
     stuck = connect(server).send("/gate")
@@ -447,7 +444,7 @@ def test_health_is_answered_by_the_loop(serve, app, answers, connect):
 
 
 def test_a_request_that_takes_long_is_not_idle(serve, app, connect):
-    """Who waits for an answer is not reaped, however long that takes: it is the app's turn, not the client's."""
+    """A connection with a running request is not closed as idle, however long that takes."""
     server = serve(adjustments={"cleanup_interval": 0})
     client = connect(server).send("/gate")
     app.entered(1)
@@ -458,7 +455,7 @@ def test_a_request_that_takes_long_is_not_idle(serve, app, connect):
 
 
 def test_the_limit_counts_connections_and_accepting_goes_on_below_it(serve, app, connect):
-    """At the limit new connections wait in the backlog; one that ends lets the next one in."""
+    """At the connection limit new connections wait in the backlog; when one ends, the next is accepted."""
     server = serve(adjustments={"connection_limit": 2})
     first, second = connect(server), connect(server)
     assert first.ask("/").status == second.ask("/").status == 200
@@ -469,7 +466,7 @@ def test_the_limit_counts_connections_and_accepting_goes_on_below_it(serve, app,
 
 
 def test_the_same_on_waitress_own_loop(serve, app, connect, monkeypatch):
-    """Without epoll and without the gate, serving, draining, cutting and resuming work alike."""
+    """Without epoll and without the gate, serving, draining, cutting and resuming work in the same way."""
     monkeypatch.delattr("select.epoll")
     monkeypatch.setattr(Listener, "gate", lambda _: False)
     server = serve(threads=1)
@@ -489,7 +486,7 @@ def test_the_same_on_waitress_own_loop(serve, app, connect, monkeypatch):
 
 
 def test_thousands_of_idle_connections_cost_nothing(serve, app, connect, monkeypatch):
-    """Interest is computed only for connections that something happened to: idle ones are never asked."""
+    """Idle connections are never asked what they wait for; only those with an event are."""
     server = serve()
     for _ in range(200):
         connect(server)

@@ -1,4 +1,4 @@
-"""Idleness: what counts, what does not, and when time is up."""
+"""Idleness: which requests count, and when the idle time is over."""
 
 import queue
 import socket
@@ -12,12 +12,12 @@ import flaskd
 from flaskd.server.board import Board
 
 AFTER = 0.15
-"""Seconds; each test but one waits that long."""
+"""Seconds; each test except one waits that long."""
 NEVER = 3600.0
 
 
 class Idle:
-    """A server that is watched, and the moments at which it was idle."""
+    """A server with an idle watch, and the moments at which it was idle."""
 
     def __init__(self, server, after=AFTER, ignore=()):
         self.server = server
@@ -30,7 +30,7 @@ class Idle:
         assert self.server.turns(PATIENCE)
 
     def came(self):
-        """Wait until it is idle; returns when it was."""
+        """Wait until the server is idle; returns the moment."""
         return self.moments.get(timeout=PATIENCE)
 
     @property
@@ -38,7 +38,7 @@ class Idle:
         return not self.moments.empty()
 
     def passes(self):
-        """Let more than the time pass that it takes to be idle, in turns of the loop."""
+        """Let more than the idle time pass, in turns of the loop."""
         over = time.monotonic() + 2 * AFTER
         until(self.server, lambda: time.monotonic() > over)
 
@@ -49,20 +49,20 @@ def server(no_thread_left, serve):
 
 
 def test_nobody_asks(server):
-    """Time is up that long after the watch began, not before."""
+    """The server is idle when that much time has passed since the watch began, not before."""
     idle = Idle(server)
     assert idle.came() - idle.began >= AFTER
 
 
 def test_who_is_not_heard_is_told_again(server):
-    """An owner that was busy with something else hears of it a second later."""
+    """If the server still serves, `on_idle` is called again a second later."""
     idle = Idle(server)
     first = idle.came()
     assert 0.9 <= idle.came() - first < PATIENCE
 
 
 def test_time_counts_from_the_last_answer(server, connect):
-    """Each answer moves it."""
+    """Each answer begins the time anew."""
     idle = Idle(server)
     client = connect(server)
     for _ in range(3):
@@ -72,7 +72,7 @@ def test_time_counts_from_the_last_answer(server, connect):
 
 
 def test_a_request_in_flight_keeps_it(server, connect, app):
-    """However long it runs; then time begins anew, from its answer."""
+    """A request in flight keeps the server from being idle, however long; the time begins with its answer."""
     idle = Idle(server)
     client = connect(server).send("/gate")
     app.entered(1)
@@ -85,7 +85,7 @@ def test_a_request_in_flight_keeps_it(server, connect, app):
 
 
 def test_a_stream_keeps_it(server, connect, app):
-    """As long as it is being sent."""
+    """A stream keeps the server from being idle as long as it is sent."""
     idle = Idle(server)
     connect(server).send("/stream")
     app.entered(1)
@@ -96,7 +96,7 @@ def test_a_stream_keeps_it(server, connect, app):
 
 
 def test_an_upload_that_is_still_coming_keeps_it(server, connect):
-    """Its head tells its path; its body may take as long as it likes."""
+    """A request with a complete head keeps the server from being idle, however long its body takes."""
     idle = Idle(server)
     client = connect(server).send(post("/echo", b"12345")[:-2])
     until(server, lambda: server.idle[0] == 0.0)
@@ -107,7 +107,7 @@ def test_an_upload_that_is_still_coming_keeps_it(server, connect):
 
 
 def test_work_in_the_background_keeps_it(server):
-    """As long as it lasts."""
+    """Background work keeps the server from being idle as long as it lasts."""
     with flaskd.background("export"):
         idle = Idle(server)
         idle.passes()
@@ -119,7 +119,7 @@ def test_work_in_the_background_keeps_it(server):
     "path", ["/gate", "/gate/x", "/gate?x=/y", "/hello/deep/down", "/hello/", "/st%72eam", "/gate/caf%C3%A9"]
 )
 def test_what_is_ignored_keeps_nothing(server, connect, app, path):
-    """In flight, streamed or polled: an ignored path does not count, exact or by its beginning, query or not."""
+    """Requests for ignored paths do not count: in flight, streamed or repeated, exact or by pattern."""
     idle = Idle(server, ignore=["/gate", "/gate/x", "/gate/caf%c3%a9", "/hello/*", "/stream"])
     connect(server).send(path)
     app.entered(1)
@@ -128,7 +128,7 @@ def test_what_is_ignored_keeps_nothing(server, connect, app, path):
 
 @pytest.mark.parametrize(("path", "counts"), [("/gate", False), ("/gate/x", True), ("/gate/", True)])
 def test_only_a_star_stands_for_more(server, connect, app, path, counts):
-    """A path without one is itself alone."""
+    """An ignored path without a star stands for itself alone."""
     Idle(server, after=NEVER, ignore=["/gate", "/gat", "/hello*"])
     connect(server).send(path)
     app.entered(1)
@@ -136,7 +136,7 @@ def test_only_a_star_stands_for_more(server, connect, app, path, counts):
 
 
 def test_polling_an_ignored_path_does_not_keep_it(server, connect):
-    """An open tab asks again and again, and time is up all the same."""
+    """If a client polls an ignored path, the server becomes idle all the same."""
     idle = Idle(server, ignore=["/hello"])
     client = connect(server)
     while not idle.was:
@@ -145,7 +145,7 @@ def test_polling_an_ignored_path_does_not_keep_it(server, connect):
 
 
 def test_health_and_probes_do_not_count(server, connect):
-    """`health.path`, the probe over a connection of one's own, and what is no request."""
+    """`health.path`, a probe from inside, and malformed requests do not count."""
     server.answer_health("/healthz", lambda: ("200 OK", "ready"))
     idle = Idle(server)
     assert server.turns(PATIENCE)
@@ -159,14 +159,14 @@ def test_health_and_probes_do_not_count(server, connect):
 
 
 def test_a_head_that_never_ends_keeps_nothing(server, connect):
-    """Who has not even named a path has asked for nothing."""
+    """A client that has not sent its path does not count."""
     idle = Idle(server)
     connect(server).send(b"GET /hello HTTP/1.1\r\n")
     idle.came()
 
 
 def test_a_probe_under_way_keeps_nothing(server):
-    """One that never ends, either."""
+    """A probe under way does not count, even if it never ends."""
     idle = Idle(server)
     ours, theirs = socket.socketpair()
     with ours:
@@ -180,7 +180,7 @@ def test_a_probe_under_way_keeps_nothing(server):
 
 
 def test_a_client_that_goes_away_has_asked(server, connect, app):
-    """Its request counts to the moment it is over, answered or not."""
+    """A request whose client left counts until it is over."""
     Idle(server, after=NEVER)
     client = connect(server).send("/gate")
     app.entered(1)
@@ -192,7 +192,7 @@ def test_a_client_that_goes_away_has_asked(server, connect, app):
 
 
 def test_a_drain_stops_the_clock(server, connect):
-    """Drained is not idle, for somebody wants it so; after resume time counts from there."""
+    """A drained server is not idle; after a resume the time begins anew."""
     idle = Idle(server)
     server.drain(PATIENCE)
     idle.passes()
@@ -203,7 +203,7 @@ def test_a_drain_stops_the_clock(server, connect):
 
 
 def test_a_new_watch_goes_on_where_the_last_was(server):
-    """A reload that changes the time takes what has passed into account, at once; None ends it."""
+    """A new watch continues the old count at once; None ends it."""
     idle = Idle(server, after=NEVER)
     idle.passes()
     assert server.idle[0] >= 2 * AFTER
@@ -219,7 +219,7 @@ def test_a_new_watch_goes_on_where_the_last_was(server):
 
 
 def test_it_is_shown(server, connect, app):
-    """How long nobody asked, and how long is left."""
+    """`idle` has the seconds since the last request, and those that are left."""
     assert server.idle is None
     Idle(server, after=NEVER)
     for_seconds, left = server.idle
@@ -231,7 +231,7 @@ def test_it_is_shown(server, connect, app):
 
 
 def test_an_answer_is_never_missed(server, connect):
-    """The moment of an answer is noted before its request is out of flight: in between, it would look idle."""
+    """The moment of an answer is noted before its request leaves those in flight, so the server never looks idle."""
     Idle(server, after=NEVER)
     watch = server.loop.idle
     watch.used = 0.0
@@ -249,7 +249,7 @@ def test_an_answer_is_never_missed(server, connect):
 
 
 def test_threads_are_as_before(server):
-    """The watch has no thread of its own."""
+    """The watch needs no thread of its own."""
     before = threading.active_count()
     Idle(server, after=NEVER)
     assert threading.active_count() == before
@@ -267,7 +267,7 @@ def board():
 
 @pytest.fixture
 def noting(no_thread_left, board, serve):
-    """A server that only notes on its board what it knows of idleness."""
+    """A server that only writes its idleness to its board."""
     server = serve(board=board)
     server.watch_idle(AFTER, ["/empty"], None)
     assert server.turns(PATIENCE)
@@ -275,7 +275,7 @@ def noting(no_thread_left, board, serve):
 
 
 def test_the_board_tells_since_when_nothing_was_asked(noting, board, connect):
-    """Since the watch began, or the last answer that counts; nothing is called."""
+    """The board has the time since the watch began or the last answer that counts; nothing is called."""
     before = board.idle_for()
     assert 0 <= before < PATIENCE
     client = connect(noting)
@@ -288,7 +288,7 @@ def test_the_board_tells_since_when_nothing_was_asked(noting, board, connect):
 
 
 def test_the_board_tells_of_what_is_in_hand(noting, board, connect, app):
-    """One that counts is no idleness from the moment in which it has come, however long it runs."""
+    """The board shows no idleness from the moment at which a request has come, however long it runs."""
     until(noting, lambda: board.idle_for() > 2 * AFTER)
     client, sent = connect(noting), time.monotonic()
     client.send("/gate")
@@ -304,7 +304,7 @@ def test_the_board_tells_of_what_is_in_hand(noting, board, connect, app):
 
 
 def test_the_board_tells_of_what_is_not_a_request_yet(noting, board, connect):
-    """A body that is still coming, and work in the background, are no idleness."""
+    """The board shows no idleness while a body is coming or background work is under way."""
     client = connect(noting).send(post("/echo", b"12")[:-1])
     until(noting, lambda: board.idle_for() == 0)
     client.send(b"2")
@@ -316,7 +316,7 @@ def test_the_board_tells_of_what_is_not_a_request_yet(noting, board, connect):
 
 
 def test_a_new_watch_goes_on_on_the_board(noting, board):
-    """A changed setting is no use of the service; a resume is."""
+    """A changed setting does not begin the time anew; a resume does."""
     until(noting, lambda: board.idle_for() > 2 * AFTER)
     noting.watch_idle(NEVER, [], None)
     assert noting.turns(PATIENCE)

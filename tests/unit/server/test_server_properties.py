@@ -1,4 +1,4 @@
-"""One connection, driven at random through splits, pipelines, pauses and a drain: the client's account is the ledger's."""
+"""One connection in random splits, pipelines, pauses and a drain: the client and the ledger count the same."""
 
 import contextlib
 import http.client
@@ -25,17 +25,17 @@ REQUESTS = st.one_of(
 
 @dataclass
 class Conversation:
-    """What a client does, and when the drain comes."""
+    """What a client sends, and when the drain begins."""
 
     requests: list[bytes]
     pieces: list[bytes]
-    """The requests as they are sent."""
+    """The requests, as bytes."""
     pauses: list[bool]
-    """Before which of the pieces it waits until the server has read what came before."""
+    """The pieces before which the client waits until the server has read all earlier ones."""
     drain_at: int
-    """Before which of the pieces the drain begins."""
+    """The pieces before which the drain begins."""
     drain_timeout: float
-    """Short, and requests for /gate never end; or long, and they end in the drain."""
+    """The drain's timeout: short, with requests for /gate that never end; or long, and they end during the drain."""
 
 
 @st.composite
@@ -57,10 +57,7 @@ def conversations(draw):
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(conversations())
 def test_the_clients_account_is_the_ledgers(talk):
-    """Whatever had come when the drain began is answered, refused in words or named as cut, and counted once.
-
-    With time enough nothing is refused or cut. What was cut in the moment in which it was answered may have arrived.
-    """
+    """What came before the drain is answered, refused or cut, and counted once; with enough time nothing is lost."""
     app, reports = App(), []
     with WaitressThread(app, threads=2, keepalive_grace=0.05) as server:
         drainer = threading.Thread(target=lambda: reports.append(server.drain(talk.drain_timeout)))
@@ -88,12 +85,12 @@ def test_the_clients_account_is_the_ledgers(talk):
 
 
 def converse(client, server, talk, begin_drain):
-    """Send all, and begin the drain meanwhile; how many requests the server must have read by then."""
+    """Send all, and begin the drain meanwhile; returns how many requests the server must have read before."""
     sent = come = 0
     try:
         for number, piece in enumerate([*talk.pieces, b""]):
             if number == talk.drain_at:
-                assert server.turns(PATIENCE)  # what was sent so far has been read
+                assert server.turns(PATIENCE)  # all that was sent so far has been read
                 come = complete(talk.requests, sent)
                 begin_drain()
             elif piece and talk.pauses[number]:
@@ -102,16 +99,16 @@ def converse(client, server, talk, begin_drain):
                 client.socket.sendall(piece)
                 sent += len(piece)
     except OSError:
-        pass  # closed under us, after the grace or at the deadline
+        pass  # the server has closed it, after the grace or at the deadline
     if talk.drain_timeout < PATIENCE and get("/gate") in talk.requests[:come]:
-        return talk.requests.index(get("/gate")) + 1  # what follows it may be unread, and then nobody knows what it is
+        return talk.requests.index(get("/gate")) + 1  # what follows may be unread, and then it is not known what it is
     return come
 
 
 def answers_to(client):
     """The status codes of all responses, until the end of the connection."""
     statuses = []
-    with contextlib.suppress(OSError):  # reset already
+    with contextlib.suppress(OSError):  # it was reset already
         client.socket.shutdown(socket.SHUT_WR)
     with contextlib.suppress(OSError, http.client.HTTPException):
         while True:
@@ -121,7 +118,7 @@ def answers_to(client):
 
 
 def complete(requests, sent):
-    """How many requests are whole in the first so many bytes of the stream."""
+    """How many requests are complete in the first bytes of the stream."""
     count = 0
     for request in requests:
         sent -= len(request)

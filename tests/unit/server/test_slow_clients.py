@@ -1,4 +1,4 @@
-"""Clients that are slow, or many: each row of the table in docs/limits.md, and whether others are served meanwhile."""
+"""Slow clients, and many clients: each row of the table in docs/limits.md, and whether others are served meanwhile."""
 
 import contextlib
 import http.client
@@ -22,9 +22,9 @@ pytestmark = pytest.mark.usefixtures("no_thread_left")
 
 LIMITS = Path(__file__).parents[3] / "docs" / "limits.md"
 WATERMARK = 1 << 18
-"""Bytes of an answer that wait for a client; the default takes longer to fill."""
+"""Bytes of an answer that are buffered for a client; it takes longer to fill the default."""
 SMALL = 4096
-"""SO_RCVBUF of a client, so that little is on its way."""
+"""SO_RCVBUF of a client, so that few bytes are on their way."""
 ROWS = set()
 
 
@@ -35,7 +35,7 @@ def row(kind):
 
 
 def table():
-    """The rows of the table: the kind of client, and the cell with its keys."""
+    """The rows of the table: the kind of client, and the cell with the keys."""
     lines = [line for line in LIMITS.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     return {
         kind: keys for kind, *_, keys in ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:])
@@ -43,12 +43,12 @@ def table():
 
 
 def test_each_row_has_a_test():
-    """The table names the kinds of clients that the tests here are about, and no others."""
+    """The table has a row for each kind of clients that is tested here, and no others."""
     assert set(table()) == ROWS
 
 
 def test_the_table_tells_the_defaults(tmp_path):
-    """With what it says of each key, the configuration is the one with no key at all."""
+    """A configuration with the values that the table gives for each key is the default configuration."""
     told = re.findall(r"`([\w.]+): ([^`]+)`", " ".join(table().values()))
     assert len(told) > 10
     for key, value in told:
@@ -60,19 +60,19 @@ def test_the_table_tells_the_defaults(tmp_path):
 
 
 def limited(server):
-    """What limits did, by the names of their settings."""
+    """How often limits took effect, by the names of their settings."""
     return {limit: count for limit, count in server.loop.account.tally().limited.items() if count}
 
 
 def in_loop(server, function):
-    """What a function gives that the loop calls."""
+    """Call a function in the loop's thread, and return its result."""
     given = queue.SimpleQueue()
     server.loop.call(lambda: given.put(function()))
     return given.get(timeout=PATIENCE)
 
 
 def look(server, seconds=0.0):
-    """Let it look at its connections as if so many seconds had passed, and not by itself any more."""
+    """Let the loop look at its connections as if so many seconds had passed; it does not do so by itself any more."""
 
     def reap():
         server.loop.connections.reap(time.monotonic() + seconds)
@@ -82,17 +82,17 @@ def look(server, seconds=0.0):
 
 
 def others_are_served(server, connect):
-    """A client that comes now is answered."""
+    """A new client is answered now."""
     return connect(server).ask("/hello").status == 200
 
 
 def arriving(server):
-    """The requests that have come in part."""
+    """The requests of which a part has come."""
     return [each.arriving for each in server.loop.connections.channels() if each.arriving is not None]
 
 
 def reading(server):
-    """The connections whose clients have not read all that is there for them."""
+    """The connections whose clients have not read all of their output."""
     return [each for each in server.loop.connections.channels() if each.total_outbufs_len]
 
 
@@ -105,7 +105,7 @@ def wait(server, condition):
 
 @row("says nothing, at first or between two requests")
 def test_who_says_nothing_is_closed(serve, connect):
-    """After channel_timeout, and not before."""
+    """A silent connection is closed after channel_timeout, and not before."""
     server = serve()
     new, kept = connect(server), connect(server)
     assert kept.ask("/hello").status == 200
@@ -119,12 +119,12 @@ def test_who_says_nothing_is_closed(serve, connect):
 
 @row("connects beyond the limit")
 def test_at_the_limit_the_oldest_makes_room(monkeypatch, serve, connect):
-    """A new client is served at once; who was idle the longest is closed for it, and nobody else."""
+    """A new client is served at once; the connection that was idle the longest is closed for it, and no other."""
     monkeypatch.setattr(connections, "PATIENCE", 0.0)
     server = serve(adjustments={"connection_limit": 4})
     idle = [connect(server) for _ in range(4)]
     until(server, lambda: server.connections == 4)
-    assert idle[0].ask("/hello").status == 200  # it is the newest now
+    assert idle[0].ask("/hello").status == 200  # now it is the newest
     assert others_are_served(server, connect)
     assert idle[1].ended()
     assert limited(server) == {"connection_limit": 1}
@@ -133,7 +133,7 @@ def test_at_the_limit_the_oldest_makes_room(monkeypatch, serve, connect):
 
 @row("connects beyond the limit")
 def test_room_is_made_on_a_unix_socket(monkeypatch, serve, connect, tmp_path):
-    """Where the system does not tell how many wait."""
+    """Room is made although the system does not tell how many clients of a Unix socket wait."""
     monkeypatch.setattr(connections, "PATIENCE", 0.0)
     listener = Listener.bind(Address.parse(f"unix:{tmp_path}/http.sock"))
     server = serve(listeners=[listener], adjustments={"connection_limit": 2})
@@ -145,7 +145,7 @@ def test_room_is_made_on_a_unix_socket(monkeypatch, serve, connect, tmp_path):
 
 @row("connects beyond the limit")
 def test_what_is_in_hand_makes_no_room(monkeypatch, serve, connect, app):
-    """A request that runs, one that lies unread, and a client that has only just come: new ones wait."""
+    """Connections with a running request, unread bytes, or a new client are not closed; new ones wait."""
     server = serve(adjustments={"connection_limit": 2}, threads=1)
     running = connect(server).send("/gate")
     app.entered(1)
@@ -162,7 +162,7 @@ def test_what_is_in_hand_makes_no_room(monkeypatch, serve, connect, app):
 
 
 def test_who_has_asked_meanwhile_does_not_make_room(monkeypatch, serve, connect):
-    """Another one is the oldest then."""
+    """A connection that has asked meanwhile is not the oldest any more, and is not closed."""
     monkeypatch.setattr(connections, "PATIENCE", 0.0)
     server = serve()
     clients = []
@@ -178,7 +178,7 @@ def test_who_has_asked_meanwhile_does_not_make_room(monkeypatch, serve, connect)
 
 
 def test_a_transfer_makes_room_last(monkeypatch, serve, connect):
-    """All that is idle goes before a body or an answer under way; of those the slowest goes first, and a quick one never."""
+    """Idle connections are closed first, then the slowest bodies and answers; quick ones never."""
     monkeypatch.setattr(connections, "PATIENCE", 0.0)
     monkeypatch.setattr(connections, "SLOW", float("inf"))
     server = serve()
@@ -208,7 +208,7 @@ def test_a_transfer_makes_room_last(monkeypatch, serve, connect):
 
 @row("sends a head slowly")
 def test_a_slow_head_is_refused(serve, connect):
-    """After head_timeout since its first byte, however often a byte comes; the answer is 408, and the last one."""
+    """A slow head gets 408 after head_timeout, counted from its first byte, and the connection ends."""
     server = serve(limits=Limits(head_timeout=20))
     client = connect(server).send(b"GET /hello HTTP/1.1\r\nHost: te")
     wait(server, arriving)
@@ -223,7 +223,7 @@ def test_a_slow_head_is_refused(serve, connect):
 
 
 def test_a_head_that_waits_for_its_turn_is_not_slow(serve, connect, app):
-    """What was pipelined in part behind a request that ran long has its time from the answer on."""
+    """The time of a partial head behind a long request counts from that request's answer."""
     server = serve(limits=Limits(head_timeout=20))
     client = connect(server).send(get("/gate") + b"GET /hello HTTP/1.1\r\nHost: te")
     app.entered(1)
@@ -241,7 +241,7 @@ def test_a_head_that_waits_for_its_turn_is_not_slow(serve, connect, app):
 @row("sends a head without end")
 @pytest.mark.parametrize("more", [b"X: y\r\n", b"x"], ids=["fields", "a line"])
 def test_an_endless_head_is_refused(more, serve, connect):
-    """At max_request_header_size."""
+    """An endless head is refused at max_request_header_size."""
     server = serve(adjustments={"max_request_header_size": 4096})
     client = connect(server).send(b"GET /hello HTTP/1.1\r\nHost: test\r\n" + more * 4096)
     assert client.response().status == 431
@@ -254,7 +254,7 @@ def test_an_endless_head_is_refused(more, serve, connect):
 @row("sends a body slowly")
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_slow_body_is_refused(chunked, serve, connect):
-    """When in channel_timeout less came of it than min_rate asks for; no thread had it meanwhile."""
+    """A body is refused if less than min_rate of it came in channel_timeout; no thread was busy with it."""
     server = serve(limits=Limits(min_rate=10), threads=1)
     head = get("/echo", "Transfer-Encoding: chunked" if chunked else "Content-Length: 10000", method="POST")
     client = connect(server).send(head + (b"800\r\n" if chunked else b""))
@@ -262,7 +262,7 @@ def test_a_slow_body_is_refused(chunked, serve, connect):
     look(server, -250)
     client.send(b"x" * 1200)
     wait(server, lambda server: arriving(server)[0].body_bytes_received >= 1200)
-    look(server, -130)  # 10 bytes a second for 120 s: that was enough
+    look(server, -130)  # 10 bytes a second for 120 s are enough
     client.send(b"x")
     wait(server, lambda server: arriving(server)[0].body_bytes_received >= 1201)
     assert others_are_served(server, connect)
@@ -274,7 +274,7 @@ def test_a_slow_body_is_refused(chunked, serve, connect):
 
 @row("sends a body without end")
 def test_an_endless_body_is_refused(serve, connect):
-    """Beyond max_request_body_size, in chunks of any size."""
+    """A body beyond max_request_body_size is refused, in chunks of any size."""
     server = serve(adjustments={"max_request_body_size": 1000})
     client = connect(server).send(get("/echo", "Transfer-Encoding: chunked", method="POST") + b"1\r\nx\r\n" * 1001)
     assert client.response().status == 413
@@ -288,11 +288,11 @@ def test_an_endless_body_is_refused(serve, connect):
     ids=["a line", "many", "trailers"],
 )
 def test_endless_framing_is_refused(rest, status, serve, connect):
-    """Extensions beyond 16 KiB in one body, and trailers beyond max_request_header_size."""
+    """Extensions beyond 16 KiB in one body are refused, and trailers beyond max_request_header_size."""
     server = serve(threads=1)
     client = connect(server)
     client.send(get("/echo", "Transfer-Encoding: chunked", method="POST"))
-    with contextlib.suppress(OSError):  # it may be refused before all is sent
+    with contextlib.suppress(OSError):  # it may be refused before all was sent
         client.send(rest)
     assert client.head()[0] == status
     assert others_are_served(server, connect)
@@ -300,7 +300,7 @@ def test_endless_framing_is_refused(rest, status, serve, connect):
 
 @row("is told to continue, and sends no body")
 def test_a_body_that_never_comes_is_no_thread(serve, connect):
-    """The connection is closed after channel_timeout."""
+    """A body that never comes keeps no thread, and its connection is closed after channel_timeout."""
     server = serve(threads=1)
     client = connect(server).send(get("/echo", "Expect: 100-continue", "Content-Length: 5", method="POST"))
     assert client.head()[0] == 100
@@ -311,7 +311,7 @@ def test_a_body_that_never_comes_is_no_thread(serve, connect):
 
 @row("sends on after it was refused")
 def test_who_sends_on_after_a_refusal(monkeypatch, serve, connect):
-    """It is read for a while, so that it can read why, and then closed."""
+    """A client that goes on sending after a refusal is read for a while, so that it can read why, and then closed."""
     monkeypatch.setattr("flaskd.server.output._LINGER_SENDING", 0.1)
     server = serve(adjustments={"max_request_body_size": 10})
     client = connect(server).send(post("/echo", b"x" * 11))
@@ -330,7 +330,7 @@ def test_who_sends_on_after_a_refusal(monkeypatch, serve, connect):
 
 @row("reads nothing")
 def test_who_reads_nothing_has_no_thread(serve, connect):
-    """An answer below the watermark waits without a thread; the connection is closed after channel_timeout."""
+    """An answer below the watermark waits without a thread; its connection is closed after channel_timeout."""
     server = serve(threads=1)
     client = connect(server, receive_buffer=SMALL).send("/big")
     until(server, lambda: bool(reading(server)))
@@ -346,7 +346,7 @@ def test_who_reads_nothing_has_no_thread(serve, connect):
 
 @row("reads slowly")
 def test_who_reads_slowly_is_closed(serve, connect):
-    """When in channel_timeout it read less than min_rate asks for."""
+    """A client that reads less than min_rate in channel_timeout is closed."""
     server = serve(threads=1, limits=Limits(min_rate=100_000))
     client = connect(server, receive_buffer=SMALL).send("/big")
     until(server, lambda: bool(reading(server)))
@@ -361,7 +361,7 @@ def test_who_reads_slowly_is_closed(serve, connect):
 
 
 def test_a_stream_with_little_to_say_is_not_slow(serve, connect, app):
-    """Its client has read all that there was."""
+    """A client that has read all of a slow stream is not slow."""
     server = serve(limits=Limits(min_rate=100_000))
     client = connect(server).send("/stream")
     app.entered(1)
@@ -374,7 +374,7 @@ def test_a_stream_with_little_to_say_is_not_slow(serve, connect, app):
 
 @pytest.fixture
 def flooded(serve, connect):
-    """A server whose two threads wait for clients that read nothing of an answer without end."""
+    """A server whose two threads wait for clients that read nothing of an endless answer."""
     server = serve(threads=2, adjustments={"outbuf_high_watermark": WATERMARK})
     clients = []
     for _ in range(4):
@@ -384,13 +384,13 @@ def flooded(serve, connect):
 
 
 def waiting(server):
-    """The connections that threads wait for."""
+    """The connections for which threads wait."""
     return [each for each in server.loop.connections.channels() if each in server.loop.context.waiting]
 
 
 @row("reads slowly what is larger than `server.outbuf_high_watermark`")
 def test_a_thread_that_waits_for_its_client_has_no_place(flooded, connect):
-    """Twice as many slow readers as there are threads: others are served."""
+    """With twice as many slow readers as threads, other clients are served."""
     server, _ = flooded
     assert (len(waiting(server)), server.loop.context.pool.busy) == (4, 0)
     assert all(each.total_outbufs_len < 2 * WATERMARK for each in waiting(server))
@@ -407,7 +407,7 @@ def board():
 
 
 def test_the_board_tells_of_threads_that_wait_for_clients(monkeypatch, board, serve, connect):
-    """What a worker sends keeps none of its threads busy, until the client reads on."""
+    """While a worker's threads wait for clients, its board shows them as sending, and no place as taken."""
     noted, send = [], Board.send
     monkeypatch.setattr(
         Board, "send", lambda self, each, *, sending=True: [noted.append(sending), send(self, each, sending=sending)]
@@ -420,7 +420,7 @@ def test_the_board_tells_of_threads_that_wait_for_clients(monkeypatch, board, se
 
 
 def test_a_thread_goes_on_when_its_client_reads(flooded):
-    """It writes on, and waits again; nothing is lost in between."""
+    """A thread writes on when its client reads, and waits again; no byte is lost."""
     server, clients = flooded
     client = clients[2]
     assert client.head()[0] == 200
@@ -431,7 +431,7 @@ def test_a_thread_goes_on_when_its_client_reads(flooded):
 
 
 def test_who_reads_nothing_of_a_large_answer_is_closed(flooded, connect, app):
-    """Its thread learns it, and is one of the server's again."""
+    """When the client is closed, its thread notices that, and has a place of the server again."""
     server, _ = flooded
     look(server, 121)
     until(server, lambda: not waiting(server) and not server.in_flight)
@@ -444,7 +444,7 @@ def test_who_reads_nothing_of_a_large_answer_is_closed(flooded, connect, app):
 
 
 def test_of_too_many_slow_readers_the_slowest_is_closed(monkeypatch, flooded, connect):
-    """Where as many threads wait as may, one more wins over the client that has read the least."""
+    """If as many threads wait as are allowed, one more has the slowest client closed."""
     server, _ = flooded
     before = waiting(server)
     monkeypatch.setattr(slow, "MOST_WAITING", 4)
@@ -458,7 +458,7 @@ def test_of_too_many_slow_readers_the_slowest_is_closed(monkeypatch, flooded, co
 
 
 class Reader:
-    """What is known of a client that reads slowly: how much it has read, and whether its thread is to wait."""
+    """A slow reader: how many bytes it has read, and whether its thread is to wait."""
 
     def __init__(self, waiting):
         self.flushed, self.backed_up, self.server = 0, True, self
@@ -479,7 +479,7 @@ class Reader:
 
 @pytest.mark.parametrize(("rate", "closed"), [(float("inf"), [1]), (0.0, [])])
 def test_who_reads_most_slowly_is_closed_if_it_is_slow(monkeypatch, rate, closed):
-    """The one of three with the fewest bytes since its thread waits; where none is slow, the fourth keeps its place."""
+    """The client with the fewest bytes since its thread waits is closed; if none is slow, a fourth thread stays."""
     monkeypatch.setattr(slow, "MOST_WAITING", 3)
     monkeypatch.setattr(slow, "PATIENCE", 0.0)
     monkeypatch.setattr(slow, "SLOW", rate)
@@ -503,7 +503,7 @@ def test_who_reads_most_slowly_is_closed_if_it_is_slow(monkeypatch, rate, closed
 
 
 def test_progress_is_counted_in_each_length_of_time():
-    """So many bytes in it are enough, or all that there was to do; what is waited for anew has its time from then on."""
+    """Enough bytes in each period, or all that there are, are not slow; a new request begins a new period."""
     progress, what, other = slow.Progress(), object(), object()
 
     def too_slow(now, moved, what=what, owed=0):
@@ -518,7 +518,7 @@ def test_progress_is_counted_in_each_length_of_time():
 
 
 def test_a_quick_reader_is_never_closed_for_others(monkeypatch, flooded, connect):
-    """Then the thread waits in its place."""
+    """If all clients read quickly, none is closed, and the thread waits in its place."""
     server, _ = flooded
     monkeypatch.setattr(slow, "MOST_WAITING", 4)
     monkeypatch.setattr(slow, "PATIENCE", 0.02)
@@ -534,7 +534,7 @@ def test_a_quick_reader_is_never_closed_for_others(monkeypatch, flooded, connect
 
 @row("pipelines requests")
 def test_a_pipeline_is_read_as_it_is_answered(serve, connect, app):
-    """What lies behind a request that runs is not read; it has one thread at a time."""
+    """Pipelined requests are not read while one runs; they have one thread at a time."""
     server = serve(threads=2)
     client = connect(server).send(get("/gate") + get("/hello") * 20_000)
     app.entered(1)
@@ -547,7 +547,7 @@ def test_a_pipeline_is_read_as_it_is_answered(serve, connect, app):
 
 
 def test_the_loop_waits_for_no_client(serve, connect):
-    """What it answers itself is put out also on top of an answer that fills all the room there is."""
+    """The loop's own answer is written even if the output has reached the watermark."""
     server = serve(threads=1, adjustments={"outbuf_high_watermark": WATERMARK})
     server.answer_health("/up", lambda: ("200 OK", "ready"))
     connect(server, receive_buffer=SMALL).send(get("/file") + get("/up") * 20)
@@ -559,7 +559,7 @@ def test_the_loop_waits_for_no_client(serve, connect):
         return "200 OK", "ready"
 
     server.answer_health("/up", health)
-    channel.adj.outbuf_high_watermark = 2 * BIG  # its thread is done with the file
+    channel.adj.outbuf_high_watermark = 2 * BIG  # its thread has finished with the file
     with channel.outbuf_lock:
         channel.outbuf_lock.notify()
     until(server, lambda: not waiting(server) and channel.adj.outbuf_high_watermark == WATERMARK)
@@ -568,7 +568,7 @@ def test_the_loop_waits_for_no_client(serve, connect):
 
 @row("closes its side behind its request")
 def test_a_half_closed_client_has_its_answer(serve, connect):
-    """Also when it is long in coming; then the connection is closed."""
+    """A half-closed client gets its answer, also a late one; then the connection is closed."""
     server = serve(threads=1)
     client = connect(server).send("/big")
     client.socket.shutdown(socket.SHUT_WR)
@@ -578,7 +578,7 @@ def test_a_half_closed_client_has_its_answer(serve, connect):
 
 @row("any of them, in a drain")
 def test_a_drain_waits_for_slow_clients_no_longer_than_its_time(flooded, app, connect):
-    """Slow heads, bodies and readers are cut at its deadline."""
+    """Slow heads, bodies and readers are cut at a drain's deadline."""
     server, _ = flooded
     connect(server).send(b"GET /hello HTTP/1.1\r\nHost: te")
     connect(server).send(post("/echo", b"12345")[:-2])

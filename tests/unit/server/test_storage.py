@@ -1,4 +1,4 @@
-"""Long bodies and answers, which wait in temporary files, where there is no room for those, or no place at all."""
+"""Long bodies and answers in temporary files, when the disk is full, or there is no directory for them."""
 
 import errno
 import io
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("no_thread_left")
 
 
 class _Small(io.FileIO):
-    """A file on a disk that has so many bytes left; a write takes what there is room for, as write(2) does."""
+    """A file on a disk with so many bytes left; a write takes what there is room for, as write(2) does."""
 
     def __init__(self, file, room):
         super().__init__(os.dup(file.fileno()), "w+b")
@@ -30,7 +30,7 @@ class _Small(io.FileIO):
 
 @pytest.fixture(params=["full", "nearly full", "nowhere"])
 def no_room(request, monkeypatch):
-    """Temporary files cannot be made, or not written to their end."""
+    """Temporary files cannot be made, or cannot be written to their end."""
     real = tempfile.TemporaryFile
 
     def small(mode="w+b", buffering=-1):
@@ -52,7 +52,7 @@ def chunked(path, body, size=100_000):
 @pytest.mark.usefixtures("no_room")
 @pytest.mark.parametrize("make", [post, chunked])
 def test_a_body_that_cannot_be_kept_is_told_so(make, serve, connect, caplog, answers):
-    """507 (RFC 4918 §11.5), a line in the log with the reason and what to do, and the end of the connection."""
+    """The client gets 507 (RFC 4918 §11.5), the log has the reason and advice, and the connection ends."""
     server = serve()
     before = descriptors()
     client = connect(server)
@@ -72,7 +72,7 @@ def test_a_body_that_cannot_be_kept_is_told_so(make, serve, connect, caplog, ans
 @pytest.mark.usefixtures("no_room")
 @pytest.mark.parametrize("parts", [1, 100], ids=["in one piece", "in parts"])
 def test_an_answer_that_cannot_be_kept_in_a_file_is_whole(parts, serve, connect, caplog):
-    """It stays in memory, which is bounded, and the log says so; the client gets every byte of it."""
+    """The answer stays in memory, which is bounded, and the log says so; the client gets every byte."""
     body = os.urandom(BIG)
 
     def app(environ, start_response):
@@ -90,8 +90,8 @@ def test_an_answer_that_cannot_be_kept_in_a_file_is_whole(parts, serve, connect,
 
 
 def test_a_client_that_goes_on_sending_reads_that_it_was_refused(serve, connect, monkeypatch):
-    """A connection that were closed under it would be reset, and its answer with it (RFC 9112 §9.6)."""
-    monkeypatch.setattr("flaskd.server.output._LINGER", PATIENCE)  # this test looks by itself
+    """The connection is not closed at once: that would reset it, and the answer could be lost (RFC 9112 §9.6)."""
+    monkeypatch.setattr("flaskd.server.output._LINGER", PATIENCE)  # only this test looks at the connections
     server = serve(adjustments={"max_request_body_size": 1000})
     client = connect(server).send(get("/echo", f"Content-Length: {BIG}", method="POST"))
     until(server, lambda: any(each.half_closed for each in server.loop.connections.channels()))
@@ -108,7 +108,7 @@ def test_a_client_that_goes_on_sending_reads_that_it_was_refused(serve, connect,
 @pytest.mark.parametrize("kind", [BodyBuffer, AnswerBuffer])
 @pytest.mark.parametrize("size", [1, 700, 5000])
 def test_what_went_into_a_buffer_comes_out(kind, size, tmp_path):
-    """Whatever it is kept in meanwhile, in order, and nothing twice."""
+    """Bytes come out of a buffer in order and once, wherever they are kept meanwhile."""
     buffer, data = kind(2000), os.urandom(9000)
     for at in range(0, len(data), size):
         buffer.append(data[at : at + size])
@@ -124,7 +124,7 @@ def test_what_went_into_a_buffer_comes_out(kind, size, tmp_path):
 
 @pytest.mark.usefixtures("no_room")
 def test_what_went_into_an_answers_buffer_comes_out_though_the_disk_is_full():
-    """Also where the disk fills up in the middle of a part, when some of it was sent before."""
+    """This holds, too, if the disk fills up in the middle of a part of which some was sent before."""
     buffer, data = AnswerBuffer(500_000), os.urandom(3_000_000)
     out = b""
     for at in range(0, len(data), 300_000):
@@ -137,7 +137,7 @@ def test_what_went_into_an_answers_buffer_comes_out_though_the_disk_is_full():
 
 
 def test_a_long_body_is_read_by_line(serve, connect):
-    """The app reads a body in a temporary file by bytes, by line, and by iteration, as PEP 3333 has it."""
+    """The app can read a body from a temporary file by bytes, by lines, and by iteration (PEP 3333)."""
 
     def app(environ, start_response):
         body = environ["wsgi.input"]

@@ -1,8 +1,8 @@
 """The traps of waitress, one scenario each, run twice: stock waitress falls into it, flaskd does not.
 
-A scenario returns what became of its clients; the line above it says what that is with either server. So each
-``trap(...)`` is a claim about waitress that fails here when a new version mends it, and a promise of flaskd's that
-would be broken without the code that keeps it. ``tests/live/test_stock.py`` has those that need a process.
+A scenario returns what happened to its clients; the line above it has the expected value for each server. So each
+``trap(...)`` is a claim about waitress, which fails here when a new version fixes it, and a promise of flaskd, which
+fails without the code that keeps it. ``tests/live/test_stock.py`` has the traps that need a process.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("no_thread_left")
 
 TRAPS = []
 WATERMARK = 1 << 20
-"""Bytes of output at which waitress lets a worker wait for its client; the default of 16 MiB takes longer to fill."""
+"""Bytes of output at which waitress makes a thread wait for its client; it takes longer to fill the default, 16 MiB."""
 
 
 def trap(*, stock, flaskd):
@@ -48,7 +48,7 @@ def trap(*, stock, flaskd):
 
 @trap(stock=["nothing"] * 3, flaskd=[200] * 3)
 def queued_requests(rig):
-    """Workers look at `stop_count` before the queue, so what waits there is dropped without a byte."""
+    """Threads look at `stop_count` before the queue, so queued requests are dropped without an answer."""
     server = rig.serve(threads=1)
     rig.connect(server).send("/gate")
     rig.app.entered(1)
@@ -62,12 +62,12 @@ def queued_requests(rig):
 
 @trap(stock=["nothing"], flaskd=[200])
 def a_request_longer_than_five_seconds(rig):
-    """The dispatcher waits 5 s for its threads (here: less), and no longer: atexit takes them in the middle."""
+    """The dispatcher waits 5 s for its threads (less here); then atexit ends them in the middle of a request."""
     server = rig.serve()
     client = rig.connect(server).send("/gate")
     rig.app.entered(1)
     with server.stopping():
-        if rig.kind is Ours:  # it waits for it; waitress is gone at the end of this block
+        if rig.kind is Ours:  # waits for the request; waitress has ended after this block
             rig.app.released.set()
         fates = rig.fates(client)
     return results(fates)
@@ -75,7 +75,7 @@ def a_request_longer_than_five_seconds(rig):
 
 @trap(stock=["broken off"], flaskd=[200])
 def unsent_output(rig):
-    """A response that does not fit into the socket's buffer is cut where the buffer ends."""
+    """A response that does not fit into the socket's buffer is cut there."""
     server = rig.serve()
     client = rig.connect(server, receive_buffer=65536).send("/big")
     until(server, lambda: any(not each.requests and each.total_outbufs_len for each in server.channels()))
@@ -86,7 +86,7 @@ def unsent_output(rig):
 
 @trap(stock=["reset"], flaskd=[200])
 def a_partial_upload(rig):
-    """A request whose body is on its way is reset."""
+    """A request whose body is coming is reset."""
     server = rig.serve()
     client = rig.connect(server).send(get("/echo", "Content-Length: 10", method="POST"), b"01234")
     turn(server)
@@ -98,7 +98,7 @@ def a_partial_upload(rig):
 
 @trap(stock={"reset"}, flaskd={200})
 def the_backlog(rig):
-    """Clients that the kernel has let in already are reset when the listener is closed."""
+    """Clients in the backlog are reset when the listener is closed."""
     server = rig.serve()
     with busy(server) as release:
         clients = [rig.connect(server).send("/") for _ in range(10)]
@@ -109,7 +109,7 @@ def the_backlog(rig):
 
 @trap(stock=["reset"], flaskd=[200])
 def the_next_request_of_a_busy_client(rig):
-    """A kept-alive connection is closed whatever its client is about to send."""
+    """A kept connection is closed, even if its client is about to send a request."""
     server = rig.serve(grace=PATIENCE)
     client = rig.connect(server)
     assert fate(client.send("/")) == 200
@@ -121,7 +121,7 @@ def the_next_request_of_a_busy_client(rig):
 
 @trap(stock="parked for ever", flaskd="ended")
 def a_worker_that_waits_for_its_reader(rig):
-    """A thread in `outbuf_lock.wait()` is told nothing by a stop, and stays."""
+    """A stop does not wake a thread in `outbuf_lock.wait()`, which stays."""
     server = rig.serve(threads=1, outbuf_high_watermark=WATERMARK)
     worker = stuck_on_its_reader(rig, server)
     with server.stopping(0):
@@ -130,14 +130,14 @@ def a_worker_that_waits_for_its_reader(rig):
 
 
 def stuck_on_its_reader(rig, server):
-    """Let a client ask for more than it reads, until the only worker waits for it; gives that worker."""
+    """Let a client ask for more than it reads, until the only thread waits for it; returns that thread."""
     rig.connect(server).send("/flood")
     until(server, lambda: any(each.outbuf_lock._waiters for each in server.channels()))
     return thread_in("_flush_outbufs_below_high_watermark" if isinstance(server, Stock) else "for_client")
 
 
 def thread_in(function):
-    """The thread that is in a function of this name."""
+    """The thread that runs a function of this name."""
     [found] = [each for each in threading.enumerate() if f"in {function}\n" in stack_of(each)]
     return found
 
@@ -151,7 +151,7 @@ def busy_threads(server):
 
 @trap(stock="its channel is never free again", flaskd=500)
 def an_app_that_raises_system_exit(rig):
-    """`service()` catches Exception only: the request is never popped, so the client waits, and so does a drain."""
+    """`service()` catches Exception only: the request is never removed, so the client and a drain wait."""
     server = rig.serve()
     client = rig.connect(server).send("/exit")
     rig.app.entered(1)
@@ -163,7 +163,7 @@ def an_app_that_raises_system_exit(rig):
 
 @trap(stock=[200, 200, "nothing"], flaskd=[200, 200, 200])
 def pipelined_requests_behind_a_last_response(rig):
-    """`Connection: close` on the next response drops what was sent ahead behind it."""
+    """`Connection: close` on the next response drops the requests that were pipelined behind it."""
     server = rig.serve()
     client = rig.connect(server).send("/gate", "/", "/")
     rig.app.entered(1)
@@ -174,7 +174,7 @@ def pipelined_requests_behind_a_last_response(rig):
 
 @trap(stock=[200, "nothing"], flaskd=[200, 200])
 def a_pipelined_request_behind_a_chunked_answer(rig):
-    """Waitress ends the connection after each answer without a Content-Length, as if nothing else could tell its end."""
+    """Waitress ends the connection after each answer without a Content-Length, although chunks end by themselves."""
     client = rig.connect(rig.serve()).send("/stream", "/")
     rig.app.released.set()
     return [fate(client) for _ in range(2)]
@@ -182,7 +182,7 @@ def a_pipelined_request_behind_a_chunked_answer(rig):
 
 @trap(stock="nothing", flaskd=200)
 def a_half_closing_client(rig):
-    """With a `channel_request_lookahead`, which it takes to notice who is gone, the end of a client's input is its end."""
+    """With `channel_request_lookahead`, by which it notices that clients left, a half-close ends the connection."""
     server = rig.serve(**({"channel_request_lookahead": 1} if rig.kind is Stock else {}))
     client = rig.connect(server).send("/gate")
     rig.app.entered(1)
@@ -194,7 +194,7 @@ def a_half_closing_client(rig):
 
 @trap(stock="waited for", flaskd="let go")
 def a_client_that_is_gone(rig):
-    """Without a lookahead a connection with a request is not polled at all, not even for its end."""
+    """Without lookahead a connection with a request is not polled at all, so its end is not noticed."""
     server = rig.serve()
     client = rig.connect(server).send("/gate")
     rig.app.entered(1)
@@ -206,22 +206,22 @@ def a_client_that_is_gone(rig):
 
 @trap(stock=100, flaskd=503)
 def an_expectation_in_a_drain(rig):
-    """A client is told to send its body, though nobody will take its request."""
+    """A client gets 100 although its request will not be served."""
     server = rig.serve(grace=30)
     client, _ = rig.connect(server), rig.connect(server).send("/gate")
     assert fate(client.send("/")) == 200
     rig.app.entered(2)
-    until(server, lambda: sum(len(each.requests) for each in server.channels()) == 1)  # the answer's end is noted
+    until(server, lambda: sum(len(each.requests) for each in server.channels()) == 1)  # the end of the answer is noted
     server.take_no_more()
     with busy(server) as go_on, later(60, "monotonic"):  # long after the last answer on this connection
         client.send(get("/echo", "Content-Length: 4", "Expect: 100-continue", method="POST"))
-        go_on()  # not before: it would close the connection, whose grace is over
+        go_on()  # not earlier: flaskd would close the connection, whose grace is over
         return fate(client)
 
 
 @trap(stock="open", flaskd="closed")
 def an_idle_connection_while_not_accepting(rig):
-    """`maintenance()` runs when the listener is asked whether it is readable, and so not without listeners."""
+    """`maintenance()` runs when the listener is asked whether it is readable, so not without listeners."""
     server = rig.serve(cleanup_interval=0, grace=3600)
     rig.connect(server)
     rig.connect(server).send("/gate")
@@ -235,7 +235,7 @@ def an_idle_connection_while_not_accepting(rig):
 
 @trap(stock="reset", flaskd=200)
 def a_clock_that_is_set_forward(rig):
-    """Idle time is reckoned by the wall clock: who has just sent half a request was silent for an hour."""
+    """Idle time is counted by the wall clock: after a change, a client in the middle of a request counts as idle."""
     server = rig.serve(cleanup_interval=0)
     client = rig.connect(server).send(get("/echo", "Content-Length: 10", method="POST"), b"01234")
     turn(server)
@@ -249,7 +249,7 @@ def a_clock_that_is_set_forward(rig):
 
 @trap(stock="pinned", flaskd="free")
 def a_reader_that_stalls(rig):
-    """There is no send timeout: whoever stops reading a large response keeps a worker thread as long as it likes."""
+    """There is no send timeout: a client that stops reading a large response keeps a thread for ever."""
     server = rig.serve(threads=1, outbuf_high_watermark=WATERMARK, cleanup_interval=0)
     stuck_on_its_reader(rig, server)
     with later(1800, "time", "monotonic"):
@@ -259,14 +259,14 @@ def a_reader_that_stalls(rig):
 
 @trap(stock="destroyed", flaskd="whole")
 def the_tail_of_a_response(rig):
-    """A close with unread input makes the kernel send RST, and throw away what it had not sent yet."""
+    """Closing with unread input makes the kernel send RST, and drop output that it has not sent yet."""
     server = rig.serve()
     client = rig.connect(server, receive_buffer=65536).send(get("/late", "Connection: close"), b"y" * 20_000)
     rig.app.entered(1)
     until(server, lambda: unread(server.channels()[0].socket) > 0)
     rig.app.released.set()
     until(server, lambda: all(getattr(each, "half_closed", False) for each in server.channels()))
-    turn(server, 1)  # it is gone from the list a moment before it is closed
+    turn(server, 1)  # it is removed from the list a moment before it is closed
     return "whole" if fate(client) == 200 else "destroyed"
 
 
@@ -275,7 +275,7 @@ def the_tail_of_a_response(rig):
 
 @trap(stock="deadlock", flaskd="runs")
 def a_call_from_within_a_call(rig):
-    """`pull_trigger(thunk)` takes the lock under which thunks are run."""
+    """`pull_trigger(thunk)` takes the lock under which thunks are run, so a thunk cannot call it."""
     server = rig.serve()
     ran = threading.Event()
     if rig.kind is Stock:
@@ -287,7 +287,7 @@ def a_call_from_within_a_call(rig):
 
 
 class TellingLock:
-    """A lock that says so instead of waiting for its own thread."""
+    """A lock that raises when its own thread would wait for it."""
 
     def __init__(self):
         self._lock = threading.Lock()
@@ -308,7 +308,7 @@ class TellingLock:
 
 @trap(stock="spins", flaskd="waits")
 def a_loop_timeout_of_half_a_second(rig):
-    """`asyncore_loop_timeout` becomes an int, and 0.5 a busy loop."""
+    """`asyncore_loop_timeout` becomes an int, so 0.5 makes a busy loop."""
     server = rig.serve(asyncore_loop_timeout=0.5)
     waits = []
     waited = threading.Event()
@@ -327,7 +327,7 @@ def a_loop_timeout_of_half_a_second(rig):
 
 @trap(stock="the loop is dead", flaskd=200)
 def a_descriptor_above_1023(rig):
-    """The default loop calls `select()`, which raises out of it."""
+    """The default loop calls `select()`, which raises for a descriptor above 1023."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < 1100:
         pytest.skip(f"only {hard} open files are allowed")
@@ -345,7 +345,7 @@ def a_descriptor_above_1023(rig):
 
 @trap(stock=1, flaskd=64)
 def connections_accepted_in_a_turn(rig):
-    """Each turn of the loop accepts one, and asks all the others what they wait for; a batch has to be bounded, too."""
+    """Each turn of the loop accepts one connection, and asks all others what they wait for."""
     server = rig.serve()
     with busy(server) as release:
         for _ in range(100):
@@ -366,7 +366,7 @@ def connections_accepted_in_a_turn(rig):
 
 @trap(stock=20, flaskd=0)
 def idle_connections_asked_for_each_request(rig):
-    """The poll set is built anew in each turn; with thousands of connections the loop does nothing else."""
+    """The poll set is built anew in each turn, which takes all the time if there are thousands of connections."""
     server = rig.serve()
     for _ in range(20):
         rig.connect(server)
@@ -382,7 +382,7 @@ def idle_connections_asked_for_each_request(rig):
 
 @trap(stock="too few", flaskd="all")
 def the_connection_limit(rig):
-    """The limit counts whatever is in the map: listeners and triggers, too."""
+    """The limit counts all of the map, including listeners and triggers."""
     server = rig.serve(connection_limit=5)
     for _ in range(5):
         rig.connect(server)
@@ -392,7 +392,7 @@ def the_connection_limit(rig):
 
 @trap(stock="changed size during iteration", flaskd="all")
 def connections_looked_at_from_outside(rig):
-    """`active_channels` is changed by the loop's thread while another goes through it."""
+    """The loop's thread changes `active_channels` while another thread iterates over it."""
     server = rig.serve()
     rig.connect(server)
     until(server, lambda: len(server.channels()) == 1)
@@ -411,7 +411,7 @@ def connections_looked_at_from_outside(rig):
 
 @trap(stock=b"x", flaskd=b"")
 def a_close_while_a_worker_lives(rig):
-    """The worker pulls the trigger, whose descriptor may be another file by then: a byte too much in it."""
+    """The thread uses the trigger, whose descriptor may belong to another file by then, and writes a byte into it."""
     server = rig.serve(threads=1)
     trigger = server.acceptor.trigger.trigger
     rig.connect(server).send("/gate")
@@ -428,7 +428,7 @@ def a_close_while_a_worker_lives(rig):
         os.set_blocking(writer, False)
         try:
             os.fstat(trigger)
-        except OSError:  # it is free, and the next file that is opened may get it
+        except OSError:  # the number is free, and the next file that is opened may get it
             os.dup2(writer, trigger)
             os.close(writer)
             writer = trigger
@@ -446,7 +446,7 @@ def a_close_while_a_worker_lives(rig):
 
 @trap(stock="taken from a live server", flaskd="refused")
 def a_unix_socket_in_use(rig):
-    """`cleanup_unix_socket` unlinks whatever socket stands there."""
+    """`cleanup_unix_socket` removes a socket that another server uses."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "http.sock")
         options = (
@@ -467,7 +467,7 @@ def a_unix_socket_in_use(rig):
 
 @trap(stock=True, flaskd=False)
 def a_unix_socket_seen_with_the_wrong_mode(rig):
-    """The node is bound first and given its mode after that; in between, the umask decides who may connect."""
+    """The node is bound first, and gets its mode after that; meanwhile the umask decides which users may connect."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "http.sock")
         seen, chmod = [], os.chmod
@@ -486,7 +486,7 @@ def a_unix_socket_seen_with_the_wrong_mode(rig):
 
 @trap(stock=2, flaskd=1)
 def ports_of_one_address(rig):
-    """`*:0` is one address with two ports, and nobody is told the second."""
+    """`*:0` becomes one address with two ports, and the second one is not shown."""
     if rig.kind is Ours:
         return len({each.port for each in rig.serve(listeners=[Listener.bind(Address.parse(":0"))]).addresses})
     sockets = {}
@@ -504,7 +504,7 @@ def ports_of_one_address(rig):
 
 @trap(stock="waits for ever", flaskd=200)
 def an_expectation_without_a_body(rig):
-    """The client is told to continue, and then its body of no bytes is waited for."""
+    """The client gets 100, and then the server waits for a body of no bytes."""
     server = rig.serve()
     client = rig.connect(server).send(get("/", "Content-Length: 0", "Expect: 100-continue", method="POST"))
     answer = fate(client)
@@ -516,7 +516,7 @@ def an_expectation_without_a_body(rig):
 
 @trap(stock=200, flaskd=400)
 def http_1_1_without_a_host(rig):
-    """RFC 9112 §3.2 demands a refusal."""
+    """RFC 9112 §3.2 demands a refusal, and waitress serves the request."""
     server = rig.serve()
     return fate(rig.connect(server).send(b"GET / HTTP/1.1\r\n\r\n"))
 
@@ -526,18 +526,18 @@ def http_1_1_without_a_host(rig):
 
 @pytest.mark.parametrize(("scenario", "stock", "flaskd"), TRAPS)
 def test_stock_waitress_falls_into_it(scenario, stock, flaskd):
-    """The trap is real: waitress as it comes does what is said of it."""
+    """The trap is real: stock waitress does what the scenario says."""
     with contextlib.closing(Rig(Stock)) as rig:
         assert scenario(rig) == stock
 
 
 @pytest.mark.parametrize(("scenario", "stock", "flaskd"), TRAPS)
 def test_flaskd_does_not(scenario, stock, flaskd):
-    """The same scenario, the better end."""
+    """In the same scenario, flaskd does what it promises."""
     with contextlib.closing(Rig(Ours)) as rig:
         assert scenario(rig) == flaskd
 
 
 def test_no_end_is_claimed_for_both():
-    """A trap that does the same to both would be none."""
+    """Each scenario claims different outcomes for the two servers."""
     assert [each.id for each in TRAPS if each.values[1] == each.values[2]] == []

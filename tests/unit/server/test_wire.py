@@ -1,4 +1,4 @@
-"""What goes over the wire in how many pieces: an answer's header with its body, an upload in large bites."""
+"""In how many pieces data is sent and read: an answer's header with its body, an upload in large reads."""
 
 import socket
 
@@ -28,7 +28,7 @@ def sent(monkeypatch):
     ],
 )
 def test_a_small_answer_is_sent_in_one_piece(path, method, body, sent, serve, connect):
-    """Header and body go out together, with and without a body, when the app fails too."""
+    """Header and body are sent together, with and without a body, also when the app fails."""
     client = connect(serve()).send(get(path, "Connection: close", method=method))
     received = b"".join(iter(lambda: client.socket.recv(65536), b""))
     (piece,) = sent
@@ -39,7 +39,7 @@ def test_a_small_answer_is_sent_in_one_piece(path, method, body, sent, serve, co
 
 
 def test_the_first_part_of_a_stream_goes_out_at_once(sent, serve, app, connect):
-    """A stream's header and first chunk are one piece, and no later one is waited for."""
+    """A stream's header and first chunk are sent together, at once."""
     client = connect(serve()).send(get("/stream"))
     assert client.socket.recv(65536, socket.MSG_PEEK).endswith(b"5\r\nfirst\r\n")
     assert len(sent) == 1
@@ -48,12 +48,12 @@ def test_the_first_part_of_a_stream_goes_out_at_once(sent, serve, app, connect):
 
 
 def test_a_large_answer_is_whole(serve, connect):
-    """A body that is not worth copying follows its header as it is."""
+    """A large body is sent after its header, without a copy."""
     assert connect(serve()).send(get("/big")).response().body == b"x" * BIG
 
 
 def test_a_body_that_its_length_leaves_no_room_for(sent, serve, connect):
-    """A header that is held for a body which then is not sent goes out all the same."""
+    """If the body is not sent because the Content-Length is 0, the header is sent all the same."""
 
     def app(environ, start_response):
         start_response("204 No Content", [("Content-Length", "0")])
@@ -67,7 +67,7 @@ def test_a_body_that_its_length_leaves_no_room_for(sent, serve, connect):
 
 
 def test_an_upload_is_read_in_large_bites(monkeypatch, serve, app, connect):
-    """A body takes a read for each 64 KiB and some more, where waitress takes one for each 8 KiB."""
+    """A body is read in pieces of 64 KiB; waitress reads 8 KiB at once."""
     bites = []
     original = socket.socket.recv
     monkeypatch.setattr(socket.socket, "recv", lambda self, size: bites.append(size) or original(self, size))

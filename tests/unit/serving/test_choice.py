@@ -1,4 +1,4 @@
-"""Which object of a module is served, whole, and which factory is called, once."""
+"""Which object of a module is served, with its wrappers, and which factory is called, once."""
 
 import types
 from textwrap import dedent
@@ -49,13 +49,13 @@ def module_of(source, head=HEAD):
 
 
 def chosen(source, name=""):
-    """What is served, and the module."""
+    """The object that is served, and the module."""
     module = module_of(source)
     return (Named(module, "ldshop", name) if name else Unnamed(module, "ldshop")).find(), module
 
 
 def refused(source, name="", error=NoAppError):
-    """Why nothing is."""
+    """The error that says why nothing is served."""
     module = module_of(source)
     with pytest.raises(error) as raised:
         (Named(module, "ldshop", name) if name else Unnamed(module, "ldshop")).find()
@@ -66,7 +66,7 @@ def refused(source, name="", error=NoAppError):
 @pytest.mark.parametrize("name", ["application", "app"])
 @pytest.mark.parametrize("target", ["", "named"])
 def test_a_wrapper_is_served_and_its_factory_is_not_called_again(wrapper, name, target):
-    """What the module wrapped keeps its wrapper, however it was made; PEP 3333 asks for no more than that it can be called."""
+    """A module's wrapper is served, however it was made; PEP 3333 only asks that it can be called."""
     found, module = chosen(f"{name} = {wrapper}(create_app())", name if target else "")
     assert found.wsgi is getattr(module, name)
     assert found.name == f"ldshop:{name}"
@@ -89,7 +89,7 @@ def test_a_wrapper_is_served_and_its_factory_is_not_called_again(wrapper, name, 
     ],
 )
 def test_application_comes_before_app(source, why):
-    """Of two objects the one under the name that WSGI servers look for is served, and the log says that there are two."""
+    """Of two objects, the one under the name that WSGI servers look for is served, and the log names both."""
     found, module = chosen(source)
     assert found.wsgi == module.application
     assert found.name == "ldshop:application"
@@ -99,7 +99,7 @@ def test_application_comes_before_app(source, why):
 
 @pytest.mark.parametrize("application", ["None", "'shop'", "BasicAuth", "type(calls)", "ModuleTypeOfOurs"])
 def test_what_cannot_be_called_or_is_a_mere_class_is_passed_over(application):
-    """A setting, a submodule or an imported class under a usual name is no app."""
+    """A setting, a submodule or an imported class under a usual name is not taken for the app."""
     found, module = chosen(
         f"import types\nModuleTypeOfOurs = types.ModuleType('x')\napplication = {application}\napp = create_app()"
     )
@@ -131,7 +131,7 @@ def test_a_class_as_the_standard_has_it():
     ],
 )
 def test_a_usual_name_for_what_is_no_app_is_refused(application, said):
-    """Nothing else is served in its place, and it is not called: neither for an app nor for each request."""
+    """An object under a usual name that is no app is refused: it is not called, and nothing else is served."""
     words, module = refused(f"application = {application}")
     assert words.startswith("ldshop:application: it is no WSGI app")
     assert said in words
@@ -139,7 +139,7 @@ def test_a_usual_name_for_what_is_no_app_is_refused(application, said):
 
 
 def test_the_choice_between_an_object_that_takes_anything_and_an_app():
-    """`app` may be a command line beside a Flask app of another name: not flaskd's guess."""
+    """`app` may be a command line next to a Flask app with another name, so flaskd does not guess."""
     source = "class Typer:\n    def __call__(self, *args, **kwargs): pass\napp, server = Typer(), create_app()"
     words, _ = refused(source)
     assert words.endswith('name what is to be served: "ldshop:app" or "ldshop:server"')
@@ -149,21 +149,21 @@ def test_the_choice_between_an_object_that_takes_anything_and_an_app():
 
 @pytest.mark.parametrize("secured", ["BasicAuth({})", "requires_login({})", "Anything({})"])
 def test_a_wrapper_under_another_name_is_not_lost(secured):
-    """Without a Flask app of its own, a module's only wrapper is its app: its factory is not called beside it."""
+    """Without a Flask app of its own, a module's only wrapper is its app; its factory is not called."""
     found, module = chosen(f"secured = {secured.format('create_app()')}")
     assert found.wsgi is module.secured
     assert module.calls == ["shop"]
 
 
 def test_an_app_and_its_wrapper_under_other_names():
-    """Which of them is meant is not guessed."""
+    """If an app and its wrapper both have other names, flaskd refuses to guess."""
     words, module = refused("shop = create_app()\nsecured = BasicAuth(shop)")
     assert words.endswith('name the one to serve: "ldshop:shop" or "ldshop:secured"')
     assert module.calls == ["shop"]
 
 
 def test_an_app_under_its_usual_name_and_a_wrapper_under_another():
-    """The app is served, as it is named, with a warning that names the wrapper."""
+    """The app under its usual name is served, with a warning that names the wrapper."""
     found, module = chosen("app = create_app()\nsecured = BasicAuth(app)\ndef view(a, b): return app.name")
     assert found.wsgi is module.app
     assert found.doubt == (
@@ -174,7 +174,7 @@ def test_an_app_under_its_usual_name_and_a_wrapper_under_another():
 
 
 def test_wrappers_around_each_other():
-    """The outer one under another name is named in a warning, the inner one is what it holds anyway."""
+    """Of two nested wrappers, a warning names the outer one, which has another name."""
     found, module = chosen("app = BasicAuth(create_app())\nsecured = documented(app)")
     assert found.wsgi is module.app
     assert found.doubt.endswith('name "ldshop:secured"')
@@ -184,7 +184,7 @@ def test_wrappers_around_each_other():
 
 
 def test_the_own_method_of_an_app_is_no_wrapper():
-    """`serve = shop.wsgi_app` leaves the shop the only app of its module; without the shop it is the app."""
+    """`serve = shop.wsgi_app` does not count next to the shop; without the shop it is the app."""
     assert chosen("shop = create_app()\nserve = shop.wsgi_app")[0].name == "ldshop:shop"
     found, module = chosen("serve = create_app().wsgi_app")
     assert found.name == "ldshop:serve"
@@ -192,14 +192,14 @@ def test_the_own_method_of_an_app_is_no_wrapper():
 
 
 def test_a_factory_that_flask_would_not_call_is_named():
-    """The error has the words with which it would be called."""
+    """The error for a factory that Flask would not call shows the target that calls it."""
     words, module = refused("create_app = functools.cache(create_app)")
     assert words.endswith('name what is to be served: "ldshop:create_app()"')
     assert module.calls == []
 
 
 def test_one_app_under_two_names_is_one():
-    """An app that was also imported under another name is no second one."""
+    """An app that was imported under a second name counts once."""
     assert chosen("shop = same = create_app()")[0].wsgi.import_name == "shop"
 
 
@@ -208,7 +208,7 @@ def test_one_app_under_two_names_is_one():
     [("", ["shop"]), ("make_app = create_app", ["shop"]), ("create_app = requires_login(create_app)", ["shop"])],
 )
 def test_a_factory_is_called_once(source, calls):
-    """What the first factory makes is served; no other is called after it."""
+    """What the first factory makes is served, and no other factory is called."""
     found, module = chosen(source)
     assert find_flask(found.wsgi).import_name == calls[0]
     assert module.calls == calls
@@ -216,7 +216,7 @@ def test_a_factory_is_called_once(source, calls):
 
 @pytest.mark.parametrize("source", ["", "make_app = create_app"])
 def test_what_a_factory_makes_is_served_whole(source):
-    """A factory that wraps its app is not called again for the app inside."""
+    """A factory that wraps its app is called once, and the wrapper is served."""
     wrapping = "inner = create_app\ndef create_app(): return BasicAuth(inner('once'))\n"
     found, module = chosen(wrapping + source)
     assert type(found.wsgi) is module.BasicAuth
@@ -224,7 +224,7 @@ def test_what_a_factory_makes_is_served_whole(source):
 
 
 def test_a_factory_that_makes_nothing_is_not_called_again_under_its_other_name():
-    """Flask's rule goes on to the other name, which is the same function."""
+    """A factory that makes nothing is not called again under its second name, with which Flask's rule goes on."""
     words, module = refused("def create_app():\n    calls.append(1)\nmake_app = create_app")
     assert "failed to find Flask application or factory" in words
     assert module.calls == [1]
@@ -239,7 +239,7 @@ def test_a_factory_that_makes_nothing_is_not_called_again_under_its_other_name()
     ],
 )
 def test_what_flask_would_not_call_is_called_when_the_target_says_so(made):
-    """Flask's loader calls functions alone; any other callable is called where the target has the parentheses, once."""
+    """A callable that is not a function is called, once, if the target has parentheses."""
     words, module = refused(f"make = {made}", "make")
     assert words.endswith('to have it called as a factory, name it "ldshop:make()"')
     assert module.calls == []
@@ -249,7 +249,7 @@ def test_what_flask_would_not_call_is_called_when_the_target_says_so(made):
 
 
 def test_a_named_factory_is_called_with_what_was_named():
-    """As Flask has it, and what it returns is served whole."""
+    """A named factory is called with the named arguments, as in Flask, and its result is served with its wrappers."""
     found, module = chosen(
         "def make(name, *, times=1): return BasicAuth(create_app(name * times))", "make('x', times=2)"
     )
@@ -259,7 +259,7 @@ def test_a_named_factory_is_called_with_what_was_named():
 
 
 def test_a_module_that_makes_what_it_is_asked_for_is_asked_once():
-    """PEP 562: what `__getattr__` makes is made once."""
+    """An attribute that `__getattr__` of a module makes (PEP 562) is made once."""
     found, module = chosen("def __getattr__(name):\n    if name == 'app': return BasicAuth(create_app())\n    raise AttributeError(name)")  # fmt: skip
     assert found.name == "ldshop:app"
     assert module.calls == ["shop"]
@@ -272,7 +272,7 @@ def test_a_module_that_makes_what_it_is_asked_for_is_asked_once():
 
 @pytest.mark.parametrize("name", ["", "app", "create_app", "create_app()"])
 def test_an_object_in_a_modules_place(name):
-    """A module may have put an object of its own in its place (sys.modules)."""
+    """A module may have replaced itself by another object in sys.modules."""
     place = types.SimpleNamespace()
     if name in {"", "app"}:
         place.app = Flask("shop")
@@ -309,14 +309,14 @@ def unclear(scope, receive, send): pass
     ],
 )
 def test_an_asgi_app_is_refused_with_the_next_step(source, name):
-    """It would be ready, and answer every request with an error."""
+    """An ASGI app is refused with advice, because it would answer every request with an error."""
     words, _ = refused(ASGI + source, name)
     assert "it is an ASGI app, and flaskd serves WSGI apps; serve it with an ASGI server (uvicorn, hypercorn)" in words
 
 
 @pytest.mark.parametrize("name", ["", "create_app", "create_app()"])
 def test_an_asynchronous_factory_is_refused(name):
-    """A coroutine is no app, and is not left behind unawaited."""
+    """An asynchronous factory is refused, and its coroutine is closed."""
     words, _ = refused("async def create_app(): return Flask('x')", name)
     assert words == "ldshop:create_app is an asynchronous function; a factory of a WSGI app is a plain one"
 
@@ -334,7 +334,7 @@ def test_an_asynchronous_factory_is_refused(name):
     ],
 )
 def test_flasks_own_choice(source):
-    """Where there are Flask apps and factories alone, and not two under the usual names, the choice is Flask's."""
+    """If a module has only Flask apps and factories, and not two usual names, the choice is that of Flask."""
     ours, module = chosen(source)
     assert isinstance(ours.wsgi, Flask)
     theirs = flask.cli.find_best_app(module)

@@ -1,4 +1,4 @@
-"""The app's source files, and their watch, without a thread: each test looks by hand."""
+"""The app's source files, and the watch on them, without its thread: each test calls `look`."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ def shop(tmp_path):
 
 @pytest.fixture
 def changes():
-    """What was told."""
+    """The calls of `changed`."""
     return []
 
 
@@ -48,7 +48,7 @@ def _look(watch, times=4):
 
 
 def test_a_saved_file_is_told_once(watch, shop, changes):
-    """When two looks in a row have seen the same; so is each one after it."""
+    """A saved file is reported once, when two looks in a row have seen the same; so is each later change."""
     _look(watch)
     assert changes == []
     shop.write_text("two, and")
@@ -64,7 +64,7 @@ def test_a_saved_file_is_told_once(watch, shop, changes):
 
 
 def test_files_that_were_saved_together_are_told_together(shop, changes, caplog):
-    """As a checkout does it: one change, and the log names the first ones."""
+    """Files that were saved together, as by a checkout, are one change, and the log names the first ones."""
     files = [str(shop.with_name(f"{number}.py")) for number in range(5)]
     watch = _watch(files, changes)
     for each in files:
@@ -76,7 +76,7 @@ def test_files_that_were_saved_together_are_told_together(shop, changes, caplog)
 
 
 def test_what_came_to_nothing_is_told_again(watch, shop, changes):
-    """A drain came first, say; what was never told is not."""
+    """A change after which no reload came is reported again; what was never reported is not."""
     watch.again()
     _look(watch)
     assert changes == []
@@ -88,7 +88,7 @@ def test_what_came_to_nothing_is_told_again(watch, shop, changes):
 
 
 def test_a_file_that_goes_and_comes_back_is_told(watch, shop, changes):
-    """Of both a word, where each lasts; an editor that writes another file in its place makes one change."""
+    """A file that is removed and restored is reported each time; one that an editor replaces is one change."""
     shop.unlink()
     _look(watch)
     shop.write_text("one")
@@ -102,7 +102,7 @@ def test_a_file_that_goes_and_comes_back_is_told(watch, shop, changes):
 
 
 def test_what_is_imported_later_is_watched_too(shop, changes, tmp_path):
-    """From the look on that finds it."""
+    """A file is watched from the look that finds it imported."""
     files = [str(shop)]
     watch = _watch(files, changes)
     (tmp_path / "later.py").write_text("one")
@@ -116,7 +116,7 @@ def test_what_is_imported_later_is_watched_too(shop, changes, tmp_path):
 
 @pytest.mark.parametrize("name", ["new.py", "neighbour.py"])
 def test_a_traceback_names_files_to_watch(watch, changes, tmp_path, name):
-    """Those that new code was the first to import, and their neighbours, which may be at fault; none that are Python's."""
+    """Files that a traceback names are watched, with their neighbours; not those of Python."""
     (tmp_path / "new.py").write_text("def")
     (tmp_path / "neighbour.py").write_text("one")
     watch.add_those_of(
@@ -129,7 +129,7 @@ def test_a_traceback_names_files_to_watch(watch, changes, tmp_path, name):
 
 
 def test_the_files_of_the_app_are_those_that_it_has_imported(shop):
-    """Neither Python's own nor those of installed packages nor flaskd's; what stands in for a module is not asked."""
+    """Files of Python, installed packages and flaskd are left out; an object in a module's place runs no code."""
     shop.write_text("")
     code = (
         "import sys, json, click, flaskd.serving.code as code, shop\n"
@@ -147,7 +147,7 @@ def test_the_files_of_the_app_are_those_that_it_has_imported(shop):
 
 
 def test_what_was_saved_while_the_app_was_imported_is_told(shop, changes):
-    """It may have been read before; once, and not again after the reload that it brings."""
+    """A file that was saved during the import is reported once, because the import may have read it before."""
     watch = _watch([str(shop)], changes, since=shop.stat().st_mtime - 1)
     _look(watch)
     assert changes == [1]
@@ -156,7 +156,7 @@ def test_what_was_saved_while_the_app_was_imported_is_told(shop, changes):
 
 
 def test_it_rests_while_it_is_not_wanted(shop, changes):
-    """No file is looked at then, nor a worker asked."""
+    """While the watch rests, no file is looked at, and no worker is asked."""
     wanted, looked = threading.Event(), threading.Event()
 
     def files():

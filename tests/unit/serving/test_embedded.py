@@ -1,4 +1,4 @@
-"""`ServerThread`, on both servers: what it owes to who starts it, to its clients, and to who comes after it."""
+"""`ServerThread` on both servers: start, clients, stop, and that nothing is left behind."""
 
 import concurrent.futures
 import contextlib
@@ -35,12 +35,12 @@ def kind(request):
 
 @pytest.fixture
 def registered(monkeypatch):
-    """A registry of this test's own."""
+    """A registry of functions for this test alone."""
     monkeypatch.setattr(callbacks, "_registered", [])
 
 
 class Shop:
-    """An app with a page that waits until the test lets it go."""
+    """An app with a page that waits until the test releases it."""
 
     def __init__(self):
         self.entered = threading.Semaphore(0)
@@ -71,7 +71,7 @@ class Shop:
             assert flask.request.environ["flaskd.draining"].wait(PATIENCE)
             while True:
                 yield "data: more\n\n"
-                time.sleep(0.01)  # a pace, not a wait for anything
+                time.sleep(0.01)  # paces the stream; nothing waits for this
 
         return flask.Response(flask.stream_with_context(produce()), mimetype="text/event-stream")
 
@@ -84,13 +84,13 @@ def shop():
 
 
 def ask(server, path, method="GET"):
-    """What comes of one request: (status, body), or the error."""
+    """The outcome of one request: (status, body), or the error."""
     return outcome(f"http://127.0.0.1:{server.port}/", path, method)
 
 
 @pytest.fixture(autouse=True)
 def nothing_left():
-    """After each test there is no thread and no open socket that was not there before."""
+    """After each test there is no thread and no open socket that was not there before it."""
     before = set(threading.enumerate())
     yield
     left = {each for each in threading.enumerate() if each not in before}
@@ -101,7 +101,7 @@ def nothing_left():
 
 
 def test_it_serves_and_stops_twice_in_a_row(shop, kind):
-    """The same app, two servers one after the other, and the first one started again."""
+    """An app can be served by two servers one after the other, and a server can be started again."""
     for _ in range(2):
         with flaskd.ServerThread(shop.flask, server=kind) as server:
             assert server.url == f"http://127.0.0.1:{server.port}/"
@@ -113,7 +113,7 @@ def test_it_serves_and_stops_twice_in_a_row(shop, kind):
 
 
 def test_what_is_in_flight_at_the_stop_is_answered(shop, kind):
-    """A stop waits for requests in hand, refuses new ones at once, and counts what it answered."""
+    """A stop waits for requests in hand, refuses new ones at once, and counts the answered ones."""
     server = flaskd.ServerThread(shop.flask, server=kind).start()
     clients = [Answer(server.url, "/wait") for _ in range(3)]
     for _ in clients:
@@ -136,7 +136,7 @@ def test_what_is_in_flight_at_the_stop_is_answered(shop, kind):
 
 
 def test_what_is_not_done_in_time_is_cut_and_named(shop, kind, caplog):
-    """The report names the request that was broken off; the stop takes no longer than it may."""
+    """The report names the request that was cut, and the stop takes no longer than its timeout."""
     server = flaskd.ServerThread(shop.flask, server=kind).start()
     client = Answer(server.url, "/wait")
     assert shop.entered.acquire(timeout=PATIENCE)
@@ -151,7 +151,7 @@ def test_what_is_not_done_in_time_is_cut_and_named(shop, kind, caplog):
 
 
 def test_a_drain_reports_and_leaves_the_stop_to_do(shop, kind):
-    """`drain` needs no argument, refuses new clients, and a stop afterwards has the same report."""
+    """`drain` needs no argument and refuses new clients; a stop after it has the same report."""
     server = flaskd.ServerThread(shop.flask, server=kind).start()
     report = server.drain()
     assert report.clean
@@ -161,7 +161,7 @@ def test_a_drain_reports_and_leaves_the_stop_to_do(shop, kind):
 
 
 def test_resume(shop):
-    """Waitress opens again at the same address; Werkzeug's server says that it cannot."""
+    """Waitress serves again at the same address; Werkzeug's server raises an error that says that it cannot."""
     with flaskd.ServerThread(shop.flask) as server:
         url = server.url
         server.drain()
@@ -175,7 +175,7 @@ def test_resume(shop):
 
 
 def test_a_busy_port_is_an_error_at_once(shop, kind):
-    """`start` raises what the thread could not do, and leaves nothing behind."""
+    """`start` raises the error of a busy port, and leaves nothing open."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(CannotCreateError, match=f"^cannot listen on 127.0.0.1:{port}: Address already in use"):
@@ -183,7 +183,7 @@ def test_a_busy_port_is_an_error_at_once(shop, kind):
 
 
 def open_files():
-    """What the descriptors of this process are, less the one that looks, which is gone by then."""
+    """What the descriptors of this process refer to, without the one that lists them."""
     found = []
     for number in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):
@@ -193,7 +193,7 @@ def open_files():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="descriptors are counted in /proc")
 def test_a_start_without_enough_threads_leaves_nothing(shop, kind, monkeypatch):
-    """Whichever of its threads cannot be had, `start` raises it, closes all files, and can be tried again."""
+    """If any of its threads cannot be started, `start` raises, closes all files, and can be tried again."""
     server, real, left = flaskd.ServerThread(shop.flask, threads=2, server=kind), threading.Thread.start, []
 
     def start(thread):
@@ -222,7 +222,7 @@ def test_a_start_without_enough_threads_leaves_nothing(shop, kind, monkeypatch):
 
 
 def test_wrong_arguments_are_refused(shop):
-    """An unknown server, a configuration at fault, a second start."""
+    """An unknown server, a wrong configuration and a second start are refused."""
     with pytest.raises(ValueError, match='^cannot serve with \'gevent\': expected "waitress" or "werkzeug"$'):
         flaskd.ServerThread(shop.flask, server="gevent")
     with pytest.raises(ConfigError, match="cleanup.policies.x.use"):
@@ -248,14 +248,14 @@ def test_wrong_arguments_are_refused(shop):
     ids=str,
 )
 def test_arguments_that_cannot_be_are_told_at_once(shop, wrong, error):
-    """Neither in a thread nor in a process is anything started for them."""
+    """Wrong arguments raise at once, and nothing is started, neither a thread nor a process."""
     for make in (lambda: flaskd.ServerThread(shop.flask, **wrong), lambda: flaskd.ServerProcess("shop:app", **wrong)):
         with pytest.raises(error, match=r"^cannot serve .*: expected a .*, got "):
             make()
 
 
 def test_an_app_that_fails_or_exits_stops_nothing(shop, kind, caplog):
-    """Its clients get a 500 or the end of their connection, the next one is served, and the stop is clean."""
+    """If the app fails or exits, its client gets a 500 or the end, the next one is served, and the stop is clean."""
     with flaskd.ServerThread(shop.flask, server=kind) as server:
         assert ask(server, "/fail")[0] == 500
         ask(server, "/leave")
@@ -264,7 +264,7 @@ def test_an_app_that_fails_or_exits_stops_nothing(shop, kind, caplog):
 
 
 def test_an_event_stream_ends_in_good_order(shop, kind):
-    """It learns that a drain began, and ends between two events with a proper last chunk."""
+    """A stream learns that a drain began, and ends between two events with a last chunk."""
     server = flaskd.ServerThread(shop.flask, server=kind, config={"shutdown": {"drain": {"stream_grace": "100ms"}}})
     server.start()
     client = Answer(server.url, "/stream")
@@ -277,10 +277,10 @@ def test_an_event_stream_ends_in_good_order(shop, kind):
 
 
 def test_a_client_that_connected_and_says_nothing_keeps_no_stop_waiting(shop, kind):
-    """It is told that there is nothing more to come, and the stop goes on."""
+    """A silent client does not delay a stop: it gets the end of its connection."""
     server = flaskd.ServerThread(shop.flask, server=kind).start()
     with socket.create_connection(("127.0.0.1", server.port)) as client:
-        assert ask(server, "/") == (200, b"hello\n")  # behind it, so it has been accepted
+        assert ask(server, "/") == (200, b"hello\n")  # it connected later, so the silent one has been accepted
         assert server.stop(timeout=PATIENCE).took < PATIENCE / 2
         client.settimeout(PATIENCE)
         assert client.recv(1) == b""
@@ -304,7 +304,7 @@ def test_a_request_that_is_still_coming_is_read_on(shop, kind):
 
 
 def test_cleanup_runs_after_the_drain(shop, kind, registered, tmp_path):
-    """Policies and functions run once the last request is answered, in their order, in the app's context."""
+    """Policies and functions run after the last request was answered, in their order, in the app's context."""
     said = []
 
     @flaskd.on_stop
@@ -335,7 +335,7 @@ def test_cleanup_runs_after_the_drain(shop, kind, registered, tmp_path):
 
 
 def test_functions_for_one_app_run_at_its_stop_alone(shop, registered):
-    """What a factory registers for its app is not run for another one."""
+    """A function that a factory registers for its app is not run for another app."""
     other, said = flask.Flask("other"), []
     for app in (shop.flask, other):
         flaskd.on_stop(app=app)(lambda name=app.name: said.append(name))
@@ -345,7 +345,7 @@ def test_functions_for_one_app_run_at_its_stop_alone(shop, registered):
 
 
 def test_functions_that_cannot_be_called_are_refused(registered):
-    """A coroutine function, too many arguments, an unknown phase, a timeout of nothing."""
+    """A coroutine function, too many arguments, an unknown phase and a timeout of 0 are refused."""
 
     async def later():
         pass
@@ -364,7 +364,7 @@ def test_functions_that_cannot_be_called_are_refused(registered):
 
 
 def test_a_later_function_can_wait_for_an_earlier_one(shop, registered, caplog):
-    """What is said with `after` goes before the usual order, last in, first out, and nothing is lost of it."""
+    """`after` comes before the usual order (last in, first out), and every function runs."""
     said = []
 
     @flaskd.on_stop
@@ -388,7 +388,7 @@ def test_a_later_function_can_wait_for_an_earlier_one(shop, registered, caplog):
 
 
 class Broken(Mapping):
-    """What a policy may name, and nobody can look at."""
+    """An object that a policy may name, and that raises when it is looked at."""
 
     def __getitem__(self, key):
         raise LookupError("on purpose")
@@ -401,7 +401,7 @@ class Broken(Mapping):
 
 
 def test_objects_that_cannot_be_looked_at_keep_no_stop_from_draining(shop, registered, monkeypatch):
-    """The request in hand is answered, and the policy that names them has failed."""
+    """The request in hand is answered, and the policy that names such an object fails."""
     module = types.ModuleType("broken_pools")
     module.pools = Broken()
     monkeypatch.setitem(sys.modules, "broken_pools", module)
@@ -423,7 +423,7 @@ def test_objects_that_cannot_be_looked_at_keep_no_stop_from_draining(shop, regis
 
 
 def test_an_edge_to_nothing_is_told(shop, registered, caplog):
-    """A function that is to come after something unknown runs, and the log says that it waited for nothing."""
+    """A function that is to run after an unknown one runs, and the log names the unknown one."""
     said = []
     flaskd.on_stop(after="close-db")(lambda: said.append("ran"))
     with flaskd.ServerThread(shop.flask):
@@ -433,7 +433,7 @@ def test_an_edge_to_nothing_is_told(shop, registered, caplog):
 
 
 def test_a_cleanup_that_hangs_costs_its_time_and_no_more(shop, registered, caplog):
-    """The stop returns at its deadline, the step's stack is in the log, and the drain's report stands."""
+    """The stop returns at its deadline, the stuck step's stack is logged, and the drain's report is returned."""
     hang = threading.Event()
     flaskd.on_stop(timeout=0.2)(hang.wait)
     server = flaskd.ServerThread(shop.flask).start()
@@ -446,7 +446,7 @@ def test_a_cleanup_that_hangs_costs_its_time_and_no_more(shop, registered, caplo
 
 @pytest.mark.parametrize("phases", [BEFORE_THE_DRAIN, BESIDE_THE_DRAIN])
 def test_a_cleanup_that_breaks_off_cuts_no_request(shop, kind, caplog, monkeypatch, phases):
-    """Broken off before the drain or beside it, the request in hand is answered, and the report is that of the drain."""
+    """If the cleanup fails before or during the drain, the request in hand is answered and reported."""
     run, broken_off, reports = Runner.run, threading.Event(), []
 
     def broken(self, wanted, outcome="clean"):
@@ -476,7 +476,7 @@ def test_a_cleanup_that_breaks_off_cuts_no_request(shop, kind, caplog, monkeypat
 
 
 def test_a_drain_that_breaks_off_is_not_clean(shop, caplog, monkeypatch):
-    """What was in hand is told as cut, and the stop does not wait for ever."""
+    """If the drain fails, requests in hand are reported as cut, and the stop ends."""
     server = flaskd.ServerThread(shop.flask).start()
     client = Answer(server.url, "/wait")
     assert shop.entered.acquire(timeout=PATIENCE)
@@ -493,7 +493,7 @@ def test_a_drain_that_breaks_off_is_not_clean(shop, caplog, monkeypatch):
 
 
 def test_a_stop_can_be_hurried(shop, kind):
-    """Asked a second time, it cuts what is in hand at once."""
+    """A second request to stop cuts requests in hand at once."""
     server = flaskd.ServerThread(shop.flask, server=kind).start()
     client = Answer(server.url, "/wait")
     assert shop.entered.acquire(timeout=PATIENCE)
@@ -504,12 +504,12 @@ def test_a_stop_can_be_hurried(shop, kind):
         pass
     server.hurry()
     stopping.join(PATIENCE)
-    assert "/wait" in [each.path for each in reports[0].cut]  # and perhaps an answer that its client has already
+    assert "/wait" in [each.path for each in reports[0].cut]  # and perhaps an answer that its client has read already
     assert isinstance(client.result(), Exception)
 
 
 def test_a_hurried_stop_is_not_the_end_of_the_process(shop, registered, monkeypatch):
-    """The last resort, which ends the process, is for a process of the server's own."""
+    """Without `own_process`, a hurried stop does not arm the end of the process."""
     armed = []
     monkeypatch.setattr("faulthandler.dump_traceback_later", lambda *args, **options: armed.append(args))
     server = flaskd.ServerThread(shop.flask).start()
@@ -520,7 +520,7 @@ def test_a_hurried_stop_is_not_the_end_of_the_process(shop, registered, monkeypa
 
 
 def test_a_request_can_stop_the_server_that_it_is_in(shop, kind, registered):
-    """It is answered like any other that is in flight, and who waits in `join` goes on after the cleanup."""
+    """A request that stops its own server is answered, and `join` in another thread returns after the cleanup."""
     said = []
     flaskd.on_stop(lambda: said.append("cleaned up"))
     server = flaskd.ServerThread(shop.flask, server=kind)
@@ -544,7 +544,7 @@ def test_a_request_can_stop_the_server_that_it_is_in(shop, kind, registered):
 
 
 def test_a_request_cannot_wait_for_its_own_drain(shop, kind):
-    """It is told so at once, and the server serves on."""
+    """`drain` inside of a request raises at once, and the server goes on serving."""
 
     @shop.flask.post("/drain")
     def drain():
@@ -558,7 +558,7 @@ def test_a_request_cannot_wait_for_its_own_drain(shop, kind):
 
 
 def test_a_cleanup_step_can_call_stop(shop, kind, registered):
-    """It returns at once with the account so far, each step runs once, and other threads still wait for the end."""
+    """`stop` inside of a cleanup step returns at once; each step runs once, other threads wait for the end."""
     said = []
 
     @flaskd.on_stop(phase="close")
@@ -584,13 +584,13 @@ def test_a_cleanup_step_can_call_stop(shop, kind, registered):
 
 
 def test_ctrl_c_in_a_stop_cuts_it_short_and_repeats_nothing(shop, kind, registered):
-    """What is in flight is cut, each cleanup step has run once, and a second stop has the same account."""
+    """Ctrl-C in a stop cuts requests, each cleanup step runs once, and a second stop has the same report."""
     said = []
 
     @flaskd.on_stop(phase="announce")
     def press():
         said.append("announce")
-        if said == ["announce"]:  # once: a second one would end the tests
+        if said == ["announce"]:  # only once: a second one would end the tests
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     flaskd.on_stop(phase="close")(lambda: said.append("close"))
@@ -605,7 +605,7 @@ def test_ctrl_c_in_a_stop_cuts_it_short_and_repeats_nothing(shop, kind, register
 
 
 def test_a_signal_can_stop_what_is_stopping(shop, kind, registered):
-    """A handler in the main thread that calls `stop` waits with it for the one stop, and not for itself."""
+    """A signal handler that calls `stop` during a stop in the main thread waits for that stop, without a deadlock."""
     reports, ran = [], []
 
     @flaskd.on_stop
@@ -637,9 +637,9 @@ def test_a_backlog_is_answered(shop, kind):
 
 
 def test_what_a_client_sends_paints_no_terminal(shop, kind, caplog):
-    """Control characters of a path or method are percent-encoded in what is shown and in the log."""
+    """Control characters in a path or method are percent-encoded where requests are shown and logged."""
     method, shown, path = "GET", "GET", b"/x%1B]0;%07%41"
-    if kind == "werkzeug":  # flaskd's own parser refuses such a method, and such a path
+    if kind == "werkzeug":  # flaskd's parser refuses such a method or path
         method, shown, path = "G\x1b[2J", "G%1B[2J", b"/x\x1b]0;\x07%41"
     shop.flask.add_url_rule("/<path:_>", "any", lambda _: shop.wait(), methods=[method])
     server = flaskd.ServerThread(shop.flask, server=kind).start()
@@ -654,7 +654,7 @@ def test_what_a_client_sends_paints_no_terminal(shop, kind, caplog):
 
 
 def test_it_works_without_logging(shop, kind, caplog):
-    """A run in good order writes nothing above INFO."""
+    """A run without problems logs nothing above INFO."""
     with flaskd.ServerThread(shop.flask, server=kind) as server:
         ask(server, "/")
     assert [each for each in caplog.records if each.levelno > logging.INFO] == []
@@ -670,7 +670,7 @@ def test_it_works_without_logging(shop, kind, caplog):
     ],
 )
 def test_discovery_is_off_unless_it_is_asked_for(registered, monkeypatch, cleanup, steps):
-    """The app outlives the server, so what it holds is left alone; a policy or the configuration may say otherwise."""
+    """What the app holds is left alone after a server in a thread, unless a policy or the configuration asks for it."""
     from flaskd.cleanup import discovery
 
     real = discovery.discover
@@ -691,7 +691,7 @@ def test_discovery_is_off_unless_it_is_asked_for(registered, monkeypatch, cleanu
     ],
 )
 def test_when_the_stop_returns_its_threads_have_ended(late, shop, kind, registered, monkeypatch):
-    """Also one that had only to end, and came late to it: whoever looks for threads after a stop finds none."""
+    """When `stop` has returned, all threads have ended, even one that is late to end."""
     real = threading.Thread.run
 
     def run(thread):
@@ -711,7 +711,7 @@ def test_when_the_stop_returns_its_threads_have_ended(late, shop, kind, register
 
 
 def test_a_hurry_between_a_drain_asked_for_and_begun_counts(shop, kind):
-    """The press comes before the serving thread hears of the drain: it ends at once all the same."""
+    """A hurry before the serving thread has heard of the drain ends the drain at once."""
     server = flaskd.ServerThread(shop.flask, server=kind).start()
     flaskd.on_stop(app=shop.flask, phase="announce")(server.hurry)
     client = Answer(server.url, "/wait")

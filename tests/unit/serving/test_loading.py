@@ -37,7 +37,7 @@ NAMED = """
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """Writes modules into a directory that is the working one; nothing of them is left behind."""
+    """Writes modules into a directory and works there; afterwards they are removed from sys.modules."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.setenv("FLASK_RUN_FROM_CLI", "false")
@@ -59,7 +59,7 @@ def project(tmp_path, monkeypatch):
 
 
 def fault(target, kind):
-    """Load what cannot be loaded, and give the error, which is one line."""
+    """Load a target that cannot be loaded; returns the error, which has one line."""
     with pytest.raises(kind) as raised:
         load_app(target)
     assert str(raised.value).startswith(f"cannot load {target}: ")
@@ -107,7 +107,7 @@ def test_packages(target, project):
 
 
 def test_a_file_in_a_package_is_a_part_of_it(project):
-    """A path into a package imports the package, so that its relative imports hold."""
+    """A path into a package imports the package, so relative imports work."""
     project(
         {
             "src/ldpkg/__init__": "",
@@ -150,7 +150,7 @@ def test_the_working_directory_is_on_the_path(project):
     ],
 )
 def test_any_wsgi_callable(source, target, project):
-    """An app that is not Flask's is served as it is, in every form that names one."""
+    """An app that is not a Flask app is served, by every form of target."""
     project(ldshop=source)
     loaded = load_app(target)
     assert loaded.flask is None
@@ -159,7 +159,7 @@ def test_any_wsgi_callable(source, target, project):
 
 @pytest.mark.parametrize("name", ["fixed", "mounted"])
 def test_a_wrapped_app_is_served_wrapped(name, project):
-    """Middleware around a Flask app is served with it, and the Flask app inside is known."""
+    """Middleware around a Flask app is served with it, and the Flask app inside is found."""
     project(
         ldshop="""
             from flask import Flask
@@ -176,7 +176,7 @@ def test_a_wrapped_app_is_served_wrapped(name, project):
 
 
 def test_a_wrapped_app_under_a_usual_name_keeps_its_middleware(project):
-    """Without a name, `app = ProxyFix(shop)` is what is served, not the shop inside it."""
+    """Without a name in the target, `app = ProxyFix(shop)` is served with the middleware."""
     project(
         ldshop="""
             from flask import Flask
@@ -192,7 +192,7 @@ def test_a_wrapped_app_under_a_usual_name_keeps_its_middleware(project):
 
 @pytest.mark.parametrize("target", ["ldshop:wrapped", "ldshop:wrapped()", 'ldshop:wrapped("wrapped")'])
 def test_a_factory_of_a_wrapped_app_is_called_once(target, project):
-    """What a factory makes is served, and the factory does not run again for it."""
+    """What a factory makes is served, and the factory is called once."""
     project(ldshop=FACTORY)
     loaded = load_app(target)
     assert isinstance(loaded.wsgi, ProxyFix)
@@ -202,7 +202,7 @@ def test_a_factory_of_a_wrapped_app_is_called_once(target, project):
 
 @pytest.mark.parametrize("target", ["ldshop", "ldshop:create_app"])
 def test_a_factory_is_called_once(target, project):
-    """A factory opens connections; once is enough."""
+    """A factory, which may open connections, is called once."""
     project(ldshop=FACTORY)
     load_app(target)
     assert sys.modules["ldshop"].calls == ["shop"]
@@ -237,7 +237,7 @@ def test_a_stray_run_does_nothing(project):
 
 
 def test_a_dotenv_file_is_not_read(project, monkeypatch):
-    """Flaskd's environment is its manager's business."""
+    """A .env file is not read: the service manager sets flaskd's environment."""
     monkeypatch.delenv("LD_SECRET", raising=False)
     directory = project(ldshop="from flask import Flask\napp = Flask('x')")
     (directory / ".env").write_text("LD_SECRET=1")
@@ -261,7 +261,7 @@ def test_a_dotenv_file_is_not_read(project, monkeypatch):
     ],
 )
 def test_a_module_that_is_not_there(target, missing, project):
-    """The operator named it, so it is a fault of the configuration, with the place that was looked in."""
+    """A missing module is a ConfigError that names where it was looked for."""
     directory = project({"ldpkg/__init__": ""})
     error = fault(target, ConfigError)
     assert error.exit_code == EX_CONFIG
@@ -292,7 +292,7 @@ def test_a_module_that_is_not_there(target, missing, project):
     ],
 )
 def test_an_app_that_is_not_there(source, target, why, project):
-    """What the module does not hold, or cannot be had like that, is told in one line."""
+    """A missing attribute, or one that cannot be served, is an error of one line."""
     project(ldshop=source)
     assert why in str(fault(target, ConfigError))
 
@@ -301,11 +301,11 @@ def test_an_app_that_is_not_there(source, target, why, project):
 
 
 def app_fault(target, said):
-    """Load an app whose own code fails; give the lines of its traceback, which begins in the app."""
+    """Load an app whose own code fails; returns the lines of its traceback, which begins in the app."""
     error = fault(target, AppError)
     assert error.exit_code == EX_SOFTWARE
     assert said in str(error)
-    lines = error.traceback_text.splitlines()
+    lines = error.details.splitlines()
     assert not [line for line in lines if "importlib" in line or "flaskd" in line or f"flask{os.sep}cli" in line]
     return lines
 
@@ -325,7 +325,7 @@ def app_fault(target, said):
     ],
 )
 def test_a_module_that_raises(statement, said, project):
-    """The app's own failure is the app's, with its traceback from its own first line."""
+    """A module that raises is an AppError, with a traceback from the app's first line on."""
     directory = project(ldshop=f"VALUE = 1\n{statement}\n")
     lines = app_fault("ldshop", said)
     assert lines[0] == "Traceback (most recent call last):"
@@ -334,7 +334,7 @@ def test_a_module_that_raises(statement, said, project):
 
 @pytest.mark.parametrize("target", ["ldshop:make", "ldshop:make()", "ldshop:make(1)"])
 def test_a_named_factory_that_raises(target, project):
-    """A factory's failure is told from its own frame on; a TypeError inside is no wrong argument."""
+    """A factory that raises is reported from its own frame on; a TypeError inside is no wrong argument."""
     directory = project(ldshop="def make(x=1):\n    return len(7)\n")
     lines = app_fault(target, "the app raised TypeError: object of type 'int' has no len()")
     assert lines[1] == f'  File "{directory / "ldshop.py"}", line 2, in make'
@@ -342,14 +342,14 @@ def test_a_named_factory_that_raises(target, project):
 
 @pytest.mark.parametrize("statement", ["return len(7)", "raise SystemExit(1)", "import ldabsent"])
 def test_a_factory_found_by_its_name_that_raises(statement, project):
-    """The same for a factory that nobody named."""
+    """The same for a factory that the target did not name."""
     directory = project(ldshop=f"def create_app():\n    {statement}\n")
     lines = app_fault("ldshop", "the app raised ")
     assert lines[1] == f'  File "{directory / "ldshop.py"}", line 2, in create_app'
 
 
 def test_a_missing_import_deeper_down(project):
-    """A module that the app's modules miss is their fault, not the operator's."""
+    """If a module of the app lacks an import, that is an AppError, not a ConfigError."""
     directory = project(ldshop="import ldinner", ldinner="import ldabsent")
     lines = app_fault("ldshop", "No module named 'ldabsent'")
     places = [line.split('"')[1] for line in lines if line.startswith("  File")]
@@ -357,7 +357,7 @@ def test_a_missing_import_deeper_down(project):
 
 
 def test_a_syntax_error_shows_the_place_and_no_machinery(project):
-    """A module that cannot be compiled has no frame; the place is in the error itself."""
+    """A syntax error is reported with its place, without frames of flaskd and importlib."""
     directory = project(ldshop="def (:\n")
     lines = app_fault("ldshop", "the app raised SyntaxError: ")
     assert lines[0].strip() == f'File "{directory / "ldshop.py"}", line 1'
@@ -365,7 +365,7 @@ def test_a_syntax_error_shows_the_place_and_no_machinery(project):
 
 
 def test_a_chained_error_is_shown_whole(project):
-    """What the app says about its own errors is kept."""
+    """The whole chain of an app's errors is reported."""
     project(
         ldshop="""
             try:
@@ -380,7 +380,7 @@ def test_a_chained_error_is_shown_whole(project):
 
 
 def test_ctrl_c_goes_through(project):
-    """KeyboardInterrupt belongs to who started flaskd."""
+    """KeyboardInterrupt is passed on to the caller."""
     project(ldshop="raise KeyboardInterrupt")
     with pytest.raises(KeyboardInterrupt):
         load_app("ldshop")
@@ -399,7 +399,7 @@ def test_ctrl_c_goes_through(project):
     ],
 )
 def test_the_order_of_choice(configured, environ, files, expected, tmp_path):
-    """What was asked for, then FLASK_APP, then wsgi.py, then app.py."""
+    """The target comes first, then FLASK_APP, then wsgi.py, then app.py."""
     for name in files:
         (tmp_path / name).touch()
     assert choose_target(configured, environ, tmp_path) == expected
@@ -413,7 +413,7 @@ def test_nothing_to_choose_but_a_dotenv_file(tmp_path):
 
 
 def test_nothing_to_choose(tmp_path):
-    """Without any app the error names every way to give one; a directory called app.py is none."""
+    """Without any app the error names every way to give one; a directory called app.py does not count."""
     (tmp_path / "app.py").mkdir()
     with pytest.raises(ConfigError, match="^cannot find an app: none was named, FLASK_APP is not set") as raised:
         choose_target(None, {}, tmp_path)
@@ -424,7 +424,7 @@ def test_nothing_to_choose(tmp_path):
 
 
 def test_flask_cli_prepare_import(project):
-    """Without it a file could not be named: gives a module name, and puts its directory first on the path."""
+    """Targets that are files need it: it returns a module name, and puts the file's directory first on sys.path."""
     directory = project({"ldpkg/__init__": "", "ldpkg/inner": ""})
     assert flask.cli.prepare_import("ldpkg/inner.py") == "ldpkg.inner"
     assert sys.path[0] == str(directory)
@@ -433,7 +433,7 @@ def test_flask_cli_prepare_import(project):
 
 
 def test_flask_cli_find_best_app(project):
-    """Without it an app could not go without a name: takes a module, raises NoAppException when there is none."""
+    """Targets without a name need it: it takes a module, and raises NoAppException if there is no app."""
     sys.path.insert(0, str(project(ldshop="from flask import Flask\nx = Flask('x')", ldempty="")))
     assert flask.cli.find_best_app(importlib.import_module("ldshop")).import_name == "x"
     with pytest.raises(flask.cli.NoAppException):
@@ -441,7 +441,7 @@ def test_flask_cli_find_best_app(project):
 
 
 def test_flask_cli_find_app_by_string(project):
-    """Without it there would be no grammar: reads attributes of what it is given, which need not be a module."""
+    """The syntax of targets needs it: it only reads attributes of its argument, which need not be a module."""
 
     class Module:
         __name__ = "ldshop"
@@ -456,5 +456,5 @@ def test_flask_cli_find_app_by_string(project):
 
 
 def test_flask_cli_no_app_exception():
-    """Its message is shown to the operator in one line."""
+    """The operator sees its message in one line."""
     assert str(flask.cli.NoAppException("No app.").message) == "No app."

@@ -1,4 +1,4 @@
-"""Processes whose threads and sockets are gevent's or eventlet's: refused, before anything is replaced."""
+"""Processes whose threads and sockets gevent or eventlet would replace are refused before that."""
 
 import importlib
 import os
@@ -29,7 +29,7 @@ EVENTLET = """
 
 @pytest.fixture
 def libraries(tmp_path, monkeypatch):
-    """Stand-ins for both libraries, with the names that they are asked for and by; nothing of them is left."""
+    """Stand-ins for both libraries, with the functions that flaskd uses; they are removed afterwards."""
     names = [name for name in sys.modules if name.partition(".")[0] in {"gevent", "eventlet"}]
     for name in names:
         monkeypatch.delitem(sys.modules, name)
@@ -76,7 +76,7 @@ def test_an_app_that_patches_is_refused_at_the_call(call, where, libraries):
 
 
 def test_what_was_imported_before_refuses_too_and_is_put_back(libraries):
-    """Only while flaskd serves, and no tool that patches modules of its caller's own."""
+    """Functions that were imported before refuse, too, while flaskd serves; tools for other modules are allowed."""
     monkey = importlib.import_module("gevent.monkey")
     with patching_refused():
         with pytest.raises(PatchingError):
@@ -84,7 +84,7 @@ def test_what_was_imported_before_refuses_too_and_is_put_back(libraries):
         assert monkey.patch_module(None, None) == "a tool of others"
         assert importlib.import_module("eventlet.patcher").monkey_patch.__name__ == "refuse"
         child = os.fork()
-        if child == 0:  # not the daemon: its own business
+        if child == 0:  # not the daemon, so it is allowed
             monkey.patch_all()
             os._exit(len(monkey.done))
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
@@ -100,7 +100,7 @@ def test_what_was_imported_before_refuses_too_and_is_put_back(libraries):
     [("gevent.monkey", "patch_all", "socket, thread"), ("eventlet.patcher", "monkey_patch", "thread")],
 )
 def test_a_process_that_is_patched_already_serves_nothing(module, call, replaced, libraries):
-    """`flaskd.serve` and `ServerThread` say why, instead of hanging."""
+    """In a patched process, `flaskd.serve` and `ServerThread` raise an error, and do not hang."""
     check_unpatched()
     getattr(importlib.import_module(module), call)()
     said = f"cannot serve: {module.partition('.')[0]} has replaced Python's own {replaced} (monkey patching)"
@@ -111,7 +111,7 @@ def test_a_process_that_is_patched_already_serves_nothing(module, call, replaced
 
 
 def test_an_asgi_app_in_hand_is_refused():
-    """A ServerThread, too, says that it serves WSGI apps."""
+    """A ServerThread refuses an ASGI app."""
 
     async def app(scope, receive, send):
         raise NotImplementedError

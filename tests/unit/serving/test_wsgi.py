@@ -1,4 +1,4 @@
-"""What a callable is by its signature, and the Flask app that middleware of any make holds."""
+"""Kinds of callables by their signatures, and the Flask app that middleware holds."""
 
 import functools
 import inspect
@@ -42,7 +42,7 @@ class Slots:
 
 
 class Hostile:
-    """Raises whatever it is asked for."""
+    """Raises when any attribute is read."""
 
     def __init__(self, app):
         object.__setattr__(self, "hidden", app)
@@ -131,7 +131,7 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_the_app_inside_is_found(name):
-    """Whatever it is wrapped in, the Flask app is found, and the wrapper is known as a WSGI app."""
+    """The Flask app is found in any wrapper, and the wrapper counts as a WSGI app."""
     wrapper, kind = WRAPPERS[name]
     assert find_flask(wrapper) is APP
     assert kind_of(wrapper) is kind
@@ -148,16 +148,16 @@ def test_the_app_inside_is_found(name):
         ("wrapt", "CallableObjectProxy", Kind.OPEN),
     ],
 )
-@pytest.mark.filterwarnings("ignore")  # they are others' packages, and may complain of others still
+@pytest.mark.filterwarnings("ignore")  # other packages, which may warn about others
 def test_the_app_inside_published_middleware_is_found(package, name, kind):
-    """The same for middleware that many use."""
+    """The same for widely used middleware."""
     wrapper = getattr(pytest.importorskip(package), name)(APP)
     assert find_flask(wrapper) is APP
     assert kind_of(wrapper) is kind
 
 
 def test_the_main_app_comes_before_the_mounted_ones():
-    """However deep the main app of a dispatcher is, a mounted one is not taken for it."""
+    """The main app of a dispatcher is found, however deep, and no mounted app is taken for it."""
     main = ProxyFix(SharedDataMiddleware(ProfilerMiddleware(Slots(APP)), {}))
     assert find_flask(DispatcherMiddleware(main, {"/other": Flask("mounted")})) is APP
 
@@ -166,7 +166,7 @@ def test_the_main_app_comes_before_the_mounted_ones():
     "thing", [print, None, 7, Flask, current_app, LocalProxy(dict), object()], ids=lambda thing: type(thing).__name__
 )
 def test_nothing_is_found_where_there_is_nothing(thing):
-    """What holds no Flask app gives none, and no proxy is asked."""
+    """If no Flask app is held, None is returned, and no code of a proxy runs."""
     assert find_flask(thing) is None
     assert not wraps_flask(thing, Kind)
 
@@ -258,20 +258,20 @@ class Defaults:
     ids=lambda thing: thing.name if isinstance(thing, Kind) else type(thing).__name__,
 )
 def test_kinds(thing, kind):
-    """PEP 3333: two positional arguments; ASGI: three, or the scope alone, and asynchronous."""
+    """Two positional arguments are WSGI (PEP 3333); three, the scope alone, or an asynchronous function are ASGI."""
     assert kind_of(thing) is kind
 
 
 @pytest.mark.parametrize(("package", "name"), [("fastapi", "FastAPI"), ("quart", "Quart"), ("starlette.applications", "Starlette")])  # fmt: skip
 @pytest.mark.filterwarnings("ignore")
 def test_published_asgi_apps(package, name):
-    """Apps of asynchronous frameworks are known for what they are."""
+    """Apps of asynchronous frameworks are recognised as ASGI."""
     make = getattr(pytest.importorskip(package), name)
     assert kind_of(make("shop") if name == "Quart" else make()) is Kind.ASGI
 
 
 def test_a_proxy_is_not_asked():
-    """To look at a proxy does not make what it stands for."""
+    """Looking at a proxy does not create what it stands for."""
     made = []
     proxy = LocalProxy(lambda: made.append(1))
     assert kind_of(proxy) is Kind.OPEN
@@ -281,7 +281,7 @@ def test_a_proxy_is_not_asked():
 
 
 def test_who_is_a_wrapper():
-    """A function is one when it closes over an app; what merely names one, or holds something that does, is a view."""
+    """A function that closes over an app is a wrapper; one that only uses the app's name is a view."""
 
     def view(first, second):
         return APP.name

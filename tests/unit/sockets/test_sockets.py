@@ -80,7 +80,7 @@ def connects(path):
     ],
 )
 def test_an_address_as_it_is_written_shown_and_called(text, address, shown, url):
-    """Each form is understood, shown in the form that can be read back, and has a URL that a client can use."""
+    """Each form of an address is read, shown so that it can be read back, and has a URL for clients."""
     assert Address.parse(text) == address
     assert str(address) == shown
     assert Address.parse(shown) == address
@@ -97,7 +97,7 @@ def test_an_address_as_it_is_written_shown_and_called(text, address, shown, url)
     ],
 )  # fmt: skip
 def test_what_is_no_address_is_told_so(text):
-    """A fault says what was expected; what was found is added where its place is known."""
+    """The error for a malformed address says what was expected; its caller adds what was written."""
     with pytest.raises(ValueError, match="^expected "):
         Address.parse(text)
 
@@ -113,12 +113,12 @@ def test_what_is_no_address_is_told_so(text):
     ],
 )
 def test_a_wildcard_is_announced_as_what_it_is(text, announced):
-    """What every machine may reach is not announced as an address of this machine alone."""
+    """A wildcard address is announced as such, because other machines reach it, too."""
     assert Address.parse(text).announced == announced
 
 
 def test_port_zero_becomes_the_port_that_was_found(bound):
-    """Who asks for any port is told which one it is."""
+    """With port 0 the listener's address has the port that the kernel chose."""
     listener = bound("127.0.0.1:0")
     assert listener.address.port == listener.socket.getsockname()[1] != 0
     assert str(listener.address) == f"127.0.0.1:{listener.address.port}"
@@ -135,7 +135,7 @@ def test_binding_is_not_listening(bound):
 
 
 def test_a_busy_port_is_refused_with_a_hint(bound):
-    """Two listeners on a port are refused at once, with the next step."""
+    """A second listener on the same port is refused at once, with the next step."""
     busy = bound("127.0.0.1:0", backlog=8).address
     with pytest.raises(CannotCreateError) as refused:
         bound(str(busy))
@@ -152,18 +152,18 @@ def test_two_that_bound_before_either_listened_cannot_both_listen(bound):
     try:
         second = bound(str(first.address))
     except CannotCreateError:
-        return  # not on this kernel
+        return  # this kernel does not allow it
     first.listen(8)
     with pytest.raises(CannotCreateError, match=rf"^cannot listen on {first.address}: Address already in use"):
         second.listen(8)
 
 
 def test_a_port_can_be_bound_again_at_once(bound):
-    """Connections that linger after a close do not keep the next listener out."""
+    """Connections that linger after a close do not prevent the next listener."""
     listener = bound("127.0.0.1:0", backlog=8)
     with socket.create_connection(listener.socket.getsockname()):
         accepted, _ = listener.socket.accept()
-        accepted.close()  # closed from this side first: it lingers
+        accepted.close()  # closed from this side first, so it lingers
         listener.close()
         assert bound(str(listener.address), backlog=8).address == listener.address
 
@@ -177,13 +177,13 @@ def test_a_port_can_be_bound_again_at_once(bound):
     ],
 )
 def test_a_place_that_cannot_be_had(text, why, bound):
-    """Addresses that are not here, and names that are none, are refused by name."""
+    """Addresses of other machines and malformed names are refused by name."""
     with pytest.raises(CannotCreateError, match=f"^{why}"):
         bound(text)
 
 
 def test_a_name_that_is_not_known_is_refused(monkeypatch, bound):
-    """What the resolver says reaches the operator."""
+    """The error for an unknown name has the resolver's words."""
 
     def unknown(*_, **__):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
@@ -194,7 +194,7 @@ def test_a_name_that_is_not_known_is_refused(monkeypatch, bound):
 
 
 def test_a_family_that_is_not_allowed_is_told_so(monkeypatch, bound):
-    """RestrictAddressFamilies=AF_UNIX, as in the hardened unit, refuses the very socket."""
+    """With RestrictAddressFamilies=AF_UNIX, as in the hardened unit, the error names that setting."""
 
     def restricted(*_):
         raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
@@ -205,7 +205,7 @@ def test_a_family_that_is_not_allowed_is_told_so(monkeypatch, bound):
 
 
 def test_a_port_that_needs_a_privilege_says_which(monkeypatch, bound):
-    """EACCES names the capability."""
+    """The error for EACCES names the capability."""
 
     class Guarded(socket.socket):
         def bind(self, _where):
@@ -217,7 +217,7 @@ def test_a_port_that_needs_a_privilege_says_which(monkeypatch, bound):
 
 
 def test_a_name_of_both_families_is_taken_as_ipv4(monkeypatch, bound):
-    """Clients of "localhost" try IPv4 first."""
+    """A name with both families is bound as IPv4, because clients of "localhost" try that first."""
     four = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))
     six = (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", 0, 0, 0))
     monkeypatch.setattr("flaskd.sockets.listener.socket.getaddrinfo", lambda *_, **__: [six, four])
@@ -226,7 +226,7 @@ def test_a_name_of_both_families_is_taken_as_ipv4(monkeypatch, bound):
 
 @contextlib.contextmanager
 def connecting(where):
-    """A client whose handshake is done when it sends something, or 200 ms later (TCP_QUICKACK, tcp(7))."""
+    """A client whose handshake ends when it sends something, or 200 ms later (TCP_QUICKACK, tcp(7))."""
     with socket.socket(socket.AF_INET6 if ":" in where[0] else socket.AF_INET) as client:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
         client.connect(where)
@@ -244,10 +244,10 @@ def connecting(where):
     ],
 )
 def test_handshakes_under_way_are_told(listens, connects, bound):
-    """A client counts until it can be accepted; those of another address, or of another port, do not count."""
+    """A client counts until it can be accepted; clients of other addresses or ports do not count."""
     listener, other = bound(listens, backlog=8), bound("127.0.0.3:0", backlog=8)
     assert listener.handshakes() == 0
-    for _ in range(10):  # on a busy machine the time may be over before anything looks
+    for _ in range(10):  # on a busy machine the handshake may be over too soon
         with connecting((connects, listener.address.port)) as client, connecting(other.socket.getsockname()):
             counts = listener.handshakes(), other.handshakes()
             client.send(b"x")
@@ -259,12 +259,12 @@ def test_handshakes_under_way_are_told(listens, connects, bound):
 
 
 def test_handshakes_of_a_unix_listener(path, bound):
-    """There are none: who connects to it waits to be accepted at once."""
+    """A Unix listener has no handshakes: its clients can be accepted at once."""
     assert bound(f"unix:{path}", backlog=8).handshakes() == 0
 
 
 def test_handshakes_of_a_listener_that_was_closed(bound):
-    """Nothing tells of them, and that is no error."""
+    """For a closed listener the number is 0, and there is no error."""
     listener = bound("127.0.0.1:0", backlog=8)
     listener.close()
     assert listener.handshakes() == 0
@@ -272,13 +272,13 @@ def test_handshakes_of_a_listener_that_was_closed(bound):
 
 @needs_ipv6
 def test_ipv6_is_ipv6_only(bound):
-    """An IPv6 wildcard leaves the IPv4 port to others."""
+    """An IPv6 wildcard leaves the same IPv4 port free."""
     for tries_left in (4, 3, 2, 1, 0):
         six = bound("[::]:0", backlog=8)
         try:
             four = bound(f"127.0.0.1:{six.address.port}", backlog=8)
             break
-        except CannotCreateError:  # another test's server may have the IPv4 port
+        except CannotCreateError:  # another test's server may use the IPv4 port
             if not tries_left:
                 raise
     assert six.socket.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY) == 1
@@ -287,7 +287,7 @@ def test_ipv6_is_ipv6_only(bound):
 
 
 def test_a_unix_listener_stands_with_its_mode_and_goes(path, bound):
-    """The node is there with its final mode, no hidden one beside it, and goes with the listener."""
+    """The node appears with its final mode, without a hidden one beside it, and is removed with the listener."""
     listener = bound(f"unix:{path}", backlog=8)
     assert [each.name for each in path.parent.iterdir()] == ["app.sock"]
     assert stat.S_IMODE(path.stat().st_mode) == 0o660
@@ -299,7 +299,7 @@ def test_a_unix_listener_stands_with_its_mode_and_goes(path, bound):
 
 @pytest.mark.parametrize("mode", [0o600, 0o660, 0o666])
 def test_the_mode_is_the_one_asked_for(mode, path):
-    """The umask has no say in the mode."""
+    """The umask does not change the node's mode."""
     before = os.umask(0o077)
     try:
         sock, node = bind_unix(path, mode=mode)
@@ -311,7 +311,7 @@ def test_the_mode_is_the_one_asked_for(mode, path):
 
 
 def test_the_group_is_the_one_asked_for(path):
-    """A group that this process may give is given."""
+    """A group that this process may set is set."""
     sock, _ = bind_unix(path, mode=0o660, gid=os.getegid())
     assert path.stat().st_gid == os.getegid()
     assert stat.S_IMODE(path.stat().st_mode) == 0o660
@@ -322,7 +322,7 @@ def test_the_group_is_the_one_asked_for(path):
     ("mode", "narrower"), [(0o660, 0o600), (0o600, 0o600), (0o666, 0o666), (0o664, 0o644), (0o750, 0o700)]
 )
 def test_a_group_that_cannot_be_given_costs_a_warning(mode, narrower, path, monkeypatch, caplog):
-    """The node is made all the same, and the process' own group gets no more than everybody."""
+    """The node is made without the group, and the process' own group gets no more rights than others."""
 
     def refuse(*_):
         raise PermissionError(1, "Operation not permitted")
@@ -340,14 +340,14 @@ def test_a_group_that_cannot_be_given_costs_a_warning(mode, narrower, path, monk
 
 
 def test_a_number_that_is_no_groups_costs_a_warning(path, caplog):
-    """What chown(2) could not even take is told like what it refuses."""
+    """A number that chown(2) cannot take costs the same warning as one that it refuses."""
     bind_unix(path, mode=0o660, gid=1 << 40)[0].close()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert f"to group {1 << 40}: " in caplog.text
 
 
 def test_a_stale_socket_is_taken_over(path, bound):
-    """What a crash left behind is in nobody's way."""
+    """A stale socket left by a crash is replaced."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dead:
         dead.bind(str(path))
     assert path.exists()
@@ -357,14 +357,14 @@ def test_a_stale_socket_is_taken_over(path, bound):
 
 
 def test_a_hidden_node_left_by_a_crash_is_replaced(path, bound):
-    """A process of the same number that died between two steps is in nobody's way either."""
+    """A hidden node left by a process with the same pid is replaced."""
     path.with_name(f".{os.getpid()}").touch()
     bound(f"unix:{path}")
     assert [each.name for each in path.parent.iterdir()] == ["app.sock"]
 
 
 def test_a_live_socket_is_refused(path, bound):
-    """A socket that somebody listens at is left alone, and still answers."""
+    """A socket on which a process listens is left alone, and still answers."""
     bound(f"unix:{path}", backlog=8)
     before = path.stat().st_ino
     with pytest.raises(CannotCreateError, match=f"^cannot listen on unix:{path}: another process listens there$"):
@@ -375,7 +375,7 @@ def test_a_live_socket_is_refused(path, bound):
 
 
 def test_a_live_socket_with_a_full_backlog_is_refused(path):
-    """A listener too busy to accept is alive."""
+    """A listener with a full backlog counts as alive."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as busy:
         busy.bind(str(path))
         busy.listen(0)
@@ -387,7 +387,7 @@ def test_a_live_socket_with_a_full_backlog_is_refused(path):
 
 @pytest.mark.parametrize("kind", ["file", "directory", "link"])
 def test_what_is_no_socket_is_refused(kind, path, bound):
-    """Somebody's file, directory or link is never replaced."""
+    """A file, directory or link in place of the socket is never replaced."""
     match kind:
         case "file":
             path.write_text("precious")
@@ -410,7 +410,7 @@ def test_what_is_no_socket_is_refused(kind, path, bound):
     ],
 )
 def test_a_path_that_cannot_be_had(where, why, tmp_path):
-    """Directories that are not there and names that are too long are refused by name, and leave nothing."""
+    """Missing directories and names that are too long are refused by name, and nothing is left."""
     (tmp_path / "file").touch()
     with pytest.raises(CannotCreateError, match=f"^cannot listen on unix:{tmp_path / where}: {why}$"):
         bind_unix(tmp_path / where, mode=0o660)
@@ -418,7 +418,7 @@ def test_a_path_that_cannot_be_had(where, why, tmp_path):
 
 
 def test_only_our_own_node_is_removed(path, bound):
-    """A node that took our place belongs to its maker."""
+    """A node that replaced ours is not removed."""
     listener = bound(f"unix:{path}")
     path.rename(path.with_name("moved.sock"))  # keeps the inode from being used again
     path.write_text("a successor's")
@@ -427,7 +427,7 @@ def test_only_our_own_node_is_removed(path, bound):
 
 
 def test_a_second_close_leaves_a_successor_alone(path, bound):
-    """A successor's node may get the very inode that ours had; a listener that gave up its place is done with it."""
+    """A listener that was closed never removes a node again, because a new one may have the same inode."""
     listener = bound(f"unix:{path}", backlog=8)
     path.with_name("kept").hardlink_to(path)
     listener.close()
@@ -437,7 +437,7 @@ def test_a_second_close_leaves_a_successor_alone(path, bound):
 
 
 def test_a_node_that_is_gone_is_nobodys(path):
-    """Removing what is not there any more does nothing."""
+    """Removing a node that does not exist any more does nothing."""
     path.touch()
     node = Node.of(path)
     assert node.is_ours()
@@ -447,7 +447,7 @@ def test_a_node_that_is_gone_is_nobodys(path):
 
 
 def test_a_node_that_cannot_be_removed_costs_a_warning(path, bound, monkeypatch, caplog):
-    """Its directory is another user's by now, or read-only: the listener is closed all the same, and says what is left."""
+    """If the node cannot be removed, the listener is closed all the same, and a warning names the node."""
     listener = bound(f"unix:{path}", backlog=8)
 
     def refused(*_, **__):
@@ -461,7 +461,7 @@ def test_a_node_that_cannot_be_removed_costs_a_warning(path, bound, monkeypatch,
 
 @pytest.mark.parametrize("poll", [True, False], ids=["poll", "no-poll"])
 def test_who_has_closed_is_seen_of_all_at_once(monkeypatch, poll):
-    """As of each alone: closed or reset by the peer or here; not who has said something that is not read yet."""
+    """One call tells the same as one for each socket: closed or reset by the peer or here; not with unread data."""
     if not poll:
         monkeypatch.delattr(select, "POLLRDHUP", raising=False)
     with contextlib.ExitStack() as stack:
@@ -479,7 +479,7 @@ def test_who_has_closed_is_seen_of_all_at_once(monkeypatch, poll):
 
 
 def test_sockets_passed_to_another_are_told():
-    """What LISTEN_PID gives to a shell around flaskd is not taken, and named with whom it was given to."""
+    """Sockets that LISTEN_PID gives to a shell around flaskd are not used, and the message names that process."""
     mine = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "2"}
     assert passed_to_another(mine) == ""
     parent = os.getppid()
@@ -503,6 +503,6 @@ def test_sockets_passed_to_another_are_told():
 
 @pytest.mark.parametrize("count", ["x", "-1", "1e9", ""])
 def test_a_count_of_sockets_that_is_none_is_a_fault(count):
-    """A LISTEN_FDS for this process that cannot be read is told; the default address is not taken instead."""
+    """A LISTEN_FDS for this process that is no number is a fault; the default address is not used instead."""
     with pytest.raises(CannotCreateError, match="LISTEN_FDS is '"):
         inherited({"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": count})

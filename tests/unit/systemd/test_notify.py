@@ -17,11 +17,11 @@ def address(tmp_path):
 
 @pytest.fixture
 def notifier(address):
-    """A notifier that was told of a manager in an environment of its own, not in the process's."""
+    """A notifier with an environment of its own that names a manager."""
     notifier = Notifier({"NOTIFY_SOCKET": str(address)})
     yield notifier
     notifier.close()
-    gc.collect()  # a socket that was lost on the way would complain now
+    gc.collect()  # a socket that was not closed would warn now
 
 
 def warnings(caplog):
@@ -44,7 +44,7 @@ def warnings(caplog):
     ],
 )
 def test_messages_byte_for_byte(tell, message, notifier, address):
-    """Each word goes out as one datagram in the shape of sd_notify(3)."""
+    """Each message is one datagram in the form of sd_notify(3)."""
     with receiving(address) as receiver:
         tell(notifier)
         assert receiver.messages() == [message]
@@ -63,7 +63,7 @@ def test_messages_byte_for_byte(tell, message, notifier, address):
     ],
 )
 def test_a_status_arrives_as_utf8_on_one_line(status, arrives, notifier, address):
-    """A status may hold any text; what could forge a field, or is no text, becomes a space."""
+    """A status may be any text; characters that could forge a field, or are invalid, become spaces."""
     with receiving(address) as receiver:
         notifier.status(status)
         assert receiver.messages() == [b"STATUS=" + arrives.encode()]
@@ -74,7 +74,7 @@ def test_a_status_arrives_as_utf8_on_one_line(status, arrives, notifier, address
     [("x" * 5000, "x" * 1024), ("é" * 5000, "é" * 512), ("✓" * 5000, "✓" * 341), ("a" + "🎉" * 300, "a" + "🎉" * 255)],
 )
 def test_a_long_status_is_cut_at_a_character(status, arrives, notifier, address):
-    """A long status stays below the size that systemd takes, and stays UTF-8."""
+    """A long status is cut below systemd's limit, and stays valid UTF-8."""
     with receiving(address) as receiver:
         notifier.status(status)
         assert receiver.messages() == [b"STATUS=" + arrives.encode()]
@@ -91,7 +91,7 @@ def test_an_abstract_address():
 
 
 def test_the_environment_of_the_process_is_the_default(address, monkeypatch):
-    """Without an environment given, the process's own is looked at, once, when the notifier is made."""
+    """Without an environment given, the process's own is read, once, when the notifier is made."""
     monkeypatch.setenv("NOTIFY_SOCKET", str(address))
     notifier = Notifier()
     monkeypatch.delenv("NOTIFY_SOCKET")  # an app may do that while it is imported
@@ -102,7 +102,7 @@ def test_the_environment_of_the_process_is_the_default(address, monkeypatch):
 
 
 def test_without_a_manager_nothing_happens(caplog, monkeypatch):
-    """Outside a service every word is free and silent, whatever the process's environment says."""
+    """Outside of a service every call does nothing, whatever the process's environment has."""
     monkeypatch.setenv("NOTIFY_SOCKET", "/nowhere/at/all")
     notifier = Notifier({})
     notifier.ready("serving")
@@ -112,7 +112,7 @@ def test_without_a_manager_nothing_happens(caplog, monkeypatch):
 
 
 def test_a_receiver_that_was_made_anew_gets_the_next_message(notifier, address, caplog):
-    """A manager that was re-executed misses nothing: the notifier connects again."""
+    """If the manager's socket is made again, as when it re-executes, the notifier connects again."""
     with receiving(address) as receiver:
         notifier.ready("serving")
         assert receiver.message() == b"READY=1\nSTATUS=serving"
@@ -124,7 +124,7 @@ def test_a_receiver_that_was_made_anew_gets_the_next_message(notifier, address, 
 
 
 def test_without_a_receiver_there_is_one_warning(notifier, address, caplog):
-    """A manager that is not there costs one warning, and never an exception."""
+    """A missing manager costs one warning, and never an exception."""
     for _ in range(3):
         notifier.status("anybody?")
     (warning,) = warnings(caplog)
@@ -132,7 +132,7 @@ def test_without_a_receiver_there_is_one_warning(notifier, address, caplog):
 
 
 def test_a_receiver_that_died_costs_one_warning(notifier, address, caplog):
-    """A manager whose socket is closed is no worse than none; once one answers again, a new loss is told again."""
+    """A manager with a closed socket costs one warning; once one has answered again, a new loss is logged again."""
     with receiving(address):
         notifier.ready("serving")
     for _ in range(3):
@@ -147,7 +147,7 @@ def test_a_receiver_that_died_costs_one_warning(notifier, address, caplog):
 
 
 def test_an_address_that_is_no_socket_address_costs_one_warning(caplog, tmp_path):
-    """A NOTIFY_SOCKET longer than a socket's name can be is one warning too."""
+    """A NOTIFY_SOCKET that is too long costs one warning."""
     notifier = Notifier({"NOTIFY_SOCKET": str(tmp_path / ("x" * 200))})
     notifier.ready("serving")
     notifier.ready("serving")
@@ -155,7 +155,7 @@ def test_an_address_that_is_no_socket_address_costs_one_warning(caplog, tmp_path
 
 
 def test_a_full_receiver_blocks_no_longer_than_the_timeout(notifier, address, caplog, monkeypatch):
-    """A manager that does not read costs the timeout and the message, not the daemon."""
+    """If the manager does not read, the call takes the timeout and the message is lost."""
     monkeypatch.setattr("flaskd.systemd.notify._SEND_TIMEOUT", 0.05)
     with receiving(address) as receiver:
         began = time.monotonic()
@@ -169,7 +169,7 @@ def test_a_full_receiver_blocks_no_longer_than_the_timeout(notifier, address, ca
 
 
 def test_a_status_is_never_waited_for(notifier, address, caplog, monkeypatch):
-    """A manager that is behind gets no further status, at once and without a word: a newer one follows."""
+    """If the manager is behind, a status is dropped at once, without a warning: a newer one follows."""
     monkeypatch.setattr("flaskd.systemd.notify._SEND_TIMEOUT", 60)
     with receiving(address) as receiver:
         for number in range(1000):
@@ -181,7 +181,7 @@ def test_a_status_is_never_waited_for(notifier, address, caplog, monkeypatch):
 
 
 def test_closing_twice_and_speaking_again(notifier, address):
-    """A closed notifier can be closed again, and connects anew when it has something to say."""
+    """A closed notifier can be closed again, and connects again when it has something to send."""
     with receiving(address) as receiver:
         notifier.status("one")
         notifier.close()

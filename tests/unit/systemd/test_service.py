@@ -1,4 +1,4 @@
-"""The pulse, and requests for more time, with a manager that only listens."""
+"""The watchdog's pulse and requests for more time, with a manager that only listens."""
 
 import os
 import threading
@@ -21,7 +21,7 @@ PERIOD = 0.02
 
 
 class Server:
-    """A server that does as it is told."""
+    """A server that answers as the test sets it."""
 
     def __init__(self):
         self.well = True
@@ -59,7 +59,7 @@ def manager(tmp_path):
 
 @pytest.fixture
 def make(manager):
-    """Makes services whose main thread is this test; no thread of theirs is left in the end."""
+    """Makes services whose main thread is this test; at the end none of their threads is left."""
     threads = set(threading.enumerate())
     notifier = Notifier({"NOTIFY_SOCKET": manager.address})
 
@@ -86,7 +86,7 @@ def pulses(manager):
 
 
 def test_the_pulse_is_given_while_the_server_answers(make, manager):
-    """WATCHDOG=1 comes again and again while the loop answers, and not any more when it does not."""
+    """WATCHDOG=1 is sent regularly while the loop answers, and not when it does not."""
     service, server = make(), Server()
     service.ready("ready", server, lambda: State.READY)
     assert manager.message() == b"READY=1\nSTATUS=ready"
@@ -102,7 +102,7 @@ def test_the_pulse_is_given_while_the_server_answers(make, manager):
 
 
 def test_a_pulse_that_failed_is_tried_again_in_time(make, manager, caplog):
-    """A loop that was busy for a moment is no reason for a restart: a second try ends before WATCHDOG_USEC does."""
+    """If the loop was busy for a moment, a second try comes before WATCHDOG_USEC is over."""
     service, now, tries = make(WATCHDOG_USEC="2000000"), 0.0, []
 
     class Busy(Server):
@@ -125,7 +125,7 @@ def test_a_pulse_that_failed_is_tried_again_in_time(make, manager, caplog):
 
 
 def test_the_main_thread_gives_it(make, manager, caplog):
-    """A main thread that does not turn cannot say that all is well, which is told once; it goes on when it turns again."""
+    """If the main thread does not run, the pulse stops and that is logged once; it goes on when it runs again."""
     posts, server = [], Server()
     service = make(posts.append)
     service.ready("ready", server, lambda: State.READY)
@@ -146,7 +146,7 @@ def test_the_main_thread_gives_it(make, manager, caplog):
     [{"WATCHDOG_USEC": ""}, {"WATCHDOG_USEC": "x"}, {"WATCHDOG_USEC": "18446744073709551615"}, {"WATCHDOG_PID": "1"}],
 )
 def test_no_pulse_unless_it_is_wanted_of_us(make, manager, environ):
-    """Without a valid WATCHDOG_USEC, or with somebody else's WATCHDOG_PID, there is none (sd_watchdog_enabled(3))."""
+    """Without a valid WATCHDOG_USEC, or with another WATCHDOG_PID, there is no pulse (sd_watchdog_enabled(3))."""
     service = make(**environ)
     service.ready("ready", Server(), lambda: State.READY)
     assert manager.messages() == [b"READY=1\nSTATUS=ready"]
@@ -154,14 +154,14 @@ def test_no_pulse_unless_it_is_wanted_of_us(make, manager, environ):
 
 
 def test_our_own_pid_is_ours(make, manager):
-    """WATCHDOG_PID may name this process."""
+    """With this process' pid in WATCHDOG_PID there is a pulse."""
     make(WATCHDOG_PID=str(os.getpid())).ready("ready", Server(), lambda: State.READY)
     assert manager.message() == b"READY=1\nSTATUS=ready"
     assert manager.message() == b"WATCHDOG=1"
 
 
 def test_hanging_threads_stop_the_pulse_only_when_that_is_wanted(make, manager, caplog):
-    """The same work in all threads for `stuck_after` stops it; progress, a free thread or a drain brings it back."""
+    """The same work in all threads for `stuck_after` stops the pulse; progress, a free thread or a drain restarts it."""
     service, server, state = make(), Server(), [State.READY]
     server.at = "the same"
     service.ready("ready", server, lambda: state[0])
@@ -183,7 +183,7 @@ def test_hanging_threads_stop_the_pulse_only_when_that_is_wanted(make, manager, 
 
 
 def test_a_start_at_work_gets_more_time(make, manager, monkeypatch):
-    """EXTEND_TIMEOUT_USEC comes while the main thread uses the processor, not while it sleeps, nor once it is over."""
+    """EXTEND_TIMEOUT_USEC is sent while the main thread uses the CPU, not while it sleeps or after the start."""
     monkeypatch.setattr("flaskd.systemd.service._LOOK", 0.05)
     service = make()
     service.starting()
@@ -194,7 +194,7 @@ def test_a_start_at_work_gets_more_time(make, manager, monkeypatch):
     asleep = threading.Event()
     asleep.wait(0.2)
     manager.messages()
-    asleep.wait(0.2)  # that nothing comes shows only with time
+    asleep.wait(0.2)  # only time shows that nothing is sent
     assert len(manager.messages()) <= 1
     service.probing(2.0)
     assert manager.messages() == [b"EXTEND_TIMEOUT_USEC=3000000"]
@@ -206,7 +206,7 @@ def test_a_start_at_work_gets_more_time(make, manager, monkeypatch):
     ("takes", "left", "usec"), [(0, 25, 5_000_000), (8, 25, 9_000_000), (8, 3, 3_000_000), (8, 0, 0)]
 )
 def test_a_step_gets_what_it_may_take(make, manager, takes, left, usec):
-    """A bit more than flaskd itself gives it, never more than is left to the deadline."""
+    """A step asks for slightly more than flaskd gives it, and never past the deadline."""
     service = make()
     service.step(takes, left)
     assert manager.messages() == ([f"EXTEND_TIMEOUT_USEC={usec}".encode()] if usec else [])
@@ -216,7 +216,7 @@ def test_a_step_gets_what_it_may_take(make, manager, takes, left, usec):
     ("deadline", "reserve", "ends"), [(25, 3, (24.5, 2.5)), (25, 0, (24.5, 0)), (1, 0.5, (0.9, 0.4))]
 )
 def test_the_steps_of_a_stop_end_before_what_the_manager_was_told(monkeypatch, deadline, reserve, ends):
-    """The last of them that hangs leaves time for the record and the exit, out of the reserve where there is one."""
+    """If the last step hangs, there is still time for the record and the exit, from the reserve if there is one."""
     given = {}
 
     def runner(_plan, **those):
@@ -240,7 +240,7 @@ def test_the_steps_of_a_stop_end_before_what_the_manager_was_told(monkeypatch, d
 
 @pytest.mark.parametrize(("left", "usec"), [(25.0, 5_000_000), (3.0, 3_000_000)])
 def test_a_stop_gets_time_for_what_moves(make, manager, left, usec):
-    """When a request has moved, up to the deadline; nothing when none has, or when no stop is under way."""
+    """When a request has moved, a stop asks for time up to its deadline; else not, and not outside of a stop."""
     service, server = make(), Server()
     service.stopping("stopping", left, StopReason("signal", "SIGTERM"), [], server)
     service.progress("the same", server, left)
@@ -262,7 +262,7 @@ def test_a_stop_gets_time_for_what_moves(make, manager, left, usec):
 
 
 def test_what_a_manager_that_was_behind_has_missed_is_asked_again(make, manager):
-    """A step begins while the manager's socket is full: the time for it is asked for as soon as there is room."""
+    """A request for time that failed because the manager's socket was full is repeated when there is room."""
     service, server = make(), Server()
     flood = Notifier({"NOTIFY_SOCKET": manager.address})
     while flood.extend(1):
@@ -292,7 +292,7 @@ def test_what_a_manager_that_was_behind_has_missed_is_asked_again(make, manager)
     ],
 )
 def test_the_reason_of_a_stop_says_what_becomes_of_stored_listeners(make, manager, reason, kept, last_batch):
-    """SIGTERM may be half a restart, a failure leaves the backlog to a successor; whoever asks flaskd itself wants nobody to come."""
+    """After SIGTERM or a failure stored listeners are kept for a successor; after flaskd's own stop they are removed."""
     service, server, listener = make(), Server(), Listener.bind(Address.parse("127.0.0.1:0"))
     service.store.keep([("127.0.0.1:0", listener)])
     service.stopping("stopping", 1.0, reason, [listener], server)
@@ -303,7 +303,7 @@ def test_the_reason_of_a_stop_says_what_becomes_of_stored_listeners(make, manage
 
 
 def test_children_do_not_inherit_what_is_ours(make, monkeypatch):
-    """The variables are read, and taken out of the environment."""
+    """The manager's variables are read, and removed from the environment of children."""
     for name in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):
         monkeypatch.setenv(name, "1")
     make()
@@ -315,12 +315,12 @@ def test_children_do_not_inherit_what_is_ours(make, monkeypatch):
     [(State.STARTING, True), (State.RELOADING, True), (State.READY, False), (State.DRAINED, False)],
 )
 def test_workers_that_start_have_the_manager_wait(manager, make, state, extended):
-    """More time is asked for while a start or a reload waits for workers, and never where the manager waits for nothing."""
+    """More time is asked for while a start or reload waits for workers, but not if the manager does not wait."""
     make().heard(WorkersStart(state))
     assert [each.startswith(b"EXTEND_TIMEOUT_USEC=") for each in manager.messages()] == [True] * extended
 
 
 def test_what_is_wrong_while_it_serves_is_its_status(manager, make):
-    """The service manager shows it; that is no change of state."""
+    """A trouble while flaskd serves is shown as its status; the state does not change."""
     make().heard(StatusChanged("ready: 0 in flight; worker 0 reached pool.max_age"))
     assert manager.messages() == [b"STATUS=ready: 0 in flight; worker 0 reached pool.max_age"]

@@ -28,7 +28,7 @@ def notifier(manager):
 
 @pytest.fixture
 def make():
-    """Makes listeners on loopback; all are closed in the end."""
+    """Makes listeners on loopback; all are closed at the end."""
     made = []
 
     def make(text="127.0.0.1:0"):
@@ -60,14 +60,14 @@ def test_names_have_no_colon(address, name):
 
 
 def test_a_long_name_is_short_enough():
-    """A name has at most 255 bytes, and still one address only."""
+    """A name has at most 255 bytes, and different addresses have different names."""
     first, second = (name_of("unix:/" + "ü" * 50 + last) for last in "ab")
     assert len(first) <= 255
     assert first != second
 
 
 def test_what_is_kept_is_stored_with_its_descriptor(manager, notifier, make):
-    """One message each, the descriptor with it; a listener that is in the store is not stored again."""
+    """Each listener is stored with one message that has its descriptor; a stored one is not stored again."""
     store, listener = Store(notifier), make()
     store.keep([("127.0.0.1:0", listener)])
     message, fds = manager.message_with_descriptors()
@@ -80,14 +80,14 @@ def test_what_is_kept_is_stored_with_its_descriptor(manager, notifier, make):
 
 
 def test_without_a_manager_nothing_is_stored(make):
-    """Started by hand, a listener is one's own: nobody else would hold it for the next owner."""
+    """Without a manager a listener is not stored, and not shared."""
     listener = make()
     Store(Notifier({})).keep([("127.0.0.1:0", listener)])
     assert (listener.shared, listener.stored) == (False, "")
 
 
 def test_what_comes_back_is_the_same_listener(manager, notifier, make):
-    """By the address of the configuration, whatever port that gave; what is not asked for by then stays a listener."""
+    """A stored listener is found by its address in the configuration; one that is not wanted yet stays open."""
     store, listener = Store(notifier), make()
     with closing(as_passed(listener)) as back:
         passed = {name_of("127.0.0.1:0"): [back], "http": []}
@@ -102,7 +102,7 @@ def test_what_comes_back_is_the_same_listener(manager, notifier, make):
 
 @pytest.mark.parametrize("text", ["127.0.0.1:0", "unix:"])
 def test_what_nobody_wants_leaves_the_store(manager, notifier, make, tmp_path, text):
-    """It is closed and removed, and its place is free at once, although the manager still has its copy."""
+    """A listener that is not wanted any more leaves the store, and its address is free although the manager has a copy."""
     text = f"unix:{tmp_path}/http" if text == "unix:" else text
     store, copy_of_the_manager = Store(notifier), make(text)
     copy_of_the_manager.stored = "so"
@@ -115,7 +115,7 @@ def test_what_nobody_wants_leaves_the_store(manager, notifier, make, tmp_path, t
 
 
 def test_a_unix_listener_that_nobody_wants_takes_its_node_along(manager, notifier, make, tmp_path, caplog):
-    """Nothing is left at its place, which is told by the name that the configuration had for it."""
+    """The node of a Unix listener that is not wanted any more is removed."""
     caplog.set_level("INFO")
     text = f"unix:{tmp_path}/http"
     store, copy_of_the_manager = Store(notifier), make(text)
@@ -128,7 +128,7 @@ def test_a_unix_listener_that_nobody_wants_takes_its_node_along(manager, notifie
 
 @pytest.mark.parametrize("another", [False, True], ids=["gone", "another's"])
 def test_a_unix_listener_that_nobody_could_reach_is_not_taken(manager, notifier, make, tmp_path, another, caplog):
-    """Its node went with the runtime directory, or another process took the place: it leaves the store, with a warning."""
+    """A stored Unix listener whose node is gone, or replaced, leaves the store with a warning."""
     text = f"unix:{tmp_path}/http"
     store, copy_of_the_manager = Store(notifier), make(text)
     back = as_passed(copy_of_the_manager)
@@ -151,7 +151,7 @@ LISTEN = "import socket, sys; socket.socket(fileno=int(sys.argv[1])).listen()"
 
 
 def test_what_is_let_go_is_ours_alone(manager, notifier, make):
-    """It can be gated and withdrawn again like any other."""
+    """A listener that left the store can be gated and withdrawn like any other."""
     store, listener, other = Store(notifier), make(), make()
     store.keep([("a:1", listener)])
     manager.messages()
@@ -161,7 +161,7 @@ def test_what_is_let_go_is_ours_alone(manager, notifier, make):
 
 
 def test_a_unix_node_stays_while_it_is_stored(notifier, make, tmp_path):
-    """The next owner needs it; once it is let go, it is removed with the listener, also by who got it back."""
+    """A Unix node stays while its listener is stored; after that it is removed with the listener."""
     path, store = tmp_path / "http", Store(notifier)
     text = f"unix:{path}"
     listener = make(text)

@@ -1,4 +1,4 @@
-"""The unit files: what systemd's own tools say of them, and how they are filled in and compared."""
+"""The unit files: how systemd's own tools judge them, how they are filled in, and how they are compared."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ def put(tmp_path, instance, activated):
 @analyze
 @pytest.mark.parametrize(("instance", "activated"), FORMS)
 def test_systemd_verifies_the_units_in_silence(tmp_path, instance, activated):
-    """`systemd-analyze verify` has nothing to say, on standard error either."""
+    """`systemd-analyze verify` prints nothing, also on standard error."""
     units = put(tmp_path, instance, activated)
     done = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -58,14 +58,14 @@ def test_the_exposure_test_can_fail(tmp_path):
 
 @pytest.mark.parametrize(("instance", "activated"), FORMS)
 def test_a_worker_without_memory_does_not_stop_the_service(instance, activated):
-    """OOMPolicy=continue stands in all forms: systemd's own default is to stop a service of which one process is killed."""
+    """All forms have OOMPolicy=continue, because systemd by default stops a service of which a process is killed."""
     files = unit_files(venv=VENV, instance=instance, socket_activated=activated)
     (service,) = (text for path, text in files.items() if path.suffix == ".service")
     assert "\nOOMPolicy=continue\n" in service
 
 
 def test_units_are_filled_in():
-    """The path of the virtual environment and the name of the instance stand where they belong, and only there."""
+    """The path of the virtual environment and the name of the instance are filled in where they belong."""
     files = unit_files(venv=Path("/srv/venv"), instance="shop", socket_activated=True)
     assert {str(place) for place in files} == {
         "/etc/systemd/system/flaskd@shop.service",
@@ -83,7 +83,7 @@ def test_units_are_filled_in():
 
 
 def test_both_services_differ_only_in_their_names():
-    """The template is the plain unit with `%i`; what is changed in one must be changed in the other."""
+    """The template is the plain unit with `%i`, so both must be changed together."""
     plain = (SHIPPED / "flaskd.service").read_text().partition("[Unit]")[2]
     template = (SHIPPED / "flaskd@.service").read_text().partition("[Unit]")[2]
     for named, name in [
@@ -99,20 +99,20 @@ def test_both_services_differ_only_in_their_names():
 
 @pytest.mark.parametrize("name", ["", "a/b", "-x", "a b", "ü", "a:b"])
 def test_a_name_that_no_unit_could_have_is_refused(name):
-    """Systemd would escape it, and what it names would not be found."""
+    """A name that systemd would escape is refused."""
     with pytest.raises(UsageError, match="cannot name a unit"):
         unit_files(venv=VENV, instance=name)
 
 
 def test_a_path_that_a_unit_would_misread_is_refused():
-    """Spaces and specifiers mean something in a command line of systemd."""
+    """A path with characters that mean something in a unit is refused."""
     with pytest.raises(UsageError, match="expected a path without spaces"):
         unit_files(venv=Path("/srv/my venv"))
 
 
 @pytest.mark.parametrize(("venv", "hidden"), [("/opt/flaskd", None), ("/home/me/venv", "/home"), ("/root/v", "/root")])
 def test_a_hidden_environment_is_noticed(venv, hidden):
-    """ProtectHome= hides it from the service."""
+    """A virtual environment that ProtectHome= hides from the service is reported."""
     assert hidden_by(Path(venv)) == hidden
 
 
@@ -139,7 +139,7 @@ def test_a_hidden_environment_is_noticed(venv, hidden):
     ],
 )
 def test_the_deadline_is_compared_with_the_unit(tmp_path, text, deadline, says):
-    """TimeoutStopSec must be above the deadline; what is said names the place and what to change."""
+    """If TimeoutStopSec is not above the deadline, the message names the place and what to change."""
     unit = tmp_path / "unit.service"
     unit.write_text(f"[Service]\n{text}\n[Install]\nTimeoutStopSec=1\n")
     faults = compare(unit, deadline=deadline, fdstore=False)
@@ -170,7 +170,7 @@ TIMEOUTS = {
 
 
 def test_drop_ins_count_wherever_systemd_looks_for_them(tmp_path):
-    """Each file stands for all before it: of one name the instance's, then /etc's; then the last by name (systemd.unit(5))."""
+    """Drop-ins override each other as in systemd.unit(5): the instance's, then /etc, then by name."""
     unit = tmp_path / "etc/systemd/system/flaskd@shop.service"
     for place, seconds in TIMEOUTS.items():
         file = tmp_path / place
@@ -185,7 +185,7 @@ def test_drop_ins_count_wherever_systemd_looks_for_them(tmp_path):
 
 
 def test_drop_ins_of_the_beginnings_of_a_name_count(tmp_path):
-    """`shop-web.service` has those of `shop-.service.d/`, too, as long as its own have no such name."""
+    """`shop-web.service` has the drop-ins of `shop-.service.d/`, too, unless its own have the same name."""
     unit = tmp_path / "shop-web.service"
     for place, seconds in (("shop-web.service", 90), ("shop-.service.d/a.conf", 1), ("shop-web.service.d/a.conf", 2)):
         file = tmp_path / place
@@ -196,7 +196,7 @@ def test_drop_ins_of_the_beginnings_of_a_name_count(tmp_path):
 
 
 def test_a_store_that_keeps_nothing_is_named(tmp_path):
-    """`systemd.fdstore` needs FileDescriptorStoreMax=."""
+    """With `systemd.fdstore` a missing FileDescriptorStoreMax= is reported."""
     unit = tmp_path / "unit.service"
     unit.write_text("[Service]\n")
     (fault,) = compare(unit, deadline=25.0, fdstore=True)
@@ -206,7 +206,7 @@ def test_a_store_that_keeps_nothing_is_named(tmp_path):
 
 @pytest.mark.parametrize(("line", "found"), [("", True), ("OOMPolicy=stop", True), ("OOMPolicy=kill", False)])
 def test_a_unit_that_stops_for_one_worker_is_found(tmp_path, line, found):
-    """With workers the unit has to say what becomes of it when one is killed for want of memory; without them it need not."""
+    """With workers a missing OOMPolicy= in the unit is reported; without workers it is not."""
     unit = tmp_path / "a.service"
     unit.write_text(f"[Service]\n{line}\nTimeoutStopSec=35\n")
     faults = compare(unit, deadline=25.0, fdstore=False, workers=True)
@@ -217,7 +217,7 @@ def test_a_unit_that_stops_for_one_worker_is_found(tmp_path, line, found):
 
 @pytest.mark.parametrize("text", ["soon", "35 parsecs", "1..2", "5s soon"])
 def test_a_time_span_that_is_none_is_named(tmp_path, text):
-    """What systemd would not read is a fault with its place."""
+    """A time span that systemd could not read is a fault with its place."""
     unit = tmp_path / "unit.service"
     unit.write_text(f"[Service]\nTimeoutStopSec={text}\n")
     with pytest.raises(ConfigError, match=f'unit.service:2: TimeoutStopSec: expected a time span .* got "{text}"'):
@@ -241,7 +241,7 @@ def test_the_command_prints_what_is_installed(tmp_path):
 
 
 def test_a_link_is_not_followed(tmp_path):
-    """`systemctl mask` makes a link to /dev/null, whose mode is not ours to change: nothing at all is written."""
+    """If `systemctl mask` has made a link to /dev/null, nothing is written."""
     place = tmp_path / "etc/systemd/system/flaskd.socket"
     place.parent.mkdir(parents=True)
     (tmp_path / "null").touch(0o666)
@@ -255,7 +255,7 @@ def test_a_link_is_not_followed(tmp_path):
 
 
 def test_what_is_left_of_the_other_form_is_named(tmp_path):
-    """Installed in plain over the hardened form, the app would have no network: the drop-in and the socket are named."""
+    """If the plain form is installed over the hardened one, the remaining drop-in and socket are reported."""
     assert "left from" not in flaskd("units", "--install", str(tmp_path))[2]
     assert "left from" not in flaskd("units", "--socket-activated", "--install", str(tmp_path))[2]
     for options, unit in ([], "flaskd"), (["--instance", "shop"], "flaskd@shop"):
@@ -267,7 +267,7 @@ def test_what_is_left_of_the_other_form_is_named(tmp_path):
 
 
 def test_an_environment_without_flaskd_is_noticed(tmp_path):
-    """`flaskd units` says on standard error that the units would find nothing to run; the files come all the same."""
+    """`flaskd units` warns on standard error if the units would not find flaskd, and writes the files all the same."""
     code, out, err = flaskd("units", "--venv", str(tmp_path))
     assert (code, f"{tmp_path}/bin/flaskd serve" in out) == (0, True)
     assert f"there is no {tmp_path}/bin/flaskd" in err
@@ -277,7 +277,7 @@ def test_an_environment_without_flaskd_is_noticed(tmp_path):
 
 
 def test_check_compares_with_a_unit(tmp_path):
-    """`flaskd check --unit` exits 78 when the unit would cut a stop short."""
+    """`flaskd check --unit` exits with 78 if the unit would cut a stop short."""
     config = tmp_path / "flaskd.yaml"
     config.write_text("shutdown: {deadline: 1m}\n")
     code, _, err = flaskd("check", "--unit", str(SHIPPED / "flaskd.service"), str(config))

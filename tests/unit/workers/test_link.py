@@ -1,4 +1,4 @@
-"""A worker's end of the wire: what it makes of what it hears."""
+"""A worker's end of the wire: what it does at each message."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flaskd.workers.link import Link
 
 
 class Supervisor:
-    """The other end; `daemon` is the worker's, as far as the link asks it for anything."""
+    """The supervisor's end; `daemon` is the part of the worker's daemon that the link uses."""
 
     def __init__(self) -> None:
         self.wire, theirs = Wire.pair()
@@ -28,7 +28,7 @@ class Supervisor:
         self.link.open(begin.configuration.values, ())
 
     def answer(self, number: int, what: str) -> say.Answer:
-        """Ask something, and wait for the answer."""
+        """Send a question, and wait for the answer."""
         self.wire.send(say.Ask(number, what))
         answer = self.wire.receive()[0]
         assert isinstance(answer, say.Answer)
@@ -47,7 +47,7 @@ def supervisor() -> Iterator[Supervisor]:
 @pytest.mark.parametrize("what", ["requests", "threads", "plan", "stop"])
 @pytest.mark.parametrize("error", [LookupError, SystemExit, KeyboardInterrupt])
 def test_a_question_that_breaks_is_answered(supervisor: Supervisor, what: str, error: type[BaseException]) -> None:
-    """Whatever the app's objects raise is in the answer, and the next question is heard."""
+    """An exception of the app's objects becomes the answer, and the next question is answered."""
 
     def broken(*_: Any, **__: Any) -> Any:
         raise error("broken")
@@ -65,7 +65,7 @@ def test_a_question_that_breaks_is_answered(supervisor: Supervisor, what: str, e
 def test_an_order_that_breaks_keeps_no_other(
     supervisor: Supervisor, caplog: pytest.LogCaptureFixture, error: type[BaseException]
 ) -> None:
-    """It is logged, and what comes next is done."""
+    """An exception is logged, and the next message is handled."""
 
     def broken(_level: str) -> None:
         raise error("broken")
@@ -77,7 +77,7 @@ def test_an_order_that_breaks_keeps_no_other(
 
 
 def test_an_announce_leaves_no_listener_alone(supervisor: Supervisor) -> None:
-    """No other worker goes on with them in a stop of the service, and this is known before the stop is announced."""
+    """In a stop of the service the listeners are not shared any more, and that is set before the announce."""
     listener, events = SimpleNamespace(shared=True, kept=False), list[Any]()
     supervisor.daemon.holdings = SimpleNamespace(listeners=[listener])
     supervisor.daemon.inbox = SimpleNamespace(post=events.append)
@@ -86,7 +86,7 @@ def test_an_announce_leaves_no_listener_alone(supervisor: Supervisor) -> None:
     supervisor.serving.requests = lambda **_: []
     supervisor.wire.send(say.Announce())
     assert supervisor.answer(1, "requests") == say.Answer(1, [])
-    assert alone == []  # that is for the thread of the events
+    assert alone == []  # which the thread of the events does
     for each in events:
         each.run()
     assert alone == [True]

@@ -30,7 +30,7 @@ def app_of(secret=SECRET, name="shop", kind="SimpleCache", **config):
 
 
 def there(cache, keys=("short", "long", "ever")):
-    """Which of the keys have an entry that lives."""
+    """Those of the keys that have a living entry."""
     return [key for key in keys if cache.has(key)]
 
 
@@ -57,7 +57,7 @@ def kept(tmp_path):
 
 
 def test_entries_come_back_with_their_own_expiry(kept, monkeypatch):
-    """Keys, values and the moment of expiry are what they were; nobody else may read the file."""
+    """Keys, values and expiry are restored, and no other user may read the file."""
     app, cache = app_of()
     assert restore(app, kept.parent) == f"restored 3 entries from {kept}"
     assert (cache.get("short"), cache.get("long"), cache.get("ever")) == ([1, 2], {"a": "b"}, "x")
@@ -70,7 +70,7 @@ def test_entries_come_back_with_their_own_expiry(kept, monkeypatch):
 
 
 def test_nothing_is_unpickled(kept, monkeypatch):
-    """Neither keeping nor restoring runs the code that a pickle is."""
+    """Neither keeping nor restoring unpickles a value."""
 
     def never(*_args):
         raise AssertionError("unpickled")
@@ -83,7 +83,7 @@ def test_nothing_is_unpickled(kept, monkeypatch):
 
 
 def test_what_has_expired_stays_away(tmp_path, monkeypatch):
-    """An entry whose time is up is neither kept nor restored."""
+    """An expired entry is neither kept nor restored."""
     app, cache = app_of()
     cache.set("gone", 1, timeout=10)
     cache.set("soon", 1, timeout=100)
@@ -98,7 +98,7 @@ def test_what_has_expired_stays_away(tmp_path, monkeypatch):
 
 
 def test_what_the_app_has_put_there_is_newer(kept):
-    """An entry that the app made while it was loaded is not overwritten, and the threshold is kept."""
+    """An entry that the app made while it was loaded is not overwritten, and the cache's threshold is kept."""
     app, cache = app_of(CACHE_THRESHOLD=2)
     cache.set("ever", "new")
     assert restore(app, kept.parent).startswith("restored 1 entry ")
@@ -106,10 +106,10 @@ def test_what_the_app_has_put_there_is_newer(kept):
 
 
 def test_a_file_is_restored_once(kept):
-    """What a life without a new file had changed must not come back; the file itself stays as it is."""
+    """A file is restored by only one successful start, and its content is not changed."""
     content = kept.read_bytes()
     restore(app_of()[0], kept.parent)
-    assert restore(app_of()[0], kept.parent).startswith("restored 3 entries")  # that start did not succeed
+    assert restore(app_of()[0], kept.parent).startswith("restored 3 entries")  # that start has not succeeded
     use_up_cache(kept.parent, PersistFields())
     app, cache = app_of()
     with pytest.raises(StepFailedError, match="it was restored before"):
@@ -121,7 +121,7 @@ def test_a_file_is_restored_once(kept):
 
 
 def test_a_file_that_goes_away_is_told(kept):
-    """What cannot be noted is told, with the next step."""
+    """If the file cannot be marked as restored, the error says so and what to do."""
     restore(app_of()[0], kept.parent)
     kept.unlink()
     with pytest.raises(StepFailedError, match=f"^cannot note that {kept} is restored: No such file .*; remove it$"):
@@ -129,7 +129,7 @@ def test_a_file_that_goes_away_is_told(kept):
 
 
 def damaged(content):
-    """Give each way in which a file can be wrong."""
+    """Give each way in which a file can be damaged."""
     yield "nothing", b""
     yield "half", content[: len(content) // 2]
     yield "one byte less", content[:-1]
@@ -141,7 +141,7 @@ def damaged(content):
 
 
 def test_a_file_that_is_not_ours_is_refused(kept):
-    """Tampered with, truncated or of another kind: refused by name, and the cache stays empty."""
+    """A file that was changed, truncated or is of another kind is refused by name, and the cache stays empty."""
     app, cache = app_of()
     for what, content in damaged(kept.read_bytes()):
         kept.write_bytes(content)
@@ -159,14 +159,14 @@ def test_a_file_that_is_not_ours_is_refused(kept):
     ],
 )
 def test_a_foreign_file_is_refused(kept, change, fields, words):
-    """Another key, or another app with the same key."""
+    """A file that was signed with another key, or by another app with the same key, is refused."""
     with pytest.raises(StepFailedError, match=words):
         restore(app_of(**change)[0], kept.parent, **fields)
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(3601, "old, and max_age is 3600s"), (-3600, "from the future")])
 def test_an_old_file_is_refused(kept, monkeypatch, seconds, words):
-    """A file beyond max_age, or from a clock that ran ahead."""
+    """A file older than max_age, or from the future, is refused."""
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + seconds)
     with pytest.raises(StepFailedError, match=words):
@@ -174,7 +174,7 @@ def test_an_old_file_is_refused(kept, monkeypatch, seconds, words):
 
 
 def test_what_is_no_file_is_refused(tmp_path):
-    """A FIFO or a directory in its place holds up nothing; no file at all is no news."""
+    """A FIFO or a directory in place of the file does not block the start; a missing file is not reported."""
     app, _ = app_of()
     assert restore(app, tmp_path) == ""
     os.mkfifo(tmp_path / "fifo")
@@ -185,14 +185,14 @@ def test_what_is_no_file_is_refused(tmp_path):
 
 
 def test_restore_can_be_declined(kept):
-    """With restore: false the file is left for others."""
+    """With restore: false the file is not touched."""
     app, cache = app_of()
     assert restore(app, kept.parent, restore=False) == ""
     assert there(cache) == []
 
 
 def test_the_size_is_bounded(tmp_path):
-    """The file never grows beyond max_size; those that expire last are kept, and the others counted."""
+    """The file is never larger than max_size; entries that expire last are kept, and the others are counted."""
     app, cache = app_of()
     for number in range(200):
         cache.set(f"key {number}", "x" * 100, timeout=1000 + number)
@@ -208,7 +208,7 @@ def test_the_size_is_bounded(tmp_path):
 
 
 def test_without_a_secret_a_key_is_made(tmp_path):
-    """Without secret_key and `key` there is a random key in the state directory that nobody else may read."""
+    """Without secret_key and `key` a random key is made in the state directory, which no other user can read."""
     app, cache = app_of(secret=None)
     cache.set("a", 1)
     assert persist(app, tmp_path).fate is Fate.OK
@@ -223,7 +223,7 @@ def test_without_a_secret_a_key_is_made(tmp_path):
 
 @pytest.mark.parametrize("how", ["open to all", "short", "a link", "gone"])
 def test_a_key_that_others_may_know_is_refused(tmp_path, how):
-    """A key file that others can read, of another length, a link, or none at all: nothing is restored."""
+    """Nothing is restored with a key file that others can read, that has another length, is a link, or is missing."""
     app, cache = app_of(secret=None)
     cache.set("a", 1)
     persist(app, tmp_path)
@@ -242,7 +242,7 @@ def test_a_key_that_others_may_know_is_refused(tmp_path, how):
 
 
 def test_a_configured_key_is_never_shown():
-    """Whatever `key` is, `flaskd config` does not show it; a short one is a fault."""
+    """`flaskd config` never shows `key`; a short one is a fault."""
     specs = action_specs()
     policy = {"use": "cache.persist", "with": {"key": "sixteen letters!"}}
     shown = load_mapping({"cleanup": {"policies": {"a": policy}}}, actions=specs)
@@ -253,7 +253,7 @@ def test_a_configured_key_is_never_shown():
 
 
 def test_each_worker_keeps_a_file_of_its_own(tmp_path, monkeypatch):
-    """The number of a worker is in its environment; without workers, or where it is none, it is 0."""
+    """{worker} in the path is the worker's number from the environment; without workers it is 0."""
     monkeypatch.delenv("FLASKD_WORKER", raising=False)
     for slot, name in ((None, "cache-0"), ("3", "cache-3"), ("11", "cache-11"), ("../x", "cache-0")):
         if slot is not None:
@@ -270,13 +270,13 @@ def test_each_worker_keeps_a_file_of_its_own(tmp_path, monkeypatch):
 
 
 def test_workers_that_need_a_key_at_the_same_time_have_the_same(tmp_path, monkeypatch):
-    """Whose key comes second takes the first: else what was signed with that could not be restored."""
+    """Workers that need a key at the same time all use the first one that is written."""
     app, cache = app_of(secret=None)
     cache.set("ever", 1, timeout=0)
 
     def exists(_path):
         monkeypatch.undo()
-        assert persist(app, tmp_path, path="first").fate is Fate.OK  # another worker does all of it in this moment
+        assert persist(app, tmp_path, path="first").fate is Fate.OK  # another worker makes the key at this moment
         return False
 
     monkeypatch.setattr(Path, "exists", exists)
@@ -288,7 +288,7 @@ def test_workers_that_need_a_key_at_the_same_time_have_the_same(tmp_path, monkey
 
 
 def test_a_key_is_made_where_files_have_no_links(tmp_path, monkeypatch):
-    """Such a file system takes the file by its name."""
+    """The key is also made on a file system without hard links."""
 
     def refuse(*_args):
         raise PermissionError(1, "Operation not permitted")
@@ -302,7 +302,7 @@ def test_a_key_is_made_where_files_have_no_links(tmp_path, monkeypatch):
 
 
 def test_other_caches_keep_themselves(tmp_path):
-    """For backends that are not in memory, and apps without a cache, there is nothing to do."""
+    """With caches that are not in memory, and without a cache, there is nothing to do."""
     for app in (None, Flask("bare"), app_of(kind="NullCache")[0]):
         result = persist(app, tmp_path)
         assert (result.fate, result.detail) == (Fate.OK, "nothing to keep: no cache is in memory")
@@ -310,7 +310,7 @@ def test_other_caches_keep_themselves(tmp_path):
 
 
 def test_caches_without_flask_caching_are_found(tmp_path):
-    """A cachelib cache as an extension, and the one of a session interface; files keep themselves."""
+    """A cachelib cache is found as an extension, and in a session interface; caches in files are left alone."""
     app = SimpleNamespace(import_name="x", secret_key="s" * 16, extensions={"mine": CachelibCache()})
     app.session_interface = SimpleNamespace(client=CachelibCache())
     app.extensions["files"] = FileSystemCache(str(tmp_path / "files"))
@@ -323,7 +323,7 @@ def test_caches_without_flask_caching_are_found(tmp_path):
 
 
 class ChangedCache(CachelibCache):
-    """One of a cachelib that has changed inside: its entries are not what they were, or are kept in another way."""
+    """A cache of a cachelib that keeps its entries in another form or place."""
 
     def __init__(self, entries):
         super().__init__()
@@ -333,7 +333,7 @@ class ChangedCache(CachelibCache):
 
 
 def test_the_private_shape_is_tested_first(kept):
-    """Where cachelib has changed inside, the step fails by name and the previous file stays."""
+    """If cachelib has changed inside, the step fails with the cache's name, and the previous file stays."""
     content = kept.read_bytes()
     app, _ = app_of()
     [name] = app.extensions["cache"]
@@ -353,7 +353,7 @@ def test_the_private_shape_is_tested_first(kept):
 
 
 def test_without_a_state_directory_of_our_own(kept, tmp_path):
-    """While another flaskd works with it, nothing is written there or read from there; an absolute path needs none."""
+    """While another flaskd uses the state directory, only a file with an absolute path can be kept."""
     app, _ = app_of()
     assert persist(app, None).why == "cannot use cache.bin: no state directory is ours; give an absolute path"
     with pytest.raises(StepFailedError, match="no state directory is ours"):
@@ -363,7 +363,7 @@ def test_without_a_state_directory_of_our_own(kept, tmp_path):
 
 
 def test_a_directory_that_cannot_be_written_to(tmp_path):
-    """The failure says what and why."""
+    """If the directory cannot be written, the failure says what and why."""
     app, _ = app_of()
     (tmp_path / "file").touch()
     result = persist(app, tmp_path / "file")

@@ -47,7 +47,7 @@ def children():
 
 @pytest.fixture(autouse=True)
 def _nothing_left():
-    """After each test there is neither a child of it, dead or alive, nor a thread of the cleanup."""
+    """After each test there is no child of it, dead or alive, and no thread of the cleanup."""
     before = children()
     yield
     for thread in threading.enumerate():
@@ -59,7 +59,7 @@ def _nothing_left():
 
 @pytest.fixture
 def told(tmp_path):
-    """Give a FIFO's path and a function that waits for one line in it: how a script says where it is."""
+    """Give a FIFO's path and a function that waits for one line in it, by which a script tells where it is."""
     path = tmp_path / "told"
     os.mkfifo(path)
 
@@ -77,7 +77,7 @@ def test_exit_code_zero_is_ok():
 
 
 def test_another_exit_code_is_a_failure_with_the_output():
-    """The failure has the exit code and the tail of both outputs, and no traceback."""
+    """The failure has the exit code and the end of both outputs, and no traceback."""
     result = perform(shell("echo out; echo err >&2; exit 3"))
     assert (result.fate, result.why, result.trace) == (Fate.FAILED, "exit code 3: out | err", "")
 
@@ -96,7 +96,7 @@ def test_death_by_signal_is_named():
     ],
 )
 def test_what_cannot_be_run_says_so(argv, more, why):
-    """A program or a directory that is not there is named in the failure."""
+    """A missing program, and a directory in its place, are named in the failure."""
     result = perform(command(*argv, **more))
     assert (result.fate, result.why, result.trace) == (Fate.FAILED, why, "")
 
@@ -110,7 +110,7 @@ def test_no_shell_touches_the_arguments(tmp_path):
 
 
 def test_the_environment(monkeypatch):
-    """The command knows the stop and what it was given, and nothing that systemd meant for flaskd."""
+    """The command's environment describes the stop, has the configured variables, and none that systemd set for flaskd."""
     private = ["NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_USEC", "WATCHDOG_PID"]
     for name in private:
         monkeypatch.setenv(name, "1")
@@ -122,12 +122,12 @@ def test_the_environment(monkeypatch):
 
 
 def test_standard_input_is_empty():
-    """A command that reads its standard input meets its end at once."""
+    """The command's standard input is empty."""
     assert perform(shell("cat; echo done")).detail == "done"
 
 
 def test_output_is_kept_within_bounds():
-    """Of much output only the tail is kept, and the rest never blocks the command."""
+    """Only the end of much output is kept, and the command is never blocked."""
     result = perform(shell("yes 0123456789 | head -c 3000000; echo; echo last; exit 1"))
     assert result.why.startswith("exit code 1: ")
     assert result.why.endswith(" | last")
@@ -135,19 +135,19 @@ def test_output_is_kept_within_bounds():
 
 
 def test_output_cannot_disguise_itself():
-    """Control characters and bytes that are no text do not reach the log as such."""
+    """Control characters and invalid bytes in the output are escaped in the log."""
     assert perform(shell(r"printf 'a\033[31mb\377\n'")).detail == "a [31mb�"
 
 
 def test_an_endless_flood_is_ended():
-    """A command that floods its output for ever is ended at its timeout."""
+    """A command that writes without end is ended at its timeout."""
     result = perform(command("yes", timeout=0.3))
     assert result.fate is Fate.TIMED_OUT
     assert "not done within its timeout of 300ms; ended by SIGTERM: y | y" in result.why
 
 
 def test_the_whole_group_is_ended(told):
-    """A timeout ends the command and what it started, and each of them is gone."""
+    """A timeout ends the command and all processes that it started."""
     path, line = told
     stop = runner(shell(f"sleep 100 & one=$!; sleep 100 & echo $$ $one $! > {path}; wait"))
     with in_background(lambda: stop.run(Phase)) as results:
@@ -172,7 +172,7 @@ def test_who_ignores_sigterm_gets_sigkill():
 
 
 def test_the_grace_is_for_tidying_up(told):
-    """A command that tidies up at SIGTERM is given its grace, and has still timed out."""
+    """A command that ends in its grace after SIGTERM has still timed out."""
     path, line = told
     stop = runner(
         shell(f"trap 'echo tidy; exit 0' TERM; echo ready > {path}; while :; do sleep 0.01; done", kill_grace=PATIENCE)
@@ -187,7 +187,7 @@ def test_the_grace_is_for_tidying_up(told):
 
 
 def test_the_grace_ends_with_the_time(told):
-    """However long its grace, a command that ignores SIGTERM is gone when the stop's time is up."""
+    """However long its grace is, a command that ignores SIGTERM is killed when the stop's time is up."""
     path, line = told
     stop = runner(shell(f"trap '' TERM; echo $$ > {path}; while :; do sleep 100; done", kill_grace=60.0))
     with in_background(lambda: stop.run(Phase)) as results:
@@ -200,7 +200,7 @@ def test_the_grace_ends_with_the_time(told):
 
 
 def test_a_stopped_command_is_ended_too(told):
-    """A command that is stopped (SIGSTOP) is let go on, so that it can take its SIGTERM."""
+    """A stopped command (SIGSTOP) is continued, so that it receives its SIGTERM."""
     path, line = told
     stop = runner(
         shell(f"trap 'exit 0' TERM; echo $$ > {path}; kill -STOP $$; while :; do sleep 0.01; done", kill_grace=PATIENCE)
@@ -213,7 +213,7 @@ def test_a_stopped_command_is_ended_too(told):
 
 
 def test_a_grandchild_that_keeps_the_pipe_open_holds_nobody_up(tmp_path):
-    """A process left behind in the group, with the output still open, is ended once the command has exited."""
+    """A process left in the group that keeps the output open is ended once the command has exited."""
     begun = time.monotonic()
     result = perform(shell(f"sleep 100 & echo $! > {tmp_path}/pid; echo done"))
     assert time.monotonic() - begun < PATIENCE / 2
@@ -222,7 +222,7 @@ def test_a_grandchild_that_keeps_the_pipe_open_holds_nobody_up(tmp_path):
 
 
 def test_who_leaves_the_group_is_let_go(tmp_path):
-    """A process that made a session of its own is not ended, and its hold on the output holds nobody up."""
+    """A process that made a session of its own is not ended, and does not delay the step by keeping the output open."""
     begun = time.monotonic()
     script = """if True:
         import os, sys, time
@@ -248,7 +248,7 @@ def test_who_leaves_the_group_is_let_go(tmp_path):
 
 
 def test_a_command_that_closes_its_output_is_waited_for():
-    """The end of the output is not the end of the command."""
+    """A command that closes its output is still waited for."""
     result = perform(
         command(sys.executable, "-c", "import os,time; os.close(1); os.close(2); time.sleep(0.2); os._exit(4)")
     )
@@ -256,7 +256,7 @@ def test_a_command_that_closes_its_output_is_waited_for():
 
 
 def test_a_command_that_times_out_is_tried_again(caplog):
-    """An attempt that was ended can be followed by another, each with its own timeout."""
+    """After an attempt that timed out comes another one, with its own timeout."""
     caplog.set_level(logging.DEBUG, logger="flaskd.cleanup")
     result = perform(command("sleep", "100", timeout=0.1, retries=2))
     assert (result.fate, result.attempts) == (Fate.TIMED_OUT, 3)
@@ -264,7 +264,7 @@ def test_a_command_that_times_out_is_tried_again(caplog):
 
 
 def test_an_exit_code_that_somebody_took_is_not_taken_for_success(monkeypatch):
-    """When something else in the process reaps children, the exit code is unknown, which is a failure."""
+    """If other code reaps the child, the exit code is unknown, which is a failure."""
     real = os.waitpid
 
     def stolen(pid, options):
@@ -279,7 +279,7 @@ def test_an_exit_code_that_somebody_took_is_not_taken_for_success(monkeypatch):
 
 
 def test_without_a_thread_to_watch_it_the_command_is_looked_after_all_the_same(monkeypatch):
-    """A command for which no thread waits runs to its end, with its exit code; one that hangs is ended in time."""
+    """Without a thread that waits for it, a command runs to its end, and one that hangs is ended in time."""
     real = threading.Thread.start
 
     def refuse(thread):
@@ -297,7 +297,7 @@ def test_without_a_thread_to_watch_it_the_command_is_looked_after_all_the_same(m
 
 
 def test_a_command_that_cannot_be_ended_is_given_up(monkeypatch):
-    """When signals do not reach the group, the runner returns at the deadline all the same, and says so."""
+    """If signals do not reach the group, the runner returns at the deadline, and reports it."""
     real = os.killpg
     pids = []
 
@@ -319,7 +319,7 @@ def test_a_command_that_cannot_be_ended_is_given_up(monkeypatch):
 
 
 def test_a_group_is_looked_up(monkeypatch, tmp_path):
-    """A group with a running member is told from one without; where it cannot be looked up, it counts as running."""
+    """A group with a running member is told from one without; if that is unknown, it counts as running."""
     nobody = 2**22 + 1
     assert _anyone_in(os.getpgrp())
     assert not _anyone_in(nobody)

@@ -46,7 +46,7 @@ def tree(tmp_path):
     ],
 )
 def test_patterns_name_files(tree, pattern, gone):
-    """What matches goes and all else stays; a second time there is nothing to do."""
+    """Matching files are removed and all others stay; a second run does nothing."""
     before = names(tree)
     result = remove(tree / pattern)
     assert (result.fate, result.detail) == (Fate.OK, f"{len(gone)} file{'' if len(gone) == 1 else 's'} removed")
@@ -55,20 +55,20 @@ def test_patterns_name_files(tree, pattern, gone):
 
 
 def test_several_patterns_relative_to_the_working_directory(tree, monkeypatch):
-    """Relative paths start in the working directory; one without a slash too."""
+    """Relative paths start in the working directory, even one without a slash."""
     monkeypatch.chdir(tree)
     assert remove("c", "a/*.txt").detail == "2 files removed"
 
 
 def test_directories_are_never_removed(tree):
-    """A directory that is named is a failure, one that a pattern finds is not meant; the rest is done all the same."""
+    """A directory given by name is a failure, one that matches a pattern is skipped; files are removed all the same."""
     result = remove(tree / "a" / "dir.tmp", tree / "a" / "*.tmp")
     assert (result.fate, result.why) == (Fate.FAILED, f'cannot remove "{tree}/a/dir.tmp": it is a directory')
     assert [each for each in names(tree) if each.startswith("a/")] == ["a/.4.tmp", "a/3.txt", "a/dir.tmp"]
 
 
 def test_the_directory_has_to_be_there(tree):
-    """A directory that is named and missing, or that is a file, is a failure."""
+    """A directory given by name that is missing, or is a file, is a failure."""
     result = remove(tree / "none" / "*.tmp", tree / "c" / "x")
     assert result.fate is Fate.FAILED
     assert f'cannot remove "{tree}/none": No such file or directory' in result.why
@@ -76,7 +76,7 @@ def test_the_directory_has_to_be_there(tree):
 
 
 def test_links_are_not_followed(tree):
-    """A link on the way ends the way, named or found; a link at its end is removed, and not what it points to."""
+    """A link to a directory is not followed; a link that matches is removed, and not its target."""
     (tree / "link").symlink_to(tree / "a")
     (tree / "b" / "2.tmp").symlink_to(tree / "a" / "3.txt")
     assert remove(tree / "link" / "*.tmp").why == (
@@ -90,7 +90,7 @@ def test_links_are_not_followed(tree):
 
 @pytest.mark.parametrize("kind", ["STATE", "CACHE", "RUNTIME", "LOGS", "CONFIGURATION"])
 def test_the_service_managers_own_link_is_followed(tree, monkeypatch, kind):
-    """Under DynamicUser= each directory of a service is a link (systemd.exec(5)): what is in it can be removed."""
+    """With DynamicUser= each directory of a service is a link (systemd.exec(5)): files in it can be removed."""
     (tree / "shop").symlink_to("a")
     monkeypatch.setenv(f"{kind}_DIRECTORY", f"{tree / 'other'}:{tree / 'shop'}")
     assert remove(tree / "shop" / "*.tmp").fate is Fate.OK
@@ -101,7 +101,7 @@ def test_the_service_managers_own_link_is_followed(tree, monkeypatch, kind):
 
 
 def test_a_directory_that_is_exchanged_leads_nowhere_else(tree, monkeypatch):
-    """When a directory is replaced by a link after it was opened, the files of the old one go and no others."""
+    """If a directory is replaced by a link after it was opened, files of the old directory are removed, no others."""
     real = os.listdir
 
     def exchange(descriptor):
@@ -117,7 +117,7 @@ def test_a_directory_that_is_exchanged_leads_nowhere_else(tree, monkeypatch):
 
 
 def test_what_cannot_be_removed_is_named(tree, monkeypatch):
-    """Each refusal is named, a few of many; the other files go."""
+    """The failure names the first few files that could not be removed; the others are removed."""
     real = os.unlink
 
     def refuse(name, *, dir_fd):
@@ -159,11 +159,11 @@ def test_it_ends_with_its_time(tree, monkeypatch):
         ("", "with.paths: expected a path of files"),
         ("/run/shop/", "with.paths: expected a path of files"),
         ("/run/../etc/passwd", "with.paths: expected a path of files without . and .."),
-        (["/a", "/b/**/c"], "with.paths[1]: expected one directory a star, not **"),
+        (["/a", "/b/**/c"], "with.paths[1]: expected * once for each directory level, not **"),
     ],
 )
 def test_wrong_paths_are_faults(paths, fault):
-    """What could reach further than it seems is refused in the configuration."""
+    """The configuration refuses paths that could reach further than they seem."""
     policy = {"use": "files.remove", "with": {"paths": paths}}
     with pytest.raises(ConfigError) as caught:
         load_mapping({"cleanup": {"policies": {"it": policy}}}, actions=action_specs())

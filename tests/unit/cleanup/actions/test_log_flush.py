@@ -18,7 +18,7 @@ def flush(timeout=PATIENCE):
 
 
 class Slow(logging.Handler):
-    """Keeps messages, and takes none before it is let go on."""
+    """Keeps messages, but accepts none until it is released."""
 
     def __init__(self):
         super().__init__()
@@ -55,7 +55,7 @@ def queued(logger, output, records=None):
 
 
 def test_no_record_in_a_queue_is_lost(logger):
-    """All that waits in the queue is written, what comes afterwards at once, and the output is flushed."""
+    """All records in the queue are written, later ones at once, and the output is flushed."""
     output = Slow()
     handler = queued(logger, output)
     for number in range(100):
@@ -71,7 +71,7 @@ def test_no_record_in_a_queue_is_lost(logger):
 
 
 def test_a_second_time_harms_nothing(logger):
-    """Neither a second flush nor a stop of the app's own, as in an exit callback, raises or loses anything."""
+    """Neither a second flush nor the app's own stop, as in an exit callback, raises or loses a record."""
     output = Slow()
     output.may_go_on.set()
     handler = queued(logger, output)
@@ -83,7 +83,7 @@ def test_a_second_time_harms_nothing(logger):
 
 
 def test_a_listener_that_was_never_started(logger):
-    """Records in a queue that nobody reads are written too."""
+    """Records in a queue without a started listener are written too."""
     output = Slow()
     output.may_go_on.set()
     handler = logging.handlers.QueueHandler(queue.SimpleQueue())
@@ -95,7 +95,7 @@ def test_a_listener_that_was_never_started(logger):
 
 
 def test_a_queue_that_is_full(logger):
-    """The word to end waits for room in a queue of limited length."""
+    """The end marker waits for room in a full queue."""
     output = Slow()
     handler = queued(logger, output, queue.Queue(maxsize=2))
     while not handler.queue.full():
@@ -111,7 +111,7 @@ def test_a_queue_that_is_full(logger):
 
 
 def test_an_output_that_hangs_is_abandoned(logger):
-    """A listener whose output never returns costs the step, not the stop."""
+    """If a listener's output never returns, the step is abandoned, and the stop goes on."""
     output = Slow()
     queued(logger, output)
     logger.info("stuck")
@@ -120,7 +120,7 @@ def test_an_output_that_hangs_is_abandoned(logger):
 
 
 def test_handlers_behind_handlers_are_flushed(logger):
-    """A buffer of records is passed on, and its target flushed."""
+    """A buffering handler passes its records on, and its target is flushed."""
     output = Slow()
     output.may_go_on.set()
     logger.addHandler(logging.handlers.MemoryHandler(100, flushLevel=logging.CRITICAL, target=output))
@@ -146,7 +146,7 @@ def test_one_that_raises_does_not_keep_the_others(logger):
 
 
 def test_a_listener_of_the_apps_own_is_stopped(logger):
-    """Whatever can be stopped as a handler's listener is stopped."""
+    """A listener of the app's own class is stopped if it has a method stop."""
     stopped = threading.Event()
 
     class Listener:
@@ -162,7 +162,7 @@ def test_a_listener_of_the_apps_own_is_stopped(logger):
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="logging.config makes listeners from Python 3.12 on")
 def test_what_logging_config_makes(logger):
-    """A queue handler made by logging.config has its listener where it is looked for."""
+    """The listener of a queue handler made by logging.config is found."""
     from logging.config import dictConfig
 
     dictConfig({

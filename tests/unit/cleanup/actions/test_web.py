@@ -30,7 +30,7 @@ def service():
 
 
 def test_a_webhook_sends_what_it_is_given(service):
-    """Method, path with its query, headers and JSON arrive; the status is the detail."""
+    """Method, path with query, headers and JSON are sent; the status is the detail."""
     result = perform(
         "webhook", url=f"{service.url}/hooks?room=ops", json={"text": "shöp", "n": [1, None]},
         headers={"authorization": f"Bearer {SECRET}"},
@@ -45,7 +45,7 @@ def test_a_webhook_sends_what_it_is_given(service):
 
 
 def test_a_webhook_without_json_has_no_body(service):
-    """Any method goes, and a content type of one's own beats the usual one."""
+    """Every method is allowed, and a configured content type replaces the usual one."""
     assert perform("webhook", url=service.url, method="GET").fate is Fate.OK
     assert perform("webhook", url=service.url, headers={"content-type": "text/plain"}, json="x").fate is Fate.OK
     (bare, typed) = service.asked
@@ -64,14 +64,14 @@ def test_a_webhook_without_json_has_no_body(service):
     ],
 )
 def test_the_status_decides(service, status, fate, words):
-    """From 400 on the webhook has failed."""
+    """A status of 400 and above fails the webhook."""
     service.answer = (status, b"")
     result = perform("webhook", url=service.url)
     assert (result.fate, result.detail or result.why) == (fate, words)
 
 
 def test_no_secret_is_ever_told(service, caplog):
-    """Whatever happens, neither URL, headers nor body are in the result or the log, not even what is echoed."""
+    """Neither URL, headers nor body are in the result or the log, not even if the server echoes them."""
     caplog.set_level("DEBUG")
     service.answer = (500, SECRET.encode())
     there = {"url": f"{service.url}/{SECRET}", "json": {"token": SECRET}, "headers": {"X-Token": SECRET}}
@@ -90,7 +90,7 @@ def test_no_secret_is_ever_told(service, caplog):
 
 
 def test_an_answer_that_never_comes(service):
-    """The step ends with its timeout, and its connection with it."""
+    """Without an answer the step ends at its timeout, and closes its connection."""
     service.silent.set()
     result = perform("webhook", url=service.url, timeout=0.2)
     assert result.fate is Fate.TIMED_OUT
@@ -98,7 +98,7 @@ def test_an_answer_that_never_comes(service):
 
 
 def test_an_answer_that_trickles(service):
-    """A server that sends a byte now and then keeps nobody past the timeout; the connection is broken off."""
+    """A server that sends single bytes does not delay the step past its timeout; the connection is closed."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(PATIENCE)
         broken_off = threading.Event()
@@ -117,7 +117,9 @@ def test_an_answer_that_trickles(service):
                     except OSError:
                         broken_off.set()
 
-        thread = threading.Thread(target=trickle, daemon=True)  # should it not be broken off, it ends with the tests
+        thread = threading.Thread(
+            target=trickle, daemon=True
+        )  # if the connection is not closed, it ends with the tests
         thread.start()
         result = perform("webhook", url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=0.3)
         assert result.fate is Fate.TIMED_OUT
@@ -125,7 +127,7 @@ def test_an_answer_that_trickles(service):
 
 
 def test_what_is_no_http_is_named():
-    """A server that speaks something else is a failure without a traceback."""
+    """A server that does not speak HTTP is a failure without a traceback."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def greet():
@@ -143,7 +145,7 @@ def test_what_is_no_http_is_named():
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate with")
 def test_https_is_verified(tmp_path, monkeypatch):
-    """A certificate that is trusted is accepted, any other refused."""
+    """A trusted certificate is accepted, and any other is refused."""
     certificate = make_certificate(tmp_path / "certificate.pem")
     with endpoint(certificate=certificate) as service:
         refused = perform("webhook", url=service.url)
@@ -170,14 +172,14 @@ def test_https_is_verified(tmp_path, monkeypatch):
     ],
 )
 def test_wrong_fields_are_faults_with_a_place(use, fields, fault):
-    """What cannot be sent is found by `flaskd check`."""
+    """`flaskd check` finds values that cannot be sent."""
     with pytest.raises(ConfigError) as caught:
         load_mapping({"cleanup": {"policies": {"it": {"use": use, "with": fields}}}}, actions=action_specs())
     assert fault in str(caught.value)
 
 
 def test_consul_is_told(service, monkeypatch):
-    """The documented call, with the token; the address comes from the policy, else the environment."""
+    """The documented request is sent, with the token; the address comes from the policy, else the environment."""
     monkeypatch.setenv("CONSUL_HTTP_ADDR", service.url.removeprefix("http://"))
     monkeypatch.setenv("CONSUL_HTTP_TOKEN", "from-env")
     assert perform("consul.deregister", service_id="shop/1 é").detail == "deregistered shop/1 é"
@@ -190,7 +192,7 @@ def test_consul_is_told(service, monkeypatch):
 
 
 def test_consul_may_be_told_twice(service):
-    """What the agent does not know is deregistered; another 404, or any other status, is a failure."""
+    """A service that the agent does not know counts as deregistered; another 404, or any other status, is a failure."""
     service.answer = (404, b'Unknown service ID "shop-1". Ensure that the service ID is passed, not the service name.')
     result = perform("consul.deregister", service_id="shop-1", address=service.url)
     assert (result.fate, result.detail) == (Fate.OK, "was not registered")
@@ -201,7 +203,7 @@ def test_consul_may_be_told_twice(service):
 
 
 def test_consuls_environment_can_be_wrong(monkeypatch):
-    """An address that cannot be used is named."""
+    """An unusable address in the environment is named."""
     monkeypatch.setenv("CONSUL_HTTP_ADDR", "unix:///run/consul.sock")
     result = perform("consul.deregister", service_id="shop-1")
     assert result.why.startswith('cannot use $CONSUL_HTTP_ADDR "unix:///run/consul.sock": expected an address')

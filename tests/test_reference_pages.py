@@ -1,0 +1,54 @@
+"""docs/reference is what the code says: each page is the one that docs/reference/make.py writes."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+DIRECTORY = Path(__file__).parent.parent / "docs" / "reference"
+
+
+def load():
+    """docs/reference/make.py as a module; it is not in a package."""
+    spec = importlib.util.spec_from_file_location("make_reference", DIRECTORY / "make.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+MAKE = load()
+
+
+@pytest.mark.parametrize("name", sorted(MAKE.PAGES))
+def test_the_page_is_what_the_code_says(name):
+    """After a change of the code `python docs/reference/make.py` writes the page anew."""
+    assert (DIRECTORY / name).read_text() == f"{MAKE.PAGES[name]()}\n", "run: python docs/reference/make.py"
+
+
+def test_there_are_no_other_pages():
+    """What stands in the directory is written by the script, which is there too."""
+    assert {path.name for path in DIRECTORY.glob("*.md")} == set(MAKE.PAGES)
+
+
+def test_each_key_of_the_model_has_its_row():
+    """The page has as many rows of keys as the JSON Schema has keys that are no sections."""
+    from flaskd.config.model import Config
+
+    page = MAKE.configuration()
+    for path, _, own in MAKE.sections(Config):
+        [part] = re.findall(rf"^## {re.escape(path or 'At the top')}\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+        assert re.findall(r"^\| `([^`]+)` \|", part, re.MULTILINE) == [each.key for each in own]
+    assert "any value" not in page
+
+
+def test_each_value_is_told_in_words():
+    """A change of the model's kinds shows here, and not as a row that says nothing."""
+    rows = {
+        row[0]: row[1:] for row in (line.split(" | ") for line in MAKE.configuration().splitlines()) if len(row) == 5
+    }
+    assert rows["| `request_timeout`"][:3] == ["duration, or `null`", "`null`", "at once"]
+    assert rows["| `workers`"][:3] == ["integer from 0 to 512, or `auto`", "`0`", "a restart"]
+    assert rows["| `preload`"][:3] == ["`true`, `false`", "`false`", "new workers"]
+    assert rows["| `max_request_body_size`"][:3] == ["size", "`1GiB`", "new workers; else a restart"]
+    assert rows["| `phase`"][0].startswith("`announce`, `drain`")
