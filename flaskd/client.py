@@ -31,9 +31,9 @@ _SHOWN = 200
 class CommandError(FlaskdError):
     """The daemon answered ERR; `code` is the code of the reply, from which the exit code follows."""
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, for_programs: Mapping[str, Any] | None = None) -> None:
         super().__init__(message)
-        self.code = code
+        self.code, self.for_programs = code, for_programs or {}
         self.exit_code = EXIT_CODES.get(code, 1)
 
 
@@ -210,7 +210,9 @@ class ControlClient:
             elif answer.pop("ok"):
                 return answer
             else:
-                raise CommandError(answer["error"]["code"], answer["error"]["message"])
+                error = answer["error"]
+                more = {key: value for key, value in error.items() if key not in _FAULT}
+                raise CommandError(error["code"], error["message"], more)
         raise NoDaemonError(f'no answer to "{verb}": the daemon at {self._path} went away')
 
     def _tell(self, verb: str, command: bytes) -> None:

@@ -70,7 +70,7 @@ from flaskd.workforce import Workforce
 log = logging.getLogger("flaskd.daemon")
 
 _WEDGED = 5.0
-"""Seconds without a turn after which the serving thread counts as dead; one that is well turns every second."""
+"""Seconds without a turn after which the serving thread counts as dead; a healthy one turns every second."""
 _SERVING = {State.READY, State.RELOADING}
 _TICK = 1.0
 """Seconds between two progress reports of a drain or stop."""

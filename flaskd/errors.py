@@ -6,6 +6,9 @@ Exit codes follow ``sysexits.h`` (FreeBSD ``sysexits(3)``) where that has a fitt
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 EX_OK = 0
 EX_LOST = 1
@@ -26,6 +29,9 @@ class FlaskdError(Exception):
     code = "failed"
     details: str = ""
     """What follows its text in a log and in an answer, but not in a status: a traceback, or the line of a file."""
+
+    for_programs: Mapping[str, Any] = MappingProxyType({})
+    """What answers to programs have beside its code and its text."""
 
     @property
     def whole(self) -> str:

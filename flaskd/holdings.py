@@ -153,7 +153,9 @@ class Holdings:
         """Log how many connections wait on listeners that other programs share."""
         for each in self.listeners:
             if each.shared and (waiting := each.waiting()):
-                log.info(f"{waiting} connections wait on {each.address} for who listens there next, or are reset")
+                log.info(
+                    f"{waiting} connections wait on {each.address} for the next process that listens, or are reset"
+                )
 
     def close_listeners(self) -> None:
         """Close all listeners."""

@@ -106,8 +106,8 @@ class Reply(Protocol):
     ) -> None:
         """Report success: a word and values; `detail` is for programs, `lines` and `hint` are for people."""
 
-    def error(self, code: str, message: str) -> None:
-        """Report failure."""
+    def error(self, code: str, message: str, *, detail: Mapping[str, Any] | None = None) -> None:
+        """Report failure; `detail` is for programs."""
 
 
 def reason_of(status: int, otherwise: str) -> str:
@@ -132,7 +132,7 @@ class Discard:
     ) -> None:
         """Drop it."""
 
-    def error(self, code: str, message: str) -> None:
+    def error(self, code: str, message: str, *, detail: Mapping[str, Any] | None = None) -> None:
         """Drop it."""
 
 

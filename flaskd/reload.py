@@ -233,8 +233,9 @@ class Reload:
         if self._code is not None:
             self._code.add_those_of(trace)
         self._notices.tell(ReloadEnded(str(path), self._status(), fault, None if known else error, trace))
+        code, detail = (error.code, error.for_programs) if isinstance(error, FlaskdError) else (FlaskdError.code, {})
         for reply in waiters:
-            reply.error(error.code if isinstance(error, FlaskdError) else FlaskdError.code, fault + trace)
+            reply.error(code, fault + trace, detail=detail)
 
     def overtaken(self, by: str) -> None:
         """Answer all replies with an error, because a stop or a drain came first."""

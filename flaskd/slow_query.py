@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from flaskd.errors import FlaskdError, described, shortage
 from flaskd.process.forks import AppCode
@@ -92,13 +92,15 @@ class SlowQuery(Generic[T]):
                 while (asked := self._take()) is not None:
                     asked.tell(asked.reply, found)
             except FlaskdError as error:
-                self._refuse(asked, error.code, error.whole)
+                self._refuse(asked, error.code, error.whole, error.for_programs)
             except BaseException as error:  # flaskd's or the app's; the client is told
                 log.exception(f"cannot {self._name}")
                 self._refuse(asked, FlaskdError.code, f"cannot {self._name}: {described(error)}; the log says more")
 
-    def _refuse(self, asked: _Asked[T] | None, code: str, message: str) -> None:
+    def _refuse(
+        self, asked: _Asked[T] | None, code: str, message: str, detail: Mapping[str, Any] | None = None
+    ) -> None:
         """Send the error to the client that was being answered and to all that still wait."""
         while (asked := asked or self._take()) is not None:
-            asked.reply.error(code, message)
+            asked.reply.error(code, message, detail=detail)
             asked = None

@@ -1,8 +1,8 @@
-"""Stock waitress and flaskd behind one face, so that a scenario can be run against either.
+"""Stock waitress and flaskd with one interface, so that a scenario can be run against either.
 
-``Stock`` is waitress as ``waitress.serve`` has it: its own server, loop, dispatcher and shutdown, nothing replaced. Its
-stop is what SIGTERM comes to where a handler raises SystemExit: that leaves ``run()``, which shuts the dispatcher down,
-and then the process ends, which closes every descriptor.
+``Stock`` is waitress as ``waitress.serve`` runs it, with its own server, loop, dispatcher and shutdown. It stops as at a
+SIGTERM whose handler raises SystemExit: ``run()`` shuts the dispatcher down and ends, then the process ends, which
+closes all descriptors.
 """
 
 import functools
@@ -25,7 +25,7 @@ from flaskd.server import WaitressThread
 from flaskd.sockets import Address
 
 _STOCK_PATIENCE = 0.2
-"""Seconds; waitress' own dispatcher waits 5 for its threads, and no test has that long."""
+"""Seconds for which the dispatcher waits for its threads; waitress' own 5 would take too long in a test."""
 
 
 class _Interruption(wasyncore.dispatcher):
@@ -39,7 +39,7 @@ class _Interruption(wasyncore.dispatcher):
 
 
 class _LastTask(WSGITask):
-    """What a drain comes to mind with first: let each response end its connection."""
+    """The simplest drain: each response ends its connection."""
 
     def build_response_header(self):
         self.set_close_on_finish()
@@ -47,7 +47,7 @@ class _LastTask(WSGITask):
 
 
 class Stock:
-    """Waitress, served in a thread; `settings` are its own."""
+    """Waitress in a thread; `settings` are waitress' own."""
 
     def __init__(self, app, *, threads=4, grace=None, **settings):
         if not {"sockets", "unix_socket"} & set(settings):
@@ -105,7 +105,7 @@ class Stock:
             channel.task_class = _LastTask
 
     def take_no_more(self):
-        """What can be done from outside: accept no more, close the listener."""
+        """Close the listener, which is all that can be done from outside."""
         self.call(lambda: wasyncore.dispatcher.close(self.acceptor))
         assert self.turns(PATIENCE)
 
@@ -121,7 +121,7 @@ class Stock:
         (closing or functools.partial(wasyncore.close_all, self.map))()
 
     def close(self):
-        """Clean up after it, which it does not do itself."""
+        """Close what waitress leaves open."""
         if self.thread.is_alive():
             with self.stopping():
                 pass
@@ -137,7 +137,7 @@ class Stock:
 
 
 class Ours(WaitressThread):
-    """flaskd's server with the same face; `settings` are waitress' own, as far as flaskd lets them be set."""
+    """flaskd's server with the same interface; `settings` are those of waitress that flaskd allows."""
 
     def __init__(self, app, *, threads=4, grace=0.2, listeners=None, **settings):
         super().__init__(app, threads=threads, listeners=listeners, keepalive_grace=grace, adjustments=settings)
@@ -191,7 +191,7 @@ class Ours(WaitressThread):
 
 
 class Rig:
-    """Servers of one kind, their app, their clients."""
+    """Servers of one kind (`Stock` or `Ours`), with their app and clients."""
 
     def __init__(self, kind):
         self.kind = kind
@@ -211,7 +211,7 @@ class Rig:
         return client
 
     def fates(self, *clients):
-        """Read from all of them at once; the results come in their order."""
+        """Read from all clients at once; returns a future with the `fate` of each, in their order."""
         return [self._readers.submit(fate, client) for client in clients]
 
     def close(self):
@@ -241,7 +241,7 @@ def turn(server, times=3):
 
 @contextmanager
 def busy(server):
-    """Keep the loop busy; gives the function that lets it go on."""
+    """Keep the server's loop busy; yields a function that lets the loop go on."""
     holds, release = threading.Event(), threading.Event()
     server.call(lambda: (holds.set(), release.wait(PATIENCE)))
     assert holds.wait(PATIENCE)
@@ -253,7 +253,7 @@ def busy(server):
 
 @contextmanager
 def later(seconds, *clocks):
-    """Let some of Python's clocks be ahead of what they were."""
+    """Set these clocks of the time module ahead by so many seconds."""
     with ExitStack() as stack:
         for clock in clocks:
             before = getattr(time, clock)

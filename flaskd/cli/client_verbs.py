@@ -132,7 +132,9 @@ def told(run: Callable[[], int], *, as_json: bool) -> int:
     except FlaskdError as error:
         if not as_json or isinstance(error, CannotCreateError):  # the latter is of standard output itself
             raise
-        show.say(show.for_programs({"ok": False, "error": {"code": error.code, "message": str(error)}}))
+        show.say(
+            show.for_programs({"ok": False, "error": {"code": error.code, "message": str(error), **error.for_programs}})
+        )
         return error.exit_code
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 
 from flaskd.text import escaped
 
@@ -72,4 +71,6 @@ def _shown(char: str) -> str:
 
 def _width(text: str) -> int:
     """How many columns of a terminal a text takes."""
+    import unicodedata  # noqa: PLC0415 - only for a mistake
+
     return sum(0 if unicodedata.combining(each) else 1 + (unicodedata.east_asian_width(each) in "WF") for each in text)

@@ -70,6 +70,7 @@ class InvalidConfigError(ConfigError):
             lines.append(f"... and {omitted} more")
         super().__init__("\n".join(lines))
         self.faults, self.details = faults, details
+        self.for_programs = {"faults": [fault.as_json() for fault in faults], "omitted": omitted}
         if all(fault.path == COMMAND_LINE for fault in faults):
             self.exit_code = EX_USAGE
         self.omitted = omitted

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from flaskd.log.setup import bounded_by
 from flaskd.present import as_text, outcome
@@ -47,7 +48,7 @@ class TextReply:
         last = outcome("OK", word, fields=fields or {}, hint=hint)
         self._line("\n".join(map(escaped, [*lines, last])), last=True)
 
-    def error(self, code: str, message: str) -> None:
+    def error(self, code: str, message: str, *, detail: Mapping[str, Any] | None = None) -> None:
         # The last line starts with ERR; all further faults are written before it.
         first, *more = message.split("\n")
         self._line("\n".join(map(escaped, [*more, f"ERR {code} {first}"])), last=True)
@@ -80,8 +81,8 @@ class JsonReply:
             last=True,
         )
 
-    def error(self, code: str, message: str) -> None:
-        self._tell({"ok": False, "error": {"code": code, "message": message}}, last=True)
+    def error(self, code: str, message: str, *, detail: Mapping[str, Any] | None = None) -> None:
+        self._tell({"ok": False, "error": {"code": code, "message": message, **(detail or {})}}, last=True)
 
 
 STATUSES = {
@@ -130,10 +131,10 @@ class HttpReply:
         more = {"hint": hint} if hint else {}
         self._answer(200, {"ok": True, "result": word, **(fields or {}), **(detail or {}), **more})
 
-    def error(self, code: str, message: str) -> None:
+    def error(self, code: str, message: str, *, detail: Mapping[str, Any] | None = None) -> None:
         status = STATUSES.get(code, 500)
         more = (f"Allow: {', '.join(self.allow)}",) if self.allow else ()  # RFC 9110 §15.5.6
-        self._answer(status, {"ok": False, "error": {"code": code, "message": message}}, *more)
+        self._answer(status, {"ok": False, "error": {"code": code, "message": message, **(detail or {})}}, *more)
 
 
 class LogReply:
@@ -159,6 +160,6 @@ class LogReply:
         # One entry for the whole answer, because the log limits the number of entries.
         log.info("\n".join([said, *(f"control: {line}" for line in lines)]), extra=self._bounded)
 
-    def error(self, code: str, message: str) -> None:
+    def error(self, code: str, message: str, *, detail: Mapping[str, Any] | None = None) -> None:
         extra = bounded_by("refused control commands of the FIFO")
         log.warning(f"control: {self._command!r} from the FIFO: ERR {code} {message}", extra=extra)

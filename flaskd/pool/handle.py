@@ -29,7 +29,7 @@ from flaskd.stacks import folded_dump
 log = logging.getLogger("flaskd.pool")
 
 _MOST_QUESTIONS = 16
-"""Most questions that a worker has not answered yet; with so many, it is not asked another one."""
+"""A worker that has not answered this many questions yet is not asked another one."""
 
 
 class Phase(StrEnum):
@@ -294,7 +294,7 @@ class Handle:
 
     @property
     def silent_for(self) -> float:
-        """Seconds since its event loop last turned; a loop that is well turns every second."""
+        """Seconds since its event loop last turned; a healthy loop turns every second."""
         return time.monotonic() - self.board.last_turn
 
     def why_gone(self) -> FlaskdError:

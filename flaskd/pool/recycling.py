@@ -32,15 +32,15 @@ _LOOK, _LOOK_CLOSELY = 0.5, 0.1
 _JITTER = 0.1
 """The largest part of a limit by which a worker's own limit is lower."""
 _GROWTH_OVER, _STARTS = 5.0, 3.0
-"""The growth of a worker is averaged over at least so many seconds, and over at least so many times the length of its
-start, because what it loads at first is not a leak. So at most a third of its growth so far is expected to come while
-another worker starts."""
+"""The growth of a worker is averaged over at least this many seconds, and over at least this many times the length of
+its start, because what it loads at first is not a leak. So at most a third of its growth so far is expected to come
+while another worker starts."""
 _READING = 50.0
-"""A worker's memory is read again after so many times the length of the last reading: it takes 2 % of a core."""
+"""A worker's memory is read again after this many times the length of the last reading: it takes 2 % of a core."""
 _OVERGROWN = 1.3
-"""At so many times `max_memory`, the log says that a worker grows faster than it can be replaced."""
+"""At this many times `max_memory`, the log says that a worker grows faster than it can be replaced."""
 _SOON = 2.0
-"""A worker that reaches a limit within so many seconds after it was ready has reached it too soon."""
+"""A worker that reaches a limit within this many seconds after it was ready has reached it too soon."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 300.0
 """Seconds without a replacement after one that came too soon or failed; each further one doubles them."""
 _MIB = 1024**2

@@ -128,9 +128,7 @@ class ServiceStop:
         """Note that the process of a worker has ended."""
         if self._pipeline.stop is None:
             return
-        if worker not in self._ended and (
-            worker.ready_at or worker.cut
-        ):  # it was killed or died before its stop was over
+        if worker not in self._ended and (worker.ready_at or worker.cut):  # it ended before its stop was over
             self._ended.append(worker)
         if not self._sums.alive:
             self._all_gone.set()

@@ -25,7 +25,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _LEAVES = 1.0
 """Seconds that a replaced worker has to close its copies of the listeners; then the replacement counts as done."""
 _GOOD_LIFE = 30.0
-"""A worker that dies after so many seconds is not a failure of its slot: the next one is started at once."""
+"""A worker that dies after this many seconds is not a failure of its slot: the next one is started at once."""
 
 CRASHED = StopReason("recycle", "its slot has another worker")
 
@@ -164,8 +164,8 @@ class Slots:
     ) -> None:
         """Start a worker of a generation for a slot; when it is ready, tell the old one to stop for this reason.
 
-        With `canary` both serve for so many seconds; if the new one dies in that time, the old one stays. A worker that
-        is being started for the slot already is ended first, and its outcomes get an error; if the slot is empty, they
+        First both serve for `canary` seconds; if the new one dies in that time, the old one stays. A worker that is
+        being started for the slot already is ended first, and its outcomes get an error; if the slot is empty, they
         wait for the new worker instead.
         """
         if self.ending:

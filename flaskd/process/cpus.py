@@ -70,9 +70,8 @@ def _quota_v2(group: Path) -> float | None:
 
 def _quota_v1(group: Path) -> float | None:
     quota, period = ("".join(_lines(group / f"cpu.cfs_{name}_us")) for name in ("quota", "period"))
-    return (
-        int(quota) / int(period) if quota.isdigit() and period.isdigit() and int(period) else None
-    )  # -1 means no quota
+    # A quota of -1 means that there is none.
+    return int(quota) / int(period) if quota.isdigit() and period.isdigit() and int(period) else None
 
 
 def _lines(path: Path) -> list[str]:

@@ -24,7 +24,7 @@ T = TypeVar("T")
 _WITHOUT_A_LIMIT = 512
 _KEPT = 48
 _SHARE = 8
-"""If the hard limit is low, one in so many descriptors is reserved."""
+"""If the hard limit is low, one in this many descriptors is reserved."""
 _LAST = 8
 """How many are reserved during the cleanup: for the record, and for questions about its progress."""
 

@@ -130,7 +130,7 @@ class Ending:
             self._thread.start()
 
     def hurry(self, seconds: float) -> None:
-        """Allow at most so many seconds from now on (any thread)."""
+        """Allow at most `seconds` from now on (any thread)."""
         before, now = self.left, _for_seconds(seconds)
         self.left = lambda: min(before(), now())
 
@@ -250,7 +250,9 @@ def leave(code: int, ending: Ending) -> NoReturn:
         # must not kill the process and so change its exit code.
         _heed_signals(signal.SIG_IGN)
         late_code = code if ending.late_code is None else ending.late_code
-        if not _in_time(_flush):  # the interpreter would wait for this, and finalize nothing
+        # The interpreter would wait for the streams, too. And for the threads that are left it calls pthread_exit(3),
+        # for which the C library opens libgcc_s: without a descriptor for that the process would abort.
+        if not _in_time(_flush) or not _can_open_a_file():
             if ending.unsettle is not None:
                 ending.unsettle()
             os._exit(late_code)
@@ -261,6 +263,14 @@ def leave(code: int, ending: Ending) -> NoReturn:
         os._exit(code)
     sys.flaskd_end = _End(code, ending.settle)  # type: ignore[attr-defined]
     sys.exit(code)
+
+
+def _can_open_a_file() -> bool:
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        return False
+    return True
 
 
 class _End:
@@ -292,7 +302,7 @@ def _cut_short(cut: tuple[Unfinished, ...], code: int) -> NoReturn:
 
 
 def _end_in_time(seconds: float, code: int) -> None:
-    """End the process with `code` after so many seconds, whatever it does; by then no Python code can do it.
+    """End the process with `code` after `seconds`, whatever it does; by then no Python code can do it.
 
     Before that, the stacks are written to standard error. If the C library cannot set the timer, the code is 1.
     """
@@ -302,7 +312,7 @@ def _end_in_time(seconds: float, code: int) -> None:
 
 
 def _timer(seconds: float, code: int) -> bool:
-    """Have the C library call ``_exit(code)`` after so many seconds, in a thread of its own (timer_create(2))."""
+    """Have the C library call ``_exit(code)`` after `seconds`, in a thread of its own (timer_create(2))."""
     try:
         import ctypes  # noqa: PLC0415 - may be missing, or fail where memory must not be executable
 

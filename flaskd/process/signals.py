@@ -183,7 +183,7 @@ class Escalation:
     """Counts signals that ask for the end: the first begins a stop, the second cuts it short, the third ends all."""
 
     _ONE = 0.25
-    """Signals within so many seconds count as one, because wrappers forward Ctrl-C a second time."""
+    """Signals within this many seconds count as one, because wrappers forward Ctrl-C a second time."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -201,7 +201,7 @@ class Terminal:
     """Remembers whether there was a controlling terminal, and when it was lost."""
 
     _HANG_UP = 1.0
-    """A SIGHUP within so many seconds after the loss of the terminal is a hang-up, from the kernel or the shell."""
+    """A SIGHUP within this many seconds after the loss of the terminal is a hang-up, from the kernel or the shell."""
 
     def __init__(self) -> None:
         self._is_there = _terminal() is not None

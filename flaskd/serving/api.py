@@ -284,7 +284,7 @@ class Serving(Protocol):
 
     @property
     def silent_for(self) -> float:
-        """Seconds since the serving thread last turned; one that is well turns every second (any thread)."""
+        """Seconds since the serving thread last turned; a healthy one turns every second (any thread)."""
 
     def snapshot(self) -> ServingSnapshot:
         """All figures at this moment (any thread)."""

@@ -227,7 +227,7 @@ class Service:
                 self._given.clear()
                 self._pulse_due()
                 if not self._given.wait(self._period / 2) and state() is not State.STOPPED:  # then it has ended
-                    self._complain("the thread of the events does not turn")
+                    self._complain("the thread of the events does not respond")
                     self._given.wait()
             pause = self._period if well else self._period / 10
 

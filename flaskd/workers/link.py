@@ -263,7 +263,7 @@ class _Renewed:
         """Tell the supervisor that the configuration is in force."""
         self._link.tell(say.Answer(self._number))
 
-    def error(self, code: str, message: str) -> None:
+    def error(self, code: str, message: str, *, detail: object = None) -> None:  # noqa: ARG002 - for programs
         """Tell the supervisor why the configuration is not in force."""
         kind = ConfigError if code == ConfigError.code else FlaskdError
         self._link.tell(say.Answer(self._number, error=kind(f"worker {self._link.begin.slot}: {message}")))

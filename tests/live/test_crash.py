@@ -190,7 +190,7 @@ def test_a_start_that_fails_uses_nothing_up(flaskd: Flaskd) -> None:
     flaskd.write("flaskd.yaml", KEEPING + "health: {probe: /hold}\n")
     flaskd.launch(app="cached")
     flaskd.gate.entered()  # the probe runs: the caches are filled, and the start is not over
-    assert "restored 1 entry" in flaskd.log
+    flaskd.until(lambda: "restored 1 entry" in flaskd.log)  # the log has a thread of its own
     killed(flaskd)
     flaskd.write("flaskd.yaml", KEEPING)
     flaskd.start(app="cached")
@@ -258,7 +258,7 @@ def files(flaskd: Flaskd, name: str) -> dict[str, bytes]:
 def test_a_full_disk_costs_the_record_and_the_cache(kept: Flaskd) -> None:
     """Nothing can be written any more: the stop is clean and in time, says what is lost, and the old files are whole.
 
-    The mark stays, for who reads the old record.
+    The mark stays, so the old record is not taken for that of this stop.
     """
     flaskd = kept
     flaskd.write("full.sh", FULL)

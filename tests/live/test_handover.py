@@ -211,7 +211,7 @@ def test_who_waits_for_the_next_owner_is_counted(flaskd: Flaskd) -> None:
         assert flaskd.wait() == 0
         waiting.close()
         where = f"127.0.0.1:{sock.getsockname()[1]}"
-    assert f"1 connections wait on {where} for who listens there next, or are reset" in flaskd.log
+    assert f"1 connections wait on {where} for the next process that listens, or are reset" in flaskd.log
 
 
 def test_the_address_of_a_passed_socket_is_no_stranger_s(flaskd: Flaskd) -> None:

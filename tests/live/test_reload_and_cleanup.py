@@ -1,5 +1,6 @@
 """Reloads are validated and applied or refused. Policies run at the stop, within the deadline, and are recorded."""
 
+import json
 import signal
 import time
 from pathlib import Path
@@ -50,6 +51,9 @@ def test_a_reload_at_fault_keeps_the_old_configuration(flaskd: Flaskd, text: str
     assert answer.endswith("; keeping the old configuration\n")
     code, out, err = flaskd.client("reload")
     assert (code, out, fault in err) == (78, "", True)
+    told = json.loads(flaskd.client("reload", "--json")[1])["error"]
+    places = [f"flaskd.yaml:{each['line']}:{each['column']}" for each in told.get("faults", [])]
+    assert [each in fault for each in places] == ([] if "nosuch" in text else [True])
     assert any(each.startswith("READY=1\nSTATUS=ready, but the reload failed: ") for each in flaskd.drain_messages())
     assert flaskd.status()["threads"] == 2
     assert flaskd.status()["last_reload"]["ok"] is False

@@ -119,7 +119,7 @@ class Reply:
     def ok(self, word, fields=None, **_):
         self.said.put(word)
 
-    def error(self, code, message):
+    def error(self, code, message, *, detail=None):
         self.said.put(f"{code}: {message}")
 
     @property

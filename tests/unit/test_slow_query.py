@@ -19,7 +19,7 @@ class Reply:
     def ok(self, word):
         self._told.put(word)
 
-    def error(self, code, message):
+    def error(self, code, message, *, detail=None):
         self._told.put(f"{code}: {message}")
 
     @property

@@ -504,7 +504,7 @@ def test_headers_of_one_name_stay_in_their_order(serve, connect):
     assert connect(serve(_starting(headers=cookies))).ask("/").headers.get_all("Set-Cookie") == ["b=1", "a=2"]
 
 
-# --- who and where -----------------------------------------------------------------------------------------------------
+# --- addresses --------------------------------------------------------------------------------------------------------
 
 
 def environ_of(server, client, request=None):

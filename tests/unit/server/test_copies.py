@@ -70,7 +70,7 @@ def test_the_app_is_told_that_other_processes_run_it(worker, serve, connect):
     assert [connect(each(app)).ask("/").body for each in (worker, serve)] == [b"True", b"False"]
 
 
-# --- who accepts ------------------------------------------------------------------------------------------------------
+# --- listeners --------------------------------------------------------------------------------------------------------
 
 
 def test_an_idle_worker_takes_what_comes(patient, busy, worker, connect):

@@ -328,7 +328,7 @@ def test_what_is_no_time(seconds):
         flaskd.more_time(seconds)
 
 
-# --- who waits for a thread -------------------------------------------------------------------------------------------
+# --- requests that wait for a thread ----------------------------------------------------------------------------------
 
 
 def test_who_waits_too_long_is_refused(limited, connect, app, answers, caplog):

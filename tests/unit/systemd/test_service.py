@@ -137,7 +137,7 @@ def test_the_main_thread_gives_it(make, manager, caplog):
     assert pulses(manager) == [b"WATCHDOG=1"]
     until(lambda: len(posts) > 1)
     assert [each.getMessage().partition(",")[0].partition(":")[0] for each in caplog.records[:2]] == [
-        "the thread of the events does not turn", "all is well again",
+        "the thread of the events does not respond", "all is well again",
     ]  # fmt: skip
 
 
