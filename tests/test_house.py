@@ -19,7 +19,7 @@ LAYERS = [
     {"log", "sockets", "verbs", "lifecycle", "background_work"},
     {"ledger", "protocol", "readings", "starting"},
     {"present", "client", "slow_query", "config", "places.record", "places.runtime"},
-    {"cleanup", "server", "systemd"},
+    {"cleanup", "server", "systemd", "finding"},
     {"places", "serving"},
     {"pool", "notices", "inbox"},
     {"snapshot", "systemd.service"},

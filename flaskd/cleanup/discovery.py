@@ -203,9 +203,11 @@ class _Names:
 
 
 def _attributes() -> Iterator[tuple[str, object]]:
-    for module_name, module in list(sys.modules.items()):
+    # Copies, which are made at once: listing the items makes a tuple for each, and at any of them the garbage collector
+    # may run code of the app that imports a module.
+    for module_name, module in sys.modules.copy().items():
         if issubclass(type(module), ModuleType):  # sys.modules may hold any object
-            for name, value in list(attributes_of(module).items()):
+            for name, value in attributes_of(module).copy().items():
                 yield f"{module_name}:{name}", value
 
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import click
 
 from flaskd.cli import show
-from flaskd.client import ControlClient, find_socket, reading, running, way_to
+from flaskd.client import ControlClient, reading
 from flaskd.errors import FlaskdError
+from flaskd.finding import find_socket, running, way_to
 from flaskd.verbs import LEVELS, VERBS
 
 if TYPE_CHECKING:

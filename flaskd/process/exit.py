@@ -207,8 +207,11 @@ def _children() -> list[Any]:
 
 def _waiting_jobs() -> Iterator[str]:
     """Jobs that no thread of their executor has begun; takes them out of its queue, so that they cannot begin."""
-    executors = vars(sys.modules.get("concurrent.futures.thread", object)).get("_threads_queues", {})
-    for thread, jobs in {id(jobs): (thread, jobs) for thread, jobs in list(executors.items())}.values():
+    executors: Any = vars(sys.modules.get("concurrent.futures.thread", object)).get("_threads_queues")
+    # keyrefs() is one step, and the app may start threads of executors meanwhile: items() would fail then.
+    threads = [thread for each in executors.keyrefs() if (thread := each()) is not None] if executors else []
+    found = {id(jobs): (thread, jobs) for thread in threads if (jobs := executors.get(thread)) is not None}
+    for thread, jobs in found.values():
         count = 0
         with contextlib.suppress(queue.Empty):
             while True:
