@@ -148,7 +148,7 @@ def test_an_unwritable_state_directory_costs_the_record_only(flaskd: Flaskd) -> 
     flaskd.state.unlink()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a directory that somebody else owns")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a directory that another user owns")
 def test_a_runtime_directory_of_somebody_else_is_not_used(flaskd: Flaskd) -> None:
     """A runtime directory that every user may write to is refused, because other users could have made its nodes."""
     flaskd.runtime.mkdir()
