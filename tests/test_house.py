@@ -116,6 +116,14 @@ def test_the_layers_are_written_down():
     assert written == dict(enumerate(LAYERS))
 
 
+def test_sentences_about_programs_name_the_program() -> None:
+    """No text of the code says somebody, nobody, whoever or anybody where a client, a thread or a caller is meant."""
+    files = [path for kind in ("*.py", "*.html") for path in (ROOT / "flaskd").rglob(kind)]
+    found = {path: re.findall(r"\b(?:[Ss]ome|[Nn]o|[Aa]ny)body\b|\b[Ww]hoever\b", path.read_text()) for path in files}
+    assert len(files) > 200
+    assert {path: words for path, words in found.items() if words} == {}
+
+
 def test_waitress_is_touched_in_the_server_alone():
     """No other room imports waitress."""
     users = {

@@ -37,7 +37,7 @@ _COST = 20.0
 """A look around that took N seconds is followed by the next one after this many times N at the earliest."""
 _DEEPEST = 6
 _MOST_FOLLOWED = 20_000
-"""How many objects below the extensions of the app are looked at at most."""
+"""Below the extensions of the app: how many references are followed one after the other, and how many objects."""
 _NOT_FOLLOWED = (type, ModuleType, FunctionType, MethodType, logging.Logger, str, bytes, int, float, type(None))
 
 

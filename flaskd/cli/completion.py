@@ -30,7 +30,7 @@ def shell_script(shell: str) -> None:
 
 
 def script(shell: str) -> str:
-    """The script for a shell."""
+    """The completion script for a shell."""
     from click.shell_completion import ShellComplete, get_completion_class  # noqa: PLC0415 - only for this verb
 
     kind = get_completion_class(shell)
