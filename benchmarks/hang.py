@@ -1,13 +1,13 @@
-"""What a server answers while every one of its threads hangs: flaskd beside its peers.
+"""What a server answers while all of its threads hang, for flaskd and its peers.
 
     python benchmarks/hang.py [--servers flaskd,gunicorn] [--runs 3] [--limit 4]
 
-Each server has one process with 4 threads, and its own limit on the time of a request, where it has one:
+Each server has one process with 4 threads, and its own limit on the time of a request, if it has one:
 `server.request_timeout` of flaskd, ``--timeout`` of gunicorn, ``--harakiri`` of uWSGI. Each figure is the median of the
 runs; each run has a server of its own, and the servers take turns. The columns:
 
-- health: all 4 threads hang, and no limit is set. The time until the cheapest question is answered: `health.path` of
-  flaskd; of the others, which have no such path, a page of the app. ``never`` is no answer within 10 s.
+- health: all 4 threads hang, and no limit is set. The time until the cheapest request is answered: `health.path` of
+  flaskd, and a page of the app for the others, which have no such path. ``never``: no answer within 10 s.
 - next: all 4 threads hang, the limit is set. The time until the next request, a page of the app, is answered.
 - hung: what the client of a request that hangs gets: a status; ``closed``; ``nothing`` within 10 s.
 """
@@ -42,16 +42,16 @@ from _wire import request
 from app import THREADS
 
 _PATIENCE = 10.0
-"""Seconds in which no answer counts as none."""
+"""Seconds after which a missing answer counts as none."""
 _HANGS = "/slow?seconds=60"
 _BEGUN = 0.5
-"""Seconds in which requests that were sent have begun."""
+"""Seconds within which requests that were sent begin to run."""
 _LIMITS = {"gunicorn": "--timeout={}", "uwsgi": "--harakiri={}"}
 
 
 @dataclass
 class Figures:
-    """Of one server: seconds, and how often the clients of requests that hang got what."""
+    """The figures of one server in seconds, and how often clients of hanging requests got each result."""
 
     health: list[float] = field(default_factory=list)
     next: list[float] = field(default_factory=list)
@@ -60,7 +60,7 @@ class Figures:
 
 
 def limited(server: Server, seconds: int) -> Server:
-    """The server with its own limit; flaskd has it in its configuration, and some have none."""
+    """The server with its own limit; flaskd's is in its configuration, and some servers have none."""
     option = _LIMITS.get(server.name)
     if option is None:
         return server
@@ -68,14 +68,14 @@ def limited(server: Server, seconds: int) -> Server:
 
 
 def config(server: Server, limit: int = 0) -> str:
-    """Give flaskd's configuration."""
+    """The configuration of flaskd."""
     more = f"server: {{request_timeout: {limit}s}}\n" if limit and server.name == "flaskd" else ""
     return f"health: {{path: /healthz}}\n{more}"
 
 
 @contextlib.contextmanager
 def hanging(server: Running, count: int) -> Iterator[list[socket.socket]]:
-    """Send so many requests that hang, and wait until they have begun."""
+    """Send requests that hang, and wait until they run."""
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(socket.create_connection((HOST, server.port))) for _ in range(count)]
         for client in clients:
@@ -85,7 +85,7 @@ def hanging(server: Running, count: int) -> Iterator[list[socket.socket]]:
 
 
 def timed(server: Running, target: str) -> float:
-    """Ask, and give the seconds until the answer is whole; infinite when none comes."""
+    """Send a request; returns the seconds until the answer is complete, infinite if none comes."""
     began = time.monotonic()
     try:
         status, _ = server.ask(target, _PATIENCE)
@@ -95,7 +95,7 @@ def timed(server: Running, target: str) -> float:
 
 
 def fate(client: socket.socket, until: float) -> str:
-    """What a client has got, or gets until then."""
+    """What a client has received, or receives until a moment."""
     client.settimeout(max(0.01, until - time.monotonic()))
     try:
         got = client.recv(4096)
@@ -107,7 +107,7 @@ def fate(client: socket.socket, until: float) -> str:
 
 
 def all_hang(server: Server, figures: Figures, limit: int) -> None:
-    """Measure what is answered while every thread hangs: without the limit, and with it."""
+    """Measure what is answered while all threads hang: without the limit, and with it."""
     with running(server, free_port(), config=config(server)) as each, hanging(each, THREADS):
         figures.health.append(timed(each, "/healthz" if server.name == "flaskd" else "/"))
     with (
@@ -120,7 +120,7 @@ def all_hang(server: Server, figures: Figures, limit: int) -> None:
 
 
 def seconds(values: list[float]) -> str:
-    """Give the median for people."""
+    """The median as text."""
     found = median(values)
     return "never" if found == float("inf") else f"{found:.3f} s" if found < 1 else f"{found:.1f} s"
 

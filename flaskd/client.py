@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -13,15 +12,11 @@ import struct
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 from flaskd.errors import FlaskdError, ForbiddenError, NoDaemonError
-from flaskd.protocol import EXIT_CODES, FIFO, SOCKET, runtime_directories
+from flaskd.protocol import EXIT_CODES
 
-_OF_ALL_USERS = Path("/run/user/*/*")
-"""The runtime directories of all users, where root looks for daemons."""
-_BRIEFLY = 2.0
-"""How many seconds each daemon has to answer when several are asked."""
 _ROOM = 60.0
 _AGAIN = 0.01
 """Seconds between two tries to connect while the backlog is full, and for a client without a timeout the first wait."""
@@ -31,7 +26,6 @@ _LONGEST = 16 << 20
 """The longest answer in bytes; ten thousand requests in flight take a quarter of it."""
 _SHOWN = 200
 """How many characters of an unusable answer are shown."""
-_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class CommandError(FlaskdError):
@@ -43,127 +37,8 @@ class CommandError(FlaskdError):
         self.exit_code = EXIT_CODES.get(code, 1)
 
 
-def find_socket(explicit: str | None, name: str, environ: Mapping[str, str]) -> Path:
-    """The control socket to talk to: `explicit`, else ``$FLASKD_CONTROL``, else the first that exists.
-
-    A socket that a killed daemon left is used only if there is no other: connecting to it then tells what is wrong.
-    Raises NoDaemonError, which lists the places that were tried, or the daemons of other names. Raises ForbiddenError
-    if a daemon may be in a directory that this user must not read, or in one that another user made in a public place.
-    """
-    if chosen := explicit or environ.get("FLASKD_CONTROL"):
-        return _meant_by(Path(chosen))
-    tried: list[str] = []
-    closed: list[Path] = []
-    stale: list[Path] = []
-    foreign: list[str] = []
-    for directory in runtime_directories(name, environ):
-        path = directory / SOCKET
-        if str(path) in tried:
-            continue
-        tried.append(str(path))
-        try:
-            path.stat()
-        except PermissionError:
-            closed.append(directory)
-            continue
-        except OSError:  # no such file, or the name is too long
-            continue
-        if why := _not_ours(directory):
-            foreign.append(f"cannot trust {path}: {why}; if it is meant, name it with --socket")
-        elif _is_stale(path):
-            stale.append(path)
-        else:
-            return path
-    if foreign or closed:
-        return stale[0] if stale else _refused(tried, closed, foreign)
-    return _left_behind(name, environ, tried, stale)
-
-
-def _left_behind(name: str, environ: Mapping[str, str], tried: list[str], stale: list[Path]) -> Path:
-    """The socket that a killed daemon left; raises NoDaemonError if there is none, or if other daemons run."""
-    if others := _others(environ):
-        why = f"{stale[0]} was left behind by one that was killed" if stale else f"there is no {', no '.join(tried)}"
-        raise NoDaemonError(f"cannot find a daemon named {name}: {why}; running here: {others}")
-    if stale:
-        return stale[0]
-    raise NoDaemonError(f"cannot find a daemon: there is no {', no '.join(tried)}; start one, or name its --socket")
-
-
-def _others(environ: Mapping[str, str]) -> str:
-    """The daemons that run under any name, each as the option that leads to it; empty if there is none."""
-    return ", ".join(
-        way_to(path, environ, told) for path, told in running(environ) if not isinstance(told, NoDaemonError)
-    )
-
-
-def running(environ: Mapping[str, str]) -> Iterator[tuple[Path, dict[str, Any] | FlaskdError]]:
-    """The control socket of each flaskd on this machine that this user can see, and its status or an error.
-
-    The usual places of runtime directories are searched for any name; root searches those of all users.
-    """
-    import glob  # noqa: PLC0415 - for a list, or if nothing was found
-
-    places = [f"{glob.escape(str(each.parent))}/{each.name}" for each in runtime_directories("*", environ)]
-    found = [path for each in [*places, _OF_ALL_USERS] for path in glob.glob(f"{each}/{SOCKET}")]  # noqa: PTH207 - whole
-    for path in map(Path, dict.fromkeys(found)):
-        if _not_ours(path.parent) or _is_stale(path):
-            continue
-        try:
-            with ControlClient(path, timeout=_BRIEFLY) as client, reading(path):
-                told: dict[str, Any] | FlaskdError = _in_short(client.request("status"))
-        except FlaskdError as error:
-            if isinstance(error, NoDaemonError) and not (path.parent / FIFO).exists():
-                continue  # it may belong to any program
-            told = error
-        yield path, told
-
-
-def _in_short(status: dict[str, Any]) -> dict[str, Any]:
-    return {
-        **{key: str(status[key] or "") for key in ("name", "state", "app")},
-        "pid": int(status["pid"]),
-        "uptime": float(status["uptime"]),
-        "listen": [str(each) for each in status["listen"]],
-    }
-
-
-def way_to(path: Path, environ: Mapping[str, str], told: object = None) -> str:
-    """The option with which a client verb finds the daemon at a control socket; `told` is its value from `running`."""
-    directory = path.parent
-    own = str(told["name"]) if isinstance(told, dict) else ""
-    for name in (own, directory.name, directory.name.rpartition("-")[0]):
-        if name and directory in runtime_directories(name, environ):
-            return f"--name {name}"
-    return f"--socket {path}"
-
-
-def _refused(tried: list[str], closed: list[Path], foreign: list[str]) -> NoReturn:
-    """Raise ForbiddenError, because a daemon may be where this user must not look."""
-    if foreign:
-        raise ForbiddenError(foreign[0])
-    tried.remove(str(closed[0] / SOCKET))
-    none = f"; there is no {', no '.join(tried)}" if tried else ""
-    raise ForbiddenError(f"cannot look for a daemon in {closed[0]}: Permission denied; {_whose(closed[0])}{none}")
-
-
-def _not_ours(directory: Path) -> str:
-    """Why a directory in a public place such as /tmp is not this user's; empty if it is."""
-    if not hasattr(os, "geteuid"):
-        return ""
-    try:
-        if not directory.parent.stat().st_mode & stat.S_IWOTH:
-            return ""  # made by root, the service manager, or this user
-        found = directory.lstat()
-    except OSError as error:
-        return error.strerror or "it cannot be looked at"
-    if not stat.S_ISDIR(found.st_mode):
-        return f"{directory} is no directory, but may lead to one"
-    if found.st_uid not in {0, os.geteuid()}:
-        return f"{directory} belongs to {_user(found.st_uid)}"
-    return f"others may write to {directory}" if found.st_mode & _OTHERS_WRITE else ""
-
-
-def _user(number: int) -> str:
+def user(number: int) -> str:
+    """A user by name, for people."""
     import pwd  # noqa: PLC0415 - only for a refusal
 
     with contextlib.suppress(KeyError):
@@ -171,27 +46,7 @@ def _user(number: int) -> str:
     return f"uid {number}"
 
 
-def _meant_by(path: Path) -> Path:
-    """The socket that is meant by its own path, by that of the FIFO beside it, or by that of its directory."""
-    mode = 0
-    with contextlib.suppress(OSError):  # connecting to it then tells what is wrong
-        mode = path.stat().st_mode
-    if stat.S_ISDIR(mode):
-        return path / SOCKET
-    return path.with_name(SOCKET) if stat.S_ISFIFO(mode) else path
-
-
-def _is_stale(path: Path) -> bool:
-    """Whether a killed daemon left the socket: no process listens there (ECONNREFUSED, connect(2))."""
-    try:
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.setblocking(False)
-            return probe.connect_ex(str(path)) == errno.ECONNREFUSED
-    except (AttributeError, OSError):  # no Unix sockets on this system; a path too long for one
-        return False
-
-
-def _whose(path: Path) -> str:
+def whose(path: Path) -> str:
     """Which user and group a node or directory is for, as advice to another user."""
     import grp  # noqa: PLC0415 - only for this refusal
 
@@ -202,7 +57,7 @@ def _whose(path: Path) -> str:
     group = str(found.st_gid)
     with contextlib.suppress(KeyError):
         group = grp.getgrgid(found.st_gid).gr_name
-    return f"it is for {_user(found.st_uid)}" + (f" and the group {group}" if found.st_mode & stat.S_IRWXG else "")
+    return f"it is for {user(found.st_uid)}" + (f" and the group {group}" if found.st_mode & stat.S_IRWXG else "")
 
 
 @contextlib.contextmanager
@@ -250,7 +105,7 @@ class ControlClient:
         except PermissionError as error:
             self._socket.close()
             raise ForbiddenError(
-                f"cannot talk to the daemon at {self._path}: Permission denied; {_whose(self._path)}"
+                f"cannot talk to the daemon at {self._path}: Permission denied; {whose(self._path)}"
             ) from error
         except OSError as error:
             self._socket.close()
@@ -277,7 +132,7 @@ class ControlClient:
             owner = 0
         if uid in {0, os.geteuid(), owner}:
             return ""
-        return f"it runs as {_user(uid)}, and the directory belongs to {_user(owner)}"
+        return f"it runs as {user(uid)}, and the directory belongs to {user(owner)}"
 
     def _connect(self) -> None:
         # With a timeout, connect(2) fails with EAGAIN at once if a Unix socket's backlog is full, instead of waiting.

@@ -191,9 +191,14 @@ class Daemon:
             log_level=self.logs.level,
             config=str(configuration.path) if configuration.path else None,
             counts=self._counts,
-            left=self.stopping.left,
+            left=self.stopping.left if self.stopping.begun else self.drains.left,
             instance=configuration.values.instance,
         )
+
+    def look(self) -> None:
+        """Note what was answered, and answer those who have waited too long; every second (the control thread)."""
+        self._counts.recent.note(lambda: self.serving.snapshot().tally.took.counts)
+        self.questions.look()
 
     @property
     def wedged(self) -> str:

@@ -41,6 +41,12 @@ class Drains:
         self._resuming = False
         """Whether a resume waits for workers."""
 
+    @property
+    def left(self) -> float | None:
+        """Seconds that the drain under way may take at most from now on; None where none is."""
+        drain = self._serving().drain
+        return drain.left if drain is not None and self._lifecycle.state is State.DRAINING else None
+
     def asked(self, event: DrainAsked, configuration: Configuration, tick: Callable[[], None]) -> None:
         """Begin a drain, or join the running one; `tick` begins to report its progress."""
         before, shutdown, serving = self._lifecycle.state, configuration.values.shutdown, self._serving()
@@ -63,7 +69,7 @@ class Drains:
         assert present is not None  # in both states a drain is there
         if event.wait and state is State.DRAINING:
             self.waiters.append(event.reply)
-            event.reply.progress({"in_flight": serving.in_flight})
+            event.reply.progress({"in_flight": serving.in_flight, "left": round(present.left, 1)})
         elif state is State.DRAINING:
             fields = {"in_flight": serving.in_flight, "deadline": round(present.left, 1)}
             event.reply.ok("draining", fields, hint="undo: resume")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import quote
@@ -10,6 +11,7 @@ from flaskd.background_work import Background
 from flaskd.process.exit import Unfinished
 from flaskd.stacks import folded
 from flaskd.text import shortened
+from flaskd.units import format_duration
 
 _VISIBLE = bytes(range(0x21, 0x7F))
 """The ASCII characters that are shown unchanged; a client may send any others, escape sequences included."""
@@ -62,7 +64,7 @@ class InFlight:
     def __str__(self) -> str:
         where = f" in {self.thread}" if self.thread else ""
         if self.worker is not None:
-            where += f" of worker {self.worker}"
+            where += f" {'of' if where else 'in'} worker {self.worker}"
         if self.request_id:
             where += f", request_id={self.request_id}"
         return f"{self.method} {self.path} ({self.phase} for {self.age:.1f}s{where})"
@@ -91,6 +93,17 @@ class Cut(InFlight):
         """The request, the reason and its stack, folded, as text for people; `stack` itself is complete."""
         return "\n".join(filter(None, [f"cut {self}", folded(self.stack)]))
 
+    @staticmethod
+    def all_with_stacks(cuts: Iterable[Cut]) -> Iterator[tuple[Cut, str]]:
+        """Each with what the log says of it; those that were at the same place follow each other, with one stack."""
+        places: dict[str, list[Cut]] = {}
+        for each in cuts:
+            places.setdefault(folded(each.stack), []).append(each)
+        for place, (*others, last) in places.items():
+            yield from ((each, f"cut {each}") for each in others)
+            where = f"  {len(others) + 1} requests were here:\n{place}" if others else place
+            yield last, f"cut {last}\n{where}" if place else f"cut {last}"
+
     def as_json(self) -> dict[str, Any]:
         """Stable keys for programs."""
         return {**super().as_json(), "reason": self.reason}
@@ -99,6 +112,9 @@ class Cut(InFlight):
 @dataclass(frozen=True)
 class DrainReport:
     """The result of a drain: how many requests were completed and rejected, which were cut, and `took` in seconds.
+
+    `took` counts from the moment that the drain was asked for, its announce included; in the account of a stop it is
+    that of the whole stop.
 
     `background` is the work outside any request that still ran at the deadline. `unaccepted` is how many connections
     were left in the backlog of a listener that could not be gated: they are reset, and their requests are not known.
@@ -126,7 +142,8 @@ class DrainReport:
         left = f" background={len(self.background)}" if self.background else ""
         left += f" unaccepted={self.unaccepted}" if self.unaccepted else ""
         left += f" unfinished={len(self.unfinished)}" if self.unfinished else ""
-        return f"completed={self.completed} rejected={self.rejected} cut={len(self.cut)}{left} took={self.took:.1f}s"
+        took = format_duration(round(self.took, 3))  # as answers and the record have it
+        return f"completed={self.completed} rejected={self.rejected} cut={len(self.cut)}{left} took={took}"
 
     def as_json(self) -> dict[str, Any]:
         """Stable keys for programs; `background`, `unaccepted` and `unfinished` only if there is any."""

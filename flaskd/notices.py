@@ -246,5 +246,4 @@ def log_it(notice: Notice) -> None:  # noqa: C901 - one case for each
             fates = [entry["fate"] for entry in account.steps.values()]
             cleanup = ", ".join(f"{fates.count(fate)} {fate}" for fate in dict.fromkeys(fates)) or "none"
             report = account.report
-            words = f"stopped: {report}; cleanup: {cleanup}; in {account.took:.1f}s"
-            log.info(words, extra={"fields": report.as_json()})
+            log.info(f"stopped: {report}; cleanup: {cleanup}", extra={"fields": report.as_json()})

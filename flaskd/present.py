@@ -44,7 +44,7 @@ def record_lines(record: Fields) -> list[str]:
             f"cut={how_many(record, 'cut')}"
         ),
     ]
-    lines += [f"cut: {_cut(each)}: {each['reason']}" for each in record.get("cut", ())]
+    lines += _with_stacks(record.get("cut", ()), lambda each: f"cut: {_cut(each)}: {each['reason']}", "requests")
     lines += [background_line(each) for each in record.get("background", ())]
     lines += [unfinished_line(each) for each in record.get("unfinished", ())]
     if record.get("unaccepted"):
@@ -108,7 +108,7 @@ def thread_line(entry: Fields) -> str:
 def request_line(entry: Fields) -> str:
     """A request in flight, for people."""
     where = f" in {entry['thread']}" if entry.get("thread") else ""
-    where += f" of worker {entry['worker']}" if "worker" in entry else ""
+    where += f" {'of' if where else 'in'} worker {entry['worker']}" if "worker" in entry else ""
     return (
         f"{entry['id']}: {entry['method']} {entry['path']} from {entry['client']}, {entry['phase']} for "
         f"{format_duration(entry['age'])}{where}, {entry['sent']} bytes sent"

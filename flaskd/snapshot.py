@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from flaskd.lifecycle import State
@@ -15,11 +18,16 @@ from flaskd.serving.api import ServingSnapshot
 from flaskd.units import timestamp
 from flaskd.version import __version__
 
+_RECENT = 60.0
+_NOTED_EVERY = 10.0
+"""Seconds over which answers are counted as recent, and between two notes of how many there were."""
+
 
 class Counts:
     """Counts events of the daemon's life; it listens to notices."""
 
     def __init__(self) -> None:
+        self.recent = Recent()
         self.drains = self.reloads = self.failed_reloads = 0
         self.last_reload: dict[str, Any] | None = None
         """When the last reload ended, whether it succeeded, and its fault."""
@@ -46,6 +54,31 @@ class Counts:
                     "ok": not fault,
                     **({"fault": fault} if fault else {}),
                 }
+
+
+class Recent:
+    """What was answered in the last minute: `note` is called every second or so, `since` compares with what it kept.
+
+    Counts only grow, so the difference between two of them is what happened between them.
+    """
+
+    def __init__(self) -> None:
+        self._noted: deque[tuple[float, list[int]]] = deque([(time.monotonic(), [])])
+
+    def note(self, counts: Callable[[], Sequence[int]]) -> None:
+        """Keep how many answers there are by now, by how long they took; at most once in ten seconds (one thread)."""
+        now = time.monotonic()
+        if now - self._noted[-1][0] < _NOTED_EVERY:
+            return
+        self._noted.append((now, list(counts())))
+        while now - self._noted[0][0] > _RECENT:
+            self._noted.popleft()
+
+    def since(self, counts: Sequence[int]) -> dict[str, Any]:
+        """Over how many seconds it is counted, and the answers in each bucket of the tally (any thread)."""
+        moment, before = self._noted[0]
+        found = [count - past for count, past in zip_longest(counts, before, fillvalue=0)]
+        return {"seconds": round(time.monotonic() - moment, 3), "counts": found}
 
 
 @dataclass(frozen=True)
@@ -82,7 +115,7 @@ class Snapshot:
     config: str | None
     counts: Counts = field(repr=False)
     left: float | None = None
-    """Seconds to the deadline of the running stop; None if there is no stop."""
+    """Seconds that the running drain or stop may still take at most; None if there is none."""
     instance: str = ""
     """The name of this flaskd."""
 
@@ -91,6 +124,8 @@ class Snapshot:
         """The progress of a drain or stop, for clients that wait for it."""
         serving = self.serving
         progress: dict[str, Any] = {"in_flight": len(serving.in_flight)}
+        if self.left is not None:
+            progress["left"] = round(self.left, 1)
         if (oldest := serving.oldest) is not None:
             progress["oldest"] = oldest.as_json()
         if serving.background:
@@ -171,6 +206,7 @@ class Snapshot:
             "rejected": outcomes["rejected"],
             "limited": {limit: count for limit, count in serving.tally.limited.items() if count} or None,
             "tally": serving.tally.as_json(),
+            "recent": self.counts.recent.since(serving.tally.took.counts),
             "shutdown_endpoint": list(self.held.shutdown_endpoints),
             "idle_for": round(idle[0], 3) if idle else None,
             "idle_stop_at": timestamp(time.time() + idle[1]) if idle and self.state is State.READY else None,

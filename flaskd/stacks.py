@@ -6,6 +6,8 @@ import re
 import sys
 import threading
 import traceback
+from collections import Counter
+from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
@@ -14,6 +16,11 @@ _MOST_FRAMES = 60
 
 _HERE = f"{Path(__file__).parent}/"
 _FRAME = re.compile(r'^  File "(.*)", line \d+', re.MULTILINE)
+_THREAD = re.compile(
+    r"^((?:Current thread|Thread) 0x\w+[^\n(]*?) ?\(most recent call first\):\n((?:  .*\n)*)", re.MULTILINE
+)
+_LIBRARY = re.compile(r"/(?:site|dist)-packages/(\w+)|/lib/python3[^/]*/(?!(?:site|dist)-packages/)(\w+)|<frozen (\w+)")
+_BETWEEN = "\n\n"
 _INSTALLED = re.compile(
     r"/(?:site|dist)-packages/(flaskd|waitress|werkzeug|flask|click)/|/python3[^/]*/(threading)\.py$"
     r"|/bin/(flaskd)$|<frozen (runpy)>"
@@ -34,14 +41,52 @@ def stack_of(thread: threading.Thread, below: str = "") -> str:
 def folded(stack: str) -> str:
     """A stack for people: the app's innermost call first, each call followed by its caller.
 
-    Successive calls of flaskd, Waitress, Werkzeug, Flask, Click and `threading` become one line with their number. If
-    there are only such calls, the innermost one stays. Text that is no stack is left as it is.
+    What the app calls in the standard library or in an installed package becomes one line with the number of calls. So
+    do successive calls of flaskd, Waitress, Werkzeug, Flask, Click and `threading`. If there is no call of the app, the
+    innermost call stays. Several stacks, with a blank line between them, are folded one by one; equal ones are shown
+    once. Text that is no stack is left as it is.
     """
+    places = [_folded(_frames(each)[::-1]) for each in stack.split(_BETWEEN)]
+    if not all(places):
+        return stack.rstrip()
+    several = [f"  {count} threads:\n{place}" if count > 1 else place for place, count in Counter(places).items()]
+    return _BETWEEN.join(several)
+
+
+def together(stacks: Iterable[str]) -> str:
+    """Several stacks as one text, as `folded` takes it."""
+    return _BETWEEN.join(filter(None, (each.rstrip() for each in stacks)))
+
+
+def folded_dump(dump: str) -> str:
+    """What faulthandler wrote of all threads of a process, for people: each stack as `folded` shows it."""
+    heads: dict[str, list[str]] = {}
+    for head, body in _THREAD.findall(f"{dump}\n"):
+        heads.setdefault(_folded(_frames(body)) or body.rstrip(), []).append(head)
+    return (
+        "\n".join(
+            f"{f'{len(alike)} threads' if len(alike) > 1 else alike[0]}:\n{place}" for place, alike in heads.items()
+        )
+        or dump.rstrip()
+    )
+
+
+def _frames(stack: str) -> list[str]:
+    """The frames of one stack, as they stand there; none where it is text of another kind."""
     starts = [each.start() for each in _FRAME.finditer(stack)]
     if not starts or starts[0]:
-        return stack.rstrip()
-    frames = [stack[start:end].rstrip() for start, end in zip(starts, [*starts[1:], None], strict=True)][::-1]
-    first = next((place for place, each in enumerate(frames) if not _package(each)), 0)
+        return []
+    return [stack[start:end].rstrip() for start, end in zip(starts, [*starts[1:], None], strict=True)]
+
+
+def _folded(frames: list[str]) -> str:
+    """Frames for people, the innermost first."""
+    if not frames:
+        return ""
+    of_the_app = (place for place, each in enumerate(frames) if not _package(each) and not _library(each))
+    first = next(of_the_app, None)
+    if first is None:
+        first = next((place for place, each in enumerate(frames) if not _package(each)), 0)
     shown = [frames[first], *_fold("calls", frames[:first])]
     for is_folded, run in groupby(frames[first + 1 :], lambda each: bool(_package(each))):
         outer = list(run)
@@ -50,15 +95,25 @@ def folded(stack: str) -> str:
 
 
 def _fold(how: str, frames: list[str]) -> list[str]:
-    packages = [_package(each) for each in frames]
+    packages = [_package(each) or _library(each) for each in frames]
     number = f"{len(packages)} frame{'s' if len(packages) > 1 else ''}"
     return [f"  ... {how} {number} of {', '.join(dict.fromkeys(packages))}"] if packages else []
 
 
+def _library(frame: str) -> str:
+    """The module of the standard library, or the installed package, that a frame is of; empty where it is the app's."""
+    found = _LIBRARY.search(_path(frame))
+    return found[found.lastindex or 0] if found and "/flaskd/demo/" not in found.string else ""
+
+
+def _path(frame: str) -> str:
+    found = _FRAME.match(frame)
+    return found[1] if found else ""
+
+
 def _package(frame: str) -> str:
     """The package for which a frame is folded; empty if the frame is the app's, or of a library that the app calls."""
-    found = _FRAME.match(frame)
-    path = found[1] if found else ""
+    path = _path(frame)
     if "/flaskd/demo/" in path:
         return ""
     installed = _INSTALLED.search(path)

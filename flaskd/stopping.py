@@ -84,13 +84,13 @@ class Stopping:
         """Reply to another request to stop, now or at the end; `now` shortens the stop."""
         if event.now:
             self._serving.hurry()
-        fields = {"in_flight": self._serving.in_flight}
+        in_flight, left = self._serving.in_flight, round(self._serving.left, 1)
         if event.wait:
             self._waiters.append(event.reply)
-            event.reply.progress(fields)
+            event.reply.progress({"in_flight": in_flight, "left": left})
         else:
-            more = {"deadline": round(self._serving.left, 1)}
-            event.reply.ok("stopping", {**fields, **more}, hint=self._holdings.undone_by)
+            fields = {"in_flight": in_flight, "deadline": left}
+            event.reply.ok("stopping", fields, hint=self._holdings.undone_by)
 
     def claim(self) -> None:
         """Tell the service manager how long the drain and the running steps may take, when one of them begins or ends.
@@ -148,6 +148,6 @@ class Stopping:
     def tell_the_end(self, account: Account, *, failed: bool) -> None:
         """Send the notice and the replies about the end."""
         self._notices.tell(Stopped(account, failed))
-        fields = {**account.report.as_json(), "took": round(account.took, 3), "policies": account.steps}
+        fields = {**account.report.as_json(), "policies": account.steps}
         for reply in self._waiters:
             reply.ok("stopped", fields, lines=account_lines(fields), hint=self._holdings.undone_by)

@@ -72,18 +72,20 @@ class Verb(NamedTuple):  # a dataclass would cost every client verb the import o
 
 _WAIT = frozenset({"wait"})
 _STACKS = frozenset({"stacks"})
+_REQUESTS = frozenset({"requests"})
 
 FLAGS = {
     "wait": "wait until it is over; progress until then",
     "now": "cut drain and cleanup short",
     "stacks": "with the stack of each thread",
+    "requests": "with each request in flight, of the same moment",
     "config": "the configuration alone: workers are not replaced",
 }
 """What each flag means."""
 
 VERBS: dict[str, Verb] = {
     "help": Verb("this list, or one verb", argument="verb"),
-    "status": Verb("state, requests in flight, listeners"),
+    "status": Verb("state, requests in flight, listeners", flags=_REQUESTS),
     "health": Verb("OK while flaskd starts, and the serving thread turns"),
     "ready": Verb("OK while new requests are welcome"),
     "drain": Verb("take no new work, finish what is in hand, stay alive", Role.OPERATOR, _WAIT, changes=True),

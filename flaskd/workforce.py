@@ -41,7 +41,7 @@ class Workforce:
         """Tell the service manager and waiting clients that workers start; `others` are replies that wait as well."""
         self._notices.tell(notices.WorkersStart(self._lifecycle.state))
         for reply in (*others, *self.waiters):
-            reply.progress({"starting": event.count, "age": round(event.age, 1)})
+            reply.progress({"starting": event.count, "age": round(event.age, 1), "left": round(event.left, 1)})
 
     def trouble_changed(self, status: str) -> None:
         """Tell the service manager what is wrong with the workers, unless it is being told of something else."""

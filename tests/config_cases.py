@@ -304,7 +304,7 @@ WRONG = [
         "control: {mode: 0999, required: yes}",
         [
             '1:17 control.mode: expected a file mode from 0000 to 0777, such as "0660", got 0999',
-            '1:33 control.required: expected true or false, got "yes"',
+            '1:33 control.required: expected true or false, got "yes"; write true',
         ],
     ),
     (

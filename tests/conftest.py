@@ -7,7 +7,16 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 pytest.register_assert_rewrite(
-    "cleanup_kit", "daemon_kit", "http_client", "patience", "podman_kit", "server_kit", "services", "systemd_kit"
+    "cleanup_kit",
+    "daemon_kit",
+    "http_client",
+    "patience",
+    "podman_kit",
+    "screens",
+    "server_kit",
+    "services",
+    "systemd_kit",
+    "terminal_kit",
 )
 
 # The same examples in each run, so that a test fails at the change that broke it; and no test fails for being slow.

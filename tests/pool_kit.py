@@ -89,7 +89,7 @@ class FakeWorker(Handle):
         self.says(say.DrainOver(DrainReport()))
 
     def _stopped(self) -> None:
-        self.says(say.Ended(Account(DrainReport(), {}, {}, 0.0, {})))
+        self.says(say.Ended(Account(DrainReport(), {}, {}, {})))
 
     def kill(self, why: str) -> None:
         self.killed_for = self.killed_for or why

@@ -1,4 +1,4 @@
-"""Judges a value by a JSON Schema: as much of it as the one of flaskd's configuration uses, and no more."""
+"""Judges a value by a JSON Schema; it knows only the words that the schema of flaskd's configuration uses."""
 
 import re
 
@@ -15,16 +15,16 @@ ABOUT = {
     "$schema", "$id", "$defs", "title", "description", "default", "examples", "format", "writeOnly",
     "unit", "restart", "new_workers",
 }  # fmt: skip
-"""Words that tell of a value and judge nothing."""
+"""Words that describe a value and judge nothing."""
 
 
 def same(one, other):
-    """Whether JSON has the two for equal: 1 is 1.0, and not true."""
+    """Whether two values are equal in JSON: 1 equals 1.0, and not true."""
     return one == other and isinstance(one, bool) is isinstance(other, bool)
 
 
 def takes(schema, value, root):
-    """Whether a value is valid; `root` is the whole schema. A word that is not known here is an error of the test."""
+    """Whether a value is valid; `root` is the whole schema. An unknown word is an error of the test."""
     return all(_WORDS[word](wanted, value, schema, root) for word, wanted in schema.items() if word not in ABOUT)
 
 

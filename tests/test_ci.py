@@ -65,7 +65,7 @@ def test_an_index_that_cannot_be_reached_is_a_failure_with_a_word(tmp_path):
 def test_who_is_not_root_is_told_what_was_not_tested():
     """Without root the script prints what was not tested, and does not fail."""
     if os.geteuid() == 0 and not shutil.which("setpriv"):
-        pytest.skip("root cannot become somebody else without setpriv")
+        pytest.skip("root cannot become another user without setpriv")
     prefix = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if os.geteuid() == 0 else []
     script = (ROOT / ".ci" / "as-others").read_text().replace('cd "$(dirname "$0")/.."', "")
     done = subprocess.run(

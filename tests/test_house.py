@@ -19,7 +19,7 @@ LAYERS = [
     {"log", "sockets", "verbs", "lifecycle", "background_work"},
     {"ledger", "protocol", "readings", "starting"},
     {"present", "client", "slow_query", "config", "places.record", "places.runtime"},
-    {"cleanup", "server", "systemd"},
+    {"cleanup", "server", "systemd", "finding"},
     {"places", "serving"},
     {"pool", "notices", "inbox"},
     {"snapshot", "systemd.service"},
@@ -114,6 +114,14 @@ def test_the_layers_are_written_down():
     rows = re.findall(r"^\| (\d+) \| (.*?) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
     written = {int(level): set(re.findall(r"`([\w.]+)/?`", rooms)) for level, rooms in rows}
     assert written == dict(enumerate(LAYERS))
+
+
+def test_sentences_about_programs_name_the_program() -> None:
+    """No text of the code says somebody, nobody, whoever or anybody where a client, a thread or a caller is meant."""
+    files = [path for kind in ("*.py", "*.html") for path in (ROOT / "flaskd").rglob(kind)]
+    found = {path: re.findall(r"\b(?:[Ss]ome|[Nn]o|[Aa]ny)body\b|\b[Ww]hoever\b", path.read_text()) for path in files}
+    assert len(files) > 200
+    assert {path: words for path, words in found.items() if words} == {}
 
 
 def test_waitress_is_touched_in_the_server_alone():

@@ -10,7 +10,7 @@ DIRECTORY = Path(__file__).parent.parent / "docs" / "reference"
 
 
 def load():
-    """docs/reference/make.py as a module; it is not in a package."""
+    """docs/reference/make.py as a module; it is in no package."""
     spec = importlib.util.spec_from_file_location("make_reference", DIRECTORY / "make.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -22,17 +22,17 @@ MAKE = load()
 
 @pytest.mark.parametrize("name", sorted(MAKE.PAGES))
 def test_the_page_is_what_the_code_says(name):
-    """After a change of the code `python docs/reference/make.py` writes the page anew."""
+    """Each page is what docs/reference/make.py writes; run it after a change of the code."""
     assert (DIRECTORY / name).read_text() == f"{MAKE.PAGES[name]()}\n", "run: python docs/reference/make.py"
 
 
 def test_there_are_no_other_pages():
-    """What stands in the directory is written by the script, which is there too."""
+    """The directory has only the script, and pages that it writes."""
     assert {path.name for path in DIRECTORY.glob("*.md")} == set(MAKE.PAGES)
 
 
 def test_each_key_of_the_model_has_its_row():
-    """The page has as many rows of keys as the JSON Schema has keys that are no sections."""
+    """The page has one row for each key of the JSON Schema that is no section."""
     from flaskd.config.model import Config
 
     page = MAKE.configuration()
@@ -43,7 +43,7 @@ def test_each_key_of_the_model_has_its_row():
 
 
 def test_each_value_is_told_in_words():
-    """A change of the model's kinds shows here, and not as a row that says nothing."""
+    """Each kind of value has words; a new kind of the model fails here."""
     rows = {
         row[0]: row[1:] for row in (line.split(" | ") for line in MAKE.configuration().splitlines()) if len(row) == 5
     }

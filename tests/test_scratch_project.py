@@ -1,4 +1,4 @@
-"""A project of somebody else: flaskd installed from its wheel, and used in its own tests, in two processes at once."""
+"""A user's project: flaskd is installed from its wheel, and used in the project's tests, in two processes."""
 
 import os
 import subprocess
@@ -103,7 +103,7 @@ PROJECT = {
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
-    """A virtual environment into which flaskd was installed, from a wheel and without any network."""
+    """A virtual environment in which flaskd is installed, from a wheel and without any network."""
     place = tmp_path_factory.mktemp("scratch") / "venv"
     venv.create(place)
     python = place / "bin" / "python"
@@ -138,7 +138,7 @@ def run(python, project, *words):
 
 
 def test_man_and_the_shells_find_their_files(python):
-    """They are below the prefix, where man(1) looks for who has its bin in PATH; the annotated configuration is there, too."""
+    """Man and the shells find their files below the prefix, if its bin is in PATH; so is the annotated configuration."""
     prefix = python.parent.parent
     shared = ("man/man1/flaskd.1", "man/man5/flaskd.yaml.5", "bash-completion/completions/flaskd",
               "zsh/site-functions/_flaskd", "fish/vendor_completions.d/flaskd.fish")  # fmt: skip
@@ -167,7 +167,7 @@ def test_its_flask_has_the_command(python, project):
 
 
 def test_the_annotated_configuration_comes_with_it(python, project):
-    """config/flaskd.yaml is in the installed package, to be read without a clone."""
+    """The installed package has config/flaskd.yaml, to be read without a clone."""
     printed = "import pathlib, flaskd; print(pathlib.Path(flaskd.__file__).with_name('config') / 'flaskd.yaml')"
     installed = Path(run(python, project, "-c", printed).stdout.strip())
     assert not installed.is_relative_to(ROOT)

@@ -1,4 +1,4 @@
-"""share/: the man pages and the completions are those of the code, and man and the shells can read them."""
+"""share/: the man pages and the completions fit the code, and man and the shells can read them."""
 
 import importlib.util
 import os
@@ -22,12 +22,12 @@ PAGES = {name: text for name, text in make.pages().items() if name.startswith("m
 
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_is_that_of_the_code(name):
-    """Who changes a verb or a key runs share/make.py."""
+    """Each file is what share/make.py writes; run it after a change of a verb or a key."""
     assert (SHARE / name).read_text() == PAGES[name], "run share/make.py"
 
 
 def test_the_pages_have_every_verb_and_every_key():
-    """In full, as one looks for it."""
+    """The man pages have every verb and every key under its full name."""
     command, file = PAGES.values()
     assert all(make.bold(f"flaskd {name}") in command for name in cli.commands)
 
@@ -43,7 +43,7 @@ def test_the_pages_have_every_verb_and_every_key():
 
 @pytest.mark.parametrize("name", PAGES)
 def test_man_has_nothing_to_complain_of(name):
-    """Nor has groff: no unknown macro, no line that cannot be broken, no character that is not there."""
+    """Man and groff report no unknown macro, no line that cannot be broken and no missing character."""
     if shutil.which("groff") is None:
         required = "groff" in os.environ.get("FLASKD_REQUIRE", "").split(",")
         (pytest.fail if required else pytest.skip)("needs groff")
@@ -55,14 +55,14 @@ def test_man_has_nothing_to_complain_of(name):
 
 
 def test_what_the_page_says_of_the_environment_is_read():
-    """Each variable stands in the code."""
+    """The code reads each variable that the page names."""
     code = "".join(path.read_text() for path in (SHARE.parent / "flaskd").rglob("*.py"))
     assert [name for name in make.ENVIRONMENT if f'"{name}"' not in code] == []
 
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_each_shell_has_its_script(shell):
-    """It asks the command for what may come next; the words around that are click's, and may differ with its version."""
+    """Each shell's script asks the command for completions; the rest is click's, and may differ with its version."""
     text = (SHARE / make.COMPLETIONS[shell]).read_text()
     assert f"_FLASKD_COMPLETE={shell}_complete" in text
     if shutil.which(shell):

@@ -1,4 +1,4 @@
-"""What a run of the tests says of those that it left out."""
+"""The summary of skipped tests at the end of a run."""
 
 import shutil
 import subprocess
@@ -23,7 +23,7 @@ def test_that_runs(): pass
 
 
 def test_each_reason_is_said_once(tmp_path):
-    """Five tests that are skipped for two reasons make two lines, with their numbers, also where processes run them."""
+    """Five tests that are skipped for two reasons give two lines with their numbers, also with several processes."""
     shutil.copy(Path(__file__).parent / "conftest.py", tmp_path)
     (tmp_path / "test_it.py").write_text(TESTS)
     done = subprocess.run(

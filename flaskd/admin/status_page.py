@@ -91,7 +91,7 @@ def own_ports(listeners: Iterable[Listener]) -> set[str]:
 def page_data(now: Snapshot, *, details: bool) -> dict[str, Any]:
     """The data that the page shows of one moment; `details` adds clients' addresses and the app's traceback."""
     serving = now.serving
-    oldest = sorted(serving.in_flight, key=lambda each: -each.age)[:_MOST_REQUESTS]
+    oldest = serving.requests[:_MOST_REQUESTS]
     return {
         "status": now.as_json(),
         "requests": [_request(each, details=details) for each in oldest],

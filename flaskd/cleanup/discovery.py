@@ -37,7 +37,7 @@ _COST = 20.0
 """A look around that took N seconds is followed by the next one after this many times N at the earliest."""
 _DEEPEST = 6
 _MOST_FOLLOWED = 20_000
-"""How many objects below the extensions of the app are looked at at most."""
+"""Below the extensions of the app: how many references are followed one after the other, and how many objects."""
 _NOT_FOLLOWED = (type, ModuleType, FunctionType, MethodType, logging.Logger, str, bytes, int, float, type(None))
 
 
@@ -203,9 +203,11 @@ class _Names:
 
 
 def _attributes() -> Iterator[tuple[str, object]]:
-    for module_name, module in list(sys.modules.items()):
+    # Copies, which are made at once: listing the items makes a tuple for each, and at any of them the garbage collector
+    # may run code of the app that imports a module.
+    for module_name, module in sys.modules.copy().items():
         if issubclass(type(module), ModuleType):  # sys.modules may hold any object
-            for name, value in list(attributes_of(module).items()):
+            for name, value in attributes_of(module).copy().items():
                 yield f"{module_name}:{name}", value
 
 

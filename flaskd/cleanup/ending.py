@@ -18,7 +18,7 @@ from flaskd.cleanup.model import Action, Step
 from flaskd.cleanup.targets import TargetFields, look_up_targets, targets
 from flaskd.process.forks import AppCode
 from flaskd.process.threads import AppThread
-from flaskd.stacks import stack_of
+from flaskd.stacks import stack_of, together
 from flaskd.text import listed
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class _SideBySide:
     def stacks(self, silent: list[int], late: list[StepTimedOutError]) -> str:
         """The stacks of the threads here that hang, and those that timed-out objects have reported of theirs."""
         threads = [self._at[place] for place in silent if place in self._at]
-        return "\n".join([*(stack_of(each, below=__file__) for each in threads), *(each.trace for each in late)])
+        return together([*(stack_of(each, below=__file__) for each in threads), *(each.trace for each in late)])
 
 
 def end_all(use: str, end: End, context: StepContext, fields: Fields) -> str | None:

@@ -19,6 +19,7 @@ from flaskd.cleanup.calls import CallThread, call_in_thread
 from flaskd.cleanup.context import ENDING_SLACK, Budget, StepContext
 from flaskd.cleanup.model import Fate, StepResult, Verdict
 from flaskd.config import REPLACEMENTS, Phase
+from flaskd.stacks import folded
 from flaskd.units import format_duration
 
 if TYPE_CHECKING:
@@ -338,6 +339,6 @@ def _write_line(result: StepResult) -> None:
     if result.attempts > 1:
         line += f" (attempt {result.attempts})"
     if result.trace:
-        line += f"\n{result.trace.rstrip()}"
+        line += f"\n{folded(result.trace)}"
     fields = {"policy": result.name, "phase": result.phase, "fate": str(result.fate), "took": round(result.took, 3)}
     _log.log(_LEVELS[result.fate], "%s", line, extra={"fields": fields})

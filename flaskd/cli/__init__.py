@@ -22,7 +22,7 @@ from flaskd.cli.completion import files, policies, shell_script
 from flaskd.cli.listing import list_daemons
 from flaskd.cli.pages import Verbs
 from flaskd.cli.units import units
-from flaskd.client import ControlClient, find_socket, reading
+from flaskd.client import ControlClient, reading
 from flaskd.errors import (
     EX_CONFIG,
     EX_LOST,
@@ -36,6 +36,7 @@ from flaskd.errors import (
     UsageError,
     shortage,
 )
+from flaskd.finding import find_socket
 from flaskd.text import lines
 from flaskd.version import __version__
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import click
 
-from flaskd.cli import completion, show
+from flaskd.cli import answers, bar, completion, show
 from flaskd.cli.pages import no_such_verb
-from flaskd.client import ControlClient, find_socket, reading
+from flaskd.client import ControlClient, reading
 from flaskd.errors import (
     EX_LOST,
     CannotCreateError,
@@ -23,6 +23,7 @@ from flaskd.errors import (
     UnknownCommandError,
     UsageError,
 )
+from flaskd.finding import find_socket
 from flaskd.present import died
 from flaskd.protocol import MARK, RECORD, damage, state_directory
 from flaskd.verbs import FLAGS, VERBS, Role, Verb, find_verb
@@ -143,7 +144,7 @@ def ask(path: Path, verb: str, words: dict[str, Any], *, as_json: bool = False) 
     open_still: NoDaemonError | None = None
     try:
         with (
-            show.progress(verb if wait else "", as_json=as_json) as progress,
+            bar.progress(verb if wait else "", as_json=as_json) as progress,
             ControlClient(path, timeout=_LONG if wait or VERBS[verb].lengthy else 10.0) as client,
         ):
             asked = True
@@ -156,6 +157,7 @@ def ask(path: Path, verb: str, words: dict[str, Any], *, as_json: bool = False) 
     except KeyboardInterrupt:
         if asked and VERBS[verb].changes:  # who interrupts may believe that it is undone
             click.echo(f"flaskd: not waiting any more; the {verb} goes on", err=True)
+            raise click.exceptions.Exit(130) from None  # of any other click makes an empty line
         raise
     with reading(path):
         _say(verb, answer, as_json)
@@ -166,7 +168,7 @@ def ask(path: Path, verb: str, words: dict[str, Any], *, as_json: bool = False) 
 
 
 def _say(verb: str, answer: dict[str, Any], as_json: bool) -> None:
-    show.say(show.for_programs({"ok": True, **answer}) if as_json else show.answer(verb, answer))
+    show.say(show.for_programs({"ok": True, **answer}) if as_json else answers.answer(verb, answer))
 
 
 def _read_record(name: str, no_daemon: FlaskdError) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import click
 
 from flaskd.cli import show
-from flaskd.client import ControlClient, find_socket, reading, running, way_to
+from flaskd.client import ControlClient, reading
 from flaskd.errors import FlaskdError
+from flaskd.finding import find_socket, running, way_to
 from flaskd.verbs import LEVELS, VERBS
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def shell_script(shell: str) -> None:
 
 
 def script(shell: str) -> str:
-    """The script for a shell."""
+    """The completion script for a shell."""
     from click.shell_completion import ShellComplete, get_completion_class  # noqa: PLC0415 - only for this verb
 
     kind = get_completion_class(shell)

@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from flaskd.cli import show
-from flaskd.client import running, way_to
 from flaskd.errors import FlaskdError, NoDaemonError
+from flaskd.finding import running, way_to
 from flaskd.text import table
 
 

@@ -128,7 +128,8 @@ class Verbs(click.Group):
 
 def no_such_verb(name: str, verbs: Iterable[str]) -> NoReturn:
     """Refuse a verb that is not there, with the one that may be meant."""
-    instead = _CALLED_ELSEWHERE.get(name.lower(), "")
+    is_app = ":" in name or name.endswith(".py")
+    instead = f"serve {name}" if is_app else _CALLED_ELSEWHERE.get(name.lower(), "")
     meant = f'; did you mean "{instead}"?' if instead else did_you_mean(name.lower(), verbs) or ";"
     raise UsageError(f'there is no command "{name}"{meant} try "flaskd --help"')
 

@@ -12,16 +12,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flaskd.cli import show
+from flaskd.cli import answers, show
 from flaskd.client import ControlClient, reading
 from flaskd.errors import NoDaemonError
 from flaskd.text import escaped
-from flaskd.units import format_duration
 
-_NARROW = 66
+_QUEUE, _TROUBLE = "queue: ", "trouble: "
+_STAND_OUT = (f"  {_QUEUE}", f"  {_TROUBLE}")
+"""How the lines begin that stand out."""
+_RESIZED = 0.25
+"""Seconds after which it is looked whether the terminal has another size."""
+_QUIT = {b"q", b"Q", b"\x03", b""}
+"""Keys that end it, and the end of standard input."""
+_NARROW = 69
 """Characters below which the page has one column, and says less of each request."""
 
 
@@ -31,7 +38,13 @@ class Look:
 
     when: float
     status: dict[str, Any]
-    requests: list[dict[str, Any]]
+    """With the requests in flight, the oldest first, of the same moment."""
+
+    @property
+    def requests(self) -> list[dict[str, Any]]:
+        """The requests in flight."""
+        found: list[dict[str, Any]] = self.status["requests"]
+        return found
 
 
 @dataclass(frozen=True)
@@ -44,11 +57,13 @@ class Rates:
     most: float | None
     waited: float | None
     """The same 95 %, of the wait for a thread."""
+    seconds: float
+    """What it is of: the seconds between the two looks."""
 
 
 def rates(before: Look | None, now: Look) -> Rates:
     """Compare two looks; with one alone, since the start."""
-    if before and before.status["uptime"] > now.status["uptime"]:  # another daemon
+    if before and before.status["pid"] != now.status["pid"]:  # another daemon
         before = None
     tally = now.status["tally"]
     older = before.status["tally"] if before else None
@@ -59,9 +74,10 @@ def rates(before: Look | None, now: Look) -> Rates:
     return Rates(
         sum(took) / seconds,
         wrong / seconds,
-        quantile(took, bounds, 0.5),
-        quantile(took, bounds, 0.95),
-        quantile(_between(tally, older, "waited"), bounds, 0.95),
+        answers.quantile(took, bounds, 0.5),
+        answers.quantile(took, bounds, 0.95),
+        answers.quantile(_between(tally, older, "waited"), bounds, 0.95),
+        seconds,
     )
 
 
@@ -70,46 +86,41 @@ def _between(tally: dict[str, Any], older: dict[str, Any] | None, key: str) -> l
     return [a - b for a, b in zip(counts, older[key]["counts"], strict=True)] if older else counts
 
 
-def quantile(counts: Sequence[int], bounds: Sequence[float], part: float) -> float | None:
-    """The upper bound of the bucket in which that part of all ends; None for nothing, infinity above the last bound."""
-    wanted, seen = part * sum(counts), 0
-    if not wanted:
-        return None
-    for count, bound in zip(counts, [*bounds, float("inf")], strict=True):
-        seen += count
-        if seen >= wanted:
-            return bound
-    return float("inf")
-
-
-def page(look: Look, measured: Rates, width: int, height: int) -> list[str]:
-    """The page, in lines that fit."""
+def page(look: Look, measured: Rates, width: int, height: int, *, keys: bool = True) -> list[str]:
+    """The page, in lines that fit; with the keys that are heard."""
     status = look.status
     head = [
         f"flaskd {status['state']} for {show.short(status['for'])}",
+        f"at most {show.short(status['left'])} left" if status.get("left") is not None else "",
+        f"up for {show.short(status['uptime'])}",
         status.get("app"),
         f"pid {status['pid']}",
         *status["listen"],
     ]
+    half, most, waited = map(answers.at_most, (measured.half, measured.most, measured.waited))
     table = [
-        ("rate", f"{measured.rate:.1f}/s", "in flight", status["in_flight"], "threads busy", _of(status)),
-        ("50 %", _most(measured.half), "queued", status["queued"], "connections", status["connections"]),
-        ("95 %", _most(measured.most), "errors", f"{measured.errors:.1f}/s", "queue wait", _most(measured.waited)),
+        ("answered", f"{measured.rate:.1f}/s", "in flight", status["in_flight"], "threads busy", _of(status)),
+        ("50 % took", half, "queued", status["queued"], "connections", status["connections"]),
+        ("95 % took", most, "5xx", f"{measured.errors:.1f}/s", "95 % queued", waited),
     ]
-    lines = [", ".join(filter(None, head)), ""]
+    what = "q quits; rates are of the last" if keys else "rates are of the last"
+    lines = [", ".join(filter(None, head)), f"{what} {show.short(measured.seconds)}", ""]
     if narrow := width < _NARROW:
         lines += [f"  {row[i]:<13}{row[i + 1]!s:>10}" for i in (0, 2, 4) for row in table]
     else:
-        lines += [f"  {a:<6}{b:>10}    {c:<10}{d:>8}    {e:<13}{f!s:>8}" for a, b, c, d, e, f in table]
+        lines += [f"  {a:<10}{b:>9}    {c:<10}{d:>8}    {e:<13}{f!s:>9}" for a, b, c, d, e, f in table]
     extra = [f"{key}: {', '.join(map(str, status[key]))}" for key in ("cleanup",) if status.get(key)]
-    if workers := show.workers_now(status.get("workers")):
+    if workers := answers.workers_now(status.get("workers")):
         extra.insert(0, f"workers: {workers}")
-    if limits := show.limits(status):
+    if limits := answers.limits(status):
         extra.append(f"limits: {limits}")
     if status.get("trouble"):
-        extra.append(f"trouble: {status['trouble']}")
+        extra.append(f"{_TROUBLE}{status['trouble']}")
     if status.get("reason"):
         extra.insert(0, f"reason: {status['reason']}")
+    if status["queued"] or 0 < status["threads"] <= status["busy"]:
+        waiting = f"{status['queued']} waiting for a thread" if status["queued"] else "every thread is busy"
+        extra.insert(0, f"{_QUEUE}{waiting}; see flaskd requests{answers.named(status)} --stacks")
     lines += [f"  {each}" for each in extra]
     lines += ["", f"  {'AGE':>8}  {'PHASE':<8} " + ("REQUEST" if narrow else f"{'SENT':>9}  {'CLIENT':<15} REQUEST")]
     room = max(1, height - len(lines) - 1)
@@ -138,12 +149,6 @@ def _of(status: dict[str, Any]) -> str:
     return f"{status['busy']} of {status['threads']}"
 
 
-def _most(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    return f"> {format_duration(60.0)}" if seconds == float("inf") else f"<= {format_duration(seconds)}"
-
-
 def watch(find: Callable[[], Path], *, interval: float, count: int | None, as_json: bool) -> int:
     """Look again and again; one page where there is no terminal, unless a count was given. Returns the exit code."""
     gc.enable()  # this one stays
@@ -159,35 +164,35 @@ def watch(find: Callable[[], Path], *, interval: float, count: int | None, as_js
                 now = _look(path)
                 with reading(path):
                     measured = rates(before, now)
-                    size = shutil.get_terminal_size() if on_terminal else os.terminal_size((10_000, 10_000))
-                    lines = page(now, measured, *size)
+                    shown = partial(page, now, measured, keys=on_terminal)
+                    lines = shown(10_000, 10_000)
             except NoDaemonError as error:
                 if not on_terminal or before is None:
                     raise
-                size = shutil.get_terminal_size()
-                _draw(_waiting(error, size.columns, size.lines), size.lines)
+                shown = partial(_waiting, error)
             else:
-                if as_json:
-                    show.say(show.for_programs(_as_json(now, measured)))
-                elif on_terminal:
-                    _draw(lines, size.lines)
-                else:
-                    show.say("\n".join(lines))
                 before = now
+            if as_json:
+                show.say(show.for_programs(_as_json(now, measured)))
+            elif not on_terminal:
+                show.say("\n".join(lines))
             looks += 1
-            if looks == count or _asked_to_quit(interval, listening=on_terminal):
+            if _asked_to_quit(interval if looks != count else 0, draw=shown if on_terminal else None) or looks == count:
                 return 0
 
 
 def _look(path: Path) -> Look:
-    with ControlClient(path) as client, reading(path):
-        status = client.request("status")
-        return Look(time.monotonic(), status, client.request("requests")["requests"])
+    with ControlClient(path) as client:
+        return Look(time.monotonic(), client.request("status", requests=True))
 
 
 def _as_json(look: Look, measured: Rates) -> dict[str, Any]:
     finite = {key: None if value == float("inf") else value for key, value in vars(measured).items()}
-    return {**finite, "status": look.status, "requests": look.requests}
+    return {
+        **finite,
+        "status": {key: look.status[key] for key in look.status if key != "requests"},
+        "requests": look.requests,
+    }
 
 
 # --- the terminal ---------------------------------------------------------------------------------------------------
@@ -252,22 +257,34 @@ def _draw(lines: Sequence[str], height: int) -> None:
     # Each line is cleared before it is written: after one as wide as the terminal, that would take its last character.
     # After the last one there is no newline, which would push the first one out of a terminal that is full.
     blank = [""] * (height - len(lines))
+    rest = [show.coloured(line, show.YELLOW) if line.startswith(_STAND_OUT) else line for line in rest]
     sys.stdout.write("\x1b[H" + "\n".join(f"\x1b[K{line}" for line in [head, *rest, *blank]))
     sys.stdout.flush()
 
 
-def _asked_to_quit(seconds: float, *, listening: bool) -> bool:
-    """Wait for the next look; True when q was pressed."""
-    if not listening or not sys.stdin.isatty():
+def _asked_to_quit(seconds: float, draw: Callable[[int, int], list[str]] | None) -> bool:
+    """Wait for the next look, and draw again where the terminal gets another size; True when q was pressed.
+
+    `draw` gives lines for so many columns and lines; None where there is no terminal.
+    """
+    if draw is None:
         time.sleep(seconds)
         return False
-    until = time.monotonic() + seconds
-    while (left := until - time.monotonic()) > 0:
-        if select.select([sys.stdin], [], [], left)[0] and os.read(sys.stdin.fileno(), 64)[:1] in {
-            b"q",
-            b"Q",
-            b"\x03",
-            b"",
-        }:
+    until, keys, drawn = time.monotonic() + seconds, [sys.stdin] if sys.stdin.isatty() else [], None
+    while True:
+        size = _size()
+        if size != drawn:
+            _draw(draw(size.columns, size.lines), size.lines)
+            drawn = size
+        if (left := until - time.monotonic()) <= 0:
+            return False
+        if select.select(keys, [], [], min(left, _RESIZED))[0] and os.read(sys.stdin.fileno(), 64)[:1] in _QUIT:
             return True
-    return False
+
+
+def _size() -> os.terminal_size:
+    """Of the terminal itself, which may have changed since $COLUMNS was set."""
+    with contextlib.suppress(OSError, ValueError):
+        if (size := os.get_terminal_size(sys.stdout.fileno())).columns:
+            return size
+    return shutil.get_terminal_size()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flaskd.cli.foreign import FOR_SERVE
+from flaskd.cli.foreign import FOR_SERVE, NOTHING
 from flaskd.cli.python_values import CPUS, Filled, Setting, Unread
 from flaskd.text import escaped
 from flaskd.units import format_duration, parse_duration
@@ -127,7 +127,7 @@ def waitress(options: Mapping[str, Any], where: Callable[[str], str]) -> Transla
         elif name == "app":
             done.put("app.target", f"{value}()" if "call" in options else value, "the app")
         elif name not in {"listen", "host", "port", "unix-socket", "call"}:
-            done.note(where(name), _SAID.get(name) or FOR_SERVE.get(f"--{name}", "flaskd has no such setting"))
+            done.note(where(name), _SAID.get(name) or FOR_SERVE.get(f"--{name}", NOTHING))
     return done
 
 
@@ -140,7 +140,7 @@ def flask_run(options: Mapping[str, Any], where: Callable[[str], str]) -> Transl
         if name == "app":
             done.put("app.target", value, "the app")
         elif name not in {"host", "port"} and not name.startswith("no-"):
-            done.note(where(name), _SAID.get(name) or FOR_SERVE.get(f"--{name}", "flaskd has no such setting"))
+            done.note(where(name), _SAID.get(name) or FOR_SERVE.get(f"--{name}", NOTHING))
     return done
 
 
@@ -317,8 +317,8 @@ _SAID = {
     "limit_request_line": _HEAD, "limit_request_field_size": _HEAD, "limit_request_fields": _HEAD,
     "tmp_upload_dir": "set TMPDIR in the environment: uploads that are large wait there",
     "syslog": FOR_SERVE["--log-file"], "syslog_addr": FOR_SERVE["--log-file"],
-    "sendfile": "flaskd decides by itself how a file is sent",
-    "spew": "flaskd requests --stacks shows where each request is",
+    "sendfile": FOR_SERVE["--no-sendfile"],
+    "spew": FOR_SERVE["--spew"],
     "worker_connections": "server.threads says how many requests a worker runs at once; a connection needs no thread",
     "max_requests_jitter": (
         "not needed: workers reach pool.max_requests and pool.max_age at different times, and are replaced one by one"

@@ -167,7 +167,7 @@ _LEAST = {
     "server.max_request_header_size": (1024, "most browsers send more, and are refused with 431"),
     "pool.max_memory": (10 * 1024**2, "a worker uses more as soon as it has started, and is replaced again and again"),
 }
-"""Sizes below which a unit was forgotten, and what comes of it."""
+"""Sizes below which a unit was surely forgotten, and the effect of the small size."""
 
 
 def _of_sizes(config: Config) -> Iterator[_Doubt]:
@@ -198,7 +198,7 @@ def _of_access(config: Config) -> Iterator[_Doubt]:
 
 
 def _of_names(config: Config, hidden: set[str]) -> Iterator[_Doubt]:
-    """Names that this machine does not know: a configuration may be written for another one."""
+    """Doubts about names that this machine does not know; they are no faults, because a file may be for another one."""
     for role, members in config.control.roles.members().items():
         for i, member in enumerate(members):
             keys = (dotted(("control", "roles", role, i)), dotted(("control", "roles", role)))

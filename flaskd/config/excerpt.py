@@ -7,16 +7,16 @@ import re
 from flaskd.text import escaped
 
 _LONGEST = 72
-"""Columns of a line that are shown; of a longer one those around the place."""
+"""How many columns of a line are shown; of a longer line those around the place."""
 _CUT = "..."
 _TAB = "    "
 
 _BREAK = re.compile(r"\r\n|[\n\r\x85\u2028\u2029]")
-"""What ends a line for PyYAML."""
+"""The line breaks that PyYAML knows."""
 _SECTION = re.compile(r"(app|profile|server|pool|log|health|control|admin|shutdown|systemd|version|watch)\s*:")
-"""A section in which no value is a secret; in `cleanup`, and in what is no section, each may be one."""
+"""Sections without secrets; in `cleanup`, and outside of known sections, any value may be a secret."""
 _OPEN_KEY = re.compile(r"[\s-]*(use|phase|scope|timeout|on_failure|retries|after|enabled|discovery)\s*:(?!.*\bwith\b)")
-"""A key of a policy whose value is no secret."""
+"""Keys of a policy whose values are no secrets."""
 _KEY = re.compile(r"[\s{[-]*[\w.-]+\s*:(\s|$)")
 
 
@@ -28,7 +28,7 @@ def lines_of(text: str) -> list[str]:
 def excerpt(text: str, line: int, column: int) -> str:
     """Show a place of a text, line and column from 1: the line, a caret below it; empty where there is no such line.
 
-    Values that may be secrets are shown as asterisks: a file that is no YAML does not say which are.
+    Values that may be secrets are shown as asterisks, because a file that cannot be parsed does not tell which are.
     """
     lines = lines_of(text)
     if not 1 <= line <= len(lines):
@@ -40,7 +40,7 @@ def excerpt(text: str, line: int, column: int) -> str:
 
 
 def has_no_secret(lines: list[str], index: int) -> bool:
-    """Whether no value in a line may be a secret, as far as one can tell where the file cannot be read."""
+    """Whether a line surely has no secret, judged without parsing the file."""
     line = lines[index]
     section = next((each for each in reversed(lines[: index + 1]) if each[:1].strip() and each[0] not in "#}]-"), "")
     known = _SECTION.match(section) or _OPEN_KEY.match(line)

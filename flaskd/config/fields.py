@@ -207,7 +207,7 @@ OneOrMany = Annotated[list[Item], _OneOrMany()]
 """A list; a single entry may be written without the brackets."""
 
 
-# What flaskd.sockets.Address takes, as far as a pattern can say it: of IPv6 not how many digits there are.
+# The addresses that flaskd.sockets.Address accepts, as far as a pattern can say it; it does not count IPv6 digits.
 _PORT = "([0-9]{1,4}|[0-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
 _OCTET = "(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 _HOST = r"(?![0-9.]+:)[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?"
@@ -301,7 +301,7 @@ _MODE = "(0o?)?[67](00|1[01]|2[02]|3[0-3]|4[04]|5[0145]|6[0246]|7[0-7])"
 """The modes that `_mode` accepts: after each digit for the group, those that others may have with it."""
 
 _MODES = [mode for mode in range(600, 778) if re.fullmatch(_MODE, str(mode))]
-"""Those that are written without a zero before them and without quotes: for YAML they are numbers."""
+"""The modes written without a leading zero and without quotes, which YAML reads as numbers."""
 
 Mode = Annotated[
     str,

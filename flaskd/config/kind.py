@@ -1,4 +1,4 @@
-"""What a kind of value is: how it is read from a node, written for people, and described as JSON Schema.
+"""The base of all kinds of values: how each is read from a node, written for people, and described as JSON Schema.
 
 What an ``Annotated`` adds is called with the kind inside, and returns the kind around it; those are here, too. The
 kinds themselves are in `flaskd.config.kinds`.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from flaskd.config.nodes import Path as NodePath
 
 INTERPOLATION = r"\$\{"
-"""Pattern by which the schema lets an interpolation stand in place of any single value."""
+"""The schema's pattern for an interpolation in place of a single value."""
 
 NOTHING: Final = object()
 """The result for a node with a fault, because None may be a value."""
@@ -116,8 +116,8 @@ class Bounded(Around):
         for each in lists or [inner]:
             each |= {_BOUNDS[name][1]: limit for name, limit in self._bounds.items()}
             if lists:
-                each["type"] = "array"  # nothing is a list without entries
-            elif "unit" in inner and ("gt" in self._bounds or self._bounds.get("ge")):  # 0 as text is none
+                each["type"] = "array"  # then null is not allowed, because it means no entries
+            elif "unit" in inner and ("gt" in self._bounds or self._bounds.get("ge")):  # then the text 0 is not allowed
                 each["pattern"] = each["pattern"].replace("^", "^(?=.*[1-9])", 1)
         return inner
 
@@ -148,7 +148,7 @@ class LowerCase(Around):
 
 
 class Matching(Around):
-    """Text that a pattern describes, which the schema has, too; `expected` are the words of a fault."""
+    """Text that matches a pattern, which is also in the schema; `expected` are the words of a fault."""
 
     def __init__(self, inner: Kind, pattern: str, expected: str) -> None:
         super().__init__(inner)
@@ -184,21 +184,21 @@ def bounded(**bounds: float) -> Callable[[Kind], Kind]:
 
 
 def matching(pattern: str, expected: str) -> Callable[[Kind], Kind]:
-    """Take what matches a pattern as a whole; it is one that JSON Schema reads alike (ECMA-262)."""
+    """Accept text that matches a pattern as a whole; the pattern must mean the same in JSON Schema (ECMA-262)."""
     return lambda inner: Matching(inner, pattern, expected)
 
 
 def exampled(*examples: str) -> Callable[[Kind], Kind]:
-    """Tell in the schema how values may look."""
+    """Add examples of values to the schema."""
     return lambda inner: _Described(inner, {"examples": list(examples)}, more=True)
 
 
 _SCALARS = {"string": (), "number": ("1", "1.5"), "boolean": ("true",), "null": ("", "null", "~")}
-"""The types that JSON has for a single value, and how such values are written that are taken as text."""
+"""The types of a single value in JSON, and the pattern of such values if they are read as text."""
 
 
 def text_schema(pattern: str = "") -> Schema:
-    """Describe text that matches a pattern: in a file it may look like a number, and is the text then."""
+    """The schema of text that matches a pattern; in a file it may look like a number, and is read as text."""
     takes = [
         kind
         for kind, texts in _SCALARS.items()
@@ -211,7 +211,7 @@ def text_schema(pattern: str = "") -> Schema:
 
 
 def in_any_case(schema: Schema, more: Iterable[str]) -> Schema:
-    """Describe words, and `more`, that are taken in capitals, too; an editor proposes those of `schema`."""
+    """The schema of words, and of `more`, that are accepted in any case; an editor proposes those of `schema`."""
     words = ("".join(f"[{each.upper()}{each}]" if each.isalpha() else each for each in word)
              for word in (*schema["enum"], *more))  # fmt: skip
     return {"anyOf": [schema, {"type": "string", "pattern": f"^({'|'.join(words)})$"}]}

@@ -1,6 +1,6 @@
-"""What a listener may not be beside the rest of the configuration.
+"""Checks that no two listeners of the configuration have the same address.
 
-Works on the tree, not on the model, so that the fault stands at its own place and together with all others.
+It works on the tree, not on the model, so that a fault has its own place and is reported together with all others.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LOOPBACK = "127.0.0.1"
 
 
 def check_listeners(tree: Table, faults: Faults) -> None:
-    """Note each listener whose address is another's already, and an endpoint under ``profile: production``."""
+    """Note each listener on the address of another one, and an endpoint under ``profile: production``."""
     taken: dict[str, Address | str] = {}
     for path, node in _listeners(tree):
         key, address = dotted(path), _address(node.text)
@@ -57,18 +57,18 @@ def _listeners(tree: Table) -> Iterator[tuple[Path, Scalar]]:
 
 
 def _address(text: str) -> Address | str | None:
-    """Where it listens; None where that is no address, or is port 0: the kernel chooses another one each time."""
+    """The address; None if it is malformed, or has port 0, for which the kernel chooses a free port each time."""
     if text.startswith("fd:"):
         return text
     try:
         address = Address.parse(text)
     except ValueError:
-        return None  # it has its fault
+        return None  # its fault is noted
     return None if not address.path and not address.port else address
 
 
 def _meet(one: Address | str, other: Address | str) -> bool:
-    """Whether the kernel gives one of them only; a listener on all IPv4 addresses has each of them (ip(7))."""
+    """Whether both cannot be bound; a listener on all IPv4 addresses uses each of them (ip(7))."""
     if isinstance(one, str) or isinstance(other, str) or one.path or other.path:
         return one == other
     hosts = {_LOOPBACK if each.host == "localhost" else each.host for each in (one, other)}

@@ -110,7 +110,7 @@ _CALLED_ELSEWHERE = {
     "wsgi_app": "target", "module": "target", "directory": "chdir", "preload_app": "preload",
     "forwarded_allow_ips": "trusted_proxy", "root_path": "url_prefix",
 }  # fmt: skip
-"""Names that other servers, or people, have for some keys."""
+"""Names that other servers, or users, give to some keys."""
 
 
 def _places_of(actions: Actions, name: str) -> list[str]:

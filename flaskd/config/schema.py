@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 ID = "urn:flaskd:configuration:1"
-"""What the schema is called, with the version of the file's format; it is nowhere to be fetched from."""
+"""The `$id` of the schema, with the version of the file's format; it cannot be fetched."""
 
 EXAMPLE = {
     "version": 1,
@@ -25,7 +25,7 @@ EXAMPLE = {
     "shutdown": {"deadline": "25s", "announce": "5s", "drain": {"timeout": "15s"}},
     "cleanup": {"policies": {"warm-cache": {"use": "cache.persist", "with": {"path": "cache-{worker}.bin"}}}},
 }
-"""A whole file."""
+"""A complete file, as an example."""
 
 
 def schema(actions: Actions) -> dict[str, Any]:

@@ -223,7 +223,7 @@ class Settings:
         glued = re.match(r"([\w-]+):\S", node.text) if isinstance(node, Scalar) else None
         if glued and any(each.key == glued[1] for each in open_):
             return f'; write a blank behind the colon: "{glued[1]}: ..."'
-        # A word that a choice has is meant for that; keys that take any text are proposed where they are the first.
+        # A word from a choice is meant for that key; a key that accepts any text is proposed only if it is the first.
         usual = [*open_[:2], *(each for each in open_[2:] if isinstance(each.kind, Choice))]
         fitting = (
             each.key
@@ -296,7 +296,7 @@ def definition(settings: type[Settings], definitions: dict[str, Schema]) -> Sche
             "properties": {each.key: _property(each, definitions) for each in fields},
             **({"required": required} if required else {}),
             "title": name,
-            "type": "object" if required else ["object", "null"],  # its keys may all be commented out
+            "type": "object" if required else ["object", "null"],  # all of its keys may be commented out
         }
     return {"$ref": f"#/$defs/{name}"}
 

@@ -45,10 +45,16 @@ def one_of(choices: Sequence[str]) -> str:
     return "expected one of " + ", ".join(choices) if len(choices) > 1 else f"expected {choices[0]}"
 
 
+_OF_YAML_1_1 = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
+"""Words that are booleans in YAML 1.1, and text in YAML 1.2."""
+
+
 def hint(node: Node, *, quotes: type | None = None, choices: Sequence[str] = ()) -> str:
     """What may have been meant: the same without quotes, if its type is then `quotes`, or one of the `choices`."""
     if not isinstance(node, Scalar) or node.secret:
         return ""
+    if quotes is bool and node.text.lower() in _OF_YAML_1_1:
+        return f"; write {_OF_YAML_1_1[node.text.lower()]}"
     if quotes and isinstance(node.value, str) and isinstance(core(node.text), quotes):
         return " as text; write it without quotes"
     return did_you_mean(node.text, choices)

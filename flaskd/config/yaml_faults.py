@@ -1,7 +1,7 @@
-"""Says in plain words why a file is no YAML, and where a person would look for it.
+"""Says in plain words why a file is no valid YAML, and shows the place that has to be corrected.
 
-PyYAML tells where its scanner or parser came to a stop; what is wrong often stands before: a bracket that is not
-closed, a colon that is missing. A message quotes keys and punctuation only: values may be secrets.
+PyYAML reports where its scanner or parser stopped; the mistake is often before that place: a bracket that is not
+closed, or a missing colon. A message quotes only keys and punctuation, because values may be secrets.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ESCAPES = {"2": "x41", "4": "u0041", "8": "U00000041"}
 
 
 def _start(line: str) -> int:
-    """Where the first key of a line begins, behind the dashes of a list's entries."""
+    """The column at which the first key of a line begins, after the dashes of list entries."""
     return len(line) - len(re.sub(_BEGINS, "", line, count=1))
 
 
@@ -48,7 +48,7 @@ class YamlFault:
         self._lines = lines_of(text)
 
     def said(self) -> Said:
-        """Where it is, and the message."""
+        """The place, and the message."""
         if self._char(self._mark) == "\t":
             return self._at(self._mark, 'expected spaces, got a tab (in quotes: "\\t")')
         if self._quote and self._quote[1].line == self._mark.line and self._quote[1].index <= self._mark.index:
@@ -73,24 +73,24 @@ class YamlFault:
         return self._lines[number] if number < len(self._lines) else ""
 
     def _got(self) -> str:
-        """What stands at the place: punctuation, or what kind of thing it is."""
+        """What is at the place: punctuation, or the kind of a thing."""
         char = self._char(self._mark)
         if not self._text[self._mark.index :].strip("\0 \n"):
             return "the end of the file"
         return "more text" if char.isalnum() or char in "\"'_" else quoted(char)
 
     def _is_first(self) -> bool:
-        """Whether the place is where its line begins."""
+        """Whether the place is the begin of its line."""
         return not self._line(self._mark.line)[: self._mark.column].strip(" -")
 
     def _before(self, number: int) -> int:
-        """The line before it in which something stands, -1 where there is none."""
+        """The last line before it that is not empty and no comment, -1 if there is none."""
         return next(
             (i for i in range(number - 1, -1, -1) if self._line(i).strip() and self._line(i).strip()[0] != "#"), -1
         )
 
     def _indents(self, number: int) -> list[int]:
-        """The columns, from 0, at which such a line, a key or an entry of a list, could begin below those above it."""
+        """The columns, from 0, at which such a line, a key or a list entry, may begin below the lines above it."""
         is_entry = self._line(number).lstrip().startswith("- ")
         keys: set[int] = set()
         entries: set[int] = set()
@@ -268,4 +268,4 @@ class YamlFault:
         ("while parsing a block", "expected <block end>", _block_end),
         (None, "expected '<document start>'", _after_the_end),
     )  # fmt: skip
-    """PyYAML's words: a part of what it was doing, a pattern of what it found, and what is said of that."""
+    """Parts of PyYAML's messages: what it was doing, a pattern of what it found, and the method with the words."""

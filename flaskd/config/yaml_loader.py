@@ -43,7 +43,7 @@ def parse(data: bytes, source: str, faults: Faults) -> Table:
     except _Refused:
         pass
     except yaml.MarkedYAMLError as error:
-        from flaskd.config.yaml_faults import YamlFault  # noqa: PLC0415 - for a mistake alone
+        from flaskd.config.yaml_faults import YamlFault  # noqa: PLC0415 - only for mistakes
 
         line, column, message = YamlFault(error, text, opened=loader.opened, quote=loader.quote).said()
         reader.note(Place(source, line + 1, column + 1), (), message)

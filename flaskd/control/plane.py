@@ -144,7 +144,7 @@ class ControlPlane:
                 self._next_look = now + PAUSE
                 try:
                     self._clients.drop_hung_up()
-                    self._daemon.questions.look()
+                    self._daemon.look()
                     self._nodes.look_after(now)
                 except Exception:  # the connected clients are still answered
                     log.exception("cannot look after the control nodes")

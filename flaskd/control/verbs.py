@@ -44,9 +44,14 @@ def _help(_daemon: Daemon, command: Command, reply: Reply) -> None:
     )
 
 
-def _status(daemon: Daemon, _command: Command, reply: Reply) -> None:
-    fields = daemon.snapshot().as_json()
-    reply.ok(str(fields["state"]), detail=fields, lines=status_lines(fields))
+def _status(daemon: Daemon, command: Command, reply: Reply) -> None:
+    now = daemon.snapshot()
+    fields = now.as_json()
+    lines = status_lines(fields)
+    if "requests" in command.flags:
+        fields["requests"] = entries = [each.as_json() for each in now.serving.requests]
+        lines += request_lines(entries)
+    reply.ok(str(fields["state"]), detail=fields, lines=lines)
 
 
 def _health(daemon: Daemon, _command: Command, reply: Reply) -> None:

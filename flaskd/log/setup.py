@@ -342,7 +342,7 @@ class Logs:
     def set_level(self, level: str) -> None:
         """Set the lowest level that is logged, until the next `apply`."""
         self._level = logging.getLevelNamesMapping()[level.upper()]
-        for adopted in self._adopted.values():
+        for adopted in list(self._adopted.values()):  # any thread sets a level, and another one may adopt
             if adopted.logger is not access_log:
                 adopted.set_level(self._level)
         for logger in self._loggers:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from flaskd.config import MARK_FILE
-from flaskd.files import read_whole, remove_leftovers, remove_matching
+from flaskd.files import read_whole, remove_leftovers, remove_matching, temporary_name
 from flaskd.places.record import prepare_record, read_record, write_record
 from flaskd.present import died
 from flaskd.protocol import damage, state_directory
@@ -74,6 +74,8 @@ class StateDirectory:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if (before := _read_mark(mark)) is not None:
                 self._tell_of(before)
+            if self._record is not None:  # laid ready by a stop whose finalizers were cut: another one is in its place
+                temporary_name(self._record).unlink(missing_ok=True)
             write_record(mark, {"pid": os.getpid(), "started": timestamp(time.time())})
             self._mark = mark
             self._mark_file = os.open(mark, os.O_RDWR)

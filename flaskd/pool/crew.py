@@ -132,7 +132,8 @@ class Crew:
         """Post that workers are being started: now, and every `_AGAIN` seconds until they are ready or fail."""
         coming = [each.coming for each in self.slots if each.coming is not None]
         if coming:
-            self._post(WorkersStart(len(coming), max(each.age for each in coming)))
+            left = max(0.0, max(each.late_at for each in self.slots) - time.monotonic())
+            self._post(WorkersStart(len(coming), max(each.age for each in coming), left))
         if coming and not self._tells:
             self._tells = True
             self.later(_AGAIN, self._tell_again)

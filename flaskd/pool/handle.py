@@ -24,6 +24,7 @@ from flaskd.pool.template import Template
 from flaskd.pool.wire import Wire, WireClosedError
 from flaskd.server import Board
 from flaskd.serving.api import Account
+from flaskd.stacks import folded_dump
 
 log = logging.getLogger("flaskd.pool")
 
@@ -268,8 +269,8 @@ class Handle:
             send_signal(self._pidfd, STACKS)
 
     def stacks(self) -> str:
-        """The stacks that it has written; empty if there are none."""
-        return self._stacks.read() if self._stacks is not None else ""
+        """The stacks that it has written, folded for people; empty if there are none."""
+        return folded_dump(self._stacks.read()) if self._stacks is not None else ""
 
     @property
     def alive(self) -> bool:

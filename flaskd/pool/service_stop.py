@@ -159,12 +159,12 @@ class ServiceStop:
         """The account of the whole stop."""
         workers, stop = sorted(self._ended, key=lambda each: (each.slot, each.generation)), self.stop
         left = tuple(each for worker in workers for each in _unfinished(worker))
-        report = _whole(stop.report, workers).with_unfinished(left + stop.cut_work() + unfinished)
+        report = _whole(stop.account(left + stop.cut_work() + unfinished), workers)
         late = report.with_unfinished((Unfinished("finalizers"),))
         steps = {**all_steps(workers), **stop.policies}
         more = {"policies": steps, "workers": [_of_worker(each) for each in workers]}
         record, late_record = ({**stop.record(each), **more} for each in (report, late))
-        return Account(report, record, late_record, stop.took, steps)
+        return Account(report, record, late_record, steps)
 
 
 def _whole(report: DrainReport, workers: Sequence[Handle]) -> DrainReport:

@@ -207,8 +207,11 @@ def _children() -> list[Any]:
 
 def _waiting_jobs() -> Iterator[str]:
     """Jobs that no thread of their executor has begun; takes them out of its queue, so that they cannot begin."""
-    executors = vars(sys.modules.get("concurrent.futures.thread", object)).get("_threads_queues", {})
-    for thread, jobs in {id(jobs): (thread, jobs) for thread, jobs in list(executors.items())}.values():
+    executors: Any = vars(sys.modules.get("concurrent.futures.thread", object)).get("_threads_queues")
+    # keyrefs() is one step, and the app may start threads of executors meanwhile: items() would fail then.
+    threads = [thread for each in executors.keyrefs() if (thread := each()) is not None] if executors else []
+    found = {id(jobs): (thread, jobs) for thread in threads if (jobs := executors.get(thread)) is not None}
+    for thread, jobs in found.values():
         count = 0
         with contextlib.suppress(queue.Empty):
             while True:
@@ -247,7 +250,9 @@ def leave(code: int, ending: Ending) -> NoReturn:
         # must not kill the process and so change its exit code.
         _heed_signals(signal.SIG_IGN)
         late_code = code if ending.late_code is None else ending.late_code
-        if not _in_time(_flush):  # the interpreter would wait for this, and finalize nothing
+        # The interpreter would wait for the streams, too. And for the threads that are left it calls pthread_exit(3),
+        # for which the C library opens libgcc_s: without a descriptor for that the process would abort.
+        if not _in_time(_flush) or not _can_open_a_file():
             if ending.unsettle is not None:
                 ending.unsettle()
             os._exit(late_code)
@@ -258,6 +263,14 @@ def leave(code: int, ending: Ending) -> NoReturn:
         os._exit(code)
     sys.flaskd_end = _End(code, ending.settle)  # type: ignore[attr-defined]
     sys.exit(code)
+
+
+def _can_open_a_file() -> bool:
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        return False
+    return True
 
 
 class _End:

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 from flaskd.ledger import Cut, InFlight
@@ -19,8 +19,9 @@ from flaskd.sockets import each_closed_by_peer
 
 log = logging.getLogger("flaskd.server")
 
-accounts: weakref.WeakSet[Account] = weakref.WeakSet()
-"""The accounts of all servers in this process."""
+accounts: list[weakref.ref[Account]] = []
+"""The accounts of all servers in this process. It is a list because copying it is one step: a loop over a WeakSet fails
+when another thread adds to it."""
 
 
 class Account:
@@ -47,7 +48,7 @@ class Account:
         self._counts = board.counts if board is not None else Counts()
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
-        accounts.add(self)
+        accounts.append(weakref.ref(self, accounts.remove))
 
     def accepted(self, request: Request) -> None:
         """Count a request as in flight."""
@@ -102,12 +103,24 @@ class Account:
 
     def cut_as(self, request: Request, cut: Cut) -> bool:
         """Do what `cut_one` does, with an entry that was made at the moment when the request was broken off."""
+        counted = self._count_as_cut(request, cut)
+        if counted:
+            log.warning(cut.with_stack(), extra={"fields": cut.as_json()})
+        return counted
+
+    def cut_together(self, requests: Iterable[Request], reason: str) -> None:
+        """Count several requests as cut; the log has one stack for those that are at the same place."""
+        cuts = [(each, each.cut(reason)) for each in requests]
+        counted = [cut for each, cut in cuts if self._count_as_cut(each, cut)]
+        for cut, told in Cut.all_with_stacks(counted):
+            log.warning(told, extra={"fields": cut.as_json()})
+
+    def _count_as_cut(self, request: Request, cut: Cut) -> bool:
         if request.id:
             if not self.retire(request, "cut", cut):
                 return False
         elif (cut_in_drain := self.cut_in_drain) is not None:  # only part of it was received, so it was never in flight
             cut_in_drain.append(cut)
-        log.warning(cut.with_stack(), extra={"fields": cut.as_json()})
         if cut.phase == "running":
             self._pool.lose(request)
         return True

@@ -161,8 +161,7 @@ class Connections:
         arriving = [channel.arriving for channel in channels]
         in_hand = [request for request in list(account.in_hand.values()) if not but(request.channel)]
         # Another thread may be reading: a request that was arriving a moment ago may be in flight or over by now.
-        for request in dict.fromkeys([*in_hand, *filter(None, arriving)]):
-            account.cut_one(request, reason)
+        account.cut_together(dict.fromkeys([*in_hand, *filter(None, arriving)]), reason)
         for channel in channels:
             channel.handle_close()
 

@@ -59,7 +59,7 @@ class Draining:
         self._context = admission.context
         self._over = over
         self._counted_from = counted_from
-        self._began = time.monotonic()
+        self._asked = self._began = time.monotonic()
         self._gated: list[Any] = []
         """Acceptors whose backlog has not been emptied yet."""
         self._gate_until = self._gate_at_most = 0.0
@@ -233,7 +233,7 @@ class Draining:
                 completed=account.completed - completed,
                 rejected=account.rejected - rejected,
                 cut=tuple(self.cut),
-                took=time.monotonic() - self._began,
+                took=time.monotonic() - self._asked,
                 background=left_behind(),
                 unaccepted=self._unaccepted,
             )

@@ -12,6 +12,9 @@ _BODY = 1 << 16
 """Bytes of a body read at once; waitress' 8 KiB would take a turn of the loop each. A head is still read in pieces of
 8 KiB, because hundreds of pipelined requests may follow it."""
 
+_MORE = 4
+"""How many more pieces of a body are read at once, before others have their turn."""
+
 
 class InputChannel(OutputChannel):
     """A connection, as far as the loop reads from it; all methods are for the loop's thread."""
@@ -60,9 +63,25 @@ class InputChannel(OutputChannel):
             self.handle_close()
         elif self.half_closed:
             self._heard_at = time.monotonic()
-        else:
-            return self.received(data, at_once=at_once)
+        elif self.received(data, at_once=at_once):
+            return True
+        elif len(data) == size:
+            self._read_more()
         return False
+
+    def _read_more(self) -> None:
+        """Read on while a body comes quicker than it is read, some pieces of it; epoll is asked only after that."""
+        for _ in range(_MORE):
+            if not self.connected or self.request is None or not self.request.headers_finished:
+                return
+            try:
+                data: bytes = self.socket.recv(_BODY)
+            except OSError:
+                return  # nothing is there; and an error comes again at the next event
+            if data:
+                self.received(data)
+            if len(data) < _BODY:
+                return
 
     def _bites(self) -> int:
         """How many bytes to read at once of a request that has begun."""

@@ -79,7 +79,7 @@ class Lead:
         return False
 
     def still_kept(self, kind: str, seconds: float) -> bool:
-        """Whether this thread still leads after it has run its request, which took so many seconds."""
+        """Whether this thread still leads after it has run its request, which took `seconds`."""
         kept, self._kept = self._kept, False
         if seconds > _QUICK or self._quick.get(kind, 0) < _MOST_COUNTED:
             self.note(kind, seconds, kept=True)

@@ -40,7 +40,7 @@ class LimitWatch:
         # Exact paths come first, then patterns with ``*``, the longest first.
         self._patterns = sorted(patterns, key=lambda each: (each[0], -len(each[1])))
         self._moved: dict[int, tuple[int, float]] = {}
-        """For requests whose answer has begun, by id: the bytes sent on the connection, and since when so many."""
+        """For requests whose answer has begun, by id: the bytes sent on the connection, and when the last were sent."""
         self._stood_until = self._stood_for = 0.0
         """When the process last stood still (until then), and for how many seconds."""
         self.next_moment = time.monotonic()

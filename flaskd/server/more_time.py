@@ -21,8 +21,9 @@ def more_time(seconds: float) -> bool:
     if isinstance(given, bool) or not isinstance(given, int | float) or not (0 <= given < math.inf):
         raise ValueError(f"cannot give a request more time: expected a number of seconds, got {seconds!r}")
     thread = threading.current_thread()
-    for account in list(accounts):
-        for request in list(account.in_hand.values()):
+    for found in accounts.copy():
+        account = found()
+        for request in list(account.in_hand.values()) if account is not None else ():
             if request.thread is thread and not request.answered:
                 request.more_until = max(request.more_until, time.monotonic() + seconds)
                 return True

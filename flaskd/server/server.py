@@ -21,12 +21,15 @@ from flaskd.server.observed import ObservedServer
 from flaskd.server.request_ids import IdSource
 from flaskd.server.settings import most_connections
 from flaskd.sockets import Address, Listener
-from flaskd.stacks import folded, stack_of
+from flaskd.stacks import folded, stack_of, together
+from flaskd.text import listed
 
 log = logging.getLogger("flaskd.server")
 
 _DEFAULT_TIMEOUT = 30.0
 _START_TIMEOUT = 10.0
+_MOST_NAMED = 8
+"""Threads that one line of the log names."""
 _JOIN_TIMEOUT = 1.0
 
 
@@ -306,8 +309,10 @@ class WaitressThread(ObservedServer):
             log.error(f"the serving thread does not end, and is abandoned:\n{stack}")
             self._close_listeners()
             return
-        for each in loop.close(timeout):
-            log.warning(f"{each.name} does not end, and is abandoned:\n{folded(stack_of(each))}")
+        if stuck := loop.close(timeout):
+            names = listed([each.name for each in stuck], _MOST_NAMED)
+            how = "do not end, and are" if stuck[1:] else "does not end, and is"
+            log.warning(f"{names} {how} abandoned:\n{folded(together(map(stack_of, stuck)))}")
         self._known_to_forks.close()
 
     def _forget(self) -> None:

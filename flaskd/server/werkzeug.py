@@ -238,17 +238,17 @@ class WerkzeugThread:
             self._thread.join()
         with self._changed:
             self._wait_until(began + _GRACE)
-            for thread, sock in list(self._server.connections.items()):
+            for thread, sock in self._server.connections.copy().items():
                 if thread not in self.begun:  # bytes in the kernel can still be read, then comes the end
                     _shut(sock, socket.SHUT_RD)
             self._wait_until(None, background=True)
-            arriving = [each.cut(TOO_LATE) for each in self.begun.values() if each.phase == "receiving"]
+            arriving = [each.cut(TOO_LATE) for each in list(self.begun.values()) if each.phase == "receiving"]
             late = [*self.cut(TOO_LATE), *arriving]
             cut = (*self._cut, *late)
             for sock in list(self._server.connections.values()):
                 _shut(sock, socket.SHUT_RDWR)
-        for each in late:
-            _tell(each)
+        for each, told in Cut.all_with_stacks(late):
+            log.warning(told, extra={"fields": each.as_json()})
         tell_no_more(self._look_again)
         self._drained = True
         return DrainReport(self.completed - completed, 0, cut, time.monotonic() - began, left_behind())

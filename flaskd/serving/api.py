@@ -79,10 +79,14 @@ class Renewed:
 
 @dataclass(frozen=True)
 class WorkersStart:
-    """`count` workers are being started, the first of them for `age` seconds; posted every few seconds."""
+    """`count` workers are being started, the first of them for `age` seconds; posted every few seconds.
+
+    Each of them is ready within `left` seconds, or is given up.
+    """
 
     count: int
     age: float
+    left: float
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,11 @@ class ServingSnapshot:
     """A problem that does not keep it from serving, in words; empty if there is none."""
 
     @property
+    def requests(self) -> list[InFlight]:
+        """What is in flight, oldest first."""
+        return sorted(self.in_flight, key=lambda each: -each.age)
+
+    @property
     def oldest(self) -> InFlight | None:
         """The request that has been in flight for the longest time."""
         return max(self.in_flight, key=lambda each: each.age, default=None)
@@ -149,14 +158,12 @@ class ServingSnapshot:
 
 @dataclass(frozen=True)
 class Account:
-    """The account of a stop: the drain's report with all that was cut, and the record to write."""
+    """The account of a stop: the drain's report with all that was cut and the stop's length, and the record."""
 
     report: DrainReport
     record: dict[str, Any]
     late_record: dict[str, Any]
     """The record to write if finalizers are cut, too."""
-    took: float
-    """How many seconds the stop took."""
     steps: dict[str, dict[str, Any]]
     """The result of each cleanup step, by name."""
 

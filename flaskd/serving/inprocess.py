@@ -278,10 +278,10 @@ class InProcess(Shown):
     def end(self, unfinished: tuple[Unfinished, ...]) -> Account:
         """End the threads; returns the account of the stop."""
         stop = self._stopping
-        report = stop.report.with_unfinished(stop.cut_work() + unfinished)
         self._running.end(timeout=min(_LAST_END, stop.left))
+        report = stop.account(stop.cut_work() + unfinished)
         late = report.with_unfinished((Unfinished("finalizers"),))
-        return Account(report, stop.record(report), stop.record(late), stop.took, stop.policies)
+        return Account(report, stop.record(report), stop.record(late), stop.policies)
 
     def close_gates(self) -> None:
         """During or after a drain, close the gates of listeners that other processes have stopped sharing."""

@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -219,6 +220,10 @@ class Stop:
         """The report of the drain; an empty one before the drain is over."""
         return (self._drain.report if self._drain is not None else None) or DrainReport()
 
+    def account(self, unfinished: tuple[Unfinished, ...]) -> DrainReport:
+        """What became of the requests and of other work, and how many seconds the stop has taken until now."""
+        return replace(self.report.with_unfinished(unfinished), took=self.took)
+
     def heed(self, results: Iterable[StepResult]) -> None:
         """Take the results of steps in other processes into account; call this before the steps after the drain."""
         self._runner.heed(results)
@@ -263,7 +268,7 @@ class Stop:
             **({"unaccepted": report.unaccepted} if report.unaccepted else {}),
             **({"unfinished": [each.as_json() for each in report.unfinished]} if report.unfinished else {}),
             "started": timestamp(time.time() - self.took),
-            "took": round(self.took, 3),
+            "took": round(report.took, 3),
             "policies": self.policies,
             "pid": os.getpid(),
         }

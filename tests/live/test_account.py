@@ -6,10 +6,14 @@ import re
 import signal
 import socket
 import threading
+import time
 
+import pytest
 from daemon_kit import Flaskd, inherit
 from http_client import Answer, connect, get
 from patience import PATIENCE
+
+from flaskd.units import format_duration
 
 
 def test_the_account_is_everywhere_the_same(flaskd: Flaskd) -> None:
@@ -93,3 +97,42 @@ def test_a_waiting_stop_that_lost_nothing_exits_with_0(flaskd: Flaskd) -> None:
     answer = json.loads(out.splitlines()[-1])
     assert (code, answer["completed"], answer["cut"]) == (0, 1, [])
     assert flaskd.wait() == 0
+
+
+LATE = {
+    "an announce": (0, "  announce: 300ms\n", ""),
+    "a drain that was under way": (0, "", "drain"),
+    "a second wish": (0, "  announce: 60s\n  deadline: 90s\n", "now"),
+    "workers": (1, "  announce: 300ms\n", ""),
+}
+
+
+@pytest.mark.parametrize("case", LATE)
+def test_a_stop_took_as_long_in_log_answer_and_record(flaskd: Flaskd, case: str) -> None:
+    """One length everywhere, the announce included; that of a drain that was under way before is its own."""
+    workers, shutdown, more = LATE[case]
+    config = f"server: {{workers: {workers}}}\nlog: {{format: json}}\nshutdown:\n  exit_wait: 1s\n{shutdown}"
+    flaskd.write("flaskd.yaml", config)
+    flaskd.start()
+    held = flaskd.hold() if more != "now" else None  # that is cut or not, as it comes
+    if more == "drain":
+        assert flaskd.command("drain").startswith("OK draining")
+    with flaskd.control() as stopping, stopping.makefile("r") as told:
+        stopping.sendall(b'{"cmd":"stop","wait":true}\n')
+        assert "left" in json.loads(told.readline())
+        began = time.monotonic()
+        if more == "now":
+            assert flaskd.command("stop now").startswith("OK stopping")
+        flaskd.gate.open()
+        answer = json.loads(told.read().splitlines()[-1])
+        lasted = time.monotonic() - began
+    assert held is None or held.result() == (200, b"held")
+    assert flaskd.wait() == 0
+    entries = [json.loads(line) for line in flaskd.log.splitlines()]
+    [stopped] = [each for each in entries if each["message"].startswith("stopped: ")]
+    assert answer["took"] == stopped["took"] == flaskd.record()["took"]
+    assert f" took={format_duration(answer['took'])};" in stopped["message"]
+    assert lasted - 0.5 < answer["took"] < lasted + 0.5
+    if shutdown.startswith("  announce: 300ms"):
+        [drained] = [each for each in entries if each["message"].startswith("drained: ")]
+        assert 0.3 <= drained["took"] <= answer["took"]

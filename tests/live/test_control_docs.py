@@ -9,18 +9,10 @@ from pathlib import Path
 import pytest
 from daemon_kit import Flaskd, requires
 from patience import PATIENCE
+from screens import DOCS, check, screens
 
-PAGE = (Path(__file__).parents[2] / "docs" / "control.md").read_text()
-BLOCKS = re.findall(r"^```(console[^\n]*)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-
-
-def transcripts(block: str) -> list[tuple[str, str]]:
-    """The commands of a block, each with what it answers."""
-    return [(command, output) for command, output in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE)]
-
-
-def pattern(expected: str) -> str:
-    return ".*".join(re.escape(part) for part in expected.split("..."))
+PAGE = (DOCS / "control.md").read_text()
+SCREENS = screens(DOCS / "control.md")
 
 
 def test_each_transcript(flaskd: Flaskd) -> None:
@@ -45,10 +37,10 @@ def test_each_transcript(flaskd: Flaskd) -> None:
         )  # fmt: skip
         return done.stdout
 
-    assert len(BLOCKS) >= 8
-    for kind, block in BLOCKS:
-        held = flaskd.hold() if kind == "console in flight" else None
-        for command, expected in transcripts(block):
+    assert len(SCREENS) >= 8
+    for kind, commands in SCREENS:
+        held = flaskd.hold() if kind == "in flight" else None
+        for command, expected in commands:
             if held is not None and "drain wait" in command:
                 with flaskd.control() as client:  # it is over only after somebody was told that it is not
                     client.sendall(b"drain wait\n")
@@ -58,7 +50,7 @@ def test_each_transcript(flaskd: Flaskd) -> None:
                 assert held.result() == (200, b"held")
             else:
                 answer = typed(command)
-            assert re.fullmatch(pattern(expected), answer), f"$ {command}\n{answer}\ninstead of\n{expected}"
+            check(command, answer, expected)
     assert flaskd.wait() == 0
 
 
@@ -76,7 +68,7 @@ def test_the_transcripts_of_the_design(flaskd: Flaskd) -> None:
     assert flaskd.command("drain") == "OK draining in_flight=12 deadline=15s (undo: resume)\n"
     with flaskd.control() as client, client.makefile("r") as lines:
         client.sendall(b"drain wait\n")
-        assert lines.readline() == ".. in_flight=12\n"
+        assert lines.readline() == ".. in_flight=12 left=15s\n"
         flaskd.gate.open()
         last = [line for line in lines if not line.startswith("..")]
     assert re.fullmatch(r"OK drained completed=12 rejected=0 cut=0 took=[\d.]+m?s\n", "".join(last))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from daemon_kit import Flaskd, requires
 from patience import PATIENCE
+from screens import check, screens
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "first-steps.md").read_text()
@@ -24,12 +25,6 @@ ADDRESS = "127.0.0.1:8000"
 
 UP_TO_READY = re.compile(r"\A(?:.*\n)*?.* info    ready: .*\n")
 """What is in the log before the first request."""
-
-
-def pattern(expected: str) -> str:
-    """``...`` is any text within a line, and as a line of its own any lines."""
-    lines = [".*".join(re.escape(part) for part in line.split("...")) for line in expected.splitlines()]
-    return "".join("(?:.*\n)*" if line == ".*" else f"{line}\n" for line in lines)
 
 
 class Reader:
@@ -85,13 +80,13 @@ def test_the_first_quarter_of_an_hour(flaskd: Flaskd) -> None:
     assert app.count("\n    time.sleep(10)\n") == 1
     flaskd.write("app.py", app.replace("\n    time.sleep(10)\n", WAITS))
     reader = Reader(flaskd)
-    commands = 0
-    for block in re.findall(r"^```console\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL):
-        for command, expected in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
+    typed = 0
+    for _, commands in screens(ROOT / "docs" / "first-steps.md"):
+        for command, expected in commands:
             answer = reader.typed(command.replace(ADDRESS, reader.address)).replace(reader.address or ADDRESS, ADDRESS)
-            assert re.fullmatch(pattern(expected), answer), f"$ {command}\n{answer}\ninstead of\n{expected}"
-            commands += 1
-    assert commands >= 25
+            check(command, answer, expected)
+            typed += 1
+    assert typed >= 25
     assert [process.communicate(timeout=PATIENCE)[0] for process in reader.behind] == [b"done\n"]
 
 

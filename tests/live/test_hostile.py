@@ -251,7 +251,7 @@ def test_silent_clients_make_room_for_the_operator(flaskd: Flaskd) -> None:
     assert flaskd.stop() == 0
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_somebody_without_a_home(flaskd: Flaskd) -> None:
     """A user without a home, runtime and state directory can run flaskd, with nodes in /tmp."""
     for name in ("HOME", "RUNTIME_DIRECTORY", "STATE_DIRECTORY"):

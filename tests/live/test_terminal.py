@@ -1,81 +1,16 @@
 """Client verbs in a real terminal (a pseudo-terminal here), and without one."""
 
-import contextlib
-import fcntl
 import json
 import os
-import pty
 import re
-import select
 import signal
-import struct
 import subprocess
 import sys
 import termios
-import time
-from collections.abc import Iterator
 
 from daemon_kit import NOBODY, Flaskd
 from patience import PATIENCE
-
-
-class Terminal:
-    """A client verb in a terminal of its own."""
-
-    def __init__(self, flaskd: Flaskd, *args: str, columns: int = 80, job: bool = False) -> None:
-        self.master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
-        self.before = termios.tcgetattr(slave)
-        self.slave = slave
-        env = {key: value for key, value in flaskd.env.items() if key not in {"NO_COLOR", "COLUMNS", "LINES"}}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "flaskd", *args],
-            cwd=flaskd.directory, env={**env, "TERM": "xterm"}, stdin=slave, stdout=slave, stderr=slave,
-            start_new_session=not job, process_group=0 if job else None,
-        )  # fmt: skip
-        self.shown = ""
-
-    def until(self, pattern: str) -> str:
-        """Wait until the terminal shows something that matches."""
-        end = time.monotonic() + PATIENCE
-        while not re.search(pattern, self.shown):
-            assert time.monotonic() < end, f"no {pattern} in:\n{self.shown}"
-            self._read(0.2)
-        return self.shown
-
-    def _read(self, seconds: float) -> None:
-        if select.select([self.master], [], [], seconds)[0]:
-            self.shown += os.read(self.master, 65536).decode()
-
-    def press(self, key: str) -> None:
-        os.write(self.master, key.encode())
-
-    def wait(self) -> int:
-        """Wait for the end; returns the exit code, after all output was read."""
-        end = time.monotonic() + PATIENCE
-        while self.process.poll() is None:
-            assert time.monotonic() < end, self.shown
-            self._read(0.05)
-        while select.select([self.master], [], [], 0)[0]:
-            self._read(0)
-        return self.process.returncode
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-        os.close(self.master)
-        os.close(self.slave)
-
-
-@contextlib.contextmanager
-def terminal(flaskd: Flaskd, *args: str, columns: int = 80, job: bool = False) -> Iterator[Terminal]:
-    """With `job` it is a job of this process, as in a shell; without, no process can continue it."""
-    opened = Terminal(flaskd, *args, columns=columns, job=job)
-    try:
-        yield opened
-    finally:
-        opened.close()
+from terminal_kit import terminal
 
 
 def test_top_in_a_terminal(flaskd: Flaskd) -> None:
@@ -115,6 +50,40 @@ def test_an_answer_is_written_whatever_standard_output_can_say(flaskd: Flaskd) -
     assert flaskd.client("check", "日.yaml") == (0, "\\u65e5.yaml: OK\n", "")
     code, out, _ = flaskd.client("check", "--json", "日.yaml")
     assert (code, json.loads(out)["config"]) == (0, "日.yaml")
+
+
+def test_top_at_the_size_that_the_terminal_gets(flaskd: Flaskd) -> None:
+    """It is drawn again as soon as the terminal is made narrower, not with the next look; Ctrl-C typed there ends it."""
+    flaskd.start()
+    held = flaskd.hold()
+    with terminal(flaskd, "top", "--interval", "3600") as top:
+        top.until(r"running .*GET /hold")
+        top.shown = ""
+        top.resize(40, 12)
+        shown = top.until(r"q quits[\s\S]*95 % queued").rpartition("\x1b[H")[2]
+        lines = [re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", line) for line in shown.split("\r\n")]
+        assert max(map(len, lines)) <= 40
+        assert len(lines) == 12
+        top.press("\x03")
+        assert top.wait() == 0
+        assert termios.tcgetattr(top.slave) == top.before
+    flaskd.gate.open()
+    assert held.result() == (200, b"held")
+    assert flaskd.stop() == 0
+
+
+def test_ctrl_c_typed_while_a_stop_is_waited_for(flaskd: Flaskd) -> None:
+    """It ends the waiting alone, and says so: the stop goes on, and loses nothing."""
+    flaskd.start()
+    held = flaskd.hold()
+    with terminal(flaskd, "stop", "--wait") as stop:
+        stop.until(r"stopping ░+ ")
+        stop.press("\x03")
+        assert stop.wait() == 130
+        assert stop.shown.replace("\r\n", "\n").endswith("flaskd: not waiting any more; the stop goes on\n")
+    flaskd.gate.open()
+    assert held.result() == (200, b"held")
+    assert flaskd.wait() == 0
 
 
 def test_top_outlives_the_daemon(flaskd: Flaskd) -> None:
@@ -200,7 +169,7 @@ def test_a_stop_with_a_bar(flaskd: Flaskd) -> None:
     flaskd.start()
     held = flaskd.hold()
     with terminal(flaskd, "stop", "--wait", columns=100) as stop:
-        stop.until(r"stopping ░+ [\d.]+m?s, 1 in flight, oldest [\d.]+m?s GET /hold")
+        stop.until(r"stopping ░+ [\d.]+m?s, at most 2\ds left, 1 in flight, oldest [\d.]+m?s GET /hold")
         flaskd.gate.open()
         stop.until(r"✓\x1b\[0m first: ok in ")
         stop.until(r"; cleanup: second")
@@ -239,8 +208,8 @@ def test_a_drain_where_there_is_no_terminal(flaskd: Flaskd) -> None:
         cwd=flaskd.directory, env=flaskd.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert drain.stderr is not None
-    assert drain.stderr.readline() == ".. in_flight=1\n"
-    assert re.fullmatch(r"\.\. in_flight=1 oldest=[\d.]+m?s GET /hold\n", drain.stderr.readline())
+    assert drain.stderr.readline() == ".. in_flight=1 left=15s\n"
+    assert re.fullmatch(r"\.\. in_flight=1 left=[\d.]+s oldest=[\d.]+m?s GET /hold\n", drain.stderr.readline())
     flaskd.gate.open()
     out, _ = drain.communicate(timeout=PATIENCE)
     assert out.startswith("drained completed=1 rejected=0 cut=0 took=")

@@ -167,7 +167,7 @@ def test_resume_forgets_the_wait(export):
 
 def test_a_report_without_it_is_as_ever():
     """Without background work the report does not mention any."""
-    assert str(DrainReport()) == "completed=0 rejected=0 cut=0 took=0.0s"
+    assert str(DrainReport()) == "completed=0 rejected=0 cut=0 took=0s"
     assert "background" not in DrainReport().as_json()
 
 

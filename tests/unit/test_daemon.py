@@ -485,10 +485,10 @@ def test_who_waits_for_workers_hears_that_they_start():
     living, configuration = renewing(reloading := Reply())
     living.serving.scale = lambda count, told: scaled.append(told)
     scaled = []
-    living.on(ScaleAsked(3, reply=(scaling := Reply())), WorkersStart(1, 0.5))
+    living.on(ScaleAsked(3, reply=(scaling := Reply())), WorkersStart(1, 0.5, 59.5))
     assert (reloading.all, scaling.all) == (["progress"], ["progress"])
     scaled[0](None)
-    living.on(Renewed(configuration, None, 2), WorkersStart(1, 5.5))
+    living.on(Renewed(configuration, None, 2), WorkersStart(1, 5.5, 54.5))
     assert (reloading.all, scaling.all) == (["reloaded"], ["scaled"])
 
 

@@ -6,8 +6,8 @@ import pytest
 from patience import PATIENCE
 
 from flaskd.ledger import Cut
-from flaskd.present import request_lines, thread_lines
-from flaskd.stacks import folded, stack_of
+from flaskd.present import record_lines, request_lines, thread_lines
+from flaskd.stacks import folded, folded_dump, stack_of, together
 
 SITE = "/srv/shop/.venv/lib/python3.12/site-packages"
 
@@ -50,6 +50,37 @@ def test_what_the_app_calls_is_folded_below_it():
         f'  File "{SITE}/flask_login/utils.py", line 290, in decorated_view',
         "    decorated_view()",
     ]
+
+
+def test_a_library_that_the_app_calls_is_folded_below_the_apps_line():
+    """A request that waits for another server shows the app's line first, and what that waits in."""
+    inner = (f"{SITE}/requests/api.py", 73, "get"), ("/usr/lib/python3.12/ssl.py", 1166, "read")
+    assert folded(_stack(*OUTER, VIEW, *inner)).splitlines() == [
+        '  File "/srv/shop/views.py", line 12, in report',
+        "    report()",
+        "  ... calls 2 frames of ssl, requests",
+        "  ... called by 4 frames of flask, waitress, flaskd, threading",
+    ]
+
+
+def test_several_stacks_are_each_folded_and_equal_ones_shown_once():
+    """As those of the threads of an executor that a cleanup step gave up; a traceback stays as it is."""
+    other = ("/srv/shop/views.py", 90, "export")
+    shown = folded(together([_stack(*OUTER, VIEW), _stack(*OUTER, other), "", _stack(*OUTER, VIEW)]))
+    assert shown == f"  2 threads:\n{folded(_stack(*OUTER, VIEW))}\n\n{folded(_stack(*OUTER, other))}"
+    chain = "Traceback (most recent call last):\n" + _stack(VIEW) + "\n\nDuring handling\n\nTraceback"
+    assert folded(chain) == chain
+
+
+def test_what_faulthandler_writes_is_folded():
+    """Of a worker that hangs: its threads that are at the same place are told with their number."""
+    frames = [f'  File "{path}", line {line} in {name}' for path, line, name in (*OUTER, VIEW)][::-1]
+    hung = "\n".join(["(most recent call first):", *frames])
+    dump = f"Thread 0x00007f01 {hung}\n\nThread 0x00007f02 [shop] {hung}\n\nCurrent thread 0x00007f03 {hung}\n"
+    place = f"{frames[0]}\n  ... called by 4 frames of flask, waitress, flaskd, threading"
+    assert folded_dump(dump) == f"3 threads:\n{place}"
+    assert folded_dump(f"Thread 0x00007f02 [shop] {hung}\n") == f"Thread 0x00007f02 [shop]:\n{place}"
+    assert folded_dump("") == ""
 
 
 def test_of_a_stack_without_the_app_the_innermost_call_stays():
@@ -136,3 +167,21 @@ def test_what_was_cut_is_told_with_its_stack_folded():
     cut = Cut(1, "::1", "GET", "/", 1.0, "running", stack=stack, reason="late")
     assert cut.with_stack() == f"cut {cut}\n{folded(stack)}"
     assert cut.as_json()["stack"] == stack
+
+
+def test_what_was_cut_at_the_same_place_is_told_with_one_stack():
+    """Each request has its entry in the log, and the last of them the stack; in the record they stand together."""
+    stacks = [_stack(*OUTER, VIEW), "", _stack(*OUTER, VIEW)]
+    first, queued, last = (
+        Cut(number, "::1", "GET", "/", 1.0, "running", stack=stack, reason="late")
+        for number, stack in enumerate(stacks)
+    )
+    place = folded(stacks[0])
+    assert [*Cut.all_with_stacks([first, queued, last])] == [
+        (first, f"cut {first}"),
+        (last, f"cut {last}\n  2 requests were here:\n{place}"),
+        (queued, f"cut {queued}"),
+    ]
+    lines = record_lines({"cut": [each.as_json() for each in (first, queued, last)]})
+    at = lines.index("2 requests:")
+    assert lines[at + 1 : at + 4] == [*["  cut: GET / (running for 1.0s): late"] * 2, f"    {place.splitlines()[0]}"]

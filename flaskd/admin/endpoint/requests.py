@@ -133,8 +133,8 @@ class Requests:
         finally:
             tell_no_more(self._notify)
         report = DrainReport(completed, rejected, cut, self._clock() - began, left_behind())
-        for each in report.cut:
-            log.warning(each.with_stack(), extra={"fields": each.as_json()})
+        for each, told in Cut.all_with_stacks(report.cut):
+            log.warning(told, extra={"fields": each.as_json()})
         return report
 
     def cut(self, reason: str) -> tuple[Cut, ...]:

@@ -11,7 +11,7 @@ from flaskd.cleanup.ending import joined, live_action
 from flaskd.cleanup.kinds import Kind
 from flaskd.cleanup.targets import TargetFields
 from flaskd.config import Phase
-from flaskd.stacks import stack_of
+from flaskd.stacks import stack_of, together
 
 
 def stop_executor(executor: Any, context: StepContext, _fields: TargetFields) -> str | None:
@@ -31,7 +31,7 @@ def stop_executor(executor: Any, context: StepContext, _fields: TargetFields) ->
     cancelled = _cancel_waiting(inside.get("_work_queue")) + sum(each.future.cancel() for each in pending.values())
     said = [f"{len(busy)} still busy", f"{cancelled} cancelled" if cancelled else ""]
     cut = (f"{cancelled} {'job' if cancelled == 1 else 'jobs'} not begun",) if cancelled else ()
-    raise StepTimedOutError(", ".join(filter(None, said)), "".join(stack_of(thread) for thread in busy), cut)
+    raise StepTimedOutError(", ".join(filter(None, said)), together(map(stack_of, busy)), cut)
 
 
 def _cancel_waiting(jobs: queue.SimpleQueue[Any] | None) -> int:

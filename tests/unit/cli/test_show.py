@@ -4,6 +4,7 @@ import fcntl
 import io
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import termios
 import pytest
 
 from flaskd.cli import show
-from flaskd.cli.top import Look, _draw, fitting, page, quantile, rates
+from flaskd.cli.answers import answer, quantile
+from flaskd.cli.bar import Bar
+from flaskd.cli.top import Look, _draw, fitting, page, rates
 from flaskd.protocol import summary
 from flaskd.server import Tally
 
@@ -22,6 +25,7 @@ BOUNDS = Tally().as_json()["bounds"]
 def status(**more):
     return {
         "result": "ready", "state": "ready", "for": 11522.4, "uptime": 11530.0, "pid": 123, "app": "shop.wsgi:app",
+        "name": "flaskd", "left": None, "requests": [],
         "listen": ["127.0.0.1:8000"], "in_flight": 0, "queued": 0, "threads": 8, "busy": 0, "connections": 0,
         "completed": 0, "tally": Tally().as_json(), **more,
     }  # fmt: skip
@@ -36,29 +40,69 @@ def test_the_status_page():
         last_reload={"ok": False, "time": "T", "fault": "f.yaml:1:1 a: expected b"},
         last_stop={"reason": "signal: SIGTERM", "started": "T", "took": 4.1, "cut": 1, "failed": 2},
         background=[{"name": "export", "age": 3.04, "thread": "pool-1"}], config="/etc/flaskd/flaskd.yaml",
-        version="1.2.3", memory=41 << 20,
+        version="1.2.3", memory=41 << 20, recent={"seconds": 60.0, "counts": [0, 0, 540, 60, *([0] * 10)]},
     )  # fmt: skip
-    assert show.answer("status", fields) == (
-        "ready for 3h12m2s, shop.wsgi:app, pid 123\n"
+    assert answer("status", fields) == (
+        "ready for 3h12m2s, up for 3h12m10s, shop.wsgi:app, pid 123\n"
         "  listen       127.0.0.1:8000\n"
         "  requests     12 in flight, 4 of them queued; oldest GET /export (running for 4.2s in flaskd-thread-3)\n"
         "  answered     120,333, 2 4xx, 1 5xx, 4 rejected\n"
-        "  threads      8 of 8 busy\n"
+        "  recently     10.0 answers a second in the last 1m; 50 % took <= 25ms, 95 % <= 50ms\n"
+        "  threads      8 of 8 busy: all of them\n"
         "  connections  43\n"
         "  background   export (for 3s in pool-1)\n"
         "  last reload  failed, T: f.yaml:1:1 a: expected b\n"
         "  last stop    T, signal: SIGTERM, took 4.1s, 1 cut, 2 cleanup steps failed\n"
         "  config       /etc/flaskd/flaskd.yaml\n"
-        "  flaskd       1.2.3, up for 3h12m10s, 41 MiB"
+        "  flaskd       1.2.3, 41 MiB of memory\n"
+        "next:\n"
+        "  flaskd requests --stacks               where they are in the code of the app\n"
+        "  flaskd check /etc/flaskd/flaskd.yaml   is the configuration valid now?\n"
+        "  flaskd reload                          try again"
     )
 
 
-@pytest.mark.parametrize(("state", "undo"), [("drained", True), ("draining", True), ("stopping", False)])
+@pytest.mark.parametrize(
+    ("state", "undo"),
+    [("drained", "resume --name shop "), ("draining", "resume --name shop "), ("stopping", "stop --name shop --now ")],
+)
 def test_the_status_says_who_asked_for_a_drain(state, undo):
-    """When, by whom, and how to undo it, which a stop cannot be."""
-    page = show.answer("status", status(state=state, drain={"time": "T", "by": "control: uid=0 pid=7"}))
-    said = "  drain        asked for T by control: uid=0 pid=7"
-    assert said + ('; "flaskd resume" undoes it' if undo else "") in page.splitlines()
+    """When, by whom, how long it may still take, and by which command it is undone, or a stop is cut short."""
+    fields = status(state=state, name="shop", left=12.0, drain={"time": "T", "by": "control: uid=0 pid=7"})
+    page = answer("status", fields).splitlines()
+    assert page[0] == f"{state} for 3h12m2s, at most 12s left, up for 3h12m10s, shop.wsgi:app, pid 123"
+    assert "  drain        asked for T by control: uid=0 pid=7" in page
+    assert page[page.index("next:") + 1].startswith(f"  flaskd {undo}")
+
+
+@pytest.mark.parametrize(
+    ("more", "command"),
+    [
+        ({}, ""),
+        ({"queued": 1}, "requests --stacks"),
+        ({"busy": 8}, "requests --stacks"),
+        ({"trouble": "a thread is lost"}, "threads --stacks"),
+        ({"trouble": "it grows", "workers": {"ready": 1, "wanted": 1, "generations": [1], "died": 0}}, "workers"),
+        ({"workers": {"ready": 0, "wanted": 1, "generations": [], "died": 1}}, "workers"),
+        ({"last_reload": {"ok": True, "time": "T"}}, ""),
+        ({"last_reload": {"ok": False, "time": "T", "fault": "f"}}, "check"),
+    ],
+)
+def test_the_status_says_what_to_do_next(more, command):
+    """One command for each thing that is not as it should be, and none where all is well."""
+    lines = answer("status", status(**more)).splitlines()
+    told = lines[lines.index("next:") + 1].strip() if "next:" in lines else ""
+    assert told.startswith(f"flaskd {command}" if command else "")
+    assert bool(told) is bool(command)
+
+
+def test_busy_threads_and_a_queue_stand_out(monkeypatch):
+    """By a word, and by a colour where there is one."""
+    monkeypatch.setattr(show, "coloured", lambda text, colour, stream=None: f"<{text}>")
+    lines = answer("status", status(busy=8, in_flight=10, queued=2)).splitlines()
+    assert "  requests     10 in flight<, 2 of them queued>" in lines
+    assert "  threads      <8 of 8 busy: all of them>" in lines
+    assert "  threads      7 of 8 busy" in answer("status", status(busy=7)).splitlines()
 
 
 @pytest.mark.parametrize(("ready", "state", "told"), [(0, "ready", True), (1, "ready", False), (0, "drained", False)])
@@ -66,7 +110,7 @@ def test_the_status_says_that_no_worker_is_ready(ready, state, told):
     """The state alone would say that all is well; a drained flaskd has none anyway."""
     workers = {"ready": ready, "wanted": 2, "generations": [1][:ready], "died": 2}
     work = [{"name": "in worker 1", "age": 0.0, "thread": ""}]
-    page = show.answer("status", status(state=state, workers=workers, background=work)).splitlines()
+    page = answer("status", status(state=state, workers=workers, background=work)).splitlines()
     assert (", but no worker is ready, " in page[0]) is told
     assert f"  workers      {ready} of 2 ready, generation {'1' if ready else 'none'}; 2 died" in page
     assert "  background   in worker 1" in page
@@ -76,14 +120,14 @@ def test_the_status_says_what_became_of_limits():
     """How many workers reached which one, and why one cannot be kept."""
     recycled = {"max_requests": 0, "max_age": 0, "max_memory": 3}
     workers = {"ready": 2, "wanted": 2, "generations": [1], "died": 0, "recycled": recycled}
-    page = show.answer("status", status(workers=workers, trouble="worker 0 grows")).splitlines()
+    page = answer("status", status(workers=workers, trouble="worker 0 grows")).splitlines()
     assert "  workers      2 of 2 ready, generation 1; 3 recycled (3 for max_memory)" in page
     assert "  trouble      worker 0 grows" in page
 
 
 def test_a_stop_of_which_nothing_can_be_read_lost_nobody_knows_what():
     """The status page says that the record is damaged, and not that nothing was lost."""
-    told = show.answer("status", status(last_stop=summary({"damaged": "no JSON"})))
+    told = answer("status", status(last_stop=summary({"damaged": "no JSON"})))
     assert told.splitlines()[-1] == "  last stop    cannot be read: no JSON"
 
 
@@ -112,7 +156,7 @@ def test_the_bar_tells_how_a_stop_goes(monkeypatch):
     """It fills as requests are answered, ages the oldest by itself, and leaves each step that is over above it."""
     monkeypatch.setenv("NO_COLOR", "1")
     stream = Terminal()
-    bar = show.Bar("stop", stream)
+    bar = Bar("stop", stream)
     assert bar.text() == "stopping ..."
     oldest = {"method": "GET", "path": "/export", "age": 30.2}
     bar.update({"in_flight": 4, "oldest": oldest})
@@ -122,6 +166,7 @@ def test_the_bar_tells_how_a_stop_goes(monkeypatch):
     assert bar.text().endswith(", 1 in flight, oldest 30s GET /export, 2 in the background; cleanup: close-db, warm")
     assert bar.text(40).startswith("stopping ████░░ ")
     bar.update({"policy": "close-db", "fate": "ok", "took": 0.25})
+    assert bar.text().endswith("; cleanup: warm")  # a step that is over is not shown as running
     bar.update({"policy": "warm", "fate": "timed_out", "took": 5.0})
     bar.close()
     shown = stream.getvalue()
@@ -130,11 +175,27 @@ def test_the_bar_tells_how_a_stop_goes(monkeypatch):
     assert shown.endswith("\r\x1b[K")
 
 
+def test_the_bar_says_how_much_time_is_left_at_most():
+    """It counts down by itself between two words of the daemon; a reload with workers waits for those that start."""
+    bar = Bar("drain", Terminal())
+    bar.update({"in_flight": 1, "left": 14.6})
+    assert re.fullmatch(r"draining ░{20} \S+, at most 15s left, 1 in flight", bar.text())
+    bar._heard -= 10  # noqa: SLF001 - as if that was 10 s ago
+    assert ", at most 5s left, " in bar.text()
+    bar._heard -= 10  # noqa: SLF001
+    assert ", at most 0s left, " in bar.text()
+    bar.close()
+    bar = Bar("reload", Terminal())
+    bar.update({"starting": 2, "age": 5.0, "left": 55.0})
+    assert re.fullmatch(r"reloading \S+, at most 55s left, 2 workers starting", bar.text())
+    bar.close()
+
+
 def test_a_bar_for_terminals_without_unicode():
     """It is drawn with what the terminal's encoding has."""
     stream = Terminal()
     stream.encoding = "ascii"
-    bar = show.Bar("drain", stream)
+    bar = Bar("drain", stream)
     bar.update({"in_flight": 2})
     bar.update({"in_flight": 1})
     bar.close()
@@ -149,7 +210,7 @@ def test_the_bar_is_as_wide_as_its_own_terminal(monkeypatch):
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 40, 0, 0))
     stream = Terminal()
     monkeypatch.setattr(stream, "fileno", lambda: slave)
-    bar = show.Bar("drain", stream)
+    bar = Bar("drain", stream)
     bar.update({"in_flight": 4, "oldest": {"method": "GET", "path": "/a" * 40, "age": 1.0}})
     bar.close()
     os.close(master)
@@ -191,7 +252,7 @@ def look(when, answered, errors=0, **more):
     tally = Tally(statuses=[0, 0, answered - errors, 0, 0, errors])
     for _ in range(answered):
         tally.took.add(0.02)
-    return Look(when, status(tally=tally.as_json(), **more), [])
+    return Look(when, status(tally=tally.as_json(), **more))
 
 
 def test_rates_are_between_two_looks():
@@ -199,11 +260,11 @@ def test_rates_are_between_two_looks():
     assert rates(None, look(5.0, 1153, uptime=11.53)).rate == pytest.approx(100)
     measured = rates(look(5.0, 100), look(7.0, 160, errors=10))
     assert (measured.rate, measured.errors, measured.half, measured.most) == (30, 5, 0.025, 0.025)
-    assert rates(look(5.0, 3), look(7.0, 7, uptime=0.7)).rate == pytest.approx(10)
+    assert rates(look(5.0, 3), look(7.0, 7, uptime=0.7, pid=124)).rate == pytest.approx(10)
 
 
 @pytest.mark.parametrize(
-    ("width", "height"), [(200, 50), (80, 24), (66, 12), (50, 30), (20, 15), (5, 3), (80, 6), (60, 1)]
+    ("width", "height"), [(200, 50), (80, 24), (69, 13), (50, 30), (20, 15), (5, 3), (80, 6), (60, 1)]
 )
 def test_the_page_of_top_fits(width, height):
     """No line is wider than the terminal, and the first, with the state, stays; what does not fit below is counted."""
@@ -212,7 +273,7 @@ def test_the_page_of_top_fits(width, height):
          "thread": "w", "sent": 10**i, "stack": ""}
         for i in range(30)
     ]  # fmt: skip
-    seen = Look(0.0, status(in_flight=30, reason="signal: SIGTERM", cleanup=["close-db"]), requests)
+    seen = Look(0.0, status(in_flight=30, reason="signal: SIGTERM", cleanup=["close-db"], requests=requests))
     lines = page(seen, rates(None, seen), width, height)
     assert max(map(len, lines)) <= width
     assert len(lines) <= height
@@ -223,8 +284,22 @@ def test_the_page_of_top_fits(width, height):
 
 def test_the_page_of_top_says_what_is_wrong():
     """As the status does."""
-    seen = Look(0.0, status(trouble="worker 0 grows"), [])
-    assert "  trouble: worker 0 grows" in page(seen, rates(None, seen), 80, 24)
+    seen = Look(0.0, status(trouble="worker 0 grows", busy=8, queued=3))
+    lines = page(seen, rates(None, seen), 80, 24)
+    assert "  trouble: worker 0 grows" in lines
+    assert "  queue: 3 waiting for a thread; see flaskd requests --stacks" in lines
+    calm = Look(0.0, status())
+    assert "queue:" not in "".join(page(calm, rates(None, calm), 80, 24))
+
+
+def test_the_page_of_top_says_its_keys_and_what_its_numbers_are_of():
+    """Where a key is heard; a rate is of the seconds between two looks, at first of those since the start."""
+    seen = look(7.0, 160, uptime=7200.0)
+    assert page(seen, rates(None, seen), 80, 24)[1] == "q quits; rates are of the last 2h"
+    assert page(seen, rates(look(5.0, 100), seen), 80, 24, keys=False)[1] == "rates are of the last 2s"
+    assert re.search(
+        r"answered +30.0/s .*\n +50 % took +<= 25ms ", "\n".join(page(seen, rates(look(5.0, 100), seen), 80, 24))
+    )
 
 
 def test_a_full_terminal_is_not_pushed_up(capsys):

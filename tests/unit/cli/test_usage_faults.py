@@ -1,6 +1,9 @@
 """What is said of a command line that cannot be understood: what to write instead, in one line, with exit code 64."""
 
+import flask.cli
 import pytest
+from foreign_options import OPTIONS
+from waitress.adjustments import Adjustments
 
 from flaskd import cli
 from flaskd.cli import foreign
@@ -50,6 +53,24 @@ def test_an_option_of_another_server_is_answered_with_flaskds_own(capsys, words,
     option = words.partition(" ")[0].partition("=")[0]
     assert line.startswith(f'flaskd: flaskd serve has no option "{option}"; ')
     assert instead in line
+
+
+def test_every_option_of_another_server_has_an_answer():
+    """Of gunicorn, uWSGI, uvicorn, granian and hypercorn, of the Waitress that is installed, and of ``flask run``."""
+    own = {option for each in cli.serve.params for option in each.opts}
+    waitress = {f"--{name.replace('_', '-')}" for name, _ in Adjustments._params}  # noqa: SLF001
+    flask_run = {option for each in flask.cli.run_command.params for option in [*each.opts, *each.secondary_opts]}
+    wanted = {*waitress, *flask_run, *(option for options in OPTIONS.values() for option in options.split())}
+    assert sorted(wanted - own - {"-h"} - foreign.FOR_SERVE.keys()) == []
+
+
+@pytest.mark.parametrize("app", ["shop:app", "shop.wsgi:create_app()", "app.py", "./wsgi.py"])
+def test_an_app_where_a_command_is_expected(capsys, app):
+    """It is answered with the command that serves it."""
+    assert said(capsys, app) == (
+        64,
+        f'flaskd: there is no command "{app}"; did you mean "serve {app}"? try "flaskd --help"\n',
+    )
 
 
 def test_every_key_that_is_named_is_there():

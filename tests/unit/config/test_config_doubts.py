@@ -78,7 +78,7 @@ def test_one_from_the_command_line(tmp_path):
 
 
 def test_a_step_that_may_take_longer_than_the_stop(tmp_path):
-    """A policy is named when its own timeout is too long; one that is disabled is not, and runs never."""
+    """A policy is named if its own timeout is too long, but not if it is disabled, because then it never runs."""
     path = tmp_path / "flaskd.yaml"
     policy = "{{use: files.remove, timeout: 1m, enabled: {}, with: {{paths: [x]}}}}"
     path.write_text(f"cleanup: {{policies: {{a: {policy.format('true')}, b: {policy.format('false')}}}}}\n")
@@ -87,7 +87,7 @@ def test_a_step_that_may_take_longer_than_the_stop(tmp_path):
 
 
 def test_an_interpolated_name_is_not_shown(tmp_path):
-    """That this machine has no such user or group is said all the same."""
+    """The doubt about an unknown user or group does not show an interpolated name."""
     text = "control: {group: '${env:WHO}', roles: {admin: '@${env:WHO}'}}"
     found = doubts(text, tmp_path, environ={"WHO": "no-such-group"})
     assert [each.partition(", as is interpolated here, ")[2] for each in found] == [

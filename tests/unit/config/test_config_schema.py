@@ -1,4 +1,4 @@
-"""The JSON Schema takes what a check takes, and refuses what it refuses, as far as a schema can say it."""
+"""The JSON Schema accepts and refuses the same as a check, as far as a schema can."""
 
 import json
 import random
@@ -25,7 +25,7 @@ BEYOND = re.compile(
     r"|another value|at least 4096|the name of a policy"
     r"|expected a path with \{worker\}|JSON can say|of at most \d+ KiB|in the phase|earlier|is fixed|to run in"
 )
-"""Faults that no schema tells: what keys are together, and what takes more than a pattern."""
+"""Faults that no schema reports: about keys together, and about more than a pattern can say."""
 
 NEEDED = {
     "server.trusted_proxy_count": {"server": {"trusted_proxy": "*"}},
@@ -36,7 +36,7 @@ NEEDED = {
     "shutdown.endpoint.credential": {"shutdown": {"endpoint": {"listen": ":1"}}},
     "shutdown.endpoint.allowed_hosts": {"shutdown": {"endpoint": {"listen": ":1", "token_file": "t"}}},
 }
-"""What has to stand beside a key."""
+"""Keys that must be there beside a key."""
 
 WHATEVER = [
     None, True, False, 0, 1, -1, 2, 8, 512, 513, 600, 1024, 1025, 660, 432, 2**31, 8000, 1.5, -0.5, "", " ", "x", "X", "0", "1",
@@ -68,7 +68,7 @@ FIELDS = {
 
 
 def document(path, value, needed):
-    """A configuration with a value at a path, and what has to stand beside it."""
+    """A configuration with a value at a path, and with the keys that must be beside it."""
     whole = json.loads(json.dumps(needed))
     inner = whole
     for part in path[:-1]:
@@ -78,7 +78,7 @@ def document(path, value, needed):
 
 
 def written(value):
-    """How a file may say it: nothing is null in three spellings, all else is as JSON has it."""
+    """The ways to write a value in a file: null in three spellings, all else as JSON has it."""
     text = json.dumps(value)
     yield text
     if value is None:
@@ -112,13 +112,13 @@ def agree(path, needed, place, seed):
 
 @pytest.mark.parametrize("key", KEYS)
 def test_the_schema_and_a_check_agree(key, tmp_path):
-    """Of whatever is written at a key, both say the same; what only a check can know is listed here."""
+    """Schema and check agree on every value of a key; what only a check can know is listed here."""
     agree(KEYS[key], NEEDED.get(key, {}), tmp_path / "flaskd.yaml", key)
 
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_the_schema_and_a_check_agree_on_fields(field, tmp_path):
-    """Likewise of what stands under `with`, for each action."""
+    """Schema and check agree on every value under `with`, for each action."""
     action, key = FIELDS[field]
     others = {
         each.key: EXAMPLES[each.key] for each in ACTIONS[action].fields.model_fields.values()
@@ -137,7 +137,7 @@ EXAMPLES = {
     "key", ["use", "phase", "timeout", "retries", "on_failure", "scope", "after", "when", "always", "enabled"]
 )
 def test_the_schema_and_a_check_agree_on_policies(key, tmp_path):
-    """Likewise of the keys of a policy."""
+    """Schema and check agree on every value of a policy's keys."""
     agree((*POLICY, key), {"cleanup": {"policies": {"it": {"use": "logging.flush"}}}}, tmp_path / "flaskd.yaml", key)
 
 
@@ -147,12 +147,12 @@ def test_the_schema_and_a_check_agree_on_policies(key, tmp_path):
     ids=str,
 )
 def test_files_of_the_project_are_valid(path):
-    """What a check takes of them, the schema does."""
+    """The schema accepts all files of the project that a check accepts."""
     assert takes(SCHEMA, yaml.safe_load(path.read_text()), SCHEMA)
 
 
 def test_it_has_a_name_an_example_and_the_text_of_each_action(tmp_path):
-    """An editor can show what an action does before it is chosen; the example passes a check without a doubt."""
+    """The schema has an `$id`, the text of each action for editors, and an example that passes a check without a doubt."""
     assert SCHEMA["$id"] == ID
     (tmp_path / "flaskd.yaml").write_text(yaml.safe_dump(EXAMPLE))
     assert load(tmp_path / "flaskd.yaml", actions=action_specs(), environ={}).doubts == ()
@@ -165,7 +165,7 @@ def test_it_has_a_name_an_example_and_the_text_of_each_action(tmp_path):
 
 
 def test_every_example_is_one(tmp_path):
-    """What the schema shows as an example of a key passes a check, where nothing else speaks against it."""
+    """Every example of a key passes a check, if nothing else prevents that."""
     shown = 0
     for path in KEYS.values():
         part = SCHEMA
@@ -179,6 +179,6 @@ def test_every_example_is_one(tmp_path):
 
 
 def definition_of(part):
-    """What a property refers to, where it does."""
+    """The definition that a property refers to, or the property itself."""
     (reference,) = [each["$ref"] for each in (part, *part.get("anyOf", ())) if "$ref" in each] or [""]
     return SCHEMA["$defs"][reference.removeprefix("#/$defs/")] if reference else part

@@ -1,4 +1,4 @@
-"""What is no YAML is told in plain words, with the line and a caret; whole output of each kind of fault."""
+"""Invalid YAML is reported in plain words, with the line and a caret; the whole output for each kind of fault."""
 
 import ast
 import json
@@ -457,12 +457,12 @@ TABLE = [
 
 @pytest.mark.parametrize(("text", "said", "line", "caret"), TABLE)
 def test_each_kind_of_fault(text, said, line, caret, tmp_path):
-    """The place, what is wrong, what to write; then the line with a caret under the place."""
+    """Each fault has its place, what is wrong and what to write; then the line with a caret under the place."""
     assert told(text, tmp_path).split("\n") == [said, line, caret]
 
 
 def raised_by(module):
-    """What a module of PyYAML says of each fault: what it was doing, and what it found."""
+    """The messages of a PyYAML module: what it was doing, and what it found."""
     for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
         if isinstance(node, ast.Raise) and getattr(getattr(node.exc, "func", None), "id", "") in {
             "ScannerError",
@@ -476,7 +476,7 @@ def raised_by(module):
 
 
 def test_every_fault_of_pyyaml_has_words():
-    """Whatever the scanner and the parser of the PyYAML that is installed refuse is in the table of words."""
+    """The table of words has every fault that the installed PyYAML's scanner and parser raise."""
     found = [*raised_by(yaml.scanner), *raised_by(yaml.parser)]
     assert len(found) > 30
     for context, problem in found:
@@ -487,7 +487,7 @@ def test_every_fault_of_pyyaml_has_words():
 
 
 def test_what_has_no_words_is_still_shown(tmp_path, monkeypatch):
-    """A fault that only a later PyYAML knows keeps PyYAML's own words, with its line and a caret."""
+    """A fault that only a later PyYAML has keeps PyYAML's own words, with its line and a caret."""
     monkeypatch.setattr(YamlFault, "WORDS", ())
     assert told("log: level: info", tmp_path) == (
         "1:11: expected YAML, got something else: mapping values are not allowed here\n"
@@ -502,7 +502,7 @@ def test_what_has_no_words_is_still_shown(tmp_path, monkeypatch):
     "@", "`", "?", "#", "\\", "\t", "---", "...", "\u65e5", "\u2028", "\x85", "\r", "\\U00110000",
 ]), max_size=14))  # fmt: skip
 def test_the_caret_is_in_the_line(tmp_path_factory, parts):
-    """Whatever is written, there is a configuration, or faults with a place that the file has."""
+    """Any text gives a configuration, or faults with places that the file has."""
     path = tmp_path_factory.getbasetemp() / "flaskd.yaml"
     path.write_text(text := "".join(parts), newline="")
     try:
@@ -549,13 +549,13 @@ def test_the_caret_stands_under_its_column(text, column, shown):
     ],
 )  # fmt: skip
 def test_what_may_be_a_secret_is_not_shown(text, shown, tmp_path):
-    """The log has the line, and whoever asks for a reload: values under `cleanup`, or under no section, are asterisks."""
+    """Values under `cleanup`, and outside of sections, become asterisks, because the line goes to log and clients."""
     assert f" | {shown}\n" in told(text, tmp_path)
     assert "hunter2" not in told(text, tmp_path)
 
 
 def test_sections_without_secrets_are_those_of_the_model():
-    """Of each section but `cleanup` the line is shown as it is, because none of its values is hidden."""
+    """The line of every section but `cleanup` is shown unchanged, because these have no hidden values."""
     named = set(_SECTION.pattern.split(")")[0].strip("(").split("|"))
     assert named == Config.model_fields.keys() - {"cleanup"}
     assert not any(each.kind.hides for name, section in Config.model_fields.items() if name in named
@@ -567,7 +567,7 @@ def test_sections_without_secrets_are_those_of_the_model():
 
 @pytest.mark.parametrize("verb", [("check",), ("plan", "--simulate-hang", "x", "-c"), ("serve", "-c")])
 def test_a_verb_shows_the_line(verb, tmp_path):
-    """On standard error, as it is; the exit code is that of a configuration at fault."""
+    """A verb writes the line to standard error; its exit code is that of a faulty configuration."""
     (tmp_path / "flaskd.yaml").write_text("server:\n  listen: [':8000'\n  threads: 4\n")
     done = subprocess.run(
         [sys.executable, "-m", "flaskd", *verb, "flaskd.yaml"],
@@ -584,7 +584,7 @@ def test_a_verb_shows_the_line(verb, tmp_path):
 
 
 def test_for_programs_it_is_line_and_column(tmp_path):
-    """`check --json` has them as numbers, and the message."""
+    """`check --json` has line and column as numbers, and the message without the line."""
     (tmp_path / "flaskd.yaml").write_text("log: level: info\n")
     done = subprocess.run(
         [sys.executable, "-m", "flaskd", "check", "--json"], cwd=tmp_path, capture_output=True, text=True, check=False

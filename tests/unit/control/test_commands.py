@@ -124,7 +124,7 @@ def test_nothing_that_could_forge_a_line_of_the_log():
         ("DRAIN", UnknownCommandError, '"DRAIN"; did you mean "drain"? try "help"'),
         ("drain fast", UsageError, 'drain does not know "fast"; it knows wait'),
         ("log-level a b", UsageError, "log-level takes one level, got 2"),
-        ("status wait", UsageError, 'status does not know "wait"; it takes none'),
+        ("health wait", UsageError, 'health does not know "wait"; it takes none'),
     ],
 )
 def test_words_that_mean_nothing(line, error, message):

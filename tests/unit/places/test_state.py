@@ -181,6 +181,19 @@ def test_without_a_crash_nothing_is_tidied_up(directory):
     assert (directory / ".x.flaskd-tmp").exists()
 
 
+def test_a_record_that_was_laid_ready_and_not_taken_is_removed(directory):
+    """A stop whose finalizers were cut ended without a word of Python's; the next start takes it away, and says nothing."""
+    state = opened(directory)
+    assert state.prepare({"took": 1.0}, unless={"took": 2.0}) is not None
+    state.close()
+    laid = directory / ".last-stop.json.flaskd-tmp"
+    assert laid.exists()
+    again = opened(directory)
+    assert not laid.exists()
+    assert again.last_stop() is not None
+    again.close()
+
+
 def test_metrics_that_cannot_be_tidied_up_are_a_warning(directory, tmp_path, caplog):
     """A missing directory of metrics costs one warning."""
     state = StateDirectory("shop", {"STATE_DIRECTORY": str(directory), "PROMETHEUS_MULTIPROC_DIR": "/nowhere"})

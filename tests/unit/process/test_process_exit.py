@@ -202,3 +202,34 @@ def test_an_executor_of_processes_is_no_business_of_the_exit():
 
 def bye(number):
     """An exit callback."""
+
+
+STARTS_THREADS = """
+import concurrent.futures, os, sys, threading
+from flaskd.process.exit import _waiting_jobs
+
+sys.setswitchinterval(1e-6)
+kept = [concurrent.futures.ThreadPoolExecutor(1) for _ in range(20)]
+for each in kept:
+    each.submit(int).result()
+
+def start():
+    while len(kept) < 1000:
+        kept.append(concurrent.futures.ThreadPoolExecutor(1))
+        kept[-1].submit(int)
+
+threads = threading.Thread(target=start)
+threads.start()
+while threads.is_alive():
+    list(_waiting_jobs())
+print("told", flush=True)
+os._exit(0)
+"""
+
+
+def test_what_is_unfinished_while_the_app_starts_threads():
+    """Threads of executors that begin in that moment make no list of waiting jobs fail."""
+    done = subprocess.run(
+        [sys.executable, "-c", STARTS_THREADS], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout, done.stderr) == ("told\n", "")

@@ -98,7 +98,7 @@ print(json.dumps({"fates": fates, "gates": gates, "accounts": accounts, "complet
 def test_clients_that_connect_in_a_drain_are_answered_or_refused(host, user):
     """Twelve clients reconnect all the time during ten drains: each is answered or refused, none is reset."""
     if user != os.geteuid() and os.geteuid() != 0:
-        pytest.skip("only root can become somebody else")
+        pytest.skip("only root can become another user")
     if host == "::1" and not HAS_IPV6:
         pytest.skip("this machine has no ::1")
     cycles = 10

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import logging
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from server_kit import PATIENCE, answers, app, connect, get, no_thread_left, ser
 
 import flaskd
 from flaskd.server import Limits
+from flaskd.server.account import Account, accounts
 from flaskd.server.limit_watch import LimitWatch
 
 AFTER = 0.2
@@ -288,6 +290,35 @@ def test_less_time_is_not_asked_for(serve, connect):
 def test_outside_a_request():
     """Outside of a request `more_time` returns False and does not raise: the app may run under another server."""
     assert flaskd.more_time(5) is False
+
+
+@pytest.fixture
+def restless():
+    """Runs a function again and again in another thread, which has its turn as often as can be."""
+    over, before, threads = threading.Event(), sys.getswitchinterval(), []
+
+    def run(function):
+        def loop():
+            while not over.is_set():
+                function()
+
+        threads.append(threading.Thread(target=loop))
+        threads[0].start()
+
+    sys.setswitchinterval(1e-6)
+    yield run
+    over.set()
+    for each in threads:
+        each.join()
+    sys.setswitchinterval(before)
+
+
+def test_more_time_while_servers_come_and_go(restless):
+    """Another thread that starts one makes no request's wish for more time fail."""
+    kept = [Account(SimpleNamespace()) for _ in range(20)]
+    restless(lambda: [Account(SimpleNamespace()) for _ in range(5)])
+    assert not any(flaskd.more_time(5) for _ in range(2000))
+    assert len(kept) <= len(accounts)
 
 
 @pytest.mark.parametrize("seconds", [-1, float("inf"), float("nan"), "5", None, True])

@@ -1,0 +1,72 @@
+"""The options of other servers: all of gunicorn 27, uvicorn 0.54, granian 2.8, hypercorn 0.18, and many of uWSGI 2.0."""
+
+OPTIONS = {
+    "gunicorn": (
+        "--access-logfile --access-logformat --asgi-disconnect-grace-period --asgi-lifespan --asgi-loop --backlog "
+        "--bind --ca-certs --capture-output --casefold-http-method --cert-reqs --certfile --chdir --check-config "
+        "--ciphers --config --control-socket --control-socket-mode --daemon --dirty-app --dirty-graceful-timeout "
+        "--dirty-threads --dirty-timeout --dirty-workers --disable-redirect-access-to-syslog "
+        "--do-handshake-on-connect --dogstatsd-tags --enable-backlog-metric --enable-stdio-inheritance --env "
+        "--error-logfile --forwarded-allow-ips --forwarder-headers --graceful-timeout --group --header-map "
+        "--http-parser --http-protocols --http2-cleartext --http2-initial-window-size "
+        "--http2-max-concurrent-streams --http2-max-frame-size --http2-max-header-list-size --initgroups "
+        "--keep-alive --keyfile --limit-request-field_size --limit-request-fields --limit-request-line "
+        "--log-config --log-config-json --log-file --log-level --log-syslog --log-syslog-facility "
+        "--log-syslog-prefix --log-syslog-to --logger-class --max-requests --max-requests-jitter --name "
+        "--no-control-socket --no-sendfile --paste --paste-global --paster --permit-obsolete-folding "
+        "--permit-unconventional-http-method --permit-unconventional-http-version --pid --preload --print-config "
+        "--protocol --proxy-allow-from --proxy-protocol --pythonpath --reload --reload-engine --reload-extra-file "
+        "--reuse-port --root-path --spew --ssl-version --statsd-host --statsd-prefix --strip-header-spaces "
+        "--suppress-ragged-eofs --threads --timeout --umask --user --uwsgi-allow-from --websocket-max-message-size "
+        "--worker-class --worker-connections --worker-tmp-dir --workers -D -R -b -c -e -g -k -m -n -p -t -u -w"
+    ),
+    "uvicorn": (
+        "--access-log --app-dir --backlog --date-header --env-file --factory --fd --forwarded-allow-ips "
+        "--h11-max-incomplete-event-size --header --host --http --http2 --interface --lifespan --limit-concurrency "
+        "--limit-max-requests --limit-max-requests-jitter --log-config --log-level --loop --no-access-log "
+        "--no-date-header --no-proxy-headers --no-server-header --no-use-colors --port --proxy-headers --reload "
+        "--reload-delay --reload-dir --reload-exclude --reload-include --reset-contextvars --root-path "
+        "--server-header --ssl-ca-certs --ssl-cert-reqs --ssl-certfile --ssl-ciphers --ssl-keyfile "
+        "--ssl-keyfile-password --ssl-version --timeout-graceful-shutdown --timeout-keep-alive "
+        "--timeout-worker-healthcheck --uds --use-colors --workers --ws --ws-max-queue --ws-max-size "
+        "--ws-per-message-deflate --ws-ping-interval --ws-ping-timeout"
+    ),
+    "granian": (
+        "--access-log --access-log-fmt --backlog --backpressure --blocking-threads --blocking-threads-idle-timeout "
+        "--env-files --factory --host --http --http1-buffer-size --http1-header-read-timeout --http1-keep-alive "
+        "--http1-pipeline-flush --http2-adaptive-window --http2-initial-connection-window-size "
+        "--http2-initial-stream-window-size --http2-keep-alive-interval --http2-keep-alive-timeout "
+        "--http2-max-concurrent-streams --http2-max-frame-size --http2-max-headers-size "
+        "--http2-max-send-buffer-size --interface --log --log-config --log-level --loop --metrics "
+        "--metrics-address --metrics-port --metrics-scrape-interval --no-access-log --no-factory "
+        "--no-http1-keep-alive --no-http1-pipeline-flush --no-http2-adaptive-window --no-log --no-metrics "
+        "--no-reload --no-reload-ignore-worker-failure --no-respawn-failed-workers --no-ssl-client-verify --no-ws "
+        "--pid-file --port --process-name --reload --reload-ignore-dirs --reload-ignore-paths "
+        "--reload-ignore-patterns --reload-ignore-worker-failure --reload-paths --reload-tick "
+        "--respawn-failed-workers --respawn-interval --rss-sample-interval --rss-samples "
+        "--runtime-blocking-threads --runtime-mode --runtime-threads --ssl-ca --ssl-certificate "
+        "--ssl-client-verify --ssl-crl --ssl-keyfile --ssl-keyfile-password --ssl-protocol-min "
+        "--static-path-dir-to-file --static-path-expires --static-path-mount --static-path-route --task-impl --uds "
+        "--uds-permissions --url-path-prefix --workers --workers-kill-timeout --workers-lifetime --workers-max-rss "
+        "--working-dir --ws"
+    ),
+    "hypercorn": (
+        "--access-log --access-logfile --access-logformat --backlog --bind --ca-certs --cert-reqs --certfile "
+        "--ciphers --config --daemon --debug --error-log --error-logfile --graceful-timeout --group "
+        "--insecure-bind --keep-alive --keyfile --keyfile-password --log-config --log-file --log-level "
+        "--max-requests --max-requests-jitter --pid --quic-bind --read-timeout --reload --root-path --server-name "
+        "--statsd-host --statsd-prefix --umask --user --verify-mode --websocket-ping-interval --worker-class "
+        "--workers -D -b -c -g -k -m -p -u -w"
+    ),
+    "uwsgi": (
+        "--http --http-socket --socket -s --wsgi-file --module -w --callable --mount --manage-script-name "
+        "--processes -p --workers --threads --master -M --harakiri --max-requests --max-worker-lifetime "
+        "--reload-on-rss --reload-on-as --buffer-size -b --die-on-term --enable-threads --vacuum --chmod-socket "
+        "--chown-socket --uid --gid --lazy-apps --lazy --cheaper --ini --yaml --xml --json --plugin --plugins "
+        "--virtualenv --venv -H --home --static-map --pythonpath --pp --chdir --logto --logto2 --disable-logging "
+        "--log-master --log-format --daemonize -d --pidfile --py-autoreload --touch-reload --stats "
+        "--single-interpreter --need-app --listen -l --post-buffering --limit-post --thunder-lock --https "
+        "--emperor --env --spooler --cron --worker-reload-mercy --reload-mercy --http-timeout --socket-timeout "
+        "--so-keepalive --procname-prefix --procname --auto-procname --gevent --async --skip-atexit"
+    ),
+}
