@@ -116,6 +116,7 @@ def test_what_a_client_or_a_file_names_is_text(flaskd: Flaskd, tab: Any) -> None
         assert tab.locator("body img").count() == 0
         assert HOSTILE in tab.inner_text("#before")
         tab.evaluate("void lost()")
+    tab.unroute_all(behavior="wait")
     assert flaskd.stop() == 0
 
 
