@@ -1,4 +1,4 @@
-"""What a daemon answered, as text for people: a page for each verb that has one, else its outcome in a line."""
+"""The answers of a daemon as text for people: a page for some verbs, for all others one line with the outcome."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flaskd.units import format_duration
 
 
 def answer(verb: str, fields: dict[str, Any]) -> str:
-    """An answer for people."""
+    """An answer to a verb, as text for people."""
     page, fields = _PAGES.get(verb), show.made_printable(fields)
     return page(fields) if page else _outcome(fields)
 
@@ -31,7 +31,7 @@ def _outcome(fields: dict[str, Any]) -> str:
 
 
 def status(fields: dict[str, Any]) -> str:
-    """The status as a page that one reads in five seconds; what is nothing is left out."""
+    """The status as a page of a few lines; rows that would say nothing are left out."""
     none_ready = fields["state"] in {"ready", "reloading"} and fields.get("workers") and not fields["workers"]["ready"]
     heads = [
         f"{show.state(fields['state'])} for {show.short(fields['for'])}",
@@ -71,13 +71,13 @@ def status(fields: dict[str, Any]) -> str:
 
 
 def named(fields: dict[str, Any]) -> str:
-    """The option that a command needs to find the daemon whose status that is; nothing for the usual name."""
+    """The option with which a command finds the daemon that has this status; empty for the usual name."""
     name = fields.get("name") or "flaskd"
     return "" if name == "flaskd" else f" --name {name}"
 
 
 def _next_steps(fields: dict[str, Any]) -> list[str]:
-    """What to do next: commands, each with what it is for; nothing where all is well."""
+    """The commands to type next, each with its purpose; empty if all is well."""
     which, config = named(fields), fields.get("config")
     state, workers, reload = fields["state"], fields.get("workers"), fields.get("last_reload")
     stop = (f"flaskd stop{which} --wait", "clean up, and end")
@@ -109,7 +109,7 @@ def _threads_now(fields: dict[str, Any]) -> str:
 
 
 def _recently(fields: dict[str, Any]) -> str:
-    """How many answers a second, and how long they took, in the last minute; nothing where there were none."""
+    """How many answers there were in a second of the last minute, and how long they took; empty if there were none."""
     recent = fields.get("recent") or {"counts": []}
     if not (answers := sum(recent["counts"])):
         return ""
@@ -121,7 +121,10 @@ def _recently(fields: dict[str, Any]) -> str:
 
 
 def quantile(counts: Sequence[int], bounds: Sequence[float], part: float) -> float | None:
-    """The upper bound of the bucket in which that part of all ends; None for nothing, infinity above the last bound."""
+    """The upper bound of the bucket that the given part of all values does not exceed; None if there are no values.
+
+    Infinity if it is above the last bound.
+    """
     wanted, seen = part * sum(counts), 0
     if not wanted:
         return None
@@ -133,14 +136,14 @@ def quantile(counts: Sequence[int], bounds: Sequence[float], part: float) -> flo
 
 
 def at_most(seconds: float | None) -> str:
-    """An upper bound, as `quantile` gives it."""
+    """An upper bound that `quantile` returned, as text."""
     if seconds is None:
         return "-"
     return f"> {format_duration(60.0)}" if seconds == float("inf") else f"<= {format_duration(seconds)}"
 
 
 def _itself(fields: dict[str, Any]) -> str:
-    """Which flaskd it is, and the memory of this one process."""
+    """The version of the daemon, and the memory of its own process."""
     if "version" not in fields:  # an older daemon
         return ""
     whose = " without its workers" if fields.get("workers") else ""
@@ -162,7 +165,7 @@ def _requests_now(fields: dict[str, Any]) -> str:
 
 
 def workers_now(workers: dict[str, Any] | None) -> str:
-    """The workers in a few words; nothing where there are none."""
+    """The workers in a few words; empty if there are none."""
     if not workers:
         return ""
     generations = ", ".join(map(str, workers["generations"])) or "none"
@@ -173,7 +176,7 @@ def workers_now(workers: dict[str, Any] | None) -> str:
 
 
 def limits(fields: dict[str, Any]) -> str:
-    """What the limits have done, in a few words; nothing where they did nothing."""
+    """How often each limit was reached, in a few words; empty if none was."""
     return ", ".join(f"{count:,} for {limit}" for limit, count in (fields.get("limited") or {}).items())
 
 
@@ -209,12 +212,12 @@ def _last_stop(entry: dict[str, Any] | None) -> str:
 
 
 def requests(fields: dict[str, Any]) -> str:
-    """Requests in flight, a line each, with the stacks that were asked for."""
+    """The requests in flight, one line each, with their stacks if these were asked for."""
     return "\n".join(request_lines(fields["requests"])) or "nothing is in flight"
 
 
 def threads(fields: dict[str, Any]) -> str:
-    """Threads, a line each, with the stacks that were asked for."""
+    """The threads, one line each, with their stacks if these were asked for."""
     return "\n".join(thread_lines(fields["list"]))
 
 

@@ -1,4 +1,4 @@
-"""How text for people and programs is written: printable, with colour where there is a terminal, in its encoding."""
+"""Writes text for people and programs: printable, in the encoding of the stream, with colours on a terminal."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ COLOURS = {
     "stopping": YELLOW, "ok": GREEN, "failed": RED, "timed_out": RED,
 }  # fmt: skip
 _TENTHS = 10.0
-"""Seconds below which tenths of them matter to people."""
+"""Seconds below which a time is shown with tenths."""
 
 
 def say(text: str) -> None:
-    """Write an answer to standard output; raises CannotCreateError where it cannot go, and BrokenPipeError."""
+    """Write an answer to standard output; raises BrokenPipeError, and CannotCreateError for every other fault."""
     try:
         click.echo(text)
     except BrokenPipeError:
@@ -37,9 +37,9 @@ def say(text: str) -> None:
 
 
 def discard_what_cannot_be_written() -> bool:
-    """Let what is left in a standard stream's buffer go nowhere, where it cannot go where it should.
+    """Drop what is left in the buffer of a standard stream that cannot be written; returns whether there was any.
 
-    It would fail once more at the exit, whose code would then be 120 (Py_FinalizeEx). Whether there was any.
+    The write would fail again at the exit, and change the exit code to 120 (Py_FinalizeEx).
     """
     discarded = False
     for stream in (sys.stdout, sys.stderr):
@@ -54,16 +54,16 @@ def discard_what_cannot_be_written() -> bool:
 
 
 def escape_what_cannot_be_encoded(errors: str) -> None:
-    """Let standard output take any text, where its encoding has not every character (`errors`: codecs).
+    """Make standard output accept any text; `errors` says how to write what its encoding lacks (codecs).
 
-    What has been done is done: an outcome that cannot be written down must not look like one that failed.
+    An action that succeeded must not look like one that failed because its outcome cannot be written.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors=errors)
 
 
 def drawable(wanted: str, instead: str, stream: TextIO | None = None) -> str:
-    """What to draw with on a stream, standard output if none is given: `instead` where its encoding lacks `wanted`."""
+    """Characters to draw with: `wanted`, or `instead` if the encoding of the stream (standard output) lacks them."""
     try:
         wanted.encode((sys.stdout if stream is None else stream).encoding or "ascii")
     except UnicodeEncodeError:
@@ -72,12 +72,12 @@ def drawable(wanted: str, instead: str, stream: TextIO | None = None) -> str:
 
 
 def for_programs(answer: Mapping[str, Any]) -> str:
-    """An answer for programs, in ASCII alone where standard output may not have all other characters."""
+    """An answer as JSON, in ASCII if standard output does not take all characters."""
     return json.dumps(answer, ensure_ascii=codecs.lookup(sys.stdout.encoding or "ascii").name != "utf-8")
 
 
 def coloured(text: str, colour: str, stream: TextIO | None = None) -> str:
-    """Put text in a colour (SGR, ECMA-48), where the stream is a terminal and $NO_COLOR is not set."""
+    """Text in a colour (SGR, ECMA-48) if the stream is a terminal and $NO_COLOR is not set; else as it is."""
     stream = sys.stdout if stream is None else stream
     if not colour or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb" or not stream.isatty():
         return text
@@ -85,16 +85,16 @@ def coloured(text: str, colour: str, stream: TextIO | None = None) -> str:
 
 
 def state(word: str) -> str:
-    """A state in its colour."""
+    """The word for a state, in its colour."""
     return coloured(word, COLOURS.get(word, ""))
 
 
 _IN_LINES = {"stack", "yaml", "text"}
-"""Fields of answers that have several lines."""
+"""The fields of answers whose text has several lines."""
 
 
 def made_printable(value: Any, key: str = "") -> Any:
-    """A field of an answer, with all in it, as it can be shown: what the app or a client named paints no terminal."""
+    """A field of an answer, made printable with all that it contains: apps and clients chose names in it."""
     if isinstance(value, str):
         return "\n".join(text.lines(value)) if key in _IN_LINES else text.escaped(value)
     if isinstance(value, list):
@@ -105,5 +105,5 @@ def made_printable(value: Any, key: str = "") -> Any:
 
 
 def short(seconds: float) -> str:
-    """Seconds as they are said: 4.1s, 12s, 3h2m5s."""
+    """Seconds as short text: 4.1s, 12s, 3h2m5s."""
     return format_duration(float(round(seconds)) if seconds >= _TENTHS else round(seconds, 1))

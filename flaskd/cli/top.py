@@ -23,22 +23,22 @@ from flaskd.text import escaped
 
 _QUEUE, _TROUBLE = "queue: ", "trouble: "
 _STAND_OUT = (f"  {_QUEUE}", f"  {_TROUBLE}")
-"""How the lines begin that stand out."""
+"""The beginnings of the lines that are drawn in a colour."""
 _RESIZED = 0.25
-"""Seconds after which it is looked whether the terminal has another size."""
+"""Seconds after which the size of the terminal is read again."""
 _QUIT = {b"q", b"Q", b"\x03", b""}
-"""Keys that end it, and the end of standard input."""
+"""The keys that end it; nothing is read at the end of standard input."""
 _NARROW = 69
-"""Characters below which the page has one column, and says less of each request."""
+"""The width in characters below which the table has one column, and a request fewer fields."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """What one look saw; `when` is a time.monotonic() moment."""
+    """One answer of the daemon, received at `when`, a time.monotonic() moment."""
 
     when: float
     status: dict[str, Any]
-    """With the requests in flight, the oldest first, of the same moment."""
+    """The status, with the requests in flight at the same moment, the oldest first."""
 
     @property
     def requests(self) -> list[dict[str, Any]]:
@@ -49,20 +49,20 @@ class Look:
 
 @dataclass(frozen=True)
 class Rates:
-    """What happened between two looks: answers a second, and half and 95 % of them took at most so many seconds."""
+    """What happened between two looks: answers and 5xx a second, and the time that 50 % and 95 % of answers took."""
 
     rate: float
     errors: float
     half: float | None
     most: float | None
     waited: float | None
-    """The same 95 %, of the wait for a thread."""
+    """The time that 95 % of the requests waited for a thread."""
     seconds: float
-    """What it is of: the seconds between the two looks."""
+    """The seconds between the two looks."""
 
 
 def rates(before: Look | None, now: Look) -> Rates:
-    """Compare two looks; with one alone, since the start."""
+    """Compare two looks; without the first, or if it was of another daemon, since the start."""
     if before and before.status["pid"] != now.status["pid"]:  # another daemon
         before = None
     tally = now.status["tally"]
@@ -87,7 +87,7 @@ def _between(tally: dict[str, Any], older: dict[str, Any] | None, key: str) -> l
 
 
 def page(look: Look, measured: Rates, width: int, height: int, *, keys: bool = True) -> list[str]:
-    """The page, in lines that fit; with the keys that are heard."""
+    """The lines of the page, cut to the terminal; with `keys` it names the key that ends it."""
     status = look.status
     head = [
         f"flaskd {status['state']} for {show.short(status['for'])}",
@@ -139,7 +139,7 @@ def page(look: Look, measured: Rates, width: int, height: int, *, keys: bool = T
 
 
 def fitting(lines: Sequence[str], width: int, height: int) -> list[str]:
-    """Lines as far as they fit, from the top."""
+    """Lines cut to this width, the first ones that fit into this height."""
     more = show.drawable("…", ">")
     lines = [escaped(line) for line in lines[: max(1, height)]]
     return [line if len(line) <= width else line[: max(0, width - 1)] + more for line in lines]
@@ -150,7 +150,7 @@ def _of(status: dict[str, Any]) -> str:
 
 
 def watch(find: Callable[[], Path], *, interval: float, count: int | None, as_json: bool) -> int:
-    """Look again and again; one page where there is no terminal, unless a count was given. Returns the exit code."""
+    """Show the page again and again; once if there is no terminal and no count. Returns the exit code."""
     gc.enable()  # this one stays
     on_terminal = sys.stdout.isatty() and not as_json and os.environ.get("TERM") != "dumb"
     if not on_terminal and not as_json and count is None:
@@ -263,9 +263,9 @@ def _draw(lines: Sequence[str], height: int) -> None:
 
 
 def _asked_to_quit(seconds: float, draw: Callable[[int, int], list[str]] | None) -> bool:
-    """Wait for the next look, and draw again where the terminal gets another size; True when q was pressed.
+    """Wait until the next look, and draw the page again when the terminal gets another size; True if q was pressed.
 
-    `draw` gives lines for so many columns and lines; None where there is no terminal.
+    `draw` gives the lines of the page for a width and a height; None if there is no terminal.
     """
     if draw is None:
         time.sleep(seconds)
@@ -283,7 +283,7 @@ def _asked_to_quit(seconds: float, draw: Callable[[int, int], list[str]] | None)
 
 
 def _size() -> os.terminal_size:
-    """Of the terminal itself, which may have changed since $COLUMNS was set."""
+    """The size of the terminal itself; $COLUMNS may be older."""
     with contextlib.suppress(OSError, ValueError):
         if (size := os.get_terminal_size(sys.stdout.fileno())).columns:
             return size
