@@ -20,7 +20,7 @@ from flaskd.units import format_duration
 
 
 def answer(verb: str, fields: dict[str, Any]) -> str:
-    """An answer for people."""
+    """An answer to a verb, as text for people."""
     page, fields = _PAGES.get(verb), show.made_printable(fields)
     return page(fields) if page else _outcome(fields)
 

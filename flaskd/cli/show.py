@@ -85,7 +85,7 @@ def coloured(text: str, colour: str, stream: TextIO | None = None) -> str:
 
 
 def state(word: str) -> str:
-    """A state in its colour."""
+    """The word for a state, in its colour."""
     return coloured(word, COLOURS.get(word, ""))
 
 
