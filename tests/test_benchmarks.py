@@ -134,7 +134,7 @@ def test_speed_is_relative_to_waitress(tmp_path):
     for load in written["loads"]:
         (sample,) = load["samples"]
         assert sample["requests"] > 0 == sample["failed"]
-        assert 0 < sample["p99"] < sample["seconds"]
+        assert 0 < sample["p99"] < 2 * sample["seconds"]  # the last answers may come after the end
         assert (sample["slept"] > 0) == (load["load"] == "sleepers")
         assert load["rate"] == pytest.approx(sample["requests"] / sample["seconds"])
         rates[load["load"], load["server"]] = load["rate"]

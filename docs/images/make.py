@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 FLASKD = [sys.executable, "-m", "flaskd"]
 SIZES = {"phone": (390, 844), "tablet": (768, 1024), "desktop": (1280, 800), "wide": (1920, 1080)}
 CONFIG = """
-server: {listen: "127.0.0.1:8000", workers: 2, threads: 4, instance: web-1}
+server: {listen: "127.0.0.1:8000", workers: 2, threads: 6, instance: web-1}
 admin: {listen: "127.0.0.1:9090"}
 """
 SITE, ADMIN = "http://127.0.0.1:8000/", "http://127.0.0.1:9090/"

@@ -514,7 +514,7 @@ def chromium() -> Iterator[Any]:
 
 def test_a_page_in_a_browser_cannot_stop_it(flaskd: Flaskd, token: str) -> None:
     """Whatever a page of another origin sends, even with the token, is refused, and the server goes on."""
-    missing = [] if CHROMIUM.exists() else [str(CHROMIUM)]
+    missing = [] if CHROMIUM.exists() else ["the command chromium"]
     try:
         import playwright  # noqa: F401
     except ImportError:

@@ -87,15 +87,17 @@ def test_a_signal_ends_an_import_at_once(flaskd: Flaskd, number: int) -> None:
     assert "stopped while starting" in flaskd.log
 
 
+FREE = ["-l", "127.0.0.1:0"]
+"""A fault that shows once the address is bound, which may be taken: the demo is at the default one."""
 FAULTS = {
-    "missing module": ({}, ["--app", "nosuch", "daemon"], 78, 'cannot load nosuch: there is no module "nosuch"'),
+    "missing module": ({}, ["--app", "nosuch", "daemon", *FREE], 78, 'cannot load nosuch: there is no module "nosuch"'),
     "app that raises": (
         {"bad.py": "raise OSError('disk on fire')\n"},
-        ["--app", "bad", "daemon"],
+        ["--app", "bad", "daemon", *FREE],
         70,
         "cannot load bad: ",
     ),
-    "no app named": ({}, ["daemon"], 78, "cannot find an app: none was named"),
+    "no app named": ({}, ["daemon", *FREE], 78, "cannot find an app: none was named"),
     "unknown key": ({"flaskd.yaml": "servr: {}\n"}, ["--app", "gateapp", "daemon"], 78, "flaskd.yaml:1:1 servr: "),
     "unknown option": ({}, ["--app", "gateapp", "daemon", "--frobnicate"], 64, 'has no option "--frobnicate"'),
     "bad name": ({}, ["--app", "gateapp", "daemon", "--name", "a/b"], 64, "expected a plain name"),

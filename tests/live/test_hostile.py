@@ -263,9 +263,14 @@ def test_somebody_without_a_home(flaskd: Flaskd) -> None:
     flaskd.directory.chmod(0o755)
     flaskd.gate.path.chmod(0o777)
     (flaskd.directory / "notify").chmod(0o777)
-    readable = Path(sys.executable).resolve()
-    if not os.access("/usr/bin/setpriv", os.X_OK) or any(not each.stat().st_mode & 0o005 for each in readable.parents):
-        pytest.skip(f"{readable} is in a directory that others may not read, or there is no setpriv")
+    closed = [
+        each
+        for file in (Path(sys.executable).resolve(), Path(__file__))
+        for each in file.parents
+        if not each.stat().st_mode & 0o005
+    ]
+    if closed or not os.access("/usr/bin/setpriv", os.X_OK):
+        pytest.skip(f"other users may not read {closed[0]}" if closed else "there is no setpriv")
     flaskd.start(prefix=["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"])
     assert (temporary / "flaskd-54321").stat().st_mode & 0o777 == 0o700
     assert flaskd.stop() == 0

@@ -18,7 +18,7 @@ def test_memory_of_a_process():
     with subprocess.Popen([sys.executable, "-c", GROWN], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         assert 64 * MIB < read_pss(process.pid) <= resident(process.pid) < 128 * MIB
-        assert pss(process.pid) == read_pss(process.pid)
+        assert pss(process.pid) == pytest.approx(read_pss(process.pid), abs=MIB)  # what it shares, others may leave
 
 
 def test_a_process_that_has_ended():
