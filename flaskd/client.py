@@ -38,7 +38,7 @@ class CommandError(FlaskdError):
 
 
 def user(number: int) -> str:
-    """A user by name, for people."""
+    """A user as text for people: the name, or the number if there is no name."""
     import pwd  # noqa: PLC0415 - only for a refusal
 
     with contextlib.suppress(KeyError):

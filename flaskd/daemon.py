@@ -196,7 +196,7 @@ class Daemon:
         )
 
     def look(self) -> None:
-        """Note what was answered, and answer those who have waited too long; every second (the control thread)."""
+        """Count recent answers, and refuse questions that wait too long; called every second (the control thread)."""
         self._counts.recent.note(lambda: self.serving.snapshot().tally.took.counts)
         self.questions.look()
 

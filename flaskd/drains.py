@@ -43,7 +43,7 @@ class Drains:
 
     @property
     def left(self) -> float | None:
-        """Seconds that the drain under way may take at most from now on; None where none is."""
+        """Seconds that the running drain may still take at most; None if there is none."""
         drain = self._serving().drain
         return drain.left if drain is not None and self._lifecycle.state is State.DRAINING else None
 

@@ -1,4 +1,4 @@
-"""Where daemons are: the control socket to talk to, and those of all flaskds of this machine."""
+"""Finds daemons: the control socket of the one to talk to, and those of all flaskds on this machine."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class Cut(InFlight):
 
     @staticmethod
     def all_with_stacks(cuts: Iterable[Cut]) -> Iterator[tuple[Cut, str]]:
-        """Each with what the log says of it; those that were at the same place follow each other, with one stack."""
+        """Each request with its text for the log; those at the same place are together, the last with the stack."""
         places: dict[str, list[Cut]] = {}
         for each in cuts:
             places.setdefault(folded(each.stack), []).append(each)

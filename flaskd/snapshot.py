@@ -20,7 +20,7 @@ from flaskd.version import __version__
 
 _RECENT = 60.0
 _NOTED_EVERY = 10.0
-"""Seconds over which answers are counted as recent, and between two notes of how many there were."""
+"""Seconds for which answers count as recent, and between two notes of their number."""
 
 
 class Counts:
@@ -57,16 +57,16 @@ class Counts:
 
 
 class Recent:
-    """What was answered in the last minute: `note` is called every second or so, `since` compares with what it kept.
+    """Counts the answers of the last minute: `note` keeps the counts now and then, `since` compares with the oldest.
 
-    Counts only grow, so the difference between two of them is what happened between them.
+    Counts only grow, so the difference of two is the number of answers between them.
     """
 
     def __init__(self) -> None:
         self._noted: deque[tuple[float, list[int]]] = deque([(time.monotonic(), [])])
 
     def note(self, counts: Callable[[], Sequence[int]]) -> None:
-        """Keep how many answers there are by now, by how long they took; at most once in ten seconds (one thread)."""
+        """Keep the present counts of answers by their length, at most once in ten seconds (one thread)."""
         now = time.monotonic()
         if now - self._noted[-1][0] < _NOTED_EVERY:
             return
@@ -75,7 +75,7 @@ class Recent:
             self._noted.popleft()
 
     def since(self, counts: Sequence[int]) -> dict[str, Any]:
-        """Over how many seconds it is counted, and the answers in each bucket of the tally (any thread)."""
+        """The seconds since the oldest counts that are kept, and the answers in each bucket since then (any thread)."""
         moment, before = self._noted[0]
         found = [count - past for count, past in zip_longest(counts, before, fillvalue=0)]
         return {"seconds": round(time.monotonic() - moment, 3), "counts": found}

@@ -54,12 +54,12 @@ def folded(stack: str) -> str:
 
 
 def together(stacks: Iterable[str]) -> str:
-    """Several stacks as one text, as `folded` takes it."""
+    """Several stacks as one text that `folded` understands."""
     return _BETWEEN.join(filter(None, (each.rstrip() for each in stacks)))
 
 
 def folded_dump(dump: str) -> str:
-    """What faulthandler wrote of all threads of a process, for people: each stack as `folded` shows it."""
+    """The stacks that faulthandler wrote for all threads of a process, each folded as `folded` does it."""
     heads: dict[str, list[str]] = {}
     for head, body in _THREAD.findall(f"{dump}\n"):
         heads.setdefault(_folded(_frames(body)) or body.rstrip(), []).append(head)
@@ -72,7 +72,7 @@ def folded_dump(dump: str) -> str:
 
 
 def _frames(stack: str) -> list[str]:
-    """The frames of one stack, as they stand there; none where it is text of another kind."""
+    """The frames of one stack in their order; none if the text is no stack."""
     starts = [each.start() for each in _FRAME.finditer(stack)]
     if not starts or starts[0]:
         return []
@@ -80,7 +80,7 @@ def _frames(stack: str) -> list[str]:
 
 
 def _folded(frames: list[str]) -> str:
-    """Frames for people, the innermost first."""
+    """Frames, the innermost first, as text for people."""
     if not frames:
         return ""
     of_the_app = (place for place, each in enumerate(frames) if not _package(each) and not _library(each))
@@ -101,7 +101,7 @@ def _fold(how: str, frames: list[str]) -> list[str]:
 
 
 def _library(frame: str) -> str:
-    """The module of the standard library, or the installed package, that a frame is of; empty where it is the app's."""
+    """The module of the standard library or the installed package of a frame; empty if the frame is the app's."""
     found = _LIBRARY.search(_path(frame))
     return found[found.lastindex or 0] if found and "/flaskd/demo/" not in found.string else ""
 

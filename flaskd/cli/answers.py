@@ -1,4 +1,4 @@
-"""What a daemon answered, as text for people: a page for each verb that has one, else its outcome in a line."""
+"""The answers of a daemon as text for people: a page for some verbs, one line for the others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flaskd.units import format_duration
 
 
 def answer(verb: str, fields: dict[str, Any]) -> str:
-    """An answer for people."""
+    """An answer to a verb, as text for people."""
     page, fields = _PAGES.get(verb), show.made_printable(fields)
     return page(fields) if page else _outcome(fields)
 
@@ -31,7 +31,7 @@ def _outcome(fields: dict[str, Any]) -> str:
 
 
 def status(fields: dict[str, Any]) -> str:
-    """The status as a page that one reads in five seconds; what is nothing is left out."""
+    """The status as a page that can be read in five seconds; empty values are left out."""
     none_ready = fields["state"] in {"ready", "reloading"} and fields.get("workers") and not fields["workers"]["ready"]
     heads = [
         f"{show.state(fields['state'])} for {show.short(fields['for'])}",
@@ -71,13 +71,13 @@ def status(fields: dict[str, Any]) -> str:
 
 
 def named(fields: dict[str, Any]) -> str:
-    """The option that a command needs to find the daemon whose status that is; nothing for the usual name."""
+    """The option with which a command finds the daemon of that status; empty for the usual name."""
     name = fields.get("name") or "flaskd"
     return "" if name == "flaskd" else f" --name {name}"
 
 
 def _next_steps(fields: dict[str, Any]) -> list[str]:
-    """What to do next: commands, each with what it is for; nothing where all is well."""
+    """What to do next: commands, each with its purpose; empty if all is well."""
     which, config = named(fields), fields.get("config")
     state, workers, reload = fields["state"], fields.get("workers"), fields.get("last_reload")
     stop = (f"flaskd stop{which} --wait", "clean up, and end")
@@ -109,7 +109,7 @@ def _threads_now(fields: dict[str, Any]) -> str:
 
 
 def _recently(fields: dict[str, Any]) -> str:
-    """How many answers a second, and how long they took, in the last minute; nothing where there were none."""
+    """How many answers a second there were in the last minute, and how long they took; empty if there were none."""
     recent = fields.get("recent") or {"counts": []}
     if not (answers := sum(recent["counts"])):
         return ""
@@ -121,7 +121,7 @@ def _recently(fields: dict[str, Any]) -> str:
 
 
 def quantile(counts: Sequence[int], bounds: Sequence[float], part: float) -> float | None:
-    """The upper bound of the bucket in which that part of all ends; None for nothing, infinity above the last bound."""
+    """The upper bound of the bucket with that part of all; None if there are none, infinity above the last bound."""
     wanted, seen = part * sum(counts), 0
     if not wanted:
         return None
@@ -133,15 +133,15 @@ def quantile(counts: Sequence[int], bounds: Sequence[float], part: float) -> flo
 
 
 def at_most(seconds: float | None) -> str:
-    """An upper bound, as `quantile` gives it."""
+    """An upper bound from `quantile` as text."""
     if seconds is None:
         return "-"
     return f"> {format_duration(60.0)}" if seconds == float("inf") else f"<= {format_duration(seconds)}"
 
 
 def _itself(fields: dict[str, Any]) -> str:
-    """Which flaskd it is, and the memory of this one process."""
-    if "version" not in fields:  # an older daemon
+    """The version of flaskd, and the memory of this one process."""
+    if "version" not in fields:  # an older daemon does not tell
         return ""
     whose = " without its workers" if fields.get("workers") else ""
     memory = f", {fields['memory'] >> 20} MiB of memory{whose}" if fields.get("memory") else ""
@@ -149,7 +149,7 @@ def _itself(fields: dict[str, Any]) -> str:
 
 
 def _background(entry: dict[str, Any]) -> str:
-    if not entry["thread"]:  # a worker's, of which no more is known from here
+    if not entry["thread"]:  # work in a worker, of which nothing more is known
         return str(entry["name"])
     return f"{entry['name']} (for {show.short(entry['age'])} in {entry['thread']})"
 
@@ -162,7 +162,7 @@ def _requests_now(fields: dict[str, Any]) -> str:
 
 
 def workers_now(workers: dict[str, Any] | None) -> str:
-    """The workers in a few words; nothing where there are none."""
+    """The workers in a few words; empty if there are none."""
     if not workers:
         return ""
     generations = ", ".join(map(str, workers["generations"])) or "none"
@@ -173,7 +173,7 @@ def workers_now(workers: dict[str, Any] | None) -> str:
 
 
 def limits(fields: dict[str, Any]) -> str:
-    """What the limits have done, in a few words; nothing where they did nothing."""
+    """How often limits were reached, in a few words; empty if none was."""
     return ", ".join(f"{count:,} for {limit}" for limit, count in (fields.get("limited") or {}).items())
 
 
@@ -209,12 +209,12 @@ def _last_stop(entry: dict[str, Any] | None) -> str:
 
 
 def requests(fields: dict[str, Any]) -> str:
-    """Requests in flight, a line each, with the stacks that were asked for."""
+    """Requests in flight, one on each line, with the stacks that were asked for."""
     return "\n".join(request_lines(fields["requests"])) or "nothing is in flight"
 
 
 def threads(fields: dict[str, Any]) -> str:
-    """Threads, a line each, with the stacks that were asked for."""
+    """Threads, one on each line, with the stacks that were asked for."""
     return "\n".join(thread_lines(fields["list"]))
 
 

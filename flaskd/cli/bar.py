@@ -1,4 +1,4 @@
-"""How a drain, a stop or a reload goes, for who waits for it: a bar on a terminal, lines elsewhere."""
+"""Shows the progress of a drain, a stop or a reload to a waiting user: a bar on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flaskd.units import format_duration
 
 @contextlib.contextmanager
 def progress(verb: str, *, as_json: bool = False) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Show how it goes: a bar on a terminal, lines elsewhere, JSON for programs. `verb` empty: there is no waiting."""
+    """Show progress: a bar on a terminal, lines elsewhere, JSON for programs. Without `verb` nothing is waited for."""
     if as_json:
         yield lambda fields: show.say(show.for_programs(fields))
     elif not verb or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
@@ -44,13 +44,13 @@ _DOING = {
     "restart": "restarting",
 }  # fmt: skip
 _REDRAW = 0.2
-"""Seconds."""
+"""Seconds between two drawings of the bar."""
 _BAR, _SHORT_BAR, _NARROW = 20, 6, 70
-"""Characters of the bar, and of the terminal below which it is short."""
+"""The lengths of the bar in characters, and the width of a terminal below which it is short."""
 
 
 class Bar:
-    """One line that tells how a drain or stop goes; each cleanup step that is over stands above it, for good."""
+    """One line that shows the progress of a drain or stop; finished cleanup steps are written above it."""
 
     def __init__(self, verb: str, stream: TextIO) -> None:
         self._stream = stream
@@ -66,7 +66,7 @@ class Bar:
         self._thread.start()
 
     def update(self, fields: dict[str, Any]) -> None:
-        """Take in a progress event."""
+        """Show a progress event."""
         with self._lock:
             if "policy" in fields:
                 if running := self._fields.get("cleanup"):
@@ -83,7 +83,7 @@ class Bar:
             try:
                 self._most = max(self._most, fields.get("in_flight", 0))
                 self._draw()
-            except Exception:  # what cannot be drawn is not drawn again by the thread
+            except Exception:  # if drawing fails, the thread ends
                 self._fields, self._heard, self._most = before
                 raise
 
@@ -93,7 +93,7 @@ class Bar:
                 self._draw()
 
     def text(self, width: int = 80) -> str:
-        """The line, without colour, for a terminal of so many characters."""
+        """The line for a terminal of this width, without colour."""
         now = time.monotonic()
         if not self._fields:
             return f"{self._doing} ..."
@@ -111,7 +111,7 @@ class Bar:
         return f"{self._full * done + self._empty * (size - done)} "
 
     def _in_hand(self, since: float) -> str:
-        """What is still in hand; it was heard of so many seconds ago."""
+        """What is in flight, as it was reported `since` seconds ago."""
         text = f"{self._fields.get('in_flight', 0)} in flight"
         if oldest := self._fields.get("oldest"):
             text += f", oldest {show.short(oldest['age'] + since)} {oldest['method']} {oldest['path']}"
@@ -127,21 +127,21 @@ class Bar:
         self._write("\r\x1b[K" + (text if len(text) <= width else text[: max(0, width - 3)] + "..."))
 
     def _columns(self) -> int:
-        """Of the bar's own terminal: standard output may go elsewhere, and is not asked."""
+        """The width of the bar's own terminal; standard output may go elsewhere, and is not asked."""
         with contextlib.suppress(OSError, ValueError):  # no descriptor
             if columns := os.get_terminal_size(self._stream.fileno()).columns:
                 return columns
-        from shutil import get_terminal_size  # noqa: PLC0415 - seldom needed
+        from shutil import get_terminal_size  # noqa: PLC0415 - rarely needed
 
         return get_terminal_size().columns
 
     def _write(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # a terminal that went away costs the picture
+        with contextlib.suppress(OSError):  # the terminal may be gone
             self._stream.write(text)
             self._stream.flush()
 
     def close(self) -> None:
-        """Take the line away."""
+        """Remove the line."""
         self._over.set()
         self._thread.join()
         self._write("\r\x1b[K")

@@ -1,4 +1,4 @@
-"""The client verbs: what the control plane knows, as commands; made from the one table of verbs."""
+"""The client verbs: the verbs of the control plane as commands, made from the table of verbs."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from flaskd.protocol import MARK, RECORD, damage, state_directory
 from flaskd.verbs import FLAGS, VERBS, Role, Verb, find_verb
 
 _BY_HAND = {"help", "check"}
-"""Verbs whose commands need no daemon, and are made by hand."""
+"""Verbs whose commands need no daemon; their commands are defined one by one."""
 _VALUES = {"level": completion.levels, "count": completion.counts}
-"""What a shell completes an argument with."""
+"""The functions with which a shell completes arguments."""
 _LONG = 60.0
-"""Seconds of silence after which one that tells every second how it goes has died."""
+"""Seconds of silence after which a daemon counts as dead that otherwise reports its progress every second."""
 
 PLACE: list[click.Parameter] = [
     click.Option(
@@ -55,7 +55,7 @@ _JSON = click.Option(["--json", "as_json"], is_flag=True, help="Answer for progr
 
 
 def add_client_verbs(group: click.Group) -> None:
-    """Give the command its client verbs."""
+    """Add the client verbs to the command."""
     for name, verb in VERBS.items():
         if name not in _BY_HAND and name not in group.commands:
             params = [*PLACE, _JSON]
@@ -118,7 +118,7 @@ def _client(verb: str) -> Any:
             return ask(path, verb, {key: value for key, value in words.items() if value}, as_json=as_json)
         except (NoDaemonError, ForbiddenError) as error:
             if verb != "last-stop" or socket or os.environ.get("FLASKD_CONTROL"):
-                raise  # what is recorded may be another daemon's
+                raise  # the record may be another daemon's
             _say(verb, _read_record(name, error), as_json)
             return 0
 
@@ -126,11 +126,11 @@ def _client(verb: str) -> Any:
 
 
 def told(run: Callable[[], int], *, as_json: bool) -> int:
-    """Run a verb and return its exit code; programs are told a fault as they are told an answer."""
+    """Run a verb and return its exit code; with `as_json` faults are written as JSON like answers."""
     try:
         return run()
     except FlaskdError as error:
-        if not as_json or isinstance(error, CannotCreateError):  # the latter is of standard output itself
+        if not as_json or isinstance(error, CannotCreateError):  # CannotCreateError is about standard output itself
             raise
         show.say(
             show.for_programs({"ok": False, "error": {"code": error.code, "message": str(error), **error.for_programs}})
@@ -139,7 +139,7 @@ def told(run: Callable[[], int], *, as_json: bool) -> int:
 
 
 def ask(path: Path, verb: str, words: dict[str, Any], *, as_json: bool = False) -> int:
-    """Send a command, show how it goes and what came of it; returns the exit code."""
+    """Send a command, show progress and outcome; returns the exit code."""
     wait, asked = "wait" in words, False
     open_still: NoDaemonError | None = None
     try:
@@ -155,13 +155,13 @@ def ask(path: Path, verb: str, words: dict[str, Any], *, as_json: bool = False) 
                 except NoDaemonError as error:
                     open_still = error
     except KeyboardInterrupt:
-        if asked and VERBS[verb].changes:  # who interrupts may believe that it is undone
+        if asked and VERBS[verb].changes:  # users may believe that interrupting undoes it
             click.echo(f"flaskd: not waiting any more; the {verb} goes on", err=True)
-            raise click.exceptions.Exit(130) from None  # of any other click makes an empty line
+            raise click.exceptions.Exit(130) from None  # for other exceptions click writes an empty line
         raise
     with reading(path):
         _say(verb, answer, as_json)
-    if open_still is not None:  # what it said before is told all the same
+    if open_still is not None:  # the outcome is shown all the same
         raise open_still
     lost = any(answer.get(key) for key in ("cut", "background", "unaccepted", "unfinished"))
     return EX_LOST if lost and verb in {"drain", "stop"} else 0
@@ -172,7 +172,7 @@ def _say(verb: str, answer: dict[str, Any], as_json: bool) -> None:
 
 
 def _read_record(name: str, no_daemon: FlaskdError) -> dict[str, Any]:
-    """What the state directory tells of the last stop, and of a run that died since; raises `no_daemon`'s kind."""
+    """The last stop, and a run that died since, from the state directory; raises the class of `no_daemon`."""
     directory = state_directory(name, os.environ)
     found: dict[str, Any] = {"result": "last-stop"}
     fault = ""
@@ -185,11 +185,9 @@ def _read_record(name: str, no_daemon: FlaskdError) -> dict[str, Any]:
         pass
     except (OSError, ValueError, RecursionError) as error:
         fault = str(getattr(error, "strerror", None) or error)
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # none, or half of one
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # no mark, or an incomplete one
         mark = json.loads((directory / MARK).read_text(encoding="utf-8"))
-        if (
-            "unrecorded" in mark or not Path(f"/proc/{mark['pid']}").exists()
-        ):  # else it lives, though it does not answer
+        if "unrecorded" in mark or not Path(f"/proc/{mark['pid']}").exists():  # otherwise it runs, but does not answer
             found["previous"] = died(mark)
     if len(found) == 1:
         unreadable = f" that can be read ({fault})" if fault else ""
@@ -221,7 +219,7 @@ def _verbs_as_json(verb: str | None) -> dict[str, Any]:
 
 
 def _top(socket: str | None, name: str, as_json: bool, interval: float, count: int | None) -> int:
-    from flaskd.cli.top import watch  # noqa: PLC0415 - the other verbs can do without
+    from flaskd.cli.top import watch  # noqa: PLC0415 - the other verbs do not need it
 
     def look() -> int:
         return watch(lambda: find_socket(socket, name, os.environ), interval=interval, count=count, as_json=as_json)

@@ -1,6 +1,6 @@
-"""What flaskd has in the place of an option of another server, of `flask run`, or of a verb that has none of that name.
+"""Advice about options of other servers and of `flask run`, and about options that a client verb does not have.
 
-It is imported when an option is unknown, and by nothing before.
+It is imported only when an option is unknown.
 """
 
 from __future__ import annotations
@@ -238,8 +238,8 @@ _ADVICE: tuple[tuple[str, str], ...] = (
     ),
     ("not needed: flaskd's workers write no file to tell that they live", "--worker-tmp-dir"),
 )
-"""What to write for `flaskd serve`, and the options of gunicorn, uWSGI, waitress-serve, uvicorn, granian, hypercorn and
-`flask run` that ask for it."""
+"""What to write for `flaskd serve`, with the options of gunicorn, uWSGI, waitress-serve, uvicorn, granian, hypercorn
+and `flask run` that it replaces."""
 
 FOR_SERVE = {option: advice for advice, options in _ADVICE for option in options.split()}
 
@@ -247,11 +247,11 @@ _SAME = {
     "--force": "--now", "-f": "--now", "--kill": "--now", "-9": "--now", "--immediate": "--now",
     "--stack": "--stacks", "--host": "--socket", "--pid": "--name", "-n": "--name",
 }  # fmt: skip
-"""Options that a client verb has not → what it has for them."""
+"""Options that client verbs do not have, with what to write instead."""
 
 
 def advice(verb: str, option: str, known: list[str]) -> str:
-    """One line for an option that a verb has not: what to write instead, or how to see what it has."""
+    """One line about an option that a verb does not have: what to write instead, or how to see its options."""
     said = f'{verb} has no option "{option}"'
     if verb.endswith((" serve", " daemon")) and (found := FOR_SERVE.get(option)):
         return f"{said}; {found}"

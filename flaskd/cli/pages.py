@@ -1,4 +1,4 @@
-"""The help of the command: its verbs in groups, examples of each, and what a verb of another name is called here."""
+"""The help of the command: its verbs in groups, examples for each, and advice about unknown verbs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GROUPS = {
     "Change": ("drain", "resume", "stop", "reload", "scale", "restart", "log-level"),
     "Configure": ("init", "check", "config", "schema", "completion", "help"),
 }  # fmt: skip
-"""The verbs as the help shows them: each is in one group."""
+"""The verbs in the order of the help; each is in one group."""
 
 _EXAMPLES: dict[str, dict[str, str]] = {
     "": {
@@ -92,12 +92,12 @@ _CALLED_ELSEWHERE = {
 
 
 def examples(verb: str) -> dict[str, str]:
-    """Command lines with what they do; of a verb, or with "" of the command as a whole."""
+    """Example command lines with explanations, for a verb, or with "" for the command as a whole."""
     return _EXAMPLES.get(verb, {})
 
 
 class Verbs(click.Group):
-    """The command with its verbs: the help shows them in groups, and each verb's own help ends with examples."""
+    """The command with its verbs: its help shows them in groups, and each verb's own help ends with examples."""
 
     def __init__(self, *args: object, **more: object) -> None:
         super().__init__(*args, **more)  # type: ignore[arg-type]
@@ -109,7 +109,7 @@ class Verbs(click.Group):
         cmd.epilog = _as_epilog(name or cmd.name or "")
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - click's
-        """Write the verbs, a section for each group."""
+        """Write the verbs, one section for each group."""
         width = max(map(len, self.commands))
         for title, names in GROUPS.items():
             with formatter.section(title):
@@ -120,14 +120,14 @@ class Verbs(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the verb of a command line; raises UsageError with what may be meant."""
+        """Find the verb of a command line; raises UsageError, which names a similar one."""
         if args[0] not in self.commands and not args[0].startswith("-") and not ctx.resilient_parsing:
             no_such_verb(args[0], self.commands)
         return super().resolve_command(ctx, args)
 
 
 def no_such_verb(name: str, verbs: Iterable[str]) -> NoReturn:
-    """Refuse a verb that is not there, with the one that may be meant."""
+    """Raise UsageError for an unknown verb, with the verb that may be meant."""
     is_app = ":" in name or name.endswith(".py")
     instead = f"serve {name}" if is_app else _CALLED_ELSEWHERE.get(name.lower(), "")
     meant = f'; did you mean "{instead}"?' if instead else did_you_mean(name.lower(), verbs) or ";"

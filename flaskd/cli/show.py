@@ -1,4 +1,4 @@
-"""How text for people and programs is written: printable, with colour where there is a terminal, in its encoding."""
+"""Writes text for people and programs: printable, coloured on a terminal, in the terminal's encoding."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ COLOURS = {
     "stopping": YELLOW, "ok": GREEN, "failed": RED, "timed_out": RED,
 }  # fmt: skip
 _TENTHS = 10.0
-"""Seconds below which tenths of them matter to people."""
+"""Below this many seconds, tenths of a second are shown."""
 
 
 def say(text: str) -> None:
-    """Write an answer to standard output; raises CannotCreateError where it cannot go, and BrokenPipeError."""
+    """Write an answer to standard output; raises CannotCreateError if that fails, and BrokenPipeError."""
     try:
         click.echo(text)
     except BrokenPipeError:
@@ -37,9 +37,9 @@ def say(text: str) -> None:
 
 
 def discard_what_cannot_be_written() -> bool:
-    """Let what is left in a standard stream's buffer go nowhere, where it cannot go where it should.
+    """Drop what remains in the buffers of the standard streams if it cannot be written; returns whether there was any.
 
-    It would fail once more at the exit, whose code would then be 120 (Py_FinalizeEx). Whether there was any.
+    Python would fail again at exit, with exit code 120 (Py_FinalizeEx).
     """
     discarded = False
     for stream in (sys.stdout, sys.stderr):
@@ -48,22 +48,22 @@ def discard_what_cannot_be_written() -> bool:
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             discarded = True
-        except (ValueError, AttributeError):  # closed, or never there
+        except (ValueError, AttributeError):  # the stream is closed, or None
             pass
     return discarded
 
 
 def escape_what_cannot_be_encoded(errors: str) -> None:
-    """Let standard output take any text, where its encoding has not every character (`errors`: codecs).
+    """Let standard output accept any text, even if its encoding lacks characters (`errors`: see codecs).
 
-    What has been done is done: an outcome that cannot be written down must not look like one that failed.
+    The command has been carried out: an outcome that cannot be written must not look like a failure.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors=errors)
 
 
 def drawable(wanted: str, instead: str, stream: TextIO | None = None) -> str:
-    """What to draw with on a stream, standard output if none is given: `instead` where its encoding lacks `wanted`."""
+    """Characters to draw with on a stream (default: standard output); `instead` if its encoding lacks `wanted`."""
     try:
         wanted.encode((sys.stdout if stream is None else stream).encoding or "ascii")
     except UnicodeEncodeError:
@@ -72,12 +72,12 @@ def drawable(wanted: str, instead: str, stream: TextIO | None = None) -> str:
 
 
 def for_programs(answer: Mapping[str, Any]) -> str:
-    """An answer for programs, in ASCII alone where standard output may not have all other characters."""
+    """An answer for programs, in ASCII if standard output may lack other characters."""
     return json.dumps(answer, ensure_ascii=codecs.lookup(sys.stdout.encoding or "ascii").name != "utf-8")
 
 
 def coloured(text: str, colour: str, stream: TextIO | None = None) -> str:
-    """Put text in a colour (SGR, ECMA-48), where the stream is a terminal and $NO_COLOR is not set."""
+    """Text in a colour (SGR, ECMA-48), if the stream is a terminal and $NO_COLOR is not set."""
     stream = sys.stdout if stream is None else stream
     if not colour or "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb" or not stream.isatty():
         return text
@@ -85,16 +85,16 @@ def coloured(text: str, colour: str, stream: TextIO | None = None) -> str:
 
 
 def state(word: str) -> str:
-    """A state in its colour."""
+    """The word for a state, in its colour."""
     return coloured(word, COLOURS.get(word, ""))
 
 
 _IN_LINES = {"stack", "yaml", "text"}
-"""Fields of answers that have several lines."""
+"""The fields of answers that have several lines."""
 
 
 def made_printable(value: Any, key: str = "") -> Any:
-    """A field of an answer, with all in it, as it can be shown: what the app or a client named paints no terminal."""
+    """A field of an answer with its parts, escaped, because the app or a client may have named something in it."""
     if isinstance(value, str):
         return "\n".join(text.lines(value)) if key in _IN_LINES else text.escaped(value)
     if isinstance(value, list):
@@ -105,5 +105,5 @@ def made_printable(value: Any, key: str = "") -> Any:
 
 
 def short(seconds: float) -> str:
-    """Seconds as they are said: 4.1s, 12s, 3h2m5s."""
+    """Seconds for people: 4.1s, 12s, 3h2m5s."""
     return format_duration(float(round(seconds)) if seconds >= _TENTHS else round(seconds, 1))

@@ -1,4 +1,4 @@
-"""``flaskd top``: a daemon watched in the terminal."""
+"""``flaskd top``: watches a daemon in the terminal."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from flaskd.text import escaped
 
 _QUEUE, _TROUBLE = "queue: ", "trouble: "
 _STAND_OUT = (f"  {_QUEUE}", f"  {_TROUBLE}")
-"""How the lines begin that stand out."""
+"""The beginnings of the lines that are highlighted."""
 _RESIZED = 0.25
-"""Seconds after which it is looked whether the terminal has another size."""
+"""Seconds between two checks of the terminal's size."""
 _QUIT = {b"q", b"Q", b"\x03", b""}
-"""Keys that end it, and the end of standard input."""
+"""The keys that end it, and the end of standard input."""
 _NARROW = 69
-"""Characters below which the page has one column, and says less of each request."""
+"""The width in characters below which the page has one column, and shows less of each request."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """What one look saw; `when` is a time.monotonic() moment."""
+    """The result of one look; `when` is a time.monotonic() moment."""
 
     when: float
     status: dict[str, Any]
-    """With the requests in flight, the oldest first, of the same moment."""
+    """It has the requests in flight of the same moment, the oldest first."""
 
     @property
     def requests(self) -> list[dict[str, Any]]:
@@ -49,20 +49,20 @@ class Look:
 
 @dataclass(frozen=True)
 class Rates:
-    """What happened between two looks: answers a second, and half and 95 % of them took at most so many seconds."""
+    """What happened between two looks: answers a second, and the seconds within which 50 and 95 % were answered."""
 
     rate: float
     errors: float
     half: float | None
     most: float | None
     waited: float | None
-    """The same 95 %, of the wait for a thread."""
+    """The same 95 % for the wait for a thread."""
     seconds: float
-    """What it is of: the seconds between the two looks."""
+    """The seconds between the two looks."""
 
 
 def rates(before: Look | None, now: Look) -> Rates:
-    """Compare two looks; with one alone, since the start."""
+    """Compare two looks; with only one, compare with the daemon's start."""
     if before and before.status["pid"] != now.status["pid"]:  # another daemon
         before = None
     tally = now.status["tally"]
@@ -87,7 +87,7 @@ def _between(tally: dict[str, Any], older: dict[str, Any] | None, key: str) -> l
 
 
 def page(look: Look, measured: Rates, width: int, height: int, *, keys: bool = True) -> list[str]:
-    """The page, in lines that fit; with the keys that are heard."""
+    """The page in lines that fit, with the keys that it reacts to."""
     status = look.status
     head = [
         f"flaskd {status['state']} for {show.short(status['for'])}",
@@ -139,7 +139,7 @@ def page(look: Look, measured: Rates, width: int, height: int, *, keys: bool = T
 
 
 def fitting(lines: Sequence[str], width: int, height: int) -> list[str]:
-    """Lines as far as they fit, from the top."""
+    """The lines from the top that fit, each cut to the width."""
     more = show.drawable("…", ">")
     lines = [escaped(line) for line in lines[: max(1, height)]]
     return [line if len(line) <= width else line[: max(0, width - 1)] + more for line in lines]
@@ -150,8 +150,8 @@ def _of(status: dict[str, Any]) -> str:
 
 
 def watch(find: Callable[[], Path], *, interval: float, count: int | None, as_json: bool) -> int:
-    """Look again and again; one page where there is no terminal, unless a count was given. Returns the exit code."""
-    gc.enable()  # this one stays
+    """Look repeatedly; only once without a terminal, unless a count was given. Returns the exit code."""
+    gc.enable()  # this command runs long
     on_terminal = sys.stdout.isatty() and not as_json and os.environ.get("TERM") != "dumb"
     if not on_terminal and not as_json and count is None:
         count = 1
@@ -200,8 +200,8 @@ def _as_json(look: Look, measured: Rates) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _screen() -> Iterator[None]:
-    """The alternate screen without a cursor (xterm control sequences), with keys heard one by one (termios(3))."""
-    import termios  # noqa: PLC0415 - not on Windows
+    """The alternate screen without a cursor (xterm control sequences); keys are read one by one (termios(3))."""
+    import termios  # noqa: PLC0415 - Windows does not have it
     import tty  # noqa: PLC0415
 
     keys = sys.stdin.fileno() if sys.stdin.isatty() else -1
@@ -220,20 +220,20 @@ def _screen() -> Iterator[None]:
     def pause(_number: int, _frame: object) -> None:
         leave()
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTSTP)  # it stands here until SIGCONT; where no shell waits, it is not stopped
+        os.kill(os.getpid(), signal.SIGTSTP)  # waits here until SIGCONT; without a shell it is not stopped
         signal.signal(signal.SIGTSTP, pause)
         enter()
 
     show.escape_what_cannot_be_encoded(
         "replace"
-    )  # one character for one that the terminal does not have, or lines get longer
-    signal.signal(signal.SIGTERM, _leave)  # by the same way as all others: the terminal is put back
+    )  # one character for each that the terminal lacks, so that lines keep their length
+    signal.signal(signal.SIGTERM, _leave)  # ends like at q, so that the terminal is restored
     signal.signal(signal.SIGTSTP, pause)
     enter()
     try:
         yield
     except KeyboardInterrupt:
-        pass  # how one leaves it
+        pass  # Ctrl-C ends it
     finally:
         leave()
 
@@ -243,7 +243,7 @@ def _leave(number: int, _frame: object) -> NoReturn:
 
 
 def _waiting(error: NoDaemonError, width: int, height: int) -> list[str]:
-    from textwrap import wrap  # noqa: PLC0415 - most daemons are there
+    from textwrap import wrap  # noqa: PLC0415 - rarely needed
 
     return fitting(
         ["flaskd top: waiting for it to come back; q quits", "", *wrap(str(error), max(1, width))], width, height
@@ -254,8 +254,8 @@ def _draw(lines: Sequence[str], height: int) -> None:
     head, *rest = lines
     word = head.split(" ")[1] if " " in head else ""
     head = head.replace(word, show.state(word), 1)
-    # Each line is cleared before it is written: after one as wide as the terminal, that would take its last character.
-    # After the last one there is no newline, which would push the first one out of a terminal that is full.
+    # Each line is cleared before it is written; clearing after a line as wide as the terminal would remove its last
+    # character. The last line has no newline, which would scroll a full terminal.
     blank = [""] * (height - len(lines))
     rest = [show.coloured(line, show.YELLOW) if line.startswith(_STAND_OUT) else line for line in rest]
     sys.stdout.write("\x1b[H" + "\n".join(f"\x1b[K{line}" for line in [head, *rest, *blank]))
@@ -263,9 +263,9 @@ def _draw(lines: Sequence[str], height: int) -> None:
 
 
 def _asked_to_quit(seconds: float, draw: Callable[[int, int], list[str]] | None) -> bool:
-    """Wait for the next look, and draw again where the terminal gets another size; True when q was pressed.
+    """Wait for the next look, and draw again if the size of the terminal changes; True if q was pressed.
 
-    `draw` gives lines for so many columns and lines; None where there is no terminal.
+    `draw` gives the lines for a width and a height; None if there is no terminal.
     """
     if draw is None:
         time.sleep(seconds)
@@ -283,7 +283,7 @@ def _asked_to_quit(seconds: float, draw: Callable[[int, int], list[str]] | None)
 
 
 def _size() -> os.terminal_size:
-    """Of the terminal itself, which may have changed since $COLUMNS was set."""
+    """The size of the terminal itself, because $COLUMNS may be out of date."""
     with contextlib.suppress(OSError, ValueError):
         if (size := os.get_terminal_size(sys.stdout.fileno())).columns:
             return size

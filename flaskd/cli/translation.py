@@ -1,4 +1,4 @@
-"""What settings of gunicorn, waitress-serve and `flask run` are in flaskd's configuration, and which are not."""
+"""Translates settings of gunicorn, waitress-serve and `flask run` into flaskd's configuration."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from flaskd.text import escaped
 from flaskd.units import format_duration, parse_duration
 
 _AFTER_THE_DRAIN = 10.0
-"""Seconds that a stop has for cleanup, beside the time that requests in flight may take."""
+"""How many seconds a stop has for cleanup, in addition to the time for requests in flight."""
 
 
 @dataclass
 class Translation:
-    """What was translated: `values` by dotted key, where each came from, and what has no equivalent, line by line."""
+    """The result: `values` by dotted key, the origin of each, and a line for each setting without an equivalent."""
 
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def put(self, key: str, value: Any, origin: str) -> None:
-        """Write a value of flaskd's configuration."""
+        """Set a value of flaskd's configuration."""
         self.values[key] = value
         self.origins[key] = escaped(origin)
 
     def drop(self, key: str, why: str) -> None:
-        """Say why a value cannot be written, and leave it out."""
+        """Remove a value that cannot be written, and note why."""
         del self.values[key]
         self.note(self.origins.pop(key), f"it cannot be {key}: {why}")
 
     def note(self, origin: str, words: str) -> None:
-        """Say what has no equivalent, or what is different."""
+        """Note a setting that has no equivalent, or differs."""
         self.notes.append(escaped(f"{origin}: {words}"))
 
 
 class Untranslatable(Exception):  # noqa: N818 - becomes a note
-    """Why a value cannot be taken over."""
+    """A value cannot be translated; the text says why."""
 
 
 def gunicorn(
     settings: Mapping[str, Setting], where: Callable[[str, int], str], hooks: Mapping[str, int]
 ) -> Translation:
-    """Translate gunicorn's settings, by their names in its configuration file; `where` words a place."""
+    """Translate gunicorn's settings, by their names in its configuration file; `where` describes a place."""
     done = Translation()
     for name, (line, value, changed) in settings.items():
         origin = where(name, line)
@@ -87,7 +87,7 @@ def _translate(done: Translation, name: str, value: Any, origin: str) -> None:
 
 
 def _complete(done: Translation, settings: Mapping[str, Setting]) -> None:
-    """What follows from several settings together."""
+    """Set what depends on several settings together."""
     values = done.values
     kind = str(settings["worker_class"].value) if "worker_class" in settings else "sync"
     one_at_a_time = kind in {"sync", "gunicorn.workers.sync.SyncWorker"} and values.get("server.threads", 1) == 1
@@ -109,7 +109,7 @@ def _complete(done: Translation, settings: Mapping[str, Setting]) -> None:
 
 
 def waitress(options: Mapping[str, Any], where: Callable[[str], str]) -> Translation:
-    """Translate options of waitress-serve, by their names without dashes before them."""
+    """Translate options of waitress-serve, by their names without dashes."""
     done = Translation()
     listen = list(options.get("listen", []))
     if "host" in options or "port" in options:
@@ -132,7 +132,7 @@ def waitress(options: Mapping[str, Any], where: Callable[[str], str]) -> Transla
 
 
 def flask_run(options: Mapping[str, Any], where: Callable[[str], str]) -> Translation:
-    """Translate options of ``flask run``, by their names without dashes before them."""
+    """Translate options of ``flask run``, by their names without dashes."""
     done = Translation()
     address = f"{_host(options.get('host', '127.0.0.1'))}:{options.get('port', '5000')}"
     done.put("server.listen", _address(address, "5000"), "its address")
@@ -168,7 +168,7 @@ def _addresses(value: Any) -> Any:
 
 
 def _address(text: str, port: str) -> str:
-    """An address as flaskd writes it."""
+    """An address in flaskd's form."""
     if text.startswith("fd://"):
         raise Untranslatable("sockets that systemd passes are served by themselves; see docs/systemd.md")
     if text.startswith("unix:"):
@@ -277,7 +277,7 @@ _GUNICORN: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "workers": ("server.workers", _workers),
     "wsgi_app": ("app.target", _target),
 }
-"""gunicorn's setting → flaskd's key, and how the value is written there."""
+"""gunicorn's setting → flaskd's key, and the function that converts the value."""
 
 _IN_WORKER = "in each worker, the module of the app is imported, and what it does at import is done then"
 _HOOKS = {
@@ -335,9 +335,9 @@ _OTHERS = {
     "daemon", "user", "group", "umask", "initgroups", "worker_tmp_dir", "logger_class", "capture_output",
     "enable_stdio_inheritance", "certfile", "keyfile", "ca_certs", "ciphers", "cert_reqs", "ssl_version", "reuse_port",
 }  # fmt: skip
-"""Settings of gunicorn's of which the same is said as of the options of these names."""
+"""Settings of gunicorn for which the advice is that for the option of the same name."""
 
 
 def _advice(setting: str) -> str:
-    """What to say of a setting of gunicorn's that is no key here; empty where it is none of gunicorn's."""
+    """The advice about a gunicorn setting without a key in flaskd; empty if gunicorn has no such setting."""
     return _SAID.get(setting) or (FOR_SERVE["--" + setting.replace("_", "-")] if setting in _OTHERS else "")

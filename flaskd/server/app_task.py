@@ -42,6 +42,8 @@ class AppTask(Recorded):
         """What the app said of its answer."""
         # On the class, where waitress has them, they are found less quickly.
         self.complete = self.wrote_header = self.chunked_response = self.close_on_finish = False
+        self._is_out = False
+        """Whether all of the answer is known to be in the kernel."""
         self.version = "1.1" if request.version == "1.1" else "1.0"  # as waitress does
 
     def service(self) -> None:
@@ -76,7 +78,8 @@ class AppTask(Recorded):
                 raise
             raise AppExitedError(f"the app raised {type(error).__name__} while answering") from error
         finally:
-            self._note(ended=ended)
+            if not self._is_out:
+                self._note(ended=ended)
 
     def _send(self, parts: Any) -> None:
         """Send what the app returned, whatever it may be."""
@@ -205,6 +208,9 @@ class AppTask(Recorded):
             channel.write_soon(b"".join((given.before, date, given.after, data)))
             request.status, request.header_length = given.status, given.header_length
             self.content_bytes_written, self.wrote_header = given.length, True
+            if not channel.total_outbufs_len:
+                request.ends_at = channel.flushed
+                request.whole = self._is_out = True
             return
         first = not self.wrote_header
         super().write(data)

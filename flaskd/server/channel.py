@@ -231,29 +231,29 @@ class Channel(InputChannel):
 
     def _go_on(self, *, last: bool) -> None:
         """Hand on the connection once its first request was answered; with `last`, drop the requests behind it."""
-        if not last and len(self.requests) > 1 and self.total_outbufs_len > self.adj.outbuf_high_watermark:
+        requests = self.requests
+        if not last and len(requests) > 1 and self.total_outbufs_len > self.adj.outbuf_high_watermark:
             self.context.waiting.for_client(self)  # the next pipelined answer would come on top of it
         with self.requests_lock:
             if last:
                 self.close_when_flushed = True
-                for each in self.requests:
+                for each in requests:
                     each.close()
-                self.requests = []
+                self.requests = requests = []
             else:
-                request = self.requests.pop(0)
+                request = requests.pop(0)
                 if request.line is None and request.body_rcv is not None:
                     request.close()
                 if self.current_outbuf_count > 0:
                     self.current_outbuf_count = self.adj.outbuf_high_watermark  # the next answer begins a new buffer
             self.keeper = None
-            if self.connected and self.requests:
-                self.requests[0].its_turn = time.monotonic()
+            if requests and self.connected:
+                requests[0].its_turn = time.monotonic()
                 self.begin_next()
             else:
                 if self.request is not None and self.connected and not last and self._expects_continue:
                     self.send_continue()
-                writable = self.total_outbufs_len or self.will_close or self.close_when_flushed
-                if not (writable or self.context.drains):
+                if not (self.total_outbufs_len or self.will_close or self.close_when_flushed or self.context.drains):
                     self.context.poller.expect(self)  # without waking the loop
                     return
         self.context.poller.touch(self)

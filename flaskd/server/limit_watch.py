@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 
 from flaskd.log.setup import bounded_by
 from flaskd.server.channel import Channel
@@ -22,6 +23,8 @@ _LEAST = 0.02
 """Least seconds between two looks."""
 _STOOD = 1.0
 """Seconds that a look may be late. A later one shows that the process stood still; requests get that time back."""
+_MOST_STOOD = 100
+"""How many of the times at which the process stood still are remembered."""
 
 
 class LimitWatch:
@@ -41,21 +44,24 @@ class LimitWatch:
         self._patterns = sorted(patterns, key=lambda each: (each[0], -len(each[1])))
         self._moved: dict[int, tuple[int, float]] = {}
         """For requests whose answer has begun, by id: the bytes sent on the connection, and when the last were sent."""
-        self._stood_until = self._stood_for = 0.0
-        """When the process last stood still (until then), and for how many seconds."""
+        self._stood: deque[tuple[float, float]] = deque(maxlen=_MOST_STOOD)
+        """When the process went on after it had stood still, and for how many seconds it had, the last times."""
         self.next_moment = time.monotonic()
         """The time.monotonic() moment at which the first request may be due."""
 
-    def look(self, now: float) -> None:
-        """Give up and refuse the requests that are due, and set `next_moment`."""
-        if (late := now - self.next_moment) > _STOOD:
-            self._stood_until, self._stood_for = now, late
+    def look(self, now: float, turned: float) -> None:
+        """Give up and refuse the requests that are due, and set `next_moment`; `turned` is when the loop last turned.
+
+        If this comes much later than it should, the process stood still: none of the time since `turned` is counted.
+        """
+        if now - self.next_moment > _STOOD:
+            self._stood.append((now, now - turned))
         moments = [now + self._limits.shortest, self._look_at_queue(now), self._look_at_requests(now)]
         self.next_moment = max(min(moments), now + _LEAST)
 
     def _excuse(self, since: float) -> float:
         """Seconds for which the process has stood still since that moment."""
-        return self._stood_for if since < self._stood_until else 0.0
+        return sum(seconds for until, seconds in self._stood if since < until)
 
     # --- requests that wait ---------------------------------------------------------------------------------------
 

@@ -188,7 +188,7 @@ class EventLoop:
         if self.idle is not None and now >= self.idle.next_moment:
             self.idle.look(now)
         if self._limit_watch is not None and now >= self._limit_watch.next_moment:
-            self._limit_watch.look(now)
+            self._limit_watch.look(now, self.last_turn)
         if self._board is not None and now >= self._next_noting:
             self._note(self._board, now)
         if self.admission.aside is not None and not self.context.drains:

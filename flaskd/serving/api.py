@@ -147,7 +147,7 @@ class ServingSnapshot:
 
     @property
     def requests(self) -> list[InFlight]:
-        """What is in flight, oldest first."""
+        """The requests in flight, the oldest first."""
         return sorted(self.in_flight, key=lambda each: -each.age)
 
     @property

@@ -221,7 +221,7 @@ class Stop:
         return (self._drain.report if self._drain is not None else None) or DrainReport()
 
     def account(self, unfinished: tuple[Unfinished, ...]) -> DrainReport:
-        """What became of the requests and of other work, and how many seconds the stop has taken until now."""
+        """The report of the drain with other unfinished work, and with the seconds of the whole stop until now."""
         return replace(self.report.with_unfinished(unfinished), took=self.took)
 
     def heed(self, results: Iterable[StepResult]) -> None:

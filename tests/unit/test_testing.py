@@ -504,8 +504,8 @@ def test_next_to_a_live_server_of_pytest_flask(project):
     """pytest-flask's forked server neither inherits flaskd's listener nor delays its clients."""
     run = project(
         """
-import multiprocessing multiprocessing.set_start_method("fork", force=True)  # since Python 3.14 it has to be asked for,
-and pytest-flask does not
+import multiprocessing
+multiprocessing.set_start_method("fork", force=True)  # since Python 3.14 it has to be asked for, which pytest-flask does not
 
 def test_both(live_server, flaskd_server):
     assert get(live_server._server.url if hasattr(live_server, "_server") else f"http://localhost:{live_server.port}/") == b"hello"

@@ -220,6 +220,29 @@ def test_a_process_that_stood_still(limited, connect, app):
     assert client.response().status == 200
 
 
+def test_a_request_that_has_just_begun_when_the_process_stands_still():
+    """It is not given up when the process goes on, not even the second time, but when its own time is over."""
+
+    class Connection:
+        flushed = total_outbufs_len = 0
+
+        def give_up(self, request, why, sent):
+            given_up.append(why)
+
+    given_up, now = [], time.monotonic()
+    request = SimpleNamespace(
+        id=1, thread=threading.current_thread(), began=now, answered=False, channel=Connection(),
+        path="/", starts_at=0, more_until=0.0,
+    )  # fmt: skip
+    account = SimpleNamespace(streams=set(), in_hand={1: request})
+    watch = LimitWatch(SimpleNamespace(context=SimpleNamespace(account=account)), Limits(timeout=AFTER))
+    for later, turned in (0.0, 0.0), (60.0, 0.0), (60.0 + AFTER / 2, 60.0 + AFTER / 2), (120.0, 60.0 + AFTER / 2):
+        watch.look(now + later, now + turned)
+        assert given_up == []
+    watch.look(now + 120.0 + AFTER * 0.6, now + 120.0 + AFTER * 0.6)
+    assert len(given_up) == 1
+
+
 def test_what_moves_in_this_moment_is_not_given_up():
     """A request is not given up if its answer has moved since it was looked at."""
 
@@ -238,7 +261,7 @@ def test_what_moves_in_this_moment_is_not_given_up():
     )  # fmt: skip
     account = SimpleNamespace(streams=set(), in_hand={1: request})
     watch = LimitWatch(SimpleNamespace(context=SimpleNamespace(account=account)), Limits(timeout=AFTER))
-    watch.look(time.monotonic())
+    watch.look(time.monotonic(), time.monotonic())
     assert given_up == [0]
 
 
