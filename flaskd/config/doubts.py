@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import grp
-import pwd
 import stat
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -217,6 +215,9 @@ def _of_names(config: Config, hidden: set[str]) -> Iterator[_Doubt]:
 
 def _is_known(name: str, *, group: bool) -> bool:
     """Whether this machine has a user or a group of that name; a number stands for itself."""
+    import grp  # noqa: PLC0415 - Windows has neither of them, and no daemon
+    import pwd  # noqa: PLC0415
+
     try:
         return name.isdecimal() or bool(grp.getgrnam(name) if group else pwd.getpwnam(name))
     except KeyError:
