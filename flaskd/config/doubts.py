@@ -215,6 +215,9 @@ def _of_names(config: Config, hidden: set[str]) -> Iterator[_Doubt]:
 
 def _is_known(name: str, *, group: bool) -> bool:
     """Whether this machine has a user or a group of that name; a number stands for itself."""
+    import grp  # noqa: PLC0415 - Windows has neither of them, and no daemon
+    import pwd  # noqa: PLC0415
+
     try:
         import grp  # noqa: PLC0415 - Windows has neither module, and no such names
         import pwd  # noqa: PLC0415
