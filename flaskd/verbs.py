@@ -100,7 +100,7 @@ VERBS: dict[str, Verb] = {
     ),
     "workers": Verb("each worker: what it does, what it uses; and those that died"),
     "scale": Verb(
-        "so many workers, or auto, until a reload changes server.workers",
+        "run N workers, or auto, until a reload changes server.workers",
         Role.OPERATOR,
         _WAIT,
         argument="count",
