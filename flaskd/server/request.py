@@ -288,18 +288,19 @@ class Request(Parser):
 
     def access_fields(self) -> dict[str, Any]:
         """The fields of its line in the access log; `took` in seconds, `bytes` without the header."""
+        headers, code, age = self.headers, self.status[:3], time.monotonic() - self.first_byte
         fields: dict[str, Any] = {
             "id": self.id,
             "client": self.client,
-            "time": time.time() - self.age,
+            "time": time.time() - age,
             "method": self.command or "-",
-            "target": self.target or "-",
+            "target": self.request_uri or "-",
             "protocol": f"HTTP/{self.version}",
-            "status": int(self.status[:3]) if self.status[:3].isdecimal() else 0,
+            "status": int(code) if code.isdecimal() else 0,
             "bytes": max(0, self.sent - self.header_length),
-            "referer": self.headers.get("HTTP_REFERER", ""),
-            "agent": self.headers.get("HTTP_USER_AGENT", ""),
-            "took": round(self.age, 6),
+            "referer": headers.get("HTTP_REFERER", ""),
+            "agent": headers.get("HTTP_USER_AGENT", ""),
+            "took": round(age, 6),
         }
         if (ids := self.ids) is not NO_IDS:
             fields |= ids.fields()
