@@ -118,7 +118,7 @@ def test_no_length_of_time_is_computed_from_the_wall_clock():
     assert found == {
         "cleanup/actions/cache.py": "time.time() - index['saved']",  # written by an earlier process
         "demo/__init__.py": "time.time() - created",  # in a cache that is kept over a restart
-        "server/request.py": "time.time() - self.age",  # a date
+        "server/request.py": "time.time() - age",  # a date
         "serving/stop.py": "time.time() - self.took",  # a date
     }
 
