@@ -49,13 +49,14 @@ class LimitWatch:
         self.next_moment = time.monotonic()
         """The time.monotonic() moment at which the first request may be due."""
 
-    def look(self, now: float, turned: float) -> None:
-        """Give up and refuse the requests that are due, and set `next_moment`; `turned` is when the loop last turned.
+    def look(self, now: float, before: float) -> None:
+        """Give up and refuse the requests that are due, and set `next_moment`.
 
-        If this comes much later than it should, the process stood still: none of the time since `turned` is counted.
+        If this comes much later than it should, the process stood still: none of the time since `before` is counted,
+        the last moment in which the loop is known to have run.
         """
         if now - self.next_moment > _STOOD:
-            self._stood.append((now, now - turned))
+            self._stood.append((now, now - before))
         moments = [now + self._limits.shortest, self._look_at_queue(now), self._look_at_requests(now)]
         self.next_moment = max(min(moments), now + _LEAST)
 

@@ -72,7 +72,7 @@ class EventLoop:
         self._listeners = list(listeners)
         self._adjustments = adjustments
         self._drain: Draining | None = None
-        self._failed_at = -_PARDON
+        self._failed_at, self._attended = -_PARDON, self.last_turn
         self._board = board
         self._next_noting = self._next_due = 0.0
 
@@ -129,8 +129,7 @@ class EventLoop:
             return None
 
     def _turn_until_task(self) -> Task | None:
-        pool, poller = self.context.pool, self.context.poller
-        queue = pool.queue
+        pool, poller, queue = self.context.pool, self.context.poller, self.context.pool.queue
         task: Task | None
         while not pool.ending:
             if queue and (task := pool.take()) is not None:
@@ -161,10 +160,11 @@ class EventLoop:
             context.answer()
             self._next_due = 0.0  # whatever they changed
         now = time.monotonic()
+        before, self._attended = self._attended, now
         due = min(self._next_due, context.timers.next_moment)
         if now < due and not self.admission.paused:
             return due - now
-        self._run_timed(now)
+        self._run_timed(now, before)
         patience = self._patience()
         # Where requests and connections decide when something is due, each turn has to look.
         each_turn = self._drain or self.idle or self.admission.aside
@@ -176,7 +176,7 @@ class EventLoop:
         moment: float = min(each.next_moment for each in watches if each is not None)
         return _TURN if moment == NEVER else max(0.0, min(moment, self.last_turn + _TURN) - time.monotonic())
 
-    def _run_timed(self, now: float) -> None:
+    def _run_timed(self, now: float, before: float) -> None:
         if now >= self.context.timers.next_moment:
             self.context.timers.run(now)
         if self.admission.paused:
@@ -188,7 +188,7 @@ class EventLoop:
         if self.idle is not None and now >= self.idle.next_moment:
             self.idle.look(now)
         if self._limit_watch is not None and now >= self._limit_watch.next_moment:
-            self._limit_watch.look(now, self.last_turn)
+            self._limit_watch.look(now, before)
         if self._board is not None and now >= self._next_noting:
             self._note(self._board, now)
         if self.admission.aside is not None and not self.context.drains:

@@ -208,12 +208,27 @@ def test_given_up_in_a_drain(limited, connect, app):
     assert client.response().status == 504
 
 
-def test_a_process_that_stood_still(limited, connect, app):
-    """Time in which the whole process stood still is not counted against requests."""
+@pytest.mark.parametrize("where", ["in a call", "while it waits"])
+def test_a_process_that_stood_still(where, limited, connect, app, monkeypatch):
+    """Time in which the whole process stood still is not counted against requests, whatever the loop was doing."""
     server = limited(timeout=0.5)
     client = connect(server).send("/gate")
     app.entered(1)
-    server.loop.call(lambda: time.sleep(1.8))  # as SIGSTOP does
+    stood = threading.Event()
+
+    def stand_still():  # as SIGSTOP does
+        if not stood.is_set():
+            time.sleep(1.8)
+            stood.set()
+
+    if where == "in a call":
+        server.loop.call(stand_still)
+    else:
+        poller = server.loop.context.poller
+        wait = poller.wait
+        monkeypatch.setattr(poller, "wait", lambda timeout: (wait(timeout), stand_still()))
+        server.loop.call(lambda: None)  # so that the loop waits anew
+    assert stood.wait(PATIENCE)
     assert server.turns(PATIENCE)
     assert server.in_flight == 1
     app.released.set()
