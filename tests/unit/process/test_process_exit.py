@@ -175,6 +175,32 @@ def test_streams_that_cannot_be_written_do_not_change_the_exit_code(how):
     assert done.returncode == 3
 
 
+NO_DESCRIPTOR = """
+import os, resource, threading, time
+def turn():
+    while True:
+        time.sleep(0)
+for _ in range(4):
+    threading.Thread(target=turn, daemon=True).start()
+class Slow:
+    def __del__(self, sleep=time.sleep):
+        sleep(0.3)
+slow = Slow()
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+held = []
+try:
+    while True:
+        held.append(os.open(os.devnull, os.O_RDONLY))
+except OSError:
+    pass
+"""
+
+
+def test_a_process_without_a_free_descriptor_keeps_its_exit_code():
+    """Its finalizers are cut: the C library would abort it when the interpreter ends the threads that are left."""
+    assert ended(NO_DESCRIPTOR) == (9, ["in time"], "")
+
+
 def test_what_the_exit_would_wait_for():
     """The list has the app's threads, children and exit callbacks, the last registered first, without libraries'."""
     stop = threading.Event()
