@@ -57,7 +57,7 @@ class AppTask(Recorded):
                 code.check()
                 self._send(parts)
                 code.check()
-                self._complete()
+                self._write_rest()
             else:
                 try:
                     for part in parts:

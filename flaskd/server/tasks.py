@@ -134,12 +134,12 @@ class Recorded(Task):  # type: ignore[misc]  # waitress is untyped
         ended = False
         try:
             self.execute()
-            self._complete()
+            self._write_rest()
             ended = True
         finally:
             self._note(ended=ended)
 
-    def _complete(self) -> None:
+    def _write_rest(self) -> None:
         """Write what may still be missing of the answer: its header, or its last chunk."""
         if not self.wrote_header:
             self.write(b"")
