@@ -453,6 +453,18 @@ def test_a_link_in_tmp_is_not_trusted(temporary, tmp_path):
         find_socket(None, NAME, {})
 
 
+def listened_to_by(monkeypatch, uid):
+    """Have the kernel say that the process at the other end of each socket belongs to this user and group."""
+    real = socket.socket.getsockopt
+
+    def getsockopt(self, level, option, *size):
+        if (level, option) == (socket.SOL_SOCKET, socket.SO_PEERCRED):
+            return struct.pack("3i", 1, uid, uid)
+        return real(self, level, option, *size)
+
+    monkeypatch.setattr(socket.socket, "getsockopt", getsockopt)
+
+
 def test_who_listens_must_be_this_user_root_or_the_directorys_owner(tmp_path, monkeypatch):
     """A listening process of another user gets no command (SO_PEERCRED, unix(7))."""
     path = tmp_path / "control.sock"
@@ -460,7 +472,7 @@ def test_who_listens_must_be_this_user_root_or_the_directorys_owner(tmp_path, mo
     with answering(path, b'{"ok": true, "result": "fine"}\n'), ControlClient(path) as client:
         assert client.request("ready") == {"result": "fine"}  # the owner's
     path.unlink()
-    monkeypatch.setattr(struct, "unpack", lambda *_: (1, 54322, 54322))
+    listened_to_by(monkeypatch, 54322)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
@@ -480,7 +492,7 @@ def test_the_directory_of_a_dynamic_user_is_nobodys(short_directory, monkeypatch
     owned_by(monkeypatch, directory, 65534)
     owned_by(monkeypatch, short_directory, above)
     monkeypatch.setattr(os, "geteuid", lambda: 54321)
-    monkeypatch.setattr(struct, "unpack", lambda *_: (1, 61197, 61197))
+    listened_to_by(monkeypatch, 61197)
     path = directory / "control.sock"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
