@@ -316,8 +316,7 @@ class Logs:
             logger.removeHandler(self._daemon)
             logger.setLevel(level)
             logger.propagate = propagate
-        self.flush(_LAST_FLUSH)
-        self._writer.close()
+        self._writer.close(_LAST_FLUSH)
         self._forgotten.__exit__(None, None, None)
 
     def flush(self, timeout: float) -> None:

@@ -66,11 +66,13 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._lost = 0
         self._asleep = False
+        self._over = False
         self._standard: tuple[int, int] | None = None
 
     def start(self) -> None:
         """Start the thread; if no thread can be had, `put` writes the lines itself."""
         self._standard = _identity(2)
+        self._over = False
         self._thread = threading.Thread(target=self._run, name="flaskd-log", daemon=True)
         try:
             self._thread.start()
@@ -119,8 +121,19 @@ class Writer:
         self._thread = None
         self.throttle.forget()
 
-    def close(self) -> None:
-        """Close the socket to the journal."""
+    def close(self, timeout: float) -> None:
+        """End the thread and close the socket to the journal; from now on `put` writes the lines itself.
+
+        If the thread does not end within `timeout` seconds, because nothing reads what it writes, it goes on.
+        """
+        if self._thread is not None:
+            self._over = True
+            self._lines.put(None)
+            self._hurry.set()
+            self._thread.join(timeout)
+            if self._thread.is_alive():
+                return
+            self._thread = None
         if self._journal is not None:
             self._journal.close()
             self._journal = None
@@ -128,7 +141,7 @@ class Writer:
     # --- the thread -------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while True:
+        while not (self._over and self._lines.empty()):
             try:
                 self._turn()
             except BaseException:  # noqa: BLE001 - the app's standard error may raise anything; the log goes on

@@ -99,3 +99,32 @@ def test_a_flush_comes_back_though_a_line_raises(monkeypatch):
     waiting.start()
     assert done.wait(5)
     waiting.join()
+
+
+def test_the_thread_ends_when_the_writer_is_closed(capsys):
+    """All waiting lines are written, the thread is gone, later lines are written at once, and it can start again."""
+    writer = Writer(str)
+    for again in ("", "again "):
+        before = set(threading.enumerate())
+        writer.start()
+        for number in range(1500):
+            writer.put(f"{again}{number}", hurry=False)
+        writer.close(10)
+        assert set(threading.enumerate()) <= before
+        writer.put("after")
+        assert capsys.readouterr().err.splitlines() == [*(f"{again}{number}" for number in range(1500)), "after"]
+
+
+def test_closing_waits_for_no_reader(pipe, monkeypatch):
+    """While nothing reads standard error, closing takes the time it is given, and the lines are written later."""
+    reading, writing = pipe
+    with os.fdopen(writing, "w", closefd=False) as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        size, before = fill(writing), set(threading.enumerate())
+        writer = Writer(str)
+        writer.start()
+        writer.put("late")
+        writer.close(0.1)
+        assert read(reading, size + 5)[size:] == b"late\n"
+        writer.close(10)
+        assert set(threading.enumerate()) <= before
