@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -37,6 +37,7 @@ from flaskd.serving.patching import patching_refused
 from flaskd.starting import Start
 
 if TYPE_CHECKING:
+    from flaskd.pool.early import Early
     from flaskd.pool.pool import Pool
 
 log = logging.getLogger("flaskd.daemon")
@@ -56,7 +57,8 @@ class Boot:
 
     `load` reads the configuration, at the start and at each reload. The app is `app`, or what `make_app` returns when
     it is called at the start; without both, the app that the configuration names is imported. `ending` is given if the
-    process ends after the stop: it runs what the app has left to the process' end.
+    process ends after the stop: it runs what the app has left to the process' end. `early` are the processes for the
+    first workers.
     """
 
     _is_worker = False
@@ -71,7 +73,9 @@ class Boot:
         app: Callable[..., Any] | LoadedApp | None = None,
         make_app: Callable[[], Callable[..., Any]] | None = None,
         ending: Ending | None = None,
+        early: Sequence[Early] = (),
     ) -> None:
+        self._early = early
         self._load, self._ending, self._name = load, ending, name
         self._in_hand = app is not None or make_app is not None
         self._serving: InProcess | Pool
@@ -187,6 +191,7 @@ class Boot:
             stop=lambda reason: daemon.ask(StopAsked(reason)),
             open_endpoint=lambda *asked: daemon.holdings.endpoint_for(*asked).address,
             idle_over=lambda: daemon.inbox.post(IdleOver()),
+            early=self._early,
         )
         return pool
 

@@ -41,7 +41,8 @@ from flaskd.text import lines
 from flaskd.version import __version__
 
 if TYPE_CHECKING:
-    from flaskd.config import Fault
+    from flaskd.config import Configuration, Fault
+    from flaskd.pool.early import Early
 
 
 def main() -> int:
@@ -179,17 +180,40 @@ def serve_app(
         "server.threads": threads,
         "server.workers": workers,
     }
+    load = reader(_config_path(config), overrides, follows_code=reload)
+    early: list[Early] = []
+    if make_app is None:
+        load, early = _forked_early(load)
     environ = dict(os.environ)
     boot = Boot(
-        reader(_config_path(config), overrides, follows_code=reload),
+        load,
         plane=lambda daemon: ControlPlane(daemon, name, environ),
         name=name,
         environ=environ,
         make_app=make_app,
         ending=(ending := Ending()),
+        early=early,
     )
     boot.daemon.reload.follows_code = reload
     leave(boot.run(last=True), ending)
+
+
+def _forked_early(load: Callable[[], Configuration]) -> tuple[Callable[[], Configuration], list[Early]]:
+    """Read the configuration, and fork the processes of the first workers that it wants; see `flaskd.pool.early`."""
+    from flaskd.serving.configuration import reads_once  # noqa: PLC0415
+
+    load, configuration = reads_once(load)
+    if (
+        configuration is None
+        or not (count := configuration.values.count_workers())
+        or configuration.values.pool.preload
+    ):
+        return load, []
+    from flaskd.pool.early import fork_early  # noqa: PLC0415 - a daemon without workers starts faster
+    from flaskd.pool.pool import Pool  # noqa: F401, PLC0415 - imported before the fork, not after it in each process
+    from flaskd.workers.worker import main  # noqa: PLC0415
+
+    return load, fork_early(count, main)
 
 
 def _config_path(option: str | None) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -16,6 +17,7 @@ from flaskd.ledger import Cut, DrainReport
 from flaskd.lifecycle import StopReason
 from flaskd.pool import messages as say
 from flaskd.pool.deaths import Deaths, tell_failure
+from flaskd.pool.early import Early
 from flaskd.pool.handle import Handle, Phase
 from flaskd.pool.recycling import Recycling
 from flaskd.pool.renewals import Renewals
@@ -63,6 +65,7 @@ class Crew:
     """All workers; methods run in the thread of the daemon's events, to which `post` and `post_at` bring events.
 
     `stop` asks for a stop of the service, and `open_endpoint` opens a shutdown endpoint, both for a worker's app.
+    `early` are the processes for the first workers.
     """
 
     def __init__(
@@ -76,11 +79,12 @@ class Crew:
         stop: Callable[[StopReason], None],
         open_endpoint: Callable[[Address, bytes, Sequence[str]], Address],
         make: Callable[[int, int], Handle] = Handle,
+        early: Sequence[Early] = (),
     ) -> None:
         self._owner, self._sums = owner, sums
         self._post, self._post_at = post, post_at
         self._name, self._ask_to_stop, self._open_endpoint = name, stop, open_endpoint
-        self._make = make
+        self._make, self._early = make, list(early)
         self.slots = Slots(
             launch=self._launch,
             serve=self._serve,
@@ -164,15 +168,28 @@ class Crew:
             heard=lambda worker, message, fds: self.do(lambda: self._heard(worker, message, fds)),
             gone=lambda worker: self.do(lambda: self._gone(worker)),
             template=template,
+            early=self._taken_early(generation),
         )
         self._sums.add(worker)
         self.do(self._tell_of_starts)
         return worker
 
+    def _taken_early(self, generation: int) -> Early | None:
+        with contextlib.suppress(IndexError):
+            return self._early.pop(0) if generation == 1 else None
+        return None
+
     def end(self) -> None:
         """Start no more workers, and end the templates."""
         self.slots.end()
         self.templates.end()
+        self.end_early()
+
+    def end_early(self) -> None:
+        """End the processes that were forked early and are not workers (any thread)."""
+        with contextlib.suppress(IndexError):
+            while True:
+                self._early.pop().end()
 
     def _serve(self, worker: Handle) -> None:
         worker.send(say.Serve(self._passed()), [each.socket.fileno() for each in self.listeners])

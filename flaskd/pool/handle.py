@@ -18,6 +18,7 @@ from flaskd.cleanup import StepResult
 from flaskd.config import Configuration
 from flaskd.errors import AppError, CannotCreateError, FlaskdError, shortage
 from flaskd.ledger import Cut, DrainReport
+from flaskd.pool.early import Early
 from flaskd.pool.messages import Ask
 from flaskd.pool.spawn import STACKS, Stacks, how, reap, send_signal, spawn
 from flaskd.pool.template import Template
@@ -117,8 +118,11 @@ class Handle:
         heard: Callable[[Handle, Any, list[int]], None],
         gone: Callable[[Handle], None],
         template: Template | None = None,
+        early: Early | None = None,
     ) -> None:
         """Start the worker's process, and send it the message that `first` returns; raises FlaskdError if it cannot.
+
+        `early` is a process that was forked for it; without that and a template, a new process is made.
 
         In the handle's own thread, `made` is called when the process exists, and `first`, which may wait, when it has
         sent its greeting. With a template, that thread also waits for the fork, before which the app is imported.
@@ -132,7 +136,7 @@ class Handle:
                 stack.enter_context(theirs)
                 self._stacks = Stacks()
                 if template is None:
-                    self._make(theirs, self._stacks, {**environ, **mine})
+                    self._make(theirs, self._stacks, {**environ, **mine}, early)
 
                 def live() -> None:
                     if template is None or self._fork(theirs, {**environ, **mine}, gone):
@@ -151,11 +155,18 @@ class Handle:
                 raise
             raise CannotCreateError(f"cannot start worker {self.slot}: {shortage(error) or error}") from error
 
-    def _make(self, theirs: socket.socket, stacks: Stacks, environ: Mapping[str, str]) -> None:
-        """Make the process: fork it from the template, or else start it; raises FlaskdError."""
+    def _make(
+        self, theirs: socket.socket, stacks: Stacks, environ: Mapping[str, str], early: Early | None = None
+    ) -> None:
+        """Have the process run a worker that was forked early, or fork it from the template, or else start it.
+
+        Raises FlaskdError.
+        """
         descriptors = [theirs.fileno(), self.board.fd, stacks.fileno()]
         made = None
-        if self._template is not None:
+        if early is not None and early.become(environ, descriptors):
+            made = early.pid, early.pidfd
+        elif self._template is not None:
             made = self._template.fork(self.slot, descriptors, wanted=lambda: not self.killed_for)
         self.pid, self._pidfd = made or spawn(self.slot, self.generation, descriptors, environ)
 

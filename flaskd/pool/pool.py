@@ -18,6 +18,7 @@ from flaskd.lifecycle import StopReason
 from flaskd.pool import messages as say
 from flaskd.pool.beginning import Beginning
 from flaskd.pool.crew import Crew
+from flaskd.pool.early import Early
 from flaskd.pool.gathering import AllWorkers, Gathering
 from flaskd.pool.handle import Handle, Phase
 from flaskd.pool.idleness import Idleness
@@ -56,10 +57,13 @@ class Pool(View):
         open_endpoint: Callable[[Address, bytes, Sequence[str]], Address],
         idle_over: Callable[[], None],
         make: Callable[[int, int], Handle] = Handle,
+        early: Sequence[Early] = (),
     ) -> None:
         super().__init__(self._make_pipeline)
         self._post = post
-        self._crew = Crew(self, self.sums, post, post_at, name=name, stop=stop, open_endpoint=open_endpoint, make=make)
+        self._crew = Crew(
+            self, self.sums, post, post_at, name=name, stop=stop, open_endpoint=open_endpoint, make=make, early=early
+        )
         self._slots = self._crew.slots
         self.wanted, self.templates = lambda: self._slots.wanted, self._crew.templates.shown
         self._service_stop = ServiceStop(self._pipeline, self._crew, self.sums, post)
@@ -107,6 +111,7 @@ class Pool(View):
     def started(self, configuration: Configuration) -> None:
         """Begin to watch the workers, because the start has succeeded."""
         self._crew.starting = False
+        self._crew.end_early()
         self._crew.watch.begin()
         self._crew.recycling.begin()
         self.sums.used()
@@ -154,6 +159,7 @@ class Pool(View):
         """Kill all workers (any thread)."""
         self._slots.ending = True
         self._crew.templates.end()
+        self._crew.end_early()
         for each in self.sums.alive:
             each.kill("flaskd ends")
 

@@ -28,7 +28,7 @@ _MOST_STACKS = 1 << 18
 """Most bytes of stacks that are read."""
 EX_LATE = 99
 """The exit code of a worker whose finalizers were cut; by then it cannot say so in another way."""
-_HELD = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, STACKS)
+HELD = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, STACKS)
 """Signals that stay blocked until the worker has handlers for them: a Ctrl-C goes to all processes of a terminal."""
 
 
@@ -57,7 +57,7 @@ def _spawn(
     try:
         for each in descriptors:
             os.set_inheritable(each, True)
-        pid = os.posix_spawn(sys.executable, command, environ, setsigmask={*before, *_HELD})
+        pid = os.posix_spawn(sys.executable, command, environ, setsigmask={*before, *HELD})
     except OSError as error:
         raise CannotCreateError(f"cannot start {whom}: {sys.executable}: {error.strerror}") from error
     finally:

@@ -50,3 +50,29 @@ def _read_to_follow_code(source: Source, overrides: Mapping[str, object] | None)
         return configuration
     server = values.server.model_copy(update={"workers": 1})  # not by reading it again: a pipe gives its content once
     return dataclasses.replace(configuration, values=values.model_copy(update={"server": server}))
+
+
+def reads_once(load: Callable[[], Configuration]) -> tuple[Callable[[], Configuration], Configuration | None]:
+    """Read the configuration now; returns a function that returns it, or raises its error, at the first call.
+
+    At later calls the function reads it anew. The configuration is None if it cannot be read.
+    """
+    try:
+        first = load()
+    except Exception as error:  # noqa: BLE001 - raised where it is reported
+        return _then(error, load), None
+    return _then(first, load), first
+
+
+def _then(first: Configuration | Exception, load: Callable[[], Configuration]) -> Callable[[], Configuration]:
+    waiting = [first]
+
+    def read() -> Configuration:
+        if not waiting:
+            return load()
+        outcome = waiting.pop()
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    return read

@@ -48,6 +48,12 @@ def inherited(environ: Mapping[str, str]) -> dict[str, list[Listener]]:
     return found
 
 
+def close_passed(environ: Mapping[str, str], pid: int) -> None:
+    """In a forked child of the process `pid`, close the copies of the descriptors that were passed to that process."""
+    if environ.get("LISTEN_PID") == str(pid):
+        os.closerange(3, 3 + _passed(environ))
+
+
 def _passed(environ: Mapping[str, str]) -> int:
     """How many descriptors were passed; -1 if LISTEN_FDS is no number."""
     text = environ.get("LISTEN_FDS", "0")

@@ -390,3 +390,48 @@ def test_admin_and_roles(flaskd: Flaskd) -> None:
     assert "OK drained" in flaskd.command("drain wait")
     assert get(admin, "/readyz")[0] == 503
     assert flaskd.stop() == 0
+
+
+STATE = r"""
+import gc, json, locale, os, re, resource, signal, sys, threading, warnings
+from flask import Flask
+app = Flask(__name__)
+
+@app.get("/")
+def state():
+    with open("/proc/self/status") as file:
+        status = file.read()
+    os.umask(umask := os.umask(0))
+    files = sorted(
+        re.sub(r"\d+", "N", os.readlink(f"/proc/self/fd/{each}"))
+        for each in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{each}")
+    )
+    return {
+        "environment": dict(os.environ), "path": sys.path, "flags": str(sys.flags), "umask": umask, "cwd": os.getcwd(),
+        # Signal 32 is the C library's own (nptl(7)), which posix_spawn(3) ignores in the new process.
+        "signals": [int(each, 16) & ~(1 << 31) for each in re.findall(r"Sig(?:Blk|Ign|Cgt):\s*(\w+)", status)],
+        **{each.name: re.sub("0x.*", "", str(signal.getsignal(each))) for each in signal.Signals},
+        "limits": {name: resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name[:4] == "RLIM" and name != "RLIM_INFINITY"},
+        "switch": sys.getswitchinterval(), "gc": [gc.isenabled(), gc.get_threshold(), gc.get_freeze_count()],
+        "locale": locale.setlocale(locale.LC_ALL), "warnings": [str(each) for each in warnings.filters],
+        "threads": sorted(re.sub(r"\d+", "N", each.name) for each in threading.enumerate()), "files": files,
+        "encodings": [each.encoding for each in (sys.stdin, sys.stdout, sys.stderr)],
+        "priority": os.getpriority(os.PRIO_PROCESS, 0), "cpus": sorted(os.sched_getaffinity(0)), "group": os.getpgrp(),
+        "recursion": sys.getrecursionlimit(), "main": threading.current_thread() is threading.main_thread(),
+    }
+"""
+
+
+def test_the_first_worker_has_what_later_ones_have(flaskd: Flaskd) -> None:
+    """The first worker is forked, a later one is a new process: the app finds the same in both."""
+    flaskd.write("stateapp.py", STATE)
+    flaskd.start("-w", "1", "-t", "1", app="stateapp")
+    found = []
+    for _ in range(2):
+        status, body = get(flaskd.url, "/")
+        assert status == 200
+        found.append((workers(flaskd)[0], json.loads(body)))
+        assert flaskd.client("restart")[0] == 0
+    (before, forked), (after, made) = found
+    assert before != after
+    assert {name: (forked[name], made[name]) for name in forked if forked[name] != made[name]} == {}
