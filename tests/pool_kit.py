@@ -49,7 +49,10 @@ class FakeWorker(Handle):
         self._ids = itertools.count(1)
         self._on_board: list[Request] = []
 
-    def start(self, environ: Any, first: Any, *, made: Any, heard: Any, gone: Any, template: Any = None) -> None:
+    def start(  # type: ignore[override]
+        self, environ: Any, first: Any, *, made: Any, heard: Any, gone: Any, template: Any, early: Any
+    ) -> None:
+        self.early = early
         if self._world.no_more:
             self.close()
             raise CannotCreateError("cannot start a worker: there is no memory")
@@ -181,6 +184,8 @@ class World:
         """The events that the pool posted to its daemon, except those on the progress of starts."""
         self.hung: set[FakeWorker] = set()
         """The workers whose loops do not turn."""
+        self.early: list[Any] = []
+        """The processes that were forked early."""
         self.stops: list[Any] = []
         """The reasons for which workers' apps asked for a stop of the service."""
         self._posted: queue.SimpleQueue[ServingEvent] = queue.SimpleQueue()
@@ -247,6 +252,7 @@ class World:
             open_endpoint=lambda address, *_: address,
             idle_over=lambda: None,
             make=lambda slot, generation: FakeWorker(slot, generation, self),
+            early=self.early,
         )
         pool._crew.listeners = listeners
         return pool

@@ -31,22 +31,28 @@ class Early:
         with orphans.expected() as known:
             known.add(pid)  # it is a child of the main thread, but is reaped as all workers are
 
-    def become(self, environ: Mapping[str, str], descriptors: Sequence[int]) -> bool:
-        """Have it run a worker with this environment and these descriptors; False if it has ended."""
+    def become(self, environ: Mapping[str, str], descriptors: Sequence[int]) -> tuple[int, int] | None:
+        """Have it run a worker with this environment and these descriptors.
+
+        Returns its pid and its pidfd, which the caller must close; None if it has ended.
+        """
         try:
             self._wire.send(dict(environ), descriptors)
         except WireClosedError:
             self.end()
-            return False
+            return None
         self._wire.close()
-        return True
+        pidfd, self.pidfd = self.pidfd, -1
+        return self.pid, pidfd
 
     def end(self) -> None:
-        """End it."""
-        send_signal(self.pidfd, signal.SIGKILL)
-        reap(self.pidfd)
-        os.close(self.pidfd)
-        self._wire.close()
+        """End it, unless it has become a worker or has ended."""
+        pidfd, self.pidfd = self.pidfd, -1
+        if pidfd >= 0:
+            send_signal(pidfd, signal.SIGKILL)
+            reap(pidfd)
+            os.close(pidfd)
+            self._wire.close()
 
     def forget(self) -> None:
         """In a forked child, close the copies of its descriptors."""

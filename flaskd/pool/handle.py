@@ -150,6 +150,8 @@ class Handle:
             if self._pidfd >= 0:
                 send_signal(self._pidfd, signal.SIGKILL)
                 self.code = reap(self._pidfd)
+            elif early is not None:
+                early.end()
             self.close()
             if isinstance(error, FlaskdError):
                 raise
@@ -164,8 +166,8 @@ class Handle:
         """
         descriptors = [theirs.fileno(), self.board.fd, stacks.fileno()]
         made = None
-        if early is not None and early.become(environ, descriptors):
-            made = early.pid, early.pidfd
+        if early is not None:
+            made = early.become(environ, descriptors)
         elif self._template is not None:
             made = self._template.fork(self.slot, descriptors, wanted=lambda: not self.killed_for)
         self.pid, self._pidfd = made or spawn(self.slot, self.generation, descriptors, environ)

@@ -55,14 +55,16 @@ before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
 assert not before, before
 reader, writer = os.pipe()
 others = [os.open(each, os.O_RDONLY) for each in ("/proc/self/stat", "/")]
-assert first.become({"HERE": "1"}, [writer, *others])
+pid, pidfd = first.become({"HERE": "1"}, [writer, *others])
 os.close(writer)
 with open(reader) as pipe:
     said = json.load(pipe)
-assert said["pid"] == first.pid
+assert said["pid"] == pid
 assert said["same"] == [os.fstat(each).st_ino for each in others]
-assert reap(first.pidfd) == 7
-second.end()
+assert reap(pidfd) == 7
+os.close(pidfd)
+for each in (first, second, second):
+    each.end()
 assert not orphans._known
 print(json.dumps(said))
 """)
@@ -120,7 +122,7 @@ def test_an_error_in_the_child_does_not_return_into_the_parents_code():
     """A worker that fails ends with a traceback and exit code 1."""
     done = subprocess.run(
         [sys.executable, "-c", HEAD + "one, = fork_early(1, lambda *_: os.stat('/nowhere'))\n"
-         "assert one.become({}, [0, 1, 2])\nassert reap(one.pidfd) == 1"],
+         "pid, pidfd = one.become({}, [0, 1, 2])\nassert reap(pidfd) == 1"],
         capture_output=True, text=True, timeout=30, check=True,
     )  # fmt: skip
     assert done.stderr.count("Traceback") == 1

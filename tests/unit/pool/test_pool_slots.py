@@ -564,3 +564,37 @@ def test_a_reload_while_a_restart_is_under_way(world: World) -> None:
     assert told.all[0] is not None
     assert [each.error for each in renewed(world)] == [None]
     assert {each.generation for each in world.alive} == {2}
+
+
+# --- processes that were forked early -----------------------------------------------------------------------------------
+
+
+class EarlyProcess:
+    ended = False
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_the_first_workers_get_the_processes_that_were_forked_early(world: World) -> None:
+    """Each gets one, in order; one too many is ended when the service is ready. Later workers are new processes."""
+    first, second, _ = world.early = [EarlyProcess() for _ in range(3)]
+    pool = world.started(2)
+    assert [each.early for each in world.made] == [first, second]
+    assert [each.ended for each in world.early] == [False, False, True]
+    world.worker(0).dies()
+    world.settle()
+    pool.scale(3, lambda _: None)
+    world.settle()
+    assert [each.early for each in world.made[2:]] == [None, None]
+
+
+def test_a_start_that_fails_leaves_no_process_that_was_forked_early(world: World) -> None:
+    """They are ended with the pool."""
+    world.early = [EarlyProcess() for _ in range(3)]
+    world.no_more = True
+    pool = world.pool()
+    pool.start(pool_kit.configuration(1))
+    world.advance(100)
+    pool.abandon()
+    assert [each.ended for each in world.early[1:]] == [True, True]
