@@ -18,6 +18,7 @@ from typing import Any, Self, TypeVar
 
 from flaskd.stacks import folded, stack_of
 from flaskd.text import printable, shortened
+from flaskd.values import value
 
 log = logging.getLogger("flaskd.work")
 
@@ -25,7 +26,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _numbers = itertools.count()
 
 
-@dataclass(frozen=True)
+@value
 class Background:
     """Work in the background; `age` is in seconds, `stack` is that of its thread, if it was asked for."""
 

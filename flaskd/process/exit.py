@@ -16,10 +16,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from flaskd.process.threads import name_of, waited_for
+from flaskd.values import value
 
 log = logging.getLogger("flaskd.leave")
 
@@ -38,7 +38,7 @@ _OTHERS = {"flaskd", "logging", "multiprocessing", "weakref"}
 """Packages whose own exit callbacks are not listed: they matter only if the app has given them something to do."""
 
 
-@dataclass(frozen=True)
+@value
 class Unfinished:
     """Work that was cut: accepted by the app, or left to the process' end; `stack` is the thread's stack."""
 

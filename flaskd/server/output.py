@@ -34,8 +34,8 @@ _LINGER_SENDING = 30.0
 
 _SLOTS = (
     "_bite", "_environ", "_half_closed_at", "_heard_at", "_high_watermark", "_last_activity", "_linger_until",
-    "_send_bytes", "_unacknowledged", "account", "context", "flushed", "grace_from", "most_head_bytes", "serving",
-    "task", "unsettled",
+    "_send_bytes", "_unacknowledged", "account", "close_when_flushed", "context", "current_outbuf_count", "flushed",
+    "grace_from", "most_head_bytes", "request", "serving", "task", "total_outbufs_len", "unsettled", "will_close",
 )  # fmt: skip
 """Attributes of a connection that are always set. An object with more than 30 attributes outside of slots takes 1.5 KB
 for them, and is slower (SHARED_KEYS_MAX_SIZE in CPython 3.11 to 3.14)."""
@@ -90,11 +90,11 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
         """When the last answer was given, or the connection was opened (time.monotonic())."""
         self._linger_until, self._unacknowledged = 0.0, 0
         self._half_closed_at = self._heard_at = 0.0
-        super().__init__(server, sock, addr, adj, map=map)
-        self.outbufs = [AnswerBuffer(adj.outbuf_overflow)]
         # Waitress and this class have these on the class; on the connection they are found more quickly.
         self.request, self.total_outbufs_len, self.current_outbuf_count = None, 0, 0
         self.will_close = self.close_when_flushed = self.half_closed = self.stream_over = False
+        super().__init__(server, sock, addr, adj, map=map)
+        self.outbufs = [AnswerBuffer(adj.outbuf_overflow)]
         self.internal, self.here = self.internal, self.here
         self._high_watermark, self.most_head_bytes = int(adj.outbuf_high_watermark), int(adj.max_request_header_size)
         self.outbuf_lock = OutputLock()
