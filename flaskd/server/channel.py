@@ -27,6 +27,8 @@ log = logging.getLogger("flaskd.server")
 class _ChannelServer:
     """What waitress' channel uses as its server: the acceptor, except that it wakes the loop for this one channel."""
 
+    __slots__ = ("_channel", "active_channels", "adj", "effective_port", "environ", "server_name")
+
     def __init__(self, channel: Channel, acceptor: Any, sock: Any) -> None:
         self._channel: Channel | None = channel
         self.adj = acceptor.adj
