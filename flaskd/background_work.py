@@ -10,16 +10,15 @@ import inspect
 import itertools
 import logging
 import os
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
-from flaskd.stacks import folded
+from flaskd.stacks import folded, stack_of
 from flaskd.text import printable, shortened
+from flaskd.values import value
 
 log = logging.getLogger("flaskd.work")
 
@@ -27,7 +26,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _numbers = itertools.count()
 
 
-@dataclass(frozen=True)
+@value
 class Background:
     """Work in the background; `age` is in seconds, `stack` is that of its thread, if it was asked for."""
 
@@ -114,11 +113,9 @@ def in_background() -> bool:
 def background_work(*, stacks: bool = False) -> tuple[Background, ...]:
     """The running work, the oldest first."""
     now = time.monotonic()
-    frames = sys._current_frames() if stacks else {}  # noqa: SLF001 - public in all but its name
     found = []
     for each in _entries.copy().values():
-        frame = frames.get(each.thread.ident or 0)
-        stack = "".join(traceback.format_stack(frame)) if frame else ""
+        stack = stack_of(each.thread) if stacks else ""
         found.append(Background(on_one_line(each.name), now - each.began, on_one_line(each.thread.name), stack))
     return tuple(found)
 

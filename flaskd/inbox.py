@@ -7,23 +7,24 @@ import itertools
 import queue
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from flaskd.lifecycle import StopReason
 from flaskd.process.exit import Unfinished
 from flaskd.protocol import Discard, Reply
 from flaskd.readings import ReadingOver
 from flaskd.serving.api import ServingEvent
+from flaskd.values import value
 
 
-@dataclass(frozen=True)
+@value
 class Asked:
     """A request whose outcome goes to `reply`."""
 
     reply: Reply = field(default_factory=Discard, kw_only=True, repr=False)
 
 
-@dataclass(frozen=True)
+@value
 class DrainAsked(Asked):
     """Drain; with `wait` the reply comes when the drain is over. `by` says who asked, as text for people."""
 
@@ -31,12 +32,12 @@ class DrainAsked(Asked):
     by: str = ""
 
 
-@dataclass(frozen=True)
+@value
 class ResumeAsked(Asked):
     """Serve again after a drain."""
 
 
-@dataclass(frozen=True)
+@value
 class ReloadAsked(Asked):
     """Read the configuration again; the reply comes after the reload.
 
@@ -49,21 +50,21 @@ class ReloadAsked(Asked):
     only_configuration: bool = False
 
 
-@dataclass(frozen=True)
+@value
 class ScaleAsked(Asked):
     """Run `count` workers; the reply comes when the new ones are ready."""
 
     count: int
 
 
-@dataclass(frozen=True)
+@value
 class RestartAsked(Asked):
     """Replace the worker of one slot, or all workers; the reply comes when the new ones are ready."""
 
     slot: int | None = None
 
 
-@dataclass(frozen=True)
+@value
 class StopAsked(Asked):
     """Stop; `now` cuts drain and cleanup short. With `wait` the reply comes at the very end.
 
@@ -77,33 +78,33 @@ class StopAsked(Asked):
     within: tuple[float, float, float] | None = None
 
 
-@dataclass(frozen=True)
+@value
 class FileChanged:
     """The configuration file has new content, with this digest."""
 
     digest: str
 
 
-@dataclass(frozen=True)
+@value
 class IdleOver:
     """For `shutdown.idle.after` there was no request that counts."""
 
 
-@dataclass(frozen=True)
+@value
 class Raised:
     """The app's code raised this exception in the main thread."""
 
     error: BaseException
 
 
-@dataclass(frozen=True)
+@value
 class ExitBegan:
     """The app's exit callbacks and threads have their time now; `left` gives the remaining seconds."""
 
     left: Callable[[], float]
 
 
-@dataclass(frozen=True)
+@value
 class ExitOver:
     """That time is over. `unfinished` is what was not done; with `cut` the main thread still hangs in it."""
 
@@ -111,17 +112,17 @@ class ExitOver:
     cut: bool = False
 
 
-@dataclass(frozen=True)
+@value
 class ReadingLate:
     """The time for reading the configuration is over, in case that still runs."""
 
 
-@dataclass(frozen=True)
+@value
 class PulseDue:
     """The service manager is to be told that the events thread works."""
 
 
-@dataclass(frozen=True)
+@value
 class Tick:
     """Another second of a drain or stop has passed."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from flaskd.cleanup import StepResult
 from flaskd.ledger import DrainReport
@@ -12,25 +11,26 @@ from flaskd.lifecycle import State, StopReason
 from flaskd.log.setup import bounded_by
 from flaskd.serving.api import Account
 from flaskd.sockets import Address
+from flaskd.values import value
 
 log = logging.getLogger("flaskd.daemon")
 
 _REFUSED = bounded_by("drains, resumes and reloads that the state refused")
 
 
-@dataclass(frozen=True)
+@value
 class Starting:
     """The configuration is read; the app is not loaded yet."""
 
 
-@dataclass(frozen=True)
+@value
 class Loaded:
     """The app is loaded, and has `probe_timeout` seconds to answer the probe; 0 if there is no probe."""
 
     probe_timeout: float
 
 
-@dataclass(frozen=True)
+@value
 class BecameReady:
     """flaskd serves `app` on these addresses."""
 
@@ -43,14 +43,14 @@ class BecameReady:
         return f"ready: {self.app} on {', '.join(map(str, self.addresses))}"
 
 
-@dataclass(frozen=True)
+@value
 class BrokenOff:
     """The start was broken off; `why` is the reason."""
 
     why: str
 
 
-@dataclass(frozen=True)
+@value
 class FailedFor:
     """Why flaskd ends with a failure: the first line of the error, secrets masked, and an errno."""
 
@@ -58,14 +58,14 @@ class FailedFor:
     number: int
 
 
-@dataclass(frozen=True)
+@value
 class Refused:
     """A request to the daemon that its present state does not allow."""
 
     why: str
 
 
-@dataclass(frozen=True)
+@value
 class DrainBegan:
     """A drain began, with `in_flight` requests and at most `timeout` seconds; `by` says who asked, for people."""
 
@@ -74,7 +74,7 @@ class DrainBegan:
     by: str = ""
 
 
-@dataclass(frozen=True)
+@value
 class DrainEnded:
     """A drain is over; `state` is the state now."""
 
@@ -82,7 +82,7 @@ class DrainEnded:
     state: State
 
 
-@dataclass(frozen=True)
+@value
 class Resumed:
     """flaskd serves again, or still, as `status` says; `before` is the state before."""
 
@@ -90,14 +90,14 @@ class Resumed:
     before: State
 
 
-@dataclass(frozen=True)
+@value
 class ReloadBegan:
     """A reload began, or began again; it was asked for at the time.monotonic() moment `since`."""
 
     since: float
 
 
-@dataclass(frozen=True)
+@value
 class SignalRefused:
     """A reload by SIGHUP is refused in this state; a service manager may wait for it."""
 
@@ -106,7 +106,7 @@ class SignalRefused:
     why: str
 
 
-@dataclass(frozen=True)
+@value
 class ReloadEnded:
     """A reload is over; if there is a `fault`, the old configuration stays in force.
 
@@ -120,21 +120,21 @@ class ReloadEnded:
     trace: str = ""
 
 
-@dataclass(frozen=True)
+@value
 class WorkersStart:
     """Workers start while flaskd is in this state; sent every few seconds until they are ready or fail."""
 
     state: State
 
 
-@dataclass(frozen=True)
+@value
 class StatusChanged:
     """flaskd serves as before, but its status line has changed."""
 
     status: str
 
 
-@dataclass(frozen=True)
+@value
 class StopBegan:
     """A stop began; it has `left` of `deadline` seconds. `drains` is false if a drain came before it."""
 
@@ -151,7 +151,7 @@ class StopBegan:
         return f"stopping ({self.reason}): {self.in_flight} in flight"
 
 
-@dataclass(frozen=True)
+@value
 class StepsTake:
     """The running steps of the stop take at most `seconds`; `left` is the seconds to its deadline."""
 
@@ -159,14 +159,14 @@ class StepsTake:
     left: float
 
 
-@dataclass(frozen=True)
+@value
 class StepDone:
     """A cleanup step is over."""
 
     result: StepResult
 
 
-@dataclass(frozen=True)
+@value
 class Progress:
     """The progress of a drain or stop, in words; `left` is the seconds to the deadline of a stop."""
 
@@ -174,7 +174,7 @@ class Progress:
     left: float | None
 
 
-@dataclass(frozen=True)
+@value
 class Stopped:
     """The stop is over; `failed` if flaskd ends because of a failure, which people must see."""
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from flaskd.errors import FlaskdError, shortage
+from flaskd.values import value
 
 T = TypeVar("T")
 
@@ -83,7 +83,7 @@ class Readings(Generic[T]):
             self.present = None
 
 
-@dataclass(frozen=True)
+@value
 class ReadingOver:
     """A reading is over, in time or not."""
 

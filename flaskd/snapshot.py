@@ -6,7 +6,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import zip_longest
 from typing import Any
 
@@ -16,6 +16,7 @@ from flaskd.process.usage import resident
 from flaskd.protocol import summary
 from flaskd.serving.api import ServingSnapshot
 from flaskd.units import timestamp
+from flaskd.values import value
 from flaskd.version import __version__
 
 _RECENT = 60.0
@@ -81,7 +82,7 @@ class Recent:
         return {"seconds": round(time.monotonic() - moment, 3), "counts": found}
 
 
-@dataclass(frozen=True)
+@value
 class Held:
     """What the daemon has apart from the app: addresses, and what is known of the run before this one."""
 
@@ -96,7 +97,7 @@ class Held:
     """The record of the stop before this run."""
 
 
-@dataclass(frozen=True)
+@value
 class Snapshot:
     """The daemon at one moment. `since` and `started` are Unix times, `age` and `uptime` are seconds."""
 

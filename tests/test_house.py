@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "flaskd"
 
 LAYERS = [
-    {"version", "errors", "units", "text", "objects", "stacks", "files"},
+    {"version", "errors", "units", "text", "objects", "stacks", "files", "values"},
     {"process"},
     {"log", "sockets", "verbs", "lifecycle", "background_work"},
     {"ledger", "protocol", "readings", "starting"},

@@ -6,7 +6,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -15,6 +15,7 @@ from flaskd.cleanup.model import Action, Step
 from flaskd.cleanup.plan import Plan
 from flaskd.config import Phase, Settings
 from flaskd.config.order import in_turn
+from flaskd.values import value
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -31,7 +32,7 @@ class _NoFields(Settings):
     """A function that is registered in code has no fields."""
 
 
-@dataclass(frozen=True)
+@value
 class _Callback:
     function: Callable[..., object]
     phase: Phase

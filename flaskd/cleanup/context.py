@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from flaskd.errors import FlaskdError
 from flaskd.text import Redactor
 from flaskd.units import format_duration
+from flaskd.values import value
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,7 +66,7 @@ _SHARE_OF_THE_DEADLINE, _SHARE_OF_A_HURRY = 1 / 5, 1 / 2
 """The share of all the time that steps marked `always` have if there is no reserve."""
 
 
-@dataclass(frozen=True)
+@value
 class Times:
     """The time that one process has for a stop, in seconds: its `deadline`, its `reserve` and `kept`.
 

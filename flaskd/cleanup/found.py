@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
+from flaskd.values import value
 
-@dataclass(frozen=True)
+
+@value
 class Found:
     """A live object that the app holds.
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
+
+from flaskd.values import value
 
 ASYNCHRONOUS = "asynchronous: only its own event loop can close it"
 _NO_ACTION = "no action closes it; a function of your own can (use: call)"
 
 
-@dataclass(frozen=True)
+@value
 class Kind:
     """Object types, given as ``module:name``, that discovery finds.
 

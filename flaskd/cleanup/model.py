@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from flaskd.config import REPLACEMENTS, Fields, Phase, Scope
 from flaskd.text import Redactor, listed
+from flaskd.values import value
 
 if TYPE_CHECKING:
     from flaskd.cleanup.context import StepContext
@@ -26,7 +27,7 @@ class Fate(StrEnum):
     SKIPPED = "skipped"
 
 
-@dataclass(frozen=True)
+@value
 class StepResult:
     """The result of a step.
 
@@ -53,7 +54,7 @@ class StepResult:
         return self.fate in (Fate.FAILED, Fate.TIMED_OUT)
 
 
-@dataclass(frozen=True)
+@value
 class Verdict:
     """The result of one attempt; the fields mean the same as in `StepResult`."""
 
@@ -133,7 +134,7 @@ class Reason(Protocol):
         """One of the words that `when.reason` accepts."""
 
 
-@dataclass(frozen=True)
+@value
 class Step:
     """One policy, ready to run. `timeout` is in seconds; with empty `reasons` the step runs for any reason.
 

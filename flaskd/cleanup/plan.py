@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from flaskd.cleanup.actions import ACTIONS
@@ -15,6 +15,7 @@ from flaskd.config.order import in_turn
 from flaskd.errors import ConfigError, FlaskdError
 from flaskd.process.forks import AppCode
 from flaskd.text import Redactor
+from flaskd.values import value
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
@@ -32,7 +33,7 @@ _IN_ORDER = ("apscheduler.stop", "executor.stop")
 """These actions end discovered objects one after the other, in this order: a job may still use an executor."""
 
 
-@dataclass(frozen=True)
+@value
 class Plan:
     """The steps of a stop: ordered by phase, then by their `after` edges, then as they were given.
 

@@ -6,7 +6,7 @@ Both are computed by the runner itself, with a clock that is set by hand and ste
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from flaskd.cleanup.attempt import Attempt
@@ -19,12 +19,13 @@ from flaskd.config import Config, Phase, Settings
 from flaskd.errors import UsageError
 from flaskd.text import did_you_mean, nearest_first, quoted, table
 from flaskd.units import format_duration
+from flaskd.values import value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 
-@dataclass(frozen=True)
+@value
 class Frame:
     """The time around a plan, in seconds, from the sections `shutdown` and `cleanup`."""
 
@@ -58,7 +59,7 @@ class Frame:
         return f"{said}; the drain may take {format_duration(min(self.drain, self.deadline - self.reserve))}"
 
 
-@dataclass(frozen=True)
+@value
 class _Reason:
     kind: str = "signal"
 

@@ -22,7 +22,6 @@ from flaskd.cli.completion import files, policies, shell_script
 from flaskd.cli.listing import list_daemons
 from flaskd.cli.pages import Verbs
 from flaskd.cli.units import units
-from flaskd.client import ControlClient, reading
 from flaskd.errors import (
     EX_CONFIG,
     EX_LOST,
@@ -36,7 +35,6 @@ from flaskd.errors import (
     UsageError,
     shortage,
 )
-from flaskd.finding import find_socket
 from flaskd.text import lines
 from flaskd.version import __version__
 
@@ -348,6 +346,9 @@ def plan(socket: str | None, name: str, config: str | None, hang: tuple[str, ...
 
 
 def _plan(socket: str | None, name: str, config: str | None, hang: tuple[str, ...], *, as_json: bool) -> int:
+    from flaskd.client import ControlClient, reading  # noqa: PLC0415 - a serving process needs none of that
+    from flaskd.finding import find_socket  # noqa: PLC0415
+
     answer = path = None
     if config is None:
         try:

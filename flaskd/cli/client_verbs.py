@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
 
-from flaskd.cli import answers, bar, completion, show
+from flaskd.cli import completion, show
 from flaskd.cli.pages import no_such_verb
-from flaskd.client import ControlClient, reading
-from flaskd.errors import (
-    EX_LOST,
-    CannotCreateError,
-    FlaskdError,
-    ForbiddenError,
-    NoDaemonError,
-    UnknownCommandError,
-    UsageError,
-)
-from flaskd.finding import find_socket
-from flaskd.present import died
-from flaskd.protocol import MARK, RECORD, damage, state_directory
+from flaskd.errors import CannotCreateError, FlaskdError, UnknownCommandError, UsageError
 from flaskd.verbs import FLAGS, VERBS, Role, Verb, find_verb
 
 _BY_HAND = {"help", "check"}
 """Verbs whose commands need no daemon; their commands are defined one by one."""
 _VALUES = {"level": completion.levels, "count": completion.counts}
 """The functions with which a shell completes arguments."""
-_LONG = 60.0
-"""Seconds of silence after which a daemon counts as dead that otherwise reports its progress every second."""
 
 PLACE: list[click.Parameter] = [
     click.Option(
@@ -110,17 +94,9 @@ def _needs(verb: Verb) -> str:
 
 def _client(verb: str) -> Any:
     def run(socket: str | None, name: str, as_json: bool, **words: Any) -> int:
-        return told(lambda: _run(socket, name, words, as_json=as_json), as_json=as_json)
+        from flaskd.cli.asking import ask_or_read  # noqa: PLC0415 - a serving process needs none of that
 
-    def _run(socket: str | None, name: str, words: dict[str, Any], *, as_json: bool) -> int:
-        try:
-            path = find_socket(socket, name, os.environ)
-            return ask(path, verb, {key: value for key, value in words.items() if value}, as_json=as_json)
-        except (NoDaemonError, ForbiddenError) as error:
-            if verb != "last-stop" or socket or os.environ.get("FLASKD_CONTROL"):
-                raise  # the record may be another daemon's
-            _say(verb, _read_record(name, error), as_json)
-            return 0
+        return told(lambda: ask_or_read(verb, socket, name, words, as_json=as_json), as_json=as_json)
 
     return run
 
@@ -136,63 +112,6 @@ def told(run: Callable[[], int], *, as_json: bool) -> int:
             show.for_programs({"ok": False, "error": {"code": error.code, "message": str(error), **error.for_programs}})
         )
         return error.exit_code
-
-
-def ask(path: Path, verb: str, words: dict[str, Any], *, as_json: bool = False) -> int:
-    """Send a command, show progress and outcome; returns the exit code."""
-    wait, asked = "wait" in words, False
-    open_still: NoDaemonError | None = None
-    try:
-        with (
-            bar.progress(verb if wait else "", as_json=as_json) as progress,
-            ControlClient(path, timeout=_LONG if wait or VERBS[verb].lengthy else 10.0) as client,
-        ):
-            asked = True
-            answer = client.request(verb, progress=progress, **words)
-            if verb == "stop" and wait:
-                try:
-                    client.wait_closed()
-                except NoDaemonError as error:
-                    open_still = error
-    except KeyboardInterrupt:
-        if asked and VERBS[verb].changes:  # users may believe that interrupting undoes it
-            click.echo(f"flaskd: not waiting any more; the {verb} goes on", err=True)
-            raise click.exceptions.Exit(130) from None  # for other exceptions click writes an empty line
-        raise
-    with reading(path):
-        _say(verb, answer, as_json)
-    if open_still is not None:  # the outcome is shown all the same
-        raise open_still
-    lost = any(answer.get(key) for key in ("cut", "background", "unaccepted", "unfinished"))
-    return EX_LOST if lost and verb in {"drain", "stop"} else 0
-
-
-def _say(verb: str, answer: dict[str, Any], as_json: bool) -> None:
-    show.say(show.for_programs({"ok": True, **answer}) if as_json else answers.answer(verb, answer))
-
-
-def _read_record(name: str, no_daemon: FlaskdError) -> dict[str, Any]:
-    """The last stop, and a run that died since, from the state directory; raises the class of `no_daemon`."""
-    directory = state_directory(name, os.environ)
-    found: dict[str, Any] = {"result": "last-stop"}
-    fault = ""
-    try:
-        record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
-        if why := damage(record):
-            raise ValueError(why)
-        found |= record
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, RecursionError) as error:
-        fault = str(getattr(error, "strerror", None) or error)
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # no mark, or an incomplete one
-        mark = json.loads((directory / MARK).read_text(encoding="utf-8"))
-        if "unrecorded" in mark or not Path(f"/proc/{mark['pid']}").exists():  # otherwise it runs, but does not answer
-            found["previous"] = died(mark)
-    if len(found) == 1:
-        unreadable = f" that can be read ({fault})" if fault else ""
-        raise type(no_daemon)(f"{no_daemon}; and there is no record in {directory / RECORD}{unreadable}")
-    return {**found, "damaged": fault} if fault else found
 
 
 def _help(verb: str | None, as_json: bool) -> None:
@@ -220,6 +139,7 @@ def _verbs_as_json(verb: str | None) -> dict[str, Any]:
 
 def _top(socket: str | None, name: str, as_json: bool, interval: float, count: int | None) -> int:
     from flaskd.cli.top import watch  # noqa: PLC0415 - the other verbs do not need it
+    from flaskd.finding import find_socket  # noqa: PLC0415
 
     def look() -> int:
         return watch(lambda: find_socket(socket, name, os.environ), interval=interval, count=count, as_json=as_json)

@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from flaskd.cli import show
-from flaskd.client import ControlClient, reading
 from flaskd.errors import FlaskdError
-from flaskd.finding import find_socket, running, way_to
 from flaskd.verbs import LEVELS, VERBS
 
 if TYPE_CHECKING:
@@ -60,6 +58,8 @@ def verbs(context: click.Context, _parameter: click.Parameter, incomplete: str) 
 
 def names(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
     """The names of the running daemons."""
+    from flaskd.finding import running, way_to  # noqa: PLC0415 - only to complete
+
     ways = (way_to(path, os.environ) for path, _ in running(os.environ))
     found = {way.removeprefix("--name ") for way in ways if way.startswith("--name ")}
     return sorted(name for name in found if name.startswith(incomplete))
@@ -67,6 +67,9 @@ def names(_context: click.Context, _parameter: click.Parameter, incomplete: str)
 
 def policies(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
     """The names of the daemon's cleanup policies; the daemon is that of the other options."""
+    from flaskd.client import ControlClient, reading  # noqa: PLC0415 - only to complete
+    from flaskd.finding import find_socket  # noqa: PLC0415
+
     asked = context.params
     with contextlib.suppress(FlaskdError):
         path = find_socket(asked.get("socket"), asked.get("name") or "flaskd", os.environ)

@@ -10,7 +10,6 @@ import click
 
 from flaskd.cli import show
 from flaskd.errors import FlaskdError, NoDaemonError
-from flaskd.finding import running, way_to
 from flaskd.text import table
 
 
@@ -18,6 +17,8 @@ from flaskd.text import table
 @click.option("--json", "as_json", is_flag=True, help="Answer for programs.")
 def list_daemons(as_json: bool) -> None:
     """Every flaskd of this machine that this user can see, whatever its name."""
+    from flaskd.finding import running, way_to  # noqa: PLC0415 - only for this verb
+
     found = [*running(os.environ)]
     if as_json:
         daemons = [

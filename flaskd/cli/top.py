@@ -11,7 +11,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +19,7 @@ from flaskd.cli import answers, show
 from flaskd.client import ControlClient, reading
 from flaskd.errors import NoDaemonError
 from flaskd.text import escaped
+from flaskd.values import value
 
 _QUEUE, _TROUBLE = "queue: ", "trouble: "
 _STAND_OUT = (f"  {_QUEUE}", f"  {_TROUBLE}")
@@ -32,7 +32,7 @@ _NARROW = 69
 """The width in characters below which the page has one column, and shows less of each request."""
 
 
-@dataclass(frozen=True)
+@value
 class Look:
     """The result of one look; `when` is a time.monotonic() moment."""
 
@@ -47,7 +47,7 @@ class Look:
         return found
 
 
-@dataclass(frozen=True)
+@value
 class Rates:
     """What happened between two looks: answers a second, and the seconds within which 50 and 95 % were answered."""
 

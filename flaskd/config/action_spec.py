@@ -6,11 +6,11 @@ import dataclasses
 import importlib.util
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Literal, TypeAlias, Union
 
 from flaskd.config.settings import Settings
+from flaskd.values import value
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -46,7 +46,7 @@ The daemon's process never imports the app. Without workers both are the same pr
 """
 
 
-@dataclass(frozen=True)
+@value
 class ActionSpec:
     """What the configuration must know of a cleanup action: its fields, its phase, and more.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -12,6 +12,7 @@ from flaskd.config.nodes import core
 from flaskd.config.settings import Settings
 from flaskd.errors import ConfigError
 from flaskd.text import MASK, Redactor, without_password
+from flaskd.values import value
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from flaskd.config.settings import Field
 
 
-@dataclass(frozen=True)
+@value
 class Configuration:
     """The validated values, the file that they came from (None: no file), and the digest of its content."""
 

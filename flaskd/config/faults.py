@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from flaskd.errors import EX_USAGE, ConfigError
 from flaskd.text import quoted
+from flaskd.values import value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +19,7 @@ _MAX_SHOWN = 3
 """If there are more faults than this, the lines that they are about are not shown."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Place:
     """A place in a source: line and column from 1, or 0 if the source has no lines."""
 
@@ -32,7 +33,7 @@ class Place:
         return (self.source == COMMAND_LINE, self.line, self.column)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Fault:
     """One fault of a configuration.
 

@@ -7,13 +7,14 @@ scalar that was filled in, even in part, is secret from then on.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING
 
 from flaskd.config.faults import Faults, dotted
 from flaskd.config.nodes import Items, Node, Path, Scalar, Table, core_not_null, unfit
 from flaskd.text import quoted
+from flaskd.values import value
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,7 +32,7 @@ class _Missing(Exception):  # noqa: N818 - carries the fault's message out of a 
     """What an interpolation names does not exist; the text is the fault's message."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Sources:
     """Where interpolations are looked up: the environment, and the directory for relative files."""
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flaskd.config.faults import Place
 from flaskd.text import MASK, quoted
+from flaskd.values import value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ Path = tuple[str | int, ...]
 Plain = str | int | float | bool | None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Scalar:
     """A single value: ``text`` as it was written, ``value`` as YAML 1.2 reads it.
 
@@ -38,7 +38,7 @@ class Scalar:
     pieces: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Items:
     """A list."""
 
@@ -47,7 +47,7 @@ class Items:
     items: tuple[Node, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Table:
     """A mapping; each node in it has the place of its key as ``key``."""
 

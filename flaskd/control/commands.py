@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl, unquote
 
 from flaskd.control.peer import Peer
 from flaskd.errors import UsageError
+from flaskd.values import value
 from flaskd.verbs import Flags, Role, Verb, find_verb
 
 _BOOLEANS = {"": True, "1": True, "true": True, "0": False, "false": False}
@@ -19,7 +19,7 @@ _LOOKING = ("GET", "HEAD", "POST")
 """The HTTP methods for commands that change nothing."""
 
 
-@dataclass(frozen=True)
+@value
 class Command:
     """A verb with its words, and the client that gave it."""
 
@@ -84,13 +84,13 @@ def from_fields(name: Any, fields: Mapping[str, Any], peer: Peer) -> Command:
     _check_printable(name, *fields, *(value for value in fields.values() if isinstance(value, str)))
     verb = find_verb(name)
     flags, argument = set(), ""
-    for key, value in fields.items():
+    for key, given in fields.items():
         if key in verb.flags:
-            if not isinstance(value, bool):
+            if not isinstance(given, bool):
                 raise UsageError(f'{name}: "{key}" must be true or false')
-            flags |= {key} if value else set()
+            flags |= {key} if given else set()
         elif key == verb.argument and key:
-            argument = str(value) if type(value) is int else value  # excludes bool, a subclass of int
+            argument = str(given) if type(given) is int else given  # excludes bool, a subclass of int
             if not isinstance(argument, str) or not argument:
                 raise UsageError(f'{name}: "{key}" must be text or a whole number')
         else:

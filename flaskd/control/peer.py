@@ -6,9 +6,10 @@ import contextlib
 import re
 import socket
 import struct
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+
+from flaskd.values import value
 
 _SO_PEERGROUPS = 59
 """Python's socket module has no SO_PEERGROUPS (unix(7)): include/uapi/asm-generic/socket.h, Linux 4.13."""
@@ -18,7 +19,7 @@ _MOST_GROUPS = 256
 """Python's getsockopt reads at most 1024 bytes; of a user in more groups, only the first group counts."""
 
 
-@dataclass(frozen=True)
+@value
 class Peer:
     """A client's credentials when it connected (SO_PEERCRED, unix(7)); uid -1 if there are none."""
 

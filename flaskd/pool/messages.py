@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from flaskd.ledger import DrainReport
 from flaskd.lifecycle import StopReason
 from flaskd.serving.api import Account
 from flaskd.sockets import Address, Listener
+from flaskd.values import value
 
 # --- from the supervisor --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@value
 class Begin:
     """Load the app: the first message to a worker. `path` is the supervisor's sys.path, `state` the state directory."""
 
@@ -32,7 +33,7 @@ class Begin:
     """Whether the worker is of the service's first generation, which restores what the last stop kept."""
 
 
-@dataclass(frozen=True)
+@value
 class Preload:
     """Import the app: the first message to the template of a generation. `path` is the supervisor's sys.path."""
 
@@ -41,14 +42,14 @@ class Preload:
     path: Sequence[str]
 
 
-@dataclass(frozen=True)
+@value
 class Fork:
     """Fork a worker (to a template); the descriptors of its wire, board and stacks come with the message."""
 
     slot: int
 
 
-@dataclass(frozen=True)
+@value
 class Passed:
     """A listener, whose descriptor comes with the message.
 
@@ -66,36 +67,36 @@ class Passed:
         return cls(listener.address, listener.shared, listener.stored)
 
 
-@dataclass(frozen=True)
+@value
 class Serve:
     """Serve on these listeners."""
 
     listeners: tuple[Passed, ...]
 
 
-@dataclass(frozen=True)
+@value
 class DrainNow:
     """Drain, within the times of the configuration."""
 
 
-@dataclass(frozen=True)
+@value
 class CloseListeners:
     """Close the listeners once their backlog is empty, because the drain under way is to be undone."""
 
 
-@dataclass(frozen=True)
+@value
 class Resume:
     """Serve again, on these listeners."""
 
     listeners: tuple[Passed, ...]
 
 
-@dataclass(frozen=True)
+@value
 class Announce:
     """The service is about to stop: show that it is not ready, but go on serving."""
 
 
-@dataclass(frozen=True)
+@value
 class StopNow:
     """Stop. `within` has three lengths of time in seconds: the deadline, the reserve in it, and the announce.
 
@@ -107,14 +108,14 @@ class StopNow:
     leave: bool
 
 
-@dataclass(frozen=True)
+@value
 class Hurry:
     """Cut the stop short."""
 
     reason: StopReason
 
 
-@dataclass(frozen=True)
+@value
 class Renew:
     """Put this configuration into force; the worker sends an `Answer`."""
 
@@ -122,7 +123,7 @@ class Renew:
     configuration: Configuration
 
 
-@dataclass(frozen=True)
+@value
 class PauseSchedulers:
     """Let the app's schedulers begin no more jobs, because another worker of the slot is about to import the app.
 
@@ -132,19 +133,19 @@ class PauseSchedulers:
     number: int
 
 
-@dataclass(frozen=True)
+@value
 class ResumeSchedulers:
     """Let the app's schedulers go on, because that other worker is gone."""
 
 
-@dataclass(frozen=True)
+@value
 class LogLevel:
     """Log at this level from now on."""
 
     level: str
 
 
-@dataclass(frozen=True)
+@value
 class Ask:
     """Send an `Answer` with `what`: requests, threads, files, plan or stop; `stacks`: with those of the threads."""
 
@@ -156,7 +157,7 @@ class Ask:
 # --- from a template ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@value
 class Preloaded:
     """The app is imported. For the log, `told` says which app, and why; `doubt` says what else may have been meant.
 
@@ -168,7 +169,7 @@ class Preloaded:
     keeps: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@value
 class Forked:
     """A worker was forked, and is the supervisor's child; if `pid` is 0, `why` says why it was not."""
 
@@ -179,38 +180,38 @@ class Forked:
 # --- from a worker ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@value
 class Loaded:
     """The worker has loaded the app, and waits for `Serve`."""
 
     target: str
 
 
-@dataclass(frozen=True)
+@value
 class IsReady:
     """The worker can serve, and has answered its probe."""
 
 
-@dataclass(frozen=True)
+@value
 class NotReady:
     """The worker does not become ready, and ends."""
 
     error: FlaskdError
 
 
-@dataclass(frozen=True)
+@value
 class Closed:
     """The worker has emptied the backlog of the listeners that are not `kept`, and closed its copies of them."""
 
 
-@dataclass(frozen=True)
+@value
 class DrainOver:
     """The drain of the worker is over."""
 
     report: DrainReport
 
 
-@dataclass(frozen=True)
+@value
 class StepBegins:
     """A step of the worker's cleanup began or ended; `running` names those that run now, for at most `left` seconds."""
 
@@ -218,21 +219,21 @@ class StepBegins:
     running: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@value
 class StepOver:
     """A step of the worker's cleanup is over."""
 
     result: StepResult
 
 
-@dataclass(frozen=True)
+@value
 class ExitWaits:
     """What the end of the worker's process waits for, in words."""
 
     what: str
 
 
-@dataclass(frozen=True)
+@value
 class Wants:
     """The worker's app, or a signal, asks for `what`: ``stop`` (the service) or ``replace`` (this worker)."""
 
@@ -240,14 +241,14 @@ class Wants:
     reason: StopReason
 
 
-@dataclass(frozen=True)
+@value
 class Leaves:
     """The worker stops without being told to; for example, its serving thread died, or its app raised SystemExit."""
 
     reason: StopReason
 
 
-@dataclass(frozen=True)
+@value
 class OpenEndpoint:
     """The worker's app wants a shutdown endpoint; here the supervisor sends the `Answer`."""
 
@@ -257,7 +258,7 @@ class OpenEndpoint:
     allowed_hosts: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@value
 class Answer:
     """The answer to the message with this number: a value or an error."""
 
@@ -266,7 +267,7 @@ class Answer:
     error: FlaskdError | None = None
 
 
-@dataclass(frozen=True)
+@value
 class Ended:
     """The worker's stop is over; only the end of its process remains."""
 

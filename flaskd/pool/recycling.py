@@ -24,6 +24,7 @@ from flaskd.pool.sums import Sums
 from flaskd.process.usage import exists, read_pss, resident
 from flaskd.serving.api import Outcome
 from flaskd.units import format_duration
+from flaskd.values import value
 
 log = logging.getLogger("flaskd.pool")
 
@@ -70,7 +71,7 @@ class _Seen:
     overgrown: bool = False
 
 
-@dataclass(frozen=True)
+@value
 class _Reached:
     """A limit that a worker has reached: its key, the worker's value divided by the limit, and a text for the log."""
 

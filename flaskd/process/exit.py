@@ -16,10 +16,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from flaskd.process.threads import name_of, waited_for
+from flaskd.values import value
 
 log = logging.getLogger("flaskd.leave")
 
@@ -38,7 +38,7 @@ _OTHERS = {"flaskd", "logging", "multiprocessing", "weakref"}
 """Packages whose own exit callbacks are not listed: they matter only if the app has given them something to do."""
 
 
-@dataclass(frozen=True)
+@value
 class Unfinished:
     """Work that was cut: accepted by the app, or left to the process' end; `stack` is the thread's stack."""
 
@@ -183,19 +183,14 @@ def _run_exit_callbacks() -> None:
 
 def unfinished() -> tuple[Unfinished, ...]:
     """What the end of the process would still wait for: threads, jobs, children, exit callbacks. To be cut now."""
-    frames = sys._current_frames()  # noqa: SLF001 - a documented function
-
-    def stack(thread: threading.Thread) -> str:
-        return "".join(traceback.format_stack(frames.get(thread.ident or 0), limit=_MOST_FRAMES))
-
     main = threading.main_thread()
-    found = [Unfinished(f"thread/{name_of(each)}", stack(each)) for each in waited_for()]
+    found = [Unfinished(f"thread/{name_of(each)}", _stack(each)) for each in waited_for()]
     found += [Unfinished(each) for each in _waiting_jobs()]
     children = _children()
     found += [Unfinished(f"process/{each.name} (pid {each.pid})") for each in children]
-    called, waiting = _callbacks(frames.get(main.ident or 0))
+    called, waiting = _callbacks(_frame(main))
     if called and not (children and called.startswith("atexit/multiprocessing.")):
-        found.append(Unfinished(called, stack(main).rpartition(f", in {_run_exit_callbacks.__name__}\n")[2]))
+        found.append(Unfinished(called, _stack(main).rpartition(f", in {_run_exit_callbacks.__name__}\n")[2]))
     return (*found, *map(Unfinished, waiting))
 
 
@@ -218,6 +213,16 @@ def _waiting_jobs() -> Iterator[str]:
                 count += jobs.get_nowait() is not None  # None tells a thread to end
         if count:
             yield f"executor/{thread.name.rpartition('_')[0]}: {count} {'job' if count == 1 else 'jobs'} not begun"
+
+
+def _frame(thread: threading.Thread) -> Any:
+    # The frames of all threads are not kept: this one's own is among them, and the cycle would keep the app's objects.
+    return sys._current_frames().get(thread.ident or 0)  # noqa: SLF001 - a documented function
+
+
+def _stack(thread: threading.Thread) -> str:
+    frame = _frame(thread)
+    return "".join(traceback.format_stack(frame, limit=_MOST_FRAMES)) if frame is not None else ""
 
 
 def _callbacks(frame: Any) -> tuple[str, list[str]]:

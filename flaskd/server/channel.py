@@ -27,8 +27,10 @@ log = logging.getLogger("flaskd.server")
 class _ChannelServer:
     """What waitress' channel uses as its server: the acceptor, except that it wakes the loop for this one channel."""
 
+    __slots__ = ("_channel", "active_channels", "adj", "effective_port", "environ", "server_name")
+
     def __init__(self, channel: Channel, acceptor: Any, sock: Any) -> None:
-        self._channel = channel
+        self._channel: Channel | None = channel
         self.adj = acceptor.adj
         self.active_channels = acceptor.context.probes if channel.internal else acceptor.active_channels
         self.effective_port = acceptor.effective_port
@@ -37,12 +39,18 @@ class _ChannelServer:
 
     def pull_trigger(self) -> None:
         channel = self._channel
-        if channel.requests and channel.requests[0] is channel.serving:
+        if channel is not None and channel.requests and channel.requests[0] is channel.serving:
             channel.context.poller.touch(channel)
         # Otherwise the request has been answered, and service() touches the channel when it leaves it.
 
     def add_task(self, channel: Channel) -> None:
         channel.begin_next()
+
+    def let_go(self) -> None:
+        self._channel = None
+
+
+_SLOTS = ("_flushing",)
 
 
 def _named(request: Request) -> dict[str, Any]:
@@ -52,6 +60,8 @@ def _named(request: Request) -> dict[str, Any]:
 
 class Channel(InputChannel):
     """A connection, and the answers to its requests."""
+
+    __slots__ = _SLOTS
 
     def __init__(self, acceptor: Any, sock: Any, addr: Any, adj: Any, map: Any = None) -> None:  # noqa: A002 - waitress' name
         context: Context = acceptor.context
@@ -176,13 +186,14 @@ class Channel(InputChannel):
         self._go_on(last=last)
         if not self.connected:
             self._free_arriving()
+            self._let_go()
         return ended - began
 
     def _settle_later(self, request: Request) -> None:
         """Retire a request once the kernel has taken all of its answer, which may be at once."""
         with self.outbuf_lock:
             if not self.stream_over:
-                self.unsettled.append(request)
+                self.settle_later(request)
             if (board := self.context.board) is not None:
                 board.send(request)
             self._settle()
@@ -288,6 +299,16 @@ class Channel(InputChannel):
         with self.outbuf_lock:
             self._settle()
         self._free_arriving()
+        if self.keeper is None:  # else its thread does it at the end
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Drop what refers to this closed connection, so that it is freed now, not by the garbage collector later."""
+        requests, self.requests = self.requests, []
+        for each in requests:  # those behind the last answer
+            each.close()
+        self.server.let_go()
+        self.serving = self.task = self._environ = self._environ_has = None  # type: ignore[assignment]
 
     def _free_arriving(self) -> None:
         """Free the part of the next request that a closed connection has received; it may be in a temporary file.

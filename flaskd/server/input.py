@@ -19,6 +19,7 @@ _MORE = 4
 class InputChannel(OutputChannel):
     """A connection, as far as the loop reads from it; all methods are for the loop's thread."""
 
+    __slots__ = ()
     one_shot = True
     stays_armed = missed = False
     """Whether the poller waits for the next request all the time, and whether something came while a thread had the
@@ -27,6 +28,18 @@ class InputChannel(OutputChannel):
     """The request for which a thread owns the connection, or will own it; meanwhile the loop does not read from it.
 
     `requests_lock` is held while this changes, and while what the poller waits for changes."""
+
+    @property
+    def kind(self) -> str:
+        """The kind of the first request (`flaskd.server.head.kind_of`)."""
+        return self.requests[0].kind
+
+    @property
+    def waits_since(self) -> float:
+        """Since when its first request waits for a thread (time.monotonic()); infinity for a probe: it has no limit."""
+        if self.internal or not self.requests:
+            return float("inf")
+        return self.requests[0].its_turn or self.requests[0].complete
 
     def begin_next(self) -> None:
         """Have the first request answered, by a thread or by the loop itself; the caller holds `requests_lock`."""

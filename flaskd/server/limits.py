@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from flaskd.server.timers import NEVER
+from flaskd.values import value
 
 
-@dataclass(frozen=True)
+@value
 class Limits:
     """The limits of one server; times in seconds, None for no limit.
 

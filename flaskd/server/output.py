@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import threading
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from flaskd.server.context import Context
 from flaskd.server.head import Fields
 from flaskd.server.request import Request
 from flaskd.server.request_ids import NO_IDS, Ids
-from flaskd.server.slow import Progress
+from flaskd.server.slow import OutputLock, Progress
 from flaskd.sockets import unacknowledged
 
 _ROOM = 16
@@ -33,6 +32,15 @@ _LINGER_SENDING = 30.0
 """Seconds in which a client may go on sending after the half-close, such as a refused body; not during a drain."""
 
 
+_SLOTS = (
+    "_bite", "_environ", "_half_closed_at", "_heard_at", "_high_watermark", "_last_activity", "_linger_until",
+    "_send_bytes", "_unacknowledged", "account", "close_when_flushed", "context", "current_outbuf_count", "flushed",
+    "grace_from", "most_head_bytes", "request", "serving", "task", "total_outbufs_len", "unsettled", "will_close",
+)  # fmt: skip
+"""Attributes of a connection that are always set. An object with more than 30 attributes outside of slots takes 1.5 KB
+for them, and is slower (SHARED_KEYS_MAX_SIZE in CPython 3.11 to 3.14)."""
+
+
 class _Answering(Protocol):
     """What the channel needs of the task that runs the app."""
 
@@ -46,6 +54,9 @@ class _Answering(Protocol):
 class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
     """A connection, as far as tasks use it: its requests, and the output for their answers."""
 
+    __slots__ = _SLOTS
+    unsettled: deque[Request] | tuple[Request, ...]
+    """The requests that the app has answered, but whose last byte the kernel has not taken yet."""
     internal = False
     """Whether it is a probe's connection, which is in no count and no log."""
     here = False
@@ -73,22 +84,20 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
         self.context = context
         self.account = context.account
         self.flushed = 0
-        self.unsettled: deque[Request] = deque()
-        """The requests that the app has answered, but whose last byte the kernel has not taken yet."""
+        self.unsettled = ()
         self._send_bytes, self._bite = int(adj.send_bytes), int(adj.recv_bytes)
         self.grace_from = time.monotonic()
         """When the last answer was given, or the connection was opened (time.monotonic())."""
         self._linger_until, self._unacknowledged = 0.0, 0
         self._half_closed_at = self._heard_at = 0.0
-        super().__init__(server, sock, addr, adj, map=map)
-        self.outbufs = [AnswerBuffer(adj.outbuf_overflow)]
         # Waitress and this class have these on the class; on the connection they are found more quickly.
         self.request, self.total_outbufs_len, self.current_outbuf_count = None, 0, 0
         self.will_close = self.close_when_flushed = self.half_closed = self.stream_over = False
+        super().__init__(server, sock, addr, adj, map=map)
+        self.outbufs = [AnswerBuffer(adj.outbuf_overflow)]
         self.internal, self.here = self.internal, self.here
         self._high_watermark, self.most_head_bytes = int(adj.outbuf_high_watermark), int(adj.max_request_header_size)
-        self._sending = threading.RLock()
-        self.outbuf_lock = threading.Condition(self._sending)
+        self.outbuf_lock = OutputLock()
 
     @property
     def client(self) -> str:
@@ -126,18 +135,6 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
         return self._environ.copy()
 
     @property
-    def kind(self) -> str:
-        """The kind of the first request (`flaskd.server.head.kind_of`)."""
-        return self.requests[0].kind
-
-    @property
-    def waits_since(self) -> float:
-        """Since when its first request waits for a thread (time.monotonic()); infinity for a probe: it has no limit."""
-        if self.internal or not self.requests:
-            return float("inf")
-        return self.requests[0].its_turn or self.requests[0].complete
-
-    @property
     def serving_was_refused(self) -> bool:
         """Whether the last request was refused or rejected, without the app, and perhaps before all of it had come."""
         serving: Request | None = getattr(self, "serving", None)
@@ -158,7 +155,7 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
         """
         if self.total_outbufs_len > self._high_watermark:
             self.context.waiting.for_client(self)
-        with self._sending:  # so that nothing follows the end of a stream
+        with self.outbuf_lock:  # so that nothing follows the end of a stream
             if self.stream_over or not self.connected:
                 raise ClientDisconnected
             if self.total_outbufs_len or type(data) is not bytes or (size := len(data)) < self._send_bytes:
@@ -203,7 +200,7 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
             self.stream_over = True
             request.whole = request.answered = True
             request.ends_at = self.flushed + self.total_outbufs_len
-            self.unsettled.append(request)
+            self.settle_later(request)
             self.close_when_flushed = True
             self._flush_exception(self._flush_some, do_close=False)
             self._settle()
@@ -211,10 +208,17 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
             self.context.pool.lose(request)
         self.context.poller.touch(self)  # its thread, which would do this, may sleep for long
 
+    def settle_later(self, request: Request) -> None:
+        """Retire a request when the kernel has taken all of its answer; under `outbuf_lock`."""
+        if not isinstance(self.unsettled, deque):
+            self.unsettled = deque()
+        self.unsettled.append(request)
+
     def _settle(self) -> None:
         """Retire the requests whose answers the kernel has taken, or whose client left; under `outbuf_lock`."""
-        while self.unsettled and (not self.connected or self.flushed >= self.unsettled[0].ends_at):
-            self._retire(self.unsettled.popleft())
+        if isinstance(waiting := self.unsettled, deque):
+            while waiting and (not self.connected or self.flushed >= waiting[0].ends_at):
+                self._retire(waiting.popleft())
         if not self.connected:  # waitress may leave queued requests there; no client waits for them
             for request in list(self.requests):
                 self._retire(request)  # its thread may be about to note that the answer is complete

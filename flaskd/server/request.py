@@ -85,46 +85,58 @@ class Connection(Protocol):
         """Give up waiting for the app to answer a request, unless more than `sent` bytes were written by now."""
 
 
+_SLOTS = (
+    "_client", "adj", "answered", "at_once", "began", "channel", "ends_at", "header_length", "headers", "id", "over",
+    "starts_at", "status", "thread", "whole",
+)  # fmt: skip
+"""Attributes that each request has; for the reason see `flaskd.server.output`."""
+
+
 class Request(Parser):
     """One request, from its first byte until the kernel has taken its answer."""
 
+    __slots__ = _SLOTS
     error: Any
     expect_continue: bool
-    # The initial values are on the class, because that is quicker than setting them for each request.
-    id = 0
+    id: int
+    at_once: bool
+    """Whether the thread that read it answers it: then nothing else is to be found out about it."""
+    thread: threading.Thread | None
+    _client: str | None
+    answered: bool
+    over: bool
+    """`answered`: the app has finished, or the answer was ended; `over`: its thread has finished, too."""
+    whole: bool
+    """Whether all of the answer was written."""
+    # Other initial values are on the class, because that is quicker than setting them for each request.
+    first_byte = complete = 0.0
+    """When its first and its last byte came (time.monotonic()), 0 before; `began`: when its answer was begun."""
+    kind = ""
+    line: dict[str, str] | None = None
+    """What an environ has of its request line; None unless it is a common request."""
+    plain = False
+    """Whether it is a common request after whose answer the connection stays open, and which is not HEAD."""
     row = 0
     """The number of its row on the worker's board (`flaskd.server.board`); 0 without a board, -1 without a row."""
-    first_byte = complete = began = 0.0
-    """When its first and its last byte came, and when its answer was begun; time.monotonic() moments, 0 before."""
     its_turn = 0.0
     """When the last answer before it on its connection had been given; 0 if there was none."""
     more_until = 0.0
     """The time.monotonic() moment until which the app has asked for time (`flaskd.more_time`)."""
     refused_by = ""
     """The limit because of which it is refused before it began; empty if none."""
-    thread: threading.Thread | None = None
-    answered = over = rejected = whole = here = waits = False
-    """`answered`: the app has finished, or the answer was ended; `over`: its thread has finished, too. `whole`: all of
-    the answer was written. `here`: the loop itself answers it. `waits`: its thread waits for the client to read on."""
-    status = ""
+    rejected = here = waits = False
+    """`here`: the loop itself answers it. `waits`: its thread waits for the client to read on."""
     fault = ""
     """How a client that stays connected can see that the answer is incomplete; empty if it is complete."""
-    header_length = starts_at = ends_at = 0
-    _client: str | None = None
     given_id = ""
     """The id that the app and the client are told (`log.request_id`); empty if they are told none."""
     _ids: Ids | None = None
 
-    kind = ""
-    line: dict[str, str] | None = None
-    """What an environ has of its request line; None unless it is a common request."""
-    plain = False
-    """Whether it is a common request after whose answer the connection stays open, and which is not HEAD."""
-    at_once = False
-    """Whether the thread that read it answers it: then nothing else is to be found out about it."""
-
     def __init__(self, channel: Connection, adj: Any) -> None:
         self.adj, self.headers, self.channel = adj, {}, channel  # instead of the base classes' slower __init__
+        self.id = self.header_length = self.starts_at = self.ends_at = 0
+        self.began, self.status, self.thread, self._client = 0.0, "", None, None
+        self.answered = self.over = self.whole = self.at_once = False
 
     def take_common(self, data: bytes, now: float) -> bool:
         """If `data`, received at `now`, is exactly one common request (`flaskd.server.head`), read and count it.

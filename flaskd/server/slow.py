@@ -9,6 +9,7 @@ gives up its place until there is room (`Waiting`). The cost of a connection its
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import threading
 import time
@@ -25,6 +26,27 @@ SLOW = 32 * 1024
 """Bytes a second; the connection of a client that is slower may be closed to make room for others."""
 PATIENCE = 1.0
 """Seconds that each client has before its connection may be closed to make room for others."""
+
+
+class OutputLock(_thread.RLock):  # type: ignore[misc]  # final for type checkers only
+    """The lock of a connection's output, on which a thread can also wait; few do, and only for them there is more."""
+
+    __slots__ = ("_condition",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._condition: threading.Condition | None = None
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Release the lock, wait for `notify`, and take it again, as `threading.Condition.wait`."""
+        if self._condition is None:
+            self._condition = threading.Condition(self)
+        return self._condition.wait(timeout)
+
+    def notify(self) -> None:
+        """Wake a thread that waits; the caller holds the lock."""
+        if self._condition is not None:
+            self._condition.notify()
 
 
 class Progress:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,55 +17,56 @@ from flaskd.lifecycle import StopReason
 from flaskd.process.exit import Unfinished
 from flaskd.server import Drain, Tally
 from flaskd.sockets import Listener
+from flaskd.values import value
 
 Outcome = Callable[[FlaskdError | None], None]
 """A function to be called with the outcome of something that was asked for: None if it was done, else the error."""
 
 
-@dataclass(frozen=True)
+@value
 class Ready:
     """The app is loaded, the event loop turns, and the probe was answered, if there is one."""
 
 
-@dataclass(frozen=True)
+@value
 class Failed:
     """The start failed."""
 
     error: FlaskdError
 
 
-@dataclass(frozen=True)
+@value
 class Drained:
     """A drain is over."""
 
     drain: Drain
 
 
-@dataclass(frozen=True)
+@value
 class StepBegan:
     """A step of the cleanup began, or the drain of the stop."""
 
 
-@dataclass(frozen=True)
+@value
 class StepEnded:
     """A step of the cleanup is over."""
 
     result: StepResult
 
 
-@dataclass(frozen=True)
+@value
 class CleanupOver:
     """The last step of the stop is over."""
 
 
-@dataclass(frozen=True)
+@value
 class Died:
     """The serving thread died: requests in hand are lost."""
 
     error: BaseException | None
 
 
-@dataclass(frozen=True)
+@value
 class Renewed:
     """The workers have a new configuration and, if that was asked for, new code; or they keep the old ones (`error`).
 
@@ -77,7 +78,7 @@ class Renewed:
     replaced: int = 0
 
 
-@dataclass(frozen=True)
+@value
 class WorkersStart:
     """`count` workers are being started, the first of them for `age` seconds; posted every few seconds.
 
@@ -89,12 +90,12 @@ class WorkersStart:
     left: float
 
 
-@dataclass(frozen=True)
+@value
 class TroubleChanged:
     """`ServingSnapshot.trouble` has changed."""
 
 
-@dataclass(frozen=True)
+@value
 class Work:
     """A function that is to run in the thread of the events."""
 
@@ -116,7 +117,7 @@ ServingEvent = (
 )
 
 
-@dataclass(frozen=True)
+@value
 class ServingSnapshot:
     """The figures of what serves, at one moment."""
 
@@ -156,7 +157,7 @@ class ServingSnapshot:
         return max(self.in_flight, key=lambda each: each.age, default=None)
 
 
-@dataclass(frozen=True)
+@value
 class Account:
     """The account of a stop: the drain's report with all that was cut and the stop's length, and the record."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import MethodType, ModuleType
 from typing import Any
 
@@ -23,6 +22,7 @@ from flaskd.serving.wsgi import (
     kind_of,
     wraps_flask,
 )
+from flaskd.values import value
 
 _USUAL = ("application", "app")
 """The name that WSGI servers look for (PEP 3333), and the name that is usual with Flask; in this order."""
@@ -44,7 +44,7 @@ def why_not(thing: Any) -> str:
     return "it is no WSGI app: it cannot be called with (environ, start_response)"
 
 
-@dataclass(frozen=True)
+@value
 class Choice:
     """The chosen object, its name as a target, why it was chosen, and what else may have been meant (`doubt`)."""
 
@@ -187,8 +187,8 @@ class Unnamed:
             places = _quoted([f"{self._name}:{name}" for name, _ in there])
             what = "Flask applications" if not self._wrappers else "WSGI applications"
             raise NoAppError(f"detected multiple {what} in module '{self._name}'; name the one to serve: {places}")
-        for name, value in there:
-            return Choice(value, f"{self._name}:{name}", "the only app in the module")
+        for name, found in there:
+            return Choice(found, f"{self._name}:{name}", "the only app in the module")
         return None
 
     def _made(self) -> Choice:

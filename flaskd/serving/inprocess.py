@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from flaskd.serving.pipeline import Pipeline
 from flaskd.serving.shown import Shown
 from flaskd.serving.stop import CleanupThread, Stop
 from flaskd.sockets import Listener
+from flaskd.values import value
 
 log = logging.getLogger("flaskd.daemon")
 
@@ -29,7 +29,7 @@ _LAST_END = 0.2
 """Seconds that the threads of the server have to end after the stop."""
 
 
-@dataclass(frozen=True)
+@value
 class AsWorker:
     """What is different if this process is a worker: its supervisor owns the listeners.
 

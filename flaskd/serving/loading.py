@@ -9,7 +9,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from flaskd.serving.choice import Named, NoAppError, Unnamed, why_not
 from flaskd.serving.patching import PatchingError, check_unpatched
 from flaskd.serving.wsgi import WSGIApp, find_flask, is_app, is_flask
 from flaskd.text import escaped, text_of, traceback_of
+from flaskd.values import value
 
 if TYPE_CHECKING:
     from flask import Flask
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("flaskd.loading")
 
 
-@dataclass(frozen=True)
+@value
 class LoadedApp:
     """The WSGI callable that is served, the Flask app that was found inside of it, and the target that named it.
 

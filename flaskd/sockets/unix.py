@@ -7,17 +7,17 @@ import logging
 import os
 import socket
 import stat
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from flaskd.errors import CannotCreateError
 from flaskd.sockets.address import MAX_UNIX_PATH
+from flaskd.values import value
 
 log = logging.getLogger("flaskd.sockets")
 
 
-@dataclass(frozen=True)
+@value
 class Node:
     """A file system node that this process made, recognized by device and inode."""
 

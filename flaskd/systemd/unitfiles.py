@@ -6,11 +6,11 @@ Their source is the directory ``systemd/`` of the repository, which the wheel ha
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from flaskd.errors import CannotCreateError, ConfigError, UsageError
 from flaskd.units import format_duration
+from flaskd.values import value
 
 _INSTANCE = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*")
 """The allowed names of an instance: systemd would escape other characters (systemd.unit(5)), and ":" in
@@ -145,7 +145,7 @@ def _fragment(path: Path) -> Path:
     return path
 
 
-@dataclass(frozen=True)
+@value
 class _Setting:
     value: str
     place: str

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from flaskd import client as flaskd_client
 from flaskd import finding
-from flaskd.cli import cli, client_verbs
+from flaskd.cli import asking, cli
 from flaskd.client import ControlClient
 from flaskd.errors import ForbiddenError, NoDaemonError
 from flaskd.finding import find_socket, running
@@ -312,7 +312,7 @@ def test_progress_that_is_not_flaskds_is_no_traceback(tmp_path, monkeypatch, cap
     path = tmp_path / "control.sock"
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
     with answering(path, progress), pytest.raises(NoDaemonError):
-        client_verbs.ask(path, "drain", {"wait": True})
+        asking.ask(path, "drain", {"wait": True})
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -353,13 +353,13 @@ def test_an_answer_without_end_is_given_up(tmp_path, piece, pause):
 
 def test_a_stop_whose_daemon_never_goes_is_told(tmp_path, monkeypatch, capfd):
     """If the daemon says that it stops and never closes the connection, that is a fault after a while."""
-    monkeypatch.setattr(client_verbs, "_LONG", 0.3)
+    monkeypatch.setattr(asking, "_LONG", 0.3)
     path = tmp_path / "control.sock"
     with (
         pouring(path, b'{"ok": true, "result": "stopped"}\n', 0.01),
         pytest.raises(NoDaemonError, match="does not close the connection"),
     ):
-        client_verbs.ask(path, "stop", {"wait": True})
+        asking.ask(path, "stop", {"wait": True})
     assert capfd.readouterr().out == "stopped\n"
 
 

@@ -37,7 +37,7 @@ def test_names_are_those_of_the_daemons_that_run(monkeypatch, tmp_path):
     """The names of running daemons are completed, and no others."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     here = [(tmp_path / name / "control.sock", {}) for name in ("shop", "shelf", "blog")]
-    monkeypatch.setattr(completion, "running", lambda _environ: iter(here))
+    monkeypatch.setattr("flaskd.finding.running", lambda _environ: iter(here))
     assert completed("status", "--name", "sh") == ["shelf", "shop"]
 
 
@@ -52,8 +52,8 @@ def test_policies_are_those_of_the_daemon_that_is_meant(monkeypatch, tmp_path):
         def request(self, verb):
             return {"policies": [{"name": "close-db"}, {"name": "warm-cache"}]}
 
-    monkeypatch.setattr(completion, "ControlClient", lambda *a, **m: contextlib.nullcontext(Client(*a, **m)))
-    monkeypatch.setattr(completion, "find_socket", lambda socket, name, _environ: (socket, name))
+    monkeypatch.setattr("flaskd.client.ControlClient", lambda *a, **m: contextlib.nullcontext(Client(*a, **m)))
+    monkeypatch.setattr("flaskd.finding.find_socket", lambda socket, name, _environ: (socket, name))
     assert completed("plan", "--name", "shop", "--simulate-hang", "w") == ["warm-cache"]
     assert asked == [(None, "shop")]
 

@@ -3,16 +3,18 @@
 import atexit
 import concurrent.futures
 import functools
+import gc
 import multiprocessing
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
 
-from flaskd.process.exit import at_exit
+from flaskd.process.exit import at_exit, unfinished
 
 FULL = """
 import array, fcntl, logging, os, sys, termios, threading, time
@@ -199,6 +201,32 @@ except OSError:
 def test_a_process_without_a_free_descriptor_keeps_its_exit_code():
     """Its finalizers are cut: the C library would abort it when the interpreter ends the threads that are left."""
     assert ended(NO_DESCRIPTOR) == (9, ["in time"], "")
+
+
+def test_what_is_looked_at_is_not_kept():
+    """The list keeps no frames of threads: they would keep the app's objects until the garbage collector comes."""
+
+    class Held:
+        pass
+
+    def hold():
+        mine = Held()
+        kept.append(weakref.ref(mine))
+        entered.set()
+        stop.wait()
+
+    kept, entered, stop = [], threading.Event(), threading.Event()
+    thread = threading.Thread(target=hold, name="holds")
+    thread.start()
+    assert entered.wait(10)
+    gc.disable()
+    try:
+        assert "thread/holds" in [each.name for each in unfinished()]
+        stop.set()
+        thread.join()
+        assert kept[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_what_the_exit_would_wait_for():

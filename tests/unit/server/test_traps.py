@@ -132,7 +132,12 @@ def a_worker_that_waits_for_its_reader(rig):
 def stuck_on_its_reader(rig, server):
     """Let a client ask for more than it reads, until the only thread waits for it; returns that thread."""
     rig.connect(server).send("/flood")
-    until(server, lambda: any(each.outbuf_lock._waiters for each in server.channels()))
+
+    def waits(lock):  # flaskd makes the Condition when a thread waits for the first time
+        condition = getattr(lock, "_condition", lock)
+        return condition is not None and condition._waiters
+
+    until(server, lambda: any(waits(each.outbuf_lock) for each in server.channels()))
     return thread_in("_flush_outbufs_below_high_watermark" if isinstance(server, Stock) else "for_client")
 
 
