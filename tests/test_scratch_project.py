@@ -1,6 +1,7 @@
 """A user's project: flaskd is installed from its wheel, and used in the project's tests, in two processes."""
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -135,6 +136,20 @@ def run(python, project, *words):
     )
     print(done.stdout, done.stderr)
     return done
+
+
+def test_a_package_index_shows_the_readme_with_links_that_lead_somewhere(python):
+    """Links to files of the project are absolute there, below the address of the source; so is each of the addresses."""
+    (metadata,) = python.parent.parent.rglob("flaskd-*.dist-info/METADATA")
+    head, _, page = metadata.read_text().partition("\n\n")
+    urls = dict(re.findall(r"^Project-URL: (\w+), (.*)$", head, re.MULTILINE))
+    source = urls["Source"]
+    here = [link for link in re.findall(r"\]\(([^)#]+)", page) if link.startswith(source)]
+    assert len(here) == len(re.findall(r"\]\((?!https?:|#)", (ROOT / "README.md").read_text())) > 20
+    assert not re.search(r"\]\((?!https?://|#)|<(?:img|a) ", page)
+    assert {"Documentation", "Changelog"} < set(urls)
+    places = [url.removeprefix(source) for url in (*here, *urls.values())]
+    assert [place for place in places if not (ROOT / place).exists()] == []
 
 
 def test_man_and_the_shells_find_their_files(python):
