@@ -185,7 +185,6 @@ class Channel(InputChannel):
             account.answered(request)
         self._go_on(last=last)
         if not self.connected:
-            self._free_arriving()
             self._let_go()
         return ended - began
 
@@ -298,30 +297,28 @@ class Channel(InputChannel):
         super().handle_close()
         with self.outbuf_lock:
             self._settle()
-        self._free_arriving()
-        if self.keeper is None:  # else its thread does it at the end
-            self._let_go()
+        self._let_go()
 
     def _let_go(self) -> None:
-        """Drop what refers to this closed connection, so that it is freed now, not by the garbage collector later."""
-        requests, self.requests = self.requests, []
-        for each in requests:  # those behind the last answer
-            each.close()
-        self.server.let_go()
-        self.serving = self.task = self._environ = self._environ_has = None  # type: ignore[assignment]
+        """Free what a closed connection has received and not answered, and drop what refers back to it.
 
-    def _free_arriving(self) -> None:
-        """Free the part of the next request that a closed connection has received; it may be in a temporary file.
-
-        If another thread holds the lock because it reads that request, that thread frees it when it has finished.
+        Otherwise the garbage collector alone would free the connection, which may come late. If another thread holds
+        the lock because it reads a request, or will answer one, that thread does this when it has finished.
         """
-        if self.requests_lock.acquire(blocking=False):
-            try:
-                request, self.request = self.request, None
-            finally:
-                self.requests_lock.release()
-            if request is not None:
-                request.close()
+        if not self.requests_lock.acquire(blocking=False):
+            return
+        try:
+            left = [] if self.request is None else [self.request]  # a part of it may be in a temporary file
+            self.request = None
+            if self.keeper is None:
+                left += self.requests
+                self.requests = []
+                self.server.let_go()
+                self.serving = self.task = self._environ = self._environ_has = None  # type: ignore[assignment]
+        finally:
+            self.requests_lock.release()
+        for each in left:
+            each.close()
 
     def _client_may_be_sending(self) -> bool:
         """Whether closing now could reset the connection and so destroy an answer on its way (RFC 9112 §9.6)."""

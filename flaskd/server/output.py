@@ -189,11 +189,11 @@ class OutputChannel(HTTPChannel):  # type: ignore[misc]  # waitress is untyped
 
     def end_stream(self) -> None:
         """End the stream that is being sent, between two parts (loop's thread); its thread notices when it writes."""
-        request = self.serving
+        request, task = self.serving, self.task
         with self.outbuf_lock:
             if self.stream_over or not self.connected or request.answered:
                 return
-            last = self.task.last_piece(begun=self.flushed + self.total_outbufs_len > request.starts_at)
+            last = task.last_piece(begun=self.flushed + self.total_outbufs_len > request.starts_at)
             self.outbufs[-1].append(last)
             self.current_outbuf_count += len(last)
             self.total_outbufs_len += len(last)
