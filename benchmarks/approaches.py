@@ -46,6 +46,8 @@ import flaskd
 
 HOST = "127.0.0.1"
 PATIENCE = 30.0
+_READING = 0.2
+"""Seconds that a client in this process has to read an answer that was sent."""
 DIRECTORY = Path(os.environ.get("APPROACHES_DIRECTORY", tempfile.gettempdir()))
 """Where the app writes that its request runs, and that its cleanup has run."""
 
@@ -267,7 +269,9 @@ def measure(name: str) -> dict[str, Any]:
         fifo.read(1)
     figures["busy"] = _timed(stop)
     figures["answered"] = False
-    # If a thread's stop has returned before the answer, the process ends, and the request is lost.
+    # If a thread's stop has returned before the answer was sent, the process ends, and the request is lost.
+    if not pid:
+        client.join(_READING)
     if pid or answers:
         client.join()
         figures["answered"] = answers == [b"a second\n"]

@@ -14,7 +14,7 @@ NOBODY, DAEMON = 65534, 1
 
 AS_NOBODY = f"""
 import glob, grp, os, pwd, sys, tempfile
-import flaskd.cli, flaskd.cli.top  # the place where Python is may be closed to others
+import flaskd.cli, flaskd.cli.asking, flaskd.cli.top  # the place where Python is may be closed to others
 os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})
 sys.exit(flaskd.cli.main())
 """
