@@ -20,7 +20,7 @@ from flaskd.version import __version__
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from flaskd.admin import ShutdownEndpoint
+    from flaskd.admin.endpoint.shutdown import ShutdownEndpoint
     from flaskd.background_work import background
     from flaskd.cleanup import on_stop
     from flaskd.client import ControlClient
@@ -50,7 +50,7 @@ _HOME = {
     "FlaskdError": "flaskd.errors",
     "ServerProcess": "flaskd.workers.process",
     "ServerThread": "flaskd.serving.embedded",
-    "ShutdownEndpoint": "flaskd.admin",
+    "ShutdownEndpoint": "flaskd.admin.endpoint.shutdown",
     "background": "flaskd.background_work",
     "more_time": "flaskd.server.more_time",
     "on_stop": "flaskd.cleanup",

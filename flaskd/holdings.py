@@ -7,9 +7,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from flaskd.admin import AdminServer, Agent, EndpointServer, Source, configured_token
+from flaskd.admin import AdminServer, Agent, Source
 from flaskd.config import Config
 from flaskd.errors import ConfigError
 from flaskd.lifecycle import StopReason
@@ -18,6 +18,10 @@ from flaskd.serving import launch
 from flaskd.snapshot import Held
 from flaskd.sockets import Address, Listener
 from flaskd.systemd.store import Store
+
+if TYPE_CHECKING:
+    from flaskd.admin.endpoint.server import EndpointServer
+
 
 log = logging.getLogger("flaskd.daemon")
 
@@ -89,6 +93,8 @@ class Holdings:
         stack.callback(put_away, self.close_endpoints, _ENDPOINT_CLOSING)
         self._production = config.profile == "production"
         if (endpoint := config.shutdown.endpoint).listen is not None:
+            from flaskd.admin.endpoint.token import configured_token  # noqa: PLC0415 - few have an endpoint
+
             token = configured_token(endpoint.token_file, endpoint.credential, self._environ)
             self.open_endpoint(Address.parse(endpoint.listen), token, endpoint.allowed_hosts)
 
@@ -121,6 +127,8 @@ class Holdings:
         """
         if self._production:
             raise ConfigError("cannot open a shutdown endpoint: flaskd runs with profile: production")
+        from flaskd.admin.endpoint.server import EndpointServer  # noqa: PLC0415 - few have an endpoint
+
         endpoint = EndpointServer(
             address,
             token,

@@ -15,7 +15,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from flaskd.admin import EndpointServer
 from flaskd.boot import Boot
 from flaskd.config import Config
 from flaskd.daemon import Daemon
@@ -41,6 +40,7 @@ from flaskd.systemd.store import Store
 from flaskd.workers.link import Link
 
 if TYPE_CHECKING:
+    from flaskd.admin.endpoint.server import EndpointServer
     from flaskd.pool.pool import Pool
 
 log = logging.getLogger("flaskd.daemon")
@@ -183,6 +183,8 @@ class WorkerHoldings(Holdings):
 
     def open_endpoint(self, address: Address, token: bytes, allowed_hosts: Sequence[str]) -> EndpointServer:
         """Have the supervisor open the endpoint, once for all workers; raises the supervisor's error."""
+        from flaskd.admin.endpoint.server import EndpointServer  # noqa: PLC0415 - few apps have an endpoint
+
         there = self._link.open_endpoint(address, token, tuple(allowed_hosts), _ENDPOINT)
         return EndpointServer(there, token, allowed_hosts=allowed_hosts, plan=dict, stop=lambda _: None)
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from flaskd.admin.endpoint.opening import Opener, endpoints, openers
 from flaskd.admin.endpoint.requests import Requests
 from flaskd.admin.endpoint.server import EndpointServer
 from flaskd.admin.endpoint.token import configured_token, make_token
@@ -30,28 +30,6 @@ log = logging.getLogger("flaskd.endpoint")
 
 _CLOSING = 0.5
 """How many seconds a client that asks a second time has to read the answer."""
-
-Opener = Callable[[Address, bytes, Sequence[str]], EndpointServer]
-"""Opens an endpoint that stops the daemon of this process."""
-
-_openers: list[Opener] = []
-_open: list[ShutdownEndpoint] = []
-"""The open endpoints."""
-
-
-@contextlib.contextmanager
-def opened_by(opener: Opener) -> Iterator[None]:
-    """As long as this is open, the endpoints of this process stop the daemon that `opener` belongs to.
-
-    Endpoints that are open already are handed over to `opener`; what it raises for them is raised here.
-    """
-    for endpoint in _open.copy():
-        endpoint.hand_over(opener)
-    _openers.append(opener)
-    try:
-        yield
-    finally:
-        _openers.remove(opener)
 
 
 class ShutdownEndpoint:
@@ -118,12 +96,12 @@ class ShutdownEndpoint:
         """
         if self._server is not None:
             raise FlaskdError("cannot start: this shutdown endpoint is open")
-        if not _openers and not _serves_here():
+        if not openers and not _serves_here():
             return self
         self._begun, self._stop = False, None
         token = configured_token(self._token_file, self._credential, os.environ)
-        if _openers:
-            self._server = _openers[-1](self._address, token, self._allowed_hosts)
+        if openers:
+            self._server = openers[-1](self._address, token, self._allowed_hosts)
             return self
         self._server = EndpointServer(
             self._address, token, allowed_hosts=self._allowed_hosts, plan=self._describe, stop=self._asked
@@ -132,13 +110,13 @@ class ShutdownEndpoint:
         self._around = self._app.wsgi_app
         self._requests = Requests(self._around)
         self._app.wsgi_app = self._requests  # type: ignore[method-assign]  # Flask's documented way to wrap an app
-        _open.append(self)
+        endpoints.append(self)
         return self
 
     def close(self) -> None:
         """Close the endpoint without a stop."""
-        if self in _open:
-            _open.remove(self)
+        if self in endpoints:
+            endpoints.remove(self)
         if self._server is not None:
             self._server.close(_CLOSING)
             self._server = None

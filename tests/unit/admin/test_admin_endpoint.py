@@ -21,11 +21,12 @@ from patience import PATIENCE
 from server_kit import Client, get, no_thread_left
 
 import flaskd
-from flaskd.admin import EndpointServer, configured_token, opened_by
+from flaskd.admin import opened_by
 from flaskd.admin.endpoint import shutdown as endpoint
 from flaskd.admin.endpoint.requests import Requests
 from flaskd.admin.endpoint.rules import EndpointRules
-from flaskd.admin.endpoint.server import usual_hosts
+from flaskd.admin.endpoint.server import EndpointServer, usual_hosts
+from flaskd.admin.endpoint.token import configured_token
 from flaskd.errors import CannotCreateError, ConfigError
 from flaskd.server import STREAM_GRACE
 from flaskd.sockets import Address
