@@ -200,7 +200,7 @@ def _python(root: Path | None) -> str:
 
 def _dependencies(version: str) -> Path:
     """The packages that flaskd needs, for one version of Python; kept in the cache."""
-    wanted = _wanted()[:-1]
+    wanted = _wanted("project", "dependencies")
 
     def make(place: Path) -> None:
         only = ("--no-index", "--find-links", wheels(version))
@@ -211,7 +211,7 @@ def _dependencies(version: str) -> Path:
 
 def wheels(version: str) -> Path:
     """A directory of wheels with all that flaskd needs to build and to run, for one version of Python; kept."""
-    wanted = _wanted()
+    wanted = _wanted("project", "dependencies") + _wanted("build-system", "requires")
 
     def make(place: Path) -> None:
         _run(*_PIP, "wheel", "--no-deps", "-w", place, "sdnotify")  # it is published as source only
@@ -221,11 +221,9 @@ def wheels(version: str) -> Path:
     return _kept(f"wheels-{version}-{_digest(wanted)}", make)
 
 
-def _wanted() -> list[str]:
-    """The requirements in pyproject.toml, those for building last."""
-    text = tomllib.loads((PROJECT / "pyproject.toml").read_text())
-    (build,) = text["build-system"]["requires"]
-    return [*text["project"]["dependencies"], build]
+def _wanted(table: str, key: str) -> list[str]:
+    """Requirements in pyproject.toml."""
+    return list(tomllib.loads((PROJECT / "pyproject.toml").read_text())[table][key])
 
 
 def _digest(wanted: list[str]) -> str:
