@@ -125,16 +125,16 @@ def test_a_closed_connection_is_freed(how, serve, connect, app, left):
 
 
 def test_what_a_drain_closes_is_freed(serve, connect, app, left):
-    """A connection that is kept, one whose request is answered in the drain, and one that is cut."""
+    """A connection that is kept, and two whose requests are cut: their threads' stacks are read, and not kept."""
     server = serve(threads=2, keepalive_grace=0.0)
-    idle, busy, cut = (connect(server) for _ in range(3))
+    idle, one, other = (connect(server) for _ in range(3))
     idle.ask("/")
-    busy.send("/gate")
+    one.send("/gate")
     app.entered(2)
-    cut.send("/gate")
+    other.send("/gate")
     app.entered(1)
     with draining(server, app, timeout=0.2) as report:
         assert len(report.result(PATIENCE).cut) == 2
-    for client in (idle, busy, cut):
+    for client in (idle, one, other):
         client.close()
     until(server, lambda: not left(Channel, Request))
